@@ -1,0 +1,349 @@
+"""`PosteriorMonitor`: where navigation ends and refinement begins, measured during training."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from stagewise import paths
+from stagewise.bank import LatentBank
+from stagewise.batches import FindSample, describe, find_sample
+from stagewise.callbacks import figures
+from stagewise.callbacks.training_bank import bank_from_trainer
+from stagewise.callbacks.writer import Writer
+from stagewise.losses import FlowMatchingLoss
+from stagewise.memory import available_memory
+from stagewise.oracle import Oracle
+from stagewise.stages import (
+    STATISTICS,
+    StageBoundary,
+    StageCurve,
+    predicted_boundary,
+    stage_edges,
+    stratified_times,
+)
+
+__all__ = ["PosteriorMonitor"]
+
+
+class PosteriorMonitor(pl.Callback):
+    """Measures the posterior over the training set by t, for any LightningModule, unchanged.
+
+    Every `every_n_steps` optimizer steps it makes noisy samples from bank rows on a stratified grid
+    of t, asks the exact oracle for their posteriors, and logs what it finds. It asks nothing of the
+    model: the curve is a property of the training latents and the path. It draws from generators of
+    its own, so the trained weights are bit-identical with and without it.
+
+    **Logged to every logger of the trainer** (`stagewise` is `name`):
+
+    - `stagewise/midpoint`, `stagewise/collapsed`: t where the mean largest weight crosses 0.5 and
+      0.99, each with `_low` and `_high` (95 % bootstrap). NaN while not reached.
+    - `stagewise/predicted`: the boundary that the spectrum of the bank predicts.
+    - `stagewise/probe_seconds`, `stagewise/share_of_step_time`: what the last probe cost, and that
+      cost as a share of the time of the training steps since the one before.
+    - `stagewise_by_t/{top1,entropy,ess,source_weight,target_difference}/t=...`: means by stratum;
+      `target_difference` is MSE(conditional, oracle velocity).
+
+    **To TensorBoard** also the figures `stagewise/concentration`, `stagewise/target_difference` and
+    `stagewise/heatmap`, and a custom-scalars layout (which replaces a layout of yours, if any).
+    **To disk**, in `dirpath`: `stages.jsonl` (one line for the bank, one per probe) and the figures
+    as PNG.
+
+    When not to use it: with couplings that make noise and data dependent (minibatch OT), where the
+    posterior below does not hold; and with data sets without a fixed set of samples (streams).
+
+    Args:
+        bank: The training latents *as the model is trained on them*: same scale, same shape.
+            Default None: read from the training data loader at the start.
+        every_n_steps: Optimizer steps between probes, default 1000. The first probe is at step 0.
+        strata: Strata of t, default 24: half of them below three times the predicted boundary.
+        queries: Queries in each stratum, default 64. The cost of a probe is that of
+            `strata * queries` queries to the whole bank (or to a class). The interval of
+            `collapsed` hangs on the few queries in a hundred that have not collapsed: give more if
+            you need it sharp.
+        class_wise: Whether the posterior is over the rows of the query's own class, which is what a
+            class-conditional model is trained on. Default "auto": if there are labels.
+        find: From a batch to `(x_1, labels or None)`; default finds them in tensors, tuples and
+            dicts with usual keys.
+        path: The path of training. Default None: that of the module's `FlowMatchingLoss` if it has
+            exactly one, otherwise `LinearPath()`.
+        dirpath: Where files go; default `<trainer.log_dir>/<name>`.
+        name: Prefix of all tags and name of the folder, default "stagewise". Give two monitors in
+            one trainer two names.
+        seed: Of the probes' own generators, default 0.
+
+    Raises:
+        ValueError: At construction for numbers out of range; before the first training step if
+            `x_1` cannot be found, or if bank and batch do not fit, with the cure.
+        MemoryError: Before the first step, if the bank would not fit.
+    """
+
+    def __init__(
+        self,
+        bank: LatentBank | None = None,
+        *,
+        every_n_steps: int = 1000,
+        strata: int = 24,
+        queries: int = 64,
+        class_wise: bool | Literal["auto"] = "auto",
+        find: FindSample = find_sample,
+        path: paths.Path | None = None,
+        dirpath: str | Path | None = None,
+        name: str = "stagewise",
+        seed: int = 0,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"Expected `every_n_steps` of at least 1, got {every_n_steps}.")
+        if bank is not None and not isinstance(bank, LatentBank):
+            raise TypeError(
+                f"Expected `bank` to be a LatentBank, got {type(bank).__name__}. "
+                "Wrap tensors: LatentBank(x, labels)."
+            )
+        if class_wise is True and bank is not None and not bank.classes:
+            raise ValueError("class_wise=True needs a bank with labels: LatentBank(x, labels).")
+        stage_edges(math.nan, strata)
+        stratified_times(torch.tensor([0.0, 1.0]), queries)
+        self.every_n_steps, self.strata, self.queries = every_n_steps, strata, queries
+        self.class_wise, self.find, self.path = class_wise, find, path
+        self.dirpath, self.name, self.seed = dirpath, name, seed
+        self.oracle: Oracle | None = None
+        self.curve: StageCurve | None = None
+        self.boundary: StageBoundary | None = None
+        self.predicted = math.nan
+        self.history: list[dict[str, Any]] = []
+        self._given = bank
+        self._batch_checked = False
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for monitors of distinct names."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probes so far, as plain numbers and lists; never the bank."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the probes of a checkpoint."""
+        self.history = list(state_dict["history"])
+
+    # -- hooks --------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes or builds the bank, and opens the files."""
+        bank = self._given or bank_from_trainer(
+            trainer, pl_module, find=self.find, class_wise=bool(self.class_wise)
+        )
+        wise = bool(bank.classes) if self.class_wise == "auto" else self.class_wise
+        if wise and not bank.classes:
+            raise ValueError(
+                "class_wise=True, but no labels were found in the training batches. Say where they "
+                "are: PosteriorMonitor(find=lambda batch: (batch[0], batch[1]))."
+            )
+        self._wise = wise
+        path, found = self._find_path(pl_module)
+        self._device = trainer.strategy.root_device
+        free = available_memory(self._device)
+        if self._device.type == "cpu" or free is None or bank.nbytes < free // 2:
+            bank = bank.to(self._device)
+        self.oracle = Oracle(bank, path)
+        self.predicted = predicted_boundary(bank, path, class_wise=wise)
+        self._edges = stage_edges(self.predicted, self.strata)
+        self._batch_checked = False
+        self._writer = Writer(trainer, self.name, self.dirpath)
+        posterior = f"over the rows of its class ({len(bank.classes)})" if wise else "over all rows"
+        rank_zero_info(
+            f"PosteriorMonitor: {bank}, std {bank.std:.3g}; {path!r} ({found}), t = 0 is noise; "
+            f"posterior {posterior}; predicted boundary t = {self.predicted:.3f}; "
+            f"{self._writer.describe()}"
+        )
+        header = {
+            "event": "bank",
+            "rows": len(bank),
+            "shape": list(bank.shape),
+            "std": bank.std,
+            "classes": len(bank.classes),
+            "class_wise": wise,
+            "path": repr(path),
+            "predicted": self.predicted,
+        }
+        self._writer.start([header, *self.history])
+        self._writer.layout(self._layout())
+        self._since = (time.perf_counter(), trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Probes if it is time; the first batch is checked against the bank."""
+        if not self._batch_checked:
+            self._check_batch(batch)
+            self._batch_checked = True
+        step = trainer.global_step
+        # With gradient accumulation several batches share a step; on resume it may be done already.
+        due = step % self.every_n_steps == 0
+        if due and not (self.history and self.history[-1]["step"] >= step):
+            self._probe(trainer, step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says where things are."""
+        if self.history:
+            last = self.history[-1]
+            rank_zero_info(
+                f"PosteriorMonitor: boundary t = {last['midpoint']:.3f} (midpoint), "
+                f"{last['collapsed']:.3f} (collapsed) at step {last['step']}; "
+                f"{len(self.history)} probes; {self._writer.describe()}"
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lets go of the bank."""
+        self.oracle = None
+
+    # -- one probe ----------------------------------------------------------------------------
+
+    def _probe(self, trainer: pl.Trainer, step: int) -> None:
+        oracle, device = self.oracle, self._device
+        assert oracle is not None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
+        start = time.perf_counter()
+        last_time, last_step = self._since
+        training_seconds = start - last_time
+        curve = StageCurve.measure(
+            oracle,
+            stratified_times(self._edges, self.queries, seed=(self.seed, step)),
+            seed=(self.seed, step, 1),
+            class_wise=self._wise,
+            device=device,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        if trainer.world_size > 1:
+            total = trainer.strategy.reduce(curve.values.to(device), reduce_op="sum")
+            assert isinstance(total, Tensor)
+            curve = StageCurve(curve.t, total.cpu())
+        self.curve, self.boundary = curve, curve.boundary(seed=self.seed)
+        entry = {
+            "event": "probe",
+            "step": step,
+            **self.boundary.as_dict(),
+            "t": curve.times.tolist(),
+            **{statistic: curve.mean(statistic).tolist() for statistic in STATISTICS},
+        }
+        self.history.append(entry)
+        if trainer.is_global_zero:
+            self._writer.pictures(self._figures(curve, self.boundary, step), step)
+        seconds = time.perf_counter() - start
+        cost = {"probe_seconds": seconds}
+        if step > last_step:
+            cost["share_of_step_time"] = seconds / training_seconds
+        self._log(entry, cost)
+        self._since = (time.perf_counter(), step)
+
+    def _log(self, entry: dict[str, Any], cost: dict[str, float]) -> None:
+        centres = ((self._edges[1:] + self._edges[:-1]) / 2).tolist()
+        scalars = {f"{self.name}/{key}": value for key, value in cost.items()}
+        scalars[f"{self.name}/predicted"] = self.predicted
+        for key in ("midpoint", "collapsed"):
+            for end in ("", "_low", "_high"):
+                scalars[f"{self.name}/{key}{end}"] = entry[key + end]
+        for statistic in STATISTICS:
+            for t, value in zip(centres, entry[statistic], strict=True):
+                scalars[f"{self.name}_by_t/{statistic}/t={t:.3f}"] = value
+        self._writer.scalars(scalars, entry["step"])
+        self._writer.event({**entry, **cost})
+
+    def _figures(
+        self, curve: StageCurve, boundary: StageBoundary, step: int
+    ) -> dict[str, figures.Figure]:
+        assert self.oracle is not None
+        bank = self.oracle.bank
+        title = f"N = {len(bank)}, D = {bank.dim}"
+        title += f", class-wise ({len(bank.classes)} classes)" if self._wise else ""
+        about = (curve, boundary, self.predicted, f"{title}, step {step}")
+        return {
+            "concentration": figures.concentration_figure(*about),
+            "target_difference": figures.target_difference_figure(*about),
+            "heatmap": figures.heatmap_figure(
+                [entry["step"] for entry in self.history],
+                self._edges.numpy(),
+                np.array([entry["top1"] for entry in self.history]),
+                [entry["midpoint"] for entry in self.history],
+            ),
+        }
+
+    # -- set-up -------------------------------------------------------------------------------
+
+    def _find_path(self, pl_module: pl.LightningModule) -> tuple[paths.Path, str]:
+        if self.path is not None:
+            return self.path, "given"
+        losses = [m for m in pl_module.modules() if isinstance(m, FlowMatchingLoss)]
+        if len(losses) == 1:
+            return losses[0].path, "from the module's FlowMatchingLoss"
+        return paths.LinearPath(), "assumed; say path=... if training uses another"
+
+    def _check_batch(self, batch: Any) -> None:
+        assert self.oracle is not None
+        bank = self.oracle.bank
+        x1, labels = self.find(batch)
+        rank_zero_info(
+            f"PosteriorMonitor: in {describe(batch)} took x_1 = {describe(x1)} and "
+            + (f"labels = {describe(labels)}" if labels is not None else "no labels")
+        )
+        if tuple(x1.shape[1:]) != bank.shape:
+            raise ValueError(
+                f"The bank has samples of shape {bank.shape}, the training batch of shape "
+                f"{tuple(x1.shape[1:])}. Build the bank from the same latents, or say which tensor "
+                "of the batch is x_1: PosteriorMonitor(find=lambda batch: (batch[0], None))."
+            )
+        if self._wise and labels is not None:
+            for label in set(labels.tolist()):
+                bank.segment(label)
+        if self._given is None:
+            return
+        with torch.no_grad():
+            std = float(x1.float().std())
+            few = x1[:16].detach().to(self._device, torch.float32)
+            nearest = self.oracle.posterior(few, torch.ones(len(few), device=few.device)).mean
+            off = (nearest - few).flatten(1).norm(dim=1) / few.flatten(1).norm(dim=1)
+        if not 2 / 3 < std / bank.std < 3 / 2:
+            rank_zero_warn(
+                f"The bank has a standard deviation of {bank.std:.4g}, the training batch one of "
+                f"{std:.4g}. If one of them is scaled or normalised and the other is not, every "
+                "measured boundary is wrong: build the bank from the latents that are trained on."
+            )
+        elif float(off.median()) > 0.05:
+            rank_zero_warn(
+                f"Samples of the training batch are not rows of the bank: the nearest row is off "
+                f"by {float(off.median()):.0%} of their norm. Flips, augmentation, another VAE "
+                "sample or another data set? The boundary measured is that of the bank."
+            )
+
+    def _layout(self) -> dict[str, list[Any]]:
+        name = self.name
+        return {
+            "boundary (t, 0 = noise)": [
+                "Multiline",
+                [rf"^{name}/(midpoint|collapsed|predicted)$"],
+            ],
+            "midpoint with interval": [
+                "Margin",
+                [f"{name}/midpoint", f"{name}/midpoint_low", f"{name}/midpoint_high"],
+            ],
+            "collapsed with interval": [
+                "Margin",
+                [f"{name}/collapsed", f"{name}/collapsed_low", f"{name}/collapsed_high"],
+            ],
+            **{
+                f"{statistic} by t": ["Multiline", [rf"^{name}_by_t/{statistic}/.*"]]
+                for statistic in STATISTICS
+            },
+            "cost": ["Multiline", [rf"^{name}/share_of_step_time$"]],
+        }

@@ -1,0 +1,130 @@
+"""The bank of a run, read from its own training data loader without disturbing the run.
+
+Every sample is read once, in order, by a loader of our own over the run's data set, with the run's
+collate function and batch-transfer hooks. The global random state is put back afterwards, and no
+generator of the run's loader or sampler is advanced, so training draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from tqdm.auto import tqdm
+
+from stagewise.bank import LatentBank
+from stagewise.batches import FindSample, find_sample
+
+__all__ = ["bank_from_trainer"]
+
+_CURE = (
+    "Give the bank yourself: PosteriorMonitor(LatentBank(x, labels)), or "
+    "LatentBank.from_batches(loader, num_rows)."
+)
+
+
+def bank_from_trainer(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    *,
+    find: FindSample = find_sample,
+    class_wise: bool = True,
+    dtype: torch.dtype | None = None,
+) -> LatentBank:
+    """Reads the training set of a running trainer into a bank in host memory.
+
+    Under several processes every rank reads the whole set.
+
+    Args:
+        trainer: A trainer whose training data loader is set up (`on_train_start` or later).
+        pl_module: Its module, whose batch-transfer hooks are applied.
+        find: From a batch to `(x_1, labels or None)`.
+        class_wise: Whether to keep labels, default True.
+        dtype: Storage; default that of the samples.
+
+    Returns:
+        The bank. A data set that augments at random gives one draw of each sample, with a warning.
+        One that draws from a generator of its own, hidden in the data set, is advanced by reading.
+
+    Raises:
+        ValueError: If the loader cannot be read twice or has no length, with the cure.
+        MemoryError: See `LatentBank.from_batches`.
+    """
+    loader, dataset = _map_style(trainer.train_dataloader)
+
+    def batches(dataset: Any, num_workers: int) -> Iterator[Any]:
+        reader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=getattr(loader.batch_sampler, "batch_size", None) or 64,
+            collate_fn=loader.collate_fn,
+            num_workers=num_workers,
+            worker_init_fn=loader.worker_init_fn if num_workers else None,
+            multiprocessing_context=loader.multiprocessing_context if num_workers else None,
+            generator=torch.Generator(),
+        )
+        for batch in reader:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = pl_module.on_before_batch_transfer(batch, 0)
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    with isolate_rng(), torch.no_grad():
+        few = Subset(dataset, range(min(16, len(dataset))))
+        once, again = (find(next(batches(few, 0)))[0] for _ in range(2))
+        if not torch.equal(once, again):
+            rank_zero_warn(
+                "The training set gives other values of x_1 each time it is read (augmentation, "
+                "or latents resampled from mean and std). The bank holds one draw of each sample: "
+                "the navigation stage is measured well, but x_1 of a training batch is not a bank "
+                "row, so do not use this bank for training targets."
+            )
+        with tqdm(
+            total=len(dataset),
+            desc="stagewise: reading the bank",
+            unit="row",
+            disable=not trainer.is_global_zero,
+            leave=False,
+        ) as bar:
+            return LatentBank.from_batches(
+                batches(dataset, loader.num_workers),
+                len(dataset),
+                find=find,
+                dtype=dtype,
+                class_wise=class_wise,
+                advance=lambda done: bar.update(done - bar.n),
+            )
+
+
+def _map_style(loader: Any) -> tuple[DataLoader[Any], Any]:
+    """The loader and the data set whose every item is one training sample."""
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"Expected one DataLoader for training, got {type(loader).__name__}. {_CURE}"
+        )
+    if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
+        raise ValueError(
+            "The training set is iterable and has no length, and reading it for the bank would "
+            f"take samples from training. {_CURE}"
+        )
+    if loader.batch_sampler is None:
+        raise ValueError(
+            f"The training loader does no batching of its own (batch_size=None). {_CURE}"
+        )
+    if isinstance(loader.sampler, SubsetRandomSampler):
+        return loader, Subset(loader.dataset, list(loader.sampler.indices))
+    if isinstance(loader.sampler, WeightedRandomSampler):
+        rank_zero_warn(
+            "The training loader draws its samples with weights. The bank holds each sample once, "
+            "so its posterior is that of unweighted training."
+        )
+    return loader, loader.dataset

@@ -1,0 +1,94 @@
+"""Where a monitor writes: the loggers of the trainer, TensorBoard pictures, files on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from PIL import Image
+
+from stagewise.callbacks.figures import render
+
+__all__ = ["Writer"]
+
+
+class Writer:
+    """Writes one monitor's scalars, pictures and events; only rank zero writes.
+
+    Constructing it is a collective: every rank must.
+
+    Args:
+        trainer: The trainer.
+        name: Prefix of all tags.
+        dirpath: Folder of the files, default `<trainer.log_dir>/<name>`. Nothing is written to
+            disk in a `fast_dev_run`.
+    """
+
+    def __init__(self, trainer: pl.Trainer, name: str, dirpath: str | Path | None) -> None:
+        log_dir = trainer.log_dir or trainer.default_root_dir  # a broadcast: on every rank
+        dev_run = getattr(trainer, "fast_dev_run", False)
+        self.name = name
+        self.folder = None if dev_run else Path(dirpath or Path(log_dir) / name)
+        self.active = trainer.is_global_zero
+        self._loggers = trainer.loggers
+        self._boards = [
+            logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)
+        ]
+
+    def describe(self) -> str:
+        """Where things are written, for a line of the log."""
+        where = f"files in {self.folder}" if self.folder else "no files (fast_dev_run)"
+        return where if self._loggers else f"{where}; the trainer has no logger"
+
+    def start(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Begins `stages.jsonl` anew, so that a resumed run holds each event once."""
+        if self.active and self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._events("w", events)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Appends a line to `stages.jsonl`."""
+        if self.active and self.folder:
+            self._events("a", [event])
+
+    def _events(self, mode: str, events: Iterable[Mapping[str, Any]]) -> None:
+        assert self.folder is not None
+        with (self.folder / "stages.jsonl").open(mode) as file:
+            file.writelines(json.dumps(_jsonable(event)) + "\n" for event in events)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Logs scalars under their full tags to every logger."""
+        for logger in self._loggers:
+            logger.log_metrics(dict(values), step=step)
+
+    def pictures(self, figures: Mapping[str, Figure], step: int) -> None:
+        """Saves figures as PNG and shows them in TensorBoard as `<name>/<figure>`."""
+        if not self.active:
+            return
+        for title, figure in figures.items():
+            image = render(figure)
+            if self.folder:
+                Image.fromarray(image).save(self.folder / f"{title}.png")
+            for board in self._boards:
+                board.add_image(f"{self.name}/{title}", image, step, dataformats="HWC")
+
+    def layout(self, charts: Mapping[str, list[Any]]) -> None:
+        """Sets TensorBoard's custom-scalars page; call it once per run."""
+        if self.active:
+            for board in self._boards:
+                board.add_custom_scalars({self.name: dict(charts)})
+
+
+def _jsonable(value: Any) -> Any:
+    """The same with NaN, which JSON does not know, as null."""
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,133 @@
+r"""The flow-matching objective, with its per-sample losses kept for whoever wants to look.
+
+    L = E_{t ~ q, x_0, x_1} [ w(t) ||model(x_t, t) - y||^2 / D ],   x_t = a_t x_1 + s_t x_0,
+
+with `y` the conditional target of the chosen prediction type (velocity: Lipman et al.,
+arXiv 2210.02747; data, noise, score, EDM: see `Prediction`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagewise.oracle import check_times
+from stagewise.paths import (
+    STAGEWISE,
+    Convention,
+    LinearPath,
+    Path,
+    Prediction,
+    PredictionKind,
+)
+from stagewise.timesteps import TimestepSampler, Uniform
+
+__all__ = ["FlowMatchingLoss", "LossRecord"]
+
+
+@dataclass(frozen=True)
+class LossRecord:
+    """What one call of an objective saw, detached from the graph, on the device of the batch.
+
+    Attributes:
+        t: Times, (B,); t = 0 is noise.
+        loss: Mean squared error of each sample over its D numbers, *before* the weight, (B,).
+        weight: Weight of each sample, (B,).
+    """
+
+    t: Tensor
+    loss: Tensor
+    weight: Tensor
+
+
+class FlowMatchingLoss(nn.Module):
+    """Plain flow matching for any model called as `model(xt, t, *args, **kwargs)`.
+
+    It has no parameters and no buffers, and logs nothing. After each call `last` holds the
+    per-sample record, which callbacks read.
+
+    Args:
+        path: Default `LinearPath()`.
+        prediction: What the model predicts, default "velocity".
+        timesteps: How t is drawn, default `Uniform()`.
+        weight: From t, (B,), to weights, (B,); default all ones.
+        convention: How the model counts time and signs its target, default the library's own
+            (t = 0 noise). The model is called with `convention.from_t(t)`.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = FlowMatchingLoss()
+        >>> loss = loss_fn(lambda xt, t: torch.zeros_like(xt), torch.randn(16, 3, 8, 8))
+        >>> loss.shape, loss_fn.last.loss.shape
+        (torch.Size([]), torch.Size([16]))
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        prediction: Prediction | PredictionKind = "velocity",
+        timesteps: TimestepSampler | None = None,
+        weight: Callable[[Tensor], Tensor] | None = None,
+        convention: Convention = STAGEWISE,
+    ) -> None:
+        super().__init__()
+        self.path = path or LinearPath()
+        self.prediction = Prediction.of(prediction)
+        self.timesteps = timesteps or Uniform()
+        self.weight = weight
+        self.convention = convention
+        self.last: LossRecord | None = None
+
+    def forward(
+        self,
+        model: Callable[..., Tensor],
+        x1: Tensor,
+        *args: Any,
+        x0: Tensor | None = None,
+        t: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The mean weighted loss of a batch.
+
+        Args:
+            model: Called as `model(xt, t, *args, **kwargs)`; returns (B, *).
+            x1: Data, (B, *), floating point.
+            *args: Passed on to the model, for example labels.
+            x0: Noise, (B, *); default drawn.
+            t: Times in [0, 1], (B,), t = 0 is noise; default drawn by the sampler.
+            generator: For the draws, on the device of `x1`; default torch's global one.
+            **kwargs: Passed on to the model.
+
+        Returns:
+            A scalar in float32, with gradient.
+
+        Raises:
+            ValueError: If the shapes of `t`, `x0` or the model's output do not fit.
+        """
+        if x0 is None:
+            x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
+        if t is None:
+            t = self.timesteps.sample(len(x1), device=x1.device, generator=generator)
+        check_times(t, len(x1))
+        if x0.shape != x1.shape:
+            raise ValueError(
+                f"Expected `x0` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(x0.shape)}."
+            )
+        path = self.path(t)
+        xt = self.path.interpolate(x0, x1, t).to(x1.dtype)
+        y = self.convention.sign * self.prediction.target(path, x0.float(), x1.float())
+        output = model(xt, self.convention.from_t(t), *args, **kwargs)
+        if output.shape != x1.shape:
+            raise ValueError(
+                f"Expected the model to return the shape of `x1`, {tuple(x1.shape)}, got "
+                f"{tuple(output.shape)}."
+            )
+        loss = (output.float() - y).square().flatten(1).mean(1)
+        weight = torch.ones_like(loss) if self.weight is None else self.weight(t)
+        self.last = LossRecord(t.detach(), loss.detach(), weight.detach())
+        return (weight * loss).mean()

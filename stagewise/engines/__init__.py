@@ -1,0 +1,1 @@
+"""How the rows of a bank are reached. One engine so far: `exact`, which streams all of them."""

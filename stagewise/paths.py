@@ -1,0 +1,322 @@
+r"""Probability paths, prediction types and conventions.
+
+A path carries noise to data,
+
+    x_t = a_t x_1 + s_t x_0,   x_0 ~ N(0, I),   t = 0 is noise, t = 1 is data,
+
+and everything the library needs of it are the four numbers `a_t, s_t, a'_t, s'_t`. What decides how
+much a noisy sample says about its origin is `rho_t = a_t / s_t`, the square root of the
+signal-to-noise ratio: two paths agree wherever their `rho` agrees.
+
+A network may be trained on any target that is linear in the pair `(x_1, x_t)`,
+
+    y = c_t x_1 + b_t x_t,
+
+and because `b_t x_t` is known at the input, exchanging `x_1` for its posterior mean `m` turns every
+such target into the oracle's: `y* = y + c_t (m - x_1)`. `Prediction` holds `c_t` and `b_t`.
+
+Inside the library there is one convention, the one above. Models of other libraries that count time
+the other way, in another unit, or with the opposite sign are translated by `Convention` at the
+border and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DIFFUSERS",
+    "STAGEWISE",
+    "Convention",
+    "CosinePath",
+    "EDMPath",
+    "LinearPath",
+    "Path",
+    "PathCoefficients",
+    "Prediction",
+    "PredictionKind",
+    "VPPath",
+    "expand_like",
+]
+
+
+def expand_like(value: Tensor, x: Tensor) -> Tensor:
+    """Gives `value` of shape (B,) trailing axes of size one, so that it broadcasts over `x`.
+
+    Args:
+        value: One number per sample, (B,).
+        x: Samples, (B, *).
+
+    Returns:
+        `value` with shape (B, 1, ..., 1).
+    """
+    return value.reshape(-1, *(1 for _ in range(x.ndim - 1)))
+
+
+class PathCoefficients(NamedTuple):
+    """The path at given times: `a_t`, `s_t` and their derivatives in t, each of the shape of t."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+    def floored(self, sigma_min: float) -> PathCoefficients:
+        """The same path with `s_t` kept at or above `sigma_min`, where formulas divide by it."""
+        return self._replace(sigma=self.sigma.clamp_min(sigma_min))
+
+
+class Path(ABC):
+    """A Gaussian path `x_t = a_t x_1 + s_t x_0`; subclasses give the coefficients."""
+
+    @abstractmethod
+    def __call__(self, t: Tensor) -> PathCoefficients:
+        """The coefficients at `t`.
+
+        Args:
+            t: Times in [0, 1], any shape, floating point; t = 0 is noise.
+
+        Returns:
+            `a_t, s_t, a'_t, s'_t` with the shape, dtype and device of `t`.
+        """
+
+    def snr_sqrt(self, t: Tensor) -> Tensor:
+        """`rho_t = a_t / s_t`, infinite where `s_t` is zero."""
+        alpha, sigma, *_ = self(t)
+        return alpha / sigma
+
+    def time_of_snr_sqrt(self, rho: float) -> float:
+        """The time at which `rho_t` reaches `rho`, by bisection (`rho_t` grows with t).
+
+        Args:
+            rho: Square root of the signal-to-noise ratio, at least 0.
+
+        Returns:
+            t in [0, 1]; the nearer end where the path never takes the value.
+        """
+        low, high = 0.0, 1.0
+        for _ in range(64):
+            middle = (low + high) / 2
+            value = self.snr_sqrt(torch.tensor(middle, dtype=torch.float64))
+            low, high = (middle, high) if float(value) < rho else (low, middle)
+        return (low + high) / 2
+
+    def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """`x_t = a_t x_1 + s_t x_0` for x0, x1 of shape (B, *) and t of shape (B,)."""
+        alpha, sigma, *_ = self(t)
+        return expand_like(alpha, x1) * x1 + expand_like(sigma, x0) * x0
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({values})"
+
+
+class LinearPath(Path):
+    """Rectified flow: `a = t`, `s = 1 - t` (Liu et al., arXiv 2209.03003).
+
+    Named CondOT in flow_matching, ICPlan in SiT, sigma = 0 in torchcfm.
+    """
+
+    def __call__(self, t: Tensor) -> PathCoefficients:
+        """The coefficients at `t`; see `Path`."""
+        one = torch.ones_like(t)
+        return PathCoefficients(t, 1 - t, one, -one)
+
+
+class CosinePath(Path):
+    """`a = sin(pi t / 2)`, `s = cos(pi t / 2)`: variance preserving for unit-variance data.
+
+    Named GVP in SiT (arXiv 2401.08740), VP in torchcfm (Albergo & Vanden-Eijnden, 2209.15571).
+    """
+
+    def __call__(self, t: Tensor) -> PathCoefficients:
+        """The coefficients at `t`; see `Path`."""
+        half_pi = math.pi / 2
+        # cos(pi t / 2) written as sin(pi (1 - t) / 2), which keeps its digits, and is 0, at t = 1.
+        alpha, sigma = torch.sin(half_pi * t), torch.sin(half_pi * (1 - t))
+        return PathCoefficients(alpha, sigma, half_pi * sigma, -half_pi * alpha)
+
+
+class VPPath(Path):
+    """Variance-preserving diffusion, linear noise rate (Song et al., arXiv 2011.13456, Eq. 33).
+
+    With tau = 1 - t, `log a = -(beta_max - beta_min) tau^2 / 4 - beta_min tau / 2` and
+    `s^2 = 1 - a^2`. At t = 0 a trace of data is left (`a` = 0.0066 with the defaults). `s'` is
+    unbounded at t = 1, so velocity targets are not finite at t = 1 exactly.
+
+    Args:
+        beta_min: Noise rate at the data end, default 0.1.
+        beta_max: Noise rate at the noise end, default 20.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        if not 0 < beta_min < beta_max:
+            raise ValueError(f"Expected 0 < beta_min < beta_max, got {beta_min} and {beta_max}.")
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def __call__(self, t: Tensor) -> PathCoefficients:
+        """The coefficients at `t`; see `Path`."""
+        tau, slope = 1 - t, self.beta_max - self.beta_min
+        log_alpha = -0.25 * slope * tau**2 - 0.5 * self.beta_min * tau
+        alpha, sigma = torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
+        d_alpha = alpha * 0.5 * (slope * tau + self.beta_min)
+        return PathCoefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
+
+
+class EDMPath(Path):
+    """Variance-exploding path on Karras' noise schedule (arXiv 2206.00364, Eq. 5): `a = 1`.
+
+    `s_t = (sigma_max^(1/rho) + t (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho`; t = 0 has
+    `sigma_max` and t = 1 has `sigma_min`, which is not zero. `time_of_sigma` converts back.
+
+    Args:
+        sigma_min: Smallest noise level, default 0.002.
+        sigma_max: Largest noise level, default 80.
+        rho: Exponent of the schedule, default 7.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"Expected 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}.")
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+
+    def __call__(self, t: Tensor) -> PathCoefficients:
+        """The coefficients at `t`; see `Path`."""
+        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        root = high + t * (low - high)
+        d_sigma = self.rho * root ** (self.rho - 1) * (low - high)
+        return PathCoefficients(torch.ones_like(t), root**self.rho, torch.zeros_like(t), d_sigma)
+
+    def time_of_sigma(self, sigma: Tensor) -> Tensor:
+        """The time t whose noise level is `sigma` (any shape), clipped to [0, 1]."""
+        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return ((sigma ** (1 / self.rho) - high) / (low - high)).clamp(0, 1)
+
+
+PredictionKind = Literal["velocity", "data", "noise", "score", "edm"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network is trained to predict, as a linear function of `(x_1, x_t)`.
+
+    | kind | target | c_t |
+    |---|---|---|
+    | velocity | `a' x_1 + s' x_0` | `a' - a s'/s` |
+    | data | `x_1` | `1` |
+    | noise | `x_0` | `-a/s` |
+    | score | `-x_0 / s` | `a/s^2` |
+    | edm | EDM's F, `(x_1 - c_skip x)/c_out` (arXiv 2206.00364, Eq. 7) | `1/c_out` |
+
+    Args:
+        kind: One of the above, default "velocity".
+        sigma_data: EDM's standard deviation of the data, default 0.5; used by "edm" only.
+
+    Raises:
+        ValueError: If `kind` is not one of the above.
+    """
+
+    kind: PredictionKind = "velocity"
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        kinds = get_args(PredictionKind)
+        if self.kind not in kinds:
+            raise ValueError(f"Expected `prediction` to be one of {kinds}, got {self.kind!r}.")
+
+    @classmethod
+    def of(cls, value: Prediction | PredictionKind) -> Prediction:
+        """`value` itself, or the prediction of that name."""
+        return value if isinstance(value, Prediction) else cls(value)
+
+    def coefficients(self, path: PathCoefficients) -> tuple[Tensor, Tensor]:
+        """`c_t` and `b_t` of `y = c_t x_1 + b_t x_t`, each of the shape of t.
+
+        They are infinite where the path's sigma is 0, for every kind but "data"; give
+        `path.floored(...)` where a finite number is needed.
+        """
+        alpha, sigma, d_alpha, d_sigma = path
+        if self.kind == "velocity":
+            return d_alpha - alpha * d_sigma / sigma, d_sigma / sigma
+        if self.kind == "data":
+            return torch.ones_like(alpha), torch.zeros_like(alpha)
+        if self.kind == "noise":
+            return -alpha / sigma, 1 / sigma
+        if self.kind == "score":
+            return alpha / sigma**2, -1 / sigma**2
+        root = torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
+        scale = sigma * self.sigma_data
+        return root / scale, -alpha * self.sigma_data**2 / (scale * root)
+
+    def target(self, path: PathCoefficients, x0: Tensor, x1: Tensor) -> Tensor:
+        """The conditional target `y` for x0, x1 of shape (B, *); finite wherever it exists."""
+        alpha, sigma, d_alpha, d_sigma = (expand_like(value, x1) for value in path)
+        if self.kind == "velocity":
+            return d_alpha * x1 + d_sigma * x0
+        if self.kind == "data":
+            return x1
+        if self.kind == "noise":
+            return x0
+        if self.kind == "score":
+            return -x0 / sigma
+        root = torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
+        return (sigma / self.sigma_data * x1 - alpha * self.sigma_data * x0) / root
+
+    def to_velocity(self, path: PathCoefficients, y: Tensor, xt: Tensor) -> Tensor:
+        """The velocity that a prediction `y` at `xt` stands for, both (B, *).
+
+        Solves `y = c_t x_1 + b_t x_t` for `x_1`. Noise and score predictions lose `x_1` where
+        alpha is 0; start the solver a little after t = 0 with these.
+        """
+        if self.kind == "velocity":
+            return y
+        c, b = self.coefficients(path)
+        c_v, b_v = Prediction("velocity").coefficients(path)
+        x1 = (y - expand_like(b, xt) * xt) / expand_like(c, xt)
+        return expand_like(c_v, xt) * x1 + expand_like(b_v, xt) * xt
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a model outside the library counts time, and the sign of its velocity.
+
+    Args:
+        noise_time: The model's time where the library has t = 0 (noise), default 0.
+        data_time: The model's time where the library has t = 1 (data), default 1.
+        sign: +1 if the model's target is the library's target, -1 if it is the negative
+            (`noise - data`), default +1.
+
+    Raises:
+        ValueError: If the two times are equal or the sign is neither +1 nor -1.
+    """
+
+    noise_time: float = 0.0
+    data_time: float = 1.0
+    sign: Literal[1, -1] = 1
+
+    def __post_init__(self) -> None:
+        if self.noise_time == self.data_time:
+            raise ValueError(f"Expected two different times, got {self.noise_time} twice.")
+        if self.sign not in (1, -1):
+            raise ValueError(f"Expected `sign` to be 1 or -1, got {self.sign}.")
+
+    def from_t(self, t: Tensor) -> Tensor:
+        """The library's t, any shape, in the model's units."""
+        return self.noise_time + (self.data_time - self.noise_time) * t
+
+    def to_t(self, time: Tensor) -> Tensor:
+        """The model's time, any shape, as the library's t."""
+        return (time - self.noise_time) / (self.data_time - self.noise_time)
+
+
+STAGEWISE = Convention()
+"""t = 0 noise, t = 1 data, target `x_1 - x_0`: torchcfm, flow_matching, SiT, LightningDiT."""
+
+DIFFUSERS = Convention(noise_time=1000.0, data_time=0.0, sign=-1)
+"""Timestep 1000 is noise, 0 is data, target `noise - data`: the SD3 and Flux training scripts."""

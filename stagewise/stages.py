@@ -1,0 +1,314 @@
+r"""The two stages of a training target, measured and predicted.
+
+At each t a query is made from a bank row, `x_t = a_t x^(i) + s_t x_0`, and its posterior is asked
+for. Early on many rows explain it (**navigation**); late, one does (**refinement**). The curve of
+the mean top-1 weight `E max_i gamma_i` over t rises from 1/N to 1, and the **boundary** is where it
+crosses 0.5 (`midpoint`) and 0.99 (`collapsed`) (Liu et al., arXiv 2512.02826, Fig. 2).
+
+Without any query the boundary can be predicted from the spectrum `lambda_k` of the bank: a Gaussian
+of that covariance is told apart from N - 1 others when the information in `x_t` reaches log N,
+
+    1/2 sum_k log(1 + rho_t^2 lambda_k) = log N
+
+(after Biroli et al., arXiv 2402.18491, for Gaussian data). Real data are not Gaussian and collapse
+later, so this is a prior for the grid and a line in the plot, not a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import brentq, isotonic_regression
+from torch import Tensor
+
+from stagewise.bank import LatentBank
+from stagewise.engines.exact import working_dtype
+from stagewise.oracle import Oracle, check_times
+from stagewise.paths import Path, Prediction
+
+__all__ = [
+    "STATISTICS",
+    "StageBoundary",
+    "StageCurve",
+    "predicted_boundary",
+    "stage_edges",
+    "stratified_times",
+]
+
+STATISTICS = ("top1", "entropy", "ess", "source_weight", "target_difference")
+"""What is measured per query: largest weight, entropy in nats, effective sample size, weight of
+the source row, and the mean over the D numbers of (conditional - oracle velocity)^2."""
+
+
+@dataclass(frozen=True)
+class StageBoundary:
+    """Where the stages meet, with bootstrap intervals. NaN: not reached at any measured t.
+
+    Attributes:
+        midpoint: t at which the mean top-1 weight crosses 0.5.
+        midpoint_low: Lower end of its interval.
+        midpoint_high: Upper end; 1 where replicates never got there.
+        collapsed: t at which it crosses 0.99.
+        collapsed_low: Lower end of its interval.
+        collapsed_high: Upper end.
+        confidence: Coverage that the intervals aim at.
+    """
+
+    midpoint: float
+    midpoint_low: float
+    midpoint_high: float
+    collapsed: float
+    collapsed_low: float
+    collapsed_high: float
+    confidence: float
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields as plain floats."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StageCurve:
+    """Posterior statistics over t: T strata with Q queries each.
+
+    Attributes:
+        t: Time of each query, (T, Q), float64; each row lies in one stratum, rows ascend.
+        values: The statistics, (S, T, Q) in the order of `STATISTICS`, float64, on the CPU.
+    """
+
+    t: Tensor
+    values: Tensor
+
+    @classmethod
+    def measure(
+        cls,
+        oracle: Oracle,
+        t: Tensor,
+        *,
+        seed: int | tuple[int, ...] = 0,
+        class_wise: bool = False,
+        device: torch.device | str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int = 512,
+    ) -> StageCurve:
+        """Measures the curve with queries made from random bank rows.
+
+        Args:
+            oracle: Bank and path.
+            t: Time of each query, (T, Q); see `stratified_times`.
+            seed: Of the rows and the noise; the same seed gives the same queries on every device,
+                rank and number of ranks. Default 0. No global generator is touched.
+            class_wise: Whether the posterior is over the rows of the query's own class, default
+                False.
+            device: Where to compute; default where the bank lies.
+            rank: With `world_size` above 1 only every `world_size`-th query, from `rank` on, is
+                computed and the others are left 0: sum `values` over the ranks.
+            world_size: See `rank`.
+            batch_size: Queries answered at a time, default 512.
+
+        Returns:
+            The curve.
+        """
+        check_times(t.flatten(), t.numel())
+        bank, device = oracle.bank, torch.device(device or oracle.bank.device)
+        t = t.double()
+        draws = np.random.default_rng(seed)
+        rows = draws.integers(len(bank), size=t.numel()).tolist()
+        noise_seeds = draws.integers(2**62, size=t.numel()).tolist()
+        values = torch.zeros(len(STATISTICS), t.numel(), dtype=torch.float64)
+        generator = torch.Generator()
+        for first in range(rank, t.numel(), batch_size * world_size):
+            # One noise seed per query, so that the split over ranks and batches changes nothing.
+            batch = range(t.numel())[first : first + batch_size * world_size : world_size]
+            noise = [
+                torch.randn(bank.dim, generator=generator.manual_seed(noise_seeds[i]))
+                for i in batch
+            ]
+            at = torch.tensor(list(batch))
+            answers = _ask(
+                oracle,
+                torch.stack(noise).to(device),
+                t.flatten()[at].to(device),
+                [rows[i] for i in batch],
+                class_wise,
+            )
+            values[:, at] = answers.cpu()
+        return cls(t, values.reshape(len(STATISTICS), *t.shape))
+
+    def statistic(self, name: str) -> Tensor:
+        """One of `STATISTICS` per query, (T, Q)."""
+        return self.values[STATISTICS.index(name)]
+
+    def mean(self, name: str) -> Tensor:
+        """Mean of a statistic per stratum, (T,)."""
+        return self.statistic(name).mean(1)
+
+    def quantile(self, name: str, q: float) -> Tensor:
+        """Quantile of a statistic over the queries of each stratum, (T,)."""
+        return self.statistic(name).quantile(q, dim=1)
+
+    @property
+    def times(self) -> Tensor:
+        """Mean time of each stratum, (T,)."""
+        return self.t.mean(1)
+
+    def boundary(
+        self, *, replicates: int = 200, confidence: float = 0.95, seed: int = 0
+    ) -> StageBoundary:
+        """Where the mean top-1 weight crosses 0.5 and 0.99.
+
+        The top-1 weights of all queries are fitted by a function that grows with t (isotonic
+        regression: the true curve does), and the crossing is interpolated between its steps. The
+        interval is the percentile bootstrap over the queries within each stratum.
+
+        Args:
+            replicates: Bootstrap replicates, default 200.
+            confidence: Coverage, default 0.95.
+            seed: Of the replicates, default 0.
+
+        Returns:
+            Both boundaries with their intervals.
+        """
+        top1, queries = self.statistic("top1").numpy(), self.t.shape[1]
+        times, group = np.unique(self.t.numpy(), return_inverse=True)
+        draws = np.random.default_rng(seed)
+
+        def crossings(counts: np.ndarray) -> tuple[float, float]:
+            weight = np.bincount(group.ravel(), counts.ravel())
+            total = np.bincount(group.ravel(), (counts * top1).ravel())
+            kept = weight > 0
+            return _crossings(times[kept], total[kept] / weight[kept], weight[kept], (0.5, 0.99))
+
+        found = crossings(np.ones_like(top1))
+        share = np.full(queries, 1 / queries)
+        again = [
+            crossings(draws.multinomial(queries, share, size=len(top1)).astype(float))
+            for _ in range(replicates)
+        ]
+        tails = [50 * (1 - confidence), 50 * (1 + confidence)]
+        low, high = np.percentile(np.nan_to_num(np.array(again), nan=1.0), tails, axis=0).tolist()
+        return StageBoundary(found[0], low[0], high[0], found[1], low[1], high[1], confidence)
+
+
+def _ask(oracle: Oracle, x0: Tensor, t: Tensor, rows: list[int], class_wise: bool) -> Tensor:
+    """The `STATISTICS` of queries from `rows` with noise `x0` (B, D), as (S, B)."""
+    bank = oracle.bank
+    source = torch.tensor(rows, device=bank.device)
+    dtype = working_dtype(x0.device)
+    x1 = bank.rows[source].to(device=x0.device, dtype=dtype).reshape(-1, *bank.shape)
+    xt = oracle.path.interpolate(x0.to(dtype).reshape(x1.shape), x1, t.to(dtype))
+    labels = bank.labels_of(rows) if class_wise else None
+    post = oracle.posterior(xt, t, labels, source=source)
+    gap = oracle.correction(xt, t, x1, prediction=Prediction("velocity"), posterior=post)
+    difference = gap.flatten(1).square().mean(1)
+    assert post.source_weight is not None
+    return torch.stack([post.top1, post.entropy, post.ess, post.source_weight, difference])
+
+
+def _crossings(
+    t: np.ndarray, means: np.ndarray, weights: np.ndarray, levels: tuple[float, float]
+) -> tuple[float, float]:
+    """Where the monotone fit crosses the levels, interpolated between its blocks; NaN: nowhere."""
+    fit = isotonic_regression(means, weights=weights)
+    starts = fit.blocks[:-1]
+    value = fit.x[starts]
+    centre = np.add.reduceat(t * weights, starts) / np.add.reduceat(weights, starts)
+    low, high = (
+        float(np.interp(level, value, centre)) if level <= value[-1] else math.nan
+        for level in levels
+    )
+    return low, high
+
+
+def predicted_boundary(
+    bank: LatentBank,
+    path: Path,
+    *,
+    class_wise: bool = False,
+    max_rows: int = 2048,
+    max_classes: int = 8,
+) -> float:
+    """The boundary that the spectrum of the bank predicts; top-1 is about 2/3 there.
+
+    Args:
+        bank: The bank.
+        path: The path of training.
+        class_wise: Whether the posterior is class-wise; then the median over classes, default
+            False.
+        max_rows: Rows (evenly spaced) whose covariance is taken, default 2048. Log N always counts
+            all rows.
+        max_classes: Classes (evenly spaced) that are looked at, default 8.
+
+    Returns:
+        t in [0, 1]; NaN if all rows are the same, where nothing is to be told apart.
+    """
+    segments = [slice(0, len(bank))]
+    if class_wise:
+        classes = bank.classes[:: math.ceil(len(bank.classes) / max_classes)]
+        segments = [bank.segment(label) for label in classes]
+    found = []
+    for segment in segments:
+        n = segment.stop - segment.start
+        x = bank.rows[segment][:: math.ceil(n / max_rows)].cpu().double()
+        x = x - x.mean(0)
+        gram = x @ x.T if len(x) < bank.dim else x.T @ x
+        spectrum = torch.linalg.eigvalsh(gram).clamp_min(0).numpy() / len(x)
+        if spectrum.max() <= 0:
+            continue
+
+        def information(log_rho: float, spectrum: np.ndarray = spectrum, n: int = n) -> float:
+            return float(0.5 * np.log1p(np.exp(2 * log_rho) * spectrum).sum() - math.log(n))
+
+        # Between no information at all and more than log N from the leading direction alone.
+        high = math.log(n) + 1 - 0.5 * math.log(spectrum.max())
+        found.append(path.time_of_snr_sqrt(math.exp(brentq(information, high - 60, high))))
+    return float(np.median(found)) if found else math.nan
+
+
+def stage_edges(predicted: float, strata: int) -> Tensor:
+    """Edges of strata on [0, 1]: half of them within three times the predicted boundary.
+
+    Args:
+        predicted: The predicted boundary. NaN, 0, or more than 1/6 (where half of the strata would
+            not be the finer half) gives even strata.
+        strata: How many, at least 4.
+
+    Returns:
+        Ascending edges from 0 to 1, float64, (strata + 1,).
+
+    Raises:
+        ValueError: If `strata` is below 4.
+    """
+    if strata < 4:
+        raise ValueError(f"Expected at least 4 strata, got {strata}.")
+    if not 0 < 3 * predicted < 0.5:
+        return torch.linspace(0, 1, strata + 1, dtype=torch.float64)
+    fine = strata // 2
+    early = torch.linspace(0, 3 * predicted, fine + 1, dtype=torch.float64)
+    late = torch.linspace(3 * predicted, 1, strata - fine + 1, dtype=torch.float64)
+    return torch.cat([early, late[1:]])
+
+
+def stratified_times(edges: Tensor, queries: int, *, seed: int | tuple[int, ...] = 0) -> Tensor:
+    """`queries` times in each stratum, one in each of as many equal parts of it.
+
+    Args:
+        edges: Edges of the strata, (T + 1,), ascending.
+        queries: Q, at least 2.
+        seed: Default 0. No global generator is touched.
+
+    Returns:
+        Times, (T, Q), float64.
+
+    Raises:
+        ValueError: If `queries` is below 2.
+    """
+    if queries < 2:
+        raise ValueError(f"Expected at least 2 queries per stratum, got {queries}.")
+    shape = (len(edges) - 1, queries)
+    within = (np.arange(queries) + np.random.default_rng(seed).random(shape)) / queries
+    return edges[:-1, None] + torch.from_numpy(within) * edges.diff()[:, None]

@@ -1,0 +1,71 @@
+"""Device placement for CUDA, checked without a GPU: fake tensors raise when devices are mixed."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from stagewise import LatentBank, LinearPath, LogitNormal, Oracle, StageCurve, VPPath
+from stagewise.losses import FlowMatchingLoss
+from stagewise.stages import stage_edges, stratified_times
+
+
+@pytest.fixture
+def bank():
+    return LatentBank(torch.randn(60, 3, 4, 4), torch.arange(60) % 4)
+
+
+def assert_on_cuda(*tensors):
+    for tensor in tensors:
+        assert tensor.device.type == "cuda"
+
+
+@pytest.mark.parametrize("residency", ["cuda", "cpu"])
+@pytest.mark.parametrize("labels", [None, [0, 1, 2, 3, 0]])
+@pytest.mark.parametrize("path", [LinearPath(), VPPath()], ids=repr)
+def test_oracle_on_cuda(bank, residency, labels, path):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        oracle = Oracle(bank.to(residency), path, chunk_size=7)
+        xt = torch.randn(5, 3, 4, 4, device="cuda")
+        x1, t = torch.randn_like(xt), torch.rand(5, device="cuda")
+        source = torch.arange(5, device="cuda")
+        post = oracle.posterior(xt, t, labels, source=source, k=3)
+        tensors = [value for value in vars(post).values() if value is not None]
+        assert len(tensors) == 8
+        assert_on_cuda(*tensors)
+        correction = oracle.correction(xt, t, x1, labels)
+        velocity = oracle.velocity(xt, t, labels)
+        assert_on_cuda(correction, velocity)
+        assert correction.shape == velocity.shape == xt.shape
+        assert post.mean.shape == xt.shape
+        assert post.weights.shape == post.rows.shape == (5, 3)
+
+
+def test_mixed_devices_are_caught_at_all(bank):
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="device"):
+        torch.randn(3, device="cuda") + torch.randn(3, device="cpu")
+
+
+@pytest.mark.parametrize("class_wise", [True, False])
+def test_measuring_on_cuda(bank, class_wise, monkeypatch):
+    import stagewise.stages as stages
+
+    answers = []
+    ask = stages._ask
+    monkeypatch.setattr(stages, "_ask", lambda *args: answers.append(ask(*args)) or answers[-1])
+    times = stratified_times(stage_edges(0.1, 4), 3)
+    monkeypatch.setattr(stages, "check_times", lambda *args: None)  # reads values; t is ours
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        oracle = Oracle(bank.to("cuda"))
+        curve = StageCurve.measure(oracle, times, class_wise=class_wise, batch_size=5)
+        assert_on_cuda(*answers)
+        assert curve.values.shape == (5, 4, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_on_cuda(dtype):
+    with FakeTensorMode():
+        net = torch.nn.Linear(8, 8, device="cuda", dtype=dtype)
+        loss_fn = FlowMatchingLoss(timesteps=LogitNormal(stratified=True), weight=lambda t: 1 + t)
+        x1 = torch.randn(6, 8, device="cuda", dtype=dtype)
+        loss = loss_fn(lambda xt, t: net(xt), x1)
+        assert_on_cuda(loss, *vars(loss_fn.last).values())

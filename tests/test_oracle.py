@@ -1,0 +1,312 @@
+"""The oracle against a float64 brute force, exact cases, and properties it must have."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stagewise import (
+    CosinePath,
+    EDMPath,
+    LatentBank,
+    LinearPath,
+    Oracle,
+    Prediction,
+    VPPath,
+    merge,
+)
+from stagewise.engines.exact import exact_posterior
+
+PATHS = [LinearPath(), CosinePath(), VPPath(), EDMPath()]
+PREDICTIONS = ["velocity", "data", "noise", "score", "edm"]
+TIMES = [0, 0.01, 0.05, 0.1, 0.3, 0.6, 0.9, 0.99, 0.999]
+
+
+def brute_force(bank, xt, t, path):
+    """Posterior mean and weights in float64 from explicit differences."""
+    x = bank.rows.double()
+    alpha, sigma, *_ = path(t.double())
+    distance = torch.stack([(xt.double() - alpha[:, None] * row).square().sum(1) for row in x], 1)
+    weights = torch.softmax(-distance / (2 * sigma[:, None] ** 2), dim=1)
+    return weights @ x, weights
+
+
+def make_bank(dim, n=150, seed=0):
+    """Rows with an exact duplicate, a near duplicate 1e-3 apart, and a cluster of such."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, dim, generator=generator)
+    x[1] = x[0]
+    step = torch.randn(40, dim, generator=generator)
+    x[3] = x[2] + 1e-3 * step[0] / step[0].norm()
+    x[10:40] = x[4] + 1e-3 * step[10:40] / step[10:40].norm(dim=1, keepdim=True)
+    return LatentBank(x)
+
+
+def queries(bank, path, t, rows, seed=1):
+    x1 = bank.rows[rows]
+    x0 = torch.randn(x1.shape, generator=torch.Generator().manual_seed(seed))
+    times = torch.full((len(x1),), float(t))
+    return path.interpolate(x0, x1, times), times, x0, x1
+
+
+@pytest.mark.parametrize("dim", [2, 64, 768, 4096])
+@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_mean_and_correction_equal_brute_force(path, t, dim):
+    bank = make_bank(dim)
+    xt, times, x0, x1 = queries(bank, path, t, [0, 1, 2, 3, 4, 15, 60, 149])
+    mean, _ = brute_force(bank, xt, times, path)
+    oracle = Oracle(bank, path)
+    got = oracle.posterior(xt, times).mean
+    assert ((got - mean).norm(dim=1) / mean.norm(dim=1)).max() < 1e-5
+    coefficients = path(times.double())
+    for kind in PREDICTIONS:
+        prediction = Prediction(kind)
+        c, _ = prediction.coefficients(coefficients)
+        expected = c[:, None] * (mean - x1.double())
+        target = prediction.target(coefficients, x0.double(), x1.double())
+        correction = oracle.correction(xt, times, x1, prediction=kind)
+        assert correction.dtype == torch.float32
+        error = (correction.double() - expected).norm(dim=1) / target.norm(dim=1)
+        assert error.max() < 1e-5, kind
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_velocity_is_conditional_velocity_plus_correction(path):
+    bank = make_bank(64)
+    xt, t, x0, x1 = queries(bank, path, 0.2, [5, 60, 70])
+    u = Prediction("velocity").target(path(t), x0, x1)
+    oracle = Oracle(bank, path)
+    expected = u + oracle.correction(xt, t, x1)
+    torch.testing.assert_close(oracle.velocity(xt, t), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_data_end_is_collapsed_and_finite(path, kind):
+    bank = make_bank(64)
+    rows = [0, 2, 4, 60]
+    x1 = bank.rows[rows]
+    t = torch.ones(len(rows))
+    xt = path.interpolate(torch.randn_like(x1), x1, t) if isinstance(path, EDMPath) else x1.clone()
+    oracle = Oracle(bank, path)
+    post = oracle.posterior(xt, t, source=torch.tensor(rows), k=2)
+    if isinstance(path, EDMPath):  # sigma(1) = 0.002, so near duplicates still share the weight
+        assert post.top1[3] == 1
+        return
+    # Row 0 has an exact twin; the others are 1e-3 away from theirs and have collapsed. At the
+    # floor of sigma a logit is good to 1e-4.
+    half = torch.tensor([0.5, 0.5]).double()
+    torch.testing.assert_close(post.weights[0], half, rtol=1e-4, atol=0)
+    ones = torch.tensor([0.5, 1, 1, 1]).double()
+    torch.testing.assert_close(post.source_weight, ones, rtol=1e-4, atol=0)
+    assert torch.equal(post.mean.float(), x1)
+    assert torch.equal(oracle.correction(xt, t, x1, prediction=kind), torch.zeros_like(x1))
+    if not isinstance(path, VPPath):
+        d_alpha = path(t).d_alpha[:, None]
+        torch.testing.assert_close(oracle.velocity(xt, t), d_alpha * x1, rtol=1e-5, atol=1e-5)
+
+
+def test_no_rise_of_target_difference_at_the_data_end():
+    # The published figure rises again to 0.03 at t = 1; there the correction must stay zero.
+    bank = LatentBank(torch.randn(500, 512, generator=torch.Generator().manual_seed(3)))
+    oracle = Oracle(bank)
+    for t in (0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 0.9999):
+        xt, times, _, x1 = queries(bank, oracle.path, t, list(range(200)))
+        assert oracle.correction(xt, times, x1).square().mean(1).max() < 1e-6
+
+
+@pytest.mark.parametrize("t", [0.0, 0.05, 0.3, 0.999])
+def test_chunk_size_does_not_matter(t):
+    bank = make_bank(64)
+    xt, times, _, _ = queries(bank, LinearPath(), t, list(range(20)))
+    whole = Oracle(bank, chunk_size=len(bank)).posterior(xt, times, k=5)
+    for chunk in (1, 7, 149, 1000):
+        part = Oracle(bank, chunk_size=chunk).posterior(xt, times, k=5)
+        for name in ("mean", "log_evidence", "entropy", "ess", "weights"):
+            torch.testing.assert_close(
+                getattr(part, name), getattr(whole, name), rtol=1e-6, atol=1e-6, msg=name
+            )
+
+
+def test_statistics_equal_their_definitions():
+    bank = make_bank(16, n=60)
+    path = LinearPath()
+    xt, t, _, _ = queries(bank, path, 0.25, [0, 2, 12, 50])
+    _, weights = brute_force(bank, xt, t, path)
+    post = Oracle(bank, path, chunk_size=13).posterior(
+        xt, t, source=torch.tensor([0, 2, 12, 50]), k=4
+    )
+    alpha, sigma, *_ = path(t.double())
+    distance = (xt.double()[:, None] - alpha[:, None, None] * bank.rows.double()).square().sum(2)
+    log_z = torch.logsumexp(-distance / (2 * sigma[:, None] ** 2), 1)
+    torch.testing.assert_close(post.log_evidence, log_z, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(post.entropy, torch.special.entr(weights).sum(1))
+    torch.testing.assert_close(post.ess, 1 / weights.square().sum(1))
+    top = weights.topk(4, 1).values
+    torch.testing.assert_close(post.weights, top)
+    torch.testing.assert_close(weights.gather(1, post.rows), top)
+    torch.testing.assert_close(post.source_weight, weights[range(4), source])
+    assert torch.equal(post.tail_mass, torch.zeros(4).double())
+
+
+def test_class_wise_equals_a_bank_of_that_class():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 3, 4, generator=generator)
+    labels = torch.randint(0, 4, (90,), generator=generator) * 10 - 7
+    bank = LatentBank(x, labels)
+    assert bank.classes == sorted(set(labels.tolist()))
+    pick = torch.randint(0, 90, (25,), generator=generator)
+    t = torch.rand(25, generator=generator) * 0.6
+    xt = LinearPath().interpolate(torch.randn(25, 3, 4, generator=generator), x[pick], t)
+    for asked in (labels[pick], labels[pick].tolist()):
+        post = Oracle(bank).posterior(xt, t, asked, k=2)
+        for i, label in enumerate(labels[pick].tolist()):
+            alone = Oracle(LatentBank(x[labels == label])).posterior(
+                xt[i : i + 1], t[i : i + 1], k=2
+            )
+            torch.testing.assert_close(post.mean[i], alone.mean[0], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(post.entropy[i], alone.entropy[0], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(post.weights[i], alone.weights[0], rtol=1e-9, atol=1e-9)
+            rows = bank.index[post.rows[i]]
+            assert torch.equal(rows, (labels == label).nonzero()[:, 0][alone.rows[0]])
+
+
+@given(st.integers(0, 10_000), st.floats(0, 0.999), st.integers(2, 30), st.integers(1, 12))
+@settings(deadline=None, max_examples=40)
+def test_permuting_or_splitting_the_bank_changes_nothing(seed, t, n, dim):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, dim, generator=generator, dtype=torch.float64)
+    times = torch.full((4,), t, dtype=torch.float64)
+    source = torch.randint(0, n, (4,), generator=generator)
+    path = LinearPath()
+    xt = path.interpolate(torch.randn(4, dim, generator=generator).double(), x[source], times)
+    whole = Oracle(LatentBank(x), path).posterior(xt, times)
+    order = torch.randperm(n, generator=generator)
+    shuffled = Oracle(LatentBank(x[order]), path).posterior(xt, times)
+    bank = LatentBank(x)
+    cuts = [0, *sorted(torch.randint(1, n, (2,), generator=generator).tolist()), n]
+    parts = [
+        exact_posterior(bank, xt, path(times), segment=slice(a, b))
+        for a, b in zip(cuts, cuts[1:], strict=False)
+        if a < b
+    ]
+    for other in (
+        shuffled,
+        merge(*parts),
+        merge(merge(*parts[1:]), parts[0]) if parts[1:] else whole,
+    ):
+        for name in ("mean", "log_evidence", "entropy", "ess", "weights"):
+            torch.testing.assert_close(
+                getattr(other, name), getattr(whole, name), rtol=1e-7, atol=1e-8, msg=name
+            )
+
+
+@given(st.integers(0, 10_000), st.floats(0.05, 0.95))
+@settings(deadline=None, max_examples=30)
+def test_paths_agree_at_equal_signal_to_noise(seed, t):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(20, 6, generator=generator, dtype=torch.float64)
+    z = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    answers = []
+    rho = float(LinearPath().snr_sqrt(torch.tensor(t, dtype=torch.float64)))
+    for path in PATHS:
+        if not float(path.snr_sqrt(torch.zeros(()))) < rho < float(path.snr_sqrt(torch.ones(()))):
+            continue
+        times = torch.full((3,), path.time_of_snr_sqrt(rho), dtype=torch.float64)
+        alpha = path(times).alpha[:, None]
+        answers.append(Oracle(LatentBank(x), path).posterior(alpha * (x[:3] + z / rho), times).mean)
+    assert len(answers) >= 3
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0], rtol=1e-8, atol=1e-9)
+
+
+def test_velocity_is_the_score_of_the_mixture():
+    # u* = (x_t + (1 - t) score) / t for the linear path: the score by autograd is independent.
+    bank = make_bank(8, n=40)
+    xt, t, _, _ = queries(bank, LinearPath(), 0.3, [5, 9, 60 % 40])
+    point = xt.double().requires_grad_()
+    s, a = 1 - t.double()[:, None, None], t.double()[:, None, None]
+    logits = -((point[:, None] - a * bank.rows.double()) ** 2 / (2 * s**2)).sum(2)
+    (score,) = torch.autograd.grad(torch.logsumexp(logits, 1).sum(), point)
+    t = t[:, None].double()
+    expected = (xt.double() + (1 - t) * score) / t
+    got = Oracle(bank).velocity(xt.double(), t[:, 0])
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_bank_of_other_precision_is_exact_for_its_own_rows(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 32, generator=generator)
+    bank = LatentBank(x, dtype=dtype)
+    rounded = LatentBank(x.to(dtype).double())
+    xt, t, _, _ = queries(LatentBank(x), LinearPath(), 0.15, list(range(20)))
+    torch.testing.assert_close(
+        Oracle(bank).posterior(xt, t).mean, Oracle(rounded).posterior(xt, t).mean
+    )
+
+
+def test_autocast_does_not_reach_the_oracle():
+    bank = make_bank(64)
+    xt, t, _, _ = queries(bank, LinearPath(), 0.3, [3, 50])
+    expected = Oracle(bank).posterior(xt, t).mean
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(Oracle(bank).posterior(xt, t).mean, expected)
+
+
+def test_far_away_mean_costs_no_digits():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 64, generator=generator, dtype=torch.float64)
+    shift = 1000.0
+    t = torch.full((20,), 0.2, dtype=torch.float64)
+    z = torch.randn(20, 64, generator=generator, dtype=torch.float64)
+    path = LinearPath()
+    near = Oracle(LatentBank(x)).posterior(path.interpolate(z, x[:20], t), t).mean
+    far = Oracle(LatentBank(x + shift)).posterior(path.interpolate(z, x[:20] + shift, t), t).mean
+    torch.testing.assert_close(far - shift, near, rtol=1e-6, atol=1e-6)
+
+
+def test_no_gradient_and_no_copies():
+    bank = make_bank(8)
+    oracle = Oracle(bank)
+    xt = torch.randn(3, 8, requires_grad=True)
+    assert not oracle.posterior(xt, torch.rand(3)).mean.requires_grad
+    assert copy.deepcopy(oracle) is oracle
+    assert copy.deepcopy(bank) is bank
+
+
+@pytest.mark.parametrize(
+    ("xt", "t", "message"),
+    [
+        (torch.zeros(4, 9), torch.zeros(4), r"Expected `xt` with shape \('B', 8\)"),
+        (torch.zeros(4, 8), torch.zeros(4, 1), r"Expected `t` with shape \(4,\), got \(4, 1\)"),
+        (
+            torch.zeros(4, 8),
+            torch.tensor([0, 0.5, 1, 1.5]),
+            r"in \[0, 1\].* from 0 to 1.5",
+        ),
+        (torch.zeros(4, 8), torch.tensor([0, 0.5, -1, 1]), r"in \[0, 1\].*from -1 to 1"),
+        (torch.zeros(4, 8), torch.full((4,), torch.nan), r"in \[0, 1\]"),
+    ],
+)
+def test_bad_queries_are_refused(xt, t, message):
+    with pytest.raises(ValueError, match=message):
+        Oracle(make_bank(8)).posterior(xt, t)
+
+
+def test_bad_labels_are_refused():
+    bank = LatentBank(torch.randn(6, 8), torch.tensor([3, 3, 4, 4, 9, 9]))
+    oracle, xt, t = Oracle(bank), torch.zeros(2, 8), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"Class 5 is not in the bank, which has 3 classes from 3"):
+        oracle.posterior(xt, t, torch.tensor([3, 5]))
+    with pytest.raises(ValueError, match=r"Expected `labels` with shape \(2,\)"):
+        oracle.posterior(xt, t, [3])
+    with pytest.raises(ValueError, match="built without labels"):
+        Oracle(make_bank(8)).posterior(xt, t, [3, 4])
+    with pytest.raises(ValueError, match="chunk_size"):
+        Oracle(bank, chunk_size=0)
+    with pytest.raises(ValueError, match="Expected `x1` with the shape"):
+        oracle.correction(xt, t, xt[:1])

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 TIME_LABEL = "t   (0 = noise, 1 = data)"
-_NAVIGATION, _REFINEMENT, _PREDICTED = "tab:blue", "tab:orange", "0.45"
+_MIDPOINT, _COLLAPSED, _PREDICTED = "tab:green", "tab:purple", "0.45"
 
 
 def render(figure: Figure) -> np.ndarray:
@@ -43,7 +43,7 @@ def draw_boundary(axes: Axes, boundary: StageBoundary, predicted: float) -> None
         ("midpoint", boundary.midpoint, boundary.midpoint_low, boundary.midpoint_high),
         ("collapsed", boundary.collapsed, boundary.collapsed_low, boundary.collapsed_high),
     )
-    for (name, at, low, high), colour in zip(lines, (_NAVIGATION, _REFINEMENT), strict=True):
+    for (name, at, low, high), colour in zip(lines, (_MIDPOINT, _COLLAPSED), strict=True):
         if np.isfinite(at):
             axes.axvspan(low, high, color=colour, alpha=0.18, lw=0)
             axes.axvline(at, color=colour, lw=1.2, label=f"{name}  t = {at:.3f}")
@@ -123,17 +123,18 @@ def heatmap_figure(
     """
     figure = new_figure()
     axes = figure.add_subplot()
+    # A probe stands for the steps until the next one.
     at = np.asarray(steps, dtype=float)
-    width = np.diff(at).mean() if len(at) > 1 else 1.0
-    between = np.concatenate([[at[0] - width / 2], (at[1:] + at[:-1]) / 2, [at[-1] + width / 2]])
-    mesh = axes.pcolormesh(between, edges, top1.T, vmin=0, vmax=1, cmap="viridis")
-    axes.plot(at, midpoints, "w.-", lw=1, ms=4, label="midpoint")
+    width = at[-1] - at[-2] if len(at) > 1 else 1.0
+    mesh = axes.pcolormesh([*at, at[-1] + width], edges, top1.T, vmin=0, vmax=1, cmap="viridis")
+    middles = at + np.diff([*at, at[-1] + width]) / 2
+    axes.plot(middles, midpoints, "w.-", lw=1, ms=4, label="midpoint")
     axes.set(
         xlabel="training step",
         ylabel=TIME_LABEL,
         title="Posterior concentration while training",
         ylim=(0, 1),
     )
-    axes.legend(loc="upper right", fontsize=8)
+    axes.legend(loc="upper right", fontsize=8, facecolor="0.4", labelcolor="w")
     figure.colorbar(mesh, label="mean largest posterior weight")
     return figure

@@ -1,0 +1,74 @@
+# `make` alone lists the targets: each line that has a `## ` comment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The four folders in their installed layout, for tools that cannot follow an editable install.
+TREE := build/tree
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint types bench docs tree clean distclean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.recipes ## train a small model on photos, with the stage monitors on
+	$(BIN)/stagewise train experiment=photos
+
+test: $(VENV)/.dev ## run the tests
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	@$(MAKE) --no-print-directory types
+
+bench: $(VENV)/.recipes ## time the oracle and its engines
+	$(BIN)/python benchmarks/oracle.py
+
+docs: $(VENV)/.docs tree ## write the API documentation to build/docs
+	$(BIN)/pdoc --docformat google --math -o build/docs ./$(TREE)/stagewise
+
+clean: ## remove what was built (make clean keeps .venv, make distclean removes it)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## remove what was built and .venv
+	rm -rf $(VENV)
+
+# mypy reads the tree, a reader has the folders: translate the paths it prints.
+types: $(VENV)/.dev tree
+	@echo "$(BIN)/mypy"
+	@MYPYPATH=$(TREE) $(BIN)/mypy -p stagewise > build/mypy.txt; code=$$?; \
+	sed -E -e 's#^$(TREE)/##' -e 's#^stagewise/(losses|callbacks|recipes)/#\1/#' build/mypy.txt; \
+	exit $$code
+
+# Times are kept (-p): that is how mypy knows what it need not read again.
+tree:
+	@rm -rf $(TREE)
+	@mkdir -p $(TREE)
+	@cp -Rp stagewise $(TREE)/
+	@cp -Rp losses callbacks recipes $(TREE)/stagewise/
+
+# One file for each set of extras says that it is installed. They depend on pyproject.toml, so that
+# a second call installs nothing and a changed dependency is fetched.
+#
+# Bytecode is written for what is imported, when it is first imported: compiling all of torch while
+# installing costs half a minute.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(BIN)/pip install --no-compile --editable
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.recipes: pyproject.toml | $(BIN)/pip
+	$(INSTALL) '.[recipes]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/pip
+	$(INSTALL) '.[dev]'
+	@touch $@ $(VENV)/.recipes
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/pip
+	$(INSTALL) '.[recipes,docs]'
+	@touch $@ $(VENV)/.recipes

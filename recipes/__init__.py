@@ -1,0 +1,1 @@
+"""Runnable recipes: Hydra configurations and the few modules that they put together."""

@@ -1,0 +1,27 @@
+"""The `stagewise` command: `stagewise <command> ...`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+__all__ = ["main"]
+
+_COMMANDS = {"train": ("stagewise.recipes.train", "train a recipe, with the stage monitors on")}
+
+
+def main() -> None:
+    """Hands the arguments after the command to its module."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in _COMMANDS:
+        module, _ = _COMMANDS[name]
+        sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+        import_module(module).main()
+        return
+    width = max(map(len, _COMMANDS))
+    lines = [f"  {command:{width}}  {about}" for command, (_, about) in _COMMANDS.items()]
+    usage = "\n".join(["usage: stagewise <command> [arguments]", "", "commands:", *lines])
+    if name in ("-h", "--help"):
+        print(usage)
+        return
+    sys.exit(f"stagewise: there is no command {name!r}.\n{usage}")

@@ -1,0 +1,278 @@
+"""What a recipe says at its end: loss by t and by stage, train against held out, and samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stagewise.callbacks import PosteriorMonitor
+from stagewise.callbacks.figures import TIME_LABEL, draw_boundary, new_figure, render
+from stagewise.recipes.module import FlowMatchingModule
+from stagewise.sampling import guided, model_velocity, sample
+
+__all__ = ["evaluate", "loss_by_time", "sample_grid", "stage_table"]
+
+
+@torch.no_grad()
+def loss_by_time(
+    module: FlowMatchingModule,
+    dataset: Dataset[tuple[Tensor, Tensor]],
+    queries: int,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The objective of single samples at times spread evenly over [0, 1].
+
+    Args:
+        module: The trained module; its network is put into evaluation mode.
+        dataset: Items `(x_1, label)`.
+        queries: How many (sample, t) pairs.
+        seed: Of samples, times and noise, default 0.
+        batch_size: Default 256.
+
+    Returns:
+        Times, ascending, and losses without weights, both (queries,).
+    """
+    module.eval()
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(dataset), (queries,), generator=generator)  # type: ignore[arg-type]
+    t = (torch.arange(queries) + torch.rand(queries, generator=generator)) / queries
+    losses = []
+    for first in range(0, queries, batch_size):
+        part = slice(first, first + batch_size)
+        items = [dataset[int(row)] for row in rows[part]]
+        x1 = torch.stack([x for x, _ in items])
+        x0 = torch.randn(x1.shape, generator=generator).to(module.device)
+        labels = torch.stack([torch.as_tensor(label) for _, label in items]).to(module.device)
+        times = t[part].to(module.device)
+        module.objective(module.net, x1.to(module.device), labels, x0=x0, t=times)
+        losses.append(module.objective.last.loss.cpu())
+    return t.numpy(), torch.cat(losses).numpy()
+
+
+def stage_table(
+    monitor: PosteriorMonitor, train: tuple[np.ndarray, ...], held_out: tuple[np.ndarray, ...]
+) -> list[dict[str, float | str]]:
+    """Mean losses in navigation, transition and refinement.
+
+    Args:
+        monitor: A monitor that has probed; gives the boundaries and MSE(conditional, oracle),
+            which no model can go below on the training set.
+        train: Times and losses on training samples.
+        held_out: The same on held-out samples.
+
+    Returns:
+        One row for each stage: its name, from, to, and the mean losses.
+    """
+    assert monitor.boundary is not None
+    assert monitor.curve is not None
+    middle = np.nan_to_num(monitor.boundary.midpoint, nan=1.0)
+    late = np.nan_to_num(monitor.boundary.collapsed, nan=1.0)
+    grid = (np.arange(4000) + 0.5) / 4000
+    floor = np.interp(
+        grid, monitor.curve.times.numpy(), monitor.curve.mean("target_difference").numpy()
+    )
+
+    def mean(t: np.ndarray, value: np.ndarray, low: float, high: float) -> float:
+        inside = (t >= low) & (t < high)
+        return float(value[inside].mean()) if inside.any() else math.nan
+
+    edges = [("navigation", 0.0, middle), ("transition", middle, late), ("refinement", late, 1.0)]
+    return [
+        {
+            "stage": name,
+            "from": low,
+            "to": high,
+            "train": mean(*train, low, high),
+            "held_out": mean(*held_out, low, high),
+            "floor": mean(grid, floor, low, high),
+        }
+        for name, low, high in [*edges, ("all t", 0.0, 1.0)]
+        if high > low
+    ]
+
+
+def _print_table(monitor: PosteriorMonitor, rows: list[dict[str, Any]]) -> None:
+    b = monitor.boundary
+    assert b is not None
+    print(f"\n{'stage boundary':28}{'t':>7}   95 % interval     (t = 0 is noise)")
+    print(f"{'  predicted from spectrum':28}{monitor.predicted:7.3f}")
+    for name, at, low, high in (
+        ("  midpoint  (top-1 = 0.50)", b.midpoint, b.midpoint_low, b.midpoint_high),
+        ("  collapsed (top-1 = 0.99)", b.collapsed, b.collapsed_low, b.collapsed_high),
+    ):
+        print(f"{name:28}{at:7.3f}   [{low:.3f}, {high:.3f}]")
+    print(f"\n{'loss by stage':14}{'t from':>8}{'to':>8}{'train':>9}{'held out':>10}{'floor':>9}")
+    for row in rows:
+        print(
+            f"  {row['stage']:12}{row['from']:8.3f}{row['to']:8.3f}{row['train']:9.4f}"
+            f"{row['held_out']:10.4f}{row['floor']:9.4f}"
+        )
+    print(
+        "floor = MSE(conditional, oracle): the part of the training loss that no model can remove."
+    )
+
+
+def _loss_figure(
+    monitor: PosteriorMonitor | None,
+    curves: dict[str, tuple[np.ndarray, np.ndarray]],
+    bins: int = 32,
+) -> Figure:
+    figure = new_figure()
+    axes = figure.add_subplot()
+    centres = (np.arange(bins) + 0.5) / bins
+    for name, (t, loss) in curves.items():
+        groups = [loss[np.minimum((t * bins).astype(int), bins - 1) == i] for i in range(bins)]
+        error = [2 * group.std() / max(1, len(group)) ** 0.5 for group in groups]
+        means = [group.mean() if len(group) else math.nan for group in groups]
+        axes.errorbar(centres, means, error, fmt=".-", ms=4, lw=1.3, label=name)
+    if monitor is not None and monitor.curve is not None and monitor.boundary is not None:
+        curve = monitor.curve
+        axes.plot(
+            curve.times.numpy(),
+            curve.mean("target_difference").numpy(),
+            color="0.5",
+            lw=1.3,
+            label="floor: MSE(conditional, oracle)",
+        )
+        draw_boundary(axes, monitor.boundary, monitor.predicted)
+    axes.set(
+        xlabel=TIME_LABEL,
+        ylabel="flow-matching loss per number",
+        title="Loss by t after training (averaged weights; bars: 2 standard errors)",
+        xlim=(0, 1),
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def sample_grid(real: Tensor, generated: Tensor, names: Sequence[str], title: str) -> Figure:
+    """Training samples beside generated ones, a row for each class.
+
+    Args:
+        real: Images in [-1, 1], (classes, n, 3, H, W).
+        generated: The same, (classes, m, 3, H, W).
+        names: Names of the classes.
+        title: Title of the generated half.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(9, 0.62 * len(names) + 0.8), dpi=110, layout="constrained")
+    axes = figure.subplots(len(names), 2, squeeze=False)
+    for row, name in enumerate(names):
+        for column, images in enumerate((real[row], generated[row])):
+            strip = torch.nn.functional.pad(images, (0, 1, 0, 1), value=1.0)
+            picture = strip.permute(2, 0, 3, 1).flatten(1, 2).clamp(-1, 1) / 2 + 0.5
+            axes[row, column].imshow(picture.cpu().numpy(), interpolation="nearest")
+            axes[row, column].set(xticks=[], yticks=[])
+            axes[row, column].spines[:].set_visible(False)
+        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center")
+    axes[0, 0].set_title("training patches", fontsize=10)
+    axes[0, 1].set_title(title, fontsize=10)
+    return figure
+
+
+@torch.no_grad()
+def _samples(
+    module: FlowMatchingModule,
+    data: Any,
+    per_class: int,
+    cfg_scale: float,
+    method: str,
+    steps: int,
+) -> Figure:
+    module.eval()
+    objective, classes = module.objective, len(data.class_names)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(classes * per_class, *data.shape, generator=generator).to(module.device)
+    labels = torch.arange(classes, device=module.device).repeat_interleave(per_class)
+
+    def velocity(labels: Tensor | None) -> Any:
+        return model_velocity(
+            lambda xt, time: module.net(xt, time, labels),
+            path=objective.path,
+            prediction=objective.prediction,
+            convention=objective.convention,
+        )
+
+    images = sample(
+        guided(velocity(labels), velocity(None), cfg_scale), noise, method=method, steps=steps
+    )
+    x1, y = data.train.tensors
+    real = torch.stack([x1[y == label][:per_class] for label in range(classes)])
+    return sample_grid(
+        real,
+        images.reshape(classes, per_class, *data.shape),
+        data.class_names,
+        f"samples ({method}, {steps} steps, guidance {cfg_scale:g})",
+    )
+
+
+def evaluate(
+    module: FlowMatchingModule,
+    data: Any,
+    monitor: PosteriorMonitor | None,
+    loggers: Sequence[Logger],
+    step: int,
+    run_dir: Path,
+    *,
+    queries: int,
+    samples_per_class: int,
+    cfg_scale: float,
+    method: str,
+    steps: int,
+) -> dict[str, Any]:
+    """Prints the table, and saves and logs the pictures.
+
+    Args:
+        module: The trained module (with averaged weights, if a callback averages them).
+        data: A data module with `train`, `held_out`, `class_names` and `shape`.
+        monitor: The run's monitor, or None: then without boundaries and floor.
+        loggers: Of the trainer; TensorBoard's get the pictures.
+        step: The last step.
+        run_dir: Where the PNGs go.
+        queries: (sample, t) pairs for the loss by t, of each split.
+        samples_per_class: Generated samples of each class.
+        cfg_scale: Guidance scale.
+        method: Solver.
+        steps: Its steps.
+
+    Returns:
+        `stages`, the rows of the table (empty without monitor), and the mean losses.
+    """
+    curves = {
+        "training samples": loss_by_time(module, data.train, queries),
+        "held-out samples": loss_by_time(module, data.held_out, queries),
+    }
+    train, held_out = curves.values()
+    rows: list[dict[str, Any]] = []
+    if monitor is not None and monitor.curve is not None:
+        rows = stage_table(monitor, train, held_out)
+        _print_table(monitor, rows)
+    pictures = {
+        "loss_by_t": _loss_figure(monitor, curves),
+        "samples": _samples(module, data, samples_per_class, cfg_scale, method, steps),
+    }
+    for name, figure in pictures.items():
+        image = render(figure)
+        Image.fromarray(image).save(run_dir / f"{name}.png")
+        for logger in loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(f"evaluation/{name}", image, step, dataformats="HWC")
+    return {
+        "stages": rows,
+        "train_loss": float(train[1].mean()),
+        "held_out_loss": float(held_out[1].mean()),
+    }

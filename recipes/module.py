@@ -1,0 +1,69 @@
+"""The LightningModule of the recipes: a network, an objective, and nothing about stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from stagewise.losses import FlowMatchingLoss
+
+__all__ = ["FlowMatchingModule"]
+
+
+class FlowMatchingModule(L.LightningModule):
+    """Trains `net(xt, t, labels)` with `objective` on batches `(x_1, labels)`.
+
+    Logs `train/loss` and, over the validation set with fixed noise and times, `val/loss`.
+
+    Args:
+        net: The network.
+        objective: The objective.
+        lr: Peak learning rate of AdamW, default 1e-3.
+        betas: AdamW's betas, default (0.9, 0.95).
+        weight_decay: Default 0.
+        warmup_steps: Steps over which the rate grows linearly to `lr`, default 100.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        objective: FlowMatchingLoss,
+        lr: float = 1e-3,
+        betas: Sequence[float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        warmup_steps: int = 100,
+    ) -> None:
+        super().__init__()
+        self.net, self.objective = net, objective
+        self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
+        self.warmup_steps = warmup_steps
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """One batch of the objective."""
+        x1, labels = batch
+        loss = self.objective(self.net, x1, labels)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """The same on held-out samples; noise and times depend on the batch only."""
+        x1, labels = batch
+        generator = torch.Generator(self.device).manual_seed(batch_idx)
+        loss = self.objective(self.net, x1, labels, generator=generator)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(x1), sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        """AdamW with a linear warm-up."""
+        optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / self.warmup_steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }

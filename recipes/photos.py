@@ -1,0 +1,283 @@
+"""A real image data set that needs no download: patches of photographs shipped inside wheels.
+
+The wheels of scikit-image and scikit-learn carry seven colour photographs of everyday scenes:
+
+    astronaut   512 x 512   scikit-image      motorcycle  500 x 741   scikit-image
+    chelsea     300 x 451   scikit-image      china       427 x 640   scikit-learn
+    coffee      400 x 600   scikit-image      flower      427 x 640   scikit-learn
+    rocket      427 x 640   scikit-image
+
+Left out are the grey and synthetic images, those from microscope, fundus camera and telescope
+(nearly all of one texture), and the right half of the stereo pair, which shows the motorcycle
+again and would carry held-out content into the training set.
+
+`PhotoPatches` cuts them into small patches, labelled by photograph:
+
+* **Held out by region.** A grid of `block` x `block` tiles covers each photograph (the last row
+  and column hold what is left). A seeded share of the tiles is held out, and a patch never
+  leaves its tile, so no held-out pixel was trained on.
+* **Equal shares.** Every photograph gives the same number of patches, whatever its area: the
+  classes are balanced, and so are the banks of a class-wise oracle.
+* **Full resolution, no flat patches.** 36 % of a blind draw is sky, backdrop or blur, with a
+  contrast below 0.05. Such patches are near-copies of one another: their posterior hardly
+  concentrates and hides the stages of all the rest. So a patch needs a contrast of
+  `min_contrast`. Halving the resolution instead would leave 23 % flat, and a quarter of the
+  pixels, each of them in some sixteen of 20 000 patches.
+"""
+
+from __future__ import annotations
+
+__all__ = ["PhotoPatches", "photographs"]
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+# name -> (import name, distribution, file inside the package)
+_FILES = {
+    "astronaut": ("skimage", "scikit-image", "data/astronaut.png"),
+    "chelsea": ("skimage", "scikit-image", "data/chelsea.png"),
+    "coffee": ("skimage", "scikit-image", "data/coffee.png"),
+    "rocket": ("skimage", "scikit-image", "data/rocket.jpg"),
+    "motorcycle": ("skimage", "scikit-image", "data/motorcycle_left.png"),
+    "china": ("sklearn", "scikit-learn", "datasets/images/china.jpg"),
+    "flower": ("sklearn", "scikit-learn", "datasets/images/flower.jpg"),
+}
+_SPLITS = ("train", "held_out")
+
+
+def photographs() -> dict[str, np.ndarray]:
+    """Read the photographs from the installed wheels; nothing is imported or downloaded.
+
+    Returns:
+        Name to photograph, `(H, W, 3)` uint8, always in the same order.
+
+    Raises:
+        ModuleNotFoundError: If scikit-image or scikit-learn is not installed.
+        FileNotFoundError: If an installed release no longer ships a photograph.
+    """
+    return {name: _read(name, *where) for name, where in _FILES.items()}
+
+
+class PhotoPatches(L.LightningDataModule):
+    """Patches of photographs: items `(x_1, label)`, `(3, patch, patch)` in [-1, 1] and int64.
+
+    Everything lies in memory, as the `TensorDataset`s `train` and `held_out`. Building and
+    shuffling use generators of their own: the global one is left alone. The one that shuffles
+    is saved with a checkpoint, so a resumed run sees the batches it would have seen.
+
+    Args:
+        patch: Side of a patch, in pixels.
+        train_size: Number of training patches, over all photographs.
+        held_out_size: Number of held-out patches, over all photographs.
+        block: Side of a tile, in pixels. Larger tiles leave more positions for a patch, and
+            keep held-out patches farther from trained pixels.
+        held_out_share: Share of the tiles of every photograph that is held out, in (0, 1).
+        min_contrast: Least standard deviation of a patch over its pixels, averaged over the
+            colours, on the scale of [-1, 1]. 0 takes flat patches too.
+        batch_size: Batch size of both loaders.
+        seed: Seed of tiles, positions and shuffling. Which tiles are held out does not depend
+            on the two sizes.
+        num_workers: Worker processes of both loaders.
+
+    Raises:
+        ValueError: If an argument is out of range; from `setup`, if a photograph has too few
+            tiles or positions for what is asked.
+    """
+
+    train: TensorDataset
+    held_out: TensorDataset
+
+    def __init__(
+        self,
+        patch: int = 16,
+        train_size: int = 20_000,
+        held_out_size: int = 2_000,
+        block: int = 64,
+        held_out_share: float = 0.2,
+        min_contrast: float = 0.05,
+        batch_size: int = 128,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = {"train_size": train_size, "held_out_size": held_out_size}
+        for name, value in {"patch": patch, "batch_size": batch_size, **sizes}.items():
+            if value < 1:
+                raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
+        if patch > block:
+            raise ValueError(
+                f"Expected `patch` of at most `block`, since a patch lies inside one tile; "
+                f"got patch={patch}, block={block}."
+            )
+        if not 0 < held_out_share < 1:
+            raise ValueError(f"Expected `held_out_share` in (0, 1), got {held_out_share}.")
+        if min_contrast < 0:
+            raise ValueError(f"Expected `min_contrast` of at least 0, got {min_contrast}.")
+        if batch_size > train_size:
+            raise ValueError(
+                f"Expected `batch_size` of at most `train_size`, since the last, smaller batch "
+                f"is dropped; got batch_size={batch_size}, train_size={train_size}."
+            )
+        self.patch = patch
+        self.sizes = (train_size, held_out_size)
+        self.block = block
+        self.held_out_share = held_out_share
+        self.min_contrast = min_contrast
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self._generator = torch.Generator().manual_seed(seed)
+        self._positions: dict[str, np.ndarray] = {}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the photographs; a label is an index into them."""
+        return tuple(_FILES)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one patch, `(3, patch, patch)`."""
+        return 3, self.patch, self.patch
+
+    def positions(self, split: str) -> np.ndarray:
+        """Where the patches of a split were taken, in the order of its data set.
+
+        Args:
+            split: `"train"` or `"held_out"`.
+
+        Returns:
+            `(N, 3)` int64: index of the photograph, row and column of the top left pixel.
+        """
+        if split not in _SPLITS:
+            raise ValueError(f"Expected `split` to be one of {_SPLITS}, got {split!r}.")
+        self.setup()
+        return self._positions[split]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Cut the patches, once, for every stage alike."""
+        if self._positions:
+            return
+        images = list(photographs().values())
+        corners = [self._corners(label, image) for label, image in enumerate(images)]
+        for split, parts in zip(_SPLITS, zip(*corners, strict=True), strict=True):
+            labels = np.repeat(np.arange(len(images)), [len(part) for part in parts])
+            patches = np.concatenate(
+                [
+                    _windows(image, self.patch)[part[:, 0], part[:, 1]]
+                    for image, part in zip(images, parts, strict=True)
+                ]
+            )
+            x_1 = torch.from_numpy(patches).float().div_(127.5).sub_(1)
+            setattr(self, split, TensorDataset(x_1, torch.from_numpy(labels)))
+            self._positions[split] = np.column_stack([labels, np.concatenate(parts)])
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches of `train`; the last, smaller one is dropped."""
+        return self._loader(self.train, self._generator, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """All of `held_out`, in a fixed order."""
+        # Even a loader that does not shuffle draws a seed when iterated: from here, then,
+        # neither from the global generator nor from the one whose state is saved.
+        generator = torch.Generator().manual_seed(self.seed)
+        return self._loader(self.held_out, generator, shuffle=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the shuffling."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on shuffling where `state_dict` was taken."""
+        self._generator.set_state(state_dict["generator"])
+
+    def _loader(self, data: TensorDataset, generator: torch.Generator, shuffle: bool) -> DataLoader:
+        return DataLoader(
+            data,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            num_workers=self.num_workers,
+            generator=generator,
+        )
+
+    def _corners(self, label: int, image: np.ndarray) -> list[np.ndarray]:
+        """Draw the top left pixels, `(N, 2)` for each split, in one photograph."""
+        # One generator per photograph, and the tiles before the patches: the held-out region
+        # then stays the same when more or fewer patches are asked for.
+        rng = np.random.default_rng([self.seed, label])
+        usable = _contrast(image, self.patch) >= self.min_contrast
+        for axis in (0, 1):
+            inside = np.arange(usable.shape[axis]) % self.block <= self.block - self.patch
+            usable &= np.expand_dims(inside, 1 - axis)
+        corners = np.argwhere(usable)
+        row, column = (corners // self.block).T
+        tile = row * image.shape[1] + column
+        tiles = rng.permutation(np.unique(tile))
+        name = self.class_names[label]
+        if len(tiles) < 2:
+            raise ValueError(
+                f"Expected at least 2 tiles with usable patches in {name!r}, got {len(tiles)}; "
+                f"lower `patch`, `block` or `min_contrast`."
+            )
+        count = min(max(round(self.held_out_share * len(tiles)), 1), len(tiles) - 1)
+        held_out = np.isin(tile, tiles[:count])
+
+        chosen = []
+        for split, total, mask in zip(_SPLITS, self.sizes, (~held_out, held_out), strict=True):
+            pool = corners[mask]
+            size = len(range(label, total, len(_FILES)))  # equal shares, up to the remainder
+            if size > len(pool):
+                raise ValueError(
+                    f"Asked for {size} {split} patches of {name!r}, which has {len(pool)} "
+                    f"positions for them; lower `{split}_size` or `min_contrast`, or change "
+                    f"`held_out_share`."
+                )
+            chosen.append(pool[rng.choice(len(pool), size, replace=False)])
+        return chosen
+
+
+def _read(name: str, package: str, distribution: str, file: str) -> np.ndarray:
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            f"The photograph {name!r} lies inside {distribution}, which is not installed: "
+            f"pip install {distribution}"
+        )
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected the photograph {name!r} at {path}, but this release of {distribution} "
+            f"does not ship it; install another one: pip install --upgrade {distribution}"
+        )
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _windows(image: np.ndarray, patch: int) -> np.ndarray:
+    """All patches as a view: `(H, W, 3)` to `(H - patch + 1, W - patch + 1, 3, patch, patch)`."""
+    return sliding_window_view(image, (patch, patch), axis=(0, 1))
+
+
+def _contrast(image: np.ndarray, patch: int) -> np.ndarray:
+    """Standard deviation of every patch, averaged over the colours, for pixels in [-1, 1]."""
+    # Integer moments over a summed-area table: exact, so a constant patch has contrast 0.
+    pixels = image.astype(np.int64)
+    n = patch * patch
+    variance = n * _window_sums(pixels**2, patch) - _window_sums(pixels, patch) ** 2
+    return np.sqrt(variance).mean(-1) / (n * 127.5)
+
+
+def _window_sums(values: np.ndarray, patch: int) -> np.ndarray:
+    """Sum of `(H, W, C)` over every patch x patch window, `(H - patch + 1, W - patch + 1, C)`."""
+    for axis in (0, 1):
+        total = np.insert(values.cumsum(axis), 0, 0, axis=axis).swapaxes(0, axis)
+        values = (total[patch:] - total[:-patch]).swapaxes(0, axis)
+    return values

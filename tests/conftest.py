@@ -1,0 +1,157 @@
+"""What the tests of the callbacks share: small runs of a small model.
+
+The helpers are fixtures because a file of tests is not importable from another one under
+`--import-mode=importlib`.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from stagewise.batches import find_sample
+from stagewise.callbacks import figures, writer
+from stagewise.losses import FlowMatchingLoss
+
+DIM = 6
+
+
+class TinyFlow(pl.LightningModule):
+    """Flow matching with a perceptron and dropout, all of it drawn from the global generator.
+
+    With `seeded=True` the draws depend on the batch's place in training alone, so that a run that
+    stops and resumes can be compared with one that does not.
+    """
+
+    def __init__(self, *, seeded: bool = False, fail_at: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(
+            nn.Linear(DIM + 1, 16), nn.SiLU(), nn.Dropout(0.0 if seeded else 0.1), nn.Linear(16, DIM)
+        )
+        self.loss = FlowMatchingLoss()
+        self.seeded, self.fail_at = seeded, fail_at
+        self.calls = 0
+
+    def training_step(self, batch, batch_idx):
+        self.calls += 1
+        step = self.trainer.global_step
+        if step == self.fail_at:
+            raise PowerCut
+        generator = torch.Generator().manual_seed(1000 * step + batch_idx) if self.seeded else None
+        x1 = find_sample(batch)[0]
+        return self.loss(
+            lambda xt, t: self.net(torch.cat([xt, t[:, None].to(xt)], 1)), x1, generator=generator
+        )
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class PowerCut(RuntimeError):
+    """What stops a run in the middle."""
+
+
+@pytest.fixture
+def tiny_flow():
+    """The class `TinyFlow`."""
+    return TinyFlow
+
+
+@pytest.fixture
+def power_cut():
+    """The exception that `TinyFlow(fail_at=step)` raises."""
+    return PowerCut
+
+
+@pytest.fixture
+def weights():
+    """All parameters of a module as one vector."""
+    return lambda module: torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
+
+
+@pytest.fixture
+def make_data():
+    """`make_data(n, classes=0)`: samples (n, DIM) and, if there are classes, their labels."""
+
+    def make(n=64, classes=0):
+        draws = torch.Generator().manual_seed(11)
+        x = torch.randn(n, DIM, generator=draws)
+        labels = torch.randint(classes, (n,), generator=draws) if classes else None
+        return x, labels
+
+    return make
+
+
+@pytest.fixture
+def make_loader():
+    """`make_loader(x, labels=None, ...)`: a loader over tensors."""
+
+    def make(x, labels=None, *, batch_size=8, **options):
+        tensors = (x,) if labels is None else (x, labels)
+        return DataLoader(TensorDataset(*tensors), batch_size=batch_size, **options)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """`make_trainer(*callbacks, ...)`: a quiet trainer on the CPU that writes to `tmp_path`."""
+
+    def make(*callbacks, **options):
+        defaults = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "default_root_dir": tmp_path,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "max_steps": 4,
+        }
+        return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
+
+    return make
+
+
+@pytest.fixture
+def read_stages():
+    """`read_stages(folder)`: the header and the probes of a stages.jsonl, parsed strictly."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    def read(folder):
+        text = (Path(folder) / "stages.jsonl").read_text()
+        header, *probes = (json.loads(line, parse_constant=refuse) for line in text.splitlines())
+        return header, probes
+
+    return read
+
+
+@pytest.fixture
+def quick_figures(monkeypatch):
+    """Pictures stay empty; drawing them would take most of the time of a small run."""
+    for name in ("concentration_figure", "target_difference_figure", "heatmap_figure"):
+        monkeypatch.setattr(figures, name, lambda *_: Figure())
+    monkeypatch.setattr(writer, "render", lambda _: np.zeros((2, 3, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def lightning_log(caplog):
+    """`caplog` with the messages of Lightning, which may not reach the root logger."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.addHandler(caplog.handler)
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)

@@ -36,8 +36,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     module = instantiate(
         config.module, net=instantiate(config.net), objective=instantiate(config.objective)
     )
-    callbacks = [instantiate(callback) for callback in (config.callbacks or {}).values()]
-    loggers = [instantiate(logger) for logger in (config.logger or {}).values()]
+    callbacks = [instantiate(callback) for callback in config.get("callbacks", {}).values()]
+    loggers = [instantiate(logger) for logger in config.get("logger", {}).values()]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     start = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=config.ckpt_path)

@@ -61,7 +61,7 @@ class Posterior:
         """The posterior over a block of rows, from the rows and their `l_i`.
 
         Args:
-            logits: `l_i`, (B, C). Finite, or -inf for rows that are left out.
+            logits: `l_i`, (B, C), finite. Overwritten: at this size a pass over memory counts.
             x: The rows, (C, D), of the same dtype.
             k: How many of the largest weights to keep, at most C of them.
             first_row: Row number of `x[0]`, default 0.
@@ -69,17 +69,15 @@ class Posterior:
         Returns:
             The posterior, with `mean` of shape (B, D).
         """
-        top, rows = logits.topk(min(k, logits.shape[1]), dim=1)
+        top, rows = logits.topk(min(k, logits.shape[1]), dim=1) if k > 1 else logits.max(1, True)
         peak = top[:, :1]
-        shifted = logits - peak
+        shifted = logits.sub_(peak)
         gamma = shifted.exp()
         z = gamma.sum(1)
-        # A row that is left out has gamma = 0 and l = -inf; its gamma * l counts as 0.
-        spread = torch.einsum("bc,bc->b", gamma, shifted.clamp_min(torch.finfo(logits.dtype).min))
         return cls(
             mean=gamma @ x / z[:, None],
             log_evidence=peak[:, 0] + z.log(),
-            entropy=z.log() - spread / z,
+            entropy=z.log() - torch.einsum("bc,bc->b", gamma, shifted) / z,
             ess=z**2 / torch.einsum("bc,bc->b", gamma, gamma),
             weights=(top - peak).exp() / z[:, None],
             rows=rows + first_row,

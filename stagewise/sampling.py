@@ -20,6 +20,9 @@ from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction,
 
 __all__ = ["Velocity", "guided", "model_velocity", "sample"]
 
+_FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
+_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From `x_t`, (B, *), and t, (B,), to the velocity, (B, *)."""
 
@@ -97,8 +100,9 @@ def sample(
     Args:
         velocity: `u(x_t, t)`.
         x0: State at `start`, noise if that is 0, (B, *).
-        method: A solver of torchdiffeq: "euler", "midpoint", "heun2", "rk4" with fixed steps, or
-            "dopri5" and others, which choose their own; default "midpoint".
+        method: A solver of torchdiffeq: "euler", "midpoint", "heun2", "heun3" or "rk4" with fixed
+            steps, or "dopri5", "dopri8", "bosh3", "fehlberg2" or "adaptive_heun", which choose
+            their own; default "midpoint".
         steps: Steps of a fixed-step solver, default 25; midpoint asks for two velocities a step.
         start: Time of `x0`, default 0.
         end: Time of the result, default 1. Predictions other than the velocity are singular there:
@@ -110,19 +114,25 @@ def sample(
         The state at `end`, (B, *).
 
     Raises:
-        ValueError: If the times are not 0 <= start < end <= 1, or `steps` is below 1.
+        ValueError: If the times are not 0 <= start < end <= 1, `steps` is below 1, or the solver
+            is none of these.
     """
     if not 0 <= start < end <= 1:
         raise ValueError(f"Expected 0 <= start < end <= 1, got {start} and {end}.")
     if steps < 1:
         raise ValueError(f"Expected `steps` of at least 1, got {steps}.")
-    # A solver that chooses its steps ignores the grid between the ends, but would return it all.
-    fixed = method in ("euler", "midpoint", "heun2", "heun3", "rk4")
-    options = {"step_size": (end - start) / steps} if fixed else None
+    times = torch.tensor([start, end], device=x0.device, dtype=torch.float32)
+    if method in _FIXED:
+        options = {"step_size": (end - start) / steps}
+    elif method in _ADAPTIVE:
+        # Left alone it steps beyond the end, where models are not trained, and interpolates back.
+        options = {"step_t": times[1:]}
+    else:
+        raise ValueError(f"Expected `method` among {_FIXED + _ADAPTIVE}, got {method!r}.")
     states = odeint(
         lambda t, x: velocity(x, t.to(x).expand(len(x))),
         x0,
-        torch.tensor([start, end], device=x0.device, dtype=torch.float32),
+        times,
         method=method,
         rtol=rtol,
         atol=atol,

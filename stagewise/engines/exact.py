@@ -17,6 +17,7 @@ fourth digit after the point of a logit; the oracle is evaluated there instead.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -82,14 +83,15 @@ def exact_posterior(
     y = xt - alpha * centre
     query = y * (alpha / sigma**2)
     offset = query @ centre + (y * y).sum(1) / (2 * path.sigma**2)
-    half_snr = (alpha / sigma) ** 2 / 2
+    half_snr = (path.alpha / path.sigma) ** 2 / 2
     post: Posterior | None = None
     for first in range(start, stop, chunk_size):
         rows = slice(first, min(first + chunk_size, stop))
         x = bank.rows[rows].to(device=xt.device, dtype=xt.dtype, non_blocking=True)
         norms = bank.sq_norms[rows].to(device=xt.device, dtype=xt.dtype, non_blocking=True)
-        logits = torch.addmm(-half_snr * norms, query, x.T) - offset[:, None]
+        logits = (query @ x.T).addr_(half_snr, norms, alpha=-1)
         part = Posterior.from_logits(logits, x, k, first)
         post = part if post is None else merge(post, part, k=k)
     assert post is not None, "no empty segment can arise: every class of a bank has rows"
-    return post
+    # The part of the logits that all rows share changes nothing but the evidence.
+    return replace(post, log_evidence=post.log_evidence - offset)

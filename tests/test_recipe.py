@@ -1,0 +1,129 @@
+"""The photos recipe, composed as the command composes it and trained for a few steps."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stagewise.recipes import cli
+from stagewise.recipes.evaluate import loss_by_time
+from stagewise.recipes.train import train
+
+SMALL = [
+    "experiment=photos",
+    "name=test",
+    "data.train_size=280",
+    "data.held_out_size=70",
+    "data.batch_size=32",
+    "net.hidden_size=32",
+    "net.depth=1",
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+    "trainer.log_every_n_steps=2",
+    "+trainer.enable_progress_bar=false",
+    "~callbacks.progress",
+    "callbacks.monitor.every_n_steps=3",
+    "+callbacks.monitor.queries=8",
+    "callbacks.ema.update_starting_at_step=0",
+    "evaluation.queries=128",
+    "evaluation.samples_per_class=2",
+    "evaluation.steps=2",
+]
+
+
+def configuration(run_dir, *overrides):
+    with initialize_config_module("stagewise.recipes", version_base="1.3"):
+        return compose("train", [*SMALL, f"run_dir={run_dir}", *overrides])
+
+
+def test_recipe_trains_reports_and_writes(tmp_path, capsys):
+    results = train(configuration(tmp_path))
+    out = capsys.readouterr().out
+    for text in ("predicted from spectrum", "midpoint", "collapsed", "held out", "floor"):
+        assert text in out
+    assert str(tmp_path) in out
+    assert results["stages"][-1]["stage"] == "all t"
+    assert 0.5 < results["train_loss"] < 3
+    for name in ("loss_by_t", "samples", "stages/concentration", "stages/heatmap"):
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png"))
+        assert picture.std() > 5, name
+        assert min(picture.shape[:2]) > 300, name
+    lines = [json.loads(line) for line in (tmp_path / "stages/stages.jsonl").open()]
+    assert [line.get("step") for line in lines] == [None, 0, 3]
+    assert lines[0]["rows"] == 280
+    assert lines[0]["class_wise"]
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "val/loss", "stagewise/midpoint"} <= set(tags["scalars"])
+    assert {"evaluation/samples", "evaluation/loss_by_t"} <= set(tags["images"])
+    assert (tmp_path / "checkpoints/last.ckpt").exists()
+    assert (tmp_path / "config.yaml").exists()
+
+
+def test_recipe_without_monitor_ema_and_logger(tmp_path, capsys):
+    off = ["~callbacks.monitor", "~callbacks.ema", "~logger"]
+    results = train(configuration(tmp_path, *off))
+    assert results["stages"] == []
+    assert (tmp_path / "loss_by_t.png").exists()
+    assert "stage boundary" not in capsys.readouterr().out
+
+
+def test_stopping_and_resuming_a_recipe_is_not_stopping(tmp_path):
+    # Stopped at the end of an epoch of 8 batches: Lightning starts an interrupted one anew.
+    train(configuration(tmp_path / "whole", "trainer.max_steps=12"))
+    train(configuration(tmp_path / "first", "trainer.max_steps=8"))
+    last = tmp_path / "first/checkpoints/last.ckpt"
+    train(configuration(tmp_path / "second", "trainer.max_steps=12", f"ckpt_path={last}"))
+    whole, second = (
+        torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)
+        for run in ("whole", "second")
+    )
+    assert whole["global_step"] == second["global_step"] == 12
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+    curves = [
+        [
+            {k: v for k, v in json.loads(line).items() if "second" not in k and "share" not in k}
+            for line in (tmp_path / run / "stages/stages.jsonl").open()
+        ]
+        for run in ("whole", "second")
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_loss_by_time_is_that_of_the_objective(tmp_path):
+    config = configuration(tmp_path)
+    data = instantiate(config.data)
+    data.setup()
+    module = instantiate(
+        config.module, net=instantiate(config.net), objective=instantiate(config.objective)
+    )
+    t, loss = loss_by_time(module, data.train, 2000)
+    assert (np.diff(t) > 0).all()
+    # The network starts at zero, so the loss is the mean square of x_1 - x_0, at every t.
+    x1 = data.train.tensors[0]
+    assert loss.mean() == pytest.approx(1 + float(x1.square().mean()), rel=0.05)
+    assert loss[:500].mean() == pytest.approx(loss[-500:].mean(), rel=0.1)
+
+
+@pytest.mark.parametrize("wrong", ["net.hiden_size=3", "experiment=cats", "nett=sit_photos"])
+def test_a_wrong_key_is_refused(tmp_path, wrong):
+    with pytest.raises(HydraException, match="hiden_size|cats|nett"):
+        configuration(tmp_path, wrong)
+
+
+def test_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stagewise"])
+    cli.main()
+    assert "train" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["stagewise", "trane"])
+    with pytest.raises(SystemExit, match="no command 'trane'"):
+        cli.main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,10 @@ __all__ = ["FlowMatchingModule"]
 class FlowMatchingModule(L.LightningModule):
     """Trains `net(xt, t, labels)` with `objective` on batches `(x_1, labels)`.
 
-    Logs `train/loss` and, over the validation set with fixed noise and times, `val/loss`.
+    Logs `train/loss` and, over the validation set with fixed noise and times, `val/loss`. Noise,
+    times and label dropout of a batch depend on the seed, the rank, the epoch and the batch, not on
+    what was drawn before, so a run that is stopped at the end of an epoch and resumed draws what it
+    would have drawn.
 
     Args:
         net: The network.
@@ -25,6 +29,7 @@ class FlowMatchingModule(L.LightningModule):
         betas: AdamW's betas, default (0.9, 0.95).
         weight_decay: Default 0.
         warmup_steps: Steps over which the rate grows linearly to `lr`, default 100.
+        seed: Of noise, times and label dropout, default 0.
     """
 
     def __init__(
@@ -35,11 +40,17 @@ class FlowMatchingModule(L.LightningModule):
         betas: Sequence[float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.net, self.objective = net, objective
         self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.seed = warmup_steps, seed
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Seeds the draws of this batch."""
+        place = (self.seed, self.global_rank, self.current_epoch, batch_idx)
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One batch of the objective."""

@@ -29,16 +29,16 @@ from __future__ import annotations
 
 __all__ = ["PhotoPatches", "photographs"]
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, SequentialSampler, TensorDataset
 
 # name -> (import name, distribution, file inside the package)
 _FILES = {
@@ -70,8 +70,8 @@ class PhotoPatches(L.LightningDataModule):
     """Patches of photographs: items `(x_1, label)`, `(3, patch, patch)` in [-1, 1] and int64.
 
     Everything lies in memory, as the `TensorDataset`s `train` and `held_out`. Building and
-    shuffling use generators of their own: the global one is left alone. The one that shuffles
-    is saved with a checkpoint, so a resumed run sees the batches it would have seen.
+    shuffling use generators of their own: the global one is left alone. The order of an epoch
+    depends on the seed and the epoch only, so a resumed run sees the batches it would have seen.
 
     Args:
         patch: Side of a patch, in pixels.
@@ -134,7 +134,6 @@ class PhotoPatches(L.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
-        self._generator = torch.Generator().manual_seed(seed)
         self._positions: dict[str, np.ndarray] = {}
 
     @property
@@ -181,31 +180,21 @@ class PhotoPatches(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of `train`; the last, smaller one is dropped."""
-        return self._loader(self.train, self._generator, shuffle=True)
+        return self._loader(self.train, _EpochShuffle(len(self.train), self.seed))
 
     def val_dataloader(self) -> DataLoader:
         """All of `held_out`, in a fixed order."""
-        # Even a loader that does not shuffle draws a seed when iterated: from here, then,
-        # neither from the global generator nor from the one whose state is saved.
-        generator = torch.Generator().manual_seed(self.seed)
-        return self._loader(self.held_out, generator, shuffle=False)
+        return self._loader(self.held_out, SequentialSampler(self.held_out))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the shuffling."""
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on shuffling where `state_dict` was taken."""
-        self._generator.set_state(state_dict["generator"])
-
-    def _loader(self, data: TensorDataset, generator: torch.Generator, shuffle: bool) -> DataLoader:
+    def _loader(self, data: TensorDataset, sampler: Sampler[int]) -> DataLoader:
         return DataLoader(
             data,
             batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle,
+            sampler=sampler,
+            drop_last=data is self.train,
             num_workers=self.num_workers,
-            generator=generator,
+            # A loader draws a seed when iterated, even in order: not from the global generator.
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def _corners(self, label: int, image: np.ndarray) -> list[np.ndarray]:
@@ -242,6 +231,23 @@ class PhotoPatches(L.LightningDataModule):
                 )
             chosen.append(pool[rng.choice(len(pool), size, replace=False)])
         return chosen
+
+
+class _EpochShuffle(Sampler[int]):
+    """A random order that depends on the seed and the epoch; Lightning calls `set_epoch`."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of `epoch`."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
 
 
 def _read(name: str, package: str, distribution: str, file: str) -> np.ndarray:

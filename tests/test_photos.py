@@ -104,17 +104,20 @@ def test_loaders(data):
     assert sum(len(x) for x, _ in data.val_dataloader()) == 300
 
 
-def test_shuffling_resumes_where_it_was_saved():
-    data = PhotoPatches(train_size=300, held_out_size=140)
-    data.setup()
-    list(data.train_dataloader())
-    state = data.state_dict()
-    list(data.val_dataloader())
-    expected = [labels for _, labels in data.train_dataloader()]
-    resumed = PhotoPatches(train_size=300, held_out_size=140)
-    resumed.setup()
-    resumed.load_state_dict(state)
-    assert all(map(torch.equal, expected, [labels for _, labels in resumed.train_dataloader()]))
+def test_order_depends_on_seed_and_epoch_only():
+    def order(epoch, seed=0, before=0):
+        data = PhotoPatches(train_size=300, held_out_size=140, seed=seed)
+        data.setup()
+        loader = data.train_dataloader()
+        for _ in range(before):
+            list(loader)
+        loader.sampler.set_epoch(epoch)
+        assert sorted(loader.sampler) == list(range(300))
+        return list(loader.sampler)
+
+    assert order(3) == order(3, before=2)
+    assert order(3) != order(4)
+    assert order(3) != order(3, seed=1)
 
 
 @pytest.mark.parametrize(

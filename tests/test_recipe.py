@@ -78,10 +78,12 @@ def test_recipe_without_monitor_ema_and_logger(tmp_path, capsys):
 
 def test_stopping_and_resuming_a_recipe_is_not_stopping(tmp_path):
     # Stopped at the end of an epoch of 8 batches: Lightning starts an interrupted one anew.
-    train(configuration(tmp_path / "whole", "trainer.max_steps=12"))
-    train(configuration(tmp_path / "first", "trainer.max_steps=8"))
+    steps = ["trainer.val_check_interval=4", "trainer.max_steps=12"]
+    train(configuration(tmp_path / "whole", *steps))
+    train(configuration(tmp_path / "first", steps[0], "trainer.max_steps=8"))
     last = tmp_path / "first/checkpoints/last.ckpt"
-    train(configuration(tmp_path / "second", "trainer.max_steps=12", f"ckpt_path={last}"))
+    assert torch.load(last, weights_only=True)["global_step"] == 8
+    train(configuration(tmp_path / "second", *steps, f"ckpt_path={last}"))
     whole, second = (
         torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)
         for run in ("whole", "second")

@@ -47,8 +47,8 @@ class PosteriorMonitor(pl.Callback):
     - `stagewise/midpoint`, `stagewise/collapsed`: t where the mean largest weight crosses 0.5 and
       0.99, each with `_low` and `_high` (95 % bootstrap). NaN while not reached.
     - `stagewise/predicted`: the boundary that the spectrum of the bank predicts.
-    - `stagewise/probe_seconds`, `stagewise/share_of_step_time`: what the last probe cost, and that
-      cost as a share of the time of the training steps since the one before.
+    - `stagewise/probe_seconds`, `stagewise/share_of_step_time`: what the probe cost, and that cost
+      as a share of the wall time of training since the one before.
     - `stagewise_by_t/{top1,entropy,ess,source_weight,target_difference}/t=...`: means by stratum;
       `target_difference` is MSE(conditional, oracle velocity).
 
@@ -139,6 +139,9 @@ class PosteriorMonitor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes or builds the bank, and opens the files."""
+        # A callback may serve a second fit: only a resumed run has a past.
+        past = trainer.global_step
+        self.history = [entry for entry in self.history if past and entry["step"] <= past]
         bank = self._given or bank_from_trainer(
             trainer, pl_module, find=self.find, class_wise=bool(self.class_wise)
         )

@@ -81,7 +81,7 @@ def bank_from_trainer(
     with isolate_rng(), torch.no_grad():
         few = Subset(dataset, range(min(16, len(dataset))))
         once, again = (find(next(batches(few, 0)))[0] for _ in range(2))
-        if not torch.equal(once, again):
+        if not torch.equal(once.nan_to_num(), again.nan_to_num()):
             rank_zero_warn(
                 "The training set gives other values of x_1 each time it is read (augmentation, "
                 "or latents resampled from mean and std). The bank holds one draw of each sample: "

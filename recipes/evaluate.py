@@ -56,12 +56,15 @@ def loss_by_time(
         labels = torch.stack([torch.as_tensor(label) for _, label in items]).to(module.device)
         times = t[part].to(module.device)
         module.objective(module.net, x1.to(module.device), labels, x0=x0, t=times)
+        assert module.objective.last is not None
         losses.append(module.objective.last.loss.cpu())
     return t.numpy(), torch.cat(losses).numpy()
 
 
 def stage_table(
-    monitor: PosteriorMonitor, train: tuple[np.ndarray, ...], held_out: tuple[np.ndarray, ...]
+    monitor: PosteriorMonitor,
+    train: tuple[np.ndarray, np.ndarray],
+    held_out: tuple[np.ndarray, np.ndarray],
 ) -> list[dict[str, float | str]]:
     """Mean losses in navigation, transition and refinement.
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from stagewise.losses import FlowMatchingLoss
@@ -37,14 +36,14 @@ class FlowMatchingModule(L.LightningModule):
         net: nn.Module,
         objective: FlowMatchingLoss,
         lr: float = 1e-3,
-        betas: Sequence[float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.net, self.objective = net, objective
-        self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.seed = warmup_steps, seed
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -66,10 +65,13 @@ class FlowMatchingModule(L.LightningModule):
         loss = self.objective(self.net, x1, labels, generator=generator)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(x1), sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a linear warm-up."""
         optimizer = torch.optim.AdamW(
-            self.net.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
+            self.net.parameters(),
+            self.lr,
+            (self.betas[0], self.betas[1]),
+            weight_decay=self.weight_decay,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / self.warmup_steps)

@@ -122,6 +122,7 @@ def sample(
     if steps < 1:
         raise ValueError(f"Expected `steps` of at least 1, got {steps}.")
     times = torch.tensor([start, end], device=x0.device, dtype=torch.float32)
+    options: dict[str, object]
     if method in _FIXED:
         options = {"step_size": (end - start) / steps}
     elif method in _ADAPTIVE:

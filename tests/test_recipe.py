@@ -30,7 +30,7 @@ SMALL = [
     "+trainer.enable_progress_bar=false",
     "~callbacks.progress",
     "callbacks.monitor.every_n_steps=3",
-    "+callbacks.monitor.queries=8",
+    "callbacks.monitor.queries=8",
     "callbacks.ema.update_starting_at_step=0",
     "evaluation.queries=128",
     "evaluation.samples_per_class=2",

@@ -27,7 +27,9 @@ bench: $(VENV)/.recipes ## time the oracle and its engines
 	$(BIN)/python benchmarks/oracle.py
 
 docs: $(VENV)/.docs tree ## write the API documentation to build/docs
-	$(BIN)/pdoc --docformat google --math -o build/docs ./$(TREE)/stagewise
+	PYTHONPATH=$(TREE) $(BIN)/pdoc --docformat google --math -o build/docs $$( \
+	  cd $(TREE) && find stagewise -name '*.py' | sed -e 's#/__init__.py##' -e 's#.py$$##' | \
+	  tr / . | sort )
 
 clean: ## remove what was built (make clean keeps .venv, make distclean removes it)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

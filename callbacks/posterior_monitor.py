@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from stagewise import paths
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, describe, find_sample
+from stagewise.batches import FindSample, describe, find_checked, find_sample
 from stagewise.callbacks import figures
 from stagewise.callbacks.training_bank import bank_from_trainer
 from stagewise.callbacks.writer import Writer
@@ -39,8 +40,9 @@ class PosteriorMonitor(pl.Callback):
 
     Every `every_n_steps` optimizer steps it makes noisy samples from bank rows on a stratified grid
     of t, asks the exact oracle for their posteriors, and logs what it finds. It asks nothing of the
-    model: the curve is a property of the training latents and the path. It draws from generators of
-    its own, so the trained weights are bit-identical with and without it.
+    model: the curve is a property of the training latents and the path. The bank is read once, so
+    that the probes of a run differ by their draws only; a large `every_n_steps` loses nothing. It
+    draws from generators of its own, so the trained weights are bit-identical with and without it.
 
     **Logged to every logger of the trainer** (`stagewise` is `name`):
 
@@ -63,7 +65,8 @@ class PosteriorMonitor(pl.Callback):
     Args:
         bank: The training latents *as the model is trained on them*: same scale, same shape.
             Default None: read from the training data loader at the start.
-        every_n_steps: Optimizer steps between probes, default 1000. The first probe is at step 0.
+        every_n_steps: Optimizer steps between probes, default 1000. The first probe is
+            before the first step of the fit.
         strata: Strata of t, default 24: half of them below three times the predicted boundary.
         queries: Queries in each stratum, default 64. The cost of a probe is that of
             `strata * queries` queries to the whole bank (or to a class). The interval of
@@ -75,7 +78,8 @@ class PosteriorMonitor(pl.Callback):
             dicts with usual keys.
         path: The path of training. Default None: that of the module's `FlowMatchingLoss` if it has
             exactly one, otherwise `LinearPath()`.
-        dirpath: Where files go; default `<trainer.log_dir>/<name>`.
+        dirpath: Where files go; default `<trainer.log_dir>/<name>`, or without a logger
+            `<trainer.default_root_dir>/<name>_logs`.
         name: Prefix of all tags and name of the folder, default "stagewise". Give two monitors in
             one trainer two names.
         seed: Of the probes' own generators, default 0.
@@ -107,6 +111,12 @@ class PosteriorMonitor(pl.Callback):
                 f"Expected `bank` to be a LatentBank, got {type(bank).__name__}. "
                 "Wrap tensors: LatentBank(x, labels)."
             )
+        if class_wise not in (True, False, "auto"):
+            raise ValueError(
+                f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.'
+            )
+        if path is not None and not isinstance(path, paths.Path):
+            raise TypeError(f"Expected `path` to be a stagewise.Path, got {path!r}.")
         if class_wise is True and bank is not None and not bank.classes:
             raise ValueError("class_wise=True needs a bank with labels: LatentBank(x, labels).")
         stage_edges(math.nan, strata)
@@ -151,6 +161,12 @@ class PosteriorMonitor(pl.Callback):
                 "class_wise=True, but no labels were found in the training batches. Say where they "
                 "are: PosteriorMonitor(find=lambda batch: (batch[0], batch[1]))."
             )
+        if wise and 2 * len(bank.classes) > len(bank):
+            rank_zero_warn(
+                f"The labels make {len(bank.classes)} classes of {len(bank)} rows. Over a class of "
+                "one row every posterior has collapsed at any t. If indices were taken for labels, "
+                "say class_wise=False or find=lambda batch: (batch[0], None)."
+            )
         self._wise = wise
         path, found = self._find_path(pl_module)
         self._device = trainer.strategy.root_device
@@ -178,8 +194,10 @@ class PosteriorMonitor(pl.Callback):
             "path": repr(path),
             "predicted": self.predicted,
         }
-        self._writer.start([header, *self.history])
-        self._writer.layout(self._layout())
+        self._writer.start([header, *self.history], resumed=bool(self.history))
+        # A layout replaces the one before it, so each monitor writes that of all.
+        monitors = [c for c in getattr(trainer, "callbacks", []) if isinstance(c, PosteriorMonitor)]
+        self._writer.layout({monitor.name: monitor._layout() for monitor in monitors})
         self._since = (time.perf_counter(), trainer.global_step)
 
     def on_train_batch_start(
@@ -190,9 +208,10 @@ class PosteriorMonitor(pl.Callback):
             self._check_batch(batch)
             self._batch_checked = True
         step = trainer.global_step
-        # With gradient accumulation several batches share a step; on resume it may be done already.
-        due = step % self.every_n_steps == 0
-        if due and not (self.history and self.history[-1]["step"] >= step):
+        # With gradient accumulation several batches share a step, several optimizers may advance
+        # it by more than one, and a resumed run may have probed here already.
+        last = self.history[-1]["step"] if self.history else -1
+        if step // self.every_n_steps > last // self.every_n_steps:
             self._probe(trainer, step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -244,24 +263,23 @@ class PosteriorMonitor(pl.Callback):
         if trainer.is_global_zero:
             self._writer.pictures(self._figures(curve, self.boundary, step), step)
         seconds = time.perf_counter() - start
-        cost = {"probe_seconds": seconds}
+        entry["probe_seconds"] = seconds
         if step > last_step:
-            cost["share_of_step_time"] = seconds / training_seconds
-        self._log(entry, cost)
+            entry["share_of_step_time"] = seconds / training_seconds
+        self._log(entry)
         self._since = (time.perf_counter(), step)
 
-    def _log(self, entry: dict[str, Any], cost: dict[str, float]) -> None:
+    def _log(self, entry: dict[str, Any]) -> None:
         centres = ((self._edges[1:] + self._edges[:-1]) / 2).tolist()
-        scalars = {f"{self.name}/{key}": value for key, value in cost.items()}
+        keys = [f"{key}{end}" for key in ("midpoint", "collapsed") for end in ("", "_low", "_high")]
+        keys += [key for key in ("probe_seconds", "share_of_step_time") if key in entry]
+        scalars = {f"{self.name}/{key}": entry[key] for key in keys}
         scalars[f"{self.name}/predicted"] = self.predicted
-        for key in ("midpoint", "collapsed"):
-            for end in ("", "_low", "_high"):
-                scalars[f"{self.name}/{key}{end}"] = entry[key + end]
         for statistic in STATISTICS:
             for t, value in zip(centres, entry[statistic], strict=True):
                 scalars[f"{self.name}_by_t/{statistic}/t={t:.3f}"] = value
         self._writer.scalars(scalars, entry["step"])
-        self._writer.event({**entry, **cost})
+        self._writer.event(entry)
 
     def _figures(
         self, curve: StageCurve, boundary: StageBoundary, step: int
@@ -270,15 +288,17 @@ class PosteriorMonitor(pl.Callback):
         bank = self.oracle.bank
         title = f"N = {len(bank)}, D = {bank.dim}"
         title += f", class-wise ({len(bank.classes)} classes)" if self._wise else ""
+        # A resumed run may have been given another number of strata.
+        alike = [entry for entry in self.history if len(entry["t"]) == self.strata]
         about = (curve, boundary, self.predicted, f"{title}, step {step}")
         return {
             "concentration": figures.concentration_figure(*about),
             "target_difference": figures.target_difference_figure(*about),
             "heatmap": figures.heatmap_figure(
-                [entry["step"] for entry in self.history],
+                [entry["step"] for entry in alike],
                 self._edges.numpy(),
-                np.array([entry["top1"] for entry in self.history]),
-                [entry["midpoint"] for entry in self.history],
+                np.array([entry["top1"] for entry in alike]),
+                [entry["midpoint"] for entry in alike],
             ),
         }
 
@@ -295,7 +315,7 @@ class PosteriorMonitor(pl.Callback):
     def _check_batch(self, batch: Any) -> None:
         assert self.oracle is not None
         bank = self.oracle.bank
-        x1, labels = self.find(batch)
+        x1, labels = find_checked(self.find, batch)
         rank_zero_info(
             f"PosteriorMonitor: in {describe(batch)} took x_1 = {describe(x1)} and "
             + (f"labels = {describe(labels)}" if labels is not None else "no labels")
@@ -311,30 +331,38 @@ class PosteriorMonitor(pl.Callback):
                 bank.segment(label)
         if self._given is None:
             return
-        with torch.no_grad():
-            std = float(x1.float().std())
-            few = x1[:16].detach().to(self._device, torch.float32)
-            nearest = self.oracle.posterior(few, torch.ones(len(few), device=few.device)).mean
-            off = (nearest - few).flatten(1).norm(dim=1) / few.flatten(1).norm(dim=1)
-        if not 2 / 3 < std / bank.std < 3 / 2:
+        if self._wise and labels is None:
+            rank_zero_warn(
+                "The bank has labels, so the posterior is class-wise, but no labels were found in "
+                "the training batch. If training is not class-conditional, say class_wise=False."
+            )
+        few = x1[:16].detach().to(self._device, torch.float32)
+        nearest = self.oracle.posterior(few, torch.ones(len(few), device=few.device)).mean
+        gap = (nearest - few).flatten(1).norm(dim=1).median()
+        off = float(gap / few.flatten(1).norm(dim=1).median().clamp_min(1e-30))
+        if off < 0.05:
+            return
+        std = float(x1.detach().float().std())
+        if not 0.8 * bank.std < std < 1.25 * bank.std:
             rank_zero_warn(
                 f"The bank has a standard deviation of {bank.std:.4g}, the training batch one of "
-                f"{std:.4g}. If one of them is scaled or normalised and the other is not, every "
-                "measured boundary is wrong: build the bank from the latents that are trained on."
+                f"{std:.4g}, and its samples are not rows of the bank. If one of them is scaled or "
+                "normalised and the other is not, every measured boundary is wrong: build the bank "
+                "from the latents that are trained on."
             )
-        elif float(off.median()) > 0.05:
+        else:
             rank_zero_warn(
-                f"Samples of the training batch are not rows of the bank: the nearest row is off "
-                f"by {float(off.median()):.0%} of their norm. Flips, augmentation, another VAE "
-                "sample or another data set? The boundary measured is that of the bank."
+                "Samples of the training batch are not rows of the bank: the nearest row is off by "
+                f"{off:.0%} of their norm. Flips, augmentation, another VAE sample or another data "
+                "set? The boundary measured is that of the bank."
             )
 
     def _layout(self) -> dict[str, list[Any]]:
-        name = self.name
+        name, pattern = self.name, re.escape(self.name)
         return {
             "boundary (t, 0 = noise)": [
                 "Multiline",
-                [rf"^{name}/(midpoint|collapsed|predicted)$"],
+                [rf"^{pattern}/(midpoint|collapsed|predicted)$"],
             ],
             "midpoint with interval": [
                 "Margin",
@@ -345,8 +373,8 @@ class PosteriorMonitor(pl.Callback):
                 [f"{name}/collapsed", f"{name}/collapsed_low", f"{name}/collapsed_high"],
             ],
             **{
-                f"{statistic} by t": ["Multiline", [rf"^{name}_by_t/{statistic}/.*"]]
+                f"{statistic} by t": ["Multiline", [rf"^{pattern}_by_t/{statistic}/.*"]]
                 for statistic in STATISTICS
             },
-            "cost": ["Multiline", [rf"^{name}/share_of_step_time$"]],
+            "cost": ["Multiline", [rf"^{pattern}/share_of_step_time$"]],
         }

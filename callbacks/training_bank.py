@@ -16,7 +16,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import (
     DataLoader,
+    DistributedSampler,
     IterableDataset,
+    RandomSampler,
+    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
@@ -24,9 +27,12 @@ from torch.utils.data import (
 from tqdm.auto import tqdm
 
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, find_sample
+from stagewise.batches import FindSample, find_checked, find_sample
 
 __all__ = ["bank_from_trainer"]
+
+_WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
+"""Samplers that come to every sample, in one epoch or another."""
 
 _CURE = (
     "Give the bank yourself: PosteriorMonitor(LatentBank(x, labels)), or "
@@ -74,13 +80,16 @@ def bank_from_trainer(
             generator=torch.Generator(),
         )
         for batch in reader:
+            # The same three steps as in Lightning's training loop.
             batch = trainer.precision_plugin.convert_input(batch)
-            batch = pl_module.on_before_batch_transfer(batch, 0)
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
     with isolate_rng(), torch.no_grad():
         few = Subset(dataset, range(min(16, len(dataset))))
-        once, again = (find(next(batches(few, 0)))[0] for _ in range(2))
+        once, again = (
+            torch.cat([find_checked(find, batch)[0] for batch in batches(few, 0)]) for _ in range(2)
+        )
         if not torch.equal(once.nan_to_num(), again.nan_to_num()):
             rank_zero_warn(
                 "The training set gives other values of x_1 each time it is read (augmentation, "
@@ -101,6 +110,7 @@ def bank_from_trainer(
                 find=find,
                 dtype=dtype,
                 class_wise=class_wise,
+                copies=trainer.num_devices,
                 advance=lambda done: bar.update(done - bar.n),
             )
 
@@ -120,11 +130,21 @@ def _map_style(loader: Any) -> tuple[DataLoader[Any], Any]:
         raise ValueError(
             f"The training loader does no batching of its own (batch_size=None). {_CURE}"
         )
-    if isinstance(loader.sampler, SubsetRandomSampler):
-        return loader, Subset(loader.dataset, list(loader.sampler.indices))
-    if isinstance(loader.sampler, WeightedRandomSampler):
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    # Under several processes Lightning wraps a sampler that it does not know.
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+    size = len(loader.dataset)
+    if isinstance(sampler, SubsetRandomSampler):
+        return loader, Subset(loader.dataset, list(sampler.indices))
+    if isinstance(sampler, WeightedRandomSampler):
         rank_zero_warn(
             "The training loader draws its samples with weights. The bank holds each sample once, "
             "so its posterior is that of unweighted training."
+        )
+    elif not isinstance(sampler, _WHOLE) and isinstance(sampler, Sized) and len(sampler) != size:
+        rank_zero_warn(
+            f"The sampler of the training loader, {type(sampler).__name__}, draws {len(sampler)} "
+            f"of {size} samples, and the bank holds all {size}. If the others are never trained "
+            f"on, leave them out: torch.utils.data.Subset. {_CURE}"
         )
     return loader, loader.dataset

@@ -26,15 +26,16 @@ class Writer:
     Args:
         trainer: The trainer.
         name: Prefix of all tags.
-        dirpath: Folder of the files, default `<trainer.log_dir>/<name>`. Nothing is written to
-            disk in a `fast_dev_run`.
+        dirpath: Folder of the files, default `<trainer.log_dir>/<name>`, or without a logger
+            `<trainer.default_root_dir>/<name>_logs`. Nothing is written to disk in a
+            `fast_dev_run`.
     """
 
     def __init__(self, trainer: pl.Trainer, name: str, dirpath: str | Path | None) -> None:
-        log_dir = trainer.log_dir or trainer.default_root_dir  # a broadcast: on every rank
-        dev_run = getattr(trainer, "fast_dev_run", False)
+        log_dir = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: on every rank
+        default = log_dir / name if trainer.loggers else log_dir / f"{name}_logs"
         self.name = name
-        self.folder = None if dev_run else Path(dirpath or Path(log_dir) / name)
+        self.folder = None if getattr(trainer, "fast_dev_run", False) else Path(dirpath or default)
         self.active = trainer.is_global_zero
         self._loggers = trainer.loggers
         self._boards = [
@@ -46,10 +47,16 @@ class Writer:
         where = f"files in {self.folder}" if self.folder else "no files (fast_dev_run)"
         return where if self._loggers else f"{where}; the trainer has no logger"
 
-    def start(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Begins `stages.jsonl` anew, so that a resumed run holds each event once."""
+    def start(self, events: Iterable[Mapping[str, Any]], *, resumed: bool) -> None:
+        """Begins `stages.jsonl` anew, so that a resumed run holds each event once.
+
+        The file of another run is kept beside it, as `stages.bak.jsonl`.
+        """
         if self.active and self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.folder / "stages.jsonl"
+            if file.exists() and not resumed:
+                file.replace(self.folder / "stages.bak.jsonl")
             self._events("w", events)
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -78,17 +85,17 @@ class Writer:
             for board in self._boards:
                 board.add_image(f"{self.name}/{title}", image, step, dataformats="HWC")
 
-    def layout(self, charts: Mapping[str, list[Any]]) -> None:
-        """Sets TensorBoard's custom-scalars page; call it once per run."""
+    def layout(self, categories: Mapping[str, Mapping[str, list[Any]]]) -> None:
+        """Sets TensorBoard's custom-scalars page; a later call replaces it."""
         if self.active:
             for board in self._boards:
-                board.add_custom_scalars({self.name: dict(charts)})
+                board.add_custom_scalars({key: dict(value) for key, value in categories.items()})
 
 
 def _jsonable(value: Any) -> Any:
-    """The same with NaN, which JSON does not know, as null."""
+    """The same with NaN and infinities, which JSON does not know, as null."""
     if isinstance(value, Mapping):
         return {key: _jsonable(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_jsonable(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -140,19 +140,16 @@ def _loss_figure(
         means = [group.mean() if len(group) else math.nan for group in groups]
         axes.errorbar(centres, means, error, fmt=".-", ms=4, lw=1.3, label=name)
     if monitor is not None and monitor.curve is not None and monitor.boundary is not None:
-        curve = monitor.curve
-        axes.plot(
-            curve.times.numpy(),
-            curve.mean("target_difference").numpy(),
-            color="0.5",
-            lw=1.3,
-            label="floor: MSE(conditional, oracle)",
-        )
+        t = monitor.curve.times.numpy()
+        floor = monitor.curve.statistic("target_difference").numpy()
+        mean, error = floor.mean(1), 2 * floor.std(1) / floor.shape[1] ** 0.5
+        axes.plot(t, mean, color="0.5", lw=1.3, label="floor: MSE(conditional, oracle)")
+        axes.fill_between(t, mean - error, mean + error, color="0.5", alpha=0.25, lw=0)
         draw_boundary(axes, monitor.boundary, monitor.predicted)
     axes.set(
         xlabel=TIME_LABEL,
         ylabel="flow-matching loss per number",
-        title="Loss by t after training (averaged weights; bars: 2 standard errors)",
+        title="Loss by t after training (bars and grey band: 2 standard errors)",
         xlim=(0, 1),
     )
     axes.set_ylim(bottom=0)

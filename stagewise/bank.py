@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.batches import FindSample, find_sample
-from stagewise.memory import require_memory
+from stagewise.batches import FindSample, find_checked, find_sample
+from stagewise.memory import format_bytes, require_memory
 
 __all__ = ["LatentBank"]
 
@@ -102,7 +102,9 @@ class LatentBank:
             int(label): slice(start, stop)
             for label, start, stop in zip(classes.tolist(), starts, stops, strict=True)
         }
-        self.index, self.rows = order, self.rows[order]
+        self.index = order
+        if bool((order.diff() < 0).any()):
+            self.rows = self.rows[order]
 
     def _measure(self) -> None:
         step = max(1, _BLOCK // self.dim)
@@ -140,6 +142,7 @@ class LatentBank:
         find: FindSample = find_sample,
         dtype: torch.dtype | None = None,
         class_wise: bool = True,
+        copies: int = 1,
         advance: Callable[[int], object] | None = None,
     ) -> LatentBank:
         """Builds a bank in host memory from batches, for example those of a `DataLoader`.
@@ -150,6 +153,7 @@ class LatentBank:
             find: From a batch to `(x_1, labels or None)`; default `batches.find_sample`.
             dtype: Storage dtype; default that of the samples.
             class_wise: Whether to keep the labels that `find` gives, default True.
+            copies: Processes on this host that build the same bank, for the check of memory.
             advance: Called with the number of rows read so far, for a progress display.
 
         Returns:
@@ -164,11 +168,11 @@ class LatentBank:
         labels: list[Tensor] = []
         done = 0
         for batch in batches:
-            x1, label = find(batch)
+            x1, label = find_checked(find, batch)
             x1 = x1.detach()
             if rows is None:
                 kind = dtype or x1.dtype
-                require_memory(num_rows, x1[0].numel(), kind)
+                require_memory(num_rows, x1[0].numel(), kind, copies)
                 rows = torch.empty((num_rows, *x1.shape[1:]), dtype=kind)
             if x1.shape[1:] != rows.shape[1:]:
                 raise ValueError(
@@ -186,7 +190,15 @@ class LatentBank:
                 break
         if rows is None or done < num_rows:
             raise ValueError(f"Expected {num_rows} rows in the batches, got {done}.")
-        return cls(rows, torch.cat(labels) if labels else None)
+        if not labels:
+            return cls(rows)
+        # Sorted here, a few columns at a time, because a second copy of the bank may not fit.
+        order = torch.argsort(torch.cat(labels), stable=True)
+        for columns in rows.flatten(1).split(max(1, _BLOCK // num_rows), dim=1):
+            columns.copy_(columns[order])
+        bank = cls(rows, torch.cat(labels)[order])
+        bank.index = order
+        return bank
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -261,5 +273,5 @@ class LatentBank:
         classes = f", {len(self._segments)} classes" if self._segments else ""
         return (
             f"LatentBank({len(self)} rows of shape {self.shape}{classes}, {self.dtype}, "
-            f"{self.device}, {self.nbytes / 1e9:.3g} GB)"
+            f"{self.device}, {format_bytes(self.nbytes)})"
         )

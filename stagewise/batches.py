@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["FindSample", "describe", "find_sample"]
+__all__ = ["FindSample", "describe", "find_checked", "find_sample"]
 
 FindSample: TypeAlias = Callable[[Any], "tuple[Tensor, Tensor | None]"]
 """From a batch to `(x_1, labels)`, of shapes (B, *) and (B,); labels may be None."""
@@ -84,3 +84,20 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
         )
     x1: Tensor = found[0]
     return x1, next((value for value in labels if _is_label(value, len(x1))), None)
+
+
+def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """What `find` gives for a batch, refused if it is not `(x_1, labels or None)`.
+
+    Raises:
+        ValueError: If it is no such pair; the message says what came.
+    """
+    found = find(batch)
+    if isinstance(found, (tuple, list)) and len(found) == 2 and _is_sample(found[0]):
+        x1, labels = found
+        if labels is None or _is_label(labels, len(x1)):
+            return x1, labels
+    raise ValueError(
+        "Expected `find` to return (x_1, labels or None), a floating-point tensor of shape (B, *) "
+        f"and integers of shape (B,), got {describe(found)}. Scale images to floats there."
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
 
-__all__ = ["available_memory", "require_memory"]
+__all__ = ["available_memory", "format_bytes", "require_memory"]
 
 
 def available_memory(device: torch.device | str = "cpu") -> int | None:
@@ -21,26 +22,33 @@ def available_memory(device: torch.device | str = "cpu") -> int | None:
     return None
 
 
-def require_memory(num_rows: int, dim: int, dtype: torch.dtype) -> None:
+def format_bytes(count: float) -> str:
+    """A number of bytes for people, such as "10.5 GB"."""
+    unit = max(0, min(4, int(math.log10(max(count, 1)) // 3)))
+    return f"{count / 1000**unit:.{1 if unit else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def require_memory(num_rows: int, dim: int, dtype: torch.dtype, copies: int = 1) -> None:
     """Refuses a bank that would not fit into host memory.
 
     Args:
         num_rows: Rows, N.
         dim: Numbers in a row, D.
         dtype: Storage dtype.
+        copies: Processes on this host that each hold the bank, default 1.
 
     Raises:
         MemoryError: If the rows need more than is available, with the ways to make them fit.
     """
-    need, have = num_rows * dim * dtype.itemsize, available_memory()
+    need, have = copies * num_rows * dim * dtype.itemsize, available_memory()
     if have is None or need <= have:
         return
-    half = (
-        "" if dtype.itemsize <= 2 else f"dtype=torch.bfloat16 ({num_rows * dim * 2 / 1e9:.1f} GB), "
-    )
+    half = copies * num_rows * dim * 2
+    rounding = f"dtype=torch.bfloat16 ({format_bytes(half)}), " if half < need else ""
+    each = f", once in each of {copies} processes," if copies > 1 else ""
     raise MemoryError(
-        f"A bank of {num_rows} rows x {dim} numbers in {dtype} needs {need / 1e9:.1f} GB, and "
-        f"{have / 1e9:.1f} GB are available. Ways to make it fit: {half}a subset of the rows "
-        f"(num_rows={int(num_rows * have / need * 0.8)}; the boundary is then measured a little "
-        "early, as with any smaller data set), or a bank of some classes only."
+        f"A bank of {num_rows} rows x {dim} numbers in {dtype}{each} needs {format_bytes(need)}, "
+        f"and {format_bytes(have)} are available. Ways to make it fit: {rounding}a subset of the "
+        f"rows (num_rows={int(num_rows * have / need * 0.8)}; the boundary is then measured a "
+        "little early, as with any smaller data set), or a bank of some classes only."
     )

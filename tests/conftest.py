@@ -23,6 +23,11 @@ from stagewise.losses import FlowMatchingLoss
 DIM = 6
 
 
+def pytest_configure(config):
+    """Silences what Lightning says about its own use of torch."""
+    config.addinivalue_line("filterwarnings", "ignore:.isinstance.treespec, LeafSpec")
+
+
 class TinyFlow(pl.LightningModule):
     """Flow matching with a perceptron and dropout, all of it drawn from the global generator.
 
@@ -34,7 +39,10 @@ class TinyFlow(pl.LightningModule):
         super().__init__()
         torch.manual_seed(3)
         self.net = nn.Sequential(
-            nn.Linear(DIM + 1, 16), nn.SiLU(), nn.Dropout(0.0 if seeded else 0.1), nn.Linear(16, DIM)
+            nn.Linear(DIM + 1, 16),
+            nn.SiLU(),
+            nn.Dropout(0.0 if seeded else 0.1),
+            nn.Linear(16, DIM),
         )
         self.loss = FlowMatchingLoss()
         self.seeded, self.fail_at = seeded, fail_at

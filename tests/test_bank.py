@@ -162,3 +162,24 @@ def test_what_was_seen_and_the_cure_are_named(batch):
     assert "find=lambda batch" in str(error.value)
     if isinstance(batch, tuple):
         assert str(tuple(batch[0].shape)) in str(error.value)
+
+
+def test_from_batches_sorts_in_blocks_of_columns(monkeypatch):
+    monkeypatch.setattr("stagewise.bank._BLOCK", 60)
+    x, y = torch.randn(25, 3, 2), torch.arange(25).flip(0) % 4
+    bank = LatentBank.from_batches([(x, y)], 25)
+    plain = LatentBank(x, y)
+    assert torch.equal(bank.rows, plain.rows)
+    assert torch.equal(bank.index, plain.index)
+    assert bank.labels_of(range(25)) == plain.labels_of(range(25))
+
+
+def test_sizes_are_for_people():
+    assert [memory_module.format_bytes(n) for n in (0, 999, 1540, 10.5e9, 3.2e13, 5e15)] == [
+        "0 B",
+        "999 B",
+        "1.5 kB",
+        "10.5 GB",
+        "32.0 TB",
+        "5000.0 TB",
+    ]

@@ -58,19 +58,22 @@ tree:
 # Bytecode is written for what is imported, when it is first imported: compiling all of torch while
 # installing costs half a minute.
 unexport PYTHONDONTWRITEBYTECODE
-INSTALL := $(BIN)/pip install --no-compile --editable
+INSTALL := $(BIN)/pip install --quiet --no-compile --editable
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.recipes: pyproject.toml | $(BIN)/pip
-	$(INSTALL) '.[recipes]'
+	@echo "installing '.[recipes]' into $(VENV): PyTorch is several GB, so the first time takes minutes"
+	@$(INSTALL) '.[recipes]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/pip
-	$(INSTALL) '.[dev]'
+	@echo "installing '.[dev]' into $(VENV): PyTorch is several GB, so the first time takes minutes"
+	@$(INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.recipes
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/pip
-	$(INSTALL) '.[recipes,docs]'
+	@echo "installing '.[recipes,docs]' into $(VENV): PyTorch is several GB, so the first time takes minutes"
+	@$(INSTALL) '.[recipes,docs]'
 	@touch $@ $(VENV)/.recipes

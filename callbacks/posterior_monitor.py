@@ -216,13 +216,17 @@ class PosteriorMonitor(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says where things are."""
-        if self.history:
-            last = self.history[-1]
-            rank_zero_info(
-                f"PosteriorMonitor: boundary t = {last['midpoint']:.3f} (midpoint), "
-                f"{last['collapsed']:.3f} (collapsed) at step {last['step']}; "
-                f"{len(self.history)} probes; {self._writer.describe()}"
-            )
+        if not self.history:
+            return
+        last = self.history[-1]
+        cost = f"{last['probe_seconds']:.1f} s"
+        if "share_of_step_time" in last:
+            cost += f", {last['share_of_step_time']:.1%} of the steps before it"
+        rank_zero_info(
+            f"PosteriorMonitor: boundary t = {last['midpoint']:.3f} (midpoint), "
+            f"{last['collapsed']:.3f} (collapsed) at step {last['step']}; {len(self.history)} "
+            f"probes, the last cost {cost}; {self._writer.describe()}"
+        )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lets go of the bank."""

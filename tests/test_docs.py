@@ -1,0 +1,59 @@
+"""What the documentation shows runs: the examples of docstrings and the code of the README."""
+
+import doctest
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+import stagewise
+
+ROOT = Path(__file__).parents[1]
+MODULES = ["stagewise.bank", "stagewise.oracle", "stagewise.losses.flow_matching"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings(name):
+    torch.manual_seed(0)
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried > 0
+    assert failed == 0
+
+
+def test_code_of_the_readme():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    x1, y = torch.randn(40, 4, 4, 4), torch.arange(40) % 4
+    x0, t = torch.randn_like(x1), torch.rand(40)
+    names = {
+        "L": L,
+        "latents": x1,
+        "labels": y,
+        "x1": x1,
+        "y": y,
+        "t": t,
+        "xt": stagewise.LinearPath().interpolate(x0, x1, t),
+        "u": x1 - x0,
+        "model": lambda xt, t, y: torch.zeros_like(xt),
+        **vars(stagewise),
+    }
+    for block in blocks:
+        exec(block, names)
+    expected = names["oracle"].velocity(names["xt"], t, y)
+    torch.testing.assert_close(names["u_star"], expected, rtol=1e-4, atol=1e-4)
+    assert names["loss"].isfinite()
+
+
+def test_readme_pictures_and_make_targets_exist():
+    readme = (ROOT / "README.md").read_text()
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme)
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / picture).stat().st_size > 5000, picture
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "test", "lint", "bench", "docs", "clean"):
+        assert f"make {target}" in listed

@@ -377,8 +377,11 @@ class PosteriorMonitor(pl.Callback):
                 [f"{name}/collapsed", f"{name}/collapsed_low", f"{name}/collapsed_high"],
             ],
             **{
-                f"{statistic} by t": ["Multiline", [rf"^{pattern}_by_t/{statistic}/.*"]]
+                f"{statistic.replace('_', ' ')} by t": [
+                    "Multiline",
+                    [rf"^{pattern}_by_t/{statistic}/.*"],
+                ]
                 for statistic in STATISTICS
             },
-            "cost": ["Multiline", [rf"^{pattern}/share_of_step_time$"]],
+            "cost of a probe / step time": ["Multiline", [rf"^{pattern}/share_of_step_time$"]],
         }

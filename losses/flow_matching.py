@@ -107,7 +107,7 @@ class FlowMatchingLoss(nn.Module):
             A scalar in float32, with gradient.
 
         Raises:
-            ValueError: If the shapes of `t`, `x0` or the model's output do not fit.
+            ValueError: If the shapes of `t`, `x0`, the weight or the model's output do not fit.
         """
         if x0 is None:
             x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
@@ -129,5 +129,9 @@ class FlowMatchingLoss(nn.Module):
             )
         loss = (output.float() - y).square().flatten(1).mean(1)
         weight = torch.ones_like(loss) if self.weight is None else self.weight(t)
+        if weight.shape != loss.shape:
+            raise ValueError(
+                f"Expected `weight(t)` with shape ({len(x1)},), got {tuple(weight.shape)}."
+            )
         self.last = LossRecord(t.detach(), loss.detach(), weight.detach())
         return (weight * loss).mean()

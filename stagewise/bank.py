@@ -34,7 +34,7 @@ class LatentBank:
 
     Args:
         x: Samples, (N, *), floating point, at least two. Kept without a copy when no labels are
-            given and `dtype` is theirs already.
+            given and `dtype` is theirs already: do not change them in place afterwards.
         labels: Integer class of each sample, (N,), any integers; default None (no classes).
         dtype: Storage: float32, float64, bfloat16 or float16; default that of `x`. The oracle
             computes in float64 in any case; a 16-bit bank halves the memory and *is* the data
@@ -108,8 +108,7 @@ class LatentBank:
 
     def _measure(self) -> None:
         step = max(1, _BLOCK // self.dim)
-        device = self.rows.device
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        device, wide = self.rows.device, torch.float64
         total = torch.zeros(self.dim, dtype=wide, device=device)
         bad: list[Tensor] = []
         for first in range(0, len(self), step):
@@ -130,8 +129,8 @@ class LatentBank:
             self.sq_norms[first : first + step] = (block * block).sum(1)
         self.radius = math.sqrt(float(self.sq_norms.max()))
         self.max_norm = self.radius + float(self.centre.norm())
-        mean_sq = float((self.sq_norms / self.dim).mean()) + float((self.centre**2).mean())
-        self.std = math.sqrt(max(0.0, mean_sq - float(self.centre.mean()) ** 2))
+        scatter = self.sq_norms.mean() / self.dim + self.centre.var(correction=0)
+        self.std = math.sqrt(float(scatter))
 
     @classmethod
     def from_batches(
@@ -227,6 +226,17 @@ class LatentBank:
     def classes(self) -> list[int]:
         """The classes, ascending; empty without labels."""
         return list(self._segments)
+
+    def require_classes(self) -> None:
+        """Refuses a bank without labels.
+
+        Raises:
+            ValueError: With the cure.
+        """
+        if not self._segments:
+            raise ValueError(
+                "A class-wise posterior needs a bank with labels: LatentBank(x, labels)."
+            )
 
     def segment(self, label: int) -> slice:
         """The rows of a class, as a slice of the bank's own order.

@@ -10,16 +10,29 @@ import torch
 __all__ = ["available_memory", "format_bytes", "require_memory"]
 
 
-def available_memory(device: torch.device | str = "cpu") -> int | None:
+def available_memory(device: torch.device | str = "cpu") -> float | None:
     """Bytes that can still be allocated on `device`, or None where that cannot be told."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return None
+    if device.type != "cpu" or not os.path.exists("/proc/meminfo"):
+        return None
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    return min(free, _control_group())
+
+
+def _control_group() -> float:
+    """What a container's limit (cgroup v2) leaves; infinite without one."""
+    folder = "/sys/fs/cgroup"
+    try:
+        with open(f"{folder}/memory.max") as limit, open(f"{folder}/memory.current") as current:
+            with open(f"{folder}/memory.stat") as stat:
+                reclaimable = next(int(line.split()[1]) for line in stat if "inactive_file" in line)
+            return int(limit.read()) - int(current.read()) + reclaimable
+    except (OSError, ValueError, StopIteration):  # no such files, or the limit is "max"
+        return math.inf
 
 
 def format_bytes(count: float) -> str:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.engines.exact import exact_posterior, sigma_floor, working_dtype
+from stagewise.engines.exact import exact_posterior, sigma_floor
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior
 
@@ -82,22 +82,31 @@ class Oracle:
         Args:
             xt: Noisy samples, (B, *) with the bank's sample shape.
             t: Times in [0, 1], (B,).
-            labels: Class of each query, (B,): the posterior is then over the rows of that class,
-                which is a valid target for a class-conditional model. Default None: over all rows.
-                Integers or a CPU tensor cost no device sync, a tensor on an accelerator costs one.
+            labels: Class of each query, (B,), integers: the posterior is then over the rows of that
+                class, which is a valid target for a class-conditional model. Default None: over all
+                rows. A list or a CPU tensor costs no device sync, one on an accelerator does.
             source: The row of `bank.rows` each query was made from, (B,), for `source_weight`;
                 default None.
-            k: How many of the largest weights to return, default 1; at most the rows there are.
+            k: How many of the largest weights to return, default 1; at most the rows of the bank.
+                Where a class has fewer rows the rest has weight 0 and row -1.
 
         Returns:
-            The posterior, in float64 (float32 on MPS).
+            The posterior, in float64.
 
         Raises:
-            ValueError: On shapes that do not fit, t outside [0, 1], or an unknown class.
+            ValueError: On shapes that do not fit, t outside [0, 1], an unknown class, k below 1, or
+                queries on a device without float64 (MPS).
         """
         flat, path = self._prepare(xt, t)
+        if k < 1:
+            raise ValueError(f"Expected `k` of at least 1, got {k}.")
+        if source is not None and source.shape != (len(flat),):
+            raise ValueError(
+                f"Expected `source` with shape ({len(flat)},), got {tuple(source.shape)}."
+            )
+        k = min(k, len(self.bank))
         with torch.autocast(flat.device.type, enabled=False):
-            if labels is None:
+            if labels is None or len(flat) == 0:
                 post = exact_posterior(self.bank, flat, path, k=k, chunk_size=self.chunk_size)
             else:
                 post = self._by_class(flat, path, labels, k)
@@ -146,8 +155,9 @@ class Oracle:
         post = posterior or self.posterior(xt, t, labels)
         c, _ = Prediction.of(prediction).coefficients(path)
         difference = post.mean.flatten(1) - x1.detach().flatten(1).to(flat.dtype)
-        # At t = 1 some paths have an infinite c, and the difference of a bank row is exactly 0.
-        gap = torch.where(difference == 0, difference, c[:, None] * difference)
+        # A difference below its rounding is none; at t = 1 some paths have an infinite c.
+        rounding = 16 * torch.finfo(torch.float64).eps * self.bank.max_norm
+        gap = torch.where(difference.abs() <= rounding, 0.0, c[:, None] * difference)
         return gap.reshape(x1.shape).to(x1.dtype)
 
     def velocity(
@@ -175,37 +185,38 @@ class Oracle:
                 f"Expected `xt` with shape {('B', *self.bank.shape)} as the bank's samples, got "
                 f"{tuple(xt.shape)}."
             )
+        if xt.device.type == "mps":
+            raise ValueError("The oracle needs float64, which MPS has not. Ask it on the CPU.")
         check_times(t, len(xt))
-        dtype = working_dtype(xt.device)
-        path = self.path(t.detach().to(device=xt.device, dtype=dtype))
-        floor = sigma_floor(self.bank, xt.device)
-        return xt.detach().flatten(1).to(dtype), path.floored(floor)
+        path = self.path(t.detach().to(device=xt.device, dtype=torch.float64))
+        return xt.detach().flatten(1).double(), path.floored(sigma_floor(self.bank))
 
     def _by_class(
         self, flat: Tensor, path: PathCoefficients, labels: Tensor | Sequence[int], k: int
     ) -> Posterior:
-        names = labels.tolist() if isinstance(labels, Tensor) else [int(label) for label in labels]
+        if isinstance(labels, Tensor) and (labels.ndim != 1 or labels.is_floating_point()):
+            raise ValueError(
+                f"Expected integer `labels` with shape ({len(flat)},), got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}."
+            )
+        names = labels.tolist() if isinstance(labels, Tensor) else list(labels)
         if len(names) != len(flat):
             raise ValueError(f"Expected `labels` with shape ({len(flat)},), got ({len(names)},).")
         members: dict[int, list[int]] = {}
         for query, label in enumerate(names):
             members.setdefault(label, []).append(query)
         segments = {label: self.bank.segment(label) for label in members}
-        k = min(k, *(segment.stop - segment.start for segment in segments.values()))
         parts = []
         for label, segment in segments.items():
             at = torch.tensor(members[label], device=flat.device)
             coefficients = PathCoefficients(*(value[at] for value in path))
-            parts.append(
-                exact_posterior(
-                    self.bank,
-                    flat[at],
-                    coefficients,
-                    segment=segment,
-                    k=k,
-                    chunk_size=self.chunk_size,
-                )
+            post = exact_posterior(
+                self.bank, flat[at], coefficients, segment=segment, k=k, chunk_size=self.chunk_size
             )
+            missing = (0, k - post.weights.shape[1])
+            weights = torch.nn.functional.pad(post.weights, missing)
+            rows = torch.nn.functional.pad(post.rows, missing, value=-1)
+            parts.append(replace(post, weights=weights, rows=rows))
         order = [query for group in members.values() for query in group]
         back = torch.argsort(torch.tensor(order, device=flat.device))
         fields = ("mean", "log_evidence", "entropy", "ess", "weights", "rows", "tail_mass")
@@ -226,7 +237,8 @@ class Oracle:
 def check_times(t: Tensor, length: int) -> None:
     """Refuses times of another shape than (length,) or outside [0, 1].
 
-    On an accelerator the range is checked by a device-side assertion, without a sync.
+    On an accelerator the range is checked by a device-side assertion, which costs no sync but, as
+    CUDA has it, ends the process: the message is the same.
 
     Raises:
         ValueError: With what was expected and what came.

@@ -102,11 +102,9 @@ def merge(*parts: Posterior, k: int | None = None) -> Posterior:
     """
     if not parts:
         raise ValueError("Expected at least one posterior to merge, got none.")
-    if len(parts) == 1:
-        return parts[0]
     log_z = torch.stack([part.log_evidence for part in parts])
-    log_evidence = torch.logsumexp(log_z, dim=0)
-    w = (log_z - log_evidence).exp()
+    # Not exp(log_z - logsumexp): log_z may be so large that the shares would not add up to 1.
+    w = torch.softmax(log_z, dim=0)
 
     def average(values: list[Tensor]) -> Tensor:
         return torch.einsum("pb,pb...->b...", w, torch.stack(values))
@@ -116,7 +114,7 @@ def merge(*parts: Posterior, k: int | None = None) -> Posterior:
     weights, order = scaled.topk(min(k, scaled.shape[1]), dim=1)
     return Posterior(
         mean=average([part.mean for part in parts]),
-        log_evidence=log_evidence,
+        log_evidence=torch.logsumexp(log_z, dim=0),
         # xlogy: a part that carries nothing has w log w = 0.
         entropy=average([part.entropy for part in parts]) - torch.special.xlogy(w, w).sum(0),
         ess=1 / torch.stack([v**2 / part.ess for v, part in zip(w, parts, strict=True)]).sum(0),

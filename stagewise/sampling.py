@@ -72,10 +72,11 @@ def guided(
     Returns:
         The guided velocity.
     """
+    everywhere = interval[0] <= 0 and interval[1] >= 1
 
     def velocity(xt: Tensor, t: Tensor) -> Tensor:
         with_label = conditional(xt, t)
-        if scale == 1 or not interval[0] <= float(t[0]) <= interval[1]:
+        if scale == 1 or not (everywhere or interval[0] <= float(t[0]) <= interval[1]):
             return with_label
         without = unconditional(xt, t)
         return without + scale * (with_label - without)
@@ -121,6 +122,7 @@ def sample(
         raise ValueError(f"Expected 0 <= start < end <= 1, got {start} and {end}.")
     if steps < 1:
         raise ValueError(f"Expected `steps` of at least 1, got {steps}.")
+    time_dtype = torch.promote_types(x0.dtype, torch.float32)
     times = torch.tensor([start, end], device=x0.device, dtype=torch.float32)
     options: dict[str, object]
     if method in _FIXED:
@@ -131,7 +133,8 @@ def sample(
     else:
         raise ValueError(f"Expected `method` among {_FIXED + _ADAPTIVE}, got {method!r}.")
     states = odeint(
-        lambda t, x: velocity(x, t.to(x).expand(len(x))),
+        # Time keeps at least float32: in 16 bits it has few values.
+        lambda t, x: velocity(x, t.to(time_dtype).expand(len(x))).to(x.dtype),
         x0,
         times,
         method=method,

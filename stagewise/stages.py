@@ -25,7 +25,6 @@ from scipy.optimize import brentq, isotonic_regression
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.engines.exact import working_dtype
 from stagewise.oracle import Oracle, check_times
 from stagewise.paths import Path, Prediction
 
@@ -45,7 +44,9 @@ the source row, and the mean over the D numbers of (conditional - oracle velocit
 
 @dataclass(frozen=True)
 class StageBoundary:
-    """Where the stages meet, with bootstrap intervals. NaN: not reached at any measured t.
+    """Where the stages meet, with bootstrap intervals.
+
+    NaN: not reached at any measured t. 0: passed already at the smallest measured t.
 
     Attributes:
         midpoint: t at which the mean top-1 weight crosses 0.5.
@@ -93,7 +94,7 @@ class StageCurve:
         device: torch.device | str | None = None,
         rank: int = 0,
         world_size: int = 1,
-        batch_size: int = 512,
+        batch_size: int | None = None,
     ) -> StageCurve:
         """Measures the curve with queries made from random bank rows.
 
@@ -108,12 +109,21 @@ class StageCurve:
             rank: With `world_size` above 1 only every `world_size`-th query, from `rank` on, is
                 computed and the others are left 0: sum `values` over the ranks.
             world_size: See `rank`.
-            batch_size: Queries answered at a time, default 512.
+            batch_size: Queries answered at a time, default 512, fewer if D is above 2^16.
 
         Returns:
             The curve.
+
+        Raises:
+            ValueError: If `t` has another shape or leaves [0, 1], or `class_wise` is asked of a
+                bank without labels.
         """
+        if t.ndim != 2:
+            raise ValueError(f"Expected `t` with shape (T, Q), got {tuple(t.shape)}.")
         check_times(t.flatten(), t.numel())
+        if class_wise:
+            oracle.bank.require_classes()
+        batch_size = batch_size or max(16, min(512, 2**25 // oracle.bank.dim))
         bank, device = oracle.bank, torch.device(device or oracle.bank.device)
         t = t.double()
         draws = np.random.default_rng(seed)
@@ -207,9 +217,8 @@ def _ask(oracle: Oracle, x0: Tensor, t: Tensor, rows: list[int], class_wise: boo
     """The `STATISTICS` of queries from `rows` with noise `x0` (B, D), as (S, B)."""
     bank = oracle.bank
     source = torch.tensor(rows, device=bank.device)
-    dtype = working_dtype(x0.device)
-    x1 = bank.rows[source].to(device=x0.device, dtype=dtype).reshape(-1, *bank.shape)
-    xt = oracle.path.interpolate(x0.to(dtype).reshape(x1.shape), x1, t.to(dtype))
+    x1 = bank.rows[source].to(device=x0.device, dtype=torch.float64).reshape(-1, *bank.shape)
+    xt = oracle.path.interpolate(x0.double().reshape(x1.shape), x1, t)
     labels = bank.labels_of(rows) if class_wise else None
     post = oracle.posterior(xt, t, labels, source=source)
     gap = oracle.correction(xt, t, x1, prediction=Prediction("velocity"), posterior=post)
@@ -221,13 +230,13 @@ def _ask(oracle: Oracle, x0: Tensor, t: Tensor, rows: list[int], class_wise: boo
 def _crossings(
     t: np.ndarray, means: np.ndarray, weights: np.ndarray, levels: tuple[float, float]
 ) -> tuple[float, float]:
-    """Where the monotone fit crosses the levels, interpolated between its blocks; NaN: nowhere."""
+    """Where the monotone fit crosses the levels, between its blocks; 0: before, NaN: nowhere."""
     fit = isotonic_regression(means, weights=weights)
     starts = fit.blocks[:-1]
     value = fit.x[starts]
     centre = np.add.reduceat(t * weights, starts) / np.add.reduceat(weights, starts)
     low, high = (
-        float(np.interp(level, value, centre)) if level <= value[-1] else math.nan
+        float(np.interp(level, value, centre, left=0.0)) if level <= value[-1] else math.nan
         for level in levels
     )
     return low, high
@@ -254,9 +263,13 @@ def predicted_boundary(
 
     Returns:
         t in [0, 1]; NaN if all rows are the same, where nothing is to be told apart.
+
+    Raises:
+        ValueError: If `class_wise` is asked of a bank without labels.
     """
     segments = [slice(0, len(bank))]
     if class_wise:
+        bank.require_classes()
         classes = bank.classes[:: math.ceil(len(bank.classes) / max_classes)]
         segments = [bank.segment(label) for label in classes]
     found = []
@@ -279,11 +292,11 @@ def predicted_boundary(
 
 
 def stage_edges(predicted: float, strata: int) -> Tensor:
-    """Edges of strata on [0, 1]: half of them within three times the predicted boundary.
+    """Edges of strata on [0, 1], half of them near the predicted boundary if that is near an end.
 
     Args:
-        predicted: The predicted boundary. NaN, 0, or more than 1/6 (where half of the strata would
-            not be the finer half) gives even strata.
+        predicted: The predicted boundary p. Below 1/6 half of the strata lie in [0, 3p], above 5/6
+            in [1 - 3(1 - p), 1]. Between, or if NaN, 0 or 1, the strata are even.
         strata: How many, at least 4.
 
     Returns:
@@ -294,7 +307,9 @@ def stage_edges(predicted: float, strata: int) -> Tensor:
     """
     if strata < 4:
         raise ValueError(f"Expected at least 4 strata, got {strata}.")
-    if not 0 < 3 * predicted < 0.5:
+    if 5 / 6 < predicted < 1:
+        return 1 - stage_edges(1 - predicted, strata).flip(0)
+    if not 0 < predicted < 1 / 6:
         return torch.linspace(0, 1, strata + 1, dtype=torch.float64)
     fine = strata // 2
     early = torch.linspace(0, 3 * predicted, fine + 1, dtype=torch.float64)

@@ -60,7 +60,8 @@ class TimestepSampler(ABC):
         u = torch.rand(n, device=device, generator=generator)
         if self.stratified:
             order = torch.randperm(n, device=device, generator=generator)
-            u = (order + u) / n
+            # Rounding must not reach 1, where some targets are infinite.
+            u = ((order + u) / n).clamp_max(1 - 2**-24)
         return self.quantile(u)
 
     def __repr__(self) -> str:

@@ -96,6 +96,8 @@ def test_bad_shapes_are_refused():
         loss_fn(lambda xt, t: xt, x1, x0=torch.randn(8, 1))
     with pytest.raises(ValueError, match=r"return the shape of `x1`, \(8, 4\), got \(8, 8\)"):
         loss_fn(lambda xt, t: torch.cat([xt, xt], 1), x1)
+    with pytest.raises(ValueError, match=r"`weight\(t\)` with shape \(8,\), got \(8, 1\)"):
+        FlowMatchingLoss(weight=lambda t: t[:, None])(lambda xt, t: xt, x1)
 
 
 SAMPLERS = [Uniform(), LogitNormal(), LogitNormal(-0.8, 1.6)]
@@ -120,6 +122,11 @@ def test_stratified_draws_fill_every_share_once(sampler):
     u = t if isinstance(sampler, Uniform) else torch.special.ndtr(torch.logit(t))
     assert sorted((u * 64 + 1e-6).long().tolist()) == list(range(64))
     assert t.tolist() != sorted(t.tolist())
+
+
+def test_stratified_draws_stay_below_one(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
+    assert Uniform(stratified=True).sample(4096).max() < 1
 
 
 def test_logit_normal_trains_navigation_little():

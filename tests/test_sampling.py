@@ -48,6 +48,19 @@ def test_no_solver_leaves_the_interval(method):
     assert max(seen) <= 0.9 + 1e-6
 
 
+def test_sixteen_bits_keep_time():
+    seen = set()
+
+    def velocity(xt, t):
+        assert xt.dtype == torch.bfloat16
+        seen.add(float(t[0]))
+        return torch.zeros_like(xt, dtype=torch.float32)
+
+    out = sample(velocity, torch.randn(2, 1).bfloat16(), method="euler", steps=1000)
+    assert out.dtype == torch.bfloat16
+    assert len(seen) == 1000
+
+
 def test_more_steps_are_closer():
     x0 = torch.linspace(-3, 3, 13)[:, None]
     errors = [

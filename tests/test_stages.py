@@ -113,6 +113,37 @@ def test_boundary_survives_a_dip_and_reports_what_is_not_reached():
     assert math.isnan(never.collapsed)
 
 
+def test_boundary_that_was_passed_before_the_first_query():
+    # Over two rows the largest weight is never below 0.5.
+    pair = StageCurve.measure(Oracle(gaussian(2, 8)), stratified_times(stage_edges(0.3, 8), 16))
+    assert pair.boundary().midpoint == 0
+    assert 0 < pair.boundary().collapsed < 1
+
+
+def test_late_boundary_of_small_data_is_found():
+    # Data of standard deviation 0.02: the noise hides it until the very end.
+    x = 0.02 * torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    oracle = Oracle(LatentBank(x))
+    late = stage_edges(predicted_boundary(oracle.bank, oracle.path), 24)
+    found = StageCurve.measure(oracle, stratified_times(late, 64)).boundary()
+    grid = torch.linspace(0.93, 0.99, 13, dtype=torch.float64)[:, None].expand(13, 800)
+    truth = StageCurve.measure(oracle, grid, seed=5).boundary(replicates=2)
+    assert found.midpoint == pytest.approx(truth.midpoint, abs=0.003)
+    assert found.collapsed == pytest.approx(truth.collapsed, abs=0.004)
+
+
+def test_bad_arguments_of_measuring():
+    oracle = Oracle(gaussian(10, 4))
+    with pytest.raises(ValueError, match=r"`t` with shape \(T, Q\), got \(3,\)"):
+        StageCurve.measure(oracle, torch.rand(3))
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        StageCurve.measure(oracle, torch.full((3, 2), 1.5))
+    with pytest.raises(ValueError, match="needs a bank with labels"):
+        StageCurve.measure(oracle, torch.rand(3, 2), class_wise=True)
+    with pytest.raises(ValueError, match="needs a bank with labels"):
+        predicted_boundary(oracle.bank, oracle.path, class_wise=True)
+
+
 def test_interval_of_the_midpoint_covers_the_truth():
     bank = gaussian(400, 128)
     oracle = Oracle(bank)
@@ -152,7 +183,7 @@ def test_predicted_boundary_by_class_and_of_identical_rows():
 
 
 def test_grid():
-    for predicted in (0.05, 0.3, math.nan, 0.0):
+    for predicted in (0.05, 0.3, 0.97, math.nan, 0.0, 1.0):
         edges = stage_edges(predicted, 11)
         assert len(edges) == 12
         assert edges[0] == 0
@@ -162,6 +193,8 @@ def test_grid():
         assert t.shape == (11, 6)
         assert ((t >= edges[:-1, None]) & (t < edges[1:, None])).all()
     assert int((stage_edges(0.05, 10) <= 0.15 + 1e-9).sum()) == 6
+    assert int((stage_edges(0.95, 10) >= 0.85 - 1e-9).sum()) == 6
+    assert (stage_edges(1.0, 5).diff() - 0.2).abs().max() < 1e-12
     with pytest.raises(ValueError, match="at least 4 strata"):
         stage_edges(0.1, 3)
     with pytest.raises(ValueError, match="at least 2 queries"):

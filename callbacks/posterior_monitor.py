@@ -16,11 +16,11 @@ from torch import Tensor
 
 from stagewise import paths
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, describe, find_checked, find_sample
+from stagewise.batches import FindSample, find_sample
 from stagewise.callbacks import figures
+from stagewise.callbacks.checks import check_batch, path_of, warn_of_mismatch
 from stagewise.callbacks.training_bank import bank_from_trainer
 from stagewise.callbacks.writer import Writer
-from stagewise.losses import FlowMatchingLoss
 from stagewise.memory import available_memory
 from stagewise.oracle import Oracle
 from stagewise.stages import (
@@ -64,20 +64,24 @@ class PosteriorMonitor(pl.Callback):
 
     Args:
         bank: The training latents *as the model is trained on them*: same scale, same shape.
-            Default None: read from the training data loader at the start.
+            Default None: read from the training data loader at the start. It is moved to the
+            training device if it takes less than a tenth of the memory that is free there, and
+            otherwise streamed from where it lies.
         every_n_steps: Optimizer steps between probes, default 1000. The first probe is
             before the first step of the fit.
-        strata: Strata of t, default 24: half of them below three times the predicted boundary.
+        strata: Strata of t, default 24; half of them lie near the predicted boundary if that is
+            near an end of [0, 1] (`stages.stage_edges`).
         queries: Queries in each stratum, default 64. The cost of a probe is that of
             `strata * queries` queries to the whole bank (or to a class). The interval of
             `collapsed` hangs on the few queries in a hundred that have not collapsed: give more if
             you need it sharp.
         class_wise: Whether the posterior is over the rows of the query's own class, which is what a
-            class-conditional model is trained on. Default "auto": if there are labels.
+            class-conditional model is trained on. Default "auto": if there are labels. Say False if
+            the batches have labels but training does not use them.
         find: From a batch to `(x_1, labels or None)`; default finds them in tensors, tuples and
             dicts with usual keys.
         path: The path of training. Default None: that of the module's `FlowMatchingLoss` if it has
-            exactly one, otherwise `LinearPath()`.
+            one (or several with the same path), otherwise `LinearPath()`.
         dirpath: Where files go; default `<trainer.log_dir>/<name>`, or without a logger
             `<trainer.default_root_dir>/<name>_logs`.
         name: Prefix of all tags and name of the folder, default "stagewise". Give two monitors in
@@ -168,17 +172,24 @@ class PosteriorMonitor(pl.Callback):
                 "say class_wise=False or find=lambda batch: (batch[0], None)."
             )
         self._wise = wise
-        path, found = self._find_path(pl_module)
-        self._device = trainer.strategy.root_device
+        path, found = (self.path, "given") if self.path else path_of(pl_module)
+        root = trainer.strategy.root_device
+        # The oracle needs float64, which MPS has not.
+        self._device = torch.device("cpu") if root.type == "mps" else root
+        # The model's gradients, optimizer and activations are not there yet.
         free = available_memory(self._device)
-        if self._device.type == "cpu" or free is None or bank.nbytes < free // 2:
+        if free is None or bank.nbytes < free / 10:
             bank = bank.to(self._device)
         self.oracle = Oracle(bank, path)
         self.predicted = predicted_boundary(bank, path, class_wise=wise)
         self._edges = stage_edges(self.predicted, self.strata)
         self._batch_checked = False
         self._writer = Writer(trainer, self.name, self.dirpath)
-        posterior = f"over the rows of its class ({len(bank.classes)})" if wise else "over all rows"
+        posterior = "over all rows"
+        if wise:
+            posterior = f"over the rows of its class ({len(bank.classes)} classes)"
+            if self.class_wise == "auto":
+                posterior += ", as there are labels (class_wise=False if training ignores them)"
         rank_zero_info(
             f"PosteriorMonitor: {bank}, std {bank.std:.3g}; {path!r} ({found}), t = 0 is noise; "
             f"posterior {posterior}; predicted boundary t = {self.predicted:.3f}; "
@@ -205,7 +216,7 @@ class PosteriorMonitor(pl.Callback):
     ) -> None:
         """Probes if it is time; the first batch is checked against the bank."""
         if not self._batch_checked:
-            self._check_batch(batch)
+            self._check_first(trainer, batch)
             self._batch_checked = True
         step = trainer.global_step
         # With gradient accumulation several batches share a step, several optimizers may advance
@@ -274,14 +285,15 @@ class PosteriorMonitor(pl.Callback):
         self._since = (time.perf_counter(), step)
 
     def _log(self, entry: dict[str, Any]) -> None:
-        centres = ((self._edges[1:] + self._edges[:-1]) / 2).tolist()
+        centres = (self._edges[1:] + self._edges[:-1]) / 2
+        digits = max(3, 1 - math.floor(math.log10(float(self._edges.diff().min()))))
         keys = [f"{key}{end}" for key in ("midpoint", "collapsed") for end in ("", "_low", "_high")]
         keys += [key for key in ("probe_seconds", "share_of_step_time") if key in entry]
         scalars = {f"{self.name}/{key}": entry[key] for key in keys}
         scalars[f"{self.name}/predicted"] = self.predicted
         for statistic in STATISTICS:
-            for t, value in zip(centres, entry[statistic], strict=True):
-                scalars[f"{self.name}_by_t/{statistic}/t={t:.3f}"] = value
+            for t, value in zip(centres.tolist(), entry[statistic], strict=True):
+                scalars[f"{self.name}_by_t/{statistic}/t={t:.{digits}f}"] = value
         self._writer.scalars(scalars, entry["step"])
         self._writer.event(entry)
 
@@ -308,58 +320,21 @@ class PosteriorMonitor(pl.Callback):
 
     # -- set-up -------------------------------------------------------------------------------
 
-    def _find_path(self, pl_module: pl.LightningModule) -> tuple[paths.Path, str]:
-        if self.path is not None:
-            return self.path, "given"
-        losses = [m for m in pl_module.modules() if isinstance(m, FlowMatchingLoss)]
-        if len(losses) == 1:
-            return losses[0].path, "from the module's FlowMatchingLoss"
-        return paths.LinearPath(), "assumed; say path=... if training uses another"
-
-    def _check_batch(self, batch: Any) -> None:
+    def _check_first(self, trainer: pl.Trainer, batch: Any) -> None:
         assert self.oracle is not None
-        bank = self.oracle.bank
-        x1, labels = find_checked(self.find, batch)
-        rank_zero_info(
-            f"PosteriorMonitor: in {describe(batch)} took x_1 = {describe(x1)} and "
-            + (f"labels = {describe(labels)}" if labels is not None else "no labels")
-        )
-        if tuple(x1.shape[1:]) != bank.shape:
-            raise ValueError(
-                f"The bank has samples of shape {bank.shape}, the training batch of shape "
-                f"{tuple(x1.shape[1:])}. Build the bank from the same latents, or say which tensor "
-                "of the batch is x_1: PosteriorMonitor(find=lambda batch: (batch[0], None))."
-            )
-        if self._wise and labels is not None:
-            for label in set(labels.tolist()):
-                bank.segment(label)
-        if self._given is None:
-            return
-        if self._wise and labels is None:
-            rank_zero_warn(
-                "The bank has labels, so the posterior is class-wise, but no labels were found in "
-                "the training batch. If training is not class-conditional, say class_wise=False."
-            )
-        few = x1[:16].detach().to(self._device, torch.float32)
-        nearest = self.oracle.posterior(few, torch.ones(len(few), device=few.device)).mean
-        gap = (nearest - few).flatten(1).norm(dim=1).median()
-        off = float(gap / few.flatten(1).norm(dim=1).median().clamp_min(1e-30))
-        if off < 0.05:
-            return
-        std = float(x1.detach().float().std())
-        if not 0.8 * bank.std < std < 1.25 * bank.std:
-            rank_zero_warn(
-                f"The bank has a standard deviation of {bank.std:.4g}, the training batch one of "
-                f"{std:.4g}, and its samples are not rows of the bank. If one of them is scaled or "
-                "normalised and the other is not, every measured boundary is wrong: build the bank "
-                "from the latents that are trained on."
-            )
-        else:
-            rank_zero_warn(
-                "Samples of the training batch are not rows of the bank: the nearest row is off by "
-                f"{off:.0%} of their norm. Flips, augmentation, another VAE sample or another data "
-                "set? The boundary measured is that of the bank."
-            )
+        error = None
+        try:
+            x1, labels = check_batch(batch, self.find, self.oracle.bank, class_wise=self._wise)
+            if self._given is not None:
+                warn_of_mismatch(self.oracle.bank, x1, labels, self._wise)
+        except ValueError as caught:
+            error = caught
+        # What one rank refuses all refuse: the others would wait for it in the first probe.
+        passed = trainer.strategy.reduce_boolean_decision(error is None)
+        if error is not None:
+            raise error
+        if not passed:
+            raise ValueError("Another process refused its first batch; see its message.")
 
     def _layout(self) -> dict[str, list[Any]]:
         name, pattern = self.name, re.escape(self.name)

@@ -87,8 +87,12 @@ def bank_from_trainer(
 
     with isolate_rng(), torch.no_grad():
         few = Subset(dataset, range(min(16, len(dataset))))
+        # Never here if the run has workers: a file that a data set opens when it is first read
+        # would be handed on to every worker forked later.
+        workers = min(1, loader.num_workers)
         once, again = (
-            torch.cat([find_checked(find, batch)[0] for batch in batches(few, 0)]) for _ in range(2)
+            torch.cat([find_checked(find, batch)[0] for batch in batches(few, workers)])
+            for _ in range(2)
         )
         if not torch.equal(once.nan_to_num(), again.nan_to_num()):
             rank_zero_warn(
@@ -102,7 +106,6 @@ def bank_from_trainer(
             desc="stagewise: reading the bank",
             unit="row",
             disable=not trainer.is_global_zero,
-            leave=False,
         ) as bar:
             return LatentBank.from_batches(
                 batches(dataset, loader.num_workers),

@@ -17,10 +17,21 @@ from torch.utils.data import Dataset
 
 from stagewise.callbacks import PosteriorMonitor
 from stagewise.callbacks.figures import TIME_LABEL, draw_boundary, new_figure, render
+from stagewise.paths import Prediction
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.sampling import guided, model_velocity, sample
+from stagewise.stages import StageCurve
 
-__all__ = ["evaluate", "loss_by_time", "sample_grid", "stage_table"]
+__all__ = ["evaluate", "floor_curve", "loss_by_time", "sample_grid", "stage_table"]
+
+_ENDS = {
+    "velocity": (0.0, 1.0),
+    "data": (0.0, 0.99),
+    "edm": (0.0, 0.99),
+    "noise": (0.02, 1.0),
+    "score": (0.02, 0.99),
+}
+"""Between which times samples of a prediction type are integrated."""
 
 
 @torch.no_grad()
@@ -61,7 +72,27 @@ def loss_by_time(
     return t.numpy(), torch.cat(losses).numpy()
 
 
+def floor_curve(module: FlowMatchingModule, curve: StageCurve) -> tuple[Tensor, Tensor]:
+    """The part of the training loss that no model can remove, by t.
+
+    MSE(conditional, oracle) of the module's prediction type: the two targets differ by
+    `c_t (m - x_1)`, so it is that of the velocity times `(c_t / c_t of the velocity)^2`.
+
+    Args:
+        module: The module.
+        curve: What a monitor measured.
+
+    Returns:
+        Times, (T,), and the floor per query, (T, Q).
+    """
+    path = module.objective.path(curve.t)
+    c, _ = module.objective.prediction.coefficients(path)
+    c_velocity, _ = Prediction("velocity").coefficients(path)
+    return curve.times, curve.statistic("target_difference") * (c / c_velocity) ** 2
+
+
 def stage_table(
+    module: FlowMatchingModule,
     monitor: PosteriorMonitor,
     train: tuple[np.ndarray, np.ndarray],
     held_out: tuple[np.ndarray, np.ndarray],
@@ -69,8 +100,8 @@ def stage_table(
     """Mean losses in navigation, transition and refinement.
 
     Args:
-        monitor: A monitor that has probed; gives the boundaries and MSE(conditional, oracle),
-            which no model can go below on the training set.
+        module: The trained module.
+        monitor: A monitor that has probed; gives the boundaries and the floor.
         train: Times and losses on training samples.
         held_out: The same on held-out samples.
 
@@ -82,9 +113,8 @@ def stage_table(
     middle = np.nan_to_num(monitor.boundary.midpoint, nan=1.0)
     late = np.nan_to_num(monitor.boundary.collapsed, nan=1.0)
     grid = (np.arange(4000) + 0.5) / 4000
-    floor = np.interp(
-        grid, monitor.curve.times.numpy(), monitor.curve.mean("target_difference").numpy()
-    )
+    times, per_query = floor_curve(module, monitor.curve)
+    floor = np.interp(grid, times.numpy(), per_query.mean(1).numpy())
 
     def mean(t: np.ndarray, value: np.ndarray, low: float, high: float) -> float:
         inside = (t >= low) & (t < high)
@@ -127,6 +157,7 @@ def _print_table(monitor: PosteriorMonitor, rows: list[dict[str, Any]]) -> None:
 
 
 def _loss_figure(
+    module: FlowMatchingModule,
     monitor: PosteriorMonitor | None,
     curves: dict[str, tuple[np.ndarray, np.ndarray]],
     bins: int = 32,
@@ -140,8 +171,7 @@ def _loss_figure(
         means = [group.mean() if len(group) else math.nan for group in groups]
         axes.errorbar(centres, means, error, fmt=".-", ms=4, lw=1.3, label=name)
     if monitor is not None and monitor.curve is not None and monitor.boundary is not None:
-        t = monitor.curve.times.numpy()
-        floor = monitor.curve.statistic("target_difference").numpy()
+        t, floor = (value.numpy() for value in floor_curve(module, monitor.curve))
         mean, error = floor.mean(1), 2 * floor.std(1) / floor.shape[1] ** 0.5
         axes.plot(t, mean, color="0.5", lw=1.3, label="floor: MSE(conditional, oracle)")
         axes.fill_between(t, mean - error, mean + error, color="0.5", alpha=0.25, lw=0)
@@ -207,9 +237,10 @@ def _samples(
             convention=objective.convention,
         )
 
-    images = sample(
-        guided(velocity(labels), velocity(None), cfg_scale), noise, method=method, steps=steps
-    )
+    field = guided(velocity(labels), velocity(None), cfg_scale)
+    # A noise or score prediction multiplies its errors by s_t / a_t, a data prediction by 1 / s_t.
+    start, end = _ENDS[objective.prediction.kind]
+    images = sample(field, noise, method=method, steps=steps, start=start, end=end)
     x1, y = data.train.tensors
     real = torch.stack([x1[y == label][:per_class] for label in range(classes)])
     return sample_grid(
@@ -259,10 +290,10 @@ def evaluate(
     train, held_out = curves.values()
     rows: list[dict[str, Any]] = []
     if monitor is not None and monitor.curve is not None:
-        rows = stage_table(monitor, train, held_out)
+        rows = stage_table(module, monitor, train, held_out)
         _print_table(monitor, rows)
     pictures = {
-        "loss_by_t": _loss_figure(monitor, curves),
+        "loss_by_t": _loss_figure(module, monitor, curves),
         "samples": _samples(module, data, samples_per_class, cfg_scale, method, steps),
     }
     for name, figure in pictures.items():

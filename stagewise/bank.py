@@ -246,10 +246,7 @@ class LatentBank:
         """
         if label in self._segments:
             return self._segments[label]
-        if not self._segments:
-            raise ValueError(
-                f"Class {label} was asked for, but this bank was built without labels."
-            )
+        self.require_classes()
         known = self.classes
         raise ValueError(
             f"Class {label} is not in the bank, which has {len(known)} classes from {known[0]} to "

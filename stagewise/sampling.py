@@ -96,7 +96,7 @@ def sample(
     rtol: float = 1e-4,
     atol: float = 1e-4,
 ) -> Tensor:
-    """Integrates the flow from `start` to `end`.
+    """Integrates the flow from `start` to `end`, in float32 at least.
 
     Args:
         velocity: `u(x_t, t)`.
@@ -122,7 +122,6 @@ def sample(
         raise ValueError(f"Expected 0 <= start < end <= 1, got {start} and {end}.")
     if steps < 1:
         raise ValueError(f"Expected `steps` of at least 1, got {steps}.")
-    time_dtype = torch.promote_types(x0.dtype, torch.float32)
     times = torch.tensor([start, end], device=x0.device, dtype=torch.float32)
     options: dict[str, object]
     if method in _FIXED:
@@ -132,14 +131,15 @@ def sample(
         options = {"step_t": times[1:]}
     else:
         raise ValueError(f"Expected `method` among {_FIXED + _ADAPTIVE}, got {method!r}.")
+    # In 16 bits time would have few values and small steps would be lost.
+    wide = torch.promote_types(x0.dtype, torch.float32)
     states = odeint(
-        # Time keeps at least float32: in 16 bits it has few values.
-        lambda t, x: velocity(x, t.to(time_dtype).expand(len(x))).to(x.dtype),
-        x0,
+        lambda t, x: velocity(x.to(x0.dtype), t.to(wide).expand(len(x))).to(wide),
+        x0.to(wide),
         times,
         method=method,
         rtol=rtol,
         atol=atol,
         options=options,
     )
-    return states[-1]
+    return states[-1].to(x0.dtype)

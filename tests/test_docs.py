@@ -27,24 +27,18 @@ def test_examples_of_docstrings(name):
 def test_code_of_the_readme():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
-    x1, y = torch.randn(40, 4, 4, 4), torch.arange(40) % 4
-    x0, t = torch.randn_like(x1), torch.rand(40)
     names = {
         "L": L,
-        "latents": x1,
-        "labels": y,
-        "x1": x1,
-        "y": y,
-        "t": t,
-        "xt": stagewise.LinearPath().interpolate(x0, x1, t),
-        "u": x1 - x0,
+        "torch": torch,
+        "latents": torch.randn(40, 4, 4, 4),
+        "labels": torch.arange(40) % 4,
         "model": lambda xt, t, y: torch.zeros_like(xt),
         **vars(stagewise),
     }
     for block in blocks:
         exec(block, names)
-    expected = names["oracle"].velocity(names["xt"], t, y)
-    torch.testing.assert_close(names["u_star"], expected, rtol=1e-4, atol=1e-4)
+    expected = names["oracle"].velocity(names["xt"], names["t"], names["y"])
+    torch.testing.assert_close(names["u_star"], expected, rtol=1e-3, atol=1e-3)
     assert names["loss"].isfinite()
 
 

@@ -180,8 +180,14 @@ def test_path_is_the_given_one_or_that_of_the_loss(
     assert path_of(of_loss) == "CosinePath()"
     assert path_of(of_loss, path=LinearPath()) == "LinearPath()"
     two.loss, two.other = FlowMatchingLoss(CosinePath()), FlowMatchingLoss(CosinePath())
+    assert path_of(two) == "CosinePath()", "as with an averaged copy of the module"
+    two.other = FlowMatchingLoss()
+    with pytest.raises(ValueError, match=r"several paths, CosinePath\(\), LinearPath\(\)"):
+        path_of(two)
+    del two.loss, two.other
     lightning_log.clear()
-    assert path_of(two) == "LinearPath()"
+    with pytest.raises(AttributeError):  # the module has lost its loss
+        path_of(two)
     assert "say path=... if training uses another" in lightning_log.text
 
 
@@ -291,7 +297,7 @@ def test_tensorboard_holds_every_documented_tag(
     (layout,) = read_layouts(events)
     assert [category.title for category in layout.category] == ["stagewise"]
     charts = {chart.title: chart for chart in layout.category[0].chart}
-    assert {f"{statistic} by t" for statistic in STATISTICS} < set(charts)
+    assert {f"{statistic.replace('_', ' ')} by t" for statistic in STATISTICS} < set(charts)
     shown = charts["midpoint with interval"].margin.series[0]
     assert (shown.value, shown.lower, shown.upper) == tuple(
         f"stagewise/midpoint{end}" for end in ("", "_low", "_high")
@@ -357,7 +363,7 @@ def test_the_log_tells_what_is_watched(
     said = lightning_log.text
     assert "64 rows of shape (6,), 3 classes" in said
     assert "LinearPath() (from the module's FlowMatchingLoss), t = 0 is noise" in said
-    assert "posterior over the rows of its class (3)" in said
+    assert "posterior over the rows of its class (3 classes)" in said
     assert "took x_1 = float32 tensor (8, 6) and labels = int64 tensor (8,)" in said
     assert "at step 2; 2 probes" in said
 

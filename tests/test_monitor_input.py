@@ -4,6 +4,7 @@ And the bank that is read from the training loader, which must be the training s
 """
 
 import functools
+import os
 import warnings
 
 import lightning.pytorch as pl
@@ -487,3 +488,27 @@ def test_find_of_the_user_is_used(make_trainer, tiny_flow, read_stages, tmp_path
     assert (header["rows"], header["shape"], header["classes"]) == (64, [2, 3], 4)
     assert len(seen) > 8, "for the bank and for the first batch of training"
     assert set(seen) == {(8, 6)}
+
+
+class Lazy(Dataset):
+    """Opens its file when it is first read, as data sets of h5 or lmdb files do."""
+
+    def __init__(self):
+        self.opened_by = None
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        self.opened_by = self.opened_by or os.getpid()
+        if self.opened_by != os.getpid():
+            raise RuntimeError("a handle was inherited from another process")
+        return X[i]
+
+
+def test_no_handle_is_inherited_by_the_workers_of_the_run(make_trainer, tiny_flow):
+    data = Lazy()
+    run = make_trainer(small(), max_epochs=2, max_steps=-1)
+    run.fit(tiny_flow(), DataLoader(data, 32, num_workers=1))
+    assert run.global_step == 4
+    assert data.opened_by is None, "read in the main process"

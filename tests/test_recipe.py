@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stagewise.recipes import cli
+from stagewise.recipes import cli, evaluate
 from stagewise.recipes.evaluate import loss_by_time
 from stagewise.recipes.train import train
 
@@ -66,6 +66,19 @@ def test_recipe_trains_reports_and_writes(tmp_path, capsys):
     assert {"evaluation/samples", "evaluation/loss_by_t"} <= set(tags["images"])
     assert (tmp_path / "checkpoints/last.ckpt").exists()
     assert (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("kind", ["data", "noise"])
+def test_other_predictions_have_their_floor_and_samples(tmp_path, kind, monkeypatch):
+    drawn = []
+    grid = evaluate.sample_grid
+    monkeypatch.setattr(evaluate, "sample_grid", lambda *a: drawn.append(a[1]) or grid(*a))
+    more = ["trainer.max_steps=60", "trainer.val_check_interval=60", "module.lr=3e-3"]
+    results = train(configuration(tmp_path, f"objective.prediction={kind}", *more))
+    assert drawn[0].isfinite().all()
+    stage = results["stages"][0]
+    # The floor is a part of the loss: a floor in units of the velocity would be above it.
+    assert 0 < stage["floor"] < stage["train"] < 1.5
 
 
 def test_recipe_without_monitor_ema_and_logger(tmp_path, capsys):

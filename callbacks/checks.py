@@ -1,0 +1,115 @@
+"""What a monitor checks before the first training step: that it measures what is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from stagewise.bank import LatentBank
+from stagewise.batches import FindSample, describe, find_checked
+from stagewise.losses import FlowMatchingLoss
+from stagewise.oracle import Oracle
+from stagewise.paths import LinearPath, Path
+
+__all__ = ["check_batch", "path_of", "warn_of_mismatch"]
+
+
+def path_of(pl_module: pl.LightningModule) -> tuple[Path, str]:
+    """The path that a module trains on, and how that is known.
+
+    Args:
+        pl_module: The module. Its `FlowMatchingLoss` says; an averaged copy has the same path.
+
+    Returns:
+        The path, `LinearPath()` where nothing says, and a few words for the log.
+
+    Raises:
+        ValueError: If it has losses on several paths.
+    """
+    losses = [module for module in pl_module.modules() if isinstance(module, FlowMatchingLoss)]
+    found = {repr(loss.path): loss.path for loss in losses}
+    if len(found) > 1:
+        raise ValueError(
+            f"The module has losses on several paths, {', '.join(found)}. Say which to watch: "
+            "PosteriorMonitor(path=...)."
+        )
+    for path in found.values():
+        return path, "from the module's FlowMatchingLoss"
+    return LinearPath(), "assumed; say path=... if training uses another"
+
+
+def check_batch(
+    batch: Any, find: FindSample, bank: LatentBank, *, class_wise: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Finds `x_1` in a training batch, says what it found, and holds it against the bank.
+
+    Args:
+        batch: The batch.
+        find: From a batch to `(x_1, labels or None)`.
+        bank: The bank.
+        class_wise: Whether the labels must be classes of the bank.
+
+    Returns:
+        `x_1` and the labels.
+
+    Raises:
+        ValueError: If `x_1` is not found, has another shape than the bank's samples, or a label is
+            no class of the bank.
+    """
+    x1, labels = find_checked(find, batch)
+    rank_zero_info(
+        f"PosteriorMonitor: in {describe(batch)} took x_1 = {describe(x1)} and "
+        + (f"labels = {describe(labels)}" if labels is not None else "no labels")
+    )
+    if tuple(x1.shape[1:]) != bank.shape:
+        raise ValueError(
+            f"The bank has samples of shape {bank.shape}, the training batch of shape "
+            f"{tuple(x1.shape[1:])}. Build the bank from the same latents, or say which tensor of "
+            "the batch is x_1: PosteriorMonitor(find=lambda batch: (batch[0], None))."
+        )
+    if class_wise and labels is not None:
+        for label in set(labels.tolist()):
+            bank.segment(label)
+    return x1, labels
+
+
+@torch.no_grad()
+def warn_of_mismatch(bank: LatentBank, x1: Tensor, labels: Tensor | None, class_wise: bool) -> None:
+    """Warns if a given bank is not what training draws from.
+
+    Args:
+        bank: The bank.
+        x1: Samples of a training batch, (B, *).
+        labels: Their labels, or None.
+        class_wise: Whether the posterior will be class-wise.
+    """
+    if class_wise and labels is None:
+        rank_zero_warn(
+            "The bank has labels, so the posterior is class-wise, but no labels were found in the "
+            "training batch. If training is not class-conditional, say class_wise=False."
+        )
+    # On the linear path t = 1 has no noise at all: the posterior mean is the nearest row.
+    few = x1[:16].detach().to(bank.device, torch.float32)
+    nearest = Oracle(bank, LinearPath()).posterior(few, torch.ones(len(few), device=few.device))
+    gap = (nearest.mean - few).flatten(1).norm(dim=1).median()
+    off = float(gap / few.flatten(1).norm(dim=1).median().clamp_min(1e-30))
+    if off < 0.05:
+        return
+    std = float(x1.detach().float().std())
+    if not 0.8 * bank.std < std < 1.25 * bank.std:
+        rank_zero_warn(
+            f"The bank has a standard deviation of {bank.std:.4g}, the training batch one of "
+            f"{std:.4g}, and its samples are not rows of the bank. If one of them is scaled or "
+            "normalised and the other is not, every measured boundary is wrong: build the bank "
+            "from the latents that are trained on."
+        )
+    else:
+        rank_zero_warn(
+            "Samples of the training batch are not rows of the bank: the nearest row is off by "
+            f"{off:.0%} of their norm. Flips, augmentation, another VAE sample or another data "
+            "set? The boundary measured is that of the bank."
+        )

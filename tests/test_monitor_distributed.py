@@ -95,6 +95,12 @@ fit(part, shuffle=False, sampler=SubsetRandomSampler(range(0, 80, 2)))
     "plain": plain, "watched": watched, "history": monitor.history, "beside": beside.history,
     "shapes": listen.shapes, "computed": listen.computed, "part": rows[0],
 }))
+if devices > 1:
+    # Left to the interpreter's exit, gloo's threads now and then abort the process.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 """
 
 

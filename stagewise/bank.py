@@ -77,34 +77,39 @@ class LatentBank:
                 f"Expected `x` with shape (N, *) and at least 2 rows, got {tuple(x.shape)}. "
                 "A posterior over fewer than two samples says nothing."
             )
-        self.shape = tuple(x.shape[1:])
-        self.rows = x.detach().flatten(1).to(dtype)
+        self._build(x.detach().flatten(1).to(dtype), tuple(x.shape[1:]), labels, in_place=False)
+
+    def _build(
+        self, rows: Tensor, shape: tuple[int, ...], labels: Tensor | None, *, in_place: bool
+    ) -> None:
+        self.rows, self.shape = rows, shape
         self.index: Tensor | None = None
         self._segments: dict[int, slice] = {}
         if labels is not None:
-            self._sort_by_class(labels)
+            self._sort_by_class(labels.to(rows.device), in_place)
         self._measure()
 
-    def _sort_by_class(self, labels: Tensor) -> None:
+    def _sort_by_class(self, labels: Tensor, in_place: bool) -> None:
         if labels.shape != (len(self),):
             raise ValueError(
                 f"Expected `labels` with shape ({len(self)},), got {tuple(labels.shape)}."
             )
         if labels.is_floating_point() or labels.is_complex():
             raise TypeError(f"Expected integer `labels`, got {labels.dtype}.")
-        order = torch.argsort(labels.to(self.rows.device), stable=True)
-        classes, counts = torch.unique_consecutive(
-            labels.to(self.rows.device)[order], return_counts=True
-        )
+        self.index = torch.argsort(labels, stable=True)
+        classes, counts = torch.unique_consecutive(labels[self.index], return_counts=True)
         stops = counts.cumsum(0).tolist()
         starts = [0, *stops[:-1]]
         self._segments = {
             int(label): slice(start, stop)
             for label, start, stop in zip(classes.tolist(), starts, stops, strict=True)
         }
-        self.index = order
-        if bool((order.diff() < 0).any()):
-            self.rows = self.rows[order]
+        if not in_place:
+            self.rows = self.rows[self.index]
+            return
+        # A few columns at a time, because a second copy of the bank may not fit.
+        for columns in self.rows.split(max(1, _BLOCK // len(self)), dim=1):
+            columns.copy_(columns[self.index])
 
     def _measure(self) -> None:
         step = max(1, _BLOCK // self.dim)
@@ -189,14 +194,11 @@ class LatentBank:
                 break
         if rows is None or done < num_rows:
             raise ValueError(f"Expected {num_rows} rows in the batches, got {done}.")
-        if not labels:
-            return cls(rows)
-        # Sorted here, a few columns at a time, because a second copy of the bank may not fit.
-        order = torch.argsort(torch.cat(labels), stable=True)
-        for columns in rows.flatten(1).split(max(1, _BLOCK // num_rows), dim=1):
-            columns.copy_(columns[order])
-        bank = cls(rows, torch.cat(labels)[order])
-        bank.index = order
+        if num_rows < 2:
+            return cls(rows)  # which refuses it
+        bank = cls.__new__(cls)
+        found = torch.cat(labels) if labels else None
+        bank._build(rows.flatten(1), tuple(rows.shape[1:]), found, in_place=True)
         return bank
 
     def __len__(self) -> int:

@@ -257,8 +257,8 @@ def predicted_boundary(
         path: The path of training.
         class_wise: Whether the posterior is class-wise; then the median over classes, default
             False.
-        max_rows: Rows (evenly spaced) whose covariance is taken, default 2048. Log N always counts
-            all rows.
+        max_rows: Rows (evenly spaced) whose covariance is taken, default 2048; fewer if they would
+            take more than a gigabyte. Log N always counts all rows.
         max_classes: Classes (evenly spaced) that are looked at, default 8.
 
     Returns:
@@ -267,6 +267,7 @@ def predicted_boundary(
     Raises:
         ValueError: If `class_wise` is asked of a bank without labels.
     """
+    max_rows = min(max_rows, max(64, 2**27 // bank.dim))
     segments = [slice(0, len(bank))]
     if class_wise:
         bank.require_classes()

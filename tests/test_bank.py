@@ -89,6 +89,9 @@ def test_bad_rows_are_named_in_the_users_order():
     for labels in (None, torch.arange(20).flip(0) % 4):
         with pytest.raises(ValueError, match=r"NaN or Inf in 3 of 20; the first is row 4\."):
             LatentBank(x, labels)
+        batch = x if labels is None else (x, labels)
+        with pytest.raises(ValueError, match=r"NaN or Inf in 3 of 20; the first is row 4\."):
+            LatentBank.from_batches([batch], 20)
 
 
 def test_from_batches():

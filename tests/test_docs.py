@@ -2,8 +2,10 @@
 
 import doctest
 import importlib
+import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -40,6 +42,17 @@ def test_code_of_the_readme():
     expected = names["oracle"].velocity(names["xt"], names["t"], names["y"])
     torch.testing.assert_close(names["u_star"], expected, rtol=1e-3, atol=1e-3)
     assert names["loss"].isfinite()
+
+
+def test_example(tmp_path):
+    command = [sys.executable, str(ROOT / "examples/watch.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "took x_1 = float32 tensor (128, 1, 8, 8) and labels" in done.stderr
+    lines = (tmp_path / "stagewise_logs/stages.jsonl").read_text().splitlines()
+    bank, first, second = map(json.loads, lines)
+    assert (bank["rows"], bank["classes"], second["step"]) == (1797, 10, 100)
+    assert 0.05 < first["midpoint"] < 0.95
 
 
 def test_readme_pictures_and_make_targets_exist():

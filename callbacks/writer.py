@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image
 
 from stagewise.callbacks.figures import render
 
-__all__ = ["Writer"]
+__all__ = ["Writer", "show_pictures"]
 
 
 class Writer:
@@ -38,9 +38,7 @@ class Writer:
         self.folder = None if getattr(trainer, "fast_dev_run", False) else Path(dirpath or default)
         self.active = trainer.is_global_zero
         self._loggers = trainer.loggers
-        self._boards = [
-            logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)
-        ]
+        self._boards = _boards(trainer.loggers)
 
     def describe(self) -> str:
         """Where things are written, for a line of the log."""
@@ -76,20 +74,42 @@ class Writer:
 
     def pictures(self, figures: Mapping[str, Figure], step: int) -> None:
         """Saves figures as PNG and shows them in TensorBoard as `<name>/<figure>`."""
-        if not self.active:
-            return
-        for title, figure in figures.items():
-            image = render(figure)
-            if self.folder:
-                Image.fromarray(image).save(self.folder / f"{title}.png")
-            for board in self._boards:
-                board.add_image(f"{self.name}/{title}", image, step, dataformats="HWC")
+        if self.active:
+            show_pictures(figures, self.name, self.folder, self._loggers, step)
 
     def layout(self, categories: Mapping[str, Mapping[str, list[Any]]]) -> None:
         """Sets TensorBoard's custom-scalars page; a later call replaces it."""
         if self.active:
             for board in self._boards:
                 board.add_custom_scalars({key: dict(value) for key, value in categories.items()})
+
+
+def show_pictures(
+    figures: Mapping[str, Figure],
+    name: str,
+    folder: Path | None,
+    loggers: Iterable[Logger],
+    step: int,
+) -> None:
+    """Saves figures as `<folder>/<figure>.png` and shows them in TensorBoard.
+
+    Args:
+        figures: By their names.
+        name: Prefix of the tags, `<name>/<figure>`.
+        folder: Where the files go; None: nowhere.
+        loggers: Those of TensorBoard get the pictures.
+        step: The step they belong to.
+    """
+    for title, figure in figures.items():
+        image = render(figure)
+        if folder:
+            Image.fromarray(image).save(folder / f"{title}.png")
+        for board in _boards(loggers):
+            board.add_image(f"{name}/{title}", image, step, dataformats="HWC")
+
+
+def _boards(loggers: Iterable[Logger]) -> list[Any]:
+    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _jsonable(value: Any) -> Any:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from stagewise.callbacks import PosteriorMonitor
-from stagewise.callbacks.figures import TIME_LABEL, draw_boundary, new_figure, render
+from stagewise.callbacks.figures import TIME_LABEL, draw_boundary, new_figure
+from stagewise.callbacks.writer import show_pictures
 from stagewise.paths import Prediction
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.sampling import guided, model_velocity, sample
@@ -296,12 +296,7 @@ def evaluate(
         "loss_by_t": _loss_figure(module, monitor, curves),
         "samples": _samples(module, data, samples_per_class, cfg_scale, method, steps),
     }
-    for name, figure in pictures.items():
-        image = render(figure)
-        Image.fromarray(image).save(run_dir / f"{name}.png")
-        for logger in loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(f"evaluation/{name}", image, step, dataformats="HWC")
+    show_pictures(pictures, "evaluation", run_dir, loggers, step)
     return {
         "stages": rows,
         "train_loss": float(train[1].mean()),

@@ -7,15 +7,18 @@ TREE := build/tree
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types bench docs tree clean distclean
+.PHONY: help demo test test-all lint types bench bench-imagenet docs tree clean distclean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.recipes ## train a small model on photos, with the stage monitors on
 	$(BIN)/stagewise train experiment=photos
 
-test: $(VENV)/.dev ## run the tests
+test: $(VENV)/.dev ## run the tests; it names those that need an engine that is not installed
+	$(BIN)/pytest
+
+test-all: $(VENV)/.all ## install torch-cluster (compiled: some 10 minutes) and faiss, run all tests
 	$(BIN)/pytest
 
 lint: $(VENV)/.dev ## check style, format and types
@@ -23,8 +26,12 @@ lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff format --check
 	@$(MAKE) --no-print-directory types
 
-bench: $(VENV)/.recipes ## time the oracle and its engines
-	$(BIN)/python benchmarks/oracle.py
+bench: $(VENV)/.recipes ## time the engines against their floors and their peers
+	@mkdir -p build
+	$(BIN)/python benchmarks/oracle.py --json build/bench.json
+
+bench-imagenet: $(VENV)/.recipes ## the same on made latents of ImageNet's size (11 GB of disk)
+	$(BIN)/python benchmarks/imagenet.py
 
 docs: $(VENV)/.docs tree ## write the API documentation to build/docs
 	PYTHONPATH=$(TREE) $(BIN)/pdoc --docformat google --math -o build/docs $$( \
@@ -72,6 +79,13 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/pip
 	@echo "installing '.[dev]' into $(VENV): PyTorch is several GB, so the first time takes minutes"
 	@$(INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.recipes
+
+# torch-cluster has no wheel: it is compiled against the torch that is installed, which an isolated
+# build would not see. pip keeps the wheel, so that this is paid once.
+$(VENV)/.all: pyproject.toml $(VENV)/.dev
+	@echo "installing '.[cluster,faiss]' into $(VENV): torch-cluster is compiled, some 10 minutes"
+	@$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable '.[dev,cluster,faiss]'
+	@touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/pip
 	@echo "installing '.[recipes,docs]' into $(VENV): PyTorch is several GB, so the first time takes minutes"

@@ -1,117 +1,86 @@
-"""Cost of the exact oracle against its floor and against what a user would write.
+"""The oracle against its floors, its peers and its targets.
 
-`make bench` runs it; `--json FILE` also writes the numbers. All rows are timed in one process, in
-turn, on the same inputs, and the ratio is that of medians. The floor is the two bare matrix
-products, queries x rows and weights x rows, in the same precision. The error is that of the
-posterior mean against float64 explicit differences, as the largest over the queries.
+`make bench` runs it: one table for each case, and with `--json FILE` the same as JSON. A case with
+its options is `--only navigation,top100`; `--scale 0.1` is a quick look at a tenth of the rows.
+
+All rows of a table are timed in one process, in turn, on the same inputs. Columns: the median time
+of at least 7 runs after a warm-up (fewer, and it is said, where a run takes seconds), its ratio to
+that of the floor, the error of the posterior mean against explicit differences in float64 (the
+largest over the queries, relative), the largest tail mass, and the peak of memory beyond the
+inputs. Times are of this machine; ratios of one run travel better. The bank of the size of ImageNet
+has a script of its own, imagenet.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import sys
 import time
-from collections.abc import Callable
+import traceback
 
 import torch
-from torch import Tensor
+from measure import Options, Report, meta
 
-from stagewise import LatentBank, LinearPath, Oracle
-
-
-def explicit(x: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-    """Posterior mean from explicit float64 differences: the reference."""
-    x, xt, t = x.double(), xt.double(), t.double()
-    distance = torch.stack([(q - a * x).square().sum(1) for q, a in zip(xt, t, strict=True)])
-    return torch.softmax(-distance / (2 * (1 - t[:, None]) ** 2), 1) @ x
-
-
-def with_cdist(x: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-    """What one writes first: torch.cdist in float32, then a softmax."""
-    distance = torch.cdist(xt / t[:, None], x) * t[:, None]
-    return torch.softmax(-distance.square() / (2 * (1 - t[:, None]) ** 2), 1) @ x
+CASES = {
+    "navigation": "dense",
+    "top100": "dense",
+    "low-dim": "dense",
+    "certificate": "certified",
+    "class-wise": "classes",
+    "tail": "tails",
+    "training": "training",
+}
 
 
-def with_products(x: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-    """The expanded form in float32: one product for the distances, one for the mean."""
-    inverse = 1 / (1 - t[:, None]) ** 2
-    logits = t[:, None] * inverse * (xt @ x.T)
-    logits -= t[:, None] ** 2 * inverse / 2 * x.square().sum(1)
-    return torch.softmax(logits, 1) @ x
+def run(name: str, options: Options) -> Report:
+    """One case; what it raises is reported, and does not stop the others."""
+    try:
+        module = __import__(CASES[name])
+        return getattr(module, name.replace("-", "_"))(options)
+    except Exception as error:
+        traceback.print_exc()
+        report = Report(name, f"failed: {type(error).__name__}: {error}")
+        report.tables["failed"] = [{"name": name, "failed": True}]
+        return report
 
 
-def floor(x: Tensor, xt: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The two bare products."""
-    rows, query = x.to(dtype), xt.to(dtype)
-    weights = torch.rand(len(query), len(rows), dtype=dtype)
-
-    def run() -> Tensor:
-        query @ rows.T
-        return weights @ rows
-
-    return run
-
-
-def compare(n: int, dim: int, queries: int, t_max: float, runs: int) -> list[dict[str, object]]:
-    """Times all rows in turn."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, dim, generator=generator)
-    t = 0.001 + (t_max - 0.001) * torch.rand(queries, generator=generator)
-    x0 = torch.randn(queries, dim, generator=generator)
-    xt = LinearPath().interpolate(x0, x[torch.randperm(n, generator=generator)[:queries]], t)
-    oracle = Oracle(LatentBank(x))
-    rows: dict[str, Callable[[], Tensor]] = {
-        "floor: two float64 products": floor(x, xt, torch.float64),
-        "floor: two float32 products": floor(x, xt, torch.float32),
-        "stagewise exact": lambda: oracle.posterior(xt, t).mean,
-        "torch.cdist, softmax (float32)": lambda: with_cdist(x, xt, t),
-        "expanded form (float32)": lambda: with_products(x, xt, t),
-    }
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    reference = explicit(x, xt, t)
-    errors = {}
-    for run in range(runs + 1):
-        for name, function in rows.items():
-            start = time.perf_counter()
-            answer = function()
-            if run:  # the first is a warm-up
-                times[name].append(time.perf_counter() - start)
-            elif not name.startswith("floor"):
-                gap = (answer.double() - reference).norm(dim=1) / reference.norm(dim=1)
-                errors[name] = float(gap.max())
-    base = statistics.median(times["floor: two float64 products"])
-    return [
-        {
-            "case": f"N={n} D={dim} B={queries} t<{t_max:g}",
-            "row": name,
-            "milliseconds": 1e3 * statistics.median(values),
-            "ratio": statistics.median(values) / base,
-            "error": errors.get(name),
-        }
-        for name, values in times.items()
-    ]
-
-
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--runs", type=int, default=7, help="counted runs of each row")
+    parser.add_argument("--runs", type=int, default=7, help="counted runs of each row (default 7)")
+    parser.add_argument("--only", help=f"some of the cases, by commas: {', '.join(CASES)}")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the rows (default 1)")
     arguments = parser.parse_args()
-    results = []
-    for n, dim, queries, t_max in ((20_000, 768, 512, 0.3), (4_000, 4096, 128, 0.999)):
-        part = compare(n, dim, queries, t_max, arguments.runs)
-        print(f"\n{part[0]['case']}   (unit-Gaussian rows, {torch.get_num_threads()} threads)")
-        print(f"  {'':32}{'ms':>8}{'ratio':>8}{'error':>11}")
-        for row in part:
-            error = "" if row["error"] is None else f"{row['error']:11.1e}"
-            print(f"  {row['row']:32}{row['milliseconds']:8.1f}{row['ratio']:8.2f}{error}")
-        results += part
+    names = arguments.only.split(",") if arguments.only else list(CASES)
+    unknown = [name for name in names if name not in CASES]
+    if unknown or arguments.runs < 1 or not 0 < arguments.scale <= 1:
+        parser.error(f"expected cases among {list(CASES)}, --runs >= 1 and --scale in (0, 1]")
+    options = Options(arguments.runs, arguments.scale)
+    about = {**meta(), "runs": options.runs, "scale": options.scale}
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    torch.manual_seed(0)
+    reports = []
+    for name in names:
+        start = time.perf_counter()
+        reports.append(run(name, options))
+        print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
+    targets = [(report.name, target) for report in reports for target in report.targets]
+    if targets:
+        print("\n== targets")
+        for case, target in targets:
+            verdict = {None: "not measured", True: "met", False: "MISSED"}[target["met"]]
+            reached = "" if target["reached"] is None else f"{target['reached']:.3g}"
+            print(f"  {verdict:13}{reached:>9} {target['wanted']:9}{case}: {target['text']}")
     if arguments.json:
+        cases = [{key: value for key, value in vars(report).items()} for report in reports]
         with open(arguments.json, "w") as file:
-            json.dump(results, file, indent=1)
+            json.dump({"meta": about, "cases": cases}, file, indent=1)
+    failed = [name for report in reports for name in report.failed]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

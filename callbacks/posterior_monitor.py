@@ -21,6 +21,7 @@ from stagewise.callbacks import figures
 from stagewise.callbacks.checks import check_batch, path_of, warn_of_mismatch
 from stagewise.callbacks.training_bank import bank_from_trainer
 from stagewise.callbacks.writer import Writer
+from stagewise.engines import Auto, Engine, Sharded
 from stagewise.memory import available_memory
 from stagewise.oracle import Oracle
 from stagewise.stages import (
@@ -80,6 +81,9 @@ class PosteriorMonitor(pl.Callback):
             the batches have labels but training does not use them.
         find: From a batch to `(x_1, labels or None)`; default finds them in tensors, tuples and
             dicts with usual keys.
+        engine: How the oracle reaches the rows, default `Auto()`: exactly. Not `Sharded`, because
+            the ranks share the queries of a probe: give each the same memory-mapped bank, which a
+            node holds in memory once.
         path: The path of training. Default None: that of the module's `FlowMatchingLoss` if it has
             one (or several with the same path), otherwise `LinearPath()`.
         dirpath: Where files go; default `<trainer.log_dir>/<name>`, or without a logger
@@ -103,6 +107,7 @@ class PosteriorMonitor(pl.Callback):
         queries: int = 64,
         class_wise: bool | Literal["auto"] = "auto",
         find: FindSample = find_sample,
+        engine: Engine | None = None,
         path: paths.Path | None = None,
         dirpath: str | Path | None = None,
         name: str = "stagewise",
@@ -121,12 +126,18 @@ class PosteriorMonitor(pl.Callback):
             )
         if path is not None and not isinstance(path, paths.Path):
             raise TypeError(f"Expected `path` to be a stagewise.Path, got {path!r}.")
+        if isinstance(engine, Sharded) or not isinstance(engine, Engine | None):
+            raise TypeError(
+                f"Expected `engine` to be a stagewise engine other than Sharded, got {engine!r}. "
+                "For a bank larger than a process: LatentBank.open(path) maps one into all ranks."
+            )
         if class_wise is True and bank is not None and not bank.classes:
             raise ValueError("class_wise=True needs a bank with labels: LatentBank(x, labels).")
         stage_edges(math.nan, strata)
         stratified_times(torch.tensor([0.0, 1.0]), queries)
         self.every_n_steps, self.strata, self.queries = every_n_steps, strata, queries
         self.class_wise, self.find, self.path = class_wise, find, path
+        self.engine = engine or Auto()
         self.dirpath, self.name, self.seed = dirpath, name, seed
         self.oracle: Oracle | None = None
         self.curve: StageCurve | None = None
@@ -180,7 +191,7 @@ class PosteriorMonitor(pl.Callback):
         free = available_memory(self._device)
         if free is None or bank.nbytes < free / 10:
             bank = bank.to(self._device)
-        self.oracle = Oracle(bank, path)
+        self.oracle = Oracle(bank, path, self.engine)
         self.predicted = predicted_boundary(bank, path, class_wise=wise)
         self._edges = stage_edges(self.predicted, self.strata)
         self._batch_checked = False
@@ -192,7 +203,8 @@ class PosteriorMonitor(pl.Callback):
                 posterior += ", as there are labels (class_wise=False if training ignores them)"
         rank_zero_info(
             f"PosteriorMonitor: {bank}, std {bank.std:.3g}; {path!r} ({found}), t = 0 is noise; "
-            f"posterior {posterior}; predicted boundary t = {self.predicted:.3f}; "
+            f"posterior {posterior}, by {self.engine.describe(bank)}; predicted boundary "
+            f"t = {self.predicted:.3f}; "
             f"{self._writer.describe()}"
         )
         header = {

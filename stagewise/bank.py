@@ -1,9 +1,10 @@
 """`LatentBank`: the training latents, as the oracle needs them.
 
 The bank holds N samples as rows of D numbers, sorted by class when labels are given, so that a
-class is a contiguous block and needs no copy. Beside the rows it stores what every query needs
-and no query should compute: the mean (`centre`), the squared distances from it (`sq_norms`), and
-their largest (`radius`).
+class is a contiguous block and needs no copy. A sample is `row + offset`; the offset is zero unless
+rows have 16 bits (`narrowing`). Beside the rows it stores what every query needs and no query
+should compute: the mean (`centre`), the squared distances from it (`sq_norms`), and their largest
+(`radius`). All of these are float64, and of the samples as they are stored.
 
 It is a plain object and not an `nn.Module`, on purpose: as a module's buffer it would be broadcast
 by DDP, duplicated by an averaged (EMA) copy of the model, and written into every checkpoint. A deep
@@ -12,49 +13,63 @@ copy of a bank is the bank itself.
 
 from __future__ import annotations
 
+import json
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stagewise.batches import FindSample, find_checked, find_sample
+from stagewise.batches import FindSample, find_sample
+from stagewise.intake import (
+    class_order,
+    measure,
+    read_batches,
+    require_labels,
+    require_rows,
+    sort_in_place,
+)
 from stagewise.memory import format_bytes, require_memory
+from stagewise.narrowing import narrow, offset_for
+from stagewise.row_store import RowStore
+from stagewise.storage import Draft, FilePath, draft, read
 
 __all__ = ["LatentBank"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_BLOCK = 2**24  # numbers handled at a time when a whole-bank statistic is computed in float64
 
 
-class LatentBank:
+class LatentBank(RowStore):
     """N training samples, ready to be asked for posteriors.
 
     Args:
         x: Samples, (N, *), floating point, at least two. Kept without a copy when no labels are
             given and `dtype` is theirs already: do not change them in place afterwards.
         labels: Integer class of each sample, (N,), any integers; default None (no classes).
-        dtype: Storage: float32, float64, bfloat16 or float16; default that of `x`. The oracle
-            computes in float64 in any case; a 16-bit bank halves the memory and *is* the data
-            set, rounded, that the posterior is about.
+        dtype: Storage: float32, float64, bfloat16 or float16; default that of `x`. A 16-bit bank
+            halves the memory and *is* the data set, rounded relative to the distance from the
+            mean, that the posterior is about.
 
     Attributes:
-        rows: The samples, (N, D), in the bank's own order (sorted by class if there are labels).
+        rows: The samples less `offset`, (N, D), in the bank's own order (sorted by class if there
+            are labels). `take` and `chunks` read them.
+        offset: What is added to a row to make it the sample, (D,), float64; zero unless 16-bit rows
+            were made from wider samples.
         index: Position in `x` of each row, (N,), or None if the order is unchanged. Everything the
             oracle says about rows counts them in the bank's own order; this translates.
         shape: Shape of one sample.
-        centre: Mean of the rows, (D,), float64.
-        sq_norms: Squared distance of each row from `centre`, (N,), float64.
+        centre: Mean of the samples, (D,), float64.
+        sq_norms: Squared distance of each sample from `centre`, (N,), float64.
+        mean_sq_norm: Mean of `sq_norms`, (), float64.
         radius: The largest such distance (not squared).
-        max_norm: An upper bound on the norm of a row.
+        max_norm: An upper bound on the norm of a sample.
         std: Standard deviation of all numbers in the bank around their one mean.
         classes: The classes, ascending; empty without labels.
 
     Raises:
         ValueError: If there are fewer than two rows, rows with NaN or Inf (the count and the first
-            index are named), or labels of another length.
+            index are named), numbers beyond the range of `dtype`, or labels of another length.
         TypeError: If `x` is not floating point, or `labels` not integer.
 
     Example:
@@ -69,73 +84,38 @@ class LatentBank:
     ) -> None:
         if not x.is_floating_point():
             raise TypeError(f"Expected floating-point `x`, got {x.dtype}. Scale images to floats.")
-        dtype = dtype or x.dtype
-        if dtype not in _FLOATS:
-            raise TypeError(f"Expected `dtype` among {_FLOATS}, got {dtype}.")
-        if x.ndim < 2 or x.shape[0] < 2 or x[0].numel() == 0:
-            raise ValueError(
-                f"Expected `x` with shape (N, *) and at least 2 rows, got {tuple(x.shape)}. "
-                "A posterior over fewer than two samples says nothing."
-            )
-        self._build(x.detach().flatten(1).to(dtype), tuple(x.shape[1:]), labels, in_place=False)
-
-    def _build(
-        self, rows: Tensor, shape: tuple[int, ...], labels: Tensor | None, *, in_place: bool
-    ) -> None:
-        self.rows, self.shape = rows, shape
-        self.index: Tensor | None = None
-        self._segments: dict[int, slice] = {}
-        if labels is not None:
-            self._sort_by_class(labels.to(rows.device), in_place)
+        dtype = _storage(dtype or x.dtype)
+        require_rows(tuple(x.shape))
+        given = x.detach().flatten(1)
+        offset = offset_for(given, dtype)
+        rows = given if given.dtype == dtype else narrow(given, offset, dtype)
+        index, segments = _order(labels, len(rows), rows.device)
+        if index is not None and rows is given:
+            rows = rows[index]
+        elif index is not None:
+            sort_in_place(rows, index)
+        super().__init__(rows, offset, tuple(x.shape[1:]), index, segments)
         self._measure()
 
-    def _sort_by_class(self, labels: Tensor, in_place: bool) -> None:
-        if labels.shape != (len(self),):
-            raise ValueError(
-                f"Expected `labels` with shape ({len(self)},), got {tuple(labels.shape)}."
-            )
-        if labels.is_floating_point() or labels.is_complex():
-            raise TypeError(f"Expected integer `labels`, got {labels.dtype}.")
-        self.index = torch.argsort(labels, stable=True)
-        classes, counts = torch.unique_consecutive(labels[self.index], return_counts=True)
-        stops = counts.cumsum(0).tolist()
-        starts = [0, *stops[:-1]]
-        self._segments = {
-            int(label): slice(start, stop)
-            for label, start, stop in zip(classes.tolist(), starts, stops, strict=True)
-        }
-        if not in_place:
-            self.rows = self.rows[self.index]
-            return
-        # A few columns at a time, because a second copy of the bank may not fit.
-        for columns in self.rows.split(max(1, _BLOCK // len(self)), dim=1):
-            columns.copy_(columns[self.index])
+    @classmethod
+    def _of(cls, *args: Any, **kwargs: Any) -> LatentBank:
+        """A bank of rows that are made already: the arguments are those of `RowStore`."""
+        bank = cls.__new__(cls)
+        RowStore.__init__(bank, *args, **kwargs)
+        return bank
 
-    def _measure(self) -> None:
-        step = max(1, _BLOCK // self.dim)
-        device, wide = self.rows.device, torch.float64
-        total = torch.zeros(self.dim, dtype=wide, device=device)
-        bad: list[Tensor] = []
-        for first in range(0, len(self), step):
-            block = self.rows[first : first + step].to(wide)
-            bad.append(~block.isfinite().all(1))
-            total += block.sum(0)
-        wrong = torch.cat(bad).nonzero()[:, 0]
-        if len(wrong):
-            places = (wrong if self.index is None else self.index[wrong]).sort().values
-            raise ValueError(
-                f"Expected finite rows, got NaN or Inf in {len(places)} of {len(self)}; the first "
-                f"is row {int(places[0])}. Remove them, or look at what produced them."
-            )
-        self.centre = total / len(self)
-        self.sq_norms = torch.empty(len(self), dtype=wide, device=device)
-        for first in range(0, len(self), step):
-            block = self.rows[first : first + step].to(wide) - self.centre
-            self.sq_norms[first : first + step] = (block * block).sum(1)
+    def _measure(self) -> LatentBank:
+        mean, self.sq_norms = measure(self.rows, self.index)
+        self.centre = mean + self.offset
+        return self._summarise()
+
+    def _summarise(self) -> LatentBank:
+        self.mean_sq_norm = self.sq_norms.mean()
         self.radius = math.sqrt(float(self.sq_norms.max()))
         self.max_norm = self.radius + float(self.centre.norm())
-        scatter = self.sq_norms.mean() / self.dim + self.centre.var(correction=0)
+        scatter = self.mean_sq_norm / self.dim + self.centre.var(correction=0)
         self.std = math.sqrt(float(scatter))
+        return self
 
     @classmethod
     def from_batches(
@@ -168,119 +148,137 @@ class LatentBank:
                 allocated; the message gives the size and the ways to make it fit.
             ValueError: If there are fewer rows than promised or shapes differ between batches.
         """
-        rows: Tensor | None = None
-        labels: list[Tensor] = []
-        done = 0
-        for batch in batches:
-            x1, label = find_checked(find, batch)
-            x1 = x1.detach()
-            if rows is None:
-                kind = dtype or x1.dtype
-                require_memory(num_rows, x1[0].numel(), kind, copies)
-                rows = torch.empty((num_rows, *x1.shape[1:]), dtype=kind)
-            if x1.shape[1:] != rows.shape[1:]:
-                raise ValueError(
-                    f"Expected samples of shape {tuple(rows.shape[1:])} as in the first batch, "
-                    f"got {tuple(x1.shape[1:])} after {done} rows."
-                )
-            count = min(len(x1), num_rows - done)
-            rows[done : done + count] = x1[:count].to(rows.dtype)
+        parts, shape, given = read_batches(batches, num_rows, find, advance)
+        require_memory(num_rows, math.prod(shape), dtype or given, copies)
+        rows = torch.empty((num_rows, math.prod(shape)), dtype=_storage(dtype or given))
+        labels, labelled = torch.empty(num_rows, dtype=torch.int64), 0
+        for done, x1, label in parts:
+            if done == 0:
+                # The mean is known only after the last batch; any fixed vector near it serves.
+                offset = offset_for(x1, rows.dtype)
+            rows[done : done + len(x1)] = narrow(x1, offset, rows.dtype)
             if label is not None and class_wise:
-                labels.append(label[:count].detach().cpu())
-            done += count
-            if advance is not None:
-                advance(done)
-            if done == num_rows:
-                break
-        if rows is None or done < num_rows:
-            raise ValueError(f"Expected {num_rows} rows in the batches, got {done}.")
-        if num_rows < 2:
-            return cls(rows)  # which refuses it
-        bank = cls.__new__(cls)
-        found = torch.cat(labels) if labels else None
-        bank._build(rows.flatten(1), tuple(rows.shape[1:]), found, in_place=True)
-        return bank
+                labels[done : done + len(x1)] = label
+                labelled += len(x1)
+        found = labels[:labelled] if labelled else None
+        index, segments = _order(found, num_rows, rows.device)
+        if index is not None:
+            sort_in_place(rows, index)
+        return cls._of(rows, offset, shape, index, segments)._measure()
 
-    def __len__(self) -> int:
-        return self.rows.shape[0]
+    @classmethod
+    def write(
+        cls,
+        path: FilePath,
+        batches: Iterable[Any],
+        num_rows: int,
+        *,
+        labels: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        find: FindSample = find_sample,
+        advance: Callable[[int], object] | None = None,
+    ) -> LatentBank:
+        """Builds a bank on disk from batches, whatever its size, and opens it.
 
-    @property
-    def dim(self) -> int:
-        """D, the numbers in a sample."""
-        return self.rows.shape[1]
+        Args:
+            path: The file, which is replaced if it is there.
+            batches: As for `from_batches`.
+            num_rows: As for `from_batches`.
+            labels: Integer class of each row, (N,), in the order of the batches; default None (no
+                classes). They are needed beforehand because a row is written where its class is.
+            dtype: Storage dtype; default that of the samples.
+            find: From a batch to `(x_1, labels or None)`; labels found are compared with `labels`.
+            advance: As for `from_batches`.
 
-    @property
-    def device(self) -> torch.device:
-        """Where the rows lie."""
-        return self.rows.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """How the rows are stored."""
-        return self.rows.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the rows in bytes."""
-        return self.rows.numel() * self.rows.element_size()
-
-    @property
-    def classes(self) -> list[int]:
-        """The classes, ascending; empty without labels."""
-        return list(self._segments)
-
-    def require_classes(self) -> None:
-        """Refuses a bank without labels.
+        Returns:
+            The bank, memory-mapped as `open` gives it.
 
         Raises:
-            ValueError: With the cure.
+            OSError: If the disk has no room for it.
+            ValueError: As `from_batches`, or if labels of a batch are not those in `labels`.
         """
-        if not self._segments:
-            raise ValueError(
-                "A class-wise posterior needs a bank with labels: LatentBank(x, labels)."
-            )
+        index, segments = _order(labels, num_rows, torch.device("cpu"))
+        parts, shape, given = read_batches(batches, num_rows, find, advance)
+        dtype = _storage(dtype or given)
+        place = torch.arange(num_rows) if index is None else torch.argsort(index)
+        with draft(path, num_rows, math.prod(shape), dtype, len(segments)) as file:
+            for done, x1, found in parts:
+                if done == 0:
+                    offset = offset_for(x1, dtype)
+                if labels is not None and found is not None:
+                    require_labels(found, labels, done)
+                file.rows[place[done : done + len(x1)]] = narrow(x1, offset, dtype)
+            cls._of(file.rows, offset, shape, index, segments)._measure()._finish(file)
+        return cls.open(path)
 
-    def segment(self, label: int) -> slice:
-        """The rows of a class, as a slice of the bank's own order.
+    def save(self, path: FilePath) -> None:
+        """Writes the bank to a safetensors file, a chunk at a time, for `open`.
+
+        Args:
+            path: The file. It is replaced if it is there, once the new one is complete.
 
         Raises:
-            ValueError: If the bank has no such class, or no classes at all.
+            OSError: If the disk has no room for it.
         """
-        if label in self._segments:
-            return self._segments[label]
-        self.require_classes()
-        known = self.classes
-        raise ValueError(
-            f"Class {label} is not in the bank, which has {len(known)} classes from {known[0]} to "
-            f"{known[-1]}. Build the bank from the labels that training uses."
+        with draft(path, len(self), self.dim, self.dtype, len(self._segments)) as file:
+            for first, rows in self.chunks(self.whole, device=torch.device("cpu")):
+                file.rows[first : first + len(rows)] = rows
+            self._finish(file)
+
+    def _finish(self, file: Draft) -> None:
+        tensors = {"offset": self.offset, "centre": self.centre, "sq_norms": self.sq_norms}
+        tensors["keys"] = self._row_keys()
+        if self.index is not None:
+            columns = zip(("classes", "starts", "stops"), torch.tensor(self._ends).T, strict=True)
+            tensors |= {"index": self.index, **dict(columns)}
+        about = {"shape": json.dumps(self.shape), "fingerprint": self.fingerprint}
+        about |= {name: repr(getattr(self, name)) for name in ("radius", "max_norm", "std")}
+        file.finish(tensors, about)
+
+    @classmethod
+    def open(cls, path: FilePath) -> LatentBank:
+        """The bank in a file, memory-mapped: no row is read before it is asked for.
+
+        The mapping is read-only, and to write to `rows` ends the process.
+
+        Args:
+            path: What `save` or `write` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no bank, or not complete.
+        """
+        stored = read(path)
+        has = stored.tensors
+        columns = (has[name].tolist() for name in ("classes", "starts", "stops") if name in has)
+        bank = cls._of(
+            stored.rows,
+            has["offset"],
+            stored.shape,
+            has.get("index"),
+            {label: slice(*ends) for label, *ends in zip(*columns, strict=True)},
+            file=stored.file,
+            keys=has["keys"],
+            fingerprint=stored.fingerprint,
         )
-
-    def labels_of(self, rows: Sequence[int]) -> list[int]:
-        """The class of each of `rows` (own order), as Python integers, without a device sync."""
-        classes, stops = self.classes, [segment.stop for segment in self._segments.values()]
-        return [classes[bisect_right(stops, row)] for row in rows]
-
-    def to(self, device: torch.device | str) -> LatentBank:
-        """The bank on `device`; itself if it is there already."""
-        device = torch.device(device)
-        if self.rows.device == device:
-            return self
-        moved = object.__new__(LatentBank)
-        moved.__dict__.update(self.__dict__)
-        for name in ("rows", "index", "centre", "sq_norms"):
-            value = getattr(self, name)
-            setattr(moved, name, None if value is None else value.to(device))
-        return moved
-
-    def __copy__(self) -> LatentBank:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LatentBank:
-        return self
+        bank.centre, bank.sq_norms = has["centre"], has["sq_norms"]
+        return bank._summarise()
 
     def __repr__(self) -> str:
         classes = f", {len(self._segments)} classes" if self._segments else ""
         return (
             f"LatentBank({len(self)} rows of shape {self.shape}{classes}, {self.dtype}, "
-            f"{self.device}, {format_bytes(self.nbytes)})"
+            f"{self.residency}, {format_bytes(self.nbytes)})"
         )
+
+
+def _storage(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in _FLOATS:
+        raise TypeError(f"Expected `dtype` among {_FLOATS}, got {dtype}.")
+    return dtype
+
+
+def _order(
+    labels: Tensor | None, num_rows: int, device: torch.device
+) -> tuple[Tensor | None, dict[int, slice]]:
+    return (None, {}) if labels is None else class_order(labels.to(device), num_rows)

@@ -63,5 +63,6 @@ def require_memory(num_rows: int, dim: int, dtype: torch.dtype, copies: int = 1)
         f"A bank of {num_rows} rows x {dim} numbers in {dtype}{each} needs {format_bytes(need)}, "
         f"and {format_bytes(have)} are available. Ways to make it fit: {rounding}a subset of the "
         f"rows (num_rows={int(num_rows * have / need * 0.8)}; the boundary is then measured a "
-        "little early, as with any smaller data set), or a bank of some classes only."
+        "little early, as with any smaller data set), a bank of some classes only, or one on disk, "
+        "memory-mapped: LatentBank.write(path, batches, num_rows)."
     )

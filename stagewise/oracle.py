@@ -12,7 +12,7 @@ collapsed on `x_1`, where the textbook form divides rounding errors by `s_t`.
 
 **The data end.** At t = 1 (s_t = 0) the weights are the limit t -> 1: all mass on the rows nearest
 to `x_t / a_t`. The whole oracle is evaluated at `max(s_t, floor)`, with the floor near 1.5e-6 times
-the norm of a row (`engines.exact.sigma_floor`); for a query made from a bank row the correction
+the norm of a row (`engines.base.sigma_floor`); for a query made from a bank row the correction
 there is 0. `velocity` at t = 1 has lost the noise direction and returns `a'_t m` only, for paths
 whose `s'_t` is finite.
 
@@ -24,17 +24,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.engines.exact import exact_posterior, sigma_floor
+from stagewise.certificate import Certificate
+from stagewise.engines import Auto, Engine
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
-from stagewise.posterior import Posterior
+from stagewise.posterior import Posterior, put
 
-__all__ = ["Oracle"]
+__all__ = ["Labels", "Oracle"]
+
+Labels: TypeAlias = "Tensor | Sequence[int | None]"
+"""The class of each query, (B,). None, or the oracle's `null_class`, is the whole bank."""
 
 
 class Oracle:
@@ -45,7 +49,18 @@ class Oracle:
     Args:
         bank: The training latents.
         path: The path of training, default `LinearPath()`.
-        chunk_size: Rows streamed at a time; default fits 32 MiB. The result does not depend on it.
+        engine: How the rows are reached, default `Auto()`: exactly.
+        certificate: Which queries need no search, if their source is known
+            (`Certificate.compute(bank)`); default None.
+        eta: Posterior mass that a certified answer may miss, default 1e-3.
+        delta: Probability, over the noise of a query, that it misses more, default 1e-6.
+        null_class: The label that stands for "no class" in your training (classifier-free
+            guidance): such queries are asked of the whole bank. Default None: only labels that are
+            None are.
+
+    Raises:
+        ValueError: If the engine or the certificate does not fit the bank.
+        ImportError: If the engine needs a library that is not installed.
 
     Example:
         >>> import torch
@@ -59,74 +74,116 @@ class Oracle:
     """
 
     def __init__(
-        self, bank: LatentBank, path: Path | None = None, *, chunk_size: int | None = None
+        self,
+        bank: LatentBank,
+        path: Path | None = None,
+        engine: Engine | None = None,
+        *,
+        certificate: Certificate | None = None,
+        eta: float = 1e-3,
+        delta: float = 1e-6,
+        null_class: int | None = None,
     ) -> None:
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"Expected `chunk_size` of at least 1, got {chunk_size}.")
+        for name, value in (("eta", eta), ("delta", delta)):
+            if not 0 < value < 1:
+                raise ValueError(f"Expected `{name}` between 0 and 1, got {value}.")
         self.bank = bank
         self.path = path or LinearPath()
-        self.chunk_size = chunk_size
+        self.engine = engine or Auto()
+        self.certificate, self.eta, self.delta = certificate, eta, delta
+        self.null_class = null_class
+        self.engine.prepare(bank)
+        if certificate is not None:
+            certificate.check(bank)
 
     @torch.no_grad()
     def posterior(
         self,
         xt: Tensor,
         t: Tensor,
-        labels: Tensor | Sequence[int] | None = None,
+        labels: Labels | None = None,
         *,
         source: Tensor | None = None,
         k: int = 1,
     ) -> Posterior:
-        """The exact posterior over bank rows for each query.
+        """The posterior over bank rows for each query.
 
         Args:
             xt: Noisy samples, (B, *) with the bank's sample shape.
             t: Times in [0, 1], (B,).
             labels: Class of each query, (B,), integers: the posterior is then over the rows of that
                 class, which is a valid target for a class-conditional model. Default None: over all
-                rows. A list or a CPU tensor costs no device sync, one on an accelerator does.
-            source: The row of `bank.rows` each query was made from, (B,), for `source_weight`;
-                default None.
-            k: How many of the largest weights to return, default 1; at most the rows of the bank.
-                Where a class has fewer rows the rest has weight 0 and row -1.
+                rows, as for single labels that are None or `null_class`. A list or a CPU tensor
+                costs no device sync, one on an accelerator does.
+            source: The row of `bank.rows` each query was made from, (B,), int64, for
+                `source_weight` and the certificate; negative where it is not known. Default None.
+                `bank.find(x1)` looks it up.
+            k: How many of the largest weights to return, default 1. Where a class has fewer rows
+                the rest has weight 0 and row -1.
 
         Returns:
             The posterior, in float64.
 
         Raises:
-            ValueError: On shapes that do not fit, t outside [0, 1], an unknown class, k below 1, or
-                queries on a device without float64 (MPS).
+            ValueError: On shapes that do not fit, t outside [0, 1], an unknown class, k below 1 or
+                above the rows of the bank, a source that is no row of it, or queries on a device
+                without float64 (MPS).
         """
         flat, path = self._prepare(xt, t)
-        if k < 1:
-            raise ValueError(f"Expected `k` of at least 1, got {k}.")
-        if source is not None and source.shape != (len(flat),):
-            raise ValueError(
-                f"Expected `source` with shape ({len(flat)},), got {tuple(source.shape)}."
-            )
-        k = min(k, len(self.bank))
+        rows = self.engine.num_rows(self.bank)
+        if not 1 <= k <= rows:
+            raise ValueError(f"Expected `k` from 1 to the {rows} rows of the bank, got {k}.")
+        if source is not None:
+            source = self._check_source(source, len(flat), rows)
+        names = None if labels is None else self._names(labels, len(flat))
         with torch.autocast(flat.device.type, enabled=False):
-            if labels is None or len(flat) == 0:
-                post = exact_posterior(self.bank, flat, path, k=k, chunk_size=self.chunk_size)
-            else:
-                post = self._by_class(flat, path, labels, k)
-            source_weight = None
-            if source is not None:
-                rows = self.bank.rows[source.to(self.bank.device)].to(flat)
-                distance = (flat - path.alpha[:, None] * rows).square().sum(1)
-                log_weight = -distance / (2 * path.sigma**2) - post.log_evidence
-                source_weight = log_weight.exp().clamp_max(1)
-        return replace(
-            post, mean=post.mean.reshape(-1, *self.bank.shape), source_weight=source_weight
+            post = self._certified_or_searched(flat, path, names, source, k)
+            if source is not None and post.source_weight is None:
+                x1 = self.bank.take(source.clamp_min(0), device=flat.device)
+                gap = flat - path.alpha[:, None] * x1
+                log_weight = -(gap * gap).sum(1) / (2 * path.sigma**2) - post.log_evidence
+                weight = log_weight.exp().clamp_max(1).masked_fill(source < 0, torch.nan)
+                post = replace(post, source_weight=weight)
+        return replace(post, mean=post.mean.reshape(-1, *self.bank.shape))
+
+    def _certified_or_searched(
+        self,
+        flat: Tensor,
+        path: PathCoefficients,
+        names: list[int | None] | None,
+        source: Tensor | None,
+        k: int,
+    ) -> Posterior:
+        """Answers certified queries from what is stored, and asks the engine for the others."""
+        if self.certificate is None or source is None or not len(flat):
+            return self.engine.ask(self.bank, flat, path, names, source, k)
+        answer = self.certificate.answer(
+            self.bank, flat, path, names, source, k, eta=self.eta, delta=self.delta
         )
+        if answer is None:
+            return self.engine.ask(self.bank, flat, path, names, source, k)
+        post, left = answer
+        if not left:
+            return post
+        index = torch.tensor(left, device=flat.device)
+        searched = self.engine.ask(
+            self.bank,
+            flat[index],
+            PathCoefficients(*(value[index] for value in path)),
+            None if names is None else [names[i] for i in left],
+            source[index],
+            k,
+        )
+        return put(post, left, searched, len(flat))
 
     def correction(
         self,
         xt: Tensor,
         t: Tensor,
         x1: Tensor,
-        labels: Tensor | Sequence[int] | None = None,
+        labels: Labels | None = None,
         *,
+        source: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
         posterior: Posterior | None = None,
     ) -> Tensor:
@@ -138,6 +195,7 @@ class Oracle:
             x1: The samples `xt` was made from, (B, *). They must be rows of the bank: with others
                 the correction is as large as their distance to the bank times `c_t`.
             labels: See `posterior`.
+            source: See `posterior`.
             prediction: What the target is, default "velocity".
             posterior: The posterior at these queries if it is known already.
 
@@ -152,7 +210,7 @@ class Oracle:
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
         flat, path = self._prepare(xt, t)
-        post = posterior or self.posterior(xt, t, labels)
+        post = posterior or self.posterior(xt, t, labels, source=source)
         c, _ = Prediction.of(prediction).coefficients(path)
         difference = post.mean.flatten(1) - x1.detach().flatten(1).to(flat.dtype)
         # A difference below its rounding is none; at t = 1 some paths have an infinite c.
@@ -160,9 +218,7 @@ class Oracle:
         gap = torch.where(difference.abs() <= rounding, 0.0, c[:, None] * difference)
         return gap.reshape(x1.shape).to(x1.dtype)
 
-    def velocity(
-        self, xt: Tensor, t: Tensor, labels: Tensor | Sequence[int] | None = None
-    ) -> Tensor:
+    def velocity(self, xt: Tensor, t: Tensor, labels: Labels | None = None) -> Tensor:
         """The marginal velocity `u*(x_t, t)`.
 
         Args:
@@ -189,40 +245,37 @@ class Oracle:
             raise ValueError("The oracle needs float64, which MPS has not. Ask it on the CPU.")
         check_times(t, len(xt))
         path = self.path(t.detach().to(device=xt.device, dtype=torch.float64))
-        return xt.detach().flatten(1).double(), path.floored(sigma_floor(self.bank))
+        return xt.detach().flatten(1).double(), path.floored(self.engine.sigma_floor(self.bank))
 
-    def _by_class(
-        self, flat: Tensor, path: PathCoefficients, labels: Tensor | Sequence[int], k: int
-    ) -> Posterior:
+    def _names(self, labels: Labels, count: int) -> list[int | None]:
+        """The labels on the host, with None for the whole bank."""
         if isinstance(labels, Tensor) and (labels.ndim != 1 or labels.is_floating_point()):
             raise ValueError(
-                f"Expected integer `labels` with shape ({len(flat)},), got {labels.dtype} of shape "
+                f"Expected integer `labels` with shape ({count},), got {labels.dtype} of shape "
                 f"{tuple(labels.shape)}."
             )
         names = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-        if len(names) != len(flat):
-            raise ValueError(f"Expected `labels` with shape ({len(flat)},), got ({len(names)},).")
-        members: dict[int, list[int]] = {}
-        for query, label in enumerate(names):
-            members.setdefault(label, []).append(query)
-        segments = {label: self.bank.segment(label) for label in members}
-        parts = []
-        for label, segment in segments.items():
-            at = torch.tensor(members[label], device=flat.device)
-            coefficients = PathCoefficients(*(value[at] for value in path))
-            post = exact_posterior(
-                self.bank, flat[at], coefficients, segment=segment, k=k, chunk_size=self.chunk_size
+        if len(names) != count:
+            raise ValueError(f"Expected `labels` with shape ({count},), got ({len(names)},).")
+        if self.null_class is None:
+            return names
+        return [None if name == self.null_class else name for name in names]
+
+    def _check_source(self, source: Tensor, count: int, rows: int) -> Tensor:
+        if source.shape != (count,) or source.is_floating_point():
+            raise ValueError(
+                f"Expected integer `source` with shape ({count},), got {source.dtype} of shape "
+                f"{tuple(source.shape)}."
             )
-            missing = (0, k - post.weights.shape[1])
-            weights = torch.nn.functional.pad(post.weights, missing)
-            rows = torch.nn.functional.pad(post.rows, missing, value=-1)
-            parts.append(replace(post, weights=weights, rows=rows))
-        order = [query for group in members.values() for query in group]
-        back = torch.argsort(torch.tensor(order, device=flat.device))
-        fields = ("mean", "log_evidence", "entropy", "ess", "weights", "rows", "tail_mass")
-        return Posterior(
-            **{name: torch.cat([getattr(p, name) for p in parts])[back] for name in fields}
-        )
+        message = f"Expected `source` below {rows}, the rows of the bank (negative: not known)"
+        if source.device.type != "cpu":
+            torch._assert_async((source < rows).all(), message)
+        elif count and int(source.max()) >= rows:
+            raise ValueError(
+                f"{message}, got {int(source.max())}. Rows count in the bank's own order: "
+                "`bank.find(x1)` looks them up."
+            )
+        return source
 
     def __copy__(self) -> Oracle:
         return self
@@ -231,7 +284,7 @@ class Oracle:
         return self
 
     def __repr__(self) -> str:
-        return f"Oracle({self.bank!r}, {self.path!r})"
+        return f"Oracle({self.bank!r}, {self.path!r}, {self.engine!r})"
 
 
 def check_times(t: Tensor, length: int) -> None:

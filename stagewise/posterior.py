@@ -9,18 +9,25 @@ Split S into parts p with their own `Z_p, m_p, H_p, ESS_p`, and let `w_p = Z_p /
 
     m = sum_p w_p m_p,   H = sum_p w_p (H_p - log w_p),   1/ESS = sum_p w_p^2 / ESS_p,
 
-so chunks of a stream, shards of a bank and ranks of a job are all put together by one `merge`,
-in any order and grouping.
+so blocks of rows, shards of a bank and ranks of a job are all put together by one `merge`, in any
+order and grouping.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Posterior", "merge"]
+__all__ = ["Posterior", "TailKind", "merge", "put"]
+
+TailKind = Literal["measured", "bounded", "estimated"]
+"""How a tail mass is known: from all weights; as an upper bound; or from a sample or a model."""
+
+_KINDS: tuple[TailKind, ...] = ("measured", "bounded", "estimated")
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Posterior:
         rows: The rows of `weights`, as positions in `bank.rows`, (B, k), int64.
         tail_mass: Share of the posterior that was *not* taken into `mean`, (B,); 0 when exact.
         source_weight: `gamma` of the row the query was made from, (B,), or None if it is unknown.
+        tail_kind: How the tail mass is known. Where it is "bounded" or "estimated" the other
+            statistics are those of the rows that were seen.
     """
 
     mean: Tensor
@@ -50,6 +59,7 @@ class Posterior:
     rows: Tensor
     tail_mass: Tensor
     source_weight: Tensor | None = None
+    tail_kind: TailKind = "measured"
 
     @property
     def top1(self) -> Tensor:
@@ -57,32 +67,58 @@ class Posterior:
         return self.weights[:, 0]
 
     @classmethod
-    def from_logits(cls, logits: Tensor, x: Tensor, k: int, first_row: int = 0) -> Posterior:
-        """The posterior over a block of rows, from the rows and their `l_i`.
+    def empty(cls, xt: Tensor, k: int) -> Posterior:
+        """The posterior of no queries: `xt` is (0, D)."""
+        none = xt.new_zeros(0)
+        rows = torch.zeros(0, k, dtype=torch.int64, device=xt.device)
+        return cls(xt, none, none, none, none[:, None].expand(0, k), rows, none)
 
-        Args:
-            logits: `l_i`, (B, C), finite. Overwritten: at this size a pass over memory counts.
-            x: The rows, (C, D), of the same dtype.
-            k: How many of the largest weights to keep, at most C of them.
-            first_row: Row number of `x[0]`, default 0.
+    @classmethod
+    def cat(cls, parts: Sequence[Posterior]) -> Posterior:
+        """The posteriors of several batches of queries as one, in the order of the parts."""
+        if len(parts) == 1:
+            return parts[0]
+        joined = {
+            name: None if values[0] is None else torch.cat(values)
+            for name in _TENSORS
+            for values in [[getattr(part, name) for part in parts]]
+        }
+        return cls(**joined, tail_kind=_weakest(parts))
 
-        Returns:
-            The posterior, with `mean` of shape (B, D).
-        """
-        top, rows = logits.topk(min(k, logits.shape[1]), dim=1) if k > 1 else logits.max(1, True)
-        peak = top[:, :1]
-        shifted = logits.sub_(peak)
-        gamma = shifted.exp()
-        z = gamma.sum(1)
-        return cls(
-            mean=gamma @ x / z[:, None],
-            log_evidence=peak[:, 0] + z.log(),
-            entropy=z.log() - torch.einsum("bc,bc->b", gamma, shifted) / z,
-            ess=z**2 / torch.einsum("bc,bc->b", gamma, gamma),
-            weights=(top - peak).exp() / z[:, None],
-            rows=rows + first_row,
-            tail_mass=torch.zeros_like(z),
-        )
+    def __getitem__(self, index: Tensor | slice) -> Posterior:
+        """The posterior of some of the queries."""
+        picked = {
+            name: None if value is None else value[index]
+            for name in _TENSORS
+            for value in [getattr(self, name)]
+        }
+        return Posterior(**picked, tail_kind=self.tail_kind)
+
+
+_TENSORS = tuple(field.name for field in fields(Posterior) if field.name != "tail_kind")
+
+
+def _weakest(parts: Sequence[Posterior]) -> TailKind:
+    return _KINDS[max(_KINDS.index(part.tail_kind) for part in parts)]
+
+
+def put(post: Posterior, at: Sequence[int], other: Posterior, count: int) -> Posterior:
+    """The posterior of `count` queries of which `other` answers those at `at`.
+
+    Args:
+        post: Answers of all queries, of which those at `at` are dropped; or of all but those.
+        at: Positions, on the host.
+        other: Answers of those.
+        count: How many queries there are.
+    """
+    there = set(at)
+    rest = [i for i in range(count) if i not in there]
+    device = post.mean.device
+    if len(post.mean) == count:
+        post = post[torch.tensor(rest, dtype=torch.int64, device=device)]
+    order = [*rest, *at]
+    back = sorted(range(count), key=order.__getitem__)
+    return Posterior.cat([post, other])[torch.tensor(back, dtype=torch.int64, device=device)]
 
 
 def merge(*parts: Posterior, k: int | None = None) -> Posterior:
@@ -121,4 +157,5 @@ def merge(*parts: Posterior, k: int | None = None) -> Posterior:
         weights=weights,
         rows=torch.cat([part.rows for part in parts], dim=1).gather(1, order),
         tail_mass=average([part.tail_mass for part in parts]),
+        tail_kind=_weakest(parts),
     )

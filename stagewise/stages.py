@@ -27,6 +27,7 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.oracle import Oracle, check_times
 from stagewise.paths import Path, Prediction
+from stagewise.spectrum import information, spectrum
 
 __all__ = [
     "STATISTICS",
@@ -216,8 +217,8 @@ class StageCurve:
 def _ask(oracle: Oracle, x0: Tensor, t: Tensor, rows: list[int], class_wise: bool) -> Tensor:
     """The `STATISTICS` of queries from `rows` with noise `x0` (B, D), as (S, B)."""
     bank = oracle.bank
-    source = torch.tensor(rows, device=bank.device)
-    x1 = bank.rows[source].to(device=x0.device, dtype=torch.float64).reshape(-1, *bank.shape)
+    source = torch.tensor(rows, device=x0.device)
+    x1 = bank.take(source, device=x0.device).reshape(-1, *bank.shape)
     xt = oracle.path.interpolate(x0.double().reshape(x1.shape), x1, t)
     labels = bank.labels_of(rows) if class_wise else None
     post = oracle.posterior(xt, t, labels, source=source)
@@ -257,8 +258,8 @@ def predicted_boundary(
         path: The path of training.
         class_wise: Whether the posterior is class-wise; then the median over classes, default
             False.
-        max_rows: Rows (evenly spaced) whose covariance is taken, default 2048; fewer if they would
-            take more than a gigabyte. Log N always counts all rows.
+        max_rows: Rows (evenly spaced) whose covariance is taken, see `spectrum`. Log N always
+            counts all rows.
         max_classes: Classes (evenly spaced) that are looked at, default 8.
 
     Returns:
@@ -267,28 +268,26 @@ def predicted_boundary(
     Raises:
         ValueError: If `class_wise` is asked of a bank without labels.
     """
-    max_rows = min(max_rows, max(64, 2**27 // bank.dim))
-    segments = [slice(0, len(bank))]
+    segments = [bank.whole]
     if class_wise:
         bank.require_classes()
         classes = bank.classes[:: math.ceil(len(bank.classes) / max_classes)]
         segments = [bank.segment(label) for label in classes]
     found = []
     for segment in segments:
-        n = segment.stop - segment.start
-        x = bank.rows[segment][:: math.ceil(n / max_rows)].cpu().double()
-        x = x - x.mean(0)
-        gram = x @ x.T if len(x) < bank.dim else x.T @ x
-        spectrum = torch.linalg.eigvalsh(gram).clamp_min(0).numpy() / len(x)
-        if spectrum.max() <= 0:
+        nats = math.log(segment.stop - segment.start)
+        variances = spectrum(bank, segment, max_rows=max_rows)
+        largest = float(variances.max())
+        if largest <= 0:
             continue
 
-        def information(log_rho: float, spectrum: np.ndarray = spectrum, n: int = n) -> float:
-            return float(0.5 * np.log1p(np.exp(2 * log_rho) * spectrum).sum() - math.log(n))
+        def missing(log_rho: float, variances: Tensor = variances, nats: float = nats) -> float:
+            rho = torch.tensor([math.exp(log_rho)], dtype=torch.float64)
+            return float(information(rho, variances)) - nats
 
         # Between no information at all and more than log N from the leading direction alone.
-        high = math.log(n) + 1 - 0.5 * math.log(spectrum.max())
-        found.append(path.time_of_snr_sqrt(math.exp(brentq(information, high - 60, high))))
+        high = nats + 1 - 0.5 * math.log(largest)
+        found.append(path.time_of_snr_sqrt(math.exp(brentq(missing, high - 60, high))))
     return float(np.median(found)) if found else math.nan
 
 

@@ -1,15 +1,26 @@
 """The bank, how it finds its data in batches, and what it refuses."""
 
+import contextlib
 import copy
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise import LatentBank, find_sample
+from stagewise import LatentBank, find_sample, streaming
 from stagewise import memory as memory_module
+from stagewise.keys import row_keys
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+HALF_EPS = {"rtol": 0.0, "atol": 4 * 2.0**-9}  # numbers up to 4 away from their mean, in bfloat16
+
+
+def samples(bank):
+    """What a bank says its samples are, without its own reader."""
+    return bank.rows.double() + bank.offset
 
 
 def test_statistics():
@@ -32,7 +43,7 @@ def test_spread_of_data_far_from_zero():
 def test_blocks_give_the_same_statistics(monkeypatch):
     x = torch.randn(101, 6)
     whole = LatentBank(x)
-    monkeypatch.setattr("stagewise.bank._BLOCK", 60)
+    monkeypatch.setattr("stagewise.intake.BLOCK", 60)
     blocks = LatentBank(x)
     torch.testing.assert_close(blocks.sq_norms, whole.sq_norms)
     assert blocks.std == pytest.approx(whole.std)
@@ -104,9 +115,11 @@ def test_from_batches():
     assert bank.classes == [0, 1, 2, 3]
     plain = LatentBank.from_batches(loader, 10, class_wise=False, dtype=torch.bfloat16)
     assert plain.classes == []
-    assert torch.equal(plain.rows, x[:10].flatten(1).bfloat16())
+    torch.testing.assert_close(plain.take(torch.arange(10)).float(), x[:10].flatten(1), **HALF_EPS)
     with pytest.raises(ValueError, match="Expected 30 rows in the batches, got 25"):
         LatentBank.from_batches(loader, 30)
+    with pytest.raises(ValueError, match=r"`labels` with shape \(25,\), got \(20,\)"):
+        LatentBank.from_batches([x[:5], (x[5:], y[5:])], 25)
     with pytest.raises(
         ValueError, match=r"shape \(3, 2\) as in the first batch, got \(2, 2\) after 4"
     ):
@@ -121,7 +134,8 @@ def test_a_bank_beyond_memory_is_refused_before_it_is_allocated(monkeypatch):
     message = str(error.value)
     for part in ("1281167 rows x 4096", "needs 21.0 GB", "1.0 GB are available"):
         assert part in message
-    for way in ("dtype=torch.bfloat16 (10.5 GB)", "num_rows=48828", "some classes only"):
+    ways = ("dtype=torch.bfloat16 (10.5 GB)", "num_rows=48828", "some classes only")
+    for way in (*ways, "LatentBank.write(path, batches, num_rows)"):
         assert way in message
 
 
@@ -179,13 +193,306 @@ def test_what_was_seen_and_the_cure_are_named(batch):
 
 
 def test_from_batches_sorts_in_blocks_of_columns(monkeypatch):
-    monkeypatch.setattr("stagewise.bank._BLOCK", 60)
+    monkeypatch.setattr("stagewise.intake._SORTED", 60)
     x, y = torch.randn(25, 3, 2), torch.arange(25).flip(0) % 4
     bank = LatentBank.from_batches([(x, y)], 25)
     plain = LatentBank(x, y)
     assert torch.equal(bank.rows, plain.rows)
     assert torch.equal(bank.index, plain.index)
     assert bank.labels_of(range(25)) == plain.labels_of(range(25))
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(200) % 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_are_those_of_the_samples_as_stored(dtype, labels):
+    x = 50 + 3 * torch.randn(200, 3, 5, dtype=torch.float64)
+    bank = LatentBank(x, labels, dtype=dtype)
+    stored = samples(bank)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(bank.centre, stored.mean(0), **close)
+    torch.testing.assert_close(bank.sq_norms, (stored - stored.mean(0)).square().sum(1), **close)
+    torch.testing.assert_close(bank.mean_sq_norm, bank.sq_norms.mean(), **close)
+    assert bank.radius == pytest.approx(float((stored - stored.mean(0)).norm(dim=1).max()), 1e-12)
+    assert bank.max_norm >= float(stored.norm(dim=1).max())
+    assert bank.std == pytest.approx(float(stored.std(correction=0)), 1e-12)
+    for value in (bank.offset, bank.centre, bank.sq_norms, bank.mean_sq_norm):
+        assert value.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("build", ["tensor", "batches"])
+def test_sixteen_bits_round_relative_to_the_distance_from_the_mean(dtype, build):
+    x = 100 + torch.randn(500, 12)
+    if build == "tensor":
+        bank = LatentBank(x, dtype=dtype)
+    else:
+        bank = LatentBank.from_batches(x.split(64), 500, dtype=dtype)
+    error = (samples(bank) - x).abs()
+    # Half a unit in the last place of x - offset; the offset is near the mean in both.
+    info = torch.finfo(dtype)
+    assert (error <= 0.501 * info.eps * (x.double() - bank.offset).abs().clamp_min(info.tiny)).all()
+    assert error.max() < (x.to(dtype).double() - x).abs().max() / 10
+    assert torch.equal(bank.offset, bank.offset.float().double())
+    # Nothing is lost on the way out: what is taken is stored as the same row again.
+    assert torch.equal((samples(bank) - bank.offset).to(dtype), bank.rows)
+
+
+def test_offset_is_zero_unless_bits_are_lost():
+    x = 5 + torch.randn(20, 4)
+    half = x.half()
+    kept = LatentBank(half)
+    assert kept.rows.data_ptr() == half.data_ptr()
+    for bank in (kept, LatentBank(x), LatentBank(x.double(), dtype=torch.float32)):
+        assert torch.equal(bank.offset, torch.zeros(4, dtype=torch.float64))
+    assert torch.equal(LatentBank.from_batches([half], 20).rows, half)
+    other = LatentBank(half, dtype=torch.bfloat16)
+    torch.testing.assert_close(other.offset, half.double().mean(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "dtype", "message"),
+    [
+        (torch.tensor([[7e4, 0.0], [-7e4, 1.0]]), torch.float16, r"float16.*65504.*70000.*float32"),
+        (
+            torch.tensor([[4e38], [-4e38]], dtype=torch.float64),
+            torch.float32,
+            r"float32.*4e\+38.*float64",
+        ),
+        (
+            torch.tensor([[1e300], [0.0]], dtype=torch.float64),
+            torch.bfloat16,
+            r"bfloat16.*1e\+300.*float64",
+        ),
+    ],
+)
+def test_numbers_beyond_the_range_are_refused(x, dtype, message):
+    with pytest.raises(ValueError, match="values beyond range") as error:
+        LatentBank(x, dtype=dtype)
+    error.match(message)
+    with pytest.raises(ValueError, match=message):
+        LatentBank.from_batches([x], 2, dtype=dtype)
+
+
+def test_range_is_that_of_the_distance_from_the_mean():
+    x = 1e5 + torch.randn(50, 3)
+    bank = LatentBank(x, dtype=torch.float16)
+    assert (samples(bank) - x).abs().max() < 4 * 2.0**-11
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bad_rows_do_not_spoil_the_others(dtype):
+    x = torch.randn(20, 3)
+    x[17, 0], x[4, 2] = torch.inf, torch.nan
+    for make in (lambda: LatentBank(x, dtype=dtype), lambda: LatentBank.from_batches([x], 20)):
+        with pytest.raises(ValueError, match=r"NaN or Inf in 2 of 20; the first is row 4\."):
+            make()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_take(dtype):
+    x = 3 + torch.randn(30, 2, 2)
+    bank = LatentBank(x, torch.arange(30) % 4, dtype=dtype)
+    rows = torch.tensor([[3, 29, 3], [0, 11, 7]])
+    for taken in (bank.take(rows), bank.take(rows, torch.device("cpu"))):
+        assert taken.shape == (2, 3, 4)
+        assert taken.dtype == torch.float64
+        assert torch.equal(taken, samples(bank)[rows])
+    assert bank.take(torch.tensor(5)).shape == (4,)
+    with pytest.raises(IndexError):
+        bank.take(torch.tensor([30]))
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+@pytest.mark.parametrize("labels", [None, torch.arange(300) % 11])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_find(dtype, labels, given):
+    generator = torch.Generator().manual_seed(1)
+    x = 2 + torch.randn(300, 3, 4, generator=generator).to(given)
+    bank = LatentBank(x, labels, dtype=dtype)
+    order = torch.randperm(300, generator=generator)
+    state = torch.get_rng_state()
+    found = bank.find(x[order])
+    assert torch.equal(torch.get_rng_state(), state)
+    own = torch.arange(300) if bank.index is None else bank.index
+    assert torch.equal(own[found], order)
+    assert torch.equal(bank.find(samples(bank).reshape(300, 3, 4)), torch.arange(300))
+    near = x[:5].clone()
+    near.flatten(1)[range(5), range(5)] += 0.5
+    near = torch.cat([near, x[:1], torch.full_like(near[:3], torch.nan), near[:1] * torch.inf])
+    assert bank.find(near).tolist()[:5] == [-1] * 5
+    assert bank.find(near).tolist()[6:] == [-1] * 4
+    assert bank.find(near)[5] == bank.find(x[:1])[0] >= 0
+    assert bank.find(x[:0]).shape == (0,)
+
+
+def test_find_among_duplicates_and_signs_of_zero():
+    x = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    bank = LatentBank(x)
+    assert bank.find(x)[0] in (0, 2, 4)
+    assert bank.find(x)[1] in (1, 3)
+    assert bank.find(torch.tensor([[-0.0, 1.0]]))[0] in (0, 2, 4)
+    with pytest.raises(ValueError, match=r"shape \('B', 2\) as the bank's samples, got \(2, 3\)"):
+        bank.find(torch.zeros(2, 3))
+
+
+def test_find_is_right_when_keys_collide(monkeypatch):
+    x = torch.randn(40, 3)
+    monkeypatch.setattr("stagewise.row_store.row_keys", lambda rows: rows[:, 0].ge(0).long())
+    monkeypatch.setattr("stagewise.keys.row_keys", lambda rows: rows[:, 0].ge(0).long())
+    found = LatentBank(x).find(x)
+    assert ((found == torch.arange(40)) | (found == -1)).all()  # missed, perhaps, but never wrong
+
+
+@pytest.mark.parametrize("segment", [slice(0, 101), slice(13, 57), slice(20, 21), slice(5, 5)])
+@pytest.mark.parametrize("size", [1, 7, 44, 1000, None])
+@pytest.mark.parametrize("target", [None, *DTYPES])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_are_the_rows(dtype, target, size, segment):
+    bank = LatentBank(torch.randn(101, 6), dtype=dtype)
+    seen = []
+    for first, rows in bank.chunks(segment, size, dtype=target):
+        assert first == segment.start + sum(map(len, seen))
+        assert size is None or len(rows) <= size
+        if target in (None, dtype):
+            assert rows.data_ptr() == bank.rows[first].data_ptr()
+        seen.append(rows.clone())
+    expected = bank.rows[segment].to(target or dtype)
+    assert torch.equal(torch.cat([expected[:0], *seen]), expected)
+    assert all(rows.dtype == expected.dtype for rows in seen)
+
+
+def test_chunks_pass_through_one_buffer_of_bounded_size(monkeypatch):
+    bank = LatentBank(torch.randn(1000, 16))
+    assert bank.whole == slice(0, 1000)
+    places = {rows.data_ptr() for _, rows in bank.chunks(bank.whole, 100, dtype=torch.float64)}
+    assert len(places) == 1
+    monkeypatch.setattr("stagewise.streaming._BUFFER_BYTES", 300 * 16 * 8)
+    monkeypatch.setattr("stagewise.streaming._VIEW_BYTES", 400 * 16 * 4)
+    sizes = [len(rows) for _, rows in bank.chunks(bank.whole, dtype=torch.float64)]
+    assert sizes == [300, 300, 300, 100]
+    assert [len(rows) for _, rows in bank.chunks(bank.whole)] == [400, 400, 200]
+    monkeypatch.setattr("stagewise.streaming._BUFFER_BYTES", 1)
+    sizes = [len(rows) for _, rows in bank.chunks(bank.whole, dtype=torch.float64)]
+    assert sizes == [256, 256, 256, 232]
+    with pytest.raises(ValueError, match="`size` of at least 1 row, got 0"):
+        bank.chunks(bank.whole, 0)
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.float64])
+def test_a_buffer_is_filled_only_after_it_was_read(target, monkeypatch):
+    """The order of what the two CUDA streams are told, with streams that only write it down."""
+    log = []
+
+    class Event:
+        def record(self, stream):
+            log.append(("read", self))
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            log.append(("order", self))
+
+        def wait_event(self, event):
+            log.append(("wait", event))
+
+    reader = Stream()
+    for name, stub in {
+        "Event": Event,
+        "Stream": Stream,
+        "stream": lambda side: contextlib.nullcontext(),
+        "current_stream": lambda device: reader,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    rows = torch.randn(50, 4)
+    spans = [(first, first + 10) for first in range(0, 50, 10)]
+    places = []
+    for first, chunk in streaming._copied_ahead(rows, spans, 10, torch.empty(0, 4, dtype=target)):
+        log.append(("given", first))
+        assert torch.equal(chunk, rows[first : first + 10].to(target))
+        places.append(chunk.data_ptr())
+    assert len(set(places)) == (2 if target == torch.float32 else 1)
+    events = [event for kind, event in log if kind == "read"]
+    assert events[0] is events[2] is events[4] is not events[1] is events[3]
+    for turn in range(2, 5):
+        at = log.index(("given", 10 * turn))
+        kinds = [kind for kind, _ in log[:at]]
+        assert kinds.count("read") == turn
+        assert log[at - 2] == ("wait", events[turn - 2])
+        assert log[at - 1] == ("order", reader)
+
+
+def test_fake_tensors_leave_no_trace_in_a_real_bank():
+    x = torch.randn(30, 6)
+    bank = LatentBank(x, torch.arange(30) % 3, dtype=torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for here in (bank, bank.to("cuda")):
+            query = torch.randn(4, 6, device="cuda")
+            assert here.find(query).device.type == "cuda"
+            rows = torch.zeros(3, 2, dtype=torch.int64, device="cuda")
+            assert here.take(rows).device.type == here.device.type
+            assert here.take(rows, query.device).device == query.device
+            for dtype in (torch.bfloat16, torch.float32):
+                chunks = list(here.chunks(here.segment(1), 4, query.device, dtype))
+                assert [(first, tuple(rows.shape)) for first, rows in chunks] == [
+                    *((10, (4, 6)), (14, (4, 6)), (18, (2, 6)))
+                ]
+                assert all(rows.device == query.device for _, rows in chunks)
+        assert "cuda:0" in repr(bank.to("cuda"))
+    assert torch.equal(bank.index[bank.find(x)], torch.arange(30))
+
+
+def test_fingerprint():
+    x = torch.randn(60, 5)
+    labels = torch.arange(60) % 3
+    name = LatentBank(x, labels).fingerprint
+    assert len(name) == 32
+    assert name == LatentBank(x.clone(), labels).fingerprint
+    assert (
+        name == LatentBank.from_batches([(x[:7], labels[:7]), (x[7:], labels[7:])], 60).fingerprint
+    )
+    one, rows, columns, sign = (x.clone() for _ in range(4))
+    one[31, 4] = torch.nextafter(one[31, 4], torch.tensor(9.0))
+    rows[[2, 5]] = rows[[5, 2]]
+    columns[:, [1, 3]] = columns[:, [3, 1]]
+    sign[3] = -sign[3]
+    others = [LatentBank(other, labels).fingerprint for other in (one, rows, columns, sign)]
+    others += [LatentBank(x, dtype=dtype).fingerprint for dtype in DTYPES]
+    others += [LatentBank(x.reshape(60, 5, 1), labels).fingerprint]
+    others += [LatentBank(x, labels + 1).fingerprint, LatentBank(x[:59], labels[:59]).fingerprint]
+    others += [LatentBank(x + 1, dtype=torch.bfloat16).fingerprint]
+    assert len({name, *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_do_not_depend_on_blocks_and_hardly_collide(dtype, monkeypatch):
+    # Small integers and widened numbers: most of their bits are zero.
+    x = torch.cartesian_prod(*[torch.arange(-3.0, 3.0)] * 5).to(dtype)
+    keys = row_keys(x)
+    assert len(keys.unique()) == len(x) == 7776
+    monkeypatch.setattr("stagewise.keys._BLOCK", 64)
+    assert torch.equal(row_keys(x), keys)
+    assert torch.equal(row_keys(x.T.contiguous().T), keys)
+    assert torch.equal(row_keys(x[17:18]), keys[17:18])
+
+
+def test_keys_stay_the_same_for_ever():
+    """They are in files."""
+    assert row_keys(torch.tensor([[1.0, -2.5, 0.0]])).tolist() == [3867110339684335616]
+    bank = LatentBank(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert bank.fingerprint == "bd04afa0b04cf1b548e484e1242daa8e"
+
+
+def test_pinning_needs_a_device():
+    bank = LatentBank(torch.randn(5, 2))
+    assert bank.residency == "host"
+    assert "host" in repr(bank)
+    if torch.cuda.is_available():
+        assert bank.pin().residency == "pinned host"
+    else:
+        with pytest.raises(RuntimeError, match="Expected a CUDA device, found none"):
+            bank.pin()
 
 
 def test_sizes_are_for_people():

@@ -366,7 +366,8 @@ def read(make_trainer, tiny_flow):
         bank = take.bank
         back = slice(None) if bank.index is None else torch.argsort(bank.index)
         labels = torch.tensor(bank.labels_of(range(len(bank))))[back] if bank.classes else None
-        return bank.rows[back].reshape(-1, *bank.shape), labels
+        samples = bank.take(torch.arange(len(bank)))[back].float()
+        return samples.reshape(-1, *bank.shape), labels
 
     return read
 
@@ -405,9 +406,10 @@ def test_bank_is_the_training_set(data, read):
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 3)])
 def test_shape_and_storage(shape, read):
     x = X.reshape(-1, *shape)
-    for dtype in (None, torch.bfloat16, torch.float64):
+    for dtype, tolerance in ((None, 0), (torch.bfloat16, 2**-7), (torch.float64, 0)):
         rows, _ = read(loader(x), dtype=dtype)
-        assert torch.equal(rows, x.to(dtype or torch.float32))
+        torch.testing.assert_close(rows, x, rtol=tolerance, atol=tolerance)
+        assert torch.equal(rows, x) == (dtype is not torch.bfloat16)
     assert read(loader(x, LABELS), class_wise=False)[1] is None
 
 

@@ -1,92 +1,147 @@
-r"""The exact engine: every row, streamed in chunks.
+r"""The exact engine: every row.
 
-With the bank's mean `c` and `y = x_t - a_t c`, the log-weights are one matrix product,
+With the bank's mean `c` and `y = x_t - a_t c`, the log-weights of all rows are one matrix product,
 
     l_i = (a/s^2) <y, x^(i)> - (a^2 / 2 s^2) ||x^(i) - c||^2 - (a/s^2) <y, c> - ||y||^2 / 2 s^2,
 
-and the posterior of a chunk is merged into the one so far (`posterior.merge` is an online
-log-sum-exp), so memory is O(B (D + chunk)) beside the bank, for any number of rows.
+and the mean `m = sum_i gamma_i x^(i)` is a second one, which only those queries need whose
+posterior is not carried by a few rows. So the cost of B queries is one product over the bank, and
+that of the queries in navigation a second.
 
-The product loses `||x||^2 eps / s^2` of every logit, which in float32 is useless at small `s_t`
-(a logit is off by 250 at s = 0.001, D = 4096). The engine therefore computes in float64, whatever
-the dtype the bank is stored in; on the CPUs it was measured on that costs 1.5 to 1.8 times the same
-computation in float32. `sigma_floor` is the noise level below which even float64 loses the fourth
-digit after the point of a logit; the oracle is evaluated there instead.
+**Precision.** In float32 a logit is off by `delta = u rho |y|/s |x - c|`, with `u` about 2^-26:
+nothing in navigation, and hundreds near the data. But there few rows carry the posterior, and the
+log-weights of those are computed again from differences in float64. What is left of the error is
+that of the tail, relative to the mean `delta |gamma_tail| / |gamma|`, and the engine checks for
+each query that this is below `rtol`. If it is not, it takes more rows out of the tail, and then
+does the query in float64. `precision="float64"` does all of them so, and is the reference.
+
+On an accelerator the checks cost two device syncs per call, for B booleans each; the two fixed
+precisions cost none.
+
+Below the noise level `base.sigma_floor` even float64 loses the fourth digit after the point of a
+logit; the oracle is evaluated there instead.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.paths import PathCoefficients
-from stagewise.posterior import Posterior, merge
+from stagewise.engines.base import Engine, Queries
+from stagewise.engines.scan import FEW, MORE, Refined, Scan, blocks, positions, where
+from stagewise.posterior import Posterior, put
+from stagewise.products import full_precision, working_dtype
 
-__all__ = ["exact_posterior", "sigma_floor"]
+__all__ = ["Exact"]
 
-_CHUNK_BYTES = 32 * 2**20
-"""A chunk of the bank, and of the logits, in the working dtype: small beside any memory, large
-enough that the matrix products run at full speed."""
-
-
-def sigma_floor(bank: LatentBank) -> float:
-    """The noise level at which rounding moves a logit by 1e-4: about 1.5e-6 x the norm of a row.
-
-    Args:
-        bank: The bank; its largest row norms, centred and not, decide.
-
-    Returns:
-        A standard deviation in the units of the bank.
-    """
-    eps = torch.finfo(torch.float64).eps
-    product = max(bank.radius * bank.max_norm, torch.finfo(torch.float32).tiny)
-    return math.sqrt(product * eps / 1e-4)
+_NOTHING = 1e-12
+"""A tail that adds less than this to a mean is left out."""
 
 
-def exact_posterior(
-    bank: LatentBank,
-    xt: Tensor,
-    path: PathCoefficients,
-    *,
-    segment: slice | None = None,
-    k: int = 1,
-    chunk_size: int | None = None,
-) -> Posterior:
-    """The posterior of B queries over a contiguous part of the bank.
+class Exact(Engine):
+    """The posterior over all rows.
 
     Args:
-        bank: The rows. They may lie on another device than the queries; chunks are moved.
-        xt: Queries, (B, D), float64.
-        path: Coefficients at the B times, each (B,), float64, sigma above 0.
-        segment: Which rows, in the bank's own order; default all.
-        k: How many of the largest weights to keep, default 1.
-        chunk_size: Rows per chunk; default: as many as make 32 MiB of rows or of logits, but at
-            least 256.
-
-    Returns:
-        The exact posterior, with `rows` in the bank's own order and `tail_mass` 0.
+        precision: "auto" (default) multiplies in the fastest type that the rows allow and checks
+            each query's error against `rtol`; "float64" is the reference; "float32" is "auto"
+            without the check, for accelerators where even one sync per call is too much.
+        rtol: Relative error of the mean that "auto" lets pass, default 1e-5, and 1e-4 for 16-bit
+            rows on an accelerator, whose products are split (`stagewise.products`).
+        chunk_size: Rows multiplied at a time; default 128 MiB of them, or 32 MiB where they must be
+            converted or moved.
     """
-    alpha, sigma = path.alpha[:, None], path.sigma[:, None]
-    start, stop, _ = (segment or slice(None)).indices(len(bank))
-    if chunk_size is None:
-        chunk_size = max(256, _CHUNK_BYTES // (xt.element_size() * max(xt.shape)))
-    centre = bank.centre.to(xt)
-    y = xt - alpha * centre
-    query = y * (alpha / sigma**2)
-    half_snr = (path.alpha / path.sigma) ** 2 / 2
-    post: Posterior | None = None
-    for first in range(start, stop, chunk_size):
-        rows = slice(first, min(first + chunk_size, stop))
-        x = bank.rows[rows].to(device=xt.device, dtype=xt.dtype, non_blocking=True)
-        norms = bank.sq_norms[rows].to(device=xt.device, dtype=xt.dtype, non_blocking=True)
-        logits = (query @ x.T).addr_(half_snr, norms, alpha=-1)
-        part = Posterior.from_logits(logits, x, k, first)
-        post = part if post is None else merge(post, part, k=k)
-    assert post is not None, "no empty segment can arise: every class of a bank has rows"
-    # What all rows share changes nothing but the evidence.
-    shared = query @ centre + (y * y).sum(1) / (2 * path.sigma**2)
-    return replace(post, log_evidence=post.log_evidence - shared)
+
+    def __init__(
+        self,
+        precision: Literal["auto", "float32", "float64"] = "auto",
+        *,
+        rtol: float | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        if precision not in ("auto", "float32", "float64"):
+            raise ValueError(
+                f'Expected `precision` to be "auto", "float32" or "float64", got {precision!r}.'
+            )
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"Expected `chunk_size` of at least 1, got {chunk_size}.")
+        if rtol is not None and not 0 < rtol < 1:
+            raise ValueError(f"Expected `rtol` between 0 and 1, got {rtol}.")
+        self.precision, self.rtol, self.chunk_size = precision, rtol, chunk_size
+
+    def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
+        """See `Engine.posterior`. The tail mass is 0."""
+        with full_precision():
+            parts = [self.solve(bank, part, k, self._finish) for part in blocks(queries)]
+        return Posterior.cat(parts)
+
+    def solve(
+        self,
+        bank: LatentBank,
+        queries: Queries,
+        k: int,
+        finish: Callable[[Scan, Refined], Posterior],
+        table: Tensor | None = None,
+    ) -> Posterior:
+        """Scans, refines, and does again what is not good enough.
+
+        Args:
+            bank: The rows.
+            queries: The queries.
+            k: How many of the largest weights to return.
+            finish: What makes a posterior of the refined weights.
+            table: The rows that each query looks at, (B, n); default all of its segment.
+        """
+
+        def scanned(queries: Queries, dtype: torch.dtype, table: Tensor | None) -> Scan:
+            return Scan.of(bank, queries, dtype, table=table, chunk_size=self.chunk_size)
+
+        scan = scanned(queries, self.dtype(bank, queries), table)
+        rtol = self._tolerance(scan)
+        if rtol is None:
+            return finish(scan, Refined.of(scan, k, MORE))
+        found = Refined.of(scan, k, FEW)
+        post = finish(scan, found)
+        wrong = where(found.error > rtol)
+        if not wrong:
+            return post
+        scan = scan.select(wrong)
+        found = Refined.of(scan, k, MORE)
+        better = finish(scan, found)
+        still = where(found.error > rtol)
+        if still:
+            part = scan.select(still)
+            scan = scanned(part.queries, torch.float64, part.table)
+            better = put(better, still, finish(scan, Refined.of(scan, k, FEW)), len(wrong))
+        return put(post, wrong, better, len(queries))
+
+    def _finish(self, scan: Scan, found: Refined) -> Posterior:
+        """Adds to the leading rows what the others contribute."""
+        need = list(range(len(found.tail)))
+        if self.precision == "auto" or found.tail.device.type == "cpu":
+            need = where(found.tail > _NOTHING)
+        if not need:
+            return found.post
+        index = positions(scan.queries, need)
+        mean = found.post.mean.clone()
+        mean[index] += scan.select(need).tail_mean(found.weights[index])
+        return replace(found.post, mean=mean)
+
+    def dtype(self, bank: LatentBank, queries: Queries) -> torch.dtype:
+        """What the rows of a bank are multiplied in."""
+        if self.precision == "float64":
+            return torch.float64
+        return working_dtype(bank.dtype, queries.xt.device)
+
+    def _tolerance(self, scan: Scan) -> float | None:
+        """The relative error of the mean that is let pass, or None where none is checked."""
+        if self.precision != "auto" or scan.dtype == torch.float64:
+            return None
+        return self.rtol or (1e-5 if scan.dtype == torch.float32 else 1e-4)
+
+    def __repr__(self) -> str:
+        return f'Exact("{self.precision}")'

@@ -1,0 +1,174 @@
+"""What others do, written anew from its description, and what nothing can beat: bare products.
+
+Everything takes bank rows `x` (N, D), queries `xt` (B, D) and times `t` (B,) of the linear path, in
+the dtype that it is to compute in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagewise import LinearPath
+from stagewise.products import averages, full_precision, scores
+
+
+def gaussian(
+    n: int, dim: int, queries: int, t_max: float, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit-Gaussian rows, and noisy samples of some: x, source, t, xt."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, dim, generator=generator)
+    source, t, xt = noisy(x, queries, t_max, generator)
+    return x, source, t, xt
+
+
+def noisy(
+    x: Tensor, queries: int, t_max: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy samples of random rows, t ~ U(0, t_max) above 0.001: source, t, xt."""
+    source = torch.randint(len(x), (queries,), generator=generator)
+    t = 0.001 + (t_max - 0.001) * torch.rand(queries, generator=generator)
+    x0 = torch.randn(queries, x.shape[1], generator=generator)
+    return source, t, LinearPath().interpolate(x0, x[source], t)
+
+
+def log_weights(x: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    """`-||x_t - t x||^2 / 2 (1 - t)^2` (B, N) from explicit differences in float64."""
+    x, xt, t = x.double(), xt.double(), t.double()[:, None]
+    # ||x_t - t x|| = t ||x_t / t - x||; this mode of cdist makes no use of a product.
+    gap = t * torch.cdist(xt / t, x, compute_mode="donot_use_mm_for_euclid_dist")
+    return -gap.square() / (2 * (1 - t) ** 2)
+
+
+def reference(x: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior mean (B, D) and weights (B, N) from explicit differences in float64."""
+    gamma = torch.softmax(log_weights(x, xt, t), 1)
+    return gamma @ x.double(), gamma
+
+
+def relative(mean: Tensor, true: Tensor) -> float:
+    """The largest relative error over the queries."""
+    return float(((mean.double() - true).norm(dim=1) / true.norm(dim=1)).max())
+
+
+def bare_products(
+    x: Tensor, xt: Tensor, dtype: torch.dtype, onednn: bool = False
+) -> Callable[[], Any]:
+    """The floor: queries x rows and weights x rows, and nothing else."""
+    rows, query = x.to(dtype), xt.to(dtype)
+    weights = torch.rand(len(query), len(rows), dtype=dtype)
+    if not onednn:
+        return lambda: (query @ rows.T, weights @ rows)
+
+    def run() -> tuple[Tensor, Tensor]:
+        with full_precision():
+            return scores(query, rows), averages(weights, rows)
+
+    return run
+
+
+def with_cdist(x: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    """What one writes first: torch.cdist, then a softmax."""
+    distance = torch.cdist(xt / t[:, None], x) * t[:, None]
+    return torch.softmax(-distance.square() / (2 * (1 - t[:, None]) ** 2), 1) @ x
+
+
+def with_two_passes(x: Tensor, xt: Tensor, t: Tensor, block: int = 2**21) -> Tensor:
+    """Closed-form flow matching as first published.
+
+    It walks over the data twice, with explicit differences: for the log-sum-exp, then for the mean.
+    """
+    step = max(1, block // xt.numel())
+    sigma = 1 - t[:, None]
+
+    def weights(rows: Tensor) -> Tensor:
+        gap = xt[:, None] - t[:, None, None] * rows
+        return -gap.square().sum(2) / (2 * sigma**2)
+
+    log_z = torch.full((len(xt),), -torch.inf)
+    for rows in x.split(step):
+        log_z = torch.logaddexp(log_z, weights(rows).logsumexp(1))
+    mean = torch.zeros_like(xt)
+    for rows in x.split(step):
+        mean += (weights(rows) - log_z[:, None]).exp() @ rows
+    return mean
+
+
+def with_products(x: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    """Its optimised version: squared norms and one product for the distances, one for the mean."""
+    t = t[:, None]
+    square = xt.square().sum(1, keepdim=True) + t**2 * x.square().sum(1) - 2 * t * (xt @ x.T)
+    return torch.softmax(-square / (2 * (1 - t) ** 2), 1) @ x
+
+
+def with_faiss(x: Tensor, k: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The k nearest by a flat index, gathered, and the softmax of their distances.
+
+    Returns:
+        From queries and times to the mean and the rows that were found, (B, k).
+    """
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(x.shape[1])
+    index.add(x.numpy())
+
+    def run(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        square, near = index.search((xt / t[:, None]).numpy(), k)
+        rows = torch.from_numpy(near)
+        logits = -((t / (1 - t))[:, None] ** 2) * torch.from_numpy(square) / 2
+        return torch.einsum("bk,bkd->bd", torch.softmax(logits, 1), x[rows]), rows
+
+    return run
+
+
+def with_torch_cluster(x: Tensor, k: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The same with `torch_cluster.knn`, which gives rows without distances."""
+    import torch_cluster
+
+    def run(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        near = torch_cluster.knn(x, (xt / t[:, None]).contiguous(), k)[1].reshape(len(xt), k)
+        gap = xt[:, None] - t[:, None, None] * x[near]
+        logits = -gap.square().sum(2) / (2 * (1 - t[:, None]) ** 2)
+        return torch.einsum("bk,bkd->bd", torch.softmax(logits, 1), x[near]), near
+
+    return run
+
+
+def with_keops(x: Tensor, xt: Tensor, t: Tensor) -> Callable[[], Tensor]:
+    """A symbolic matrix of log-weights, reduced by a softmax as it is made."""
+    from pykeops.torch import LazyTensor
+
+    def run() -> Tensor:
+        query, rows = LazyTensor((xt / t[:, None])[:, None]), LazyTensor(x[None])
+        scale = LazyTensor(((t / (1 - t)) ** 2 / 2)[:, None, None])
+        logits = -((query - rows) ** 2).sum(-1) * scale
+        return logits.sumsoftmaxweight(rows, axis=1)
+
+    return run
+
+
+def same_neighbours(x: Tensor, xt: Tensor, t: Tensor, ours: Tensor, theirs: Tensor) -> dict:
+    """How far two answers to "which are the k nearest rows" agree.
+
+    Returns:
+        "identical", the share of queries with the same set; "ties", the share of queries that
+        differ only by rows whose distances differ by less than 1e-5; and "gap", the largest
+        relative difference of distances among the rows that one of the two did not find.
+    """
+    identical = ties = 0
+    gap = 0.0
+    for q, time, a, b in zip(xt.double(), t.double(), ours, theirs, strict=True):
+        differ = sorted(set(a.tolist()) ^ set(b.tolist()))
+        if not differ:
+            identical += 1
+            continue
+        distance = (x[differ].double() - q / time).norm(dim=1)
+        here = float((distance.max() - distance.min()) / distance.max())
+        gap = max(gap, here)
+        ties += here < 1e-5
+    return {"identical": identical / len(xt), "ties": ties / len(xt), "gap": gap}

@@ -1,0 +1,138 @@
+r"""The engine that picks an engine.
+
+What is fastest was measured on CPUs (`make bench`), and follows from what each engine reads:
+
+- `Exact` is one matrix product for all queries and a second for those in navigation. In more than a
+  few dimensions nothing that returns the same numbers is faster.
+- In up to 8 dimensions a k-d tree (`TorchCluster`, if it is installed) finds the nearest rows of a
+  query without looking at most others. It pays from some 50 000 rows on, for queries whose
+  posterior lies on few rows. That is known beforehand: with the spectrum `lambda_k` of the rows
+  about `n exp(-1/2 sum_k log(1 + rho_t^2 lambda_k))` rows explain a query.
+- `Coarse` reads a projection of all rows and then few rows whole. It pays for hundreds of thousands
+  of long rows, if a tail mass is allowed that is estimated, not measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from stagewise.bank import LatentBank
+from stagewise.engines.base import Engine, Queries
+from stagewise.engines.exact import Exact
+from stagewise.engines.neighbours import Neighbours
+from stagewise.engines.torch_cluster import TorchCluster
+from stagewise.posterior import Posterior, put
+from stagewise.spectrum import information, spectrum
+
+__all__ = ["Auto"]
+
+_log = logging.getLogger("stagewise")
+
+_LOW_DIM, _MANY_ROWS = 8, 50_000
+_COARSE_ROWS, _COARSE_NUMBERS, _COARSE_TAIL = 200_000, 2**28, 1e-4
+
+
+@dataclass(frozen=True)
+class _Pick:
+    why: str
+    near: Neighbours | None = None
+    variances: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+
+
+class Auto(Engine):
+    """Exact, or neighbours for those queries where they are faster and miss next to nothing.
+
+    What is picked, and why, is logged once for each bank (logger "stagewise", level INFO).
+
+    Args:
+        max_tail: The tail mass that an answer may miss, default 1e-7, which is below the error that
+            `Exact` lets pass. From 1e-4 on, large banks are searched coarse-to-fine, with a tail
+            mass that is an estimate.
+
+    Raises:
+        ValueError: If `max_tail` is not in [0, 1).
+    """
+
+    def __init__(self, max_tail: float = 1e-7) -> None:
+        if not 0 <= max_tail < 1:
+            raise ValueError(f"Expected `max_tail` in [0, 1), got {max_tail}.")
+        self.max_tail = max_tail
+        self.exact = Exact()
+        self.picks: WeakKeyDictionary[LatentBank, _Pick] = WeakKeyDictionary()
+
+    def prepare(self, bank: LatentBank) -> None:
+        """Picks for a bank, and says what and why."""
+        if bank in self.picks:
+            return
+        pick = self._pick(bank)
+        if pick.near is not None:
+            pick.near.prepare(bank)
+        self.picks[bank] = pick
+        _log.info("Auto engine for %r: %s", bank, pick.why)
+
+    def _pick(self, bank: LatentBank) -> _Pick:
+        n, dim, cpu = len(bank), bank.dim, bank.device.type == "cpu"
+        if dim <= _LOW_DIM and n >= _MANY_ROWS and cpu and self.max_tail > 0:
+            if find_spec("torch_cluster") is not None:
+                return _Pick(
+                    f"a k-d tree (torch_cluster), which {dim} dimensions and {n} rows make faster "
+                    "than products near the data, and exactly for other queries",
+                    TorchCluster(max_tail=self.max_tail),
+                    spectrum(bank),
+                )
+            return _Pick(
+                f"Exact. In {dim} dimensions a k-d tree would be faster near the data: "
+                "pip install --no-build-isolation 'stagewise[cluster]'"
+            )
+        if n >= _COARSE_ROWS and n * dim >= _COARSE_NUMBERS and self.max_tail >= _COARSE_TAIL:
+            from stagewise.engines.coarse import Coarse
+
+            return _Pick(
+                f"Coarse, as a tail mass of {self.max_tail:g} is allowed, and exactly where the "
+                "estimated tail is above it",
+                Coarse(max_tail=self.max_tail),
+                spectrum(bank),
+            )
+        return _Pick(
+            "Exact: one product with all rows a query looks at, a second for queries in "
+            "navigation, float64 only where float32 would show"
+        )
+
+    def describe(self, bank: LatentBank) -> str:
+        """What was picked for a bank, and why."""
+        self.prepare(bank)
+        return self.picks[bank].why
+
+    def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
+        """See `Engine.posterior`."""
+        self.prepare(bank)
+        near, variances = self.picks[bank].near, self.picks[bank].variances
+        if near is None:
+            return self.exact.posterior(bank, queries, k)
+        told = information(queries.path.alpha / queries.path.sigma, variances)
+        few = [
+            i
+            for i, (size, nats) in enumerate(zip(queries.sizes, told.tolist(), strict=True))
+            if size >= _MANY_ROWS and nats > math.log(4 * size / near.k)
+        ]
+        if not few:
+            return self.exact.posterior(bank, queries, k)
+        found = near.posterior(bank, queries.select(few), k)
+        if len(few) == len(queries):
+            return found
+        rest = sorted(set(range(len(queries))) - set(few))
+        exact = self.exact.posterior(bank, queries.select(rest), k)
+        return put(exact, few, found, len(queries))
+
+    def __repr__(self) -> str:
+        return f"Auto(max_tail={self.max_tail:g})"
+

@@ -1,0 +1,683 @@
+r"""The engine for a bank that is spread over the ranks of a job: each holds a part of the rows.
+
+Every rank asks about its own B queries. They are gathered, each rank p answers all of them over its
+own rows with any engine, and the answers are put together by what `stagewise.posterior` says of
+parts: with `w_p = Z_p / sum_q Z_q`
+
+    m = sum_p w_p m_p
+
+and the small statistics alike. So a rank gets back the posterior of its queries over all rows,
+exactly as one process with all rows would have it, and no rank ever holds more than its own.
+
+**One call**, with R ranks and at most B queries on each, in this order:
+
+1. a header from each rank (six numbers): whoever disagrees is named on every rank;
+2. all-gather of queries and coefficients, `R B (D + 7)` numbers;
+3. each rank's answer: `R B` queries over its `N / R` rows, so the work of one process for `B`
+   queries over N rows;
+4. all-gather of `log Z_p`, entropy and the like, and k weights and rows: `R^2 B (6 + 2k)` numbers;
+5. reduce-scatter of `w_p m_p`: `R B D` numbers, where each rank receives its own queries' sum.
+
+All in 8 bytes. Half of that would do for float32 queries, but a mean in float32 is off by 6e-8 of a
+sample's norm, which targets multiply by up to `1/(1 - t)`.
+
+**Every rank must ask whenever one does**, also with zero queries (`xt[:0]`). One that does not, or
+that failed on its own, is an error on the others after `timeout`; with NCCL, torch's watchdog then
+ends the process. A certificate cannot be used: it knows the rows of one rank only.
+
+On an accelerator a call costs a device sync for the header, one for labels or sources if they are
+given, one for `tail_kind` unless the engine is `Exact`, and those of the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from stagewise.bank import LatentBank
+from stagewise.engines.base import Engine, Queries
+from stagewise.engines.exact import Exact
+from stagewise.paths import PathCoefficients
+from stagewise.posterior import Posterior, TailKind, merge, put
+
+__all__ = ["EmptyShard", "Sharded", "combine", "nothing", "pack", "shard_rows", "shares"]
+
+_NOTHING = 1e-12
+"""A rank with less than this share of a posterior adds nothing to its mean."""
+
+_KINDS: tuple[TailKind, ...] = get_args(TailKind)
+
+# What `pack` writes before the weights and rows.
+_LOG_Z, _ENTROPY, _ESS, _TAIL, _LOG_SOURCE, _KIND, _COLUMNS = range(7)
+
+
+def shard_rows(num_rows: int, rank: int, world_size: int) -> slice:
+    """The contiguous part of the rows that a rank holds.
+
+    Sizes differ by at most one. A bank has two rows at least, so where there are fewer than two for
+    each rank, the last ranks get none (`EmptyShard`). If rows are sorted by class and you ask
+    class-wise, shuffle them first: or the few ranks that hold a class do all of its work.
+
+    Args:
+        num_rows: N, at least 2.
+        rank: Which rank.
+        world_size: How many ranks.
+
+    Returns:
+        The rows, as a slice of all.
+
+    Raises:
+        ValueError: For numbers out of range.
+
+    Example:
+        >>> [shard_rows(10, rank, 4) for rank in range(4)]
+        [slice(0, 3, None), slice(3, 6, None), slice(6, 8, None), slice(8, 10, None)]
+    """
+    if num_rows < 2:
+        raise ValueError(f"Expected `num_rows` of at least 2, got {num_rows}.")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"Expected `rank` from 0 to {world_size - 1}, got {rank}.")
+    holders = min(world_size, num_rows // 2)
+    size, more = divmod(num_rows, holders)
+    first, last = (min(r, holders) * size + min(r, more) for r in (rank, rank + 1))
+    return slice(first, last)
+
+
+class EmptyShard(LatentBank):
+    """The shard of a rank without rows, which takes part all the same: its queries, others' rows.
+
+    Args:
+        shape: Shape of one sample, that of the other ranks' shards.
+        dtype: Their storage dtype, default float32.
+
+    Example:
+        >>> import torch
+        >>> len(EmptyShard((4, 8, 8), torch.bfloat16))
+        0
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+        self.shape = tuple(shape)
+        self.rows = torch.empty(0, torch.Size(self.shape).numel(), dtype=dtype)
+        self.offset = self.centre = torch.zeros(self.dim, dtype=torch.float64)
+        self.sq_norms = torch.empty(0, dtype=torch.float64)
+        self.mean_sq_norm = torch.zeros((), dtype=torch.float64)
+        # `Sharded.prepare` makes `max_norm` that of all ranks: corrections are rounded by it.
+        self.radius = self.max_norm = self.std = 0.0
+        self.index, self._segments = None, {}
+        self._file = self._keys = self._fingerprint = self._sorted_keys = None
+
+    def find(self, x1: Tensor) -> Tensor:
+        """No sample is here: -1 for each, (B,), int64."""
+        return torch.full((len(x1),), -1, dtype=torch.int64, device=x1.device)
+
+
+class Sharded(Engine):
+    """The posterior over the rows of all ranks.
+
+    Make one on every rank, give it to an `Oracle` with the rank's own rows, and ask: `shard_rows`
+    says which rows those are, `EmptyShard` stands in where there are none. Any split will do, also
+    an unequal one, and a class may be missing on some ranks. Building the oracle and asking it are
+    collective. Without `torch.distributed`, or on one rank, it is the inner engine.
+
+    Rows count over all ranks, one rank's after the other's: `Posterior.rows` does, and so must
+    `source`. `offsets(bank)` translates.
+
+    Args:
+        engine: How each rank reaches its own rows, default `Exact()`. One that looks at k rows does
+            so on every rank.
+        group: Ranks that share the bank; default all. Only their number and backend are taken from
+            it: messages go through a group of the engine's own, apart from those of DDP.
+        timeout: How long to wait for a rank that does not ask, default 5 minutes.
+
+    Raises:
+        ValueError: If `timeout` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import Oracle
+        >>> samples, rank, world_size = torch.randn(100, 8), 0, 1  # of torch.distributed
+        >>> bank = LatentBank(samples[shard_rows(len(samples), rank, world_size)])
+        >>> oracle = Oracle(bank, engine=Sharded())
+        >>> oracle.posterior(samples[:3], torch.full((3,), 0.5)).mean.shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        engine: Engine | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+        timeout: timedelta = timedelta(minutes=5),
+    ) -> None:
+        if timeout <= timedelta(0):
+            raise ValueError(f"Expected a positive `timeout`, got {timeout}.")
+        self.engine, self.group, self.timeout = engine or Exact(), group, timeout
+        self._forget()
+
+    def _forget(self) -> None:
+        self._ranks: _Ranks | None = None
+        self._layouts: WeakKeyDictionary[LatentBank, _Layout] = WeakKeyDictionary()
+        self._prepared = 0
+
+    def prepare(self, bank: LatentBank) -> None:
+        """Agrees with the other ranks on the bank. Collective.
+
+        Raises:
+            ValueError: On every rank, if one has a shard of another shape or dtype, another engine,
+                rows without labels where others have them, or a shard that its engine refuses; or
+                if no rank has rows.
+            ImportError: On every rank, if the engine lacks a library.
+            RuntimeError: If a rank does not come within `timeout`.
+        """
+        problem: Exception | None = None
+        try:
+            if len(bank):
+                self.engine.prepare(bank)
+        except Exception as error:  # raised below, when the others know
+            problem = error
+        if self._ranks is None or not self._ranks.alive:
+            self._ranks = _Ranks.of(self.group, self.timeout)
+        if self._ranks is None and problem is not None:
+            raise problem
+        self._prepared += 1
+        own = _About.of(bank, self.engine, problem)
+        everyone = [own] if self._ranks is None else self._ranks.objects(own)
+        _require_agreement(everyone, problem)
+        offsets = [0]
+        for about in everyone:
+            offsets.append(offsets[-1] + about.rows)
+        if isinstance(bank, EmptyShard):
+            bank.max_norm = max(about.max_norm for about in everyone)
+        self._layouts[bank] = _Layout(
+            ranks=self._ranks,
+            number=self._prepared,
+            offsets=tuple(offsets),
+            classes=frozenset[int]().union(*(about.classes for about in everyone)),
+            own=frozenset(bank.classes),
+            floor=max(about.floor for about in everyone),
+        )
+
+    def offsets(self, bank: LatentBank) -> tuple[int, ...]:
+        """The number of each rank's first row, and N: R + 1 numbers.
+
+        Row i of the shard of rank r is row `offsets(bank)[r] + i` of all.
+        """
+        return self._layout(bank).offsets
+
+    def num_rows(self, bank: LatentBank) -> int:
+        """How many rows there are on all ranks."""
+        return self._layout(bank).offsets[-1]
+
+    def sigma_floor(self, bank: LatentBank) -> float:
+        """The largest noise level that a rank's engine asks for."""
+        return self._layout(bank).floor
+
+    def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
+        """The posterior over this rank's rows alone, no other rank asked. For all rows: `ask`."""
+        return self.engine.posterior(bank, queries, k)
+
+    @torch.no_grad()
+    def ask(
+        self,
+        bank: LatentBank,
+        xt: Tensor,
+        path: PathCoefficients,
+        labels: Sequence[int | None] | None,
+        source: Tensor | None,
+        k: int,
+    ) -> Posterior:
+        """See `Engine.ask`; over the rows of all ranks, with `source_weight`. Collective.
+
+        Raises:
+            ValueError: On every rank, if ranks with queries disagree on `k` or on whether there are
+                labels or sources, if they ask about different banks, or about a class that no rank
+                has.
+            RuntimeError: If a rank does not ask within `timeout`.
+        """
+        layout = self._layout(bank)
+        ranks = layout.ranks
+        if ranks is None:
+            return self.engine.ask(bank, xt, path, labels, source, k)
+        flags = (labels is not None, source is not None)
+        header = _Header.gather(ranks, (layout.number, len(xt), k, xt.shape[1], *flags))
+        if not any(header.counts):
+            none = None if source is None else xt.new_zeros(0)
+            return replace(Posterior.empty(xt, k), source_weight=none)
+        asked = _Asked.gather(ranks, header, xt, path, labels, source)
+        _require_classes(asked, layout)
+        post, log_source = self._over_own_rows(bank, asked, layout, ranks.rank, header.k)
+        small = ranks.gather(pack(post, log_source)).to(xt.device)
+        # Read only where it may be anything else: a device sync.
+        exact = type(self.engine) is Exact
+        kinds = [0] if exact else small[:, 0, _KIND].long().tolist()
+        part = shares(small)[ranks.rank, :, None] * post.mean
+        mean = ranks.sum_own(header.padded(part)).to(xt.device)[: len(xt)]
+        first = sum(header.counts[: ranks.rank])
+        own = combine(small[:, first : first + len(xt)])
+        own = replace(own, mean=mean, tail_kind=_KINDS[max(kinds)])
+        if source is None:
+            return own
+        log_weight = small[:, first : first + len(xt), _LOG_SOURCE].amax(0) - own.log_evidence
+        weight = log_weight.exp().clamp_max(1).masked_fill(source.to(xt.device) < 0, torch.nan)
+        return replace(own, source_weight=weight)
+
+    def _over_own_rows(
+        self, bank: LatentBank, asked: _Asked, layout: _Layout, rank: int, k: int
+    ) -> tuple[Posterior, Tensor]:
+        """All ranks' queries over the rows of this one, and the log-weight of sources it holds."""
+        first, last = layout.offsets[rank : rank + 2]
+        count, device = len(asked.xt), asked.xt.device
+        rows = [row - first if first <= row < last else -1 for row in asked.source or [-1] * count]
+        post = nothing(asked.xt, k)
+        names = asked.names or [None] * count
+        held = [i for i, name in enumerate(names) if name is None or name in layout.own]
+        if len(bank) and held:
+            some = asked.select(held)
+            local = torch.tensor([rows[i] for i in held], dtype=torch.int64, device=device)
+            known = None if asked.source is None else local
+            part = self.engine.ask(bank, some.xt, some.path, some.names, known, k)
+            there = torch.where(part.rows < 0, part.rows, part.rows + first)
+            part = replace(part, rows=there, source_weight=None)
+            post = part if len(held) == count else put(post, held, part, count)
+        log_source = torch.full_like(post.log_evidence, -torch.inf)
+        inside = [i for i, row in enumerate(rows) if row >= 0]
+        if inside:
+            some = asked.select(inside)
+            x1 = bank.take(torch.tensor([rows[i] for i in inside]), device=device)
+            gap = some.xt - some.path.alpha[:, None] * x1
+            log_weight = -(gap * gap).sum(1) / (2 * some.path.sigma**2)
+            log_source[torch.tensor(inside, device=device)] = log_weight
+        return post, log_source
+
+    def _layout(self, bank: LatentBank) -> _Layout:
+        layout = self._layouts.get(bank)
+        if layout is None:
+            raise ValueError(
+                "Expected a bank that the ranks have agreed on. Build an `Oracle` from this bank "
+                "and this engine on every rank, or call `prepare(bank)` on every rank."
+            )
+        return layout
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was agreed with other ranks holds in this process only: prepare a copy anew.
+        return {"engine": self.engine, "group": self.group, "timeout": self.timeout}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __repr__(self) -> str:
+        ranks = 1 if self._ranks is None else self._ranks.size
+        return f"Sharded({self.engine!r}, {ranks} ranks)"
+
+
+def nothing(xt: Tensor, k: int) -> Posterior:
+    """The posterior over no rows, which carries nothing when it is merged.
+
+    Args:
+        xt: The queries, (B, D), float64.
+        k: Width of `weights` and `rows`.
+    """
+    zero = xt.new_zeros(len(xt))
+    return Posterior(
+        mean=torch.zeros_like(xt),
+        log_evidence=torch.full_like(zero, -torch.inf),
+        entropy=zero,
+        ess=torch.ones_like(zero),
+        weights=zero[:, None].expand(-1, k),
+        rows=torch.full((len(xt), k), -1, dtype=torch.int64, device=xt.device),
+        tail_mass=zero,
+    )
+
+
+def pack(post: Posterior, log_source: Tensor) -> Tensor:
+    """All of a rank's answer but the mean as one tensor.
+
+    Args:
+        post: The answer, with rows counted over all ranks.
+        log_source: `l_i` of the row that each query was made from, (B,), minus infinity where
+            another rank holds it.
+
+    Returns:
+        (B, 6 + 2k), float64, in which rows are exact up to 2^53.
+    """
+    kind = torch.full_like(post.log_evidence, _KINDS.index(post.tail_kind))
+    small = (post.log_evidence, post.entropy, post.ess, post.tail_mass, log_source, kind)
+    return torch.cat([torch.stack(small, 1), post.weights, post.rows.to(kind)], 1)
+
+
+def shares(small: Tensor) -> Tensor:
+    """What part of each posterior each rank has, `w_p`, (R, B); 0 where it is next to nothing.
+
+    Args:
+        small: What the ranks packed, (R, B, 6 + 2k).
+    """
+    share = torch.softmax(small[..., _LOG_Z], 0)
+    return share.masked_fill(share < _NOTHING, 0)
+
+
+def combine(small: Tensor) -> Posterior:
+    """The posterior over all rows from what the ranks packed.
+
+    Args:
+        small: (R, B, 6 + 2k).
+
+    Returns:
+        The posterior, with a mean of no numbers, (B, 0), and `tail_kind` left at "measured".
+    """
+    weights, rows = small[..., _COLUMNS:].chunk(2, dim=-1)
+    k = weights.shape[-1]
+    parts = [
+        Posterior(
+            mean=part[:, :0],
+            log_evidence=part[:, _LOG_Z],
+            entropy=part[:, _ENTROPY],
+            ess=part[:, _ESS],
+            weights=part[:, :0],
+            rows=part[:, :0].long(),
+            tail_mass=part[:, _TAIL],
+        )
+        for part in small
+    ]
+    # Not by `merge`: of weights that are 0 those of no row at all have to come last.
+    scaled = weights * torch.softmax(small[..., _LOG_Z], 0)[..., None]
+    scaled = scaled.masked_fill(rows < 0, -1).transpose(0, 1).flatten(1)
+    top, order = scaled.topk(k, dim=1)
+    rows = rows.transpose(0, 1).flatten(1).gather(1, order).long()
+    return replace(merge(*parts), weights=top.clamp_min(0), rows=rows)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the ranks agreed on for a bank.
+
+    Attributes:
+        ranks: Those that share it; None if there is but one.
+        number: Of the bank, the same on every rank.
+        offsets: See `Sharded.offsets`.
+        classes: Those that any rank has.
+        own: Those of this rank.
+        floor: See `Sharded.sigma_floor`.
+    """
+
+    ranks: _Ranks | None
+    number: int
+    offsets: tuple[int, ...]
+    classes: frozenset[int]
+    own: frozenset[int]
+    floor: float
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a rank tells the others of its shard before the first query."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    engine: str
+    rows: int
+    classes: list[int]
+    floor: float
+    max_norm: float
+    problem: str | None
+
+    @classmethod
+    def of(cls, bank: LatentBank, engine: Engine, problem: Exception | None) -> _About:
+        rows = len(bank)
+        floor = engine.sigma_floor(bank) if rows and problem is None else 0.0
+        kind, dtype = type(engine).__name__, str(bank.dtype)
+        says = None if problem is None else f"{problem}"
+        return cls(bank.shape, dtype, kind, rows, bank.classes, floor, bank.max_norm, says)
+
+
+def _require_agreement(everyone: Sequence[_About], problem: Exception | None) -> None:
+    problems = {rank: a.problem for rank, a in enumerate(everyone) if a.problem is not None}
+    if problems:
+        kind = ImportError if isinstance(problem, ImportError) else ValueError
+        raise kind(f"The engine refuses a shard: {_by_rank(problems)}") from problem
+    cure = "Build all shards from the same samples and settings, and `EmptyShard` like them."
+    for name in ("shape", "dtype", "engine"):
+        values = {rank: getattr(about, name) for rank, about in enumerate(everyone)}
+        if len(set(values.values())) > 1:
+            raise ValueError(
+                f"Expected the same {name} on every rank, got {_by_rank(values)}. {cure}"
+            )
+    labelled = {
+        rank: "labels" if about.classes else "no labels"
+        for rank, about in enumerate(everyone)
+        if about.rows
+    }
+    if not labelled:
+        raise ValueError("Expected rows on at least one rank, got none on any.")
+    if len(set(labelled.values())) > 1:
+        raise ValueError(
+            f"Expected labels on every rank that has rows, or on none, got {_by_rank(labelled)}. "
+            "Build the banks alike: LatentBank(x, labels)."
+        )
+
+
+def _require_alike(name: str, values: Mapping[int, object]) -> None:
+    if len(set(values.values())) > 1:
+        raise ValueError(
+            f"Expected every rank to ask with the same {name}, got {_by_rank(values)}. Ranks ask "
+            "together: see that all reach the same call, those without queries with `xt[:0]`."
+        )
+
+
+def _by_rank(values: Mapping[int, object]) -> str:
+    """Values with the ranks that have them: `1 on rank 0; 5 on rank 1, 2`."""
+    ranks: dict[object, list[str]] = {}
+    for rank, value in values.items():
+        ranks.setdefault(value, []).append(str(rank))
+    return "; ".join(f"{value} on rank {', '.join(at)}" for value, at in ranks.items())
+
+
+@dataclass(frozen=True)
+class _Header:
+    """How many queries each rank has, and what they have in common."""
+
+    counts: list[int]
+    k: int
+    labels: bool
+    source: bool
+
+    @classmethod
+    def gather(cls, ranks: _Ranks, own: Sequence[int]) -> _Header:
+        """From this rank's number of the bank, B, k, D, and whether it has labels and sources."""
+        everyone = ranks.gather(torch.tensor(own)).tolist()
+        asking = {rank: row for rank, row in enumerate(everyone) if row[1]}
+        # A rank without queries has no say in how they are asked.
+        _require_alike("bank", {rank: row[0] for rank, row in enumerate(everyone)})
+        _require_alike("`k`", {rank: row[2] for rank, row in asking.items()})
+        _require_alike("size of a query", {rank: row[3] for rank, row in asking.items()})
+        for column, name in ((4, "`labels`"), (5, "`source`")):
+            given = {rank: "given" if row[column] else "none" for rank, row in asking.items()}
+            _require_alike(name, given)
+        _, _, k, _, labels, source = next(iter(asking.values()), own)
+        return cls([row[1] for row in everyone], k, bool(labels), bool(source))
+
+    def padded(self, value: Tensor) -> Tensor:
+        """Rows of all ranks, (sum of counts, n), in a block of equal size for each rank."""
+        width = max(self.counts)
+        blocks = value.split(self.counts)
+        return torch.stack([pad(block, (0, 0, 0, width - len(block))) for block in blocks])
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The queries of all ranks, one rank's after the other's; labels and sources on the host."""
+
+    xt: Tensor
+    path: PathCoefficients
+    names: list[int | None] | None
+    source: list[int] | None
+
+    @classmethod
+    def gather(
+        cls,
+        ranks: _Ranks,
+        header: _Header,
+        xt: Tensor,
+        path: PathCoefficients,
+        labels: Sequence[int | None] | None,
+        source: Tensor | None,
+    ) -> _Asked:
+        names = labels or [None] * len(xt)
+        coded = [(0 if name is None else name, name is None) for name in names]
+        extra = torch.tensor(coded, dtype=torch.int64).reshape(-1, 2).to(xt.device)
+        rows = extra.new_full((len(xt),), -1) if source is None else source.to(extra)
+        # As integers, because a label is any 64 bits.
+        numbers = torch.cat([xt, torch.stack(path, 1)], 1).view(torch.int64)
+        own = torch.cat([numbers, extra, rows[:, None]], 1)
+        block = ranks.gather(pad(own, (0, 0, 0, max(header.counts) - len(xt))))
+        whole = torch.cat([part[:n] for part, n in zip(block, header.counts, strict=True)])
+        whole = whole.to(xt.device)
+        dim = xt.shape[1]
+        values = whole[:, dim : dim + 4].T.contiguous().view(xt.dtype)
+        host = whole[:, dim + 4 :].tolist() if header.labels or header.source else []
+        return cls(
+            whole[:, :dim].contiguous().view(xt.dtype),
+            PathCoefficients(*values),
+            [None if none else name for name, none, _ in host] if header.labels else None,
+            [row for _, _, row in host] if header.source else None,
+        )
+
+    def select(self, at: Sequence[int]) -> _Asked:
+        """Some of the queries; itself if that is all of them."""
+        if len(at) == len(self.xt):
+            return self
+        index = torch.tensor(at, device=self.xt.device)
+        return _Asked(
+            self.xt[index],
+            PathCoefficients(*(value[index] for value in self.path)),
+            None if self.names is None else [self.names[i] for i in at],
+            None if self.source is None else [self.source[i] for i in at],
+        )
+
+
+def _require_classes(asked: _Asked, layout: _Layout) -> None:
+    missing = sorted({name for name in asked.names or () if name is not None} - layout.classes)
+    if missing and not layout.classes:
+        raise ValueError(
+            "A class-wise posterior needs banks with labels: LatentBank(x, labels) on every rank."
+        )
+    if missing:
+        raise ValueError(
+            f"Class {missing[0]} is not in the bank of any rank; they have {len(layout.classes)} "
+            f"classes from {min(layout.classes)} to {max(layout.classes)}. Build the banks from "
+            "the labels that training uses."
+        )
+
+
+class _Ranks:
+    """A group of ranks of the engine's own, and the few collectives it needs.
+
+    Attributes:
+        rank: Of this process in the group.
+        size: How many there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
+        self._group, self._timeout = group, timeout
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._device = _device(dist.get_backend_config(group))
+        self._scatters = True
+        try:
+            self.sum_own(torch.zeros(self.size, 1, dtype=torch.float64))
+        except RuntimeError:  # older backends have no such collective
+            self._scatters = False
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None, timeout: timedelta) -> _Ranks | None:
+        """The ranks of a group; None if there is but one."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+            return None
+        if dist.get_world_size(group) < 1:
+            raise ValueError("Expected a `group` that this rank belongs to, got one of others.")
+        with _explained(timeout):
+            if group is None:
+                own = dist.new_group(timeout=timeout)
+            else:
+                # Ranks outside the group do not call this.
+                own = dist.new_group(
+                    dist.get_process_group_ranks(group),
+                    timeout,
+                    dist.get_backend(group),
+                    use_local_synchronization=True,
+                )
+            assert isinstance(own, dist.ProcessGroup)
+            return cls(own, timeout)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the group is still there: destroying the default group ends all."""
+        if not dist.is_initialized():
+            return False
+        try:
+            return bool(dist.get_process_group_ranks(self._group))
+        except KeyError:
+            return False
+
+    def objects(self, own: Any) -> list[Any]:
+        """One object of each rank."""
+        everyone: list[Any] = [None] * self.size
+        with _explained(self._timeout):
+            dist.all_gather_object(everyone, own, group=self._group)
+        return everyone
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Tensors of the same shape from all ranks, stacked."""
+        own = own.to(self._device).contiguous()
+        everyone = own.new_empty(self.size, *own.shape)
+        with _explained(self._timeout):
+            gather = _named("all_gather_single", "all_gather_into_tensor")
+            gather(everyone.flatten(), own.flatten(), group=self._group)
+        return everyone
+
+    def sum_own(self, blocks: Tensor) -> Tensor:
+        """The sum over ranks of the block that is meant for this one; `blocks` is (R, ...)."""
+        blocks = blocks.to(self._device).contiguous()
+        own = blocks.new_empty(blocks.shape[1:])
+        with _explained(self._timeout):
+            if self._scatters:
+                scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
+                scatter(own.flatten(), blocks.flatten(), group=self._group)
+                return own
+            dist.all_reduce(blocks, group=self._group)
+        return blocks[self.rank]
+
+
+def _named(name: str, before: str) -> Callable[..., Any]:
+    """A collective by its name from torch 2.14 on, or by the one it had before."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
+def _device(config: str) -> torch.device:
+    """Where a backend wants its tensors: `config` is like "cpu:gloo,cuda:nccl"."""
+    for pair in config.split(","):
+        kind, _, backend = pair.partition(":")
+        if kind != "cpu" and backend != "gloo" and torch.get_device_module(kind).is_available():
+            return torch.device(kind)
+    return torch.device("cpu")
+
+
+@contextmanager
+def _explained(timeout: timedelta) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            "Expected every rank to ask the oracle, also with zero queries (`xt[:0]`): one ended, "
+            f"or did not ask within {timeout}. Look for an earlier error of another rank; if it is "
+            f"only slow, give `Sharded(timeout=...)` more. The backend says: {error}"
+        ) from error

@@ -1,0 +1,89 @@
+"""One number for each row, to find rows and to name a bank.
+
+The key of a row is the sum of its bits, read as integers, times fixed odd weights, modulo 2^64. A
+sum of integers does not depend on its order, so a key is the same on every device, in every batch
+and for every version of torch; rows that differ in one number differ in their keys, others but for
+a chance of about 2^-48.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["digest", "find_rows", "row_keys"]
+
+_BLOCK = 2**20  # words at a time: their 64-bit products then stay in the cache
+
+
+def row_keys(rows: Tensor) -> Tensor:
+    """The keys of rows.
+
+    Args:
+        rows: (N, D), of a 16, 32 or 64-bit floating-point type.
+
+    Returns:
+        (N,), int64, on the device of `rows`.
+    """
+    # A 64-bit number is two words: numbers that were float32 once end in zeros, and would leave a
+    # product of 64-bit words only its upper half.
+    word = torch.int16 if rows.dtype.itemsize == 2 else torch.int32
+    words = rows.shape[1] * rows.dtype.itemsize // word.itemsize
+    # RandomState's stream is frozen for good, which no generator of torch promises.
+    weights = np.frombuffer(np.random.RandomState(0).bytes(8 * words), dtype="<i8") | 1
+    factor = torch.tensor(weights, device=rows.device)
+    keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+    step = max(1, _BLOCK // words)
+    for block, out in zip(rows.split(step), keys.split(step), strict=True):
+        # Adding zero makes -0 and 0, which are equal, equal in their bits.
+        out.copy_(((block + 0.0).contiguous().view(word) * factor).sum(1))
+    return keys
+
+
+def find_rows(rows: Tensor, index: tuple[Tensor, Tensor], wanted: Tensor) -> Tensor:
+    """Where each of `wanted` stands among `rows`.
+
+    Args:
+        rows: (N, D).
+        index: The keys of `rows` in ascending order and the rows they belong to, each (N,).
+        wanted: (B, D), of the same type on the same device.
+
+    Returns:
+        For each the number of an equal row, or -1, (B,), int64.
+    """
+    keys, order = index
+    key = row_keys(wanted)
+    found = torch.full_like(key, -1)
+    # Equal keys stand together. Both ends are looked at because two different rows might, once in
+    # a great many banks, share a key.
+    for right in (False, True):
+        place = (torch.searchsorted(keys, key, right=right) - int(right)).clamp(0, len(keys) - 1)
+        # Without an equal key there is no row to read; any will do, and row 0 is read but once.
+        row = order[place].where(keys[place] == key, 0)
+        found = row.where((rows[row] == wanted).all(1), found)
+    return found
+
+
+def digest(keys: Tensor, offset: Tensor, description: object) -> str:
+    """A name for a bank: another one as soon as anything in it differs.
+
+    Args:
+        keys: The keys of its rows, in order, (N,).
+        offset: Its offset, (D,).
+        description: Whatever else makes the bank what it is; its `repr` counts.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    parts = (
+        repr(description).encode(),
+        offset.cpu().numpy().tobytes(),
+        keys.cpu().numpy().tobytes(),
+    )
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()

@@ -1,0 +1,141 @@
+r"""The two matrix products of the oracle, at a stated precision.
+
+Everything the dense engines do costs two products: queries x rows (the logits) and weights x rows
+(the mean). Here is the one place that knows how a product is made on which hardware:
+
+- **float64** rows: plain products.
+- **float32** rows: IEEE float32, whatever `torch.set_float32_matmul_precision` says (TF32 and bf16
+  modes are switched off for the call). On x86 CPUs through oneDNN, which the default BLAS of torch
+  trails by a factor of 2 to 3 on processors that are not Intel's.
+- **bfloat16 / float16** rows on an accelerator: the other factor is split into a high and a low
+  part of that type and both are multiplied with the rows, accumulated in float32. Rows are exact in
+  their own type by definition, so the product is good to `2^-18` (bfloat16) or `2^-22` (float16) of
+  the factors' norms. CPUs get such rows converted to float32 (`working_dtype`).
+
+`rounding(dtype, dim)` is the standard deviation of the error of `<q, x>` relative to `|q| |x|`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["averages", "full_precision", "rounding", "scores", "split", "working_dtype"]
+
+_HALF = (torch.bfloat16, torch.float16)
+
+# oneDNN's float32 inner product, there in every x86 build of torch; the products fall back on
+# torch.matmul without it.
+_ONEDNN = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)
+
+
+def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that rows stored as `dtype` are multiplied in on `device`."""
+    if dtype in _HALF and device.type == "cuda" and _has_wide_output():
+        return dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounding(dtype: torch.dtype, dim: int) -> float:
+    """Standard deviation of the error of `<q, x>` over `|q| |x|`, for rows multiplied as `dtype`.
+
+    An upper estimate: that of a single product of two numbers, divided by up to 2 because the
+    errors of many average (measured: by 3 at D = 64, by 6 at D = 4096).
+    """
+    digits = {torch.float64: 53, torch.float32: 24, torch.float16: 22, torch.bfloat16: 18}
+    return 2.0 ** -digits[dtype] / min(math.sqrt(dim), 2)
+
+
+def scores(query: Tensor, rows: Tensor) -> Tensor:
+    """`query @ rows.T`.
+
+    Args:
+        query: (B, D), float64.
+        rows: (n, D), in their working dtype.
+
+    Returns:
+        (B, n), float64 for float64 rows, otherwise float32.
+    """
+    if rows.dtype == torch.float64:
+        return query @ rows.T
+    if rows.dtype == torch.float32:
+        return _float32_product(query.float(), rows)
+    # A query divided by its largest number fits any type.
+    scale = query.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    high, low = split(query / scale, rows.dtype)
+    both = _wide_product(torch.cat([high, low]), rows.T)
+    return (both[: len(query)] + both[len(query) :]) * scale.float()
+
+
+def averages(weights: Tensor, rows: Tensor) -> Tensor:
+    """`weights @ rows`.
+
+    Args:
+        weights: (B, n), in [0, 1], float64 or float32 as `scores` gives them.
+        rows: (n, D), in their working dtype.
+
+    Returns:
+        (B, D), in the dtype of the weights.
+    """
+    if rows.dtype == torch.float64:
+        return weights @ rows
+    if rows.dtype == torch.float32:
+        return _float32_product(weights, rows.T)
+    scale = 2.0**14  # keeps small weights above float16's smallest number
+    high, low = split(weights * scale, rows.dtype)
+    both = _wide_product(torch.cat([high, low]), rows)
+    return (both[: len(weights)] + both[len(weights) :]) / scale
+
+
+def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x` as the sum of two tensors of a 16-bit type, to twice its digits."""
+    high = x.to(dtype)
+    return high, (x - high.to(x.dtype)).to(dtype)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 products in IEEE float32 inside, the caller's setting again after it."""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
+        places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        before = [place.fp32_precision for place in places]
+        try:
+            for place in places:
+                place.fp32_precision = "ieee"
+            yield
+        finally:
+            for place, setting in zip(places, before, strict=True):
+                place.fp32_precision = setting
+        return
+    setting = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(setting)
+
+
+def _float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right.T`."""
+    if _ONEDNN is not None and left.device.type == "cpu" and len(left) and len(right):
+        return _ONEDNN(left.contiguous(), right, None, "none", [], "")
+    return left @ right.T
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` of 16-bit factors, accumulated and returned in float32."""
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def _has_wide_output() -> bool:
+    return hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8

@@ -1,0 +1,252 @@
+"""`RowStore`: samples as rows, reached by number, by value, by class, or chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from stagewise.keys import digest, find_rows, row_keys
+from stagewise.streaming import MappedFile, stream
+
+__all__ = ["RowStore"]
+
+Self = TypeVar("Self", bound="RowStore")
+
+
+class RowStore:
+    """N samples of D numbers, wherever they lie. A copy of a store is the store itself.
+
+    Args:
+        rows: The samples less `offset`, (N, D).
+        offset: What makes a row a sample again, (D,), float64.
+        shape: Shape of a sample.
+        index: Position of each row in the user's order, (N,), or None if that is the same.
+        segments: The rows of each class, by its label, ascending.
+        file: The file under the rows, if they are memory-mapped.
+        keys: The keys of the rows (`keys.row_keys`), if they are known.
+        fingerprint: The fingerprint, if it is known.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        offset: Tensor,
+        shape: tuple[int, ...],
+        index: Tensor | None = None,
+        segments: dict[int, slice] | None = None,
+        *,
+        file: MappedFile | None = None,
+        keys: Tensor | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.rows, self.offset, self.shape = rows, offset, shape
+        self.index, self._segments = index, segments or {}
+        self._file, self._keys, self._fingerprint = file, keys, fingerprint
+        self._sorted_keys: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D, the numbers in a sample."""
+        return self.rows.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self.rows.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How the rows are stored."""
+        return self.rows.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the rows in bytes."""
+        return self.rows.numel() * self.rows.element_size()
+
+    @property
+    def residency(self) -> str:
+        """Where the rows are: "host", "pinned host", "memory-mapped", or a device, "cuda:0"."""
+        if self._file is not None:
+            return "memory-mapped"
+        if self.device.type != "cpu":
+            return str(self.device)
+        return "pinned host" if self.rows.is_pinned() else "host"
+
+    @property
+    def whole(self) -> slice:
+        """All rows, as `segment` gives those of a class."""
+        return slice(0, len(self))
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes, ascending; empty without labels."""
+        return list(self._segments)
+
+    @property
+    def _ends(self) -> list[tuple[int, int, int]]:
+        return [(label, rows.start, rows.stop) for label, rows in self._segments.items()]
+
+    def require_classes(self) -> None:
+        """Refuses a bank without labels.
+
+        Raises:
+            ValueError: With the cure.
+        """
+        if not self._segments:
+            raise ValueError(
+                "A class-wise posterior needs a bank with labels: LatentBank(x, labels)."
+            )
+
+    def segment(self, label: int) -> slice:
+        """The rows of a class, as a slice of the bank's own order.
+
+        Raises:
+            ValueError: If the bank has no such class, or no classes at all.
+        """
+        if label in self._segments:
+            return self._segments[label]
+        self.require_classes()
+        known = self.classes
+        raise ValueError(
+            f"Class {label} is not in the bank, which has {len(known)} classes from {known[0]} to "
+            f"{known[-1]}. Build the bank from the labels that training uses."
+        )
+
+    def labels_of(self, rows: Sequence[int]) -> list[int]:
+        """The class of each of `rows` (own order), as Python integers, without a device sync."""
+        classes, stops = self.classes, [segment.stop for segment in self._segments.values()]
+        return [classes[bisect_right(stops, row)] for row in rows]
+
+    def take(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
+        """Samples by their rows.
+
+        Args:
+            rows: Rows in the bank's own order, any shape, integers, on any device.
+            device: Where the samples go; default the device of the bank.
+
+        Returns:
+            The samples, (*rows.shape, D), float64.
+        """
+        stored = self.rows[rows.to(self.device)]
+        return stored.to(device or self.device) + self.offset.to(device or self.device)
+
+    def find(self, x1: Tensor) -> Tensor:
+        """The row of each sample that is in the bank, as it would be stored.
+
+        Args:
+            x1: Samples, (B, *), as those the bank was built from; on any device.
+
+        Returns:
+            Rows in the bank's own order, (B,), int64, on the device of `x1`; -1 for a sample that
+            equals none. Of equal rows it may be any. The first call looks at all rows.
+
+        Raises:
+            ValueError: If the samples have another shape than those of the bank.
+        """
+        if x1.ndim < 2 or math.prod(x1.shape[1:]) != self.dim:
+            raise ValueError(
+                f"Expected `x1` with shape {('B', *self.shape)} as the bank's samples, got "
+                f"{tuple(x1.shape)}."
+            )
+        index = self._sorted_keys
+        if index is None:
+            keys = self._row_keys().sort(stable=True)
+            index = (keys.values, keys.indices)
+            self._sorted_keys = index if _as_real(index[0], self.rows) else None
+        flat = x1.detach().to(self.device).flatten(1)
+        wanted = (flat.double() - self.offset).to(self.dtype)
+        return find_rows(self.rows, index, wanted).to(x1.device)
+
+    def chunks(
+        self,
+        segment: slice,
+        size: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The rows of a segment as they are stored (without `offset`), chunk by chunk.
+
+        Rows that lie on `device` in `dtype` are given as views. Others are copied into a buffer
+        that is used again: **a chunk is valid until the next one is asked for**. Towards a CUDA
+        device the next chunk is copied while this one is computed on, and rows that are
+        memory-mapped are read ahead.
+
+        Args:
+            segment: Which rows: `whole`, `segment(label)`, or any other slice.
+            size: Rows in a chunk; default as many as make 128 MiB if they are views, 32 MiB if
+                they are copied or read from a file, and at least 256.
+            device: Default that of the bank.
+            dtype: Default that of the bank.
+
+        Returns:
+            Pairs of the first row's number in the bank's own order and the rows, (n, D).
+        """
+        return stream(self.rows, segment, size, device, dtype, self._file)
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for what the bank holds: 32 hexadecimal digits.
+
+        Equal for banks with equal rows (type, order, offset) and classes, wherever they are;
+        different as soon as one number is another, or two rows or columns are swapped. Computed
+        once, from all rows.
+        """
+        if self._fingerprint is None:
+            description = (len(self), self.dim, str(self.dtype), self.shape, self._ends)
+            self._fingerprint = digest(self._row_keys(), self.offset, description)
+        return self._fingerprint
+
+    def _row_keys(self) -> Tensor:
+        if self._keys is not None:
+            return self._keys
+        keys = row_keys(self.rows)
+        self._keys = keys if _as_real(keys, self.rows) else None
+        return keys
+
+    def to(self: Self, device: torch.device | str) -> Self:
+        """The store on `device`; itself if it is there already."""
+        device = torch.device(device)
+        if self.rows.device == device:
+            return self
+        return self._moved(lambda value: value.to(device))
+
+    def pin(self: Self) -> Self:
+        """The store in pinned host memory, from where a CUDA device copies fastest.
+
+        Raises:
+            RuntimeError: Without a CUDA device.
+        """
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                "Expected a CUDA device, found none: pinned memory is for copies to one. Without "
+                "it, use the bank as it is."
+            )
+        return self._moved(lambda value: value.cpu().pin_memory())
+
+    def _moved(self: Self, move: Callable[[Tensor], Tensor]) -> Self:
+        moved = object.__new__(type(self))
+        moved.__dict__.update(self.__dict__, _file=None, _sorted_keys=None)
+        for name, value in self.__dict__.items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, move(value))
+        return moved
+
+    def __copy__(self: Self) -> Self:
+        return self
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+def _as_real(value: Tensor, like: Tensor) -> bool:
+    """Whether `value` may be kept beside `like`: a fake tensor may not beside a real one."""
+    return type(value) is type(like)

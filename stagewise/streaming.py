@@ -1,0 +1,139 @@
+"""Walking through the rows of a bank, chunk by chunk, on the device and in the type wanted.
+
+Rows that lie where and as they are wanted are given as views. Otherwise they pass through a buffer
+that is used again for each chunk, so that a bank larger than the memory of its reader can be read,
+and no chunk costs an allocation. What can be fetched ahead is: a CUDA device copies the next chunk
+while it computes on this one, and the kernel reads the next part of a file that is mapped.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["MappedFile", "stream"]
+
+_VIEW_BYTES = 128 * 2**20  # nothing is copied: few chunks, for few calls
+_BUFFER_BYTES = 32 * 2**20  # small beside any memory, large enough for products at full speed
+_LEAST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """The file under rows that are memory-mapped.
+
+    Attributes:
+        pages: The mapping of the whole file.
+        start: Where in it the rows begin, in bytes.
+    """
+
+    pages: mmap.mmap
+    start: int
+
+    def expect(self, first: int, last: int) -> None:
+        """Asks the kernel to read bytes `first` to `last` of the rows; on Linux, else nothing."""
+        if hasattr(self.pages, "madvise") and hasattr(mmap, "MADV_WILLNEED"):
+            first, last = self.start + first, self.start + last
+            page = first - first % mmap.PAGESIZE
+            self.pages.madvise(mmap.MADV_WILLNEED, page, last - page)
+
+
+def stream(
+    rows: Tensor,
+    segment: slice,
+    size: int | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    file: MappedFile | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """The rows of a segment, in chunks.
+
+    Args:
+        rows: (N, D).
+        segment: Which of them.
+        size: Rows in a chunk; default as many as make 128 MiB if they are views, 32 MiB if they
+            are copied or read from a file, and at least 256.
+        device: Where they are wanted; default where they are.
+        dtype: How they are wanted; default as they are.
+        file: The file under them, if they are memory-mapped.
+
+    Returns:
+        Pairs of the number of a chunk's first row and the chunk, (n, D), valid until the next one
+        is asked for.
+
+    Raises:
+        ValueError: If `size` is not positive.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"Expected `size` of at least 1 row, got {size}.")
+    # Made there, the buffer knows the full name of the device ("cuda:0" for "cuda").
+    buffer = rows.new_empty((0, rows.shape[1]), device=device, dtype=dtype)
+    views = buffer.device == rows.device and buffer.dtype == rows.dtype
+    if size is None:
+        least = _VIEW_BYTES if views and file is None else _BUFFER_BYTES
+        size = max(_LEAST_ROWS, least // (rows.shape[1] * buffer.element_size()))
+    start, stop, _ = segment.indices(len(rows))
+    size = min(size, max(stop - start, 1))
+    spans: Iterable[tuple[int, int]] = [
+        (first, min(first + size, stop)) for first in range(start, stop, size)
+    ]
+    if file is not None and rows.device.type == "cpu":
+        spans = _read_ahead(list(spans), file, rows.shape[1] * rows.element_size())
+    if views:
+        return ((first, rows[first:last]) for first, last in spans)
+    # Fake tensors, with which placement is checked without a device, have no streams.
+    if buffer.device.type == "cuda" and rows.device.type == "cpu" and type(buffer) is Tensor:
+        return _copied_ahead(rows, spans, size, buffer)
+    return _copied(rows, spans, buffer.new_empty((size, rows.shape[1])))
+
+
+def _read_ahead(
+    spans: list[tuple[int, int]], file: MappedFile, row_bytes: int
+) -> Iterator[tuple[int, int]]:
+    for this, after in zip(spans, [*spans[1:], None], strict=True):
+        if this == spans[0]:
+            file.expect(this[0] * row_bytes, this[1] * row_bytes)
+        if after is not None:
+            file.expect(after[0] * row_bytes, after[1] * row_bytes)
+        yield this
+
+
+def _copied(
+    rows: Tensor, spans: Iterable[tuple[int, int]], buffer: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    for first, last in spans:
+        yield first, buffer[: last - first].copy_(rows[first:last])
+
+
+def _copied_ahead(
+    rows: Tensor, spans: Iterable[tuple[int, int]], size: int, like: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """From the host to a CUDA device: while one buffer is computed on, the other is filled.
+
+    The copy of a chunk is issued when the reader comes back for it, that is, after it has queued
+    its work on the chunk before. Then it runs beside that work even from memory that is not
+    pinned, where the copy keeps the host waiting. It also means that no copy is under way at a
+    `yield`, so that a reader may stop early and the buffers may be freed.
+    """
+    device = like.device
+    shape = (size, rows.shape[1])
+    buffers = [like.new_empty(shape, dtype=rows.dtype) for _ in range(2)]
+    # Conversion is on the reader's stream, whose order makes one buffer enough.
+    wide = like.new_empty(shape) if like.dtype != rows.dtype else None
+    read = [torch.cuda.Event(), torch.cuda.Event()]
+    side = torch.cuda.Stream(device)
+    # The memory of the buffers may have been freed by work that is still queued.
+    side.wait_stream(torch.cuda.current_stream(device))
+    for turn, (first, last) in enumerate(spans):
+        chunk = buffers[turn % 2][: last - first]
+        with torch.cuda.stream(side):
+            if turn >= 2:
+                side.wait_event(read[turn % 2])
+            chunk.copy_(rows[first:last], non_blocking=True)
+        torch.cuda.current_stream(device).wait_stream(side)
+        yield first, chunk if wide is None else wide[: last - first].copy_(chunk)
+        read[turn % 2].record(torch.cuda.current_stream(device))

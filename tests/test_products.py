@@ -1,0 +1,85 @@
+"""The two products: precision, whatever the global settings, and the split of 16-bit types."""
+
+import pytest
+import torch
+
+from stagewise.products import (
+    averages,
+    full_precision,
+    rounding,
+    scores,
+    split,
+    working_dtype,
+)
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(n, dim, queries, dtype, scale=1.0):
+    generator = torch.Generator().manual_seed(n + dim)
+    rows = torch.randn(n, dim, generator=generator).to(dtype)
+    query = scale * torch.randn(queries, dim, generator=generator, dtype=torch.float64)
+    return query, rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e12])
+@pytest.mark.parametrize(("n", "dim"), [(1, 1), (37, 3), (300, 64), (500, 4096)])
+def test_scores_are_as_good_as_their_rounding_says(dtype, scale, n, dim):
+    query, rows = make(n, dim, 20, dtype, scale)
+    gap = scores(query, rows).double() - query @ rows.double().T
+    size = query.norm(dim=1)[:, None] * rows.double().norm(dim=1)
+    error = (gap / size).square().mean().sqrt()
+    assert error <= rounding(dtype, dim)
+    if dtype != torch.float64 and n > 30:
+        assert error > rounding(dtype, dim) / 100, "a rounding that pessimistic is not worth stating"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_averages(dtype):
+    query, rows = make(400, 64, 20, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = torch.softmax(3 * query @ rows.double().T, 1).to(wide)
+    got, expected = averages(weights, rows), weights.double() @ rows.double()
+    assert got.dtype == wide
+    tolerance = {torch.float64: 1e-15, torch.float32: 1e-6}.get(dtype, 2e-5)
+    assert ((got.double() - expected).norm(dim=1) / expected.norm(dim=1)).max() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_split_holds_twice_the_digits(dtype):
+    x = torch.rand(1000, dtype=torch.float64) + 1
+    high, low = split(x, dtype)
+    assert high.dtype == low.dtype == dtype
+    digits = torch.finfo(dtype).eps ** 2
+    assert (high.double() + low.double() - x).abs().max() <= digits
+    assert (high.double() - x).abs().max() > 50 * digits
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_full_precision_inside_and_the_callers_setting_after(setting):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        with full_precision():
+            if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+                assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+                assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+            else:
+                assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+        with pytest.raises(RuntimeError, match="inside"), full_precision():
+            raise RuntimeError("inside")
+        assert torch.get_float32_matmul_precision() == setting
+        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_rows_are_multiplied_in_their_own_type_where_that_pays():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert working_dtype(torch.bfloat16, cpu) == torch.float32
+    assert working_dtype(torch.float32, cuda) == torch.float32
+    assert working_dtype(torch.float64, cpu) == torch.float64
+    assert working_dtype(torch.bfloat16, cuda) in (torch.bfloat16, torch.float32)

@@ -6,6 +6,7 @@ Floor 1, the science, in plain torch. Losses live in `stagewise.losses`, Lightni
 
 from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
+from stagewise.certificate import Certificate
 from stagewise.oracle import Oracle
 from stagewise.paths import (
     DIFFUSERS,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DIFFUSERS",
     "STAGEWISE",
+    "Certificate",
     "Convention",
     "CosinePath",
     "EDMPath",

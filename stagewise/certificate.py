@@ -363,11 +363,21 @@ class Certificate:
             return None
 
         def ask(kind: int) -> Posterior:
-            at = torch.tensor([i for i, own in enumerate(kinds) if own == kind], device=xt.device)
-            at = at.long()
+            own = [i for i, other in enumerate(kinds) if other == kind]
+            at = torch.tensor(own, dtype=torch.int64, device=xt.device)
             some = PathCoefficients(*(value[at] for value in path))
-            rest = {"sizes": sizes[at], "eta": eta, "delta": delta, "made_in": made_in}
-            return self.posterior(bank, xt[at], some, row[at], k, kind == 2, **rest)
+            return self.posterior(
+                bank,
+                xt[at],
+                some,
+                row[at],
+                k,
+                kind == 2,
+                sizes=sizes[at],
+                eta=eta,
+                delta=delta,
+                made_in=made_in,
+            )
 
         done = [kind for kind in kinds if kind]
         wide = [place for place, kind in enumerate(done) if kind == 2]

@@ -28,6 +28,9 @@ __all__ = ["Closest", "class_ends", "closest"]
 _GATHER = 2**24
 """Numbers of gathered rows held at a time."""
 
+_BOUNDS = 2**25
+"""Bounds held at a time, on a CPU."""
+
 _SPARE = 16
 """Rows computed exactly beside the neighbours that are wanted."""
 
@@ -74,7 +77,7 @@ def closest(
     longest = max(scope.stop - scope.start for scope in scopes)
     ranks = [2**h for h in range(max(1, (longest - 1).bit_length()))]
     place = torch.device(device or bank.device)
-    numbers = 2**25 if place.type == "cpu" else 2**28  # of bounds held at a time
+    numbers = _BOUNDS if place.type == "cpu" else 8 * _BOUNDS
     ends = class_ends(bank).to(place)
     blocks = [
         (scope, slice(first, min(first + step, scope.stop)))

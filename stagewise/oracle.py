@@ -31,7 +31,7 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.certificate import Certificate
-from stagewise.engines import Auto, Engine
+from stagewise.engines import Auto, Engine, Sharded
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
 
@@ -93,6 +93,10 @@ class Oracle:
         self.certificate, self.eta, self.delta = certificate, eta, delta
         self.null_class = null_class
         self.engine.prepare(bank)
+        if certificate is not None and isinstance(self.engine, Sharded):
+            raise ValueError(
+                "A certificate knows the rows of one rank only: it does not go with Sharded()."
+            )
         if certificate is not None:
             certificate.check(bank)
 

@@ -147,15 +147,17 @@ def merge(*parts: Posterior, k: int | None = None) -> Posterior:
 
     scaled = torch.cat([part.weights * w[p, :, None] for p, part in enumerate(parts)], dim=1)
     k = k or max(part.weights.shape[1] for part in parts)
-    weights, order = scaled.topk(min(k, scaled.shape[1]), dim=1)
+    rows = torch.cat([part.rows for part in parts], dim=1)
+    # Of weights that are 0 those of no row at all come last.
+    weights, order = scaled.masked_fill(rows < 0, -1).topk(min(k, scaled.shape[1]), dim=1)
     return Posterior(
         mean=average([part.mean for part in parts]),
         log_evidence=torch.logsumexp(log_z, dim=0),
         # xlogy: a part that carries nothing has w log w = 0.
         entropy=average([part.entropy for part in parts]) - torch.special.xlogy(w, w).sum(0),
         ess=1 / torch.stack([v**2 / part.ess for v, part in zip(w, parts, strict=True)]).sum(0),
-        weights=weights,
-        rows=torch.cat([part.rows for part in parts], dim=1).gather(1, order),
+        weights=weights.clamp_min(0),
+        rows=rows.gather(1, order),
         tail_mass=average([part.tail_mass for part in parts]),
         tail_kind=_weakest(parts),
     )

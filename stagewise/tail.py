@@ -16,8 +16,8 @@ the second term being at most the first, because Mills' ratio decreases. Terms d
 lower bounds on distances will do.
 
 A query that was rounded, or made from a sample before the bank rounded that, is
-`a x^(i) + s (eps + e)`. With `|e| <= kappa`, every `M_j` is at most `exp(kappa r_j)` times the above,
-and (1) has `r_j/2 - kappa` for `r_j/2`.
+`a x^(i) + s (eps + e)`. With `|e| <= kappa`, `M_j` is at most `exp(kappa r_j)` times as large, and
+(1) has `r_j/2 - kappa` for `r_j/2`.
 
 With `delta` shared equally among H groups of n_h rows, (1) gives a bound on the mass itself,
 
@@ -101,5 +101,6 @@ class Tail:
         """A bound on the mass, by (2), (B,): at most `eta` where `is_below(eta)`, and at most 1."""
         share = self.delta / (2 * self.r.shape[1] * self.count.clamp_min(1))
         exponent = self.r * (self.half + torch.special.ndtri(share))
-        bound = torch.exp(-torch.where(self.count > 0, exponent, torch.inf).amin(1)).clamp_max(1)
+        exponent = torch.where(self.count > 0, exponent, torch.inf).nan_to_num(0, torch.inf, 0)
+        bound = torch.exp(-exponent.amin(1)).clamp_max(1)
         return torch.where(self.is_below(eta), bound.clamp_max(eta), bound)

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stagewise import LatentBank, LinearPath, LogitNormal, Oracle, StageCurve, VPPath
-from stagewise.engines import Exact
+from stagewise.engines import Exact, Nearest
 from stagewise.losses import FlowMatchingLoss
 from stagewise.stages import stage_edges, stratified_times
 
@@ -13,6 +13,14 @@ from stagewise.stages import stage_edges, stratified_times
 @pytest.fixture
 def bank():
     return LatentBank(torch.randn(60, 3, 4, 4), torch.arange(60) % 4)
+
+
+ENGINES = (
+    Exact("float32", chunk_size=7),
+    Exact("float64"),
+    Nearest(12, precision="float32"),
+    Nearest(12, draws=5, precision="float32"),
+)
 
 
 def assert_on_cuda(*tensors):
@@ -23,9 +31,13 @@ def assert_on_cuda(*tensors):
 @pytest.mark.parametrize("residency", ["cuda", "cpu"])
 @pytest.mark.parametrize("labels", [None, [0, 1, 2, 3, 0]])
 @pytest.mark.parametrize("path", [LinearPath(), VPPath()], ids=repr)
-def test_oracle_on_cuda(bank, residency, labels, path):
+@pytest.mark.parametrize("engine", ENGINES, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_oracle_on_cuda(bank, residency, labels, path, engine, dtype):
+    """Fake tensors hold no numbers, so that a device sync is an error too."""
+    bank = LatentBank(bank.rows.unflatten(1, bank.shape), torch.arange(60) // 15, dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        oracle = Oracle(bank.to(residency), path, Exact("float32", chunk_size=7))
+        oracle = Oracle(bank.to(residency), path, engine, null_class=3)
         xt = torch.randn(5, 3, 4, 4, device="cuda")
         x1, t = torch.randn_like(xt), torch.rand(5, device="cuda")
         source = torch.arange(5, device="cuda")

@@ -21,12 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from stagewise import LatentBank, LinearPath, Oracle, Posterior, merge
 from stagewise.engines import Exact, Nearest
+from stagewise.engines.ranks import Asked, Header, _device
 from stagewise.engines.sharded import (
     EmptyShard,
     Sharded,
-    _Asked,
-    _device,
-    _Header,
     combine,
     nothing,
     pack,
@@ -104,6 +102,7 @@ def sample_of_row(ends):
 
 
 def main(out, world, rank):
+    signal.alarm(100)  # ends what hangs
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
     report = {name: parity(name, world, rank) for name in RUNS}
     report["errors"] = {name: caught(ask) for name, ask in disagreements(rank).items()}
@@ -207,9 +206,10 @@ def disagreements(rank):
 
 
 class Kind(Nearest):
-    """Says "bounded" on rank 1 only."""
+    """Says "bounded" on rank 1 only, and keeps the sources it was given."""
 
     def posterior(self, bank, queries, k=1):
+        self.source = queries.source.tolist()
         post = super().posterior(bank, queries, k)
         bounded = dist.get_rank() == 1
         return Posterior(**vars(post) | {"tail_kind": "bounded" if bounded else "measured"})
@@ -217,8 +217,10 @@ class Kind(Nearest):
 
 def weakest_kind(rank):
     x, _ = samples()
-    oracle = Oracle(LatentBank(x[100 * rank : 100 * rank + 100]), engine=Sharded(Kind(9)))
-    return oracle.posterior(x[:2], torch.full((2,), 0.5)).tail_kind
+    engine = Kind(9)
+    oracle = Oracle(LatentBank(x[100 * rank : 100 * rank + 100]), engine=Sharded(engine))
+    post = oracle.posterior(x[:2], torch.full((2,), 0.5), source=torch.tensor([5, 107]))
+    return post.tail_kind, engine.source
 
 
 def traffic(rank):
@@ -303,7 +305,7 @@ def folders(tmp_path_factory):
 
 def start(world, out):
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env |= {"GLOO_SOCKET_IFNAME": "lo"}
+    env |= {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     command = [sys.executable, "-W", "ignore", __file__, str(out), str(world)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -431,7 +433,15 @@ def test_nearest_rows_of_each_rank(reports, world):
 
 
 def test_tail_is_known_as_the_weakest_part_is(reports):
-    assert {report["kind"] for report in reports} == {"bounded"}
+    assert {report["kind"][0] for report in reports} == {"bounded"}
+
+
+def test_engines_get_sources_as_rows_of_their_own(reports, world):
+    assert [report["kind"][1] for report in reports] == [
+        [5, -1] * world,
+        [-1, 7] * world,
+        *[[-1, -1] * world] * (world - 2),
+    ]
 
 
 def test_traffic_is_as_documented(reports, world):
@@ -529,8 +539,8 @@ def agreed():
 def test_merging_on_cuda(agreed, monkeypatch):
     # Fake tensors raise when devices are mixed or a value is read; the header is read on purpose.
     engine, bank = agreed
-    header = _Header([3, 3], 2, labels=False, source=True)
-    monkeypatch.setattr(_Header, "gather", lambda *_: header)
+    header = Header([3, 3], 2, labels=False, source=True)
+    monkeypatch.setattr(Header, "gather", lambda *_: header)
     monkeypatch.setattr(FakeTensor, "tolist", lambda value: [[0, 0, 4]] * len(value))
     with FakeTensorMode(allow_non_fake_inputs=True):
         xt = torch.randn(3, D, device="cuda", dtype=torch.float64)
@@ -547,7 +557,7 @@ def test_own_rows_on_cuda(agreed):
     with FakeTensorMode(allow_non_fake_inputs=True):
         xt = torch.randn(4, D, device="cuda", dtype=torch.float64)
         path = LinearPath()(torch.rand(4, device="cuda", dtype=torch.float64))
-        asked = _Asked(xt, path, [3, None, 2, 1], [200, 149, 0, -1])
+        asked = Asked(xt, path, [3, None, 2, 1], [200, 149, 0, -1])
         layout = engine._layouts[bank]
         layout = replace(layout, own=frozenset({1, 3}))
         post, log_source = engine._over_own_rows(bank, asked, layout, 0, 2)
@@ -718,3 +728,12 @@ if __name__ == "__main__":
             for child in children:
                 os.kill(child, signal.SIGKILL)
     sys.exit(failed)
+
+
+def test_a_certificate_is_refused_because_it_knows_one_rank_only():
+    from stagewise import Certificate
+
+    bank = LatentBank(torch.randn(20, 4))
+    certificate = Certificate.compute(bank, progress=False)
+    with pytest.raises(ValueError, match="does not go with Sharded"):
+        Oracle(bank, engine=Sharded(), certificate=certificate)

@@ -46,8 +46,6 @@ class _Pick:
     variances: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-
-
 class Auto(Engine):
     """Exact, or neighbours for those queries where they are faster and miss next to nothing.
 
@@ -135,4 +133,3 @@ class Auto(Engine):
 
     def __repr__(self) -> str:
         return f"Auto(max_tail={self.max_tail:g})"
-

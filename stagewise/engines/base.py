@@ -91,7 +91,7 @@ class Engine(ABC):
             the share of the posterior that did not enter `mean`. `source_weight` is left None.
         """
 
-    def prepare(self, bank: LatentBank) -> None:  # noqa: B027: many engines have nothing to do
+    def prepare(self, bank: LatentBank) -> None:  # noqa: B027
         """Checks the settings against a bank and builds what is needed, before the first query.
 
         Raises:

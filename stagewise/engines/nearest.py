@@ -8,6 +8,7 @@ that turns out to need the whole posterior costs only the second product.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Nearest(Neighbours):
             out).
         max_tail: Queries with a larger tail mass get the exact mean; default None.
         seed: Of the draws, default 0. Every call draws anew.
+        precision: See `Exact`; "float32" and "float64" need no device sync without `max_tail`.
         chunk_size: Rows multiplied at a time, see `Exact`.
     """
 
@@ -46,10 +48,11 @@ class Nearest(Neighbours):
         draws: int = 0,
         max_tail: float | None = None,
         seed: int = 0,
+        precision: Literal["auto", "float32", "float64"] = "auto",
         chunk_size: int | None = None,
     ) -> None:
         super().__init__(k, draws=draws, max_tail=max_tail, seed=seed)
-        self.exact = Exact(chunk_size=chunk_size)
+        self.exact = Exact(precision, chunk_size=chunk_size)
 
     def search(self, bank: LatentBank, queries: Queries, segment: slice, n: int) -> Tensor:
         """See `Neighbours.search`."""
@@ -86,7 +89,14 @@ class Nearest(Neighbours):
         drawn, there = self._draw(scan, rest)
         mean = mean + torch.where(there, tail, 0)[:, None] * drawn
         mean = mean / torch.where(there, 1, kept)[:, None]
-        return replace(post, mean=mean, tail_mass=tail, tail_kind="estimated")
+        # Where every row was drawn nothing is missing.
+        some = scan.queries.index([size > self._drawn for size in scan.queries.sizes])
+        return replace(post, mean=mean, tail_mass=tail * some, tail_kind="estimated")
+
+    @property
+    def _drawn(self) -> int:
+        """Rows to draw: as many more as may be among the nearest, whose weight is then 0."""
+        return self.draws + max(self.k, MORE)
 
     def _draw(self, scan: Scan, rest: Tensor) -> tuple[Tensor, Tensor]:
         """The mean over the rest, estimated from rows drawn from it.
@@ -103,9 +113,7 @@ class Nearest(Neighbours):
         mass = torch.zeros(len(rest), dtype=torch.float64, device=device)
         for at, segment in scan.queries.groups:
             index = positions(scan.queries, at)
-            # As many more as may be among the nearest, whose weight here is 0.
-            drawn = draw_rows(segment, self.draws + max(self.k, MORE), self.generator)
-            rows = torch.tensor(drawn, device=device)
+            rows = scan.queries.index(draw_rows(segment, self._drawn, self.generator))
             weights = rest[index][:, rows - segment.start].double()
             mass[index] = weights.sum(1)
             mean[index] = weights @ bank.take(rows, device=device)

@@ -31,9 +31,8 @@ given, one for `tail_kind` unless the engine is `Exact`, and those of the engine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
@@ -41,11 +40,19 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
 from stagewise.engines.base import Engine, Queries
 from stagewise.engines.exact import Exact
+from stagewise.engines.ranks import (
+    About,
+    Asked,
+    Header,
+    Layout,
+    Ranks,
+    require_agreement,
+    require_classes,
+)
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, TailKind, merge, put
 
@@ -165,8 +172,8 @@ class Sharded(Engine):
         self._forget()
 
     def _forget(self) -> None:
-        self._ranks: _Ranks | None = None
-        self._layouts: WeakKeyDictionary[LatentBank, _Layout] = WeakKeyDictionary()
+        self._ranks: Ranks | None = None
+        self._layouts: WeakKeyDictionary[LatentBank, Layout] = WeakKeyDictionary()
         self._prepared = 0
 
     def prepare(self, bank: LatentBank) -> None:
@@ -186,19 +193,19 @@ class Sharded(Engine):
         except Exception as error:  # raised below, when the others know
             problem = error
         if self._ranks is None or not self._ranks.alive:
-            self._ranks = _Ranks.of(self.group, self.timeout)
+            self._ranks = Ranks.of(self.group, self.timeout)
         if self._ranks is None and problem is not None:
             raise problem
         self._prepared += 1
-        own = _About.of(bank, self.engine, problem)
+        own = About.of(bank, self.engine, problem)
         everyone = [own] if self._ranks is None else self._ranks.objects(own)
-        _require_agreement(everyone, problem)
+        require_agreement(everyone, problem)
         offsets = [0]
         for about in everyone:
             offsets.append(offsets[-1] + about.rows)
         if isinstance(bank, EmptyShard):
             bank.max_norm = max(about.max_norm for about in everyone)
-        self._layouts[bank] = _Layout(
+        self._layouts[bank] = Layout(
             ranks=self._ranks,
             number=self._prepared,
             offsets=tuple(offsets),
@@ -249,12 +256,12 @@ class Sharded(Engine):
         if ranks is None:
             return self.engine.ask(bank, xt, path, labels, source, k)
         flags = (labels is not None, source is not None)
-        header = _Header.gather(ranks, (layout.number, len(xt), k, xt.shape[1], *flags))
+        header = Header.gather(ranks, (layout.number, len(xt), k, xt.shape[1], *flags))
         if not any(header.counts):
             none = None if source is None else xt.new_zeros(0)
             return replace(Posterior.empty(xt, k), source_weight=none)
-        asked = _Asked.gather(ranks, header, xt, path, labels, source)
-        _require_classes(asked, layout)
+        asked = Asked.gather(ranks, header, xt, path, labels, source)
+        require_classes(asked, layout)
         post, log_source = self._over_own_rows(bank, asked, layout, ranks.rank, header.k)
         small = ranks.gather(pack(post, log_source)).to(xt.device)
         # Read only where it may be anything else: a device sync.
@@ -272,7 +279,7 @@ class Sharded(Engine):
         return replace(own, source_weight=weight)
 
     def _over_own_rows(
-        self, bank: LatentBank, asked: _Asked, layout: _Layout, rank: int, k: int
+        self, bank: LatentBank, asked: Asked, layout: Layout, rank: int, k: int
     ) -> tuple[Posterior, Tensor]:
         """All ranks' queries over the rows of this one, and the log-weight of sources it holds."""
         first, last = layout.offsets[rank : rank + 2]
@@ -299,7 +306,7 @@ class Sharded(Engine):
             log_source[torch.tensor(inside, device=device)] = log_weight
         return post, log_source
 
-    def _layout(self, bank: LatentBank) -> _Layout:
+    def _layout(self, bank: LatentBank) -> Layout:
         layout = self._layouts.get(bank)
         if layout is None:
             raise ValueError(
@@ -395,289 +402,3 @@ def combine(small: Tensor) -> Posterior:
     top, order = scaled.topk(k, dim=1)
     rows = rows.transpose(0, 1).flatten(1).gather(1, order).long()
     return replace(merge(*parts), weights=top.clamp_min(0), rows=rows)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What the ranks agreed on for a bank.
-
-    Attributes:
-        ranks: Those that share it; None if there is but one.
-        number: Of the bank, the same on every rank.
-        offsets: See `Sharded.offsets`.
-        classes: Those that any rank has.
-        own: Those of this rank.
-        floor: See `Sharded.sigma_floor`.
-    """
-
-    ranks: _Ranks | None
-    number: int
-    offsets: tuple[int, ...]
-    classes: frozenset[int]
-    own: frozenset[int]
-    floor: float
-
-
-@dataclass(frozen=True)
-class _About:
-    """What a rank tells the others of its shard before the first query."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    engine: str
-    rows: int
-    classes: list[int]
-    floor: float
-    max_norm: float
-    problem: str | None
-
-    @classmethod
-    def of(cls, bank: LatentBank, engine: Engine, problem: Exception | None) -> _About:
-        rows = len(bank)
-        floor = engine.sigma_floor(bank) if rows and problem is None else 0.0
-        kind, dtype = type(engine).__name__, str(bank.dtype)
-        says = None if problem is None else f"{problem}"
-        return cls(bank.shape, dtype, kind, rows, bank.classes, floor, bank.max_norm, says)
-
-
-def _require_agreement(everyone: Sequence[_About], problem: Exception | None) -> None:
-    problems = {rank: a.problem for rank, a in enumerate(everyone) if a.problem is not None}
-    if problems:
-        kind = ImportError if isinstance(problem, ImportError) else ValueError
-        raise kind(f"The engine refuses a shard: {_by_rank(problems)}") from problem
-    cure = "Build all shards from the same samples and settings, and `EmptyShard` like them."
-    for name in ("shape", "dtype", "engine"):
-        values = {rank: getattr(about, name) for rank, about in enumerate(everyone)}
-        if len(set(values.values())) > 1:
-            raise ValueError(
-                f"Expected the same {name} on every rank, got {_by_rank(values)}. {cure}"
-            )
-    labelled = {
-        rank: "labels" if about.classes else "no labels"
-        for rank, about in enumerate(everyone)
-        if about.rows
-    }
-    if not labelled:
-        raise ValueError("Expected rows on at least one rank, got none on any.")
-    if len(set(labelled.values())) > 1:
-        raise ValueError(
-            f"Expected labels on every rank that has rows, or on none, got {_by_rank(labelled)}. "
-            "Build the banks alike: LatentBank(x, labels)."
-        )
-
-
-def _require_alike(name: str, values: Mapping[int, object]) -> None:
-    if len(set(values.values())) > 1:
-        raise ValueError(
-            f"Expected every rank to ask with the same {name}, got {_by_rank(values)}. Ranks ask "
-            "together: see that all reach the same call, those without queries with `xt[:0]`."
-        )
-
-
-def _by_rank(values: Mapping[int, object]) -> str:
-    """Values with the ranks that have them: `1 on rank 0; 5 on rank 1, 2`."""
-    ranks: dict[object, list[str]] = {}
-    for rank, value in values.items():
-        ranks.setdefault(value, []).append(str(rank))
-    return "; ".join(f"{value} on rank {', '.join(at)}" for value, at in ranks.items())
-
-
-@dataclass(frozen=True)
-class _Header:
-    """How many queries each rank has, and what they have in common."""
-
-    counts: list[int]
-    k: int
-    labels: bool
-    source: bool
-
-    @classmethod
-    def gather(cls, ranks: _Ranks, own: Sequence[int]) -> _Header:
-        """From this rank's number of the bank, B, k, D, and whether it has labels and sources."""
-        everyone = ranks.gather(torch.tensor(own)).tolist()
-        asking = {rank: row for rank, row in enumerate(everyone) if row[1]}
-        # A rank without queries has no say in how they are asked.
-        _require_alike("bank", {rank: row[0] for rank, row in enumerate(everyone)})
-        _require_alike("`k`", {rank: row[2] for rank, row in asking.items()})
-        _require_alike("size of a query", {rank: row[3] for rank, row in asking.items()})
-        for column, name in ((4, "`labels`"), (5, "`source`")):
-            given = {rank: "given" if row[column] else "none" for rank, row in asking.items()}
-            _require_alike(name, given)
-        _, _, k, _, labels, source = next(iter(asking.values()), own)
-        return cls([row[1] for row in everyone], k, bool(labels), bool(source))
-
-    def padded(self, value: Tensor) -> Tensor:
-        """Rows of all ranks, (sum of counts, n), in a block of equal size for each rank."""
-        width = max(self.counts)
-        blocks = value.split(self.counts)
-        return torch.stack([pad(block, (0, 0, 0, width - len(block))) for block in blocks])
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The queries of all ranks, one rank's after the other's; labels and sources on the host."""
-
-    xt: Tensor
-    path: PathCoefficients
-    names: list[int | None] | None
-    source: list[int] | None
-
-    @classmethod
-    def gather(
-        cls,
-        ranks: _Ranks,
-        header: _Header,
-        xt: Tensor,
-        path: PathCoefficients,
-        labels: Sequence[int | None] | None,
-        source: Tensor | None,
-    ) -> _Asked:
-        names = labels or [None] * len(xt)
-        coded = [(0 if name is None else name, name is None) for name in names]
-        extra = torch.tensor(coded, dtype=torch.int64).reshape(-1, 2).to(xt.device)
-        rows = extra.new_full((len(xt),), -1) if source is None else source.to(extra)
-        # As integers, because a label is any 64 bits.
-        numbers = torch.cat([xt, torch.stack(path, 1)], 1).view(torch.int64)
-        own = torch.cat([numbers, extra, rows[:, None]], 1)
-        block = ranks.gather(pad(own, (0, 0, 0, max(header.counts) - len(xt))))
-        whole = torch.cat([part[:n] for part, n in zip(block, header.counts, strict=True)])
-        whole = whole.to(xt.device)
-        dim = xt.shape[1]
-        values = whole[:, dim : dim + 4].T.contiguous().view(xt.dtype)
-        host = whole[:, dim + 4 :].tolist() if header.labels or header.source else []
-        return cls(
-            whole[:, :dim].contiguous().view(xt.dtype),
-            PathCoefficients(*values),
-            [None if none else name for name, none, _ in host] if header.labels else None,
-            [row for _, _, row in host] if header.source else None,
-        )
-
-    def select(self, at: Sequence[int]) -> _Asked:
-        """Some of the queries; itself if that is all of them."""
-        if len(at) == len(self.xt):
-            return self
-        index = torch.tensor(at, device=self.xt.device)
-        return _Asked(
-            self.xt[index],
-            PathCoefficients(*(value[index] for value in self.path)),
-            None if self.names is None else [self.names[i] for i in at],
-            None if self.source is None else [self.source[i] for i in at],
-        )
-
-
-def _require_classes(asked: _Asked, layout: _Layout) -> None:
-    missing = sorted({name for name in asked.names or () if name is not None} - layout.classes)
-    if missing and not layout.classes:
-        raise ValueError(
-            "A class-wise posterior needs banks with labels: LatentBank(x, labels) on every rank."
-        )
-    if missing:
-        raise ValueError(
-            f"Class {missing[0]} is not in the bank of any rank; they have {len(layout.classes)} "
-            f"classes from {min(layout.classes)} to {max(layout.classes)}. Build the banks from "
-            "the labels that training uses."
-        )
-
-
-class _Ranks:
-    """A group of ranks of the engine's own, and the few collectives it needs.
-
-    Attributes:
-        rank: Of this process in the group.
-        size: How many there are.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
-        self._group, self._timeout = group, timeout
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._device = _device(dist.get_backend_config(group))
-        self._scatters = True
-        try:
-            self.sum_own(torch.zeros(self.size, 1, dtype=torch.float64))
-        except RuntimeError:  # older backends have no such collective
-            self._scatters = False
-
-    @classmethod
-    def of(cls, group: dist.ProcessGroup | None, timeout: timedelta) -> _Ranks | None:
-        """The ranks of a group; None if there is but one."""
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-            return None
-        if dist.get_world_size(group) < 1:
-            raise ValueError("Expected a `group` that this rank belongs to, got one of others.")
-        with _explained(timeout):
-            if group is None:
-                own = dist.new_group(timeout=timeout)
-            else:
-                # Ranks outside the group do not call this.
-                own = dist.new_group(
-                    dist.get_process_group_ranks(group),
-                    timeout,
-                    dist.get_backend(group),
-                    use_local_synchronization=True,
-                )
-            assert isinstance(own, dist.ProcessGroup)
-            return cls(own, timeout)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the group is still there: destroying the default group ends all."""
-        if not dist.is_initialized():
-            return False
-        try:
-            return bool(dist.get_process_group_ranks(self._group))
-        except KeyError:
-            return False
-
-    def objects(self, own: Any) -> list[Any]:
-        """One object of each rank."""
-        everyone: list[Any] = [None] * self.size
-        with _explained(self._timeout):
-            dist.all_gather_object(everyone, own, group=self._group)
-        return everyone
-
-    def gather(self, own: Tensor) -> Tensor:
-        """Tensors of the same shape from all ranks, stacked."""
-        own = own.to(self._device).contiguous()
-        everyone = own.new_empty(self.size, *own.shape)
-        with _explained(self._timeout):
-            gather = _named("all_gather_single", "all_gather_into_tensor")
-            gather(everyone.flatten(), own.flatten(), group=self._group)
-        return everyone
-
-    def sum_own(self, blocks: Tensor) -> Tensor:
-        """The sum over ranks of the block that is meant for this one; `blocks` is (R, ...)."""
-        blocks = blocks.to(self._device).contiguous()
-        own = blocks.new_empty(blocks.shape[1:])
-        with _explained(self._timeout):
-            if self._scatters:
-                scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
-                scatter(own.flatten(), blocks.flatten(), group=self._group)
-                return own
-            dist.all_reduce(blocks, group=self._group)
-        return blocks[self.rank]
-
-
-def _named(name: str, before: str) -> Callable[..., Any]:
-    """A collective by its name from torch 2.14 on, or by the one it had before."""
-    return getattr(dist, name, None) or getattr(dist, before)
-
-
-def _device(config: str) -> torch.device:
-    """Where a backend wants its tensors: `config` is like "cpu:gloo,cuda:nccl"."""
-    for pair in config.split(","):
-        kind, _, backend = pair.partition(":")
-        if kind != "cpu" and backend != "gloo" and torch.get_device_module(kind).is_available():
-            return torch.device(kind)
-    return torch.device("cpu")
-
-
-@contextmanager
-def _explained(timeout: timedelta) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            "Expected every rank to ask the oracle, also with zero queries (`xt[:0]`): one ended, "
-            f"or did not ask within {timeout}. Look for an earlier error of another rank; if it is "
-            f"only slow, give `Sharded(timeout=...)` more. The backend says: {error}"
-        ) from error

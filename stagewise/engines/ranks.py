@@ -1,0 +1,326 @@
+"""What the ranks of a job say to one another about a bank that they share, and how.
+
+`About` is said once for a bank, and leads to a `Layout`; `Header` and `Asked` with each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from stagewise.bank import LatentBank
+from stagewise.engines.base import Engine
+from stagewise.paths import PathCoefficients
+
+__all__ = ["About", "Asked", "Header", "Layout", "Ranks", "require_agreement", "require_classes"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the ranks agreed on for a bank.
+
+    Attributes:
+        ranks: Those that share it; None if there is but one.
+        number: Of the bank, the same on every rank.
+        offsets: See `Sharded.offsets`.
+        classes: Those that any rank has.
+        own: Those of this rank.
+        floor: See `Sharded.sigma_floor`.
+    """
+
+    ranks: Ranks | None
+    number: int
+    offsets: tuple[int, ...]
+    classes: frozenset[int]
+    own: frozenset[int]
+    floor: float
+
+
+@dataclass(frozen=True)
+class About:
+    """What a rank tells the others of its shard before the first query."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    engine: str
+    rows: int
+    classes: list[int]
+    floor: float
+    max_norm: float
+    problem: str | None
+
+    @classmethod
+    def of(cls, bank: LatentBank, engine: Engine, problem: Exception | None) -> About:
+        """What there is to say of a shard, or of the problem that its engine has with it."""
+        rows = len(bank)
+        floor = engine.sigma_floor(bank) if rows and problem is None else 0.0
+        kind, dtype = type(engine).__name__, str(bank.dtype)
+        says = None if problem is None else f"{problem}"
+        return cls(bank.shape, dtype, kind, rows, bank.classes, floor, bank.max_norm, says)
+
+
+def require_agreement(everyone: Sequence[About], problem: Exception | None) -> None:
+    """Refuses, on every rank alike, shards that are not of one bank.
+
+    Args:
+        everyone: What each rank says.
+        problem: That of this rank, which an error then names as its cause.
+
+    Raises:
+        ValueError: With what the ranks have, and the cure.
+        ImportError: If this rank's engine lacks a library.
+    """
+    problems = {rank: a.problem for rank, a in enumerate(everyone) if a.problem is not None}
+    if problems:
+        kind = ImportError if isinstance(problem, ImportError) else ValueError
+        raise kind(f"The engine refuses a shard: {_by_rank(problems)}") from problem
+    cure = "Build all shards from the same samples and settings, and `EmptyShard` like them."
+    for name in ("shape", "dtype", "engine"):
+        values = {rank: getattr(about, name) for rank, about in enumerate(everyone)}
+        if len(set(values.values())) > 1:
+            raise ValueError(
+                f"Expected the same {name} on every rank, got {_by_rank(values)}. {cure}"
+            )
+    labelled = {
+        rank: "labels" if about.classes else "no labels"
+        for rank, about in enumerate(everyone)
+        if about.rows
+    }
+    if not labelled:
+        raise ValueError("Expected rows on at least one rank, got none on any.")
+    if len(set(labelled.values())) > 1:
+        raise ValueError(
+            f"Expected labels on every rank that has rows, or on none, got {_by_rank(labelled)}. "
+            "Build the banks alike: LatentBank(x, labels)."
+        )
+
+
+def _require_alike(name: str, values: Mapping[int, object]) -> None:
+    if len(set(values.values())) > 1:
+        raise ValueError(
+            f"Expected every rank to ask with the same {name}, got {_by_rank(values)}. Ranks ask "
+            "together: see that all reach the same call, those without queries with `xt[:0]`."
+        )
+
+
+def _by_rank(values: Mapping[int, object]) -> str:
+    """Values with the ranks that have them: `1 on rank 0; 5 on rank 1, 2`."""
+    ranks: dict[object, list[str]] = {}
+    for rank, value in values.items():
+        ranks.setdefault(value, []).append(str(rank))
+    return "; ".join(f"{value} on rank {', '.join(at)}" for value, at in ranks.items())
+
+
+@dataclass(frozen=True)
+class Header:
+    """How many queries each rank has, and what they have in common."""
+
+    counts: list[int]
+    k: int
+    labels: bool
+    source: bool
+
+    @classmethod
+    def gather(cls, ranks: Ranks, own: Sequence[int]) -> Header:
+        """From this rank's number of the bank, B, k, D, and whether it has labels and sources."""
+        everyone = ranks.gather(torch.tensor(own)).tolist()
+        asking = {rank: row for rank, row in enumerate(everyone) if row[1]}
+        # A rank without queries has no say in how they are asked.
+        _require_alike("bank", {rank: row[0] for rank, row in enumerate(everyone)})
+        _require_alike("`k`", {rank: row[2] for rank, row in asking.items()})
+        _require_alike("size of a query", {rank: row[3] for rank, row in asking.items()})
+        for column, name in ((4, "`labels`"), (5, "`source`")):
+            given = {rank: "given" if row[column] else "none" for rank, row in asking.items()}
+            _require_alike(name, given)
+        _, _, k, _, labels, source = next(iter(asking.values()), own)
+        return cls([row[1] for row in everyone], k, bool(labels), bool(source))
+
+    def padded(self, value: Tensor) -> Tensor:
+        """Rows of all ranks, (sum of counts, n), in a block of equal size for each rank."""
+        width = max(self.counts)
+        blocks = value.split(self.counts)
+        return torch.stack([pad(block, (0, 0, 0, width - len(block))) for block in blocks])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The queries of all ranks, one rank's after the other's; labels and sources on the host."""
+
+    xt: Tensor
+    path: PathCoefficients
+    names: list[int | None] | None
+    source: list[int] | None
+
+    @classmethod
+    def gather(
+        cls,
+        ranks: Ranks,
+        header: Header,
+        xt: Tensor,
+        path: PathCoefficients,
+        labels: Sequence[int | None] | None,
+        source: Tensor | None,
+    ) -> Asked:
+        """The queries of all ranks, from this rank's own."""
+        names = labels or [None] * len(xt)
+        coded = [(0 if name is None else name, name is None) for name in names]
+        extra = torch.tensor(coded, dtype=torch.int64).reshape(-1, 2).to(xt.device)
+        rows = extra.new_full((len(xt),), -1) if source is None else source.to(extra)
+        # As integers, because a label is any 64 bits.
+        numbers = torch.cat([xt, torch.stack(path, 1)], 1).view(torch.int64)
+        own = torch.cat([numbers, extra, rows[:, None]], 1)
+        block = ranks.gather(pad(own, (0, 0, 0, max(header.counts) - len(xt))))
+        whole = torch.cat([part[:n] for part, n in zip(block, header.counts, strict=True)])
+        whole = whole.to(xt.device)
+        dim = xt.shape[1]
+        values = whole[:, dim : dim + 4].T.contiguous().view(xt.dtype)
+        host = whole[:, dim + 4 :].tolist() if header.labels or header.source else []
+        return cls(
+            whole[:, :dim].contiguous().view(xt.dtype),
+            PathCoefficients(*values),
+            [None if none else name for name, none, _ in host] if header.labels else None,
+            [row for _, _, row in host] if header.source else None,
+        )
+
+    def select(self, at: Sequence[int]) -> Asked:
+        """Some of the queries; itself if that is all of them."""
+        if len(at) == len(self.xt):
+            return self
+        index = torch.tensor(at, device=self.xt.device)
+        return Asked(
+            self.xt[index],
+            PathCoefficients(*(value[index] for value in self.path)),
+            None if self.names is None else [self.names[i] for i in at],
+            None if self.source is None else [self.source[i] for i in at],
+        )
+
+
+def require_classes(asked: Asked, layout: Layout) -> None:
+    """Refuses, on every rank alike, a class that none of them has.
+
+    Raises:
+        ValueError: With the class and those there are.
+    """
+    missing = sorted({name for name in asked.names or () if name is not None} - layout.classes)
+    if missing and not layout.classes:
+        raise ValueError(
+            "A class-wise posterior needs banks with labels: LatentBank(x, labels) on every rank."
+        )
+    if missing:
+        raise ValueError(
+            f"Class {missing[0]} is not in the bank of any rank; they have {len(layout.classes)} "
+            f"classes from {min(layout.classes)} to {max(layout.classes)}. Build the banks from "
+            "the labels that training uses."
+        )
+
+
+class Ranks:
+    """A group of ranks of the engine's own, and the few collectives it needs.
+
+    Attributes:
+        rank: Of this process in the group.
+        size: How many there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
+        self._group, self._timeout = group, timeout
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._device = _device(dist.get_backend_config(group))
+        self._scatters = True
+        try:
+            self.sum_own(torch.zeros(self.size, 1, dtype=torch.float64))
+        except RuntimeError:  # older backends have no such collective
+            self._scatters = False
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None, timeout: timedelta) -> Ranks | None:
+        """The ranks of a group; None if there is but one."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+            return None
+        if dist.get_world_size(group) < 1:
+            raise ValueError("Expected a `group` that this rank belongs to, got one of others.")
+        with _explained(timeout):
+            if group is None:
+                own = dist.new_group(timeout=timeout)
+            else:
+                # Ranks outside the group do not call this.
+                own = dist.new_group(
+                    dist.get_process_group_ranks(group),
+                    timeout,
+                    dist.get_backend(group),
+                    use_local_synchronization=True,
+                )
+            assert isinstance(own, dist.ProcessGroup)
+            return cls(own, timeout)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the group is still there: destroying the default group ends all."""
+        if not dist.is_initialized():
+            return False
+        try:
+            return bool(dist.get_process_group_ranks(self._group))
+        except KeyError:
+            return False
+
+    def objects(self, own: Any) -> list[Any]:
+        """One object of each rank."""
+        everyone: list[Any] = [None] * self.size
+        with _explained(self._timeout):
+            dist.all_gather_object(everyone, own, group=self._group)
+        return everyone
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Tensors of the same shape from all ranks, stacked."""
+        own = own.to(self._device).contiguous()
+        everyone = own.new_empty(self.size, *own.shape)
+        with _explained(self._timeout):
+            gather = _named("all_gather_single", "all_gather_into_tensor")
+            gather(everyone.flatten(), own.flatten(), group=self._group)
+        return everyone
+
+    def sum_own(self, blocks: Tensor) -> Tensor:
+        """The sum over ranks of the block that is meant for this one; `blocks` is (R, ...)."""
+        blocks = blocks.to(self._device).contiguous()
+        own = blocks.new_empty(blocks.shape[1:])
+        with _explained(self._timeout):
+            if self._scatters:
+                scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
+                scatter(own.flatten(), blocks.flatten(), group=self._group)
+                return own
+            dist.all_reduce(blocks, group=self._group)
+        return blocks[self.rank]
+
+
+def _named(name: str, before: str) -> Callable[..., Any]:
+    """A collective by its name from torch 2.14 on, or by the one it had before."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
+def _device(config: str) -> torch.device:
+    """Where a backend wants its tensors: `config` is like "cpu:gloo,cuda:nccl"."""
+    for pair in config.split(","):
+        kind, _, backend = pair.partition(":")
+        if kind != "cpu" and backend != "gloo" and torch.get_device_module(kind).is_available():
+            return torch.device(kind)
+    return torch.device("cpu")
+
+
+@contextmanager
+def _explained(timeout: timedelta) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            "Expected every rank to ask the oracle, also with zero queries (`xt[:0]`): one ended, "
+            f"or did not ask within {timeout}. Look for an earlier error of another rank; if it is "
+            f"only slow, give `Sharded(timeout=...)` more. The backend says: {error}"
+        ) from error

@@ -1,0 +1,86 @@
+"""The engine that picks: what, why, and that the answer does not depend on it."""
+
+import logging
+
+import pytest
+import torch
+
+from stagewise import LatentBank, LinearPath, Oracle
+from stagewise.engines import Auto, Exact
+from stagewise.engines import auto as module
+
+
+def asked(bank, count=40):
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(len(bank), (count,), generator=generator)
+    t = torch.linspace(0, 0.999, count, dtype=torch.float64)
+    x0 = torch.randn(count, bank.dim, generator=generator, dtype=torch.float64)
+    return LinearPath().interpolate(x0, bank.take(rows), t), t, rows
+
+
+@pytest.fixture
+def low(monkeypatch):
+    """A bank that counts as large, in three dimensions."""
+    monkeypatch.setattr(module, "_MANY_ROWS", 1500)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2000) // 1600
+    return LatentBank(torch.randn(2000, 3, generator=generator), labels)
+
+
+def test_says_once_for_each_bank_what_and_why(caplog):
+    bank = LatentBank(torch.randn(50, 64))
+    engine = Auto()
+    with caplog.at_level(logging.INFO, logger="stagewise"):
+        oracle = Oracle(bank, engine=engine)
+        xt, t, _ = asked(bank, 3)
+        oracle.posterior(xt, t)
+        Oracle(bank, engine=engine)
+    (record,) = caplog.records
+    assert "Exact: one product with all rows" in record.message
+    assert repr(bank) in record.message
+    assert engine.describe(bank) in record.message
+
+
+def test_names_the_missing_library(low, monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    engine = Auto()
+    assert "pip install --no-build-isolation 'stagewise[cluster]'" in engine.describe(low)
+    assert engine.picks[low].near is None
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1]])
+def test_neighbours_where_few_rows_explain_a_query_and_exact_elsewhere(low, labels, monkeypatch):
+    pytest.importorskip("torch_cluster", reason="pip install 'stagewise[cluster]'")
+    engine = Auto()
+    assert "k-d tree" in engine.describe(low)
+    near, exact = engine.picks[low].near, engine.exact
+    counts = {"near": 0, "exact": 0}
+    for name, part in (("near", near), ("exact", exact)):
+        answer = part.posterior
+
+        def counted(bank, queries, k=1, name=name, answer=answer):
+            counts[name] += len(queries)
+            return answer(bank, queries, k)
+
+        monkeypatch.setattr(part, "posterior", counted)
+    xt, t, rows = asked(low)
+    names = None if labels is None else low.labels_of(rows.tolist())
+    post = Oracle(low, engine=engine).posterior(xt, t, names, k=3)
+    reference = Oracle(low, engine=Exact("float64")).posterior(xt, t, names, k=3)
+    assert counts["near"] + counts["exact"] == 40
+    assert min(counts.values()) >= 5
+    assert post.tail_mass.max() <= 1e-7
+    gap = (post.mean - reference.mean).norm(dim=1) / reference.mean.norm(dim=1)
+    assert gap.max() <= 1e-5
+    torch.testing.assert_close(post.weights, reference.weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(post.log_evidence, reference.log_evidence, rtol=1e-6, atol=1e-5)
+
+
+def test_a_tail_of_nothing_means_exact(low):
+    assert Auto(0.0).describe(low).startswith("Exact")
+
+
+@pytest.mark.parametrize("tail", [-0.1, 1.0])
+def test_refuses_a_tail_that_is_no_share(tail):
+    with pytest.raises(ValueError, match=r"`max_tail` in \[0, 1\)"):
+        Auto(tail)

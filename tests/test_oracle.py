@@ -363,3 +363,47 @@ def test_merge_of_one_part_and_of_none():
     assert alone.source_weight is None
     with pytest.raises(ValueError, match="at least one posterior"):
         merge()
+
+
+def test_no_class_and_the_null_class_are_asked_of_the_whole_bank():
+    generator = torch.Generator().manual_seed(0)
+    bank = LatentBank(torch.randn(90, 6, generator=generator), torch.arange(90) % 3)
+    xt, t, _, _ = queries(bank, LinearPath(), 0.2, list(range(0, 80, 10)))
+    whole = Oracle(bank).posterior(xt, t, k=4)
+    labels = [None, 0, 1, None, 2, 2, None, 0]
+    wise = [i for i, label in enumerate(labels) if label is not None]
+    classes = Oracle(bank).posterior(xt[wise], t[wise], [labels[i] for i in wise], k=4)
+    null = Oracle(bank, null_class=1000)
+    coded = torch.tensor([1000 if label is None else label for label in labels])
+    for post in (
+        Oracle(bank).posterior(xt, t, labels, k=4),
+        null.posterior(xt, t, coded, k=4),
+    ):
+        for name in ("mean", "log_evidence", "entropy", "ess", "weights", "rows"):
+            expected = getattr(whole, name).clone()
+            expected[wise] = getattr(classes, name)
+            torch.testing.assert_close(getattr(post, name), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(null.posterior(xt, t, [1000] * 8).mean, whole.mean)
+    with pytest.raises(ValueError, match="Class 1000 is not in the bank"):
+        Oracle(bank).posterior(xt, t, coded)
+
+
+def test_an_unknown_source_has_no_weight():
+    bank = make_bank(8)
+    xt, t, source, _ = queries(bank, LinearPath(), 0.6, [3, 50])
+    known = Oracle(bank).posterior(xt, t, source=torch.tensor([3, 50])).source_weight
+    mixed = Oracle(bank).posterior(xt, t, source=torch.tensor([3, -1])).source_weight
+    assert mixed[0] == known[0]
+    assert mixed[1].isnan()
+
+
+def test_source_can_be_looked_up():
+    bank = LatentBank(torch.randn(60, 2, 3), torch.arange(60) % 4)
+    xt, t, _, x1 = queries(bank, LinearPath(), 0.4, [8, 20, 33])
+    assert bank.find(x1.float()).tolist() == [8, 20, 33]
+
+
+@pytest.mark.parametrize("what", ["eta", "delta"])
+def test_shares_and_probabilities_are_between_0_and_1(what):
+    with pytest.raises(ValueError, match=f"`{what}` between 0 and 1"):
+        Oracle(make_bank(8), **{what: 1.0})

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from measure import Options, Report, engine, measure, ratio, row
+from measure import Options, engine, measure, ratio, row
+from report import Report
 from torch import Tensor
 
 from stagewise import LatentBank, LinearPath, Oracle
@@ -32,7 +33,7 @@ def certificate(options: Options) -> Report:
         report.note(f"photographs: skipped, {photos}")
     else:
         lines += of_bank(report, "photographs", photos, [False, True], options)
-    report.plain(f"{QUERIES} queries each", lines)
+    report.plain("rows touched, and what is lost", lines)
     for line in lines:
         if line["bank"] == "clusters":
             report.target(
@@ -167,13 +168,17 @@ def verify(
             post = oracle.posterior(xt[here], t[here], own, source=source[here])
             if post.tail_kind != "bounded":
                 raise RuntimeError("a query that `certified` names was answered by the engine")
-            mass = full.source_weight[at] * (1 + certificates[k].rows.copies[source[here], int(wise)])
+            mass = full.source_weight[at] * (
+                1 + certificates[k].rows.copies[source[here], int(wise)]
+            )
             wide = (looked[k][here] > 1).nonzero()[:, 0]
-            for part in wide.split(64):
+            for part in wide.split(64) if len(wide) else ():
                 near = certificates[k].rows.neighbours[source[here[part]]].long()
                 evidence = full.log_evidence[at[part]]
                 log = log_weights(bank, near, xt[here[part]], t[here[part]]) - evidence[:, None]
-                inside = torch.tensor([(s.start, s.stop) for s in (segments[i] for i in here[part])])
+                inside = torch.tensor(
+                    [(s.start, s.stop) for s in (segments[i] for i in here[part])]
+                )
                 outside = (near < inside[:, :1]) | (near >= inside[:, 1:])
                 mass[part] += log.exp().masked_fill(outside, 0).sum(1)
             off = (post.mean - full.mean[at]).flatten(1).norm(dim=1) / (2 * bank.radius)
@@ -181,6 +186,7 @@ def verify(
             sums[k]["off"] = max(sums[k]["off"], float(off.max()))
     return {
         k: {
+            "queries": asked,
             "certified": value["certified"] / asked,
             "rows without": without / asked,
             "rows with": value["with"] / asked,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import peers
 import torch
-from measure import Options, Report, Row, engine, measure, row
+from measure import Options, Row, engine, measure, row
+from report import Report
 
 from stagewise import LatentBank, LinearPath, Oracle
 from stagewise.memory import available_memory
@@ -26,9 +27,7 @@ def class_wise(options: Options) -> Report:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(n, DIM, generator=generator)
     labels = torch.arange(classes).repeat_interleave(ROWS)
-    banks = {
-        kind: LatentBank(x, labels, dtype=kind) for kind in (torch.float32, torch.bfloat16)
-    }
+    banks = {kind: LatentBank(x, labels, dtype=kind) for kind in (torch.float32, torch.bfloat16)}
     del x
     source = torch.arange(classes) * ROWS + torch.randint(ROWS, (classes,), generator=generator)
     names = list(range(classes))

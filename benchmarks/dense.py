@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import peers
 import torch
-from measure import Options, Report, Result, Row, engine, measure, ratio, row
+from measure import Options, Result, Row, engine, measure, ratio, row
+from report import Report
 from torch import Tensor
 
 from stagewise import LatentBank, Oracle
@@ -63,7 +64,7 @@ def navigation(options: Options) -> Report:
         search = peers.with_faiss(x, 100)
         return lambda: search(xt, t)
 
-    few = slice(8)
+    few = slice(4)
     blas, onednn = "floor: float32 products, torch.matmul", "floor: float32 products, oneDNN"
     f32, bf16 = "Exact(), float32 bank", "Exact(), bfloat16 bank"
     rows = [
@@ -90,7 +91,7 @@ def navigation(options: Options) -> Report:
             "closed-form FM, two passes",
             lambda: peers.with_two_passes(x, xt[few], t[few]),
             judged_by(mean[few]),
-            queries=8,
+            queries=4,
             peer=True,
         ),
         Row("closed-form FM, optimised", lambda: peers.with_products(x, xt, t), judge, peer=True),

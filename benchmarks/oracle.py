@@ -20,7 +20,8 @@ import time
 import traceback
 
 import torch
-from measure import Options, Report, meta
+from measure import Options
+from report import Report, meta
 
 CASES = {
     "navigation": "dense",

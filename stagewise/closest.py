@@ -186,15 +186,16 @@ class _Search:
         """Distances of rows (b,) from columns (b, n) of the scope, float64, to 2^-24."""
         stored, place = self.bank.rows, self.bank.device
         count, dim = columns.shape[1], self.bank.dim
-        # On a CPU few enough for its cache.
-        step = max(1, 2 ** (20 if place.type == "cpu" else 26) // (count * dim))
+        step = max(1, min(len(rows), _GATHER // 16 // (count * dim)))
+        # One buffer, because fresh memory costs more than what is done with it here.
+        buffer = torch.empty(step * count, dim, dtype=stored.dtype, device=place)
         distances = []
         for first in range(0, len(rows), step):
             at = slice(first, first + step)
             index = (columns[at] + self.scope.start).flatten().to(place)
-            other = stored.index_select(0, index).to(self.device, self.wide).view(-1, count, dim)
+            other = torch.index_select(stored, 0, index, out=buffer[: len(index)])
             own = stored[rows[at].to(place)].to(self.device, self.wide)
-            gap = other.sub_(own[:, None])
+            gap = other.to(self.device, self.wide).view(-1, count, dim).sub_(own[:, None])
             distances.append(torch.linalg.vector_norm(gap, dim=2, dtype=torch.float64))
         return torch.cat(distances)
 

@@ -141,7 +141,7 @@ class Oracle:
             source = self._check_source(source, len(flat), rows)
         names = None if labels is None else self._names(labels, len(flat))
         with torch.autocast(flat.device.type, enabled=False):
-            post = self._certified_or_searched(flat, path, names, source, k)
+            post = self._certified_or_searched(flat, path, names, source, k, xt.dtype)
             if source is not None and post.source_weight is None:
                 x1 = self.bank.take(source.clamp_min(0), device=flat.device)
                 gap = flat - path.alpha[:, None] * x1
@@ -157,12 +157,21 @@ class Oracle:
         names: list[int | None] | None,
         source: Tensor | None,
         k: int,
+        made_in: torch.dtype,
     ) -> Posterior:
         """Answers certified queries from what is stored, and asks the engine for the others."""
         if self.certificate is None or source is None or not len(flat):
             return self.engine.ask(self.bank, flat, path, names, source, k)
         answer = self.certificate.answer(
-            self.bank, flat, path, names, source, k, eta=self.eta, delta=self.delta
+            self.bank,
+            flat,
+            path,
+            names,
+            source,
+            k,
+            eta=self.eta,
+            delta=self.delta,
+            made_in=made_in,
         )
         if answer is None:
             return self.engine.ask(self.bank, flat, path, names, source, k)

@@ -197,6 +197,30 @@ def test_errors_of_the_product_are_within_its_bound():
     torch.testing.assert_close(found.distances[:, 0].double(), true[:, 0], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("neighbours", [0, 1, 20])
+def test_errors_as_large_as_the_bound_allows(neighbours, monkeypatch):
+    # Rows in pairs, and pairs at distances that differ by less than the error of the product.
+    dim, n = 256, 160
+    basis = torch.linalg.qr(torch.randn(dim, dim, generator=draws(19)).double()).Q[: n // 2]
+    basis *= 1 + 1e-6 * torch.rand(n // 2, 1, generator=draws(20))
+    bank = LatentBank(torch.cat([basis, near(basis, 0.1, draws(21))]).float())
+    generator, exact = draws(22), closest_module.scores
+
+    def worst(query, rows):
+        norms = query.square().sum(1)[:, None] + rows.double().square().sum(1)
+        sign = torch.rand(norms.shape, generator=generator).round() * 2 - 1
+        bound = 4 * (math.sqrt(dim) + 1) * 2.0**-24 * norms
+        return (exact(query, rows).double() + 0.95 * sign * bound).float()
+
+    monkeypatch.setattr(closest_module, "scores", worst)
+    found = closest(bank, neighbours, progress=False)
+    true = all_distances(bank)[0].sort(1).values
+    ranks = 2 ** torch.arange(found.distances.shape[1])
+    assert (found.distances <= true[:, ranks - 1]).all()
+    assert (found.beyond <= true[:, neighbours]).all()
+    torch.testing.assert_close(found.beyond.double(), true[:, neighbours], rtol=1e-6, atol=0)
+
+
 def test_few_rows():
     bank = LatentBank(torch.tensor([[0.0], [3.0], [3.0], [7.0]]), torch.tensor([0, 0, 0, 1]))
     found = closest(bank, 5, progress=False)
@@ -346,6 +370,51 @@ def test_sharper_than_the_plain_bound_by_the_ladder_and_by_neighbours():
     assert (wide / first).median() < 0.4
 
 
+@pytest.mark.parametrize(("size", "neighbours"), [(40, 0), (40, 9), (7, 0), (2, 0), (1, 0)])
+def test_spends_delta_on_every_row(size, neighbours):
+    # 40 rows at equal distances: (1) is a product.
+    bank = LatentBank(torch.eye(40).double())
+    certificate = certificate_of(bank, neighbours=neighbours)
+    sizes = torch.full((40,), size)
+    rho = critical_rho(certificate, torch.arange(40), sizes, neighbours=neighbours > 0)
+    r, left = rho * math.sqrt(2), size - 1 - neighbours
+    spent = left * 2 * torch.special.ndtr(-math.log(ETA) / r - r / 2)
+    expected = torch.full((40,), 0.99 * DELTA if left else 0).double()
+    torch.testing.assert_close(spent, expected, rtol=1e-3, atol=0)
+
+
+def test_neighbours_of_other_classes_are_no_neighbours():
+    # The 9 nearest rows are of another class; the 2 others of its own are just beyond them.
+    x = torch.cat([torch.zeros(1, 3), 0.9 + 0.01 * torch.rand(9, 3), torch.eye(3)[:2] * 2])
+    bank = LatentBank(x, torch.tensor([0] + 9 * [1] + 2 * [0]))
+    certificate = certificate_of(bank, neighbours=9)
+    rho = torch.linspace(0, 20, 400).double()
+    source, sizes = torch.zeros(400, dtype=torch.int64), torch.full((400,), 3)
+    yes = certificate.certified(coefficients_at(rho), source, sizes, neighbours=True)
+    r = 2 * rho
+    spent = 2 * 2 * torch.special.ndtr(-math.log(ETA) / r - r / 2)
+    assert (spent[yes] <= DELTA).all()
+    assert yes[r > 13].all()
+
+
+@pytest.mark.parametrize("made_in", [torch.float32, torch.bfloat16])
+def test_rounding_of_the_noise_alone(made_in):
+    # The rows are so near 0 that only the noise has digits to lose, all towards the other row.
+    dim, delta, count = 2048, 0.02, 2000
+    bank = LatentBank(torch.eye(2, dim).double() * 1e-3)
+    certificate = certificate_of(bank)
+    options = {"delta": delta, "made_in": made_in}
+    rho = critical_rho(certificate, one(0), one(2), **options)
+    path = coefficients_at(rho.expand(count))
+    x, other = bank.take(torch.arange(2))
+    noise = path.sigma[:, None] * torch.randn(count, dim, generator=draws(23)).double()
+    towards = (other - x) / (other - x).norm()
+    lost = 2 * torch.finfo(made_in).eps * noise.norm(dim=1, keepdim=True) * towards
+    logits = logits_of(bank, path.alpha[:, None] * x + noise + lost, path)
+    rate = (logits[:, 1] - logits[:, 0] > math.log(ETA)).double().mean()
+    assert rate <= delta / 2 + 3 * math.sqrt(delta / 2 / count)
+
+
 def test_ladder_costs_little_against_all_distances():
     bank = LatentBank(low_dimensional(300))
     certificate = certificate_of(bank)
@@ -354,7 +423,9 @@ def test_ladder_costs_little_against_all_distances():
     rho = critical_rho(certificate, source, sizes)
     full = Tail.of(rho[:, None], gaps, (gaps < torch.inf).long(), (0.0, 0.0), bank.dim, DELTA)
     spent = 2 * torch.special.ndtr(-math.log(ETA) / full.r - full.half)
-    assert (spent.nan_to_num(0).sum(1) > DELTA / 2.5).all()
+    spent = spent.nan_to_num(0).sum(1)
+    assert (spent <= 0.99 * DELTA * (1 + 1e-5)).all()
+    assert (spent > DELTA / 2.5).all()
 
 
 @pytest.mark.parametrize("name", ["eta", "delta"])

@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
 from stagewise.engines.base import Queries
-from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior
 from stagewise.products import averages, rounding, scores
 
@@ -27,8 +26,8 @@ FEW, MORE = 8, 64
 _LOGIT_BYTES = 2**29
 """Logits kept at a time: with more queries than that allows the bank is read again."""
 
-_GATHER = 2**24
-"""Numbers of gathered rows held at a time."""
+_GATHER = {"cpu": 2**19}
+"""Numbers of gathered rows held at a time: what stays in a CPU's cache; 2^24 on other devices."""
 
 _NONE = -1e30  # a logit of no row at all: finite, so that 0 * (logit - peak) is 0
 
@@ -135,7 +134,8 @@ class Scan:
 
     def _rows_in_blocks(self, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Stored rows of `table` (B, n), as (b, n, D) for a few queries at a time."""
-        step = max(1, _GATHER // (table.shape[1] * self.bank.dim))
+        count = _GATHER.get(table.device.type, 2**24)
+        step = max(1, count // (table.shape[1] * self.bank.dim))
         for first in range(0, len(table), step):
             part = slice(first, first + step)
             there = table[part].clamp_min(0)
@@ -173,18 +173,19 @@ class Scan:
         Returns:
             `l_i`, (B, n), and `sum_i exp(l_i - max_j l_j) x^(i)` over them, (B, D).
         """
-        rows, offset = self.rows(columns), self.bank.offset.to(columns.device)
-        logits, moments = [], []
+        rows, path = self.rows(columns), self.queries.path
+        offset = self.bank.offset.to(columns.device)
+        goal = path.alpha[:, None] * offset - self.queries.xt
+        logits, moments = torch.empty_like(columns, dtype=goal.dtype), torch.empty_like(goal)
         for part, stored in self._rows_in_blocks(rows):
-            samples = stored.double() + offset
-            path = PathCoefficients(*(value[part, None] for value in self.queries.path))
-            gap = path.alpha[:, :, None] * samples - self.queries.xt[part, None]
-            logit = -torch.linalg.vecdot(gap, gap) / (2 * path.sigma**2)
-            logit = logit.masked_fill(rows[part] < 0, _NONE)
+            samples = stored.double()
+            gap = torch.addcmul(goal[part, None], samples, path.alpha[part, None, None])
+            logit = -(torch.linalg.vector_norm(gap, dim=2) / path.sigma[part, None]).square() / 2
+            logits[part] = logit.masked_fill_(rows[part] < 0, _NONE)
             weights = (logit - logit.amax(1, keepdim=True)).exp()
-            logits.append(logit)
-            moments.append(torch.einsum("bn,bnd->bd", weights, samples))
-        return torch.cat(logits), torch.cat(moments)
+            moments[part] = torch.einsum("bn,bnd->bd", weights, samples)
+            moments[part] += weights.sum(1, keepdim=True) * offset
+        return logits, moments
 
     def tail_mean(self, weights: Tensor) -> Tensor:
         """`sum_i w_i x^(i)`: for all rows by a second product.

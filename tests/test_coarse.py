@@ -189,8 +189,8 @@ def test_tail_is_rarely_underestimated_and_not_by_much_overestimated(dtype, know
     assert len(ratio) > 700
     assert (ratio < 0.5).double().mean() < 0.01
     assert (ratio < 0.1).double().mean() < 0.002
-    assert ratio.median() < 5
-    assert ratio.quantile(0.75) < 30
+    assert ratio.median() < 3
+    assert ratio.quantile(0.75) < 15
     assert (torch.cat(errors) > 1).double().mean() < 0.005
 
 
@@ -243,7 +243,11 @@ def test_classes_and_the_whole_bank_in_one_batch(bank, max_tail):
     assert torch.equal(post.rows[:, 0], want.rows[:, 0])
     # Of 70 and 40 rows all are read.
     assert post.tail_mass[[2, 5]].tolist() == [0, 0]
-    assert (post.tail_mass[[0, 1, 3, 4, 6, 7]] > 0).sum() > 3
+    searched = [0, 1, 3, 4, 6, 7]
+    assert (post.tail_mass[searched] > 0).sum() > 3
+    some = [labels[i] for i in searched]
+    alone = Oracle(bank, PATH, engine).posterior(xt[searched], times[searched], some, k=2)
+    assert torch.equal(alone.rows, post.rows[searched])
 
 
 def test_a_known_source_is_always_read(bank):
@@ -332,11 +336,13 @@ def test_ends_of_the_path_and_nan(bank, engine):
         torch.testing.assert_close(post.mean[0], bank.centre, rtol=0, atol=1e-5)
 
 
-def test_axes_are_the_principal_ones(bank):
-    made = Projection.of(bank, 24)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_axes_are_the_principal_ones(bank, dtype):
+    far = LatentBank(bank.rows.double() + 100, dtype=dtype)
+    made = Projection.of(far, 24)
     eye = torch.eye(24, dtype=torch.float64)
     torch.testing.assert_close(made.axes @ made.axes.T, eye, rtol=0, atol=1e-6)
-    centred = bank.rows.double() - bank.centre
+    centred = far.take(torch.arange(2000)) - far.centre
     want = torch.linalg.eigvalsh(centred.T @ centred / 2000).flip(0)[:24]
     torch.testing.assert_close(made.variances[:12], want[:12], rtol=1e-2, atol=0)
     torch.testing.assert_close(made.variances.sum(), want.sum(), rtol=5e-3, atol=0)

@@ -120,6 +120,15 @@ def test_rows_of_any_size(kind, size):
         assert set(rows) == nearest_rows(bank, query, 0.6, bank.whole, 20)
 
 
+def test_a_float64_bank_is_searched_in_float64(torch_cluster):
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    x = 1 + 1e-10 * order.double()[:, None] * torch.ones(1, 2)
+    bank = LatentBank(x)
+    queries = Queries(torch.zeros(1, 2).double(), coefficients(1, 1.0, 1e-3), [bank.whole])
+    post = TorchCluster(10).posterior(bank, queries, k=10)
+    assert set(post.rows[0].tolist()) == nearest_rows(bank, queries.xt, 1.0, bank.whole, 10)
+
+
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e3, 1e8])
 def test_squares_stay_below_what_cuda_takes_for_infinite(torch_cluster, monkeypatch, size):
     largest = []

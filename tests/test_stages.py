@@ -59,7 +59,9 @@ def test_split_over_ranks_and_batches_is_the_same_curve():
     generator = torch.Generator().manual_seed(0)
     bank = LatentBank(torch.randn(90, 4, 4, generator=generator), torch.arange(90) % 3)
     t = stratified_times(stage_edges(0.1, 5), 7)
-    whole = StageCurve.measure(Oracle(bank, engine=Exact("float64")), t, seed=(3, 1), class_wise=True)
+    whole = StageCurve.measure(
+        Oracle(bank, engine=Exact("float64")), t, seed=(3, 1), class_wise=True
+    )
     for world, batch in ((2, 512), (3, 4), (50, 1)):
         parts = [
             StageCurve.measure(

@@ -7,6 +7,7 @@ rank holds a part of the rows), and `Auto`, which picks.
 
 from stagewise.engines.auto import Auto
 from stagewise.engines.base import Engine, Queries
+from stagewise.engines.coarse import Coarse
 from stagewise.engines.exact import Exact
 from stagewise.engines.faiss import Faiss
 from stagewise.engines.nearest import Nearest
@@ -15,6 +16,7 @@ from stagewise.engines.torch_cluster import TorchCluster
 
 __all__ = [
     "Auto",
+    "Coarse",
     "EmptyShard",
     "Engine",
     "Exact",

@@ -18,6 +18,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.engines.base import Engine, Queries
+from stagewise.engines.coarse import Coarse
 from stagewise.engines.exact import Exact
 from stagewise.engines.neighbours import Neighbours
 from stagewise.engines.torch_cluster import TorchCluster
@@ -92,8 +94,6 @@ class Auto(Engine):
                 "pip install --no-build-isolation 'stagewise[cluster]'"
             )
         if n >= _COARSE_ROWS and n * dim >= _COARSE_NUMBERS and self.max_tail >= _COARSE_TAIL:
-            from stagewise.engines.coarse import Coarse
-
             return _Pick(
                 f"Coarse, as a tail mass of {self.max_tail:g} is allowed, and exactly where the "
                 "estimated tail is above it",
@@ -130,6 +130,13 @@ class Auto(Engine):
         rest = sorted(set(range(len(queries))) - set(few))
         exact = self.exact.posterior(bank, queries.select(rest), k)
         return put(exact, few, found, len(queries))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was picked belongs to banks of this process.
+        return {"max_tail": self.max_tail}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"Auto(max_tail={self.max_tail:g})"

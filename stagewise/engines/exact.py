@@ -8,12 +8,17 @@ and the mean `m = sum_i gamma_i x^(i)` is a second one, which only those queries
 posterior is not carried by a few rows. So the cost of B queries is one product over the bank, and
 that of the queries in navigation a second.
 
-**Precision.** In float32 a logit is off by `delta = u rho |y|/s |x - c|`, with `u` about 2^-26:
-nothing in navigation, and hundreds near the data. But there few rows carry the posterior, and the
-log-weights of those are computed again from differences in float64. What is left of the error is
-that of the tail, relative to the mean `delta |gamma_tail| / |gamma|`, and the engine checks for
-each query that this is below `rtol`. If it is not, it takes more rows out of the tail, and then
-does the query in float64. `precision="float64"` does all of them so, and is the reference.
+**Precision.** In float32 a logit is off by a `delta` of about 2^-25 of its factors' norms, and
+more for rows like the query (`products.rounding`): nothing in navigation, and hundreds near the
+data. But there few rows carry the posterior, and the log-weights of those are computed again from
+differences in float64. What is left of the error is that of the tail, which moves the mean by about
+
+    delta |gamma_tail| R / (|m - c| min(s_t, 1))
+
+of its distance from c (R the bank's radius; the last factor is for the velocity), if the errors of
+different rows are independent. The engine checks for each query that this is below `rtol`. If it is
+not, it takes more rows out of the tail, and then does the query in float64. `precision="float64"`
+does all of them so, and is the reference.
 
 On an accelerator the checks cost two device syncs per call, for B booleans each; the two fixed
 precisions cost none.
@@ -106,13 +111,13 @@ class Exact(Engine):
             return finish(scan, Refined.of(scan, k, MORE))
         found = Refined.of(scan, k, FEW)
         post = finish(scan, found)
-        wrong = where(found.error > rtol)
+        wrong = where(~(_error(scan, found, post) <= rtol))
         if not wrong:
             return post
         scan = scan.select(wrong)
         found = Refined.of(scan, k, MORE)
         better = finish(scan, found)
-        still = where(found.error > rtol)
+        still = where(~(_error(scan, found, better) <= rtol))
         if still:
             part = scan.select(still)
             scan = scanned(part.queries, torch.float64, part.table)
@@ -145,3 +150,13 @@ class Exact(Engine):
 
     def __repr__(self) -> str:
         return f'Exact("{self.precision}")'
+
+
+def _error(scan: Scan, found: Refined, post: Posterior) -> Tensor:
+    """The estimated error of the mean over its distance from the bank's mean, (B,).
+
+    Near the data the velocity has a factor 1 / sigma, which is taken into account.
+    """
+    length = (post.mean - scan.bank.centre.to(post.mean.device)).norm(dim=1)
+    length = length * scan.queries.path.sigma.clamp_max(1)
+    return torch.where(found.error > 0, found.error * scan.bank.radius / length, 0)

@@ -78,7 +78,7 @@ class Neighbours(Engine):
         if max_tail is not None and not 0 <= max_tail < 1:
             raise ValueError(f"Expected `max_tail` in [0, 1), got {max_tail}.")
         self.k, self.draws, self.max_tail = k, draws, max_tail
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = Random(seed)
 
     def prepare(self, bank: LatentBank) -> None:
         """See `Engine.prepare`."""
@@ -144,9 +144,6 @@ class Neighbours(Engine):
         with full_precision():
             n = min(max(self.k, k), max(queries.sizes))
             table = self.search_all(bank, queries, n)
-            # What is NaN is near to nothing. With a row to look at, its posterior is NaN too.
-            first = queries.index([segment.start for segment in queries.segments])
-            table[:, 0] = torch.where(table[:, 0] < 0, first, table[:, 0])
             post = Exact().solve(bank, queries, k, self._finish, table=table)
             if self.draws or not self.is_exact(bank):
                 post = self._with_random_rows(bank, queries, post, table)
@@ -220,18 +217,16 @@ def stand(bank: LatentBank, queries: Queries) -> tuple[Tensor, Tensor]:
     return z / wider[:, None], wider
 
 
-def draw_rows(segment: slice, count: int, generator: torch.Generator) -> list[int]:
+def draw_rows(segment: slice, count: int, generator: Random) -> list[int]:
     """Rows of a segment, uniformly at random, without replacement, in random order.
 
     Args:
         segment: The rows.
         count: How many; all if there are fewer.
-        generator: On the CPU.
+        generator: Not of torch, which would shuffle the numbers of all rows.
     """
-    size = segment.stop - segment.start
-    # torch would shuffle the numbers of all rows.
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return Random(seed).sample(range(segment.start, segment.stop), min(count, size))
+    rows = range(segment.start, segment.stop)
+    return generator.sample(rows, min(count, len(rows)))
 
 
 def random_rows(
@@ -241,7 +236,7 @@ def random_rows(
     found: Tensor,
     draws: int,
     k: int,
-    generator: torch.Generator,
+    generator: Random,
 ) -> Posterior:
     """The posterior over the rows that were not found, from a random sample of them.
 
@@ -252,7 +247,7 @@ def random_rows(
         found: Rows that were found, (B, n), -1 for none: the sample leaves them out.
         draws: How many rows to draw for each query.
         k: How many of the largest weights to return.
-        generator: On the CPU.
+        generator: Of the draws.
 
     Returns:
         The posterior over the rest of the segment, each draw standing for as many rows as the rest

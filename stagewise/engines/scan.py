@@ -50,7 +50,9 @@ class Scan:
         logits: `l_i + shared`, (B, width), and hugely negative where a query looks at fewer rows
             than others.
         shared: What all log-weights of a query have in common, (B,), float64.
-        delta: Standard deviation of a logit's error, (B,), float64.
+        delta: Standard deviation of a logit's error, but for what its own size adds, (B,), float64.
+        growth: What a unit of it adds.
+        lifted: What has been subtracted from the logits, (B,), float64.
         table: Which rows the columns of `logits` are, (B, width), -1 for none; None if they are
             all rows that a query looks at, in order.
         chunk_size: Rows multiplied at a time.
@@ -62,6 +64,8 @@ class Scan:
     logits: Tensor
     shared: Tensor
     delta: Tensor
+    growth: float
+    lifted: Tensor
     table: Tensor | None
     chunk_size: int | None
 
@@ -94,10 +98,14 @@ class Scan:
         # Norms count from their mean, which keeps digits where they are nearly the same.
         norm = bank.mean_sq_norm.to(xt.device)
         shared = query @ shift + half_snr * norm + (y * y).sum(1) / (2 * path.sigma**2)
-        delta = rounding(dtype, bank.dim) * query.norm(dim=1) * (bank.radius + shift.norm())
+        u, v = rounding(dtype, bank.dim)
+        delta = u * query.norm(dim=1) * (bank.radius + shift.norm())
+        # A product is its logit, but for a norm.
+        delta = delta + v * half_snr * (bank.radius**2 - norm)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         empty = torch.empty(0, dtype=wide, device=xt.device)
-        scan = cls(bank, queries, dtype, empty, shared, delta, table, chunk_size)
+        lifted = torch.zeros_like(delta)
+        scan = cls(bank, queries, dtype, empty, shared, delta, v, lifted, table, chunk_size)
         if table is None:
             scan.logits = scan._dense(query, half_snr, norm, wide)
         else:
@@ -151,6 +159,7 @@ class Scan:
             logits=self.logits[index],
             shared=self.shared[index],
             delta=self.delta[index],
+            lifted=self.lifted[index],
             table=None if self.table is None else self.table[index],
         )
 
@@ -229,7 +238,8 @@ class Refined:
         weights: Weights of all rows but the leading ones, which have 0 here, (B, width).
         tail: Their sum, (B,), float64.
         leading: How many lead.
-        error: Estimated relative error of the mean for using the logits of the tail, (B,).
+        error: Estimate of how far, in units of the rows' radius, the mean is off for using the
+            logits of the tail, (B,).
     """
 
     post: Posterior
@@ -258,6 +268,7 @@ class Refined:
             shift = (scan.shared + peak).to(scan.logits.dtype)
             scan.logits.sub_(shift[:, None])
             scan.shared = scan.shared - shift.double()
+            scan.lifted = scan.lifted + shift.double()
         lead = (exact - peak[:, None]).exp()
         weights = scan.logits.exp().scatter_(1, leading, 0)
         z = lead.sum(1) + weights.sum(1, dtype=lead.dtype)
@@ -277,13 +288,15 @@ class Refined:
             rows=pad(scan.rows(columns.gather(1, order)), missing, value=-1),
             tail_mass=torch.zeros_like(tail),
         )
-        error = scan.delta * (squares[1] / (squares[0] + squares[1])).sqrt()
+        error = torch.zeros_like(tail)
         if width > count:
-            # Either every logit of the tail is nearly right, or none can matter even if wrong.
             after = scan.logits.gather(1, columns[:, count : count + 1])[:, 0].double()
-            worst = 16 * scan.delta
-            error = (error * worst.exp()).nan_to_num(torch.inf)
-            error = torch.minimum(error, width * (after + worst).exp())
+            delta = scan.delta + scan.growth * (after + scan.lifted).abs()
+            # Either every logit of the tail is nearly right, or none can matter even if wrong.
+            # Squares below float32's smallest number are lost.
+            rest = (squares[1] + width * torch.finfo(torch.float32).tiny).sqrt() / z
+            error = (delta * rest * (16 * delta).exp()).nan_to_num(torch.inf)
+            error = torch.minimum(error, width * (after + 16 * delta).exp())
         return cls(
             post, columns, weights / z[:, None].to(weights.dtype), tail, error, leading.shape[1]
         )

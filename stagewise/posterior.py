@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Posterior:
         """The posteriors of several batches of queries as one, in the order of the parts."""
         if len(parts) == 1:
             return parts[0]
-        joined = {
+        joined: dict[str, Any] = {
             name: None if values[0] is None else torch.cat(values)
             for name in _TENSORS
             for values in [[getattr(part, name) for part in parts]]
@@ -87,7 +87,7 @@ class Posterior:
 
     def __getitem__(self, index: Tensor | slice) -> Posterior:
         """The posterior of some of the queries."""
-        picked = {
+        picked: dict[str, Any] = {
             name: None if value is None else value[index]
             for name in _TENSORS
             for value in [getattr(self, name)]

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def rounding(dtype: torch.dtype, dim: int) -> tuple[float, float]:
     digits = {torch.float64: 53, torch.float32: 24, torch.float16: 22, torch.bfloat16: 18}
     sums = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     root = math.sqrt(dim)
-    return 2.0 ** -digits[dtype] / min(root, 2), 0.4 * root * sums
+    return 2.0 ** -digits[dtype] / min(root, 2), 0.3 * root * sums
 
 
 def scores(query: Tensor, rows: Tensor) -> Tensor:
@@ -109,7 +110,11 @@ def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def full_precision() -> Iterator[None]:
     """Float32 products in IEEE float32 inside, the caller's setting again after it."""
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
-        places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        # mkldnn's is there since then as well, but torch does not declare it.
+        places: tuple[Any, ...] = (
+            torch.backends.cuda.matmul,
+            getattr(torch.backends.mkldnn, "matmul"),  # noqa: B009
+        )
         before = [place.fp32_precision for place in places]
         try:
             for place in places:

@@ -15,7 +15,10 @@ import torch
 import stagewise
 
 ROOT = Path(__file__).parents[1]
-MODULES = ["stagewise.bank", "stagewise.oracle", "stagewise.losses.flow_matching"]
+MODULES = [
+    *("stagewise.bank", "stagewise.oracle", "stagewise.losses.flow_matching"),
+    *("stagewise.certificate", "stagewise.engines.sharded"),
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -32,8 +35,8 @@ def test_code_of_the_readme():
     names = {
         "L": L,
         "torch": torch,
-        "latents": torch.randn(40, 4, 4, 4),
-        "labels": torch.arange(40) % 4,
+        "latents": torch.randn(160, 4, 4, 4),
+        "labels": torch.arange(160) % 4,
         "model": lambda xt, t, y: torch.zeros_like(xt),
         **vars(stagewise),
     }
@@ -42,6 +45,41 @@ def test_code_of_the_readme():
     expected = names["oracle"].velocity(names["xt"], names["t"], names["y"])
     torch.testing.assert_close(names["u_star"], expected, rtol=1e-3, atol=1e-3)
     assert names["loss"].isfinite()
+
+
+def test_code_of_the_page_on_engines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/engines.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    latents, labels = torch.randn(160, 4, 4, 4), torch.arange(160) % 4
+    t, x0 = torch.rand(8), torch.randn(8, 4, 4, 4)
+    names = {
+        "torch": torch,
+        "latents": latents,
+        "labels": labels,
+        "loader": torch.utils.data.DataLoader(latents, 16),
+        "num_rows": 160,
+        "x0": x0,
+        "x1": latents[:8],
+        "y": labels[:8],
+        "t": t,
+        "xt": stagewise.LinearPath().interpolate(x0, latents[:8], t),
+        "path": stagewise.LinearPath(),
+        "rank": 0,
+        "world_size": 1,
+    }
+    for block in blocks:
+        exec(block, names)
+    assert names["post"].tail_mass.max() == 0
+    assert names["target"].isfinite().all()
+    assert names["bank"].residency == "memory-mapped"
+
+
+def test_the_table_of_costs_is_what_the_script_counts():
+    command = [sys.executable, str(ROOT / "benchmarks/cost.py")]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table in (ROOT / "docs/engines.md").read_text()
 
 
 def test_example(tmp_path):
@@ -62,5 +100,5 @@ def test_readme_pictures_and_make_targets_exist():
     for picture in pictures:
         assert (ROOT / picture).stat().st_size > 5000, picture
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("demo", "test", "lint", "bench", "docs", "clean"):
+    for target in ("demo", "test", "test-all", "lint", "bench", "bench-imagenet", "docs"):
         assert f"make {target}" in listed

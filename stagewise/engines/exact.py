@@ -15,10 +15,10 @@ differences in float64. What is left of the error is that of the tail, which mov
 
     delta |gamma_tail| R / (|m - c| min(s_t, 1))
 
-of its distance from c (R the bank's radius; the last factor is for the velocity), if the errors of
-different rows are independent. The engine checks for each query that this is below `rtol`. If it is
-not, it takes more rows out of the tail, and then does the query in float64. `precision="float64"`
-does all of them so, and is the reference.
+of its distance from c (R is the root mean square of |x - c|; the last factor is for the velocity),
+if the errors of different rows are independent. The engine checks for each query that this is below
+`rtol`. If it is not, it takes more rows out of the tail, and then does the query in float64.
+`precision="float64"` does all of them so, and is the reference.
 
 On an accelerator the checks cost two device syncs per call, for B booleans each; the two fixed
 precisions cost none.
@@ -159,4 +159,5 @@ def _error(scan: Scan, found: Refined, post: Posterior) -> Tensor:
     """
     length = (post.mean - scan.bank.centre.to(post.mean.device)).norm(dim=1)
     length = length * scan.queries.path.sigma.clamp_max(1)
-    return torch.where(found.error > 0, found.error * scan.bank.radius / length, 0)
+    spread = scan.bank.mean_sq_norm.to(length.device).sqrt()
+    return torch.where(found.error > 0, found.error * spread / length, 0)

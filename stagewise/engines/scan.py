@@ -26,6 +26,9 @@ FEW, MORE = 8, 64
 _LOGIT_BYTES = 2**29
 """Logits kept at a time: with more queries than that allows the bank is read again."""
 
+_SMALL_BYTES = 2**24
+"""Logits that are kept at a time where reading the bank again costs little."""
+
 _GATHER = {"cpu": 2**19}
 """Numbers of gathered rows held at a time: what stays in a CPU's cache; 2^24 on other devices."""
 
@@ -34,7 +37,10 @@ _NONE = -1e30  # a logit of no row at all: finite, so that 0 * (logit - peak) is
 
 def blocks(queries: Queries) -> list[Queries]:
     """The queries in parts whose logits fit into memory."""
-    count = max(1, _LOGIT_BYTES // (4 * max(queries.sizes)))
+    width, dim = max(queries.sizes), queries.xt.shape[1]
+    # Small enough to stay where they are in memory; but short rows only are read again cheaply.
+    count = max(_SMALL_BYTES // (4 * width), min(128, dim // 32), 1)
+    count = max(1, min(count, _LOGIT_BYTES // (4 * width)))
     every = range(len(queries))
     return [queries.select(every[first : first + count]) for first in every[::count]]
 
@@ -50,8 +56,8 @@ class Scan:
         logits: `l_i + shared`, (B, width), and hugely negative where a query looks at fewer rows
             than others.
         shared: What all log-weights of a query have in common, (B,), float64.
-        delta: Standard deviation of a logit's error, but for what its own size adds, (B,), float64.
-        growth: What a unit of it adds.
+        delta: Standard deviation of a product's error for a row of norm 1, (B,), float64.
+        growth: What a product of size 1 adds to that.
         lifted: What has been subtracted from the logits, (B,), float64.
         table: Which rows the columns of `logits` are, (B, width), -1 for none; None if they are
             all rows that a query looks at, in order.
@@ -99,9 +105,7 @@ class Scan:
         norm = bank.mean_sq_norm.to(xt.device)
         shared = query @ shift + half_snr * norm + (y * y).sum(1) / (2 * path.sigma**2)
         u, v = rounding(dtype, bank.dim)
-        delta = u * query.norm(dim=1) * (bank.radius + shift.norm())
-        # A product is its logit, but for a norm.
-        delta = delta + v * half_snr * (bank.radius**2 - norm)
+        delta = u * query.norm(dim=1)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         empty = torch.empty(0, dtype=wide, device=xt.device)
         lifted = torch.zeros_like(delta)
@@ -196,6 +200,26 @@ class Scan:
             moments[part] += weights.sum(1, keepdim=True) * offset
         return logits, moments
 
+    def noise(self, columns: Tensor, logits: Tensor) -> Tensor:
+        """Standard deviation of the error of a logit.
+
+        Args:
+            columns: One row for each query, (B, 1), that stands for those of its weight.
+            logits: Its logits, (B,), float64.
+
+        Returns:
+            (B,), float64.
+        """
+        bank, path, device = self.bank, self.queries.path, columns.device
+        row = self.rows(columns)[:, 0].clamp_min(0)
+        mean = bank.mean_sq_norm.to(device)
+        norm = bank.sq_norms[row.to(bank.device)].to(device)
+        far = torch.maximum(norm, mean).sqrt() + (bank.centre - bank.offset).norm().to(device)
+        # The product itself: a logit holds the norm too, counted from the mean.
+        half_snr = (path.alpha / path.sigma) ** 2 / 2
+        product = logits + self.lifted + half_snr * (norm - mean)
+        return self.delta * far + self.growth * product.abs()
+
     def tail_mean(self, weights: Tensor) -> Tensor:
         """`sum_i w_i x^(i)`: for all rows by a second product.
 
@@ -213,10 +237,10 @@ class Scan:
             return total
         for at, segment in self.queries.groups:
             index = positions(self.queries, at)
-            part = weights[index]
+            own = weights[index]
             for first, rows in self.bank.chunks(segment, self.chunk_size, device, self.dtype):
                 columns = slice(first - segment.start, first - segment.start + len(rows))
-                total[index] += averages(part[:, columns], rows)
+                total[index] += averages(own[:, columns], rows)
         return total
 
 
@@ -290,16 +314,15 @@ class Refined:
         )
         error = torch.zeros_like(tail)
         if width > count:
-            after = scan.logits.gather(1, columns[:, count : count + 1])[:, 0].double()
-            delta = scan.delta + scan.growth * (after + scan.lifted).abs()
+            first = columns[:, count : count + 1]
+            after = scan.logits.gather(1, first)[:, 0].double()
+            delta = scan.noise(first, after)
             # Either every logit of the tail is nearly right, or none can matter even if wrong.
             # Squares below float32's smallest number are lost.
             rest = (squares[1] + width * torch.finfo(torch.float32).tiny).sqrt() / z
             error = (delta * rest * (16 * delta).exp()).nan_to_num(torch.inf)
             error = torch.minimum(error, width * (after + 16 * delta).exp())
-        return cls(
-            post, columns, weights / z[:, None].to(weights.dtype), tail, error, leading.shape[1]
-        )
+        return cls(post, columns, weights.div_(z[:, None]), tail, error, leading.shape[1])
 
 
 def where(flags: Tensor) -> list[int]:

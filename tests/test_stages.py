@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from stagewise import LatentBank, LinearPath, Oracle, StageCurve, predicted_boundary
-from stagewise.losses import FlowMatchingLoss
 from stagewise.engines import Exact
+from stagewise.losses import FlowMatchingLoss
 from stagewise.stages import stage_edges, stratified_times
 
 

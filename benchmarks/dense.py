@@ -149,7 +149,7 @@ def top100(options: Options) -> Report:
 
     for count, theirs, make in (
         (QUERIES, "faiss IndexFlatL2", peers.with_faiss),
-        (32, "torch_cluster.knn", peers.with_torch_cluster),
+        (QUERIES, "torch_cluster.knn", peers.with_torch_cluster),
     ):
         q, time = xt[:count], t[:count]
 

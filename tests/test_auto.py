@@ -22,6 +22,7 @@ def asked(bank, count=40):
 def low(monkeypatch):
     """A bank that counts as large, in three dimensions."""
     monkeypatch.setattr(module, "_MANY_ROWS", 1500)
+    monkeypatch.setattr(module, "_ENOUGH", 1)
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(2000) // 1600
     return LatentBank(torch.randn(2000, 3, generator=generator), labels)
@@ -84,3 +85,13 @@ def test_a_tail_of_nothing_means_exact(low):
 def test_refuses_a_tail_that_is_no_share(tail):
     with pytest.raises(ValueError, match=r"`max_tail` in \[0, 1\)"):
         Auto(tail)
+
+
+def test_no_tree_is_built_for_few_queries(low, monkeypatch):
+    pytest.importorskip("torch_cluster", reason="pip install 'stagewise[cluster]'")
+    monkeypatch.setattr(module, "_ENOUGH", 41)
+    engine = Auto()
+    engine.prepare(low)
+    monkeypatch.setattr(engine.picks[low].near, "posterior", None)  # would raise
+    xt, t, _ = asked(low)
+    assert (Oracle(low, engine=engine).posterior(xt, t).tail_mass == 0).all()

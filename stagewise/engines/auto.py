@@ -5,8 +5,8 @@ What is fastest was measured on CPUs (`make bench`), and follows from what each 
 - `Exact` is one matrix product for all queries and a second for those in navigation. In more than a
   few dimensions nothing that returns the same numbers is faster.
 - In up to 8 dimensions a k-d tree (`TorchCluster`, if it is installed) finds the nearest rows of a
-  query without looking at most others. It pays from some 50 000 rows on, for queries whose
-  posterior lies on few rows. That is known beforehand: with the spectrum `lambda_k` of the rows
+  query without looking at most others. It pays from some 50 000 rows and 64 queries on (the tree is
+  built anew for each call), for queries whose posterior lies on few rows. That is known beforehand: with the spectrum `lambda_k` of the rows
   about `n exp(-1/2 sum_k log(1 + rho_t^2 lambda_k))` rows explain a query.
 - `Coarse` reads a projection of all rows and then few rows whole. It pays for hundreds of thousands
   of long rows, if a tail mass is allowed that is estimated, not measured.
@@ -38,6 +38,8 @@ __all__ = ["Auto"]
 _log = logging.getLogger("stagewise")
 
 _LOW_DIM, _MANY_ROWS = 8, 50_000
+_ENOUGH = 64
+"""Queries from which on a tree, which is built for each call, costs less than products."""
 _COARSE_ROWS, _COARSE_NUMBERS, _COARSE_TAIL = 200_000, 2**28, 1e-4
 
 
@@ -122,7 +124,7 @@ class Auto(Engine):
             for i, (size, nats) in enumerate(zip(queries.sizes, told.tolist(), strict=True))
             if size >= _MANY_ROWS and nats > math.log(4 * size / near.k)
         ]
-        if not few:
+        if len(few) < (_ENOUGH if isinstance(near, TorchCluster) else 1):
             return self.exact.posterior(bank, queries, k)
         found = near.posterior(bank, queries.select(few), k)
         if len(few) == len(queries):

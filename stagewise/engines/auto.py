@@ -6,8 +6,9 @@ What is fastest was measured on CPUs (`make bench`), and follows from what each 
   few dimensions nothing that returns the same numbers is faster.
 - In up to 8 dimensions a k-d tree (`TorchCluster`, if it is installed) finds the nearest rows of a
   query without looking at most others. It pays from some 50 000 rows and 64 queries on (the tree is
-  built anew for each call), for queries whose posterior lies on few rows. That is known beforehand: with the spectrum `lambda_k` of the rows
-  about `n exp(-1/2 sum_k log(1 + rho_t^2 lambda_k))` rows explain a query.
+  built anew for each call), for queries whose posterior lies on few rows. That is known beforehand:
+  with the spectrum `lambda_k` of the rows about `n exp(-1/2 sum_k log(1 + rho_t^2 lambda_k))` rows
+  explain a query.
 - `Coarse` reads a projection of all rows and then few rows whole. It pays for hundreds of thousands
   of long rows, if a tail mass is allowed that is estimated, not measured.
 """

@@ -365,7 +365,7 @@ class Certificate:
         def ask(kind: int) -> Posterior:
             own = [i for i, other in enumerate(kinds) if other == kind]
             at = torch.tensor(own, dtype=torch.int64, device=xt.device)
-            some = PathCoefficients(*(value[at] for value in path))
+            some = path.select(at)
             return self.posterior(
                 bank,
                 xt[at],

@@ -182,7 +182,7 @@ class Oracle:
         searched = self.engine.ask(
             self.bank,
             flat[index],
-            PathCoefficients(*(value[index] for value in path)),
+            path.select(index),
             None if names is None else [names[i] for i in left],
             source[index],
             k,

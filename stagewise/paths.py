@@ -71,6 +71,10 @@ class PathCoefficients(NamedTuple):
         """The same path with `s_t` kept at or above `sigma_min`, where formulas divide by it."""
         return self._replace(sigma=self.sigma.clamp_min(sigma_min))
 
+    def select(self, index: Tensor) -> PathCoefficients:
+        """The path at some of the times."""
+        return PathCoefficients(*(value[index] for value in self))
+
 
 class Path(ABC):
     """A Gaussian path `x_t = a_t x_1 + s_t x_0`; subclasses give the coefficients."""

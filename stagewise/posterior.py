@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Posterior", "TailKind", "merge", "put"]
+__all__ = ["Posterior", "TailKind", "inverse", "merge", "put"]
 
 TailKind = Literal["measured", "bounded", "estimated"]
 """How a tail mass is known: from all weights; as an upper bound; or from a sample or a model."""
@@ -102,6 +102,11 @@ def _weakest(parts: Sequence[Posterior]) -> TailKind:
     return _KINDS[max(_KINDS.index(part.tail_kind) for part in parts)]
 
 
+def inverse(order: Sequence[int]) -> list[int]:
+    """Where each of 0, 1, ... stands in `order`, which holds each of them once."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
 def put(post: Posterior, at: Sequence[int], other: Posterior, count: int) -> Posterior:
     """The posterior of `count` queries of which `other` answers those at `at`.
 
@@ -117,8 +122,8 @@ def put(post: Posterior, at: Sequence[int], other: Posterior, count: int) -> Pos
     if len(post.mean) == count:
         post = post[torch.tensor(rest, dtype=torch.int64, device=device)]
     order = [*rest, *at]
-    back = sorted(range(count), key=order.__getitem__)
-    return Posterior.cat([post, other])[torch.tensor(back, dtype=torch.int64, device=device)]
+    back = torch.tensor(inverse(order), dtype=torch.int64, device=device)
+    return Posterior.cat([post, other])[back]
 
 
 def merge(*parts: Posterior, k: int | None = None) -> Posterior:

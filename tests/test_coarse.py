@@ -281,10 +281,10 @@ def test_easy_queries_read_fewer_rows(bank, monkeypatch):
     engine, widths = Coarse(k=200, dims=40, max_tail=None), []
     solve = engine.exact.solve
 
-    def spy(bank, queries, k, finish, table):
+    def spy(bank, queries, k, *, table):
         widths.append(tuple(table.shape))
         assert (table.diff(dim=1) > 0).all()
-        return solve(bank, queries, k, finish, table=table)
+        return solve(bank, queries, k, table=table)
 
     monkeypatch.setattr(engine.exact, "solve", spy)
     queries, _ = ask(bank, [0.9, 0.1, 0.8, 0.12, 0.7], 5)

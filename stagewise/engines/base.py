@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, put
 
-__all__ = ["Engine", "Queries", "each_group", "sigma_floor"]
+__all__ = ["Engine", "Queries", "sigma_floor"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Queries:
         index = self.index(at)
         return Queries(
             self.xt[index],
-            PathCoefficients(*(value[index] for value in self.path)),
+            self.path.select(index),
             [self.segments[i] for i in at],
             None if self.source is None else self.source[index],
         )
@@ -159,27 +158,3 @@ def sigma_floor(bank: LatentBank) -> float:
     eps = torch.finfo(torch.float64).eps
     product = max(bank.radius * bank.max_norm, torch.finfo(torch.float32).tiny)
     return math.sqrt(product * eps / 1e-4)
-
-
-def each_group(
-    queries: Queries, k: int, answer: Callable[[Queries, slice], Posterior]
-) -> Posterior:
-    """Asks `answer` for each group of queries and puts the answers back in order.
-
-    Args:
-        queries: The queries.
-        k: Width of the result's `weights` and `rows`; narrower answers are padded.
-        answer: From the queries of a group and their rows to the posterior.
-
-    Returns:
-        The posterior of all queries.
-    """
-    parts, order = [], []
-    for at, segment in queries.groups:
-        part = answer(queries.select(at), segment)
-        missing = (0, k - part.weights.shape[1])
-        weights, rows = pad(part.weights, missing), pad(part.rows, missing, value=-1)
-        parts.append(replace(part, weights=weights, rows=rows))
-        order += at
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return Posterior.cat(parts)[queries.index(back)]

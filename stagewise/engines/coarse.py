@@ -313,7 +313,7 @@ class Coarse(Neighbours):
         width = found.rows.shape[1]
         # In ascending order, as they lie in memory or in the file.
         table, order = found.rows.sort(1)
-        post = self.exact.solve(bank, queries, width, self.exact._finish, table=table)
+        post = self.exact.solve(bank, queries, width, table=table)
         coarse = found.coarse.gather(1, order.gather(1, torch.searchsorted(table, post.rows)))
         residual = post.weights.clamp_min(_LEAST).log() - coarse
         mean = residual.logsumexp(1) - math.log(width)

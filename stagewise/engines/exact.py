@@ -81,7 +81,7 @@ class Exact(Engine):
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
         """See `Engine.posterior`. The tail mass is 0."""
         with full_precision():
-            parts = [self.solve(bank, part, k, self._finish) for part in blocks(queries)]
+            parts = [self.solve(bank, part, k) for part in blocks(queries)]
         return Posterior.cat(parts)
 
     def solve(
@@ -89,7 +89,7 @@ class Exact(Engine):
         bank: LatentBank,
         queries: Queries,
         k: int,
-        finish: Callable[[Scan, Refined], Posterior],
+        finish: Callable[[Scan, Refined], Posterior] | None = None,
         table: Tensor | None = None,
     ) -> Posterior:
         """Scans, refines, and does again what is not good enough.
@@ -98,9 +98,10 @@ class Exact(Engine):
             bank: The rows.
             queries: The queries.
             k: How many of the largest weights to return.
-            finish: What makes a posterior of the refined weights.
+            finish: What makes a posterior of the refined weights; default adds all other rows.
             table: The rows that each query looks at, (B, n); default all of its segment.
         """
+        finish = finish or self._finish
 
         def scanned(queries: Queries, dtype: torch.dtype, table: Tensor | None) -> Scan:
             return Scan.of(bank, queries, dtype, table=table, chunk_size=self.chunk_size)

@@ -41,7 +41,7 @@ from stagewise.bank import LatentBank
 from stagewise.engines.base import Engine, Queries
 from stagewise.engines.exact import Exact
 from stagewise.engines.scan import Refined, Scan, positions, where
-from stagewise.posterior import Posterior, merge, put
+from stagewise.posterior import Posterior, inverse, merge, put
 from stagewise.products import full_precision
 
 __all__ = ["FAR", "Neighbours", "draw_rows", "random_rows", "reach", "stand"]
@@ -120,7 +120,7 @@ class Neighbours(Engine):
             found = self.search(bank, queries.select(at), segment, count)
             parts.append(pad(found, (0, n - count), value=-1))
             order += at
-        return torch.cat(parts)[queries.index(_inverse(order))]
+        return torch.cat(parts)[queries.index(inverse(order))]
 
     def is_exact(self, bank: LatentBank) -> bool:
         """Whether no row is nearer than those found, but for `rounding`. Default True."""
@@ -184,7 +184,7 @@ class Neighbours(Engine):
             k = post.weights.shape[1]
             parts.append(random_rows(bank, some, segment, found, count, k, self.generator))
             order += at
-        rest = Posterior.cat(parts)[queries.index(_inverse(order))]
+        rest = Posterior.cat(parts)[queries.index(inverse(order))]
         tail = torch.sigmoid(rest.log_evidence - post.log_evidence)
         if not self.draws:
             return replace(post, tail_mass=tail, tail_kind="estimated")
@@ -295,7 +295,3 @@ def _among(rows: Tensor, found: Tensor) -> Tensor:
     wanted = rows.expand(len(found), -1).contiguous()
     at = torch.searchsorted(lines, wanted).clamp_max(lines.shape[1] - 1)
     return lines.gather(1, at) == wanted
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)

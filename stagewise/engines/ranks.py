@@ -197,7 +197,7 @@ class Asked:
         index = torch.tensor(at, device=self.xt.device)
         return Asked(
             self.xt[index],
-            PathCoefficients(*(value[index] for value in self.path)),
+            self.path.select(index),
             None if self.names is None else [self.names[i] for i in at],
             None if self.source is None else [self.source[i] for i in at],
         )

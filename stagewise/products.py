@@ -10,7 +10,11 @@ Everything the dense engines do costs two products: queries x rows (the logits) 
 - **bfloat16 / float16** rows on an accelerator: the other factor is split into a high and a low
   part of that type and both are multiplied with the rows, accumulated in float32. Rows are exact in
   their own type by definition, so the product is good to `2^-18` (bfloat16) or `2^-22` (float16) of
-  the factors' norms. CPUs get such rows converted to float32 (`working_dtype`).
+  the factors' norms.
+- **bfloat16** rows on a CPU with matrix units for them (AMX): the same, but such products come out
+  rounded to bfloat16. So the high part is multiplied a second time, with the first answer
+  subtracted before the rounding: answer and remainder have the digits together. This is done where
+  1e-4 is good enough; otherwise a CPU gets 16-bit rows converted to float32 (`working_dtype`).
 
 `rounding(dtype, dim)` says how wrong a product may be.
 """
@@ -20,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,9 +43,18 @@ _ONEDNN = (
 )
 
 
-def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type that rows stored as `dtype` are multiplied in on `device`."""
+def working_dtype(dtype: torch.dtype, device: torch.device, rough: bool = False) -> torch.dtype:
+    """The type that rows are multiplied in.
+
+    Args:
+        dtype: How they are stored.
+        device: Where.
+        rough: Whether a relative error of 1e-4 in a mean may pass. Then a CPU multiplies bfloat16
+            rows in their own type too, default False.
+    """
     if dtype in _HALF and device.type == "cuda" and _has_wide_output():
+        return dtype
+    if rough and dtype == torch.bfloat16 and device.type == "cpu" and _has_matrix_units():
         return dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -56,14 +70,16 @@ def rounding(dtype: torch.dtype, dim: int) -> tuple[float, float]:
     digits = {torch.float64: 53, torch.float32: 24, torch.float16: 22, torch.bfloat16: 18}
     sums = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     root = math.sqrt(dim)
-    return 2.0 ** -digits[dtype] / min(root, 2), 0.3 * root * sums
+    # On a CPU the remainder of a bfloat16 product is rounded, to 2^-9 of 2^-9 of it.
+    remainder = 2.0**-19 if dtype == torch.bfloat16 else 0.0
+    return 2.0 ** -digits[dtype] / min(root, 2), 0.3 * root * sums + remainder
 
 
 def scores(query: Tensor, rows: Tensor) -> Tensor:
     """`query @ rows.T`.
 
     Args:
-        query: (B, D), float64.
+        query: (B, D), float64; float32 is enough for rows of fewer digits.
         rows: (n, D), in their working dtype.
 
     Returns:
@@ -75,9 +91,7 @@ def scores(query: Tensor, rows: Tensor) -> Tensor:
         return _float32_product(query.float(), rows)
     # A query divided by its largest number fits any type.
     scale = query.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    high, low = split(query / scale, rows.dtype)
-    both = _wide_product(torch.cat([high, low]), rows.T)
-    return (both[: len(query)] + both[len(query) :]) * scale.float()
+    return _split_product(query / scale, rows.T) * scale.float()
 
 
 def averages(weights: Tensor, rows: Tensor) -> Tensor:
@@ -95,9 +109,7 @@ def averages(weights: Tensor, rows: Tensor) -> Tensor:
     if rows.dtype == torch.float32:
         return _float32_product(weights, rows.T)
     scale = 2.0**14  # keeps small weights above float16's smallest number
-    high, low = split(weights * scale, rows.dtype)
-    both = _wide_product(torch.cat([high, low]), rows)
-    return (both[: len(weights)] + both[len(weights) :]) / scale
+    return _split_product(weights * scale, rows) / scale
 
 
 def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -134,17 +146,33 @@ def full_precision() -> Iterator[None]:
 
 def _float32_product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right.T`."""
-    if _ONEDNN is not None and left.device.type == "cpu" and len(left) and len(right):
+    # A single line is a matrix times a vector: reading, which BLAS does faster.
+    if _ONEDNN is not None and left.device.type == "cpu" and len(left) > 1 and len(right):
         return _ONEDNN(left.contiguous(), right, None, "none", [], "")
     return left @ right.T
 
 
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of 16-bit factors, accumulated and returned in float32."""
+def _split_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, right of a 16-bit type, in float32."""
+    high, low = split(left, right.dtype)
+    count, both = len(left), torch.cat([high, low])
     if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+        wide = torch.mm(both, right, out_dtype=torch.float32)
+        return wide[:count] + wide[count:]
+    if not _has_matrix_units():  # for tests of the arithmetic
+        wide = both.float() @ right.float()
+        return wide[:count] + wide[count:]
+    first = both @ right
+    remainder = torch.addmm(-first[:count], high, right)
+    return first[:count].float().add_(first[count:]).add_(remainder)
 
 
 def _has_wide_output() -> bool:
     return hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8
+
+
+@cache
+def _has_matrix_units() -> bool:
+    # torch does not declare it; without it rows are converted.
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and supported()

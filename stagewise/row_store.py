@@ -182,8 +182,8 @@ class RowStore:
 
         Args:
             segment: Which rows: `whole`, `segment(label)`, or any other slice.
-            size: Rows in a chunk; default as many as make 128 MiB if they are views, 32 MiB if
-                they are copied or read from a file, and at least 256.
+            size: Rows in a chunk; default all if they are views, and as many as make 32 MiB, at
+                least 256, if they are copied or read from a file.
             device: Default that of the bank.
             dtype: Default that of the bank.
 

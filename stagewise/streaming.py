@@ -17,7 +17,6 @@ from torch import Tensor
 
 __all__ = ["MappedFile", "stream"]
 
-_VIEW_BYTES = 128 * 2**20  # nothing is copied: few chunks, for few calls
 _BUFFER_BYTES = 32 * 2**20  # small beside any memory, large enough for products at full speed
 _LEAST_ROWS = 256
 
@@ -55,8 +54,8 @@ def stream(
     Args:
         rows: (N, D).
         segment: Which of them.
-        size: Rows in a chunk; default as many as make 128 MiB if they are views, 32 MiB if they
-            are copied or read from a file, and at least 256.
+        size: Rows in a chunk; default all if they are views, and as many as make 32 MiB, at least
+            256, if they are copied or read from a file.
         device: Where they are wanted; default where they are.
         dtype: How they are wanted; default as they are.
         file: The file under them, if they are memory-mapped.
@@ -73,10 +72,11 @@ def stream(
     # Made there, the buffer knows the full name of the device ("cuda:0" for "cuda").
     buffer = rows.new_empty((0, rows.shape[1]), device=device, dtype=dtype)
     views = buffer.device == rows.device and buffer.dtype == rows.dtype
-    if size is None:
-        least = _VIEW_BYTES if views and file is None else _BUFFER_BYTES
-        size = max(_LEAST_ROWS, least // (rows.shape[1] * buffer.element_size()))
     start, stop, _ = segment.indices(len(rows))
+    if size is None and views and file is None:
+        size = max(stop - start, 1)
+    elif size is None:
+        size = max(_LEAST_ROWS, _BUFFER_BYTES // (rows.shape[1] * buffer.element_size()))
     size = min(size, max(stop - start, 1))
     spans: Iterable[tuple[int, int]] = [
         (first, min(first + size, stop)) for first in range(start, stop, size)

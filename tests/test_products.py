@@ -98,6 +98,8 @@ def test_full_precision_inside_and_the_callers_setting_after(setting):
 def test_rows_are_multiplied_in_their_own_type_where_that_pays():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert working_dtype(torch.bfloat16, cpu) == torch.float32
+    assert working_dtype(torch.float16, cpu, rough=True) == torch.float32
+    assert working_dtype(torch.bfloat16, cpu, rough=True) in (torch.bfloat16, torch.float32)
     assert working_dtype(torch.float32, cuda) == torch.float32
     assert working_dtype(torch.float64, cpu) == torch.float64
     assert working_dtype(torch.bfloat16, cuda) in (torch.bfloat16, torch.float32)

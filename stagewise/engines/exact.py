@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,13 +39,24 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.engines.base import Engine, Queries
 from stagewise.engines.scan import FEW, MORE, Refined, Scan, blocks, positions, where
-from stagewise.posterior import Posterior, put
+from stagewise.posterior import Posterior, inverse, put
 from stagewise.products import full_precision, working_dtype
 
 __all__ = ["Exact"]
 
 _NOTHING = 1e-12
 """A tail that adds less than this to a mean is left out."""
+
+_DUST = 1e-18
+"""A row of less weight adds less than rounding does."""
+
+_WIDE = 0.25
+"""Noise level above which a velocity does not show that a mean was summed up in float32, for rows
+whose distances are about as large as their norms."""
+
+Finish: TypeAlias = Callable[[Scan, Refined, "Refined | None"], Posterior]
+"""From the refined weights of a scan to a posterior. The third argument is what was found, and made
+of it, when fewer rows led; None the first time."""
 
 
 class Exact(Engine):
@@ -56,8 +67,10 @@ class Exact(Engine):
             each query's error against `rtol`; "float64" is the reference; "float32" is "auto"
             without the check, for accelerators where even one sync per call is too much.
         rtol: Relative error of the mean that "auto" lets pass, default 1e-5, and 1e-4 for 16-bit
-            rows on an accelerator, whose products are split (`stagewise.products`).
-        chunk_size: Rows multiplied at a time; default 128 MiB of them, or 32 MiB where they must be
+            rows on an accelerator, whose products are split (`stagewise.products`). From 1e-4 on
+            a CPU splits the products of bfloat16 rows too, if it has units for them: such rows
+            have been rounded by more than that.
+        chunk_size: Rows multiplied at a time; default all, or 32 MiB where they must be
             converted or moved.
     """
 
@@ -80,16 +93,21 @@ class Exact(Engine):
 
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
         """See `Engine.posterior`. The tail mass is 0."""
+        # Queries that look at the same rows then stand together, and are reached without a copy.
+        order = sorted(range(len(queries)), key=lambda i: queries.segments[i].start)
         with full_precision():
-            parts = [self.solve(bank, part, k) for part in blocks(queries)]
-        return Posterior.cat(parts)
+            parts = [self.solve(bank, part, k) for part in blocks(queries.select(order))]
+        post = Posterior.cat(parts)
+        if order == list(range(len(queries))):
+            return post
+        return post[queries.index(inverse(order))]
 
     def solve(
         self,
         bank: LatentBank,
         queries: Queries,
         k: int,
-        finish: Callable[[Scan, Refined], Posterior] | None = None,
+        finish: Finish | None = None,
         table: Tensor | None = None,
     ) -> Posterior:
         """Scans, refines, and does again what is not good enough.
@@ -109,39 +127,61 @@ class Exact(Engine):
         scan = scanned(queries, self.dtype(bank, queries), table)
         rtol = self._tolerance(scan)
         if rtol is None:
-            return finish(scan, Refined.of(scan, k, MORE))
+            return finish(scan, Refined.of(scan, k, MORE), None)
         found = Refined.of(scan, k, FEW)
-        post = finish(scan, found)
+        post = finish(scan, found, None)
         wrong = where(~(_error(scan, found, post) <= rtol))
         if not wrong:
             return post
+        index = positions(queries, wrong)
         scan = scan.select(wrong)
-        found = Refined.of(scan, k, MORE)
-        better = finish(scan, found)
-        still = where(~(_error(scan, found, better) <= rtol))
+        more = Refined.of(scan, k, MORE)
+        better = finish(scan, more, replace(found.select(index), post=post[index]))
+        still = where(~(_error(scan, more, better) <= rtol))
         if still:
             part = scan.select(still)
             scan = scanned(part.queries, torch.float64, part.table)
-            better = put(better, still, finish(scan, Refined.of(scan, k, FEW)), len(wrong))
+            exact = finish(scan, Refined.of(scan, k, FEW), None)
+            better = put(better, still, exact, len(wrong))
         return put(post, wrong, better, len(queries))
 
-    def _finish(self, scan: Scan, found: Refined) -> Posterior:
-        """Adds to the leading rows what the others contribute."""
-        need = list(range(len(found.tail)))
-        if self.precision == "auto" or found.tail.device.type == "cpu":
-            need = where(found.tail > _NOTHING)
-        if not need:
-            return found.post
-        index = positions(scan.queries, need)
-        mean = found.post.mean.clone()
-        mean[index] += scan.select(need).tail_mean(found.weights[index])
+    def _finish(self, scan: Scan, found: Refined, before: Refined | None) -> Posterior:
+        """The mean: of a few rows where they are all that matters, otherwise by a product."""
+        if self.precision != "auto" and found.tail.device.type != "cpu":
+            mean = scan.moment(found.leading, found.lead) + scan.product(found.rest)
+            return replace(found.post, mean=mean)
+        count, path = len(scan.queries), scan.queries.path
+        # Of a bank that is far from the origin float32 loses digits in every sum.
+        wide = path.sigma.clamp_max(1) * scan.bank.radius >= _WIDE * scan.bank.max_norm
+        told = where(torch.cat([found.tail > _NOTHING, wide]))
+        needed, wide_ones = {i for i in told if i < count}, {i - count for i in told if i >= count}
+        spread, tails = sorted(needed & wide_ones), sorted(needed - wide_ones)
+        narrow = sorted(set(range(count)).difference(spread))
+        mean = torch.empty_like(scan.queries.xt)
+        if spread and before is not None:
+            mean[positions(scan.queries, spread)] = _moved(scan, found, before, spread)
+        elif spread:
+            # Where that is nearly all, to multiply for all costs less than to pick them.
+            some = list(range(count)) if len(narrow) < count / 16 else spread
+            mean[positions(scan.queries, some)] = scan.product(found.weights, some)
+        if narrow:
+            index = positions(scan.queries, narrow)
+            leading, lead = found.leading[index], found.lead[index]
+            if lead.device.type == "cpu":  # elsewhere to know it would take a sync
+                most = int((lead > _DUST).sum(1).max())
+                lead, order = lead.topk(max(1, most), dim=1)
+                leading = leading.gather(1, order)
+            mean[index] = scan.moment(leading, lead, narrow)
+        if tails:
+            mean[positions(scan.queries, tails)] += scan.product(found.rest, tails)
         return replace(found.post, mean=mean)
 
     def dtype(self, bank: LatentBank, queries: Queries) -> torch.dtype:
         """What the rows of a bank are multiplied in."""
         if self.precision == "float64":
             return torch.float64
-        return working_dtype(bank.dtype, queries.xt.device)
+        rough = self.rtol is not None and self.rtol >= 1e-4
+        return working_dtype(bank.dtype, queries.xt.device, rough)
 
     def _tolerance(self, scan: Scan) -> float | None:
         """The relative error of the mean that is let pass, or None where none is checked."""
@@ -162,3 +202,12 @@ def _error(scan: Scan, found: Refined, post: Posterior) -> Tensor:
     length = length * scan.queries.path.sigma.clamp_max(1)
     spread = scan.bank.mean_sq_norm.to(length.device).sqrt()
     return torch.where(found.error > 0, found.error * spread / length, 0)
+
+
+def _moved(scan: Scan, found: Refined, before: Refined, at: list[int]) -> Tensor:
+    """The mean once more rows lead: what these add to it changes, and the share of the others."""
+    index = positions(scan.queries, at)
+    share = (before.post.log_evidence - found.post.log_evidence)[index, None].exp()
+    leading = found.leading[index]
+    change = found.lead[index] - share * before.weights[index].gather(1, leading)
+    return share * before.post.mean[index] + scan.moment(leading, change, at)

@@ -68,21 +68,21 @@ class Nearest(Neighbours):
         post = Posterior.cat(parts)
         return replace(post, weights=post.weights[:, :k], rows=post.rows[:, :k])
 
-    def _finish(self, scan: Scan, found: Refined) -> Posterior:
+    def _finish(self, scan: Scan, found: Refined, before: Refined | None) -> Posterior:
         post = found.post
-        more = found.columns[:, found.leading : max(self.k, found.leading)]
+        more = found.columns[:, found.lead.shape[1] : max(self.k, found.lead.shape[1])]
         weights = found.weights.gather(1, more)
-        mean = post.mean
+        mean = scan.moment(found.leading, found.lead)
         if more.shape[1]:
-            mean = mean + replace(scan, table=scan.rows(more)).tail_mean(weights)
-        rest = found.weights.scatter(1, more, 0)
+            mean = mean + replace(scan, table=scan.rows(more)).product(weights)
+        rest = found.rest.scatter_(1, more, 0)
         tail = rest.sum(1, dtype=torch.float64)
         # Not 1 - tail, which has lost the digits of a small share.
         kept = 1 - found.tail + weights.sum(1, dtype=torch.float64)
         need = [] if self.max_tail is None else where(tail > self.max_tail)
         if need:
             index = scan.queries.index(need)
-            mean = mean.index_add(0, index, scan.select(need).tail_mean(rest[index]))
+            mean = mean.index_add(0, index, scan.product(rest, need))
             tail, kept = tail.index_fill(0, index, 0), kept.index_fill(0, index, 1)
         if not self.draws:
             return replace(post, mean=mean / kept[:, None], tail_mass=tail)

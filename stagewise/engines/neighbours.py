@@ -153,16 +153,17 @@ class Neighbours(Engine):
         exact = Exact().posterior(bank, queries.select(wrong), k)
         return exact if len(wrong) == len(queries) else put(post, wrong, exact, len(queries))
 
-    def _finish(self, scan: Scan, found: Refined) -> Posterior:
-        """Adds the other found rows to the leading ones, and bounds the tail mass."""
-        post = replace(found.post, mean=found.post.mean + scan.tail_mean(found.weights))
+    def _finish(self, scan: Scan, found: Refined, before: Refined | None) -> Posterior:
+        """The mean over the found rows, and a bound of the tail mass."""
+        mean = scan.moment(found.leading, found.lead) + scan.product(found.rest)
+        post = replace(found.post, mean=mean)
         if self.draws or not self.is_exact(scan.bank):
             return post
         assert scan.table is not None
         bank, queries, none = scan.bank, scan.queries, scan.table < 0
         # Any found row gives a bound, the one of least weight the best.
         last = scan.logits.masked_fill(none, torch.inf).argmin(1, keepdim=True)
-        log_last = scan.differences(last)[0][:, 0]
+        log_last = scan.differences(last)[:, 0]
         alpha, sigma, radius = queries.path.alpha, queries.path.sigma, reach(bank)
         y, wider = stand(bank, queries)
         distance = ((-2 * log_last).sqrt() * sigma + (wider - alpha) * radius) / wider

@@ -6,12 +6,13 @@ What the dense engines (all rows) and the searching ones (some rows) have in com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import embedding_bag, pad
 
 from stagewise.bank import LatentBank
 from stagewise.engines.base import Queries
@@ -31,6 +32,9 @@ _SMALL_BYTES = 2**24
 
 _GATHER = {"cpu": 2**19}
 """Numbers of gathered rows held at a time: what stays in a CPU's cache; 2^24 on other devices."""
+
+_UNDERFLOW, _LEAST = -80.0, 1e-18
+"""Log-weights below it count as it; weights below it count as it in the sum of their squares."""
 
 _NONE = -1e30  # a logit of no row at all: finite, so that 0 * (logit - peak) is 0
 
@@ -99,13 +103,14 @@ class Scan:
         centre = bank.centre.to(xt.device)
         shift = centre - bank.offset.to(xt.device)
         y = xt - alpha * centre
+        length = torch.linalg.vector_norm(y, dim=1)
         query = y * (alpha / sigma**2)
         half_snr = (path.alpha / path.sigma) ** 2 / 2
         # Norms count from their mean, which keeps digits where they are nearly the same.
         norm = bank.mean_sq_norm.to(xt.device)
-        shared = query @ shift + half_snr * norm + (y * y).sum(1) / (2 * path.sigma**2)
+        shared = query @ shift + half_snr * norm + (length / path.sigma).square() / 2
         u, v = rounding(dtype, bank.dim)
-        delta = u * query.norm(dim=1)
+        delta = u * length * path.alpha / path.sigma**2
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         empty = torch.empty(0, dtype=wide, device=xt.device)
         lifted = torch.zeros_like(delta)
@@ -119,18 +124,21 @@ class Scan:
     def _dense(self, query: Tensor, half_snr: Tensor, norm: Tensor, wide: torch.dtype) -> Tensor:
         bank, queries, device = self.bank, self.queries, query.device
         norms = (bank.sq_norms.to(device, non_blocking=True) - norm).to(wide)
-        half = half_snr.to(wide)
+        query, half = query.to(wide), half_snr.to(wide)
         width = max(queries.sizes)
-        logits = torch.empty(len(query), width, dtype=wide, device=device)
-        if min(queries.sizes) < width:
-            logits.fill_(_NONE)
+        logits: Tensor | None = None
         for at, segment in queries.groups:
             index = positions(queries, at)
             q, h = query[index], half[index]
             for first, rows in bank.chunks(segment, self.chunk_size, device, self.dtype):
                 last = first + len(rows)
                 part = scores(q, rows).addr_(h, norms[first:last], alpha=-1)
+                if part.shape == (len(query), width):
+                    return part
+                if logits is None:
+                    logits = torch.full((len(query), width), _NONE, dtype=wide, device=device)
                 logits[index, first - segment.start : last - segment.start] = part
+        assert logits is not None
         return logits
 
     def _gathered(self, query: Tensor, half_snr: Tensor, norm: Tensor, wide: torch.dtype) -> Tensor:
@@ -167,38 +175,40 @@ class Scan:
             table=None if self.table is None else self.table[index],
         )
 
-    def rows(self, columns: Tensor) -> Tensor:
-        """The rows that some columns are, (B, n), in the bank's own order; -1 for none."""
-        if self.table is not None:
-            return self.table.gather(1, columns)
-        rows = self.queries.index([segment.start for segment in self.queries.segments])
-        rows = rows[:, None] + columns
-        if min(self.queries.sizes) == self.logits.shape[1]:
-            return rows
-        return rows.masked_fill(columns >= self.queries.index(self.queries.sizes)[:, None], -1)
+    def rows(self, columns: Tensor, at: Sequence[int] | None = None) -> Tensor:
+        """The rows that some columns are, (B, n), in the bank's own order; -1 for none.
 
-    def differences(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        Args:
+            columns: The columns, (B, n), or (len(at), n).
+            at: Of which queries; default all.
+        """
+        queries = self.queries if at is None else self.queries.select(at)
+        if self.table is not None:
+            table = self.table if at is None else self.table[positions(self.queries, at)]
+            return table.gather(1, columns)
+        rows = queries.index([segment.start for segment in queries.segments])
+        rows = rows[:, None] + columns
+        if min(queries.sizes) == self.logits.shape[1]:
+            return rows
+        return rows.masked_fill(columns >= queries.index(queries.sizes)[:, None], -1)
+
+    def differences(self, columns: Tensor) -> Tensor:
         """Some log-weights from differences in float64.
 
         Args:
             columns: Which, (B, n), as columns of `logits`.
 
         Returns:
-            `l_i`, (B, n), and `sum_i exp(l_i - max_j l_j) x^(i)` over them, (B, D).
+            `l_i`, (B, n).
         """
         rows, path = self.rows(columns), self.queries.path
-        offset = self.bank.offset.to(columns.device)
-        goal = path.alpha[:, None] * offset - self.queries.xt
-        logits, moments = torch.empty_like(columns, dtype=goal.dtype), torch.empty_like(goal)
+        goal = path.alpha[:, None] * self.bank.offset.to(columns.device) - self.queries.xt
+        logits = torch.empty_like(columns, dtype=goal.dtype)
         for part, stored in self._rows_in_blocks(rows):
-            samples = stored.double()
-            gap = torch.addcmul(goal[part, None], samples, path.alpha[part, None, None])
-            logit = -(torch.linalg.vector_norm(gap, dim=2) / path.sigma[part, None]).square() / 2
-            logits[part] = logit.masked_fill_(rows[part] < 0, _NONE)
-            weights = (logit - logit.amax(1, keepdim=True)).exp()
-            moments[part] = torch.einsum("bn,bnd->bd", weights, samples)
-            moments[part] += weights.sum(1, keepdim=True) * offset
-        return logits, moments
+            gap = stored.double().mul_(path.alpha[part, None, None]).add_(goal[part, None])
+            distance = torch.linalg.vector_norm(gap, dim=2)
+            logits[part] = -(distance / path.sigma[part, None]).square() / 2
+        return logits.masked_fill_(rows < 0, _NONE)
 
     def noise(self, columns: Tensor, logits: Tensor) -> Tensor:
         """Standard deviation of the error of a logit.
@@ -220,27 +230,52 @@ class Scan:
         product = logits + self.lifted + half_snr * (norm - mean)
         return self.delta * far + self.growth * product.abs()
 
-    def tail_mean(self, weights: Tensor) -> Tensor:
-        """`sum_i w_i x^(i)`: for all rows by a second product.
+    def moment(self, columns: Tensor, weights: Tensor, at: Sequence[int] | None = None) -> Tensor:
+        """`sum_i w_i x^(i)` over a few rows, which are read one by one.
+
+        Args:
+            columns: Which, (B, n), as columns of `logits`.
+            weights: Their weights, (B, n). Sums are made in their dtype.
+            at: For which queries; default all. Then the others are missing in `columns` and
+                `weights` too.
+
+        Returns:
+            (B, D), or (len(at), D), float64.
+        """
+        table, stored = self.rows(columns, at), self.bank.rows
+        total = weights.sum(1, dtype=torch.float64)[:, None] * self.bank.offset.to(weights.device)
+        if stored.dtype == weights.dtype and stored.device == weights.device:
+            # Adds up rows where they lie, without a copy of them.
+            return total + embedding_bag(
+                table.clamp_min(0), stored, mode="sum", per_sample_weights=weights
+            )
+        for part, rows in self._rows_in_blocks(table):
+            total[part] += torch.einsum("bn,bnd->bd", weights[part], rows.to(weights.dtype))
+        return total
+
+    def product(self, weights: Tensor, at: Sequence[int] | None = None) -> Tensor:
+        """`sum_i w_i x^(i)` over all columns of `logits`: the second product.
 
         Args:
             weights: (B, width), in the dtype of the logits.
+            at: For which queries; default all.
 
         Returns:
-            (B, D), float64.
+            (B, D), or (len(at), D), float64.
         """
-        device = weights.device
-        total = weights.sum(1, dtype=torch.float64)[:, None] * self.bank.offset.to(device)
+        device, some = weights.device, list(range(len(weights)) if at is None else at)
+        index = positions(self.queries, some)
         if self.table is not None:
-            for part, rows in self._rows_in_blocks(self.table):
-                total[part] += torch.einsum("bn,bnd->bd", weights[part], rows.to(weights.dtype))
-            return total
-        for at, segment in self.queries.groups:
-            index = positions(self.queries, at)
-            own = weights[index]
+            columns = torch.arange(weights.shape[1], device=device).expand(len(some), -1)
+            return self.moment(columns, weights[index], some)
+        total = weights[index].sum(1).double()[:, None] * self.bank.offset.to(device)
+        queries = self.queries.select(some)
+        for members, segment in queries.groups:
+            own = weights[positions(queries, [some[i] for i in members])]
+            place = positions(queries, members)
             for first, rows in self.bank.chunks(segment, self.chunk_size, device, self.dtype):
                 columns = slice(first - segment.start, first - segment.start + len(rows))
-                total[index] += averages(own[:, columns], rows)
+                total[place] += averages(own[:, columns], rows)
         return total
 
 
@@ -256,22 +291,32 @@ class Refined:
     """A posterior whose leading log-weights come from differences.
 
     Attributes:
-        post: The posterior; its `mean` is only what the leading rows add to it.
+        post: The posterior, but for its `mean`, which is not there yet.
         columns: The rows with the largest logits, (B, n), descending, as columns of the logits;
             the leading ones come first.
-        weights: Weights of all rows but the leading ones, which have 0 here, (B, width).
-        tail: Their sum, (B,), float64.
-        leading: How many lead.
+        lead: Weights of the leading rows, (B, leading), float64.
+        weights: Weights of all rows, (B, width), in the dtype of the logits.
+        tail: The sum of those that do not lead, (B,), float64.
         error: Estimate of how far, in units of the rows' radius, the mean is off for using the
             logits of the tail, (B,).
     """
 
     post: Posterior
     columns: Tensor
+    lead: Tensor
     weights: Tensor
     tail: Tensor
     error: Tensor
-    leading: int
+
+    @property
+    def leading(self) -> Tensor:
+        """The columns that lead, (B, leading)."""
+        return self.columns[:, : self.lead.shape[1]]
+
+    @property
+    def rest(self) -> Tensor:
+        """The weights with 0 for the leading rows, (B, width)."""
+        return self.weights.scatter(1, self.leading, 0)
 
     @classmethod
     def of(cls, scan: Scan, k: int, count: int) -> Refined:
@@ -285,44 +330,87 @@ class Refined:
         width = scan.logits.shape[1]
         columns = scan.logits.topk(min(max(k, count + 1), width), dim=1).indices
         leading = columns[:, :count]
-        exact, moment = scan.differences(leading)
+        exact = scan.differences(leading)
         peak = exact.amax(1)
         # In two steps, because the shift itself may be rounded.
+        shifts = []
         for _ in range(2):
-            shift = (scan.shared + peak).to(scan.logits.dtype)
-            scan.logits.sub_(shift[:, None])
-            scan.shared = scan.shared - shift.double()
-            scan.lifted = scan.lifted + shift.double()
-        lead = (exact - peak[:, None]).exp()
-        weights = scan.logits.exp().scatter_(1, leading, 0)
-        z = lead.sum(1) + weights.sum(1, dtype=lead.dtype)
-        squares = lead.square().sum(1), torch.linalg.vecdot(weights, weights).double()
-        entropy = torch.linalg.vecdot(weights, scan.logits).double()
-        entropy = z.log() - (entropy + (lead * (exact - peak[:, None])).sum(1)) / z
-        largest = torch.cat([lead, weights.gather(1, columns[:, count:])], 1) / z[:, None]
-        top, order = largest.topk(min(k, width), dim=1)
-        missing = (0, k - top.shape[1])
-        tail = weights.sum(1, dtype=lead.dtype) / z
-        post = Posterior(
-            mean=moment / z[:, None],
-            log_evidence=peak + z.log(),
-            entropy=entropy,
-            ess=z**2 / (squares[0] + squares[1]),
-            weights=pad(top, missing),
-            rows=pad(scan.rows(columns.gather(1, order)), missing, value=-1),
-            tail_mass=torch.zeros_like(tail),
-        )
+            shifts.append((scan.shared + peak).to(scan.logits.dtype))
+            scan.shared = scan.shared - shifts[-1].double()
+            scan.lifted = scan.lifted + shifts[-1].double()
+        exact = exact - peak[:, None]
+        lead = exact.exp()
+        weights, sums = _exponentials(scan.logits, shifts, leading)
+        others, squares, moment = sums
+        z = lead.sum(1) + others
+        moment = moment + (lead * exact).sum(1)
+        tail = others / z
         error = torch.zeros_like(tail)
         if width > count:
             first = columns[:, count : count + 1]
             after = scan.logits.gather(1, first)[:, 0].double()
             delta = scan.noise(first, after)
             # Either every logit of the tail is nearly right, or none can matter even if wrong.
-            # Squares below float32's smallest number are lost.
-            rest = (squares[1] + width * torch.finfo(torch.float32).tiny).sqrt() / z
-            error = (delta * rest * (16 * delta).exp()).nan_to_num(torch.inf)
+            error = (delta * squares.sqrt() / z * (16 * delta).exp()).nan_to_num(torch.inf)
             error = torch.minimum(error, width * (after + 16 * delta).exp())
-        return cls(post, columns, weights.div_(z[:, None]), tail, error, leading.shape[1])
+        weights.mul_((1 / z).to(weights.dtype)[:, None])
+        ess = z**2 / (lead.square().sum(1) + squares)
+        lead = lead / z[:, None]
+        largest = torch.cat([lead, weights.gather(1, columns[:, count:])], 1)
+        top, order = largest.topk(min(k, width), dim=1)
+        missing = (0, k - top.shape[1])
+        post = Posterior(
+            mean=lead.new_empty(len(lead), 0),
+            log_evidence=peak + z.log(),
+            entropy=z.log() - moment / z,
+            ess=ess,
+            weights=pad(top, missing),
+            rows=pad(scan.rows(columns.gather(1, order)), missing, value=-1),
+            tail_mass=torch.zeros_like(tail),
+        )
+        weights.scatter_(1, leading, lead.to(weights.dtype))
+        return cls(post, columns, lead, weights, tail, error)
+
+    def select(self, index: Tensor | slice) -> Refined:
+        """The same for some of the queries."""
+        values = (self.columns, self.lead, self.weights, self.tail, self.error)
+        return Refined(self.post[index], *(value[index] for value in values))
+
+
+def _exponentials(
+    logits: Tensor, shifts: Sequence[Tensor], leading: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights from logits, and what is summed over them.
+
+    A few queries at a time, so that a CPU reads what it has just written from its cache.
+
+    Args:
+        logits: (B, width); the shifts are subtracted in place.
+        shifts: Each (B,).
+        leading: Columns whose weight is 0 here, (B, n).
+
+    Returns:
+        `w_i = exp(l_i)`, (B, width), and the sums of `w_i`, `w_i^2` and `w_i l_i`, (3, B), float64.
+    """
+    weights = torch.empty_like(logits)
+    sums = logits.new_empty(3, len(logits), dtype=torch.float64)
+    numbers = _GATHER.get(logits.device.type, 2**62)
+    step = max(1, numbers // logits.shape[1])
+    # Numbers too small for their type take a processor a hundred times as long: what would
+    # underflow is 0, and squares are those of no less than `_LEAST`.
+    least = math.exp(_UNDERFLOW)
+    for first in range(0, len(logits), step):
+        part = slice(first, first + step)
+        own, w = logits[part], weights[part]
+        for shift in shifts:
+            own.sub_(shift[part, None])
+        torch.clamp_min(own, _UNDERFLOW, out=w)
+        torch.threshold_(w.exp_(), 1.001 * least, 0).scatter_(1, leading[part], 0)
+        some = w.clamp_min(_LEAST)
+        sums[0, part] = w.sum(1, dtype=torch.float64)
+        sums[1, part] = some.mul_(some).sum(1)
+        sums[2, part] = torch.mul(w, own, out=some).sum(1)
+    return weights, sums
 
 
 def where(flags: Tensor) -> list[int]:

@@ -133,6 +133,22 @@ class Oracle:
                 above the rows of the bank, a source that is no row of it, or queries on a device
                 without float64 (MPS).
         """
+        post = self._answer(xt, t, labels, source, k)
+        if source is not None and post.source_weight is None:
+            flat, path = self._prepare(xt, t)
+            with torch.autocast(flat.device.type, enabled=False):
+                x1 = self.bank.take(source.clamp_min(0), device=flat.device)
+                gap = flat - path.alpha[:, None] * x1
+                log_weight = -(gap * gap).sum(1) / (2 * path.sigma**2) - post.log_evidence
+                weight = log_weight.exp().clamp_max(1).masked_fill(source < 0, torch.nan)
+                post = replace(post, source_weight=weight)
+        return replace(post, mean=post.mean.reshape(-1, *self.bank.shape))
+
+    @torch.no_grad()
+    def _answer(
+        self, xt: Tensor, t: Tensor, labels: Labels | None, source: Tensor | None, k: int
+    ) -> Posterior:
+        """The posterior with its mean as a row, and without the weight of the source."""
         flat, path = self._prepare(xt, t)
         rows = self.engine.num_rows(self.bank)
         if not 1 <= k <= rows:
@@ -141,14 +157,7 @@ class Oracle:
             source = self._check_source(source, len(flat), rows)
         names = None if labels is None else self._names(labels, len(flat))
         with torch.autocast(flat.device.type, enabled=False):
-            post = self._certified_or_searched(flat, path, names, source, k, xt.dtype)
-            if source is not None and post.source_weight is None:
-                x1 = self.bank.take(source.clamp_min(0), device=flat.device)
-                gap = flat - path.alpha[:, None] * x1
-                log_weight = -(gap * gap).sum(1) / (2 * path.sigma**2) - post.log_evidence
-                weight = log_weight.exp().clamp_max(1).masked_fill(source < 0, torch.nan)
-                post = replace(post, source_weight=weight)
-        return replace(post, mean=post.mean.reshape(-1, *self.bank.shape))
+            return self._certified_or_searched(flat, path, names, source, k, xt.dtype)
 
     def _certified_or_searched(
         self,
@@ -223,7 +232,7 @@ class Oracle:
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
         flat, path = self._prepare(xt, t)
-        post = posterior or self.posterior(xt, t, labels, source=source)
+        post = posterior or self._answer(xt, t, labels, source, 1)
         c, _ = Prediction.of(prediction).coefficients(path)
         difference = post.mean.flatten(1) - x1.detach().flatten(1).to(flat.dtype)
         # A difference below its rounding is none; at t = 1 some paths have an infinite c.

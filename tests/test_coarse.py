@@ -228,6 +228,34 @@ def test_large_tails_are_answered_exactly_and_in_order(bank):
     assert (nothing.tail_mass == 0).all()
 
 
+def test_more_rows_are_read_before_all_are(monkeypatch):
+    """In the middle of navigation 16 k rows carry what k rows miss."""
+    bank = LatentBank(natural(6000, 64, clusters=40).float())
+    engine, late = Coarse(k=20, dims=32), [0.1, 0.2, 0.25, 0.3, 0.35, 0.5]
+    queries, _ = ask(bank, torch.tensor(late).repeat(5), 30)
+    alone = Coarse(k=20, dims=32, max_tail=None).posterior(bank, queries)
+    wider = Coarse(k=320, dims=32, max_tail=None).posterior(bank, queries)
+    few, more = alone.tail_mass <= 1e-3, wider.tail_mass <= 1e-3
+    assert few.any(), "some need no more"
+    assert (~few & more).any(), "some do"
+    assert (~more).any(), "some need all rows"
+    asked = []
+    exact = engine.exact.posterior
+
+    def counted(bank, queries, k):
+        asked.append(len(queries))
+        return exact(bank, queries, k)
+
+    monkeypatch.setattr(engine.exact, "posterior", counted)
+    post, want = engine.posterior(bank, queries), Exact().posterior(bank, queries)
+    assert asked == [int((~few & ~more).sum())]
+    assert torch.equal(post.tail_mass[few], alone.tail_mass[few])
+    torch.testing.assert_close(
+        post.tail_mass[~few & more], wider.tail_mass[~few & more], rtol=1e-5, atol=0
+    )
+    assert ((post.mean - want.mean).norm(dim=1) <= 2 * bank.radius * 1e-3).all()
+
+
 @pytest.mark.parametrize("max_tail", [None, 1e-3])
 def test_classes_and_the_whole_bank_in_one_batch(bank, max_tail):
     labels = [0, None, 4, 1, 0, 3, None, 2]

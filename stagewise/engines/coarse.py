@@ -51,7 +51,7 @@ from stagewise.engines.neighbours import Neighbours
 from stagewise.engines.projection import Projection
 from stagewise.engines.scan import blocks, where
 from stagewise.paths import PathCoefficients
-from stagewise.posterior import Posterior, put
+from stagewise.posterior import Posterior, inverse, put
 from stagewise.products import full_precision, scores, working_dtype
 from stagewise.spectrum import information
 from stagewise.streaming import stream
@@ -63,6 +63,9 @@ _MARGIN = 5.0
 
 _DENSE = 4
 """Up to this many times k rows it is faster to read all of them, in order."""
+
+_WIDER = 16
+"""Queries whose estimated tail is too large read so many times more rows before they give up."""
 
 _NARROW, _NEGLIGIBLE = 64, 1e-3
 """So many rows are read for a query if the others have so small a part of `max_tail`."""
@@ -172,14 +175,16 @@ class Coarse(Neighbours):
     For hundreds of thousands of long rows, from the end of navigation on. The k rows of largest
     coarse weight are read, or 64 if all others together are negligible; and the source, if it is
     known. Queries that look at up to 4 k rows are answered exactly. Two device syncs beside those
-    of `Exact`, one of them for each group of queries that look at the same rows.
+    of `Exact`, one of them for each group of queries that look at the same rows, and as many again
+    where more rows are read.
 
     Args:
         k: How many rows to read, default 512.
         dims: How many principal axes to search along, r, default 256; all that the bank has if
             those are fewer.
-        max_tail: Queries with a larger estimated tail mass are answered by the exact engine,
-            default 1e-3. With None they are answered by what was found.
+        max_tail: Queries with a larger estimated tail mass read 16 k rows instead; those for which
+            that is not enough are answered by the exact engine. Default 1e-3. With None all are
+            answered by what was found among k.
 
     Raises:
         ValueError: For numbers out of range.
@@ -269,26 +274,37 @@ class Coarse(Neighbours):
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
         """See `Engine.posterior`."""
         n = max(k, self.k)
+        todo, done = list(range(len(queries))), []
+        answers: list[Posterior] = []
+        for width in (n,) if self.max_tail is None else (n, _WIDER * n):
+            found, at = self._search_all(bank, queries, todo, width, k)
+            if found is None:
+                break
+            good = list(range(len(at)))
+            if self.max_tail is not None:
+                good = where(found.tail_mass <= self.max_tail)
+            answers.append(found[queries.index(good)])
+            done += [at[i] for i in good]
+            todo = sorted(set(todo).difference(done))
+            if not todo:
+                break
+        if todo:
+            answers.append(self.exact.posterior(bank, queries.select(todo), k))
+        return Posterior.cat(answers)[queries.index(inverse(done + todo))]
+
+    def _search_all(
+        self, bank: LatentBank, queries: Queries, at: list[int], n: int, k: int
+    ) -> tuple[Posterior | None, list[int]]:
+        """What reading n rows says of those queries that look at many more, and which these are."""
         parts: list[Posterior] = []
-        at: list[int] = []
+        order: list[int] = []
+        some = queries.select(at)
         with full_precision():
-            for members, segment in queries.groups:
+            for members, segment in some.groups:
                 if segment.stop - segment.start > _DENSE * n:
-                    some = blocks(queries.select(members))
-                    parts += [self._find(bank, part, n, k) for part in some]
-                    at += members
-        if not parts:
-            return self.exact.posterior(bank, queries, k)
-        found = Posterior.cat(parts)
-        good = list(range(len(at)))
-        if self.max_tail is not None:
-            good = where(found.tail_mass <= self.max_tail)
-        found, at = found[queries.index(good)], [at[i] for i in good]
-        rest = sorted(set(range(len(queries))) - set(at))
-        if not rest:
-            return found[queries.index(sorted(good, key=at.__getitem__))]
-        exact = self.exact.posterior(bank, queries.select(rest), k)
-        return put(exact, at, found, len(queries)) if at else exact
+                    parts += [self._find(bank, q, n, k) for q in blocks(some.select(members))]
+                    order += [at[i] for i in members]
+        return (Posterior.cat(parts) if parts else None), order
 
     def _find(self, bank: LatentBank, queries: Queries, n: int, k: int) -> Posterior:
         """The posterior over rows that are found, for queries that look at the same ones."""

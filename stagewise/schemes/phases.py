@@ -110,6 +110,11 @@ class Phases:
         return self.scheme.timesteps
 
     @property
+    def draws_timesteps(self) -> bool:
+        """Whether the scheme in force was given timesteps."""
+        return self.scheme.draws_timesteps
+
+    @property
     def last(self) -> SchemeRecord | None:
         """The record of the last call in this phase."""
         return self.scheme.last

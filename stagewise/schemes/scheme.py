@@ -78,6 +78,7 @@ class Scheme:
 
     Attributes:
         last: The record of the last call, None before.
+        draws_timesteps: Whether `timesteps` was given. If not, whoever draws t by itself goes on.
 
     Raises:
         ValueError: For settings that contradict each other, with the cure.
@@ -132,6 +133,7 @@ class Scheme:
         )
         self.boundary: float | None = None
         self.last: SchemeRecord | None = None
+        self.draws_timesteps = timesteps is not None
         self._sampler = self._bound = timesteps or Uniform()
         self._step = self._calls = 0
         if boundary is not None:

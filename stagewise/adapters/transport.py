@@ -1,0 +1,119 @@
+"""The `Transport` of SiT (arXiv 2401.08740) and LightningDiT: `training_losses(model, x1, ...)`.
+
+Inside, `sample(x1)` draws noise and t, `path_sampler.plan(t, x0, x1)` makes `x_t` and the velocity,
+and the loss of each sample comes back under "loss". The plan *object* must stay what it is, because
+the interval of t hangs on its type; its method is replaced on the instance. Labels are those of
+`model_kwargs["y"]`.
+
+A network that predicts noise or the score is regressed on `x0` itself, which `sample` has drawn
+for this call alone: it is overwritten once `x_t` is made. LightningDiT's cosine loss compares
+directions with the same target, so mixing changes what it means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stagewise.adapters.base import Detach, Place, Seam, rebind, together
+from stagewise.adapters.paths import LibraryPath, recognise
+from stagewise.paths import Prediction
+
+if TYPE_CHECKING:
+    from stagewise.schemes import Phases, Scheme
+
+__all__ = ["Transport"]
+
+
+class Transport(Seam):
+    """A SiT or LightningDiT transport; see the module docstring."""
+
+    library = "SiT transport"
+    weights = timesteps = losses = True
+
+    @classmethod
+    def of(cls, place: Place) -> Transport | None:
+        """The seam at `place`, or None if there is none of this kind."""
+        transport = place.object
+        plan = getattr(transport, "path_sampler", None)
+        methods = ("training_losses", "sample", "check_interval")
+        if not callable(getattr(plan, "plan", None)) or not all(
+            callable(getattr(transport, name, None)) for name in methods
+        ):
+            return None
+
+        def coefficients(t: Tensor) -> tuple[Any, ...]:
+            alpha, d_alpha = plan.compute_alpha_t(t)
+            sigma, d_sigma = plan.compute_sigma_t(t)
+            return alpha, sigma, d_alpha, d_sigma
+
+        path = recognise(LibraryPath(coefficients, type(plan).__name__))
+        # An enumeration: NOISE, SCORE or VELOCITY.
+        kind = getattr(transport.model_type, "name", str(transport.model_type)).lower()
+        if kind not in ("velocity", "noise", "score"):
+            return cls(place, path, refusal=f"its model_type, {kind!r}, is not known.")
+        return cls(place, path, Prediction("velocity" if kind == "velocity" else "noise"))
+
+    def _attach(self, scheme: Scheme | Phases) -> Detach:
+        transport, plan = self.place.object, self.place.object.path_sampler
+        plain_losses, plain_sample = transport.training_losses, transport.sample
+        plain_plan = plan.plan
+        call: dict[str, Any] | None = None  # what the parts of one `training_losses` share
+
+        def training_losses(
+            model: Any,
+            x1: Tensor,
+            model_kwargs: Mapping[str, Any] | None = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> dict[str, Any]:
+            nonlocal call
+            call = {"labels": (model_kwargs or {}).get("y")}
+            try:
+                terms = plain_losses(model, x1, model_kwargs, *args, **kwargs)
+                self._last = (call["t"], terms["loss"].detach())
+                terms["loss"] = terms["loss"] * call["weight"].to(terms["loss"])
+                return terms
+            finally:
+                call = None
+
+        def sample(
+            x1: Tensor, sp_timesteps: Any = None, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            own = sp_timesteps is None and scheme.draws_timesteps
+            if call is None or not own:
+                given = args if sp_timesteps is None and not args else (sp_timesteps, *args)
+                return plain_sample(x1, *given, **kwargs)
+            # As the library's own, but for the distribution of t: noise first, then t on the CPU.
+            x0 = torch.randn_like(x1)
+            start, end = transport.check_interval(transport.train_eps, transport.sample_eps)
+            t = scheme.timesteps.sample(len(x1)) * (end - start) + start
+            return t.to(x1), x0, x1
+
+        def make(t: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            t, xt, u = plain_plan(t, x0, x1)
+            if call is None:
+                return t, xt, u
+            regress_noise = self.prediction.kind == "noise"
+            target, weight = scheme(
+                x0 if regress_noise else u,
+                xt=xt,
+                t=t,
+                x1=x1,
+                labels=call["labels"],
+                prediction=self.prediction,
+            )
+            call.update(t=t, weight=weight)
+            if regress_noise:
+                x0.copy_(target)
+                return t, xt, u
+            return t, xt, target
+
+        return together(
+            rebind(transport, "training_losses", training_losses),
+            rebind(transport, "sample", sample),
+            rebind(plan, "plan", make),
+        )

@@ -24,28 +24,56 @@ from stagewise.paths import (
 from stagewise.posterior import Posterior, merge
 from stagewise.schemes import Phase, Phases, Scheme, SchemeRecord
 from stagewise.stages import StageBoundary, StageCurve, predicted_boundary
-from stagewise.targets import Mix, Target, mix_target
-from stagewise.timesteps import LogitNormal, TimestepSampler, Uniform
+from stagewise.targets import (
+    LeaveOneOut,
+    Mix,
+    ReferenceSet,
+    Stratified,
+    Target,
+    Tempered,
+    mix_target,
+)
+from stagewise.timesteps import (
+    Beta,
+    EDMLogNormal,
+    LogitNormal,
+    LossSecondMoment,
+    Mode,
+    Shifted,
+    StageAware,
+    TimestepSampler,
+    Uniform,
+    UShaped,
+    WithFloor,
+)
 from stagewise.transitions import AtPlateau, AtShare, AtStep
-from stagewise.weights import Weight
+from stagewise.weights import P2, EDMWeight, MinSNR, StageFactors, StageGate, Weight
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DIFFUSERS",
+    "P2",
     "STAGEWISE",
     "AtPlateau",
     "AtShare",
     "AtStep",
+    "Beta",
     "Certificate",
     "Concentration",
     "Convention",
     "CosinePath",
+    "EDMLogNormal",
     "EDMPath",
+    "EDMWeight",
     "LatentBank",
+    "LeaveOneOut",
     "LinearPath",
     "LogitNormal",
+    "LossSecondMoment",
+    "MinSNR",
     "Mix",
+    "Mode",
     "Oracle",
     "Path",
     "PathCoefficients",
@@ -53,16 +81,25 @@ __all__ = [
     "Phases",
     "Posterior",
     "Prediction",
+    "ReferenceSet",
     "Scheme",
     "SchemeRecord",
+    "Shifted",
     "Smooth",
+    "StageAware",
     "StageBoundary",
     "StageCurve",
+    "StageFactors",
+    "StageGate",
+    "Stratified",
     "Target",
+    "Tempered",
     "TimestepSampler",
+    "UShaped",
     "Uniform",
     "VPPath",
     "Weight",
+    "WithFloor",
     "find_sample",
     "merge",
     "mix_target",

@@ -1,4 +1,4 @@
-"""`Phases`: a scheme that changes at a step, at a share of training, or when navigation is learnt."""
+"""`Phases`: a scheme that changes at a step, at a share of training, or at a plateau."""
 
 from __future__ import annotations
 

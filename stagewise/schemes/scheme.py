@@ -23,8 +23,9 @@ from stagewise.engines import Sharded
 from stagewise.engines.scan import where
 from stagewise.oracle import Labels, Oracle, check_times
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
+from stagewise.schemes.query import make_query
 from stagewise.stages import StageBoundary
-from stagewise.targets import Query, Target, mix_target
+from stagewise.targets import Target, mix_target
 from stagewise.timesteps import TimestepSampler, Uniform
 from stagewise.weights import Weight
 
@@ -113,6 +114,15 @@ class Scheme:
         if target is not None and oracle is None:
             raise ValueError(
                 f"{target!r} needs an oracle, got none: Scheme(Oracle(bank, path), target=...)."
+            )
+        if target is not None and not isinstance(target, Target):
+            raise TypeError(
+                f'Expected `target` to be a stagewise target such as Mix("boundary"), got {target!r}.'
+            )
+        if timesteps is not None and not isinstance(timesteps, TimestepSampler):
+            raise TypeError(
+                f"Expected `timesteps` to be a TimestepSampler such as LogitNormal(), got "
+                f"{timesteps!r}."
             )
         if class_wise not in (True, False, "auto"):
             raise ValueError(
@@ -317,7 +327,7 @@ class Scheme:
         lam = torch.zeros(len(t), dtype=torch.float64, device=xt.device)
         inserted, tail = torch.zeros_like(lam, dtype=torch.bool), torch.zeros_like(lam)
         target = self.target
-        if target is None:
+        if target is None or self.oracle is None:
             return correction, lam, inserted, tail
         if target.lam.needs_boundary:
             self.require_boundary()
@@ -328,8 +338,16 @@ class Scheme:
             at = torch.tensor(asked, dtype=torch.int64, device=xt.device)
             labels = _pick(labels, asked, at)
         with torch.autocast(xt.device.type, enabled=False):
-            query = self._query(
-                xt[at], t[at], x1[at], labels, None if source is None else source[at]
+            query = make_query(
+                self.oracle,
+                xt[at],
+                t[at],
+                x1[at],
+                labels,
+                None if source is None else source[at],
+                class_wise=self.class_wise,
+                on_missing=self.on_missing,
+                draws=self._draws(),
             )
             pull = target.pull(query)
             own = target.lam(query.t, pull.top1, self.path, self.boundary)
@@ -343,68 +361,11 @@ class Scheme:
         lam[at], inserted[at], tail[at] = own, query.stored < 0, pull.tail_mass
         return correction, lam, inserted, tail
 
-    def _query(
-        self, xt: Tensor, t: Tensor, x1: Tensor, labels: Labels | None, source: Tensor | None
-    ) -> Query:
-        """Finds the rows that samples stand for, and those that they look at."""
-        oracle = self.oracle
-        assert oracle is not None
-        _, path = oracle._prepare(xt, t)
-        stored, source = self._sources(x1, source)
-        names = None
-        if self.class_wise:
-            names = self._classes(labels, source)
-            ends = [
-                oracle.bank.whole if name is None else oracle.bank.segment(name) for name in names
-            ]
-            if not isinstance(oracle.engine, Sharded):
-                first, last = (
-                    torch.tensor([(s.start, s.stop) for s in ends], device=xt.device)
-                    .reshape(-1, 2)
-                    .unbind(1)
-                )
-                inside = (source >= first) & (source < last)
-                source, stored = source.where(inside, -1), stored.where(inside, -1)
-        if self.on_missing == "error":
-            _require_found(source)
+    def _draws(self) -> Random:
+        """The generator of a call: of its own rank, step and place in the step."""
         self._calls += 1
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        draws = Random(f"{self.seed} {rank} {self._step} {self._calls}")
-        flat = x1.detach().flatten(1).double()
-        return Query(
-            oracle, xt.detach(), t.detach().double(), flat, path, names, source, stored, draws
-        )
-
-    def _sources(self, x1: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The row that each x_1 equals, and the one it stands for; -1 for none."""
-        oracle = self.oracle
-        assert oracle is not None
-        if source is not None:
-            source = oracle._check_source(source, len(x1), oracle.engine.num_rows(oracle.bank))
-        if isinstance(oracle.engine, Sharded):
-            if source is None:
-                raise ValueError(
-                    "A rank of Sharded() cannot find the rows of other ranks. Give `source`, the "
-                    "number of each x1 over all ranks; x1 must be as it is stored."
-                )
-            return source, source
-        stored = oracle.bank.find(x1)
-        return stored, stored if source is None else torch.where(source < 0, stored, source)
-
-    def _classes(self, labels: Labels | None, source: Tensor) -> list[int | None]:
-        """The class of each query, on the host."""
-        oracle = self.oracle
-        assert oracle is not None
-        if labels is not None:
-            return oracle._names(labels, len(source))
-        rows = source.tolist()
-        if isinstance(oracle.engine, Sharded) or min(rows, default=0) < 0:
-            raise ValueError(
-                f"Expected `labels`, because {sum(row < 0 for row in rows)} of {len(rows)} samples "
-                "are no rows of the bank, whose class would be known. Give the labels of the batch, "
-                "or Scheme(class_wise=False)."
-            )
-        return list(oracle.bank.labels_of(rows))
+        return Random(f"{self.seed} {rank} {self._step} {self._calls}")
 
     # -- what drives it ------------------------------------------------------------------------
 
@@ -440,6 +401,24 @@ class Scheme:
             ValueError: With the cure.
         """
         self.require_boundary()
+        if self.oracle is not None and self.target is not None:
+            if self.class_wise and not isinstance(self.oracle.engine, Sharded):
+                self.oracle.bank.require_classes()
+            self.target.check(self.oracle)
+        if self.preserve_objective:
+            self._check_density()
+
+    def _check_density(self) -> None:
+        """Refuses times that no draw reaches, if the loss there is to be preserved."""
+        t = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+        counts = torch.ones_like(t) if self.weight is None else self._bound_weight()(t)
+        missed = t[(self.timesteps.density(t) <= 0) & (counts > 0)]
+        if len(missed):
+            raise ValueError(
+                f"Expected draws wherever the loss counts (preserve_objective=True), but the "
+                f"density of {self.timesteps!r} is 0 from t = {missed[0]:.3f} to {missed[-1]:.3f}. "
+                "Give it a floor: WithFloor(sampler, 0.1)."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""
@@ -464,18 +443,6 @@ def _pick(labels: Labels | None, at: list[int], index: Tensor) -> Labels | None:
     if isinstance(labels, Tensor):
         return labels[index.to(labels.device)]
     return [labels[i] for i in at]
-
-
-def _require_found(source: Tensor) -> None:
-    message = (
-        'Expected every `x1` to be a row of the bank (on_missing="error"). Build the bank from '
-        "what training sees: same scale, same flips. Or give the `source` of resampled latents"
-    )
-    found = source >= 0
-    if source.device.type != "cpu":
-        torch._assert_async(found.all(), message)
-    elif not found.all():
-        raise ValueError(f"{message}; got {int((~found).sum())} of {len(found)} that are not.")
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -30,16 +30,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from random import Random
 
-import torch
 from torch import Tensor
 
 from stagewise.engines import Sharded
+from stagewise.engines.base import Queries
 from stagewise.lambdas import Lambda, LambdaLike
 from stagewise.oracle import Oracle
 from stagewise.paths import PathCoefficients
-from stagewise.posterior import Posterior
 
-__all__ = ["Mix", "Pull", "Query", "Target", "mix_target"]
+__all__ = ["Pull", "Query", "Target", "mix_target"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,18 @@ class Query:
     def flat(self) -> Tensor:
         """`xt` as (B, D), float64."""
         return self.xt.flatten(1).double()
+
+    @cached_property
+    def queries(self) -> Queries:
+        """What an engine is asked; the source is given so that it can be left out."""
+        bank, names = self.oracle.bank, self.names or [None] * len(self.xt)
+        segments = [bank.whole if name is None else bank.segment(name) for name in names]
+        return Queries(self.flat, self.path, segments, self.source)
+
+    @cached_property
+    def others(self) -> Tensor:
+        """How many rows a query looks at besides its source, (B,), int64."""
+        return self.queries.index(self.queries.sizes) - (self.source >= 0).long()
 
     @cached_property
     def rows(self) -> Tensor:
@@ -109,6 +120,9 @@ class Target(ABC):
             `Concentration()`. Default 1.
     """
 
+    needs_all_rows = True
+    """Whether it reads rows itself, and not only through the engine."""
+
     def __init__(self, lam: LambdaLike = 1.0) -> None:
         self.lam = Lambda.of(lam)
 
@@ -116,44 +130,22 @@ class Target(ABC):
     def pull(self, query: Query) -> Pull:
         """The posterior mean of x_1 over the target's rows, less x_1."""
 
-    def check(self, oracle: Oracle, class_wise: bool) -> None:  # noqa: B027
+    def check(self, oracle: Oracle) -> None:
         """Refuses an oracle that the target cannot work with.
 
         Raises:
             ValueError: With the cure.
         """
+        if self.needs_all_rows and isinstance(oracle.engine, Sharded):
+            raise ValueError(
+                f"{self!r} needs the rows of the whole bank, of which a rank of Sharded() has only "
+                "its part. Use Mix, or give each rank the same memory-mapped bank: "
+                "LatentBank.open(path)."
+            )
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value}" for name, value in vars(self).items())
         return f"{type(self).__name__}({values})"
-
-
-class Mix(Target):
-    """`u + lambda (u* - u)`: the oracle over the whole bank, or class. Unbiased.
-
-    With lambda 1 the target has no variance left given `x_t`. It has the same, memorising, optimum
-    as the conditional target: it is not a regulariser.
-    """
-
-    def pull(self, query: Query) -> Pull:
-        """See `Target`; formula (2)."""
-        # The second largest weight too: the largest may be that of the row x_1 stands for.
-        post = query.oracle.posterior(query.xt, query.t, query.names, source=query.stored, k=2)
-        return _with_x1(query, post, query.path)
-
-
-def _with_x1(query: Query, post: Posterior, path: PathCoefficients) -> Pull:
-    """Formula (2): puts x_1 in the place of its row, or adds it."""
-    there = query.source >= 0
-    row = torch.where(there[:, None], query.rows, query.x1)
-    gamma = torch.exp(query.log_weight(row, path) - post.log_evidence).clamp_max(1)
-    gamma = torch.where(there, gamma, 0.0)
-    own = torch.exp(query.log_weight(query.x1, path) - post.log_evidence)
-    total = (1 - gamma + own).clamp_min(torch.finfo(own.dtype).tiny)
-    gap = post.mean.flatten(1) - query.x1 - gamma[:, None] * (row - query.x1)
-    others = post.weights.masked_fill(post.rows == query.source[:, None], 0).amax(1)
-    top1 = torch.where(own.isinf(), 1.0, torch.maximum(others, own) / total)
-    return Pull(gap / total[:, None], top1, post.tail_mass)
 
 
 def mix_target(y: Tensor, correction: Tensor, lam: Tensor | float) -> Tensor:

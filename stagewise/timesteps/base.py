@@ -32,11 +32,13 @@ class TimestepSampler(ABC):
             False.
     """
 
-    needs_boundary = False
-    """Whether it must be bound to the stages' boundary (`bind`) before it can draw."""
-
     def __init__(self, stratified: bool = False) -> None:
         self.stratified = stratified
+
+    @property
+    def needs_boundary(self) -> bool:
+        """Whether it must be bound to the stages' boundary (`bind`) before it can draw."""
+        return False
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
@@ -68,6 +70,10 @@ class TimestepSampler(ABC):
             order = torch.randperm(n, device=device, generator=generator)
             # Rounding must not reach 1, where some targets are infinite.
             u = ((order + u) / n).clamp_max(_LAST)
+        return self.place(u).clamp_max(_LAST)
+
+    def place(self, u: Tensor) -> Tensor:
+        """From uniform numbers to draws, in any order; default `quantile`."""
         return self.quantile(u)
 
     def importance_weight(self, t: Tensor, of: TimestepSampler | None = None) -> Tensor:

@@ -111,6 +111,7 @@ class Hard(Lambda):
         self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
     ) -> Tensor:
         """See `Lambda`."""
+        assert boundary is not None
         return (t < boundary).to(t.dtype)
 
 

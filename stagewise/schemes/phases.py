@@ -184,7 +184,7 @@ class Phases:
         """
         if not self._checked:
             self._check_ends(total)
-        messages = []
+        messages: list[str] = []
         while True:
             self.scheme.observe(step=step, total=total, t=t, loss=loss)
             phase = self.phases[self.index]

@@ -20,10 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagewise.engines import Sharded
-from stagewise.engines.scan import where
 from stagewise.oracle import Labels, Oracle, check_times
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
-from stagewise.schemes.query import make_query
+from stagewise.schemes.correction import Batch, Correction, correct
 from stagewise.stages import StageBoundary
 from stagewise.targets import Target, mix_target
 from stagewise.timesteps import TimestepSampler, Uniform
@@ -111,13 +110,14 @@ class Scheme:
         on_missing: Literal["insert", "error"] = "insert",
         seed: int = 0,
     ) -> None:
+        if target is not None and not isinstance(target, Target):
+            raise TypeError(
+                'Expected `target` to be a stagewise target such as Mix("boundary"), got '
+                f"{target!r}."
+            )
         if target is not None and oracle is None:
             raise ValueError(
                 f"{target!r} needs an oracle, got none: Scheme(Oracle(bank, path), target=...)."
-            )
-        if target is not None and not isinstance(target, Target):
-            raise TypeError(
-                f'Expected `target` to be a stagewise target such as Mix("boundary"), got {target!r}.'
             )
         if timesteps is not None and not isinstance(timesteps, TimestepSampler):
             raise TypeError(
@@ -241,17 +241,17 @@ class Scheme:
             raise ValueError(
                 f"Expected `y` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(y.shape)}."
             )
-        correction, lam, inserted, tail = self._correct(xt, t, x1, labels, source, prediction)
+        added = self._correction(xt, t, x1, labels, source, prediction)
         weight = self.weight_of(t)
         self.last = SchemeRecord(
             t=t.detach(),
-            lam=lam,
+            lam=added.lam,
             weight=weight.detach(),
-            correction_sq=correction.flatten(1).square().mean(1),
-            inserted=inserted,
-            tail_mass=tail,
+            correction_sq=added.value.flatten(1).square().mean(1),
+            inserted=added.inserted,
+            tail_mass=added.tail_mass,
         )
-        return (y if self.target is None else mix_target(y, correction, 1.0)), weight
+        return (y if self.target is None else mix_target(y, added.value, 1.0)), weight
 
     def correct(
         self,
@@ -276,7 +276,7 @@ class Scheme:
         Returns:
             (B, *), in the dtype of `x1`.
         """
-        return self._correct(xt, t, x1, labels, source, prediction)[0]
+        return self._correction(xt, t, x1, labels, source, prediction).value.to(x1.dtype)
 
     @torch.no_grad()
     def weight_of(self, t: Tensor) -> Tensor:
@@ -304,10 +304,8 @@ class Scheme:
             self.require_boundary()
         return self.weight.bind(self.boundary, self.path)
 
-    # -- the target ----------------------------------------------------------------------------
-
     @torch.no_grad()
-    def _correct(
+    def _correction(
         self,
         xt: Tensor,
         t: Tensor,
@@ -315,57 +313,31 @@ class Scheme:
         labels: Labels | None,
         source: Tensor | None,
         prediction: Prediction | PredictionKind,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The correction (B, *), lambda, what was inserted, and the tail mass, each (B,)."""
+    ) -> Correction:
         prediction = Prediction.of(prediction)
         if x1.shape != xt.shape:
             raise ValueError(
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
         check_times(t, len(xt))
-        correction = torch.zeros_like(x1)
-        lam = torch.zeros(len(t), dtype=torch.float64, device=xt.device)
-        inserted, tail = torch.zeros_like(lam, dtype=torch.bool), torch.zeros_like(lam)
-        target = self.target
-        if target is None or self.oracle is None:
-            return correction, lam, inserted, tail
-        if target.lam.needs_boundary:
+        if self.target is None or self.oracle is None:
+            return Correction.none(x1)
+        if self.target.lam.needs_boundary:
             self.require_boundary()
-        at: Tensor | slice = slice(None)
-        if target.lam.sparse:
-            # One sync on an accelerator, and no search for those that do not need it.
-            asked = where(target.lam(t.to(lam), None, self.path, self.boundary) > 0)
-            at = torch.tensor(asked, dtype=torch.int64, device=xt.device)
-            labels = _pick(labels, asked, at)
-        with torch.autocast(xt.device.type, enabled=False):
-            query = make_query(
-                self.oracle,
-                xt[at],
-                t[at],
-                x1[at],
-                labels,
-                None if source is None else source[at],
-                class_wise=self.class_wise,
-                on_missing=self.on_missing,
-                draws=self._draws(),
-            )
-            pull = target.pull(query)
-            own = target.lam(query.t, pull.top1, self.path, self.boundary)
-            c, _ = prediction.coefficients(query.path)
-            # A difference below its rounding is none; at t = 1 some paths have an infinite c.
-            rounding = 16 * torch.finfo(torch.float64).eps * query.oracle.bank.max_norm
-            gap = torch.where(
-                pull.difference.abs() <= rounding, 0.0, (own * c)[:, None] * pull.difference
-            )
-        correction[at] = gap.reshape(-1, *x1.shape[1:]).to(x1.dtype)
-        lam[at], inserted[at], tail[at] = own, query.stored < 0, pull.tail_mass
-        return correction, lam, inserted, tail
-
-    def _draws(self) -> Random:
-        """The generator of a call: of its own rank, step and place in the step."""
         self._calls += 1
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        return Random(f"{self.seed} {rank} {self._step} {self._calls}")
+        batch = Batch(
+            self.oracle,
+            xt.detach(),
+            t.detach(),
+            x1.detach(),
+            labels,
+            source,
+            self.class_wise,
+            self.on_missing,
+            Random(f"{self.seed} {rank} {self._step} {self._calls}"),
+        )
+        return correct(self.target, batch, self.boundary, prediction)
 
     # -- what drives it ------------------------------------------------------------------------
 
@@ -435,14 +407,6 @@ class Scheme:
             self.set_boundary(state["boundary"])
         self._step, self._calls = state["step"], state["calls"]
         self._bound.load_state_dict(state["timesteps"])
-
-
-def _pick(labels: Labels | None, at: list[int], index: Tensor) -> Labels | None:
-    if labels is None:
-        return None
-    if isinstance(labels, Tensor):
-        return labels[index.to(labels.device)]
-    return [labels[i] for i in at]
 
 
 def _same(a: Path, b: Path) -> bool:

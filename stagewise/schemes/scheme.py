@@ -130,7 +130,7 @@ class Scheme:
             )
         if on_missing not in ("insert", "error"):
             raise ValueError(f'Expected `on_missing` "insert" or "error", got {on_missing!r}.')
-        if oracle is not None and path is not None and not _same(path, oracle.path):
+        if oracle is not None and path is not None and repr(path) != repr(oracle.path):
             raise ValueError(
                 f"Expected the path of the oracle, {oracle.path!r}, got {path!r}. Give one of them."
             )
@@ -407,7 +407,3 @@ class Scheme:
             self.set_boundary(state["boundary"])
         self._step, self._calls = state["step"], state["calls"]
         self._bound.load_state_dict(state["timesteps"])
-
-
-def _same(a: Path, b: Path) -> bool:
-    return type(a) is type(b) and vars(a) == vars(b)

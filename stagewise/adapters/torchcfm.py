@@ -62,7 +62,8 @@ class TorchCFM(Seam):
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         matcher = self.place.object
-        plain, guided = getattr(matcher, _PLAIN), getattr(matcher, _GUIDED, None)
+        plain: Any = getattr(matcher, _PLAIN)
+        guided: Any = getattr(matcher, _GUIDED, None)
         noisy = isinstance(self.path, NoisedPath)
         # The Target matcher makes its own noise and ignores x_0.
         looked_at = not mixes(scheme) or "TargetConditionalFlowMatcher" in _classes(matcher)
@@ -84,7 +85,7 @@ class TorchCFM(Seam):
         def target(u: Tensor, t: Tensor, xt: Tensor, x1: Tensor, labels: Labels | None) -> Tensor:
             times = t.flatten()
             steered, _ = scheme(u, xt=xt, t=times, x1=x1, labels=labels)
-            if noisy:
+            if noisy and scheme.last is not None:
                 c, b = self.prediction.coefficients(self.path(times))
                 known = expand_like(c, x1) * x1 + expand_like(b, xt) * xt
                 steered = steered + expand_like(scheme.last.lam.to(u), u) * (known - u)

@@ -38,7 +38,7 @@ class Transport(Seam):
     def of(cls, place: Place) -> Transport | None:
         """The seam at `place`, or None if there is none of this kind."""
         transport = place.object
-        plan = getattr(transport, "path_sampler", None)
+        plan: Any = getattr(transport, "path_sampler", None)
         methods = ("training_losses", "sample", "check_interval")
         if not callable(getattr(plan, "plan", None)) or not all(
             callable(getattr(transport, name, None)) for name in methods

@@ -70,7 +70,7 @@ class TimestepSampler(ABC):
             order = torch.randperm(n, device=device, generator=generator)
             # Rounding must not reach 1, where some targets are infinite.
             u = ((order + u) / n).clamp_max(_LAST)
-        return self.place(u).clamp_max(_LAST)
+        return self.place(u).clamp(0, _LAST)
 
     def place(self, u: Tensor) -> Tensor:
         """From uniform numbers to draws, in any order; default `quantile`."""
@@ -84,10 +84,12 @@ class TimestepSampler(ABC):
             of: The sampler whose density is p, default `Uniform()`.
 
         Returns:
-            Of the shape of `t`; infinite where q is 0 and p is not, 0 where both are.
+            Of the shape of `t`; infinite where q is 0 and p is not, but 0 at 0 and 1 themselves,
+            which have no probability.
         """
         p, q = (of or Uniform()).density(t), self.density(t)
-        return torch.where(p > 0, p / q, torch.zeros_like(p))
+        counts = (p > 0) & ((q > 0) | ((t > 0) & (t < 1)))
+        return torch.where(counts, p / q, torch.zeros_like(p))
 
     def bind(self, boundary: float) -> TimestepSampler:
         """The sampler for stages that meet at `boundary`; itself if it does not depend on them."""

@@ -81,8 +81,9 @@ class Shifted(_Around):
 
     def density(self, t: Tensor) -> Tensor:
         """See `TimestepSampler`."""
-        before = _shift(t, 1 / self.shift)
-        return self.sampler.density(before) * self.shift / (self.shift - (self.shift - 1) * t) ** 2
+        before = _shift(t, 1 / self.shift).clamp(0, 1)
+        slope = self.shift / (self.shift - (self.shift - 1) * t) ** 2
+        return self.sampler.density(before) * slope * Uniform().density(t)
 
     def update(self, t: Tensor, loss: Tensor) -> None:
         """See `TimestepSampler`."""

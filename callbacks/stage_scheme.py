@@ -29,6 +29,7 @@ from stagewise.callbacks.driving import (
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.training_bank import bank_from_trainer
 from stagewise.callbacks.writer import Writer
+from stagewise.losses import StageWeightedLoss
 from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme
 from stagewise.stages import StageBoundary
@@ -48,8 +49,9 @@ class StageScheme(pl.Callback):
 
     What makes the targets is found by its interface (`stagewise.adapters`): a `FlowMatchingLoss`, a
     torchcfm matcher, a flow_matching path, a SiT or LightningDiT transport, an EDM loss. A module
-    that holds the very scheme as an attribute and calls it in its training step is left as it is.
-    Validation sees the plain targets, so its loss stays comparable.
+    that has the very scheme as an attribute, and asks it in its training step, is left as it is.
+    A matcher or path never sees the loss: for weights the module needs a `StageWeightedLoss` of the
+    same scheme. Validation sees the plain targets, so its loss stays comparable.
 
     The boundary of the stages, if it is not given, is that of the first probe of a
     `PosteriorMonitor` that stands before this callback and watches the same path; otherwise it is
@@ -156,12 +158,16 @@ class StageScheme(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds what makes the targets, and puts the scheme in."""
         self._settled = False
-        held = any(value is self._given for value in vars(pl_module).values())
-        self.seam = None if self._given is not None and held else one_seam(pl_module, self._at)
+        self.seam = None if self._held(pl_module) else one_seam(pl_module, self._at)
         self._refuse_others(trainer)
         self.scheme = self._given or self._made(trainer, pl_module)
+        self._weighed = any(
+            isinstance(module, StageWeightedLoss)
+            and getattr(module.weight, "__self__", None) is self.scheme
+            for module in pl_module.modules()
+        )
         if self.seam is not None:
-            self.seam.check(self.scheme)
+            self.seam.check(self.scheme, weighed=self._weighed)
         reader = reads_losses(self.scheme)
         if reader and not (self.seam is not None and self.seam.losses):
             raise ValueError(
@@ -274,12 +280,18 @@ class StageScheme(pl.Callback):
     def _attach(self) -> None:
         self._paused = False
         if self.seam is not None:
-            self._detach = self.seam.attach(self._scheme)
+            self._detach = self.seam.attach(self._scheme, weighed=self._weighed)
 
     def _restore(self) -> None:
         if self._detach is not None:
             self._detach()
         self._detach = None
+
+    def _held(self, pl_module: pl.LightningModule) -> bool:
+        """Whether the module has the scheme, and no seam was named: then it asks it itself."""
+        if self._given is None or self._at is not None:
+            return False
+        return any(value is self._given for value in vars(pl_module).values())
 
     def _where(self) -> str:
         return "the scheme that the module holds" if self.seam is None else self.seam.name
@@ -305,8 +317,6 @@ class StageScheme(pl.Callback):
                 raise ValueError(f"Expected something to steer with, got nothing. {_CURE}")
             return own.scheme
         given = {"seed": self.seed, "class_wise": self.class_wise, **self._parts}
-        if own is not None:
-            given = {"timesteps": own.timesteps, "weight": own.weight, **given}
         if "target" not in given:
             return Scheme(path=self.seam.path, **given)
         return Scheme(Oracle(self._bank(trainer, pl_module), self.seam.path), **given)

@@ -105,11 +105,13 @@ class Seam(ABC):
             f"{convention.data_time:g} is data"
         )
 
-    def attach(self, scheme: Scheme | Phases) -> Detach:
+    def attach(self, scheme: Scheme | Phases, *, weighed: bool = False) -> Detach:
         """Lets the scheme make the targets, and whatever else it can here.
 
         Args:
             scheme: What steers.
+            weighed: Whether the training step applies the scheme's weights itself, where the seam
+                cannot. Default False.
 
         Returns:
             What puts the object back as it was.
@@ -118,7 +120,7 @@ class Seam(ABC):
             ValueError: If this cannot be steered, is steered already, or the scheme asks for what
                 cannot be had here, with the cure.
         """
-        self.check(scheme)
+        self.check(scheme, weighed=weighed)
         return self._attach(scheme)
 
     def refuse(self) -> None:
@@ -126,7 +128,7 @@ class Seam(ABC):
         if self.refusal:
             raise ValueError(f"{self.name} cannot be steered: {self.refusal}")
 
-    def check(self, scheme: Scheme | Phases) -> None:
+    def check(self, scheme: Scheme | Phases, *, weighed: bool = False) -> None:
         """Refuses what `attach` would refuse, except that the seam is steered already."""
         self.refuse()
         for part in parts(scheme):
@@ -136,10 +138,10 @@ class Seam(ABC):
                     "the oracle the path of the seam: Oracle(bank, one_seam(module).path)."
                 )
             weighs = part.weight is not None or (part.preserve_objective and part.draws_timesteps)
-            if weighs and not self.weights:
+            if weighs and not self.weights and not weighed:
                 raise ValueError(
                     f"{self.name} ({self.library}) makes targets and never sees the loss, so it "
-                    "cannot weigh it. Apply the scheme's weights in your training step: "
+                    "cannot weigh it. Apply the weights of the same scheme in your training step: "
                     "StageWeightedLoss(loss_fn, scheme), with a loss_fn that does not reduce."
                 )
             if part.draws_timesteps and not self.timesteps:

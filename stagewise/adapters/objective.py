@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam, parts
-from stagewise.timesteps import Uniform
+from stagewise.adapters.base import Detach, Place, Seam
 
 if TYPE_CHECKING:
     from stagewise.schemes import Phases, Scheme
@@ -35,22 +34,6 @@ class Objective(Seam):
         """See `Seam`; the losses are against the conditional target."""
         record = self.place.object.last
         return None if record is None else (record.t, record.loss)
-
-    def check(self, scheme: Scheme | Phases) -> None:
-        """See `Seam`; the loss's own timesteps and weight must not be lost in silence."""
-        super().check(scheme)
-        own = self.place.object
-        uniform = type(own.timesteps) is Uniform and not own.timesteps.stratified
-        for part in parts(scheme):
-            lost = {
-                "timesteps": not uniform and not part.draws_timesteps,
-                "weight": own.weight is not None and part.weight is None,
-            }
-            for name in (name for name, value in lost.items() if value):
-                raise ValueError(
-                    f"{self.name} has {name} of its own, which a scheme takes the place of. Give "
-                    f"them to the scheme: Scheme({name}=...)."
-                )
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         loss_fn = self.place.object

@@ -209,7 +209,9 @@ class StageScheme(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         """Refuses a first training step that did not use what is steered."""
-        if not self._used and self._scheme.last is self._seen:
+        if self._used:
+            return
+        if self._scheme.last is self._seen:
             raise RuntimeError(
                 f"The first training step made its target without {self._where()}, so nothing is "
                 "steered. If another object makes it, say which: seam=...; if the step itself "

@@ -6,9 +6,19 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stagewise import LatentBank, LinearPath, LogitNormal, Oracle, Uniform
-from stagewise.adapters import NoisedPath, ShrinkingPath, find_seams, one_seam
+from stagewise.adapters import (
+    NoisedPath,
+    ShrinkingPath,
+    diffusers_target,
+    find_seams,
+    one_seam,
+)
+from stagewise.adapters.base import check_noise
+from stagewise.paths import expand_like
 from stagewise.schemes import Scheme
 from stagewise.targets import Mix
 
@@ -163,6 +173,32 @@ def test_torchcfm_class_wise_without_labels():
     torch.testing.assert_close(u, expected, rtol=2e-6, atol=2e-6)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0, 1), st.sampled_from(["linear", "cosine"]))
+def test_libraries_agree(seed, lam, kind):
+    """One noise, one row, one time: the same steered target in every convention."""
+    draws = torch.Generator().manual_seed(seed)
+    x1 = ROWS[torch.randint(40, (8,), generator=draws)].double()
+    x0 = torch.randn(8, *SHAPE, generator=draws, dtype=torch.float64)
+    t = 0.02 + 0.95 * torch.rand(8, generator=draws, dtype=torch.float64)
+    matcher = MATCHERS["icfm" if kind == "linear" else "vp"]()
+    path = path_of("CondOT" if kind == "linear" else "Cosine")
+    one_seam(matcher).attach(scheme_for(one_seam(matcher), target=Mix(lam)))
+    one_seam(path).attach(scheme_for(one_seam(path), target=Mix(lam)))
+    _, xt, u = matcher.sample_location_and_conditional_flow(x0, x1, t)
+    found = path.sample(x_0=x0, x_1=x1, t=t)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found.x_t, xt)
+    torch.testing.assert_close(found.dx_t, u, **close)
+    if kind == "linear":
+        sigmas = expand_like(1 - t, x1)
+        scheme = Scheme(Oracle(LatentBank(ROWS)), target=Mix(lam))
+        target = diffusers_target(xt, x1, x0, sigmas, scheme)
+        torch.testing.assert_close(target, -u, **close)
+        data = diffusers_target(xt, x1, x0, sigmas, scheme, prediction="data")
+        torch.testing.assert_close((data - xt) / sigmas, u, **close)
+
+
 class Guided(cfm.ConditionalFlowMatcher):
     """A guided variant of a matcher without coupling, as users write it."""
 
@@ -210,7 +246,7 @@ def test_torchcfm_draws_t_from_the_scheme_once():
     torch.manual_seed(4)
     *_, eps = matcher.sample_location_and_conditional_flow(x0, x1, return_noise=True)
     assert torch.equal(eps, noise), "nothing else is drawn"
-    with pytest.raises(ValueError, match="module was given t, but the scheme draws it"):
+    with pytest.raises(ValueError, match="module was given its times, but the scheme draws them"):
         matcher.sample_location_and_conditional_flow(x0, x1, t)
     detach()
     assert torch.equal(matcher.sample_location_and_conditional_flow(x0, x1, t)[0], t)
@@ -337,6 +373,17 @@ def test_a_source_that_is_not_standard_normal_is_refused(name):
         with pytest.raises(ValueError, match="`x0` to be standard normal noise"):
             method(x0, x1, torch.rand(len(x1)))
         detach()
+
+
+def test_noise_is_never_taken_for_something_else():
+    # 6 standard errors of each of two tests: one in 10^8 or so.
+    draws = torch.Generator().manual_seed(0)
+    for count in (1, 2, 5, 50, 5000):
+        for _ in range(2000 if count < 100 else 20):
+            check_noise(torch.randn(count, generator=draws))
+    for _ in range(20):
+        with pytest.raises(ValueError, match="standard normal"):
+            check_noise(torch.randn(500, generator=draws) * 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

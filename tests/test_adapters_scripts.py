@@ -253,12 +253,30 @@ def test_transport_draws_t_from_the_scheme_once(kind):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_lightningdit_keeps_an_interval_of_the_caller():
+def test_lightningdit_keeps_its_own_times_unless_the_scheme_has_some():
     x1, _ = rows_of_batch()
     transport, net = LightningDiT(), Net()
-    one_seam(transport).attach(Scheme(timesteps=LogitNormal(-1, 0.3)))
+    detach = one_seam(transport).attach(Scheme())
     losses(transport, x1, net, sp_timesteps=(0.9, 0.95))
     assert net.seen[0][1].min() >= 0.9
+    detach()
+    one_seam(transport).attach(Scheme(timesteps=LogitNormal(-1, 0.3)))
+    with pytest.raises(ValueError, match="module was given its times, but the scheme draws them"):
+        losses(transport, x1, net, sp_timesteps=(0.9, 0.95))
+
+
+def test_lightningdit_weighs_both_of_its_losses():
+    x1, _ = rows_of_batch()
+    transport, net = LightningDiT(), Net()
+    torch.manual_seed(1)
+    expected = transport.training_losses(net, x1)
+    one_seam(transport).attach(Scheme(weight=lambda t: 1 + t))
+    torch.manual_seed(1)
+    terms = transport.training_losses(net, x1)
+    weight = 1 + net.seen[-1][1]
+    assert torch.equal(terms["pred"], expected["pred"])
+    for key in ("loss", "cos_loss"):
+        torch.testing.assert_close(terms[key], weight * expected[key])
 
 
 def test_transport_outside_of_its_losses_is_left_alone():

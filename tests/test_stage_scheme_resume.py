@@ -22,6 +22,7 @@ cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
     pytest.mark.filterwarnings("ignore:.*(resuming from a checkpoint|callbacks used to create)"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 
 STEPS = 24

@@ -74,11 +74,8 @@ class TorchCFM(Seam):
             if not looked_at:
                 check_noise(x0)
                 looked_at = True
-            if t is not None and scheme.draws_timesteps:
-                raise ValueError(
-                    f"{self.name} was given t, but the scheme draws it. Call it without t, or give "
-                    "the scheme no timesteps."
-                )
+            if t is not None:
+                self.refuse_given_times(scheme)
             # On the CPU, as torchcfm does: the same draw for the same seed.
             return scheme.timesteps.sample(len(x0)).type_as(x0) if t is None else t
 
@@ -128,6 +125,8 @@ def _classes(matcher: Any) -> set[str]:
 def _path(matcher: Any) -> Path | None:
     """The path of a matcher, held against its own functions; None if it is none of torchcfm's."""
     names, sigma = _classes(matcher), matcher.sigma
+    if "ConditionalFlowMatcher" not in names:
+        return None
     if "TargetConditionalFlowMatcher" in names:
         path: Path = ShrinkingPath(sigma) if sigma else LinearPath()
     else:

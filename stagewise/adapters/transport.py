@@ -1,9 +1,9 @@
 """The `Transport` of SiT (arXiv 2401.08740) and LightningDiT: `training_losses(model, x1, ...)`.
 
 Inside, `sample(x1)` draws noise and t, `path_sampler.plan(t, x0, x1)` makes `x_t` and the velocity,
-and the loss of each sample comes back under "loss". The plan *object* must stay what it is, because
-the interval of t hangs on its type; its method is replaced on the instance. Labels are those of
-`model_kwargs["y"]`.
+and the loss of each sample comes back under "loss" (LightningDiT: and "cos_loss"). The plan
+*object* must stay what it is, because the interval of t hangs on its type; its method is replaced
+on the instance. Labels are those of `model_kwargs["y"]`.
 
 A network that predicts noise or the score is regressed on `x0` itself, which `sample` has drawn
 for this call alone: it is overwritten once `x_t` is made. LightningDiT's cosine loss compares
@@ -75,18 +75,17 @@ class Transport(Seam):
             try:
                 terms = plain_losses(model, x1, model_kwargs, *args, **kwargs)
                 self._last = (call["t"], terms["loss"].detach())
-                terms["loss"] = terms["loss"] * call["weight"].to(terms["loss"])
-                return terms
+                weight = call["weight"].to(terms["loss"])
+                return {k: v * weight if k.endswith("loss") else v for k, v in terms.items()}
             finally:
                 call = None
 
-        def sample(
-            x1: Tensor, sp_timesteps: Any = None, *args: Any, **kwargs: Any
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            own = sp_timesteps is None and scheme.draws_timesteps
-            if call is None or not own:
-                given = args if sp_timesteps is None and not args else (sp_timesteps, *args)
-                return plain_sample(x1, *given, **kwargs)
+        def sample(x1: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+            interval = args[0] if args else kwargs.get("sp_timesteps")
+            if call is not None and interval is not None:
+                self.refuse_given_times(scheme)
+            if call is None or not scheme.draws_timesteps:
+                return plain_sample(x1, *args, **kwargs)
             # As the library's own, but for the distribution of t: noise first, then t on the CPU.
             x0 = torch.randn_like(x1)
             start, end = transport.check_interval(transport.train_eps, transport.sample_eps)

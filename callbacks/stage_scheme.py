@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from stagewise import paths
 from stagewise.adapters import Detach, Seam, one_seam
 from stagewise.adapters.base import parts
 from stagewise.adapters.objective import Objective
@@ -118,6 +119,7 @@ class StageScheme(pl.Callback):
             "weight": weight,
             "boundary": boundary,
             "preserve_objective": preserve_objective or None,
+            "class_wise": None if class_wise == "auto" else class_wise,
         }
         self._parts = {key: part for key, part in steers.items() if part is not None}
         if scheme is not None and self._parts:
@@ -129,7 +131,6 @@ class StageScheme(pl.Callback):
             raise TypeError(f"Expected `scheme` to be a Scheme or Phases, got {scheme!r}. {_CURE}")
         self.scheme = scheme
         self.bank, self.find, self.dirpath = bank, find, dirpath
-        self.class_wise = class_wise
         self.name, self.seed = name, seed
         self.transitions: list[dict[str, Any]] = []
         self.seam: Seam | None = None
@@ -180,7 +181,7 @@ class StageScheme(pl.Callback):
         self._writer = Writer(trainer, self.name, self.dirpath)
         about = self._where() if self.seam is None else self.seam.describe()
         rank_zero_info(f"StageScheme: steers {about}; {self._writer.describe()}")
-        header = {"event": "scheme", "seam": about, "path": repr(self.scheme.path)}
+        header = {"event": "scheme", "seam": about, "path": repr(self._path)}
         self._writer.start([header, *self.transitions], resumed=bool(self._stash))
         self._stash = None
         self._step, self._seen = trainer.global_step, self.scheme.last
@@ -279,6 +280,11 @@ class StageScheme(pl.Callback):
         assert self.scheme is not None
         return self.scheme
 
+    @property
+    def _path(self) -> paths.Path:
+        """That of training, which a scheme without an oracle need not know."""
+        return self._scheme.path if self.seam is None else self.seam.path
+
     def _attach(self) -> None:
         self._paused = False
         if self.seam is not None:
@@ -318,7 +324,7 @@ class StageScheme(pl.Callback):
             if own is None or own.scheme is None:
                 raise ValueError(f"Expected something to steer with, got nothing. {_CURE}")
             return own.scheme
-        given = {"seed": self.seed, "class_wise": self.class_wise, **self._parts}
+        given = {"seed": self.seed, **self._parts}
         if "target" not in given:
             return Scheme(path=self.seam.path, **given)
         return Scheme(Oracle(self._bank(trainer, pl_module), self.seam.path), **given)
@@ -327,7 +333,7 @@ class StageScheme(pl.Callback):
         monitors = [monitor.oracle.bank for monitor in self._monitors(trainer) if monitor.oracle]
         bank = self.bank or next(iter(monitors), None)
         if bank is None:
-            wise = bool(self.class_wise)
+            wise = self._parts.get("class_wise", True)
             bank = bank_from_trainer(trainer, pl_module, find=self.find, class_wise=wise)
         return beside_training(bank, trainer)
 
@@ -349,7 +355,7 @@ class StageScheme(pl.Callback):
     def _watched(self, trainer: pl.Trainer) -> StageBoundary | None:
         """What a monitor of the same path has measured."""
         for monitor in self._monitors(trainer):
-            if monitor.oracle and same_path(monitor.oracle.path, self._scheme.path):
+            if monitor.oracle and same_path(monitor.oracle.path, self._path):
                 return monitor.boundary
         return None
 
@@ -359,7 +365,7 @@ class StageScheme(pl.Callback):
                 oracle, wise = part.oracle, part.class_wise
                 break
         else:
-            oracle = Oracle(self._bank(trainer, pl_module), self._scheme.path)
+            oracle = Oracle(self._bank(trainer, pl_module), self._path)
             wise = bool(oracle.bank.classes)
         return measured_boundary(trainer, oracle, class_wise=wise, seed=self.seed)
 

@@ -14,12 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
 
-from stagewise import LatentBank, Oracle
+from stagewise import AtShare, LatentBank, Mix, Oracle, Phase, Phases, Scheme, StageAware
 from stagewise.callbacks import PosteriorMonitor, StageScheme
-from stagewise.schemes import Phase, Phases, Scheme
-from stagewise.targets import Mix
-from stagewise.timesteps import StageAware
-from stagewise.transitions import AtShare
 
 
 class Digits(L.LightningModule):

@@ -111,3 +111,6 @@ def test_own_loss_takes_the_scheme_and_gives_it_back():
     detach()
     assert vars(loss_fn).keys() == before.keys()
     assert loss_fn.scheme is None
+    one_seam(loss_fn).attach(scheme2 := Scheme())
+    detach()
+    assert loss_fn.scheme is scheme2, "an old detach leaves a newer attach alone"

@@ -459,6 +459,16 @@ def test_edm_is_what_it_was(kind):
     assert vars(holder) == of_holder
 
 
+def test_edm_network_is_no_loss():
+    class Precond(nn.Module):
+        P_mean, P_std, sigma_data = -0.4, 1.0, 0.5
+
+        def forward(self, x, sigma, labels=None):
+            return x
+
+    assert find_seams(Precond()) == []
+
+
 def test_edm_refuses_what_it_cannot_steer():
     images, _ = rows_of_batch()
     holder = holder_of(EDMLoss)

@@ -14,15 +14,27 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from stagewise import CosinePath, LatentBank, LogitNormal, Oracle, Uniform
+from stagewise import (
+    AtPlateau,
+    AtShare,
+    AtStep,
+    CosinePath,
+    LatentBank,
+    LogitNormal,
+    LossSecondMoment,
+    Mix,
+    Oracle,
+    Phase,
+    Phases,
+    Scheme,
+    StageAware,
+    StageCurve,
+    StageFactors,
+    Uniform,
+)
 from stagewise.adapters import diffusers_target
 from stagewise.callbacks import PosteriorMonitor, StageScheme
 from stagewise.losses import FlowMatchingLoss, StageWeightedLoss
-from stagewise.schemes import Phase, Phases, Scheme
-from stagewise.stages import StageCurve
-from stagewise.targets import Mix
-from stagewise.timesteps import LossSecondMoment, StageAware
-from stagewise.transitions import AtPlateau, AtShare, AtStep
 
 cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
 pytestmark = [
@@ -101,12 +113,12 @@ class Gradients(pl.Callback):
 def fit(make_data, make_loader, make_trainer):
     """Trains a module with the callbacks; gives the trainer."""
 
-    def fit(module, *callbacks, batch_size=8, val=False, ckpt_path=None, **options):
+    def fit(module, *callbacks, shuffle=False, val=False, **options):
         x, _ = make_data()
-        loader = make_loader(x, batch_size=batch_size)
+        loader = make_loader(x, shuffle=shuffle)
         trainer = make_trainer(*callbacks, **options)
         pl.seed_everything(7, verbose=False)
-        trainer.fit(module, loader, loader if val else None, ckpt_path=ckpt_path)
+        trainer.fit(module, loader, loader if val else None)
         return trainer
 
     return fit
@@ -146,11 +158,32 @@ def test_three_ways_in_give_the_same_first_gradient(fit, bank, make_data, make_l
     assert not torch.equal(plain.seen[0], gradients["loop"])
 
 
-@pytest.mark.parametrize("kind", [Lossy, Matched])
-def test_a_scheme_that_changes_nothing_changes_no_bit(fit, bank, weights, kind):
+def given_scheme(bank):
+    return StageScheme(Scheme(Oracle(bank), target=Mix(0.0)))
+
+
+def parts_that_read_bank_and_boundary(bank):
+    return StageScheme(target=Mix(0.0), weight=StageFactors(1.0, 1.0))
+
+
+def parts_that_read_nothing(bank):
+    return StageScheme(timesteps=Uniform())
+
+
+@pytest.mark.parametrize(
+    ("kind", "steer"),
+    [
+        (Lossy, given_scheme),
+        (Lossy, parts_that_read_bank_and_boundary),
+        (Lossy, parts_that_read_nothing),
+        (Matched, given_scheme),
+        (Matched, parts_that_read_nothing),
+    ],
+)
+def test_a_scheme_that_changes_nothing_changes_no_bit(fit, bank, weights, kind, steer):
     plain, steered = kind(), kind()
-    fit(plain, max_steps=6)
-    fit(steered, StageScheme(Scheme(Oracle(bank), target=Mix(0.0))), max_steps=6)
+    fit(plain, shuffle=True, max_steps=6)
+    fit(steered, steer(bank), shuffle=True, max_steps=6)
     assert torch.equal(weights(plain), weights(steered))
 
 
@@ -320,6 +353,18 @@ def test_boundary_is_that_of_a_monitor_of_the_same_path(fit, monkeypatch):
     fit(module, watch_linear, other, max_steps=1)
     assert len(measured) == 3
     assert other.scheme.boundary != watch_linear.boundary.midpoint
+
+
+def test_boundary_is_measured_on_the_path_of_the_seam(fit, bank):
+    variance_preserving = cfm.VariancePreservingConditionalFlowMatcher
+    scheme = Scheme(timesteps=StageAware(0.5))
+    fit(Matched(variance_preserving(0.0)), StageScheme(scheme), max_steps=1)
+    parts = StageScheme(timesteps=StageAware(0.5), target=Mix())
+    fit(Matched(variance_preserving(0.0)), parts, max_steps=1)
+    assert scheme.boundary == parts.scheme.boundary
+    linear = Scheme(timesteps=StageAware(0.5))
+    fit(Matched(), StageScheme(linear), max_steps=1)
+    assert abs(linear.boundary - scheme.boundary) > 0.01
 
 
 def test_boundary_is_measured_once_where_nothing_watches(fit, bank, lightning_log):
@@ -511,6 +556,8 @@ def test_what_is_said_at_construction(bank):
         StageScheme(Scheme(), target=Mix())
     with pytest.raises(ValueError, match="a scheme or its parts, got both"):
         StageScheme(Scheme(), boundary=0.3)
+    with pytest.raises(ValueError, match="a scheme or its parts, got both"):
+        StageScheme(Scheme(), class_wise=False)
     with pytest.raises(TypeError, match="`scheme` to be a Scheme or Phases, got Mix"):
         StageScheme(Mix())
 

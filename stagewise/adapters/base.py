@@ -131,10 +131,12 @@ class Seam(ABC):
         """Refuses what `attach` would refuse, except that the seam is steered already."""
         self.refuse()
         for part in parts(scheme):
-            if (part.target or part.weight) and not same_path(part.path, self.path):
+            on_path = part.oracle is not None or part.weight is not None
+            if on_path and not same_path(part.path, self.path):
                 raise ValueError(
                     f"{self.name} trains on {self.path!r}, the scheme is for {part.path!r}. Give "
-                    "the oracle the path of the seam: Oracle(bank, one_seam(module).path)."
+                    "it the path of the seam: Oracle(bank, path), or Scheme(path=path), with "
+                    "path = one_seam(module).path."
                 )
             weighs = part.weight is not None or (part.preserve_objective and part.draws_timesteps)
             if weighs and not self.weights and not weighed:
@@ -180,16 +182,17 @@ class _Rebound:
     """Stands for an attribute while it is steered; a copy or a pickle of it is the original."""
 
     def __init__(self, original: Any, function: Callable[..., Any]) -> None:
-        self._original, self._function = original, function
+        self.__wrapped__ = original  # where `inspect.signature` looks
+        self._function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
+        return getattr(self.__wrapped__, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self._original,)
+        return _itself, (self.__wrapped__,)
 
 
 def _itself(value: Any) -> Any:
@@ -255,7 +258,7 @@ def check_noise(x0: Tensor) -> None:
     error = math.sqrt(2 / (9 * count))
     if abs(mean) * math.sqrt(count) > 6 or abs(square ** (1 / 3) - 1 + error**2) > 6 * error:
         raise ValueError(
-            f"Expected `x0` to be standard normal noise, got a mean of {mean:.3g} and a mean square "
-            f"of {square:.3g}. The oracle target holds for x0 ~ N(0, I) only: train from "
+            f"Expected `x0` to be standard normal noise, got a mean of {mean:.3g} and a mean "
+            f"square of {square:.3g}. The oracle target holds for x0 ~ N(0, I) only: train from "
             "torch.randn_like(x1), or steer the timesteps alone."
         )

@@ -57,6 +57,16 @@ def diffusers_target(
 
     Raises:
         ValueError: If `prediction` is neither, or the shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import Scheme
+        >>> x, noise, sigmas = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.rand(4)
+        >>> s = sigmas.reshape(-1, 1, 1, 1)
+        >>> noisy = (1 - s) * x + s * noise
+        >>> target = diffusers_target(noisy, x, noise, sigmas, Scheme())
+        >>> torch.equal(target, noise - x)
+        True
     """
     if prediction not in ("velocity", "data"):
         raise ValueError(f'Expected `prediction` "velocity" or "data", got {prediction!r}.')

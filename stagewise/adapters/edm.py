@@ -11,6 +11,7 @@ unreduced, (B, *), so weights apply. Labels may be one-hot, as EDM has them.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,10 @@ class EDMLoss(Seam):
         loss_fn = place.object
         names = ("P_mean", "P_std", "sigma_data")
         if not callable(loss_fn) or not all(hasattr(loss_fn, name) for name in names):
+            return None
+        # A network of EDM's may have such attributes too.
+        call = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+        if list(inspect.signature(call).parameters)[:2] != ["net", "images"]:
             return None
         reachable = isinstance(loss_fn, nn.Module) or place.owner is not None
         refusal = None if reachable else "keep it as an attribute, self.loss_fn = EDM2Loss()."

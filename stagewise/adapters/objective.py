@@ -46,6 +46,7 @@ class Objective(Seam):
         loss_fn.scheme = scheme
 
         def restore() -> None:
-            loss_fn.scheme = before
+            if loss_fn.scheme is scheme:
+                loss_fn.scheme = before
 
         return restore

@@ -69,15 +69,16 @@ class TorchCFM(Seam):
         looked_at = not mixes(scheme) or "TargetConditionalFlowMatcher" in _classes(matcher)
         inside_guided = False
 
-        def draw(x0: Tensor, t: Tensor | None) -> Tensor:
+        def draw(x0: Tensor, t: Tensor | None) -> Tensor | None:
             nonlocal looked_at
             if not looked_at:
                 check_noise(x0)
                 looked_at = True
             if t is not None:
                 self.refuse_given_times(scheme)
-            # On the CPU, as torchcfm does: the same draw for the same seed.
-            return scheme.timesteps.sample(len(x0)).type_as(x0) if t is None else t
+            if t is not None or not scheme.draws_timesteps:
+                return t
+            return scheme.timesteps.sample(len(x0)).type_as(x0)  # on the CPU, as torchcfm does
 
         def target(u: Tensor, t: Tensor, xt: Tensor, x1: Tensor, labels: Labels | None) -> Tensor:
             times = t.flatten()
@@ -113,9 +114,9 @@ class TorchCFM(Seam):
             return (t, xt, target(u, t, xt, x1, y1), *rest)
 
         detach = rebind(matcher, _PLAIN, sample)
-        return (
-            detach if guided is None else together(detach, rebind(matcher, _GUIDED, guided_sample))
-        )
+        if guided is None:
+            return detach
+        return together(detach, rebind(matcher, _GUIDED, guided_sample))
 
 
 def _classes(matcher: Any) -> set[str]:

@@ -1,13 +1,15 @@
 r"""When a phase ends: at a step, at a share of training, or when navigation is learnt.
 
 **The plateau.** Losses of samples in navigation are averaged over `every` steps, one point each. A
-line through the last `window` points says how much was gained over them,
+line through the last third of the points says how much was gained over them,
 
-    gain = -slope * window,   with the standard error of the fit,
+    gain = -slope * length,   with the standard error of the fit,
 
 and it is compared with what has been gained since the beginning, `drop`: the loss has a floor that
 no model can go below, so that its size says nothing. A point is flat if `gain` is not above
 `tolerance * drop` by more than two standard errors; `patience` flat points in a row are a plateau.
+A third, and not a fixed number of steps: losses fall like powers of the step, over which any fixed
+window becomes flat. So a plateau is seen when it has lasted about half as long as the fall before.
 """
 
 from __future__ import annotations
@@ -143,11 +145,11 @@ class AtShare(Until):
 
 
 def is_flat(points: Sequence[float], window: int, tolerance: float) -> bool:
-    """Whether the last `window` points gain next to nothing; see the module.
+    """Whether the last third of the points gains next to nothing; see the module.
 
     Args:
         points: Mean losses, in order.
-        window: How many the line goes through, at least 4.
+        window: How many of them a line goes through at the least, at least 4.
         tolerance: Share of the drop so far that is next to nothing.
 
     Returns:
@@ -162,12 +164,13 @@ def is_flat(points: Sequence[float], window: int, tolerance: float) -> bool:
         raise ValueError(f"Expected finite losses, got {y[bad]} at point {bad}.")
     if len(y) < 2 * window:
         return False
-    last, x = y[-window:], np.arange(window) - (window - 1) / 2
+    length = max(window, len(y) // 3)
+    last, x = y[-length:], np.arange(length) - (length - 1) / 2
     slope = x @ last / (x @ x)
     residual = last - last.mean() - slope * x
-    error = math.sqrt(residual @ residual / (window - 2) / (x @ x)) * window
+    error = math.sqrt(residual @ residual / (length - 2) / (x @ x)) * length
     drop = max(0.0, y[:window].mean() - last.mean())
-    return bool(-slope * window - 2 * error <= tolerance * drop)
+    return bool(-slope * length - 2 * error <= tolerance * drop)
 
 
 class AtPlateau(Until):
@@ -175,7 +178,7 @@ class AtPlateau(Until):
 
     Args:
         every: Steps that are averaged into a point, default 50.
-        window: Points that a line is fitted through, default 8.
+        window: Points that a line is fitted through at the least, default 8.
         patience: Flat points in a row that are a plateau, default 3.
         tolerance: What is next to nothing, as a share of what has been gained, default 0.02.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Path, Prediction, PredictionKind
-from stagewise.schemes.scheme import Scheme, SchemeRecord
+from stagewise.schemes.scheme import Scheme, SchemeRecord, unknown_boundary
 from stagewise.stages import StageBoundary
 from stagewise.timesteps import TimestepSampler
 from stagewise.transitions import AtPlateau, Until
@@ -184,6 +184,7 @@ class Phases:
         """
         if not self._checked:
             self._check_ends(total)
+            self._checked = True
         messages: list[str] = []
         while True:
             self.scheme.observe(step=step, total=total, t=t, loss=loss)
@@ -208,12 +209,11 @@ class Phases:
         for phase in self.phases[:-1]:
             assert phase.until is not None
             start = phase.until.check(start, total)
-        self._checked = True
 
     def check(self) -> None:
         """Refuses what cannot work, before the first step; see `Scheme.check`."""
         if self.needs_boundary and self.boundary is None:
-            self.scheme.require_boundary()
+            raise unknown_boundary()
         for phase in self.phases:
             phase.scheme.check()
         self._check_ends(None)

@@ -28,7 +28,7 @@ from stagewise.targets import Target, mix_target
 from stagewise.timesteps import TimestepSampler, Uniform
 from stagewise.weights import Weight
 
-__all__ = ["Scheme", "SchemeRecord"]
+__all__ = ["Scheme", "SchemeRecord", "unknown_boundary"]
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,7 @@ class Scheme:
             ValueError: With the cure.
         """
         if self.needs_boundary and self.boundary is None:
-            raise ValueError(
-                "Expected the boundary of the stages, which has not been measured yet. Give it as "
-                "a number, Scheme(boundary=0.1), or measure it before the first step: "
-                "scheme.set_boundary(StageCurve.measure(oracle, t).boundary())."
-            )
+            raise unknown_boundary()
 
     @property
     def timesteps(self) -> TimestepSampler:
@@ -407,3 +403,12 @@ class Scheme:
             self.set_boundary(state["boundary"])
         self._step, self._calls = state["step"], state["calls"]
         self._bound.load_state_dict(state["timesteps"])
+
+
+def unknown_boundary() -> ValueError:
+    """What is raised where the boundary is needed and not known."""
+    return ValueError(
+        "Expected the boundary of the stages, which has not been measured yet. Give it as a number, "
+        "Scheme(boundary=0.1), or measure it before the first step: "
+        "scheme.set_boundary(StageCurve.measure(oracle, t).boundary())."
+    )

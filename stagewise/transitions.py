@@ -227,7 +227,7 @@ class AtPlateau(Until):
         inside = t < boundary
         values = loss.detach().double()
         sums = torch.stack([values.where(inside, 0.0).sum(), inside.sum().double()])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = sums if self._sums is None else sums + self._sums.to(sums.device)
         if step - self._begin < self.every:
             return None
         added, count = self._sums.tolist()

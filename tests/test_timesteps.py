@@ -218,6 +218,26 @@ def test_binding_is_pure_and_reaches_the_inside():
         StageAware(0.5).bind(0.0)
 
 
+@pytest.mark.parametrize("sampler", [Uniform(True), LogitNormal(stratified=True)], ids=repr)
+def test_stratified_draws_fill_every_share_once(sampler):
+    t = sampler.sample(64, generator=torch.Generator().manual_seed(0)).double()
+    u = t if isinstance(sampler, Uniform) else torch.special.ndtr(torch.logit(t))
+    assert sorted((u * 64 + 1e-6).long().tolist()) == list(range(64))
+    assert t.tolist() != sorted(t.tolist())
+
+
+def test_stratified_draws_stay_below_one(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
+    assert Uniform(stratified=True).sample(4096).max() < 1
+
+
+def test_logit_normal_trains_navigation_little():
+    t = LogitNormal().sample(200_000, generator=torch.Generator().manual_seed(0))
+    assert float((t < 0.1).float().mean()) == pytest.approx(0.014, abs=0.001)
+    with pytest.raises(ValueError, match="`std` above 0"):
+        LogitNormal(std=0)
+
+
 # -- loss second moment ---------------------------------------------------------------------------
 
 

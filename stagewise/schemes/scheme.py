@@ -70,7 +70,8 @@ class Scheme:
         preserve_objective: Whether the weight includes `p(t) / q(t)`, so that the expected loss is
             that of uniform times whatever `timesteps` draws. Default False.
         class_wise: Whether posteriors are over the rows of x_1's class. Default "auto": if the bank
-            has classes.
+            has classes. A model that sees labels needs it: what it should predict is not the mean
+            over all classes. One that sees none may have either.
         path: Default that of the oracle, or `LinearPath()`.
         on_missing: What to do with an x_1 that is no row of the bank and comes without a `source`:
             "insert" it into the reference set as its own row (default), or "error".
@@ -408,7 +409,7 @@ class Scheme:
 def unknown_boundary() -> ValueError:
     """What is raised where the boundary is needed and not known."""
     return ValueError(
-        "Expected the boundary of the stages, which has not been measured yet. Give it as a number, "
-        "Scheme(boundary=0.1), or measure it before the first step: "
+        "Expected the boundary of the stages, which has not been measured yet. Give it as a "
+        "number, Scheme(boundary=0.1), or measure it before the first step: "
         "scheme.set_boundary(StageCurve.measure(oracle, t).boundary())."
     )

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Path, Prediction, PredictionKind
-from stagewise.schemes.scheme import Scheme, SchemeRecord, unknown_boundary
+from stagewise.schemes.checks import unknown_boundary
+from stagewise.schemes.scheme import Scheme, SchemeRecord
 from stagewise.stages import StageBoundary
 from stagewise.timesteps import TimestepSampler
 from stagewise.transitions import AtPlateau, Until

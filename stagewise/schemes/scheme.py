@@ -22,13 +22,14 @@ from torch import Tensor
 from stagewise.engines import Sharded
 from stagewise.oracle import Labels, Oracle, check_times
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
+from stagewise.schemes.checks import check_density, check_settings, unknown_boundary
 from stagewise.schemes.correction import Batch, Correction, correct
 from stagewise.stages import StageBoundary
 from stagewise.targets import Target, mix_target
 from stagewise.timesteps import TimestepSampler, Uniform
 from stagewise.weights import Weight
 
-__all__ = ["Scheme", "SchemeRecord", "unknown_boundary"]
+__all__ = ["Scheme", "SchemeRecord"]
 
 
 @dataclass(frozen=True)
@@ -111,30 +112,7 @@ class Scheme:
         on_missing: Literal["insert", "error"] = "insert",
         seed: int = 0,
     ) -> None:
-        if target is not None and not isinstance(target, Target):
-            raise TypeError(
-                'Expected `target` to be a stagewise target such as Mix("boundary"), got '
-                f"{target!r}."
-            )
-        if target is not None and oracle is None:
-            raise ValueError(
-                f"{target!r} needs an oracle, got none: Scheme(Oracle(bank, path), target=...)."
-            )
-        if timesteps is not None and not isinstance(timesteps, TimestepSampler):
-            raise TypeError(
-                f"Expected `timesteps` to be a TimestepSampler such as LogitNormal(), got "
-                f"{timesteps!r}."
-            )
-        if class_wise not in (True, False, "auto"):
-            raise ValueError(
-                f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.'
-            )
-        if on_missing not in ("insert", "error"):
-            raise ValueError(f'Expected `on_missing` "insert" or "error", got {on_missing!r}.')
-        if oracle is not None and path is not None and repr(path) != repr(oracle.path):
-            raise ValueError(
-                f"Expected the path of the oracle, {oracle.path!r}, got {path!r}. Give one of them."
-            )
+        check_settings(oracle, timesteps, target, class_wise, on_missing, path)
         self.oracle = oracle
         self.path = path or (LinearPath() if oracle is None else oracle.path)
         self.target, self.weight = target, weight
@@ -375,19 +353,7 @@ class Scheme:
                 self.oracle.bank.require_classes()
             self.target.check(self.oracle)
         if self.preserve_objective:
-            self._check_density()
-
-    def _check_density(self) -> None:
-        """Refuses times that no draw reaches, if the loss there is to be preserved."""
-        t = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
-        counts = torch.ones_like(t) if self.weight is None else self._bound_weight()(t)
-        missed = t[(self.timesteps.density(t) <= 0) & (counts > 0)]
-        if len(missed):
-            raise ValueError(
-                f"Expected draws wherever the loss counts (preserve_objective=True), but the "
-                f"density of {self.timesteps!r} is 0 from t = {missed[0]:.3f} to {missed[-1]:.3f}. "
-                "Give it a floor: WithFloor(sampler, 0.1)."
-            )
+            check_density(self.timesteps, None if self.weight is None else self._bound_weight())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""
@@ -404,12 +370,3 @@ class Scheme:
             self.set_boundary(state["boundary"])
         self._step, self._calls = state["step"], state["calls"]
         self._bound.load_state_dict(state["timesteps"])
-
-
-def unknown_boundary() -> ValueError:
-    """What is raised where the boundary is needed and not known."""
-    return ValueError(
-        "Expected the boundary of the stages, which has not been measured yet. Give it as a "
-        "number, Scheme(boundary=0.1), or measure it before the first step: "
-        "scheme.set_boundary(StageCurve.measure(oracle, t).boundary())."
-    )

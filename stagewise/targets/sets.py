@@ -80,7 +80,7 @@ class Stratified(Target):
     Nearest rows are those of the oracle's certificate if it has as many
     (`Certificate.compute(bank, neighbours=near)`), otherwise they are searched at every call, which
     is one product with all rows. They are nearest to x_1 and not to `x_t`, so that one graph serves
-    all t.
+    all t; an x_1 that stands for no row has none in a graph.
 
     Args:
         near: Rows nearest to x_1, at least 1.

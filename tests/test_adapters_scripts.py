@@ -5,6 +5,7 @@ over: the type check of the transport, the one noise that makes input and target
 timesteps of the scheduler.
 """
 
+import doctest
 import enum
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from stagewise import CosinePath, EDMPath, LatentBank, LinearPath, LogitNormal, Oracle, VPPath
+from stagewise.adapters import diffusers as diffusers_adapter
 from stagewise.adapters import diffusers_target, find_seams, one_seam
 from stagewise.schemes import Scheme
 from stagewise.targets import Mix
@@ -529,6 +531,11 @@ def test_diffusers_target_unsteered_is_the_scripts():
         assert torch.equal(diffusers_target(noisy, x, noise, sigmas, scheme), noise - x)
         data = diffusers_target(noisy, x, noise, sigmas, scheme, prediction="data")
         assert torch.equal(data, x)
+
+
+def test_diffusers_example():
+    failed, tried = doctest.testmod(diffusers_adapter)
+    assert (failed, tried > 0) == (0, True)
 
 
 def test_diffusers_target_takes_labels():

@@ -5,11 +5,14 @@ import csv
 import functools
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -34,6 +37,7 @@ from stagewise import (
 )
 from stagewise.adapters import diffusers_target
 from stagewise.callbacks import PosteriorMonitor, StageScheme
+from stagewise.engines import Sharded
 from stagewise.losses import FlowMatchingLoss, StageWeightedLoss
 
 cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
@@ -212,6 +216,28 @@ def test_restored_after_an_exception(fit, bank):
     t, x1, xt, u = module.seen[0]
     assert not torch.allclose(u, (x1 - xt) / (1 - t[:, None]), atol=1e-3)
     assert vars(module.FM) == before
+
+
+class Saved(Matched):
+    """Keeps its matcher among the hyperparameters, as `save_hyperparameters` invites to."""
+
+    def __init__(self, matcher):
+        super().__init__(matcher)
+        self.save_hyperparameters()
+
+
+@pytest.mark.filterwarnings("ignore:.*(Attribute 'matcher'|checkpointing)")
+def test_checkpoints_hold_the_matcher_as_it_was(fit, bank, tmp_path):
+    module = Saved(cfm.ConditionalFlowMatcher(0.0))
+    saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    scheme = Scheme(Oracle(bank), target=Mix(1.0))
+    fit(module, StageScheme(scheme), saved, enable_checkpointing=True)
+    loaded = torch.load(tmp_path / "step=2.ckpt", weights_only=False)["hyper_parameters"]
+    _, x1, _, _ = module.seen[0]
+    x0 = torch.randn_like(x1)
+    _, _, u = loaded["matcher"].sample_location_and_conditional_flow(x0, x1)
+    assert torch.equal(u, x1 - x0)
+    assert (tmp_path / "step=2.ckpt").stat().st_size < 30_000, "the bank is not in it"
 
 
 def test_validation_sees_the_plain_targets(fit, bank):
@@ -551,6 +577,11 @@ def test_phases_that_cannot_end(fit, bank):
     refused(fit, Matched(), phases(AtPlateau(1)), match="module.FM never sees", max_steps=90)
 
 
+def test_a_bank_over_ranks_needs_a_boundary_that_is_given(fit, bank):
+    scheme = Scheme(Oracle(bank, engine=Sharded()), target=Mix("boundary"))
+    refused(fit, Lossy(), StageScheme(scheme), match=r"is not measured here.*boundary=\.\.\.")
+
+
 def test_what_is_said_at_construction(bank):
     with pytest.raises(ValueError, match="a scheme or its parts, got both"):
         StageScheme(Scheme(), target=Mix())
@@ -600,3 +631,13 @@ def test_one_line_says_what_was_recognised(fit, bank, lightning_log):
         "StageScheme: steers module.FM: ConditionalFlowMatcher (torchcfm), LinearPath(), predicts "
         "velocity, time 0 is noise and 1 is data;"
     ) in lightning_log.text
+
+
+@pytest.mark.slow
+def test_example(tmp_path):
+    command = [sys.executable, str(Path(__file__).parents[1] / "examples/steer.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "StageScheme: steers module.FM: ConditionalFlowMatcher (torchcfm)" in done.stderr
+    lines = (tmp_path / "stagewise_scheme_logs/stages.jsonl").read_text().splitlines()
+    assert json.loads(lines[1])["step"] == 120

@@ -26,8 +26,8 @@ _LEAVES = (
 _ELSEWHERE = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics")
 """Packages whose objects hold no user's target, apart from the modules they nest."""
 
-_NOT_OURS = ("_trainer", "trainer", "_fabric", "fabric")
-"""Attributes of a LightningModule that lead out of it."""
+_NOT_OURS = ("_trainer", "trainer", "_fabric", "fabric", "_hparams_initial")
+"""Attributes of a LightningModule that lead out of it, or hold copies."""
 
 
 def find_seams(module: object) -> list[Seam]:
@@ -68,9 +68,10 @@ def _parts(place: Place) -> Iterator[Place]:
         held = dict(getattr(whole, "__dict__", {}))
         if isinstance(whole, nn.Module):
             held |= held.pop("_modules")
-        for key, value in held.items():
+        # An object that is held in two places goes by its public name.
+        for key in sorted(held, key=lambda key: key.startswith("_")):
             if key not in _NOT_OURS:
-                yield Place(value, f"{name}.{key}", whole, key)
+                yield Place(held[key], f"{name}.{key}", whole, key)
 
 
 def one_seam(module: object, at: str | None = None) -> Seam:

@@ -84,6 +84,16 @@ class ICPlan:
         return t, alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0
 
 
+class ReversedPlan(ICPlan):
+    """RAE's: time 1 is noise."""
+
+    def compute_alpha_t(self, t):
+        return 1 - t, -1
+
+    def compute_sigma_t(self, t):
+        return t, 1
+
+
 class GVPCPlan(ICPlan):
     path = CosinePath()
 
@@ -116,7 +126,7 @@ class SiT:
     def check_interval(self, train_eps, sample_eps):
         if type(self.path_sampler) in [VPCPlan]:
             return 0, 1 - train_eps
-        if type(self.path_sampler) in [ICPlan, GVPCPlan]:
+        if type(self.path_sampler) in [ICPlan, ReversedPlan, GVPCPlan]:
             kept = 0 if self.model_type is ModelType.VELOCITY else train_eps
             return kept, 1 - kept
         raise AssertionError("the plan has been replaced")
@@ -164,7 +174,10 @@ class LightningDiT(SiT):
 
 TRANSPORTS = [
     (kind, plan, model_type)
-    for kind, plan in ((SiT, ICPlan), (SiT, GVPCPlan), (SiT, VPCPlan), (LightningDiT, ICPlan))
+    for kind, plan in (
+        *((SiT, ICPlan), (SiT, GVPCPlan), (SiT, VPCPlan), (SiT, ReversedPlan)),
+        (LightningDiT, ICPlan),
+    )
     for model_type in (ModelType if kind is SiT else [ModelType.VELOCITY])
 ]
 
@@ -198,11 +211,13 @@ def test_transport_target_is_the_oracle_of_its_prediction(kind, plan, model_type
     seam.attach(scheme_for(seam, LABELS, target=Mix()))
     loss, pred, _ = losses(transport, x1, net, model_kwargs={"y": labels})
     ((xt, t),) = net.seen
-    alpha, sigma, d_alpha, d_sigma = (expand(value, x1) for value in plan.path(t))
+    reverse = plan is ReversedPlan
+    path = plan.path(1 - t if reverse else t)
+    alpha, sigma, d_alpha, d_sigma = (expand(value, x1) for value in path)
     m = posterior_mean(xt, alpha, sigma, labels)
     noise = (xt - alpha * m) / sigma
     error = {
-        ModelType.VELOCITY: pred - (d_alpha * m + d_sigma * noise),
+        ModelType.VELOCITY: pred - (-1 if reverse else 1) * (d_alpha * m + d_sigma * noise),
         ModelType.NOISE: pred - noise,
         ModelType.SCORE: pred * sigma + noise,
     }[model_type]
@@ -253,6 +268,17 @@ def test_transport_draws_t_from_the_scheme_once(kind):
     assert torch.equal(net.seen[0][1], t)
     assert torch.equal(net.seen[0][0], ICPlan().plan(t, x0, x1)[1])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_transport_of_reversed_time_draws_and_reports_ours():
+    x1, _ = rows_of_batch()
+    transport, net = SiT(ReversedPlan), Net()
+    seam = one_seam(transport)
+    assert "predicts minus the velocity, time 1 is noise and 0 is data" in seam.describe()
+    seam.attach(Scheme(timesteps=LogitNormal(-2, 0.1)))
+    losses(transport, x1, net)
+    assert net.seen[0][1].min() > 0.8, "near the noise"
+    torch.testing.assert_close(seam.last[0], 1 - net.seen[0][1])
 
 
 def test_lightningdit_keeps_its_own_times_unless_the_scheme_has_some():

@@ -8,6 +8,9 @@ on the instance. Labels are those of `model_kwargs["y"]`.
 A network that predicts noise or the score is regressed on `x0` itself, which `sample` has drawn
 for this call alone: it is overwritten once `x_t` is made. LightningDiT's cosine loss compares
 directions with the same target, so mixing changes what it means.
+
+Descendants that count time from data to noise (RAE, arXiv 2510.11690) are told by their
+coefficients.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from stagewise.adapters.base import Detach, Place, Seam, rebind, together
 from stagewise.adapters.paths import LibraryPath, recognise
-from stagewise.paths import Prediction
+from stagewise.paths import STAGEWISE, Convention, Prediction
 
 if TYPE_CHECKING:
     from stagewise.schemes import Phases, Scheme
@@ -45,17 +48,22 @@ class Transport(Seam):
         ):
             return None
 
+        ends = plan.compute_alpha_t(torch.tensor([0.1, 0.9], dtype=torch.float64))[0]
+        convention = STAGEWISE if ends[0] < ends[1] else Convention(1, 0, -1)
+
         def coefficients(t: Tensor) -> tuple[Any, ...]:
-            alpha, d_alpha = plan.compute_alpha_t(t)
-            sigma, d_sigma = plan.compute_sigma_t(t)
-            return alpha, sigma, d_alpha, d_sigma
+            time, sign = convention.from_t(t), convention.sign
+            alpha, d_alpha = plan.compute_alpha_t(time)
+            sigma, d_sigma = plan.compute_sigma_t(time)
+            return alpha, sigma, sign * d_alpha, sign * d_sigma
 
         path = recognise(LibraryPath(coefficients, type(plan).__name__))
         # An enumeration: NOISE, SCORE or VELOCITY.
         kind = getattr(transport.model_type, "name", str(transport.model_type)).lower()
         if kind not in ("velocity", "noise", "score"):
             return cls(place, path, refusal=f"its model_type, {kind!r}, is not known.")
-        return cls(place, path, Prediction("velocity" if kind == "velocity" else "noise"))
+        prediction = Prediction("velocity" if kind == "velocity" else "noise")
+        return cls(place, path, prediction, convention)
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         transport, plan = self.place.object, self.place.object.path_sampler
@@ -91,16 +99,17 @@ class Transport(Seam):
             # As the library's own, but for the distribution of t: noise first, then t on the CPU.
             x0 = torch.randn_like(x1)
             start, end = transport.check_interval(transport.train_eps, transport.sample_eps)
-            t = scheme.timesteps.sample(len(x1)) * (end - start) + start
-            return t.to(x1), x0, x1
+            t = self.convention.from_t(scheme.timesteps.sample(len(x1)))
+            return (t * (end - start) + start).to(x1), x0, x1
 
-        def make(t: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            t, xt, u = plain_plan(t, x0, x1)
+        def make(time: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            time, xt, u = plain_plan(time, x0, x1)
             if call is None:
-                return t, xt, u
-            regress_noise = self.prediction.kind == "noise"
+                return time, xt, u
+            regress_noise, sign = self.prediction.kind == "noise", self.convention.sign
+            t = self.convention.to_t(time)
             target, weight = scheme(
-                x0 if regress_noise else u,
+                x0 if regress_noise else sign * u,
                 xt=xt,
                 t=t,
                 x1=x1,
@@ -110,8 +119,8 @@ class Transport(Seam):
             call.update(t=t, weight=weight)
             if regress_noise:
                 x0.copy_(target)
-                return t, xt, u
-            return t, xt, target
+                return time, xt, u
+            return time, xt, sign * target
 
         return together(
             rebind(transport, "training_losses", training_losses),

@@ -238,6 +238,18 @@ def test_transport_finds_the_class_itself_where_the_model_has_no_labels():
     assert torch.equal(losses(transport, x1, model_kwargs={"y": labels})[0], without[0])
 
 
+def test_transport_asks_for_the_classes_that_the_model_is_given():
+    x1, _ = rows_of_batch()
+    transport, net = SiT(), Net().double()
+    oracle = Oracle(LatentBank(ROWS, LABELS), null_class=4)
+    one_seam(transport).attach(Scheme(oracle, target=Mix()))
+    dropped = torch.full((len(x1),), 4)  # as for classifier-free guidance
+    loss, pred, _ = losses(transport, x1.double(), net, model_kwargs={"y": dropped})
+    ((xt, t),) = net.seen
+    target = (posterior_mean(xt, t, 1 - t) - xt) / expand(1 - t, xt)
+    torch.testing.assert_close(loss, (pred - target).square().flatten(1).mean(1), rtol=1e-4, atol=0)
+
+
 def test_transport_weighs_and_reports_the_losses():
     x1, _ = rows_of_batch()
     transport, net = SiT(), Net()
@@ -256,15 +268,18 @@ def test_transport_weighs_and_reports_the_losses():
 
 
 @pytest.mark.parametrize("kind", [SiT, LightningDiT])
-def test_transport_draws_t_from_the_scheme_once(kind):
+@pytest.mark.parametrize("model_type", [ModelType.VELOCITY, ModelType.SCORE])
+def test_transport_draws_t_from_the_scheme_once(kind, model_type):
     x1, _ = rows_of_batch()
-    transport, net = kind(), Net()
+    transport, net = kind(model_type=model_type), Net()
     sampler = LogitNormal(-1, 0.3)
     one_seam(transport).attach(Scheme(timesteps=sampler))
     *_, state = losses(transport, x1, net)
     torch.manual_seed(1)
     x0 = torch.randn_like(x1)
-    t = sampler.sample(len(x1))
+    start, end = transport.check_interval(transport.train_eps, transport.sample_eps)
+    assert (start > 0) == (model_type is ModelType.SCORE)
+    t = sampler.sample(len(x1)) * (end - start) + start
     assert torch.equal(net.seen[0][1], t)
     assert torch.equal(net.seen[0][0], ICPlan().plan(t, x0, x1)[1])
     assert torch.equal(torch.get_rng_state(), state)

@@ -257,12 +257,15 @@ def test_validation_sees_the_plain_targets(fit, bank):
 def test_gradient_accumulation_counts_optimizer_steps(fit, bank):
     phases = Phases([Phase(Scheme(), AtStep(2)), Phase(SCHEMES["mix"](bank))])
     module, callback, keep = Matched(), StageScheme(phases), Gradients()
+    observed, observe = [], phases.observe
+    phases.observe = lambda **options: observed.append(options["step"]) or observe(**options)
     fit(module, callback, keep, accumulate_grad_batches=3, max_steps=4, max_epochs=-1)
     steered = [
         not torch.allclose(u, (x1 - xt) / (1 - t[:, None]), atol=1e-3)
         for t, x1, xt, u in module.seen
     ]
     assert len(keep.seen) == 4
+    assert observed == [1, 2, 3, 4]
     # An epoch has eight batches: three, three and two for a step.
     assert steered == [False] * 6 + [True] * (len(steered) - 6)
     assert [event["step"] for event in callback.transitions] == [2]

@@ -1,6 +1,7 @@
-"""Lightning callbacks that watch the stages of a training run."""
+"""Lightning callbacks that watch and steer the stages of a training run."""
 
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
+from stagewise.callbacks.stage_scheme import StageScheme
 from stagewise.callbacks.training_bank import bank_from_trainer
 
-__all__ = ["PosteriorMonitor", "bank_from_trainer"]
+__all__ = ["PosteriorMonitor", "StageScheme", "bank_from_trainer"]

@@ -12,10 +12,11 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_checked
 from stagewise.losses import FlowMatchingLoss
+from stagewise.memory import available_memory
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path
 
-__all__ = ["check_batch", "path_of", "warn_of_mismatch"]
+__all__ = ["beside_training", "check_batch", "path_of", "warn_of_mismatch"]
 
 
 def path_of(pl_module: pl.LightningModule) -> tuple[Path, str]:
@@ -40,6 +41,16 @@ def path_of(pl_module: pl.LightningModule) -> tuple[Path, str]:
     for path in found.values():
         return path, "from the module's FlowMatchingLoss"
     return LinearPath(), "assumed; say path=... if training uses another"
+
+
+def beside_training(bank: LatentBank, trainer: pl.Trainer) -> LatentBank:
+    """The bank on the training device if it takes less than a tenth of what is free there."""
+    root = trainer.strategy.root_device
+    # The oracle needs float64, which MPS has not.
+    device = torch.device("cpu") if root.type == "mps" else root
+    # The model's gradients, optimizer and activations are not there yet.
+    free = available_memory(device)
+    return bank.to(device) if free is None or bank.nbytes < free / 10 else bank
 
 
 def check_batch(

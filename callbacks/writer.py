@@ -72,6 +72,12 @@ class Writer:
         for logger in self._loggers:
             logger.log_metrics(dict(values), step=step)
 
+    def text(self, tag: str, message: str, step: int) -> None:
+        """Shows a line of text in TensorBoard, under its full tag."""
+        if self.active:
+            for board in self._boards:
+                board.add_text(tag, message, step)
+
     def pictures(self, figures: Mapping[str, Figure], step: int) -> None:
         """Saves figures as PNG and shows them in TensorBoard as `<name>/<figure>`."""
         if self.active:

@@ -3,7 +3,9 @@ r"""The flow-matching objective, with its per-sample losses kept for whoever wan
     L = E_{t ~ q, x_0, x_1} [ w(t) ||model(x_t, t) - y||^2 / D ],   x_t = a_t x_1 + s_t x_0,
 
 with `y` the conditional target of the chosen prediction type (velocity: Lipman et al.,
-arXiv 2210.02747; data, noise, score, EDM: see `Prediction`).
+arXiv 2210.02747; data, noise, score, EDM: see `Prediction`). With a `Scheme`, q, w and what is
+added to y are the scheme's; the loss against y itself is kept beside it, since only that can be
+compared between runs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.oracle import check_times
+from stagewise.oracle import Labels, check_times
 from stagewise.paths import (
     STAGEWISE,
     Convention,
@@ -24,6 +26,7 @@ from stagewise.paths import (
     Prediction,
     PredictionKind,
 )
+from stagewise.schemes import Phases, Scheme
 from stagewise.timesteps import TimestepSampler, Uniform
 
 __all__ = ["FlowMatchingLoss", "LossRecord"]
@@ -35,13 +38,16 @@ class LossRecord:
 
     Attributes:
         t: Times, (B,); t = 0 is noise.
-        loss: Mean squared error of each sample over its D numbers, *before* the weight, (B,).
+        loss: Mean squared error of each sample over its D numbers against the *conditional* target,
+            before the weight, (B,).
         weight: Weight of each sample, (B,).
+        trained: The same against the target that is trained on, (B,); `loss` without a scheme.
     """
 
     t: Tensor
     loss: Tensor
     weight: Tensor
+    trained: Tensor
 
 
 class FlowMatchingLoss(nn.Module):
@@ -57,6 +63,12 @@ class FlowMatchingLoss(nn.Module):
         weight: From t, (B,), to weights, (B,); default all ones.
         convention: How the model counts time and signs its target, default the library's own
             (t = 0 noise). The model is called with `convention.from_t(t)`.
+        scheme: Says how t is drawn, what is trained on and what counts how much: a `Scheme` or
+            `Phases`; default None. It takes the place of `timesteps` and `weight`, and rests while
+            the module is in eval mode: held-out samples are in no bank.
+
+    Raises:
+        ValueError: If a scheme is given beside timesteps or a weight, or is about another path.
 
     Example:
         >>> import torch
@@ -73,13 +85,22 @@ class FlowMatchingLoss(nn.Module):
         timesteps: TimestepSampler | None = None,
         weight: Callable[[Tensor], Tensor] | None = None,
         convention: Convention = STAGEWISE,
+        scheme: Scheme | Phases | None = None,
     ) -> None:
         super().__init__()
-        self.path = path or LinearPath()
+        if scheme is not None and (timesteps is not None or weight is not None):
+            raise ValueError(
+                "Expected either a scheme, or timesteps and weight, got both. Give them to the "
+                "scheme: Scheme(timesteps=..., weight=...)."
+            )
+        if scheme is not None and path is not None and repr(path) != repr(scheme.path):
+            raise ValueError(f"Expected the scheme's path, {scheme.path!r}, got {path!r}.")
+        self.path = path or (LinearPath() if scheme is None else scheme.path)
         self.prediction = Prediction.of(prediction)
         self.timesteps = timesteps or Uniform()
         self.weight = weight
         self.convention = convention
+        self.scheme = scheme
         self.last: LossRecord | None = None
 
     def forward(
@@ -90,6 +111,8 @@ class FlowMatchingLoss(nn.Module):
         x0: Tensor | None = None,
         t: Tensor | None = None,
         generator: torch.Generator | None = None,
+        classes: Labels | None = None,
+        source: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The mean weighted loss of a batch.
@@ -101,6 +124,10 @@ class FlowMatchingLoss(nn.Module):
             x0: Noise, (B, *); default drawn.
             t: Times in [0, 1], (B,), t = 0 is noise; default drawn by the sampler.
             generator: For the draws, on the device of `x1`; default torch's global one.
+            classes: Class of each sample for a class-wise scheme, (B,); not passed to the model.
+                Default: looked up in the bank.
+            source: Row of the scheme's bank that each sample stands for, (B,); not passed to the
+                model. Default: looked up; see `Scheme`.
             **kwargs: Passed on to the model.
 
         Returns:
@@ -109,10 +136,14 @@ class FlowMatchingLoss(nn.Module):
         Raises:
             ValueError: If the shapes of `t`, `x0`, the weight or the model's output do not fit.
         """
+        scheme = self.scheme if self.training else None
         if x0 is None:
             x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
         if t is None:
-            t = self.timesteps.sample(len(x1), device=x1.device, generator=generator)
+            timesteps = self.timesteps
+            if scheme is not None and scheme.draws_timesteps:
+                timesteps = scheme.timesteps
+            t = timesteps.sample(len(x1), device=x1.device, generator=generator)
         check_times(t, len(x1))
         if x0.shape != x1.shape:
             raise ValueError(
@@ -120,18 +151,33 @@ class FlowMatchingLoss(nn.Module):
             )
         path = self.path(t)
         xt = self.path.interpolate(x0, x1, t).to(x1.dtype)
-        y = self.convention.sign * self.prediction.target(path, x0.float(), x1.float())
+        y = self.prediction.target(path, x0.float(), x1.float())
+        added = None
+        if scheme is not None:
+            added = scheme(
+                y, xt=xt, t=t, x1=x1, labels=classes, source=source, prediction=self.prediction
+            )
         output = model(xt, self.convention.from_t(t), *args, **kwargs)
         if output.shape != x1.shape:
             raise ValueError(
                 f"Expected the model to return the shape of `x1`, {tuple(x1.shape)}, got "
                 f"{tuple(output.shape)}."
             )
-        loss = (output.float() - y).square().flatten(1).mean(1)
-        weight = torch.ones_like(loss) if self.weight is None else self.weight(t)
-        if weight.shape != loss.shape:
+        output = self.convention.sign * output.float()
+        weight = torch.ones_like(t) if self.weight is None else self.weight(t)
+        if weight.shape != t.shape:
             raise ValueError(
                 f"Expected `weight(t)` with shape ({len(x1)},), got {tuple(weight.shape)}."
             )
-        self.last = LossRecord(t.detach(), loss.detach(), weight.detach())
-        return (weight * loss).mean()
+        if added is None:
+            loss = trained = _mean_square(output - y)
+        else:
+            loss, trained = _mean_square(output.detach() - y), _mean_square(output - added[0])
+            weight = weight * added[1]
+        self.last = LossRecord(t.detach(), loss.detach(), weight.detach(), trained.detach())
+        return (weight * trained).mean()
+
+
+def _mean_square(error: Tensor) -> Tensor:
+    """Over all but the batch, (B,)."""
+    return error.square().flatten(1).mean(1)

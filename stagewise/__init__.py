@@ -7,6 +7,7 @@ Floor 1, the science, in plain torch. Losses live in `stagewise.losses`, Lightni
 from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
 from stagewise.certificate import Certificate
+from stagewise.lambdas import Concentration, Smooth
 from stagewise.oracle import Oracle
 from stagewise.paths import (
     DIFFUSERS,
@@ -21,32 +22,86 @@ from stagewise.paths import (
     VPPath,
 )
 from stagewise.posterior import Posterior, merge
+from stagewise.schemes import Phase, Phases, Scheme, SchemeRecord
 from stagewise.stages import StageBoundary, StageCurve, predicted_boundary
-from stagewise.timesteps import LogitNormal, TimestepSampler, Uniform
+from stagewise.targets import (
+    LeaveOneOut,
+    Mix,
+    ReferenceSet,
+    Stratified,
+    Target,
+    Tempered,
+    mix_target,
+)
+from stagewise.timesteps import (
+    Beta,
+    EDMLogNormal,
+    LogitNormal,
+    LossSecondMoment,
+    Mode,
+    Shifted,
+    StageAware,
+    TimestepSampler,
+    Uniform,
+    UShaped,
+    WithFloor,
+)
+from stagewise.transitions import AtPlateau, AtShare, AtStep
+from stagewise.weights import P2, EDMWeight, MinSNR, StageFactors, StageGate, Weight
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DIFFUSERS",
+    "P2",
     "STAGEWISE",
+    "AtPlateau",
+    "AtShare",
+    "AtStep",
+    "Beta",
     "Certificate",
+    "Concentration",
     "Convention",
     "CosinePath",
+    "EDMLogNormal",
     "EDMPath",
+    "EDMWeight",
     "LatentBank",
+    "LeaveOneOut",
     "LinearPath",
     "LogitNormal",
+    "LossSecondMoment",
+    "MinSNR",
+    "Mix",
+    "Mode",
     "Oracle",
     "Path",
     "PathCoefficients",
+    "Phase",
+    "Phases",
     "Posterior",
     "Prediction",
+    "ReferenceSet",
+    "Scheme",
+    "SchemeRecord",
+    "Shifted",
+    "Smooth",
+    "StageAware",
     "StageBoundary",
     "StageCurve",
+    "StageFactors",
+    "StageGate",
+    "Stratified",
+    "Target",
+    "Tempered",
     "TimestepSampler",
+    "UShaped",
     "Uniform",
     "VPPath",
+    "Weight",
+    "WithFloor",
     "find_sample",
     "merge",
+    "mix_target",
     "predicted_boundary",
 ]

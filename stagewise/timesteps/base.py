@@ -4,21 +4,24 @@ A sampler is more than a way to draw: its density `q(t)` says what the draws do 
 Training with `t ~ q` and no weight minimises `int q(t) L(t) dt`; the weight `p(t) / q(t)` restores
 the objective of another density p while keeping the draws of q.
 
-Both samplers here map a uniform number through an inverse distribution function, so `stratified`
-applies to either: the n draws of a call fall one into each of n equal shares of the probability
+Every sampler maps a uniform number through an inverse distribution function, so `stratified`
+applies to any: the n draws of a call fall one into each of n equal shares of the probability
 (Kingma et al., arXiv 2107.00630, App. I.1), which lowers the variance of the loss and changes
 nothing in the mean.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LogitNormal", "TimestepSampler", "Uniform"]
+__all__ = ["TimestepSampler", "Uniform"]
+
+_LAST = 1 - 2**-24
+"""The largest number below 1 in float32."""
 
 
 class TimestepSampler(ABC):
@@ -31,6 +34,11 @@ class TimestepSampler(ABC):
 
     def __init__(self, stratified: bool = False) -> None:
         self.stratified = stratified
+
+    @property
+    def needs_boundary(self) -> bool:
+        """Whether it must be bound to the stages' boundary (`bind`) before it can draw."""
+        return False
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
@@ -61,8 +69,41 @@ class TimestepSampler(ABC):
         if self.stratified:
             order = torch.randperm(n, device=device, generator=generator)
             # Rounding must not reach 1, where some targets are infinite.
-            u = ((order + u) / n).clamp_max(1 - 2**-24)
+            u = ((order + u) / n).clamp_max(_LAST)
+        return self.place(u).clamp(0, _LAST)
+
+    def place(self, u: Tensor) -> Tensor:
+        """From uniform numbers to draws, in any order; default `quantile`."""
         return self.quantile(u)
+
+    def importance_weight(self, t: Tensor, of: TimestepSampler | None = None) -> Tensor:
+        """`p(t) / q(t)`: what makes the draws of q count as those of p.
+
+        Args:
+            t: Times, any shape.
+            of: The sampler whose density is p, default `Uniform()`.
+
+        Returns:
+            Of the shape of `t`; infinite where q is 0 and p is not, but 0 at 0 and 1 themselves,
+            which have no probability.
+        """
+        p, q = (of or Uniform()).density(t), self.density(t)
+        counts = (p > 0) & ((q > 0) | ((t > 0) & (t < 1)))
+        return torch.where(counts, p / q, torch.zeros_like(p))
+
+    def bind(self, boundary: float) -> TimestepSampler:
+        """The sampler for stages that meet at `boundary`; itself if it does not depend on them."""
+        return self
+
+    def update(self, t: Tensor, loss: Tensor) -> None:  # noqa: B027
+        """Takes note of losses (B,) at times (B,); only samplers that adapt do anything."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been learnt from losses; empty for samplers that do not adapt."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Takes up what `state_dict` gave."""
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value}" for name, value in vars(self).items())
@@ -79,33 +120,3 @@ class Uniform(TimestepSampler):
     def density(self, t: Tensor) -> Tensor:
         """See `TimestepSampler`."""
         return ((t >= 0) & (t <= 1)).to(t.dtype)
-
-
-class LogitNormal(TimestepSampler):
-    """`logit t ~ N(mean, std^2)` (Esser et al., SD3, arXiv 2403.03206, Eq. 19).
-
-    Concentrates on the middle: with the defaults only 1.4 % of the draws have t < 0.1, so the
-    navigation stage of ImageNet latents is hardly trained.
-
-    Args:
-        mean: Mean of the logit, default 0; negative favours noise.
-        std: Standard deviation of the logit, default 1.
-        stratified: See `TimestepSampler`.
-    """
-
-    def __init__(self, mean: float = 0.0, std: float = 1.0, stratified: bool = False) -> None:
-        super().__init__(stratified)
-        if std <= 0:
-            raise ValueError(f"Expected `std` above 0, got {std}.")
-        self.mean, self.std = mean, std
-
-    def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
-        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
-
-    def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`; 0 at both ends."""
-        z = (torch.logit(t) - self.mean) / self.std
-        scale = self.std * math.sqrt(2 * math.pi)
-        value = torch.exp(-z * z / 2) / (scale * t * (1 - t))
-        return torch.where((t > 0) & (t < 1), value, torch.zeros_like(t))

@@ -1,0 +1,150 @@
+"""What a training run tells a scheme: its length, its boundary, the losses of all ranks."""
+
+from __future__ import annotations
+
+import math
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from stagewise.adapters.base import parts
+from stagewise.engines import Sharded
+from stagewise.oracle import Oracle
+from stagewise.schemes import Phases, Scheme, SchemeRecord
+from stagewise.stages import (
+    StageBoundary,
+    StageCurve,
+    predicted_boundary,
+    stage_edges,
+    stratified_times,
+)
+from stagewise.transitions import AtPlateau, AtShare
+
+__all__ = ["GatheredLosses", "SchemeMeans", "measured_boundary", "reads_losses", "steps_of"]
+
+_STRATA, _QUERIES = 24, 64
+
+
+def steps_of(trainer: pl.Trainer, scheme: Scheme | Phases) -> int | None:
+    """The optimizer steps of the training, None if it has no end.
+
+    Raises:
+        ValueError: If a phase of the scheme cannot end within them.
+    """
+    total = trainer.estimated_stepping_batches
+    steps = None if math.isinf(total) else int(total)
+    start = 0
+    for phase in scheme.phases[:-1] if isinstance(scheme, Phases) else []:
+        assert phase.until is not None
+        if steps is None and isinstance(phase.until, AtShare):
+            raise ValueError(
+                f"{phase.until!r} is a share of a training that has no end. Set max_steps or "
+                "max_epochs, or use AtStep(step)."
+            )
+        start = phase.until.check(start, steps)
+    return steps
+
+
+def reads_losses(scheme: Scheme | Phases) -> str:
+    """What in the scheme needs each sample's loss, for messages; empty if nothing does."""
+    for phase in scheme.phases if isinstance(scheme, Phases) else []:
+        if isinstance(phase.until, AtPlateau):
+            return repr(phase.until)
+    adapts = any(part.state_dict()["timesteps"] for part in parts(scheme))
+    return "A sampler that adapts" if adapts else ""
+
+
+def measured_boundary(
+    trainer: pl.Trainer, oracle: Oracle, *, class_wise: bool, seed: int
+) -> StageBoundary:
+    """The boundary of the stages, measured by all ranks together.
+
+    Args:
+        trainer: The trainer.
+        oracle: Bank and path.
+        class_wise: Whether the posterior is over the rows of the query's own class.
+        seed: Of the queries.
+
+    Raises:
+        ValueError: If the bank is spread over the ranks.
+    """
+    if isinstance(oracle.engine, Sharded):
+        raise ValueError(
+            "The boundary of a bank that is spread over the ranks is not measured here. Give it: "
+            "Scheme(boundary=...)."
+        )
+    predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=class_wise)
+    curve = StageCurve.measure(
+        oracle,
+        stratified_times(stage_edges(predicted, _STRATA), _QUERIES, seed=seed),
+        seed=(seed, 1),
+        class_wise=class_wise,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
+    if trainer.world_size > 1:
+        values = curve.values.to(trainer.strategy.root_device)
+        total = trainer.strategy.reduce(values, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        curve = StageCurve(curve.t, total.cpu())
+    return curve.boundary(seed=seed)
+
+
+class SchemeMeans:
+    """Means over samples of what a scheme did, summed on the device and reduced when asked for."""
+
+    _KEYS = ("lambda", "navigation_share", "weight")
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, record: SchemeRecord, boundary: float | None) -> None:
+        """Adds the samples of a call; without a boundary no share can be said to be below it."""
+        t = record.t.float()
+        inside = torch.full_like(t, math.nan) if boundary is None else (t < boundary).float()
+        values = [record.lam.float(), inside, record.weight.float(), torch.ones_like(t)]
+        sums = torch.stack(values).sum(1)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def reduced(self, trainer: pl.Trainer) -> dict[str, float]:
+        """The means over all ranks since the last time; a collective, and a device sync."""
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(len(self._KEYS) + 1, device=trainer.strategy.root_device)
+        self._sums = None
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        *totals, count = sums.tolist()
+        return {key: total / count for key, total in zip(self._KEYS, totals, strict=True) if count}
+
+
+class GatheredLosses:
+    """The losses of an optimizer step from all ranks, so that every rank decides the same."""
+
+    def __init__(self) -> None:
+        self._records: list[Tensor] = []
+        self._share: int | None = None
+
+    def add(self, t: Tensor, loss: Tensor) -> None:
+        """Takes the times and losses of a batch, each (B,)."""
+        self._records.append(torch.stack([t.float(), loss.float()]))
+
+    def gathered(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Times and losses since the last time, from all ranks; a collective.
+
+        Ranks must send equally many. What they send is fixed by the largest first step; a rank that
+        has fewer sends some of its own twice, one that has more leaves the last out.
+        """
+        if not self._records:
+            return None, None
+        record = torch.cat(self._records, dim=1)
+        self._records = []
+        if trainer.world_size == 1:
+            return record[0], record[1]
+        if self._share is None:
+            count = torch.tensor(float(record.shape[1]), device=record.device)
+            self._share = int(trainer.strategy.reduce(count, reduce_op="max"))
+        index = torch.arange(self._share, device=record.device) % record.shape[1]
+        of_all = trainer.strategy.all_gather(record[:, index])
+        return of_all[:, 0].flatten(), of_all[:, 1].flatten()

@@ -1,0 +1,76 @@
+"""A loss of your own, weighted by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from stagewise.schemes import Phases, Scheme
+
+__all__ = ["StageWeightedLoss"]
+
+
+class StageWeightedLoss(nn.Module):
+    """The mean over the batch of `w(t)` times an unreduced loss.
+
+    Args:
+        loss: Called with whatever this is called with; returns (B, *), which is averaged over all
+            axes but the first: `nn.MSELoss(reduction="none")`, for example.
+        weight: From t, (B,), to weights, (B,): `StageFactors(2, 1, boundary=0.1)`, `MinSNR()`; or a
+            `Scheme` or `Phases`, whose weight (importance weights included) is taken.
+
+    Raises:
+        ValueError: If `loss` reduces over the batch, as its `reduction` says.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import StageFactors
+        >>> weight = StageFactors(navigation=2, refinement=1, boundary=0.5)
+        >>> loss_fn = StageWeightedLoss(nn.MSELoss(reduction="none"), weight)
+        >>> loss_fn(torch.zeros(2, 3), torch.ones(2, 3), t=torch.tensor([0.1, 0.9]))
+        tensor(1.5000)
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        weight: Callable[[Tensor], Tensor] | Scheme | Phases,
+    ) -> None:
+        super().__init__()
+        reduction = getattr(loss, "reduction", "none")
+        if reduction != "none":
+            raise ValueError(
+                f"Expected a loss for each sample, got one with reduction={reduction!r}. "
+                f'Make it {type(loss).__name__}(reduction="none").'
+            )
+        self.loss = loss
+        self.weight = weight.weight_of if isinstance(weight, Scheme | Phases) else weight
+
+    def forward(self, *args: Any, t: Tensor, **kwargs: Any) -> Tensor:
+        """The weighted mean.
+
+        Args:
+            *args: For the loss.
+            t: Times in [0, 1], (B,); t = 0 is noise.
+            **kwargs: For the loss.
+
+        Returns:
+            A scalar, with gradient.
+
+        Raises:
+            ValueError: If the loss or the weight has not one number for each t.
+        """
+        loss = self.loss(*args, **kwargs)
+        if loss.shape[:1] != t.shape:
+            raise ValueError(
+                f"Expected a loss with shape {(len(t), '*')}, one for each t, got "
+                f"{tuple(loss.shape)}. Give it without reduction."
+            )
+        weight = self.weight(t)
+        if weight.shape != t.shape:
+            raise ValueError(
+                f"Expected `weight(t)` with shape {tuple(t.shape)}, got {tuple(weight.shape)}."
+            )
+        return (weight * loss.reshape(len(t), -1).mean(1)).mean()

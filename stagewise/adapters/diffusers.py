@@ -1,0 +1,104 @@
+r"""diffusers' flow-matching scripts (SD3, Flux): noise is `sigma = 1`, the target `noise - x`.
+
+The scripts write their loss out, so there is nothing to put a scheme into: one line changes, from
+`target = noise - model_input` to
+
+    target = diffusers_target(noisy_model_input, model_input, noise, sigmas, scheme)
+
+With `t = 1 - sigma` the noisy input `(1 - sigma) x + sigma noise` is the linear path, whatever
+`shift` has done to sigma, and the target is the negative velocity, so the correction is subtracted.
+With `precondition_outputs` the target is `x`: say `prediction="data"`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from stagewise.adapters.base import Detach, Place, Seam
+from stagewise.oracle import Labels
+from stagewise.paths import DIFFUSERS, LinearPath, PredictionKind
+
+if TYPE_CHECKING:
+    from stagewise.schemes import Phases, Scheme
+
+__all__ = ["FlowMatchScheduler", "diffusers_target"]
+
+
+def diffusers_target(
+    noisy: Tensor,
+    model_input: Tensor,
+    noise: Tensor,
+    sigmas: Tensor,
+    scheme: Scheme | Phases,
+    *,
+    labels: Labels | None = None,
+    prediction: PredictionKind = "velocity",
+) -> Tensor:
+    """What to regress on in place of `noise - model_input`.
+
+    The scheme's weight is `scheme.last.weight`, (B,), for `compute_loss_weighting_for_sd3` to be
+    multiplied by.
+
+    Args:
+        noisy: `(1 - sigmas) * model_input + sigmas * noise`, (B, *).
+        model_input: Latents, scaled as they are trained on, (B, *).
+        noise: Standard normal, (B, *).
+        sigmas: Noise levels in [0, 1] with 1 noise, (B,) or as the scripts expand them, (B, 1, ..).
+        scheme: What steers.
+        labels: The class of each sample, (B,); default None: the scheme looks them up if it needs
+            them.
+        prediction: "velocity" for the target `noise - model_input`, the default; "data" for
+            `model_input`.
+
+    Returns:
+        The target, (B, *).
+
+    Raises:
+        ValueError: If `prediction` is neither, or the shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import Scheme
+        >>> x, noise, sigmas = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.rand(4)
+        >>> s = sigmas.reshape(-1, 1, 1, 1)
+        >>> noisy = (1 - s) * x + s * noise
+        >>> target = diffusers_target(noisy, x, noise, sigmas, Scheme())
+        >>> torch.equal(target, noise - x)
+        True
+    """
+    if prediction not in ("velocity", "data"):
+        raise ValueError(f'Expected `prediction` "velocity" or "data", got {prediction!r}.')
+    if sigmas.numel() != len(noisy):
+        raise ValueError(
+            f"Expected one of `sigmas` for each of {len(noisy)} samples, got {tuple(sigmas.shape)}."
+        )
+    y = model_input if prediction == "data" else model_input - noise
+    target, _ = scheme(
+        y, xt=noisy, t=1 - sigmas.flatten(), x1=model_input, labels=labels, prediction=prediction
+    )
+    return target if prediction == "data" else -target
+
+
+class FlowMatchScheduler(Seam):
+    """A `FlowMatchEulerDiscreteScheduler`: recognised, but the target is made beside it."""
+
+    library = "diffusers"
+
+    @classmethod
+    def of(cls, place: Place) -> FlowMatchScheduler | None:
+        """The seam at `place`, or None if there is none of this kind."""
+        scheduler = place.object
+        if not callable(getattr(scheduler, "scale_noise", None)) or not all(
+            hasattr(scheduler, name) for name in ("sigmas", "timesteps")
+        ):
+            return None
+        refusal = (
+            "its target is made in your training step. There, in place of `noise - model_input`, "
+            "write diffusers_target(noisy, model_input, noise, sigmas, scheme)."
+        )
+        return cls(place, LinearPath(), convention=DIFFUSERS, refusal=refusal)
+
+    def _attach(self, scheme: Scheme | Phases) -> Detach:
+        raise NotImplementedError

@@ -1,0 +1,101 @@
+r"""The losses of EDM (arXiv 2206.00364) and EDM2 (2312.02696): `loss_fn(net, images, labels)`.
+
+The network sees `x_1 + sigma x_0`, which is `x_t / t` on the linear path at `t = 1 / (1 + sigma)`,
+and is regressed on `x_1`: the oracle's target is the posterior mean. The same `images` make the
+input and the target, so the loss is given a copy, which is overwritten by the target once the
+network is called, that is, once the input is made.
+
+`sigma` is drawn inside: set `P_mean` and `P_std` for another distribution. The loss comes back
+unreduced, (B, *), so weights apply. Labels may be one-hot, as EDM has them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stagewise.adapters.base import Detach, Place, Seam, rebind
+from stagewise.oracle import Labels
+from stagewise.paths import LinearPath, Prediction, expand_like
+
+if TYPE_CHECKING:
+    from stagewise.schemes import Phases, Scheme
+
+__all__ = ["EDMLoss"]
+
+
+class EDMLoss(Seam):
+    """An EDM or EDM2 loss; see the module docstring."""
+
+    library = "EDM"
+    weights = losses = True
+
+    @classmethod
+    def of(cls, place: Place) -> EDMLoss | None:
+        """The seam at `place`, or None if there is none of this kind."""
+        loss_fn = place.object
+        names = ("P_mean", "P_std", "sigma_data")
+        if not callable(loss_fn) or not all(hasattr(loss_fn, name) for name in names):
+            return None
+        # A network of EDM's may have such attributes too.
+        call = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+        if list(inspect.signature(call).parameters)[:2] != ["net", "images"]:
+            return None
+        reachable = isinstance(loss_fn, nn.Module) or place.owner is not None
+        refusal = None if reachable else "keep it as an attribute, self.loss_fn = EDM2Loss()."
+        return cls(place, LinearPath(), Prediction("data"), refusal=refusal)
+
+    def describe(self) -> str:
+        """See `Seam`."""
+        return f"{super().describe()}, input x_t / t, t = 1 / (1 + sigma)"
+
+    def _attach(self, scheme: Scheme | Phases) -> Detach:
+        loss_fn = self.place.object
+        # Python looks `__call__` up on the class; a module's `forward` can be set on the instance.
+        module = isinstance(loss_fn, nn.Module)
+        plain = loss_fn.forward if module else loss_fn
+
+        def loss(
+            net: Any, images: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any
+        ) -> Tensor:
+            if args or any(value is not None for value in kwargs.values()):
+                raise ValueError(
+                    f"{self.name} augments its images, so what it trains on is no row of the bank. "
+                    "Call it without augment_pipe to steer."
+                )
+            target = images.clone()
+            t = weight = torch.empty(0)
+
+            def denoise(x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Any:
+                nonlocal t, weight
+                t = 1 / (1 + sigma.flatten())
+                xt = expand_like(t, x) * x
+                steered, weight = scheme(
+                    images,
+                    xt=xt,
+                    t=t,
+                    x1=images,
+                    labels=_classes(labels),
+                    prediction=self.prediction,
+                )
+                target.copy_(steered)
+                return net(x, sigma, *args, **kwargs)
+
+            losses = plain(denoise, target, labels)
+            self._last = (t, losses.detach().flatten(1).mean(1))
+            return losses * expand_like(weight.to(losses), losses)
+
+        if module:
+            return rebind(loss_fn, "forward", loss)
+        return rebind(self.place.owner, self.place.attribute, loss)
+
+
+def _classes(labels: Tensor | None) -> Labels | None:
+    """Labels as the oracle takes them: of one-hot rows the class, of rows without one None."""
+    if labels is None or not labels.is_floating_point():
+        return labels
+    found = zip(labels.argmax(1).tolist(), labels.any(1).tolist(), strict=True)
+    return [label if given else None for label, given in found]

@@ -1,0 +1,99 @@
+r"""The paths of other libraries, in the library's own four numbers.
+
+A library may write `x_t` with more noise than one: torchcfm's `sigma` adds `sigma eps` with an
+`eps` of its own. Two independent Gaussians are one,
+
+    x_t = a_t x_1 + s_t x_0 + sigma eps = a_t x_1 + s~_t z,   s~_t^2 = s_t^2 + sigma^2,
+
+and the conditional target `a'_t x_1 + s'_t x_0`, averaged over what `x_t` and `x_1` leave open, is
+
+    E[a' x_1 + s' x_0 | x_1, x_t] = a' x_1 + (s' s / s~^2) (x_t - a x_1) = a' x_1 + s~' z,
+
+because `s~' = s s' / s~`: the velocity of the path `(a, s~)`. So the oracle of that path is the
+oracle of the library's target. (For the linear path: `m - (1 - t)(x_t - t m) / v` with
+`v = (1 - t)^2 + sigma^2`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from stagewise.paths import CosinePath, LinearPath, Path, PathCoefficients, VPPath
+
+__all__ = ["LibraryPath", "NoisedPath", "ShrinkingPath", "recognise", "same_path"]
+
+
+class LibraryPath(Path):
+    """A path whose numbers come from another library's object.
+
+    Args:
+        coefficients: From t, any shape, to `a_t, s_t, a'_t, s'_t`: tensors like t, or numbers.
+        name: For messages.
+    """
+
+    def __init__(
+        self, coefficients: Callable[[Tensor], Sequence[Tensor | float]], name: str
+    ) -> None:
+        self.coefficients, self.name = coefficients, name
+
+    def __call__(self, t: Tensor) -> PathCoefficients:
+        """The coefficients at `t`; see `Path`."""
+        values = (torch.as_tensor(value).to(t).expand_as(t) for value in self.coefficients(t))
+        return PathCoefficients(*values)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class NoisedPath(Path):
+    """A path with independent noise of constant size added: torchcfm's matchers with `sigma`.
+
+    Args:
+        path: The path without.
+        noise: Standard deviation of what is added, above 0.
+    """
+
+    def __init__(self, path: Path, noise: float) -> None:
+        if noise <= 0:
+            raise ValueError(f"Expected `noise` above 0, got {noise}.")
+        self.path, self.noise = path, noise
+
+    def __call__(self, t: Tensor) -> PathCoefficients:
+        """The coefficients at `t`; see `Path`."""
+        alpha, sigma, d_alpha, d_sigma = self.path(t)
+        total = torch.sqrt(sigma**2 + self.noise**2)
+        return PathCoefficients(alpha, total, d_alpha, sigma * d_sigma / total)
+
+
+class ShrinkingPath(Path):
+    """`a = t`, `s = 1 - (1 - sigma_min) t` (Lipman et al., arXiv 2210.02747, Eq. 20).
+
+    Args:
+        sigma_min: What is left of the noise at t = 1, at least 0; 0 is `LinearPath`.
+    """
+
+    def __init__(self, sigma_min: float) -> None:
+        if sigma_min < 0:
+            raise ValueError(f"Expected `sigma_min` of at least 0, got {sigma_min}.")
+        self.sigma_min = sigma_min
+
+    def __call__(self, t: Tensor) -> PathCoefficients:
+        """The coefficients at `t`; see `Path`."""
+        one, slope = torch.ones_like(t), 1 - self.sigma_min
+        return PathCoefficients(t, 1 - slope * t, one, -slope * one)
+
+
+def same_path(one: Path, other: Path) -> bool:
+    """Whether two paths give the same four numbers at all t (to 1e-4, on a grid)."""
+    t = torch.linspace(0.01, 0.99, 33, dtype=torch.float64)
+    pairs = zip(one(t), other(t), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+
+
+def recognise(path: Path) -> Path:
+    """The library's own path with the same numbers, or else `path` itself."""
+    known = (LinearPath(), CosinePath(), VPPath())
+    return next((own for own in known if same_path(own, path)), path)

@@ -1,0 +1,145 @@
+r"""torchcfm's matchers (Tong et al., arXiv 2302.00482): `sample_location_and_conditional_flow`.
+
+| matcher | `x_t` given `x_1` | path |
+|---|---|---|
+| `ConditionalFlowMatcher(sigma)` | `N(t x_1, (1 - t)^2 + sigma^2)` | `LinearPath`, noised |
+| `TargetConditionalFlowMatcher(sigma)` | `N(t x_1, (1 - (1 - sigma) t)^2)` | `ShrinkingPath` |
+| `VariancePreservingConditionalFlowMatcher(sigma)` | as the first | `CosinePath`, noised |
+
+With `sigma > 0` the target `u` of the first and the last keeps noise that `x_t` and `x_1` do not
+determine. It is averaged out in the share `lambda` in which the scheme mixes, so that the target is
+`u + lambda (u* - u)` with the same meaning as elsewhere.
+
+Optimal-transport and Schroedinger-bridge matchers make `x_0` and `x_1` dependent: there is no
+closed form, and they are refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stagewise.adapters.base import Detach, Place, Seam, check_noise, mixes, rebind, together
+from stagewise.adapters.paths import NoisedPath, ShrinkingPath
+from stagewise.oracle import Labels
+from stagewise.paths import CosinePath, LinearPath, Path, expand_like
+
+if TYPE_CHECKING:
+    from stagewise.schemes import Phases, Scheme
+
+__all__ = ["TorchCFM"]
+
+_COUPLED = (
+    "its minibatch coupling makes x_0 and x_1 dependent, and the closed form of the oracle holds "
+    "for independent ones only. Train with ConditionalFlowMatcher to steer."
+)
+_UNKNOWN = (
+    "it is none of torchcfm's matchers, and its path is not known. Make the target yourself: "
+    "u, w = scheme(u, xt=xt, t=t, x1=x1)."
+)
+_PLAIN = "sample_location_and_conditional_flow"
+_GUIDED = "guided_sample_location_and_conditional_flow"
+
+
+class TorchCFM(Seam):
+    """A torchcfm matcher; see the module docstring."""
+
+    library = "torchcfm"
+    timesteps = True
+
+    @classmethod
+    def of(cls, place: Place) -> TorchCFM | None:
+        """The seam at `place`, or None if there is none of this kind."""
+        matcher = place.object
+        if not callable(getattr(matcher, _PLAIN, None)) or not hasattr(matcher, "sigma"):
+            return None
+        if hasattr(matcher, "ot_sampler"):
+            return cls(place, LinearPath(), refusal=_COUPLED)
+        path = _path(matcher)
+        return cls(place, path or LinearPath(), refusal=None if path else _UNKNOWN)
+
+    def _attach(self, scheme: Scheme | Phases) -> Detach:
+        matcher = self.place.object
+        plain: Any = getattr(matcher, _PLAIN)
+        guided: Any = getattr(matcher, _GUIDED, None)
+        noisy = isinstance(self.path, NoisedPath)
+        # The Target matcher makes its own noise and ignores x_0.
+        looked_at = not mixes(scheme) or "TargetConditionalFlowMatcher" in _classes(matcher)
+        inside_guided = False
+
+        def draw(x0: Tensor, t: Tensor | None) -> Tensor | None:
+            nonlocal looked_at
+            if not looked_at:
+                check_noise(x0)
+                looked_at = True
+            if t is not None:
+                self.refuse_given_times(scheme)
+            if t is not None or not scheme.draws_timesteps:
+                return t
+            return scheme.timesteps.sample(len(x0)).type_as(x0)  # on the CPU, as torchcfm does
+
+        def target(u: Tensor, t: Tensor, xt: Tensor, x1: Tensor, labels: Labels | None) -> Tensor:
+            times = t.flatten()
+            steered, _ = scheme(u, xt=xt, t=times, x1=x1, labels=labels)
+            if noisy and scheme.last is not None:
+                c, b = self.prediction.coefficients(self.path(times))
+                known = expand_like(c, x1) * x1 + expand_like(b, xt) * xt
+                steered = steered + expand_like(scheme.last.lam.to(u), u) * (known - u)
+            return steered
+
+        def sample(
+            x0: Tensor, x1: Tensor, t: Tensor | None = None, return_noise: bool = False
+        ) -> tuple[Any, ...]:
+            if inside_guided:
+                return plain(x0, x1, t, return_noise)
+            t, xt, u, *rest = plain(x0, x1, draw(x0, t), return_noise)
+            return (t, xt, target(u, t, xt, x1, None), *rest)
+
+        def guided_sample(
+            x0: Tensor,
+            x1: Tensor,
+            y0: Tensor | None = None,
+            y1: Tensor | None = None,
+            t: Tensor | None = None,
+            return_noise: bool = False,
+        ) -> tuple[Any, ...]:
+            nonlocal inside_guided
+            t, inside_guided = draw(x0, t), True
+            try:
+                t, xt, u, *rest = guided(x0, x1, y0, y1, t, return_noise)
+            finally:
+                inside_guided = False
+            return (t, xt, target(u, t, xt, x1, y1), *rest)
+
+        detach = rebind(matcher, _PLAIN, sample)
+        if guided is None:
+            return detach
+        return together(detach, rebind(matcher, _GUIDED, guided_sample))
+
+
+def _classes(matcher: Any) -> set[str]:
+    return {cls.__name__ for cls in type(matcher).__mro__}
+
+
+def _path(matcher: Any) -> Path | None:
+    """The path of a matcher, held against its own functions; None if it is none of torchcfm's."""
+    names, sigma = _classes(matcher), matcher.sigma
+    if "ConditionalFlowMatcher" not in names:
+        return None
+    if "TargetConditionalFlowMatcher" in names:
+        path: Path = ShrinkingPath(sigma) if sigma else LinearPath()
+    else:
+        variance_preserving = "VariancePreservingConditionalFlowMatcher" in names
+        path = CosinePath() if variance_preserving else LinearPath()
+        path = NoisedPath(path, sigma) if sigma else path
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    zero, one = torch.zeros_like(t), torch.ones_like(t)
+    alpha, kept = matcher.compute_mu_t(zero, one, t), matcher.compute_mu_t(one, zero, t)
+    added = torch.as_tensor(matcher.compute_sigma_t(t))
+    velocity = matcher.compute_conditional_flow(zero, one, t, alpha)
+    own = path(t)
+    found = (alpha, torch.sqrt(kept**2 + added**2), velocity)
+    agree = zip(found, (own.alpha, own.sigma, own.d_alpha), strict=True)
+    return path if all(torch.allclose(a, b) for a, b in agree) else None

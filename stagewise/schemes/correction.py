@@ -1,0 +1,203 @@
+"""From a batch to what is added to its targets: whom to ask, which rows, and how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stagewise.engines import Sharded
+from stagewise.engines.scan import where
+from stagewise.oracle import Labels, Oracle
+from stagewise.paths import Prediction
+from stagewise.targets import Query, Target
+
+__all__ = ["Batch", "Correction", "correct"]
+
+
+class Correction(NamedTuple):
+    """What is added to the targets of a batch.
+
+    Attributes:
+        value: `lambda c_t (m - x_1)`, (B, *), float64.
+        lam: lambda, (B,), float64.
+        inserted: Where x_1 was put into the set because no row equals it, (B,), bool.
+        tail_mass: Share of the posterior that did not enter, (B,), float64.
+    """
+
+    value: Tensor
+    lam: Tensor
+    inserted: Tensor
+    tail_mass: Tensor
+
+    @classmethod
+    def none(cls, x1: Tensor) -> Correction:
+        """Nothing is added."""
+        zero = torch.zeros(len(x1), dtype=torch.float64, device=x1.device)
+        value = torch.zeros_like(x1, dtype=torch.float64)
+        return cls(value, zero, torch.zeros_like(zero, dtype=torch.bool), zero.clone())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch and how its rows are looked up; see `Scheme` and its `__call__`.
+
+    Attributes:
+        oracle: Bank and path.
+        xt: Noisy samples, (B, *).
+        t: Times, (B,).
+        x1: What `xt` was made from, (B, *).
+        labels: Class of each, if it is known.
+        source: The row that each x_1 stands for, if it is known.
+        class_wise: Whether samples look at the rows of their class.
+        on_missing: What to do with an x_1 that stands for no row.
+        draws: Of random rows.
+    """
+
+    oracle: Oracle
+    xt: Tensor
+    t: Tensor
+    x1: Tensor
+    labels: Labels | None
+    source: Tensor | None
+    class_wise: bool
+    on_missing: Literal["insert", "error"]
+    draws: Random
+
+    def select(self, at: list[int]) -> Batch:
+        """Some of the samples."""
+        index = torch.tensor(at, dtype=torch.int64, device=self.xt.device)
+        labels = self.labels
+        if isinstance(labels, Tensor):
+            labels = labels[index.to(labels.device)]
+        elif labels is not None:
+            labels = [labels[i] for i in at]
+        return replace(
+            self,
+            xt=self.xt[index],
+            t=self.t[index],
+            x1=self.x1[index],
+            labels=labels,
+            source=None if self.source is None else self.source[index.to(self.source.device)],
+        )
+
+    def query(self) -> Query:
+        """Finds the rows.
+
+        Raises:
+            ValueError: If the class of a sample is not known, or a row is missing.
+        """
+        oracle, bank, x1 = self.oracle, self.oracle.bank, self.x1
+        sharded = isinstance(oracle.engine, Sharded)
+        _, path = oracle._prepare(self.xt, self.t)
+        source = self.source
+        if source is not None:
+            source = oracle._check_source(source, len(x1), oracle.engine.num_rows(bank))
+            source = source.to(x1.device)
+        if not sharded:
+            stored = bank.find(x1)
+            source = stored if source is None else torch.where(source < 0, stored, source)
+        elif source is not None:
+            stored = source
+        else:
+            raise ValueError(
+                "A rank of Sharded() cannot find rows of other ranks. Give `source`, the number of "
+                "each x1 over all ranks, with x1 exactly as it is stored."
+            )
+        names: Sequence[int | None] | None = None
+        if self.class_wise:
+            names = _classes(oracle, self.labels, source)
+            if not sharded:
+                seen = [bank.whole if name is None else bank.segment(name) for name in names]
+                ends = [(rows.start, rows.stop) for rows in seen]
+                first, last = torch.tensor(ends, device=x1.device).reshape(-1, 2).unbind(1)
+                inside = (source >= first) & (source < last)
+                source, stored = source.where(inside, -1), stored.where(inside, -1)
+        if self.on_missing == "error":
+            _require_found(source)
+        return Query(
+            oracle=oracle,
+            xt=self.xt,
+            t=self.t.double(),
+            x1=x1.flatten(1).double(),
+            path=path,
+            names=names,
+            source=source,
+            stored=stored,
+            draws=self.draws,
+        )
+
+
+def correct(
+    target: Target, batch: Batch, boundary: float | None, prediction: Prediction
+) -> Correction:
+    """What a target adds.
+
+    Args:
+        target: The rows and lambda.
+        batch: The samples.
+        boundary: Where the stages meet, if lambda depends on it.
+        prediction: What the targets are.
+
+    Raises:
+        ValueError: As `Batch.query`.
+    """
+    oracle, asked = batch.oracle, None
+    whole = Correction.none(batch.x1)
+    if target.lam.sparse:
+        # One sync on an accelerator, for which samples beyond the boundary cost nothing.
+        asked = where(target.lam(batch.t.double(), None, oracle.path, boundary) > 0)
+        batch = batch.select(asked)
+    # With Sharded every rank asks whenever one does.
+    if not len(batch.x1) and not isinstance(oracle.engine, Sharded):
+        return whole
+    with torch.autocast(batch.xt.device.type, enabled=False):
+        query = batch.query()
+        pull = target.pull(query)
+        lam = target.lam(query.t, pull.top1, oracle.path, boundary)
+        c, _ = prediction.coefficients(query.path)
+        # A difference below its rounding is none; at t = 1 some paths have an infinite c.
+        rounding = 16 * torch.finfo(torch.float64).eps * oracle.bank.max_norm
+        none = pull.difference.abs() <= rounding
+        value = torch.where(none, 0.0, (lam * c)[:, None] * pull.difference)
+    part = Correction(
+        value.reshape(-1, *whole.value.shape[1:]), lam, query.stored < 0, pull.tail_mass
+    )
+    if asked is None:
+        return part
+    at = torch.tensor(asked, dtype=torch.int64, device=value.device)
+    return Correction(
+        *(all_.index_copy(0, at, some) for all_, some in zip(whole, part, strict=True))
+    )
+
+
+def _classes(oracle: Oracle, labels: Labels | None, source: Tensor) -> Sequence[int | None]:
+    """The class of each sample, on the host."""
+    if labels is not None:
+        return oracle._names(labels, len(source))
+    rows = source.tolist()
+    unknown = len(rows) if isinstance(oracle.engine, Sharded) else sum(row < 0 for row in rows)
+    if unknown:
+        raise ValueError(
+            f"Expected `labels`: the class of {unknown} of {len(rows)} samples cannot be looked "
+            "up, as they are no rows of this bank. Give the labels of the batch, or say "
+            "Scheme(class_wise=False)."
+        )
+    return oracle.bank.labels_of(rows)
+
+
+def _require_found(source: Tensor) -> None:
+    message = (
+        'Expected every `x1` to be a row of the bank (on_missing="error"). Build the bank from '
+        "what training sees, at its scale and with its flips, or give the `source` of resampled "
+        "latents"
+    )
+    found = source >= 0
+    if source.device.type != "cpu":
+        torch._assert_async(found.all(), message)
+    elif not found.all():
+        raise ValueError(f"{message}. {int((~found).sum())} of {len(found)} are not.")

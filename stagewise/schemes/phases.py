@@ -1,0 +1,246 @@
+"""`Phases`: a scheme that changes at a step, at a share of training, or at a plateau."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from stagewise.oracle import Labels, Oracle
+from stagewise.paths import Path, Prediction, PredictionKind
+from stagewise.schemes.checks import unknown_boundary
+from stagewise.schemes.scheme import Scheme, SchemeRecord
+from stagewise.stages import StageBoundary
+from stagewise.timesteps import TimestepSampler
+from stagewise.transitions import AtPlateau, Until
+
+__all__ = ["Phase", "Phases"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A scheme and what ends it.
+
+    Args:
+        scheme: In force.
+        until: `AtStep(n)`, `AtShare(share)` or `AtPlateau(...)`; None for the last phase.
+        name: In messages, default its number.
+    """
+
+    scheme: Scheme
+    until: Until | None = None
+    name: str | None = None
+
+
+class Phases:
+    """Schemes that follow one another; it has the interface of a `Scheme`.
+
+    Args:
+        phases: At least one. All but the last end.
+
+    Attributes:
+        index: Which phase is in force, from 0.
+
+    Raises:
+        ValueError: If a phase but the last has no end, or the last has one, or paths differ.
+
+    Example:
+        >>> from stagewise import LogitNormal
+        >>> from stagewise.transitions import AtShare
+        >>> phases = Phases([Phase(Scheme(timesteps=LogitNormal()), AtShare(0.6)), Phase(Scheme())])
+        >>> phases.observe(step=60, total=100)
+        ['phase 0 ends at step 60 (60% of 100 steps); phase 1 begins']
+        >>> phases.timesteps
+        Uniform(stratified=False)
+    """
+
+    def __init__(self, phases: Sequence[Phase]) -> None:
+        if not phases:
+            raise ValueError("Expected at least one phase, got none.")
+        for number, phase in enumerate(phases[:-1]):
+            if phase.until is None:
+                raise ValueError(
+                    f"Phase {number} of {len(phases)} never ends. Say when: Phase(scheme, "
+                    "until=AtStep(n)), AtShare(share) or AtPlateau()."
+                )
+        if phases[-1].until is not None:
+            raise ValueError(
+                f"Expected no `until` for the last phase, which nothing follows, got "
+                f"{phases[-1].until!r}."
+            )
+        paths = {repr(phase.scheme.path) for phase in phases}
+        if len(paths) > 1:
+            raise ValueError(f"Expected one path in all phases, got {sorted(paths)}.")
+        self.phases = list(phases)
+        self.index = 0
+        self._checked = False
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme in force."""
+        return self.phases[self.index].scheme
+
+    @property
+    def oracle(self) -> Oracle | None:
+        """That of the scheme in force."""
+        return self.scheme.oracle
+
+    @property
+    def path(self) -> Path:
+        """That of all phases."""
+        return self.scheme.path
+
+    @property
+    def boundary(self) -> float | None:
+        """Where the stages meet, None if it is not known."""
+        return self.scheme.boundary
+
+    @property
+    def needs_boundary(self) -> bool:
+        """Whether anything, in any phase, depends on where the stages meet."""
+        return any(
+            phase.scheme.needs_boundary or isinstance(phase.until, AtPlateau)
+            for phase in self.phases
+        )
+
+    @property
+    def timesteps(self) -> TimestepSampler:
+        """How t is drawn now; see `Scheme.timesteps`."""
+        return self.scheme.timesteps
+
+    @property
+    def draws_timesteps(self) -> bool:
+        """Whether the scheme in force was given timesteps."""
+        return self.scheme.draws_timesteps
+
+    @property
+    def last(self) -> SchemeRecord | None:
+        """The record of the last call in this phase."""
+        return self.scheme.last
+
+    def __call__(
+        self,
+        y: Tensor,
+        *,
+        xt: Tensor,
+        t: Tensor,
+        x1: Tensor,
+        labels: Labels | None = None,
+        source: Tensor | None = None,
+        prediction: Prediction | PredictionKind = "velocity",
+    ) -> tuple[Tensor, Tensor]:
+        """See `Scheme.__call__`."""
+        return self.scheme(
+            y, xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=prediction
+        )
+
+    def correct(
+        self,
+        *,
+        xt: Tensor,
+        t: Tensor,
+        x1: Tensor,
+        labels: Labels | None = None,
+        source: Tensor | None = None,
+        prediction: Prediction | PredictionKind = "velocity",
+    ) -> Tensor:
+        """See `Scheme.correct`."""
+        return self.scheme.correct(
+            xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=prediction
+        )
+
+    def weight_of(self, t: Tensor) -> Tensor:
+        """See `Scheme.weight_of`."""
+        return self.scheme.weight_of(t)
+
+    def set_boundary(self, boundary: float | StageBoundary) -> None:
+        """Says where the stages meet, to all phases; see `Scheme.set_boundary`."""
+        for phase in self.phases:
+            phase.scheme.set_boundary(boundary)
+
+    def observe(
+        self,
+        *,
+        step: int,
+        total: int | None,
+        t: Tensor | None = None,
+        loss: Tensor | None = None,
+    ) -> list[str]:
+        """Takes note of where training is, and goes on to the next phase if it is time.
+
+        Args:
+            step: See `Scheme.observe`, like all others.
+            total: Steps of training.
+            t: Times.
+            loss: Losses.
+
+        Returns:
+            A line for each change of phase.
+
+        Raises:
+            ValueError: If a phase cannot end within `total` steps, or what it waits for is not
+                given.
+        """
+        if not self._checked:
+            self._check_ends(total)
+            self._checked = True
+        messages: list[str] = []
+        while True:
+            self.scheme.observe(step=step, total=total, t=t, loss=loss)
+            phase = self.phases[self.index]
+            if phase.until is None:
+                return messages
+            why = phase.until.observe(step, total, t, loss, self.boundary)
+            if why is None:
+                return messages
+            self.index += 1
+            messages.append(
+                f"{self._name(self.index - 1)} ends at step {step} ({why}); "
+                f"{self._name(self.index)} begins"
+            )
+
+    def _name(self, number: int) -> str:
+        name = self.phases[number].name
+        return f"phase {number}" if name is None else f"phase {number} ({name})"
+
+    def _check_ends(self, total: int | None) -> None:
+        start = 0
+        for phase in self.phases[:-1]:
+            assert phase.until is not None
+            start = phase.until.check(start, total)
+
+    def check(self) -> None:
+        """Refuses what cannot work, before the first step; see `Scheme.check`."""
+        if self.needs_boundary and self.boundary is None:
+            raise unknown_boundary()
+        for phase in self.phases:
+            phase.scheme.check()
+        self._check_ends(None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {
+            "index": self.index,
+            "schemes": [phase.scheme.state_dict() for phase in self.phases],
+            "untils": [phase.until.state_dict() for phase in self.phases[:-1] if phase.until],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave.
+
+        Raises:
+            ValueError: If it is the state of another number of phases.
+        """
+        if len(state["schemes"]) != len(self.phases):
+            raise ValueError(
+                f"Expected the state of {len(self.phases)} phases, got {len(state['schemes'])}. "
+                "Resume with the phases that the run began with."
+            )
+        self.index = state["index"]
+        for phase, scheme in zip(self.phases, state["schemes"], strict=True):
+            phase.scheme.load_state_dict(scheme)
+        for phase, until in zip(self.phases[:-1], state["untils"], strict=True):
+            assert phase.until is not None
+            phase.until.load_state_dict(until)

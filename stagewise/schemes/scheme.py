@@ -1,0 +1,372 @@
+r"""`Scheme`: timesteps, target and weight of a run, in one object that a training loop asks.
+
+    t ~ q,   loss = w(t) || model(x_t, t) - (y + lambda c_t (m - x_1)) ||^2,
+
+with q from `stagewise.timesteps`, the pull towards m from `stagewise.targets`, lambda from
+`stagewise.lambdas` and w from `stagewise.weights`, times `p(t) / q(t)`, p uniform, if the objective
+of uniform times is to be kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stagewise.engines import Sharded
+from stagewise.oracle import Labels, Oracle, check_times
+from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
+from stagewise.schemes.checks import check_density, check_settings, unknown_boundary
+from stagewise.schemes.correction import Batch, Correction, correct
+from stagewise.stages import StageBoundary
+from stagewise.targets import Target, mix_target
+from stagewise.timesteps import TimestepSampler, Uniform
+from stagewise.weights import Weight
+
+__all__ = ["Scheme", "SchemeRecord"]
+
+
+@dataclass(frozen=True)
+class SchemeRecord:
+    """What one call of a scheme did, detached, on the device of the batch.
+
+    Attributes:
+        t: Times, (B,).
+        lam: How much of the oracle went into each target, (B,), float64.
+        weight: Weight of each sample, (B,).
+        correction_sq: Mean square over the D numbers of what was added to each target, (B,).
+        inserted: Where x_1 was no row of the bank, or another than its stored twin, and was put
+            into the reference set as it is, (B,), bool. False where lambda is 0.
+        tail_mass: Share of the posterior that did not enter the target, (B,), float64.
+    """
+
+    t: Tensor
+    lam: Tensor
+    weight: Tensor
+    correction_sq: Tensor
+    inserted: Tensor
+    tail_mass: Tensor
+
+
+class Scheme:
+    """What is drawn, what is trained on, and what counts how much.
+
+    It is a plain object. The only thing it draws from the global generator is t, once per call of
+    `timesteps.sample`; random rows come from a generator of its own, a function of seed, rank and
+    step.
+
+    Args:
+        oracle: Bank and path; needed by targets other than the conditional one.
+        timesteps: How t is drawn, default `Uniform()`.
+        target: What is added to the conditional target, default None: nothing.
+        weight: From t, (B,), to weights, (B,), default all ones.
+        boundary: Where navigation meets refinement, t in [0, 1]. Default None: measured later
+            (`set_boundary`), if anything depends on it.
+        preserve_objective: Whether the weight includes `p(t) / q(t)`, so that the expected loss is
+            that of uniform times whatever `timesteps` draws. Default False.
+        class_wise: Whether posteriors are over the rows of x_1's class. Default "auto": if the bank
+            has classes. A model that sees labels needs it: what it should predict is not the mean
+            over all classes. One that sees none may have either.
+        path: Default that of the oracle, or `LinearPath()`.
+        on_missing: What to do with an x_1 that is no row of the bank and comes without a `source`:
+            "insert" it into the reference set as its own row (default), or "error".
+        seed: Of random rows, default 0.
+
+    Attributes:
+        last: The record of the last call, None before.
+        draws_timesteps: Whether `timesteps` was given. If not, whoever draws t by itself goes on.
+
+    Raises:
+        ValueError: For settings that contradict each other, with the cure.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import LatentBank, Oracle
+        >>> from stagewise.targets import Mix
+        >>> x1 = torch.randn(8, 16)
+        >>> scheme = Scheme(Oracle(LatentBank(x1)), target=Mix("boundary"), boundary=0.4)
+        >>> t, x0 = scheme.timesteps.sample(8), torch.randn(8, 16)
+        >>> xt = scheme.path.interpolate(x0, x1, t)
+        >>> u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)
+        >>> u.shape, w.shape
+        (torch.Size([8, 16]), torch.Size([8]))
+    """
+
+    def __init__(
+        self,
+        oracle: Oracle | None = None,
+        *,
+        timesteps: TimestepSampler | None = None,
+        target: Target | None = None,
+        weight: Weight | Callable[[Tensor], Tensor] | None = None,
+        boundary: float | None = None,
+        preserve_objective: bool = False,
+        class_wise: bool | Literal["auto"] = "auto",
+        path: Path | None = None,
+        on_missing: Literal["insert", "error"] = "insert",
+        seed: int = 0,
+    ) -> None:
+        check_settings(oracle, timesteps, target, class_wise, on_missing, path)
+        self.oracle = oracle
+        self.path = path or (LinearPath() if oracle is None else oracle.path)
+        self.target, self.weight = target, weight
+        self.preserve_objective, self.on_missing, self.seed = preserve_objective, on_missing, seed
+        self.class_wise = (
+            bool(oracle and oracle.bank.classes) if class_wise == "auto" else class_wise
+        )
+        self.boundary: float | None = None
+        self.last: SchemeRecord | None = None
+        self.draws_timesteps = timesteps is not None
+        self._sampler = self._bound = timesteps or Uniform()
+        self._step = self._calls = 0
+        if boundary is not None:
+            self.set_boundary(boundary)
+
+    # -- the stages ----------------------------------------------------------------------------
+
+    @property
+    def needs_boundary(self) -> bool:
+        """Whether anything depends on where the stages meet."""
+        return (
+            self._sampler.needs_boundary
+            or (self.target is not None and self.target.lam.needs_boundary)
+            or (isinstance(self.weight, Weight) and self.weight.needs_boundary)
+        )
+
+    def set_boundary(self, boundary: float | StageBoundary) -> None:
+        """Says where navigation meets refinement.
+
+        Args:
+            boundary: t in [0, 1], or what was measured, whose midpoint counts. A midpoint of NaN,
+                which was not reached at any t, is 1.
+
+        Raises:
+            ValueError: If it is not in [0, 1], or the timesteps cannot be bound to it.
+        """
+        if isinstance(boundary, StageBoundary):
+            boundary = 1.0 if math.isnan(boundary.midpoint) else boundary.midpoint
+        if not 0 <= boundary <= 1:
+            raise ValueError(f"Expected `boundary` in [0, 1], t = 0 being noise, got {boundary}.")
+        self._bound = self._sampler.bind(float(boundary))
+        self.boundary = float(boundary)
+
+    def require_boundary(self) -> None:
+        """Refuses to go on without a boundary, if anything depends on it.
+
+        Raises:
+            ValueError: With the cure.
+        """
+        if self.needs_boundary and self.boundary is None:
+            raise unknown_boundary()
+
+    @property
+    def timesteps(self) -> TimestepSampler:
+        """How t is drawn, for these stages.
+
+        Raises:
+            ValueError: If that depends on a boundary that is not known yet.
+        """
+        if self._sampler.needs_boundary:
+            self.require_boundary()
+        return self._bound
+
+    # -- what a loop asks ----------------------------------------------------------------------
+
+    def __call__(
+        self,
+        y: Tensor,
+        *,
+        xt: Tensor,
+        t: Tensor,
+        x1: Tensor,
+        labels: Labels | None = None,
+        source: Tensor | None = None,
+        prediction: Prediction | PredictionKind = "velocity",
+    ) -> tuple[Tensor, Tensor]:
+        """The target and the weight of each sample.
+
+        Args:
+            y: Conditional target, (B, *), in the library's convention (t = 0 is noise, the target
+                of a velocity is data - noise).
+            xt: Noisy samples, (B, *).
+            t: Times in [0, 1], (B,).
+            x1: What `xt` was made from, (B, *).
+            labels: Class of each sample, (B,); see `Oracle.posterior`. Used if `class_wise`, and
+                default the class of the bank's row that x_1 is.
+            source: The row of the bank that each x_1 stands for, (B,), negative where it is none.
+                Default: the row that x_1 equals. Give it where x_1 is resampled from what is stored
+                of its row.
+            prediction: What `y` is, default "velocity".
+
+        Returns:
+            The target, (B, *), in the dtype of `y`, and the weights, (B,), in that of `t`.
+
+        Raises:
+            ValueError: On shapes that do not fit, t outside [0, 1], an unknown prediction or class,
+                a boundary that is not known yet, or an x_1 that is not in the bank if `on_missing`
+                is "error".
+        """
+        if y.shape != x1.shape:
+            raise ValueError(
+                f"Expected `y` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(y.shape)}."
+            )
+        added = self._correction(xt, t, x1, labels, source, prediction)
+        weight = self.weight_of(t)
+        self.last = SchemeRecord(
+            t=t.detach(),
+            lam=added.lam,
+            weight=weight.detach(),
+            correction_sq=added.value.flatten(1).square().mean(1),
+            inserted=added.inserted,
+            tail_mass=added.tail_mass,
+        )
+        return (y if self.target is None else mix_target(y, added.value, 1.0)), weight
+
+    def correct(
+        self,
+        *,
+        xt: Tensor,
+        t: Tensor,
+        x1: Tensor,
+        labels: Labels | None = None,
+        source: Tensor | None = None,
+        prediction: Prediction | PredictionKind = "velocity",
+    ) -> Tensor:
+        """`lambda c_t (m - x_1)`: what a call adds to the conditional target, (B, *).
+
+        Args:
+            xt: See `__call__`, like all others.
+            t: Times.
+            x1: Samples.
+            labels: Classes.
+            source: Rows.
+            prediction: What the target is.
+
+        Returns:
+            (B, *), in the dtype of `x1`.
+        """
+        return self._correction(xt, t, x1, labels, source, prediction).value.to(x1.dtype)
+
+    @torch.no_grad()
+    def weight_of(self, t: Tensor) -> Tensor:
+        """The weight at each t, (B,), importance weights included, in the dtype of `t`.
+
+        Raises:
+            ValueError: If it has another shape, or depends on a boundary that is not known yet.
+        """
+        weight = torch.ones_like(t) if self.weight is None else self._bound_weight()(t)
+        if weight.shape != t.shape:
+            raise ValueError(
+                f"Expected `weight(t)` with shape {tuple(t.shape)}, got {tuple(weight.shape)}."
+            )
+        if self.preserve_objective:
+            kept = self.timesteps.importance_weight(t) * weight
+            # Where the loss does not count, no draws are needed.
+            weight = torch.where(weight > 0, kept, weight)
+        return weight.to(t.dtype)
+
+    def _bound_weight(self) -> Callable[[Tensor], Tensor]:
+        assert self.weight is not None
+        if not isinstance(self.weight, Weight):
+            return self.weight
+        if self.weight.needs_boundary:
+            self.require_boundary()
+        return self.weight.bind(self.boundary, self.path)
+
+    @torch.no_grad()
+    def _correction(
+        self,
+        xt: Tensor,
+        t: Tensor,
+        x1: Tensor,
+        labels: Labels | None,
+        source: Tensor | None,
+        prediction: Prediction | PredictionKind,
+    ) -> Correction:
+        prediction = Prediction.of(prediction)
+        if x1.shape != xt.shape:
+            raise ValueError(
+                f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
+            )
+        check_times(t, len(xt))
+        if self.target is None or self.oracle is None:
+            return Correction.none(x1)
+        if self.target.lam.needs_boundary:
+            self.require_boundary()
+        self._calls += 1
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        batch = Batch(
+            self.oracle,
+            xt.detach(),
+            t.detach(),
+            x1.detach(),
+            labels,
+            source,
+            self.class_wise,
+            self.on_missing,
+            Random(f"{self.seed} {rank} {self._step} {self._calls}"),
+        )
+        return correct(self.target, batch, self.boundary, prediction)
+
+    # -- what drives it ------------------------------------------------------------------------
+
+    def observe(
+        self,
+        *,
+        step: int,
+        total: int | None,
+        t: Tensor | None = None,
+        loss: Tensor | None = None,
+    ) -> list[str]:
+        """Takes note of where training is; call it after every optimizer step.
+
+        Args:
+            step: Optimizer steps done.
+            total: How many there will be, None if that is not known.
+            t: Times of the step's samples, (B,); on several ranks those of all, so that all decide
+                the same.
+            loss: Their losses before any weight, (B,).
+
+        Returns:
+            A line for each change of phase; of a single scheme none.
+        """
+        self._step, self._calls = step, 0
+        if t is not None and loss is not None:
+            self._bound.update(t, loss)
+        return []
+
+    def check(self) -> None:
+        """Refuses what cannot work, before the first step.
+
+        Raises:
+            ValueError: With the cure.
+        """
+        self.require_boundary()
+        if self.oracle is not None and self.target is not None:
+            if self.class_wise and not isinstance(self.oracle.engine, Sharded):
+                self.oracle.bank.require_classes()
+            self.target.check(self.oracle)
+        if self.preserve_objective:
+            check_density(self.timesteps, None if self.weight is None else self._bound_weight())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""
+        return {
+            "boundary": self.boundary,
+            "step": self._step,
+            "calls": self._calls,
+            "timesteps": self._bound.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+        if state["boundary"] is not None:
+            self.set_boundary(state["boundary"])
+        self._step, self._calls = state["step"], state["calls"]
+        self._bound.load_state_dict(state["timesteps"])

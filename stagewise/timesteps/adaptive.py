@@ -1,0 +1,113 @@
+r"""Times drawn where the loss is large.
+
+The importance weights `1 / q` have the least variance if `q(t)` goes as the root of the loss's
+second moment at t (Nichol & Dhariwal, arXiv 2102.09672, Sec. 3.3). It is estimated in bins,
+
+    q_b = (1 - floor) sqrt(mean L_b^2) / sum_c sqrt(mean L_c^2) + floor / bins,
+
+from the last losses in each, and uniform until every bin has enough of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagewise.timesteps.base import TimestepSampler, Uniform
+
+__all__ = ["LossSecondMoment"]
+
+
+class LossSecondMoment(TimestepSampler):
+    """Resampling by the loss's second moment. It changes the objective unless it is preserved.
+
+    Args:
+        bins: Equal bins of t, default 64. (The paper has a thousand discrete times.)
+        history: Losses kept for each, default 10, that of the paper.
+        floor: Share of uniform draws, default 0.001, that of the paper.
+        stratified: See `TimestepSampler`.
+    """
+
+    def __init__(
+        self, bins: int = 64, history: int = 10, floor: float = 1e-3, stratified: bool = False
+    ) -> None:
+        super().__init__(stratified)
+        for name, value in (("bins", bins), ("history", history)):
+            if value < 1:
+                raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
+        if not 0 < floor <= 1:
+            raise ValueError(f"Expected `floor` above 0 and at most 1, got {floor}.")
+        self.bins, self.history, self.floor = bins, history, floor
+        self._squares = torch.zeros(bins, history, dtype=torch.float64)
+        self._count = torch.zeros(bins, dtype=torch.int64)
+
+    def shares(self) -> Tensor:
+        """The probability of each bin, (bins,), float64, where the losses are."""
+        root = self._squares.mean(1).sqrt()
+        ready = (self._count >= self.history).all() & (root.sum() > 0)
+        share = torch.where(ready, root / root.sum().clamp_min(1e-300), 1 / self.bins)
+        return (1 - self.floor) * share + self.floor / self.bins
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """See `TimestepSampler`."""
+        share = self.shares().to(u.device)
+        ends = share.cumsum(0)
+        goal = u.double()
+        index = torch.searchsorted(ends, goal.contiguous(), right=True).clamp_max(self.bins - 1)
+        within = (goal - (ends - share)[index]) / share[index]
+        return ((index + within.clamp(0, 1)) / self.bins).to(u)
+
+    def density(self, t: Tensor) -> Tensor:
+        """See `TimestepSampler`."""
+        value = self.shares().to(t.device)[self._bin(t)] * self.bins
+        return value.to(t) * Uniform().density(t)
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """Takes note of losses; those that are not finite are left out. Costs no device sync.
+
+        Args:
+            t: Times, (B,).
+            loss: Losses before any weight, (B,).
+        """
+        self._squares, self._count = self._squares.to(loss.device), self._count.to(loss.device)
+        square, index = loss.detach().double().square(), self._bin(t.detach().to(loss.device))
+        member = torch.nn.functional.one_hot(index, self.bins) * square.isfinite()[:, None]
+        rank = member.cumsum(0)
+        new = rank[-1] if len(rank) else torch.zeros_like(self._count)
+        rank = (rank * member).sum(1)
+        # Of more losses than are kept the last ones count. What is left out goes to an extra place.
+        kept = (rank > 0) & (rank > new[index] - self.history)
+        place = index * self.history + (self._count[index] + rank - 1) % self.history
+        place = torch.where(kept, place, self.bins * self.history)
+        flat = torch.cat([self._squares.flatten(), self._squares.new_zeros(1)])
+        flat = flat.scatter(0, place, square)
+        self._squares = flat[:-1].reshape(self.bins, self.history)
+        self._count = self._count + new
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `TimestepSampler`."""
+        return {"squares": self._squares.cpu().clone(), "count": self._count.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TimestepSampler`.
+
+        Raises:
+            ValueError: If it has another number of bins or losses.
+        """
+        if state["squares"].shape != self._squares.shape:
+            raise ValueError(
+                f"Expected the state of {tuple(self._squares.shape)} bins and losses, got "
+                f"{tuple(state['squares'].shape)}. Resume with the sampler the run began with."
+            )
+        self._squares, self._count = state["squares"].clone(), state["count"].clone()
+
+    def _bin(self, t: Tensor) -> Tensor:
+        return (t.double() * self.bins).long().clamp(0, self.bins - 1)
+
+    def __repr__(self) -> str:
+        return (
+            f"LossSecondMoment(bins={self.bins}, history={self.history}, floor={self.floor}, "
+            f"stratified={self.stratified})"
+        )

@@ -1,0 +1,190 @@
+"""Samplers made of others: shifted, with a floor, and by stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagewise.timesteps.base import TimestepSampler, Uniform
+from stagewise.timesteps.families import bisect
+
+__all__ = ["Shifted", "StageAware", "WithFloor"]
+
+
+class _Around(TimestepSampler):
+    """A sampler around another one.
+
+    Args:
+        sampler: The other.
+        stratified: See `TimestepSampler`.
+    """
+
+    def __init__(self, sampler: TimestepSampler, stratified: bool) -> None:
+        super().__init__(stratified)
+        self.sampler = sampler
+
+    @property
+    def needs_boundary(self) -> bool:
+        """See `TimestepSampler`."""
+        return self.sampler.needs_boundary
+
+    def bind(self, boundary: float) -> TimestepSampler:
+        """See `TimestepSampler`."""
+        inner = self.sampler.bind(boundary)
+        if inner is self.sampler:
+            return self
+        bound = object.__new__(type(self))
+        bound.__dict__.update(self.__dict__, sampler=inner)
+        return bound
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """See `TimestepSampler`."""
+        self.sampler.update(t, loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `TimestepSampler`."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TimestepSampler`."""
+        self.sampler.load_state_dict(state)
+
+
+class Shifted(_Around):
+    """`t -> s t / (1 + (s - 1) t)`: the whole schedule moved towards noise or data.
+
+    With t = 0 noise, s < 1 gives navigation more (0.5 was best on ImageNet 256 in arXiv
+    2512.02826). Where papers count from data to noise their shift is `1 / s`: SD3's 3 and RAE's
+    `sqrt(D / 4096)` (arXiv 2510.11690) are `Shifted(..., 1 / 3)` and `sqrt(4096 / D)` here.
+
+    Args:
+        sampler: What is shifted.
+        shift: s, above 0.
+        stratified: See `TimestepSampler`.
+    """
+
+    def __init__(self, sampler: TimestepSampler, shift: float, stratified: bool = False) -> None:
+        super().__init__(sampler, stratified)
+        if shift <= 0:
+            raise ValueError(f"Expected `shift` above 0, got {shift}.")
+        self.shift = shift
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """See `TimestepSampler`."""
+        return _shift(self.sampler.quantile(u), self.shift)
+
+    def place(self, u: Tensor) -> Tensor:
+        """See `TimestepSampler`."""
+        return _shift(self.sampler.place(u), self.shift)
+
+    def density(self, t: Tensor) -> Tensor:
+        """See `TimestepSampler`."""
+        before = _shift(t, 1 / self.shift).clamp(0, 1)
+        slope = self.shift / (self.shift - (self.shift - 1) * t) ** 2
+        return self.sampler.density(before) * slope * Uniform().density(t)
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """See `TimestepSampler`."""
+        self.sampler.update(_shift(t, 1 / self.shift), loss)
+
+
+class WithFloor(_Around):
+    """A share of uniform draws among those of another sampler: no t is left without any.
+
+    With `preserve_objective` no weight is then above `1 / share`.
+
+    Args:
+        sampler: The other draws.
+        share: Of uniform draws, above 0, at most 1.
+        stratified: See `TimestepSampler`.
+    """
+
+    def __init__(self, sampler: TimestepSampler, share: float, stratified: bool = False) -> None:
+        super().__init__(sampler, stratified)
+        if not 0 < share <= 1:
+            raise ValueError(f"Expected `share` above 0 and at most 1, got {share}.")
+        self.share = share
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """See `TimestepSampler`."""
+        rest, goal = 1 - self.share, u.double()
+        v = bisect(lambda v: self.share * self.sampler.quantile(v) + rest * v, goal)
+        # Not quantile(v): where the other sampler has a gap, v stands still and t goes on.
+        return ((goal - rest * v) / self.share).clamp(0, 1).to(u)
+
+    def place(self, u: Tensor) -> Tensor:
+        """See `TimestepSampler`: the first of u are the uniform draws."""
+        other = ((u - self.share) / max(1 - self.share, 1e-30)).clamp(0, 1 - 2**-24)
+        return torch.where(u < self.share, u / self.share, self.sampler.place(other))
+
+    def density(self, t: Tensor) -> Tensor:
+        """See `TimestepSampler`."""
+        rest = (1 - self.share) * self.sampler.density(t)
+        return self.share * Uniform().density(t) + rest
+
+
+class StageAware(TimestepSampler):
+    """A share of the draws in navigation, the others in refinement; uniform in each.
+
+    Args:
+        navigation: The share, in [0, 1].
+        boundary: Where the stages meet, between 0 and 1; default that of the scheme.
+        stratified: See `TimestepSampler`.
+    """
+
+    def __init__(
+        self, navigation: float, boundary: float | None = None, stratified: bool = False
+    ) -> None:
+        super().__init__(stratified)
+        if not 0 <= navigation <= 1:
+            raise ValueError(f"Expected `navigation` in [0, 1], got {navigation}.")
+        if boundary is not None and not 0 < boundary < 1:
+            raise ValueError(
+                f"Expected `boundary` between 0 and 1, both not included, got {boundary}: one of "
+                "the stages would be empty. Use Uniform()."
+            )
+        self.navigation, self.boundary = navigation, boundary
+
+    @property
+    def needs_boundary(self) -> bool:
+        """See `TimestepSampler`."""
+        return self.boundary is None
+
+    def bind(self, boundary: float) -> TimestepSampler:
+        """See `TimestepSampler`.
+
+        Raises:
+            ValueError: If one of the stages is empty.
+        """
+        if self.boundary is not None:
+            return self
+        return StageAware(self.navigation, boundary, self.stratified)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """See `TimestepSampler`."""
+        edge, share = self._edge(), self.navigation
+        early = u * (edge / share) if share > 0 else u
+        late = edge + (u - share) * ((1 - edge) / (1 - share)) if share < 1 else u
+        return torch.where(u < share, early, late)
+
+    def density(self, t: Tensor) -> Tensor:
+        """See `TimestepSampler`."""
+        edge, share = self._edge(), self.navigation
+        early = torch.full_like(t, share / edge)
+        late = torch.full_like(t, (1 - share) / (1 - edge))
+        return torch.where(t < edge, early, late) * Uniform().density(t)
+
+    def _edge(self) -> float:
+        if self.boundary is None:
+            raise ValueError(
+                f"Expected the boundary of the stages for {self!r}, which has not been measured "
+                "yet. Give it as a number, StageAware(share, boundary=0.1), or use a Scheme, which "
+                "passes it on."
+            )
+        return self.boundary
+
+
+def _shift(t: Tensor, shift: float) -> Tensor:
+    return shift * t / (1 + (shift - 1) * t)

@@ -1,0 +1,274 @@
+r"""When a phase ends: at a step, at a share of training, or when navigation is learnt.
+
+**The plateau.** Losses of samples in navigation are averaged over `every` steps, one point each. A
+line through the last third of the points says how much was gained over them,
+
+    gain = -slope * length,   with the standard error of the fit,
+
+and it is compared with what has been gained since the beginning, `drop`: the loss has a floor that
+no model can go below, so that its size says nothing. A point is flat if `gain` is not above
+`tolerance * drop` by more than two standard errors; `patience` flat points in a row are a plateau.
+A third, and not a fixed number of steps: losses fall like powers of the step, over which any fixed
+window becomes flat. So a plateau is seen when it has lasted about half as long as the fall before.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["AtPlateau", "AtShare", "AtStep", "Until", "is_flat"]
+
+
+class Until(ABC):
+    """What ends a phase."""
+
+    @abstractmethod
+    def observe(
+        self,
+        step: int,
+        total: int | None,
+        t: Tensor | None,
+        loss: Tensor | None,
+        boundary: float | None,
+    ) -> str | None:
+        """Takes note of a step, and says why the phase ends, or None if it does not."""
+
+    @abstractmethod
+    def check(self, start: int, total: int | None) -> int:
+        """Refuses what can never end.
+
+        Args:
+            start: The first step at which the phase may begin.
+            total: Steps of the training, None if that is not known.
+
+        Returns:
+            The first step at which it may end.
+
+        Raises:
+            ValueError: With the cure.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen; plain numbers and lists."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Takes up what `state_dict` gave."""
+
+
+class AtStep(Until):
+    """After `step` optimizer steps.
+
+    Args:
+        step: At least 1.
+    """
+
+    def __init__(self, step: int) -> None:
+        if step < 1:
+            raise ValueError(f"Expected `step` of at least 1, got {step}.")
+        self.step = step
+
+    def observe(
+        self,
+        step: int,
+        total: int | None,
+        t: Tensor | None,
+        loss: Tensor | None,
+        boundary: float | None,
+    ) -> str | None:
+        """See `Until`."""
+        return f"step {self.step}" if step >= self.step else None
+
+    def check(self, start: int, total: int | None) -> int:
+        """See `Until`."""
+        if self.step <= start:
+            raise ValueError(
+                f"Expected a phase to end after it begins, got AtStep({self.step}) for one that "
+                f"begins at step {start} at the earliest."
+            )
+        if total is not None and self.step >= total:
+            raise ValueError(
+                f"Expected a phase to end within the {total} steps of training, got "
+                f"AtStep({self.step}). Train longer, or use AtShare(share)."
+            )
+        return self.step
+
+    def __repr__(self) -> str:
+        return f"AtStep({self.step})"
+
+
+class AtShare(Until):
+    """After a share of all optimizer steps.
+
+    Args:
+        share: Between 0 and 1.
+    """
+
+    def __init__(self, share: float) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"Expected `share` between 0 and 1, got {share}.")
+        self.share = share
+
+    def observe(
+        self,
+        step: int,
+        total: int | None,
+        t: Tensor | None,
+        loss: Tensor | None,
+        boundary: float | None,
+    ) -> str | None:
+        """See `Until`."""
+        if total is None:
+            raise ValueError(
+                f"AtShare({self.share}) needs the number of steps of training, which is not known. "
+                "Set max_steps or max_epochs, or use AtStep(step)."
+            )
+        return f"{self.share:.0%} of {total} steps" if step >= self.share * total else None
+
+    def check(self, start: int, total: int | None) -> int:
+        """See `Until`."""
+        if total is None:
+            return start
+        end = math.ceil(self.share * total)
+        AtStep(end).check(start, total)
+        return end
+
+    def __repr__(self) -> str:
+        return f"AtShare({self.share})"
+
+
+def is_flat(points: Sequence[float], window: int, tolerance: float) -> bool:
+    """Whether the last third of the points gains next to nothing; see the module.
+
+    Args:
+        points: Mean losses, in order.
+        window: How many of them a line goes through at the least, at least 4.
+        tolerance: Share of the drop so far that is next to nothing.
+
+    Returns:
+        False while there are fewer than `2 * window` points.
+
+    Raises:
+        ValueError: If a point is NaN or infinite.
+    """
+    y = np.asarray(points, dtype=np.float64)
+    if not np.isfinite(y).all():
+        bad = int(np.flatnonzero(~np.isfinite(y))[0])
+        raise ValueError(f"Expected finite losses, got {y[bad]} at point {bad}.")
+    if len(y) < 2 * window:
+        return False
+    length = max(window, len(y) // 3)
+    last, x = y[-length:], np.arange(length) - (length - 1) / 2
+    slope = x @ last / (x @ x)
+    residual = last - last.mean() - slope * x
+    error = math.sqrt(residual @ residual / (length - 2) / (x @ x)) * length
+    drop = max(0.0, y[:window].mean() - last.mean())
+    return bool(-slope * length - 2 * error <= tolerance * drop)
+
+
+class AtPlateau(Until):
+    """When the loss of navigation has stopped to fall.
+
+    Args:
+        every: Steps that are averaged into a point, default 50.
+        window: Points that a line is fitted through at the least, default 8.
+        patience: Flat points in a row that are a plateau, default 3.
+        tolerance: What is next to nothing, as a share of what has been gained, default 0.02.
+
+    Raises:
+        ValueError: For numbers out of range.
+    """
+
+    def __init__(
+        self, every: int = 50, *, window: int = 8, patience: int = 3, tolerance: float = 0.02
+    ) -> None:
+        for name, value, least in (("every", every, 1), ("window", window, 4)):
+            if value < least:
+                raise ValueError(f"Expected `{name}` of at least {least}, got {value}.")
+        if patience < 1:
+            raise ValueError(f"Expected `patience` of at least 1, got {patience}.")
+        if not 0 <= tolerance < 1:
+            raise ValueError(f"Expected `tolerance` in [0, 1), got {tolerance}.")
+        self.every, self.window, self.patience = every, window, patience
+        self.tolerance = tolerance
+        self.points: list[float] = []
+        self.flat = 0
+        self._begin: int | None = None
+        self._sums: Tensor | None = None
+
+    def observe(
+        self,
+        step: int,
+        total: int | None,
+        t: Tensor | None,
+        loss: Tensor | None,
+        boundary: float | None,
+    ) -> str | None:
+        """See `Until`. Costs one device sync in `every` steps."""
+        if t is None or loss is None or boundary is None:
+            missing = "boundary of the stages" if boundary is None else "losses of the step"
+            raise ValueError(
+                f"AtPlateau needs the {missing}, got none: "
+                + (
+                    "set_boundary(...), before the first step."
+                    if boundary is None
+                    else "observe(step=..., total=..., t=..., loss=...)."
+                )
+            )
+        if self._begin is None:
+            self._begin = step - 1
+        inside = t < boundary
+        values = loss.detach().double()
+        sums = torch.stack([values.where(inside, 0.0).sum(), inside.sum().double()])
+        self._sums = sums if self._sums is None else sums + self._sums.to(sums.device)
+        if step - self._begin < self.every:
+            return None
+        added, count = self._sums.tolist()
+        begin, self._begin, self._sums = self._begin, step, None
+        if not count:
+            return None
+        if not math.isfinite(added):
+            raise ValueError(
+                f"Expected finite losses, got {added} in navigation between steps {begin} and "
+                f"{step}: training has diverged, and nothing can be said of a plateau."
+            )
+        self.points.append(added / count)
+        flat = is_flat(self.points, self.window, self.tolerance)
+        self.flat = self.flat + 1 if flat else 0
+        if self.flat < self.patience:
+            return None
+        return f"plateau of navigation at {self.points[-1]:.4g}"
+
+    def check(self, start: int, total: int | None) -> int:
+        """See `Until`."""
+        first = start + self.every * (2 * self.window + self.patience - 1)
+        if total is not None and first >= total:
+            raise ValueError(
+                f"Expected a phase to end within the {total} steps of training, but {self!r} can "
+                f"say nothing before step {first}. Give it fewer steps for a point, or points."
+            )
+        return first
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Until`."""
+        sums = None if self._sums is None else self._sums.tolist()
+        return {"points": list(self.points), "flat": self.flat, "begin": self._begin, "sums": sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Until`."""
+        self.points, self.flat, self._begin = list(state["points"]), state["flat"], state["begin"]
+        sums = state["sums"]
+        self._sums = None if sums is None else torch.tensor(sums, dtype=torch.float64)
+
+    def __repr__(self) -> str:
+        return (
+            f"AtPlateau({self.every}, window={self.window}, patience={self.patience}, "
+            f"tolerance={self.tolerance})"
+        )

@@ -1,0 +1,244 @@
+r"""Per-sample weights of the loss, as functions of t.
+
+Errors of all predictions are those of x_1 in other units: with `y = c_t x_1 + b_t x_t`, a weight
+`W` on the squared error of x_1 is `W / c_t^2` on that of y. With `SNR = (a_t / s_t)^2`,
+
+| weight | on the error of x_1 | as published |
+|---|---|---|
+| min-SNR-gamma (arXiv 2303.09556) | `min(SNR, gamma)` | noise: `min(SNR, gamma) / SNR` |
+| P2 (arXiv 2204.00227) | `SNR / (k + SNR)^gamma` | noise: `1 / (k + SNR)^gamma` |
+| EDM (arXiv 2206.00364, Table 1) | `SNR + 1/sigma_data^2` | the same, with `SNR = 1/sigma^2` |
+
+and for a velocity they follow. At the ends of [0, 1] they are those of `t = 1e-6` and `1 - 1e-6`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
+
+__all__ = ["EDMWeight", "HasBoundary", "MinSNR", "P2", "StageFactors", "StageGate", "Weight"]
+
+_END = 1e-6
+
+
+class HasBoundary(Protocol):
+    """What knows where the stages meet: a `Scheme`, or `Phases`."""
+
+    @property
+    def boundary(self) -> float | None:
+        """T in [0, 1]; None if it has not been measured."""
+
+
+class Weight(ABC):
+    """From times to weights, each on its own."""
+
+    @property
+    def needs_boundary(self) -> bool:
+        """Whether it must be bound to the stages' boundary (`bind`) first."""
+        return False
+
+    @abstractmethod
+    def __call__(self, t: Tensor) -> Tensor:
+        """The weights at `t`, any shape, in its dtype; at least 0."""
+
+    def bind(self, boundary: float | None, path: Path) -> Weight:
+        """The weight for these stages and this path, unless it was given its own."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfData(Weight):
+    """A weight on the error of x_1, in the units of a prediction."""
+
+    prediction: Prediction | PredictionKind = "velocity"
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        Prediction.of(self.prediction)
+
+    @abstractmethod
+    def of_data(self, snr: Tensor) -> Tensor:
+        """The weight on the squared error of x_1."""
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """See `Weight`."""
+        path = self.path or LinearPath()
+        at = path(t.double().clamp(_END, 1 - _END))
+        c, _ = Prediction.of(self.prediction).coefficients(at)
+        return (self.of_data((at.alpha / at.sigma).square()) / c.square()).to(t.dtype)
+
+    def bind(self, boundary: float | None, path: Path) -> Weight:
+        """See `Weight`."""
+        return self if self.path is not None else replace(self, path=path)
+
+
+@dataclass(frozen=True)
+class MinSNR(_OfData):
+    """min-SNR-gamma (Hang et al., arXiv 2303.09556): noisy times count by their SNR, others alike.
+
+    Args:
+        gamma: Above 0, default 5.
+        prediction: What the loss is about, default "velocity".
+        path: Default that of the scheme, or `LinearPath()`.
+    """
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gamma <= 0:
+            raise ValueError(f"Expected `gamma` above 0, got {self.gamma}.")
+
+    def of_data(self, snr: Tensor) -> Tensor:
+        """See the module."""
+        return snr.clamp_max(self.gamma)
+
+
+@dataclass(frozen=True)
+class P2(_OfData):
+    """P2 (Choi et al., arXiv 2204.00227): less for nearly clean times.
+
+    Args:
+        k: Above 0, default 1.
+        gamma: At least 0, default 1.
+        prediction: What the loss is about, default "velocity".
+        path: Default that of the scheme, or `LinearPath()`.
+    """
+
+    k: float = 1.0
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k <= 0 or self.gamma < 0:
+            raise ValueError(f"Expected k > 0 and gamma >= 0, got {self.k} and {self.gamma}.")
+
+    def of_data(self, snr: Tensor) -> Tensor:
+        """See the module."""
+        return snr / (self.k + snr) ** self.gamma
+
+
+@dataclass(frozen=True)
+class EDMWeight(_OfData):
+    """EDM (Karras et al., arXiv 2206.00364): the same for all times if the network predicts F.
+
+    Args:
+        sigma_data: Standard deviation of the data, above 0, default 0.5.
+        prediction: What the loss is about, default "velocity".
+        path: Default that of the scheme, or `LinearPath()`.
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma_data <= 0:
+            raise ValueError(f"Expected `sigma_data` above 0, got {self.sigma_data}.")
+
+    def of_data(self, snr: Tensor) -> Tensor:
+        """See the module."""
+        return snr + 1 / self.sigma_data**2
+
+
+@dataclass(frozen=True)
+class StageGate(Weight):
+    """1 in one stage and 0 in the other, for an auxiliary loss of your own.
+
+    Alignment losses help where the target has little variance, in refinement (Stable Velocity,
+    arXiv 2602.05435, has a sigmoid of width 0.05 at t = 0.3):
+
+        loss = loss + (StageGate(scheme)(t) * auxiliary).mean()
+
+    Args:
+        boundary: t, or the scheme that knows it; default that of the scheme it is given to.
+        width: Of a sigmoid in t; default 0, a hard edge.
+        stage: Where it is open, default "refinement".
+    """
+
+    boundary: float | HasBoundary | None = None
+    width: float = 0.0
+    stage: Literal["navigation", "refinement"] = "refinement"
+
+    def __post_init__(self) -> None:
+        _check_boundary(self.boundary)
+        if self.width < 0:
+            raise ValueError(f"Expected `width` of at least 0, got {self.width}.")
+        if self.stage not in ("navigation", "refinement"):
+            raise ValueError(f'Expected `stage` "navigation" or "refinement", got {self.stage!r}.')
+
+    @property
+    def needs_boundary(self) -> bool:
+        """See `Weight`."""
+        return self.boundary is None
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """See `Weight`.
+
+        Raises:
+            ValueError: If the boundary is not known yet.
+        """
+        edge = self.boundary
+        if edge is not None and not isinstance(edge, int | float):
+            edge = edge.boundary
+        if edge is None:
+            raise ValueError(
+                "Expected the boundary of the stages, which has not been measured yet. Give it as "
+                "a number, StageGate(0.1), or give the scheme, StageGate(scheme), once it knows."
+            )
+        late = torch.sigmoid((t - edge) / self.width) if self.width else (t >= edge).to(t.dtype)
+        return late if self.stage == "refinement" else 1 - late
+
+    def bind(self, boundary: float | None, path: Path) -> Weight:
+        """See `Weight`."""
+        return self if self.boundary is not None else replace(self, boundary=boundary)
+
+
+@dataclass(frozen=True)
+class StageFactors(Weight):
+    """A factor for each stage.
+
+    Args:
+        navigation: At least 0, default 1.
+        refinement: At least 0, default 1.
+        width: Of the sigmoid in t between them; default 0, a hard edge.
+        boundary: As in `StageGate`.
+    """
+
+    navigation: float = 1.0
+    refinement: float = 1.0
+    width: float = 0.0
+    boundary: float | HasBoundary | None = None
+
+    def __post_init__(self) -> None:
+        StageGate(self.boundary, self.width)
+        if min(self.navigation, self.refinement) < 0 or self.navigation == self.refinement == 0:
+            raise ValueError(
+                "Expected factors of at least 0 and not both 0, got "
+                f"{self.navigation} and {self.refinement}."
+            )
+
+    @property
+    def needs_boundary(self) -> bool:
+        """See `Weight`."""
+        return self.boundary is None
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """See `Weight`."""
+        late = StageGate(self.boundary, self.width)(t)
+        return self.navigation + (self.refinement - self.navigation) * late
+
+    def bind(self, boundary: float | None, path: Path) -> Weight:
+        """See `Weight`."""
+        return self if self.boundary is not None else replace(self, boundary=boundary)
+
+
+def _check_boundary(boundary: Any) -> None:
+    if isinstance(boundary, int | float) and not 0 <= boundary <= 1:
+        raise ValueError(f"Expected `boundary` in [0, 1], t = 0 being noise, got {boundary}.")

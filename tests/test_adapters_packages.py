@@ -1,0 +1,396 @@
+"""Adapters of torchcfm and flow_matching, against the packages themselves."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stagewise import LatentBank, LinearPath, LogitNormal, Oracle, Uniform
+from stagewise.adapters import (
+    NoisedPath,
+    ShrinkingPath,
+    diffusers_target,
+    find_seams,
+    one_seam,
+)
+from stagewise.adapters.base import check_noise
+from stagewise.paths import expand_like
+from stagewise.schemes import Scheme
+from stagewise.targets import Mix
+
+cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
+fm_path = pytest.importorskip("flow_matching.path")
+fm_scheduler = pytest.importorskip("flow_matching.path.scheduler")
+
+SHAPE = (2, 3)
+ROWS = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(5))
+LABELS = torch.arange(40) % 4
+
+MATCHERS = {
+    "icfm": lambda: cfm.ConditionalFlowMatcher(0.0),
+    "icfm, sigma": lambda: cfm.ConditionalFlowMatcher(0.4),
+    "target": lambda: cfm.TargetConditionalFlowMatcher(0.0),
+    "target, sigma": lambda: cfm.TargetConditionalFlowMatcher(0.2),
+    "vp": lambda: cfm.VariancePreservingConditionalFlowMatcher(0.0),
+    "vp, sigma": lambda: cfm.VariancePreservingConditionalFlowMatcher(0.3),
+}
+SCHEDULERS = ("CondOT", "Cosine", "VP", "LinearVP")
+
+
+def path_of(name):
+    scheduler = getattr(fm_scheduler, f"{name}Scheduler")()
+    return fm_path.CondOTProbPath() if name == "CondOT" else fm_path.AffineProbPath(scheduler)
+
+
+def batch(n=24):
+    """Noise and rows of the bank, float64 so that only the formulas differ."""
+    return torch.randn(n, *SHAPE, dtype=torch.float64), ROWS[torch.randperm(40)[:n]].double()
+
+
+def posterior_mean(xt, alpha, sigma, rows=ROWS, mask=None):
+    """`m` by brute force in float64; `mask` (B, N) says which rows count."""
+    gap = xt.flatten(1)[:, None] - alpha.reshape(-1, 1, 1) * rows.flatten(1).double()
+    logits = -gap.square().sum(2) / (2 * sigma[:, None] ** 2)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    return (logits.softmax(1) @ rows.flatten(1).double()).reshape(xt.shape)
+
+
+def torchcfm_velocity(matcher, t, xt, **options):
+    """The marginal velocity of a matcher, from its own definitions."""
+    t, s = t.double(), matcher.sigma
+    wide = t.reshape(-1, *(1 for _ in SHAPE))
+    if isinstance(matcher, cfm.TargetConditionalFlowMatcher):
+        m = posterior_mean(xt, t, 1 - (1 - s) * t, **options)
+        return (m - (1 - s) * xt) / (1 - (1 - s) * wide)
+    if isinstance(matcher, cfm.VariancePreservingConditionalFlowMatcher):
+        sin, cos = torch.sin(math.pi / 2 * wide), torch.cos(math.pi / 2 * wide)
+        m = posterior_mean(xt, sin.flatten(), (cos**2 + s**2).sqrt().flatten(), **options)
+        return math.pi / 2 * (cos * m - sin * cos * (xt - sin * m) / (cos**2 + s**2))
+    v = (1 - wide) ** 2 + s**2
+    m = posterior_mean(xt, t, v.sqrt().flatten(), **options)
+    return m - (1 - wide) * (xt - wide * m) / v
+
+
+def scheme_for(seam, labels=None, **options):
+    return Scheme(Oracle(LatentBank(ROWS, labels), seam.path), **options)
+
+
+@pytest.mark.parametrize("name", MATCHERS)
+def test_torchcfm_unsteered_is_bit_identical(name):
+    x0, x1 = batch()
+    plain, steered = MATCHERS[name](), MATCHERS[name]()
+    seam = one_seam(steered)
+    for scheme in (Scheme(path=seam.path), scheme_for(seam, target=Mix(0.0))):
+        detach = seam.attach(scheme)
+        results = []
+        for matcher in (plain, steered):
+            torch.manual_seed(1)
+            drawn = matcher.sample_location_and_conditional_flow(x0, x1, return_noise=True)
+            results.append((*drawn, torch.get_rng_state()))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        detach()
+
+
+@pytest.mark.parametrize("name", MATCHERS)
+def test_torchcfm_target_is_the_marginal_velocity(name):
+    x0, x1 = batch()
+    matcher = MATCHERS[name]()
+    plain = MATCHERS[name]()
+    seam = one_seam(matcher)
+    seam.attach(scheme_for(seam, target=Mix(1.0)))
+    given = torch.linspace(0.02, 0.9, len(x0), dtype=torch.float64)
+    torch.manual_seed(2)
+    t, xt, u = matcher.sample_location_and_conditional_flow(x0, x1, given)
+    torch.testing.assert_close(u, torchcfm_velocity(matcher, t, xt), rtol=2e-6, atol=2e-6)
+    torch.manual_seed(2)
+    _, xt_plain, conditional = plain.sample_location_and_conditional_flow(x0, x1, given)
+    assert torch.equal(xt, xt_plain)
+    assert (u - conditional).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["icfm, sigma", "vp, sigma"])
+def test_torchcfm_mixes_a_share_of_all_that_is_not_known(name):
+    x0, x1 = batch()
+    matcher, plain = MATCHERS[name](), MATCHERS[name]()
+    seam = one_seam(matcher)
+    seam.attach(scheme_for(seam, target=Mix(0.3)))
+    t = torch.rand(len(x0), dtype=torch.float64)
+    results = []
+    for each in (matcher, plain):
+        torch.manual_seed(2)
+        results.append(each.sample_location_and_conditional_flow(x0, x1, t))
+    (_, xt, mixed), (_, _, u) = results
+    expected = u + 0.3 * (torchcfm_velocity(matcher, t, xt) - u)
+    torch.testing.assert_close(mixed, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["icfm, sigma", "vp, sigma"])
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.95])
+def test_noised_path_is_the_average_over_both_noises(name, t):
+    # In one dimension, with the noise x_0 on a grid: no formula of ours takes part.
+    matcher, rows, xt = MATCHERS[name](), torch.tensor([-1.25, 0.25, 1.0]).double(), 0.35
+    x0, t = torch.linspace(-9, 9, 20_001).double(), torch.tensor(t).double()
+    gap = xt - matcher.compute_mu_t(x0[:, None], rows, t)
+    log_weight = -gap.square() / (2 * matcher.sigma**2) - x0[:, None].square() / 2
+    weight = log_weight.flatten().softmax(0).reshape(gap.shape)
+    u = matcher.compute_conditional_flow(x0[:, None], rows, t, None)
+    oracle = Oracle(LatentBank(rows[:, None]), one_seam(matcher).path)
+    velocity = oracle.velocity(torch.tensor([[xt]]).double(), t[None])
+    assert float(velocity) == pytest.approx(float((weight * u).sum()), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "path", [NoisedPath(LinearPath(), 0.3), ShrinkingPath(0.1), NoisedPath(ShrinkingPath(0.1), 1.0)]
+)
+def test_derivatives_of_paths(path):
+    t = torch.linspace(0, 1, 11, dtype=torch.float64, requires_grad=True)
+    alpha, sigma, d_alpha, d_sigma = path(t)
+    for value, derivative in ((alpha, d_alpha), (sigma, d_sigma)):
+        (grad,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
+        torch.testing.assert_close(derivative, grad)
+
+
+def test_paths_refuse_what_is_none():
+    with pytest.raises(ValueError, match="`noise` above 0, got 0"):
+        NoisedPath(LinearPath(), 0)
+    with pytest.raises(ValueError, match="`sigma_min` of at least 0, got -1"):
+        ShrinkingPath(-1)
+
+
+def test_torchcfm_class_wise_without_labels():
+    x0, x1 = batch()
+    matcher = MATCHERS["icfm"]()
+    seam = one_seam(matcher)
+    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    t, xt, u = matcher.sample_location_and_conditional_flow(x0, x1)
+    own = (x1[:, None] == ROWS.double()).flatten(2).all(2).float() @ LABELS.float()
+    expected = torchcfm_velocity(matcher, t, xt, mask=own[:, None] == LABELS)
+    torch.testing.assert_close(u, expected, rtol=2e-6, atol=2e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0, 1), st.sampled_from(["linear", "cosine"]))
+def test_libraries_agree(seed, lam, kind):
+    """One noise, one row, one time: the same steered target in every convention."""
+    draws = torch.Generator().manual_seed(seed)
+    x1 = ROWS[torch.randint(40, (8,), generator=draws)].double()
+    x0 = torch.randn(8, *SHAPE, generator=draws, dtype=torch.float64)
+    t = 0.02 + 0.95 * torch.rand(8, generator=draws, dtype=torch.float64)
+    matcher = MATCHERS["icfm" if kind == "linear" else "vp"]()
+    path = path_of("CondOT" if kind == "linear" else "Cosine")
+    one_seam(matcher).attach(scheme_for(one_seam(matcher), target=Mix(lam)))
+    one_seam(path).attach(scheme_for(one_seam(path), target=Mix(lam)))
+    _, xt, u = matcher.sample_location_and_conditional_flow(x0, x1, t)
+    found = path.sample(x_0=x0, x_1=x1, t=t)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found.x_t, xt)
+    torch.testing.assert_close(found.dx_t, u, **close)
+    if kind == "linear":
+        sigmas = expand_like(1 - t, x1)
+        scheme = Scheme(Oracle(LatentBank(ROWS)), target=Mix(lam))
+        target = diffusers_target(xt, x1, x0, sigmas, scheme)
+        torch.testing.assert_close(target, -u, **close)
+        data = diffusers_target(xt, x1, x0, sigmas, scheme, prediction="data")
+        torch.testing.assert_close((data - xt) / sigmas, u, **close)
+
+
+class Guided(cfm.ConditionalFlowMatcher):
+    """A guided variant of a matcher without coupling, as users write it."""
+
+    def guided_sample_location_and_conditional_flow(
+        self, x0, x1, y0=None, y1=None, t=None, return_noise=False
+    ):
+        t, xt, ut, *rest = self.sample_location_and_conditional_flow(x0, x1, t, return_noise)
+        return (t, xt, ut, y0, y1, *rest)
+
+
+def test_torchcfm_guided_takes_the_labels_and_is_steered_once():
+    x0, x1 = batch()
+    matcher = Guided(0.0)
+    before = dict(vars(matcher))
+    seam = one_seam(matcher)
+    detach = seam.attach(scheme_for(seam, LABELS, target=Mix(0.5)))
+    labels = torch.randint(4, (len(x0),))  # not those of the rows: they are the caller's choice
+    torch.manual_seed(3)
+    t, xt, u, y0, y1, eps = matcher.guided_sample_location_and_conditional_flow(
+        x0, x1, None, labels, return_noise=True
+    )
+    own = (x1[:, None] == ROWS.double()).flatten(2).all(2)
+    _, found = own.max(1)
+    fits = labels == LABELS[found]
+    mask = labels[:, None] == LABELS
+    expected = (x1 - x0 + torchcfm_velocity(matcher, t, xt, mask=mask)) / 2
+    torch.testing.assert_close(u[fits], expected[fits], rtol=2e-6, atol=2e-6)
+    assert fits.any()
+    assert y0 is None
+    assert y1 is labels
+    assert eps.shape == x0.shape
+    detach()
+    assert vars(matcher) == before
+
+
+def test_torchcfm_draws_t_from_the_scheme_once():
+    x0, x1 = batch()
+    matcher = MATCHERS["icfm"]()
+    detach = one_seam(matcher).attach(Scheme(timesteps=LogitNormal(-1, 0.3)))
+    torch.manual_seed(4)
+    t, *_ = matcher.sample_location_and_conditional_flow(x0, x1)
+    torch.manual_seed(4)
+    assert torch.equal(t, LogitNormal(-1, 0.3).sample(len(x0)).double())
+    noise = torch.randn_like(x0)
+    torch.manual_seed(4)
+    *_, eps = matcher.sample_location_and_conditional_flow(x0, x1, return_noise=True)
+    assert torch.equal(eps, noise), "nothing else is drawn"
+    with pytest.raises(ValueError, match="module was given its times, but the scheme draws them"):
+        matcher.sample_location_and_conditional_flow(x0, x1, t)
+    detach()
+    assert torch.equal(matcher.sample_location_and_conditional_flow(x0, x1, t)[0], t)
+
+
+@pytest.mark.parametrize("kind", ["ExactOptimalTransport", "SchrodingerBridge"])
+def test_torchcfm_couplings_are_refused_with_the_reason(kind):
+    matcher = getattr(cfm, f"{kind}ConditionalFlowMatcher")(1.0)
+    with pytest.raises(ValueError, match=r"makes x_0 and x_1 dependent.* ConditionalFlowMatcher"):
+        one_seam(matcher)
+    (seam,) = find_seams(matcher)
+    with pytest.raises(ValueError, match="module cannot be steered"):
+        seam.attach(Scheme())
+
+
+def test_torchcfm_unknown_matcher_is_refused():
+    class Curved(cfm.ConditionalFlowMatcher):
+        def compute_mu_t(self, x0, x1, t):
+            t = cfm.pad_t_like_x(t, x0)
+            return t**2 * x1 + (1 - t) * x0
+
+    with pytest.raises(ValueError, match=r"its path is not known.*scheme\(u, xt=xt"):
+        one_seam(Curved())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_flow_matching_unsteered_is_bit_identical(name):
+    x0, x1 = batch()
+    t = torch.rand(len(x0), dtype=torch.float64)
+    expected = path_of(name).sample(x_0=x0, x_1=x1, t=t)
+    path = path_of(name)
+    seam = one_seam(path)
+    seam.attach(scheme_for(seam, target=Mix(0.0)))
+    found = path.sample(x0, x1, t)
+    assert type(found) is type(expected)
+    assert all(torch.equal(getattr(found, key), getattr(expected, key)) for key in vars(expected))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_flow_matching_target_is_the_marginal_velocity(name):
+    x0, x1 = batch()
+    t = torch.linspace(0.05, 0.9, len(x0), dtype=torch.float64)
+    path = path_of(name)
+    seam = one_seam(path)
+    seam.attach(scheme_for(seam, target=Mix()))
+    found = path.sample(x_0=x0, x_1=x1, t=t)
+    at = path.scheduler(t)
+    m = posterior_mean(found.x_t, at.alpha_t, at.sigma_t)
+    alpha, sigma, d_alpha, d_sigma = (
+        value.reshape(-1, 1, 1) for value in (at.alpha_t, at.sigma_t, at.d_alpha_t, at.d_sigma_t)
+    )
+    expected = d_alpha * m + d_sigma * (found.x_t - alpha * m) / sigma
+    torch.testing.assert_close(found.dx_t, expected, rtol=2e-6, atol=2e-6)
+    assert torch.equal(found.x_1, x1)
+    assert torch.equal(found.x_0, x0)
+
+
+def test_flow_matching_class_wise_without_labels():
+    x0, x1 = batch()
+    t = torch.rand(len(x0), dtype=torch.float64) * 0.5
+    path = path_of("CondOT")
+    seam = one_seam(path)
+    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    found = path.sample(x_0=x0, x_1=x1, t=t)
+    own = (x1[:, None] == ROWS.double()).flatten(2).all(2).float() @ LABELS.float()
+    m = posterior_mean(found.x_t, t, 1 - t, mask=own[:, None] == LABELS)
+    expected = (m - found.x_t) / (1 - t)[:, None, None]
+    torch.testing.assert_close(found.dx_t, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_flow_matching_is_given_its_times():
+    with pytest.raises(ValueError, match=r"given its times.*t = scheme\.timesteps\.sample"):
+        one_seam(path_of("CondOT")).attach(Scheme(timesteps=Uniform()))
+
+
+def test_other_paths_of_flow_matching_are_none():
+    scheduler = fm_scheduler.PolynomialConvexScheduler(2.0)
+    assert find_seams(fm_path.MixtureDiscreteProbPath(scheduler)) == []
+
+
+ALL = {**MATCHERS, **{name: (lambda name=name: path_of(name)) for name in SCHEDULERS}}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_detached_it_is_what_it_was(name):
+    thing = ALL[name]()
+    before, kind = dict(vars(thing)), type(thing)
+    seam = one_seam(thing)
+    scheme = scheme_for(seam, target=Mix())
+    detach = seam.attach(scheme)
+    assert vars(thing) != before
+    with pytest.raises(ValueError, match="steered by another scheme already"):
+        one_seam(thing).attach(scheme)
+    detach()
+    detach()
+    assert vars(thing) == before
+    assert type(thing) is kind
+    again = one_seam(thing).attach(scheme)
+    detach()
+    assert vars(thing) != before, "an old detach leaves a newer attach alone"
+    again()
+    assert vars(thing) == before
+
+
+def test_copies_and_pickles_are_not_steered():
+    x0, x1 = batch()
+    matcher = MATCHERS["icfm"]()
+    seam = one_seam(matcher)
+    seam.attach(scheme_for(seam, target=Mix()))
+    t = torch.full((len(x0),), 0.05, dtype=torch.float64)
+    assert not torch.equal(matcher.sample_location_and_conditional_flow(x0, x1, t)[2], x1 - x0)
+    for other in (copy.deepcopy(matcher), pickle.loads(pickle.dumps(matcher))):
+        assert torch.equal(other.sample_location_and_conditional_flow(x0, x1, t)[2], x1 - x0)
+
+
+@pytest.mark.parametrize("name", ["icfm", "vp, sigma", "CondOT"])
+def test_a_source_that_is_not_standard_normal_is_refused(name):
+    _, x1 = batch()
+    thing = ALL[name]()
+    seam = one_seam(thing)
+    for x0 in (torch.rand(len(x1), *SHAPE).double(), 2 * torch.randn(len(x1), *SHAPE).double()):
+        detach = seam.attach(scheme_for(seam, target=Mix()))
+        method = thing.sample if name == "CondOT" else thing.sample_location_and_conditional_flow
+        with pytest.raises(ValueError, match="`x0` to be standard normal noise"):
+            method(x0, x1, torch.rand(len(x1)))
+        detach()
+
+
+def test_noise_is_never_taken_for_something_else():
+    # 6 standard errors of each of two tests: one in 10^8 or so.
+    draws = torch.Generator().manual_seed(0)
+    for count in (1, 2, 5, 50, 5000):
+        for _ in range(2000 if count < 100 else 20):
+            check_noise(torch.randn(count, generator=draws))
+    for _ in range(20):
+        with pytest.raises(ValueError, match="standard normal"):
+            check_noise(torch.randn(500, generator=draws) * 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes_stay(dtype):
+    x0, x1 = (value.to(dtype) for value in batch())
+    matcher = MATCHERS["icfm, sigma"]()
+    seam = one_seam(matcher)
+    seam.attach(scheme_for(seam, target=Mix()))
+    t, xt, u = matcher.sample_location_and_conditional_flow(x0, x1)
+    assert {t.dtype, xt.dtype, u.dtype} == {dtype}

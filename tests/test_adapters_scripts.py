@@ -1,0 +1,615 @@
+"""Adapters of interfaces that are no package: SiT's transport, EDM's losses, diffusers' scripts.
+
+Each is written down here anew, as small as its interface allows, with what an adapter could trip
+over: the type check of the transport, the one noise that makes input and target, the descending
+timesteps of the scheduler.
+"""
+
+import doctest
+import enum
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from stagewise import CosinePath, EDMPath, LatentBank, LinearPath, LogitNormal, Oracle, VPPath
+from stagewise.adapters import diffusers as diffusers_adapter
+from stagewise.adapters import diffusers_target, find_seams, one_seam
+from stagewise.schemes import Scheme
+from stagewise.targets import Mix
+
+SHAPE = (2, 3)
+ROWS = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(5))
+LABELS = torch.arange(40) % 4
+
+
+def rows_of_batch(n=16, seed=0):
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))[:n]
+    return ROWS[order], LABELS[order]
+
+
+def posterior_mean(xt, alpha, sigma, labels=None):
+    """`m` by brute force in float64, over all rows or those of each label."""
+    rows = ROWS.flatten(1).double()
+    gap = xt.double().flatten(1)[:, None] - alpha.double().reshape(-1, 1, 1) * rows
+    logits = -gap.square().sum(2) / (2 * sigma.double().reshape(-1, 1) ** 2)
+    if labels is not None:
+        logits = logits.masked_fill(labels[:, None] != LABELS, -torch.inf)
+    return (logits.softmax(1) @ rows).reshape(xt.shape)
+
+
+def scheme_for(seam, labels=None, **options):
+    return Scheme(Oracle(LatentBank(ROWS, labels), seam.path), **options)
+
+
+class Net(nn.Module):
+    """Notes what it is called with; its output is differentiable in one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.seen = nn.Parameter(torch.tensor(0.5)), []
+
+    def forward(self, x, t, *args, **kwargs):
+        self.seen.append((x.clone(), t.clone()))
+        return self.scale * x
+
+
+# -- SiT and LightningDiT ------------------------------------------------------------------------
+
+
+class ModelType(enum.Enum):
+    NOISE = enum.auto()
+    SCORE = enum.auto()
+    VELOCITY = enum.auto()
+
+
+def expand(t, x):
+    return t.reshape(-1, *(1 for _ in x.shape[1:]))
+
+
+class ICPlan:
+    path = LinearPath()
+
+    def compute_alpha_t(self, t):
+        return t, 1
+
+    def compute_sigma_t(self, t):
+        return 1 - t, -1
+
+    def plan(self, t, x0, x1):
+        (alpha, d_alpha), (sigma, d_sigma) = (
+            compute(expand(t, x1)) for compute in (self.compute_alpha_t, self.compute_sigma_t)
+        )
+        return t, alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0
+
+
+class ReversedPlan(ICPlan):
+    """RAE's: time 1 is noise."""
+
+    def compute_alpha_t(self, t):
+        return 1 - t, -1
+
+    def compute_sigma_t(self, t):
+        return t, 1
+
+
+class GVPCPlan(ICPlan):
+    path = CosinePath()
+
+    def compute_alpha_t(self, t):
+        return torch.sin(t * torch.pi / 2), torch.pi / 2 * torch.cos(t * torch.pi / 2)
+
+    def compute_sigma_t(self, t):
+        return torch.cos(t * torch.pi / 2), -torch.pi / 2 * torch.sin(t * torch.pi / 2)
+
+
+class VPCPlan(ICPlan):
+    path = VPPath()
+
+    def compute_alpha_t(self, t):
+        alpha, _, d_alpha, _ = self.path(t)
+        return alpha, d_alpha
+
+    def compute_sigma_t(self, t):
+        _, sigma, _, d_sigma = self.path(t)
+        return sigma, d_sigma
+
+
+class SiT:
+    """SiT's `Transport`: the interval of t hangs on the type of the plan."""
+
+    def __init__(self, plan=ICPlan, model_type=ModelType.VELOCITY):
+        self.path_sampler, self.model_type = plan(), model_type
+        self.train_eps = self.sample_eps = 0.0 if model_type is ModelType.VELOCITY else 1e-3
+
+    def check_interval(self, train_eps, sample_eps):
+        if type(self.path_sampler) in [VPCPlan]:
+            return 0, 1 - train_eps
+        if type(self.path_sampler) in [ICPlan, ReversedPlan, GVPCPlan]:
+            kept = 0 if self.model_type is ModelType.VELOCITY else train_eps
+            return kept, 1 - kept
+        raise AssertionError("the plan has been replaced")
+
+    def sample(self, x1):
+        x0 = torch.randn_like(x1)
+        start, end = self.check_interval(self.train_eps, self.sample_eps)
+        t = torch.rand((len(x1),)) * (end - start) + start
+        return t.to(x1), x0, x1
+
+    def training_losses(self, model, x1, model_kwargs=None):
+        t, x0, x1 = self.sample(x1)
+        t, xt, ut = self.path_sampler.plan(t, x0, x1)
+        output = model(xt, t, **(model_kwargs or {}))
+        sigma, _ = self.path_sampler.compute_sigma_t(expand(t, xt))
+        error = {
+            ModelType.VELOCITY: lambda: output - ut,
+            ModelType.NOISE: lambda: output - x0,
+            ModelType.SCORE: lambda: output * sigma + x0,
+        }[self.model_type]()
+        return {"pred": output, "loss": error.square().flatten(1).mean(1)}
+
+
+class LightningDiT(SiT):
+    """Draws logit-normal times unless it is given an interval."""
+
+    def sample(self, x1, sp_timesteps=None, shifted_mu=0):
+        x0 = torch.randn_like(x1)
+        if sp_timesteps is not None:
+            start, end = sp_timesteps
+            return (torch.rand(len(x1)) * (end - start) + start).to(x1), x0, x1
+        return torch.sigmoid(torch.randn(len(x1)) + shifted_mu).to(x1), x0, x1
+
+    def training_losses(self, model, x1, model_kwargs=None, sp_timesteps=None, shifted_mu=0):
+        t, x0, x1 = self.sample(x1, sp_timesteps, shifted_mu)
+        t, xt, ut = self.path_sampler.plan(t, x0, x1)
+        output = model(xt, t, **(model_kwargs or {}))
+        cosine = 1 - torch.cosine_similarity(output, ut, dim=1).flatten(1).mean(1)
+        return {
+            "pred": output,
+            "loss": (output - ut).square().flatten(1).mean(1),
+            "cos_loss": cosine,
+        }
+
+
+TRANSPORTS = [
+    (kind, plan, model_type)
+    for kind, plan in (
+        *((SiT, ICPlan), (SiT, GVPCPlan), (SiT, VPCPlan), (SiT, ReversedPlan)),
+        (LightningDiT, ICPlan),
+    )
+    for model_type in (ModelType if kind is SiT else [ModelType.VELOCITY])
+]
+
+
+def losses(transport, x1, net=None, seed=1, **options):
+    torch.manual_seed(seed)
+    terms = transport.training_losses(net or Net(), x1, **options)
+    return terms["loss"], terms["pred"], torch.get_rng_state()
+
+
+@pytest.mark.parametrize(("kind", "plan", "model_type"), TRANSPORTS)
+def test_transport_unsteered_is_bit_identical(kind, plan, model_type):
+    x1, labels = rows_of_batch()
+    transport = kind(plan, model_type)
+    expected = losses(transport, x1, model_kwargs={"y": labels})
+    seam = one_seam(transport)
+    assert repr(seam.path) == repr(plan.path)
+    for scheme in (Scheme(path=seam.path), scheme_for(seam, target=Mix(0.0))):
+        detach = seam.attach(scheme)
+        found = losses(transport, x1, model_kwargs={"y": labels})
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        detach()
+
+
+@pytest.mark.parametrize(("kind", "plan", "model_type"), TRANSPORTS)
+def test_transport_target_is_the_oracle_of_its_prediction(kind, plan, model_type):
+    x1, labels = rows_of_batch()
+    x1 = x1.double()
+    transport, net = kind(plan, model_type), Net().double()
+    seam = one_seam(transport)
+    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    loss, pred, _ = losses(transport, x1, net, model_kwargs={"y": labels})
+    ((xt, t),) = net.seen
+    reverse = plan is ReversedPlan
+    path = plan.path(1 - t if reverse else t)
+    alpha, sigma, d_alpha, d_sigma = (expand(value, x1) for value in path)
+    m = posterior_mean(xt, alpha, sigma, labels)
+    noise = (xt - alpha * m) / sigma
+    error = {
+        ModelType.VELOCITY: pred - (-1 if reverse else 1) * (d_alpha * m + d_sigma * noise),
+        ModelType.NOISE: pred - noise,
+        ModelType.SCORE: pred * sigma + noise,
+    }[model_type]
+    expected = error.square().flatten(1).mean(1)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    unsteered, *_ = losses(kind(plan, model_type), x1, net, model_kwargs={"y": labels})
+    assert (unsteered - loss).abs().max() > 0.05
+
+
+def test_transport_finds_the_class_itself_where_the_model_has_no_labels():
+    x1, labels = rows_of_batch()
+    transport = SiT()
+    seam = one_seam(transport)
+    detach = seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    without = losses(transport, x1)
+    detach()
+    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    assert torch.equal(losses(transport, x1, model_kwargs={"y": labels})[0], without[0])
+
+
+def test_transport_asks_for_the_classes_that_the_model_is_given():
+    x1, _ = rows_of_batch()
+    transport, net = SiT(), Net().double()
+    oracle = Oracle(LatentBank(ROWS, LABELS), null_class=4)
+    one_seam(transport).attach(Scheme(oracle, target=Mix()))
+    dropped = torch.full((len(x1),), 4)  # as for classifier-free guidance
+    loss, pred, _ = losses(transport, x1.double(), net, model_kwargs={"y": dropped})
+    ((xt, t),) = net.seen
+    target = (posterior_mean(xt, t, 1 - t) - xt) / expand(1 - t, xt)
+    torch.testing.assert_close(loss, (pred - target).square().flatten(1).mean(1), rtol=1e-4, atol=0)
+
+
+def test_transport_weighs_and_reports_the_losses():
+    x1, _ = rows_of_batch()
+    transport, net = SiT(), Net()
+    expected, *_ = losses(transport, x1, net)
+    seam = one_seam(transport)
+    seam.attach(Scheme(weight=lambda t: 1 + t))
+    assert seam.last is None
+    loss, *_ = losses(transport, x1, net)
+    t = net.seen[-1][1]
+    torch.testing.assert_close(loss, (1 + t) * expected)
+    assert torch.equal(seam.last[0], t)
+    assert torch.equal(seam.last[1], expected)
+    assert not seam.last[1].requires_grad
+    loss.mean().backward()
+    assert net.scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize("kind", [SiT, LightningDiT])
+@pytest.mark.parametrize("model_type", [ModelType.VELOCITY, ModelType.SCORE])
+def test_transport_draws_t_from_the_scheme_once(kind, model_type):
+    x1, _ = rows_of_batch()
+    transport, net = kind(model_type=model_type), Net()
+    sampler = LogitNormal(-1, 0.3)
+    one_seam(transport).attach(Scheme(timesteps=sampler))
+    *_, state = losses(transport, x1, net)
+    torch.manual_seed(1)
+    x0 = torch.randn_like(x1)
+    start, end = transport.check_interval(transport.train_eps, transport.sample_eps)
+    assert (start > 0) == (model_type is ModelType.SCORE)
+    t = sampler.sample(len(x1)) * (end - start) + start
+    assert torch.equal(net.seen[0][1], t)
+    assert torch.equal(net.seen[0][0], ICPlan().plan(t, x0, x1)[1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_transport_of_reversed_time_draws_and_reports_ours():
+    x1, _ = rows_of_batch()
+    transport, net = SiT(ReversedPlan), Net()
+    seam = one_seam(transport)
+    assert "predicts minus the velocity, time 1 is noise and 0 is data" in seam.describe()
+    seam.attach(Scheme(timesteps=LogitNormal(-2, 0.1)))
+    losses(transport, x1, net)
+    assert net.seen[0][1].min() > 0.8, "near the noise"
+    torch.testing.assert_close(seam.last[0], 1 - net.seen[0][1])
+
+
+def test_lightningdit_keeps_its_own_times_unless_the_scheme_has_some():
+    x1, _ = rows_of_batch()
+    transport, net = LightningDiT(), Net()
+    detach = one_seam(transport).attach(Scheme())
+    losses(transport, x1, net, sp_timesteps=(0.9, 0.95))
+    assert net.seen[0][1].min() >= 0.9
+    detach()
+    one_seam(transport).attach(Scheme(timesteps=LogitNormal(-1, 0.3)))
+    with pytest.raises(ValueError, match="module was given its times, but the scheme draws them"):
+        losses(transport, x1, net, sp_timesteps=(0.9, 0.95))
+
+
+def test_lightningdit_weighs_both_of_its_losses():
+    x1, _ = rows_of_batch()
+    transport, net = LightningDiT(), Net()
+    torch.manual_seed(1)
+    expected = transport.training_losses(net, x1)
+    one_seam(transport).attach(Scheme(weight=lambda t: 1 + t))
+    torch.manual_seed(1)
+    terms = transport.training_losses(net, x1)
+    weight = 1 + net.seen[-1][1]
+    assert torch.equal(terms["pred"], expected["pred"])
+    for key in ("loss", "cos_loss"):
+        torch.testing.assert_close(terms[key], weight * expected[key])
+
+
+def test_transport_outside_of_its_losses_is_left_alone():
+    x1, _ = rows_of_batch()
+    transport = SiT()
+    seam = one_seam(transport)
+    seam.attach(scheme_for(seam, target=Mix(), timesteps=LogitNormal()))
+    torch.manual_seed(0)
+    t, x0, _ = transport.sample(x1)
+    torch.manual_seed(0)
+    assert torch.equal(t, SiT().sample(x1)[0])
+    assert torch.equal(transport.path_sampler.plan(t, x0, x1)[2], x1 - x0)
+
+
+def test_transport_is_what_it_was_even_after_an_error():
+    x1, _ = rows_of_batch()
+    transport = SiT()
+    before, plan_before = dict(vars(transport)), dict(vars(transport.path_sampler))
+    detach = one_seam(transport).attach(Scheme(path=LinearPath()))
+    with pytest.raises(TypeError):
+        transport.training_losses(lambda xt, t: None, x1)
+    assert torch.equal(transport.path_sampler.plan(torch.zeros(16), x1, x1)[2], x1 - x1)
+    detach()
+    assert vars(transport) == before
+    assert vars(transport.path_sampler) == plan_before
+
+
+def test_transport_of_an_unknown_kind_is_refused():
+    transport = SiT()
+    transport.model_type = SimpleNamespace(name="FLOW_MAP")
+    with pytest.raises(ValueError, match="model_type, 'flow_map', is not known"):
+        one_seam(transport)
+
+
+# -- EDM -----------------------------------------------------------------------------------------
+
+
+class EDMLoss:
+    """EDM's loss: one `images` makes input and target."""
+
+    def __init__(self, P_mean=-0.4, P_std=1.0, sigma_data=0.5):  # noqa: N803
+        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
+
+    def draw(self, images):
+        normal = torch.randn([len(images), *(1 for _ in SHAPE)], device=images.device)
+        sigma = (normal * self.P_std + self.P_mean).exp()
+        return sigma, (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+    def __call__(self, net, images, labels=None, augment_pipe=None):
+        sigma, weight = self.draw(images)
+        y, augment_labels = (images, None) if augment_pipe is None else augment_pipe(images)
+        noise = torch.randn_like(y) * sigma
+        denoised = net(y + noise, sigma, labels, augment_labels=augment_labels)
+        return weight * (denoised - y) ** 2
+
+
+class EDM2Loss(EDMLoss):
+    """EDM2's: with a learnt uncertainty."""
+
+    def __call__(self, net, images, labels=None):
+        sigma, weight = self.draw(images)
+        noise = torch.randn_like(images) * sigma
+        denoised, logvar = Uncertain(net)(images + noise, sigma, labels, return_logvar=True)
+        return (weight / logvar.exp()) * (denoised - images) ** 2 + logvar
+
+
+class Uncertain:
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x, sigma, labels, return_logvar):
+        assert return_logvar
+        return self.net(x, sigma, labels, return_logvar=True), torch.full_like(sigma, 0.3)
+
+
+class ModuleLoss(EDMLoss, nn.Module):
+    """The same as a module."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        EDMLoss.__init__(self)
+
+    __call__ = nn.Module.__call__
+    forward = EDMLoss.__call__
+
+
+EDM_KINDS = [EDMLoss, EDM2Loss, ModuleLoss]
+
+
+def holder_of(kind):
+    holder = nn.Module()
+    holder.loss_fn = kind()
+    return holder
+
+
+def edm(holder, images, labels=None, net=None, **options):
+    torch.manual_seed(1)
+    loss = holder.loss_fn(net or Net(), images, labels, **options)
+    return loss, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("kind", EDM_KINDS)
+def test_edm_unsteered_is_bit_identical(kind):
+    images, _ = rows_of_batch()
+    holder = holder_of(kind)
+    expected = edm(holder, images)
+    seam = one_seam(holder)
+    seam.attach(scheme_for(seam, target=Mix(0.0)))
+    kept = images.clone()
+    found = edm(holder, images)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(images, kept)
+
+
+@pytest.mark.parametrize("kind", EDM_KINDS)
+@pytest.mark.parametrize("labelled", ["numbers", "one-hot", "not"])
+def test_edm_target_is_the_posterior_mean(kind, labelled):
+    images, labels = rows_of_batch()
+    images, kept = images.double(), images.double()
+    given = {"numbers": labels, "one-hot": nn.functional.one_hot(labels).float(), "not": None}
+    holder, net = holder_of(kind), Net().double()
+    seam = one_seam(holder)
+    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    loss, _ = edm(holder, images, given[labelled], net)
+    ((x, sigma),) = net.seen
+    m = posterior_mean(x, torch.ones(len(x)), sigma, labels)
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    expected = weight * (0.5 * x - m) ** 2
+    if kind is EDM2Loss:
+        expected = expected / torch.tensor(0.3).exp() + 0.3
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(images, kept)
+    assert (loss - edm(holder_of(kind), images, None, net)[0]).abs().max() > 0.1
+
+
+def test_edm_rows_without_a_label_see_the_whole_bank():
+    images, labels = rows_of_batch()
+    one_hot = nn.functional.one_hot(labels).float()
+    one_hot[::2] = 0
+    holder, net = holder_of(EDMLoss), Net()
+    seam = one_seam(holder)
+    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    loss, _ = edm(holder, images, one_hot, net)
+    ((x, sigma),) = net.seen
+    m = posterior_mean(x, torch.ones(len(x)), sigma)[::2].float()
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    torch.testing.assert_close(
+        loss[::2], weight[::2] * (0.5 * x[::2] - m) ** 2, rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", EDM_KINDS)
+def test_edm_weighs_and_reports_the_losses(kind):
+    images, _ = rows_of_batch()
+    holder, net = holder_of(kind), Net()
+    expected, _ = edm(holder, images)
+    seam = one_seam(holder)
+    seam.attach(Scheme(weight=lambda t: 1 + t))
+    loss, _ = edm(holder, images, None, net)
+    t = 1 / (1 + net.seen[0][1])
+    torch.testing.assert_close(loss, (1 + t) * expected)
+    assert torch.equal(seam.last[0], t.flatten())
+    assert torch.equal(seam.last[1], expected.flatten(1).mean(1))
+    loss.sum().backward()
+    assert net.scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize("kind", EDM_KINDS)
+def test_edm_is_what_it_was(kind):
+    holder = holder_of(kind)
+    loss_fn = holder.loss_fn
+    before, of_holder = dict(vars(loss_fn)), dict(vars(holder))
+    detach = one_seam(holder).attach(Scheme())
+    assert holder.loss_fn.P_mean == -0.4, "what it holds can be read meanwhile"
+    with pytest.raises(ValueError, match="steered by another scheme already"):
+        one_seam(holder).attach(Scheme())
+    detach()
+    assert holder.loss_fn is loss_fn
+    assert vars(loss_fn) == before
+    assert vars(holder) == of_holder
+
+
+def test_edm_network_is_no_loss():
+    class Precond(nn.Module):
+        P_mean, P_std, sigma_data = -0.4, 1.0, 0.5
+
+        def forward(self, x, sigma, labels=None):
+            return x
+
+    assert find_seams(Precond()) == []
+
+
+def test_edm_refuses_what_it_cannot_steer():
+    images, _ = rows_of_batch()
+    holder = holder_of(EDMLoss)
+    with pytest.raises(ValueError, match="keep it as an attribute"):
+        one_seam(holder.loss_fn)
+    with pytest.raises(ValueError, match="given its times"):
+        one_seam(holder).attach(Scheme(timesteps=LogitNormal()))
+    one_seam(holder).attach(Scheme())
+    with pytest.raises(ValueError, match="without augment_pipe"):
+        holder.loss_fn(Net(), images, None, lambda x: (x.flip(-1), None))
+
+
+# -- diffusers -----------------------------------------------------------------------------------
+
+
+class FlowMatchEulerDiscreteScheduler:
+    """The part that training scripts use; timesteps descend from 1000."""
+
+    def __init__(self, shift=1.0):
+        sigmas = torch.linspace(1, 1 / 1000, 1000)
+        self.sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        self.timesteps = self.sigmas * 1000
+
+    def scale_noise(self, sample, timestep, noise):
+        sigma = self.sigmas[(self.timesteps == timestep).nonzero()]
+        return sigma * noise + (1 - sigma) * sample
+
+
+def script(x, scheduler, seed=0):
+    """The SD3 script up to its target: noisy input, noise, sigmas and timesteps."""
+    torch.manual_seed(seed)
+    noise, u = torch.randn_like(x), torch.rand(len(x))
+    timesteps = scheduler.timesteps[(u * 1000).long()]
+    steps = [(scheduler.timesteps == t).nonzero().item() for t in timesteps]
+    sigmas = expand(scheduler.sigmas[steps], x).to(x)
+    return (1 - sigmas) * x + sigmas * noise, noise, sigmas, timesteps
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_diffusers_target_is_minus_the_marginal_velocity(shift):
+    x, labels = rows_of_batch()
+    x = x.double()
+    noisy, noise, sigmas, timesteps = script(x, FlowMatchEulerDiscreteScheduler(shift))
+    for bank_labels, own in ((None, None), (LABELS, labels)):
+        scheme = Scheme(Oracle(LatentBank(ROWS, bank_labels)), target=Mix())
+        target = diffusers_target(noisy, x, noise, sigmas, scheme)
+        m = posterior_mean(noisy, 1 - sigmas, sigmas, own)
+        torch.testing.assert_close(target, (noisy - m) / sigmas, rtol=1e-4, atol=1e-4)
+        data = diffusers_target(noisy, x, noise, sigmas.flatten(), scheme, prediction="data")
+        torch.testing.assert_close(data, m, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scheme.last.t, 1 - timesteps.double() / 1000, rtol=0, atol=1e-6)
+
+
+def test_diffusers_target_unsteered_is_the_scripts():
+    x, _ = rows_of_batch()
+    noisy, noise, sigmas, _ = script(x, FlowMatchEulerDiscreteScheduler())
+    for scheme in (Scheme(), Scheme(Oracle(LatentBank(ROWS)), target=Mix(0.0))):
+        assert torch.equal(diffusers_target(noisy, x, noise, sigmas, scheme), noise - x)
+        data = diffusers_target(noisy, x, noise, sigmas, scheme, prediction="data")
+        assert torch.equal(data, x)
+
+
+def test_diffusers_example():
+    failed, tried = doctest.testmod(diffusers_adapter)
+    assert (failed, tried > 0) == (0, True)
+
+
+def test_diffusers_target_takes_labels():
+    x, labels = rows_of_batch()
+    x = x.double()
+    noisy, noise, sigmas, _ = script(x, FlowMatchEulerDiscreteScheduler())
+    scheme = Scheme(Oracle(LatentBank(ROWS, LABELS)), target=Mix())
+    everywhere = diffusers_target(noisy, x, noise, sigmas, scheme, labels=[None] * len(x))
+    m = posterior_mean(noisy, 1 - sigmas, sigmas)
+    torch.testing.assert_close(everywhere, (noisy - m) / sigmas, rtol=1e-4, atol=1e-4)
+
+
+def test_diffusers_scheduler_is_recognised_and_says_what_to_do():
+    module = SimpleNamespace(noise_scheduler=FlowMatchEulerDiscreteScheduler())
+    (seam,) = find_seams(module)
+    assert "minus the velocity, time 1000 is noise and 0 is data" in seam.describe()
+    with pytest.raises(ValueError, match=r"module\.noise_scheduler .*write diffusers_target\("):
+        one_seam(module)
+
+
+def test_diffusers_bad_input():
+    x, _ = rows_of_batch()
+    noisy, noise, sigmas, _ = script(x, FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match=r"one of `sigmas` for each of 16 samples, got \(3,\)"):
+        diffusers_target(noisy, x, noise, sigmas.flatten()[:3], Scheme())
+    with pytest.raises(ValueError, match='"velocity" or "data", got \'noise\''):
+        diffusers_target(noisy, x, noise, sigmas, Scheme(), prediction="noise")
+
+
+def test_a_scheme_for_another_path_is_refused():
+    transport = SiT(GVPCPlan)
+    scheme = Scheme(Oracle(LatentBank(ROWS)), target=Mix())
+    with pytest.raises(ValueError, match=r"trains on CosinePath\(\), the scheme is for LinearPath"):
+        one_seam(transport).attach(scheme)
+    with pytest.raises(ValueError, match=r"one_seam\(module\)\.path"):
+        one_seam(transport).attach(Scheme(weight=lambda t: t, path=EDMPath()))

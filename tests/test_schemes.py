@@ -1,0 +1,515 @@
+"""Schemes and phases: what is drawn, what is refused, what a resumed run continues."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from stagewise import (
+    AtPlateau,
+    AtShare,
+    AtStep,
+    Beta,
+    Certificate,
+    Concentration,
+    CosinePath,
+    EDMLogNormal,
+    LatentBank,
+    LeaveOneOut,
+    LinearPath,
+    LogitNormal,
+    LossSecondMoment,
+    MinSNR,
+    Mix,
+    Mode,
+    Oracle,
+    Phase,
+    Phases,
+    ReferenceSet,
+    Scheme,
+    Shifted,
+    Smooth,
+    StageAware,
+    StageBoundary,
+    StageFactors,
+    Stratified,
+    Tempered,
+    Uniform,
+    UShaped,
+    VPPath,
+    WithFloor,
+)
+from stagewise.engines import Exact
+from stagewise.schemes import correction
+
+N, SHAPE = 40, (2, 3)
+
+
+def rows(n=N):
+    return torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def make_oracle(labels=False, **options):
+    return Oracle(LatentBank(rows(), torch.arange(N) % 4 if labels else None), **options)
+
+
+def batch(n=16, seed=1, path=None, dtype=torch.float32):
+    draws = torch.Generator().manual_seed(seed)
+    i = torch.randint(N, (n,), generator=draws)
+    x1, x0 = rows()[i], torch.randn(n, *SHAPE, generator=draws)
+    t = torch.rand(n, generator=draws)
+    xt = (path or LinearPath()).interpolate(x0, x1, t)
+    call = dict(xt=xt.to(dtype), t=t, x1=x1.to(dtype))
+    return (x1 - x0).to(dtype), call, i
+
+
+# -- the plain scheme -----------------------------------------------------------------------------
+
+
+def test_the_plain_scheme_changes_nothing():
+    y, call, _ = batch()
+    scheme = Scheme()
+    scheme.check()
+    target, weight = scheme(y, **call)
+    assert target is y
+    assert weight.tolist() == [1] * 16
+    assert scheme.last.correction_sq.tolist() == scheme.last.lam.tolist() == [0] * 16
+    assert not scheme.needs_boundary
+    assert not scheme.draws_timesteps
+    assert Scheme(timesteps=Uniform()).draws_timesteps
+
+
+def test_t_is_drawn_exactly_as_plain_training_would():
+    torch.manual_seed(3)
+    expected = torch.rand(8), torch.rand(1)
+    torch.manual_seed(3)
+    scheme = Scheme(make_oracle(), target=ReferenceSet(5))
+    t = scheme.timesteps.sample(8)
+    y, call, _ = batch(8)
+    scheme(y, **call)
+    assert torch.equal(t, expected[0])
+    assert torch.equal(torch.rand(1), expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype):
+    y, call, _ = batch(dtype=dtype)
+    oracle = Oracle(LatentBank(rows(), dtype=dtype))
+    scheme = Scheme(oracle, target=Mix("boundary"), weight=MinSNR(), boundary=0.5)
+    target, weight = scheme(y, **call)
+    assert target.dtype == dtype
+    assert weight.dtype == call["t"].dtype
+    assert target.isfinite().all()
+    late = call["t"] >= 0.5
+    assert torch.equal(target[late], y[late])
+    assert not torch.equal(target[~late], y[~late])
+    assert not target.requires_grad
+    # A bfloat16 batch may have a float32 target, which keeps the digits of the correction.
+    wide, _ = scheme(y.float(), **call)
+    torch.testing.assert_close(wide.to(dtype), target, rtol=1e-2, atol=1e-2)
+
+
+def test_nothing_of_the_graph_is_kept():
+    y, call, _ = batch()
+    call["x1"].requires_grad_()
+    call["xt"].requires_grad_()
+    scheme = Scheme(make_oracle(), target=Mix())
+    target, _ = scheme(y, **call)
+    assert not target.requires_grad
+    scheme.correct(**call)
+    assert not any(value.requires_grad for value in vars(scheme.last).values())
+
+
+def test_autocast_does_not_reach_the_oracle():
+    y, call, _ = batch()
+    scheme = Scheme(make_oracle(), target=LeaveOneOut())
+    expected, _ = scheme(y, **call)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = scheme(y, **call)
+    assert torch.equal(found, expected)
+
+
+def test_queries_beyond_the_boundary_are_not_asked(monkeypatch):
+    oracle = make_oracle()
+    seen = []
+    posterior = oracle.posterior
+
+    def ask(xt, t, *args, **options):
+        seen.append(t.tolist())
+        return posterior(xt, t, *args, **options)
+
+    monkeypatch.setattr(oracle, "posterior", ask)
+    y, call, _ = batch()
+    scheme = Scheme(oracle, target=Mix("boundary"), boundary=0.3)
+    scheme(y, **call)
+    assert seen == [[t for t in call["t"].double().tolist() if t < 0.3]]
+    scheme.set_boundary(0.0)
+    target, _ = scheme(y, **call)
+    assert len(seen) == 1
+    assert torch.equal(target, y)
+
+
+def test_labels_are_looked_up_or_given():
+    oracle = make_oracle(labels=True)
+    y, call, i = batch()
+    scheme = Scheme(oracle, target=Mix())
+    assert scheme.class_wise
+    given, _ = scheme(y, **call, labels=i % 4)
+    found, _ = scheme(y, **call)
+    assert torch.equal(given, found)
+    listed, _ = scheme(y, **call, labels=(i % 4).tolist())
+    assert torch.equal(listed, found)
+    whole, _ = Scheme(oracle, target=Mix(), class_wise=False)(y, **call)
+    assert not torch.allclose(whole, found)
+    # A label and a boundary: those that are asked keep their own.
+    part = Scheme(oracle, target=Mix("boundary"), boundary=0.5)
+    some, _ = part(y, **call, labels=i % 4)
+    early = call["t"] < 0.5
+    torch.testing.assert_close(some[early], found[early])
+
+
+def test_certificates_change_nothing_but_the_cost():
+    y, call, i = batch()
+    x1 = 30 * rows()[i]  # far apart, so that most queries are certified
+    x0, t = rows()[i] - y, call["t"]
+    xt = LinearPath().interpolate(x0, x1, t)
+    bank = LatentBank(30 * rows())
+    certificate = Certificate.compute(bank, progress=False)
+    plain, certified = (
+        Scheme(Oracle(bank, certificate=c), target=Mix()) for c in (None, certificate)
+    )
+    expected, _ = plain(x1 - x0, xt=xt, t=t, x1=x1)
+    found, _ = certified(x1 - x0, xt=xt, t=t, x1=x1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert certified.last.tail_mass.max() > 0
+
+
+# -- the boundary ---------------------------------------------------------------------------------
+
+
+def boundary_of(midpoint):
+    return StageBoundary(midpoint, 0.1, 0.3, 0.4, 0.3, 0.5, 0.95)
+
+
+def test_boundaries():
+    scheme = Scheme(timesteps=StageAware(0.4), target=None)
+    scheme.set_boundary(boundary_of(0.2))
+    assert scheme.boundary == 0.2
+    assert scheme.timesteps.boundary == 0.2
+    scheme.set_boundary(0.25)
+    assert scheme.timesteps.boundary == 0.25
+    mix = Scheme(make_oracle(), target=Mix("boundary"))
+    mix.set_boundary(boundary_of(float("nan")))  # never reached: all is navigation
+    assert mix.boundary == 1
+    for bad in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"`boundary` in \[0, 1\]"):
+            mix.set_boundary(bad)
+    with pytest.raises(ValueError, match="one of the stages would be empty"):
+        scheme.set_boundary(boundary_of(float("nan")))
+    assert scheme.boundary == 0.25  # and it is as before
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(timesteps=WithFloor(StageAware(0.4), 0.1)),
+        Scheme(make_oracle(), target=Mix("boundary")),
+        Scheme(make_oracle(), target=ReferenceSet(4, Smooth(1.0))),
+        Scheme(weight=StageFactors(2, 1)),
+        Phases([Phase(Scheme(), AtPlateau()), Phase(Scheme())]),
+        Phases([Phase(Scheme(), AtStep(3)), Phase(Scheme(timesteps=StageAware(0.4)))]),
+    ],
+)
+def test_a_boundary_asked_for_before_it_was_measured(scheme):
+    assert scheme.needs_boundary
+    with pytest.raises(ValueError, match=r"has not been measured yet.*set_boundary"):
+        scheme.check()
+    scheme.set_boundary(0.2)
+    scheme.check()
+
+
+def test_a_boundary_asked_for_by_a_call():
+    y, call, _ = batch()
+    with pytest.raises(ValueError, match="has not been measured yet"):
+        Scheme(make_oracle(), target=Mix("boundary"))(y, **call)
+    with pytest.raises(ValueError, match="has not been measured yet"):
+        Scheme(timesteps=StageAware(0.4)).timesteps  # noqa: B018
+    Scheme(make_oracle(), target=Mix(0.5))(y, **call)  # which needs none
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+def refused(match, make, error=ValueError):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_settings_that_are_refused():
+    oracle = make_oracle()
+    refused("needs an oracle, got none", lambda: Scheme(target=Mix()))
+    refused("stagewise target", lambda: Scheme(oracle, target="mix"), TypeError)
+    refused("a TimestepSampler", lambda: Scheme(timesteps="uniform"), TypeError)
+    refused('`class_wise` to be True, False or "auto"', lambda: Scheme(oracle, class_wise=None))
+    refused('"insert" or "error"', lambda: Scheme(oracle, on_missing="skip"))
+    refused("path of the oracle", lambda: Scheme(oracle, path=CosinePath()))
+    refused(
+        "needs a bank with labels",
+        lambda: Scheme(oracle, target=Mix(), class_wise=True).check(),
+    )
+
+
+@pytest.mark.parametrize("early", [0.0, 1.0])
+def test_a_density_that_is_zero_where_loss_is_needed(early):
+    sampler = StageAware(early, boundary=0.25)
+    scheme = Scheme(timesteps=sampler, preserve_objective=True)
+    where = "0.000 to 0.250" if early == 0 else "0.250 to 1.000"
+    with pytest.raises(ValueError, match=rf"is 0 from t = {where}.*WithFloor"):
+        scheme.check()
+    Scheme(timesteps=sampler).check()  # a stage alone may be wanted
+    Scheme(timesteps=WithFloor(sampler, 0.1), preserve_objective=True).check()
+    # Where the loss does not count, no draws are needed.
+    factors = StageFactors(navigation=early, refinement=1 - early, boundary=0.25)
+    alone = Scheme(timesteps=sampler, weight=factors, preserve_objective=True)
+    alone.check()
+    t = torch.tensor([0.1, 0.9])
+    expected = [0.25 * early, 0.75 * (1 - early)]
+    assert alone.weight_of(t).tolist() == pytest.approx(expected)
+
+
+def test_calls_that_are_refused():
+    y, call, i = batch()
+    scheme = Scheme(make_oracle(), target=Mix())
+
+    def asked(**changes):
+        return lambda: scheme(y, **{**call, **changes})
+
+    refused("`y` with the shape of `x1`", lambda: scheme(y[:, :1], **call))
+    refused("`x1` with the shape of `xt`", lambda: scheme(y, **{**call, "xt": y[:, :1]}))
+    refused(r"`t` with shape \(16,\)", asked(t=call["t"][:, None]))
+    refused(r"in \[0, 1\]", asked(t=500 * call["t"]))
+    refused("`prediction` to be one of", asked(prediction="v"))
+    refused("`source` below 40", asked(source=i + 40))
+    refused(
+        r"`weight\(t\)` with shape \(16,\), got \(16, 1\)",
+        lambda: Scheme(weight=lambda t: t[:, None])(y, **call),
+    )
+    plain = Scheme()
+    refused("`prediction` to be one of", lambda: plain(y, **call, prediction="v"))
+    refused(r"in \[0, 1\]", lambda: plain(y, **{**call, "t": 2 + call["t"]}))
+
+
+def test_samples_that_are_not_in_the_bank():
+    y, call, i = batch()
+    call["x1"][3] += 0.5
+    insert = Scheme(make_oracle(), target=Mix())
+    insert(y, **call)
+    assert insert.last.inserted.nonzero().flatten().tolist() == [3]
+    error = Scheme(make_oracle(), target=Mix(), on_missing="error")
+    refused("1 of 16 are not", lambda: error(y, **call))
+    error(y, **call, source=i)  # a twin is known by its row
+    # Nobody is asked beyond the boundary.
+    late = Scheme(make_oracle(), target=Mix("boundary"), on_missing="error", boundary=0.0)
+    late(y, **call)
+    wise = Scheme(make_oracle(labels=True), target=Mix())
+    refused("Expected `labels`: the class of 1 of 16", lambda: wise(y, **call))
+    wise(y, **call, labels=i % 4)
+    assert wise.last.inserted.sum() == 1
+    wise(y, **call, source=i)
+    # A label that is not that of the row: it is none of the rows that are looked at.
+    other = Scheme(make_oracle(labels=True), target=Mix())
+    other(y, **call, labels=(i + 1) % 4)
+    assert other.last.inserted.all()
+
+
+# -- phases ---------------------------------------------------------------------------------------
+
+
+def make_phases():
+    """One of everything that has a state: draws, an adaptive sampler, a detector, a schedule."""
+    oracle = make_oracle(labels=True)
+    adaptive = WithFloor(LossSecondMoment(4, 2), 0.2)
+    return Phases(
+        [
+            Phase(Scheme(oracle, target=ReferenceSet(6), timesteps=adaptive), AtStep(7), "sets"),
+            Phase(
+                Scheme(oracle, target=Mix("boundary"), timesteps=StageAware(0.5)),
+                AtPlateau(2, window=4, patience=1),
+                "oracle",
+            ),
+            Phase(Scheme(oracle, target=Stratified(2, 3, Concentration())), AtShare(0.8)),
+            Phase(Scheme(timesteps=Shifted(LogitNormal(), 0.5), weight=StageFactors(1, 2))),
+        ]
+    )
+
+
+TOTAL = 60
+
+
+def train(phases, steps):
+    """What a run sees: targets, weights, messages; each step's draws depend on the step alone."""
+    seen = []
+    for step in steps:
+        for micro in range(2):  # accumulated
+            draws = torch.Generator().manual_seed(100 * step + micro)
+            t = phases.timesteps.sample(8, generator=draws)
+            i = torch.randint(N, (8,), generator=draws)
+            x1, x0 = rows()[i], torch.randn(8, *SHAPE, generator=draws)
+            xt = phases.path.interpolate(x0, x1, t)
+            target, weight = phases(x1 - x0, xt=xt, t=t, x1=x1)
+        loss = (target - x1).square().flatten(1).mean(1)
+        messages = phases.observe(step=step + 1, total=TOTAL, t=t, loss=loss)
+        seen.append((phases.index, t, target, weight, messages))
+    return seen
+
+
+def test_phases_follow_one_another():
+    phases = make_phases()
+    phases.set_boundary(0.5)
+    phases.check()
+    seen = train(phases, range(TOTAL))
+    indices = [entry[0] for entry in seen]
+    assert indices == sorted(indices)
+    assert indices[5] == 0
+    assert indices[6] == 1
+    assert indices[-1] == 3
+    messages = [line for entry in seen for line in entry[-1]]
+    assert len(messages) == 3
+    assert messages[0] == ("phase 0 (sets) ends at step 7 (step 7); phase 1 (oracle) begins")
+    assert "plateau of navigation at" in messages[1]
+    assert "ends at step 48 (80% of 60 steps); phase 3 begins" in messages[2]
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 8, 15, 30, 47, 48, 55])
+def test_a_run_that_resumes_equals_one_that_did_not_stop(stop):
+    whole = make_phases()
+    whole.set_boundary(0.5)
+    expected = train(whole, range(TOTAL))
+    first = make_phases()
+    first.set_boundary(0.5)
+    train(first, range(stop))
+    state = pickle.loads(pickle.dumps(first.state_dict()))
+    assert_plain(state)
+    second = make_phases()  # which knows no boundary but from the state
+    second.load_state_dict(state)
+    found = train(second, range(stop, TOTAL))
+    for one, other in zip(expected[stop:], found, strict=True):
+        assert one[0] == other[0]
+        assert one[-1] == other[-1]
+        for a, b in zip(one[1:-1], other[1:-1], strict=True):
+            assert torch.equal(a, b)
+    assert repr(whole.state_dict()) == repr(second.state_dict())
+
+
+def assert_plain(state):
+    if isinstance(state, dict):
+        assert all(type(name) is str for name in state)
+        state = list(state.values())
+    if isinstance(state, list):
+        for value in state:
+            assert_plain(value)
+    else:
+        assert state is None or type(state) in (int, float, str, bool, torch.Tensor)
+
+
+def test_several_phases_may_end_at_once():
+    phases = Phases([Phase(Scheme(), AtStep(1)), Phase(Scheme(), AtStep(2)), Phase(Scheme())])
+    assert len(phases.observe(step=5, total=10)) == 2
+    assert phases.index == 2
+
+
+def test_phases_that_never_end():
+    plain = Scheme()
+    refused("Phase 0 of 2 never ends", lambda: Phases([Phase(plain), Phase(plain)]))
+    refused("at least one phase", lambda: Phases([]))
+    refused("no `until` for the last phase", lambda: Phases([Phase(plain, AtStep(3))]))
+    late = Phases([Phase(plain, AtStep(10)), Phase(plain, AtStep(10)), Phase(plain)])
+    refused("end after it begins", late.check)
+    short = Phases([Phase(plain, AtStep(100)), Phase(plain)])
+    short.check()
+    refused("within the 50 steps of training", lambda: short.observe(step=1, total=50))
+    share = Phases([Phase(plain, AtShare(0.5)), Phase(plain)])
+    refused("which is not known", lambda: share.observe(step=1, total=None))
+    slow = Phases([Phase(Scheme(boundary=0.1), AtPlateau(1000)), Phase(Scheme(boundary=0.1))])
+    t = torch.ones(1)
+    refused("within the 500 steps", lambda: slow.observe(step=1, total=500, t=t, loss=t))
+    paths = [Phase(Scheme(), AtStep(1)), Phase(Scheme(path=CosinePath()))]
+    refused("one path in all phases", lambda: Phases(paths))
+    other = Phases([Phase(plain)]).state_dict()
+    refused("state of 2 phases, got 1", lambda: short.load_state_dict(other))
+
+
+def test_copies_are_their_own():
+    """An averaged model deep-copies its module, and with it what hangs on it."""
+    phases = make_phases()
+    phases.set_boundary(0.5)
+    train(phases, range(3))
+    other = copy.deepcopy(phases)
+    assert other.oracle is phases.oracle
+    train(phases, range(3, 10))
+    assert (phases.index, other.index) == (1, 0)
+    assert repr(other.state_dict()) != repr(phases.state_dict())
+
+
+# -- devices --------------------------------------------------------------------------------------
+
+SAMPLERS = [
+    *(Uniform(True), LogitNormal(), Mode(), Beta(), UShaped(stratified=True)),
+    *(EDMLogNormal(), EDMLogNormal(path=VPPath()), LossSecondMoment(4, 2)),
+    *(Shifted(Mode(), 0.5), WithFloor(LogitNormal(), 0.1), StageAware(0.4, 0.2)),
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_samplers_on_cuda(sampler):
+    """Fake tensors hold no numbers, so that a device sync is an error too."""
+    sampler = copy.deepcopy(sampler)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        sampler.update(torch.rand(6, device="cuda"), torch.rand(6, device="cuda"))
+        t = sampler.sample(6, device="cuda")
+        scheme = Scheme(timesteps=sampler, weight=MinSNR(), preserve_objective=True)
+        for value in (t, sampler.quantile(t), sampler.density(t), scheme.weight_of(t)):
+            assert value.device.type == "cuda"
+            assert value.shape == (6,)
+            assert value.dtype == torch.float32
+
+
+TARGETS = [
+    *(Mix(), Mix("boundary"), Mix(Smooth(1.0)), Mix(Concentration())),
+    *(Tempered(2.0), LeaveOneOut("boundary"), ReferenceSet(7), ReferenceSet(7, shared=True)),
+    *(Stratified(2, 4), Stratified(2, 4, shared=True)),
+]
+
+
+@pytest.mark.parametrize("residency", ["cuda", "cpu"])
+@pytest.mark.parametrize("target", TARGETS, ids=repr)
+@pytest.mark.parametrize("labels", [None, [0, 1, 2, 3, 0]])
+def test_schemes_on_cuda(residency, target, labels, monkeypatch):
+    monkeypatch.setattr(
+        correction, "where", lambda flags: [0, 1, 3]
+    )  # reads values, for "boundary"
+    bank = LatentBank(rows(), torch.arange(N) % 4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        oracle = Oracle(bank.to(residency), engine=Exact("float32"))
+        scheme = Scheme(
+            oracle, target=target, weight=MinSNR(), boundary=0.4, class_wise=labels is not None
+        )
+        xt = torch.randn(5, *SHAPE, device="cuda")
+        t, x1 = torch.rand(5, device="cuda"), torch.randn_like(xt)
+        u, w = scheme(torch.randn_like(xt), xt=xt, t=t, x1=x1, labels=labels)
+        for value in (u, w, *vars(scheme.last).values()):
+            assert value.device.type == "cuda"
+        assert u.shape == xt.shape
+        assert w.shape == (5,)
+
+
+def test_a_detector_on_cuda_syncs_once_in_a_while():
+    until = AtPlateau(3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        t = torch.rand(4, device="cuda")
+        assert until.observe(1, None, t, t, 0.4) is None
+        assert until.observe(2, None, t, t, 0.4) is None
+        with pytest.raises(Exception, match="local_scalar_dense"):
+            until.observe(3, None, t, t, 0.4)

@@ -1,0 +1,212 @@
+"""`StageScheme` in a run that stops and resumes in the middle of a phase: as if it had not."""
+
+import contextlib
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+from stagewise import LatentBank, LogitNormal, Oracle
+from stagewise.callbacks import PosteriorMonitor, StageScheme
+from stagewise.losses import FlowMatchingLoss
+from stagewise.schemes import Phase, Phases, Scheme
+from stagewise.targets import Mix, ReferenceSet
+from stagewise.timesteps import LossSecondMoment, StageAware
+from stagewise.transitions import AtPlateau, AtShare, AtStep
+
+cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
+pytestmark = [
+    pytest.mark.usefixtures("quick_figures"),
+    pytest.mark.filterwarnings("ignore:.*(resuming from a checkpoint|callbacks used to create)"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+STEPS = 24
+
+
+class PowerCut(RuntimeError):
+    """What stops a run."""
+
+
+class Flow(pl.LightningModule):
+    """Draws depend on the batch's place in training alone."""
+
+    def __init__(self, matched, fail_at):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(7, 16), nn.SiLU(), nn.Linear(16, 6))
+        if matched:
+            self.FM = cfm.ConditionalFlowMatcher(0.0)
+        else:
+            self.loss_fn = FlowMatchingLoss()
+        self.matched, self.fail_at, self.t = matched, fail_at, []
+
+    def velocity(self, xt, t):
+        return self.net(torch.cat([xt, t[:, None]], 1))
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == self.fail_at:
+            raise PowerCut
+        torch.manual_seed(1000 * self.trainer.global_step + batch_idx)
+        if not self.matched:
+            loss = self.loss_fn(self.velocity, batch[0])
+            self.t.append(self.loss_fn.last.t)
+            return loss
+        x0 = torch.randn_like(batch[0])
+        t, xt, u = self.FM.sample_location_and_conditional_flow(x0, batch[0])
+        self.t.append(t)
+        return (self.velocity(xt, t) - u).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def phased(*phases):
+    *before, last = phases
+    return Phases([*(Phase(scheme, until) for scheme, until in before), Phase(last)])
+
+
+KINDS = {
+    "one scheme": lambda oracle: StageScheme(Scheme(oracle, target=Mix(0.5))),
+    "random rows": lambda oracle: StageScheme(Scheme(oracle, target=ReferenceSet(8), seed=2)),
+    "parts": lambda oracle: StageScheme(target=Mix("boundary"), timesteps=StageAware(0.6)),
+    "steps": lambda oracle: StageScheme(
+        phased(
+            (Scheme(timesteps=LogitNormal()), AtStep(5)),
+            (Scheme(oracle, target=ReferenceSet(8)), AtStep(13)),
+            Scheme(oracle, target=Mix("boundary")),
+        )
+    ),
+    "share": lambda oracle: StageScheme(
+        phased((Scheme(oracle, target=Mix()), AtShare(0.6)), Scheme())
+    ),
+    "plateau": lambda oracle: StageScheme(
+        phased(
+            (Scheme(oracle, target=Mix(0.5)), AtPlateau(1, window=4, patience=2, tolerance=0.9)),
+            Scheme(timesteps=LogitNormal()),
+        )
+    ),
+    "adapting": lambda oracle: StageScheme(
+        timesteps=LossSecondMoment(bins=4, history=5), preserve_objective=True
+    ),
+}
+NEEDS_LOSSES = ("plateau", "adapting")
+CASES = [(kind, way) for kind in KINDS for way in ("loss", "matcher")]
+CASES = [case for case in CASES if case[1] == "loss" or case[0] not in NEEDS_LOSSES]
+
+
+@pytest.fixture
+def run(make_data, make_trainer, weights, tmp_path):
+    """Trains for 24 steps; gives the weights, and the times of the last run's steps.
+
+    With `cut` the power goes two steps after that one, of which a checkpoint was saved: at the end
+    of an epoch, because elsewhere Lightning itself begins the data anew.
+    """
+    x, _ = make_data()
+
+    def run(*callbacks, way="loss", batches=1, folder="run", resume=None, cut=None):
+        model = Flow(way == "matcher", None if cut is None else cut + 2)
+        saved = ModelCheckpoint(
+            tmp_path / "saved", filename="{step}", every_n_train_steps=8, save_top_k=-1
+        )
+        trainer = make_trainer(
+            *callbacks,
+            saved,
+            max_steps=STEPS,
+            max_epochs=-1,
+            accumulate_grad_batches=batches,
+            default_root_dir=tmp_path / folder,
+            enable_checkpointing=True,
+        )
+        data = DataLoader(list(zip(x, strict=True)), 8)
+        path = None if resume is None else tmp_path / "saved" / f"step={resume}.ckpt"
+        stopped = pytest.raises(PowerCut) if cut is not None else contextlib.nullcontext()
+        with stopped:
+            trainer.fit(model, data, ckpt_path=path)
+        return weights(model), torch.stack(model.t)
+
+    return run
+
+
+def lines(folder):
+    text = (folder / "stagewise_scheme_logs" / "stages.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def oracle(make_data):
+    return Oracle(LatentBank(make_data()[0]))
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize(("kind", "way"), CASES)
+def test_stop_and_resume_equals_not_stopping(run, oracle, kind, way, batches, tmp_path):
+    through, first, second, third = (KINDS[kind](oracle) for _ in range(4))
+    options = {"way": way, "batches": batches}
+    run(first, cut=8, **options)
+    run(second, resume=8, cut=16, **options)
+    end, times = run(third, resume=16, **options)
+    expected, times_through = run(through, folder="through", **options)
+    assert torch.equal(end, expected)
+    assert torch.equal(times, times_through[-len(times) :])
+    assert len(times) == 8 * batches
+    assert third.transitions == through.transitions
+    assert third.scheme.boundary == through.scheme.boundary
+    assert lines(tmp_path / "run") == lines(tmp_path / "through")
+    if isinstance(through.scheme, Phases):
+        assert len(through.transitions) == len(through.scheme.phases) - 1
+        assert all(0 < event["step"] < STEPS for event in through.transitions)
+
+
+def test_boundary_of_a_monitor_is_kept(run):
+    def pair():
+        monitor = PosteriorMonitor(every_n_steps=3, strata=4, queries=8)
+        return monitor, StageScheme(target=Mix("boundary"))
+
+    first, (monitor, resumed), through = pair(), pair(), pair()
+    run(*first, cut=8)
+    end, _ = run(monitor, resumed, resume=8)
+    expected, _ = run(*through, folder="through")
+    assert resumed.scheme.boundary == first[1].scheme.boundary == through[1].scheme.boundary
+    assert monitor.boundary.midpoint != resumed.scheme.boundary
+    assert torch.equal(end, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_holds_plain_state(run, oracle, kind, tmp_path):
+    callback = KINDS[kind](oracle)
+    run(callback, cut=8)
+    checkpoint = torch.load(tmp_path / "saved" / "step=8.ckpt", weights_only=True)
+    state = checkpoint["callbacks"][callback.state_key]
+    assert is_plain(state)
+    assert len(str(state)) < 4000, "the bank is not in it"
+    fresh = KINDS[kind](oracle)
+    before = None if fresh.scheme is None else str(fresh.scheme.state_dict())
+    fresh.load_state_dict(state)
+    assert fresh.transitions == []
+    assert (None if fresh.scheme is None else str(fresh.scheme.state_dict())) == before
+
+
+def test_a_checkpoint_without_the_callback_can_be_resumed_with_it(run, oracle):
+    run(cut=8)
+    callback = KINDS["steps"](oracle)
+    run(callback, resume=8)
+    assert [event["step"] for event in callback.transitions] == [9, 13]
+
+
+def test_resuming_with_other_phases_is_refused(run, oracle):
+    run(KINDS["steps"](oracle), cut=8)
+    with pytest.raises(ValueError, match="state of 2 phases, got 3"):
+        run(KINDS["share"](oracle), resume=8)
+
+
+def is_plain(value):
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(is_plain(item) for item in value)
+    return value is None or type(value) in (int, float, str, bool, torch.Tensor)

@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from stagewise.adapters import find_seams
+from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_checked
-from stagewise.losses import FlowMatchingLoss
 from stagewise.memory import available_memory
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path
@@ -23,23 +24,28 @@ def path_of(pl_module: pl.LightningModule) -> tuple[Path, str]:
     """The path that a module trains on, and how that is known.
 
     Args:
-        pl_module: The module. Its `FlowMatchingLoss` says; an averaged copy has the same path.
+        pl_module: The module. What makes its targets says (`stagewise.adapters`); an averaged copy
+            has the same path.
 
     Returns:
         The path, `LinearPath()` where nothing says, and a few words for the log.
 
     Raises:
-        ValueError: If it has losses on several paths.
+        ValueError: If it makes targets on several paths.
     """
-    losses = [module for module in pl_module.modules() if isinstance(module, FlowMatchingLoss)]
-    found = {repr(loss.path): loss.path for loss in losses}
+    seams = find_seams(pl_module)
+    for seam in seams:
+        # A matcher that is refused ties noise to data, or may.
+        if seam.refusal and isinstance(seam, TorchCFM):
+            rank_zero_warn(f"The posterior that is measured may not be that of {seam.name}.")
+    found = {repr(seam.path): seam for seam in seams}
     if len(found) > 1:
         raise ValueError(
-            f"The module has losses on several paths, {', '.join(found)}. Say which to watch: "
+            f"The module makes targets on several paths, {', '.join(found)}. Say which to watch: "
             "PosteriorMonitor(path=...)."
         )
-    for path in found.values():
-        return path, "from the module's FlowMatchingLoss"
+    for seam in found.values():
+        return seam.path, f"from {seam.name}, {seam.library}"
     return LinearPath(), "assumed; say path=... if training uses another"
 
 

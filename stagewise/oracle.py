@@ -135,7 +135,7 @@ class Oracle:
         """
         post = self._answer(xt, t, labels, source, k)
         if source is not None and post.source_weight is None:
-            flat, path = self._prepare(xt, t)
+            flat, path = self.coefficients(xt, t)
             with torch.autocast(flat.device.type, enabled=False):
                 x1 = self.bank.take(source.clamp_min(0), device=flat.device)
                 gap = flat - path.alpha[:, None] * x1
@@ -149,13 +149,13 @@ class Oracle:
         self, xt: Tensor, t: Tensor, labels: Labels | None, source: Tensor | None, k: int
     ) -> Posterior:
         """The posterior with its mean as a row, and without the weight of the source."""
-        flat, path = self._prepare(xt, t)
+        flat, path = self.coefficients(xt, t)
         rows = self.engine.num_rows(self.bank)
         if not 1 <= k <= rows:
             raise ValueError(f"Expected `k` from 1 to the {rows} rows of the bank, got {k}.")
         if source is not None:
-            source = self._check_source(source, len(flat), rows)
-        names = None if labels is None else self._names(labels, len(flat))
+            source = self.checked_source(source, len(flat), rows)
+        names = None if labels is None else self.names(labels, len(flat))
         with torch.autocast(flat.device.type, enabled=False):
             return self._certified_or_searched(flat, path, names, source, k, xt.dtype)
 
@@ -231,7 +231,7 @@ class Oracle:
             raise ValueError(
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
-        flat, path = self._prepare(xt, t)
+        flat, path = self.coefficients(xt, t)
         post = posterior or self._answer(xt, t, labels, source, 1)
         c, _ = Prediction.of(prediction).coefficients(path)
         difference = post.mean.flatten(1) - x1.detach().flatten(1).to(flat.dtype)
@@ -251,13 +251,25 @@ class Oracle:
         Returns:
             The velocity, (B, *), in the dtype of `xt`.
         """
-        flat, path = self._prepare(xt, t)
+        flat, path = self.coefficients(xt, t)
         mean = self.posterior(xt, t, labels).mean.flatten(1)
         noise = (flat - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
         return velocity.reshape(xt.shape).to(xt.dtype)
 
-    def _prepare(self, xt: Tensor, t: Tensor) -> tuple[Tensor, PathCoefficients]:
+    def coefficients(self, xt: Tensor, t: Tensor) -> tuple[Tensor, PathCoefficients]:
+        """Noisy samples as rows, and the path at their times, as the engines want both.
+
+        Args:
+            xt: Noisy samples, (B, *).
+            t: Times in [0, 1], (B,).
+
+        Returns:
+            (B, D), float64, and coefficients of float64 with sigma kept above the floor.
+
+        Raises:
+            ValueError: On shapes that do not fit, t outside [0, 1], or a device without float64.
+        """
         if xt.shape[1:] != self.bank.shape:
             raise ValueError(
                 f"Expected `xt` with shape {('B', *self.bank.shape)} as the bank's samples, got "
@@ -269,8 +281,12 @@ class Oracle:
         path = self.path(t.detach().to(device=xt.device, dtype=torch.float64))
         return xt.detach().flatten(1).double(), path.floored(self.engine.sigma_floor(self.bank))
 
-    def _names(self, labels: Labels, count: int) -> list[int | None]:
-        """The labels on the host, with None for the whole bank."""
+    def names(self, labels: Labels, count: int) -> list[int | None]:
+        """The labels of `count` queries on the host, with None for the whole bank.
+
+        Raises:
+            ValueError: If they are not integers, or another number.
+        """
         if isinstance(labels, Tensor) and (labels.ndim != 1 or labels.is_floating_point()):
             raise ValueError(
                 f"Expected integer `labels` with shape ({count},), got {labels.dtype} of shape "
@@ -283,7 +299,12 @@ class Oracle:
             return names
         return [None if name == self.null_class else name for name in names]
 
-    def _check_source(self, source: Tensor, count: int, rows: int) -> Tensor:
+    def checked_source(self, source: Tensor, count: int, rows: int) -> Tensor:
+        """`source` itself, refused if it is not (count,) integers below `rows`.
+
+        Raises:
+            ValueError: With what was expected and what came.
+        """
         if source.shape != (count,) or source.is_floating_point():
             raise ValueError(
                 f"Expected integer `source` with shape ({count},), got {source.dtype} of shape "

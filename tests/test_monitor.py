@@ -362,7 +362,7 @@ def test_the_log_tells_what_is_watched(
     make_trainer(small()).fit(tiny_flow(), make_loader(*make_data(classes=3)))
     said = lightning_log.text
     assert "64 rows of shape (6,), 3 classes" in said
-    assert "LinearPath() (from the module's FlowMatchingLoss), t = 0 is noise" in said
+    assert "LinearPath() (from module.loss, stagewise), t = 0 is noise" in said
     assert "posterior over the rows of its class (3 classes)" in said
     assert "took x_1 = float32 tensor (8, 6) and labels = int64 tensor (8,)" in said
     assert "at step 2; 2 probes" in said

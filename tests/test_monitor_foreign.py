@@ -138,7 +138,9 @@ def test_watched_unchanged(
     assert header["shape"] == list(x.shape[1:])
     assert header["class_wise"] is (labels is not None)
     assert header["path"] == "LinearPath()"
-    assert "assumed; say path=... if training uses another" in lightning_log.text
+    known = {"torchcfm_module": "torchcfm", "flow_matching_module": "flow_matching"}
+    how = f"{known[module]})" if module in known else "assumed; say path=... if training uses"
+    assert how in lightning_log.text
     assert [probe["step"] for probe in probes] == [0, 4]
 
     # The whole chain, loader to file, against the floor below on the data themselves.

@@ -42,6 +42,7 @@ from stagewise import (
     WithFloor,
 )
 from stagewise.engines import Exact
+from stagewise.losses import FlowMatchingLoss
 from stagewise.schemes import correction
 
 N, SHAPE = 40, (2, 3)
@@ -441,16 +442,15 @@ def test_phases_that_never_end():
     refused("state of 2 phases, got 1", lambda: short.load_state_dict(other))
 
 
-def test_copies_are_their_own():
-    """An averaged model deep-copies its module, and with it what hangs on it."""
+def test_a_copy_is_the_scheme_itself():
+    """An averaged model deep-copies its module: what the copy holds is driven too."""
     phases = make_phases()
     phases.set_boundary(0.5)
     train(phases, range(3))
-    other = copy.deepcopy(phases)
-    assert other.oracle is phases.oracle
-    train(phases, range(3, 10))
-    assert (phases.index, other.index) == (1, 0)
-    assert repr(other.state_dict()) != repr(phases.state_dict())
+    for copied in (copy.copy, copy.deepcopy):
+        assert copied(phases) is phases
+        assert copied(phases.scheme) is phases.scheme
+        assert copied(FlowMatchingLoss(scheme=phases)).scheme is phases
 
 
 # -- devices --------------------------------------------------------------------------------------

@@ -274,8 +274,8 @@ class Scan:
             own = weights[positions(queries, [some[i] for i in members])]
             place = positions(queries, members)
             for first, rows in self.bank.chunks(segment, self.chunk_size, device, self.dtype):
-                columns = slice(first - segment.start, first - segment.start + len(rows))
-                total[place] += averages(own[:, columns], rows)
+                at_chunk = first - segment.start
+                total[place] += averages(own[:, at_chunk : at_chunk + len(rows)], rows)
         return total
 
 

@@ -93,10 +93,10 @@ class Batch:
         """
         oracle, bank, x1 = self.oracle, self.oracle.bank, self.x1
         sharded = isinstance(oracle.engine, Sharded)
-        _, path = oracle._prepare(self.xt, self.t)
+        _, path = oracle.coefficients(self.xt, self.t)
         source = self.source
         if source is not None:
-            source = oracle._check_source(source, len(x1), oracle.engine.num_rows(bank))
+            source = oracle.checked_source(source, len(x1), oracle.engine.num_rows(bank))
             source = source.to(x1.device)
         if not sharded:
             stored = bank.find(x1)
@@ -178,7 +178,7 @@ def correct(
 def _classes(oracle: Oracle, labels: Labels | None, source: Tensor) -> Sequence[int | None]:
     """The class of each sample, on the host."""
     if labels is not None:
-        return oracle._names(labels, len(source))
+        return oracle.names(labels, len(source))
     rows = source.tolist()
     unknown = len(rows) if isinstance(oracle.engine, Sharded) else sum(row < 0 for row in rows)
     if unknown:

@@ -211,13 +211,18 @@ class Phases:
             assert phase.until is not None
             start = phase.until.check(start, total)
 
-    def check(self) -> None:
-        """Refuses what cannot work, before the first step; see `Scheme.check`."""
+    def check(self, total: int | None = None) -> None:
+        """Refuses what cannot work, before the first step; see `Scheme.check`.
+
+        Args:
+            total: Steps of training. Without it phases that cannot end within them are refused
+                when the first step is observed.
+        """
         if self.needs_boundary and self.boundary is None:
             raise unknown_boundary()
         for phase in self.phases:
             phase.scheme.check()
-        self._check_ends(None)
+        self._check_ends(total)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -244,3 +249,12 @@ class Phases:
         for phase, until in zip(self.phases[:-1], state["untils"], strict=True):
             assert phase.until is not None
             phase.until.load_state_dict(until)
+
+    # The bank is nobody's buffer, and what drives a run drives one scheme: a copy of a module that
+    # holds it (EMA) holds the same.
+
+    def __copy__(self) -> Phases:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Phases:
+        return self

@@ -341,8 +341,11 @@ class Scheme:
             self._bound.update(t, loss)
         return []
 
-    def check(self) -> None:
+    def check(self, total: int | None = None) -> None:
         """Refuses what cannot work, before the first step.
+
+        Args:
+            total: Steps of training, which only `Phases` need.
 
         Raises:
             ValueError: With the cure.
@@ -370,3 +373,12 @@ class Scheme:
             self.set_boundary(state["boundary"])
         self._step, self._calls = state["step"], state["calls"]
         self._bound.load_state_dict(state["timesteps"])
+
+    # The bank is nobody's buffer, and what drives a run drives one scheme: a copy of a module that
+    # holds it (EMA) holds the same.
+
+    def __copy__(self) -> Scheme:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scheme:
+        return self

@@ -97,7 +97,7 @@ def _without_source(bank: LatentBank, queries: Queries) -> tuple[Tensor, Tensor]
     dropped = (rows == queries.source[:, None]) | (rows < 0)
     # Finite, so that a query without other rows gets numbers.
     weights = scan.logits.masked_fill(dropped, -1e30).softmax(1)
-    return scan.tail_mean(weights), weights.amax(1)
+    return scan.product(weights), weights.amax(1)
 
 
 def _with_x1(query: Query, post: Posterior, path: PathCoefficients) -> Pull:

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = [
     *("stagewise.bank", "stagewise.oracle", "stagewise.losses.flow_matching"),
     *("stagewise.certificate", "stagewise.engines.sharded"),
+    *("stagewise.schemes.scheme", "stagewise.schemes.phases"),
+    *("stagewise.losses.regularizer", "stagewise.losses.weighted"),
 ]
 
 
@@ -31,7 +33,7 @@ def test_examples_of_docstrings(name):
 
 def test_code_of_the_readme():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {
         "L": L,
         "torch": torch,
@@ -74,6 +76,22 @@ def test_code_of_the_page_on_engines(tmp_path, monkeypatch):
     assert names["post"].tail_mass.max() == 0
     assert names["target"].isfinite().all()
     assert names["bank"].residency == "memory-mapped"
+
+
+def test_code_of_the_page_on_steering():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/steering.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    latents, labels = torch.randn(160, 4, 4, 4), torch.arange(160) % 4
+    t = torch.linspace(0, 0.9, 8)
+    names = {"latents": latents, "labels": labels, "t": t}
+    names |= {"features": torch.zeros(8, 3), "reference": torch.ones(8, 3)}
+    for block in blocks:
+        exec(block, names)
+    late = (t >= names["scheme"].boundary).float()
+    torch.testing.assert_close(names["gate"](t), late)
+    torch.testing.assert_close(names["auxiliary"], late.mean())
+    assert names["phases"].check(total=100) is None
+    assert "ends at step 60" in names["phases"].observe(step=60, total=100)[0]
 
 
 def test_the_table_of_costs_is_what_the_script_counts():

@@ -68,6 +68,21 @@ def test_recipe_trains_reports_and_writes(tmp_path, capsys):
     assert (tmp_path / "config.yaml").exists()
 
 
+def test_the_recipe_is_steered(tmp_path):
+    train(configuration(tmp_path, "callbacks=steer"))
+    (header,) = [json.loads(line) for line in (tmp_path / "scheme/stages.jsonl").open()]
+    assert header["seam"].startswith("module.objective")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "stages/stages.jsonl").open()]
+    # The boundary is the monitor's first; TensorBoard keeps float32.
+    boundary = [event.value for event in events.Scalars("stagewise_scheme/boundary")]
+    assert boundary == pytest.approx(3 * [lines[1]["midpoint"]], rel=1e-6)
+    share = [event.value for event in events.Scalars("stagewise_scheme/lambda")]
+    assert share == [event.value for event in events.Scalars("stagewise_scheme/navigation_share")]
+    assert 0 < min(share) <= max(share) < 1
+
+
 @pytest.mark.parametrize("kind", ["data", "noise"])
 def test_other_predictions_have_their_floor_and_samples(tmp_path, kind, monkeypatch):
     drawn = []

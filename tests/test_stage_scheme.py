@@ -23,6 +23,7 @@ from stagewise import (
     AtStep,
     CosinePath,
     LatentBank,
+    LinearPath,
     LogitNormal,
     LossSecondMoment,
     Mix,
@@ -377,7 +378,7 @@ def test_boundary_is_that_of_a_monitor_of_the_same_path(fit, monkeypatch):
     assert len(measured) == 1
 
     other = StageScheme(target=Mix("boundary"))
-    watch_linear = PosteriorMonitor(every_n_steps=2, strata=4, queries=8)
+    watch_linear = PosteriorMonitor(path=LinearPath(), every_n_steps=2, strata=4, queries=8)
     module = Matched(cfm.VariancePreservingConditionalFlowMatcher(0.0))
     fit(module, watch_linear, other, max_steps=1)
     assert len(measured) == 3

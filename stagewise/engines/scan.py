@@ -353,10 +353,10 @@ class Refined:
             # Either every logit of the tail is nearly right, or none can matter even if wrong.
             error = (delta * squares.sqrt() / z * (16 * delta).exp()).nan_to_num(torch.inf)
             error = torch.minimum(error, width * (after + 16 * delta).exp())
-        weights.mul_((1 / z).to(weights.dtype)[:, None])
         ess = z**2 / (lead.square().sum(1) + squares)
-        lead = lead / z[:, None]
-        largest = torch.cat([lead, weights.gather(1, columns[:, count:])], 1)
+        largest = torch.cat([lead, weights.gather(1, columns[:, count:])], 1) / z[:, None]
+        lead = largest[:, : lead.shape[1]]
+        weights.mul_((1 / z).to(weights.dtype)[:, None])
         top, order = largest.topk(min(k, width), dim=1)
         missing = (0, k - top.shape[1])
         post = Posterior(

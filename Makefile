@@ -7,7 +7,7 @@ TREE := build/tree
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint types bench bench-imagenet docs tree clean distclean
+.PHONY: help demo test test-all lint types bench bench-imagenet bench-schemes docs tree clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -32,6 +32,11 @@ bench: $(VENV)/.recipes ## time the engines against their floors and their peers
 
 bench-imagenet: $(VENV)/.recipes ## the same on made latents of ImageNet's size (11 GB of disk)
 	$(BIN)/python benchmarks/imagenet.py
+
+bench-schemes: $(VENV)/.recipes ## train with and without schemes (hours; resumes), write docs/results.md
+	$(BIN)/python benchmarks/schemes.py
+	$(BIN)/python benchmarks/variance.py
+	$(BIN)/python benchmarks/schemes_report.py
 
 docs: $(VENV)/.docs tree ## write the API documentation to build/docs
 	PYTHONPATH=$(TREE) $(BIN)/pdoc --docformat google --math -o build/docs $$( \

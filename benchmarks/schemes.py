@@ -1,0 +1,333 @@
+"""What schemes gain: training runs with and without them, in parts that resume.
+
+`make bench-schemes` runs it: one training run after another, each for a data set, a scheme, a
+horizon with a learning-rate schedule of its own, and a seed. A finished run is a file in `--dir`
+and is not run again: the command may be stopped and started again, and started twice at once. Then
+`schemes_report.py` writes docs/results.md and its pictures from the files that are there.
+
+Plain training comes first, with four learning rates; the one whose held-out loss is lowest at the
+short horizon serves all schemes, so that nothing is won against a badly tuned baseline.
+
+All models are class-conditional and all oracles class-wise. Every run of a data set, horizon and
+seed begins with the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagewise import (
+    AtShare,
+    LatentBank,
+    LogitNormal,
+    Mix,
+    Oracle,
+    Phase,
+    Phases,
+    ReferenceSet,
+    Scheme,
+    StageAware,
+    StageCurve,
+    Uniform,
+    find_sample,
+)
+from stagewise.losses import FlowMatchingLoss
+from stagewise.sampling import sample
+from stagewise.stages import stratified_times
+
+BATCH, WARMUP, EVALUATIONS = 128, 100, 20
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+SAMPLES, SAMPLING_STEPS = 1000, 25
+COPY = 1 / 3  # d1/d2 below it is a copy (arXiv 2505.17638)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and held-out samples with their classes."""
+
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+    horizons: tuple[int, ...]
+    net: Callable[[], nn.Module]
+
+    @property
+    def classes(self) -> int:
+        return int(self.train[1].max()) + 1
+
+
+class Perceptron(nn.Module):
+    """Three residual layers; t enters as sines and cosines, the class as a learned vector."""
+
+    def __init__(self, dim: int, classes: int, width: int) -> None:
+        super().__init__()
+        self.label = nn.Embedding(classes, 64)
+        self.register_buffer("frequencies", math.pi * 2 ** torch.linspace(-1, 6, 32))
+        self.first, self.last = nn.Linear(dim + 128, width), nn.Linear(width, dim)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width)) for _ in range(3)
+        )
+        self.norm = nn.LayerNorm(width)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        angle = t.float()[:, None] * self.frequencies
+        h = self.first(torch.cat([xt.flatten(1), angle.sin(), angle.cos(), self.label(labels)], 1))
+        for layer in self.layers:
+            h = h + layer(h)
+        return self.last(nn.functional.silu(self.norm(h))).reshape(xt.shape)
+
+
+def data_set(name: str) -> Data:
+    """photos8: 8x8 patches and a perceptron; photos16: those of the recipe and its SiT; digits."""
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        x = torch.from_numpy(digits.data).float().reshape(-1, 1, 8, 8) / 8 - 1
+        y = torch.from_numpy(digits.target).long()
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        x, y = x[order], y[order]
+        split = ((x[:1200], y[:1200]), (x[1200:], y[1200:]))
+        return Data(*split, (1000, 3000), lambda: Perceptron(64, 10, 512))
+    from stagewise.recipes.photos import PhotoPatches
+    from stagewise.recipes.sit import SiT
+
+    size = int(name.removeprefix("photos"))
+    photos = PhotoPatches(patch=size)
+    photos.setup()
+    split = (photos.train.tensors, photos.held_out.tensors)
+    if size == 8:
+        return Data(*split, (1000, 3000), lambda: Perceptron(192, 7, 640))
+    return Data(*split, (600,), lambda: SiT(7, 16, 3, 4, 128, 4, 4, class_dropout=0.0))
+
+
+def schemes(oracle: Oracle, boundary: float) -> dict[str, Callable[[int], Scheme | Phases]]:
+    """The rows of the tables, from a seed. Times are stratified in all of them."""
+    even = {"timesteps": Uniform(stratified=True), "boundary": boundary}
+    middle = {"timesteps": LogitNormal(stratified=True), "boundary": boundary}
+
+    def switched(seed: int) -> Phases:
+        first = Scheme(oracle, target=Mix(), seed=seed, **middle)
+        return Phases(
+            [Phase(first, AtShare(0.6)), Phase(Scheme(oracle, target=Mix(), seed=seed, **even))]
+        )
+
+    return {
+        "plain": lambda seed: Scheme(**even),
+        "oracle, all t": lambda seed: Scheme(oracle, target=Mix(), seed=seed, **even),
+        "oracle, navigation": lambda seed: Scheme(
+            oracle, target=Mix("boundary"), seed=seed, **even
+        ),
+        "reference set of 128": lambda seed: Scheme(
+            oracle, target=ReferenceSet(128), seed=seed, **even
+        ),
+        "logit-normal t": lambda seed: Scheme(**middle),
+        "oracle, logit-normal then uniform t": switched,
+        "stage-aware t (0.3)": lambda seed: Scheme(
+            timesteps=StageAware(0.3, stratified=True), boundary=boundary
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training run."""
+
+    data: str
+    scheme: str
+    horizon: int
+    lr: float
+    seed: int
+
+    @property
+    def file(self) -> str:
+        name = "".join(c if c.isalnum() else "_" for c in self.scheme)
+        return f"{self.data}-{name}-{self.horizon}-{self.lr:g}-{self.seed}.json"
+
+
+def train(part: Part, data: Data, oracle: Oracle, boundary: float) -> dict[str, Any]:
+    """Trains, and measures on the way."""
+    torch.manual_seed(part.seed)
+    net = data.net()
+    scheme = schemes(oracle, boundary)[part.scheme](part.seed)
+    scheme.check(total=part.horizon)
+    objective = FlowMatchingLoss(scheme=scheme)
+    optimizer = torch.optim.AdamW(net.parameters(), part.lr, (0.9, 0.95), weight_decay=0)
+
+    def rate(step: int) -> float:
+        return min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / part.horizon)) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    curve, seconds = [], 0.0
+    every = part.horizon // EVALUATIONS
+    batches = shuffled(*data.train, seed=part.seed)
+    for step in range(1, part.horizon + 1):
+        start = time.perf_counter()
+        x1, labels = next(batches)
+        loss = objective(net, x1, labels, classes=labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        scheme.observe(step=step, total=part.horizon)
+        seconds += time.perf_counter() - start
+        if step % every == 0:
+            point = {"step": step, "seconds": seconds, "loss": held_out_loss(net, data)}
+            if step % (2 * every) == 0:
+                point |= of_samples(net, data)
+            curve.append(point)
+    return {**vars(part), "boundary": boundary, "threads": torch.get_num_threads(), "curve": curve}
+
+
+def shuffled(x: Tensor, y: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches for ever, from a generator of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for at in torch.randperm(len(x), generator=generator).split(BATCH):
+            if len(at) == BATCH:
+                yield find_sample((x[at], y[at]))  # type: ignore[misc]
+
+
+@torch.no_grad()
+def held_out_loss(net: nn.Module, data: Data) -> float:
+    """Conditional flow-matching loss on held-out samples, four fixed (t, x_0) for each."""
+    net.eval()
+    objective = FlowMatchingLoss(timesteps=Uniform(stratified=True)).eval()
+    x, y = data.held_out
+    generator = torch.Generator().manual_seed(1)
+    losses = [float(objective(net, x, y, generator=generator)) for _ in range(4)]
+    net.train()
+    return statistics.fmean(losses)
+
+
+@torch.no_grad()
+def of_samples(net: nn.Module, data: Data) -> dict[str, float]:
+    """Energy and Frechet distance of samples to held-out data, and the share of copies."""
+    net.eval()
+    x = data.train[0]
+    generator = torch.Generator().manual_seed(2)
+    x0 = torch.randn(SAMPLES, *x.shape[1:], generator=generator)
+    labels = torch.arange(SAMPLES) % data.classes
+    made = sample(
+        lambda xt, t: net(xt, t, labels), x0, method="midpoint", steps=SAMPLING_STEPS
+    ).flatten(1)
+    net.train()
+    real = data.held_out[0].flatten(1)
+    if not made.isfinite().all():  # training has diverged
+        return dict.fromkeys(("energy", "frechet", "copies"), math.nan)
+    near = torch.cdist(made, x.flatten(1)).topk(2, dim=1, largest=False).values
+    return {
+        "energy": energy_distance(made, real),
+        "frechet": frechet_distance(made, real),
+        "copies": float((near[:, 0] < COPY * near[:, 1]).float().mean()),
+    }
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """`2 E|x - y| - E|x - x'| - E|y - y'|`, without the pairs of a sample with itself."""
+    n, m = len(x), len(y)
+    within = torch.cdist(x, x).sum() / (n * (n - 1)) + torch.cdist(y, y).sum() / (m * (m - 1))
+    return float(2 * torch.cdist(x, y).mean() - within)
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """`|mean difference|^2 + tr(A + B - 2 (A B)^(1/2))` of the Gaussians fitted to pixels."""
+    a, b = torch.cov(x.T.double()), torch.cov(y.T.double())
+    shift = (x.double().mean(0) - y.double().mean(0)).square().sum()
+    # The eigenvalues of A B are those of A^(1/2) B A^(1/2).
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum()
+    return float(shift + a.trace() + b.trace() - 2 * cross)
+
+
+def boundary_of(oracle: Oracle) -> float:
+    """The measured midpoint."""
+    times = stratified_times(torch.linspace(0, 1, 25), 96)
+    return StageCurve.measure(oracle, times, class_wise=True).boundary().midpoint
+
+
+def best_rate(folder: Path, name: str, horizon: int) -> float:
+    """The learning rate with which plain training gets lowest on the first seed."""
+    found = [
+        json.loads((folder / Part(name, "plain", horizon, lr, 0).file).read_text()) for lr in RATES
+    ]
+    lowest = {run["lr"]: run["curve"][-1]["loss"] for run in found}
+    return min(lowest, key=lambda lr: math.inf if math.isnan(lowest[lr]) else lowest[lr])
+
+
+def run(folder: Path, part: Part, made: dict[str, Any]) -> None:
+    """Runs a part unless it was, or another process is at it."""
+    target = folder / part.file
+    claim = target.with_suffix(".running")
+    if target.exists():
+        return
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    try:
+        if part.data not in made:
+            data = data_set(part.data)
+            oracle = Oracle(LatentBank(*data.train))
+            made[part.data] = (data, oracle, boundary_of(oracle))
+        start = time.perf_counter()
+        result = train(part, *made[part.data])
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(result))
+        partial.replace(target)
+        last = result["curve"][-1]
+        print(
+            f"{part.file}: loss {last['loss']:.4f}, energy {last['energy']:.4f}, Frechet "
+            f"{last['frechet']:.3f}, copies {last['copies']:.3f}, {last['seconds']:.0f} s of "
+            f"training, {time.perf_counter() - start:.0f} s in all",
+            flush=True,
+        )
+    finally:
+        claim.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dir", type=Path, default=Path("build/schemes"))
+    parser.add_argument("--data", default="photos8,digits,photos16", help="which, by commas")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", help="schemes, by ';' (default all)")
+    parser.add_argument("--threads", type=int, help="of torch, for each process")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    arguments.dir.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Any] = {}
+    for name in arguments.data.split(","):
+        horizons = (600,) if name == "photos16" else (1000, 3000)
+        for lr in RATES:
+            run(arguments.dir, Part(name, "plain", horizons[0], lr, 0), made)
+        while True:  # another process may be at one of them
+            try:
+                lr = best_rate(arguments.dir, name, horizons[0])
+                break
+            except FileNotFoundError:
+                time.sleep(2)
+        names = list(schemes(None, 0.5)) if not arguments.only else arguments.only.split(";")  # type: ignore[arg-type]
+        for horizon in horizons:
+            for scheme in names:
+                for seed in range(arguments.seeds):
+                    run(arguments.dir, Part(name, scheme, horizon, lr, seed), made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The benchmark of schemes: its distances, its training runs, and what its report says of them."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stagewise import LatentBank, Oracle
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The module benchmarks/schemes.py."""
+    spec = importlib.util.spec_from_file_location("bench_schemes", ROOT / "benchmarks/schemes.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_schemes"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["bench_schemes"]
+
+
+def test_frechet_distance_of_known_gaussians(bench):
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 3, generator=draws, dtype=torch.float64)
+    x = (x - x.mean(0)) @ torch.linalg.cholesky(torch.cov(x.T)).inverse().T  # exactly white
+    scale, shift = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.0, 0.0, -2.0])
+    expected = float(shift.square().sum() + (scale - 1).square().sum())
+    assert bench.frechet_distance(x, x * scale + shift) == pytest.approx(expected, rel=1e-9)
+    assert bench.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_energy_distance_is_that_of_all_pairs(bench):
+    x, y = torch.randn(30, 4), torch.randn(50, 4) + 1
+    pairs = torch.stack([(a - b).norm() for a in x for b in y]).mean()
+    own = [
+        torch.stack([(z[i] - z[j]).norm() for i in range(len(z)) for j in range(i)]).mean()
+        for z in (x, y)
+    ]
+    expected = float(2 * pairs - sum(own))
+    assert bench.energy_distance(x, y) == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_scheme_trains_from_the_same_weights(bench, monkeypatch):
+    monkeypatch.setattr(bench, "SAMPLES", 60)
+    draws = torch.Generator().manual_seed(1)
+    x, y = torch.randn(600, 1, 2, 2, generator=draws), torch.arange(600) % 3
+    data = bench.Data((x, y), (x[:64] + 0.1, y[:64]), (20,), lambda: bench.Perceptron(4, 3, 16))
+    oracle = Oracle(LatentBank(x, y))
+    ends = {}
+    for scheme in bench.schemes(oracle, 0.4):
+        run = bench.train(bench.Part("made", scheme, 20, 1e-3, 0), data, oracle, 0.4)
+        assert [point["step"] for point in run["curve"]] == list(range(1, 21))
+        ends[scheme] = run["curve"][-1]
+        assert all(math.isfinite(value) for value in ends[scheme].values())
+        assert 0.5 < run["curve"][0]["loss"] < 5
+    again = bench.train(bench.Part("made", "plain", 20, 1e-3, 0), data, oracle, 0.4)
+    assert again["curve"][-1]["loss"] == ends["plain"]["loss"]
+    assert len({end["loss"] for end in ends.values()}) == len(ends)
+
+
+def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
+    def write(scheme, seed, lr, half, floor=0.0):
+        """A loss of `1 - step / (2 half)`, which passes 0.5 at `half`."""
+        steps = range(10, 101, 10)
+        value = [max(floor, 1 - step / (2 * half)) for step in steps]
+        curve = [
+            {"step": s, "seconds": 2.0 * s, "loss": v, "energy": v, "frechet": v, "copies": 0.0}
+            for s, v in zip(steps, value, strict=True)
+        ]
+        part = bench.Part("digits", scheme, 100, lr, seed)
+        (tmp_path / part.file).write_text(
+            json.dumps({**vars(part), "boundary": 0.3, "curve": curve})
+        )
+
+    for lr in bench.RATES:
+        write("plain", 0, lr, 100 if lr == bench.RATES[1] else 150)
+    write("plain", 1, bench.RATES[1], 100)
+    write("oracle, all t", 0, bench.RATES[1], 40)
+    write("oracle, all t", 1, bench.RATES[1], 40)
+    write("oracle, all t", 1, bench.RATES[0], 10)  # another rate: not counted
+    write("logit-normal t", 0, bench.RATES[1], 40, floor=0.6)
+    command = [sys.executable, str(ROOT / "benchmarks/schemes_report.py")]
+    command += ["--dir", str(tmp_path), "--docs", str(tmp_path / "docs")]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    text = (tmp_path / "docs/results.md").read_text()
+    assert f"Learning rate {bench.RATES[1]:g} (best of" in text
+    assert "| oracle, all t | 0.40 [0.40, 0.40] | 0.40 [0.40, 0.40] |" in text
+    assert "| logit-normal t | not [not, not] |" in text
+    assert "| oracle, navigation | 0 | not run |" in text
+    assert "**Not run:** Photographs, 8 x 8 x 3" in text
+    for picture in ("curves_digits_100", "steps_digits_100"):
+        assert (tmp_path / f"docs/images/{picture}.png").stat().st_size > 5000

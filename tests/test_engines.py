@@ -622,3 +622,17 @@ def test_max_tail_decides_who_is_answered_exactly(kind):
     assert torch.equal(post.mean[~over], free.mean[~over])
     close(post.mean[over], want.mean[over], 1e-5)
     assert (free.mean - want.mean)[over].norm(dim=1).max() > 0.1
+
+
+@pytest.mark.parametrize("class_wise", [False, True])
+@pytest.mark.parametrize("dim", [64, 512])
+@pytest.mark.parametrize("kind", BANKS)
+def test_a_coarse_tolerance_is_kept(kind, dim, class_wise):
+    """Where a CPU has units for it, such a bank is multiplied in its own type."""
+    want = truth(kind, dim, torch.bfloat16, class_wise)
+    bank = make_bank(kind, dim, torch.bfloat16)
+    post = Oracle(bank, engine=Exact(rtol=1e-3)).posterior(want.xt, want.t, want.labels)
+    off = (post.mean - want.mean).norm(dim=1)
+    length = (want.mean - bank.centre).norm(dim=1)
+    assert (off <= 1e-3 * length + 1e-6 * bank.max_norm).all()
+    assert post.tail_mass.max() == 0

@@ -24,7 +24,7 @@ from stagewise.recipes.photos import PhotoPatches
 from stagewise.schemes.correction import Batch
 
 TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-QUERIES, DRAWS = 128, 16
+QUERIES, DRAWS = 128, 8
 
 
 def targets(n: int) -> dict[str, tuple[Target, float]]:

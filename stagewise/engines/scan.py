@@ -33,6 +33,9 @@ _SMALL_BYTES = 2**24
 _GATHER = {"cpu": 2**19}
 """Numbers of gathered rows held at a time: what stays in a CPU's cache; 2^24 on other devices."""
 
+_WORTHWHILE = 50
+"""Up to so many times as many rows a product with all costs less than to pick those of a table."""
+
 _UNDERFLOW, _LEAST = -80.0, 1e-18
 """Log-weights below it count as it; weights below it count as it in the sum of their squares."""
 
@@ -143,6 +146,11 @@ class Scan:
 
     def _gathered(self, query: Tensor, half_snr: Tensor, norm: Tensor, wide: torch.dtype) -> Tensor:
         assert self.table is not None
+        if max(self.queries.sizes) <= _WORTHWHILE * self.table.shape[1]:
+            first = self.queries.index([rows.start for rows in self.queries.segments])[:, None]
+            columns = (self.table - first).clamp_min(0)
+            logits = self._dense(query, half_snr, norm, wide).gather(1, columns)
+            return logits.masked_fill_(self.table < 0, _NONE)
         logits = [
             torch.einsum("bd,bnd->bn", query[part].to(wide), rows.to(wide))
             for part, rows in self._rows_in_blocks(self.table)

@@ -34,9 +34,10 @@ bench-imagenet: $(VENV)/.recipes ## the same on made latents of ImageNet's size 
 	$(BIN)/python benchmarks/imagenet.py
 
 bench-schemes: $(VENV)/.recipes ## train with and without schemes (hours; resumes), write docs/results.md
-	$(BIN)/python benchmarks/schemes.py
-	$(BIN)/python benchmarks/variance.py
-	$(BIN)/python benchmarks/schemes_report.py
+	$(BIN)/python benchmarks/schemes.py --threads 1
+	$(BIN)/python benchmarks/schemes.py --threads 1 --only default --horizons 600,750 --data photos8
+	$(BIN)/python benchmarks/schemes_variance.py --threads 1
+	$(BIN)/python benchmarks/schemes.py --report
 
 docs: $(VENV)/.docs tree ## write the API documentation to build/docs
 	PYTHONPATH=$(TREE) $(BIN)/pdoc --docformat google --math -o build/docs $$( \

@@ -2,11 +2,16 @@
 
 `make bench-schemes` runs it: one training run after another, each for a data set, a scheme, a
 horizon with a learning-rate schedule of its own, and a seed. A finished run is a file in `--dir`
-and is not run again: the command may be stopped and started again, and started twice at once. Then
-`schemes_report.py` writes docs/results.md and its pictures from the files that are there.
+and is not run again: the command may be stopped and started again, and started twice at once.
+`--report` writes docs/results.md and its pictures from the files that are there.
 
-Plain training comes first, with four learning rates; the one whose held-out loss is lowest at the
-short horizon serves all schemes, so that nothing is won against a badly tuned baseline.
+Plain training comes first, with a range of learning rates; the one whose held-out loss is lowest at
+the short horizon serves all schemes, so that nothing is won against a badly tuned baseline. If it
+is the largest of the range the report says so: the baseline may then still be a weak one.
+
+Curves fall steeply where the learning rate does, at the end, so that how early a curve crosses a
+value says little about a run that was planned to be short. `--horizons` therefore adds runs with
+schedules of their own: what the default has after .6 and .75 of the steps is a question to them.
 
 All models are class-conditional and all oracles class-wise. Every run of a data set, horizon and
 seed begins with the same weights.
@@ -41,6 +46,7 @@ from stagewise import (
     StageAware,
     StageCurve,
     Uniform,
+    WithFloor,
     find_sample,
 )
 from stagewise.losses import FlowMatchingLoss
@@ -48,8 +54,10 @@ from stagewise.sampling import sample
 from stagewise.stages import stratified_times
 
 BATCH, WARMUP, EVALUATIONS = 128, 100, 20
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+HORIZONS = {"photos8": (1000, 3000), "digits": (1000, 3000), "photos16": (600,)}
 SAMPLES, SAMPLING_STEPS = 1000, 25
+DEFAULT = "default"
 COPY = 1 / 3  # d1/d2 below it is a copy (arXiv 2505.17638)
 
 
@@ -59,7 +67,6 @@ class Data:
 
     train: tuple[Tensor, Tensor]
     held_out: tuple[Tensor, Tensor]
-    horizons: tuple[int, ...]
     net: Callable[[], nn.Module]
 
     @property
@@ -100,7 +107,7 @@ def data_set(name: str) -> Data:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         x, y = x[order], y[order]
         split = ((x[:1200], y[:1200]), (x[1200:], y[1200:]))
-        return Data(*split, (1000, 3000), lambda: Perceptron(64, 10, 512))
+        return Data(*split, lambda: Perceptron(64, 10, 512))
     from stagewise.recipes.photos import PhotoPatches
     from stagewise.recipes.sit import SiT
 
@@ -109,8 +116,8 @@ def data_set(name: str) -> Data:
     photos.setup()
     split = (photos.train.tensors, photos.held_out.tensors)
     if size == 8:
-        return Data(*split, (1000, 3000), lambda: Perceptron(192, 7, 640))
-    return Data(*split, (600,), lambda: SiT(7, 16, 3, 4, 128, 4, 4, class_dropout=0.0))
+        return Data(*split, lambda: Perceptron(192, 7, 640))
+    return Data(*split, lambda: SiT(7, 16, 3, 4, 128, 4, 4, class_dropout=0.0))
 
 
 def schemes(oracle: Oracle, boundary: float) -> dict[str, Callable[[int], Scheme | Phases]]:
@@ -123,6 +130,12 @@ def schemes(oracle: Oracle, boundary: float) -> dict[str, Callable[[int], Scheme
         return Phases(
             [Phase(first, AtShare(0.6)), Phase(Scheme(oracle, target=Mix(), seed=seed, **even))]
         )
+
+    def default(seed: int) -> Phases:
+        times = WithFloor(LogitNormal(), 0.5, stratified=True)
+        first = Scheme(oracle, timesteps=times, target=Mix(), boundary=boundary, seed=seed)
+        last = Scheme(oracle, target=Mix(), seed=seed, **even)
+        return Phases([Phase(first, AtShare(0.6)), Phase(last)])
 
     return {
         "plain": lambda seed: Scheme(**even),
@@ -138,7 +151,11 @@ def schemes(oracle: Oracle, boundary: float) -> dict[str, Callable[[int], Scheme
         "stage-aware t (0.3)": lambda seed: Scheme(
             timesteps=StageAware(0.3, stratified=True), boundary=boundary
         ),
+        DEFAULT: default,
     }
+
+
+NAMES = tuple(schemes(None, 0.5))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -158,11 +175,14 @@ class Part:
 
 
 def train(part: Part, data: Data, oracle: Oracle, boundary: float) -> dict[str, Any]:
-    """Trains, and measures on the way."""
+    """Trains, and measures on the way.
+
+    Seconds are the processor's: on one thread those of a machine with nothing else to do.
+    """
     torch.manual_seed(part.seed)
     net = data.net()
     scheme = schemes(oracle, boundary)[part.scheme](part.seed)
-    scheme.check(total=part.horizon)
+    scheme.check()
     objective = FlowMatchingLoss(scheme=scheme)
     optimizer = torch.optim.AdamW(net.parameters(), part.lr, (0.9, 0.95), weight_decay=0)
 
@@ -174,7 +194,7 @@ def train(part: Part, data: Data, oracle: Oracle, boundary: float) -> dict[str, 
     every = part.horizon // EVALUATIONS
     batches = shuffled(*data.train, seed=part.seed)
     for step in range(1, part.horizon + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         x1, labels = next(batches)
         loss = objective(net, x1, labels, classes=labels)
         optimizer.zero_grad()
@@ -183,13 +203,14 @@ def train(part: Part, data: Data, oracle: Oracle, boundary: float) -> dict[str, 
         optimizer.step()
         schedule.step()
         scheme.observe(step=step, total=part.horizon)
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         if step % every == 0:
             point = {"step": step, "seconds": seconds, "loss": held_out_loss(net, data)}
             if step % (2 * every) == 0:
                 point |= of_samples(net, data)
             curve.append(point)
-    return {**vars(part), "boundary": boundary, "threads": torch.get_num_threads(), "curve": curve}
+    about = {"boundary": boundary, "threads": torch.get_num_threads(), "clock": "processor"}
+    return {**vars(part), **about, "curve": curve}
 
 
 def shuffled(x: Tensor, y: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -260,12 +281,15 @@ def boundary_of(oracle: Oracle) -> float:
     return StageCurve.measure(oracle, times, class_wise=True).boundary().midpoint
 
 
-def best_rate(folder: Path, name: str, horizon: int) -> float:
-    """The learning rate with which plain training gets lowest on the first seed."""
-    found = [
-        json.loads((folder / Part(name, "plain", horizon, lr, 0).file).read_text()) for lr in RATES
-    ]
-    lowest = {run["lr"]: run["curve"][-1]["loss"] for run in found}
+def best_rate(folder: Path, name: str, horizon: int) -> float | None:
+    """The learning rate with which plain training gets lowest on the first seed, if all ran."""
+    files = [folder / Part(name, "plain", horizon, lr, 0).file for lr in RATES]
+    if not all(file.exists() for file in files):
+        return None
+    lowest = {}
+    for file in files:
+        found = json.loads(file.read_text())
+        lowest[found["lr"]] = found["curve"][-1]["loss"]
     return min(lowest, key=lambda lr: math.inf if math.isnan(lowest[lr]) else lowest[lr])
 
 
@@ -303,27 +327,32 @@ def run(folder: Path, part: Part, made: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dir", type=Path, default=Path("build/schemes"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="of --report")
+    parser.add_argument("--report", action="store_true", help="run nothing, write what there is")
     parser.add_argument("--data", default="photos8,digits,photos16", help="which, by commas")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--horizons", help="by commas (default those of the data set)")
     parser.add_argument("--only", help="schemes, by ';' (default all)")
     parser.add_argument("--threads", type=int, help="of torch, for each process")
     arguments = parser.parse_args()
+    if arguments.report:
+        import schemes_report
+
+        schemes_report.write(arguments.dir, arguments.docs)
+        return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     arguments.dir.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {}
     for name in arguments.data.split(","):
-        horizons = (600,) if name == "photos16" else (1000, 3000)
+        short, *_ = own = HORIZONS[name]
         for lr in RATES:
-            run(arguments.dir, Part(name, "plain", horizons[0], lr, 0), made)
-        while True:  # another process may be at one of them
-            try:
-                lr = best_rate(arguments.dir, name, horizons[0])
-                break
-            except FileNotFoundError:
-                time.sleep(2)
-        names = list(schemes(None, 0.5)) if not arguments.only else arguments.only.split(";")  # type: ignore[arg-type]
-        for horizon in horizons:
+            run(arguments.dir, Part(name, "plain", short, lr, 0), made)
+        while (lr := best_rate(arguments.dir, name, short)) is None:
+            time.sleep(2)  # another process is at one of them
+        names = arguments.only.split(";") if arguments.only else list(NAMES)
+        chosen = [int(h) for h in arguments.horizons.split(",")] if arguments.horizons else own
+        for horizon in chosen:
             for scheme in names:
                 for seed in range(arguments.seeds):
                     run(arguments.dir, Part(name, scheme, horizon, lr, seed), made)

@@ -1,74 +1,75 @@
-"""docs/results.md and its pictures, from what `schemes.py` and `variance.py` have written.
+"""docs/results.md, from what `schemes.py` and `schemes_variance.py` have written.
 
-Nothing here is typed in by hand: a cell without runs says so. The question asked of each scheme is
-how many steps it needs to reach what plain training ends with at the same horizon, as a share of
-plain's; intervals are percentiles over resampled seeds.
+Nothing here is typed in by hand: a cell without runs says so. Of each scheme is asked how many
+steps it needs to reach what plain training ends with at the same horizon, as a share of plain's
+steps; intervals are percentiles over resampled seeds. Plain training is asked too: a noisy metric
+passes its last value early, and a scheme has gained only what it has beyond that.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from report import meta
-from schemes import RATES, schemes
+from schemes import DEFAULT, HORIZONS, NAMES, RATES
 
 METRICS = {"loss": "held-out loss", "energy": "energy distance", "frechet": "Frechet distance"}
+AXES = {"step": "steps", "seconds": "time"}
 AIMS = {"loss": 0.75, "energy": 0.6, "frechet": 0.6}
 ABOUT = {
     "photos8": "Photographs, 8 x 8 x 3 (D = 192, N = 20 000, 7 classes), perceptron, 1.6 M weights",
     "digits": "Digits of scikit-learn (D = 64, N = 1200, 10 classes), perceptron, 1.0 M weights",
     "photos16": "Photographs, 16 x 16 x 3 (D = 768, N = 20 000, 7 classes), SiT, 1.3 M weights",
 }
-DRAWS = 300
+DRAWS = 1000
 
-Runs = dict[str, list[dict[str, Any]]]
+Run = dict[str, Any]
+Runs = dict[str, list[Run]]
 
 
 def load(folder: Path) -> dict[tuple[str, int], Runs]:
-    """Runs by data set and horizon, then by scheme; of plain those with the best rate."""
+    """Runs by data set and horizon, then by scheme; only those with plain's best rate."""
     runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*.json"))]
     found: dict[tuple[str, int], Runs] = {}
     for name in ABOUT:
         own = [run for run in runs if run["data"] == name]
-        if not own:
+        tried = rates(own, name)
+        if len(tried) < 3:
             continue
-        short = min(run["horizon"] for run in own)
-        tried = [
-            run
-            for run in own
-            if run["scheme"] == "plain" and run["seed"] == 0 and run["horizon"] == short
-        ]
-        if len(tried) < len(RATES):
-            continue
-        rate = min(tried, key=lambda run: _last(run, "loss", math.inf))["lr"]
+        best = min(tried, key=tried.__getitem__)
         for run in own:
-            if run["lr"] == rate:
+            if run["lr"] == best:
                 place = found.setdefault((name, run["horizon"]), {})
                 place.setdefault(run["scheme"], []).append(run)
     order = list(ABOUT)
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])))
 
 
-def _last(run: dict[str, Any], metric: str, worst: float) -> float:
-    value = run["curve"][-1][metric]
-    return worst if math.isnan(value) else value
+def rates(runs: Sequence[Run], name: str) -> dict[float, float]:
+    """The learning rates plain training was tried with, and the held-out loss of each."""
+    tried = {
+        run["lr"]: run["curve"][-1]["loss"]
+        for run in runs
+        if (run["scheme"], run["seed"], run["horizon"]) == ("plain", 0, HORIZONS[name][0])
+    }
+    return {lr: math.inf if math.isnan(loss) else loss for lr, loss in sorted(tried.items())}
 
 
-def curve(runs: Sequence[dict[str, Any]], metric: str, axis: str = "step") -> np.ndarray:
-    """(2, points): steps (or seconds) and the mean over runs."""
-    points = [[point for point in run["curve"] if metric in point] for run in runs]
-    x, y = (np.array([[p[key] for p in line] for line in points]) for key in (axis, metric))
-    return np.stack([x.mean(0), y.mean(0)])
+def curves(runs: Sequence[Run], metric: str, axis: str = "step") -> np.ndarray:
+    """(runs, 2, points): steps (or seconds) and the metric."""
+    return np.array(
+        [[[p[key] for p in run["curve"] if metric in p] for key in (axis, metric)] for run in runs]
+    )
+
+
+def curve(runs: Sequence[Run], metric: str, axis: str = "step") -> np.ndarray:
+    """(2, points): the mean over runs."""
+    return curves(runs, metric, axis).mean(0)
 
 
 def reached(line: np.ndarray, goal: float) -> float:
@@ -84,24 +85,28 @@ def reached(line: np.ndarray, goal: float) -> float:
 
 
 def share(
-    plain: list[dict[str, Any]], other: list[dict[str, Any]], metric: str, axis: str = "step"
+    plain: Sequence[Run], other: Sequence[Run], metric: str, axis: str = "step"
 ) -> tuple[float, float, float]:
     """Steps (or seconds) to plain's final value over plain's, and its 95 % interval."""
+
+    def once(a: np.ndarray, b: np.ndarray) -> float:
+        return reached(b.mean(0), a[:, 1, -1].mean()) / a[:, 0, -1].mean()
+
+    return bootstrap(once, curves(plain, metric, axis), curves(other, metric, axis))
+
+
+def bootstrap(
+    once: Callable[[np.ndarray, np.ndarray], float], a: np.ndarray, b: np.ndarray
+) -> tuple[float, float, float]:
+    """A number from two sets of runs and its 95 % interval; each set is resampled by itself."""
     draws = np.random.default_rng(0)
 
-    def once(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> float:
-        goal = curve(a, metric)[1, -1]
-        return reached(curve(b, metric, axis), goal) / curve(a, metric, axis)[0, -1]
+    def again(runs: np.ndarray) -> np.ndarray:
+        return runs[draws.integers(len(runs), size=len(runs))]
 
-    values = [
-        once(
-            [plain[i] for i in draws.integers(len(plain), size=len(plain))],
-            [other[i] for i in draws.integers(len(other), size=len(other))],
-        )
-        for _ in range(DRAWS)
-    ]
+    values = [once(again(a), again(b)) for _ in range(DRAWS)]
     low, high = np.quantile(values, [0.025, 0.975], method="nearest")
-    return once(plain, other), float(low), float(high)
+    return once(a, b), float(low), float(high)
 
 
 def _share_cell(value: tuple[float, float, float]) -> str:
@@ -114,158 +119,178 @@ def _mean_cell(values: Sequence[float]) -> str:
     return f"{np.mean(values):.4g} ± {half:.1g}"
 
 
-def tables(found: dict[tuple[str, int], Runs]) -> list[str]:
-    """Final values, and steps to plain's, for each data set and horizon."""
-    lines = []
-    for (name, horizon), runs in found.items():
-        any_run = next(iter(runs.values()))[0]
-        lines += [
-            f"## {ABOUT[name]}: {horizon} steps",
-            "",
-            f"Learning rate {any_run['lr']:g} (best of {', '.join(f'{r:g}' for r in RATES)} for "
-            f"plain training), batch 128; measured boundary t = {any_run['boundary']:.3f}.",
-            "",
-            f"| scheme | seeds | {' | '.join(METRICS.values())} | copies | ms/step |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for scheme in schemes(None, 0.5):  # type: ignore[arg-type]
-            own = runs.get(scheme, [])
-            if not own:
-                lines.append(f"| {scheme} | 0 | not run | | | | |")
-                continue
-            ends = [run["curve"][-1] for run in own]
-            cells = [_mean_cell([end[key] for end in ends]) for key in METRICS]
-            copies = f"{np.mean([end['copies'] for end in ends]):.3f}"
-            pace = np.median([1e3 * end["seconds"] / horizon for end in ends])
-            lines.append(f"| {scheme} | {len(own)} | {' | '.join(cells)} | {copies} | {pace:.1f} |")
-        lines += [
-            "",
-            "Steps to what plain training ends with, as a share of its steps (last column: time):",
-            "",
-            f"| scheme | {' | '.join(METRICS.values())} | held-out loss, time |",
-            "|---|---|---|---|---|",
-        ]
-        plain = runs["plain"]
-        for scheme, own in runs.items():
-            if scheme != "plain":
-                cells = [_share_cell(share(plain, own, metric)) for metric in METRICS]
-                cells.append(_share_cell(share(plain, own, "loss", "seconds")))
-                lines.append(f"| {scheme} | {' | '.join(cells)} |")
-        lines += ["", f"![Curves, {name}, {horizon} steps](images/curves_{name}_{horizon}.png)", ""]
-        lines += [f"![Steps needed, {name}](images/steps_{name}_{horizon}.png)", ""]
-    return lines
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join(row) for row in rows)]
+    return [f"| {lines[0]} |", f"|{lines[1]}|", *(f"| {line} |" for line in lines[2:]), ""]
 
 
-def draw_curves(folder: Path, name: str, horizon: int, runs: Runs) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
-        for i, (scheme, own) in enumerate(runs.items()):
-            x, y = curve(own, metric)
-            wide = scheme == "plain"
-            axis.plot(x, y, color="black" if wide else f"C{i}", lw=2 if wide else 1.2, label=scheme)
-        axis.axhline(curve(runs["plain"], metric)[1, -1], color="black", lw=0.8, ls=":")
-        axis.set(xlabel="optimizer step", ylabel=title, yscale="log")
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=8)
-    seeds = min(map(len, runs.values()))
-    figure.suptitle(f"{name}, {horizon} steps: means over {seeds} seeds; dotted: where plain ends")
-    figure.savefig(folder / f"curves_{name}_{horizon}.png", dpi=110)
-    plt.close(figure)
-
-
-def draw_steps(folder: Path, name: str, horizon: int, runs: Runs) -> None:
-    others = [scheme for scheme in runs if scheme != "plain"]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 0.5 * len(others) + 1.6), layout="constrained")
-    for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
-        for row, scheme in enumerate(others):
-            value, low, high = share(runs["plain"], runs[scheme], metric)
-            if math.isinf(value):
-                axis.text(1.02, row, "not reached", va="center", fontsize=8)
-                continue
-            axis.plot([low, min(high, 1.3)], [row, row], color="C0", lw=3, alpha=0.4)
-            axis.plot(value, row, "o", color="C0")
-        axis.axvline(1, color="black", lw=1)
-        axis.axvline(AIMS[metric], color="C2", ls="--", lw=1)
-        axis.set(xlim=(0, 1.3), ylim=(len(others) - 0.5, -0.5), xlabel=f"steps / plain's: {title}")
-        axis.set_yticks(range(len(others)), others if axis is axes[0] else [""] * len(others))
-        axis.grid(alpha=0.3, axis="x")
-    figure.suptitle(f"{name}: steps to what plain has after {horizon} (dashed: what was aimed at)")
-    figure.savefig(folder / f"steps_{name}_{horizon}.png", dpi=110)
-    plt.close(figure)
-
-
-def variance(folder: Path, file: Path) -> list[str]:
-    """Table and picture of the variance that targets leave."""
-    if not file.exists():
-        return ["## Variance by t", "", "Not run.", ""]
-    made = json.loads(file.read_text())
-    names = list(dict.fromkeys(line["target"] for line in made["lines"]))
-    times = sorted({line["t"] for line in made["lines"]})
-    by = {(line["target"], line["t"]): line for line in made["lines"]}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for i, name in enumerate(names):
-        error = np.array([by[name, t]["error"] for t in times])
-        cost = by[name, times[0]]["operations"]
-        if error.max() > 0:
-            axes[0].plot(times, error, "o-", ms=3, color=f"C{i}", label=name)
-        axes[1].plot(times, (1 - error) / cost * 1e6, "o-", ms=3, color=f"C{i}", label=name)
-    axes[0].axhline(1, color="black", lw=1)
-    axes[0].set(yscale="log", ylim=(1e-3, 10), ylabel="error of the target / plain's")
-    axes[1].set(yscale="log", ylabel="variance removed per million operations")
-    for axis in axes:
-        axis.set(xlabel="t (0 is noise)")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(folder / "variance_by_t.png", dpi=110)
-    plt.close(figure)
-    lines = [
-        "## Variance that a target leaves, by t",
+def setting(name: str, runs: Runs, tried: dict[float, float]) -> list[str]:
+    """The learning rate, whether it can be trusted, and the measured boundary."""
+    first = runs["plain"][0]
+    found = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tried.items())
+    edge = first["lr"] in (min(tried), max(tried))
+    missing = [f"{lr:g}" for lr in RATES if lr not in tried]
+    return [
+        f"Learning rate {first['lr']:g}, the best for plain training (held-out loss after "
+        f"{HORIZONS[name][0]} steps, seed 0: {found}{'; not tried: ' if missing else ''}"
+        f"{', '.join(missing)}). "
+        + ("**It is at the end of what was tried: plain may be tuned too little.** " * edge)
+        + f"Batch 128; measured boundary t = {first['boundary']:.3f}.",
         "",
-        f"Photographs, {made['patch']} x {made['patch']} x 3, {made['rows']} rows, class-wise, "
-        f"{made['queries']} queries for each t: error of the target over that of the plain one (0: "
-        "the oracle, 1: nothing gained, above 1: worse than nothing).",
-        "",
-        f"| target | MFLOP | ms / {made['queries']} | "
-        + " | ".join(f"{t:g}" for t in times)
-        + " |",
-        "|---" * (3 + len(times)) + "|",
     ]
-    for name in names:
-        own = [by[name, t] for t in times]
-        cells = " | ".join(f"{line['error']:.2g}" for line in own)
-        pace = np.median([line["ms"] for line in own])
-        lines.append(f"| {name} | {own[0]['operations'] / 1e6:.2f} | {pace:.0f} | {cells} |")
-    return [*lines, "", "![Variance by t](images/variance_by_t.png)", ""]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dir", type=Path, default=Path("build/schemes"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
-    arguments = parser.parse_args()
-    images = arguments.docs / "images"
+def ends(horizon: int, runs: Runs) -> list[str]:
+    """Final values of every scheme, those that were not run included."""
+    rows = []
+    for scheme in NAMES:
+        own = runs.get(scheme, [])
+        if not own:
+            rows.append([scheme, "0", "not run", "", "", "", ""])
+            continue
+        last = [run["curve"][-1] for run in own]
+        cells = [_mean_cell([end[key] for end in last]) for key in METRICS]
+        pace = np.median([1e3 * end["seconds"] / horizon for end in last])
+        clock = "" if all(run.get("clock") for run in own) else " (wall)"
+        copies = f"{np.mean([end['copies'] for end in last]):.3f}"
+        rows.append([scheme, str(len(own)), *cells, copies, f"{pace:.1f}{clock}"])
+    return _table(["scheme", "seeds", *METRICS.values(), "copies", "ms/step"], rows)
+
+
+def shares(runs: Runs) -> list[str]:
+    """Steps and time to plain's final values."""
+    head = [f"{title}, {unit}" for unit in AXES.values() for title in METRICS.values()]
+    rows = [
+        [
+            "plain itself" if scheme == "plain" else scheme,
+            *(
+                _share_cell(share(runs["plain"], runs[scheme], metric, axis))
+                for axis in AXES
+                for metric in METRICS
+            ),
+        ]
+        for scheme in NAMES
+        if scheme in runs
+    ]
+    return [
+        "Steps and time to what plain training ends with, as a share of plain's:",
+        "",
+        *_table(["scheme", *head], rows),
+    ]
+
+
+def twins(runs: Runs) -> list[str]:
+    """Schemes that turn out to be the same one on these data."""
+    names, lines = [name for name in NAMES if name in runs], []
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            if len(runs[a]) == len(runs[b]) and all(
+                np.allclose(curve([x], "loss")[1], curve([y], "loss")[1], rtol=2e-4)
+                for x, y in zip(runs[a], runs[b], strict=True)
+            ):
+                lines.append(
+                    f"“{b}” and “{a}” have the same curves: on these data they are one scheme."
+                )
+    return [*lines, ""] if lines else []
+
+
+def aims(runs: Runs) -> list[str]:
+    """Whether the default got where it was meant to get."""
+    if DEFAULT not in runs:
+        return [f"The {DEFAULT} was not run here, so nothing is said about the aims.", ""]
+    rows = []
+    for metric, title in METRICS.items():
+        value = share(runs["plain"], runs[DEFAULT], metric)
+        met = "met" if value[2] <= AIMS[metric] else "missed"
+        if met == "missed" and value[0] <= AIMS[metric]:
+            met = "met in the mean, not by the whole interval"
+        rows.append([title, f"{AIMS[metric]:g}", _share_cell(value), met])
+    return [
+        f"What was aimed at, for the {DEFAULT}:",
+        "",
+        *_table(["metric", "at most", "reached", "verdict"], rows),
+    ]
+
+
+def shorter(name: str, horizon: int, found: dict[tuple[str, int], Runs]) -> list[str]:
+    """The default with schedules of fewer steps against plain training at `horizon`."""
+    plain = found[name, horizon]["plain"]
+    rows = []
+    for (data, short), runs in found.items():
+        if data == name and short < horizon and "plain" not in runs:
+            for scheme, own in runs.items():
+                cells = []
+                for metric in METRICS:
+                    pair = (curves(runs, metric)[:, 1, -1] for runs in (plain, own))
+                    value = bootstrap(lambda a, b: b.mean() / a.mean(), *pair)
+                    cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*value))
+                rows.append([scheme, str(len(own)), f"{short} ({short / horizon:.2f})", *cells])
+    if not rows:
+        return []
+    return [
+        f"Shorter runs with schedules of their own: final value over that of plain training after "
+        f"{horizon} steps (1 or below: as good with fewer steps):",
+        "",
+        *_table(["scheme", "seeds", "steps (share)", *METRICS.values()], rows),
+    ]
+
+
+def write(folder: Path, docs: Path) -> None:
+    """Writes docs/results.md and its pictures."""
+    from schemes_figures import draw_curves, draw_steps, draw_variance
+    from schemes_variance import table
+
+    images = docs / "images"
     images.mkdir(parents=True, exist_ok=True)
-    found = load(arguments.dir)
-    for (name, horizon), runs in found.items():
-        draw_curves(images, name, horizon, runs)
-        draw_steps(images, name, horizon, runs)
-    missing = [about for name, about in ABOUT.items() if name not in {key[0] for key in found}]
+    found = load(folder)
+    runs = [json.loads(file.read_text()) for file in folder.glob("*-*.json")]
+    compared = {key: value for key, value in found.items() if "plain" in value}
+    missing = [about for name, about in ABOUT.items() if name not in {key[0] for key in compared}]
+    missing += [
+        f"{name} at {horizon} steps"
+        for name, all_of in HORIZONS.items()
+        for horizon in all_of
+        if (name, horizon) not in compared and name in {key[0] for key in compared}
+    ]
+    lines = []
+    for name, horizon in compared:
+        own = compared[name, horizon]
+        draw_curves(images, name, horizon, own)
+        lines += [f"## {ABOUT[name]}: {horizon} steps", ""]
+        lines += setting(name, own, rates([r for r in runs if r["data"] == name], name))
+        lines += [*ends(horizon, own), *twins(own), *shares(own), *aims(own)]
+        lines += shorter(name, horizon, found)
+        lines += [f"![Curves, {name}, {horizon} steps](images/curves_{name}_{horizon}.png)", ""]
+    for name in dict.fromkeys(key[0] for key in compared):
+        lines += [f"## {name}: steps and time to plain's final values", ""]
+        panels = {h: own for (data, h), own in compared.items() if data == name}
+        for metric, title in METRICS.items():
+            draw_steps(images, name, metric, panels)
+            lines += [f"![{title}, {name}](images/steps_{name}_{metric}.png)", ""]
+    variance = folder / "variance.json"
+    if variance.exists():
+        made = json.loads(variance.read_text())
+        draw_variance(images, made)
+        lines += [*table(made), "![Variance by t](images/variance_by_t.png)", ""]
+    else:
+        missing.append("variance by t")
     about = ", ".join(f"{key} {value}" for key, value in meta().items() if key != "threads")
     text = [
         "# What schemes gain",
         "",
-        "Written by `make bench-schemes` (benchmarks/schemes.py, variance.py, schemes_report.py), "
-        f"never by hand. {about}; each run on one thread. Values are means over seeds ± half their "
-        "range. Every horizon has a warm-up of 100 steps and a cosine decay of its own. Samples: "
-        "1000, midpoint rule of 25 steps; copies: share with d1/d2 < 1/3; Frechet distance of "
-        "Gaussians fitted to pixels. Ratios: [95 % interval, seeds resampled]; not: not reached.",
+        "Written by `make bench-schemes` (benchmarks/schemes.py --report), never by hand. "
+        f"{about}; each run on one thread, seeds 0, 1, 2 unless a row has fewer. Values are means "
+        "over seeds ± half their range. Every horizon has a warm-up of 100 steps and a cosine "
+        "decay of its own. Times are drawn evenly over the probability in all rows, plain "
+        "included. Samples: 1000, midpoint rule of 25 steps; copies: share with d1/d2 < 1/3; "
+        "Frechet distance of Gaussians fitted to pixels. Ratios: [95 % interval, seeds "
+        "resampled]; not: not reached. Time is the processor's, or by the clock on the wall, in "
+        "part beside other work, where a row says (wall): compare those with care.",
+        "",
+        f"The {DEFAULT}: oracle targets at all t; for 60 % of the steps half of the times "
+        "logit-normal and half uniform, then all uniform.",
         "",
         *([f"**Not run:** {'; '.join(missing)}.", ""] if missing else []),
-        *tables(found),
-        *variance(images, arguments.dir / "variance.json"),
+        *lines,
     ]
-    (arguments.docs / "results.md").write_text("\n".join(text).rstrip() + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    (docs / "results.md").write_text("\n".join(text).rstrip() + "\n")

@@ -51,7 +51,7 @@ def test_every_scheme_trains_from_the_same_weights(bench, monkeypatch):
     monkeypatch.setattr(bench, "SAMPLES", 60)
     draws = torch.Generator().manual_seed(1)
     x, y = torch.randn(600, 1, 2, 2, generator=draws), torch.arange(600) % 3
-    data = bench.Data((x, y), (x[:64] + 0.1, y[:64]), (20,), lambda: bench.Perceptron(4, 3, 16))
+    data = bench.Data((x, y), (x[:64] + 0.1, y[:64]), lambda: bench.Perceptron(4, 3, 16))
     oracle = Oracle(LatentBank(x, y))
     ends = {}
     for scheme in bench.schemes(oracle, 0.4):
@@ -65,35 +65,67 @@ def test_every_scheme_trains_from_the_same_weights(bench, monkeypatch):
     assert len({end["loss"] for end in ends.values()}) == len(ends)
 
 
+def test_each_part_is_run_once(bench, tmp_path, monkeypatch):
+    draws = torch.Generator().manual_seed(2)
+    x, y = torch.randn(300, 4, generator=draws), torch.arange(300) % 3
+    data = bench.Data((x, y), (x[:64], y[:64]), lambda: bench.Perceptron(4, 3, 16))
+    made = {"digits": (data, Oracle(LatentBank(x, y)), 0.4)}
+    part = bench.Part("digits", "plain", 20, 1e-3, 0)
+    claim = (tmp_path / part.file).with_suffix(".running")
+    claim.touch()  # another process is at it
+    bench.run(tmp_path, part, made)
+    assert not (tmp_path / part.file).exists()
+    claim.unlink()
+    bench.run(tmp_path, part, made)
+    first = (tmp_path / part.file).read_text()
+    assert json.loads(first)["curve"][-1]["step"] == 20
+    assert not claim.exists()
+    monkeypatch.setattr(bench, "train", None)  # would be called if it ran again
+    bench.run(tmp_path, part, made)
+    assert (tmp_path / part.file).read_text() == first
+    assert bench.best_rate(tmp_path, "digits", 20) is None  # other rates have not been tried
+
+
 def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
-    def write(scheme, seed, lr, half, floor=0.0):
-        """A loss of `1 - step / (2 half)`, which passes 0.5 at `half`."""
-        steps = range(10, 101, 10)
+    def write(scheme, seed, lr, half, floor=0.0, horizon=1000):
+        """A loss of `1 - step / (2 half)` which passes 0.5 at `half`."""
+        steps = range(horizon // 10, horizon + 1, horizon // 10)
         value = [max(floor, 1 - step / (2 * half)) for step in steps]
         curve = [
             {"step": s, "seconds": 2.0 * s, "loss": v, "energy": v, "frechet": v, "copies": 0.0}
             for s, v in zip(steps, value, strict=True)
         ]
-        part = bench.Part("digits", scheme, 100, lr, seed)
-        (tmp_path / part.file).write_text(
-            json.dumps({**vars(part), "boundary": 0.3, "curve": curve})
-        )
+        part = bench.Part("digits", scheme, horizon, lr, seed)
+        record = {**vars(part), "boundary": 0.3, "curve": curve}
+        (tmp_path / part.file).write_text(json.dumps(record))
 
-    for lr in bench.RATES:
-        write("plain", 0, lr, 100 if lr == bench.RATES[1] else 150)
-    write("plain", 1, bench.RATES[1], 100)
-    write("oracle, all t", 0, bench.RATES[1], 40)
-    write("oracle, all t", 1, bench.RATES[1], 40)
-    write("oracle, all t", 1, bench.RATES[0], 10)  # another rate: not counted
-    write("logit-normal t", 0, bench.RATES[1], 40, floor=0.6)
-    command = [sys.executable, str(ROOT / "benchmarks/schemes_report.py")]
+    best = bench.RATES[1]
+    for lr in bench.RATES[:4]:
+        write("plain", 0, lr, 1000 if lr == best else 1500)
+    write("plain", 1, best, 1000)
+    for seed in range(2):
+        write("oracle, all t", seed, best, 400)
+        write("reference set of 128", seed, best, 400)
+        write("default", seed, best, 650)
+        write("default", seed, best, 400, horizon=600)
+    write("oracle, all t", 1, bench.RATES[0], 100)  # another rate: not counted
+    write("logit-normal t", 0, best, 400, floor=0.6)
+    command = [sys.executable, str(ROOT / "benchmarks/schemes.py"), "--report"]
     command += ["--dir", str(tmp_path), "--docs", str(tmp_path / "docs")]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     text = (tmp_path / "docs/results.md").read_text()
-    assert f"Learning rate {bench.RATES[1]:g} (best of" in text
+    assert f"Learning rate {best:g}, the best for plain" in text
+    assert f"not tried: {bench.RATES[4]:g}" in text
+    assert "at the end of what was tried" not in text
+    assert "| plain itself | 1.00 [1.00, 1.00] |" in text
     assert "| oracle, all t | 0.40 [0.40, 0.40] | 0.40 [0.40, 0.40] |" in text
     assert "| logit-normal t | not [not, not] |" in text
     assert "| oracle, navigation | 0 | not run |" in text
+    assert "“reference set of 128” and “oracle, all t” have the same curves" in text
+    assert "| held-out loss | 0.75 | 0.65 [0.65, 0.65] | met |" in text
+    assert "| energy distance | 0.6 | 0.65 [0.65, 0.65] | missed |" in text
+    assert "| default | 2 | 600 (0.60) | 0.500 [0.500, 0.500] |" in text
     assert "**Not run:** Photographs, 8 x 8 x 3" in text
-    for picture in ("curves_digits_100", "steps_digits_100"):
+    assert "variance by t" in text
+    for picture in ("curves_digits_1000", "steps_digits_loss", "steps_digits_frechet"):
         assert (tmp_path / f"docs/images/{picture}.png").stat().st_size > 5000

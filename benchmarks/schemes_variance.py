@@ -137,9 +137,9 @@ def table(made: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        f"**By this measure the target to choose is {best[0]}**, which removes most for the cost of "
-        "a whole step among unbiased targets. Per cost of the target alone the smallest set always "
-        "wins, and a smaller one would win over it: that ratio chooses nothing.",
+        f"**By this measure the target to choose is {best[0]}**, which removes most for the cost "
+        "of a whole step among unbiased targets. Per cost of the target alone the smallest set "
+        "always wins, and a smaller one would win over it: that ratio chooses nothing.",
         "",
     ]
 

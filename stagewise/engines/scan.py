@@ -149,8 +149,8 @@ class Scan:
         if max(self.queries.sizes) <= _WORTHWHILE * self.table.shape[1]:
             first = self.queries.index([rows.start for rows in self.queries.segments])[:, None]
             columns = (self.table - first).clamp_min(0)
-            logits = self._dense(query, half_snr, norm, wide).gather(1, columns)
-            return logits.masked_fill_(self.table < 0, _NONE)
+            every = self._dense(query, half_snr, norm, wide)
+            return every.gather(1, columns).masked_fill_(self.table < 0, _NONE)
         logits = [
             torch.einsum("bd,bnd->bn", query[part].to(wide), rows.to(wide))
             for part, rows in self._rows_in_blocks(self.table)

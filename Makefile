@@ -15,11 +15,11 @@ help: ## show this list
 demo: $(VENV)/.recipes ## train a small model on photos, with the stage monitors on
 	$(BIN)/stagewise train experiment=photos
 
-test: $(VENV)/.dev ## run the tests; it names those that need an engine that is not installed
+test: $(VENV)/.dev ## run the tests; it names those that are slow or need what is not installed
 	$(BIN)/pytest
 
 test-all: $(VENV)/.all ## install torch-cluster (compiled: some 10 minutes) and faiss, run all tests
-	$(BIN)/pytest
+	$(BIN)/pytest --slow
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check

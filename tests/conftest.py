@@ -23,6 +23,19 @@ from stagewise.losses import FlowMatchingLoss
 DIM = 6
 
 
+def pytest_addoption(parser):
+    """`--slow` runs what takes ten seconds and more, too."""
+    parser.addoption("--slow", action="store_true", help="run the slow tests too (make test-all)")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skips slow tests by name, so that it is said that they were not run."""
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: make test-all"))
+
+
 def pytest_configure(config):
     """Silences what Lightning says about its own use of torch."""
     config.addinivalue_line("filterwarnings", "ignore:.isinstance.treespec, LeafSpec")

@@ -135,6 +135,7 @@ def wheels(source, tmp_path_factory):
     return built
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["wheel", "sdist", "editable"])
 def test_install(way, source, wheels, tmp_path):
     env = Environment(tmp_path / "env")

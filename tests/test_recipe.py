@@ -83,6 +83,7 @@ def test_the_recipe_is_steered(tmp_path):
     assert 0 < min(share) <= max(share) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["data", "noise"])
 def test_other_predictions_have_their_floor_and_samples(tmp_path, kind, monkeypatch):
     drawn = []

@@ -638,6 +638,7 @@ def test_one_line_says_what_was_recognised(fit, bank, lightning_log):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_example(tmp_path):
     command = [sys.executable, str(Path(__file__).parents[1] / "examples/steer.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)

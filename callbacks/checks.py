@@ -17,7 +17,7 @@ from stagewise.memory import available_memory
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path
 
-__all__ = ["beside_training", "check_batch", "path_of", "warn_of_mismatch"]
+__all__ = ["beside_training", "check_batch", "path_of", "raise_together", "warn_of_mismatch"]
 
 
 def path_of(pl_module: pl.LightningModule) -> tuple[Path, str]:
@@ -47,6 +47,20 @@ def path_of(pl_module: pl.LightningModule) -> tuple[Path, str]:
     for seam in found.values():
         return seam.path, f"from {seam.name}, {seam.library}"
     return LinearPath(), "assumed; say path=... if training uses another"
+
+
+def raise_together(trainer: pl.Trainer, error: ValueError | None) -> None:
+    """Raises on every rank what one of them refuses; the others would wait for it for ever.
+
+    Args:
+        trainer: The trainer.
+        error: What this rank refuses, or None.
+    """
+    passed = trainer.strategy.reduce_boolean_decision(error is None)
+    if error is not None:
+        raise error
+    if not passed:
+        raise ValueError("Another process refused its first batch; see its message.")
 
 
 def beside_training(bank: LatentBank, trainer: pl.Trainer) -> LatentBank:

@@ -18,11 +18,16 @@ from stagewise import paths
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_sample
 from stagewise.callbacks import figures
-from stagewise.callbacks.checks import check_batch, path_of, warn_of_mismatch
+from stagewise.callbacks.checks import (
+    beside_training,
+    check_batch,
+    path_of,
+    raise_together,
+    warn_of_mismatch,
+)
 from stagewise.callbacks.training_bank import bank_from_trainer
 from stagewise.callbacks.writer import Writer
 from stagewise.engines import Auto, Engine, Sharded
-from stagewise.memory import available_memory
 from stagewise.oracle import Oracle
 from stagewise.stages import (
     STATISTICS,
@@ -144,6 +149,7 @@ class PosteriorMonitor(pl.Callback):
         self.boundary: StageBoundary | None = None
         self.predicted = math.nan
         self.history: list[dict[str, Any]] = []
+        self.wise = False
         self._given = bank
         self._batch_checked = False
 
@@ -182,15 +188,12 @@ class PosteriorMonitor(pl.Callback):
                 "one row every posterior has collapsed at any t. If indices were taken for labels, "
                 "say class_wise=False or find=lambda batch: (batch[0], None)."
             )
-        self._wise = wise
+        self.wise = wise
         path, found = (self.path, "given") if self.path else path_of(pl_module)
         root = trainer.strategy.root_device
         # The oracle needs float64, which MPS has not.
         self._device = torch.device("cpu") if root.type == "mps" else root
-        # The model's gradients, optimizer and activations are not there yet.
-        free = available_memory(self._device)
-        if free is None or bank.nbytes < free / 10:
-            bank = bank.to(self._device)
+        bank = beside_training(bank, trainer)
         self.oracle = Oracle(bank, path, self.engine)
         self.predicted = predicted_boundary(bank, path, class_wise=wise)
         self._edges = stage_edges(self.predicted, self.strata)
@@ -269,7 +272,7 @@ class PosteriorMonitor(pl.Callback):
             oracle,
             stratified_times(self._edges, self.queries, seed=(self.seed, step)),
             seed=(self.seed, step, 1),
-            class_wise=self._wise,
+            class_wise=self.wise,
             device=device,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
@@ -315,7 +318,7 @@ class PosteriorMonitor(pl.Callback):
         assert self.oracle is not None
         bank = self.oracle.bank
         title = f"N = {len(bank)}, D = {bank.dim}"
-        title += f", class-wise ({len(bank.classes)} classes)" if self._wise else ""
+        title += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
         # A resumed run may have been given another number of strata.
         alike = [entry for entry in self.history if len(entry["t"]) == self.strata]
         about = (curve, boundary, self.predicted, f"{title}, step {step}")
@@ -336,17 +339,12 @@ class PosteriorMonitor(pl.Callback):
         assert self.oracle is not None
         error = None
         try:
-            x1, labels = check_batch(batch, self.find, self.oracle.bank, class_wise=self._wise)
+            x1, labels = check_batch(batch, self.find, self.oracle.bank, class_wise=self.wise)
             if self._given is not None:
-                warn_of_mismatch(self.oracle.bank, x1, labels, self._wise)
+                warn_of_mismatch(self.oracle.bank, x1, labels, self.wise)
         except ValueError as caught:
             error = caught
-        # What one rank refuses all refuse: the others would wait for it in the first probe.
-        passed = trainer.strategy.reduce_boolean_decision(error is None)
-        if error is not None:
-            raise error
-        if not passed:
-            raise ValueError("Another process refused its first batch; see its message.")
+        raise_together(trainer, error)
 
     def _layout(self) -> dict[str, list[Any]]:
         name, pattern = self.name, re.escape(self.name)

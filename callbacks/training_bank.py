@@ -8,12 +8,15 @@ generator of the run's loader or sampler is advanced, so training draws what it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
@@ -26,10 +29,13 @@ from torch.utils.data import (
 )
 from tqdm.auto import tqdm
 
+from stagewise.adapters.paths import same_path
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_checked, find_sample
+from stagewise.oracle import Oracle
+from stagewise.paths import Path
 
-__all__ = ["bank_from_trainer"]
+__all__ = ["bank_from_trainer", "oracle_before", "read_rows"]
 
 _WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
 """Samplers that come to every sample, in one epoch or another."""
@@ -69,22 +75,7 @@ def bank_from_trainer(
     """
     loader, dataset = _map_style(trainer.train_dataloader)
 
-    def batches(dataset: Any, num_workers: int) -> Iterator[Any]:
-        reader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_size=getattr(loader.batch_sampler, "batch_size", None) or 64,
-            collate_fn=loader.collate_fn,
-            num_workers=num_workers,
-            worker_init_fn=loader.worker_init_fn if num_workers else None,
-            multiprocessing_context=loader.multiprocessing_context if num_workers else None,
-            generator=torch.Generator(),
-        )
-        for batch in reader:
-            # The same three steps as in Lightning's training loop.
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
+    batches = partial(_batches, trainer, pl_module, loader)
     with isolate_rng(), torch.no_grad():
         few = Subset(dataset, range(min(16, len(dataset))))
         # Never here if the run has workers: a file that a data set opens when it is first read
@@ -116,6 +107,80 @@ def bank_from_trainer(
                 copies=trainer.num_devices,
                 advance=lambda done: bar.update(done - bar.n),
             )
+
+
+def read_rows(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    loader: Any,
+    count: int,
+    *,
+    find: FindSample = find_sample,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Reads random samples of a loader's data set, as `bank_from_trainer` reads all of them.
+
+    Args:
+        trainer: A running trainer.
+        pl_module: Its module.
+        loader: Its training or validation data loader.
+        count: How many distinct samples; all if there are fewer.
+        find: From a batch to `(x_1, labels or None)`.
+        seed: Of the choice, default 0.
+
+    Returns:
+        `x_1`, (count, *), and labels, (count,), or None, on the CPU, in the order of the data set.
+
+    Raises:
+        ValueError: If the loader cannot be read twice or has no length.
+    """
+    loader, dataset = _map_style(loader)
+    chosen = np.random.default_rng(seed).permutation(len(dataset))[:count]
+    part = Subset(dataset, np.sort(chosen).tolist())
+    with isolate_rng(), torch.no_grad():
+        found = [
+            find_checked(find, batch)
+            for batch in _batches(trainer, pl_module, loader, part, min(1, loader.num_workers))
+        ]
+    x1 = torch.cat([x.detach().cpu() for x, _ in found])
+    labels = [label.cpu() for _, label in found if label is not None]
+    return x1, torch.cat(labels) if len(labels) == len(found) else None
+
+
+def oracle_before(trainer: pl.Trainer, callback: pl.Callback, path: Path | None) -> Oracle | None:
+    """The oracle of a callback that stands before this one, if it is of the same path.
+
+    Args:
+        trainer: The trainer.
+        callback: Whose turn it is; the hooks of those before have run when its own do.
+        path: The path that is meant; None: any.
+    """
+    callbacks = getattr(trainer, "callbacks", [callback])
+    for before in callbacks[: callbacks.index(callback)]:
+        oracle = getattr(before, "oracle", None)
+        if isinstance(oracle, Oracle) and (path is None or same_path(oracle.path, path)):
+            return oracle
+    return None
+
+
+def _batches(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Any, dataset: Any, num_workers: int
+) -> Iterator[Any]:
+    """The batches of a data set, read by a loader of our own and moved as in training."""
+    reader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=getattr(loader.batch_sampler, "batch_size", None) or 64,
+        collate_fn=loader.collate_fn,
+        num_workers=num_workers,
+        worker_init_fn=loader.worker_init_fn if num_workers else None,
+        multiprocessing_context=loader.multiprocessing_context if num_workers else None,
+        generator=torch.Generator(),
+    )
+    for batch in reader:
+        # The same three steps as in Lightning's training loop.
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _map_style(loader: Any) -> tuple[DataLoader[Any], Any]:

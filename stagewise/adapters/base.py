@@ -104,6 +104,14 @@ class Seam(ABC):
             f"{convention.data_time:g} is data"
         )
 
+    def to_network(self, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the library gives its network for `x_t`, (B, *), and t, (B,)."""
+        return xt, self.convention.from_t(t)
+
+    def from_network(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """`x_t` and t from what a network was given; undoes `to_network`."""
+        return x, self.convention.to_t(time)
+
     def attach(self, scheme: Scheme | Phases, *, weighed: bool = False) -> Detach:
         """Lets the scheme make the targets, and whatever else it can here.
 

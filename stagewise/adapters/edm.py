@@ -52,6 +52,15 @@ class EDMLoss(Seam):
         """See `Seam`."""
         return f"{super().describe()}, input x_t / t, t = 1 / (1 + sigma)"
 
+    def to_network(self, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Seam`: `x_1 + sigma x_0` and sigma."""
+        return xt / expand_like(t, xt), (1 - t) / t
+
+    def from_network(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Seam`."""
+        t = 1 / (1 + time)
+        return expand_like(t, x) * x, t
+
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         loss_fn = self.place.object
         # Python looks `__call__` up on the class; a module's `forward` can be set on the instance.

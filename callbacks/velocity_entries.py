@@ -1,0 +1,174 @@
+"""What a probe or a stretch of training has shown, as lines of a file and as scalars of a log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagewise.adapters.base import Seam
+from stagewise.callbacks.metrics import BinnedMeans
+from stagewise.callbacks.velocity_probe import standard_scores
+
+__all__ = [
+    "ALARM",
+    "STAGES",
+    "by_time",
+    "largest",
+    "nominal_shares",
+    "probe_entry",
+    "probe_scalars",
+    "spent",
+    "window_entry",
+]
+
+STAGES = ("navigation", "transition", "refinement")
+"""Below the midpoint, from there to where the posterior has collapsed, and above."""
+
+ALARM = 4.0
+"""Standard errors beyond which the oracle is said not to be that of the training."""
+
+_KEPT = ("conditional", "oracle", "floor", "cosine", "conditional_se", "oracle_se")
+_NO_FLOOR = 1e-3
+"""Share of the conditional error below which the floor is none to compare with."""
+
+
+def probe_entry(found: Mapping[str, BinnedMeans], edges: Tensor) -> dict[str, Any]:
+    """A probe by bins of t, as plain numbers and lists.
+
+    Args:
+        found: For "train" and, if there are held-out samples, "held_out": means of `PROBED`.
+        edges: Of the bins, (T + 1,).
+
+    Returns:
+        `train` and `held_out` (or None): lists of T numbers; `gap` and `gap_se`, the conditional
+        error on held-out samples minus that on training samples (or None); `alarm` (or None).
+    """
+    means = {split: metric.merged(edges).compute() for split, metric in found.items()}
+    train = means["train"]
+    z = standard_scores(train["cross"], train["cross_se"], train["count"])
+    entry: dict[str, Any] = {"train": {key: train[key].tolist() for key in _KEPT}}
+    entry["train"] |= {"excess": _excess(train).tolist(), "pythagoras_z": z.tolist()}
+    entry |= {"held_out": None, "gap": None, "gap_se": None, "alarm": None}
+    if "held_out" in means:
+        others = means["held_out"]
+        kept = [key for key in _KEPT if key != "floor"]
+        entry["held_out"] = {key: others[key].tolist() for key in kept}
+        entry["gap"] = (others["conditional"] - train["conditional"]).tolist()
+        entry["gap_se"] = torch.hypot(others["conditional_se"], train["conditional_se"]).tolist()
+    worst = largest(entry["train"]["pythagoras_z"])
+    if worst > ALARM:
+        entry["alarm"] = (
+            f"conditional error is not oracle error + floor: off by {worst:.1f} standard errors"
+        )
+    return entry
+
+
+def _excess(train: Mapping[str, Tensor]) -> Tensor:
+    """Oracle error over the floor, NaN where there is none to speak of."""
+    there = train["floor"] > _NO_FLOOR * train["conditional"]
+    return torch.where(there, train["oracle"] / train["floor"], torch.nan)
+
+
+def largest(values: Sequence[float]) -> float:
+    """The largest absolute value, NaN left out; 0 if there is none."""
+    return max((abs(value) for value in values if not math.isnan(value)), default=0.0)
+
+
+def by_time(prefix: str, edges: Tensor, values: Sequence[float]) -> dict[str, float]:
+    """Scalars under `<prefix>/t=<centre of the bin>`; empty bins are left out."""
+    centres = ((edges[1:] + edges[:-1]) / 2).tolist()
+    digits = max(3, 1 - math.floor(math.log10(float(edges.diff().min()))))
+    pairs = zip(centres, values, strict=True)
+    return {f"{prefix}/t={t:.{digits}f}": value for t, value in pairs if not math.isnan(value)}
+
+
+def probe_scalars(
+    name: str,
+    entry: Mapping[str, Any],
+    found: Mapping[str, BinnedMeans],
+    edges: Tensor,
+    stages: Tensor,
+) -> dict[str, float]:
+    """The scalars of a probe; see `VelocityErrorMonitor`."""
+    scalars: dict[str, float] = {}
+    conditional = {}
+    for split, metric in found.items():
+        means = metric.merged(stages).compute()
+        conditional[split] = means["conditional"]
+        values = {key: means[key] for key in ("conditional", "oracle", "cosine")}
+        if split == "train":
+            values |= {"floor": means["floor"], "excess": _excess(means)}
+        for key, value in values.items():
+            scalars |= _by_stage(f"{name}/{split}/{key}", value.tolist())
+        for key in ("conditional", "oracle"):
+            scalars |= by_time(f"{name}_by_t/{split}/{key}", edges, entry[split][key])
+    if entry["gap"] is not None:
+        gap = conditional["held_out"] - conditional["train"]
+        scalars |= _by_stage(f"{name}/gap", gap.tolist())
+        scalars |= by_time(f"{name}_by_t/gap", edges, entry["gap"])
+    scalars[f"{name}/pythagoras"] = largest(entry["train"]["pythagoras_z"])
+    for key in ("probe_seconds", "share_of_step_time"):
+        if key in entry:
+            scalars[f"{name}/{key}"] = entry[key]
+    return scalars
+
+
+def _by_stage(prefix: str, values: Sequence[float]) -> dict[str, float]:
+    """Stages without a bin, as where the posterior never collapses, are left out."""
+    pairs = zip(STAGES, values, strict=True)
+    return {f"{prefix}/{stage}": value for stage, value in pairs if not math.isnan(value)}
+
+
+def spent(metric: BinnedMeans, stages: Tensor) -> dict[str, dict[str, float]]:
+    """Shares of draws, loss and gradient norm of each stage.
+
+    Args:
+        metric: Over the keys "loss" and "gradient".
+        stages: Edges of the stages, (4,).
+    """
+    wide = metric.merged(stages)
+    sums = {"draws": wide.count, "loss": wide.total[0], "gradient": wide.total[1]}
+    shares = {key: (value / value.sum()).tolist() for key, value in sums.items()}
+    return {stage: {key: shares[key][place] for key in sums} for place, stage in enumerate(STAGES)}
+
+
+def window_entry(
+    metric: BinnedMeans, edges: Tensor, stages: Tensor, density: list[float] | None
+) -> dict[str, Any]:
+    """A stretch of training by bins of t and by stage, as plain numbers and lists."""
+    means = metric.merged(edges).compute()
+    return {
+        "draws": means["share"].tolist(),
+        "density": density,
+        "loss": means["loss"].tolist(),
+        "gradient": means["gradient"].tolist(),
+        "stages": spent(metric, stages),
+    }
+
+
+def nominal_shares(seam: Seam, edges: Tensor) -> list[float] | None:
+    """Share of the draws in each bin by the density that training says it draws from.
+
+    Args:
+        seam: What makes the targets; one that draws its times by a sampler of this library says.
+        edges: Of the bins, (T + 1,).
+
+    Returns:
+        T shares, None if the density is not known.
+    """
+    loss_fn = seam.place.object
+    scheme = getattr(loss_fn, "scheme", None)
+    sampler = getattr(loss_fn, "timesteps", None)
+    if scheme is not None and scheme.draws_timesteps:
+        sampler = scheme.timesteps
+    density = getattr(sampler, "density", None)
+    if density is None:
+        return None
+    inner = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    t = edges[:-1, None] + inner * edges.diff()[:, None]
+    shares = density(t.float()).double().mean(1) * edges.diff()
+    return shares.tolist()

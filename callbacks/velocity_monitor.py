@@ -1,0 +1,416 @@
+"""`VelocityErrorMonitor`: what the model does at each t, against both targets, during training."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from stagewise import paths
+from stagewise.adapters.paths import same_path
+from stagewise.bank import LatentBank
+from stagewise.batches import FindSample, find_checked, find_sample
+from stagewise.callbacks.checks import beside_training, path_of
+from stagewise.callbacks.driving import measured_boundary
+from stagewise.callbacks.metrics import BinnedMeans
+from stagewise.callbacks.posterior_monitor import PosteriorMonitor
+from stagewise.callbacks.probe_rows import (
+    HeldOut,
+    held_out_rows,
+    training_rows,
+)
+from stagewise.callbacks.training_bank import bank_from_trainer, oracle_before
+from stagewise.callbacks.training_record import TrainingRecord
+from stagewise.callbacks.velocity_entries import (
+    largest,
+    probe_entry,
+    probe_scalars,
+)
+from stagewise.callbacks.velocity_probe import PROBED, Probe
+from stagewise.callbacks.velocity_source import AskVelocity, VelocitySource, model_in_eval_mode
+from stagewise.callbacks.writer import Writer
+from stagewise.oracle import Oracle
+from stagewise.stages import StageBoundary, predicted_boundary, stage_edges
+
+__all__ = ["VelocityErrorMonitor"]
+
+
+class VelocityErrorMonitor(pl.Callback):
+    """Measures a model's velocity by t, against the conditional target and against the oracle.
+
+    The posterior is a property of the data; this is what moves during training. Every
+    `every_n_steps` optimizer steps the model is asked about noisy training samples and noisy
+    held-out ones, the same at every probe, in evaluation mode and without gradients. Between the
+    probes the training batches themselves are looked at, by one hook on the network: no forward
+    pass is added, and nothing waits for the device.
+
+    The network is found in the first training step by what it is given
+    (`stagewise.adapters.network`), for any module whose target a `FlowMatchingLoss`, a torchcfm
+    matcher, a flow_matching path, a SiT transport, an EDM loss or a diffusers scheduler makes.
+
+    **Logged to every logger** at each probe (`stagewise_error` is `name`); stages are navigation,
+    transition and refinement, `split` is train or held_out:
+
+    - `stagewise_error/{split}/{conditional,oracle,cosine}/{stage}`: MSE against the conditional
+      velocity and against the oracle's, both per number, and the cosine to the oracle's.
+    - `stagewise_error/train/{floor,excess}/{stage}`: MSE(conditional, oracle), which no model can
+      remove, and oracle error / floor (NaN where the floor is next to nothing).
+    - `stagewise_error/gap/{stage}`: conditional error on held-out samples minus that on training
+      samples.
+    - `stagewise_error/pythagoras`: the largest deviation, over the bins, of conditional error from
+      oracle error + floor, in standard errors. Above 4 the oracle is not that of this training,
+      and the log says so once.
+    - `stagewise_error/probe_seconds`, `stagewise_error/share_of_step_time`.
+    - `stagewise_error_by_t/{split}/{conditional,oracle}/t=...` and `stagewise_error_by_t/gap/t=...`
+
+    and from the training batches, over all ranks, at the trainer's `log_every_n_steps`:
+
+    - `stagewise_error_spent/{draws,loss,gradient}/{stage}`: share of the samples, of the
+      conditional velocity error and of the norms of dL/dv. The last is the pull at the network's
+      answer, weights included; how it adds up in the parameters is not seen there.
+    - `stagewise_error_spent/loss_by_t/t=...`: mean conditional velocity error.
+
+    **To TensorBoard** also figures; **to disk**, in `dirpath`, `stages.jsonl` and the figures as
+    PNG. A loss that is not finite is named with its step, rows and t.
+
+    When not to use it: as for `PosteriorMonitor`. On held-out samples the oracle error says how far
+    the model is from repeating the training set, not how good it is.
+
+    Args:
+        bank: The training latents *as the model is trained on them*. Default: that of a callback
+            that stands before this one and has the same path, or else read from the training data.
+        velocity: From `(module, xt, t, labels)` to the velocity in this library's convention, for
+            networks that cannot be found. Then training batches are not looked at.
+        held_out: Samples that are not trained on, (n, *), or `(samples, labels)`. Default: read
+            from the first validation loader; without one, held-out errors are left out.
+        every_n_steps: Optimizer steps between probes, default 1000. The first is after the first
+            step, the last after the last.
+        strata: Bins of t, default 24; half of them lie near the predicted boundary if that is near
+            an end of [0, 1].
+        queries: In each bin, for training and for held-out samples, default 32. A probe is
+            `2 * strata * queries` forward passes of one sample, and keeps three times as many times
+            D numbers of float32 in host memory.
+        class_wise: Whether the oracle is over the rows of the query's class. Default "auto": if
+            there are labels and the network is given them.
+        find: From a batch to `(x_1, labels or None)`.
+        path: The path of training; default: what makes the targets says.
+        dirpath: Where files go; default `<trainer.log_dir>/<name>`, or without a logger
+            `<trainer.default_root_dir>/<name>_logs`.
+        name: Prefix of tags and name of the folder, default "stagewise_error".
+        seed: Of the queries, default 0.
+
+    Raises:
+        ValueError: At construction for numbers out of range; before the first optimizer step if no
+            velocity can be had, what comes is none, or the samples do not fit the bank.
+    """
+
+    def __init__(
+        self,
+        bank: LatentBank | None = None,
+        *,
+        velocity: AskVelocity | None = None,
+        held_out: HeldOut | None = None,
+        every_n_steps: int = 1000,
+        strata: int = 24,
+        queries: int = 32,
+        class_wise: bool | Literal["auto"] = "auto",
+        find: FindSample = find_sample,
+        path: paths.Path | None = None,
+        dirpath: str | Path | None = None,
+        name: str = "stagewise_error",
+        seed: int = 0,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"Expected `every_n_steps` of at least 1, got {every_n_steps}.")
+        if queries < 2:
+            raise ValueError(f"Expected `queries` of at least 2, got {queries}.")
+        if class_wise not in (True, False, "auto"):
+            raise ValueError(
+                f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.'
+            )
+        if bank is not None and not isinstance(bank, LatentBank):
+            raise TypeError(
+                f"Expected `bank` to be a LatentBank, got {type(bank).__name__}. "
+                "Wrap tensors: LatentBank(x, labels)."
+            )
+        stage_edges(math.nan, strata)
+        self.every_n_steps, self.strata, self.queries = every_n_steps, strata, queries
+        self.class_wise, self.find, self.path = class_wise, find, path
+        self.dirpath, self.name, self.seed = dirpath, name, seed
+        self.history: list[dict[str, Any]] = []
+        self.oracle: Oracle | None = None
+        self.boundary: StageBoundary | None = None
+        self._given, self._held_out = bank, held_out
+        self._source = VelocitySource(velocity, find, "VelocityErrorMonitor")
+        self._record: TrainingRecord | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for monitors of distinct names."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probes so far, as plain numbers and lists; never the bank."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the probes of a checkpoint."""
+        self.history = list(state_dict["history"])
+
+    # -- hooks --------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes or builds the bank, reads training and held-out samples, opens the files."""
+        past = trainer.global_step
+        self.history = [entry for entry in self.history if past and entry["step"] <= past]
+        path = self.path or path_of(pl_module)[0]
+        self.oracle = None if self._given else oracle_before(trainer, self, path)
+        if self.oracle is None:
+            bank = self._given or bank_from_trainer(
+                trainer, pl_module, find=self.find, class_wise=bool(self.class_wise)
+            )
+            self.oracle = Oracle(beside_training(bank, trainer), path)
+        if self.class_wise is True:
+            self.oracle.bank.require_classes()
+        self._device = self.oracle.bank.device
+        bank, count = self.oracle.bank, self.strata * self.queries
+        about = {"find": self.find, "seed": self.seed, "asks": "VelocityErrorMonitor"}
+        given = self._given is not None
+        self._rows = training_rows(trainer, pl_module, bank, count, given=given, **about)
+        self._others = held_out_rows(trainer, pl_module, bank, count, given=self._held_out, **about)
+        self._source.start(trainer, pl_module, *self._rows)
+        self._probes: dict[str, Probe] = {}
+        self._ready = self._warned = False
+        self._writer = Writer(trainer, self.name, self.dirpath)
+        self._total = trainer.estimated_stepping_batches
+        self._step, self._since = past, (time.perf_counter(), past)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the first batch: begins to look for the network."""
+        if self._record is not None:
+            self._record.expect(find_checked(self.find, batch)[0])
+        elif not self._ready:
+            self._source.watch(pl_module, batch)
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """In the first step: takes what was found, or refuses to go on."""
+        if not self._ready:
+            self._settle(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Adds the batch; after an optimizer step, logs and probes if it is time."""
+        if not self._ready:  # a step that never went backward
+            self._settle(trainer, pl_module)
+        step, before = trainer.global_step, self._step
+        if self._record is not None:
+            self._record.finish(before)
+        if step == before and self.history:
+            return
+        self._step = step
+        if self._record is not None and _crosses(before, step, trainer.log_every_n_steps):
+            self._name_nonfinite()
+            self._writer.scalars(self._record.latest(f"{self.name}_spent"), step - 1)
+        last = self.history[-1]["step"] if self.history else None
+        due = last is None or step // self.every_n_steps > last // self.every_n_steps
+        if due or (step >= self._total and step != last):
+            self._probe(trainer, pl_module, step)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Says which samples were not finite, if that is why training stops."""
+        with suppress(RuntimeError):  # the device may be what failed
+            self._name_nonfinite()
+        self._close()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says where things are."""
+        if not self.history:
+            return
+        last = self.history[-1]
+        cost = f"{last['probe_seconds']:.1f} s"
+        if "share_of_step_time" in last:
+            cost += f", {last['share_of_step_time']:.1%} of the steps before it"
+        worst = largest(last["train"]["pythagoras_z"])
+        rank_zero_info(
+            f"VelocityErrorMonitor: {len(self.history)} probes, the last cost {cost}; conditional "
+            f"error = oracle error + floor within {worst:.1f} standard errors; "
+            f"{self._writer.describe()}"
+        )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes the hook off, and lets go of bank and queries."""
+        self._close()
+        self.oracle, self._probes = None, {}
+
+    def _name_nonfinite(self) -> None:
+        found = None if self._record is None else self._record.nonfinite()
+        if found is not None:
+            rank_zero_warn(found.pop("message"))
+            self._writer.event({"event": "non-finite", **found})
+
+    def _close(self) -> None:
+        self._source.stop()
+        if self._record is not None:
+            self._record.close()
+        self._record = None
+
+    # -- set-up -------------------------------------------------------------------------------
+
+    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Once the first forward pass is done: network, boundary, bins, header."""
+        self._source.settle(trainer)
+        oracle, network = self._oracle, self._source.network
+        wise = bool(oracle.bank.classes) and self.class_wise is not False
+        if self.class_wise == "auto":
+            wise = wise and self._source.conditional
+        self._wise = wise
+        self.boundary = self._boundary(trainer)
+        predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=wise)
+        self._edges = stage_edges(predicted, self.strata)
+        ends = torch.tensor([self.boundary.midpoint, self.boundary.collapsed]).double()
+        self._stages = torch.tensor([0.0, *ends.nan_to_num(nan=1.0).tolist(), 1.0]).double()
+        if network is not None:
+            self._record = TrainingRecord(
+                network, self._edges, self._stages, pl_module.device, self._step
+            )
+        about, seam = self._source.describe(), "" if network is None else network.seam.describe()
+        held_out = 0 if self._others is None else len(self._others[0])
+        rank_zero_info(
+            f"VelocityErrorMonitor: asks {about}; {oracle.path!r}; oracle "
+            f"{'class-wise' if wise else 'over all rows'}; {len(self._rows[0])} training and "
+            f"{held_out} held-out samples; {self._writer.describe()}"
+        )
+        header = {
+            "event": "velocity",
+            "edges": self._edges.tolist(),
+            "network": about,
+            "seam": seam,
+            "path": repr(oracle.path),
+            "queries": self.queries,
+            "train_rows": len(self._rows[0]),
+            "held_out_rows": held_out,
+            "class_wise": wise,
+            "midpoint": self.boundary.midpoint,
+            "collapsed": self.boundary.collapsed,
+        }
+        self._writer.start([header, *self.history], resumed=bool(self.history))
+        self._ready = True
+
+    def _boundary(self, trainer: pl.Trainer) -> StageBoundary:
+        """What a monitor before this one has measured, or else measured now."""
+        callbacks = getattr(trainer, "callbacks", [self])
+        for monitor in callbacks[: callbacks.index(self)]:
+            if isinstance(monitor, PosteriorMonitor) and monitor.oracle is not None:
+                alike = same_path(monitor.oracle.path, self._oracle.path)
+                if alike and monitor.boundary is not None and monitor.wise == self._wise:
+                    return monitor.boundary
+        return measured_boundary(trainer, self._oracle, class_wise=self._wise, seed=self.seed)
+
+    @property
+    def _oracle(self) -> Oracle:
+        assert self.oracle is not None
+        return self.oracle
+
+    # -- one probe ----------------------------------------------------------------------------
+
+    def _probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        device = pl_module.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
+        start = time.perf_counter()
+        last_time, last_step = self._since
+        training_seconds = start - last_time
+        if not self._probes:
+            self._make_probes(trainer)
+        found, fine = {}, torch.cat([self._edges, self._stages]).unique()
+        for split, probe in self._probes.items():
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            means = BinnedMeans(fine, PROBED, dtype).to(device)
+            with model_in_eval_mode(trainer, pl_module):
+                probe.measure(self._source.of(pl_module), means, device)
+            with means.sync_context():
+                found[split] = means.merged().cpu()
+        entry = {"event": "velocity_probe", "step": step, **probe_entry(found, self._edges)}
+        self.history.append(entry)
+        self._warn(entry)
+        window = None if self._record is None else self._record.window(step)
+        if trainer.is_global_zero:
+            self._writer.pictures(self._figures(entry, window), step)
+        seconds = time.perf_counter() - start
+        entry["probe_seconds"] = seconds
+        if step > last_step:
+            entry["share_of_step_time"] = seconds / training_seconds
+        self._writer.scalars(
+            probe_scalars(self.name, entry, found, self._edges, self._stages), step - 1
+        )
+        for event in (entry, window):
+            if event is not None:
+                self._writer.event(event)
+        self._since = (time.perf_counter(), step)
+
+    def _make_probes(self, trainer: pl.Trainer) -> None:
+        splits = {"train": self._rows, "held_out": self._others}
+        for number, (split, rows) in enumerate(splits.items()):
+            if rows is None:
+                continue
+            x1, labels = rows
+            if self._wise and labels is None:
+                rank_zero_info(
+                    f"VelocityErrorMonitor: {split} samples have no labels, the oracle is "
+                    "class-wise: errors on them are left out."
+                )
+                continue
+            self._probes[split] = Probe(
+                x1,
+                labels,
+                self._edges,
+                self.queries,
+                self._oracle,
+                class_wise=self._wise,
+                seed=(self.seed, number),
+                device=self._device,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
+
+    def _warn(self, entry: dict[str, Any]) -> None:
+        if entry["alarm"] is None or self._warned:
+            return
+        self._warned = True
+        z = torch.tensor(entry["train"]["pythagoras_z"])
+        at = int(z.abs().nan_to_num().argmax())
+        rank_zero_warn(
+            f"At t in [{self._edges[at]:.3f}, {self._edges[at + 1]:.3f}] the model's conditional "
+            f"error differs from its oracle error + floor by {abs(float(z[at])):.1f} standard "
+            "errors. They are equal for every model, so the oracle is not that of this training: "
+            "look at the scale of the bank, the path, augmentation, and whether model and oracle "
+            f"are given the same labels (class_wise={self._wise})."
+        )
+
+    def _figures(self, entry: dict[str, Any], window: dict[str, Any] | None) -> dict[str, Figure]:
+        return {}
+
+
+def _crosses(before: int, step: int, every: int) -> bool:
+    """Whether a multiple of `every` lies between; several optimizers advance by more than one."""
+    return bool(every) and step // every > before // every

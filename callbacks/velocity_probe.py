@@ -1,0 +1,149 @@
+r"""Noisy samples with both of their targets, and a model's error against each.
+
+For a sample `x_t` made from `x_1` the conditional velocity is u and the oracle's is u*. With the
+model's v,
+
+    |v - u|^2 = |v - u*|^2 + |u - u*|^2 + 2 <v - u*, u* - u>,
+
+and if `x_1` is a draw from the training set the last term has mean zero at every `x_t`, because u*
+is the mean of u there (Liu et al., arXiv 2512.02826, Sec. 2). So
+
+    conditional error = oracle error + floor,
+
+whatever the model is: an identity that only a wrong oracle breaks (other scale, other path, other
+rows, labels that the model is given and the oracle is not). `cross` is that term per number; its
+mean in units of its standard error says whether it is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from stagewise.callbacks.metrics import BinnedMeans
+from stagewise.oracle import Oracle
+from stagewise.paths import Prediction
+from stagewise.stages import stratified_times
+
+__all__ = ["PROBED", "Probe", "standard_scores"]
+
+PROBED = ("conditional", "oracle", "floor", "cosine", "cross")
+"""Per query: the mean over the D numbers of (v - u)^2, (v - u*)^2 and (u - u*)^2, the cosine of v
+and u*, and the term that is zero on average."""
+
+_BATCH = 128
+
+
+class Probe:
+    """Queries that stay the same throughout a run, so that its curves can be compared.
+
+    The targets do not depend on the model: they are computed once and kept on the CPU, three times
+    `queries * strata * D` numbers of float32, over all ranks.
+
+    Args:
+        x1: Samples, (n, *). Each is taken equally often, as far as the numbers allow.
+        labels: Their classes, (n,), or None.
+        edges: Of the strata of t, (T + 1,).
+        queries: In each stratum.
+        oracle: Bank and path.
+        class_wise: Whether the oracle is over the rows of the sample's class.
+        seed: Of rows, times and noise; the queries are the same on any number of ranks.
+        device: Where to ask the oracle.
+        rank: This process holds every `world_size`-th query, from `rank` on.
+        world_size: See `rank`.
+    """
+
+    def __init__(
+        self,
+        x1: Tensor,
+        labels: Tensor | None,
+        edges: Tensor,
+        queries: int,
+        oracle: Oracle,
+        *,
+        class_wise: bool,
+        seed: tuple[int, ...],
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        t = stratified_times(edges, queries, seed=seed).flatten()
+        draws = np.random.default_rng((*seed, 1))
+        rows = draws.permutation(np.arange(len(t)) % len(x1))
+        noise_seeds = draws.integers(2**62, size=len(t)).tolist()
+        own = torch.arange(len(t))[rank::world_size]
+        index = torch.from_numpy(rows)[own]
+        self.t, self.size, self.edges = t[own].float(), len(t), edges
+        self.labels = None if labels is None else labels[index]
+        generator = torch.Generator()
+        xt, conditional, marginal = [], [], []
+        for part in torch.arange(len(own)).split(_BATCH):
+            x = x1[index[part]].to(device, torch.float32)
+            noise = [
+                torch.randn(x.shape[1:], generator=generator.manual_seed(noise_seeds[i]))
+                for i in own[part].tolist()
+            ]
+            x0, times = torch.stack(noise).to(device), self.t[part].to(device)
+            wise = self.labels[part].tolist() if class_wise and self.labels is not None else None
+            noisy = oracle.path.interpolate(x0, x, times).to(torch.float32)
+            u = Prediction("velocity").target(oracle.path(times), x0, x)
+            gap = oracle.correction(noisy, times, x, wise)
+            for kept, value in zip((xt, conditional, marginal), (noisy, u, u + gap), strict=True):
+                kept.append(value.cpu())
+        self.xt, self.u, self.oracle_u = (torch.cat(kept) for kept in (xt, conditional, marginal))
+
+    @torch.no_grad()
+    def measure(
+        self,
+        velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        statistics: BinnedMeans,
+        device: torch.device,
+    ) -> None:
+        """Adds what the model does at the queries of this rank.
+
+        Args:
+            velocity: From `x_t`, (B, *), t, (B,), and labels to the velocity, (B, *).
+            statistics: Over the keys `PROBED`.
+            device: That of the model.
+        """
+        for part in torch.arange(len(self.t)).split(_BATCH):
+            labels = None if self.labels is None else self.labels[part].to(device)
+            t, xt, u, best = (
+                value[part].to(device) for value in (self.t, self.xt, self.u, self.oracle_u)
+            )
+            v = velocity(xt, t, labels).float()
+            to_u, to_best, gap = ((one - other).flatten(1) for one, other in _pairs(v, u, best))
+            norms = v.flatten(1).norm(dim=1) * best.flatten(1).norm(dim=1)
+            cosine = (v * best).flatten(1).sum(1) / norms.clamp_min(1e-30)
+            squares = [value.square().mean(1) for value in (to_u, to_best, gap)]
+            cross = -2 * (to_best * gap).mean(1)
+            statistics.update(t, torch.stack([*squares, cosine, cross]))
+
+
+def _pairs(v: Tensor, u: Tensor, best: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    return (v, u), (v, best), (u, best)
+
+
+def standard_scores(mean: Tensor, error: Tensor, count: Tensor) -> Tensor:
+    """How many standard errors a mean is off zero, as a normal deviate of the same probability.
+
+    With few samples the ratio has Student's distribution, whose tails are wider: 4 standard errors
+    of 16 samples are no more than 3.3.
+
+    Args:
+        mean: Means, (T,).
+        error: Their standard errors, (T,).
+        count: Samples of each, (T,).
+
+    Returns:
+        The deviates, (T,), float64; 0 where mean and error are 0, NaN below two samples.
+    """
+    freedom = (count.double() - 1).clamp_min(1).cpu().numpy()
+    ratio = torch.where(mean == 0, 0.0, mean.double() / error.double()).cpu().numpy()
+    tail = stats.t.logsf(np.abs(ratio), freedom)
+    deviates = np.sign(ratio) * stats.norm.isf(np.maximum(np.exp(tail), 1e-300))
+    return torch.from_numpy(np.where(count.cpu().numpy() > 1, deviates, np.nan))

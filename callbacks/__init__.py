@@ -2,6 +2,14 @@
 
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.stage_scheme import StageScheme
+from stagewise.callbacks.stage_transitions import StageTransitions
 from stagewise.callbacks.training_bank import bank_from_trainer
+from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
 
-__all__ = ["PosteriorMonitor", "StageScheme", "bank_from_trainer"]
+__all__ = [
+    "PosteriorMonitor",
+    "StageScheme",
+    "StageTransitions",
+    "VelocityErrorMonitor",
+    "bank_from_trainer",
+]

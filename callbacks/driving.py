@@ -19,9 +19,16 @@ from stagewise.stages import (
     stage_edges,
     stratified_times,
 )
-from stagewise.transitions import AtPlateau, AtShare
+from stagewise.transitions import AtEvent, AtPlateau, AtShare
 
-__all__ = ["GatheredLosses", "SchemeMeans", "measured_boundary", "reads_losses", "steps_of"]
+__all__ = [
+    "GatheredLosses",
+    "SchemeMeans",
+    "measured_boundary",
+    "reads_losses",
+    "refuse_unheard_events",
+    "steps_of",
+]
 
 _STRATA, _QUERIES = 24, 64
 
@@ -53,6 +60,18 @@ def reads_losses(scheme: Scheme | Phases) -> str:
             return repr(phase.until)
     adapts = any(part.state_dict()["timesteps"] for part in parts(scheme))
     return "A sampler that adapts" if adapts else ""
+
+
+def refuse_unheard_events(trainer: pl.Trainer, scheme: Scheme | Phases) -> None:
+    """Refuses a phase that waits for an event if nothing in the trainer would say it."""
+    waits = [phase.until for phase in scheme.phases] if isinstance(scheme, Phases) else []
+    speaks = any(hasattr(callback, "subscribers") for callback in getattr(trainer, "callbacks", []))
+    for until in waits:
+        if isinstance(until, AtEvent) and not speaks:
+            raise ValueError(
+                f"A phase ends at {until!r}, and no callback would say so. Add StageTransitions() "
+                "after the monitors: [VelocityErrorMonitor(), StageTransitions(), StageScheme()]."
+            )
 
 
 def measured_boundary(

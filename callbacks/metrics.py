@@ -13,7 +13,11 @@ from torchmetrics import Metric
 
 from stagewise.callbacks.figures import TIME_LABEL, new_figure
 
-__all__ = ["BinnedMeans"]
+__all__ = ["SUMS", "BinnedMeans"]
+
+SUMS = ("count", "finite", "total", "square")
+"""The states of a `BinnedMeans`: samples of each bin, and for each value finite ones, their sum and
+that of their squares."""
 
 
 class BinnedMeans(Metric):
@@ -122,7 +126,7 @@ class BinnedMeans(Metric):
         centres = (self.edges[1:] + self.edges[:-1]) / 2
         index = torch.bucketize(centres, wide.edges[1:-1], right=True)
         inside = index[:, None] == torch.arange(wide.count.numel(), device=index.device)
-        for name in ("count", "finite", "total", "square"):
+        for name in SUMS:
             sums = getattr(self, name)
             sums = sums if without is None else sums - getattr(without, name)
             setattr(wide, name, sums @ inside.to(self.edges.dtype))

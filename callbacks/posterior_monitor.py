@@ -210,17 +210,7 @@ class PosteriorMonitor(pl.Callback):
             f"t = {self.predicted:.3f}; "
             f"{self._writer.describe()}"
         )
-        header = {
-            "event": "bank",
-            "rows": len(bank),
-            "shape": list(bank.shape),
-            "std": bank.std,
-            "classes": len(bank.classes),
-            "class_wise": wise,
-            "path": repr(path),
-            "predicted": self.predicted,
-        }
-        self._writer.start([header, *self.history], resumed=bool(self.history))
+        self._writer.start([self._header(), *self.history], resumed=bool(self.history))
         # A layout replaces the one before it, so each monitor writes that of all.
         monitors = [c for c in getattr(trainer, "callbacks", []) if isinstance(c, PosteriorMonitor)]
         self._writer.layout({monitor.name: monitor._layout() for monitor in monitors})
@@ -257,6 +247,25 @@ class PosteriorMonitor(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lets go of the bank."""
         self.oracle = None
+
+    def renew(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reads the training set anew, because its latents have changed, and probes; a collective.
+
+        The strata stay as they are, so that probes can be compared.
+
+        Args:
+            trainer: The trainer, in training.
+            pl_module: Its module.
+        """
+        assert self.oracle is not None
+        path = self.oracle.path
+        bank = bank_from_trainer(
+            trainer, pl_module, find=self.find, class_wise=bool(self.class_wise)
+        )
+        self.oracle = Oracle(beside_training(bank, trainer), path, self.engine)
+        self.predicted = predicted_boundary(bank, path, class_wise=self.wise)
+        self._writer.event(self._header())
+        self._probe(trainer, trainer.global_step)
 
     # -- one probe ----------------------------------------------------------------------------
 
@@ -345,6 +354,20 @@ class PosteriorMonitor(pl.Callback):
         except ValueError as caught:
             error = caught
         raise_together(trainer, error)
+
+    def _header(self) -> dict[str, Any]:
+        assert self.oracle is not None
+        bank = self.oracle.bank
+        return {
+            "event": "bank",
+            "rows": len(bank),
+            "shape": list(bank.shape),
+            "std": bank.std,
+            "classes": len(bank.classes),
+            "class_wise": self.wise,
+            "path": repr(self.oracle.path),
+            "predicted": self.predicted,
+        }
 
     def _layout(self) -> dict[str, list[Any]]:
         name, pattern = self.name, re.escape(self.name)

@@ -25,6 +25,7 @@ from stagewise.callbacks.driving import (
     SchemeMeans,
     measured_boundary,
     reads_losses,
+    refuse_unheard_events,
     steps_of,
 )
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
@@ -176,6 +177,7 @@ class StageScheme(pl.Callback):
                 "FlowMatchingLoss, or call scheme.observe(t=..., loss=...) in a loop of your own."
             )
         self._losses = GatheredLosses() if reader else None
+        refuse_unheard_events(trainer, self.scheme)
         self._total = steps_of(trainer, self.scheme)
         self._resume(trainer)
         self._writer = Writer(trainer, self.name, self.dirpath)

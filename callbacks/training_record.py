@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.adapters.network import Network, noise_of, tensor_of
-from stagewise.callbacks.metrics import BinnedMeans
+from stagewise.callbacks.metrics import SUMS, BinnedMeans
 from stagewise.callbacks.velocity_entries import by_time, nominal_shares, spent, window_entry
 from stagewise.paths import Prediction
 
@@ -44,13 +44,14 @@ class TrainingRecord:
         self._seen: tuple[Tensor, Tensor] | None = None
         self._pull: Tensor | None = None
         self._bad: tuple[Tensor, Tensor, Tensor] | None = None
-        self._hook = network.module.register_forward_hook(self._look, with_kwargs=True)
+        self._hook = network.module.register_forward_hook(self.look, with_kwargs=True)
 
     def expect(self, x1: Tensor) -> None:
         """Names the samples of the batch that comes."""
         self._x1, self._seen, self._pull = x1.detach(), None, None
 
-    def _look(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def look(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Takes note of a call of the network, if it is the training's; a forward hook."""
         # The first call with gradients is the training's: others are teachers, or are made again.
         x1 = self._x1
         if x1 is None or self._seen is not None or not torch.is_grad_enabled():
@@ -144,6 +145,27 @@ class TrainingRecord:
             f"of the batch: rows {rows[:16]}, t in {where}. They are left out of what is reported."
         )
         return {"step": int(step), "rows": rows, "t": times, "message": message}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of this rank, on the CPU."""
+        parts = {"means": self.means, "logged": self._logged}
+        sums = {
+            name: {key: getattr(part, key).cpu() for key in SUMS}
+            for name, part in parts.items()
+            if part is not None
+        }
+        return {"begin": self._begin, **sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave; one of other bins is left."""
+        if state["means"]["count"].shape != self.means.count.shape:
+            return
+        self._begin = state["begin"]
+        if "logged" in state:
+            self._logged = self.means.merged()
+        for name, part in (("means", self.means), ("logged", self._logged)):
+            for key, value in state.get(name, {}).items():
+                setattr(part, key, value.to(self.means.edges))
 
     def close(self) -> None:
         """Takes the hook off."""

@@ -66,8 +66,8 @@ class VelocityErrorMonitor(pl.Callback):
     - `stagewise_error/gap/{stage}`: conditional error on held-out samples minus that on training
       samples.
     - `stagewise_error/pythagoras`: the largest deviation, over the bins, of conditional error from
-      oracle error + floor, in standard errors. Above 4 the oracle is not that of this training,
-      and the log says so once.
+      oracle error + floor, in standard errors. Up to 4 is usual; above 6 the oracle is not that of
+      this training, and the log says so once.
     - `stagewise_error/probe_seconds`, `stagewise_error/share_of_step_time`.
     - `stagewise_error_by_t/{split}/{conditional,oracle}/t=...` and `stagewise_error_by_t/gap/t=...`
 
@@ -79,7 +79,7 @@ class VelocityErrorMonitor(pl.Callback):
     - `stagewise_error_spent/loss_by_t/t=...`: mean conditional velocity error.
 
     **To TensorBoard** also figures; **to disk**, in `dirpath`, `stages.jsonl` and the figures as
-    PNG. A loss that is not finite is named with its step, rows and t.
+    PNG. The first loss that is not finite is named with its step, rows and t.
 
     When not to use it: as for `PosteriorMonitor`. On held-out samples the oracle error says how far
     the model is from repeating the training set, not how good it is.
@@ -145,50 +145,49 @@ class VelocityErrorMonitor(pl.Callback):
         self.every_n_steps, self.strata, self.queries = every_n_steps, strata, queries
         self.class_wise, self.find, self.path = class_wise, find, path
         self.dirpath, self.name, self.seed = dirpath, name, seed
-        self.history: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
         self.oracle: Oracle | None = None
         self.boundary: StageBoundary | None = None
+        self.edges = torch.empty(0)
         self._given, self._held_out = bank, held_out
         self._source = VelocitySource(velocity, find, "VelocityErrorMonitor")
         self._record: TrainingRecord | None = None
+        self._stash: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
         """Distinct for monitors of distinct names."""
         return self._generate_state_key(name=self.name)
 
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The probes so far."""
+        return [event for event in self.events if event["event"] == "velocity_probe"]
+
     def state_dict(self) -> dict[str, Any]:
-        """The probes so far, as plain numbers and lists; never the bank."""
-        return {"history": self.history}
+        """All that was reported so far, and the sums since the last probe; never the bank.
+
+        Of several processes Lightning keeps the state of the first: sums of the others since the
+        last probe are lost when a run resumes.
+        """
+        record = None if self._record is None else self._record.state_dict()
+        return {"events": self.events, "record": record}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the probes of a checkpoint."""
-        self.history = list(state_dict["history"])
+        """Keeps the state of a checkpoint for the start of training."""
+        self.events, self._stash = list(state_dict["events"]), state_dict["record"]
 
     # -- hooks --------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes or builds the bank, reads training and held-out samples, opens the files."""
         past = trainer.global_step
-        self.history = [entry for entry in self.history if past and entry["step"] <= past]
-        path = self.path or path_of(pl_module)[0]
-        self.oracle = None if self._given else oracle_before(trainer, self, path)
-        if self.oracle is None:
-            bank = self._given or bank_from_trainer(
-                trainer, pl_module, find=self.find, class_wise=bool(self.class_wise)
-            )
-            self.oracle = Oracle(beside_training(bank, trainer), path)
-        if self.class_wise is True:
-            self.oracle.bank.require_classes()
-        self._device = self.oracle.bank.device
-        bank, count = self.oracle.bank, self.strata * self.queries
-        about = {"find": self.find, "seed": self.seed, "asks": "VelocityErrorMonitor"}
-        given = self._given is not None
-        self._rows = training_rows(trainer, pl_module, bank, count, given=given, **about)
-        self._others = held_out_rows(trainer, pl_module, bank, count, given=self._held_out, **about)
+        # A callback may serve a second fit: only a resumed run has a past.
+        self.events = [event for event in self.events if past and event["step"] <= past]
+        self._last = self.history[-1]["step"] if self.history else None
+        self._take_samples(trainer, pl_module, self.path or path_of(pl_module)[0])
         self._source.start(trainer, pl_module, *self._rows)
-        self._probes: dict[str, Probe] = {}
-        self._ready = self._warned = False
+        self._ready = self._warned = self._broke = False
         self._writer = Writer(trainer, self.name, self.dirpath)
         self._total = trainer.estimated_stepping_batches
         self._step, self._since = past, (time.perf_counter(), past)
@@ -223,13 +222,13 @@ class VelocityErrorMonitor(pl.Callback):
         step, before = trainer.global_step, self._step
         if self._record is not None:
             self._record.finish(before)
-        if step == before and self.history:
+        if step == before and self._last is not None:
             return
         self._step = step
         if self._record is not None and _crosses(before, step, trainer.log_every_n_steps):
             self._name_nonfinite()
             self._writer.scalars(self._record.latest(f"{self.name}_spent"), step - 1)
-        last = self.history[-1]["step"] if self.history else None
+        last = self._last
         due = last is None or step // self.every_n_steps > last // self.every_n_steps
         if due or (step >= self._total and step != last):
             self._probe(trainer, pl_module, step)
@@ -244,7 +243,7 @@ class VelocityErrorMonitor(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says where things are."""
-        if not self.history:
+        if self._last is None:
             return
         last = self.history[-1]
         cost = f"{last['probe_seconds']:.1f} s"
@@ -263,10 +262,13 @@ class VelocityErrorMonitor(pl.Callback):
         self.oracle, self._probes = None, {}
 
     def _name_nonfinite(self) -> None:
-        found = None if self._record is None else self._record.nonfinite()
+        if self._record is None or self._broke:
+            return
+        found = self._record.nonfinite()
         if found is not None:
+            self._broke = True  # what follows the first is no news
             rank_zero_warn(found.pop("message"))
-            self._writer.event({"event": "non-finite", **found})
+            self._report({"event": "non-finite", **found})
 
     def _close(self) -> None:
         self._source.stop()
@@ -276,6 +278,55 @@ class VelocityErrorMonitor(pl.Callback):
 
     # -- set-up -------------------------------------------------------------------------------
 
+    def renew(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reads all samples anew, because latents have changed; a collective.
+
+        The bins stay as they are, so that probes can be compared. A bank that was given is replaced
+        by what is read, as are held-out samples only if they were read.
+
+        Args:
+            trainer: The trainer, in training.
+            pl_module: Its module.
+        """
+        self._given = None
+        self._take_samples(trainer, pl_module, self._oracle.path)
+        self._place_stages(trainer, pl_module)
+
+    def _take_samples(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: paths.Path
+    ) -> None:
+        """Bank, training samples and held-out samples."""
+        self.oracle = None if self._given else oracle_before(trainer, self, path)
+        if self.oracle is None:
+            bank = self._given or bank_from_trainer(
+                trainer, pl_module, find=self.find, class_wise=bool(self.class_wise)
+            )
+            self.oracle = Oracle(beside_training(bank, trainer), path)
+        bank, count = self.oracle.bank, self.strata * self.queries
+        if self.class_wise is True:
+            bank.require_classes()
+        about: dict[str, Any] = {
+            "find": self.find,
+            "seed": self.seed,
+            "asks": "VelocityErrorMonitor",
+        }
+        given = self._given is not None
+        self._rows = training_rows(trainer, pl_module, bank, count, given=given, **about)
+        self._others = held_out_rows(trainer, pl_module, bank, count, given=self._held_out, **about)
+        self._probes: dict[str, Probe] = {}
+
+    def _place_stages(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where the stages meet, and what training spends on each, from here on."""
+        self.boundary = self._boundary(trainer)
+        ends = torch.tensor([self.boundary.midpoint, self.boundary.collapsed]).double()
+        self._stages = torch.tensor([0.0, *ends.nan_to_num(nan=1.0).tolist(), 1.0]).double()
+        if self._record is not None:
+            self._record.close()
+        if self._source.network is not None:
+            self._record = TrainingRecord(
+                self._source.network, self.edges, self._stages, pl_module.device, self._step
+            )
+
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Once the first forward pass is done: network, boundary, bins, header."""
         self._source.settle(trainer)
@@ -284,15 +335,16 @@ class VelocityErrorMonitor(pl.Callback):
         if self.class_wise == "auto":
             wise = wise and self._source.conditional
         self._wise = wise
-        self.boundary = self._boundary(trainer)
         predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=wise)
-        self._edges = stage_edges(predicted, self.strata)
-        ends = torch.tensor([self.boundary.midpoint, self.boundary.collapsed]).double()
-        self._stages = torch.tensor([0.0, *ends.nan_to_num(nan=1.0).tolist(), 1.0]).double()
-        if network is not None:
-            self._record = TrainingRecord(
-                network, self._edges, self._stages, pl_module.device, self._step
-            )
+        self.edges = stage_edges(predicted, self.strata)
+        self._place_stages(trainer, pl_module)
+        if self._record is not None and network is not None:
+            if self._stash is not None and trainer.is_global_zero:
+                self._record.load_state_dict(self._stash)
+            x1, *call = self._source.take_call()
+            self._record.expect(x1)
+            self._record.look(network.module, *call)
+        self._stash = None
         about, seam = self._source.describe(), "" if network is None else network.seam.describe()
         held_out = 0 if self._others is None else len(self._others[0])
         rank_zero_info(
@@ -302,7 +354,7 @@ class VelocityErrorMonitor(pl.Callback):
         )
         header = {
             "event": "velocity",
-            "edges": self._edges.tolist(),
+            "edges": self.edges.tolist(),
             "network": about,
             "seam": seam,
             "path": repr(oracle.path),
@@ -313,7 +365,7 @@ class VelocityErrorMonitor(pl.Callback):
             "midpoint": self.boundary.midpoint,
             "collapsed": self.boundary.collapsed,
         }
-        self._writer.start([header, *self.history], resumed=bool(self.history))
+        self._writer.start([header, *self.events], resumed=bool(self.events))
         self._ready = True
 
     def _boundary(self, trainer: pl.Trainer) -> StageBoundary:
@@ -342,7 +394,7 @@ class VelocityErrorMonitor(pl.Callback):
         training_seconds = start - last_time
         if not self._probes:
             self._make_probes(trainer)
-        found, fine = {}, torch.cat([self._edges, self._stages]).unique()
+        found, fine = {}, torch.cat([self.edges, self._stages]).unique()
         for split, probe in self._probes.items():
             dtype = torch.float32 if device.type == "mps" else torch.float64
             means = BinnedMeans(fine, PROBED, dtype).to(device)
@@ -350,22 +402,24 @@ class VelocityErrorMonitor(pl.Callback):
                 probe.measure(self._source.of(pl_module), means, device)
             with means.sync_context():
                 found[split] = means.merged().cpu()
-        entry = {"event": "velocity_probe", "step": step, **probe_entry(found, self._edges)}
-        self.history.append(entry)
+        entry = {
+            "event": "velocity_probe",
+            "step": step,
+            **probe_entry(found, self.edges, self._stages),
+        }
+        self._last = step
         self._warn(entry)
         window = None if self._record is None else self._record.window(step)
         if trainer.is_global_zero:
-            self._writer.pictures(self._figures(entry, window), step)
+            self._writer.pictures(self._figures([*self.history, entry], window), step)
         seconds = time.perf_counter() - start
         entry["probe_seconds"] = seconds
         if step > last_step:
             entry["share_of_step_time"] = seconds / training_seconds
-        self._writer.scalars(
-            probe_scalars(self.name, entry, found, self._edges, self._stages), step - 1
-        )
+        self._writer.scalars(probe_scalars(self.name, entry, self.edges), step - 1)
         for event in (entry, window):
             if event is not None:
-                self._writer.event(event)
+                self._report(event)
         self._since = (time.perf_counter(), step)
 
     def _make_probes(self, trainer: pl.Trainer) -> None:
@@ -383,12 +437,12 @@ class VelocityErrorMonitor(pl.Callback):
             self._probes[split] = Probe(
                 x1,
                 labels,
-                self._edges,
+                self.edges,
                 self.queries,
                 self._oracle,
                 class_wise=self._wise,
                 seed=(self.seed, number),
-                device=self._device,
+                device=self._oracle.bank.device,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
             )
@@ -400,14 +454,20 @@ class VelocityErrorMonitor(pl.Callback):
         z = torch.tensor(entry["train"]["pythagoras_z"])
         at = int(z.abs().nan_to_num().argmax())
         rank_zero_warn(
-            f"At t in [{self._edges[at]:.3f}, {self._edges[at + 1]:.3f}] the model's conditional "
+            f"At t in [{self.edges[at]:.3f}, {self.edges[at + 1]:.3f}] the model's conditional "
             f"error differs from its oracle error + floor by {abs(float(z[at])):.1f} standard "
             "errors. They are equal for every model, so the oracle is not that of this training: "
             "look at the scale of the bank, the path, augmentation, and whether model and oracle "
             f"are given the same labels (class_wise={self._wise})."
         )
 
-    def _figures(self, entry: dict[str, Any], window: dict[str, Any] | None) -> dict[str, Figure]:
+    def _report(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        self._writer.event(event)
+
+    def _figures(
+        self, probes: list[dict[str, Any]], window: dict[str, Any] | None
+    ) -> dict[str, Figure]:
         return {}
 
 

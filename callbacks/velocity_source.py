@@ -53,6 +53,7 @@ class VelocitySource:
         self._given, self._find, self._asks = given, find, asks
         self._search: NetworkSearch | None = None
         self.network: Network | None = None
+        self._call: tuple[Any, ...] | None = None
 
     def start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, x1: Tensor, labels: Tensor | None
@@ -114,10 +115,17 @@ class VelocitySource:
             self.stop()
             try:
                 self.network = self._search.result()
+                self._call = self._search.x1, *(self._search.call or ())
             except ValueError as caught:
                 error = caught
             self._search = None
         raise_together(trainer, error)
+
+    def take_call(self) -> tuple[Any, ...]:
+        """`x_1`, arguments, keyword arguments and output of the call that was found, once."""
+        call, self._call = self._call, None
+        assert call is not None
+        return call
 
     @property
     def conditional(self) -> bool:

@@ -49,13 +49,22 @@ class Writer:
         """Begins `stages.jsonl` anew, so that a resumed run holds each event once.
 
         The file of another run is kept beside it, as `stages.bak.jsonl`.
+
+        Raises:
+            OSError: If the folder cannot be written, with the cure.
         """
-        if self.active and self.folder:
+        if not self.active or not self.folder:
+            return
+        file = self.folder / "stages.jsonl"
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / "stages.jsonl"
             if file.exists() and not resumed:
                 file.replace(self.folder / "stages.bak.jsonl")
             self._events("w", events)
+        except OSError as error:
+            raise OSError(
+                f"Cannot write {file}: {error.strerror or error}. Say where files go: dirpath=..."
+            ) from error
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Appends a line to `stages.jsonl`."""

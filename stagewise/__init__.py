@@ -46,7 +46,7 @@ from stagewise.timesteps import (
     UShaped,
     WithFloor,
 )
-from stagewise.transitions import AtPlateau, AtShare, AtStep
+from stagewise.transitions import AtEvent, AtPlateau, AtShare, AtStep
 from stagewise.weights import P2, EDMWeight, MinSNR, StageFactors, StageGate, Weight
 
 __version__ = "0.1.0"
@@ -55,6 +55,7 @@ __all__ = [
     "DIFFUSERS",
     "P2",
     "STAGEWISE",
+    "AtEvent",
     "AtPlateau",
     "AtShare",
     "AtStep",

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["AtPlateau", "AtShare", "AtStep", "Until", "is_flat"]
+__all__ = ["AtEvent", "AtPlateau", "AtShare", "AtStep", "Until", "is_flat"]
 
 
 class Until(ABC):
@@ -142,6 +142,52 @@ class AtShare(Until):
 
     def __repr__(self) -> str:
         return f"AtShare({self.share})"
+
+
+class AtEvent(Until):
+    """When something has been noticed about the run, such as "navigation learned".
+
+    Somebody must say so, `Phases.notify(event)`: the callback `StageTransitions` does.
+
+    Args:
+        event: What is waited for.
+    """
+
+    def __init__(self, event: str) -> None:
+        if not event:
+            raise ValueError("Expected the name of an event, got an empty one.")
+        self.event = event
+        self.happened = False
+
+    def notify(self, event: str) -> None:
+        """Takes note of an event."""
+        self.happened = self.happened or event == self.event
+
+    def observe(
+        self,
+        step: int,
+        total: int | None,
+        t: Tensor | None,
+        loss: Tensor | None,
+        boundary: float | None,
+    ) -> str | None:
+        """See `Until`."""
+        return self.event if self.happened else None
+
+    def check(self, start: int, total: int | None) -> int:
+        """See `Until`: nobody knows whether it comes; the next step is the earliest."""
+        return start + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Until`."""
+        return {"happened": self.happened}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Until`."""
+        self.happened = state["happened"]
+
+    def __repr__(self) -> str:
+        return f"AtEvent({self.event!r})"
 
 
 def is_flat(points: Sequence[float], window: int, tolerance: float) -> bool:

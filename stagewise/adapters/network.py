@@ -195,6 +195,10 @@ class NetworkSearch:
         seams: What may make its targets (`find_seams`).
         x1: The samples of the batch, (B, *).
         labels: Their classes, (B,), or None.
+
+    Attributes:
+        found: The network, None so far.
+        call: The arguments, keyword arguments and output of its call.
     """
 
     def __init__(
@@ -204,6 +208,7 @@ class NetworkSearch:
         self.x1, self.labels = x1.detach(), labels
         self.seen: list[str] = []
         self.found: Network | None = None
+        self.call: tuple[Any, Any, Any] | None = None
         self._inside: nn.Module | None = None
         self._problem = ""
         # What is compiled in place has hooks compiled into it; a compiled copy has them outside.
@@ -256,6 +261,8 @@ class NetworkSearch:
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module is self._inside:
             self._inside = None
+            if self.call is None:
+                self.call = args, kwargs, output
 
     def _consider(self, module: nn.Module, name: str, args: Any, kwargs: Any) -> bool:
         """Whether this call is the network's; what is inside of it is not looked at."""

@@ -14,7 +14,7 @@ from stagewise.schemes.checks import unknown_boundary
 from stagewise.schemes.scheme import Scheme, SchemeRecord
 from stagewise.stages import StageBoundary
 from stagewise.timesteps import TimestepSampler
-from stagewise.transitions import AtPlateau, Until
+from stagewise.transitions import AtEvent, AtPlateau, Until
 
 __all__ = ["Phase", "Phases"]
 
@@ -200,6 +200,12 @@ class Phases:
                 f"{self._name(self.index - 1)} ends at step {step} ({why}); "
                 f"{self._name(self.index)} begins"
             )
+
+    def notify(self, event: str) -> None:
+        """Takes note of an event; a phase that waits for it ends at the next `observe`."""
+        for phase in self.phases:
+            if isinstance(phase.until, AtEvent):
+                phase.until.notify(event)
 
     def _name(self, number: int) -> str:
         name = self.phases[number].name

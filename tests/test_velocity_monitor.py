@@ -1,0 +1,393 @@
+"""`VelocityErrorMonitor` in small runs: what it logs and refuses, and that it changes nothing."""
+
+import json
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader
+
+from stagewise import LatentBank
+from stagewise.adapters import find_seams
+from stagewise.adapters.network import NetworkSearch
+from stagewise.callbacks import PosteriorMonitor, StageTransitions, VelocityErrorMonitor
+from stagewise.callbacks.training_record import TrainingRecord
+from stagewise.losses import FlowMatchingLoss
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_figures"),
+    pytest.mark.filterwarnings("ignore:.*(resuming from a checkpoint|callbacks used to create)"),
+]
+
+SMALL = {"every_n_steps": 3, "strata": 4, "queries": 8}
+COSTS = ("probe_seconds", "share_of_step_time")
+
+
+def text(events):
+    """For comparison: NaN equals NaN here, and every digit counts, but not what a probe cost."""
+    return json.dumps([{k: v for k, v in e.items() if k not in COSTS} for e in events])
+
+
+@pytest.fixture
+def fit(make_data, make_trainer, tiny_flow, make_loader):
+    """`fit(*callbacks, ...)`: a short run with held-out data; gives the model and the trainer."""
+
+    def fit(*callbacks, model=None, held_out=True, x=None, labels=None, loader=None, **options):
+        model = model or tiny_flow()
+        if x is None:
+            x, labels = make_data()
+        pl.seed_everything(4, verbose=False)
+        others = make_loader(make_data(40)[0] + 0.1)
+        if held_out:
+            model.validation_step = lambda batch, batch_idx: None
+        trainer = make_trainer(*callbacks, **options)
+        loader = loader or make_loader(x, labels, shuffle=True)
+        trainer.fit(model, loader, others if held_out else None)
+        return model, trainer
+
+    return fit
+
+
+def test_watching_changes_nothing(fit, weights, tmp_path):
+    plain, _ = fit(max_steps=9)
+    monitors = (
+        PosteriorMonitor(**SMALL),
+        VelocityErrorMonitor(**SMALL),
+        StageTransitions(),
+        EMAWeightAveraging(decay=0.9),
+    )
+    watched, _ = fit(*monitors, max_steps=9, logger=CSVLogger(tmp_path, "csv"))
+    averaged, _ = fit(EMAWeightAveraging(decay=0.9), max_steps=9)
+    assert torch.equal(weights(watched), weights(averaged))
+    assert not torch.equal(weights(plain), weights(averaged))
+    monitor = VelocityErrorMonitor(**SMALL)
+    assert torch.equal(weights(fit(monitor, max_steps=9)[0]), weights(plain))
+    assert [entry["step"] for entry in monitor.history] == [1, 3, 6, 9]
+
+
+def test_no_trace_is_left_on_the_module(fit):
+    model, _ = fit(VelocityErrorMonitor(**SMALL))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(module.training for module in model.net.modules())
+
+
+def test_everything_is_logged_under_its_name(fit, tmp_path, read_stages):
+    monitor = VelocityErrorMonitor(**SMALL)
+    fit(monitor, max_steps=6, logger=CSVLogger(tmp_path, "csv", version=""))
+    header, *columns = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
+    names = set(header.split(","))
+    for split in ("train", "held_out"):
+        for key in ("conditional", "oracle", "cosine"):
+            assert f"stagewise_error/{split}/{key}/navigation" in names
+    assert {"stagewise_error/train/floor/navigation", "stagewise_error/gap/refinement"} <= names
+    assert {"stagewise_error/pythagoras", "stagewise_error/probe_seconds"} <= names
+    assert {f"stagewise_error_spent/{k}/navigation" for k in ("draws", "loss", "gradient")} <= names
+    assert "stagewise_error_by_t/train/oracle/t=0.125" in names
+    assert "stagewise_error_spent/loss_by_t/t=0.875" in names
+    about, events = read_stages(tmp_path / "csv" / "stagewise_error")
+    assert about["event"] == "velocity"
+    assert about["network"] == "module.net: Sequential(x_t, time)"
+    assert about["held_out_rows"] == 32
+    assert about["edges"] == [0, 0.25, 0.5, 0.75, 1]
+    kinds = [event["event"] for event in events]
+    assert kinds == ["velocity_probe", "training_window"] * 3
+    windows = [event for event in events if event["event"] == "training_window"]
+    assert [(w["from_step"], w["step"]) for w in windows] == [(0, 1), (1, 3), (3, 6)]
+    assert all(sum(w["draws"]) == pytest.approx(1) for w in windows)
+    assert windows[0]["density"] == pytest.approx([0.25] * 4)
+
+
+def test_training_batches_are_seen_as_the_objective_sees_them(fit):
+    """The loss and the pull of every batch, against those of the objective itself."""
+    seen = []
+
+    class Listen(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(pl_module.loss.last)
+
+    monitor = VelocityErrorMonitor(every_n_steps=1, strata=4, queries=2)
+    fit(Listen(), monitor, max_steps=4)
+    windows = [e for e in monitor.events if e["event"] == "training_window"]
+    assert len(windows) == len(seen) == 4
+    for window, record in zip(windows, seen, strict=True):
+        for place in range(4):
+            inside = (record.t >= place / 4) & (record.t < (place + 1) / 4)
+            assert window["draws"][place] == pytest.approx(float(inside.float().mean()))
+            if inside.any():
+                expected = float(record.loss[inside].double().mean())
+                assert window["loss"][place] == pytest.approx(expected, rel=1e-4)
+                # dL/dv = 2 (v - u) / (B D), so its norm is 2 sqrt(D loss) / (B D).
+                pull = 2 * (6 * record.loss[inside].double()).sqrt() / (8 * 6)
+                assert window["gradient"][place] == pytest.approx(float(pull.mean()), rel=1e-4)
+
+
+def test_accumulated_batches_and_bf16(fit):
+    monitor = VelocityErrorMonitor(**SMALL)
+    fit(monitor, max_steps=4, accumulate_grad_batches=2, precision="bf16-mixed")
+    assert [entry["step"] for entry in monitor.history] == [0, 3, 4]
+    assert all(math.isfinite(value) for value in monitor.history[-1]["train"]["oracle"])
+
+
+def test_stop_and_resume_equals_not_stopping(fit, tiny_flow, make_data, weights, tmp_path):
+    x, _ = make_data()
+    loader = DataLoader([(row,) for row in x], 8)
+    runs = {}
+    for name, steps in (("through", 16), ("first", 8)):
+        monitor, events = VelocityErrorMonitor(**SMALL), StageTransitions()
+        model, trainer = fit(
+            monitor,
+            events,
+            model=tiny_flow(seeded=True),
+            loader=loader,
+            max_steps=steps,
+            default_root_dir=tmp_path / name,
+        )
+        runs[name] = monitor, weights(model)
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+    monitor = VelocityErrorMonitor(**SMALL)
+    model = tiny_flow(seeded=True)
+    model.validation_step = lambda batch, batch_idx: None
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=16,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        callbacks=[monitor, StageTransitions()],
+        default_root_dir=tmp_path / "second",
+    )
+    others = DataLoader([(row,) for row in make_data(40)[0] + 0.1], 8)
+    trainer.fit(model, loader, others, ckpt_path=tmp_path / "first.ckpt")
+    through, expected = runs["through"]
+    assert torch.equal(weights(model), expected)
+    first = [event for event in through.events if event["step"] <= 8]
+    # A run that ends at step 8 probes there, one that goes on does not.
+    kept = [event for event in monitor.events if event["step"] != 8]
+    assert text(kept[: len(first)]) == text(first)
+    probes = [e for e in kept if e["event"] == "velocity_probe"]
+    assert text(probes) == text(through.history)
+
+
+def test_labels_are_asked_for_where_the_network_is_given_them(fit, make_data):
+    x, labels = make_data(64, classes=3)
+
+    class Conditional(pl.LightningModule):
+        def __init__(self, conditional):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net, self.embed = nn.Linear(7, 6), nn.Embedding(3, 6)
+            self.loss, self.conditional = FlowMatchingLoss(), conditional
+
+        def forward(self, xt, t, y=None):
+            h = self.net(torch.cat([xt, t[:, None]], 1))
+            return h if y is None else h + self.embed(y)
+
+        def training_step(self, batch, batch_idx):
+            x1, y = batch
+            return self.loss(self, x1, *([y] if self.conditional else []))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    for conditional in (True, False):
+        monitor = VelocityErrorMonitor(**SMALL)
+        fit(monitor, model=Conditional(conditional), x=x, labels=labels, held_out=False)
+        assert monitor._wise == conditional
+        assert monitor.history[-1]["held_out"] is None
+
+
+def test_a_given_velocity_and_held_out_samples(fit, make_data):
+    held_out = make_data(30)[0]
+    monitor = VelocityErrorMonitor(
+        **SMALL,
+        held_out=held_out,
+        velocity=lambda module, xt, t, y: module.net(torch.cat([xt, t[:, None]], 1)),
+    )
+    found = VelocityErrorMonitor(**SMALL, held_out=held_out, name="found")
+    fit(monitor, found, held_out=False)
+    assert text(monitor.history) == text(found.history)
+    assert {e["event"] for e in monitor.events} == {"velocity_probe"}
+
+
+def test_without_held_out_data_the_log_says_what_is_left_out(fit, lightning_log):
+    fit(VelocityErrorMonitor(**SMALL), held_out=False)
+    assert "there is no validation data" in lightning_log.text
+    assert "held_out=(samples, labels)" in lightning_log.text
+
+
+def test_a_bank_of_another_scale_raises_the_alarm(fit, make_data):
+    x, _ = make_data()
+    with pytest.warns(UserWarning, match="the oracle is not that of this training"):
+        fit(VelocityErrorMonitor(LatentBank(1.3 * x), strata=4, queries=64))
+    with pytest.warns() as caught:
+        fit(VelocityErrorMonitor(LatentBank(x), strata=4, queries=64))
+    assert not any("not that of this training" in str(w.message) for w in caught)
+
+
+class Broken(pl.LightningModule):
+    """Its loss is NaN for the rows 2 and 5 of the batch at step 3, which never ends training."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.loss = Spoilt(), FlowMatchingLoss()
+
+    def training_step(self, batch, batch_idx):
+        self.net.spoil = self.trainer.global_step == 3
+        loss = self.loss(self.net, batch[0])
+        return loss.nan_to_num()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+class Spoilt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.spoil = nn.Linear(6, 6), False
+
+    def forward(self, xt, t):
+        v = self.inner(xt)
+        if self.spoil:
+            v = v * torch.ones(len(v), 1).index_fill(0, torch.tensor([2, 5]), torch.nan)
+        return v
+
+
+def test_a_loss_that_is_not_finite_is_named(fit, tmp_path, read_stages):
+    monitor = VelocityErrorMonitor(**SMALL)
+    with pytest.warns(
+        UserWarning, match=r"At step 3 .* 2 samples of the batch: rows \[2, 5\], t in"
+    ):
+        fit(monitor, model=Broken(), max_steps=6, log_every_n_steps=2)
+    _, events = read_stages(tmp_path / "stagewise_error_logs")
+    (found,) = [event for event in events if event["event"] == "non-finite"]
+    assert (found["step"], found["rows"]) == (3, [2, 5])
+    windows = [e for e in events if e["event"] == "training_window"]
+    assert all(value is None or math.isfinite(value) for w in windows for value in w["loss"])
+
+
+def test_it_is_named_if_training_stops_there(fit, tiny_flow, tmp_path, read_stages):
+    model = Broken()
+    step = model.training_step
+
+    def stops(batch, batch_idx):
+        if model.trainer.global_step == 4:
+            raise RuntimeError("loss is NaN")
+        return step(batch, batch_idx)
+
+    model.training_step = stops
+    with pytest.warns(UserWarning, match="At step 3"), pytest.raises(RuntimeError, match="is NaN"):
+        fit(VelocityErrorMonitor(**SMALL), model=model, max_steps=9, log_every_n_steps=100)
+    kinds = [event["event"] for event in read_stages(tmp_path / "stagewise_error_logs")[1]]
+    assert kinds[-1] == "non-finite"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"every_n_steps": 0}, ValueError, "every_n_steps"),
+        ({"queries": 1}, ValueError, "queries"),
+        ({"strata": 3}, ValueError, "4 strata"),
+        ({"class_wise": "yes"}, ValueError, "class_wise"),
+        ({"bank": torch.zeros(3, 2)}, TypeError, r"LatentBank\(x, labels\)"),
+    ],
+)
+def test_bad_arguments(options, error, match):
+    with pytest.raises(error, match=match):
+        VelocityErrorMonitor(**options)
+
+
+def test_refusals_before_the_first_optimizer_step(fit, tiny_flow, make_data, weights, tmp_path):
+    def refused(match, monitor=None, model=None, error=ValueError, **options):
+        model = model or tiny_flow()
+        before = weights(model)
+        with pytest.raises(error, match=match):
+            fit(monitor or VelocityErrorMonitor(**SMALL), model=model, **options)
+        assert torch.equal(weights(model), before)
+
+    seamless = tiny_flow()
+    del seamless.loss
+    seamless.training_step = lambda batch, batch_idx: seamless.net(torch.zeros(2, 7)).sum()
+    refused("Found nothing that makes the targets", model=seamless)
+
+    torchcfm = pytest.importorskip("torchcfm")
+    coupled = tiny_flow()
+    coupled.matcher, coupled.loss = torchcfm.ExactOptimalTransportConditionalFlowMatcher(), None
+    refused("no oracle to compare with", model=coupled)
+
+    wrong = VelocityErrorMonitor(**SMALL, velocity=lambda module, xt, t, y: xt[:, :3])
+    refused(r"tensor of shape \(2, 6\), got \(2, 3\)", wrong)
+    wrong = VelocityErrorMonitor(**SMALL, velocity=lambda module, xt, t, y: None)
+    refused("got NoneType", wrong)
+
+    refused("samples of shape", VelocityErrorMonitor(LatentBank(torch.randn(9, 5)), **SMALL))
+    refused("`held_out` with samples", VelocityErrorMonitor(**SMALL, held_out=torch.randn(9, 5)))
+    file = tmp_path / "file"
+    file.write_text("")
+    blocked = VelocityErrorMonitor(**SMALL, dirpath=file / "folder")
+    refused("Say where files go: dirpath", blocked, error=OSError)
+
+    encodes = tiny_flow()
+    step = encodes.training_step
+    encodes.training_step = lambda batch, batch_idx: step([3 * batch[0] + 1], batch_idx)
+    refused("Found no network", model=encodes)
+
+
+def test_an_oracle_that_another_callback_has_is_shared(fit):
+    first, second = PosteriorMonitor(**SMALL), VelocityErrorMonitor(**SMALL)
+    shared = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, *_):
+            shared.append(first.oracle is second.oracle)
+
+    fit(first, second, Look())
+    assert all(shared)
+    assert second.boundary.midpoint == first.history[0]["midpoint"]
+
+
+def test_a_step_on_cuda_waits_for_nothing():
+    """Fake tensors hold no numbers: reading one, or mixing devices, is an error."""
+    model = nn.Module()
+    model.net, model.loss = nn.Linear(7, 6), FlowMatchingLoss()
+
+    def call(xt, t):
+        return model.net(torch.cat([xt, t[:, None]], 1))
+
+    x1 = torch.randn(64, 6)
+    search = NetworkSearch(model, find_seams(model), x1, None)
+    model.loss(call, x1)
+    search.stop()
+    network = search.result()
+    edges, stages = torch.linspace(0, 1, 5).double(), torch.tensor([0, 0.3, 0.6, 1.0]).double()
+    record = TrainingRecord(network, edges, stages, torch.device("cpu"), 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.net.cuda()
+        record.means.to("cuda")
+        for step in range(2):
+            x1 = torch.randn(64, 6, device="cuda")
+            record.expect(x1)
+            t = torch.rand(64, device="cuda")
+            model.loss(call, x1, t=t, x0=torch.randn_like(x1))
+            assert record._seen is not None
+            record._note(torch.randn_like(x1))  # autograd has no fake device to run on
+            record.finish(step)
+        assert record.means.total.device.type == "cuda"
+
+
+def test_a_checkpoint_keeps_its_state_plain(fit, tmp_path):
+    saved = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=5, filename="{step}")
+    fit(VelocityErrorMonitor(**SMALL), saved, max_steps=6, enable_checkpointing=True)
+    state = torch.load(tmp_path / "saved" / "step=5.ckpt", weights_only=True)
+    (key,) = [key for key in state["callbacks"] if "VelocityErrorMonitor" in key]
+    found = state["callbacks"][key]
+    assert found["record"]["means"]["count"].sum() == 2 * 8  # since the probe at step 3
+    assert [e["step"] for e in found["events"]] == [1, 1, 3, 3]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -105,8 +107,7 @@ def held_out_rows(
                 f"{tuple(x1.shape)}."
             )
         return x1.cpu(), None if labels is None else labels.cpu()
-    loader = trainer.val_dataloaders
-    loader = loader[0] if isinstance(loader, (list, tuple)) and loader else loader
+    loader = _validation_loader(trainer)
     why = "there is no validation data"
     if loader:
         try:
@@ -121,3 +122,14 @@ def held_out_rows(
         f"{asks}(held_out=(samples, labels))."
     )
     return None
+
+
+def _validation_loader(trainer: pl.Trainer) -> Any:
+    """The first validation loader, None if there is none."""
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        # Where the first epoch has no validation Lightning sets it up later, in the same way.
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
+    loader = trainer.val_dataloaders
+    return loader[0] if isinstance(loader, (list, tuple)) and loader else loader

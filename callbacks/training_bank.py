@@ -7,6 +7,7 @@ generator of the run's loader or sampler is advanced, so training draws what it 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sized
 from functools import partial
 from typing import Any
@@ -126,7 +127,8 @@ def read_rows(
         loader: Its training or validation data loader.
         count: How many distinct samples; all if there are fewer.
         find: From a batch to `(x_1, labels or None)`.
-        seed: Of the choice, default 0.
+        seed: Of the choice, and of what the data set draws from global generators: two readings
+            with the same seed give the same samples even if they are augmented. Default 0.
 
     Returns:
         `x_1`, (count, *), and labels, (count,), or None, on the CPU, in the order of the data set.
@@ -138,6 +140,8 @@ def read_rows(
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:count]
     part = Subset(dataset, np.sort(chosen).tolist())
     with isolate_rng(), torch.no_grad():
+        for reseed in (random.seed, np.random.seed, torch.manual_seed):
+            reseed(seed)
         found = [
             find_checked(find, batch)
             for batch in _batches(trainer, pl_module, loader, part, min(1, loader.num_workers))

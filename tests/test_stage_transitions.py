@@ -1,0 +1,291 @@
+"""`StageTransitions`: on synthetic curves, in small runs, told once, heard by schemes."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import RandomSampler
+
+from stagewise import AtEvent, LatentBank, LogitNormal, Phase, Phases, Scheme, Uniform
+from stagewise.callbacks import (
+    PosteriorMonitor,
+    StageScheme,
+    StageTransitions,
+    VelocityErrorMonitor,
+)
+from stagewise.callbacks.stage_transitions import (
+    BOUNDARY_MOVED,
+    MEMORIZATION_ONSET,
+    NAVIGATION_LEARNED,
+)
+from stagewise.losses import FlowMatchingLoss
+
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
+
+class Edges:
+    """Stands for a monitor."""
+
+    edges = torch.linspace(0, 1, 5)
+
+
+def transitions(**options):
+    callback = StageTransitions(**options)
+    callback._errors = Edges()
+    return callback
+
+
+def probes(navigation=(), gaps=(), train=1.0):
+    """Probes with these oracle errors in navigation, or these gaps in the last bin."""
+    history = []
+    for oracle in navigation:
+        history.append({"stages": {"train": {"navigation": {"oracle": oracle, "floor": 2.0}}}})
+    for gap in gaps:
+        bins = [0.0, 0.01, 0.02, gap]
+        history.append(
+            {
+                "gap": bins,
+                "gap_se": [0.01] * 4,
+                "train": {"conditional": [train] * 4},
+                "held_out": {"conditional": [train + g for g in bins]},
+            }
+        )
+    return history
+
+
+def power_law(n, floor=0.3):
+    return [floor + (1 + i) ** -1.5 for i in range(n)]
+
+
+def test_navigation_is_learned_when_its_error_is_flat():
+    falling = [1 - 0.04 * i for i in range(20)]
+    callback = transitions()
+    assert callback.navigation_learned(probes(falling)) is None
+    assert callback.navigation_learned(probes(power_law(7))) is None, "too few probes"
+    found = callback.navigation_learned(probes(power_law(60)))
+    assert found["first"] == 1.3
+    assert found["floor"] == 2.0
+    assert "flat at 0.302" in found["message"]
+    # It lasts `patience` probes: the flat part must have been seen at each of them.
+    late = [*falling, *[falling[-1]] * 12]
+    first = next(n for n in range(len(late)) if callback.navigation_learned(probes(late[:n])))
+    patient = transitions(patience=5)
+    second = next(n for n in range(len(late)) if patient.navigation_learned(probes(late[:n])))
+    assert 20 < first < second
+
+
+def test_noise_is_no_plateau_of_a_falling_curve():
+    draws = torch.Generator().manual_seed(0)
+    noise = 0.01 * torch.randn(40, generator=draws)
+    falling = (1 - 0.02 * torch.arange(40) + noise).tolist()
+    assert not any(transitions().navigation_learned(probes(falling[:n])) for n in range(41))
+
+
+def test_a_nan_is_nothing_learned():
+    assert transitions().navigation_learned(probes([1.0] * 20 + [math.nan])) is None
+
+
+def test_onset_is_a_gap_that_opens():
+    callback = transitions()
+    assert callback.memorization_onset(probes(gaps=[0.0, 0.1, 0.3, 0.4])) is None
+    assert callback.memorization_onset(probes(gaps=[0.0, 0.1, 0.6])) is None, "once only"
+    found = callback.memorization_onset(probes(gaps=[0.0, 0.1, 0.6, 0.7]))
+    assert (found["t_from"], found["t_to"]) == (0.75, 1.0)
+    assert found["held_out"] == pytest.approx(1.7)
+
+
+def test_a_gap_that_was_there_from_the_start_is_no_onset():
+    """Held-out data of another kind are harder, which is no memory."""
+    assert transitions().memorization_onset(probes(gaps=[0.7, 0.7, 0.8, 0.9])) is None
+    assert transitions().memorization_onset(probes(gaps=[0.7, 1.3, 1.3])) is not None
+
+
+def test_a_gap_within_its_error_is_none():
+    history = probes(gaps=[0.0, 0.9, 0.9])
+    for entry in history:
+        entry["gap_se"] = [0.3] * 4
+    assert transitions().memorization_onset(history) is None
+
+
+def test_without_held_out_data_there_is_no_onset():
+    history = [{"gap": None}] * 5
+    assert transitions().memorization_onset(history) is None
+
+
+class Flow(pl.LightningModule):
+    """A perceptron that can learn 64 points by heart."""
+
+    def __init__(self, lr=4e-3, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        layers = [nn.Linear(7, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 6)]
+        self.net, self.loss, self.lr = nn.Sequential(*layers), FlowMatchingLoss(), lr
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(lambda xt, t: self.net(torch.cat([xt, t[:, None]], 1)), batch[0])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), self.lr)
+
+
+@pytest.fixture
+def fit(make_trainer, make_loader):
+    def fit(x, *callbacks, steps, model=None, **options):
+        draws = torch.Generator().manual_seed(5)
+        others = torch.randn(400, 6, generator=draws)
+        pl.seed_everything(0, verbose=False)
+        # One long epoch, and no validation in it: a short one costs more than its steps.
+        sampler = RandomSampler(x, replacement=True, num_samples=64 * steps)
+        trainer = make_trainer(
+            *callbacks, max_steps=steps, log_every_n_steps=50, check_val_every_n_epoch=2, **options
+        )
+        train = make_loader(x, batch_size=64, sampler=sampler)
+        trainer.fit(model or Flow(), train, make_loader(others, batch_size=64))
+        return trainer
+
+    return fit
+
+
+def gaussian(n, seed=0):
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_learning_by_heart_is_seen_and_learning_is_not_taken_for_it(fit, seed):
+    said = {}
+    for n in (64, 20_000):
+        errors = VelocityErrorMonitor(every_n_steps=200, strata=12, queries=64, seed=seed)
+        events = StageTransitions()
+        fit(gaussian(n, seed), errors, events, steps=2000, model=Flow(seed=seed))
+        said[n] = [event["kind"] for event in events.events]
+    assert MEMORIZATION_ONSET in said[64]
+    assert MEMORIZATION_ONSET not in said[20_000]
+
+
+def test_events_are_said_once_and_heard(fit, tmp_path, read_stages, lightning_log):
+    heard = []
+    errors = VelocityErrorMonitor(every_n_steps=20, strata=4, queries=64)
+    events = StageTransitions(gap=0.2, subscribers=[heard.append], dirpath=tmp_path / "events")
+    # Rates so high that a short run learns 16 points by heart.
+    phases = Phases(
+        [
+            Phase(Scheme(timesteps=LogitNormal()), AtEvent(MEMORIZATION_ONSET)),
+            Phase(Scheme(timesteps=Uniform())),
+        ]
+    )
+    scheme = StageScheme(phases)
+    fit(gaussian(16), errors, events, scheme, steps=240, model=Flow(lr=1e-2))
+    kinds = [event["kind"] for event in events.events]
+    assert kinds.count(MEMORIZATION_ONSET) == 1
+    assert len(set(kinds)) == len(kinds)
+    assert heard == events.events
+    assert phases.index == 1
+    (change,) = scheme.transitions
+    (onset,) = [event for event in events.events if event["kind"] == MEMORIZATION_ONSET]
+    assert change["step"] == onset["step"]
+    assert MEMORIZATION_ONSET in change["message"]
+    lines = (tmp_path / "events" / "stages.jsonl").read_text().splitlines()
+    assert len(lines) == len(kinds)
+    assert "held-out error has left training error" in lightning_log.text
+
+
+def test_a_phase_that_nobody_would_end_is_refused(fit):
+    phases = Phases([Phase(Scheme(), AtEvent(NAVIGATION_LEARNED)), Phase(Scheme())])
+    with pytest.raises(ValueError, match=r"no callback would say so.*StageTransitions\(\)"):
+        fit(gaussian(64), StageScheme(phases), steps=2)
+
+
+def test_it_needs_a_monitor(fit):
+    with pytest.raises(ValueError, match="none stands before it"):
+        fit(gaussian(64), StageTransitions(), PosteriorMonitor(strata=4, queries=4), steps=2)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_changed_latents_are_measured_anew(fit, given):
+    """Latents that an encoder shrinks in the middle of training: the boundary moves."""
+    x = gaussian(200)
+    posterior = PosteriorMonitor(
+        LatentBank(x) if given else None, every_n_steps=5, strata=12, queries=64
+    )
+    errors = VelocityErrorMonitor(every_n_steps=5, strata=4, queries=8)
+    events = StageTransitions()
+
+    class Shrink(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 6:
+                x.mul_(0.2)  # the data set of the loader holds this tensor
+
+    fit(x, posterior, errors, events, Shrink(), steps=16)
+    (event,) = [event for event in events.events if event["kind"] == BOUNDARY_MOVED]
+    assert event["step"] == 10
+    evidence = event["evidence"]
+    assert evidence["latents_changed"] == pytest.approx(0.8)
+    assert evidence["moved"] > 0.05
+    # Of data that are five times as small the midpoint lies where 5 t / (1 - t) was t / (1 - t).
+    before, after = evidence["before"]["midpoint"], evidence["after"]["midpoint"]
+    assert after == pytest.approx(5 * before / (1 + 4 * before), abs=0.06)
+    assert errors.boundary.midpoint == pytest.approx(after)
+    assert [entry["step"] for entry in errors.history] == [1, 5, 10, 15, 16]
+
+
+def test_data_that_augment_are_not_taken_for_changed_latents(fit):
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            return (gaussian(64)[index] + 0.2 * torch.randn(6),)
+
+    x = gaussian(64)
+    posterior = PosteriorMonitor(LatentBank(x), every_n_steps=2, strata=4, queries=8)
+    events = StageTransitions()
+    pl.seed_everything(0, verbose=False)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=6,
+        callbacks=[posterior, events],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.warns(UserWarning, match="not rows of the bank"):
+        trainer.fit(Flow(), torch.utils.data.DataLoader(Noisy(), 16))
+    assert events.events == []
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"window": 3}, "window"),
+        ({"patience": 0}, "patience"),
+        ({"tolerance": 1.0}, "tolerance"),
+        ({"gap": 0.0}, "gap"),
+    ],
+)
+def test_bad_arguments(options, match):
+    with pytest.raises(ValueError, match=match):
+        StageTransitions(**options)
+
+
+def test_events_survive_a_checkpoint():
+    first = StageTransitions()
+    first.events = [{"event": "transition", "kind": NAVIGATION_LEARNED, "step": 4}]
+    second = StageTransitions()
+    second.load_state_dict(first.state_dict())
+    assert second._stash == first.events
+    until = AtEvent("x")
+    until.notify("y")
+    assert until.observe(1, None, None, None, None) is None
+    until.notify("x")
+    again = AtEvent("x")
+    again.load_state_dict(until.state_dict())
+    assert again.observe(1, None, None, None, None) == "x"
+    with pytest.raises(ValueError, match="name of an event"):
+        AtEvent("")

@@ -53,10 +53,32 @@ from stagewise.losses import FlowMatchingLoss
 from stagewise.sampling import sample
 from stagewise.stages import stratified_times
 
-BATCH, WARMUP, EVALUATIONS = 128, 100, 20
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-HORIZONS = {"photos8": (1000, 3000), "digits": (1000, 3000), "photos16": (600,)}
-SAMPLES, SAMPLING_STEPS = 1000, 25
+BATCH, WARMUP, SAMPLES = 128, 100, 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a data set is trained on and looked at.
+
+    Attributes:
+        horizons: Steps of a training; the learning rate is chosen at the first of them.
+        rates: Learning rates that are tried.
+        evaluations: How often the held-out loss is taken; samples are made every second time.
+        sampling_steps: Of the midpoint rule.
+    """
+
+    horizons: tuple[int, ...] = (1000, 3000)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    evaluations: int = 20
+    sampling_steps: int = 25
+
+
+# Of the SiT an evaluation costs more than the training between two of them.
+PLANS = {
+    "photos8": Plan(),
+    "digits": Plan(),
+    "photos16": Plan((500, 250), (3e-4, 1e-3, 3e-3), evaluations=10, sampling_steps=10),
+}
 DEFAULT = "default"
 COPY = 1 / 3  # d1/d2 below it is a copy (arXiv 2505.17638)
 
@@ -191,7 +213,8 @@ def train(part: Part, data: Data, oracle: Oracle, boundary: float) -> dict[str, 
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     curve, seconds = [], 0.0
-    every = part.horizon // EVALUATIONS
+    plan = PLANS.get(part.data, Plan())
+    every = part.horizon // plan.evaluations
     batches = shuffled(*data.train, seed=part.seed)
     for step in range(1, part.horizon + 1):
         start = time.process_time()
@@ -207,7 +230,7 @@ def train(part: Part, data: Data, oracle: Oracle, boundary: float) -> dict[str, 
         if step % every == 0:
             point = {"step": step, "seconds": seconds, "loss": held_out_loss(net, data)}
             if step % (2 * every) == 0:
-                point |= of_samples(net, data)
+                point |= of_samples(net, data, plan.sampling_steps)
             curve.append(point)
     about = {"boundary": boundary, "threads": torch.get_num_threads(), "clock": "processor"}
     return {**vars(part), **about, "curve": curve}
@@ -235,16 +258,14 @@ def held_out_loss(net: nn.Module, data: Data) -> float:
 
 
 @torch.no_grad()
-def of_samples(net: nn.Module, data: Data) -> dict[str, float]:
+def of_samples(net: nn.Module, data: Data, steps: int) -> dict[str, float]:
     """Energy and Frechet distance of samples to held-out data, and the share of copies."""
     net.eval()
     x = data.train[0]
     generator = torch.Generator().manual_seed(2)
     x0 = torch.randn(SAMPLES, *x.shape[1:], generator=generator)
     labels = torch.arange(SAMPLES) % data.classes
-    made = sample(
-        lambda xt, t: net(xt, t, labels), x0, method="midpoint", steps=SAMPLING_STEPS
-    ).flatten(1)
+    made = sample(lambda xt, t: net(xt, t, labels), x0, method="midpoint", steps=steps).flatten(1)
     net.train()
     real = data.held_out[0].flatten(1)
     if not made.isfinite().all():  # training has diverged
@@ -283,7 +304,7 @@ def boundary_of(oracle: Oracle) -> float:
 
 def best_rate(folder: Path, name: str, horizon: int) -> float | None:
     """The learning rate with which plain training gets lowest on the first seed, if all ran."""
-    files = [folder / Part(name, "plain", horizon, lr, 0).file for lr in RATES]
+    files = [folder / Part(name, "plain", horizon, lr, 0).file for lr in PLANS[name].rates]
     if not all(file.exists() for file in files):
         return None
     lowest = {}
@@ -345,8 +366,8 @@ def main() -> None:
     arguments.dir.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {}
     for name in arguments.data.split(","):
-        short, *_ = own = HORIZONS[name]
-        for lr in RATES:
+        short, *_ = own = PLANS[name].horizons
+        for lr in PLANS[name].rates:
             run(arguments.dir, Part(name, "plain", short, lr, 0), made)
         while (lr := best_rate(arguments.dir, name, short)) is None:
             time.sleep(2)  # another process is at one of them

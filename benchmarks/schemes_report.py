@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from report import meta
-from schemes import DEFAULT, HORIZONS, NAMES, RATES
+from schemes import DEFAULT, NAMES, PLANS
 
 METRICS = {"loss": "held-out loss", "energy": "energy distance", "frechet": "Frechet distance"}
 AXES = {"step": "steps", "seconds": "time"}
@@ -55,7 +55,7 @@ def rates(runs: Sequence[Run], name: str) -> dict[float, float]:
     tried = {
         run["lr"]: run["curve"][-1]["loss"]
         for run in runs
-        if (run["scheme"], run["seed"], run["horizon"]) == ("plain", 0, HORIZONS[name][0])
+        if (run["scheme"], run["seed"], run["horizon"]) == ("plain", 0, PLANS[name].horizons[0])
     }
     return {lr: math.inf if math.isnan(loss) else loss for lr, loss in sorted(tried.items())}
 
@@ -129,10 +129,10 @@ def setting(name: str, runs: Runs, tried: dict[float, float]) -> list[str]:
     first = runs["plain"][0]
     found = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tried.items())
     edge = first["lr"] in (min(tried), max(tried))
-    missing = [f"{lr:g}" for lr in RATES if lr not in tried]
+    missing = [f"{lr:g}" for lr in PLANS[name].rates if lr not in tried]
     return [
         f"Learning rate {first['lr']:g}, the best for plain training (held-out loss after "
-        f"{HORIZONS[name][0]} steps, seed 0: {found}{'; not tried: ' if missing else ''}"
+        f"{PLANS[name].horizons[0]} steps, seed 0: {found}{'; not tried: ' if missing else ''}"
         f"{', '.join(missing)}). "
         + ("**It is at the end of what was tried: plain may be tuned too little.** " * edge)
         + f"Batch 128; measured boundary t = {first['boundary']:.3f}.",
@@ -248,7 +248,7 @@ def write(folder: Path, docs: Path) -> None:
     missing = [about for name, about in ABOUT.items() if name not in {key[0] for key in compared}]
     missing += [
         f"{name} at {horizon} steps"
-        for name, all_of in HORIZONS.items()
+        for name, all_of in ((name, plan.horizons) for name, plan in PLANS.items())
         for horizon in all_of
         if (name, horizon) not in compared and name in {key[0] for key in compared}
     ]
@@ -282,7 +282,8 @@ def write(folder: Path, docs: Path) -> None:
         f"{about}; each run on one thread, seeds 0, 1, 2 unless a row has fewer. Values are means "
         "over seeds ± half their range. Every horizon has a warm-up of 100 steps and a cosine "
         "decay of its own. Times are drawn evenly over the probability in all rows, plain "
-        "included. Samples: 1000, midpoint rule of 25 steps; copies: share with d1/d2 < 1/3; "
+        "included. Samples: 1000, midpoint rule of 25 steps (10 for the SiT); copies: share with "
+        "d1/d2 < 1/3; "
         "Frechet distance of Gaussians fitted to pixels. Ratios: [95 % interval, seeds "
         "resampled]; not: not reached. Time is the processor's, or by the clock on the wall, in "
         "part beside other work, where a row says (wall): compare those with care.",

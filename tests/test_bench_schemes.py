@@ -99,8 +99,9 @@ def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
         record = {**vars(part), "boundary": 0.3, "curve": curve}
         (tmp_path / part.file).write_text(json.dumps(record))
 
-    best = bench.RATES[1]
-    for lr in bench.RATES[:4]:
+    rates = bench.PLANS["digits"].rates
+    best = rates[1]
+    for lr in rates[:4]:
         write("plain", 0, lr, 1000 if lr == best else 1500)
     write("plain", 1, best, 1000)
     for seed in range(2):
@@ -108,14 +109,14 @@ def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
         write("reference set of 128", seed, best, 400)
         write("default", seed, best, 650)
         write("default", seed, best, 400, horizon=600)
-    write("oracle, all t", 1, bench.RATES[0], 100)  # another rate: not counted
+    write("oracle, all t", 1, rates[0], 100)  # another rate: not counted
     write("logit-normal t", 0, best, 400, floor=0.6)
     command = [sys.executable, str(ROOT / "benchmarks/schemes.py"), "--report"]
     command += ["--dir", str(tmp_path), "--docs", str(tmp_path / "docs")]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     text = (tmp_path / "docs/results.md").read_text()
     assert f"Learning rate {best:g}, the best for plain" in text
-    assert f"not tried: {bench.RATES[4]:g}" in text
+    assert f"not tried: {bench.PLANS['digits'].rates[4]:g}" in text
     assert "at the end of what was tried" not in text
     assert "| plain itself | 1.00 [1.00, 1.00] |" in text
     assert "| oracle, all t | 0.40 [0.40, 0.40] | 0.40 [0.40, 0.40] |" in text

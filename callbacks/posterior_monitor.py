@@ -211,9 +211,7 @@ class PosteriorMonitor(pl.Callback):
             f"{self._writer.describe()}"
         )
         self._writer.start([self._header(), *self.history], resumed=bool(self.history))
-        # A layout replaces the one before it, so each monitor writes that of all.
-        monitors = [c for c in getattr(trainer, "callbacks", []) if isinstance(c, PosteriorMonitor)]
-        self._writer.layout({monitor.name: monitor._layout() for monitor in monitors})
+        self._writer.dashboard(trainer)
         self._since = (time.perf_counter(), trainer.global_step)
 
     def on_train_batch_start(
@@ -369,7 +367,8 @@ class PosteriorMonitor(pl.Callback):
             "predicted": self.predicted,
         }
 
-    def _layout(self) -> dict[str, list[Any]]:
+    def layout(self) -> dict[str, list[Any]]:
+        """Its charts on TensorBoard's custom-scalars page."""
         name, pattern = self.name, re.escape(self.name)
         return {
             "boundary (t, 0 = noise)": [

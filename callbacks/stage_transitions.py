@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ class StageTransitions(pl.Callback):
         self._stash = []
         self._writer = Writer(trainer, self.name, self.dirpath)
         self._writer.start(self.events, resumed=bool(self.events))
+        self._writer.dashboard(trainer)
         self._probed = _last_step(self._errors), _last_step(self._posterior)
         self._rows: Tensor | None = None
         if self._posterior is not None:
@@ -159,6 +161,10 @@ class StageTransitions(pl.Callback):
         if MEMORIZATION_ONSET not in said:
             self._say(trainer, step, MEMORIZATION_ONSET, self.memorization_onset(history))
         self._say(trainer, step, BOUNDARY_MOVED, self._moved(trainer, pl_module))
+
+    def layout(self) -> dict[str, list[Any]]:
+        """Its chart on TensorBoard's custom-scalars page."""
+        return {"transitions (1 at their step)": ["Multiline", [f"^{re.escape(self.name)}/"]]}
 
     # -- decisions ----------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -366,6 +367,7 @@ class VelocityErrorMonitor(pl.Callback):
             "collapsed": self.boundary.collapsed,
         }
         self._writer.start([header, *self.events], resumed=bool(self.events))
+        self._writer.dashboard(trainer)
         self._ready = True
 
     def _boundary(self, trainer: pl.Trainer) -> StageBoundary:
@@ -382,6 +384,25 @@ class VelocityErrorMonitor(pl.Callback):
     def _oracle(self) -> Oracle:
         assert self.oracle is not None
         return self.oracle
+
+    def layout(self) -> dict[str, list[Any]]:
+        """Its charts on TensorBoard's custom-scalars page."""
+        name = re.escape(self.name)
+        charts = {
+            "oracle error": f"{name}/train/oracle/",
+            "oracle error by t": f"{name}_by_t/train/oracle/",
+            "conditional error": f"{name}/train/conditional/",
+            "conditional error by t": f"{name}_by_t/train/conditional/",
+            "oracle error / floor": f"{name}/train/excess/",
+            "held-out minus training error": f"{name}/gap/",
+            "held-out minus training error by t": f"{name}_by_t/gap/",
+            "share of draws": f"{name}_spent/draws/",
+            "share of loss": f"{name}_spent/loss/",
+            "share of gradient norms": f"{name}_spent/gradient/",
+            "Pythagoras, standard errors": f"{name}/pythagoras$",
+            "cost of a probe / step time": f"{name}/share_of_step_time$",
+        }
+        return {title: ["Multiline", [f"^{pattern}"]] for title, pattern in charts.items()}
 
     # -- one probe ----------------------------------------------------------------------------
 

@@ -92,11 +92,16 @@ class Writer:
         if self.active:
             show_pictures(figures, self.name, self.folder, self._loggers, step)
 
-    def layout(self, categories: Mapping[str, Mapping[str, list[Any]]]) -> None:
-        """Sets TensorBoard's custom-scalars page; a later call replaces it."""
-        if self.active:
-            for board in self._boards:
-                board.add_custom_scalars({key: dict(value) for key, value in categories.items()})
+    def dashboard(self, trainer: pl.Trainer) -> None:
+        """Sets TensorBoard's custom-scalars page, to that of all callbacks that have a `layout`.
+
+        A page replaces the one before it, so each monitor writes that of all.
+        """
+        if not self.active:
+            return
+        callbacks = [c for c in getattr(trainer, "callbacks", []) if hasattr(c, "layout")]
+        for board in self._boards:
+            board.add_custom_scalars({callback.name: callback.layout() for callback in callbacks})
 
 
 def show_pictures(

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.adapters.network import Network, noise_of, tensor_of
+from stagewise.adapters.network import Network, can_tell, tensor_of
 from stagewise.callbacks.metrics import SUMS, BinnedMeans
 from stagewise.callbacks.velocity_entries import by_time, nominal_shares, spent, window_entry
-from stagewise.paths import Prediction
+from stagewise.paths import Prediction, expand_like
 
 __all__ = ["TrainingRecord"]
+
+_BATCHES = 16
+"""Batches that are added at a time."""
 
 
 class TrainingRecord:
@@ -41,9 +44,10 @@ class TrainingRecord:
         self._begin = step
         self._logged: BinnedMeans | None = None
         self._x1: Tensor | None = None
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None
         self._pull: Tensor | None = None
-        self._bad: tuple[Tensor, Tensor, Tensor] | None = None
+        self._waiting: list[tuple[Tensor, ...]] = []
+        self._bad: tuple[Tensor, ...] | None = None
         self._hook = network.module.register_forward_hook(self.look, with_kwargs=True)
 
     def expect(self, x1: Tensor) -> None:
@@ -62,12 +66,14 @@ class TrainingRecord:
         y = tensor_of(output, tuple(x1.shape))
         with torch.no_grad():
             xt, t = inputs
-            path = self.network.seam.path
-            x0, known = noise_of(path, xt, t, x1)
-            u = Prediction("velocity").target(path(t.float()), x0, x1.float())
-            error = (self.network.velocity(y, xt, t) - u).flatten(1).square().mean(1)
-            # Where rounding has eaten the noise nothing can be said, which is not an error.
-            self._seen = t.detach(), torch.where(known, error, 0.0)
+            path = self.network.seam.path(t.float())
+            # u = c x_1 + b x_t; where rounding has eaten the noise that cannot be told.
+            known = can_tell(path, xt.dtype)
+            c, b = (expand_like(value, xt) for value in Prediction("velocity").coefficients(path))
+            u = torch.addcmul(b * xt.float(), c, x1.float())
+            gap = (self.network.velocity(y, xt, t) - u).flatten(1)
+            loss = torch.linalg.vector_norm(gap, dim=1).square() / gap.shape[1]
+            self._seen = t.detach(), torch.where(known, loss, torch.nan), known
         if y.requires_grad:
             y.register_hook(self._note)
 
@@ -82,13 +88,26 @@ class TrainingRecord:
         """
         if self._seen is None:
             return
-        (t, loss), pull = self._seen, self._pull
-        pull = torch.zeros_like(loss) if pull is None else pull
-        self.means.update(t, torch.stack([loss, pull]))
-        bad = ~(loss.isfinite() & pull.isfinite())
-        record = bad, t, torch.full((), step, device=t.device)
-        self._bad = record if self._bad is None else _first(self._bad, record)
+        t, loss, known = self._seen
+        pull = torch.zeros_like(loss) if self._pull is None else self._pull
+        place = torch.arange(len(t), device=t.device)
+        self._waiting.append((t, loss, pull, known, place, torch.full_like(place, step)))
         self._x1 = self._seen = self._pull = None
+        if len(self._waiting) == _BATCHES:
+            self._add()
+
+    def _add(self) -> None:
+        """Adds the batches that wait: many at a time, since each operation has its price."""
+        if not self._waiting:
+            return
+        t, loss, pull, known, place, step = (
+            torch.cat(part) for part in zip(*self._waiting, strict=True)
+        )
+        self._waiting = []
+        self.means.update(t, torch.stack([loss, pull]))
+        bad = known & ~(loss.isfinite() & pull.isfinite())
+        record = bad, t, place, step
+        self._bad = record if self._bad is None else _first(self._bad, record)
 
     def latest(self, prefix: str) -> dict[str, float]:
         """Scalars over the batches of all ranks since the last time; a collective.
@@ -96,6 +115,7 @@ class TrainingRecord:
         Args:
             prefix: Of the tags.
         """
+        self._add()
         with self.means.sync_context():
             total = self.means.merged()
         latest, self._logged = total.merged(without=self._logged), total
@@ -116,6 +136,7 @@ class TrainingRecord:
         Returns:
             An event, None if nothing was seen.
         """
+        self._add()
         with self.means.sync_context():
             total = self.means.merged().cpu()
         self.means.reset()
@@ -133,21 +154,25 @@ class TrainingRecord:
             `step`, optimizer steps before it; `rows`, places in the batch; `t`, their times; and a
             `message`.
         """
+        self._add()
         record, self._bad = self._bad, None
         if record is None or not bool(record[0].any()):
             return None
-        bad, t, step = (value.cpu() for value in record)
-        rows, times = bad.nonzero().flatten().tolist(), t[bad].tolist()
+        bad, t, place, steps = (value.cpu() for value in record)
+        step = int(steps[bad].min())
+        bad &= steps == step
+        rows, times = place[bad].tolist(), t[bad].tolist()
         bins = torch.bucketize(t[bad].double(), self._edges[1:-1], right=True).unique()
         where = ", ".join(f"[{self._edges[i]:.3f}, {self._edges[i + 1]:.3f}]" for i in bins)
         message = (
-            f"At step {int(step)} the loss or its gradient is not finite for {len(rows)} samples "
+            f"At step {step} the loss or its gradient is not finite for {len(rows)} samples "
             f"of the batch: rows {rows[:16]}, t in {where}. They are left out of what is reported."
         )
-        return {"step": int(step), "rows": rows, "t": times, "message": message}
+        return {"step": step, "rows": rows, "t": times, "message": message}
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of this rank, on the CPU."""
+        self._add()
         parts = {"means": self.means, "logged": self._logged}
         sums = {
             name: {key: getattr(part, key).cpu() for key in SUMS}
@@ -172,15 +197,11 @@ class TrainingRecord:
         self._hook.remove()
 
 
-def _first(
-    one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _first(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The first of two records if it has anything to say, else the other."""
     keep, size = one[0].any(), max(len(one[0]), len(other[0]))
 
     def chosen(a: Tensor, b: Tensor) -> Tensor:
-        # The last batch of an epoch may have fewer samples.
         return torch.where(keep, *(nn.functional.pad(x, (0, size - len(x))) for x in (a, b)))
 
-    bad, t = (chosen(a, b) for a, b in zip(one[:2], other[:2], strict=True))
-    return bad, t, torch.where(keep, one[2], other[2])
+    return tuple(chosen(a, b) for a, b in zip(one, other, strict=True))

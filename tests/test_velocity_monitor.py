@@ -372,7 +372,7 @@ def test_a_step_on_cuda_waits_for_nothing():
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.net.cuda()
         record.means.to("cuda")
-        for step in range(2):
+        for step in range(17):  # more than are added at a time
             x1 = torch.randn(64, 6, device="cuda")
             record.expect(x1)
             t = torch.rand(64, device="cuda")

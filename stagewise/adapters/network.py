@@ -24,9 +24,9 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam
-from stagewise.paths import Path, expand_like
+from stagewise.paths import Path, PathCoefficients, expand_like
 
-__all__ = ["Network", "NetworkSearch", "noise_of"]
+__all__ = ["Network", "NetworkSearch", "can_tell", "noise_of", "tensor_of"]
 
 _NOISY = 0.05
 """The least sigma at which the noise of a sample is held against a normal distribution."""
@@ -46,10 +46,15 @@ def noise_of(path: Path, xt: Tensor, t: Tensor, x1: Tensor) -> tuple[Tensor, Ten
         least a tenth of it unspoilt, (B,). Elsewhere it is 0.
     """
     values = path(t.to(torch.float32))
-    known = values.sigma >= 10 * torch.finfo(xt.dtype).eps
+    known = can_tell(values, xt.dtype)
     gap = xt.float() - expand_like(values.alpha, x1) * x1.float()
     x0 = gap / expand_like(torch.where(known, values.sigma, torch.inf), x1)
     return x0, known
+
+
+def can_tell(path: PathCoefficients, dtype: torch.dtype) -> Tensor:
+    """Where the noise is ten times the rounding of noisy samples in `dtype`; any shape."""
+    return path.sigma >= 10 * torch.finfo(dtype).eps
 
 
 def _is_normal(path: Path, xt: Tensor, t: Tensor, x1: Tensor) -> bool:

@@ -1,0 +1,21 @@
+"""Latents as people have them on disk: readers of the usual formats, and a writer.
+
+`open_latents` recognises what a path holds (LightningDiT, fast-DiT, REPA, EDM2, MAR, or one plain
+file) and gives a data set of `(x_1, label, index)` in the scale of training; `latents.bank()` makes
+the bank of it. `write_latents` writes LightningDiT's shards, `convert` any format from any other,
+and `make_latents` made-up latents for trials.
+"""
+
+from stagewise.latents.base import Latents
+from stagewise.latents.lightningdit_writer import write_latents, write_stats
+from stagewise.latents.making import make_latents
+from stagewise.latents.opening import convert, open_latents
+
+__all__ = [
+    "Latents",
+    "convert",
+    "make_latents",
+    "open_latents",
+    "write_latents",
+    "write_stats",
+]

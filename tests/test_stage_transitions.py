@@ -234,7 +234,7 @@ def test_changed_latents_are_measured_anew(fit, given):
     assert [entry["step"] for entry in errors.history] == [1, 5, 10, 15, 16]
 
 
-def test_data_that_augment_are_not_taken_for_changed_latents(fit):
+def test_data_that_augment_are_not_taken_for_changed_latents(make_trainer):
     class Noisy(torch.utils.data.Dataset):
         def __len__(self):
             return 64
@@ -246,15 +246,7 @@ def test_data_that_augment_are_not_taken_for_changed_latents(fit):
     posterior = PosteriorMonitor(LatentBank(x), every_n_steps=2, strata=4, queries=8)
     events = StageTransitions()
     pl.seed_everything(0, verbose=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=6,
-        callbacks=[posterior, events],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = make_trainer(posterior, events, max_steps=6)
     with pytest.warns(UserWarning, match="not rows of the bank"):
         trainer.fit(Flow(), torch.utils.data.DataLoader(Noisy(), 16))
     assert events.events == []

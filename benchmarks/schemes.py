@@ -23,15 +23,15 @@ import argparse
 import json
 import math
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from schemes_data import Data, data_set, held_out_loss, of_samples, shuffled
+from torch import nn
 
 from stagewise import (
     AtShare,
@@ -47,10 +47,8 @@ from stagewise import (
     StageCurve,
     Uniform,
     WithFloor,
-    find_sample,
 )
 from stagewise.losses import FlowMatchingLoss
-from stagewise.sampling import sample
 from stagewise.stages import stratified_times
 
 BATCH, WARMUP, SAMPLES = 128, 100, 1000
@@ -80,66 +78,6 @@ PLANS = {
     "photos16": Plan((500, 250), (3e-4, 1e-3, 3e-3), evaluations=10, sampling_steps=10),
 }
 DEFAULT = "default"
-COPY = 1 / 3  # d1/d2 below it is a copy (arXiv 2505.17638)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training and held-out samples with their classes."""
-
-    train: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor]
-    net: Callable[[], nn.Module]
-
-    @property
-    def classes(self) -> int:
-        return int(self.train[1].max()) + 1
-
-
-class Perceptron(nn.Module):
-    """Three residual layers; t enters as sines and cosines, the class as a learned vector."""
-
-    def __init__(self, dim: int, classes: int, width: int) -> None:
-        super().__init__()
-        self.label = nn.Embedding(classes, 64)
-        self.register_buffer("frequencies", math.pi * 2 ** torch.linspace(-1, 6, 32))
-        self.first, self.last = nn.Linear(dim + 128, width), nn.Linear(width, dim)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width)) for _ in range(3)
-        )
-        self.norm = nn.LayerNorm(width)
-        nn.init.zeros_(self.last.weight)
-
-    def forward(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        angle = t.float()[:, None] * self.frequencies
-        h = self.first(torch.cat([xt.flatten(1), angle.sin(), angle.cos(), self.label(labels)], 1))
-        for layer in self.layers:
-            h = h + layer(h)
-        return self.last(nn.functional.silu(self.norm(h))).reshape(xt.shape)
-
-
-def data_set(name: str) -> Data:
-    """photos8: 8x8 patches and a perceptron; photos16: those of the recipe and its SiT; digits."""
-    if name == "digits":
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        x = torch.from_numpy(digits.data).float().reshape(-1, 1, 8, 8) / 8 - 1
-        y = torch.from_numpy(digits.target).long()
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        x, y = x[order], y[order]
-        split = ((x[:1200], y[:1200]), (x[1200:], y[1200:]))
-        return Data(*split, lambda: Perceptron(64, 10, 512))
-    from stagewise.recipes.photos import PhotoPatches
-    from stagewise.recipes.sit import SiT
-
-    size = int(name.removeprefix("photos"))
-    photos = PhotoPatches(patch=size)
-    photos.setup()
-    split = (photos.train.tensors, photos.held_out.tensors)
-    if size == 8:
-        return Data(*split, lambda: Perceptron(192, 7, 640))
-    return Data(*split, lambda: SiT(7, 16, 3, 4, 128, 4, 4, class_dropout=0.0))
 
 
 def schemes(oracle: Oracle, boundary: float) -> dict[str, Callable[[int], Scheme | Phases]]:
@@ -196,8 +134,10 @@ class Part:
         return f"{self.data}-{name}-{self.horizon}-{self.lr:g}-{self.seed}.json"
 
 
-def train(part: Part, data: Data, oracle: Oracle, boundary: float) -> dict[str, Any]:
-    """Trains, and measures on the way.
+def train(
+    part: Part, data: Data, oracle: Oracle, boundary: float, batch: int = BATCH
+) -> tuple[dict[str, Any], nn.Module]:
+    """Trains, and measures on the way; gives the record and the network.
 
     Seconds are the processor's: on one thread those of a machine with nothing else to do.
     """
@@ -215,7 +155,7 @@ def train(part: Part, data: Data, oracle: Oracle, boundary: float) -> dict[str, 
     curve, seconds = [], 0.0
     plan = PLANS.get(part.data, Plan())
     every = part.horizon // plan.evaluations
-    batches = shuffled(*data.train, seed=part.seed)
+    batches = shuffled(*data.train, batch, seed=part.seed)
     for step in range(1, part.horizon + 1):
         start = time.process_time()
         x1, labels = next(batches)
@@ -230,70 +170,10 @@ def train(part: Part, data: Data, oracle: Oracle, boundary: float) -> dict[str, 
         if step % every == 0:
             point = {"step": step, "seconds": seconds, "loss": held_out_loss(net, data)}
             if step % (2 * every) == 0:
-                point |= of_samples(net, data, plan.sampling_steps)
+                point |= of_samples(net, data, plan.sampling_steps, count=SAMPLES)
             curve.append(point)
     about = {"boundary": boundary, "threads": torch.get_num_threads(), "clock": "processor"}
-    return {**vars(part), **about, "curve": curve}
-
-
-def shuffled(x: Tensor, y: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches for ever, from a generator of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for at in torch.randperm(len(x), generator=generator).split(BATCH):
-            if len(at) == BATCH:
-                yield find_sample((x[at], y[at]))  # type: ignore[misc]
-
-
-@torch.no_grad()
-def held_out_loss(net: nn.Module, data: Data) -> float:
-    """Conditional flow-matching loss on held-out samples, four fixed (t, x_0) for each."""
-    net.eval()
-    objective = FlowMatchingLoss(timesteps=Uniform(stratified=True)).eval()
-    x, y = data.held_out
-    generator = torch.Generator().manual_seed(1)
-    losses = [float(objective(net, x, y, generator=generator)) for _ in range(4)]
-    net.train()
-    return statistics.fmean(losses)
-
-
-@torch.no_grad()
-def of_samples(net: nn.Module, data: Data, steps: int) -> dict[str, float]:
-    """Energy and Frechet distance of samples to held-out data, and the share of copies."""
-    net.eval()
-    x = data.train[0]
-    generator = torch.Generator().manual_seed(2)
-    x0 = torch.randn(SAMPLES, *x.shape[1:], generator=generator)
-    labels = torch.arange(SAMPLES) % data.classes
-    made = sample(lambda xt, t: net(xt, t, labels), x0, method="midpoint", steps=steps).flatten(1)
-    net.train()
-    real = data.held_out[0].flatten(1)
-    if not made.isfinite().all():  # training has diverged
-        return dict.fromkeys(("energy", "frechet", "copies"), math.nan)
-    near = torch.cdist(made, x.flatten(1)).topk(2, dim=1, largest=False).values
-    return {
-        "energy": energy_distance(made, real),
-        "frechet": frechet_distance(made, real),
-        "copies": float((near[:, 0] < COPY * near[:, 1]).float().mean()),
-    }
-
-
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """`2 E|x - y| - E|x - x'| - E|y - y'|`, without the pairs of a sample with itself."""
-    n, m = len(x), len(y)
-    within = torch.cdist(x, x).sum() / (n * (n - 1)) + torch.cdist(y, y).sum() / (m * (m - 1))
-    return float(2 * torch.cdist(x, y).mean() - within)
-
-
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """`|mean difference|^2 + tr(A + B - 2 (A B)^(1/2))` of the Gaussians fitted to pixels."""
-    a, b = torch.cov(x.T.double()), torch.cov(y.T.double())
-    shift = (x.double().mean(0) - y.double().mean(0)).square().sum()
-    # The eigenvalues of A B are those of A^(1/2) B A^(1/2).
-    values, vectors = torch.linalg.eigh(a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum()
-    return float(shift + a.trace() + b.trace() - 2 * cross)
+    return {**vars(part), **about, "curve": curve}, net
 
 
 def boundary_of(oracle: Oracle) -> float:
@@ -314,26 +194,38 @@ def best_rate(folder: Path, name: str, horizon: int) -> float | None:
     return min(lowest, key=lambda lr: math.inf if math.isnan(lowest[lr]) else lowest[lr])
 
 
-def run(folder: Path, part: Part, made: dict[str, Any]) -> None:
-    """Runs a part unless it was, or another process is at it."""
-    target = folder / part.file
+def write_once(target: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """Writes what `make` gives, unless it was written or another process is at it (None)."""
     claim = target.with_suffix(".running")
     if target.exists():
-        return
+        return None
     try:
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return
+        return None
     try:
+        result = make()
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(result))
+        partial.replace(target)
+        return result
+    finally:
+        claim.unlink()
+
+
+def run(folder: Path, part: Part, made: dict[str, Any]) -> None:
+    """Runs a part unless it was, or another process is at it."""
+    start = time.perf_counter()
+
+    def make() -> dict[str, Any]:
         if part.data not in made:
             data = data_set(part.data)
             oracle = Oracle(LatentBank(*data.train))
             made[part.data] = (data, oracle, boundary_of(oracle))
-        start = time.perf_counter()
-        result = train(part, *made[part.data])
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(result))
-        partial.replace(target)
+        return train(part, *made[part.data])[0]
+
+    result = write_once(folder / part.file, make)
+    if result is not None:
         last = result["curve"][-1]
         print(
             f"{part.file}: loss {last['loss']:.4f}, energy {last['energy']:.4f}, Frechet "
@@ -341,8 +233,6 @@ def run(folder: Path, part: Part, made: dict[str, Any]) -> None:
             f"training, {time.perf_counter() - start:.0f} s in all",
             flush=True,
         )
-    finally:
-        claim.unlink()
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The benchmark of schemes: its distances, its training runs, and what its report says of them."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -17,26 +18,34 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def bench():
-    """The module benchmarks/schemes.py."""
+    """The module benchmarks/schemes.py, which finds its neighbours as a script does."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("bench_schemes", ROOT / "benchmarks/schemes.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["bench_schemes"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
+    sys.path.remove(str(ROOT / "benchmarks"))
     del sys.modules["bench_schemes"]
 
 
-def test_frechet_distance_of_known_gaussians(bench):
+@pytest.fixture(scope="module")
+def parts(bench):
+    """The module benchmarks/schemes_data.py."""
+    return importlib.import_module("schemes_data")
+
+
+def test_frechet_distance_of_known_gaussians(parts):
     draws = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 3, generator=draws, dtype=torch.float64)
     x = (x - x.mean(0)) @ torch.linalg.cholesky(torch.cov(x.T)).inverse().T  # exactly white
     scale, shift = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.0, 0.0, -2.0])
     expected = float(shift.square().sum() + (scale - 1).square().sum())
-    assert bench.frechet_distance(x, x * scale + shift) == pytest.approx(expected, rel=1e-9)
-    assert bench.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert parts.frechet_distance(x, x * scale + shift) == pytest.approx(expected, rel=1e-9)
+    assert parts.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
 
 
-def test_energy_distance_is_that_of_all_pairs(bench):
+def test_energy_distance_is_that_of_all_pairs(parts):
     x, y = torch.randn(30, 4), torch.randn(50, 4) + 1
     pairs = torch.stack([(a - b).norm() for a in x for b in y]).mean()
     own = [
@@ -44,31 +53,31 @@ def test_energy_distance_is_that_of_all_pairs(bench):
         for z in (x, y)
     ]
     expected = float(2 * pairs - sum(own))
-    assert bench.energy_distance(x, y) == pytest.approx(expected, rel=1e-4)
+    assert parts.energy_distance(x, y) == pytest.approx(expected, rel=1e-4)
 
 
-def test_every_scheme_trains_from_the_same_weights(bench, monkeypatch):
+def test_every_scheme_trains_from_the_same_weights(bench, parts, monkeypatch):
     monkeypatch.setattr(bench, "SAMPLES", 60)
     draws = torch.Generator().manual_seed(1)
     x, y = torch.randn(600, 1, 2, 2, generator=draws), torch.arange(600) % 3
-    data = bench.Data((x, y), (x[:64] + 0.1, y[:64]), lambda: bench.Perceptron(4, 3, 16))
+    data = parts.Data((x, y), (x[:64] + 0.1, y[:64]), lambda: parts.Perceptron(4, 3, 16))
     oracle = Oracle(LatentBank(x, y))
     ends = {}
     for scheme in bench.schemes(oracle, 0.4):
-        run = bench.train(bench.Part("made", scheme, 20, 1e-3, 0), data, oracle, 0.4)
+        run, _ = bench.train(bench.Part("made", scheme, 20, 1e-3, 0), data, oracle, 0.4)
         assert [point["step"] for point in run["curve"]] == list(range(1, 21))
         ends[scheme] = run["curve"][-1]
         assert all(math.isfinite(value) for value in ends[scheme].values())
         assert 0.5 < run["curve"][0]["loss"] < 5
-    again = bench.train(bench.Part("made", "plain", 20, 1e-3, 0), data, oracle, 0.4)
+    again, _ = bench.train(bench.Part("made", "plain", 20, 1e-3, 0), data, oracle, 0.4)
     assert again["curve"][-1]["loss"] == ends["plain"]["loss"]
     assert len({end["loss"] for end in ends.values()}) == len(ends)
 
 
-def test_each_part_is_run_once(bench, tmp_path, monkeypatch):
+def test_each_part_is_run_once(bench, parts, tmp_path, monkeypatch):
     draws = torch.Generator().manual_seed(2)
     x, y = torch.randn(300, 4, generator=draws), torch.arange(300) % 3
-    data = bench.Data((x, y), (x[:64], y[:64]), lambda: bench.Perceptron(4, 3, 16))
+    data = parts.Data((x, y), (x[:64], y[:64]), lambda: parts.Perceptron(4, 3, 16))
     made = {"digits": (data, Oracle(LatentBank(x, y)), 0.4)}
     part = bench.Part("digits", "plain", 20, 1e-3, 0)
     claim = (tmp_path / part.file).with_suffix(".running")

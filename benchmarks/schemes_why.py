@@ -1,0 +1,113 @@
+"""Why schemes gain what they gain, in parts that resume: `make bench-schemes` runs it.
+
+Four questions, on the 8 x 8 photographs at the shorter horizon:
+
+- **Is the gain where the targets differ?** Held-out loss of plain and oracle targets by t.
+- **How much could less noise give at best?** A batch four times as large divides the variance of
+  the gradient, from whatever source, by four; targets are one source of several.
+- **Is there any of that left for the oracle?** The same batch with oracle targets.
+- **What can 1000 samples tell apart?** Energy and Frechet distance of one model's samples with
+  other noise, and those of training rows: what a model would have that made them perfectly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import schemes
+import torch
+from schemes import SAMPLES, Part
+from schemes_data import Data, data_set, energy_distance, frechet_distance, of_samples
+from torch import Tensor, nn
+
+from stagewise import LatentBank, Oracle
+from stagewise.losses import FlowMatchingLoss
+
+__all__ = ["NAME", "found", "main"]
+
+NAME, LARGE = "photos8", 512
+DRAWS = 5
+EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@torch.no_grad()
+def loss_by_time(net: nn.Module, data: Data) -> list[float]:
+    """Held-out loss in each of four quarters of t, 16 fixed (t, x_0) for each sample."""
+    net.eval()
+    objective, generator = FlowMatchingLoss().eval(), torch.Generator().manual_seed(3)
+    x, y = data.held_out
+    means = []
+    for low, high in zip(EDGES, EDGES[1:], strict=False):
+        total = 0.0
+        for _ in range(4):
+            t = low + (high - low) * torch.rand(len(x), generator=generator)
+            total += float(objective(net, x, y, t=t, generator=generator))
+        means.append(total / 4)
+    net.train()
+    return means
+
+
+def distances(made: Tensor, real: Tensor) -> dict[str, float]:
+    """Both distances of samples to held-out data."""
+    return {"energy": energy_distance(made, real), "frechet": frechet_distance(made, real)}
+
+
+def look(net: nn.Module, data: Data, steps: int) -> dict[str, Any]:
+    """Loss by t, and the distances of several draws of samples."""
+    draws = [of_samples(net, data, steps, count=SAMPLES, seed=2 + draw) for draw in range(DRAWS)]
+    return {"by_time": loss_by_time(net, data), "draws": draws}
+
+
+def rows(data: Data) -> list[dict[str, float]]:
+    """The distances of training rows, several draws."""
+    real, x = data.held_out[0].flatten(1), data.train[0].flatten(1)
+    generator = torch.Generator().manual_seed(4)
+    chosen = (torch.randperm(len(x), generator=generator)[:SAMPLES] for _ in range(DRAWS))
+    return [distances(x[at], real) for at in chosen]
+
+
+def found(folder: Path) -> dict[str, Any]:
+    """What was found so far: by scheme, batch and seed, and of training rows."""
+    files = sorted(folder.glob("why-*.json"))
+    return {file.stem.removeprefix("why-"): json.loads(file.read_text()) for file in files}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dir", type=Path, default=Path("build/schemes"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of torch")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    plan = schemes.PLANS[NAME]
+    horizon = plan.horizons[0]
+    lr = schemes.best_rate(arguments.dir, NAME, horizon)
+    if lr is None:
+        raise SystemExit("Run benchmarks/schemes.py first: the learning rate is chosen there.")
+    data = data_set(NAME)
+    oracle = Oracle(LatentBank(*data.train))
+    boundary = schemes.boundary_of(oracle)
+    schemes.write_once(arguments.dir / "why-rows.json", lambda: {"draws": rows(data)})
+    for seed in range(arguments.seeds):
+        for scheme, batch in (
+            ("plain", schemes.BATCH),
+            ("oracle, all t", schemes.BATCH),
+            ("plain", LARGE),
+            ("oracle, all t", LARGE),
+        ):
+            part = Part(NAME, scheme, horizon, lr, seed)
+
+            def run(part: Part = part, batch: int = batch) -> dict[str, Any]:
+                result, net = schemes.train(part, data, oracle, boundary, batch)
+                return {**result, "batch": batch, **look(net, data, plan.sampling_steps)}
+
+            name = scheme.split(",")[0]
+            schemes.write_once(arguments.dir / f"why-{name}-{batch}-{seed}.json", run)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,14 @@ from importlib import import_module
 
 __all__ = ["main"]
 
-_COMMANDS = {"train": ("stagewise.recipes.train", "train a recipe, with the stage monitors on")}
+_COMMANDS = {
+    "train": ("stagewise.recipes.train", "train a recipe, with the stage monitors on"),
+    "profile": (
+        "stagewise.recipes.profile",
+        "look at latents before training, and say what follows",
+    ),
+    "make-latents": ("stagewise.recipes.make_latents", "make latents to try things on"),
+}
 
 
 def main() -> None:

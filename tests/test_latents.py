@@ -4,9 +4,11 @@ import io
 import itertools
 import json
 import pickle
+import re
 import resource
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -407,6 +409,8 @@ def test_banks(tmp_path):
     assert bank.classes == [0, 1, 2]
     means = latents.fixed().rows(0, 60)
     assert torch.equal(bank.rows, means.flatten(1)[bank.index])
+    place = bank.index.argsort()
+    assert torch.equal(bank.rows[place], means.flatten(1))
     chosen = torch.tensor([3, 50, 7, 8])
     part = latents.bank(indices=chosen, class_wise=False)
     assert torch.equal(part.rows, means[chosen].flatten(1))
@@ -446,3 +450,16 @@ def test_a_seed_is_the_same_in_every_format(tmp_path):
     torch.testing.assert_close(made["edm2"].fixed().rows(0, 15), x / 2, rtol=1e-6, atol=1e-6)
     other = make_latents(tmp_path / "other.npy", 15, SHAPE, 3, "plain", seed=3)
     assert not torch.equal(open_latents(other).rows(0, 15), x)
+
+
+def test_code_of_the_page_on_latents(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs/latents.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert "LightningDiT latents in latents: 200 rows" in capsys.readouterr().out
+    assert len(names["bank"]) == 400
+    assert len(open_latents("shards")) == len(open_latents("pairs")) == 200

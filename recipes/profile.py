@@ -1,0 +1,280 @@
+"""`stagewise profile`: what a set of latents says of its stages, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from stagewise.advice import advise
+from stagewise.callbacks.figures import render
+from stagewise.latents import Latents, open_latents
+from stagewise.profile import Profile
+from stagewise.recipes.profile_figures import comparison_figure, profile_figure
+from stagewise.recipes.profile_report import Profiled, comparison, report
+
+__all__ = ["main", "profile_latents", "rows_within", "run"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def profile_latents(
+    latents: Latents,
+    name: str,
+    *,
+    class_wise: bool | None = None,
+    limit: int | None = None,
+    queries: int = 64,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Profiled:
+    """Reads latents into a bank and profiles it.
+
+    Args:
+        latents: What `open_latents` gave.
+        name: What to call them.
+        class_wise: Whether the posterior is over the own class, default if there are labels.
+        limit: Rows to read at most, default all; see `rows_within`.
+        queries: In each of 24 strata of t, default 64.
+        seed: Of the queries.
+        dtype: Of the bank, default float32.
+
+    Returns:
+        The profile, with advice for all rows.
+
+    Raises:
+        ValueError: If the latents cannot be used, or `class_wise` is asked without labels.
+        MemoryError: If they do not fit into memory.
+    """
+    fixed = latents.fixed()
+    labels = fixed.labels
+    if class_wise and labels is None:
+        raise ValueError(
+            f"A class-wise profile needs labels, and {latents.path} has none: --no-class-wise."
+        )
+    class_wise = labels is not None if class_wise is None else class_wise
+    chosen = None
+    if limit is not None and limit < len(fixed):
+        chosen = rows_within(limit, len(fixed), labels if class_wise else None)
+    bank = fixed.bank(dtype=dtype, indices=chosen)
+    found = Profile.measure(bank, class_wise=class_wise, queries=queries, seed=seed)
+    note = ""
+    if chosen is not None and class_wise:
+        note = (
+            f"{len(chosen)} of {len(fixed)} rows: whole classes, evenly spaced, so that the "
+            "class-wise boundary is that of all rows, as far as classes are alike."
+        )
+    elif chosen is not None:
+        note = (
+            f"{len(chosen)} of {len(fixed)} rows, evenly spaced: with all of them the boundary is "
+            "later, as log N is larger."
+        )
+    return Profiled(name, latents, found, advise(found, total_rows=len(fixed)), note)
+
+
+def rows_within(limit: int, total: int, labels: Tensor | None) -> Tensor:
+    """Which rows to read: whole classes, evenly spaced, or, without labels, evenly spaced rows.
+
+    Args:
+        limit: How many rows at most; of classes at least one is taken.
+        total: N.
+        labels: (N,), or None.
+
+    Returns:
+        Their numbers, ascending.
+    """
+    if labels is None:
+        return torch.arange(limit) * total // limit
+    names, counts = labels.unique(return_counts=True)
+    # As many classes as fit if all are of the mean size, then fewer until they do.
+    for count in range(max(1, min(len(names), limit * len(names) // total)), 0, -1):
+        taken = torch.arange(count) * len(names) // count
+        if int(counts[taken].sum()) <= limit or count == 1:
+            return torch.isin(labels, names[taken]).nonzero()[:, 0]
+    raise AssertionError("one class is always taken")
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Short names that differ, fit for files."""
+    names = [path.resolve().name or "latents" for path in paths]
+    if len(set(names)) < len(names):
+        parents = [path.resolve().parent.name for path in paths]
+        names = [f"{parent}_{name}" for parent, name in zip(parents, names, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{at}_{name}" for at, name in enumerate(names, 1)]
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(
+            "Profile latents before training: size, scale, duplicates, spectrum, the boundary "
+            "between the stages (predicted and measured), and the advice that follows. Two sets "
+            "are set side by side."
+        ),
+        epilog=(
+            "examples: stagewise profile imagenet_vavae --limit 20000 | stagewise profile vavae "
+            "sdvae --scale stats 0.18215 | stagewise profile latents.npy --no-class-wise"
+        ),
+    )
+    parser.add_argument(
+        "latents",
+        nargs="+",
+        type=Path,
+        help="one or two folders or files: LightningDiT, fast-DiT, REPA, EDM2, MAR, or one plain "
+        ".safetensors, .npy, .npz or .pt file",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("profile"), help="folder for PNG and JSON (%(default)s)"
+    )
+    parser.add_argument(
+        "--class-wise",
+        action=argparse.BooleanOptionalAction,
+        help="posterior over the own class (default: if there are labels)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="ROWS",
+        help="read at most so many rows: whole classes if class-wise, else evenly spaced rows",
+    )
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        default=["auto"],
+        choices=["auto", "lightningdit", "fast-dit", "repa", "edm2", "mar", "plain"],
+        help="one for both sets or one for each; repa and edm2 must be said, since their files "
+        "have the same names (auto)",
+    )
+    parser.add_argument(
+        "--scale",
+        nargs="+",
+        default=["auto"],
+        metavar="SCALE",
+        help="how rows are scaled, one for both sets or one for each: auto (as the format says), "
+        "stats (LightningDiT's latents_stats.pt), or a number they are multiplied by, such as "
+        "0.18215 for LightningDiT shards of Stable Diffusion's autoencoder",
+    )
+    parser.add_argument(
+        "--expected-std",
+        type=float,
+        metavar="STD",
+        help="standard deviation the scaled latents have; far from it they are refused (1, and "
+        "0.5 for edm2)",
+    )
+    parser.add_argument(
+        "--flips", action="store_true", help="take stored flips in, as further rows"
+    )
+    parser.add_argument(
+        "--queries", type=int, default=64, help="queries in each of 24 strata of t (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the queries (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=list(_DTYPES), default="float32", help="of the bank (%(default)s)"
+    )
+    return parser
+
+
+def _each(values: Sequence[str], count: int, name: str) -> list[str]:
+    if len(values) not in (1, count):
+        raise ValueError(f"Expected one {name} or one for each of {count} sets, got {values}.")
+    return list(values) * (count // len(values))
+
+
+def _open(path: Path, kind: str, scale: str, options: argparse.Namespace) -> Latents:
+    chosen: dict[str, Any] = {}
+    if scale not in ("auto", "stats"):
+        try:
+            chosen["multiplier"] = float(scale)
+        except ValueError:
+            raise ValueError(f"Expected --scale auto, stats or a number, got {scale!r}.") from None
+    latents_format: Any = None if kind == "auto" else kind
+    if "multiplier" in chosen and _is_shards(path, kind):
+        chosen["normalize"] = False
+    latents = open_latents(
+        path,
+        latents_format,
+        expected_std=options.expected_std,
+        on_error="skip",
+        moments="mean",
+        **chosen,
+    )
+    return latents.with_options(flips="both") if options.flips else latents
+
+
+def _is_shards(path: Path, kind: str) -> bool:
+    return kind == "lightningdit" or (
+        kind == "auto" and path.is_dir() and any(path.glob("*.safetensors"))
+    )
+
+
+def _save(figures: Mapping[str, Figure], folder: Path) -> Iterable[Path]:
+    for name, figure in figures.items():
+        file = folder / f"{name}.png"
+        Image.fromarray(render(figure)).save(file)
+        yield file
+
+
+def run(options: argparse.Namespace) -> list[Profiled]:
+    """Profiles what the arguments name, prints and writes it.
+
+    Raises:
+        ValueError, OSError, MemoryError: If something named cannot be used.
+    """
+    paths = options.latents
+    if len(paths) > 2:
+        raise ValueError(f"Expected one or two sets of latents, got {len(paths)}.")
+    if options.limit is not None and options.limit < 2:
+        raise ValueError(f"Expected --limit of at least 2, got {options.limit}.")
+    if options.queries < 2:
+        raise ValueError(f"Expected --queries of at least 2, got {options.queries}.")
+    formats = _each(options.format, len(paths), "--format")
+    scales = _each(options.scale, len(paths), "--scale")
+    # All are opened before one is read: what is wrong with the second is said at once.
+    sets = [_open(*each, options) for each in zip(paths, formats, scales, strict=True)]
+    found = []
+    for latents, name in zip(sets, _names(paths), strict=True):
+        one = profile_latents(
+            latents,
+            name,
+            class_wise=options.class_wise,
+            limit=options.limit,
+            queries=options.queries,
+            seed=options.seed,
+            dtype=_DTYPES[options.dtype],
+        )
+        print(report(one), end="\n\n")
+        found.append(one)
+    figures = {one.name: profile_figure(one.profile, one.name) for one in found}
+    if len(found) == 2:
+        print(comparison(*found), end="\n\n")
+        figures["comparison"] = comparison_figure({one.name: one.profile for one in found})
+    folder: Path = options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps([one.as_dict() for one in found], indent=1, allow_nan=False)
+    (folder / "profile.json").write_text(text + "\n")
+    print(f"Written: {folder / 'profile.json'}")
+    for file in _save(figures, folder):
+        print(f"         {file}")
+    return found
+
+
+def main() -> None:
+    """The entry point of `stagewise profile`."""
+    options = _parser().parse_args()
+    try:
+        run(options)
+    except (ValueError, OSError, MemoryError) as error:
+        sys.exit(f"stagewise profile: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

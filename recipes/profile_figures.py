@@ -1,0 +1,177 @@
+"""The pictures of `stagewise profile`: a page for each set of latents, and one of two side by side.
+
+A page holds what is measured over t, near the boundary, and the spectrum with the condition that
+predicts it: the information `1/2 sum_k log(1 + rho_t^2 lambda_k)` reaches log N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from stagewise.callbacks.figures import TIME_LABEL, draw_boundary
+from stagewise.profile import Profile
+
+__all__ = ["comparison_figure", "profile_figure"]
+
+_COLOURS = ("tab:blue", "tab:orange")
+
+
+def profile_figure(profile: Profile, title: str) -> Figure:
+    """Concentration, rows that explain a query, target difference, and spectrum.
+
+    Args:
+        profile: What was measured.
+        title: Names the latents.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(12, 8.6), dpi=110, layout="constrained")
+    over = "class-wise posterior" if profile.class_wise else "posterior over all rows"
+    what = f"{profile.rows} rows of {profile.shape}, {profile.classes or 'no'} classes, {over}"
+    figure.suptitle(f"{_short(title, 40)}: {what}", fontsize=12)
+    cells = figure.subplot_mosaic([["top1", "top1", "ess", "ess"], ["mse", "mse", "axes", "sum"]])
+    concentration, ess, difference = (cells[name] for name in ("top1", "ess", "mse"))
+    end = _end([profile])
+    late = profile.boundary.midpoint > end / 2
+    t, curve = profile.curve.times.numpy(), profile.curve
+    low, high = (curve.quantile("top1", q).numpy() for q in (0.25, 0.75))
+    concentration.fill_between(t, low, high, color="0.85", label="middle half of the queries")
+    concentration.plot(t, curve.mean("top1").numpy(), "k.-", lw=1.5, ms=4, label="mean")
+    draw_boundary(concentration, profile.boundary, profile.predicted)
+    _over_time(concentration, end, "largest posterior weight", "Posterior concentration")
+    concentration.set_ylim(0, 1.02)
+    concentration.legend(loc="upper left" if late else "lower right", fontsize=8)
+
+    low, high = (curve.quantile("ess", q).numpy() for q in (0.25, 0.75))
+    ess.fill_between(t, low, high, color="0.85", label="middle half of the queries")
+    ess.plot(t, curve.mean("ess").numpy(), "k.-", lw=1.5, ms=4, label="mean")
+    draw_boundary(ess, profile.boundary, profile.predicted)
+    _over_time(ess, end, "effective sample size, rows", "Rows that explain a query")
+    ess.set_yscale("log")
+    ess.legend(loc="lower left" if late else "upper right", fontsize=8)
+
+    values = curve.statistic("target_difference")
+    mean, error = values.mean(1).numpy(), (values.std(1) / values.shape[1] ** 0.5).numpy()
+    difference.errorbar(
+        t, mean, 2 * error, fmt="k.-", lw=1.5, ms=4, label="mean, 2 standard errors"
+    )
+    draw_boundary(difference, profile.boundary, profile.predicted)
+    _over_time(
+        difference,
+        end,
+        "MSE(conditional, oracle velocity)",
+        "Distance of the target from the oracle",
+    )
+    difference.set_ylim(bottom=0)
+    difference.legend(loc="lower left" if late else "upper right", fontsize=8)
+
+    _spectrum(cells["axes"], profile, "k", "variance")
+    what = "a class of median size" if profile.class_wise else "all rows"
+    cells["axes"].set_title(f"Spectrum of {what}", fontsize=11)
+    _condition(cells["sum"], profile)
+    return figure
+
+
+def comparison_figure(profiles: Mapping[str, Profile]) -> Figure:
+    """Sets of latents side by side: concentration, effective sample size, target, spectrum.
+
+    Args:
+        profiles: By name, two of them.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(12, 8.6), dpi=110, layout="constrained")
+    figure.suptitle(" and ".join(_short(name, 40) for name in profiles), fontsize=12)
+    (concentration, ess), (difference, eigenvalues) = figure.subplots(2, 2)
+    end = _end(list(profiles.values()))
+    for (name, profile), colour in zip(profiles.items(), _COLOURS, strict=False):
+        curve, t, name = profile.curve, profile.curve.times.numpy(), _short(name)
+        boundary = profile.boundary
+        style = {"color": colour, "marker": ".", "lw": 1.5, "ms": 4}
+        at = "not reached" if math.isnan(boundary.midpoint) else f"midpoint {boundary.midpoint:.3f}"
+        concentration.plot(t, curve.mean("top1").numpy(), label=f"{name}: {at}", **style)
+        if math.isfinite(boundary.midpoint):
+            span = (boundary.midpoint_low, boundary.midpoint_high)
+            concentration.axvspan(*span, color=colour, alpha=0.18, lw=0)
+            concentration.axvline(boundary.midpoint, color=colour, lw=1)
+        if math.isfinite(profile.predicted):
+            label = f"{name}: predicted {profile.predicted:.3f}"
+            concentration.axvline(profile.predicted, color=colour, lw=1.2, ls="--", label=label)
+        ess.plot(t, curve.mean("ess").numpy(), label=name, **style)
+        difference.plot(t, curve.mean("target_difference").numpy(), label=name, **style)
+        _spectrum(eigenvalues, profile, colour, f"{name}: {_scope(profile)}")
+    _over_time(concentration, end, "mean largest posterior weight", "Posterior concentration")
+    concentration.set_ylim(0, 1.02)
+    _over_time(ess, end, "mean effective sample size, rows", "Rows that explain a query")
+    ess.set_yscale("log")
+    _over_time(
+        difference,
+        end,
+        "MSE(conditional, oracle velocity)",
+        "Distance of the target from the oracle",
+    )
+    difference.set_ylim(bottom=0)
+    eigenvalues.set_title("Spectrum", fontsize=11)
+    for axes, place in (
+        (concentration, "lower right"),
+        (ess, "upper right"),
+        (difference, "upper right"),
+        (eigenvalues, "lower left"),
+    ):
+        axes.legend(loc=place, fontsize=8)
+    return figure
+
+
+def _over_time(axes: Axes, end: float, label: str, title: str) -> None:
+    axes.set(xlabel=TIME_LABEL, ylabel=label, xlim=(0, end))
+    axes.set_title(title, fontsize=11)
+
+
+def _spectrum(axes: Axes, profile: Profile, colour: str, label: str) -> None:
+    # Beyond as many rows as were looked at, and at rounding, there is nothing to see.
+    values = profile.eigenvalues.numpy()
+    values = values[values > values[0] * 1e-9] if len(values) and values[0] > 0 else values[:0]
+    axes.semilogy(np.arange(1, len(values) + 1), values, color=colour, lw=1.8, label=label)
+    axes.set(xlabel="principal axis", ylabel="variance along it")
+    if len(values) >= 30:  # over less than a decade and a half a log scale has no room for labels
+        axes.set_xscale("log")
+
+
+def _condition(axes: Axes, profile: Profile) -> None:
+    """The information by t, which reaches log N at the predicted boundary."""
+    axes.set_title("What predicts the boundary", fontsize=11)
+    axes.set(xlabel=TIME_LABEL, ylabel=r"$\frac{1}{2}\sum_k\,\log(1+\rho_t^2\lambda_k)$, nats")
+    if not 0 < profile.predicted < 1:
+        return
+    t = torch.linspace(0, min(1 - 1e-3, 2 * profile.predicted), 101, dtype=torch.float64)
+    axes.plot(t.numpy(), profile.information(t).numpy(), color="k", lw=1.5, label="information")
+    goal = math.log(profile.spectrum_rows)
+    axes.axhline(goal, color="tab:red", lw=1.2, label=f"log N, N = {profile.spectrum_rows}")
+    label = f"predicted  t = {profile.predicted:.3f}"
+    axes.axvline(profile.predicted, color="0.45", lw=1.2, ls="--", label=label)
+    axes.set(xlim=(0, float(t[-1])), ylim=(0, 5 * goal))
+    axes.legend(loc="upper left", fontsize=8)
+
+
+def _scope(profile: Profile) -> str:
+    what = "a class of median size" if profile.class_wise else "all rows"
+    return f"{what}, {profile.spectrum_rows} rows"
+
+
+def _end(profiles: list[Profile]) -> float:
+    """As far as there is something to see: well beyond the last boundary."""
+    last = [p.boundary.collapsed if math.isfinite(p.boundary.collapsed) else 1.0 for p in profiles]
+    # Strata are wide far from the boundary; a line needs points on both sides of the edge.
+    return min(1.0, max(0.1, 2.5 * max(last)))
+
+
+def _short(name: str, most: int = 28) -> str:
+    return name if len(name) <= most else f"...{name[3 - most :]}"

@@ -1,0 +1,227 @@
+"""`Profile`: what a set of latents says of its stages, before anything is trained.
+
+All of it is about the bank alone: how large and how scaled the rows are, whether rows are there
+twice, along how many directions they vary, where the spectrum predicts the boundary and where
+queries find it, and how many rows explain a query at each t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagewise.bank import LatentBank
+from stagewise.engines import Auto
+from stagewise.keys import row_keys
+from stagewise.latents.statistics import ChannelStatistics
+from stagewise.oracle import Oracle
+from stagewise.paths import LinearPath, Path
+from stagewise.spectrum import information, spectrum
+from stagewise.stages import (
+    STATISTICS,
+    StageBoundary,
+    StageCurve,
+    predicted_boundary,
+    stage_edges,
+    stratified_times,
+)
+
+__all__ = ["Profile", "count_duplicates"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was found.
+
+    Attributes:
+        rows: N.
+        shape: Shape of a sample.
+        classes: How many; 0 without labels.
+        class_rows: Rows of the smallest, median and largest class; of the bank without labels.
+        class_wise: Whether the posterior, and with it the boundary, is over the own class.
+        mean: Of all numbers.
+        std: Of all numbers, around their one mean.
+        channel_mean: By the first axis of a sample.
+        channel_std: The same.
+        duplicates: Rows that equal an earlier one to the last bit.
+        mislabelled: Those of them whose label is another one.
+        eigenvalues: Variances along principal axes, descending, of the rows that a posterior is
+            over: the bank, or a class of median size; float64, at most 2048.
+        spectrum_rows: N of these rows.
+        effective_dim: `(sum lambda)^2 / sum lambda^2`.
+        predicted: The boundary that the spectrum predicts; NaN if there is none.
+        edges: Of the strata of t, (T + 1,).
+        curve: The measured curve.
+        boundary: The measured boundary.
+        engine: What `engines.Auto` picks for this bank, and why.
+    """
+
+    rows: int
+    shape: tuple[int, ...]
+    classes: int
+    class_rows: tuple[int, int, int]
+    class_wise: bool
+    mean: float
+    std: float
+    channel_mean: tuple[float, ...]
+    channel_std: tuple[float, ...]
+    duplicates: int
+    mislabelled: int
+    eigenvalues: Tensor
+    spectrum_rows: int
+    effective_dim: float
+    predicted: float
+    edges: Tensor
+    curve: StageCurve
+    boundary: StageBoundary
+    engine: str
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return math.prod(self.shape)
+
+    @classmethod
+    @torch.no_grad()
+    def measure(
+        cls,
+        bank: LatentBank,
+        *,
+        class_wise: bool | None = None,
+        path: Path | None = None,
+        queries: int = 64,
+        strata: int = 24,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> Profile:
+        """Measures a bank.
+
+        Args:
+            bank: The rows.
+            class_wise: Whether the posterior is over the query's own class, default if there are
+                labels.
+            path: The path of training, default `LinearPath`.
+            queries: In each stratum, default 64.
+            strata: Of t, half of them near the predicted boundary, default 24.
+            seed: Of the queries, default 0.
+            device: Where to compute, default where the bank lies.
+
+        Returns:
+            The profile.
+
+        Raises:
+            ValueError: If `class_wise` is asked of a bank without labels.
+        """
+        class_wise = bool(bank.classes) if class_wise is None else class_wise
+        path = path or LinearPath()
+        seen = ChannelStatistics()
+        for _, block in bank.chunks(bank.whole, max(1, 2**22 // bank.dim)):
+            seen.update((block.double() + bank.offset).view(-1, *bank.shape))
+        mean, std = seen.overall()
+        sizes = sorted(stop - start for _, start, stop in _ends(bank))
+        middle = _median_class(bank) if class_wise else bank.whole
+        eigenvalues = spectrum(bank, middle).flip(0)
+        predicted = predicted_boundary(bank, path, class_wise=class_wise)
+        edges = stage_edges(predicted, strata)
+        engine = Auto()
+        curve = StageCurve.measure(
+            Oracle(bank, path, engine),
+            stratified_times(edges, queries, seed=(seed, 1)),
+            seed=(seed, 2),
+            class_wise=class_wise,
+            device=device,
+        )
+        duplicates, mislabelled = count_duplicates(bank)
+        total = float(eigenvalues.sum())
+        return cls(
+            rows=len(bank),
+            shape=bank.shape,
+            classes=len(bank.classes),
+            class_rows=(sizes[0], sizes[len(sizes) // 2], sizes[-1]),
+            class_wise=class_wise,
+            mean=mean,
+            std=std,
+            channel_mean=tuple(seen.mean.tolist()),
+            channel_std=tuple(seen.std(correction=0).tolist()),
+            duplicates=duplicates,
+            mislabelled=mislabelled,
+            eigenvalues=eigenvalues,
+            spectrum_rows=middle.stop - middle.start,
+            effective_dim=total**2 / float(eigenvalues.square().sum()) if total else 0.0,
+            predicted=predicted,
+            edges=edges,
+            curve=curve,
+            boundary=curve.boundary(),
+            engine=engine.describe(bank),
+        )
+
+    @property
+    def removable(self) -> float:
+        """Mean over uniform t of MSE(conditional, oracle): what oracle targets take off a loss."""
+        return float((self.curve.mean("target_difference") * self.edges.diff()).sum())
+
+    def information(self, t: Tensor, path: Path | None = None) -> Tensor:
+        """What `x_t` tells of its row in nats, by the spectrum; see `spectrum.information`."""
+        at = (path or LinearPath())(t)
+        return information(at.alpha / at.sigma, self.eigenvalues)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings and lists; None for what is not finite."""
+        curve: dict[str, Any] = {"t": self.curve.times.tolist()}
+        curve |= {name: self.curve.mean(name).tolist() for name in STATISTICS}
+        names = (
+            *("rows", "dim", "shape", "classes", "class_rows", "class_wise", "mean", "std"),
+            *("channel_mean", "channel_std", "duplicates", "mislabelled", "effective_dim"),
+            *("spectrum_rows", "predicted", "removable", "engine"),
+        )
+        found: dict[str, Any] = {name: getattr(self, name) for name in names}
+        found |= {"boundary": self.boundary.as_dict(), "curve": curve}
+        found |= {"eigenvalues": self.eigenvalues.tolist(), "edges": self.edges.tolist()}
+        return {name: _plain(value) for name, value in found.items()}
+
+
+def count_duplicates(bank: LatentBank) -> tuple[int, int]:
+    """Rows that equal an earlier one, and those of them whose label differs from it.
+
+    Args:
+        bank: The rows.
+
+    Returns:
+        Both counts. Rows are compared as they are stored.
+    """
+    keys = row_keys(bank.rows).sort(stable=True)
+    pairs = (keys.values[1:] == keys.values[:-1]).nonzero()[:, 0]
+    found = mislabelled = 0
+    for some in pairs.split(max(1, 2**22 // bank.dim)):
+        first, second = keys.indices[some], keys.indices[some + 1]
+        equal = (bank.rows[first] == bank.rows[second]).all(1)
+        found += int(equal.sum())
+        if bank.classes:
+            labels = [bank.labels_of(rows[equal].tolist()) for rows in (first, second)]
+            mislabelled += sum(one != other for one, other in zip(*labels, strict=True))
+    return found, mislabelled
+
+
+def _ends(bank: LatentBank) -> Iterable[tuple[int, int, int]]:
+    segments = {label: bank.segment(label) for label in bank.classes} or {0: bank.whole}
+    return [(label, rows.start, rows.stop) for label, rows in segments.items()]
+
+
+def _median_class(bank: LatentBank) -> slice:
+    bank.require_classes()
+    by_size = sorted((stop - start, start, stop) for _, start, stop in _ends(bank))
+    _, start, stop = by_size[len(by_size) // 2]
+    return slice(start, stop)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stagewise import DIFFUSERS, CosinePath, LatentBank, LinearPath, Oracle, Prediction
-from stagewise.sampling import guided, model_velocity, sample
+from stagewise.sampling import guided, model_velocity, sample, switched
 
 MEAN, STD = 2.0, 0.5
 
@@ -121,7 +121,41 @@ def test_guidance_acts_in_its_interval_only():
     assert asked == []
 
 
+def test_switched_asks_each_velocity_on_its_side():
+    asked = {"first": [], "second": []}
+
+    def field(name, value):
+        def velocity(xt, t):
+            asked[name].append(round(float(t[0]), 5))
+            return torch.full_like(xt, value)
+
+        return velocity
+
+    x0 = torch.zeros(2, 3)
+    for at, expected in ((0, 10.0), (0.2, 8.2), (0.75, 3.25), (1, 1.0)):
+        for times in asked.values():
+            times.clear()
+        x1 = switched(field("first", 1.0), field("second", 10.0), x0, at, method="euler", steps=20)
+        torch.testing.assert_close(x1, torch.full_like(x0, expected))
+        assert len(asked["first"]) == 20 * at
+        assert len(asked["second"]) == 20 * (1 - at)
+        assert all(t < at for t in asked["first"])
+        assert all(t >= at for t in asked["second"])
+
+
+def test_the_oracle_alone_reaches_its_rows_at_the_end():
+    bank = LatentBank(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)))
+    x0 = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    x1 = switched(Oracle(bank).velocity, lambda x, t: x, x0, 1.0, method="euler")
+    assert torch.cdist(x1, bank.rows).min(1).values.max() < 1e-4
+
+
 def test_bad_arguments():
+    for at in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"`at` in \[0, 1\]"):
+            switched(lambda x, t: x, lambda x, t: x, torch.zeros(1, 1), at)
+    with pytest.raises(ValueError, match="0 <= start < end <= 1"):
+        switched(lambda x, t: x, lambda x, t: x, torch.zeros(1, 1), 0.5, start=1.0)
     for start, end in ((0.5, 0.5), (-0.1, 1), (0, 1.1)):
         with pytest.raises(ValueError, match="0 <= start < end <= 1"):
             sample(lambda x, t: x, torch.zeros(1, 1), start=start, end=end)

@@ -1,0 +1,89 @@
+"""Copies of training rows among samples, against brute force and with duplicates in the bank."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stagewise import LatentBank
+from stagewise.copies import nearest_rows, share_interval
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("far", [0.0, 300.0])
+def test_distances_are_those_of_brute_force(dtype, far):
+    bank = LatentBank(draw(500, 4, 3) + far, torch.arange(500) % 7, dtype=dtype)
+    x = draw(300, 4, 3, seed=1) + far
+    found = nearest_rows(bank, x)
+    rows = bank.take(torch.arange(500))
+    distances = (x.flatten(1).double()[:, None] - rows).norm(dim=2)
+    d1, row = distances.min(1)
+    # Rows that are equal as stored are one row.
+    equal = (rows[row][:, None] == rows).all(2)
+    d2 = distances.masked_fill(equal, math.inf).min(1).values
+    torch.testing.assert_close(found.d1, d1, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.d2, d2, rtol=1e-12, atol=0)
+    assert torch.equal(found.row, row)
+
+
+def test_a_row_in_the_bank_many_times_hides_no_copy():
+    x = draw(200, 6)
+    bank = LatentBank(torch.cat([x, x[:1].expand(150, 6)]))
+    found = nearest_rows(bank, x[:3])
+    assert found.d1.tolist() == [0, 0, 0]
+    assert torch.equal(found.d2, nearest_rows(LatentBank(x), x[:3]).d2)
+    assert found.copied.tolist() == [True] * 3
+
+
+def test_the_threshold_is_a_third_of_the_distance_not_of_its_square():
+    bank = LatentBank(torch.tensor([[0.0, 0.0], [4.0, 0.0]]))
+    # d1 / d2 = 1/3 at x = 1; squared distances would call 1.4 a copy, too.
+    found = nearest_rows(bank, torch.tensor([[0.99, 0.0], [1.0, 0.0], [1.4, 0.0]]))
+    assert found.copied.tolist() == [True, False, False]
+    assert found.ratio[1] == 1 / 3
+
+
+def test_samples_that_are_not_finite_are_no_copies():
+    x = draw(3, 5)
+    x[1, 2] = math.nan
+    x[2, 0] = math.inf
+    found = nearest_rows(LatentBank(draw(30, 5)), x)
+    assert found.row.tolist()[1:] == [-1, -1]
+    assert found.ratio.isnan().tolist() == [False, True, True]
+    assert not found.copied[1:].any()
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="Expected samples of shape"):
+        nearest_rows(LatentBank(draw(4, 5)), draw(2, 6))
+    with pytest.raises(ValueError, match="All rows of the bank are equal"):
+        nearest_rows(LatentBank(torch.ones(40, 5)), draw(2, 5))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 80), st.data())
+def test_interval_is_that_of_resampling(count, data):
+    hits = data.draw(st.integers(0, count))
+    low, high = share_interval(hits, count)
+    assert 0 <= low <= hits / count <= high <= 1
+    given_samples = np.arange(count) < hits
+    index = np.random.default_rng(0).integers(count, size=(4000, count))
+    shares = given_samples[index].mean(1)
+    # Percentiles of 4000 draws may be off by one sample or two.
+    assert low == pytest.approx(np.quantile(shares, 0.025), abs=2 / count)
+    assert high == pytest.approx(np.quantile(shares, 0.975), abs=2 / count)
+
+
+def test_interval_of_nothing_and_of_agreement():
+    assert all(math.isnan(end) for end in share_interval(0, 0))
+    assert share_interval(0, 64) == (0, 0)
+    assert share_interval(64, 64) == (1, 1)
+    low, high = share_interval(32, 64)
+    assert (low, high) == (24 / 64, 40 / 64)

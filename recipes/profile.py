@@ -151,8 +151,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["auto"],
         choices=["auto", "lightningdit", "fast-dit", "repa", "edm2", "mar", "plain"],
-        help="one for both sets or one for each; repa and edm2 must be said, since their files "
-        "have the same names (auto)",
+        metavar="FORMAT",
+        help="one for both sets or one for each: auto, lightningdit, fast-dit, repa, edm2, mar or "
+        "plain; repa and edm2 must be said, since their files have the same names (auto)",
     )
     parser.add_argument(
         "--scale",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stagewise.latents.base import Latents, Reading
+from stagewise.latents.checking import require_labels
 from stagewise.latents.files import Problem, array_entry, names, odd_sizes, read_array
 from stagewise.latents.scaling import AS_STORED, Affine
 
@@ -91,7 +92,8 @@ class FastDiT(Latents):
         if self._labels is not None:
             return int(self._labels[row])
         found = self._target(row)
-        self._checked_labels(torch.tensor([found]))
+        place = self._targets / self._files[row]
+        require_labels(torch.tensor([found]), self.reading.num_classes, place)
         return found
 
     def _target(self, row: int) -> int:

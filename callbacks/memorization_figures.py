@@ -1,0 +1,84 @@
+"""Pictures of a `MemorizationMonitor`: samples beside their nearest rows, copies by t_switch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from stagewise.callbacks.figures import new_figure
+from stagewise.copies import COPY_RATIO
+
+__all__ = ["copies_figure", "grid_figure", "is_image"]
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether a sample of this shape can be shown: (1 or 3, H, W)."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def copies_figure(probes: Sequence[Mapping[str, Any]]) -> Figure:
+    """The share of copies by t_switch with its interval, coloured by step.
+
+    Args:
+        probes: Events of probes, in order of their steps.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure()
+    axes = figure.add_subplot()
+    for place, probe in enumerate(probes):
+        colour = colormaps["viridis"](place / max(len(probes) - 1, 1) * 0.9)
+        few = place in (0, len(probes) - 1) or len(probes) < 8
+        label = f"step {probe['step']}" if few else None
+        low, high = np.array(probe["low"], float), np.array(probe["high"], float)
+        axes.plot(probe["t_switch"], probe["copies"], ".-", color=colour, label=label)
+        axes.fill_between(probe["t_switch"], low, high, color=colour, alpha=0.15, lw=0)
+    axes.set(
+        xlabel="t_switch   (oracle before, model after)",
+        ylabel=f"share of copies (d1/d2 < {COPY_RATIO:.2f})",
+        title="Copies of training rows among samples, with 95 % interval",
+        ylim=(-0.02, 1.02),
+    )
+    axes.legend(fontsize=8)
+    return figure
+
+
+def grid_figure(
+    columns: Sequence[tuple[str, Tensor]], ratios: Mapping[int, Tensor], title: str
+) -> Figure:
+    """Columns of images.
+
+    Args:
+        columns: Heading and images of each column, (n, C, H, W).
+        ratios: By column, the d1/d2 that is printed under its images, (n,); copies are framed.
+        title: Of the figure.
+
+    Returns:
+        The figure.
+    """
+    rows = len(columns[0][1])
+    size = (max(4.0, 0.85 * len(columns)), 0.95 * rows + 0.9)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    for j, (heading, images) in enumerate(columns):
+        span = images.float()[images.isfinite()]
+        low, high = (float(span.min()), float(span.max())) if span.numel() else (0.0, 1.0)
+        shown = ((images.float() - low) / max(high - low, 1e-12)).nan_to_num().clamp(0, 1)
+        for i in range(rows):
+            axes = grid[i, j]
+            axes.imshow(shown[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+            copied = j in ratios and bool(ratios[j][i] < COPY_RATIO)
+            for spine in axes.spines.values():
+                spine.set(visible=copied, color="tab:red", linewidth=2)
+            if j in ratios:
+                axes.set_xlabel(f"{float(ratios[j][i]):.2f}", fontsize=6, labelpad=1)
+        grid[0, j].set_title(heading, fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    return figure

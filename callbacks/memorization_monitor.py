@@ -1,0 +1,384 @@
+"""`MemorizationMonitor`: how many samples copy a training row, and from which t the model does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from stagewise.bank import LatentBank
+from stagewise.batches import FindSample, find_sample
+from stagewise.callbacks import memorization_figures as figures
+from stagewise.callbacks.checks import beside_training, path_of
+from stagewise.callbacks.probe_rows import HeldOut, held_out_rows, training_rows
+from stagewise.callbacks.training_bank import bank_from_trainer, oracle_before
+from stagewise.callbacks.velocity_source import AskVelocity, VelocitySource, model_in_eval_mode
+from stagewise.callbacks.writer import Writer
+from stagewise.copies import nearest_rows, share_interval
+from stagewise.oracle import Oracle
+from stagewise.paths import expand_like
+from stagewise.sampling import Velocity, switched
+
+__all__ = ["MemorizationMonitor"]
+
+_SHOWN = 8
+"""Samples in a picture."""
+
+
+class MemorizationMonitor(pl.Callback):
+    """Samples from the model now and then, and counts copies of training rows (`copies`).
+
+    The oracle leads each sample to `t_switch` and the model from there (Liu et al., arXiv
+    2512.02826, Fig. 5): 0 is the model alone. Held-out rows noised to `t_resume` are finished by
+    the model (Fig. 6). Noise and labels are the same in all probes. Only rank zero samples.
+
+    **Logged** (`stagewise_memorization` is `name`): `.../copies/t_switch=...` with `_low` and
+    `_high` (95 % bootstrap), `.../ratio/t_switch=...` (median d1/d2), `.../resumed_copies/t=...`,
+    `.../probe_seconds`. **To TensorBoard and `dirpath`**: `copies`, and for images `samples` and
+    `resumed`; `stages.jsonl`.
+
+    Args:
+        bank: The training rows; default those of a monitor before this one, or read from the
+            training loader.
+        velocity: From `(module, xt, t, labels)` to the velocity; default: the network is found.
+        every_n_steps: Optimizer steps between probes, default 5000; the first is after step one.
+        samples: How many, default 64; at least 2.
+        t_switch: Times in [0, 1].
+        t_resume: Times in [0, 1).
+        held_out: Samples, or samples and labels; default from the validation loader.
+        weights: "average" of a `WeightAveraging`, "current", or "auto": the former if there is one.
+        method: "euler" or "midpoint": they do not ask at t = 1, where the oracle is singular.
+        steps: From t = 0 to 1, default 25.
+        class_wise: Whether the oracle is over the sample's class; "auto": if the network is given
+            labels. Copies are looked for among all rows.
+        decode: From samples to images (n, 1 or 3, H, W), for the pictures.
+        find: From a batch to `(x_1, labels or None)`.
+        dirpath: See `PosteriorMonitor`.
+        name: Prefix of tags and name of the folder.
+        seed: Of noise and labels.
+
+    Raises:
+        ValueError: At construction for numbers out of range; at the start or in the first step if
+            no velocity can be had or "average" is asked for and there is none.
+    """
+
+    def __init__(
+        self,
+        bank: LatentBank | None = None,
+        *,
+        velocity: AskVelocity | None = None,
+        every_n_steps: int = 5000,
+        samples: int = 64,
+        t_switch: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4),
+        t_resume: tuple[float, ...] = (0.2, 0.5, 0.8),
+        held_out: HeldOut | None = None,
+        weights: Literal["auto", "average", "current"] = "auto",
+        method: Literal["euler", "midpoint"] = "euler",
+        steps: int = 25,
+        class_wise: bool | Literal["auto"] = "auto",
+        decode: Callable[[Tensor], Tensor] | None = None,
+        find: FindSample = find_sample,
+        dirpath: str | Path | None = None,
+        name: str = "stagewise_memorization",
+        seed: int = 0,
+    ) -> None:
+        least = (("every_n_steps", every_n_steps, 1), ("samples", samples, 2), ("steps", steps, 1))
+        for label, value, low in least:
+            if value < low:
+                raise ValueError(f"Expected `{label}` of at least {low}, got {value}.")
+        if not t_switch or not all(0 <= t <= 1 for t in t_switch):
+            raise ValueError(f"Expected `t_switch` in [0, 1], one at least, got {t_switch}.")
+        if not all(0 <= t < 1 for t in t_resume):
+            raise ValueError(f"Expected `t_resume` in [0, 1), got {t_resume}.")
+        if weights not in ("auto", "average", "current"):
+            raise ValueError(
+                f'Expected `weights` to be "auto", "average" or "current", got {weights!r}.'
+            )
+        if method not in ("euler", "midpoint"):
+            raise ValueError(f'Expected `method` "euler" or "midpoint", got {method!r}.')
+        if class_wise not in (True, False, "auto"):
+            raise ValueError(
+                f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.'
+            )
+        if bank is not None and not isinstance(bank, LatentBank):
+            raise TypeError(f"Expected `bank` to be a LatentBank, got {type(bank).__name__}.")
+        self.every_n_steps, self.samples, self.steps = every_n_steps, samples, steps
+        self.t_switch, self.t_resume = tuple(sorted(t_switch)), tuple(sorted(t_resume))
+        self.weights, self.method, self.class_wise = weights, method, class_wise
+        self.decode, self.find = decode, find
+        self.dirpath, self.name, self.seed = dirpath, name, seed
+        self.history: list[dict[str, Any]] = []
+        self.oracle: Oracle | None = None
+        self._given, self._held_out = bank, held_out
+        self._source = VelocitySource(velocity, find, "MemorizationMonitor")
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for monitors of distinct names."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probes so far, as plain numbers and lists."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the probes of a checkpoint."""
+        self.history = list(state_dict["history"])
+
+    # -- hooks --------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes or builds the bank, reads held-out rows, opens the files."""
+        past = trainer.global_step
+        self.history = [entry for entry in self.history if past and entry["step"] <= past]
+        self._averaging = next(
+            (c for c in getattr(trainer, "callbacks", []) if isinstance(c, WeightAveraging)), None
+        )
+        if self.weights == "average" and self._averaging is None:
+            raise ValueError(
+                'weights="average" needs an EMAWeightAveraging (or WeightAveraging) among the '
+                'callbacks, and there is none. Add one, or say weights="current".'
+            )
+        path = path_of(pl_module)[0]
+        self.oracle = None if self._given else oracle_before(trainer, self, path)
+        if self.oracle is None:
+            bank = self._given or bank_from_trainer(trainer, pl_module, find=self.find)
+            self.oracle = Oracle(beside_training(bank, trainer), path)
+        about: dict[str, Any] = {
+            "find": self.find,
+            "seed": self.seed,
+            "asks": "MemorizationMonitor",
+        }
+        bank, given = self.oracle.bank, self._given is not None
+        if self.class_wise is True:
+            bank.require_classes()
+        rows = training_rows(trainer, pl_module, bank, 2, given=given, **about)
+        self._others = None
+        if self.t_resume:
+            self._others = held_out_rows(
+                trainer, pl_module, bank, self.samples, given=self._held_out, **about
+            )
+        self._source.start(trainer, pl_module, *rows)
+        self._ready = False
+        self._led: dict[float, Tensor] = {}
+        self._writer = Writer(trainer, self.name, self.dirpath)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the first batch: begins to look for the network."""
+        if not self._ready:
+            self._source.watch(pl_module, batch)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Probes if it is time."""
+        if not self._ready:
+            self._settle(trainer, pl_module)
+        step = trainer.global_step
+        last = self.history[-1]["step"] if self.history else None
+        if last is None or step // self.every_n_steps > last // self.every_n_steps:
+            self._probe(trainer, pl_module, step)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes the hooks off, and lets go of the bank."""
+        self._source.stop()
+        self.oracle, self._led = None, {}
+
+    # -- set-up -------------------------------------------------------------------------------
+
+    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Once the network is known: noise and labels, header."""
+        self._source.settle(trainer)
+        assert self.oracle is not None
+        bank = self.oracle.bank
+        asked = bank.classes and self._source.conditional
+        self.wise = bool(asked) if self.class_wise == "auto" else self.class_wise
+        draws = torch.Generator().manual_seed(self.seed)
+        self._noise = torch.randn(self.samples, *bank.shape, generator=draws)
+        rows = torch.randint(len(bank), (self.samples,), generator=draws)
+        self._labels = torch.tensor(bank.labels_of(rows.tolist())) if asked or self.wise else None
+        header = {
+            "event": "memorization",
+            "rows": len(bank),
+            "network": self._source.describe(),
+            "weights": "average" if self._averages else "current",
+            "class_wise": self.wise,
+            "samples": self.samples,
+            "held_out_rows": 0 if self._others is None else len(self._others[0]),
+            "method": self.method,
+            "steps": self.steps,
+            "path": repr(self.oracle.path),
+        }
+        images = " To see samples: decode=lambda x: images of shape (n, 3, H, W)."
+        rank_zero_info(
+            f"MemorizationMonitor: asks {header['network']}, {header['weights']} weights; "
+            f"{self._writer.describe()}."
+            + ("" if self.decode or figures.is_image(bank.shape) else images)
+        )
+        self._writer.start([header, *self.history], resumed=bool(self.history))
+        self._ready = True
+
+    @property
+    def _averages(self) -> bool:
+        return self.weights != "current" and self._averaging is not None
+
+    def _module(self, pl_module: pl.LightningModule) -> nn.Module:
+        averaged = getattr(self._averaging, "_average_model", None) if self._averages else None
+        return pl_module if averaged is None else averaged.module
+
+    def _velocity(self, module: nn.Module, labels: Tensor | None) -> Velocity:
+        ask = self._source.of(module)
+
+        def velocity(xt: Tensor, t: Tensor) -> Tensor:
+            v = ask(xt, t, labels)
+            if v.shape != xt.shape:
+                raise ValueError(
+                    f"Expected a velocity of shape {tuple(xt.shape)}, got {tuple(v.shape)}."
+                )
+            return v
+
+        return velocity
+
+    # -- one probe ----------------------------------------------------------------------------
+
+    def _probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        start = time.perf_counter()
+        entry: dict[str, Any] = {"event": "memorization_probe", "step": step}
+        # Every rank must know of the probe, and one computes it.
+        self.history.append(entry)
+        if trainer.is_global_zero:
+            module = self._module(pl_module)
+            with model_in_eval_mode(trainer, module):
+                switched_, resumed = self._generate(module, pl_module.device)
+            entry |= self._measured(switched_, resumed, step)
+            entry["probe_seconds"] = time.perf_counter() - start
+        if trainer.world_size > 1:
+            entry |= trainer.strategy.broadcast(entry)
+        names = [("copies", ""), ("low", "_low"), ("high", "_high")]
+        scalars = {
+            f"{self.name}/copies/t_switch={t:g}{end}": entry[key][k]
+            for k, t in enumerate(self.t_switch)
+            for key, end in names
+        }
+        for k, t in enumerate(self.t_switch):
+            ratio = torch.tensor(entry["ratio"][k], dtype=torch.float64)
+            scalars[f"{self.name}/ratio/t_switch={t:g}"] = float(ratio.nanmedian())
+        for t, share in zip(entry["t_resume"], entry["resumed_copies"], strict=True):
+            scalars[f"{self.name}/resumed_copies/t={t:g}"] = share
+        scalars[f"{self.name}/probe_seconds"] = entry["probe_seconds"]
+        self._writer.scalars(scalars, step)
+        self._writer.event(entry)
+
+    def _generate(
+        self, module: nn.Module, device: torch.device
+    ) -> tuple[dict[float, Tensor], dict[float, tuple[Tensor, Tensor]]]:
+        """Samples by t_switch; noised and resumed samples by t_resume."""
+        assert self.oracle is not None
+        oracle, labels = self.oracle, self._labels
+        about: dict[str, Any] = {"method": self.method, "steps": self.steps}
+        asked = labels if self.wise else None
+
+        def led(xt: Tensor, t: Tensor) -> Tensor:
+            place = oracle.bank.device
+            return oracle.velocity(xt.to(place), t.to(place), asked).to(xt)
+
+        x0 = self._noise.to(device)
+        given = labels.to(device) if labels is not None and self._source.conditional else None
+        model, made = self._velocity(module, given), {}
+        for t in self.t_switch:
+            if t not in self._led:  # the oracle's part is the same in all probes
+                x = x0 if t == 0 else switched(led, led, x0, 0.0, end=t, **self._part(t))
+                self._led[t] = x.cpu()
+            x, rest = self._led[t].to(device), self._part(1 - t)
+            made[t] = x if t == 1 else switched(model, model, x, 0.0, start=t, **rest)
+        resumed = {}
+        if self._others is not None:
+            x1 = self._others[0].to(device).float()
+            names = self._others[1] if given is not None else None
+            model = self._velocity(module, None if names is None else names.to(device))
+            noise = torch.randn(x1.shape, generator=torch.Generator().manual_seed(self.seed + 1))
+            for t in self.t_resume:
+                path = oracle.path(torch.full((len(x1),), t, device=device))
+                noised = expand_like(path.alpha, x1) * x1 + expand_like(path.sigma, x1) * noise.to(
+                    device
+                )
+                about = self._part(1 - t)
+                resumed[t] = noised, switched(model, model, noised, 0.0, start=t, **about)
+        return made, resumed
+
+    def _part(self, share: float) -> dict[str, Any]:
+        """Solver and steps of a part of [0, 1]."""
+        return {"method": self.method, "steps": max(1, round(self.steps * share))}
+
+    def _measured(
+        self,
+        made: dict[float, Tensor],
+        resumed: dict[float, tuple[Tensor, Tensor]],
+        step: int,
+    ) -> dict[str, Any]:
+        """Copies and their intervals; draws the pictures."""
+        assert self.oracle is not None
+        bank = self.oracle.bank
+        found = {t: nearest_rows(bank, x) for t, x in made.items()}
+        found_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
+        broken = sum(int((n.row < 0).sum()) for n in [*found.values(), *found_resumed.values()])
+        if broken:
+            rank_zero_warn(
+                f"MemorizationMonitor: {broken} samples of step {step} are not finite; they are "
+                "left out of the shares of copies."
+            )
+        counts = {t: (int(n.copied.sum()), int((n.row >= 0).sum())) for t, n in found.items()}
+        ends = [share_interval(*counts[t]) for t in self.t_switch]
+        entry = {
+            "weights": "average" if self._averages else "current",
+            "samples": self.samples,
+            "t_switch": list(self.t_switch),
+            "copies": [k / n if n else float("nan") for k, n in counts.values()],
+            "low": [low for low, _ in ends],
+            "high": [high for _, high in ends],
+            "ratio": [n.ratio.tolist() for n in found.values()],
+            "t_resume": list(found_resumed),
+            "resumed_copies": [
+                float(n.copied[n.row >= 0].double().mean()) for n in found_resumed.values()
+            ],
+            "not_finite": broken,
+        }
+        pictures = {"copies": figures.copies_figure([*self.history[:-1], {"step": step} | entry])}
+
+        def shown(x: Tensor) -> Tensor:
+            x = x[:_SHOWN]
+            return (self.decode(x) if self.decode else x).detach().float().cpu()
+
+        def rows(near: Any) -> Tensor:
+            taken = bank.take(near.row[:_SHOWN].clamp_min(0)).reshape(-1, *bank.shape)
+            return shown(taken.float())
+
+        if self.decode or figures.is_image(bank.shape):
+            columns, ratios = [], {}
+            for t, near in found.items():
+                ratios[len(columns)] = near.ratio.cpu()
+                columns += [(f"t_switch\n{t:g}", shown(made[t])), ("nearest\nrow", rows(near))]
+            pictures["samples"] = figures.grid_figure(columns, ratios, f"Samples, step {step}")
+        if resumed and "samples" in pictures and self._others is not None:
+            columns, ratios = [("held out", shown(self._others[0]))], {}
+            for t, near in found_resumed.items():
+                ratios[len(columns) + 1] = near.ratio.cpu()
+                noised, x = (shown(part) for part in resumed[t])
+                columns += [(f"noised\n{t:g}", noised), ("resumed", x), ("nearest", rows(near))]
+            pictures["resumed"] = figures.grid_figure(columns, ratios, f"Resumed, step {step}")
+        self._writer.pictures(pictures, step)
+        return entry

@@ -7,7 +7,7 @@ TREE := build/tree
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint types bench bench-imagenet bench-schemes docs tree clean distclean
+.PHONY: help demo test test-all lint types bench bench-imagenet bench-schemes figures docs tree clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -37,7 +37,11 @@ bench-schemes: $(VENV)/.recipes ## train with and without schemes (hours; resume
 	$(BIN)/python benchmarks/schemes.py --threads 1
 	$(BIN)/python benchmarks/schemes.py --threads 1 --only default --horizons 600,750 --data photos8
 	$(BIN)/python benchmarks/schemes_variance.py --threads 1
+	$(BIN)/python benchmarks/schemes_why.py --threads 1
 	$(BIN)/python benchmarks/schemes.py --report
+
+figures: $(VENV)/.recipes ## train three small models, draw what docs/watching.md shows (half an hour)
+	$(BIN)/python benchmarks/watching.py
 
 docs: $(VENV)/.docs tree ## write the API documentation to build/docs
 	PYTHONPATH=$(TREE) $(BIN)/pdoc --docformat google --math -o build/docs $$( \

@@ -201,7 +201,7 @@ def _first(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, 
     """The first of two records if it has anything to say, else the other."""
     keep, size = one[0].any(), max(len(one[0]), len(other[0]))
 
-    def chosen(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(keep, *(nn.functional.pad(x, (0, size - len(x))) for x in (a, b)))
+    def padded(x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (0, size - len(x)))
 
-    return tuple(chosen(a, b) for a, b in zip(one, other, strict=True))
+    return tuple(torch.where(keep, padded(a), padded(b)) for a, b in zip(one, other, strict=True))

@@ -19,6 +19,7 @@ from stagewise import paths
 from stagewise.adapters.paths import same_path
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_checked, find_sample
+from stagewise.callbacks import velocity_figures
 from stagewise.callbacks.checks import beside_training, path_of
 from stagewise.callbacks.driving import measured_boundary
 from stagewise.callbacks.metrics import BinnedMeans
@@ -79,8 +80,10 @@ class VelocityErrorMonitor(pl.Callback):
       answer, weights included; how it adds up in the parameters is not seen there.
     - `stagewise_error_spent/loss_by_t/t=...`: mean conditional velocity error.
 
-    **To TensorBoard** also figures; **to disk**, in `dirpath`, `stages.jsonl` and the figures as
-    PNG. The first loss that is not finite is named with its step, rows and t.
+    **To TensorBoard** also figures (error by t now and over the training, heat maps, what training
+    spends on each stage) and charts on the custom-scalars page; **to disk**, in `dirpath`,
+    `stages.jsonl` and the figures as PNG. The first loss that is not finite is named with its step,
+    rows and t.
 
     When not to use it: as for `PosteriorMonitor`. On held-out samples the oracle error says how far
     the model is from repeating the training set, not how good it is.
@@ -152,6 +155,7 @@ class VelocityErrorMonitor(pl.Callback):
         self.edges = torch.empty(0)
         self._given, self._held_out = bank, held_out
         self._source = VelocitySource(velocity, find, "VelocityErrorMonitor")
+        self._probes: dict[str, Probe] = {}
         self._record: TrainingRecord | None = None
         self._stash: dict[str, Any] | None = None
 
@@ -226,7 +230,9 @@ class VelocityErrorMonitor(pl.Callback):
         if step == before and self._last is not None:
             return
         self._step = step
-        if self._record is not None and _crosses(before, step, trainer.log_every_n_steps):
+        if self._record is not None and _crosses(
+            before, step, getattr(trainer, "log_every_n_steps", 0)
+        ):
             self._name_nonfinite()
             self._writer.scalars(self._record.latest(f"{self.name}_spent"), step - 1)
         last = self._last
@@ -314,7 +320,7 @@ class VelocityErrorMonitor(pl.Callback):
         given = self._given is not None
         self._rows = training_rows(trainer, pl_module, bank, count, given=given, **about)
         self._others = held_out_rows(trainer, pl_module, bank, count, given=self._held_out, **about)
-        self._probes: dict[str, Probe] = {}
+        self._probes = {}
 
     def _place_stages(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where the stages meet, and what training spends on each, from here on."""
@@ -363,8 +369,8 @@ class VelocityErrorMonitor(pl.Callback):
             "train_rows": len(self._rows[0]),
             "held_out_rows": held_out,
             "class_wise": wise,
-            "midpoint": self.boundary.midpoint,
-            "collapsed": self.boundary.collapsed,
+            "midpoint": float(self._stages[1]),
+            "collapsed": float(self._stages[2]),
         }
         self._writer.start([header, *self.events], resumed=bool(self.events))
         self._writer.dashboard(trainer)
@@ -373,10 +379,12 @@ class VelocityErrorMonitor(pl.Callback):
     def _boundary(self, trainer: pl.Trainer) -> StageBoundary:
         """What a monitor before this one has measured, or else measured now."""
         callbacks = getattr(trainer, "callbacks", [self])
+        self._posterior: PosteriorMonitor | None = None
         for monitor in callbacks[: callbacks.index(self)]:
             if isinstance(monitor, PosteriorMonitor) and monitor.oracle is not None:
                 alike = same_path(monitor.oracle.path, self._oracle.path)
                 if alike and monitor.boundary is not None and monitor.wise == self._wise:
+                    self._posterior = monitor
                     return monitor.boundary
         return measured_boundary(trainer, self._oracle, class_wise=self._wise, seed=self.seed)
 
@@ -489,7 +497,31 @@ class VelocityErrorMonitor(pl.Callback):
     def _figures(
         self, probes: list[dict[str, Any]], window: dict[str, Any] | None
     ) -> dict[str, Figure]:
-        return {}
+        boundary = self.boundary
+        assert boundary is not None
+        edges, probe = self.edges.tolist(), probes[-1]
+        # A resumed run may have been given another number of strata.
+        probes = [entry for entry in probes if len(entry["train"]["oracle"]) == len(edges) - 1]
+        at = (boundary.midpoint, boundary.collapsed)
+        pictures = {
+            "loss_by_t": velocity_figures.loss_by_time_figure(edges, probe, *at),
+            "oracle_error": velocity_figures.dynamics_figure(edges, probes, "oracle", *at),
+            "conditional_error": velocity_figures.dynamics_figure(
+                edges, probes, "conditional", *at
+            ),
+            "oracle_error_heatmap": velocity_figures.error_heatmap(edges, probes),
+        }
+        gaps = [entry for entry in probes if entry["gap"] is not None]
+        if gaps:
+            pictures["gap_heatmap"] = velocity_figures.gap_heatmap(edges, gaps)
+        if window is not None:
+            pictures["spending"] = velocity_figures.spending_figure(edges, window)
+        if self._posterior is not None and self._posterior.curve is not None:
+            curve = self._posterior.curve
+            pictures["stages_and_error"] = velocity_figures.stages_and_error_figure(
+                edges, probe, curve.times.tolist(), curve.mean("top1").tolist(), *at
+            )
+        return pictures
 
 
 def _crosses(before: int, step: int, every: int) -> bool:

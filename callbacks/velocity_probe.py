@@ -80,7 +80,7 @@ class Probe:
         self.t, self.size, self.edges = t[own].float(), len(t), edges
         self.labels = None if labels is None else labels[index]
         generator = torch.Generator()
-        xt, conditional, marginal = [], [], []
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
         for part in torch.arange(len(own)).split(_BATCH):
             x = x1[index[part]].to(device, torch.float32)
             noise = [
@@ -92,9 +92,8 @@ class Probe:
             noisy = oracle.path.interpolate(x0, x, times).to(torch.float32)
             u = Prediction("velocity").target(oracle.path(times), x0, x)
             gap = oracle.correction(noisy, times, x, wise)
-            for kept, value in zip((xt, conditional, marginal), (noisy, u, u + gap), strict=True):
-                kept.append(value.cpu())
-        self.xt, self.u, self.oracle_u = (torch.cat(kept) for kept in (xt, conditional, marginal))
+            kept.append((noisy.cpu(), u.cpu(), (u + gap).cpu()))
+        self.xt, self.u, self.oracle_u = (torch.cat(part) for part in zip(*kept, strict=True))
 
     @torch.no_grad()
     def measure(

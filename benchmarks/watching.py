@@ -1,0 +1,119 @@
+"""The pictures of docs/watching.md: what models of three sizes do at each t, while they train.
+
+`make figures` runs it. Each model is trained on the photographs of the recipe, in a part that is
+not run again if it was (`--dir`), and then all pictures are drawn. They are equal in kind to
+figures 7 and 8 of Liu et al. (arXiv 2512.02826): loss against the conditional and the oracle
+target by t, models of three sizes, and five steps of training in one picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from schemes import write_once
+
+from stagewise.callbacks import VelocityErrorMonitor, velocity_figures
+from stagewise.callbacks.figures import render
+from stagewise.losses import FlowMatchingLoss
+from stagewise.recipes.module import FlowMatchingModule
+from stagewise.recipes.photos import PhotoPatches
+from stagewise.recipes.sit import SiT
+from stagewise.timesteps import Uniform
+
+SIZES = {"small": (64, 3, 2), "base": (128, 4, 4), "large": (192, 6, 6)}  # width, depth, heads
+STEPS, SHOWN = 600, (25, 50, 100, 300, 600)
+
+
+def train(size: str, folder: Path) -> dict[str, Any]:
+    """Trains a model of a size; gives what the monitor reported."""
+    pl.seed_everything(0, verbose=False)
+    width, depth, heads = SIZES[size]
+    net = SiT(7, 16, 3, 4, width, depth, heads)
+    module = FlowMatchingModule(net, FlowMatchingLoss(timesteps=Uniform(stratified=True)))
+    monitor = VelocityErrorMonitor(every_n_steps=25, strata=20, queries=96, dirpath=folder / size)
+    trainer = pl.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        devices=1,
+        gradient_clip_val=1.0,
+        callbacks=[monitor],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=10 * STEPS,
+    )
+    trainer.fit(module, datamodule=PhotoPatches())
+    weights = sum(p.numel() for p in net.parameters())
+    boundary = monitor.boundary
+    assert boundary is not None
+    return {
+        "weights": weights,
+        "edges": monitor.edges.tolist(),
+        "midpoint": boundary.midpoint,
+        "collapsed": boundary.collapsed,
+        "probes": monitor.history,
+    }
+
+
+def draw(found: dict[str, dict[str, Any]]) -> dict[str, Figure]:
+    """The pictures, by the names of their files."""
+    pictures: dict[str, Figure] = {}
+    if "base" in found:
+        base = found["base"]
+        edges, probes = base["edges"], base["probes"]
+        at = (base["midpoint"], base["collapsed"])
+        title = f"SiT of {base['weights'] / 1e6:.1f} M weights, 16 x 16 x 3 photographs"
+        shown = [probe for probe in probes if probe["step"] in SHOWN]
+        pictures["error_by_t"] = velocity_figures.loss_by_time_figure(edges, probes[-1], *at, title)
+        pictures["error_while_training"] = velocity_figures.dynamics_figure(
+            edges, shown, "conditional", *at, title
+        )
+        pictures["oracle_error_heatmap"] = velocity_figures.error_heatmap(edges, probes)
+    if len(found) > 1:
+        models = {
+            f"{model['weights'] / 1e6:.2g} M weights, step {model['probes'][-1]['step']}": model[
+                "probes"
+            ][-1]
+            for model in found.values()
+        }
+        first = next(iter(found.values()))
+        pictures["error_by_size"] = velocity_figures.sizes_figure(
+            first["edges"], models, first["midpoint"], first["collapsed"]
+        )
+    return pictures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dir", type=Path, default=Path("build/watching"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/images"))
+    parser.add_argument("--threads", type=int, help="of torch")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    arguments.dir.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for size in SIZES:
+        file = arguments.dir / f"{size}.json"
+        write_once(file, lambda size=size: train(size, arguments.dir))
+        if file.exists():
+            found[size] = json.loads(file.read_text())
+
+    for name, figure in draw(found).items():
+        arguments.docs.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(render(figure)).save(arguments.docs / f"{name}.png")
+        print(arguments.docs / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

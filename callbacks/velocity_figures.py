@@ -1,0 +1,327 @@
+"""The pictures of a model's error by t. Every function returns a matplotlib figure, saves nothing.
+
+They take what `VelocityErrorMonitor` reports, events as they stand in `stages.jsonl`: lists over
+the bins of t, with None or NaN where a bin is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from stagewise.callbacks.figures import TIME_LABEL, new_figure
+
+__all__ = [
+    "dynamics_figure",
+    "error_heatmap",
+    "gap_heatmap",
+    "loss_by_time_figure",
+    "sizes_figure",
+    "spending_figure",
+    "stages_and_error_figure",
+]
+
+Event = Mapping[str, Any]
+_TRAIN, _HELD_OUT, _ORACLE = "tab:blue", "tab:orange", "tab:red"
+_CURVES = 10
+"""Curves that a picture of a whole training has at most."""
+
+
+def _array(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
+def _time_axis(axes: Axes, edges: np.ndarray) -> np.ndarray:
+    """Labels the axis of t, stretched where the bins are narrow; gives the centres of the bins."""
+    bins = len(edges) - 1
+    even = np.allclose(np.diff(edges), 1 / bins, rtol=1e-3)
+    if not even:
+        places = np.linspace(0, 1, bins + 1)
+        axes.set_xscale(
+            "function",
+            functions=(
+                lambda t: np.interp(t, edges, places),
+                lambda place: np.interp(place, places, edges),
+            ),
+        )
+        axes.set_xticks(edges[:: max(1, bins // 8)])
+        axes.xaxis.set_major_formatter(lambda t, _: f"{t:.3g}")
+    axes.set(xlabel=TIME_LABEL + ("" if even else ", every bin drawn as wide"), xlim=(0, 1))
+    return (edges[1:] + edges[:-1]) / 2
+
+
+def _draw_stages(axes: Axes, midpoint: float | None, collapsed: float | None) -> None:
+    """Lines where navigation ends and where the posterior has collapsed."""
+    for at, name, style in ((midpoint, "midpoint", "--"), (collapsed, "collapsed", ":")):
+        if at is not None and np.isfinite(at):
+            axes.axvline(at, color="0.35", lw=1.1, ls=style, label=f"{name}  t = {at:.3f}")
+
+
+def loss_by_time_figure(
+    edges: Sequence[float],
+    probe: Event,
+    midpoint: float | None,
+    collapsed: float | None,
+    title: str = "",
+) -> Figure:
+    """Error against conditional and oracle velocity, and the floor (as Fig. 7a of the paper).
+
+    Args:
+        edges: Of the bins, (T + 1,).
+        probe: An event `velocity_probe`.
+        midpoint: Where navigation ends, or None.
+        collapsed: Where the posterior has collapsed, or None.
+        title: Names the model.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure()
+    axes = figure.add_subplot()
+    t = _time_axis(axes, np.asarray(edges))
+    _draw_stages(axes, midpoint, collapsed)
+    train = probe["train"]
+    axes.fill_between(t, _array(train["floor"]), color="0.88", lw=0, label="floor")
+    lines = [("training, conditional", train, "conditional", _TRAIN, "-")]
+    lines.append(("training, oracle", train, "oracle", _ORACLE, "-"))
+    if probe.get("held_out"):
+        lines.append(("held out, conditional", probe["held_out"], "conditional", _HELD_OUT, "--"))
+    for label, split, key, colour, style in lines:
+        error = 2 * _array(split[f"{key}_se"])
+        axes.errorbar(
+            t, _array(split[key]), error, color=colour, ls=style, lw=1.4, marker=".", label=label
+        )
+    axes.set(ylabel="MSE of the velocity, per number")
+    axes.set_title(f"Error by t at step {probe['step']}" + (f"\n{title}" if title else ""))
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, ncols=2)
+    return figure
+
+
+def _chosen(probes: Sequence[Event]) -> list[Event]:
+    """At most ten probes, evenly over the logarithm of the step, first and last among them."""
+    if len(probes) <= _CURVES:
+        return list(probes)
+    steps = np.log1p([probe["step"] for probe in probes])
+    wanted = np.linspace(steps[0], steps[-1], _CURVES)
+    return [probes[i] for i in sorted({int(np.abs(steps - at).argmin()) for at in wanted})]
+
+
+def dynamics_figure(
+    edges: Sequence[float],
+    probes: Sequence[Event],
+    key: str,
+    midpoint: float | None,
+    collapsed: float | None,
+    title: str = "",
+) -> Figure:
+    """One curve for each of several steps of training, coloured by step (as Fig. 8 of the paper).
+
+    Args:
+        edges: Of the bins, (T + 1,).
+        probes: Events `velocity_probe`, ascending; at most ten are drawn.
+        key: "conditional" or "oracle": which error on training samples.
+        midpoint: Where navigation ends, or None.
+        collapsed: Where the posterior has collapsed, or None.
+        title: Names the model.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure()
+    axes = figure.add_subplot()
+    t = _time_axis(axes, np.asarray(edges))
+    _draw_stages(axes, midpoint, collapsed)
+    last = max(2, probes[-1]["step"])
+    norm, colours = LogNorm(max(1, probes[0]["step"]), last), mpl.colormaps["viridis_r"]
+    for probe in _chosen(probes):
+        colour = colours(norm(max(1, probe["step"])))
+        axes.plot(t, _array(probe["train"][key]), color=colour, lw=1.5)
+    if key == "conditional":
+        floor = _array(probes[-1]["train"]["floor"])
+        axes.fill_between(t, floor, color="0.88", lw=0, label="floor: no model goes below")
+    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="training step")
+    axes.set(ylabel=f"MSE({key} velocity), training samples")
+    axes.set_title(f"{key.capitalize()} error while training" + (f"\n{title}" if title else ""))
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def sizes_figure(
+    edges: Sequence[float],
+    models: Mapping[str, Event],
+    midpoint: float | None,
+    collapsed: float | None,
+) -> Figure:
+    """Oracle error of several models, by name (as Fig. 7b of the paper).
+
+    Args:
+        edges: Of the bins, (T + 1,), the same for all.
+        models: For each name an event `velocity_probe`.
+        midpoint: Where navigation ends, or None.
+        collapsed: Where the posterior has collapsed, or None.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure()
+    axes = figure.add_subplot()
+    t = _time_axis(axes, np.asarray(edges))
+    _draw_stages(axes, midpoint, collapsed)
+    for name, probe in models.items():
+        error = 2 * _array(probe["train"]["oracle_se"])
+        axes.errorbar(t, _array(probe["train"]["oracle"]), error, lw=1.5, marker=".", label=name)
+    axes.set(ylabel="MSE(oracle velocity), training samples", title="Oracle error by model size")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _mesh(axes: Axes, edges: Sequence[float], probes: Sequence[Event]) -> np.ndarray:
+    """Labels the axes of a heat map; gives the edges of its columns: a probe lasts to the next."""
+    steps = np.array([probe["step"] for probe in probes], dtype=float)
+    width = steps[-1] - steps[-2] if len(steps) > 1 else 1.0
+    axes.set(xlabel="training step", ylabel="t   (0 = noise), every bin drawn as high")
+    ticks = np.arange(0, len(edges), max(1, len(edges) // 8))
+    axes.set_yticks(ticks, [f"{edges[i]:.3g}" for i in ticks])
+    return np.append(steps, steps[-1] + width)
+
+
+def error_heatmap(edges: Sequence[float], probes: Sequence[Event]) -> Figure:
+    """Oracle error on training samples over t and training step.
+
+    Args:
+        edges: Of the bins, (T + 1,).
+        probes: Events `velocity_probe`, ascending.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure()
+    axes = figure.add_subplot()
+    columns = _mesh(axes, edges, probes)
+    values = np.stack([_array(probe["train"]["oracle"]) for probe in probes], axis=1)
+    positive = values[np.isfinite(values) & (values > 0)]
+    low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
+    norm = LogNorm(max(low, high / 1e3), max(high, low * 1.01))
+    mesh = axes.pcolormesh(columns, np.arange(len(edges)), values, norm=norm, cmap="magma")
+    axes.set_title("Oracle error while training")
+    figure.colorbar(mesh, label="MSE(oracle velocity), training samples")
+    return figure
+
+
+def gap_heatmap(edges: Sequence[float], probes: Sequence[Event]) -> Figure:
+    """Held-out minus training error, as a share of the latter, over t and training step.
+
+    Args:
+        edges: Of the bins, (T + 1,).
+        probes: Events `velocity_probe` with a gap, ascending.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure()
+    axes = figure.add_subplot()
+    columns = _mesh(axes, edges, probes)
+    shares = [_array(p["gap"]) / _array(p["train"]["conditional"]) for p in probes]
+    values = np.stack(shares, axis=1)
+    largest = max(0.05, float(np.nanmax(np.abs(values))))
+    mesh = axes.pcolormesh(
+        columns,
+        np.arange(len(edges)),
+        values,
+        norm=TwoSlopeNorm(0, -largest, largest),
+        cmap="RdBu_r",
+    )
+    axes.set_title("Held-out minus training error")
+    figure.colorbar(mesh, label="share of the training error")
+    return figure
+
+
+def stages_and_error_figure(
+    edges: Sequence[float],
+    probe: Event,
+    times: Sequence[float],
+    top1: Sequence[float],
+    midpoint: float | None,
+    collapsed: float | None,
+) -> Figure:
+    """Concentration of the posterior and the model's oracle error, over one axis of t.
+
+    Args:
+        edges: Of the bins, (T + 1,).
+        probe: An event `velocity_probe`.
+        times: Mean times of the strata of a `PosteriorMonitor`.
+        top1: Its mean largest posterior weights.
+        midpoint: Where navigation ends, or None.
+        collapsed: Where the posterior has collapsed, or None.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure()
+    axes = figure.add_subplot()
+    t = _time_axis(axes, np.asarray(edges))
+    _draw_stages(axes, midpoint, collapsed)
+    axes.plot(times, _array(top1), "k.-", lw=1.3, ms=4, label="largest posterior weight (data)")
+    axes.set(ylabel="largest posterior weight", ylim=(0, 1.02))
+    other = axes.twinx()
+    other.plot(
+        t, _array(probe["train"]["oracle"]), ".-", color=_ORACLE, label="oracle error (model)"
+    )
+    other.set_ylabel("MSE(oracle velocity)", color=_ORACLE)
+    other.tick_params(axis="y", colors=_ORACLE)
+    other.set_ylim(bottom=0)
+    axes.set_title(f"Where the data decide, and where the model errs, at step {probe['step']}")
+    lines = [*axes.get_lines(), *other.get_lines()]
+    axes.legend(lines, [str(line.get_label()) for line in lines], fontsize=8, loc="upper left")
+    return figure
+
+
+def spending_figure(edges: Sequence[float], window: Event) -> Figure:
+    """What training spends on each stage, and how it draws t.
+
+    Args:
+        edges: Of the bins, (T + 1,).
+        window: An event `training_window`.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    stages = window["stages"]
+    names = ("draws", "loss", "gradient")
+    for row, name in enumerate(names):
+        start = 0.0
+        for stage, colour in zip(stages, ("#4477aa", "#ccbb44", "#aa3377"), strict=True):
+            share = stages[stage][name] or 0.0
+            left.barh(row, share, left=start, color=colour, label=stage if row == 0 else None)
+            if share > 0.08:
+                left.text(start + share / 2, row, f"{share:.0%}", ha="center", va="center", size=8)
+            start += share
+    left.set_yticks(range(3), ["draws", "loss", "gradient\n(dL/dv)"])
+    left.set(xlim=(0, 1), xlabel="share", title="What training spends")
+    left.invert_yaxis()
+    figure.legend(loc="outside lower left", ncols=3, fontsize=8)
+    bounds = np.asarray(edges)
+    width = np.diff(bounds)
+    _time_axis(right, bounds)
+    right.stairs(_array(window["draws"]) / width, bounds, fill=True, color="0.8", label="drawn")
+    if window.get("density"):
+        right.stairs(
+            _array(window["density"]) / width, bounds, color="tab:red", lw=1.3, label="nominal"
+        )
+    right.set(
+        ylabel="density of t", title=f"Draws, steps {window['from_step']} to {window['step']}"
+    )
+    right.legend(fontsize=8)
+    return figure

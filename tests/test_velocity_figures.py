@@ -1,0 +1,102 @@
+"""The pictures of a model's error by t: what they show, and that they stand gaps in the data."""
+
+import matplotlib.colors
+import numpy as np
+import pytest
+
+from stagewise.callbacks import velocity_figures as pictures
+from stagewise.callbacks.figures import render
+
+EVEN = np.linspace(0, 1, 9).tolist()
+EARLY = [*np.linspace(0, 0.17, 5).tolist(), 0.4, 0.6, 0.8, 1.0]
+BOUNDARY = (0.4, 0.8)
+
+
+def probe(step, scale=1.0, holes=False):
+    """A probe whose oracle error falls with the step."""
+    oracle = (scale * np.linspace(0.1, 0.8, 8) / (1 + step / 100)).tolist()
+    floor = np.linspace(0.4, 0.0, 8).tolist()
+    if holes:
+        oracle[3] = None
+    total = [None if a is None else a + b for a, b in zip(oracle, floor, strict=True)]
+    se = [0.01] * 8
+    train = {"oracle": oracle, "conditional": total, "floor": floor}
+    train |= {"oracle_se": se, "conditional_se": se}
+    gap = [None if value is None else 0.1 * value for value in total]
+    return {"step": step, "train": train, "held_out": train, "gap": gap, "gap_se": se}
+
+
+WINDOW = {
+    "step": 20,
+    "from_step": 10,
+    "draws": [1 / 8] * 8,
+    "density": [1 / 8] * 8,
+    "stages": {
+        "navigation": {"draws": 0.5, "loss": 0.2, "gradient": 0.3},
+        "transition": {"draws": 0.3, "loss": 0.3, "gradient": 0.3},
+        "refinement": {"draws": 0.2, "loss": 0.5, "gradient": 0.4},
+    },
+}
+
+
+def all_pictures(edges, holes=False, boundary=BOUNDARY, probes=None):
+    probes = probes or [probe(step, holes=holes) for step in (1, 10, 100)]
+    return {
+        "loss": pictures.loss_by_time_figure(edges, probes[-1], *boundary, "a model"),
+        "oracle": pictures.dynamics_figure(edges, probes, "oracle", *boundary),
+        "conditional": pictures.dynamics_figure(edges, probes, "conditional", *boundary),
+        "sizes": pictures.sizes_figure(edges, {"S": probes[0], "L": probes[-1]}, *boundary),
+        "heatmap": pictures.error_heatmap(edges, probes),
+        "gap": pictures.gap_heatmap(edges, probes),
+        "both": pictures.stages_and_error_figure(
+            edges, probes[-1], [0.1, 0.9], [0.0, 1.0], *boundary
+        ),
+        "spending": pictures.spending_figure(edges, WINDOW),
+    }
+
+
+@pytest.mark.parametrize("edges", [EVEN, EARLY], ids=["even", "early"])
+@pytest.mark.parametrize("holes", [False, True])
+def test_all_can_be_drawn_and_label_their_axes(edges, holes):
+    for name, figure in all_pictures(edges, holes).items():
+        image = render(figure)
+        assert image.std() > 5, name
+        labels = " ".join(axes.get_xlabel() + axes.get_ylabel() for axes in figure.axes)
+        assert "0 = noise" in labels, name
+
+
+def test_one_probe_and_no_boundary_are_enough():
+    lonely = all_pictures(EVEN, boundary=(None, float("nan")), probes=[probe(1)])
+    assert all(render(figure).std() > 5 for figure in lonely.values())
+
+
+def test_curves_are_those_of_the_data():
+    figure = all_pictures(EVEN)["oracle"]
+    axes = figure.axes[0]
+    drawn = [line for line in axes.get_lines() if len(line.get_xdata()) == 8]
+    assert len(drawn) == 3
+    np.testing.assert_allclose(drawn[-1].get_ydata(), probe(100)["train"]["oracle"])
+    np.testing.assert_allclose(drawn[0].get_xdata(), (np.arange(8) + 0.5) / 8)
+    assert len({matplotlib.colors.to_hex(line.get_color()) for line in drawn}) == 3
+
+
+def test_at_most_ten_curves_with_the_first_and_the_last():
+    probes = [probe(step) for step in range(1, 300, 7)]
+    shown = pictures._chosen(probes)
+    assert len(shown) <= 10
+    assert (shown[0]["step"], shown[-1]["step"]) == (1, probes[-1]["step"])
+
+
+def test_narrow_bins_are_drawn_as_wide_as_others():
+    axes = all_pictures(EARLY)["loss"].axes[0]
+    places = axes.transData.transform([(edge, 0) for edge in EARLY])[:, 0]
+    widths = np.diff(places)
+    np.testing.assert_allclose(widths, widths[0], rtol=1e-6)
+    assert "drawn as wide" in axes.get_xlabel()
+
+
+def test_the_gap_is_a_share_around_zero():
+    mesh = all_pictures(EVEN)["gap"].axes[0].collections[0]
+    np.testing.assert_allclose(np.asarray(mesh.get_array()), 0.1, rtol=1e-9)
+    assert mesh.norm.vcenter == 0
+    assert mesh.norm.vmin == -mesh.norm.vmax

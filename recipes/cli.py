@@ -9,6 +9,7 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "train": ("stagewise.recipes.train", "train a recipe, with the stage monitors on"),
+    "report": ("stagewise.recipes.report", "write a page of a run, from its files"),
     "profile": (
         "stagewise.recipes.profile",
         "look at latents before training, and say what follows",

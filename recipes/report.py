@@ -1,0 +1,376 @@
+"""`stagewise report RUN`: one page of a run, from its files, that can be sent to a colleague."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import math
+import os
+import sys
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from stagewise.callbacks import velocity_figures
+from stagewise.recipes.run_files import RunFiles, read_run
+
+__all__ = ["main", "report"]
+
+STAGES = ("navigation", "transition", "refinement")
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #ddd; --soft: #f5f6f8; --text: #1a1c20; --dim: #5c6370;
+  --page: #fff; --warn: #a33; }
+@media (prefers-color-scheme: dark) { :root { --line: #3a3f47; --soft: #22252b; --text: #e6e8eb;
+  --dim: #9aa3b0; --page: #17191d; --warn: #f08080; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1360px; padding: 18px 28px 60px; background: var(--page);
+  color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 22px; margin: 0; } h2 { font-size: 18px; margin: 40px 0 6px; }
+p { margin: 6px 0; max-width: 78ch; } .dim { color: var(--dim); }
+.tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: 14px 0; }
+.tile { background: var(--soft); border: 1px solid var(--line); border-radius: 8px;
+  padding: 8px 14px; min-width: 150px; }
+.tile b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--dim); font-size: 13px; }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 16px; }
+.wide { max-width: 980px; } figure { margin: 0; } figcaption { color: var(--dim); font-size: 13px; }
+img { width: 100%; height: auto; border-radius: 6px; border: 1px solid var(--line);
+  background: #fff; }
+table { border-collapse: collapse; margin: 8px 0; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+td.number, th.number { text-align: right; }
+pre { background: var(--soft); padding: 12px; overflow-x: auto; font-size: 13px; }
+.warn { color: var(--warn); }
+"""
+
+
+def report(run: Path, output: Path | None = None, title: str | None = None) -> Path:
+    """Writes the page of a run; an older one is replaced only when the new one is whole.
+
+    Args:
+        run: Its folder.
+        output: The file; default `<run>/report.html`.
+        title: Of the page; default the name of the folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If there is no run, or no events in it.
+        OSError: If the file cannot be written.
+    """
+    files = read_run(run)
+    target = output or run / "report.html"
+    text = page(files, title or run.resolve().name)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, target)
+    return target
+
+
+def page(run: RunFiles, title: str) -> str:
+    """The page as text.
+
+    Args:
+        run: The files of a run.
+        title: Its heading.
+    """
+    sections = [_data, _errors, _held_out, _spending, _events, _reading, _config]
+    body = "\n".join([_top(run, title), *(section(run) for section in sections)])
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+# -- parts ------------------------------------------------------------------------------------
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "–"
+    return (
+        f"{value:.{digits}g}" if digits > 3 or abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+    )
+
+
+def _tile(name: str, value: str, about: str = "") -> str:
+    return (
+        f'<div class="tile"><span>{html.escape(name)}</span><b>{html.escape(value)}</b>'
+        f"<span>{html.escape(about)}</span></div>"
+    )
+
+
+def _image(data: bytes, alt: str, size: tuple[int, int] | None = None) -> str:
+    code = base64.b64encode(data).decode()
+    place = "" if size is None else f' width="{size[0]}" height="{size[1]}"'
+    alt = html.escape(alt, quote=True)
+    return (
+        f'<figure><img src="data:image/png;base64,{code}" alt="{alt}"{place}>'
+        f"<figcaption>{alt}</figcaption></figure>"
+    )
+
+
+def _drawn(figure: Figure, alt: str) -> str:
+    """A figure at twice its size on the page, so that it is sharp on any screen."""
+    width, height = (round(inches * figure.dpi) for inches in figure.get_size_inches())
+    FigureCanvasAgg(figure)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=2 * figure.dpi)
+    return _image(buffer.getvalue(), alt, (width, height))
+
+
+def _stored(path: Path | None, alt: str) -> str:
+    return "" if path is None else _image(path.read_bytes(), alt)
+
+
+def _row(*parts: str) -> str:
+    return f'<div class="row">{"".join(parts)}</div>' if any(parts) else ""
+
+
+def _missing(what: str, callback: str) -> str:
+    return f'<p class="dim">{what}: not in this run. <code>{callback}</code> writes it.</p>'
+
+
+def _ends(run: RunFiles) -> tuple[float | None, float | None]:
+    about = run.first("velocity")
+    return about.get("midpoint"), about.get("collapsed")
+
+
+def _edges(run: RunFiles) -> list[float]:
+    return run.first("velocity").get("edges", [])
+
+
+def _alike(run: RunFiles, key: str = "train") -> list[dict[str, Any]]:
+    """The probes of the model, those with other bins than the header's left out."""
+    bins = len(_edges(run)) - 1
+    probes = [probe for probe in run.of("velocity_probe") if probe.get(key)]
+    return [probe for probe in probes if len(probe["train"]["oracle"]) == bins]
+
+
+def _top(run: RunFiles, title: str) -> str:
+    tiles = []
+    measured = run.of("probe")
+    if measured:
+        last = measured[-1]
+        low, high = (_number(last.get(f"midpoint_{end}")) for end in ("low", "high"))
+        tiles.append(_tile("boundary, t", _number(last.get("midpoint")), f"95 %: {low} to {high}"))
+        tiles.append(_tile("collapsed, t", _number(last.get("collapsed"))))
+    probes = _alike(run)
+    if probes:
+        last = probes[-1]
+        for stage in STAGES:
+            found = last.get("stages", {}).get("train", {}).get(stage, {})
+            floor = _number(found.get("floor"))
+            tiles.append(
+                _tile(f"oracle error, {stage}", _number(found.get("oracle")), f"floor {floor}")
+            )
+    samples = run.of("memorization_probe")
+    if samples and samples[-1].get("copies"):
+        last = samples[-1]
+        interval = f"{_number(last['low'][0])} to {_number(last['high'][0])}"
+        tiles.append(_tile("copies among samples", _number(last["copies"][0]), f"95 %: {interval}"))
+    tiles.append(_tile("events", str(len(run.events.get("transition", [])))))
+    steps = [event.get("step", 0) for found in run.events.values() for event in found]
+    head = (
+        f"<h1>{html.escape(title)}</h1>"
+        f'<p class="dim">up to step {max(steps, default=0)}; t = 0 is noise, t = 1 is data</p>'
+    )
+    warnings = "".join(f'<p class="warn">{html.escape(line)}</p>' for line in run.problems)
+    alarms = [probe["alarm"] for probe in probes if probe.get("alarm")]
+    if alarms:
+        warnings += (
+            f'<p class="warn">The oracle may not be that of this training: {alarms[-1]}.</p>'
+        )
+    pictures = _stored(run.picture("probe", "concentration"), "Concentration of the posterior by t")
+    if probes:
+        edges, ends = _edges(run), _ends(run)
+        pictures = _drawn(
+            velocity_figures.loss_by_time_figure(edges, probes[-1], *ends),
+            "The model's error by t, against the conditional and the oracle velocity",
+        ) + _drawn(
+            velocity_figures.dynamics_figure(edges, probes, "oracle", *ends),
+            "Error against the oracle while training",
+        )
+    return f'{head}{warnings}<div class="tiles">{"".join(tiles)}</div>{_row(pictures)}'
+
+
+def _data(run: RunFiles) -> str:
+    head = "<h2>The stages of the data</h2>"
+    if not run.of("probe"):
+        return head + _missing("Where navigation ends", "PosteriorMonitor")
+    about = run.first("bank")
+    bank = (
+        f"<p>{about.get('rows', '?')} rows of shape {about.get('shape', '?')}, standard deviation "
+        f"{_number(about.get('std'))}; {about.get('classes', 0)} classes, posterior "
+        f"{'over the rows of the class' if about.get('class_wise') else 'over all rows'}; "
+        f"{html.escape(str(about.get('path', '')))}. The spectrum predicts "
+        f"t = {_number(about.get('predicted'))}.</p>"
+    )
+    pictures = [
+        _stored(run.picture("probe", name), alt)
+        for name, alt in (
+            ("concentration", "Largest posterior weight by t"),
+            ("target_difference", "MSE(conditional, oracle velocity) by t: the floor of the loss"),
+        )
+    ]
+    return head + bank + _row(*pictures)
+
+
+def _errors(run: RunFiles) -> str:
+    head = "<h2>What the model does at each t</h2>"
+    probes = _alike(run)
+    if not probes:
+        return head + _missing("Error by t", "VelocityErrorMonitor")
+    edges, ends = _edges(run), _ends(run)
+    rows = []
+    for stage in STAGES:
+        values = probes[-1].get("stages", {})
+        train, other = (values.get(split, {}).get(stage, {}) for split in ("train", "held_out"))
+        cells = (
+            *(train.get(key) for key in ("conditional", "floor", "oracle", "excess", "cosine")),
+            other.get("conditional"),
+        )
+        rows.append([stage, *(_number(cell) for cell in cells)])
+    titles = ["stage", "conditional", "floor", "oracle", "oracle / floor", "cosine", "held out"]
+    z = [
+        abs(v) for probe in probes for v in probe["train"].get("pythagoras_z", []) if v is not None
+    ]
+    check = (
+        f"<p>Over all probes and bins, conditional error is oracle error + floor within "
+        f"{_number(max(z, default=math.nan))} standard errors (up to 4 is usual).</p>"
+    )
+    pictures = [
+        _drawn(
+            velocity_figures.dynamics_figure(edges, probes, "conditional", *ends),
+            "Error against the conditional velocity while training",
+        ),
+        _drawn(velocity_figures.error_heatmap(edges, probes), "Oracle error by t and step"),
+    ]
+    measured = run.of("probe")
+    if measured:
+        figure = velocity_figures.stages_and_error_figure(
+            edges, probes[-1], measured[-1]["t"], measured[-1]["top1"], *ends
+        )
+        pictures.append(_drawn(figure, "Concentration of the posterior and the model's error"))
+    return head + _table(titles, rows) + check + _row(*pictures)
+
+
+def _held_out(run: RunFiles) -> str:
+    head = "<h2>Training against held-out samples, and copies</h2>"
+    probes, edges = _alike(run, "gap"), _edges(run)
+    parts = [head]
+    if probes:
+        figure = velocity_figures.gap_heatmap(edges, probes)
+        parts.append(_row(_drawn(figure, "Held-out minus training error by t and step")))
+    else:
+        parts.append(_missing("The gap", "VelocityErrorMonitor, with validation data,"))
+    if run.of("memorization_probe"):
+        names = (
+            ("copies", "Share of copies by the time at which the model takes over"),
+            ("samples", "Samples, each beside its nearest training row"),
+            ("resumed", "Held-out rows, noised and finished by the model"),
+        )
+        stored = (_stored(run.picture("memorization_probe", name), alt) for name, alt in names)
+        parts.append(_row(*stored))
+    else:
+        parts.append(_missing("Copies among samples", "MemorizationMonitor"))
+    return "".join(parts)
+
+
+def _spending(run: RunFiles) -> str:
+    head = "<h2>What training spends on each stage</h2>"
+    bins = len(_edges(run)) - 1
+    windows = [window for window in run.of("training_window") if len(window["draws"]) == bins]
+    if not windows:
+        return head + _missing("Draws, loss and gradients by stage", "VelocityErrorMonitor")
+    figure = velocity_figures.spending_figure(_edges(run), windows[-1])
+    drawn = _drawn(figure, "Shares of draws, loss and gradient norms, and draws of t")
+    return f'{head}<div class="wide">{drawn}</div>'
+
+
+def _events(run: RunFiles) -> str:
+    head = "<h2>Events</h2>"
+    found = [*run.events.get("transition", []), *run.events.get("non-finite", [])]
+    if not found:
+        return f'{head}<p class="dim">None was noticed.</p>'
+    rows = []
+    for event in sorted(found, key=lambda event: event["step"]):
+        if event["event"] == "non-finite":
+            kind, message = "not finite", f"rows {event['rows'][:16]} of a batch"
+        else:
+            kind, message = event.get("kind", "change of phase"), event["message"]
+        rows.append([str(event["step"]), kind, message])
+    return head + _table(["step", "what", "evidence"], rows, numbers=(0,))
+
+
+def _reading(run: RunFiles) -> str:
+    lines = (
+        "t = 0 is noise, t = 1 is data. In navigation many training samples explain a noisy one, "
+        "and the oracle velocity is their average; past the collapse one does.",
+        "Conditional error is what a flow-matching loss measures. The floor, MSE(conditional, "
+        "oracle), is the part of it that no model can remove: oracle error is the rest.",
+        "The gap is held-out minus training error. In refinement an oracle error near zero means "
+        "that the training set is repeated, not that the model is good.",
+        "Do not trust the oracle where noise and data are coupled (minibatch optimal transport), "
+        "where the training set is augmented at random, or where the line above says that the "
+        "errors do not add up.",
+    )
+    return "<h2>How to read this page</h2>" + "".join(f"<p>{line}</p>" for line in lines)
+
+
+def _config(run: RunFiles) -> str:
+    if run.config is None:
+        return ""
+    text = html.escape(run.config)
+    return (
+        f"<h2>Configuration</h2><details><summary>config.yaml</summary><pre>{text}</pre></details>"
+    )
+
+
+def _table(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] | None = None
+) -> str:
+    right = range(1, len(titles)) if numbers is None else numbers
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        kinds = (' class="number"' if place in right else "" for place in range(len(cells)))
+        parts = (
+            f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+            for cell, kind in zip(cells, kinds, strict=True)
+        )
+        return f"<tr>{''.join(parts)}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><thead>{line(titles, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def main() -> None:
+    """The entry point of `stagewise report`."""
+    parser = argparse.ArgumentParser(
+        prog="stagewise report",
+        description="Writes one self-contained HTML page from the files of a run.",
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--output", type=Path, help="the page (default RUN/report.html)")
+    parser.add_argument("--title", help="its heading (default the folder's name)")
+    arguments = parser.parse_args()
+    try:
+        target = report(arguments.run, arguments.output, arguments.title)
+    except (ValueError, OSError) as error:
+        sys.exit(f"stagewise report: {error}")
+    print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()

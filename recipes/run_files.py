@@ -1,0 +1,93 @@
+"""What a run has left on disk: the events of its monitors, their pictures, its configuration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RunFiles", "read_run"]
+
+Event = dict[str, Any]
+
+
+@dataclass
+class RunFiles:
+    """The files of a run.
+
+    Attributes:
+        folder: The run.
+        events: All events, by kind (their "event"), each with the folder it was found in under
+            "folder"; by step, as far as they have one.
+        problems: What could not be read, a line each.
+        config: The text of `config.yaml`, or None.
+    """
+
+    folder: Path
+    events: dict[str, list[Event]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    config: str | None = None
+
+    def of(self, kind: str) -> list[Event]:
+        """The events of a kind, those of the first folder that has some."""
+        found = self.events.get(kind, [])
+        return [event for event in found if event["folder"] == found[0]["folder"]]
+
+    def first(self, kind: str) -> Event:
+        """The first event of a kind; empty if there is none."""
+        return next(iter(self.of(kind)), {})
+
+    def picture(self, kind: str, name: str) -> Path | None:
+        """A picture beside the events of a kind."""
+        found = self.of(kind)
+        path = found[0]["folder"] / f"{name}.png" if found else None
+        return path if path is not None and path.exists() else None
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Reads all `stages.jsonl` under a folder; what is broken is named and left out.
+
+    Args:
+        folder: The run.
+
+    Returns:
+        Its files.
+
+    Raises:
+        ValueError: If there is no such folder, or no events in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    files = sorted(folder.rglob("stages.jsonl"))
+    if not files:
+        raise ValueError(
+            f"No stages.jsonl in {folder} or below it: no monitor has written there. Give the "
+            "folder of a run, or that of all its logs."
+        )
+    run = RunFiles(folder)
+    for file in files:
+        _read(file, run)
+    if not run.events:
+        raise ValueError(f"No event could be read in {folder}: {'; '.join(run.problems)}")
+    for found in run.events.values():
+        found.sort(key=lambda event: event.get("step", -1))  # stable: the order of the file
+    config = folder / "config.yaml"
+    if config.exists():
+        run.config = config.read_text(errors="replace")
+    return run
+
+
+def _read(file: Path, run: RunFiles) -> None:
+    lines = file.read_text(errors="replace").splitlines()
+    name = file.relative_to(run.folder)
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            kind = event["event"]
+        except (ValueError, KeyError, TypeError):
+            last = number == len(lines)
+            why = "cut short, as when a run is killed" if last else "no event"
+            run.problems.append(f"{name}, line {number}: {why}; left out")
+            continue
+        run.events.setdefault(kind, []).append({**event, "folder": file.parent})

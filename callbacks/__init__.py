@@ -1,5 +1,6 @@
 """Lightning callbacks that watch and steer the stages of a training run."""
 
+from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.stage_scheme import StageScheme
 from stagewise.callbacks.stage_transitions import StageTransitions
@@ -7,6 +8,7 @@ from stagewise.callbacks.training_bank import bank_from_trainer
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
 
 __all__ = [
+    "MemorizationMonitor",
     "PosteriorMonitor",
     "StageScheme",
     "StageTransitions",

@@ -33,9 +33,10 @@ _READ_AGAIN = 32
 class StageTransitions(pl.Callback):
     """Notices what happens once in a run, from the probes of the monitors before it.
 
-    - **navigation learned**: the oracle error in navigation is flat over the last third of the
-      probes (`transitions.is_flat`), `patience` probes in a row. The queries of a
-      `VelocityErrorMonitor` are the same at every probe, so its curve is smooth.
+    - **navigation learned**: the logarithm of the oracle error in navigation is flat over the last
+      third of the probes (`transitions.is_flat`), `patience` probes in a row. In logarithms,
+      because errors fall by factors: the fall from an untrained model would hide all others. The
+      queries of a `VelocityErrorMonitor` are the same at every probe, so its curve is smooth.
     - **memorization onset**: in some bin of t the conditional error on held-out samples is above
       that on training samples by more than `gap` of the latter, and by more than it was at the
       first probe, with four standard errors, `patience` probes in a row. Error by t shows it before
@@ -55,7 +56,7 @@ class StageTransitions(pl.Callback):
         window: Probes that a line is fitted through at the least, default 4: nothing is said before
             `2 * window` probes.
         patience: Probes in a row, default 2.
-        tolerance: What is flat, as a share of what has been gained, default 0.02.
+        tolerance: What is flat, as a share of what has been gained, in logarithms; default 0.05.
         gap: Share of the training error by which the held-out error is above it at onset, default
             0.5.
         find: From a batch to `(x_1, labels or None)`. If training encodes within its step, encode
@@ -76,7 +77,7 @@ class StageTransitions(pl.Callback):
         *,
         window: int = 4,
         patience: int = 2,
-        tolerance: float = 0.02,
+        tolerance: float = 0.05,
         gap: float = 0.5,
         find: FindSample = find_sample,
         subscribers: Sequence[Callable[[dict[str, Any]], None]] = (),
@@ -178,7 +179,8 @@ class StageTransitions(pl.Callback):
         points = [stage["oracle"] for stage in navigation]
         if len(points) < 2 * self.window or not all(map(math.isfinite, points)):
             return None
-        ends = [points[: len(points) - back] for back in range(self.patience)]
+        logs = [math.log(max(point, 1e-30)) for point in points]
+        ends = [logs[: len(logs) - back] for back in range(self.patience)]
         if not all(is_flat(end, self.window, self.tolerance) for end in ends):
             return None
         return {

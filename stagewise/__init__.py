@@ -4,10 +4,12 @@ Floor 1, the science, in plain torch. Losses live in `stagewise.losses`, Lightni
 `stagewise.callbacks`, runnable recipes in `stagewise.recipes`.
 """
 
+from stagewise.advice import Advice, advise
 from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
 from stagewise.certificate import Certificate
 from stagewise.lambdas import Concentration, Smooth
+from stagewise.latents import open_latents
 from stagewise.oracle import Oracle
 from stagewise.paths import (
     DIFFUSERS,
@@ -22,6 +24,7 @@ from stagewise.paths import (
     VPPath,
 )
 from stagewise.posterior import Posterior, merge
+from stagewise.profile import Profile
 from stagewise.schemes import Phase, Phases, Scheme, SchemeRecord
 from stagewise.stages import StageBoundary, StageCurve, predicted_boundary
 from stagewise.targets import (
@@ -55,6 +58,7 @@ __all__ = [
     "DIFFUSERS",
     "P2",
     "STAGEWISE",
+    "Advice",
     "AtEvent",
     "AtPlateau",
     "AtShare",
@@ -82,6 +86,7 @@ __all__ = [
     "Phases",
     "Posterior",
     "Prediction",
+    "Profile",
     "ReferenceSet",
     "Scheme",
     "SchemeRecord",
@@ -101,8 +106,10 @@ __all__ = [
     "VPPath",
     "Weight",
     "WithFloor",
+    "advise",
     "find_sample",
     "merge",
     "mix_target",
+    "open_latents",
     "predicted_boundary",
 ]

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import stagewise
+import stagewise.callbacks
+from stagewise.callbacks import stage_transitions
 
 ROOT = Path(__file__).parents[1]
 MODULES = [
@@ -20,6 +22,7 @@ MODULES = [
     *("stagewise.certificate", "stagewise.engines.sharded"),
     *("stagewise.schemes.scheme", "stagewise.schemes.phases"),
     *("stagewise.losses.regularizer", "stagewise.losses.weighted"),
+    "stagewise.callbacks.metrics",
 ]
 
 
@@ -47,6 +50,16 @@ def test_code_of_the_readme():
     expected = names["oracle"].velocity(names["xt"], names["t"], names["y"])
     torch.testing.assert_close(names["u_star"], expected, rtol=1e-3, atol=1e-3)
     assert names["loss"].isfinite()
+
+
+def test_code_of_the_page_on_watching():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/watching.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    names = {**vars(stagewise), **vars(stagewise.callbacks)}
+    for block in blocks:
+        exec(block, names)
+    assert [type(callback).__name__ for callback in names["callbacks"]][-1] == "StageTransitions"
+    assert names["phases"].phases[0].until.event == stage_transitions.NAVIGATION_LEARNED
 
 
 def test_code_of_the_page_on_engines(tmp_path, monkeypatch):

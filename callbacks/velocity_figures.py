@@ -191,7 +191,7 @@ def _mesh(axes: Axes, edges: Sequence[float], probes: Sequence[Event]) -> np.nda
     width = steps[-1] - steps[-2] if len(steps) > 1 else 1.0
     axes.set(xlabel="training step", ylabel="t   (0 = noise), every bin drawn as high")
     ticks = np.arange(0, len(edges), max(1, len(edges) // 8))
-    axes.set_yticks(ticks, [f"{edges[i]:.3g}" for i in ticks])
+    axes.set_yticks(ticks, [f"{edges[int(i)]:.3g}" for i in ticks])
     return np.append(steps, steps[-1] + width)
 
 

@@ -38,12 +38,12 @@ def test_code_of_the_readme():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 4
     names = {
+        **vars(stagewise),
         "L": L,
         "torch": torch,
         "latents": torch.randn(160, 4, 4, 4),
         "labels": torch.arange(160) % 4,
         "model": lambda xt, t, y: torch.zeros_like(xt),
-        **vars(stagewise),
     }
     for block in blocks:
         exec(block, names)

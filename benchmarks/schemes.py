@@ -75,7 +75,7 @@ class Plan:
 PLANS = {
     "photos8": Plan(),
     "digits": Plan(),
-    "photos16": Plan((500, 250), (3e-4, 1e-3, 3e-3), evaluations=10, sampling_steps=10),
+    "photos16": Plan((500, 250), (3e-4, 1e-3, 3e-3, 1e-2), evaluations=10, sampling_steps=10),
 }
 DEFAULT = "default"
 

@@ -13,7 +13,6 @@ Four questions, on the 8 x 8 photographs at the shorter horizon:
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from stagewise import LatentBank, Oracle
 from stagewise.losses import FlowMatchingLoss
 
-__all__ = ["NAME", "found", "main"]
+__all__ = ["EDGES", "LARGE", "NAME", "main"]
 
 NAME, LARGE = "photos8", 512
 DRAWS = 5
@@ -69,12 +68,6 @@ def rows(data: Data) -> list[dict[str, float]]:
     return [distances(x[at], real) for at in chosen]
 
 
-def found(folder: Path) -> dict[str, Any]:
-    """What was found so far: by scheme, batch and seed, and of training rows."""
-    files = sorted(folder.glob("why-*.json"))
-    return {file.stem.removeprefix("why-"): json.loads(file.read_text()) for file in files}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dir", type=Path, default=Path("build/schemes"))
@@ -91,7 +84,9 @@ def main() -> None:
     data = data_set(NAME)
     oracle = Oracle(LatentBank(*data.train))
     boundary = schemes.boundary_of(oracle)
-    schemes.write_once(arguments.dir / "why-rows.json", lambda: {"draws": rows(data)})
+    for name in schemes.PLANS:
+        made = arguments.dir / f"why-rows-{name}.json"
+        schemes.write_once(made, lambda name=name: {"draws": rows(data_set(name))})
     for seed in range(arguments.seeds):
         for scheme, batch in (
             ("plain", schemes.BATCH),

@@ -120,6 +120,15 @@ def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
         write("default", seed, best, 400, horizon=600)
     write("oracle, all t", 1, rates[0], 100)  # another rate: not counted
     write("logit-normal t", 0, best, 400, floor=0.6)
+    draws = [{"energy": 0.6 + 0.1 * i, "frechet": 0.1} for i in range(3)]
+    (tmp_path / "why-rows-digits.json").write_text(json.dumps({"draws": draws}))
+    for scheme, batch, half in (("plain", 128, 1000), ("oracle, all t", 128, 900)):
+        write(scheme, 9, best, half)
+        made = tmp_path / bench.Part("digits", scheme, 1000, best, 9).file
+        more = {"batch": batch, "by_time": [0.4, 0.3, 0.2, half / 1000], "draws": draws}
+        record = json.loads(made.read_text()) | more
+        made.unlink()
+        (tmp_path / f"why-{scheme.split(',')[0]}-{batch}-0.json").write_text(json.dumps(record))
     command = [sys.executable, str(ROOT / "benchmarks/schemes.py"), "--report"]
     command += ["--dir", str(tmp_path), "--docs", str(tmp_path / "docs")]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
@@ -135,6 +144,9 @@ def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
     assert "| held-out loss | 0.75 | 0.65 [0.65, 0.65] | met |" in text
     assert "| energy distance | 0.6 | 0.65 [0.65, 0.65] | missed |" in text
     assert "| default | 2 | 600 (0.60) | 0.500 [0.500, 0.500] |" in text
+    assert "- energy distance: plain training ends at what training rows themselves score" in text
+    assert "| gain | 0.0% | 0.0% | 0.0% | 10.0% |" in text
+    assert "| oracle, batch 128 | 1 | 0.4444 | 0.90 [0.90, 0.90] |" in text
     assert "**Not run:** Photographs, 8 x 8 x 3" in text
     assert "variance by t" in text
     for picture in ("curves_digits_1000", "steps_digits_loss", "steps_digits_frechet"):

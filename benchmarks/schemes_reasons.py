@@ -1,0 +1,220 @@
+"""What docs/results.md says of the aims, and why they are missed: from `schemes_why.py`'s files.
+
+Sentences are chosen by the numbers: a rerun that finds otherwise says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from schemes import BATCH, DEFAULT
+from schemes_report import AIMS, METRICS, Run, Runs, curves, share, share_cell, table
+from schemes_why import EDGES, LARGE, NAME
+
+__all__ = ["aims", "load_floors", "load_why", "why"]
+
+SAMPLED = ("energy", "frechet")
+Why = dict[tuple[str, int], list[Run]]
+
+
+def load_floors(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Distances of training rows, a list of draws for each data set."""
+    files = sorted(folder.glob("why-rows-*.json"))
+    return {f.stem.removeprefix("why-rows-"): json.loads(f.read_text())["draws"] for f in files}
+
+
+def load_why(folder: Path) -> Why:
+    """Runs of the experiments by scheme and batch, in the order of their seeds."""
+    found: Why = {}
+    for file in sorted(folder.glob("why-*-*-*.json")):
+        run = json.loads(file.read_text())
+        found.setdefault((run["scheme"].split(",")[0], run["batch"]), []).append(run)
+    return found
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def _of(draws: Sequence[dict[str, float]], metric: str) -> list[float]:
+    return [draw[metric] for draw in draws]
+
+
+def aims(runs: Runs, floor: Sequence[dict[str, float]] | None) -> list[str]:
+    """Whether the default got where it was meant to get, and whether it could have."""
+    if DEFAULT not in runs:
+        return [f"The {DEFAULT} was not run here, so nothing is said about the aims.", ""]
+    rows, notes = [], []
+    for metric, title in METRICS.items():
+        value = share(runs["plain"], runs[DEFAULT], metric)
+        met = "met" if value[2] <= AIMS[metric] else "missed"
+        if met == "missed" and value[0] <= AIMS[metric]:
+            met = "met in the mean, not by the whole interval"
+        end = float(curves(runs["plain"], metric)[:, 1, -1].mean())
+        best = "not measured"
+        if metric == "loss":
+            best = "not known"
+        elif floor:
+            mean, spread = _spread(_of(floor, metric))
+            best = f"{mean:.3g} ± {spread:.1g}"
+            if met == "missed":
+                notes.append(_room(title, end, mean, spread))
+        rows.append([title, f"{AIMS[metric]:g}", share_cell(value), met, f"{end:.3g}", best])
+    head = ["metric", "at most", "reached", "verdict", "plain ends at", "training rows score"]
+    return [
+        f"What was aimed at, for the {DEFAULT} (training rows: 1000 of them in place of samples, "
+        "mean and standard deviation of several draws):",
+        "",
+        *table(head, rows),
+        *notes,
+        *([""] if notes else []),
+    ]
+
+
+def _room(title: str, end: float, mean: float, spread: float) -> str:
+    if end <= mean + 2 * spread:
+        return (
+            f"- {title}: plain training ends at what training rows themselves score, so there is "
+            "nothing left to gain that 1000 samples could show; the share above is mostly noise."
+        )
+    return (
+        f"- {title}: plain training ends at {end:.3g}, training rows score {mean:.3g}: there is "
+        "room, and the default does not take it in that many steps."
+    )
+
+
+def why(found: Why, floor: Sequence[dict[str, float]] | None) -> list[str]:
+    """The section of the experiments; empty if plain and oracle did not run in them."""
+    plain, oracle = found.get(("plain", BATCH)), found.get(("oracle", BATCH))
+    if not plain or not oracle:
+        return []
+    horizon = plain[0]["horizon"]
+    return [
+        f"## Why the aims are missed: experiments on {NAME}, {horizon} steps",
+        "",
+        "They ran on these data and this horizon only. Oracle: targets at all t.",
+        "",
+        *_by_time(plain, oracle),
+        *_by_batch(found),
+        *_noise(plain, oracle, floor),
+    ]
+
+
+def _by_time(plain: list[Run], oracle: list[Run]) -> list[str]:
+    a, b = (np.array([run["by_time"] for run in runs]).mean(0) for runs in (plain, oracle))
+    pairs = list(zip(EDGES, EDGES[1:], strict=False))
+    head = ["held-out loss", *(f"t {low:g} to {high:g}" for low, high in pairs)]
+    gain = a - b
+    rows = [
+        ["plain", *(f"{v:.4f}" for v in a)],
+        ["oracle", *(f"{v:.4f}" for v in b)],
+        ["gain", *(f"{g / v:.1%}" for g, v in zip(gain, a, strict=True))],
+    ]
+    boundary = plain[0]["boundary"]
+    early = gain[np.array(EDGES[1:]) <= boundary].sum() / gain.sum() if gain.sum() > 0 else math.nan
+    return [
+        f"**Where is the gain?** The boundary is t = {boundary:.3f}; targets hardly differ "
+        "after it. Loss at the end, in quarters of t:",
+        "",
+        *table(head, rows),
+        f"Of the whole gain {early:.0%} is in the quarters that end before the boundary.",
+        "",
+    ]
+
+
+def _by_batch(found: Why) -> list[str]:
+    base = found["plain", BATCH]
+    rows, reached = [], {}
+    for (scheme, batch), runs in found.items():
+        reached[scheme, batch] = share(base, runs, "loss")
+        cells = [share_cell(share(base, runs, "loss", axis)) for axis in ("step", "seconds")]
+        end = curves(runs, "loss")[:, 1, -1]
+        rows.append([f"{scheme}, batch {batch}", str(len(runs)), f"{end.mean():.4f}", *cells])
+    head = ["training", "seeds", "held-out loss", "steps to plain's", "time to plain's"]
+    lines = [
+        f"**How much could less noise give?** A batch of {LARGE} divides the variance of plain's "
+        f"gradient by {LARGE // BATCH}: that of x_1, x_0 and t too, which no target touches. (It "
+        "also sees as many more samples, so it bounds what less noise gives from above.)",
+        "",
+        *table(head, rows),
+    ]
+    large = found.get(("plain", LARGE))
+    if not large:
+        return lines
+    aim, bound = AIMS["loss"], reached["plain", LARGE][0]
+    mine = reached["oracle", BATCH][0]
+    steps = "not at all" if math.isinf(bound) else f"after {bound:.2f} of the steps"
+    if bound > aim:
+        lines.append(f"Even that gets there {steps}: no target could reach {aim:g}.")
+    else:
+        lines.append(
+            f"That gets there {steps}: {aim:g} is not out of reach of less noise as such. "
+            f"The oracle, which removes all noise of the targets and no other, needs {mine:.2f}."
+        )
+    first, last, big = (
+        float(curves(runs, "loss")[:, 1, -1].mean())
+        for runs in (base, found["oracle", BATCH], large)
+    )
+    if first > big:
+        lines[-1] += (
+            f" At the end it has gained {(first - last) / (first - big):.0%} of what the large "
+            "batch has, which suggests that most of the noise that costs steps "
+            + ("is not" if (first - last) < 0.5 * (first - big) else "is")
+            + " that of the targets, as far as more samples do not explain it."
+        )
+    both = found.get(("oracle", LARGE))
+    if both:
+        end = float(curves(both, "loss")[:, 1, -1].mean())
+        lines[-1] += (
+            f" With batch {LARGE} the oracle ends {(big - end) / big:.1%} lower than plain "
+            f"training, with batch {BATCH} {(first - last) / first:.1%}."
+        )
+    return [*lines, ""]
+
+
+def _noise(
+    plain: list[Run], oracle: list[Run], floor: Sequence[dict[str, float]] | None
+) -> list[str]:
+    def by_seed(runs: list[Run], metric: str) -> np.ndarray:
+        return np.array([_of(run["draws"], metric) for run in runs])
+
+    rows, notes = [], []
+    for metric in SAMPLED:
+        a, b = by_seed(plain, metric), by_seed(oracle, metric)
+        draw = float(a.std(1, ddof=1).mean())
+        cells: list[Any] = [METRICS[metric]]
+        for values in (a, b):
+            cells.append(f"{values.mean():.3g} ({', '.join(f'{v:.3g}' for v in values.mean(1))})")
+        cells.append(f"{draw:.2g}")
+        n = min(len(a), len(b))
+        paired = (b[:n] - a[:n]).mean(1)  # the same draws for both
+        cells.append(f"{paired.mean():+.2g} ({', '.join(f'{v:+.2g}' for v in paired)})")
+        cells.append("{:.3g} ± {:.1g}".format(*_spread(_of(floor, metric))) if floor else "")
+        rows.append(cells)
+        size = abs(paired.mean())
+        notes.append(
+            f"- {METRICS[metric]}: schemes differ by {size / draw:.1f} of the standard deviation "
+            "of one model's draws; with the same draws "
+            + (
+                "the sign is the same for all seeds of training."
+                if abs(np.sign(paired).sum()) == n
+                else "the sign depends on the seed of training: no difference was shown."
+            )
+        )
+    draws = len(plain[0]["draws"])
+    head = ["metric", "plain (by seed)", "oracle (by seed)", "deviation over draws"]
+    head += ["oracle - plain, same draws (by seed)", "training rows"]
+    return [
+        f"**What can 1000 samples tell?** Each model sampled {draws} times with other noise, and "
+        "training rows in place of samples:",
+        "",
+        *table(head, rows),
+        *notes,
+        "",
+    ]

@@ -57,11 +57,17 @@ def _time_axis(axes: Axes, edges: np.ndarray) -> np.ndarray:
     return (edges[1:] + edges[:-1]) / 2
 
 
-def _draw_stages(axes: Axes, midpoint: float | None, collapsed: float | None) -> None:
-    """Lines where navigation ends and where the posterior has collapsed."""
+def _over_time(
+    edges: Sequence[float], midpoint: float | None, collapsed: float | None
+) -> tuple[Figure, Axes, np.ndarray]:
+    """A figure over t with lines where navigation ends and where the posterior has collapsed."""
+    figure = new_figure()
+    axes = figure.add_subplot()
+    t = _time_axis(axes, np.asarray(edges))
     for at, name, style in ((midpoint, "midpoint", "--"), (collapsed, "collapsed", ":")):
         if at is not None and np.isfinite(at):
             axes.axvline(at, color="0.35", lw=1.1, ls=style, label=f"{name}  t = {at:.3f}")
+    return figure, axes, t
 
 
 def loss_by_time_figure(
@@ -83,10 +89,7 @@ def loss_by_time_figure(
     Returns:
         The figure.
     """
-    figure = new_figure()
-    axes = figure.add_subplot()
-    t = _time_axis(axes, np.asarray(edges))
-    _draw_stages(axes, midpoint, collapsed)
+    figure, axes, t = _over_time(edges, midpoint, collapsed)
     train = probe["train"]
     axes.fill_between(t, _array(train["floor"]), color="0.88", lw=0, label="floor")
     lines = [("training, conditional", train, "conditional", _TRAIN, "-")]
@@ -135,10 +138,7 @@ def dynamics_figure(
     Returns:
         The figure.
     """
-    figure = new_figure()
-    axes = figure.add_subplot()
-    t = _time_axis(axes, np.asarray(edges))
-    _draw_stages(axes, midpoint, collapsed)
+    figure, axes, t = _over_time(edges, midpoint, collapsed)
     last = max(2, probes[-1]["step"])
     norm, colours = LogNorm(max(1, probes[0]["step"]), last), mpl.colormaps["viridis_r"]
     for probe in _chosen(probes):
@@ -172,10 +172,7 @@ def sizes_figure(
     Returns:
         The figure.
     """
-    figure = new_figure()
-    axes = figure.add_subplot()
-    t = _time_axis(axes, np.asarray(edges))
-    _draw_stages(axes, midpoint, collapsed)
+    figure, axes, t = _over_time(edges, midpoint, collapsed)
     for name, probe in models.items():
         error = 2 * _array(probe["train"]["oracle_se"])
         axes.errorbar(t, _array(probe["train"]["oracle"]), error, lw=1.5, marker=".", label=name)
@@ -267,10 +264,7 @@ def stages_and_error_figure(
     Returns:
         The figure.
     """
-    figure = new_figure()
-    axes = figure.add_subplot()
-    t = _time_axis(axes, np.asarray(edges))
-    _draw_stages(axes, midpoint, collapsed)
+    figure, axes, t = _over_time(edges, midpoint, collapsed)
     axes.plot(times, _array(top1), "k.-", lw=1.3, ms=4, label="largest posterior weight (data)")
     axes.set(ylabel="largest posterior weight", ylim=(0, 1.02))
     other = axes.twinx()

@@ -6,6 +6,10 @@ The helpers are fixtures because a file of tests is not importable from another 
 
 import json
 import logging
+import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -21,6 +25,15 @@ from stagewise.callbacks import figures, velocity_figures, writer
 from stagewise.losses import FlowMatchingLoss
 
 DIM = 6
+
+LEAVE = """
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    # Left to the interpreter's exit, gloo's threads now and then abort the process.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+"""
 
 
 def pytest_addoption(parser):
@@ -141,6 +154,34 @@ def make_trainer(tmp_path):
         return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def on_one_and_two_ranks(tmp_path_factory):
+    """`on_one_and_two_ranks(script)`: runs it here, and by torchrun in two processes.
+
+    The script finds a folder and the number of processes among its arguments. Gives the folder
+    of each run.
+    """
+
+    def run(script):
+        root = tmp_path_factory.mktemp("distributed")
+        file, one, two = root / "script.py", root / "one", root / "two"
+        file.write_text(script + LEAVE)
+        one.mkdir()
+        two.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(file), str(one), "1"])
+            runpy.run_path(str(file))
+        # torchrun finds a free port itself.
+        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, *launch, "--nproc-per-node=2", file, two, "2"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return one, two
+
+    return run
 
 
 @pytest.fixture

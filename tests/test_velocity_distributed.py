@@ -1,10 +1,6 @@
 """`VelocityErrorMonitor` and `StageTransitions` in two processes (gloo): what one would say."""
 
 import json
-import os
-import runpy
-import subprocess
-import sys
 
 import pytest
 
@@ -62,33 +58,13 @@ events = StageTransitions(window=4, patience=1, subscribers=[heard.append])
 errors_short = VelocityErrorMonitor(every_n_steps=1, strata=4, queries=4, name="short")
 fit(errors_short, events, errors, logger=CSVLogger(out, "csv", version=""))
 (out / f"report{rank}.json").write_text(json.dumps({"events": errors.events, "heard": heard}))
-if devices > 1:
-    # Left to the interpreter's exit, gloo's threads now and then abort the process.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
 """
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(on_one_and_two_ranks):
     """The folder of the run in one process, and that of the run in two."""
-    root = tmp_path_factory.mktemp("distributed")
-    script = root / "script.py"
-    script.write_text(SCRIPT)
-    one, two = root / "one", root / "two"
-    one.mkdir()
-    two.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(script), str(one), "1"])
-        runpy.run_path(str(script))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launch, "--nproc-per-node=2", script, two, "2"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return one, two
+    return on_one_and_two_ranks(SCRIPT)
 
 
 def report(folder, rank=0):

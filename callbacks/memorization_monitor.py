@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_sample
 from stagewise.callbacks import memorization_figures as figures
-from stagewise.callbacks.checks import beside_training, path_of
+from stagewise.callbacks.checks import beside_training, path_of, raise_together
 from stagewise.callbacks.probe_rows import HeldOut, held_out_rows, training_rows
 from stagewise.callbacks.training_bank import bank_from_trainer, oracle_before
 from stagewise.callbacks.velocity_source import AskVelocity, VelocitySource, model_in_eval_mode
@@ -177,6 +178,13 @@ class MemorizationMonitor(pl.Callback):
         if not self._ready:
             self._source.watch(pl_module, batch)
 
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """In the first step: takes what was found, or refuses to go on."""
+        if not self._ready:
+            self._settle(trainer, pl_module)
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -186,7 +194,7 @@ class MemorizationMonitor(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Probes if it is time."""
-        if not self._ready:
+        if not self._ready:  # a step that never went backward
             self._settle(trainer, pl_module)
         step = trainer.global_step
         last = self.history[-1]["step"] if self.history else None
@@ -230,7 +238,18 @@ class MemorizationMonitor(pl.Callback):
             + ("" if self.decode or figures.is_image(bank.shape) else images)
         )
         self._writer.start([header, *self.history], resumed=bool(self.history))
+        self._writer.dashboard(trainer)
         self._ready = True
+
+    def layout(self) -> dict[str, list[Any]]:
+        """Its charts on TensorBoard's custom-scalars page."""
+        name = re.escape(self.name)
+        charts = {
+            "share of copies by t_switch": f"{name}/copies/t_switch=[^_]*$",
+            "median d1/d2 by t_switch": f"{name}/ratio/",
+            "share of copies among resumed samples": f"{name}/resumed_copies/",
+        }
+        return {title: ["Multiline", [f"^{pattern}"]] for title, pattern in charts.items()}
 
     @property
     def _averages(self) -> bool:
@@ -256,18 +275,26 @@ class MemorizationMonitor(pl.Callback):
     # -- one probe ----------------------------------------------------------------------------
 
     def _probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        device = pl_module.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
         start = time.perf_counter()
         entry: dict[str, Any] = {"event": "memorization_probe", "step": step}
-        # Every rank must know of the probe, and one computes it.
-        self.history.append(entry)
+        error = None
         if trainer.is_global_zero:
             module = self._module(pl_module)
-            with model_in_eval_mode(trainer, module):
-                switched_, resumed = self._generate(module, pl_module.device)
-            entry |= self._measured(switched_, resumed, step)
-            entry["probe_seconds"] = time.perf_counter() - start
+            try:
+                with model_in_eval_mode(trainer, module):
+                    switched_, resumed = self._generate(module, device)
+                entry |= self._measured(switched_, resumed, step)
+                entry["probe_seconds"] = time.perf_counter() - start
+            except ValueError as caught:
+                error = caught
+        # One rank samples; what it refuses all refuse, and what it found all know.
+        raise_together(trainer, error)
         if trainer.world_size > 1:
             entry |= trainer.strategy.broadcast(entry)
+        self.history.append(entry)
         names = [("copies", ""), ("low", "_low"), ("high", "_high")]
         scalars = {
             f"{self.name}/copies/t_switch={t:g}{end}": entry[key][k]
@@ -306,7 +333,7 @@ class MemorizationMonitor(pl.Callback):
             x, rest = self._led[t].to(device), self._part(1 - t)
             made[t] = x if t == 1 else switched(model, model, x, 0.0, start=t, **rest)
         resumed = {}
-        if self._others is not None:
+        if self._others is not None and (given is None or self._others[1] is not None):
             x1 = self._others[0].to(device).float()
             names = self._others[1] if given is not None else None
             model = self._velocity(module, None if names is None else names.to(device))
@@ -357,7 +384,7 @@ class MemorizationMonitor(pl.Callback):
             ],
             "not_finite": broken,
         }
-        pictures = {"copies": figures.copies_figure([*self.history[:-1], {"step": step} | entry])}
+        pictures = {"copies": figures.copies_figure([*self.history, {"step": step} | entry])}
 
         def shown(x: Tensor) -> Tensor:
             x = x[:_SHOWN]
@@ -368,7 +395,8 @@ class MemorizationMonitor(pl.Callback):
             return shown(taken.float())
 
         if self.decode or figures.is_image(bank.shape):
-            columns, ratios = [], {}
+            columns: list[tuple[str, Tensor]] = []
+            ratios: dict[int, Tensor] = {}
             for t, near in found.items():
                 ratios[len(columns)] = near.ratio.cpu()
                 columns += [(f"t_switch\n{t:g}", shown(made[t])), ("nearest\nrow", rows(near))]

@@ -32,6 +32,8 @@ __all__ = ["MemorizationMonitor"]
 _SHOWN = 8
 """Samples in a picture."""
 
+_SAYS = "   (number: d1/d2 to the training rows; t = 0 is noise)"
+
 
 class MemorizationMonitor(pl.Callback):
     """Samples from the model now and then, and counts copies of training rows (`copies`).
@@ -400,13 +402,17 @@ class MemorizationMonitor(pl.Callback):
             for t, near in found.items():
                 ratios[len(columns)] = near.ratio.cpu()
                 columns += [(f"t_switch\n{t:g}", shown(made[t])), ("nearest\nrow", rows(near))]
-            pictures["samples"] = figures.grid_figure(columns, ratios, f"Samples, step {step}")
+            pictures["samples"] = figures.grid_figure(
+                columns, ratios, f"Samples at step {step}{_SAYS}"
+            )
         if resumed and "samples" in pictures and self._others is not None:
             columns, ratios = [("held out", shown(self._others[0]))], {}
             for t, near in found_resumed.items():
                 ratios[len(columns) + 1] = near.ratio.cpu()
                 noised, x = (shown(part) for part in resumed[t])
                 columns += [(f"noised\n{t:g}", noised), ("resumed", x), ("nearest", rows(near))]
-            pictures["resumed"] = figures.grid_figure(columns, ratios, f"Resumed, step {step}")
+            pictures["resumed"] = figures.grid_figure(
+                columns, ratios, f"Held-out rows resumed at step {step}{_SAYS}"
+            )
         self._writer.pictures(pictures, step)
         return entry

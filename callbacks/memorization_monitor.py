@@ -12,17 +12,19 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_sample
 from stagewise.callbacks import memorization_figures as figures
 from stagewise.callbacks.checks import beside_training, path_of, raise_together
+from stagewise.callbacks.metrics import CopyShare
 from stagewise.callbacks.probe_rows import HeldOut, held_out_rows, training_rows
 from stagewise.callbacks.training_bank import bank_from_trainer, oracle_before
 from stagewise.callbacks.velocity_source import AskVelocity, VelocitySource, model_in_eval_mode
 from stagewise.callbacks.writer import Writer
-from stagewise.copies import nearest_rows, share_interval
+from stagewise.copies import Nearest, nearest_rows
 from stagewise.oracle import Oracle
 from stagewise.paths import expand_like
 from stagewise.sampling import Velocity, switched
@@ -40,7 +42,7 @@ class MemorizationMonitor(pl.Callback):
 
     The oracle leads each sample to `t_switch` and the model from there (Liu et al., arXiv
     2512.02826, Fig. 5): 0 is the model alone. Held-out rows noised to `t_resume` are finished by
-    the model (Fig. 6). Noise and labels are the same in all probes. Only rank zero samples.
+    the model (Fig. 6). Noise and labels are the same in all probes; ranks share them.
 
     **Logged** (`stagewise_memorization` is `name`): `.../copies/t_switch=...` with `_low` and
     `_high` (95 % bootstrap), `.../ratio/t_switch=...` (median d1/d2), `.../resumed_copies/t=...`,
@@ -218,9 +220,29 @@ class MemorizationMonitor(pl.Callback):
         asked = bank.classes and self._source.conditional
         self.wise = bool(asked) if self.class_wise == "auto" else self.class_wise
         draws = torch.Generator().manual_seed(self.seed)
-        self._noise = torch.randn(self.samples, *bank.shape, generator=draws)
-        rows = torch.randint(len(bank), (self.samples,), generator=draws)
+        if self.samples < trainer.world_size:
+            raise ValueError(
+                f"Expected `samples` of at least one for each of {trainer.world_size} ranks, got "
+                f"{self.samples}."
+            )
+        mine = slice(trainer.global_rank, None, trainer.world_size)
+        self._noise = torch.randn(self.samples, *bank.shape, generator=draws)[mine]
+        rows = torch.randint(len(bank), (self.samples,), generator=draws)[mine]
         self._labels = torch.tensor(bank.labels_of(rows.tolist())) if asked or self.wise else None
+        held_out = 0
+        if self._others is not None:
+            x1, labels = self._others
+            if len(x1) < trainer.world_size or (labels is None and self._labels is not None):
+                rank_zero_info(
+                    "MemorizationMonitor: held-out rows are fewer than ranks, or have no labels "
+                    "for a network that is given some: nothing is resumed from them."
+                )
+                self._others = None
+        if self._others is not None:
+            held_out = len(x1)
+            noise = torch.randn(x1.shape, generator=torch.Generator().manual_seed(self.seed + 1))
+            self._others = x1[mine], None if labels is None else labels[mine]
+            self._resume_noise = noise[mine]
         header = {
             "event": "memorization",
             "rows": len(bank),
@@ -228,7 +250,7 @@ class MemorizationMonitor(pl.Callback):
             "weights": "average" if self._averages else "current",
             "class_wise": self.wise,
             "samples": self.samples,
-            "held_out_rows": 0 if self._others is None else len(self._others[0]),
+            "held_out_rows": held_out,
             "method": self.method,
             "steps": self.steps,
             "path": repr(self.oracle.path),
@@ -281,31 +303,34 @@ class MemorizationMonitor(pl.Callback):
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
         start = time.perf_counter()
-        entry: dict[str, Any] = {"event": "memorization_probe", "step": step}
-        error = None
-        if trainer.is_global_zero:
-            module = self._module(pl_module)
-            try:
-                with model_in_eval_mode(trainer, module):
-                    switched_, resumed = self._generate(module, device)
-                entry |= self._measured(switched_, resumed, step)
-                entry["probe_seconds"] = time.perf_counter() - start
-            except ValueError as caught:
-                error = caught
-        # One rank samples; what it refuses all refuse, and what it found all know.
-        raise_together(trainer, error)
-        if trainer.world_size > 1:
-            entry |= trainer.strategy.broadcast(entry)
+        error, module = None, self._module(pl_module)
+        try:
+            with model_in_eval_mode(trainer, module):
+                made, resumed = self._generate(module, device)
+        except ValueError as caught:
+            error = caught
+        raise_together(trainer, error)  # what one rank refuses all refuse
+        bank = self._oracle.bank
+        near = {t: nearest_rows(bank, x) for t, x in made.items()}
+        near_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
+        entry = {"event": "memorization_probe", "step": step, **self._entry(near, near_resumed)}
+        if entry["not_finite"]:
+            rank_zero_warn(
+                f"MemorizationMonitor: {entry['not_finite']} samples of step {step} are not "
+                "finite; they are left out of the shares of copies."
+            )
         self.history.append(entry)
+        if trainer.is_global_zero:
+            self._writer.pictures(self._figures(made, near, resumed, near_resumed, step), step)
+        entry["probe_seconds"] = time.perf_counter() - start
         names = [("copies", ""), ("low", "_low"), ("high", "_high")]
         scalars = {
             f"{self.name}/copies/t_switch={t:g}{end}": entry[key][k]
             for k, t in enumerate(self.t_switch)
             for key, end in names
         }
-        for k, t in enumerate(self.t_switch):
-            ratio = torch.tensor(entry["ratio"][k], dtype=torch.float64)
-            scalars[f"{self.name}/ratio/t_switch={t:g}"] = float(ratio.nanmedian())
+        for t, ratio in zip(self.t_switch, entry["ratio"], strict=True):
+            scalars[f"{self.name}/ratio/t_switch={t:g}"] = ratio
         for t, share in zip(entry["t_resume"], entry["resumed_copies"], strict=True):
             scalars[f"{self.name}/resumed_copies/t={t:g}"] = share
         scalars[f"{self.name}/probe_seconds"] = entry["probe_seconds"]
@@ -335,16 +360,14 @@ class MemorizationMonitor(pl.Callback):
             x, rest = self._led[t].to(device), self._part(1 - t)
             made[t] = x if t == 1 else switched(model, model, x, 0.0, start=t, **rest)
         resumed = {}
-        if self._others is not None and (given is None or self._others[1] is not None):
+        if self._others is not None:
             x1 = self._others[0].to(device).float()
             names = self._others[1] if given is not None else None
             model = self._velocity(module, None if names is None else names.to(device))
-            noise = torch.randn(x1.shape, generator=torch.Generator().manual_seed(self.seed + 1))
+            noise = self._resume_noise.to(device)
             for t in self.t_resume:
                 path = oracle.path(torch.full((len(x1),), t, device=device))
-                noised = expand_like(path.alpha, x1) * x1 + expand_like(path.sigma, x1) * noise.to(
-                    device
-                )
+                noised = expand_like(path.alpha, x1) * x1 + expand_like(path.sigma, x1) * noise
                 about = self._part(1 - t)
                 resumed[t] = noised, switched(model, model, noised, 0.0, start=t, **about)
         return made, resumed
@@ -353,66 +376,73 @@ class MemorizationMonitor(pl.Callback):
         """Solver and steps of a part of [0, 1]."""
         return {"method": self.method, "steps": max(1, round(self.steps * share))}
 
-    def _measured(
-        self,
-        made: dict[float, Tensor],
-        resumed: dict[float, tuple[Tensor, Tensor]],
-        step: int,
+    def _entry(
+        self, near: dict[float, Nearest], near_resumed: dict[float, Nearest]
     ) -> dict[str, Any]:
-        """Copies and their intervals; draws the pictures."""
-        assert self.oracle is not None
-        bank = self.oracle.bank
-        found = {t: nearest_rows(bank, x) for t, x in made.items()}
-        found_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
-        broken = sum(int((n.row < 0).sum()) for n in [*found.values(), *found_resumed.values()])
-        if broken:
-            rank_zero_warn(
-                f"MemorizationMonitor: {broken} samples of step {step} are not finite; they are "
-                "left out of the shares of copies."
-            )
-        counts = {t: (int(n.copied.sum()), int((n.row >= 0).sum())) for t, n in found.items()}
-        ends = [share_interval(*counts[t]) for t in self.t_switch]
-        entry = {
+        """Copies of all ranks, as plain numbers; a collective."""
+
+        def over_ranks(found: Nearest) -> dict[str, Any]:
+            share = CopyShare().to(found.d1.device)
+            share.update(found.ratio.float())
+            return share.compute()
+
+        switched_ = [over_ranks(near[t]) for t in self.t_switch]
+        resumed = [over_ranks(found) for found in near_resumed.values()]
+        return {
             "weights": "average" if self._averages else "current",
             "samples": self.samples,
             "t_switch": list(self.t_switch),
-            "copies": [k / n if n else float("nan") for k, n in counts.values()],
-            "low": [low for low, _ in ends],
-            "high": [high for _, high in ends],
-            "ratio": [n.ratio.tolist() for n in found.values()],
-            "t_resume": list(found_resumed),
-            "resumed_copies": [
-                float(n.copied[n.row >= 0].double().mean()) for n in found_resumed.values()
-            ],
-            "not_finite": broken,
+            "copies": [found["share"] for found in switched_],
+            "low": [found["low"] for found in switched_],
+            "high": [found["high"] for found in switched_],
+            "ratio": [found["median"] for found in switched_],
+            "histogram": [found["histogram"] for found in switched_],
+            "t_resume": list(near_resumed),
+            "resumed_copies": [found["share"] for found in resumed],
+            "not_finite": sum(found["nonfinite"] for found in [*switched_, *resumed]),
         }
-        pictures = {"copies": figures.copies_figure([*self.history, {"step": step} | entry])}
+
+    def _figures(
+        self,
+        made: dict[float, Tensor],
+        near: dict[float, Nearest],
+        resumed: dict[float, tuple[Tensor, Tensor]],
+        near_resumed: dict[float, Nearest],
+        step: int,
+    ) -> dict[str, Figure]:
+        """Shares over the training, and samples of this rank beside their nearest rows."""
+        bank = self._oracle.bank
+        pictures = {"copies": figures.copies_figure(self.history)}
 
         def shown(x: Tensor) -> Tensor:
             x = x[:_SHOWN]
             return (self.decode(x) if self.decode else x).detach().float().cpu()
 
-        def rows(near: Any) -> Tensor:
-            taken = bank.take(near.row[:_SHOWN].clamp_min(0)).reshape(-1, *bank.shape)
+        def rows(found: Nearest) -> Tensor:
+            taken = bank.take(found.row[:_SHOWN].clamp_min(0)).reshape(-1, *bank.shape)
             return shown(taken.float())
 
         if self.decode or figures.is_image(bank.shape):
             columns: list[tuple[str, Tensor]] = []
             ratios: dict[int, Tensor] = {}
-            for t, near in found.items():
-                ratios[len(columns)] = near.ratio.cpu()
-                columns += [(f"t_switch\n{t:g}", shown(made[t])), ("nearest\nrow", rows(near))]
+            for t, found in near.items():
+                ratios[len(columns)] = found.ratio.cpu()
+                columns += [(f"t_switch\n{t:g}", shown(made[t])), ("nearest\nrow", rows(found))]
             pictures["samples"] = figures.grid_figure(
                 columns, ratios, f"Samples at step {step}{_SAYS}"
             )
         if resumed and "samples" in pictures and self._others is not None:
             columns, ratios = [("held out", shown(self._others[0]))], {}
-            for t, near in found_resumed.items():
-                ratios[len(columns) + 1] = near.ratio.cpu()
+            for t, found in near_resumed.items():
+                ratios[len(columns) + 1] = found.ratio.cpu()
                 noised, x = (shown(part) for part in resumed[t])
-                columns += [(f"noised\n{t:g}", noised), ("resumed", x), ("nearest", rows(near))]
+                columns += [(f"noised\n{t:g}", noised), ("resumed", x), ("nearest", rows(found))]
             pictures["resumed"] = figures.grid_figure(
                 columns, ratios, f"Held-out rows resumed at step {step}{_SAYS}"
             )
-        self._writer.pictures(pictures, step)
-        return entry
+        return pictures
+
+    @property
+    def _oracle(self) -> Oracle:
+        assert self.oracle is not None
+        return self.oracle

@@ -12,8 +12,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from stagewise.callbacks.figures import TIME_LABEL, new_figure
+from stagewise.copies import COPY_RATIO, share_interval
 
-__all__ = ["SUMS", "BinnedMeans"]
+__all__ = ["SUMS", "BinnedMeans", "CopyShare"]
 
 SUMS = ("count", "finite", "total", "square")
 """The states of a `BinnedMeans`: samples of each bin, and for each value finite ones, their sum and
@@ -151,5 +152,86 @@ class BinnedMeans(Metric):
             error = 2 * values[f"{key}_se"].cpu()
             axes.errorbar(centres, values[key].cpu(), error, fmt=".-", ms=4, lw=1.3, label=key)
         axes.set(xlabel=TIME_LABEL, xlim=(float(self.edges[0]), float(self.edges[-1])))
+        axes.legend(fontsize=8)
+        return figure, axes  # type: ignore[return-value]
+
+
+class CopyShare(Metric):
+    """The share of samples that copy a training row, from `d_1 / d_2` (see `stagewise.copies`).
+
+    `compute` returns plain numbers: `share` of the finite ratios below 1/3, NaN if there are none,
+    with `low` and `high` (95 %, bootstrap); `median` of the ratios, to half a bin; `histogram`,
+    counts in 30 equal bins of [0, 1]; `nonfinite`, how many were left out.
+
+    Args:
+        **kwargs: See `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> copies = CopyShare()
+        >>> copies.update(torch.tensor([0.1, 0.9, 0.95, 0.99]))
+        >>> copies.compute()["share"]
+        0.25
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    BINS = 30
+    histogram: Tensor
+    copies: Tensor
+    nonfinite: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("histogram", torch.zeros(self.BINS), dist_reduce_fx="sum")
+        self.add_state("copies", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("nonfinite", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, ratio: Tensor) -> None:
+        """Adds samples.
+
+        Args:
+            ratio: Their `d_1 / d_2`, (B,), in [0, 1], or NaN.
+        """
+        finite = ratio.isfinite()
+        place = (ratio * self.BINS).floor().clamp_max(self.BINS - 1)
+        bins = torch.arange(self.BINS, device=ratio.device)
+        self.histogram += (place[:, None] == bins).sum(0)
+        self.copies += (ratio < COPY_RATIO).sum()
+        self.nonfinite += (~finite).sum()
+
+    def compute(self) -> dict[str, Any]:
+        """See the class."""
+        counts = self.histogram.tolist()
+        total, copies = int(sum(counts)), int(self.copies)
+        low, high = share_interval(copies, total)
+        middle = next((i for i in range(self.BINS) if 2 * sum(counts[: i + 1]) >= total), 0)
+        return {
+            "share": copies / total if total else float("nan"),
+            "low": low,
+            "high": high,
+            "median": (middle + 0.5) / self.BINS if total else float("nan"),
+            "histogram": counts,
+            "nonfinite": int(self.nonfinite),
+        }
+
+    def plot(self, val: Any = None, ax: Axes | None = None) -> tuple[Figure, Axes]:  # type: ignore[override]
+        """Draws the histogram, and where copies end.
+
+        Args:
+            val: What `compute` returned; default: computed now.
+            ax: Where to draw; default a new figure.
+
+        Returns:
+            Figure and axes.
+        """
+        values = self.compute() if val is None else val
+        figure = new_figure() if ax is None else ax.figure
+        axes = figure.add_subplot() if ax is None else ax
+        edges = [i / self.BINS for i in range(self.BINS + 1)]
+        axes.stairs(values["histogram"], edges, fill=True, color="0.7")
+        axes.axvline(COPY_RATIO, color="tab:red", lw=1.2, label="copies below 1/3")
+        axes.set(xlabel="d1 / d2", ylabel="samples", xlim=(0, 1))
         axes.legend(fontsize=8)
         return figure, axes  # type: ignore[return-value]

@@ -1,10 +1,19 @@
 """`MemorizationMonitor`: a model that copies by construction, one that does not, and no trace."""
 
+import json
+
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.utils.data import DataLoader
 
 from stagewise import LatentBank, Oracle
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
+from stagewise.callbacks.metrics import CopyShare
+from stagewise.copies import share_interval
+from stagewise.losses import FlowMatchingLoss
 
 SMALL = {"every_n_steps": 2, "samples": 8, "t_switch": (0, 0.4, 1), "t_resume": (0.5,), "steps": 25}
 
@@ -33,7 +42,7 @@ def test_the_oracle_copies_and_a_gaussian_does_not(
     assert [probe["step"] for probe in probes] == [1, 2, 4]
     assert probes[0]["copies"] == [1, 1, 1]
     assert probes[0]["resumed_copies"] == [1]
-    assert probes[0]["ratio"] == probes[2]["ratio"], "the same noise in all probes"
+    assert probes[0]["histogram"] == probes[2]["histogram"], "the same noise in all probes"
     assert (tmp_path / "m" / "copies.png").exists()
 
     def still(module, xt, t, labels):
@@ -75,3 +84,194 @@ def test_an_average_that_is_not_there(tiny_flow, make_trainer, make_loader, make
     monitor = MemorizationMonitor(weights="average")
     with pytest.raises(ValueError, match="EMAWeightAveraging"):
         fit(tiny_flow, make_trainer, make_loader, make_data(16)[0], monitor)
+
+
+def plain(history):
+    """For comparison: NaN equals NaN here, but what a probe cost does not count."""
+    cost = ("probe_seconds",)
+    return json.dumps([{k: v for k, v in e.items() if k not in cost} for e in history])
+
+
+def test_stop_and_resume_equals_not_stopping(tiny_flow, make_trainer, make_data, weights, tmp_path):
+    loader = DataLoader([(row,) for row in make_data()[0]], 8)
+
+    def run(folder, epochs, ckpt_path=None):
+        monitor, model = MemorizationMonitor(**SMALL | {"every_n_steps": 4}), tiny_flow(seeded=True)
+        trainer = make_trainer(
+            monitor, max_steps=-1, max_epochs=epochs, default_root_dir=tmp_path / folder
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(monitor, "_figures", lambda *_: {})
+            trainer.fit(model, loader, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{folder}.ckpt")
+        return monitor, model
+
+    through, expected = run("through", 2)
+    run("first", 1)
+    second, model = run("second", 2, tmp_path / "first.ckpt")
+    assert torch.equal(weights(model), weights(expected))
+    assert [entry["step"] for entry in second.history] == [1, 4, 8, 12, 16]
+    assert plain(second.history) == plain(through.history)
+
+
+class Conditional(pl.LightningModule):
+    """Draws each class to a point of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.loss = Points(), FlowMatchingLoss()
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.net, *batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+class Points(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.points = nn.Parameter(10 * torch.eye(3, 6))
+
+    def forward(self, xt, t, y):
+        return (self.points[y] - xt) / (1 - t[:, None]).clamp_min(1e-3)
+
+
+def test_the_found_network_is_given_the_labels_of_its_samples(make_trainer):
+    points = 10 * torch.eye(3, 6)
+    labels = torch.arange(60) % 3
+    x = points[labels] + 0.01 * torch.randn(60, 6, generator=torch.Generator().manual_seed(1))
+    monitor = MemorizationMonitor(every_n_steps=9, samples=12, t_switch=(0,), t_resume=())
+    trainer = make_trainer(monitor, max_steps=1)
+    trainer.fit(Conditional(), DataLoader(list(zip(x, labels, strict=True)), 20))
+    made, _ = monitor_samples(monitor, trainer)
+    torch.testing.assert_close(made, points[monitor._labels], rtol=0, atol=0.05)
+    assert monitor._labels.unique().tolist() == [0, 1, 2]
+
+
+def monitor_samples(monitor, trainer):
+    """The samples of a monitor whose run is over."""
+    monitor.oracle = Oracle(LatentBank(torch.randn(9, 6)))
+    made, resumed = monitor._generate(trainer.lightning_module, torch.device("cpu"))
+    return made[0], resumed
+
+
+def test_averaged_weights_are_those_that_are_asked(tiny_flow, make_trainer, make_loader, make_data):
+    asked = []
+
+    def velocity(module, xt, t, labels):
+        asked.append(next(module.parameters()).detach().clone())
+        return torch.zeros_like(xt)
+
+    x, _ = make_data(32)
+    averaging = EMAWeightAveraging(decay=0.5)
+    monitor = MemorizationMonitor(velocity=velocity, **SMALL)
+    model = fit(tiny_flow, make_trainer, make_loader, x, averaging, monitor)
+    assert monitor.history[0]["weights"] == "average"
+    assert torch.equal(asked[-1], next(averaging._average_model.module.parameters()))
+    current = MemorizationMonitor(velocity=velocity, weights="current", **SMALL)
+    model = fit(tiny_flow, make_trainer, make_loader, x, EMAWeightAveraging(decay=0.5), current)
+    assert current.history[0]["weights"] == "current"
+    assert model is not None
+
+
+def test_samples_that_are_not_finite_are_counted_out(
+    tiny_flow, make_trainer, make_loader, make_data
+):
+    def broken(module, xt, t, labels):
+        return torch.zeros_like(xt).index_fill(0, torch.tensor([1]), torch.nan)
+
+    x, _ = make_data(32)
+    monitor = MemorizationMonitor(velocity=broken, **SMALL | {"t_switch": (0,), "t_resume": ()})
+    with pytest.warns(UserWarning, match="1 samples of step 1 are not finite"):
+        fit(tiny_flow, make_trainer, make_loader, x, monitor)
+    assert monitor.history[0]["not_finite"] == 1
+    assert sum(monitor.history[0]["histogram"][0]) == 7
+
+
+def test_refusals_before_the_first_optimizer_step(
+    tiny_flow, make_trainer, make_loader, make_data, weights
+):
+    x, _ = make_data(32)
+    model = tiny_flow()
+    before = weights(model)
+    step = model.training_step
+    model.training_step = lambda batch, batch_idx: step([3 * batch[0] + 1], batch_idx)
+    with pytest.raises(ValueError, match="Found no network"):
+        make_trainer(MemorizationMonitor(**SMALL)).fit(model, make_loader(x))
+    assert torch.equal(weights(model), before)
+    wrong = MemorizationMonitor(velocity=lambda module, xt, t, labels: xt[:, :3], **SMALL)
+    with pytest.raises(ValueError, match=r"got \(2, 3\)"):
+        make_trainer(wrong).fit(tiny_flow(), make_loader(x))
+
+
+def test_the_share_is_a_metric():
+    ratio = torch.tensor([0.01, 0.32, 1 / 3, 0.34, 0.9, 1.0, torch.nan])
+    share = CopyShare()
+    share.update(ratio[:3])
+    share.update(ratio[3:])
+    found = share.compute()
+    assert found["share"] == pytest.approx(2 / 6)
+    assert (found["low"], found["high"]) == share_interval(2, 6)
+    assert found["nonfinite"] == 1
+    assert sum(found["histogram"]) == 6
+    assert found["histogram"][29] == 1 + 0  # 0.9 lies in bin 27, 1.0 in the last
+    assert abs(found["median"] - 1 / 3) < 1 / 30
+    _, axes = share.plot()
+    assert axes.get_xlabel() == "d1 / d2"
+
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from stagewise.callbacks import MemorizationMonitor
+from stagewise.losses import FlowMatchingLoss
+
+out, devices = Path(sys.argv[1]), int(sys.argv[2])
+rank = int(os.environ.get("RANK", 0))
+data = TensorDataset(torch.randn(97, 6, generator=torch.Generator().manual_seed(0)))
+
+
+class Flow(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net, self.loss = torch.nn.Linear(7, 6), FlowMatchingLoss()
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(lambda xt, t: self.net(torch.cat([xt, t[:, None]], 1)), batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+monitor = MemorizationMonitor(
+    every_n_steps=2, samples=9, t_switch=(0, 0.9), t_resume=(0.9,), steps=10,
+    held_out=torch.randn(7, 6, generator=torch.Generator().manual_seed(2)),
+    dirpath=out / f"rank{rank}",
+)
+trainer = pl.Trainer(
+    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
+    callbacks=[monitor], logger=False, max_steps=2, default_root_dir=out,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+)
+trainer.fit(Flow(), DataLoader(data, 8))
+(out / f"report{rank}.json").write_text(json.dumps(monitor.history))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_share_the_samples_and_know_the_same(on_one_and_two_ranks):
+    one, two = on_one_and_two_ranks(SCRIPT)
+    expected = json.loads((one / "report0.json").read_text())
+    assert len(expected) == 2
+    for rank in (0, 1):
+        found = json.loads((two / f"report{rank}.json").read_text())
+        assert plain(found) == plain(expected)
+    assert not (two / "rank1").exists()

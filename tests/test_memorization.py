@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from stagewise import LatentBank, Oracle
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
@@ -220,6 +220,39 @@ def test_the_share_is_a_metric():
     assert abs(found["median"] - 1 / 3) < 1 / 30
     _, axes = share.plot()
     assert axes.get_xlabel() == "d1 / d2"
+
+
+class Gaussians(pl.LightningModule):
+    """A perceptron that can learn a few points by heart."""
+
+    def __init__(self, steps):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Linear(7, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 6)]
+        self.net, self.loss, self.steps = nn.Sequential(*layers), FlowMatchingLoss(), steps
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(lambda xt, t: self.net(torch.cat([xt, t[:, None]], 1)), batch[0])
+
+    def configure_optimizers(self):
+        adam = torch.optim.Adam(self.parameters(), 4e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
+        return [adam], [{"scheduler": schedule, "interval": "step"}]
+
+
+@pytest.mark.slow
+def test_copies_rise_where_the_data_are_few(make_trainer, make_loader):
+    shares = {}
+    for n in (16, 5000):
+        x = torch.randn(n, 6, generator=torch.Generator().manual_seed(99))
+        monitor = MemorizationMonitor(every_n_steps=2000, samples=64, steps=50, t_resume=())
+        sampler = RandomSampler(x, replacement=True, num_samples=128 * 2000)
+        trainer = make_trainer(monitor, max_steps=2000)
+        trainer.fit(Gaussians(2000), make_loader(x, batch_size=128, sampler=sampler))
+        shares[n] = [entry["copies"] for entry in monitor.history]
+    assert max(shares[16][0]) < 0.1
+    assert min(shares[16][-1]) > 0.4
+    assert max(shares[5000][-1]) < 0.1
 
 
 SCRIPT = """

@@ -7,6 +7,8 @@ import torch
 
 from stagewise.stages import STATISTICS
 
+pytestmark = pytest.mark.slow
+
 COSTS = ("probe_seconds", "share_of_step_time")
 
 # Run once here and once by torchrun, which finds a free port itself.

@@ -109,12 +109,9 @@ def loss_by_time_figure(
 
 
 def _chosen(probes: Sequence[Event]) -> list[Event]:
-    """At most ten probes, evenly over the logarithm of the step, first and last among them."""
-    if len(probes) <= _CURVES:
-        return list(probes)
-    steps = np.log1p([probe["step"] for probe in probes])
-    wanted = np.linspace(steps[0], steps[-1], _CURVES)
-    return [probes[i] for i in sorted({int(np.abs(steps - at).argmin()) for at in wanted})]
+    """At most ten probes, evenly over the training, first and last among them."""
+    places = np.linspace(0, len(probes) - 1, min(_CURVES, len(probes)))
+    return [probes[i] for i in sorted({round(float(place)) for place in places})]
 
 
 def dynamics_figure(
@@ -140,7 +137,9 @@ def dynamics_figure(
     """
     figure, axes, t = _over_time(edges, midpoint, collapsed)
     last = max(2, probes[-1]["step"])
-    norm, colours = LogNorm(max(1, probes[0]["step"]), last), mpl.colormaps["viridis_r"]
+    # From the second probe on: the first, of an untrained model, would take most of the colours.
+    begin = max(1, min(probes[min(1, len(probes) - 1)]["step"], last - 1))
+    norm, colours = LogNorm(begin, last, clip=True), mpl.colormaps["viridis_r"]
     for probe in _chosen(probes):
         colour = colours(norm(max(1, probe["step"])))
         axes.plot(t, _array(probe["train"][key]), color=colour, lw=1.5)

@@ -104,6 +104,10 @@ def _number(value: Any, digits: int = 3) -> str:
     )
 
 
+def _text(event: dict[str, Any], key: str) -> str:
+    return html.escape(str(event.get(key, "?")))
+
+
 def _tile(name: str, value: str, about: str = "") -> str:
     return (
         f'<div class="tile"><span>{html.escape(name)}</span><b>{html.escape(value)}</b>'
@@ -211,8 +215,8 @@ def _data(run: RunFiles) -> str:
         return head + _missing("Where navigation ends", "PosteriorMonitor")
     about = run.first("bank")
     bank = (
-        f"<p>{about.get('rows', '?')} rows of shape {about.get('shape', '?')}, standard deviation "
-        f"{_number(about.get('std'))}; {about.get('classes', 0)} classes, posterior "
+        f"<p>{_text(about, 'rows')} rows of shape {_text(about, 'shape')}, standard deviation "
+        f"{_number(about.get('std'))}; {_text(about, 'classes')} classes, posterior "
         f"{'over the rows of the class' if about.get('class_wise') else 'over all rows'}; "
         f"{html.escape(str(about.get('path', '')))}. The spectrum predicts "
         f"t = {_number(about.get('predicted'))}.</p>"
@@ -369,6 +373,10 @@ def main() -> None:
         target = report(arguments.run, arguments.output, arguments.title)
     except (ValueError, OSError) as error:
         sys.exit(f"stagewise report: {error}")
+    except (KeyError, TypeError, AttributeError) as error:
+        sys.exit(
+            f"stagewise report: an event of the run has another shape than expected: {error!r}"
+        )
     print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
 
 

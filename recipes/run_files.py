@@ -78,16 +78,31 @@ def read_run(folder: Path) -> RunFiles:
     return run
 
 
+_NEEDED = {
+    "transition": ("step", "message"),
+    "non-finite": ("step", "rows"),
+    "training_window": ("step", "from_step", "draws", "stages"),
+    "velocity_probe": ("step", "train"),
+    "probe": ("step", "t", "top1"),
+}
+"""What the page reads of an event."""
+
+
 def _read(file: Path, run: RunFiles) -> None:
-    lines = file.read_text(errors="replace").splitlines()
-    name = file.relative_to(run.folder)
+    text = file.read_text(errors="replace")
+    lines, name = text.splitlines(), file.relative_to(run.folder)
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            kind = event["event"]
-        except (ValueError, KeyError, TypeError):
-            last = number == len(lines)
-            why = "cut short, as when a run is killed" if last else "no event"
+            kind, step = event["event"], event.get("step", 0)
+            needed = _NEEDED.get(kind, ())
+            whole = isinstance(kind, str) and isinstance(step, int)
+            whole = whole and all(key in event for key in needed)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            cut = number == len(lines) and not text.endswith("\n")
+            why = "cut short, as when a run is killed" if cut else "no event"
             run.problems.append(f"{name}, line {number}: {why}; left out")
             continue
         run.events.setdefault(kind, []).append({**event, "folder": file.parent})

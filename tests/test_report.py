@@ -78,7 +78,7 @@ def undrawn(monkeypatch):
 def run(tmp_path):
     """A run with everything, and the folder it lies in."""
     folder = tmp_path / "a run & more"
-    about = {"event": "bank", "rows": 20000, "shape": [3, 16, 16], "std": 0.5, "classes": 7}
+    about = {"event": "bank", "rows": "20000 <b>", "shape": [3, 16, 16], "std": 0.5, "classes": 7}
     about |= {"class_wise": True, "path": "LinearPath()", "predicted": 0.35}
     write(folder / "stages", about, measured(0), measured(500))
     header = {"event": "velocity", "edges": EDGES, "midpoint": 0.43, "collapsed": 1.0}
@@ -143,7 +143,7 @@ def test_a_page_says_what_the_run_found(run):
         "0.432",
         "0.41 to 0.45",
         "0.123",
-        "20000 rows",
+        "20000 <b> rows",
         "within 2.25 standard errors",
         "navigation learned",
         "flat at <0.1>",
@@ -201,7 +201,7 @@ def test_pictures_of_the_run_are_taken_in(run):
 def test_broken_lines_are_named_and_the_rest_is_used(run):
     file = run / "errors/stages.jsonl"
     first, *others = file.read_text().splitlines()
-    file.write_text("\n".join([first, "{broken", *others, '{"event": "velo']))
+    file.write_text("\n".join([first, '{"event": [1]}', *others, '{"event": "velo']))
     found = read(report(run))
     assert "errors/stages.jsonl, line 2: no event" in found.text
     assert "line 6: cut short, as when a run is killed" in found.text

@@ -86,7 +86,7 @@ def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
     found = Nearest(unknown.new_full((len(flat),), -1, dtype=torch.int64), unknown, unknown.clone())
     finite = flat.isfinite().all(1).nonzero()[:, 0]
     with full_precision(), torch.autocast(bank.device.type, enabled=False):
-        for index in finite.split(_QUERIES):
+        for index in finite.split(_QUERIES) if len(finite) else ():
             low = _bounds(bank, flat[index])
             for value, new in zip(found, _ranked(bank, flat[index], low), strict=True):
                 value[index] = new

@@ -87,3 +87,10 @@ def test_interval_of_nothing_and_of_agreement():
     assert share_interval(64, 64) == (1, 1)
     low, high = share_interval(32, 64)
     assert (low, high) == (24 / 64, 40 / 64)
+
+
+def test_samples_of_which_none_is_finite():
+    found = nearest_rows(LatentBank(torch.randn(9, 4)), torch.full((3, 4), torch.nan))
+    assert found.row.tolist() == [-1] * 3
+    assert found.ratio.isnan().all()
+    assert not found.copied.any()

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stagewise.callbacks import velocity_figures
+from stagewise.callbacks.velocity_entries import STAGES
 from stagewise.recipes.run_files import RunFiles, read_run
 
 __all__ = ["main", "report"]
-
-STAGES = ("navigation", "transition", "refinement")
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #ddd; --soft: #f5f6f8; --text: #1a1c20; --dim: #5c6370;
@@ -70,8 +70,16 @@ def report(run: Path, output: Path | None = None, title: str | None = None) -> P
     target = output or run / "report.html"
     text = page(files, title or run.resolve().name)
     partial = target.with_name(target.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(
+            f"Cannot write {target}: {error.strerror}. Name a file in a folder that is there and "
+            "can be written: --output."
+        ) from error
     return target
 
 
@@ -96,12 +104,10 @@ def page(run: RunFiles, title: str) -> str:
 # -- parts ------------------------------------------------------------------------------------
 
 
-def _number(value: Any, digits: int = 3) -> str:
+def _number(value: Any) -> str:
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return "–"
-    return (
-        f"{value:.{digits}g}" if digits > 3 or abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
-    )
+    return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
 def _text(event: dict[str, Any], key: str) -> str:
@@ -193,9 +199,8 @@ def _top(run: RunFiles, title: str) -> str:
     warnings = "".join(f'<p class="warn">{html.escape(line)}</p>' for line in run.problems)
     alarms = [probe["alarm"] for probe in probes if probe.get("alarm")]
     if alarms:
-        warnings += (
-            f'<p class="warn">The oracle may not be that of this training: {alarms[-1]}.</p>'
-        )
+        alarm = html.escape(str(alarms[-1]))
+        warnings += f'<p class="warn">The oracle may not be that of this training: {alarm}.</p>'
     pictures = _stored(run.picture("probe", "concentration"), "Concentration of the posterior by t")
     if probes:
         edges, ends = _edges(run), _ends(run)
@@ -218,7 +223,7 @@ def _data(run: RunFiles) -> str:
         f"<p>{_text(about, 'rows')} rows of shape {_text(about, 'shape')}, standard deviation "
         f"{_number(about.get('std'))}; {_text(about, 'classes')} classes, posterior "
         f"{'over the rows of the class' if about.get('class_wise') else 'over all rows'}; "
-        f"{html.escape(str(about.get('path', '')))}. The spectrum predicts "
+        f"{_text(about, 'path')}. The spectrum predicts "
         f"t = {_number(about.get('predicted'))}.</p>"
     )
     pictures = [

@@ -59,7 +59,7 @@ def read_run(folder: Path) -> RunFiles:
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
-    files = sorted(folder.rglob("stages.jsonl"))
+    files = sorted(file for file in folder.rglob("stages.jsonl") if file.is_file())
     if not files:
         raise ValueError(
             f"No stages.jsonl in {folder} or below it: no monitor has written there. Give the "
@@ -73,7 +73,7 @@ def read_run(folder: Path) -> RunFiles:
     for found in run.events.values():
         found.sort(key=lambda event: event.get("step", -1))  # stable: the order of the file
     config = folder / "config.yaml"
-    if config.exists():
+    if config.is_file():
         run.config = config.read_text(errors="replace")
     return run
 

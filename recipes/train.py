@@ -54,7 +54,8 @@ def train(config: DictConfig) -> dict[str, Any]:
             f"  {path.relative_to(run_dir)}\n"
             for path in sorted([*run_dir.rglob("*.png"), *run_dir.rglob("*.jsonl")])
         )
-        + f"TensorBoard:  tensorboard --logdir {run_dir}"
+        + f"TensorBoard:  tensorboard --logdir {run_dir}\n"
+        + f"One page:     stagewise report {run_dir}"
     )
     return {**results, "seconds": seconds}
 

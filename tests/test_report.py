@@ -187,8 +187,9 @@ def test_a_run_with_one_monitor_says_what_others_would_give(run, kept):
 @pytest.mark.usefixtures("undrawn")
 def test_an_alarm_is_on_top(run):
     header, *_ = (run / "errors/stages.jsonl").read_text().splitlines()
-    write(run / "errors", json.loads(header), probe(1), probe(9, "off by 12 standard errors"))
-    assert "off by 12 standard errors" in read(report(run)).text
+    alarm = "off by <i>12</i> standard errors"
+    write(run / "errors", json.loads(header), probe(1), probe(9, alarm))
+    assert alarm in read(report(run)).text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -232,6 +233,11 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch):
     )
     with pytest.raises(SystemExit, match=r"^stagewise report: .*Not a directory[^\n]*$"):
         page.main()
+    for target in (tmp_path / "nowhere" / "page.html", empty):
+        monkeypatch.setattr(sys, "argv", ["stagewise report", str(run), f"--output={target}"])
+        with pytest.raises(SystemExit, match=rf"Cannot write {target}: .*--output"):
+            page.main()
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_browser_opens_it_without_a_word(run, tmp_path):

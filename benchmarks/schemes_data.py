@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from stagewise import Uniform, find_sample
+from stagewise.copies import COPY_RATIO
 from stagewise.losses import FlowMatchingLoss
 from stagewise.sampling import sample
 
 __all__ = [
-    "COPY",
     "Data",
     "Perceptron",
     "data_set",
@@ -25,8 +25,6 @@ __all__ = [
     "of_samples",
     "shuffled",
 ]
-
-COPY = 1 / 3  # d1/d2 below it is a copy (arXiv 2505.17638)
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def of_samples(
     return {
         "energy": energy_distance(made, real),
         "frechet": frechet_distance(made, real),
-        "copies": float((near[:, 0] < COPY * near[:, 1]).float().mean()),
+        "copies": float((near[:, 0] < COPY_RATIO * near[:, 1]).float().mean()),
     }
 
 

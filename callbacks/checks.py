@@ -17,7 +17,14 @@ from stagewise.memory import available_memory
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path
 
-__all__ = ["beside_training", "check_batch", "path_of", "raise_together", "warn_of_mismatch"]
+__all__ = [
+    "beside_training",
+    "check_bank",
+    "check_batch",
+    "path_of",
+    "raise_together",
+    "warn_of_mismatch",
+]
 
 
 def path_of(pl_module: pl.LightningModule) -> tuple[Path, str]:
@@ -49,18 +56,41 @@ def path_of(pl_module: pl.LightningModule) -> tuple[Path, str]:
     return LinearPath(), "assumed; say path=... if training uses another"
 
 
-def raise_together(trainer: pl.Trainer, error: ValueError | None) -> None:
+def raise_together(
+    trainer: pl.Trainer, error: Exception | None, refused: str = "its first batch"
+) -> None:
     """Raises on every rank what one of them refuses; the others would wait for it for ever.
 
     Args:
         trainer: The trainer.
         error: What this rank refuses, or None.
+        refused: What that is about, for the other ranks.
     """
     passed = trainer.strategy.reduce_boolean_decision(error is None)
     if error is not None:
         raise error
     if not passed:
-        raise ValueError("Another process refused its first batch; see its message.")
+        raise ValueError(f"Another process refused {refused}; see its message.")
+
+
+def check_bank(bank: object, class_wise: object) -> None:
+    """Refuses what is no bank, and what is no way to ask it.
+
+    Args:
+        bank: A `LatentBank` or None.
+        class_wise: True, False or "auto".
+
+    Raises:
+        TypeError: With the cure, if `bank` is something else.
+        ValueError: If `class_wise` is.
+    """
+    if bank is not None and not isinstance(bank, LatentBank):
+        raise TypeError(
+            f"Expected `bank` to be a LatentBank, got {type(bank).__name__}. "
+            "Wrap tensors: LatentBank(x, labels)."
+        )
+    if class_wise not in (True, False, "auto"):
+        raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.')
 
 
 def beside_training(bank: LatentBank, trainer: pl.Trainer) -> LatentBank:

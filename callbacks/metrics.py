@@ -145,15 +145,14 @@ class BinnedMeans(Metric):
             Figure and axes.
         """
         values = self.compute() if val is None else val
-        figure = new_figure() if ax is None else ax.figure
-        axes = figure.add_subplot() if ax is None else ax
+        axes = new_figure().add_subplot() if ax is None else ax
         centres = ((self.edges[1:] + self.edges[:-1]) / 2).cpu()
         for key in self.keys:
             error = 2 * values[f"{key}_se"].cpu()
             axes.errorbar(centres, values[key].cpu(), error, fmt=".-", ms=4, lw=1.3, label=key)
         axes.set(xlabel=TIME_LABEL, xlim=(float(self.edges[0]), float(self.edges[-1])))
         axes.legend(fontsize=8)
-        return figure, axes  # type: ignore[return-value]
+        return axes.figure, axes  # type: ignore[return-value]
 
 
 class CopyShare(Metric):
@@ -227,11 +226,10 @@ class CopyShare(Metric):
             Figure and axes.
         """
         values = self.compute() if val is None else val
-        figure = new_figure() if ax is None else ax.figure
-        axes = figure.add_subplot() if ax is None else ax
+        axes = new_figure().add_subplot() if ax is None else ax
         edges = [i / self.BINS for i in range(self.BINS + 1)]
         axes.stairs(values["histogram"], edges, fill=True, color="0.7")
         axes.axvline(COPY_RATIO, color="tab:red", lw=1.2, label="copies below 1/3")
         axes.set(xlabel="d1 / d2", ylabel="samples", xlim=(0, 1))
         axes.legend(fontsize=8)
-        return figure, axes  # type: ignore[return-value]
+        return axes.figure, axes  # type: ignore[return-value]

@@ -20,11 +20,13 @@ from stagewise.batches import FindSample, find_sample
 from stagewise.callbacks import figures
 from stagewise.callbacks.checks import (
     beside_training,
+    check_bank,
     check_batch,
     path_of,
     raise_together,
     warn_of_mismatch,
 )
+from stagewise.callbacks.named import NamedCallback
 from stagewise.callbacks.training_bank import bank_from_trainer
 from stagewise.callbacks.writer import Writer
 from stagewise.engines import Auto, Engine, Sharded
@@ -41,7 +43,7 @@ from stagewise.stages import (
 __all__ = ["PosteriorMonitor"]
 
 
-class PosteriorMonitor(pl.Callback):
+class PosteriorMonitor(NamedCallback):
     """Measures the posterior over the training set by t, for any LightningModule, unchanged.
 
     Every `every_n_steps` optimizer steps it makes noisy samples from bank rows on a stratified grid
@@ -120,15 +122,7 @@ class PosteriorMonitor(pl.Callback):
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"Expected `every_n_steps` of at least 1, got {every_n_steps}.")
-        if bank is not None and not isinstance(bank, LatentBank):
-            raise TypeError(
-                f"Expected `bank` to be a LatentBank, got {type(bank).__name__}. "
-                "Wrap tensors: LatentBank(x, labels)."
-            )
-        if class_wise not in (True, False, "auto"):
-            raise ValueError(
-                f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.'
-            )
+        check_bank(bank, class_wise)
         if path is not None and not isinstance(path, paths.Path):
             raise TypeError(f"Expected `path` to be a stagewise.Path, got {path!r}.")
         if isinstance(engine, Sharded) or not isinstance(engine, Engine | None):
@@ -152,11 +146,6 @@ class PosteriorMonitor(pl.Callback):
         self.wise = False
         self._given = bank
         self._batch_checked = False
-
-    @property
-    def state_key(self) -> str:
-        """Distinct for monitors of distinct names."""
-        return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """The probes so far, as plain numbers and lists; never the bank."""

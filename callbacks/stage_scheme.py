@@ -28,6 +28,7 @@ from stagewise.callbacks.driving import (
     refuse_unheard_events,
     steps_of,
 )
+from stagewise.callbacks.named import NamedCallback
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.training_bank import bank_from_trainer
 from stagewise.callbacks.writer import Writer
@@ -46,7 +47,7 @@ _CURE = (
 )
 
 
-class StageScheme(pl.Callback):
+class StageScheme(NamedCallback):
     """Puts a scheme into whatever makes the targets in the module, and takes it out at the end.
 
     What makes the targets is found by its interface (`stagewise.adapters`): a `FlowMatchingLoss`, a
@@ -140,11 +141,6 @@ class StageScheme(pl.Callback):
         self._stash: dict[str, Any] | None = None
         self._detach: Detach | None = None
         self._paused = False
-
-    @property
-    def state_key(self) -> str:
-        """Distinct for callbacks of distinct names."""
-        return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """The scheme's state and the transitions so far; never the bank."""

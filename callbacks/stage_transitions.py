@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from stagewise.batches import FindSample, find_sample
+from stagewise.callbacks.named import NamedCallback
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.training_bank import read_rows
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
@@ -30,7 +31,7 @@ _READ_AGAIN = 32
 """Samples that are read again to see whether latents have changed."""
 
 
-class StageTransitions(pl.Callback):
+class StageTransitions(NamedCallback):
     """Notices what happens once in a run, from the probes of the monitors before it.
 
     - **navigation learned**: the logarithm of the oracle error in navigation is flat over the last
@@ -97,11 +98,6 @@ class StageTransitions(pl.Callback):
         self.dirpath, self.name, self.seed = dirpath, name, seed
         self.events: list[dict[str, Any]] = []
         self._stash: list[dict[str, Any]] = []
-
-    @property
-    def state_key(self) -> str:
-        """Distinct for callbacks of distinct names."""
-        return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """The events so far; what leads to them is in the monitors' state."""

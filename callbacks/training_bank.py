@@ -33,10 +33,11 @@ from tqdm.auto import tqdm
 from stagewise.adapters.paths import same_path
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_checked, find_sample
+from stagewise.callbacks.checks import beside_training
 from stagewise.oracle import Oracle
 from stagewise.paths import Path
 
-__all__ = ["bank_from_trainer", "oracle_before", "read_rows"]
+__all__ = ["bank_from_trainer", "oracle_of_run", "read_rows"]
 
 _WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
 """Samplers that come to every sample, in one epoch or another."""
@@ -151,20 +152,38 @@ def read_rows(
     return x1, torch.cat(labels) if len(labels) == len(found) else None
 
 
-def oracle_before(trainer: pl.Trainer, callback: pl.Callback, path: Path | None) -> Oracle | None:
-    """The oracle of a callback that stands before this one, if it is of the same path.
+def oracle_of_run(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    callback: pl.Callback,
+    path: Path,
+    *,
+    given: LatentBank | None,
+    find: FindSample = find_sample,
+    class_wise: bool = True,
+) -> Oracle:
+    """The oracle over a given bank, or that of a callback before this one, or over what is read.
 
     Args:
-        trainer: The trainer.
-        callback: Whose turn it is; the hooks of those before have run when its own do.
-        path: The path that is meant; None: any.
+        trainer: A trainer whose training data loader is set up.
+        pl_module: Its module.
+        callback: Who asks; the hooks of callbacks before it have run when its own do.
+        path: The path of training; an oracle of another path is not taken.
+        given: The bank that the user gave, or None.
+        find: See `bank_from_trainer`.
+        class_wise: See `bank_from_trainer`.
+
+    Returns:
+        The oracle; a bank of its own lies beside the training if there is room.
     """
-    callbacks = getattr(trainer, "callbacks", [callback])
-    for before in callbacks[: callbacks.index(callback)]:
-        oracle = getattr(before, "oracle", None)
-        if isinstance(oracle, Oracle) and (path is None or same_path(oracle.path, path)):
-            return oracle
-    return None
+    if given is None:
+        callbacks = getattr(trainer, "callbacks", [callback])
+        for before in callbacks[: callbacks.index(callback)]:
+            oracle = getattr(before, "oracle", None)
+            if isinstance(oracle, Oracle) and same_path(oracle.path, path):
+                return oracle
+        given = bank_from_trainer(trainer, pl_module, find=find, class_wise=class_wise)
+    return Oracle(beside_training(given, trainer), path)
 
 
 def _batches(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from stagewise.callbacks.figures import render
+from stagewise.plain import jsonable
 
 __all__ = ["Writer", "show_pictures"]
 
@@ -74,7 +74,7 @@ class Writer:
     def _events(self, mode: str, events: Iterable[Mapping[str, Any]]) -> None:
         assert self.folder is not None
         with (self.folder / "stages.jsonl").open(mode) as file:
-            file.writelines(json.dumps(_jsonable(event)) + "\n" for event in events)
+            file.writelines(json.dumps(jsonable(event)) + "\n" for event in events)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Logs scalars under their full tags to every logger."""
@@ -130,12 +130,3 @@ def show_pictures(
 
 def _boards(loggers: Iterable[Logger]) -> list[Any]:
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def _jsonable(value: Any) -> Any:
-    """The same with NaN and infinities, which JSON does not know, as null."""
-    if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_jsonable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,6 +21,7 @@ from stagewise.keys import row_keys
 from stagewise.latents.statistics import ChannelStatistics
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path
+from stagewise.plain import jsonable
 from stagewise.spectrum import information, spectrum
 from stagewise.stages import (
     STATISTICS,
@@ -182,7 +183,7 @@ class Profile:
         found: dict[str, Any] = {name: getattr(self, name) for name in names}
         found |= {"boundary": self.boundary.as_dict(), "curve": curve}
         found |= {"eigenvalues": self.eigenvalues.tolist(), "edges": self.edges.tolist()}
-        return {name: _plain(value) for name, value in found.items()}
+        return jsonable(found)
 
 
 def count_duplicates(bank: LatentBank) -> tuple[int, int]:
@@ -217,11 +218,3 @@ def _median_class(bank: LatentBank) -> slice:
     by_size = sorted((stop - start, start, stop) for _, start, stop in _ends(bank))
     _, start, stop = by_size[len(by_size) // 2]
     return slice(start, stop)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

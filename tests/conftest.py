@@ -27,12 +27,11 @@ from stagewise.losses import FlowMatchingLoss
 DIM = 6
 
 LEAVE = """
-if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-    # Left to the interpreter's exit, gloo's threads now and then abort the process.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
+# Left to the interpreter's exit, gloo's threads now and then abort the process.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
 """
 
 
@@ -157,29 +156,39 @@ def make_trainer(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def on_one_and_two_ranks(tmp_path_factory):
-    """`on_one_and_two_ranks(script)`: runs it here, and by torchrun in two processes.
+def on_two_ranks(tmp_path_factory):
+    """`on_two_ranks(script)`: runs it by torchrun in two processes; gives the folder of the run.
 
-    The script finds a folder and the number of processes among its arguments. Gives the folder
-    of each run.
+    The script finds the folder and the number of processes among its arguments.
     """
 
     def run(script):
-        root = tmp_path_factory.mktemp("distributed")
-        file, one, two = root / "script.py", root / "one", root / "two"
+        folder = tmp_path_factory.mktemp("two")
+        file = folder / "script.py"
         file.write_text(script + LEAVE)
-        one.mkdir()
-        two.mkdir()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [str(file), str(one), "1"])
-            runpy.run_path(str(file))
         # torchrun finds a free port itself.
         launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, *launch, "--nproc-per-node=2", file, two, "2"]
+        command = [sys.executable, *launch, "--nproc-per-node=2", file, folder, "2"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr[-4000:]
-        return one, two
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_one_and_two_ranks(tmp_path_factory, on_two_ranks):
+    """`on_one_and_two_ranks(script)`: the same, and runs it here too; gives both folders."""
+
+    def run(script):
+        one = tmp_path_factory.mktemp("one")
+        file = one / "script.py"
+        file.write_text(script)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(file), str(one), "1"])
+            runpy.run_path(str(file))
+        return one, on_two_ranks(script)
 
     return run
 

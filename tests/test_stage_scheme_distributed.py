@@ -1,13 +1,11 @@
 """`StageScheme` in two processes (gloo, CPU): one decision, one boundary, one model."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-# Run by torchrun, which finds a free port itself.
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -76,25 +74,12 @@ report["adapting"] = fit(StageScheme(timesteps=sampler), "adapting", steps=12)
 report["shares"] = sampler.shares().tolist()
 report["losses"] = int(sampler.state_dict()["count"].sum())
 (out / f"report{rank}.json").write_text(json.dumps(report))
-# Left to the interpreter's exit, gloo's threads now and then abort the process.
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-sys.stdout.flush()
-os._exit(0)
 """
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("distributed")
-    script = root / "script.py"
-    script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launch, "--nproc-per-node=2", script, root]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return root
+def folder(on_two_ranks):
+    return on_two_ranks(SCRIPT)
 
 
 @pytest.fixture(scope="module")

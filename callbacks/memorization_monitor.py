@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_sample
 from stagewise.callbacks import memorization_figures as figures
-from stagewise.callbacks.checks import beside_training, path_of, raise_together
+from stagewise.callbacks.checks import check_bank, path_of, raise_together
 from stagewise.callbacks.metrics import CopyShare
+from stagewise.callbacks.named import NamedCallback
 from stagewise.callbacks.probe_rows import HeldOut, held_out_rows, training_rows
-from stagewise.callbacks.training_bank import bank_from_trainer, oracle_before
+from stagewise.callbacks.training_bank import oracle_of_run
 from stagewise.callbacks.velocity_source import AskVelocity, VelocitySource, model_in_eval_mode
 from stagewise.callbacks.writer import Writer
 from stagewise.copies import Nearest, nearest_rows
@@ -37,7 +39,10 @@ _SHOWN = 8
 _SAYS = "   (number: d1/d2 to the training rows; t = 0 is noise)"
 
 
-class MemorizationMonitor(pl.Callback):
+_REFUSED = "a probe of MemorizationMonitor"
+
+
+class MemorizationMonitor(NamedCallback):
     """Samples from the model now and then, and counts copies of training rows (`copies`).
 
     The oracle leads each sample to `t_switch` and the model from there (Liu et al., arXiv
@@ -108,12 +113,7 @@ class MemorizationMonitor(pl.Callback):
             )
         if method not in ("euler", "midpoint"):
             raise ValueError(f'Expected `method` "euler" or "midpoint", got {method!r}.')
-        if class_wise not in (True, False, "auto"):
-            raise ValueError(
-                f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.'
-            )
-        if bank is not None and not isinstance(bank, LatentBank):
-            raise TypeError(f"Expected `bank` to be a LatentBank, got {type(bank).__name__}.")
+        check_bank(bank, class_wise)
         self.every_n_steps, self.samples, self.steps = every_n_steps, samples, steps
         self.t_switch, self.t_resume = tuple(sorted(t_switch)), tuple(sorted(t_resume))
         self.weights, self.method, self.class_wise = weights, method, class_wise
@@ -123,11 +123,6 @@ class MemorizationMonitor(pl.Callback):
         self.oracle: Oracle | None = None
         self._given, self._held_out = bank, held_out
         self._source = VelocitySource(velocity, find, "MemorizationMonitor")
-
-    @property
-    def state_key(self) -> str:
-        """Distinct for monitors of distinct names."""
-        return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """The probes so far, as plain numbers and lists."""
@@ -152,10 +147,9 @@ class MemorizationMonitor(pl.Callback):
                 'callbacks, and there is none. Add one, or say weights="current".'
             )
         path = path_of(pl_module)[0]
-        self.oracle = None if self._given else oracle_before(trainer, self, path)
-        if self.oracle is None:
-            bank = self._given or bank_from_trainer(trainer, pl_module, find=self.find)
-            self.oracle = Oracle(beside_training(bank, trainer), path)
+        self.oracle = oracle_of_run(
+            trainer, pl_module, self, path, given=self._given, find=self.find
+        )
         about: dict[str, Any] = {
             "find": self.find,
             "seed": self.seed,
@@ -205,6 +199,18 @@ class MemorizationMonitor(pl.Callback):
         if last is None or step // self.every_n_steps > last // self.every_n_steps:
             self._probe(trainer, pl_module, step)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says where things are."""
+        if not self.history:
+            return
+        last = self.history[-1]
+        shares = zip(self.t_switch, last["copies"], strict=True)
+        found = ", ".join(f"{share:.0%} from t = {t:g} on" for t, share in shares)
+        rank_zero_info(
+            f"MemorizationMonitor: copies at step {last['step']}: {found}; {len(self.history)} "
+            f"probes, the last cost {last['probe_seconds']:.1f} s; {self._writer.describe()}"
+        )
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Takes the hooks off, and lets go of the bank."""
         self._source.stop()
@@ -219,7 +225,7 @@ class MemorizationMonitor(pl.Callback):
         bank = self.oracle.bank
         asked = bank.classes and self._source.conditional
         self.wise = bool(asked) if self.class_wise == "auto" else self.class_wise
-        draws = torch.Generator().manual_seed(self.seed)
+        draws = _generator(self.seed, 0)
         if self.samples < trainer.world_size:
             raise ValueError(
                 f"Expected `samples` of at least one for each of {trainer.world_size} ranks, got "
@@ -240,7 +246,7 @@ class MemorizationMonitor(pl.Callback):
                 self._others = None
         if self._others is not None:
             held_out = len(x1)
-            noise = torch.randn(x1.shape, generator=torch.Generator().manual_seed(self.seed + 1))
+            noise = torch.randn(x1.shape, generator=_generator(self.seed, 1))
             self._others = x1[mine], None if labels is None else labels[mine]
             self._resume_noise = noise[mine]
         header = {
@@ -303,26 +309,31 @@ class MemorizationMonitor(pl.Callback):
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
         start = time.perf_counter()
-        error, module = None, self._module(pl_module)
+        module, bank = self._module(pl_module), self._oracle.bank
+        error: Exception | None = None
         try:
             with model_in_eval_mode(trainer, module):
                 made, resumed = self._generate(module, device)
-        except ValueError as caught:
+            near = {t: nearest_rows(bank, x) for t, x in made.items()}
+            near_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
+        except (ValueError, RuntimeError) as caught:  # out of memory is one of the latter
             error = caught
-        raise_together(trainer, error)  # what one rank refuses all refuse
-        bank = self._oracle.bank
-        near = {t: nearest_rows(bank, x) for t, x in made.items()}
-        near_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
+        raise_together(trainer, error, _REFUSED)
         entry = {"event": "memorization_probe", "step": step, **self._entry(near, near_resumed)}
         if entry["not_finite"]:
             rank_zero_warn(
                 f"MemorizationMonitor: {entry['not_finite']} samples of step {step} are not "
                 "finite; they are left out of the shares of copies."
             )
-        self.history.append(entry)
         if trainer.is_global_zero:
-            self._writer.pictures(self._figures(made, near, resumed, near_resumed, step), step)
+            try:
+                pictures = self._figures(made, near, resumed, near_resumed, [*self.history, entry])
+                self._writer.pictures(pictures, step)
+            except Exception as caught:  # `decode` is the user's, and may fail in any way
+                error = caught
+        raise_together(trainer, error, _REFUSED)
         entry["probe_seconds"] = time.perf_counter() - start
+        self.history.append(entry)
         names = [("copies", ""), ("low", "_low"), ("high", "_high")]
         scalars = {
             f"{self.name}/copies/t_switch={t:g}{end}": entry[key][k]
@@ -408,11 +419,11 @@ class MemorizationMonitor(pl.Callback):
         near: dict[float, Nearest],
         resumed: dict[float, tuple[Tensor, Tensor]],
         near_resumed: dict[float, Nearest],
-        step: int,
+        history: list[dict[str, Any]],
     ) -> dict[str, Figure]:
         """Shares over the training, and samples of this rank beside their nearest rows."""
-        bank = self._oracle.bank
-        pictures = {"copies": figures.copies_figure(self.history)}
+        bank, step = self._oracle.bank, history[-1]["step"]
+        pictures = {"copies": figures.copies_figure(history)}
 
         def shown(x: Tensor) -> Tensor:
             x = x[:_SHOWN]
@@ -446,3 +457,9 @@ class MemorizationMonitor(pl.Callback):
     def _oracle(self) -> Oracle:
         assert self.oracle is not None
         return self.oracle
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    """One whose draws are not those of `torch.manual_seed(seed)`, with which data may be made."""
+    mixed = np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed >> 1))

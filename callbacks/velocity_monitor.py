@@ -20,16 +20,17 @@ from stagewise.adapters.paths import same_path
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_checked, find_sample
 from stagewise.callbacks import velocity_figures
-from stagewise.callbacks.checks import beside_training, path_of
+from stagewise.callbacks.checks import check_bank, path_of
 from stagewise.callbacks.driving import measured_boundary
 from stagewise.callbacks.metrics import BinnedMeans
+from stagewise.callbacks.named import NamedCallback
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.probe_rows import (
     HeldOut,
     held_out_rows,
     training_rows,
 )
-from stagewise.callbacks.training_bank import bank_from_trainer, oracle_before
+from stagewise.callbacks.training_bank import oracle_of_run
 from stagewise.callbacks.training_record import TrainingRecord
 from stagewise.callbacks.velocity_entries import (
     largest,
@@ -45,7 +46,7 @@ from stagewise.stages import StageBoundary, predicted_boundary, stage_edges
 __all__ = ["VelocityErrorMonitor"]
 
 
-class VelocityErrorMonitor(pl.Callback):
+class VelocityErrorMonitor(NamedCallback):
     """Measures a model's velocity by t, against the conditional target and against the oracle.
 
     The posterior is a property of the data; this is what moves during training. Every
@@ -104,7 +105,8 @@ class VelocityErrorMonitor(pl.Callback):
             D numbers of float32 in host memory.
         class_wise: Whether the oracle is over the rows of the query's class. Default "auto": if
             there are labels and the network is given them.
-        find: From a batch to `(x_1, labels or None)`.
+        find: From a batch to `(x_1, labels or None)`; called for every training batch, so let it
+            not encode: give `velocity` or latents where it would.
         path: The path of training; default: what makes the targets says.
         dirpath: Where files go; default `<trainer.log_dir>/<name>`, or without a logger
             `<trainer.default_root_dir>/<name>_logs`.
@@ -136,15 +138,7 @@ class VelocityErrorMonitor(pl.Callback):
             raise ValueError(f"Expected `every_n_steps` of at least 1, got {every_n_steps}.")
         if queries < 2:
             raise ValueError(f"Expected `queries` of at least 2, got {queries}.")
-        if class_wise not in (True, False, "auto"):
-            raise ValueError(
-                f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.'
-            )
-        if bank is not None and not isinstance(bank, LatentBank):
-            raise TypeError(
-                f"Expected `bank` to be a LatentBank, got {type(bank).__name__}. "
-                "Wrap tensors: LatentBank(x, labels)."
-            )
+        check_bank(bank, class_wise)
         stage_edges(math.nan, strata)
         self.every_n_steps, self.strata, self.queries = every_n_steps, strata, queries
         self.class_wise, self.find, self.path = class_wise, find, path
@@ -158,11 +152,6 @@ class VelocityErrorMonitor(pl.Callback):
         self._probes: dict[str, Probe] = {}
         self._record: TrainingRecord | None = None
         self._stash: dict[str, Any] | None = None
-
-    @property
-    def state_key(self) -> str:
-        """Distinct for monitors of distinct names."""
-        return self._generate_state_key(name=self.name)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -297,18 +286,22 @@ class VelocityErrorMonitor(pl.Callback):
         """
         self._given = None
         self._take_samples(trainer, pl_module, self._oracle.path)
+        self._match_labels()
         self._place_stages(trainer, pl_module)
 
     def _take_samples(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: paths.Path
     ) -> None:
         """Bank, training samples and held-out samples."""
-        self.oracle = None if self._given else oracle_before(trainer, self, path)
-        if self.oracle is None:
-            bank = self._given or bank_from_trainer(
-                trainer, pl_module, find=self.find, class_wise=bool(self.class_wise)
-            )
-            self.oracle = Oracle(beside_training(bank, trainer), path)
+        self.oracle = oracle_of_run(
+            trainer,
+            pl_module,
+            self,
+            path,
+            given=self._given,
+            find=self.find,
+            class_wise=bool(self.class_wise),
+        )
         bank, count = self.oracle.bank, self.strata * self.queries
         if self.class_wise is True:
             bank.require_classes()
@@ -321,6 +314,30 @@ class VelocityErrorMonitor(pl.Callback):
         self._rows = training_rows(trainer, pl_module, bank, count, given=given, **about)
         self._others = held_out_rows(trainer, pl_module, bank, count, given=self._held_out, **about)
         self._probes = {}
+
+    def _match_labels(self) -> None:
+        """Refuses training samples without a class of the bank; leaves held-out ones out."""
+        bank, labels = self._oracle.bank, self._rows[1]
+        if not self._wise:
+            return
+        if labels is None:
+            raise ValueError(
+                "class_wise=True, but no labels were found in the training batches. Say where they "
+                "are: VelocityErrorMonitor(find=lambda batch: (batch[0], batch[1]))."
+            )
+        for label in set(labels.tolist()):
+            bank.segment(label)
+        if self._others is None:
+            return
+        labels = self._others[1]
+        unknown = None if labels is None else set(labels.tolist()) - set(bank.classes)
+        if unknown is None or unknown:
+            has = "no labels" if unknown is None else f"labels without rows, {sorted(unknown)[:8]}"
+            rank_zero_info(
+                f"VelocityErrorMonitor: held-out samples have {has}, and the oracle is class-wise: "
+                "errors on them are left out."
+            )
+            self._others = None
 
     def _place_stages(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where the stages meet, and what training spends on each, from here on."""
@@ -340,8 +357,9 @@ class VelocityErrorMonitor(pl.Callback):
         oracle, network = self._oracle, self._source.network
         wise = bool(oracle.bank.classes) and self.class_wise is not False
         if self.class_wise == "auto":
-            wise = wise and self._source.conditional
+            wise = wise and self._source.conditional and self._rows[1] is not None
         self._wise = wise
+        self._match_labels()
         predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=wise)
         self.edges = stage_edges(predicted, self.strata)
         self._place_stages(trainer, pl_module)
@@ -456,16 +474,8 @@ class VelocityErrorMonitor(pl.Callback):
         for number, (split, rows) in enumerate(splits.items()):
             if rows is None:
                 continue
-            x1, labels = rows
-            if self._wise and labels is None:
-                rank_zero_info(
-                    f"VelocityErrorMonitor: {split} samples have no labels, the oracle is "
-                    "class-wise: errors on them are left out."
-                )
-                continue
             self._probes[split] = Probe(
-                x1,
-                labels,
+                *rows,
                 self.edges,
                 self.queries,
                 self._oracle,

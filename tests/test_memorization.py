@@ -308,3 +308,50 @@ def test_ranks_share_the_samples_and_know_the_same(on_one_and_two_ranks):
         found = json.loads((two / f"report{rank}.json").read_text())
         assert plain(found) == plain(expected)
     assert not (two / "rank1").exists()
+
+
+def test_samples_are_not_rows_that_the_same_seed_has_made(make_trainer, tiny_flow, make_loader):
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+
+    def still(module, xt, t, labels):
+        return torch.zeros_like(xt)  # a sample is its noise
+
+    monitor = MemorizationMonitor(velocity=still, seed=0, **SMALL)
+    fit(tiny_flow, make_trainer, make_loader, x, monitor)
+    assert monitor.history[0]["copies"][0] == 0
+
+
+def test_pictures_that_fail_leave_nothing_half_done(
+    make_trainer, tiny_flow, make_loader, make_data
+):
+    def decode(x):
+        raise KeyError("no such decoder")
+
+    x, _ = make_data(32)
+    monitor = MemorizationMonitor(decode=decode, **SMALL)
+    with pytest.raises(KeyError, match="no such decoder"):
+        fit(tiny_flow, make_trainer, make_loader, x, monitor)
+    assert monitor.history == []
+
+
+def test_a_model_that_fails_in_a_probe_is_named(make_trainer, tiny_flow, make_loader, make_data):
+    asked = []
+
+    def shrinks(module, xt, t, labels):
+        asked.append(len(xt))
+        return xt if len(asked) == 1 else xt[:, :3]  # right when it is tried at the start
+
+    x, _ = make_data(32)
+    monitor = MemorizationMonitor(velocity=shrinks, **SMALL)
+    with pytest.raises(ValueError, match=r"velocity of shape \(8, 6\), got \(8, 3\)"):
+        fit(tiny_flow, make_trainer, make_loader, x, monitor)
+    assert monitor.history == []
+
+
+def test_the_end_says_what_was_found(
+    make_trainer, tiny_flow, make_loader, make_data, lightning_log
+):
+    x, _ = make_data(32)
+    fit(tiny_flow, make_trainer, make_loader, x, MemorizationMonitor(**SMALL))
+    assert "MemorizationMonitor: copies at step 4: " in lightning_log.text
+    assert "100% from t = 1 on" in lightning_log.text

@@ -391,3 +391,19 @@ def test_a_checkpoint_keeps_its_state_plain(fit, tmp_path):
     found = state["callbacks"][key]
     assert found["record"]["means"]["count"].sum() == 2 * 8  # since the probe at step 3
     assert [e["step"] for e in found["events"]] == [1, 1, 3, 3]
+
+
+def test_labels_that_a_class_wise_oracle_needs(fit, make_data, make_loader, lightning_log):
+    x, labels = make_data(64, classes=3)
+    bank = LatentBank(x, labels)
+    given = {"velocity": lambda module, xt, t, y: torch.zeros_like(xt), "held_out": x[:9]}
+    with pytest.raises(ValueError, match="no labels were found in the training batches"):
+        fit(VelocityErrorMonitor(bank, class_wise=True, **SMALL, **given), x=x)
+    plain = VelocityErrorMonitor(bank, **SMALL, **given)
+    fit(plain, x=x)
+    assert not plain._wise
+    wise = VelocityErrorMonitor(bank, **SMALL, **given | {"held_out": (x[:9], labels[:9] + 7)})
+    fit(wise, loader=make_loader(x, labels))
+    assert wise._wise
+    assert wise.history[-1]["held_out"] is None
+    assert "held-out samples have labels without rows, [7, 8, 9]" in lightning_log.text

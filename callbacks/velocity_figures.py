@@ -137,8 +137,8 @@ def dynamics_figure(
     """
     figure, axes, t = _over_time(edges, midpoint, collapsed)
     last = max(2, probes[-1]["step"])
-    # From the second probe on: the first, of an untrained model, would take most of the colours.
-    begin = max(1, min(probes[min(1, len(probes) - 1)]["step"], last - 1))
+    # Two decades at most: the first steps of an untrained model would take most of the colours.
+    begin = min(max(1.0, probes[0]["step"], last / 100), last / 2)
     norm, colours = LogNorm(begin, last, clip=True), mpl.colormaps["viridis_r"]
     for probe in _chosen(probes):
         colour = colours(norm(max(1, probe["step"])))
@@ -150,7 +150,8 @@ def dynamics_figure(
     axes.set(ylabel=f"MSE({key} velocity), training samples")
     axes.set_title(f"{key.capitalize()} error while training" + (f"\n{title}" if title else ""))
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[0]:  # no boundary and no floor: nothing to name
+        axes.legend(fontsize=8)
     return figure
 
 

@@ -77,8 +77,7 @@ def test_curves_are_those_of_the_data():
     assert len(drawn) == 3
     np.testing.assert_allclose(drawn[-1].get_ydata(), probe(100)["train"]["oracle"])
     np.testing.assert_allclose(drawn[0].get_xdata(), (np.arange(8) + 0.5) / 8)
-    # The first two share the end of the scale.
-    assert len({matplotlib.colors.to_hex(line.get_color()) for line in drawn}) == 2
+    assert len({matplotlib.colors.to_hex(line.get_color()) for line in drawn}) == 3
 
 
 def test_at_most_ten_curves_with_the_first_and_the_last():

@@ -95,6 +95,7 @@ def test_each_part_is_run_once(bench, parts, tmp_path, monkeypatch):
     assert bench.best_rate(tmp_path, "digits", 20) is None  # other rates have not been tried
 
 
+@pytest.mark.slow
 def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
     def write(scheme, seed, lr, half, floor=0.0, horizon=1000):
         """A loss of `1 - step / (2 half)` which passes 0.5 at `half`."""

@@ -113,6 +113,7 @@ def test_the_table_of_costs_is_what_the_script_counts():
     assert table in (ROOT / "docs/engines.md").read_text()
 
 
+@pytest.mark.slow
 def test_example(tmp_path):
     command = [sys.executable, str(ROOT / "examples/watch.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -68,6 +68,7 @@ def test_recipe_trains_reports_and_writes(tmp_path, capsys):
     assert (tmp_path / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_the_recipe_is_steered(tmp_path):
     train(configuration(tmp_path, "callbacks=steer"))
     (header,) = [json.loads(line) for line in (tmp_path / "scheme/stages.jsonl").open()]
@@ -105,6 +106,7 @@ def test_recipe_without_monitor_ema_and_logger(tmp_path, capsys):
     assert "stage boundary" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stopping_and_resuming_a_recipe_is_not_stopping(tmp_path):
     # Stopped at the end of an epoch of 8 batches: Lightning starts an interrupted one anew.
     steps = ["trainer.val_check_interval=4", "trainer.max_steps=12"]

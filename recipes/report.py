@@ -174,7 +174,11 @@ def _top(run: RunFiles, title: str) -> str:
     if measured:
         last = measured[-1]
         low, high = (_number(last.get(f"midpoint_{end}")) for end in ("low", "high"))
-        tiles.append(_tile("boundary, t", _number(last.get("midpoint")), f"95 %: {low} to {high}"))
+        tiles.append(
+            _tile(
+                "boundary, t (last probe)", _number(last.get("midpoint")), f"95 %: {low} to {high}"
+            )
+        )
         tiles.append(_tile("collapsed, t", _number(last.get("collapsed"))))
     probes = _alike(run)
     if probes:

@@ -5,6 +5,7 @@ Floor 1, the science, in plain torch. Losses live in `stagewise.losses`, Lightni
 """
 
 from stagewise.advice import Advice, advise
+from stagewise.attention import GaussianAttention
 from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
 from stagewise.certificate import Certificate
@@ -71,6 +72,7 @@ __all__ = [
     "EDMLogNormal",
     "EDMPath",
     "EDMWeight",
+    "GaussianAttention",
     "LatentBank",
     "LeaveOneOut",
     "LinearPath",

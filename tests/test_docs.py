@@ -19,7 +19,7 @@ from stagewise.callbacks import stage_transitions
 ROOT = Path(__file__).parents[1]
 MODULES = [
     *("stagewise.bank", "stagewise.oracle", "stagewise.losses.flow_matching"),
-    *("stagewise.certificate", "stagewise.engines.sharded"),
+    *("stagewise.certificate", "stagewise.engines.sharded", "stagewise.attention"),
     *("stagewise.schemes.scheme", "stagewise.schemes.phases"),
     *("stagewise.losses.regularizer", "stagewise.losses.weighted"),
     "stagewise.callbacks.metrics",

@@ -1,4 +1,4 @@
-"""A small Scalable Interpolant Transformer, put together from timm's layers.
+"""The Scalable Interpolant Transformer and LightningDiT, put together from timm's layers.
 
 SiT is the DiT architecture trained on velocities. An image becomes a sequence of patches; every
 block is modulated by one vector `c`, the sum of a time and a class embedding, through adaLN-Zero:
@@ -12,10 +12,23 @@ The null class, one row after the real ones, stands for "no label". In training 
 replaced by it with probability `class_dropout`, so that one model answers with and without a
 label, as classifier-free guidance needs.
 
+Under its defaults the model is a SiT that tells times well apart. Switches make it the function
+that the public weights belong to (`stagewise.recipes.public_weights` loads them):
+
+    SiT            learn_sigma, time_embedding="unit", position_embedding="dit"
+    LightningDiT   the last two, and rms_norm, swiglu, rotary
+
+What differs from both public codes: the names of the weights; the rows of the output layer, which
+are ordered as the weights of the patch embedding are, `(C, p, p)`, there `(p, p, C)`; and the
+fixed embeddings, which are in no checkpoint here and count as parameters there. LightningDiT's
+option of a modulation without shift is left out; its published models do not use it.
+
 References:
     Ma et al., SiT: Exploring Flow and Diffusion-based Generative Models with Scalable
     Interpolant Transformers, https://arxiv.org/abs/2401.08740
     Peebles and Xie, Scalable Diffusion Models with Transformers, https://arxiv.org/abs/2212.09748
+    Yao et al., Reconstruction vs. Generation: Taming Optimization Dilemma in Latent Diffusion
+    Models (LightningDiT), https://arxiv.org/abs/2501.01423
 """
 
 from __future__ import annotations
@@ -23,9 +36,20 @@ from __future__ import annotations
 __all__ = ["SiT"]
 
 import math
+from typing import Any, Literal
 
 import torch
-from timm.layers import Attention, GELUTanh, Mlp, PatchEmbed, build_sincos2d_pos_embed
+from timm.layers import (
+    Attention,
+    AttentionRope,
+    GELUTanh,
+    Mlp,
+    PatchEmbed,
+    RmsNorm,
+    SwiGLUPacked,
+    build_rotary_pos_embed,
+    build_sincos2d_pos_embed,
+)
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -45,12 +69,29 @@ class SiT(nn.Module):
         mlp_ratio: Width of the MLP relative to `hidden_size`.
         class_dropout: Probability, in [0, 1], that a label is dropped in training mode. Drawn
             from the global generator of the device, like any dropout.
+        learn_sigma: Whether the output layer makes twice the channels, of which the second half
+            is dropped: in SiT, a remainder of DiT, which learned a variance. Default False.
+        time_embedding: "thousand" for frequencies from 1000 to 0.1 radians per unit of t, the
+            default; "unit" for those of the SiT and LightningDiT codes, 1 to about 1e-4, where
+            t = 0.50 hardly differs from t = 0.51.
+        position_embedding: Order of the channels of the fixed embedding of the position. "timm",
+            the default: sines of row and column, then cosines. "dit": sine and cosine of the
+            column, then of the row, as in the public codes.
+        rms_norm: Whether norms are RMSNorm with a learned scale, not LayerNorm without one.
+            Default False.
+        swiglu: Whether the MLP is a SwiGLU, with two thirds of the width, so that the number of
+            weights stays. Default False.
+        rotary: Whether queries and keys are rotated by the row (first half of a head) and the
+            column (second half). The fixed embedding stays. Default False.
+        qk_norm: Whether queries and keys are normalised, for training that diverges. Default
+            False, as for the published LightningDiT.
 
     Raises:
         ValueError: If sizes do not divide, or an argument is out of range.
     """
 
     pos_embed: Tensor
+    rope: Tensor | None
 
     def __init__(
         self,
@@ -63,6 +104,13 @@ class SiT(nn.Module):
         num_heads: int = 4,
         mlp_ratio: float = 4.0,
         class_dropout: float = 0.1,
+        learn_sigma: bool = False,
+        time_embedding: Literal["thousand", "unit"] = "thousand",
+        position_embedding: Literal["timm", "dit"] = "timm",
+        rms_norm: bool = False,
+        swiglu: bool = False,
+        rotary: bool = False,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         if input_size % patch_size:
@@ -79,18 +127,41 @@ class SiT(nn.Module):
             raise ValueError(f"Expected `num_classes` of at least 0, got {num_classes}.")
         if not 0 <= class_dropout <= 1:
             raise ValueError(f"Expected `class_dropout` in [0, 1], got {class_dropout}.")
+        if time_embedding not in ("thousand", "unit"):
+            raise ValueError(
+                f"Expected `time_embedding` 'thousand' or 'unit', got {time_embedding!r}."
+            )
+        if position_embedding not in ("timm", "dit"):
+            raise ValueError(
+                f"Expected `position_embedding` 'timm' or 'dit', got {position_embedding!r}."
+            )
+        if rotary and hidden_size // num_heads % 4:
+            raise ValueError(
+                f"Expected `hidden_size / num_heads` divisible by 4 with `rotary` (pairs for two "
+                f"coordinates), got hidden_size={hidden_size}, num_heads={num_heads}."
+            )
         self.num_classes = num_classes
         self.input_shape = (in_channels, input_size, input_size)
         self.patch_size = patch_size
         self.class_dropout = class_dropout
+        self.learn_sigma = learn_sigma
+        self.time_embedding = time_embedding
+        self.swiglu = swiglu
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
-        self.t_embedder = _TimestepEmbedder(hidden_size)
+        self.t_embedder = _TimestepEmbedder(hidden_size, time_embedding)
         self.y_embedder = nn.Embedding(num_classes + 1, hidden_size)
-        pos_embed = build_sincos2d_pos_embed(list(self.x_embedder.grid_size), hidden_size)
+        grid = list(self.x_embedder.grid_size)
+        pos_embed = _positions(grid, hidden_size, position_embedding)
         self.register_buffer("pos_embed", pos_embed, persistent=False)  # (tokens, hidden_size)
-        self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = _FinalLayer(hidden_size, patch_size**2 * in_channels)
+        rope = _rotations(grid, hidden_size // num_heads) if rotary else None
+        self.register_buffer("rope", rope, persistent=False)  # (tokens, 2 * head width)
+        self.blocks = nn.ModuleList(
+            _Block(hidden_size, num_heads, mlp_ratio, rms_norm, swiglu, rotary, qk_norm)
+            for _ in range(depth)
+        )
+        channels = 2 * in_channels if learn_sigma else in_channels
+        self.final_layer = _FinalLayer(hidden_size, patch_size**2 * channels, rms_norm)
         self._init_weights()
 
     def forward(self, xt: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -125,8 +196,11 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self._embed(labels)
         x = self.x_embedder(xt) + self.pos_embed
         for block in self.blocks:
-            x = block(x, c)
-        return self.unpatchify(self.final_layer(x, c))
+            x = block(x, c, self.rope)
+        x = self.final_layer(x, c)
+        if self.learn_sigma:
+            x = x.chunk(2, -1)[0]
+        return self.unpatchify(x)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Put patches side by side; the inverse of `torch.nn.functional.unfold`.
@@ -183,27 +257,52 @@ class _Modulation(nn.Module):
 class _Block(nn.Module):
     """Attention and MLP under adaLN-Zero: `(B, tokens, dim), (B, dim) -> (B, tokens, dim)`."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        rms_norm: bool,
+        swiglu: bool,
+        rotary: bool,
+        qk_norm: bool,
+    ) -> None:
         super().__init__()
         self.modulation = _Modulation(dim, 6)
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(dim, num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELUTanh)
+        self.norm1 = _norm(dim, rms_norm)
+        options: dict[str, Any] = {
+            "qkv_bias": True,
+            "qk_norm": qk_norm,
+            "norm_layer": RmsNorm if rms_norm else nn.LayerNorm,
+        }
+        self.attn = (
+            AttentionRope(dim, num_heads, num_prefix_tokens=0, **options)
+            if rotary
+            else Attention(dim, num_heads, **options)
+        )
+        self.norm2 = _norm(dim, rms_norm)
+        width = int(dim * mlp_ratio)
+        # The packed one draws its two first layers as one matrix, as LightningDiT does.
+        self.mlp = (
+            SwiGLUPacked(dim, 2 * int(2 / 3 * width))
+            if swiglu
+            else Mlp(dim, width, act_layer=GELUTanh)
+        )
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rope: Tensor | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        h = self.norm1(x) * (1 + scale1) + shift1
+        x = x + gate1 * (self.attn(h) if rope is None else self.attn(h, rope=rope))
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class _FinalLayer(nn.Module):
     """Modulated norm, then a linear map: `(B, tokens, dim), (B, dim) -> (B, tokens, out)`."""
 
-    def __init__(self, dim: int, out: int) -> None:
+    def __init__(self, dim: int, out: int, rms_norm: bool) -> None:
         super().__init__()
         self.modulation = _Modulation(dim, 2)
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm = _norm(dim, rms_norm)
         self.linear = nn.Linear(dim, out)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -211,27 +310,49 @@ class _FinalLayer(nn.Module):
         return self.linear(self.norm(x) * (1 + scale) + shift)
 
 
+def _norm(dim: int, rms_norm: bool) -> nn.Module:
+    if rms_norm:
+        return RmsNorm(dim, eps=1e-6)
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+
+def _positions(grid: list[int], dim: int, order: str) -> Tensor:
+    """Sines and cosines of row and column of every token, `(tokens, dim)`."""
+    if order == "timm":
+        return build_sincos2d_pos_embed(grid, dim)
+    rows_first = build_sincos2d_pos_embed(grid, dim, interleave_sin_cos=True)
+    return rows_first.roll(dim // 2, -1)
+
+
+def _rotations(grid: list[int], head_dim: int) -> Tensor:
+    """Sines, then cosines, of the angles that heads are rotated by, `(tokens, 2 * head_dim)`."""
+    return torch.cat(build_rotary_pos_embed(grid, dim=head_dim, in_pixels=False), -1)
+
+
 class _TimestepEmbedder(nn.Module):
     """Sines and cosines of t, then an MLP: `(B,) -> (B, dim)`."""
 
-    def __init__(self, dim: int, frequencies: int = 128) -> None:
+    def __init__(self, dim: int, embedding: str, frequencies: int = 128) -> None:
         super().__init__()
-        self.frequencies = frequencies
+        self.frequencies, self.embedding = frequencies, embedding
         self.mlp = Mlp(2 * frequencies, dim, dim, act_layer=nn.SiLU)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(_sinusoids(t, self.frequencies).to(self.mlp.fc1.weight.dtype))
+        features = _sinusoids(t, self.frequencies, self.embedding)
+        return self.mlp(features.to(self.mlp.fc1.weight.dtype))
 
 
-def _sinusoids(t: Tensor, frequencies: int) -> Tensor:
+def _sinusoids(t: Tensor, frequencies: int, embedding: str = "thousand") -> Tensor:
     """Cosines, then sines, `(B, 2 * frequencies)` float32, of t in [0, 1], `(B,)`.
 
-    The frequencies fall geometrically from 1000 to 0.1 radians per unit of t, as over the
-    thousand steps of DiT. Fed with t unscaled, as in the SiT code, the fastest would turn by one
-    radian, and hardly tell t = 0.50 from t = 0.51.
+    The frequencies fall geometrically: from 1000 to 0.1 radians per unit of t, as over the
+    thousand steps of DiT, or from 1 towards 1e-4, which is DiT's embedding fed with t unscaled.
     """
     # Made anew each time: as a buffer they would follow the module to 16 bits, where 1000
     # radians are off by whole periods.
-    exponent = torch.linspace(0, 1, frequencies, device=t.device)
-    angle = t.float()[:, None] * 1000 * torch.exp(-math.log(1e4) * exponent)
+    if embedding == "thousand":
+        top, exponent = 1000, torch.linspace(0, 1, frequencies, device=t.device)
+    else:
+        top, exponent = 1, torch.arange(frequencies, device=t.device) / frequencies
+    angle = t.float()[:, None] * top * torch.exp(-math.log(1e4) * exponent)
     return torch.cat([angle.cos(), angle.sin()], -1)

@@ -1,0 +1,153 @@
+"""The public weights of SiT and LightningDiT, put into our `SiT`.
+
+Both publish checkpoints of one layout. Three things differ from ours:
+
+    names       e.g. `blocks.0.adaLN_modulation.1.weight`, here `blocks.0.modulation.linear.weight`
+    output      rows of the last layer ordered `(p, p, C)`, here `(C, p, p)`, p the patch size and
+                C the channels, doubled under `learn_sigma`
+    embeddings  fixed ones, of position and rotation, are in the file; here they are computed, and
+                those of the file must be the same
+
+Both predict dx/dt with noise at t = 0 and data at t = 1, as this library does. The tests compare
+with models written from the formulas of the public code, not with the published files.
+
+References:
+    Ma et al., SiT, https://arxiv.org/abs/2401.08740, code https://github.com/willisma/SiT
+    Yao et al., LightningDiT, https://arxiv.org/abs/2501.01423, code
+    https://github.com/hustvl/LightningDiT
+"""
+
+from __future__ import annotations
+
+__all__ = ["load_public_weights"]
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stagewise.recipes.sit import SiT
+
+_PUBLIC_NAMES = [  # (pattern in ours, replacement)
+    (r"^t_embedder\.mlp\.fc1\.", "t_embedder.mlp.0."),
+    (r"^t_embedder\.mlp\.fc2\.", "t_embedder.mlp.2."),
+    (r"^y_embedder\.", "y_embedder.embedding_table."),
+    (r"\.modulation\.linear\.", ".adaLN_modulation.1."),
+    (r"^final_layer\.norm\.", "final_layer.norm_final."),
+]
+_PUBLIC_SWIGLU = [
+    (r"(^blocks\.\d+\.mlp)\.fc1\.", r"\1.w12."),
+    (r"(^blocks\.\d+\.mlp)\.fc2\.", r"\1.w3."),
+]
+_SHOWN = 10  # of the entries in which a checkpoint differs
+
+
+def load_public_weights(net: SiT, path: str | Path) -> SiT:
+    """Loads a checkpoint in the public layout, all of it or nothing.
+
+    Args:
+        net: The network, built with the sizes and switches of the checkpoint: those of
+            `net/sit_xl_2.yaml` for `SiT-XL-2-256.pt`, of `net/lightningdit_xl_1.yaml` for
+            `lightningdit-xl-imagenet256-800ep.pt`. Its type and device stay.
+        path: A file of `torch.save`: the weights, or a dictionary that holds them under "ema",
+            which is preferred, or "model".
+
+    Returns:
+        `net`, which is changed in place.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is a checkpoint of another model, with the entries that differ, or no
+            checkpoint of weights, or if `net` embeds time in another way than the public models.
+    """
+    if net.time_embedding != "unit":
+        raise ValueError(
+            f"Expected `net` with time_embedding='unit', got {net.time_embedding!r}. Build it so: "
+            "the public weights were trained with it, and no entry of a checkpoint tells."
+        )
+    found = _read(Path(path))
+    ours = net.state_dict()
+    public = {_public_name(name, net.swiglu): name for name in ours}
+    fixed = _fixed(net)
+    _check_shapes(
+        {name: ours[own].shape for name, own in public.items()}
+        | {name: value.shape for name, value in fixed.items()},
+        {name: value.shape for name, value in found.items()},
+    )
+    for name, value in fixed.items():
+        error = (found[name].to(value) - value).abs().max().item()
+        if not error < 1e-5:
+            raise ValueError(
+                f"Expected `{name}` of the checkpoint to be the embedding of `net`, got one that "
+                f"differs by up to {error:.2g}. Build the network with position_embedding='dit'; "
+                "if it is, the checkpoint is of another model."
+            )
+    state = {own: found[name] for name, own in public.items()}
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        rows = state[name].unflatten(0, (net.patch_size**2, -1))
+        state[name] = rows.transpose(0, 1).flatten(0, 1)
+    net.load_state_dict(state)
+    return net
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a checkpoint, and there is no file {path}.")
+    try:
+        # Checkpoints of SiT's training hold their command line.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises what its unpickler or its zip reader does
+        raise ValueError(
+            f"Expected a checkpoint that torch.load reads with weights_only=True, {path} cannot "
+            f"be read so ({str(error).splitlines()[0][:120]}). Download it again, or save its "
+            "weights alone."
+        ) from error
+    for key in ("ema", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    named = isinstance(found, Mapping) and all(isinstance(x, Tensor) for x in found.values())
+    if not named or not found:
+        raise ValueError(
+            f"Expected a dictionary of tensors in {path}, or one under 'ema' or 'model', got "
+            f"{sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__}."
+        )
+    return dict(found)
+
+
+def _public_name(name: str, swiglu: bool) -> str:
+    for pattern, replacement in _PUBLIC_NAMES + (_PUBLIC_SWIGLU if swiglu else []):
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _fixed(net: SiT) -> dict[str, Tensor]:
+    """What is computed here and stored there."""
+    fixed = {"pos_embed": net.pos_embed[None]}
+    if net.rope is not None:
+        sines, cosines = net.rope.chunk(2, -1)
+        fixed |= {"feat_rope.freqs_sin": sines, "feat_rope.freqs_cos": cosines}
+    return fixed
+
+
+def _check_shapes(expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
+    names = [*expected, *(name for name in found if name not in expected)]
+    wrong = [name for name in names if expected.get(name) != found.get(name)]
+    if not wrong:
+        return
+    lines = [f"  {name}: {_shape(expected, name)}, got {_shape(found, name)}" for name in wrong]
+    if len(wrong) > _SHOWN:
+        lines[_SHOWN:] = [f"  and {len(wrong) - _SHOWN} more"]
+    raise ValueError(
+        f"Expected a checkpoint with the entries of `net`, got one that differs in {len(wrong)}:\n"
+        + "\n".join(lines)
+        + "\nBuild the network with the sizes and switches of the checkpoint. Nothing was loaded."
+    )
+
+
+def _shape(shapes: dict[str, torch.Size], name: str) -> str:
+    return str(tuple(shapes[name])) if name in shapes else "no such entry"

@@ -20,7 +20,7 @@ from stagewise.latents.files import map_rows, replace_file
 from stagewise.latents.lightningdit import STATS, shard_entries, shard_files
 from stagewise.latents.statistics import ChannelStatistics
 
-__all__ = ["save_stats", "write_latents", "write_stats"]
+__all__ = ["save_stats", "write_latents", "write_shard", "write_stats"]
 
 
 def write_stats(folder: str | os.PathLike[str]) -> ChannelStatistics:
@@ -102,13 +102,7 @@ def write_latents(
     seen = ChannelStatistics()
     for shard in _shards(batches, shard_size, skip, shape, dtype):
         seen.update(shard["latents"])
-        about = {
-            "total_size": f"{len(shard['latents'])}",
-            "dtype": f"{shard['latents'].dtype}",
-            "device": "cpu",
-        }
-        name = f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
-        _save_shard(folder / name, shard, about)
+        write_shard(folder, rank, number, shard)
         number += 1
     if not old and not number:
         raise ValueError("Expected batches of latents, got none.")
@@ -119,8 +113,22 @@ def write_latents(
     return folder
 
 
-def _save_shard(path: Path, held: dict[str, Tensor], about: dict[str, str]) -> None:
-    replace_file(path, lambda file: save_file(held, file, about))
+def write_shard(folder: Path, rank: int, number: int, shard: dict[str, Tensor]) -> None:
+    """Writes one shard, which has its name when it is whole and on the disk.
+
+    Args:
+        folder: The folder; it exists.
+        rank: Of this process, for the name.
+        number: Of the shard among those of the rank, from 0.
+        shard: `latents` and `latents_flip` (n, C, H, W), `labels` (n,) int64, on the CPU.
+    """
+    about = {
+        "total_size": f"{len(shard['latents'])}",
+        "dtype": f"{shard['latents'].dtype}",
+        "device": "cpu",
+    }
+    name = f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
+    replace_file(folder / name, lambda file: save_file(shard, file, about))
 
 
 def _shards(

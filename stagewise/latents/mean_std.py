@@ -35,7 +35,7 @@ from stagewise.latents.files import (
 from stagewise.latents.scaling import EDM2 as EDM2_SCALING
 from stagewise.latents.scaling import SD_VAE
 
-__all__ = ["EDM2", "REPA", "MeanStd", "find_folder", "write_mean_std"]
+__all__ = ["EDM2", "REPA", "MeanStd", "file_name", "find_folder", "write_mean_std"]
 
 _INDEX = "dataset.json"
 
@@ -226,6 +226,11 @@ def find_folder(path: Path) -> Path | None:
     return path / "vae-sd.zip" if (path / "vae-sd.zip").is_file() else None
 
 
+def file_name(row: int) -> str:
+    """What both projects call the file of a row."""
+    return f"{row:08d}"[:5] + f"/img-mean-std-{row:08d}.npy"
+
+
 def write_mean_std(
     path: str | os.PathLike[str], batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> Path:
@@ -255,7 +260,7 @@ def write_mean_std(
     try:
         for moments, labels in batches:
             for at, moment in enumerate(moments.cpu().numpy()):
-                name = f"{row:08d}"[:5] + f"/img-mean-std-{row:08d}.npy"
+                name = file_name(row)
                 buffer = io.BytesIO()
                 np.save(buffer, moment)
                 save(name, buffer.getvalue())

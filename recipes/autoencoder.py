@@ -1,0 +1,199 @@
+"""An autoencoder of diffusers: pictures to the moments of their latents, and latents to pictures.
+
+`AutoencoderKL` gives a Gaussian posterior for each picture,
+
+    q(z | picture) = N(mean, std^2),    std = exp(logvar / 2),  logvar within [-30, 20].
+
+Everything here is in the raw scale of z, as the network has it: its `scaling_factor` is not
+applied. What a model trains on is `scaling(z)` (`stagewise.latents`), so `decode` takes
+`latents.scaling.invert(x_1)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "VAE",
+    "Autoencoder",
+    "decode",
+    "encode",
+    "find_vae",
+    "fingerprint",
+    "load_vae",
+    "to_pixels",
+]
+
+VAE: TypeAlias = Any
+"""`diffusers.AutoencoderKL`: diffusers is optional, and stands as a dummy for type checkers."""
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """What an autoencoder's configuration says, before its weights are loaded.
+
+    Attributes:
+        name: A folder, or a name on the Hugging Face hub.
+        subfolder: Where in it the autoencoder lies: "vae" in that of a whole pipeline, else "".
+        channels: C of its latents.
+        factor: Side of a picture by the side of its latents.
+    """
+
+    name: str
+    subfolder: str
+    channels: int
+    factor: int
+
+
+def find_vae(name: str | os.PathLike[str]) -> Autoencoder:
+    """Reads the configuration of an `AutoencoderKL`.
+
+    Args:
+        name: A folder that `save_pretrained` wrote, of the autoencoder or of a whole pipeline, or
+            the name of one on the hub, `owner/name`.
+
+    Returns:
+        What it says.
+
+    Raises:
+        ModuleNotFoundError: If diffusers is not installed.
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it is no `AutoencoderKL`.
+    """
+    model, name = _model(), os.fspath(name)
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"Expected the folder of an autoencoder, got {name}: no such path.")
+    problem: OSError | None = None
+    for subfolder in ("", "vae"):
+        try:
+            config: dict[str, Any] = model.load_config(name, subfolder=subfolder or None)
+        except OSError as error:
+            problem, cause = problem or error, error.__context__
+            # The hub gave no answer: asked again it takes half a minute more.
+            if type(cause).__name__ == "LocalEntryNotFoundError" and isinstance(cause, OSError):
+                problem = cause
+                break
+            continue
+        kind = config.get("_class_name")
+        if kind != "AutoencoderKL":
+            raise ValueError(
+                f"Expected an AutoencoderKL in {name}, got {kind}. Give the folder or the name of "
+                "one, such as stabilityai/sd-vae-ft-mse."
+            )
+        levels, channels = config.get("block_out_channels", (64,)), config.get("latent_channels", 4)
+        return Autoencoder(name, subfolder, int(channels), 2 ** (len(levels) - 1))
+    raise ValueError(
+        f"Expected an AutoencoderKL (config.json and weights, as save_pretrained writes them) in "
+        f"{name} or in its subfolder vae: {problem}"
+    ) from problem
+
+
+def load_vae(
+    name: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VAE:
+    """Loads an `AutoencoderKL`, fit for use: without gradients, in evaluation.
+
+    Args:
+        name: As in `find_vae`.
+        device: Default the CPU.
+        dtype: It computes in, default float32.
+
+    Returns:
+        The autoencoder.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError: As `find_vae`.
+        ValueError: If it is no `AutoencoderKL`, or its weights are not whole.
+    """
+    found = find_vae(name)
+    try:
+        vae, about = _model().from_pretrained(
+            found.name,
+            subfolder=found.subfolder or None,
+            torch_dtype=dtype,
+            low_cpu_mem_usage=False,  # what it needs else, accelerate, is not asked for
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ValueError(f"The weights of {found.name} cannot be read: {error}") from error
+    # diffusers leaves what is missing at random numbers, and only warns.
+    if about["missing_keys"]:
+        missing = sorted(about["missing_keys"])
+        raise ValueError(
+            f"Expected all weights of an AutoencoderKL in {found.name}, got none for "
+            f"{len(missing)}, the first {missing[0]}. Copy or download it again."
+        )
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def fingerprint(vae: VAE) -> str:
+    """What tells these weights from others: 16 digits of their SHA-256."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def to_pixels(pictures: Tensor, low: float = -1.0) -> Tensor:
+    """From bytes 0 to 255 to numbers from `low` to 1, float32."""
+    return pictures.float() / (255 / (1 - low)) + low
+
+
+@torch.no_grad()
+def encode(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The moments of the posterior of pictures.
+
+    Args:
+        vae: From `load_vae`.
+        pixels: (B, 3, H, W), in [-1, 1] unless the autoencoder is used otherwise (EDM2: [0, 1]).
+
+    Returns:
+        `(mean, std)`, each (B, C, h, w), at least float32, on the device of `vae`.
+    """
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    wide = torch.promote_types(vae.dtype, torch.float32)
+    return posterior.mean.to(wide), (0.5 * posterior.logvar.to(wide)).exp()
+
+
+@torch.no_grad()
+def decode(vae: VAE, z: Tensor, batch: int = 32, low: float = -1.0) -> Tensor:
+    """Pictures of latents.
+
+    Args:
+        vae: From `load_vae`.
+        z: (B, C, h, w), raw: `latents.scaling.invert(x_1)`.
+        batch: How many are decoded at a time, default 32.
+        low: The number that black is, default -1; 0 for EDM2, whose pixels are in [0, 1].
+
+    Returns:
+        (B, 3, H, W), uint8, on the CPU.
+    """
+    if batch < 1:
+        raise ValueError(f"Expected `batch` of at least 1, got {batch}.")
+    pictures = []
+    for part in z.split(batch):
+        pixels = vae.decode(part.to(vae.device, vae.dtype)).sample.float()
+        bytes_ = ((pixels - low) * (255 / (1 - low))).round().clamp(0, 255)
+        pictures.append(bytes_.to(torch.uint8).cpu())
+    return torch.cat(pictures)
+
+
+def _model() -> Any:
+    try:
+        from diffusers import AutoencoderKL
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Expected diffusers, which reads the autoencoder, and it is not installed: "
+            "pip install 'stagewise[vae]'."
+        ) from error
+    return AutoencoderKL

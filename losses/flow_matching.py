@@ -111,6 +111,7 @@ class FlowMatchingLoss(nn.Module):
         x0: Tensor | None = None,
         t: Tensor | None = None,
         generator: torch.Generator | None = None,
+        part: tuple[int, int] = (0, 1),
         classes: Labels | None = None,
         source: Tensor | None = None,
         **kwargs: Any,
@@ -124,6 +125,9 @@ class FlowMatchingLoss(nn.Module):
             x0: Noise, (B, *); default drawn.
             t: Times in [0, 1], (B,), t = 0 is noise; default drawn by the sampler.
             generator: For the draws, on the device of `x1`; default torch's global one.
+            part: (r, R): noise and times are drawn for a batch of R B samples, of which this one
+                has every R-th, from r on. With a generator in the same state on each of R ranks
+                they see what one rank would see with all samples. Default (0, 1).
             classes: Class of each sample for a class-wise scheme, (B,); not passed to the model.
                 Default: looked up in the bank.
             source: Row of the scheme's bank that each sample stands for, (B,); not passed to the
@@ -137,13 +141,16 @@ class FlowMatchingLoss(nn.Module):
             ValueError: If the shapes of `t`, `x0`, the weight or the model's output do not fit.
         """
         scheme = self.scheme if self.training else None
+        (first, step), count = part, part[1] * len(x1)
         if x0 is None:
-            x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
+            x0 = torch.randn(
+                (count, *x1.shape[1:]), dtype=x1.dtype, device=x1.device, generator=generator
+            )[first::step]
         if t is None:
             timesteps = self.timesteps
             if scheme is not None and scheme.draws_timesteps:
                 timesteps = scheme.timesteps
-            t = timesteps.sample(len(x1), device=x1.device, generator=generator)
+            t = timesteps.sample(count, device=x1.device, generator=generator)[first::step]
         check_times(t, len(x1))
         if x0.shape != x1.shape:
             raise ValueError(

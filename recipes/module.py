@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import lightning as L
 import numpy as np
 import torch
@@ -16,10 +19,13 @@ __all__ = ["FlowMatchingModule"]
 class FlowMatchingModule(L.LightningModule):
     """Trains `net(xt, t, labels)` with `objective` on batches `(x_1, labels)`.
 
+    A third item of a batch is the row of the bank that each x_1 stands for, for a scheme.
+
     Logs `train/loss` and, over the validation set with fixed noise and times, `val/loss`. Noise,
-    times and label dropout of a batch depend on the seed, the rank, the epoch and the batch, not on
-    what was drawn before, so a run that is stopped at the end of an epoch and resumed draws what it
-    would have drawn.
+    times and label dropout of a batch depend on the seed, the epoch and the batch, not on what was
+    drawn before, so a run that is stopped and resumed draws what it would have drawn. Noise and
+    times do not depend on the number of ranks either, if the ranks' batches interleave to the same
+    whole (`EpochOrder`); each rank drops labels on its own.
 
     Args:
         net: The network.
@@ -48,19 +54,29 @@ class FlowMatchingModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Seeds the draws of this batch."""
-        place = (self.seed, self.global_rank, self.current_epoch, batch_idx)
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+        self._reseed(0, batch_idx)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """One batch of the objective."""
-        x1, labels = batch
-        loss = self.objective(self.net, x1, labels)
-        self.log("train/loss", loss, prog_bar=True)
+        x1, labels, *rows = batch
+        ranks = self.trainer.world_size
+        net: Callable[..., Tensor] = self.net
+        if ranks > 1:
+            net = partial(self._with_own_draws, batch_idx)
+        loss = self.objective(
+            net,
+            x1,
+            labels,
+            part=(self.global_rank, ranks),
+            classes=labels,
+            source=rows[0] if rows else None,
+        )
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """The same on held-out samples; noise and times depend on the batch only."""
-        x1, labels = batch
+        x1, labels = batch[:2]
         generator = torch.Generator(self.device).manual_seed(batch_idx)
         loss = self.objective(self.net, x1, labels, generator=generator)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(x1), sync_dist=True)
@@ -74,9 +90,18 @@ class FlowMatchingModule(L.LightningModule):
             weight_decay=self.weight_decay,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / self.warmup_steps)
+            optimizer, lambda step: min(1.0, (step + 1) / max(1, self.warmup_steps))
         )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def _with_own_draws(self, batch_idx: int, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The network, with labels dropped by this rank's draws."""
+        self._reseed(1 + self.global_rank, batch_idx)
+        return self.net(xt, t, labels)
+
+    def _reseed(self, stream: int, batch_idx: int) -> None:
+        place = (self.seed, stream, self.current_epoch, batch_idx)
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))

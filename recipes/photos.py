@@ -29,16 +29,18 @@ from __future__ import annotations
 
 __all__ = ["PhotoPatches", "photographs"]
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler, TensorDataset
+
+from stagewise.recipes.order import ResumableData
 
 # name -> (import name, distribution, file inside the package)
 _FILES = {
@@ -66,7 +68,7 @@ def photographs() -> dict[str, np.ndarray]:
     return {name: _read(name, *where) for name, where in _FILES.items()}
 
 
-class PhotoPatches(L.LightningDataModule):
+class PhotoPatches(ResumableData):
     """Patches of photographs: items `(x_1, label)`, `(3, patch, patch)` in [-1, 1] and int64.
 
     Everything lies in memory, as the `TensorDataset`s `train` and `held_out`. Building and
@@ -146,6 +148,16 @@ class PhotoPatches(L.LightningDataModule):
         """Shape of one patch, `(3, patch, patch)`."""
         return 3, self.patch, self.patch
 
+    @property
+    def num_classes(self) -> int:
+        """The number of photographs."""
+        return len(_FILES)
+
+    def examples(self, classes: Sequence[int], count: int) -> Tensor:
+        """The first training patches of some classes, (classes, count, 3, patch, patch)."""
+        x1, labels = self.train.tensors
+        return torch.stack([x1[labels == label][:count] for label in classes])
+
     def positions(self, split: str) -> np.ndarray:
         """Where the patches of a split were taken, in the order of its data set.
 
@@ -180,7 +192,7 @@ class PhotoPatches(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of `train`; the last, smaller one is dropped."""
-        return self._loader(self.train, _EpochShuffle(len(self.train), self.seed))
+        return self._loader(self.train, self.order(self.train, self.batch_size, self.seed))
 
     def val_dataloader(self) -> DataLoader:
         """All of `held_out`, in a fixed order."""
@@ -231,23 +243,6 @@ class PhotoPatches(L.LightningDataModule):
                 )
             chosen.append(pool[rng.choice(len(pool), size, replace=False)])
         return chosen
-
-
-class _EpochShuffle(Sampler[int]):
-    """A random order that depends on the seed and the epoch; Lightning calls `set_epoch`."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of `epoch`."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
 
 
 def _read(name: str, package: str, distribution: str, file: str) -> np.ndarray:

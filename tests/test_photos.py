@@ -112,7 +112,8 @@ def test_order_depends_on_seed_and_epoch_only():
         for _ in range(before):
             list(loader)
         loader.sampler.set_epoch(epoch)
-        assert sorted(loader.sampler) == list(range(300))
+        # Two batches of 128; what does not fill one is left to another epoch.
+        assert len(set(loader.sampler)) == len(list(loader.sampler)) == len(loader.sampler) == 256
         return list(loader.sampler)
 
     assert order(3) == order(3, before=2)

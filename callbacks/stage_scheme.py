@@ -30,8 +30,9 @@ from stagewise.callbacks.driving import (
 )
 from stagewise.callbacks.named import NamedCallback
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
-from stagewise.callbacks.training_bank import bank_from_trainer
+from stagewise.callbacks.training_bank import bank_from_trainer, shard_from_trainer
 from stagewise.callbacks.writer import Writer
+from stagewise.engines import Engine, Sharded
 from stagewise.losses import StageWeightedLoss
 from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme
@@ -73,8 +74,9 @@ class StageScheme(NamedCallback):
     phase, as text to TensorBoard, and as a line of `stages.jsonl` in `dirpath`.
 
     Args:
-        scheme: A `Scheme` or `Phases`. Default None: made from the parts below; without any, the
-            scheme that the module's `FlowMatchingLoss` has.
+        scheme: A `Scheme` or `Phases`, or a function that makes one of the oracle, (oracle) ->
+            scheme, for phases over a bank that is read from the training. Default None: made from
+            the parts below; without any, the scheme that the module's `FlowMatchingLoss` has.
         target: See `Scheme`, like the next four.
         timesteps: How t is drawn; default: as the module does it.
         weight: From t to the weight of a sample.
@@ -84,6 +86,8 @@ class StageScheme(NamedCallback):
         bank: The training latents *as the model is trained on them*. Default: those of the
             `PosteriorMonitor` that stands before this callback, or else read from the training data
             loader. Not needed with a `scheme` that has an oracle.
+        engine: How the oracle reaches the rows, default `Auto()`. With `Sharded()` the bank is this
+            rank's part, and training must say the `source` of its samples.
         seam: Name of what makes the targets, such as "module.FM". Default: there is one only.
         find: From a batch to `(x_1, labels or None)`, for reading the bank.
         dirpath: Where `stages.jsonl` goes; default `<trainer.log_dir>/<name>`, or without a logger
@@ -100,7 +104,7 @@ class StageScheme(NamedCallback):
 
     def __init__(
         self,
-        scheme: Scheme | Phases | None = None,
+        scheme: Scheme | Phases | Callable[[Oracle], Scheme | Phases] | None = None,
         *,
         target: Target | None = None,
         timesteps: TimestepSampler | None = None,
@@ -109,6 +113,7 @@ class StageScheme(NamedCallback):
         preserve_objective: bool = False,
         class_wise: bool | Literal["auto"] = "auto",
         bank: LatentBank | None = None,
+        engine: Engine | None = None,
         seam: str | None = None,
         find: FindSample = find_sample,
         dirpath: str | Path | None = None,
@@ -129,10 +134,16 @@ class StageScheme(NamedCallback):
                 "Expected a scheme or its parts, got both. Give the parts to the scheme: "
                 "Scheme(timesteps=..., target=..., weight=...)."
             )
+        self._make: Callable[[Oracle], Scheme | Phases] | None = None
         if scheme is not None and not isinstance(scheme, Scheme | Phases):
-            raise TypeError(f"Expected `scheme` to be a Scheme or Phases, got {scheme!r}. {_CURE}")
+            if not callable(scheme):
+                raise TypeError(
+                    f"Expected `scheme` to be a Scheme or Phases, or a function that makes one of "
+                    f"an oracle, got {scheme!r}. {_CURE}"
+                )
+            self._make, scheme = scheme, None
         self.scheme = scheme
-        self.bank, self.find, self.dirpath = bank, find, dirpath
+        self.bank, self.engine, self.find, self.dirpath = bank, engine, find, dirpath
         self.name, self.seed = name, seed
         self.transitions: list[dict[str, Any]] = []
         self.seam: Seam | None = None
@@ -318,6 +329,11 @@ class StageScheme(NamedCallback):
         """The scheme of the parts, or the one that the module's loss has."""
         assert self.seam is not None
         own = self.seam.place.object if isinstance(self.seam, Objective) else None
+        if self._make is not None:
+            made = self._make(self._oracle(trainer, pl_module, self.seam.path))
+            if not isinstance(made, Scheme | Phases):
+                raise TypeError(f"Expected a function that makes a Scheme or Phases, got {made!r}.")
+            return made
         if not self._parts:
             if own is None or own.scheme is None:
                 raise ValueError(f"Expected something to steer with, got nothing. {_CURE}")
@@ -325,11 +341,20 @@ class StageScheme(NamedCallback):
         given = {"seed": self.seed, **self._parts}
         if "target" not in given:
             return Scheme(path=self.seam.path, **given)
-        return Scheme(Oracle(self._bank(trainer, pl_module), self.seam.path), **given)
+        return Scheme(self._oracle(trainer, pl_module, self.seam.path), **given)
+
+    def _oracle(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: paths.Path
+    ) -> Oracle:
+        return Oracle(self._bank(trainer, pl_module), path, self.engine)
 
     def _bank(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LatentBank:
-        monitors = [monitor.oracle.bank for monitor in self._monitors(trainer) if monitor.oracle]
-        bank = self.bank or next(iter(monitors), None)
+        bank = self.bank
+        if bank is None and isinstance(self.engine, Sharded):
+            bank = shard_from_trainer(trainer)
+        watched = [monitor.oracle.bank for monitor in self._monitors(trainer) if monitor.oracle]
+        if bank is None and watched:
+            bank = watched[0]
         if bank is None:
             wise = self._parts.get("class_wise", True)
             bank = bank_from_trainer(trainer, pl_module, find=self.find, class_wise=wise)
@@ -363,7 +388,7 @@ class StageScheme(NamedCallback):
                 oracle, wise = part.oracle, part.class_wise
                 break
         else:
-            oracle = Oracle(self._bank(trainer, pl_module), self._path)
+            oracle = self._oracle(trainer, pl_module, self._path)
             wise = bool(oracle.bank.classes)
         return measured_boundary(trainer, oracle, class_wise=wise, seed=self.seed)
 

@@ -1,6 +1,8 @@
 """The bank of a run, read from its own training data loader without disturbing the run.
 
-Every sample is read once, in order, by a loader of our own over the run's data set, with the run's
+A data module with a method `latent_bank()` that returns a `LatentBank` is asked for it instead. A
+data set with a method `fixed()` is read through what that returns: its samples without draws. Every
+other sample is read once, in order, by a loader of our own over the run's data set, with the run's
 collate function and batch-transfer hooks. The global random state is put back afterwards, and no
 generator of the run's loader or sampler is advanced, so training draws what it would have drawn.
 """
@@ -37,7 +39,7 @@ from stagewise.callbacks.checks import beside_training
 from stagewise.oracle import Oracle
 from stagewise.paths import Path
 
-__all__ = ["bank_from_trainer", "oracle_of_run", "read_rows"]
+__all__ = ["bank_from_trainer", "oracle_of_run", "read_rows", "shard_from_trainer"]
 
 _WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
 """Samplers that come to every sample, in one epoch or another."""
@@ -68,13 +70,17 @@ def bank_from_trainer(
         dtype: Storage; default that of the samples.
 
     Returns:
-        The bank. A data set that augments at random gives one draw of each sample, with a warning.
-        One that draws from a generator of its own, hidden in the data set, is advanced by reading.
+        The bank; that of the data module, if it has one. A data set that augments at random gives
+        one draw of each sample, with a warning. One that draws from a generator of its own, hidden
+        in the data set, is advanced by reading.
 
     Raises:
         ValueError: If the loader cannot be read twice or has no length, with the cure.
         MemoryError: See `LatentBank.from_batches`.
     """
+    own = _own(trainer, "latent_bank")
+    if own is not None:
+        return own
     loader, dataset = _map_style(trainer.train_dataloader)
 
     batches = partial(_batches, trainer, pl_module, loader)
@@ -109,6 +115,38 @@ def bank_from_trainer(
                 copies=trainer.num_devices,
                 advance=lambda done: bar.update(done - bar.n),
             )
+
+
+def shard_from_trainer(trainer: pl.Trainer) -> LatentBank:
+    """This rank's part of the training set, for an engine that shards the bank over ranks.
+
+    Args:
+        trainer: A trainer whose data module has a method `latent_shard()`, as `LatentsData` has.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    shard = _own(trainer, "latent_shard")
+    if shard is None:
+        raise ValueError(
+            "Sharded() needs the part of the bank that each rank holds: give it, bank=LatentBank("
+            "x[shard_rows(len(x), rank, world_size)]), or use a data module with `latent_shard()`."
+        )
+    return shard
+
+
+def _own(trainer: pl.Trainer, name: str) -> LatentBank | None:
+    """What a method of the data module returns; None if it has no such method."""
+    method = getattr(getattr(trainer, "datamodule", None), name, None)
+    if not callable(method):
+        return None
+    bank = method()
+    if not isinstance(bank, LatentBank):
+        raise TypeError(
+            f"Expected `{name}()` of the data module to return a LatentBank, got "
+            f"{type(bank).__name__}."
+        )
+    return bank
 
 
 def read_rows(
@@ -221,12 +259,16 @@ def _map_style(loader: Any) -> tuple[DataLoader[Any], Any]:
         raise ValueError(
             f"The training loader does no batching of its own (batch_size=None). {_CURE}"
         )
+    data = loader.dataset
+    fixed = getattr(data, "fixed", None)
+    if callable(fixed):
+        data = fixed()
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     # Under several processes Lightning wraps a sampler that it does not know.
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     size = len(loader.dataset)
     if isinstance(sampler, SubsetRandomSampler):
-        return loader, Subset(loader.dataset, list(sampler.indices))
+        return loader, Subset(data, list(sampler.indices))
     if isinstance(sampler, WeightedRandomSampler):
         rank_zero_warn(
             "The training loader draws its samples with weights. The bank holds each sample once, "
@@ -238,4 +280,4 @@ def _map_style(loader: Any) -> tuple[DataLoader[Any], Any]:
             f"of {size} samples, and the bank holds all {size}. If the others are never trained "
             f"on, leave them out: torch.utils.data.Subset. {_CURE}"
         )
-    return loader, loader.dataset
+    return loader, data

@@ -19,19 +19,13 @@ from stagewise.callbacks.figures import TIME_LABEL, draw_boundary, new_figure
 from stagewise.callbacks.writer import show_pictures
 from stagewise.paths import Prediction
 from stagewise.recipes.module import FlowMatchingModule
-from stagewise.sampling import guided, model_velocity, sample
+from stagewise.sampling import guided, integration_range, model_velocity, sample
 from stagewise.stages import StageCurve
 
 __all__ = ["evaluate", "floor_curve", "loss_by_time", "sample_grid", "stage_table"]
 
-_ENDS = {
-    "velocity": (0.0, 1.0),
-    "data": (0.0, 0.99),
-    "edm": (0.0, 0.99),
-    "noise": (0.02, 1.0),
-    "score": (0.02, 0.99),
-}
-"""Between which times samples of a prediction type are integrated."""
+_CLASSES = 8
+"""How many classes the picture of samples shows at most."""
 
 
 @torch.no_grad()
@@ -46,7 +40,7 @@ def loss_by_time(
 
     Args:
         module: The trained module; its network is put into evaluation mode.
-        dataset: Items `(x_1, label)`.
+        dataset: Items `(x_1, label, ...)`.
         queries: How many (sample, t) pairs.
         seed: Of samples, times and noise, default 0.
         batch_size: Default 256.
@@ -62,9 +56,9 @@ def loss_by_time(
     for first in range(0, queries, batch_size):
         part = slice(first, first + batch_size)
         items = [dataset[int(row)] for row in rows[part]]
-        x1 = torch.stack([x for x, _ in items])
+        x1 = torch.stack([item[0] for item in items])
         x0 = torch.randn(x1.shape, generator=generator).to(module.device)
-        labels = torch.stack([torch.as_tensor(label) for _, label in items]).to(module.device)
+        labels = torch.stack([torch.as_tensor(item[1]) for item in items]).to(module.device)
         times = t[part].to(module.device)
         module.objective(module.net, x1.to(module.device), labels, x0=x0, t=times)
         assert module.objective.last is not None
@@ -95,7 +89,7 @@ def stage_table(
     module: FlowMatchingModule,
     monitor: PosteriorMonitor,
     train: tuple[np.ndarray, np.ndarray],
-    held_out: tuple[np.ndarray, np.ndarray],
+    held_out: tuple[np.ndarray, np.ndarray] | None,
 ) -> list[dict[str, float | str]]:
     """Mean losses in navigation, transition and refinement.
 
@@ -103,7 +97,7 @@ def stage_table(
         module: The trained module.
         monitor: A monitor that has probed; gives the boundaries and the floor.
         train: Times and losses on training samples.
-        held_out: The same on held-out samples.
+        held_out: The same on held-out samples, or None.
 
     Returns:
         One row for each stage: its name, from, to, and the mean losses.
@@ -127,7 +121,7 @@ def stage_table(
             "from": low,
             "to": high,
             "train": mean(*train, low, high),
-            "held_out": mean(*held_out, low, high),
+            "held_out": math.nan if held_out is None else mean(*held_out, low, high),
             "floor": mean(grid, floor, low, high),
         }
         for name, low, high in [*edges, ("all t", 0.0, 1.0)]
@@ -167,7 +161,7 @@ def _loss_figure(
     centres = (np.arange(bins) + 0.5) / bins
     for name, (t, loss) in curves.items():
         groups = [loss[np.minimum((t * bins).astype(int), bins - 1) == i] for i in range(bins)]
-        error = [2 * group.std() / max(1, len(group)) ** 0.5 for group in groups]
+        error = [2 * group.std() / len(group) ** 0.5 if len(group) else 0.0 for group in groups]
         means = [group.mean() if len(group) else math.nan for group in groups]
         axes.errorbar(centres, means, error, fmt=".-", ms=4, lw=1.3, label=name)
     if monitor is not None and monitor.curve is not None and monitor.boundary is not None:
@@ -191,7 +185,7 @@ def sample_grid(real: Tensor, generated: Tensor, names: Sequence[str], title: st
     """Training samples beside generated ones, a row for each class.
 
     Args:
-        real: Images in [-1, 1], (classes, n, 3, H, W).
+        real: Pictures in [0, 1], (classes, n, 3, H, W).
         generated: The same, (classes, m, 3, H, W).
         names: Names of the classes.
         title: Title of the generated half.
@@ -204,12 +198,12 @@ def sample_grid(real: Tensor, generated: Tensor, names: Sequence[str], title: st
     for row, name in enumerate(names):
         for column, images in enumerate((real[row], generated[row])):
             strip = torch.nn.functional.pad(images, (0, 1, 0, 1), value=1.0)
-            picture = strip.permute(2, 0, 3, 1).flatten(1, 2).clamp(-1, 1) / 2 + 0.5
+            picture = strip.permute(2, 0, 3, 1).flatten(1, 2).clamp(0, 1)
             axes[row, column].imshow(picture.cpu().numpy(), interpolation="nearest")
             axes[row, column].set(xticks=[], yticks=[])
             axes[row, column].spines[:].set_visible(False)
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center")
-    axes[0, 0].set_title("training patches", fontsize=10)
+    axes[0, 0].set_title("training samples", fontsize=10)
     axes[0, 1].set_title(title, fontsize=10)
     return figure
 
@@ -220,14 +214,17 @@ def _samples(
     data: Any,
     per_class: int,
     cfg_scale: float,
+    cfg_channels: int | None,
     method: str,
     steps: int,
 ) -> Figure:
     module.eval()
-    objective, classes = module.objective, len(data.class_names)
+    objective, names = module.objective, data.class_names
+    classes = torch.linspace(0, len(names) - 1, min(len(names), _CLASSES)).round().int().tolist()
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(classes * per_class, *data.shape, generator=generator).to(module.device)
-    labels = torch.arange(classes, device=module.device).repeat_interleave(per_class)
+    count = len(classes) * per_class
+    noise = torch.randn(count, *data.shape, generator=generator).to(module.device)
+    labels = torch.tensor(classes, device=module.device).repeat_interleave(per_class)
 
     def velocity(labels: Tensor | None) -> Any:
         return model_velocity(
@@ -237,18 +234,19 @@ def _samples(
             convention=objective.convention,
         )
 
-    field = guided(velocity(labels), velocity(None), cfg_scale)
-    # A noise or score prediction multiplies its errors by s_t / a_t, a data prediction by 1 / s_t.
-    start, end = _ENDS[objective.prediction.kind]
-    images = sample(field, noise, method=method, steps=steps, start=start, end=end)
-    x1, y = data.train.tensors
-    real = torch.stack([x1[y == label][:per_class] for label in range(classes)])
-    return sample_grid(
-        real,
-        images.reshape(classes, per_class, *data.shape),
-        data.class_names,
-        f"samples ({method}, {steps} steps, guidance {cfg_scale:g})",
-    )
+    field = guided(velocity(labels), velocity(None), cfg_scale, channels=cfg_channels)
+    start, end = integration_range(objective.prediction)
+    made = sample(field, noise, method=method, steps=steps, start=start, end=end)
+    made = made.reshape(len(classes), per_class, *data.shape).cpu()
+    real = data.examples(classes, per_class)
+    title = f"samples ({method}, {steps} steps, guidance {cfg_scale:g})"
+    if real.shape[2] == 3:
+        low, high = -1.0, 1.0
+    else:
+        title += "; latents: channels 1 to 3"
+        low, high = real[:, :, :3].quantile(0.01).item(), real[:, :, :3].quantile(0.99).item()
+    shown = ((x[:, :, [0, 1, 2]] - low) / (high - low) for x in (real, made))
+    return sample_grid(*shown, [names[label] for label in classes], title)
 
 
 def evaluate(
@@ -262,6 +260,7 @@ def evaluate(
     queries: int,
     samples_per_class: int,
     cfg_scale: float,
+    cfg_channels: int | None,
     method: str,
     steps: int,
 ) -> dict[str, Any]:
@@ -269,7 +268,8 @@ def evaluate(
 
     Args:
         module: The trained module (with averaged weights, if a callback averages them).
-        data: A data module with `train`, `held_out`, `class_names` and `shape`.
+        data: A data module with data sets `train` and `held_out` (or None), `class_names`,
+            `shape` and a method `examples(classes, count)`.
         monitor: The run's monitor, or None: then without boundaries and floor.
         loggers: Of the trainer; TensorBoard's get the pictures.
         step: The last step.
@@ -277,28 +277,30 @@ def evaluate(
         queries: (sample, t) pairs for the loss by t, of each split.
         samples_per_class: Generated samples of each class.
         cfg_scale: Guidance scale.
+        cfg_channels: How many channels are guided, None for all.
         method: Solver.
         steps: Its steps.
 
     Returns:
         `stages`, the rows of the table (empty without monitor), and the mean losses.
     """
-    curves = {
-        "training samples": loss_by_time(module, data.train, queries),
-        "held-out samples": loss_by_time(module, data.held_out, queries),
-    }
-    train, held_out = curves.values()
+    curves = {"training samples": loss_by_time(module, data.train, queries)}
+    if data.held_out is not None:
+        curves["held-out samples"] = loss_by_time(module, data.held_out, queries)
+    train, held_out = curves["training samples"], curves.get("held-out samples")
     rows: list[dict[str, Any]] = []
     if monitor is not None and monitor.curve is not None:
         rows = stage_table(module, monitor, train, held_out)
         _print_table(monitor, rows)
     pictures = {
         "loss_by_t": _loss_figure(module, monitor, curves),
-        "samples": _samples(module, data, samples_per_class, cfg_scale, method, steps),
+        "samples": _samples(
+            module, data, samples_per_class, cfg_scale, cfg_channels, method, steps
+        ),
     }
     show_pictures(pictures, "evaluation", run_dir, loggers, step)
     return {
         "stages": rows,
         "train_loss": float(train[1].mean()),
-        "held_out_loss": float(held_out[1].mean()),
+        "held_out_loss": math.nan if held_out is None else float(held_out[1].mean()),
     }

@@ -13,7 +13,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from stagewise.callbacks import PosteriorMonitor
+from stagewise.latents.files import replace_file
+from stagewise.recipes.checkpoints import require_same_model
 from stagewise.recipes.evaluate import evaluate
+from stagewise.recipes.resume import begin_with, checkpoint_of, require_fit
 
 __all__ = ["main", "train"]
 
@@ -26,21 +29,35 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     Returns:
         What `evaluate` returns, with `seconds`, the time spent in `Trainer.fit`.
+
+    Raises:
+        FileExistsError: If the folder holds a run, and `resume` is false.
+        ValueError: If the run there is of another configuration, or parts do not fit one another.
     """
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+    checkpoint = checkpoint_of(config, run_dir)
     data = instantiate(config.data)
-    module = instantiate(
-        config.module, net=instantiate(config.net), objective=instantiate(config.objective)
-    )
-    callbacks = [instantiate(callback) for callback in config.get("callbacks", {}).values()]
-    loggers = [instantiate(logger) for logger in config.get("logger", {}).values()]
+    net = instantiate(config.net)
+    require_fit(net, data)
+    module = instantiate(config.module, net=net, objective=instantiate(config.objective))
+    if checkpoint is not None:
+        require_same_model(checkpoint, module)
+    elif config.weights is not None:
+        begin_with(module, Path(config.weights))
+    if config.compile.enabled:
+        net.compile(mode=config.compile.mode)
+    # An experiment may set options of a callback that is not there.
+    parts = config.get("callbacks") or {}
+    callbacks = [instantiate(part) for part in parts.values() if "_target_" in part]
+    loggers = [instantiate(logger) for logger in (config.get("logger") or {}).values()]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    if trainer.is_global_zero:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        replace_file(run_dir / "config.yaml", lambda file: OmegaConf.save(config, file, True))
     start = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=config.ckpt_path)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.perf_counter() - start
     if not trainer.is_global_zero:
         return {"seconds": seconds}
@@ -55,7 +72,8 @@ def train(config: DictConfig) -> dict[str, Any]:
             for path in sorted([*run_dir.rglob("*.png"), *run_dir.rglob("*.jsonl")])
         )
         + f"TensorBoard:  tensorboard --logdir {run_dir}\n"
-        + f"One page:     stagewise report {run_dir}"
+        + f"One page:     stagewise report {run_dir}\n"
+        + f"Samples:      stagewise sample {run_dir}"
     )
     return {**results, "seconds": seconds}
 

@@ -1,13 +1,17 @@
 r"""Sampling: integrate `dx/dt = u(x, t)` from noise at t = 0 to data at t = 1.
 
-The solver is torchdiffeq's. What is ours is only the velocity that it is given: `model_velocity`
-turns any prediction type and convention into one, `guided` adds classifier-free guidance on an
-interval of t (Kynkaanniemi et al., arXiv 2404.07724),
+The solver is torchdiffeq's. What is ours is the velocity that it is given, and the times at which
+a fixed-step solver asks. `model_velocity` turns any prediction type and convention into a velocity,
+`guided` adds classifier-free guidance on an interval of t (Kynkaanniemi et al., arXiv 2404.07724),
 
     u = u_null + w (u_label - u_null)   for t in the interval,   u = u_label elsewhere,
 
 and `switched` integrates one velocity to a time and another from there (Liu et al., arXiv
-2512.02826, Fig. 5).
+2512.02826, Fig. 5). `time_grid` spaces the steps by the timestep shift (the same, Tab. 2),
+
+    t = s v / (1 + (s - 1) v),   v evenly spaced:   s < 1 spends more steps near noise,
+
+and, coarse to fine, takes one large step first.
 """
 
 from __future__ import annotations
@@ -22,10 +26,31 @@ from torchdiffeq import odeint
 
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
 
-__all__ = ["Velocity", "guided", "model_velocity", "sample", "switched"]
+__all__ = [
+    "ADAPTIVE_SOLVERS",
+    "FIXED_SOLVERS",
+    "Velocity",
+    "guidance_interval",
+    "guided",
+    "integration_range",
+    "model_velocity",
+    "sample",
+    "switched",
+    "time_grid",
+]
 
-_FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
-_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+FIXED_SOLVERS = ("euler", "midpoint", "heun2", "heun3", "rk4")
+"""Solvers that step from one given time to the next."""
+ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+"""Solvers that choose their steps."""
+
+_RANGES = {
+    "velocity": (0.0, 1.0),
+    "data": (0.0, 0.99),
+    "edm": (0.0, 0.99),
+    "noise": (0.02, 0.999),
+    "score": (0.02, 0.99),
+}
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From `x_t`, (B, *), and t, (B,), to the velocity, (B, *)."""
@@ -58,11 +83,78 @@ def model_velocity(
     return velocity
 
 
+def integration_range(prediction: Prediction | PredictionKind) -> tuple[float, float]:
+    """Between which times samples of a prediction type are integrated.
+
+    Turned into a velocity, the errors of a noise or score prediction are multiplied by 1 / a_t, of
+    a data prediction by 1 / s_t; at t = 1 all but the velocity are 0 / 0. So they stop short of
+    these ends.
+
+    Args:
+        prediction: What the model predicts.
+
+    Returns:
+        Start and end in t.
+    """
+    return _RANGES[Prediction.of(prediction).kind]
+
+
+def time_grid(
+    steps: int,
+    *,
+    shift: float = 1.0,
+    coarse: float | None = None,
+    start: float = 0.0,
+    end: float = 1.0,
+) -> Tensor:
+    """The times between which a fixed-step solver steps.
+
+    Args:
+        steps: How many steps, M.
+        shift: s of the shift `v -> s v / (1 + (s - 1) v)`, default 1: even steps. Below 1 there
+            are more near noise. The shift acts on [0, 1] whatever `start` and `end` are: a grid
+            that starts later is spaced like that part of a whole one. Papers that count from data
+            to noise have 1 / s.
+        coarse: Where the first step ends, with all others from there; default None: a step like
+            the others.
+        start: First time, default 0.
+        end: Last time, default 1.
+
+    Returns:
+        (M + 1,), float64, ascending, from `start` to `end`.
+
+    Raises:
+        ValueError: On times that are not 0 <= start < end <= 1, a shift that is not above 0, or
+            fewer than one step (two with `coarse`).
+    """
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"Expected 0 <= start < end <= 1, got {start} and {end}.")
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"Expected `shift` above 0, got {shift}.")
+    if coarse is not None:
+        if not start < coarse < end:
+            raise ValueError(f"Expected `coarse` between {start} and {end}, got {coarse}.")
+        if steps < 2:
+            raise ValueError(
+                f"Expected `steps` of at least 2 with `coarse`, one of them to there, got {steps}."
+            )
+        rest = time_grid(steps - 1, shift=shift, start=coarse, end=end)
+        return torch.cat([rest.new_tensor([start]), rest])
+    if steps < 1:
+        raise ValueError(f"Expected `steps` of at least 1, got {steps}.")
+    first, last = (t / (shift + (1 - shift) * t) for t in (start, end))
+    v = torch.linspace(first, last, steps + 1, dtype=torch.float64)
+    times = shift * v / (1 + (shift - 1) * v)
+    times[0], times[-1] = start, end
+    return times
+
+
 def guided(
     conditional: Velocity,
     unconditional: Velocity,
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
+    channels: int | None = None,
 ) -> Velocity:
     """Classifier-free guidance within an interval of t.
 
@@ -72,10 +164,16 @@ def guided(
         scale: Guidance weight w; 1 is none.
         interval: Where it applies, in t (0 = noise); default everywhere. Outside it the
             unconditional velocity is not computed.
+        channels: Guide only the first so many channels (LightningDiT: 3 of 32), default all.
 
     Returns:
         The guided velocity.
+
+    Raises:
+        ValueError: If `channels` is below 1; when asked, if there are fewer.
     """
+    if channels is not None and channels < 1:
+        raise ValueError(f"Expected `channels` of at least 1, got {channels}.")
     everywhere = interval[0] <= 0 and interval[1] >= 1
 
     def velocity(xt: Tensor, t: Tensor) -> Tensor:
@@ -83,9 +181,31 @@ def guided(
         if scale == 1 or not (everywhere or interval[0] <= float(t[0]) <= interval[1]):
             return with_label
         without = unconditional(xt, t)
-        return without + scale * (with_label - without)
+        if channels is None:
+            return without + scale * (with_label - without)
+        if channels > xt.shape[1]:
+            raise ValueError(
+                f"Expected `channels` of at most the sample's {xt.shape[1]}, got {channels}."
+            )
+        label, null = with_label[:, :channels], without[:, :channels]
+        return torch.cat([null + scale * (label - null), with_label[:, channels:]], 1)
 
     return velocity
+
+
+def guidance_interval(collapsed: float) -> tuple[float, float] | None:
+    """The interval for guidance that follows from a measured boundary, a first guess to scan.
+
+    From where the target has collapsed to 0.6: a reading of the one table there is (Liu et al.,
+    arXiv 2512.02826, Tab. 3, [0.1, 0.6] with a target that has collapsed at about 0.10).
+
+    Args:
+        collapsed: t at which the mean largest weight crosses 0.99 (`StageBoundary`).
+
+    Returns:
+        The interval in t, or None where nothing is known: not crossed, or at 0.5 and later.
+    """
+    return (collapsed, 0.6) if 0 < collapsed < 0.5 else None
 
 
 @torch.no_grad()
@@ -97,6 +217,7 @@ def sample(
     steps: int = 25,
     start: float = 0.0,
     end: float = 1.0,
+    times: Tensor | None = None,
     rtol: float = 1e-4,
     atol: float = 1e-4,
 ) -> Tensor:
@@ -111,7 +232,9 @@ def sample(
         steps: Steps of a fixed-step solver, default 25; midpoint asks for two velocities a step.
         start: Time of `x0`, default 0.
         end: Time of the result, default 1. Predictions other than the velocity are singular there:
-            stop at 0.999.
+            see `integration_range`.
+        times: The times of a fixed-step solver, ascending, (M + 1,), such as `time_grid` gives, in
+            place of `steps`, `start` and `end`; default None: even steps.
         rtol: Relative tolerance of a solver that chooses its steps, default 1e-4.
         atol: Absolute tolerance, default 1e-4.
 
@@ -119,24 +242,30 @@ def sample(
         The state at `end`, (B, *).
 
     Raises:
-        ValueError: If the times are not 0 <= start < end <= 1, `steps` is below 1, or the solver
-            is none of these.
+        ValueError: If the times are not 0 <= start < end <= 1, `steps` is below 1, `times` do not
+            ascend or are given to a solver that chooses its own, or the solver is none of these.
     """
-    if not 0 <= start < end <= 1:
-        raise ValueError(f"Expected 0 <= start < end <= 1, got {start} and {end}.")
-    if steps < 1:
-        raise ValueError(f"Expected `steps` of at least 1, got {steps}.")
-    times = torch.tensor([start, end], device=x0.device, dtype=torch.float32)
-    options: dict[str, object]
-    if method in _FIXED:
-        options = {"step_size": (end - start) / steps}
-    elif method in _ADAPTIVE:
-        # Left alone it steps beyond the end, where models are not trained, and interpolates back.
-        options = {"step_t": times[1:]}
-    else:
-        raise ValueError(f"Expected `method` among {_FIXED + _ADAPTIVE}, got {method!r}.")
+    if method not in FIXED_SOLVERS + ADAPTIVE_SOLVERS:
+        known = FIXED_SOLVERS + ADAPTIVE_SOLVERS
+        raise ValueError(f"Expected `method` among {known}, got {method!r}.")
+    if times is not None and method in ADAPTIVE_SOLVERS:
+        raise ValueError(
+            f"Expected no `times` with {method!r}, which chooses its own. Those with given times "
+            f"are {FIXED_SOLVERS}."
+        )
     # In 16 bits time would have few values and small steps would be lost.
     wide = torch.promote_types(x0.dtype, torch.float32)
+    grid = time_grid(steps, start=start, end=end) if times is None else _checked(times)
+    grid = grid.to(x0.device, wide)
+    times = grid[[0, -1]]
+    options: dict[str, object]
+    if method in FIXED_SOLVERS:
+        # The solver's own grid of a step size has a step of length 0 at its end where the division
+        # rounds up, of 61 steps for one.
+        options = {"grid_constructor": lambda *_: grid}
+    else:
+        # Left alone it steps beyond the end, where models are not trained, and interpolates back.
+        options = {"step_t": times[1:]}
     states = odeint(
         lambda t, x: velocity(x.to(x0.dtype), t.to(wide).expand(len(x))).to(wide),
         x0.to(wide),
@@ -159,6 +288,7 @@ def switched(
     steps: int = 25,
     start: float = 0.0,
     end: float = 1.0,
+    times: Tensor | None = None,
 ) -> Tensor:
     """Integrates one velocity to the time `at`, and another one from there.
 
@@ -174,6 +304,7 @@ def switched(
         steps: Steps from `start` to `end`; each part has its share of them, rounded up.
         start: Time of `x0`, default 0.
         end: Time of the result, default 1.
+        times: See `sample`; `at` becomes one of them.
 
     Returns:
         The state at `end`, (B, *).
@@ -183,6 +314,8 @@ def switched(
     """
     if not 0 <= at <= 1:
         raise ValueError(f"Expected `at` in [0, 1], got {at}.")
+    if times is not None:
+        start, end = (float(t) for t in _checked(times)[[0, -1]])
     if not 0 <= start < end <= 1:
         raise ValueError(f"Expected 0 <= start < end <= 1, got {start} and {end}.")
     x, parts = x0, ((first, start, min(at, end)), (second, max(at, start), end))
@@ -190,5 +323,31 @@ def switched(
         if begin < stop:
             # Less a rounding error, so that 0.2 of 25 steps are 5.
             share = math.ceil(steps * (stop - begin) / (end - start) - 1e-9)
-            x = sample(velocity, x, method=method, steps=share, start=begin, end=stop)
+            own = None if times is None else _between(times, begin, stop)
+            x = sample(velocity, x, method=method, steps=share, start=begin, end=stop, times=own)
     return x
+
+
+def _checked(times: Tensor) -> Tensor:
+    """The times as float64 on the host, if a solver can take them."""
+    known = times.detach().cpu().double()
+    # Equal in float32, they would be a step of length 0.
+    if not (
+        known.ndim == 1
+        and len(known) > 1
+        and bool((known.float().diff() > 0).all())
+        and float(known[0]) >= 0
+        and float(known[-1]) <= 1
+    ):
+        raise ValueError(
+            f"Expected `times` ascending within [0, 1], (M + 1,), got {tuple(known.shape)} from "
+            f"{known.flatten()[:3].tolist()} on."
+        )
+    return known
+
+
+def _between(times: Tensor, begin: float, stop: float) -> Tensor:
+    """The times from `begin` to `stop`, with these two as ends."""
+    known, near = _checked(times), 1e-6
+    inside = known[(known > begin + near) & (known < stop - near)]
+    return torch.cat([known.new_tensor([begin]), inside, known.new_tensor([stop])])

@@ -27,7 +27,7 @@ SMALL = [
     "trainer.max_steps=6",
     "trainer.val_check_interval=3",
     "trainer.log_every_n_steps=2",
-    "+trainer.enable_progress_bar=false",
+    "trainer.enable_progress_bar=false",
     "~callbacks.progress",
     "callbacks.monitor.every_n_steps=3",
     "callbacks.monitor.queries=8",

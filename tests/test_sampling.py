@@ -1,10 +1,21 @@
 """Sampling with a kept solver: exact flows, prediction types, guidance."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from stagewise import DIFFUSERS, CosinePath, LatentBank, LinearPath, Oracle, Prediction
-from stagewise.sampling import guided, model_velocity, sample, switched
+from stagewise import DIFFUSERS, CosinePath, LatentBank, LinearPath, Oracle, Prediction, advice
+from stagewise.sampling import (
+    FIXED_SOLVERS,
+    guidance_interval,
+    guided,
+    integration_range,
+    model_velocity,
+    sample,
+    switched,
+    time_grid,
+)
 
 MEAN, STD = 2.0, 0.5
 
@@ -163,3 +174,172 @@ def test_bad_arguments():
         sample(lambda x, t: x, torch.zeros(1, 1), steps=0)
     with pytest.raises(ValueError, match="`method` among .* got 'ode45'"):
         sample(lambda x, t: x, torch.zeros(1, 1), method="ode45")
+
+
+# -- grids of times ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.3, 0.1, 4.0])
+def test_a_shifted_grid_is_the_formula(shift):
+    expected = [shift * (m / 8) / (1 + (shift - 1) * m / 8) for m in range(9)]
+    times = time_grid(8, shift=shift)
+    assert times.dtype == torch.float64
+    torch.testing.assert_close(
+        times, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0
+    )
+    assert times[0] == 0
+    assert times[-1] == 1
+
+
+def test_a_grid_that_starts_later_is_that_part_of_a_whole_one():
+    whole = time_grid(10, shift=0.4)
+    part = time_grid(5, shift=0.4, start=float(whole[3]), end=float(whole[8]))
+    torch.testing.assert_close(part, whole[3:9], rtol=1e-14, atol=0)
+    even = time_grid(4, start=0.2, end=0.6)
+    torch.testing.assert_close(even, torch.tensor([0.2, 0.3, 0.4, 0.5, 0.6]).double())
+    assert (even[0], even[-1]) == (0.2, 0.6)
+
+
+def test_a_coarse_grid_has_one_step_to_there():
+    times = time_grid(5, coarse=0.2)
+    torch.testing.assert_close(times, torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]).double())
+    times = time_grid(7, coarse=0.25, shift=0.5, start=0.02, end=0.99)
+    assert len(times) == 8
+    assert times[0] == 0.02
+    assert torch.equal(times[1:], time_grid(6, shift=0.5, start=0.25, end=0.99))
+
+
+@pytest.mark.parametrize("method", FIXED_SOLVERS)
+def test_every_number_of_steps_is_that_many(method):
+    # A grid by step size has one of length 0 more at its end for 61 and 109 steps.
+    per_step = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}[method]
+    for steps in (1, 7, 61, 109):
+        asked = []
+        sample(lambda x, t: asked.append(t) or x, torch.zeros(1, 1), method=method, steps=steps)  # noqa: B023
+        assert len(asked) == steps * per_step
+
+
+def test_a_solver_asks_at_the_times_of_its_grid():
+    times, asked = time_grid(6, shift=0.3, coarse=0.1), []
+
+    def velocity(xt, t):
+        asked.append(float(t[0]))
+        return xt
+
+    sample(velocity, torch.zeros(1, 1).double(), method="euler", times=times)
+    assert asked == times[:-1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("method", "order"), [("euler", 1), ("midpoint", 2), ("heun2", 2), ("heun3", 3), ("rk4", 4)]
+)
+@pytest.mark.parametrize("shift", [1.0, 0.3, 3.0])
+@pytest.mark.parametrize("coarse", [None, 0.2])
+def test_solvers_keep_their_order_on_any_grid(method, order, shift, coarse):
+    # Times are float64 as the state is, or rounding would hide the fourth order.
+    field, x0 = gaussian_velocity(LinearPath()), torch.linspace(-2, 2, 9).double()[:, None]
+    begin, x = 0.0, x0
+    if coarse is not None:
+        # The one large step has its error; from there the flow is affine again.
+        begin, x = coarse, sample(field, x0, method=method, steps=1, end=coarse)
+    spread = ((begin * STD) ** 2 + (1 - begin) ** 2) ** 0.5
+    exact = MEAN + STD / spread * (x - begin * MEAN)
+    errors = []
+    for steps in (64, 128):
+        times = time_grid(steps + (coarse is not None), shift=shift, coarse=coarse)
+        errors.append(float((sample(field, x0, method=method, times=times) - exact).abs().max()))
+    assert errors[0] < 0.1
+    # At least: for this flow the midpoint rule is of the third order.
+    assert errors[0] / errors[1] > 0.85 * 2**order
+    if method == "euler":
+        assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)
+
+
+def test_a_shift_puts_steps_where_they_are_asked_for():
+    times = time_grid(50, shift=0.3)
+    assert int((times[:-1] < 0.2).sum()) == pytest.approx(50 * 0.2 / (0.3 + 0.7 * 0.2), abs=1)
+
+
+def test_grids_refuse_what_is_no_grid():
+    for start, end in ((0.5, 0.5), (-0.1, 1), (0, 1.1)):
+        with pytest.raises(ValueError, match="0 <= start < end <= 1"):
+            time_grid(4, start=start, end=end)
+    for shift in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`shift` above 0"):
+            time_grid(4, shift=shift)
+    with pytest.raises(ValueError, match="`steps` of at least 1, got 0"):
+        time_grid(0)
+    with pytest.raises(ValueError, match="`steps` of at least 2 with `coarse`"):
+        time_grid(1, coarse=0.5)
+    for coarse in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"`coarse` between 0\.0 and 1\.0"):
+            time_grid(4, coarse=coarse)
+    for times in ([0.0, 0.5, 0.5, 1.0], [0.5], [0.0, 1.5], [[0.0, 1.0]], [-0.5, 1.0]):
+        for solve in (sample, lambda *a, **k: switched(a[0], a[0], a[1], 0.5, **k)):
+            with pytest.raises(ValueError, match="`times` ascending"):
+                solve(lambda x, t: x, torch.zeros(1, 1), times=torch.tensor(times))
+    with pytest.raises(ValueError, match="no `times` with 'dopri5'.*'euler'"):
+        sample(lambda x, t: x, torch.zeros(1, 1), method="dopri5", times=time_grid(4))
+
+
+def test_a_switch_is_put_into_the_grid():
+    asked = {"first": [], "second": []}
+
+    def field(name):
+        return lambda x, t: asked[name].append(float(t[0])) or torch.ones_like(x)
+
+    times = time_grid(4)
+    for at, first, second in (
+        (0.3, [0.0, 0.25], [0.3, 0.5, 0.75]),
+        (0.5, [0.0, 0.25], [0.5, 0.75]),
+        (0.0, [], [0.0, 0.25, 0.5, 0.75]),
+        (1.0, [0.0, 0.25, 0.5, 0.75], []),
+    ):
+        asked["first"].clear()
+        asked["second"].clear()
+        x0 = torch.zeros(1, 1).double()
+        x = switched(field("first"), field("second"), x0, at, method="euler", times=times)
+        assert x.item() == pytest.approx(1, abs=1e-12)
+        assert asked == {"first": first, "second": second}
+
+
+# -- guidance and ranges ----------------------------------------------------------------------
+
+
+def test_guidance_of_some_channels_leaves_the_others():
+    label, null = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    t = torch.tensor([0.5, 0.5])
+    u = guided(lambda x, t: label, lambda x, t: null, 3.0, (0.4, 0.6), 2)(label, t)
+    torch.testing.assert_close(u[:, :2], null[:, :2] + 3 * (label - null)[:, :2])
+    assert torch.equal(u[:, 2:], label[:, 2:])
+    outside = guided(lambda x, t: label, lambda x, t: null, 3.0, (0.6, 0.7), 2)(label, t)
+    assert torch.equal(outside, label)
+    with pytest.raises(ValueError, match="`channels` of at least 1, got 0"):
+        guided(lambda x, t: x, lambda x, t: x, 3.0, channels=0)
+    with pytest.raises(ValueError, match="at most the sample's 5, got 6"):
+        guided(lambda x, t: label, lambda x, t: null, 3.0, channels=6)(label, t)
+
+
+def test_predictions_stop_where_they_are_singular():
+    t = torch.tensor([0.0, 1.0]).double()
+    for kind in ("velocity", "data", "noise", "score", "edm"):
+        ends = torch.tensor(integration_range(kind)).double()
+        path = LinearPath()(ends)
+        # Of y and x_t in the velocity: bounded at the ends of the range.
+        bounded = Prediction(kind).to_velocity(path, torch.ones(2, 1), torch.ones(2, 1))
+        assert bounded.isfinite().all()
+        assert bounded.abs().max() < 1e4
+        at_ends = Prediction(kind).to_velocity(LinearPath()(t), torch.ones(2, 1), torch.ones(2, 1))
+        for got, want, value in zip(ends, t, at_ends, strict=True):
+            assert (got == want) == bool(value.isfinite().all())
+
+
+@pytest.mark.parametrize("collapsed", [0.06, 0.1, 0.49, 0.5, 0.7, float("nan"), 0.0, 1.0])
+def test_the_interval_of_guidance_is_the_advice(collapsed):
+    profile = SimpleNamespace(boundary=SimpleNamespace(collapsed=collapsed))
+    said, interval = advice._guidance(profile).value, guidance_interval(collapsed)
+    if interval is None:
+        assert said.startswith("scan")
+    else:
+        assert said == f"[{interval[0]:.2f}, {interval[1]}]"
+        assert interval[0] == collapsed

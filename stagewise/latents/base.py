@@ -137,6 +137,11 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         row, flip = self._locate(index)
         return self._sample(self._read(row, flip)[None], [index])[0], self._label(row), index
 
+    def place(self, index: int) -> int:
+        """Where `fixed()` has what item `index` is, or is a draw of, in this epoch."""
+        row, flip = self._locate(index)
+        return row + flip * self._count()
+
     @property
     def labels(self) -> Tensor | None:
         """The class of each item, (len,), int64, checked; None without labels."""

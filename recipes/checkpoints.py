@@ -1,0 +1,248 @@
+"""From the folder of a run to its network with trained weights.
+
+A run holds `config.yaml`, the resolved configuration, and `checkpoints/*.ckpt`. Where a callback
+averages weights (Lightning's `WeightAveraging`) a checkpoint's `state_dict` is the average, and
+`current_model_state` the weights that are trained; without one `state_dict` is the latter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from stagewise.latents.files import names
+from stagewise.recipes.module import FlowMatchingModule
+
+__all__ = [
+    "Loaded",
+    "Weights",
+    "find_checkpoint",
+    "load_module",
+    "load_weights",
+    "require_same_model",
+    "run_config",
+]
+
+Weights = Literal["averaged", "current"]
+
+_NEEDED = ("data", "net", "objective", "module")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded.
+
+    Attributes:
+        path: The checkpoint.
+        step: Optimizer steps it had been trained for.
+        weights: Which of its weights.
+        fingerprint: Tells these weights from others.
+        note: What is to be said of them; empty if nothing is.
+    """
+
+    path: Path
+    step: int
+    weights: Weights
+    fingerprint: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.path.name}, step {self.step}, {self.weights} weights{note}"
+
+
+def run_config(run: Path) -> DictConfig:
+    """The configuration of a run.
+
+    Args:
+        run: The folder of a run.
+
+    Returns:
+        Its `config.yaml`.
+
+    Raises:
+        ValueError: If there is no such folder or file, or a part of the model is missing in it.
+    """
+    if not run.is_dir():
+        raise ValueError(f"There is no folder {run}. Give the folder of a run.")
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ValueError(
+            f"Expected config.yaml in {run}, found none: it is no run of `stagewise train`. Give "
+            "the folder that holds config.yaml and checkpoints."
+        )
+    try:
+        config = OmegaConf.load(file)
+    except Exception as error:  # of yaml, of OmegaConf, or of the encoding
+        raise ValueError(f"{file} cannot be read as a configuration: {error}") from error
+    missing = [key for key in _NEEDED if not isinstance(config, DictConfig) or key not in config]
+    if missing:
+        raise ValueError(f"Expected the keys {_NEEDED} in {file}, missing: {', '.join(missing)}.")
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def find_checkpoint(run: Path, given: Path | None = None) -> Path:
+    """The checkpoint of a run to load.
+
+    Args:
+        run: The folder of a run.
+        given: A file, by its path or by its name in the run's `checkpoints`; default the newest
+            `last*.ckpt`, and without one the newest checkpoint.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If there is none, or it is a folder, as sharded training writes.
+    """
+    folder = run / "checkpoints"
+    found = sorted(folder.glob("*.ckpt"))
+    if given is not None:
+        places = [given, folder / given]
+        path = next((place for place in places if place.exists()), None)
+        if path is None:
+            there = names([file.name for file in found]) or "none"
+            raise ValueError(f"There is no checkpoint {given}. In {folder}: {there}.")
+    else:
+        if not found:
+            raise ValueError(
+                f"Expected a checkpoint (*.ckpt) in {folder}, found none. Name one: --checkpoint."
+            )
+        # A second training in the same folder writes last-v1.ckpt beside last.ckpt.
+        last = [file for file in found if file.name.startswith("last")]
+        path = max(last or found, key=lambda file: file.stat().st_mtime)
+    if not path.is_file():
+        raise ValueError(
+            f"Expected a file, got the folder {path}, as sharded training writes it. Make one file "
+            "of it: python -m lightning.pytorch.utilities.consolidate_checkpoint."
+        )
+    return path
+
+
+def load_weights(path: Path, module: nn.Module, weights: Weights | None = None) -> Loaded:
+    """Loads the weights of a checkpoint; the keys and shapes have to be those of the module.
+
+    Args:
+        path: The checkpoint.
+        module: Gets the weights. Left as it is if they do not fit.
+        weights: Which, default the averaged ones if there are any.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        ValueError: If the file is no checkpoint, is of another model, or has no such weights.
+    """
+    if weights not in (None, "averaged", "current"):
+        raise ValueError(f'Expected `weights` "averaged" or "current", got {weights!r}.')
+    checkpoint = _read(path)
+    state, note = checkpoint["state_dict"], ""
+    both = "current_model_state" in checkpoint
+    # Before the first update the average is still the untrained network.
+    averaged = both and int(checkpoint.get("averaging_state", {}).get("n_averaged", 1)) > 0
+    if weights == "averaged" and not averaged:
+        why = "its average had not begun" if both else "no callback averaged weights in that run"
+        raise ValueError(f"There are no averaged weights in {path}: {why}. Take --weights current.")
+    chosen: Weights = weights or ("averaged" if averaged else "current")
+    if chosen == "current" and both:
+        state = checkpoint["current_model_state"]
+        if averaged and _equal(state, checkpoint["state_dict"]):
+            note = (
+                "they equal the averaged ones: at the end of training Lightning writes these for "
+                "both"
+            )
+        elif not averaged:
+            note = "the average had not begun"
+    _refuse_others(path, state, module.state_dict())
+    module.load_state_dict(state, strict=True)
+    step = int(checkpoint.get("global_step", 0))
+    return Loaded(path, step, chosen, _fingerprint(module.state_dict()), note)
+
+
+def load_module(
+    config: DictConfig, path: Path, weights: Weights | None = None
+) -> tuple[FlowMatchingModule, Loaded]:
+    """Builds the module of a run and loads a checkpoint into it.
+
+    Args:
+        config: `run_config(run)`.
+        path: `find_checkpoint(run)`.
+        weights: Which, default the averaged ones if there are any.
+
+    Returns:
+        The module on the CPU, in evaluation mode, and what was loaded.
+
+    Raises:
+        ValueError: See `load_weights`.
+    """
+    objective = instantiate(config.objective)
+    module = instantiate(config.module, net=instantiate(config.net), objective=objective)
+    return module.eval(), load_weights(path, module, weights)
+
+
+def require_same_model(path: Path, module: nn.Module) -> None:
+    """Refuses a checkpoint whose entries are not those of a module.
+
+    Args:
+        path: The checkpoint.
+        module: The module.
+
+    Raises:
+        ValueError: With the entries that differ, or if it is no checkpoint.
+    """
+    _refuse_others(path, _read(path)["state_dict"], module.state_dict())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written in the format before torch 1.6, which cannot be mapped
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the zip, of the unpickler, or of the file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path} is no whole checkpoint that holds tensors and plain values alone: {reason}"
+        ) from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, Mapping):
+        raise ValueError(f"Expected a checkpoint of Lightning, with `state_dict`, got {path}.")
+    return checkpoint
+
+
+def _refuse_others(path: Path, state: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    missing = [key for key in own if key not in state]
+    unknown = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} in the file, {tuple(value.shape)} here"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    wrong = {"only in the network": missing, "only in the file": unknown, "other shapes": shapes}
+    if any(wrong.values()):
+        listed = "; ".join(f"{what}: {names(keys)}" for what, keys in wrong.items() if keys)
+        raise ValueError(
+            f"{path} is a checkpoint of another model than the configuration says. {listed}."
+        )
+
+
+def _fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Of the first numbers of each tensor: training changes them all, and all would take long."""
+    seen = hashlib.sha256()
+    for key, value in state.items():
+        seen.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        seen.update(value.flatten()[:256].double().numpy().tobytes())
+    return seen.hexdigest()[:16]
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

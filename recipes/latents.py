@@ -1,0 +1,303 @@
+"""`LatentsData`: latents on disk, in any format that `open_latents` knows, as a data module."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from tqdm.auto import tqdm
+
+from stagewise.bank import LatentBank
+from stagewise.latents import Latents, open_latents
+from stagewise.latents.base import Flips, Moments
+from stagewise.recipes.order import ResumableData
+
+__all__ = ["LatentsData"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LatentsData(ResumableData):
+    """Latents on disk: items `(x_1, label, row)`, scaled as their format is for training.
+
+    `row` is the number of the item's row in `latent_bank()`, or over the `latent_shard()`s of all
+    ranks, so that an oracle knows it even where x_1 is drawn anew at each access.
+
+    Files, headers, labels and scale are looked at before training; `verify="full"` reads all rows.
+
+    Args:
+        path: A folder or file; see `open_latents`.
+        num_classes: How many classes there are; labels must be below it.
+        format: One of `open_latents`, default: found out.
+        held_out: Rows that are kept from training for validation, chosen by `seed`; default 2000.
+            0 leaves no validation.
+        held_out_path: Latents of the same format for validation; then all rows of `path` are
+            trained on, and `held_out` is how many of these are used at most.
+        flips: See `open_latents`, default "none".
+        moments: See `open_latents`, default "sample".
+        normalize: See `open_latents`, default True.
+        multiplier: See `open_latents`.
+        expected_std: See `open_latents`.
+        batch_size: Of each rank, default 32.
+        num_workers: Worker processes of both loaders, default 0.
+        seed: Of the held-out rows, the order, and what is drawn of rows; default 0.
+        verify: "quick" (default) or "full".
+        bank_dir: A folder for the bank, for latents beyond the memory: a file is written when it is
+            first asked for, found again by what it was made of, and mapped into all ranks. Default
+            None: in memory.
+        bank_dtype: "float32" (default), "bfloat16" or "float16".
+        sharded: Whether `row` counts the rows of all ranks' shards, for a `StageScheme` with the
+            engine `Sharded()`; default False.
+
+    Raises:
+        ValueError: From `setup`: what `open_latents` and `Latents.verify` refuse, or fewer rows
+            than are held out.
+    """
+
+    train: Dataset[tuple[Tensor, int, int]]
+    held_out: Dataset[tuple[Tensor, int, int]] | None
+
+    def __init__(
+        self,
+        path: str,
+        num_classes: int,
+        *,
+        format: Any = None,  # noqa: A002 - as in `open_latents`
+        held_out: int = 2000,
+        held_out_path: str | None = None,
+        flips: Flips = "none",
+        moments: Moments = "sample",
+        normalize: bool = True,
+        multiplier: float | None = None,
+        expected_std: float | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        verify: Literal["quick", "full"] = "quick",
+        bank_dir: str | None = None,
+        bank_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        sharded: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in {"num_classes": num_classes, "batch_size": batch_size}.items():
+            if value < 1:
+                raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
+        if held_out < 0:
+            raise ValueError(f"Expected `held_out` of at least 0, got {held_out}.")
+        if verify not in ("quick", "full"):
+            raise ValueError(f'Expected `verify` "quick" or "full", got {verify!r}.')
+        if bank_dtype not in _DTYPES:
+            raise ValueError(f"Expected `bank_dtype` among {list(_DTYPES)}, got {bank_dtype!r}.")
+        self.path, self.num_classes, self.held_out_path = path, num_classes, held_out_path
+        self.num_held_out = held_out
+        self.options: dict[str, Any] = {
+            "format": format,
+            "flips": flips,
+            "moments": moments,
+            "normalize": normalize,
+            "multiplier": multiplier,
+            "expected_std": expected_std,
+            "num_classes": num_classes,
+            "seed": seed,
+        }
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.verify = verify
+        self.bank_dir, self.bank_dtype, self.sharded = bank_dir, _DTYPES[bank_dtype], sharded
+        self._latents: Latents | None = None
+        self._bank: LatentBank | None = None
+
+    @property
+    def latents(self) -> Latents:
+        """The latents of `path`, opened and looked at."""
+        if self._latents is None:
+            self._latents = open_latents(self.path, **self.options)
+            rank_zero_info(self._latents.describe())
+            self._latents.verify(full=self.verify == "full")
+        return self._latents
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a sample."""
+        return self.latents.shape
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A name for each class: its number."""
+        return tuple(map(str, range(self.num_classes)))
+
+    def examples(self, classes: Sequence[int], count: int) -> Tensor:
+        """The first training samples of some classes, without draws, (classes, count, *).
+
+        Where a class has fewer they come again; where it has none they are 0.
+        """
+        fixed = self.latents.fixed()
+        labels = torch.zeros(len(fixed)) if fixed.labels is None else fixed.labels
+        labels = labels[self._places]
+        found = []
+        for label in classes:
+            places = self._places[labels == label].tolist()
+            some = [fixed[place][0] for place in places[:count]] or [torch.zeros(self.shape)]
+            found += [some[i % len(some)] for i in range(count)]
+        return torch.stack(found).unflatten(0, (len(classes), count))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the latents and chooses what is held out, once, for every stage alike."""
+        if hasattr(self, "train"):
+            return
+        latents = self.latents
+        count = len(latents.with_options(flips="none"))
+        if self.held_out_path is None and self.num_held_out >= count:
+            raise ValueError(
+                f"Expected fewer held-out rows than the {count} of {self.path}, got "
+                f"{self.num_held_out}. Lower `held_out`."
+            )
+        order = np.random.default_rng([self.seed, count]).permutation(count)
+        kept = 0 if self.held_out_path else self.num_held_out
+        rows = torch.from_numpy(np.sort(order[kept:]))
+        both = torch.cat([rows, rows + count])
+        # Places are counted as in `fixed()`: a row, then, behind all rows, the flips.
+        flips = self.options["flips"]
+        self._places = rows if flips == "none" else both
+        self.train = _Items(latents, both if flips == "both" else rows, self._bank_rows())
+        if self.held_out_path is not None:
+            other = open_latents(self.held_out_path, **{**self.options, "flips": "none"})
+            other.verify(full=self.verify == "full")
+            if other.shape != latents.shape:
+                raise ValueError(
+                    f"Expected held-out latents of shape {latents.shape}, got {other.shape} in "
+                    f"{self.held_out_path}."
+                )
+            few = np.random.default_rng(self.seed).permutation(len(other))[: self.num_held_out]
+            self.held_out = _Items(other, torch.from_numpy(np.sort(few)))
+        elif kept:
+            plain = latents.with_options(flips="none")
+            self.held_out = _Items(plain, torch.from_numpy(np.sort(order[:kept])))
+        else:
+            self.held_out = None
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled batches of `train`, the same steps for any number of ranks."""
+        order = self.order(self.train, self.batch_size, self.seed, self.latents.set_epoch)  # type: ignore[arg-type]
+        return self._loader(self.train, order, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """All held-out samples, in a fixed order; nothing if none are held out."""
+        if self.held_out is None:
+            return []
+        return self._loader(self.held_out, SequentialSampler(self.held_out), drop_last=False)  # type: ignore[arg-type]
+
+    def latent_bank(self) -> LatentBank:
+        """All rows that are trained on: means where moments are stored, flips if they are used.
+
+        Made when it is first asked for; with `bank_dir` by all ranks together.
+        """
+        self.setup()
+        if self._bank is None and self.bank_dir is None:
+            self._bank = self._read(self._places)
+        elif self._bank is None:
+            file = Path(str(self.bank_dir)) / f"bank_{self._name()}.safetensors"
+            if (self.trainer is None or self.trainer.local_rank == 0) and not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self._read(self._places, file)
+            if dist.is_initialized():
+                dist.barrier()
+            self._bank = LatentBank.open(file)
+        return self._bank
+
+    def latent_shard(self) -> LatentBank:
+        """Every R-th of these rows, this rank's part.
+
+        Raises:
+            ValueError: If `sharded` is False, since `row` then counts the rows of one bank.
+        """
+        if not self.sharded:
+            raise ValueError("Expected LatentsData(sharded=True) for an engine that shards a bank.")
+        self.setup()
+        rank, ranks = self._ranks()
+        return self._read(self._places[rank::ranks])
+
+    def to_stored(self, x1: Tensor) -> Tensor:
+        """What an autoencoder decodes: the inverse of the scaling, (B, *)."""
+        return self.latents.scaling.invert(x1)
+
+    def _ranks(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+    def _read(self, places: Tensor, file: Path | None = None) -> LatentBank:
+        rank, _ = self._ranks()
+        with tqdm(total=len(places), desc="bank", unit="row", disable=rank > 0) as bar:
+            return self.latents.bank(
+                dtype=self.bank_dtype,
+                indices=places,
+                path=file,
+                advance=lambda done: bar.update(done - bar.n),
+            )
+
+    def _name(self) -> str:
+        """Another one for another bank."""
+        latents = self.latents
+        about = (latents.describe(), str(latents.path.resolve()), latents.path.stat().st_mtime_ns)
+        seen = hashlib.sha256(repr((*about, self.bank_dtype)).encode())
+        seen.update(self._places.numpy().tobytes())
+        return seen.hexdigest()[:16]
+
+    def _bank_rows(self) -> Tensor:
+        """The row, over all ranks, of each place of `fixed()`; -1 for what is held out."""
+        ranks = self._ranks()[1] if self.sharded else 1
+        fixed = self.latents.fixed()
+        labels, rows, before = fixed.labels, torch.full((len(fixed),), -1), 0
+        for rank in range(ranks):
+            places = self._places[rank::ranks]
+            if labels is not None:
+                places = places[torch.argsort(labels[places], stable=True)]
+            rows[places] = torch.arange(before, before + len(places))
+            before += len(places)
+        return rows
+
+    def _loader(self, dataset: Any, sampler: Any, *, drop_last: bool) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+class _Items(Dataset[tuple[Tensor, int, int]]):
+    """Some of the latents, with the row of each in a bank, -1 for none."""
+
+    def __init__(self, latents: Latents, indices: Tensor, rows: Tensor | None = None) -> None:
+        self.latents, self.indices, self.rows = latents, indices, rows
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int, int]:
+        x1, label, index = self.latents[int(self.indices[item])]
+        row = -1 if self.rows is None else int(self.rows[self.latents.place(index)])
+        return x1, label, row
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        return (self[item] for item in range(len(self)))
+
+    def fixed(self) -> _Items:
+        """The same items without draws, and not flipped at random: what the bank holds."""
+        flips: Flips = (
+            "none" if self.latents.reading.flips == "random" else self.latents.reading.flips
+        )
+        return _Items(
+            self.latents.with_options(flips=flips, moments="mean"), self.indices, self.rows
+        )

@@ -1,0 +1,22 @@
+"""Schemes that change during training, made of the oracle of a run."""
+
+from __future__ import annotations
+
+from stagewise import AtShare, LogitNormal, Mix, Oracle, Phase, Phases, Scheme, Uniform
+
+__all__ = ["logit_normal_then_uniform"]
+
+
+def logit_normal_then_uniform(oracle: Oracle, share: float = 0.6) -> Phases:
+    """Logit-normal times for a share of training, then uniform ones.
+
+    Both with the oracle's target up to the boundary.
+
+    Args:
+        oracle: Bank and path.
+        share: Of the steps, between 0 and 1, default 0.6.
+    """
+    target = Mix("boundary")
+    first = Scheme(oracle, timesteps=LogitNormal(stratified=True), target=target)
+    then = Scheme(oracle, timesteps=Uniform(stratified=True), target=target)
+    return Phases([Phase(first, AtShare(share), "logit-normal"), Phase(then, name="uniform")])

@@ -1,0 +1,1 @@
+"""Configurations of the `precision` group."""

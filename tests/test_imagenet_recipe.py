@@ -1,0 +1,372 @@
+"""The ImageNet recipes on made latents: trained, killed, resumed, on one process and on two."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import MissingMandatoryValue, OmegaConf
+from PIL import Image
+
+import stagewise.recipes
+from stagewise.latents import make_latents
+from stagewise.recipes.train import train
+
+FOLDER = Path(stagewise.recipes.__file__).parent
+EXPERIMENTS = sorted(file.stem for file in (FOLDER / "experiment").glob("imagenet*.yaml"))
+
+SMALL_NET = ["net.hidden_size=32", "net.depth=1", "net.num_heads=2"]
+SMALL = [
+    "data.num_classes=10",
+    "data.held_out=40",
+    "data.batch_size=4",
+    "data.num_workers=0",
+    "trainer.accelerator=cpu",
+    "trainer.devices=1",
+    "trainer.enable_progress_bar=false",
+    "~callbacks.progress",
+    "trainer.log_every_n_steps=1",
+    "evaluation.queries=16",
+    "evaluation.samples_per_class=1",
+    "evaluation.steps=1",
+]
+WATCHED = [
+    "callbacks.monitor.queries=4",
+    "callbacks.errors.queries=2",
+    "callbacks.memorization.samples=2",
+    "callbacks.memorization.steps=2",
+    "callbacks.memorization.t_switch=[0.0,0.1]",
+    "callbacks.memorization.t_resume=[0.5]",
+]
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return make_latents(tmp_path_factory.mktemp("latents") / "made", 400, (4, 32, 32), 10)
+
+
+def composed(*overrides):
+    with initialize_config_module("stagewise.recipes", version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def configuration(latents, run_dir, *overrides, experiment="imagenet256_sdvae_sit_s"):
+    places = [f"experiment={experiment}", "name=test", f"run_dir={run_dir}", f"data.path={latents}"]
+    return composed(*places, *SMALL, *SMALL_NET, *overrides)
+
+
+# -- configurations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("experiment", "callbacks"),
+    [(name, "steer") for name in EXPERIMENTS]
+    + [("imagenet256_sdvae_sit_s", name) for name in ("plain", "watch", "steer_only")],
+)
+def test_every_recipe_is_instantiated(tmp_path, latents, experiment, callbacks):
+    config = composed(
+        f"experiment={experiment}",
+        "name=test",
+        f"run_dir={tmp_path}",
+        f"data.path={latents}",
+        f"callbacks={callbacks}",
+    )
+    with torch.device("meta"):
+        net = instantiate(config.net)
+        module = instantiate(config.module, net=net, objective=instantiate(config.objective))
+    assert all(weight.device.type == "meta" for weight in module.parameters())
+    data = instantiate(config.data)
+    assert data.num_classes == net.num_classes == 1000
+    assert net.input_shape == ((4, 32, 32) if "sdvae" in experiment else (32, 16, 16))
+    made = {
+        name: instantiate(part) for name, part in config.callbacks.items() if "_target_" in part
+    }
+    assert ("steer" in made) == callbacks.startswith("steer")
+    assert ("monitor" in made) == (callbacks in ("watch", "steer"))
+    assert (
+        made["checkpoint"]._every_n_train_steps == config.callbacks.checkpoint.every_n_train_steps
+    )
+    x = torch.zeros(2, *net.input_shape, device="meta")
+    assert (
+        net(x, torch.zeros(2, device="meta"), torch.zeros(2, device="meta").long()).shape == x.shape
+    )
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [
+        (group, file.stem)
+        for group in ("engine", "scheme", "ema", "precision", "strategy", "compile", "logger")
+        for file in sorted((FOLDER / group).glob("*.yaml"))
+    ],
+)
+def test_every_choice_composes(tmp_path, group, choice):
+    config = composed(f"{group}={choice}", "callbacks=steer_only", "name=x", f"run_dir={tmp_path}")
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    if group in ("engine", "ema") or (group, choice) in {("scheme", "mix"), ("scheme", "phases")}:
+        for part in config.callbacks.values():
+            instantiate(part)
+    if group == "scheme":
+        steered = instantiate(config.callbacks.steer)
+        assert (steered._parts == {}) == (choice in ("plain", "phases"))
+    if group in ("precision", "strategy"):
+        assert config.trainer[{"precision": "precision", "strategy": "strategy"}[group]]
+
+
+def test_latents_have_to_be_named(tmp_path):
+    config = composed("experiment=imagenet256_sdvae_sit_s", "name=x", f"run_dir={tmp_path}")
+    with pytest.raises(MissingMandatoryValue, match=r"data\.path"):
+        train(config)
+
+
+def test_a_wrong_choice_is_refused(tmp_path):
+    with pytest.raises(HydraException, match="mixx"):
+        composed("scheme=mixx")
+
+
+# -- training -------------------------------------------------------------------------------------
+
+
+def test_three_steps_with_all_callbacks_then_two_more(tmp_path, latents, capsys):
+    steps = ["trainer.max_steps=3", "callbacks.checkpoint.every_n_train_steps=1"]
+    results = train(configuration(latents, tmp_path, "callbacks=steer", *WATCHED, *steps))
+    assert np.isfinite(results["train_loss"])
+    assert np.isfinite(results["held_out_loss"])
+    assert results["stages"][-1]["stage"] == "all t"
+    assert np.asarray(Image.open(tmp_path / "samples.png")).std() > 5
+    for part in ("stages", "errors", "memorization", "scheme", "transitions"):
+        assert (tmp_path / part / "stages.jsonl").exists(), part
+    assert f"stagewise sample {tmp_path}" in capsys.readouterr().out
+    last = tmp_path / "checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+
+    more = configuration(latents, tmp_path, "callbacks=steer", *WATCHED, "trainer.max_steps=5")
+    with pytest.raises(FileExistsError, match="holds a run. Go on with it, resume=true"):
+        train(more)
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    more.resume = True
+    changed = OmegaConf.merge(more, {"data": {"batch_size": 8}, "module": {"lr": 1.0}})
+    with pytest.raises(ValueError, match=r"lr=1.0 \(was 0.0001\), data.batch_size=8 \(was 4\)"):
+        train(changed)
+    train(more)
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+
+
+@pytest.mark.parametrize("format", ["lightningdit", "fast-dit", "repa", "edm2", "mar", "plain"])
+def test_every_format_is_trained_on(tmp_path, format):
+    name = "made.safetensors" if format == "plain" else "made"
+    path = make_latents(tmp_path / name, 60, (4, 32, 32), 10, format)
+    results = train(
+        configuration(
+            path,
+            tmp_path / "run",
+            "callbacks=steer_only",
+            "ema=none",
+            "logger=csv",
+            "trainer.max_steps=2",
+            "data.held_out=8",
+            f"data.format={format if format in ('repa', 'edm2') else 'null'}",
+            "scheme.boundary=0.1",
+        )
+    )
+    assert np.isfinite(results["train_loss"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["data.num_classes=7"], ValueError, r"labels in 0 to 6, got 7|num_classes"),
+        (["net.num_classes=5"], ValueError, "as many classes in the network as in the data, got 5"),
+        (["net.in_channels=3"], ValueError, r"shape \(3, 32, 32\).*got \(4, 32, 32\)"),
+        (["data.held_out=400"], ValueError, "fewer held-out rows than the 400"),
+        (["data.batch_size=999"], ValueError, "at least one batch of training samples"),
+        (["resume=true", "ckpt_path=x.ckpt"], ValueError, "`resume` or `ckpt_path`"),
+        (["ckpt_path=nothing.ckpt"], FileNotFoundError, "no checkpoint nothing.ckpt"),
+        (["weights=nothing.pt"], FileNotFoundError, "no file of weights nothing.pt"),
+        (["data.normalize=false", "data.multiplier=7"], ValueError, "standard deviation about 1"),
+        (["engine=sharded", "callbacks=steer"], Exception, "Sharded"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(
+    tmp_path, latents, overrides, error, message
+):
+    with pytest.raises(error, match=message):
+        train(configuration(latents, tmp_path, "callbacks=plain", *overrides))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, latents):
+    steps = ["trainer.max_steps=1", "callbacks=plain", "logger=csv"]
+    train(configuration(latents, tmp_path / "one", *steps))
+    last = tmp_path / "one/checkpoints/last.ckpt"
+    other = configuration(latents, tmp_path / "two", *steps, f"ckpt_path={last}", "net.depth=2")
+    with pytest.raises(ValueError, match=r"another model.*net\.blocks\.1"):
+        train(other)
+    begun = configuration(latents, tmp_path / "three", *steps, f"weights={last}")
+    train(begun)
+    # It begins at step 0, with those weights and a rate of its own.
+    after = torch.load(tmp_path / "three/checkpoints/last.ckpt", weights_only=True)
+    assert after["global_step"] == 1
+    assert (tmp_path / "three/config.yaml").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, latents, monkeypatch):
+    steps = ["callbacks=plain", "callbacks.checkpoint.every_n_train_steps=1", "logger=csv"]
+    train(configuration(latents, tmp_path, *steps, "trainer.max_steps=1"))
+    last = tmp_path / "checkpoints/last.ckpt"
+    before = last.read_bytes()
+    save = torch.save
+
+    def full(value, file, *rest):
+        save(value, file, *rest)
+        with open(file, "r+b") as half:
+            half.truncate(1000)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    more = configuration(latents, tmp_path, *steps, "trainer.max_steps=2", "resume=true")
+    with pytest.raises(OSError, match="last good|unchanged: make room"):
+        train(more)
+    assert last.read_bytes() == before
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+# -- killed ---------------------------------------------------------------------------------------
+
+KILLER = """
+import os
+import signal
+
+from lightning.pytorch import Callback
+
+
+class Killer(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _killed_and_resumed(tmp_path, latents, net, steps, killed_at, every):
+    (tmp_path / "killer.py").write_text(KILLER)
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(name, *more):
+        command = [
+            *(sys.executable, "-m", "stagewise.recipes.train"),
+            *("experiment=imagenet256_sdvae_sit_s", f"data.path={latents}", "callbacks=steer"),
+            *(*SMALL, *net, *WATCHED, f"run_dir={tmp_path / name}", f"trainer.max_steps={steps}"),
+            *(f"hydra.run.dir={tmp_path / 'hydra'}", "data.num_workers=1"),
+            *(f"callbacks.checkpoint.every_n_train_steps={every}", *more),
+        ]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    whole = run("whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    kill = ["+callbacks.killer._target_=killer.Killer", f"+callbacks.killer.step={killed_at}"]
+    assert run("cut", *kill).returncode == -signal.SIGKILL
+    last = tmp_path / "cut/checkpoints/last.ckpt"
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < step <= killed_at
+    assert killed_at - step < every
+    resumed = run("cut", "resume=true")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    one, other = (
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)
+        for name in ("whole", "cut")
+    )
+    assert one["global_step"] == other["global_step"] == steps
+    for weights in ("state_dict", "current_model_state"):
+        for name, value in one[weights].items():
+            assert torch.equal(value, other[weights][name]), name
+    moments = [run["optimizer_states"][0]["state"] for run in (one, other)]
+    for key, state in moments[0].items():
+        assert torch.equal(state["exp_avg_sq"], moments[1][key]["exp_avg_sq"])
+    probes = [
+        [
+            {k: v for k, v in json.loads(line).items() if "second" not in k and "share" not in k}
+            for line in (tmp_path / name / part / "stages.jsonl").open()
+        ]
+        for part in ("stages", "errors", "scheme")
+        for name in ("whole", "cut")
+    ]
+    for first, second in zip(probes[::2], probes[1::2], strict=True):
+        assert first == second
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_an_epoch_and_resumed(tmp_path, latents):
+    # 90 batches an epoch: the run is in its second one, and in workers, when it is killed.
+    _killed_and_resumed(tmp_path, latents, SMALL_NET, 100, 97, 4)
+
+
+@pytest.mark.slow
+def test_sit_s_is_killed_resumed_and_sampled(tmp_path):
+    latents = make_latents(tmp_path / "made", 2000, (4, 32, 32), 10)
+    _killed_and_resumed(tmp_path, latents, [], 30, 20, 8)
+    command = [
+        *(sys.executable, "-c", "from stagewise.recipes.sample import main; main()"),
+        *(tmp_path / "cut", "--count", "64", "--steps", "2", "--out", tmp_path / "samples"),
+    ]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    with np.load(tmp_path / "samples/latents.npz", allow_pickle=False) as made:
+        assert made["arr_0"].shape == (64, 4, 32, 32)
+        assert np.isfinite(made["arr_0"]).all()
+        assert set(made["arr_1"].tolist()) == set(range(10))
+    assert list((tmp_path / "samples").glob("*.png"))
+
+
+# -- two processes --------------------------------------------------------------------------------
+
+TWO_RANKS = """
+import os
+import sys
+
+import torch
+from hydra import compose, initialize_config_module
+
+from stagewise.recipes.train import train
+
+folder, ranks = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+with initialize_config_module("stagewise.recipes", version_base="1.3"):
+    config = compose("train", OVERRIDES + [
+        f"run_dir={folder}/run", f"data.batch_size={8 // ranks}", f"trainer.devices={ranks}",
+    ])
+train(config)
+"""
+
+
+def test_two_ranks_with_a_sharded_bank_train_as_one(latents, on_one_and_two_ranks):
+    overrides = [
+        *("experiment=imagenet256_sdvae_sit_s", "name=x", f"data.path={latents}", *SMALL),
+        *(*SMALL_NET, "net.class_dropout=0.0", "module.lr=1e-3", "strategy=ddp", "logger=csv"),
+        # In 16 bits rows are rounded relative to a sample of their shard.
+        *("callbacks=steer_only", "engine=sharded", "scheme.boundary=0.3"),
+        *("data.bank_dtype=float32", "trainer.max_steps=6"),
+    ]
+    folders = on_one_and_two_ranks(TWO_RANKS.replace("OVERRIDES", repr(overrides)))
+    losses, weights = [], []
+    for folder in folders:
+        rows = (folder / "run/csv/metrics.csv").read_text().splitlines()
+        columns = rows[0].split(",")
+        found = [dict(zip(columns, row.split(","), strict=True)) for row in rows[1:]]
+        losses.append([float(row["train/loss"]) for row in found if row.get("train/loss")])
+        state = torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)
+        weights.append(state["current_model_state"])
+    assert len(losses[0]) == len(losses[1]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] != pytest.approx(losses[0][1], rel=1e-3)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=0, atol=2e-5)

@@ -9,6 +9,8 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "train": ("stagewise.recipes.train", "train a recipe, with the stage monitors on"),
+    "encode": ("stagewise.recipes.encode", "make latents of a folder of pictures"),
+    "sample": ("stagewise.recipes.sample", "draw samples from a run"),
     "report": ("stagewise.recipes.report", "write a page of a run, from its files"),
     "profile": (
         "stagewise.recipes.profile",

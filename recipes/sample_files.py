@@ -1,0 +1,273 @@
+"""The files of `stagewise sample`: parts by batch, joined into one file; and its ranks.
+
+Every batch of samples is a file of its own until all are there, so that a run that was killed goes
+on where it was, with any number of ranks. The joined file is what the evaluation suite of ADM
+(openai/guided-diffusion) reads: `arr_0`, uint8 (N, H, W, 3), and `arr_1`, labels, in an npz.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from stagewise.latents.files import Rows, array_entry, names, replace_file
+
+__all__ = ["Ranks", "SampleFolder", "group_of_ranks"]
+
+_SETTINGS, _PARTS = "settings.json", "parts"
+_NAMES = {"pictures": "samples.npz", "latents": "latents.npz"}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share the batches.
+
+    Attributes:
+        rank: Number of this one.
+        count: How many there are.
+        minutes: How long they wait for one another.
+    """
+
+    rank: int = 0
+    count: int = 1
+    minutes: float = 30.0
+
+    def agree(self, error: str | None) -> None:
+        """Raises on every rank what rank 0 gives.
+
+        Raises:
+            ValueError: With this text, if it is not None.
+        """
+        if self.count > 1:
+            told = [error]
+            dist.broadcast_object_list(told, src=0)
+            error = told[0]
+        if error is not None:
+            raise ValueError(error)
+
+    def wait(self) -> None:
+        """Waits for all.
+
+        Raises:
+            TimeoutError: If one does not come in time; it is named.
+        """
+        if self.count == 1:
+            return
+        try:
+            dist.monitored_barrier(timeout=timedelta(minutes=self.minutes), wait_all_ranks=True)
+        except RuntimeError as error:
+            raise TimeoutError(
+                f"Rank {self.rank} waited for the others, {self.minutes:g} minutes at most: "
+                f"{error}. What is done is kept: run it again with --resume, or wait longer "
+                "with --timeout."
+            ) from error
+
+
+@contextmanager
+def group_of_ranks(minutes: float) -> Iterator[Ranks]:
+    """The ranks that torchrun has started, as its environment says; one without it.
+
+    Args:
+        minutes: How long they wait for one another.
+
+    Raises:
+        TimeoutError: If they do not find one another in time.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Ranks()
+        return
+    rank = int(os.environ["RANK"])
+    try:
+        # Samples go through files: there is nothing to send but who is done.
+        dist.init_process_group("gloo", timeout=timedelta(minutes=minutes))
+    except RuntimeError as error:
+        raise TimeoutError(f"Rank {rank} did not find the other {count - 1}: {error}") from error
+    try:
+        yield Ranks(rank, count, minutes)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """The output of one call.
+
+    Attributes:
+        path: The folder.
+        kind: "pictures" (uint8, (H, W, 3)) or "latents" (float32, (C, H, W)).
+        count: How many samples.
+        batch_size: Of how many a part is.
+    """
+
+    path: Path
+    kind: str
+    count: int
+    batch_size: int
+
+    @property
+    def file(self) -> Path:
+        """The joined samples."""
+        return self.path / _NAMES[self.kind]
+
+    @property
+    def batches(self) -> list[range]:
+        """The indices of each batch."""
+        size = self.batch_size
+        return [range(at, min(at + size, self.count)) for at in range(0, self.count, size)]
+
+    def start(self, settings: Mapping[str, Any], *, resume: bool) -> None:
+        """Makes the folder, or finds that what it holds was made with these settings.
+
+        Raises:
+            ValueError: If it holds samples and `resume` is false, or they are others'.
+            OSError: If it cannot be written.
+        """
+        about = self.path / _SETTINGS
+        held = [name for name in _NAMES.values() if (self.path / name).exists()]
+        held += [_PARTS] * any((self.path / _PARTS).glob("*.npz"))
+        if held and not resume:
+            raise ValueError(
+                f"{self.path} holds samples already ({', '.join(held)}). Go on with them: "
+                "--resume; or write elsewhere: --out."
+            )
+        if held:
+            _refuse_others(about, settings)
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(settings), indent=1, allow_nan=False) + "\n"
+        if not held:
+            replace_file(about, lambda path: path.write_text(text))
+        if not self.file.exists():
+            (self.path / _PARTS).mkdir(exist_ok=True)
+
+    def missing(self) -> list[int]:
+        """The batches that are not there."""
+        if self.file.exists():
+            return []
+        return [b for b in range(len(self.batches)) if not self._part(b).exists()]
+
+    def write(self, batch: int, samples: np.ndarray, labels: np.ndarray | None) -> None:
+        """Writes one batch."""
+        arrays: dict[str, Any] = {"arr_0": samples}
+        if labels is not None:
+            arrays["arr_1"] = labels
+
+        def save(path: Path) -> None:
+            with open(path, "wb") as file:
+                np.savez(file, **arrays)
+
+        replace_file(self._part(batch), save)
+
+    def join(self) -> None:
+        """Makes one file of the parts, without holding more than one in memory, and deletes them.
+
+        Raises:
+            ValueError: If parts are missing or of another size.
+        """
+        if not self.file.exists():
+            missing = self.missing()
+            if missing:
+                raise ValueError(
+                    f"Expected {len(self.batches)} batches in {self.path / _PARTS}, missing: "
+                    f"{names(missing)}. Make them: --resume."
+                )
+            replace_file(self.file, self._join)
+        if (self.path / _PARTS).exists():
+            shutil.rmtree(self.path / _PARTS)
+
+    def grid(self, count: int) -> tuple[Path, str]:
+        """Draws the first samples in a grid.
+
+        Args:
+            count: How many.
+
+        Returns:
+            The PNG, and what it shows.
+        """
+        entry = array_entry(self.file, "arr_0.npy")
+        assert entry is not None
+        first = Rows(torch.empty(entry.shape, device="meta"), self.file, entry.start)
+        count = min(count, self.count)
+        x = Rows(first.x.to(entry.dtype), self.file, entry.start).block(0, count)
+        name, about = "grid.png", f"the first {count} samples"
+        if self.kind == "pictures":
+            shown = x.permute(0, 3, 1, 2) / 255
+        else:
+            channels = 3 if x.shape[1] >= 3 else 1
+            shown = _to_range(x[:, :channels])
+            which = "channels 0 to 2 as red, green and blue" if channels == 3 else "channel 0"
+            name = "grid_latent_channels.png"
+            about += f" as latents, not decoded: {which}, each scaled to its range"
+        picture = make_grid(shown, nrow=math.ceil(math.sqrt(count)), padding=1, pad_value=1.0)
+
+        def save(path: Path) -> None:
+            with open(path, "wb") as file:
+                save_image(picture, file, format="PNG")
+
+        replace_file(self.path / name, save)
+        return self.path / name, about
+
+    def _part(self, batch: int) -> Path:
+        return self.path / _PARTS / f"{batch:06d}.npz"
+
+    def _join(self, path: Path) -> None:
+        with np.load(self._part(0), allow_pickle=False) as part:
+            kinds = {name: (part[name].dtype, part[name].shape[1:]) for name in part.files}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, (dtype, shape) in kinds.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    header = {
+                        "descr": np.lib.format.dtype_to_descr(dtype),
+                        "fortran_order": False,
+                        "shape": (self.count, *shape),
+                    }
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for batch, indices in enumerate(self.batches):
+                        with np.load(self._part(batch), allow_pickle=False) as part:
+                            rows = part[name]
+                        if rows.dtype != dtype or rows.shape != (len(indices), *shape):
+                            raise ValueError(
+                                f"Expected {dtype} of shape {(len(indices), *shape)} as {name} in "
+                                f"{self._part(batch)}, got {rows.dtype} of {rows.shape}. Delete "
+                                "that file and make it again: --resume."
+                            )
+                        member.write(rows.tobytes())
+
+
+def _refuse_others(about: Path, settings: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(about.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Expected {about.name} beside the samples in {about.parent}, to see with which "
+            "settings they were made; it cannot be read. Write elsewhere: --out."
+        ) from error
+    now = json.loads(json.dumps(dict(settings)))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if keys:
+        listed = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in keys)
+        raise ValueError(
+            f"{about.parent} holds samples made with other settings: {listed}. Give the same to go "
+            "on with them, or write elsewhere: --out."
+        )
+
+
+def _to_range(x: Tensor) -> Tensor:
+    """Each channel of (B, C, H, W) from its smallest value to its largest, as 0 to 1."""
+    low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
+    return (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)

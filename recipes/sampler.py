@@ -1,0 +1,201 @@
+"""What `stagewise sample` samples with: a trained module, an oracle, an autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagewise.bank import LatentBank
+from stagewise.oracle import Oracle
+from stagewise.recipes.module import FlowMatchingModule
+from stagewise.recipes.sample_options import Options
+from stagewise.sampling import (
+    FIXED_SOLVERS,
+    Velocity,
+    guided,
+    integration_range,
+    model_velocity,
+    sample,
+    switched,
+    time_grid,
+)
+
+__all__ = ["Sampler", "bank_of", "finisher", "noise_of"]
+
+_STREAM = 0x5A3D1E
+"""Apart from what training draws from its seed. Not 0: a `SeedSequence` takes no notice of zeros
+at its end."""
+
+
+def noise_of(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
+    """The noise of one sample, `shape`, float32, on the CPU."""
+    mixed = np.random.SeedSequence((seed, index, _STREAM)).generate_state(1, np.uint64)[0]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(mixed >> 1)))
+
+
+@dataclass
+class Sampler:
+    """Makes samples of a module.
+
+    Attributes:
+        module: The module, on its device.
+        options: How.
+        shape: Of a sample.
+        classes: How many classes the network knows.
+        oracle: Leads the samples to `options.oracle_until`, if that is not None.
+    """
+
+    module: FlowMatchingModule
+    options: Options
+    shape: tuple[int, ...]
+    classes: int
+    oracle: Oracle | None = None
+
+    def __post_init__(self) -> None:
+        options = self.options
+        start, end = integration_range(self.module.objective.prediction)
+        if options.oracle_until:
+            if options.oracle_until < start:
+                raise ValueError(
+                    f"Expected --oracle-until of at least {start:g}, where a network that predicts "
+                    f"the {self.module.objective.prediction.kind} can begin, got "
+                    f"{options.oracle_until:g}."
+                )
+            start, end = 0.0, max(end, options.oracle_until)
+        self.start, self.end, self.times = start, end, None
+        if options.method in FIXED_SOLVERS:
+            assert options.steps is not None
+            self.times = time_grid(
+                options.steps, shift=options.shift, coarse=options.coarse, start=start, end=end
+            )
+
+    def labels(self, indices: range) -> Tensor:
+        """The labels of samples, (B,), int64: those asked for, in turn."""
+        chosen = self.options.labels or range(max(1, self.classes))
+        return torch.tensor([chosen[i % len(chosen)] for i in indices])
+
+    def __call__(self, indices: range) -> Tensor:
+        """The samples with these numbers, (B, *), float32, on the CPU.
+
+        Raises:
+            ValueError: If some are not finite.
+        """
+        options, device = self.options, self.module.device
+        x0 = torch.stack([noise_of(options.seed, i, self.shape) for i in indices]).to(device)
+        labels = self.labels(indices)
+        model = guided(
+            self._velocity(labels.to(device) if self.classes else None),
+            self._velocity(None),
+            options.cfg_scale,
+            options.cfg_interval or (0.0, 1.0),
+            options.cfg_channels,
+        )
+        # What a solver that chooses its steps does not take, it is not given.
+        about: dict[str, Any] = {"method": options.method, "times": self.times}
+        about |= {"start": self.start, "end": self.end}
+        if self.oracle is None:
+            x = sample(model, x0, **about)
+        else:
+            led = self._led(self.oracle, labels)
+            x = switched(led, model, x0, options.oracle_until or 0.0, **about)
+        x = x.float().cpu()
+        broken = int((~x.isfinite().flatten(1).all(1)).sum())
+        if broken:
+            raise ValueError(
+                f"{broken} of the samples {indices[0]} to {indices[-1]} are not finite. The run "
+                "has diverged, or the settings are too coarse: try --precision 32, more --steps, a "
+                "lower --cfg-scale."
+            )
+        return x
+
+    def _velocity(self, labels: Tensor | None) -> Velocity:
+        net, objective = self.module.net, self.module.objective
+        narrow = self.options.precision == "bf16"
+
+        def ask(xt: Tensor, time: Tensor) -> Tensor:
+            with torch.autocast(xt.device.type, torch.bfloat16, enabled=narrow):
+                return net(xt, time, labels).to(xt.dtype)
+
+        return model_velocity(
+            ask,
+            path=objective.path,
+            prediction=objective.prediction,
+            convention=objective.convention,
+        )
+
+    def _led(self, oracle: Oracle, labels: Tensor) -> Velocity:
+        asked = labels if self.classes and oracle.bank.classes else None
+
+        def velocity(xt: Tensor, t: Tensor) -> Tensor:
+            place = oracle.bank.device
+            return oracle.velocity(xt.to(place), t.to(place), asked).to(xt)
+
+        return velocity
+
+
+def bank_of(data: Any, options: Options, sampler: Sampler) -> LatentBank:
+    """The training rows of a data module, which the oracle leads to.
+
+    Args:
+        data: With `latent_bank()`, or with `train`, a `TensorDataset` of samples and labels.
+        options: How many samples are made.
+        sampler: Of which classes.
+
+    Raises:
+        ValueError: If a class that is asked for has no rows.
+    """
+    data.setup()
+    bank = data.latent_bank() if hasattr(data, "latent_bank") else LatentBank(*data.train.tensors)
+    asked = set(sampler.labels(range(options.count)).tolist())
+    absent = sorted(asked - set(bank.classes)) if bank.classes and sampler.classes else []
+    if absent:
+        raise ValueError(
+            f"Expected --labels of classes with training rows for --oracle-until, got {absent}."
+        )
+    return bank
+
+
+def finisher(
+    data: Any, options: Options, shape: tuple[int, ...], device: torch.device, pictures: bool
+) -> Callable[[Tensor], np.ndarray]:
+    """From samples to what is stored of them.
+
+    Args:
+        data: The data module; its `to_stored` undoes the scaling of latents.
+        options: Which autoencoder, and how many are decoded at a time.
+        shape: Of a sample, (C, H, W).
+        device: Where it decodes.
+        pictures: Whether pictures are stored, uint8 (B, H, W, 3), or samples as they are.
+
+    Returns:
+        A function of samples, (B, C, H, W), on the CPU.
+
+    Raises:
+        ValueError, OSError, ImportError: If there is no such autoencoder, or not for these latents.
+    """
+    if not pictures:
+        return lambda x: x.numpy()
+    if options.vae is None:
+        return lambda x: _channels_last(x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8))
+    from stagewise.recipes.autoencoder import decode, find_vae, load_vae
+
+    channels = find_vae(options.vae).channels
+    if channels != shape[0]:
+        raise ValueError(
+            f"Expected a --vae of latents with {shape[0]} channels, as this run's are, got "
+            f"{channels} in {options.vae}."
+        )
+    vae = load_vae(options.vae, device)
+    # EDM2 encodes pixels from 0 to 1, all others from -1 to 1.
+    edm2 = getattr(getattr(data, "latents", None), "name", None) == "EDM2"
+    low = {"low": 0.0} if edm2 else {}
+    return lambda x: _channels_last(decode(vae, data.to_stored(x), options.batch_size, **low))
+
+
+def _channels_last(pictures: Tensor) -> np.ndarray:
+    return pictures.permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,0 +1,238 @@
+"""Checkpoints of a run: which is found, which weights, and what is refused."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from stagewise.recipes.checkpoints import (
+    find_checkpoint,
+    load_module,
+    load_weights,
+    run_config,
+)
+from stagewise.recipes.train import train
+
+TINY = [
+    "name=tiny",
+    "data.patch=8",
+    "data.train_size=70",
+    "data.held_out_size=14",
+    "data.batch_size=16",
+    "net.hidden_size=16",
+    "net.depth=1",
+    "net.num_heads=2",
+    "module.lr=0.05",
+    "module.warmup_steps=1",
+    "trainer.accelerator=cpu",
+    "trainer.devices=1",
+    "trainer.max_steps=3",
+    "trainer.val_check_interval=3",
+    "++trainer.enable_progress_bar=false",
+    "callbacks.ema.decay=0.5",
+    "callbacks.ema.update_starting_at_step=0",
+    "evaluation.queries=8",
+    "evaluation.samples_per_class=1",
+    "evaluation.steps=1",
+    "~callbacks.progress",
+    "~callbacks.monitor",
+    "~callbacks.errors",
+    "~callbacks.memorization",
+    "~callbacks.transitions",
+    "~logger",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of three steps with averaged weights."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stagewise.recipes.train.evaluate", lambda *_, **__: {})
+        with initialize_config_module("stagewise.recipes", version_base="1.3"):
+            train(compose("train", [*TINY, f"run_dir={folder}"]))
+    return folder
+
+
+@pytest.fixture
+def stored(run):
+    """What is in its checkpoint, free to be changed, and the path."""
+    path = run / "checkpoints/last.ckpt"
+    return torch.load(path, weights_only=True), path
+
+
+@pytest.fixture
+def altered(stored, tmp_path):
+    """`altered(change)`: the path of a checkpoint that `change(checkpoint)` has changed."""
+
+    def make(change):
+        checkpoint, _ = stored
+        change(checkpoint)
+        path = tmp_path / "altered.ckpt"
+        torch.save(checkpoint, path)
+        return path
+
+    return make
+
+
+def has_weights(module, state):
+    own = module.state_dict()
+    assert own.keys() == state.keys()
+    return all(torch.equal(own[key], state[key]) for key in own)
+
+
+def test_averaged_weights_are_taken_if_there_are_any(run, stored):
+    checkpoint, path = stored
+    config = run_config(run)
+    for weights, key in (
+        (None, "state_dict"),
+        ("averaged", "state_dict"),
+        ("current", "current_model_state"),
+    ):
+        module, loaded = load_module(config, find_checkpoint(run), weights)
+        assert not module.training
+        assert has_weights(module, checkpoint[key])
+        assert loaded.path == path
+        assert loaded.step == 3
+        assert loaded.weights == (weights or "averaged")
+        assert str(loaded) == f"last.ckpt, step 3, {loaded.weights} weights"
+    assert not has_weights(module, checkpoint["state_dict"])
+
+
+def test_the_average_is_that_of_the_callback(run, stored):
+    # What `state_dict` is, is Lightning's to change: the last of three steps with decay 1/2 moves
+    # the average half of the way to the current weights.
+    checkpoint, _ = stored
+    key = "net.final_layer.linear.weight"
+    averaged, current = (checkpoint[name][key] for name in ("state_dict", "current_model_state"))
+    # That layer starts at zero, and steps of a constant rate go one way at first.
+    assert 0 < averaged.norm() < current.norm()
+
+
+def test_other_weights_have_another_fingerprint(run):
+    config, path = run_config(run), find_checkpoint(run)
+    one, again, other = (
+        load_module(config, path, weights)[1].fingerprint
+        for weights in ("averaged", "averaged", "current")
+    )
+    assert one == again != other
+
+
+def test_a_run_without_average(run, altered):
+    def change(checkpoint):
+        checkpoint["state_dict"] = checkpoint.pop("current_model_state")
+        del checkpoint["averaging_state"]
+
+    path = altered(change)
+    module, loaded = load_module(run_config(run), path)
+    assert loaded.weights == "current"
+    assert loaded.note == ""
+    with pytest.raises(ValueError, match="no averaged weights .* no callback averaged"):
+        load_weights(path, module, "averaged")
+    with pytest.raises(ValueError, match='`weights` "averaged" or "current", got \'ema\''):
+        load_weights(path, module, "ema")
+
+
+def test_an_average_that_had_not_begun_is_not_taken(run, altered):
+    # Until then Lightning stores the untrained network as the average.
+    path = altered(lambda checkpoint: checkpoint["averaging_state"]["n_averaged"].zero_())
+    module, loaded = load_module(run_config(run), path)
+    assert (loaded.weights, loaded.note) == ("current", "the average had not begun")
+    assert has_weights(module, torch.load(path, weights_only=True)["current_model_state"])
+    with pytest.raises(ValueError, match="its average had not begun"):
+        load_weights(path, module, "averaged")
+
+
+def test_current_weights_that_are_the_averaged_ones_are_named(run, altered):
+    path = altered(lambda c: c.update(current_model_state=c["state_dict"]))
+    loaded = load_module(run_config(run), path, "current")[1]
+    assert "equal the averaged ones" in str(loaded)
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, altered):
+    def change(checkpoint):
+        state = checkpoint["state_dict"]
+        state["net.final_layer.linear.weight"] = torch.zeros(5, 7)
+        state["net.extra"] = state.pop("net.blocks.0.norm1.bias", torch.zeros(1))
+        del state["net.y_embedder.weight"]
+
+    path = altered(change)
+    module = load_module(run_config(run), find_checkpoint(run), "current")[0]
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match="another model") as caught:
+        load_weights(path, module)
+    message = str(caught.value)
+    assert "only in the network: net.y_embedder.weight" in message
+    assert "only in the file: net.extra" in message
+    shape = tuple(before["net.final_layer.linear.weight"].shape)
+    assert f"net.final_layer.linear.weight (5, 7) in the file, {shape} here" in message
+    assert has_weights(module, before)
+
+
+def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
+    module = load_module(run_config(run), find_checkpoint(run))[0]
+    for content, text in (
+        ({"weights": torch.zeros(1)}, "with `state_dict`"),
+        ([torch.zeros(1)], "with `state_dict`"),
+    ):
+        torch.save(content, tmp_path / "other.ckpt")
+        with pytest.raises(ValueError, match=text):
+            load_weights(tmp_path / "other.ckpt", module)
+    whole = find_checkpoint(run).read_bytes()
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        (tmp_path / "broken.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken\.ckpt is no whole checkpoint"):
+            load_weights(tmp_path / "broken.ckpt", module)
+    torch.save({"state_dict": {}, "object": os.system}, tmp_path / "code.ckpt")
+    with pytest.raises(ValueError, match="tensors and plain values alone"):
+        load_weights(tmp_path / "code.ckpt", module)
+
+
+def test_an_old_format_that_cannot_be_mapped_is_read(run, stored, tmp_path):
+    checkpoint, _ = stored
+    torch.save(checkpoint, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    module, loaded = load_module(run_config(run), tmp_path / "old.ckpt")
+    assert loaded.step == 3
+    assert has_weights(module, checkpoint["state_dict"])
+
+
+def test_which_checkpoint_is_found(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(ValueError, match=r"Expected a checkpoint .* found none"):
+        find_checkpoint(tmp_path)
+    folder.mkdir()
+    for age, name in enumerate(("last-v1.ckpt", "epoch=1.ckpt", "last.ckpt", "epoch=0.ckpt")):
+        (folder / name).touch()
+        os.utime(folder / name, (1000 - age, 1000 - age))
+    assert find_checkpoint(tmp_path).name == "last-v1.ckpt"
+    for name in ("last-v1.ckpt", "last.ckpt"):
+        (folder / name).unlink()
+    assert find_checkpoint(tmp_path).name == "epoch=1.ckpt"
+    assert find_checkpoint(tmp_path, Path("epoch=0.ckpt")) == folder / "epoch=0.ckpt"
+    assert find_checkpoint(tmp_path, folder / "epoch=0.ckpt") == folder / "epoch=0.ckpt"
+    with pytest.raises(ValueError, match=r"no checkpoint epoch=7\.ckpt.*epoch=0\.ckpt, epoch=1"):
+        find_checkpoint(tmp_path, Path("epoch=7.ckpt"))
+    (folder / "sharded.ckpt").mkdir()
+    with pytest.raises(ValueError, match="folder .*sharded.*consolidate"):
+        find_checkpoint(tmp_path, Path("sharded.ckpt"))
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="There is no folder"):
+        run_config(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"Expected config\.yaml"):
+        run_config(tmp_path)
+    file = tmp_path / "config.yaml"
+    for text, match in (
+        ("data: 1\nnet: 2\n", "missing: objective, module"),
+        ("- 1\n", "missing: data, net, objective, module"),
+        ("a: [", "cannot be read"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=match):
+            run_config(tmp_path)
+    OmegaConf.save({"data": 1, "net": 2, "objective": 3, "module": 4}, file)
+    assert run_config(tmp_path).module == 4

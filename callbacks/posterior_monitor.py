@@ -148,12 +148,20 @@ class PosteriorMonitor(NamedCallback):
         self._batch_checked = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The probes so far, as plain numbers and lists; never the bank."""
-        return {"history": self.history}
+        """The probes so far, as plain numbers, and the last curve; never the bank."""
+        curve = None
+        if self.curve is not None:
+            curve = {"t": self.curve.t.tolist(), "values": self.curve.values.tolist()}
+        return {"history": self.history, "curve": curve}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the probes of a checkpoint."""
         self.history = list(state_dict["history"])
+        curve = state_dict.get("curve")
+        self.curve = None
+        if curve is not None:
+            t, values = (torch.tensor(curve[name], dtype=torch.float64) for name in ("t", "values"))
+            self.curve = StageCurve(t, values)
 
     # -- hooks --------------------------------------------------------------------------------
 
@@ -162,6 +170,8 @@ class PosteriorMonitor(NamedCallback):
         # A callback may serve a second fit: only a resumed run has a past.
         past = trainer.global_step
         self.history = [entry for entry in self.history if past and entry["step"] <= past]
+        self.curve = self.curve if self.history else None
+        self.boundary = None if self.curve is None else self.curve.boundary(seed=self.seed)
         bank = self._given or bank_from_trainer(
             trainer, pl_module, find=self.find, class_wise=bool(self.class_wise)
         )

@@ -146,6 +146,7 @@ class VelocityErrorMonitor(NamedCallback):
         self.events: list[dict[str, Any]] = []
         self.oracle: Oracle | None = None
         self.boundary: StageBoundary | None = None
+        self._measured: dict[str, float] | None = None
         self.edges = torch.empty(0)
         self._given, self._held_out = bank, held_out
         self._source = VelocitySource(velocity, find, "VelocityErrorMonitor")
@@ -165,11 +166,13 @@ class VelocityErrorMonitor(NamedCallback):
         last probe are lost when a run resumes.
         """
         record = None if self._record is None else self._record.state_dict()
-        return {"events": self.events, "record": record}
+        boundary = None if self.boundary is None else self.boundary.as_dict()
+        return {"events": self.events, "record": record, "boundary": boundary}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state of a checkpoint for the start of training."""
         self.events, self._stash = list(state_dict["events"]), state_dict["record"]
+        self._measured = state_dict.get("boundary")
 
     # -- hooks --------------------------------------------------------------------------------
 
@@ -178,6 +181,7 @@ class VelocityErrorMonitor(NamedCallback):
         past = trainer.global_step
         # A callback may serve a second fit: only a resumed run has a past.
         self.events = [event for event in self.events if past and event["step"] <= past]
+        self._measured = self._measured if past else None
         self._last = self.history[-1]["step"] if self.history else None
         self._take_samples(trainer, pl_module, self.path or path_of(pl_module)[0])
         self._source.start(trainer, pl_module, *self._rows)
@@ -284,7 +288,7 @@ class VelocityErrorMonitor(NamedCallback):
             trainer: The trainer, in training.
             pl_module: Its module.
         """
-        self._given = None
+        self._given = self._measured = None
         self._take_samples(trainer, pl_module, self._oracle.path)
         self._match_labels()
         self._place_stages(trainer, pl_module)
@@ -401,9 +405,13 @@ class VelocityErrorMonitor(NamedCallback):
         for monitor in callbacks[: callbacks.index(self)]:
             if isinstance(monitor, PosteriorMonitor) and monitor.oracle is not None:
                 alike = same_path(monitor.oracle.path, self._oracle.path)
-                if alike and monitor.boundary is not None and monitor.wise == self._wise:
+                if alike and monitor.wise == self._wise:
                     self._posterior = monitor
-                    return monitor.boundary
+                    break
+        if self._measured is not None:  # by the run that is resumed
+            return StageBoundary(**self._measured)
+        if self._posterior is not None and self._posterior.boundary is not None:
+            return self._posterior.boundary
         return measured_boundary(trainer, self._oracle, class_wise=self._wise, seed=self.seed)
 
     @property

@@ -7,13 +7,25 @@ TREE := build/tree
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint types bench bench-imagenet bench-schemes figures docs tree clean distclean
+.PHONY: help demo demo-latents test test-all lint types bench bench-imagenet bench-schemes figures docs tree clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.recipes ## train a small model on photos, with the stage monitors on
 	$(BIN)/stagewise train experiment=photos
+
+demo-latents: $(VENV)/.recipes ## make latents, train SiT-S/2 on them with every callback, sample
+	rm -rf build/latents build/latents-run
+	$(BIN)/stagewise make-latents build/latents --rows 2000 --classes 10
+	$(BIN)/stagewise train experiment=imagenet256_sdvae_sit_s data.path=build/latents \
+	  data.num_classes=10 data.held_out=100 data.batch_size=4 data.num_workers=0 \
+	  trainer.max_steps=30 trainer.log_every_n_steps=5 trainer.accelerator=cpu callbacks=steer \
+	  callbacks.monitor.every_n_steps=15 callbacks.errors.queries=2 \
+	  callbacks.memorization.samples=4 callbacks.memorization.steps=4 \
+	  evaluation.queries=128 evaluation.samples_per_class=2 evaluation.steps=4 \
+	  run_dir=build/latents-run
+	$(BIN)/stagewise sample build/latents-run --count 64 --steps 4 --method euler
 
 test: $(VENV)/.dev ## run the tests; it names those that are slow or need what is not installed
 	$(BIN)/pytest

@@ -243,10 +243,10 @@ def _samples(
     if real.shape[2] == 3:
         low, high = -1.0, 1.0
     else:
-        title += "; latents: channels 1 to 3"
+        title += "\nlatents: channels 1 to 3"
         low, high = real[:, :, :3].quantile(0.01).item(), real[:, :, :3].quantile(0.99).item()
-    shown = ((x[:, :, [0, 1, 2]] - low) / (high - low) for x in (real, made))
-    return sample_grid(*shown, [names[label] for label in classes], title)
+    real, made = ((x[:, :, [0, 1, 2]] - low) / (high - low) for x in (real, made))
+    return sample_grid(real, made, [names[label] for label in classes], title)
 
 
 def evaluate(

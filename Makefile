@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # The four folders in their installed layout, for tools that cannot follow an editable install.
 TREE := build/tree
 
+# A process for each core, with one thread each: tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo demo-latents test test-all lint types bench bench-imagenet bench-schemes figures docs tree clean distclean
@@ -28,10 +31,10 @@ demo-latents: $(VENV)/.recipes ## make latents, train SiT-S/2 on them with every
 	$(BIN)/stagewise sample build/latents-run --count 64 --steps 4 --method euler
 
 test: $(VENV)/.dev ## run the tests; it names those that are slow or need what is not installed
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.all ## install torch-cluster (compiled: some 10 minutes) and faiss, run all tests
-	$(BIN)/pytest --slow
+	$(PYTEST) --slow
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check

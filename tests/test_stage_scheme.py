@@ -38,7 +38,7 @@ from stagewise import (
 )
 from stagewise.adapters import diffusers_target
 from stagewise.callbacks import PosteriorMonitor, StageScheme
-from stagewise.engines import Sharded
+from stagewise.engines import Exact, Sharded
 from stagewise.losses import FlowMatchingLoss, StageWeightedLoss
 
 cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
@@ -161,6 +161,50 @@ def test_three_ways_in_give_the_same_first_gradient(fit, bank, make_data, make_l
     plain = Gradients()
     fit(Lossy(), plain, max_steps=1)
     assert not torch.equal(plain.seen[0], gradients["loop"])
+
+
+def test_a_function_makes_the_scheme_of_the_runs_oracle(fit, bank):
+    made, engine, kept = [], Exact(), {}
+
+    def phases(oracle):
+        made.append(oracle)
+        first = Scheme(oracle, target=Mix(0.7))
+        return Phases([Phase(first, AtStep(2)), Phase(Scheme(oracle))])
+
+    for way, scheme in {
+        "function": StageScheme(phases, engine=engine),
+        "scheme": StageScheme(phases(Oracle(bank))),
+    }.items():
+        kept[way] = Gradients()
+        fit(Lossy(), scheme, kept[way], max_steps=4)
+        assert scheme.scheme.index == 1
+    (read, _) = made[::-1]
+    assert read.engine is engine
+    assert read.bank.fingerprint == bank.fingerprint
+    assert all(map(torch.equal, kept["function"].seen, kept["scheme"].seen))
+    with pytest.raises(TypeError, match="function that makes a Scheme or Phases, got Mix"):
+        fit(Lossy(), StageScheme(lambda oracle: Mix()))
+
+
+def test_an_engine_that_shards_needs_the_part_of_the_rank(fit, bank, make_trainer, make_loader):
+    with pytest.raises(ValueError, match="the part of the bank that each rank holds"):
+        fit(Lossy(), StageScheme(target=Mix(0.5), engine=Sharded()))
+
+    class Data(pl.LightningDataModule):
+        def latent_shard(self):
+            return bank
+
+        def train_dataloader(self):
+            return make_loader(bank.rows)
+
+    scheme = StageScheme(target=Mix(0.5), engine=Sharded())
+    # The row of each sample has to be said; this module does not.
+    with pytest.raises(ValueError, match="Give `source`"):
+        make_trainer(scheme).fit(Lossy(), datamodule=Data())
+    assert scheme.scheme.oracle.bank is bank
+    Data.latent_shard = lambda self: bank.rows
+    with pytest.raises(TypeError, match=r"latent_shard\(\)` of the data module .* got Tensor"):
+        make_trainer(StageScheme(target=Mix(0.5), engine=Sharded())).fit(Lossy(), datamodule=Data())
 
 
 def given_scheme(bank):
@@ -593,8 +637,12 @@ def test_what_is_said_at_construction(bank):
         StageScheme(Scheme(), boundary=0.3)
     with pytest.raises(ValueError, match="a scheme or its parts, got both"):
         StageScheme(Scheme(), class_wise=False)
-    with pytest.raises(TypeError, match="`scheme` to be a Scheme or Phases, got Mix"):
+    with pytest.raises(
+        TypeError, match="`scheme` to be a Scheme or Phases, or a func.*got Mix"
+    ):
         StageScheme(Mix())
+    with pytest.raises(ValueError, match="a scheme or its parts, got both"):
+        StageScheme(lambda oracle: Scheme(oracle), target=Mix())
 
 
 def test_a_path_other_than_the_seams(fit, bank):

@@ -273,6 +273,9 @@ class ReadsTheSource(Lambda):
     def __init__(self):
         self.weight = None
 
+    def __repr__(self):
+        return "ReadsTheSource()"  # a name of a test, the same in each process
+
     def __call__(self, t, top1, path, boundary):
         return 1 - self.weight
 

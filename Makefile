@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-latents test test-all lint types bench bench-imagenet bench-schemes figures docs tree clean distclean
+.PHONY: help demo demo-latents test test-all lint types bench bench-imagenet bench-recipes bench-schemes figures docs tree clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -47,6 +47,10 @@ bench: $(VENV)/.recipes ## time the engines against their floors and their peers
 
 bench-imagenet: $(VENV)/.recipes ## the same on made latents of ImageNet's size (11 GB of disk)
 	$(BIN)/python benchmarks/imagenet.py
+
+bench-recipes: $(VENV)/.recipes ## time loader and oracle of the ImageNet recipes, count what they cost
+	$(BIN)/python benchmarks/recipes.py --threads 1
+	$(BIN)/python benchmarks/recipe_costs.py
 
 bench-schemes: $(VENV)/.recipes ## train with and without schemes (hours; resumes), write docs/results.md
 	$(BIN)/python benchmarks/schemes.py --threads 1

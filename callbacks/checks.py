@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +25,7 @@ __all__ = [
     "check_batch",
     "path_of",
     "raise_together",
+    "together",
     "warn_of_mismatch",
 ]
 
@@ -57,20 +60,40 @@ def path_of(pl_module: pl.LightningModule) -> tuple[Path, str]:
 
 
 def raise_together(
-    trainer: pl.Trainer, error: Exception | None, refused: str = "its first batch"
+    trainer: pl.Trainer, error: Exception | None, what: str = "refused its first batch"
 ) -> None:
-    """Raises on every rank what one of them refuses; the others would wait for it for ever.
+    """Raises on every rank if one of them must; the others would wait for it for ever.
 
     Args:
         trainer: The trainer.
-        error: What this rank refuses, or None.
-        refused: What that is about, for the other ranks.
+        error: What this rank raises, or None.
+        what: What this rank did then, for the others.
     """
     passed = trainer.strategy.reduce_boolean_decision(error is None)
     if error is not None:
         raise error
     if not passed:
-        raise ValueError(f"Another process refused {refused}; see its message.")
+        raise ValueError(f"Another process {what}; see its message.")
+
+
+@contextmanager
+def together(trainer: pl.Trainer, what: str) -> Iterator[None]:
+    """Does something on every rank, or raises on all of them; a collective at its end.
+
+    Args:
+        trainer: The trainer.
+        what: What is done, for the ranks that could do it. Nothing in it may wait for others.
+
+    Raises:
+        Exception: What was raised on this rank.
+        ValueError: If it was on another.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(trainer, error, f"failed in {what}")
 
 
 def check_bank(bank: object, class_wise: object) -> None:
@@ -94,13 +117,13 @@ def check_bank(bank: object, class_wise: object) -> None:
 
 
 def beside_training(bank: LatentBank, trainer: pl.Trainer) -> LatentBank:
-    """The bank on the training device if it takes less than a tenth of what is free there."""
+    """The bank on the training device if it takes less than a quarter of what is free there."""
     root = trainer.strategy.root_device
     # The oracle needs float64, which MPS has not.
     device = torch.device("cpu") if root.type == "mps" else root
     # The model's gradients, optimizer and activations are not there yet.
     free = available_memory(device)
-    return bank.to(device) if free is None or bank.nbytes < free / 10 else bank
+    return bank.to(device) if free is None or bank.nbytes < free / 4 else bank
 
 
 def check_batch(

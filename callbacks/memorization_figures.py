@@ -15,6 +15,8 @@ from stagewise.copies import COPY_RATIO
 
 __all__ = ["copies_figure", "grid_figure", "is_image"]
 
+_COPIED = "tab:red"
+
 
 def is_image(shape: Sequence[int]) -> bool:
     """Whether a sample of this shape can be shown: (1 or 3, H, W)."""
@@ -50,13 +52,18 @@ def copies_figure(probes: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def grid_figure(
-    columns: Sequence[tuple[str, Tensor]], ratios: Mapping[int, Tensor], title: str
+    columns: Sequence[tuple[str, Tensor]],
+    ratios: Mapping[int, Tensor],
+    data: Tensor,
+    title: str,
 ) -> Figure:
-    """Columns of images.
+    """Columns of images, copies framed.
 
     Args:
         columns: Heading and images of each column, (n, C, H, W).
-        ratios: By column, the d1/d2 that is printed under its images, (n,); copies are framed.
+        ratios: By column, the d1/d2 that is printed under its images, (n,).
+        data: Images of the data, any shape. The least and the largest of their numbers are black
+            and white in all columns, so that a sample and its nearest row can be compared.
         title: Of the figure.
 
     Returns:
@@ -66,9 +73,8 @@ def grid_figure(
     size = (max(4.0, 0.85 * len(columns)), 0.95 * rows + 0.9)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     grid = figure.subplots(rows, len(columns), squeeze=False)
+    low, high = (float(end) for end in data.float().aminmax())
     for j, (heading, images) in enumerate(columns):
-        span = images.float()[images.isfinite()]
-        low, high = (float(span.min()), float(span.max())) if span.numel() else (0.0, 1.0)
         shown = ((images.float() - low) / max(high - low, 1e-12)).nan_to_num().clamp(0, 1)
         for i in range(rows):
             axes = grid[i, j]
@@ -76,9 +82,11 @@ def grid_figure(
             axes.set(xticks=[], yticks=[])
             copied = j in ratios and bool(ratios[j][i] < COPY_RATIO)
             for spine in axes.spines.values():
-                spine.set(visible=copied, color="tab:red", linewidth=2)
+                spine.set(visible=copied, color=_COPIED, linewidth=2.5)
             if j in ratios:
-                axes.set_xlabel(f"{float(ratios[j][i]):.2f}", fontsize=6, labelpad=1)
+                label = axes.set_xlabel(f"{float(ratios[j][i]):.2f}", fontsize=7, labelpad=3)
+                label.set(color=_COPIED if copied else "black")
         grid[0, j].set_title(heading, fontsize=7)
-    figure.suptitle(title, fontsize=9)
+    said = "number: d1/d2 to the training rows; red frame: a copy; t = 0 is noise"
+    figure.suptitle(f"{title}\n{said}", fontsize=9)
     return figure

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_sample
 from stagewise.callbacks import memorization_figures as figures
-from stagewise.callbacks.checks import check_bank, path_of, raise_together
+from stagewise.callbacks.checks import check_bank, path_of, together
 from stagewise.callbacks.metrics import CopyShare
 from stagewise.callbacks.named import NamedCallback
 from stagewise.callbacks.probe_rows import HeldOut, held_out_rows, training_rows
@@ -36,10 +36,7 @@ __all__ = ["MemorizationMonitor"]
 _SHOWN = 8
 """Samples in a picture."""
 
-_SAYS = "   (number: d1/d2 to the training rows; t = 0 is noise)"
-
-
-_REFUSED = "a probe of MemorizationMonitor"
+_WHAT = "a probe of MemorizationMonitor"
 
 
 class MemorizationMonitor(NamedCallback):
@@ -165,7 +162,7 @@ class MemorizationMonitor(NamedCallback):
                 trainer, pl_module, bank, self.samples, given=self._held_out, **about
             )
         self._source.start(trainer, pl_module, *rows)
-        self._ready = False
+        self._ready, self._step = False, past
         self._led: dict[float, Tensor] = {}
         self._writer = Writer(trainer, self.name, self.dirpath)
 
@@ -194,7 +191,10 @@ class MemorizationMonitor(NamedCallback):
         """Probes if it is time."""
         if not self._ready:  # a step that never went backward
             self._settle(trainer, pl_module)
-        step = trainer.global_step
+        step, before = trainer.global_step, self._step
+        if step == before:  # gradients are accumulated
+            return
+        self._step = step
         last = self.history[-1]["step"] if self.history else None
         if last is None or step // self.every_n_steps > last // self.every_n_steps:
             self._probe(trainer, pl_module, step)
@@ -310,30 +310,27 @@ class MemorizationMonitor(NamedCallback):
             torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
         start = time.perf_counter()
         module, bank = self._module(pl_module), self._oracle.bank
-        error: Exception | None = None
-        try:
+        with together(trainer, _WHAT):
             with model_in_eval_mode(trainer, module):
                 made, resumed = self._generate(module, device)
             near = {t: nearest_rows(bank, x) for t, x in made.items()}
             near_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
-        except (ValueError, RuntimeError) as caught:  # out of memory is one of the latter
-            error = caught
-        raise_together(trainer, error, _REFUSED)
         entry = {"event": "memorization_probe", "step": step, **self._entry(near, near_resumed)}
         if entry["not_finite"]:
             rank_zero_warn(
                 f"MemorizationMonitor: {entry['not_finite']} samples of step {step} are not "
                 "finite; they are left out of the shares of copies."
             )
-        if trainer.is_global_zero:
-            try:
+        with together(trainer, _WHAT):
+            if trainer.is_global_zero:
                 pictures = self._figures(made, near, resumed, near_resumed, [*self.history, entry])
                 self._writer.pictures(pictures, step)
-            except Exception as caught:  # `decode` is the user's, and may fail in any way
-                error = caught
-        raise_together(trainer, error, _REFUSED)
-        entry["probe_seconds"] = time.perf_counter() - start
+            entry["probe_seconds"] = time.perf_counter() - start
+            self._writer.scalars(self._scalars(entry), step - 1)
+            self._writer.event(entry)
         self.history.append(entry)
+
+    def _scalars(self, entry: dict[str, Any]) -> dict[str, float]:
         names = [("copies", ""), ("low", "_low"), ("high", "_high")]
         scalars = {
             f"{self.name}/copies/t_switch={t:g}{end}": entry[key][k]
@@ -345,8 +342,7 @@ class MemorizationMonitor(NamedCallback):
         for t, share in zip(entry["t_resume"], entry["resumed_copies"], strict=True):
             scalars[f"{self.name}/resumed_copies/t={t:g}"] = share
         scalars[f"{self.name}/probe_seconds"] = entry["probe_seconds"]
-        self._writer.scalars(scalars, step)
-        self._writer.event(entry)
+        return scalars
 
     def _generate(
         self, module: nn.Module, device: torch.device
@@ -439,17 +435,23 @@ class MemorizationMonitor(NamedCallback):
             for t, found in near.items():
                 ratios[len(columns)] = found.ratio.cpu()
                 columns += [(f"t_switch\n{t:g}", shown(made[t])), ("nearest\nrow", rows(found))]
+            data = torch.cat([images for _, images in columns[1::2]])
             pictures["samples"] = figures.grid_figure(
-                columns, ratios, f"Samples at step {step}{_SAYS}"
+                columns, ratios, data, f"Samples at step {step}"
             )
         if resumed and "samples" in pictures and self._others is not None:
             columns, ratios = [("held out", shown(self._others[0]))], {}
             for t, found in near_resumed.items():
                 ratios[len(columns) + 1] = found.ratio.cpu()
                 noised, x = (shown(part) for part in resumed[t])
-                columns += [(f"noised\n{t:g}", noised), ("resumed", x), ("nearest", rows(found))]
+                columns += [
+                    (f"noised\nto t = {t:g}", noised),
+                    ("resumed", x),
+                    ("nearest\nrow", rows(found)),
+                ]
+            data = torch.cat([columns[0][1], *(images for _, images in columns[3::3])])
             pictures["resumed"] = figures.grid_figure(
-                columns, ratios, f"Held-out rows resumed at step {step}{_SAYS}"
+                columns, ratios, data, f"Held-out rows resumed at step {step}"
             )
         return pictures
 

@@ -24,6 +24,7 @@ from stagewise.callbacks.checks import (
     check_batch,
     path_of,
     raise_together,
+    together,
     warn_of_mismatch,
 )
 from stagewise.callbacks.named import NamedCallback
@@ -41,6 +42,8 @@ from stagewise.stages import (
 )
 
 __all__ = ["PosteriorMonitor"]
+
+_WHAT = "a probe of PosteriorMonitor"
 
 
 class PosteriorMonitor(NamedCallback):
@@ -73,7 +76,7 @@ class PosteriorMonitor(NamedCallback):
     Args:
         bank: The training latents *as the model is trained on them*: same scale, same shape.
             Default None: read from the training data loader at the start. It is moved to the
-            training device if it takes less than a tenth of the memory that is free there, and
+            training device if it takes less than a quarter of the memory free there, and
             otherwise streamed from where it lies.
         every_n_steps: Optimizer steps between probes, default 1000. The first probe is
             before the first step of the fit.
@@ -274,15 +277,16 @@ class PosteriorMonitor(NamedCallback):
         start = time.perf_counter()
         last_time, last_step = self._since
         training_seconds = start - last_time
-        curve = StageCurve.measure(
-            oracle,
-            stratified_times(self._edges, self.queries, seed=(self.seed, step)),
-            seed=(self.seed, step, 1),
-            class_wise=self.wise,
-            device=device,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
+        with together(trainer, _WHAT):
+            curve = StageCurve.measure(
+                oracle,
+                stratified_times(self._edges, self.queries, seed=(self.seed, step)),
+                seed=(self.seed, step, 1),
+                class_wise=self.wise,
+                device=device,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
         if trainer.world_size > 1:
             total = trainer.strategy.reduce(curve.values.to(device), reduce_op="sum")
             assert isinstance(total, Tensor)
@@ -295,14 +299,16 @@ class PosteriorMonitor(NamedCallback):
             "t": curve.times.tolist(),
             **{statistic: curve.mean(statistic).tolist() for statistic in STATISTICS},
         }
+        with together(trainer, _WHAT):
+            if trainer.is_global_zero:
+                pictures = self._figures(curve, self.boundary, [*self.history, entry])
+                self._writer.pictures(pictures, step)
+            seconds = time.perf_counter() - start
+            entry["probe_seconds"] = seconds
+            if step > last_step:
+                entry["share_of_step_time"] = seconds / training_seconds
+            self._log(entry)
         self.history.append(entry)
-        if trainer.is_global_zero:
-            self._writer.pictures(self._figures(curve, self.boundary, step), step)
-        seconds = time.perf_counter() - start
-        entry["probe_seconds"] = seconds
-        if step > last_step:
-            entry["share_of_step_time"] = seconds / training_seconds
-        self._log(entry)
         self._since = (time.perf_counter(), step)
 
     def _log(self, entry: dict[str, Any]) -> None:
@@ -319,15 +325,15 @@ class PosteriorMonitor(NamedCallback):
         self._writer.event(entry)
 
     def _figures(
-        self, curve: StageCurve, boundary: StageBoundary, step: int
+        self, curve: StageCurve, boundary: StageBoundary, history: list[dict[str, Any]]
     ) -> dict[str, figures.Figure]:
         assert self.oracle is not None
         bank = self.oracle.bank
         title = f"N = {len(bank)}, D = {bank.dim}"
         title += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
         # A resumed run may have been given another number of strata.
-        alike = [entry for entry in self.history if len(entry["t"]) == self.strata]
-        about = (curve, boundary, self.predicted, f"{title}, step {step}")
+        alike = [entry for entry in history if len(entry["t"]) == self.strata]
+        about = (curve, boundary, self.predicted, f"{title}, step {history[-1]['step']}")
         return {
             "concentration": figures.concentration_figure(*about),
             "target_difference": figures.target_difference_figure(*about),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from stagewise.batches import FindSample, find_sample
+from stagewise.callbacks.checks import together
 from stagewise.callbacks.named import NamedCallback
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.training_bank import read_rows
@@ -227,11 +229,11 @@ class StageTransitions(NamedCallback):
 
     def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes what samples of the training set are, and how much they are that at all."""
-        try:
-            once, again = (self._read(trainer, pl_module) for _ in range(2))
-        except ValueError:
-            return  # the monitor has said what cannot be read
-        self._rows, self._noise = once, _difference(once, again)
+        read: list[Tensor] = []
+        with suppress(ValueError):  # the monitor has said what cannot be read
+            read = [self._read(trainer, pl_module) for _ in range(2)]
+        if trainer.strategy.reduce_boolean_decision(bool(read)):
+            self._rows, self._noise = read[0], _difference(*read)
 
     def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
         loader = trainer.train_dataloader
@@ -244,7 +246,8 @@ class StageTransitions(NamedCallback):
         monitor = self._posterior
         if self._rows is None or monitor is None or monitor.boundary is None:
             return None
-        rows = self._read(trainer, pl_module)
+        with together(trainer, "reading training samples again for StageTransitions"):
+            rows = self._read(trainer, pl_module)
         alike = rows.shape == self._rows.shape
         off = _difference(self._rows, rows) if alike else math.inf
         # Augmentation changes them each time: that is not what is looked for.

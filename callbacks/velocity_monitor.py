@@ -20,7 +20,7 @@ from stagewise.adapters.paths import same_path
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_checked, find_sample
 from stagewise.callbacks import velocity_figures
-from stagewise.callbacks.checks import check_bank, path_of
+from stagewise.callbacks.checks import check_bank, path_of, together
 from stagewise.callbacks.driving import measured_boundary
 from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.callbacks.named import NamedCallback
@@ -44,6 +44,8 @@ from stagewise.oracle import Oracle
 from stagewise.stages import StageBoundary, predicted_boundary, stage_edges
 
 __all__ = ["VelocityErrorMonitor"]
+
+_WHAT = "a probe of VelocityErrorMonitor"
 
 
 class VelocityErrorMonitor(NamedCallback):
@@ -220,7 +222,7 @@ class VelocityErrorMonitor(NamedCallback):
         step, before = trainer.global_step, self._step
         if self._record is not None:
             self._record.finish(before)
-        if step == before and self._last is not None:
+        if step == before:  # gradients are accumulated
             return
         self._step = step
         if self._record is not None and _crosses(
@@ -447,14 +449,12 @@ class VelocityErrorMonitor(NamedCallback):
         start = time.perf_counter()
         last_time, last_step = self._since
         training_seconds = start - last_time
-        if not self._probes:
-            self._make_probes(trainer)
-        found, fine = {}, torch.cat([self.edges, self._stages]).unique()
-        for split, probe in self._probes.items():
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            means = BinnedMeans(fine, PROBED, dtype).to(device)
-            with model_in_eval_mode(trainer, pl_module):
-                probe.measure(self._source.of(pl_module), means, device)
+        with together(trainer, _WHAT):
+            if not self._probes:
+                self._make_probes(trainer)
+            asked = {split: self._ask(trainer, pl_module, split) for split in self._probes}
+        found = {}
+        for split, means in asked.items():
             with means.sync_context():
                 found[split] = means.merged().cpu()
         entry = {
@@ -465,17 +465,28 @@ class VelocityErrorMonitor(NamedCallback):
         self._last = step
         self._warn(entry)
         window = None if self._record is None else self._record.window(step)
-        if trainer.is_global_zero:
-            self._writer.pictures(self._figures([*self.history, entry], window), step)
-        seconds = time.perf_counter() - start
-        entry["probe_seconds"] = seconds
-        if step > last_step:
-            entry["share_of_step_time"] = seconds / training_seconds
-        self._writer.scalars(probe_scalars(self.name, entry, self.edges), step - 1)
-        for event in (entry, window):
-            if event is not None:
-                self._report(event)
+        events = [event for event in (entry, window) if event is not None]
+        with together(trainer, _WHAT):
+            if trainer.is_global_zero:
+                self._writer.pictures(self._figures([*self.history, entry], window), step)
+            seconds = time.perf_counter() - start
+            entry["probe_seconds"] = seconds
+            if step > last_step:
+                entry["share_of_step_time"] = seconds / training_seconds
+            self._writer.scalars(probe_scalars(self.name, entry, self.edges), step - 1)
+            for event in events:
+                self._writer.event(event)
+        self.events += events
         self._since = (time.perf_counter(), step)
+
+    def _ask(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> BinnedMeans:
+        """What the model does at the queries of this rank."""
+        device = pl_module.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        means = BinnedMeans(torch.cat([self.edges, self._stages]).unique(), PROBED, dtype)
+        with model_in_eval_mode(trainer, pl_module):
+            self._probes[split].measure(self._source.of(pl_module), means.to(device), device)
+        return means
 
     def _make_probes(self, trainer: pl.Trainer) -> None:
         splits = {"train": self._rows, "held_out": self._others}

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from stagewise.adapters import find_seams
-from stagewise.adapters.network import Network, NetworkSearch
+from stagewise.adapters.network import Network, NetworkSearch, tensor_of
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.batches import FindSample, find_checked
 from stagewise.callbacks.checks import raise_together
@@ -108,14 +108,17 @@ class VelocitySource:
         """Once its forward pass is done: takes what was found; a collective.
 
         Raises:
-            ValueError: If there was nothing, on every rank.
+            ValueError: If there was nothing, or it returned no velocity, on every rank.
         """
         error = None
         if self._search is not None:
             self.stop()
             try:
                 self.network = self._search.result()
-                self._call = self._search.x1, *(self._search.call or ())
+                x1, call = self._search.x1, self._search.call
+                assert call is not None
+                tensor_of(call[2], tuple(x1.shape))  # refuses what stands for no velocity
+                self._call = x1, *call
             except ValueError as caught:
                 error = caught
             self._search = None

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image
 
+from stagewise.callbacks.checks import together
 from stagewise.callbacks.figures import render
 from stagewise.plain import jsonable
 
@@ -36,7 +37,7 @@ class Writer:
         default = log_dir / name if trainer.loggers else log_dir / f"{name}_logs"
         self.name = name
         self.folder = None if getattr(trainer, "fast_dev_run", False) else Path(dirpath or default)
-        self.active = trainer.is_global_zero
+        self.active, self._trainer = trainer.is_global_zero, trainer
         self._loggers = trainer.loggers
         self._boards = _boards(trainer.loggers)
 
@@ -46,20 +47,22 @@ class Writer:
         return where if self._loggers else f"{where}; the trainer has no logger"
 
     def start(self, events: Iterable[Mapping[str, Any]], *, resumed: bool) -> None:
-        """Begins `stages.jsonl` anew, so that a resumed run holds each event once.
+        """Begins `stages.jsonl` anew, so that a resumed run holds each event once; a collective.
 
         The file of another run is kept beside it, as `stages.bak.jsonl`.
 
         Raises:
             OSError: If the folder cannot be written, with the cure.
         """
-        if not self.active or not self.folder:
-            return
-        file = self.folder / "stages.jsonl"
+        with together(self._trainer, "writing its files"):
+            if self.active and self.folder:
+                self._start(self.folder / "stages.jsonl", events, resumed)
+
+    def _start(self, file: Path, events: Iterable[Mapping[str, Any]], resumed: bool) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists() and not resumed:
-                file.replace(self.folder / "stages.bak.jsonl")
+                file.replace(file.with_name("stages.bak.jsonl"))
             self._events("w", events)
         except OSError as error:
             raise OSError(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagewise import LatentBank
+from stagewise import LatentBank, copies
 from stagewise.copies import nearest_rows, share_interval
 
 
@@ -40,6 +41,51 @@ def test_a_row_in_the_bank_many_times_hides_no_copy():
     assert found.d1.tolist() == [0, 0, 0]
     assert torch.equal(found.d2, nearest_rows(LatentBank(x), x[:3]).d2)
     assert found.copied.tolist() == [True] * 3
+
+
+@pytest.mark.parametrize("numbers", [1, 7 * 40, 7 * 150, 2**22])
+@pytest.mark.parametrize("sort", [False, True])
+def test_chunks_of_rows_change_nothing(monkeypatch, numbers, sort):
+    """Rows and duplicates of them in other chunks, near ones last: each chunk may change both."""
+    x = draw(200, 7)
+    samples = torch.cat([x[:20] + 0.1 * draw(20, 7, seed=1), x[20:24], draw(16, 7, seed=2)])
+    rows = torch.cat([x, x[:30], x[5:6].expand(70, 7)])
+    if sort:
+        rows = rows[torch.cdist(rows, samples[:1])[:, 0].argsort(descending=True)]
+    distances = torch.cdist(samples.double(), rows.double())
+    d1, row = distances.min(1)
+    equal = (rows[row][:, None] == rows).all(2)
+    d2 = distances.masked_fill(equal, math.inf).min(1).values
+    monkeypatch.setattr(copies, "_NUMBERS", numbers)
+    found = nearest_rows(LatentBank(rows), samples)
+    torch.testing.assert_close(found.d1, d1, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.d2, d2, rtol=1e-6, atol=1e-7)
+    assert torch.equal(rows[found.row], rows[row])
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many bytes the largest result of an operation has."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, torch.Tensor):
+                self.bytes = max(self.bytes, part.nbytes)
+        return result
+
+
+def test_what_is_held_does_not_grow_with_samples_times_rows(monkeypatch):
+    monkeypatch.setattr(copies, "_NUMBERS", 2**14)
+    bank = LatentBank(draw(40_000, 4))
+    x = bank.take(torch.arange(64) * 601).float() + 0.001
+    with Largest() as largest:
+        found = nearest_rows(bank, x)
+    assert found.copied.float().mean() > 0.9
+    assert torch.equal(found.row, torch.arange(64) * 601)
+    # The rows themselves and a number for each are 40 000 times 16 and 8 bytes.
+    assert largest.bytes <= bank.rows.nbytes < 64 * 40_000
 
 
 def test_the_threshold_is_a_third_of_the_distance_not_of_its_square():

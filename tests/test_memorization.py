@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from stagewise import LatentBank, Oracle
+from stagewise.callbacks import writer
+from stagewise.callbacks.memorization_figures import grid_figure
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.metrics import CopyShare
 from stagewise.copies import share_interval
@@ -62,6 +64,13 @@ def test_weights_are_bit_identical_with_and_without(
     watched = fit(tiny_flow, make_trainer, make_loader, x, monitor)
     assert torch.equal(weights(plain), weights(watched))
     assert len(monitor.history) == 3
+
+
+def test_accumulated_batches_are_one_step(tiny_flow, make_trainer, make_loader, make_data):
+    monitor = MemorizationMonitor(**SMALL)
+    trainer = make_trainer(monitor, accumulate_grad_batches=3)
+    trainer.fit(tiny_flow(), make_loader(make_data(100)[0]))
+    assert [entry["step"] for entry in monitor.history] == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +215,16 @@ def test_refusals_before_the_first_optimizer_step(
         make_trainer(wrong).fit(tiny_flow(), make_loader(x))
 
 
+def test_without_held_out_data_the_log_says_what_is_left_out(
+    tiny_flow, make_trainer, make_loader, make_data, lightning_log
+):
+    monitor = MemorizationMonitor(**SMALL)
+    fit(tiny_flow, make_trainer, make_loader, make_data(32)[0], monitor)
+    assert "MemorizationMonitor: there is no validation data" in lightning_log.text
+    assert monitor.history[0]["resumed_copies"] == []
+    assert len(monitor.history[0]["copies"]) == 3
+
+
 def test_the_share_is_a_metric():
     ratio = torch.tensor([0.01, 0.32, 1 / 3, 0.34, 0.9, 1.0, torch.nan])
     share = CopyShare()
@@ -220,6 +239,55 @@ def test_the_share_is_a_metric():
     assert abs(found["median"] - 1 / 3) < 1 / 30
     _, axes = share.plot()
     assert axes.get_xlabel() == "d1 / d2"
+
+
+def framed(figure, column, rows):
+    """Which images of a column have a frame, and the numbers under them."""
+    axes = figure.axes
+    columns = len(axes) // rows
+    cells = [axes[row * columns + column] for row in range(rows)]
+    return [cell.spines["top"].get_visible() for cell in cells], [
+        cell.get_xlabel() for cell in cells
+    ]
+
+
+def test_copies_are_framed_and_shades_can_be_compared():
+    rows = torch.rand(4, 3, 5, 5)
+    samples = rows.clone()
+    samples[1] += 7  # would darken the rest of its column if it set the scale
+    ratio = torch.tensor([0.01, 0.9, 0.34, 0.33])
+    figure = grid_figure([("sample", samples), ("row", rows)], {0: ratio}, rows, "Samples")
+    assert framed(figure, 0, 4) == ([True, False, False, True], ["0.01", "0.90", "0.34", "0.33"])
+    assert framed(figure, 1, 4) == ([False] * 4, [""] * 4)
+    shown = [cell.get_images()[0].get_array() for cell in figure.axes]
+    assert (shown[0] == shown[1]).all()
+    assert shown[2].min() == 1, "brighter than any row"
+    assert "red frame: a copy" in figure.get_suptitle()
+
+
+def test_planted_copies_are_framed_in_the_picture_of_a_run(
+    make_trainer, tiny_flow, make_loader, monkeypatch, tmp_path
+):
+    """Of a model that leads every second sample to a row, and leaves the others where they are."""
+    x = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(7))
+    oracle = Oracle(LatentBank(x))
+
+    def half(module, xt, t, labels):
+        return oracle.velocity(xt, t) * (1 - torch.arange(len(xt)) % 2)[:, None, None, None]
+
+    drawn = {}
+    monkeypatch.setattr(
+        writer, "show_pictures", lambda figures, *_: drawn.update(figures), raising=True
+    )
+    model = tiny_flow()
+    flat = model.training_step
+    model.training_step = lambda batch, batch_idx: flat([batch[0].flatten(1)[:, :6]], batch_idx)
+    monitor = MemorizationMonitor(
+        LatentBank(x), velocity=half, held_out=x[:9] + 0.3, **SMALL | {"t_switch": (0,)}
+    )
+    make_trainer(monitor, max_steps=1).fit(model, make_loader(x))
+    assert framed(drawn["samples"], 0, 8)[0] == [True, False] * 4
+    assert framed(drawn["resumed"], 2, 8)[0] == [True, False] * 4
 
 
 class Gaussians(pl.LightningModule):

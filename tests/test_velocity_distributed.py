@@ -11,11 +11,14 @@ import json, os, sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise.callbacks import PosteriorMonitor, StageTransitions, VelocityErrorMonitor
+from stagewise.callbacks import (
+    MemorizationMonitor, PosteriorMonitor, StageTransitions, VelocityErrorMonitor, writer
+)
 from stagewise.losses import FlowMatchingLoss
 
 out, devices = Path(sys.argv[1]), int(sys.argv[2])
@@ -26,10 +29,10 @@ others = TensorDataset(torch.randn(31, 6, generator=draws))
 
 
 class Flow(pl.LightningModule):
-    def __init__(self):
+    def __init__(self, lr):
         super().__init__()
         torch.manual_seed(1)
-        self.net, self.loss = torch.nn.Linear(7, 6), FlowMatchingLoss()
+        self.net, self.loss, self.lr = torch.nn.Linear(7, 6), FlowMatchingLoss(), lr
 
     def training_step(self, batch, batch_idx):
         return self.loss(lambda xt, t: self.net(torch.cat([xt, t[:, None]], 1)), batch[0])
@@ -38,10 +41,10 @@ class Flow(pl.LightningModule):
         pass
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.0)  # the same model at any batch size
+        return torch.optim.SGD(self.parameters(), self.lr)
 
 
-def fit(*callbacks, logger=False):
+def fit(*callbacks, logger=False, lr=0.0):  # the same model at any batch size
     pl.seed_everything(9 + rank, verbose=False)
     trainer = pl.Trainer(
         accelerator="cpu", devices=devices, log_every_n_steps=2,
@@ -49,17 +52,31 @@ def fit(*callbacks, logger=False):
         callbacks=list(callbacks), logger=logger, max_steps=10, default_root_dir=out,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )
-    model = Flow()
+    model = Flow(lr)
     trainer.fit(model, DataLoader(data, 8 // devices, shuffle=True), DataLoader(others, 8))
+    return [p.detach().flatten().tolist() for p in model.parameters()]
 
 
+# Drawing would take most of the time; put back, because one of the runs is in the tests' process.
+render, writer.render = writer.render, lambda _: np.zeros((2, 3, 3), dtype=np.uint8)
 errors = VelocityErrorMonitor(every_n_steps=2, strata=4, queries=9, dirpath=out / f"rank{rank}")
 heard = []
 events = StageTransitions(window=4, patience=1, subscribers=[heard.append])
 # A model that does not move is at its plateau as soon as anything can be said.
 errors_short = VelocityErrorMonitor(every_n_steps=1, strata=4, queries=4, name="short")
 fit(errors_short, events, errors, logger=CSVLogger(out, "csv", version=""))
-(out / f"report{rank}.json").write_text(json.dumps({"events": errors.events, "heard": heard}))
+
+plain = fit(lr=0.1)
+few = {"every_n_steps": 3, "strata": 4, "queries": 4}
+all_of_them = (
+    PosteriorMonitor(**few, name="a"), VelocityErrorMonitor(**few, name="b"),
+    MemorizationMonitor(every_n_steps=3, samples=6, steps=5), StageTransitions(name="c"),
+)
+watched = fit(*all_of_them, lr=0.1)
+writer.render = render
+(out / f"report{rank}.json").write_text(json.dumps(
+    {"events": errors.events, "heard": heard, "plain": plain, "watched": watched}
+))
 """
 
 
@@ -106,6 +123,13 @@ def test_ranks_decide_the_same_transition_at_the_same_step(folders):
     assert [(e["kind"], e["step"]) for e in first] == [
         (e["kind"], e["step"]) for e in report(folders[0])["heard"]
     ]
+
+
+def test_weights_are_bit_identical_with_all_monitors(folders):
+    found = [report(folders[0]), report(folders[1]), report(folders[1], 1)]
+    assert all(each["watched"] == each["plain"] for each in found)
+    assert found[1]["plain"] == found[2]["plain"], "the ranks train one model"
+    assert max(map(abs, found[0]["plain"][1])) > 0
 
 
 def test_only_the_first_rank_writes(folders):

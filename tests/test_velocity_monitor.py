@@ -18,6 +18,7 @@ from stagewise.adapters.network import NetworkSearch
 from stagewise.callbacks import PosteriorMonitor, StageTransitions, VelocityErrorMonitor
 from stagewise.callbacks.training_record import TrainingRecord
 from stagewise.losses import FlowMatchingLoss
+from stagewise.timesteps import TimestepSampler
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
@@ -129,8 +130,41 @@ def test_training_batches_are_seen_as_the_objective_sees_them(fit):
 def test_accumulated_batches_and_bf16(fit):
     monitor = VelocityErrorMonitor(**SMALL)
     fit(monitor, max_steps=4, accumulate_grad_batches=2, precision="bf16-mixed")
-    assert [entry["step"] for entry in monitor.history] == [0, 3, 4]
+    # After the first optimizer step, which is not after the first batch.
+    assert [entry["step"] for entry in monitor.history] == [1, 3, 4]
     assert all(math.isfinite(value) for value in monitor.history[-1]["train"]["oracle"])
+
+
+def test_accumulated_batches_are_all_counted_and_probed_once_a_step(fit):
+    batches = []
+
+    class Listen(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            batches.append(pl_module.loss.last)
+
+    monitor, again = VelocityErrorMonitor(**SMALL | {"every_n_steps": 1}), Asked()
+    fit(Listen(), monitor, again, max_steps=4, accumulate_grad_batches=2)
+    assert [entry["step"] for entry in monitor.history] == [1, 2, 3, 4]
+    assert again.after == [2, 4, 6, 8], "batches before each probe"
+    windows = [e for e in monitor.events if e["event"] == "training_window"]
+    for place, window in enumerate(windows):
+        t = torch.cat([record.t for record in batches[2 * place : 2 * place + 2]])
+        first = float((t < 0.25).float().mean())
+        assert window["draws"][0] == pytest.approx(first), "both batches of the step"
+
+
+class Asked(pl.Callback):
+    """Notes how many batches there were when a monitor before it probed."""
+
+    def __init__(self):
+        self.after, self.batches, self.probes = [], 0, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches += 1
+        probes = len(trainer.callbacks[1].history)
+        if probes > self.probes:
+            self.after.append(self.batches)
+        self.probes = probes
 
 
 def test_stop_and_resume_equals_not_stopping(fit, tiny_flow, make_data, weights, tmp_path):
@@ -232,6 +266,30 @@ def test_a_bank_of_another_scale_raises_the_alarm(fit, make_data):
     assert not any("not that of this training" in str(w.message) for w in caught)
 
 
+@pytest.mark.slow
+def test_pythagoras_holds_in_every_bin_on_photographs(make_trainer):
+    """The net, the objective and the data of the demo, of half the width and fewer rows."""
+    pytest.importorskip("timm")
+    from stagewise.recipes.module import FlowMatchingModule
+    from stagewise.recipes.photos import PhotoPatches
+    from stagewise.recipes.sit import SiT
+
+    pl.seed_everything(0, verbose=False)
+    module = FlowMatchingModule(
+        SiT(7, hidden_size=64, depth=2, num_heads=2), FlowMatchingLoss(), warmup_steps=5
+    )
+    monitor = VelocityErrorMonitor(every_n_steps=15, queries=32)
+    trainer = make_trainer(monitor, max_steps=30, limit_val_batches=1, num_sanity_val_steps=0)
+    trainer.fit(module, datamodule=PhotoPatches(train_size=3000, held_out_size=800, batch_size=32))
+    assert monitor._wise
+    assert [entry["step"] for entry in monitor.history] == [1, 15, 30]
+    for entry in monitor.history:
+        z = entry["train"]["pythagoras_z"]
+        assert len(z) == 24
+        assert max(map(abs, z)) < 4, entry["step"]
+        assert entry["alarm"] is None
+
+
 class Broken(pl.LightningModule):
     """Its loss is NaN for the rows 2 and 5 of the batch at step 3, which never ends training."""
 
@@ -262,16 +320,54 @@ class Spoilt(nn.Module):
 
 
 def test_a_loss_that_is_not_finite_is_named(fit, tmp_path, read_stages):
+    drawn = []
+
+    class Listen(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            drawn.append(pl_module.loss.last.t)
+
     monitor = VelocityErrorMonitor(**SMALL)
     with pytest.warns(
         UserWarning, match=r"At step 3 .* 2 samples of the batch: rows \[2, 5\], t in"
-    ):
-        fit(monitor, model=Broken(), max_steps=6, log_every_n_steps=2)
+    ) as said:
+        fit(Listen(), monitor, model=Broken(), max_steps=6, log_every_n_steps=2)
     _, events = read_stages(tmp_path / "stagewise_error_logs")
     (found,) = [event for event in events if event["event"] == "non-finite"]
     assert (found["step"], found["rows"]) == (3, [2, 5])
+    times = drawn[3][[2, 5]].tolist()
+    assert found["t"] == pytest.approx(times)
+    (message,) = [str(w.message) for w in said if "At step 3" in str(w.message)]
+    for t in times:
+        low = math.floor(4 * t) / 4  # four bins of equal width
+        assert f"[{low:.3f}, {low + 0.25:.3f}]" in message
     windows = [e for e in events if e["event"] == "training_window"]
     assert all(value is None or math.isfinite(value) for w in windows for value in w["loss"])
+
+
+class Early(TimestepSampler):
+    """Draws no t above 0.4."""
+
+    def quantile(self, u):
+        return 0.4 * u
+
+    def density(self, t):
+        return torch.where(t < 0.4, 2.5, 0.0)
+
+
+def test_bins_that_training_never_draws_from_are_left_out(fit, tiny_flow, tmp_path, read_stages):
+    model = tiny_flow()
+    model.loss = FlowMatchingLoss(timesteps=Early())
+    monitor = VelocityErrorMonitor(**SMALL)
+    fit(monitor, model=model, max_steps=3, logger=CSVLogger(tmp_path, "csv", version=""))
+    header = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
+    by_t = [name for name in header if name.startswith("stagewise_error_spent/loss_by_t/")]
+    assert [name.rsplit("=")[-1] for name in by_t] == ["0.125", "0.375"]
+    _, events = read_stages(tmp_path / "csv" / "stagewise_error")
+    window = [event for event in events if event["event"] == "training_window"][-1]
+    assert window["loss"][2:] == [None, None]
+    assert window["draws"][2:] == [0, 0]
+    assert window["stages"]["refinement"]["loss"] == 0
+    assert monitor.history[-1]["train"]["conditional"][3] > 0, "a probe has queries there"
 
 
 def test_it_is_named_if_training_stops_there(fit, tiny_flow, tmp_path, read_stages):

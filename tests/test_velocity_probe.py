@@ -1,12 +1,23 @@
 """What a probe measures, against the definitions; Pythagoras, and what breaks it."""
 
+import math
+
 import pytest
 import torch
+from torch import nn
 
-from stagewise import CosinePath, LatentBank, LinearPath, Oracle
+from stagewise import CosinePath, LatentBank, LinearPath, LogitNormal, Oracle, Scheme
+from stagewise.adapters import find_seams
 from stagewise.callbacks.metrics import BinnedMeans
-from stagewise.callbacks.velocity_entries import ALARM, probe_entry, spent, window_entry
+from stagewise.callbacks.velocity_entries import (
+    ALARM,
+    nominal_shares,
+    probe_entry,
+    spent,
+    window_entry,
+)
 from stagewise.callbacks.velocity_probe import PROBED, Probe
+from stagewise.losses import FlowMatchingLoss
 
 EDGES, STAGES = torch.linspace(0, 1, 7).double(), torch.tensor([0.0, 0.4, 0.8, 1.0]).double()
 DIM = 5
@@ -149,6 +160,44 @@ def test_the_gap_is_held_out_minus_training():
         assert gap == pytest.approx(one - other)
         assert gap > 1
     assert "floor" not in entry["held_out"]
+
+
+def test_relative_excess_is_oracle_error_over_the_floor_and_nothing_without_one():
+    x, _ = data()
+    train = probe_entry(
+        {"train": measured(probe_of(x, None, Oracle(LatentBank(x))), wrong_model)}, EDGES, STAGES
+    )["train"]
+    assert train["floor"][0] > 0.5
+    for excess, oracle, floor, error in zip(
+        train["excess"], train["oracle"], train["floor"], train["conditional"], strict=True
+    ):
+        assert math.isnan(excess) == (floor < 1e-3 * error)
+        assert math.isnan(excess) or excess == pytest.approx(oracle / floor)
+    # Where the posterior has collapsed there is no floor to compare with.
+    assert math.isnan(train["excess"][-1])
+
+
+@pytest.mark.parametrize("place", ["loss", "scheme"])
+def test_the_nominal_density_is_that_of_the_sampler(place):
+    sampler = LogitNormal(-0.5, 0.8)
+    module = nn.Module()
+    module.loss = (
+        FlowMatchingLoss(timesteps=sampler)
+        if place == "loss"
+        else FlowMatchingLoss(scheme=Scheme(timesteps=sampler))
+    )
+    (seam,) = find_seams(module)
+    shares = nominal_shares(seam, EDGES)
+    ends = torch.special.ndtr((torch.logit(EDGES) + 0.5) / 0.8)
+    assert shares == pytest.approx(ends.diff().tolist(), abs=1e-4)
+    # The realised one, of draws, is that within their errors.
+    means = BinnedMeans(EDGES, ("loss", "gradient"))
+    t = sampler.sample(20_000, generator=torch.Generator().manual_seed(0))
+    means.update(t, torch.zeros(2, len(t)))
+    entry = window_entry(means, EDGES, EDGES[[0, 2, 4, 6]], shares)
+    assert entry["draws"] == pytest.approx(entry["density"], abs=4 * (0.25 / 20_000) ** 0.5)
+    module.loss.timesteps = module.loss.scheme = None
+    assert nominal_shares(seam, EDGES) is None, "not known"
 
 
 def test_what_is_spent_adds_up_to_one():

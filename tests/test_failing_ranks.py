@@ -1,0 +1,159 @@
+"""One of two processes fails in a probe (gloo): both raise, and none waits for ever."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = """
+import json, os, sys, time
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader, TensorDataset
+
+from stagewise.callbacks import (
+    MemorizationMonitor, PosteriorMonitor, StageTransitions, VelocityErrorMonitor, posterior_monitor
+)
+from stagewise.losses import FlowMatchingLoss
+
+out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+data = TensorDataset(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)))
+
+
+class Flow(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net, self.loss = torch.nn.Linear(7, 6), FlowMatchingLoss()
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(lambda xt, t: self.net(torch.cat([xt, t[:, None]], 1)), batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Fails:
+    '''Does what it is told, until a step; then one rank cannot.'''
+
+    def __init__(self, who, does, step=4):
+        self.who, self.does, self.step = who, does, step
+
+    def __call__(self, *args, **kwargs):
+        if rank == self.who and self.trainer.global_step >= self.step:
+            raise MemoryError("no room on this rank")
+        return self.does(*args, **kwargs)
+
+
+def fit(fails, *callbacks):
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, max_steps=8, default_root_dir=out,
+        # A rank that waits gives up in the end, and says something else.
+        strategy=DDPStrategy(timeout=timedelta(seconds=60)), callbacks=list(callbacks),
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if fails is not None:
+        fails.trainer = trainer
+    start = time.perf_counter()
+    try:
+        trainer.fit(Flow(), DataLoader(data, 4))
+        raised = "nothing"
+    except Exception as error:
+        raised = f"{type(error).__name__}: {error}"
+    probes = [len(c.history) for c in callbacks if hasattr(c, "history")]
+    return {"raised": raised, "probes": probes, "seconds": time.perf_counter() - start}
+
+
+def velocity(module, xt, t, labels):
+    return module.net(torch.cat([xt, t[:, None]], 1))
+
+
+small = {"every_n_steps": 4}
+few = small | {"strata": 4, "queries": 4}
+found = {}
+
+for who in (0, 1):
+    fails = Fails(who, velocity)
+    found[f"velocity {who}"] = fit(
+        fails, VelocityErrorMonitor(velocity=fails, dirpath=out / f"v{rank}", **few)
+    )
+    fails = Fails(who, velocity)
+    found[f"memorization {who}"] = fit(
+        fails,
+        MemorizationMonitor(velocity=fails, samples=6, dirpath=out / f"m{rank}", **small),
+    )
+    measure = posterior_monitor.StageCurve.measure
+    fails = posterior_monitor.StageCurve.measure = Fails(who, measure)
+    found[f"posterior {who}"] = fit(fails, PosteriorMonitor(dirpath=out / f"p{rank}", **few))
+    posterior_monitor.StageCurve.measure = measure
+
+    changing = StageTransitions(dirpath=out / f"s{rank}")
+    fails = changing._read = Fails(who, changing._read)
+    found[f"transitions {who}"] = fit(
+        fails, PosteriorMonitor(dirpath=out / f"p{rank}", **few), changing
+    )
+
+# Pictures and lines are the first rank's.
+for name, monitor in (
+    ("velocity", VelocityErrorMonitor(dirpath=out / f"vp{rank}", **few)),
+    ("memorization", MemorizationMonitor(dirpath=out / f"mp{rank}", samples=6, **small)),
+    ("posterior", PosteriorMonitor(dirpath=out / f"pp{rank}", **few)),
+):
+    fails = monitor._figures = Fails(0, monitor._figures)
+    found[f"{name} pictures"] = fit(fails, monitor)
+
+(out / "file").write_text("")
+for kind in (VelocityErrorMonitor, MemorizationMonitor, PosteriorMonitor):
+    found[f"{kind.__name__} folder"] = fit(None, kind(dirpath=out / "file" / "folder"))
+
+(out / f"report{rank}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def reports(on_two_ranks):
+    """What each of the two ranks met."""
+    folder = on_two_ranks(SCRIPT)
+    return [json.loads((folder / f"report{rank}.json").read_text()) for rank in (0, 1)]
+
+
+NAMES = {
+    "velocity": "a probe of VelocityErrorMonitor",
+    "memorization": "a probe of MemorizationMonitor",
+    "posterior": "a probe of PosteriorMonitor",
+    "transitions": "reading training samples again for StageTransitions",
+}
+
+
+CASES = [(name, who) for name in NAMES for who in (0, 1, "pictures")]
+CASES.remove(("transitions", "pictures"))
+
+
+@pytest.mark.parametrize(("name", "who"), CASES)
+def test_all_ranks_raise_what_one_of_them_met(reports, name, who):
+    case = f"{name} {who}"
+    failed = 0 if who == "pictures" else who
+    mine, other = reports[failed][case], reports[1 - failed][case]
+    assert mine["raised"] == "MemoryError: no room on this rank"
+    expected = f"ValueError: Another process failed in {NAMES[name]}; see its message."
+    assert other["raised"] == expected
+    # The probe that failed has left no entry on any rank, and nobody has waited.
+    assert mine["probes"] == other["probes"]
+    assert mine["probes"][0] == (2 if name == "transitions" else 1)
+    assert max(mine["seconds"], other["seconds"]) < 30
+
+
+@pytest.mark.parametrize(
+    "kind", ["VelocityErrorMonitor", "MemorizationMonitor", "PosteriorMonitor"]
+)
+def test_a_folder_that_only_the_first_rank_would_write(reports, kind):
+    first, second = (report[f"{kind} folder"]["raised"] for report in reports)
+    assert first.startswith("OSError: Cannot write")
+    assert "Say where files go: dirpath" in first
+    assert second == "ValueError: Another process failed in writing its files; see its message."

@@ -1,0 +1,175 @@
+"""Between the probes no callback waits for the device: counted over whole steps of a trainer.
+
+On a CPU nothing waits, so what would wait on an accelerator is counted where it is asked for: what
+reads a number (`item`, `bool`, `tolist`, ...), what copies to the host (`cpu`, `numpy`,
+`to("cpu")`), and what makes a tensor whose shape hangs on numbers (`nonzero`, a mask as index).
+"""
+
+import sys
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import stagewise
+import stagewise.callbacks
+import stagewise.losses
+from stagewise.callbacks import (
+    MemorizationMonitor,
+    PosteriorMonitor,
+    StageTransitions,
+    VelocityErrorMonitor,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
+OURS = tuple(
+    str(Path(package.__file__).parent)
+    for package in (stagewise, stagewise.callbacks, stagewise.losses)
+)
+METHODS = ("cpu", "tolist", "numpy", "__array__")
+SHAPED = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
+
+ON_A_CPU_ONLY = "check_times"
+"""On an accelerator it asserts on the device; `test_a_step_on_cuda_waits_for_nothing` runs it."""
+
+
+class HostSyncs(TorchDispatchMode):
+    """Notes every host sync that has a frame of some folders on its stack.
+
+    Args:
+        folders: The folders.
+    """
+
+    def __init__(self, folders):
+        super().__init__()
+        self.folders, self.places = folders, []
+
+    def note(self, what):
+        frame, place = sys._getframe(1), None
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name == ON_A_CPU_ONLY:
+                return
+            if place is None and code.co_filename.startswith(self.folders):
+                place = f"{what} in {code.co_filename}:{frame.f_lineno} ({code.co_name})"
+            frame = frame.f_back
+        if place:
+            self.places.append(place)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        sized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name == "_local_scalar_dense" or name in SHAPED or masked or sized:
+            self.note(name)
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def counting(self):
+        """What does not reach a dispatch mode is counted where it is called."""
+        with ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            for name in METHODS:
+                patch.setattr(torch.Tensor, name, self.noted(name))
+            patch.setattr(torch.Tensor, "to", self.noted("to", _names_cpu))
+            stack.enter_context(self)
+            yield self
+
+    def noted(self, name, if_=lambda *_, **__: True):
+        method = getattr(torch.Tensor, name)
+
+        def call(tensor, *args, **kwargs):
+            if if_(*args, **kwargs):
+                self.note(name)
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+
+def _names_cpu(*args, **kwargs):
+    return any(isinstance(arg, str) and arg == "cpu" for arg in (*args, *kwargs.values()))
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x[0]),
+        lambda x: int(x[0]),
+        lambda x: bool(x.any()),
+        lambda x: "yes" if x[0] > 0 else "no",
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu"),
+        lambda x: x.to(device="cpu"),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.unique(),
+        lambda x: torch.equal(x, x),
+        lambda x: list(range(x.argmax())),
+    ],
+)
+def test_the_counter_sees_it(sync):
+    x = torch.arange(1.0, 5.0)
+    with HostSyncs((str(Path(__file__).parent),)).counting() as ours:
+        (x * 2).sum().clamp(0)
+        assert ours.places == []
+        sync(x)
+    assert ours.places
+    with HostSyncs(OURS).counting() as others:
+        sync(x)
+    assert others.places == [], "not by a file of the library"
+
+
+class Marks(pl.Callback):
+    """Notes which syncs belong to which batch; stands after all others."""
+
+    def __init__(self, syncs):
+        self.syncs, self.by_batch = syncs, Counter()
+        self.seen = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.by_batch[batch_idx] = self.syncs.places[self.seen :]
+        self.seen = len(self.syncs.places)
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 1.0}])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_between_the_probes_nothing_waits(
+    make_trainer, make_loader, make_data, tiny_flow, tmp_path, options, labelled
+):
+    monitors = [
+        PosteriorMonitor(every_n_steps=20, strata=4, queries=4),
+        VelocityErrorMonitor(every_n_steps=20, strata=4, queries=4),
+        MemorizationMonitor(every_n_steps=20, samples=4, steps=4),
+        StageTransitions(),
+    ]
+    x, labels = make_data(30 * 8, classes=3 if labelled else 0)
+    model = tiny_flow()
+    model.validation_step = lambda batch, batch_idx: None
+    syncs = HostSyncs(OURS)
+    marks = Marks(syncs)
+    trainer = make_trainer(
+        *monitors,
+        marks,
+        max_steps=30,
+        log_every_n_steps=25,
+        logger=CSVLogger(tmp_path),
+        **options,
+    )
+    with syncs.counting():
+        trainer.fit(model, make_loader(x, labels), make_loader(make_data(16)[0]))
+    # Probes of the model come after the first step and after the 20th, that of the data before
+    # them; after the 25th the training batches are logged, and after the last the model is probed.
+    expected = {0, 19, 20, 24, 29}
+    assert {batch for batch, places in marks.by_batch.items() if places} == expected, marks.by_batch
+    assert len(marks.by_batch) == 30

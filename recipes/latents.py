@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,7 @@ from tqdm.auto import tqdm
 from stagewise.bank import LatentBank
 from stagewise.latents import Latents, open_latents
 from stagewise.latents.base import Flips, Moments
+from stagewise.memory import require_memory
 from stagewise.recipes.order import ResumableData
 
 __all__ = ["LatentsData"]
@@ -51,19 +55,19 @@ class LatentsData(ResumableData):
         seed: Of the held-out rows, the order, and what is drawn of rows; default 0.
         verify: "quick" (default) or "full".
         bank_dir: A folder for the bank, for latents beyond the memory: a file is written when it is
-            first asked for, found again by what it was made of, and mapped into all ranks. Default
-            None: in memory.
+            first asked for, found again by what it was made of, and mapped into all ranks. It may
+            not be in `path`. Default None: in memory.
         bank_dtype: "float32" (default), "bfloat16" or "float16".
         sharded: Whether `row` counts the rows of all ranks' shards, for a `StageScheme` with the
             engine `Sharded()`; default False.
 
     Raises:
-        ValueError: From `setup`: what `open_latents` and `Latents.verify` refuse, or fewer rows
-            than are held out.
+        ValueError: From `setup`: what `open_latents` and `Latents.verify` refuse, latents without
+            labels, or fewer rows than are held out.
     """
 
-    train: Dataset[tuple[Tensor, int, int]]
-    held_out: Dataset[tuple[Tensor, int, int]] | None
+    train: _Items
+    held_out: _Items | None
 
     def __init__(
         self,
@@ -96,6 +100,11 @@ class LatentsData(ResumableData):
             raise ValueError(f'Expected `verify` "quick" or "full", got {verify!r}.')
         if bank_dtype not in _DTYPES:
             raise ValueError(f"Expected `bank_dtype` among {list(_DTYPES)}, got {bank_dtype!r}.")
+        if bank_dir is not None and Path(bank_dir).resolve().is_relative_to(Path(path).resolve()):
+            raise ValueError(
+                f"Expected `bank_dir` outside of the latents in {path}, got {bank_dir}: what is "
+                "written there would count as latents. Choose another folder."
+            )
         self.path, self.num_classes, self.held_out_path = path, num_classes, held_out_path
         self.num_held_out = held_out
         self.options: dict[str, Any] = {
@@ -113,14 +122,13 @@ class LatentsData(ResumableData):
         self.bank_dir, self.bank_dtype, self.sharded = bank_dir, _DTYPES[bank_dtype], sharded
         self._latents: Latents | None = None
         self._bank: LatentBank | None = None
+        self._shards = 0
 
     @property
     def latents(self) -> Latents:
         """The latents of `path`, opened and looked at."""
         if self._latents is None:
-            self._latents = open_latents(self.path, **self.options)
-            rank_zero_info(self._latents.describe())
-            self._latents.verify(full=self.verify == "full")
+            self._latents = self._open(self.path)
         return self._latents
 
     @property
@@ -138,9 +146,7 @@ class LatentsData(ResumableData):
 
         Where a class has fewer they come again; where it has none they are 0.
         """
-        fixed = self.latents.fixed()
-        labels = torch.zeros(len(fixed)) if fixed.labels is None else fixed.labels
-        labels = labels[self._places]
+        fixed, labels = self.latents.fixed(), self._fixed_labels()[self._places]
         found = []
         for label in classes:
             places = self._places[labels == label].tolist()
@@ -150,8 +156,14 @@ class LatentsData(ResumableData):
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the latents and chooses what is held out, once, for every stage alike."""
-        if hasattr(self, "train"):
-            return
+        if not hasattr(self, "train"):
+            self._split()
+        # Whoever sets up before there is a trainer does not know its ranks.
+        ranks = self._ranks()[1] if self.sharded else 1
+        if self.train.rows is None or ranks != self._shards:
+            self._shards, self.train.rows = ranks, self._bank_rows(ranks)
+
+    def _split(self) -> None:
         latents = self.latents
         count = len(latents.with_options(flips="none"))
         if self.held_out_path is None and self.num_held_out >= count:
@@ -166,10 +178,9 @@ class LatentsData(ResumableData):
         # Places are counted as in `fixed()`: a row, then, behind all rows, the flips.
         flips = self.options["flips"]
         self._places = rows if flips == "none" else both
-        self.train = _Items(latents, both if flips == "both" else rows, self._bank_rows())
-        if self.held_out_path is not None:
-            other = open_latents(self.held_out_path, **{**self.options, "flips": "none"})
-            other.verify(full=self.verify == "full")
+        self.held_out = None
+        if self.held_out_path is not None and self.num_held_out:
+            other = self._open(self.held_out_path, flips="none")
             if other.shape != latents.shape:
                 raise ValueError(
                     f"Expected held-out latents of shape {latents.shape}, got {other.shape} in "
@@ -178,10 +189,10 @@ class LatentsData(ResumableData):
             few = np.random.default_rng(self.seed).permutation(len(other))[: self.num_held_out]
             self.held_out = _Items(other, torch.from_numpy(np.sort(few)))
         elif kept:
-            plain = latents.with_options(flips="none")
+            # A copy has an epoch of its own, which stays: the same draws in every validation.
+            plain = copy.deepcopy(latents.with_options(flips="none"))
             self.held_out = _Items(plain, torch.from_numpy(np.sort(order[:kept])))
-        else:
-            self.held_out = None
+        self.train = _Items(latents, both if flips == "both" else rows)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of `train`, the same steps for any number of ranks."""
@@ -232,8 +243,29 @@ class LatentsData(ResumableData):
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
+    def _open(self, path: str, **options: Any) -> Latents:
+        latents = open_latents(path, **{**self.options, **options})
+        rank_zero_info(latents.describe())
+        latents.verify(full=self.verify == "full")
+        # Read once here: every other way of reading these files has them from now on.
+        if latents.labels is None:
+            raise ValueError(
+                f"Expected labels, of which the network is told, got none in {path}. Write them "
+                "with labels; for a network without classes they are all 0, and num_classes=1."
+            )
+        return latents
+
+    def _fixed_labels(self) -> Tensor:
+        labels = self.latents.fixed().labels
+        assert labels is not None  # refused at opening
+        return labels
+
     def _read(self, places: Tensor, file: Path | None = None) -> LatentBank:
         rank, _ = self._ranks()
+        if file is None:
+            # Each process of this host is about to read as much.
+            copies = self.trainer.num_devices if self.trainer else 1
+            require_memory(len(places), math.prod(self.shape), self.bank_dtype, copies)
         with tqdm(total=len(places), desc="bank", unit="row", disable=rank > 0) as bar:
             return self.latents.bank(
                 dtype=self.bank_dtype,
@@ -243,22 +275,23 @@ class LatentsData(ResumableData):
             )
 
     def _name(self) -> str:
-        """Another one for another bank."""
-        latents = self.latents
-        about = (latents.describe(), str(latents.path.resolve()), latents.path.stat().st_mtime_ns)
-        seen = hashlib.sha256(repr((*about, self.bank_dtype)).encode())
-        seen.update(self._places.numpy().tobytes())
+        """Another one for another bank, or if what it was made of has changed."""
+        latents, fixed = self.latents, self.latents.fixed()
+        files = sorted(_files(latents.path.resolve()))
+        seen = hashlib.sha256(repr((latents.describe(), self.bank_dtype, files)).encode())
+        # Labels and statistics may be in files beside the one that was named.
+        first = fixed[int(self._places[0])][0]
+        for tensor in (self._places, self._fixed_labels(), first):
+            seen.update(tensor.numpy().tobytes())
         return seen.hexdigest()[:16]
 
-    def _bank_rows(self) -> Tensor:
-        """The row, over all ranks, of each place of `fixed()`; -1 for what is held out."""
-        ranks = self._ranks()[1] if self.sharded else 1
-        fixed = self.latents.fixed()
-        labels, rows, before = fixed.labels, torch.full((len(fixed),), -1), 0
+    def _bank_rows(self, ranks: int) -> Tensor:
+        """The row, over all shards, of each place of `fixed()`; -1 for what is held out."""
+        labels = self._fixed_labels()
+        rows, before = torch.full((len(labels),), -1), 0
         for rank in range(ranks):
             places = self._places[rank::ranks]
-            if labels is not None:
-                places = places[torch.argsort(labels[places], stable=True)]
+            places = places[torch.argsort(labels[places], stable=True)]
             rows[places] = torch.arange(before, before + len(places))
             before += len(places)
         return rows
@@ -301,3 +334,11 @@ class _Items(Dataset[tuple[Tensor, int, int]]):
         return _Items(
             self.latents.with_options(flips=flips, moments="mean"), self.indices, self.rows
         )
+
+
+def _files(path: Path) -> Iterator[str]:
+    """Name, size and time of a file, or of each in a folder."""
+    found = (os.path.join(place, name) for place, _, names in os.walk(path) for name in names)
+    for file in [str(path)] if path.is_file() else found:
+        stat = os.stat(file)
+        yield f"{file} {stat.st_size} {stat.st_mtime_ns}"

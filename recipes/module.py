@@ -78,7 +78,9 @@ class FlowMatchingModule(L.LightningModule):
         """The same on held-out samples; noise and times depend on the batch only."""
         x1, labels = batch[:2]
         generator = torch.Generator(self.device).manual_seed(batch_idx)
-        loss = self.objective(self.net, x1, labels, generator=generator)
+        # Lightning hands every R-th sample to a rank.
+        part = (self.global_rank, self.trainer.world_size)
+        loss = self.objective(self.net, x1, labels, generator=generator, part=part)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(x1), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ class EpochOrder(DistributedSampler[int]):
         rank: Default 0.
         num_replicas: R, default 1.
         on_epoch: Called with each epoch before its order is made.
+        trained: How many batches have been trained on; see `set_epoch`. Default None.
 
     Raises:
         ValueError: If there are fewer than B R samples.
@@ -42,6 +44,7 @@ class EpochOrder(DistributedSampler[int]):
         rank: int = 0,
         num_replicas: int = 1,
         on_epoch: Callable[[int], object] | None = None,
+        trained: Callable[[], int] | None = None,
     ) -> None:
         if len(dataset) < batch_size * num_replicas:
             raise ValueError(
@@ -56,7 +59,9 @@ class EpochOrder(DistributedSampler[int]):
             drop_last=True,
         )
         self.batch_size, self.on_epoch = batch_size, on_epoch
-        self._start = 0
+        self._trained = trained
+        self._start, self._offset = 0, 0
+        self._begun: int | None = None
 
     @property
     def num_batches(self) -> int:
@@ -64,14 +69,23 @@ class EpochOrder(DistributedSampler[int]):
         return len(cast(Sized, self.dataset)) // (self.batch_size * self.num_replicas)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses an epoch; if it is another one, it begins at its beginning."""
+        """Chooses an epoch; if it is another one, it begins at its beginning.
+
+        With `trained`, from `start` on until a batch has been trained on, it only says what
+        Lightning calls the epoch that was begun: where it resumes at the end of an epoch, or of a
+        training, another number than the right one, or two in turn.
+        """
+        if self._begun is not None and self._trained and self._trained() == self._begun:
+            self._offset = self.epoch - epoch
+        epoch += self._offset
         if epoch != self.epoch:
             self.epoch, self._start = epoch, 0
 
     def start(self, epoch: int, batch: int) -> None:
         """Begins behind a number of batches of an epoch, this time only."""
         passed, batch = divmod(batch, self.num_batches)
-        self.epoch, self._start = epoch + passed, batch
+        self.epoch, self._start, self._offset = epoch + passed, batch, 0
+        self._begun = None if self._trained is None else self._trained()
 
     def __len__(self) -> int:
         """Samples of an epoch on this rank, those that are passed over included."""
@@ -97,6 +111,7 @@ class ResumableData(L.LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
         self._state: dict[str, int] | None = None
+        self._order: EpochOrder | None = None
 
     def order(
         self,
@@ -105,7 +120,7 @@ class ResumableData(L.LightningDataModule):
         seed: int,
         on_epoch: Callable[[int], object] | None = None,
     ) -> EpochOrder:
-        """The order of this rank, from where the run is.
+        """The order of this rank, from where the run is; asked for again, from the beginning.
 
         Args:
             dataset: The training set.
@@ -114,33 +129,60 @@ class ResumableData(L.LightningDataModule):
             on_epoch: See `EpochOrder`.
 
         Raises:
-            ValueError: If the checkpoint was made with another number of samples per step.
+            ValueError: If the checkpoint was made with another number of samples, in all or per
+                step.
         """
         trainer = self.trainer
         rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         order = EpochOrder(
-            dataset, batch_size, seed=seed, rank=rank, num_replicas=ranks, on_epoch=on_epoch
+            dataset,
+            batch_size,
+            seed=seed,
+            rank=rank,
+            num_replicas=ranks,
+            on_epoch=on_epoch,
+            trained=self._trained,
         )
-        if self._state is not None:
-            together = self._state["batch_size"]
+        # A second training in this process begins at its own beginning.
+        state, self._state = self._state, None
+        if state is not None:
+            together, samples = state["batch_size"], state.get("samples", len(dataset))
+            if samples != len(dataset):
+                raise ValueError(
+                    f"The checkpoint was made with {samples} training samples, and there are "
+                    f"{len(dataset)}. Give the data that it was trained on, or begin a new run "
+                    "from its weights."
+                )
             if together != batch_size * ranks:
                 raise ValueError(
                     f"The checkpoint was made with batches of {together} samples over all ranks, "
                     f"and this run has {batch_size} on each of {ranks}. Give as many, or begin a "
                     "new run from its weights."
                 )
-            order.start(self._state["epoch"], self._state["batch"])
+            order.start(state["epoch"], state["batch"])
+            # Lightning looks at the loader alone, and warns that it begins an epoch again.
+            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
+        self._order = order
         return order
 
-    def state_dict(self) -> dict[str, int]:
-        """How far training has come: `epoch`, `batch` of it, and `batch_size` over all ranks."""
+    def _trained(self) -> int:
         trainer = self.trainer
-        if trainer is None or trainer.train_dataloader is None:
+        return trainer.fit_loop.epoch_loop.batch_progress.total.ready if trainer else 0
+
+    def state_dict(self) -> dict[str, int]:
+        """How far training has come: `epoch`, `batch` of it.
+
+        And of what: `batch_size` over all ranks, and `samples` of an epoch.
+        """
+        trainer = self.trainer
+        if trainer is None or trainer.train_dataloader is None or self._order is None:
             return {}
-        total = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        epoch, batch = divmod(total, int(trainer.num_training_batches))
-        size = trainer.train_dataloader.batch_size * trainer.world_size
-        return {"epoch": epoch, "batch": batch, "batch_size": size}
+        epoch, batch = self._order.epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if batch >= trainer.num_training_batches:
+            epoch, batch = epoch + 1, 0
+        loader = trainer.train_dataloader
+        size, samples = loader.batch_size * trainer.world_size, len(loader.dataset)
+        return {"epoch": epoch, "batch": batch, "batch_size": size, "samples": samples}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Keeps it for `order`."""

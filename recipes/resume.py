@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -32,14 +33,16 @@ def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
     Raises:
         FileExistsError: If the folder holds a run, and `resume` is false.
         FileNotFoundError: If there is no `ckpt_path`.
-        ValueError: If the run there is of another model, data or seed.
+        ValueError: If the run there is of another model, data or seed, or `resume` is true of a
+            folder that has just been made, and named by the time.
     """
     last, file = run_dir / "checkpoints/last.ckpt", run_dir / "config.yaml"
     if config.resume and config.ckpt_path is not None:
         raise ValueError("Expected `resume` or `ckpt_path`, got both; resume=true finds its own.")
     if not config.resume:
         # The other processes of this run may come when the first has written.
-        if file.exists() and rank_zero_only.rank == 0:
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        if first and (file.exists() or last.exists()):
             raise FileExistsError(
                 f"{run_dir} holds a run. Go on with it, resume=true, or choose another folder, "
                 "run_dir=..."
@@ -47,6 +50,10 @@ def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
         if config.ckpt_path is not None and not Path(config.ckpt_path).exists():
             raise FileNotFoundError(f"There is no checkpoint {config.ckpt_path} (ckpt_path).")
         return None if config.ckpt_path is None else Path(config.ckpt_path)
+    if not last.exists() and _is_named_by_time(run_dir):
+        raise ValueError(
+            f"resume=true needs the folder to go on in, run_dir=...; {run_dir} is a new one."
+        )
     if file.exists():
         before, now = _flat(OmegaConf.load(file)), _flat(config)
         changed = [
@@ -78,11 +85,11 @@ def require_fit(net: nn.Module, data: Any) -> None:
             f"Expected as many classes in the network as in the data, got {classes[0]} and "
             f"{classes[1]}. Change data.num_classes; net.num_classes follows it."
         )
-    shapes = getattr(net, "input_shape", None), getattr(data, "shape", None)
-    if None not in shapes and tuple(shapes[0]) != tuple(shapes[1]):
+    wanted, got = getattr(net, "input_shape", None), getattr(data, "shape", None)
+    if wanted is not None and got is not None and tuple(wanted) != tuple(got):
         raise ValueError(
-            f"Expected samples of shape {tuple(shapes[0])}, which the network is made for, got "
-            f"{tuple(shapes[1])}. Choose the network of these latents (net=...), or change "
+            f"Expected samples of shape {tuple(wanted)}, which the network is made for, got "
+            f"{tuple(got)}. Choose the network of these latents (net=...), or change "
             "net.in_channels and net.input_size."
         )
 
@@ -105,6 +112,16 @@ def begin_with(module: nn.Module, file: Path) -> None:
     else:
         load_public_weights(module.net, file)  # type: ignore[arg-type]
         rank_zero_info(f"begins with the public weights of {file}")
+
+
+def _is_named_by_time(run_dir: Path) -> bool:
+    """Whether nobody chose this folder: another start of the same command gets another."""
+    if not HydraConfig.initialized():
+        return False
+    hydra = HydraConfig.get()
+    places = ("hydra.run.dir=", "hydra.sweep.dir=")
+    chosen = any(override.startswith(places) for override in hydra.overrides.hydra)
+    return not chosen and run_dir.resolve() == Path(hydra.runtime.output_dir).resolve()
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

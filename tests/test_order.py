@@ -51,13 +51,31 @@ def test_it_begins_behind_a_batch_once(ranks):
     # Behind the last batch comes the next epoch.
     order.start(2, 10)
     assert list(order) == batches(43, 4, epoch=3).flatten().tolist()
-    # Lightning says which epoch it is; another one begins at its beginning.
+    # Another epoch begins at its beginning.
     order.start(2, 3)
     order.set_epoch(2)
     assert len(list(order)) == 28
     order.start(2, 3)
     order.set_epoch(3)
     assert len(list(order)) == 40
+
+
+def test_until_a_batch_is_trained_on_lightning_may_count_otherwise():
+    trained = []
+    order = EpochOrder(range(43), 4, trained=lambda: len(trained))
+    for calls in ([1], [2], [3], [1, 2], [2, 3]):
+        order.start(2, 3)
+        for called in calls:
+            order.set_epoch(called)
+        assert list(order) == batches(43, 4, epoch=2, start=3).flatten().tolist()
+        order.start(2, 3)
+        for called in calls:
+            order.set_epoch(called)
+        trained.append(calls)
+        order.set_epoch(calls[-1])
+        assert len(list(order)) == 28
+        order.set_epoch(calls[-1] + 1)
+        assert list(order) == batches(43, 4, epoch=3).flatten().tolist()
 
 
 def test_epochs_are_told_before_their_order_is_made():

@@ -1,0 +1,278 @@
+"""Where training begins: what is gone on from, what is refused, and what a second one is told."""
+
+import os
+import signal
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from stagewise.losses import FlowMatchingLoss
+from stagewise.recipes.checkpoint_io import AtomicCheckpointIO, RunCheckpoint
+from stagewise.recipes.module import FlowMatchingModule
+from stagewise.recipes.order import ResumableData
+from stagewise.recipes.resume import checkpoint_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
+# -- a second training, and other data ------------------------------------------------------------
+
+
+class Numbered(ResumableData):
+    """The numbers from 0, each a sample."""
+
+    def __init__(self, count=20, batch_size=4, workers=0):
+        super().__init__()
+        self.count, self.batch_size, self.workers = count, batch_size, workers
+
+    def train_dataloader(self):
+        dataset = TensorDataset(torch.arange(self.count).float()[:, None])
+        order = self.order(dataset, self.batch_size, 0)
+        return self.loader(dataset, sampler=order, drop_last=True)
+
+    def val_dataloader(self):
+        return self.loader(TensorDataset(torch.zeros(4, 1)))
+
+    def loader(self, dataset, **options):
+        workers = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+        return DataLoader(dataset, self.batch_size, **workers, **options)
+
+
+class Seen(pl.LightningModule):
+    """Takes note of its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.batches = nn.Linear(1, 1), []
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append(batch[0].flatten().tolist())
+        return self.net(batch[0]).mean()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.fixture
+def train(make_trainer, tmp_path_factory):
+    """`train(steps)`: batches seen, the folder with a checkpoint of each step, and the trainer."""
+
+    def run(steps, data=None, file=None, workers=0, **options):
+        module, folder = Seen(), tmp_path_factory.mktemp("run")
+        often = {} if "val_check_interval" in options else {"every_n_train_steps": 1}
+        saved = ModelCheckpoint(folder, "{step}", save_top_k=-1, **often)
+        trainer = make_trainer(saved, max_steps=steps, enable_checkpointing=True, **options)
+        trainer.fit(
+            module, datamodule=data or Numbered(workers=workers), ckpt_path=file, weights_only=True
+        )
+        return module.batches, folder, trainer
+
+    return run
+
+
+VALIDATED = {"check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, range(1, 11)),
+        ({"limit_train_batches": 3}, range(1, 11)),
+        ({"val_check_interval": 5, **VALIDATED}, (5, 10)),
+        ({"val_check_interval": 3, **VALIDATED}, (3, 6, 9)),
+        ({"workers": 1}, (5, 7)),
+        ({"workers": 1, "val_check_interval": 5, **VALIDATED}, (5,)),
+    ],
+)
+def test_it_goes_on_behind_each_step(train, options, steps):
+    """There are 5 batches in an epoch; it may be left a second time, at its end too."""
+    every = options.get("limit_train_batches", 5)
+    whole, folder, _ = train(12, **options)
+    assert whole[0] != whole[every]
+    for step in steps:
+        rest, again, _ = train(12, file=folder / f"step={step}.ckpt", **options)
+        assert rest == whole[step:]
+        later = min(11, every * (step // every + 1))
+        if (file := again / f"step={later}.ckpt").exists():
+            assert train(12, file=file, **options)[0] == whole[later:]
+
+
+@pytest.mark.parametrize("end", [5, 7])
+def test_a_training_that_had_ended_and_goes_on_can_be_resumed(train, end):
+    _, folder, trainer = train(end)
+    trainer.save_checkpoint(folder / "ended.ckpt")
+    more, folder, _ = train(end + 11, file=folder / "ended.ckpt")
+    if end == 7:
+        assert more == train(18)[0][7:]
+    for step in range(1, 11):
+        assert train(end + 11, file=folder / f"step={end + step}.ckpt")[0] == more[step:]
+
+
+def test_a_second_training_with_the_same_data_begins_at_its_beginning(train):
+    data = Numbered()
+    whole, folder, _ = train(12)
+    assert train(12, data, folder / "step=7.ckpt")[0] == whole[7:]
+    assert train(6, data)[0] == whole[:6]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Numbered(24), "made with 20 training samples, and there are 24"),
+        (Numbered(20, 5), "batches of 4 samples over all ranks, and this run has 5 on each of 1"),
+    ],
+)
+def test_other_data_or_batches_are_refused(train, data, message):
+    _, folder, _ = train(2)
+    with pytest.raises(ValueError, match=message):
+        train(4, data, folder / "step=2.ckpt")
+
+
+# -- which checkpoint -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(tmp_path):
+    """`started(*overrides)`: what Hydra tells a run that was started so in `tmp_path`."""
+
+    def start(*overrides):
+        with initialize_config_module("stagewise.recipes", version_base="1.3"):
+            config = compose("train", ["name=x", *overrides], return_hydra_config=True)
+        OmegaConf.set_readonly(config.hydra, False)
+        OmegaConf.update(config, "hydra.runtime.output_dir", str(tmp_path), force_add=True)
+        OmegaConf.update(config, "hydra.job.num", 0)
+        HydraConfig.instance().set_config(config)
+        return config
+
+    yield start
+    HydraConfig.instance().cfg = None
+
+
+def test_resuming_in_a_folder_that_nobody_chose_is_refused(started, tmp_path):
+    with pytest.raises(ValueError, match=r"needs the folder to go on in, run_dir=\.\.\.;"):
+        checkpoint_of(started("resume=true"), tmp_path)
+    # A job that is put into the queue again says so from its first start on.
+    assert checkpoint_of(started("resume=true"), tmp_path / "chosen") is None
+    assert checkpoint_of(started("resume=true", f"hydra.run.dir={tmp_path}"), tmp_path) is None
+    assert checkpoint_of(started(), tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    last = tmp_path / "checkpoints/last.ckpt"
+    assert checkpoint_of(started("resume=true"), tmp_path) == last
+    with pytest.raises(FileExistsError, match="holds a run"):
+        checkpoint_of(started(), tmp_path)
+
+
+# -- checkpoints ----------------------------------------------------------------------------------
+
+
+def test_killed_while_writing_the_last_checkpoint_stays_and_no_rest(tmp_path, monkeypatch):
+    file, other = tmp_path / "last[1].ckpt", tmp_path / ".other.ckpt.0.partial"
+    other.touch()
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint({"step": 1}, file)
+
+    def half(value, partial):
+        partial.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(torch, "save", half)
+        writer.save_checkpoint({"step": 2}, file)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert torch.load(file, weights_only=True) == {"step": 1}
+    (left,) = tmp_path.glob(".last*")
+    assert left.read_bytes() == b"half"
+    writer.save_checkpoint({"step": 3}, file)
+    assert torch.load(file, weights_only=True) == {"step": 3}
+    assert sorted(tmp_path.iterdir()) == sorted([file, other])
+
+
+class Averaging(EMAWeightAveraging):
+    """Averages from the first step on."""
+
+    def __init__(self):
+        super().__init__(decay=0.5)
+
+
+@pytest.mark.parametrize("every", [2, 3, 100])
+def test_the_last_step_is_kept_with_its_own_weights(make_trainer, tmp_path, every):
+    module, trained = Seen(), {}
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            trained.update({k: v.clone() for k, v in pl_module.state_dict().items()})
+
+    saved = RunCheckpoint(tmp_path, save_last=True, every_n_train_steps=every)
+    options = {"max_steps": 7, "enable_checkpointing": True}
+    make_trainer(saved, Averaging(), Look(), **options).fit(module, datamodule=Numbered())
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 7
+    for name, value in trained.items():
+        assert torch.equal(last["current_model_state"][name], value)
+        assert torch.equal(last["state_dict"][name], module.state_dict()[name])
+        assert not torch.equal(last["state_dict"][name], value)
+    more, whole = Seen(), Seen()
+    saved = RunCheckpoint(tmp_path / "b", save_last=True, every_n_train_steps=every)
+    options["max_steps"] = 12
+    make_trainer(saved, Averaging(), **options).fit(
+        more, datamodule=Numbered(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
+    make_trainer(max_steps=12).fit(whole, datamodule=Numbered())
+    assert more.batches == whole.batches[7:]
+    assert torch.load(tmp_path / "b/last.ckpt", weights_only=True)["global_step"] == 12
+    assert not list(tmp_path.rglob("*-v1.ckpt"))
+
+
+def test_a_training_that_is_stopped_keeps_its_last_step(make_trainer, tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 4
+
+    saved = RunCheckpoint(tmp_path, save_last=True, every_n_train_steps=3)
+    trainer = make_trainer(saved, Stop(), max_steps=7, enable_checkpointing=True)
+    trainer.fit(Seen(), datamodule=Numbered())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+# -- validation -----------------------------------------------------------------------------------
+
+
+class Ranks:
+    """As much of a trainer as a module asks for."""
+
+    def __init__(self, rank, ranks):
+        self.global_rank, self.world_size = rank, ranks
+
+
+class Slope(nn.Module):
+    """A network of one number."""
+
+    def forward(self, xt, t, labels):
+        return (1 + labels)[:, None] * xt + t[:, None]
+
+
+def test_ranks_validate_as_one():
+    x1, labels = torch.randn(12, 5), torch.arange(12) % 3
+
+    def loss(rank, ranks, batch_idx):
+        module = FlowMatchingModule(Slope(), FlowMatchingLoss()).eval()
+        trainer = Ranks(rank, ranks)
+        module.trainer = trainer
+        found = []
+        module.log = lambda name, value, **_: found.append(value)
+        module.validation_step((x1[rank::ranks], labels[rank::ranks]), batch_idx)
+        return found[0]
+
+    one = loss(0, 1, 4)
+    torch.testing.assert_close(torch.stack([loss(rank, 3, 4) for rank in range(3)]).mean(), one)
+    assert not torch.isclose(loss(0, 1, 5), one, rtol=1e-3)

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import stagewise.recipes
+import stagewise.recipes.conf
 
 ROWS, CLASSES = 1_281_167, 1000
 GPUS = 8
@@ -150,9 +150,9 @@ PUBLISHED = (
 
 def recipes() -> dict[str, Recipe]:
     """All ImageNet experiments, by name."""
-    folder = Path(next(iter(stagewise.recipes.__path__)), "experiment")
+    folder = Path(next(iter(stagewise.recipes.conf.__path__)), "experiment")
     names = sorted(file.stem for file in folder.glob("imagenet*.yaml"))
-    with initialize_config_module("stagewise.recipes", version_base="1.3"):
+    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
         found = [Recipe(name, compose("train", [f"experiment={name}"])) for name in names]
     return {recipe.name: recipe for recipe in sorted(found, key=_order)}
 

@@ -300,7 +300,7 @@ class Step:
 
 def network() -> tuple[nn.Module, torch.optim.Optimizer]:
     """SiT-S/2 and its AdamW, by the recipe's own configuration."""
-    with initialize_config_module("stagewise.recipes", version_base="1.3"):
+    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
         config = compose("train", [f"experiment={RECIPE}"])
     torch.set_float32_matmul_precision("high")  # as `recipes.train` does
     module = instantiate(config.module, net=instantiate(config.net), objective=FlowMatchingLoss())

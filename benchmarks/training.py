@@ -46,7 +46,7 @@ def of_recipe(report: Report, folder: str, options: Options) -> None:
 
     from stagewise.certificate import Certificate
 
-    with initialize_config_module("stagewise.recipes", version_base="1.3"):
+    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
         config = compose(
             "train",
             [

@@ -60,7 +60,8 @@ class MemorizationMonitor(NamedCallback):
         t_switch: Times in [0, 1].
         t_resume: Times in [0, 1).
         held_out: Samples, or samples and labels; default from the validation loader.
-        weights: "average" of a `WeightAveraging`, "current", or "auto": the former if there is one.
+        weights: "average" of a `WeightAveraging`, once it has begun, "current", or "auto": the
+            former if there is one.
         method: "euler" or "midpoint": they do not ask at t = 1, where the oracle is singular.
         steps: From t = 0 to 1, default 25.
         class_wise: Whether the oracle is over the sample's class; "auto": if the network is given
@@ -285,9 +286,14 @@ class MemorizationMonitor(NamedCallback):
     def _averages(self) -> bool:
         return self.weights != "current" and self._averaging is not None
 
-    def _module(self, pl_module: pl.LightningModule) -> nn.Module:
+    def _average(self) -> nn.Module | None:
+        """The averaged module, if it is asked for and has begun."""
         averaged = getattr(self._averaging, "_average_model", None) if self._averages else None
-        return pl_module if averaged is None else averaged.module
+        return averaged.module if averaged is not None and bool(averaged.n_averaged) else None
+
+    def _module(self, pl_module: pl.LightningModule) -> nn.Module:
+        averaged = self._average()
+        return pl_module if averaged is None else averaged
 
     def _velocity(self, module: nn.Module, labels: Tensor | None) -> Velocity:
         ask = self._source.of(module)
@@ -396,7 +402,7 @@ class MemorizationMonitor(NamedCallback):
         switched_ = [over_ranks(near[t]) for t in self.t_switch]
         resumed = [over_ranks(found) for found in near_resumed.values()]
         return {
-            "weights": "average" if self._averages else "current",
+            "weights": "current" if self._average() is None else "average",
             "samples": self.samples,
             "t_switch": list(self.t_switch),
             "copies": [found["share"] for found in switched_],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 
 __all__ = ["main"]
 
@@ -26,6 +27,9 @@ def main() -> None:
     if name in _COMMANDS:
         module, _ = _COMMANDS[name]
         sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+        # Whoever starts more processes of this program, as Lightning does for several devices,
+        # starts the module.
+        sys.modules["__main__"].__spec__ = find_spec(module)
         import_module(module).main()
         return
     width = max(map(len, _COMMANDS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from stagewise.callbacks import StageScheme
+from stagewise.engines import Sharded
 from stagewise.latents.files import names
 from stagewise.recipes.checkpoints import load_weights
 from stagewise.recipes.public_weights import load_public_weights
 
-__all__ = ["begin_with", "checkpoint_of", "require_fit"]
+__all__ = ["begin_with", "checkpoint_of", "require_fit", "require_shards"]
 
 _SAME = ("seed", "data", "net", "objective", "module")
-_FREE = ("data.path", "data.held_out_path", "data.num_workers", "data.verify", "data.bank_dir")
+# The batch over all ranks must stay as well: the data module looks at it, since ranks may change.
+_FREE = tuple(
+    f"data.{name}"
+    for name in ("path", "held_out_path", "num_workers", "verify", "bank_dir", "batch_size")
+)
 
 
 def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
@@ -92,6 +99,22 @@ def require_fit(net: nn.Module, data: Any) -> None:
             f"{tuple(got)}. Choose the network of these latents (net=...), or change "
             "net.in_channels and net.input_size."
         )
+
+
+def require_shards(callbacks: Iterable[object], data: Any) -> None:
+    """Refuses rows counted over shards with an engine that has all rows, and the reverse.
+
+    Raises:
+        ValueError: With what to say.
+    """
+    sharded = getattr(data, "sharded", False)
+    for callback in callbacks:
+        engine = getattr(callback, "engine", None)
+        if isinstance(callback, StageScheme) and sharded != isinstance(engine, Sharded):
+            raise ValueError(
+                f"Expected data.sharded=true and the engine Sharded() together, got sharded="
+                f"{sharded} and {engine!r}. Say engine=sharded, which sets both."
+            )
 
 
 def begin_with(module: nn.Module, file: Path) -> None:

@@ -10,13 +10,14 @@ import hydra
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.strategies import FSDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from stagewise.callbacks import PosteriorMonitor
 from stagewise.latents.files import replace_file
 from stagewise.recipes.checkpoints import require_same_model
 from stagewise.recipes.evaluate import evaluate
-from stagewise.recipes.resume import begin_with, checkpoint_of, require_fit
+from stagewise.recipes.resume import begin_with, checkpoint_of, require_fit, require_shards
 
 __all__ = ["main", "train"]
 
@@ -47,11 +48,13 @@ def train(config: DictConfig) -> dict[str, Any]:
     elif config.weights is not None:
         begin_with(module, Path(config.weights))
     if config.compile.enabled:
-        net.compile(mode=config.compile.mode)
+        for block in getattr(net, "blocks", [net]):
+            block.compile(mode=config.compile.mode)
     # An experiment may set options of a callback that is not there.
     parts = config.get("callbacks") or {}
     callbacks = [instantiate(part) for part in parts.values() if "_target_" in part]
     loggers = [instantiate(logger) for logger in (config.get("logger") or {}).values()]
+    require_shards(callbacks, data)
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -61,6 +64,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if not trainer.is_global_zero:
         return {"seconds": seconds}
+    if isinstance(trainer.strategy, FSDPStrategy):
+        print(f"\nTrained {trainer.global_step} steps; sharded weights are not evaluated here.")
+        return {"seconds": seconds}
+    module.to(trainer.strategy.root_device)  # fit has moved it to the CPU
     monitor = next((c for c in callbacks if isinstance(c, PosteriorMonitor)), None)
     results = evaluate(
         module, data, monitor, trainer.loggers, trainer.global_step, run_dir, **config.evaluation
@@ -78,7 +85,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     return {**results, "seconds": seconds}
 
 
-@hydra.main(version_base="1.3", config_path="pkg://stagewise.recipes", config_name="train")
+@hydra.main(version_base="1.3", config_path="pkg://stagewise.recipes.conf", config_name="train")
 def main(config: DictConfig) -> None:
     """The entry point of `stagewise train`."""
     train(config)

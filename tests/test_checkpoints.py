@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stagewise.recipes.train.evaluate", lambda *_, **__: {})
-        with initialize_config_module("stagewise.recipes", version_base="1.3"):
+        with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
             train(compose("train", [*TINY, f"run_dir={folder}"]))
     return folder
 

@@ -1,5 +1,6 @@
 """The ImageNet recipes on made latents: trained, killed, resumed, on one process and on two."""
 
+import csv
 import json
 import os
 import signal
@@ -16,11 +17,11 @@ from hydra.utils import instantiate
 from omegaconf import MissingMandatoryValue, OmegaConf
 from PIL import Image
 
-import stagewise.recipes
+import stagewise.recipes.conf
 from stagewise.latents import make_latents
 from stagewise.recipes.train import train
 
-FOLDER = Path(stagewise.recipes.__file__).parent
+FOLDER = Path(stagewise.recipes.conf.__file__).parent
 EXPERIMENTS = sorted(file.stem for file in (FOLDER / "experiment").glob("imagenet*.yaml"))
 
 SMALL_NET = ["net.hidden_size=32", "net.depth=1", "net.num_heads=2"]
@@ -54,7 +55,7 @@ def latents(tmp_path_factory):
 
 
 def composed(*overrides):
-    with initialize_config_module("stagewise.recipes", version_base="1.3"):
+    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
         return compose("train", list(overrides))
 
 
@@ -153,8 +154,8 @@ def test_three_steps_with_all_callbacks_then_two_more(tmp_path, latents, capsys)
         train(more)
     assert torch.load(last, weights_only=True)["global_step"] == 3
     more.resume = True
-    changed = OmegaConf.merge(more, {"data": {"batch_size": 8}, "module": {"lr": 1.0}})
-    with pytest.raises(ValueError, match=r"lr=1.0 \(was 0.0001\), data.batch_size=8 \(was 4\)"):
+    changed = OmegaConf.merge(more, {"data": {"held_out": 20}, "module": {"lr": 1.0}})
+    with pytest.raises(ValueError, match=r"lr=1.0 \(was 0.0001\), data.held_out=20 \(was 40\)"):
         train(changed)
     train(more)
     assert torch.load(last, weights_only=True)["global_step"] == 5
@@ -340,9 +341,11 @@ from stagewise.recipes.train import train
 
 folder, ranks = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
-with initialize_config_module("stagewise.recipes", version_base="1.3"):
+with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
     config = compose("train", OVERRIDES + [
         f"run_dir={folder}/run", f"data.batch_size={8 // ranks}", f"trainer.devices={ranks}",
+        # One process is not made a group, which would outlive its training.
+        "strategy=" + ("ddp" if ranks > 1 else "auto"),
     ])
 train(config)
 """
@@ -351,7 +354,7 @@ train(config)
 def test_two_ranks_with_a_sharded_bank_train_as_one(latents, on_one_and_two_ranks):
     overrides = [
         *("experiment=imagenet256_sdvae_sit_s", "name=x", f"data.path={latents}", *SMALL),
-        *(*SMALL_NET, "net.class_dropout=0.0", "module.lr=1e-3", "strategy=ddp", "logger=csv"),
+        *(*SMALL_NET, "net.class_dropout=0.0", "module.lr=1e-3", "logger=csv"),
         # In 16 bits rows are rounded relative to a sample of their shard.
         *("callbacks=steer_only", "engine=sharded", "scheme.boundary=0.3"),
         *("data.bank_dtype=float32", "trainer.max_steps=6"),
@@ -359,7 +362,7 @@ def test_two_ranks_with_a_sharded_bank_train_as_one(latents, on_one_and_two_rank
     folders = on_one_and_two_ranks(TWO_RANKS.replace("OVERRIDES", repr(overrides)))
     losses, weights = [], []
     for folder in folders:
-        rows = (folder / "run/csv/metrics.csv").read_text().splitlines()
+        rows = (folder / "run/csv/version_0/metrics.csv").read_text().splitlines()
         columns = rows[0].split(",")
         found = [dict(zip(columns, row.split(","), strict=True)) for row in rows[1:]]
         losses.append([float(row["train/loss"]) for row in found if row.get("train/loss")])
@@ -370,3 +373,77 @@ def test_two_ranks_with_a_sharded_bank_train_as_one(latents, on_one_and_two_rank
     assert losses[0][0] != pytest.approx(losses[0][1], rel=1e-3)
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=0, atol=2e-5)
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+def test_an_average_that_has_not_begun_is_not_taken(tmp_path, latents):
+    # `ema=short` begins at step 100: until then the average is the untrained network.
+    options = ["ema=short", "callbacks=plain", "logger=csv", "trainer.max_steps=3", "module.lr=0.1"]
+    train(configuration(latents, tmp_path, *options, "trainer.val_check_interval=2"))
+    last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert int(last["averaging_state"]["n_averaged"]) == 0
+    moved = [
+        not torch.equal(value, last["state_dict"][name])
+        for name, value in last["current_model_state"].items()
+        if value.is_floating_point()
+    ]
+    assert any(moved)
+    rows = list(csv.DictReader((tmp_path / "csv/version_0/metrics.csv").open()))
+    losses = [float(row["val/loss"]) for row in rows if row["val/loss"]]
+    # The untrained network answers 0 and has a loss of 2.
+    assert losses
+    assert all(abs(loss - 2) > 0.05 for loss in losses)
+
+
+def test_the_last_step_is_kept(tmp_path, latents):
+    options = ["callbacks=plain", "callbacks.checkpoint.every_n_train_steps=2", "logger=csv"]
+    train(configuration(latents, tmp_path, *options, "trainer.max_steps=3"))
+    last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 3
+    # The averaged weights are no others' in it.
+    assert not all(
+        torch.equal(value, last["state_dict"][name])
+        for name, value in last["current_model_state"].items()
+    )
+
+
+def test_shards_and_their_engine_go_together(tmp_path, latents):
+    for choice in (["data.sharded=true"], ["engine=sharded", "data.sharded=false"]):
+        config = configuration(latents, tmp_path, "callbacks=steer_only", *choice)
+        with pytest.raises(ValueError, match="engine=sharded, which sets both"):
+            train(config)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_watched_and_averaged(tmp_path, latents):
+    options = ["compile=inductor", "callbacks=steer", *WATCHED, "trainer.max_steps=3"]
+    results = train(configuration(latents, tmp_path, *options))
+    assert np.isfinite(results["train_loss"])
+    plain = configuration(latents, tmp_path / "plain", *options, "compile=eager")
+    assert train(plain)["train_loss"] == pytest.approx(results["train_loss"], rel=1e-3)
+    keys = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"].keys()
+    assert not [key for key in keys if "_orig_mod" in key]
+
+
+@pytest.mark.slow
+def test_the_command_starts_the_processes_of_several_devices(tmp_path, latents):
+    command = Path(sys.executable).with_name("stagewise")
+    options = [*SMALL, *SMALL_NET, "callbacks=steer", *WATCHED, "trainer.max_steps=2"]
+    places = [f"data.path={latents}", f"run_dir={tmp_path / 'run'}", "logger=csv"]
+    done = subprocess.run(
+        [
+            *(command, "train", "experiment=imagenet256_sdvae_sit_s", *places, *options),
+            *("strategy=ddp", "trainer.devices=2", f"data.bank_dir={tmp_path / 'bank'}"),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "MEMBER: 2/2" in done.stderr
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert len(list((tmp_path / "bank").iterdir())) == 1

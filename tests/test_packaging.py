@@ -42,7 +42,7 @@ def yamls(folder, prefix=""):
         elif entry.name.endswith(".yaml"):
             yield prefix + entry.name
 
-with initialize_config_module("stagewise.recipes", version_base="1.3"):
+with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
     config = compose("train")
 
 print(json.dumps({

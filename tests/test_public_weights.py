@@ -257,7 +257,7 @@ def test_missing_and_broken_files(tmp_path):
 
 @pytest.mark.parametrize(("name", "entries"), [("sit_xl_2", 292), ("lightningdit_xl_1", 351)])
 def test_recipes_have_the_entries_of_the_public_checkpoints(name, entries):
-    nets = Path(public_weights.__file__).parent / "net"
+    nets = Path(public_weights.__file__).parent / "conf/net"
     config = OmegaConf.merge(
         {"net": OmegaConf.load(nets / f"{name}.yaml")}, {"data": {"num_classes": 1000}}
     )

@@ -39,7 +39,7 @@ SMALL = [
 
 
 def configuration(run_dir, *overrides):
-    with initialize_config_module("stagewise.recipes", version_base="1.3"):
+    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
         return compose("train", [*SMALL, f"run_dir={run_dir}", *overrides])
 
 

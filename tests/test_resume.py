@@ -145,7 +145,7 @@ def started(tmp_path):
     """`started(*overrides)`: what Hydra tells a run that was started so in `tmp_path`."""
 
     def start(*overrides):
-        with initialize_config_module("stagewise.recipes", version_base="1.3"):
+        with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
             config = compose("train", ["name=x", *overrides], return_hydra_config=True)
         OmegaConf.set_readonly(config.hydra, False)
         OmegaConf.update(config, "hydra.runtime.output_dir", str(tmp_path), force_add=True)

@@ -61,7 +61,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stagewise.recipes.train.evaluate", lambda *_, **__: {})
-        with initialize_config_module("stagewise.recipes", version_base="1.3"):
+        with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
             train(compose("train", [*TINY, f"run_dir={folder}"]))
     return folder
 

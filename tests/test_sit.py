@@ -360,7 +360,7 @@ def test_rotary_attention_depends_on_positions_without_the_fixed_embedding():
 
 
 def recipe(name):
-    nets = Path(sit.__file__).parent / "net"
+    nets = Path(sit.__file__).parent / "conf/net"
     config = OmegaConf.create({"net": OmegaConf.load(nets / f"{name}.yaml")})
     with torch.device("meta"):
         return instantiate(OmegaConf.merge(config, {"data": {"num_classes": 1000}}).net)

@@ -637,9 +637,7 @@ def test_what_is_said_at_construction(bank):
         StageScheme(Scheme(), boundary=0.3)
     with pytest.raises(ValueError, match="a scheme or its parts, got both"):
         StageScheme(Scheme(), class_wise=False)
-    with pytest.raises(
-        TypeError, match="`scheme` to be a Scheme or Phases, or a func.*got Mix"
-    ):
+    with pytest.raises(TypeError, match="`scheme` to be a Scheme or Phases, or a func.*got Mix"):
         StageScheme(Mix())
     with pytest.raises(ValueError, match="a scheme or its parts, got both"):
         StageScheme(lambda oracle: Scheme(oracle), target=Mix())

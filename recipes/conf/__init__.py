@@ -1,0 +1,1 @@
+"""Hydra configurations of `stagewise train`; each folder is a group."""

@@ -193,6 +193,36 @@ def on_one_and_two_ranks(tmp_path_factory, on_two_ranks):
     return run
 
 
+TINY_RUN = [
+    *("name=tiny", "data.patch=8", "data.train_size=70", "data.held_out_size=14"),
+    *("data.batch_size=16", "net.hidden_size=16", "net.depth=1", "net.num_heads=2"),
+    *("module.lr=0.05", "module.warmup_steps=1", "trainer.accelerator=cpu", "trainer.devices=1"),
+    *("trainer.max_steps=3", "trainer.val_check_interval=3", "callbacks=plain", "~logger"),
+    *("trainer.enable_progress_bar=false", "~callbacks.progress"),
+    *("callbacks.ema.decay=0.5", "callbacks.ema.update_starting_at_step=0"),
+]
+
+
+@pytest.fixture(scope="session")
+def train_tiny():
+    """`train_tiny(folder, ...)`: trains a recipe on photographs for three steps, without probes.
+
+    What else it is given are overrides of the configuration.
+    """
+    from hydra import compose, initialize_config_module
+
+    from stagewise.recipes.train import train
+
+    def make(folder, *overrides):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("stagewise.recipes.train.evaluate", lambda *_, **__: {})
+            with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
+                train(compose("train", [*TINY_RUN, f"run_dir={folder}", *overrides]))
+        return folder
+
+    return make
+
+
 @pytest.fixture
 def read_stages():
     """`read_stages(folder)`: the header and the probes of a stages.jsonl, parsed strictly."""

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from stagewise.recipes.checkpoints import (
@@ -14,47 +13,12 @@ from stagewise.recipes.checkpoints import (
     load_weights,
     run_config,
 )
-from stagewise.recipes.train import train
-
-TINY = [
-    "name=tiny",
-    "data.patch=8",
-    "data.train_size=70",
-    "data.held_out_size=14",
-    "data.batch_size=16",
-    "net.hidden_size=16",
-    "net.depth=1",
-    "net.num_heads=2",
-    "module.lr=0.05",
-    "module.warmup_steps=1",
-    "trainer.accelerator=cpu",
-    "trainer.devices=1",
-    "trainer.max_steps=3",
-    "trainer.val_check_interval=3",
-    "++trainer.enable_progress_bar=false",
-    "callbacks.ema.decay=0.5",
-    "callbacks.ema.update_starting_at_step=0",
-    "evaluation.queries=8",
-    "evaluation.samples_per_class=1",
-    "evaluation.steps=1",
-    "~callbacks.progress",
-    "~callbacks.monitor",
-    "~callbacks.errors",
-    "~callbacks.memorization",
-    "~callbacks.transitions",
-    "~logger",
-]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, train_tiny):
     """A run of three steps with averaged weights."""
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stagewise.recipes.train.evaluate", lambda *_, **__: {})
-        with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
-            train(compose("train", [*TINY, f"run_dir={folder}"]))
-    return folder
+    return train_tiny(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from PIL import Image
 from torch import nn
@@ -24,46 +23,14 @@ from stagewise.recipes.checkpoints import find_checkpoint, load_module, run_conf
 from stagewise.recipes.sample import parse, run
 from stagewise.recipes.sample_files import Ranks, SampleFolder, group_of_ranks
 from stagewise.recipes.sampler import Sampler, noise_of
-from stagewise.recipes.train import train
 
-TINY = [
-    "name=tiny",
-    "data.patch=8",
-    "data.train_size=70",
-    "data.held_out_size=14",
-    "data.batch_size=16",
-    "net.hidden_size=16",
-    "net.depth=1",
-    "net.num_heads=2",
-    "module.lr=0.05",
-    "module.warmup_steps=1",
-    "trainer.accelerator=cpu",
-    "trainer.devices=1",
-    "trainer.max_steps=3",
-    "trainer.val_check_interval=3",
-    "++trainer.enable_progress_bar=false",
-    "callbacks.ema.decay=0.5",
-    "callbacks.ema.update_starting_at_step=0",
-    "evaluation.queries=8",
-    "~callbacks.progress",
-    "~callbacks.monitor",
-    "~callbacks.errors",
-    "~callbacks.memorization",
-    "~callbacks.transitions",
-    "~logger",
-]
 QUICK = ["--count", "12", "--batch-size", "5", "--steps", "3", "--method", "euler"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, train_tiny):
     """A run of three steps, without probes."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stagewise.recipes.train.evaluate", lambda *_, **__: {})
-        with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
-            train(compose("train", [*TINY, f"run_dir={folder}"]))
-    return folder
+    return train_tiny(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture

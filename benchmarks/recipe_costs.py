@@ -29,6 +29,7 @@ import stagewise.recipes.conf
 
 ROWS, CLASSES = 1_281_167, 1000
 GPUS = 8
+RATE = 1e14  # operations a second that a GPU is assumed to sustain in training
 BF16 = 2
 
 # Bytes per weight, all in float32. With strategy=ddp gradients are views of DDP's buckets.
@@ -166,6 +167,8 @@ def training_table(found: Iterable[Recipe]) -> str:
         "training, operations per image",
         "images",
         "operations of the run",
+        "1 GPU",
+        f"{GPUS} GPUs",
     )
     return _table(
         head,
@@ -177,10 +180,15 @@ def training_table(found: Iterable[Recipe]) -> str:
                 f"{each.training / 1e12:.3f} T",
                 f"{each.images / 1e6:.1f} M",
                 f"{each.training * each.images / 1e18:.1f} E",
+                *(_days(each.training * each.images / n / RATE) for n in (1, GPUS)),
             )
             for each in found
         ],
     )
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:.1f} days" if seconds > 86400 else f"{seconds / 3600:.1f} h"
 
 
 def memory_table(found: Iterable[Recipe]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stagewise.adapters.base import parts
+from stagewise.callbacks.checks import together
 from stagewise.engines import Sharded
 from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme, SchemeRecord
@@ -94,14 +95,15 @@ def measured_boundary(
             "Scheme(boundary=...)."
         )
     predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=class_wise)
-    curve = StageCurve.measure(
-        oracle,
-        stratified_times(stage_edges(predicted, _STRATA), _QUERIES, seed=seed),
-        seed=(seed, 1),
-        class_wise=class_wise,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-    )
+    with together(trainer, "measuring the boundary"):
+        curve = StageCurve.measure(
+            oracle,
+            stratified_times(stage_edges(predicted, _STRATA), _QUERIES, seed=seed),
+            seed=(seed, 1),
+            class_wise=class_wise,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
     if trainer.world_size > 1:
         values = curve.values.to(trainer.strategy.root_device)
         total = trainer.strategy.reduce(values, reduce_op="sum")

@@ -276,7 +276,9 @@ def stages_and_error_figure(
     other.set_ylim(bottom=0)
     axes.set_title(f"Where the data decide, and where the model errs, at step {probe['step']}")
     lines = [*axes.get_lines(), *other.get_lines()]
-    axes.legend(lines, [str(line.get_label()) for line in lines], fontsize=8, loc="upper left")
+    names = [str(line.get_label()) for line in lines]
+    # Neither axis knows where the other's curve is.
+    figure.legend(lines, names, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from stagewise.losses import FlowMatchingLoss
+from stagewise.recipes.order import EpochOrder
 
 __all__ = ["FlowMatchingModule"]
 
@@ -105,5 +106,8 @@ class FlowMatchingModule(L.LightningModule):
         return self.net(xt, t, labels)
 
     def _reseed(self, stream: int, batch_idx: int) -> None:
-        place = (self.seed, stream, self.current_epoch, batch_idx)
+        # Resumed twice at the end of an epoch, Lightning counts another one than the data does.
+        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
+        epoch = sampler.epoch if isinstance(sampler, EpochOrder) else self.current_epoch
+        place = (self.seed, stream, epoch, batch_idx)
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))

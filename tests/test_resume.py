@@ -44,15 +44,15 @@ class Numbered(ResumableData):
         return DataLoader(dataset, self.batch_size, **workers, **options)
 
 
-class Seen(pl.LightningModule):
-    """Takes note of its batches."""
+class Seen(FlowMatchingModule):
+    """Takes note of its batches, and of what their draws begin with."""
 
     def __init__(self):
-        super().__init__()
-        self.net, self.batches = nn.Linear(1, 1), []
+        super().__init__(nn.Linear(1, 1), FlowMatchingLoss())
+        self.batches = []
 
     def training_step(self, batch, batch_idx):
-        self.batches.append(batch[0].flatten().tolist())
+        self.batches.append((torch.initial_seed(), *batch[0].flatten().tolist()))
         return self.net(batch[0]).mean()
 
     def validation_step(self, batch, batch_idx):

@@ -215,13 +215,19 @@ class LatentsData(ResumableData):
             self._bank = self._read(self._places)
         elif self._bank is None:
             file = Path(str(self.bank_dir)) / f"bank_{self._name()}.safetensors"
-            if (self.trainer is None or self.trainer.local_rank == 0) and not file.exists():
+            if self._is_first() and not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 self._read(self._places, file)
             if dist.is_initialized():
                 dist.barrier()
             self._bank = LatentBank.open(file)
         return self._bank
+
+    def _is_first(self) -> bool:
+        """Whether this process writes for its node; Lightning or torchrun numbers them."""
+        if self.trainer is not None:
+            return self.trainer.local_rank == 0
+        return not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", "0")) == 0
 
     def latent_shard(self) -> LatentBank:
         """Every R-th of these rows, this rank's part.

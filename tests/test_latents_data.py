@@ -434,3 +434,20 @@ def test_all_rows_are_read_on_request(tmp_path):
     clean = make_latents(tmp_path / "clean", COUNT, SHAPE, CLASSES)
     with pytest.raises(ValueError, match="row 301 has NaN or Inf"):
         data_of(clean, verify="full", held_out_path=str(path))
+
+
+def test_without_a_trainer_one_process_of_a_node_writes_the_bank(made, tmp_path, monkeypatch):
+    """As `stagewise sample` under torchrun."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    waits = []
+    monkeypatch.setattr("torch.distributed.barrier", lambda: waits.append(1))
+    options = {"bank_dir": str(tmp_path)}
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(FileNotFoundError):
+        data_of(made("lightningdit"), **options).latent_bank()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    written = data_of(made("lightningdit"), **options).latent_bank()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    opened = data_of(made("lightningdit"), **options).latent_bank()
+    assert opened.fingerprint == written.fingerprint
+    assert len(waits) == 3

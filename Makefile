@@ -49,7 +49,7 @@ bench-imagenet: $(VENV)/.recipes ## the same on made latents of ImageNet's size 
 	$(BIN)/python benchmarks/imagenet.py
 
 bench-recipes: $(VENV)/.recipes ## time loader and oracle of the ImageNet recipes, count what they cost
-	$(BIN)/python benchmarks/recipes.py --threads 1
+	$(BIN)/python benchmarks/recipes.py --threads 2
 	$(BIN)/python benchmarks/recipe_costs.py
 
 bench-schemes: $(VENV)/.recipes ## train with and without schemes (hours; resumes), write docs/results.md

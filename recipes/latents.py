@@ -325,12 +325,8 @@ class _Items(Dataset[tuple[Tensor, int, int]]):
         return len(self.indices)
 
     def __getitem__(self, item: int) -> tuple[Tensor, int, int]:
-        x1, label, index = self.latents[int(self.indices[item])]
-        row = -1 if self.rows is None else int(self.rows[self.latents.place(index)])
-        return x1, label, row
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
-        return (self[item] for item in range(len(self)))
+        x1, label, place = self.latents.placed(int(self.indices[item]))
+        return x1, label, -1 if self.rows is None else int(self.rows[place])
 
     def fixed(self) -> _Items:
         """The same items without draws, and not flipped at random: what the bank holds."""

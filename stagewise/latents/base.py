@@ -131,16 +131,17 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         """`(x_1, label, index)`: (*shape) float32, and -1 for a label where there are none."""
+        x1, label, _ = self.placed(index)
+        return x1, label, int(index) % len(self)
+
+    def placed(self, index: int) -> tuple[Tensor, int, int]:
+        """`(x_1, label, place)`: where `fixed()` has what this item is, or is a draw of."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"Expected an index below {len(self)}, got {index}.")
         index = int(index) % len(self)
         row, flip = self._locate(index)
-        return self._sample(self._read(row, flip)[None], [index])[0], self._label(row), index
-
-    def place(self, index: int) -> int:
-        """Where `fixed()` has what item `index` is, or is a draw of, in this epoch."""
-        row, flip = self._locate(index)
-        return row + flip * self._count()
+        x1 = self._sample(self._read(row, flip)[None], [index])[0]
+        return x1, self._label(row), row + flip * self._count()
 
     @property
     def labels(self) -> Tensor | None:

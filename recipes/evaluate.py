@@ -19,7 +19,7 @@ from stagewise.callbacks.figures import TIME_LABEL, draw_boundary, new_figure
 from stagewise.callbacks.writer import show_pictures
 from stagewise.paths import Prediction
 from stagewise.recipes.module import FlowMatchingModule
-from stagewise.sampling import guided, integration_range, model_velocity, sample
+from stagewise.sampling import guided, integration_range, sample
 from stagewise.stages import StageCurve
 
 __all__ = ["evaluate", "floor_curve", "loss_by_time", "sample_grid", "stage_table"]
@@ -219,33 +219,27 @@ def _samples(
     steps: int,
 ) -> Figure:
     module.eval()
-    objective, names = module.objective, data.class_names
+    names = data.class_names
     classes = torch.linspace(0, len(names) - 1, min(len(names), _CLASSES)).round().int().tolist()
     generator = torch.Generator().manual_seed(0)
     count = len(classes) * per_class
     noise = torch.randn(count, *data.shape, generator=generator).to(module.device)
     labels = torch.tensor(classes, device=module.device).repeat_interleave(per_class)
 
-    def velocity(labels: Tensor | None) -> Any:
-        return model_velocity(
-            lambda xt, time: module.net(xt, time, labels),
-            path=objective.path,
-            prediction=objective.prediction,
-            convention=objective.convention,
-        )
-
-    field = guided(velocity(labels), velocity(None), cfg_scale, channels=cfg_channels)
-    start, end = integration_range(objective.prediction)
+    given, null = module.velocity(labels), module.velocity(None)
+    field = guided(given, null, cfg_scale, channels=cfg_channels)
+    start, end = integration_range(module.objective.prediction)
     made = sample(field, noise, method=method, steps=steps, start=start, end=end)
     made = made.reshape(len(classes), per_class, *data.shape).cpu()
     real = data.examples(classes, per_class)
     title = f"samples ({method}, {steps} steps, guidance {cfg_scale:g})"
-    if real.shape[2] == 3:
-        low, high = -1.0, 1.0
-    else:
-        title += "\nlatents: channels 1 to 3"
-        low, high = real[:, :, :3].quantile(0.01).item(), real[:, :, :3].quantile(0.99).item()
-    real, made = ((x[:, :, [0, 1, 2]] - low) / (high - low) for x in (real, made))
+    channels = real.shape[2]
+    shown = [0, 1, 2] if channels >= 3 else [0, 0, 0]
+    low, high = -1.0, 1.0
+    if channels != 3:
+        title += f"\nlatents: {'channels 1 to 3' if channels > 3 else 'channel 1'}"
+        low, high = (real[:, :, shown].quantile(share).item() for share in (0.01, 0.99))
+    real, made = ((x[:, :, shown] - low) / (high - low) for x in (real, made))
     return sample_grid(real, made, [names[label] for label in classes], title)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes.order import EpochOrder
+from stagewise.sampling import Velocity, model_velocity
 
 __all__ = ["FlowMatchingModule"]
 
@@ -83,6 +84,15 @@ class FlowMatchingModule(L.LightningModule):
         part = (self.global_rank, self.trainer.world_size)
         loss = self.objective(self.net, x1, labels, generator=generator, part=part)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(x1), sync_dist=True)
+
+    def velocity(self, labels: Tensor | None) -> Velocity:
+        """The velocity that the network predicts for labels, (B,); None is the null class."""
+        return model_velocity(
+            lambda xt, time: self.net(xt, time, labels).to(xt.dtype),
+            path=self.objective.path,
+            prediction=self.objective.prediction,
+            convention=self.objective.convention,
+        )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a linear warm-up."""

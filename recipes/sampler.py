@@ -19,7 +19,6 @@ from stagewise.sampling import (
     Velocity,
     guided,
     integration_range,
-    model_velocity,
     sample,
     switched,
     time_grid,
@@ -114,19 +113,13 @@ class Sampler:
         return x
 
     def _velocity(self, labels: Tensor | None) -> Velocity:
-        net, objective = self.module.net, self.module.objective
-        narrow = self.options.precision == "bf16"
+        velocity, narrow = self.module.velocity(labels), self.options.precision == "bf16"
 
-        def ask(xt: Tensor, time: Tensor) -> Tensor:
+        def ask(xt: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(xt.device.type, torch.bfloat16, enabled=narrow):
-                return net(xt, time, labels).to(xt.dtype)
+                return velocity(xt, t)
 
-        return model_velocity(
-            ask,
-            path=objective.path,
-            prediction=objective.prediction,
-            convention=objective.convention,
-        )
+        return ask
 
     def _led(self, oracle: Oracle, labels: Tensor) -> Velocity:
         asked = labels if self.classes and oracle.bank.classes else None

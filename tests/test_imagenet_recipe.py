@@ -447,3 +447,12 @@ def test_the_command_starts_the_processes_of_several_devices(tmp_path, latents):
     assert "MEMBER: 2/2" in done.stderr
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
     assert len(list((tmp_path / "bank").iterdir())) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_latents_of_few_channels_have_their_picture(tmp_path, channels):
+    path = make_latents(tmp_path / "made", 60, (channels, 32, 32), 10)
+    options = ["callbacks=plain", "ema=none", "logger=csv", "trainer.max_steps=1"]
+    sizes = [f"net.in_channels={channels}", "data.held_out=8"]
+    train(configuration(path, tmp_path / "run", *options, *sizes))
+    assert np.asarray(Image.open(tmp_path / "run/samples.png")).std() > 5

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from stagewise.memory import available_memory, format_bytes
 from stagewise.profile import Profile
+from stagewise.sampling import guidance_interval
 
 __all__ = ["Advice", "advise"]
 
@@ -162,10 +163,11 @@ def _guidance(profile: Profile) -> Advice:
         "On ImageNet 256 [0.1, 0.6] gave gFID 2.80 against 10.79 for all t (LightningDiT-B/1, "
         "VA-VAE, w = 2.5), and there the target has collapsed at about 0.10."
     )
-    if 0 < at < 0.5:
+    interval = guidance_interval(at)
+    if interval is not None:
         return Advice(
             "CFG interval",
-            f"[{at:.2f}, 0.6]",
+            "[{:.2f}, {:.1f}]".format(*interval),
             f"{known} That the interval begins where the target has collapsed is a reading of "
             "this one result, not measured elsewhere. Scan its lower end.",
             f"{_PAPER}; the reading is {_OURS}'s",

@@ -31,6 +31,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stagewise.engines.base import LOGIT_ERROR
 from stagewise.oracle import check_times
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 
@@ -277,7 +278,7 @@ def _sigma_floor(rows: Tensor, centre: Tensor) -> Tensor:
     radius = rows.detach().norm(dim=-1).amax(1)[:, None, None]
     bound = radius * (radius + centre.detach().norm(dim=-1, keepdim=True))
     bound = bound.clamp_min(torch.finfo(torch.float32).tiny)
-    return (bound * (torch.finfo(torch.float64).eps / 1e-4)).sqrt()
+    return (bound * (torch.finfo(torch.float64).eps / LOGIT_ERROR)).sqrt()
 
 
 def _check_rows(mask: Tensor | None) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
+from stagewise.timesteps.composed import shift_times
 
 __all__ = [
     "ADAPTIVE_SOLVERS",
@@ -142,9 +143,9 @@ def time_grid(
         return torch.cat([rest.new_tensor([start]), rest])
     if steps < 1:
         raise ValueError(f"Expected `steps` of at least 1, got {steps}.")
-    first, last = (t / (shift + (1 - shift) * t) for t in (start, end))
-    v = torch.linspace(first, last, steps + 1, dtype=torch.float64)
-    times = shift * v / (1 + (shift - 1) * v)
+    ends = shift_times(torch.tensor([start, end], dtype=torch.float64), 1 / shift)
+    first, last = ends.tolist()
+    times = shift_times(torch.linspace(first, last, steps + 1, dtype=torch.float64), shift)
     times[0], times[-1] = start, end
     return times
 

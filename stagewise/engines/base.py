@@ -15,7 +15,7 @@ from stagewise.bank import LatentBank
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, put
 
-__all__ = ["Engine", "Queries", "sigma_floor"]
+__all__ = ["LOGIT_ERROR", "Engine", "Queries", "sigma_floor"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,10 @@ class Engine(ABC):
         return put(some, whole, self.posterior(bank, queries.select(whole), k), len(xt))
 
 
+LOGIT_ERROR = 1e-4
+"""What rounding may move a logit by."""
+
+
 def sigma_floor(bank: LatentBank) -> float:
     """The noise level at which rounding moves a logit by 1e-4: about 1.5e-6 x the norm of a row.
 
@@ -157,4 +161,4 @@ def sigma_floor(bank: LatentBank) -> float:
     """
     eps = torch.finfo(torch.float64).eps
     product = max(bank.radius * bank.max_norm, torch.finfo(torch.float32).tiny)
-    return math.sqrt(product * eps / 1e-4)
+    return math.sqrt(product * eps / LOGIT_ERROR)

@@ -10,7 +10,7 @@ from torch import Tensor
 from stagewise.timesteps.base import TimestepSampler, Uniform
 from stagewise.timesteps.families import bisect
 
-__all__ = ["Shifted", "StageAware", "WithFloor"]
+__all__ = ["Shifted", "StageAware", "WithFloor", "shift_times"]
 
 
 class _Around(TimestepSampler):
@@ -73,21 +73,21 @@ class Shifted(_Around):
 
     def quantile(self, u: Tensor) -> Tensor:
         """See `TimestepSampler`."""
-        return _shift(self.sampler.quantile(u), self.shift)
+        return shift_times(self.sampler.quantile(u), self.shift)
 
     def place(self, u: Tensor) -> Tensor:
         """See `TimestepSampler`."""
-        return _shift(self.sampler.place(u), self.shift)
+        return shift_times(self.sampler.place(u), self.shift)
 
     def density(self, t: Tensor) -> Tensor:
         """See `TimestepSampler`."""
-        before = _shift(t, 1 / self.shift).clamp(0, 1)
+        before = shift_times(t, 1 / self.shift).clamp(0, 1)
         slope = self.shift / (self.shift - (self.shift - 1) * t) ** 2
         return self.sampler.density(before) * slope * Uniform().density(t)
 
     def update(self, t: Tensor, loss: Tensor) -> None:
         """See `TimestepSampler`."""
-        self.sampler.update(_shift(t, 1 / self.shift), loss)
+        self.sampler.update(shift_times(t, 1 / self.shift), loss)
 
 
 class WithFloor(_Around):
@@ -186,5 +186,6 @@ class StageAware(TimestepSampler):
         return self.boundary
 
 
-def _shift(t: Tensor, shift: float) -> Tensor:
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """`s t / (1 + (s - 1) t)`; its inverse is that of `1 / s`."""
     return shift * t / (1 + (shift - 1) * t)

@@ -33,10 +33,12 @@ def class_wise(options: Options) -> Report:
     names = list(range(classes))
     vector = torch.randn(DIM, generator=generator)
     flat = banks[torch.float32].rows.flatten()
+    blocks, weights = flat.view(classes, ROWS, DIM), torch.rand(classes, 1, ROWS)
     reads = {
         "read: sum": lambda: flat.sum(),
         "read: dot product": lambda: torch.dot(flat, flat),
         "read: rows x vector": lambda: torch.mv(banks[torch.float32].rows, vector),
+        "read: weights x rows": lambda: torch.bmm(weights, blocks),
     }
     rows = [Row(name, run) for name, run in reads.items()]
     kinds: dict[str, torch.dtype] = {}

@@ -162,6 +162,7 @@ def coarse_to_fine(report: Report, bank: Any, exact: Any, runs: int) -> None:
             }
         )
     report.plain(f"{coarse!r}, {POOL} queries, half t~U(0, 1), half t~U(0, 0.2)", lines)
+    needed_at_best(report, exact, xt, t, few, sent)
     report.target("estimated tail mass, ESS < 100, kept", lines[0][_EST], TAIL)
     report.target("true tail mass, ESS < 100, kept", lines[0][_TRUE], TAIL)
 
@@ -185,6 +186,30 @@ def coarse_to_fine(report: Report, bank: Any, exact: Any, runs: int) -> None:
         if name in results:
             reached = ratio(results[name], "Exact()", repr(coarse))
             report.target(f"Exact() / Coarse(), {name}", reached, 8, most=False)
+
+
+def needed_at_best(
+    report: Report, exact: Any, xt: Tensor, t: Tensor, few: Tensor, sent: Tensor
+) -> None:
+    """How many rows a search would have to read that made no mistake at all."""
+    lines = []
+    for name, some in (("kept", few & ~sent), ("sent on", few & sent)):
+        at = some.nonzero()[:, 0][:QUERIES]
+        if not len(at):
+            continue
+        eighth = len(exact.bank) // 8
+        weights = exact.posterior(xt[at], t[at], k=eighth).weights
+        count = (weights.cumsum(1) < 1 - TAIL).sum(1) + 1
+        lines.append(
+            {
+                f"ESS < {FEW_ROWS}": name,
+                "count": len(at),
+                f"rows with {1 - TAIL:.1%} of the posterior: median": int(count.median()),
+                "most": int(count.max()),
+                "more than an eighth of all": int((count > eighth).sum()),
+            }
+        )
+    report.plain("what a perfect search would have to read", lines)
 
 
 _EST, _TRUE = "estimated tail of those kept", "true tail of those kept"

@@ -3,7 +3,8 @@
 `make bench-schemes` runs it: one training run after another, each for a data set, a scheme, a
 horizon with a learning-rate schedule of its own, and a seed. A finished run is a file in `--dir`
 and is not run again: the command may be stopped and started again, and started twice at once.
-`--report` writes docs/results.md and its pictures from the files that are there.
+`--report` adds the files to docs/results.jsonl, and writes docs/results.md and its pictures from
+what is there. Runs of that file are not run again either, unless it is removed.
 
 Plain training comes first, with a range of learning rates; the one whose held-out loss is lowest at
 the short horizon serves all schemes, so that nothing is won against a badly tuned baseline. If it
@@ -30,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from schemes_data import Data, data_set, held_out_loss, of_samples, shuffled
+from report import meta
+from schemes_data import Data, data_set, held_out_loss, loss_by_time, of_samples, shuffled
+from schemes_records import pack, unpack
 from torch import nn
 
 from stagewise import (
@@ -61,13 +64,16 @@ class Plan:
     Attributes:
         horizons: Steps of a training; the learning rate is chosen at the first of them.
         rates: Learning rates that are tried.
-        evaluations: How often the held-out loss is taken; samples are made every second time.
+        evaluations: How often the held-out loss is taken; samples are made every second time, and
+            at the end.
+        interval: Fewest steps between two evaluations.
         sampling_steps: Of the midpoint rule.
     """
 
     horizons: tuple[int, ...] = (1000, 3000)
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     evaluations: int = 20
+    interval: int = 1
     sampling_steps: int = 25
 
 
@@ -75,7 +81,7 @@ class Plan:
 PLANS = {
     "photos8": Plan(),
     "digits": Plan(),
-    "photos16": Plan((500, 250), (3e-4, 1e-3, 3e-3, 1e-2), evaluations=10, sampling_steps=10),
+    "photos16": Plan((500, 250), (1e-3, 3e-3, 1e-2, 3e-2), 10, 50, sampling_steps=10),
 }
 DEFAULT = "default"
 
@@ -154,7 +160,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     curve, seconds = [], 0.0
     plan = PLANS.get(part.data, Plan())
-    every = part.horizon // plan.evaluations
+    every = max(part.horizon // plan.evaluations, plan.interval)
     batches = shuffled(*data.train, batch, seed=part.seed)
     for step in range(1, part.horizon + 1):
         start = time.process_time()
@@ -169,10 +175,11 @@ def train(
         seconds += time.process_time() - start
         if step % every == 0:
             point = {"step": step, "seconds": seconds, "loss": held_out_loss(net, data)}
-            if step % (2 * every) == 0:
+            if (part.horizon - step) % (2 * every) == 0:
                 point |= of_samples(net, data, plan.sampling_steps, count=SAMPLES)
             curve.append(point)
     about = {"boundary": boundary, "threads": torch.get_num_threads(), "clock": "processor"}
+    about |= {"cpu": meta()["cpu"], "by_time": loss_by_time(net, data)}
     return {**vars(part), **about, "curve": curve}, net
 
 
@@ -238,7 +245,9 @@ def run(folder: Path, part: Part, made: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dir", type=Path, default=Path("build/schemes"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="of --report")
+    parser.add_argument(
+        "--docs", type=Path, default=Path("docs"), help="where the results are kept"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing, write what there is")
     parser.add_argument("--data", default="photos8,digits,photos16", help="which, by commas")
     parser.add_argument("--seeds", type=int, default=3)
@@ -246,14 +255,18 @@ def main() -> None:
     parser.add_argument("--only", help="schemes, by ';' (default all)")
     parser.add_argument("--threads", type=int, help="of torch, for each process")
     arguments = parser.parse_args()
+    archive = arguments.docs / "results.jsonl"
+    arguments.dir.mkdir(parents=True, exist_ok=True)
+    unpack(archive, arguments.dir)
     if arguments.report:
         import schemes_report
 
+        arguments.docs.mkdir(parents=True, exist_ok=True)
+        pack(arguments.dir, archive)
         schemes_report.write(arguments.dir, arguments.docs)
         return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    arguments.dir.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {}
     for name in arguments.data.split(","):
         short, *_ = own = PLANS[name].horizons

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -16,15 +17,21 @@ from stagewise.losses import FlowMatchingLoss
 from stagewise.sampling import sample
 
 __all__ = [
+    "EDGES",
     "Data",
     "Perceptron",
     "data_set",
     "energy_distance",
     "frechet_distance",
     "held_out_loss",
+    "in_parts",
+    "loss_by_time",
     "of_samples",
     "shuffled",
 ]
+
+EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Between which the held-out loss is taken by t."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,16 @@ def shuffled(x: Tensor, y: Tensor, batch: int, seed: int) -> Iterator[tuple[Tens
                 yield find_sample((x[at], y[at]))  # type: ignore[misc]
 
 
+def in_parts(net: nn.Module, size: int = 128) -> Callable[..., Tensor]:
+    """The network, given so many samples at a time that what it computes stays in the cache."""
+
+    def run(*values: Tensor) -> Tensor:
+        parts = zip(*(value.split(size) for value in values), strict=True)
+        return torch.cat([net(*part) for part in parts])
+
+    return run
+
+
 @torch.no_grad()
 def held_out_loss(net: nn.Module, data: Data) -> float:
     """Conditional flow-matching loss on held-out samples, four fixed (t, x_0) for each."""
@@ -102,9 +119,26 @@ def held_out_loss(net: nn.Module, data: Data) -> float:
     objective = FlowMatchingLoss(timesteps=Uniform(stratified=True)).eval()
     x, y = data.held_out
     generator = torch.Generator().manual_seed(1)
-    losses = [float(objective(net, x, y, generator=generator)) for _ in range(4)]
+    losses = [float(objective(in_parts(net), x, y, generator=generator)) for _ in range(4)]
     net.train()
     return statistics.fmean(losses)
+
+
+@torch.no_grad()
+def loss_by_time(net: nn.Module, data: Data, draws: int = 2) -> list[float]:
+    """The same in each of the intervals between `EDGES`, `draws` fixed (t, x_0) for each."""
+    net.eval()
+    objective, generator = FlowMatchingLoss().eval(), torch.Generator().manual_seed(3)
+    x, y = data.held_out
+    means = []
+    for low, high in itertools.pairwise(EDGES):
+        losses = []
+        for _ in range(draws):
+            t = low + (high - low) * torch.rand(len(x), generator=generator)
+            losses.append(float(objective(in_parts(net), x, y, t=t, generator=generator)))
+        means.append(statistics.fmean(losses))
+    net.train()
+    return means
 
 
 @torch.no_grad()
@@ -117,7 +151,8 @@ def of_samples(
     generator = torch.Generator().manual_seed(seed)
     x0 = torch.randn(count, *x.shape[1:], generator=generator)
     labels = torch.arange(count) % data.classes
-    made = sample(lambda xt, t: net(xt, t, labels), x0, method="midpoint", steps=steps).flatten(1)
+    run = in_parts(net)
+    made = sample(lambda xt, t: run(xt, t, labels), x0, method="midpoint", steps=steps).flatten(1)
     net.train()
     real = data.held_out[0].flatten(1)
     if not made.isfinite().all():  # training has diverged

@@ -5,6 +5,7 @@ Sentences are chosen by the numbers: a rerun that finds otherwise says otherwise
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ from typing import Any
 
 import numpy as np
 from schemes import BATCH, DEFAULT
+from schemes_data import EDGES
 from schemes_report import AIMS, METRICS, Run, Runs, curves, share, share_cell, table
-from schemes_why import EDGES, LARGE, NAME
+from schemes_why import LARGE
 
-__all__ = ["aims", "load_floors", "load_why", "why"]
+__all__ = ["aims", "by_time", "load_floors", "load_why", "why"]
 
 SAMPLED = ("energy", "frechet")
 Why = dict[tuple[str, int], list[Run]]
@@ -28,12 +30,13 @@ def load_floors(folder: Path) -> dict[str, list[dict[str, float]]]:
     return {f.stem.removeprefix("why-rows-"): json.loads(f.read_text())["draws"] for f in files}
 
 
-def load_why(folder: Path) -> Why:
-    """Runs of the experiments by scheme and batch, in the order of their seeds."""
-    found: Why = {}
-    for file in sorted(folder.glob("why-*-*-*.json")):
+def load_why(folder: Path) -> dict[str, Why]:
+    """Runs of the experiments by data set, then by scheme and batch, in order of their seeds."""
+    found: dict[str, Why] = {}
+    for file in sorted(folder.glob("why-*-*-*-*.json")):
         run = json.loads(file.read_text())
-        found.setdefault((run["scheme"].split(",")[0], run["batch"]), []).append(run)
+        key = (run["scheme"].split(",")[0], run["batch"])
+        found.setdefault(run["data"], {}).setdefault(key, []).append(run)
     return found
 
 
@@ -94,36 +97,43 @@ def why(found: Why, floor: Sequence[dict[str, float]] | None) -> list[str]:
     plain, oracle = found.get(("plain", BATCH)), found.get(("oracle", BATCH))
     if not plain or not oracle:
         return []
-    horizon = plain[0]["horizon"]
+    name, horizon = plain[0]["data"], plain[0]["horizon"]
     return [
-        f"## Why the aims are missed: experiments on {NAME}, {horizon} steps",
+        f"## Why the aims are missed: experiments on {name}, {horizon} steps",
         "",
-        "They ran on these data and this horizon only. Oracle: targets at all t.",
+        "They ran at this horizon only. Oracle: targets at all t.",
         "",
-        *_by_time(plain, oracle),
         *_by_batch(found),
         *_noise(plain, oracle, floor),
     ]
 
 
-def _by_time(plain: list[Run], oracle: list[Run]) -> list[str]:
-    a, b = (np.array([run["by_time"] for run in runs]).mean(0) for runs in (plain, oracle))
-    pairs = list(zip(EDGES, EDGES[1:], strict=False))
-    head = ["held-out loss", *(f"t {low:g} to {high:g}" for low, high in pairs)]
-    gain = a - b
-    rows = [
-        ["plain", *(f"{v:.4f}" for v in a)],
-        ["oracle", *(f"{v:.4f}" for v in b)],
-        ["gain", *(f"{g / v:.1%}" for g, v in zip(gain, a, strict=True))],
-    ]
-    boundary = plain[0]["boundary"]
-    early = gain[np.array(EDGES[1:]) <= boundary].sum() / gain.sum() if gain.sum() > 0 else math.nan
+def by_time(runs: Runs) -> list[str]:
+    """Held-out loss by t of plain training and of those that have the oracle at all t."""
+    names = [name for name in ("plain", "oracle, all t", DEFAULT) if name in runs]
+    own = {n: np.array([run["by_time"] for run in runs[n] if "by_time" in run]) for n in names}
+    means = {name: values.mean(0) for name, values in own.items() if len(values)}
+    if "plain" not in means or len(means) < 2:
+        return []
+    plain, boundary = means.pop("plain"), runs["plain"][0]["boundary"]
+    before = np.array(EDGES[1:]) <= boundary
+    rows, notes = [["plain", *(f"{v:.4f}" for v in plain)]], []
+    for name, values in means.items():
+        gain, change = plain - values, values / plain - 1
+        rows.append([name, *(f"{v:.4f} ({g:+.1%})" for v, g in zip(values, change, strict=True))])
+        if before.any() and gain.sum() > 0:
+            notes.append(f"{gain[before].sum() / gain.sum():.0%} for {name}")
+    head = [f"t {low:g} to {high:g}" for low, high in itertools.pairwise(EDGES)]
     return [
-        f"**Where is the gain?** The boundary is t = {boundary:.3f}; targets hardly differ "
-        "after it. Loss at the end, in quarters of t:",
+        f"Where the gain is: targets hardly differ after the boundary, t = {boundary:.3f}. "
+        "Held-out loss at the end, in quarters of t:",
         "",
-        *table(head, rows),
-        f"Of the whole gain {early:.0%} is in the quarters that end before the boundary.",
+        *table(["scheme", *head], rows),
+        *(
+            [f"Of the whole gain in the quarters that end before it: {', '.join(notes)}."]
+            if notes
+            else []
+        ),
         "",
     ]
 

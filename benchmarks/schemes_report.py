@@ -8,6 +8,7 @@ passes its last value early, and a scheme has gained only what it has beyond tha
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import meta
+import torch
 from schemes import DEFAULT, NAMES, PLANS
 
 METRICS = {"loss": "held-out loss", "energy": "energy distance", "frechet": "Frechet distance"}
@@ -236,7 +237,7 @@ def shorter(name: str, horizon: int, found: dict[tuple[str, int], Runs]) -> list
 def write(folder: Path, docs: Path) -> None:
     """Writes docs/results.md and its pictures."""
     from schemes_figures import draw_curves, draw_steps, draw_variance
-    from schemes_reasons import aims, load_floors, load_why, why
+    from schemes_reasons import aims, by_time, load_floors, load_why, why
     from schemes_variance import table as of_variance
 
     images = docs / "images"
@@ -258,7 +259,7 @@ def write(folder: Path, docs: Path) -> None:
         lines += [f"## {ABOUT[name]}: {horizon} steps", ""]
         lines += setting(name, own, rates([r for r in runs if r["data"] == name], name))
         lines += [*ends(horizon, own), *twins(own), *shares(own)]
-        lines += aims(own, floors.get(name))
+        lines += [*aims(own, floors.get(name)), *by_time(own)]
         lines += shorter(name, horizon, found)
         lines += [f"![Curves, {name}, {horizon} steps](images/curves_{name}_{horizon}.png)", ""]
     for name in dict.fromkeys(key[0] for key in compared):
@@ -267,9 +268,9 @@ def write(folder: Path, docs: Path) -> None:
         for metric, title in METRICS.items():
             draw_steps(images, name, metric, panels)
             lines += [f"![{title}, {name}](images/steps_{name}_{metric}.png)", ""]
-    reasons = why(load_why(folder), floors.get("photos8"))
-    lines += reasons
-    missing += [] if reasons else ["experiments on why aims are missed"]
+    reasons = [why(runs, floors.get(name)) for name, runs in load_why(folder).items()]
+    lines += itertools.chain.from_iterable(reasons)
+    missing += [] if any(reasons) else ["experiments on why aims are missed"]
     variance = folder / "variance.json"
     if variance.exists():
         made = json.loads(variance.read_text())
@@ -277,7 +278,8 @@ def write(folder: Path, docs: Path) -> None:
         lines += [*of_variance(made), "![Variance by t](images/variance_by_t.png)", ""]
     else:
         missing.append("variance by t")
-    about = ", ".join(f"{key} {value}" for key, value in meta().items() if key != "threads")
+    machines = sorted({run["cpu"] for run in runs if "cpu" in run})
+    about = f"torch {torch.__version__}, {' and '.join(machines) or 'unknown processor'}"
     text = [
         "# What schemes gain",
         "",

@@ -1,8 +1,7 @@
 """Why schemes gain what they gain, in parts that resume: `make bench-schemes` runs it.
 
-Four questions, on the 8 x 8 photographs at the shorter horizon:
+Three questions, at the horizon where the learning rate was chosen:
 
-- **Is the gain where the targets differ?** Held-out loss of plain and oracle targets by t.
 - **How much could less noise give at best?** A batch four times as large divides the variance of
   the gradient, from whatever source, by four; targets are one source of several.
 - **Is there any of that left for the oracle?** The same batch with oracle targets.
@@ -23,30 +22,11 @@ from schemes_data import Data, data_set, energy_distance, frechet_distance, of_s
 from torch import Tensor, nn
 
 from stagewise import LatentBank, Oracle
-from stagewise.losses import FlowMatchingLoss
 
-__all__ = ["EDGES", "LARGE", "NAME", "main"]
+__all__ = ["LARGE", "main"]
 
-NAME, LARGE = "photos8", 512
+LARGE = 512
 DRAWS = 5
-EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-@torch.no_grad()
-def loss_by_time(net: nn.Module, data: Data) -> list[float]:
-    """Held-out loss in each of four quarters of t, 16 fixed (t, x_0) for each sample."""
-    net.eval()
-    objective, generator = FlowMatchingLoss().eval(), torch.Generator().manual_seed(3)
-    x, y = data.held_out
-    means = []
-    for low, high in zip(EDGES, EDGES[1:], strict=False):
-        total = 0.0
-        for _ in range(4):
-            t = low + (high - low) * torch.rand(len(x), generator=generator)
-            total += float(objective(net, x, y, t=t, generator=generator))
-        means.append(total / 4)
-    net.train()
-    return means
 
 
 def distances(made: Tensor, real: Tensor) -> dict[str, float]:
@@ -55,9 +35,9 @@ def distances(made: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def look(net: nn.Module, data: Data, steps: int) -> dict[str, Any]:
-    """Loss by t, and the distances of several draws of samples."""
+    """The distances of several draws of samples."""
     draws = [of_samples(net, data, steps, count=SAMPLES, seed=2 + draw) for draw in range(DRAWS)]
-    return {"by_time": loss_by_time(net, data), "draws": draws}
+    return {"draws": draws}
 
 
 def rows(data: Data) -> list[dict[str, float]]:
@@ -71,17 +51,18 @@ def rows(data: Data) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dir", type=Path, default=Path("build/schemes"))
+    parser.add_argument("--data", default="photos8", choices=list(schemes.PLANS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of torch")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    plan = schemes.PLANS[NAME]
+    of, plan = arguments.data, schemes.PLANS[arguments.data]
     horizon = plan.horizons[0]
-    lr = schemes.best_rate(arguments.dir, NAME, horizon)
+    lr = schemes.best_rate(arguments.dir, of, horizon)
     if lr is None:
         raise SystemExit("Run benchmarks/schemes.py first: the learning rate is chosen there.")
-    data = data_set(NAME)
+    data = data_set(of)
     oracle = Oracle(LatentBank(*data.train))
     boundary = schemes.boundary_of(oracle)
     for name in schemes.PLANS:
@@ -94,14 +75,14 @@ def main() -> None:
             ("plain", LARGE),
             ("oracle, all t", LARGE),
         ):
-            part = Part(NAME, scheme, horizon, lr, seed)
+            part = Part(of, scheme, horizon, lr, seed)
 
             def run(part: Part = part, batch: int = batch) -> dict[str, Any]:
                 result, net = schemes.train(part, data, oracle, boundary, batch)
                 return {**result, "batch": batch, **look(net, data, plan.sampling_steps)}
 
             name = scheme.split(",")[0]
-            schemes.write_once(arguments.dir / f"why-{name}-{batch}-{seed}.json", run)
+            schemes.write_once(arguments.dir / f"why-{of}-{name}-{batch}-{seed}.json", run)
 
 
 if __name__ == "__main__":

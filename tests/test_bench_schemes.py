@@ -95,6 +95,27 @@ def test_each_part_is_run_once(bench, parts, tmp_path, monkeypatch):
     assert bench.best_rate(tmp_path, "digits", 20) is None  # other rates have not been tried
 
 
+def test_records_are_kept_in_one_file_and_taken_from_it(bench, tmp_path):
+    records = importlib.import_module("schemes_records")
+    archive = tmp_path / "results.jsonl"
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, value in ((here, 1.23456789), (there, 2.0)):
+        folder.mkdir()
+        (folder / "both.json").write_text(json.dumps({"lr": value}))
+    (here / "one.json").write_text(json.dumps({"curve": [{"loss": math.nan, "step": 10**7}]}))
+    (here / "two.running").touch()
+    records.pack(here, archive)
+    assert records.unpack(archive, there) == 1
+    assert json.loads((there / "both.json").read_text()) == {"lr": 2.0}  # its own is kept
+    point = json.loads((there / "one.json").read_text())["curve"][0]
+    assert math.isnan(point["loss"])
+    assert point["step"] == 10**7
+    records.pack(there, archive)
+    lines = [json.loads(line) for line in archive.read_text().splitlines()]
+    assert [line["file"] for line in lines] == ["both.json", "one.json"]
+    assert lines[0]["record"] == {"lr": 2.0}
+
+
 @pytest.mark.slow
 def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
     def write(scheme, seed, lr, half, floor=0.0, horizon=1000):
@@ -107,6 +128,7 @@ def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
         ]
         part = bench.Part("digits", scheme, horizon, lr, seed)
         record = {**vars(part), "boundary": 0.3, "curve": curve}
+        record["by_time"] = [0.4, 0.3, 0.2, half / 1000]
         (tmp_path / part.file).write_text(json.dumps(record))
 
     rates = bench.PLANS["digits"].rates
@@ -126,10 +148,11 @@ def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
     for scheme, batch, half in (("plain", 128, 1000), ("oracle, all t", 128, 900)):
         write(scheme, 9, best, half)
         made = tmp_path / bench.Part("digits", scheme, 1000, best, 9).file
-        more = {"batch": batch, "by_time": [0.4, 0.3, 0.2, half / 1000], "draws": draws}
+        more = {"batch": batch, "draws": draws}
         record = json.loads(made.read_text()) | more
         made.unlink()
-        (tmp_path / f"why-{scheme.split(',')[0]}-{batch}-0.json").write_text(json.dumps(record))
+        why = f"why-digits-{scheme.split(',')[0]}-{batch}-0.json"
+        (tmp_path / why).write_text(json.dumps(record))
     command = [sys.executable, str(ROOT / "benchmarks/schemes.py"), "--report"]
     command += ["--dir", str(tmp_path), "--docs", str(tmp_path / "docs")]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
@@ -146,9 +169,12 @@ def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
     assert "| energy distance | 0.6 | 0.65 [0.65, 0.65] | missed |" in text
     assert "| default | 2 | 600 (0.60) | 0.500 [0.500, 0.500] |" in text
     assert "- energy distance: plain training ends at what training rows themselves score" in text
-    assert "| gain | 0.0% | 0.0% | 0.0% | 10.0% |" in text
+    assert "| 0.3000 (+0.0%) | 0.2000 (+0.0%) | 0.4000 (-60.0%) |" in text
+    assert "before it: 0% for oracle, all t" in text
     assert "| oracle, batch 128 | 1 | 0.4444 | 0.90 [0.90, 0.90] |" in text
     assert "**Not run:** Photographs, 8 x 8 x 3" in text
     assert "variance by t" in text
+    kept = (tmp_path / "docs/results.jsonl").read_text().splitlines()
+    assert len(kept) == len(list(tmp_path.glob("*.json")))
     for picture in ("curves_digits_1000", "steps_digits_loss", "steps_digits_frechet"):
         assert (tmp_path / f"docs/images/{picture}.png").stat().st_size > 5000

@@ -36,6 +36,12 @@ _GATHER = {"cpu": 2**19}
 _WORTHWHILE = 50
 """Up to so many times as many rows a product with all costs less than to pick those of a table."""
 
+_PAIRS = 2**16
+"""Numbers of a few gathered rows held at a time on a CPU."""
+
+_NOTHING = -42.0
+"""A log-weight this far below the largest adds less to anything than rounding does."""
+
 _UNDERFLOW, _LEAST = -80.0, 1e-18
 """Log-weights below it count as it; weights below it count as it in the sum of their squares."""
 
@@ -204,19 +210,45 @@ class Scan:
         """Some log-weights from differences in float64.
 
         Args:
-            columns: Which, (B, n), as columns of `logits`.
+            columns: Which, (B, n), as columns of `logits`, the largest logit first.
 
         Returns:
-            `l_i`, (B, n).
+            `l_i`, (B, n). Where to choose rows is cheap, on a CPU, those whose weight is below
+            1e-18 of the first one's whatever the errors are come from `logits` instead.
         """
         rows, path = self.rows(columns), self.queries.path
         goal = path.alpha[:, None] * self.bank.offset.to(columns.device) - self.queries.xt
+        if columns.device.type == "cpu":
+            return self._few_differences(columns, rows, goal)
         logits = torch.empty_like(columns, dtype=goal.dtype)
         for part, stored in self._rows_in_blocks(rows):
             gap = stored.double().mul_(path.alpha[part, None, None]).add_(goal[part, None])
             distance = torch.linalg.vector_norm(gap, dim=2)
             logits[part] = -(distance / path.sigma[part, None]).square() / 2
         return logits.masked_fill_(rows < 0, _NONE)
+
+    def _few_differences(self, columns: Tensor, rows: Tensor, goal: Tensor) -> Tensor:
+        """The same for `rows` that matter, which differ in number."""
+        path, stored = self.queries.path, self.bank.rows
+        below = self.logits.gather(1, columns).double()
+        wrong = 32 * self.noise(columns[:, :1], below[:, 0])
+        below = below - below[:, :1]
+        far = (below < _NOTHING - wrong[:, None]) | (rows < 0)
+        far[:, 0] = False
+        query, place = (~far).nonzero(as_tuple=True)
+        chosen, lengths = rows[query, place].clamp_min(0), goal.new_empty(len(query))
+        step = max(1, _PAIRS // self.bank.dim)
+        for first in range(0, len(query), step):
+            part = slice(first, first + step)
+            own = query[part]
+            gap = stored[chosen[part].to(stored.device)].to(goal.device).double()
+            gap.mul_(path.alpha[own, None]).add_(goal[own])
+            lengths[part] = torch.linalg.vector_norm(gap, dim=1)
+        logits = torch.full_like(below, _NONE)
+        logits[query, place] = -(lengths / path.sigma[query]).square() / 2
+        logits.masked_fill_(rows < 0, _NONE)
+        # What is far from the first row is as far from the largest of those that are right.
+        return torch.where(far & (rows >= 0), logits.amax(1, keepdim=True) + below, logits)
 
     def noise(self, columns: Tensor, logits: Tensor) -> Tensor:
         """Standard deviation of the error of a logit.

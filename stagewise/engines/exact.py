@@ -167,10 +167,7 @@ class Exact(Engine):
         if narrow:
             index = positions(scan.queries, narrow)
             leading, lead = found.leading[index], found.lead[index]
-            if lead.device.type == "cpu":  # elsewhere to know it would take a sync
-                most = int((lead > _DUST).sum(1).max())
-                lead, order = lead.topk(max(1, most), dim=1)
-                leading = leading.gather(1, order)
+            lead = torch.threshold(lead, _DUST, 0)
             mean[index] = scan.moment(leading, lead, narrow)
         if tails:
             mean[positions(scan.queries, tails)] += scan.product(found.rest, tails)

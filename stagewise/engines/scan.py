@@ -36,8 +36,9 @@ _GATHER = {"cpu": 2**19}
 _WORTHWHILE = 50
 """Up to so many times as many rows a product with all costs less than to pick those of a table."""
 
-_PAIRS = 2**16
-"""Numbers of a few gathered rows held at a time on a CPU."""
+_PAIRS, _SPARSE = 2**16, 3
+"""Numbers of single rows held at a time on a CPU; and of how many weights one is not 0, if it is
+better to take the rows one by one."""
 
 _NOTHING = -42.0
 """A log-weight this far below the largest adds less to anything than rounding does."""
@@ -111,9 +112,9 @@ class Scan:
         alpha, sigma = path.alpha[:, None], path.sigma[:, None]
         centre = bank.centre.to(xt.device)
         shift = centre - bank.offset.to(xt.device)
-        y = xt - alpha * centre
+        y = torch.addcmul(xt, alpha, centre, value=-1)
         length = torch.linalg.vector_norm(y, dim=1)
-        query = y * (alpha / sigma**2)
+        query = y.mul_(alpha / sigma**2)
         half_snr = (path.alpha / path.sigma) ** 2 / 2
         # Norms count from their mean, which keeps digits where they are nearly the same.
         norm = bank.mean_sq_norm.to(xt.device)
@@ -176,6 +177,14 @@ class Scan:
             rows = self.bank.rows[there.flatten().to(self.bank.device)]
             yield part, rows.to(table.device).unflatten(0, there.shape)
 
+    def _rows_one_by_one(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Stored rows (n,), as (m, D) in float64, as many at a time as stay in a CPU's cache."""
+        step = max(1, _PAIRS // self.bank.dim)
+        for first in range(0, len(rows), step):
+            part = slice(first, first + step)
+            stored = self.bank.rows[rows[part].to(self.bank.device)]
+            yield part, stored.to(rows.device).double()
+
     def select(self, at: Sequence[int]) -> Scan:
         """The scan of some of the queries."""
         index = positions(self.queries, at)
@@ -229,20 +238,17 @@ class Scan:
 
     def _few_differences(self, columns: Tensor, rows: Tensor, goal: Tensor) -> Tensor:
         """The same for `rows` that matter, which differ in number."""
-        path, stored = self.queries.path, self.bank.rows
+        path = self.queries.path
         below = self.logits.gather(1, columns).double()
         wrong = 32 * self.noise(columns[:, :1], below[:, 0])
         below = below - below[:, :1]
         far = (below < _NOTHING - wrong[:, None]) | (rows < 0)
         far[:, 0] = False
         query, place = (~far).nonzero(as_tuple=True)
-        chosen, lengths = rows[query, place].clamp_min(0), goal.new_empty(len(query))
-        step = max(1, _PAIRS // self.bank.dim)
-        for first in range(0, len(query), step):
-            part = slice(first, first + step)
+        lengths = goal.new_empty(len(query))
+        for part, stored in self._rows_one_by_one(rows[query, place].clamp_min(0)):
             own = query[part]
-            gap = stored[chosen[part].to(stored.device)].to(goal.device).double()
-            gap.mul_(path.alpha[own, None]).add_(goal[own])
+            gap = stored.mul_(path.alpha[own, None]).add_(goal[own])
             lengths[part] = torch.linalg.vector_norm(gap, dim=1)
         logits = torch.full_like(below, _NONE)
         logits[query, place] = -(lengths / path.sigma[query]).square() / 2
@@ -289,6 +295,13 @@ class Scan:
             return total + embedding_bag(
                 table.clamp_min(0), stored, mode="sum", per_sample_weights=weights
             )
+        if weights.device.type == "cpu":  # elsewhere to know where weights are 0 would take a sync
+            query, place = weights.nonzero(as_tuple=True)
+            if _SPARSE * len(query) < weights.numel():
+                for part, rows in self._rows_one_by_one(table[query, place].clamp_min(0)):
+                    own = query[part]
+                    total.index_add_(0, own, rows.mul_(weights[own, place[part], None]))
+                return total
         for part, rows in self._rows_in_blocks(table):
             total[part] += torch.einsum("bn,bnd->bd", weights[part], rows.to(weights.dtype))
         return total

@@ -192,6 +192,10 @@ class RowStore:
         """
         return stream(self.rows, segment, size, device, dtype, self._file)
 
+    def fetched(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `chunks` has to move, convert or read rows, so that each pass over them costs."""
+        return self.rows.device != device or self.dtype != dtype or self._file is not None
+
     @property
     def fingerprint(self) -> str:
         """A name for what the bank holds: 32 hexadecimal digits.

@@ -21,6 +21,7 @@ from stagewise import LatentBank, LinearPath, Oracle
 from stagewise.engines import Engine, Exact, Nearest, Queries
 from stagewise.engines.faiss import Faiss
 from stagewise.engines.neighbours import Neighbours, random_rows, reach, stand
+from stagewise.engines.scan import FEW, Scan
 from stagewise.engines.torch_cluster import TorchCluster
 from stagewise.paths import PathCoefficients
 
@@ -636,3 +637,29 @@ def test_a_coarse_tolerance_is_kept(kind, dim, class_wise):
     length = (want.mean - bank.centre).norm(dim=1)
     assert (off <= 1e-3 * length + 1e-6 * bank.max_norm).all()
     assert post.tail_mass.max() == 0
+
+
+def test_only_rows_that_can_matter_are_read_again(monkeypatch):
+    """And those that are left out are far below, with a near duplicate of the source at hand."""
+    read = []
+    rows_one_by_one = Scan._rows_one_by_one
+
+    def counted(scan, rows):
+        read.append(len(rows))
+        return rows_one_by_one(scan, rows)
+
+    monkeypatch.setattr(Scan, "_rows_one_by_one", counted)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(200, 256, generator=generator)
+    x[1] = x[0] + 1e-4 * torch.randn(256, generator=generator)
+    t = torch.tensor([0.5, 0.5, 0.01])
+    x0 = torch.randn(3, 256, generator=generator)
+    xt = LinearPath().interpolate(x0, x[[0, 7, 9]], t)
+    bank = LatentBank(x)
+    post = Oracle(bank, engine=Exact()).posterior(xt, t, k=4)
+    exact = Oracle(bank, engine=Exact("float64")).posterior(xt, t, k=4)
+    assert read[0] == 2 + 1 + FEW  # the twins, one row, and all that lead in navigation
+    torch.testing.assert_close(post.mean, exact.mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(post.weights, exact.weights, rtol=1e-6, atol=1e-9)
+    assert set(post.rows[0, :2].tolist()) == {0, 1}
+    assert 0.4 < post.weights[0, 1] < 0.5

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stagewise import products
 from stagewise.products import (
     averages,
     full_precision,
@@ -62,6 +63,20 @@ def test_averages(dtype):
     assert got.dtype == wide
     tolerance = {torch.float64: 1e-15, torch.float32: 1e-6}.get(dtype, 2e-5)
     assert ((got.double() - expected).norm(dim=1) / expected.norm(dim=1)).max() <= tolerance
+
+
+@pytest.mark.parametrize("turned", [None, 1, 64], ids=["plain", "turned", "mixed"])
+@pytest.mark.parametrize("queries", [1, 5, 70])
+def test_float32_products_whichever_factor_is_on_the_left(turned, queries, monkeypatch):
+    monkeypatch.setattr(products, "_TURNED", turned)
+    monkeypatch.setattr(products, "_CHUNK", 37)
+    query, rows = make(100, 48, queries, torch.float32)
+    got = scores(query, rows)
+    assert got.is_contiguous()
+    assert (got - query @ rows.double().T).abs().max() <= 1e-5
+    weights = torch.rand(queries, 100, generator=torch.Generator().manual_seed(1))
+    got = averages(weights, rows)
+    assert (got - weights.double() @ rows.double()).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

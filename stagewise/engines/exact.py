@@ -6,7 +6,8 @@ With the bank's mean `c` and `y = x_t - a_t c`, the log-weights of all rows are 
 
 and the mean `m = sum_i gamma_i x^(i)` is a second one, which only those queries need whose
 posterior is not carried by a few rows. So the cost of B queries is one product over the bank, and
-that of the queries in navigation a second.
+that of the queries in navigation a second. Where rows have to be converted, moved or read from a
+file, that is made in the same pass (`stagewise.engines.ahead`).
 
 **Precision.** In float32 a logit is off by a `delta` of about 2^-25 of its factors' norms, and
 more for rows like the query (`products.rounding`): nothing in navigation, and hundreds near the
@@ -37,6 +38,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.engines.ahead import Ahead
 from stagewise.engines.base import Engine, Queries
 from stagewise.engines.scan import FEW, MORE, Refined, Scan, blocks, positions, where
 from stagewise.posterior import Posterior, inverse, put
@@ -119,10 +121,13 @@ class Exact(Engine):
             finish: What makes a posterior of the refined weights; default adds all other rows.
             table: The rows that each query looks at, (B, n); default all of its segment.
         """
+        # Others have no use for the mean over all rows.
+        lead = FEW if finish is None and table is None else 0
         finish = finish or self._finish
 
         def scanned(queries: Queries, dtype: torch.dtype, table: Tensor | None) -> Scan:
-            return Scan.of(bank, queries, dtype, table=table, chunk_size=self.chunk_size)
+            size = self.chunk_size
+            return Scan.of(bank, queries, dtype, table=table, chunk_size=size, lead=lead)
 
         scan = scanned(queries, self.dtype(bank, queries), table)
         rtol = self._tolerance(scan)
@@ -153,13 +158,18 @@ class Exact(Engine):
         count, path = len(scan.queries), scan.queries.path
         # Of a bank that is far from the origin float32 loses digits in every sum.
         wide = path.sigma.clamp_max(1) * scan.bank.radius >= _WIDE * scan.bank.max_norm
-        told = where(torch.cat([found.tail > _NOTHING, wide]))
-        needed, wide_ones = {i for i in told if i < count}, {i - count for i in told if i >= count}
+        told = where(torch.cat([found.tail > _NOTHING, wide, _made_ahead(scan, found)]))
+        needed, wide_ones, made = (
+            {i - first for i in told if first <= i < first + count}
+            for first in (0, count, 2 * count)
+        )
         spread, tails = sorted(needed & wide_ones), sorted(needed - wide_ones)
         narrow = sorted(set(range(count)).difference(spread))
         mean = torch.empty_like(scan.queries.xt)
         if spread and before is not None:
             mean[positions(scan.queries, spread)] = _moved(scan, found, before, spread)
+        elif spread and scan.ahead is not None and made.issuperset(spread):
+            mean[positions(scan.queries, spread)] = _exchanged(scan, scan.ahead, found, spread)
         elif spread:
             # Where that is nearly all, to multiply for all costs less than to pick them.
             some = list(range(count)) if len(narrow) < count / 16 else spread
@@ -199,6 +209,31 @@ def _error(scan: Scan, found: Refined, post: Posterior) -> Tensor:
     length = length * scan.queries.path.sigma.clamp_max(1)
     spread = scan.bank.mean_sq_norm.to(length.device).sqrt()
     return torch.where(found.error > 0, found.error * spread / length, 0)
+
+
+def _rough(scan: Scan, found: Refined) -> Tensor:
+    """The weights that leading rows have before they are computed again, (B, leading), float64."""
+    logits = scan.logits.gather(1, found.leading).double()
+    return (logits - (scan.shared + found.post.log_evidence)[:, None]).exp()
+
+
+def _made_ahead(scan: Scan, found: Refined) -> Tensor:
+    """Whether the mean was added up in the first pass, and rounding left it its digits, (B,)."""
+    if scan.ahead is None:
+        return torch.zeros_like(found.tail, dtype=torch.bool)
+    return scan.ahead.chosen & (_rough(scan, found).sum(1) <= 2)
+
+
+def _exchanged(scan: Scan, ahead: Ahead, found: Refined, at: list[int]) -> Tensor:
+    """The mean as the first pass added it up, with the leading rows' weights exchanged."""
+    index, rough = positions(scan.queries, at), _rough(scan, found)
+    scale = ahead.peak - scan.lifted - scan.shared - found.post.log_evidence
+    total = scale[index, None].exp() * ahead.total[index]
+    # A sample is a row and the offset; leading rows bring their share of it.
+    share = (found.tail + rough.sum(1))[index, None]
+    total += share * scan.bank.offset.to(total.device)
+    change = (found.lead - rough)[index]
+    return total + scan.moment(found.leading[index], change, at)
 
 
 def _moved(scan: Scan, found: Refined, before: Refined, at: list[int]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from stagewise.bank import LatentBank
+from stagewise.engines.ahead import Ahead
 from stagewise.engines.base import Queries
 from stagewise.posterior import Posterior
 from stagewise.products import averages, rounding, scores
@@ -76,6 +77,7 @@ class Scan:
         table: Which rows the columns of `logits` are, (B, width), -1 for none; None if they are
             all rows that a query looks at, in order.
         chunk_size: Rows multiplied at a time.
+        ahead: Weighted sums of the rows that were made in the same pass, or None.
     """
 
     bank: LatentBank
@@ -88,6 +90,7 @@ class Scan:
     lifted: Tensor
     table: Tensor | None
     chunk_size: int | None
+    ahead: Ahead | None = None
 
     @classmethod
     def of(
@@ -98,6 +101,7 @@ class Scan:
         *,
         table: Tensor | None = None,
         chunk_size: int | None = None,
+        lead: int = 0,
     ) -> Scan:
         """Multiplies the queries with the rows.
 
@@ -107,6 +111,8 @@ class Scan:
             dtype: What the rows are multiplied in, see `products.working_dtype`.
             table: Which rows, (B, n), -1 for none; default all that a query looks at.
             chunk_size: Rows multiplied at a time.
+            lead: If rows have to be fetched, make `ahead` for queries of which more than so many
+                rows matter; default 0 (do not).
         """
         xt, path = queries.xt, queries.path
         alpha, sigma = path.alpha[:, None], path.sigma[:, None]
@@ -125,6 +131,8 @@ class Scan:
         empty = torch.empty(0, dtype=wide, device=xt.device)
         lifted = torch.zeros_like(delta)
         scan = cls(bank, queries, dtype, empty, shared, delta, v, lifted, table, chunk_size)
+        if lead and wide == torch.float32 and bank.fetched(xt.device, dtype):
+            scan.ahead = Ahead(len(queries), bank.dim, empty, lead=lead)
         if table is None:
             scan.logits = scan._dense(query, half_snr, norm, wide)
         else:
@@ -143,6 +151,8 @@ class Scan:
             for first, rows in bank.chunks(segment, self.chunk_size, device, self.dtype):
                 last = first + len(rows)
                 part = scores(q, rows).addr_(h, norms[first:last], alpha=-1)
+                if self.ahead is not None:
+                    self.ahead.add(index, part, rows, first == segment.start)
                 if part.shape == (len(query), width):
                     return part
                 if logits is None:
@@ -196,6 +206,7 @@ class Scan:
             delta=self.delta[index],
             lifted=self.lifted[index],
             table=None if self.table is None else self.table[index],
+            ahead=None,
         )
 
     def rows(self, columns: Tensor, at: Sequence[int] | None = None) -> Tensor:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import stagewise.engines.base
 import stagewise.engines.coarse as coarse
 import stagewise.engines.exact
-import stagewise.engines.scan
 from stagewise import LatentBank, LinearPath, Oracle
 from stagewise.engines import Exact, Queries
 from stagewise.engines.coarse import Coarse
@@ -334,7 +334,7 @@ def test_many_queries_are_asked_in_parts(bank, monkeypatch):
     queries, _ = ask(bank, 0.2, 10, known=True)
     engine = Coarse(k=32, dims=24, max_tail=None)
     want = engine.posterior(bank, queries, 4)
-    monkeypatch.setattr(stagewise.engines.scan, "_LOGIT_BYTES", 4 * 2000 * 3)
+    monkeypatch.setattr(stagewise.engines.base, "_LOGIT_BYTES", 4 * 2000 * 3)
     post = engine.posterior(bank, queries, 4)
     assert torch.equal(post.rows, want.rows)
     torch.testing.assert_close(post.mean, want.mean, rtol=0, atol=1e-5)

@@ -21,7 +21,8 @@ from stagewise import LatentBank, LinearPath, Oracle
 from stagewise.engines import Engine, Exact, Nearest, Queries
 from stagewise.engines.faiss import Faiss
 from stagewise.engines.neighbours import Neighbours, random_rows, reach, stand
-from stagewise.engines.scan import FEW, Scan
+from stagewise.engines.refined import FEW
+from stagewise.engines.scan import Scan
 from stagewise.engines.torch_cluster import TorchCluster
 from stagewise.paths import PathCoefficients
 

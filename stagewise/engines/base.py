@@ -15,7 +15,13 @@ from stagewise.bank import LatentBank
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, put
 
-__all__ = ["LOGIT_ERROR", "Engine", "Queries", "sigma_floor"]
+__all__ = ["LOGIT_ERROR", "Engine", "Queries", "blocks", "positions", "sigma_floor", "where"]
+
+_LOGIT_BYTES = 2**29
+"""Logits kept at a time: with more queries than that allows the bank is read again."""
+
+_SMALL_BYTES = 2**24
+"""Logits that are kept at a time where reading the bank again costs little."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,28 @@ class Queries:
             [self.segments[i] for i in at],
             None if self.source is None else self.source[index],
         )
+
+
+def blocks(queries: Queries) -> list[Queries]:
+    """The queries in parts whose logits fit into memory."""
+    width, dim = max(queries.sizes), queries.xt.shape[1]
+    # Small enough to stay where they are in memory; but short rows only are read again cheaply.
+    count = max(_SMALL_BYTES // (4 * width), min(128, dim // 32), 1)
+    count = max(1, min(count, _LOGIT_BYTES // (4 * width)))
+    every = range(len(queries))
+    return [queries.select(every[first : first + count]) for first in every[::count]]
+
+
+def positions(queries: Queries, at: Sequence[int]) -> slice | Tensor:
+    """Positions as a slice, which costs no copy, if they are contiguous."""
+    if list(at) == list(range(at[0], at[-1] + 1)):
+        return slice(at[0], at[-1] + 1)
+    return queries.index(at)
+
+
+def where(flags: Tensor) -> list[int]:
+    """Positions of what is true, on the host."""
+    return [i for i, flag in enumerate(flags.tolist()) if flag]
 
 
 class Engine(ABC):

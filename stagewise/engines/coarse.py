@@ -45,11 +45,10 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.engines.base import Queries
+from stagewise.engines.base import Queries, blocks, where
 from stagewise.engines.exact import Exact
 from stagewise.engines.neighbours import Neighbours
 from stagewise.engines.projection import Projection
-from stagewise.engines.scan import blocks, where
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, inverse, put
 from stagewise.products import full_precision, scores, working_dtype

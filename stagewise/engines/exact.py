@@ -39,8 +39,9 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.engines.ahead import Ahead
-from stagewise.engines.base import Engine, Queries
-from stagewise.engines.scan import FEW, MORE, Refined, Scan, blocks, positions, where
+from stagewise.engines.base import Engine, Queries, blocks, positions, where
+from stagewise.engines.refined import FEW, MORE, Refined
+from stagewise.engines.scan import Scan
 from stagewise.posterior import Posterior, inverse, put
 from stagewise.products import full_precision, working_dtype
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.engines.base import Queries
+from stagewise.engines.base import Queries, blocks, positions, where
 from stagewise.engines.exact import Exact
 from stagewise.engines.neighbours import Neighbours, draw_rows
-from stagewise.engines.scan import MORE, Refined, Scan, blocks, positions, where
+from stagewise.engines.refined import MORE, Refined
+from stagewise.engines.scan import Scan
 from stagewise.posterior import Posterior
 from stagewise.products import full_precision
 

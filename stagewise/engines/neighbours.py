@@ -38,9 +38,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
-from stagewise.engines.base import Engine, Queries
+from stagewise.engines.base import Engine, Queries, positions, where
 from stagewise.engines.exact import Exact
-from stagewise.engines.scan import Refined, Scan, positions, where
+from stagewise.engines.refined import Refined
+from stagewise.engines.scan import Scan
 from stagewise.posterior import Posterior, inverse, merge, put
 from stagewise.products import full_precision
 

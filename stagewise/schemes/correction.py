@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stagewise.engines import Sharded
-from stagewise.engines.scan import where
+from stagewise.engines.base import where
 from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Prediction
 from stagewise.targets import Query, Target

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from stagewise.engines import Exact, Nearest
-from stagewise.engines.base import Queries
+from stagewise.engines.base import Queries, positions
 from stagewise.engines.neighbours import random_rows
-from stagewise.engines.scan import positions
 from stagewise.lambdas import LambdaLike
 from stagewise.oracle import Oracle
 from stagewise.paths import PathCoefficients

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.engines.base import Queries
-from stagewise.engines.scan import Scan, blocks
+from stagewise.engines.base import Queries, blocks
+from stagewise.engines.scan import Scan
 from stagewise.lambdas import LambdaLike
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior

@@ -31,15 +31,15 @@ _UNDERFLOW = -80.0
 class Ahead:
     """Weighted sums of rows for B queries, made as their logits are.
 
+    A query is left out if, of the first chunk, all but the `lead` largest weights make next to
+    nothing. On an accelerator, where to know it would take a sync and products cost little beside
+    the fetching, none is.
+
     Args:
         count: B.
         dim: D.
         logits: Of the dtype and on the device that logits have.
         lead: So many rows of a query are added up by themselves later.
-
-    A query is left out if, of the first chunk, all but the `lead` largest weights make next to
-    nothing. On an accelerator, where to know it would take a sync and products cost little beside
-    the fetching, none is.
 
     Attributes:
         total: S, (B, D), float64.

@@ -173,9 +173,10 @@ def train(
         schedule.step()
         scheme.observe(step=step, total=part.horizon)
         seconds += time.process_time() - start
-        if step % every == 0:
+        left = part.horizon - step
+        if left % every == 0:
             point = {"step": step, "seconds": seconds, "loss": held_out_loss(net, data)}
-            if (part.horizon - step) % (2 * every) == 0:
+            if left % (2 * every) == 0:
                 point |= of_samples(net, data, plan.sampling_steps, count=SAMPLES)
             curve.append(point)
     about = {"boundary": boundary, "threads": torch.get_num_threads(), "clock": "processor"}

@@ -72,6 +72,9 @@ def test_every_scheme_trains_from_the_same_weights(bench, parts, monkeypatch):
     again, _ = bench.train(bench.Part("made", "plain", 20, 1e-3, 0), data, oracle, 0.4)
     assert again["curve"][-1]["loss"] == ends["plain"]["loss"]
     assert len({end["loss"] for end in ends.values()}) == len(ends)
+    odd, _ = bench.train(bench.Part("made", "plain", 45, 1e-3, 0), data, oracle, 0.4)
+    assert [point["step"] for point in odd["curve"]][-2:] == [43, 45]
+    assert "energy" in odd["curve"][-1]
 
 
 def test_each_part_is_run_once(bench, parts, tmp_path, monkeypatch):

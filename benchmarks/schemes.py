@@ -81,7 +81,9 @@ class Plan:
 PLANS = {
     "photos8": Plan(),
     "digits": Plan(),
-    "photos16": Plan((500, 250), (1e-3, 3e-3, 1e-2, 3e-2), 10, 50, sampling_steps=10),
+    "photos16": Plan(
+        (500, 250), (1e-3, 3e-3, 1e-2, 3e-2), evaluations=10, interval=50, sampling_steps=10
+    ),
 }
 DEFAULT = "default"
 

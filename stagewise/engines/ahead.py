@@ -14,18 +14,15 @@ that, the rows are read a second time, as they are where nothing was added up.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from stagewise.engines.base import NOTHING, UNDERFLOW
 from stagewise.products import averages
 
 __all__ = ["Ahead"]
-
-_NOTHING = -27.6
-"""Logarithm of a share that adds nothing to a mean, 1e-12."""
-
-_UNDERFLOW = -80.0
-"""Numbers too small for their type take a CPU a hundred times as long."""
 
 
 class Ahead:
@@ -72,7 +69,7 @@ class Ahead:
         before = self.peak[index]
         peak = torch.maximum(before, logits.amax(1))
         share = (before - peak).double().exp()[:, None]
-        weights = (logits - peak[:, None]).clamp_min_(_UNDERFLOW).exp_()
+        weights = (logits - peak[:, None]).clamp_min_(UNDERFLOW).exp_()
         self.total[index] = self.total[index].mul_(share).add_(averages(weights, rows))
         self.peak[index] = peak
 
@@ -81,4 +78,4 @@ class Ahead:
             return torch.ones_like(logits[:, 0], dtype=torch.bool)
         top = logits.topk(min(self.lead, logits.shape[1]), dim=1)
         rest = logits.scatter(1, top.indices, -torch.inf).logsumexp(1)
-        return rest - top.values.logsumexp(1) > _NOTHING
+        return rest - top.values.logsumexp(1) > math.log(NOTHING)

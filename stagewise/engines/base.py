@@ -15,7 +15,23 @@ from stagewise.bank import LatentBank
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, put
 
-__all__ = ["LOGIT_ERROR", "Engine", "Queries", "blocks", "positions", "sigma_floor", "where"]
+__all__ = [
+    "LOGIT_ERROR",
+    "NOTHING",
+    "UNDERFLOW",
+    "Engine",
+    "Queries",
+    "blocks",
+    "positions",
+    "sigma_floor",
+    "where",
+]
+
+NOTHING = 1e-12
+"""A share of a posterior that adds nothing to its mean."""
+
+UNDERFLOW = -80.0
+"""Log-weights below it count as it: numbers too small for their type take a CPU far longer."""
 
 _LOGIT_BYTES = 2**29
 """Logits kept at a time: with more queries than that allows the bank is read again."""

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.engines.base import Queries, blocks, where
+from stagewise.engines.base import UNDERFLOW, Queries, blocks, where
 from stagewise.engines.exact import Exact
 from stagewise.engines.neighbours import Neighbours
 from stagewise.engines.projection import Projection
@@ -78,8 +78,8 @@ _CHUNK = 8192
 _ROUNDING = 2**-9 / math.sqrt(3)
 """Standard deviation of a number's relative error in bfloat16."""
 
-_UNDERFLOW, _LEAST = -80.0, 1e-38
-"""Log-weights below it do not count beside 0; weights below it are float32 zeros."""
+_LEAST = 1e-38
+"""Weights below it are float32 zeros."""
 
 
 @dataclass
@@ -153,7 +153,7 @@ def _coarse(
         parts = logits[:, at : here.stop * _BLOCK].unflatten(1, (-1, _BLOCK))
         peaks[:, here] = peak = parts.amax(2)
         # What underflows would take ten times as long.
-        parts = (parts - peak[:, :, None]).clamp_min_(_UNDERFLOW)
+        parts = (parts - peak[:, :, None]).clamp_min_(UNDERFLOW)
         sums[:, here] = parts.exp_().sum(2).log_() + peak
     return logits, peaks, sums
 

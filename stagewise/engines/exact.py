@@ -39,16 +39,13 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.engines.ahead import Ahead
-from stagewise.engines.base import Engine, Queries, blocks, positions, where
+from stagewise.engines.base import NOTHING, Engine, Queries, blocks, positions, where
 from stagewise.engines.refined import FEW, MORE, Refined
 from stagewise.engines.scan import Scan
 from stagewise.posterior import Posterior, inverse, put
 from stagewise.products import full_precision, working_dtype
 
 __all__ = ["Exact"]
-
-_NOTHING = 1e-12
-"""A tail that adds less than this to a mean is left out."""
 
 _DUST = 1e-18
 """A row of less weight adds less than rounding does."""
@@ -159,7 +156,7 @@ class Exact(Engine):
         count, path = len(scan.queries), scan.queries.path
         # Of a bank that is far from the origin float32 loses digits in every sum.
         wide = path.sigma.clamp_max(1) * scan.bank.radius >= _WIDE * scan.bank.max_norm
-        told = where(torch.cat([found.tail > _NOTHING, wide, _made_ahead(scan, found)]))
+        told = where(torch.cat([found.tail > NOTHING, wide, _made_ahead(scan, found)]))
         needed, wide_ones, made = (
             {i - first for i in told if first <= i < first + count}
             for first in (0, count, 2 * count)
@@ -212,28 +209,22 @@ def _error(scan: Scan, found: Refined, post: Posterior) -> Tensor:
     return torch.where(found.error > 0, found.error * spread / length, 0)
 
 
-def _rough(scan: Scan, found: Refined) -> Tensor:
-    """The weights that leading rows have before they are computed again, (B, leading), float64."""
-    logits = scan.logits.gather(1, found.leading).double()
-    return (logits - (scan.shared + found.post.log_evidence)[:, None]).exp()
-
-
 def _made_ahead(scan: Scan, found: Refined) -> Tensor:
     """Whether the mean was added up in the first pass, and rounding left it its digits, (B,)."""
     if scan.ahead is None:
         return torch.zeros_like(found.tail, dtype=torch.bool)
-    return scan.ahead.chosen & (_rough(scan, found).sum(1) <= 2)
+    return scan.ahead.chosen & (found.rough.sum(1) <= 2)
 
 
 def _exchanged(scan: Scan, ahead: Ahead, found: Refined, at: list[int]) -> Tensor:
     """The mean as the first pass added it up, with the leading rows' weights exchanged."""
-    index, rough = positions(scan.queries, at), _rough(scan, found)
+    index = positions(scan.queries, at)
     scale = ahead.peak - scan.lifted - scan.shared - found.post.log_evidence
     total = scale[index, None].exp() * ahead.total[index]
     # A sample is a row and the offset; leading rows bring their share of it.
-    share = (found.tail + rough.sum(1))[index, None]
+    share = (found.tail + found.rough.sum(1))[index, None]
     total += share * scan.bank.offset.to(total.device)
-    change = (found.lead - rough)[index]
+    change = (found.lead - found.rough)[index]
     return total + scan.moment(found.leading[index], change, at)
 
 

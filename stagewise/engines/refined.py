@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stagewise.engines.base import UNDERFLOW
 from stagewise.engines.scan import CACHED, Scan
 from stagewise.posterior import Posterior
 
@@ -18,8 +19,8 @@ __all__ = ["FEW", "MORE", "Refined"]
 FEW, MORE = 8, 64
 """Rows whose log-weights are always computed again in float64, and if those are not enough."""
 
-_UNDERFLOW, _LEAST = -80.0, 1e-18
-"""Log-weights below it count as it; weights below it count as it in the sum of their squares."""
+_LEAST = 1e-18
+"""Weights below it count as it in the sum of their squares."""
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Refined:
         columns: The rows with the largest logits, (B, n), descending, as columns of the logits;
             the leading ones come first.
         lead: Weights of the leading rows, (B, leading), float64.
+        rough: Those that they have by their logits, (B, leading), float64.
         weights: Weights of all rows, (B, width), in the dtype of the logits.
         tail: The sum of those that do not lead, (B,), float64.
         error: Estimate of how far, in units of the rows' radius, the mean is off for using the
@@ -40,6 +42,7 @@ class Refined:
     post: Posterior
     columns: Tensor
     lead: Tensor
+    rough: Tensor
     weights: Tensor
     tail: Tensor
     error: Tensor
@@ -79,6 +82,7 @@ class Refined:
         weights, sums = _exponentials(scan.logits, shifts, leading)
         others, squares, moment = sums
         z = lead.sum(1) + others
+        rough = scan.logits.gather(1, leading).double().exp() / z[:, None]
         moment = moment + (lead * exact).sum(1)
         tail = others / z
         error = torch.zeros_like(tail)
@@ -105,11 +109,11 @@ class Refined:
             tail_mass=torch.zeros_like(tail),
         )
         weights.scatter_(1, leading, lead.to(weights.dtype))
-        return cls(post, columns, lead, weights, tail, error)
+        return cls(post, columns, lead, rough, weights, tail, error)
 
     def select(self, index: Tensor | slice) -> Refined:
         """The same for some of the queries."""
-        values = (self.columns, self.lead, self.weights, self.tail, self.error)
+        values = (self.columns, self.lead, self.rough, self.weights, self.tail, self.error)
         return Refined(self.post[index], *(value[index] for value in values))
 
 
@@ -134,13 +138,13 @@ def _exponentials(
     step = max(1, numbers // logits.shape[1])
     # Numbers too small for their type take a processor a hundred times as long: what would
     # underflow is 0, and squares are those of no less than `_LEAST`.
-    least = math.exp(_UNDERFLOW)
+    least = math.exp(UNDERFLOW)
     for first in range(0, len(logits), step):
         part = slice(first, first + step)
         own, w = logits[part], weights[part]
         for shift in shifts:
             own.sub_(shift[part, None])
-        torch.clamp_min(own, _UNDERFLOW, out=w)
+        torch.clamp_min(own, UNDERFLOW, out=w)
         torch.threshold_(w.exp_(), 1.001 * least, 0).scatter_(1, leading[part], 0)
         some = w.clamp_min(_LEAST)
         sums[0, part] = w.sum(1, dtype=torch.float64)

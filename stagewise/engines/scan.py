@@ -30,7 +30,7 @@ _PAIRS, _SPARSE = 2**16, 3
 """Numbers of single rows held at a time on a CPU; and of how many weights one is not 0, if it is
 better to take the rows one by one."""
 
-_NOTHING = -42.0
+_FAR = -42.0
 """A log-weight this far below the largest adds less to anything than rounding does."""
 
 _NONE = -1e30  # a logit of no row at all: finite, so that 0 * (logit - peak) is 0
@@ -229,7 +229,7 @@ class Scan:
         below = self.logits.gather(1, columns).double()
         wrong = 32 * self.noise(columns[:, :1], below[:, 0])
         below = below - below[:, :1]
-        far = (below < _NOTHING - wrong[:, None]) | (rows < 0)
+        far = (below < _FAR - wrong[:, None]) | (rows < 0)
         far[:, 0] = False
         query, place = (~far).nonzero(as_tuple=True)
         lengths = goal.new_empty(len(query))

@@ -42,7 +42,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.engines.base import Engine, Queries
+from stagewise.engines.base import NOTHING, Engine, Queries
 from stagewise.engines.exact import Exact
 from stagewise.engines.ranks import (
     About,
@@ -57,9 +57,6 @@ from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, TailKind, merge, put
 
 __all__ = ["EmptyShard", "Sharded", "combine", "nothing", "pack", "shard_rows", "shares"]
-
-_NOTHING = 1e-12
-"""A rank with less than this share of a posterior adds nothing to its mean."""
 
 _KINDS: tuple[TailKind, ...] = get_args(TailKind)
 
@@ -370,7 +367,7 @@ def shares(small: Tensor) -> Tensor:
         small: What the ranks packed, (R, B, 6 + 2k).
     """
     share = torch.softmax(small[..., _LOG_Z], 0)
-    return share.masked_fill(share < _NOTHING, 0)
+    return share.masked_fill(share < NOTHING, 0)
 
 
 def combine(small: Tensor) -> Posterior:

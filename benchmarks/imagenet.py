@@ -192,24 +192,25 @@ def needed_at_best(
     report: Report, exact: Any, xt: Tensor, t: Tensor, few: Tensor, sent: Tensor
 ) -> None:
     """How many rows a search would have to read that made no mistake at all."""
+    eighth = len(exact.bank) // 8
+    weights = exact.posterior(xt[few], t[few], k=eighth).weights
+    needed = (weights.cumsum(1) < 1 - TAIL).sum(1) + 1
     lines = []
-    for name, some in (("kept", few & ~sent), ("sent on", few & sent)):
-        at = some.nonzero()[:, 0][:QUERIES]
-        if not len(at):
+    for name, some in (("kept", ~sent[few]), ("sent on", sent[few])):
+        count = needed[some]
+        if not len(count):
             continue
-        eighth = len(exact.bank) // 8
-        weights = exact.posterior(xt[at], t[at], k=eighth).weights
-        count = (weights.cumsum(1) < 1 - TAIL).sum(1) + 1
         lines.append(
             {
                 f"ESS < {FEW_ROWS}": name,
-                "count": len(at),
+                "count": len(count),
                 f"rows with {1 - TAIL:.1%} of the posterior: median": int(count.median()),
                 "most": int(count.max()),
                 "more than an eighth of all": int((count > eighth).sum()),
             }
         )
-    report.plain("what a perfect search would have to read", lines)
+    if lines:
+        report.plain("what a perfect search would have to read", lines)
 
 
 _EST, _TRUE = "estimated tail of those kept", "true tail of those kept"

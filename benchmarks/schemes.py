@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from report import meta
 from schemes_data import Data, data_set, held_out_loss, loss_by_time, of_samples, shuffled
-from schemes_records import pack, unpack
+from schemes_records import ARCHIVE, pack, unpack
 from torch import nn
 
 from stagewise import (
@@ -258,8 +258,7 @@ def main() -> None:
     parser.add_argument("--only", help="schemes, by ';' (default all)")
     parser.add_argument("--threads", type=int, help="of torch, for each process")
     arguments = parser.parse_args()
-    archive = arguments.docs / "results.jsonl"
-    arguments.dir.mkdir(parents=True, exist_ok=True)
+    archive = arguments.docs / ARCHIVE
     unpack(archive, arguments.dir)
     if arguments.report:
         import schemes_report

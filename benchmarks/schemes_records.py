@@ -11,13 +11,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["pack", "unpack"]
+__all__ = ["ARCHIVE", "pack", "unpack"]
+
+ARCHIVE = "results.jsonl"
+"""Its name, beside docs/results.md."""
 
 _DIGITS = 6
 
 
 def unpack(archive: Path, folder: Path) -> int:
     """Writes the records that `folder` does not have yet as files there; how many."""
+    folder.mkdir(parents=True, exist_ok=True)
     count = 0
     for name, record in _read(archive).items():
         if not (folder / name).exists():

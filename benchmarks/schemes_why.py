@@ -19,6 +19,7 @@ import schemes
 import torch
 from schemes import SAMPLES, Part
 from schemes_data import Data, data_set, energy_distance, frechet_distance, of_samples
+from schemes_records import ARCHIVE, unpack
 from torch import Tensor, nn
 
 from stagewise import LatentBank, Oracle
@@ -34,10 +35,9 @@ def distances(made: Tensor, real: Tensor) -> dict[str, float]:
     return {"energy": energy_distance(made, real), "frechet": frechet_distance(made, real)}
 
 
-def look(net: nn.Module, data: Data, steps: int) -> dict[str, Any]:
+def look(net: nn.Module, data: Data, steps: int) -> list[dict[str, float]]:
     """The distances of several draws of samples."""
-    draws = [of_samples(net, data, steps, count=SAMPLES, seed=2 + draw) for draw in range(DRAWS)]
-    return {"draws": draws}
+    return [of_samples(net, data, steps, count=SAMPLES, seed=2 + draw) for draw in range(DRAWS)]
 
 
 def rows(data: Data) -> list[dict[str, float]]:
@@ -51,12 +51,14 @@ def rows(data: Data) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dir", type=Path, default=Path("build/schemes"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where results are kept")
     parser.add_argument("--data", default="photos8", choices=list(schemes.PLANS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of torch")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    unpack(arguments.docs / ARCHIVE, arguments.dir)
     of, plan = arguments.data, schemes.PLANS[arguments.data]
     horizon = plan.horizons[0]
     lr = schemes.best_rate(arguments.dir, of, horizon)
@@ -79,7 +81,7 @@ def main() -> None:
 
             def run(part: Part = part, batch: int = batch) -> dict[str, Any]:
                 result, net = schemes.train(part, data, oracle, boundary, batch)
-                return {**result, "batch": batch, **look(net, data, plan.sampling_steps)}
+                return {**result, "batch": batch, "draws": look(net, data, plan.sampling_steps)}
 
             name = scheme.split(",")[0]
             schemes.write_once(arguments.dir / f"why-{of}-{name}-{batch}-{seed}.json", run)

@@ -26,9 +26,11 @@ CACHED = {"cpu": 2**19}
 _WORTHWHILE = 50
 """Up to so many times as many rows a product with all costs less than to pick those of a table."""
 
-_PAIRS, _SPARSE = 2**16, 3
-"""Numbers of single rows held at a time on a CPU; and of how many weights one is not 0, if it is
-better to take the rows one by one."""
+_SINGLE = {"cpu": 2**16}
+"""Numbers of rows taken one by one that are held at a time; 2^24 on other devices."""
+
+_SPARSE = 3
+"""Of so many weights at most one is not 0, if it is better to take the rows one by one."""
 
 _FAR = -42.0
 """A log-weight this far below the largest adds less to anything than rounding does."""
@@ -164,8 +166,8 @@ class Scan:
             yield part, rows.to(table.device).unflatten(0, there.shape)
 
     def _rows_one_by_one(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Stored rows (n,), as (m, D) in float64, as many at a time as stay in a CPU's cache."""
-        step = max(1, _PAIRS // self.bank.dim)
+        """Stored rows of `rows` (n,), as (m, D) in float64, some at a time."""
+        step = max(1, _SINGLE.get(rows.device.type, 2**24) // self.bank.dim)
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
             stored = self.bank.rows[rows[part].to(self.bank.device)]
@@ -209,39 +211,27 @@ class Scan:
             columns: Which, (B, n), as columns of `logits`, the largest logit first.
 
         Returns:
-            `l_i`, (B, n). Where to choose rows is cheap, on a CPU, those whose weight is below
+            `l_i`, (B, n). On a CPU, where to choose rows takes no sync, those whose weight is below
             1e-18 of the first one's whatever the errors are come from `logits` instead.
         """
         rows, path = self.rows(columns), self.queries.path
         goal = path.alpha[:, None] * self.bank.offset.to(columns.device) - self.queries.xt
-        if columns.device.type == "cpu":
-            return self._few_differences(columns, rows, goal)
-        logits = torch.empty_like(columns, dtype=goal.dtype)
-        for part, stored in self._rows_in_blocks(rows):
-            gap = stored.double().mul_(path.alpha[part, None, None]).add_(goal[part, None])
-            distance = torch.linalg.vector_norm(gap, dim=2)
-            logits[part] = -(distance / path.sigma[part, None]).square() / 2
-        return logits.masked_fill_(rows < 0, _NONE)
-
-    def _few_differences(self, columns: Tensor, rows: Tensor, goal: Tensor) -> Tensor:
-        """The same for `rows` that matter, which differ in number."""
-        path = self.queries.path
-        below = self.logits.gather(1, columns).double()
-        wrong = 32 * self.noise(columns[:, :1], below[:, 0])
-        below = below - below[:, :1]
-        far = (below < _FAR - wrong[:, None]) | (rows < 0)
-        far[:, 0] = False
-        query, place = (~far).nonzero(as_tuple=True)
-        lengths = goal.new_empty(len(query))
-        for part, stored in self._rows_one_by_one(rows[query, place].clamp_min(0)):
+        given = self.logits.gather(1, columns).double()
+        below, far = given - given[:, :1], torch.zeros_like(rows, dtype=torch.bool)
+        pairs = torch.arange(rows.numel(), device=rows.device)
+        if rows.device.type == "cpu":
+            far = below < _FAR - 32 * self.noise(columns[:, :1], given[:, 0])[:, None]
+            far[:, 0] = False
+            pairs = pairs[~far.flatten()]
+        query, logits = pairs // rows.shape[1], torch.full_like(given, _NONE)
+        for part, stored in self._rows_one_by_one(rows.flatten()[pairs].clamp_min(0)):
             own = query[part]
             gap = stored.mul_(path.alpha[own, None]).add_(goal[own])
-            lengths[part] = torch.linalg.vector_norm(gap, dim=1)
-        logits = torch.full_like(below, _NONE)
-        logits[query, place] = -(lengths / path.sigma[query]).square() / 2
-        logits.masked_fill_(rows < 0, _NONE)
+            distance = torch.linalg.vector_norm(gap, dim=1) / path.sigma[own]
+            logits.view(-1)[pairs[part]] = -distance.square() / 2
         # What is far from the first row is as far from the largest of those that are right.
-        return torch.where(far & (rows >= 0), logits.amax(1, keepdim=True) + below, logits)
+        logits = torch.where(far, logits.amax(1, keepdim=True) + below, logits)
+        return logits.masked_fill_(rows < 0, _NONE)
 
     def noise(self, columns: Tensor, logits: Tensor) -> Tensor:
         """Standard deviation of the error of a logit.

@@ -122,7 +122,9 @@ def by_time(runs: Runs) -> list[str]:
         gain, change = plain - values, values / plain - 1
         rows.append([name, *(f"{v:.4f} ({g:+.1%})" for v, g in zip(values, change, strict=True))])
         if before.any() and gain.sum() > 0:
-            notes.append(f"{gain[before].sum() / gain.sum():.0%} for {name}")
+            early = gain[before].sum() / gain.sum()
+            lost = ", which lost some of it after it" if early > 1 else ""
+            notes.append(f"{early:.0%} for {name}{lost}")
     head = [f"t {low:g} to {high:g}" for low, high in itertools.pairwise(EDGES)]
     return [
         f"Where the gain is: targets hardly differ after the boundary, t = {boundary:.3f}. "

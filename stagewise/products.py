@@ -7,7 +7,8 @@ Everything the dense engines do costs two products: queries x rows (the logits) 
 - **float32** rows: IEEE float32, whatever `torch.set_float32_matmul_precision` says (TF32 and bf16
   modes are switched off for the call). On x86 CPUs through oneDNN, which the default BLAS of torch
   trails, on some processors by a factor of 2 to 3; but on those without AVX-512 that BLAS is the
-  faster one for many queries, if the rows are its left factor.
+  faster one for many queries, if the rows are its left factor, and for up to three, if the rows come
+  as a batch of small blocks.
 - **bfloat16 / float16** rows on an accelerator: the other factor is split into a high and a low
   part of that type and both are multiplied with the rows, accumulated in float32. Rows are exact in
   their own type by definition, so the product is good to `2^-18` (bfloat16) or `2^-22` (float16) of
@@ -47,6 +48,9 @@ _ONEDNN = (
 # rows it is given at a time, so that what it made is still in the cache when it is turned round.
 _TURNED = 64 if torch.backends.cpu.get_cpu_capability() == "AVX2" else None
 _CHUNK = 2048
+
+# There, too, up to so many queries are multiplied with blocks of so many rows.
+_FEW, _BLOCK = 3, 128
 
 
 def working_dtype(dtype: torch.dtype, device: torch.device, rough: bool = False) -> torch.dtype:
@@ -94,7 +98,12 @@ def scores(query: Tensor, rows: Tensor) -> Tensor:
     if rows.dtype == torch.float64:
         return query @ rows.T
     if rows.dtype == torch.float32:
-        return _float32_product(query.float(), rows)
+        query = query.float()
+        if not _in_blocks(query, rows):
+            return _float32_product(query, rows)
+        blocks, rest = _blocks(rows)
+        batch = query.expand(len(blocks), -1, -1) @ blocks.mT
+        return torch.cat([batch.transpose(0, 1).flatten(1), query @ rest.T], dim=1)
     # A query divided by its largest number fits any type.
     scale = query.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return _split_product(query / scale, rows.T) * scale.float()
@@ -113,7 +122,12 @@ def averages(weights: Tensor, rows: Tensor) -> Tensor:
     if rows.dtype == torch.float64:
         return weights @ rows
     if rows.dtype == torch.float32:
-        return _float32_product(weights, rows.T)
+        if not _in_blocks(weights, rows):
+            return _float32_product(weights, rows.T)
+        blocks, rest = _blocks(rows)
+        first, last = weights.split([len(rows) - len(rest), len(rest)], dim=1)
+        batch = first.unflatten(1, (len(blocks), _BLOCK)).transpose(0, 1)
+        return (batch @ blocks).sum(0).addmm_(last, rest)
     scale = 2.0**14  # keeps small weights above float16's smallest number
     return _split_product(weights * scale, rows) / scale
 
@@ -148,6 +162,17 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(setting)
+
+
+def _in_blocks(left: Tensor, rows: Tensor) -> bool:
+    few = left.device.type == "cpu" and len(left) <= _FEW and len(rows) >= 2 * _BLOCK
+    return _TURNED is not None and few
+
+
+def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in blocks, and those that are left."""
+    count = len(rows) // _BLOCK
+    return rows[: count * _BLOCK].unflatten(0, (count, _BLOCK)), rows[count * _BLOCK :]
 
 
 def _float32_product(left: Tensor, right: Tensor) -> Tensor:

@@ -79,6 +79,21 @@ def test_float32_products_whichever_factor_is_on_the_left(turned, queries, monke
     assert (got - weights.double() @ rows.double()).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("n", [15, 16, 24, 29], ids=["too few", "blocks", "whole", "rest"])
+def test_few_queries_with_blocks_of_rows(queries, n, monkeypatch):
+    monkeypatch.setattr(products, "_TURNED", 64)
+    monkeypatch.setattr(products, "_BLOCK", 8)
+    query, rows = make(n, 48, queries, torch.float32)
+    got = scores(query, rows)
+    assert got.shape == (queries, n)
+    assert (got - query @ rows.double().T).abs().max() <= 1e-5
+    weights = torch.rand(queries, n, generator=torch.Generator().manual_seed(1))
+    got = averages(weights, rows)
+    assert got.shape == (queries, 48)
+    assert (got - weights.double() @ rows.double()).abs().max() <= 2e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_split_holds_twice_the_digits(dtype):
     x = torch.rand(1000, dtype=torch.float64) + 1

@@ -7,8 +7,8 @@ Everything the dense engines do costs two products: queries x rows (the logits) 
 - **float32** rows: IEEE float32, whatever `torch.set_float32_matmul_precision` says (TF32 and bf16
   modes are switched off for the call). On x86 CPUs through oneDNN, which the default BLAS of torch
   trails, on some processors by a factor of 2 to 3; but on those without AVX-512 that BLAS is the
-  faster one for many queries, if the rows are its left factor, and for up to three, if the rows come
-  as a batch of small blocks.
+  faster one for many queries, if the rows are its left factor, and for up to three, if the rows
+  come as a batch of small blocks.
 - **bfloat16 / float16** rows on an accelerator: the other factor is split into a high and a low
   part of that type and both are multiplied with the rows, accumulated in float32. Rows are exact in
   their own type by definition, so the product is good to `2^-18` (bfloat16) or `2^-22` (float16) of

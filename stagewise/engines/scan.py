@@ -26,7 +26,7 @@ CACHED = {"cpu": 2**19}
 _WORTHWHILE = 50
 """Up to so many times as many rows a product with all costs less than to pick those of a table."""
 
-_SINGLE = {"cpu": 2**16}
+_SINGLE = {"cpu": 2**18}
 """Numbers of rows taken one by one that are held at a time; 2^24 on other devices."""
 
 _SPARSE = 3

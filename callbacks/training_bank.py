@@ -130,7 +130,8 @@ def shard_from_trainer(trainer: pl.Trainer) -> LatentBank:
     if shard is None:
         raise ValueError(
             "Sharded() needs the part of the bank that each rank holds: give it, bank=LatentBank("
-            "x[shard_rows(len(x), rank, world_size)]), or use a data module with `latent_shard()`."
+            "x[shard_rows(len(x), rank, world_size)].clone()), or use a data module with "
+            "`latent_shard()`."
         )
     return shard
 

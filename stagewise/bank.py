@@ -24,6 +24,7 @@ from torch import Tensor
 from stagewise.batches import FindSample, find_sample
 from stagewise.intake import (
     class_order,
+    first_rows,
     measure,
     read_batches,
     require_labels,
@@ -31,7 +32,7 @@ from stagewise.intake import (
     sort_in_place,
 )
 from stagewise.memory import format_bytes, require_memory
-from stagewise.narrowing import narrow, offset_for
+from stagewise.narrowing import given_offset, narrow, require_spread
 from stagewise.row_store import RowStore
 from stagewise.storage import Draft, FilePath, draft, read
 
@@ -50,6 +51,8 @@ class LatentBank(RowStore):
         dtype: Storage: float32, float64, bfloat16 or float16; default that of `x`. A 16-bit bank
             halves the memory and *is* the data set, rounded relative to the distance from the
             mean, that the posterior is about.
+        offset: What 16-bit rows are rounded relative to, D numbers near the mean; default the mean
+            of `x`. Parts of one bank (`Sharded`) must share it to be rounded alike.
 
     Attributes:
         rows: The samples less `offset`, (N, D), in the bank's own order (sorted by class if there
@@ -80,14 +83,19 @@ class LatentBank(RowStore):
     """
 
     def __init__(
-        self, x: Tensor, labels: Tensor | None = None, *, dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
     ) -> None:
         if not x.is_floating_point():
             raise TypeError(f"Expected floating-point `x`, got {x.dtype}. Scale images to floats.")
         dtype = _storage(dtype or x.dtype)
         require_rows(tuple(x.shape))
         given = x.detach().flatten(1)
-        offset = offset_for(given, dtype)
+        offset = given_offset(offset, given, dtype)
         rows = given if given.dtype == dtype else narrow(given, offset, dtype)
         index, segments = _order(labels, len(rows), rows.device)
         if index is not None and rows is given:
@@ -95,7 +103,7 @@ class LatentBank(RowStore):
         elif index is not None:
             sort_in_place(rows, index)
         super().__init__(rows, offset, tuple(x.shape[1:]), index, segments)
-        self._measure()
+        self._measure(narrowed=given.dtype != dtype)
 
     @classmethod
     def _of(cls, *args: Any, **kwargs: Any) -> LatentBank:
@@ -104,9 +112,11 @@ class LatentBank(RowStore):
         RowStore.__init__(bank, *args, **kwargs)
         return bank
 
-    def _measure(self) -> LatentBank:
+    def _measure(self, narrowed: bool = False) -> LatentBank:
         mean, self.sq_norms = measure(self.rows, self.index)
         self.centre = mean + self.offset
+        if narrowed:
+            require_spread(math.sqrt(float(self.sq_norms.mean()) / self.dim), self.dtype)
         return self._summarise()
 
     def _summarise(self) -> LatentBank:
@@ -125,6 +135,7 @@ class LatentBank(RowStore):
         *,
         find: FindSample = find_sample,
         dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
         class_wise: bool = True,
         copies: int = 1,
         advance: Callable[[int], object] | None = None,
@@ -136,6 +147,8 @@ class LatentBank(RowStore):
             num_rows: How many rows there are (`len(dataset)`); rows beyond it are not read.
             find: From a batch to `(x_1, labels or None)`; default `batches.find_sample`.
             dtype: Storage dtype; default that of the samples.
+            offset: What 16-bit rows are rounded relative to, see the class; default the mean of the
+                first rows, up to 256 of them.
             class_wise: Whether to keep the labels that `find` gives, default True.
             copies: Processes on this host that build the same bank, for the check of memory.
             advance: Called with the number of rows read so far, for a progress display.
@@ -150,12 +163,13 @@ class LatentBank(RowStore):
         """
         parts, shape, given = read_batches(batches, num_rows, find, advance)
         require_memory(num_rows, math.prod(shape), dtype or given, copies)
+        first, parts = first_rows(parts)
         rows = torch.empty((num_rows, math.prod(shape)), dtype=_storage(dtype or given))
         labels, labelled = torch.empty(num_rows, dtype=torch.int64), 0
         for done, x1, label in parts:
             if done == 0:
                 # The mean is known only after the last batch; any fixed vector near it serves.
-                offset = offset_for(x1, rows.dtype)
+                offset = given_offset(offset, first, rows.dtype)
             rows[done : done + len(x1)] = narrow(x1, offset, rows.dtype)
             if label is not None and class_wise:
                 labels[done : done + len(x1)] = label
@@ -164,7 +178,8 @@ class LatentBank(RowStore):
         index, segments = _order(found, num_rows, rows.device)
         if index is not None:
             sort_in_place(rows, index)
-        return cls._of(rows, offset, shape, index, segments)._measure()
+        bank = cls._of(rows, offset, shape, index, segments)
+        return bank._measure(narrowed=given != bank.dtype)
 
     @classmethod
     def write(
@@ -175,6 +190,7 @@ class LatentBank(RowStore):
         *,
         labels: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
         find: FindSample = find_sample,
         advance: Callable[[int], object] | None = None,
     ) -> LatentBank:
@@ -187,6 +203,7 @@ class LatentBank(RowStore):
             labels: Integer class of each row, (N,), in the order of the batches; default None (no
                 classes). They are needed beforehand because a row is written where its class is.
             dtype: Storage dtype; default that of the samples.
+            offset: As for `from_batches`.
             find: From a batch to `(x_1, labels or None)`; labels found are compared with `labels`.
             advance: As for `from_batches`.
 
@@ -200,16 +217,40 @@ class LatentBank(RowStore):
         index, segments = _order(labels, num_rows, torch.device("cpu"))
         parts, shape, given = read_batches(batches, num_rows, find, advance)
         dtype = _storage(dtype or given)
+        first, parts = first_rows(parts)
         place = torch.arange(num_rows) if index is None else torch.argsort(index)
         with draft(path, num_rows, math.prod(shape), dtype, len(segments)) as file:
             for done, x1, found in parts:
                 if done == 0:
-                    offset = offset_for(x1, dtype)
+                    offset = given_offset(offset, first, dtype)
                 if labels is not None and found is not None:
                     require_labels(found, labels, done)
                 file.rows[place[done : done + len(x1)]] = narrow(x1, offset, dtype)
-            cls._of(file.rows, offset, shape, index, segments)._measure()._finish(file)
+            bank = cls._of(file.rows, offset, shape, index, segments)
+            bank._measure(narrowed=given != dtype)._finish(file)
         return cls.open(path)
+
+    def part(self, rows: slice) -> LatentBank:
+        """Some of the rows as a bank of its own, in host memory: a shard of a bank in a file.
+
+        It is rounded as this one is. A stride, as of `slice(rank, None, world_size)`, gives every
+        shard its share of each class.
+
+        Args:
+            rows: Which, at least two.
+
+        Returns:
+            The bank, in which the rows keep their order and classes and count from 0.
+
+        Raises:
+            ValueError: For fewer than two rows.
+        """
+        at = torch.arange(len(self), device=self.device)[rows]
+        require_rows((len(at), *self.shape))
+        labels = torch.tensor(self.labels_of(at.tolist())) if self._segments else None
+        _, segments = _order(labels, len(at), torch.device("cpu"))
+        stored = self.rows[at].cpu()
+        return type(self)._of(stored, self.offset.cpu(), self.shape, None, segments)._measure()
 
     def save(self, path: FilePath) -> None:
         """Writes the bank to a safetensors file, a chunk at a time, for `open`.

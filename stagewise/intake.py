@@ -14,12 +14,15 @@ from stagewise.narrowing import BLOCK
 
 __all__ = [
     "class_order",
+    "first_rows",
     "measure",
     "read_batches",
     "require_labels",
     "require_rows",
     "sort_in_place",
 ]
+
+_FIRST = 256  # rows that stand for all when not all are there yet
 
 _SORTED = 2**24  # numbers that are moved at a time, of few columns: the wider, the faster
 
@@ -89,6 +92,23 @@ def read_batches(
         raise ValueError(f"Expected {num_rows} rows in the batches, got {done}.")
 
     return parts(), shape, first[0].dtype
+
+
+def first_rows(parts: Iterator[Part]) -> tuple[Tensor, Iterator[Part]]:
+    """The first rows, the same ones whatever the batches are.
+
+    Args:
+        parts: What `read_batches` iterates over.
+
+    Returns:
+        At most 256 rows, (n, D), and an iterator over the same parts from the first on.
+    """
+    held: list[Part] = []
+    for part in parts:
+        held.append(part)
+        if part[0] + len(part[1]) >= _FIRST:
+            break
+    return torch.cat([x1 for _, x1, _ in held])[:_FIRST], chain(held, parts)
 
 
 def require_labels(found: Tensor, labels: Tensor, done: int) -> None:

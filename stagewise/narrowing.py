@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "HALF", "narrow", "offset_for"]
+__all__ = ["BLOCK", "HALF", "given_offset", "narrow", "offset_for", "require_spread"]
 
 HALF = (torch.bfloat16, torch.float16)
 """The 16-bit types, which get an offset."""
@@ -18,6 +18,10 @@ HALF = (torch.bfloat16, torch.float16)
 BLOCK = 2**20
 """Numbers handled at a time wherever something of a whole bank is computed in float64: the copies
 stay in the cache, and their memory is used again."""
+
+
+_LEAST = 2**-13
+"""A standard deviation below which float16, whose numbers are 2^-24 apart there, loses digits."""
 
 
 def offset_for(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,6 +48,31 @@ def offset_for(x: Tensor, dtype: torch.dtype) -> Tensor:
         total += block.double().where(finite[:, None], 0.0).sum(0)
         count += finite.sum()
     return (total / count.clamp_min(1)).float().double()
+
+
+def given_offset(offset: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The offset a user gives, as it is kept; without one, `offset_for`.
+
+    Args:
+        offset: D finite numbers in any shape, or None.
+        x: Samples, (N, D).
+        dtype: Storage type. An offset for wider types, or of samples that have theirs, is left out.
+
+    Returns:
+        The offset, (D,), float64, on the device of `x`.
+
+    Raises:
+        ValueError: If there are other than D numbers, or such that are not finite.
+    """
+    if offset is None or dtype not in HALF or x.dtype == dtype:
+        return offset_for(x, dtype)
+    if offset.numel() != x.shape[1] or not offset.isfinite().all():
+        raise ValueError(
+            f"Expected `offset` of {x.shape[1]} finite numbers, one for each of a sample's, got "
+            f"shape {tuple(offset.shape)}. Give a vector near the mean, for example "
+            "x[:1000].float().mean(0)."
+        )
+    return offset.detach().flatten().to(x.device).float().double()
 
 
 def narrow(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,3 +106,21 @@ def narrow(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
                 f"{largest:.5g}. Store them as dtype=torch.{cure}, or scale them."
             )
     return rows
+
+
+def require_spread(spread: float, dtype: torch.dtype) -> None:
+    """Refuses samples that were too close together for their storage type.
+
+    Args:
+        spread: Root mean square of the numbers in the rows, from their mean, as stored.
+        dtype: Storage type.
+
+    Raises:
+        ValueError: If float16 has too few numbers between them.
+    """
+    if dtype == torch.float16 and spread < _LEAST:
+        raise ValueError(
+            f"Expected samples that differ from their mean by {_LEAST:.2g} at least, root mean "
+            f"square, to be stored as {dtype}, which has too few numbers below, got {spread:.2g}. "
+            "Store them as dtype=torch.bfloat16 or torch.float32, or scale them."
+        )

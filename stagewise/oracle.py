@@ -133,31 +133,39 @@ class Oracle:
                 above the rows of the bank, a source that is no row of it, or queries on a device
                 without float64 (MPS).
         """
-        post = self._answer(xt, t, labels, source, k)
+        flat, path = self.coefficients(xt, t)
+        names = None if labels is None else self.names(labels, len(flat))
+        post = self._answer(flat, path, names, source, k, xt.dtype)
         if source is not None and post.source_weight is None:
-            flat, path = self.coefficients(xt, t)
             with torch.autocast(flat.device.type, enabled=False):
                 x1 = self.bank.take(source.clamp_min(0), device=flat.device)
                 gap = flat - path.alpha[:, None] * x1
                 log_weight = -(gap * gap).sum(1) / (2 * path.sigma**2) - post.log_evidence
-                weight = log_weight.exp().clamp_max(1).masked_fill(source < 0, torch.nan)
+                weight = log_weight.exp().clamp_max(1)
+                if names is not None:
+                    weight = weight * self.bank.among(source, names).to(weight)
+                weight = weight.masked_fill(source < 0, torch.nan)
                 post = replace(post, source_weight=weight)
         return replace(post, mean=post.mean.reshape(-1, *self.bank.shape))
 
     @torch.no_grad()
     def _answer(
-        self, xt: Tensor, t: Tensor, labels: Labels | None, source: Tensor | None, k: int
+        self,
+        flat: Tensor,
+        path: PathCoefficients,
+        names: list[int | None] | None,
+        source: Tensor | None,
+        k: int,
+        made_in: torch.dtype,
     ) -> Posterior:
         """The posterior with its mean as a row, and without the weight of the source."""
-        flat, path = self.coefficients(xt, t)
         rows = self.engine.num_rows(self.bank)
         if not 1 <= k <= rows:
             raise ValueError(f"Expected `k` from 1 to the {rows} rows of the bank, got {k}.")
         if source is not None:
             source = self.checked_source(source, len(flat), rows)
-        names = None if labels is None else self.names(labels, len(flat))
         with torch.autocast(flat.device.type, enabled=False):
-            return self._certified_or_searched(flat, path, names, source, k, xt.dtype)
+            return self._certified_or_searched(flat, path, names, source, k, made_in)
 
     def _certified_or_searched(
         self,
@@ -232,9 +240,11 @@ class Oracle:
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
         flat, path = self.coefficients(xt, t)
-        post = posterior or self._answer(xt, t, labels, source, 1)
+        if posterior is None:
+            names = None if labels is None else self.names(labels, len(flat))
+            posterior = self._answer(flat, path, names, source, 1, xt.dtype)
         c, _ = Prediction.of(prediction).coefficients(path)
-        difference = post.mean.flatten(1) - x1.detach().flatten(1).to(flat.dtype)
+        difference = posterior.mean.flatten(1) - x1.detach().flatten(1).to(flat.dtype)
         # A difference below its rounding is none; at t = 1 some paths have an infinite c.
         rounding = 16 * torch.finfo(torch.float64).eps * self.bank.max_norm
         gap = torch.where(difference.abs() <= rounding, 0.0, c[:, None] * difference)

@@ -126,6 +126,19 @@ class RowStore:
         classes, stops = self.classes, [segment.stop for segment in self._segments.values()]
         return [classes[bisect_right(stops, row)] for row in rows]
 
+    def among(self, rows: Tensor, labels: Sequence[int | None]) -> Tensor:
+        """Whether each row is of its class, (B,); of the label None all rows are.
+
+        Args:
+            rows: In the bank's own order, (B,), on any device.
+            labels: A class of the bank for each, or None.
+        """
+        whole = self.whole
+        own = [whole if label is None else self.segment(label) for label in labels]
+        ends = torch.tensor([(part.start, part.stop) for part in own]).reshape(-1, 2)
+        start, stop = ends.to(rows.device).unbind(1)
+        return (rows >= start) & (rows < stop)
+
     def take(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
         """Samples by their rows.
 

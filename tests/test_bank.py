@@ -237,6 +237,63 @@ def test_sixteen_bits_round_relative_to_the_distance_from_the_mean(dtype, build)
     assert torch.equal((samples(bank) - bank.offset).to(dtype), bank.rows)
 
 
+def test_rows_do_not_depend_on_the_batches_they_came_in():
+    x, labels = torch.randn(600, 6) + 3, torch.arange(600) % 5
+    made = [
+        LatentBank.from_batches(
+            zip(x.split(n), labels.split(n), strict=True), 600, dtype=torch.bfloat16
+        )
+        for n in (7, 32, 600)
+    ]
+    assert len({bank.fingerprint for bank in made}) == 1
+
+
+def test_parts_with_one_offset_are_rounded_as_the_whole():
+    x, labels = torch.randn(90, 2, 3) + 5, torch.arange(90) % 4
+    whole = LatentBank(x, labels, dtype=torch.bfloat16)
+    again = [
+        LatentBank(x[:30], labels[:30], dtype=torch.bfloat16, offset=whole.offset),
+        LatentBank.from_batches([x[:30]], 30, dtype=torch.bfloat16, offset=whole.offset),
+    ]
+    for bank in again:
+        assert (whole.find(x[:30]) >= 0).all()
+        taken = bank.take(torch.arange(30) if bank.index is None else bank.index.argsort())
+        assert torch.equal(taken, whole.take(whole.find(x[:30])))
+    with pytest.raises(ValueError, match=r"`offset` of 6 finite numbers.*got shape \(2,\)"):
+        LatentBank(x, dtype=torch.bfloat16, offset=torch.zeros(2))
+    assert LatentBank(x, offset=whole.offset).offset.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("rows", [slice(1, None, 3), slice(20, 60)])
+def test_part(rows, tmp_path):
+    x, labels = torch.randn(90, 2, 3) + 5, torch.arange(90) % 4
+    LatentBank(x, labels, dtype=torch.float16).save(tmp_path / "bank")
+    whole = LatentBank.open(tmp_path / "bank")
+    part = whole.part(rows)
+    at = torch.arange(90)[rows]
+    assert part.rows.untyped_storage().nbytes() == len(at) * 6 * 2
+    assert part.shape == (2, 3)
+    assert torch.equal(samples(part), samples(whole)[at])
+    assert part.labels_of(list(range(len(at)))) == whole.labels_of(at.tolist())
+    torch.testing.assert_close(part.centre, samples(whole)[at].mean(0))
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        whole.part(slice(3, 4))
+
+
+@pytest.mark.parametrize("build", ["tensor", "batches"])
+@pytest.mark.parametrize("scale", [1e-5, 1e-9])
+def test_samples_too_close_together_for_float16_are_refused(scale, build):
+    x = 1 + scale * torch.randn(100, 6, dtype=torch.float64)
+    make = {
+        "tensor": lambda: LatentBank(x, dtype=torch.float16),
+        "batches": lambda: LatentBank.from_batches(x.split(9), 100, dtype=torch.float16),
+    }
+    with pytest.raises(ValueError, match=r"differ from their mean by 0.00012.*dtype=torch.bfloat"):
+        make[build]()
+    LatentBank(x, dtype=torch.bfloat16)
+    LatentBank(1e3 * (x - 1) + 1, dtype=torch.float16 if scale == 1e-5 else torch.bfloat16)
+
+
 def test_offset_is_zero_unless_bits_are_lost():
     x = 5 + torch.randn(20, 4)
     half = x.half()

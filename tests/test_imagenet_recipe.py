@@ -355,9 +355,8 @@ def test_two_ranks_with_a_sharded_bank_train_as_one(latents, on_one_and_two_rank
     overrides = [
         *("experiment=imagenet256_sdvae_sit_s", "name=x", f"data.path={latents}", *SMALL),
         *(*SMALL_NET, "net.class_dropout=0.0", "module.lr=1e-3", "logger=csv"),
-        # In 16 bits rows are rounded relative to a sample of their shard.
         *("callbacks=steer_only", "engine=sharded", "scheme.boundary=0.3"),
-        *("data.bank_dtype=float32", "trainer.max_steps=6"),
+        "trainer.max_steps=6",
     ]
     folders = on_one_and_two_ranks(TWO_RANKS.replace("OVERRIDES", repr(overrides)))
     losses, weights = [], []

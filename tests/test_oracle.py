@@ -399,6 +399,17 @@ def test_an_unknown_source_has_no_weight():
     assert mixed[1].isnan()
 
 
+def test_a_source_of_another_class_has_no_weight():
+    bank = LatentBank(torch.randn(60, 6), torch.arange(60) % 3)
+    source = torch.tensor([3, 50, 50])
+    xt, t, *_ = queries(bank, LinearPath(), 0.3, source.tolist())
+    own = bank.labels_of([3, 50])
+    weight = Oracle(bank).posterior(xt, t, [own[0], own[0], None], source=source).source_weight
+    assert weight[0] > 0
+    assert weight[1] == 0
+    assert weight[2] == Oracle(bank).posterior(xt[2:], t[2:], source=source[2:]).source_weight
+
+
 def test_source_can_be_looked_up():
     bank = LatentBank(torch.randn(60, 2, 3), torch.arange(60) % 4)
     xt, t, _, x1 = queries(bank, LinearPath(), 0.4, [8, 20, 33])

@@ -6,10 +6,12 @@ This file is also what the processes run: every scenario of a world size in one 
 import copy
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import traceback
+import warnings
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from stagewise import LatentBank, LinearPath, Oracle, Posterior, merge
 from stagewise.engines import Exact, Nearest
-from stagewise.engines.ranks import Asked, Header, _device
+from stagewise.engines.ranks import About, Asked, Header, _device, warn_of_differences
 from stagewise.engines.sharded import (
     EmptyShard,
     Sharded,
@@ -53,10 +55,14 @@ RUNS = {
     "class-wise, empty": (EMPTY, ONE_ASKS, "own", torch.float64, Exact("float64")),
     "some class-wise": (EMPTY, BATCHES, "some", torch.float64, Exact("float64")),
     "float32": (EVEN, BATCHES, "some", torch.float32, Exact()),
+    "bfloat16": (UNEVEN, BATCHES, "some", torch.bfloat16, Exact()),
+    "float16": (EMPTY, ONE_ASKS, "own", torch.float16, Exact()),
     "all_reduce": (UNEVEN, BATCHES, "some", torch.float64, Exact("float64")),
     "nearest": (EVEN, BATCHES, "none", torch.float64, Nearest(**NEAREST)),
 }
 EXACT = [name for name in RUNS if name != "nearest"]
+HALF = (torch.bfloat16, torch.float16)
+LARGE = (12_800, 4096)  # rows of a bank, 210 MB in float32, whose memory is measured
 
 
 def samples():
@@ -79,6 +85,7 @@ def queries(labels_mode):
     names = labels[source].tolist()
     if labels_mode == "some":
         names = [name if i % 3 else None for i, name in enumerate(names)]
+        names[2] = 0  # not the class of its source
     asked = None if labels_mode == "none" else names
     unknown = torch.arange(50) % 9 == 0
     return LinearPath().interpolate(x0, x[source], t), t, asked, source.masked_fill(unknown, -1)
@@ -88,7 +95,20 @@ def shard(first, last, dtype):
     x, labels = samples()
     if first == last:
         return EmptyShard(SHAPE, dtype)
+    if dtype in HALF:
+        return LatentBank(x[first:last], labels[first:last], dtype=dtype, offset=x[:99].mean(0))
     return LatentBank(x[first:last].to(dtype), labels[first:last])
+
+
+def asked_in(dtype):
+    """The type of queries."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def stored(dtype):
+    """The samples as banks of a type hold them, (N, D), float64."""
+    bank = shard(0, N, dtype)
+    return bank.take(bank.index.argsort())
 
 
 def sample_of_row(ends):
@@ -108,6 +128,7 @@ def main(out, world, rank):
     report["errors"] = {name: caught(ask) for name, ask in disagreements(rank).items()}
     report["kind"] = weakest_kind(rank)
     report["bytes"] = traffic(rank)
+    report["memory"] = memory(world, rank)
     if world == 4:
         report["subgroups"] = subgroups(rank)
     torch.save(report, out / f"report{rank}.pt")
@@ -136,7 +157,7 @@ def parity(name, world, rank):
     row_of_sample = sample_of_row(ends).argsort()
     source = torch.where(source < 0, -1, row_of_sample[source])
     post = oracle.posterior(
-        xt[first:last].to(dtype),
+        xt[first:last].to(asked_in(dtype)),
         t[first:last],
         None if labels is None else labels[first:last],
         source=source[first:last],
@@ -149,6 +170,28 @@ def parity(name, world, rank):
     about["num_rows"] = oracle.engine.num_rows(bank)
     about["floor"] = oracle.engine.sigma_floor(bank)
     return about | {field: getattr(post, field) for field in FIELDS}
+
+
+def memory(world, rank):
+    """Bytes of a rank's rows as they are stored, and what the process grew by (Linux)."""
+    n, dim = LARGE
+    before = resident()
+    rows = shard_rows(n, rank, world)
+    x = torch.randn(rows.stop - rows.start, dim, generator=torch.Generator().manual_seed(rank))
+    bank = LatentBank(x)
+    oracle = Oracle(bank, engine=Sharded())
+    post = oracle.posterior(bank.take(torch.arange(4)).float(), torch.full((4,), 0.9))
+    assert post.weights.min() > 0.99
+    grown = None if before is None else resident() - before
+    return bank.rows.untyped_storage().nbytes(), grown
+
+
+def resident():
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return 1024 * int(line.split()[1])
 
 
 def refuse(*_, **__):
@@ -342,13 +385,15 @@ def alone(name):
     bank = shard(0, N, dtype)
     xt, t, labels, source = queries(mode)
     source = torch.where(source < 0, -1, bank.index.argsort()[source])
-    return Oracle(bank, engine=engine).posterior(xt.to(dtype), t, labels, source=source, k=K)
+    return Oracle(bank, engine=engine).posterior(
+        xt.to(asked_in(dtype)), t, labels, source=source, k=K
+    )
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_answers_are_those_of_one_process(reports, name):
     one, got = alone(name), together(reports, name)
-    tolerance = 1e-6 if name == "float32" else 1e-11
+    tolerance = 1e-6 if "float" in name else 1e-11
     for field in ("mean", "log_evidence", "entropy", "ess", "weights", "source_weight"):
         close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
         torch.testing.assert_close(got[field], getattr(one, field), **close, msg=field)
@@ -359,9 +404,9 @@ def test_answers_are_those_of_one_process(reports, name):
 @pytest.mark.parametrize("name", EXACT)
 def test_rows_are_those_that_have_the_weights(reports, world, name):
     got, (rows, _, mode, dtype, _) = together(reports, name), RUNS[name]
-    x, labels = samples()
+    _, labels = samples()
     xt, t, asked, _ = queries(mode)
-    x, xt = (value.to(dtype).double().flatten(1) for value in (x, xt))
+    x, xt = stored(dtype), xt.to(asked_in(dtype)).double().flatten(1)
     which = sample_of_row(rows[world])[got["rows"]]
     gap = xt[:, None] - t[:, None, None] * x[which]
     sigma = (1 - t).clamp_min(reports[0][name]["floor"])[:, None]
@@ -371,7 +416,7 @@ def test_rows_are_those_that_have_the_weights(reports, world, name):
         weights[there],
         got["weights"][there],
         rtol=1e-6,
-        atol=1e-6 if dtype == torch.float32 else 1e-9,
+        atol=1e-9 if dtype == torch.float64 else 1e-6,
     )
     for row, name in zip(got["rows"].tolist(), asked or [None] * 50, strict=True):
         real = [i for i in row if i >= 0]
@@ -394,6 +439,41 @@ def test_each_rank_holds_its_part(reports, world):
             assert report[name]["offsets"] == tuple(ends)
             assert report[name]["num_rows"] == N
     assert reports[0]["whole"]["held"] == pytest.approx(N / world, abs=1)
+
+
+def test_the_memory_of_a_rank_is_that_of_its_part(reports, world):
+    whole = 4 * LARGE[0] * LARGE[1]
+    for report in reports:
+        held, grown = report["memory"]
+        assert held == whole / world
+        if grown is not None:
+            assert 0.9 * held < grown < held + 0.3 * whole
+
+
+def test_says_what_makes_shards_no_parts_of_one_bank():
+    x, labels = samples()
+    parts = [x[:200], x[200:]]
+    alone = [LatentBank(part, dtype=torch.bfloat16) for part in parts]
+    alike = [LatentBank(part, dtype=torch.bfloat16, offset=x.mean(0)) for part in parts]
+    copies = [LatentBank(part.clone()) for part in parts]
+    cut = [LatentBank(x, labels, dtype=torch.bfloat16).part(slice(r, None, 2)) for r in (0, 1)]
+    empty = [alike[0], EmptyShard(SHAPE, torch.bfloat16)]
+    for banks, message in (
+        (alone, "relative to different means.*offset="),
+        (alike, None),
+        (cut, None),
+        (empty, None),
+        (copies, None),
+        ([LatentBank(x[:50]), copies[1]], r"a view of .* LatentBank\(x\[rows\].clone\(\)\)"),
+    ):
+        everyone = [About.of(bank, Exact(), None) for bank in banks]
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            warn_of_differences(everyone, banks[0])
+        if message is None:
+            assert not seen
+        else:
+            assert re.search(message, str(seen[0].message))
 
 
 def test_ranks_agree_on_what_is_of_all(reports, world):

@@ -220,9 +220,9 @@ def test_killed_in_the_middle_leaves_the_old_file(x, path):
 import os, sys, torch
 from stagewise import LatentBank
 def batches():
-    yield torch.zeros(10, 12)
+    yield torch.zeros(300, 12)
     os._exit(9)  # nothing is cleaned up
-LatentBank.write(sys.argv[1], batches(), 20)
+LatentBank.write(sys.argv[1], batches(), 400)
 """
     ended = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
     assert ended.returncode == 9

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +20,19 @@ from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
 from stagewise.engines.base import Engine
+from stagewise.memory import format_bytes
 from stagewise.paths import PathCoefficients
 
-__all__ = ["About", "Asked", "Header", "Layout", "Ranks", "require_agreement", "require_classes"]
+__all__ = [
+    "About",
+    "Asked",
+    "Header",
+    "Layout",
+    "Ranks",
+    "require_agreement",
+    "require_classes",
+    "warn_of_differences",
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ class About:
     classes: list[int]
     floor: float
     max_norm: float
+    offset: str
     problem: str | None
 
     @classmethod
@@ -64,7 +77,8 @@ class About:
         floor = engine.sigma_floor(bank) if rows and problem is None else 0.0
         kind, dtype = type(engine).__name__, str(bank.dtype)
         says = None if problem is None else f"{problem}"
-        return cls(bank.shape, dtype, kind, rows, bank.classes, floor, bank.max_norm, says)
+        offset = hashlib.sha256(bank.offset.cpu().numpy().tobytes()).hexdigest()
+        return cls(bank.shape, dtype, kind, rows, bank.classes, floor, bank.max_norm, offset, says)
 
 
 def require_agreement(everyone: Sequence[About], problem: Exception | None) -> None:
@@ -100,6 +114,31 @@ def require_agreement(everyone: Sequence[About], problem: Exception | None) -> N
         raise ValueError(
             f"Expected labels on every rank that has rows, or on none, got {_by_rank(labelled)}. "
             "Build the banks alike: LatentBank(x, labels)."
+        )
+
+
+def warn_of_differences(everyone: Sequence[About], bank: LatentBank) -> None:
+    """Warns of what makes shards other than parts of one bank, but not wrong.
+
+    Args:
+        everyone: What each rank says.
+        bank: The shard of this rank.
+    """
+    if len({about.offset for about in everyone if about.rows}) > 1:
+        warnings.warn(
+            f"The shards are rounded to {bank.dtype} relative to different means, so that the "
+            "posterior differs, by about a rounding, from that of one process with all rows. Give "
+            "all shards the same: LatentBank(x, labels, dtype=..., offset=vector near the mean), "
+            "or cut them from one bank: bank.part(slice(rank, None, world_size)).",
+            stacklevel=3,
+        )
+    held = bank.rows.untyped_storage().nbytes()
+    if bank.residency != "memory-mapped" and held > 2 * bank.nbytes > 0:
+        warnings.warn(
+            f"The shard is a view of {format_bytes(held)}, which this rank keeps for "
+            f"{format_bytes(bank.nbytes)} of rows. Copy what it needs: "
+            "LatentBank(x[rows].clone()), and let go of the rest.",
+            stacklevel=3,
         )
 
 

@@ -52,6 +52,7 @@ from stagewise.engines.ranks import (
     Ranks,
     require_agreement,
     require_classes,
+    warn_of_differences,
 )
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, TailKind, merge, put
@@ -130,8 +131,11 @@ class Sharded(Engine):
 
     Make one on every rank, give it to an `Oracle` with the rank's own rows, and ask: `shard_rows`
     says which rows those are, `EmptyShard` stands in where there are none. Any split will do, also
-    an unequal one, and a class may be missing on some ranks. Building the oracle and asking it are
-    collective. Without `torch.distributed`, or on one rank, it is the inner engine.
+    an unequal one, and a class may be missing on some ranks. Rows of 16 bits are those of one bank
+    if all shards have the same `offset`, as parts of a bank have (`LatentBank.part`).
+
+    Building the oracle and asking it are collective. Without `torch.distributed`, or on one rank,
+    it is the inner engine.
 
     Rows count over all ranks, one rank's after the other's: `Posterior.rows` does, and so must
     `source`. `offsets(bank)` translates.
@@ -150,7 +154,8 @@ class Sharded(Engine):
         >>> import torch
         >>> from stagewise import Oracle
         >>> samples, rank, world_size = torch.randn(100, 8), 0, 1  # of torch.distributed
-        >>> bank = LatentBank(samples[shard_rows(len(samples), rank, world_size)])
+        >>> rows = shard_rows(len(samples), rank, world_size)
+        >>> bank = LatentBank(samples[rows].clone())  # a view would keep all of them
         >>> oracle = Oracle(bank, engine=Sharded())
         >>> oracle.posterior(samples[:3], torch.full((3,), 0.5)).mean.shape
         torch.Size([3, 8])
@@ -197,6 +202,8 @@ class Sharded(Engine):
         own = About.of(bank, self.engine, problem)
         everyone = [own] if self._ranks is None else self._ranks.objects(own)
         require_agreement(everyone, problem)
+        if self._ranks is not None:
+            warn_of_differences(everyone, bank)
         offsets = [0]
         for about in everyone:
             offsets.append(offsets[-1] + about.rows)
@@ -294,7 +301,11 @@ class Sharded(Engine):
             part = replace(part, rows=there, source_weight=None)
             post = part if len(held) == count else put(post, held, part, count)
         log_source = torch.full_like(post.log_evidence, -torch.inf)
-        inside = [i for i, row in enumerate(rows) if row >= 0]
+        inside = [
+            i
+            for i in held
+            if rows[i] >= 0 and (names[i] is None or bank.labels_of([rows[i]]) == [names[i]])
+        ]
         if inside:
             some = asked.select(inside)
             x1 = bank.take(torch.tensor([rows[i] for i in inside]), device=device)

@@ -256,13 +256,22 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         size = max(1, min(1024, 2**24 // math.prod(self.shape)))
         batches = fixed.chunks(size, indices)
         labels = fixed.labels if class_wise else None
+        # Of all items whatever the indices, so that shards of them are rounded alike.
+        how: dict[str, Any] = {"dtype": dtype, "offset": fixed.middle(), "advance": advance}
         if path is None:
-            return LatentBank.from_batches(
-                batches, total, dtype=dtype, class_wise=class_wise, advance=advance
-            )
+            return LatentBank.from_batches(batches, total, class_wise=class_wise, **how)
         if labels is not None and indices is not None:
             labels = labels[indices]
-        return LatentBank.write(path, batches, total, labels=labels, dtype=dtype, advance=advance)
+        return LatentBank.write(path, batches, total, labels=labels, **how)
+
+    def middle(self, max_rows: int = 256) -> Tensor:
+        """The mean of evenly spaced samples, without draws, (*shape), float64."""
+        fixed = self.fixed()
+        step = math.ceil(len(fixed) / max_rows)
+        total = torch.zeros(self.shape, dtype=torch.float64)
+        for index in range(0, len(fixed), step):
+            total += fixed[index][0]
+        return total / len(range(0, len(fixed), step))
 
     def statistics(self, max_rows: int = 256) -> ChannelStatistics:
         """Moments by channel of evenly spaced samples, without draws."""

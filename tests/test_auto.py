@@ -49,6 +49,37 @@ def test_names_the_missing_library(low, monkeypatch):
     assert engine.picks[low].near is None
 
 
+def test_a_library_for_another_torch_means_exact(low, monkeypatch):
+    def broken(self, bank):
+        raise ImportError("torch_cluster was built for another torch")
+
+    monkeypatch.setattr(module, "find_spec", lambda name: True)
+    monkeypatch.setattr(module.TorchCluster, "prepare", broken)
+    engine = Auto()
+    assert engine.describe(low).startswith("Exact.")
+    assert "built for another torch" in engine.describe(low)
+    xt, t, _ = asked(low)
+    assert (Oracle(low, engine=engine).posterior(xt, t).tail_mass == 0).all()
+
+
+def test_no_tree_for_many_neighbours(low, monkeypatch):
+    asked_for = []
+
+    def found(bank, queries, k=1):
+        asked_for.append(k)
+        return engine.exact.posterior(bank, queries, k)
+
+    engine = Auto()
+    monkeypatch.setattr(module, "find_spec", lambda name: True)
+    monkeypatch.setattr(module.TorchCluster, "prepare", lambda self, bank: None)
+    engine.prepare(low)
+    monkeypatch.setattr(engine.picks[low].near, "posterior", found)
+    xt, t, _ = asked(low)
+    for k in (1, 500, 501):
+        Oracle(low, engine=engine).posterior(xt, t, k=k)
+    assert asked_for == [1, 500]
+
+
 @pytest.mark.parametrize("labels", [None, [0, 1]])
 def test_neighbours_where_few_rows_explain_a_query_and_exact_elsewhere(low, labels, monkeypatch):
     pytest.importorskip("torch_cluster", reason="pip install 'stagewise[cluster]'")

@@ -20,7 +20,7 @@ import stagewise.engines
 from stagewise import LatentBank, LinearPath, Oracle
 from stagewise.engines import Engine, Exact, Nearest, Queries
 from stagewise.engines.faiss import Faiss
-from stagewise.engines.neighbours import Neighbours, random_rows, reach, stand
+from stagewise.engines.neighbours import Neighbours, draw_rows, random_rows, reach, stand
 from stagewise.engines.refined import FEW
 from stagewise.engines.scan import Scan
 from stagewise.engines.torch_cluster import TorchCluster
@@ -512,6 +512,36 @@ def test_the_bias_of_random_rows_falls_with_their_number():
         log_m - log_m.mean()
     ).square().sum()
     assert -1.3 < slopes.mean() < -0.7
+
+
+def test_the_bias_of_nearest_falls_with_its_draws():
+    generator = torch.Generator().manual_seed(1)
+    bank = LatentBank(torch.randn(20_000, 3, generator=generator, dtype=torch.float64))
+    x0 = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    queries = queries_at(bank, 0.4 * bank.rows[:6] + 0.6 * x0, 0.4, 0.6)
+    exact = Exact("float64").posterior(bank, queries, k=len(bank))
+    weights = torch.zeros(6, len(bank), dtype=torch.float64).scatter_(1, exact.rows, exact.weights)
+    rest = weights.scatter(1, exact.rows[:, :100], 0)
+    middle = rest @ bank.rows / rest.sum(1, keepdim=True)
+    truncated = Nearest(100, precision="float64").posterior(bank, queries)
+    spread = (exact.mean - bank.centre).norm(dim=1)
+    assert ((truncated.mean - exact.mean).norm(dim=1) > 0.1 * spread).all()
+    torch.testing.assert_close(truncated.tail_mass, rest.sum(1))
+    numbers, biases = [], []
+    for draws in (100, 300, 900, 2700):
+        engine = Nearest(100, draws=draws, precision="float64")
+        off, used = torch.zeros(6, 3, dtype=torch.float64), draws + 100
+        for _ in range(100):
+            drawn = draw_rows(bank.whole, used, copy.deepcopy(engine.generator))
+            error = engine.posterior(bank, queries).mean - exact.mean
+            # What is linear in the draws has mean 0, and is most of the error.
+            part = rest[:, drawn] @ bank.rows[drawn] - rest[:, drawn].sum(1, keepdim=True) * middle
+            off += error - len(bank) / used * part
+        numbers.append(1 / used - 1 / len(bank))  # that all rows leave no bias
+        biases.append(off.norm() / 100)
+    x, y = torch.tensor(numbers).double().log(), torch.stack(biases).log()
+    slope = ((x - x.mean()) * y).sum() / (x - x.mean()).square().sum()
+    assert 0.85 < slope < 1.15
 
 
 def test_random_rows_are_a_uniform_sample_of_those_not_found():

@@ -6,7 +6,8 @@ What is fastest was measured on CPUs (`make bench`), and follows from what each 
   few dimensions nothing that returns the same numbers is faster.
 - In up to 8 dimensions a k-d tree (`TorchCluster`, if it is installed) finds the nearest rows of a
   query without looking at most others. It pays from some 50 000 rows and 64 queries on (the tree is
-  built anew for each call), for queries whose posterior lies on few rows. That is known beforehand:
+  built anew for each call) and up to some 500 rows to find, for queries whose posterior lies on few
+  rows. That is known beforehand:
   with the spectrum `lambda_k` of the rows about `n exp(-1/2 sum_k log(1 + rho_t^2 lambda_k))` rows
   explain a query.
 - `Coarse` reads a projection of all rows and then few rows whole. It pays for hundreds of thousands
@@ -41,6 +42,8 @@ _log = logging.getLogger("stagewise")
 _LOW_DIM, _MANY_ROWS = 8, 50_000
 _ENOUGH = 64
 """Queries from which on a tree, which is built for each call, costs less than products."""
+_MANY_NEIGHBOURS = 500
+"""Rows to find for a query from which on a tree costs as much as products."""
 _COARSE_ROWS, _COARSE_NUMBERS, _COARSE_TAIL = 200_000, 2**28, 1e-4
 
 
@@ -77,8 +80,11 @@ class Auto(Engine):
         if bank in self.picks:
             return
         pick = self._pick(bank)
-        if pick.near is not None:
-            pick.near.prepare(bank)
+        try:
+            if pick.near is not None:
+                pick.near.prepare(bank)
+        except ImportError as error:
+            pick = _Pick(f"Exact. Another engine would be faster near the data, but: {error}")
         self.picks[bank] = pick
         _log.info("Auto engine for %r: %s", bank, pick.why)
 
@@ -117,15 +123,17 @@ class Auto(Engine):
         """See `Engine.posterior`."""
         self.prepare(bank)
         near, variances = self.picks[bank].near, self.picks[bank].variances
-        if near is None:
+        tree = isinstance(near, TorchCluster)
+        if near is None or (tree and k > _MANY_NEIGHBOURS):
             return self.exact.posterior(bank, queries, k)
+        width = max(k, near.k)
         told = information(queries.path.alpha / queries.path.sigma, variances)
         few = [
             i
             for i, (size, nats) in enumerate(zip(queries.sizes, told.tolist(), strict=True))
-            if size >= _MANY_ROWS and nats > math.log(4 * size / near.k)
+            if size >= _MANY_ROWS and nats > math.log(4 * size / width)
         ]
-        if len(few) < (_ENOUGH if isinstance(near, TorchCluster) else 1):
+        if len(few) < (_ENOUGH if tree else 1):
             return self.exact.posterior(bank, queries, k)
         found = near.posterior(bank, queries.select(few), k)
         if len(few) == len(queries):

@@ -19,9 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from stagewise import LatentBank, LinearPath, Oracle, Posterior, merge
+from stagewise import LatentBank, LinearPath, Mix, Oracle, Posterior, Scheme, merge
 from stagewise.engines import Exact, Nearest
 from stagewise.engines.ranks import About, Asked, Header, _device, warn_of_differences
 from stagewise.engines.sharded import (
@@ -33,6 +36,7 @@ from stagewise.engines.sharded import (
     shard_rows,
     shares,
 )
+from stagewise.losses import FlowMatchingLoss
 
 N, SHAPE, D, K = 401, (2, 3, 4), 24, 5
 TIMES = [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 0.99, 0.999]
@@ -131,6 +135,14 @@ def main(out, world, rank):
     report["memory"] = memory(world, rank)
     if world == 4:
         report["subgroups"] = subgroups(rank)
+    else:
+        net = network()
+        for part in (*net.children(), net):
+            fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+        mine = shard_rows(N, rank, world)
+        bank = LatentBank(samples()[0][mine].flatten(1).clone())
+        train(net, Oracle(bank, engine=Sharded(Exact("float64"))), [rank])
+        report["fsdp"] = [value.full_tensor().detach() for value in net.parameters()]
     torch.save(report, out / f"report{rank}.pt")
     dist.barrier()
     for call in (never_prepares,) if world == 2 else (never_asks, ends):
@@ -170,6 +182,28 @@ def parity(name, world, rank):
     about["num_rows"] = oracle.engine.num_rows(bank)
     about["floor"] = oracle.engine.sigma_floor(bank)
     return about | {field: getattr(post, field) for field in FIELDS}
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, D)).double()
+
+
+def train(net, oracle, ranks):
+    """Three steps on the batches of some of two ranks, each of rows of its own shard."""
+    loss_fn = FlowMatchingLoss(scheme=Scheme(oracle, target=Mix(1.0)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    x, draws = samples()[0].flatten(1), torch.Generator().manual_seed(5)
+    for _ in range(3):
+        x0 = torch.randn(2, 16, D, generator=draws, dtype=torch.float64)
+        t = 0.6 * torch.rand(2, 16, generator=draws)
+        for rank in ranks:
+            rows = torch.arange(16) + shard_rows(N, rank, 2).start
+            loss = loss_fn(lambda xt, t: net(xt), x[rows], x0=x0[rank], t=t[rank], source=rows)
+            (loss / len(ranks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def memory(world, rank):
@@ -448,6 +482,17 @@ def test_the_memory_of_a_rank_is_that_of_its_part(reports, world):
         assert held == whole / world
         if grown is not None:
             assert 0.9 * held < grown < held + 0.3 * whole
+
+
+def test_a_network_in_shards_trains_on_a_bank_in_shards_as_in_one_process(folders):
+    net = network()
+    oracle = Oracle(LatentBank(samples()[0].flatten(1)), engine=Exact("float64"))
+    train(net, oracle, [0, 1])
+    plain = network()
+    for got in (read(folders(2), "report", rank)["fsdp"] for rank in range(2)):
+        for value, mine, before in zip(got, net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(value, mine.detach(), rtol=1e-9, atol=1e-10)
+            assert (value - before).abs().max() > 1e-3
 
 
 def test_says_what_makes_shards_no_parts_of_one_bank():

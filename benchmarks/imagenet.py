@@ -250,7 +250,9 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--dim", type=int, default=DIM)
     parser.add_argument("--dir", default=tempfile.gettempdir(), help="where 11 GB are free")
-    parser.add_argument("--runs", type=int, default=7, help="counted runs, 3 where one takes > 2 s")
+    parser.add_argument(
+        "--runs", type=int, default=7, help="counted runs, 3 where one takes > 10 s"
+    )
     parser.add_argument("--json", help="also write the numbers to this file")
     parser.add_argument("--read", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

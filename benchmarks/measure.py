@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-SLOW = 2.0  # seconds: a row that takes longer is run FEW times
+SLOW = 10.0  # seconds: a row that takes longer is run FEW times
 FEW = 3
-VERY_SLOW = 10.0  # and one that takes this long is not run again
+VERY_SLOW = 60.0  # and one that takes this long is not run again
 
 
 @dataclass

@@ -93,11 +93,9 @@ def schemes(oracle: Oracle, boundary: float) -> dict[str, Callable[[int], Scheme
     even = {"timesteps": Uniform(stratified=True), "boundary": boundary}
     middle = {"timesteps": LogitNormal(stratified=True), "boundary": boundary}
 
-    def switched(seed: int) -> Phases:
-        first = Scheme(oracle, target=Mix(), seed=seed, **middle)
-        return Phases(
-            [Phase(first, AtShare(0.6)), Phase(Scheme(oracle, target=Mix(), seed=seed, **even))]
-        )
+    def switched(seed: int, **target: Any) -> Phases:
+        first, last = (Scheme(**target, seed=seed, **times) for times in (middle, even))
+        return Phases([Phase(first, AtShare(0.6)), Phase(last)])
 
     def default(seed: int) -> Phases:
         times = WithFloor(LogitNormal(), 0.5, stratified=True)
@@ -115,7 +113,10 @@ def schemes(oracle: Oracle, boundary: float) -> dict[str, Callable[[int], Scheme
             oracle, target=ReferenceSet(128), seed=seed, **even
         ),
         "logit-normal t": lambda seed: Scheme(**middle),
-        "oracle, logit-normal then uniform t": switched,
+        "logit-normal then uniform t": switched,
+        "oracle, logit-normal then uniform t": lambda seed: switched(
+            seed, oracle=oracle, target=Mix()
+        ),
         "stage-aware t (0.3)": lambda seed: Scheme(
             timesteps=StageAware(0.3, stratified=True), boundary=boundary
         ),

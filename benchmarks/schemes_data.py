@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from stagewise import Uniform, find_sample
 from stagewise.copies import COPY_RATIO
@@ -174,10 +175,15 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """`|mean difference|^2 + tr(A + B - 2 (A B)^(1/2))` of the Gaussians fitted to pixels."""
-    a, b = torch.cov(x.T.double()), torch.cov(y.T.double())
-    shift = (x.double().mean(0) - y.double().mean(0)).square().sum()
-    # The eigenvalues of A B are those of A^(1/2) B A^(1/2).
-    values, vectors = torch.linalg.eigh(a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum()
-    return float(shift + a.trace() + b.trace() - 2 * cross)
+    distance = FrechetInceptionDistance(_Pixels(x.shape[1]))
+    distance.update(x.double(), real=True)
+    distance.update(y.double(), real=False)
+    return float(distance.compute())
+
+
+class _Pixels(nn.Identity):
+    """Rows as their own features."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from schemes import BATCH, DEFAULT
 from schemes_data import EDGES
-from schemes_report import AIMS, METRICS, Run, Runs, curves, share, share_cell, table
+from schemes_report import AIMS, METRICS, Run, Runs, curves, seeds, share, share_cell, table
 from schemes_why import LARGE
 
 __all__ = ["aims", "by_time", "load_floors", "load_why", "why"]
@@ -101,7 +101,8 @@ def why(found: Why, floor: Sequence[dict[str, float]] | None) -> list[str]:
     return [
         f"## Why the aims are missed: experiments on {name}, {horizon} steps",
         "",
-        "They ran at this horizon only. Oracle: targets at all t.",
+        "They ran at this horizon only: `python benchmarks/schemes_why.py --threads 1 --data "
+        f"{name}`. Oracle: targets at all t.",
         "",
         *_by_batch(found),
         *_noise(plain, oracle, floor),
@@ -147,7 +148,7 @@ def _by_batch(found: Why) -> list[str]:
         reached[scheme, batch] = share(base, runs, "loss")
         cells = [share_cell(share(base, runs, "loss", axis)) for axis in ("step", "seconds")]
         end = curves(runs, "loss")[:, 1, -1]
-        rows.append([f"{scheme}, batch {batch}", str(len(runs)), f"{end.mean():.4f}", *cells])
+        rows.append([f"{scheme}, batch {batch}", seeds(runs), f"{end.mean():.4f}", *cells])
     head = ["training", "seeds", "held-out loss", "steps to plain's", "time to plain's"]
     lines = [
         f"**How much could less noise give?** A batch of {LARGE} divides the variance of plain's "

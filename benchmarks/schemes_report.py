@@ -157,21 +157,38 @@ def setting(name: str, runs: Runs, tried: dict[float, float]) -> list[str]:
     ]
 
 
-def ends(horizon: int, runs: Runs) -> list[str]:
-    """Final values of every scheme, those that were not run included."""
+def ends(name: str, horizon: int, runs: Runs) -> list[str]:
+    """Final values of every scheme, those that were not run included, and what runs them."""
     rows = []
     for scheme in NAMES:
         own = runs.get(scheme, [])
         if not own:
-            rows.append([scheme, "0", "not run", "", "", "", ""])
+            rows.append([scheme, "", "not run", "", "", "", ""])
             continue
         last = [run["curve"][-1] for run in own]
         cells = [_mean_cell([end[key] for end in last]) for key in METRICS]
         pace = np.median([1e3 * end["seconds"] / horizon for end in last])
         clock = "" if all(run.get("clock") for run in own) else " (wall)"
         copies = f"{np.mean([end['copies'] for end in last]):.3f}"
-        rows.append([scheme, str(len(own)), *cells, copies, f"{pace:.1f}{clock}"])
-    return table(["scheme", "seeds", *METRICS.values(), "copies", "ms/step"], rows)
+        rows.append([scheme, seeds(own), *cells, copies, f"{pace:.1f}{clock}"])
+    return [
+        *table(["scheme", "seeds", *METRICS.values(), "copies", "ms/step"], rows),
+        *command(name, horizon),
+    ]
+
+
+def command(name: str, horizon: int | str, scheme: str = "SCHEME") -> list[str]:
+    """What runs a row."""
+    return [
+        f"A row: `python benchmarks/schemes.py --threads 1 --data {name} --horizons {horizon} "
+        f"--only '{scheme}'`.",
+        "",
+    ]
+
+
+def seeds(runs: Sequence[Run]) -> str:
+    """Of some runs, by commas."""
+    return ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
 
 
 def shares(runs: Runs) -> list[str]:
@@ -223,7 +240,7 @@ def shorter(name: str, horizon: int, found: dict[tuple[str, int], Runs]) -> list
                     pair = (curves(runs, metric)[:, 1, -1] for runs in (plain, own))
                     value = bootstrap(lambda a, b: b.mean() / a.mean(), *pair)
                     cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*value))
-                rows.append([scheme, str(len(own)), f"{short} ({short / horizon:.2f})", *cells])
+                rows.append([scheme, seeds(own), f"{short} ({short / horizon:.2f})", *cells])
     if not rows:
         return []
     return [
@@ -231,6 +248,7 @@ def shorter(name: str, horizon: int, found: dict[tuple[str, int], Runs]) -> list
         f"{horizon} steps (1 or below: as good with fewer steps):",
         "",
         *table(["scheme", "seeds", "steps (share)", *METRICS.values()], rows),
+        *command(name, "STEPS"),
     ]
 
 
@@ -258,7 +276,7 @@ def write(folder: Path, docs: Path) -> None:
         draw_curves(images, name, horizon, own)
         lines += [f"## {ABOUT[name]}: {horizon} steps", ""]
         lines += setting(name, own, rates([r for r in runs if r["data"] == name], name))
-        lines += [*ends(horizon, own), *twins(own), *shares(own)]
+        lines += [*ends(name, horizon, own), *twins(own), *shares(own)]
         lines += [*aims(own, floors.get(name)), *by_time(own)]
         lines += shorter(name, horizon, found)
         lines += [f"![Curves, {name}, {horizon} steps](images/curves_{name}_{horizon}.png)", ""]
@@ -284,13 +302,13 @@ def write(folder: Path, docs: Path) -> None:
         "# What schemes gain",
         "",
         "Written by `make bench-schemes` (benchmarks/schemes.py --report), never by hand. "
-        f"{about}; each run on one thread, seeds 0, 1, 2 unless a row has fewer. Values are means "
-        "over seeds ± half their range. Every horizon has a warm-up of 100 steps and a cosine "
-        "decay of its own. Times are drawn evenly over the probability in all rows, plain "
-        "included. Samples: 1000, midpoint rule of 25 steps (10 for the SiT); copies: share with "
-        "d1/d2 < 1/3; Frechet distance of Gaussians fitted to pixels. Ratios: [95 % interval, "
-        "seeds resampled]; not: not reached. Time is the processor's, or by the clock on the wall, "
-        "in part beside other work, where a row says (wall): compare those with care.",
+        f"{about}; each run on one thread. Values are means over seeds ± half their range. Every "
+        "horizon has a warm-up of 100 steps and a cosine decay of its own. Times are drawn evenly "
+        "over the probability in all rows, plain included. Samples: 1000, midpoint rule of 25 "
+        "steps (10 for the SiT); copies: share with d1/d2 < 1/3; Frechet distance of Gaussians "
+        "fitted to pixels. Ratios: [95 % interval, seeds resampled]; not: not reached. Time is the "
+        "processor's, or by the clock on the wall, in part beside other work, where a row says "
+        "(wall): compare those with care.",
         "",
         f"The {DEFAULT}: oracle targets at all t; for 60 % of the steps half of the times "
         "logit-normal and half uniform, then all uniform.",

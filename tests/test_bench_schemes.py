@@ -163,18 +163,19 @@ def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
     assert f"Learning rate {best:g}, the best for plain" in text
     assert f"not tried: {bench.PLANS['digits'].rates[4]:g}" in text
     assert "at the end of what was tried" not in text
+    assert "--data digits --horizons 1000 --only 'SCHEME'`" in text
     assert "| plain itself | 1.00 [1.00, 1.00] |" in text
     assert "| oracle, all t | 0.40 [0.40, 0.40] | 0.40 [0.40, 0.40] |" in text
     assert "| logit-normal t | not [not, not] |" in text
-    assert "| oracle, navigation | 0 | not run |" in text
+    assert "| oracle, navigation |  | not run |" in text
     assert "“reference set of 128” and “oracle, all t” have the same curves" in text
     assert "| held-out loss | 0.75 | 0.65 [0.65, 0.65] | met |" in text
     assert "| energy distance | 0.6 | 0.65 [0.65, 0.65] | missed |" in text
-    assert "| default | 2 | 600 (0.60) | 0.500 [0.500, 0.500] |" in text
+    assert "| default | 0, 1 | 600 (0.60) | 0.500 [0.500, 0.500] |" in text
     assert "- energy distance: plain training ends at what training rows themselves score" in text
     assert "| 0.3000 (+0.0%) | 0.2000 (+0.0%) | 0.4000 (-60.0%) |" in text
     assert "before it: 0% for oracle, all t" in text
-    assert "| oracle, batch 128 | 1 | 0.4444 | 0.90 [0.90, 0.90] |" in text
+    assert "| oracle, batch 128 | 9 | 0.4444 | 0.90 [0.90, 0.90] |" in text
     assert "**Not run:** Photographs, 8 x 8 x 3" in text
     assert "variance by t" in text
     kept = (tmp_path / "docs/results.jsonl").read_text().splitlines()

@@ -23,6 +23,7 @@ __all__ = [
     "beside_training",
     "check_bank",
     "check_batch",
+    "check_rows",
     "path_of",
     "raise_together",
     "together",
@@ -176,11 +177,7 @@ def warn_of_mismatch(bank: LatentBank, x1: Tensor, labels: Tensor | None, class_
             "The bank has labels, so the posterior is class-wise, but no labels were found in the "
             "training batch. If training is not class-conditional, say class_wise=False."
         )
-    # On the linear path t = 1 has no noise at all: the posterior mean is the nearest row.
-    few = x1[:16].detach().to(bank.device, torch.float32)
-    nearest = Oracle(bank, LinearPath()).posterior(few, torch.ones(len(few), device=few.device))
-    gap = (nearest.mean - few).flatten(1).norm(dim=1).median()
-    off = float(gap / few.flatten(1).norm(dim=1).median().clamp_min(1e-30))
+    off = _nearest(bank, x1)
     if off < 0.05:
         return
     std = float(x1.detach().float().std())
@@ -197,3 +194,57 @@ def warn_of_mismatch(bank: LatentBank, x1: Tensor, labels: Tensor | None, class_
             f"{off:.0%} of their norm. Flips, augmentation, another VAE sample or another data "
             "set? The boundary measured is that of the bank."
         )
+
+
+@torch.no_grad()
+def check_rows(bank: LatentBank, x1: Tensor, *, known: bool = False, shard: bool = False) -> None:
+    """Holds what a scheme is given against the bank its oracle asks, and warns of what is no row.
+
+    Refused is a scale that no row explains: most samples are no rows, and the distance of the
+    median one from the bank's centre is more than 1.5 times that of the median row, and above that
+    of 99 % of the rows; or below in the same way. Augmented and resampled samples are not so far
+    off.
+
+    Args:
+        bank: The bank.
+        x1: Samples of the first training step, (B, *), as the scheme was given them.
+        known: Whether their rows are known, so that they stand in for these and nothing is warned
+            of. Default False.
+        shard: Whether the bank is only this rank's part of one, in which samples are not looked up.
+            Default False.
+
+    Raises:
+        ValueError: On another scale than the bank's, or another shape.
+    """
+    missing = torch.ones(len(x1), dtype=torch.bool) if shard else bank.find(x1).cpu() < 0
+    if not missing.any():
+        return
+    share, others = float(missing.float().mean()), x1[missing.to(x1.device)].to(bank.device)
+    distance = (others.flatten(1).double() - bank.centre).norm(dim=1).median()
+    further = float((bank.sq_norms > distance.square()).double().mean())
+    ratio = float(distance / bank.sq_norms.median().sqrt().clamp_min(1e-30))
+    if share > 0.5 and (ratio > 1.5 and further < 0.01 or ratio < 1 / 1.5 and further > 0.99):
+        raise ValueError(
+            f"Expected samples at the scale of the bank, got {share:.0%} that are no rows of it, "
+            f"{ratio:.3g} times as far from its centre as its rows: the oracle's targets would be "
+            "wrong. Build the bank from the latents that are trained on, as the model sees them "
+            "(scaled, normalised)."
+        )
+    if not shard and not known:
+        rank_zero_warn(
+            f"StageScheme: {share:.0%} of the samples in the first step are no rows of the bank, "
+            "and each of them joins its rows: the nearest row is off by "
+            f"{_nearest(bank, others):.0%} of their norm. Flips, augmentation, another VAE sample "
+            "or another data set? Build the bank from what is trained on; give the `source` of "
+            "resampled latents, which then take the place of their row; or refuse them: "
+            'Scheme(on_missing="error").'
+        )
+
+
+def _nearest(bank: LatentBank, x1: Tensor) -> float:
+    """The median distance of a few samples from their nearest rows, as a share of their norm."""
+    # On the linear path t = 1 has no noise at all: the posterior mean is the nearest row.
+    few = x1[:16].detach().to(bank.device, torch.float32)
+    nearest = Oracle(bank, LinearPath()).posterior(few, torch.ones(len(few), device=few.device))
+    gap = (nearest.mean - few).flatten(1).norm(dim=1).median()
+    return float(gap / few.flatten(1).norm(dim=1).median().clamp_min(1e-30))

@@ -64,14 +64,28 @@ def reads_losses(scheme: Scheme | Phases) -> str:
 
 
 def refuse_unheard_events(trainer: pl.Trainer, scheme: Scheme | Phases) -> None:
-    """Refuses a phase that waits for an event if nothing in the trainer would say it."""
-    waits = [phase.until for phase in scheme.phases] if isinstance(scheme, Phases) else []
-    speaks = any(hasattr(callback, "subscribers") for callback in getattr(trainer, "callbacks", []))
-    for until in waits:
-        if isinstance(until, AtEvent) and not speaks:
+    """Refuses a phase that waits for an event which nothing in the trainer would say.
+
+    Callbacks, and the module, name what they say in an attribute `event_kinds`: a dict from the
+    event to what it lacks in this run, "" if nothing. That of `StageTransitions` is known once it
+    has started.
+
+    Raises:
+        ValueError: With the events that are known, and the cure.
+    """
+    ahead = scheme.phases[scheme.index :] if isinstance(scheme, Phases) else []
+    known: dict[str, str] = {}
+    for speaker in (*getattr(trainer, "callbacks", []), trainer.lightning_module):
+        known |= getattr(speaker, "event_kinds", {})
+    listed = [f"{kind!r}{lacks and f' (lacks {lacks})'}" for kind, lacks in known.items()]
+    for until in (phase.until for phase in ahead):
+        if isinstance(until, AtEvent) and not until.happened and known.get(until.event) != "":
             raise ValueError(
-                f"A phase ends at {until!r}, and no callback would say so. Add StageTransitions() "
-                "after the monitors: [VelocityErrorMonitor(), StageTransitions(), StageScheme()]."
+                f"A phase ends at {until!r}, and no callback would say so. "
+                + (f"Known are {', '.join(listed)}. " if known else "")
+                + "Add what says it, after the monitors: [PosteriorMonitor(), "
+                "VelocityErrorMonitor(), StageTransitions(), StageScheme()]; a callback of your "
+                "own names it in `event_kinds`, {event: ''}."
             )
 
 
@@ -115,7 +129,8 @@ def measured_boundary(
 class SchemeMeans:
     """Means over samples of what a scheme did, summed on the device and reduced when asked for."""
 
-    _KEYS = ("lambda", "navigation_share", "weight")
+    _KEYS = ("lambda", "navigation_share", "weight", "inserted_share", "tail_mass")
+    """The last two are over the samples with lambda above 0: no others were looked up."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
@@ -124,7 +139,12 @@ class SchemeMeans:
         """Adds the samples of a call; without a boundary no share can be said to be below it."""
         t = record.t.float()
         inside = torch.full_like(t, math.nan) if boundary is None else (t < boundary).float()
-        values = [record.lam.float(), inside, record.weight.float(), torch.ones_like(t)]
+        mixed = record.lam > 0
+        values = [
+            *(record.lam.float(), inside, record.weight.float()),
+            *((record.inserted & mixed).float(), (record.tail_mass * mixed).float()),
+            *(mixed.float(), torch.ones_like(t)),
+        ]
         sums = torch.stack(values).sum(1)
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -132,12 +152,17 @@ class SchemeMeans:
         """The means over all ranks since the last time; a collective, and a device sync."""
         sums = self._sums
         if sums is None:
-            sums = torch.zeros(len(self._KEYS) + 1, device=trainer.strategy.root_device)
+            sums = torch.zeros(len(self._KEYS) + 2, device=trainer.strategy.root_device)
         self._sums = None
         if trainer.world_size > 1:
             sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        *totals, count = sums.tolist()
-        return {key: total / count for key, total in zip(self._KEYS, totals, strict=True) if count}
+        *totals, mixed, count = sums.tolist()
+        over = 3 * [count] + 2 * [mixed]
+        return {
+            key: total / number if number else math.nan
+            for key, total, number in zip(self._KEYS, totals, over, strict=True)
+            if count
+        }
 
 
 class GatheredLosses:

@@ -13,13 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from stagewise import paths
-from stagewise.adapters import Detach, Seam, one_seam
+from stagewise.adapters import Detach, Seam, find_seams, one_seam
 from stagewise.adapters.base import parts
 from stagewise.adapters.objective import Objective
 from stagewise.adapters.paths import same_path
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_sample
-from stagewise.callbacks.checks import beside_training
+from stagewise.callbacks.checks import beside_training, check_rows, together
 from stagewise.callbacks.driving import (
     GatheredLosses,
     SchemeMeans,
@@ -32,6 +32,7 @@ from stagewise.callbacks.named import NamedCallback
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.training_bank import bank_from_trainer, shard_from_trainer
 from stagewise.callbacks.writer import Writer
+from stagewise.certificate import Certificate
 from stagewise.engines import Engine, Sharded
 from stagewise.losses import StageWeightedLoss
 from stagewise.oracle import Oracle
@@ -57,6 +58,9 @@ class StageScheme(NamedCallback):
     A matcher or path never sees the loss: for weights the module needs a `StageWeightedLoss` of the
     same scheme. Validation sees the plain targets, so its loss stays comparable.
 
+    In the first step the samples that the scheme is given are held against the bank: another scale
+    is refused, and samples that are no rows of it are warned of, with their share.
+
     The boundary of the stages, if it is not given, is that of the first probe of a
     `PosteriorMonitor` that stands before this callback and watches the same path; otherwise it is
     measured once, before the first step. It does not change afterwards, and a resumed run keeps it.
@@ -68,6 +72,9 @@ class StageScheme(NamedCallback):
     - `stagewise_scheme/navigation_share`: share of the draws with t below the boundary (NaN if
       nothing depends on a boundary).
     - `stagewise_scheme/weight`: weight of a sample.
+    - `stagewise_scheme/inserted_share`: share of samples that are no rows of the bank, and were put
+      into its posterior; `stagewise_scheme/tail_mass`: share of the posterior that did not enter.
+      Both over the samples that were mixed (NaN if none was).
     - `stagewise_scheme/boundary`: t; `stagewise_scheme/phase`: number of the phase, from 0.
 
     A change of phase is logged at its step as `stagewise_scheme/transition`, the number of the new
@@ -88,6 +95,9 @@ class StageScheme(NamedCallback):
             loader. Not needed with a `scheme` that has an oracle.
         engine: How the oracle reaches the rows, default `Auto()`. With `Sharded()` the bank is this
             rank's part, and training must say the `source` of its samples.
+        certificate: A `Certificate` of the bank, or the file of one, which is written before the
+            first step if there is none of this bank: queries that it answers need no search.
+            Default None. Not with a `scheme` that has an oracle, nor with `Sharded()`.
         seam: Name of what makes the targets, such as "module.FM". Default: there is one only.
         find: From a batch to `(x_1, labels or None)`, for reading the bank.
         dirpath: Where `stages.jsonl` goes; default `<trainer.log_dir>/<name>`, or without a logger
@@ -97,8 +107,9 @@ class StageScheme(NamedCallback):
 
     Raises:
         ValueError: At construction if both a scheme and parts are given; before the first training
-            step if nothing or several things make the targets, or they cannot do what the scheme
-            asks for, with the cure.
+            step if nothing or several things make the targets, they cannot do what the scheme asks
+            for, a phase waits for an event that nothing says, or the samples are not at the scale
+            of the bank, with the cure.
         RuntimeError: In the first training step, if it did not use what was steered.
     """
 
@@ -114,6 +125,7 @@ class StageScheme(NamedCallback):
         class_wise: bool | Literal["auto"] = "auto",
         bank: LatentBank | None = None,
         engine: Engine | None = None,
+        certificate: Certificate | str | Path | None = None,
         seam: str | None = None,
         find: FindSample = find_sample,
         dirpath: str | Path | None = None,
@@ -144,14 +156,24 @@ class StageScheme(NamedCallback):
             self._make, scheme = scheme, None
         self.scheme = scheme
         self.bank, self.engine, self.find, self.dirpath = bank, engine, find, dirpath
+        self.certificate = certificate
         self.name, self.seed = name, seed
         self.transitions: list[dict[str, Any]] = []
         self.seam: Seam | None = None
         self._at, self._given = seam, scheme
-        self._begin = None if scheme is None else copy.deepcopy(scheme.state_dict())
+        self._begin: dict[str, Any] | None = None
+        self._set_up = False
         self._stash: dict[str, Any] | None = None
         self._detach: Detach | None = None
         self._paused = False
+
+    @property
+    def state_key(self) -> str:
+        """That of its name once it is set up.
+
+        Before it is its own: of two with one name training says what is wrong, and not Lightning.
+        """
+        return super().state_key if self._set_up else f"{super().state_key} {id(self)}"
 
     def state_dict(self) -> dict[str, Any]:
         """The scheme's state and the transitions so far; never the bank."""
@@ -164,10 +186,14 @@ class StageScheme(NamedCallback):
 
     # -- hooks --------------------------------------------------------------------------------
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """From here on checkpoints know it by its name."""
+        self._set_up = True
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds what makes the targets, and puts the scheme in."""
         self._settled = False
-        self.seam = None if self._held(pl_module) else one_seam(pl_module, self._at)
+        self.seam = self._found(pl_module)
         self._refuse_others(trainer)
         self.scheme = self._given or self._made(trainer, pl_module)
         self._weighed = any(
@@ -184,7 +210,6 @@ class StageScheme(NamedCallback):
                 "FlowMatchingLoss, or call scheme.observe(t=..., loss=...) in a loop of your own."
             )
         self._losses = GatheredLosses() if reader else None
-        refuse_unheard_events(trainer, self.scheme)
         self._total = steps_of(trainer, self.scheme)
         self._resume(trainer)
         self._writer = Writer(trainer, self.name, self.dirpath)
@@ -205,9 +230,10 @@ class StageScheme(NamedCallback):
         if self._settled:
             return
         scheme = self._scheme
-        if scheme.boundary is None:
+        refuse_unheard_events(trainer, scheme)
+        if any(part.boundary is None for part in parts(scheme)):
             boundary = self._watched(trainer)
-            if boundary is None and scheme.needs_boundary:
+            if boundary is None and scheme.lacks_boundary:
                 boundary = self._measured(trainer, pl_module)
             if boundary is not None:
                 scheme.set_boundary(boundary)
@@ -218,15 +244,22 @@ class StageScheme(NamedCallback):
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        """Refuses a first training step that did not use what is steered."""
+        """Refuses a first training step that did not use what is steered, or not with its bank."""
         if self._used:
             return
-        if self._scheme.last is self._seen:
+        record = self._scheme.last
+        if record is None or record is self._seen:
             raise RuntimeError(
                 f"The first training step made its target without {self._where()}, so nothing is "
                 "steered. If another object makes it, say which: seam=...; if the step itself "
                 "does, write there u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
             )
+        with together(trainer, "holding its samples against the bank"):
+            oracles = [part.oracle for part in parts(self._scheme) if part.target is not None]
+            for bank, shard in {
+                oracle.bank: isinstance(oracle.engine, Sharded) for oracle in oracles if oracle
+            }.items():
+                check_rows(bank, record.x1, known=record.source is not None, shard=shard)
         self._used = True
 
     def on_train_batch_end(
@@ -304,18 +337,24 @@ class StageScheme(NamedCallback):
             self._detach()
         self._detach = None
 
-    def _held(self, pl_module: pl.LightningModule) -> bool:
-        """Whether the module has the scheme, and no seam was named: then it asks it itself."""
+    def _found(self, pl_module: pl.LightningModule) -> Seam | None:
+        """What makes the targets; None if the module has the scheme, and asks it itself."""
         if self._given is None or self._at is not None:
-            return False
-        return any(value is self._given for value in vars(pl_module).values())
+            return one_seam(pl_module, self._at)
+        # An objective that has it sees the losses too.
+        ours = [seam for seam in find_seams(pl_module) if _scheme_of(seam) is self._given]
+        if len(ours) == 1:
+            return ours[0]
+        held = any(value is self._given for value in vars(pl_module).values())
+        return None if held else one_seam(pl_module)
 
     def _where(self) -> str:
         return "the scheme that the module holds" if self.seam is None else self.seam.name
 
     def _refuse_others(self, trainer: pl.Trainer) -> None:
-        for other in getattr(trainer, "callbacks", []):
-            if not isinstance(other, StageScheme) or other is self:
+        callbacks = getattr(trainer, "callbacks", [self])
+        for other in callbacks[: callbacks.index(self)]:
+            if not isinstance(other, StageScheme):
                 continue
             mine, theirs = self.seam, other.seam
             same = mine and theirs and mine.place.object is theirs.place.object
@@ -324,20 +363,27 @@ class StageScheme(NamedCallback):
                     f"Two StageScheme callbacks, {other.name!r} and {self.name!r}, steer the same: "
                     f"{self._where()}. Use one: StageScheme(timesteps=..., target=..., weight=...)."
                 )
+            if other.name == self.name:
+                raise ValueError(
+                    f"Expected a name for each StageScheme, got two with {self.name!r}, which "
+                    "share tags, files and state. Give it: StageScheme(..., name=...)."
+                )
 
     def _made(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Scheme | Phases:
         """The scheme of the parts, or the one that the module's loss has."""
         assert self.seam is not None
-        own = self.seam.place.object if isinstance(self.seam, Objective) else None
         if self._make is not None:
             made = self._make(self._oracle(trainer, pl_module, self.seam.path))
             if not isinstance(made, Scheme | Phases):
                 raise TypeError(f"Expected a function that makes a Scheme or Phases, got {made!r}.")
             return made
         if not self._parts:
-            if own is None or own.scheme is None:
+            own = _scheme_of(self.seam)
+            if own is None:
                 raise ValueError(f"Expected something to steer with, got nothing. {_CURE}")
-            return own.scheme
+            if own is not self.scheme:  # that of another module than in the fit before
+                self._begin = None
+            return own
         given = {"seed": self.seed, **self._parts}
         if "target" not in given:
             return Scheme(path=self.seam.path, **given)
@@ -346,7 +392,16 @@ class StageScheme(NamedCallback):
     def _oracle(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: paths.Path
     ) -> Oracle:
-        return Oracle(self._bank(trainer, pl_module), path, self.engine)
+        bank, certificate = self._bank(trainer, pl_module), self.certificate
+        if certificate is None or isinstance(certificate, Certificate):
+            return Oracle(bank, path, self.engine, certificate=certificate)
+        wise = bool(bank.classes) and self._parts.get("class_wise") is not False
+        # One of each host first; the others find its file.
+        for first in (True, False):
+            with together(trainer, "reading its certificate"):
+                if first == (trainer.local_rank == 0):
+                    made = Certificate.cached(certificate, bank, class_wise=wise)
+        return Oracle(bank, path, self.engine, certificate=made)
 
     def _bank(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LatentBank:
         bank = self.bank
@@ -368,6 +423,8 @@ class StageScheme(NamedCallback):
 
     def _resume(self, trainer: pl.Trainer) -> None:
         """Takes up the state of a checkpoint; a callback in a second fit begins anew."""
+        if self._begin is None:
+            self._begin = copy.deepcopy(self._scheme.state_dict())
         stash = self._stash or {"scheme": self._begin, "transitions": []}
         if self._stash is None and trainer.global_step:
             return
@@ -410,3 +467,8 @@ class StageScheme(NamedCallback):
         self._writer.scalars({f"{self.name}/transition": float(index)}, step - 1)
         self._writer.text(f"{self.name}/transition", message, step - 1)
         rank_zero_info(f"StageScheme: {message}")
+
+
+def _scheme_of(seam: Seam) -> Scheme | Phases | None:
+    """What an objective steers itself with, if anything."""
+    return seam.place.object.scheme if isinstance(seam, Objective) else None

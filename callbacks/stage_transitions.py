@@ -51,7 +51,8 @@ class StageTransitions(NamedCallback):
     Each is said once (the last: each time), with step and evidence: in the log, as text to
     TensorBoard, as the scalar `stagewise_transitions/<kind>` with the value 1 at its step, and as a
     line of `stages.jsonl` in `dirpath`. A scheme with a phase `AtEvent("navigation learned")`, in a
-    `StageScheme` of the same trainer, goes on to its next phase; `subscribers` are called.
+    `StageScheme` of the same trainer, goes on to its next phase (one that waits for what cannot be
+    said in this run is refused); `subscribers` are called.
 
     It stands after the monitors in the list of callbacks, and needs one of them at least.
 
@@ -101,6 +102,24 @@ class StageTransitions(NamedCallback):
         self.events: list[dict[str, Any]] = []
         self._stash: list[dict[str, Any]] = []
 
+    @property
+    def event_kinds(self) -> dict[str, str]:
+        """What may be said in the training that has started, and what each lacks, if anything."""
+        errors = self._errors
+        needs = {NAVIGATION_LEARNED: 2 * self.window + self.patience - 1}
+        needs[MEMORIZATION_ONSET] = self.patience + 1
+        lacks = dict.fromkeys(needs, "a VelocityErrorMonitor before StageTransitions")
+        if errors is not None:
+            # Within the last step no phase could follow.
+            probes = 1 + (self._total - 1) // errors.every_n_steps
+            for kind, least in needs.items():
+                few = f"{least} probes before the end: VelocityErrorMonitor(every_n_steps=...)"
+                lacks[kind] = few if probes < least else ""
+            if errors._others is None:
+                lacks[MEMORIZATION_ONSET] = "held-out samples: VelocityErrorMonitor(held_out=...)"
+        again = "a PosteriorMonitor before StageTransitions, and data that can be read again"
+        return {**lacks, BOUNDARY_MOVED: again if self._rows is None else ""}
+
     def state_dict(self) -> dict[str, Any]:
         """The events so far; what leads to them is in the monitors' state."""
         return {"events": self.events}
@@ -128,6 +147,7 @@ class StageTransitions(NamedCallback):
         self._writer.start(self.events, resumed=bool(self.events))
         self._writer.dashboard(trainer)
         self._probed = _last_step(self._errors), _last_step(self._posterior)
+        self._total = trainer.estimated_stepping_batches
         self._rows: Tensor | None = None
         if self._posterior is not None:
             self._remember(trainer, pl_module)

@@ -138,7 +138,8 @@ class FlowMatchingLoss(nn.Module):
             A scalar in float32, with gradient.
 
         Raises:
-            ValueError: If the shapes of `t`, `x0`, the weight or the model's output do not fit.
+            ValueError: If the shapes of `t`, `x0`, the weight or the model's output do not fit; and
+                as a call of the scheme, whose first one does what `Scheme.check` does.
         """
         scheme = self.scheme if self.training else None
         (first, step), count = part, part[1] * len(x1)

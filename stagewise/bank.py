@@ -166,11 +166,10 @@ class LatentBank(RowStore):
         first, parts = first_rows(parts)
         rows = torch.empty((num_rows, math.prod(shape)), dtype=_storage(dtype or given))
         labels, labelled = torch.empty(num_rows, dtype=torch.int64), 0
+        # The mean is known only after the last batch; any fixed vector near it serves.
+        middle = given_offset(offset, first, rows.dtype)
         for done, x1, label in parts:
-            if done == 0:
-                # The mean is known only after the last batch; any fixed vector near it serves.
-                offset = given_offset(offset, first, rows.dtype)
-            rows[done : done + len(x1)] = narrow(x1, offset, rows.dtype)
+            rows[done : done + len(x1)] = narrow(x1, middle, rows.dtype)
             if label is not None and class_wise:
                 labels[done : done + len(x1)] = label
                 labelled += len(x1)
@@ -178,7 +177,7 @@ class LatentBank(RowStore):
         index, segments = _order(found, num_rows, rows.device)
         if index is not None:
             sort_in_place(rows, index)
-        bank = cls._of(rows, offset, shape, index, segments)
+        bank = cls._of(rows, middle, shape, index, segments)
         return bank._measure(narrowed=given != bank.dtype)
 
     @classmethod
@@ -218,15 +217,14 @@ class LatentBank(RowStore):
         parts, shape, given = read_batches(batches, num_rows, find, advance)
         dtype = _storage(dtype or given)
         first, parts = first_rows(parts)
+        middle = given_offset(offset, first, dtype)
         place = torch.arange(num_rows) if index is None else torch.argsort(index)
         with draft(path, num_rows, math.prod(shape), dtype, len(segments)) as file:
             for done, x1, found in parts:
-                if done == 0:
-                    offset = given_offset(offset, first, dtype)
                 if labels is not None and found is not None:
                     require_labels(found, labels, done)
-                file.rows[place[done : done + len(x1)]] = narrow(x1, offset, dtype)
-            bank = cls._of(file.rows, offset, shape, index, segments)
+                file.rows[place[done : done + len(x1)]] = narrow(x1, middle, dtype)
+            bank = cls._of(file.rows, middle, shape, index, segments)
             bank._measure(narrowed=given != dtype)._finish(file)
         return cls.open(path)
 

@@ -239,6 +239,16 @@ def test_what_does_not_go_with_a_scheme():
     assert FlowMatchingLoss(scheme=Scheme(path=CosinePath())).path.snr_sqrt(torch.tensor(0.5)) == 1
 
 
+def test_a_density_that_is_zero_where_loss_is_needed_is_refused_by_the_first_call():
+    _, x1 = make_oracle()
+    empty = Scheme(timesteps=StageAware(1.0, boundary=0.3), preserve_objective=True)
+    with pytest.raises(ValueError, match=r"is 0 from t = 0\.300 to 1\.000.*WithFloor"):
+        FlowMatchingLoss(scheme=empty)(lambda xt, t: xt, x1)
+    weighted = StageWeightedLoss(nn.MSELoss(reduction="none"), empty)
+    with pytest.raises(ValueError, match=r"is 0 from t = 0\.300 to 1\.000.*WithFloor"):
+        weighted(x1, x1, t=torch.full((32,), 0.1))
+
+
 def test_copies_share_the_scheme():
     oracle, x1 = make_oracle()
     loss_fn = FlowMatchingLoss(scheme=Scheme(oracle, target=Mix()))

@@ -1,6 +1,7 @@
 """Schemes and phases: what is drawn, what is refused, what a resumed run continues."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -120,7 +121,8 @@ def test_nothing_of_the_graph_is_kept():
     target, _ = scheme(y, **call)
     assert not target.requires_grad
     scheme.correct(**call)
-    assert not any(value.requires_grad for value in vars(scheme.last).values())
+    record = [value for value in vars(scheme.last).values() if value is not None]
+    assert not any(value.requires_grad for value in record)
 
 
 def test_autocast_does_not_reach_the_oracle():
@@ -231,6 +233,20 @@ def test_a_boundary_asked_for_before_it_was_measured(scheme):
     scheme.check()
 
 
+def test_a_phase_keeps_the_boundary_it_came_with():
+    own = Scheme(timesteps=StageAware(0.5), boundary=0.7)
+    phases = Phases([Phase(Scheme(), AtStep(3)), Phase(own)])
+    phases.check()  # nothing lacks one
+    phases.set_boundary(0.3)
+    assert (phases.boundary, own.boundary) == (0.3, 0.7)
+    other = Phases([Phase(own, AtStep(3)), Phase(Scheme(timesteps=StageAware(0.5)))])
+    assert other.lacks_boundary
+    with pytest.raises(ValueError, match="boundary"):
+        other.check()
+    other.set_boundary(0.3)
+    other.check()
+
+
 def test_a_boundary_asked_for_by_a_call():
     y, call, _ = batch()
     with pytest.raises(ValueError, match="has not been measured yet"):
@@ -278,6 +294,59 @@ def test_a_density_that_is_zero_where_loss_is_needed(early):
     t = torch.tensor([0.1, 0.9])
     expected = [0.25 * early, 0.75 * (1 - early)]
     assert alone.weight_of(t).tolist() == pytest.approx(expected)
+
+
+def make_empty(boundary=0.3):
+    return Scheme(timesteps=StageAware(1.0), preserve_objective=True, boundary=boundary)
+
+
+def test_the_first_call_refuses_what_cannot_work():
+    y, call, _ = batch()
+    ways = [
+        lambda scheme: scheme(y, **call),
+        lambda scheme: scheme.correct(**call),
+        lambda scheme: scheme.weight_of(call["t"]),
+    ]
+    for ask in ways:
+        refused("is 0 from t = 0.300 to 1.000", lambda ask=ask: ask(make_empty()))
+        later = Phases([Phase(Scheme(), AtStep(3)), Phase(make_empty())])
+        refused("is 0 from t = 0.300 to 1.000", lambda ask=ask, later=later: ask(later))
+        refused("has not been measured yet", lambda ask=ask: ask(make_empty(None)))
+    # A phase that waits for its boundary is looked at when it has one.
+    waits = Phases([Phase(Scheme(), AtStep(1)), Phase(make_empty(None))])
+    waits(y, **call)
+    waits.set_boundary(0.3)
+    waits.observe(step=1, total=10)
+    refused("is 0 from t = 0.300 to 1.000", lambda: waits(y, **call))
+
+
+def test_checks_cost_nothing_from_the_second_call_on():
+    y, call, _ = batch()
+    asked = []
+
+    def weight(t):
+        asked.append(len(t))
+        return torch.ones_like(t)
+
+    sampler = WithFloor(StageAware(0.5), 0.1)
+    scheme = Scheme(timesteps=sampler, weight=weight, preserve_objective=True, boundary=0.3)
+    scheme(y, **call)
+    assert asked.count(4096) == 1
+    scheme(y, **call)
+    assert asked.count(4096) == 1
+    scheme.set_boundary(0.5)  # another density
+    scheme(y, **call)
+    assert asked.count(4096) == 2
+
+
+def test_an_objective_is_preserved_for_draws_that_are_known():
+    kept = {"preserve_objective": True}
+    refused("`timesteps` with preserve_objective=True, got none", lambda: Scheme(**kept))
+    refused(
+        "`timesteps` with preserve_objective=True, got none",
+        lambda: Scheme(make_oracle(), target=Mix(), **kept),
+    )
+    assert Scheme(timesteps=LogitNormal(), **kept).weight_of(torch.tensor([0.1]))[0] > 1
 
 
 def test_calls_that_are_refused():
@@ -421,6 +490,45 @@ def test_several_phases_may_end_at_once():
     assert phases.index == 2
 
 
+@pytest.mark.parametrize(
+    ("until", "enough"), [(AtStep(2), 8), (AtStep(5000), 1000), (AtShare(0.5), 1000)], ids=repr
+)
+def test_phases_that_are_told_of_no_step(until, enough, recwarn):
+    t = torch.rand(2)
+    phases, told = (Phases([Phase(Scheme(), until), Phase(Scheme())]) for _ in range(2))
+    told.observe(step=1, total=20_000)
+    for _ in range(enough - 1):
+        phases.weight_of(t)
+        told.weight_of(t)
+    assert not recwarn
+    with pytest.warns(UserWarning, match=rf"got {enough} calls and none: phase 0 never.*observe\("):
+        phases.weight_of(t)
+    for _ in range(5):
+        phases.weight_of(t)
+        told.weight_of(t)
+    assert not recwarn  # once
+
+
+def test_an_objective_in_a_loop_that_observes_nothing():
+    phases = Phases([Phase(Scheme(), AtStep(1), "first"), Phase(Scheme())])
+    loss_fn, x1 = FlowMatchingLoss(scheme=phases), rows()
+    for _ in range(3):
+        loss_fn(lambda xt, t: xt, x1)
+    with pytest.warns(UserWarning, match=r"phase 0 \(first\) never ends") as caught:
+        loss_fn(lambda xt, t: xt, x1)
+    assert [warning.filename for warning in caught] == [inspect.getfile(FlowMatchingLoss)]
+
+
+def test_a_state_without_a_boundary_is_taken_up_too():
+    scheme = Scheme(timesteps=StageAware(0.4))
+    begin = scheme.state_dict()
+    scheme.set_boundary(0.3)
+    scheme.load_state_dict(begin)
+    assert scheme.boundary is None
+    refused("has not been measured yet", scheme.check)
+    refused("has not been measured yet", lambda: scheme.timesteps)
+
+
 def test_phases_that_never_end():
     plain = Scheme()
     refused("Phase 0 of 2 never ends", lambda: Phases([Phase(plain), Phase(plain)]))
@@ -466,10 +574,11 @@ SAMPLERS = [
 def test_samplers_on_cuda(sampler):
     """Fake tensors hold no numbers, so that a device sync is an error too."""
     sampler = copy.deepcopy(sampler)
+    scheme = Scheme(timesteps=sampler, weight=MinSNR(), preserve_objective=True)
+    scheme.check()  # reads values, once
     with FakeTensorMode(allow_non_fake_inputs=True):
         sampler.update(torch.rand(6, device="cuda"), torch.rand(6, device="cuda"))
         t = sampler.sample(6, device="cuda")
-        scheme = Scheme(timesteps=sampler, weight=MinSNR(), preserve_objective=True)
         for value in (t, sampler.quantile(t), sampler.density(t), scheme.weight_of(t)):
             assert value.device.type == "cuda"
             assert value.shape == (6,)
@@ -499,7 +608,8 @@ def test_schemes_on_cuda(residency, target, labels, monkeypatch):
         xt = torch.randn(5, *SHAPE, device="cuda")
         t, x1 = torch.rand(5, device="cuda"), torch.randn_like(xt)
         u, w = scheme(torch.randn_like(xt), xt=xt, t=t, x1=x1, labels=labels)
-        for value in (u, w, *vars(scheme.last).values()):
+        record = [value for value in vars(scheme.last).values() if value is not None]
+        for value in (u, w, *record):
             assert value.device.type == "cuda"
         assert u.shape == xt.shape
         assert w.shape == (5,)

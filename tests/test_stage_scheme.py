@@ -5,6 +5,8 @@ import csv
 import functools
 import json
 import logging
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from stagewise import (
+    AtEvent,
     AtPlateau,
     AtShare,
     AtStep,
@@ -37,8 +40,20 @@ from stagewise import (
     Uniform,
 )
 from stagewise.adapters import diffusers_target
-from stagewise.callbacks import PosteriorMonitor, StageScheme
-from stagewise.engines import Exact, Sharded
+from stagewise.callbacks import (
+    PosteriorMonitor,
+    StageScheme,
+    StageTransitions,
+    VelocityErrorMonitor,
+)
+from stagewise.callbacks.checks import check_rows
+from stagewise.callbacks.stage_transitions import (
+    BOUNDARY_MOVED,
+    MEMORIZATION_ONSET,
+    NAVIGATION_LEARNED,
+)
+from stagewise.certificate import Certificate
+from stagewise.engines import Exact, Nearest, Sharded
 from stagewise.losses import FlowMatchingLoss, StageWeightedLoss
 
 cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
@@ -151,13 +166,25 @@ def test_three_ways_in_give_the_same_first_gradient(fit, bank, make_data, make_l
         keep = Gradients()
         fit(module, StageScheme(SCHEMES[name](bank)), keep, max_steps=1)
         gradients[way] = keep.seen[0]
-    module, loss_fn = Base(), FlowMatchingLoss(scheme=scheme)
-    pl.seed_everything(7, verbose=False)
-    (x1,) = next(iter(make_loader(make_data()[0])))
-    loss_fn(module.velocity, x1).backward()
-    gradients["loop"] = torch.cat([p.grad.flatten() for p in module.parameters()])
-    assert torch.equal(gradients["loss"], gradients["loop"])
-    assert torch.equal(gradients["matcher"], gradients["loop"])
+
+    def objective(model, x1):
+        return FlowMatchingLoss(scheme=scheme)(model, x1)
+
+    def loop(model, x1):  # as the README has it
+        path = scheme.path
+        x0, t = torch.randn_like(x1), scheme.timesteps.sample(len(x1))
+        xt = path.interpolate(x0, x1, t)
+        u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)
+        return (w * (model(xt, t) - u).square().flatten(1).mean(1)).mean()
+
+    for way in (objective, loop):
+        module = Base()
+        pl.seed_everything(7, verbose=False)
+        (x1,) = next(iter(make_loader(make_data()[0])))
+        way(module.velocity, x1).backward()
+        gradients[way.__name__] = torch.cat([p.grad.flatten() for p in module.parameters()])
+    for way in ("loss", "matcher", "objective"):
+        assert torch.equal(gradients[way], gradients["loop"]), way
     plain = Gradients()
     fit(Lossy(), plain, max_steps=1)
     assert not torch.equal(plain.seen[0], gradients["loop"])
@@ -464,6 +491,41 @@ def test_boundary_is_measured_once_where_nothing_watches(fit, bank, lightning_lo
     assert given.boundary == 0.25
 
 
+def test_a_certificate_is_written_once_and_answers(fit, bank, tmp_path, monkeypatch):
+    file, modules, made = tmp_path / "made.certificate", [], []
+    answered = []
+    answer = Certificate.answer
+
+    def counted(self, *args, **kwargs):
+        found = answer(self, *args, **kwargs)
+        answered.append(found is not None)
+        return found
+
+    monkeypatch.setattr(Certificate, "answer", counted)
+    for certificate in (None, file, file):
+        callback = StageScheme(
+            target=Mix(1.0), timesteps=Uniform(), bank=bank, certificate=certificate
+        )
+        modules.append(Lossy())
+        fit(modules[-1], callback, max_steps=4)
+        made.append(file.exists() and file.stat().st_mtime_ns)
+    assert made[0] is False
+    assert made[1] == made[2]
+    assert sum(answered) >= 2
+    plain, *others = ([p.detach() for p in module.parameters()] for module in modules)
+    for other in others:
+        for mine, theirs in zip(plain, other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="does not go with Sharded"):
+        fit(
+            Lossy(),
+            StageScheme(
+                target=Mix(1.0), boundary=0.4, bank=bank, engine=Sharded(), certificate=file
+            ),
+            max_steps=1,
+        )
+
+
 # -- what is logged ------------------------------------------------------------------------------
 
 
@@ -495,6 +557,36 @@ def test_logs_means_at_the_trainers_pace(fit, bank, tmp_path):
         assert values["weight"] == pytest.approx(float(weight.mean()), rel=1e-5)
         assert values["boundary"] == 0.5
         assert values["phase"] == 0
+        assert values["inserted_share"] == values["tail_mass"] == 0
+
+
+def test_logs_what_was_inserted_among_what_was_mixed(fit, make_data, tmp_path):
+    x, seen = make_data()[0], []
+    oracle = Oracle(LatentBank(x[20:]), engine=Nearest(4))
+    scheme = Scheme(oracle, target=Mix("boundary"), boundary=0.7)
+    phases = Phases([Phase(Scheme(boundary=0.7), AtStep(3)), Phase(scheme)])
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, *_):
+            seen.append(phases.last)
+
+    options = {"log_every_n_steps": 3, "max_steps": 12, "shuffle": True}
+    with pytest.warns(UserWarning, match="of the samples in the first step are no rows"):
+        fit(Lossy(), StageScheme(phases), Keep(), logger=CSVLogger(tmp_path, "csv"), **options)
+    text = (tmp_path / "csv/version_0/metrics.csv").read_text()
+    keys = ("stagewise_scheme/inserted_share", "stagewise_scheme/tail_mass")
+    rows = [row for row in csv.DictReader(text.splitlines()) if row["stagewise_scheme/lambda"]]
+    plain, *mixed = ([float(row[key]) for key in keys] for row in rows)
+    assert all(map(math.isnan, plain))
+    for values, first in zip(mixed, (3, 6, 9), strict=True):
+        lam, inserted, tail = (
+            torch.cat([getattr(record, key).double() for record in seen[first : first + 3]])
+            for key in ("lam", "inserted", "tail_mass")
+        )
+        assert 0 < inserted.sum() < lam.sum() < len(lam)
+        assert tail.sum() > 0
+        expected = [float(total / lam.sum()) for total in (inserted.sum(), tail.sum())]
+        assert values == pytest.approx(expected, rel=1e-5)
 
 
 def test_transitions_go_to_tensorboard_and_disk(fit, bank, tmp_path):
@@ -616,6 +708,153 @@ def test_two_that_steer_the_same(fit, bank):
     refused(fit, Inline(scheme), one, two, match="the scheme that the module holds")
 
 
+def test_two_without_a_name(fit, bank):
+    one, two = StageScheme(SCHEMES["mix"](bank)), StageScheme(target=Mix(), bank=bank)
+    refused(fit, Matched(), one, two, match=r"steer the same: module\.FM\. Use one")
+    one, two = (StageScheme(timesteps=Uniform(), seam=f"module.{at}") for at in ("FM", "other"))
+    assert one.state_key != two.state_key
+    refused(fit, Both(), one, two, match="a name for each StageScheme, got two with 'stagewise_sch")
+    # In training it is that of the name, so that another process resumes it.
+    assert one.state_key == two.state_key == "StageScheme{'name': 'stagewise_scheme'}"
+
+
+# -- a bank that is not what is trained on -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "ratio"),
+    [(lambda x: 5 * x, r"0\.\d+"), (lambda x: x / 5, r"\d\.\d+"), (lambda x: x + 9, r"\d\.\d+")],
+    ids=["larger", "smaller", "moved"],
+)
+def test_a_bank_at_another_scale(fit, make_data, change, ratio):
+    x, match = make_data()[0], "at the scale of the bank, got 100% that are no rows of it, {} times"
+    bank, match = LatentBank(change(x)), match.format(ratio)
+    refused(fit, Matched(), StageScheme(target=Mix(1.0), bank=bank), match=match)
+    late = Scheme(Oracle(bank), target=Mix("boundary"), boundary=0.0)
+    refused(fit, Lossy(), StageScheme(late), match=match)  # though it never asks
+    phases = Phases([Phase(Scheme(), AtStep(2)), Phase(SCHEMES["mix"](bank))])
+    refused(fit, Inline(phases), StageScheme(phases), match=match)
+    fit(Lossy(), StageScheme(timesteps=Uniform(), bank=bank))  # nobody asks it
+
+
+class Encoding(Lossy):
+    """Trains on something else than what is in the batch."""
+
+    def __init__(self, encode):
+        super().__init__()
+        self.encode = encode
+
+    def training_step(self, batch, batch_idx):
+        return self.loss_fn(self.velocity, self.encode(batch[0]))
+
+
+def test_what_the_scheme_is_given_is_compared_and_not_the_batch(fit, make_data, recwarn):
+    x = make_data()[0]
+    fit(Encoding(lambda x: 5 * x), StageScheme(target=Mix(), bank=LatentBank(5 * x)))
+    assert not [warning for warning in recwarn if "rows of the bank" in str(warning.message)]
+    callback, match = StageScheme(target=Mix(), bank=LatentBank(x)), r"are no rows of it, 5\.\d+ t"
+    refused(fit, Encoding(lambda x: 5 * x), callback, match=match)
+
+
+@pytest.mark.parametrize(
+    ("encode", "share"),
+    [
+        (lambda x: x + 0.2 * torch.randn(x.shape), 100),  # resampled
+        (lambda x: x.flip(1), 100),
+        (lambda x: torch.cat([x[:6], -x[6:]]), 25),
+    ],
+    ids=["resampled", "flipped", "some flipped"],
+)
+def test_samples_that_are_no_rows_are_warned_of_once(fit, make_data, encode, share, recwarn):
+    callback = StageScheme(target=Mix(0.5), bank=LatentBank(make_data()[0]))
+    fit(Encoding(encode), callback, max_steps=3)
+    said = [str(warning.message) for warning in recwarn]
+    (said,) = [message for message in said if "rows of the bank" in message]
+    assert f"{share}% of the samples in the first step are no rows of the bank" in said
+    assert re.search(r"nearest row is off by \d+% of their norm", said)
+
+
+def test_a_batch_of_one_kind_is_no_other_scale():
+    """Flat patches, flipped: far smaller than most rows, and some rows are like them."""
+    x = torch.randn(400, 48, generator=torch.Generator().manual_seed(0))
+    x[:20] *= 0.05
+    with pytest.warns(UserWarning, match="100% of the samples"):
+        check_rows(LatentBank(x), -x[:16])
+    with pytest.raises(ValueError, match="scale of the bank"):
+        check_rows(LatentBank(x), 0.05 * x[20:36] / 3)
+
+
+def test_a_part_of_a_bank_is_not_searched(recwarn):
+    x = torch.randn(200, 48, generator=torch.Generator().manual_seed(0))
+    check_rows(LatentBank(x[:100]), x[100:], shard=True)
+    assert not recwarn
+    with pytest.raises(ValueError, match="scale of the bank"):
+        check_rows(LatentBank(x[:100]), 3 * x[100:], shard=True)
+
+
+# -- events that nothing says --------------------------------------------------------------------
+
+
+def waiting_for(event):
+    return StageScheme(Phases([Phase(Scheme(), AtEvent(event)), Phase(Scheme())]))
+
+
+def test_events_that_nothing_says(fit):
+    def errors(**options):
+        return VelocityErrorMonitor(strata=4, queries=4, **{"every_n_steps": 1} | options)
+
+    posterior = functools.partial(PosteriorMonitor, strata=4, queries=4)
+    says = "no callback would say so"
+    typo = waiting_for("navigation learnt")
+    refused(
+        fit,
+        Lossy(),
+        *(posterior(), errors(), StageTransitions(), typo),
+        match=rf"'navigation learnt'.*{says}\. Known are 'navigation learned', "
+        r"'memorization onset' \(lacks held-out samples: .*\), 'boundary moved'\. Add",
+        max_steps=20,
+    )
+    # What the monitors, the data and the steps do not allow for.
+    learned, onset = (
+        functools.partial(waiting_for, event) for event in (NAVIGATION_LEARNED, MEMORIZATION_ONSET)
+    )
+    refused(fit, Lossy(), posterior(), learned(), match=rf"{says}\. Add what says it")
+    match = rf"{says}.*'navigation learned' \(lacks a VelocityErrorMonitor"
+    refused(fit, Lossy(), posterior(), StageTransitions(), learned(), match=match, max_steps=20)
+    match = rf"{says}.*'memorization onset' \(lacks held-out samples"
+    refused(fit, Lossy(), errors(), StageTransitions(), onset(), match=match, max_steps=20)
+    match = rf"{says}.*'navigation learned' \(lacks 9 probes before the end"
+    callbacks = (errors(every_n_steps=3), StageTransitions(), learned())
+    refused(fit, Lossy(), *callbacks, match=match, max_steps=24)
+    match = rf"{says}.*'boundary moved' \(lacks a PosteriorMonitor"
+    callbacks = (errors(), StageTransitions(), waiting_for(BOUNDARY_MOVED))
+    refused(fit, Lossy(), *callbacks, match=match, max_steps=20)
+
+
+def test_events_that_are_said(fit, make_data):
+    # Before the others, too: what they say is known before the first batch.
+    for event in (NAVIGATION_LEARNED, MEMORIZATION_ONSET):
+        few = {"every_n_steps": 1, "strata": 4, "queries": 4}
+        errors = VelocityErrorMonitor(held_out=make_data(8)[0], **few)
+        fit(Lossy(), waiting_for(event), errors, StageTransitions(), max_steps=10)
+
+    class Own(pl.Callback):
+        event_kinds = {"half": "", "never": "a reason"}
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 2:
+                scheme.scheme.notify("half")
+
+    scheme = waiting_for("half")
+    fit(Lossy(), Own(), scheme, max_steps=4)
+    assert [event["step"] for event in scheme.transitions] == [2]
+    refused(fit, Lossy(), Own(), waiting_for("never"), match=r"'never' \(lacks a reason\)")
+    past = waiting_for("gone")
+    past.scheme.notify("gone")  # as a run that is resumed after it
+    fit(Lossy(), past, max_steps=2)
+    assert past.scheme.index == 1
+
+
 def test_phases_that_cannot_end(fit, bank):
     def phases(until):
         return StageScheme(Phases([Phase(Scheme(), until), Phase(Scheme())]))
@@ -660,6 +899,22 @@ def test_a_module_that_asks_the_scheme_itself_is_driven(fit, bank):
     assert callback.transitions[0]["step"] == 1
 
 
+def test_an_objective_that_has_the_scheme_sees_the_losses_for_a_module_that_has_it_too(fit, bank):
+    class Holding(Lossy):
+        def __init__(self, scheme):
+            super().__init__(scheme=scheme)
+            self.scheme = scheme
+
+    scheme = Scheme(Oracle(bank), target=Mix(0.5), boundary=0.5)
+    until = AtPlateau(1, window=4, patience=1, tolerance=0.9)
+    phases = Phases([Phase(scheme, until), Phase(Scheme())])
+    module, callback = Holding(phases), StageScheme(phases)
+    fit(module, callback, max_steps=30)
+    assert len(until.points) >= 8
+    assert module.loss_fn.scheme is phases
+    refused(fit, Inline(phases), callback, match="the scheme that the module holds never sees")
+
+
 def test_a_second_fit_begins_anew(fit, bank):
     phases = Phases([Phase(Scheme(), AtStep(2)), Phase(SCHEMES["mix"](bank))])
     callback = StageScheme(phases)
@@ -672,6 +927,43 @@ def test_a_second_fit_begins_anew(fit, bank):
             for t, x1, xt, u in module.seen
         ]
         assert steered == [False, False, True, True]
+
+
+def test_a_second_fit_forgets_what_was_learnt_and_measured(fit, make_data, make_loader):
+    sampler = LossSecondMoment(bins=2, history=4)
+    callback = StageScheme(timesteps=sampler)
+    for _ in range(2):
+        trainer = fit(Lossy(), callback, max_steps=6)
+        assert sampler.state_dict()["count"].sum() == 48
+    # Training that goes on is no second one.
+    trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = 12, -1
+    trainer.fit(trainer.lightning_module, make_loader(make_data()[0]))
+    assert sampler.state_dict()["count"].sum() == 96
+
+    scheme = Scheme(timesteps=StageAware(0.5))
+    callback, measured = StageScheme(scheme), []
+    for matcher in (cfm.VariancePreservingConditionalFlowMatcher, cfm.ConditionalFlowMatcher) * 2:
+        fit(Matched(matcher(0.0)), callback, max_steps=1)
+        measured.append(scheme.boundary)
+    assert measured[:2] == measured[2:]
+    assert abs(measured[0] - measured[1]) > 0.01
+
+
+def test_a_second_fit_of_the_scheme_that_a_loss_has_begins_anew(fit, bank):
+    def module():
+        scheme = Scheme(timesteps=LossSecondMoment(bins=2, history=4))
+        return Lossy(scheme=scheme), scheme
+
+    (first, one), (second, other) = module(), module()
+    callback = StageScheme()
+    for _ in range(2):
+        fit(first, callback, max_steps=6)
+        assert one.state_dict()["timesteps"]["count"].sum() == 48
+    fit(second, callback, max_steps=6)
+    phases = Phases([Phase(other, AtStep(2)), Phase(SCHEMES["mix"](bank))])
+    assert other.state_dict()["timesteps"]["count"].sum() == 48
+    fit(Lossy(scheme=phases), callback, max_steps=6)
+    assert phases.index == 1
 
 
 def test_one_line_says_what_was_recognised(fit, bank, lightning_log):

@@ -22,6 +22,7 @@ def check_settings(
     class_wise: object,
     on_missing: object,
     path: Path | None,
+    preserve_objective: bool,
 ) -> None:
     """Refuses settings of a `Scheme` that are wrong by themselves or contradict each other.
 
@@ -41,6 +42,12 @@ def check_settings(
         raise TypeError(
             f"Expected `timesteps` to be a TimestepSampler such as LogitNormal(), got "
             f"{timesteps!r}."
+        )
+    if preserve_objective and timesteps is None:
+        raise ValueError(
+            "Expected `timesteps` with preserve_objective=True, got none: the weight p(t)/q(t) is "
+            "that of draws which the scheme makes. Give it the sampler that draws t: "
+            "Scheme(timesteps=LogitNormal(), preserve_objective=True)."
         )
     if class_wise not in (True, False, "auto"):
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.')

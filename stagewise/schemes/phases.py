@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,12 @@ from stagewise.schemes.checks import unknown_boundary
 from stagewise.schemes.scheme import Scheme, SchemeRecord
 from stagewise.stages import StageBoundary
 from stagewise.timesteps import TimestepSampler
-from stagewise.transitions import AtEvent, AtPlateau, Until
+from stagewise.transitions import AtEvent, AtPlateau, AtStep, Until
 
 __all__ = ["Phase", "Phases"]
+
+_MANY = 1000
+"""Calls, more than gradients are accumulated over: by then a step must have been observed."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Phase:
 
 class Phases:
     """Schemes that follow one another; it has the interface of a `Scheme`.
+
+    It goes on only if it is told of the steps (`observe`), and warns once if it never is.
 
     Args:
         phases: At least one. All but the last end.
@@ -74,8 +80,10 @@ class Phases:
         if len(paths) > 1:
             raise ValueError(f"Expected one path in all phases, got {sorted(paths)}.")
         self.phases = list(phases)
+        self._own = [phase.scheme.boundary is not None for phase in phases]
         self.index = 0
-        self._checked = False
+        self._calls = 0
+        self._observed = False
 
     @property
     def scheme(self) -> Scheme:
@@ -94,7 +102,7 @@ class Phases:
 
     @property
     def boundary(self) -> float | None:
-        """Where the stages meet, None if it is not known."""
+        """Where the stages meet in the scheme in force, None if it is not known."""
         return self.scheme.boundary
 
     @property
@@ -102,6 +110,15 @@ class Phases:
         """Whether anything, in any phase, depends on where the stages meet."""
         return any(
             phase.scheme.needs_boundary or isinstance(phase.until, AtPlateau)
+            for phase in self.phases
+        )
+
+    @property
+    def lacks_boundary(self) -> bool:
+        """Whether something, in any phase, depends on where the stages meet and is not told."""
+        return any(
+            phase.scheme.boundary is None
+            and (phase.scheme.needs_boundary or isinstance(phase.until, AtPlateau))
             for phase in self.phases
         )
 
@@ -132,7 +149,7 @@ class Phases:
         prediction: Prediction | PredictionKind = "velocity",
     ) -> tuple[Tensor, Tensor]:
         """See `Scheme.__call__`."""
-        return self.scheme(
+        return self._asked()(
             y, xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=prediction
         )
 
@@ -147,18 +164,19 @@ class Phases:
         prediction: Prediction | PredictionKind = "velocity",
     ) -> Tensor:
         """See `Scheme.correct`."""
-        return self.scheme.correct(
+        return self._asked().correct(
             xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=prediction
         )
 
     def weight_of(self, t: Tensor) -> Tensor:
         """See `Scheme.weight_of`."""
-        return self.scheme.weight_of(t)
+        return self._asked().weight_of(t)
 
     def set_boundary(self, boundary: float | StageBoundary) -> None:
-        """Says where the stages meet, to all phases; see `Scheme.set_boundary`."""
-        for phase in self.phases:
-            phase.scheme.set_boundary(boundary)
+        """Tells all phases that came without one; see `Scheme.set_boundary`."""
+        for phase, own in zip(self.phases, self._own, strict=True):
+            if not own:
+                phase.scheme.set_boundary(boundary)
 
     def observe(
         self,
@@ -183,9 +201,9 @@ class Phases:
             ValueError: If a phase cannot end within `total` steps, or what it waits for is not
                 given.
         """
-        if not self._checked:
+        if not self._observed:
             self._check_ends(total)
-            self._checked = True
+            self._observed = True
         messages: list[str] = []
         while True:
             self.scheme.observe(step=step, total=total, t=t, loss=loss)
@@ -207,6 +225,25 @@ class Phases:
             if isinstance(phase.until, AtEvent):
                 phase.until.notify(event)
 
+    def _asked(self) -> Scheme:
+        """The scheme in force, for a call; the first one refuses what cannot work in any phase."""
+        if not self._calls:
+            for scheme in (phase.scheme for phase in self.phases):
+                # One that waits for a boundary is checked by its own first call.
+                if not scheme.lacks_boundary:
+                    scheme.check()
+        self._calls += 1
+        until = self.phases[self.index].until
+        enough = min(4 * until.step, _MANY) if isinstance(until, AtStep) else _MANY
+        if until is not None and not self._observed and self._calls == enough:
+            warnings.warn(
+                f"Expected to be told of each optimizer step, got {enough} calls and none: "
+                f"{self._name(self.index)} never ends. Call scheme.observe(step=..., total=...) "
+                "after each step, or train with the callback StageScheme(scheme).",
+                stacklevel=3,
+            )
+        return self.scheme
+
     def _name(self, number: int) -> str:
         name = self.phases[number].name
         return f"phase {number}" if name is None else f"phase {number} ({name})"
@@ -224,7 +261,7 @@ class Phases:
             total: Steps of training. Without it phases that cannot end within them are refused
                 when the first step is observed.
         """
-        if self.needs_boundary and self.boundary is None:
+        if self.lacks_boundary:
             raise unknown_boundary()
         for phase in self.phases:
             phase.scheme.check()

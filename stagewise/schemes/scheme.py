@@ -38,6 +38,8 @@ class SchemeRecord:
 
     Attributes:
         t: Times, (B,).
+        x1: Samples as the scheme was given them, (B, *).
+        source: Their rows, (B,), if it was given them.
         lam: How much of the oracle went into each target, (B,), float64.
         weight: Weight of each sample, (B,).
         correction_sq: Mean square over the D numbers of what was added to each target, (B,).
@@ -47,6 +49,8 @@ class SchemeRecord:
     """
 
     t: Tensor
+    x1: Tensor
+    source: Tensor | None
     lam: Tensor
     weight: Tensor
     correction_sq: Tensor
@@ -69,7 +73,7 @@ class Scheme:
         boundary: Where navigation meets refinement, t in [0, 1]. Default None: measured later
             (`set_boundary`), if anything depends on it.
         preserve_objective: Whether the weight includes `p(t) / q(t)`, so that the expected loss is
-            that of uniform times whatever `timesteps` draws. Default False.
+            that of uniform times whatever `timesteps` draws. Needs them. Default False.
         class_wise: Whether posteriors are over the rows of x_1's class. Default "auto": if the bank
             has classes. A model that sees labels needs it: what it should predict is not the mean
             over all classes. One that sees none may have either.
@@ -112,7 +116,7 @@ class Scheme:
         on_missing: Literal["insert", "error"] = "insert",
         seed: int = 0,
     ) -> None:
-        check_settings(oracle, timesteps, target, class_wise, on_missing, path)
+        check_settings(oracle, timesteps, target, class_wise, on_missing, path, preserve_objective)
         self.oracle = oracle
         self.path = path or (LinearPath() if oracle is None else oracle.path)
         self.target, self.weight = target, weight
@@ -125,6 +129,7 @@ class Scheme:
         self.draws_timesteps = timesteps is not None
         self._sampler = self._bound = timesteps or Uniform()
         self._step = self._calls = 0
+        self._checked = False
         if boundary is not None:
             self.set_boundary(boundary)
 
@@ -138,6 +143,11 @@ class Scheme:
             or (self.target is not None and self.target.lam.needs_boundary)
             or (isinstance(self.weight, Weight) and self.weight.needs_boundary)
         )
+
+    @property
+    def lacks_boundary(self) -> bool:
+        """Whether something depends on where the stages meet, and that is not known."""
+        return self.needs_boundary and self.boundary is None
 
     def set_boundary(self, boundary: float | StageBoundary) -> None:
         """Says where navigation meets refinement.
@@ -155,6 +165,7 @@ class Scheme:
             raise ValueError(f"Expected `boundary` in [0, 1], t = 0 being noise, got {boundary}.")
         self._bound = self._sampler.bind(float(boundary))
         self.boundary = float(boundary)
+        self._checked = False
 
     def require_boundary(self) -> None:
         """Refuses to go on without a boundary, if anything depends on it.
@@ -162,7 +173,7 @@ class Scheme:
         Raises:
             ValueError: With the cure.
         """
-        if self.needs_boundary and self.boundary is None:
+        if self.lacks_boundary:
             raise unknown_boundary()
 
     @property
@@ -189,7 +200,7 @@ class Scheme:
         source: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
     ) -> tuple[Tensor, Tensor]:
-        """The target and the weight of each sample.
+        """The target and the weight of each sample; the first call does what `check` does.
 
         Args:
             y: Conditional target, (B, *), in the library's convention (t = 0 is noise, the target
@@ -210,7 +221,7 @@ class Scheme:
         Raises:
             ValueError: On shapes that do not fit, t outside [0, 1], an unknown prediction or class,
                 a boundary that is not known yet, or an x_1 that is not in the bank if `on_missing`
-                is "error".
+                is "error"; and as `check`.
         """
         if y.shape != x1.shape:
             raise ValueError(
@@ -220,6 +231,8 @@ class Scheme:
         weight = self.weight_of(t)
         self.last = SchemeRecord(
             t=t.detach(),
+            x1=x1.detach(),
+            source=source,
             lam=added.lam,
             weight=weight.detach(),
             correction_sq=added.value.flatten(1).square().mean(1),
@@ -258,8 +271,10 @@ class Scheme:
         """The weight at each t, (B,), importance weights included, in the dtype of `t`.
 
         Raises:
-            ValueError: If it has another shape, or depends on a boundary that is not known yet.
+            ValueError: If it has another shape, or depends on a boundary that is not known yet; and
+                as `check`.
         """
+        self._check_once()
         weight = torch.ones_like(t) if self.weight is None else self._bound_weight()(t)
         if weight.shape != t.shape:
             raise ValueError(
@@ -289,6 +304,7 @@ class Scheme:
         source: Tensor | None,
         prediction: Prediction | PredictionKind,
     ) -> Correction:
+        self._check_once()
         prediction = Prediction.of(prediction)
         if x1.shape != xt.shape:
             raise ValueError(
@@ -342,7 +358,7 @@ class Scheme:
         return []
 
     def check(self, total: int | None = None) -> None:
-        """Refuses what cannot work, before the first step.
+        """Refuses what cannot work, before the first step; the first call does so by itself.
 
         Args:
             total: Steps of training, which only `Phases` need.
@@ -357,6 +373,11 @@ class Scheme:
             self.target.check(self.oracle)
         if self.preserve_objective:
             check_density(self.timesteps, None if self.weight is None else self._bound_weight())
+        self._checked = True
+
+    def _check_once(self) -> None:
+        if not self._checked:
+            self.check()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""
@@ -369,6 +390,7 @@ class Scheme:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
+        self.boundary, self._bound, self._checked = None, self._sampler, False
         if state["boundary"] is not None:
             self.set_boundary(state["boundary"])
         self._step, self._calls = state["step"], state["calls"]

@@ -13,6 +13,8 @@ from stagewise.schemes import Scheme
 from stagewise.targets import Mix
 
 cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
+transport = pytest.importorskip("torchcfm.optimal_transport")
+fm_path = pytest.importorskip("flow_matching.path")
 
 
 def matcher(**options):
@@ -92,6 +94,39 @@ def test_what_cannot_be_steered_does_not_stand_in_the_way():
     assert one_seam(module).name == "module.FM"
     with pytest.raises(ValueError, match=r"module\.scheduler cannot be steered"):
         one_seam(module, "module.scheduler")
+
+
+@pytest.mark.parametrize("make", [matcher, fm_path.CondOTProbPath, FlowMatchingLoss])
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_couples_before_the_seam_is_refused(make, nested):
+    sampler = transport.OTPlanSampler("exact")
+    module = nn.Module()
+    module.seam = make()
+    one_seam(module)
+    module.couple = {"pairs": [sampler]} if nested else sampler
+    name = r"couple\['pairs'\]\[0\]" if nested else "couple"
+    reason = rf"module\.{name} \(OTPlanSampler\) .* x_0 and x_1 dependent.* independent pairs"
+    with pytest.raises(ValueError, match=rf"module\.seam cannot be steered: {reason}"):
+        one_seam(module)
+    with pytest.raises(ValueError, match=reason):
+        one_seam(module, "module.seam")
+    with pytest.raises(ValueError, match=reason):
+        find_seams(module)[0].attach(Scheme())
+
+
+def test_a_matcher_that_couples_inside_stands_in_no_others_way():
+    class Coupled(cfm.ConditionalFlowMatcher):
+        def __init__(self):
+            super().__init__()
+            self.couple = transport.OTPlanSampler("exact")
+
+    with pytest.raises(ValueError, match=r"module\.couple \(OTPlanSampler\) pairs noise with data"):
+        one_seam(Coupled())
+    module = nn.Module()
+    module.coupled = Coupled()
+    module.exact = cfm.ExactOptimalTransportConditionalFlowMatcher()
+    module.FM = matcher()
+    assert one_seam(module).name == "module.FM"
 
 
 def test_own_loss_takes_the_scheme_and_gives_it_back():

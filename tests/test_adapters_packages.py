@@ -19,8 +19,9 @@ from stagewise.adapters import (
 )
 from stagewise.adapters.base import check_noise
 from stagewise.paths import expand_like
-from stagewise.schemes import Scheme
+from stagewise.schemes import Phase, Phases, Scheme
 from stagewise.targets import Mix
+from stagewise.transitions import AtStep
 
 cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
 fm_path = pytest.importorskip("flow_matching.path")
@@ -90,7 +91,9 @@ def test_torchcfm_unsteered_is_bit_identical(name):
         results = []
         for matcher in (plain, steered):
             torch.manual_seed(1)
-            drawn = matcher.sample_location_and_conditional_flow(x0, x1, return_noise=True)
+            drawn = matcher.sample_location_and_conditional_flow(
+                x0, x1, return_noise=scheme.target is None
+            )
             results.append((*drawn, torch.get_rng_state()))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         detach()
@@ -217,9 +220,7 @@ def test_torchcfm_guided_takes_the_labels_and_is_steered_once():
     detach = seam.attach(scheme_for(seam, LABELS, target=Mix(0.5)))
     labels = torch.randint(4, (len(x0),))  # not those of the rows: they are the caller's choice
     torch.manual_seed(3)
-    t, xt, u, y0, y1, eps = matcher.guided_sample_location_and_conditional_flow(
-        x0, x1, None, labels, return_noise=True
-    )
+    t, xt, u, y0, y1 = matcher.guided_sample_location_and_conditional_flow(x0, x1, None, labels)
     own = (x1[:, None] == ROWS.double()).flatten(2).all(2)
     _, found = own.max(1)
     fits = labels == LABELS[found]
@@ -229,9 +230,28 @@ def test_torchcfm_guided_takes_the_labels_and_is_steered_once():
     assert fits.any()
     assert y0 is None
     assert y1 is labels
-    assert eps.shape == x0.shape
     detach()
     assert vars(matcher) == before
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_torchcfm_noise_is_not_given_where_only_the_velocity_is_steered(guided):
+    x0, x1 = batch()
+    matcher = Guided(0.4)
+    prefix = "guided_" if guided else ""
+    sample = f"{prefix}sample_location_and_conditional_flow"
+    seam = one_seam(matcher)
+    # Also where a later phase is the first to mix: not in the middle of a run.
+    plain, mixed = Scheme(path=seam.path), scheme_for(seam, target=Mix(0.5))
+    for scheme in (mixed, Phases([Phase(plain, AtStep(5)), Phase(mixed)])):
+        detach = seam.attach(scheme)
+        with pytest.raises(ValueError, match=r"return_noise=True, .*Call it without.*u, w = sche"):
+            getattr(matcher, sample)(x0, x1, return_noise=True)
+        getattr(matcher, sample)(x0, x1)
+        detach()
+    seam.attach(Scheme(timesteps=LogitNormal(), path=seam.path))
+    *_, eps = getattr(matcher, sample)(x0, x1, return_noise=True)
+    assert eps.shape == x0.shape
 
 
 def test_torchcfm_draws_t_from_the_scheme_once():

@@ -1,14 +1,15 @@
 """Adapters of interfaces that are no package: SiT's transport, EDM's losses, diffusers' scripts.
 
 Each is written down here anew, as small as its interface allows, with what an adapter could trip
-over: the type check of the transport, the one noise that makes input and target, the descending
-timesteps of the scheduler.
+over: the type check of the transport, the one noise that makes input and target. The scripts are
+written around the scheduler and the sampling of diffusers itself.
 """
 
 import doctest
 import enum
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from torch import nn
 from stagewise import CosinePath, EDMPath, LatentBank, LinearPath, LogitNormal, Oracle, VPPath
 from stagewise.adapters import diffusers as diffusers_adapter
 from stagewise.adapters import diffusers_target, find_seams, one_seam
+from stagewise.adapters.network import NetworkSearch
+from stagewise.callbacks import StageScheme
 from stagewise.schemes import Scheme
 from stagewise.targets import Mix
 
@@ -455,6 +458,33 @@ def test_edm_target_is_the_posterior_mean(kind, labelled):
     assert (loss - edm(holder_of(kind), images, None, net)[0]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("kind", EDM_KINDS)
+def test_edm_labels_without_columns_are_none(kind):
+    """As EDM's data set gives them where there are no classes."""
+    images, _ = rows_of_batch()
+    results = []
+    for labels in (None, torch.zeros(len(images), 0)):
+        holder, net = holder_of(kind), Net()
+        seam = one_seam(holder)
+        seam.attach(scheme_for(seam, LABELS, target=Mix()))
+        results.append(edm(holder, images, labels, net)[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(16) % 4])
+def test_edm_network_is_found_beside_labels_without_columns(labels):
+    images, _ = rows_of_batch()
+    module = holder_of(EDMLoss)
+    module.net = Net()
+    search = NetworkSearch(module, find_seams(module), images, labels)
+    edm(module, images, torch.zeros(len(images), 0), module.net)
+    search.stop()
+    network = search.result()
+    assert (network.name, network.conditional) == ("net", False)
+    xt, t = torch.randn(5, *SHAPE), torch.full((5,), 0.25)
+    torch.testing.assert_close(network(xt, t), (0.5 * xt / 0.25 - xt) / 0.75)
+
+
 def test_edm_rows_without_a_label_see_the_whole_bank():
     images, labels = rows_of_batch()
     one_hot = nn.functional.one_hot(labels).float()
@@ -527,34 +557,38 @@ def test_edm_refuses_what_it_cannot_steer():
 # -- diffusers -----------------------------------------------------------------------------------
 
 
-class FlowMatchEulerDiscreteScheduler:
-    """The part that training scripts use; timesteps descend from 1000."""
-
-    def __init__(self, shift=1.0):
-        sigmas = torch.linspace(1, 1 / 1000, 1000)
-        self.sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-        self.timesteps = self.sigmas * 1000
-
-    def scale_noise(self, sample, timestep, noise):
-        sigma = self.sigmas[(self.timesteps == timestep).nonzero()]
-        return sigma * noise + (1 - sigma) * sample
+@pytest.fixture(scope="module")
+def diffusers():
+    """The package, which takes seconds to import."""
+    pytest.importorskip("diffusers.training_utils")
+    return pytest.importorskip("diffusers")
 
 
-def script(x, scheduler, seed=0):
+@pytest.fixture
+def script(diffusers):
     """The SD3 script up to its target: noisy input, noise, sigmas and timesteps."""
-    torch.manual_seed(seed)
-    noise, u = torch.randn_like(x), torch.rand(len(x))
-    timesteps = scheduler.timesteps[(u * 1000).long()]
-    steps = [(scheduler.timesteps == t).nonzero().item() for t in timesteps]
-    sigmas = expand(scheduler.sigmas[steps], x).to(x)
-    return (1 - sigmas) * x + sigmas * noise, noise, sigmas, timesteps
+
+    def run(x, *, shift=1.0, weighting="none", seed=0):
+        torch.manual_seed(seed)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        noise = torch.randn_like(x)
+        u = diffusers.training_utils.compute_density_for_timestep_sampling(
+            weighting, len(x), logit_mean=0.0, logit_std=1.0, mode_scale=1.29
+        )
+        timesteps = scheduler.timesteps[(u * scheduler.config.num_train_timesteps).long()]
+        steps = [(scheduler.timesteps == t).nonzero().item() for t in timesteps]
+        sigmas = expand(scheduler.sigmas[steps], x).to(x)
+        return (1 - sigmas) * x + sigmas * noise, noise, sigmas, timesteps
+
+    return run
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_diffusers_target_is_minus_the_marginal_velocity(shift):
+@pytest.mark.parametrize("weighting", ["none", "logit_normal", "mode"])
+def test_diffusers_target_is_minus_the_marginal_velocity(script, shift, weighting):
     x, labels = rows_of_batch()
     x = x.double()
-    noisy, noise, sigmas, timesteps = script(x, FlowMatchEulerDiscreteScheduler(shift))
+    noisy, noise, sigmas, timesteps = script(x, shift=shift, weighting=weighting)
     for bank_labels, own in ((None, None), (LABELS, labels)):
         scheme = Scheme(Oracle(LatentBank(ROWS, bank_labels)), target=Mix())
         target = diffusers_target(noisy, x, noise, sigmas, scheme)
@@ -565,9 +599,9 @@ def test_diffusers_target_is_minus_the_marginal_velocity(shift):
     torch.testing.assert_close(scheme.last.t, 1 - timesteps.double() / 1000, rtol=0, atol=1e-6)
 
 
-def test_diffusers_target_unsteered_is_the_scripts():
+def test_diffusers_target_unsteered_is_the_scripts(script):
     x, _ = rows_of_batch()
-    noisy, noise, sigmas, _ = script(x, FlowMatchEulerDiscreteScheduler())
+    noisy, noise, sigmas, _ = script(x)
     for scheme in (Scheme(), Scheme(Oracle(LatentBank(ROWS)), target=Mix(0.0))):
         assert torch.equal(diffusers_target(noisy, x, noise, sigmas, scheme), noise - x)
         data = diffusers_target(noisy, x, noise, sigmas, scheme, prediction="data")
@@ -579,31 +613,92 @@ def test_diffusers_example():
     assert (failed, tried > 0) == (0, True)
 
 
-def test_diffusers_target_takes_labels():
+def test_diffusers_target_takes_labels(script):
     x, labels = rows_of_batch()
     x = x.double()
-    noisy, noise, sigmas, _ = script(x, FlowMatchEulerDiscreteScheduler())
+    noisy, noise, sigmas, _ = script(x)
     scheme = Scheme(Oracle(LatentBank(ROWS, LABELS)), target=Mix())
     everywhere = diffusers_target(noisy, x, noise, sigmas, scheme, labels=[None] * len(x))
     m = posterior_mean(noisy, 1 - sigmas, sigmas)
     torch.testing.assert_close(everywhere, (noisy - m) / sigmas, rtol=1e-4, atol=1e-4)
 
 
-def test_diffusers_scheduler_is_recognised_and_says_what_to_do():
-    module = SimpleNamespace(noise_scheduler=FlowMatchEulerDiscreteScheduler())
+def test_diffusers_scheduler_is_recognised_and_says_what_to_do(diffusers):
+    module = SimpleNamespace(noise_scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
     (seam,) = find_seams(module)
     assert "minus the velocity, time 1000 is noise and 0 is data" in seam.describe()
     with pytest.raises(ValueError, match=r"module\.noise_scheduler .*write diffusers_target\("):
         one_seam(module)
 
 
-def test_diffusers_bad_input():
+def test_diffusers_bad_input(script):
     x, _ = rows_of_batch()
-    noisy, noise, sigmas, _ = script(x, FlowMatchEulerDiscreteScheduler())
+    noisy, noise, sigmas, _ = script(x)
     with pytest.raises(ValueError, match=r"one of `sigmas` for each of 16 samples, got \(3,\)"):
         diffusers_target(noisy, x, noise, sigmas.flatten()[:3], Scheme())
     with pytest.raises(ValueError, match='"velocity" or "data", got \'noise\''):
         diffusers_target(noisy, x, noise, sigmas, Scheme(), prediction="noise")
+
+
+# -- all of them ---------------------------------------------------------------------------------
+
+
+class Held(pl.LightningModule):
+    """Trains on what it holds, a transport or a loss of EDM's."""
+
+    def __init__(self, thing):
+        super().__init__()
+        self.net, self.thing, self.validated = Net(), thing, []
+
+    def loss(self, batch, step):
+        torch.manual_seed(step)
+        x1, labels = batch
+        if hasattr(self.thing, "training_losses"):
+            return self.thing.training_losses(self.net, x1, {"y": labels})["loss"].mean()
+        return self.thing(self.net, x1, nn.functional.one_hot(labels).float()).mean()
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch, self.trainer.global_step)
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(held_by(self))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def held_by(module):
+    """All that a seam could have changed."""
+    plan = getattr(module.thing, "path_sampler", None)
+    held = {key: value for key, value in vars(module.thing).items() if key != "training"}
+    return module.thing, held, None if plan is None else dict(vars(plan))
+
+
+@pytest.mark.parametrize("kind", [SiT, LightningDiT, *EDM_KINDS])
+def test_a_trainer_steers_what_its_module_holds(kind, make_trainer, make_loader):
+    """In three steps as the loop by hand, and not as plain training; afterwards it is restored."""
+    loader, bank = make_loader(ROWS, LABELS, batch_size=16), LatentBank(ROWS, LABELS)
+    ends = []
+    for steered in (True, False):
+        module = Held(kind())
+        seam, optimizer = one_seam(module), module.configure_optimizers()
+        if steered:
+            seam.attach(Scheme(Oracle(bank), target=Mix()))
+        for step, batch in enumerate(loader):
+            optimizer.zero_grad()
+            module.loss(batch, step).backward()
+            optimizer.step()
+        ends.append(module.net.scale)
+    module = Held(kind())
+    before = held_by(module)
+    callback = StageScheme(target=Mix(), bank=bank)
+    trainer = make_trainer(callback, max_steps=3, num_sanity_val_steps=0)
+    trainer.fit(module, loader, loader)
+    assert callback.scheme.last.lam.eq(1).all()
+    assert torch.equal(module.net.scale, ends[0])
+    assert not torch.isclose(module.net.scale, ends[1], rtol=1e-4)
+    assert held_by(module) == before
+    assert module.validated == [before] * 3
 
 
 def test_a_scheme_for_another_path_is_refused():

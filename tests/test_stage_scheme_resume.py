@@ -1,4 +1,4 @@
-"""`StageScheme` in a run that stops and resumes in the middle of a phase: as if it had not."""
+"""All callbacks in a run that stops and resumes in the middle of a phase: as if it had not."""
 
 import contextlib
 import json
@@ -10,13 +10,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stagewise import LatentBank, LogitNormal, Oracle
-from stagewise.callbacks import PosteriorMonitor, StageScheme
+from stagewise import LatentBank, LogitNormal, Oracle, callbacks
+from stagewise.callbacks import (
+    MemorizationMonitor,
+    PosteriorMonitor,
+    StageScheme,
+    StageTransitions,
+    VelocityErrorMonitor,
+)
+from stagewise.callbacks.stage_transitions import NAVIGATION_LEARNED
 from stagewise.losses import FlowMatchingLoss
 from stagewise.schemes import Phase, Phases, Scheme
 from stagewise.targets import Mix, ReferenceSet
 from stagewise.timesteps import LossSecondMoment, StageAware
-from stagewise.transitions import AtPlateau, AtShare, AtStep
+from stagewise.transitions import AtEvent, AtPlateau, AtShare, AtStep
 
 cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
 pytestmark = [
@@ -93,10 +100,48 @@ KINDS = {
     "adapting": lambda oracle: StageScheme(
         timesteps=LossSecondMoment(bins=4, history=5), preserve_objective=True
     ),
+    "event": lambda oracle: StageScheme(
+        phased(
+            (Scheme(oracle, target=Mix(0.5)), AtEvent(NAVIGATION_LEARNED)),
+            Scheme(timesteps=LogitNormal()),
+        )
+    ),
 }
 NEEDS_LOSSES = ("plateau", "adapting")
-CASES = [(kind, way) for kind in KINDS for way in ("loss", "matcher")]
-CASES = [case for case in CASES if case[1] == "loss" or case[0] not in NEEDS_LOSSES]
+PHASED = ("steps", "share", "plateau", "event")
+
+# Anything is a plateau to these, as soon as there are probes enough: after step 10.
+MONITORS = {
+    PosteriorMonitor: lambda every: PosteriorMonitor(every_n_steps=5, strata=4, queries=4),
+    VelocityErrorMonitor: lambda every: VelocityErrorMonitor(
+        every_n_steps=every, strata=4, queries=4
+    ),
+    MemorizationMonitor: lambda every: MemorizationMonitor(
+        every_n_steps=5, samples=4, t_switch=(0.0, 0.4), t_resume=(), steps=4
+    ),
+    StageTransitions: lambda every: StageTransitions(window=5, patience=1, tolerance=0.99),
+}
+EVENTS = (VelocityErrorMonitor, StageTransitions)
+
+CASES = [
+    (StageScheme, kind, way, batches)
+    for kind in KINDS
+    for way in (["loss"] if kind in NEEDS_LOSSES else ["loss", "matcher"])
+    for batches in (1, 2)
+] + [
+    (watched, kind, "loss", 1)
+    for watched in MONITORS
+    for kind in PHASED
+    if kind != "event" or watched not in EVENTS  # those are there with any event
+]
+
+
+def company(watched, kind, oracle):
+    """The scheme of a kind, with a callback to be watched before it, and what these two need."""
+    said = kind == "event" or watched is StageTransitions
+    kinds = {watched, *EVENTS} if said else {watched}
+    before = [make(1 if said else 5) for each, make in MONITORS.items() if each in kinds]
+    return [*before, KINDS[kind](oracle)]
 
 
 @pytest.fixture
@@ -111,7 +156,7 @@ def run(make_data, make_trainer, weights, tmp_path):
     def run(*callbacks, way="loss", batches=1, folder="run", resume=None, cut=None):
         model = Flow(way == "matcher", None if cut is None else cut + 2)
         saved = ModelCheckpoint(
-            tmp_path / "saved", filename="{step}", every_n_train_steps=8, save_top_k=-1
+            tmp_path / folder / "saved", filename="{step}", every_n_train_steps=8, save_top_k=-1
         )
         trainer = make_trainer(
             *callbacks,
@@ -123,7 +168,7 @@ def run(make_data, make_trainer, weights, tmp_path):
             enable_checkpointing=True,
         )
         data = DataLoader(list(zip(x, strict=True)), 8)
-        path = None if resume is None else tmp_path / "saved" / f"step={resume}.ckpt"
+        path = None if resume is None else tmp_path / folder / "saved" / f"step={resume}.ckpt"
         stopped = pytest.raises(PowerCut) if cut is not None else contextlib.nullcontext()
         with stopped:
             trainer.fit(model, data, ckpt_path=path)
@@ -133,8 +178,27 @@ def run(make_data, make_trainer, weights, tmp_path):
 
 
 def lines(folder):
-    text = (folder / "stagewise_scheme_logs" / "stages.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    """What all callbacks have written, by file, but for what it cost."""
+    files = folder.glob("*_logs/stages.jsonl")
+    return {
+        file.parent.name: [comparable(json.loads(line)) for line in file.read_text().splitlines()]
+        for file in files
+    }
+
+
+def comparable(value):
+    """For comparison with `==`: without costs, tensors as lists, floats as text (NaN is NaN).
+
+    What is added up batch by batch is not in the same order in both runs: the last digits go.
+    """
+    if isinstance(value, dict):
+        costs = ("probe_seconds", "share_of_step_time")
+        return {key: comparable(item) for key, item in value.items() if key not in costs}
+    if isinstance(value, torch.Tensor):
+        return comparable(value.tolist())
+    if isinstance(value, list):
+        return [comparable(item) for item in value]
+    return f"{value:.10g}" if isinstance(value, float) else value
 
 
 @pytest.fixture
@@ -142,24 +206,71 @@ def oracle(make_data):
     return Oracle(LatentBank(make_data()[0]))
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-@pytest.mark.parametrize(("kind", "way"), CASES)
-def test_stop_and_resume_equals_not_stopping(run, oracle, kind, way, batches, tmp_path):
-    through, first, second, third = (KINDS[kind](oracle) for _ in range(4))
+@pytest.fixture
+def saved(tmp_path):
+    """`saved(folder, step, *callbacks)`: their states in the checkpoint of a step."""
+
+    def saved(folder, step, *callbacks):
+        file = tmp_path / folder / "saved" / f"step={step}.ckpt"
+        states = torch.load(file, weights_only=True)["callbacks"]
+        return [states[callback.state_key] for callback in callbacks]
+
+    return saved
+
+
+@pytest.mark.parametrize(("watched", "kind", "way", "batches"), CASES)
+def test_stop_and_resume_equals_not_stopping(
+    run, saved, oracle, watched, kind, way, batches, tmp_path
+):
+    """In the first phase and in a later one: weights, times, states and what is on disk."""
+    through, first, second, third = (company(watched, kind, oracle) for _ in range(4))
     options = {"way": way, "batches": batches}
-    run(first, cut=8, **options)
-    run(second, resume=8, cut=16, **options)
-    end, times = run(third, resume=16, **options)
-    expected, times_through = run(through, folder="through", **options)
+    run(*first, cut=8, **options)
+    run(*second, resume=8, cut=16, **options)
+    # A run that goes on there writes the file again, within an accumulated step.
+    states = saved("run", 16, *second)
+    end, times = run(*third, resume=16, **options)
+    states += saved("run", STEPS, *third)
+    expected, times_through = run(*through, folder="through", **options)
     assert torch.equal(end, expected)
     assert torch.equal(times, times_through[-len(times) :])
     assert len(times) == 8 * batches
-    assert third.transitions == through.transitions
-    assert third.scheme.boundary == through.scheme.boundary
-    assert lines(tmp_path / "run") == lines(tmp_path / "through")
-    if isinstance(through.scheme, Phases):
-        assert len(through.transitions) == len(through.scheme.phases) - 1
-        assert all(0 < event["step"] < STEPS for event in through.transitions)
+    expected = saved("through", 16, *through) + saved("through", STEPS, *through)
+    for kept, state in zip(states, expected, strict=True):
+        assert comparable(kept) == comparable(state)
+    written = lines(tmp_path / "run")
+    assert written == lines(tmp_path / "through")
+    assert len(written) == len(through), "one file of each callback"
+    *_, scheme = through
+    assert third[-1].scheme.boundary == scheme.scheme.boundary
+    if kind in PHASED:
+        assert len(scheme.transitions) == len(scheme.scheme.phases) - 1
+        stops = [saved("through", step, scheme)[0]["scheme"]["index"] for step in (8, 16)]
+        assert stops[0] < stops[1]
+        assert scheme.scheme.index == stops[1]
+
+
+def test_no_callback_is_forgotten():
+    found = (getattr(callbacks, name) for name in callbacks.__all__)
+    assert {kind for kind in found if isinstance(kind, type)} == {*MONITORS, StageScheme}
+
+
+def test_an_event_that_is_said_right_before_the_stop_is_heard_after_it(run, saved, oracle):
+    """By a scheme that stands before what says it, and so hears it a step later."""
+
+    def make():
+        errors = VelocityErrorMonitor(every_n_steps=1, strata=4, queries=4)
+        events = StageTransitions(window=4, patience=1, tolerance=0.99)
+        return KINDS["event"](oracle), errors, events
+
+    scheme, *_ = first = make()
+    run(*first, cut=8)
+    (state,) = saved("run", 8, scheme)
+    assert (state["scheme"]["index"], state["scheme"]["untils"]) == (0, [{"happened": True}])
+    scheme, _, events = second = make()
+    run(*second, resume=8, cut=16)
+    assert [event["step"] for event in events.events] == [8]
+    assert [event["step"] for event in scheme.transitions] == [9]
 
 
 def test_boundary_of_a_monitor_is_kept(run):
@@ -177,11 +288,10 @@ def test_boundary_of_a_monitor_is_kept(run):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_holds_plain_state(run, oracle, kind, tmp_path):
-    callback = KINDS[kind](oracle)
-    run(callback, cut=8)
-    checkpoint = torch.load(tmp_path / "saved" / "step=8.ckpt", weights_only=True)
-    state = checkpoint["callbacks"][callback.state_key]
+def test_checkpoint_holds_plain_state(run, saved, oracle, kind):
+    *_, callback = others = company(StageScheme, kind, oracle)
+    run(*others, cut=8)
+    (state,) = saved("run", 8, callback)
     assert is_plain(state)
     assert len(str(state)) < 4000, "the bank is not in it"
     fresh = KINDS[kind](oracle)

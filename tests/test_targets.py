@@ -149,7 +149,8 @@ def test_lambdas(lam, batch):
     added = expected[:, None] * correction / (1 - t)[:, None]
     torch.testing.assert_close(target, x1 - x0 + added, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(scheme.last.correction_sq, added.square().mean(1))
-    assert torch.equal(mix_target(x1 - x0, added, 1.0), x1 - x0 + added)
+    for whole in (1, 1.0, torch.tensor(1.0)):
+        assert torch.equal(mix_target(x1 - x0, added, whole), x1 - x0 + added)
     half = mix_target(x1 - x0, added, torch.full_like(t, 0.5))
     torch.testing.assert_close(half, x1 - x0 + added / 2)
 
@@ -582,6 +583,8 @@ def test_sharded_banks_are_refused_by_targets_that_read_rows(target):
         (lambda: Mix(math.nan), r"`lam` in \[0, 1\], got nan"),
         (lambda: Mix("border"), r"Smooth\(width\) or Concentration\(\), got 'border'"),
         (lambda: Mix(True), "got True"),
+        (lambda: mix_target(rows(), rows(), 3.0), r"`lam` in \[0, 1\], got 3.0"),
+        (lambda: mix_target(rows(), rows(), -0.1), r"`lam` in \[0, 1\], got -0.1"),
         (lambda: Smooth(0), "`width` above 0"),
         (lambda: Tempered(0), "`temperature` above 0"),
         (lambda: ReferenceSet(1), "`size` of at least 2"),

@@ -6,7 +6,8 @@ input and the target, so the loss is given a copy, which is overwritten by the t
 network is called, that is, once the input is made.
 
 `sigma` is drawn inside: set `P_mean` and `P_std` for another distribution. The loss comes back
-unreduced, (B, *), so weights apply. Labels may be one-hot, as EDM has them.
+unreduced, (B, *), so weights apply. Labels may be one-hot, as EDM has them; of no columns, as its
+data set gives them where there are none, they are none.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ class EDMLoss(Seam):
 
 def _classes(labels: Tensor | None) -> Labels | None:
     """Labels as the oracle takes them: of one-hot rows the class, of rows without one None."""
-    if labels is None or not labels.is_floating_point():
+    if labels is None or not labels.numel():
+        return None
+    if not labels.is_floating_point():
         return labels
     found = zip(labels.argmax(1).tolist(), labels.any(1).tolist(), strict=True)
     return [label if given else None for label, given in found]

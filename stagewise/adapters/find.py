@@ -36,26 +36,49 @@ def find_seams(module: object) -> list[Seam]:
     Nested modules, lists, tuples and dicts are looked through too. An object found in two places
     is one.
 
+    Noise must not depend on data. If the object, or what it holds, holds a sampler of couplings
+    (torchcfm's `OTPlanSampler`, by its `sample_plan`), no seam can be steered. Coupling done by
+    hand without one, in the training step or where data are loaded, cannot be seen.
+
     Args:
         module: A module, or any object; it may be the seam itself.
 
     Returns:
         The seams in the order of the attributes, those that cannot be steered included.
     """
-    return list(_seams(Place(module, "module"), set()))
+    couplings: list[Place] = []
+    seams = list(_seams(Place(module, "module"), set(), couplings))
+    for seam in seams:
+        _refuse_coupled(seam, couplings)
+    return seams
 
 
-def _seams(place: Place, seen: set[int]) -> Iterator[Seam]:
+def _seams(place: Place, seen: set[int], couplings: list[Place]) -> Iterator[Seam]:
     if id(place.object) in seen or isinstance(place.object, _LEAVES):
         return
     seen.add(id(place.object))
+    parts = list(_parts(place))
+    own = [part for part in parts if callable(getattr(part.object, "sample_plan", None))]
     for kind in _KINDS:
         seam = kind.of(place)
         if seam is not None:
+            _refuse_coupled(seam, own)  # and no other: it may not be the one that is used
             yield seam
             return
-    for part in _parts(place):
-        yield from _seams(part, seen)
+    couplings += own
+    for part in parts:
+        yield from _seams(part, seen, couplings)
+
+
+def _refuse_coupled(seam: Seam, couplings: list[Place]) -> None:
+    """Gives a seam the reason why it cannot be steered, if there are couplings."""
+    if couplings and not seam.refusal:
+        first = couplings[0]
+        seam.refusal = (
+            f"{first.name} ({type(first.object).__name__}) pairs noise with data, which makes x_0 "
+            "and x_1 dependent, and the closed form of the oracle holds for independent ones only. "
+            "Train on independent pairs, without it, to steer."
+        )
 
 
 def _parts(place: Place) -> Iterator[Place]:

@@ -2,6 +2,10 @@
 
 Its `PathSample` carries the conditional target as `dx_t`; a steered path returns one with the
 scheme's. The library never draws t and never sees a loss.
+
+Only `dx_t` is steered. A network that is regressed on `x_1` or `x_0` of the same `PathSample` is
+trained as without a scheme, and nothing here can see that: make its target in the training step,
+`y, w = scheme(x_1, xt=x_t, t=t, x1=x_1, prediction="data")`.
 """
 
 from __future__ import annotations

@@ -325,8 +325,8 @@ def _conditioning(
     for k, leaf in enumerate(leaves):
         if k in (slots.x, slots.time) or not isinstance(leaf, Tensor):
             continue
-        if not leaf.ndim or len(leaf) != size:
-            continue
+        if not leaf.ndim or len(leaf) != size or not leaf.numel():
+            continue  # EDM's labels have no columns where there are none
         whole = leaf.shape == (size,) and not leaf.is_floating_point()
         one_hot = leaf.ndim == 2 and leaf.is_floating_point() and bool((leaf.sum(1) <= 1).all())
         if not (whole or one_hot) or found is not None or labels is None:

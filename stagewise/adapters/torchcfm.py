@@ -11,7 +11,8 @@ determine. It is averaged out in the share `lambda` in which the scheme mixes, s
 `u + lambda (u* - u)` with the same meaning as elsewhere.
 
 Optimal-transport and Schroedinger-bridge matchers make `x_0` and `x_1` dependent: there is no
-closed form, and they are refused.
+closed form, and they are refused. Only `u` is steered: a call that asks for the noise too
+(`return_noise=True`), which a network may be trained on, is refused if the scheme mixes.
 """
 
 from __future__ import annotations
@@ -66,11 +67,19 @@ class TorchCFM(Seam):
         guided: Any = getattr(matcher, _GUIDED, None)
         noisy = isinstance(self.path, NoisedPath)
         # The Target matcher makes its own noise and ignores x_0.
-        looked_at = not mixes(scheme) or "TargetConditionalFlowMatcher" in _classes(matcher)
+        mixing = mixes(scheme)
+        looked_at = not mixing or "TargetConditionalFlowMatcher" in _classes(matcher)
         inside_guided = False
 
-        def draw(x0: Tensor, t: Tensor | None) -> Tensor | None:
+        def draw(x0: Tensor, t: Tensor | None, return_noise: bool) -> Tensor | None:
             nonlocal looked_at
+            if mixing and return_noise:
+                raise ValueError(
+                    f"{self.name} was called with return_noise=True, but the scheme mixes into the "
+                    "velocity only: what is trained on the noise would not be steered. Call it "
+                    "without and train on the velocity, or make the target in your training step: "
+                    "u, w = scheme(u, xt=xt, t=t, x1=x1)."
+                )
             if not looked_at:
                 check_noise(x0)
                 looked_at = True
@@ -94,7 +103,7 @@ class TorchCFM(Seam):
         ) -> tuple[Any, ...]:
             if inside_guided:
                 return plain(x0, x1, t, return_noise)
-            t, xt, u, *rest = plain(x0, x1, draw(x0, t), return_noise)
+            t, xt, u, *rest = plain(x0, x1, draw(x0, t, return_noise), return_noise)
             return (t, xt, target(u, t, xt, x1, None), *rest)
 
         def guided_sample(
@@ -106,7 +115,7 @@ class TorchCFM(Seam):
             return_noise: bool = False,
         ) -> tuple[Any, ...]:
             nonlocal inside_guided
-            t, inside_guided = draw(x0, t), True
+            t, inside_guided = draw(x0, t, return_noise), True
             try:
                 t, xt, u, *rest = guided(x0, x1, y0, y1, t, return_noise)
             finally:

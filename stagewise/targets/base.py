@@ -34,7 +34,7 @@ from torch import Tensor
 
 from stagewise.engines import Sharded
 from stagewise.engines.base import Queries
-from stagewise.lambdas import Lambda, LambdaLike
+from stagewise.lambdas import Constant, Lambda, LambdaLike
 from stagewise.oracle import Oracle
 from stagewise.paths import PathCoefficients
 
@@ -154,11 +154,17 @@ def mix_target(y: Tensor, correction: Tensor, lam: Tensor | float) -> Tensor:
     Args:
         y: Conditional target, (B, *).
         correction: `c_t (m - x_1)`, (B, *): `Oracle.correction`.
-        lam: In [0, 1]: a number, or one for each sample, (B,).
+        lam: In [0, 1]: a number, or one for each sample, (B,). Tensors are not checked, which on an
+            accelerator would wait for the device.
 
     Returns:
         (B, *), in the dtype of `y`.
+
+    Raises:
+        ValueError: If `lam` is a number outside of [0, 1].
     """
-    if isinstance(lam, Tensor) and lam.ndim:
+    if not isinstance(lam, Tensor):
+        lam = Constant(lam).value
+    elif lam.ndim:
         lam = lam.reshape(-1, *(1 for _ in range(y.ndim - 1)))
     return y + (lam * correction).to(y.dtype)

@@ -166,11 +166,16 @@ class SchemeMeans:
 
 
 class GatheredLosses:
-    """The losses of an optimizer step from all ranks, so that every rank decides the same."""
+    """The losses of an optimizer step from all ranks, so that every rank decides the same.
+
+    Attributes:
+        share: How many each rank sends, None until the first step; a resumed run keeps it, as its
+            first step may be a short one.
+    """
 
     def __init__(self) -> None:
         self._records: list[Tensor] = []
-        self._share: int | None = None
+        self.share: int | None = None
 
     def add(self, t: Tensor, loss: Tensor) -> None:
         """Takes the times and losses of a batch, each (B,)."""
@@ -188,9 +193,9 @@ class GatheredLosses:
         self._records = []
         if trainer.world_size == 1:
             return record[0], record[1]
-        if self._share is None:
+        if self.share is None:
             count = torch.tensor(float(record.shape[1]), device=record.device)
-            self._share = int(trainer.strategy.reduce(count, reduce_op="max"))
-        index = torch.arange(self._share, device=record.device) % record.shape[1]
+            self.share = int(trainer.strategy.reduce(count, reduce_op="max"))
+        index = torch.arange(self.share, device=record.device) % record.shape[1]
         of_all = trainer.strategy.all_gather(record[:, index])
         return of_all[:, 0].flatten(), of_all[:, 1].flatten()

@@ -165,6 +165,7 @@ class StageScheme(NamedCallback):
         self._set_up = False
         self._stash: dict[str, Any] | None = None
         self._detach: Detach | None = None
+        self._losses: GatheredLosses | None = None
         self._paused = False
 
     @property
@@ -178,7 +179,8 @@ class StageScheme(NamedCallback):
     def state_dict(self) -> dict[str, Any]:
         """The scheme's state and the transitions so far; never the bank."""
         scheme = None if self.scheme is None else self.scheme.state_dict()
-        return {"scheme": scheme, "transitions": self.transitions}
+        share = None if self._losses is None else self._losses.share
+        return {"scheme": scheme, "transitions": self.transitions, "share": share}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state of a checkpoint for the start of training."""
@@ -431,6 +433,8 @@ class StageScheme(NamedCallback):
         if stash["scheme"] is not None:
             self._scheme.load_state_dict(copy.deepcopy(stash["scheme"]))
         self.transitions = list(stash["transitions"])
+        if self._losses is not None:
+            self._losses.share = stash.get("share")
 
     def _watched(self, trainer: pl.Trainer) -> StageBoundary | None:
         """What a monitor of the same path has measured."""

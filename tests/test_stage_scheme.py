@@ -915,6 +915,15 @@ def test_an_objective_that_has_the_scheme_sees_the_losses_for_a_module_that_has_
     refused(fit, Inline(phases), callback, match="the scheme that the module holds never sees")
 
 
+def test_what_ranks_send_is_kept_for_a_first_step_that_is_short(fit):
+    first, resumed = (StageScheme(timesteps=LossSecondMoment(bins=2, history=4)) for _ in "ab")
+    fit(Lossy(), first, max_steps=1)
+    first._losses.share = 7  # as ranks agree on it
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    fit(Lossy(), resumed, max_steps=1)
+    assert resumed._losses.share == 7
+
+
 def test_a_second_fit_begins_anew(fit, bank):
     phases = Phases([Phase(Scheme(), AtStep(2)), Phase(SCHEMES["mix"](bank))])
     callback = StageScheme(phases)

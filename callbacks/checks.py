@@ -47,7 +47,7 @@ def path_of(pl_module: pl.LightningModule) -> tuple[Path, str]:
     seams = find_seams(pl_module)
     for seam in seams:
         # A matcher that is refused ties noise to data, or may.
-        if seam.refusal and isinstance(seam, TorchCFM):
+        if seam.coupled or (isinstance(seam, TorchCFM) and seam.refusal):
             rank_zero_warn(f"The posterior that is measured may not be that of {seam.name}.")
     found = {repr(seam.path): seam for seam in seams}
     if len(found) > 1:

@@ -74,7 +74,7 @@ class VelocitySource:
         self.network, self._seams = None, find_seams(pl_module)
         for seam in self._seams:
             # A matcher that is refused ties noise to data, or its path is not known.
-            if isinstance(seam, TorchCFM) and seam.refusal:
+            if seam.coupled or (isinstance(seam, TorchCFM) and seam.refusal):
                 raise ValueError(f"{seam.name} has no oracle to compare with: {seam.refusal}")
         if self._given is not None:
             self._try(trainer, pl_module, x1[:2], labels)

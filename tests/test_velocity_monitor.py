@@ -418,6 +418,10 @@ def test_refusals_before_the_first_optimizer_step(fit, tiny_flow, make_data, wei
     coupled = tiny_flow()
     coupled.matcher, coupled.loss = torchcfm.ExactOptimalTransportConditionalFlowMatcher(), None
     refused("no oracle to compare with", model=coupled)
+    coupled = tiny_flow()
+    coupled.pairs = torchcfm.optimal_transport.OTPlanSampler("exact")
+    with pytest.warns(UserWarning, match="may not be that of module.loss"):
+        refused("no oracle to compare with.* pairs noise with data", model=coupled)
 
     wrong = VelocityErrorMonitor(**SMALL, velocity=lambda module, xt, t, y: xt[:, :3])
     refused(r"tensor of shape \(2, 6\), got \(2, 3\)", wrong)

@@ -61,6 +61,7 @@ class Seam(ABC):
         weights: Whether it can weigh each sample's loss.
         timesteps: Whether it can draw t.
         losses: Whether it sees each sample's loss.
+        coupled: Whether something beside it pairs noise with data (`find_seams`).
     """
 
     library: str
@@ -79,6 +80,7 @@ class Seam(ABC):
         self.place, self.path = place, path
         self.prediction, self.convention = prediction or Prediction(), convention
         self.refusal = refusal
+        self.coupled = False
         self._last: tuple[Tensor, Tensor] | None = None
 
     @property

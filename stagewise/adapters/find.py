@@ -72,9 +72,9 @@ def _seams(place: Place, seen: set[int], couplings: list[Place]) -> Iterator[Sea
 
 def _refuse_coupled(seam: Seam, couplings: list[Place]) -> None:
     """Gives a seam the reason why it cannot be steered, if there are couplings."""
-    if couplings and not seam.refusal:
-        first = couplings[0]
-        seam.refusal = (
+    if couplings:
+        first, seam.coupled = couplings[0], True
+        seam.refusal = seam.refusal or (
             f"{first.name} ({type(first.object).__name__}) pairs noise with data, which makes x_0 "
             "and x_1 dependent, and the closed form of the oracle holds for independent ones only. "
             "Train on independent pairs, without it, to steer."

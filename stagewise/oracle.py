@@ -158,53 +158,44 @@ class Oracle:
         k: int,
         made_in: torch.dtype,
     ) -> Posterior:
-        """The posterior with its mean as a row, and without the weight of the source."""
+        """The posterior with its mean as a row, and without the weight of the source.
+
+        Certified queries are answered from what is stored, and the engine is asked for the others.
+        """
         rows = self.engine.num_rows(self.bank)
         if not 1 <= k <= rows:
             raise ValueError(f"Expected `k` from 1 to the {rows} rows of the bank, got {k}.")
         if source is not None:
             source = self.checked_source(source, len(flat), rows)
         with torch.autocast(flat.device.type, enabled=False):
-            return self._certified_or_searched(flat, path, names, source, k, made_in)
-
-    def _certified_or_searched(
-        self,
-        flat: Tensor,
-        path: PathCoefficients,
-        names: list[int | None] | None,
-        source: Tensor | None,
-        k: int,
-        made_in: torch.dtype,
-    ) -> Posterior:
-        """Answers certified queries from what is stored, and asks the engine for the others."""
-        if self.certificate is None or source is None or not len(flat):
-            return self.engine.ask(self.bank, flat, path, names, source, k)
-        answer = self.certificate.answer(
-            self.bank,
-            flat,
-            path,
-            names,
-            source,
-            k,
-            eta=self.eta,
-            delta=self.delta,
-            made_in=made_in,
-        )
-        if answer is None:
-            return self.engine.ask(self.bank, flat, path, names, source, k)
-        post, left = answer
-        if not left:
-            return post
-        index = torch.tensor(left, device=flat.device)
-        searched = self.engine.ask(
-            self.bank,
-            flat[index],
-            path.select(index),
-            None if names is None else [names[i] for i in left],
-            source[index],
-            k,
-        )
-        return put(post, left, searched, len(flat))
+            if self.certificate is None or source is None or not len(flat):
+                return self.engine.ask(self.bank, flat, path, names, source, k)
+            answer = self.certificate.answer(
+                self.bank,
+                flat,
+                path,
+                names,
+                source,
+                k,
+                eta=self.eta,
+                delta=self.delta,
+                made_in=made_in,
+            )
+            if answer is None:
+                return self.engine.ask(self.bank, flat, path, names, source, k)
+            post, left = answer
+            if not left:
+                return post
+            index = torch.tensor(left, device=flat.device)
+            searched = self.engine.ask(
+                self.bank,
+                flat[index],
+                path.select(index),
+                None if names is None else [names[i] for i in left],
+                source[index],
+                k,
+            )
+            return put(post, left, searched, len(flat))
 
     def correction(
         self,

@@ -57,6 +57,7 @@ bench-schemes: $(VENV)/.recipes ## train with and without schemes (hours; resume
 	$(BIN)/python benchmarks/schemes.py --threads 1 --only default --horizons 600,750 --data photos8
 	$(BIN)/python benchmarks/schemes_variance.py --threads 1
 	$(BIN)/python benchmarks/schemes_why.py --threads 1
+	$(BIN)/python benchmarks/schemes_why.py --threads 1 --data photos16 --seeds 1
 	$(BIN)/python benchmarks/schemes.py --report
 
 figures: $(VENV)/.recipes ## train three small models, draw what docs/watching.md shows (half an hour)

@@ -102,7 +102,7 @@ def why(found: Why, floor: Sequence[dict[str, float]] | None) -> list[str]:
         f"## Why the aims are missed: experiments on {name}, {horizon} steps",
         "",
         "They ran at this horizon only: `python benchmarks/schemes_why.py --threads 1 --data "
-        f"{name}`. Oracle: targets at all t.",
+        f"{name} --seeds {len(plain)}`. Oracle: targets at all t.",
         "",
         *_by_batch(found),
         *_noise(plain, oracle, floor),
@@ -146,7 +146,9 @@ def _by_batch(found: Why) -> list[str]:
     rows, reached = [], {}
     for (scheme, batch), runs in found.items():
         reached[scheme, batch] = share(base, runs, "loss")
-        cells = [share_cell(share(base, runs, "loss", axis)) for axis in ("step", "seconds")]
+        shares = [share(base, runs, "loss", axis) for axis in ("step", "seconds")]
+        one = len(runs) == 1
+        cells = [f"{value[0]:.2f} (one seed)" if one else share_cell(value) for value in shares]
         end = curves(runs, "loss")[:, 1, -1]
         rows.append([f"{scheme}, batch {batch}", seeds(runs), f"{end.mean():.4f}", *cells])
     head = ["training", "seeds", "held-out loss", "steps to plain's", "time to plain's"]
@@ -213,11 +215,14 @@ def _noise(
         size = abs(paired.mean())
         notes.append(
             f"- {METRICS[metric]}: schemes differ by {size / draw:.1f} of the standard deviation "
-            "of one model's draws; with the same draws "
+            "of one model's draws; "
             + (
-                "the sign is the same for all seeds of training."
+                "there is one seed of training only, so nothing is said of others."
+                if n == 1
+                else "with the same draws the sign is the same for all seeds of training."
                 if abs(np.sign(paired).sum()) == n
-                else "the sign depends on the seed of training: no difference was shown."
+                else "with the same draws the sign depends on the seed of training: no difference "
+                "was shown."
             )
         )
     draws = len(plain[0]["draws"])

@@ -175,7 +175,7 @@ def test_report_says_what_was_reached_and_what_was_not_run(bench, tmp_path):
     assert "- energy distance: plain training ends at what training rows themselves score" in text
     assert "| 0.3000 (+0.0%) | 0.2000 (+0.0%) | 0.4000 (-60.0%) |" in text
     assert "before it: 0% for oracle, all t" in text
-    assert "| oracle, batch 128 | 9 | 0.4444 | 0.90 [0.90, 0.90] |" in text
+    assert "| oracle, batch 128 | 9 | 0.4444 | 0.90 (one seed) |" in text
     assert "**Not run:** Photographs, 8 x 8 x 3" in text
     assert "variance by t" in text
     kept = (tmp_path / "docs/results.jsonl").read_text().splitlines()

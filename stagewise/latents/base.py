@@ -32,6 +32,7 @@ from stagewise.latents.checking import require_labels, require_scale, unreadable
 from stagewise.latents.files import Problem, names
 from stagewise.latents.scaling import Affine, Scaling
 from stagewise.latents.statistics import ChannelStatistics
+from stagewise.narrowing import HALF
 
 __all__ = ["Latents", "Reading"]
 
@@ -257,7 +258,8 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         batches = fixed.chunks(size, indices)
         labels = fixed.labels if class_wise else None
         # Of all items whatever the indices, so that shards of them are rounded alike.
-        how: dict[str, Any] = {"dtype": dtype, "offset": fixed.middle(), "advance": advance}
+        offset = fixed.middle() if dtype in HALF else None
+        how: dict[str, Any] = {"dtype": dtype, "offset": offset, "advance": advance}
         if path is None:
             return LatentBank.from_batches(batches, total, class_wise=class_wise, **how)
         if labels is not None and indices is not None:
@@ -266,21 +268,23 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
 
     def middle(self, max_rows: int = 256) -> Tensor:
         """The mean of evenly spaced samples, without draws, (*shape), float64."""
-        fixed = self.fixed()
-        step = math.ceil(len(fixed) / max_rows)
-        total = torch.zeros(self.shape, dtype=torch.float64)
-        for index in range(0, len(fixed), step):
-            total += fixed[index][0]
-        return total / len(range(0, len(fixed), step))
+        total, count = torch.zeros(self.shape, dtype=torch.float64), 0
+        for x1 in self._few(max_rows):
+            total, count = total + x1, count + 1
+        return total / count
 
     def statistics(self, max_rows: int = 256) -> ChannelStatistics:
         """Moments by channel of evenly spaced samples, without draws."""
-        fixed = self.fixed()
         seen = ChannelStatistics()
-        step = math.ceil(len(fixed) / max_rows)
-        for index in range(0, len(fixed), step):
-            seen.update(fixed[index][0][None])
+        for x1 in self._few(max_rows):
+            seen.update(x1[None])
         return seen
+
+    def _few(self, max_rows: int) -> Iterator[Tensor]:
+        """Evenly spaced samples, without draws, one by one."""
+        fixed = self.fixed()
+        for index in range(0, len(fixed), math.ceil(len(fixed) / max_rows)):
+            yield fixed[index][0]
 
     def check_scale(self, max_rows: int = 256) -> None:
         """Looks at some rows, and refuses samples that are not scaled or scaled twice.

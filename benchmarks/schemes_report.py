@@ -177,11 +177,11 @@ def ends(name: str, horizon: int, runs: Runs) -> list[str]:
     ]
 
 
-def command(name: str, horizon: int | str, scheme: str = "SCHEME") -> list[str]:
+def command(name: str, horizon: int | str) -> list[str]:
     """What runs a row."""
     return [
         f"A row: `python benchmarks/schemes.py --threads 1 --data {name} --horizons {horizon} "
-        f"--only '{scheme}'`.",
+        "--only 'SCHEME'`.",
         "",
     ]
 

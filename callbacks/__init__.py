@@ -2,6 +2,7 @@
 
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
+from stagewise.callbacks.run import StageRun
 from stagewise.callbacks.stage_scheme import StageScheme
 from stagewise.callbacks.stage_transitions import StageTransitions
 from stagewise.callbacks.training_bank import bank_from_trainer
@@ -10,6 +11,7 @@ from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
 __all__ = [
     "MemorizationMonitor",
     "PosteriorMonitor",
+    "StageRun",
     "StageScheme",
     "StageTransitions",
     "VelocityErrorMonitor",

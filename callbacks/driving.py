@@ -9,39 +9,28 @@ import torch
 from torch import Tensor
 
 from stagewise.adapters.base import parts
-from stagewise.callbacks.checks import together
-from stagewise.engines import Sharded
-from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme, SchemeRecord
-from stagewise.stages import (
-    StageBoundary,
-    StageCurve,
-    predicted_boundary,
-    stage_edges,
-    stratified_times,
-)
 from stagewise.transitions import AtEvent, AtPlateau, AtShare
 
 __all__ = [
     "GatheredLosses",
     "SchemeMeans",
-    "measured_boundary",
     "reads_losses",
     "refuse_unheard_events",
-    "steps_of",
+    "refuse_endless_phases",
 ]
 
-_STRATA, _QUERIES = 24, 64
 
+def refuse_endless_phases(steps: int | None, scheme: Scheme | Phases) -> None:
+    """Refuses a phase that cannot end within the training.
 
-def steps_of(trainer: pl.Trainer, scheme: Scheme | Phases) -> int | None:
-    """The optimizer steps of the training, None if it has no end.
+    Args:
+        steps: Its optimizer steps, None if it has no end.
+        scheme: The scheme.
 
     Raises:
-        ValueError: If a phase of the scheme cannot end within them.
+        ValueError: With the cure.
     """
-    total = trainer.estimated_stepping_batches
-    steps = None if math.isinf(total) else int(total)
     start = 0
     for phase in scheme.phases[:-1] if isinstance(scheme, Phases) else []:
         assert phase.until is not None
@@ -51,7 +40,6 @@ def steps_of(trainer: pl.Trainer, scheme: Scheme | Phases) -> int | None:
                 "max_epochs, or use AtStep(step)."
             )
         start = phase.until.check(start, steps)
-    return steps
 
 
 def reads_losses(scheme: Scheme | Phases) -> str:
@@ -87,43 +75,6 @@ def refuse_unheard_events(trainer: pl.Trainer, scheme: Scheme | Phases) -> None:
                 "VelocityErrorMonitor(), StageTransitions(), StageScheme()]; a callback of your "
                 "own names it in `event_kinds`, {event: ''}."
             )
-
-
-def measured_boundary(
-    trainer: pl.Trainer, oracle: Oracle, *, class_wise: bool, seed: int
-) -> StageBoundary:
-    """The boundary of the stages, measured by all ranks together.
-
-    Args:
-        trainer: The trainer.
-        oracle: Bank and path.
-        class_wise: Whether the posterior is over the rows of the query's own class.
-        seed: Of the queries.
-
-    Raises:
-        ValueError: If the bank is spread over the ranks.
-    """
-    if isinstance(oracle.engine, Sharded):
-        raise ValueError(
-            "The boundary of a bank that is spread over the ranks is not measured here. Give it: "
-            "Scheme(boundary=...)."
-        )
-    predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=class_wise)
-    with together(trainer, "measuring the boundary"):
-        curve = StageCurve.measure(
-            oracle,
-            stratified_times(stage_edges(predicted, _STRATA), _QUERIES, seed=seed),
-            seed=(seed, 1),
-            class_wise=class_wise,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
-    if trainer.world_size > 1:
-        values = curve.values.to(trainer.strategy.root_device)
-        total = trainer.strategy.reduce(values, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        curve = StageCurve(curve.t, total.cpu())
-    return curve.boundary(seed=seed)
 
 
 class SchemeMeans:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, find_sample
-from stagewise.callbacks import memorization_figures as figures
-from stagewise.callbacks.checks import check_bank, path_of, together
+from stagewise.callbacks import memorization_figures as pictures
 from stagewise.callbacks.metrics import CopyShare
-from stagewise.callbacks.named import NamedCallback
-from stagewise.callbacks.probe_rows import HeldOut, held_out_rows, training_rows
-from stagewise.callbacks.training_bank import oracle_of_run
-from stagewise.callbacks.velocity_source import AskVelocity, VelocitySource, model_in_eval_mode
-from stagewise.callbacks.writer import Writer
+from stagewise.callbacks.model_monitor import ModelMonitor, model_in_eval_mode
+from stagewise.callbacks.stage_callback import RunOptions
 from stagewise.copies import Nearest, nearest_rows
 from stagewise.oracle import Oracle
 from stagewise.paths import expand_like
@@ -36,10 +29,11 @@ __all__ = ["MemorizationMonitor"]
 _SHOWN = 8
 """Samples in a picture."""
 
-_WHAT = "a probe of MemorizationMonitor"
+_METHOD = "euler"
+"""It does not ask at t = 1, where the oracle is singular."""
 
 
-class MemorizationMonitor(NamedCallback):
+class MemorizationMonitor(ModelMonitor):
     """Samples from the model now and then, and counts copies of training rows (`copies`).
 
     The oracle leads each sample to `t_switch` and the model from there (Liu et al., arXiv
@@ -47,58 +41,53 @@ class MemorizationMonitor(NamedCallback):
     the model (Fig. 6). Noise and labels are the same in all probes; ranks share them.
 
     **Logged** (`stagewise_memorization` is `name`): `.../copies/t_switch=...` with `_low` and
-    `_high` (95 % bootstrap), `.../ratio/t_switch=...` (median d1/d2), `.../resumed_copies/t=...`,
-    `.../probe_seconds`. **To TensorBoard and `dirpath`**: `copies`, and for images `samples` and
-    `resumed`; `stages.jsonl`.
+    `_high` (95 %, exact binomial), `.../ratio/t_switch=...` (median d1/d2),
+    `.../resumed_copies/t=...`, `.../probe_seconds`, `.../share_of_step_time`. **To TensorBoard and
+    `dirpath`**: `copies`, and for images `samples` and `resumed`; `stages.jsonl`.
 
     Args:
-        bank: The training rows; default those of a monitor before this one, or read from the
-            training loader.
-        velocity: From `(module, xt, t, labels)` to the velocity; default: the network is found.
-        every_n_steps: Optimizer steps between probes, default 5000; the first is after step one.
+        bank: See `RunOptions`.
+        every_n_steps: Optimizer steps between probes; default a twentieth of the training, at most
+            5000. The first is after step one, the last after the last.
         samples: How many, default 64; at least 2.
         t_switch: Times in [0, 1].
         t_resume: Times in [0, 1).
-        held_out: Samples, or samples and labels; default from the validation loader.
         weights: "average" of a `WeightAveraging`, once it has begun, "current", or "auto": the
             former if there is one.
-        method: "euler" or "midpoint": they do not ask at t = 1, where the oracle is singular.
-        steps: From t = 0 to 1, default 25.
-        class_wise: Whether the oracle is over the sample's class; "auto": if the network is given
-            labels. Copies are looked for among all rows.
+        steps: Of Euler's method from t = 0 to 1, default 25.
         decode: From samples to images (n, 1 or 3, H, W), for the pictures.
-        find: From a batch to `(x_1, labels or None)`.
-        dirpath: See `PosteriorMonitor`.
+        figures: See `PosteriorMonitor`.
         name: Prefix of tags and name of the folder.
-        seed: Of noise and labels.
+        **options: What it says about the run: `velocity`, `held_out`, `find`, `class_wise`,
+            `dirpath`, `seed`, ...; see `RunOptions`. Class-wise is "auto" here: if the network is
+            given labels. Copies are looked for among all rows.
 
     Raises:
         ValueError: At construction for numbers out of range; at the start or in the first step if
             no velocity can be had or "average" is asked for and there is none.
     """
 
+    order = 3
+    event = "memorization_probe"
+    longest: ClassVar[int] = 5000
+
     def __init__(
         self,
         bank: LatentBank | None = None,
         *,
-        velocity: AskVelocity | None = None,
-        every_n_steps: int = 5000,
+        every_n_steps: int | None = None,
         samples: int = 64,
         t_switch: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4),
         t_resume: tuple[float, ...] = (0.2, 0.5, 0.8),
-        held_out: HeldOut | None = None,
         weights: Literal["auto", "average", "current"] = "auto",
-        method: Literal["euler", "midpoint"] = "euler",
         steps: int = 25,
-        class_wise: bool | Literal["auto"] = "auto",
         decode: Callable[[Tensor], Tensor] | None = None,
-        find: FindSample = find_sample,
-        dirpath: str | Path | None = None,
+        figures: int | None = None,
         name: str = "stagewise_memorization",
-        seed: int = 0,
+        **options: Unpack[RunOptions],
     ) -> None:
-        least = (("every_n_steps", every_n_steps, 1), ("samples", samples, 2), ("steps", steps, 1))
-        for label, value, low in least:
+        super().__init__(bank, every_n_steps=every_n_steps, figures=figures, name=name, **options)
+        for label, value, low in (("samples", samples, 2), ("steps", steps, 1)):
             if value < low:
                 raise ValueError(f"Expected `{label}` of at least {low}, got {value}.")
         if not t_switch or not all(0 <= t <= 1 for t in t_switch):
@@ -109,123 +98,62 @@ class MemorizationMonitor(NamedCallback):
             raise ValueError(
                 f'Expected `weights` to be "auto", "average" or "current", got {weights!r}.'
             )
-        if method not in ("euler", "midpoint"):
-            raise ValueError(f'Expected `method` "euler" or "midpoint", got {method!r}.')
-        check_bank(bank, class_wise)
-        self.every_n_steps, self.samples, self.steps = every_n_steps, samples, steps
+        self.samples, self.steps, self.weights, self.decode = samples, steps, weights, decode
         self.t_switch, self.t_resume = tuple(sorted(t_switch)), tuple(sorted(t_resume))
-        self.weights, self.method, self.class_wise = weights, method, class_wise
-        self.decode, self.find = decode, find
-        self.dirpath, self.name, self.seed = dirpath, name, seed
-        self.history: list[dict[str, Any]] = []
         self.oracle: Oracle | None = None
-        self._given, self._held_out = bank, held_out
-        self._source = VelocitySource(velocity, find, "MemorizationMonitor")
 
-    def state_dict(self) -> dict[str, Any]:
-        """The probes so far, as plain numbers and lists."""
-        return {"history": self.history}
+    # -- the course of a training -----------------------------------------------------------------
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the probes of a checkpoint."""
-        self.history = list(state_dict["history"])
-
-    # -- hooks --------------------------------------------------------------------------------
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes or builds the bank, reads held-out rows, opens the files."""
-        past = trainer.global_step
-        self.history = [entry for entry in self.history if past and entry["step"] <= past]
-        self._averaging = next(
-            (c for c in getattr(trainer, "callbacks", []) if isinstance(c, WeightAveraging)), None
-        )
+    def start(self) -> None:
+        """Takes or builds the bank, and reads held-out rows."""
+        callbacks = self.run.trainer.callbacks  # type: ignore[attr-defined]
+        self._averaging = next((c for c in callbacks if isinstance(c, WeightAveraging)), None)
         if self.weights == "average" and self._averaging is None:
             raise ValueError(
                 'weights="average" needs an EMAWeightAveraging (or WeightAveraging) among the '
                 'callbacks, and there is none. Add one, or say weights="current".'
             )
-        path = path_of(pl_module)[0]
-        self.oracle = oracle_of_run(
-            trainer, pl_module, self, path, given=self._given, find=self.find
-        )
-        about: dict[str, Any] = {
-            "find": self.find,
-            "seed": self.seed,
-            "asks": "MemorizationMonitor",
-        }
-        bank, given = self.oracle.bank, self._given is not None
-        if self.class_wise is True:
-            bank.require_classes()
-        rows = training_rows(trainer, pl_module, bank, 2, given=given, **about)
-        self._others = None
-        if self.t_resume:
-            self._others = held_out_rows(
-                trainer, pl_module, bank, self.samples, given=self._held_out, **about
-            )
-        self._source.start(trainer, pl_module, *rows)
-        self._ready, self._step = False, past
+        super().start()
+        self._take_bank()
+        self.try_velocity(*self.rows(2))
+
+    def _take_bank(self) -> None:
+        self.oracle = self.run.oracle(self)
+        self._others = self.others(self.samples) if self.t_resume else None
         self._led: dict[float, Tensor] = {}
-        self._writer = Writer(trainer, self.name, self.dirpath)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Before the first batch: begins to look for the network."""
-        if not self._ready:
-            self._source.watch(pl_module, batch)
-
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
-    ) -> None:
-        """In the first step: takes what was found, or refuses to go on."""
-        if not self._ready:
-            self._settle(trainer, pl_module)
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Probes if it is time."""
-        if not self._ready:  # a step that never went backward
-            self._settle(trainer, pl_module)
-        step, before = trainer.global_step, self._step
-        if step == before:  # gradients are accumulated
-            return
-        self._step = step
-        last = self.history[-1]["step"] if self.history else None
-        if last is None or step // self.every_n_steps > last // self.every_n_steps:
-            self._probe(trainer, pl_module, step)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says where things are."""
-        if not self.history:
-            return
-        last = self.history[-1]
-        shares = zip(self.t_switch, last["copies"], strict=True)
-        found = ", ".join(f"{share:.0%} from t = {t:g} on" for t, share in shares)
-        rank_zero_info(
-            f"MemorizationMonitor: copies at step {last['step']}: {found}; {len(self.history)} "
-            f"probes, the last cost {last['probe_seconds']:.1f} s; {self._writer.describe()}"
-        )
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes the hooks off, and lets go of the bank."""
-        self._source.stop()
-        self.oracle, self._led = None, {}
-
-    # -- set-up -------------------------------------------------------------------------------
-
-    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def settle(self) -> None:
         """Once the network is known: noise and labels, header."""
-        self._source.settle(trainer)
-        assert self.oracle is not None
-        bank = self.oracle.bank
-        asked = bank.classes and self._source.conditional
-        self.wise = bool(asked) if self.class_wise == "auto" else self.class_wise
+        super().settle()
+        self._draw()
+        header = {
+            "event": "memorization",
+            "rows": len(self._oracle.bank),
+            "network": self.describe(),
+            "weights": "average" if self._averages else "current",
+            "class_wise": self.wise,
+            "samples": self.samples,
+            "held_out_rows": self._held_out,
+            "method": _METHOD,
+            "steps": self.steps,
+            "path": repr(self._oracle.path),
+        }
+        images = " To see samples: decode=lambda x: images of shape (n, 3, H, W)."
+        rank_zero_info(
+            f"MemorizationMonitor: asks {header['network']}, {header['weights']} weights; "
+            f"{self.writer.describe()}."
+            + ("" if self.decode or pictures.is_image(self._oracle.bank.shape) else images)
+        )
+        self.writer.start([header, *self.history], resumed=bool(self.history))
+
+    def _draw(self) -> None:
+        """Noise and labels of all probes."""
+        bank, trainer = self._oracle.bank, self.run.trainer
+        asked = bool(bank.classes) and self.conditional
+        said = self.run.option(self, "class_wise")
+        self.wise = asked if said is None else said
+        if self.wise:
+            bank.require_classes()
         draws = _generator(self.seed, 0)
         if self.samples < trainer.world_size:
             raise ValueError(
@@ -236,7 +164,7 @@ class MemorizationMonitor(NamedCallback):
         self._noise = torch.randn(self.samples, *bank.shape, generator=draws)[mine]
         rows = torch.randint(len(bank), (self.samples,), generator=draws)[mine]
         self._labels = torch.tensor(bank.labels_of(rows.tolist())) if asked or self.wise else None
-        held_out = 0
+        self._held_out = 0
         if self._others is not None:
             x1, labels = self._others
             if len(x1) < trainer.world_size or (labels is None and self._labels is not None):
@@ -246,31 +174,32 @@ class MemorizationMonitor(NamedCallback):
                 )
                 self._others = None
         if self._others is not None:
-            held_out = len(x1)
+            self._held_out = len(x1)
             noise = torch.randn(x1.shape, generator=_generator(self.seed, 1))
             self._others = x1[mine], None if labels is None else labels[mine]
             self._resume_noise = noise[mine]
-        header = {
-            "event": "memorization",
-            "rows": len(bank),
-            "network": self._source.describe(),
-            "weights": "average" if self._averages else "current",
-            "class_wise": self.wise,
-            "samples": self.samples,
-            "held_out_rows": held_out,
-            "method": self.method,
-            "steps": self.steps,
-            "path": repr(self.oracle.path),
-        }
-        images = " To see samples: decode=lambda x: images of shape (n, 3, H, W)."
+
+    def renew(self) -> None:
+        """Takes the bank anew: copies are looked for among the latents of now."""
+        self._take_bank()
+        self._draw()
+
+    def end(self) -> None:
+        """Says where things are."""
+        super().end()
+        if not self.history:
+            return
+        last = self.history[-1]
+        shares = zip(self.t_switch, last["copies"], strict=True)
+        found = ", ".join(f"{share:.0%} from t = {t:g} on" for t, share in shares)
         rank_zero_info(
-            f"MemorizationMonitor: asks {header['network']}, {header['weights']} weights; "
-            f"{self._writer.describe()}."
-            + ("" if self.decode or figures.is_image(bank.shape) else images)
+            f"MemorizationMonitor: copies at step {last['step']}: {found}; {len(self.history)} "
+            f"probes, the last cost {self.cost()}; {self.writer.describe()}"
         )
-        self._writer.start([header, *self.history], resumed=bool(self.history))
-        self._writer.dashboard(trainer)
-        self._ready = True
+
+    def stop(self) -> None:
+        """Lets go of the bank."""
+        self.oracle, self._led, self._shown = None, {}, ({}, {}, {}, {})
 
     def layout(self) -> dict[str, list[Any]]:
         """Its charts on TensorBoard's custom-scalars page."""
@@ -291,12 +220,8 @@ class MemorizationMonitor(NamedCallback):
         averaged = getattr(self._averaging, "_average_model", None) if self._averages else None
         return averaged.module if averaged is not None and bool(averaged.n_averaged) else None
 
-    def _module(self, pl_module: pl.LightningModule) -> nn.Module:
-        averaged = self._average()
-        return pl_module if averaged is None else averaged
-
     def _velocity(self, module: nn.Module, labels: Tensor | None) -> Velocity:
-        ask = self._source.of(module)
+        ask = self.velocity_of(module)
 
         def velocity(xt: Tensor, t: Tensor) -> Tensor:
             v = ask(xt, t, labels)
@@ -308,35 +233,29 @@ class MemorizationMonitor(NamedCallback):
 
         return velocity
 
-    # -- one probe ----------------------------------------------------------------------------
+    # -- one probe --------------------------------------------------------------------------------
 
-    def _probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        device = pl_module.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
-        start = time.perf_counter()
-        module, bank = self._module(pl_module), self._oracle.bank
-        with together(trainer, _WHAT):
-            with model_in_eval_mode(trainer, module):
-                made, resumed = self._generate(module, device)
+    def measure(self, step: int) -> dict[str, Any]:
+        """See `Monitor`."""
+        run, bank = self.run, self._oracle.bank
+        averaged = self._average()
+        module = run.module if averaged is None else averaged
+        with run.together("a probe of MemorizationMonitor"):
+            with model_in_eval_mode(run.trainer, module):
+                made, resumed = self._generate(module, run.module.device)
             near = {t: nearest_rows(bank, x) for t, x in made.items()}
             near_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
-        entry = {"event": "memorization_probe", "step": step, **self._entry(near, near_resumed)}
+        entry = self._entry(near, near_resumed)
         if entry["not_finite"]:
             rank_zero_warn(
                 f"MemorizationMonitor: {entry['not_finite']} samples of step {step} are not "
                 "finite; they are left out of the shares of copies."
             )
-        with together(trainer, _WHAT):
-            if trainer.is_global_zero:
-                pictures = self._figures(made, near, resumed, near_resumed, [*self.history, entry])
-                self._writer.pictures(pictures, step)
-            entry["probe_seconds"] = time.perf_counter() - start
-            self._writer.scalars(self._scalars(entry), step - 1)
-            self._writer.event(entry)
-        self.history.append(entry)
+        self._shown = made, near, resumed, near_resumed
+        return entry
 
-    def _scalars(self, entry: dict[str, Any]) -> dict[str, float]:
+    def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
+        """See `Monitor`."""
         names = [("copies", ""), ("low", "_low"), ("high", "_high")]
         scalars = {
             f"{self.name}/copies/t_switch={t:g}{end}": entry[key][k]
@@ -347,7 +266,6 @@ class MemorizationMonitor(NamedCallback):
             scalars[f"{self.name}/ratio/t_switch={t:g}"] = ratio
         for t, share in zip(entry["t_resume"], entry["resumed_copies"], strict=True):
             scalars[f"{self.name}/resumed_copies/t={t:g}"] = share
-        scalars[f"{self.name}/probe_seconds"] = entry["probe_seconds"]
         return scalars
 
     def _generate(
@@ -356,7 +274,6 @@ class MemorizationMonitor(NamedCallback):
         """Samples by t_switch; noised and resumed samples by t_resume."""
         assert self.oracle is not None
         oracle, labels = self.oracle, self._labels
-        about: dict[str, Any] = {"method": self.method, "steps": self.steps}
         asked = labels if self.wise else None
 
         def led(xt: Tensor, t: Tensor) -> Tensor:
@@ -364,7 +281,7 @@ class MemorizationMonitor(NamedCallback):
             return oracle.velocity(xt.to(place), t.to(place), asked).to(xt)
 
         x0 = self._noise.to(device)
-        given = labels.to(device) if labels is not None and self._source.conditional else None
+        given = labels.to(device) if labels is not None and self.conditional else None
         model, made = self._velocity(module, given), {}
         for t in self.t_switch:
             if t not in self._led:  # the oracle's part is the same in all probes
@@ -387,7 +304,7 @@ class MemorizationMonitor(NamedCallback):
 
     def _part(self, share: float) -> dict[str, Any]:
         """Solver and steps of a part of [0, 1]."""
-        return {"method": self.method, "steps": max(1, round(self.steps * share))}
+        return {"method": _METHOD, "steps": max(1, round(self.steps * share))}
 
     def _entry(
         self, near: dict[float, Nearest], near_resumed: dict[float, Nearest]
@@ -415,17 +332,11 @@ class MemorizationMonitor(NamedCallback):
             "not_finite": sum(found["nonfinite"] for found in [*switched_, *resumed]),
         }
 
-    def _figures(
-        self,
-        made: dict[float, Tensor],
-        near: dict[float, Nearest],
-        resumed: dict[float, tuple[Tensor, Tensor]],
-        near_resumed: dict[float, Nearest],
-        history: list[dict[str, Any]],
-    ) -> dict[str, Figure]:
+    def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
         """Shares over the training, and samples of this rank beside their nearest rows."""
-        bank, step = self._oracle.bank, history[-1]["step"]
-        pictures = {"copies": figures.copies_figure(history)}
+        made, near, resumed, near_resumed = self._shown
+        bank, step = self._oracle.bank, probes[-1]["step"]
+        drawn = {"copies": pictures.copies_figure(probes)}
 
         def shown(x: Tensor) -> Tensor:
             x = x[:_SHOWN]
@@ -435,17 +346,17 @@ class MemorizationMonitor(NamedCallback):
             taken = bank.take(found.row[:_SHOWN].clamp_min(0)).reshape(-1, *bank.shape)
             return shown(taken.float())
 
-        if self.decode or figures.is_image(bank.shape):
+        if self.decode or pictures.is_image(bank.shape):
             columns: list[tuple[str, Tensor]] = []
             ratios: dict[int, Tensor] = {}
             for t, found in near.items():
                 ratios[len(columns)] = found.ratio.cpu()
                 columns += [(f"t_switch\n{t:g}", shown(made[t])), ("nearest\nrow", rows(found))]
             data = torch.cat([images for _, images in columns[1::2]])
-            pictures["samples"] = figures.grid_figure(
+            drawn["samples"] = pictures.grid_figure(
                 columns, ratios, data, f"Samples at step {step}"
             )
-        if resumed and "samples" in pictures and self._others is not None:
+        if resumed and "samples" in drawn and self._others is not None:
             columns, ratios = [("held out", shown(self._others[0]))], {}
             for t, found in near_resumed.items():
                 ratios[len(columns) + 1] = found.ratio.cpu()
@@ -456,10 +367,10 @@ class MemorizationMonitor(NamedCallback):
                     ("nearest\nrow", rows(found)),
                 ]
             data = torch.cat([columns[0][1], *(images for _, images in columns[3::3])])
-            pictures["resumed"] = figures.grid_figure(
+            drawn["resumed"] = pictures.grid_figure(
                 columns, ratios, data, f"Held-out rows resumed at step {step}"
             )
-        return pictures
+        return drawn
 
     @property
     def _oracle(self) -> Oracle:

@@ -6,32 +6,27 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from typing_extensions import Unpack
 
 from stagewise import paths
 from stagewise.adapters import Detach, Seam, find_seams, one_seam
-from stagewise.adapters.base import parts
+from stagewise.adapters.base import mixes, parts
 from stagewise.adapters.objective import Objective
-from stagewise.adapters.paths import same_path
-from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, find_sample
-from stagewise.callbacks.checks import beside_training, check_rows, together
+from stagewise.callbacks.checks import beside_training
 from stagewise.callbacks.driving import (
     GatheredLosses,
     SchemeMeans,
-    measured_boundary,
     reads_losses,
+    refuse_endless_phases,
     refuse_unheard_events,
-    steps_of,
 )
-from stagewise.callbacks.named import NamedCallback
-from stagewise.callbacks.posterior_monitor import PosteriorMonitor
-from stagewise.callbacks.training_bank import bank_from_trainer, shard_from_trainer
-from stagewise.callbacks.writer import Writer
+from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.callbacks.training_bank import shard_from_trainer
 from stagewise.certificate import Certificate
 from stagewise.engines import Engine, Sharded
 from stagewise.losses import StageWeightedLoss
@@ -49,7 +44,7 @@ _CURE = (
 )
 
 
-class StageScheme(NamedCallback):
+class StageScheme(StageCallback):
     """Puts a scheme into whatever makes the targets in the module, and takes it out at the end.
 
     What makes the targets is found by its interface (`stagewise.adapters`): a `FlowMatchingLoss`, a
@@ -59,11 +54,12 @@ class StageScheme(NamedCallback):
     same scheme. Validation sees the plain targets, so its loss stays comparable.
 
     In the first step the samples that the scheme is given are held against the bank: another scale
-    is refused, and samples that are no rows of it are warned of, with their share.
+    is refused, and samples that are no rows of it are warned of, with their share. A target that
+    mixes the oracle in is refused for a network that is given more than x_t, t and class labels,
+    unless class_wise=False says that it ignores that.
 
-    The boundary of the stages, if it is not given, is that of the first probe of a
-    `PosteriorMonitor` that stands before this callback and watches the same path; otherwise it is
-    measured once, before the first step. It does not change afterwards, and a resumed run keeps it.
+    The boundary of the stages, if it is not given, is that of the run, which is measured once,
+    before the first step. It does not change afterwards, and a resumed run keeps it.
 
     **Logged to every logger of the trainer** at its `log_every_n_steps` (`stagewise_scheme` is
     `name`), as means over the samples of all ranks since the time before:
@@ -89,21 +85,14 @@ class StageScheme(NamedCallback):
         weight: From t to the weight of a sample.
         boundary: Where navigation meets refinement.
         preserve_objective: Whether weights make up for `timesteps`.
-        class_wise: Whether posteriors are over the rows of the sample's class.
-        bank: The training latents *as the model is trained on them*. Default: those of the
-            `PosteriorMonitor` that stands before this callback, or else read from the training data
-            loader. Not needed with a `scheme` that has an oracle.
         engine: How the oracle reaches the rows, default `Auto()`. With `Sharded()` the bank is this
             rank's part, and training must say the `source` of its samples.
         certificate: A `Certificate` of the bank, or the file of one, which is written before the
             first step if there is none of this bank: queries that it answers need no search.
             Default None. Not with a `scheme` that has an oracle, nor with `Sharded()`.
-        seam: Name of what makes the targets, such as "module.FM". Default: there is one only.
-        find: From a batch to `(x_1, labels or None)`, for reading the bank.
-        dirpath: Where `stages.jsonl` goes; default `<trainer.log_dir>/<name>`, or without a logger
-            `<trainer.default_root_dir>/<name>_logs`.
         name: Prefix of all tags and name of the folder, default "stagewise_scheme".
-        seed: Of random rows and of the measurement, default 0.
+        **options: What it says about the run: `bank`, `find`, `class_wise`, `seam`, `dirpath`,
+            `seed`, ...; see `RunOptions`. A `scheme` that has an oracle says bank and path itself.
 
     Raises:
         ValueError: At construction if both a scheme and parts are given; before the first training
@@ -112,6 +101,8 @@ class StageScheme(NamedCallback):
             of the bank, with the cure.
         RuntimeError: In the first training step, if it did not use what was steered.
     """
+
+    order = 5
 
     def __init__(
         self,
@@ -122,26 +113,21 @@ class StageScheme(NamedCallback):
         weight: Weight | Callable[[Tensor], Tensor] | None = None,
         boundary: float | None = None,
         preserve_objective: bool = False,
-        class_wise: bool | Literal["auto"] = "auto",
-        bank: LatentBank | None = None,
         engine: Engine | None = None,
         certificate: Certificate | str | Path | None = None,
-        seam: str | None = None,
-        find: FindSample = find_sample,
-        dirpath: str | Path | None = None,
         name: str = "stagewise_scheme",
-        seed: int = 0,
+        **options: Unpack[RunOptions],
     ) -> None:
+        super().__init__(name, **options)
         steers: dict[str, Any] = {
             "target": target,
             "timesteps": timesteps,
             "weight": weight,
             "boundary": boundary,
             "preserve_objective": preserve_objective or None,
-            "class_wise": None if class_wise == "auto" else class_wise,
         }
         self._parts = {key: part for key, part in steers.items() if part is not None}
-        if scheme is not None and self._parts:
+        if scheme is not None and (self._parts or "class_wise" in self.said):
             raise ValueError(
                 "Expected a scheme or its parts, got both. Give the parts to the scheme: "
                 "Scheme(timesteps=..., target=..., weight=...)."
@@ -155,18 +141,28 @@ class StageScheme(NamedCallback):
                 )
             self._make, scheme = scheme, None
         self.scheme = scheme
-        self.bank, self.engine, self.find, self.dirpath = bank, engine, find, dirpath
-        self.certificate = certificate
-        self.name, self.seed = name, seed
+        self.engine, self.certificate = engine, certificate
         self.transitions: list[dict[str, Any]] = []
         self.seam: Seam | None = None
-        self._at, self._given = seam, scheme
+        self._given = scheme
+        self._say_oracle()
         self._begin: dict[str, Any] | None = None
         self._set_up = False
-        self._stash: dict[str, Any] | None = None
         self._detach: Detach | None = None
         self._losses: GatheredLosses | None = None
-        self._paused = False
+        self._paused = self.measures = False
+
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        """Whether the oracle goes into its targets."""
+        return self.scheme is not None and mixes(self.scheme)
+
+    def _say_oracle(self) -> None:
+        """Bank and path of a scheme that has them are those of the run."""
+        found = [] if self._given is None else [part.oracle for part in parts(self._given)]
+        oracles = [o for o in found if o is not None and not isinstance(o.engine, Sharded)]
+        if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
+            self.said = {"bank": oracles[0].bank, "path": oracles[0].path} | self.said
 
     @property
     def state_key(self) -> str:
@@ -180,28 +176,25 @@ class StageScheme(NamedCallback):
         """The scheme's state and the transitions so far; never the bank."""
         scheme = None if self.scheme is None else self.scheme.state_dict()
         share = None if self._losses is None else self._losses.share
-        return {"scheme": scheme, "transitions": self.transitions, "share": share}
+        own = {"scheme": scheme, "transitions": self.transitions, "share": share}
+        return {**super().state_dict(), **own}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the state of a checkpoint for the start of training."""
-        self._stash = state_dict
-
-    # -- hooks --------------------------------------------------------------------------------
+    # -- the course of a training -----------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """From here on checkpoints know it by its name."""
         self._set_up = True
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start(self) -> None:
         """Finds what makes the targets, and puts the scheme in."""
-        self._settled = False
-        self.seam = self._found(pl_module)
-        self._refuse_others(trainer)
-        self.scheme = self._given or self._made(trainer, pl_module)
+        run = self.run
+        self.seam = self._found(run.module)
+        self._refuse_others()
+        self.scheme = self._given or self._made()
         self._weighed = any(
             isinstance(module, StageWeightedLoss)
             and getattr(module.weight, "__self__", None) is self.scheme
-            for module in pl_module.modules()
+            for module in run.module.modules()
         )
         if self.seam is not None:
             self.seam.check(self.scheme, weighed=self._weighed)
@@ -212,43 +205,35 @@ class StageScheme(NamedCallback):
                 "FlowMatchingLoss, or call scheme.observe(t=..., loss=...) in a loop of your own."
             )
         self._losses = GatheredLosses() if reader else None
-        self._total = steps_of(trainer, self.scheme)
-        self._resume(trainer)
-        self._writer = Writer(trainer, self.name, self.dirpath)
+        refuse_endless_phases(run.total, self.scheme)
+        resumed = self._resume()
+        self.writer = run.writer(self)
         about = self._where() if self.seam is None else self.seam.describe()
-        rank_zero_info(f"StageScheme: steers {about}; {self._writer.describe()}")
+        rank_zero_info(f"StageScheme: steers {about}; {self.writer.describe()}")
         header = {"event": "scheme", "seam": about, "path": repr(self._path)}
-        self._writer.start([header, *self.transitions], resumed=bool(self._stash))
-        self._stash = None
-        self._step, self._seen = trainer.global_step, self.scheme.last
+        self.writer.start([header, *self.transitions], resumed=resumed)
+        self._seen = self.scheme.last
         self._means = SchemeMeans()
-        self._used = False
         self._attach()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Before the first batch: settles the boundary, and refuses what cannot work."""
-        if self._settled:
-            return
+    def before_first_batch(self) -> None:
+        """Settles the boundary, and refuses what cannot work."""
         scheme = self._scheme
-        refuse_unheard_events(trainer, scheme)
-        if any(part.boundary is None for part in parts(scheme)):
-            boundary = self._watched(trainer)
-            if boundary is None and scheme.lacks_boundary:
-                boundary = self._measured(trainer, pl_module)
+        refuse_unheard_events(self.run.trainer, scheme)
+        if self._lacks_boundary():
+            boundary = self._boundary()
             if boundary is not None:
                 scheme.set_boundary(boundary)
                 rank_zero_info(f"StageScheme: the stages meet at t = {scheme.boundary:.3f}")
         scheme.check()
-        self._settled = True
 
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
-    ) -> None:
-        """Refuses a first training step that did not use what is steered, or not with its bank."""
-        if self._used:
-            return
+    def settle(self) -> None:
+        """Refuses a first step that did not use what is steered, and conditions it cannot have.
+
+        Raises:
+            RuntimeError: If the step made its target without the scheme.
+            ValueError: If the network is given more than labels, or labels that the bank has not.
+        """
         record = self._scheme.last
         if record is None or record is self._seen:
             raise RuntimeError(
@@ -256,22 +241,23 @@ class StageScheme(NamedCallback):
                 "steered. If another object makes it, say which: seam=...; if the step itself "
                 "does, write there u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
             )
-        with together(trainer, "holding its samples against the bank"):
-            oracles = [part.oracle for part in parts(self._scheme) if part.target is not None]
-            for bank, shard in {
-                oracle.bank: isinstance(oracle.engine, Sharded) for oracle in oracles if oracle
-            }.items():
-                check_rows(bank, record.x1, known=record.source is not None, shard=shard)
-        self._used = True
+        network, given = self.run.look.network, self.run.look.conditions
+        mixing = [part for part in parts(self._scheme) if part.target is not None]
+        if not mixing or all(part.unconditional for part in mixing):
+            return
+        if not given and network is not None and network.conditional:
+            given = () if all(part.class_wise for part in mixing) else ("labels",)
+        if given:
+            has = "has no labels" if given == ("labels",) else "knows nothing of that"
+            raise ValueError(
+                f"The network is also given {', '.join(given)}, and the bank {has}: the oracle's "
+                "target would be a mean over samples of all conditions, which moves the optimum of "
+                "a model that uses them. Steer timesteps and weights only, give the labels "
+                "of classes to the bank, LatentBank(x, labels), or, if the model ignores what it "
+                "is given: class_wise=False, as in StageScheme(target=..., class_wise=False)."
+            )
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def after_batch(self, step: int, before: int) -> None:
         """Takes note of the batch; after an optimizer step, drives the scheme and logs."""
         scheme = self._scheme
         if scheme.last is not self._seen and scheme.last is not None:
@@ -280,39 +266,38 @@ class StageScheme(NamedCallback):
             if self._losses is not None and self.seam is not None and self.seam.last is not None:
                 self._losses.add(*self.seam.last)
         # With gradient accumulation several batches share a step.
-        step, last = trainer.global_step, self._step
-        if step == last:
+        if step == before:
             return
-        self._step = step
         # Several optimizers advance it by more than one; 0 is never.
-        every = getattr(trainer, "log_every_n_steps", 0)
-        if every and step // every > last // every:
-            self._log(trainer, step)
-        t, loss = (None, None) if self._losses is None else self._losses.gathered(trainer)
-        for message in scheme.observe(step=step, total=self._total, t=t, loss=loss):
+        every = getattr(self.run.trainer, "log_every_n_steps", 0)
+        if every and step // every > before // every:
+            self._log(step)
+        gathered = (None, None) if self._losses is None else self._losses.gathered(self.run.trainer)
+        t, loss = gathered
+        for message in scheme.observe(step=step, total=self.run.total, t=t, loss=loss):
             self._announce(message, step)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def notice(self, event: str) -> None:
+        """Tells phases that wait for it."""
+        notify = getattr(self._scheme, "notify", None)
+        if notify is not None:
+            notify(event)
+
+    def before_validation(self) -> None:
         """Takes the scheme out: validation compares with the plain targets."""
         self._paused = self._detach is not None
         self._restore()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def after_validation(self) -> None:
         """Puts it back."""
         if self._paused:
             self._attach()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end(self) -> None:
         """Takes the scheme out."""
         self._restore()
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Takes the scheme out."""
-        self._restore()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def stop(self) -> None:
         """Takes the scheme out, and lets go of the module."""
         self._restore()
         self.seam = None
@@ -339,23 +324,24 @@ class StageScheme(NamedCallback):
             self._detach()
         self._detach = None
 
-    def _found(self, pl_module: pl.LightningModule) -> Seam | None:
+    def _found(self, module: Any) -> Seam | None:
         """What makes the targets; None if the module has the scheme, and asks it itself."""
-        if self._given is None or self._at is not None:
-            return one_seam(pl_module, self._at)
+        at = self.run.option(self, "seam")
+        if self._given is None or at is not None:
+            return one_seam(module, at)
         # An objective that has it sees the losses too.
-        ours = [seam for seam in find_seams(pl_module) if _scheme_of(seam) is self._given]
+        ours = [seam for seam in find_seams(module) if _scheme_of(seam) is self._given]
         if len(ours) == 1:
             return ours[0]
-        held = any(value is self._given for value in vars(pl_module).values())
-        return None if held else one_seam(pl_module)
+        held = any(value is self._given for value in vars(module).values())
+        return None if held else one_seam(module)
 
     def _where(self) -> str:
         return "the scheme that the module holds" if self.seam is None else self.seam.name
 
-    def _refuse_others(self, trainer: pl.Trainer) -> None:
-        callbacks = getattr(trainer, "callbacks", [self])
-        for other in callbacks[: callbacks.index(self)]:
+    def _refuse_others(self) -> None:
+        """Refuses a second callback that steers the same; this one is told after those before."""
+        for other in self.run.members[: self.run.members.index(self)]:
             if not isinstance(other, StageScheme):
                 continue
             mine, theirs = self.seam, other.seam
@@ -371,11 +357,11 @@ class StageScheme(NamedCallback):
                     "share tags, files and state. Give it: StageScheme(..., name=...)."
                 )
 
-    def _made(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Scheme | Phases:
+    def _made(self) -> Scheme | Phases:
         """The scheme of the parts, or the one that the module's loss has."""
         assert self.seam is not None
         if self._make is not None:
-            made = self._make(self._oracle(trainer, pl_module, self.seam.path))
+            made = self._make(self._oracle())
             if not isinstance(made, Scheme | Phases):
                 raise TypeError(f"Expected a function that makes a Scheme or Phases, got {made!r}.")
             return made
@@ -386,90 +372,87 @@ class StageScheme(NamedCallback):
             if own is not self.scheme:  # that of another module than in the fit before
                 self._begin = None
             return own
-        given = {"seed": self.seed, **self._parts}
+        wise = self.run.option(self, "class_wise", "auto")
+        given = {"seed": self.seed, "class_wise": wise, **self._parts}
         if "target" not in given:
             return Scheme(path=self.seam.path, **given)
-        return Scheme(self._oracle(trainer, pl_module, self.seam.path), **given)
+        return Scheme(self._oracle(), **given)
 
-    def _oracle(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: paths.Path
-    ) -> Oracle:
-        bank, certificate = self._bank(trainer, pl_module), self.certificate
-        if certificate is None or isinstance(certificate, Certificate):
-            return Oracle(bank, path, self.engine, certificate=certificate)
-        wise = bool(bank.classes) and self._parts.get("class_wise") is not False
-        # One of each host first; the others find its file.
-        for first in (True, False):
-            with together(trainer, "reading its certificate"):
-                if first == (trainer.local_rank == 0):
-                    made = Certificate.cached(certificate, bank, class_wise=wise)
-        return Oracle(bank, path, self.engine, certificate=made)
+    def _oracle(self) -> Oracle:
+        run, certificate = self.run, self.certificate
+        path = run.path if self.seam is None else self.seam.path
+        if isinstance(self.engine, Sharded):
+            bank = run.option(self, "bank") or shard_from_trainer(run.trainer)
+            bank = beside_training(bank, run.trainer)
+            made = certificate if isinstance(certificate, Certificate) else None
+            if certificate is not None and made is None:
+                made = Certificate.compute(bank)
+            return Oracle(bank, path, self.engine, certificate=made)
+        if certificate is None:
+            return run.oracle(self, path, self.engine)
+        bank = run.bank(self)
+        if not isinstance(certificate, Certificate):
+            # One of each host first; the others find its file.
+            for first in (True, False):
+                with run.together("reading its certificate"):
+                    if first == (run.trainer.local_rank == 0):
+                        certificate = Certificate.cached(
+                            self.certificate, bank, class_wise=run.class_wise(self)
+                        )
+        return Oracle(bank, path, self.engine, certificate=certificate)
 
-    def _bank(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LatentBank:
-        bank = self.bank
-        if bank is None and isinstance(self.engine, Sharded):
-            bank = shard_from_trainer(trainer)
-        watched = [monitor.oracle.bank for monitor in self._monitors(trainer) if monitor.oracle]
-        if bank is None and watched:
-            bank = watched[0]
-        if bank is None:
-            wise = self._parts.get("class_wise", True)
-            bank = bank_from_trainer(trainer, pl_module, find=self.find, class_wise=wise)
-        return beside_training(bank, trainer)
-
-    def _monitors(self, trainer: pl.Trainer) -> list[PosteriorMonitor]:
-        """Those that stand before this callback, whose hooks have run when its own do."""
-        callbacks = getattr(trainer, "callbacks", [self])
-        before = callbacks[: callbacks.index(self)]
-        return [callback for callback in before if isinstance(callback, PosteriorMonitor)]
-
-    def _resume(self, trainer: pl.Trainer) -> None:
+    def _resume(self) -> bool:
         """Takes up the state of a checkpoint; a callback in a second fit begins anew."""
         if self._begin is None:
             self._begin = copy.deepcopy(self._scheme.state_dict())
-        stash = self._stash or {"scheme": self._begin, "transitions": []}
-        if self._stash is None and trainer.global_step:
-            return
+        resumed = self.stash is not None
+        stash = self.stash or {"scheme": self._begin, "transitions": []}
+        if not resumed and self.run.began:
+            return False
         if stash["scheme"] is not None:
             self._scheme.load_state_dict(copy.deepcopy(stash["scheme"]))
         self.transitions = list(stash["transitions"])
         if self._losses is not None:
             self._losses.share = stash.get("share")
+        return resumed
 
-    def _watched(self, trainer: pl.Trainer) -> StageBoundary | None:
-        """What a monitor of the same path has measured."""
-        for monitor in self._monitors(trainer):
-            if monitor.oracle and same_path(monitor.oracle.path, self._path):
-                return monitor.boundary
-        return None
+    def _lacks_boundary(self) -> bool:
+        """Whether the boundary is to be measured: it is not known, or that of another bank."""
+        return self.renewed or any(part.boundary is None for part in parts(self._scheme))
 
-    def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> StageBoundary:
+    def _boundary(self) -> StageBoundary | None:
+        """That of the run; None if nothing depends on it and nobody has measured it."""
         for part in parts(self._scheme):
             if part.oracle is not None:
                 oracle, wise = part.oracle, part.class_wise
                 break
         else:
-            oracle = self._oracle(trainer, pl_module, self._path)
-            wise = bool(oracle.bank.classes)
-        return measured_boundary(trainer, oracle, class_wise=wise, seed=self.seed)
+            if not self._scheme.lacks_boundary and not self.run.recipes:
+                return None
+            oracle = self._oracle()
+            wise = self.run.class_wise(self)
+            self.measures = True
+        if not self._scheme.lacks_boundary and not self.run.knows_boundary(oracle, wise):
+            return None
+        return self.run.boundary(self, oracle, wise)
 
     # -- per step -----------------------------------------------------------------------------
 
-    def _log(self, trainer: pl.Trainer, step: int) -> None:
+    def _log(self, step: int) -> None:
         boundary = self._scheme.boundary
-        values = self._means.reduced(trainer)
+        values = self._means.reduced(self.run.trainer)
         values["boundary"] = math.nan if boundary is None else boundary
         values["phase"] = float(getattr(self._scheme, "index", 0))
         scalars = {f"{self.name}/{key}": value for key, value in values.items()}
-        self._writer.scalars(scalars, step - 1)
+        self.writer.scalars(scalars, step - 1)
 
     def _announce(self, message: str, step: int) -> None:
         index = getattr(self._scheme, "index", 0)
         event = {"event": "transition", "step": step, "phase": index, "message": message}
         self.transitions.append(event)
-        self._writer.event(event)
-        self._writer.scalars({f"{self.name}/transition": float(index)}, step - 1)
-        self._writer.text(f"{self.name}/transition", message, step - 1)
+        self.writer.event(event)
+        self.writer.scalars({f"{self.name}/transition": float(index)}, step - 1)
+        self.writer.text(f"{self.name}/transition", message, step - 1)
         rank_zero_info(f"StageScheme: {message}")
 
 

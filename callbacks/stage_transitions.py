@@ -6,21 +6,17 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from typing_extensions import Unpack
 
-from stagewise.batches import FindSample, find_sample
-from stagewise.callbacks.checks import together
-from stagewise.callbacks.named import NamedCallback
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
+from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.training_bank import read_rows
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
-from stagewise.callbacks.writer import Writer
 from stagewise.transitions import is_flat
 
 __all__ = ["BOUNDARY_MOVED", "MEMORIZATION_ONSET", "NAVIGATION_LEARNED", "StageTransitions"]
@@ -33,8 +29,8 @@ _READ_AGAIN = 32
 """Samples that are read again to see whether latents have changed."""
 
 
-class StageTransitions(NamedCallback):
-    """Notices what happens once in a run, from the probes of the monitors before it.
+class StageTransitions(StageCallback):
+    """Notices what happens once in a run, from the probes of its monitors.
 
     - **navigation learned**: the logarithm of the oracle error in navigation is flat over the last
       third of the probes (`transitions.is_flat`), `patience` probes in a row. In logarithms,
@@ -54,7 +50,7 @@ class StageTransitions(NamedCallback):
     `StageScheme` of the same trainer, goes on to its next phase (one that waits for what cannot be
     said in this run is refused); `subscribers` are called.
 
-    It stands after the monitors in the list of callbacks, and needs one of them at least.
+    It needs a `PosteriorMonitor` or a `VelocityErrorMonitor` in the same trainer.
 
     Args:
         window: Probes that a line is fitted through at the least, default 4: nothing is said before
@@ -63,18 +59,17 @@ class StageTransitions(NamedCallback):
         tolerance: What is flat, as a share of what has been gained, in logarithms; default 0.05.
         gap: Share of the training error by which the held-out error is above it at onset, default
             0.5.
-        find: From a batch to `(x_1, labels or None)`. If training encodes within its step, encode
-            here too, to have a changed encoder seen.
         subscribers: Called with each event, a dict; on every rank.
-        dirpath: Where `stages.jsonl` goes; default `<trainer.log_dir>/<name>`, or without a logger
-            `<trainer.default_root_dir>/<name>_logs`.
         name: Prefix of tags and name of the folder, default "stagewise_transitions".
-        seed: Of the samples that are read again, default 0.
+        **options: What it says about the run; see `RunOptions`. If training encodes within its
+            step, let `find` encode too, to have a changed encoder seen.
 
     Raises:
-        ValueError: At construction for numbers out of range; at the start of training if no monitor
-            stands before it.
+        ValueError: At construction for numbers out of range; at the start of training if there is
+            no monitor.
     """
+
+    order = 4
 
     def __init__(
         self,
@@ -83,12 +78,11 @@ class StageTransitions(NamedCallback):
         patience: int = 2,
         tolerance: float = 0.05,
         gap: float = 0.5,
-        find: FindSample = find_sample,
         subscribers: Sequence[Callable[[dict[str, Any]], None]] = (),
-        dirpath: str | Path | None = None,
         name: str = "stagewise_transitions",
-        seed: int = 0,
+        **options: Unpack[RunOptions],
     ) -> None:
+        super().__init__(name, **options)
         for key, value, least in (("window", window, 4), ("patience", patience, 1)):
             if value < least:
                 raise ValueError(f"Expected `{key}` of at least {least}, got {value}.")
@@ -97,10 +91,8 @@ class StageTransitions(NamedCallback):
         if gap <= 0:
             raise ValueError(f"Expected `gap` above 0, got {gap}.")
         self.window, self.patience, self.tolerance, self.gap = window, patience, tolerance, gap
-        self.find, self.subscribers = find, tuple(subscribers)
-        self.dirpath, self.name, self.seed = dirpath, name, seed
+        self.subscribers = tuple(subscribers)
         self.events: list[dict[str, Any]] = []
-        self._stash: list[dict[str, Any]] = []
 
     @property
     def event_kinds(self) -> dict[str, str]:
@@ -108,49 +100,43 @@ class StageTransitions(NamedCallback):
         errors = self._errors
         needs = {NAVIGATION_LEARNED: 2 * self.window + self.patience - 1}
         needs[MEMORIZATION_ONSET] = self.patience + 1
-        lacks = dict.fromkeys(needs, "a VelocityErrorMonitor before StageTransitions")
+        lacks = dict.fromkeys(needs, "a VelocityErrorMonitor")
         if errors is not None:
             # Within the last step no phase could follow.
-            probes = 1 + (self._total - 1) // errors.every_n_steps
+            total = math.inf if self.run.total is None else self.run.total
+            probes = 1 + (total - 1) // (errors.every or 1)
             for kind, least in needs.items():
                 few = f"{least} probes before the end: VelocityErrorMonitor(every_n_steps=...)"
                 lacks[kind] = few if probes < least else ""
             if errors._others is None:
                 lacks[MEMORIZATION_ONSET] = "held-out samples: VelocityErrorMonitor(held_out=...)"
-        again = "a PosteriorMonitor before StageTransitions, and data that can be read again"
+        again = "a PosteriorMonitor, and data that can be read again"
         return {**lacks, BOUNDARY_MOVED: again if self._rows is None else ""}
 
     def state_dict(self) -> dict[str, Any]:
         """The events so far; what leads to them is in the monitors' state."""
-        return {"events": self.events}
+        return {**super().state_dict(), "events": self.events}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the events of a checkpoint for the start of training."""
-        self._stash = list(state_dict["events"])
+    # -- the course of a training -----------------------------------------------------------------
 
-    # -- hooks --------------------------------------------------------------------------------
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start(self) -> None:
         """Finds the monitors, and opens the file."""
-        callbacks = getattr(trainer, "callbacks", [self])
-        before = callbacks[: callbacks.index(self)]
-        self._errors = _first(before, VelocityErrorMonitor)
-        self._posterior = _first(before, PosteriorMonitor)
+        run = self.run
+        self._errors = run.first(VelocityErrorMonitor)
+        self._posterior = run.first(PosteriorMonitor)
         if self._errors is None and self._posterior is None:
             raise ValueError(
-                "StageTransitions reads what monitors measure, and none stands before it. "
+                "StageTransitions reads what monitors measure, and there is none. "
                 "Callbacks: [PosteriorMonitor(), VelocityErrorMonitor(), StageTransitions()]."
             )
-        self.events = [event for event in self._stash if event["step"] <= trainer.global_step]
-        self._stash = []
-        self._writer = Writer(trainer, self.name, self.dirpath)
-        self._writer.start(self.events, resumed=bool(self.events))
-        self._writer.dashboard(trainer)
-        self._probed = _last_step(self._errors), _last_step(self._posterior)
-        self._total = trainer.estimated_stepping_batches
+        before = (self.stash or {}).get("events", [])
+        self.events = [event for event in before if event["step"] <= run.began]
+        self.writer = run.writer(self)
+        self.writer.start(self.events, resumed=bool(self.events))
+        self._probed = self._steps_probed()
         self._rows: Tensor | None = None
         if self._posterior is not None:
-            self._remember(trainer, pl_module)
+            self._remember()
         without = []
         if self._errors is None:
             without.append("navigation and memorization (VelocityErrorMonitor)")
@@ -159,27 +145,27 @@ class StageTransitions(NamedCallback):
         if without:
             rank_zero_info(f"StageTransitions: nothing will be said of {' and '.join(without)}")
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def _steps_probed(self) -> tuple[int | None, int | None]:
+        """The steps of the monitors' last probes."""
+        errors, posterior = (
+            monitor.history[-1]["step"] if monitor is not None and monitor.history else None
+            for monitor in (self._errors, self._posterior)
+        )
+        return errors, posterior
+
+    def after_batch(self, step: int, before: int) -> None:
         """After a probe: looks for what has happened."""
-        probed = _last_step(self._errors), _last_step(self._posterior)
+        probed = self._steps_probed()
         if probed == self._probed:
             return
         self._probed = probed
-        step = trainer.global_step
         history = [] if self._errors is None else self._errors.history
         said = {event["kind"] for event in self.events}
         if NAVIGATION_LEARNED not in said:
-            self._say(trainer, step, NAVIGATION_LEARNED, self.navigation_learned(history))
+            self._say(step, NAVIGATION_LEARNED, self.navigation_learned(history))
         if MEMORIZATION_ONSET not in said:
-            self._say(trainer, step, MEMORIZATION_ONSET, self.memorization_onset(history))
-        self._say(trainer, step, BOUNDARY_MOVED, self._moved(trainer, pl_module))
+            self._say(step, MEMORIZATION_ONSET, self.memorization_onset(history))
+        self._say(step, BOUNDARY_MOVED, self._moved())
 
     def layout(self) -> dict[str, list[Any]]:
         """Its chart on TensorBoard's custom-scalars page."""
@@ -247,38 +233,37 @@ class StageTransitions(NamedCallback):
 
     # -- a moved boundary ---------------------------------------------------------------------
 
-    def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _remember(self) -> None:
         """Notes what samples of the training set are, and how much they are that at all."""
         read: list[Tensor] = []
         with suppress(ValueError):  # the monitor has said what cannot be read
-            read = [self._read(trainer, pl_module) for _ in range(2)]
-        if trainer.strategy.reduce_boolean_decision(bool(read)):
+            read = [self._read() for _ in range(2)]
+        if self.run.trainer.strategy.reduce_boolean_decision(bool(read)):
             self._rows, self._noise = read[0], _difference(*read)
 
-    def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
-        loader = trainer.train_dataloader
-        return read_rows(trainer, pl_module, loader, _READ_AGAIN, find=self.find, seed=self.seed)[
+    def _read(self) -> Tensor:
+        run, find = self.run, self.run.find_of(self)
+        loader = run.trainer.train_dataloader
+        return read_rows(run.trainer, run.module, loader, _READ_AGAIN, find=find, seed=self.seed)[
             0
         ].float()
 
-    def _moved(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any] | None:
+    def _moved(self) -> dict[str, Any] | None:
         """Reads samples again; if they have changed, has the boundary measured anew."""
         monitor = self._posterior
         if self._rows is None or monitor is None or monitor.boundary is None:
             return None
-        with together(trainer, "reading training samples again for StageTransitions"):
-            rows = self._read(trainer, pl_module)
+        with self.run.together("reading training samples again for StageTransitions"):
+            rows = self._read()
         alike = rows.shape == self._rows.shape
         off = _difference(self._rows, rows) if alike else math.inf
         # Augmentation changes them each time: that is not what is looked for.
         unchanged = off < 0.05 + 1.5 * self._noise
-        if trainer.strategy.reduce_boolean_decision(unchanged):
+        if self.run.trainer.strategy.reduce_boolean_decision(unchanged):
             return None
         before = monitor.boundary
-        monitor.renew(trainer, pl_module)
-        if self._errors is not None:
-            self._errors.renew(trainer, pl_module)
-        self._rows, self._probed = rows, (self._probed[0], _last_step(monitor))
+        self.run.renew()
+        self._rows, self._probed = rows, self._steps_probed()
         after = monitor.boundary
         if before.midpoint_low <= after.midpoint <= before.midpoint_high:
             return None
@@ -295,9 +280,7 @@ class StageTransitions(NamedCallback):
 
     # -- saying it ----------------------------------------------------------------------------
 
-    def _say(
-        self, trainer: pl.Trainer, step: int, kind: str, evidence: dict[str, Any] | None
-    ) -> None:
+    def _say(self, step: int, kind: str, evidence: dict[str, Any] | None) -> None:
         if evidence is None:
             return
         message = evidence.pop("message")
@@ -309,24 +292,13 @@ class StageTransitions(NamedCallback):
             "evidence": evidence,
         }
         self.events.append(event)
-        self._writer.event(event)
-        self._writer.scalars({f"{self.name}/{kind.replace(' ', '_')}": 1.0}, step - 1)
-        self._writer.text(f"{self.name}/{kind}", f"step {step}: {message}", step - 1)
+        self.writer.event(event)
+        self.writer.scalars({f"{self.name}/{kind.replace(' ', '_')}": 1.0}, step - 1)
+        self.writer.text(f"{self.name}/{kind}", f"step {step}: {message}", step - 1)
         rank_zero_info(f"StageTransitions: step {step}, {kind}: {message}")
-        for callback in getattr(trainer, "callbacks", []):
-            notify = getattr(getattr(callback, "scheme", None), "notify", None)
-            if notify is not None:
-                notify(kind)
+        self.run.tell("notice", kind)
         for subscriber in self.subscribers:
             subscriber(event)
-
-
-def _first(callbacks: Sequence[pl.Callback], kind: type[Any]) -> Any:
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
-
-
-def _last_step(monitor: Any) -> int | None:
-    return monitor.history[-1]["step"] if monitor is not None and monitor.history else None
 
 
 def _relative_gap(entry: dict[str, Any]) -> Tensor:

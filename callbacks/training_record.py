@@ -7,6 +7,7 @@ pulls. Draws, loss and pull are added up by bins of t, on the device; nothing wa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,24 +44,24 @@ class TrainingRecord:
         self.means = BinnedMeans(fine, ("loss", "gradient"), dtype).to(device)
         self._begin = step
         self._logged: BinnedMeans | None = None
-        self._x1: Tensor | None = None
+        self._x1: Callable[[], Tensor] | None = None
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None
         self._pull: Tensor | None = None
         self._waiting: list[tuple[Tensor, ...]] = []
         self._bad: tuple[Tensor, ...] | None = None
         self._hook = network.module.register_forward_hook(self.look, with_kwargs=True)
 
-    def expect(self, x1: Tensor) -> None:
-        """Names the samples of the batch that comes."""
-        self._x1, self._seen, self._pull = x1.detach(), None, None
+    def expect(self, x1: Callable[[], Tensor]) -> None:
+        """Says how to have the samples of the batch that comes, once the network is called."""
+        self._x1, self._seen, self._pull = x1, None, None
 
     def look(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Takes note of a call of the network, if it is the training's; a forward hook."""
         # The first call with gradients is the training's: others are teachers, or are made again.
-        x1 = self._x1
-        if x1 is None or self._seen is not None or not torch.is_grad_enabled():
+        if self._x1 is None or self._seen is not None or not torch.is_grad_enabled():
             return
         inputs = self.network.inputs(args, kwargs)
+        x1 = self._x1().detach()
         if inputs is None or inputs[0].shape != x1.shape:
             return
         y = tensor_of(output, tuple(x1.shape))

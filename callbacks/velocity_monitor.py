@@ -4,58 +4,38 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from matplotlib.figure import Figure
-from torch import Tensor
+from typing_extensions import Unpack
 
-from stagewise import paths
-from stagewise.adapters.paths import same_path
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, find_checked, find_sample
 from stagewise.callbacks import velocity_figures
-from stagewise.callbacks.checks import check_bank, path_of, together
-from stagewise.callbacks.driving import measured_boundary
 from stagewise.callbacks.metrics import BinnedMeans
-from stagewise.callbacks.named import NamedCallback
+from stagewise.callbacks.model_monitor import ModelMonitor, model_in_eval_mode
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
-from stagewise.callbacks.probe_rows import (
-    HeldOut,
-    held_out_rows,
-    training_rows,
-)
-from stagewise.callbacks.training_bank import oracle_of_run
+from stagewise.callbacks.stage_callback import RunOptions
 from stagewise.callbacks.training_record import TrainingRecord
-from stagewise.callbacks.velocity_entries import (
-    largest,
-    probe_entry,
-    probe_scalars,
-)
+from stagewise.callbacks.velocity_entries import largest, probe_entry, probe_scalars
 from stagewise.callbacks.velocity_probe import PROBED, Probe
-from stagewise.callbacks.velocity_source import AskVelocity, VelocitySource, model_in_eval_mode
-from stagewise.callbacks.writer import Writer
 from stagewise.oracle import Oracle
-from stagewise.stages import StageBoundary, predicted_boundary, stage_edges
+from stagewise.paths import same_path
+from stagewise.stages import StageBoundary, StageCurve, predicted_boundary, stage_edges
 
 __all__ = ["VelocityErrorMonitor"]
 
-_WHAT = "a probe of VelocityErrorMonitor"
 
-
-class VelocityErrorMonitor(NamedCallback):
+class VelocityErrorMonitor(ModelMonitor):
     """Measures a model's velocity by t, against the conditional target and against the oracle.
 
-    The posterior is a property of the data; this is what moves during training. Every
-    `every_n_steps` optimizer steps the model is asked about noisy training samples and noisy
-    held-out ones, the same at every probe, in evaluation mode and without gradients. Between the
-    probes the training batches themselves are looked at, by one hook on the network: no forward
-    pass is added, and nothing waits for the device.
+    The posterior is a property of the data; this is what moves during training. Now and then the
+    model is asked about noisy training samples and noisy held-out ones, the same at every probe, in
+    evaluation mode and without gradients. Between the probes the training batches themselves are
+    looked at, by one hook on the network: no forward pass is added, and nothing waits for the
+    device.
 
     The network is found in the first training step by what it is given
     (`stagewise.adapters.network`), for any module whose target a `FlowMatchingLoss`, a torchcfm
@@ -92,74 +72,52 @@ class VelocityErrorMonitor(NamedCallback):
     the model is from repeating the training set, not how good it is.
 
     Args:
-        bank: The training latents *as the model is trained on them*. Default: that of a callback
-            that stands before this one and has the same path, or else read from the training data.
-        velocity: From `(module, xt, t, labels)` to the velocity in this library's convention, for
-            networks that cannot be found. Then training batches are not looked at.
-        held_out: Samples that are not trained on, (n, *), or `(samples, labels)`. Default: read
-            from the first validation loader; without one, held-out errors are left out.
-        every_n_steps: Optimizer steps between probes, default 1000. The first is after the first
-            step, the last after the last.
+        bank: See `RunOptions`.
+        every_n_steps: Optimizer steps between probes; default a twentieth of the training, at most
+            1000. The first is after the first step, the last after the last.
         strata: Bins of t, default 24; half of them lie near the predicted boundary if that is near
             an end of [0, 1].
         queries: In each bin, for training and for held-out samples, default 32. A probe is
             `2 * strata * queries` forward passes of one sample, and keeps three times as many times
             D numbers of float32 in host memory.
-        class_wise: Whether the oracle is over the rows of the query's class. Default "auto": if
-            there are labels and the network is given them.
-        find: From a batch to `(x_1, labels or None)`; called for every training batch, so let it
-            not encode: give `velocity` or latents where it would.
-        path: The path of training; default: what makes the targets says.
-        dirpath: Where files go; default `<trainer.log_dir>/<name>`, or without a logger
-            `<trainer.default_root_dir>/<name>_logs`.
+        figures: See `PosteriorMonitor`.
         name: Prefix of tags and name of the folder, default "stagewise_error".
-        seed: Of the queries, default 0.
+        **options: What it says about the run: `velocity`, `held_out`, `find`, `path`, `class_wise`,
+            `dirpath`, `seed`, ...; see `RunOptions`. `find` is called for training batches too, so
+            let it not encode where that is dear. Class-wise is "auto" here: if there are labels
+            and the network is given them.
 
     Raises:
         ValueError: At construction for numbers out of range; before the first optimizer step if no
-            velocity can be had, what comes is none, or the samples do not fit the bank.
+            velocity can be had, what comes is none, the network is given more than labels, or the
+            samples do not fit the bank.
     """
+
+    order = 2
+    event = "velocity_probe"
 
     def __init__(
         self,
         bank: LatentBank | None = None,
         *,
-        velocity: AskVelocity | None = None,
-        held_out: HeldOut | None = None,
-        every_n_steps: int = 1000,
+        every_n_steps: int | None = None,
         strata: int = 24,
         queries: int = 32,
-        class_wise: bool | Literal["auto"] = "auto",
-        find: FindSample = find_sample,
-        path: paths.Path | None = None,
-        dirpath: str | Path | None = None,
+        figures: int | None = None,
         name: str = "stagewise_error",
-        seed: int = 0,
+        **options: Unpack[RunOptions],
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"Expected `every_n_steps` of at least 1, got {every_n_steps}.")
+        super().__init__(bank, every_n_steps=every_n_steps, figures=figures, name=name, **options)
         if queries < 2:
             raise ValueError(f"Expected `queries` of at least 2, got {queries}.")
-        check_bank(bank, class_wise)
         stage_edges(math.nan, strata)
-        self.every_n_steps, self.strata, self.queries = every_n_steps, strata, queries
-        self.class_wise, self.find, self.path = class_wise, find, path
-        self.dirpath, self.name, self.seed = dirpath, name, seed
+        self.strata, self.queries = strata, queries
         self.events: list[dict[str, Any]] = []
         self.oracle: Oracle | None = None
         self.boundary: StageBoundary | None = None
-        self._measured: dict[str, float] | None = None
         self.edges = torch.empty(0)
-        self._given, self._held_out = bank, held_out
-        self._source = VelocitySource(velocity, find, "VelocityErrorMonitor")
         self._probes: dict[str, Probe] = {}
         self._record: TrainingRecord | None = None
-        self._stash: dict[str, Any] | None = None
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """The probes so far."""
-        return [event for event in self.events if event["event"] == "velocity_probe"]
 
     def state_dict(self) -> dict[str, Any]:
         """All that was reported so far, and the sums since the last probe; never the bank.
@@ -168,159 +126,124 @@ class VelocityErrorMonitor(NamedCallback):
         last probe are lost when a run resumes.
         """
         record = None if self._record is None else self._record.state_dict()
-        boundary = None if self.boundary is None else self.boundary.as_dict()
-        return {"events": self.events, "record": record, "boundary": boundary}
+        state = {**super().state_dict(), "events": self.events, "record": record}
+        del state["history"]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state of a checkpoint for the start of training."""
-        self.events, self._stash = list(state_dict["events"]), state_dict["record"]
-        self._measured = state_dict.get("boundary")
+        self.events = list(state_dict["events"])
+        super().load_state_dict({**state_dict, "history": self._probes_of(self.events)})
 
-    # -- hooks --------------------------------------------------------------------------------
+    @staticmethod
+    def _probes_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [event for event in events if event["event"] == "velocity_probe"]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    # -- the course of a training -----------------------------------------------------------------
+
+    def start(self) -> None:
         """Takes or builds the bank, reads training and held-out samples, opens the files."""
-        past = trainer.global_step
-        # A callback may serve a second fit: only a resumed run has a past.
-        self.events = [event for event in self.events if past and event["step"] <= past]
-        self._measured = self._measured if past else None
-        self._last = self.history[-1]["step"] if self.history else None
-        self._take_samples(trainer, pl_module, self.path or path_of(pl_module)[0])
-        self._source.start(trainer, pl_module, *self._rows)
-        self._ready = self._warned = self._broke = False
-        self._writer = Writer(trainer, self.name, self.dirpath)
-        self._total = trainer.estimated_stepping_batches
-        self._step, self._since = past, (time.perf_counter(), past)
+        super().start()
+        past = self.run.began
+        kept = bool(past) and not self.renewed
+        self.events = [event for event in self.events if kept and self._stays(event, past)]
+        self._take_samples()
+        self.try_velocity(*self._rows)
+        self._warned = self._broke = False
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Before the first batch: begins to look for the network."""
+    def _take_samples(self) -> None:
+        """Oracle, training samples and held-out samples."""
+        self.oracle, count = self.run.oracle(self), self.strata * self.queries
+        self._rows, self._others = self.rows(count), self.others(count)
+        self._probes = {}
+
+    def settle(self) -> None:
+        """Once the first forward pass is done: network, boundary, bins, header."""
+        super().settle()
+        run, oracle, network = self.run, self._oracle, self.network
+        self._wise = run.class_wise(self)
+        if run.option(self, "class_wise") is None:
+            self._wise = self._wise and self.conditional and self._rows[1] is not None
+        self._match_labels()
+        predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=self._wise)
+        self.edges = stage_edges(predicted, self.strata)
+        self._place_stages()
+        record = (self.stash or {}).get("record")
+        if self._record is not None and network is not None:
+            if record is not None and run.trainer.is_global_zero and not self.renewed:
+                self._record.load_state_dict(record)
+            self._record.expect(lambda: run.look.search.x1)
+            self._record.look(network.module, *run.look.search.call)
+        about, seam = self.describe(), "" if network is None else network.seam.describe()
+        held_out = 0 if self._others is None else len(self._others[0])
+        rank_zero_info(
+            f"VelocityErrorMonitor: asks {about}; {oracle.path!r}; oracle "
+            f"{'class-wise' if self._wise else 'over all rows'}; {len(self._rows[0])} training and "
+            f"{held_out} held-out samples; {self.writer.describe()}"
+        )
+        header = {
+            "event": "velocity",
+            "edges": self.edges.tolist(),
+            "network": about,
+            "seam": seam,
+            "path": repr(oracle.path),
+            "queries": self.queries,
+            "train_rows": len(self._rows[0]),
+            "held_out_rows": held_out,
+            "class_wise": self._wise,
+            "midpoint": float(self._stages[1]),
+            "collapsed": float(self._stages[2]),
+        }
+        self.writer.start([header, *self.events], resumed=bool(self.events))
+
+    def before_batch(self, step: int) -> None:
+        """Names the samples of the batch that comes."""
         if self._record is not None:
-            self._record.expect(find_checked(self.find, batch)[0])
-        elif not self._ready:
-            self._source.watch(pl_module, batch)
+            self._record.expect(self.run.look.x1_of_batch)
 
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
-    ) -> None:
-        """In the first step: takes what was found, or refuses to go on."""
-        if not self._ready:
-            self._settle(trainer, pl_module)
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def after_batch(self, step: int, before: int) -> None:
         """Adds the batch; after an optimizer step, logs and probes if it is time."""
-        if not self._ready:  # a step that never went backward
-            self._settle(trainer, pl_module)
-        step, before = trainer.global_step, self._step
         if self._record is not None:
             self._record.finish(before)
-        if step == before:  # gradients are accumulated
-            return
-        self._step = step
-        if self._record is not None and _crosses(
-            before, step, getattr(trainer, "log_every_n_steps", 0)
-        ):
-            self._name_nonfinite()
-            self._writer.scalars(self._record.latest(f"{self.name}_spent"), step - 1)
-        last = self._last
-        due = last is None or step // self.every_n_steps > last // self.every_n_steps
-        if due or (step >= self._total and step != last):
-            self._probe(trainer, pl_module, step)
+            if _crosses(before, step, getattr(self.run.trainer, "log_every_n_steps", 0)):
+                self._name_nonfinite()
+                self.writer.scalars(self._record.latest(f"{self.name}_spent"), step - 1)
+        super().after_batch(step, before)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def end(self) -> None:
+        """Says where things are."""
+        super().end()
+        if not self.history:
+            return
+        worst = largest(self.history[-1]["train"]["pythagoras_z"])
+        rank_zero_info(
+            f"VelocityErrorMonitor: {len(self.history)} probes, the last cost {self.cost()}; "
+            f"conditional error = oracle error + floor within {worst:.1f} standard errors; "
+            f"{self.writer.describe()}"
+        )
+
+    def fail(self) -> None:
         """Says which samples were not finite, if that is why training stops."""
         with suppress(RuntimeError):  # the device may be what failed
             self._name_nonfinite()
-        self._close()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says where things are."""
-        if self._last is None:
-            return
-        last = self.history[-1]
-        cost = f"{last['probe_seconds']:.1f} s"
-        if "share_of_step_time" in last:
-            cost += f", {last['share_of_step_time']:.1%} of the steps before it"
-        worst = largest(last["train"]["pythagoras_z"])
-        rank_zero_info(
-            f"VelocityErrorMonitor: {len(self.history)} probes, the last cost {cost}; conditional "
-            f"error = oracle error + floor within {worst:.1f} standard errors; "
-            f"{self._writer.describe()}"
-        )
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def stop(self) -> None:
         """Takes the hook off, and lets go of bank and queries."""
-        self._close()
-        self.oracle, self._probes = None, {}
-
-    def _name_nonfinite(self) -> None:
-        if self._record is None or self._broke:
-            return
-        found = self._record.nonfinite()
-        if found is not None:
-            self._broke = True  # what follows the first is no news
-            rank_zero_warn(found.pop("message"))
-            self._report({"event": "non-finite", **found})
-
-    def _close(self) -> None:
-        self._source.stop()
         if self._record is not None:
             self._record.close()
-        self._record = None
+        self._record, self.oracle, self._probes, self.network = None, None, {}, None
 
-    # -- set-up -------------------------------------------------------------------------------
+    def renew(self) -> None:
+        """Takes all samples anew, because latents have changed; a collective.
 
-    def renew(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reads all samples anew, because latents have changed; a collective.
-
-        The bins stay as they are, so that probes can be compared. A bank that was given is replaced
-        by what is read, as are held-out samples only if they were read.
-
-        Args:
-            trainer: The trainer, in training.
-            pl_module: Its module.
+        The bins stay as they are, so that probes can be compared. Held-out samples are read again
+        only if they were read.
         """
-        self._given = self._measured = None
-        self._take_samples(trainer, pl_module, self._oracle.path)
+        self._take_samples()
         self._match_labels()
-        self._place_stages(trainer, pl_module)
+        self._place_stages()
 
-    def _take_samples(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: paths.Path
-    ) -> None:
-        """Bank, training samples and held-out samples."""
-        self.oracle = oracle_of_run(
-            trainer,
-            pl_module,
-            self,
-            path,
-            given=self._given,
-            find=self.find,
-            class_wise=bool(self.class_wise),
-        )
-        bank, count = self.oracle.bank, self.strata * self.queries
-        if self.class_wise is True:
-            bank.require_classes()
-        about: dict[str, Any] = {
-            "find": self.find,
-            "seed": self.seed,
-            "asks": "VelocityErrorMonitor",
-        }
-        given = self._given is not None
-        self._rows = training_rows(trainer, pl_module, bank, count, given=given, **about)
-        self._others = held_out_rows(trainer, pl_module, bank, count, given=self._held_out, **about)
-        self._probes = {}
-
+    # -- set-up -----------------------------------------------------------------------------------
     def _match_labels(self) -> None:
         """Refuses training samples without a class of the bank; leaves held-out ones out."""
         bank, labels = self._oracle.bank, self._rows[1]
@@ -345,76 +268,28 @@ class VelocityErrorMonitor(NamedCallback):
             )
             self._others = None
 
-    def _place_stages(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _place_stages(self) -> None:
         """Where the stages meet, and what training spends on each, from here on."""
-        self.boundary = self._boundary(trainer)
+        self.boundary = self.run.boundary(self, self._oracle, self._wise)
         ends = torch.tensor([self.boundary.midpoint, self.boundary.collapsed]).double()
         self._stages = torch.tensor([0.0, *ends.nan_to_num(nan=1.0).tolist(), 1.0]).double()
         if self._record is not None:
             self._record.close()
-        if self._source.network is not None:
+        if self.network is not None:
             self._record = TrainingRecord(
-                self._source.network, self.edges, self._stages, pl_module.device, self._step
+                self.network, self.edges, self._stages, self.run.module.device, self.run.step
             )
 
-    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Once the first forward pass is done: network, boundary, bins, header."""
-        self._source.settle(trainer)
-        oracle, network = self._oracle, self._source.network
-        wise = bool(oracle.bank.classes) and self.class_wise is not False
-        if self.class_wise == "auto":
-            wise = wise and self._source.conditional and self._rows[1] is not None
-        self._wise = wise
-        self._match_labels()
-        predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=wise)
-        self.edges = stage_edges(predicted, self.strata)
-        self._place_stages(trainer, pl_module)
-        if self._record is not None and network is not None:
-            if self._stash is not None and trainer.is_global_zero:
-                self._record.load_state_dict(self._stash)
-            x1, *call = self._source.take_call()
-            self._record.expect(x1)
-            self._record.look(network.module, *call)
-        self._stash = None
-        about, seam = self._source.describe(), "" if network is None else network.seam.describe()
-        held_out = 0 if self._others is None else len(self._others[0])
-        rank_zero_info(
-            f"VelocityErrorMonitor: asks {about}; {oracle.path!r}; oracle "
-            f"{'class-wise' if wise else 'over all rows'}; {len(self._rows[0])} training and "
-            f"{held_out} held-out samples; {self._writer.describe()}"
-        )
-        header = {
-            "event": "velocity",
-            "edges": self.edges.tolist(),
-            "network": about,
-            "seam": seam,
-            "path": repr(oracle.path),
-            "queries": self.queries,
-            "train_rows": len(self._rows[0]),
-            "held_out_rows": held_out,
-            "class_wise": wise,
-            "midpoint": float(self._stages[1]),
-            "collapsed": float(self._stages[2]),
-        }
-        self._writer.start([header, *self.events], resumed=bool(self.events))
-        self._writer.dashboard(trainer)
-        self._ready = True
-
-    def _boundary(self, trainer: pl.Trainer) -> StageBoundary:
-        """What a monitor before this one has measured, or else measured now."""
-        callbacks = getattr(trainer, "callbacks", [self])
-        self._posterior: PosteriorMonitor | None = None
-        for monitor in callbacks[: callbacks.index(self)]:
-            if isinstance(monitor, PosteriorMonitor) and monitor.oracle is not None:
-                alike = same_path(monitor.oracle.path, self._oracle.path)
-                if alike and monitor.wise == self._wise:
-                    self._posterior = monitor
-                    break
-        if self._measured is not None:  # by the run that is resumed
-            return StageBoundary(**self._measured)
-        if self._posterior is not None and self._posterior.boundary is not None:
-            return self._posterior.boundary
-        return measured_boundary(trainer, self._oracle, class_wise=self._wise, seed=self.seed)
+    def _name_nonfinite(self) -> None:
+        if self._record is None or self._broke:
+            return
+        found = self._record.nonfinite()
+        if found is not None:
+            self._broke = True  # what follows the first is no news
+            rank_zero_warn(found.pop("message"))
+            event = {"event": "non-finite", **found}
+            self.events.append(event)
+            self.writer.event(event)
 
     @property
     def _oracle(self) -> Oracle:
@@ -440,55 +315,46 @@ class VelocityErrorMonitor(NamedCallback):
         }
         return {title: ["Multiline", [f"^{pattern}"]] for title, pattern in charts.items()}
 
-    # -- one probe ----------------------------------------------------------------------------
+    # -- one probe --------------------------------------------------------------------------------
 
-    def _probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        device = pl_module.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
-        start = time.perf_counter()
-        last_time, last_step = self._since
-        training_seconds = start - last_time
-        with together(trainer, _WHAT):
+    def measure(self, step: int) -> dict[str, Any]:
+        """See `Monitor`."""
+        with self.run.together("a probe of VelocityErrorMonitor"):
             if not self._probes:
-                self._make_probes(trainer)
-            asked = {split: self._ask(trainer, pl_module, split) for split in self._probes}
+                self._make_probes()
+            asked = {split: self._ask(split) for split in self._probes}
         found = {}
         for split, means in asked.items():
             with means.sync_context():
                 found[split] = means.merged().cpu()
-        entry = {
-            "event": "velocity_probe",
-            "step": step,
-            **probe_entry(found, self.edges, self._stages),
-        }
-        self._last = step
+        entry = probe_entry(found, self.edges, self._stages)
         self._warn(entry)
-        window = None if self._record is None else self._record.window(step)
-        events = [event for event in (entry, window) if event is not None]
-        with together(trainer, _WHAT):
-            if trainer.is_global_zero:
-                self._writer.pictures(self._figures([*self.history, entry], window), step)
-            seconds = time.perf_counter() - start
-            entry["probe_seconds"] = seconds
-            if step > last_step:
-                entry["share_of_step_time"] = seconds / training_seconds
-            self._writer.scalars(probe_scalars(self.name, entry, self.edges), step - 1)
-            for event in events:
-                self._writer.event(event)
-        self.events += events
-        self._since = (time.perf_counter(), step)
+        self._window = None if self._record is None else self._record.window(step)
+        return entry
 
-    def _ask(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> BinnedMeans:
+    def probe(self, step: int, *, at_end: bool = False) -> None:
+        """Probes, and reports what training has spent since the last probe; a collective."""
+        super().probe(step, at_end=at_end)
+        self.events.append(self.history[-1])
+        if self._window is not None:
+            window = self._window | ({"at_end": True} if at_end else {})
+            self.writer.event(window)
+            self.events.append(window)
+
+    def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
+        """See `Monitor`."""
+        return probe_scalars(self.name, entry, self.edges)
+
+    def _ask(self, split: str) -> BinnedMeans:
         """What the model does at the queries of this rank."""
-        device = pl_module.device
+        module, device = self.run.module, self.run.module.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         means = BinnedMeans(torch.cat([self.edges, self._stages]).unique(), PROBED, dtype)
-        with model_in_eval_mode(trainer, pl_module):
-            self._probes[split].measure(self._source.of(pl_module), means.to(device), device)
+        with model_in_eval_mode(self.run.trainer, module):
+            self._probes[split].measure(self.velocity_of(module), means.to(device), device)
         return means
 
-    def _make_probes(self, trainer: pl.Trainer) -> None:
+    def _make_probes(self) -> None:
         splits = {"train": self._rows, "held_out": self._others}
         for number, (split, rows) in enumerate(splits.items()):
             if rows is None:
@@ -501,8 +367,8 @@ class VelocityErrorMonitor(NamedCallback):
                 class_wise=self._wise,
                 seed=(self.seed, number),
                 device=self._oracle.bank.device,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
+                rank=self.run.trainer.global_rank,
+                world_size=self.run.trainer.world_size,
             )
 
     def _warn(self, entry: dict[str, Any]) -> None:
@@ -519,14 +385,8 @@ class VelocityErrorMonitor(NamedCallback):
             f"are given the same labels (class_wise={self._wise})."
         )
 
-    def _report(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
-        self._writer.event(event)
-
-    def _figures(
-        self, probes: list[dict[str, Any]], window: dict[str, Any] | None
-    ) -> dict[str, Figure]:
-        boundary = self.boundary
+    def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
+        boundary, window = self.boundary, self._window
         assert boundary is not None
         edges, probe = self.edges.tolist(), probes[-1]
         # A resumed run may have been given another number of strata.
@@ -545,12 +405,20 @@ class VelocityErrorMonitor(NamedCallback):
             pictures["gap_heatmap"] = velocity_figures.gap_heatmap(edges, gaps)
         if window is not None:
             pictures["spending"] = velocity_figures.spending_figure(edges, window)
-        if self._posterior is not None and self._posterior.curve is not None:
-            curve = self._posterior.curve
+        curve = self._curve_beside()
+        if curve is not None:
             pictures["stages_and_error"] = velocity_figures.stages_and_error_figure(
                 edges, probe, curve.times.tolist(), curve.mean("top1").tolist(), *at
             )
         return pictures
+
+    def _curve_beside(self) -> StageCurve | None:
+        """What a `PosteriorMonitor` of the same posterior has measured."""
+        for monitor in self.run.members:
+            alike = isinstance(monitor, PosteriorMonitor) and monitor.wise == self._wise
+            if alike and same_path(monitor.recipe.oracle.path, self._oracle.path):
+                return monitor.curve
+        return None
 
 
 def _crosses(before: int, step: int, every: int) -> bool:

@@ -1,0 +1,236 @@
+"""`ModelMonitor`: a monitor that asks the model of the run for its velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from stagewise.adapters.network import Network, tensor_of
+from stagewise.callbacks.monitor import Monitor
+from stagewise.callbacks.stage_callback import AskVelocity
+from stagewise.callbacks.training_bank import read_rows
+
+__all__ = ["ModelMonitor", "model_in_eval_mode"]
+
+
+@contextmanager
+def model_in_eval_mode(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]:
+    """Lets a model be asked in training's precision, and leaves no trace of it.
+
+    Every submodule gets its mode back, and the global random state is put back.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+class ModelMonitor(Monitor):
+    """The network that was found in the first step, or the `velocity` that the user gave.
+
+    Attributes:
+        network: The network, None where a `velocity` was given.
+    """
+
+    network: Network | None = None
+
+    def start(self) -> None:
+        """Refuses what can never work, before the first step.
+
+        Raises:
+            ValueError: If nothing makes targets, noise and data are coupled, or a given function
+                returns no velocity.
+        """
+        super().start()
+        run, self.network = self.run, None
+        self._given: AskVelocity | None = run.option(self, "velocity")
+        tied = run.tied()
+        if tied:
+            name, _, reason = tied.partition(": ")
+            raise ValueError(f"{name} has no oracle to compare with: {reason or tied}")
+        if self._given is None and not run.seams:
+            raise ValueError(
+                f"Found nothing that makes the targets in {type(run.module).__name__}, so what its "
+                "network predicts is not known. Say how to ask for the velocity (t = 0 is noise): "
+                f"{type(self).__name__}(velocity=lambda module, xt, t, labels: module.net(xt, t))."
+            )
+
+    def try_velocity(self, x1: Tensor, labels: Tensor | None) -> None:
+        """Asks a given function for two velocities.
+
+        Args:
+            x1: Two samples or more, (n, *).
+            labels: Their labels, (n,), or None.
+
+        Raises:
+            ValueError: If it returns none.
+        """
+        if self._given is None:
+            return
+        module, device = self.run.module, self.run.module.device
+        xt = x1[:2].to(device)
+        t = torch.full((len(xt),), 0.5, device=device)
+        with model_in_eval_mode(self.run.trainer, module):
+            v = self.velocity_of(module)(xt, t, None if labels is None else labels[:2].to(device))
+        came = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+        if came != tuple(xt.shape):
+            raise ValueError(
+                f"Expected `velocity` to return a tensor of shape {tuple(xt.shape)}, got {came}."
+            )
+
+    def settle(self) -> None:
+        """Takes the network; a collective.
+
+        Raises:
+            ValueError: If there is none, it returns no velocity, or it is given more than labels.
+        """
+        if self._given is not None:
+            return
+        look = self.run.look
+        with self.run.together("finding its network"):
+            self.network, call = look.search.result(), look.search.call
+            assert call is not None
+            tensor_of(call[2], tuple(look.search.x1.shape))  # refuses what stands for no velocity
+            ignored = self.run.option(self, "class_wise") is False
+            if look.conditions and not ignored:
+                name = type(self).__name__
+                raise ValueError(
+                    f"{self.network.describe()} is also given {', '.join(look.conditions)}. "
+                    f"{name} would ask it about other samples, and compare it with the posterior "
+                    "over all rows, which is not what a model that uses it is trained on. If it "
+                    f"ignores that: {name}(class_wise=False). To ask it with conditions of your "
+                    f"own: {name}(velocity=lambda module, xt, t, labels: ...)."
+                )
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the model is given labels; a given function may be."""
+        return self.network is None or self.network.conditional
+
+    def describe(self) -> str:
+        """What is asked, for logs."""
+        return "the given velocity" if self.network is None else self.network.describe()
+
+    def velocity_of(self, module: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """The velocity of a module, which may be a copy of the one that was searched.
+
+        Args:
+            module: That of the run, or one with averaged weights.
+
+        Returns:
+            From `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity, (B, *).
+        """
+        if self.network is not None:
+            return self.network.of(module)
+        assert self._given is not None
+        return partial(self._given, module)
+
+    # -- samples ----------------------------------------------------------------------------------
+
+    def rows(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Samples as training draws them, so that a bank that is not theirs shows.
+
+        Args:
+            count: How many; all if there are fewer.
+
+        Returns:
+            Samples, (n, *), and labels, (n,), or None, on the CPU.
+
+        Raises:
+            ValueError: If they have another shape than the rows of the bank, or cannot be read.
+        """
+        run, bank = self.run, self.run.bank(self)
+        try:
+            x1, labels = self._read(run.trainer.train_dataloader, count)
+        except ValueError:
+            if not run.given(self):
+                raise
+            return self._rows_of_bank(count, "the training data cannot be read a second time")
+        if tuple(x1.shape[1:]) == bank.shape:
+            return x1, labels
+        if not run.given(self):
+            raise ValueError(
+                f"The bank has samples of shape {bank.shape}, the training data of shape "
+                f"{tuple(x1.shape[1:])}. Say which tensor of the batch is x_1: "
+                "StageRun(find=lambda batch: (batch[0], None))."
+            )
+        return self._rows_of_bank(
+            count, f"the batches hold samples of shape {tuple(x1.shape[1:])}, not {bank.shape}"
+        )
+
+    def _rows_of_bank(self, count: int, why: str) -> tuple[Tensor, Tensor | None]:
+        bank = self.run.bank(self)
+        draws = torch.Generator().manual_seed(self.seed)
+        index = torch.randperm(len(bank), generator=draws)[:count]
+        rank_zero_info(
+            f"{type(self).__name__}: {why}, so rows of the bank stand for the training samples."
+        )
+        x1 = bank.take(index.to(bank.device)).reshape(-1, *bank.shape).float().cpu()
+        return x1, torch.tensor(bank.labels_of(index.tolist())) if bank.classes else None
+
+    def _read(self, loader: Any, count: int) -> tuple[Tensor, Tensor | None]:
+        run = self.run
+        return read_rows(
+            run.trainer, run.module, loader, count, find=run.find_of(self), seed=self.seed
+        )
+
+    def others(self, count: int) -> tuple[Tensor, Tensor | None] | None:
+        """Samples that are not trained on: what the user gave, or the first validation loader's.
+
+        Args:
+            count: How many; all if there are fewer.
+
+        Returns:
+            Samples and labels on the CPU; None if there are none, which the log says.
+
+        Raises:
+            ValueError: If what the user gave has another shape than the rows of the bank.
+        """
+        name, bank = type(self).__name__, self.run.bank(self)
+        given = self.run.option(self, "held_out")
+        if given is not None:
+            x1, labels = (given, None) if isinstance(given, Tensor) else given
+            if tuple(x1.shape[1:]) != bank.shape or not len(x1):
+                raise ValueError(
+                    f"Expected `held_out` with samples of shape {bank.shape} as the bank's, got "
+                    f"{tuple(x1.shape)}."
+                )
+            return x1.cpu(), None if labels is None else labels.cpu()
+        loader = _validation_loader(self.run.trainer)
+        why = "there is no validation data"
+        if loader:
+            try:
+                x1, labels = self._read(loader, count)
+                if tuple(x1.shape[1:]) == bank.shape:
+                    return x1, labels
+                why = f"validation samples have the shape {tuple(x1.shape[1:])}, not {bank.shape}"
+            except ValueError as error:
+                why = f"the validation data cannot be read: {str(error).split('. ')[0]}"
+        rank_zero_info(
+            f"{name}: {why}. What needs held-out samples is left out. Give some: "
+            f"{name}(held_out=(samples, labels))."
+        )
+        return None
+
+
+def _validation_loader(trainer: pl.Trainer) -> Any:
+    """The first validation loader, None if there is none."""
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        # Where the first epoch has no validation Lightning sets it up later, in the same way.
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
+    loader = trainer.val_dataloaders
+    return loader[0] if isinstance(loader, (list, tuple)) and loader else loader

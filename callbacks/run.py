@@ -1,0 +1,580 @@
+"""`StageRun`: what is known of one training, for all callbacks alike.
+
+Bank, oracle, path, network, labels, held-out samples and boundary are found once and handed to
+whoever asks, so that no callback sees another training than its neighbour, wherever it stands in
+the trainer's list. The first step is looked at (`first_step`) before the first number is reported
+and before the first weight changes.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import Unpack
+
+from stagewise.adapters import find_couplings, find_seams
+from stagewise.adapters.first_step import FirstStep
+from stagewise.adapters.torchcfm import TorchCFM
+from stagewise.bank import LatentBank
+from stagewise.batches import FindSample, describe, find_sample, unused_in
+from stagewise.callbacks.checks import beside_training, together
+from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.callbacks.training_bank import bank_from_trainer, same_samples
+from stagewise.callbacks.writer import Writer
+from stagewise.engines import Engine, Sharded
+from stagewise.oracle import Oracle
+from stagewise.paths import LinearPath, same_path
+from stagewise.paths import Path as ProbabilityPath
+from stagewise.stages import (
+    StageBoundary,
+    StageCurve,
+    predicted_boundary,
+    stage_edges,
+    stratified_times,
+)
+
+__all__ = ["StageRun"]
+
+Kind = TypeVar("Kind", bound=StageCallback)
+
+_STRATA, _QUERIES = 24, 64
+
+_NOT_SHARED = ("seed", "dirpath")
+"""What a callback says about itself alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How a stage curve is measured.
+
+    Attributes:
+        oracle: Bank and path.
+        class_wise: Whether the posterior is over the rows of the query's class.
+        edges: Of the strata of t, (T + 1,).
+        queries: In each stratum.
+        seed: Of the queries, together with the step.
+    """
+
+    oracle: Oracle
+    class_wise: bool
+    edges: Tensor
+    queries: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        oracle: Oracle,
+        class_wise: bool,
+        strata: int = _STRATA,
+        queries: int = _QUERIES,
+        seed: int = 0,
+    ) -> Recipe:
+        """The recipe of a number of strata, which lie where the stages are predicted to meet."""
+        predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=class_wise)
+        return cls(oracle, class_wise, stage_edges(predicted, strata), queries, seed)
+
+
+class StageRun(StageCallback):
+    """Says once what holds for all callbacks of a trainer; without it they make one themselves.
+
+    Args:
+        bank: See `RunOptions`, like all others.
+        name: Name of the folder in `dirpath`; it writes nothing itself.
+        **options: `find`, `path`, `class_wise`, `held_out`, `velocity`, `seam`, `dirpath`, `seed`.
+
+    Raises:
+        TypeError: At construction, for a bank or a path that is none.
+        ValueError: At the start of training if callbacks contradict each other, or what makes the
+            targets in the module is on several paths.
+
+    Example:
+        >>> from stagewise.callbacks import PosteriorMonitor, StageRun, VelocityErrorMonitor
+        >>> run = StageRun(find=lambda batch: (batch["latents"], batch["label"]))
+        >>> callbacks = [run, PosteriorMonitor(), VelocityErrorMonitor()]
+    """
+
+    order = -1
+
+    def __init__(
+        self,
+        bank: LatentBank | None = None,
+        *,
+        name: str = "stagewise_run",
+        **options: Unpack[RunOptions],
+    ) -> None:
+        super().__init__(name, bank=bank, **options)
+        self.going = False
+
+    # -- the course of a training ---------------------------------------------------------------
+
+    def begin(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, members: list[StageCallback]
+    ) -> None:
+        """Starts all callbacks.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its module.
+            members: Its stage callbacks, in the order of its list; the first one leads.
+        """
+        self.trainer, self.module, self.leader = trainer, pl_module, members[0]
+        for member in members:
+            member.run = self
+        self.members = sorted(members, key=lambda member: (member.order, member.name))
+        self.began = self.step = trainer.global_step
+        total = trainer.estimated_stepping_batches
+        self.total = None if math.isinf(total) else int(total)
+        self.going, self.settled, self._told = True, False, False
+        self._banks: dict[int, LatentBank] = {}
+        self._read: LatentBank | None = None
+        self._reread, self._measured_at = False, self.began
+        self._oracles: list[Oracle] = []
+        self.recipes: list[Recipe] = []
+        self._boundaries: list[tuple[Recipe, StageBoundary]] = []
+        self._curve: tuple[Recipe, int, StageCurve] | None = None
+        self._loader = trainer.train_dataloader
+        for member in members:
+            member.renewed = False
+        self._find_path()
+        tied = self.tied()
+        if tied and self.measuring:
+            rank_zero_warn(f"The posterior that is measured may not be that of {tied}")
+        self.look = FirstStep(pl_module, self.seams, self.path, self.find_of(self))
+        self.tell("start")
+        self.writer(self).dashboard(self.members)
+
+    def tell(self, what: str, *values: Any) -> None:
+        """Calls a method of all callbacks, in their order.
+
+        Args:
+            what: Its name.
+            *values: Its arguments.
+        """
+        # A step in pure bfloat16 has another default type, and hooks may be called within it.
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            for member in self.members:
+                getattr(member, what)(*values)
+        finally:
+            torch.set_default_dtype(default)
+
+    def epoch_starts(self) -> None:
+        """Says if the training loader was replaced by one of other samples."""
+        if self.trainer.train_dataloader is self._loader:
+            return
+        self._loader = self.trainer.train_dataloader
+        for bank in self._banks.values():
+            with self.together("reading the new training loader"):
+                alike = same_samples(self.trainer, self.module, bank, self.find_of(self), 0)
+            if not self.trainer.strategy.reduce_boolean_decision(alike):
+                rank_zero_warn(
+                    f"The training loader was replaced in epoch {self.trainer.current_epoch}, and "
+                    "its samples are no rows of the bank: from here on stagewise measures against "
+                    "samples that are not trained on any more. Give a bank of all that is "
+                    "trained on: StageRun(bank=LatentBank(x, labels))."
+                )
+
+    def batch_starts(self, batch: Any) -> None:
+        """Looks at the first batches; later ones are left alone."""
+        self.look.batch = batch
+        if self.settled:
+            self.tell("before_batch", self.trainer.global_step)
+            return
+        self.first_step = self.trainer.global_step
+        self._versions = self._weight_versions()
+        with self.together("looking at its first batch"):
+            self._look_at_batch()
+        if not self._told:
+            self._told = True
+            self.tell("before_first_batch")
+
+    def weights_may_change(self) -> None:
+        """Before a backward pass or an optimizer step: what the first step showed is settled."""
+        if self.settled:
+            return
+        self.settled = True
+        self.look.finish()
+        with self.together("looking at its first step"):
+            self._look_at_step()
+        self.tell("settle")
+        for member in self.members:
+            member.stash = None
+
+    def batch_ends(self, outputs: Any) -> None:
+        """After a batch; one that changed no weight and showed nothing does not count."""
+        step, before = self.trainer.global_step, self.step
+        if not self.settled:
+            idle = step == before and self._versions == self._weight_versions()
+            if idle and not self.look.happened:
+                return
+            self.weights_may_change()
+        self.step = step
+        self.tell("after_batch", step, before)
+
+    def ends(self) -> None:
+        """At the end of training."""
+        if self.settled:
+            self.tell("end")
+
+    def fails(self) -> None:
+        """After an exception."""
+        if self.going:
+            self.tell("fail")
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of module, bank and hooks; what a checkpoint needs stays."""
+        if not self.going:
+            return
+        self.going = False
+        for member in self.members:
+            member.kept = self.record(member)
+        self.tell("stop")
+        self.look.stop()
+        self._banks, self._read, self._oracles, self._boundaries = {}, None, [], []
+        self.recipes, self._curve = [], None
+
+    def _look_at_batch(self) -> None:
+        """Says what was found in the batch, and refuses what no bank can go with.
+
+        Raises:
+            ValueError: If there is no x_1 and no bank was given, or a label is no class.
+        """
+        look = self.look
+        try:
+            look.watch(self._refuse_for_schemes)
+        except ValueError:
+            if not all(self.given(member) for member in self.measuring):
+                raise
+            rank_zero_info(
+                f"stagewise: found no x_1 in {describe(look.batch)}. The bank is given, so only "
+                "what the training step shows is held against it."
+            )
+            return
+        assert look.x1 is not None
+        labels = "no labels" if look.labels is None else f"labels = {describe(look.labels)}"
+        rank_zero_info(
+            f"stagewise: in {describe(look.batch)} took x_1 = {describe(look.x1)} and {labels}"
+        )
+        for note in unused_in(look.batch, look.x1, look.labels):
+            rank_zero_info(f"stagewise: {note}")
+        wise = [member for member in self.measuring if self.class_wise(member)]
+        if wise and look.labels is not None:
+            for label in set(look.labels.tolist()):
+                for member in wise:
+                    self.bank(member).segment(label)
+
+    def _refuse_for_schemes(self, x1: Tensor) -> None:
+        """Refuses what no oracle's target can be made for, before a scheme is asked for one."""
+        mixing = any(member.mixes and not self.given(member) for member in self.members)
+        if mixing and self.look.changed(x1):
+            message, certain = self.look.difference(x1)
+            if certain:
+                raise ValueError(message)
+
+    def _look_at_step(self) -> None:
+        """Says what of bank, path and noise is not that of the training."""
+        measuring = self.measuring
+        if not measuring:
+            return
+        given = {id(b): b for b in (self.bank(m) for m in measuring if self.given(m))}
+        read = len(given) == 0 or any(not self.given(member) for member in measuring)
+        warnings, note = self.look.compare(list(given.values()), read=read)
+        for warning in warnings:
+            rank_zero_warn(warning)
+        if note:
+            rank_zero_info(f"stagewise: {note}")
+
+    def _weight_versions(self) -> int:
+        """Grows with each change of a weight, and costs nothing."""
+        return sum(parameter._version for parameter in self.module.parameters())
+
+    # -- what was said --------------------------------------------------------------------------
+
+    def option(self, callback: StageCallback, key: str, default: Any = None) -> Any:
+        """What a callback goes by: its own word, that of the run, or that of the others.
+
+        Args:
+            callback: Who asks.
+            key: Of `RunOptions`.
+            default: If nobody says anything.
+
+        Raises:
+            ValueError: If others say different things.
+        """
+        if key == "bank" and self._reread:
+            return default
+        for who in (callback, self):
+            if key in who.said:
+                return who.said[key]
+        if key in _NOT_SHARED:
+            return default
+        saying = [member for member in self.members if key in member.said]
+        if not saying:
+            return default
+        first, *others = (member.said[key] for member in saying)
+        for other, who in zip(others, saying[1:], strict=True):
+            alike = same_path(first, other) if key == "path" else first is other
+            if not alike:
+                one, two = type(saying[0]).__name__, type(who).__name__
+                raise ValueError(
+                    f"{one}({key}={first!r}) and {two}({key}={other!r}) differ, and "
+                    f"{type(callback).__name__} says nothing. Say it once for all: "
+                    f"callbacks=[StageRun({key}=...), ...]."
+                )
+        return first
+
+    def find_of(self, callback: StageCallback) -> FindSample:
+        """From a batch to `(x_1, labels or None)`."""
+        return self.option(callback, "find", find_sample)
+
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """Does something on every rank, or raises on all of them; see `checks.together`."""
+        return together(self.trainer, what)
+
+    def writer(self, callback: StageCallback) -> Writer:
+        """Where a callback writes; a collective."""
+        folder = callback.dirpath
+        if folder is None and self.dirpath is not None:
+            folder = Path(self.dirpath) / callback.name
+        return Writer(self.trainer, callback.name, folder)
+
+    def first(self, kind: type[Kind]) -> Kind | None:
+        """The first callback of a kind in the order of names, None if there is none."""
+        return next((member for member in self.members if isinstance(member, kind)), None)
+
+    # -- path, bank and oracle --------------------------------------------------------------------
+
+    def _find_path(self) -> None:
+        """What makes the targets, and on which path.
+
+        Raises:
+            ValueError: If it is on several paths and nobody says which one counts.
+        """
+        self.seams, self.couplings = find_seams(self.module), find_couplings(self.module)
+        at = self.option(self, "seam")
+        chosen = [seam for seam in self.seams if seam.name == at] if at else self.seams
+        able = [seam for seam in chosen if not seam.refusal] or chosen
+        self.path: ProbabilityPath = able[0].path if able else LinearPath()
+        self.path_from = f"from {able[0].name}, {able[0].library}" if able else ""
+        several = [seam for seam in able if not same_path(seam.path, self.path)]
+        if several and not any("path" in member.said for member in (self, *self.members)):
+            names = ", ".join(sorted({repr(seam.path) for seam in able}))
+            raise ValueError(
+                f"The module makes targets on several paths, {names}. Say which to watch: "
+                "PosteriorMonitor(path=...)."
+            )
+
+    def tied(self) -> str:
+        """What pairs noise with data in the module, with the reason; empty if nothing does."""
+        for seam in self.seams:
+            # A matcher that is refused ties noise to data, or its path is not known.
+            if seam.coupled or (isinstance(seam, TorchCFM) and seam.refusal):
+                return f"{seam.name}: {seam.refusal}"
+        if self.couplings:
+            place = self.couplings[0]
+            return (
+                f"{place.name} ({type(place.object).__name__}) pairs noise with data, which makes "
+                "x_0 and x_1 dependent, and the closed form of the oracle holds for independent "
+                "ones only."
+            )
+        return ""
+
+    def path_of(self, callback: StageCallback) -> tuple[ProbabilityPath, str]:
+        """The path that a callback measures on, and how it is known."""
+        said = self.option(callback, "path")
+        if said is None:
+            return self.path, self.path_from or "assumed; say path=... if training uses another"
+        return said, "given"
+
+    def bank(self, callback: StageCallback) -> LatentBank:
+        """The bank of a callback: the one that was given, or what is read from the training set.
+
+        The first call reads; a collective. A checkpoint of a run with another bank is noticed.
+        """
+        given = self.option(callback, "bank")
+        if given is None:
+            wise = (self.option(member, "class_wise") for member in self.members)
+            self._read = self._read or bank_from_trainer(
+                self.trainer,
+                self.module,
+                find=self.find_of(callback),
+                class_wise=any(each is not False for each in wise),
+            )
+        bank = given or self._read
+        assert bank is not None
+        if id(bank) not in self._banks:
+            self._banks[id(bank)] = beside_training(bank, self.trainer)
+        self._compare_with_checkpoint(callback, bank)
+        return self._banks[id(bank)]
+
+    def _compare_with_checkpoint(self, callback: StageCallback, bank: LatentBank) -> None:
+        before = ((callback.stash or {}).get("run") or {}).get("bank")
+        if before is None or not self.began or before == bank.fingerprint:
+            return
+        if not any(member.renewed for member in self.members):
+            rank_zero_warn(
+                f"The bank is not that of the checkpoint: fingerprint {bank.fingerprint[:8]} with "
+                f"{len(bank)} rows, and {before[:8]} before. Boundaries and histories of the other "
+                "latents are left behind, and everything is measured anew. To go on with the old "
+                "ones, give their bank: StageRun(bank=LatentBank.open(file))."
+            )
+        callback.renewed = True
+        callback.stash = {**(callback.stash or {}), "run": None}
+
+    def given(self, callback: StageCallback) -> bool:
+        """Whether the bank was given, and not read from the training set."""
+        return self.option(callback, "bank") is not None
+
+    def oracle(
+        self,
+        callback: StageCallback,
+        path: ProbabilityPath | None = None,
+        engine: Engine | None = None,
+    ) -> Oracle:
+        """The oracle over the bank of a callback; one for all that want the same.
+
+        Args:
+            callback: Who asks.
+            path: Default that of the callback.
+            engine: Default `Auto()`.
+        """
+        path, bank = path or self.path_of(callback)[0], self.bank(callback)
+        for oracle in self._oracles:
+            fits = engine is None or oracle.engine is engine
+            if fits and oracle.bank is bank and same_path(oracle.path, path):
+                return oracle
+        self._oracles.append(Oracle(bank, path, engine))
+        return self._oracles[-1]
+
+    def class_wise(self, callback: StageCallback) -> bool:
+        """Whether the posteriors of a callback are over the rows of the sample's class."""
+        wise, bank = self.option(callback, "class_wise", "auto"), self.bank(callback)
+        if wise is True:
+            bank.require_classes()
+        return bool(bank.classes) if wise == "auto" else wise
+
+    @property
+    def measuring(self) -> list[StageCallback]:
+        """The callbacks that measure something against a bank."""
+        return [member for member in self.members if member.measures]
+
+    def renew(self) -> None:
+        """Reads the training set again, because its latents have changed; a collective."""
+        self._reread, self._measured_at = True, self.trainer.global_step
+        self._banks, self._read, self._oracles, self._boundaries = {}, None, [], []
+        self.recipes, self._curve = [], None
+        for member in self.members:
+            member.stash = None
+        self.tell("renew")
+
+    # -- the boundary -----------------------------------------------------------------------------
+
+    def curve(self, recipe: Recipe, step: int, what: str) -> StageCurve:
+        """The stage curve, measured by all ranks together; a collective.
+
+        Args:
+            recipe: What is asked.
+            step: The same step gives the same queries, and is measured once.
+            what: What is done, for messages of other ranks.
+        """
+        if self._curve is not None and self._curve[:2] == (recipe, step):
+            return self._curve[2]
+        trainer, root = self.trainer, self.trainer.strategy.root_device
+        seed = recipe.seed
+        with self.together(what):
+            curve = StageCurve.measure(
+                recipe.oracle,
+                stratified_times(recipe.edges, recipe.queries, seed=(seed, step)),
+                seed=(seed, step, 1),
+                class_wise=recipe.class_wise,
+                # The oracle needs float64, which MPS has not.
+                device=torch.device("cpu") if root.type == "mps" else root,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
+        if trainer.world_size > 1:
+            total = trainer.strategy.reduce(curve.values.to(root), reduce_op="sum")
+            assert isinstance(total, Tensor)
+            curve = StageCurve(curve.t, total.cpu())
+        self._curve = recipe, step, curve
+        return curve
+
+    def knows_boundary(self, oracle: Oracle, wise: bool) -> bool:
+        """Whether somebody measures, or has measured, the boundary of an oracle."""
+        known = [*self.recipes, *(recipe for recipe, _ in self._boundaries)]
+        return any(r.class_wise == wise and self._alike(r.oracle, oracle) for r in known)
+
+    def boundary(self, callback: StageCallback, oracle: Oracle, wise: bool) -> StageBoundary:
+        """Where the stages meet: one answer for all callbacks of the run; a collective.
+
+        It is what the first probe of a `PosteriorMonitor` measures, or would measure, at the start
+        of the training; a resumed run keeps it.
+
+        Args:
+            callback: Who asks.
+            oracle: Bank and path.
+            wise: Whether the posterior is over the rows of the sample's class.
+
+        Raises:
+            ValueError: If the bank is spread over the ranks.
+        """
+        for known, found in self._boundaries:
+            if known.class_wise == wise and self._alike(known.oracle, oracle):
+                return found
+        if isinstance(oracle.engine, Sharded):
+            raise ValueError(
+                "The boundary of a bank that is spread over the ranks is not measured here. Give "
+                "it: Scheme(boundary=...)."
+            )
+        alike = (r for r in self.recipes if r.class_wise == wise and self._alike(r.oracle, oracle))
+        recipe = next(alike, None) or Recipe.of(oracle, wise)
+        found = self._recorded(callback, recipe)
+        if found is None:
+            curve = self.curve(recipe, self._measured_at, "measuring the boundary")
+            found = curve.boundary(seed=recipe.seed)
+        self._boundaries.append((recipe, found))
+        return found
+
+    def _alike(self, one: Oracle, other: Oracle) -> bool:
+        banks = (self._banks.get(id(oracle.bank), oracle.bank) for oracle in (one, other))
+        return len({id(bank) for bank in banks}) == 1 and same_path(one.path, other.path)
+
+    def _recorded(self, callback: StageCallback, recipe: Recipe) -> StageBoundary | None:
+        """The boundary that the run which is resumed had measured, in the state of any callback."""
+        if not self.began:
+            return None
+        for member in (callback, *self.members):
+            record = (member.stash or {}).get("run") or {}
+            for found in record.get("boundaries", []):
+                if (found["path"], found["class_wise"]) == (
+                    repr(recipe.oracle.path),
+                    recipe.class_wise,
+                ):
+                    return StageBoundary(**found["boundary"])
+        return None
+
+    def record(self, callback: StageCallback) -> dict[str, Any]:
+        """What the state of a callback holds of the run: its bank's fingerprint, the boundaries."""
+        bank = self.option(callback, "bank") or self._read
+        return {
+            "bank": None if bank is None else bank.fingerprint,
+            "boundaries": [
+                {
+                    "path": repr(recipe.oracle.path),
+                    "class_wise": recipe.class_wise,
+                    "boundary": boundary.as_dict(),
+                }
+                for recipe, boundary in self._boundaries
+            ],
+        }

@@ -1,0 +1,292 @@
+"""`StageCallback`: what all callbacks of this package share. The hooks of Lightning are here only.
+
+One run has one `StageRun`. The first stage callback in the trainer's list leads: its hooks tell the
+run, and the run tells all callbacks, in an order of their own. So the order in the list changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from stagewise.bank import LatentBank
+from stagewise.batches import FindSample
+from stagewise.paths import Path as ProbabilityPath
+
+if TYPE_CHECKING:
+    from stagewise.callbacks.run import StageRun
+
+__all__ = ["AskVelocity", "HeldOut", "RunOptions", "StageCallback"]
+
+AskVelocity = Callable[[nn.Module, Tensor, Tensor, "Tensor | None"], Tensor]
+"""From a module, `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity, (B, *)."""
+
+HeldOut = Tensor | tuple[Tensor, Tensor | None]
+"""Samples, (n, *), alone or with their labels, (n,)."""
+
+
+class RunOptions(TypedDict, total=False):
+    """What may be said about a run, once: to a `StageRun`, or to any of its callbacks.
+
+    Attributes:
+        bank: The training latents *as the model is trained on them*: same scale, same shape.
+            Default: read from the training data loader.
+        find: From a batch to `(x_1, labels or None)`; default finds them in tensors, tuples and
+            dicts with usual names.
+        path: The path of training; default that of what makes the targets in the module, or else
+            `LinearPath()`.
+        class_wise: Whether posteriors are over the rows of the sample's own class, which is what a
+            class-conditional model is trained on. Default "auto": if there are labels. False also
+            says that the model ignores what else it may be given: text, observations.
+        held_out: Samples that are not trained on, (n, *), or `(samples, labels)`; default read from
+            the first validation loader.
+        velocity: From `(module, xt, t, labels)` to the velocity (t = 0 is noise), for networks that
+            cannot be found.
+        seam: Name of what makes the targets, such as "module.FM", if there are several.
+        dirpath: Folder of the files; default `<trainer.log_dir>/<name>`, or without a logger
+            `<trainer.default_root_dir>/<name>_logs`. That of a `StageRun` holds a folder for each
+            callback.
+        seed: Of all generators of the callbacks, default 0.
+    """
+
+    bank: LatentBank | None
+    find: FindSample | None
+    path: ProbabilityPath | None
+    class_wise: bool | Literal["auto"]
+    held_out: HeldOut | None
+    velocity: AskVelocity | None
+    seam: str | None
+    dirpath: str | Path | None
+    seed: int
+
+
+class StageCallback(pl.Callback):
+    """Forwards the hooks of Lightning to the run, if it leads.
+
+    Args:
+        name: Keeps its checkpointed state, its tags and its files apart from others'.
+        options: What it says about the run.
+
+    Attributes:
+        order: When the run tells it, among the others.
+        measures: Whether it measures something against the bank.
+        mixes: Whether it puts the oracle into the targets.
+        run: The run, from the start of training on.
+        stash: The state of a checkpoint, until training starts from it.
+        renewed: Whether the bank is not that of the checkpoint, so that all is measured anew.
+        kept: What the state holds of a run that is over.
+
+    Raises:
+        TypeError: For an option that is none, or of a wrong type, with the cure.
+        ValueError: For a wrong `class_wise`.
+    """
+
+    order: ClassVar[int] = 0
+    measures: bool = False
+    mixes: bool = False
+    run: StageRun
+
+    def __init__(self, name: str, **options: Unpack[RunOptions]) -> None:
+        unknown = sorted(set(options) - set(RunOptions.__annotations__))
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no argument {unknown[0]!r}. What it may say about the "
+                f"run: {', '.join(RunOptions.__annotations__)}."
+            )
+        _check(options)
+        self.name = name
+        self.dirpath = options.pop("dirpath", None)
+        nothing = (None, "auto")
+        self.said = {key: value for key, value in options.items() if value not in nothing}
+        self.stash: dict[str, Any] | None = None
+        self.renewed = False
+        self.kept: dict[str, Any] | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of its generators: its own word, or that of the run."""
+        return (
+            self.run.option(self, "seed", 0) if hasattr(self, "run") else self.said.get("seed", 0)
+        )
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for callbacks of distinct names."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""
+        going = hasattr(self, "run") and self.run.going
+        return {"run": self.run.record(self) if going else self.kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state of a checkpoint for the start of training."""
+        self.stash, self.kept = state_dict, state_dict.get("run")
+
+    # -- what the run tells it ----------------------------------------------------------------
+
+    def start(self) -> None:
+        """At the start of training."""
+
+    def before_first_batch(self) -> None:
+        """Before the first batch, once all callbacks have started."""
+
+    def settle(self) -> None:
+        """In the first training step, once it has been looked at, before any weight changes."""
+
+    def before_batch(self, step: int) -> None:
+        """Before each batch but the first.
+
+        Args:
+            step: Optimizer steps done.
+        """
+
+    def after_batch(self, step: int, before: int) -> None:
+        """After each batch.
+
+        Args:
+            step: Optimizer steps done.
+            before: The same before the batch.
+        """
+
+    def before_validation(self) -> None:
+        """Before validation during training."""
+
+    def after_validation(self) -> None:
+        """After it."""
+
+    def renew(self) -> None:
+        """The training latents have changed, and the bank has been read again; a collective."""
+
+    def notice(self, event: str) -> None:
+        """Something has happened in the run, such as "navigation learned"."""
+
+    def end(self) -> None:
+        """At the end of training."""
+
+    def fail(self) -> None:
+        """After an exception, before `stop`."""
+
+    def stop(self) -> None:
+        """After training or an exception: lets go of what it holds. May be called twice."""
+
+    # -- the hooks of Lightning ---------------------------------------------------------------
+
+    @property
+    def _leads(self) -> bool:
+        return hasattr(self, "run") and self.run.leader is self
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes the run if there is none yet, and starts it."""
+        from stagewise.callbacks.run import StageRun
+
+        members = [c for c in trainer.callbacks if isinstance(c, StageCallback)]  # type: ignore[attr-defined]
+        if members[0] is not self:
+            return
+        said = [member for member in members if isinstance(member, StageRun)]
+        if len(said) > 1:
+            raise ValueError(
+                f"Expected one StageRun for each trainer, got {len(said)}. Give all options to "
+                "one: StageRun(bank=..., find=...)."
+            )
+        run = said[0] if said else StageRun()
+        run.begin(trainer, pl_module, members)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells the run."""
+        if self._leads:
+            self.run.epoch_starts()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Tells the run."""
+        if self._leads:
+            self.run.batch_starts(batch)
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Tells the run."""
+        if self._leads:
+            self.run.weights_may_change()
+
+    def on_before_optimizer_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Tells the run: with manual optimisation there may be no other hook before a step."""
+        if self._leads:
+            self.run.weights_may_change()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Tells the run."""
+        if self._leads:
+            self.run.batch_ends(outputs)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells the run."""
+        if self._leads and self.run.going:
+            self.run.tell("before_validation")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells the run."""
+        if self._leads and self.run.going:
+            self.run.tell("after_validation")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells the run."""
+        if self._leads:
+            self.run.ends()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Tells the run."""
+        if self._leads:
+            self.run.fails()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Tells the run."""
+        if self._leads:
+            self.run.close()
+
+
+def _check(options: RunOptions) -> None:
+    """Refuses options of a wrong type.
+
+    Raises:
+        TypeError: With the cure.
+        ValueError: For a wrong `class_wise`, or a class-wise posterior over a bank without labels.
+    """
+    bank, path, wise = options.get("bank"), options.get("path"), options.get("class_wise", "auto")
+    if bank is not None and not isinstance(bank, LatentBank):
+        raise TypeError(
+            f"Expected `bank` to be a LatentBank, got {type(bank).__name__}. "
+            "Wrap tensors: LatentBank(x, labels)."
+        )
+    if path is not None and not isinstance(path, ProbabilityPath):
+        raise TypeError(f"Expected `path` to be a stagewise.Path, got {path!r}.")
+    if wise not in (True, False, "auto"):
+        raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {wise!r}.')
+    if wise is True and bank is not None and not bank.classes:
+        raise ValueError("class_wise=True needs a bank with labels: LatentBank(x, labels).")
+    for key in ("find", "velocity"):
+        if options.get(key) is not None and not callable(options[key]):  # type: ignore[literal-required]
+            raise TypeError(f"Expected `{key}` to be a function, got {options[key]!r}.")  # type: ignore[literal-required]

@@ -1,0 +1,296 @@
+"""What the first training step shows of a run: the x_1, x_t and t that are really trained on.
+
+What makes the targets is looked at as it is called, and the calls of submodules with it. From both
+follow the network, what it is conditioned on, and whether bank, path and independence of noise and
+data are those of the training. A module may scale or encode its batch, train on another tensor of
+it, count time the other way, or couple noise with data: none of it shows in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stagewise.adapters.base import Seam, Seen, check_independent, check_noise
+from stagewise.adapters.find import assumed_seams
+from stagewise.adapters.network import Network, NetworkSearch
+from stagewise.bank import LatentBank
+from stagewise.batches import FindSample, describe, find_checked
+from stagewise.oracle import Oracle
+from stagewise.paths import LinearPath, Path
+
+__all__ = ["FirstStep"]
+
+
+class FirstStep:
+    """Looks at the first step of a training, without changing a bit of it.
+
+    Args:
+        module: What is trained.
+        seams: What may make its targets (`find_seams`).
+        path: The path of training, where no seam says it.
+        find: From a batch to `(x_1, labels or None)`.
+
+    Attributes:
+        batch: The present batch; the loop sets it.
+        x1: Its x_1 as `find` has it, (B, *); None if there is none.
+        labels: Its labels, (B,), or None.
+        network: What predicts, once `finish` was called; None if it was not found.
+        conditions: What the network is given besides x_t, time and class labels, for messages.
+    """
+
+    def __init__(self, module: nn.Module, seams: Sequence[Seam], path: Path, find: FindSample):
+        self._module, self._find = module, find
+        # What cannot be steered yields to what can.
+        able = [seam for seam in seams if not seam.refusal] or list(seams)
+        self._seams = able or assumed_seams(path)
+        self.batch: Any = None
+        self.x1: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.network: Network | None = None
+        self.conditions: tuple[str, ...] = ()
+        self._search: NetworkSearch | None = None
+        self._seen: tuple[Seam, Seen] | None = None
+        self._follows = False
+        self._on_seen: Callable[[Tensor], None] | None = None
+        self._detach = [seam.observe(self._teller(seam)) for seam in able if seam.observable]
+
+    def _teller(self, seam: Seam) -> Callable[[Seen], None]:
+        def tell(seen: Seen) -> None:
+            first = self._seen is None
+            if first or self._follows:
+                self._seen = seam, seen
+            if first and self._on_seen is not None:
+                self._on_seen(seen.x1)
+
+        return tell
+
+    def watch(self, on_seen: Callable[[Tensor], None] | None = None) -> None:
+        """Before a first batch is trained on: finds x_1 in it, and begins to look.
+
+        Args:
+            on_seen: Called with the x_1 that what makes the targets is given, before it makes any.
+
+        Raises:
+            ValueError: If the batch holds no x_1; looking has begun all the same.
+        """
+        self.stop_search()
+        self._seen = self.x1 = self.labels = None
+        self._on_seen = on_seen
+        self._search = NetworkSearch(
+            self._module, self._seams, self._candidates, None, conditions="tile"
+        )
+        self.x1, self.labels = find_checked(self._find, self.batch)
+        self._search.labels = self.labels
+
+    def _candidates(self) -> list[tuple[str, Tensor]]:
+        """What may be x_1, the likeliest first."""
+        found = []
+        if self._seen is not None:
+            seam, seen = self._seen
+            found.append((f"x_1 as {seam.name} was given it", seen.x1))
+        if self.x1 is not None:
+            found.append(("x_1 of the batch", self.x1))
+        for path, leaf in pytree.tree_flatten_with_path(self.batch)[0]:
+            tensor = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1
+            if tensor and leaf is not self.x1:
+                found.append((f"batch{pytree.keystr(path)}", leaf))
+        return found
+
+    @property
+    def happened(self) -> bool:
+        """Whether anything was seen of the training in the present batch."""
+        return self._seen is not None or (
+            self._search is not None and self._search.found is not None
+        )
+
+    def finish(self) -> None:
+        """Takes the hooks off, and notes the network and its conditions."""
+        self.stop_search()
+        self.network = self.search.found
+        if self.network is not None:
+            self.conditions = self.network.conditions
+        elif self._seen is not None:
+            given = self._seen[1].conditions
+            self.conditions = tuple(f"{name}: {describe(x)}" for name, x in given if not _label(x))
+        # Later samples are taken where they are seen, if they are not those of the batch.
+        self._follows = self._seen is not None and self.changed(self._seen[1].x1)
+        if not self._follows:
+            self.stop()
+
+    @property
+    def search(self) -> NetworkSearch:
+        """The search for the network; its `result` says what is wrong if there is none."""
+        assert self._search is not None
+        return self._search
+
+    @property
+    def trained_x1(self) -> Tensor | None:
+        """x_1 of the first batch as it is trained on, (B, *); None if that was not seen."""
+        if self._seen is not None:
+            return self._seen[1].x1
+        return None if self.search.found is None else self.search.x1
+
+    def x1_of_batch(self) -> Tensor:
+        """x_1 of the present batch as it is trained on, (B, *)."""
+        if self._follows and self._seen is not None:
+            return self._seen[1].x1
+        return find_checked(self._find, self.batch)[0]
+
+    def changed(self, x1: Tensor) -> bool:
+        """Whether samples are others than x_1 of the batch."""
+        own = self.x1
+        return own is None or own.shape != x1.shape or not torch.equal(own.to(x1), x1)
+
+    def stop_search(self) -> None:
+        """Takes the hooks of the search off."""
+        if self._search is not None:
+            self._search.stop()
+
+    def stop(self) -> None:
+        """Takes all hooks off."""
+        self.stop_search()
+        for detach in self._detach:
+            detach()
+        self._detach = []
+
+    # -- what is not as it was taken to be --------------------------------------------------------
+
+    def compare(self, given: Sequence[LatentBank], *, read: bool) -> tuple[list[str], str]:
+        """What of the bank and of the noise is not that of the training.
+
+        Args:
+            given: Banks that the user gave.
+            read: Whether one was read from the batches.
+
+        Returns:
+            Warnings, and a line for the log, which may be empty.
+
+        Raises:
+            ValueError: If neither the batch nor the step holds samples of a given bank's shape.
+        """
+        warnings, note, x1 = [], "", self.trained_x1
+        if self._seen is not None:
+            warnings += _look_at_noise(*self._seen)
+        diagnosis = self.search.diagnosis() if x1 is None else None
+        if diagnosis is not None:
+            warnings.append(
+                f"What is trained on is not what stagewise measures: {diagnosis.message}"
+            )
+        elif x1 is None and self.x1 is not None:
+            note = (
+                "x_1 as in the batch, not checked: the training step shows neither its x_1 nor a "
+                "call of its network that could be recognised."
+            )
+        for bank in given:
+            warnings += self._hold(bank, x1 if x1 is not None else self.x1)
+        if read and x1 is not None and self.changed(x1):
+            warnings.append(self.difference(x1)[0])
+        return warnings, note
+
+    def _hold(self, bank: LatentBank, x1: Tensor | None) -> list[str]:
+        """Holds samples against a bank that was given."""
+        if x1 is None:
+            return []
+        if tuple(x1.shape[1:]) != bank.shape:
+            if self.x1 is None or tuple(self.x1.shape[1:]) != bank.shape:
+                raise ValueError(
+                    f"The bank has samples of shape {bank.shape}, the training batch of shape "
+                    f"{tuple(x1.shape[1:])}. Build the bank from the same latents, or say which "
+                    "tensor of the batch is x_1: StageRun(find=lambda batch: (batch[0], None))."
+                )
+            return [
+                f"Training is on samples of shape {tuple(x1.shape[1:])}, and the bank holds those "
+                f"of the batch, of shape {bank.shape}: what is measured is not what is trained on. "
+                "Give the bank of what is trained on: StageRun(bank=LatentBank(latents, labels))."
+            ]
+        off, std = _nearest(bank, x1), float(x1.detach().float().std())
+        if off < 0.05:
+            return []
+        if not 0.8 * bank.std < std < 1.25 * bank.std:
+            return [
+                f"The bank has a standard deviation of {bank.std:.4g}, the training batch one of "
+                f"{std:.4g}, and its samples are not rows of the bank. If one of them is scaled or "
+                "normalised and the other is not, every measured boundary is wrong: build the bank "
+                "from the latents that are trained on."
+            ]
+        return [
+            "Samples of the training batch are not rows of the bank: the nearest row is off by "
+            f"{off:.0%} of their norm. Flips, augmentation, another VAE sample or another data "
+            "set? The boundary measured is that of the bank."
+        ]
+
+    def difference(self, x1: Tensor) -> tuple[str, bool]:
+        """How samples of the step differ from those that were read from the batches.
+
+        Args:
+            x1: As they are trained on, (B, *).
+
+        Returns:
+            A message with the cure, and whether the shape or the scale is another one.
+        """
+        own = self.x1
+        assert own is not None
+        maker = self._seen[0].name if self._seen else "the network"
+        at, labels = self._place(own) or "batch[0]", self._place(self.labels) or "batch[1]"
+        what, certain = "samples that are not x_1 of the batch", True
+        cure = "StageRun(bank=LatentBank(latents, labels))"
+        if own.shape != x1.shape:
+            what = f"samples of shape {tuple(x1.shape[1:])}, not {tuple(own.shape[1:])}"
+            encoder = self.search.encoder(x1)
+            found = f"{encoder}({at})" if encoder else self._place(x1)
+            if found:
+                cure = f"StageRun(find=lambda batch: ({found}, {labels}))"
+        else:
+            k = float((own.double() * x1.double()).sum() / own.double().square().sum())
+            rest = (x1.double() - k * own.double()).norm() / x1.double().norm()
+            certain = float(rest) < 1e-2
+            if certain:
+                what = f"{k:.6g} times x_1 of the batch"
+                cure = f"StageRun(find=lambda batch: ({k:.6g} * {at}, {labels}))"
+        return (
+            f"The training step gives {maker} {what}: what was read from the batches, and is "
+            f"measured, is not what is trained on. Say what is: {cure}.",
+            certain,
+        )
+
+    def _place(self, tensor: Tensor | None) -> str:
+        """Where a tensor lies in the batch, as one would write it; empty if it does not."""
+        if tensor is None:
+            return "None"
+        for path, leaf in pytree.tree_flatten_with_path(self.batch)[0]:
+            same = isinstance(leaf, Tensor) and leaf.numel() == tensor.numel()
+            if same and torch.equal(leaf.reshape(tensor.shape).to(tensor), tensor):
+                return f"batch{pytree.keystr(path)}"
+        return ""
+
+
+def _look_at_noise(seam: Seam, seen: Seen) -> list[str]:
+    """Warns of a source that is not noise, and of one that depends on the data."""
+    if seen.x0 is None:
+        return []
+    try:
+        check_noise(seen.x0)
+        check_independent(seen.x0, seen.x1)
+    except ValueError as error:
+        return [f"The posterior that is measured is not that of {seam.name}: {error}"]
+    return []
+
+
+def _label(x: Tensor) -> bool:
+    """Whether a tensor that a model is given can be the class of each sample."""
+    return not x.is_floating_point() and x.numel() == len(x)
+
+
+@torch.no_grad()
+def _nearest(bank: LatentBank, x1: Tensor) -> float:
+    """The median distance of a few samples from their nearest rows, as a share of their norm."""
+    # On the linear path t = 1 has no noise at all: the posterior mean is the nearest row.
+    few = x1[:16].detach().to(bank.device, torch.float32)
+    nearest = Oracle(bank, LinearPath()).posterior(few, torch.ones(len(few), device=few.device))
+    gap = (nearest.mean - few).flatten(1).norm(dim=1).median()
+    return float(gap / few.flatten(1).norm(dim=1).median().clamp_min(1e-30))

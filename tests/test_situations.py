@@ -1,0 +1,270 @@
+"""Every callback in situations of real trainers: right, or refused with a line that works.
+
+What a message tells the user to write is pasted into the same situation, which must then run.
+"""
+
+import itertools
+import re
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from stagewise import LatentBank, LogitNormal, Mix, Scheme, StageAware
+from stagewise.callbacks import (
+    MemorizationMonitor,
+    PosteriorMonitor,
+    StageRun,
+    StageScheme,
+    StageTransitions,
+    VelocityErrorMonitor,
+)
+from stagewise.losses import FlowMatchingLoss
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_figures"),
+    pytest.mark.filterwarnings("ignore:.*(does not have many workers|is deprecated)"),
+]
+
+X = torch.randn(96, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+TEXT = torch.randn(96, 5, 7, generator=torch.Generator().manual_seed(2))
+Y = torch.arange(96) % 4
+FEW = {"strata": 4, "queries": 6}
+KINDS = {
+    "posterior": lambda **options: PosteriorMonitor(**FEW, **options),
+    "errors": lambda **options: VelocityErrorMonitor(**FEW, **options),
+    "copies": lambda **options: MemorizationMonitor(samples=4, steps=4, **options),
+    "mixing": lambda **options: StageScheme(target=Mix("boundary"), **options),
+    "times": lambda **options: StageScheme(timesteps=StageAware(0.5), **options),
+}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(34, 32)
+
+    def forward(self, x, t, y=None):
+        y = 0 * t if y is None else y
+        columns = torch.stack([t, y.to(t)], 1).to(x)
+        return self.f(torch.cat([x.flatten(1), columns], 1)).view_as(x)
+
+
+class Plain(pl.LightningModule):
+    """What trains on `(x, y)` as they come."""
+
+    def __init__(self, **loss):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.loss = Net(), FlowMatchingLoss(**loss)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.net, *batch)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+class Encoding(Plain):
+    """Encodes pictures in its step, as latent diffusion does."""
+
+    def __init__(self):
+        super().__init__()
+        self.vae = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.Unflatten(1, (2, 4, 4)))
+        self.vae.requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            x1 = self.vae(batch[0])
+        return self.loss(self.net, x1, batch[1])
+
+
+class Scaling(Plain):
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.net, 0.2 * batch[0], batch[1])
+
+
+class Manual(Plain):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.loss(self.net, *batch).backward()
+        optimizer.step()
+
+
+class Texts(Dataset):
+    def __len__(self):
+        return 96
+
+    def __getitem__(self, i):
+        return {"latents": X[i], "text": TEXT[i]}
+
+
+class TextNet(Net):
+    def __init__(self):
+        super().__init__()
+        self.read = nn.Linear(7, 32)
+
+    def forward(self, x, t, text):
+        return super().forward(x, t) + self.read(text).mean(1).view_as(x)
+
+
+class TextConditioned(Plain):
+    def __init__(self):
+        super().__init__()
+        self.net = TextNet()
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.net, batch["latents"], batch["text"])
+
+
+def pairs(x=X, y=Y):
+    return DataLoader(TensorDataset(x, y), 16, shuffle=True)
+
+
+SITUATIONS = {
+    "encoding": (Encoding, lambda: pairs(IMAGES), {}),
+    "scaling": (Scaling, pairs, {}),
+    "manual": (Manual, pairs, {}),
+    "one class": (Plain, lambda: pairs(y=0 * Y), {}),
+    "text": (TextConditioned, lambda: DataLoader(Texts(), 16, shuffle=True), {}),
+    "bf16-true": (Plain, pairs, {"precision": "bf16-true"}),
+    "compiled": (lambda: torch.compile(Plain(), backend="eager"), pairs, {}),
+}
+
+
+class Outcome:
+    """What a run came to: its callbacks, warnings and error."""
+
+    def __init__(self, module, loader, callbacks, folder, **options):
+        self.callbacks, self.module = callbacks, module
+        self.before = {key: value.clone() for key, value in module.state_dict().items()}
+        pl.seed_everything(3, verbose=False)
+        trainer = pl.Trainer(
+            callbacks=callbacks,
+            default_root_dir=folder,
+            **{
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_steps": 3,
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            }
+            | options,
+        )
+        self.error = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                trainer.fit(module, loader)
+            except (ValueError, RuntimeError) as error:
+                self.error = error
+        ours = ("stagewise", "bank", "Monitor", "measure", "network", "Scheme", "oracle")
+        texts = [str(w.message) for w in caught]
+        self.said = [text for text in texts if any(word in text for word in ours)]
+        self.weights = torch.cat([p.detach().flatten().float() for p in module.parameters()])
+
+    @property
+    def unchanged(self):
+        return all(torch.equal(v, self.before[k]) for k, v in self.module.state_dict().items())
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(situation, *callbacks)`: what it comes to."""
+
+    def run(situation, *callbacks, **changes):
+        make, load, options = SITUATIONS[situation]
+        torch._dynamo.reset()
+        return Outcome(make(), load(), list(callbacks), tmp_path, **(options | changes))
+
+    return run
+
+
+def pasted(message, kind, module):
+    """The callbacks with the line of a message in place of, or before, that of a kind."""
+    (line,) = re.findall(
+        r"((?:StageRun|PosteriorMonitor|VelocityErrorMonitor|MemorizationMonitor|StageScheme)"
+        r"\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\))",
+        message,
+    )[-1:]
+    with torch.no_grad():
+        latents = module.vae(IMAGES) if isinstance(module, Encoding) else X
+    words = {"module": module, "latents": latents, "labels": Y, "target": Mix("boundary")}
+    line = line.replace("target=...", "target=target")
+    made = eval(line, {**globals(), **words})
+    if isinstance(made, StageRun):
+        return [made, KINDS[kind]()]
+    for name, value in FEW.items():  # as small as the others
+        if hasattr(made, name):
+            setattr(made, name, value)
+    return [made]
+
+
+ALONE = list(itertools.product(SITUATIONS, KINDS))
+
+
+@pytest.mark.parametrize(("situation", "kind"), ALONE, ids=lambda value: value)
+def test_alone(run, situation, kind, tmp_path):
+    """Refused before a weight has changed, warned, or right; and the line of a message works."""
+    outcome = run(situation, KINDS[kind]())
+    plain = run(situation)
+    assert plain.error is None
+    if outcome.error is not None:
+        assert outcome.unchanged, "refused too late"
+        message = str(outcome.error)
+    else:
+        if kind in ("posterior", "errors", "copies"):
+            assert torch.equal(outcome.weights, plain.weights)
+        message = " ".join(outcome.said)
+    expected = EXPECTED.get((situation, kind), "fine")
+    came = "refused" if outcome.error is not None else "said" if outcome.said else "fine"
+    assert came == expected, message or outcome.said
+    if came == "fine":
+        return
+    make, load, options = SITUATIONS[situation]
+    module = make()
+    callbacks = pasted(message, kind, module)
+    again = Outcome(module, load(), callbacks, tmp_path, **options)
+    assert again.error is None, again.error
+    assert again.said == []
+
+
+EXPECTED = {
+    ("encoding", "posterior"): "said",
+    ("encoding", "errors"): "refused",
+    ("encoding", "copies"): "refused",
+    ("encoding", "mixing"): "refused",
+    ("encoding", "times"): "said",
+    ("scaling", "posterior"): "said",
+    ("scaling", "errors"): "said",
+    ("scaling", "copies"): "said",
+    ("scaling", "mixing"): "refused",
+    ("scaling", "times"): "said",
+    ("text", "posterior"): "said",
+    ("text", "errors"): "refused",
+    ("text", "copies"): "refused",
+    ("text", "mixing"): "refused",
+    ("compiled", "errors"): "refused",
+    ("compiled", "copies"): "refused",
+}
+
+
+@pytest.mark.parametrize("situation", ["manual", "one class", "bf16-true"])
+def test_all_together(run, situation):
+    outcome = run(situation, *(make() for make in list(KINDS.values())[:4]), StageTransitions())
+    assert outcome.error is None
+    assert outcome.said == []
+    watched = run(situation, *(make() for make in list(KINDS.values())[:3]), StageTransitions())
+    assert torch.equal(watched.weights, run(situation).weights)

@@ -5,9 +5,9 @@ not installed costs nothing. Whatever counts time or signs its target in another
 here and nowhere else.
 """
 
-from stagewise.adapters.base import Detach, Seam
+from stagewise.adapters.base import Detach, Seam, Seen
 from stagewise.adapters.diffusers import diffusers_target
-from stagewise.adapters.find import find_seams, one_seam
+from stagewise.adapters.find import assumed_seams, find_couplings, find_seams, one_seam
 from stagewise.adapters.paths import LibraryPath, NoisedPath, ShrinkingPath
 
 __all__ = [
@@ -15,8 +15,11 @@ __all__ = [
     "LibraryPath",
     "NoisedPath",
     "Seam",
+    "Seen",
     "ShrinkingPath",
+    "assumed_seams",
     "diffusers_target",
+    "find_couplings",
     "find_seams",
     "one_seam",
 ]

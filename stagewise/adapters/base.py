@@ -4,16 +4,19 @@ A seam knows the library's convention and what can be steered there, and puts a 
 one attribute (or two) on the very object the user has. Taking it out again leaves `vars` of that
 object as they were. Copies and pickles made meanwhile (averaged weights, checkpointed
 hyperparameters) hold the object as its library made it.
+
+A seam can also be watched: `observe` tells what each target is made from, and changes nothing.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from stagewise.adapters.paths import same_path
@@ -22,10 +25,52 @@ from stagewise.paths import STAGEWISE, Convention, Path, Prediction
 if TYPE_CHECKING:
     from stagewise.schemes import Phases, Scheme
 
-__all__ = ["Detach", "Place", "Seam", "check_noise", "mixes", "parts", "rebind", "together"]
+__all__ = [
+    "Detach",
+    "Place",
+    "Seam",
+    "Seen",
+    "Tell",
+    "check_independent",
+    "check_noise",
+    "dependence",
+    "looks",
+    "mixes",
+    "named_tensors",
+    "parts",
+    "plain",
+    "rebind",
+    "seen",
+    "together",
+]
 
 Detach = Callable[[], None]
-"""Undoes an `attach`; calling it again does nothing."""
+"""Undoes an `attach` or an `observe`; calling it again does nothing."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one target of a training is made from: detached references, nothing is copied.
+
+    Read the tensors while you are told: training may overwrite them afterwards.
+
+    Attributes:
+        x1: Data, (B, *), as what makes the targets was given them.
+        x0: Noise, (B, *); None where it is drawn out of sight.
+        t: Times, (B,), t = 0 is noise; None where they are not at hand in this convention.
+        xt: Noisy samples, (B, *); None where they are not at hand.
+        conditions: Names and tensors that are handed on to the model beside `x_t` and time.
+    """
+
+    x1: Tensor
+    x0: Tensor | None = None
+    t: Tensor | None = None
+    xt: Tensor | None = None
+    conditions: tuple[tuple[str, Tensor], ...] = ()
+
+
+Tell = Callable[[Seen], None]
+"""Is told of every target that is made with gradients enabled."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +106,7 @@ class Seam(ABC):
         weights: Whether it can weigh each sample's loss.
         timesteps: Whether it can draw t.
         losses: Whether it sees each sample's loss.
+        observable: Whether `observe` can see anything here.
         coupled: Whether something beside it pairs noise with data (`find_seams`).
     """
 
@@ -68,6 +114,7 @@ class Seam(ABC):
     weights: bool = False
     timesteps: bool = False
     losses: bool = False
+    observable: bool = True
 
     def __init__(
         self,
@@ -171,6 +218,20 @@ class Seam(ABC):
             )
 
     @abstractmethod
+    def observe(self, tell: Tell) -> Detach:
+        """Tells what every target is made from, and changes nothing.
+
+        Only calls with gradients enabled are told of, and none that `torch.compile` traces. What
+        is observed can be observed again, and steered, and let go of in any order.
+
+        Args:
+            tell: Called with what was seen; what it raises stops the training.
+
+        Returns:
+            What ends it. Where `observable` is False nothing is ever told.
+        """
+
+    @abstractmethod
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         """`attach` after the checks."""
 
@@ -189,14 +250,21 @@ def mixes(scheme: Scheme | Phases) -> bool:
 
 
 class _Rebound:
-    """Stands for an attribute while it is steered; a copy or a pickle of it is the original."""
+    """Stands for an attribute while it is steered or observed; a copy or pickle is the original.
 
-    def __init__(self, original: Any, function: Callable[..., Any]) -> None:
+    Several may stand for the same attribute, each around the one before it. One that is let go of
+    inside of others hands every call on.
+    """
+
+    def __init__(
+        self, original: Any, function: Callable[..., Any], *, observes: bool, held: bool
+    ) -> None:
         self.__wrapped__ = original  # where `inspect.signature` looks
-        self._function = function
+        self._function: Callable[..., Any] | None = function
+        self._observes, self._held = observes, held
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
+        return (self._function or self.__wrapped__)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__wrapped__, name)
@@ -209,37 +277,52 @@ def _itself(value: Any) -> Any:
     return value
 
 
-def rebind(owner: Any, attribute: str, function: Callable[..., Any]) -> Detach:
+def plain(value: Any) -> Any:
+    """What an attribute is without those that steer or observe it."""
+    while isinstance(value, _Rebound):
+        value = value.__wrapped__
+    return value
+
+
+def rebind(
+    owner: Any, attribute: str, function: Callable[..., Any], *, observes: bool = False
+) -> Detach:
     """Replaces a callable attribute on an instance, reversibly.
 
     Args:
         owner: The instance; its class is left alone.
         attribute: Name of a method or of a callable it holds.
         function: What is called instead.
+        observes: Whether it only looks on. Default False: it steers, which one may do.
 
     Returns:
-        What puts `vars(owner)` back.
+        What puts `vars(owner)` back, once all that stand for the attribute are let go of.
 
     Raises:
-        ValueError: If the attribute is replaced already.
+        ValueError: If the attribute is steered already, and this would steer it too.
     """
-    original = getattr(owner, attribute)
-    if isinstance(original, _Rebound):
-        raise ValueError(
-            f"{type(owner).__name__}.{attribute} is steered by another scheme already. Use one "
-            "scheme for each seam: Scheme(timesteps=..., target=..., weight=...) holds all three."
-        )
-    held = attribute in vars(owner)
-    rebound = _Rebound(original, function)
+    original = inner = getattr(owner, attribute)
+    while not observes and isinstance(inner, _Rebound):
+        if inner._function is not None and not inner._observes:
+            raise ValueError(
+                f"{type(owner).__name__}.{attribute} is steered by another scheme already. Use one "
+                "scheme for each seam: Scheme(timesteps=..., target=..., weight=...) holds all "
+                "three."
+            )
+        inner = inner.__wrapped__
+    rebound = _Rebound(original, function, observes=observes, held=attribute in vars(owner))
     setattr(owner, attribute, rebound)
 
     def restore() -> None:
-        if vars(owner).get(attribute) is not rebound:
-            return
-        if held:
-            setattr(owner, attribute, original)
-        else:
-            delattr(owner, attribute)
+        rebound._function = None
+        while True:
+            top = vars(owner).get(attribute)
+            if not isinstance(top, _Rebound) or top._function is not None:
+                return
+            if top._held:
+                setattr(owner, attribute, top.__wrapped__)
+            else:
+                delattr(owner, attribute)
 
     return restore
 
@@ -252,6 +335,35 @@ def together(*detach: Detach) -> Detach:
             each()
 
     return restore
+
+
+def looks() -> bool:
+    """Whether a call is told to an observer: it trains, and is not being traced."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def seen(
+    x1: Tensor,
+    x0: Tensor | None = None,
+    t: Tensor | None = None,
+    xt: Tensor | None = None,
+    conditions: Iterable[tuple[str, Tensor]] = (),
+) -> Seen:
+    """A `Seen` of detached tensors."""
+    cut = [None if x is None else x.detach() for x in (x0, t, xt)]
+    return Seen(x1.detach(), *cut, tuple(conditions))
+
+
+def named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a value, however deep in lists and dicts, detached, each with its name."""
+    if isinstance(value, Tensor):
+        yield name, value.detach()
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from named_tensors(f"{name}[{key!r}]", part)
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from named_tensors(f"{name}[{index}]", part)
 
 
 def check_noise(x0: Tensor) -> None:
@@ -271,4 +383,42 @@ def check_noise(x0: Tensor) -> None:
             f"Expected `x0` to be standard normal noise, got a mean of {mean:.3g} and a mean "
             f"square of {square:.3g}. The oracle target holds for x0 ~ N(0, I) only: train from "
             "torch.randn_like(x1), or steer the timesteps alone."
+        )
+
+
+def dependence(x0: Tensor, x1: Tensor) -> float:
+    r"""By how many standard errors noise leans towards its data: 0 on average if independent.
+
+        z = sum_i <x0_i, x1_i - mean(x1)> / sqrt(sum_i |x1_i - mean(x1)|^2)
+
+    is standard normal for standard normal `x0`, whatever the data are. A minibatch coupling makes
+    it large and positive.
+
+    Args:
+        x0: Noise, (B, *).
+        x1: Data, (B, *).
+    """
+    x0, x1 = x0.detach().float(), x1.detach().float()
+    gap = x1 - (x1.mean(0) if len(x1) > 1 else x1.mean())
+    size = float(torch.linalg.vector_norm(gap))
+    return float((x0 * gap).sum()) / size if size else 0.0
+
+
+def check_independent(x0: Tensor, x1: Tensor) -> None:
+    """Refuses noise that depends on the data it is paired with; for standard normal noise.
+
+    Args:
+        x0: Noise, (B, *).
+        x1: Data, (B, *).
+
+    Raises:
+        ValueError: If `dependence` is beyond six standard errors.
+    """
+    z = dependence(x0, x1)
+    if abs(z) > 6:
+        raise ValueError(
+            f"Expected `x0` to be independent of `x1`, but they correlate, {z:.1f} standard errors "
+            "from zero. Is noise paired with data, as by optimal transport within the batch? The "
+            "closed form of the oracle holds for independent pairs only: train from "
+            "x0 = torch.randn_like(x1)."
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam
+from stagewise.adapters.base import Detach, Place, Seam, Tell, together
 from stagewise.oracle import Labels
 from stagewise.paths import DIFFUSERS, LinearPath, PredictionKind
 
@@ -85,6 +85,7 @@ class FlowMatchScheduler(Seam):
     """A `FlowMatchEulerDiscreteScheduler`: recognised, but the target is made beside it."""
 
     library = "diffusers"
+    observable = False
 
     @classmethod
     def of(cls, place: Place) -> FlowMatchScheduler | None:
@@ -99,6 +100,10 @@ class FlowMatchScheduler(Seam):
             "write diffusers_target(noisy, model_input, noise, sigmas, scheme)."
         )
         return cls(place, LinearPath(), convention=DIFFUSERS, refusal=refusal)
+
+    def observe(self, tell: Tell) -> Detach:
+        """See `Seam`: nothing is made here that could be told of."""
+        return together()
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         raise NotImplementedError

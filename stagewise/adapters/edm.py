@@ -13,12 +13,23 @@ data set gives them where there are none, they are none.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from stagewise.adapters.base import Detach, Place, Seam, rebind
+from stagewise.adapters.base import (
+    Detach,
+    Place,
+    Seam,
+    Tell,
+    looks,
+    named_tensors,
+    rebind,
+    seen,
+    together,
+)
 from stagewise.oracle import Labels
 from stagewise.paths import LinearPath, Prediction, expand_like
 
@@ -47,7 +58,9 @@ class EDMLoss(Seam):
             return None
         reachable = isinstance(loss_fn, nn.Module) or place.owner is not None
         refusal = None if reachable else "keep it as an attribute, self.loss_fn = EDM2Loss()."
-        return cls(place, LinearPath(), Prediction("data"), refusal=refusal)
+        seam = cls(place, LinearPath(), Prediction("data"), refusal=refusal)
+        seam.observable = reachable
+        return seam
 
     def describe(self) -> str:
         """See `Seam`."""
@@ -62,11 +75,47 @@ class EDMLoss(Seam):
         t = 1 / (1 + time)
         return expand_like(t, x) * x, t
 
-    def _attach(self, scheme: Scheme | Phases) -> Detach:
-        loss_fn = self.place.object
+    def _entry(self) -> tuple[Any, str]:
+        """What holds the callable that makes the loss, and under which name."""
         # Python looks `__call__` up on the class; a module's `forward` can be set on the instance.
-        module = isinstance(loss_fn, nn.Module)
-        plain = loss_fn.forward if module else loss_fn
+        if isinstance(self.place.object, nn.Module):
+            return self.place.object, "forward"
+        return self.place.owner, self.place.attribute
+
+    def observe(self, tell: Tell) -> Detach:
+        """See `Seam`: the images as they are trained on, augmented if they are, and the labels."""
+        if not self.observable:
+            return together()
+        plain = getattr(*self._entry())
+
+        def loss(
+            net: Any,
+            images: Tensor,
+            labels: Tensor | None = None,
+            augment_pipe: Callable[..., Any] | None = None,
+            **kwargs: Any,
+        ) -> Tensor:
+            def look(x1: Tensor, augment_labels: Any = None) -> None:
+                if looks():
+                    given = {"labels": labels, "augment_labels": augment_labels}
+                    pairs = (pair for item in given.items() for pair in named_tensors(*item))
+                    tell(seen(x1, conditions=pairs))
+
+            if augment_pipe is None:
+                look(images)
+                return plain(net, images, labels, **kwargs)
+
+            def augmented(*args: Any, **kwargs: Any) -> Any:
+                found = augment_pipe(*args, **kwargs)
+                look(*found)
+                return found
+
+            return plain(net, images, labels, augmented, **kwargs)
+
+        return rebind(*self._entry(), loss, observes=True)
+
+    def _attach(self, scheme: Scheme | Phases) -> Detach:
+        plain = getattr(*self._entry())
 
         def loss(
             net: Any, images: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any
@@ -98,9 +147,7 @@ class EDMLoss(Seam):
             self._last = (t, losses.detach().flatten(1).mean(1))
             return losses * expand_like(weight.to(losses), losses)
 
-        if module:
-            return rebind(loss_fn, "forward", loss)
-        return rebind(self.place.owner, self.place.attribute, loss)
+        return rebind(*self._entry(), loss)
 
 
 def _classes(labels: Tensor | None) -> Labels | None:

@@ -1,21 +1,26 @@
-"""Finds what makes the targets, in any object."""
+"""Finds what makes the targets, and what pairs noise with data, in any object."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from stagewise.adapters.base import Place, Seam
+from stagewise.adapters.base import Detach, Place, Seam, Tell, plain, together
 from stagewise.adapters.diffusers import FlowMatchScheduler
 from stagewise.adapters.edm import EDMLoss
 from stagewise.adapters.flow_matching import FlowMatching
 from stagewise.adapters.objective import Objective
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
+from stagewise.paths import DIFFUSERS, STAGEWISE, Convention, LinearPath, Path
 
-__all__ = ["find_seams", "one_seam"]
+if TYPE_CHECKING:
+    from stagewise.schemes import Phases, Scheme
+
+__all__ = ["assumed_seams", "find_couplings", "find_seams", "one_seam"]
 
 _KINDS = (Objective, TorchCFM, FlowMatching, Transport, EDMLoss, FlowMatchScheduler)
 
@@ -36,21 +41,60 @@ def find_seams(module: object) -> list[Seam]:
     Nested modules, lists, tuples and dicts are looked through too. An object found in two places
     is one.
 
-    Noise must not depend on data. If the object, or what it holds, holds a sampler of couplings
-    (torchcfm's `OTPlanSampler`, by its `sample_plan`), no seam can be steered. Coupling done by
-    hand without one, in the training step or where data are loaded, cannot be seen.
+    Noise must not depend on data: beside a sampler of couplings (`find_couplings`) no seam can be
+    steered.
 
     Args:
         module: A module, or any object; it may be the seam itself.
 
     Returns:
-        The seams in the order of the attributes, those that cannot be steered included.
+        The seams in the order of the attributes, those that cannot be steered included. The
+        scheduler of diffusers only if there is nothing else: beside what makes targets it is there
+        to sample.
     """
+    return _makers(_found(module)[0])
+
+
+def find_couplings(module: object) -> list[Place]:
+    """All that pairs noise with data, in an object, by looking through its attributes.
+
+    Known by their interface are torchcfm's `OTPlanSampler` (`sample_plan`) and what has both
+    `get_map` and `sample_map`; a bound method of one counts too. Coupling done by hand without one,
+    in the training step or where data are loaded, cannot be found so (`check_independent`).
+
+    Args:
+        module: As for `find_seams`.
+
+    Returns:
+        Where they are, except for those inside of a seam, which concern that one only.
+    """
+    return _found(module)[1]
+
+
+def _found(module: object) -> tuple[list[Seam], list[Place]]:
+    """All seams, and the couplings beside them."""
     couplings: list[Place] = []
     seams = list(_seams(Place(module, "module"), set(), couplings))
     for seam in seams:
         _refuse_coupled(seam, couplings)
-    return seams
+    return seams, couplings
+
+
+def _makers(seams: list[Seam]) -> list[Seam]:
+    makers = [seam for seam in seams if not isinstance(seam, FlowMatchScheduler)]
+    return makers or seams
+
+
+def _couples(value: object) -> bool:
+    if isinstance(value, types.MethodType):
+        value = value.__self__
+    if isinstance(value, (type, types.ModuleType)):
+        return False
+
+    def has(name: str) -> bool:
+        return callable(getattr(value, name, None))
+
+    return has("sample_plan") or (has("get_map") and has("sample_map"))
 
 
 def _seams(place: Place, seen: set[int], couplings: list[Place]) -> Iterator[Seam]:
@@ -58,7 +102,7 @@ def _seams(place: Place, seen: set[int], couplings: list[Place]) -> Iterator[Sea
         return
     seen.add(id(place.object))
     parts = list(_parts(place))
-    own = [part for part in parts if callable(getattr(part.object, "sample_plan", None))]
+    own = [part for part in parts if _couples(part.object)]
     for kind in _KINDS:
         seam = kind.of(place)
         if seam is not None:
@@ -75,10 +119,15 @@ def _refuse_coupled(seam: Seam, couplings: list[Place]) -> None:
     if couplings:
         first, seam.coupled = couplings[0], True
         seam.refusal = seam.refusal or (
-            f"{first.name} ({type(first.object).__name__}) pairs noise with data, which makes x_0 "
+            f"{first.name} ({_kind(first.object)}) pairs noise with data, which makes x_0 "
             "and x_1 dependent, and the closed form of the oracle holds for independent ones only. "
             "Train on independent pairs, without it, to steer."
         )
+
+
+def _kind(value: object) -> str:
+    owner = value.__self__ if isinstance(value, types.MethodType) else value
+    return type(owner).__name__
 
 
 def _parts(place: Place) -> Iterator[Place]:
@@ -94,7 +143,7 @@ def _parts(place: Place) -> Iterator[Place]:
         # An object that is held in two places goes by its public name.
         for key in sorted(held, key=lambda key: key.startswith("_")):
             if key not in _NOT_OURS:
-                yield Place(held[key], f"{name}.{key}", whole, key)
+                yield Place(plain(held[key]), f"{name}.{key}", whole, key)
 
 
 def one_seam(module: object, at: str | None = None) -> Seam:
@@ -111,8 +160,8 @@ def one_seam(module: object, at: str | None = None) -> Seam:
         ValueError: If there is none, more than one, or one that cannot be steered; the message
             lists what was found and shows the cure.
     """
-    found = find_seams(module)
-    able = [seam for seam in found if not seam.refusal] or found
+    found, _ = _found(module)
+    able = [seam for seam in found if not seam.refusal] or _makers(found)
     if at is not None:
         able = [seam for seam in found if seam.name == at]
     if len(able) == 1:
@@ -132,3 +181,42 @@ def one_seam(module: object, at: str | None = None) -> Seam:
             "u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
         )
     raise ValueError(problem)
+
+
+class _Assumed(Seam):
+    """What a training step that writes its target out may do; see `assumed_seams`."""
+
+    library = "by hand"
+    observable = False
+
+    def describe(self) -> str:
+        """See `Seam`."""
+        _, _, convention = super().describe().partition(f"({self.library}), ")
+        return f"{self.name}: assumed, {convention}"
+
+    def observe(self, tell: Tell) -> Detach:
+        """See `Seam`."""
+        return together()
+
+    def _attach(self, scheme: Scheme | Phases) -> Detach:
+        raise NotImplementedError
+
+
+def assumed_seams(path: Path | None = None) -> list[Seam]:
+    """What a training step may do that makes its target by hand, under the usual conventions.
+
+    Time 1 is data; time 1 is noise and the target `noise - x`; or the same with times 0 to 1000.
+    They serve to recognise `x_t` and t among what a network is given, and cannot be steered.
+
+    Args:
+        path: The path of training, default `LinearPath()`.
+    """
+    refusal = (
+        "its target is made in your training step. Steer it there: "
+        "u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
+    )
+    place = Place(None, "the training step")
+    return [
+        _Assumed(place, path or LinearPath(), convention=convention, refusal=refusal)
+        for convention in (STAGEWISE, Convention(1, 0, -1), DIFFUSERS)
+    ]

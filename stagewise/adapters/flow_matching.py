@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam, check_noise, mixes, rebind
+from stagewise.adapters.base import (
+    Detach,
+    Place,
+    Seam,
+    Tell,
+    check_noise,
+    looks,
+    mixes,
+    rebind,
+    seen,
+)
 from stagewise.adapters.paths import LibraryPath, recognise
 
 if TYPE_CHECKING:
@@ -44,6 +54,18 @@ class FlowMatching(Seam):
 
         name = f"{type(path).__name__}({type(path.scheduler).__name__})"
         return cls(place, recognise(LibraryPath(coefficients, name)))
+
+    def observe(self, tell: Tell) -> Detach:
+        """See `Seam`."""
+        plain = self.place.object.sample
+
+        def sample(x_0: Tensor, x_1: Tensor, t: Tensor) -> Any:
+            found = plain(x_0=x_0, x_1=x_1, t=t)
+            if looks():
+                tell(seen(x_1, x_0, t, found.x_t))
+            return found
+
+        return rebind(self.place.object, "sample", sample, observes=True)
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         plain = self.place.object.sample

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam
+from stagewise.adapters.base import (
+    Detach,
+    Place,
+    Seam,
+    Tell,
+    looks,
+    named_tensors,
+    rebind,
+    seen,
+)
+from stagewise.paths import Path, PathCoefficients
 
 if TYPE_CHECKING:
     from stagewise.schemes import Phases, Scheme
@@ -35,6 +47,45 @@ class Objective(Seam):
         record = self.place.object.last
         return None if record is None else (record.t, record.loss)
 
+    def observe(self, tell: Tell) -> Detach:
+        """See `Seam`."""
+        loss_fn = self.place.object
+        plain = loss_fn.forward
+        signature = inspect.signature(plain)
+        rest = {
+            parameter.kind: name
+            for name, parameter in signature.parameters.items()
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        }
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not looks():
+                return plain(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            positions = given.get(rest.get(inspect.Parameter.VAR_POSITIONAL, ""), ())
+            names = given.get(rest.get(inspect.Parameter.VAR_KEYWORD, ""), {})
+            conditions = list(named_tensors("args", positions))
+            for name, value in names.items():
+                conditions += named_tensors(name, value)
+
+            def look(x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor) -> None:
+                tell(seen(x1, x0, t, xt, conditions))
+
+            # Noise and times are drawn inside; all pass through its path. Not set on the path
+            # itself, which others share; not by `setattr`, as it may be a module.
+            held, path = vars(loss_fn), loss_fn.path
+            holds = "path" in held
+            held["path"] = _WatchedPath(path, look)
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                if holds:
+                    held["path"] = path
+                else:
+                    del held["path"]
+
+        return rebind(loss_fn, "forward", forward, observes=True)
+
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         loss_fn = self.place.object
         before = loss_fn.scheme
@@ -50,3 +101,24 @@ class Objective(Seam):
                 loss_fn.scheme = before
 
         return restore
+
+
+class _WatchedPath(Path):
+    """A path that tells of what it interpolates."""
+
+    def __init__(self, path: Path, look: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> None:
+        self._path, self._look = path, look
+
+    def __call__(self, t: Tensor) -> PathCoefficients:
+        return self._path(t)
+
+    def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        xt = self._path.interpolate(x0, x1, t)
+        self._look(x0, x1, t, xt)
+        return xt
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._path, name)
+
+    def __repr__(self) -> str:
+        return repr(self._path)

@@ -17,12 +17,24 @@ closed form, and they are refused. Only `u` is steered: a call that asks for the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam, check_noise, mixes, rebind, together
+from stagewise.adapters.base import (
+    Detach,
+    Place,
+    Seam,
+    Tell,
+    check_noise,
+    looks,
+    mixes,
+    rebind,
+    seen,
+    together,
+)
 from stagewise.adapters.paths import NoisedPath, ShrinkingPath
 from stagewise.oracle import Labels
 from stagewise.paths import CosinePath, LinearPath, Path, expand_like
@@ -61,14 +73,57 @@ class TorchCFM(Seam):
         path = _path(matcher)
         return cls(place, path or LinearPath(), refusal=None if path else _UNKNOWN)
 
+    def observe(self, tell: Tell) -> Detach:
+        """See `Seam`; pairs are seen as a coupling inside of the matcher has made them."""
+        matcher = self.place.object
+        told = False
+
+        def look(x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor) -> None:
+            nonlocal told
+            told = True
+            if looks():
+                tell(seen(x1, None if self._makes_noise else x0, t, xt))
+
+        def watched(plain: Any) -> Callable[..., Any]:
+            def sample(x0: Tensor, x1: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+                nonlocal told
+                told = False
+                found = plain(x0, x1, *args, **kwargs)
+                if not told:  # a matcher of one's own that makes x_t in another way
+                    look(x0, x1, *found[:2])
+                return found
+
+            return sample
+
+        def watched_xt(plain: Any) -> Callable[..., Any]:
+            def sample_xt(x0: Tensor, x1: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                xt = plain(x0, x1, t, *args, **kwargs)
+                look(x0, x1, t, xt)
+                return xt
+
+            return sample_xt
+
+        entries = {_PLAIN: watched, _GUIDED: watched, "sample_xt": watched_xt}
+        return together(
+            *(
+                rebind(matcher, name, wrap(getattr(matcher, name)), observes=True)
+                for name, wrap in entries.items()
+                if callable(getattr(matcher, name, None))
+            )
+        )
+
+    @property
+    def _makes_noise(self) -> bool:
+        """Whether it makes its own noise and ignores `x_0`, as the Target matcher does."""
+        return "TargetConditionalFlowMatcher" in _classes(self.place.object)
+
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         matcher = self.place.object
         plain: Any = getattr(matcher, _PLAIN)
         guided: Any = getattr(matcher, _GUIDED, None)
         noisy = isinstance(self.path, NoisedPath)
-        # The Target matcher makes its own noise and ignores x_0.
         mixing = mixes(scheme)
-        looked_at = not mixing or "TargetConditionalFlowMatcher" in _classes(matcher)
+        looked_at = not mixing or self._makes_noise
         inside_guided = False
 
         def draw(x0: Tensor, t: Tensor | None, return_noise: bool) -> Tensor | None:

@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam, rebind, together
+from stagewise.adapters.base import (
+    Detach,
+    Place,
+    Seam,
+    Tell,
+    looks,
+    named_tensors,
+    rebind,
+    seen,
+    together,
+)
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.paths import STAGEWISE, Convention, Prediction
 
@@ -64,6 +74,44 @@ class Transport(Seam):
             return cls(place, path, refusal=f"its model_type, {kind!r}, is not known.")
         prediction = Prediction("velocity" if kind == "velocity" else "noise")
         return cls(place, path, prediction, convention)
+
+    def observe(self, tell: Tell) -> Detach:
+        """See `Seam`; t is None where the library counts it from data to noise."""
+        transport, plan = self.place.object, self.place.object.path_sampler
+        plain_losses, plain_plan = transport.training_losses, plan.plan
+        given: Mapping[str, Any] = {}
+
+        def training_losses(
+            model: Any,
+            x1: Tensor,
+            model_kwargs: Mapping[str, Any] | None = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> dict[str, Any]:
+            nonlocal given
+            given = model_kwargs or {}
+            try:
+                return plain_losses(model, x1, model_kwargs, *args, **kwargs)
+            finally:
+                given = {}
+
+        def make(time: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            version = x0._version
+            found = plain_plan(time, x0, x1)
+            if looks():
+                # A scheme inside of this overwrites the noise that the network is regressed on.
+                noise = x0 if x0._version == version else None
+                t = time if self.convention == STAGEWISE else None
+                conditions = [
+                    pair for name, value in given.items() for pair in named_tensors(name, value)
+                ]
+                tell(seen(x1, noise, t, found[1], conditions))
+            return found
+
+        return together(
+            rebind(transport, "training_losses", training_losses, observes=True),
+            rebind(plan, "plan", make, observes=True),
+        )
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         transport, plan = self.place.object, self.place.object.path_sampler

@@ -2,20 +2,21 @@
 
 A batch may be a tensor, a tuple or list, or a dict. A tensor is `x_1`. In a sequence `x_1` is the
 only floating-point tensor of shape (B, *) with at least two axes, in a dict it is the one under a
-usual name, or else the only one. The label is the first integer tensor of shape (B,), in a dict the
-one under a usual name. Anything ambiguous is refused with a list of what was seen: silence here
-would measure the stages of the wrong data.
+usual name, or else the only one. Labels are whole numbers of shape (B,) or (B, 1), of an integer or
+a floating type; in a dict they have a usual name, and then they may be booleans, two classes.
+Anything ambiguous is refused with a list of what was seen: silence here would measure the stages of
+the wrong data. What is there and not used is told by `unused_in`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["FindSample", "describe", "find_checked", "find_sample"]
+__all__ = ["FindSample", "describe", "find_checked", "find_sample", "unused_in"]
 
 FindSample: TypeAlias = Callable[[Any], "tuple[Tensor, Tensor | None]"]
 """From a batch to `(x_1, labels)`, of shapes (B, *) and (B,); labels may be None."""
@@ -34,12 +35,36 @@ def _is_sample(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
 
 
-def _is_label(value: object, length: int) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.shape == (length,)
-        and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    )
+def _is_one_hot(value: object) -> bool:
+    if not isinstance(value, Tensor) or value.is_complex() or value.ndim != 2 or value.shape[1] < 2:
+        return False
+    return bool(((value == 0) | (value == 1)).all() and (value.sum(1) == 1).all())
+
+
+def _as_labels(value: object, length: int, *, booleans: bool) -> Tensor | None:
+    """Labels as int64, (B,); None if a value is not whole numbers of shape (B,) or (B, 1)."""
+    if not isinstance(value, Tensor) or value.shape not in ((length,), (length, 1)):
+        return None
+    if value.is_complex() or (value.dtype == torch.bool and not booleans):
+        return None
+    if value.is_floating_point() and not (value.isfinite() & (value == value.round())).all():
+        return None
+    return (value if value.ndim == 1 else value[:, 0]).long()
+
+
+def _is_integer(value: Tensor) -> bool:
+    return not value.is_floating_point() and value.dtype != torch.bool
+
+
+def _entries(batch: Any) -> dict[Any, Any]:
+    """What a batch holds at its first level, under what it is got by; None for the batch itself."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return dict(enumerate(batch)) if isinstance(batch, (tuple, list)) else {None: batch}
+
+
+def _place(key: object) -> str:
+    return "batch" if key is None else f"batch[{key!r}]"
 
 
 def describe(batch: object) -> str:
@@ -55,49 +80,162 @@ def describe(batch: object) -> str:
 
 
 def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """`x_1` and the label of a batch.
+    """`x_1` and the labels of a batch.
 
     Args:
-        batch: A tensor (B, *), a tuple or list with one such tensor, or a dict.
+        batch: A tensor (B, *), a tuple or list with one such tensor, or a dict. Beside another
+            tensor, one-hot rows and a single column are not taken for `x_1`.
 
     Returns:
-        `x_1`, (B, *), and the integer labels, (B,), or None.
+        `x_1`, (B, *), and the labels, int64, (B,), or None. Integers go before whole floats.
 
     Raises:
-        ValueError: If there is no such tensor or several; the message lists what was seen and
-            shows the cure.
+        ValueError: If there is no such tensor or several, or several that may be the labels and
+            differ; the message lists what was seen and shows the cure.
     """
-    if isinstance(batch, Mapping):
-        items = {str(key): value for key, value in batch.items()}
-        named = [items[name] for name in _SAMPLE_NAMES if _is_sample(items.get(name))]
-        found = named[:1] or [value for value in items.values() if _is_sample(value)]
-        labels = [items[name] for name in _LABEL_NAMES if name in items]
-    else:
-        values = list(batch) if isinstance(batch, (tuple, list)) else [batch]
-        found = [value for value in values if _is_sample(value)]
-        labels = values
+    entries, named = _entries(batch), isinstance(batch, Mapping)
+    found = _where_sample(entries, named)
     if len(found) != 1:
         raise ValueError(
             f"Expected one floating-point tensor of shape (B, *) in the batch, found {len(found)} "
             f"in {describe(batch)}. Say where x_1 is: "
             "find=lambda batch: (batch[0], None) gives (x_1, labels or None)."
         )
-    x1: Tensor = found[0]
-    return x1, next((value for value in labels if _is_label(value, len(x1))), None)
+    x1: Tensor = entries[found[0]]
+    keys = [name for name in _LABEL_NAMES if name in entries] if named else list(entries)
+    usable = {
+        key: labels
+        for key in keys
+        if key != found[0]
+        and (labels := _as_labels(entries[key], len(x1), booleans=named)) is not None
+    }
+    # Weights are floats and masks are booleans, so they count only where nothing else does.
+    integers = {key: value for key, value in usable.items() if _is_integer(entries[key])}
+    (first, labels), *others = (integers or usable or {None: None}).items()
+    if any(not torch.equal(labels, other) for _, other in others):
+        listed = ", ".join(_place(key) for key in (first, *dict(others)))
+        x1_at = _place(found[0])
+        raise ValueError(
+            f"Expected one tensor of labels in the batch, found {1 + len(others)} that differ, "
+            f"{listed}, in {describe(batch)}. Say which are the labels: "
+            f"find=lambda batch: ({x1_at}, {_place(first)}), or ({x1_at}, None) for none."
+        )
+    return x1, labels
+
+
+def _where_sample(entries: dict[Any, Any], named: bool) -> list[Any]:
+    """The keys of what may be `x_1`."""
+    if named:
+        usual = [name for name in _SAMPLE_NAMES if _is_sample(entries.get(name))]
+        if usual:
+            return usual[:1]
+    found = [key for key, value in entries.items() if _is_sample(value)]
+
+    def is_label(value: Tensor) -> bool:
+        return _is_one_hot(value) or _as_labels(value, len(value), booleans=False) is not None
+
+    def is_column(value: Tensor) -> bool:
+        return value.shape[1:] == (1,)
+
+    for unlikely in (is_label, is_column):
+        if len(found) > 1:
+            rest = [key for key in found if not unlikely(entries[key])]
+            found = rest if len(rest) == 1 else found
+    return found
 
 
 def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Tensor | None]:
-    """What `find` gives for a batch, refused if it is not `(x_1, labels or None)`.
+    """What `find` gives for a batch, with labels as int64, refused if it is no such pair.
+
+    Args:
+        find: From a batch to `x_1`, (B, *), and whole numbers or booleans, (B,) or (B, 1), or None.
+        batch: The batch.
+
+    Returns:
+        `x_1`, (B, *), and labels, int64, (B,), or None.
 
     Raises:
-        ValueError: If it is no such pair; the message says what came.
+        ValueError: If `find` returns something else; the message says what came.
     """
     found = find(batch)
     if isinstance(found, (tuple, list)) and len(found) == 2 and _is_sample(found[0]):
         x1, labels = found
-        if labels is None or _is_label(labels, len(x1)):
-            return x1, labels
+        whole = _as_labels(labels, len(x1), booleans=True)
+        if labels is None or whole is not None:
+            return x1, whole
     raise ValueError(
         "Expected `find` to return (x_1, labels or None), a floating-point tensor of shape (B, *) "
-        f"and integers of shape (B,), got {describe(found)}. Scale images to floats there."
+        f"and integers of shape (B,), got {describe(found)}. Scale images to floats there, and "
+        "make labels whole: labels.argmax(1) if they are one-hot, labels.round() if they are not."
     )
+
+
+def unused_in(batch: Any, x1: Tensor, labels: Tensor | None) -> list[str]:
+    """What a batch holds of its samples beside `x_1` and the labels that were found in it.
+
+    Args:
+        batch: The batch.
+        x1: What was found, (B, *). Where a user's `find` computes it, what it is computed from
+            counts as not used.
+        labels: Those found, (B,), or None.
+
+    Returns:
+        For each such value of length B, at any depth, one sentence with its place, type and shape:
+        labels in a form that is not used, with the line that uses them, and everything else that
+        the model may be conditioned on. Compares values, so it is for the first batch only.
+    """
+    leaves = list(_leaves(batch, "batch", len(x1)))
+    x1_at = next((place for place, value in leaves if _equal(value, x1)), "batch[0]")
+    lines = []
+    for place, value in leaves:
+        whole = _as_labels(value, len(x1), booleans=True)
+        one_hot = value.argmax(1) if _is_one_hot(value) else None
+        if place == x1_at or any(
+            _equal(form, used)
+            for form, used in ((value, x1), (whole, labels), (one_hot, labels))
+            if used is not None
+        ):
+            continue
+        line = f"{place}, {describe(value)}, is not used."
+        cure = None if labels is not None else _as_cure(place, value, whole is not None)
+        if cure is not None:
+            line += f" If it holds the labels: find=lambda batch: ({x1_at}, {cure})."
+        lines.append(f"{line} If the model is given it, its posterior is over fewer rows.")
+    return lines
+
+
+def _as_cure(place: str, value: Any, whole: bool) -> str | None:
+    """The expression that makes labels of a value that may be meant as such."""
+    if whole:
+        return place
+    if _is_one_hot(value):
+        return f"{place}.argmax(1)"
+    if isinstance(value, Tensor):
+        flat = value.ndim == 1 or value.shape[1:] == (1,)
+        return f"{place}.round()" if flat and value.is_floating_point() else None
+    if isinstance(value, (tuple, list)) and isinstance(value[0], str):
+        return f"torch.tensor([CLASSES.index(name) for name in {place}])"
+    numbers = isinstance(value, (tuple, list)) and isinstance(value[0], int)
+    return f"torch.as_tensor({place})" if numbers or hasattr(value, "__array__") else None
+
+
+def _leaves(value: Any, place: str, length: int) -> Iterator[tuple[str, Any]]:
+    """What has a value for each sample of a batch, with its place."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{place}[{key!r}]", length)
+    elif isinstance(value, (tuple, list)) and any(
+        isinstance(inner, (Tensor, Mapping, tuple, list)) for inner in value
+    ):
+        for key, inner in enumerate(value):
+            yield from _leaves(inner, f"{place}[{key}]", length)
+    elif isinstance(value, Sized) and not isinstance(value, str):
+        scalar = isinstance(value, Tensor) and value.ndim == 0
+        if not scalar and len(value) == length:
+            yield place, value
+
+
+def _equal(value: object, other: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.numel() != other.numel():
+        return False
+    return value is other or torch.equal(value.reshape(other.shape), other)

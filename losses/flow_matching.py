@@ -25,6 +25,8 @@ from stagewise.paths import (
     Path,
     Prediction,
     PredictionKind,
+    same_path,
+    unlike,
 )
 from stagewise.schemes import Phases, Scheme
 from stagewise.timesteps import TimestepSampler, Uniform
@@ -93,8 +95,14 @@ class FlowMatchingLoss(nn.Module):
                 "Expected either a scheme, or timesteps and weight, got both. Give them to the "
                 "scheme: Scheme(timesteps=..., weight=...)."
             )
-        if scheme is not None and path is not None and repr(path) != repr(scheme.path):
-            raise ValueError(f"Expected the scheme's path, {scheme.path!r}, got {path!r}.")
+        if scheme is not None and path is not None and not same_path(path, scheme.path):
+            raise ValueError(f"Expected the scheme's path, {unlike(scheme.path, path)}.")
+        if scheme is not None and scheme.convention != STAGEWISE:
+            raise ValueError(
+                "Expected a scheme without a convention of its own, which this objective "
+                f"translates to, got {scheme.convention!r}. Write "
+                "FlowMatchingLoss(convention=..., scheme=Scheme(...))."
+            )
         self.path = path or (LinearPath() if scheme is None else scheme.path)
         self.prediction = Prediction.of(prediction)
         self.timesteps = timesteps or Uniform()

@@ -23,6 +23,7 @@ from stagewise.paths import (
     PathCoefficients,
     Prediction,
     VPPath,
+    same_path,
 )
 from stagewise.posterior import Posterior, merge
 from stagewise.profile import Profile
@@ -114,4 +115,5 @@ __all__ = [
     "mix_target",
     "open_latents",
     "predicted_boundary",
+    "same_path",
 ]

@@ -18,11 +18,13 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stagewise.batches import FindSample, find_sample
 from stagewise.intake import (
+    as_tensor,
     class_order,
     first_rows,
     measure,
@@ -45,9 +47,10 @@ class LatentBank(RowStore):
     """N training samples, ready to be asked for posteriors.
 
     Args:
-        x: Samples, (N, *), floating point, at least two. Kept without a copy when no labels are
-            given and `dtype` is theirs already: do not change them in place afterwards.
-        labels: Integer class of each sample, (N,), any integers; default None (no classes).
+        x: Samples, (N, *), floating point, at least two; a tensor or a NumPy array. Kept without a
+            copy when no labels are given and `dtype` is theirs already: do not change them in place
+            afterwards.
+        labels: Class of each sample, (N,) or (N, 1), any whole numbers; default None (no classes).
         dtype: Storage: float32, float64, bfloat16 or float16; default that of `x`. A 16-bit bank
             halves the memory and *is* the data set, rounded relative to the distance from the
             mean, that the posterior is about.
@@ -72,8 +75,9 @@ class LatentBank(RowStore):
 
     Raises:
         ValueError: If there are fewer than two rows, rows with NaN or Inf (the count and the first
-            index are named), numbers beyond the range of `dtype`, or labels of another length.
-        TypeError: If `x` is not floating point, or `labels` not integer.
+            index are named), numbers beyond the range of `dtype`, labels of another length, or
+            labels that are no whole numbers.
+        TypeError: If `x` is not floating point, or either is neither a tensor nor an array.
 
     Example:
         >>> import torch
@@ -84,12 +88,13 @@ class LatentBank(RowStore):
 
     def __init__(
         self,
-        x: Tensor,
-        labels: Tensor | None = None,
+        x: Tensor | np.ndarray,
+        labels: Tensor | np.ndarray | None = None,
         *,
         dtype: torch.dtype | None = None,
         offset: Tensor | None = None,
     ) -> None:
+        x = as_tensor(x, "x")
         if not x.is_floating_point():
             raise TypeError(f"Expected floating-point `x`, got {x.dtype}. Scale images to floats.")
         dtype = _storage(dtype or x.dtype)
@@ -318,6 +323,8 @@ def _storage(dtype: torch.dtype) -> torch.dtype:
 
 
 def _order(
-    labels: Tensor | None, num_rows: int, device: torch.device
+    labels: Tensor | np.ndarray | None, num_rows: int, device: torch.device
 ) -> tuple[Tensor | None, dict[int, slice]]:
-    return (None, {}) if labels is None else class_order(labels.to(device), num_rows)
+    if labels is None:
+        return None, {}
+    return class_order(as_tensor(labels, "labels").to(device), num_rows)

@@ -137,7 +137,7 @@ class _Search:
         """Bounds at all ranks (b, H + 1), neighbours (b, K), copies (b, 2) of a block of rows."""
         query = self.centred(self.bank.rows[rows].to(self.device, self.wide)).double()
         norms, start = self.norms.float(), self.scope.start
-        low = torch.empty(len(query), len(norms), device=self.device)
+        low = torch.empty(len(query), len(norms), dtype=torch.float32, device=self.device)
         for first, chunk in self.bank.chunks(self.scope, None, self.device, self.wide):
             at = slice(first - start, first - start + len(chunk))
             torch.add(norms[at], scores(query, self.centred(chunk)), alpha=-2, out=low[:, at])

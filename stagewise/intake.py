@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from stagewise.batches import FindSample, find_checked
 from stagewise.narrowing import BLOCK
 
 __all__ = [
+    "as_tensor",
     "class_order",
     "first_rows",
     "measure",
@@ -20,6 +22,7 @@ __all__ = [
     "require_labels",
     "require_rows",
     "sort_in_place",
+    "whole_labels",
 ]
 
 _FIRST = 256  # rows that stand for all when not all are there yet
@@ -27,6 +30,54 @@ _FIRST = 256  # rows that stand for all when not all are there yet
 _SORTED = 2**24  # numbers that are moved at a time, of few columns: the wider, the faster
 
 Part: TypeAlias = "tuple[int, Tensor, Tensor | None]"
+
+
+def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
+    """Numbers as a tensor: one as it is, and an array without a copy where that is possible.
+
+    Args:
+        value: A tensor, or a NumPy array in any byte order.
+        name: For the message.
+
+    Raises:
+        TypeError: If it is something else, with the cure.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+        kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise TypeError(
+            f"Expected `{name}` to be a tensor or a NumPy array of numbers, got {kind}. Give "
+            f"torch.as_tensor({name})."
+        )
+    native = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
+
+
+def whole_labels(labels: Tensor | np.ndarray, count: int) -> Tensor:
+    """Labels as integers: also those of shape (count, 1), and whole numbers of a float type.
+
+    Args:
+        labels: Classes, (count,) or (count, 1).
+        count: How many samples there are.
+
+    Returns:
+        (count,), int64. Integers cost no device sync.
+
+    Raises:
+        ValueError: If there is another number of labels, or they are no whole numbers.
+    """
+    given = as_tensor(labels, "labels")
+    flat = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
+    fits, problem = flat.shape == (count,) and not flat.is_complex(), "."
+    if fits and flat.is_floating_point() and bool((flat != flat.round()).any()):
+        fits, problem = False, ", not all whole numbers. Only classes are labels."
+    if not fits:
+        raise ValueError(
+            f"Expected integer `labels` with shape ({count},), got {given.dtype} of shape "
+            f"{tuple(given.shape)}{problem}"
+        )
+    return flat.long()
 
 
 def require_rows(shape: tuple[int, ...]) -> None:
@@ -135,7 +186,7 @@ def class_order(labels: Tensor, num_rows: int) -> tuple[Tensor, dict[int, slice]
     """The order that brings rows of a class together.
 
     Args:
-        labels: Integers, (N,).
+        labels: See `whole_labels`.
         num_rows: N.
 
     Returns:
@@ -143,13 +194,9 @@ def class_order(labels: Tensor, num_rows: int) -> tuple[Tensor, dict[int, slice]
         rows. Rows of a class keep their order.
 
     Raises:
-        ValueError: If there is another number of labels.
-        TypeError: If they are not integers.
+        ValueError: If there is another number of labels, or they are no whole numbers.
     """
-    if labels.shape != (num_rows,):
-        raise ValueError(f"Expected `labels` with shape ({num_rows},), got {tuple(labels.shape)}.")
-    if labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"Expected integer `labels`, got {labels.dtype}.")
+    labels = whole_labels(labels, num_rows)
     index = torch.argsort(labels, stable=True)
     classes, counts = torch.unique_consecutive(labels[index], return_counts=True)
     stops = counts.cumsum(0).tolist()

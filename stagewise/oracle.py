@@ -22,6 +22,7 @@ Schroedinger bridges): the posterior above assumes independence.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -32,10 +33,15 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.certificate import Certificate
 from stagewise.engines import Auto, Engine, Sharded
+from stagewise.intake import whole_labels
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
+from stagewise.tracing import untraced
 
-__all__ = ["Labels", "Oracle"]
+__all__ = ["Labels", "Oracle", "Times", "as_times", "check_times", "require_tensors"]
+
+Times: TypeAlias = "Tensor | float"
+"""Times of B queries: (B,), (B, 1, ..., 1), or one number for all."""
 
 Labels: TypeAlias = "Tensor | Sequence[int | None]"
 """The class of each query, (B,). None, or the oracle's `null_class`, is the whole bank."""
@@ -100,11 +106,12 @@ class Oracle:
         if certificate is not None:
             certificate.check(bank)
 
+    @untraced
     @torch.no_grad()
     def posterior(
         self,
         xt: Tensor,
-        t: Tensor,
+        t: Times,
         labels: Labels | None = None,
         *,
         source: Tensor | None = None,
@@ -114,8 +121,8 @@ class Oracle:
 
         Args:
             xt: Noisy samples, (B, *) with the bank's sample shape.
-            t: Times in [0, 1], (B,).
-            labels: Class of each query, (B,), integers: the posterior is then over the rows of that
+            t: Times in [0, 1], (B,), or as `Times`.
+            labels: Class of each query, (B,), whole numbers: the posterior is then over the rows of that
                 class, which is a valid target for a class-conditional model. Default None: over all
                 rows, as for single labels that are None or `null_class`. A list or a CPU tensor
                 costs no device sync, one on an accelerator does.
@@ -130,8 +137,9 @@ class Oracle:
 
         Raises:
             ValueError: On shapes that do not fit, t outside [0, 1], an unknown class, k below 1 or
-                above the rows of the bank, a source that is no row of it, or queries on a device
-                without float64 (MPS).
+                above the rows of the bank, a source that is no row of it, labels that are no whole
+                numbers, or queries on a device without float64 (MPS).
+            TypeError: If `xt` is no tensor.
         """
         flat, path = self.coefficients(xt, t)
         names = None if labels is None else self.names(labels, len(flat))
@@ -197,10 +205,11 @@ class Oracle:
             )
             return put(post, left, searched, len(flat))
 
+    @untraced
     def correction(
         self,
         xt: Tensor,
-        t: Tensor,
+        t: Times,
         x1: Tensor,
         labels: Labels | None = None,
         *,
@@ -212,7 +221,7 @@ class Oracle:
 
         Args:
             xt: Noisy samples, (B, *).
-            t: Times in [0, 1], (B,).
+            t: See `posterior`.
             x1: The samples `xt` was made from, (B, *). They must be rows of the bank: with others
                 the correction is as large as their distance to the bank times `c_t`.
             labels: See `posterior`.
@@ -225,7 +234,9 @@ class Oracle:
 
         Raises:
             ValueError: As `posterior`, or if `x1` has another shape than `xt`.
+            TypeError: As `posterior`.
         """
+        require_tensors(xt=xt, x1=x1)
         if x1.shape != xt.shape:
             raise ValueError(
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
@@ -241,12 +252,13 @@ class Oracle:
         gap = torch.where(difference.abs() <= rounding, 0.0, c[:, None] * difference)
         return gap.reshape(x1.shape).to(x1.dtype)
 
-    def velocity(self, xt: Tensor, t: Tensor, labels: Labels | None = None) -> Tensor:
+    @untraced
+    def velocity(self, xt: Tensor, t: Times, labels: Labels | None = None) -> Tensor:
         """The marginal velocity `u*(x_t, t)`.
 
         Args:
             xt: Noisy samples, (B, *).
-            t: Times in [0, 1], (B,). At sigma = 0 see the module docstring.
+            t: See `posterior`. At sigma = 0 see the module docstring.
             labels: See `posterior`.
 
         Returns:
@@ -258,19 +270,21 @@ class Oracle:
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
         return velocity.reshape(xt.shape).to(xt.dtype)
 
-    def coefficients(self, xt: Tensor, t: Tensor) -> tuple[Tensor, PathCoefficients]:
+    def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
         """Noisy samples as rows, and the path at their times, as the engines want both.
 
         Args:
             xt: Noisy samples, (B, *).
-            t: Times in [0, 1], (B,).
+            t: See `posterior`.
 
         Returns:
             (B, D), float64, and coefficients of float64 with sigma kept above the floor.
 
         Raises:
             ValueError: On shapes that do not fit, t outside [0, 1], or a device without float64.
+            TypeError: If `xt` is no tensor.
         """
+        require_tensors(xt=xt)
         if xt.shape[1:] != self.bank.shape:
             raise ValueError(
                 f"Expected `xt` with shape {('B', *self.bank.shape)} as the bank's samples, got "
@@ -278,6 +292,7 @@ class Oracle:
             )
         if xt.device.type == "mps":
             raise ValueError("The oracle needs float64, which MPS has not. Ask it on the CPU.")
+        t = as_times(t, xt)
         check_times(t, len(xt))
         path = self.path(t.detach().to(device=xt.device, dtype=torch.float64))
         return xt.detach().flatten(1).double(), path.floored(self.engine.sigma_floor(self.bank))
@@ -286,14 +301,12 @@ class Oracle:
         """The labels of `count` queries on the host, with None for the whole bank.
 
         Raises:
-            ValueError: If they are not integers, or another number.
+            ValueError: If there is another number of them, or they are no whole numbers.
         """
-        if isinstance(labels, Tensor) and (labels.ndim != 1 or labels.is_floating_point()):
-            raise ValueError(
-                f"Expected integer `labels` with shape ({count},), got {labels.dtype} of shape "
-                f"{tuple(labels.shape)}."
-            )
-        names = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+        if isinstance(labels, Tensor):
+            names = whole_labels(labels, count).tolist()
+        else:
+            names = list(labels)
         if len(names) != count:
             raise ValueError(f"Expected `labels` with shape ({count},), got ({len(names)},).")
         if self.null_class is None:
@@ -329,6 +342,37 @@ class Oracle:
 
     def __repr__(self) -> str:
         return f"Oracle({self.bank!r}, {self.path!r}, {self.engine!r})"
+
+
+def require_tensors(**given: object) -> None:
+    """Refuses arguments that are no tensors.
+
+    Raises:
+        TypeError: With the cure.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"Expected `{name}` to be a tensor, got {type(value).__name__}. Give "
+                f"torch.as_tensor({name})."
+            )
+
+
+def as_times(t: Times, x: Tensor) -> Tensor:
+    """The times of each sample of `x`, (B, *), where they can be told: (B,), else `t` itself.
+
+    Raises:
+        TypeError: If `t` is neither a tensor nor a number.
+    """
+    if isinstance(t, numbers.Real):
+        # Not in 16 bits, which hold few times.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.full((len(x),), float(t), dtype=dtype, device=x.device)
+    require_tensors(t=t)
+    assert isinstance(t, Tensor)
+    if not t.ndim:
+        return t.expand(len(x))
+    return t.flatten() if t.shape[0] == len(x) == t.numel() else t
 
 
 def check_times(t: Tensor, length: int) -> None:

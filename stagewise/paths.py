@@ -43,6 +43,8 @@ __all__ = [
     "PredictionKind",
     "VPPath",
     "expand_like",
+    "same_path",
+    "unlike",
 ]
 
 
@@ -78,6 +80,9 @@ class PathCoefficients(NamedTuple):
 
 class Path(ABC):
     """A Gaussian path `x_t = a_t x_1 + s_t x_0`; subclasses give the coefficients."""
+
+    noisy_target = False
+    """Whether the library's target keeps noise that `x_t` and `x_1` do not determine."""
 
     @abstractmethod
     def __call__(self, t: Tensor) -> PathCoefficients:
@@ -201,6 +206,23 @@ class EDMPath(Path):
         """The time t whose noise level is `sigma` (any shape), clipped to [0, 1]."""
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         return ((sigma ** (1 / self.rho) - high) / (low - high)).clamp(0, 1)
+
+
+def same_path(one: Path, other: Path) -> bool:
+    """Whether two paths give the same four numbers at all t (to 1e-4, on a grid).
+
+    What they print as decides nothing: two schedulers of one class may print alike and differ, and
+    20 and 20.0 are the same number.
+    """
+    t = torch.linspace(0.01, 0.99, 33, dtype=torch.float64)
+    pairs = zip(one(t), other(t), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+
+
+def unlike(expected: Path, given: Path) -> str:
+    """Two paths that are not the same, for a message: "LinearPath(), got CosinePath()"."""
+    alike = repr(expected) == repr(given)
+    return f"{expected!r}, got {'one that prints alike but differs' if alike else repr(given)}"
 
 
 PredictionKind = Literal["velocity", "data", "noise", "score", "edm"]

@@ -136,7 +136,11 @@ class StageCurve:
             # One noise seed per query, so that the split over ranks and batches changes nothing.
             batch = range(t.numel())[first : first + batch_size * world_size : world_size]
             noise = [
-                torch.randn(bank.dim, generator=generator.manual_seed(noise_seeds[i]))
+                torch.randn(
+                    bank.dim,
+                    dtype=torch.float32,
+                    generator=generator.manual_seed(noise_seeds[i]),
+                )
                 for i in batch
             ]
             at = torch.tensor(list(batch))

@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam
-from stagewise.paths import Path, PathCoefficients, expand_like
+from stagewise.paths import Path, PathCoefficients, expand_like, same_path
 
 __all__ = ["Network", "NetworkSearch", "can_tell", "noise_of", "tensor_of"]
 
@@ -209,7 +209,7 @@ class NetworkSearch:
     def __init__(
         self, root: nn.Module, seams: Sequence[Seam], x1: Tensor, labels: Tensor | None
     ) -> None:
-        self.seams = list({_key(seam): seam for seam in seams}.values())
+        self.seams = [s for k, s in enumerate(seams) if not any(_alike(s, o) for o in seams[:k])]
         self.x1, self.labels = x1.detach(), labels
         self.seen: list[str] = []
         self.found: Network | None = None
@@ -355,8 +355,9 @@ def _eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _key(seam: Seam) -> tuple[Any, ...]:
-    return type(seam), repr(seam.path), seam.prediction, seam.convention
+def _alike(one: Seam, other: Seam) -> bool:
+    kinds = [(type(seam), seam.prediction, seam.convention) for seam in (one, other)]
+    return kinds[0] == kinds[1] and same_path(one.path, other.path)
 
 
 def _short(leaf: Any) -> str:

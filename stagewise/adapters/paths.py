@@ -21,7 +21,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stagewise.paths import CosinePath, LinearPath, Path, PathCoefficients, VPPath
+from stagewise.paths import (
+    CosinePath,
+    LinearPath,
+    Path,
+    PathCoefficients,
+    VPPath,
+    same_path,
+)
 
 __all__ = ["LibraryPath", "NoisedPath", "ShrinkingPath", "recognise", "same_path"]
 
@@ -41,8 +48,9 @@ class LibraryPath(Path):
 
     def __call__(self, t: Tensor) -> PathCoefficients:
         """The coefficients at `t`; see `Path`."""
-        values = (torch.as_tensor(value).to(t).expand_as(t) for value in self.coefficients(t))
-        return PathCoefficients(*values)
+        # Not by way of the default dtype, which may have 16 bits.
+        values = (torch.as_tensor(v, dtype=t.dtype, device=t.device) for v in self.coefficients(t))
+        return PathCoefficients(*(value.expand_as(t) for value in values))
 
     def __repr__(self) -> str:
         return self.name
@@ -55,6 +63,8 @@ class NoisedPath(Path):
         path: The path without.
         noise: Standard deviation of what is added, above 0.
     """
+
+    noisy_target = True
 
     def __init__(self, path: Path, noise: float) -> None:
         if noise <= 0:
@@ -84,13 +94,6 @@ class ShrinkingPath(Path):
         """The coefficients at `t`; see `Path`."""
         one, slope = torch.ones_like(t), 1 - self.sigma_min
         return PathCoefficients(t, 1 - slope * t, one, -slope * one)
-
-
-def same_path(one: Path, other: Path) -> bool:
-    """Whether two paths give the same four numbers at all t (to 1e-4, on a grid)."""
-    t = torch.linspace(0.01, 0.99, 33, dtype=torch.float64)
-    pairs = zip(one(t), other(t), strict=True)
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
 
 
 def recognise(path: Path) -> Path:

@@ -53,9 +53,9 @@ def check_settings(
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.')
     if on_missing not in ("insert", "error"):
         raise ValueError(f'Expected `on_missing` "insert" or "error", got {on_missing!r}.')
-    if oracle is not None and path is not None and repr(path) != repr(oracle.path):
+    if oracle is not None and path is not None and not same_path(path, oracle.path):
         raise ValueError(
-            f"Expected the path of the oracle, {oracle.path!r}, got {path!r}. Give one of them."
+            f"Expected the path of the oracle, {unlike(oracle.path, path)}. Give one of them."
         )
 
 

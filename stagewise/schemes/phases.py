@@ -10,7 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from stagewise.oracle import Labels, Oracle
-from stagewise.paths import Path, Prediction, PredictionKind
+from stagewise.paths import (
+    Convention,
+    Path,
+    Prediction,
+    PredictionKind,
+    same_path,
+    unlike,
+)
 from stagewise.schemes.checks import unknown_boundary
 from stagewise.schemes.scheme import Scheme, SchemeRecord
 from stagewise.stages import StageBoundary
@@ -76,9 +83,17 @@ class Phases:
                 f"Expected no `until` for the last phase, which nothing follows, got "
                 f"{phases[-1].until!r}."
             )
-        paths = {repr(phase.scheme.path) for phase in phases}
-        if len(paths) > 1:
-            raise ValueError(f"Expected one path in all phases, got {sorted(paths)}.")
+        first = phases[0].scheme
+        for scheme in (phase.scheme for phase in phases):
+            if not same_path(scheme.path, first.path):
+                raise ValueError(
+                    f"Expected one path in all phases, {unlike(first.path, scheme.path)}."
+                )
+            if scheme.convention != first.convention:
+                raise ValueError(
+                    f"Expected one convention in all phases, got {first.convention!r} and "
+                    f"{scheme.convention!r}."
+                )
         self.phases = list(phases)
         self._own = [phase.scheme.boundary is not None for phase in phases]
         self.index = 0

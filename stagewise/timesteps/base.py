@@ -65,7 +65,8 @@ class TimestepSampler(ABC):
         Returns:
             Times, (n,), float32, in random order.
         """
-        u = torch.rand(n, device=device, generator=generator)
+        # Whatever the default dtype is: 16 bits would leave few hundred times, and no quantiles.
+        u = torch.rand(n, dtype=torch.float32, device=device, generator=generator)
         if self.stratified:
             order = torch.randperm(n, device=device, generator=generator)
             # Rounding must not reach 1, where some targets are infinite.

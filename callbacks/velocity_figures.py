@@ -1,4 +1,4 @@
-"""The pictures of a model's error by t. Every function returns a matplotlib figure, saves nothing.
+"""The pictures of a model's error by t. A function for each returns a matplotlib figure.
 
 They take what `VelocityErrorMonitor` reports, events as they stand in `stages.jsonl`: lists over
 the bins of t, with None or NaN where a bin is empty.
@@ -13,8 +13,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, TwoSlopeNorm
+from matplotlib.colors import ListedColormap, LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from stagewise.callbacks.figures import TIME_LABEL, new_figure
 
@@ -22,6 +23,7 @@ __all__ = [
     "dynamics_figure",
     "error_heatmap",
     "gap_heatmap",
+    "gap_is_clear",
     "loss_by_time_figure",
     "sizes_figure",
     "spending_figure",
@@ -29,7 +31,7 @@ __all__ = [
 ]
 
 Event = Mapping[str, Any]
-_TRAIN, _HELD_OUT, _ORACLE = "tab:blue", "tab:orange", "tab:red"
+_TRAIN, _HELD_OUT, _ORACLE, _NOISE = "tab:blue", "tab:orange", "tab:red", "0.75"
 _CURVES = 10
 """Curves that a picture of a whole training has at most."""
 
@@ -218,29 +220,44 @@ def error_heatmap(edges: Sequence[float], probes: Sequence[Event]) -> Figure:
 def gap_heatmap(edges: Sequence[float], probes: Sequence[Event]) -> Figure:
     """Held-out minus training error, as a share of the latter, over t and training step.
 
+    Cells whose gap is less than two standard errors from zero are grey. The same samples are asked
+    at every probe, so what is chance in one of them stays.
+
     Args:
         edges: Of the bins, (T + 1,).
-        probes: Events `velocity_probe` with a gap, ascending.
+        probes: Events `velocity_probe` with `gap` and `gap_se`, ascending.
 
     Returns:
         The figure.
     """
     figure = new_figure()
     axes = figure.add_subplot()
-    columns = _mesh(axes, edges, probes)
+    columns, rows = _mesh(axes, edges, probes), np.arange(len(edges))
     shares = [_array(p["gap"]) / _array(p["train"]["conditional"]) for p in probes]
     values = np.stack(shares, axis=1)
-    largest = max(0.05, float(np.nanmax(np.abs(values))))
+    noise = np.isfinite(values) & ~np.stack([gap_is_clear(probe) for probe in probes], axis=1)
+    clear = np.where(noise, np.nan, values)
+    largest = np.nanmax(np.abs(clear), initial=0.05)
     mesh = axes.pcolormesh(
-        columns,
-        np.arange(len(edges)),
-        values,
-        norm=TwoSlopeNorm(0, -largest, largest),
-        cmap="RdBu_r",
+        columns, rows, clear, norm=TwoSlopeNorm(0, -largest, largest), cmap="RdBu_r"
     )
+    grey = np.where(noise, 0.0, np.nan)
+    axes.pcolormesh(columns, rows, grey, cmap=ListedColormap([_NOISE]))
     axes.set_title("Held-out minus training error")
     figure.colorbar(mesh, label="share of the training error")
+    label = "noise: less than 2 standard errors from 0 (by chance 1 in 20 is coloured)"
+    figure.legend(handles=[Patch(color=_NOISE, label=label)], loc="outside lower left", fontsize=8)
     return figure
+
+
+def gap_is_clear(probe: Event) -> np.ndarray:
+    """In which bins the gap is two standard errors or more from zero, (T,) of bool.
+
+    Args:
+        probe: An event `velocity_probe` with `gap` and `gap_se`.
+    """
+    gap, error = _array(probe["gap"]), _array(probe["gap_se"])
+    return np.abs(gap) >= 2 * error  # not where either is NaN: a lone sample has no error
 
 
 def stages_and_error_figure(

@@ -1,22 +1,45 @@
-"""Where a monitor writes: the loggers of the trainer, TensorBoard pictures, files on disk."""
+"""Where a monitor writes: the loggers of the trainer, and files on disk.
+
+Every logger gets the scalars. The rest goes by what a logger can, not by its class, so that those
+of `lightning` and of `pytorch_lightning` are alike:
+
+    pictures   logger.log_image(key, images, step)           Weights & Biases
+               experiment.add_image(tag, image, step)        TensorBoard
+               experiment.log_image(run_id, image, file)     MLflow, if the logger has a `run_id`
+               experiment.log_image(image, name, step)       Comet
+    text       experiment.add_text(tag, text, step)          TensorBoard
+    dashboard  experiment.add_custom_scalars(layout)         TensorBoard
+
+Watching does not end a training: what a logger or a disk does not take is a warning.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+import numpy as np
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from PIL import Image
 
 from stagewise.callbacks.checks import together
 from stagewise.callbacks.figures import render
+from stagewise.latents.files import replace_file
 from stagewise.plain import jsonable
 
 __all__ = ["Writer", "show_pictures"]
+
+_WARNED: WeakValueDictionary[int, Logger] = WeakValueDictionary()
+"""Loggers that failed, by their id: a logger need not be hashable."""
 
 
 class Writer:
@@ -39,7 +62,6 @@ class Writer:
         self.folder = None if getattr(trainer, "fast_dev_run", False) else Path(dirpath or default)
         self.active, self._trainer = trainer.is_global_zero, trainer
         self._loggers = trainer.loggers
-        self._boards = _boards(trainer.loggers)
 
     def describe(self) -> str:
         """Where things are written, for a line of the log."""
@@ -70,9 +92,23 @@ class Writer:
             ) from error
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Appends a line to `stages.jsonl`."""
-        if self.active and self.folder:
+        """Appends a line to `stages.jsonl`; warns if it cannot."""
+        if not (self.active and self.folder):
+            return
+        file = self.folder / "stages.jsonl"
+        size = None
+        try:
+            size = file.stat().st_size
             self._events("a", [event])
+        except OSError as error:
+            if size is not None:  # half a line would spoil the next one too
+                with suppress(OSError):
+                    os.truncate(file, size)
+            rank_zero_warn(
+                f"Cannot append to {file}: {error.strerror or error}. Training goes on, and the "
+                "event is missing there until the run is resumed. Make room on that disk, or "
+                "choose another folder: dirpath=..."
+            )
 
     def _events(self, mode: str, events: Iterable[Mapping[str, Any]]) -> None:
         assert self.folder is not None
@@ -85,13 +121,15 @@ class Writer:
             logger.log_metrics(dict(values), step=step)
 
     def text(self, tag: str, message: str, step: int) -> None:
-        """Shows a line of text in TensorBoard, under its full tag."""
+        """Shows a line of text under its full tag, in the loggers that show text."""
         if self.active:
-            for board in self._boards:
-                board.add_text(tag, message, step)
+            for logger in self._loggers:
+                with _spared(logger, f"the text {tag}"):
+                    if hasattr(board := _experiment(logger), "add_text"):
+                        board.add_text(tag, message, step)
 
     def pictures(self, figures: Mapping[str, Figure], step: int) -> None:
-        """Saves figures as PNG and shows them in TensorBoard as `<name>/<figure>`."""
+        """Saves figures as PNG and shows them as `<name>/<figure>`."""
         if self.active:
             show_pictures(figures, self.name, self.folder, self._loggers, step)
 
@@ -103,8 +141,10 @@ class Writer:
         if not self.active:
             return
         callbacks = [c for c in getattr(trainer, "callbacks", []) if hasattr(c, "layout")]
-        for board in self._boards:
-            board.add_custom_scalars({callback.name: callback.layout() for callback in callbacks})
+        for logger in self._loggers:
+            with _spared(logger, "the page of its custom scalars"):
+                if hasattr(board := _experiment(logger), "add_custom_scalars"):
+                    board.add_custom_scalars({call.name: call.layout() for call in callbacks})
 
 
 def show_pictures(
@@ -114,22 +154,66 @@ def show_pictures(
     loggers: Iterable[Logger],
     step: int,
 ) -> None:
-    """Saves figures as `<folder>/<figure>.png` and shows them in TensorBoard.
+    """Saves figures as `<folder>/<figure>.png` and shows them in the loggers that show pictures.
+
+    A file or a logger that fails is a warning; the file of before then stays.
 
     Args:
         figures: By their names.
         name: Prefix of the tags, `<name>/<figure>`.
         folder: Where the files go; None: nowhere.
-        loggers: Those of TensorBoard get the pictures.
+        loggers: Those of the trainer.
         step: The step they belong to.
     """
     for title, figure in figures.items():
-        image = render(figure)
+        image, tag = Image.fromarray(render(figure)), f"{name}/{title}"
         if folder:
-            Image.fromarray(image).save(folder / f"{title}.png")
-        for board in _boards(loggers):
-            board.add_image(f"{name}/{title}", image, step, dataformats="HWC")
+            _save(image, folder / f"{title}.png")
+        for logger in loggers:
+            with _spared(logger, f"the picture {tag}"):
+                _show(logger, tag, image, step)
 
 
-def _boards(loggers: Iterable[Logger]) -> list[Any]:
-    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+def _show(logger: Any, tag: str, image: Image.Image, step: int) -> None:
+    if hasattr(logger, "log_image"):
+        logger.log_image(key=tag, images=[image], step=step)
+        return
+    experiment = _experiment(logger)
+    if hasattr(experiment, "add_image"):
+        experiment.add_image(tag, np.asarray(image), step, dataformats="HWC")
+    elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):
+        experiment.log_image(logger.run_id, image, f"{tag}/step_{step:08}.png")
+    elif hasattr(experiment, "log_image"):
+        experiment.log_image(image, name=tag, step=step)
+
+
+def _save(image: Image.Image, file: Path) -> None:
+    try:
+        for left in file.parent.glob(f".{escape(file.name)}.*.partial"):  # of a process killed here
+            left.unlink(missing_ok=True)
+        replace_file(file, lambda partial: image.save(partial, format="png"))
+    except OSError as error:
+        rank_zero_warn(
+            f"Cannot write the picture {file}: {error.strerror or error}. Training goes on. Make "
+            "room on that disk, or choose another folder: dirpath=..."
+        )
+
+
+def _experiment(logger: Any) -> Any:
+    """What a logger logs to, which not every logger has."""
+    return getattr(logger, "experiment", None)
+
+
+@contextmanager
+def _spared(logger: Logger, what: str) -> Iterator[None]:
+    """Warns in place of raising, once for each logger."""
+    try:
+        yield
+    except Exception as error:  # whatever a logger's own library raises
+        if _WARNED.get(id(logger)) is not logger:
+            _WARNED[id(logger)] = logger
+            rank_zero_warn(
+                f"{type(logger).__name__} did not take {what}: {error!r}. Training goes on, and "
+                "later failures of this logger are not told. Mend it, or set one that works "
+                'beside it: Trainer(logger=[logger, TensorBoardLogger("logs")]).'
+            )

@@ -189,17 +189,22 @@ def load_module(
     return module.eval(), load_weights(path, module, weights)
 
 
-def require_same_model(path: Path, module: nn.Module) -> None:
+def require_same_model(path: Path, module: nn.Module) -> int:
     """Refuses a checkpoint whose entries are not those of a module.
 
     Args:
         path: The checkpoint.
         module: The module.
 
+    Returns:
+        The step it is of.
+
     Raises:
         ValueError: With the entries that differ, or if it is no checkpoint.
     """
-    _refuse_others(path, _read(path)["state_dict"], module.state_dict())
+    checkpoint = _read(path)
+    _refuse_others(path, checkpoint["state_dict"], module.state_dict())
+    return int(checkpoint.get("global_step", 0))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from stagewise.callbacks.figures import TIME_LABEL, draw_boundary, new_figure
 from stagewise.callbacks.writer import show_pictures
 from stagewise.paths import Prediction
 from stagewise.recipes.module import FlowMatchingModule
+from stagewise.recipes.run_files import boundary_of, read_run
 from stagewise.sampling import guided, integration_range, sample
-from stagewise.stages import StageCurve
+from stagewise.stages import StageBoundary, StageCurve
 
 __all__ = ["evaluate", "floor_curve", "loss_by_time", "sample_grid", "stage_table"]
 
@@ -87,7 +89,8 @@ def floor_curve(module: FlowMatchingModule, curve: StageCurve) -> tuple[Tensor, 
 
 def stage_table(
     module: FlowMatchingModule,
-    monitor: PosteriorMonitor,
+    boundary: StageBoundary,
+    curve: StageCurve,
     train: tuple[np.ndarray, np.ndarray],
     held_out: tuple[np.ndarray, np.ndarray] | None,
 ) -> list[dict[str, float | str]]:
@@ -95,64 +98,79 @@ def stage_table(
 
     Args:
         module: The trained module.
-        monitor: A monitor that has probed; gives the boundaries and the floor.
+        boundary: Where the stages meet.
+        curve: What a monitor measured; gives the floor.
         train: Times and losses on training samples.
         held_out: The same on held-out samples, or None.
 
     Returns:
-        One row for each stage: its name, from, to, and the mean losses.
+        One row for each stage: its name, from, to, the mean losses, and the gap, held-out minus
+        training loss, with its standard error.
     """
-    assert monitor.boundary is not None
-    assert monitor.curve is not None
-    middle = np.nan_to_num(monitor.boundary.midpoint, nan=1.0)
-    late = np.nan_to_num(monitor.boundary.collapsed, nan=1.0)
+    middle = float(np.nan_to_num(boundary.midpoint, nan=1.0))
+    late = float(np.nan_to_num(boundary.collapsed, nan=1.0))
     grid = (np.arange(4000) + 0.5) / 4000
-    times, per_query = floor_curve(module, monitor.curve)
+    times, per_query = floor_curve(module, curve)
     floor = np.interp(grid, times.numpy(), per_query.mean(1).numpy())
 
-    def mean(t: np.ndarray, value: np.ndarray, low: float, high: float) -> float:
-        inside = (t >= low) & (t < high)
-        return float(value[inside].mean()) if inside.any() else math.nan
+    def mean(t: np.ndarray, value: np.ndarray, low: float, high: float) -> tuple[float, float]:
+        inside = value[(t >= low) & (t < high)]
+        if len(inside) == 0:
+            return math.nan, math.nan
+        error = inside.std(ddof=1) / len(inside) ** 0.5 if len(inside) > 1 else math.nan
+        return float(inside.mean()), float(error)
 
+    rows = []
     edges = [("navigation", 0.0, middle), ("transition", middle, late), ("refinement", late, 1.0)]
-    return [
-        {
-            "stage": name,
-            "from": low,
-            "to": high,
-            "train": mean(*train, low, high),
-            "held_out": math.nan if held_out is None else mean(*held_out, low, high),
-            "floor": mean(grid, floor, low, high),
-        }
-        for name, low, high in [*edges, ("all t", 0.0, 1.0)]
-        if high > low
-    ]
+    for name, low, high in [*edges, ("all t", 0.0, 1.0)]:
+        if high <= low:
+            continue
+        one, error = mean(*train, low, high)
+        other, more = (math.nan, math.nan) if held_out is None else mean(*held_out, low, high)
+        row: dict[str, float | str] = {"stage": name, "from": low, "to": high}
+        row |= {"train": one, "held_out": other, "floor": mean(grid, floor, low, high)[0]}
+        rows.append(row | {"gap": other - one, "gap_se": math.hypot(error, more)})
+    return rows
 
 
-def _print_table(monitor: PosteriorMonitor, rows: list[dict[str, Any]]) -> None:
-    b = monitor.boundary
-    assert b is not None
+def _stages(run_dir: Path, monitor: PosteriorMonitor) -> tuple[StageBoundary, float]:
+    """The run's boundary and the predicted one, by its files; a monitor may write elsewhere."""
+    with suppress(ValueError):
+        run = read_run(run_dir)
+        if run.of("probe"):
+            predicted = run.first("bank").get("predicted")
+            return run.boundary(), math.nan if predicted is None else predicted
+    return boundary_of(monitor.history[0]), monitor.predicted
+
+
+def _print_table(b: StageBoundary, predicted: float, rows: list[dict[str, Any]]) -> None:
     print(f"\n{'stage boundary':28}{'t':>7}   95 % interval     (t = 0 is noise)")
-    print(f"{'  predicted from spectrum':28}{monitor.predicted:7.3f}")
+    print(f"{'  predicted from spectrum':28}{predicted:7.3f}")
     for name, at, low, high in (
         ("  midpoint  (top-1 = 0.50)", b.midpoint, b.midpoint_low, b.midpoint_high),
         ("  collapsed (top-1 = 0.99)", b.collapsed, b.collapsed_low, b.collapsed_high),
     ):
         print(f"{name:28}{at:7.3f}   [{low:.3f}, {high:.3f}]")
-    print(f"\n{'loss by stage':14}{'t from':>8}{'to':>8}{'train':>9}{'held out':>10}{'floor':>9}")
+    print(
+        f"\n{'loss by stage':14}{'t from':>8}{'to':>8}{'train':>9}{'held out':>10}"
+        f"{'gap, 2 standard errors':>26}{'floor':>9}"
+    )
     for row in rows:
+        share, error = row["gap"] / row["train"], 2 * row["gap_se"] / row["train"]
         print(
             f"  {row['stage']:12}{row['from']:8.3f}{row['to']:8.3f}{row['train']:9.4f}"
-            f"{row['held_out']:10.4f}{row['floor']:9.4f}"
+            f"{row['held_out']:10.4f}{f'{share:+.1%} ± {error:.1%}':>26}{row['floor']:9.4f}"
         )
     print(
+        "gap = held out minus train, as a share of train.\n"
         "floor = MSE(conditional, oracle): the part of the training loss that no model can remove."
     )
 
 
 def _loss_figure(
     module: FlowMatchingModule,
-    monitor: PosteriorMonitor | None,
+    curve: StageCurve | None,
+    stages: tuple[StageBoundary, float] | None,
     curves: dict[str, tuple[np.ndarray, np.ndarray]],
     bins: int = 32,
 ) -> Figure:
@@ -164,12 +182,12 @@ def _loss_figure(
         error = [2 * group.std() / len(group) ** 0.5 if len(group) else 0.0 for group in groups]
         means = [group.mean() if len(group) else math.nan for group in groups]
         axes.errorbar(centres, means, error, fmt=".-", ms=4, lw=1.3, label=name)
-    if monitor is not None and monitor.curve is not None and monitor.boundary is not None:
-        t, floor = (value.numpy() for value in floor_curve(module, monitor.curve))
+    if curve is not None and stages is not None:
+        t, floor = (value.numpy() for value in floor_curve(module, curve))
         mean, error = floor.mean(1), 2 * floor.std(1) / floor.shape[1] ** 0.5
         axes.plot(t, mean, color="0.5", lw=1.3, label="floor: MSE(conditional, oracle)")
         axes.fill_between(t, mean - error, mean + error, color="0.5", alpha=0.25, lw=0)
-        draw_boundary(axes, monitor.boundary, monitor.predicted)
+        draw_boundary(axes, *stages)
     axes.set(
         xlabel=TIME_LABEL,
         ylabel="flow-matching loss per number",
@@ -265,9 +283,9 @@ def evaluate(
         data: A data module with data sets `train` and `held_out` (or None), `class_names`,
             `shape` and a method `examples(classes, count)`.
         monitor: The run's monitor, or None: then without boundaries and floor.
-        loggers: Of the trainer; TensorBoard's get the pictures.
+        loggers: Of the trainer; those that show pictures get them.
         step: The last step.
-        run_dir: Where the PNGs go.
+        run_dir: Where the PNGs go, and where the run's files are.
         queries: (sample, t) pairs for the loss by t, of each split.
         samples_per_class: Generated samples of each class.
         cfg_scale: Guidance scale.
@@ -283,11 +301,13 @@ def evaluate(
         curves["held-out samples"] = loss_by_time(module, data.held_out, queries)
     train, held_out = curves["training samples"], curves.get("held-out samples")
     rows: list[dict[str, Any]] = []
-    if monitor is not None and monitor.curve is not None:
-        rows = stage_table(module, monitor, train, held_out)
-        _print_table(monitor, rows)
+    curve, stages = (None if monitor is None else monitor.curve), None
+    if monitor is not None and curve is not None:
+        stages = _stages(run_dir, monitor)
+        rows = stage_table(module, stages[0], curve, train, held_out)
+        _print_table(*stages, rows)
     pictures = {
-        "loss_by_t": _loss_figure(module, monitor, curves),
+        "loss_by_t": _loss_figure(module, curve, stages, curves),
         "samples": _samples(
             module, data, samples_per_class, cfg_scale, cfg_channels, method, steps
         ),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
 import lightning as L
 import numpy as np
+import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 __all__ = ["EpochOrder", "ResumableData"]
@@ -110,8 +112,9 @@ class ResumableData(L.LightningDataModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._state: dict[str, int] | None = None
+        self._state: dict[str, Any] | None = None
         self._order: EpochOrder | None = None
+        self._fingerprint = ""
 
     def order(
         self,
@@ -129,8 +132,8 @@ class ResumableData(L.LightningDataModule):
             on_epoch: See `EpochOrder`.
 
         Raises:
-            ValueError: If the checkpoint was made with another number of samples, in all or per
-                step.
+            ValueError: If the checkpoint was made with other samples, or another number of them, in
+                all or per step.
         """
         trainer = self.trainer
         rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
@@ -143,6 +146,7 @@ class ResumableData(L.LightningDataModule):
             on_epoch=on_epoch,
             trained=self._trained,
         )
+        self._fingerprint = _fingerprint(dataset)
         # A second training in this process begins at its own beginning.
         state, self._state = self._state, None
         if state is not None:
@@ -152,6 +156,13 @@ class ResumableData(L.LightningDataModule):
                     f"The checkpoint was made with {samples} training samples, and there are "
                     f"{len(dataset)}. Give the data that it was trained on, or begin a new run "
                     "from its weights."
+                )
+            if state.get("fingerprint", self._fingerprint) != self._fingerprint:
+                raise ValueError(
+                    f"The checkpoint was made with as many training samples, {samples}, but with "
+                    f"other ones: their fingerprint is {state['fingerprint']}, and here it is "
+                    f"{self._fingerprint}. Give the data that it was trained on, or begin a new "
+                    "run from its weights: weights=CHECKPOINT run_dir=FOLDER resume=false."
                 )
             if together != batch_size * ranks:
                 raise ValueError(
@@ -169,10 +180,10 @@ class ResumableData(L.LightningDataModule):
         trainer = self.trainer
         return trainer.fit_loop.epoch_loop.batch_progress.total.ready if trainer else 0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """How far training has come: `epoch`, `batch` of it.
 
-        And of what: `batch_size` over all ranks, and `samples` of an epoch.
+        And of what: `batch_size` over all ranks, `samples` of an epoch, and their `fingerprint`.
         """
         trainer = self.trainer
         if trainer is None or trainer.train_dataloader is None or self._order is None:
@@ -182,8 +193,19 @@ class ResumableData(L.LightningDataModule):
             epoch, batch = epoch + 1, 0
         loader = trainer.train_dataloader
         size, samples = loader.batch_size * trainer.world_size, len(loader.dataset)
-        return {"epoch": epoch, "batch": batch, "batch_size": size, "samples": samples}
+        of = {"batch_size": size, "samples": samples, "fingerprint": self._fingerprint}
+        return {"epoch": epoch, "batch": batch, **of}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps it for `order`."""
         self._state = state_dict or None
+
+
+def _fingerprint(dataset: Any, most: int = 256) -> str:
+    """Tells samples and their labels from others, by some of them, without what is drawn of one."""
+    items = dataset.fixed() if hasattr(dataset, "fixed") else dataset
+    seen = hashlib.sha256()
+    for place in range(0, len(items), -(-len(items) // most)):
+        for part in items[place][:2]:  # x_1, label; the row in a bank depends on the ranks
+            seen.update(torch.as_tensor(part).double().numpy().tobytes())
+    return seen.hexdigest()[:16]

@@ -50,6 +50,12 @@ pre { background: var(--soft); padding: 12px; overflow-x: auto; font-size: 13px;
 .warn { color: var(--warn); }
 """
 
+_DEFINED = (
+    "Midpoint: t at which the mean largest posterior weight crosses 0.5. Collapsed: t at which it "
+    "crosses 0.99. Measured once for the run; the stages in every table and picture by stage are "
+    "navigation up to the midpoint, transition, and refinement from the collapse on."
+)
+
 
 def report(run: Path, output: Path | None = None, title: str | None = None) -> Path:
     """Writes the page of a run; an older one is replaced only when the new one is whole.
@@ -152,9 +158,15 @@ def _missing(what: str, callback: str) -> str:
     return f'<p class="dim">{what}: not in this run. <code>{callback}</code> writes it.</p>'
 
 
-def _ends(run: RunFiles) -> tuple[float | None, float | None]:
-    about = run.first("velocity")
-    return about.get("midpoint"), about.get("collapsed")
+def _ends(run: RunFiles) -> tuple[float, float]:
+    boundary = run.boundary()
+    return boundary.midpoint, boundary.collapsed
+
+
+def _interval(low: Any, high: Any, exact: str = "") -> str:
+    """The words for an interval; empty without one."""
+    ends = _number(low), _number(high)
+    return "" if "–" in ends else f"95 % {exact}interval: {ends[0]} to {ends[1]}"
 
 
 def _edges(run: RunFiles) -> list[float]:
@@ -170,17 +182,13 @@ def _alike(run: RunFiles, key: str = "train") -> list[dict[str, Any]]:
 
 def _top(run: RunFiles, title: str) -> str:
     tiles = []
-    measured = run.of("probe")
-    if measured:
-        last = measured[-1]
-        low, high = (_number(last.get(f"midpoint_{end}")) for end in ("low", "high"))
-        tiles.append(
-            _tile(
-                "boundary, t (last probe)", _number(last.get("midpoint")), f"95 %: {low} to {high}"
-            )
-        )
-        tiles.append(_tile("collapsed, t", _number(last.get("collapsed"))))
-    probes = _alike(run)
+    probes, b, defined = _alike(run), run.boundary(), ""
+    if run.of("probe") or math.isfinite(b.midpoint):
+        about = _interval(b.midpoint_low, b.midpoint_high)
+        tiles.append(_tile("boundary (midpoint), t", _number(b.midpoint), about))
+        about = _interval(b.collapsed_low, b.collapsed_high)
+        tiles.append(_tile("collapsed, t", _number(b.collapsed), about))
+        defined = f'<p class="dim">{_DEFINED}</p>'
     if probes:
         last = probes[-1]
         for stage in STAGES:
@@ -192,8 +200,8 @@ def _top(run: RunFiles, title: str) -> str:
     samples = run.of("memorization_probe")
     if samples and samples[-1].get("copies"):
         last = samples[-1]
-        interval = f"{_number(last['low'][0])} to {_number(last['high'][0])}"
-        tiles.append(_tile("copies among samples", _number(last["copies"][0]), f"95 %: {interval}"))
+        about = _interval(last["low"][0], last["high"][0], "exact ")
+        tiles.append(_tile("copies among samples", _number(last["copies"][0]), about))
     tiles.append(_tile("events", str(len(run.events.get("transition", [])))))
     steps = [event.get("step", 0) for found in run.events.values() for event in found]
     head = (
@@ -215,7 +223,7 @@ def _top(run: RunFiles, title: str) -> str:
             velocity_figures.dynamics_figure(edges, probes, "oracle", *ends),
             "Error against the oracle while training",
         )
-    return f'{head}{warnings}<div class="tiles">{"".join(tiles)}</div>{_row(pictures)}'
+    return f'{head}{warnings}<div class="tiles">{"".join(tiles)}</div>{defined}{_row(pictures)}'
 
 
 def _data(run: RunFiles) -> str:
@@ -230,14 +238,22 @@ def _data(run: RunFiles) -> str:
         f"{_text(about, 'path')}. The spectrum predicts "
         f"t = {_number(about.get('predicted'))}.</p>"
     )
+    last = run.of("probe")[-1]
+    when = f"measured at step {_text(last, 'step')}"
+    low, high = (last.get(f"midpoint_{end}") for end in ("low", "high"))
+    again = (
+        f"<p>The last probe, {when} with draws of its own: midpoint "
+        f"{_number(last.get('midpoint'))} ({_interval(low, high) or 'no interval'}), collapsed "
+        f"{_number(last.get('collapsed'))}. The stages of this page are not cut there.</p>"
+    )
     pictures = [
-        _stored(run.picture("probe", name), alt)
+        _stored(run.picture("probe", name), f"{alt}, {when}")
         for name, alt in (
             ("concentration", "Largest posterior weight by t"),
             ("target_difference", "MSE(conditional, oracle velocity) by t: the floor of the loss"),
         )
     ]
-    return head + bank + _row(*pictures)
+    return head + bank + again + _row(*pictures)
 
 
 def _errors(run: RunFiles) -> str:
@@ -284,6 +300,12 @@ def _held_out(run: RunFiles) -> str:
     probes, edges = _alike(run, "gap"), _edges(run)
     parts = [head]
     if probes:
+        clear = int(velocity_figures.gap_is_clear(probes[-1]).sum())
+        parts.append(
+            f"<p>At step {probes[-1]['step']} the gap is two standard errors or more from zero in "
+            f"{clear} of {len(edges) - 1} bins of t; chance alone makes one in 20 of them. Every "
+            "probe asks the same samples, so what is chance at one step stays at the next.</p>"
+        )
         figure = velocity_figures.gap_heatmap(edges, probes)
         parts.append(_row(_drawn(figure, "Held-out minus training error by t and step")))
     else:

@@ -90,7 +90,7 @@ def require_fit(net: nn.Module, data: Any) -> None:
     if None not in classes and classes[0] != classes[1]:
         raise ValueError(
             f"Expected as many classes in the network as in the data, got {classes[0]} and "
-            f"{classes[1]}. Change data.num_classes; net.num_classes follows it."
+            f"{classes[1]}. Say net.num_classes={classes[1]}."
         )
     wanted, got = getattr(net, "input_shape", None), getattr(data, "shape", None)
     if wanted is not None and got is not None and tuple(wanted) != tuple(got):

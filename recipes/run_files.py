@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RunFiles", "read_run"]
+from stagewise.stages import StageBoundary
+
+__all__ = ["RunFiles", "boundary_of", "read_run"]
 
 Event = dict[str, Any]
 
@@ -38,11 +41,33 @@ class RunFiles:
         """The first event of a kind; empty if there is none."""
         return next(iter(self.of(kind)), {})
 
+    def boundary(self) -> StageBoundary:
+        """Where the stages of this run meet: by this one its errors are cut.
+
+        The header of the errors says, or that of the bank, or else the first probe. Later probes
+        measure again, with other draws.
+        """
+        return boundary_of(self.first("probe"), self.first("bank"), self.first("velocity"))
+
     def picture(self, kind: str, name: str) -> Path | None:
         """A picture beside the events of a kind."""
         found = self.of(kind)
         path = found[0]["folder"] / f"{name}.png" if found else None
         return path if path is not None and path.exists() else None
+
+
+def boundary_of(*events: Event) -> StageBoundary:
+    """The boundary that events tell; a later one comes before an earlier one.
+
+    Args:
+        events: Each may have some of the fields of a `StageBoundary`.
+
+    Returns:
+        The boundary, NaN where none of them says.
+    """
+    told = {key: value for event in events for key, value in event.items()}
+    found = {each.name: told.get(each.name) for each in fields(StageBoundary)}
+    return StageBoundary(**{k: math.nan if v is None else v for k, v in found.items()})
 
 
 def read_run(folder: Path) -> RunFiles:

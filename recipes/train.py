@@ -11,11 +11,12 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from stagewise.callbacks import PosteriorMonitor
 from stagewise.latents.files import replace_file
-from stagewise.recipes.checkpoints import require_same_model
+from stagewise.recipes.checkpoints import load_weights, require_same_model
 from stagewise.recipes.evaluate import evaluate
 from stagewise.recipes.resume import begin_with, checkpoint_of, require_fit, require_shards
 
@@ -24,6 +25,8 @@ __all__ = ["main", "train"]
 
 def train(config: DictConfig) -> dict[str, Any]:
     """Trains a composed configuration and evaluates the result.
+
+    Resumed when it has ended already, as after a kill in its evaluation, it is evaluated again.
 
     Args:
         config: The configuration; see `train.yaml`.
@@ -43,8 +46,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     net = instantiate(config.net)
     require_fit(net, data)
     module = instantiate(config.module, net=net, objective=instantiate(config.objective))
+    begun = None
     if checkpoint is not None:
-        require_same_model(checkpoint, module)
+        begun = require_same_model(checkpoint, module)
     elif config.weights is not None:
         begin_with(module, Path(config.weights))
     if config.compile.enabled:
@@ -62,18 +66,28 @@ def train(config: DictConfig) -> dict[str, Any]:
     start = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.perf_counter() - start
+    finished = checkpoint is not None and trainer.global_step == begun
+    if finished:
+        rank_zero_info(
+            f"{checkpoint} is at step {begun}, where this training ends: nothing was trained. Its "
+            "weights are evaluated again. To train on, raise what ended it, such as "
+            f"trainer.max_steps={2 * begun}."
+        )
     if not trainer.is_global_zero:
         return {"seconds": seconds}
     if isinstance(trainer.strategy, FSDPStrategy):
         print(f"\nTrained {trainer.global_step} steps; sharded weights are not evaluated here.")
         return {"seconds": seconds}
+    if finished:  # the end of a training, which puts the average in, was not reached
+        load_weights(checkpoint, module)
     module.to(trainer.strategy.root_device)  # fit has moved it to the CPU
     monitor = next((c for c in callbacks if isinstance(c, PosteriorMonitor)), None)
     results = evaluate(
         module, data, monitor, trainer.loggers, trainer.global_step, run_dir, **config.evaluation
     )
     print(
-        f"\nTrained {trainer.global_step} steps in {seconds:.0f} s. In {run_dir}:\n"
+        f"\nTrained {trainer.global_step} steps{'' if finished else f' in {seconds:.0f} s'}. In "
+        f"{run_dir}:\n"
         + "".join(
             f"  {path.relative_to(run_dir)}\n"
             for path in sorted([*run_dir.rglob("*.png"), *run_dir.rglob("*.jsonl")])

@@ -175,7 +175,7 @@ class StageRun(StageCallback):
         self._loader = self.trainer.train_dataloader
         for bank in self._banks.values():
             with self.together("reading the new training loader"):
-                alike = same_samples(self.trainer, self.module, bank, self.find_of(self), 0)
+                alike = same_samples(self.trainer, self.module, bank, find=self.find_of(self))
             if not self.trainer.strategy.reduce_boolean_decision(alike):
                 rank_zero_warn(
                     f"The training loader was replaced in epoch {self.trainer.current_epoch}, and "

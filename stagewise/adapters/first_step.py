@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam, Seen, check_independent, check_noise
 from stagewise.adapters.find import assumed_seams
-from stagewise.adapters.network import Network, NetworkSearch
+from stagewise.adapters.network import GIVEN, Network, NetworkSearch
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_checked
 from stagewise.oracle import Oracle
@@ -43,7 +43,9 @@ class FirstStep:
         conditions: What the network is given besides x_t, time and class labels, for messages.
     """
 
-    def __init__(self, module: nn.Module, seams: Sequence[Seam], path: Path, find: FindSample):
+    def __init__(
+        self, module: nn.Module, seams: Sequence[Seam], path: Path, find: FindSample
+    ) -> None:
         self._module, self._find = module, find
         # What cannot be steered yields to what can.
         able = [seam for seam in seams if not seam.refusal] or list(seams)
@@ -81,20 +83,23 @@ class FirstStep:
         self.stop_search()
         self._seen = self.x1 = self.labels = None
         self._on_seen = on_seen
-        self._search = NetworkSearch(
-            self._module, self._seams, self._candidates, None, conditions="tile"
-        )
-        self.x1, self.labels = find_checked(self._find, self.batch)
-        self._search.labels = self.labels
+        try:
+            self.x1, self.labels = find_checked(self._find, self.batch)
+        finally:
+            self._search = NetworkSearch(
+                self._module,
+                self._seams,
+                self._candidates,
+                self.labels,
+                conditions="tile",
+                labels_name=self._place(self.labels) or "batch[1]",
+            )
 
     def _candidates(self) -> list[tuple[str, Tensor]]:
-        """What may be x_1, the likeliest first."""
-        found = []
-        if self._seen is not None:
-            seam, seen = self._seen
-            found.append((f"x_1 as {seam.name} was given it", seen.x1))
+        """What may be x_1, as one would write it, the likeliest first."""
+        found = [] if self._seen is None else [(GIVEN, self._seen[1].x1)]
         if self.x1 is not None:
-            found.append(("x_1 of the batch", self.x1))
+            found.append((self._place(self.x1) or "batch[0]", self.x1))
         for path, leaf in pytree.tree_flatten_with_path(self.batch)[0]:
             tensor = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1
             if tensor and leaf is not self.x1:
@@ -176,11 +181,9 @@ class FirstStep:
         warnings, note, x1 = [], "", self.trained_x1
         if self._seen is not None:
             warnings += _look_at_noise(*self._seen)
-        diagnosis = self.search.diagnosis() if x1 is None else None
-        if diagnosis is not None:
-            warnings.append(
-                f"What is trained on is not what stagewise measures: {diagnosis.message}"
-            )
+        diagnosis = self.search.diagnosis() if self._seen is None else None
+        if diagnosis is not None and read:
+            warnings.append(f"What is measured is not what is trained on: {diagnosis.message}")
         elif x1 is None and self.x1 is not None:
             note = (
                 "x_1 as in the batch, not checked: the training step shows neither its x_1 nor a "
@@ -188,8 +191,8 @@ class FirstStep:
             )
         for bank in given:
             warnings += self._hold(bank, x1 if x1 is not None else self.x1)
-        if read and x1 is not None and self.changed(x1):
-            warnings.append(self.difference(x1)[0])
+        if read and self._seen is not None and self.changed(self._seen[1].x1):
+            warnings.append(self.difference(self._seen[1].x1)[0])
         return warnings, note
 
     def _hold(self, bank: LatentBank, x1: Tensor | None) -> list[str]:
@@ -233,29 +236,14 @@ class FirstStep:
         Returns:
             A message with the cure, and whether the shape or the scale is another one.
         """
-        own = self.x1
-        assert own is not None
-        maker = self._seen[0].name if self._seen else "the network"
-        at, labels = self._place(own) or "batch[0]", self._place(self.labels) or "batch[1]"
-        what, certain = "samples that are not x_1 of the batch", True
-        cure = "StageRun(bank=LatentBank(latents, labels))"
-        if own.shape != x1.shape:
-            what = f"samples of shape {tuple(x1.shape[1:])}, not {tuple(own.shape[1:])}"
-            encoder = self.search.encoder(x1)
-            found = f"{encoder}({at})" if encoder else self._place(x1)
-            if found:
-                cure = f"StageRun(find=lambda batch: ({found}, {labels}))"
-        else:
-            k = float((own.double() * x1.double()).sum() / own.double().square().sum())
-            rest = (x1.double() - k * own.double()).norm() / x1.double().norm()
-            certain = float(rest) < 1e-2
-            if certain:
-                what = f"{k:.6g} times x_1 of the batch"
-                cure = f"StageRun(find=lambda batch: ({k:.6g} * {at}, {labels}))"
+        maker = "" if self._seen is None else f"{self._seen[0].name} is given, and "
+        why = self.search.why(x1)
+        cure = "give what is trained on: bank=LatentBank(latents, labels)."
         return (
-            f"The training step gives {maker} {what}: what was read from the batches, and is "
-            f"measured, is not what is trained on. Say what is: {cure}.",
-            certain,
+            f"What was read from the batches is not what {maker}training is on: "
+            f"{cure if why is None else why.message}",
+            why is not None
+            or tuple(x1.shape) != tuple(self.x1.shape if self.x1 is not None else ()),
         )
 
     def _place(self, tensor: Tensor | None) -> str:

@@ -102,7 +102,9 @@ class VelocitySource:
         """Before the first training step: begins to look at the calls of its submodules."""
         if self._given is None and self.network is None and self._search is None:
             x1, labels = find_checked(self._find, batch)
-            self._search = NetworkSearch(pl_module, self._seams, x1, labels)
+            self._search = NetworkSearch(
+                pl_module, self._seams, lambda: [("x_1 of the batch", x1)], labels
+            )
 
     def settle(self, trainer: pl.Trainer) -> None:
         """Once its forward pass is done: takes what was found; a collective.
@@ -117,6 +119,7 @@ class VelocitySource:
                 self.network = self._search.result()
                 x1, call = self._search.x1, self._search.call
                 assert call is not None
+                assert x1 is not None
                 tensor_of(call[2], tuple(x1.shape))  # refuses what stands for no velocity
                 self._call = x1, *call
             except ValueError as caught:

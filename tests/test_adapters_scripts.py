@@ -476,7 +476,7 @@ def test_edm_network_is_found_beside_labels_without_columns(labels):
     images, _ = rows_of_batch()
     module = holder_of(EDMLoss)
     module.net = Net()
-    search = NetworkSearch(module, find_seams(module), images, labels)
+    search = NetworkSearch(module, find_seams(module), lambda: [("batch[0]", images)], labels)
     edm(module, images, torch.zeros(len(images), 0), module.net)
     search.stop()
     network = search.result()

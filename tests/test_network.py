@@ -60,7 +60,7 @@ def search(model, step, x1=None, labels=None):
     """What a search finds in one call of `step(x1, labels)`."""
     own_x1, own_labels = batch()
     x1, labels = (own_x1, own_labels) if x1 is None else (x1, labels)
-    found = NetworkSearch(model, find_seams(model), x1, labels)
+    found = NetworkSearch(model, find_seams(model), lambda: [("batch[0]", x1)], labels)
     torch.manual_seed(2)
     step(own_x1, own_labels)
     found.stop()

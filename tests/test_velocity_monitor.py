@@ -463,7 +463,7 @@ def test_a_step_on_cuda_waits_for_nothing():
         return model.net(torch.cat([xt, t[:, None]], 1))
 
     x1 = torch.randn(64, 6)
-    search = NetworkSearch(model, find_seams(model), x1, None)
+    search = NetworkSearch(model, find_seams(model), lambda: [("batch[0]", x1)], None)
     model.loss(call, x1)
     search.stop()
     network = search.result()

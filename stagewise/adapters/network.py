@@ -6,17 +6,18 @@ that, with the `x_1` of the batch and the path of a seam, the noise
 
     x_0 = (x_t - a_t x_1) / s_t
 
-comes out standard normal. No other call passes that test: not an encoder, not a loss, not a network
-that is given other samples than the batch's, not the right network read with reversed time. From
-then on the same call can be made with other samples, and its answer read as a velocity.
+comes out standard normal and independent of `x_1` (`stagewise.adapters.fitting`). No other call
+passes that test: not an encoder, not a loss, not a network that is given other samples than the
+batch's, not the right network read with reversed time. From then on the same call can be made with
+other samples, and its answer read as a velocity. Where no call passes, what was seen says why.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,78 +25,35 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam
-from stagewise.paths import Path, PathCoefficients, expand_like, same_path
+from stagewise.adapters.calls import (
+    Reading,
+    Slots,
+    answers,
+    conditioning,
+    readings,
+    short,
+    velocity_line,
+    where,
+)
+from stagewise.adapters.fitting import can_tell, factor_of, noise_of
+from stagewise.adapters.paths import same_path
 
-__all__ = ["Network", "NetworkSearch", "can_tell", "noise_of", "tensor_of"]
+__all__ = [
+    "GIVEN",
+    "Candidates",
+    "Diagnosis",
+    "Network",
+    "NetworkSearch",
+    "can_tell",
+    "noise_of",
+    "tensor_of",
+]
 
-_NOISY = 0.05
-"""The least sigma at which the noise of a sample is held against a normal distribution."""
+GIVEN = "x_1 as it was given to what makes the targets"
+"""The name of that candidate; the first of another name is the `x_1` found in the batch."""
 
-
-def noise_of(path: Path, xt: Tensor, t: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """The noise of a noisy sample, and where that can be said.
-
-    Args:
-        path: The path.
-        xt: Noisy samples, (B, *).
-        t: Times in [0, 1], (B,).
-        x1: What they were made from, (B, *).
-
-    Returns:
-        `x_0`, (B, *), float32, and whether sigma is so large that the rounding of `xt` leaves at
-        least a tenth of it unspoilt, (B,). Elsewhere it is 0.
-    """
-    values = path(t.to(torch.float32))
-    known = can_tell(values, xt.dtype)
-    gap = xt.float() - expand_like(values.alpha, x1) * x1.float()
-    x0 = gap / expand_like(torch.where(known, values.sigma, torch.inf), x1)
-    return x0, known
-
-
-def can_tell(path: PathCoefficients, dtype: torch.dtype) -> Tensor:
-    """Where the noise is ten times the rounding of noisy samples in `dtype`; any shape."""
-    return path.sigma >= 10 * torch.finfo(dtype).eps
-
-
-def _is_normal(path: Path, xt: Tensor, t: Tensor, x1: Tensor) -> bool:
-    """Whether the noise has mean 0 and mean square 1, within six standard errors or 2 %."""
-    if not bool(((t >= 0) & (t <= 1)).all()):
-        return False
-    noisy = path(t.float()).sigma >= _NOISY
-    if not bool(noisy.any()):
-        return False
-    x0 = noise_of(path, xt, t, x1)[0][noisy]
-    n = x0.numel()
-    mean, square = float(x0.mean()), float(x0.square().mean())
-    return abs(mean) < max(6 / math.sqrt(n), 0.02) and abs(square - 1) < max(
-        6 * math.sqrt(2 / n), 0.02
-    )
-
-
-@dataclass(frozen=True)
-class _Slots:
-    """Where in the flattened arguments of a call what lies.
-
-    Attributes:
-        spec: The structure of `(args, kwargs)`.
-        leaves: Its leaves; those below are replaced in a call of our own.
-        x: The leaf that holds `x_t`.
-        time: The leaf that holds the time; -1: the last column of `x`.
-        labels: The leaf that holds the classes; None: there is none.
-    """
-
-    spec: Any
-    leaves: tuple[Any, ...]
-    x: int
-    time: int
-    labels: int | None = None
-
-    def read(self, leaves: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """`x`, (B, *), and time, (B,), of a call."""
-        x = leaves[self.x]
-        if self.time < 0:
-            return x[:, :-1], x[:, -1]
-        return x, leaves[self.time].reshape(-1).to(torch.float32)
+Candidates: TypeAlias = Callable[[], "Sequence[tuple[str, Tensor]]"]
+"""What `x_1` may be at the time of a call, best first, with names to be pasted: "batch[0]"."""
 
 
 class Network:
@@ -107,20 +65,24 @@ class Network:
         seam: What says path, prediction and convention.
     """
 
-    def __init__(self, module: nn.Module, name: str, seam: Seam, slots: _Slots) -> None:
+    def __init__(self, module: nn.Module, name: str, seam: Seam, slots: Slots) -> None:
         self.module, self.name, self.seam = module, name, seam
         self._slots = slots
 
     def describe(self) -> str:
         """One line for logs."""
-        where = f"module.{self.name}" if self.name else "module"
-        labels = ", labels" if self.conditional else ""
-        return f"{where}: {type(self.module).__name__}(x_t, time{labels})"
+        given = ["x_t", "time", *(["labels"] if self.conditional else []), *self.conditions]
+        return f"{where(self.name)}: {type(self.module).__name__}({', '.join(given)})"
 
     @property
     def conditional(self) -> bool:
         """Whether it is given labels."""
         return self._slots.labels is not None
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What else it is given for each sample; asked about others, it is given the same again."""
+        return tuple(text for _, text in self._slots.conditions)
 
     def of(self, root: nn.Module) -> Network:
         """The same network in a copy of the module that was searched."""
@@ -155,10 +117,13 @@ class Network:
             if labels is None:
                 raise ValueError(f"{self.describe()} is given labels, and there are none here.")
             like = leaves[slots.labels]
-            if like.is_floating_point():
+            if slots.one_hot:
                 leaves[slots.labels] = functional.one_hot(labels, like.shape[1]).to(like.dtype)
             else:
-                leaves[slots.labels] = labels.to(like.dtype)
+                leaves[slots.labels] = labels.to(like.dtype).reshape(-1, *like.shape[1:])
+        for k, _ in slots.conditions:
+            rows = torch.arange(len(xt), device=leaves[k].device) % len(leaves[k])
+            leaves[k] = leaves[k][rows]
         args, kwargs = pytree.tree_unflatten(leaves, slots.spec)
         return self.velocity(self.module(*args, **kwargs), xt, t)
 
@@ -192,38 +157,120 @@ def tensor_of(output: Any, shape: tuple[int, ...]) -> Tensor:
     return found
 
 
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why `x_1` of the batch is not what is trained on.
+
+    Attributes:
+        kind: "scaled": times `factor`; "reversed": it is, but time runs the other way than the
+            seam says; "other tensor": another tensor of the batch is; "encoded": what `module`
+            made of it is.
+        message: What was seen, and the cure.
+        factor: By which `x_1`, or what `module` made of it, is multiplied. None: by none.
+        module: Such as "module.vae", for "encoded".
+    """
+
+    kind: Literal["scaled", "reversed", "other tensor", "encoded"]
+    message: str
+    factor: float | None = None
+    module: str | None = None
+
+
+@dataclass
+class _Match:
+    """A call that fits."""
+
+    network: Network
+    leaves: list[Any]
+    reading: Reading
+    matched: str
+    x1: Tensor
+    call: tuple[Any, Any, Any] = (None, None, None)
+    diagnosis: Diagnosis | None = None
+    other: bool = False  # x_1 is neither that of what makes the targets nor that of the batch
+
+    @property
+    def line(self) -> str:
+        return velocity_line(self.network.name, self.leaves, self.reading)
+
+
+@dataclass
+class _Made:
+    """What a submodule returned: its name, the tensor if it still exists, its shape."""
+
+    name: str
+    tensor: weakref.ref[Tensor]
+    shape: tuple[int, ...]
+    alone: bool  # whether x_1 of the batch was all that it was given
+
+
 class NetworkSearch:
     """Watches the calls of one training step; see the module docstring.
 
     Args:
         root: The module.
-        seams: What may make its targets (`find_seams`).
-        x1: The samples of the batch, (B, *).
-        labels: Their classes, (B,), or None.
+        seams: What may make its targets (`find_seams`, `assumed_seams`).
+        candidates: Names and tensors that may be `x_1`, asked for at each call, best first: as it
+            was given to what makes the targets (`GIVEN`), as it was found in the batch, and other
+            floating-point tensors of the batch. The names are written into messages.
+        labels: The classes of the batch, (B,), or None.
+        conditions: What to do with a network that is given more for each sample than time and
+            labels: "refuse", the default, or "tile": it is given the same again, repeated or cut to
+            the number of samples it is asked about.
+        labels_name: How messages write the labels of a batch, default "batch[1]".
 
     Attributes:
-        found: The network, None so far.
-        call: The arguments, keyword arguments and output of its call.
+        compiled: Whether the whole training step is compiled, so that nothing is watched.
+        empty: Whether no submodule was called with gradients so far.
     """
 
     def __init__(
-        self, root: nn.Module, seams: Sequence[Seam], x1: Tensor, labels: Tensor | None
+        self,
+        root: nn.Module,
+        seams: Iterable[Seam],
+        candidates: Candidates,
+        labels: Tensor | None,
+        *,
+        conditions: Literal["refuse", "tile"] = "refuse",
+        labels_name: str = "batch[1]",
     ) -> None:
-        self.seams = [s for k, s in enumerate(seams) if not any(_alike(s, o) for o in seams[:k])]
-        self.x1, self.labels = x1.detach(), labels
-        self.seen: list[str] = []
-        self.found: Network | None = None
-        self.call: tuple[Any, Any, Any] | None = None
-        self._inside: nn.Module | None = None
-        self._problem = ""
-        # What is compiled in place has hooks compiled into it; a compiled copy has them outside.
+        self.root, self.labels = root, labels
+        self.seams: list[Seam] = []
+        self._makers = set()
+        for seam in seams:
+            self._makers.add(id(seam.place.object))
+            if not any(_alike(seam, other) for other in self.seams):
+                self.seams.append(seam)
+        self._candidates, self._conditions = candidates, conditions
+        self._labels_text = "None" if labels is None else labels_name
+        self.compiled = _is_compiled(root)
         self._hooks: list[Any] = []
-        names = {module: name for name, module in root.named_modules()}
-        for name, module in _eager(root):
-            enter = self._enter(names.get(module, name))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was seen, and looks again at the next step."""
+        self.stop()
+        self.empty = True
+        self._matches: list[_Match] = []
+        self._diagnoses: list[Diagnosis] = []
+        self._guess: Diagnosis | None = None
+        self._coupled = ""
+        self._goes_on: tuple[str, str] | None = None
+        self._lines: list[str] = []
+        self._shape: tuple[int, ...] = ()
+        self._inside: nn.Module | None = None
+        self._pending: _Match | None = None
+        self._made: list[_Made] = []
+        self._calls: list[tuple[int, bool]] = []
+        if self.compiled:
+            return
+        # What is compiled in place has hooks compiled into it; a compiled copy has them outside.
+        names = {module: name for name, module in self.root.named_modules()}
+        for name, module in _eager(self.root):
+            name = names.get(module, name)
             self._hooks += [
-                module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
-                module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+                module.register_forward_pre_hook(self._enter(name), with_kwargs=True, prepend=True),
+                module.register_forward_hook(self._leave(name), with_kwargs=True, always_call=True),
             ]
 
     def stop(self) -> None:
@@ -232,115 +279,375 @@ class NetworkSearch:
             hook.remove()
         self._hooks = []
 
+    @property
+    def _first(self) -> _Match | None:
+        return self._matches[0] if self._matches else None
+
+    @property
+    def found(self) -> Network | None:
+        """The network of the first call that fits, whether or not `result` refuses it."""
+        return self._first and self._first.network
+
+    @property
+    def matched(self) -> str | None:
+        """The name of the candidate that it fits."""
+        return self._first and self._first.matched
+
+    @property
+    def x1(self) -> Tensor | None:
+        """That candidate, (B, *), detached."""
+        return self._first and self._first.x1
+
+    @property
+    def call(self) -> tuple[Any, Any, Any] | None:
+        """The arguments, keyword arguments and output of that call."""
+        return self._first and self._first.call
+
     def result(self) -> Network:
         """The network.
 
         Raises:
-            ValueError: If none was found, with what was seen and the cure.
+            ValueError: If none was found, or not for sure, with what was seen and the cure.
         """
-        if self.found is not None:
-            return self.found
-        if self._problem:
-            raise ValueError(self._problem)
-        calls = "".join(f"\n  {line}" for line in self.seen[:8]) or " none with such a tensor"
+        first = self._first
+        if first is None:
+            raise ValueError(self._nothing())
+        others = {m.network.name: m for m in self._matches if m.network is not first.network}
+        if others:
+            fit = "".join(f"\n  {m.network.describe()}" for m in (first, *others.values()))
+            raise ValueError(
+                f"Several modules are given x_t and a time that fit x_1 of the batch:{fit}\n"
+                f"Say which is trained: {first.line}"
+            )
+        network = first.network
+        if self._goes_on is not None:
+            name, line = self._goes_on
+            raise ValueError(
+                f"{where(network.name)} is given x_t and time, but its answer goes on to "
+                f"{where(name)}, whose answer has the same shape. Say what the velocity is: {line}"
+            )
+        if network.conditions and self._conditions == "refuse":
+            raise ValueError(
+                f"{where(network.name)} is the network, but it is also given "
+                f"{' and '.join(network.conditions)}, which is not a label of the batch. An oracle "
+                "over all rows mixes samples of other conditions, which is not what such a model "
+                "is trained towards, and about other samples it cannot be asked without theirs. "
+                f"Say how: {first.line}; or, if the model ignores it, class_wise=False."
+            )
+        if first.other and first.diagnosis is not None:
+            raise ValueError(f"Expected x_1 to be trained on: {first.diagnosis.message}")
+        return network
+
+    def diagnosis(self) -> Diagnosis | None:
+        """Why `x_1` of the batch is not what is trained on; None if it is, or nothing tells."""
+        if self._first is not None:
+            return self._first.diagnosis
+        kinds = ("scaled", "reversed", "encoded")
+        return min(self._diagnoses, key=lambda found: kinds.index(found.kind), default=self._guess)
+
+    # -- messages -----------------------------------------------------------------------------
+
+    def _nothing(self) -> str:
+        """Why no network was found."""
+        start = "Found no network from which a velocity can be had: "
+        if self.compiled:
+            largest = max(
+                self.root.named_children(), key=lambda child: _size(child[1]), default=("net", None)
+            )
+            return (
+                f"{start}the training step of {type(self.root).__name__} is compiled as a whole, "
+                "and calls inside of what is compiled cannot be watched. Compile the network "
+                "alone, module.net = torch.compile(module.net), or say how to ask it: "
+                f"velocity=lambda module, xt, t, labels: module.{largest[0]}(xt, t)"
+            )
+        if self.empty:
+            return (
+                f"{start}the training step called no submodule with gradients. If it calls "
+                "the network by a function, say velocity=lambda module, xt, t, labels: "
+                "module.net(xt, t)"
+            )
+        calls = "".join(f"\n  {line}" for line in self._lines[:8]) or " none with such a tensor"
+        calls = f"Calls with a tensor of its shape, {self._shape}:{calls}\n"
+        why, diagnosis = self._coupled, self.diagnosis()
+        if not why and diagnosis is not None:
+            why = diagnosis.message
+        if why:
+            return f"{start}{why}\n{calls}"
         paths = ", ".join(repr(seam.path) for seam in self.seams)
-        raise ValueError(
-            "Found no network from which a velocity can be had: no call in the first training step "
-            f"was given x_t and a time that fit x_1 of the batch on {paths}. Calls with a tensor "
-            f"of its shape, {tuple(self.x1.shape)}:{calls}\n"
+        return (
+            f"{start}no call in the first training step was given x_t and a time that fit x_1 of "
+            f"the batch on {paths}. {calls}"
             "If training encodes, scales, flips or reorders x_1 itself, say find=... so that it "
             "is what is trained on; if the network is called in another way, say "
             "velocity=lambda module, xt, t, labels: module.net(xt, t, labels)."
         )
 
+    def _find(self, x1: str) -> str:
+        return f"find=lambda batch: ({x1}, {self._labels_text})"
+
+    # -- hooks --------------------------------------------------------------------------------
+
     def _enter(self, name: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if self.found is not None or self._inside is not None or not torch.is_grad_enabled():
+        @torch.no_grad()
+        def look(module: nn.Module, args: Any, kwargs: Any, trains: bool) -> None:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            candidates = [
+                (text, x1.detach())
+                for text, x1 in self._candidates()
+                if x1.is_floating_point() and x1.ndim > 1
+            ]
+            own = next((x1 for text, x1 in candidates if text != GIVEN), None)
+            alone = len(leaves) == 1 and own is not None and _is(leaves[0], own)
+            self._calls.append((len(self._made), alone))
+            if not trains or self._inside is not None:
                 return
-            with torch.no_grad():
-                if self._consider(module, name, args, kwargs):
-                    self._inside = module
+            self.empty = self.empty and module is self.root
+            if id(module) in self._makers or any(callable(leaf) for leaf in leaves):
+                return
+            self._pending = self._consider(module, name, args, leaves, spec, candidates)
+            if self._pending is not None:
+                self._inside = module
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            look(module, args, kwargs, torch.is_grad_enabled())
 
         return enter
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if module is self._inside:
-            self._inside = None
-            if self.call is None:
-                self.call = args, kwargs, output
+    def _leave(self, name: str) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            start, alone = self._calls.pop()
+            if isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 1:
+                # What is inside of a module that returns it is that module's.
+                shape = tuple(output.shape)
+                inside = [made for made in self._made[start:] if made.shape != shape]
+                made = _Made(name, weakref.ref(output), shape, alone)
+                self._made[start:] = [*inside, made]
+            if module is self._inside:
+                match, self._inside, self._pending = self._pending, None, None
+                if match is not None:
+                    self._take(match, args, kwargs, output)
+            elif self._matches and self._inside is None:
+                self._follow(module, name, args, kwargs, output)
 
-    def _consider(self, module: nn.Module, name: str, args: Any, kwargs: Any) -> bool:
-        """Whether this call is the network's; what is inside of it is not looked at."""
+        return leave
+
+    def _take(self, match: _Match, args: Any, kwargs: Any, output: Any) -> None:
+        """Adds a call that fits, unless its module is frozen or was called before."""
+        given = answers(output)
+        if given and not any(tensor.requires_grad for tensor in given):
+            return
+        match.call = args, kwargs, output
+        if not match.other:
+            self._matches = [known for known in self._matches if not known.other]
+        first = self._first
+        called = any(known.network.module is match.network.module for known in self._matches)
+        if not called and (first is None or first.other == match.other):
+            self._matches.append(match)
+
+    def _follow(self, module: nn.Module, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        """Takes note if the network's answer goes through another module with weights."""
+        first = self._matches[0]
+        slots, answer = first.reading.slots, first.call[2]
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        shape = tuple(self.x1.shape)
-        for slots in _candidates(leaves, spec, shape):
-            for seam in self.seams:
-                xt, t = seam.from_network(*slots.read(leaves))
-                if not _is_normal(seam.path, xt, t, self.x1):
-                    continue
-                where = f"module.{name}" if name else "module"
-                labels, problem = _conditioning(leaves, slots, self.labels, len(self.x1))
-                if problem:
-                    self._problem = (
-                        f"{where} is the network, but {problem}, so it cannot be asked about other "
-                        "samples. Say how: velocity=lambda module, xt, t, labels: ..."
+        if (
+            module is first.network.module
+            or not isinstance(output, Tensor)
+            or output.shape != first.x1.shape
+            or not any(leaf is answer for leaf in leaves)
+            or not any(True for _ in module.parameters())
+        ):
+            return
+        start, _, inner = first.line.partition("labels: ")
+        known = {id(answer): inner, id(first.leaves[slots.x]): "xt"}
+        if slots.time >= 0:
+            known[id(first.leaves[slots.time])] = "t"
+        given, named = pytree.tree_unflatten([known.get(id(leaf), "...") for leaf in leaves], spec)
+        parts = [*map(str, given), *(f"{key}={text}" for key, text in named.items())]
+        self._goes_on = name, f"{start}labels: {where(name)}({', '.join(parts)})"
+
+    # -- one call -----------------------------------------------------------------------------
+
+    def _consider(
+        self,
+        module: nn.Module,
+        name: str,
+        args: Any,
+        leaves: list[Any],
+        spec: Any,
+        candidates: list[tuple[str, Tensor]],
+    ) -> _Match | None:
+        """The match if this call is a network's; what is inside of it is not looked at."""
+        own = next(((text, x1) for text, x1 in candidates if text != GIVEN), None)
+        for text, x1 in candidates:
+            # x_t has the shape of x_1, and is not x_1 itself.
+            fits = [
+                reading
+                for reading in self._read(leaves, spec, tuple(x1.shape), x1)
+                if reading.noisy.fits(x1)
+            ]
+            if not fits:
+                continue
+            # Of several the one whose time says most: labels have fewer values.
+            reading = max(fits, key=lambda reading: reading.moments)
+            slots = conditioning(module, args, leaves, reading.slots, self.labels)
+            match = _Match(
+                Network(module, name, reading.seam, slots.kept(leaves)),
+                leaves,
+                replace(reading, slots=slots),
+                text,
+                x1,
+            )
+            if own is not None:
+                match.diagnosis = self._compare(match, *own)
+                match.other = text not in (GIVEN, own[0])
+            return match
+        if candidates and not self._matches:
+            self._note(module, name, args, leaves, spec, candidates)
+        return None
+
+    def _read(
+        self, leaves: list[Any], spec: Any, shape: tuple[int, ...] | None, x1: Tensor
+    ) -> Iterable[Reading]:
+        for reading in readings(leaves, spec, shape, len(x1), self.seams, self.labels):
+            if not _is(reading.slots.raw(leaves)[0], x1):
+                yield reading.coarser(x1.dtype)
+
+    def _compare(self, match: _Match, text: str, own: Tensor) -> Diagnosis | None:
+        """Why a call fits another candidate than `x_1` of the batch."""
+        if match.matched == text or (own.shape == match.x1.shape and match.reading.noisy.fits(own)):
+            return None
+        if match.matched != GIVEN:
+            return Diagnosis(
+                "other tensor",
+                f"{where(match.network.name)} is given x_t of {match.matched}, not of {text}. "
+                f"Say so: {self._find(match.matched)}",
+            )
+        factor = factor_of(match.x1, own)
+        if factor is not None:
+            return self._scaled(factor, f"{factor:g}", text)
+        for made in self._made:
+            tensor = made.tensor()
+            if tensor is not None:
+                factor = factor_of(match.x1, tensor)
+                if factor is not None:
+                    return self._encoded(made, factor, text)
+        return None
+
+    def _note(
+        self,
+        module: nn.Module,
+        name: str,
+        args: Any,
+        leaves: list[Any],
+        spec: Any,
+        candidates: list[tuple[str, Tensor]],
+    ) -> None:
+        """Keeps what a call that does not fit says about why."""
+        text, own = next((pair for pair in candidates if pair[0] != GIVEN), candidates[0])
+        self._shape = tuple(own.shape)
+        if any(isinstance(leaf, Tensor) and leaf.shape == own.shape for leaf in leaves):
+            given = ", ".join(short(leaf) for leaf in leaves[:6])
+            self._lines.append(f"{name or 'module'}: {type(module).__name__}({given})")
+        for _, x1 in candidates:
+            for reading in self._read(leaves, spec, tuple(x1.shape), x1):
+                lean = reading.noisy.leans(x1)
+                if lean and not self._coupled:
+                    self._coupled = self._depends(name, lean, reading.noisy.scale(x1))
+        for reading in self._read(leaves, spec, None, own):
+            noisy = reading.noisy
+            shape = tuple(noisy.xt.shape)
+            if shape == self._shape:
+                factor = noisy.scale(own)
+                if factor is not None:
+                    self._diagnoses.append(self._scaled(factor, f"about {factor:g}", text))
+                if replace(noisy, t=1 - noisy.t).fits(own):
+                    slots = conditioning(module, args, leaves, reading.slots, self.labels)
+                    turned = replace(reading, slots=slots)
+                    line = velocity_line(name, leaves, turned, turned="(1 - t)")
+                    self._diagnoses.append(
+                        Diagnosis(
+                            "reversed",
+                            f"{where(name)} fits x_1 of the batch if its time runs the other way "
+                            f"than {reading.seam.name} says. Say how to ask it: {line}",
+                        )
                     )
-                    return True
-                kept = _detached(leaves, (slots.x, slots.time, labels))
-                self.found = Network(module, name, seam, replace(slots, leaves=kept, labels=labels))
-                return True
-        if any(isinstance(leaf, Tensor) and leaf.shape == shape for leaf in leaves):
-            given = ", ".join(_short(leaf) for leaf in leaves[:6])
-            self.seen.append(f"{name or 'module'}: {type(module).__name__}({given})")
-        return False
+            before = [made for made in self._made if made.shape == shape]
+            for made in before:
+                tensor = made.tensor()
+                if tensor is None or _is(tensor, own) or tensor is leaves[reading.slots.x]:
+                    continue
+                factor = 1.0 if noisy.fits(tensor) else noisy.scale(tensor)
+                if factor is not None:
+                    self._diagnoses.append(self._encoded(made, factor, text))
+            if shape != self._shape and len({made.name for made in before}) == 1:
+                # It may be used in another way than as it is, or be gone.
+                self._guess = self._guess or self._encoded(before[0], 1.0, text)
+
+    def _depends(self, name: str, lean: float, factor: float | None) -> str:
+        """Why noise that is normal is not independent, empty if `x_1` is only scaled."""
+        if lean < 0 and factor is not None:
+            return ""
+        scaled = "" if factor is None else f" Or is x_1 scaled by {factor:g}?"
+        return (
+            f"{where(name)} is given x_t and a time that fit x_1 of the batch, but x_0 and x_1 are "
+            f"not independent, {lean:.1f} standard errors from it: a coupling?{scaled} The closed "
+            "form of the oracle holds for independent pairs only. Train from "
+            "x0 = torch.randn_like(x1)."
+        )
+
+    def _scaled(self, factor: float, about: str, text: str) -> Diagnosis:
+        return Diagnosis(
+            "scaled",
+            f"training scales x_1 by {about}. Say so: "
+            f"{self._find(f'{factor:g} * {_written(text)}')}",
+            factor,
+        )
+
+    def _encoded(self, made: _Made, factor: float, text: str) -> Diagnosis:
+        times = "" if factor == 1 else f"{factor:g} * "
+        latents = f"{times}{where(made.name)}"
+        find = self._find(f"{latents}({_written(text)})") if made.alone else "find=..."
+        bank = "latents" if self.labels is None else "latents, labels"
+        return Diagnosis(
+            "encoded",
+            f"training encodes x_1: what fits is {latents}(...), of shape {made.shape}. Say so, "
+            f"{find}, or give what is trained on: bank=LatentBank({bank})",
+            None if factor == 1 else factor,
+            where(made.name),
+        )
 
 
-def _candidates(leaves: list[Any], spec: Any, shape: tuple[int, ...]) -> list[_Slots]:
-    """All ways to read `x_t` and a time out of a call."""
-    found, size = [], shape[0]
-    for i, x in enumerate(leaves):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            continue
-        if len(shape) == 2 and tuple(x.shape) == (size, shape[1] + 1):
-            found.append(_Slots(spec, (), i, -1))
-        if tuple(x.shape) != shape:
-            continue
-        others = [j for j in range(len(leaves)) if j != i and _one_each(leaves[j], size)]
-        found += [_Slots(spec, (), i, j) for j in others]
-    return found
+def _written(text: str) -> str:
+    """A candidate's name as it can be pasted."""
+    return text if text.startswith("batch") else "batch[0]"
 
 
-def _one_each(leaf: Any, size: int) -> bool:
-    """Whether a leaf is one number for each of `size` samples."""
-    if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.dtype is torch.bool:
-        return False
-    return len(leaf) == size == leaf.numel()
+def _is(x: Any, x1: Tensor) -> bool:
+    """Whether a value is these data, at its own precision."""
+    return isinstance(x, Tensor) and x.shape == x1.shape and torch.equal(x, x1.to(x.dtype))
 
 
-def _conditioning(
-    leaves: list[Any], slots: _Slots, labels: Tensor | None, size: int
-) -> tuple[int | None, str]:
-    """The leaf that holds the labels, and what is wrong with the other tensors of a call."""
-    found = None
-    for k, leaf in enumerate(leaves):
-        if k in (slots.x, slots.time) or not isinstance(leaf, Tensor):
-            continue
-        if not leaf.ndim or len(leaf) != size or not leaf.numel():
-            continue  # EDM's labels have no columns where there are none
-        whole = leaf.shape == (size,) and not leaf.is_floating_point()
-        one_hot = leaf.ndim == 2 and leaf.is_floating_point() and bool((leaf.sum(1) <= 1).all())
-        if not (whole or one_hot) or found is not None or labels is None:
-            return None, f"it is also given {_short(leaf)}, which is not a label of the batch"
-        found = k
-    return found, ""
-
-
-def _detached(leaves: list[Any], taken: tuple[int | None, ...]) -> tuple[Any, ...]:
-    """The leaves as they are reused: of those that are replaced only the shape and type matter."""
-    return tuple(
-        (leaf[:1].clone() if k in taken else leaf).detach() if isinstance(leaf, Tensor) else leaf
-        for k, leaf in enumerate(leaves)
+def _alike(one: Seam, other: Seam) -> bool:
+    return (
+        type(one) is type(other)
+        and one.prediction == other.prediction
+        and one.convention == other.convention
+        and same_path(one.path, other.path)
     )
+
+
+def _is_compiled(root: nn.Module) -> bool:
+    """Whether the training step of a module is compiled as a whole."""
+    step = getattr(root, "training_step", None)
+    return (
+        getattr(root, "_compiler_ctx", None) is not None  # Lightning's, of torch.compile(module)
+        or getattr(root, "_compiled_call_impl", None) is not None  # module.compile()
+        or hasattr(step, "_torchdynamo_orig_callable")
+    )
+
+
+def _size(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(weight.numel() for weight in module.parameters())
 
 
 def _eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
@@ -353,14 +660,3 @@ def _eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
     for key, child in root.named_children():
         found += _eager(child, f"{name}.{key}" if name else key)
     return found
-
-
-def _alike(one: Seam, other: Seam) -> bool:
-    kinds = [(type(seam), seam.prediction, seam.convention) for seam in (one, other)]
-    return kinds[0] == kinds[1] and same_path(one.path, other.path)
-
-
-def _short(leaf: Any) -> str:
-    if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-    return type(leaf).__name__

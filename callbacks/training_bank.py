@@ -2,52 +2,36 @@
 
 A data module with a method `latent_bank()` that returns a `LatentBank` is asked for it instead. A
 data set with a method `fixed()` is read through what that returns: its samples without draws. Every
-other sample is read once, in order, by a loader of our own over the run's data set, with the run's
-collate function and batch-transfer hooks. The global random state is put back afterwards, and no
-generator of the run's loader or sampler is advanced, so training draws what it would have drawn.
+other sample that the run draws is read once, in order, by a loader of our own over the run's data
+set, with the run's collate function and batch-transfer hooks, the module being in evaluation mode.
+All random state is put back afterwards, so training draws what it would have drawn.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sized
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from stagewise.adapters.paths import same_path
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, find_checked, find_sample
+from stagewise.batches import FindSample, describe, find_checked, find_sample
 from stagewise.callbacks.checks import beside_training
+from stagewise.callbacks.drawn_rows import CURE, drawn_rows
+from stagewise.callbacks.undisturbed import undisturbed
 from stagewise.oracle import Oracle
 from stagewise.paths import Path
 
-__all__ = ["bank_from_trainer", "oracle_of_run", "read_rows", "shard_from_trainer"]
+__all__ = ["bank_from_trainer", "oracle_of_run", "read_rows", "same_samples", "shard_from_trainer"]
 
-_WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
-"""Samplers that come to every sample, in one epoch or another."""
-
-_CURE = (
-    "Give the bank yourself: PosteriorMonitor(LatentBank(x, labels)), or "
-    "LatentBank.from_batches(loader, num_rows)."
-)
+_READ_TWICE = 32  # samples: what changes one in ten is seen with a chance of 99.8 %
 
 
 def bank_from_trainer(
@@ -70,51 +54,63 @@ def bank_from_trainer(
         dtype: Storage; default that of the samples.
 
     Returns:
-        The bank; that of the data module, if it has one. A data set that augments at random gives
-        one draw of each sample, with a warning. One that draws from a generator of its own, hidden
-        in the data set, is advanced by reading.
+        The bank; that of the data module, if it has one. Its rows are those that the sampler draws
+        (`drawn_rows`). A data set that augments at random gives one draw of each, with a warning.
 
     Raises:
-        ValueError: If the loader cannot be read twice or has no length, with the cure.
+        ValueError: If the loader cannot be read twice or has no length, or its batches are no rows
+            of a bank, with the cure.
         MemoryError: See `LatentBank.from_batches`.
     """
     own = _own(trainer, "latent_bank")
     if own is not None:
         return own
     loader, dataset = _map_style(trainer.train_dataloader)
-
-    batches = partial(_batches, trainer, pl_module, loader)
-    with isolate_rng(), torch.no_grad():
-        few = Subset(dataset, range(min(16, len(dataset))))
+    # Labels that are not asked for may be in some batches and not in others.
+    taken = find if class_wise else lambda batch: (find_checked(find, batch)[0], None)
+    with undisturbed(pl_module, loader, find):
+        rows = drawn_rows(trainer, loader, say=True)
+        step = -(-len(rows) // _READ_TWICE)
+        twice = [few for few in _batches(loader, rows[::step]) for _ in range(2)]
         # Never here if the run has workers: a file that a data set opens when it is first read
         # would be handed on to every worker forked later.
-        workers = min(1, loader.num_workers)
-        once, again = (
-            torch.cat([find_checked(find, batch)[0] for batch in batches(few, workers)])
-            for _ in range(2)
+        one = min(1, loader.num_workers)
+        read = list(_samples(trainer, pl_module, loader, dataset, twice, taken, one, seed=1))
+        once, again = (torch.cat([x1.detach().cpu() for x1, _ in read[k::2]]) for k in range(2))
+        samples = _samples(
+            trainer, pl_module, loader, dataset, _batches(loader, rows), taken, loader.num_workers
         )
-        if not torch.equal(once.nan_to_num(), again.nan_to_num()):
-            rank_zero_warn(
-                "The training set gives other values of x_1 each time it is read (augmentation, "
-                "or latents resampled from mean and std). The bank holds one draw of each sample: "
-                "the navigation stage is measured well, but x_1 of a training batch is not a bank "
-                "row, so do not use this bank for training targets."
-            )
         with tqdm(
-            total=len(dataset),
+            total=len(rows),
             desc="stagewise: reading the bank",
             unit="row",
             disable=not trainer.is_global_zero,
         ) as bar:
-            return LatentBank.from_batches(
-                batches(dataset, loader.num_workers),
-                len(dataset),
-                find=find,
+            bank = LatentBank.from_batches(
+                samples,
+                len(rows),
+                find=lambda sample: sample,
                 dtype=dtype,
-                class_wise=class_wise,
                 copies=trainer.num_devices,
                 advance=lambda done: bar.update(done - bar.n),
             )
+    # Within a pass nothing is seeded again; between two the workers are, if not as in training.
+    if not (torch.equal(once, again) and _holds(bank, range(0, len(rows), step), once)):
+        rank_zero_warn(
+            "The training set gives other values of x_1 each time it is read (augmentation, or "
+            "latents resampled from mean and std). The bank holds one draw of each sample: the "
+            "navigation stage is measured well, but x_1 of a training batch is not a bank row, so "
+            "do not use this bank for training targets."
+        )
+    return bank
+
+
+def _holds(bank: LatentBank, places: range, x1: Tensor) -> bool:
+    """Whether samples read again are the rows at their places, up to the bank's rounding."""
+    at = torch.tensor(places)
+    rows = bank.take(at if bank.index is None else torch.argsort(bank.index)[at]).double()
+    off = (rows - x1.flatten(1).double()).abs().max()
+    return bool(off <= 4 * torch.finfo(bank.dtype).eps * x1.abs().max())
 
 
 def shard_from_trainer(trainer: pl.Trainer) -> LatentBank:
@@ -177,18 +173,41 @@ def read_rows(
         ValueError: If the loader cannot be read twice or has no length.
     """
     loader, dataset = _map_style(loader)
-    chosen = np.random.default_rng(seed).permutation(len(dataset))[:count]
-    part = Subset(dataset, np.sort(chosen).tolist())
-    with isolate_rng(), torch.no_grad():
-        for reseed in (random.seed, np.random.seed, torch.manual_seed):
-            reseed(seed)
-        found = [
-            find_checked(find, batch)
-            for batch in _batches(trainer, pl_module, loader, part, min(1, loader.num_workers))
-        ]
-    x1 = torch.cat([x.detach().cpu() for x, _ in found])
+    with undisturbed(pl_module, loader, find, seed=seed):
+        rows = drawn_rows(trainer, loader, say=False)
+        chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+        batches = _batches(loader, [rows[place] for place in np.sort(chosen)])
+        one = min(1, loader.num_workers)
+        found = list(_samples(trainer, pl_module, loader, dataset, batches, find, one, seed))
     labels = [label.cpu() for _, label in found if label is not None]
-    return x1, torch.cat(labels) if len(labels) == len(found) else None
+    return torch.cat([x.detach().cpu() for x, _ in found]), torch.cat(labels) if labels else None
+
+
+def same_samples(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    bank: LatentBank,
+    *,
+    find: FindSample = find_sample,
+    seed: int = 0,
+) -> bool:
+    """Whether the training loader of now draws what a bank holds.
+
+    For a run that replaces its loader (`trainer.train_dataloader is not before`). Where samples are
+    augmented no loader does.
+
+    Args:
+        trainer: A running trainer.
+        pl_module: Its module.
+        bank: What was read from an earlier loader.
+        find: From a batch to `(x_1, labels or None)`.
+        seed: Of the choice of the samples that are looked up, default 0.
+
+    Raises:
+        ValueError: If the loader cannot be read.
+    """
+    x1, _ = read_rows(trainer, pl_module, trainer.train_dataloader, 8, find=find, seed=seed)
+    return tuple(x1.shape[1:]) == bank.shape and bool((bank.find(x1) >= 0).all())
 
 
 def oracle_of_run(
@@ -225,60 +244,85 @@ def oracle_of_run(
     return Oracle(beside_training(given, trainer), path)
 
 
-def _batches(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Any, dataset: Any, num_workers: int
-) -> Iterator[Any]:
-    """The batches of a data set, read by a loader of our own and moved as in training."""
+def _batches(loader: DataLoader[Any], rows: Sequence[int]) -> BatchSampler:
+    """Rows in order, in batches of the run's size."""
+    return BatchSampler(rows, getattr(loader.batch_sampler, "batch_size", None) or 64, False)
+
+
+def _samples(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    loader: DataLoader[Any],
+    dataset: Any,
+    batches: Iterable[list[int]],
+    find: FindSample,
+    workers: int,
+    seed: int = 0,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """`x_1` and labels of batches of rows, read by a loader of our own and moved as in training.
+
+    Raises:
+        ValueError: If they are not one `x_1` for each row, all of one shape, with labels or all
+            without, with the cure.
+    """
     reader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_size=getattr(loader.batch_sampler, "batch_size", None) or 64,
+        batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=loader.collate_fn,
-        num_workers=num_workers,
-        worker_init_fn=loader.worker_init_fn if num_workers else None,
-        multiprocessing_context=loader.multiprocessing_context if num_workers else None,
-        generator=torch.Generator(),
+        num_workers=workers,
+        worker_init_fn=loader.worker_init_fn if workers else None,
+        multiprocessing_context=loader.multiprocessing_context if workers else None,
+        generator=torch.Generator().manual_seed(seed),
     )
-    for batch in reader:
+    read, first = iter(reader), None
+    for rows in batches:
+        try:
+            batch = next(read)
+        except RuntimeError as error:
+            raise ValueError(
+                "The training set cannot be read in its own order, samples "
+                f"{rows[0]} to {rows[-1]}: {str(error).strip().splitlines()[-1]}. {CURE}"
+            ) from error
         # The same three steps as in Lightning's training loop.
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        x1, labels = find_checked(find, trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+        first = first or (x1, labels)
+        if len(x1) != len(rows):
+            raise ValueError(
+                f"Expected an x_1 of each of {len(rows)} samples ({rows[0]} to {rows[-1]}), got "
+                f"{describe(x1)}; the first batch gave {describe(first[0])}. If the collate "
+                f"function or `find` leaves samples out, or makes several of one: {CURE}"
+            )
+        if x1.shape[1:] != first[0].shape[1:]:
+            raise ValueError(
+                f"Expected x_1 of one shape, got {describe(first[0])} in the first batch and "
+                f"{describe(x1)} in that of samples {rows[0]} to {rows[-1]}. Pad or crop all to "
+                f"one shape in the collate function or in `find`. {CURE}"
+            )
+        if (labels is None) != (first[1] is None):
+            raise ValueError(
+                "Expected labels in all batches or in none, got some in one and none in another, "
+                f"{describe(batch)} of samples {rows[0]} to {rows[-1]}. Say which: "
+                "find=lambda batch: (batch[0], None) for none."
+            )
+        yield x1, labels
 
 
 def _map_style(loader: Any) -> tuple[DataLoader[Any], Any]:
     """The loader and the data set whose every item is one training sample."""
     if not isinstance(loader, DataLoader):
         raise ValueError(
-            f"Expected one DataLoader for training, got {type(loader).__name__}. {_CURE}"
+            f"Expected one DataLoader for training, got {type(loader).__name__}. {CURE}"
         )
     if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
         raise ValueError(
             "The training set is iterable and has no length, and reading it for the bank would "
-            f"take samples from training. {_CURE}"
+            f"take samples from training. {CURE}"
         )
     if loader.batch_sampler is None:
         raise ValueError(
-            f"The training loader does no batching of its own (batch_size=None). {_CURE}"
+            f"The training loader does no batching of its own (batch_size=None). {CURE}"
         )
-    data = loader.dataset
-    fixed = getattr(data, "fixed", None)
-    if callable(fixed):
-        data = fixed()
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    # Under several processes Lightning wraps a sampler that it does not know.
-    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
-    size = len(loader.dataset)
-    if isinstance(sampler, SubsetRandomSampler):
-        return loader, Subset(data, list(sampler.indices))
-    if isinstance(sampler, WeightedRandomSampler):
-        rank_zero_warn(
-            "The training loader draws its samples with weights. The bank holds each sample once, "
-            "so its posterior is that of unweighted training."
-        )
-    elif not isinstance(sampler, _WHOLE) and isinstance(sampler, Sized) and len(sampler) != size:
-        rank_zero_warn(
-            f"The sampler of the training loader, {type(sampler).__name__}, draws {len(sampler)} "
-            f"of {size} samples, and the bank holds all {size}. If the others are never trained "
-            f"on, leave them out: torch.utils.data.Subset. {_CURE}"
-        )
-    return loader, data
+    fixed = getattr(loader.dataset, "fixed", None)
+    return loader, fixed() if callable(fixed) else loader.dataset

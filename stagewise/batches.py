@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,8 +189,10 @@ def unused_in(batch: Any, x1: Tensor, labels: Tensor | None) -> list[str]:
     x1_at = next((place for place, value in leaves if _equal(value, x1)), "batch[0]")
     lines = []
     for place, value in leaves:
-        whole = _as_labels(value, len(x1), booleans=True)
-        one_hot = value.argmax(1) if _is_one_hot(value) else None
+        whole = _as_labels(
+            torch.as_tensor(value) if _is_numbers(value) else value, len(x1), booleans=True
+        )
+        one_hot = value.int().argmax(1) if _is_one_hot(value) else None
         if place == x1_at or any(
             _equal(form, used)
             for form, used in ((value, x1), (whole, labels), (one_hot, labels))
@@ -204,19 +207,25 @@ def unused_in(batch: Any, x1: Tensor, labels: Tensor | None) -> list[str]:
     return lines
 
 
+def _is_numbers(value: Any) -> bool:
+    """Whether it is integers that torch reads though it is no tensor."""
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(one, int) for one in value)
+    return isinstance(value, np.ndarray) and value.dtype.kind in "iub"
+
+
 def _as_cure(place: str, value: Any, whole: bool) -> str | None:
     """The expression that makes labels of a value that may be meant as such."""
     if whole:
-        return place
+        return f"torch.as_tensor({place})" if _is_numbers(value) else place
     if _is_one_hot(value):
-        return f"{place}.argmax(1)"
+        return f"{place}{'.int()' if value.dtype == torch.bool else ''}.argmax(1)"
     if isinstance(value, Tensor):
         flat = value.ndim == 1 or value.shape[1:] == (1,)
         return f"{place}.round()" if flat and value.is_floating_point() else None
     if isinstance(value, (tuple, list)) and isinstance(value[0], str):
         return f"torch.tensor([CLASSES.index(name) for name in {place}])"
-    numbers = isinstance(value, (tuple, list)) and isinstance(value[0], int)
-    return f"torch.as_tensor({place})" if numbers or hasattr(value, "__array__") else None
+    return None
 
 
 def _leaves(value: Any, place: str, length: int) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,250 @@
+"""Which rows of a data set a loader draws: the bank of a run holds these and no others.
+
+A sampler that is known to shuffle says it itself. Any other one is copied, and the copy is looked
+at for two epochs. Rows that both draw are what is trained on. If the second epoch repeats the first
+in order, a limit on the batches of an epoch leaves rows out for good.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+__all__ = ["CURE", "drawn_rows"]
+
+CURE = (
+    "Give the bank yourself: PosteriorMonitor(LatentBank(x, labels)), or "
+    "LatentBank.from_batches(loader, num_rows)."
+)
+
+_UNWEIGHTED = "The bank holds each sample once, so its posterior is that of unweighted training."
+
+_LONGEST = 4  # times the data set is how far a sampler without an end is looked at
+
+
+class _Drawn(NamedTuple):
+    """The rows, the batches of an epoch, the samples in a batch of all ranks, and what to warn of.
+
+    A sampler with an end has no `looked`, the number of draws that were looked at.
+    """
+
+    rows: Sequence[int]
+    batches: float
+    per_batch: float
+    warnings: Sequence[str] = ()
+    looked: int = 0
+
+
+def drawn_rows(trainer: pl.Trainer, loader: DataLoader[Any], *, say: bool) -> Sequence[int]:
+    """The rows of its data set that a loader draws, on any rank and in any epoch.
+
+    To be called within `undisturbed`, because a copy of the sampler draws.
+
+    Those of the training loader are fewer where `overfit_batches` or `limit_train_batches` cuts
+    epochs that are all alike; `fast_dev_run` is no training and cuts nothing.
+
+    Args:
+        trainer: A running trainer.
+        loader: One of its loaders, over a data set with a length. Nothing of it is advanced.
+        say: Whether to warn where a bank of these rows is not what is trained on.
+
+    Returns:
+        Positions in the data set, ascending, each once, but as listed by a `SubsetRandomSampler`.
+        All of them where it cannot be told.
+
+    Raises:
+        ValueError: If it draws something else than positions, or nothing, with the cure.
+    """
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    training = loader is trainer.train_dataloader and not trainer.fast_dev_run
+    limit = trainer.num_training_batches if training else math.inf
+    drawn = _known(trainer, loader, size, limit) or _looked_at(trainer, loader, size, limit)
+    if not drawn.rows:
+        raise ValueError(f"Expected a loader that draws samples, got one that draws none. {CURE}")
+    if say:
+        if len(drawn.rows) < size:
+            rank_zero_info(f"Training draws {len(drawn.rows)} of {size} samples: the bank's rows.")
+        if drawn.looked:
+            rank_zero_info(f"The sampler has no end: {drawn.looked} of its draws were looked at.")
+        for warning in drawn.warnings:
+            rank_zero_warn(f"The training loader draws {warning}")
+        if training:
+            _say_if_few(trainer, drawn)
+    return drawn.rows
+
+
+def _known(trainer: pl.Trainer, loader: DataLoader[Any], size: int, limit: float) -> _Drawn | None:
+    """What samplers of torch draw that shuffle."""
+    whole = loader.batch_sampler
+    if type(whole) is not BatchSampler:
+        return None
+    sampler: Any = whole.sampler
+    # Under several processes Lightning wraps a sampler that it does not know.
+    inner: Any = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+    rows: Sequence[int]
+    warnings = []
+    if type(inner) is SubsetRandomSampler:
+        rows = _positions(inner.indices, size)
+    elif type(inner) is WeightedRandomSampler:
+        weights = inner.weights[:size]
+        rows = weights.nonzero()[:, 0].tolist()
+        if (weights[rows] != weights.max()).any():
+            warnings.append(f"its samples with weights. {_UNWEIGHTED}")
+    elif type(inner) is RandomSampler:
+        rows = range(min(size, len(inner.data_source)))
+    elif type(inner) is DistributedSampler and inner.shuffle:
+        rows = range(min(size, len(inner.dataset)))  # type: ignore[arg-type]
+    else:
+        return None
+    batches = min(len(whole), limit)
+    samples = min(batches * whole.batch_size, len(sampler)) * trainer.world_size
+    return _Drawn(rows, batches, samples / batches, warnings)
+
+
+def _looked_at(trainer: pl.Trainer, loader: DataLoader[Any], size: int, limit: float) -> _Drawn:
+    """What copies of the batch sampler, one for each rank, draw in two epochs."""
+    whole: Any = loader.batch_sampler
+    plain = type(whole) is BatchSampler
+    name = type(whole.sampler if plain else whole).__name__
+    ranks = _ranks(trainer, whole)
+    try:
+        looks = [
+            _two_epochs(loader, rank, trainer.current_epoch, _LONGEST * size) for rank in ranks
+        ]
+    except Exception as error:  # a watcher does not stop a run for a sampler that works in it
+        warning = (
+            f"with {name}, which cannot be copied and looked at ({type(error).__name__}: {error}). "
+            f"The bank holds all {size} samples. {CURE}"
+        )
+        return _Drawn(range(size), limit, math.inf, [warning])
+    first, second = (
+        [[_positions(batch, size) for batch in look[epoch]] for look in looks] for epoch in (0, 1)
+    )
+    looked = sum(map(len, first[0]))
+    looked = looked if looked >= _LONGEST * size else 0
+    cut = [batches[: None if math.isinf(limit) else int(limit)] for batches in first]
+    if first == second:
+        first = second = cut
+    times, others = (Counter(chain(*chain(*epoch))) for epoch in (first, second))
+    rows: Sequence[int] = sorted(times)
+    warnings = []
+    if times.keys() != others.keys():
+        rows = range(size)
+        if len(times | others) < size:
+            warnings.append(
+                f"{len(times)} of {size} samples in one epoch and {len(others)} in the next, not "
+                f"the same ones ({name}). The bank holds all {size}. If some are never trained on, "
+                "leave them out: torch.utils.data.Subset(dataset, indices)."
+            )
+    # A plain sequence is the same on all ranks.
+    elif len(ranks) < trainer.world_size and not (plain and name == SequentialSampler.__name__):
+        if len(rows) < size:
+            warnings.append(
+                f"{len(rows)} of {size} samples on this process ({name}), and what other processes "
+                f"draw is not known. The bank holds all {size}. {CURE}"
+            )
+        rows = range(size)
+    if _is_uneven(list(times.values()), bool(looked), len(ranks)):
+        warnings.append(
+            f"some samples more often than others, up to {max(times.values())} times in "
+            f"{f'{looked} draws' if looked else 'an epoch'} ({name}). {_UNWEIGHTED}"
+        )
+    batches = max(map(len, cut))
+    samples = sum(len(batch) for batch in chain(*cut)) * trainer.world_size / len(ranks)
+    return _Drawn(rows, limit if looked else batches, samples / max(batches, 1), warnings, looked)
+
+
+def _ranks(trainer: pl.Trainer, whole: Any) -> Sequence[int | None]:
+    """The ranks that a batch sampler serves; None for one that does not know its rank."""
+    if trainer.world_size == 1 or not any(hasattr(part, "rank") for part in _parts(whole)):
+        return [None]
+    return range(trainer.world_size)
+
+
+def _parts(whole: Any) -> list[Any]:
+    """A batch sampler and what it draws from."""
+    return [whole, getattr(whole, "sampler", None)]
+
+
+def _two_epochs(loader: DataLoader[Any], rank: int | None, epoch: int, most: int) -> list[Any]:
+    """The batches of two epochs, each as far as `most` draws."""
+    data = loader.dataset
+    whole = copy.deepcopy(loader.batch_sampler, {id(data): data})
+    epochs = []
+    for number in (epoch, epoch + 1):
+        for part in _parts(whole):
+            if rank is not None and hasattr(part, "rank"):
+                part.rank = rank
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(number)
+        batches: list[Any] = []
+        drawn = 0
+        for batch in whole:  # type: ignore[union-attr]
+            batches.append(batch)
+            drawn += len(batch)
+            if drawn >= most:
+                break
+        epochs.append(batches)
+    return epochs
+
+
+def _positions(indices: Any, size: int) -> list[int]:
+    """Indices as positions from 0."""
+    try:
+        found = [operator.index(index) for index in indices]
+    except TypeError:
+        raise ValueError(
+            f"Expected a sampler of positions in the data set, got {indices[0]!r}. {CURE}"
+        ) from None
+    if found and not -size <= min(found) <= max(found) < size:
+        raise ValueError(
+            f"Expected a sampler of positions below {size}, the length of the data set, got "
+            f"{max(found, key=abs)}. {CURE}"
+        )
+    return [index % size for index in found]
+
+
+def _is_uneven(times: list[int], endless: bool, ranks: int) -> bool:
+    """Whether samples are drawn with weights, seen from how often each was."""
+    if not times:
+        return False
+    if endless:
+        # Draws with replacement, all alike, vary by as much as their mean.
+        mean = sum(times) / len(times)
+        return sum((number - mean) ** 2 for number in times) / len(times) > 2 * mean
+    # Each rank but one may draw a sample again, so that all have as many.
+    return sum(times) - min(times) * len(times) >= ranks
+
+
+def _say_if_few(trainer: pl.Trainer, drawn: _Drawn) -> None:
+    """Says it if the whole training draws fewer samples than there are rows."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    steps = math.inf
+    if trainer.max_steps != -1 and trainer.lightning_module.automatic_optimization:
+        steps = trainer.max_steps * trainer.accumulate_grad_batches
+    draws = drawn.per_batch * min(epochs * drawn.batches, steps)
+    if draws >= len(drawn.rows):
+        return
+    cut = drawn.batches < len(drawn.rows) // drawn.per_batch
+    (rank_zero_warn if cut else rank_zero_info)(
+        f"The training loader draws {draws:.0f} samples in the whole training, and the bank holds "
+        f"the {len(drawn.rows)} that may come up. The boundary is that of training on all of them. "
+        "Train for longer, or on fewer: torch.utils.data.Subset(dataset, indices)."
+    )

@@ -1,0 +1,100 @@
+"""Reading data in the middle of a run without a trace in what the run draws afterwards."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+__all__ = ["undisturbed"]
+
+
+@contextmanager
+def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None]:
+    """Puts back every generator of a run, and the mode of every submodule.
+
+    Within it all of them start from the same seed, so that what draws gives the same on every rank
+    and each time; gradients are off, and the module is in evaluation mode.
+
+    Args:
+        module: The run's, through which data may pass, as in a `find` that encodes.
+        others: What else may hold a generator: loader, functions.
+        seed: Of all generators, default 0.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    kept = [(generator, _state(generator)) for generator in _generators([module, *others])]
+    with isolate_rng(), torch.no_grad():
+        try:
+            module.eval()
+            for reseed in (random.seed, np.random.seed, torch.manual_seed):
+                reseed(seed)
+            for generator, _ in kept:
+                _reseed(generator, seed)
+            yield
+        finally:
+            for part, mode in modes:
+                part.training = mode
+            for generator, state in kept:
+                _restore(generator, state)
+
+
+def _generators(roots: list[Any]) -> list[Any]:
+    """All generators within reach: data sets, transforms and closures hide theirs anywhere."""
+    kinds = {torch.Generator, random.Random, np.random.RandomState}
+    kinds.update(np.random.BitGenerator.__subclasses__())
+    found, seen, ahead = [], set(), roots
+    while ahead:
+        value = ahead.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if type(value) in kinds:
+            found.append(value)
+        elif isinstance(value, FunctionType):
+            # From the names of a module one would come to everything that is imported anywhere.
+            beside = value.__globals__.values()
+            ahead += [one for one in beside if type(one) in {*kinds, np.random.Generator}]
+            ahead += [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)]
+        # Long lists are the samples.
+        elif not isinstance(value, (ModuleType, Tensor)) and not (
+            type(value) in (list, tuple, dict) and len(value) > 1000
+        ):
+            ahead += gc.get_referents(value)
+    return found
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, np.random.BitGenerator):
+        return generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _restore(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.BitGenerator):
+        generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _reseed(generator: Any, seed: int) -> None:
+    if isinstance(generator, np.random.BitGenerator):
+        generator.state = type(generator)(seed).state
+    elif isinstance(generator, np.random.RandomState):
+        # Its bits come from a generator of their own; this is what it may hold back.
+        generator.set_state(generator.get_state(legacy=False) | {"has_gauss": 0, "gauss": 0.0})
+    elif isinstance(generator, random.Random):
+        generator.seed(seed)
+    else:
+        generator.manual_seed(seed)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.oracle import Labels, check_times
+from stagewise.adapters.base import parts
+from stagewise.oracle import Labels, Times, as_times, check_times
 from stagewise.paths import (
     STAGEWISE,
     Convention,
@@ -29,6 +30,7 @@ from stagewise.paths import (
     unlike,
 )
 from stagewise.schemes import Phases, Scheme
+from stagewise.schemes.checks import check_conditions
 from stagewise.timesteps import TimestepSampler, Uniform
 
 __all__ = ["FlowMatchingLoss", "LossRecord"]
@@ -110,6 +112,7 @@ class FlowMatchingLoss(nn.Module):
         self.convention = convention
         self.scheme = scheme
         self.last: LossRecord | None = None
+        self._asked: Scheme | Phases | None = None
 
     def forward(
         self,
@@ -117,7 +120,7 @@ class FlowMatchingLoss(nn.Module):
         x1: Tensor,
         *args: Any,
         x0: Tensor | None = None,
-        t: Tensor | None = None,
+        t: Times | None = None,
         generator: torch.Generator | None = None,
         part: tuple[int, int] = (0, 1),
         classes: Labels | None = None,
@@ -131,7 +134,8 @@ class FlowMatchingLoss(nn.Module):
             x1: Data, (B, *), floating point.
             *args: Passed on to the model, for example labels.
             x0: Noise, (B, *); default drawn.
-            t: Times in [0, 1], (B,), t = 0 is noise; default drawn by the sampler.
+            t: Times in [0, 1], (B,), t = 0 is noise; default drawn by the sampler, in float32. The
+                model is given drawn times in the default dtype.
             generator: For the draws, on the device of `x1`; default torch's global one.
             part: (r, R): noise and times are drawn for a batch of R B samples, of which this one
                 has every R-th, from r on. With a generator in the same state on each of R ranks
@@ -146,10 +150,15 @@ class FlowMatchingLoss(nn.Module):
             A scalar in float32, with gradient.
 
         Raises:
-            ValueError: If the shapes of `t`, `x0`, the weight or the model's output do not fit; and
-                as a call of the scheme, whose first one does what `Scheme.check` does.
+            ValueError: If the shapes of `t`, `x0`, the weight or the model's output do not fit, or
+                the model is given conditions that the scheme's target ignores; and as a call of the
+                scheme, whose first one does what `Scheme.check` does.
         """
         scheme = self.scheme if self.training else None
+        if scheme is not None and scheme is not self._asked:
+            for each in parts(scheme):
+                check_conditions(each, (*args, kwargs), (), len(x1))
+            self._asked = scheme
         (first, step), count = part, part[1] * len(x1)
         if x0 is None:
             x0 = torch.randn(
@@ -160,6 +169,11 @@ class FlowMatchingLoss(nn.Module):
             if scheme is not None and scheme.draws_timesteps:
                 timesteps = scheme.timesteps
             t = timesteps.sample(count, device=x1.device, generator=generator)[first::step]
+            told_in = torch.get_default_dtype()
+        else:
+            t = as_times(t, x1)
+            told_in = t.dtype
+            t = t.to(torch.promote_types(t.dtype, torch.float32))
         check_times(t, len(x1))
         if x0.shape != x1.shape:
             raise ValueError(
@@ -173,7 +187,7 @@ class FlowMatchingLoss(nn.Module):
             added = scheme(
                 y, xt=xt, t=t, x1=x1, labels=classes, source=source, prediction=self.prediction
             )
-        output = model(xt, self.convention.from_t(t), *args, **kwargs)
+        output = model(xt, self.convention.from_t(t).to(told_in), *args, **kwargs)
         if output.shape != x1.shape:
             raise ValueError(
                 f"Expected the model to return the shape of `x1`, {tuple(x1.shape)}, got "

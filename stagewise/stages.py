@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,6 +42,9 @@ __all__ = [
 STATISTICS = ("top1", "entropy", "ess", "source_weight", "target_difference")
 """What is measured per query: largest weight, entropy in nats, effective sample size, weight of
 the source row, and the mean over the D numbers of (conditional - oracle velocity)^2."""
+
+
+_STRATA, _QUERIES = 24, 64
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,10 @@ class StageCurve:
     def measure(
         cls,
         oracle: Oracle,
-        t: Tensor,
+        t: Tensor | None = None,
         *,
         seed: int | tuple[int, ...] = 0,
-        class_wise: bool = False,
+        class_wise: bool | Literal["auto"] = "auto",
         device: torch.device | str | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -101,11 +105,12 @@ class StageCurve:
 
         Args:
             oracle: Bank and path.
-            t: Time of each query, (T, Q); see `stratified_times`.
+            t: Time of each query, (T, Q); see `stratified_times`. Default: 64 in each of 24 strata,
+                half of which lie near the predicted boundary if that is near an end.
             seed: Of the rows and the noise; the same seed gives the same queries on every device,
                 rank and number of ranks. Default 0. No global generator is touched.
             class_wise: Whether the posterior is over the rows of the query's own class, default
-                False.
+                "auto": if the bank has classes.
             device: Where to compute; default where the bank lies.
             rank: With `world_size` above 1 only every `world_size`-th query, from `rank` on, is
                 computed and the others are left 0: sum `values` over the ranks.
@@ -119,6 +124,13 @@ class StageCurve:
             ValueError: If `t` has another shape or leaves [0, 1], or `class_wise` is asked of a
                 bank without labels.
         """
+        if class_wise == "auto":
+            class_wise = bool(oracle.bank.classes)
+        if t is None:
+            predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=class_wise)
+            t = stratified_times(stage_edges(predicted, _STRATA), _QUERIES, seed=seed)
+            # Rows that do not depend on the times.
+            seed = (*seed, 1) if isinstance(seed, tuple) else (seed, 1)
         if t.ndim != 2:
             raise ValueError(f"Expected `t` with shape (T, Q), got {tuple(t.shape)}.")
         check_times(t.flatten(), t.numel())

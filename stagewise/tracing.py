@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["untraced"]
+__all__ = ["caller_level", "untraced"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,3 +33,11 @@ def untraced(function: F) -> F:
         return eager[0](*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def caller_level() -> int:
+    """The `stacklevel` of a warning that is about the caller of an untraced method, made below it."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename != __file__:
+        frame, level = frame.f_back, level + 1
+    return level + 1

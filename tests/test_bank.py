@@ -86,7 +86,7 @@ def test_no_copy_without_labels_and_itself_on_its_device():
             "floating-point `x`, got torch.u",
         ),
         (torch.zeros(4, 3), torch.zeros(3).long(), ValueError, r"`labels` with shape \(4,\)"),
-        (torch.zeros(4, 3), torch.zeros(4), TypeError, "integer `labels`"),
+        (torch.zeros(4, 3), torch.full((4,), 0.5), ValueError, "integer `labels`.*not all whole"),
     ],
 )
 def test_bad_banks_are_refused(x, labels, error, message):

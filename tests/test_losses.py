@@ -108,8 +108,8 @@ def test_low_precision_input(dtype):
 
 def test_bad_shapes_are_refused():
     loss_fn, x1 = FlowMatchingLoss(), torch.randn(8, 4)
-    with pytest.raises(ValueError, match=r"`t` with shape \(8,\), got \(8, 1\)"):
-        loss_fn(lambda xt, t: xt, x1, t=torch.rand(8, 1))
+    with pytest.raises(ValueError, match=r"`t` with shape \(8,\), got \(4, 2\)"):
+        loss_fn(lambda xt, t: xt, x1, t=torch.rand(4, 2))
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         loss_fn(lambda xt, t: xt, x1, t=torch.full((8,), 500.0))
     with pytest.raises(ValueError, match="`x0` with the shape of `x1`"):
@@ -279,7 +279,7 @@ def test_the_regulariser_is_its_formula(kind):
     torch.testing.assert_close(
         output.grad, (2 * t[:, None] * (output - best) / 6 / 32).float(), rtol=1e-3, atol=1e-6
     )
-    twice = OracleRegularizer(oracle, lam=2.0)(output, y, xt=xt, t=t, x1=x1)
+    twice = OracleRegularizer(oracle, lam=2.0, prediction=kind)(output, y, xt=xt, t=t, x1=x1)
     assert twice.shape == ()
     assert list(regularizer.parameters()) + list(regularizer.buffers()) == []
     pickled = copy.deepcopy(regularizer)

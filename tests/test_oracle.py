@@ -299,7 +299,7 @@ def test_no_gradient_and_no_copies():
     ("xt", "t", "message"),
     [
         (torch.zeros(4, 9), torch.zeros(4), r"Expected `xt` with shape \('B', 8\)"),
-        (torch.zeros(4, 8), torch.zeros(4, 1), r"Expected `t` with shape \(4,\), got \(4, 1\)"),
+        (torch.zeros(4, 8), torch.zeros(4, 2), r"Expected `t` with shape \(4,\), got \(4, 2\)"),
         (
             torch.zeros(4, 8),
             torch.tensor([0, 0.5, 1, 1.5]),
@@ -323,7 +323,7 @@ def test_bad_labels_are_refused():
         oracle.posterior(xt, t, [3])
     with pytest.raises(ValueError, match="needs a bank with labels"):
         Oracle(make_bank(8)).posterior(xt, t, [3, 4])
-    for wrong in (torch.tensor([[3], [4]]), torch.tensor([3.7, 4.2])):
+    for wrong in (torch.tensor([[3, 4]]), torch.tensor([3.7, 4.2])):
         with pytest.raises(ValueError, match=r"integer `labels` with shape \(2,\), got torch"):
             oracle.posterior(xt, t, wrong)
     with pytest.raises(ValueError, match="`k` from 1 to the 6 rows of the bank, got 0"):

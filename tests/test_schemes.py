@@ -358,7 +358,7 @@ def test_calls_that_are_refused():
 
     refused("`y` with the shape of `x1`", lambda: scheme(y[:, :1], **call))
     refused("`x1` with the shape of `xt`", lambda: scheme(y, **{**call, "xt": y[:, :1]}))
-    refused(r"`t` with shape \(16,\)", asked(t=call["t"][:, None]))
+    refused(r"`t` with shape \(16,\)", asked(t=call["t"][:8]))
     refused(r"in \[0, 1\]", asked(t=500 * call["t"]))
     refused("`prediction` to be one of", asked(prediction="v"))
     refused("`source` below 40", asked(source=i + 40))
@@ -373,7 +373,8 @@ def test_calls_that_are_refused():
 
 def test_samples_that_are_not_in_the_bank():
     y, call, i = batch()
-    call["x1"][3] += 0.5
+    for value, part in ((call["x1"], 1), (call["xt"], call["t"][3]), (y, 1)):
+        value[3] += 0.5 * part
     insert = Scheme(make_oracle(), target=Mix())
     insert(y, **call)
     assert insert.last.inserted.nonzero().flatten().tolist() == [3]
@@ -605,6 +606,7 @@ def test_schemes_on_cuda(residency, target, labels, monkeypatch):
         scheme = Scheme(
             oracle, target=target, weight=MinSNR(), boundary=0.4, class_wise=labels is not None
         )
+        scheme._fits = scheme.rows_checked = True  # the first call reads values
         xt = torch.randn(5, *SHAPE, device="cuda")
         t, x1 = torch.rand(5, device="cuda"), torch.randn_like(xt)
         u, w = scheme(torch.randn_like(xt), xt=xt, t=t, x1=x1, labels=labels)

@@ -225,6 +225,7 @@ def test_a_resampled_twin_takes_the_place_of_its_row(std, lam, size, batch):
     x0, xt = noisy(twin, t, path)
     target = Mix(lam) if size is None else ReferenceSet(size, lam)
     scheme = Scheme(Oracle(make_bank(), path), target=target)
+    scheme.rows_checked = True  # so far off no twin is
     u, _ = scheme(twin - x0, xt=xt, t=t, x1=twin, source=torch.arange(N))
     for i in range(N):
         replaced = stored.clone()
@@ -302,6 +303,7 @@ def every_source(target, xt, t, path, *, wise=False, draws=1):
     x, n = rows(), N * draws
     scheme = Scheme(Oracle(make_bank(labels=wise), path), target=target, boundary=BOUNDARY)
     mean, weights = softmax_mean(x, xt, t, path)
+    scheme._fits = True  # one x_t for all sources is no training batch
     conditional = x - (xt - path(t).alpha * x) / path(t).sigma
     u, _ = scheme(
         conditional.repeat(draws, 1), xt=xt.expand(n, -1), t=t.expand(n), x1=x.repeat(draws, 1)
@@ -365,6 +367,7 @@ def test_draws_are_random_subsets(shared):
     n, runs = 6, 600
     x = torch.eye(n, dtype=torch.float64)
     scheme = Scheme(Oracle(LatentBank(x)), target=ReferenceSet(3, shared=shared))
+    scheme._fits = True  # no noise at all
     counts = torch.zeros(n, n)
     each = 1 if shared else runs
     for step in range(runs // each):

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam, Tell, together
+from stagewise.adapters.base import Detach, Place, Seam, Tell, parts, together
 from stagewise.oracle import Labels
 from stagewise.paths import DIFFUSERS, LinearPath, PredictionKind
+from stagewise.schemes.checks import unknown_conditions
 
 if TYPE_CHECKING:
     from stagewise.schemes import Phases, Scheme
@@ -48,7 +49,8 @@ def diffusers_target(
         sigmas: Noise levels in [0, 1] with 1 noise, (B,) or as the scripts expand them, (B, 1, ..).
         scheme: What steers.
         labels: The class of each sample, (B,); default None: the scheme looks them up if it needs
-            them.
+            them. These scripts condition on text: a scheme that mixes over a bank without classes
+            is refused unless it says class_wise=False, "my model ignores its conditions".
         prediction: "velocity" for the target `noise - model_input`, the default; "data" for
             `model_input`.
 
@@ -56,7 +58,8 @@ def diffusers_target(
         The target, (B, *).
 
     Raises:
-        ValueError: If `prediction` is neither, or the shapes do not fit.
+        ValueError: If `prediction` is neither, the shapes do not fit, or the scheme would ignore
+            what the model is conditioned on.
 
     Example:
         >>> import torch
@@ -74,6 +77,10 @@ def diffusers_target(
         raise ValueError(
             f"Expected one of `sigmas` for each of {len(noisy)} samples, got {tuple(sigmas.shape)}."
         )
+    for part in parts(scheme):
+        told = part.target is None or part.class_wise or part.unconditional
+        if labels is None and not told:
+            raise unknown_conditions("none, and a bank without classes")
     y = model_input if prediction == "data" else model_input - noise
     target, _ = scheme(
         y, xt=noisy, t=1 - sigmas.flatten(), x1=model_input, labels=labels, prediction=prediction

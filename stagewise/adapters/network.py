@@ -522,15 +522,24 @@ class NetworkSearch:
                 f"{where(match.network.name)} is given x_t of {match.matched}, not of {text}. "
                 f"Say so: {self._find(match.matched)}",
             )
-        factor = factor_of(match.x1, own)
+        return self.why(match.x1, text, own)
+
+    def why(self, x1: Tensor, text: str, own: Tensor) -> Diagnosis | None:
+        """How samples that are trained on came from those of the batch, as far as it shows.
+
+        Args:
+            x1: What is trained on, (B, *).
+            text: How one would write x_1 of the batch.
+            own: x_1 of the batch, (B, *).
+        """
+        factor = factor_of(x1, own)
         if factor is not None:
             return self._scaled(factor, f"{factor:g}", text)
         for made in self._made:
             tensor = made.tensor()
-            if tensor is not None:
-                factor = factor_of(match.x1, tensor)
-                if factor is not None:
-                    return self._encoded(made, factor, text)
+            factor = None if tensor is None else factor_of(x1, tensor)
+            if factor is not None:
+                return self._encoded(made, factor, text)
         return None
 
     def _note(

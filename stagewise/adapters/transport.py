@@ -3,7 +3,8 @@
 Inside, `sample(x1)` draws noise and t, `path_sampler.plan(t, x0, x1)` makes `x_t` and the velocity,
 and the loss of each sample comes back under "loss" (LightningDiT: and "cos_loss"). The plan
 *object* must stay what it is, because the interval of t hangs on its type; its method is replaced
-on the instance. Labels are those of `model_kwargs["y"]`.
+on the instance. Labels are those of `model_kwargs["y"]`; what else the model is given there is a
+condition that no target knows, and refused unless the scheme says class_wise=False.
 
 A network that predicts noise or the score is regressed on `x0` itself, which `sample` has drawn
 for this call alone: it is overwritten once `x_t` is made. LightningDiT's cosine loss compares
@@ -28,12 +29,14 @@ from stagewise.adapters.base import (
     Tell,
     looks,
     named_tensors,
+    parts,
     rebind,
     seen,
     together,
 )
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.paths import STAGEWISE, Convention, Prediction
+from stagewise.schemes.checks import check_conditions
 
 if TYPE_CHECKING:
     from stagewise.schemes import Phases, Scheme
@@ -127,7 +130,10 @@ class Transport(Seam):
             **kwargs: Any,
         ) -> dict[str, Any]:
             nonlocal call
-            call = {"labels": (model_kwargs or {}).get("y")}
+            told = dict(model_kwargs or {})
+            y = told.pop("y", None)
+            found = [check_conditions(part, [y], [told], len(x1)) for part in parts(scheme)]
+            call = {"labels": next((labels for labels in found if labels is not None), None)}
             try:
                 terms = plain_losses(model, x1, model_kwargs, *args, **kwargs)
                 if "weight" not in call:  # a subclass that makes its target without the plan

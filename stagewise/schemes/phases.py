@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stagewise.oracle import Labels, Oracle
+from stagewise.oracle import Labels, Oracle, Times
 from stagewise.paths import (
     Convention,
     Path,
@@ -22,6 +22,7 @@ from stagewise.schemes.checks import unknown_boundary
 from stagewise.schemes.scheme import Scheme, SchemeRecord
 from stagewise.stages import StageBoundary
 from stagewise.timesteps import TimestepSampler
+from stagewise.tracing import caller_level, untraced
 from stagewise.transitions import AtEvent, AtPlateau, AtStep, Until
 
 __all__ = ["Phase", "Phases"]
@@ -57,7 +58,8 @@ class Phases:
         index: Which phase is in force, from 0.
 
     Raises:
-        ValueError: If a phase but the last has no end, or the last has one, or paths differ.
+        ValueError: If a phase but the last has no end, or the last has one, or paths or
+            conventions differ.
 
     Example:
         >>> from stagewise import LogitNormal
@@ -116,6 +118,11 @@ class Phases:
         return self.scheme.path
 
     @property
+    def convention(self) -> Convention:
+        """That of all phases."""
+        return self.scheme.convention
+
+    @property
     def boundary(self) -> float | None:
         """Where the stages meet in the scheme in force, None if it is not known."""
         return self.scheme.boundary
@@ -152,12 +159,13 @@ class Phases:
         """The record of the last call in this phase."""
         return self.scheme.last
 
+    @untraced
     def __call__(
         self,
         y: Tensor,
         *,
         xt: Tensor,
-        t: Tensor,
+        t: Times,
         x1: Tensor,
         labels: Labels | None = None,
         source: Tensor | None = None,
@@ -168,11 +176,12 @@ class Phases:
             y, xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=prediction
         )
 
+    @untraced
     def correct(
         self,
         *,
         xt: Tensor,
-        t: Tensor,
+        t: Times,
         x1: Tensor,
         labels: Labels | None = None,
         source: Tensor | None = None,
@@ -183,6 +192,7 @@ class Phases:
             xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=prediction
         )
 
+    @untraced
     def weight_of(self, t: Tensor) -> Tensor:
         """See `Scheme.weight_of`."""
         return self._asked().weight_of(t)
@@ -192,6 +202,27 @@ class Phases:
         for phase, own in zip(self.phases, self._own, strict=True):
             if not own:
                 phase.scheme.set_boundary(boundary)
+
+    def measure_boundary(self, seed: int = 0) -> StageBoundary:
+        """Measures it with the first oracle, and tells all phases that came without one.
+
+        Args:
+            seed: See `Scheme.measure_boundary`.
+
+        Returns:
+            What was measured.
+
+        Raises:
+            ValueError: See `Scheme.measure_boundary`.
+        """
+        schemes = [phase.scheme for phase in self.phases]
+        able = next((scheme for scheme in schemes if scheme.oracle is not None), schemes[0])
+        own = able.boundary
+        boundary = able.measure_boundary(seed)
+        if own is not None:
+            able.set_boundary(own)
+        self.set_boundary(boundary)
+        return boundary
 
     def observe(
         self,
@@ -225,7 +256,8 @@ class Phases:
             phase = self.phases[self.index]
             if phase.until is None:
                 return messages
-            why = phase.until.observe(step, total, t, loss, self.boundary)
+            own = t if t is None else self.convention.to_t(t)
+            why = phase.until.observe(step, total, own, loss, self.boundary)
             if why is None:
                 return messages
             self.index += 1
@@ -255,7 +287,7 @@ class Phases:
                 f"Expected to be told of each optimizer step, got {enough} calls and none: "
                 f"{self._name(self.index)} never ends. Call scheme.observe(step=..., total=...) "
                 "after each step, or train with the callback StageScheme(scheme).",
-                stacklevel=3,
+                stacklevel=caller_level(),
             )
         return self.scheme
 

@@ -10,6 +10,7 @@ of uniform times is to be kept.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -20,16 +21,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagewise.engines import Sharded
-from stagewise.oracle import Labels, Oracle, check_times
-from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
-from stagewise.schemes.checks import check_density, check_settings, unknown_boundary
+from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
+from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
+from stagewise.schemes.checks import (
+    check_density,
+    check_rows,
+    check_samples,
+    check_settings,
+    unknown_boundary,
+    unknown_conditions,
+)
 from stagewise.schemes.correction import Batch, Correction, correct
-from stagewise.stages import StageBoundary
+from stagewise.stages import StageBoundary, StageCurve
 from stagewise.targets import Target, mix_target
 from stagewise.timesteps import TimestepSampler, Uniform
+from stagewise.tracing import caller_level, untraced
 from stagewise.weights import Weight
 
 __all__ = ["Scheme", "SchemeRecord"]
+
+_STEPS, _CALLS = 20, 1000
+"""Observed steps, and calls, in which an adaptive sampler must have been told of losses."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class SchemeRecord:
     """What one call of a scheme did, detached, on the device of the batch.
 
     Attributes:
-        t: Times, (B,).
+        t: Times, (B,); t = 0 is noise.
         x1: Samples as the scheme was given them, (B, *).
         source: Their rows, (B,), if it was given them.
         lam: How much of the oracle went into each target, (B,), float64.
@@ -65,6 +77,9 @@ class Scheme:
     `timesteps.sample`; random rows come from a generator of its own, a function of seed, rank and
     step.
 
+    The first call holds what it is given against the path and, if it mixes, against the bank: it
+    refuses reversed time, a wrong sign, scale or prediction, and warns of samples that are no rows.
+
     Args:
         oracle: Bank and path; needed by targets other than the conditional one.
         timesteps: How t is drawn, default `Uniform()`.
@@ -76,13 +91,21 @@ class Scheme:
             that of uniform times whatever `timesteps` draws. Needs them. Default False.
         class_wise: Whether posteriors are over the rows of x_1's class. Default "auto": if the bank
             has classes. A model that sees labels needs it: what it should predict is not the mean
-            over all classes. One that sees none may have either.
+            over all classes. One that sees none may have either. False is the word for "my model
+            ignores its conditions": without it conditions that are no classes are refused.
         path: Default that of the oracle, or `LinearPath()`.
         on_missing: What to do with an x_1 that is no row of the bank and comes without a `source`:
             "insert" it into the reference set as its own row (default), or "error".
         seed: Of random rows, default 0.
+        convention: How your training counts time and signs a velocity, default as the library does
+            (t = 0 is noise, data - noise). Times and targets are given, and targets returned, in
+            it: `Convention(1, 0, -1)` where t = 1 is noise and the target is noise - data. Only
+            `timesteps.sample` stays in the library's time: take `convention.from_t` of its draws.
 
     Attributes:
+        unconditional: Whether `class_wise=False` was said.
+        rows_checked: Whether samples have been held against the bank, which the first call does.
+            Set it to do that elsewhere.
         last: The record of the last call, None before.
         draws_timesteps: Whether `timesteps` was given. If not, whoever draws t by itself goes on.
 
@@ -115,21 +138,29 @@ class Scheme:
         path: Path | None = None,
         on_missing: Literal["insert", "error"] = "insert",
         seed: int = 0,
+        convention: Convention = STAGEWISE,
     ) -> None:
-        check_settings(oracle, timesteps, target, class_wise, on_missing, path, preserve_objective)
-        self.oracle = oracle
+        check_settings(
+            *(oracle, timesteps, target, class_wise, on_missing, path),
+            preserve_objective=preserve_objective,
+            convention=convention,
+        )
+        self.oracle, self.convention = oracle, convention
         self.path = path or (LinearPath() if oracle is None else oracle.path)
         self.target, self.weight = target, weight
         self.preserve_objective, self.on_missing, self.seed = preserve_objective, on_missing, seed
         self.class_wise = (
             bool(oracle and oracle.bank.classes) if class_wise == "auto" else class_wise
         )
+        self.unconditional = class_wise is False
         self.boundary: float | None = None
         self.last: SchemeRecord | None = None
         self.draws_timesteps = timesteps is not None
         self._sampler = self._bound = timesteps or Uniform()
         self._step = self._calls = 0
-        self._checked = False
+        self._checked = self._fits = self.rows_checked = False
+        self._waits_for_losses = bool(self._sampler.state_dict())
+        self._untold_steps = self._untold_calls = 0
         if boundary is not None:
             self.set_boundary(boundary)
 
@@ -167,6 +198,33 @@ class Scheme:
         self.boundary = float(boundary)
         self._checked = False
 
+    def measure_boundary(self, seed: int = 0) -> StageBoundary:
+        """Measures where the stages of the oracle's bank meet, and sets it.
+
+        Args:
+            seed: Of the queries, default 0. No global generator is touched.
+
+        Returns:
+            What was measured.
+
+        Raises:
+            ValueError: Without an oracle, or if its bank is spread over ranks.
+        """
+        if self.oracle is None:
+            raise ValueError(
+                "Expected an oracle to measure the boundary with, got none: Scheme(Oracle(bank, "
+                "path), ...). Or give the boundary: Scheme(boundary=0.1)."
+            )
+        if isinstance(self.oracle.engine, Sharded):
+            raise ValueError(
+                "The boundary of a bank that is spread over the ranks is not measured here. Give "
+                "it: Scheme(boundary=...)."
+            )
+        curve = StageCurve.measure(self.oracle, seed=seed, class_wise=self.class_wise)
+        boundary = curve.boundary(seed=seed)
+        self.set_boundary(boundary)
+        return boundary
+
     def require_boundary(self) -> None:
         """Refuses to go on without a boundary, if anything depends on it.
 
@@ -178,7 +236,7 @@ class Scheme:
 
     @property
     def timesteps(self) -> TimestepSampler:
-        """How t is drawn, for these stages.
+        """How t is drawn, for these stages; in the library's time, whatever the `convention`.
 
         Raises:
             ValueError: If that depends on a boundary that is not known yet.
@@ -189,12 +247,13 @@ class Scheme:
 
     # -- what a loop asks ----------------------------------------------------------------------
 
+    @untraced
     def __call__(
         self,
         y: Tensor,
         *,
         xt: Tensor,
-        t: Tensor,
+        t: Times,
         x1: Tensor,
         labels: Labels | None = None,
         source: Tensor | None = None,
@@ -203,10 +262,10 @@ class Scheme:
         """The target and the weight of each sample; the first call does what `check` does.
 
         Args:
-            y: Conditional target, (B, *), in the library's convention (t = 0 is noise, the target
-                of a velocity is data - noise).
+            y: Conditional target, (B, *), in the scheme's `convention` (default: t = 0 is noise,
+                and a velocity is data - noise).
             xt: Noisy samples, (B, *).
-            t: Times in [0, 1], (B,).
+            t: Times in that convention (default: in [0, 1]), (B,) or (B, 1, ..., 1), or one number.
             x1: What `xt` was made from, (B, *).
             labels: Class of each sample, (B,); see `Oracle.posterior`. Used if `class_wise`, and
                 default the class of the bank's row that x_1 is.
@@ -220,15 +279,22 @@ class Scheme:
 
         Raises:
             ValueError: On shapes that do not fit, t outside [0, 1], an unknown prediction or class,
-                a boundary that is not known yet, or an x_1 that is not in the bank if `on_missing`
-                is "error"; and as `check`.
+                a boundary that is not known yet, an x_1 that is not in the bank if `on_missing` is
+                "error", or labels where the bank has none; in the first call, on arguments that do
+                not fit each other or the bank; and as `check`.
+            TypeError: If they are no tensors.
         """
+        require_tensors(y=y, xt=xt, x1=x1)
         if y.shape != x1.shape:
             raise ValueError(
                 f"Expected `y` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(y.shape)}."
             )
-        added = self._correction(xt, t, x1, labels, source, prediction)
-        weight = self.weight_of(t)
+        prediction = Prediction.of(prediction)
+        t, added = self._correction(y, xt, t, x1, labels, source, prediction)
+        weight = self._weight(t)
+        if self._waits_for_losses:
+            self._untold_calls += 1
+            self._warn_if(self._untold_calls == _CALLS)
         self.last = SchemeRecord(
             t=t.detach(),
             x1=x1.detach(),
@@ -239,13 +305,16 @@ class Scheme:
             inserted=added.inserted,
             tail_mass=added.tail_mass,
         )
-        return (y if self.target is None else mix_target(y, added.value, 1.0)), weight
+        if self.target is None:
+            return y, weight
+        return mix_target(y, self._sign(prediction) * added.value, 1.0), weight
 
+    @untraced
     def correct(
         self,
         *,
         xt: Tensor,
-        t: Tensor,
+        t: Times,
         x1: Tensor,
         labels: Labels | None = None,
         source: Tensor | None = None,
@@ -264,16 +333,34 @@ class Scheme:
         Returns:
             (B, *), in the dtype of `x1`.
         """
-        return self._correction(xt, t, x1, labels, source, prediction).value.to(x1.dtype)
+        require_tensors(xt=xt, x1=x1)
+        prediction = Prediction.of(prediction)
+        _, added = self._correction(None, xt, t, x1, labels, source, prediction)
+        return (self._sign(prediction) * added.value).to(x1.dtype)
 
-    @torch.no_grad()
+    @untraced
     def weight_of(self, t: Tensor) -> Tensor:
         """The weight at each t, (B,), importance weights included, in the dtype of `t`.
+
+        Args:
+            t: Times, in the scheme's `convention`.
 
         Raises:
             ValueError: If it has another shape, or depends on a boundary that is not known yet; and
                 as `check`.
         """
+        return self._weight(self._time(t))
+
+    def _time(self, t: Tensor) -> Tensor:
+        """Times of the `convention` as the library's; integers, of other units, as floats."""
+        t = t if t.is_floating_point() else t.float()
+        return t if self.convention == STAGEWISE else self.convention.to_t(t)
+
+    def _sign(self, prediction: Prediction) -> int:
+        return self.convention.sign if prediction.kind == "velocity" else 1
+
+    @torch.no_grad()
+    def _weight(self, t: Tensor) -> Tensor:
         self._check_once()
         weight = torch.ones_like(t) if self.weight is None else self._bound_weight()(t)
         if weight.shape != t.shape:
@@ -297,22 +384,28 @@ class Scheme:
     @torch.no_grad()
     def _correction(
         self,
+        y: Tensor | None,
         xt: Tensor,
-        t: Tensor,
+        t: Times,
         x1: Tensor,
         labels: Labels | None,
         source: Tensor | None,
-        prediction: Prediction | PredictionKind,
-    ) -> Correction:
+        prediction: Prediction,
+    ) -> tuple[Tensor, Correction]:
+        """The times, (B,), and what is added to a target, both in the library's convention."""
         self._check_once()
-        prediction = Prediction.of(prediction)
         if x1.shape != xt.shape:
             raise ValueError(
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
+        time = as_times(t, xt)
+        t = self._time(time)
         check_times(t, len(xt))
+        self._hold(y, xt, time, x1, source, prediction)
         if self.target is None or self.oracle is None:
-            return Correction.none(x1)
+            return t, Correction.none(x1)
+        if not self.class_wise and not self.unconditional and _has_classes(labels):
+            raise unknown_conditions("labels, and a bank without classes")
         if self.target.lam.needs_boundary:
             self.require_boundary()
         self._calls += 1
@@ -328,7 +421,33 @@ class Scheme:
             self.on_missing,
             Random(f"{self.seed} {rank} {self._step} {self._calls}"),
         )
-        return correct(self.target, batch, self.boundary, prediction)
+        return t, correct(self.target, batch, self.boundary, prediction)
+
+    def _hold(
+        self,
+        y: Tensor | None,
+        xt: Tensor,
+        time: Tensor,
+        x1: Tensor,
+        source: Tensor | None,
+        prediction: Prediction,
+    ) -> None:
+        """Holds the first samples against the path and the bank."""
+        mixes = self.target is not None
+        looks = len(xt) and (mixes or (y is not None and self.weight is not None))
+        if looks and not self._fits:
+            told = check_samples(
+                *(self.path, prediction, self.convention, y, xt, time, x1), mixes=mixes
+            )
+            # A look at an accelerator costs a sync: there the first call is the only one.
+            self._fits = y is not None and (told or xt.device.type != "cpu")
+        if not looks or self.rows_checked or self.oracle is None or not mixes:
+            return
+        shard = isinstance(self.oracle.engine, Sharded)
+        found = check_rows(self.oracle.bank, x1, known=source is not None, shard=shard)
+        self.rows_checked = True
+        if found:
+            warnings.warn(f"Scheme: {found}", stacklevel=caller_level())
 
     # -- what drives it ------------------------------------------------------------------------
 
@@ -345,8 +464,8 @@ class Scheme:
         Args:
             step: Optimizer steps done.
             total: How many there will be, None if that is not known.
-            t: Times of the step's samples, (B,); on several ranks those of all, so that all decide
-                the same.
+            t: Times of the step's samples, (B,), in the scheme's `convention`; on several ranks
+                those of all, so that all decide the same.
             loss: Their losses before any weight, (B,).
 
         Returns:
@@ -354,8 +473,23 @@ class Scheme:
         """
         self._step, self._calls = step, 0
         if t is not None and loss is not None:
-            self._bound.update(t, loss)
+            self._bound.update(self._time(t), loss)
+            self._waits_for_losses = False
+        elif self._waits_for_losses:
+            self._untold_steps += 1
+            self._warn_if(self._untold_steps == _STEPS)
         return []
+
+    def _warn_if(self, late: bool) -> None:
+        if not late:
+            return
+        self._waits_for_losses = False
+        warnings.warn(
+            f"{self._sampler!r} adapts to losses and was told of none: its draws stay as they "
+            "began. After each step call scheme.observe(step=..., total=..., t=..., loss=...), "
+            "with the times and the losses of its samples.",
+            stacklevel=3,
+        )
 
     def check(self, total: int | None = None) -> None:
         """Refuses what cannot work, before the first step; the first call does so by itself.
@@ -404,3 +538,10 @@ class Scheme:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scheme:
         return self
+
+
+def _has_classes(labels: Labels | None) -> bool:
+    """Whether any sample has one."""
+    if isinstance(labels, list | tuple):
+        return any(label is not None for label in labels)
+    return labels is not None

@@ -9,6 +9,7 @@ a chance of about 2^-48.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -43,12 +44,14 @@ def row_keys(rows: Tensor) -> Tensor:
     return keys
 
 
-def find_rows(rows: Tensor, index: tuple[Tensor, Tensor], wanted: Tensor) -> Tensor:
-    """Where each of `wanted` stands among `rows`.
+def find_rows(
+    read: Callable[[Tensor], Tensor], index: tuple[Tensor, Tensor], wanted: Tensor
+) -> Tensor:
+    """Where each of `wanted` stands among some rows.
 
     Args:
-        rows: (N, D).
-        index: The keys of `rows` in ascending order and the rows they belong to, each (N,).
+        read: From numbers of rows, (B,), to these rows, (B, D).
+        index: The keys of the rows in ascending order and the rows they belong to, each (N,).
         wanted: (B, D), of the same type on the same device.
 
     Returns:
@@ -63,7 +66,7 @@ def find_rows(rows: Tensor, index: tuple[Tensor, Tensor], wanted: Tensor) -> Ten
         place = (torch.searchsorted(keys, key, right=right) - int(right)).clamp(0, len(keys) - 1)
         # Without an equal key there is no row to read; any will do, and row 0 is read but once.
         row = order[place].where(keys[place] == key, 0)
-        found = row.where((rows[row] == wanted).all(1), found)
+        found = row.where((read(row) == wanted).all(1), found)
     return found
 
 

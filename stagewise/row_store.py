@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stagewise.keys import digest, find_rows, row_keys
+from stagewise.narrowing import BLOCK, HALF
 from stagewise.streaming import MappedFile, stream
 
 __all__ = ["RowStore"]
@@ -47,7 +48,8 @@ class RowStore:
         self.rows, self.offset, self.shape = rows, offset, shape
         self.index, self._segments = index, segments or {}
         self._file, self._keys, self._fingerprint = file, keys, fingerprint
-        self._sorted_keys: tuple[Tensor, Tensor] | None = None
+        self._sorted_keys: dict[torch.dtype | None, tuple[Tensor, Tensor]] = {}
+        self.shifted = bool(offset.any())
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -153,14 +155,21 @@ class RowStore:
         return stored.to(device or self.device) + self.offset.to(device or self.device)
 
     def find(self, x1: Tensor) -> Tensor:
-        """The row of each sample that is in the bank, as it would be stored.
+        """The row of each sample that is in the bank, at the precision of `x1`.
+
+        Samples of more digits than the rows have are rounded as the rows were. Of fewer (a float32
+        bank asked with bfloat16), the bank's samples are rounded to the type of `x1`; the first
+        call with such a type looks at all rows and keeps 16 bytes for each. Samples cast to 16 bits
+        are not found in a 16-bit bank that was itself rounded relative to an `offset`, unless they
+        were cast from the bank's own samples: give the bank `offset=torch.zeros(dim)` for that.
 
         Args:
             x1: Samples, (B, *), as those the bank was built from; on any device.
 
         Returns:
             Rows in the bank's own order, (B,), int64, on the device of `x1`; -1 for a sample that
-            equals none. Of equal rows it may be any. The first call looks at all rows.
+            equals none. Of rows that are equal, or equal once rounded, it may be any. The first
+            call looks at all rows.
 
         Raises:
             ValueError: If the samples have another shape than those of the bank.
@@ -170,14 +179,35 @@ class RowStore:
                 f"Expected `x1` with shape {('B', *self.shape)} as the bank's samples, got "
                 f"{tuple(x1.shape)}."
             )
-        index = self._sorted_keys
-        if index is None:
-            keys = self._row_keys().sort(stable=True)
-            index = (keys.values, keys.indices)
-            self._sorted_keys = index if _as_real(index[0], self.rows) else None
-        flat = x1.detach().to(self.device).flatten(1)
-        wanted = (flat.double() - self.offset).to(self.dtype)
-        return find_rows(self.rows, index, wanted).to(x1.device)
+        flat, dtype = x1.detach().to(self.device).flatten(1), x1.dtype
+        found = torch.full((len(flat),), -1, device=self.device)
+        fewer = dtype in (*HALF, torch.float32) and dtype.itemsize < self.dtype.itemsize
+        if not fewer:
+            wanted = (flat.double() - self.offset).to(self.dtype)
+            found = find_rows(self.rows.__getitem__, self._key_index(), wanted)
+        # Of two 16-bit types neither holds the other, and neither holds samples with an offset.
+        both = dtype in HALF and self.dtype in HALF and (dtype != self.dtype or self.shifted)
+        if fewer or both:
+            index = self._key_index(dtype)
+            rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat)
+            found = rounded.where(found < 0, found)
+        return found.to(x1.device)
+
+    def _key_index(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The keys in ascending order and their rows; of the samples as `dtype` if it is given."""
+        if dtype in self._sorted_keys:
+            return self._sorted_keys[dtype]
+        if dtype is None:
+            keys = self._row_keys()
+        else:
+            size = max(1, BLOCK // self.dim)
+            parts = self.chunks(self.whole, size)
+            # Through float64, as `take` gives a sample.
+            keys = torch.cat([row_keys((part + self.offset).to(dtype)) for _, part in parts])
+        values, order = keys.sort(stable=True)
+        if _as_real(values, self.rows):
+            self._sorted_keys[dtype] = (values, order)
+        return values, order
 
     def chunks(
         self,
@@ -251,7 +281,7 @@ class RowStore:
 
     def _moved(self: Self, move: Callable[[Tensor], Tensor]) -> Self:
         moved = object.__new__(type(self))
-        moved.__dict__.update(self.__dict__, _file=None, _sorted_keys=None)
+        moved.__dict__.update(self.__dict__, _file=None, _sorted_keys={})
         for name, value in self.__dict__.items():
             if isinstance(value, Tensor):
                 setattr(moved, name, move(value))

@@ -105,15 +105,16 @@ def test_resident_rows_make_nothing_ahead(monkeypatch):
     assert error(post, exact, bank.centre) <= 5e-6
 
 
+@pytest.mark.parametrize("level", [False, True])
 @pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
-def test_sums_do_not_depend_on_the_order_of_chunks(order):
+def test_sums_do_not_depend_on_the_order_of_chunks(order, level):
     generator = torch.Generator().manual_seed(6)
     rows = torch.randn(90, 8, generator=generator)
     logits = 5 * torch.randn(3, 90, generator=generator)
     if order != "mixed":
         at = logits[0].argsort(descending=order == "falling")
         rows, logits = rows[at], logits[:, at]
-    ahead = Ahead(3, 8, logits, lead=2)
+    ahead = Ahead(3, 8, logits, lead=2, level=level)
     for first in range(0, 90, 13):
         part = slice(first, first + 13)
         ahead.add(slice(0, 3), logits[:, part], rows[part], first == 0)
@@ -121,4 +122,10 @@ def test_sums_do_not_depend_on_the_order_of_chunks(order):
     peak = logits.double().amax(1, keepdim=True)
     expected = (logits.double() - peak).exp() @ rows.double()
     torch.testing.assert_close(ahead.peak.double(), peak[:, 0])
-    torch.testing.assert_close(ahead.total, expected, rtol=1e-5, atol=1e-6)
+    total = ahead.total
+    if level:  # what was taken from each weight comes back with the sum of all rows
+        assert (ahead.level > 0).all()
+        total = total + ahead.level[:, None] * rows.double().sum(0)
+    else:
+        assert ahead.level is None
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)

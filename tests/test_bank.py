@@ -382,6 +382,88 @@ def test_find(dtype, labels, given):
     assert bank.find(x[:0]).shape == (0,)
 
 
+def banks_of(x, tmp_path):
+    """The same samples in memory and in a file, with labels and without."""
+    bank = LatentBank(x, torch.arange(len(x)) % 3)
+    bank.save(tmp_path / "bank.safetensors")
+    return LatentBank(x), bank, LatentBank.open(tmp_path / "bank.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float64, torch.float32),
+        (torch.float64, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.float16, torch.bfloat16),
+    ],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+def test_find_at_the_precision_of_the_query(stored, asked, tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    # Small numbers too, of which float16 keeps few digits.
+    x = torch.randn(300, 3, 40, generator=generator, dtype=torch.float64) * torch.tensor(
+        [1, 1e-3, 1e-6]
+    ).double().view(3, 1)
+    x = x.to(stored)
+    for bank in banks_of(x, tmp_path):
+        own = torch.arange(300) if bank.index is None else bank.index
+        before = bank.fingerprint
+        for _ in range(2):  # the second time from what was kept
+            assert torch.equal(own[bank.find(x.to(asked))], torch.arange(300))
+        assert torch.equal(own[bank.find(x)], torch.arange(300))
+        assert bank.fingerprint == before
+        other = (x.float() + 0.05).to(asked)  # a sample of the row, as a VAE draws it
+        assert (bank.find(other) == -1).all()
+        assert bank.find(x[:0].to(asked)).shape == (0,)
+
+
+def test_rows_that_are_equal_once_rounded():
+    x = torch.tensor([[1.0, 2], [1.0 + 2**-12, 2], [1.5, 2], [1e6, 2], [2e6, 2]])
+    bank = LatentBank(x)
+    assert bank.find(x.bfloat16())[:2].tolist() in ([0, 0], [1, 1])
+    assert bank.find(x.bfloat16())[2:].tolist() == [2, 3, 4]
+    assert bank.find(x).tolist() == [0, 1, 2, 3, 4]
+    # Beyond the range of float16 both are infinite, and equal.
+    assert bank.find(x.half())[2] == 2
+    assert bank.find(x.half())[3] in (3, 4)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", [torch.bfloat16, torch.float16])
+def test_samples_of_a_bank_with_an_offset_are_found_in_16_bits(stored, asked):
+    x = 2 + torch.randn(300, 12, generator=torch.Generator().manual_seed(3))
+    bank = LatentBank(x, dtype=stored)
+    assert bank.offset.any()
+    assert torch.equal(bank.find(samples(bank).to(asked)), torch.arange(300))
+    assert torch.equal(bank.find(x), torch.arange(300))
+    # Parts of it share its offset.
+    assert torch.equal(
+        bank.part(slice(100, 300)).find(samples(bank)[100:].to(asked)).sort().values,
+        torch.arange(200),
+    )
+
+
+def test_a_moved_bank_looks_at_its_own_rows():
+    bank = LatentBank(torch.randn(20, 3))
+    bank.find(bank.rows.bfloat16())
+    moved = bank._moved(torch.clone)
+    moved.rows += 1
+    moved._keys = None
+    assert torch.equal(moved.find(moved.rows.bfloat16()), torch.arange(20))
+
+
+def test_queries_of_the_bank_s_own_type_keep_one_index():
+    bank = LatentBank(torch.randn(20, 3))
+    bank.find(bank.rows)
+    bank.find(bank.rows.double())
+    assert list(bank._sorted_keys) == [None]
+    bank.find(bank.rows.bfloat16())
+    assert list(bank._sorted_keys) == [None, torch.bfloat16]
+
+
 def test_find_among_duplicates_and_signs_of_zero():
     x = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     bank = LatentBank(x)

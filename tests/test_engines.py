@@ -29,6 +29,7 @@ from stagewise.paths import PathCoefficients
 N, K = 300, 20
 SIZES = {0: 150, 1: 90, 2: 40, 3: 15, 7: 3, 9: 2}
 TIMES = (0, 0.02, 0.1, 0.3, 0.6, 0.9, 0.99, 0.999)
+FINER = (0, 1e-5, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ONE = (torch.float32,)
 DIMS = (3, 64, 512)
@@ -57,6 +58,7 @@ class Case:
         tail_kind: What it says of its tail mass.
         max_tail: The tail mass it lets pass.
         dtypes: Banks it is tried on; one will do for a variant of another engine.
+        promised: Whether it keeps the relative error of the mean that `Exact` documents.
     """
 
     make: Callable[[], Engine]
@@ -64,13 +66,16 @@ class Case:
     tail_kind: str
     max_tail: float = 1.0
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    promised: bool = False
 
 
 CASES = {
-    "exact": Case(Exact, "all", "measured"),
-    "exact-float64": Case(lambda: Exact("float64"), "all", "measured"),
+    "exact": Case(Exact, "all", "measured", promised=True),
+    "exact-float64": Case(lambda: Exact("float64"), "all", "measured", promised=True),
     "exact-float32": Case(lambda: Exact("float32"), "all", "measured"),
-    "exact-chunks": Case(lambda: Exact(chunk_size=37), "all", "measured", dtypes=ONE),
+    "exact-chunks": Case(
+        lambda: Exact(chunk_size=37), "all", "measured", dtypes=ONE, promised=True
+    ),
     "nearest-all": Case(lambda: Nearest(N), "all", "measured", dtypes=ONE),
     "nearest": Case(lambda: Nearest(K), "some", "measured"),
     "nearest-chunks": Case(lambda: Nearest(K, chunk_size=37), "some", "measured", dtypes=ONE),
@@ -91,7 +96,7 @@ CASES = {
     "faiss-ivf-some": Case(lambda: Faiss(K, "IVF8,Flat", nprobe=2), "found", "estimated"),
 }
 if hasattr(stagewise.engines, "Auto"):
-    CASES["auto"] = Case(stagewise.engines.Auto, "all", "measured")
+    CASES["auto"] = Case(stagewise.engines.Auto, "all", "measured", promised=True)
 if hasattr(stagewise.engines, "Coarse"):
     Coarse = stagewise.engines.Coarse
     CASES["coarse"] = Case(lambda: Coarse(K, max_tail=None), "any", "estimated")
@@ -130,13 +135,23 @@ def samples(kind, dim):
         x[200:] = x[torch.arange(100) % 7] + 1e-3 * steps / steps.norm(dim=1, keepdim=True)
     if kind == "far":
         x = x + 100
+    if kind == "offset":
+        x = 0.5 + 0.1 * x
+    if kind == "offset more":
+        x = 10 + 0.1 * x
+    if kind == "far classes":
+        x = 0.1 * x + 5 * (class_of_rows() % 3)[:, None]
     return x
+
+
+def class_of_rows():
+    labels = torch.cat([torch.full((size,), name) for name, size in SIZES.items()])
+    return labels[torch.randperm(N, generator=torch.Generator().manual_seed(0))]
 
 
 @cache
 def make_bank(kind, dim, dtype=torch.float32, permuted=False):
-    labels = torch.cat([torch.full((size,), name) for name, size in SIZES.items()])
-    labels = labels[torch.randperm(N, generator=torch.Generator().manual_seed(0))]
+    labels = class_of_rows()
     x = samples(kind, dim).to(dtype if dtype == torch.float64 else torch.float32)
     if permuted:
         order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
@@ -174,16 +189,16 @@ class Truth:
 
 
 @cache
-def truth(kind, dim, dtype, class_wise):
+def truth(kind, dim, dtype, class_wise, times=TIMES):
     bank = make_bank(kind, dim, dtype)
     generator = torch.Generator().manual_seed(5)
-    names = [list(SIZES)[i % len(SIZES)] for i in range(3 * len(TIMES))]
+    names = [list(SIZES)[i % len(SIZES)] for i in range(3 * len(times))]
     source = [
         int(torch.randint(s.start, s.stop, (1,), generator=generator))
         for s in map(bank.segment, names)
     ]
     x = bank.take(torch.arange(N))
-    t = torch.tensor(TIMES, dtype=torch.float64).repeat(3)
+    t = torch.tensor(times, dtype=torch.float64).repeat(3)
     x0 = torch.randn(len(t), dim, generator=generator, dtype=torch.float64)
     xt = LinearPath().interpolate(x0, x[source], t)
     inside = torch.ones(len(t), N, dtype=torch.bool)
@@ -194,7 +209,7 @@ def truth(kind, dim, dtype, class_wise):
     gaps = (xt[:, None] - t[:, None, None] * x).square().sum(2)
     logits = (-gaps / (2 * (1 - t[:, None]) ** 2)).masked_fill(~inside, -torch.inf)
     gamma = torch.softmax(logits, 1)
-    mean = gamma @ x
+    mean = gamma @ (x - bank.centre) + bank.centre
     velocity = (mean - xt) / (1 - t[:, None])
     labels = names if class_wise else None
     diameter = torch.cdist(x, x).max()
@@ -208,6 +223,18 @@ def entropy_and_ess(gamma):
 def close(got, expected, tolerance, scale=1.0):
     error = (got - expected).abs() / scale
     assert error.max() <= tolerance, f"off by {error.max():.3g}, {tolerance:.3g} is let pass"
+
+
+def check_promise(post, want, bank, rtol=1e-5):
+    """What `Exact(rtol=...)` documents: the error of the mean over its distance from the bank's.
+
+    Less what float64 loses: at t = 0 the mean is that of the bank.
+    """
+    length = (want.mean - bank.centre).norm(dim=1)
+    off = (post.mean - want.mean).norm(dim=1)
+    excess = (off - 1e-14 * bank.max_norm).clamp_min(0)
+    # Near the data an error is that of the velocity, which divides it by sigma.
+    close(excess, 0, rtol, (length * (1 - want.t)).clamp_min(1e-300))
 
 
 def check_statistics(post, log_evidence, gamma, k):
@@ -254,6 +281,8 @@ def test_engine(name, dtype, kind, dim, class_wise):
         assert (off <= 1e-5 * scale + missed * diameter).all()
         velocity = oracle.velocity(want.xt, want.t, want.labels)
         close((velocity - want.velocity).norm(dim=1), 0, 1e-5, want.velocity.norm(dim=1))
+        if case.promised:
+            check_promise(post, want, bank)
         if case.max_tail == 1:
             check_statistics(post, torch.logsumexp(want.logits, 1), want.gamma, k)
             assert post.tail_mass.max() == 0
@@ -299,6 +328,29 @@ def test_engine(name, dtype, kind, dim, class_wise):
     else:
         missed = torch.maximum(missed, want.outside(post.rows))
     assert (off <= missed * diameter + 1e-5 * scale).all()
+
+
+@pytest.mark.parametrize("class_wise", [False, True], ids=["whole", "class-wise"])
+@pytest.mark.parametrize("dim", [64, 512])
+@pytest.mark.parametrize("kind", [*BANKS, "offset", "offset more", "far classes"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name, case in CASES.items() if case.promised for dtype in case.dtypes],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_the_promised_error_of_the_mean(name, dtype, kind, dim, class_wise):
+    bank = make_bank(kind, dim, dtype)
+    want = truth(kind, dim, dtype, class_wise, FINER)
+    post = Oracle(bank, engine=engine_for(name)).posterior(want.xt, want.t, want.labels)
+    check_promise(post, want, bank)
+
+
+@pytest.mark.parametrize("rtol", [1e-3, 1e-5, 1e-6])
+@pytest.mark.parametrize("kind", ["gaussian", "offset", "far classes"])
+def test_any_tolerance_is_kept(kind, rtol):
+    bank, want = make_bank(kind, 512), truth(kind, 512, torch.float32, False, FINER)
+    post = Oracle(bank, engine=Exact(rtol=rtol)).posterior(want.xt, want.t)
+    check_promise(post, want, bank, rtol)
 
 
 TRUNCATING = ["nearest", "nearest-draws", "plain", "plain-draws", "cluster", "faiss"]

@@ -5,7 +5,10 @@ chunk may cost more than to multiply it. So, while a chunk is there, its part of
 up as well, with weights relative to the largest logit so far (online softmax: Milakov and
 Gimelshein, arXiv 1805.02867):
 
-    p' = max(p, max_j l_j),   S' = exp(p - p') S + sum_j exp(l_j - p') x^(j).
+    p' = max(p, max_j l_j),   S' = exp(p - p') S + sum_j (exp(l_j - p') - w') x^(j).
+
+Where the mean of all rows is known, w is the mean weight in the first chunk, `w' = exp(p - p') w`,
+and what it takes away is given back at the end: see `Scan.product`. Otherwise it is 0.
 
 The leading rows get other weights afterwards, because their log-weights are computed again; what S
 has of them is then exchanged (`Refined`). Where a product's rounding has made too much of them for
@@ -37,17 +40,20 @@ class Ahead:
         dim: D.
         logits: Of the dtype and on the device that logits have.
         lead: So many rows of a query are added up by themselves later.
+        level: Whether weights count from w.
 
     Attributes:
         total: S, (B, D), float64.
         peak: p, (B,), in the dtype of the logits.
+        level: w, (B,), float64; None if it is 0.
         chosen: Queries that were not left out, (B,).
     """
 
-    def __init__(self, count: int, dim: int, logits: Tensor, *, lead: int) -> None:
+    def __init__(self, count: int, dim: int, logits: Tensor, *, lead: int, level: bool) -> None:
         self.total = logits.new_zeros(count, dim, dtype=torch.float64)
         self.peak = logits.new_full((count,), -torch.inf)
         self.chosen = torch.zeros(count, dtype=torch.bool, device=logits.device)
+        self.level = torch.zeros_like(self.total[:, 0]) if level else None
         self.lead = lead
 
     def add(self, index: slice | Tensor, logits: Tensor, rows: Tensor, first: bool) -> None:
@@ -68,9 +74,13 @@ class Ahead:
             index, logits = torch.arange(len(self.chosen))[index][some], logits[some]
         before = self.peak[index]
         peak = torch.maximum(before, logits.amax(1))
-        share = (before - peak).double().exp()[:, None]
+        share = (before - peak).double().exp()
         weights = (logits - peak[:, None]).clamp_min_(UNDERFLOW).exp_()
-        self.total[index] = self.total[index].mul_(share).add_(averages(weights, rows))
+        if self.level is not None:
+            level = weights.mean(1).double() if first else self.level[index] * share
+            weights -= level.to(weights.dtype)[:, None]
+            self.level[index] = level
+        self.total[index] = self.total[index].mul_(share[:, None]).add_(averages(weights, rows))
         self.peak[index] = peak
 
     def _choose(self, logits: Tensor) -> Tensor:

@@ -14,12 +14,15 @@ more for rows like the query (`products.rounding`): nothing in navigation, and h
 data. But there few rows carry the posterior, and the log-weights of those are computed again from
 differences in float64. What is left of the error is that of the tail, which moves the mean by about
 
-    delta |gamma_tail| R / (|m - c| min(s_t, 1))
+    (delta |gamma_tail| + e) R / (|m - c| min(s_t, 1))
 
 of its distance from c (R is the root mean square of |x - c|; the last factor is for the velocity),
-if the errors of different rows are independent. The engine checks for each query that this is below
-`rtol`. If it is not, it takes more rows out of the tail, and then does the query in float64.
-`precision="float64"` does all of them so, and is the reference.
+if the errors of different rows are independent. Here e is the rounding of the second product: of
+its weights, and of what the sum comes to on the way. The rows of a bank that is far from the origin
+are therefore centred before they are multiplied in float32, and weights count from their mean where
+all rows are summed (`Scan.product`): the sum is then as small as m - c is. The engine checks for
+each query that the estimate is below `rtol`. If it is not, it takes more rows out of the tail, and
+then does the query in float64. `precision="float64"` does all of them so, and is the reference.
 
 On an accelerator the checks cost two device syncs per call, for B booleans each; the two fixed
 precisions cost none.
@@ -43,7 +46,7 @@ from stagewise.engines.base import NOTHING, Engine, Queries, blocks, positions, 
 from stagewise.engines.refined import FEW, MORE, Refined
 from stagewise.engines.scan import Scan
 from stagewise.posterior import Posterior, inverse, put
-from stagewise.products import full_precision, working_dtype
+from stagewise.products import full_precision, rounding, working_dtype
 
 __all__ = ["Exact"]
 
@@ -53,6 +56,12 @@ _DUST = 1e-18
 _WIDE = 0.25
 """Noise level above which a velocity does not show that a mean was summed up in float32, for rows
 whose distances are about as large as their norms."""
+
+_WEIGHT, _SUM = 3.0, 16.0
+"""What a weight, and a sum of weighted rows, are rounded by, in units of what a product is."""
+
+_LEVEL = 1 / 8
+"""The part of a sum made ahead that is rounded although its weights count from their mean."""
 
 Finish: TypeAlias = Callable[[Scan, Refined, "Refined | None"], Posterior]
 """From the refined weights of a scan to a posterior. The third argument is what was found, and made
@@ -66,10 +75,10 @@ class Exact(Engine):
         precision: "auto" (default) multiplies in the fastest type that the rows allow and checks
             each query's error against `rtol`; "float64" is the reference; "float32" is "auto"
             without the check, for accelerators where even one sync per call is too much.
-        rtol: Relative error of the mean that "auto" lets pass, default 1e-5, and 1e-4 for 16-bit
-            rows on an accelerator, whose products are split (`stagewise.products`). From 1e-4 on
-            a CPU splits the products of bfloat16 rows too, if it has units for them: such rows
-            have been rounded by more than that.
+        rtol: Relative error `|dm| / (|m - c| min(s_t, 1))` that "auto" lets pass, default 1e-5,
+            and 1e-4 for 16-bit rows on an accelerator, whose products are split
+            (`stagewise.products`). From 1e-4 on a CPU splits the products of bfloat16 rows too, if
+            it has units for them: such rows have been rounded by more than that.
         chunk_size: Rows multiplied at a time; default all, or 32 MiB where they must be
             converted or moved.
     """
@@ -151,12 +160,11 @@ class Exact(Engine):
     def _finish(self, scan: Scan, found: Refined, before: Refined | None) -> Posterior:
         """The mean: of a few rows where they are all that matters, otherwise by a product."""
         if self.precision != "auto" and found.tail.device.type != "cpu":
-            mean = scan.moment(found.leading, found.lead) + scan.product(found.rest)
+            mean = scan.moment(found.leading, found.lead)
+            mean += scan.product(found.rest, total=found.tail)
             return replace(found.post, mean=mean)
-        count, path = len(scan.queries), scan.queries.path
-        # Of a bank that is far from the origin float32 loses digits in every sum.
-        wide = path.sigma.clamp_max(1) * scan.bank.radius >= _WIDE * scan.bank.max_norm
-        told = where(torch.cat([found.tail > NOTHING, wide, _made_ahead(scan, found)]))
+        count = len(scan.queries)
+        told = where(torch.cat([found.tail > NOTHING, _wide(scan), _made_ahead(scan, found)]))
         needed, wide_ones, made = (
             {i - first for i in told if first <= i < first + count}
             for first in (0, count, 2 * count)
@@ -171,14 +179,16 @@ class Exact(Engine):
         elif spread:
             # Where that is nearly all, to multiply for all costs less than to pick them.
             some = list(range(count)) if len(narrow) < count / 16 else spread
-            mean[positions(scan.queries, some)] = scan.product(found.weights, some)
+            ones = torch.ones_like(found.tail[: len(some)])
+            mean[positions(scan.queries, some)] = scan.product(found.weights, some, ones)
         if narrow:
             index = positions(scan.queries, narrow)
             leading, lead = found.leading[index], found.lead[index]
             lead = torch.threshold(lead, _DUST, 0)
             mean[index] = scan.moment(leading, lead, narrow)
         if tails:
-            mean[positions(scan.queries, tails)] += scan.product(found.rest, tails)
+            index = positions(scan.queries, tails)
+            mean[index] += scan.product(found.rest, tails, found.tail[index])
         return replace(found.post, mean=mean)
 
     def dtype(self, bank: LatentBank, queries: Queries) -> torch.dtype:
@@ -203,10 +213,27 @@ def _error(scan: Scan, found: Refined, post: Posterior) -> Tensor:
 
     Near the data the velocity has a factor 1 / sigma, which is taken into account.
     """
-    length = (post.mean - scan.bank.centre.to(post.mean.device)).norm(dim=1)
+    length = (post.mean - scan.origin - scan.shift).norm(dim=1)
     length = length * scan.queries.path.sigma.clamp_max(1)
     spread = scan.bank.mean_sq_norm.to(length.device).sqrt()
-    return torch.where(found.error > 0, found.error * spread / length, 0)
+    wide, (unit, _) = _wide(scan), rounding(scan.dtype, scan.bank.dim)
+    squares = torch.where(wide, 1 / found.post.ess, found.squares)
+    share = torch.where(wide, 1, found.tail).square()
+    # What is rounded in a sum is what it comes to on the way: at random, or in one direction.
+    random, along = squares, share
+    if scan.whole:
+        random = along = torch.maximum(squares - share / len(scan.bank), 1e-6 * squares)
+        along = along if scan.ahead is None else along.clamp_min(_LEVEL**2)
+    sums = spread * random.sqrt() + scan.shift.norm() * along.sqrt()
+    rounded = unit * (_WEIGHT * spread * squares.sqrt() + _SUM * sums)
+    error = found.error * spread + torch.where(found.tail > NOTHING, rounded, 0)
+    return torch.where(error > 0, error / length, 0)
+
+
+def _wide(scan: Scan) -> Tensor:
+    """Where a velocity does not show that a mean was summed up in float32, (B,)."""
+    radius = scan.bank.radius
+    return scan.queries.path.sigma.clamp_max(1) * radius >= _WIDE * (radius + scan.shift.norm())
 
 
 def _made_ahead(scan: Scan, found: Refined) -> Tensor:
@@ -220,10 +247,13 @@ def _exchanged(scan: Scan, ahead: Ahead, found: Refined, at: list[int]) -> Tenso
     """The mean as the first pass added it up, with the leading rows' weights exchanged."""
     index = positions(scan.queries, at)
     scale = ahead.peak - scan.lifted - scan.shared - found.post.log_evidence
-    total = scale[index, None].exp() * ahead.total[index]
-    # A sample is a row and the offset; leading rows bring their share of it.
+    total = ahead.total[index]
+    if ahead.level is not None:
+        total += len(scan.bank) * ahead.level[index, None] * scan.shift
+    total *= scale[index, None].exp()
+    # A sample is a row and the origin; leading rows bring their share of it.
     share = (found.tail + found.rough.sum(1))[index, None]
-    total += share * scan.bank.offset.to(total.device)
+    total += share * scan.origin
     change = (found.lead - found.rough)[index]
     return total + scan.moment(found.leading[index], change, at)
 
@@ -234,4 +264,6 @@ def _moved(scan: Scan, found: Refined, before: Refined, at: list[int]) -> Tensor
     share = (before.post.log_evidence - found.post.log_evidence)[index, None].exp()
     leading = found.leading[index]
     change = found.lead[index] - share * before.weights[index].gather(1, leading)
-    return share * before.post.mean[index] + scan.moment(leading, change, at)
+    mean = share * before.post.mean[index] + scan.moment(leading, change, at)
+    # Weights add up to 1, which those of `before` have been rounded off.
+    return mean + (1 - share - change.sum(1, keepdim=True)) * (scan.origin + scan.shift)

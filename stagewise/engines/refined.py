@@ -35,6 +35,7 @@ class Refined:
         rough: Those that they have by their logits, (B, leading), float64.
         weights: Weights of all rows, (B, width), in the dtype of the logits.
         tail: The sum of those that do not lead, (B,), float64.
+        squares: The sum of their squares, (B,), float64.
         error: Estimate of how far, in units of the rows' radius, the mean is off for using the
             logits of the tail, (B,).
     """
@@ -45,6 +46,7 @@ class Refined:
     rough: Tensor
     weights: Tensor
     tail: Tensor
+    squares: Tensor
     error: Tensor
 
     @property
@@ -109,11 +111,12 @@ class Refined:
             tail_mass=torch.zeros_like(tail),
         )
         weights.scatter_(1, leading, lead.to(weights.dtype))
-        return cls(post, columns, lead, rough, weights, tail, error)
+        return cls(post, columns, lead, rough, weights, tail, squares / z**2, error)
 
     def select(self, index: Tensor | slice) -> Refined:
         """The same for some of the queries."""
-        values = (self.columns, self.lead, self.rough, self.weights, self.tail, self.error)
+        values = (self.columns, self.lead, self.rough, self.weights, self.tail)
+        values += (self.squares, self.error)
         return Refined(self.post[index], *(value[index] for value in values))
 
 

@@ -35,6 +35,13 @@ _SPARSE = 3
 _FAR = -42.0
 """A log-weight this far below the largest adds less to anything than rounding does."""
 
+_AWAY = 0.25
+"""Distance of a bank's mean from what its rows count from, in radii, above which they are centred
+before they are multiplied: a product of float32 loses the digits of it."""
+
+_CENTRED = 2**20
+"""Numbers of rows that are centred at a time: what stays in a CPU's cache."""
+
 _NONE = -1e30  # a logit of no row at all: finite, so that 0 * (logit - peak) is 0
 
 
@@ -55,6 +62,8 @@ class Scan:
         table: Which rows the columns of `logits` are, (B, width), -1 for none; None if they are
             all rows that a query looks at, in order.
         chunk_size: Rows multiplied at a time.
+        origin: What is added to a row, as it is multiplied, to make it the sample, (D,), float64.
+        shift: The bank's mean less that, (D,), float64.
         ahead: Weighted sums of the rows that were made in the same pass, or None.
     """
 
@@ -68,6 +77,8 @@ class Scan:
     lifted: Tensor
     table: Tensor | None
     chunk_size: int | None
+    origin: Tensor
+    shift: Tensor
     ahead: Ahead | None = None
 
     @classmethod
@@ -95,7 +106,10 @@ class Scan:
         xt, path = queries.xt, queries.path
         alpha, sigma = path.alpha[:, None], path.sigma[:, None]
         centre = bank.centre.to(xt.device)
-        shift = centre - bank.offset.to(xt.device)
+        origin = bank.offset.to(xt.device)
+        if table is None and _needs_centring(bank, dtype):
+            origin = centre.float().double()
+        shift = centre - origin
         y = torch.addcmul(xt, alpha, centre, value=-1)
         length = torch.linalg.vector_norm(y, dim=1)
         query = y.mul_(alpha / sigma**2)
@@ -108,9 +122,10 @@ class Scan:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         empty = torch.empty(0, dtype=wide, device=xt.device)
         lifted = torch.zeros_like(delta)
-        scan = cls(bank, queries, dtype, empty, shared, delta, v, lifted, table, chunk_size)
+        place = (origin, shift)
+        scan = cls(bank, queries, dtype, empty, shared, delta, v, lifted, table, chunk_size, *place)
         if lead and wide == torch.float32 and bank.fetched(xt.device, dtype):
-            scan.ahead = Ahead(len(queries), bank.dim, empty, lead=lead)
+            scan.ahead = Ahead(len(queries), bank.dim, empty, lead=lead, level=scan.whole)
         if table is None:
             scan.logits = scan._dense(query, half_snr, norm, wide)
         else:
@@ -126,7 +141,7 @@ class Scan:
         for at, segment in queries.groups:
             index = positions(queries, at)
             q, h = query[index], half[index]
-            for first, rows in bank.chunks(segment, self.chunk_size, device, self.dtype):
+            for first, rows in self._chunks(segment, device):
                 last = first + len(rows)
                 part = scores(q, rows).addr_(h, norms[first:last], alpha=-1)
                 if self.ahead is not None:
@@ -138,6 +153,14 @@ class Scan:
                 logits[index, first - segment.start : last - segment.start] = part
         assert logits is not None
         return logits
+
+    def _chunks(self, segment: slice, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """Rows less `origin`, in the dtype that they are multiplied in."""
+        size, shift = self.chunk_size, None
+        if self.table is None and _needs_centring(self.bank, self.dtype):
+            size, shift = size or max(1, _CENTRED // self.bank.dim), self.origin.float()
+        for first, rows in self.bank.chunks(segment, size, device, self.dtype):
+            yield first, rows if shift is None else rows - shift
 
     def _gathered(self, query: Tensor, half_snr: Tensor, norm: Tensor, wide: torch.dtype) -> Tensor:
         assert self.table is not None
@@ -172,6 +195,11 @@ class Scan:
             part = slice(first, first + step)
             stored = self.bank.rows[rows[part].to(self.bank.device)]
             yield part, stored.to(rows.device).double()
+
+    @property
+    def whole(self) -> bool:
+        """Whether every query looks at the whole bank, whose rows add up to N times its mean."""
+        return self.table is None and min(self.queries.sizes) == len(self.bank)
 
     def select(self, at: Sequence[int]) -> Scan:
         """The scan of some of the queries."""
@@ -247,7 +275,7 @@ class Scan:
         row = self.rows(columns)[:, 0].clamp_min(0)
         mean = bank.mean_sq_norm.to(device)
         norm = bank.sq_norms[row.to(bank.device)].to(device)
-        far = torch.maximum(norm, mean).sqrt() + (bank.centre - bank.offset).norm().to(device)
+        far = torch.maximum(norm, mean).sqrt() + self.shift.norm()
         # The product itself: a logit holds the norm too, counted from the mean.
         half_snr = (path.alpha / path.sigma) ** 2 / 2
         product = logits + self.lifted + half_snr * (norm - mean)
@@ -283,12 +311,20 @@ class Scan:
             total[part] += torch.einsum("bn,bnd->bd", weights[part], rows.to(weights.dtype))
         return total
 
-    def product(self, weights: Tensor, at: Sequence[int] | None = None) -> Tensor:
+    def product(
+        self, weights: Tensor, at: Sequence[int] | None = None, total: Tensor | None = None
+    ) -> Tensor:
         """`sum_i w_i x^(i)` over all columns of `logits`: the second product.
+
+        What is added up is `w_i - w` where a query looks at the whole bank, with w the mean of its
+        weights. Early, when weights are nearly equal and the mean nearly c, sums of `w_i x^(i)`
+        would round away what is left.
 
         Args:
             weights: (B, width), in the dtype of the logits.
             at: For which queries; default all.
+            total: What the weights of these add up to, float64, known to more digits than theirs;
+                default their sum.
 
         Returns:
             (B, D), or (len(at), D), float64.
@@ -298,12 +334,25 @@ class Scan:
         if self.table is not None:
             columns = torch.arange(weights.shape[1], device=device).expand(len(some), -1)
             return self.moment(columns, weights[index], some)
-        total = weights[index].sum(1).double()[:, None] * self.bank.offset.to(device)
+        weights = weights[index]
+        held = weights.sum(1, dtype=torch.float64)
+        mean = (held if total is None else total)[:, None] * (self.origin + self.shift)
+        if self.whole:
+            level = (held / weights.shape[1]).to(weights.dtype)
+            weights = weights - level[:, None]
+            held = held - weights.shape[1] * level.double()
+        mean -= held[:, None] * self.shift
         queries = self.queries.select(some)
         for members, segment in queries.groups:
-            own = weights[positions(queries, [some[i] for i in members])]
             place = positions(queries, members)
-            for first, rows in self.bank.chunks(segment, self.chunk_size, device, self.dtype):
+            own = weights[place]
+            for first, rows in self._chunks(segment, device):
                 at_chunk = first - segment.start
-                total[place] += averages(own[:, at_chunk : at_chunk + len(rows)], rows)
-        return total
+                mean[place] += averages(own[:, at_chunk : at_chunk + len(rows)], rows)
+        return mean
+
+
+def _needs_centring(bank: LatentBank, dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` lose digits to the bank's mean, and its rows have no offset."""
+    far = bank.max_norm - bank.radius > _AWAY * bank.radius
+    return far and not bank.shifted and dtype == torch.float32

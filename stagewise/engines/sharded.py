@@ -119,7 +119,7 @@ class EmptyShard(LatentBank):
         # `Sharded.prepare` makes `max_norm` that of all ranks: corrections are rounded by it.
         self.radius = self.max_norm = self.std = 0.0
         self.index, self._segments = None, {}
-        self._file = self._keys = self._fingerprint = self._sorted_keys = None
+        self._file = self._keys = self._fingerprint = None
 
     def find(self, x1: Tensor) -> Tensor:
         """No sample is here: -1 for each, (B,), int64."""

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from stagewise.latents import make_latents
 from stagewise.recipes import cli, evaluate
 from stagewise.recipes.evaluate import loss_by_time
 from stagewise.recipes.train import train
@@ -104,6 +105,88 @@ def test_recipe_without_monitor_ema_and_logger(tmp_path, capsys):
     assert results["stages"] == []
     assert (tmp_path / "loss_by_t.png").exists()
     assert "stage boundary" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_finished_or_killed_in_its_evaluation_it_is_evaluated_again(
+    tmp_path, monkeypatch, capsys, lightning_log
+):
+    few = ["~callbacks.errors", "~callbacks.memorization", "~callbacks.transitions"]
+    few += ["callbacks.monitor.every_n_steps=5", "callbacks.ema.decay=0.5"]
+
+    def table():
+        out = capsys.readouterr().out
+        return out[out.index("stage boundary") : out.index("Trained 6 steps")]
+
+    whole = train(configuration(tmp_path / "whole", *few))
+    said = table()
+    assert "gap, 2 standard errors" in said
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stagewise.recipes.train.evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(configuration(tmp_path / "cut", *few))
+    assert not (tmp_path / "cut/samples.png").exists()
+    before = (tmp_path / "cut/stages/stages.jsonl").read_text()
+    for run in ("cut", "whole"):
+        lightning_log.clear()
+        again = train(configuration(tmp_path / run, *few, "resume=true"))
+        assert {**again, "seconds": 0} == {**whole, "seconds": 0}, "with the averaged weights"
+        assert table() == said
+        assert "last.ckpt is at step 6, where this training ends" in lightning_log.text
+        assert (tmp_path / run / "samples.png").exists()
+        assert "raise what ended it, such as trainer.max_steps=12." in lightning_log.text
+    assert (tmp_path / "cut/stages/stages.jsonl").read_text() == before
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_a_table_by_stage_is_cut_at_the_boundary_of_the_run(tmp_path, capsys):
+    """By the first probe, not by the last, which measures with other draws."""
+    few = [
+        "~callbacks.errors",
+        "~callbacks.memorization",
+        "~callbacks.transitions",
+        "~callbacks.ema",
+    ]
+    results = train(configuration(tmp_path, *few))
+    probes = [json.loads(line) for line in (tmp_path / "stages/stages.jsonl").open()][1:]
+    assert len({probe["midpoint"] for probe in probes}) == 2
+    rows = results["stages"]
+    assert rows[0]["to"] == rows[1]["from"] == probes[0]["midpoint"]
+    assert f"{probes[0]['midpoint']:7.3f}   [{probes[0]['midpoint_low']:.3f}," in (
+        capsys.readouterr().out
+    )
+    for row in rows:
+        assert row["gap"] == pytest.approx(row["held_out"] - row["train"], nan_ok=True)
+    assert 0 < rows[-1]["gap_se"] < 0.5
+
+
+@pytest.mark.usefixtures("quick_figures")
+@pytest.mark.parametrize("classes", [1, 2])
+def test_few_classes_are_trained_on_watched_steered_and_sampled(tmp_path, classes):
+    path = make_latents(tmp_path / "made", 60, (4, 8, 8), classes)
+    few = ["~callbacks.errors", "~callbacks.memorization", "~callbacks.transitions"]
+    others = ("data.", "experiment=", "callbacks.ema.")
+    some = [override for override in SMALL if not override.startswith(others)]
+    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
+        config = compose(
+            "train",
+            [
+                *("experiment=imagenet256_sdvae_sit_s", f"data.path={path}", "callbacks=steer"),
+                *(f"data.num_classes={classes}", "data.held_out=10", "data.batch_size=8"),
+                *("data.num_workers=0", "net.input_size=8", "net.num_heads=2", *some, *few),
+                *("trainer.accelerator=cpu", "trainer.devices=1", f"run_dir={tmp_path / 'run'}"),
+            ],
+        )
+    results = train(config)
+    assert results["stages"][-1]["stage"] == "all t"
+    assert (tmp_path / "run/samples.png").exists()
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    # A row for each class, and one for none.
+    assert last["state_dict"]["net.y_embedder.weight"].shape == (classes + 1, 32)
 
 
 @pytest.mark.slow

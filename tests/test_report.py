@@ -209,6 +209,80 @@ def test_broken_lines_are_named_and_the_rest_is_used(run):
     assert len(read_run(run).of("velocity_probe")) == 2
 
 
+BOUNDARY = {"midpoint": 0.371, "midpoint_low": 0.36, "midpoint_high": 0.38, "collapsed": 0.871}
+BOUNDARY |= {"collapsed_low": 0.86, "collapsed_high": 0.88}
+
+
+def lines_of(monkeypatch):
+    """The places of the boundary in all figures that are drawn from now on."""
+    places = []
+
+    def drawn(figure, alt):
+        for axes in figure.axes:
+            for line in axes.get_lines():
+                if str(line.get_label()).startswith(("midpoint", "collapsed")):
+                    places.append(round(float(line.get_xdata()[0]), 3))
+        return page._image(b"", alt, (1, 1))
+
+    monkeypatch.setattr(page, "_drawn", drawn)
+    return places
+
+
+@pytest.mark.parametrize("told", ["errors", "stages", "first probe"])
+def test_one_boundary_in_all_of_a_page(run, told, monkeypatch):
+    """That of the errors' header, or else of the bank's, or else of the first probe."""
+    places = lines_of(monkeypatch)
+    bank, first, last = map(json.loads, (run / "stages/stages.jsonl").read_text().splitlines())
+    header, *others = map(json.loads, (run / "errors/stages.jsonl").read_text().splitlines())
+    bare = {key: value for key, value in header.items() if key not in BOUNDARY}
+    other = {key: value + 0.05 for key, value in BOUNDARY.items()}
+    if told == "errors":
+        write(run / "errors", bare | BOUNDARY, *others)
+        write(run / "stages", bank | other, first, last)
+    elif told == "stages":
+        write(run / "errors", bare, *others)
+        write(run / "stages", bank | BOUNDARY, first, last)
+    else:
+        write(run / "errors", bare, *others)
+        write(run / "stages", bank, first | BOUNDARY, last)
+    text = read(report(run)).text
+    assert set(places) == {0.371, 0.871}
+    assert "95 % interval: 0.36 to 0.38" in text
+    assert "95 % interval: 0.86 to 0.88" in text
+    assert "t at which the mean largest posterior weight crosses 0.5" in text
+    # What was measured later is called so, and is nowhere else.
+    assert text.count("0.432") == 1
+    assert "last probe, measured at step 500" in text
+    assert read_run(run).boundary().midpoint == BOUNDARY["midpoint"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_boundary_that_was_not_reached_is_no_number(run):
+    bank, first, last = map(json.loads, (run / "stages/stages.jsonl").read_text().splitlines())
+    shutil.rmtree(run / "errors")
+    none = dict.fromkeys(BOUNDARY)
+    write(run / "stages", bank, first | none, last | none)
+    text = read(report(run)).text
+    assert "boundary (midpoint), t–" in text
+    assert "nan" not in text
+    assert "midpoint – (no interval)" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_gap_is_told_with_what_chance_makes(run):
+    header, *_ = map(json.loads, (run / "errors/stages.jsonl").read_text().splitlines())
+    last = probe(9) | {"gap": [0.03] * BINS, "gap_se": [0.01] * 2 + [0.02] * 3 + [None]}
+    write(run / "errors", header, probe(1), last)
+    assert "At step 9 the gap is two standard errors or more from zero in 2 of 6 bins" in (
+        read(report(run)).text
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_copies_have_the_words_of_their_interval(run):
+    assert "95 % exact interval: 0.1 to 0.4" in read(report(run)).text
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_events_of_two_folders_are_not_mixed(run):
     write(run / "again", probe(7), probe(9))

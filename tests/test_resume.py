@@ -4,6 +4,7 @@ import os
 import signal
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -14,7 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise.losses import FlowMatchingLoss
+from stagewise.recipes import order
 from stagewise.recipes.checkpoint_io import AtomicCheckpointIO, RunCheckpoint
+from stagewise.recipes.latents import LatentsData
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.order import ResumableData
 from stagewise.recipes.resume import checkpoint_of
@@ -27,12 +30,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 class Numbered(ResumableData):
     """The numbers from 0, each a sample."""
 
-    def __init__(self, count=20, batch_size=4, workers=0):
+    def __init__(self, count=20, batch_size=4, workers=0, first=0.0):
         super().__init__()
         self.count, self.batch_size, self.workers = count, batch_size, workers
+        self.first = first
 
     def train_dataloader(self):
-        dataset = TensorDataset(torch.arange(self.count).float()[:, None])
+        numbers = torch.arange(self.count).float()[:, None]
+        numbers[0] = self.first
+        dataset = TensorDataset(numbers)
         order = self.order(dataset, self.batch_size, 0)
         return self.loader(dataset, sampler=order, drop_last=True)
 
@@ -129,12 +135,59 @@ def test_a_second_training_with_the_same_data_begins_at_its_beginning(train):
     [
         (Numbered(24), "made with 20 training samples, and there are 24"),
         (Numbered(20, 5), "batches of 4 samples over all ranks, and this run has 5 on each of 1"),
+        (Numbered(20, first=0.5), r"as many training samples, 20, but with other ones.*weights="),
     ],
 )
 def test_other_data_or_batches_are_refused(train, data, message):
     _, folder, _ = train(2)
     with pytest.raises(ValueError, match=message):
         train(4, data, folder / "step=2.ckpt")
+
+
+def test_a_checkpoint_from_before_fingerprints_is_gone_on_from(train):
+    whole, folder, _ = train(6)
+    file = folder / "step=3.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    del checkpoint["Numbered"]["fingerprint"]
+    torch.save(checkpoint, file)
+    assert train(6, file=file)[0] == whole[3:]
+
+
+def test_latents_of_the_same_count_are_told_from_one_another(tmp_path):
+    """By their numbers, or their labels; not by draws, their place, or the number of ranks."""
+    x, labels = torch.randn(30, 2, 4, 4), torch.arange(30) % 3
+
+    def known(name, x, labels, **options):
+        folder = tmp_path / name
+        folder.mkdir()
+        np.savez(folder / "latents.npz", latents=x.numpy(), labels=labels.numpy())
+        options = {"held_out": 4, "batch_size": 4, "expected_std": 1.0} | options
+        data = LatentsData(str(folder / "latents.npz"), 3, **options)
+        data.setup()
+        data.train_dataloader()
+        return data._fingerprint
+
+    one = known("one", x, labels)
+    assert known("moved", x, labels) == one
+    assert known("batches", x, labels, batch_size=8) == one
+    assert known("other", x + 1e-3, labels) != one
+    assert known("relabelled", x, (labels + 1) % 3) != one
+    assert known("reordered", x.flip(0), labels.flip(0)) != one
+
+
+def test_what_is_drawn_of_a_sample_is_not_in_its_fingerprint():
+    class Drawn(TensorDataset):
+        def __getitem__(self, item):
+            x, label = super().__getitem__(item)
+            return x + torch.randn(()), label, int(torch.randint(100, ()))
+
+        def fixed(self):
+            return [(*super(Drawn, self).__getitem__(i), 7 * i) for i in range(len(self))]
+
+    data = Drawn(torch.arange(500).float()[:, None], torch.arange(500) % 3)
+    assert order._fingerprint(data) == order._fingerprint(data)
+    plain = TensorDataset(*data.tensors)
+    assert order._fingerprint(plain) == order._fingerprint(data)
 
 
 # -- which checkpoint -----------------------------------------------------------------------------

@@ -100,3 +100,44 @@ def test_the_gap_is_a_share_around_zero():
     np.testing.assert_allclose(np.asarray(mesh.get_array()), 0.1, rtol=1e-9)
     assert mesh.norm.vcenter == 0
     assert mesh.norm.vmin == -mesh.norm.vmax
+
+
+def meshes(figure):
+    """The coloured cells and the grey ones, NaN where there is none."""
+    return [
+        np.ma.filled(np.ma.asarray(mesh.get_array(), dtype=float), np.nan)
+        for mesh in figure.axes[0].collections[:2]
+    ]
+
+
+def test_a_gap_within_two_standard_errors_is_grey_and_does_not_stretch_the_colours():
+    probes = [probe(step) for step in (1, 10, 100)]
+    share = probes[1]["train"]["conditional"][2]
+    probes[1]["gap"][2], probes[1]["gap_se"] = 0.9 * share, [0.01] * 2 + [0.46 * share] + [0.01] * 5
+    probes[2]["gap"][5], probes[2]["gap_se"][5] = None, None
+    probes[0]["gap_se"] = [0.01] * 7 + [None]  # of a single sample
+    figure = pictures.gap_heatmap(EVEN, probes)
+    colours, grey = meshes(figure)
+    assert np.argwhere(np.isfinite(grey)).tolist() == [[2, 1], [7, 0]]
+    assert np.argwhere(np.isnan(colours)).tolist() == [[2, 1], [5, 2], [7, 0]]
+    np.testing.assert_allclose(colours[np.isfinite(colours)], 0.1)
+    assert figure.axes[0].collections[0].norm.vmax == pytest.approx(0.1)
+    (legend,) = figure.legends
+    assert "less than 2 standard errors" in legend.get_texts()[0].get_text()
+    # The same gap, measured better, has its colour.
+    probes[1]["gap_se"][2] = 0.44 * share
+    colours, grey = meshes(pictures.gap_heatmap(EVEN, probes))
+    assert colours[2, 1] == pytest.approx(0.9)
+    assert np.isnan(grey[2, 1])
+
+
+def test_a_picture_of_noise_alone_is_grey():
+    probes = [probe(step) | {"gap_se": [1.0] * 8} for step in (1, 10)]
+    figure = pictures.gap_heatmap(EVEN, probes)
+    colours, grey = meshes(figure)
+    assert np.isnan(colours).all()
+    assert np.isfinite(grey).all()
+    pixels = render(figure)
+    height, width, _ = pixels.shape
+    assert pixels[height // 2, width // 3].tolist() == [191, 191, 191]
+    assert not any(pictures.gap_is_clear(probes[0]))

@@ -58,8 +58,9 @@ ROWS = torch.randn(N, *SHAPE, generator=draws(0))
 def made(n=32, path=None, kind="velocity", seed=1, rows=ROWS):
     """Samples of the library's convention: `y` and the arguments of a call."""
     path = path or LinearPath()
-    x1, x0 = rows[torch.randint(N, (n,), generator=draws(seed))], torch.randn(
-        n, *SHAPE, generator=draws(seed + 1)
+    x1, x0 = (
+        rows[torch.randint(N, (n,), generator=draws(seed))],
+        torch.randn(n, *SHAPE, generator=draws(seed + 1)),
     )
     t = torch.rand(n, generator=draws(seed + 2)) * 0.96 + 0.02
     y = Prediction(kind).target(path(t), x0, x1)
@@ -233,7 +234,9 @@ def test_a_loop_is_told_once_of_samples_that_are_no_rows():
     moved = ROWS.clone()
     moved[::4] += 0.1
     y, call = made(400, rows=moved)
-    with pytest.warns(UserWarning, match=r"Scheme: 2\d% of the samples .* nearest row is off by \d+%") as said:
+    with pytest.warns(
+        UserWarning, match=r"Scheme: 2\d% of the samples .* nearest row is off by \d+%"
+    ) as said:
         mixing()(y, **call)
     assert [warning.filename for warning in said] == [__file__]
     scheme = mixing()

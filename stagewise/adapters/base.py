@@ -350,8 +350,11 @@ def seen(
     conditions: Iterable[tuple[str, Tensor]] = (),
 ) -> Seen:
     """A `Seen` of detached tensors."""
-    cut = [None if x is None else x.detach() for x in (x0, t, xt)]
-    return Seen(x1.detach(), *cut, tuple(conditions))
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach()
+
+    return Seen(x1.detach(), cut(x0), cut(t), cut(xt), tuple(conditions))
 
 
 def named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

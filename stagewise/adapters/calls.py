@@ -182,7 +182,8 @@ def conditioning(
         labels: Of the batch, or None.
     """
     size, others = len(leaves[slots.x]), []
-    best, found = -1, (None, False)
+    best = -1
+    found: tuple[int | None, bool] = None, False
     for k, leaf in enumerate(leaves):
         if k in (slots.x, slots.time) or not isinstance(leaf, Tensor):
             continue

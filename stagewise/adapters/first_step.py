@@ -238,7 +238,7 @@ class FirstStep:
         """
         maker = "" if self._seen is None else f"{self._seen[0].name} is given, and "
         assert self.x1 is not None
-        why = self.search.why(x1, self._place(self.x1) or "batch[0]", self.x1)
+        why = self.search.origin(x1, self._place(self.x1) or "batch[0]", self.x1)
         cure = "give what is trained on: bank=LatentBank(latents, labels)."
         return (
             f"What was read from the batches is not what {maker}training is on: "

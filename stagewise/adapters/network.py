@@ -15,28 +15,20 @@ other samples, and its answer read as a velocity. Where no call passes, what was
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from stagewise.adapters.asked import Network, tensor_of
 from stagewise.adapters.base import Seam
-from stagewise.adapters.calls import (
-    Reading,
-    Slots,
-    answers,
-    conditioning,
-    readings,
-    short,
-    velocity_line,
-    where,
-)
-from stagewise.adapters.fitting import can_tell, factor_of, noise_of
+from stagewise.adapters.calls import Reading, answers, conditioning, velocity_line, where
+from stagewise.adapters.fitting import can_tell, noise_of
 from stagewise.adapters.paths import same_path
+from stagewise.adapters.reasons import GIVEN, Candidates, Diagnosis, Made, Reasons, is_same, own_of
 
 __all__ = [
     "GIVEN",
@@ -48,132 +40,6 @@ __all__ = [
     "noise_of",
     "tensor_of",
 ]
-
-GIVEN = "x_1 as it was given to what makes the targets"
-"""The name of that candidate; the first of another name is the `x_1` found in the batch."""
-
-Candidates: TypeAlias = Callable[[], "Sequence[tuple[str, Tensor]]"]
-"""What `x_1` may be at the time of a call, best first, with names to be pasted: "batch[0]"."""
-
-
-class Network:
-    """A network that can be asked for the velocity, as the training asks it.
-
-    Attributes:
-        module: What is called.
-        name: Its name below the module that was searched; empty for that itself.
-        seam: What says path, prediction and convention.
-    """
-
-    def __init__(self, module: nn.Module, name: str, seam: Seam, slots: Slots) -> None:
-        self.module, self.name, self.seam = module, name, seam
-        self._slots = slots
-
-    def describe(self) -> str:
-        """One line for logs."""
-        given = ["x_t", "time", *(["labels"] if self.conditional else []), *self.conditions]
-        return f"{where(self.name)}: {type(self.module).__name__}({', '.join(given)})"
-
-    @property
-    def conditional(self) -> bool:
-        """Whether it is given labels."""
-        return self._slots.labels is not None
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """What else it is given for each sample; asked about others, it is given the same again."""
-        return tuple(text for _, text in self._slots.conditions)
-
-    def of(self, root: nn.Module) -> Network:
-        """The same network in a copy of the module that was searched."""
-        return Network(root.get_submodule(self.name), self.name, self.seam, self._slots)
-
-    @torch.no_grad()
-    def __call__(self, xt: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The velocity at noisy samples, in the library's convention.
-
-        Args:
-            xt: Noisy samples, (B, *).
-            t: Times in [0, 1], (B,), t = 0 is noise.
-            labels: Classes, (B,), for a network that is given some.
-
-        Returns:
-            The velocity, (B, *), float32.
-
-        Raises:
-            ValueError: If the network is given labels and there are none, or returns another shape.
-        """
-        slots = self._slots
-        leaves = list(slots.leaves)
-        x, time = self.seam.to_network(xt, t)
-        if slots.time < 0:
-            like = leaves[slots.x]
-            leaves[slots.x] = torch.cat([x.to(like.dtype), time[:, None].to(like.dtype)], 1)
-        else:
-            leaves[slots.x] = x.to(leaves[slots.x].dtype)
-            like = leaves[slots.time]
-            leaves[slots.time] = time.to(like.dtype).reshape(-1, *like.shape[1:])
-        if slots.labels is not None:
-            if labels is None:
-                raise ValueError(f"{self.describe()} is given labels, and there are none here.")
-            like = leaves[slots.labels]
-            if slots.one_hot:
-                leaves[slots.labels] = functional.one_hot(labels, like.shape[1]).to(like.dtype)
-            else:
-                leaves[slots.labels] = labels.to(like.dtype).reshape(-1, *like.shape[1:])
-        for k, _ in slots.conditions:
-            rows = torch.arange(len(xt), device=leaves[k].device) % len(leaves[k])
-            leaves[k] = leaves[k][rows]
-        args, kwargs = pytree.tree_unflatten(leaves, slots.spec)
-        return self.velocity(self.module(*args, **kwargs), xt, t)
-
-    def velocity(self, output: Any, xt: Tensor, t: Tensor) -> Tensor:
-        """What an answer of the network stands for, (B, *), float32."""
-        y = self.seam.convention.sign * tensor_of(output, tuple(xt.shape)).float()
-        return self.seam.prediction.to_velocity(self.seam.path(t.float()), y, xt.float())
-
-    def inputs(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
-        """`x_t` and t of a call, None if it is made in another way than the first one."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self._slots.spec:
-            return None
-        return self.seam.from_network(*self._slots.read(leaves))
-
-
-def tensor_of(output: Any, shape: tuple[int, ...]) -> Tensor:
-    """The tensor among what a network returns: itself, the first of a tuple, or its `.sample`.
-
-    Raises:
-        ValueError: If there is none of this shape.
-    """
-    found = output[0] if isinstance(output, (tuple, list)) and output else output
-    found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
-    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
-        came = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise ValueError(
-            f"Expected the network to return what stands for a velocity, of shape {shape}, got "
-            f"{came}. Say how: velocity=lambda module, xt, t, labels: ..."
-        )
-    return found
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """Why `x_1` of the batch is not what is trained on.
-
-    Attributes:
-        kind: "scaled": times `factor`; "reversed": it is, but time runs the other way than the
-            seam says; "other tensor": another tensor of the batch is; "encoded": what `module`
-            made of it is.
-        message: What was seen, and the cure.
-        factor: By which `x_1`, or what `module` made of it, is multiplied. None: by none.
-        module: Such as "module.vae", for "encoded".
-    """
-
-    kind: Literal["scaled", "reversed", "other tensor", "encoded"]
-    message: str
-    factor: float | None = None
-    module: str | None = None
 
 
 @dataclass
@@ -192,16 +58,6 @@ class _Match:
     @property
     def line(self) -> str:
         return velocity_line(self.network.name, self.leaves, self.reading)
-
-
-@dataclass
-class _Made:
-    """What a submodule returned: its name, the tensor if it still exists, its shape."""
-
-    name: str
-    tensor: weakref.ref[Tensor]
-    shape: tuple[int, ...]
-    alone: bool  # whether x_1 of the batch was all that it was given
 
 
 class NetworkSearch:
@@ -234,7 +90,7 @@ class NetworkSearch:
         conditions: Literal["refuse", "tile"] = "refuse",
         labels_name: str = "batch[1]",
     ) -> None:
-        self.root, self.labels = root, labels
+        self.root = root
         self.seams: list[Seam] = []
         self._makers = set()
         for seam in seams:
@@ -242,25 +98,24 @@ class NetworkSearch:
             if not any(_alike(seam, other) for other in self.seams):
                 self.seams.append(seam)
         self._candidates, self._conditions = candidates, conditions
-        self._labels_text = "None" if labels is None else labels_name
+        self._labels_name = labels_name
         self.compiled = _is_compiled(root)
         self._hooks: list[Any] = []
-        self.reset()
+        self.reset(labels)
 
-    def reset(self) -> None:
-        """Forgets what was seen, and looks again at the next step."""
+    def reset(self, labels: Tensor | None) -> None:
+        """Forgets what was seen, and looks again at the next step.
+
+        Args:
+            labels: The classes of its batch, (B,), or None.
+        """
         self.stop()
-        self.empty = True
+        self.labels, self.empty = labels, True
         self._matches: list[_Match] = []
-        self._diagnoses: list[Diagnosis] = []
-        self._guess: Diagnosis | None = None
-        self._coupled = ""
+        self._reasons = Reasons(self.seams, self.labels, self._labels_name)
         self._goes_on: tuple[str, str] | None = None
-        self._lines: list[str] = []
-        self._shape: tuple[int, ...] = ()
         self._inside: nn.Module | None = None
         self._pending: _Match | None = None
-        self._made: list[_Made] = []
         self._calls: list[tuple[int, bool]] = []
         if self.compiled:
             return
@@ -286,22 +141,22 @@ class NetworkSearch:
     @property
     def found(self) -> Network | None:
         """The network of the first call that fits, whether or not `result` refuses it."""
-        return self._first and self._first.network
+        return None if self._first is None else self._first.network
 
     @property
     def matched(self) -> str | None:
         """The name of the candidate that it fits."""
-        return self._first and self._first.matched
+        return None if self._first is None else self._first.matched
 
     @property
     def x1(self) -> Tensor | None:
         """That candidate, (B, *), detached."""
-        return self._first and self._first.x1
+        return None if self._first is None else self._first.x1
 
     @property
     def call(self) -> tuple[Any, Any, Any] | None:
         """The arguments, keyword arguments and output of that call."""
-        return self._first and self._first.call
+        return None if self._first is None else self._first.call
 
     def result(self) -> Network:
         """The network.
@@ -340,10 +195,11 @@ class NetworkSearch:
 
     def diagnosis(self) -> Diagnosis | None:
         """Why `x_1` of the batch is not what is trained on; None if it is, or nothing tells."""
-        if self._first is not None:
-            return self._first.diagnosis
-        kinds = ("scaled", "reversed", "encoded")
-        return min(self._diagnoses, key=lambda found: kinds.index(found.kind), default=self._guess)
+        return self._reasons.diagnosis if self._first is None else self._first.diagnosis
+
+    def origin(self, x1: Tensor, text: str, own: Tensor) -> Diagnosis | None:
+        """How what is trained on came from `x_1` of the batch; see `Reasons.origin`."""
+        return self._reasons.origin(x1, text, own)
 
     # -- messages -----------------------------------------------------------------------------
 
@@ -366,24 +222,7 @@ class NetworkSearch:
                 "the network by a function, say velocity=lambda module, xt, t, labels: "
                 "module.net(xt, t)"
             )
-        calls = "".join(f"\n  {line}" for line in self._lines[:8]) or " none with such a tensor"
-        calls = f"Calls with a tensor of its shape, {self._shape}:{calls}\n"
-        why, diagnosis = self._coupled, self.diagnosis()
-        if not why and diagnosis is not None:
-            why = diagnosis.message
-        if why:
-            return f"{start}{why}\n{calls}"
-        paths = ", ".join(repr(seam.path) for seam in self.seams)
-        return (
-            f"{start}no call in the first training step was given x_t and a time that fit x_1 of "
-            f"the batch on {paths}. {calls}"
-            "If training encodes, scales, flips or reorders x_1 itself, say find=... so that it "
-            "is what is trained on; if the network is called in another way, say "
-            "velocity=lambda module, xt, t, labels: module.net(xt, t, labels)."
-        )
-
-    def _find(self, x1: str) -> str:
-        return f"find=lambda batch: ({x1}, {self._labels_text})"
+        return start + self._reasons.explain()
 
     # -- hooks --------------------------------------------------------------------------------
 
@@ -396,9 +235,9 @@ class NetworkSearch:
                 for text, x1 in self._candidates()
                 if x1.is_floating_point() and x1.ndim > 1
             ]
-            own = next((x1 for text, x1 in candidates if text != GIVEN), None)
-            alone = len(leaves) == 1 and own is not None and _is(leaves[0], own)
-            self._calls.append((len(self._made), alone))
+            own = own_of(candidates)
+            alone = len(leaves) == 1 and own is not None and is_same(leaves[0], own[1])
+            self._calls.append((len(self._reasons.made), alone))
             if not trains or self._inside is not None:
                 return
             self.empty = self.empty and module is self.root
@@ -419,9 +258,9 @@ class NetworkSearch:
             if isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 1:
                 # What is inside of a module that returns it is that module's.
                 shape = tuple(output.shape)
-                inside = [made for made in self._made[start:] if made.shape != shape]
-                made = _Made(name, weakref.ref(output), shape, alone)
-                self._made[start:] = [*inside, made]
+                so_far = self._reasons.made
+                inside = [made for made in so_far[start:] if made.shape != shape]
+                so_far[start:] = [*inside, Made(name, weakref.ref(output), shape, alone)]
             if module is self._inside:
                 match, self._inside, self._pending = self._pending, None, None
                 if match is not None:
@@ -477,12 +316,12 @@ class NetworkSearch:
         candidates: list[tuple[str, Tensor]],
     ) -> _Match | None:
         """The match if this call is a network's; what is inside of it is not looked at."""
-        own = next(((text, x1) for text, x1 in candidates if text != GIVEN), None)
+        own = own_of(candidates)
         for text, x1 in candidates:
             # x_t has the shape of x_1, and is not x_1 itself.
             fits = [
                 reading
-                for reading in self._read(leaves, spec, tuple(x1.shape), x1)
+                for reading in self._reasons.read(leaves, spec, tuple(x1.shape), x1)
                 if reading.noisy.fits(x1)
             ]
             if not fits:
@@ -498,142 +337,12 @@ class NetworkSearch:
                 x1,
             )
             if own is not None:
-                match.diagnosis = self._compare(match, *own)
+                match.diagnosis = self._reasons.compare(name, reading, text, x1, *own)
                 match.other = text not in (GIVEN, own[0])
             return match
         if candidates and not self._matches:
-            self._note(module, name, args, leaves, spec, candidates)
+            self._reasons.note(module, name, args, leaves, spec, candidates)
         return None
-
-    def _read(
-        self, leaves: list[Any], spec: Any, shape: tuple[int, ...] | None, x1: Tensor
-    ) -> Iterable[Reading]:
-        for reading in readings(leaves, spec, shape, len(x1), self.seams, self.labels):
-            if not _is(reading.slots.raw(leaves)[0], x1):
-                yield reading.coarser(x1.dtype)
-
-    def _compare(self, match: _Match, text: str, own: Tensor) -> Diagnosis | None:
-        """Why a call fits another candidate than `x_1` of the batch."""
-        if match.matched == text or (own.shape == match.x1.shape and match.reading.noisy.fits(own)):
-            return None
-        if match.matched != GIVEN:
-            return Diagnosis(
-                "other tensor",
-                f"{where(match.network.name)} is given x_t of {match.matched}, not of {text}. "
-                f"Say so: {self._find(match.matched)}",
-            )
-        return self.why(match.x1, text, own)
-
-    def why(self, x1: Tensor, text: str, own: Tensor) -> Diagnosis | None:
-        """How samples that are trained on came from those of the batch, as far as it shows.
-
-        Args:
-            x1: What is trained on, (B, *).
-            text: How one would write x_1 of the batch.
-            own: x_1 of the batch, (B, *).
-        """
-        factor = factor_of(x1, own)
-        if factor is not None:
-            return self._scaled(factor, f"{factor:g}", text)
-        for made in self._made:
-            tensor = made.tensor()
-            factor = None if tensor is None else factor_of(x1, tensor)
-            if factor is not None:
-                return self._encoded(made, factor, text)
-        return None
-
-    def _note(
-        self,
-        module: nn.Module,
-        name: str,
-        args: Any,
-        leaves: list[Any],
-        spec: Any,
-        candidates: list[tuple[str, Tensor]],
-    ) -> None:
-        """Keeps what a call that does not fit says about why."""
-        text, own = next((pair for pair in candidates if pair[0] != GIVEN), candidates[0])
-        self._shape = tuple(own.shape)
-        if any(isinstance(leaf, Tensor) and leaf.shape == own.shape for leaf in leaves):
-            given = ", ".join(short(leaf) for leaf in leaves[:6])
-            self._lines.append(f"{name or 'module'}: {type(module).__name__}({given})")
-        for _, x1 in candidates:
-            for reading in self._read(leaves, spec, tuple(x1.shape), x1):
-                lean = reading.noisy.leans(x1)
-                if lean and not self._coupled:
-                    self._coupled = self._depends(name, lean, reading.noisy.scale(x1))
-        for reading in self._read(leaves, spec, None, own):
-            noisy = reading.noisy
-            shape = tuple(noisy.xt.shape)
-            if shape == self._shape:
-                factor = noisy.scale(own)
-                if factor is not None:
-                    self._diagnoses.append(self._scaled(factor, f"about {factor:g}", text))
-                if replace(noisy, t=1 - noisy.t).fits(own):
-                    slots = conditioning(module, args, leaves, reading.slots, self.labels)
-                    turned = replace(reading, slots=slots)
-                    line = velocity_line(name, leaves, turned, turned="(1 - t)")
-                    self._diagnoses.append(
-                        Diagnosis(
-                            "reversed",
-                            f"{where(name)} fits x_1 of the batch if its time runs the other way "
-                            f"than {reading.seam.name} says. Say how to ask it: {line}",
-                        )
-                    )
-            before = [made for made in self._made if made.shape == shape]
-            for made in before:
-                tensor = made.tensor()
-                if tensor is None or _is(tensor, own) or tensor is leaves[reading.slots.x]:
-                    continue
-                factor = 1.0 if noisy.fits(tensor) else noisy.scale(tensor)
-                if factor is not None:
-                    self._diagnoses.append(self._encoded(made, factor, text))
-            if shape != self._shape and len({made.name for made in before}) == 1:
-                # It may be used in another way than as it is, or be gone.
-                self._guess = self._guess or self._encoded(before[0], 1.0, text)
-
-    def _depends(self, name: str, lean: float, factor: float | None) -> str:
-        """Why noise that is normal is not independent, empty if `x_1` is only scaled."""
-        if lean < 0 and factor is not None:
-            return ""
-        scaled = "" if factor is None else f" Or is x_1 scaled by {factor:g}?"
-        return (
-            f"{where(name)} is given x_t and a time that fit x_1 of the batch, but x_0 and x_1 are "
-            f"not independent, {lean:.1f} standard errors from it: a coupling?{scaled} The closed "
-            "form of the oracle holds for independent pairs only. Train from "
-            "x0 = torch.randn_like(x1)."
-        )
-
-    def _scaled(self, factor: float, about: str, text: str) -> Diagnosis:
-        return Diagnosis(
-            "scaled",
-            f"training scales x_1 by {about}. Say so: "
-            f"{self._find(f'{factor:g} * {_written(text)}')}",
-            factor,
-        )
-
-    def _encoded(self, made: _Made, factor: float, text: str) -> Diagnosis:
-        times = "" if factor == 1 else f"{factor:g} * "
-        latents = f"{times}{where(made.name)}"
-        find = self._find(f"{latents}({_written(text)})") if made.alone else "find=..."
-        bank = "latents" if self.labels is None else "latents, labels"
-        return Diagnosis(
-            "encoded",
-            f"training encodes x_1: what fits is {latents}(...), of shape {made.shape}. Say so, "
-            f"{find}, or give what is trained on: bank=LatentBank({bank})",
-            None if factor == 1 else factor,
-            where(made.name),
-        )
-
-
-def _written(text: str) -> str:
-    """A candidate's name as it can be pasted."""
-    return text if text.startswith("batch") else "batch[0]"
-
-
-def _is(x: Any, x1: Tensor) -> bool:
-    """Whether a value is these data, at its own precision."""
-    return isinstance(x, Tensor) and x.shape == x1.shape and torch.equal(x, x1.to(x.dtype))
 
 
 def _alike(one: Seam, other: Seam) -> bool:

@@ -1,0 +1,116 @@
+"""A network that was found in a training, asked as the training asks it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from stagewise.adapters.base import Seam
+from stagewise.adapters.calls import Slots, where
+
+__all__ = ["Network", "tensor_of"]
+
+
+class Network:
+    """A network that can be asked for the velocity, as the training asks it.
+
+    Attributes:
+        module: What is called.
+        name: Its name below the module that was searched; empty for that itself.
+        seam: What says path, prediction and convention.
+    """
+
+    def __init__(self, module: nn.Module, name: str, seam: Seam, slots: Slots) -> None:
+        self.module, self.name, self.seam = module, name, seam
+        self._slots = slots
+
+    def describe(self) -> str:
+        """One line for logs."""
+        given = ["x_t", "time", *(["labels"] if self.conditional else []), *self.conditions]
+        return f"{where(self.name)}: {type(self.module).__name__}({', '.join(given)})"
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it is given labels."""
+        return self._slots.labels is not None
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What else it is given for each sample; asked about others, it is given the same again."""
+        return tuple(text for _, text in self._slots.conditions)
+
+    def of(self, root: nn.Module) -> Network:
+        """The same network in a copy of the module that was searched."""
+        return Network(root.get_submodule(self.name), self.name, self.seam, self._slots)
+
+    @torch.no_grad()
+    def __call__(self, xt: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The velocity at noisy samples, in the library's convention.
+
+        Args:
+            xt: Noisy samples, (B, *).
+            t: Times in [0, 1], (B,), t = 0 is noise.
+            labels: Classes, (B,), for a network that is given some.
+
+        Returns:
+            The velocity, (B, *), float32.
+
+        Raises:
+            ValueError: If the network is given labels and there are none, or returns another shape.
+        """
+        slots = self._slots
+        leaves = list(slots.leaves)
+        x, time = self.seam.to_network(xt, t)
+        if slots.time < 0:
+            like = leaves[slots.x]
+            leaves[slots.x] = torch.cat([x.to(like.dtype), time[:, None].to(like.dtype)], 1)
+        else:
+            leaves[slots.x] = x.to(leaves[slots.x].dtype)
+            like = leaves[slots.time]
+            leaves[slots.time] = time.to(like.dtype).reshape(-1, *like.shape[1:])
+        if slots.labels is not None:
+            if labels is None:
+                raise ValueError(f"{self.describe()} is given labels, and there are none here.")
+            like = leaves[slots.labels]
+            if slots.one_hot:
+                leaves[slots.labels] = functional.one_hot(labels, like.shape[1]).to(like.dtype)
+            else:
+                leaves[slots.labels] = labels.to(like.dtype).reshape(-1, *like.shape[1:])
+        for k, _ in slots.conditions:
+            rows = torch.arange(len(xt), device=leaves[k].device) % len(leaves[k])
+            leaves[k] = leaves[k][rows]
+        args, kwargs = pytree.tree_unflatten(leaves, slots.spec)
+        return self.velocity(self.module(*args, **kwargs), xt, t)
+
+    def velocity(self, output: Any, xt: Tensor, t: Tensor) -> Tensor:
+        """What an answer of the network stands for, (B, *), float32."""
+        y = self.seam.convention.sign * tensor_of(output, tuple(xt.shape)).float()
+        return self.seam.prediction.to_velocity(self.seam.path(t.float()), y, xt.float())
+
+    def inputs(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
+        """`x_t` and t of a call, None if it is made in another way than the first one."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self._slots.spec:
+            return None
+        return self.seam.from_network(*self._slots.read(leaves))
+
+
+def tensor_of(output: Any, shape: tuple[int, ...]) -> Tensor:
+    """The tensor among what a network returns: itself, the first of a tuple, or its `.sample`.
+
+    Raises:
+        ValueError: If there is none of this shape.
+    """
+    found = output[0] if isinstance(output, (tuple, list)) and output else output
+    found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
+    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+        came = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise ValueError(
+            f"Expected the network to return what stands for a velocity, of shape {shape}, got "
+            f"{came}. Say how: velocity=lambda module, xt, t, labels: ..."
+        )
+    return found

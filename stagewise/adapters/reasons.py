@@ -1,0 +1,256 @@
+"""Why `x_1` of the batch is not what a network is trained on, as far as calls tell."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from stagewise.adapters.base import Seam
+from stagewise.adapters.calls import (
+    Reading,
+    conditioning,
+    readings,
+    short,
+    velocity_line,
+    where,
+)
+from stagewise.adapters.fitting import factor_of
+
+__all__ = ["GIVEN", "Candidates", "Diagnosis", "Made", "Reasons", "is_same", "own_of"]
+
+GIVEN = "x_1 as it was given to what makes the targets"
+"""The name of that candidate; the first of another name is the `x_1` found in the batch."""
+
+Candidates: TypeAlias = Callable[[], "Sequence[tuple[str, Tensor]]"]
+"""What `x_1` may be at the time of a call, best first, with names to be pasted: "batch[0]"."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why `x_1` of the batch is not what is trained on.
+
+    Attributes:
+        kind: "scaled": times `factor`; "reversed": it is, but time runs the other way than the
+            seam says; "other tensor": another tensor of the batch is; "encoded": what `module`
+            made of it is.
+        message: What was seen, and the cure.
+        factor: By which `x_1`, or what `module` made of it, is multiplied. None: by none.
+        module: Such as "module.vae", for "encoded".
+    """
+
+    kind: Literal["scaled", "reversed", "other tensor", "encoded"]
+    message: str
+    factor: float | None = None
+    module: str | None = None
+
+
+@dataclass
+class Made:
+    """What a submodule returned: its name, the tensor if it still exists, its shape."""
+
+    name: str
+    tensor: weakref.ref[Tensor]
+    shape: tuple[int, ...]
+    alone: bool  # whether x_1 of the batch was all that it was given
+
+
+class Reasons:
+    """Collects, in one training step, what calls that do not fit say about why.
+
+    Args:
+        seams: What may make the targets.
+        labels: The classes of the batch, (B,), or None.
+        labels_name: How messages write them.
+
+    Attributes:
+        made: What submodules returned so far.
+    """
+
+    def __init__(self, seams: Sequence[Seam], labels: Tensor | None, labels_name: str) -> None:
+        self.made: list[Made] = []
+        self._seams, self._labels = seams, labels
+        self._labels_text = "None" if labels is None else labels_name
+        self._diagnoses: list[Diagnosis] = []
+        self._guess: Diagnosis | None = None
+        self._coupled = ""
+        self._lines: list[str] = []
+        self._shape: tuple[int, ...] = ()
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        """What explains the calls best; None if nothing does."""
+        kinds = ("scaled", "reversed", "encoded")
+        return min(self._diagnoses, key=lambda found: kinds.index(found.kind), default=self._guess)
+
+    def explain(self) -> str:
+        """Why no call fits, with a cure."""
+        calls = "".join(f"\n  {line}" for line in self._lines[:8]) or " none with such a tensor"
+        calls = f"Calls with a tensor of its shape, {self._shape}:{calls}\n"
+        if self._coupled:
+            return f"{self._coupled}\n{calls}"
+        if self.diagnosis is not None:
+            return f"{self.diagnosis.message}\n{calls}"
+        paths = ", ".join(repr(seam.path) for seam in self._seams)
+        return (
+            "no call in the first training step was given x_t and a time that fit x_1 of the batch "
+            f"on {paths}. {calls}"
+            "If training encodes, scales, flips or reorders x_1 itself, say find=... so that it "
+            "is what is trained on; if the network is called in another way, say "
+            "velocity=lambda module, xt, t, labels: module.net(xt, t, labels)."
+        )
+
+    def _find(self, x1: str) -> str:
+        return f"find=lambda batch: ({x1}, {self._labels_text})"
+
+    def read(
+        self, leaves: list[Any], spec: Any, shape: tuple[int, ...] | None, x1: Tensor
+    ) -> Iterable[Reading]:
+        """The ways to read a call, for data `x_1`, that are not about `x_1` itself."""
+        for reading in readings(leaves, spec, shape, len(x1), self._seams, self._labels):
+            if not is_same(reading.slots.raw(leaves)[0], x1):
+                yield reading.coarser(x1.dtype)
+
+    def compare(
+        self, name: str, reading: Reading, matched: str, x1: Tensor, text: str, own: Tensor
+    ) -> Diagnosis | None:
+        """Why a call fits another candidate than `x_1` of the batch; None if that fits too.
+
+        Args:
+            name: Of the submodule.
+            reading: Of its call.
+            matched: The name of the candidate that fits.
+            x1: That candidate.
+            text: The name of `x_1` of the batch.
+            own: That itself.
+        """
+        if matched == text or (own.shape == x1.shape and reading.noisy.fits(own)):
+            return None
+        if matched != GIVEN:
+            return Diagnosis(
+                "other tensor",
+                f"{where(name)} is given x_t of {matched}, not of {text}. "
+                f"Say so: {self._find(matched)}",
+            )
+        return self.origin(x1, text, own)
+
+    def origin(self, x1: Tensor, text: str, own: Tensor) -> Diagnosis | None:
+        """How what is trained on came from `x_1` of the batch; None if nothing tells.
+
+        Args:
+            x1: What is trained on, (B, *).
+            text: The name of `x_1` of the batch.
+            own: That itself.
+        """
+        factor = factor_of(x1, own)
+        if factor is not None:
+            return self._scaled(factor, f"{factor:g}", text)
+        for made in self.made:
+            tensor = made.tensor()
+            factor = None if tensor is None else factor_of(x1, tensor)
+            if factor is not None:
+                return self._encoded(made, factor, text)
+        return None
+
+    def note(
+        self,
+        module: nn.Module,
+        name: str,
+        args: Any,
+        leaves: list[Any],
+        spec: Any,
+        candidates: list[tuple[str, Tensor]],
+    ) -> None:
+        """Keeps what a call that does not fit says about why."""
+        text, own = own_of(candidates) or candidates[0]
+        self._shape = tuple(own.shape)
+        if any(isinstance(leaf, Tensor) and leaf.shape == own.shape for leaf in leaves):
+            given = ", ".join(short(leaf) for leaf in leaves[:6])
+            self._lines.append(f"{name or 'module'}: {type(module).__name__}({given})")
+        for _, x1 in candidates:
+            for reading in self.read(leaves, spec, tuple(x1.shape), x1):
+                lean = reading.noisy.leans(x1)
+                if lean and not self._coupled:
+                    self._coupled = _depends(name, lean, reading.noisy.scale(x1))
+        for reading in self.read(leaves, spec, None, own):
+            noisy = reading.noisy
+            shape = tuple(noisy.xt.shape)
+            if shape == self._shape:
+                factor = noisy.scale(own)
+                if factor is not None:
+                    self._diagnoses.append(self._scaled(factor, f"about {factor:g}", text))
+                if replace(noisy, t=1 - noisy.t).fits(own):
+                    slots = conditioning(module, args, leaves, reading.slots, self._labels)
+                    turned = replace(reading, slots=slots)
+                    line = velocity_line(name, leaves, turned, turned="(1 - t)")
+                    self._diagnoses.append(
+                        Diagnosis(
+                            "reversed",
+                            f"{where(name)} fits x_1 of the batch if its time runs the other way "
+                            f"than {reading.seam.name} says. Say how to ask it: {line}",
+                        )
+                    )
+            before = [made for made in self.made if made.shape == shape]
+            for made in before:
+                tensor = made.tensor()
+                if tensor is None or is_same(tensor, own) or tensor is leaves[reading.slots.x]:
+                    continue
+                factor = 1.0 if noisy.fits(tensor) else noisy.scale(tensor)
+                if factor is not None:
+                    self._diagnoses.append(self._encoded(made, factor, text))
+            if shape != self._shape and len({made.name for made in before}) == 1:
+                # It may be used in another way than as it is, or be gone.
+                self._guess = self._guess or self._encoded(before[0], 1.0, text)
+
+    def _scaled(self, factor: float, about: str, text: str) -> Diagnosis:
+        return Diagnosis(
+            "scaled",
+            f"training scales x_1 by {about}. Say so: "
+            f"{self._find(f'{factor:g} * {_written(text)}')}",
+            factor,
+        )
+
+    def _encoded(self, made: Made, factor: float, text: str) -> Diagnosis:
+        times = "" if factor == 1 else f"{factor:g} * "
+        latents = f"{times}{where(made.name)}"
+        find = self._find(f"{latents}({_written(text)})") if made.alone else "find=..."
+        bank = "latents" if self._labels is None else "latents, labels"
+        return Diagnosis(
+            "encoded",
+            f"training encodes x_1: what fits is {latents}(...), of shape {made.shape}. Say so, "
+            f"{find}, or give what is trained on: bank=LatentBank({bank})",
+            None if factor == 1 else factor,
+            where(made.name),
+        )
+
+
+def own_of(candidates: Sequence[tuple[str, Tensor]]) -> tuple[str, Tensor] | None:
+    """Name and tensor of `x_1` of the batch among the candidates."""
+    return next((pair for pair in candidates if pair[0] != GIVEN), None)
+
+
+def _depends(name: str, lean: float, factor: float | None) -> str:
+    """Why noise that is normal is not independent, empty if `x_1` is only scaled."""
+    if lean < 0 and factor is not None:
+        return ""
+    scaled = "" if factor is None else f" Or is x_1 scaled by {factor:g}?"
+    return (
+        f"{where(name)} is given x_t and a time that fit x_1 of the batch, but x_0 and x_1 are "
+        f"not independent, {lean:.1f} standard errors from it: a coupling?{scaled} The closed "
+        "form of the oracle holds for independent pairs only. Train from "
+        "x0 = torch.randn_like(x1)."
+    )
+
+
+def _written(text: str) -> str:
+    """A candidate's name as it can be pasted."""
+    return text if text.startswith("batch") else "batch[0]"
+
+
+def is_same(x: Any, x1: Tensor) -> bool:
+    """Whether a value is these data, at its own precision."""
+    return isinstance(x, Tensor) and x.shape == x1.shape and torch.equal(x, x1.to(x.dtype))

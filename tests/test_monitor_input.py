@@ -159,8 +159,8 @@ REFUSED = {
         ValueError,
         r"Expected `find` to return.*floating-point.*got tuple\(uint8 tensor \(8, 6\), NoneType\)",
     ),
-    "float labels": (
-        loader(X, LABELS.float()),
+    "labels that are not whole": (
+        loader(X, LABELS + 0.5),
         {"find": lambda batch: (batch[0], batch[1])},
         ValueError,
         r"`find`.*integers of shape \(B,\), got tuple\(float32 tensor \(8, 6\), float32 tensor",
@@ -385,14 +385,16 @@ def dicts(**options):
         loader(X, LABELS, batch_size=1000),
         loader(X, LABELS, num_workers=1),
         loader(X, LABELS, sampler=WeightedRandomSampler([1.0] * 64, 16)),
-        loader(X, LABELS, batch_sampler=BatchSampler(range(64), 7, True), batch_size=1),
+        loader(X, LABELS, batch_sampler=BatchSampler(range(64), 8, True), batch_size=1),
+        loader(X, LABELS[:, None]),
+        loader(X, LABELS.float()),
         DataLoader(list(zip(X, LABELS.tolist(), strict=True)), 8),
         dicts(),
         DataLoader(X, 8, collate_fn=lambda rows: {"x1": torch.stack(rows), "y": None}),
     ],
     ids=[
         *("in_order", "shuffled", "drop_last", "one_batch", "worker", "weighted", "batch_sampler"),
-        *("list_of_pairs", "dicts", "collate"),
+        *("column", "floats", "list_of_pairs", "dicts", "collate"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The training loader draws")
@@ -444,9 +446,13 @@ def test_bank_of_a_subset_holds_what_is_drawn(options, read):
     assert torch.equal(labels, LABELS[CHOSEN])
 
 
-def test_a_sampler_that_draws_a_part_is_named(read):
-    messages = said(lambda: read(loader(X, sampler=Chosen())))
-    assert ["40" in message and "64" in message for message in messages] == [True]
+def test_the_bank_of_a_sampler_that_draws_a_part_holds_that_part(read, lightning_log):
+    found = []
+    assert said(lambda: found.append(read(loader(X, LABELS, sampler=Chosen())))) == []
+    ((rows, labels),) = found
+    assert torch.equal(rows, X[sorted(CHOSEN)])
+    assert torch.equal(labels, LABELS[sorted(CHOSEN)])
+    assert "Training draws 40 of 64 samples: the bank's rows." in lightning_log.text
 
 
 def scaled(batch):

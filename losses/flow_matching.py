@@ -112,7 +112,6 @@ class FlowMatchingLoss(nn.Module):
         self.convention = convention
         self.scheme = scheme
         self.last: LossRecord | None = None
-        self._asked: Scheme | Phases | None = None
 
     def forward(
         self,
@@ -155,10 +154,9 @@ class FlowMatchingLoss(nn.Module):
                 scheme, whose first one does what `Scheme.check` does.
         """
         scheme = self.scheme if self.training else None
-        if scheme is not None and scheme is not self._asked:
+        if scheme is not None and scheme.last is None:  # its first call
             for each in parts(scheme):
                 check_conditions(each, (*args, kwargs), (), len(x1))
-            self._asked = scheme
         (first, step), count = part, part[1] * len(x1)
         if x0 is None:
             x0 = torch.randn(

@@ -69,13 +69,14 @@ def whole_labels(labels: Tensor | np.ndarray, count: int) -> Tensor:
     """
     given = as_tensor(labels, "labels")
     flat = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
-    fits, problem = flat.shape == (count,) and not flat.is_complex(), "."
-    if fits and flat.is_floating_point() and bool((flat != flat.round()).any()):
-        fits, problem = False, ", not all whole numbers. Only classes are labels."
-    if not fits:
+    if flat.shape != (count,):
         raise ValueError(
-            f"Expected integer `labels` with shape ({count},), got {given.dtype} of shape "
-            f"{tuple(given.shape)}{problem}"
+            f"Expected integer `labels` with shape ({count},), got {tuple(given.shape)}."
+        )
+    if flat.is_complex() or (flat.is_floating_point() and bool((flat != flat.round()).any())):
+        raise ValueError(
+            f"Expected integer `labels` with shape ({count},), got {given.dtype}, not all whole "
+            "numbers. Only classes are labels."
         )
     return flat.long()
 

@@ -122,10 +122,10 @@ class Oracle:
         Args:
             xt: Noisy samples, (B, *) with the bank's sample shape.
             t: Times in [0, 1], (B,), or as `Times`.
-            labels: Class of each query, (B,), whole numbers: the posterior is then over the rows of that
-                class, which is a valid target for a class-conditional model. Default None: over all
-                rows, as for single labels that are None or `null_class`. A list or a CPU tensor
-                costs no device sync, one on an accelerator does.
+            labels: Class of each query, (B,), whole numbers: the posterior is then over the rows of
+                that class, which is a valid target for a class-conditional model. Default None:
+                over all rows, as for single labels that are None or `null_class`. A list or a CPU
+                tensor costs no device sync, one on an accelerator does.
             source: The row of `bank.rows` each query was made from, (B,), int64, for
                 `source_weight` and the certificate; negative where it is not known. Default None.
                 `bank.find(x1)` looks it up.
@@ -303,10 +303,8 @@ class Oracle:
         Raises:
             ValueError: If there is another number of them, or they are no whole numbers.
         """
-        if isinstance(labels, Tensor):
-            names = whole_labels(labels, count).tolist()
-        else:
-            names = list(labels)
+        own = whole_labels(labels, count).tolist() if isinstance(labels, Tensor) else labels
+        names = list(own)
         if len(names) != count:
             raise ValueError(f"Expected `labels` with shape ({count},), got ({len(names)},).")
         if self.null_class is None:

@@ -36,7 +36,7 @@ def untraced(function: F) -> F:
 
 
 def caller_level() -> int:
-    """The `stacklevel` of a warning that is about the caller of an untraced method, made below it."""
+    """The `stacklevel` of a warning about the caller of an untraced method, given inside it."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename != __file__:
         frame, level = frame.f_back, level + 1

@@ -195,7 +195,7 @@ def test_libraries_agree(seed, lam, kind):
     torch.testing.assert_close(found.dx_t, u, **close)
     if kind == "linear":
         sigmas = expand_like(1 - t, x1)
-        scheme = Scheme(Oracle(LatentBank(ROWS)), target=Mix(lam))
+        scheme = Scheme(Oracle(LatentBank(ROWS)), target=Mix(lam), class_wise=False)
         target = diffusers_target(xt, x1, x0, sigmas, scheme)
         torch.testing.assert_close(target, -u, **close)
         data = diffusers_target(xt, x1, x0, sigmas, scheme, prediction="data")

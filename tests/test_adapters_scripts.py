@@ -19,8 +19,9 @@ from stagewise.adapters import diffusers as diffusers_adapter
 from stagewise.adapters import diffusers_target, find_seams, one_seam
 from stagewise.adapters.network import NetworkSearch
 from stagewise.callbacks import StageScheme
-from stagewise.schemes import Scheme
+from stagewise.schemes import Phase, Phases, Scheme
 from stagewise.targets import Mix
+from stagewise.transitions import AtStep
 
 SHAPE = (2, 3)
 ROWS = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(5))
@@ -198,7 +199,7 @@ def test_transport_unsteered_is_bit_identical(kind, plan, model_type):
     expected = losses(transport, x1, model_kwargs={"y": labels})
     seam = one_seam(transport)
     assert repr(seam.path) == repr(plan.path)
-    for scheme in (Scheme(path=seam.path), scheme_for(seam, target=Mix(0.0))):
+    for scheme in (Scheme(path=seam.path), scheme_for(seam, LABELS, target=Mix(0.0))):
         detach = seam.attach(scheme)
         found = losses(transport, x1, model_kwargs={"y": labels})
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -251,6 +252,57 @@ def test_transport_asks_for_the_classes_that_the_model_is_given():
     ((xt, t),) = net.seen
     target = (posterior_mean(xt, t, 1 - t) - xt) / expand(1 - t, xt)
     torch.testing.assert_close(loss, (pred - target).square().flatten(1).mean(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"y": torch.randn(16, 7)},
+        {"y": nn.functional.one_hot(torch.arange(16) % 4)},
+        {"y": torch.rand(16)},
+        {"y": torch.arange(16) % 4, "text": torch.randn(16, 3, 8)},
+        {"context": {"mask": torch.ones(16, 3, dtype=torch.bool)}},
+    ],
+)
+def test_transport_refuses_conditions_that_are_no_classes(kwargs):
+    x1, _ = rows_of_batch()
+    for bank_labels in (None, LABELS):
+        transport = SiT()
+        seam = one_seam(transport)
+        detach = seam.attach(scheme_for(seam, bank_labels, target=Mix()))
+        with pytest.raises(ValueError, match="not the class of each sample.*class_wise=False"):
+            losses(transport, x1, model_kwargs=kwargs)
+        detach()
+        seam.attach(scheme_for(seam, bank_labels, target=Mix(), class_wise=False))
+        losses(transport, x1, model_kwargs=kwargs)
+        transport = SiT()
+        one_seam(transport).attach(Scheme(timesteps=LogitNormal(), weight=lambda t: t))
+        losses(transport, x1, model_kwargs=kwargs)
+
+
+def test_transport_takes_classes_in_other_shapes():
+    x1, labels = rows_of_batch()
+    transport = SiT()
+    seam = one_seam(transport)
+    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    given = (labels + 1) % 4
+    expected, *_ = losses(transport, x1, model_kwargs={"y": given, "flag": True, "zs": None})
+    assert not torch.equal(losses(transport, x1, model_kwargs={"y": labels})[0], expected)
+    for same in (given[:, None], given.float(), given.double()[:, None]):
+        assert torch.equal(losses(transport, x1, model_kwargs={"y": same})[0], expected)
+    other = SiT()
+    one_seam(other).attach(scheme_for(seam, target=Mix()))
+    with pytest.raises(ValueError, match=r"labels, and a bank without classes.*LatentBank\(x, lab"):
+        losses(other, x1, model_kwargs={"y": labels})
+
+
+def test_transport_looks_at_all_phases():
+    x1, labels = rows_of_batch()
+    transport = SiT()
+    seam = one_seam(transport)
+    seam.attach(Phases([Phase(Scheme(), AtStep(9)), Phase(scheme_for(seam, target=Mix()))]))
+    with pytest.raises(ValueError, match="class_wise=False"):
+        losses(transport, x1, model_kwargs={"y": labels})
 
 
 def test_transport_weighs_and_reports_the_losses():
@@ -590,7 +642,8 @@ def test_diffusers_target_is_minus_the_marginal_velocity(script, shift, weightin
     x = x.double()
     noisy, noise, sigmas, timesteps = script(x, shift=shift, weighting=weighting)
     for bank_labels, own in ((None, None), (LABELS, labels)):
-        scheme = Scheme(Oracle(LatentBank(ROWS, bank_labels)), target=Mix())
+        wise = bank_labels is not None
+        scheme = Scheme(Oracle(LatentBank(ROWS, bank_labels)), target=Mix(), class_wise=wise)
         target = diffusers_target(noisy, x, noise, sigmas, scheme)
         m = posterior_mean(noisy, 1 - sigmas, sigmas, own)
         torch.testing.assert_close(target, (noisy - m) / sigmas, rtol=1e-4, atol=1e-4)
@@ -602,7 +655,8 @@ def test_diffusers_target_is_minus_the_marginal_velocity(script, shift, weightin
 def test_diffusers_target_unsteered_is_the_scripts(script):
     x, _ = rows_of_batch()
     noisy, noise, sigmas, _ = script(x)
-    for scheme in (Scheme(), Scheme(Oracle(LatentBank(ROWS)), target=Mix(0.0))):
+    mixing = Scheme(Oracle(LatentBank(ROWS)), target=Mix(0.0), class_wise=False)
+    for scheme in (Scheme(), mixing):
         assert torch.equal(diffusers_target(noisy, x, noise, sigmas, scheme), noise - x)
         data = diffusers_target(noisy, x, noise, sigmas, scheme, prediction="data")
         assert torch.equal(data, x)

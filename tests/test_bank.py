@@ -5,6 +5,7 @@ import copy
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -642,3 +643,42 @@ def test_sizes_are_for_people():
         "32.0 TB",
         "5000.0 TB",
     ]
+
+
+def test_arrays_and_labels_as_files_have_them():
+    x, y = np.random.default_rng(0).normal(size=(12, 2, 3)), np.arange(12) % 3
+    expected = LatentBank(torch.from_numpy(x), torch.from_numpy(y))
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    for own in (x, x.astype(">f8"), read_only, np.asfortranarray(x), torch.from_numpy(x)):
+        for labels in (
+            y,
+            y[:, None],
+            y.astype("f4"),
+            y.astype("u2"),
+            y.astype(">i4"),
+            y[::-1][::-1],
+        ):
+            bank = LatentBank(own, labels)
+            assert torch.equal(bank.rows, expected.rows)
+            assert bank.classes == expected.classes
+            assert torch.equal(bank.index, expected.index)
+    columns = torch.from_numpy(y)[:, None].double()
+    assert torch.equal(LatentBank(torch.from_numpy(x), columns).index, expected.index)
+
+
+def test_what_is_neither_tensor_nor_array_is_refused_with_a_cure():
+    x = torch.randn(4, 3)
+    for wrong in (x.tolist(), "latents.pt", None, np.array([["a"] * 3] * 4)):
+        with pytest.raises(
+            TypeError, match=r"`x` to be a tensor or a NumPy array .*as_tensor\(x\)"
+        ):
+            LatentBank(wrong)
+    for wrong in ([0, 1, 0, 1], np.array(["a", "b", "a", "b"])):
+        with pytest.raises(TypeError, match=r"`labels` to be a tensor.*torch\.as_tensor\(labels\)"):
+            LatentBank(x, wrong)
+    for wrong in (torch.tensor([0, 0.5, 1, 1]), np.array([0, np.nan, 1, 1])):
+        with pytest.raises(ValueError, match="not all whole numbers"):
+            LatentBank(x, wrong)
+    with pytest.raises(TypeError, match=r"floating-point `x`, got torch.int64"):
+        LatentBank(np.ones((4, 3), dtype=np.int64))

@@ -323,8 +323,8 @@ def test_bad_labels_are_refused():
         oracle.posterior(xt, t, [3])
     with pytest.raises(ValueError, match="needs a bank with labels"):
         Oracle(make_bank(8)).posterior(xt, t, [3, 4])
-    for wrong in (torch.tensor([[3, 4]]), torch.tensor([3.7, 4.2])):
-        with pytest.raises(ValueError, match=r"integer `labels` with shape \(2,\), got torch"):
+    for wrong, got in ((torch.tensor([[3, 4]]), r"\(1, 2\)"), (torch.tensor([3.7, 4.2]), "torch")):
+        with pytest.raises(ValueError, match=rf"integer `labels` with shape \(2,\), got {got}"):
             oracle.posterior(xt, t, wrong)
     with pytest.raises(ValueError, match="`k` from 1 to the 6 rows of the bank, got 0"):
         oracle.posterior(xt, t, k=0)

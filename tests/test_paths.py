@@ -6,17 +6,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from stagewise import (
     DIFFUSERS,
     STAGEWISE,
+    AtStep,
     Convention,
     CosinePath,
     EDMPath,
+    LatentBank,
     LinearPath,
+    Oracle,
+    Path,
+    PathCoefficients,
+    Phase,
+    Phases,
     Prediction,
+    Scheme,
     VPPath,
+    same_path,
 )
+from stagewise.adapters.base import Place, Seam
+from stagewise.adapters.network import NetworkSearch
+from stagewise.losses import FlowMatchingLoss
 
 PATHS = [LinearPath(), CosinePath(), VPPath(), EDMPath()]
 KINDS = ["velocity", "data", "noise", "score", "edm"]
@@ -160,3 +173,51 @@ def test_formulas_of_flow_matching():
             path(t), ("alpha_t", "sigma_t", "d_alpha_t", "d_sigma_t"), strict=True
         ):
             torch.testing.assert_close(ours, getattr(theirs, name), rtol=2e-4, atol=1e-5, msg=name)
+
+
+class Polynomial(Path):
+    """A schedule of another library, whose class hides its degree."""
+
+    def __init__(self, n):
+        self.coefficients = lambda t: (t**n, 1 - t**n, n * t ** (n - 1), -n * t ** (n - 1))
+
+    def __call__(self, t):
+        return PathCoefficients(*self.coefficients(t))
+
+    def __repr__(self):
+        return "Polynomial()"
+
+
+def test_paths_are_compared_by_their_numbers():
+    square, cube = Polynomial(2), Polynomial(3)
+    assert repr(square) == repr(cube)
+    assert not same_path(square, cube)
+    assert same_path(square, Polynomial(2))
+    assert same_path(VPPath(0.1, 20), VPPath(0.1, 20.0))
+    assert same_path(Polynomial(1), LinearPath())
+    oracle = Oracle(LatentBank(torch.randn(4, 2)), square)
+    alike = r"Polynomial\(\), got one that prints alike but differs"
+    for make in (
+        lambda: Scheme(oracle, path=cube),
+        lambda: Phases([Phase(Scheme(oracle), AtStep(1)), Phase(Scheme(path=cube))]),
+        lambda: FlowMatchingLoss(cube, scheme=Scheme(oracle)),
+    ):
+        with pytest.raises(ValueError, match=alike):
+            make()
+    with pytest.raises(ValueError, match=r"path of the oracle, Polynomial\(\), got LinearPath"):
+        Scheme(oracle, path=LinearPath())
+    whole = Scheme(Oracle(oracle.bank, VPPath(0.1, 20)), path=VPPath(0.1, 20.0))
+    Phases([Phase(whole, AtStep(1)), Phase(Scheme(path=VPPath(0.1, 20.0)))])
+    FlowMatchingLoss(VPPath(0.1, 20.0), scheme=whole)
+
+
+def test_a_network_is_searched_on_all_paths_that_differ():
+    class PlainSeam(Seam):
+        def _attach(self, scheme):
+            raise NotImplementedError
+
+    place = Place(object(), "module")
+    seams = [PlainSeam(place, path) for path in (Polynomial(2), Polynomial(3), Polynomial(2))]
+    search = NetworkSearch(nn.Linear(2, 2), seams, torch.randn(4, 2), None)
+    search.stop()
+    assert search.seams == seams[:2]

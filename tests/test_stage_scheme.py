@@ -732,7 +732,8 @@ def test_a_bank_at_another_scale(fit, make_data, change, ratio):
     refused(fit, Matched(), StageScheme(target=Mix(1.0), bank=bank), match=match)
     late = Scheme(Oracle(bank), target=Mix("boundary"), boundary=0.0)
     refused(fit, Lossy(), StageScheme(late), match=match)  # though it never asks
-    phases = Phases([Phase(Scheme(), AtStep(2)), Phase(SCHEMES["mix"](bank))])
+    last = Scheme(Oracle(bank), target=Mix(), class_wise=False)
+    phases = Phases([Phase(Scheme(), AtStep(2)), Phase(last)])
     refused(fit, Inline(phases), StageScheme(phases), match=match)
     fit(Lossy(), StageScheme(timesteps=Uniform(), bank=bank))  # nobody asks it
 
@@ -890,7 +891,7 @@ def test_a_path_other_than_the_seams(fit, bank):
 
 
 def test_a_module_that_asks_the_scheme_itself_is_driven(fit, bank):
-    last = Scheme(Oracle(bank), target=Mix("boundary"))
+    last = Scheme(Oracle(bank), target=Mix("boundary"), class_wise=False)
     phases = Phases([Phase(Scheme(), AtStep(1)), Phase(last)])
     module, callback = Inline(phases), StageScheme(phases)
     fit(module, callback, max_steps=3)

@@ -263,10 +263,10 @@ def check_rows(
 ) -> str | None:
     """Holds what a scheme is given against the bank its oracle asks.
 
-    Refused is a scale that no row explains: most samples, at least 4, are no rows, and the
-    distance of the median one from the bank's centre is more than 1.5 times that of the median row, and above that
-    of 99 % of the rows; or below in the same way. Augmented and resampled samples are not so far
-    off.
+    Refused is a scale that no row explains: most samples, at least 4, are no rows, and the distance
+    of the median one from the bank's centre is more than 1.5 times that of the median row, and
+    above that of 99 % of the rows; or below in the same way. Augmented and resampled samples are
+    not so far off.
 
     Args:
         bank: The bank.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from stagewise.callbacks.figures import TIME_LABEL, new_figure
-from stagewise.copies import COPY_RATIO, share_interval
+from stagewise.copies import COPY_RATIO, binomial_interval
 
 __all__ = ["SUMS", "BinnedMeans", "CopyShare"]
 
@@ -159,7 +159,7 @@ class CopyShare(Metric):
     """The share of samples that copy a training row, from `d_1 / d_2` (see `stagewise.copies`).
 
     `compute` returns plain numbers: `share` of the finite ratios below 1/3, NaN if there are none,
-    with `low` and `high` (95 %, bootstrap); `median` of the ratios, to half a bin; `histogram`,
+    with `low` and `high` (95 %, exact binomial); `median` of the ratios, to half a bin; `histogram`,
     counts in 30 equal bins of [0, 1]; `nonfinite`, how many were left out.
 
     Args:
@@ -204,7 +204,7 @@ class CopyShare(Metric):
         """See the class."""
         counts = self.histogram.tolist()
         total, copies = int(sum(counts)), int(self.copies)
-        low, high = share_interval(copies, total)
+        low, high = binomial_interval(copies, total)
         middle = next((i for i in range(self.BINS) if 2 * sum(counts[: i + 1]) >= total), 0)
         return {
             "share": copies / total if total else float("nan"),

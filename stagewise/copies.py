@@ -21,15 +21,14 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from scipy.stats import binom
+from scipy.stats import beta
 from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.products import full_precision, scores
 
-__all__ = ["COPY_RATIO", "Nearest", "nearest_rows", "share_interval"]
+__all__ = ["COPY_RATIO", "Nearest", "binomial_interval", "nearest_rows"]
 
 COPY_RATIO = 1 / 3
 """A sample is a copy below this `d_1 / d_2`; arXiv 2505.17638."""
@@ -151,13 +150,11 @@ def _exact(bank: LatentBank, query: Tensor, known: Tensor, others: Tensor) -> tu
     return rows[both], torch.stack([d1, torch.where(differ[second], d2, torch.inf)])
 
 
-def share_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of a share, without drawing.
+def binomial_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Exact binomial interval of a share (Clopper and Pearson, Biometrika 26, 1934).
 
-    Resampling `count` samples of which `hits` are hits gives a binomial number of hits, so the
-    percentiles of the bootstrap are those of `Binomial(count, hits / count)`, over `count`. Like
-    every bootstrap it has no width where all samples agree: of 0 hits in n samples one can say with
-    95 % that the true share is below 3/n.
+    Every share in it gives `hits` or more, and `hits` or fewer, with a probability of at least
+    `(1 - level) / 2` each. It has a width where all samples agree: 0 of 64 give 0 to 5.6 %.
 
     Args:
         hits: Samples that are copies.
@@ -170,5 +167,6 @@ def share_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, f
     if not count:
         return math.nan, math.nan
     tail = (1 - level) / 2
-    low, high = binom.ppf(np.array([tail, 1 - tail]), count, hits / count) / count
+    low = beta.ppf(tail, hits, count - hits + 1) if hits else 0.0
+    high = beta.ppf(1 - tail, hits + 1, count - hits) if hits < count else 1.0
     return float(low), float(high)

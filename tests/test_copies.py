@@ -2,15 +2,15 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom, binomtest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stagewise import LatentBank, copies
-from stagewise.copies import nearest_rows, share_interval
+from stagewise.copies import binomial_interval, nearest_rows
 
 
 def draw(*shape, seed=0):
@@ -114,25 +114,28 @@ def test_bad_input():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 80), st.data())
-def test_interval_is_that_of_resampling(count, data):
+@given(st.integers(1, 80), st.sampled_from([0.5, 0.9, 0.95, 0.999]), st.data())
+def test_interval_is_the_exact_one(count, level, data):
     hits = data.draw(st.integers(0, count))
-    low, high = share_interval(hits, count)
+    low, high = binomial_interval(hits, count, level)
     assert 0 <= low <= hits / count <= high <= 1
-    given_samples = np.arange(count) < hits
-    index = np.random.default_rng(0).integers(count, size=(4000, count))
-    shares = given_samples[index].mean(1)
-    # Percentiles of 4000 draws may be off by one sample or two.
-    assert low == pytest.approx(np.quantile(shares, 0.025), abs=2 / count)
-    assert high == pytest.approx(np.quantile(shares, 0.975), abs=2 / count)
+    # At either end the tail of the binomial distribution is what it is to be.
+    tail = (1 - level) / 2
+    if hits:
+        assert binom.sf(hits - 1, count, low) == pytest.approx(tail)
+    if hits < count:
+        assert binom.cdf(hits, count, high) == pytest.approx(tail)
+    other = binomial_interval(count - hits, count, level)
+    assert (1 - other[1], 1 - other[0]) == pytest.approx((low, high), abs=1e-12)
+    exact = binomtest(hits, count).proportion_ci(level, method="exact")
+    assert (low, high) == pytest.approx((exact.low, exact.high))
 
 
 def test_interval_of_nothing_and_of_agreement():
-    assert all(math.isnan(end) for end in share_interval(0, 0))
-    assert share_interval(0, 64) == (0, 0)
-    assert share_interval(64, 64) == (1, 1)
-    low, high = share_interval(32, 64)
-    assert (low, high) == (24 / 64, 40 / 64)
+    assert all(math.isnan(end) for end in binomial_interval(0, 0))
+    assert binomial_interval(0, 64) == (0, pytest.approx(0.0560, abs=1e-4))
+    assert binomial_interval(64, 64) == (pytest.approx(1 - 0.0560, abs=1e-4), 1)
+    assert binomial_interval(32, 64) == pytest.approx((0.3723, 0.6277), abs=1e-4)
 
 
 def test_samples_of_which_none_is_finite():

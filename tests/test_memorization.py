@@ -14,7 +14,7 @@ from stagewise.callbacks import writer
 from stagewise.callbacks.memorization_figures import grid_figure
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.metrics import CopyShare
-from stagewise.copies import share_interval
+from stagewise.copies import binomial_interval
 from stagewise.losses import FlowMatchingLoss
 
 SMALL = {"every_n_steps": 2, "samples": 8, "t_switch": (0, 0.4, 1), "t_resume": (0.5,), "steps": 25}
@@ -232,7 +232,7 @@ def test_the_share_is_a_metric():
     share.update(ratio[3:])
     found = share.compute()
     assert found["share"] == pytest.approx(2 / 6)
-    assert (found["low"], found["high"]) == share_interval(2, 6)
+    assert (found["low"], found["high"]) == binomial_interval(2, 6)
     assert found["nonfinite"] == 1
     assert sum(found["histogram"]) == 6
     assert found["histogram"][29] == 1 + 0  # 0.9 lies in bin 27, 1.0 in the last

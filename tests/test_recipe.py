@@ -114,13 +114,17 @@ def test_finished_or_killed_in_its_evaluation_it_is_evaluated_again(
     few = ["~callbacks.errors", "~callbacks.memorization", "~callbacks.transitions"]
     few += ["callbacks.monitor.every_n_steps=5", "callbacks.ema.decay=0.5"]
 
-    def table():
+    def boundary():
         out = capsys.readouterr().out
-        return out[out.index("stage boundary") : out.index("Trained 6 steps")]
+        assert "gap, 2 standard errors" in out
+        return out[out.index("stage boundary") : out.index("loss by stage")]
+
+    def losses(results):
+        # The floor is that of the last probe, and there may be one behind the last checkpoint.
+        return [{k: v for k, v in row.items() if k != "floor"} for row in results["stages"]]
 
     whole = train(configuration(tmp_path / "whole", *few))
-    said = table()
-    assert "gap, 2 standard errors" in said
+    said = boundary()
 
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -134,8 +138,11 @@ def test_finished_or_killed_in_its_evaluation_it_is_evaluated_again(
     for run in ("cut", "whole"):
         lightning_log.clear()
         again = train(configuration(tmp_path / run, *few, "resume=true"))
-        assert {**again, "seconds": 0} == {**whole, "seconds": 0}, "with the averaged weights"
-        assert table() == said
+        assert losses(again) == losses(whole), "with the averaged weights"
+        for one, other in zip(again["stages"], whole["stages"], strict=True):
+            assert one["floor"] == pytest.approx(other["floor"], rel=0.3, abs=0.05)
+        assert again["train_loss"] == whole["train_loss"]
+        assert boundary() == said
         assert "last.ckpt is at step 6, where this training ends" in lightning_log.text
         assert (tmp_path / run / "samples.png").exists()
         assert "raise what ended it, such as trainer.max_steps=12." in lightning_log.text
@@ -153,7 +160,7 @@ def test_a_table_by_stage_is_cut_at_the_boundary_of_the_run(tmp_path, capsys):
     ]
     results = train(configuration(tmp_path, *few))
     probes = [json.loads(line) for line in (tmp_path / "stages/stages.jsonl").open()][1:]
-    assert len({probe["midpoint"] for probe in probes}) == 2
+    assert len({probe["midpoint"] for probe in probes}) == len(probes) > 1
     rows = results["stages"]
     assert rows[0]["to"] == rows[1]["from"] == probes[0]["midpoint"]
     assert f"{probes[0]['midpoint']:7.3f}   [{probes[0]['midpoint_low']:.3f}," in (

@@ -1,4 +1,4 @@
-"""Files that others wrote or meddled with: read rightly, or refused in one error with their name."""
+"""Files that others wrote, or meddled with: read rightly, or refused in an error that names it."""
 
 import json
 import struct

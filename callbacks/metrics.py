@@ -159,8 +159,8 @@ class CopyShare(Metric):
     """The share of samples that copy a training row, from `d_1 / d_2` (see `stagewise.copies`).
 
     `compute` returns plain numbers: `share` of the finite ratios below 1/3, NaN if there are none,
-    with `low` and `high` (95 %, exact binomial); `median` of the ratios, to half a bin; `histogram`,
-    counts in 30 equal bins of [0, 1]; `nonfinite`, how many were left out.
+    with `low` and `high` (95 %, exact binomial); `median` of the ratios, to half a bin;
+    `histogram`, counts in 30 equal bins of [0, 1]; `nonfinite`, how many were left out.
 
     Args:
         **kwargs: See `torchmetrics.Metric`.

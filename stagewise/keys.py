@@ -70,17 +70,26 @@ def find_rows(
     return found
 
 
-def digest(keys: Tensor, offset: Tensor, description: object) -> str:
+def digest(
+    keys: Tensor,
+    offset: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    ends: list[tuple[int, int, int]],
+) -> str:
     """A name for a bank: another one as soon as anything in it differs.
 
     Args:
         keys: The keys of its rows, in order, (N,).
         offset: Its offset, (D,).
-        description: Whatever else makes the bank what it is; its `repr` counts.
+        dtype: How its rows are stored.
+        shape: Shape of a sample.
+        ends: Label, first row and end of each class.
 
     Returns:
         32 hexadecimal digits.
     """
+    description = (len(keys), len(offset), str(dtype), shape, ends)
     parts = (
         repr(description).encode(),
         offset.cpu().numpy().tobytes(),

@@ -248,8 +248,9 @@ class RowStore:
         once, from all rows.
         """
         if self._fingerprint is None:
-            description = (len(self), self.dim, str(self.dtype), self.shape, self._ends)
-            self._fingerprint = digest(self._row_keys(), self.offset, description)
+            self._fingerprint = digest(
+                self._row_keys(), self.offset, self.dtype, self.shape, self._ends
+            )
         return self._fingerprint
 
     def _row_keys(self) -> Tensor:

@@ -31,10 +31,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stagewise.keys import digest
 from stagewise.memory import format_bytes
 from stagewise.streaming import MappedFile
 
-__all__ = ["BankFile", "Draft", "draft", "read"]
+__all__ = ["BankFile", "Draft", "Entry", "draft", "read", "read_header"]
 
 FilePath: TypeAlias = "str | os.PathLike[str]"
 
@@ -47,7 +48,42 @@ _TYPES = {
     torch.float16: "F16",
     torch.int64: "I64",
 }
+_READ = {
+    **{name: dtype for dtype, name in _TYPES.items()},
+    **{"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64},
+}
 _NEEDED = ("rows", "offset", "centre", "sq_norms", "keys")
+
+_LENGTH = ("not fully covered", "MetadataIncompleteBuffer")
+"""What the library says of a sound header before data of another length; its older versions, too.
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its type.
+        start: Where its numbers begin, in bytes from the start of the file.
+        swapped: Whether its bytes stand in the order of other processors.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    swapped: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """How long it is."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+_NO_CLASSES = Entry((0,), torch.int64, 0)
 
 
 @dataclass(frozen=True)
@@ -120,15 +156,9 @@ def draft(
         OSError: If the disk has no room for it, or the folder does not exist.
     """
     path = Path(path)
-    n, d, c = (num_rows,), (dim,), (num_classes,)
-    wide, whole = torch.float64, torch.int64
-    layout = {"offset": (wide, d), "centre": (wide, d), "sq_norms": (wide, n), "keys": (whole, n)}
-    if num_classes:
-        layout |= {"index": (whole, n), "classes": (whole, c)}
-        layout |= {"starts": (whole, c), "stops": (whole, c)}
     header: dict[str, Any] = {}
     end = 0
-    for name, (kind, shape) in {**layout, "rows": (dtype, n + d)}.items():
+    for name, (kind, shape) in _layout(num_rows, dim, dtype, num_classes).items():
         begin, end = end, end + math.prod(shape) * kind.itemsize
         header[name] = {"dtype": _TYPES[kind], "shape": shape, "data_offsets": (begin, end)}
     # At least a page for the header, which takes about a quarter of it.
@@ -150,6 +180,19 @@ def draft(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _layout(
+    num_rows: int, dim: int, dtype: torch.dtype, num_classes: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor in the file of a bank, in order."""
+    n, d, c = (num_rows,), (dim,), (num_classes,)
+    wide, whole = torch.float64, torch.int64
+    layout = {"offset": (wide, d), "centre": (wide, d), "sq_norms": (wide, n), "keys": (whole, n)}
+    if num_classes:
+        layout |= {"index": (whole, n), "classes": (whole, c)}
+        layout |= {"starts": (whole, c), "stops": (whole, c)}
+    return {**layout, "rows": (dtype, n + d)}
 
 
 def _require_disk(folder: Path, need: int) -> None:
@@ -182,68 +225,109 @@ def read(path: FilePath) -> BankFile:
             f"Expected the file of a bank, got {path}, which is none. "
             "LatentBank.save(path) and LatentBank.write(path, ...) make one."
         )
-    header, data = _header(path)
-    missing = [name for name in _NEEDED if name not in header]
-    about = header.get("__metadata__", {})
+    entries, about = read_header(path)
+    missing = [name for name in _NEEDED if name not in entries]
     if missing or "stagewise_bank" not in about:
-        held = sorted(name for name in header if name != "__metadata__")
         raise ValueError(
-            f"Expected the file of a bank, got {path}, a safetensors file with {held} and without "
-            f"{missing or 'what a bank says about itself'}. To make a bank of its tensors: "
-            "LatentBank(x, labels).save(path)."
+            f"Expected the file of a bank, got {path}, a safetensors file with {sorted(entries)} "
+            f"and without {missing or 'what a bank says about itself'}. To make a bank of its "
+            "tensors: LatentBank(x, labels).save(path)."
         )
-    if int(about["stagewise_bank"]) > _VERSION:
+    version = about["stagewise_bank"][:20]
+    if version != str(_VERSION):
         raise ValueError(
-            f"{path} was written by a later version of stagewise (file version "
-            f"{about['stagewise_bank']}, known up to {_VERSION}). Update stagewise."
+            f"{path} was written by a later version of stagewise (file version {version}, known up "
+            f"to {_VERSION}). Update stagewise."
         )
-    # safe_open has checked that each tensor is as long as its shape says. Its reader for numpy
-    # copies what is asked for; that for torch would map the file once more, with room for changes.
-    try:
-        with safe_open(path, framework="np") as file:
-            tensors = {
-                name: torch.from_numpy(file.get_tensor(name))
-                for name in file.keys()  # noqa: SIM118 - not a mapping
-                if name != "rows"
-            }
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}. Write it again.") from error
-    rows = header["rows"]
-    kind = {name: dtype for dtype, name in _TYPES.items()}[rows["dtype"]]
-    start = data + rows["data_offsets"][0]
+    rows, num_classes = entries["rows"], math.prod(entries.get("classes", _NO_CLASSES).shape)
+    layout = _layout(*rows.shape, rows.dtype, num_classes) if len(rows.shape) == 2 else {}
+    held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    if held != layout or not rows.dtype.is_floating_point:
+        raise _damaged(path, f"expected the tensors of a bank, got {held}")
+    # The library's reader for numpy copies what is asked for; that for torch would map the file
+    # once more, with room for changes.
+    with safe_open(path, framework="np") as file:
+        tensors = {
+            name: torch.from_numpy(file.get_tensor(name)) for name in entries if name != "rows"
+        }
+    shape = _sample_shape(about.get("shape", ""))
+    columns = [tensors[name].tolist() for name in ("classes", "starts", "stops") if num_classes]
+    ends = list(zip(*columns, strict=True))
+    fingerprint = digest(tensors["keys"], tensors["offset"], rows.dtype, shape, ends)
+    if fingerprint != about.get("fingerprint"):
+        raise _damaged(path, "what it says it holds and what it holds have other fingerprints")
+    index = tensors.get("index", torch.arange(1))
+    if not (tensors["sq_norms"] >= 0).all() or index.amin() < 0 or index.amax() >= rows.shape[0]:
+        raise _damaged(path, "distances are negative, or positions are out of range")
     with open(path, "rb") as stream:
         # Private pages with room for changes would count as memory, and a file larger than that
         # could not be opened.
         pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
-        flat = torch.frombuffer(pages, dtype=kind, count=math.prod(rows["shape"]), offset=start)
-    return BankFile(
-        flat.view(rows["shape"]),
-        MappedFile(pages, start),
-        tensors,
-        tuple(json.loads(about["shape"])),
-        about["fingerprint"],
-    )
+        flat = torch.frombuffer(
+            pages, dtype=rows.dtype, count=math.prod(rows.shape), offset=rows.start
+        )
+    file = MappedFile(pages, rows.start)
+    return BankFile(flat.view(rows.shape), file, tensors, shape, fingerprint)
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where the data behind it begin."""
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata, once the library has accepted them.
+
+    Args:
+        path: Its name.
+
+    Returns:
+        The tensors by name, without those of types that torch cannot read; and the metadata.
+
+    Raises:
+        ValueError: If it is no such file, or not all of it is there.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        data = 8 + int.from_bytes(file.read(8), "little")
-        text = file.read(data - 8) if data <= size else file.read(1)
-    if not text.startswith(b"{"):
-        raise ValueError(f"Expected a safetensors file, got {path}, which does not begin as one.")
-    try:
-        header: dict[str, Any] = json.loads(text) if data <= size else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no safetensors file: its header is no JSON.") from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    full = data + max(ends, default=0)
-    if size < full:
+        end = data = 8 + int.from_bytes(file.read(8), "little")
+        if file.read(1) != b"{":
+            raise ValueError(
+                f"Expected a safetensors file, got {path}, which does not begin as one."
+            )
+    header, about = {}, {}
+    cut = data > size
+    if not cut:
+        try:
+            # Offsets, shapes and types are checked here, so that what is read below is sound.
+            with safe_open(path, framework="np"):
+                pass
+        except SafetensorError as error:
+            cut = any(words in str(error) for words in _LENGTH)
+            if not cut:
+                kind = "its header is no JSON of tensors: " if "JSON" in str(error) else ""
+                raise _damaged(path, f"{kind}{error}") from error
+        with open(path, "rb") as file:
+            file.seek(8)
+            header = json.loads(file.read(data - 8))
+        about = header.pop("__metadata__", None) or {}
+        end = data + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if cut:
         raise ValueError(
-            f"{path} is not complete: {full} bytes were announced, {size} are there. Copy or write "
-            "it again."
+            f"{path} is {'not complete' if size < end else 'damaged'}: {end} bytes were announced, "
+            f"{size} are there. Copy or write it again."
         )
-    return header, data
+    entries = {
+        name: Entry(tuple(entry["shape"]), _READ[entry["dtype"]], data + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if entry["dtype"] in _READ
+    }
+    return entries, about
+
+
+def _sample_shape(text: str) -> tuple[int, ...]:
+    """The shape that a file gives; empty if it is none, which no fingerprint is of."""
+    try:
+        return tuple(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return ()
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {why}. Copy or write it again.")

@@ -368,6 +368,11 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             )
         if not self._count():
             raise Problem(f"{self.path} holds no rows.")
+        if not math.prod(self.shape):
+            raise Problem(
+                f"Expected samples with numbers in {self.path}, got shape {self.shape}. Encode "
+                "them again."
+            )
         channels = len(self.scaling.gain) if isinstance(self.scaling, Affine) else 1
         if channels > 1 and self.shape[0] != channels:
             raise ValueError(

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stagewise.latents.files import Problem
+
 if TYPE_CHECKING:
     from stagewise.latents.base import Flips, Latents
 
-__all__ = ["require_labels", "require_scale", "unreadable"]
+__all__ = ["class_numbers", "is_one_hot", "require_labels", "require_scale", "unreadable"]
 
 _BLOCK = 2**22  # numbers read at a time
 
@@ -38,6 +40,46 @@ def require_scale(latents: Latents, max_rows: int) -> None:
         f"{mean:.3g}) in {latents.path}, read as {latents.name}, {latents.scaling}. "
         f"{latents._cure(size > expected)}If this is what training uses: expected_std={size:.3g}."
     )
+
+
+def class_numbers(labels: Tensor, rows: int, name: str, path: Path) -> Tensor:
+    """Labels as class numbers, one for each row.
+
+    Args:
+        labels: Whole numbers of any type, (N,) or (N, 1).
+        rows: N.
+        name: What they are called, for the message.
+        path: Where they are.
+
+    Returns:
+        (N,), int64.
+
+    Raises:
+        Problem: If they are something else, with what it is and the cure.
+    """
+    expected = f"Expected {name} as {rows} integers, {name} of shape {(rows,)} in {path}, got"
+    if labels.shape not in ((rows,), (rows, 1)):
+        if is_one_hot(labels, rows):
+            raise Problem(
+                f"{expected} one-hot rows, {tuple(labels.shape)}. Write their class numbers: "
+                "labels.argmax(1)."
+            )
+        raise Problem(
+            f"{expected} {labels.dtype} {tuple(labels.shape)}. Write one class number for each "
+            "row, or leave them out."
+        )
+    numbers = labels.reshape(rows).to(torch.int64, copy=True)
+    if labels.is_complex() or not torch.equal(numbers.to(labels.dtype), labels.reshape(rows)):
+        raise Problem(f"{expected} {labels.dtype}. Write class numbers: labels.long().")
+    return numbers
+
+
+def is_one_hot(labels: Tensor, rows: int) -> bool:
+    """Whether the first rows of (N, k) have a single 1 each, and zeros."""
+    if labels.ndim != 2 or labels.shape[0] != rows or labels.shape[1] < 2:
+        return False
+    some = labels[:64].float()
+    return bool(((some == 0) | (some == 1)).all() and (some.sum(1) == 1).all())
 
 
 def require_labels(labels: Tensor, limit: int | None, path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stagewise.latents.base import Latents, Reading
-from stagewise.latents.checking import require_labels
+from stagewise.latents.checking import class_numbers, require_labels
 from stagewise.latents.files import Problem, array_entry, names, odd_sizes, read_array
 from stagewise.latents.scaling import AS_STORED, Affine
 
@@ -86,7 +86,7 @@ class FastDiT(Latents):
         return len(self._files)
 
     def _read(self, row: int, flip: bool) -> Tensor:
-        return torch.from_numpy(_load(self._features / self._files[row], (1, *self.shape)))[0]
+        return _load(self._features / self._files[row], (1, *self.shape))[0]
 
     def _label(self, row: int) -> int:
         if self._labels is not None:
@@ -97,7 +97,9 @@ class FastDiT(Latents):
         return found
 
     def _target(self, row: int) -> int:
-        return int(_load(self._targets / self._files[row], (1,))[0])
+        file = self._targets / self._files[row]
+        labels = read_array(file.read_bytes(), str(file))
+        return int(class_numbers(labels.reshape(1, -1), 1, "the label", file)[0])
 
     def _read_labels(self) -> Tensor | None:
         return torch.tensor([self._target(row) for row in range(len(self._files))])
@@ -164,7 +166,7 @@ def _number(name: str) -> tuple[int, str]:
     return (int(stem) if stem.isdecimal() else -1, name)
 
 
-def _load(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _load(file: Path, shape: tuple[int, ...]) -> Tensor:
     array = read_array(file.read_bytes(), str(file))
     if array.shape != shape:
         raise Problem(f"Expected shape {shape} in {file}, got {array.shape}. Write it again.")

@@ -8,7 +8,6 @@ that is larger than its memory. An array in a stored (uncompressed) zip is found
 from __future__ import annotations
 
 import io
-import json
 import math
 import mmap
 import os
@@ -20,14 +19,16 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stagewise.storage import Entry, read_header
+
 __all__ = [
     "Entry",
+    "NoNumbers",
     "Problem",
     "Rows",
     "array_entry",
@@ -39,38 +40,16 @@ __all__ = [
     "read_tensor",
     "replace_file",
     "safetensors_entries",
+    "to_tensor",
 ]
-
-_TYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool},
-}
-_MAX_HEADER = 100_000_000  # what the format itself allows
 
 
 class Problem(ValueError):
     """A file that cannot be used; of these, `on_error="skip"` leaves out the file."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor in a file.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its type.
-        start: Where its numbers begin, in bytes from the start of the file.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        """How long it is."""
-        return math.prod(self.shape) * self.dtype.itemsize
+class NoNumbers(Problem):
+    """A whole array of something else than numbers."""
 
 
 def safetensors_entries(path: Path) -> dict[str, Entry]:
@@ -79,34 +58,10 @@ def safetensors_entries(path: Path) -> dict[str, Entry]:
     Raises:
         Problem: If it is no such file, or not all of it is there.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        data = 8 + int.from_bytes(file.read(8), "little")
-        text = file.read(data - 8) if data - 8 <= _MAX_HEADER else b""
     try:
-        header: dict[str, Any] = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {
-            name: Entry(
-                tuple(entry["shape"]), _TYPES[entry["dtype"]], data + entry["data_offsets"][0]
-            )
-            for name, entry in header.items()
-        }
-        ends = [data + entry["data_offsets"][1] for entry in header.values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Problem(
-            f"{path} is no safetensors file, or its header is damaged. Copy or write it again."
-        ) from error
-    end = max(ends, default=data)
-    if size < end:
-        raise Problem(
-            f"{path} is truncated: {end} bytes were announced, {size} are there. Copy or "
-            "write it again."
-        )
-    wrong = [name for name, e in entries.items() if e.start + e.nbytes > size]
-    if wrong:
-        raise Problem(f"{path} is damaged: {wrong} would end beyond the file. Write it again.")
-    return entries
+        return read_header(path)[0]
+    except ValueError as error:
+        raise Problem(str(error).replace("is not complete", "is truncated")) from error
 
 
 @dataclass(frozen=True)
@@ -134,8 +89,8 @@ class Rows:
 
 def map_rows(path: Path, entry: Entry) -> Rows:
     """A tensor of a file, mapped for access to single rows."""
-    if not entry.nbytes:
-        return Rows(torch.empty(entry.shape, dtype=entry.dtype))
+    if not entry.nbytes or entry.swapped:
+        return Rows(read_tensor(path, entry))
     with open(path, "rb") as stream:
         pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(pages, "madvise") and hasattr(mmap, "MADV_RANDOM"):
@@ -158,10 +113,13 @@ def read_tensor(path: Path, entry: Entry) -> Tensor:
         data = bytearray(entry.nbytes)
         if stream.readinto(data) != entry.nbytes:
             raise Problem(f"{path} has become shorter since it was opened. Copy it again.")
+    if entry.swapped:
+        size = entry.dtype.itemsize
+        data = bytearray(np.frombuffer(data, np.uint8).reshape(-1, size)[:, ::-1].tobytes())
     return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
 
 
-def read_array(data: bytes, name: str) -> np.ndarray:
+def read_array(data: bytes, name: str) -> Tensor:
     """The array of a `.npy` file that was read; `name` is for the error.
 
     Raises:
@@ -169,13 +127,37 @@ def read_array(data: bytes, name: str) -> np.ndarray:
     """
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise Problem(
-            f"{name} is no whole .npy file of numbers ({_short(error)}). Copy or write it again."
-        ) from error
+    except Exception as error:  # numpy raises what its parser does
+        if "Object arrays" in str(error):
+            raise _no_numbers(name, "objects") from error
+        raise _unreadable(name, error) from error
     if not isinstance(array, np.ndarray):
         raise Problem(f"Expected a .npy file, got {name}, which is an archive.")
-    return array
+    return to_tensor(array, name)
+
+
+def to_tensor(array: np.ndarray, name: str) -> Tensor:
+    """An array as a tensor, in the byte order of this processor; `name` is for the error.
+
+    Raises:
+        NoNumbers: If it holds something else, as text.
+    """
+    try:
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except TypeError as error:
+        raise _no_numbers(name, array.dtype) from error
+
+
+def _no_numbers(name: str, held: object) -> NoNumbers:
+    return NoNumbers(
+        f"{name} is no whole .npy file of numbers: it holds {held}. Leave it out, or save numbers."
+    )
+
+
+def _unreadable(name: object, error: Exception) -> Problem:
+    return Problem(
+        f"{name} is no whole .npy file of numbers ({_short(error)}). Copy or write it again."
+    )
 
 
 def array_entry(path: Path, member: str | None = None) -> Entry | None:
@@ -189,8 +171,9 @@ def array_entry(path: Path, member: str | None = None) -> Entry | None:
         The entry, or None if the member is compressed and has no place of its own.
 
     Raises:
-        Problem: If it is no such file, or not all of it is there.
+        Problem: If it is no such file, or not all of it is there; `NoNumbers` if it holds text.
     """
+    name = str(path) if member is None else f"{member} in {path}"
     try:
         with open(path, "rb") as file:
             end = path.stat().st_size
@@ -211,12 +194,13 @@ def array_entry(path: Path, member: str | None = None) -> Entry | None:
                 else np.lib.format.read_array_header_2_0
             )
             shape, fortran, kind = read(file)
-            entry = Entry(shape, torch.from_numpy(np.empty(0, kind)).dtype, file.tell())
-    except (ValueError, EOFError, OSError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        name = path if member is None else f"{member} in {path}"
-        raise Problem(
-            f"{name} is no whole .npy file of numbers ({_short(error)}). Copy or write it again."
-        ) from error
+            start = file.tell()
+    except Exception as error:  # numpy and zipfile raise what their parsers do
+        raise _unreadable(name, error) from error
+    dtype = to_tensor(np.empty(0, kind), name).dtype
+    entry = Entry(shape, dtype, start, swapped=not kind.isnative)
+    if min(shape, default=0) < 0:
+        raise Problem(f"{name} is damaged: it says its shape is {shape}. Write it again.")
     if fortran and len(shape) > 1:
         raise Problem(f"{path} is in Fortran order. Save it again: np.ascontiguousarray(x).")
     if entry.start + entry.nbytes > end:

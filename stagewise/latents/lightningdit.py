@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stagewise.latents.base import Latents, Reading
+from stagewise.latents.checking import class_numbers
 from stagewise.latents.files import (
     Entry,
     Problem,
@@ -58,14 +59,14 @@ class LightningDiT(Latents):
         for file in files:
             try:
                 entries = shard_entries(file)
-                found = read_tensor(file, entries["labels"]) if "labels" in entries else None
+                found = _labels(file, entries)
             except (Problem, OSError) as error:
                 self._leave_out(file.name, error)
                 continue
             self._shards.append((file, entries))
             self._starts.append(self._starts[-1] + entries["latents"].shape[0])
             if found is not None:
-                labels.append(found.long())
+                labels.append(found)
         if not self._shards:
             raise ValueError(
                 f"Expected shards that can be read in {path}, got none of {len(files)}: "
@@ -164,16 +165,22 @@ def shard_entries(file: Path) -> dict[str, Entry]:
             f"Expected `latents` of shape (n, C, H, W) in {file}, got "
             f"{sorted(entries) or 'nothing'}. Is it a shard?"
         )
-    rows, shape = entries["latents"].shape[0], entries["latents"].shape
-    for name, wanted in (("latents_flip", shape), ("labels", (rows,))):
-        if name in entries and entries[name].shape != wanted:
-            raise Problem(
-                f"Expected `{name}` of shape {wanted} in {file}, got {entries[name].shape}. Write "
-                "it again."
-            )
+    shape = entries["latents"].shape
+    if "latents_flip" in entries and entries["latents_flip"].shape != shape:
+        raise Problem(
+            f"Expected `latents_flip` of shape {shape} in {file}, got "
+            f"{entries['latents_flip'].shape}. Write it again."
+        )
     if not entries["latents"].dtype.is_floating_point:
         raise Problem(f"Expected floating-point `latents` in {file}.")
     return entries
+
+
+def _labels(file: Path, entries: dict[str, Entry]) -> Tensor | None:
+    if "labels" not in entries:
+        return None
+    labels = read_tensor(file, entries["labels"])
+    return class_numbers(labels, entries["latents"].shape[0], "`labels`", file)
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -3,12 +3,16 @@
     n01440764/n01440764_10026.JPEG.npz    moments, moments_flip   (2C, H, W) float32
 
 The moments are mean and **log-variance** of the posterior; the label is the place of the folder
-among the sorted folders. Training draws a sample and multiplies it by 0.2325.
+among the sorted folders that hold `.npz` files. Hidden folders and empty ones are no classes, as
+those who train with `torchvision.datasets.DatasetFolder` have none; of an empty one that is not
+hidden a warning tells, since the classes after it are numbered without it. Training draws a sample
+and multiplies it by 0.2325.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor
 
 from stagewise.latents.base import Latents, Reading
-from stagewise.latents.files import Entry, Problem, array_entry, odd_sizes
+from stagewise.latents.files import Entry, Problem, array_entry, names, odd_sizes, to_tensor
 from stagewise.latents.scaling import KL16
 
 __all__ = ["MAR", "write_mar"]
@@ -41,15 +45,26 @@ class MAR(Latents):
 
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)
-        self._classes = sorted(item.name for item in path.iterdir() if item.is_dir())
         sizes: dict[str, int] = {}
-        for name in self._classes:
-            with os.scandir(path / name) as listing:
-                sizes |= {
-                    f"{name}/{item.name}": item.stat().st_size
+        self._classes, empty = [], []
+        for folder in sorted(item for item in path.iterdir() if item.is_dir()):
+            if folder.name.startswith("."):
+                continue
+            with os.scandir(folder) as listing:
+                held = {
+                    f"{folder.name}/{item.name}": item.stat().st_size
                     for item in listing
                     if item.name.endswith(".npz")
                 }
+            (self._classes if held else empty).append(folder.name)
+            sizes |= held
+        if empty and self._classes and empty[0] < self._classes[-1]:
+            warnings.warn(
+                f"{path} has folders without .npz files, which are no classes: {names(empty)}. The "
+                "folders after them have labels that are lower by as many as are left out before "
+                "them. If they stand for classes, put their rows there.",
+                stacklevel=2,
+            )
         odd = set(odd_sizes(sizes))
         usual = next((name for name in sorted(sizes) if name not in odd), None)
         if usual is None:
@@ -93,7 +108,7 @@ class MAR(Latents):
         try:
             with np.load(file, allow_pickle=False) as held:
                 array = held[_KEYS[flip]]
-        except (zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError) as error:
+        except (zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError, MemoryError) as error:
             raise Problem(
                 f"{file} is no whole .npz with {_KEYS[flip]} ({error}). Copy or encode it again."
             ) from error
@@ -101,7 +116,7 @@ class MAR(Latents):
             raise Problem(
                 f"Expected shape {self._stored} in {file}, got {array.shape}. Encode it again."
             )
-        return torch.from_numpy(array)
+        return to_tensor(array, str(file))
 
     def _read_labels(self) -> Tensor | None:
         return self._targets

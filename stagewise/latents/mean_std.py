@@ -120,7 +120,7 @@ class MeanStd(Latents):
             if listed is None:
                 return None
             by_name = dict(listed)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{_INDEX} of {self._root} is damaged: expected "
                 '{"labels": [[name, class], ...]}. Write it again.'
@@ -155,7 +155,7 @@ class MeanStd(Latents):
         assert entry is not None
         return entry
 
-    def _load(self, name: str) -> np.ndarray:
+    def _load(self, name: str) -> Tensor:
         if not self._offsets:
             return read_array((self._root / name).read_bytes(), str(self._root / name))
         pages = self._handle("zip", lambda: _map(self._root))
@@ -176,7 +176,7 @@ class MeanStd(Latents):
                 f"Expected shape {self._stored} in {self._files[row]} of {self._root}, got "
                 f"{array.shape}. Write it again."
             )
-        return torch.from_numpy(array)
+        return array
 
     def _read_labels(self) -> Tensor | None:
         return self._index
@@ -276,7 +276,8 @@ def write_mean_std(
 
 def _listing(folder: Path) -> tuple[dict[str, int], bytes | None]:
     sizes: dict[str, int] = {}
-    for place in sorted(item for item in folder.iterdir() if item.is_dir()):
+    folders = (item for item in folder.iterdir() if item.is_dir() and item.name[0] != ".")
+    for place in sorted(folders):
         with os.scandir(place) as listing:
             sizes |= {
                 f"{place.name}/{item.name}": item.stat().st_size

@@ -1,7 +1,7 @@
 """One file with one array of latents, scaled already, and perhaps their labels.
 
 latents.safetensors, latents.npz   `latents` (N, *), or the only floating-point array;
-                                   `labels` (N,), or the only integers of that length
+                                   `labels` (N,) or (N, 1), or the only integers of that length
 latents.pt                         the same as a dict, a tuple, or the array alone
 latents.npy                        the array; labels in latents_labels.npy
 """
@@ -9,7 +9,9 @@ latents.npy                        the array; labels in latents_labels.npy
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,11 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stagewise.latents.base import Latents, Reading
+from stagewise.latents.checking import class_numbers, is_one_hot
 from stagewise.latents.files import (
+    NoNumbers,
     Problem,
     Rows,
     array_entry,
     map_rows,
+    read_array,
     replace_file,
     safetensors_entries,
 )
@@ -32,6 +37,10 @@ from stagewise.latents.scaling import AS_STORED, Affine
 __all__ = ["SUFFIXES", "Plain", "write_plain"]
 
 SUFFIXES = (".safetensors", ".npy", ".npz", ".pt", ".pth")
+
+_NAMES = ("latents", "labels")
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)
+_WHOLE += (torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 
 
 class Plain(Latents):
@@ -70,7 +79,9 @@ class Plain(Latents):
 
     def _read_labels(self) -> Tensor | None:
         name = self._label_name
-        return None if name is None else self._held(name).x.to(torch.int64, copy=True)
+        if name is None:
+            return None
+        return class_numbers(self._held(name).x, self._rows, f"`{name}`", self.path)
 
     def _parts(self) -> str:
         return f"one array, {self._name!r}"
@@ -110,14 +121,19 @@ def _archive(path: Path) -> dict[str, Rows]:
         raise Problem(f"{path} is no whole .npz ({error}). Copy or write it again.") from error
     held = {}
     for member in members:
-        entry = array_entry(path, member)
-        if entry is not None:
-            held[member[:-4]] = map_rows(path, entry)
-            continue
-        try:  # compressed: there is nothing to map
-            with np.load(path, allow_pickle=False) as arrays:
-                held[member[:-4]] = Rows(torch.from_numpy(arrays[member[:-4]]))
-        except (ValueError, TypeError, zipfile.BadZipFile) as error:
+        name = member[:-4]
+        try:
+            entry = array_entry(path, member)
+            if entry is not None:
+                held[name] = map_rows(path, entry)
+                continue
+            # Compressed: there is nothing to map.
+            with zipfile.ZipFile(path) as archive:
+                held[name] = Rows(read_array(archive.read(member), f"{member} in {path}"))
+        except NoNumbers:
+            if name in _NAMES:
+                raise
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
             raise Problem(f"{path}: {member} cannot be read ({error}).") from error
     return held
 
@@ -136,32 +152,54 @@ def _pickled(path: Path) -> dict[str, Rows]:
         found = {str(at): value for at, value in enumerate(found)}
     elif not isinstance(found, Mapping):
         found = {}
-    return {str(name): Rows(x) for name, x in found.items() if isinstance(x, Tensor)}
+    return {str(name): Rows(x.detach()) for name, x in found.items() if isinstance(x, Tensor)}
 
 
 def _pick(path: Path, held: Mapping[str, Rows]) -> tuple[str, str | None]:
     """The names of the latents and of their labels."""
-    tensors = {name: rows.x for name, rows in held.items()}
-    arrays = [name for name, x in tensors.items() if x.is_floating_point() and x.ndim >= 2]
-    if "latents" in arrays:
-        arrays = ["latents"]
+    # Sparse and quantised tensors, and those without numbers ("meta"), have no rows to read.
+    dense = {name: r.x for name, r in held.items() if _is_plain(r.x)}
+    arrays = [name for name, x in dense.items() if x.is_floating_point() and x.ndim >= 2]
+    if "latents" in held:
+        arrays = [name for name in arrays if name == "latents"]
     if len(arrays) != 1:
-        seen = {name: f"{x.dtype} {tuple(x.shape)}" for name, x in tensors.items()}
+        seen = {name: _described(rows.x) for name, rows in held.items()}
         raise ValueError(
             f"Expected one floating-point array (N, *) in {path}, or one called `latents`, got "
-            f"{seen or 'no arrays'}."
+            f"{seen or 'no arrays'}. Write the array under that name"
+            f"{', dense: x.to_dense()' if len(dense) < len(held) else ''}."
         )
-    rows = tensors[arrays[0]].shape[:1]
-    whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    labels = [name for name, y in tensors.items() if y.shape == rows and y.dtype in whole]
-    if "labels" in labels:
-        labels = ["labels"]
-    if "labels" in tensors and not labels:
-        raise ValueError(
-            f"Expected `labels` as {rows[0]} integers in {path}, got "
-            f"{tensors['labels'].dtype} {tuple(tensors['labels'].shape)}."
+    rows = dense[arrays[0]].shape[0]
+    if "labels" in held:
+        labels = held["labels"].x
+        if not _is_plain(labels):
+            raise ValueError(
+                f"Expected `labels` as {rows} integers in {path}, got {_described(labels)}. Save "
+                "labels.to_dense()."
+            )
+        class_numbers(labels, rows, "`labels`", path)
+        return arrays[0], "labels"
+    labels_ = [
+        name for name, y in dense.items() if y.shape in ((rows,), (rows, 1)) and y.dtype in _WHOLE
+    ]
+    if len(labels_) > 1:
+        warnings.warn(
+            f"{path} is read without labels: any of {labels_} may be them. Call them `labels`.",
+            stacklevel=2,
         )
-    return arrays[0], labels[0] if len(labels) == 1 else None
+    for name, y in dense.items():
+        if not labels_ and name != arrays[0] and is_one_hot(y, rows):
+            class_numbers(y, rows, f"`{name}`", path)
+    return arrays[0], labels_[0] if len(labels_) == 1 else None
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_quantized and x.device.type != "meta"
+
+
+def _described(x: Tensor) -> str:
+    layout = "" if x.layout == torch.strided else f"{str(x.layout).removeprefix('torch.')} "
+    return f"{layout}{x.dtype} {tuple(x.shape)}"
 
 
 def write_plain(

@@ -231,9 +231,8 @@ def _error(scan: Scan, found: Refined, post: Posterior) -> Tensor:
 
 
 def _wide(scan: Scan) -> Tensor:
-    """Where a velocity does not show that a mean was summed up in float32, (B,)."""
-    radius = scan.bank.radius
-    return scan.queries.path.sigma.clamp_max(1) * radius >= _WIDE * (radius + scan.shift.norm())
+    """Where a velocity does not show that leading rows were summed up in float32, (B,)."""
+    return scan.queries.path.sigma.clamp_max(1) * scan.bank.radius >= _WIDE * scan.bank.max_norm
 
 
 def _made_ahead(scan: Scan, found: Refined) -> Tensor:

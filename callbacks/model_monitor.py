@@ -44,6 +44,7 @@ class ModelMonitor(Monitor):
         network: The network, None where a `velocity` was given.
     """
 
+    compares = True
     network: Network | None = None
 
     def start(self) -> None:

@@ -38,6 +38,7 @@ class Monitor(StageCallback):
         **options: See `RunOptions`.
 
     Attributes:
+        every: Steps between probes, once training has begun.
         history: The probes so far.
         seconds: What each probe of this process has cost.
         longest: The largest default of `every_n_steps`.
@@ -64,6 +65,7 @@ class Monitor(StageCallback):
         if figures is not None and figures < 0:
             raise ValueError(f"Expected `figures` of at least 0, got {figures}.")
         self.every_n_steps, self.figures = every_n_steps, figures
+        self.every = 1
         self.history: list[dict[str, Any]] = []
         self.seconds: list[float] = []
 
@@ -106,9 +108,8 @@ class Monitor(StageCallback):
         # A callback may serve a second fit: only a resumed run has a past.
         going_on = bool(past) and not self.renewed
         self.history = [e for e in self.history if going_on and self._stays(e, past)]
-        self.every = self.every_n_steps
-        if self.every is None:
-            self.every = max(1, min(self.longest, (run.total or 10**9) // _PROBES))
+        share = (run.total or _PROBES * self.longest) // _PROBES
+        self.every = self.every_n_steps or max(1, min(self.longest, share))
         self.writer = run.writer(self)
         self._since, self.seconds = (time.perf_counter(), past), []
 
@@ -122,7 +123,6 @@ class Monitor(StageCallback):
 
     def due(self, step: int) -> bool:
         """Whether to probe, `step` optimizer steps being done."""
-        assert self.every is not None
         # Several optimizers advance it by more than one, and a resumed run may have probed here.
         return self._last is None or step // self.every > self._last // self.every
 

@@ -62,8 +62,7 @@ class PosteriorMonitor(Monitor):
         bank: See `RunOptions`. It is moved to the training device if it takes less than a quarter
             of the memory free there, and otherwise streamed from where it lies.
         every_n_steps: Optimizer steps between probes; default a twentieth of the training, at most
-            1000. The first probe is in the first step, before any weight changes; the last after
-            the last.
+            1000. The first probe is in the first step, before any weight changes.
         strata: Strata of t, default 24; half of them lie near the predicted boundary if that is
             near an end of [0, 1] (`stages.stage_edges`).
         queries: Queries in each stratum, default 64. The cost of a probe is that of
@@ -74,7 +73,7 @@ class PosteriorMonitor(Monitor):
             the ranks share the queries of a probe: give each the same memory-mapped bank, which a
             node holds in memory once.
         figures: Draw at every so many probes; default at the first, second, fourth, eighth, ...,
-            and at the last; 0: never.
+            and at the last of the run; 0: never.
         name: Prefix of all tags and name of the folder, default "stagewise". Give two monitors in
             one trainer two names.
         **options: What it says about the run: `find`, `path`, `class_wise`, `dirpath`, `seed`, ...;
@@ -171,6 +170,12 @@ class PosteriorMonitor(Monitor):
         self.recipe = Recipe.of(self.oracle, self.wise, self.strata, self.queries, self.seed)
         run.recipes.append(self.recipe)
 
+    def _draws(self, at_end: bool) -> bool:
+        """Whether to draw at a probe; the last one is followed by none before training ends."""
+        total, step = self.run.total, self.run.trainer.global_step
+        last = total is not None and step // self.every == (total - 1) // self.every
+        return super()._draws(at_end or last)
+
     def settle(self) -> None:
         """In the first step: says what a conditioned network means for it, and probes."""
         self._say_conditions()
@@ -186,9 +191,7 @@ class PosteriorMonitor(Monitor):
         """Nothing: it asks nothing of the model that was trained."""
 
     def end(self) -> None:
-        """Probes, and says where things are."""
-        if self._last != self.run.step:
-            self.probe(self.run.step, at_end=True)
+        """Says where things are; it does not probe, as the data are what they were."""
         last = self.history[-1]
         rank_zero_info(
             f"PosteriorMonitor: boundary t = {last['midpoint']:.3f} (midpoint), "

@@ -33,6 +33,7 @@ from stagewise.engines import Engine, Sharded
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, same_path
 from stagewise.paths import Path as ProbabilityPath
+from stagewise.schemes.checks import check_rows
 from stagewise.stages import (
     StageBoundary,
     StageCurve,
@@ -47,7 +48,7 @@ Kind = TypeVar("Kind", bound=StageCallback)
 
 _STRATA, _QUERIES = 24, 64
 
-_NOT_SHARED = ("seed", "dirpath")
+_NOT_SHARED = ("seed", "dirpath", "seam")
 """What a callback says about itself alone."""
 
 
@@ -103,6 +104,7 @@ class StageRun(StageCallback):
     """
 
     order = -1
+    look: FirstStep
 
     def __init__(
         self,
@@ -141,6 +143,8 @@ class StageRun(StageCallback):
         self.recipes: list[Recipe] = []
         self._boundaries: list[tuple[Recipe, StageBoundary]] = []
         self._curve: tuple[Recipe, int, StageCurve] | None = None
+        records = [(member.stash or {}).get("run") or {} for member in self.members if self.began]
+        self._records = next((r["boundaries"] for r in records if r.get("boundaries")), [])
         self._loader = trainer.train_dataloader
         for member in members:
             member.renewed = False
@@ -237,10 +241,11 @@ class StageRun(StageCallback):
         if not self.going:
             return
         self.going = False
-        for member in self.members:
+        for member in self.members if self.settled else []:
             member.kept = self.record(member)
         self.tell("stop")
-        self.look.stop()
+        if hasattr(self, "look"):
+            self.look.stop()
         self._banks, self._read, self._oracles, self._boundaries = {}, None, [], []
         self.recipes, self._curve = [], None
 
@@ -288,12 +293,22 @@ class StageRun(StageCallback):
         if not measuring:
             return
         given = {id(b): b for b in (self.bank(m) for m in measuring if self.given(m))}
-        read = len(given) == 0 or any(not self.given(member) for member in measuring)
-        warnings, note = self.look.compare(list(given.values()), read=read)
+        warnings, note = self.look.compare(list(given.values()))
         for warning in warnings:
             rank_zero_warn(warning)
         if note:
             rank_zero_info(f"stagewise: {note}")
+        x1, read = self.look.trained_x1, [m for m in measuring if not self.given(m)]
+        if read and x1 is not None and self.look.changed(x1):
+            message, certain = self.look.difference(x1)
+            if not certain:
+                try:  # augmented samples are at the scale of the bank, encoded ones are not
+                    check_rows(self.bank(read[0]), x1)
+                except ValueError:
+                    certain = True
+            if certain and any(member.compares for member in read):
+                raise ValueError(message)
+            rank_zero_warn(message)
 
     def _weight_versions(self) -> int:
         """Grows with each change of a weight, and costs nothing."""
@@ -335,8 +350,9 @@ class StageRun(StageCallback):
         return first
 
     def find_of(self, callback: StageCallback) -> FindSample:
-        """From a batch to `(x_1, labels or None)`."""
-        return self.option(callback, "find", find_sample)
+        """From a batch to `(x_1, labels or None)`; a data module may have its own `find_sample`."""
+        own = getattr(getattr(self.trainer, "datamodule", None), "find_sample", find_sample)
+        return self.option(callback, "find", own)
 
     def together(self, what: str) -> AbstractContextManager[None]:
         """Does something on every rank, or raises on all of them; see `checks.together`."""
@@ -362,8 +378,8 @@ class StageRun(StageCallback):
             ValueError: If it is on several paths and nobody says which one counts.
         """
         self.seams, self.couplings = find_seams(self.module), find_couplings(self.module)
-        at = self.option(self, "seam")
-        chosen = [seam for seam in self.seams if seam.name == at] if at else self.seams
+        named = {who.said["seam"] for who in (self, *self.members) if "seam" in who.said}
+        chosen = [seam for seam in self.seams if seam.name in named] or self.seams
         able = [seam for seam in chosen if not seam.refusal] or chosen
         self.path: ProbabilityPath = able[0].path if able else LinearPath()
         self.path_from = f"from {able[0].name}, {able[0].library}" if able else ""
@@ -420,7 +436,7 @@ class StageRun(StageCallback):
 
     def _compare_with_checkpoint(self, callback: StageCallback, bank: LatentBank) -> None:
         before = ((callback.stash or {}).get("run") or {}).get("bank")
-        if before is None or not self.began or before == bank.fingerprint:
+        if not before or not self.began or before == bank.fingerprint:
             return
         if not any(member.renewed for member in self.members):
             rank_zero_warn(
@@ -429,8 +445,8 @@ class StageRun(StageCallback):
                 "latents are left behind, and everything is measured anew. To go on with the old "
                 "ones, give their bank: StageRun(bank=LatentBank.open(file))."
             )
-        callback.renewed = True
-        callback.stash = {**(callback.stash or {}), "run": None}
+        callback.renewed, self._records = True, []
+        callback.stash = {**(callback.stash or {}), "run": {}}
 
     def given(self, callback: StageCallback) -> bool:
         """Whether the bank was given, and not read from the training set."""
@@ -473,9 +489,7 @@ class StageRun(StageCallback):
         """Reads the training set again, because its latents have changed; a collective."""
         self._reread, self._measured_at = True, self.trainer.global_step
         self._banks, self._read, self._oracles, self._boundaries = {}, None, [], []
-        self.recipes, self._curve = [], None
-        for member in self.members:
-            member.stash = None
+        self.recipes, self._curve, self._records = [], None, []
         self.tell("renew")
 
     # -- the boundary -----------------------------------------------------------------------------
@@ -515,14 +529,13 @@ class StageRun(StageCallback):
         known = [*self.recipes, *(recipe for recipe, _ in self._boundaries)]
         return any(r.class_wise == wise and self._alike(r.oracle, oracle) for r in known)
 
-    def boundary(self, callback: StageCallback, oracle: Oracle, wise: bool) -> StageBoundary:
+    def boundary(self, oracle: Oracle, wise: bool) -> StageBoundary:
         """Where the stages meet: one answer for all callbacks of the run; a collective.
 
         It is what the first probe of a `PosteriorMonitor` measures, or would measure, at the start
         of the training; a resumed run keeps it.
 
         Args:
-            callback: Who asks.
             oracle: Bank and path.
             wise: Whether the posterior is over the rows of the sample's class.
 
@@ -539,7 +552,7 @@ class StageRun(StageCallback):
             )
         alike = (r for r in self.recipes if r.class_wise == wise and self._alike(r.oracle, oracle))
         recipe = next(alike, None) or Recipe.of(oracle, wise)
-        found = self._recorded(callback, recipe)
+        found = self._recorded(recipe)
         if found is None:
             curve = self.curve(recipe, self._measured_at, "measuring the boundary")
             found = curve.boundary(seed=recipe.seed)
@@ -550,31 +563,26 @@ class StageRun(StageCallback):
         banks = (self._banks.get(id(oracle.bank), oracle.bank) for oracle in (one, other))
         return len({id(bank) for bank in banks}) == 1 and same_path(one.path, other.path)
 
-    def _recorded(self, callback: StageCallback, recipe: Recipe) -> StageBoundary | None:
-        """The boundary that the run which is resumed had measured, in the state of any callback."""
-        if not self.began:
-            return None
-        for member in (callback, *self.members):
-            record = (member.stash or {}).get("run") or {}
-            for found in record.get("boundaries", []):
-                if (found["path"], found["class_wise"]) == (
-                    repr(recipe.oracle.path),
-                    recipe.class_wise,
-                ):
-                    return StageBoundary(**found["boundary"])
+    def _recorded(self, recipe: Recipe) -> StageBoundary | None:
+        """The boundary that the run which is resumed had measured."""
+        of = (repr(recipe.oracle.path), int(recipe.class_wise))
+        for found in self._records:
+            if (found["path"], found["class_wise"]) == of:
+                return StageBoundary(**found["boundary"])
         return None
 
     def record(self, callback: StageCallback) -> dict[str, Any]:
         """What the state of a callback holds of the run: its bank's fingerprint, the boundaries."""
         bank = self.option(callback, "bank") or self._read
+        found = {
+            (repr(recipe.oracle.path), int(recipe.class_wise)): boundary.as_dict()
+            for recipe, boundary in self._boundaries
+        }
+        kept = {(old["path"], old["class_wise"]): old["boundary"] for old in self._records}
         return {
-            "bank": None if bank is None else bank.fingerprint,
+            "bank": "" if bank is None else bank.fingerprint,
             "boundaries": [
-                {
-                    "path": repr(recipe.oracle.path),
-                    "class_wise": recipe.class_wise,
-                    "boundary": boundary.as_dict(),
-                }
-                for recipe, boundary in self._boundaries
+                {"path": path, "class_wise": wise, "boundary": boundary}
+                for (path, wise), boundary in (kept | found).items()
             ],
         }

@@ -77,6 +77,7 @@ class StageCallback(pl.Callback):
     Attributes:
         order: When the run tells it, among the others.
         measures: Whether it measures something against the bank.
+        compares: Whether it compares the model with the oracle over that bank.
         mixes: Whether it puts the oracle into the targets.
         run: The run, from the start of training on.
         stash: The state of a checkpoint, until training starts from it.
@@ -90,6 +91,7 @@ class StageCallback(pl.Callback):
 
     order: ClassVar[int] = 0
     measures: bool = False
+    compares: bool = False
     mixes: bool = False
     run: StageRun
 
@@ -107,7 +109,7 @@ class StageCallback(pl.Callback):
         self.said = {key: value for key, value in options.items() if value not in nothing}
         self.stash: dict[str, Any] | None = None
         self.renewed = False
-        self.kept: dict[str, Any] | None = None
+        self.kept: dict[str, Any] = {}
 
     @property
     def seed(self) -> int:
@@ -128,7 +130,7 @@ class StageCallback(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state of a checkpoint for the start of training."""
-        self.stash, self.kept = state_dict, state_dict.get("run")
+        self.stash, self.kept = state_dict, state_dict.get("run") or {}
 
     # -- what the run tells it ----------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -32,6 +32,7 @@ from stagewise.engines import Engine, Sharded
 from stagewise.losses import StageWeightedLoss
 from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme
+from stagewise.schemes.checks import check_rows
 from stagewise.stages import StageBoundary
 from stagewise.targets import Target
 from stagewise.timesteps import TimestepSampler
@@ -206,6 +207,8 @@ class StageScheme(StageCallback):
             )
         self._losses = GatheredLosses() if reader else None
         refuse_endless_phases(run.total, self.scheme)
+        for part in parts(self.scheme):
+            part.rows_checked = True  # `settle` does, on all ranks together
         resumed = self._resume()
         self.writer = run.writer(self)
         about = self._where() if self.seam is None else self.seam.describe()
@@ -243,6 +246,13 @@ class StageScheme(StageCallback):
             )
         network, given = self.run.look.network, self.run.look.conditions
         mixing = [part for part in parts(self._scheme) if part.target is not None]
+        with self.run.together("holding its samples against the bank"):
+            for bank, shard in {
+                p.oracle.bank: isinstance(p.oracle.engine, Sharded) for p in mixing
+            }.items():
+                said = check_rows(bank, record.x1, known=record.source is not None, shard=shard)
+                if said:
+                    rank_zero_warn(f"StageScheme: {said}")
         if not mixing or all(part.unconditional for part in mixing):
             return
         if not given and network is not None and network.conditional:
@@ -434,7 +444,7 @@ class StageScheme(StageCallback):
             self.measures = True
         if not self._scheme.lacks_boundary and not self.run.knows_boundary(oracle, wise):
             return None
-        return self.run.boundary(self, oracle, wise)
+        return self.run.boundary(oracle, wise)
 
     # -- per step -----------------------------------------------------------------------------
 

@@ -270,7 +270,7 @@ class VelocityErrorMonitor(ModelMonitor):
 
     def _place_stages(self) -> None:
         """Where the stages meet, and what training spends on each, from here on."""
-        self.boundary = self.run.boundary(self, self._oracle, self._wise)
+        self.boundary = self.run.boundary(self._oracle, self._wise)
         ends = torch.tensor([self.boundary.midpoint, self.boundary.collapsed]).double()
         self._stages = torch.tensor([0.0, *ends.nan_to_num(nan=1.0).tolist(), 1.0]).double()
         if self._record is not None:

@@ -133,14 +133,11 @@ class Writer:
         if self.active:
             show_pictures(figures, self.name, self.folder, self._loggers, step)
 
-    def dashboard(self, trainer: pl.Trainer) -> None:
-        """Sets TensorBoard's custom-scalars page, to that of all callbacks that have a `layout`.
-
-        A page replaces the one before it, so each monitor writes that of all.
-        """
+    def dashboard(self, callbacks: Iterable[Any]) -> None:
+        """Sets TensorBoard's custom-scalars page, to that of all callbacks that have a `layout`."""
         if not self.active:
             return
-        callbacks = [c for c in getattr(trainer, "callbacks", []) if hasattr(c, "layout")]
+        callbacks = [callback for callback in callbacks if hasattr(callback, "layout")]
         for logger in self._loggers:
             with _spared(logger, "the page of its custom scalars"):
                 if hasattr(board := _experiment(logger), "add_custom_scalars"):

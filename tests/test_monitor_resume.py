@@ -132,13 +132,12 @@ def test_a_checkpoint_without_monitor_can_be_resumed_with_one(run, tmp_path, rea
     assert len(read_stages(tmp_path / "run" / "stagewise_logs")[1]) == 3
 
 
-def test_costs_of_earlier_probes_are_kept(run, tmp_path, read_stages):
+def test_earlier_probes_are_kept(run, tmp_path, read_stages):
     run(small(), steps=8)
     _, before = read_stages(tmp_path / "run" / "stagewise_logs")
     run(small(), steps=10, ckpt_path=tmp_path / "run" / "end.ckpt")
     _, after = read_stages(tmp_path / "run" / "stagewise_logs")
     assert after[:3] == before
-    assert all(probe["probe_seconds"] > 0 for probe in after)
 
 
 @pytest.mark.parametrize(

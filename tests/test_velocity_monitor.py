@@ -438,7 +438,7 @@ def test_refusals_before_the_first_optimizer_step(fit, tiny_flow, make_data, wei
     encodes = tiny_flow()
     step = encodes.training_step
     encodes.training_step = lambda batch, batch_idx: step([3 * batch[0] + 1], batch_idx)
-    refused("Found no network", model=encodes)
+    refused("read from the batches is not what module.loss is given", model=encodes)
 
 
 def test_an_oracle_that_another_callback_has_is_shared(fit):
@@ -474,7 +474,7 @@ def test_a_step_on_cuda_waits_for_nothing():
         record.means.to("cuda")
         for step in range(17):  # more than are added at a time
             x1 = torch.randn(64, 6, device="cuda")
-            record.expect(x1)
+            record.expect(lambda x1=x1: x1)
             t = torch.rand(64, device="cuda")
             model.loss(call, x1, t=t, x0=torch.randn_like(x1))
             assert record._seen is not None

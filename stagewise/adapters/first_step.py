@@ -20,8 +20,8 @@ from stagewise.adapters.find import assumed_seams
 from stagewise.adapters.network import GIVEN, Network, NetworkSearch
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_checked
-from stagewise.oracle import Oracle
-from stagewise.paths import LinearPath, Path
+from stagewise.paths import Path
+from stagewise.schemes.checks import distance_from_rows
 
 __all__ = ["FirstStep"]
 
@@ -144,7 +144,7 @@ class FirstStep:
         """x_1 of the present batch as it is trained on, (B, *)."""
         if self._follows and self._seen is not None:
             return self._seen[1].x1
-        return find_checked(self._find, self.batch)[0]
+        return self._find(self.batch)[0]
 
     def changed(self, x1: Tensor) -> bool:
         """Whether samples are others than x_1 of the batch."""
@@ -165,12 +165,11 @@ class FirstStep:
 
     # -- what is not as it was taken to be --------------------------------------------------------
 
-    def compare(self, given: Sequence[LatentBank], *, read: bool) -> tuple[list[str], str]:
+    def compare(self, given: Sequence[LatentBank]) -> tuple[list[str], str]:
         """What of the bank and of the noise is not that of the training.
 
         Args:
             given: Banks that the user gave.
-            read: Whether one was read from the batches.
 
         Returns:
             Warnings, and a line for the log, which may be empty.
@@ -182,7 +181,7 @@ class FirstStep:
         if self._seen is not None:
             warnings += _look_at_noise(*self._seen)
         diagnosis = self.search.diagnosis() if self._seen is None else None
-        if diagnosis is not None and read:
+        if diagnosis is not None:
             warnings.append(f"What is measured is not what is trained on: {diagnosis.message}")
         elif x1 is None and self.x1 is not None:
             note = (
@@ -191,8 +190,6 @@ class FirstStep:
             )
         for bank in given:
             warnings += self._hold(bank, x1 if x1 is not None else self.x1)
-        if read and self._seen is not None and self.changed(self._seen[1].x1):
-            warnings.append(self.difference(self._seen[1].x1)[0])
         return warnings, note
 
     def _hold(self, bank: LatentBank, x1: Tensor | None) -> list[str]:
@@ -211,7 +208,7 @@ class FirstStep:
                 f"of the batch, of shape {bank.shape}: what is measured is not what is trained on. "
                 "Give the bank of what is trained on: StageRun(bank=LatentBank(latents, labels))."
             ]
-        off, std = _nearest(bank, x1), float(x1.detach().float().std())
+        off, std = distance_from_rows(bank, x1), float(x1.detach().float().std())
         if off < 0.05:
             return []
         if not 0.8 * bank.std < std < 1.25 * bank.std:
@@ -238,7 +235,9 @@ class FirstStep:
         """
         maker = "" if self._seen is None else f"{self._seen[0].name} is given, and "
         assert self.x1 is not None
-        why = self.search.origin(x1, self._place(self.x1) or "batch[0]", self.x1)
+        place = self._place(self.x1) or "batch[0]"
+        # What made x_1 may be gone by the end of the step; the network's call was looked at in it.
+        why = self.search.origin(x1, place, self.x1) or self.search.diagnosis()
         cure = "give what is trained on: bank=LatentBank(latents, labels)."
         return (
             f"What was read from the batches is not what {maker}training is on: "
@@ -273,13 +272,3 @@ def _look_at_noise(seam: Seam, seen: Seen) -> list[str]:
 def _label(x: Tensor) -> bool:
     """Whether a tensor that a model is given can be the class of each sample."""
     return not x.is_floating_point() and x.numel() == len(x)
-
-
-@torch.no_grad()
-def _nearest(bank: LatentBank, x1: Tensor) -> float:
-    """The median distance of a few samples from their nearest rows, as a share of their norm."""
-    # On the linear path t = 1 has no noise at all: the posterior mean is the nearest row.
-    few = x1[:16].detach().to(bank.device, torch.float32)
-    nearest = Oracle(bank, LinearPath()).posterior(few, torch.ones(len(few), device=few.device))
-    gap = (nearest.mean - few).flatten(1).norm(dim=1).median()
-    return float(gap / few.flatten(1).norm(dim=1).median().clamp_min(1e-30))

@@ -303,14 +303,15 @@ def check_rows(
         return None
     return (
         f"{share:.0%} of the samples in the first step are no rows of the bank, and each of them "
-        f"joins its rows: the nearest row is off by {_nearest(bank, others):.0%} of their norm. "
+        f"joins its rows: the nearest row is off by {distance_from_rows(bank, others):.0%} of "
+        "their norm. "
         "Flips, augmentation, another VAE sample or another data set? Build the bank from what is "
         "trained on; give the `source` of resampled latents, which then take the place of their "
         'row; or refuse them: Scheme(on_missing="error").'
     )
 
 
-def _nearest(bank: LatentBank, x1: Tensor) -> float:
+def distance_from_rows(bank: LatentBank, x1: Tensor) -> float:
     """The median distance of a few samples from their nearest rows, as a share of their norm."""
     # On the linear path t = 1 has no noise at all: the posterior mean is the nearest row.
     few = x1[:16].to(bank.device, torch.float32)

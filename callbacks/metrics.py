@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
-from stagewise.callbacks.figures import TIME_LABEL, new_figure
 from stagewise.copies import COPY_RATIO, binomial_interval
 
 __all__ = ["SUMS", "BinnedMeans", "CopyShare"]
@@ -134,26 +131,6 @@ class BinnedMeans(Metric):
         wide._update_count = self._update_count
         return wide
 
-    def plot(self, val: Any = None, ax: Axes | None = None) -> tuple[Figure, Axes]:  # type: ignore[override]
-        """Draws the means over t with bars of two standard errors.
-
-        Args:
-            val: What `compute` returned; default: computed now.
-            ax: Where to draw; default a new figure.
-
-        Returns:
-            Figure and axes.
-        """
-        values = self.compute() if val is None else val
-        axes = new_figure().add_subplot() if ax is None else ax
-        centres = ((self.edges[1:] + self.edges[:-1]) / 2).cpu()
-        for key in self.keys:
-            error = 2 * values[f"{key}_se"].cpu()
-            axes.errorbar(centres, values[key].cpu(), error, fmt=".-", ms=4, lw=1.3, label=key)
-        axes.set(xlabel=TIME_LABEL, xlim=(float(self.edges[0]), float(self.edges[-1])))
-        axes.legend(fontsize=8)
-        return axes.figure, axes  # type: ignore[return-value]
-
 
 class CopyShare(Metric):
     """The share of samples that copy a training row, from `d_1 / d_2` (see `stagewise.copies`).
@@ -214,22 +191,3 @@ class CopyShare(Metric):
             "histogram": counts,
             "nonfinite": int(self.nonfinite),
         }
-
-    def plot(self, val: Any = None, ax: Axes | None = None) -> tuple[Figure, Axes]:  # type: ignore[override]
-        """Draws the histogram, and where copies end.
-
-        Args:
-            val: What `compute` returned; default: computed now.
-            ax: Where to draw; default a new figure.
-
-        Returns:
-            Figure and axes.
-        """
-        values = self.compute() if val is None else val
-        axes = new_figure().add_subplot() if ax is None else ax
-        edges = [i / self.BINS for i in range(self.BINS + 1)]
-        axes.stairs(values["histogram"], edges, fill=True, color="0.7")
-        axes.axvline(COPY_RATIO, color="tab:red", lw=1.2, label="copies below 1/3")
-        axes.set(xlabel="d1 / d2", ylabel="samples", xlim=(0, 1))
-        axes.legend(fontsize=8)
-        return axes.figure, axes  # type: ignore[return-value]

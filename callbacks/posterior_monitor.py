@@ -271,6 +271,7 @@ class PosteriorMonitor(Monitor):
             return
         network, given = run.look.network, run.look.conditions
         rows = "the rows of a class" if self.wise else "all rows"
+        labelled = run.look.labels is not None
         if given:
             rank_zero_warn(
                 f"The network is also given {', '.join(given)}, and PosteriorMonitor measures the "
@@ -278,7 +279,7 @@ class PosteriorMonitor(Monitor):
                 "trained on the posterior given it, which collapses earlier: read the boundary as "
                 "an upper bound. If the model does ignore it: PosteriorMonitor(class_wise=False)."
             )
-        elif network is not None and self.wise and not network.conditional:
+        elif network is not None and self.wise and not network.conditional and labelled:
             rank_zero_warn(
                 "There are labels, and the network is not given any: its stages are those of the "
                 "posterior over all samples. Say PosteriorMonitor(class_wise=False)."

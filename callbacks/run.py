@@ -293,6 +293,12 @@ class StageRun(StageCallback):
         if not measuring:
             return
         given = {id(b): b for b in (self.bank(m) for m in measuring if self.given(m))}
+        unlabelled = self.look.x1 is not None and self.look.labels is None
+        if unlabelled and any(self.given(m) and self.class_wise(m) for m in measuring):
+            rank_zero_warn(
+                "The bank has labels, so the posterior is class-wise, but no labels were found in "
+                "the training batch. If training is not class-conditional, say class_wise=False."
+            )
         warnings, note = self.look.compare(list(given.values()))
         for warning in warnings:
             rank_zero_warn(warning)
@@ -476,6 +482,11 @@ class StageRun(StageCallback):
     def class_wise(self, callback: StageCallback) -> bool:
         """Whether the posteriors of a callback are over the rows of the sample's class."""
         wise, bank = self.option(callback, "class_wise", "auto"), self.bank(callback)
+        if wise is True and not bank.classes and not self.given(callback):
+            raise ValueError(
+                "class_wise=True, but no labels were found in the training batches. Say where they "
+                f"are: {type(callback).__name__}(find=lambda batch: (batch[0], batch[1]))."
+            )
         if wise is True:
             bank.require_classes()
         return bool(bank.classes) if wise == "auto" else wise

@@ -9,27 +9,24 @@ All random state is put back afterwards, so training draws what it would have dr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from stagewise.adapters.paths import same_path
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_checked, find_sample
-from stagewise.callbacks.checks import beside_training
-from stagewise.callbacks.drawn_rows import CURE, drawn_rows
-from stagewise.callbacks.undisturbed import undisturbed
-from stagewise.oracle import Oracle
-from stagewise.paths import Path
+from stagewise.drawn_rows import CURE, Drawn, drawn_rows
+from stagewise.undisturbed import undisturbed
 
-__all__ = ["bank_from_trainer", "oracle_of_run", "read_rows", "same_samples", "shard_from_trainer"]
+__all__ = ["bank_from_trainer", "read_rows", "same_samples", "shard_from_trainer"]
 
 _READ_TWICE = 32  # samples: what changes one in ten is seen with a chance of 99.8 %
 
@@ -69,7 +66,7 @@ def bank_from_trainer(
     # Labels that are not asked for may be in some batches and not in others.
     taken = find if class_wise else lambda batch: (find_checked(find, batch)[0], None)
     with undisturbed(pl_module, loader, find):
-        rows = drawn_rows(trainer, loader, say=True)
+        rows = _drawn(trainer, loader, say=True)
         step = -(-len(rows) // _READ_TWICE)
         twice = [few for few in _batches(loader, rows[::step]) for _ in range(2)]
         # Never here if the run has workers: a file that a data set opens when it is first read
@@ -174,7 +171,7 @@ def read_rows(
     """
     loader, dataset = _map_style(loader)
     with undisturbed(pl_module, loader, find, seed=seed):
-        rows = drawn_rows(trainer, loader, say=False)
+        rows = _drawn(trainer, loader)
         chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
         batches = _batches(loader, [rows[place] for place in np.sort(chosen)])
         one = min(1, loader.num_workers)
@@ -210,38 +207,44 @@ def same_samples(
     return tuple(x1.shape[1:]) == bank.shape and bool((bank.find(x1) >= 0).all())
 
 
-def oracle_of_run(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
-    callback: pl.Callback,
-    path: Path,
-    *,
-    given: LatentBank | None,
-    find: FindSample = find_sample,
-    class_wise: bool = True,
-) -> Oracle:
-    """The oracle over a given bank, or that of a callback before this one, or over what is read.
+def _drawn(trainer: pl.Trainer, loader: DataLoader[Any], *, say: bool = False) -> Sequence[int]:
+    """The rows that a loader draws; those of the training loader as the trainer cuts its epochs."""
+    # `fast_dev_run` is no training and cuts nothing.
+    training = loader is trainer.train_dataloader and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    drawn = drawn_rows(
+        loader,
+        limit=trainer.num_training_batches if training else math.inf,
+        world_size=trainer.world_size,
+        epoch=trainer.current_epoch,
+    )
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    if say:
+        if len(drawn.rows) < size:
+            rank_zero_info(f"Training draws {len(drawn.rows)} of {size} samples: the bank's rows.")
+        if drawn.looked:
+            rank_zero_info(f"The sampler has no end: {drawn.looked} of its draws were looked at.")
+        for warning in drawn.warnings:
+            rank_zero_warn(f"The training loader draws {warning}")
+        if training:
+            _say_if_few(trainer, drawn)
+    return drawn.rows
 
-    Args:
-        trainer: A trainer whose training data loader is set up.
-        pl_module: Its module.
-        callback: Who asks; the hooks of callbacks before it have run when its own do.
-        path: The path of training; an oracle of another path is not taken.
-        given: The bank that the user gave, or None.
-        find: See `bank_from_trainer`.
-        class_wise: See `bank_from_trainer`.
 
-    Returns:
-        The oracle; a bank of its own lies beside the training if there is room.
-    """
-    if given is None:
-        callbacks = getattr(trainer, "callbacks", [callback])
-        for before in callbacks[: callbacks.index(callback)]:
-            oracle = getattr(before, "oracle", None)
-            if isinstance(oracle, Oracle) and same_path(oracle.path, path):
-                return oracle
-        given = bank_from_trainer(trainer, pl_module, find=find, class_wise=class_wise)
-    return Oracle(beside_training(given, trainer), path)
+def _say_if_few(trainer: pl.Trainer, drawn: Drawn) -> None:
+    """Says it if the whole training draws fewer samples than there are rows."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    steps = math.inf
+    if trainer.max_steps != -1 and trainer.lightning_module.automatic_optimization:
+        steps = trainer.max_steps * trainer.accumulate_grad_batches
+    draws = drawn.per_batch * min(epochs * drawn.batches, steps)
+    if draws >= len(drawn.rows):
+        return
+    cut = drawn.batches < len(drawn.rows) // drawn.per_batch
+    (rank_zero_warn if cut else rank_zero_info)(
+        f"The training loader draws {draws:.0f} samples in the whole training, and the bank holds "
+        f"the {len(drawn.rows)} that may come up. The boundary is that of training on all of them. "
+        "Train for longer, or on fewer: torch.utils.data.Subset(dataset, indices)."
+    )
 
 
 def _batches(loader: DataLoader[Any], rows: Sequence[int]) -> BatchSampler:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stagewise.adapters.base import Seam
 from stagewise.callbacks.metrics import BinnedMeans
-from stagewise.callbacks.velocity_probe import standard_scores
+from stagewise.velocity_probe import standard_scores
 
 __all__ = [
     "ALARM",

@@ -20,10 +20,10 @@ from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.stage_callback import RunOptions
 from stagewise.callbacks.training_record import TrainingRecord
 from stagewise.callbacks.velocity_entries import largest, probe_entry, probe_scalars
-from stagewise.callbacks.velocity_probe import PROBED, Probe
 from stagewise.oracle import Oracle
 from stagewise.paths import same_path
 from stagewise.stages import StageBoundary, StageCurve, predicted_boundary, stage_edges
+from stagewise.velocity_probe import PROBED, Probe
 
 __all__ = ["VelocityErrorMonitor"]
 
@@ -351,7 +351,8 @@ class VelocityErrorMonitor(ModelMonitor):
         dtype = torch.float32 if device.type == "mps" else torch.float64
         means = BinnedMeans(torch.cat([self.edges, self._stages]).unique(), PROBED, dtype)
         with model_in_eval_mode(self.run.trainer, module):
-            self._probes[split].measure(self.velocity_of(module), means.to(device), device)
+            means = means.to(device)
+            self._probes[split].measure(self.velocity_of(module), means.update, device)
         return means
 
     def _make_probes(self) -> None:

@@ -205,6 +205,11 @@ class LatentsData(ResumableData):
             return []
         return self._loader(self.held_out, SequentialSampler(self.held_out), drop_last=False)  # type: ignore[arg-type]
 
+    @staticmethod
+    def find_sample(batch: Any) -> tuple[Tensor, Tensor]:
+        """`x_1` and the labels of a batch; what follows them are the numbers of the rows."""
+        return batch[0], batch[1]
+
     def latent_bank(self) -> LatentBank:
         """All rows that are trained on: means where moments are stored, flips if they are used.
 

@@ -54,11 +54,11 @@ def test_code_of_the_readme():
 
 def test_code_of_the_page_on_watching():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/watching.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {**vars(stagewise), **vars(stagewise.callbacks)}
     for block in blocks:
         exec(block, names)
-    assert [type(callback).__name__ for callback in names["callbacks"]][-1] == "StageTransitions"
+    assert [type(callback).__name__ for callback in names["callbacks"]][0] == "StageRun"
     assert names["phases"].phases[0].until.event == stage_transitions.NAVIGATION_LEARNED
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from stagewise.callbacks import PosteriorMonitor, bank_from_trainer
-from stagewise.callbacks.drawn_rows import drawn_rows
+from stagewise.callbacks.training_bank import _drawn as drawn_rows
 from stagewise.callbacks.training_bank import read_rows
 
 pytestmark = pytest.mark.usefixtures("quick_figures")

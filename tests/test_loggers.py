@@ -140,7 +140,7 @@ def test_a_logger_of_no_known_class_that_can_show_pictures_gets_them(write, tmp_
     trainer.callbacks.append(types.SimpleNamespace(name="watch", layout=lambda: {"a": ["b"]}))
     made.pictures({"curve": figure()}, 5)
     made.text("watch/moved", "it moved", 6)
-    made.dashboard(trainer)
+    made.dashboard(trainer.callbacks)
     (_, (tag, image, step), options), text, page = board.calls
     assert (tag, step, options) == ("watch/curve", 5, {"dataformats": "HWC"})
     np.testing.assert_array_equal(image, pixels(tmp_path / "files/curve.png"))
@@ -166,7 +166,7 @@ def test_pictures_go_where_the_logger_takes_them_and_text_does_not(write, tmp_pa
         warnings.simplefilter("error")
         made.pictures({"curve": figure()}, 5)
         made.text("watch/moved", "it moved", 6)
-        made.dashboard(trainer)
+        made.dashboard(trainer.callbacks)
     (call,) = logger.calls
     image = next(value for value in call[1] if isinstance(value, Image.Image))
     assert call == expected(image)
@@ -198,7 +198,7 @@ def test_a_logger_that_fails_warns_once_and_the_others_go_on(write, tmp_path):
         warnings.simplefilter("always")
         made.pictures({"a": figure(), "b": figure()}, 1)
         made.text("watch/moved", "it moved", 2)
-        made.dashboard(trainer)
+        made.dashboard(trainer.callbacks)
         show_pictures({"c": figure()}, "evaluation", None, [broken, board], 3)
     assert len(told) == 1
     assert "Broken did not take the picture watch/a: ConnectionError" in str(told[0].message)

@@ -206,7 +206,7 @@ def test_refusals_before_the_first_optimizer_step(
     before = weights(model)
     step = model.training_step
     model.training_step = lambda batch, batch_idx: step([3 * batch[0] + 1], batch_idx)
-    with pytest.raises(ValueError, match="read from the batches is not what module.loss is given"):
+    with pytest.raises(ValueError, match="not on what was read from the batches"):
         make_trainer(MemorizationMonitor(**SMALL)).fit(model, make_loader(x))
     assert torch.equal(weights(model), before)
     wrong = MemorizationMonitor(velocity=lambda module, xt, t, labels: xt[:, :3], **SMALL)
@@ -236,8 +236,6 @@ def test_the_share_is_a_metric():
     assert sum(found["histogram"]) == 6
     assert found["histogram"][29] == 1 + 0  # 0.9 lies in bin 27, 1.0 in the last
     assert abs(found["median"] - 1 / 3) < 1 / 30
-    _, axes = share.plot()
-    assert axes.get_xlabel() == "d1 / d2"
 
 
 def framed(figure, column, rows):

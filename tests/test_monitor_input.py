@@ -92,31 +92,17 @@ REFUSED = {
         ValueError,
         r"found 0 in list\(int64 tensor \(8,\)\)\. Say where x_1 is: find=lambda",
     ),
-    "nothing to find, bank given": (loader(LABELS), {"bank": X}, ValueError, "found 0 in list"),
     "two candidates": (
         loader(X, X[:, :3]),
         {},
         ValueError,
         r"found 2 in list\(float32 tensor \(8, 6\), float32 tensor \(8, 3\)\)\. Say where x_1 is",
     ),
-    "two candidates, bank given": (loader(X, X), {"bank": X}, ValueError, "found 2 in list"),
     "two candidates in a dict": (
         DataLoader(Dicts(left=X, right=X), 8),
         {},
         ValueError,
         r"found 2 in \{'left': float32 tensor \(8, 6\), 'right': float32 tensor \(8, 6\)\}",
-    ),
-    "other shapes": (
-        loader(X),
-        {"bank": X[:, :5]},
-        ValueError,
-        r"bank has samples of shape \(5,\), the training batch of shape \(6,\).*same latents",
-    ),
-    "same numbers in another shape": (
-        loader(X.reshape(64, 2, 3)),
-        {"bank": X},
-        ValueError,
-        r"shape \(6,\), the training batch of shape \(2, 3\)",
     ),
     "unknown class": (
         loader(X, LABELS + 4),
@@ -185,6 +171,56 @@ def test_refused_before_the_first_step(case, make_trainer, tiny_flow, tmp_path):
     monitor, model = small(**options), tiny_flow()
     never_starts(model, lambda: make_trainer(monitor).fit(model, data), error, message)
     assert monitor.history == []
+
+
+# -- a bank that is given beside a batch that does not hold x_1 ----------------------------------
+
+
+class Elsewhere(Dataset):
+    """Pictures, of which the module trains on the latents that it has itself."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        return {"picture": torch.ones(3, 4, 4) * i, "other": torch.ones(3, 4, 4), "row": i}
+
+
+@pytest.fixture
+def looks_up(tiny_flow):
+    class LooksUp(tiny_flow):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(X[batch["row"]], batch_idx)
+
+    return LooksUp
+
+
+def test_a_bank_that_is_given_needs_no_x1_in_the_batch(make_trainer, looks_up, lightning_log):
+    monitor = small(LatentBank(X))
+    run = make_trainer(monitor)
+    assert said(lambda: run.fit(looks_up(), DataLoader(Elsewhere(), 8, shuffle=True))) == []
+    assert len(monitor.history) == 2
+    assert "only what the training step shows is held against it" in lightning_log.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [(0.2 * X, "standard deviation of 0.2"), (X.flip(1), "nearest row is off by")],
+)
+def test_the_first_step_is_held_against_it(rows, message, make_trainer, looks_up):
+    run = make_trainer(small(LatentBank(rows)))
+    (warned,) = said(lambda: run.fit(looks_up(), DataLoader(Elsewhere(), 8, shuffle=True)))
+    assert message in warned
+
+
+@pytest.mark.parametrize("data", [DataLoader(Elsewhere(), 8), loader(X)], ids=["elsewhere", "x_1"])
+def test_another_shape_is_refused_before_a_weight_changes(data, make_trainer, looks_up, tiny_flow):
+    model = looks_up() if isinstance(data.dataset, Elsewhere) else tiny_flow()
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    message = r"bank has samples of shape \(5,\), the training batch of shape \(6,\).*same latents"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(small(LatentBank(X[:, :5]))).fit(model, data)
+    assert torch.equal(before, torch.cat([p.flatten() for p in model.parameters()]))
 
 
 def test_bank_larger_than_memory(make_trainer, tiny_flow, monkeypatch):

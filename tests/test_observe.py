@@ -262,7 +262,7 @@ def test_observers_and_a_scheme_nest_in_any_order(name, order):
     old = seam_of(holder)  # found before anything stands for it
 
     def scheme():
-        return Scheme(Oracle(LatentBank(ROWS), old.path), target=Mix())
+        return Scheme(Oracle(LatentBank(ROWS), old.path), target=Mix(), class_wise=False)
 
     detach = old.attach(scheme())
     steered = step(holder, run)
@@ -296,7 +296,7 @@ def test_observers_and_a_scheme_nest_in_any_order(name, order):
 def test_noise_that_a_scheme_has_overwritten_is_not_told():
     holder, told = holder_of(Transport("noise")), []
     seam = seam_of(holder)
-    seam.attach(Scheme(Oracle(LatentBank(ROWS)), target=Mix()))
+    seam.attach(Scheme(Oracle(LatentBank(ROWS)), target=Mix(), class_wise=False))
     seam_of(holder).observe(told.append)
     step(holder, run_transport)
     assert told[0].x0 is None

@@ -213,11 +213,14 @@ def test_paths_are_compared_by_their_numbers():
 
 def test_a_network_is_searched_on_all_paths_that_differ():
     class PlainSeam(Seam):
+        def observe(self, tell):
+            raise NotImplementedError
+
         def _attach(self, scheme):
             raise NotImplementedError
 
     place = Place(object(), "module")
     seams = [PlainSeam(place, path) for path in (Polynomial(2), Polynomial(3), Polynomial(2))]
-    search = NetworkSearch(nn.Linear(2, 2), seams, torch.randn(4, 2), None)
+    search = NetworkSearch(nn.Linear(2, 2), seams, lambda: [("batch[0]", torch.randn(4, 2))], None)
     search.stop()
     assert search.seams == seams[:2]

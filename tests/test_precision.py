@@ -14,6 +14,7 @@ def mixed(bank, x1, x, t):
     x0 = torch.randn(x.shape, generator=generator)
     xt = path.interpolate(x0, x, t)
     scheme = Scheme(Oracle(bank, path), target=Mix())
+    scheme._fits = True  # x_1 is rounded or resampled after x_t is made
     target, _ = scheme((x - x0), xt=xt, t=t, x1=x1)
     return xt + (1 - t[:, None]) * target, scheme.last.inserted
 

@@ -16,8 +16,8 @@ from stagewise.callbacks.velocity_entries import (
     spent,
     window_entry,
 )
-from stagewise.callbacks.velocity_probe import PROBED, Probe
 from stagewise.losses import FlowMatchingLoss
+from stagewise.velocity_probe import PROBED, Probe
 
 EDGES, STAGES = torch.linspace(0, 1, 7).double(), torch.tensor([0.0, 0.4, 0.8, 1.0]).double()
 DIM = 5
@@ -36,7 +36,7 @@ def probe_of(x, labels, oracle, queries=200, **options):
 
 def measured(probe, velocity):
     means = BinnedMeans(torch.cat([EDGES, STAGES]).unique(), PROBED)
-    probe.measure(velocity, means, torch.device("cpu"))
+    probe.measure(velocity, means.update, torch.device("cpu"))
     return means
 
 

@@ -9,6 +9,7 @@ it, count time the other way, or couple noise with data: none of it shows in the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class FirstStep:
         self.conditions: tuple[str, ...] = ()
         self._search: NetworkSearch | None = None
         self._seen: tuple[Seam, Seen] | None = None
+        self._noise: list[str] = []
         self._follows = False
         self._on_seen: Callable[[Tensor], None] | None = None
         self._detach = [seam.observe(self._teller(seam)) for seam in able if seam.observable]
@@ -64,10 +66,14 @@ class FirstStep:
     def _teller(self, seam: Seam) -> Callable[[Seen], None]:
         def tell(seen: Seen) -> None:
             first = self._seen is None
-            if first or self._follows:
-                self._seen = seam, seen
+            if not first and not self._follows:
+                return
+            if first:
+                self._noise = _look_at_noise(seam, seen)
+            # What steers may write the target into it.
+            self._seen = seam, replace(seen, x1=seen.x1.clone())
             if first and self._on_seen is not None:
-                self._on_seen(seen.x1)
+                self._on_seen(self._seen[1].x1)
 
         return tell
 
@@ -179,7 +185,7 @@ class FirstStep:
         """
         warnings, note, x1 = [], "", self.trained_x1
         if self._seen is not None:
-            warnings += _look_at_noise(*self._seen)
+            warnings += self._noise
         diagnosis = self.search.diagnosis() if self._seen is None else None
         if diagnosis is not None:
             warnings.append(f"What is measured is not what is trained on: {diagnosis.message}")
@@ -233,14 +239,14 @@ class FirstStep:
         Returns:
             A message with the cure, and whether the shape or the scale is another one.
         """
-        maker = "" if self._seen is None else f"{self._seen[0].name} is given, and "
+        maker = "" if self._seen is None else f", and {self._seen[0].name} is given other samples"
         assert self.x1 is not None
         place = self._place(self.x1) or "batch[0]"
         # What made x_1 may be gone by the end of the step; the network's call was looked at in it.
         why = self.search.origin(x1, place, self.x1) or self.search.diagnosis()
         cure = "give what is trained on: bank=LatentBank(latents, labels)."
         return (
-            f"What was read from the batches is not what {maker}training is on: "
+            f"Training is not on what was read from the batches{maker}: "
             f"{cure if why is None else why.message}",
             why is not None
             or tuple(x1.shape) != tuple(self.x1.shape if self.x1 is not None else ()),

@@ -222,7 +222,7 @@ class Reasons:
         return Diagnosis(
             "encoded",
             f"training encodes x_1: what fits is {latents}(...), of shape {made.shape}. Say so, "
-            f"{find}, or give what is trained on: bank=LatentBank({bank})",
+            f"{find}, or give what is trained on: bank=LatentBank({bank}).",
             None if factor == 1 else factor,
             where(made.name),
         )

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -27,7 +25,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-__all__ = ["CURE", "drawn_rows"]
+__all__ = ["CURE", "Drawn", "drawn_rows"]
 
 CURE = (
     "Give the bank yourself: PosteriorMonitor(LatentBank(x, labels)), or "
@@ -39,10 +37,16 @@ _UNWEIGHTED = "The bank holds each sample once, so its posterior is that of unwe
 _LONGEST = 4  # times the data set is how far a sampler without an end is looked at
 
 
-class _Drawn(NamedTuple):
-    """The rows, the batches of an epoch, the samples in a batch of all ranks, and what to warn of.
+class Drawn(NamedTuple):
+    """What a loader draws.
 
-    A sampler with an end has no `looked`, the number of draws that were looked at.
+    Attributes:
+        rows: Positions in the data set, ascending, each once, but as listed by a
+            `SubsetRandomSampler`. All of them where it cannot be told.
+        batches: Of an epoch.
+        per_batch: Samples in a batch of all ranks.
+        warnings: Where a bank of these rows is not what is trained on.
+        looked: The number of draws that were looked at, 0 for a sampler with an end.
     """
 
     rows: Sequence[int]
@@ -52,45 +56,31 @@ class _Drawn(NamedTuple):
     looked: int = 0
 
 
-def drawn_rows(trainer: pl.Trainer, loader: DataLoader[Any], *, say: bool) -> Sequence[int]:
+def drawn_rows(
+    loader: DataLoader[Any], *, limit: float = math.inf, world_size: int = 1, epoch: int = 0
+) -> Drawn:
     """The rows of its data set that a loader draws, on any rank and in any epoch.
 
     To be called within `undisturbed`, because a copy of the sampler draws.
 
-    Those of the training loader are fewer where `overfit_batches` or `limit_train_batches` cuts
-    epochs that are all alike; `fast_dev_run` is no training and cuts nothing.
-
     Args:
-        trainer: A running trainer.
-        loader: One of its loaders, over a data set with a length. Nothing of it is advanced.
-        say: Whether to warn where a bank of these rows is not what is trained on.
-
-    Returns:
-        Positions in the data set, ascending, each once, but as listed by a `SubsetRandomSampler`.
-        All of them where it cannot be told.
+        loader: A loader over a data set with a length. Nothing of it is advanced.
+        limit: Batches after which training cuts an epoch, default none.
+        world_size: Processes that train.
+        epoch: The present one, for samplers that are told.
 
     Raises:
         ValueError: If it draws something else than positions, or nothing, with the cure.
     """
     size = len(loader.dataset)  # type: ignore[arg-type]
-    training = loader is trainer.train_dataloader and not trainer.fast_dev_run
-    limit = trainer.num_training_batches if training else math.inf
-    drawn = _known(trainer, loader, size, limit) or _looked_at(trainer, loader, size, limit)
+    drawn = _known(loader, size, limit, world_size)
+    drawn = drawn or _looked_at(loader, size, limit, world_size, epoch)
     if not drawn.rows:
         raise ValueError(f"Expected a loader that draws samples, got one that draws none. {CURE}")
-    if say:
-        if len(drawn.rows) < size:
-            rank_zero_info(f"Training draws {len(drawn.rows)} of {size} samples: the bank's rows.")
-        if drawn.looked:
-            rank_zero_info(f"The sampler has no end: {drawn.looked} of its draws were looked at.")
-        for warning in drawn.warnings:
-            rank_zero_warn(f"The training loader draws {warning}")
-        if training:
-            _say_if_few(trainer, drawn)
-    return drawn.rows
+    return drawn
 
 
-def _known(trainer: pl.Trainer, loader: DataLoader[Any], size: int, limit: float) -> _Drawn | None:
+def _known(loader: DataLoader[Any], size: int, limit: float, world_size: int) -> Drawn | None:
     """What samplers of torch draw that shuffle."""
     whole = loader.batch_sampler
     if type(whole) is not BatchSampler:
@@ -114,26 +104,26 @@ def _known(trainer: pl.Trainer, loader: DataLoader[Any], size: int, limit: float
     else:
         return None
     batches = min(len(whole), limit)
-    samples = min(batches * whole.batch_size, len(sampler)) * trainer.world_size
-    return _Drawn(rows, batches, samples / batches, warnings)
+    samples = min(batches * whole.batch_size, len(sampler)) * world_size
+    return Drawn(rows, batches, samples / batches, warnings)
 
 
-def _looked_at(trainer: pl.Trainer, loader: DataLoader[Any], size: int, limit: float) -> _Drawn:
+def _looked_at(
+    loader: DataLoader[Any], size: int, limit: float, world_size: int, epoch: int
+) -> Drawn:
     """What copies of the batch sampler, one for each rank, draw in two epochs."""
     whole: Any = loader.batch_sampler
     plain = type(whole) is BatchSampler
     name = type(whole.sampler if plain else whole).__name__
-    ranks = _ranks(trainer, whole)
+    ranks = _ranks(world_size, whole)
     try:
-        looks = [
-            _two_epochs(loader, rank, trainer.current_epoch, _LONGEST * size) for rank in ranks
-        ]
+        looks = [_two_epochs(loader, rank, epoch, _LONGEST * size) for rank in ranks]
     except Exception as error:  # a watcher does not stop a run for a sampler that works in it
         warning = (
             f"with {name}, which cannot be copied and looked at ({type(error).__name__}: {error}). "
             f"The bank holds all {size} samples. {CURE}"
         )
-        return _Drawn(range(size), limit, math.inf, [warning])
+        return Drawn(range(size), limit, math.inf, [warning])
     first, second = (
         [[_positions(batch, size) for batch in look[epoch]] for look in looks] for epoch in (0, 1)
     )
@@ -154,7 +144,7 @@ def _looked_at(trainer: pl.Trainer, loader: DataLoader[Any], size: int, limit: f
                 "leave them out: torch.utils.data.Subset(dataset, indices)."
             )
     # A plain sequence is the same on all ranks.
-    elif len(ranks) < trainer.world_size and not (plain and name == SequentialSampler.__name__):
+    elif len(ranks) < world_size and not (plain and name == SequentialSampler.__name__):
         if len(rows) < size:
             warnings.append(
                 f"{len(rows)} of {size} samples on this process ({name}), and what other processes "
@@ -167,15 +157,15 @@ def _looked_at(trainer: pl.Trainer, loader: DataLoader[Any], size: int, limit: f
             f"{f'{looked} draws' if looked else 'an epoch'} ({name}). {_UNWEIGHTED}"
         )
     batches = max(map(len, cut))
-    samples = sum(len(batch) for batch in chain(*cut)) * trainer.world_size / len(ranks)
-    return _Drawn(rows, limit if looked else batches, samples / max(batches, 1), warnings, looked)
+    samples = sum(len(batch) for batch in chain(*cut)) * world_size / len(ranks)
+    return Drawn(rows, limit if looked else batches, samples / max(batches, 1), warnings, looked)
 
 
-def _ranks(trainer: pl.Trainer, whole: Any) -> Sequence[int | None]:
+def _ranks(world_size: int, whole: Any) -> Sequence[int | None]:
     """The ranks that a batch sampler serves; None for one that does not know its rank."""
-    if trainer.world_size == 1 or not any(hasattr(part, "rank") for part in _parts(whole)):
+    if world_size == 1 or not any(hasattr(part, "rank") for part in _parts(whole)):
         return [None]
-    return range(trainer.world_size)
+    return range(world_size)
 
 
 def _parts(whole: Any) -> list[Any]:
@@ -231,20 +221,3 @@ def _is_uneven(times: list[int], endless: bool, ranks: int) -> bool:
         return sum((number - mean) ** 2 for number in times) / len(times) > 2 * mean
     # Each rank but one may draw a sample again, so that all have as many.
     return sum(times) - min(times) * len(times) >= ranks
-
-
-def _say_if_few(trainer: pl.Trainer, drawn: _Drawn) -> None:
-    """Says it if the whole training draws fewer samples than there are rows."""
-    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-    steps = math.inf
-    if trainer.max_steps != -1 and trainer.lightning_module.automatic_optimization:
-        steps = trainer.max_steps * trainer.accumulate_grad_batches
-    draws = drawn.per_batch * min(epochs * drawn.batches, steps)
-    if draws >= len(drawn.rows):
-        return
-    cut = drawn.batches < len(drawn.rows) // drawn.per_batch
-    (rank_zero_warn if cut else rank_zero_info)(
-        f"The training loader draws {draws:.0f} samples in the whole training, and the bank holds "
-        f"the {len(drawn.rows)} that may come up. The boundary is that of training on all of them. "
-        "Train for longer, or on fewer: torch.utils.data.Subset(dataset, indices)."
-    )

@@ -24,7 +24,6 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.oracle import Oracle
 from stagewise.paths import Prediction
 from stagewise.stages import stratified_times
@@ -99,14 +98,14 @@ class Probe:
     def measure(
         self,
         velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        statistics: BinnedMeans,
+        add: Callable[[Tensor, Tensor], None],
         device: torch.device,
     ) -> None:
         """Adds what the model does at the queries of this rank.
 
         Args:
             velocity: From `x_t`, (B, *), t, (B,), and labels to the velocity, (B, *).
-            statistics: Over the keys `PROBED`.
+            add: Takes times, (B,), and values, (K, B), in the order of `PROBED`.
             device: That of the model.
         """
         for part in torch.arange(len(self.t)).split(_BATCH):
@@ -120,7 +119,7 @@ class Probe:
             cosine = (v * best).flatten(1).sum(1) / norms.clamp_min(1e-30)
             squares = [value.square().mean(1) for value in (to_u, to_best, gap)]
             cross = -2 * (to_best * gap).mean(1)
-            statistics.update(t, torch.stack([*squares, cosine, cross]))
+            add(t, torch.stack([*squares, cosine, cross]))
 
 
 def _pairs(v: Tensor, u: Tensor, best: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 __all__ = ["undisturbed"]
@@ -31,7 +30,8 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
     """
     modes = [(part, part.training) for part in module.modules()]
     kept = [(generator, _state(generator)) for generator in _generators([module, *others])]
-    with isolate_rng(), torch.no_grad():
+    own, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(), torch.no_grad():
         try:
             module.eval()
             for reseed in (random.seed, np.random.seed, torch.manual_seed):
@@ -40,6 +40,8 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
                 _reseed(generator, seed)
             yield
         finally:
+            random.setstate(own)
+            np.random.set_state(numbers)
             for part, mode in modes:
                 part.training = mode
             for generator, state in kept:

@@ -46,7 +46,7 @@ class MemorizationMonitor(ModelMonitor):
     `dirpath`**: `copies`, and for images `samples` and `resumed`; `stages.jsonl`.
 
     Args:
-        bank: See `RunOptions`.
+        bank: See `StageCallback`.
         every_n_steps: Optimizer steps between probes; default a twentieth of the training, at most
             5000. The first is after step one, the last after the last.
         samples: How many, default 64; at least 2.
@@ -101,6 +101,7 @@ class MemorizationMonitor(ModelMonitor):
         self.samples, self.steps, self.weights, self.decode = samples, steps, weights, decode
         self.t_switch, self.t_resume = tuple(sorted(t_switch)), tuple(sorted(t_resume))
         self.oracle: Oracle | None = None
+        self._shown: tuple[Any, ...] | None = None
 
     # -- the course of a training -----------------------------------------------------------------
 
@@ -199,7 +200,7 @@ class MemorizationMonitor(ModelMonitor):
 
     def stop(self) -> None:
         """Lets go of the bank."""
-        self.oracle, self._led, self._shown = None, {}, ({}, {}, {}, {})
+        self.oracle, self._led, self._shown = None, {}, None
 
     def layout(self) -> dict[str, list[Any]]:
         """Its charts on TensorBoard's custom-scalars page."""
@@ -334,6 +335,7 @@ class MemorizationMonitor(ModelMonitor):
 
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
         """Shares over the training, and samples of this rank beside their nearest rows."""
+        assert self._shown is not None
         made, near, resumed, near_resumed = self._shown
         bank, step = self._oracle.bank, probes[-1]["step"]
         drawn = {"copies": pictures.copies_figure(probes)}

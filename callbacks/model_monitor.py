@@ -101,9 +101,10 @@ class ModelMonitor(Monitor):
             return
         look = self.run.look
         with self.run.together("finding its network"):
-            self.network, call = look.search.result(), look.search.call
+            self.network, x1, call = look.search.result(), look.search.x1, look.search.call
+            assert x1 is not None
             assert call is not None
-            tensor_of(call[2], tuple(look.search.x1.shape))  # refuses what stands for no velocity
+            tensor_of(call[2], tuple(x1.shape))  # refuses what stands for no velocity
             ignored = self.run.option(self, "class_wise") is False
             if look.conditions and not ignored:
                 name = type(self).__name__

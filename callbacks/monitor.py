@@ -29,7 +29,7 @@ class Monitor(StageCallback):
     a run that was stopped and resumed has the history of one that was not.
 
     Args:
-        bank: See `RunOptions`.
+        bank: See `StageCallback`.
         every_n_steps: Optimizer steps between probes; None: a twentieth of the training, at most
             `longest`.
         figures: Draw at every so many probes; None: at the first, second, fourth, eighth, ..., and
@@ -42,6 +42,7 @@ class Monitor(StageCallback):
         history: The probes so far.
         seconds: What each probe of this process has cost.
         longest: The largest default of `every_n_steps`.
+        event: What its lines in `stages.jsonl` are called.
 
     Raises:
         ValueError: For numbers out of range.
@@ -49,6 +50,7 @@ class Monitor(StageCallback):
 
     measures = True
     longest: ClassVar[int] = 1000
+    event: ClassVar[str]
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class Monitor(StageCallback):
         name: str,
         **options: Unpack[RunOptions],
     ) -> None:
-        super().__init__(name, bank=bank, **options)
+        super().__init__(name, bank, **options)
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"Expected `every_n_steps` of at least 1, got {every_n_steps}.")
         if figures is not None and figures < 0:

@@ -59,8 +59,8 @@ class PosteriorMonitor(Monitor):
     Where a model is conditioned on more than classes (text), its own stages come earlier.
 
     Args:
-        bank: See `RunOptions`. It is moved to the training device if it takes less than a quarter
-            of the memory free there, and otherwise streamed from where it lies.
+        bank: See `StageCallback`. It is moved to the training device if it takes less than a
+            quarter of the memory free there, and otherwise streamed from where it lies.
         every_n_steps: Optimizer steps between probes; default a twentieth of the training, at most
             1000. The first probe is in the first step, before any weight changes.
         strata: Strata of t, default 24; half of them lie near the predicted boundary if that is

@@ -88,7 +88,7 @@ class StageRun(StageCallback):
     """Says once what holds for all callbacks of a trainer; without it they make one themselves.
 
     Args:
-        bank: See `RunOptions`, like all others.
+        bank: See `StageCallback`, like all others.
         name: Name of the folder in `dirpath`; it writes nothing itself.
         **options: `find`, `path`, `class_wise`, `held_out`, `velocity`, `seam`, `dirpath`, `seed`.
 
@@ -113,7 +113,7 @@ class StageRun(StageCallback):
         name: str = "stagewise_run",
         **options: Unpack[RunOptions],
     ) -> None:
-        super().__init__(name, bank=bank, **options)
+        super().__init__(name, bank, **options)
         self.going = False
 
     # -- the course of a training ---------------------------------------------------------------
@@ -144,7 +144,9 @@ class StageRun(StageCallback):
         self._boundaries: list[tuple[Recipe, StageBoundary]] = []
         self._curve: tuple[Recipe, int, StageCurve] | None = None
         records = [(member.stash or {}).get("run") or {} for member in self.members if self.began]
-        self._records = next((r["boundaries"] for r in records if r.get("boundaries")), [])
+        self._records: list[Any] = next(
+            (r["boundaries"] for r in records if r.get("boundaries")), []
+        )
         self._loader = trainer.train_dataloader
         for member in members:
             member.renewed = False
@@ -214,7 +216,7 @@ class StageRun(StageCallback):
         for member in self.members:
             member.stash = None
 
-    def batch_ends(self, outputs: Any) -> None:
+    def batch_ends(self) -> None:
         """After a batch; one that changed no weight and showed nothing does not count."""
         step, before = self.trainer.global_step, self.step
         if not self.settled:
@@ -224,6 +226,7 @@ class StageRun(StageCallback):
             self.weights_may_change()
         self.step = step
         self.tell("after_batch", step, before)
+        self.look.batch = None
 
     def ends(self) -> None:
         """At the end of training."""
@@ -343,8 +346,9 @@ class StageRun(StageCallback):
         saying = [member for member in self.members if key in member.said]
         if not saying:
             return default
-        first, *others = (member.said[key] for member in saying)
-        for other, who in zip(others, saying[1:], strict=True):
+        first: Any = saying[0].said[key]
+        for who in saying[1:]:
+            other: Any = who.said[key]
             alike = same_path(first, other) if key == "path" else first is other
             if not alike:
                 one, two = type(saying[0]).__name__, type(who).__name__
@@ -563,12 +567,12 @@ class StageRun(StageCallback):
             )
         alike = (r for r in self.recipes if r.class_wise == wise and self._alike(r.oracle, oracle))
         recipe = next(alike, None) or Recipe.of(oracle, wise)
-        found = self._recorded(recipe)
-        if found is None:
+        boundary = self._recorded(recipe)
+        if boundary is None:
             curve = self.curve(recipe, self._measured_at, "measuring the boundary")
-            found = curve.boundary(seed=recipe.seed)
-        self._boundaries.append((recipe, found))
-        return found
+            boundary = curve.boundary(seed=recipe.seed)
+        self._boundaries.append((recipe, boundary))
+        return boundary
 
     def _alike(self, one: Oracle, other: Oracle) -> bool:
         banks = (self._banks.get(id(oracle.bank), oracle.bank) for oracle in (one, other))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -33,11 +32,9 @@ HeldOut = Tensor | tuple[Tensor, Tensor | None]
 
 
 class RunOptions(TypedDict, total=False):
-    """What may be said about a run, once: to a `StageRun`, or to any of its callbacks.
+    """What may be said about a run beside its bank: once, to a `StageRun` or to any callback.
 
     Attributes:
-        bank: The training latents *as the model is trained on them*: same scale, same shape.
-            Default: read from the training data loader.
         find: From a batch to `(x_1, labels or None)`; default finds them in tensors, tuples and
             dicts with usual names.
         path: The path of training; default that of what makes the targets in the module, or else
@@ -56,7 +53,6 @@ class RunOptions(TypedDict, total=False):
         seed: Of all generators of the callbacks, default 0.
     """
 
-    bank: LatentBank | None
     find: FindSample | None
     path: ProbabilityPath | None
     class_wise: bool | Literal["auto"]
@@ -72,7 +68,9 @@ class StageCallback(pl.Callback):
 
     Args:
         name: Keeps its checkpointed state, its tags and its files apart from others'.
-        options: What it says about the run.
+        bank: The training latents *as the model is trained on them*: same scale, same shape.
+            Default: those of the run, or else read from the training data loader.
+        **options: What it says about the run.
 
     Attributes:
         order: When the run tells it, among the others.
@@ -80,7 +78,7 @@ class StageCallback(pl.Callback):
         compares: Whether it compares the model with the oracle over that bank.
         mixes: Whether it puts the oracle into the targets.
         run: The run, from the start of training on.
-        stash: The state of a checkpoint, until training starts from it.
+        stash: The state of a checkpoint, until training has started from it.
         renewed: Whether the bank is not that of the checkpoint, so that all is measured anew.
         kept: What the state holds of a run that is over.
 
@@ -95,28 +93,28 @@ class StageCallback(pl.Callback):
     mixes: bool = False
     run: StageRun
 
-    def __init__(self, name: str, **options: Unpack[RunOptions]) -> None:
-        unknown = sorted(set(options) - set(RunOptions.__annotations__))
+    def __init__(
+        self, name: str, bank: LatentBank | None = None, **options: Unpack[RunOptions]
+    ) -> None:
+        said: dict[str, Any] = {"bank": bank, **options}
+        unknown = sorted(said.keys() - {"bank"} - RunOptions.__annotations__.keys())
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} has no argument {unknown[0]!r}. What it may say about the "
-                f"run: {', '.join(RunOptions.__annotations__)}."
+                f"run: bank, {', '.join(RunOptions.__annotations__)}."
             )
-        _check(options)
-        self.name = name
-        self.dirpath = options.pop("dirpath", None)
-        nothing = (None, "auto")
-        self.said = {key: value for key, value in options.items() if value not in nothing}
+        _check(said)
+        self.name, self.dirpath = name, said.pop("dirpath", None)
+        self.said = {key: value for key, value in said.items() if value not in (None, "auto")}
         self.stash: dict[str, Any] | None = None
-        self.renewed = False
         self.kept: dict[str, Any] = {}
+        self.renewed = False
 
     @property
     def seed(self) -> int:
         """Of its generators: its own word, or that of the run."""
-        return (
-            self.run.option(self, "seed", 0) if hasattr(self, "run") else self.said.get("seed", 0)
-        )
+        own = self.said.get("seed", 0)
+        return int(self.run.option(self, "seed", own) if hasattr(self, "run") else own)
 
     @property
     def state_key(self) -> str:
@@ -144,19 +142,10 @@ class StageCallback(pl.Callback):
         """In the first training step, once it has been looked at, before any weight changes."""
 
     def before_batch(self, step: int) -> None:
-        """Before each batch but the first.
-
-        Args:
-            step: Optimizer steps done.
-        """
+        """Before each batch but the first, `step` optimizer steps being done."""
 
     def after_batch(self, step: int, before: int) -> None:
-        """After each batch.
-
-        Args:
-            step: Optimizer steps done.
-            before: The same before the batch.
-        """
+        """After each batch: `step` optimizer steps are done, `before` it were done."""
 
     def before_validation(self) -> None:
         """Before validation during training."""
@@ -179,98 +168,77 @@ class StageCallback(pl.Callback):
     def stop(self) -> None:
         """After training or an exception: lets go of what it holds. May be called twice."""
 
-    # -- the hooks of Lightning ---------------------------------------------------------------
+    # -- the hooks of Lightning, with which the first callback of the list tells the run ----------
 
     @property
     def _leads(self) -> bool:
         return hasattr(self, "run") and self.run.leader is self
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Makes the run if there is none yet, and starts it."""
+        """Makes the run if nobody has said anything about it, and starts it."""
         from stagewise.callbacks.run import StageRun
 
         members = [c for c in trainer.callbacks if isinstance(c, StageCallback)]  # type: ignore[attr-defined]
-        if members[0] is not self:
-            return
         said = [member for member in members if isinstance(member, StageRun)]
         if len(said) > 1:
             raise ValueError(
                 f"Expected one StageRun for each trainer, got {len(said)}. Give all options to "
                 "one: StageRun(bank=..., find=...)."
             )
-        run = said[0] if said else StageRun()
-        run.begin(trainer, pl_module, members)
+        if members[0] is self:
+            (said[0] if said else StageRun()).begin(trainer, pl_module, members)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, *_: Any) -> None:
         """Tells the run."""
         if self._leads:
             self.run.epoch_starts()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, _: Any, __: Any, batch: Any, ___: int) -> None:  # type: ignore[override]
         """Tells the run."""
         if self._leads:
             self.run.batch_starts(batch)
 
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
-    ) -> None:
+    def on_before_backward(self, *_: Any) -> None:
         """Tells the run."""
         if self._leads:
             self.run.weights_may_change()
 
-    def on_before_optimizer_step(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
+    def on_before_optimizer_step(self, *_: Any) -> None:
         """Tells the run: with manual optimisation there may be no other hook before a step."""
-        if self._leads:
-            self.run.weights_may_change()
+        self.on_before_backward()
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, *_: Any) -> None:
         """Tells the run."""
         if self._leads:
-            self.run.batch_ends(outputs)
+            self.run.batch_ends()
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, *_: Any) -> None:
         """Tells the run."""
         if self._leads and self.run.going:
             self.run.tell("before_validation")
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, *_: Any) -> None:
         """Tells the run."""
         if self._leads and self.run.going:
             self.run.tell("after_validation")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Tells the run."""
         if self._leads:
             self.run.ends()
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any) -> None:
         """Tells the run."""
         if self._leads:
             self.run.fails()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Tells the run."""
         if self._leads:
             self.run.close()
 
 
-def _check(options: RunOptions) -> None:
+def _check(options: dict[str, Any]) -> None:
     """Refuses options of a wrong type.
 
     Raises:
@@ -290,5 +258,5 @@ def _check(options: RunOptions) -> None:
     if wise is True and bank is not None and not bank.classes:
         raise ValueError("class_wise=True needs a bank with labels: LatentBank(x, labels).")
     for key in ("find", "velocity"):
-        if options.get(key) is not None and not callable(options[key]):  # type: ignore[literal-required]
-            raise TypeError(f"Expected `{key}` to be a function, got {options[key]!r}.")  # type: ignore[literal-required]
+        if options.get(key) is not None and not callable(options[key]):
+            raise TypeError(f"Expected `{key}` to be a function, got {options[key]!r}.")

@@ -17,6 +17,7 @@ from stagewise import paths
 from stagewise.adapters import Detach, Seam, find_seams, one_seam
 from stagewise.adapters.base import mixes, parts
 from stagewise.adapters.objective import Objective
+from stagewise.bank import LatentBank
 from stagewise.callbacks.checks import beside_training
 from stagewise.callbacks.driving import (
     GatheredLosses,
@@ -92,7 +93,8 @@ class StageScheme(StageCallback):
             first step if there is none of this bank: queries that it answers need no search.
             Default None. Not with a `scheme` that has an oracle, nor with `Sharded()`.
         name: Prefix of all tags and name of the folder, default "stagewise_scheme".
-        **options: What it says about the run: `bank`, `find`, `class_wise`, `seam`, `dirpath`,
+        bank: See `StageCallback`. Not needed with a `scheme` that has an oracle.
+        **options: What it says about the run: `find`, `class_wise`, `seam`, `dirpath`,
             `seed`, ...; see `RunOptions`. A `scheme` that has an oracle says bank and path itself.
 
     Raises:
@@ -117,9 +119,10 @@ class StageScheme(StageCallback):
         engine: Engine | None = None,
         certificate: Certificate | str | Path | None = None,
         name: str = "stagewise_scheme",
+        bank: LatentBank | None = None,
         **options: Unpack[RunOptions],
     ) -> None:
-        super().__init__(name, **options)
+        super().__init__(name, bank, **options)
         steers: dict[str, Any] = {
             "target": target,
             "timesteps": timesteps,
@@ -246,10 +249,9 @@ class StageScheme(StageCallback):
             )
         network, given = self.run.look.network, self.run.look.conditions
         mixing = [part for part in parts(self._scheme) if part.target is not None]
+        oracles = [part.oracle for part in mixing if part.oracle is not None]
         with self.run.together("holding its samples against the bank"):
-            for bank, shard in {
-                p.oracle.bank: isinstance(p.oracle.engine, Sharded) for p in mixing
-            }.items():
+            for bank, shard in {o.bank: isinstance(o.engine, Sharded) for o in oracles}.items():
                 said = check_rows(bank, record.x1, known=record.source is not None, shard=shard)
                 if said:
                     rank_zero_warn(f"StageScheme: {said}")
@@ -394,22 +396,19 @@ class StageScheme(StageCallback):
         if isinstance(self.engine, Sharded):
             bank = run.option(self, "bank") or shard_from_trainer(run.trainer)
             bank = beside_training(bank, run.trainer)
-            made = certificate if isinstance(certificate, Certificate) else None
-            if certificate is not None and made is None:
-                made = Certificate.compute(bank)
-            return Oracle(bank, path, self.engine, certificate=made)
-        if certificate is None:
+        elif certificate is None:
             return run.oracle(self, path, self.engine)
-        bank = run.bank(self)
-        if not isinstance(certificate, Certificate):
+        else:
+            bank = run.bank(self)
             # One of each host first; the others find its file.
             for first in (True, False):
                 with run.together("reading its certificate"):
-                    if first == (run.trainer.local_rank == 0):
-                        certificate = Certificate.cached(
-                            self.certificate, bank, class_wise=run.class_wise(self)
-                        )
-        return Oracle(bank, path, self.engine, certificate=certificate)
+                    mine = first == (run.trainer.local_rank == 0)
+                    if mine and not isinstance(certificate, Certificate):
+                        wise = run.class_wise(self)
+                        certificate = Certificate.cached(certificate, bank, class_wise=wise)
+        made: Any = certificate  # refused by the oracle beside Sharded, whatever it is
+        return Oracle(bank, path, self.engine, certificate=made)
 
     def _resume(self) -> bool:
         """Takes up the state of a checkpoint; a callback in a second fit begins anew."""

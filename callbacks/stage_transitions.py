@@ -214,6 +214,7 @@ class StageTransitions(StageCallback):
             open_in &= (grown > self.gap) & (gap > 4 * error)
         if not bool(open_in.any()):
             return None
+        assert self._errors is not None
         edges = self._errors.edges.tolist()
         at = open_in.nonzero().flatten()
         low, high = edges[int(at[0])], edges[int(at[-1]) + 1]

@@ -72,7 +72,7 @@ class VelocityErrorMonitor(ModelMonitor):
     the model is from repeating the training set, not how good it is.
 
     Args:
-        bank: See `RunOptions`.
+        bank: See `StageCallback`.
         every_n_steps: Optimizer steps between probes; default a twentieth of the training, at most
             1000. The first is after the first step, the last after the last.
         strata: Bins of t, default 24; half of them lie near the predicted boundary if that is near
@@ -172,8 +172,11 @@ class VelocityErrorMonitor(ModelMonitor):
         if self._record is not None and network is not None:
             if record is not None and run.trainer.is_global_zero and not self.renewed:
                 self._record.load_state_dict(record)
-            self._record.expect(lambda: run.look.search.x1)
-            self._record.look(network.module, *run.look.search.call)
+            x1, call = run.look.search.x1, run.look.search.call
+            assert x1 is not None
+            assert call is not None
+            self._record.expect(lambda: x1)
+            self._record.look(network.module, *call)
         about, seam = self.describe(), "" if network is None else network.seam.describe()
         held_out = 0 if self._others is None else len(self._others[0])
         rank_zero_info(
@@ -416,8 +419,9 @@ class VelocityErrorMonitor(ModelMonitor):
     def _curve_beside(self) -> StageCurve | None:
         """What a `PosteriorMonitor` of the same posterior has measured."""
         for monitor in self.run.members:
-            alike = isinstance(monitor, PosteriorMonitor) and monitor.wise == self._wise
-            if alike and same_path(monitor.recipe.oracle.path, self._oracle.path):
+            if not isinstance(monitor, PosteriorMonitor) or monitor.wise != self._wise:
+                continue
+            if same_path(monitor.recipe.oracle.path, self._oracle.path):
                 return monitor.curve
         return None
 

@@ -46,7 +46,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     net = instantiate(config.net)
     require_fit(net, data)
     module = instantiate(config.module, net=net, objective=instantiate(config.objective))
-    begun = None
+    begun = 0
     if checkpoint is not None:
         begun = require_same_model(checkpoint, module)
     elif config.weights is not None:
@@ -78,7 +78,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     if isinstance(trainer.strategy, FSDPStrategy):
         print(f"\nTrained {trainer.global_step} steps; sharded weights are not evaluated here.")
         return {"seconds": seconds}
-    if finished:  # the end of a training, which puts the average in, was not reached
+    if (
+        finished and checkpoint is not None
+    ):  # the end of a training, which puts the average in, was not reached
         load_weights(checkpoint, module)
     module.to(trainer.strategy.root_device)  # fit has moved it to the CPU
     monitor = next((c for c in callbacks if isinstance(c, PosteriorMonitor)), None)

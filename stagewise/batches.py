@@ -112,7 +112,8 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
     }
     # Weights are floats and masks are booleans, so they count only where nothing else does.
     integers = {key: value for key, value in usable.items() if _is_integer(entries[key])}
-    (first, labels), *others = (integers or usable or {None: None}).items()
+    kept: dict[Any, Any] = {**(integers or usable)} or {None: None}
+    (first, labels), *others = kept.items()
     if any(not torch.equal(labels, other) for _, other in others):
         listed = ", ".join(_place(key) for key in (first, *dict(others)))
         x1_at = _place(found[0])

@@ -291,7 +291,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise ValueError(
                 f"Expected a safetensors file, got {path}, which does not begin as one."
             )
-    header, about = {}, {}
+    header: dict[str, Any] = {}
+    about: dict[str, Any] = {}
     cut = data > size
     if not cut:
         try:

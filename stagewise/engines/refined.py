@@ -115,8 +115,8 @@ class Refined:
 
     def select(self, index: Tensor | slice) -> Refined:
         """The same for some of the queries."""
-        values = (self.columns, self.lead, self.rough, self.weights, self.tail)
-        values += (self.squares, self.error)
+        start = (self.columns, self.lead, self.rough, self.weights)
+        values = (*start, self.tail, self.squares, self.error)
         return Refined(self.post[index], *(value[index] for value in values))
 
 

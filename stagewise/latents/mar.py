@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ class MAR(Latents):
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)
         sizes: dict[str, int] = {}
-        self._classes, empty = [], []
+        self._classes: list[Any] = []
+        empty: list[Any] = []
         for folder in sorted(item for item in path.iterdir() if item.is_dir()):
             if folder.name.startswith("."):
                 continue

@@ -39,8 +39,8 @@ __all__ = ["SUFFIXES", "Plain", "write_plain"]
 SUFFIXES = (".safetensors", ".npy", ".npz", ".pt", ".pth")
 
 _NAMES = ("latents", "labels")
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)
-_WHOLE += (torch.uint64, torch.uint32, torch.uint16, torch.uint8)
+_SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
+_WHOLE = (*_SIGNED, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 
 
 class Plain(Latents):

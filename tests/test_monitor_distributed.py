@@ -138,10 +138,10 @@ def test_every_rank_knows_the_same(reports):
 def test_every_rank_reaches_the_sum_and_does_its_share(reports):
     alone, zero, one = reports
     assert alone["shapes"] == []
-    # Probes of step 0 (both monitors), 2, 4 (both).
+    # Probes of step 0 (both monitors, by name), 2, 4 (both).
     ours, other = [len(STATISTICS), 4, 5], [len(STATISTICS), 4, 4]
-    assert zero["shapes"] == one["shapes"] == [ours, other, ours, ours, other]
-    assert zero["computed"] == one["computed"] == [10, 8, 10, 10, 8]
+    assert zero["shapes"] == one["shapes"] == [other, ours, ours, other, ours]
+    assert zero["computed"] == one["computed"] == [8, 10, 10, 8, 10]
 
 
 def test_only_rank_zero_writes(folders):

@@ -220,7 +220,10 @@ class StageRun(StageCallback):
         """After a batch; one that changed no weight and showed nothing does not count."""
         step, before = self.trainer.global_step, self.step
         if not self.settled:
-            idle = step == before and self._versions == self._weight_versions()
+            unchanged = step == before and self._versions == self._weight_versions()
+            # Automatic optimisation says so before any backward pass. Without one the optimizer
+            # still counts a step.
+            idle = unchanged or self.module.automatic_optimization
             if idle and not self.look.happened:
                 return
             self.weights_may_change()
@@ -291,7 +294,13 @@ class StageRun(StageCallback):
                 raise ValueError(message)
 
     def _look_at_step(self) -> None:
-        """Says what of bank, path and noise is not that of the training."""
+        """Says what of bank, path and noise is not that of the training.
+
+        Raises:
+            ValueError: If an oracle goes into targets, or is compared with, that is not theirs.
+        """
+        if self.look.tied and any(member.mixes for member in self.members):
+            raise ValueError(self.look.tied)
         measuring = self.measuring
         if not measuring:
             return

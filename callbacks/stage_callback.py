@@ -205,7 +205,9 @@ class StageCallback(pl.Callback):
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         """Tells the run: with manual optimisation there may be no other hook before a step."""
-        self.on_before_backward()
+        # With automatic optimisation it is called for a step without a loss, too.
+        if self._leads and not self.run.module.automatic_optimization:
+            self.run.weights_may_change()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Tells the run."""

@@ -415,11 +415,16 @@ class StageScheme(StageCallback):
         if self._begin is None:
             self._begin = copy.deepcopy(self._scheme.state_dict())
         resumed = self.stash is not None
+        if ((self.stash or {}).get("run") or {}).get("boundaries"):
+            self.run.bank(self)  # notices if what was measured was measured on other latents
         stash = self.stash or {"scheme": self._begin, "transitions": []}
         if not resumed and self.run.began:
             return False
         if stash["scheme"] is not None:
-            self._scheme.load_state_dict(copy.deepcopy(stash["scheme"]))
+            state = copy.deepcopy(stash["scheme"])
+            if self.renewed:
+                _forget_boundaries(state, self._begin)
+            self._scheme.load_state_dict(state)
         self.transitions = list(stash["transitions"])
         if self._losses is not None:
             self._losses.share = stash.get("share")
@@ -463,6 +468,14 @@ class StageScheme(StageCallback):
         self.writer.scalars({f"{self.name}/transition": float(index)}, step - 1)
         self.writer.text(f"{self.name}/transition", message, step - 1)
         rank_zero_info(f"StageScheme: {message}")
+
+
+def _forget_boundaries(state: dict[str, Any], begin: dict[str, Any]) -> None:
+    """Puts the boundaries that a scheme began with into a later state of it."""
+    for late, early in zip(
+        state.get("schemes", [state]), begin.get("schemes", [begin]), strict=False
+    ):
+        late["boundary"] = early["boundary"]
 
 
 def _scheme_of(seam: Seam) -> Scheme | Phases | None:

@@ -129,7 +129,11 @@ class StageTransitions(StageCallback):
                 "StageTransitions reads what monitors measure, and there is none. "
                 "Callbacks: [PosteriorMonitor(), VelocityErrorMonitor(), StageTransitions()]."
             )
-        before = (self.stash or {}).get("events", [])
+        # What happened with other latents has not happened with these.
+        self.renewed = any(
+            monitor is not None and monitor.renewed for monitor in (self._errors, self._posterior)
+        )
+        before = [] if self.renewed else (self.stash or {}).get("events", [])
         self.events = [event for event in before if event["step"] <= run.began]
         self.writer = run.writer(self)
         self.writer.start(self.events, resumed=bool(self.events))

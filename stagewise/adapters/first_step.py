@@ -113,6 +113,11 @@ class FirstStep:
         return found
 
     @property
+    def tied(self) -> str:
+        """What is wrong with the noise of the first call that was seen; empty if nothing is."""
+        return self._noise[0] if self._seen is not None and self._noise else ""
+
+    @property
     def happened(self) -> bool:
         """Whether anything was seen of the training in the present batch."""
         return self._seen is not None or (
@@ -241,7 +246,14 @@ class FirstStep:
         """
         maker = "" if self._seen is None else f", and {self._seen[0].name} is given other samples"
         assert self.x1 is not None
-        place = self._place(self.x1) or "batch[0]"
+        place, other = self._place(self.x1) or "batch[0]", self._place(x1)
+        if other:
+            find = f"find=lambda batch: ({other}, {self._place(self.labels) or None})"
+            return (
+                f"Training is not on what was read from the batches{maker}: {other}, and not "
+                f"{place}. Say so: {find}.",
+                True,
+            )
         # What made x_1 may be gone by the end of the step; the network's call was looked at in it.
         why = self.search.origin(x1, place, self.x1) or self.search.diagnosis()
         cure = "give what is trained on: bank=LatentBank(latents, labels)."

@@ -103,7 +103,7 @@ class Rows(Dataset):
         return {name: tensor[i] for name, tensor in self.tensors.items()}
 
 
-OURS = ("stagewise", "bank", "Monitor", "measure", "network", "StageScheme", "oracle", "trained on")
+OURS = ("stagewise", "bank", "Monitor", "measure", "network", "Scheme", "oracle", "Training is")
 
 
 @pytest.fixture

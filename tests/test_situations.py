@@ -263,10 +263,25 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("situation", ["manual", "one class", "bf16-true"])
-def test_all_together(run, situation):
-    outcome = run(situation, *(make() for make in list(KINDS.values())[:4]), StageTransitions())
-    assert outcome.error is None
-    assert outcome.said == []
-    watched = run(situation, *(make() for make in list(KINDS.values())[:3]), StageTransitions())
-    assert torch.equal(watched.weights, run(situation).weights)
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_all_together(run, situation, tmp_path):
+    """What the messages say is said once, and all callbacks go on together."""
+    make, load, options = SITUATIONS[situation]
+    watch = [KINDS[kind] for kind in ("posterior", "errors", "copies")]
+    for steer in ([], [KINDS["mixing"]]):
+        words = {}
+        for _ in range(3):
+            module = make()
+            said = {key: eval(text, {**globals(), "module": module}) for key, text in words.items()}
+            callbacks = [StageRun(**said), *(each() for each in watch + steer), StageTransitions()]
+            outcome = Outcome(module, load(), callbacks, tmp_path, **options)
+            if outcome.error is None:
+                break
+            assert outcome.unchanged, "refused too late"
+            key, _, text = argument(str(outcome.error)).partition("=")
+            words[key] = text
+        assert outcome.error is None
+        assert outcome.said == []
+        assert [len(callback.history) > 0 for callback in callbacks[1:4]] == [True] * 3
+        if not steer:
+            assert torch.equal(outcome.weights, run(situation).weights)

@@ -578,3 +578,19 @@ def test_methods_that_are_not_traced_look_as_they_did():
     assert torch.equal(again(y, **call)[1], scheme(y, **call)[1])
     assert copy.deepcopy(scheme) is scheme
     assert pickle.loads(pickle.dumps(scheme.weight_of))(call["t"]).shape == (32,)
+
+
+def test_noise_that_depends_on_its_data_is_refused_in_a_loop():
+    """Hand-made targets with pairs of a coupling: normal noise, but not independent of x_1."""
+    x1 = torch.randn(128, 8, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(128, 8, generator=torch.Generator().manual_seed(1))
+    t = torch.linspace(0.05, 0.9, 128)
+    for lean, refused in ((0.6, True), (0.0, False)):
+        x0 = lean * x1 + (1 - lean**2) ** 0.5 * z
+        scheme = Scheme(Oracle(LatentBank(x1)), target=Mix())
+        asked = {"xt": LinearPath().interpolate(x0, x1, t), "t": t, "x1": x1}
+        if refused:
+            with pytest.raises(ValueError, match="independent"):
+                scheme(x1 - x0, **asked)
+        else:
+            scheme(x1 - x0, **asked)

@@ -160,7 +160,7 @@ def one_seam(module: object, at: str | None = None) -> Seam:
         ValueError: If there is none, more than one, or one that cannot be steered; the message
             lists what was found and shows the cure.
     """
-    found, _ = _found(module)
+    found, couplings = _found(module)
     able = [seam for seam in found if not seam.refusal] or _makers(found)
     if at is not None:
         able = [seam for seam in found if seam.name == at]
@@ -180,6 +180,11 @@ def one_seam(module: object, at: str | None = None) -> Seam:
             "as an attribute. Make the target in your training step: "
             "u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
         )
+        for place in couplings[:1]:
+            problem += (
+                f" But not with {place.name} ({_kind(place.object)}), which pairs noise with data: "
+                "the oracle holds for independent pairs only."
+            )
     raise ValueError(problem)
 
 

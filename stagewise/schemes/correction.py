@@ -14,6 +14,7 @@ from stagewise.engines import Sharded
 from stagewise.engines.base import where
 from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Prediction
+from stagewise.schemes.checks import check_rows
 from stagewise.targets import Query, Target
 
 __all__ = ["Batch", "Correction", "correct"]
@@ -110,7 +111,7 @@ class Batch:
             )
         names: Sequence[int | None] | None = None
         if self.class_wise:
-            names = _classes(oracle, self.labels, source)
+            names = _classes(oracle, self.labels, source, x1)
             if not sharded:
                 seen = [bank.whole if name is None else bank.segment(name) for name in names]
                 ends = [(rows.start, rows.stop) for rows in seen]
@@ -175,17 +176,21 @@ def correct(
     )
 
 
-def _classes(oracle: Oracle, labels: Labels | None, source: Tensor) -> Sequence[int | None]:
+def _classes(
+    oracle: Oracle, labels: Labels | None, source: Tensor, x1: Tensor
+) -> Sequence[int | None]:
     """The class of each sample, on the host."""
     if labels is not None:
         return oracle.names(labels, len(source))
     rows = source.tolist()
     unknown = len(rows) if isinstance(oracle.engine, Sharded) else sum(row < 0 for row in rows)
     if unknown:
+        if not isinstance(oracle.engine, Sharded):
+            check_rows(oracle.bank, x1)  # another scale is the reason rather than the labels
         raise ValueError(
             f"Expected `labels`: the class of {unknown} of {len(rows)} samples cannot be looked "
-            "up, as they are no rows of this bank. Give the labels of the batch, or say "
-            "Scheme(class_wise=False)."
+            "up, as they are no rows of this bank. Give the labels of the batch (classes=y to a "
+            "FlowMatchingLoss, labels=y to a scheme), or say Scheme(class_wise=False)."
         )
     return oracle.bank.labels_of(rows)
 

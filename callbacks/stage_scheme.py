@@ -257,6 +257,14 @@ class StageScheme(StageCallback):
                     rank_zero_warn(f"StageScheme: {said}")
         if not mixing or all(part.unconditional for part in mixing):
             return
+        if not given and network is None:
+            rank_zero_warn(
+                "StageScheme: the call of the network was not recognised, so it is not known what "
+                "the model is conditioned on. Targets of the oracle are right for a model that is "
+                "given x_t, t and the classes of the bank. For one that is given more (text, an "
+                "image beside x_t) they move the optimum: steer times and weights only. If it is "
+                "given nothing else, or ignores it, say so: class_wise=False."
+            )
         if not given and network is not None and network.conditional:
             given = () if all(part.class_wise for part in mixing) else ("labels",)
         if given:

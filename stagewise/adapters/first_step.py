@@ -257,6 +257,8 @@ class FirstStep:
         # What made x_1 may be gone by the end of the step; the network's call was looked at in it.
         why = self.search.origin(x1, place, self.x1) or self.search.diagnosis()
         cure = "give what is trained on: bank=LatentBank(latents, labels)."
+        if why is None and x1.shape == self.x1.shape:
+            cure = f"if it augments (flips, noise), expect little of the data end; if not, {cure}"
         return (
             f"Training is not on what was read from the batches{maker}: "
             f"{cure if why is None else why.message}",

@@ -216,6 +216,7 @@ def _drawn(trainer: pl.Trainer, loader: DataLoader[Any], *, say: bool = False) -
         limit=trainer.num_training_batches if training else math.inf,
         world_size=trainer.world_size,
         epoch=trainer.current_epoch,
+        kept=[trainer, trainer.lightning_module, getattr(trainer, "datamodule", None)],
     )
     size = len(loader.dataset)  # type: ignore[arg-type]
     if say:

@@ -93,6 +93,18 @@ class EpochOrder(DistributedSampler[int]):
         """Samples of an epoch on this rank, those that are passed over included."""
         return self.num_batches * self.batch_size
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EpochOrder:
+        """The same order at the beginning of its epoch, which neither asks nor tells the run."""
+        order = EpochOrder(
+            cast(Sized, self.dataset),
+            self.batch_size,
+            seed=self.seed,
+            rank=self.rank,
+            num_replicas=self.num_replicas,
+        )
+        order.epoch = self.epoch
+        return order
+
     def __iter__(self) -> Iterator[int]:
         if self.on_epoch is not None:
             self.on_epoch(self.epoch)

@@ -57,7 +57,12 @@ class Drawn(NamedTuple):
 
 
 def drawn_rows(
-    loader: DataLoader[Any], *, limit: float = math.inf, world_size: int = 1, epoch: int = 0
+    loader: DataLoader[Any],
+    *,
+    limit: float = math.inf,
+    world_size: int = 1,
+    epoch: int = 0,
+    kept: Sequence[Any] = (),
 ) -> Drawn:
     """The rows of its data set that a loader draws, on any rank and in any epoch.
 
@@ -68,13 +73,14 @@ def drawn_rows(
         limit: Batches after which training cuts an epoch, default none.
         world_size: Processes that train.
         epoch: The present one, for samplers that are told.
+        kept: What a copy of the sampler may refer to and is not copied with it: trainer, module.
 
     Raises:
         ValueError: If it draws something else than positions, or nothing, with the cure.
     """
     size = len(loader.dataset)  # type: ignore[arg-type]
     drawn = _known(loader, size, limit, world_size)
-    drawn = drawn or _looked_at(loader, size, limit, world_size, epoch)
+    drawn = drawn or _looked_at(loader, size, limit, world_size, epoch, kept)
     if not drawn.rows:
         raise ValueError(f"Expected a loader that draws samples, got one that draws none. {CURE}")
     return drawn
@@ -109,7 +115,12 @@ def _known(loader: DataLoader[Any], size: int, limit: float, world_size: int) ->
 
 
 def _looked_at(
-    loader: DataLoader[Any], size: int, limit: float, world_size: int, epoch: int
+    loader: DataLoader[Any],
+    size: int,
+    limit: float,
+    world_size: int,
+    epoch: int,
+    kept: Sequence[Any],
 ) -> Drawn:
     """What copies of the batch sampler, one for each rank, draw in two epochs."""
     whole: Any = loader.batch_sampler
@@ -117,7 +128,7 @@ def _looked_at(
     name = type(whole.sampler if plain else whole).__name__
     ranks = _ranks(world_size, whole)
     try:
-        looks = [_two_epochs(loader, rank, epoch, _LONGEST * size) for rank in ranks]
+        looks = [_two_epochs(loader, rank, epoch, _LONGEST * size, kept) for rank in ranks]
     except Exception as error:  # a watcher does not stop a run for a sampler that works in it
         warning = (
             f"with {name}, which cannot be copied and looked at ({type(error).__name__}: {error}). "
@@ -137,7 +148,9 @@ def _looked_at(
     warnings = []
     if times.keys() != others.keys():
         rows = range(size)
-        if len(times | others) < size:
+        together = max(map(len, first[0]), default=0) * world_size
+        # A shuffle leaves out what does not fill a batch, and in each epoch another few.
+        if size - min(len(times), len(others)) >= together and len(times | others) < size:
             warnings.append(
                 f"{len(times)} of {size} samples in one epoch and {len(others)} in the next, not "
                 f"the same ones ({name}). The bank holds all {size}. If some are never trained on, "
@@ -173,10 +186,11 @@ def _parts(whole: Any) -> list[Any]:
     return [whole, getattr(whole, "sampler", None)]
 
 
-def _two_epochs(loader: DataLoader[Any], rank: int | None, epoch: int, most: int) -> list[Any]:
+def _two_epochs(
+    loader: DataLoader[Any], rank: int | None, epoch: int, most: int, kept: Sequence[Any]
+) -> list[Any]:
     """The batches of two epochs, each as far as `most` draws."""
-    data = loader.dataset
-    whole = copy.deepcopy(loader.batch_sampler, {id(data): data})
+    whole = copy.deepcopy(loader.batch_sampler, {id(one): one for one in (loader.dataset, *kept)})
     epochs = []
     for number in (epoch, epoch + 1):
         for part in _parts(whole):

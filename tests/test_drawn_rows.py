@@ -26,6 +26,7 @@ from torch.utils.data import (
 from stagewise.callbacks import PosteriorMonitor, bank_from_trainer
 from stagewise.callbacks.training_bank import _drawn as drawn_rows
 from stagewise.callbacks.training_bank import read_rows
+from stagewise.recipes.order import EpochOrder
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
 
@@ -216,6 +217,42 @@ def test_a_part_that_is_another_each_epoch_is_named():
     # Two halves in turn: nothing is left out.
     data = loader(sampler=Draws(lambda self: range(self.epoch % 2, 64, 2)))
     assert rows_of(data, say=True) == (first(64), [])
+
+
+def test_a_shuffle_that_leaves_out_less_than_a_batch_is_not_named():
+    ragged = Draws(lambda self: self.rng.permutation(64)[:60])
+    assert rows_of(loader(batch_size=10, sampler=ragged), say=True) == (first(64), [])
+    # As many left out, but in smaller batches: that is no end of an epoch.
+    _, (message,) = rows_of(loader(batch_size=4, sampler=ragged), say=True)
+    assert "not the same ones" in message
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_the_order_of_the_recipes_is_looked_at_without_its_run(epoch):
+    told = []
+    order = EpochOrder(range(64), 10, on_epoch=told.append, trained=lambda: 7)
+    order.start(epoch, 2)
+    assert rows_of(loader(batch_size=10, sampler=order), say=True) == (first(64), [])
+    assert told == []
+    assert order.epoch == epoch
+    assert len(list(order)) == 40, "it goes on in the middle of its epoch"
+    assert told == [epoch]
+
+
+@pytest.mark.parametrize("holder", ["module", "trainer", "data"])
+def test_what_a_sampler_refers_to_of_the_run_is_not_copied(holder, make_trainer):
+    class Refuses:
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied with the sampler")
+
+    module, data = Seen(), pl.LightningDataModule()
+    sampler = Draws(lambda self: CHOSEN, len(CHOSEN))
+    data.train_dataloader = lambda: loader(PLACES, sampler=sampler)
+    trainer = make_trainer(take := Take(), max_steps=1)
+    sampler.run = {"module": module, "trainer": trainer, "data": data}[holder]
+    sampler.run.heavy = Refuses()
+    trainer.fit(module, datamodule=data)
+    assert take.bank == sorted(CHOSEN)
 
 
 @pytest.mark.parametrize("draws", [[*range(64), *range(16)], [0] * 3 + first(64), [1, 1, 2, 3] * 8])

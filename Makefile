@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-latents test test-all lint types bench bench-imagenet bench-recipes bench-schemes figures docs tree clean distclean
+.PHONY: help demo demo-latents test test-all test-rest lint types bench bench-imagenet bench-recipes bench-schemes figures docs tree clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -35,6 +35,9 @@ test: $(VENV)/.dev ## run the tests; it names those that are slow or need what i
 
 test-all: $(VENV)/.all ## install torch-cluster (compiled: some 10 minutes) and faiss, run all tests
 	$(PYTEST) --slow
+
+test-rest: $(VENV)/.all ## the same, but only what `make test` has just skipped
+	$(PYTEST) --rest
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check

@@ -35,17 +35,37 @@ os._exit(0)
 """
 
 
+SKIPPED = "stagewise/skipped"
+
+
 def pytest_addoption(parser):
     """`--slow` runs what takes ten seconds and more, too."""
     parser.addoption("--slow", action="store_true", help="run the slow tests too (make test-all)")
+    parser.addoption("--rest", action="store_true", help="run what the last run skipped, and slow")
 
 
 def pytest_collection_modifyitems(config, items):
     """Skips slow tests by name, so that it is said that they were not run."""
-    if not config.getoption("--slow"):
+    if config.getoption("--rest"):
+        skipped = config.cache.get(SKIPPED, None)
+        if skipped is None:
+            raise pytest.UsageError("No run before this one has said what it skipped: make test")
+        chosen = [item.nodeid in skipped or item.parent.nodeid in skipped for item in items]
+        config.hook.pytest_deselected(
+            items=[i for i, c in zip(items, chosen, strict=True) if not c]
+        )
+        items[:] = [item for item, taken in zip(items, chosen, strict=True) if taken]
+    elif not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: make test-all"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Keeps what was skipped for `--rest`: slow tests, and those of what was not installed."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if not config.getoption("--rest"):
+        config.cache.set(SKIPPED, sorted({report.nodeid for report in skipped}))
 
 
 def pytest_configure(config):

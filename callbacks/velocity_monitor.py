@@ -397,11 +397,9 @@ class VelocityErrorMonitor(ModelMonitor):
         probes = [entry for entry in probes if len(entry["train"]["oracle"]) == len(edges) - 1]
         at = (boundary.midpoint, boundary.collapsed)
         pictures = {
-            "loss_by_t": velocity_figures.loss_by_time_figure(edges, probe, *at),
-            "oracle_error": velocity_figures.dynamics_figure(edges, probes, "oracle", *at),
-            "conditional_error": velocity_figures.dynamics_figure(
-                edges, probes, "conditional", *at
-            ),
+            "loss_by_t": velocity_figures.loss_by_time_figure(edges, probe, at),
+            "oracle_error": velocity_figures.dynamics_figure(edges, probes, "oracle", at),
+            "conditional_error": velocity_figures.dynamics_figure(edges, probes, "conditional", at),
             "oracle_error_heatmap": velocity_figures.error_heatmap(edges, probes),
         }
         gaps = [entry for entry in probes if entry["gap"] is not None]
@@ -412,7 +410,7 @@ class VelocityErrorMonitor(ModelMonitor):
         curve = self._curve_beside()
         if curve is not None:
             pictures["stages_and_error"] = velocity_figures.stages_and_error_figure(
-                edges, probe, curve.times.tolist(), curve.mean("top1").tolist(), *at
+                edges, probe, curve.times.tolist(), curve.mean("top1").tolist(), at
             )
         return pictures
 

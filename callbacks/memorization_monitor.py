@@ -18,6 +18,7 @@ from stagewise.callbacks.memorization_figures import Column
 from stagewise.callbacks.metrics import CopyShare
 from stagewise.callbacks.model_monitor import ModelMonitor, model_in_eval_mode
 from stagewise.callbacks.stage_callback import RunOptions
+from stagewise.callbacks.tags import charts
 from stagewise.copies import Nearest, nearest_rows
 from stagewise.memorization_probe import METHOD, MemorizationProbe
 from stagewise.oracle import Oracle
@@ -202,12 +203,13 @@ class MemorizationMonitor(ModelMonitor):
     def layout(self) -> dict[str, list[Any]]:
         """Its charts on TensorBoard's custom-scalars page."""
         name = re.escape(self.name)
-        charts = {
-            "share of copies by t_switch": f"{name}/copies/t_switch=[^_]*$",
-            "median d1/d2 by t_switch": f"{name}/ratio/",
-            "share of copies among resumed samples": f"{name}/resumed_copies/",
-        }
-        return {title: ["Multiline", [f"^{pattern}"]] for title, pattern in charts.items()}
+        return charts(
+            {
+                "share of copies by t_switch": f"{name}/copies/t_switch=[^_]*$",
+                "median d1/d2 by t_switch": f"{name}/ratio/",
+                "share of copies among resumed samples": f"{name}/resumed_copies/",
+            }
+        )
 
     @property
     def _averages(self) -> bool:

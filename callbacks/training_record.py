@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.adapters.network import Network, can_tell, tensor_of
+from stagewise.adapters.objective import nominal_shares
 from stagewise.callbacks.metrics import SUMS, BinnedMeans
-from stagewise.callbacks.velocity_entries import by_time, nominal_shares, spent, window_entry
+from stagewise.callbacks.tags import by_time
+from stagewise.callbacks.velocity_entries import spent, window_entry
 from stagewise.paths import Prediction, expand_like
 
 __all__ = ["TrainingRecord"]

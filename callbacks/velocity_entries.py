@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Seam
 from stagewise.callbacks.metrics import BinnedMeans
+from stagewise.callbacks.tags import by_time
 from stagewise.velocity_probe import standard_scores
 
 __all__ = [
     "ALARM",
     "STAGES",
-    "by_time",
     "largest",
-    "nominal_shares",
     "probe_entry",
     "probe_scalars",
     "spent",
@@ -98,14 +96,6 @@ def largest(values: Sequence[float]) -> float:
     return max((abs(value) for value in values if not math.isnan(value)), default=0.0)
 
 
-def by_time(prefix: str, edges: Tensor, values: Sequence[float]) -> dict[str, float]:
-    """Scalars under `<prefix>/t=<centre of the bin>`; empty bins are left out."""
-    centres = ((edges[1:] + edges[:-1]) / 2).tolist()
-    digits = max(3, 1 - math.floor(math.log10(float(edges.diff().min()))))
-    pairs = zip(centres, values, strict=True)
-    return {f"{prefix}/t={t:.{digits}f}": value for t, value in pairs if not math.isnan(value)}
-
-
 def probe_scalars(name: str, entry: Mapping[str, Any], edges: Tensor) -> dict[str, float]:
     """The scalars of a probe; see `VelocityErrorMonitor`. Stages without samples are left out."""
     stages = entry["stages"]
@@ -124,9 +114,6 @@ def probe_scalars(name: str, entry: Mapping[str, Any], edges: Tensor) -> dict[st
             scalars[f"{name}/gap/{stage}"] = errors[0] - errors[1]
         scalars |= by_time(f"{name}_by_t/gap", edges, entry["gap"])
     scalars[f"{name}/pythagoras"] = largest(entry["train"]["pythagoras_z"])
-    for key in ("probe_seconds", "share_of_step_time"):
-        if key in entry:
-            scalars[f"{name}/{key}"] = entry[key]
     return {tag: value for tag, value in scalars.items() if not math.isnan(value)}
 
 
@@ -155,27 +142,3 @@ def window_entry(
         "gradient": means["gradient"].tolist(),
         "stages": spent(metric, stages),
     }
-
-
-def nominal_shares(seam: Seam, edges: Tensor) -> list[float] | None:
-    """Share of the draws in each bin by the density that training says it draws from.
-
-    Args:
-        seam: What makes the targets; one that draws its times by a sampler of this library says.
-        edges: Of the bins, (T + 1,).
-
-    Returns:
-        T shares, None if the density is not known.
-    """
-    loss_fn = seam.place.object
-    scheme = getattr(loss_fn, "scheme", None)
-    sampler = getattr(loss_fn, "timesteps", None)
-    if scheme is not None and scheme.draws_timesteps:
-        sampler = scheme.timesteps
-    density = getattr(sampler, "density", None)
-    if density is None:
-        return None
-    inner = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
-    t = edges[:-1, None] + inner * edges.diff()[:, None]
-    shares = density(t.float()).double().mean(1) * edges.diff()
-    return shares.tolist()

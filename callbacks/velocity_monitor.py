@@ -18,6 +18,7 @@ from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.callbacks.model_monitor import ModelMonitor, model_in_eval_mode
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.stage_callback import RunOptions
+from stagewise.callbacks.tags import charts
 from stagewise.callbacks.training_record import TrainingRecord
 from stagewise.callbacks.velocity_entries import largest, probe_entry, probe_scalars
 from stagewise.oracle import Oracle
@@ -302,21 +303,22 @@ class VelocityErrorMonitor(ModelMonitor):
     def layout(self) -> dict[str, list[Any]]:
         """Its charts on TensorBoard's custom-scalars page."""
         name = re.escape(self.name)
-        charts = {
-            "oracle error": f"{name}/train/oracle/",
-            "oracle error by t": f"{name}_by_t/train/oracle/",
-            "conditional error": f"{name}/train/conditional/",
-            "conditional error by t": f"{name}_by_t/train/conditional/",
-            "oracle error / floor": f"{name}/train/excess/",
-            "held-out minus training error": f"{name}/gap/",
-            "held-out minus training error by t": f"{name}_by_t/gap/",
-            "share of draws": f"{name}_spent/draws/",
-            "share of loss": f"{name}_spent/loss/",
-            "share of gradient norms": f"{name}_spent/gradient/",
-            "Pythagoras, standard errors": f"{name}/pythagoras$",
-            "cost of a probe / step time": f"{name}/share_of_step_time$",
-        }
-        return {title: ["Multiline", [f"^{pattern}"]] for title, pattern in charts.items()}
+        return charts(
+            {
+                "oracle error": f"{name}/train/oracle/",
+                "oracle error by t": f"{name}_by_t/train/oracle/",
+                "conditional error": f"{name}/train/conditional/",
+                "conditional error by t": f"{name}_by_t/train/conditional/",
+                "oracle error / floor": f"{name}/train/excess/",
+                "held-out minus training error": f"{name}/gap/",
+                "held-out minus training error by t": f"{name}_by_t/gap/",
+                "share of draws": f"{name}_spent/draws/",
+                "share of loss": f"{name}_spent/loss/",
+                "share of gradient norms": f"{name}_spent/gradient/",
+                "Pythagoras, standard errors": f"{name}/pythagoras$",
+                "cost of a probe / step time": f"{name}/share_of_step_time$",
+            }
+        )
 
     # -- one probe --------------------------------------------------------------------------------
 

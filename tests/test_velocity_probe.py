@@ -8,10 +8,10 @@ from torch import nn
 
 from stagewise import CosinePath, LatentBank, LinearPath, LogitNormal, Oracle, Scheme
 from stagewise.adapters import find_seams
+from stagewise.adapters.objective import nominal_shares
 from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.callbacks.velocity_entries import (
     ALARM,
-    nominal_shares,
     probe_entry,
     spent,
     window_entry,

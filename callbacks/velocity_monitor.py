@@ -18,12 +18,12 @@ from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.callbacks.model_monitor import ModelMonitor, model_in_eval_mode
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.stage_callback import RunOptions
-from stagewise.callbacks.tags import charts
+from stagewise.callbacks.tags import by_time, charts
 from stagewise.callbacks.training_record import TrainingRecord
-from stagewise.callbacks.velocity_entries import largest, probe_entry, probe_scalars
 from stagewise.oracle import Oracle
 from stagewise.paths import same_path
 from stagewise.stages import StageBoundary, StageCurve, predicted_boundary, stage_edges
+from stagewise.velocity_errors import largest, probe_entry
 from stagewise.velocity_probe import PROBED, Probe
 
 __all__ = ["VelocityErrorMonitor"]
@@ -331,7 +331,7 @@ class VelocityErrorMonitor(ModelMonitor):
         found = {}
         for split, means in asked.items():
             with means.sync_context():
-                found[split] = means.merged().cpu()
+                found[split] = means.sums.to("cpu")
         entry = probe_entry(found, self.edges, self._stages)
         self._warn(entry)
         self._window = None if self._record is None else self._record.window(step)
@@ -347,8 +347,24 @@ class VelocityErrorMonitor(ModelMonitor):
             self.events.append(window)
 
     def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
-        """See `Monitor`."""
-        return probe_scalars(self.name, entry, self.edges)
+        """See `Monitor`. Stages without samples are left out."""
+        name, stages, by_bins = self.name, entry["stages"], f"{self.name}_by_t"
+        scalars = {
+            f"{name}/{split}/{key}/{stage}": value
+            for split, by_stage in stages.items()
+            for stage, values in by_stage.items()
+            for key, value in values.items()
+        }
+        for split in stages:
+            for key in ("conditional", "oracle"):
+                scalars |= by_time(f"{by_bins}/{split}/{key}", self.edges, entry[split][key])
+        if entry["gap"] is not None:
+            for stage, values in stages["held_out"].items():
+                gap = values["conditional"] - stages["train"][stage]["conditional"]
+                scalars[f"{name}/gap/{stage}"] = gap
+            scalars |= by_time(f"{by_bins}/gap", self.edges, entry["gap"])
+        scalars[f"{name}/pythagoras"] = largest(entry["train"]["pythagoras_z"])
+        return {tag: value for tag, value in scalars.items() if not math.isnan(value)}
 
     def _ask(self, split: str) -> BinnedMeans:
         """What the model does at the queries of this rank."""

@@ -18,8 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stagewise.callbacks import velocity_figures
-from stagewise.callbacks.velocity_entries import STAGES
 from stagewise.recipes.run_files import RunFiles, read_run
+from stagewise.velocity_errors import STAGES
 
 __all__ = ["main", "report"]
 

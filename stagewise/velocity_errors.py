@@ -1,4 +1,4 @@
-"""What a probe or a stretch of training has shown, as lines of a file and as scalars of a log."""
+"""What a probe or a stretch of training has shown, by bins of t and by stage, as plain numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.callbacks.metrics import BinnedMeans
-from stagewise.callbacks.tags import by_time
+from stagewise.binned_sums import BinnedSums
 from stagewise.velocity_probe import standard_scores
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "STAGES",
     "largest",
     "probe_entry",
-    "probe_scalars",
     "spent",
     "window_entry",
 ]
@@ -35,11 +33,11 @@ _NO_FLOOR = 1e-3
 """Share of the conditional error below which the floor is none to compare with."""
 
 
-def probe_entry(found: Mapping[str, BinnedMeans], edges: Tensor, stages: Tensor) -> dict[str, Any]:
+def probe_entry(found: Mapping[str, BinnedSums], edges: Tensor, stages: Tensor) -> dict[str, Any]:
     """A probe by bins of t and by stage, as plain numbers and lists.
 
     Args:
-        found: For "train" and, if there are held-out samples, "held_out": means of `PROBED`.
+        found: For "train" and, if there are held-out samples, "held_out": sums of `PROBED`.
         edges: Of the bins, (T + 1,).
         stages: Edges of the stages, (4,).
 
@@ -48,7 +46,7 @@ def probe_entry(found: Mapping[str, BinnedMeans], edges: Tensor, stages: Tensor)
         error on held-out samples minus that on training samples (or None); `alarm` (or None);
         `stages`: the same means by stage.
     """
-    means = {split: metric.merged(edges).compute() for split, metric in found.items()}
+    means = {split: sums.merged(edges).means() for split, sums in found.items()}
     train = means["train"]
     z = standard_scores(train["cross"], train["cross_se"], train["count"])
     entry: dict[str, Any] = {"train": {key: train[key].tolist() for key in _KEPT}}
@@ -69,12 +67,12 @@ def probe_entry(found: Mapping[str, BinnedMeans], edges: Tensor, stages: Tensor)
 
 
 def _stage_means(
-    found: Mapping[str, BinnedMeans], stages: Tensor
+    found: Mapping[str, BinnedSums], stages: Tensor
 ) -> dict[str, dict[str, dict[str, float]]]:
     """By split and stage: conditional, oracle and cosine, and for training samples the floor."""
     result = {}
-    for split, metric in found.items():
-        means = metric.merged(stages).compute()
+    for split, sums in found.items():
+        means = sums.merged(stages).means()
         values = {key: means[key] for key in ("conditional", "oracle", "cosine")}
         if split == "train":
             values |= {"floor": means["floor"], "excess": _excess(means)}
@@ -96,49 +94,31 @@ def largest(values: Sequence[float]) -> float:
     return max((abs(value) for value in values if not math.isnan(value)), default=0.0)
 
 
-def probe_scalars(name: str, entry: Mapping[str, Any], edges: Tensor) -> dict[str, float]:
-    """The scalars of a probe; see `VelocityErrorMonitor`. Stages without samples are left out."""
-    stages = entry["stages"]
-    scalars = {
-        f"{name}/{split}/{key}/{stage}": value
-        for split, by_stage in stages.items()
-        for stage, values in by_stage.items()
-        for key, value in values.items()
-    }
-    for split in stages:
-        for key in ("conditional", "oracle"):
-            scalars |= by_time(f"{name}_by_t/{split}/{key}", edges, entry[split][key])
-    if entry["gap"] is not None:
-        for stage in STAGES:
-            errors = [stages[split][stage]["conditional"] for split in ("held_out", "train")]
-            scalars[f"{name}/gap/{stage}"] = errors[0] - errors[1]
-        scalars |= by_time(f"{name}_by_t/gap", edges, entry["gap"])
-    scalars[f"{name}/pythagoras"] = largest(entry["train"]["pythagoras_z"])
-    return {tag: value for tag, value in scalars.items() if not math.isnan(value)}
-
-
-def spent(metric: BinnedMeans, stages: Tensor) -> dict[str, dict[str, float]]:
+def spent(sums: BinnedSums, stages: Tensor) -> dict[str, dict[str, float]]:
     """Shares of draws, loss and gradient norm of each stage.
 
     Args:
-        metric: Over the keys "loss" and "gradient".
+        sums: Over the keys "loss" and "gradient".
         stages: Edges of the stages, (4,).
     """
-    wide = metric.merged(stages)
-    sums = {"draws": wide.count, "loss": wide.total[0], "gradient": wide.total[1]}
-    shares = {key: (value / value.sum()).tolist() for key, value in sums.items()}
-    return {stage: {key: shares[key][place] for key in sums} for place, stage in enumerate(STAGES)}
+    wide = sums.merged(stages)
+    totals = {"draws": wide.count, "loss": wide.total[0], "gradient": wide.total[1]}
+    shares = {key: (value / value.sum()).tolist() for key, value in totals.items()}
+    return {
+        stage: {key: share[place] for key, share in shares.items()}
+        for place, stage in enumerate(STAGES)
+    }
 
 
 def window_entry(
-    metric: BinnedMeans, edges: Tensor, stages: Tensor, density: list[float] | None
+    sums: BinnedSums, edges: Tensor, stages: Tensor, density: list[float] | None
 ) -> dict[str, Any]:
     """A stretch of training by bins of t and by stage, as plain numbers and lists."""
-    means = metric.merged(edges).compute()
+    means = sums.merged(edges).means()
     return {
         "draws": means["share"].tolist(),
         "density": density,
         "loss": means["loss"].tolist(),
         "gradient": means["gradient"].tolist(),
-        "stages": spent(metric, stages),
+        "stages": spent(sums, stages),
     }

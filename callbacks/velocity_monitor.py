@@ -134,11 +134,8 @@ class VelocityErrorMonitor(ModelMonitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state of a checkpoint for the start of training."""
         self.events = list(state_dict["events"])
-        super().load_state_dict({**state_dict, "history": self._probes_of(self.events)})
-
-    @staticmethod
-    def _probes_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [event for event in events if event["event"] == "velocity_probe"]
+        probes = [event for event in self.events if event["event"] == self.event]
+        super().load_state_dict({**state_dict, "history": probes})
 
     # -- the course of a training -----------------------------------------------------------------
 

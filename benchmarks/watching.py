@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -74,9 +76,9 @@ def draw(found: dict[str, dict[str, Any]]) -> dict[str, Figure]:
         at = (base["midpoint"], base["collapsed"])
         title = f"SiT of {base['weights'] / 1e6:.1f} M weights, 16 x 16 x 3 photographs"
         shown = [probe for probe in probes if probe["step"] in SHOWN]
-        pictures["error_by_t"] = velocity_figures.loss_by_time_figure(edges, probes[-1], *at, title)
+        pictures["error_by_t"] = velocity_figures.loss_by_time_figure(edges, probes[-1], at, title)
         pictures["error_while_training"] = velocity_figures.dynamics_figure(
-            edges, shown, "conditional", *at, title
+            edges, shown, "conditional", at, title
         )
         pictures["oracle_error_heatmap"] = velocity_figures.error_heatmap(edges, probes)
     if len(found) > 1:
@@ -87,10 +89,25 @@ def draw(found: dict[str, dict[str, Any]]) -> dict[str, Figure]:
             for model in found.values()
         }
         first = next(iter(found.values()))
-        pictures["error_by_size"] = velocity_figures.sizes_figure(
-            first["edges"], models, first["midpoint"], first["collapsed"]
-        )
+        ends = (first["midpoint"], first["collapsed"])
+        pictures["error_by_size"] = sizes_figure(first["edges"], models, ends)
     return pictures
+
+
+def sizes_figure(
+    edges: Sequence[float],
+    models: Mapping[str, velocity_figures.Event],
+    ends: velocity_figures.Ends,
+) -> Figure:
+    """Oracle error by t of the last probes of several models, by name (as Fig. 7b of the paper)."""
+    figure, axes, t = velocity_figures.over_time(edges, ends)
+    for name, probe in models.items():
+        mean, error = (np.array(probe["train"][key], float) for key in ("oracle", "oracle_se"))
+        axes.errorbar(t, mean, 2 * error, lw=1.5, marker=".", label=name)
+    axes.set(ylabel="MSE(oracle velocity), training samples", title="Oracle error by model size")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
 
 
 def main() -> None:

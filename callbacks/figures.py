@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,8 +16,12 @@ __all__ = [
     "TIME_LABEL",
     "concentration_figure",
     "draw_boundary",
+    "draw_mean",
+    "draw_spread",
     "heatmap_figure",
+    "mark_time",
     "new_figure",
+    "probe_edges",
     "render",
     "target_difference_figure",
 ]
@@ -37,6 +42,12 @@ def new_figure() -> Figure:
     return Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
 
 
+def mark_time(axes: Axes, at: float | None, name: str, **style: Any) -> None:
+    """A vertical line that the legend names; none where the time is None or NaN."""
+    if at is not None and np.isfinite(at):
+        axes.axvline(at, label=f"{name}  t = {at:.3f}", **style)
+
+
 def draw_boundary(axes: Axes, boundary: StageBoundary, predicted: float) -> None:
     """Vertical lines at the boundaries, with their intervals shaded."""
     lines = (
@@ -46,11 +57,24 @@ def draw_boundary(axes: Axes, boundary: StageBoundary, predicted: float) -> None
     for (name, at, low, high), colour in zip(lines, (_MIDPOINT, _COLLAPSED), strict=True):
         if np.isfinite(at):
             axes.axvspan(low, high, color=colour, alpha=0.18, lw=0)
-            axes.axvline(at, color=colour, lw=1.2, label=f"{name}  t = {at:.3f}")
-    if np.isfinite(predicted):
-        axes.axvline(
-            predicted, color=_PREDICTED, lw=1.2, ls="--", label=f"predicted  t = {predicted:.3f}"
-        )
+        mark_time(axes, at, name, color=colour, lw=1.2)
+    mark_time(axes, predicted, "predicted", color=_PREDICTED, lw=1.2, ls="--")
+
+
+def draw_spread(axes: Axes, curve: StageCurve, statistic: str) -> None:
+    """A statistic over t: its mean, and the middle half of the queries."""
+    t = curve.times.numpy()
+    low, high = (curve.quantile(statistic, q).numpy() for q in (0.25, 0.75))
+    axes.fill_between(t, low, high, color="0.85", label="middle half of the queries")
+    axes.plot(t, curve.mean(statistic).numpy(), "k.-", lw=1.5, ms=4, label="mean")
+
+
+def draw_mean(axes: Axes, curve: StageCurve, statistic: str) -> None:
+    """A statistic over t: its mean with two standard errors."""
+    values = curve.statistic(statistic)
+    mean, error = values.mean(1).numpy(), (values.std(1) / values.shape[1] ** 0.5).numpy()
+    t, label = curve.times.numpy(), "mean, 2 standard errors"
+    axes.errorbar(t, mean, 2 * error, fmt="k.-", lw=1.5, ms=4, label=label)
 
 
 def concentration_figure(
@@ -69,10 +93,7 @@ def concentration_figure(
     """
     figure = new_figure()
     axes = figure.add_subplot()
-    t = curve.times.numpy()
-    low, high = (curve.quantile("top1", q).numpy() for q in (0.25, 0.75))
-    axes.fill_between(t, low, high, color="0.85", label="middle half of the queries")
-    axes.plot(t, curve.mean("top1").numpy(), "k.-", lw=1.5, ms=4, label="mean")
+    draw_spread(axes, curve, "top1")
     draw_boundary(axes, boundary, predicted)
     axes.set(
         xlabel=TIME_LABEL,
@@ -91,10 +112,7 @@ def target_difference_figure(
     """MSE between the conditional and the oracle velocity over t; arguments as above."""
     figure = new_figure()
     axes = figure.add_subplot()
-    t, difference = curve.times.numpy(), curve.statistic("target_difference")
-    error = (difference.std(1) / difference.shape[1] ** 0.5).numpy()
-    mean = curve.mean("target_difference").numpy()
-    axes.errorbar(t, mean, 2 * error, fmt="k.-", lw=1.5, ms=4, label="mean, 2 standard errors")
+    draw_mean(axes, curve, "target_difference")
     draw_boundary(axes, boundary, predicted)
     axes.set(
         xlabel=TIME_LABEL,
@@ -105,6 +123,12 @@ def target_difference_figure(
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right", fontsize=8)
     return figure
+
+
+def probe_edges(steps: Sequence[int]) -> np.ndarray:
+    """Edges of the columns of a heat map: a probe stands for the steps until the next one."""
+    width = steps[-1] - steps[-2] if len(steps) > 1 else 1
+    return np.array([*steps, steps[-1] + width], dtype=float)
 
 
 def heatmap_figure(
@@ -123,11 +147,9 @@ def heatmap_figure(
     """
     figure = new_figure()
     axes = figure.add_subplot()
-    # A probe stands for the steps until the next one.
-    at = np.asarray(steps, dtype=float)
-    width = at[-1] - at[-2] if len(at) > 1 else 1.0
-    mesh = axes.pcolormesh([*at, at[-1] + width], edges, top1.T, vmin=0, vmax=1, cmap="viridis")
-    middles = at + np.diff([*at, at[-1] + width]) / 2
+    columns = probe_edges(steps)
+    mesh = axes.pcolormesh(columns, edges, top1.T, vmin=0, vmax=1, cmap="viridis")
+    middles = columns[:-1] + np.diff(columns) / 2
     axes.plot(middles, midpoints, "w.-", lw=1, ms=4, label="midpoint")
     axes.set(
         xlabel="training step",

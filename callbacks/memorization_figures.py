@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from stagewise.callbacks.figures import new_figure
 from stagewise.copies import COPY_RATIO
 
-__all__ = ["copies_figure", "grid_figure", "is_image"]
+__all__ = ["Column", "copies_figure", "grid_figure", "is_image"]
 
 _COPIED = "tab:red"
 
@@ -24,14 +25,7 @@ def is_image(shape: Sequence[int]) -> bool:
 
 
 def copies_figure(probes: Sequence[Mapping[str, Any]]) -> Figure:
-    """The share of copies by t_switch with its interval, coloured by step.
-
-    Args:
-        probes: Events of probes, in order of their steps.
-
-    Returns:
-        The figure.
-    """
+    """The share of copies by t_switch with its interval, coloured by step; probes ascend."""
     figure = new_figure()
     axes = figure.add_subplot()
     for place, probe in enumerate(probes):
@@ -51,42 +45,44 @@ def copies_figure(probes: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def grid_figure(
-    columns: Sequence[tuple[str, Tensor]],
-    ratios: Mapping[int, Tensor],
-    data: Tensor,
-    title: str,
-) -> Figure:
-    """Columns of images, copies framed.
+class Column(NamedTuple):
+    """Images of a `grid_figure`.
 
-    Args:
-        columns: Heading and images of each column, (n, C, H, W).
-        ratios: By column, the d1/d2 that is printed under its images, (n,).
-        data: Images of the data, any shape. The least and the largest of their numbers are black
+    Attributes:
+        heading: Above it.
+        images: (n, C, H, W).
+        ratio: The d1/d2 that is printed under each image, (n,); a copy is framed.
+        of_data: Whether they are data. The least and the largest number of such images are black
             and white in all columns, so that a sample and its nearest row can be compared.
-        title: Of the figure.
-
-    Returns:
-        The figure.
     """
-    rows = len(columns[0][1])
+
+    heading: str
+    images: Tensor
+    ratio: Tensor | None = None
+    of_data: bool = False
+
+
+def grid_figure(columns: Sequence[Column], title: str) -> Figure:
+    """Columns of images, copies framed."""
+    rows = len(columns[0].images)
     size = (max(4.0, 0.85 * len(columns)), 0.95 * rows + 0.9)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     grid = figure.subplots(rows, len(columns), squeeze=False)
+    data = torch.cat([column.images for column in columns if column.of_data])
     low, high = (float(end) for end in data.float().aminmax())
-    for j, (heading, images) in enumerate(columns):
-        shown = ((images.float() - low) / max(high - low, 1e-12)).nan_to_num().clamp(0, 1)
+    for j, column in enumerate(columns):
+        shown = ((column.images.float() - low) / max(high - low, 1e-12)).nan_to_num().clamp(0, 1)
         for i in range(rows):
             axes = grid[i, j]
             axes.imshow(shown[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
-            copied = j in ratios and bool(ratios[j][i] < COPY_RATIO)
+            copied = column.ratio is not None and bool(column.ratio[i] < COPY_RATIO)
             for spine in axes.spines.values():
                 spine.set(visible=copied, color=_COPIED, linewidth=2.5)
-            if j in ratios:
-                label = axes.set_xlabel(f"{float(ratios[j][i]):.2f}", fontsize=7, labelpad=3)
+            if column.ratio is not None:
+                label = axes.set_xlabel(f"{float(column.ratio[i]):.2f}", fontsize=7, labelpad=3)
                 label.set(color=_COPIED if copied else "black")
-        grid[0, j].set_title(heading, fontsize=7)
+        grid[0, j].set_title(column.heading, fontsize=7)
     said = "number: d1/d2 to the training rows; red frame: a copy; t = 0 is noise"
     figure.suptitle(f"{title}\n{said}", fontsize=9)
     return figure

@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from matplotlib.figure import Figure
@@ -16,21 +14,19 @@ from typing_extensions import Unpack
 
 from stagewise.bank import LatentBank
 from stagewise.callbacks import memorization_figures as pictures
+from stagewise.callbacks.memorization_figures import Column
 from stagewise.callbacks.metrics import CopyShare
 from stagewise.callbacks.model_monitor import ModelMonitor, model_in_eval_mode
 from stagewise.callbacks.stage_callback import RunOptions
+from stagewise.callbacks.tags import charts
 from stagewise.copies import Nearest, nearest_rows
+from stagewise.memorization_probe import METHOD, MemorizationProbe
 from stagewise.oracle import Oracle
-from stagewise.paths import expand_like
-from stagewise.sampling import Velocity, switched
 
 __all__ = ["MemorizationMonitor"]
 
 _SHOWN = 8
 """Samples in a picture."""
-
-_METHOD = "euler"
-"""It does not ask at t = 1, where the oracle is singular."""
 
 
 class MemorizationMonitor(ModelMonitor):
@@ -101,6 +97,7 @@ class MemorizationMonitor(ModelMonitor):
         self.samples, self.steps, self.weights, self.decode = samples, steps, weights, decode
         self.t_switch, self.t_resume = tuple(sorted(t_switch)), tuple(sorted(t_resume))
         self.oracle: Oracle | None = None
+        self._probe: MemorizationProbe | None = None
         self._shown: tuple[Any, ...] | None = None
 
     # -- the course of a training -----------------------------------------------------------------
@@ -121,12 +118,11 @@ class MemorizationMonitor(ModelMonitor):
     def _take_bank(self) -> None:
         self.oracle = self.run.oracle(self)
         self._others = self.others(self.samples) if self.t_resume else None
-        self._led: dict[float, Tensor] = {}
 
     def settle(self) -> None:
         """Once the network is known: noise and labels, header."""
         super().settle()
-        self._draw()
+        self._make_probe()
         header = {
             "event": "memorization",
             "rows": len(self._oracle.bank),
@@ -135,7 +131,7 @@ class MemorizationMonitor(ModelMonitor):
             "class_wise": self.wise,
             "samples": self.samples,
             "held_out_rows": self._held_out,
-            "method": _METHOD,
+            "method": METHOD,
             "steps": self.steps,
             "path": repr(self._oracle.path),
         }
@@ -147,43 +143,45 @@ class MemorizationMonitor(ModelMonitor):
         )
         self.writer.start([header, *self.history], resumed=bool(self.history))
 
-    def _draw(self) -> None:
-        """Noise and labels of all probes."""
-        bank, trainer = self._oracle.bank, self.run.trainer
-        asked = bool(bank.classes) and self.conditional
+    def _make_probe(self) -> None:
+        bank, trainer, others = self._oracle.bank, self.run.trainer, self._others
+        labelled = bool(bank.classes) and self.conditional
         said = self.run.option(self, "class_wise")
-        self.wise = asked if said is None else said
+        self.wise = labelled if said is None else said
         if self.wise:
             bank.require_classes()
-        draws = _generator(self.seed, 0)
         if self.samples < trainer.world_size:
             raise ValueError(
                 f"Expected `samples` of at least one for each of {trainer.world_size} ranks, got "
                 f"{self.samples}."
             )
-        mine = slice(trainer.global_rank, None, trainer.world_size)
-        self._noise = torch.randn(self.samples, *bank.shape, generator=draws)[mine]
-        rows = torch.randint(len(bank), (self.samples,), generator=draws)[mine]
-        self._labels = torch.tensor(bank.labels_of(rows.tolist())) if asked or self.wise else None
-        self._held_out = 0
-        if self._others is not None:
-            x1, labels = self._others
-            if len(x1) < trainer.world_size or (labels is None and self._labels is not None):
+        if others is not None:
+            no_labels = others[1] is None and (labelled or self.wise)
+            if len(others[0]) < trainer.world_size or no_labels:
                 rank_zero_info(
                     "MemorizationMonitor: held-out rows are fewer than ranks, or have no labels "
                     "for a network that is given some: nothing is resumed from them."
                 )
-                self._others = None
-        if self._others is not None:
-            self._held_out = len(x1)
-            noise = torch.randn(x1.shape, generator=_generator(self.seed, 1))
-            self._others = x1[mine], None if labels is None else labels[mine]
-            self._resume_noise = noise[mine]
+                others = None
+        self._held_out = 0 if others is None else len(others[0])
+        self._probe = MemorizationProbe(
+            self._oracle,
+            self.samples,
+            others,
+            labelled=labelled,
+            class_wise=self.wise,
+            t_switch=self.t_switch,
+            t_resume=self.t_resume,
+            steps=self.steps,
+            seed=self.seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
 
     def renew(self) -> None:
         """Takes the bank anew: copies are looked for among the latents of now."""
         self._take_bank()
-        self._draw()
+        self._make_probe()
 
     def end(self) -> None:
         """Says where things are."""
@@ -200,17 +198,18 @@ class MemorizationMonitor(ModelMonitor):
 
     def stop(self) -> None:
         """Lets go of the bank."""
-        self.oracle, self._led, self._shown = None, {}, None
+        self.oracle = self._probe = self._shown = None
 
     def layout(self) -> dict[str, list[Any]]:
         """Its charts on TensorBoard's custom-scalars page."""
         name = re.escape(self.name)
-        charts = {
-            "share of copies by t_switch": f"{name}/copies/t_switch=[^_]*$",
-            "median d1/d2 by t_switch": f"{name}/ratio/",
-            "share of copies among resumed samples": f"{name}/resumed_copies/",
-        }
-        return {title: ["Multiline", [f"^{pattern}"]] for title, pattern in charts.items()}
+        return charts(
+            {
+                "share of copies by t_switch": f"{name}/copies/t_switch=[^_]*$",
+                "median d1/d2 by t_switch": f"{name}/ratio/",
+                "share of copies among resumed samples": f"{name}/resumed_copies/",
+            }
+        )
 
     @property
     def _averages(self) -> bool:
@@ -221,29 +220,17 @@ class MemorizationMonitor(ModelMonitor):
         averaged = getattr(self._averaging, "_average_model", None) if self._averages else None
         return averaged.module if averaged is not None and bool(averaged.n_averaged) else None
 
-    def _velocity(self, module: nn.Module, labels: Tensor | None) -> Velocity:
-        ask = self.velocity_of(module)
-
-        def velocity(xt: Tensor, t: Tensor) -> Tensor:
-            v = ask(xt, t, labels)
-            if v.shape != xt.shape:
-                raise ValueError(
-                    f"Expected a velocity of shape {tuple(xt.shape)}, got {tuple(v.shape)}."
-                )
-            return v
-
-        return velocity
-
     # -- one probe --------------------------------------------------------------------------------
 
     def measure(self, step: int) -> dict[str, Any]:
         """See `Monitor`."""
-        run, bank = self.run, self._oracle.bank
-        averaged = self._average()
+        assert self._probe is not None
+        run, bank, averaged = self.run, self._oracle.bank, self._average()
         module = run.module if averaged is None else averaged
         with run.together("a probe of MemorizationMonitor"):
             with model_in_eval_mode(run.trainer, module):
-                made, resumed = self._generate(module, run.module.device)
+                velocity = self.velocity_of(module)
+                made, resumed = self._probe.generate(velocity, run.module.device)
             near = {t: nearest_rows(bank, x) for t, x in made.items()}
             near_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
         entry = self._entry(near, near_resumed)
@@ -268,44 +255,6 @@ class MemorizationMonitor(ModelMonitor):
         for t, share in zip(entry["t_resume"], entry["resumed_copies"], strict=True):
             scalars[f"{self.name}/resumed_copies/t={t:g}"] = share
         return scalars
-
-    def _generate(
-        self, module: nn.Module, device: torch.device
-    ) -> tuple[dict[float, Tensor], dict[float, tuple[Tensor, Tensor]]]:
-        """Samples by t_switch; noised and resumed samples by t_resume."""
-        assert self.oracle is not None
-        oracle, labels = self.oracle, self._labels
-        asked = labels if self.wise else None
-
-        def led(xt: Tensor, t: Tensor) -> Tensor:
-            place = oracle.bank.device
-            return oracle.velocity(xt.to(place), t.to(place), asked).to(xt)
-
-        x0 = self._noise.to(device)
-        given = labels.to(device) if labels is not None and self.conditional else None
-        model, made = self._velocity(module, given), {}
-        for t in self.t_switch:
-            if t not in self._led:  # the oracle's part is the same in all probes
-                x = x0 if t == 0 else switched(led, led, x0, 0.0, end=t, **self._part(t))
-                self._led[t] = x.cpu()
-            x, rest = self._led[t].to(device), self._part(1 - t)
-            made[t] = x if t == 1 else switched(model, model, x, 0.0, start=t, **rest)
-        resumed = {}
-        if self._others is not None:
-            x1 = self._others[0].to(device).float()
-            names = self._others[1] if given is not None else None
-            model = self._velocity(module, None if names is None else names.to(device))
-            noise = self._resume_noise.to(device)
-            for t in self.t_resume:
-                path = oracle.path(torch.full((len(x1),), t, device=device))
-                noised = expand_like(path.alpha, x1) * x1 + expand_like(path.sigma, x1) * noise
-                about = self._part(1 - t)
-                resumed[t] = noised, switched(model, model, noised, 0.0, start=t, **about)
-        return made, resumed
-
-    def _part(self, share: float) -> dict[str, Any]:
-        """Solver and steps of a part of [0, 1]."""
-        return {"method": _METHOD, "steps": max(1, round(self.steps * share))}
 
     def _entry(
         self, near: dict[float, Nearest], near_resumed: dict[float, Nearest]
@@ -335,52 +284,39 @@ class MemorizationMonitor(ModelMonitor):
 
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
         """Shares over the training, and samples of this rank beside their nearest rows."""
+        assert self._probe is not None
         assert self._shown is not None
         made, near, resumed, near_resumed = self._shown
         bank, step = self._oracle.bank, probes[-1]["step"]
         drawn = {"copies": pictures.copies_figure(probes)}
+        if not self.decode and not pictures.is_image(bank.shape):
+            return drawn
 
         def shown(x: Tensor) -> Tensor:
             x = x[:_SHOWN]
             return (self.decode(x) if self.decode else x).detach().float().cpu()
 
-        def rows(found: Nearest) -> Tensor:
-            taken = bank.take(found.row[:_SHOWN].clamp_min(0)).reshape(-1, *bank.shape)
-            return shown(taken.float())
+        def beside(heading: str, x: Tensor, found: Nearest) -> list[Column]:
+            rows = bank.take(found.row[:_SHOWN].clamp_min(0)).reshape(-1, *bank.shape)
+            return [
+                Column(heading, shown(x), ratio=found.ratio.cpu()),
+                Column("nearest\nrow", shown(rows.float()), of_data=True),
+            ]
 
-        if self.decode or pictures.is_image(bank.shape):
-            columns: list[tuple[str, Tensor]] = []
-            ratios: dict[int, Tensor] = {}
-            for t, found in near.items():
-                ratios[len(columns)] = found.ratio.cpu()
-                columns += [(f"t_switch\n{t:g}", shown(made[t])), ("nearest\nrow", rows(found))]
-            data = torch.cat([images for _, images in columns[1::2]])
-            drawn["samples"] = pictures.grid_figure(
-                columns, ratios, data, f"Samples at step {step}"
-            )
-        if resumed and "samples" in drawn and self._others is not None:
-            columns, ratios = [("held out", shown(self._others[0]))], {}
-            for t, found in near_resumed.items():
-                ratios[len(columns) + 1] = found.ratio.cpu()
-                noised, x = (shown(part) for part in resumed[t])
-                columns += [
-                    (f"noised\nto t = {t:g}", noised),
-                    ("resumed", x),
-                    ("nearest\nrow", rows(found)),
-                ]
-            data = torch.cat([columns[0][1], *(images for _, images in columns[3::3])])
-            drawn["resumed"] = pictures.grid_figure(
-                columns, ratios, data, f"Held-out rows resumed at step {step}"
-            )
+        columns = [
+            column for t, x in made.items() for column in beside(f"t_switch\n{t:g}", x, near[t])
+        ]
+        drawn["samples"] = pictures.grid_figure(columns, f"Samples at step {step}")
+        if self._probe.x1 is not None:
+            columns = [Column("held out", shown(self._probe.x1), of_data=True)]
+            for t, (noised, x) in resumed.items():
+                columns.append(Column(f"noised\nto t = {t:g}", shown(noised)))
+                columns += beside("resumed", x, near_resumed[t])
+            title = f"Held-out rows resumed at step {step}"
+            drawn["resumed"] = pictures.grid_figure(columns, title)
         return drawn
 
     @property
     def _oracle(self) -> Oracle:
         assert self.oracle is not None
         return self.oracle
-
-
-def _generator(seed: int, stream: int) -> torch.Generator:
-    """One whose draws are not those of `torch.manual_seed(seed)`, with which data may be made."""
-    mixed = np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed >> 1))

@@ -9,25 +9,16 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from stagewise.binned_sums import SUMS, BinnedSums
 from stagewise.copies import COPY_RATIO, binomial_interval
 
-__all__ = ["SUMS", "BinnedMeans", "CopyShare"]
-
-SUMS = ("count", "finite", "total", "square")
-"""The states of a `BinnedMeans`: samples of each bin, and for each value finite ones, their sum and
-that of their squares."""
+__all__ = ["BinnedMeans", "CopyShare"]
 
 
 class BinnedMeans(Metric):
     """Means of several values in fixed bins of t, with their standard errors.
 
-    The bins are `[e_0, e_1), [e_1, e_2), ...`, the last one closed; times outside of them count in
-    the first and the last. A value that is not finite is left out of its bin, and counted.
-    `compute` returns a dict of tensors of shape (T,), float64, NaN where a bin is empty:
-
-    - each key: the mean, and `<key>_se`: its standard error, NaN below two values.
-    - `count`: how many samples; `share`: that as a share of all samples.
-    - `nonfinite`: how many values of the samples in a bin were not finite.
+    `compute` returns what `stagewise.binned_sums.BinnedSums.means` does.
 
     Args:
         edges: Edges of the bins, ascending, (T + 1,).
@@ -63,17 +54,16 @@ class BinnedMeans(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        bounds = torch.as_tensor(edges, dtype=dtype)
-        if bounds.ndim != 1 or len(bounds) < 2 or bool((bounds.diff() < 0).any()):
-            raise ValueError(f"Expected ascending `edges`, (T + 1,), got {bounds.tolist()}.")
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"Expected distinct `keys`, got {list(keys)}.")
-        self.keys = tuple(keys)
-        self.register_buffer("edges", bounds, persistent=False)
-        shape = (len(self.keys), len(bounds) - 1)
-        self.add_state("count", torch.zeros(shape[1], dtype=dtype), dist_reduce_fx="sum")
-        for name in ("finite", "total", "square"):
-            self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+        empty = BinnedSums.empty(edges, keys, dtype)
+        self.keys = empty.keys
+        self.register_buffer("edges", empty.edges, persistent=False)
+        for name in SUMS:
+            self.add_state(name, getattr(empty, name), dist_reduce_fx="sum")
+
+    @property
+    def sums(self) -> BinnedSums:
+        """What has been added up so far; within `sync_context`, on all ranks."""
+        return BinnedSums(self.edges, self.keys, *(getattr(self, name) for name in SUMS))
 
     def update(self, t: Tensor, values: Tensor) -> None:
         """Adds samples; costs no device sync.
@@ -82,54 +72,14 @@ class BinnedMeans(Metric):
             t: Times, (B,).
             values: (K, B), in the order of the keys.
         """
-        index = torch.bucketize(t.to(self.edges.dtype), self.edges[1:-1], right=True)
-        # A product with indicators, and no index_add_: the same sums in each run on any device.
-        inside = index[:, None] == torch.arange(self.count.numel(), device=t.device)
-        inside = inside.to(self.edges.dtype)
-        finite = values.isfinite()
-        kept = torch.where(finite, values, 0.0).to(self.edges.dtype)
-        self.count += inside.sum(0)
-        self.finite += finite.to(self.edges.dtype) @ inside
-        self.total += kept @ inside
-        self.square += (kept * kept) @ inside
+        sums = self.sums
+        sums.update(t, values)
+        for name in SUMS:
+            setattr(self, name, getattr(sums, name))
 
     def compute(self) -> dict[str, Tensor]:
         """See the class."""
-        mean = self.total / self.finite
-        variance = (self.square / self.finite - mean**2).clamp_min(0)
-        error = (variance / (self.finite - 1)).sqrt()
-        error = torch.where(self.finite > 1, error, torch.nan)
-        result = {"count": self.count, "share": self.count / self.count.sum()}
-        result["nonfinite"] = (self.count - self.finite).sum(0)
-        for row, key in enumerate(self.keys):
-            result[key], result[f"{key}_se"] = mean[row], error[row]
-        return result
-
-    def merged(
-        self, edges: Sequence[float] | Tensor | None = None, without: BinnedMeans | None = None
-    ) -> BinnedMeans:
-        """The same samples in wider bins.
-
-        Args:
-            edges: Edges of the wider bins, ascending; exact if they are among those of this one.
-                Default: the same bins.
-            without: Samples that are left out, in the bins of this one.
-
-        Returns:
-            A metric that holds what this one does now, and adds up no ranks when computed.
-        """
-        edges = self.edges if edges is None else edges
-        wide = BinnedMeans(edges, self.keys, self.edges.dtype, sync_on_compute=False)
-        wide = wide.to(self.edges.device)
-        centres = (self.edges[1:] + self.edges[:-1]) / 2
-        index = torch.bucketize(centres, wide.edges[1:-1], right=True)
-        inside = index[:, None] == torch.arange(wide.count.numel(), device=index.device)
-        for name in SUMS:
-            sums = getattr(self, name)
-            sums = sums if without is None else sums - getattr(without, name)
-            setattr(wide, name, sums @ inside.to(self.edges.dtype))
-        wide._update_count = self._update_count
-        return wide
+        return self.sums.means()
 
 
 class CopyShare(Metric):

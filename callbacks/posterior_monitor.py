@@ -16,6 +16,7 @@ from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.run import Recipe
 from stagewise.callbacks.stage_callback import RunOptions
+from stagewise.callbacks.tags import by_time, charts
 from stagewise.engines import Engine, Sharded
 from stagewise.oracle import Oracle
 from stagewise.stages import (
@@ -28,6 +29,9 @@ from stagewise.stages import (
 )
 
 __all__ = ["PosteriorMonitor"]
+
+_ENDS = ("", "_low", "_high")
+"""Of the names of a boundary and of its interval."""
 
 
 class PosteriorMonitor(Monitor):
@@ -231,15 +235,12 @@ class PosteriorMonitor(Monitor):
 
     def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
         """See `Monitor`."""
-        edges = self.recipe.edges
-        centres = (edges[1:] + edges[:-1]) / 2
-        digits = max(3, 1 - math.floor(math.log10(float(edges.diff().min()))))
-        keys = [f"{key}{end}" for key in ("midpoint", "collapsed") for end in ("", "_low", "_high")]
+        keys = [f"{key}{end}" for key in ("midpoint", "collapsed") for end in _ENDS]
         scalars = {f"{self.name}/{key}": entry[key] for key in keys}
         scalars[f"{self.name}/predicted"] = self.predicted
         for statistic in STATISTICS:
-            for t, value in zip(centres.tolist(), entry[statistic], strict=True):
-                scalars[f"{self.name}_by_t/{statistic}/t={t:.{digits}f}"] = value
+            prefix = f"{self.name}_by_t/{statistic}"
+            scalars |= by_time(prefix, self.recipe.edges, entry[statistic])
         return scalars
 
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, pictures.Figure]:
@@ -313,25 +314,14 @@ class PosteriorMonitor(Monitor):
     def layout(self) -> dict[str, list[Any]]:
         """Its charts on TensorBoard's custom-scalars page."""
         name, pattern = self.name, re.escape(self.name)
+        intervals = {
+            f"{key} with interval": ["Margin", [f"{name}/{key}{end}" for end in _ENDS]]
+            for key in ("midpoint", "collapsed")
+        }
+        by_t = {f"{key.replace('_', ' ')} by t": f"{pattern}_by_t/{key}/.*" for key in STATISTICS}
         return {
-            "boundary (t, 0 = noise)": [
-                "Multiline",
-                [rf"^{pattern}/(midpoint|collapsed|predicted)$"],
-            ],
-            "midpoint with interval": [
-                "Margin",
-                [f"{name}/midpoint", f"{name}/midpoint_low", f"{name}/midpoint_high"],
-            ],
-            "collapsed with interval": [
-                "Margin",
-                [f"{name}/collapsed", f"{name}/collapsed_low", f"{name}/collapsed_high"],
-            ],
-            **{
-                f"{statistic.replace('_', ' ')} by t": [
-                    "Multiline",
-                    [rf"^{pattern}_by_t/{statistic}/.*"],
-                ]
-                for statistic in STATISTICS
-            },
-            "cost of a probe / step time": ["Multiline", [rf"^{pattern}/share_of_step_time$"]],
+            **charts({"boundary (t, 0 = noise)": f"{pattern}/(midpoint|collapsed|predicted)$"}),
+            **intervals,
+            **charts(by_t),
+            **charts({"cost of a probe / step time": f"{pattern}/share_of_step_time$"}),
         }

@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import Unpack
 
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.callbacks.tags import charts
 from stagewise.callbacks.training_bank import read_rows
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
-from stagewise.transitions import is_flat
+from stagewise.learning_events import memorization_onset, navigation_learned
 
 __all__ = ["BOUNDARY_MOVED", "MEMORIZATION_ONSET", "NAVIGATION_LEARNED", "StageTransitions"]
 
@@ -33,13 +33,11 @@ class StageTransitions(StageCallback):
     """Notices what happens once in a run, from the probes of its monitors.
 
     - **navigation learned**: the logarithm of the oracle error in navigation is flat over the last
-      third of the probes (`transitions.is_flat`), `patience` probes in a row. In logarithms,
-      because errors fall by factors: the fall from an untrained model would hide all others. The
-      queries of a `VelocityErrorMonitor` are the same at every probe, so its curve is smooth.
+      third of the probes, `patience` probes in a row (`stagewise.learning_events`).
     - **memorization onset**: in some bin of t the conditional error on held-out samples is above
       that on training samples by more than `gap` of the latter, and by more than it was at the
-      first probe, with four standard errors, `patience` probes in a row. Error by t shows it before
-      samples do; `MemorizationMonitor` looks at samples.
+      first probe, with four standard errors, `patience` probes in a row. `MemorizationMonitor`
+      looks at samples, which show it later.
     - **boundary moved**: samples of the training set, read again at each probe, are not what they
       were: latents or encoder have changed. The monitors read them anew, and the boundary is
       measured; it is said if the midpoint has left the interval that was last reported.
@@ -163,78 +161,28 @@ class StageTransitions(StageCallback):
         if probed == self._probed:
             return
         self._probed = probed
-        history = [] if self._errors is None else self._errors.history
+        if self._errors is not None:
+            self._read_errors(step, self._errors)
+        self._say(step, BOUNDARY_MOVED, self._moved())
+
+    def _read_errors(self, step: int, errors: VelocityErrorMonitor) -> None:
         said = {event["kind"] for event in self.events}
         if NAVIGATION_LEARNED not in said:
-            self._say(step, NAVIGATION_LEARNED, self.navigation_learned(history))
+            learned = navigation_learned(
+                errors.history,
+                window=self.window,
+                patience=self.patience,
+                tolerance=self.tolerance,
+            )
+            self._say(step, NAVIGATION_LEARNED, learned)
         if MEMORIZATION_ONSET not in said:
-            self._say(step, MEMORIZATION_ONSET, self.memorization_onset(history))
-        self._say(step, BOUNDARY_MOVED, self._moved())
+            edges = errors.edges.tolist()
+            onset = memorization_onset(errors.history, edges, patience=self.patience, gap=self.gap)
+            self._say(step, MEMORIZATION_ONSET, onset)
 
     def layout(self) -> dict[str, list[Any]]:
         """Its chart on TensorBoard's custom-scalars page."""
-        return {"transitions (1 at their step)": ["Multiline", [f"^{re.escape(self.name)}/"]]}
-
-    # -- decisions ----------------------------------------------------------------------------
-
-    def navigation_learned(self, history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-        """The evidence that the oracle error in navigation has reached its plateau, or None.
-
-        Args:
-            history: The probes of a `VelocityErrorMonitor`.
-        """
-        navigation = [entry["stages"]["train"]["navigation"] for entry in history]
-        points = [stage["oracle"] for stage in navigation]
-        if len(points) < 2 * self.window or not all(map(math.isfinite, points)):
-            return None
-        logs = [math.log(max(point, 1e-30)) for point in points]
-        ends = [logs[: len(logs) - back] for back in range(self.patience)]
-        if not all(is_flat(end, self.window, self.tolerance) for end in ends):
-            return None
-        return {
-            "oracle_error": points[-1],
-            "first": points[0],
-            "floor": navigation[-1]["floor"],
-            "message": (
-                f"the oracle error in navigation is flat at {points[-1]:.4g} (at first "
-                f"{points[0]:.4g}, floor {navigation[-1]['floor']:.4g})"
-            ),
-        }
-
-    def memorization_onset(self, history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-        """The evidence that the gap of training and held-out error has opened, or None.
-
-        Args:
-            history: The probes of a `VelocityErrorMonitor`.
-        """
-        if len(history) < self.patience + 1 or history[-1]["gap"] is None:
-            return None
-        first = _relative_gap(history[0])
-        open_in = torch.ones(len(first), dtype=torch.bool)
-        for entry in history[-self.patience :]:
-            relative = _relative_gap(entry)
-            gap, error = torch.tensor(entry["gap"]), torch.tensor(entry["gap_se"])
-            grown = torch.minimum(relative, relative - first.nan_to_num())
-            open_in &= (grown > self.gap) & (gap > 4 * error)
-        if not bool(open_in.any()):
-            return None
-        assert self._errors is not None
-        edges = self._errors.edges.tolist()
-        at = open_in.nonzero().flatten()
-        low, high = edges[int(at[0])], edges[int(at[-1]) + 1]
-        worst = int(torch.where(open_in, relative, -torch.inf).argmax())
-        train = history[-1]["train"]["conditional"][worst]
-        held_out = history[-1]["held_out"]["conditional"][worst]
-        return {
-            "t_from": low,
-            "t_to": high,
-            "train": train,
-            "held_out": held_out,
-            "message": (
-                f"for t in [{low:.3f}, {high:.3f}] held-out error has left training error: up to "
-                f"{held_out:.4g} against {train:.4g}"
-            ),
-        }
+        return charts({"transitions (1 at their step)": f"{re.escape(self.name)}/"})
 
     # -- a moved boundary ---------------------------------------------------------------------
 
@@ -304,11 +252,6 @@ class StageTransitions(StageCallback):
         self.run.tell("notice", kind)
         for subscriber in self.subscribers:
             subscriber(event)
-
-
-def _relative_gap(entry: dict[str, Any]) -> Tensor:
-    """Held-out error above training error, as a share of the latter, by bins."""
-    return torch.tensor(entry["gap"]) / torch.tensor(entry["train"]["conditional"])
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.adapters.network import Network, can_tell, tensor_of
-from stagewise.callbacks.metrics import SUMS, BinnedMeans
-from stagewise.callbacks.velocity_entries import by_time, nominal_shares, spent, window_entry
+from stagewise.adapters.objective import nominal_shares
+from stagewise.binned_sums import SUMS, BinnedSums
+from stagewise.callbacks.metrics import BinnedMeans
+from stagewise.callbacks.tags import by_time
 from stagewise.paths import Prediction, expand_like
+from stagewise.velocity_errors import spent, window_entry
 
 __all__ = ["TrainingRecord"]
 
@@ -43,7 +46,7 @@ class TrainingRecord:
         fine = torch.cat([edges, stages]).unique()
         self.means = BinnedMeans(fine, ("loss", "gradient"), dtype).to(device)
         self._begin = step
-        self._logged: BinnedMeans | None = None
+        self._logged: BinnedSums | None = None
         self._x1: Callable[[], Tensor] | None = None
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None
         self._pull: Tensor | None = None
@@ -110,22 +113,26 @@ class TrainingRecord:
         record = bad, t, place, step
         self._bad = record if self._bad is None else _first(self._bad, record)
 
+    def _of_all_ranks(self) -> BinnedSums:
+        self._add()
+        with self.means.sync_context():
+            return self.means.sums
+
     def latest(self, prefix: str) -> dict[str, float]:
         """Scalars over the batches of all ranks since the last time; a collective.
 
         Args:
             prefix: Of the tags.
         """
-        self._add()
-        with self.means.sync_context():
-            total = self.means.merged()
-        latest, self._logged = total.merged(without=self._logged), total
+        total = self._of_all_ranks()
+        latest = total if self._logged is None else total.without(self._logged)
+        self._logged = total
         scalars = {
             f"{prefix}/{key}/{stage}": share
             for stage, shares in spent(latest, self._stages).items()
             for key, share in shares.items()
         }
-        losses = latest.merged(self._edges).compute()["loss"].tolist()
+        losses = latest.merged(self._edges).means()["loss"].tolist()
         return scalars | by_time(f"{prefix}/loss_by_t", self._edges, losses)
 
     def window(self, step: int) -> dict[str, Any] | None:
@@ -137,9 +144,7 @@ class TrainingRecord:
         Returns:
             An event, None if nothing was seen.
         """
-        self._add()
-        with self.means.sync_context():
-            total = self.means.merged().cpu()
+        total = self._of_all_ranks().to("cpu")
         self.means.reset()
         begin, self._begin, self._logged = self._begin, step, None
         if not bool(total.count.any()):
@@ -188,7 +193,7 @@ class TrainingRecord:
             return
         self._begin = state["begin"]
         if "logged" in state:
-            self._logged = self.means.merged()
+            self._logged = self.means.sums
         for name, part in (("means", self.means), ("logged", self._logged)):
             for key, value in state.get(name, {}).items():
                 setattr(part, key, value.to(self.means.edges))

@@ -1,7 +1,15 @@
 """The pictures of a model's error by t. A function for each returns a matplotlib figure.
 
 They take what `VelocityErrorMonitor` reports, events as they stand in `stages.jsonl`: lists over
-the bins of t, with None or NaN where a bin is empty.
+the bins of t, with None or NaN where a bin is empty. Arguments of one name are alike in all:
+
+    edges          of the bins, (T + 1,)
+    probe, probes  one event `velocity_probe`, or several, ascending
+    key            which error on training samples: "conditional" or "oracle"
+    window         an event `training_window`
+    times, top1    mean times of the strata of a `PosteriorMonitor`, and its mean largest weights
+    ends           t where navigation ends and where the posterior has collapsed, or None
+    title          names the model
 """
 
 from __future__ import annotations
@@ -13,11 +21,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm, TwoSlopeNorm
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import ListedColormap, LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from stagewise.callbacks.figures import TIME_LABEL, new_figure
+from stagewise.callbacks.figures import TIME_LABEL, mark_time, new_figure, probe_edges
 
 __all__ = [
     "dynamics_figure",
@@ -25,19 +34,16 @@ __all__ = [
     "gap_heatmap",
     "gap_is_clear",
     "loss_by_time_figure",
-    "sizes_figure",
+    "over_time",
     "spending_figure",
     "stages_and_error_figure",
 ]
 
 Event = Mapping[str, Any]
+Ends = tuple[float | None, float | None]
 _TRAIN, _HELD_OUT, _ORACLE, _NOISE = "tab:blue", "tab:orange", "tab:red", "0.75"
 _CURVES = 10
 """Curves that a picture of a whole training has at most."""
-
-
-def _array(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
 def _time_axis(axes: Axes, edges: np.ndarray) -> np.ndarray:
@@ -59,50 +65,35 @@ def _time_axis(axes: Axes, edges: np.ndarray) -> np.ndarray:
     return (edges[1:] + edges[:-1]) / 2
 
 
-def _over_time(
-    edges: Sequence[float], midpoint: float | None, collapsed: float | None
-) -> tuple[Figure, Axes, np.ndarray]:
-    """A figure over t with lines where navigation ends and where the posterior has collapsed."""
+def over_time(edges: Sequence[float], ends: Ends) -> tuple[Figure, Axes, np.ndarray]:
+    """A figure over t with lines at both ends; its axes, and the centres of the bins."""
     figure = new_figure()
     axes = figure.add_subplot()
     t = _time_axis(axes, np.asarray(edges))
-    for at, name, style in ((midpoint, "midpoint", "--"), (collapsed, "collapsed", ":")):
-        if at is not None and np.isfinite(at):
-            axes.axvline(at, color="0.35", lw=1.1, ls=style, label=f"{name}  t = {at:.3f}")
+    for at, name, style in zip(ends, ("midpoint", "collapsed"), ("--", ":"), strict=True):
+        mark_time(axes, at, name, color="0.35", lw=1.1, ls=style)
     return figure, axes, t
 
 
 def loss_by_time_figure(
     edges: Sequence[float],
     probe: Event,
-    midpoint: float | None,
-    collapsed: float | None,
+    ends: Ends,
     title: str = "",
 ) -> Figure:
-    """Error against conditional and oracle velocity, and the floor (as Fig. 7a of the paper).
-
-    Args:
-        edges: Of the bins, (T + 1,).
-        probe: An event `velocity_probe`.
-        midpoint: Where navigation ends, or None.
-        collapsed: Where the posterior has collapsed, or None.
-        title: Names the model.
-
-    Returns:
-        The figure.
-    """
-    figure, axes, t = _over_time(edges, midpoint, collapsed)
+    """Error against conditional and oracle velocity, and the floor (as Fig. 7a of the paper)."""
+    figure, axes, t = over_time(edges, ends)
     train = probe["train"]
-    axes.fill_between(t, _array(train["floor"]), color="0.88", lw=0, label="floor")
-    lines = [("training, conditional", train, "conditional", _TRAIN, "-")]
-    lines.append(("training, oracle", train, "oracle", _ORACLE, "-"))
+    axes.fill_between(t, np.array(train["floor"], float), color="0.88", lw=0, label="floor")
+    lines = [
+        ("training, conditional", train, "conditional", _TRAIN, "-"),
+        ("training, oracle", train, "oracle", _ORACLE, "-"),
+    ]
     if probe.get("held_out"):
         lines.append(("held out, conditional", probe["held_out"], "conditional", _HELD_OUT, "--"))
     for label, split, key, colour, style in lines:
-        error = 2 * _array(split[f"{key}_se"])
-        axes.errorbar(
-            t, _array(split[key]), error, color=colour, ls=style, lw=1.4, marker=".", label=label
-        )
+        mean, error = np.array(split[key], float), 2 * np.array(split[f"{key}_se"], float)
+        axes.errorbar(t, mean, error, color=colour, ls=style, lw=1.4, marker=".", label=label)
     axes.set(ylabel="MSE of the velocity, per number")
     axes.set_title(f"Error by t at step {probe['step']}" + (f"\n{title}" if title else ""))
     axes.set_ylim(bottom=0)
@@ -120,33 +111,23 @@ def dynamics_figure(
     edges: Sequence[float],
     probes: Sequence[Event],
     key: str,
-    midpoint: float | None,
-    collapsed: float | None,
+    ends: Ends,
     title: str = "",
 ) -> Figure:
     """One curve for each of several steps of training, coloured by step (as Fig. 8 of the paper).
 
-    Args:
-        edges: Of the bins, (T + 1,).
-        probes: Events `velocity_probe`, ascending; at most ten are drawn.
-        key: "conditional" or "oracle": which error on training samples.
-        midpoint: Where navigation ends, or None.
-        collapsed: Where the posterior has collapsed, or None.
-        title: Names the model.
-
-    Returns:
-        The figure.
+    At most ten are drawn.
     """
-    figure, axes, t = _over_time(edges, midpoint, collapsed)
+    figure, axes, t = over_time(edges, ends)
     last = max(2, probes[-1]["step"])
     # Two decades at most: the first steps of an untrained model would take most of the colours.
     begin = min(max(1.0, probes[0]["step"], last / 100), last / 2)
     norm, colours = LogNorm(begin, last, clip=True), mpl.colormaps["viridis_r"]
     for probe in _chosen(probes):
         colour = colours(norm(max(1, probe["step"])))
-        axes.plot(t, _array(probe["train"][key]), color=colour, lw=1.5)
+        axes.plot(t, np.array(probe["train"][key], float), color=colour, lw=1.5)
     if key == "conditional":
-        floor = _array(probes[-1]["train"]["floor"])
+        floor = np.array(probes[-1]["train"]["floor"], float)
         axes.fill_between(t, floor, color="0.88", lw=0, label="floor: no model goes below")
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="training step")
     axes.set(ylabel=f"MSE({key} velocity), training samples")
@@ -157,61 +138,27 @@ def dynamics_figure(
     return figure
 
 
-def sizes_figure(
-    edges: Sequence[float],
-    models: Mapping[str, Event],
-    midpoint: float | None,
-    collapsed: float | None,
-) -> Figure:
-    """Oracle error of several models, by name (as Fig. 7b of the paper).
-
-    Args:
-        edges: Of the bins, (T + 1,), the same for all.
-        models: For each name an event `velocity_probe`.
-        midpoint: Where navigation ends, or None.
-        collapsed: Where the posterior has collapsed, or None.
-
-    Returns:
-        The figure.
-    """
-    figure, axes, t = _over_time(edges, midpoint, collapsed)
-    for name, probe in models.items():
-        error = 2 * _array(probe["train"]["oracle_se"])
-        axes.errorbar(t, _array(probe["train"]["oracle"]), error, lw=1.5, marker=".", label=name)
-    axes.set(ylabel="MSE(oracle velocity), training samples", title="Oracle error by model size")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    return figure
-
-
-def _mesh(axes: Axes, edges: Sequence[float], probes: Sequence[Event]) -> np.ndarray:
-    """Labels the axes of a heat map; gives the edges of its columns: a probe lasts to the next."""
-    steps = np.array([probe["step"] for probe in probes], dtype=float)
-    width = steps[-1] - steps[-2] if len(steps) > 1 else 1.0
+def _heatmap(
+    edges: Sequence[float], probes: Sequence[Event], values: np.ndarray, norm: Normalize, cmap: str
+) -> tuple[Figure, Axes, QuadMesh]:
+    """Values, (T, P), over t and training step."""
+    figure = new_figure()
+    axes = figure.add_subplot()
+    columns = probe_edges([probe["step"] for probe in probes])
+    mesh = axes.pcolormesh(columns, np.arange(len(edges)), values, norm=norm, cmap=cmap)
     axes.set(xlabel="training step", ylabel="t   (0 = noise), every bin drawn as high")
     ticks = np.arange(0, len(edges), max(1, len(edges) // 8))
     axes.set_yticks(ticks, [f"{edges[int(i)]:.3g}" for i in ticks])
-    return np.append(steps, steps[-1] + width)
+    return figure, axes, mesh
 
 
 def error_heatmap(edges: Sequence[float], probes: Sequence[Event]) -> Figure:
-    """Oracle error on training samples over t and training step.
-
-    Args:
-        edges: Of the bins, (T + 1,).
-        probes: Events `velocity_probe`, ascending.
-
-    Returns:
-        The figure.
-    """
-    figure = new_figure()
-    axes = figure.add_subplot()
-    columns = _mesh(axes, edges, probes)
-    values = np.stack([_array(probe["train"]["oracle"]) for probe in probes], axis=1)
+    """Oracle error on training samples over t and training step."""
+    values = np.array([probe["train"]["oracle"] for probe in probes], float).T
     positive = values[np.isfinite(values) & (values > 0)]
     low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
     norm = LogNorm(max(low, high / 1e3), max(high, low * 1.01))
-    mesh = axes.pcolormesh(columns, np.arange(len(edges)), values, norm=norm, cmap="magma")
+    figure, axes, mesh = _heatmap(edges, probes, values, norm, "magma")
     axes.set_title("Oracle error while training")
     figure.colorbar(mesh, label="MSE(oracle velocity), training samples")
     return figure
@@ -222,26 +169,16 @@ def gap_heatmap(edges: Sequence[float], probes: Sequence[Event]) -> Figure:
 
     Cells whose gap is less than two standard errors from zero are grey. The same samples are asked
     at every probe, so what is chance in one of them stays.
-
-    Args:
-        edges: Of the bins, (T + 1,).
-        probes: Events `velocity_probe` with `gap` and `gap_se`, ascending.
-
-    Returns:
-        The figure.
     """
-    figure = new_figure()
-    axes = figure.add_subplot()
-    columns, rows = _mesh(axes, edges, probes), np.arange(len(edges))
-    shares = [_array(p["gap"]) / _array(p["train"]["conditional"]) for p in probes]
-    values = np.stack(shares, axis=1)
+    gaps = np.array([probe["gap"] for probe in probes], float)
+    values = (gaps / np.array([probe["train"]["conditional"] for probe in probes], float)).T
     noise = np.isfinite(values) & ~np.stack([gap_is_clear(probe) for probe in probes], axis=1)
     clear = np.where(noise, np.nan, values)
     largest = np.nanmax(np.abs(clear), initial=0.05)
-    mesh = axes.pcolormesh(
-        columns, rows, clear, norm=TwoSlopeNorm(0, -largest, largest), cmap="RdBu_r"
-    )
+    norm = TwoSlopeNorm(0, -largest, largest)
+    figure, axes, mesh = _heatmap(edges, probes, clear, norm, "RdBu_r")
     grey = np.where(noise, 0.0, np.nan)
+    columns, rows = probe_edges([probe["step"] for probe in probes]), np.arange(len(edges))
     axes.pcolormesh(columns, rows, grey, cmap=ListedColormap([_NOISE]))
     axes.set_title("Held-out minus training error")
     figure.colorbar(mesh, label="share of the training error")
@@ -251,12 +188,8 @@ def gap_heatmap(edges: Sequence[float], probes: Sequence[Event]) -> Figure:
 
 
 def gap_is_clear(probe: Event) -> np.ndarray:
-    """In which bins the gap is two standard errors or more from zero, (T,) of bool.
-
-    Args:
-        probe: An event `velocity_probe` with `gap` and `gap_se`.
-    """
-    gap, error = _array(probe["gap"]), _array(probe["gap_se"])
+    """In which bins the gap is two standard errors or more from zero, (T,) of bool."""
+    gap, error = np.array(probe["gap"], float), np.array(probe["gap_se"], float)
     return np.abs(gap) >= 2 * error  # not where either is NaN: a lone sample has no error
 
 
@@ -265,29 +198,15 @@ def stages_and_error_figure(
     probe: Event,
     times: Sequence[float],
     top1: Sequence[float],
-    midpoint: float | None,
-    collapsed: float | None,
+    ends: Ends,
 ) -> Figure:
-    """Concentration of the posterior and the model's oracle error, over one axis of t.
-
-    Args:
-        edges: Of the bins, (T + 1,).
-        probe: An event `velocity_probe`.
-        times: Mean times of the strata of a `PosteriorMonitor`.
-        top1: Its mean largest posterior weights.
-        midpoint: Where navigation ends, or None.
-        collapsed: Where the posterior has collapsed, or None.
-
-    Returns:
-        The figure.
-    """
-    figure, axes, t = _over_time(edges, midpoint, collapsed)
-    axes.plot(times, _array(top1), "k.-", lw=1.3, ms=4, label="largest posterior weight (data)")
+    """Concentration of the posterior and the model's oracle error, over one axis of t."""
+    figure, axes, t = over_time(edges, ends)
+    label = "largest posterior weight (data)"
+    axes.plot(times, np.array(top1, float), "k.-", lw=1.3, ms=4, label=label)
     axes.set(ylabel="largest posterior weight", ylim=(0, 1.02))
-    other = axes.twinx()
-    other.plot(
-        t, _array(probe["train"]["oracle"]), ".-", color=_ORACLE, label="oracle error (model)"
-    )
+    other, error = axes.twinx(), np.array(probe["train"]["oracle"], float)
+    other.plot(t, error, ".-", color=_ORACLE, label="oracle error (model)")
     other.set_ylabel("MSE(oracle velocity)", color=_ORACLE)
     other.tick_params(axis="y", colors=_ORACLE)
     other.set_ylim(bottom=0)
@@ -300,20 +219,11 @@ def stages_and_error_figure(
 
 
 def spending_figure(edges: Sequence[float], window: Event) -> Figure:
-    """What training spends on each stage, and how it draws t.
-
-    Args:
-        edges: Of the bins, (T + 1,).
-        window: An event `training_window`.
-
-    Returns:
-        The figure.
-    """
+    """What training spends on each stage, and how it draws t."""
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
     stages = window["stages"]
-    names = ("draws", "loss", "gradient")
-    for row, name in enumerate(names):
+    for row, name in enumerate(("draws", "loss", "gradient")):
         start = 0.0
         for stage, colour in zip(stages, ("#4477aa", "#ccbb44", "#aa3377"), strict=True):
             share = stages[stage][name] or 0.0
@@ -326,13 +236,12 @@ def spending_figure(edges: Sequence[float], window: Event) -> Figure:
     left.invert_yaxis()
     figure.legend(loc="outside lower left", ncols=3, fontsize=8)
     bounds = np.asarray(edges)
-    width = np.diff(bounds)
+    width, draws = np.diff(bounds), np.array(window["draws"], float)
     _time_axis(right, bounds)
-    right.stairs(_array(window["draws"]) / width, bounds, fill=True, color="0.8", label="drawn")
+    right.stairs(draws / width, bounds, fill=True, color="0.8", label="drawn")
     if window.get("density"):
-        right.stairs(
-            _array(window["density"]) / width, bounds, color="tab:red", lw=1.3, label="nominal"
-        )
+        density = np.array(window["density"], float)
+        right.stairs(density / width, bounds, color="tab:red", lw=1.3, label="nominal")
     right.set(
         ylabel="density of t", title=f"Draws, steps {window['from_step']} to {window['step']}"
     )

@@ -18,11 +18,12 @@ from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.callbacks.model_monitor import ModelMonitor, model_in_eval_mode
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.stage_callback import RunOptions
+from stagewise.callbacks.tags import by_time, charts
 from stagewise.callbacks.training_record import TrainingRecord
-from stagewise.callbacks.velocity_entries import largest, probe_entry, probe_scalars
 from stagewise.oracle import Oracle
 from stagewise.paths import same_path
 from stagewise.stages import StageBoundary, StageCurve, predicted_boundary, stage_edges
+from stagewise.velocity_errors import largest, probe_entry
 from stagewise.velocity_probe import PROBED, Probe
 
 __all__ = ["VelocityErrorMonitor"]
@@ -133,11 +134,8 @@ class VelocityErrorMonitor(ModelMonitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state of a checkpoint for the start of training."""
         self.events = list(state_dict["events"])
-        super().load_state_dict({**state_dict, "history": self._probes_of(self.events)})
-
-    @staticmethod
-    def _probes_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [event for event in events if event["event"] == "velocity_probe"]
+        probes = [event for event in self.events if event["event"] == self.event]
+        super().load_state_dict({**state_dict, "history": probes})
 
     # -- the course of a training -----------------------------------------------------------------
 
@@ -302,21 +300,22 @@ class VelocityErrorMonitor(ModelMonitor):
     def layout(self) -> dict[str, list[Any]]:
         """Its charts on TensorBoard's custom-scalars page."""
         name = re.escape(self.name)
-        charts = {
-            "oracle error": f"{name}/train/oracle/",
-            "oracle error by t": f"{name}_by_t/train/oracle/",
-            "conditional error": f"{name}/train/conditional/",
-            "conditional error by t": f"{name}_by_t/train/conditional/",
-            "oracle error / floor": f"{name}/train/excess/",
-            "held-out minus training error": f"{name}/gap/",
-            "held-out minus training error by t": f"{name}_by_t/gap/",
-            "share of draws": f"{name}_spent/draws/",
-            "share of loss": f"{name}_spent/loss/",
-            "share of gradient norms": f"{name}_spent/gradient/",
-            "Pythagoras, standard errors": f"{name}/pythagoras$",
-            "cost of a probe / step time": f"{name}/share_of_step_time$",
-        }
-        return {title: ["Multiline", [f"^{pattern}"]] for title, pattern in charts.items()}
+        return charts(
+            {
+                "oracle error": f"{name}/train/oracle/",
+                "oracle error by t": f"{name}_by_t/train/oracle/",
+                "conditional error": f"{name}/train/conditional/",
+                "conditional error by t": f"{name}_by_t/train/conditional/",
+                "oracle error / floor": f"{name}/train/excess/",
+                "held-out minus training error": f"{name}/gap/",
+                "held-out minus training error by t": f"{name}_by_t/gap/",
+                "share of draws": f"{name}_spent/draws/",
+                "share of loss": f"{name}_spent/loss/",
+                "share of gradient norms": f"{name}_spent/gradient/",
+                "Pythagoras, standard errors": f"{name}/pythagoras$",
+                "cost of a probe / step time": f"{name}/share_of_step_time$",
+            }
+        )
 
     # -- one probe --------------------------------------------------------------------------------
 
@@ -329,7 +328,7 @@ class VelocityErrorMonitor(ModelMonitor):
         found = {}
         for split, means in asked.items():
             with means.sync_context():
-                found[split] = means.merged().cpu()
+                found[split] = means.sums.to("cpu")
         entry = probe_entry(found, self.edges, self._stages)
         self._warn(entry)
         self._window = None if self._record is None else self._record.window(step)
@@ -345,8 +344,24 @@ class VelocityErrorMonitor(ModelMonitor):
             self.events.append(window)
 
     def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
-        """See `Monitor`."""
-        return probe_scalars(self.name, entry, self.edges)
+        """See `Monitor`. Stages without samples are left out."""
+        name, stages, by_bins = self.name, entry["stages"], f"{self.name}_by_t"
+        scalars = {
+            f"{name}/{split}/{key}/{stage}": value
+            for split, by_stage in stages.items()
+            for stage, values in by_stage.items()
+            for key, value in values.items()
+        }
+        for split in stages:
+            for key in ("conditional", "oracle"):
+                scalars |= by_time(f"{by_bins}/{split}/{key}", self.edges, entry[split][key])
+        if entry["gap"] is not None:
+            for stage, values in stages["held_out"].items():
+                gap = values["conditional"] - stages["train"][stage]["conditional"]
+                scalars[f"{name}/gap/{stage}"] = gap
+            scalars |= by_time(f"{by_bins}/gap", self.edges, entry["gap"])
+        scalars[f"{name}/pythagoras"] = largest(entry["train"]["pythagoras_z"])
+        return {tag: value for tag, value in scalars.items() if not math.isnan(value)}
 
     def _ask(self, split: str) -> BinnedMeans:
         """What the model does at the queries of this rank."""
@@ -397,11 +412,9 @@ class VelocityErrorMonitor(ModelMonitor):
         probes = [entry for entry in probes if len(entry["train"]["oracle"]) == len(edges) - 1]
         at = (boundary.midpoint, boundary.collapsed)
         pictures = {
-            "loss_by_t": velocity_figures.loss_by_time_figure(edges, probe, *at),
-            "oracle_error": velocity_figures.dynamics_figure(edges, probes, "oracle", *at),
-            "conditional_error": velocity_figures.dynamics_figure(
-                edges, probes, "conditional", *at
-            ),
+            "loss_by_t": velocity_figures.loss_by_time_figure(edges, probe, at),
+            "oracle_error": velocity_figures.dynamics_figure(edges, probes, "oracle", at),
+            "conditional_error": velocity_figures.dynamics_figure(edges, probes, "conditional", at),
             "oracle_error_heatmap": velocity_figures.error_heatmap(edges, probes),
         }
         gaps = [entry for entry in probes if entry["gap"] is not None]
@@ -412,7 +425,7 @@ class VelocityErrorMonitor(ModelMonitor):
         curve = self._curve_beside()
         if curve is not None:
             pictures["stages_and_error"] = velocity_figures.stages_and_error_figure(
-                edges, probe, curve.times.tolist(), curve.mean("top1").tolist(), *at
+                edges, probe, curve.times.tolist(), curve.mean("top1").tolist(), at
             )
         return pictures
 

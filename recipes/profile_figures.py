@@ -14,7 +14,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stagewise.callbacks.figures import TIME_LABEL, draw_boundary
+from stagewise.callbacks.figures import (
+    TIME_LABEL,
+    draw_boundary,
+    draw_mean,
+    draw_spread,
+    mark_time,
+)
 from stagewise.profile import Profile
 
 __all__ = ["comparison_figure", "profile_figure"]
@@ -40,28 +46,19 @@ def profile_figure(profile: Profile, title: str) -> Figure:
     concentration, ess, difference = (cells[name] for name in ("top1", "ess", "mse"))
     end = _end([profile])
     late = profile.boundary.midpoint > end / 2
-    t, curve = profile.curve.times.numpy(), profile.curve
-    low, high = (curve.quantile("top1", q).numpy() for q in (0.25, 0.75))
-    concentration.fill_between(t, low, high, color="0.85", label="middle half of the queries")
-    concentration.plot(t, curve.mean("top1").numpy(), "k.-", lw=1.5, ms=4, label="mean")
+    draw_spread(concentration, profile.curve, "top1")
     draw_boundary(concentration, profile.boundary, profile.predicted)
     _over_time(concentration, end, "largest posterior weight", "Posterior concentration")
     concentration.set_ylim(0, 1.02)
     concentration.legend(loc="upper left" if late else "lower right", fontsize=8)
 
-    low, high = (curve.quantile("ess", q).numpy() for q in (0.25, 0.75))
-    ess.fill_between(t, low, high, color="0.85", label="middle half of the queries")
-    ess.plot(t, curve.mean("ess").numpy(), "k.-", lw=1.5, ms=4, label="mean")
+    draw_spread(ess, profile.curve, "ess")
     draw_boundary(ess, profile.boundary, profile.predicted)
     _over_time(ess, end, "effective sample size, rows", "Rows that explain a query")
     ess.set_yscale("log")
     ess.legend(loc="lower left" if late else "upper right", fontsize=8)
 
-    values = curve.statistic("target_difference")
-    mean, error = values.mean(1).numpy(), (values.std(1) / values.shape[1] ** 0.5).numpy()
-    difference.errorbar(
-        t, mean, 2 * error, fmt="k.-", lw=1.5, ms=4, label="mean, 2 standard errors"
-    )
+    draw_mean(difference, profile.curve, "target_difference")
     draw_boundary(difference, profile.boundary, profile.predicted)
     _over_time(
         difference,
@@ -155,8 +152,7 @@ def _condition(axes: Axes, profile: Profile) -> None:
     axes.plot(t.numpy(), profile.information(t).numpy(), color="k", lw=1.5, label="information")
     goal = math.log(profile.spectrum_rows)
     axes.axhline(goal, color="tab:red", lw=1.2, label=f"log N, N = {profile.spectrum_rows}")
-    label = f"predicted  t = {profile.predicted:.3f}"
-    axes.axvline(profile.predicted, color="0.45", lw=1.2, ls="--", label=label)
+    mark_time(axes, profile.predicted, "predicted", color="0.45", lw=1.2, ls="--")
     axes.set(xlim=(0, float(t[-1])), ylim=(0, 5 * goal))
     axes.legend(loc="upper left", fontsize=8)
 

@@ -18,8 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stagewise.callbacks import velocity_figures
-from stagewise.callbacks.velocity_entries import STAGES
 from stagewise.recipes.run_files import RunFiles, read_run
+from stagewise.velocity_errors import STAGES
 
 __all__ = ["main", "report"]
 
@@ -217,10 +217,10 @@ def _top(run: RunFiles, title: str) -> str:
     if probes:
         edges, ends = _edges(run), _ends(run)
         pictures = _drawn(
-            velocity_figures.loss_by_time_figure(edges, probes[-1], *ends),
+            velocity_figures.loss_by_time_figure(edges, probes[-1], ends),
             "The model's error by t, against the conditional and the oracle velocity",
         ) + _drawn(
-            velocity_figures.dynamics_figure(edges, probes, "oracle", *ends),
+            velocity_figures.dynamics_figure(edges, probes, "oracle", ends),
             "Error against the oracle while training",
         )
     return f'{head}{warnings}<div class="tiles">{"".join(tiles)}</div>{defined}{_row(pictures)}'
@@ -281,7 +281,7 @@ def _errors(run: RunFiles) -> str:
     )
     pictures = [
         _drawn(
-            velocity_figures.dynamics_figure(edges, probes, "conditional", *ends),
+            velocity_figures.dynamics_figure(edges, probes, "conditional", ends),
             "Error against the conditional velocity while training",
         ),
         _drawn(velocity_figures.error_heatmap(edges, probes), "Oracle error by t and step"),
@@ -289,7 +289,7 @@ def _errors(run: RunFiles) -> str:
     measured = run.of("probe")
     if measured:
         figure = velocity_figures.stages_and_error_figure(
-            edges, probes[-1], measured[-1]["t"], measured[-1]["top1"], *ends
+            edges, probes[-1], measured[-1]["t"], measured[-1]["top1"], ends
         )
         pictures.append(_drawn(figure, "Concentration of the posterior and the model's error"))
     return head + _table(titles, rows) + check + _row(*pictures)

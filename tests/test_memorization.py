@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from stagewise import LatentBank, Oracle
 from stagewise.callbacks import writer
-from stagewise.callbacks.memorization_figures import grid_figure
+from stagewise.callbacks.memorization_figures import Column, grid_figure
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.metrics import CopyShare
 from stagewise.copies import binomial_interval
@@ -146,23 +146,18 @@ class Points(nn.Module):
         return (self.points[y] - xt) / (1 - t[:, None]).clamp_min(1e-3)
 
 
-def test_the_found_network_is_given_the_labels_of_its_samples(make_trainer):
+def test_the_found_network_is_given_the_labels_of_its_samples(make_trainer, monkeypatch):
     points = 10 * torch.eye(3, 6)
     labels = torch.arange(60) % 3
     x = points[labels] + 0.01 * torch.randn(60, 6, generator=torch.Generator().manual_seed(1))
     monitor = MemorizationMonitor(every_n_steps=9, samples=12, t_switch=(0,), t_resume=())
+    monkeypatch.setattr(monitor, "stop", lambda: None)  # would let go of the probe
     trainer = make_trainer(monitor, max_steps=1)
     trainer.fit(Conditional(), DataLoader(list(zip(x, labels, strict=True)), 20))
-    made, _ = monitor_samples(monitor, trainer)
-    torch.testing.assert_close(made, points[monitor._labels], rtol=0, atol=0.05)
-    assert monitor._labels.unique().tolist() == [0, 1, 2]
-
-
-def monitor_samples(monitor, trainer):
-    """The samples of a monitor whose run is over."""
-    monitor.oracle = Oracle(LatentBank(torch.randn(9, 6)))
-    made, resumed = monitor._generate(trainer.lightning_module, torch.device("cpu"))
-    return made[0], resumed
+    probe, velocity = monitor._probe, monitor.velocity_of(trainer.lightning_module)
+    made, _ = probe.generate(velocity, torch.device("cpu"))
+    torch.testing.assert_close(made[0], points[probe.labels], rtol=0, atol=0.05)
+    assert probe.labels.unique().tolist() == [0, 1, 2]
 
 
 def test_averaged_weights_are_those_that_are_asked(tiny_flow, make_trainer, make_loader, make_data):
@@ -253,7 +248,9 @@ def test_copies_are_framed_and_shades_can_be_compared():
     samples = rows.clone()
     samples[1] += 7  # would darken the rest of its column if it set the scale
     ratio = torch.tensor([0.01, 0.9, 0.34, 0.33])
-    figure = grid_figure([("sample", samples), ("row", rows)], {0: ratio}, rows, "Samples")
+    figure = grid_figure(
+        [Column("sample", samples, ratio), Column("row", rows, of_data=True)], "Samples"
+    )
     assert framed(figure, 0, 4) == ([True, False, False, True], ["0.01", "0.90", "0.34", "0.33"])
     assert framed(figure, 1, 4) == ([False] * 4, [""] * 4)
     shown = [cell.get_images()[0].get_array() for cell in figure.axes]

@@ -1,6 +1,4 @@
-"""`StageTransitions`: on synthetic curves, in small runs, told once, heard by schemes."""
-
-import math
+"""`StageTransitions`: in small runs, told once, heard by schemes."""
 
 import lightning.pytorch as pl
 import pytest
@@ -23,95 +21,6 @@ from stagewise.callbacks.stage_transitions import (
 from stagewise.losses import FlowMatchingLoss
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
-
-
-class Edges:
-    """Stands for a monitor."""
-
-    edges = torch.linspace(0, 1, 5)
-
-
-def transitions(**options):
-    callback = StageTransitions(**options)
-    callback._errors = Edges()
-    return callback
-
-
-def probes(navigation=(), gaps=(), train=1.0):
-    """Probes with these oracle errors in navigation, or these gaps in the last bin."""
-    history = []
-    for oracle in navigation:
-        history.append({"stages": {"train": {"navigation": {"oracle": oracle, "floor": 2.0}}}})
-    for gap in gaps:
-        bins = [0.0, 0.01, 0.02, gap]
-        history.append(
-            {
-                "gap": bins,
-                "gap_se": [0.01] * 4,
-                "train": {"conditional": [train] * 4},
-                "held_out": {"conditional": [train + g for g in bins]},
-            }
-        )
-    return history
-
-
-def power_law(n, floor=0.3):
-    return [floor + (1 + i) ** -1.5 for i in range(n)]
-
-
-def test_navigation_is_learned_when_its_error_is_flat():
-    falling = [1 - 0.04 * i for i in range(20)]
-    callback = transitions()
-    assert callback.navigation_learned(probes(falling)) is None
-    assert callback.navigation_learned(probes(power_law(7))) is None, "too few probes"
-    found = callback.navigation_learned(probes(power_law(60)))
-    assert found["first"] == 1.3
-    assert found["floor"] == 2.0
-    assert "flat at 0.302" in found["message"]
-    # It lasts `patience` probes: the flat part must have been seen at each of them.
-    late = [*falling, *[falling[-1]] * 12]
-    first = next(n for n in range(len(late)) if callback.navigation_learned(probes(late[:n])))
-    patient = transitions(patience=5)
-    second = next(n for n in range(len(late)) if patient.navigation_learned(probes(late[:n])))
-    assert 20 < first < second
-
-
-def test_noise_is_no_plateau_of_a_falling_curve():
-    draws = torch.Generator().manual_seed(0)
-    noise = 0.01 * torch.randn(40, generator=draws)
-    falling = (1 - 0.02 * torch.arange(40) + noise).tolist()
-    assert not any(transitions().navigation_learned(probes(falling[:n])) for n in range(41))
-
-
-def test_a_nan_is_nothing_learned():
-    assert transitions().navigation_learned(probes([1.0] * 20 + [math.nan])) is None
-
-
-def test_onset_is_a_gap_that_opens():
-    callback = transitions()
-    assert callback.memorization_onset(probes(gaps=[0.0, 0.1, 0.3, 0.4])) is None
-    assert callback.memorization_onset(probes(gaps=[0.0, 0.1, 0.6])) is None, "once only"
-    found = callback.memorization_onset(probes(gaps=[0.0, 0.1, 0.6, 0.7]))
-    assert (found["t_from"], found["t_to"]) == (0.75, 1.0)
-    assert found["held_out"] == pytest.approx(1.7)
-
-
-def test_a_gap_that_was_there_from_the_start_is_no_onset():
-    """Held-out data of another kind are harder, which is no memory."""
-    assert transitions().memorization_onset(probes(gaps=[0.7, 0.7, 0.8, 0.9])) is None
-    assert transitions().memorization_onset(probes(gaps=[0.7, 1.3, 1.3])) is not None
-
-
-def test_a_gap_within_its_error_is_none():
-    history = probes(gaps=[0.0, 0.9, 0.9])
-    for entry in history:
-        entry["gap_se"] = [0.3] * 4
-    assert transitions().memorization_onset(history) is None
-
-
-def test_without_held_out_data_there_is_no_onset():
-    history = [{"gap": None}] * 5
-    assert transitions().memorization_onset(history) is None
 
 
 class Flow(pl.LightningModule):

@@ -1,5 +1,8 @@
 """The pictures of a model's error by t: what they show, and that they stand gaps in the data."""
 
+import importlib
+from pathlib import Path
+
 import matplotlib.colors
 import numpy as np
 import pytest
@@ -42,14 +45,13 @@ WINDOW = {
 def all_pictures(edges, holes=False, boundary=BOUNDARY, probes=None):
     probes = probes or [probe(step, holes=holes) for step in (1, 10, 100)]
     return {
-        "loss": pictures.loss_by_time_figure(edges, probes[-1], *boundary, "a model"),
-        "oracle": pictures.dynamics_figure(edges, probes, "oracle", *boundary),
-        "conditional": pictures.dynamics_figure(edges, probes, "conditional", *boundary),
-        "sizes": pictures.sizes_figure(edges, {"S": probes[0], "L": probes[-1]}, *boundary),
+        "loss": pictures.loss_by_time_figure(edges, probes[-1], boundary, "a model"),
+        "oracle": pictures.dynamics_figure(edges, probes, "oracle", boundary),
+        "conditional": pictures.dynamics_figure(edges, probes, "conditional", boundary),
         "heatmap": pictures.error_heatmap(edges, probes),
         "gap": pictures.gap_heatmap(edges, probes),
         "both": pictures.stages_and_error_figure(
-            edges, probes[-1], [0.1, 0.9], [0.0, 1.0], *boundary
+            edges, probes[-1], [0.1, 0.9], [0.0, 1.0], boundary
         ),
         "spending": pictures.spending_figure(edges, WINDOW),
     }
@@ -68,6 +70,18 @@ def test_all_can_be_drawn_and_label_their_axes(edges, holes):
 def test_one_probe_and_no_boundary_are_enough():
     lonely = all_pictures(EVEN, boundary=(None, float("nan")), probes=[probe(1)])
     assert all(render(figure).std() > 5 for figure in lonely.values())
+
+
+@pytest.mark.parametrize("edges", [EVEN, EARLY], ids=["even", "early"])
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("boundary", [BOUNDARY, (None, float("nan"))])
+def test_models_of_several_sizes_can_be_drawn(monkeypatch, edges, holes, boundary):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    watching = importlib.import_module("watching")
+    models = {"S": probe(1, holes=holes), "L": probe(100, holes=holes)}
+    figure = watching.sizes_figure(edges, models, boundary)
+    assert render(figure).std() > 5
+    assert "0 = noise" in figure.axes[0].get_xlabel()
 
 
 def test_curves_are_those_of_the_data():

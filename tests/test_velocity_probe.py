@@ -8,15 +8,15 @@ from torch import nn
 
 from stagewise import CosinePath, LatentBank, LinearPath, LogitNormal, Oracle, Scheme
 from stagewise.adapters import find_seams
-from stagewise.callbacks.metrics import BinnedMeans
-from stagewise.callbacks.velocity_entries import (
+from stagewise.adapters.objective import nominal_shares
+from stagewise.binned_sums import BinnedSums
+from stagewise.losses import FlowMatchingLoss
+from stagewise.velocity_errors import (
     ALARM,
-    nominal_shares,
     probe_entry,
     spent,
     window_entry,
 )
-from stagewise.losses import FlowMatchingLoss
 from stagewise.velocity_probe import PROBED, Probe
 
 EDGES, STAGES = torch.linspace(0, 1, 7).double(), torch.tensor([0.0, 0.4, 0.8, 1.0]).double()
@@ -35,7 +35,7 @@ def probe_of(x, labels, oracle, queries=200, **options):
 
 
 def measured(probe, velocity):
-    means = BinnedMeans(torch.cat([EDGES, STAGES]).unique(), PROBED)
+    means = BinnedSums.empty(torch.cat([EDGES, STAGES]).unique(), PROBED)
     probe.measure(velocity, means.update, torch.device("cpu"))
     return means
 
@@ -62,7 +62,7 @@ def test_errors_are_those_of_the_definitions(path):
     best = marginal(x, probe.xt, probe.t, path)
     torch.testing.assert_close(probe.oracle_u[inside].double(), best[inside], rtol=1e-3, atol=1e-3)
     v = wrong_model(probe.xt, probe.t, None).double()
-    result = measured(probe, wrong_model).merged([0.0, 1.0]).compute()
+    result = measured(probe, wrong_model).merged([0.0, 1.0]).means()
     u, star = probe.u.double(), probe.oracle_u.double()
     for key, value in (
         ("conditional", (v - u).square().mean()),
@@ -77,7 +77,7 @@ def test_errors_are_those_of_the_definitions(path):
 def test_pythagoras_holds_for_any_model_and_as_an_identity_per_query():
     x, _ = data()
     means = measured(probe_of(x, None, Oracle(LatentBank(x))), wrong_model)
-    result = means.compute()
+    result = means.means()
     parts = result["oracle"] + result["floor"] + result["cross"]
     torch.testing.assert_close(parts, result["conditional"], rtol=1e-5, atol=1e-6)
     entry = probe_entry({"train": means}, EDGES, STAGES)
@@ -191,7 +191,7 @@ def test_the_nominal_density_is_that_of_the_sampler(place):
     ends = torch.special.ndtr((torch.logit(EDGES) + 0.5) / 0.8)
     assert shares == pytest.approx(ends.diff().tolist(), abs=1e-4)
     # The realised one, of draws, is that within their errors.
-    means = BinnedMeans(EDGES, ("loss", "gradient"))
+    means = BinnedSums.empty(EDGES, ("loss", "gradient"))
     t = sampler.sample(20_000, generator=torch.Generator().manual_seed(0))
     means.update(t, torch.zeros(2, len(t)))
     entry = window_entry(means, EDGES, EDGES[[0, 2, 4, 6]], shares)
@@ -202,7 +202,7 @@ def test_the_nominal_density_is_that_of_the_sampler(place):
 
 def test_what_is_spent_adds_up_to_one():
     t = torch.tensor([0.1, 0.1, 0.5, 0.9])
-    means = BinnedMeans(torch.cat([EDGES, STAGES]).unique(), ("loss", "gradient"))
+    means = BinnedSums.empty(torch.cat([EDGES, STAGES]).unique(), ("loss", "gradient"))
     means.update(t, torch.tensor([[1.0, 3.0, 4.0, 2.0], [1.0, 1.0, 1.0, 5.0]]))
     shares = spent(means, STAGES)
     assert shares["navigation"] == {"draws": 0.5, "loss": 0.4, "gradient": 0.25}

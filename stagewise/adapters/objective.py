@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from stagewise.adapters.base import (
@@ -23,7 +24,7 @@ from stagewise.paths import Path, PathCoefficients
 if TYPE_CHECKING:
     from stagewise.schemes import Phases, Scheme
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "nominal_shares"]
 
 
 class Objective(Seam):
@@ -101,6 +102,30 @@ class Objective(Seam):
                 loss_fn.scheme = before
 
         return restore
+
+
+def nominal_shares(seam: Seam, edges: Tensor) -> list[float] | None:
+    """Share of the draws in each bin by the density that training says it draws from.
+
+    Args:
+        seam: What makes the targets; one that draws its times by a sampler of this library says.
+        edges: Of the bins, (T + 1,).
+
+    Returns:
+        T shares, None if the density is not known.
+    """
+    loss_fn = seam.place.object
+    scheme = getattr(loss_fn, "scheme", None)
+    sampler = getattr(loss_fn, "timesteps", None)
+    if scheme is not None and scheme.draws_timesteps:
+        sampler = scheme.timesteps
+    density = getattr(sampler, "density", None)
+    if density is None:
+        return None
+    inner = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    t = edges[:-1, None] + inner * edges.diff()[:, None]
+    shares = density(t.float()).double().mean(1) * edges.diff()
+    return shares.tolist()
 
 
 class _WatchedPath(Path):

@@ -1,0 +1,154 @@
+r"""Samples that a model finishes, the same in all probes, to see which of them copy a training row.
+
+Two questions (Liu et al., arXiv 2512.02826). From which time on does the model copy? The oracle
+leads each sample from noise to `t_switch`, and the model finishes it (Fig. 5); at 0 the model is
+alone. What does it make of rows that it has not seen? Held-out rows noised to `t_resume`,
+
+    x_t = a_t x_1 + s_t x_0,
+
+are finished by the model (Fig. 6). `stagewise.copies` says which samples are copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagewise.oracle import Oracle
+from stagewise.sampling import Velocity, sample
+
+__all__ = ["METHOD", "MemorizationProbe"]
+
+METHOD = "euler"
+"""Of integration. It does not ask at t = 1, where the oracle is singular."""
+
+
+class MemorizationProbe:
+    """Noise, labels and held-out rows that stay the same throughout a run.
+
+    What the oracle does before `t_switch` does not depend on the model: it is computed once and
+    kept on the CPU.
+
+    Args:
+        oracle: Bank and path.
+        samples: How many, over all ranks.
+        held_out: Rows to resume, (n, *), and their labels, (n,), if the model is given any; None
+            resumes nothing.
+        labelled: Whether the model is given labels.
+        class_wise: Whether the oracle is over the rows of the sample's class.
+        t_switch: Times in [0, 1].
+        t_resume: Times in [0, 1).
+        steps: From t = 0 to 1.
+        seed: Of noise and labels; the samples are the same on any number of ranks.
+        rank: This process holds every `world_size`-th sample, from `rank` on.
+        world_size: See `rank`.
+
+    Attributes:
+        labels: Classes of the samples, (n,), as often as among the rows; None if nobody is given
+            any.
+        x1: The held-out rows of this rank, None if there are none.
+    """
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        samples: int,
+        held_out: tuple[Tensor, Tensor | None] | None,
+        *,
+        labelled: bool,
+        class_wise: bool,
+        t_switch: Sequence[float],
+        t_resume: Sequence[float],
+        steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._oracle, self._steps = oracle, steps
+        self._labelled, self._class_wise = labelled, class_wise
+        self._t_switch, self._t_resume = t_switch, t_resume
+        bank, own, draws = oracle.bank, slice(rank, None, world_size), _generator(seed, 0)
+        self._noise = torch.randn(samples, *bank.shape, generator=draws)[own]
+        rows = torch.randint(len(bank), (samples,), generator=draws)[own]
+        given = labelled or class_wise
+        self.labels = torch.tensor(bank.labels_of(rows.tolist())) if given else None
+        self.x1: Tensor | None = None
+        if held_out is not None:
+            x1, labels = held_out
+            self.x1, self._x1_labels = x1[own], None if labels is None else labels[own]
+            self._x1_noise = torch.randn(x1.shape, generator=_generator(seed, 1))[own]
+        self._led: dict[float, Tensor] = {}
+
+    def generate(
+        self,
+        velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        device: torch.device,
+    ) -> tuple[dict[float, Tensor], dict[float, tuple[Tensor, Tensor]]]:
+        """What the model makes of the samples of this rank.
+
+        Args:
+            velocity: From `x_t`, (B, *), t, (B,), and labels to the velocity, (B, *).
+            device: That of the model.
+
+        Returns:
+            By `t_switch` the samples; by `t_resume` the noised rows and what became of them.
+
+        Raises:
+            ValueError: If the velocity has another shape than `x_t`.
+        """
+        model, made = self._of_model(velocity, self.labels, device), {}
+        for t in self._t_switch:
+            x = self._led_to(t, device)
+            made[t] = x if t == 1 else self._integrate(model, x, t, 1.0)
+        resumed: dict[float, tuple[Tensor, Tensor]] = {}
+        if self.x1 is None:
+            return made, resumed
+        model = self._of_model(velocity, self._x1_labels, device)
+        x1, noise = self.x1.to(device).float(), self._x1_noise.to(device)
+        for t in self._t_resume:
+            times = torch.full((len(x1),), t, device=device)
+            noised = self._oracle.path.interpolate(noise, x1, times)
+            resumed[t] = noised, self._integrate(model, noised, t, 1.0)
+        return made, resumed
+
+    def _of_model(
+        self,
+        velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        labels: Tensor | None,
+        device: torch.device,
+    ) -> Velocity:
+        given = labels.to(device) if labels is not None and self._labelled else None
+
+        def checked(xt: Tensor, t: Tensor) -> Tensor:
+            v = velocity(xt, t, given)
+            if v.shape != xt.shape:
+                raise ValueError(
+                    f"Expected a velocity of shape {tuple(xt.shape)}, got {tuple(v.shape)}."
+                )
+            return v
+
+        return checked
+
+    def _of_oracle(self, xt: Tensor, t: Tensor) -> Tensor:
+        place, labels = self._oracle.bank.device, self.labels if self._class_wise else None
+        return self._oracle.velocity(xt.to(place), t.to(place), labels).to(xt)
+
+    def _led_to(self, t: float, device: torch.device) -> Tensor:
+        """The samples where the model takes over."""
+        if t not in self._led:
+            x = self._noise.to(device)
+            self._led[t] = (x if t == 0 else self._integrate(self._of_oracle, x, 0.0, t)).cpu()
+        return self._led[t].to(device)
+
+    def _integrate(self, velocity: Velocity, x: Tensor, start: float, end: float) -> Tensor:
+        steps = max(1, round(self._steps * (end - start)))
+        return sample(velocity, x, method=METHOD, steps=steps, start=start, end=end)
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    """One whose draws are not those of `torch.manual_seed(seed)`, with which data may be made."""
+    mixed = np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed >> 1))

@@ -14,12 +14,12 @@ from typing_extensions import Unpack
 from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.monitor import Monitor
-from stagewise.callbacks.run import Recipe
 from stagewise.callbacks.stage_callback import RunOptions
 from stagewise.engines import Engine, Sharded
 from stagewise.oracle import Oracle
 from stagewise.stages import (
     STATISTICS,
+    Recipe,
     StageBoundary,
     StageCurve,
     predicted_boundary,

@@ -17,6 +17,7 @@ from stagewise.adapters.network import Network, tensor_of
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.stage_callback import AskVelocity
 from stagewise.callbacks.training_bank import read_rows
+from stagewise.undisturbed import in_eval_mode
 
 __all__ = ["ModelMonitor", "model_in_eval_mode"]
 
@@ -27,14 +28,9 @@ def model_in_eval_mode(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]
 
     Every submodule gets its mode back, and the global random state is put back.
     """
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    precision = trainer.precision_plugin.forward_context()
+    with in_eval_mode(module), isolate_rng(), torch.no_grad(), precision:
+        yield
 
 
 class ModelMonitor(Monitor):
@@ -57,10 +53,9 @@ class ModelMonitor(Monitor):
         super().start()
         run, self.network = self.run, None
         self._given: AskVelocity | None = run.option(self, "velocity")
-        tied = run.tied()
-        if tied:
-            name, _, reason = tied.partition(": ")
-            raise ValueError(f"{name} has no oracle to compare with: {reason or tied}")
+        if run.tied:
+            name, _, reason = run.tied.partition(": ")
+            raise ValueError(f"{name} has no oracle to compare with: {reason or run.tied}")
         if self._given is None and not run.seams:
             raise ValueError(
                 f"Found nothing that makes the targets in {type(run.module).__name__}, so what its "
@@ -154,31 +149,29 @@ class ModelMonitor(Monitor):
             ValueError: If they have another shape than the rows of the bank, or cannot be read.
         """
         run, bank = self.run, self.run.bank(self)
+        given = run.given(self)
         try:
             x1, labels = self._read(run.trainer.train_dataloader, count)
         except ValueError:
-            if not run.given(self):
+            if not given:
                 raise
-            return self._rows_of_bank(count, "the training data cannot be read a second time")
-        if tuple(x1.shape[1:]) == bank.shape:
-            return x1, labels
-        if not run.given(self):
-            raise ValueError(
-                f"The bank has samples of shape {bank.shape}, the training data of shape "
-                f"{tuple(x1.shape[1:])}. Say which tensor of the batch is x_1: "
-                "StageRun(find=lambda batch: (batch[0], None))."
-            )
-        return self._rows_of_bank(
-            count, f"the batches hold samples of shape {tuple(x1.shape[1:])}, not {bank.shape}"
-        )
-
-    def _rows_of_bank(self, count: int, why: str) -> tuple[Tensor, Tensor | None]:
-        bank = self.run.bank(self)
-        draws = torch.Generator().manual_seed(self.seed)
-        index = torch.randperm(len(bank), generator=draws)[:count]
+            why = "the training data cannot be read a second time"
+        else:
+            shape = tuple(x1.shape[1:])
+            if shape == bank.shape:
+                return x1, labels
+            if not given:
+                raise ValueError(
+                    f"The bank has samples of shape {bank.shape}, the training data of shape "
+                    f"{shape}. Say which tensor of the batch is x_1: "
+                    "StageRun(find=lambda batch: (batch[0], None))."
+                )
+            why = f"the batches hold samples of shape {shape}, not {bank.shape}"
         rank_zero_info(
             f"{type(self).__name__}: {why}, so rows of the bank stand for the training samples."
         )
+        draws = torch.Generator().manual_seed(self.seed)
+        index = torch.randperm(len(bank), generator=draws)[:count]
         x1 = bank.take(index.to(bank.device)).reshape(-1, *bank.shape).float().cpu()
         return x1, torch.tensor(bank.labels_of(index.tolist())) if bank.classes else None
 

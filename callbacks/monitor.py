@@ -152,7 +152,6 @@ class Monitor(StageCallback):
             at_end: Whether only the end of training is the reason.
         """
         run, device = self.run, self.run.module.device
-        what = f"a probe of {type(self).__name__}"
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
         start = time.perf_counter()
@@ -160,14 +159,13 @@ class Monitor(StageCallback):
         entry = {"event": self.event, "step": step, **self.measure(step)}
         if at_end:
             entry["at_end"] = True
-        with run.together(what):
+        with run.together(f"a probe of {type(self).__name__}"):
             if run.trainer.is_global_zero and self._draws(at_end):
                 self.writer.pictures(self._figures([*self.history, entry]), step)
             self.seconds.append(time.perf_counter() - start)
             costs = {f"{self.name}/probe_seconds": self.seconds[-1]}
             if step > last_step:
-                share = self.seconds[-1] / (start - last_time)
-                costs[f"{self.name}/share_of_step_time"] = share
+                costs[f"{self.name}/share_of_step_time"] = self.seconds[-1] / (start - last_time)
             self.writer.scalars({**self.scalars(entry), **costs}, self.logged_at(step))
             self.writer.event(entry)
         self.history.append(entry)

@@ -14,13 +14,13 @@ from typing_extensions import Unpack
 from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.monitor import Monitor
-from stagewise.callbacks.run import Recipe
 from stagewise.callbacks.stage_callback import RunOptions
 from stagewise.callbacks.tags import by_time, charts
 from stagewise.engines import Engine, Sharded
 from stagewise.oracle import Oracle
 from stagewise.stages import (
     STATISTICS,
+    Recipe,
     StageBoundary,
     StageCurve,
     predicted_boundary,

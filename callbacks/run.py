@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,68 +19,27 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack
 
-from stagewise.adapters import find_couplings, find_seams
+from stagewise.adapters.find import dependent_noise, find_couplings, find_seams, training_path
 from stagewise.adapters.first_step import FirstStep
-from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_sample, unused_in
-from stagewise.callbacks.checks import beside_training, together
+from stagewise.callbacks.ranks import together
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.training_bank import bank_from_trainer, same_samples
 from stagewise.callbacks.writer import Writer
-from stagewise.engines import Engine, Sharded
+from stagewise.engines import Engine
+from stagewise.memory import beside_training, oracle_device
 from stagewise.oracle import Oracle
-from stagewise.paths import LinearPath, same_path
 from stagewise.paths import Path as ProbabilityPath
-from stagewise.schemes.checks import check_rows
-from stagewise.stages import (
-    StageBoundary,
-    StageCurve,
-    predicted_boundary,
-    stage_edges,
-    stratified_times,
-)
+from stagewise.paths import same_path
+from stagewise.stages import Recipe, StageBoundary, StageCurve, require_whole_bank
 
 __all__ = ["StageRun"]
 
 Kind = TypeVar("Kind", bound=StageCallback)
 
-_STRATA, _QUERIES = 24, 64
-
 _NOT_SHARED = ("seed", "dirpath", "seam")
 """What a callback says about itself alone."""
-
-
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """How a stage curve is measured.
-
-    Attributes:
-        oracle: Bank and path.
-        class_wise: Whether the posterior is over the rows of the query's class.
-        edges: Of the strata of t, (T + 1,).
-        queries: In each stratum.
-        seed: Of the queries, together with the step.
-    """
-
-    oracle: Oracle
-    class_wise: bool
-    edges: Tensor
-    queries: int
-    seed: int
-
-    @classmethod
-    def of(
-        cls,
-        oracle: Oracle,
-        class_wise: bool,
-        strata: int = _STRATA,
-        queries: int = _QUERIES,
-        seed: int = 0,
-    ) -> Recipe:
-        """The recipe of a number of strata, which lie where the stages are predicted to meet."""
-        predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=class_wise)
-        return cls(oracle, class_wise, stage_edges(predicted, strata), queries, seed)
 
 
 class StageRun(StageCallback):
@@ -136,24 +94,24 @@ class StageRun(StageCallback):
         total = trainer.estimated_stepping_batches
         self.total = None if math.isinf(total) else int(total)
         self.going, self.settled, self._told = True, False, False
-        self._banks: dict[int, LatentBank] = {}
-        self._read: LatentBank | None = None
+        self._forget()
         self._reread, self._measured_at = False, self.began
-        self._oracles: list[Oracle] = []
-        self.recipes: list[Recipe] = []
-        self._boundaries: list[tuple[Recipe, StageBoundary]] = []
-        self._curve: tuple[Recipe, int, StageCurve] | None = None
-        records = [(member.stash or {}).get("run") or {} for member in self.members if self.began]
-        self._records: list[Any] = next(
-            (r["boundaries"] for r in records if r.get("boundaries")), []
-        )
+        kept = [member.stashed_run.get("boundaries") for member in self.members if self.began]
+        self._records: dict[tuple[str, int], dict[str, float]] = {
+            (old["path"], old["class_wise"]): old["boundary"]
+            for old in next(filter(None, kept), [])
+        }
         self._loader = trainer.train_dataloader
         for member in members:
             member.renewed = False
-        self._find_path()
-        tied = self.tied()
-        if tied and self.measuring:
-            rank_zero_warn(f"The posterior that is measured may not be that of {tied}")
+        self.seams = find_seams(pl_module)
+        named = {who.said["seam"] for who in members if "seam" in who.said}
+        chosen = [seam for seam in self.seams if seam.name in named] or self.seams
+        said = any("path" in who.said for who in members)
+        self.path, self.path_from = training_path(chosen, said=said)
+        self.tied = dependent_noise(self.seams, find_couplings(pl_module))
+        if self.tied and self.measuring:
+            rank_zero_warn(f"The posterior that is measured may not be that of {self.tied}")
         self.look = FirstStep(pl_module, self.seams, self.path, self.find_of(self))
         self.tell("start")
         self.writer(self).dashboard(self.members)
@@ -216,6 +174,12 @@ class StageRun(StageCallback):
         for member in self.members:
             member.stash = None
 
+    def optimizer_steps(self) -> None:
+        """Before an optimizer step: with manual optimisation there may be no other hook."""
+        # With automatic optimisation it is called for a step without a loss, too.
+        if not self.module.automatic_optimization:
+            self.weights_may_change()
+
     def batch_ends(self) -> None:
         """After a batch; one that changed no weight and showed nothing does not count."""
         step, before = self.trainer.global_step, self.step
@@ -238,22 +202,27 @@ class StageRun(StageCallback):
 
     def fails(self) -> None:
         """After an exception."""
-        if self.going:
-            self.tell("fail")
+        self.tell("fail")
         self.close()
 
     def close(self) -> None:
         """Lets go of module, bank and hooks; what a checkpoint needs stays."""
-        if not self.going:
-            return
         self.going = False
         for member in self.members if self.settled else []:
             member.kept = self.record(member)
         self.tell("stop")
         if hasattr(self, "look"):
             self.look.stop()
-        self._banks, self._read, self._oracles, self._boundaries = {}, None, [], []
-        self.recipes, self._curve = [], None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Leaves behind the bank, and what was made of it."""
+        self._banks: dict[int, LatentBank] = {}
+        self._read: LatentBank | None = None
+        self._oracles: list[Oracle] = []
+        self.recipes: list[Recipe] = []
+        self._boundaries: dict[Recipe, StageBoundary] = {}
+        self._curve: tuple[Recipe, int, StageCurve] | None = None
 
     def _look_at_batch(self) -> None:
         """Says what was found in the batch, and refuses what no bank can go with.
@@ -318,12 +287,7 @@ class StageRun(StageCallback):
             rank_zero_info(f"stagewise: {note}")
         x1, read = self.look.trained_x1, [m for m in measuring if not self.given(m)]
         if read and x1 is not None and self.look.changed(x1):
-            message, certain = self.look.difference(x1)
-            if not certain:
-                try:  # augmented samples are at the scale of the bank, encoded ones are not
-                    check_rows(self.bank(read[0]), x1)
-                except ValueError:
-                    certain = True
+            message, certain = self.look.difference(x1, self.bank(read[0]))
             if certain and any(member.compares for member in read):
                 raise ValueError(message)
             rank_zero_warn(message)
@@ -350,10 +314,8 @@ class StageRun(StageCallback):
         for who in (callback, self):
             if key in who.said:
                 return who.said[key]
-        if key in _NOT_SHARED:
-            return default
         saying = [member for member in self.members if key in member.said]
-        if not saying:
+        if key in _NOT_SHARED or not saying:
             return default
         first: Any = saying[0].said[key]
         for who in saying[1:]:
@@ -374,7 +336,7 @@ class StageRun(StageCallback):
         return self.option(callback, "find", own)
 
     def together(self, what: str) -> AbstractContextManager[None]:
-        """Does something on every rank, or raises on all of them; see `checks.together`."""
+        """Does something on every rank, or raises on all of them; see `ranks.together`."""
         return together(self.trainer, what)
 
     def writer(self, callback: StageCallback) -> Writer:
@@ -389,41 +351,6 @@ class StageRun(StageCallback):
         return next((member for member in self.members if isinstance(member, kind)), None)
 
     # -- path, bank and oracle --------------------------------------------------------------------
-
-    def _find_path(self) -> None:
-        """What makes the targets, and on which path.
-
-        Raises:
-            ValueError: If it is on several paths and nobody says which one counts.
-        """
-        self.seams, self.couplings = find_seams(self.module), find_couplings(self.module)
-        named = {who.said["seam"] for who in (self, *self.members) if "seam" in who.said}
-        chosen = [seam for seam in self.seams if seam.name in named] or self.seams
-        able = [seam for seam in chosen if not seam.refusal] or chosen
-        self.path: ProbabilityPath = able[0].path if able else LinearPath()
-        self.path_from = f"from {able[0].name}, {able[0].library}" if able else ""
-        several = [seam for seam in able if not same_path(seam.path, self.path)]
-        if several and not any("path" in member.said for member in (self, *self.members)):
-            names = ", ".join(sorted({repr(seam.path) for seam in able}))
-            raise ValueError(
-                f"The module makes targets on several paths, {names}. Say which to watch: "
-                "PosteriorMonitor(path=...)."
-            )
-
-    def tied(self) -> str:
-        """What pairs noise with data in the module, with the reason; empty if nothing does."""
-        for seam in self.seams:
-            # A matcher that is refused ties noise to data, or its path is not known.
-            if seam.coupled or (isinstance(seam, TorchCFM) and seam.refusal):
-                return f"{seam.name}: {seam.refusal}"
-        if self.couplings:
-            place = self.couplings[0]
-            return (
-                f"{place.name} ({type(place.object).__name__}) pairs noise with data, which makes "
-                "x_0 and x_1 dependent, and the closed form of the oracle holds for independent "
-                "ones only."
-            )
-        return ""
 
     def path_of(self, callback: StageCallback) -> tuple[ProbabilityPath, str]:
         """The path that a callback measures on, and how it is known."""
@@ -449,12 +376,12 @@ class StageRun(StageCallback):
         bank = given or self._read
         assert bank is not None
         if id(bank) not in self._banks:
-            self._banks[id(bank)] = beside_training(bank, self.trainer)
+            self._banks[id(bank)] = beside_training(bank, self.trainer.strategy.root_device)
         self._compare_with_checkpoint(callback, bank)
         return self._banks[id(bank)]
 
     def _compare_with_checkpoint(self, callback: StageCallback, bank: LatentBank) -> None:
-        before = ((callback.stash or {}).get("run") or {}).get("bank")
+        before = callback.stashed_run.get("bank")
         if not before or not self.began or before == bank.fingerprint:
             return
         if not any(member.renewed for member in self.members):
@@ -464,7 +391,7 @@ class StageRun(StageCallback):
                 "latents are left behind, and everything is measured anew. To go on with the old "
                 "ones, give their bank: StageRun(bank=LatentBank.open(file))."
             )
-        callback.renewed, self._records = True, []
+        callback.renewed, self._records = True, {}
         callback.stash = {**(callback.stash or {}), "run": {}}
 
     def given(self, callback: StageCallback) -> bool:
@@ -512,8 +439,8 @@ class StageRun(StageCallback):
     def renew(self) -> None:
         """Reads the training set again, because its latents have changed; a collective."""
         self._reread, self._measured_at = True, self.trainer.global_step
-        self._banks, self._read, self._oracles, self._boundaries = {}, None, [], []
-        self.recipes, self._curve, self._records = [], None, []
+        self._records = {}
+        self._forget()
         self.tell("renew")
 
     # -- the boundary -----------------------------------------------------------------------------
@@ -529,15 +456,10 @@ class StageRun(StageCallback):
         if self._curve is not None and self._curve[:2] == (recipe, step):
             return self._curve[2]
         trainer, root = self.trainer, self.trainer.strategy.root_device
-        seed = recipe.seed
         with self.together(what):
-            curve = StageCurve.measure(
-                recipe.oracle,
-                stratified_times(recipe.edges, recipe.queries, seed=(seed, step)),
-                seed=(seed, step, 1),
-                class_wise=recipe.class_wise,
-                # The oracle needs float64, which MPS has not.
-                device=torch.device("cpu") if root.type == "mps" else root,
+            curve = recipe.measure(
+                step,
+                device=oracle_device(root),
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
             )
@@ -548,10 +470,20 @@ class StageRun(StageCallback):
         self._curve = recipe, step, curve
         return curve
 
-    def knows_boundary(self, oracle: Oracle, wise: bool) -> bool:
-        """Whether somebody measures, or has measured, the boundary of an oracle."""
-        known = [*self.recipes, *(recipe for recipe, _ in self._boundaries)]
-        return any(r.class_wise == wise and self._alike(r.oracle, oracle) for r in known)
+    def recipe(self, oracle: Oracle, wise: bool) -> Recipe | None:
+        """How somebody measures, or has measured, the boundary of an oracle; None if nobody does.
+
+        Args:
+            oracle: Bank and path.
+            wise: Whether the posterior is over the rows of the sample's class.
+        """
+        bank = self._banks.get(id(oracle.bank), oracle.bank)
+        for recipe in (*self._boundaries, *self.recipes):
+            other = recipe.oracle
+            same = self._banks.get(id(other.bank), other.bank) is bank
+            if same and recipe.class_wise == wise and same_path(other.path, oracle.path):
+                return recipe
+        return None
 
     def boundary(self, oracle: Oracle, wise: bool) -> StageBoundary:
         """Where the stages meet: one answer for all callbacks of the run; a collective.
@@ -560,53 +492,39 @@ class StageRun(StageCallback):
         of the training; a resumed run keeps it.
 
         Args:
-            oracle: Bank and path.
-            wise: Whether the posterior is over the rows of the sample's class.
+            oracle: See `recipe`, like the other.
+            wise: Kind of posterior.
 
         Raises:
             ValueError: If the bank is spread over the ranks.
         """
-        for known, found in self._boundaries:
-            if known.class_wise == wise and self._alike(known.oracle, oracle):
-                return found
-        if isinstance(oracle.engine, Sharded):
-            raise ValueError(
-                "The boundary of a bank that is spread over the ranks is not measured here. Give "
-                "it: Scheme(boundary=...)."
-            )
-        alike = (r for r in self.recipes if r.class_wise == wise and self._alike(r.oracle, oracle))
-        recipe = next(alike, None) or Recipe.of(oracle, wise)
-        boundary = self._recorded(recipe)
-        if boundary is None:
+        recipe = self.recipe(oracle, wise)
+        if recipe in self._boundaries:
+            return self._boundaries[recipe]
+        require_whole_bank(oracle)
+        recipe = recipe or Recipe.of(oracle, wise)
+        recorded = self._records.get(_recorded_as(recipe))
+        if recorded is None:
             curve = self.curve(recipe, self._measured_at, "measuring the boundary")
-            boundary = curve.boundary(seed=recipe.seed)
-        self._boundaries.append((recipe, boundary))
-        return boundary
-
-    def _alike(self, one: Oracle, other: Oracle) -> bool:
-        banks = (self._banks.get(id(oracle.bank), oracle.bank) for oracle in (one, other))
-        return len({id(bank) for bank in banks}) == 1 and same_path(one.path, other.path)
-
-    def _recorded(self, recipe: Recipe) -> StageBoundary | None:
-        """The boundary that the run which is resumed had measured."""
-        of = (repr(recipe.oracle.path), int(recipe.class_wise))
-        for found in self._records:
-            if (found["path"], found["class_wise"]) == of:
-                return StageBoundary(**found["boundary"])
-        return None
+            found = curve.boundary(seed=recipe.seed)
+        else:
+            found = StageBoundary(**recorded)
+        self._boundaries[recipe] = found
+        return found
 
     def record(self, callback: StageCallback) -> dict[str, Any]:
         """What the state of a callback holds of the run: its bank's fingerprint, the boundaries."""
         bank = self.option(callback, "bank") or self._read
-        found = {
-            (repr(recipe.oracle.path), int(recipe.class_wise)): boundary.as_dict()
-            for recipe, boundary in self._boundaries
-        }
-        kept = {(old["path"], old["class_wise"]): old["boundary"] for old in self._records}
+        found = {_recorded_as(recipe): one.as_dict() for recipe, one in self._boundaries.items()}
         return {
             "bank": "" if bank is None else bank.fingerprint,
             "boundaries": [
                 {"path": path, "class_wise": wise, "boundary": boundary}
-                for (path, wise), boundary in (kept | found).items()
+                for (path, wise), boundary in (self._records | found).items()
             ],
         }
+
+
+def _recorded_as(recipe: Recipe) -> tuple[str, int]:
+    """What a boundary is known by in a checkpoint: plain numbers and strings."""
+    return repr(recipe.oracle.path), int(recipe.class_wise)

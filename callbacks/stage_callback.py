@@ -63,6 +63,16 @@ class RunOptions(TypedDict, total=False):
     seed: int
 
 
+def _tells(method: str, *values: Any) -> Callable[..., None]:
+    """A hook of Lightning with which the callback that leads calls a method of the run."""
+
+    def hook(self: StageCallback, *_: Any, **__: Any) -> None:
+        if self._leads:
+            getattr(self.run, method)(*values)
+
+    return hook
+
+
 class StageCallback(pl.Callback):
     """Forwards the hooks of Lightning to the run, if it leads.
 
@@ -111,6 +121,14 @@ class StageCallback(pl.Callback):
         self.renewed = False
 
     @property
+    def _runs(self) -> bool:
+        return hasattr(self, "run") and self.run.going
+
+    @property
+    def _leads(self) -> bool:
+        return self._runs and self.run.leader is self
+
+    @property
     def seed(self) -> int:
         """Of its generators: its own word, or that of the run."""
         own = self.said.get("seed", 0)
@@ -123,12 +141,16 @@ class StageCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""
-        going = hasattr(self, "run") and self.run.going
-        return {"run": self.run.record(self) if going else self.kept}
+        return {"run": self.run.record(self) if self._runs else self.kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state of a checkpoint for the start of training."""
         self.stash, self.kept = state_dict, state_dict.get("run") or {}
+
+    @property
+    def stashed_run(self) -> dict[str, Any]:
+        """What the state of a checkpoint holds of the run."""
+        return (self.stash or {}).get("run") or {}
 
     # -- what the run tells it ----------------------------------------------------------------
 
@@ -170,10 +192,6 @@ class StageCallback(pl.Callback):
 
     # -- the hooks of Lightning, with which the first callback of the list tells the run ----------
 
-    @property
-    def _leads(self) -> bool:
-        return hasattr(self, "run") and self.run.leader is self
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes the run if nobody has said anything about it, and starts it."""
         from stagewise.callbacks.run import StageRun
@@ -188,56 +206,20 @@ class StageCallback(pl.Callback):
         if members[0] is self:
             (said[0] if said else StageRun()).begin(trainer, pl_module, members)
 
-    def on_train_epoch_start(self, *_: Any) -> None:
-        """Tells the run."""
-        if self._leads:
-            self.run.epoch_starts()
-
     def on_train_batch_start(self, _: Any, __: Any, batch: Any, ___: int) -> None:  # type: ignore[override]
-        """Tells the run."""
+        """Hands the batch to the run."""
         if self._leads:
             self.run.batch_starts(batch)
 
-    def on_before_backward(self, *_: Any) -> None:
-        """Tells the run."""
-        if self._leads:
-            self.run.weights_may_change()
-
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        """Tells the run: with manual optimisation there may be no other hook before a step."""
-        # With automatic optimisation it is called for a step without a loss, too.
-        if self._leads and not self.run.module.automatic_optimization:
-            self.run.weights_may_change()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Tells the run."""
-        if self._leads:
-            self.run.batch_ends()
-
-    def on_validation_start(self, *_: Any) -> None:
-        """Tells the run."""
-        if self._leads and self.run.going:
-            self.run.tell("before_validation")
-
-    def on_validation_end(self, *_: Any) -> None:
-        """Tells the run."""
-        if self._leads and self.run.going:
-            self.run.tell("after_validation")
-
-    def on_train_end(self, *_: Any) -> None:
-        """Tells the run."""
-        if self._leads:
-            self.run.ends()
-
-    def on_exception(self, *_: Any) -> None:
-        """Tells the run."""
-        if self._leads:
-            self.run.fails()
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Tells the run."""
-        if self._leads:
-            self.run.close()
+    on_train_epoch_start = _tells("epoch_starts")
+    on_before_backward = _tells("weights_may_change")
+    on_before_optimizer_step = _tells("optimizer_steps")
+    on_train_batch_end = _tells("batch_ends")
+    on_validation_start = _tells("tell", "before_validation")
+    on_validation_end = _tells("tell", "after_validation")
+    on_train_end = _tells("ends")
+    on_exception = _tells("fails")
+    teardown = _tells("close")
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -13,24 +13,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack
 
-from stagewise import paths
 from stagewise.adapters import Detach, Seam, find_seams, one_seam
 from stagewise.adapters.base import mixes, parts
 from stagewise.adapters.objective import Objective
 from stagewise.bank import LatentBank
-from stagewise.callbacks.checks import beside_training
-from stagewise.callbacks.driving import (
-    GatheredLosses,
-    SchemeMeans,
-    reads_losses,
-    refuse_endless_phases,
-    refuse_unheard_events,
-)
+from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.training_bank import shard_from_trainer
 from stagewise.certificate import Certificate
 from stagewise.engines import Engine, Sharded
 from stagewise.losses import StageWeightedLoss
+from stagewise.memory import beside_training
 from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme
 from stagewise.schemes.checks import check_rows
@@ -202,21 +195,24 @@ class StageScheme(StageCallback):
         )
         if self.seam is not None:
             self.seam.check(self.scheme, weighed=self._weighed)
-        reader = reads_losses(self.scheme)
+        reader = self.scheme.needs_losses
         if reader and not (self.seam is not None and self.seam.losses):
             raise ValueError(
                 f"{reader} needs each sample's loss, which {self._where()} never sees. Train with "
                 "FlowMatchingLoss, or call scheme.observe(t=..., loss=...) in a loop of your own."
             )
         self._losses = GatheredLosses() if reader else None
-        refuse_endless_phases(run.total, self.scheme)
+        if isinstance(self.scheme, Phases):
+            self.scheme.check_ends(math.inf if run.total is None else run.total)
         for part in parts(self.scheme):
             part.rows_checked = True  # `settle` does, on all ranks together
         resumed = self._resume()
         self.writer = run.writer(self)
         about = self._where() if self.seam is None else self.seam.describe()
         rank_zero_info(f"StageScheme: steers {about}; {self.writer.describe()}")
-        header = {"event": "scheme", "seam": about, "path": repr(self._path)}
+        # That of training, which a scheme without an oracle need not know.
+        path = self.scheme.path if self.seam is None else self.seam.path
+        header = {"event": "scheme", "seam": about, "path": repr(path)}
         self.writer.start([header, *self.transitions], resumed=resumed)
         self._seen = self.scheme.last
         self._means = SchemeMeans()
@@ -225,8 +221,8 @@ class StageScheme(StageCallback):
     def before_first_batch(self) -> None:
         """Settles the boundary, and refuses what cannot work."""
         scheme = self._scheme
-        refuse_unheard_events(self.run.trainer, scheme)
-        if self._lacks_boundary():
+        _refuse_unheard_events(self.run.trainer, scheme)
+        if self.renewed or any(part.boundary is None for part in parts(scheme)):
             boundary = self._boundary()
             if boundary is not None:
                 scheme.set_boundary(boundary)
@@ -247,7 +243,6 @@ class StageScheme(StageCallback):
                 "steered. If another object makes it, say which: seam=...; if the step itself "
                 "does, write there u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
             )
-        network, given = self.run.look.network, self.run.look.conditions
         mixing = [part for part in parts(self._scheme) if part.target is not None]
         oracles = [part.oracle for part in mixing if part.oracle is not None]
         with self.run.together("holding its samples against the bank"):
@@ -255,27 +250,9 @@ class StageScheme(StageCallback):
                 said = check_rows(bank, record.x1, known=record.source is not None, shard=shard)
                 if said:
                     rank_zero_warn(f"StageScheme: {said}")
-        if not mixing or all(part.unconditional for part in mixing):
-            return
-        if not given and network is None:
-            rank_zero_warn(
-                "StageScheme: the call of the network was not recognised, so it is not known what "
-                "the model is conditioned on. Targets of the oracle are right for a model that is "
-                "given x_t, t and the classes of the bank. For one that is given more (text, an "
-                "image beside x_t) they move the optimum: steer times and weights only. If it is "
-                "given nothing else, or ignores it, say so: class_wise=False."
-            )
-        if not given and network is not None and network.conditional:
-            given = () if all(part.class_wise for part in mixing) else ("labels",)
-        if given:
-            has = "has no labels" if given == ("labels",) else "knows nothing of that"
-            raise ValueError(
-                f"The network is also given {', '.join(given)}, and the bank {has}: the oracle's "
-                "target would be a mean over samples of all conditions, which moves the optimum of "
-                "a model that uses them. Steer timesteps and weights only, give the labels "
-                "of classes to the bank, LatentBank(x, labels), or, if the model ignores what it "
-                "is given: class_wise=False, as in StageScheme(target=..., class_wise=False)."
-            )
+        warning = self.run.look.check_conditions(self._scheme)
+        if warning:
+            rank_zero_warn(f"StageScheme: {warning}")
 
     def after_batch(self, step: int, before: int) -> None:
         """Takes note of the batch; after an optimizer step, drives the scheme and logs."""
@@ -292,16 +269,14 @@ class StageScheme(StageCallback):
         every = getattr(self.run.trainer, "log_every_n_steps", 0)
         if every and step // every > before // every:
             self._log(step)
-        gathered = (None, None) if self._losses is None else self._losses.gathered(self.run.trainer)
-        t, loss = gathered
+        t, loss = self._losses.gathered(self.run.trainer) if self._losses else (None, None)
         for message in scheme.observe(step=step, total=self.run.total, t=t, loss=loss):
             self._announce(message, step)
 
     def notice(self, event: str) -> None:
         """Tells phases that wait for it."""
-        notify = getattr(self._scheme, "notify", None)
-        if notify is not None:
-            notify(event)
+        if isinstance(self._scheme, Phases):
+            self._scheme.notify(event)
 
     def before_validation(self) -> None:
         """Takes the scheme out: validation compares with the plain targets."""
@@ -328,11 +303,6 @@ class StageScheme(StageCallback):
     def _scheme(self) -> Scheme | Phases:
         assert self.scheme is not None
         return self.scheme
-
-    @property
-    def _path(self) -> paths.Path:
-        """That of training, which a scheme without an oracle need not know."""
-        return self._scheme.path if self.seam is None else self.seam.path
 
     def _attach(self) -> None:
         self._paused = False
@@ -403,7 +373,7 @@ class StageScheme(StageCallback):
         path = run.path if self.seam is None else self.seam.path
         if isinstance(self.engine, Sharded):
             bank = run.option(self, "bank") or shard_from_trainer(run.trainer)
-            bank = beside_training(bank, run.trainer)
+            bank = beside_training(bank, run.trainer.strategy.root_device)
         elif certificate is None:
             return run.oracle(self, path, self.engine)
         else:
@@ -423,7 +393,7 @@ class StageScheme(StageCallback):
         if self._begin is None:
             self._begin = copy.deepcopy(self._scheme.state_dict())
         resumed = self.stash is not None
-        if ((self.stash or {}).get("run") or {}).get("boundaries"):
+        if self.stashed_run.get("boundaries"):
             self.run.bank(self)  # notices if what was measured was measured on other latents
         stash = self.stash or {"scheme": self._begin, "transitions": []}
         if not resumed and self.run.began:
@@ -431,32 +401,29 @@ class StageScheme(StageCallback):
         if stash["scheme"] is not None:
             state = copy.deepcopy(stash["scheme"])
             if self.renewed:
-                _forget_boundaries(state, self._begin)
+                both = [one.get("schemes", [one]) for one in (state, self._begin)]
+                for late, early in zip(*both, strict=False):
+                    late["boundary"] = early["boundary"]
             self._scheme.load_state_dict(state)
         self.transitions = list(stash["transitions"])
         if self._losses is not None:
             self._losses.share = stash.get("share")
         return resumed
 
-    def _lacks_boundary(self) -> bool:
-        """Whether the boundary is to be measured: it is not known, or that of another bank."""
-        return self.renewed or any(part.boundary is None for part in parts(self._scheme))
-
     def _boundary(self) -> StageBoundary | None:
         """That of the run; None if nothing depends on it and nobody has measured it."""
-        for part in parts(self._scheme):
-            if part.oracle is not None:
-                oracle, wise = part.oracle, part.class_wise
-                break
-        else:
-            if not self._scheme.lacks_boundary and not self.run.recipes:
+        run, lacks = self.run, self._scheme.lacks_boundary
+        known = [
+            (part.oracle, part.class_wise)
+            for part in parts(self._scheme)
+            if part.oracle is not None
+        ]
+        if not known:
+            if not lacks and not run.recipes:
                 return None
-            oracle = self._oracle()
-            wise = self.run.class_wise(self)
+            known = [(self._oracle(), run.class_wise(self))]
             self.measures = True
-        if not self._scheme.lacks_boundary and not self.run.knows_boundary(oracle, wise):
-            return None
-        return self.run.boundary(oracle, wise)
+        return run.boundary(*known[0]) if lacks or run.recipe(*known[0]) else None
 
     # -- per step -----------------------------------------------------------------------------
 
@@ -478,12 +445,29 @@ class StageScheme(StageCallback):
         rank_zero_info(f"StageScheme: {message}")
 
 
-def _forget_boundaries(state: dict[str, Any], begin: dict[str, Any]) -> None:
-    """Puts the boundaries that a scheme began with into a later state of it."""
-    for late, early in zip(
-        state.get("schemes", [state]), begin.get("schemes", [begin]), strict=False
-    ):
-        late["boundary"] = early["boundary"]
+def _refuse_unheard_events(trainer: pl.Trainer, scheme: Scheme | Phases) -> None:
+    """Refuses a phase that waits for an event which nothing in the trainer would say.
+
+    Callbacks, and the module, name what they say in an attribute `event_kinds`: a dict from the
+    event to what it lacks in this run, "" if nothing. That of `StageTransitions` is known once it
+    has started.
+
+    Raises:
+        ValueError: With the events that are known, and the cure.
+    """
+    known: dict[str, str] = {}
+    for speaker in (*getattr(trainer, "callbacks", []), trainer.lightning_module):
+        known |= getattr(speaker, "event_kinds", {})
+    listed = [f"{kind!r}{lacks and f' (lacks {lacks})'}" for kind, lacks in known.items()]
+    for until in scheme.awaited if isinstance(scheme, Phases) else []:
+        if known.get(until.event) != "":
+            raise ValueError(
+                f"A phase ends at {until!r}, and no callback would say so. "
+                + (f"Known are {', '.join(listed)}. " if known else "")
+                + "Add what says it, after the monitors: [PosteriorMonitor(), "
+                "VelocityErrorMonitor(), StageTransitions(), StageScheme()]; a callback of your "
+                "own names it in `event_kinds`, {event: ''}."
+            )
 
 
 def _scheme_of(seam: Seam) -> Scheme | Phases | None:

@@ -31,8 +31,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from PIL import Image
 
-from stagewise.callbacks.checks import together
 from stagewise.callbacks.figures import render
+from stagewise.callbacks.ranks import together
 from stagewise.latents.files import replace_file
 from stagewise.plain import jsonable
 
@@ -61,6 +61,7 @@ class Writer:
         self.name = name
         self.folder = None if getattr(trainer, "fast_dev_run", False) else Path(dirpath or default)
         self.active, self._trainer = trainer.is_global_zero, trainer
+        self._file = self.folder / "stages.jsonl" if self.active and self.folder else None
         self._loggers = trainer.loggers
 
     def describe(self) -> str:
@@ -76,27 +77,26 @@ class Writer:
         Raises:
             OSError: If the folder cannot be written, with the cure.
         """
+        file = self._file
         with together(self._trainer, "writing its files"):
-            if self.active and self.folder:
-                self._start(self.folder / "stages.jsonl", events, resumed)
-
-    def _start(self, file: Path, events: Iterable[Mapping[str, Any]], resumed: bool) -> None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if file.exists() and not resumed:
-                file.replace(file.with_name("stages.bak.jsonl"))
-            self._events("w", events)
-        except OSError as error:
-            raise OSError(
-                f"Cannot write {file}: {error.strerror or error}. Say where files go: dirpath=..."
-            ) from error
+            if file is None:
+                return
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                if file.exists() and not resumed:
+                    file.replace(file.with_name("stages.bak.jsonl"))
+                self._events("w", events)
+            except OSError as error:
+                raise OSError(
+                    f"Cannot write {file}: {error.strerror or error}. Say where files go: "
+                    "dirpath=..."
+                ) from error
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Appends a line to `stages.jsonl`; warns if it cannot."""
-        if not (self.active and self.folder):
+        file, size = self._file, None
+        if file is None:
             return
-        file = self.folder / "stages.jsonl"
-        size = None
         try:
             size = file.stat().st_size
             self._events("a", [event])
@@ -111,8 +111,8 @@ class Writer:
             )
 
     def _events(self, mode: str, events: Iterable[Mapping[str, Any]]) -> None:
-        assert self.folder is not None
-        with (self.folder / "stages.jsonl").open(mode) as file:
+        assert self._file is not None
+        with self._file.open(mode) as file:
             file.writelines(json.dumps(jsonable(event)) + "\n" for event in events)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

@@ -55,6 +55,22 @@ class Drawn(NamedTuple):
     warnings: Sequence[str] = ()
     looked: int = 0
 
+    @property
+    def cut(self) -> bool:
+        """Whether an epoch ends before all rows have come up."""
+        return self.batches < len(self.rows) // self.per_batch
+
+    def few(self, epochs: float, batches: float) -> str:
+        """What to say if so many epochs or batches draw fewer samples than there are rows."""
+        draws = self.per_batch * min(epochs * self.batches, batches)
+        if draws >= len(self.rows):
+            return ""
+        return (
+            f"The training loader draws {draws:.0f} samples in the whole training, and the bank "
+            f"holds the {len(self.rows)} that may come up. The boundary is that of training on all "
+            "of them. Train for longer, or on fewer: torch.utils.data.Subset(dataset, indices)."
+        )
+
 
 def drawn_rows(
     loader: DataLoader[Any],

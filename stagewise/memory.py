@@ -1,13 +1,17 @@
-"""How much memory a bank needs, how much there is, and what to say when it does not fit."""
+"""How much memory a bank needs, where there is enough, and what to say when it does not fit."""
 
 from __future__ import annotations
 
 import math
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
-__all__ = ["available_memory", "format_bytes", "require_memory"]
+if TYPE_CHECKING:
+    from stagewise.bank import LatentBank
+
+__all__ = ["available_memory", "beside_training", "format_bytes", "oracle_device", "require_memory"]
 
 
 def available_memory(device: torch.device | str = "cpu") -> float | None:
@@ -33,6 +37,19 @@ def _control_group() -> float:
             return int(limit.read()) - int(current.read()) + reclaimable
     except (OSError, ValueError, StopIteration):  # no such files, or the limit is "max"
         return math.inf
+
+
+def oracle_device(device: torch.device) -> torch.device:
+    """Where an oracle can be asked beside a model on `device`: MPS lacks the float64 it needs."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def beside_training(bank: LatentBank, device: torch.device) -> LatentBank:
+    """The bank on the training device if it takes less than a quarter of what is free there."""
+    device = oracle_device(device)
+    # The model's gradients, optimizer and activations are not there yet.
+    free = available_memory(device)
+    return bank.to(device) if free is None or bank.nbytes < free / 4 else bank
 
 
 def format_bytes(count: float) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,15 +26,18 @@ from scipy.optimize import brentq, isotonic_regression
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.engines import Sharded
 from stagewise.oracle import Oracle, check_times
 from stagewise.paths import Path, Prediction
 from stagewise.spectrum import information, spectrum
 
 __all__ = [
     "STATISTICS",
+    "Recipe",
     "StageBoundary",
     "StageCurve",
     "predicted_boundary",
+    "require_whole_bank",
     "stage_edges",
     "stratified_times",
 ]
@@ -44,7 +47,45 @@ STATISTICS = ("top1", "entropy", "ess", "source_weight", "target_difference")
 the source row, and the mean over the D numbers of (conditional - oracle velocity)^2."""
 
 
-_STRATA, _QUERIES = 24, 64
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How a stage curve is measured.
+
+    Attributes:
+        oracle: Bank and path.
+        class_wise: Whether the posterior is over the rows of the query's class.
+        edges: Of the strata of t, (T + 1,).
+        queries: In each stratum.
+        seed: Of the queries, together with the step.
+    """
+
+    oracle: Oracle
+    class_wise: bool
+    edges: Tensor
+    queries: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls, oracle: Oracle, class_wise: bool, strata: int = 24, queries: int = 64, seed: int = 0
+    ) -> Recipe:
+        """The recipe of a number of strata, which lie where the stages are predicted to meet."""
+        predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=class_wise)
+        return cls(oracle, class_wise, stage_edges(predicted, strata), queries, seed)
+
+    def times(self, seed: int | tuple[int, ...]) -> Tensor:
+        """Times of the queries, (T, Q); see `stratified_times`."""
+        return stratified_times(self.edges, self.queries, seed=seed)
+
+    def measure(self, step: int, **where: Any) -> StageCurve:
+        """Measures the curve; the same step gives the same queries.
+
+        Args:
+            step: Optimizer steps done.
+            **where: `device`, `rank` and `world_size`, see `StageCurve.measure`.
+        """
+        seed, t = (self.seed, step, 1), self.times((self.seed, step))
+        return StageCurve.measure(self.oracle, t, seed=seed, class_wise=self.class_wise, **where)
 
 
 @dataclass(frozen=True)
@@ -105,8 +146,9 @@ class StageCurve:
 
         Args:
             oracle: Bank and path.
-            t: Time of each query, (T, Q); see `stratified_times`. Default: 64 in each of 24 strata,
-                half of which lie near the predicted boundary if that is near an end.
+            t: Time of each query, (T, Q); see `stratified_times`. Default those of `Recipe.of`: 64
+                in each of 24 strata, half of which lie near the predicted boundary if that is near
+                an end.
             seed: Of the rows and the noise; the same seed gives the same queries on every device,
                 rank and number of ranks. Default 0. No global generator is touched.
             class_wise: Whether the posterior is over the rows of the query's own class, default
@@ -127,8 +169,7 @@ class StageCurve:
         if class_wise == "auto":
             class_wise = bool(oracle.bank.classes)
         if t is None:
-            predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=class_wise)
-            t = stratified_times(stage_edges(predicted, _STRATA), _QUERIES, seed=seed)
+            t = Recipe.of(oracle, class_wise).times(seed)
             # Rows that do not depend on the times.
             seed = (*seed, 1) if isinstance(seed, tuple) else (seed, 1)
         if t.ndim != 2:
@@ -228,6 +269,19 @@ class StageCurve:
         tails = [50 * (1 - confidence), 50 * (1 + confidence)]
         low, high = np.percentile(np.nan_to_num(np.array(again), nan=1.0), tails, axis=0).tolist()
         return StageBoundary(found[0], low[0], high[0], found[1], low[1], high[1], confidence)
+
+
+def require_whole_bank(oracle: Oracle) -> None:
+    """Refuses to measure the boundary of a bank that is spread over the ranks.
+
+    Raises:
+        ValueError: With the cure.
+    """
+    if isinstance(oracle.engine, Sharded):
+        raise ValueError(
+            "The boundary of a bank that is spread over the ranks is not measured here. Give "
+            "it: Scheme(boundary=...)."
+        )
 
 
 def _ask(oracle: Oracle, x0: Tensor, t: Tensor, rows: list[int], class_wise: bool) -> Tensor:

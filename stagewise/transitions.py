@@ -37,16 +37,17 @@ class Until(ABC):
         t: Tensor | None,
         loss: Tensor | None,
         boundary: float | None,
+        /,
     ) -> str | None:
         """Takes note of a step, and says why the phase ends, or None if it does not."""
 
     @abstractmethod
-    def check(self, start: int, total: int | None) -> int:
+    def check(self, start: int, total: float | None) -> int:
         """Refuses what can never end.
 
         Args:
             start: The first step at which the phase may begin.
-            total: Steps of the training, None if that is not known.
+            total: Steps of the training, infinite if it has no end, None if that is not known.
 
         Returns:
             The first step at which it may end.
@@ -75,18 +76,11 @@ class AtStep(Until):
             raise ValueError(f"Expected `step` of at least 1, got {step}.")
         self.step = step
 
-    def observe(
-        self,
-        step: int,
-        total: int | None,
-        t: Tensor | None,
-        loss: Tensor | None,
-        boundary: float | None,
-    ) -> str | None:
+    def observe(self, step: int, *_: Any) -> str | None:
         """See `Until`."""
         return f"step {self.step}" if step >= self.step else None
 
-    def check(self, start: int, total: int | None) -> int:
+    def check(self, start: int, total: float | None) -> int:
         """See `Until`."""
         if self.step <= start:
             raise ValueError(
@@ -116,14 +110,7 @@ class AtShare(Until):
             raise ValueError(f"Expected `share` between 0 and 1, got {share}.")
         self.share = share
 
-    def observe(
-        self,
-        step: int,
-        total: int | None,
-        t: Tensor | None,
-        loss: Tensor | None,
-        boundary: float | None,
-    ) -> str | None:
+    def observe(self, step: int, total: int | None, *_: Any) -> str | None:
         """See `Until`."""
         if total is None:
             raise ValueError(
@@ -132,10 +119,15 @@ class AtShare(Until):
             )
         return f"{self.share:.0%} of {total} steps" if step >= self.share * total else None
 
-    def check(self, start: int, total: int | None) -> int:
+    def check(self, start: int, total: float | None) -> int:
         """See `Until`."""
         if total is None:
             return start
+        if math.isinf(total):
+            raise ValueError(
+                f"{self!r} is a share of a training that has no end. Set max_steps or max_epochs, "
+                "or use AtStep(step)."
+            )
         end = math.ceil(self.share * total)
         AtStep(end).check(start, total)
         return end
@@ -163,18 +155,11 @@ class AtEvent(Until):
         """Takes note of an event."""
         self.happened = self.happened or event == self.event
 
-    def observe(
-        self,
-        step: int,
-        total: int | None,
-        t: Tensor | None,
-        loss: Tensor | None,
-        boundary: float | None,
-    ) -> str | None:
+    def observe(self, *_: Any) -> str | None:
         """See `Until`."""
         return self.event if self.happened else None
 
-    def check(self, start: int, total: int | None) -> int:
+    def check(self, start: int, total: float | None) -> int:
         """See `Until`: nobody knows whether it comes; the next step is the earliest."""
         return start + 1
 
@@ -256,6 +241,7 @@ class AtPlateau(Until):
         t: Tensor | None,
         loss: Tensor | None,
         boundary: float | None,
+        /,
     ) -> str | None:
         """See `Until`. Costs one device sync in `every` steps."""
         if t is None or loss is None or boundary is None:
@@ -292,7 +278,7 @@ class AtPlateau(Until):
             return None
         return f"plateau of navigation at {self.points[-1]:.4g}"
 
-    def check(self, start: int, total: int | None) -> int:
+    def check(self, start: int, total: float | None) -> int:
         """See `Until`."""
         first = start + self.every * (2 * self.window + self.patience - 1)
         if total is not None and first >= total:

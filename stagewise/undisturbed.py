@@ -13,7 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["undisturbed"]
+__all__ = ["in_eval_mode", "undisturbed"]
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module in evaluation mode, and every submodule back in its own mode at the end."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 @contextmanager
@@ -28,12 +40,10 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
         others: What else may hold a generator: loader, functions.
         seed: Of all generators, default 0.
     """
-    modes = [(part, part.training) for part in module.modules()]
     kept = [(generator, _state(generator)) for generator in _generators([module, *others])]
     own, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad(), in_eval_mode(module):
         try:
-            module.eval()
             for reseed in (random.seed, np.random.seed, torch.manual_seed):
                 reseed(seed)
             for generator, _ in kept:
@@ -42,8 +52,6 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
         finally:
             random.setstate(own)
             np.random.set_state(numbers)
-            for part, mode in modes:
-                part.training = mode
             for generator, state in kept:
                 _restore(generator, state)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -15,12 +15,19 @@ from stagewise.adapters.flow_matching import FlowMatching
 from stagewise.adapters.objective import Objective
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
-from stagewise.paths import DIFFUSERS, STAGEWISE, Convention, LinearPath, Path
+from stagewise.paths import DIFFUSERS, STAGEWISE, Convention, LinearPath, Path, same_path
 
 if TYPE_CHECKING:
     from stagewise.schemes import Phases, Scheme
 
-__all__ = ["assumed_seams", "find_couplings", "find_seams", "one_seam"]
+__all__ = [
+    "assumed_seams",
+    "dependent_noise",
+    "find_couplings",
+    "find_seams",
+    "one_seam",
+    "training_path",
+]
 
 _KINDS = (Objective, TorchCFM, FlowMatching, Transport, EDMLoss, FlowMatchScheduler)
 
@@ -71,6 +78,45 @@ def find_couplings(module: object) -> list[Place]:
     return _found(module)[1]
 
 
+def dependent_noise(seams: Sequence[Seam], couplings: Sequence[Place]) -> str:
+    """What pairs noise with data, with the reason; empty if nothing does.
+
+    Args:
+        seams: What `find_seams` found.
+        couplings: What `find_couplings` found.
+    """
+    for seam in seams:
+        # A matcher that is refused ties noise to data, or its path is not known.
+        if seam.coupled or (isinstance(seam, TorchCFM) and seam.refusal):
+            return f"{seam.name}: {seam.refusal}"
+    return _pairs(couplings[0]) if couplings else ""
+
+
+def training_path(seams: Sequence[Seam], *, said: bool = False) -> tuple[Path, str]:
+    """The path that targets are made on, `LinearPath()` if nothing makes them.
+
+    Args:
+        seams: What `find_seams` found, or those of it that the user chose.
+        said: Whether the user says the path, so that several may be there.
+
+    Returns:
+        The path, and where it is from; that is empty if nothing makes targets.
+
+    Raises:
+        ValueError: If there are several paths and nobody says which one counts.
+    """
+    able = [seam for seam in seams if not seam.refusal] or seams
+    if not able:
+        return LinearPath(), ""
+    if not said and any(not same_path(seam.path, able[0].path) for seam in able):
+        listed = ", ".join(sorted({repr(seam.path) for seam in able}))
+        raise ValueError(
+            f"The module makes targets on several paths, {listed}. Say which to watch: "
+            "PosteriorMonitor(path=...)."
+        )
+    return able[0].path, f"from {able[0].name}, {able[0].library}"
+
+
 def _found(module: object) -> tuple[list[Seam], list[Place]]:
     """All seams, and the couplings beside them."""
     couplings: list[Place] = []
@@ -119,10 +165,15 @@ def _refuse_coupled(seam: Seam, couplings: list[Place]) -> None:
     if couplings:
         first, seam.coupled = couplings[0], True
         seam.refusal = seam.refusal or (
-            f"{first.name} ({_kind(first.object)}) pairs noise with data, which makes x_0 "
-            "and x_1 dependent, and the closed form of the oracle holds for independent ones only. "
-            "Train on independent pairs, without it, to steer."
+            f"{_pairs(first)} Train on independent pairs, without it, to steer."
         )
+
+
+def _pairs(place: Place) -> str:
+    return (
+        f"{place.name} ({_kind(place.object)}) pairs noise with data, which makes x_0 and x_1 "
+        "dependent, and the closed form of the oracle holds for independent ones only."
+    )
 
 
 def _kind(value: object) -> str:

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stagewise.adapters.base import Seam, Seen, check_independent, check_noise
+from stagewise.adapters.base import Seam, Seen, check_independent, check_noise, parts
 from stagewise.adapters.find import assumed_seams
 from stagewise.adapters.network import GIVEN, Network, NetworkSearch
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_checked
 from stagewise.paths import Path
-from stagewise.schemes.checks import distance_from_rows
+from stagewise.schemes.checks import check_rows, distance_from_rows
+
+if TYPE_CHECKING:
+    from stagewise.schemes import Phases, Scheme
 
 __all__ = ["FirstStep"]
 
@@ -235,11 +238,49 @@ class FirstStep:
             "set? The boundary measured is that of the bank."
         ]
 
-    def difference(self, x1: Tensor) -> tuple[str, bool]:
+    def check_conditions(self, scheme: Scheme | Phases) -> str:
+        """Holds what the network is given against the rows that the targets of a scheme are of.
+
+        Args:
+            scheme: Whose targets the network is trained on.
+
+        Returns:
+            A warning if the network was not recognised, or else an empty text.
+
+        Raises:
+            ValueError: If the network is given more than labels, or labels that the bank has not.
+        """
+        mixing = [part for part in parts(scheme) if part.target is not None]
+        if not mixing or all(part.unconditional for part in mixing):
+            return ""
+        given = self.conditions
+        if not given and self.network is None:
+            return (
+                "the call of the network was not recognised, so it is not known what "
+                "the model is conditioned on. Targets of the oracle are right for a model that is "
+                "given x_t, t and the classes of the bank. For one that is given more (text, an "
+                "image beside x_t) they move the optimum: steer times and weights only. If it is "
+                "given nothing else, or ignores it, say so: class_wise=False."
+            )
+        if not given and self.network is not None and self.network.conditional:
+            given = () if all(part.class_wise for part in mixing) else ("labels",)
+        if given:
+            has = "has no labels" if given == ("labels",) else "knows nothing of that"
+            raise ValueError(
+                f"The network is also given {', '.join(given)}, and the bank {has}: the oracle's "
+                "target would be a mean over samples of all conditions, which moves the optimum of "
+                "a model that uses them. Steer timesteps and weights only, give the labels "
+                "of classes to the bank, LatentBank(x, labels), or, if the model ignores what it "
+                "is given: class_wise=False, as in StageScheme(target=..., class_wise=False)."
+            )
+        return ""
+
+    def difference(self, x1: Tensor, read: LatentBank | None = None) -> tuple[str, bool]:
         """How samples of the step differ from those that were read from the batches.
 
         Args:
             x1: As they are trained on, (B, *).
+            read: The bank of what was read.
 
         Returns:
             A message with the cure, and whether the shape or the scale is another one.
@@ -259,11 +300,16 @@ class FirstStep:
         cure = "give what is trained on: bank=LatentBank(latents, labels)."
         if why is None and x1.shape == self.x1.shape:
             cure = f"if it augments (flips, noise), expect little of the data end; if not, {cure}"
+        certain = why is not None or x1.shape != self.x1.shape
+        if read is not None and not certain:
+            try:  # augmented samples are at the scale of the bank, encoded ones are not
+                check_rows(read, x1)
+            except ValueError:
+                certain = True
         return (
             f"Training is not on what was read from the batches{maker}: "
             f"{cure if why is None else why.message}",
-            why is not None
-            or tuple(x1.shape) != tuple(self.x1.shape if self.x1 is not None else ()),
+            certain,
         )
 
     def _place(self, tensor: Tensor | None) -> str:

@@ -45,6 +45,11 @@ class Phase:
     until: Until | None = None
     name: str | None = None
 
+    @property
+    def needs_boundary(self) -> bool:
+        """Whether anything depends on where the stages meet."""
+        return self.scheme.needs_boundary or isinstance(self.until, AtPlateau)
+
 
 class Phases:
     """Schemes that follow one another; it has the interface of a `Scheme`.
@@ -130,19 +135,24 @@ class Phases:
     @property
     def needs_boundary(self) -> bool:
         """Whether anything, in any phase, depends on where the stages meet."""
-        return any(
-            phase.scheme.needs_boundary or isinstance(phase.until, AtPlateau)
-            for phase in self.phases
-        )
+        return any(phase.needs_boundary for phase in self.phases)
 
     @property
     def lacks_boundary(self) -> bool:
         """Whether something, in any phase, depends on where the stages meet and is not told."""
-        return any(
-            phase.scheme.boundary is None
-            and (phase.scheme.needs_boundary or isinstance(phase.until, AtPlateau))
-            for phase in self.phases
-        )
+        return any(phase.needs_boundary and phase.scheme.boundary is None for phase in self.phases)
+
+    @property
+    def needs_losses(self) -> str:
+        """What needs each sample's loss, in any phase; see `Scheme.needs_losses`."""
+        plateaus = [repr(p.until) for p in self.phases if isinstance(p.until, AtPlateau)]
+        return next(filter(None, [*plateaus, *(p.scheme.needs_losses for p in self.phases)]), "")
+
+    @property
+    def awaited(self) -> list[AtEvent]:
+        """What this phase and later ones wait for, and has not happened yet."""
+        ahead = [phase.until for phase in self.phases[self.index :]]
+        return [until for until in ahead if isinstance(until, AtEvent) and not until.happened]
 
     @property
     def timesteps(self) -> TimestepSampler:
@@ -248,7 +258,7 @@ class Phases:
                 given.
         """
         if not self._observed:
-            self._check_ends(total)
+            self.check_ends(total)
             self._observed = True
         messages: list[str] = []
         while True:
@@ -295,7 +305,15 @@ class Phases:
         name = self.phases[number].name
         return f"phase {number}" if name is None else f"phase {number} ({name})"
 
-    def _check_ends(self, total: int | None) -> None:
+    def check_ends(self, total: float | None) -> None:
+        """Refuses a phase that cannot end within the training.
+
+        Args:
+            total: Its steps, infinite if it has no end, None if that is not known.
+
+        Raises:
+            ValueError: With the cure.
+        """
         start = 0
         for phase in self.phases[:-1]:
             assert phase.until is not None
@@ -312,7 +330,7 @@ class Phases:
             raise unknown_boundary()
         for phase in self.phases:
             phase.scheme.check()
-        self._check_ends(total)
+        self.check_ends(total)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

@@ -32,7 +32,7 @@ from stagewise.schemes.checks import (
     unknown_conditions,
 )
 from stagewise.schemes.correction import Batch, Correction, correct
-from stagewise.stages import StageBoundary, StageCurve
+from stagewise.stages import StageBoundary, StageCurve, require_whole_bank
 from stagewise.targets import Target, mix_target
 from stagewise.timesteps import TimestepSampler, Uniform
 from stagewise.tracing import caller_level, untraced
@@ -159,7 +159,7 @@ class Scheme:
         self._sampler = self._bound = timesteps or Uniform()
         self._step = self._calls = 0
         self._checked = self._fits = self.rows_checked = False
-        self._waits_for_losses = bool(self._sampler.state_dict())
+        self._waits_for_losses = bool(self.needs_losses)
         self._untold_steps = self._untold_calls = 0
         if boundary is not None:
             self.set_boundary(boundary)
@@ -179,6 +179,11 @@ class Scheme:
     def lacks_boundary(self) -> bool:
         """Whether something depends on where the stages meet, and that is not known."""
         return self.needs_boundary and self.boundary is None
+
+    @property
+    def needs_losses(self) -> str:
+        """What needs each sample's loss (`observe`), for messages; empty if nothing does."""
+        return "A sampler that adapts" if self._sampler.state_dict() else ""
 
     def set_boundary(self, boundary: float | StageBoundary) -> None:
         """Says where navigation meets refinement.
@@ -215,11 +220,7 @@ class Scheme:
                 "Expected an oracle to measure the boundary with, got none: Scheme(Oracle(bank, "
                 "path), ...). Or give the boundary: Scheme(boundary=0.1)."
             )
-        if isinstance(self.oracle.engine, Sharded):
-            raise ValueError(
-                "The boundary of a bank that is spread over the ranks is not measured here. Give "
-                "it: Scheme(boundary=...)."
-            )
+        require_whole_bank(self.oracle)
         curve = StageCurve.measure(self.oracle, seed=seed, class_wise=self.class_wise)
         boundary = curve.boundary(seed=seed)
         self.set_boundary(boundary)

@@ -1,80 +1,42 @@
-"""What a training run tells a scheme: its length, its boundary, the losses of all ranks."""
+"""What ranks do together: fail, take means of what a scheme did, and gather its losses."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import parts
-from stagewise.schemes import Phases, Scheme, SchemeRecord
-from stagewise.transitions import AtEvent, AtPlateau, AtShare
+from stagewise.schemes import SchemeRecord
 
-__all__ = [
-    "GatheredLosses",
-    "SchemeMeans",
-    "reads_losses",
-    "refuse_unheard_events",
-    "refuse_endless_phases",
-]
+__all__ = ["GatheredLosses", "SchemeMeans", "together"]
 
 
-def refuse_endless_phases(steps: int | None, scheme: Scheme | Phases) -> None:
-    """Refuses a phase that cannot end within the training.
+@contextmanager
+def together(trainer: pl.Trainer, what: str) -> Iterator[None]:
+    """Does something on every rank, or raises on all of them; a collective at its end.
 
     Args:
-        steps: Its optimizer steps, None if it has no end.
-        scheme: The scheme.
+        trainer: The trainer.
+        what: What is done, for the ranks that could do it. Nothing in it may wait for others.
 
     Raises:
-        ValueError: With the cure.
+        Exception: What was raised on this rank.
+        ValueError: If it was on another, which would wait for this one for ever.
     """
-    start = 0
-    for phase in scheme.phases[:-1] if isinstance(scheme, Phases) else []:
-        assert phase.until is not None
-        if steps is None and isinstance(phase.until, AtShare):
-            raise ValueError(
-                f"{phase.until!r} is a share of a training that has no end. Set max_steps or "
-                "max_epochs, or use AtStep(step)."
-            )
-        start = phase.until.check(start, steps)
-
-
-def reads_losses(scheme: Scheme | Phases) -> str:
-    """What in the scheme needs each sample's loss, for messages; empty if nothing does."""
-    for phase in scheme.phases if isinstance(scheme, Phases) else []:
-        if isinstance(phase.until, AtPlateau):
-            return repr(phase.until)
-    adapts = any(part.state_dict()["timesteps"] for part in parts(scheme))
-    return "A sampler that adapts" if adapts else ""
-
-
-def refuse_unheard_events(trainer: pl.Trainer, scheme: Scheme | Phases) -> None:
-    """Refuses a phase that waits for an event which nothing in the trainer would say.
-
-    Callbacks, and the module, name what they say in an attribute `event_kinds`: a dict from the
-    event to what it lacks in this run, "" if nothing. That of `StageTransitions` is known once it
-    has started.
-
-    Raises:
-        ValueError: With the events that are known, and the cure.
-    """
-    ahead = scheme.phases[scheme.index :] if isinstance(scheme, Phases) else []
-    known: dict[str, str] = {}
-    for speaker in (*getattr(trainer, "callbacks", []), trainer.lightning_module):
-        known |= getattr(speaker, "event_kinds", {})
-    listed = [f"{kind!r}{lacks and f' (lacks {lacks})'}" for kind, lacks in known.items()]
-    for until in (phase.until for phase in ahead):
-        if isinstance(until, AtEvent) and not until.happened and known.get(until.event) != "":
-            raise ValueError(
-                f"A phase ends at {until!r}, and no callback would say so. "
-                + (f"Known are {', '.join(listed)}. " if known else "")
-                + "Add what says it, after the monitors: [PosteriorMonitor(), "
-                "VelocityErrorMonitor(), StageTransitions(), StageScheme()]; a callback of your "
-                "own names it in `event_kinds`, {event: ''}."
-            )
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    passed = trainer.strategy.reduce_boolean_decision(error is None)
+    if error is not None:
+        raise error
+    if not passed:
+        raise ValueError(f"Another process failed in {what}; see its message.")
 
 
 class SchemeMeans:

@@ -1,0 +1,120 @@
+"""Reading rows of a data set as training reads them, but in an order of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from stagewise.bank import LatentBank
+from stagewise.batches import FindSample, describe, find_checked
+from stagewise.drawn_rows import CURE
+
+__all__ = ["RowReader", "same_rows"]
+
+
+class RowReader:
+    """Reads rows by a loader of its own, over the data set and with the settings of another one.
+
+    A data set with a method `fixed()` is read through what that returns: its samples without draws.
+
+    Args:
+        loader: The other one, which is not advanced.
+        find: From a batch to `(x_1, labels or None)`.
+        move: From what a loader yields to what a training step is given.
+
+    Raises:
+        ValueError: If its samples cannot be read twice or have no length, with the cure.
+    """
+
+    def __init__(self, loader: Any, find: FindSample, move: Callable[[Any], Any]) -> None:
+        if not isinstance(loader, DataLoader):
+            raise ValueError(
+                f"Expected one DataLoader for training, got {type(loader).__name__}. {CURE}"
+            )
+        if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
+            raise ValueError(
+                "The training set is iterable and has no length, and reading it for the bank would "
+                f"take samples from training. {CURE}"
+            )
+        if loader.batch_sampler is None:
+            raise ValueError(
+                f"The training loader does no batching of its own (batch_size=None). {CURE}"
+            )
+        fixed = getattr(loader.dataset, "fixed", None)
+        self.loader, self._find, self._move = loader, find, move
+        self._dataset: Any = fixed() if callable(fixed) else loader.dataset
+
+    def read(
+        self, rows: Sequence[int], *, workers: int | None = None, times: int = 1, seed: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """`x_1` and labels of rows, in batches of the loader's size; to be called in `undisturbed`.
+
+        Args:
+            rows: Positions in the data set.
+            workers: At most; default as many as the loader has.
+            times: How often each batch is read, default once.
+            seed: Of the workers, default 0.
+
+        Raises:
+            ValueError: If they are not one `x_1` for each row, all of one shape, with labels or all
+                without, with the cure.
+        """
+        loader = self.loader
+        workers = loader.num_workers if workers is None else min(workers, loader.num_workers)
+        size = getattr(loader.batch_sampler, "batch_size", None) or 64
+        batches: Any = BatchSampler(rows, size, drop_last=False)
+        if times > 1:
+            batches = [batch for batch in batches for _ in range(times)]
+        reader: DataLoader[Any] = DataLoader(
+            self._dataset,
+            batch_sampler=batches,
+            collate_fn=loader.collate_fn,
+            num_workers=workers,
+            worker_init_fn=loader.worker_init_fn if workers else None,
+            multiprocessing_context=loader.multiprocessing_context if workers else None,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        read, first = iter(reader), None
+        for places in batches:
+            span = f"{places[0]} to {places[-1]}"
+            try:
+                batch = next(read)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"The training set cannot be read in its own order, samples {span}: "
+                    f"{str(error).strip().splitlines()[-1]}. {CURE}"
+                ) from error
+            batch = self._move(batch)
+            x1, labels = find_checked(self._find, batch)
+            first = first or (x1, labels)
+            if len(x1) != len(places):
+                raise ValueError(
+                    f"Expected an x_1 of each of {len(places)} samples ({span}), got "
+                    f"{describe(x1)}; the first batch gave {describe(first[0])}. If the collate "
+                    f"function or `find` leaves samples out, or makes several of one: {CURE}"
+                )
+            if x1.shape[1:] != first[0].shape[1:]:
+                raise ValueError(
+                    f"Expected x_1 of one shape, got {describe(first[0])} in the first batch and "
+                    f"{describe(x1)} in that of samples {span}. Pad or crop all to one shape in "
+                    f"the collate function or in `find`. {CURE}"
+                )
+            if (labels is None) != (first[1] is None):
+                raise ValueError(
+                    "Expected labels in all batches or in none, got some in one and none in "
+                    f"another, {describe(batch)} of samples {span}. Say which: "
+                    "find=lambda batch: (batch[0], None) for none."
+                )
+            yield x1, labels
+
+
+def same_rows(bank: LatentBank, places: range, x1: Tensor) -> bool:
+    """Whether samples are those that were read into a bank at their places, up to its rounding."""
+    at = torch.tensor(places)
+    rows = bank.take(at if bank.index is None else torch.argsort(bank.index)[at]).double()
+    off = (rows - x1.flatten(1).double()).abs().max()
+    return bool(off <= 4 * torch.finfo(bank.dtype).eps * x1.abs().max())

@@ -206,6 +206,7 @@ class StageScheme(StageCallback):
             self.scheme.check_ends(math.inf if run.total is None else run.total)
         for part in parts(self.scheme):
             part.rows_checked = True  # `settle` does, on all ranks together
+            part.labels_of = run.look.labels_for
         resumed = self._resume()
         self.writer = run.writer(self)
         about = self._where() if self.seam is None else self.seam.describe()
@@ -296,6 +297,8 @@ class StageScheme(StageCallback):
         """Takes the scheme out, and lets go of the module."""
         self._restore()
         self.seam = None
+        for part in [] if self.scheme is None else parts(self.scheme):
+            part.labels_of = None
 
     # -- set-up -------------------------------------------------------------------------------
 

@@ -171,6 +171,7 @@ class StageRun(StageCallback):
         with self.together("looking at its first step"):
             self._look_at_step()
         self.tell("settle")
+        self.look.forget()
         for member in self.members:
             member.stash = None
 

@@ -165,6 +165,11 @@ class FirstStep:
         own = self.x1
         return own is None or own.shape != x1.shape or not torch.equal(own.to(x1), x1)
 
+    def forget(self) -> None:
+        """Lets go of the calls that were seen, with their graph; what they showed stays."""
+        self.stop_search()
+        self._search = None
+
     def stop_search(self) -> None:
         """Takes the hooks of the search off."""
         if self._search is not None:

@@ -65,6 +65,16 @@ class StageRun(StageCallback):
     """
 
     order = -1
+    held = (
+        *StageCallback.held,
+        "trainer",
+        "module",
+        "leader",
+        "members",
+        "look",
+        "seams",
+        "_loader",
+    )
     look: FirstStep
 
     def __init__(
@@ -75,7 +85,6 @@ class StageRun(StageCallback):
         **options: Unpack[RunOptions],
     ) -> None:
         super().__init__(name, bank, **options)
-        self.going = False
 
     # -- the course of a training ---------------------------------------------------------------
 
@@ -89,14 +98,14 @@ class StageRun(StageCallback):
             pl_module: Its module.
             members: Its stage callbacks, in the order of its list; the first one leads.
         """
+        for member in {*members, self}:
+            member.joins(self)
         self.trainer, self.module, self.leader = trainer, pl_module, members[0]
-        for member in members:
-            member.run = self
+        self.settled, self._told, self._batches = False, False, 0
         self.members = sorted(members, key=lambda member: (member.order, member.name))
         self.began = self.step = trainer.global_step
         total = trainer.estimated_stepping_batches
         self.total = None if math.isinf(total) else int(total)
-        self.going, self.settled, self._told, self._batches = True, False, False, 0
         self._forget()
         self._reread, self._measured_at = False, self.began
         kept = [member.stashed_run.get("boundaries") for member in self.members if self.began]
@@ -174,6 +183,7 @@ class StageRun(StageCallback):
         with self.together("looking at its first step"):
             self._look_at_step()
         self.tell("settle")
+        self.look.forget()
         for member in self.members:
             member.stash = None
 
@@ -213,13 +223,14 @@ class StageRun(StageCallback):
 
     def close(self) -> None:
         """Lets go of module, bank and hooks; what a checkpoint needs stays."""
-        self.going = False
         for member in self.members if self.settled else []:
             member.kept = self.record(member)
         self.tell("stop")
         if hasattr(self, "look"):
             self.look.stop()
         self._forget()
+        for member in {*self.members, self}:
+            member.leaves()
 
     def _forget(self) -> None:
         """Leaves behind the bank, and what was made of it."""

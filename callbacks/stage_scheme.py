@@ -169,6 +169,10 @@ class StageScheme(StageCallback):
         """
         return super().state_key if self._set_up else f"{super().state_key} {id(self)}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As its base, and how its scheme began: a copy in another fit begins there."""
+        return {**super().__getstate__(), "_begin": self._begin}
+
     def state_dict(self) -> dict[str, Any]:
         """The scheme's state and the transitions so far; never the bank."""
         scheme = None if self.scheme is None else self.scheme.state_dict()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stagewise.adapters.hooks import in_place_of
 from stagewise.adapters.paths import same_path
 from stagewise.paths import STAGEWISE, Convention, Path, Prediction
 
@@ -276,11 +277,7 @@ class _Rebound:
         return getattr(self.__wrapped__, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self.__wrapped__,)
-
-
-def _itself(value: Any) -> Any:
-    return value
+        return in_place_of(self.__wrapped__)
 
 
 def plain(value: Any) -> Any:

@@ -291,6 +291,11 @@ class FirstStep:
             return None
         return labels[start : start + len(x1)]
 
+    def forget(self) -> None:
+        """Lets go of the calls that were seen, with their graph; what they showed stays."""
+        self.stop_search()
+        self._search = None
+
     def stop_search(self) -> None:
         """Takes the hooks of the search off."""
         if self._search is not None:

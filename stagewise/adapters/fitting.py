@@ -21,6 +21,9 @@ from stagewise.paths import Path, PathCoefficients, expand_like
 
 __all__ = ["Noisy", "can_tell", "factor_of", "noise_of"]
 
+_DATA = 0.01
+"""The least t of a batch's latest sample: next to noise any data fit, and times in other units."""
+
 _NOISY = 0.05
 """The least sigma at which the noise of a sample is held against a normal distribution."""
 
@@ -69,6 +72,8 @@ class Noisy:
     def _rows(self, least: float) -> Tensor | None:
         """Where sigma is at least that, and more than rounding spoils; None where nowhere."""
         if not bool(((self.t >= -1e-4) & (self.t <= 1 + 1e-4)).all()):
+            return None
+        if float(self.t.max()) < _DATA:
             return None
         rows = self.path(self.t.float()).sigma >= max(least, 20 * self.rounding)
         return rows if bool(rows.any()) else None

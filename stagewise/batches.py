@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FindSample", "describe", "find_checked", "find_sample", "unused_in"]
+__all__ = ["LABEL_NAMES", "FindSample", "describe", "find_checked", "find_sample", "unused_in"]
 
 FindSample: TypeAlias = Callable[[Any], "tuple[Tensor, Tensor | None]"]
 """From a batch to `(x_1, labels)`, of shapes (B, *) and (B,); labels may be None."""
@@ -26,7 +26,7 @@ _SAMPLE_NAMES = (
     *("x1", "x_1", "latents", "latent", "images", "image", "pixel_values", "img", "imgs"),
     *("x", "data", "inputs", "input", "samples", "sample"),
 )
-_LABEL_NAMES = (
+LABEL_NAMES = (
     *("labels", "label", "y", "class_labels", "class_label", "class_id", "classes", "class"),
     *("cls", "targets", "target"),
 )
@@ -103,7 +103,7 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
             "find=lambda batch: (batch[0], None) gives (x_1, labels or None)."
         )
     x1: Tensor = entries[found[0]]
-    keys = [name for name in _LABEL_NAMES if name in entries] if named else list(entries)
+    keys = [name for name in LABEL_NAMES if name in entries] if named else list(entries)
     usable = {
         key: labels
         for key in keys

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam
-from stagewise.adapters.calls import Slots, where
+from stagewise.adapters.calls import Slots, flatten, rows_of, where
 
 __all__ = ["Network", "tensor_of"]
 
@@ -80,9 +80,9 @@ class Network:
                 leaves[slots.labels] = functional.one_hot(labels, like.shape[1]).to(like.dtype)
             else:
                 leaves[slots.labels] = labels.to(like.dtype).reshape(-1, *like.shape[1:])
+        rows = [k % slots.size for k in range(len(xt))] if slots.conditions else []
         for k, _ in slots.conditions:
-            rows = torch.arange(len(xt), device=leaves[k].device) % len(leaves[k])
-            leaves[k] = leaves[k][rows]
+            leaves[k] = rows_of(leaves[k], slots.size, rows)
         args, kwargs = pytree.tree_unflatten(leaves, slots.spec)
         return self.velocity(self.module(*args, **kwargs), xt, t)
 
@@ -93,7 +93,7 @@ class Network:
 
     def inputs(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """`x_t` and t of a call, None if it is made in another way than the first one."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = flatten(args, kwargs)
         if spec != self._slots.spec:
             return None
         return self.seam.from_network(*self._slots.read(leaves))

@@ -102,6 +102,7 @@ class FirstStep:
                 self.labels,
                 conditions="tile",
                 labels_name=self._place(self.labels) or "batch[1]",
+                batch=self.batch,
             )
 
     def _candidates(self) -> list[tuple[str, Tensor]]:
@@ -130,7 +131,7 @@ class FirstStep:
     def finish(self) -> None:
         """Takes the hooks off, and notes the network and its conditions."""
         self.stop_search()
-        self.network = self.search.found
+        self.network = None if self.search.inner else self.search.found
         if self.network is not None:
             self.conditions = self.network.conditions
         elif self._seen is not None:

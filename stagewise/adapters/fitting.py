@@ -21,9 +21,6 @@ from stagewise.paths import Path, PathCoefficients, expand_like
 
 __all__ = ["Noisy", "can_tell", "factor_of", "noise_of"]
 
-_DATA = 0.01
-"""The least t of a batch's latest sample: next to noise any data fit, and times in other units."""
-
 _NOISY = 0.05
 """The least sigma at which the noise of a sample is held against a normal distribution."""
 
@@ -73,8 +70,6 @@ class Noisy:
         """Where sigma is at least that, and more than rounding spoils; None where nowhere."""
         if not bool(((self.t >= -1e-4) & (self.t <= 1 + 1e-4)).all()):
             return None
-        if float(self.t.max()) < _DATA:
-            return None
         rows = self.path(self.t.float()).sigma >= max(least, 20 * self.rounding)
         return rows if bool(rows.any()) else None
 
@@ -82,12 +77,19 @@ class Noisy:
         """`dependence` of the noise on data, 0 where it is within six standard errors.
 
         None if the noise is not standard normal. The mean and the mean square are tested, each
-        within six standard errors, or what rounding explains.
+        within six standard errors, or what rounding explains. Next to noise any data would do:
+        None, too, if `x_t` holds so little of them that other ones, or times in other units (class
+        labels of 1000), would not show.
         """
         rows = self._rows(_NOISY)
         if rows is None:  # in a batch of few
             rows = self._rows(1e-3)
         if rows is None:
+            return None
+        path, x = self.path(self.t[rows].float()), x1[rows].flatten(1).float()
+        size = float(x.norm())
+        least = 0.01 * size if len(x1) == 1 else min(6, 0.1 * size)
+        if float((expand_like(path.alpha / path.sigma, x) * x).norm()) < least:
             return None
         x0 = noise_of(self.path, self.xt, self.t, x1)[0][rows]
         n, slack = x0.numel(), 0.02 + 5 * self.rounding

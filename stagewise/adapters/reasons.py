@@ -87,8 +87,12 @@ class Reasons:
         kinds = ("scaled", "reversed", "encoded")
         return min(self._diagnoses, key=lambda found: kinds.index(found.kind), default=self._guess)
 
-    def explain(self) -> str:
-        """Why no call fits, with a cure."""
+    def explain(self, line: str) -> str:
+        """Why no call fits, with a cure.
+
+        Args:
+            line: How one would ask for the velocity.
+        """
         calls = "".join(f"\n  {line}" for line in self._lines[:8]) or " none with such a tensor"
         calls = f"Calls with a tensor of its shape, {self._shape}:{calls}\n"
         if self._coupled:
@@ -100,8 +104,7 @@ class Reasons:
             "no call in the first training step was given x_t and a time that fit x_1 of the batch "
             f"on {paths}. {calls}"
             "If training encodes, scales, flips or reorders x_1 itself, say find=... so that it "
-            "is what is trained on; if the network is called in another way, say "
-            "velocity=lambda module, xt, t, labels: module.net(xt, t, labels)."
+            f"is what is trained on; if the network is called in another way, say {line}."
         )
 
     def _find(self, x1: str) -> str:
@@ -186,7 +189,7 @@ class Reasons:
                 if replace(noisy, t=1 - noisy.t).fits(own):
                     slots = conditioning(module, args, leaves, reading.slots, self._labels)
                     turned = replace(reading, slots=slots)
-                    line = velocity_line(name, leaves, turned, turned="(1 - t)")
+                    line = velocity_line(name, module, leaves, turned, turned="(1 - t)")
                     self._diagnoses.append(
                         Diagnosis(
                             "reversed",

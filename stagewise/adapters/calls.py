@@ -27,6 +27,7 @@ __all__ = [
     "conditioning",
     "flatten",
     "guessed_line",
+    "moved",
     "readings",
     "rows_of",
     "short",
@@ -249,6 +250,39 @@ def _is_constant(leaf: Any) -> bool:
     """Whether it is one whole number for all samples."""
     whole = isinstance(leaf, Tensor) and not leaf.is_floating_point() and leaf.numel() == len(leaf)
     return whole and len(leaf.unique()) == 1
+
+
+def moved(
+    module: nn.Module, args: Any, leaves: Sequence[Any], spec: Any, before: Slots
+) -> Slots | None:
+    """Where `x_t` and time of a call lie that has another structure than one before.
+
+    Args:
+        module: What is called.
+        args: Its positional arguments.
+        leaves: All of them.
+        spec: Their structure.
+        before: The slots of the call before.
+
+    Returns:
+        The slots; None if it is given neither more nor less than before, or not `x_t` and time.
+    """
+    old = [leaf is None for leaf in before.leaves]
+    if spec == before.spec and [leaf is None for leaf in leaves] == old:
+        return None
+    names, _ = _names(module, args, spec)
+    first = pytree.tree_unflatten(list(range(before.spec.num_leaves)), before.spec)[0]
+    called, _ = _names(module, first, before.spec)
+
+    def at(k: int) -> int:  # several leaves may go by one name
+        return names.index(called[k]) + k - called.index(called[k]) if k >= 0 else k
+
+    try:
+        slots = Slots(spec, (), at(before.x), at(before.time))
+    except ValueError:
+        return None
+    x = leaves[slots.x]
+    return slots if isinstance(x, Tensor) and x.ndim == before.leaves[before.x].ndim else None
 
 
 def _held(value: Any) -> list[Any]:

@@ -14,20 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from stagewise.adapters.base import Seam, Seen, check_independent, check_noise, parts
+from stagewise.adapters.base import Seam, Seen, check_independent, check_noise, looks, parts
 from stagewise.adapters.find import assumed_seams
+from stagewise.adapters.fitting import factor_of
 from stagewise.adapters.network import GIVEN, Network, NetworkSearch
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, describe, find_checked
+from stagewise.batches import FindSample, describe, find_checked, leaves_of, unused_in
 from stagewise.paths import Path
 from stagewise.schemes.checks import check_rows, distance_from_rows
 
 if TYPE_CHECKING:
     from stagewise.schemes import Phases, Scheme
 
-__all__ = ["FirstStep"]
+__all__ = ["PATIENCE", "FirstStep"]
+
+PATIENCE = 20
+"""Steps without labels after which a network that accepts some is taken not to be given any."""
 
 
 class FirstStep:
@@ -45,6 +48,10 @@ class FirstStep:
         labels: Its labels, (B,), or None.
         network: What predicts, once `finish` was called; None if it was not found.
         conditions: What the network is given besides x_t, time and class labels, for messages.
+        open: Whether the network accepts more than it was given so far, and the batch holds more:
+            what a step drops for classifier-free guidance may be given in a later one.
+        looked: In how many later calls it was given no more.
+        swapped: Whether what makes the targets is given data for noise, and noise for data.
     """
 
     def __init__(
@@ -62,6 +69,9 @@ class FirstStep:
         self._search: NetworkSearch | None = None
         self._seen: tuple[Seam, Seen] | None = None
         self._noise: list[str] = []
+        self.swapped = self.open = False
+        self.looked = 0
+        self._later: Callable[[], None] | None = None
         self._follows = False
         self._on_seen: Callable[[Tensor], None] | None = None
         self._detach = [seam.observe(self._teller(seam)) for seam in able if seam.observable]
@@ -72,7 +82,8 @@ class FirstStep:
             if not first and not self._follows:
                 return
             if first:
-                self._noise = _look_at_noise(seam, seen)
+                self.swapped = self._is_swapped(seen)
+                self._noise = _look_at_noise(seam, seen, swapped=self.swapped)
             # What steers may write the target into it.
             self._seen = seam, replace(seen, x1=seen.x1.clone())
             if first and self._on_seen is not None:
@@ -105,15 +116,21 @@ class FirstStep:
                 batch=self.batch,
             )
 
+    def _is_swapped(self, seen: Seen) -> bool:
+        if seen.x0 is None or self.x1 is None or not self.changed(seen.x1):
+            return False
+        return factor_of(seen.x0, self.x1) is not None or (
+            not _is_noise(seen.x0) and _is_noise(seen.x1)
+        )
+
     def _candidates(self) -> list[tuple[str, Tensor]]:
         """What may be x_1, as one would write it, the likeliest first."""
         found = [] if self._seen is None else [(GIVEN, self._seen[1].x1)]
         if self.x1 is not None:
             found.append((self._place(self.x1) or "batch[0]", self.x1))
-        for path, leaf in pytree.tree_flatten_with_path(self.batch)[0]:
-            tensor = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1
-            if tensor and leaf is not self.x1:
-                found.append((f"batch{pytree.keystr(path)}", leaf))
+        for place, leaf in leaves_of(self.batch):
+            if leaf.is_floating_point() and leaf.ndim > 1 and leaf is not self.x1:
+                found.append((place, leaf))
         return found
 
     @property
@@ -137,10 +154,44 @@ class FirstStep:
         elif self._seen is not None:
             given = self._seen[1].conditions
             self.conditions = tuple(f"{name}: {describe(x)}" for name, x in given if not _label(x))
+        network = self.network
+        if network is not None and network.optional:
+            labelled = self.labels is not None and not network.conditional
+            self.open = (
+                labelled or self.x1 is None or bool(unused_in(self.batch, self.x1, self.labels))
+            )
         # Later samples are taken where they are seen, if they are not those of the batch.
         self._follows = self._seen is not None and self.changed(self._seen[1].x1)
         if not self._follows:
             self.stop()
+
+    def look_on(self) -> None:
+        """Before a later batch: looks whether the network is given more than in those before."""
+        if self.open and self.network is not None:
+            module = self.network.module
+            self._later = module.register_forward_pre_hook(self._look, with_kwargs=True).remove
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is too early to say that the network is given no more."""
+        return self.open and self.looked < PATIENCE
+
+    def _look(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        network = self.network
+        if not self.open or network is None or module is not network.module or not looks():
+            return
+        self.looked += 1
+        more = network.given_more(
+            args, kwargs, lambda: find_checked(self._find, self.batch)[1], self.batch
+        )
+        if more is not None:
+            self.network, self.conditions, self.open = more, more.conditions, False
+
+    def stop_looking(self) -> None:
+        """After a later batch."""
+        if self._later is not None:
+            self._later()
+        self._later = None
 
     @property
     def search(self) -> NetworkSearch:
@@ -174,6 +225,7 @@ class FirstStep:
     def stop(self) -> None:
         """Takes all hooks off."""
         self.stop_search()
+        self.stop_looking()
         for detach in self._detach:
             detach()
         self._detach = []
@@ -203,7 +255,7 @@ class FirstStep:
                 "x_1 as in the batch, not checked: the training step shows neither its x_1 nor a "
                 "call of its network that could be recognised."
             )
-        for bank in given:
+        for bank in given if not self.swapped else ():
             warnings += self._hold(bank, x1 if x1 is not None else self.x1)
         return warnings, note
 
@@ -286,6 +338,8 @@ class FirstStep:
         Returns:
             A message with the cure, and whether the shape or the scale is another one.
         """
+        if self.swapped:
+            return self._noise[0], True
         maker = "" if self._seen is None else f", and {self._seen[0].name} is given other samples"
         assert self.x1 is not None
         place, other = self._place(self.x1) or "batch[0]", self._place(x1)
@@ -317,17 +371,31 @@ class FirstStep:
         """Where a tensor lies in the batch, as one would write it; empty if it does not."""
         if tensor is None:
             return "None"
-        for path, leaf in pytree.tree_flatten_with_path(self.batch)[0]:
-            same = isinstance(leaf, Tensor) and leaf.numel() == tensor.numel()
+        for place, leaf in leaves_of(self.batch):
+            same = leaf.shape == tensor.shape or leaf.numel() == tensor.numel() == len(tensor)
             if same and torch.equal(leaf.reshape(tensor.shape).to(tensor), tensor):
-                return f"batch{pytree.keystr(path)}"
+                return place
         return ""
 
 
-def _look_at_noise(seam: Seam, seen: Seen) -> list[str]:
+def _is_noise(x: Tensor) -> bool:
+    try:
+        check_noise(x)
+    except ValueError:
+        return False
+    return True
+
+
+def _look_at_noise(seam: Seam, seen: Seen, *, swapped: bool) -> list[str]:
     """Warns of a source that is not noise, and of one that depends on the data."""
     if seen.x0 is None:
         return []
+    if swapped:
+        return [
+            f"The posterior that is measured is not that of {seam.name}: it is given the samples "
+            "of the batch as x0 and noise as x1, so that it goes from data to noise, and t = 1 is "
+            "noise. Expected noise first: x0 = torch.randn_like(x1), then the samples x1."
+        ]
     try:
         check_noise(seen.x0)
         check_independent(seen.x0, seen.x1)

@@ -218,6 +218,47 @@ class NetworkSearch:
         """How what is trained on came from `x_1` of the batch; see `Reasons.origin`."""
         return self._reasons.origin(x1, text, own)
 
+    def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Tensor | None], Any]) -> str:
+        """How a function asks the network for something else than training does.
+
+        Args:
+            ask: From `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity.
+
+        Returns:
+            What differs in the call, with the line that is as in training; empty if nothing does,
+            or the function makes several calls or none.
+        """
+        first, calls = self._first, []
+        if first is None or first.inner or first.reading.slots.time < 0:
+            return ""
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append(flatten(args, kwargs)[0])
+
+        hook = first.network.module.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            ask(first.reading.noisy.xt, first.reading.noisy.t, self.labels)
+        finally:
+            hook.remove()
+        if len(calls) != 1:
+            return ""
+        tensors = [leaf for leaf in calls[0] if isinstance(leaf, Tensor)]
+        time, slots = first.leaves[first.reading.slots.time], first.reading.slots
+        near = 1e-3 * float(time.detach().abs().max())
+        timed = any(
+            leaf.numel() == time.numel()
+            and bool(((leaf.reshape(-1) - time.reshape(-1)).abs() <= near).all())
+            for leaf in tensors
+        )
+        what = "" if timed else "about another time than training does for the same x_t"
+        if timed and slots.labels is not None:
+            like = first.leaves[slots.labels]
+            given = any(x.shape == like.shape and x.dtype == like.dtype for x in tensors)
+            what = "" if given else "without the labels that training gives it"
+        return what and (
+            f"`velocity` asks {where(first.network.name)} {what}. As in training it is: {self.line}"
+        )
+
     # -- messages -----------------------------------------------------------------------------
 
     @property

@@ -189,8 +189,10 @@ def _classes(
             check_rows(oracle.bank, x1)  # another scale is the reason rather than the labels
         raise ValueError(
             f"Expected `labels`: the class of {unknown} of {len(rows)} samples cannot be looked "
-            "up, as they are no rows of this bank. Give the labels of the batch (classes=y to a "
-            "FlowMatchingLoss, labels=y to a scheme), or say Scheme(class_wise=False)."
+            "up, as they are no rows of this bank. Give the labels of the batch: classes=y to a "
+            "FlowMatchingLoss, y1=y to a torchcfm matcher's "
+            "guided_sample_location_and_conditional_flow(x0, x1, y1=y), labels=y to a scheme. If "
+            "the model is given no labels, or ignores them, say class_wise=False."
         )
     return oracle.bank.labels_of(rows)
 

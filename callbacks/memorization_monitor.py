@@ -142,7 +142,8 @@ class MemorizationMonitor(ModelMonitor):
             f"{self.writer.describe()}."
             + ("" if self.decode or pictures.is_image(self._oracle.bank.shape) else images)
         )
-        self.writer.start([header, *self.history], resumed=bool(self.history))
+        known = bool(self.history) or self.corrected
+        self.writer.start([header, *self.history], resumed=known)
 
     def _make_probe(self) -> None:
         bank, trainer, others = self._oracle.bank, self.run.trainer, self._others

@@ -9,11 +9,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from stagewise.adapters.calls import guessed_line
 from stagewise.adapters.network import Network, tensor_of
+from stagewise.batches import describe
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.stage_callback import AskVelocity
 from stagewise.callbacks.training_bank import read_rows
@@ -43,26 +45,23 @@ class ModelMonitor(Monitor):
     compares = True
     held = (*Monitor.held, "network", "_rows", "_others")
     network: Network | None = None
+    corrected = False
+    """Whether a later step than the first has shown what the network is given."""
+    conditional = True
+    """Whether the model is given labels; a given function may be."""
 
     def start(self) -> None:
         """Refuses what can never work, before the first step.
 
         Raises:
-            ValueError: If nothing makes targets, noise and data are coupled, or a given function
-                returns no velocity.
+            ValueError: If noise and data are coupled.
         """
         super().start()
-        run, self.network = self.run, None
+        run, self.network, self.corrected = self.run, None, False
         self._given: AskVelocity | None = run.option(self, "velocity")
         if run.tied:
             name, _, reason = run.tied.partition(": ")
             raise ValueError(f"{name} has no oracle to compare with: {reason or run.tied}")
-        if self._given is None and not run.seams:
-            raise ValueError(
-                f"Found nothing that makes the targets in {type(run.module).__name__}, so what its "
-                "network predicts is not known. Say how to ask for the velocity (t = 0 is noise): "
-                f"{type(self).__name__}(velocity=lambda module, xt, t, labels: module.net(xt, t))."
-            )
 
     def try_velocity(self, x1: Tensor, labels: Tensor | None) -> None:
         """Asks a given function for two velocities.
@@ -79,8 +78,16 @@ class ModelMonitor(Monitor):
         module, device = self.run.module, self.run.module.device
         xt = x1[:2].to(device)
         t = torch.full((len(xt),), 0.5, device=device)
-        with model_in_eval_mode(self.run.trainer, module):
-            v = self.velocity_of(module)(xt, t, None if labels is None else labels[:2].to(device))
+        y = None if labels is None else labels[:2].to(device)
+        try:
+            with model_in_eval_mode(self.run.trainer, module):
+                v = self.velocity_of(module)(xt, t, y)
+        except Exception as error:
+            raise ValueError(
+                f"`velocity` raised {type(error).__name__}: {error}, asked about xt = "
+                f"{describe(xt)}, t = {describe(t)} and labels = {describe(y)}. Give the network "
+                f"what training gives it, such as {guessed_line(module, labelled=y is not None)}."
+            ) from error
         came = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
         if came != tuple(xt.shape):
             raise ValueError(
@@ -93,11 +100,22 @@ class ModelMonitor(Monitor):
         Raises:
             ValueError: If there is none, it returns no velocity, or it is given more than labels.
         """
-        if self._given is not None:
-            return
         look = self.run.look
+        if self._given is not None:
+            with model_in_eval_mode(self.run.trainer, self.run.module):
+                said = look.search.asked_otherwise(self.velocity_of(self.run.module))
+            if said:
+                rank_zero_warn(f"{type(self).__name__}: {said}")
+            return
+        if not self.run.seams:
+            raise ValueError(
+                f"Found nothing that makes the targets in {type(self.run.module).__name__}, so "
+                "what its network predicts is not known. Say how to ask for the velocity (t = 0 is "
+                f"noise, t = 1 is data): {type(self).__name__}({look.search.line})."
+            )
         with self.run.together("finding its network"):
-            self.network, x1, call = look.search.result(), look.search.x1, look.search.call
+            found, x1, call = look.search.result(), look.search.x1, look.search.call
+            self.network = look.network or found
             assert x1 is not None
             assert call is not None
             tensor_of(call[2], tuple(x1.shape))  # refuses what stands for no velocity
@@ -109,13 +127,24 @@ class ModelMonitor(Monitor):
                     f"{name} would ask it about other samples, and compare it with the posterior "
                     "over all rows, which is not what a model that uses it is trained on. If it "
                     f"ignores that: {name}(class_wise=False). To ask it with conditions of your "
-                    f"own: {name}(velocity=lambda module, xt, t, labels: ...)."
+                    f"own: {name}({look.search.line})."
                 )
+        self.conditional = self.run.on_any_rank(self.network.conditional)
 
-    @property
-    def conditional(self) -> bool:
-        """Whether the model is given labels; a given function may be."""
-        return self.network is None or self.network.conditional
+    def reconsider(self) -> None:
+        """Asks the network anew, if a later step has shown what it is given."""
+        network = self.run.look.network
+        if self._given is not None or network is None or self.network is network:
+            return
+        if self.history:
+            rank_zero_warn(
+                f"{type(self).__name__}: the network is given more than in the steps before, "
+                f"{network.describe()}. What was measured in them is left out, and "
+                "the next probe asks it as it is given now."
+            )
+        self.corrected = True
+        self.history = [entry for entry in self.history if entry["step"] <= self.run.began]
+        self.settle()
 
     def describe(self) -> str:
         """What is asked, for logs."""

@@ -187,6 +187,10 @@ class PosteriorMonitor(Monitor):
         if self.due(self.run.first_step):
             self.probe(self.run.first_step)
 
+    def reconsider(self) -> None:
+        """Says what a conditioned network means for it, now that it is known."""
+        self._say_conditions()
+
     def before_batch(self, step: int) -> None:
         """Probes if it is time."""
         if self.due(step):
@@ -281,6 +285,8 @@ class PosteriorMonitor(Monitor):
                 "trained on the posterior given it, which collapses earlier: read the boundary as "
                 "an upper bound. If the model does ignore it: PosteriorMonitor(class_wise=False)."
             )
+        elif run.look.waiting:
+            return  # what this step has dropped may come
         elif network is not None and self.wise and not network.conditional and labelled:
             rank_zero_warn(
                 "There are labels, and the network is not given any: its stages are those of the "

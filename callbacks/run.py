@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from stagewise.adapters.find import dependent_noise, find_couplings, find_seams, training_path
-from stagewise.adapters.first_step import FirstStep
+from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_sample, unused_in
 from stagewise.callbacks.ranks import together
@@ -40,6 +40,9 @@ Kind = TypeVar("Kind", bound=StageCallback)
 
 _NOISE_AFTER = (8, 32, 128)
 """Batches after which the noise of all so far is looked at."""
+
+_OFTEN = 16
+"""Every so many steps the ranks tell each other what their networks are given."""
 
 _NOT_SHARED = ("seed", "dirpath", "seam")
 """What a callback says about itself alone."""
@@ -164,6 +167,7 @@ class StageRun(StageCallback):
         """Looks at the first batches; later ones are left alone."""
         self.look.begin(batch)
         if self.settled:
+            self.look.look_on()
             self.tell("before_batch", self.trainer.global_step)
             return
         self.first_step = self.trainer.global_step
@@ -177,15 +181,32 @@ class StageRun(StageCallback):
     def weights_may_change(self) -> None:
         """Before a backward pass or an optimizer step: what the first step showed is settled."""
         if self.settled:
+            self._hear()
             return
         self.settled = True
         self.look.finish()
+        self._open = self.on_any_rank(self.look.open)
         with self.together("looking at its first step"):
             self._look_at_step()
         self.tell("settle")
         self.look.forget()
         for member in self.members:
             member.stash = None
+
+    def _hear(self) -> None:
+        """Tells what a later step has shown of what the network is given; a collective."""
+        since, many = self.trainer.global_step - self.first_step, self.trainer.world_size > 1
+        if not self._open or (many and since % _OFTEN):
+            return
+        if not self.on_any_rank(self.look.open):
+            self._open = False
+            self.tell("reconsider")
+        elif not many and self.look.looked == PATIENCE:
+            self.tell("reconsider")
+
+    def on_any_rank(self, value: bool) -> bool:
+        """Whether something holds on any rank; a collective."""
+        return self.trainer.strategy.reduce_boolean_decision(value, all=False)
 
     def optimizer_steps(self) -> None:
         """Before an optimizer step: with manual optimisation there may be no other hook."""
@@ -205,6 +226,7 @@ class StageRun(StageCallback):
                 return
             self.weights_may_change()
         self.step, self._batches = step, self._batches + 1
+        self.look.stop_looking()
         self.tell("after_batch", step, before)
         self.look.batch = None
         if self._batches in _NOISE_AFTER:
@@ -214,6 +236,9 @@ class StageRun(StageCallback):
     def ends(self) -> None:
         """At the end of training."""
         if self.settled:
+            if self._open and self.look.looked and self.look.waiting:  # nothing more comes
+                self.look.open = False
+                self.tell("reconsider")
             self.tell("end")
 
     def fails(self) -> None:
@@ -285,9 +310,9 @@ class StageRun(StageCallback):
         Raises:
             ValueError: If an oracle goes into targets, or is compared with, that is not theirs.
         """
-        if self.look.tied and any(member.mixes for member in self.members):
-            raise ValueError(self.look.tied)
         measuring = self.measuring
+        if self.look.tied and any(member.mixes or member.compares for member in self.members):
+            raise ValueError(self.look.tied)
         if not measuring:
             return
         given = {id(b): b for b in (self.bank(m) for m in measuring if self.given(m))}
@@ -303,7 +328,7 @@ class StageRun(StageCallback):
         if note:
             rank_zero_info(f"stagewise: {note}")
         x1, read = self.look.trained_x1, [m for m in measuring if not self.given(m)]
-        if read and x1 is not None and self.look.changed(x1):
+        if read and x1 is not None and self.look.changed(x1) and not self.look.swapped:
             message, certain = self.look.difference(x1, self.bank(read[0]))
             if certain and any(member.compares for member in read):
                 raise ValueError(message)

@@ -186,6 +186,9 @@ class StageCallback(pl.Callback):
     def settle(self) -> None:
         """In the first training step, once it has been looked at, before any weight changes."""
 
+    def reconsider(self) -> None:
+        """A later step has shown what the network is given, or none has for long; a collective."""
+
     def before_batch(self, step: int) -> None:
         """Before each batch but the first, `step` optimizer steps being done."""
 

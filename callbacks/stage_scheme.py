@@ -259,6 +259,15 @@ class StageScheme(StageCallback):
         if warning:
             rank_zero_warn(f"StageScheme: {warning}")
 
+    def reconsider(self) -> None:
+        """Refuses conditions that only a later step has shown.
+
+        Raises:
+            ValueError: If the oracle goes into targets of a model that is given more than labels.
+        """
+        if self.run.look.network is not None:
+            self.run.look.check_conditions(self._scheme)
+
     def after_batch(self, step: int, before: int) -> None:
         """Takes note of the batch; after an optimizer step, drives the scheme and logs."""
         scheme = self._scheme

@@ -162,6 +162,7 @@ class VelocityErrorMonitor(ModelMonitor):
         self._wise = run.class_wise(self)
         if run.option(self, "class_wise") is None:
             self._wise = self._wise and self.conditional and self._rows[1] is not None
+        self._probes = {}
         self._match_labels()
         predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=self._wise)
         self.edges = stage_edges(predicted, self.strata)
@@ -195,7 +196,15 @@ class VelocityErrorMonitor(ModelMonitor):
             "midpoint": float(self._stages[1]),
             "collapsed": float(self._stages[2]),
         }
-        self.writer.start([header, *self.events], resumed=bool(self.events))
+        known = bool(self.events) or self.corrected
+        self.writer.start([header, *self.events], resumed=known)
+
+    def reconsider(self) -> None:
+        """See `ModelMonitor`."""
+        if self.network is not self.run.look.network and self._given is None:
+            began = self.run.began
+            self.events = [event for event in self.events if event.get("step", 0) <= began]
+        super().reconsider()
 
     def before_batch(self, step: int) -> None:
         """Names the samples of the batch that comes."""

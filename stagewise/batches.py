@@ -17,7 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FindSample", "describe", "find_checked", "find_sample", "unused_in"]
+__all__ = [
+    "LABEL_NAMES",
+    "FindSample",
+    "describe",
+    "find_checked",
+    "find_sample",
+    "inside",
+    "leaves_of",
+    "suggested_find",
+    "unused_in",
+]
 
 FindSample: TypeAlias = Callable[[Any], "tuple[Tensor, Tensor | None]"]
 """From a batch to `(x_1, labels)`, of shapes (B, *) and (B,); labels may be None."""
@@ -26,7 +36,7 @@ _SAMPLE_NAMES = (
     *("x1", "x_1", "latents", "latent", "images", "image", "pixel_values", "img", "imgs"),
     *("x", "data", "inputs", "input", "samples", "sample"),
 )
-_LABEL_NAMES = (
+LABEL_NAMES = (
     *("labels", "label", "y", "class_labels", "class_label", "class_id", "classes", "class"),
     *("cls", "targets", "target"),
 )
@@ -68,6 +78,52 @@ def _place(key: object) -> str:
     return "batch" if key is None else f"batch[{key!r}]"
 
 
+def inside(value: Any, place: str) -> list[tuple[str, Any]]:
+    """What a dict, a sequence or a plain object holds, with its place; empty for all else."""
+    if isinstance(value, Mapping):
+        return [(f"{place}[{key!r}]", inner) for key, inner in value.items()]
+    if isinstance(value, (tuple, list)):
+        names = getattr(value, "_fields", None)
+        return [
+            (f"{place}[{k}]" if names is None else f"{place}.{names[k]}", inner)
+            for k, inner in enumerate(value)
+        ]
+    if isinstance(value, (Tensor, np.ndarray, type, torch.nn.Module)) or callable(value):
+        return []
+    names = [*getattr(value, "__dict__", {}), *getattr(type(value), "__slots__", ())]
+    return [
+        (f"{place}.{name}", getattr(value, name, None))
+        for name in names
+        if not name.startswith("_")
+    ]
+
+
+def leaves_of(value: Any, place: str = "batch", depth: int = 6) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a batch, each with its place as one would write it."""
+    if isinstance(value, Tensor):
+        yield place, value
+    for where, inner in inside(value, place) if depth else ():
+        yield from leaves_of(inner, where, depth - 1)
+
+
+def suggested_find(batch: Any) -> str:
+    """A `find` for a batch, to be pasted: its first tensor that may be `x_1`, and its labels."""
+    leaves = [(place, value) for place, value in leaves_of(batch) if value.ndim]
+    samples = [pair for pair in leaves if _is_sample(pair[1]) and not _is_one_hot(pair[1])]
+    images = [pair for pair in leaves if pair[1].ndim > 1 and pair[1].dtype == torch.uint8]
+    if not samples and not images:
+        return "find=lambda batch: (batch[0], None)"
+    place, x1 = (samples or images)[0]
+    whole = {
+        at: value
+        for at, value in leaves
+        if at != place and _as_labels(value, len(x1), booleans=False) is not None
+    }
+    integers = [at for at, value in whole.items() if _is_integer(value)]
+    scaled = place if samples else f"{place}.float() / 127.5 - 1"
+    return f"find=lambda batch: ({scaled}, {[*integers, *whole, None][0]})"
+
+
 def describe(batch: object) -> str:
     """What a batch holds, in one line, for logs and errors."""
     if isinstance(batch, Tensor):
@@ -77,7 +133,8 @@ def describe(batch: object) -> str:
     if isinstance(batch, (tuple, list)):
         inner = ", ".join(describe(value) for value in batch[:6])
         return f"{type(batch).__name__}({inner}{', ...' if len(batch) > 6 else ''})"
-    return type(batch).__name__
+    held = ", ".join(f"{at[1:]}={describe(value)}" for at, value in inside(batch, "")[:6])
+    return type(batch).__name__ + (f"({held})" if held else "")
 
 
 def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -99,11 +156,11 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
     if len(found) != 1:
         raise ValueError(
             f"Expected one floating-point tensor of shape (B, *) in the batch, found {len(found)} "
-            f"in {describe(batch)}. Say where x_1 is: "
-            "find=lambda batch: (batch[0], None) gives (x_1, labels or None)."
+            f"in {describe(batch)}. Say where x_1 is, and the labels or None: "
+            f"{suggested_find(batch)}."
         )
     x1: Tensor = entries[found[0]]
-    keys = [name for name in _LABEL_NAMES if name in entries] if named else list(entries)
+    keys = [name for name in LABEL_NAMES if name in entries] if named else list(entries)
     usable = {
         key: labels
         for key in keys
@@ -159,7 +216,13 @@ def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: If `find` returns something else; the message says what came.
     """
-    found = find(batch)
+    try:
+        found = find(batch)
+    except (TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"Expected `find` to return (x_1, labels or None) for {describe(batch)}, but it raised "
+            f"{type(error).__name__}: {error}. For example: {suggested_find(batch)}."
+        ) from error
     if isinstance(found, (tuple, list)) and len(found) == 2 and _is_sample(found[0]):
         x1, labels = found
         whole = _as_labels(labels, len(x1), booleans=True)
@@ -168,7 +231,8 @@ def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Tensor | None]:
     raise ValueError(
         "Expected `find` to return (x_1, labels or None), a floating-point tensor of shape (B, *) "
         f"and integers of shape (B,), got {describe(found)}. Scale images to floats there, and "
-        "make labels whole: labels.argmax(1) if they are one-hot, labels.round() if they are not."
+        "make labels whole: labels.argmax(1) if they are one-hot, labels.round() if they are not. "
+        f"Of this batch that is, for example, {suggested_find(batch)}."
     )
 
 
@@ -231,16 +295,15 @@ def _as_cure(place: str, value: Any, whole: bool) -> str | None:
 
 def _leaves(value: Any, place: str, length: int) -> Iterator[tuple[str, Any]]:
     """What has a value for each sample of a batch, with its place."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{place}[{key!r}]", length)
-    elif isinstance(value, (tuple, list)) and any(
-        isinstance(inner, (Tensor, Mapping, tuple, list)) for inner in value
-    ):
-        for key, inner in enumerate(value):
-            yield from _leaves(inner, f"{place}[{key}]", length)
+    held = inside(value, place)
+    sequence = isinstance(value, (tuple, list)) and not any(
+        isinstance(inner, Tensor) or inside(inner, "") for _, inner in held
+    )
+    if held and not sequence:
+        for where, inner in held:
+            yield from _leaves(inner, where, length)
     elif isinstance(value, Sized) and not isinstance(value, str):
-        scalar = isinstance(value, Tensor) and value.ndim == 0
+        scalar = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0
         if not scalar and len(value) == length:
             yield place, value
 

@@ -5,7 +5,9 @@ a weight has changed, with a cure that works in that very situation; all else ru
 """
 
 import warnings
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pytest
@@ -106,7 +108,17 @@ class Rows(Dataset):
         return {name: tensor[i] for name, tensor in self.tensors.items()}
 
 
-OURS = ("stagewise", "bank", "Monitor", "measure", "network", "Scheme", "oracle", "Training is")
+OURS = (
+    "stagewise",
+    "velocity",
+    "bank",
+    "Monitor",
+    "measure",
+    "network",
+    "Scheme",
+    "oracle",
+    "Training is",
+)
 
 
 @pytest.fixture
@@ -466,6 +478,283 @@ def test_conditions_that_are_no_labels(kind, condition, run):
     came = run(Module(), again, DataLoader(data, 16))
     assert came.error is None
     assert came.said == []
+
+
+class Texts(Given):
+    """The network reads the words itself."""
+
+    class Net(Net):
+        def forward(self, x, t, prompts):
+            prompts = getattr(prompts, "words", prompts)
+            prompts = [one["text"] if isinstance(one, dict) else one for one in prompts]
+            return super().forward(x, t, torch.tensor([len(text) for text in prompts]))
+
+
+FORMS = {
+    "list": list,
+    "tuple": tuple,
+    "object": lambda words: SimpleNamespace(words=list(words)),
+    "list of dict": lambda words: [{"text": word} for word in words],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@ALL
+def test_prompts_that_the_network_reads_itself(kind, form, run):
+    class Module(Texts):
+        def training_step(self, batch, batch_idx):
+            x1, prompts = batch
+            return self.loss(lambda xt, t: self.net(xt, t, FORMS[form](prompts)), x1)
+
+    data = DataLoader(list(zip(X, ["a" * int(label) for label in Y], strict=True)), 16)
+    came = run(Module(), KINDS[kind](), data)
+    if kind == "times":
+        assert came.error is None
+        return
+    message = " ".join([*came.said, str(came.error or "")])
+    assert (came.error is None) == (kind == "posterior")
+    assert "also given prompts: " in message
+    assert came.error is None or came.unchanged
+    came = run(Module(), KINDS[kind](class_wise=False), data)
+    assert (came.error, came.said) == (None, [])
+
+
+class Drops(Plain):
+    """Drops its labels, or its text, for whole steps, for classifier-free guidance."""
+
+    steps, text = 1, False
+
+    class Net(Net):
+        def forward(self, x, t, y=None, text=None):
+            h = super().forward(x, t, y)
+            return h if text is None else h + text.mean(1, keepdim=True)
+
+    def __init__(self):
+        super().__init__()
+        self.net = self.Net()
+
+    def training_step(self, batch, batch_idx):
+        x1, c = batch
+        if self.global_step < self.steps:
+            return self.loss(self.net, x1)
+        name = "text" if self.text else "y"
+        return self.loss(lambda xt, t: self.net(xt, t, **{name: c}), x1)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 99])
+@ALL
+def test_labels_that_the_first_steps_drop(kind, steps, run):
+    module = Drops()
+    module.steps = steps
+    callbacks = KINDS[kind]()
+    came = run(module, callbacks, max_steps=8)
+    assert came.error is None
+    said = [text for text in came.said if "not given any" in text]
+    assert bool(said) == (steps == 99 and kind in ("posterior", "transitions")), came.said
+    for callback in callbacks if kind in ("errors", "copies") else ():
+        assert callback.conditional == (steps < 99)
+        wise = callback._wise if kind == "errors" else callback.wise
+        assert wise == (steps < 99)
+        assert min(entry["step"] for entry in callback.history) >= (steps if steps < 99 else 1)
+        assert any("is left out" in text for text in came.said) == (steps < 99)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@ALL
+def test_text_that_the_first_steps_drop(kind, steps, run):
+    """What the oracle goes into, or is compared with, stops when it is seen."""
+    module = Drops()
+    module.steps, module.text = steps, True
+    data = loader(X, torch.randn(96, 5))
+    find = StageRun(find=lambda batch: (batch[0], None))
+    came = run(module, [find, *KINDS[kind]()], data, max_steps=8)
+    if kind == "times":
+        assert came.error is None
+        return
+    message = " ".join([*came.said, str(came.error or "")])
+    assert "also given text: float32 (16, 5)" in message
+    assert (came.error is None) == (kind == "posterior")
+    assert came.trainer.global_step == (8 if kind == "posterior" else steps)
+    module.steps = steps
+    find = StageRun(find=lambda batch: (batch[0], None), class_wise=False)
+    came = run(module, [find, *KINDS[kind]()], data, max_steps=8)
+    assert came.error is None
+
+
+# -- the order of the values, and of the arguments ------------------------------------------------
+
+PICTURES = torch.randn(96, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+ORDERS = {
+    "channels last": lambda x: x.permute(0, 2, 3, 1),
+    "transposed": lambda x: x.mT,
+    "flat": lambda x: x.flatten(1),
+    "BGR": lambda x: x.flip(1),
+    "rolled": lambda x: x.roll(1, -1),
+}
+
+
+class Orders(Plain):
+    order = None
+
+    def __init__(self):
+        super().__init__(48)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.net, ORDERS[self.order](batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@ALL
+def test_values_in_another_order(kind, order, run):
+    def make():
+        module = Orders()
+        module.order = order
+        return module
+
+    came = run(make(), KINDS[kind](), loader(PICTURES, Y))
+    message = " ".join([*came.said, str(came.error or "")])
+    assert "in another order" in message
+    assert (came.error is None) == (kind in ("posterior", "times"))
+    latents = ORDERS[order](PICTURES)
+    names = {"latents": latents, "labels": Y}
+    given = cured(run, make, kind, lambda: loader(PICTURES, Y), names)
+    assert given[0].startswith("bank=" if order == "rolled" else "find=lambda batch: (batch[0].")
+
+
+def test_flips_are_no_other_order(run):
+    class Flips(Orders):
+        def training_step(self, batch, batch_idx):
+            return self.loss(self.net, batch[0].flip(-1), batch[1])
+
+    came = run(Flips(), KINDS["errors"](), loader(PICTURES, Y))
+    assert came.error is None
+    assert "if it augments (flips, noise)" in came.said[0]
+
+
+class Swapped(Plain):
+    scale = 1.0
+
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        return self.loss(self.net, torch.randn_like(x1), y, x0=self.scale * x1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@ALL
+def test_noise_and_data_that_are_swapped(kind, scale, run):
+    module = Swapped()
+    module.scale = scale
+    came = run(module, KINDS[kind]())
+    message = " ".join([*came.said, str(came.error or "")])
+    if kind == "times":
+        assert came.error is None
+        return
+    assert (came.error is None) == (kind == "posterior")
+    assert came.error is None or came.unchanged
+    if kind != "mixing":
+        assert "the samples of the batch as x0 and noise as x1" in message
+
+
+# -- lines to paste -------------------------------------------------------------------------------
+
+
+@dataclass
+class Held:
+    img: Any
+    lab: Any
+
+
+class Named(NamedTuple):
+    img: Any
+    lab: Any
+
+
+BATCHES = {
+    "dataclass": (lambda x, y: Held(x, y), lambda b: (b.img, b.lab), X),
+    "object": (lambda x, y: SimpleNamespace(img=x, lab=y), lambda b: (b.img, b.lab), X),
+    "bytes": (lambda x, y: (x, y), lambda b: (b[0].float() / 127.5 - 1, b[1]), X.mul(30).byte()),
+    "bytes in a dict": (
+        lambda x, y: {"picture": x, "kind": y},
+        lambda b: (b["picture"].float() / 127.5 - 1, b["kind"]),
+        X.mul(30).byte(),
+    ),
+    "a named tuple of bytes": (
+        Named,
+        lambda b: (b.img.float() / 127.5 - 1, b.lab),
+        X.mul(30).byte(),
+    ),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@ALL
+def test_a_find_to_paste(kind, batch, run):
+    make, taken, x = BATCHES[batch]
+
+    class Module(Plain):
+        def training_step(self, batch, batch_idx):
+            return self.loss(self.net, *taken(batch))
+
+    def collate(samples):
+        return make(*(torch.stack(column) for column in zip(*samples, strict=True)))
+
+    def data():
+        return DataLoader(TensorDataset(x, Y), 16, collate_fn=collate)
+
+    if kind == "times":
+        return  # asks for no samples
+    came = run(Module(), [StageRun(find=lambda batch: (batch["no"], None)), *KINDS[kind]()], data())
+    assert "`find` to return" in str(came.error)
+    assert "For example: find=lambda batch: (batch" in str(came.error)
+    assert len(cured(run, Module, kind, data, {})) == 1
+
+
+class Hand(Plain):
+    """Its target is made by hand, and time handed over in another way."""
+
+    class Net(Net):
+        def forward(self, x, t, y):
+            return super().forward(x, t / 1000, y)
+
+    def __init__(self):
+        super().__init__()
+        del self.loss
+        self.net = self.Net()
+
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        t, x0 = torch.rand(len(x1)), torch.randn_like(x1)
+        xt = torch.lerp(x0, x1, t[:, None])
+        return (self.net(xt, 1000 * t, y) - (x1 - x0)).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["errors", "copies"])
+def test_a_velocity_to_paste(kind, run):
+    """With the labels and the time of training; of another one the first step tells."""
+    came = run(Hand(), KINDS[kind]())
+    assert came.unchanged
+    line = str(came.error).split("velocity=")[1].removesuffix(").")
+    assert line == "lambda module, xt, t, labels: module.net(xt, 0 + 1000 * t, labels)"
+    came = run(Hand(), KINDS[kind](velocity=eval(line)))
+    assert (came.error, came.said) == (None, [])
+
+    def lacks(module, xt, t, labels):
+        return module.net(xt, 1000 * t)
+
+    came = run(Hand(), KINDS[kind](velocity=lacks))
+    assert came.unchanged
+    message = str(came.error)
+    assert "`velocity` raised TypeError" in message
+    assert "labels = int64 tensor (2,)" in message
+    assert "module.net(xt, t, labels)" in message
+    came = run(
+        Hand(), KINDS[kind](velocity=lambda module, xt, t, labels: module.net(xt, t, labels))
+    )
+    assert "asks module.net about another time than training does" in came.said[0]
+    Hand.Net.forward.__defaults__ = (None,)
+    came = run(Hand(), KINDS[kind](velocity=lacks))
+    Hand.Net.forward.__defaults__ = None
+    assert "asks module.net without the labels that training gives it" in came.said[0]
 
 
 # -- what is steered, and whether -----------------------------------------------------------------
@@ -1002,7 +1291,7 @@ class Swaps(Matched):
     [
         (Transposes, "in another order. Is their layout another one?"),
         (Rolls, "in another order. Is their layout another one?"),
-        (Swaps, "Are they swapped?"),
+        (Swaps, "Expected noise first"),
     ],
 )
 def test_another_layout_and_swapped_arguments_have_their_reason(kind, make, reason, run):
@@ -1027,7 +1316,7 @@ class Couples(Matched):
         return self.match(x1, y, x0=x0[order])
 
 
-class Swapped(Matched):
+class NeighboursSwapped(Matched):
     """Swaps the noise of two neighbours where that brings it nearer."""
 
     def training_step(self, batch, batch_idx):
@@ -1058,7 +1347,13 @@ class Centres(Matched):
 @pytest.mark.parametrize("kind", ["posterior", "errors", "mixing"])
 @pytest.mark.parametrize(
     ("make", "size", "steps"),
-    [(Couples, 8, 8), (Couples, 4, 32), (Couples, 2, 128), (Swapped, 4, 128), (Offsets, 8, 32)]
+    [
+        (Couples, 8, 8),
+        (Couples, 4, 32),
+        (Couples, 2, 128),
+        (NeighboursSwapped, 4, 128),
+        (Offsets, 8, 32),
+    ]
     + [(Centres, 8, 32)],
 )
 def test_noise_that_few_samples_do_not_show(kind, make, size, steps, run):

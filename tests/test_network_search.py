@@ -1,5 +1,9 @@
 """Which module is the network, and why none is: what else a training step may call."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -42,13 +46,24 @@ def data(n=64, scale=2.0, offset=1.0, seed=1):
     return x1, torch.randint(CLASSES, (n,), generator=draws)
 
 
-def search(model, step, batch=None, candidates=None, *, seams=None, labels=True, **options):
+def search(
+    model,
+    step,
+    batch=None,
+    candidates=None,
+    *,
+    seams=None,
+    labels=True,
+    batch_of_all=None,
+    **options,
+):
     x1, y = batch or data()
     found = NetworkSearch(
         model,
         find_seams(model) if seams is None else seams,
         candidates or (lambda: [("batch[0]", x1)]),
         y if labels else None,
+        batch=batch_of_all,
         **options,
     )
     torch.manual_seed(2)
@@ -351,7 +366,7 @@ def test_what_else_a_network_is_given_is_refused_or_tiled(kind):
         found.result()
     message = str(error.value)
     assert "mixes samples of other conditions" in message
-    assert "module.net(xt, t, labels, text=...)" in message
+    assert "module.net(xt, t, labels, text=text)" in message
     assert message.endswith("class_wise=False.")
 
     network = search(model, step, conditions="tile").result()
@@ -368,6 +383,110 @@ def test_labels_that_the_batch_has_not_are_a_condition():
     model = Model()
     found = search(model, lambda x1, y: model.loss(model.net, x1, y), labels=False)
     with pytest.raises(ValueError, match=r"also given y: int64 \(64,\)"):
+        found.result()
+
+
+@dataclass(frozen=True)
+class Record:
+    y: Any
+
+
+class Slotted:
+    __slots__ = ("y",)
+
+    def __init__(self, y):
+        self.y = y
+
+
+DISGUISED = {
+    "list of str": lambda y: [str(int(label)) for label in y],
+    "tuple of str": lambda y: tuple(str(int(label)) for label in y),
+    "list of dict": lambda y: [{"text": str(int(label))} for label in y],
+    "list of int": lambda y: y.tolist(),
+    "list of Tensor": lambda y: [torch.ones(int(label) + 1, 3) for label in y],
+    "ndarray": lambda y: y.numpy(),
+    "SimpleNamespace": lambda y: SimpleNamespace(y=y, depth=3),
+    "Record": lambda y: Record({"deep": [y]}),
+    "Slotted": Slotted,
+}
+
+
+class Reads(Net):
+    """Reads its labels out of what it is given."""
+
+    def forward(self, x, t, c, scale=1.0, size=(2, 2)):
+        c = getattr(c, "y", c)
+        c = c["deep"][0] if isinstance(c, dict) else c
+        if isinstance(c, (list, tuple)):
+            c = [one["text"] if isinstance(one, dict) else one for one in c]
+            c = [len(one) - 1 if isinstance(one, torch.Tensor) else int(one) for one in c]
+        return scale * super().forward(x, t, torch.as_tensor(c))
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+@pytest.mark.parametrize("form", DISGUISED)
+def test_a_condition_need_be_no_tensor(form, how):
+    model = Model()
+    model.net = Reads()
+
+    def step(x1, y):
+        given = DISGUISED[form](y)
+        extra = {"c": given} if how == "keyword" else {}
+        args = () if extra else (given,)
+        return model.loss(lambda xt, t: model.net(xt, t, *args, size=(2, 2), **extra), x1)
+
+    with pytest.raises(ValueError, match=f"also given c: {form}".replace(" of ", " of 64 ")) as e:
+        search(model, step).result()
+    assert "module.net(xt, t, " in str(e.value)
+    assert "..." not in str(e.value)
+    network = search(model, step, conditions="tile").result()
+    assert [one.partition(" of 64")[0] for one in network.conditions] == [
+        f"c: {form}".partition(" of")[0]
+    ]
+    for n in (7, 100):
+        xt, t = queries(n)
+        again = data()[1][torch.arange(n) % 64]
+        expected = Net.forward(model.net, xt, t, again).detach()
+        torch.testing.assert_close(network(xt, t), expected)
+        assert network.inputs((xt, t, DISGUISED[form](again)), {"size": (2, 2)}) is not None or (
+            how == "keyword"
+        )
+
+
+def test_what_is_handed_on_from_the_batch_is_a_condition_whatever_its_length():
+    class Packed(Net):
+        def forward(self, x, t, tokens, mode="train", config=None):
+            return super().forward(x, t) + tokens.sum()
+
+    model, tokens = Model(), torch.randn(9, 3)
+    model.net = Packed()
+    config = SimpleNamespace(width=64, kinds=("a", "b"))
+
+    def step(x1, y):
+        return model.loss(lambda xt, t: model.net(xt, t, tokens, config=config), x1)
+
+    batch = {"x": None, "tokens": tokens}
+    with pytest.raises(ValueError, match=r"also given tokens: float32 \(9, 3\),"):
+        search(model, step, batch_of_all=batch).result()
+    assert search(model, step).result().conditions == ()  # a table of its own
+
+
+def test_labels_that_are_dropped_for_a_whole_batch_are_labels():
+    model = Model()
+    model.net.embed = nn.Embedding(CLASSES + 1, 12)
+    null = lambda y: torch.full_like(y, CLASSES)  # noqa: E731
+    network = search(model, lambda x1, y: model.loss(model.net, x1, null(y))).result()
+    assert network.conditional
+    assert network.conditions == ()
+
+    # What is not named like labels is another condition, such as a size.
+    class Sized(Net):
+        def forward(self, x, t, frames):
+            return super().forward(x, t) + frames.reshape(-1, 1, 1, 1)
+
+    model.net = Sized()
+    found = search(model, lambda x1, y: model.loss(model.net, x1, null(y)))
+    with pytest.raises(ValueError, match="also given frames"):
         found.result()
 
 
@@ -649,24 +768,91 @@ def test_nothing_is_put_inside_of_what_is_compiled_as_a_whole(how):
 # -- a target by hand -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["time 1 is data", "time 1 is noise", "0..1000"])
+TIMES = {
+    "t": (lambda t: t, (0, 1)),
+    "1 - t": (lambda t: 1 - t, (1, 0)),
+    "1000 t": (lambda t: 1000 * t, (0, 1000)),
+    "999 t": (lambda t: 999 * t, (0, 1000)),
+    "1000 (1 - t)": (lambda t: 1000 * (1 - t), (1000, 0)),
+    "integers": (lambda t: (1000 * t).long(), (0, 1000)),
+    "integers, reversed": (lambda t: (1000 * (1 - t)).round().long(), (1000, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", TIMES)
 @pytest.mark.parametrize("path", [None, CosinePath()], ids=repr)
 def test_a_network_is_recognised_without_a_seam(kind, path):
-    model, on = Model(), path or LinearPath()
+    """On standard normal data, where noise looks like them, at any size of the batch."""
+    on, (count, ends) = path or LinearPath(), TIMES[kind]
+    for seed, n in enumerate([8, 16, 64, 8, 16, 64, 8, 16, 64]):
+        model = Model()
+        del model.loss
+
+        def step(x1, y, net=model.net):
+            t, x0 = torch.rand(len(x1)), torch.randn_like(x1)
+            return net(on.interpolate(x0, x1, t), count(t), y).sum()
+
+        batch = data(n, scale=1.0, offset=0.0, seed=seed + 10)
+        found = search(model, step, batch, seams=assumed_seams(path))
+        network, convention = found.result(), found.result().seam.convention
+        assert (found.diagnosis(), network.conditional, network.conditions) == (None, True, ())
+        assert (convention.noise_time, convention.data_time) == ends
+    xt, t = queries()
+    read, time = network.inputs((xt, convention.from_t(t), t), {})
+    torch.testing.assert_close(time, t)
+    assert torch.equal(read, xt)
+
+
+@pytest.mark.parametrize("kind", TIMES)
+def test_a_scale_is_noticed_without_a_seam(kind):
+    model, count = Model(), TIMES[kind][0]
     del model.loss
 
     def step(x1, y):
         t, x0 = torch.rand(len(x1)), torch.randn_like(x1)
-        time = {"time 1 is data": t, "time 1 is noise": 1 - t, "0..1000": 1000 * (1 - t)}[kind]
-        return model.net(on.interpolate(x0, x1, t), time, y).sum()
+        return model.net(LinearPath().interpolate(x0, 0.18215 * x1, t), count(t), y).sum()
 
-    network = search(model, step, seams=assumed_seams(path)).result()
-    noise = {"time 1 is data": 0, "time 1 is noise": 1, "0..1000": 1000}[kind]
-    assert network.seam.convention.noise_time == noise
-    xt, t = queries()
-    read, time = network.inputs((xt, network.seam.convention.from_t(t), t), {})
-    torch.testing.assert_close(time, t)
-    assert torch.equal(read, xt)
+    found = search(model, step, data(scale=1.0, offset=0.0), seams=assumed_seams())
+    assert found.found is None
+    assert found.diagnosis().factor == pytest.approx(0.18215, rel=0.2)
+
+
+def test_times_in_other_units_are_not_taken_for_times_next_to_noise():
+    """Of a coupling by hand whose noise is independent of the batch as it came: nothing is said."""
+    model = Model()
+    del model.loss
+
+    def step(x1, y):
+        t, order = torch.rand(len(x1)), torch.randperm(len(x1))
+        return model.net(LinearPath().interpolate(x1[order], x1.roll(1, 0), t), t, y[order]).sum()
+
+    found = search(model, step, data(scale=1.0, offset=0.0), seams=assumed_seams())
+    assert (found.found, found.diagnosis()) == (None, None)
+
+
+def test_a_layer_does_not_say_what_its_module_is_given():
+    """The module counts time in a unit of its own, and its first layer is given x_t and t."""
+
+    class Layers(Net):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(13, 20)
+            self.out = nn.Linear(20, 12)
+
+        def forward(self, x, t, y):
+            h = self.inner(torch.cat([x, t[:, None] / 77], 1))
+            return self.out(h) + self.embed(y)
+
+    model = Model()
+    model.net = Layers()
+
+    def step(x1, y):
+        t, x0 = torch.rand(len(x1)), torch.randn_like(x1)
+        return model.net(LinearPath().interpolate(x0, x1, t), 77 * t, y).sum()
+
+    x1, y = data()
+    found = search(model, step, (x1.flatten(1), y), seams=assumed_seams())
+    assert (found.found.name, found.inner) == ("net.inner", True)
 
 
 def test_paths_that_only_look_alike_are_two():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam
-from stagewise.adapters.calls import Slots, where
+from stagewise.adapters.calls import Slots, conditioning, flatten, moved, rows_of, where
 
 __all__ = ["Network", "tensor_of"]
 
@@ -42,6 +43,34 @@ class Network:
     def conditions(self) -> tuple[str, ...]:
         """What else it is given for each sample; asked about others, it is given the same again."""
         return tuple(text for _, text in self._slots.conditions)
+
+    @property
+    def optional(self) -> bool:
+        """Whether it accepts something that it was not given."""
+        return self._slots.optional
+
+    def given_more(
+        self, args: Any, kwargs: Any, find_labels: Callable[[], Tensor | None], batch: Any
+    ) -> Network | None:
+        """The same, asked as in a later call that gives it labels or conditions it was not given.
+
+        Args:
+            args: Of the call.
+            kwargs: Of the call.
+            find_labels: The classes of its batch, (B,), or None.
+            batch: That itself.
+
+        Returns:
+            The network; None if the call gives it nothing new.
+        """
+        leaves, spec = flatten(args, kwargs)
+        slots = moved(self.module, args, leaves, spec, self._slots)
+        if slots is None:
+            return None
+        slots = conditioning(self.module, args, leaves, slots, find_labels(), batch)
+        found = Network(self.module, self.name, self.seam, slots.kept(leaves))
+        more = len(found.conditions) > len(self.conditions) or found.conditional > self.conditional
+        return found if more else None
 
     def of(self, root: nn.Module) -> Network:
         """The same network in a copy of the module that was searched."""
@@ -80,9 +109,9 @@ class Network:
                 leaves[slots.labels] = functional.one_hot(labels, like.shape[1]).to(like.dtype)
             else:
                 leaves[slots.labels] = labels.to(like.dtype).reshape(-1, *like.shape[1:])
+        rows = [k % slots.size for k in range(len(xt))] if slots.conditions else []
         for k, _ in slots.conditions:
-            rows = torch.arange(len(xt), device=leaves[k].device) % len(leaves[k])
-            leaves[k] = leaves[k][rows]
+            leaves[k] = rows_of(leaves[k], slots.size, rows)
         args, kwargs = pytree.tree_unflatten(leaves, slots.spec)
         return self.velocity(self.module(*args, **kwargs), xt, t)
 
@@ -93,7 +122,7 @@ class Network:
 
     def inputs(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """`x_t` and t of a call, None if it is made in another way than the first one."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = flatten(args, kwargs)
         if spec != self._slots.spec:
             return None
         return self.seam.from_network(*self._slots.read(leaves))
@@ -111,6 +140,7 @@ def tensor_of(output: Any, shape: tuple[int, ...]) -> Tensor:
         came = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
         raise ValueError(
             f"Expected the network to return what stands for a velocity, of shape {shape}, got "
-            f"{came}. Say how: velocity=lambda module, xt, t, labels: ..."
+            f"{came}. Say how to make one of it, for example: velocity=lambda module, xt, t, "
+            f"labels: module.net(xt, t, labels)[:, :{shape[1]}]"
         )
     return found

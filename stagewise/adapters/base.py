@@ -114,6 +114,8 @@ class Seam(ABC):
         timesteps: Whether it can draw t.
         losses: Whether it sees each sample's loss.
         observable: Whether `observe` can see anything here.
+        written: What it gives its network for `x_t` and t, as one would write it; None: as the
+            convention says.
         coupled: Whether something beside it pairs noise with data (`find_seams`).
     """
 
@@ -122,6 +124,7 @@ class Seam(ABC):
     timesteps: bool = False
     losses: bool = False
     observable: bool = True
+    written: tuple[str, str] | None = None
 
     def __init__(
         self,

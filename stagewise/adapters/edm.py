@@ -43,6 +43,7 @@ class EDMLoss(Seam):
     """An EDM or EDM2 loss; see the module docstring."""
 
     library = "EDM"
+    written = ("xt / t.reshape(-1, *[1] * (xt.ndim - 1))", "(1 - t) / t")
     weights = losses = True
 
     @classmethod

@@ -261,7 +261,7 @@ class _Assumed(Seam):
 def assumed_seams(path: Path | None = None) -> list[Seam]:
     """What a training step may do that makes its target by hand, under the usual conventions.
 
-    Time 1 is data; time 1 is noise and the target `noise - x`; or the same with times 0 to 1000.
+    Time 1 is data; time 1 is noise and the target `noise - x`; or either with times 0 to 1000.
     They serve to recognise `x_t` and t among what a network is given, and cannot be steered.
 
     Args:
@@ -274,5 +274,5 @@ def assumed_seams(path: Path | None = None) -> list[Seam]:
     place = Place(None, "the training step")
     return [
         _Assumed(place, path or LinearPath(), convention=convention, refusal=refusal)
-        for convention in (STAGEWISE, Convention(1, 0, -1), DIFFUSERS)
+        for convention in (STAGEWISE, Convention(1, 0, -1), DIFFUSERS, Convention(0, 1000))
     ]

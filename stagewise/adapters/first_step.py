@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from stagewise.adapters.base import NoiseSums, Seam, Seen, parts
+from stagewise.adapters.base import NoiseSums, Seam, Seen, check_noise, looks, parts
 from stagewise.adapters.find import assumed_seams
+from stagewise.adapters.fitting import factor_of
 from stagewise.adapters.network import GIVEN, Network, NetworkSearch
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, describe, find_checked
+from stagewise.batches import FindSample, describe, find_checked, leaves_of, unused_in
 from stagewise.keys import find_among
 from stagewise.paths import Path
 from stagewise.schemes.checks import check_rows, distance_from_rows
@@ -28,7 +28,10 @@ from stagewise.schemes.checks import check_rows, distance_from_rows
 if TYPE_CHECKING:
     from stagewise.schemes import Phases, Scheme
 
-__all__ = ["FirstStep"]
+__all__ = ["PATIENCE", "FirstStep"]
+
+PATIENCE = 20
+"""Steps without labels after which a network that accepts some is taken not to be given any."""
 
 
 class FirstStep:
@@ -46,6 +49,10 @@ class FirstStep:
         labels: Its labels, (B,), or None.
         network: What predicts, once `finish` was called; None if it was not found.
         conditions: What the network is given besides x_t, time and class labels, for messages.
+        open: Whether the network accepts more than it was given so far, and the batch holds more:
+            what a step drops for classifier-free guidance may be given in a later one.
+        looked: In how many later calls it was given no more.
+        swapped: Whether what makes the targets is given data for noise, and noise for data.
     """
 
     def __init__(
@@ -69,6 +76,9 @@ class FirstStep:
         self._before: list[tuple[str, Tensor, int]] = []
         self._found: tuple[Tensor, Tensor | None] | None = None
         self._in_place = self._copies = self._follows = self._finished = False
+        self.swapped = self.open = False
+        self.looked = 0
+        self._later: Callable[[], None] | None = None
         self._on_seen: Callable[[Tensor], None] | None = None
         self._detach = [seam.observe(self._teller(seam)) for seam in able if seam.observable]
 
@@ -83,6 +93,7 @@ class FirstStep:
             self._seen = seam, replace(seen, x1=seen.x1.clone())
             if self._finished:
                 return
+            self.swapped = self._is_swapped(seen)
             self._noise = self._wrong_noise()
             labels = self.labels_for(self._seen[1].x1)
             if labels is not None:
@@ -126,7 +137,7 @@ class FirstStep:
         self._seen = self.x1 = self.labels = None
         self._on_seen, self._bank = on_seen, bank or _no_bank
         self._sums, self._noise, self._x1_at, self._labels_at = NoiseSums(), "", "", "None"
-        leaves = _named_leaves(self.batch)
+        leaves = leaves_of(self.batch)
         self._before = [(name, leaf, _version(leaf)) for name, leaf in leaves]
         try:
             self.x1, self.labels = self._copied()
@@ -140,7 +151,15 @@ class FirstStep:
                 self.labels,
                 conditions="tile",
                 labels_name=self._labels_at if self._labels_at != "None" else "batch[1]",
+                batch=self.batch,
             )
+
+    def _is_swapped(self, seen: Seen) -> bool:
+        if seen.x0 is None or self.x1 is None or not self.changed(seen.x1):
+            return False
+        return factor_of(seen.x0, self.x1) is not None or (
+            not _is_noise(seen.x0) and _is_noise(seen.x1)
+        )
 
     def _candidates(self) -> list[tuple[str, Tensor]]:
         """What may be x_1, as one would write it, the likeliest first."""
@@ -148,7 +167,7 @@ class FirstStep:
         found = [] if given is None else [(GIVEN, given)]
         if self.x1 is not None:
             found.append((self._x1_at or "batch[0]", self.x1))
-        for name, leaf in _named_leaves(self.batch):
+        for name, leaf in leaves_of(self.batch):
             if leaf.is_floating_point() and leaf.ndim > 1 and name != self._x1_at:
                 found.append((name, leaf))
         return found
@@ -157,7 +176,7 @@ class FirstStep:
         """What lies by now where x_1 of the batch was, if the step has changed it; else None."""
         if self.x1 is None or not self._x1_at:
             return None
-        now = dict(_named_leaves(self.batch)).get(self._x1_at)
+        now = dict(leaves_of(self.batch)).get(self._x1_at)
         if now is None or not now.is_floating_point() or now.ndim < 2 or _same(now, self.x1):
             return None
         return now.detach()
@@ -169,12 +188,19 @@ class FirstStep:
 
     def _wrong_noise(self) -> str:
         """What is wrong with the noise that was seen so far; empty if nothing is."""
+        seam = self._seams[0] if self._seen is None else self._seen[0]
+        about = f"The posterior that is measured is not that of {seam.name}: "
+        if self.swapped:
+            return (
+                f"{about}it is given the samples of the batch as x0 and noise as x1, so that it "
+                "goes from data to noise, and t = 1 is noise. Expected noise first: "
+                "x0 = torch.randn_like(x1), then the samples x1."
+            )
         try:
             if self._sums is not None:
                 self._sums.check()
         except ValueError as error:
-            seam = self._seams[0] if self._seen is None else self._seen[0]
-            return f"The posterior that is measured is not that of {seam.name}: {error}"
+            return f"{about}{error}"
         return ""
 
     def noise_so_far(self, *, last: bool) -> str:
@@ -202,18 +228,24 @@ class FirstStep:
     def finish(self) -> None:
         """Takes the hooks off, and notes the network and its conditions."""
         self.stop_search()
-        self.network = self.search.found
+        self.network = None if self.search.inner else self.search.found
         if self.network is not None:
             self.conditions = self.network.conditions
         elif self._seen is not None:
             given = self._seen[1].conditions
             self.conditions = tuple(f"{name}: {describe(x)}" for name, x in given if not _label(x))
-        now = dict(_named_leaves(self.batch))
+        now = dict(leaves_of(self.batch))
         self._in_place = self._changed_x1() is not None or any(
             now.get(name) is not leaf or _version(leaf) != version
             for name, leaf, version in self._before
         )
         self._before, self._finished = [], True
+        network = self.network
+        if network is not None and network.optional:
+            labelled = self.labels is not None and not network.conditional
+            self.open = (
+                labelled or self.x1 is None or bool(unused_in(self.batch, self.x1, self.labels))
+            )
         # Later samples are taken where they are seen, if they are not those of the batch.
         self._follows = self._seen is not None and (
             self._in_place or self.x1 is None or not _same(self.x1, self._seen[1].x1)
@@ -223,6 +255,34 @@ class FirstStep:
         if self._noise or self._seen is None or self._seen[1].x0 is None:
             self._sums = None
         self._stop_following()
+
+    def look_on(self) -> None:
+        """Before a later batch: looks whether the network is given more than in those before."""
+        if self.open and self.network is not None:
+            module = self.network.module
+            self._later = module.register_forward_pre_hook(self._look, with_kwargs=True).remove
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is too early to say that the network is given no more."""
+        return self.open and self.looked < PATIENCE
+
+    def _look(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        network = self.network
+        if not self.open or network is None or module is not network.module or not looks():
+            return
+        self.looked += 1
+        more = network.given_more(
+            args, kwargs, lambda: find_checked(self._find, self.batch)[1], self.batch
+        )
+        if more is not None:
+            self.network, self.conditions, self.open = more, more.conditions, False
+
+    def stop_looking(self) -> None:
+        """After a later batch."""
+        if self._later is not None:
+            self._later()
+        self._later = None
 
     @property
     def search(self) -> NetworkSearch:
@@ -304,6 +364,7 @@ class FirstStep:
     def stop(self) -> None:
         """Takes all hooks off, and lets go of the bank."""
         self.stop_search()
+        self.stop_looking()
         self._follows, self._sums, self._bank = False, None, _no_bank
         self._stop_following()
 
@@ -340,7 +401,7 @@ class FirstStep:
                 "x_1 as in the batch, not checked: the training step shows neither its x_1 nor a "
                 "call of its network that could be recognised."
             )
-        for bank in given:
+        for bank in given if not self.swapped else ():
             warnings += self._hold(bank, x1 if x1 is not None else self.x1)
         return warnings, note
 
@@ -423,6 +484,8 @@ class FirstStep:
         Returns:
             A message with the cure, and whether the shape or the scale is another one.
         """
+        if self.swapped:
+            return self._noise, True
         maker = "" if self._seen is None else f", and {self._seen[0].name} is given other samples"
         assert self.x1 is not None
         place, other = self._x1_at or "batch[0]", self._place(x1)
@@ -457,19 +520,12 @@ class FirstStep:
         )
 
     def _moved(self, x1: Tensor, place: str) -> str:
-        """Says if samples are noise, or those of the batch in another layout; else empty."""
-        own = self.x1
-        assert own is not None
-        x0 = None if self._seen is None else self._seen[1].x0
-        if x0 is not None and x0.shape == own.shape and _same(own, x0):
-            return (
-                f"its noise is {place}, and its x_1 is other numbers. Are they swapped? Noise "
-                "comes first: x0 = torch.randn_like(x1), x1 the data."
-            )
-        flat, seen = own.to(x1).flatten(1), x1.flatten(1)
+        """Says if samples are those of the batch in another layout; else empty."""
+        assert self.x1 is not None
+        flat, seen = self.x1.to(x1).flatten(1), x1.flatten(1)
         if flat.shape != seen.shape or bool((flat == seen).all(1).any()):
             return ""
-        if not torch.equal(flat.sort(1).values, seen.sort(1).values) or _flipped(own, x1):
+        if not torch.equal(flat.sort(1).values, seen.sort(1).values) or _flipped(self.x1, x1):
             return ""
         return (
             f"all samples have the numbers of {place} in another order. Is their layout another "
@@ -478,25 +534,17 @@ class FirstStep:
 
     def _place(self, tensor: Tensor | None) -> str:
         """Where a tensor lies in the batch, as one would write it; empty if it does not."""
-        for name, leaf in _named_leaves(self.batch):
-            if tensor is None or leaf.numel() != tensor.numel():
-                continue
-            if torch.equal(leaf.reshape(tensor.shape).to(tensor), tensor):
-                return name
+        if tensor is None:
+            return ""
+        for place, leaf in leaves_of(self.batch):
+            same = leaf.shape == tensor.shape or leaf.numel() == tensor.numel() == len(tensor)
+            if same and torch.equal(leaf.reshape(tensor.shape).to(tensor), tensor):
+                return place
         return ""
 
 
 def _no_bank() -> None:
     """Of a run that has none."""
-
-
-def _named_leaves(batch: Any) -> list[tuple[str, Tensor]]:
-    """The tensors of a batch, each with its place as one would write it."""
-    return [
-        (f"batch{pytree.keystr(path)}", leaf)
-        for path, leaf in pytree.tree_flatten_with_path(batch)[0]
-        if isinstance(leaf, Tensor)
-    ]
 
 
 def _version(x: Tensor) -> int:
@@ -516,6 +564,14 @@ def _flipped(own: Tensor, x1: Tensor) -> bool:
     last = x1.ndim - 1
     axes = [(last,)] if last == 1 else [(last,), (last - 1,), (last - 1, last)]
     return any(_same(own.flip(dims), x1) for dims in axes)
+
+
+def _is_noise(x: Tensor) -> bool:
+    try:
+        check_noise(x)
+    except ValueError:
+        return False
+    return True
 
 
 def _label(x: Tensor) -> bool:

@@ -10,7 +10,9 @@ standard normal data `x_0` of `x_t = x_1` at t = 0 is normal, too.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from stagewise.adapters.base import dependence
 from stagewise.paths import Path, PathCoefficients, expand_like
 
-__all__ = ["Noisy", "can_tell", "factor_of", "noise_of"]
+__all__ = ["Noisy", "arranged", "can_tell", "factor_of", "layout_of", "noise_of"]
 
 _NOISY = 0.05
 """The least sigma at which the noise of a sample is held against a normal distribution."""
@@ -77,12 +79,19 @@ class Noisy:
         """`dependence` of the noise on data, 0 where it is within six standard errors.
 
         None if the noise is not standard normal. The mean and the mean square are tested, each
-        within six standard errors, or what rounding explains.
+        within six standard errors, or what rounding explains. Next to noise any data would do:
+        None, too, if `x_t` holds so little of them that other ones, or times in other units (class
+        labels of 1000), would not show.
         """
         rows = self._rows(_NOISY)
         if rows is None:  # in a batch of few
             rows = self._rows(1e-3)
         if rows is None:
+            return None
+        path, x = self.path(self.t[rows].float()), x1[rows].flatten(1).float()
+        size = float(x.norm())
+        least = 0.01 * size if len(x1) == 1 else min(6, 0.1 * size)
+        if float((expand_like(path.alpha / path.sigma, x) * x).norm()) < least:
             return None
         x0 = noise_of(self.path, self.xt, self.t, x1)[0][rows]
         n, slack = x0.numel(), 0.02 + 5 * self.rounding
@@ -127,3 +136,56 @@ def factor_of(x: Tensor, x1: Tensor) -> float | None:
     k = float((x * x1).sum()) / size if size else 0.0
     gap = float(torch.linalg.vector_norm(x - k * x1))
     return float(f"{k:.5g}") if gap < 5e-3 * float(torch.linalg.vector_norm(x)) else None
+
+
+def arranged(x1: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    """Data with their axes in other orders, and flat ones as transposed matrices.
+
+    Args:
+        x1: Data, (B, *).
+        shape: Of what is made of them, without B.
+
+    Yields:
+        What one would write after `x_1`, and the tensor. `x_1` itself is none of them.
+    """
+    size, shape = math.prod(x1.shape[1:]), tuple(shape)
+    if math.prod(shape) != size:
+        return
+    back = f".reshape(-1, {', '.join(map(str, shape))})"
+    orders = list(itertools.permutations(range(1, x1.ndim)))
+    tries = [(f".permute(0, {', '.join(map(str, order))})", order) for order in orders[1:]]
+    for text, x in [("", x1), *((text, x1.permute(0, *order)) for text, order in tries)]:
+        if text or x.shape[1:] != shape:
+            yield (text if x.shape[1:] == shape else text + back), x.reshape(-1, *shape)
+    for rows in range(2, size) if x1.ndim == 2 else ():
+        if size % rows == 0:
+            text = f".reshape(-1, {rows}, {size // rows}).transpose(1, 2)"
+            yield text + back, x1.reshape(-1, rows, size // rows).mT.reshape(-1, *shape)
+
+
+def layout_of(x: Tensor, x1: Tensor) -> str | None:
+    """How `x` is `x_1`, both (B, ...), with the values of each sample in another order.
+
+    Returns:
+        What one would write after `x_1`; "" if the order is the same in all samples and cannot be
+        written so; None if it is no such order, or the one of a flip, which augments.
+    """
+    if len(x) != len(x1) or x.numel() != x1.numel():
+        return None
+    x1 = x1.to(x)
+    for text, made in arranged(x1, x.shape[1:]):
+        if torch.equal(made, x):
+            return text
+    if x1.ndim > 3 and torch.equal(x1.flip(1), x):
+        return ".flip(1)"
+    axes = range(2 if x1.ndim > 3 else 1, x1.ndim)  # nobody flips channels to augment
+    counts = range(1, len(axes) + 1)
+    flips = [dims for k in counts for dims in itertools.combinations(axes, k)]
+    if x.shape == x1.shape and any(torch.equal(x1.flip(dims), x) for dims in flips):
+        return None
+    # Values at one place, over the samples, are a column; few samples may be flipped alike.
+    columns, others = x.flatten(1).double(), x1.flatten(1).double()
+    weight = torch.linspace(1, 2, len(x), dtype=torch.float64, device=x.device).sqrt()[:, None]
+    order = [(weight * each).sum(0).argsort() for each in (columns, others)]
+    same = torch.equal(columns[:, order[0]], others[:, order[1]])
+    return "" if same and len(x) >= 8 else None

@@ -21,11 +21,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from stagewise.adapters.asked import Network, tensor_of
 from stagewise.adapters.base import Seam
-from stagewise.adapters.calls import Reading, answers, conditioning, velocity_line, where
+from stagewise.adapters.calls import (
+    Reading,
+    answers,
+    call_text,
+    conditioning,
+    flatten,
+    guessed_line,
+    velocity_line,
+    where,
+)
 from stagewise.adapters.fitting import can_tell, noise_of
 from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.paths import same_path
@@ -55,10 +63,11 @@ class _Match:
     call: tuple[Any, Any, Any] = (None, None, None)
     diagnosis: Diagnosis | None = None
     other: bool = False  # x_1 is neither that of what makes the targets nor that of the batch
+    inner: bool = False  # a layer of a module that may be given more
 
     @property
     def line(self) -> str:
-        return velocity_line(self.network.name, self.leaves, self.reading)
+        return velocity_line(self.network.name, self.network.module, self.leaves, self.reading)
 
 
 class NetworkSearch:
@@ -75,6 +84,7 @@ class NetworkSearch:
             labels: "refuse", the default, or "tile": it is given the same again, repeated or cut to
             the number of samples it is asked about.
         labels_name: How messages write the labels of a batch, default "batch[1]".
+        batch: The batch: what the network is given of it as it is counts as a condition.
 
     Attributes:
         compiled: Whether the whole training step is compiled, so that nothing is watched.
@@ -90,6 +100,7 @@ class NetworkSearch:
         *,
         conditions: Literal["refuse", "tile"] = "refuse",
         labels_name: str = "batch[1]",
+        batch: Any = None,
     ) -> None:
         self.root = root
         self.seams: list[Seam] = []
@@ -99,7 +110,7 @@ class NetworkSearch:
             if not any(_alike(seam, other) for other in self.seams):
                 self.seams.append(seam)
         self._candidates, self._conditions = candidates, conditions
-        self._labels_name = labels_name
+        self._labels_name, self._batch = labels_name, batch
         self.compiled = _is_compiled(root)
         self._hooks: list[CallHook] = []
         self.reset(labels)
@@ -117,7 +128,7 @@ class NetworkSearch:
         self._goes_on: tuple[str, str] | None = None
         self._inside: nn.Module | None = None
         self._pending: _Match | None = None
-        self._calls: list[tuple[int, bool]] = []
+        self._calls: list[tuple[int, bool, bool]] = []
         if self.compiled:
             return
         # What is compiled in place has hooks compiled into it; a compiled copy has them outside.
@@ -143,6 +154,11 @@ class NetworkSearch:
     def found(self) -> Network | None:
         """The network of the first call that fits, whether or not `result` refuses it."""
         return None if self._first is None else self._first.network
+
+    @property
+    def inner(self) -> bool:
+        """Whether that is a layer of another module, so that its call is not all that counts."""
+        return self._first is not None and self._first.inner
 
     @property
     def matched(self) -> str | None:
@@ -188,7 +204,8 @@ class NetworkSearch:
                 f"{' and '.join(network.conditions)}, which is not a label of the batch. An oracle "
                 "over all rows mixes samples of other conditions, which is not what such a model "
                 "is trained towards, and about other samples it cannot be asked without theirs. "
-                f"Say how: {first.line}; or, if the model ignores it, class_wise=False."
+                f"Say how, with some of your own: {first.line}; or, if the model ignores it, "
+                "class_wise=False."
             )
         if first.other and first.diagnosis is not None:
             raise ValueError(f"Expected x_1 to be trained on: {first.diagnosis.message}")
@@ -202,35 +219,79 @@ class NetworkSearch:
         """How what is trained on came from `x_1` of the batch; see `Reasons.origin`."""
         return self._reasons.origin(x1, text, own)
 
+    def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Tensor | None], Any]) -> str:
+        """How a function asks the network for something else than training does.
+
+        Args:
+            ask: From `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity.
+
+        Returns:
+            What differs in the call, with the line that is as in training; empty if nothing does,
+            or the function makes several calls or none.
+        """
+        first, calls = self._first, []
+        if first is None or first.inner or first.reading.slots.time < 0:
+            return ""
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append(flatten(args, kwargs)[0])
+
+        hook = first.network.module.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            ask(first.reading.noisy.xt, first.reading.noisy.t, self.labels)
+        finally:
+            hook.remove()
+        if len(calls) != 1:
+            return ""
+        tensors = [leaf for leaf in calls[0] if isinstance(leaf, Tensor)]
+        time, slots = first.leaves[first.reading.slots.time], first.reading.slots
+        near = 1e-3 * float(time.detach().abs().max())
+        timed = any(
+            leaf.numel() == time.numel()
+            and bool(((leaf.reshape(-1) - time.reshape(-1)).abs() <= near).all())
+            for leaf in tensors
+        )
+        what = "" if timed else "about another time than training does for the same x_t"
+        if timed and slots.labels is not None:
+            like = first.leaves[slots.labels]
+            given = any(x.shape == like.shape and x.dtype == like.dtype for x in tensors)
+            what = "" if given else "without the labels that training gives it"
+        return what and (
+            f"`velocity` asks {where(first.network.name)} {what}. As in training it is: {self.line}"
+        )
+
     # -- messages -----------------------------------------------------------------------------
+
+    @property
+    def line(self) -> str:
+        """How to ask for the velocity, to be pasted; a guess where no network was found."""
+        if self._first is not None:
+            return self._first.line
+        return guessed_line(self.root, labelled=self.labels is not None)
 
     def _nothing(self) -> str:
         """Why no network was found."""
         start = "Found no network from which a velocity can be had: "
         if self.compiled:
-            largest = max(
-                self.root.named_children(), key=lambda child: _size(child[1]), default=("net", None)
-            )
             return (
                 f"{start}the training step of {type(self.root).__name__} is compiled as a whole, "
                 "and calls inside of what is compiled cannot be watched. Compile the network "
                 "alone, module.net = torch.compile(module.net), or say how to ask it: "
-                f"velocity=lambda module, xt, t, labels: module.{largest[0]}(xt, t)"
+                f"{self.line}"
             )
         if self.empty:
             return (
-                f"{start}the training step called no submodule with gradients. If it calls "
-                "the network by a function, say velocity=lambda module, xt, t, labels: "
-                "module.net(xt, t)"
+                f"{start}the training step called no submodule with gradients. If it calls the "
+                f"network by a function, say {self.line}"
             )
-        return start + self._reasons.explain()
+        return start + self._reasons.explain(self.line)
 
     # -- hooks --------------------------------------------------------------------------------
 
     def _enter(self, name: str) -> Callable[..., None]:
         @torch.no_grad()
         def look(module: nn.Module, args: Any, kwargs: Any, trains: bool) -> None:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
+            leaves, spec = flatten(args, kwargs)
             candidates = [
                 (text, x1.detach())
                 for text, x1 in self._candidates()
@@ -238,11 +299,13 @@ class NetworkSearch:
             ]
             own = own_of(candidates)
             alone = len(leaves) == 1 and own is not None and is_same(leaves[0], own[1])
-            self._calls.append((len(self._reasons.made), alone))
+            makes = id(module) in self._makers or any(callable(leaf) for leaf in leaves)
+            outer = module is not self.root and not makes
+            self._calls.append((len(self._reasons.made), alone, outer))
             if not trains or self._inside is not None:
                 return
             self.empty = self.empty and module is self.root
-            if id(module) in self._makers or any(callable(leaf) for leaf in leaves):
+            if makes:
                 return
             self._pending = self._consider(module, name, args, leaves, spec, candidates)
             if self._pending is not None:
@@ -255,7 +318,7 @@ class NetworkSearch:
 
     def _leave(self, name: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            start, alone = self._calls.pop()
+            start, alone, _ = self._calls.pop()
             if isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 1:
                 # What is inside of a module that returns it is that module's.
                 shape = tuple(output.shape)
@@ -277,6 +340,8 @@ class NetworkSearch:
         if given and not any(tensor.requires_grad for tensor in given):
             return
         match.call = args, kwargs, output
+        alike = any(tensor.shape == match.x1.shape for tensor in given)
+        match.inner = not alike and any(outer for *_, outer in self._calls)
         if not match.other:
             self._matches = [known for known in self._matches if not known.other]
         first = self._first
@@ -288,7 +353,7 @@ class NetworkSearch:
         """Takes note if the network's answer goes through another module with weights."""
         first = self._matches[0]
         slots, answer = first.reading.slots, first.call[2]
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = flatten(args, kwargs)
         if (
             module is first.network.module
             or not isinstance(output, Tensor)
@@ -301,9 +366,7 @@ class NetworkSearch:
         known = {id(answer): inner, id(first.leaves[slots.x]): "xt"}
         if slots.time >= 0:
             known[id(first.leaves[slots.time])] = "t"
-        given, named = pytree.tree_unflatten([known.get(id(leaf), "...") for leaf in leaves], spec)
-        parts = [*map(str, given), *(f"{key}={text}" for key, text in named.items())]
-        self._goes_on = name, f"{start}labels: {where(name)}({', '.join(parts)})"
+        self._goes_on = name, f"{start}labels: {call_text(name, module, leaves, spec, known)}"
 
     # -- one call -----------------------------------------------------------------------------
 
@@ -329,7 +392,7 @@ class NetworkSearch:
                 continue
             # Of several the one whose time says most: labels have fewer values.
             reading = max(fits, key=lambda reading: reading.moments)
-            slots = conditioning(module, args, leaves, reading.slots, self.labels)
+            slots = conditioning(module, args, leaves, reading.slots, self.labels, self._batch)
             match = _Match(
                 Network(module, name, reading.seam, slots.kept(leaves)),
                 leaves,
@@ -363,10 +426,6 @@ def _is_compiled(root: nn.Module) -> bool:
         or getattr(root, "_compiled_call_impl", None) is not None  # module.compile()
         or hasattr(step, "_torchdynamo_orig_callable")
     )
-
-
-def _size(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(weight.numel() for weight in module.parameters())
 
 
 def _eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:

@@ -19,7 +19,7 @@ from stagewise.adapters.calls import (
     velocity_line,
     where,
 )
-from stagewise.adapters.fitting import factor_of
+from stagewise.adapters.fitting import arranged, factor_of, layout_of
 
 __all__ = ["GIVEN", "Candidates", "Diagnosis", "Made", "Reasons", "is_same", "own_of"]
 
@@ -35,7 +35,8 @@ class Diagnosis:
     """Why `x_1` of the batch is not what is trained on.
 
     Attributes:
-        kind: "scaled": times `factor`; "reversed": it is, but time runs the other way than the
+        kind: "scaled": times `factor`; "rearranged": with the values of a sample in another order;
+            "reversed": it is, but time runs the other way than the
             seam says; "other tensor": another tensor of the batch is; "encoded": what `module`
             made of it is.
         message: What was seen, and the cure.
@@ -43,7 +44,7 @@ class Diagnosis:
         module: Such as "module.vae", for "encoded".
     """
 
-    kind: Literal["scaled", "reversed", "other tensor", "encoded"]
+    kind: Literal["scaled", "rearranged", "reversed", "other tensor", "encoded"]
     message: str
     factor: float | None = None
     module: str | None = None
@@ -84,11 +85,15 @@ class Reasons:
     @property
     def diagnosis(self) -> Diagnosis | None:
         """What explains the calls best; None if nothing does."""
-        kinds = ("scaled", "reversed", "encoded")
+        kinds = ("scaled", "rearranged", "reversed", "encoded")
         return min(self._diagnoses, key=lambda found: kinds.index(found.kind), default=self._guess)
 
-    def explain(self) -> str:
-        """Why no call fits, with a cure."""
+    def explain(self, line: str) -> str:
+        """Why no call fits, with a cure.
+
+        Args:
+            line: How one would ask for the velocity.
+        """
         calls = "".join(f"\n  {line}" for line in self._lines[:8]) or " none with such a tensor"
         calls = f"Calls with a tensor of its shape, {self._shape}:{calls}\n"
         if self._coupled:
@@ -100,8 +105,7 @@ class Reasons:
             "no call in the first training step was given x_t and a time that fit x_1 of the batch "
             f"on {paths}. {calls}"
             "If training encodes, scales, flips or reorders x_1 itself, say find=... so that it "
-            "is what is trained on; if the network is called in another way, say "
-            "velocity=lambda module, xt, t, labels: module.net(xt, t, labels)."
+            f"is what is trained on; if the network is called in another way, say {line}."
         )
 
     def _find(self, x1: str) -> str:
@@ -154,7 +158,8 @@ class Reasons:
             factor = None if tensor is None else factor_of(x1, tensor)
             if factor is not None:
                 return self._encoded(made, factor, text)
-        return None
+        layout = layout_of(x1, own)
+        return None if layout is None else self._rearranged(layout, text)
 
     def note(
         self,
@@ -186,7 +191,7 @@ class Reasons:
                 if replace(noisy, t=1 - noisy.t).fits(own):
                     slots = conditioning(module, args, leaves, reading.slots, self._labels)
                     turned = replace(reading, slots=slots)
-                    line = velocity_line(name, leaves, turned, turned="(1 - t)")
+                    line = velocity_line(name, module, leaves, turned, turned="(1 - t)")
                     self._diagnoses.append(
                         Diagnosis(
                             "reversed",
@@ -194,6 +199,9 @@ class Reasons:
                             f"than {reading.seam.name} says. Say how to ask it: {line}",
                         )
                     )
+            for layout, x1 in arranged(own, shape[1:]):
+                if noisy.fits(x1):
+                    self._diagnoses.append(self._rearranged(layout, text))
             before = [made for made in self.made if made.shape == shape]
             for made in before:
                 tensor = made.tensor()
@@ -205,6 +213,16 @@ class Reasons:
             if shape != self._shape and len({made.name for made in before}) == 1:
                 # It may be used in another way than as it is, or be gone.
                 self._guess = self._guess or self._encoded(before[0], 1.0, text)
+
+    def _rearranged(self, layout: str, text: str) -> Diagnosis:
+        bank = "latents" if self._labels is None else "latents, labels"
+        find = self._find(_written(text) + layout)
+        return Diagnosis(
+            "rearranged",
+            f"the values of x_1 are those of {_written(text)} in another order, the same in every "
+            "sample. The posterior over them is the same, but not what the model says of them. "
+            + (f"Say so: {find}." if layout else f"Give them so: bank=LatentBank({bank})."),
+        )
 
     def _scaled(self, factor: float, about: str, text: str) -> Diagnosis:
         return Diagnosis(

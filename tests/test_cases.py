@@ -1289,8 +1289,8 @@ class Swaps(Matched):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (Transposes, "in another order. Is their layout another one?"),
-        (Rolls, "in another order. Is their layout another one?"),
+        (Transposes, "in another order, the same in every sample"),
+        (Rolls, "in another order, the same in every sample"),
         (Swaps, "Expected noise first"),
     ],
 )

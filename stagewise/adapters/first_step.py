@@ -501,9 +501,6 @@ class FirstStep:
         cure = "give what is trained on: bank=LatentBank(latents, labels)."
         if other:
             maker = f" (the step changes {place} in place)"
-        moved = "" if why is not None else self._moved(x1, place)
-        if moved:
-            return f"Training is not on what was read from the batches{maker}: {moved}", True
         alike = x1.shape[1:] == self.x1.shape[1:]
         if why is None and alike:
             cure = f"if it augments (flips, noise), expect little of the data end; if not, {cure}"
@@ -517,19 +514,6 @@ class FirstStep:
             f"Training is not on what was read from the batches{maker}: "
             f"{cure if why is None else why.message}",
             certain,
-        )
-
-    def _moved(self, x1: Tensor, place: str) -> str:
-        """Says if samples are those of the batch in another layout; else empty."""
-        assert self.x1 is not None
-        flat, seen = self.x1.to(x1).flatten(1), x1.flatten(1)
-        if flat.shape != seen.shape or bool((flat == seen).all(1).any()):
-            return ""
-        if not torch.equal(flat.sort(1).values, seen.sort(1).values) or _flipped(self.x1, x1):
-            return ""
-        return (
-            f"all samples have the numbers of {place} in another order. Is their layout another "
-            "one? Give what is trained on: bank=LatentBank(latents, labels)."
         )
 
     def _place(self, tensor: Tensor | None) -> str:
@@ -555,15 +539,6 @@ def _version(x: Tensor) -> int:
 def _same(own: Tensor, x1: Tensor) -> bool:
     """Whether they are equal, to the precision of `x1`."""
     return own.shape == x1.shape and torch.equal(own.to(x1), x1)
-
-
-def _flipped(own: Tensor, x1: Tensor) -> bool:
-    """Whether all samples are mirrored, which augmentation does, along the last two axes."""
-    if own.shape != x1.shape:
-        return False
-    last = x1.ndim - 1
-    axes = [(last,)] if last == 1 else [(last,), (last - 1,), (last - 1, last)]
-    return any(_same(own.flip(dims), x1) for dims in axes)
 
 
 def _is_noise(x: Tensor) -> bool:

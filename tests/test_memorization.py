@@ -151,7 +151,8 @@ def test_the_found_network_is_given_the_labels_of_its_samples(make_trainer, monk
     labels = torch.arange(60) % 3
     x = points[labels] + 0.01 * torch.randn(60, 6, generator=torch.Generator().manual_seed(1))
     monitor = MemorizationMonitor(every_n_steps=9, samples=12, t_switch=(0,), t_resume=())
-    monkeypatch.setattr(monitor, "stop", lambda: None)  # would let go of the probe
+    for end in ("stop", "leaves"):  # would let go of probe and network
+        monkeypatch.setattr(monitor, end, lambda: None)
     trainer = make_trainer(monitor, max_steps=1)
     trainer.fit(Conditional(), DataLoader(list(zip(x, labels, strict=True)), 20))
     probe, velocity = monitor._probe, monitor.velocity_of(trainer.lightning_module)

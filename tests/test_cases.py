@@ -1164,6 +1164,14 @@ class Permutes(Matched):
         return self.match(batch[0][order], batch[1][order])
 
 
+class DropsLabels(Matched):
+    """DropsLabels labels in place, for guidance without a classifier."""
+
+    def training_step(self, batch, batch_idx):
+        batch[1][torch.rand(len(batch[1])) < 0.3] = 3
+        return self.match(*batch)
+
+
 class Own(Matched):
     """Rows of the training set that the batch does not hold."""
 
@@ -1173,7 +1181,9 @@ class Own(Matched):
 
 
 @ALL
-@pytest.mark.parametrize("make", [Chunks, Objective, Repeats, Interleaves, Expands, Permutes, Own])
+@pytest.mark.parametrize(
+    "make", [Chunks, Objective, Repeats, Interleaves, Expands, Permutes, DropsLabels, Own]
+)
 def test_rows_in_another_order_or_number_are_the_same_training(kind, make, run):
     """Micro-batches, several noises for a sample, a permutation: labels go along."""
     callbacks = KINDS[kind]()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import NoiseSums, Seam, Seen, check_noise, looks, parts
 from stagewise.adapters.find import assumed_seams
@@ -74,8 +75,9 @@ class FirstStep:
         self._sums: NoiseSums | None = None
         self._x1_at, self._labels_at = "", "None"
         self._before: list[tuple[str, Tensor, int]] = []
-        self._found: tuple[Tensor, Tensor | None] | None = None
-        self._in_place = self._copies = self._follows = self._finished = False
+        self._maker: Seam | None = None
+        self._kept: set[str] = set()
+        self._follows = self._finished = False
         self.swapped = self.open = False
         self.looked = 0
         self._later: Callable[[], None] | None = None
@@ -84,7 +86,7 @@ class FirstStep:
 
     def _teller(self, seam: Seam) -> Callable[[Seen], None]:
         def tell(seen: Seen) -> None:
-            if self._sums is not None and seen.x0 is not None:
+            if self._sums is not None and seen.x0 is not None and self._maker in (None, seam):
                 self._sums.add(seen.x0, seen.x1)
             # The first call of a batch stands for it: others are of its other parts.
             if self._seen is not None or (self._finished and not self._follows):
@@ -94,7 +96,7 @@ class FirstStep:
             if self._finished:
                 return
             self.swapped = self._is_swapped(seen)
-            self._noise = self._wrong_noise()
+            self._maker, self._noise = seam, self._wrong_noise(seam)
             labels = self.labels_for(self._seen[1].x1)
             if labels is not None:
                 self.search.labels = labels
@@ -111,13 +113,12 @@ class FirstStep:
         """
         self.batch = batch
         if self._finished:
-            # What the step changes in place is gone once anybody asks.
-            self._seen, self._found = None, self._copied() if self._copies else None
-
-    def _copied(self) -> tuple[Tensor, Tensor | None]:
-        """x_1 and labels of the present batch as they are before its step."""
-        x1, labels = find_checked(self._find, self.batch)
-        return x1.detach().clone(), None if labels is None else labels.clone()
+            self._seen = None
+        if self._kept:  # what the step changes in place is gone once anybody asks
+            gone = {id(leaf) for name, leaf in leaves_of(batch) if name in self._kept}
+            leaves, spec = pytree.tree_flatten(batch)
+            kept = [leaf.clone() if id(leaf) in gone else leaf for leaf in leaves]
+            self.batch = pytree.tree_unflatten(kept, spec)
 
     def watch(
         self,
@@ -134,13 +135,14 @@ class FirstStep:
             ValueError: If the batch holds no x_1; looking has begun all the same.
         """
         self.stop_search()
-        self._seen = self.x1 = self.labels = None
+        self._seen = self._maker = self.x1 = self.labels = None
         self._on_seen, self._bank = on_seen, bank or _no_bank
         self._sums, self._noise, self._x1_at, self._labels_at = NoiseSums(), "", "", "None"
         leaves = leaves_of(self.batch)
         self._before = [(name, leaf, _version(leaf)) for name, leaf in leaves]
         try:
-            self.x1, self.labels = self._copied()
+            x1, labels = find_checked(self._find, self.batch)
+            self.x1, self.labels = x1.detach().clone(), None if labels is None else labels.clone()
             self._x1_at = self._place(self.x1)
             self._labels_at = self._place(self.labels) or "None"
         finally:
@@ -186,9 +188,8 @@ class FirstStep:
         """What is wrong with the noise of the first call that was seen; empty if nothing is."""
         return self._noise
 
-    def _wrong_noise(self) -> str:
+    def _wrong_noise(self, seam: Seam) -> str:
         """What is wrong with the noise that was seen so far; empty if nothing is."""
-        seam = self._seams[0] if self._seen is None else self._seen[0]
         about = f"The posterior that is measured is not that of {seam.name}: "
         if self.swapped:
             return (
@@ -212,7 +213,7 @@ class FirstStep:
         Returns:
             What is wrong; empty if nothing is, or it was said.
         """
-        wrong = self._wrong_noise()
+        wrong = "" if self._maker is None else self._wrong_noise(self._maker)
         if wrong or last:
             self._sums = None
             self._stop_following()
@@ -235,10 +236,13 @@ class FirstStep:
             given = self._seen[1].conditions
             self.conditions = tuple(f"{name}: {describe(x)}" for name, x in given if not _label(x))
         now = dict(leaves_of(self.batch))
-        self._in_place = self._changed_x1() is not None or any(
-            now.get(name) is not leaf or _version(leaf) != version
+        in_place = {
+            name
             for name, leaf, version in self._before
-        )
+            if now.get(name) is not leaf or _version(leaf) != version
+        }
+        if self._changed_x1() is not None:
+            in_place.add(self._x1_at)
         self._before, self._finished = [], True
         network = self.network
         if network is not None and network.optional:
@@ -248,10 +252,11 @@ class FirstStep:
             )
         # Later samples are taken where they are seen, if they are not those of the batch.
         self._follows = self._seen is not None and (
-            self._in_place or self.x1 is None or not _same(self.x1, self._seen[1].x1)
+            bool(in_place) or self.x1 is None or not _same(self.x1, self._seen[1].x1)
         )
         trained = self.trained_x1
-        self._copies = self._in_place and trained is not None and not self.changed(trained)
+        if trained is not None and not self.changed(trained):
+            self._kept = in_place
         if self._noise or self._seen is None or self._seen[1].x0 is None:
             self._sums = None
         self._stop_following()
@@ -301,7 +306,7 @@ class FirstStep:
         """x_1 of the present batch as it is trained on, (B, *)."""
         if self._follows and self._seen is not None:
             return self._seen[1].x1
-        return self._find(self.batch)[0] if self._found is None else self._found[0]
+        return self._find(self.batch)[0]
 
     def changed(self, x1: Tensor) -> bool:
         """Whether any sample is neither one of the first batch nor a row of the bank."""
@@ -327,8 +332,8 @@ class FirstStep:
         """
         if self.x1 is None or self.labels is None or self.batch is None:  # as in validation
             return None
-        found = (self.x1, self.labels) if not self._finished else self._found
-        own, labels = found or find_checked(self._find, self.batch)
+        now = find_checked(self._find, self.batch) if self._finished else (self.x1, self.labels)
+        own, labels = now
         if labels is None or (len(own) == len(x1) and _same(own, x1)):
             return labels
         rows = find_among(own, x1)
@@ -354,7 +359,8 @@ class FirstStep:
     def forget(self) -> None:
         """Lets go of the calls that were seen, with their graph; what they showed stays."""
         self.stop_search()
-        self._search = None
+        if not self.open:
+            self._search = None
 
     def stop_search(self) -> None:
         """Takes the hooks of the search off."""
@@ -493,7 +499,7 @@ class FirstStep:
             find = f"find=lambda batch: ({other}, {self._labels_at})"
             return (
                 f"Training is not on what was read from the batches{maker}: {other}, and not "
-                f"{place}. Say so: {find}.",
+                f"{self._x1_at or 'what `find` returns'}. Say so: {find}.",
                 True,
             )
         # What made x_1 may be gone by the end of the step; the network's call was looked at in it.

@@ -201,6 +201,7 @@ class StageRun(StageCallback):
         if not self.on_any_rank(self.look.open):
             self._open = False
             self.tell("reconsider")
+            self.look.forget()
         elif not many and self.look.looked == PATIENCE:
             self.tell("reconsider")
 

@@ -734,7 +734,7 @@ def test_a_velocity_to_paste(kind, run):
     came = run(Hand(), KINDS[kind]())
     assert came.unchanged
     line = str(came.error).split("velocity=")[1].removesuffix(").")
-    assert line == "lambda module, xt, t, labels: module.net(xt, 0 + 1000 * t, labels)"
+    assert line == "lambda module, xt, t, labels: module.net(xt, 1000 * t, labels)"
     came = run(Hand(), KINDS[kind](velocity=eval(line)))
     assert (came.error, came.said) == (None, [])
 
@@ -1165,7 +1165,7 @@ class Permutes(Matched):
 
 
 class DropsLabels(Matched):
-    """DropsLabels labels in place, for guidance without a classifier."""
+    """Drops labels in place, for guidance without a classifier."""
 
     def training_step(self, batch, batch_idx):
         batch[1][torch.rand(len(batch[1])) < 0.3] = 3

@@ -501,7 +501,8 @@ def _time_text(convention: Convention, t: str) -> str:
         return t
     if data == 0:
         return f"1 - {t}" if noise == 1 else f"{noise:g} * (1 - {t})"
-    return f"{noise:g} + {data - noise:g} * {t}"
+    start = f"{noise:g} + " if noise else ""
+    return f"{start}{data - noise:g} * {t}"
 
 
 def short(leaf: Any) -> str:

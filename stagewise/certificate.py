@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
-from stagewise.closest import Closest, class_ends, closest
+from stagewise.nearest_rows import Closest, class_ends, closest
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, put
 from stagewise.tail import Tail

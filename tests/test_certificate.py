@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stagewise import closest as closest_module
+from stagewise import nearest_rows as closest_module
 from stagewise.bank import LatentBank
 from stagewise.certificate import Certificate
-from stagewise.closest import closest
+from stagewise.nearest_rows import closest
 from stagewise.paths import CosinePath, EDMPath, LinearPath, PathCoefficients, VPPath
 from stagewise.tail import Tail
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from stagewise.intake import whole_labels
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
 from stagewise.tracing import untraced
+
+if TYPE_CHECKING:
+    from stagewise.smoothing import Smoothing
 
 __all__ = ["Labels", "Oracle", "Times", "as_times", "check_times", "require_tensors"]
 
@@ -78,6 +81,9 @@ class Oracle:
         >>> torch.allclose(u, oracle.velocity(xt, t), atol=1e-3)
         True
     """
+
+    smoothing: Smoothing | None = None
+    """What its rows stand for: Gaussians around them, for a `SmoothedOracle`."""
 
     def __init__(
         self,

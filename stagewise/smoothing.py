@@ -1,0 +1,461 @@
+r"""Smoothing: each training row becomes a Gaussian shaped by its nearest rows.
+
+    x~_1 = x_i + sum_k A_i[k] z_k + h e,    A_i[k] = (g / sqrt K) (x_{n(i,k)} - x_i),
+    z ~ N(0, I_K),  e ~ N(0, I_D),
+
+with `n(i, .)` the K nearest rows that differ from row i, g the scale and h the floor. A model that
+is trained on draws of x~_1 has another optimum than one trained on rows: the mean over
+neighbourhoods, not over rows learnt by heart (geometry-aware noise: CDC-FM, arXiv 2510.05930;
+manifold Parzen windows: Vincent & Bengio, NeurIPS 2002). Its oracle is `SmoothedOracle`.
+
+**A cut in t joins two fields.** The rows are best smoothed only where the posterior has collapsed
+on one of them. Targets below the boundary are then those of the rows, above it those of the
+smoothed set, and no single probability path has both. A ramp in t is gentler.
+
+**Copies of a row are not its neighbours**: they would be directions of length 0, so that a row is
+smoothed less for standing in the set twice. A row with fewer than K others that differ from it has
+those (K is then their number), and one with none stays as it is.
+
+**Latents with a mean and a standard deviation.** A sample that the VAE drew around its row is in a
+Gaussian already. Keep the floor 0: `draw` moves the sample by the neighbourhood of its row and the
+VAE's own spread is the isotropic part.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stagewise.bank import LatentBank
+from stagewise.computed_file import is_computed, write_tensors
+from stagewise.engines import Sharded
+from stagewise.nearest_rows import nearest_others
+from stagewise.oracle import Oracle, Times, as_times, check_times, require_tensors
+from stagewise.paths import expand_like
+from stagewise.stages import StageBoundary
+from stagewise.tracing import untraced
+
+__all__ = ["Smoothing", "Strength"]
+
+Strength: TypeAlias = "Callable[[Tensor], Tensor]"
+"""From times (B,) to numbers in [0, 1], (B,), that multiply what is added to a row."""
+
+_FORMAT = {"format": "stagewise.Smoothing", "version": "1"}
+
+
+class Smoothing:
+    """The Gaussians around the rows of a bank, and draws from them.
+
+    It is a plain object; a deep copy returns the smoothing itself.
+
+    Args:
+        bank: The rows, in host memory, on a device or in a file.
+        neighbours: K, default 8.
+        scale: g, default 1. 0 leaves the floor only.
+        floor: h, in the units of the bank, default 0. On small sets 0.05 gains more; on larger ones
+            it harms.
+        features: Where to look for neighbours instead of the rows: (N, *) numbers, in the order of
+            the samples that the bank was made from. Default None.
+        class_wise: Whether neighbours are of the row's own class, default False: among all rows was
+            measured to be better.
+        device: Where to search, default where the bank is.
+        progress: Whether to show a bar, default True; without tqdm there is none.
+
+    Attributes:
+        index: The neighbours, (N, K), int32, on the CPU, in the bank's own order; the row itself
+            where there are fewer.
+
+    Raises:
+        ValueError: On settings out of range, K of N or more, features of another length or with NaN
+            or Inf, or a bank without labels for `class_wise`.
+        TypeError: If `bank` is no bank or `features` no numbers.
+
+    Example:
+        >>> import torch
+        >>> bank = LatentBank(torch.randn(200, 16))
+        >>> smoothing = Smoothing(bank, progress=False)
+        >>> source = torch.randint(200, (32,))
+        >>> x1 = bank.rows[source]
+        >>> t = torch.rand(32)
+        >>> smoothed = smoothing.draw(x1, source, t=t, boundary=0.5)
+        >>> torch.equal(smoothed[t < 0.5], x1[t < 0.5])
+        True
+    """
+
+    def __init__(
+        self,
+        bank: LatentBank,
+        neighbours: int = 8,
+        scale: float = 1.0,
+        floor: float = 0.0,
+        *,
+        features: Tensor | None = None,
+        class_wise: bool = False,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+    ) -> None:
+        _check_settings(bank, neighbours, scale, floor)
+        space = _space(bank, features, class_wise)
+        near = nearest_others(space, neighbours, class_wise, device, progress)
+        own = torch.arange(len(near), dtype=torch.int32)[:, None]
+        self._fill(bank, near.where(near >= 0, own), scale, floor, class_wise, space)
+
+    def _fill(
+        self,
+        bank: LatentBank,
+        index: Tensor,
+        scale: float,
+        floor: float,
+        class_wise: bool,
+        space: LatentBank,
+    ) -> None:
+        self.bank, self.index, self.class_wise = bank, index, class_wise
+        self.scale, self.floor = float(scale), float(floor)
+        self.space = "rows" if space is bank else space.fingerprint
+        self._moved: dict[torch.device, Tensor] = {}
+
+    # -- files ---------------------------------------------------------------------------------
+
+    @classmethod
+    def cached(
+        cls,
+        path: str | os.PathLike[str],
+        bank: LatentBank,
+        neighbours: int = 8,
+        scale: float = 1.0,
+        floor: float = 0.0,
+        *,
+        features: Tensor | None = None,
+        class_wise: bool = False,
+        **options: Any,
+    ) -> Smoothing:
+        """With the neighbours in the file at `path`, if they are those asked for.
+
+        Otherwise they are searched and saved. The file holds neighbours only: scale and floor may
+        be others each time. Warns before it replaces neighbours of other latents or settings. Of
+        several processes, let one go first.
+
+        Args:
+            path: The file, which need not exist.
+            bank: See the class, like all that follow.
+            neighbours: K.
+            scale: g.
+            floor: h.
+            features: Where to look.
+            class_wise: Among which rows.
+            **options: Further arguments of the class.
+
+        Raises:
+            ValueError: If there is a file of something else; and as the class.
+        """
+        _check_settings(bank, neighbours, scale, floor)
+        space = _space(bank, features, class_wise)
+        wanted = _header(bank, neighbours, class_wise, space)
+        if not is_computed(path, wanted, "smoothing"):
+            made = cls(
+                bank,
+                neighbours,
+                scale,
+                floor,
+                features=features,
+                class_wise=class_wise,
+                **options,
+            )
+            made.save(path)
+            return made
+        with safe_open(path, "pt") as file:
+            index = file.get_tensor("index")
+        loaded = cls.__new__(cls)
+        loaded._fill(bank, index, scale, floor, class_wise, space)
+        return loaded
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the neighbours for `cached`, in one step: there is never half a file at `path`."""
+        header = _header(self.bank, self.neighbours, self.class_wise, self.space)
+        write_tensors(path, {"index": self.index}, header)
+
+    # -- draws ---------------------------------------------------------------------------------
+
+    @untraced
+    def draw(
+        self,
+        x1: Tensor,
+        source: Tensor | None = None,
+        *,
+        t: Times | None = None,
+        boundary: float | StageBoundary | None = None,
+        strength: Strength | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Smoothed samples: x1, moved by a draw from the Gaussian around its row.
+
+        Args:
+            x1: Samples, (B, *). Nothing is written into them.
+            source: Their rows, (B,), integers, as `bank.find` gives them. Default: looked up, which
+                costs a product of the batch's keys and reads its rows. With the bank on the host
+                give them on the host, which costs no device sync.
+            t: Their times, (B,), or as in `Oracle.posterior`; for the two that follow.
+            boundary: Rows are smoothed at this time and after it, and left as they are before it
+                (to the last bit): a time, or what `StageCurve.boundary` measured, of which the
+                collapsed boundary is taken. NaN (never reached) smooths nothing. Default: all are
+                smoothed.
+            strength: In place of a boundary, any function of t: a ramp, say.
+            generator: Of the draws, default the global one of the device of `x1`.
+
+        Returns:
+            (B, *), in the dtype and on the device of `x1`.
+
+        Raises:
+            ValueError: If a sample is no row and no source is given for it, on a source that is no
+                row, shapes that do not fit, a boundary or a strength without times, both, or a
+                strength outside [0, 1]. On an accelerator values are checked by assertions, which
+                cost no sync.
+            TypeError: If `x1` or `source` is no tensor.
+        """
+        require_tensors(x1=x1)
+        if math.prod(x1.shape[1:]) != self.bank.dim or x1.ndim < 2:
+            raise ValueError(
+                f"Expected `x1` with shape {('B', *self.bank.shape)} as the bank's samples, got "
+                f"{tuple(x1.shape)}."
+            )
+        source = self._rows_of(x1, source)
+        share = _share(x1, t, boundary, strength)
+        place = x1.device if generator is None else generator.device
+        wide = torch.promote_types(x1.dtype, torch.float32)
+        shape = (len(x1), self.num_normals)
+        normals = torch.randn(shape, dtype=wide, device=place, generator=generator)
+        return self.moved(x1, source, normals, share)
+
+    @property
+    def neighbours(self) -> int:
+        """K."""
+        return self.index.shape[1]
+
+    @property
+    def num_normals(self) -> int:
+        """Standard normal numbers that a draw takes: K for the neighbours, D more with a floor."""
+        return self.neighbours + (self.bank.dim if self.floor else 0)
+
+    @torch.no_grad()
+    def moved(
+        self, x1: Tensor, source: Tensor, normals: Tensor, share: Tensor | None = None
+    ) -> Tensor:
+        """What a draw does with its normal numbers.
+
+        Args:
+            x1: Samples, (B, *).
+            source: Their rows, (B,).
+            normals: z, and after it e if there is a floor, (B, `num_normals`).
+            share: What multiplies the move, (B,); default 1.
+
+        Returns:
+            (B, *), in the dtype of `x1`.
+        """
+        stored = self.bank.rows
+        wide = torch.promote_types(x1.dtype, torch.float32)
+        normals = normals.to(x1.device, wide)
+        rows = source.to(stored.device)
+        near = self._index_on(stored.device)[rows].long()
+        there = (near != rows[:, None]).to(x1.device)
+        factor = self.scale / there.sum(1, keepdim=True).clamp_min(1).to(wide).sqrt()
+        z = normals[:, : self.neighbours] * factor * there
+        # Row by row: all neighbours at once would be K times the batch. Offsets cancel.
+        move = -z.sum(1, keepdim=True) * stored[rows].to(x1.device, wide)
+        for k in range(self.neighbours):
+            move.addcmul_(z[:, k, None], stored[near[:, k]].to(x1.device, wide))
+        if self.floor:
+            move.add_(normals[:, self.neighbours :], alpha=self.floor)
+        if share is None:
+            return (x1 + move.reshape(x1.shape)).to(x1.dtype)
+        share = expand_like(share.to(x1.device, wide), x1)
+        return torch.where(share > 0, (x1 + share * move.reshape(x1.shape)).to(x1.dtype), x1)
+
+    def _rows_of(self, x1: Tensor, source: Tensor | None) -> Tensor:
+        given = source is not None
+        source = self.bank.find(x1) if source is None else source
+        require_tensors(source=source)
+        if source.shape != x1.shape[:1] or source.is_floating_point() or source.dtype == torch.bool:
+            raise ValueError(
+                f"Expected integer `source` with shape ({len(x1)},), the row of each sample, got "
+                f"{source.dtype} of shape {tuple(source.shape)}: draw(x1, source=bank.find(x1))."
+            )
+        inside = (source >= 0) & (source < len(self.bank))
+        message = f"Expected `source` from 0 to {len(self.bank) - 1}, the rows of the bank"
+        if not given:
+            message = "Expected samples that are rows of the bank, or the `source` of each"
+        if source.device.type != "cpu":
+            torch._assert_async(inside.all(), message)
+        elif not inside.all():
+            wrong = ~inside
+            raise ValueError(
+                f"{message}, got {int(wrong.sum())} of {len(wrong)} that are "
+                + (f"not, the first {int(source[wrong][0])}. " if given else "no rows. ")
+                + "Let the data set return the position i of each item with it: draw(x1, source=i) "
+                "if the bank keeps the order of the data set (bank.index is None), otherwise "
+                "draw(x1, source=bank.index.argsort()[i])."
+            )
+        return source
+
+    def _index_on(self, device: torch.device) -> Tensor:
+        if self.index.device == device:
+            return self.index
+        if device not in self._moved:
+            moved = self.index.to(device)
+            if type(moved) is not type(self.index):
+                return moved  # a fake tensor may not be kept beside real ones
+            self._moved[device] = moved
+        return self._moved[device]
+
+    # -- what else a scheme needs --------------------------------------------------------------
+
+    def with_scale(self, scale: float | None = None, floor: float | None = None) -> Smoothing:
+        """The same neighbours with another scale or floor."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.scale = self.scale if scale is None else float(scale)
+        other.floor = self.floor if floor is None else float(floor)
+        _check_settings(self.bank, self.neighbours, other.scale, other.floor)
+        return other
+
+    def check(self, oracle: Oracle) -> None:
+        """Refuses an oracle that does not go with the smoothing.
+
+        Raises:
+            ValueError: If its bank is another one or spread over ranks, or it has a smoothing.
+        """
+        if isinstance(oracle.engine, Sharded):
+            raise ValueError(
+                "Expected an oracle with all rows for a smoothing, got Sharded(), of which a rank "
+                "has only its part: neighbours lie on other ranks. Give each rank the same "
+                "memory-mapped bank: Oracle(LatentBank.open(path)), Smoothing(LatentBank.open("
+                "path))."
+            )
+        if oracle.smoothing is not None and oracle.smoothing is not self:
+            raise ValueError(
+                f"Expected one smoothing, got two: {self!r}, and {oracle.smoothing!r} of the "
+                "oracle. Give the oracle's own: smoothing=oracle.smoothing."
+            )
+        self.check_bank(oracle.bank)
+
+    def check_bank(self, bank: LatentBank) -> None:
+        """Refuses another bank than the smoothing's.
+
+        Raises:
+            ValueError: With what both hold.
+        """
+        if bank is not self.bank and bank.fingerprint != self.bank.fingerprint:
+            raise ValueError(
+                f"Expected the bank of the smoothing, {self.bank!r}, got {bank!r} with other rows. "
+                "Make one for it: Smoothing(bank)."
+            )
+
+    def __copy__(self) -> Smoothing:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Smoothing:
+        return self
+
+    def __repr__(self) -> str:
+        return f"Smoothing({self.neighbours} neighbours, scale={self.scale}, floor={self.floor})"
+
+
+def _check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float) -> None:
+    if not isinstance(bank, LatentBank):
+        raise TypeError(
+            f"Expected a LatentBank to smooth, got {type(bank).__name__}. Of samples make "
+            "Smoothing(LatentBank(x)); of latents in files Smoothing(latents.bank())."
+        )
+    if isinstance(neighbours, bool) or not isinstance(neighbours, int):
+        raise TypeError(f"Expected `neighbours` to be a whole number, got {neighbours!r}.")
+    if not 1 <= neighbours < len(bank):
+        raise ValueError(
+            f"Expected `neighbours` from 1 to {len(bank) - 1}, the other rows of the bank, got "
+            f"{neighbours}: Smoothing(bank, neighbours={min(8, len(bank) - 1)})."
+        )
+    for name, value in (("scale", scale), ("floor", floor)):
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"Expected `{name}` of at least 0, got {value}. Give {name}=0 for none."
+            )
+
+
+def _space(bank: LatentBank, features: Tensor | None, class_wise: bool) -> LatentBank:
+    """Where neighbours are searched: the bank, or features in its order and classes."""
+    if class_wise:
+        bank.require_classes()
+    if features is None:
+        return bank
+    require_tensors(features=features)
+    if len(features) != len(bank) or features.ndim < 2:
+        raise ValueError(
+            f"Expected `features` with shape ({len(bank)}, F), a line for each row of the bank, "
+            f"got {tuple(features.shape)}. Compute them for the samples the bank was made from."
+        )
+    features = features.detach().to(bank.device).flatten(1)
+    features = features if features.is_floating_point() else features.float()
+    wrong = (~features.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(
+            f"Expected finite `features`, got NaN or Inf in {len(wrong)} of {len(bank)} lines, the "
+            f"first {wrong[0]}. Leave these samples out of the bank, or features=None."
+        )
+    own = features if bank.index is None else features[bank.index]
+    labels = torch.tensor(bank.labels_of(range(len(bank)))) if class_wise else None
+    return LatentBank(own, labels)
+
+
+def _header(
+    bank: LatentBank, neighbours: int, class_wise: bool, space: LatentBank | str
+) -> dict[str, str]:
+    name = space if isinstance(space, str) else "rows" if space is bank else space.fingerprint
+    numbers = {"rows": len(bank), "dim": bank.dim, "neighbours": neighbours}
+    about = {**{k: str(v) for k, v in numbers.items()}, "class_wise": str(class_wise)}
+    return {**_FORMAT, "fingerprint": bank.fingerprint, **about, "space": name}
+
+
+def _share(
+    x1: Tensor,
+    t: Times | None,
+    boundary: float | StageBoundary | None,
+    strength: Strength | None,
+) -> Tensor | None:
+    """What multiplies the move of each sample, (B,); None for 1."""
+    if boundary is None and strength is None:
+        return None
+    if boundary is not None and strength is not None:
+        raise ValueError(
+            "Expected a `boundary` or a `strength`, got both. A step is strength=lambda t: (t >= "
+            "0.5).float()."
+        )
+    if t is None:
+        raise ValueError(
+            "Expected the times `t` of the samples with a boundary or a strength, got none: "
+            "draw(x1, source, t=t, boundary=0.5)."
+        )
+    time = as_times(t, x1)
+    check_times(time, len(x1))
+    if strength is None:
+        edge = boundary.collapsed if isinstance(boundary, StageBoundary) else boundary
+        assert edge is not None
+        return (time >= edge).to(time.dtype)
+    share = strength(time)
+    if share.shape != time.shape:
+        raise ValueError(
+            f"Expected `strength(t)` with shape {tuple(time.shape)}, got {tuple(share.shape)}."
+        )
+    inside = ((share >= 0) & (share <= 1)).all()
+    message = "Expected `strength(t)` in [0, 1]"
+    if share.device.type != "cpu":
+        torch._assert_async(inside, message)
+    elif not inside:
+        raise ValueError(
+            f"{message}, got values from {share.min():.4g} to {share.max():.4g}. Clamp it: "
+            "strength=lambda t: ((t - 0.3) / 0.4).clamp(0, 1)."
+        )
+    return share

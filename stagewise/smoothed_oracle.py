@@ -11,7 +11,9 @@ given x_t are (Woodbury's identity)
 weights**: with `W_i = U_i^T g / sqrt K` and the products `P = (x_i - c) . (x_t - a c)` of all rows
 (c the bank's mean),
 
-    U_i^T p_i = W_i (P_{n(i,.)} - P_i) - a b_i,    b_i = U_i^T A_i (x_i - c)  (stored).
+    U_i^T p_i = W_i (P_{n(i,.)} - P_i) - a b_i,    b_i = U_i^T A_i (x_i - c),
+
+that is, `W'_i = [W_i, -W_i 1, -b_i]` (stored) times the products of K + 1 rows, and a.
 
 **One product for the mean**: `A_i^T M_i^-1 p_i` is a combination of rows, so the weights of the
 rows and those of their neighbours are added up first.
@@ -31,7 +33,7 @@ from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
 from stagewise.engines import Engine
-from stagewise.engines.base import Queries
+from stagewise.engines.base import UNDERFLOW, Queries
 from stagewise.oracle import Oracle
 from stagewise.paths import Path
 from stagewise.posterior import Posterior, inverse
@@ -42,7 +44,7 @@ __all__ = ["SmoothedOracle"]
 _LOGITS = 2**24
 """Products with rows, and numbers that are as many, held at a time; there are about four."""
 
-_TURNED = 2**18
+_TURNED = 2**17
 """Numbers `U_i^T p_i` held at a time: what stays in a CPU's cache."""
 
 _GATHER = 2**24
@@ -50,6 +52,9 @@ _GATHER = 2**24
 
 _DUST = 1e-18
 """A row of less weight adds less than rounding does."""
+
+_FEW = 8
+"""One of so many rows is few enough to take them one by one."""
 
 _FACTORS = 16
 """Factors of a determinant, each below 1e18, that float64 holds."""
@@ -62,8 +67,8 @@ class SmoothedOracle(Oracle):
     smoothed set (`Smoothing.draw`), with its row as `source`. Targets that read single rows
     (`ReferenceSet`, `Stratified`, `Tempered`, `LeaveOneOut`) do not know the Gaussians.
 
-    The first question diagonalises the G_i: `8 N K (K + 2)` bytes beside the queries (N = 20 000,
-    K = 8: 13 MB; N = 1.28 million: 820 MB). Sums over rows are atomic on CUDA: for runs that must
+    The first question diagonalises the G_i: `8 N K (K + 3)` bytes beside the queries (N = 20 000,
+    K = 8: 14 MB; N = 1.28 million: 900 MB). Sums over rows are atomic on CUDA: for runs that must
     agree to the last bit there call `torch.use_deterministic_algorithms(True)`.
 
     Exact for samples drawn around the rows themselves. Where the VAE draws latents around theirs,
@@ -120,14 +125,12 @@ class _Shapes:
     """The Gaussians of all rows, on one device, float64.
 
     Attributes:
-        turn: `W_i`, (N, K, K).
+        turn: `W'_i`, (N, K, K + 2).
         values: `lambda_i`, (N, K).
-        mean: `b_i`, (N, K).
     """
 
     turn: Tensor
     values: Tensor
-    mean: Tensor
 
     @classmethod
     def of(cls, bank: LatentBank, smoothing: Smoothing, device: torch.device) -> _Shapes:
@@ -143,7 +146,9 @@ class _Shapes:
             a = factor * (bank.take(near, device) - x[:, None])
             values, vectors = torch.linalg.eigh(a @ a.mT)
             mean = vectors.mT @ (a @ (x - bank.centre.to(device))[:, :, None])
-            parts.append((factor * vectors.mT, values.clamp_min(0), mean[:, :, 0]))
+            turn = factor * vectors.mT
+            turn = torch.cat([turn, -turn.sum(2, keepdim=True), -mean], dim=2)
+            parts.append((turn, values.clamp_min(0)))
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -154,7 +159,8 @@ class _Segment:
     Attributes:
         rows: The first, n of them.
         outside: The others, (m,), int64.
-        near: Where the neighbours of each row are among both, (n, K), int64.
+        near: Where the factors of `W'_i` are: the neighbours of each row among both, the row, and
+            after all rows a, (n, K + 2), int64.
         shapes: Those of the rows.
     """
 
@@ -166,16 +172,17 @@ class _Segment:
     @classmethod
     def of(cls, rows: slice, index: Tensor, shapes: _Shapes) -> _Segment:
         """From the index (N, K) of a smoothing."""
-        near = index[rows].long()
+        near, count = index[rows].long(), rows.stop - rows.start
         inside = (near >= rows.start) & (near < rows.stop)
         device = shapes.turn.device
         outside = near.new_empty(0)
-        if rows.stop - rows.start < len(index):
+        if count < len(index):
             outside = near[~inside].unique()
-            beyond = rows.stop - rows.start + torch.searchsorted(outside, near)
+            beyond = count + torch.searchsorted(outside, near)
             near = torch.where(inside, near - rows.start, beyond)
-        parts = (shapes.turn[rows], shapes.values[rows], shapes.mean[rows])
-        return cls(rows, outside.to(device), near.to(device), _Shapes(*parts))
+        own, last = torch.arange(count), torch.full((count,), count + len(outside))
+        near = torch.cat([near, own[:, None], last[:, None]], dim=1).to(device)
+        return cls(rows, outside.to(device), near, _Shapes(shapes.turn[rows], shapes.values[rows]))
 
     def __len__(self) -> int:
         return len(self.near)
@@ -184,6 +191,13 @@ class _Segment:
     def width(self) -> int:
         """Rows that are multiplied, n + m."""
         return len(self.near) + len(self.outside)
+
+    def numbers(self, at: Tensor) -> Tensor:
+        """The rows of the bank that stand at some places among both."""
+        if not len(self.outside):
+            return at + self.rows.start
+        beyond = self.outside[(at - len(self)).clamp(0, len(self.outside) - 1)]
+        return torch.where(at < len(self), at + self.rows.start, beyond)
 
     def samples(self, bank: LatentBank) -> Iterator[tuple[int, Tensor]]:
         """All of them less the bank's mean, float64, chunk by chunk, each with its place."""
@@ -238,7 +252,8 @@ class _Solve:
         self.v = self.variance + (path.alpha * floor).square()
         self.snr = path.alpha.square() / self.v
         self.y = queries.xt - path.alpha[:, None] * bank.centre.to(device)
-        self.products = self.y.new_empty(segment.width, len(queries))
+        self.products = self.y.new_empty(segment.width + 1, len(queries))
+        self.products[-1] = path.alpha
         for first, rows in segment.samples(bank):
             self.products[first : first + len(rows)] = rows @ self.y.T
 
@@ -252,11 +267,15 @@ class _Solve:
         logits.sub_(self.bank.dim / 2 * (self.v / self.variance).log())
         for at in self._parts():
             turned, scale = self._turned(at)
-            logits[at] += self.snr / (2 * self.v) * (turned.square_().div_(scale)).sum(1)
+            square = turned.square_().div_(scale).sum(1)
+            logits[at].addcmul_(square, self.snr / (2 * self.v))
             for factors in scale.split(_FACTORS, dim=1):
-                logits[at] -= factors.prod(1).log_() / 2
-        log_z = logits.logsumexp(0)
-        gamma = logits.sub_(log_z).exp_()
+                logits[at].sub_(factors.prod(1).log_(), alpha=0.5)
+        peak = logits.amax(0)
+        gamma = logits.sub_(peak).clamp_min_(UNDERFLOW).exp_()
+        total = gamma.sum(0)
+        log_z = peak + total.log()
+        gamma.div_(total)
         source, own = self.queries.source, None
         if source is not None:
             place = source.to(device) - rows.start
@@ -278,9 +297,9 @@ class _Solve:
 
     def _mean(self, gamma: Tensor) -> Tensor:
         """The posterior mean, (B, D)."""
-        n, k = self.segment.near.shape
         weights = torch.zeros_like(self.products)
-        torch.mul(gamma, self.variance / self.v, out=weights[:n])
+        torch.threshold(gamma, _DUST, 0, out=weights[: len(gamma)])
+        weights.mul_(self.variance / self.v)
         share = self.alpha * self.variance / self.v.square()
         on_host = gamma.device.type == "cpu"  # elsewhere to look would take a sync
         for at in self._parts():
@@ -293,27 +312,28 @@ class _Solve:
             turned, scale = self._turned(some)
             turned.div_(scale).mul_((gamma[some] * share)[:, None])
             moves = self.segment.shapes.turn[some].mT @ turned
-            weights[some] -= moves.sum(1)
-            near = self.segment.near[some].flatten()
-            weights.index_add_(0, near, moves.flatten(0, 1))
+            weights.index_add_(0, self.segment.near[some].flatten(), moves.flatten(0, 1))
         mean = (self.alpha * self.floor**2 / self.v)[:, None] * self.y
         mean += self.bank.centre.to(mean.device)
+        if on_host:
+            used = (weights[:-1] != 0).any(1).nonzero()[:, 0]
+            if len(used) < len(weights) / _FEW:
+                rows = self.bank.take(self.segment.numbers(used)) - self.bank.centre
+                return mean.addmm_(weights[used].T, rows)
         for first, rows in self.segment.samples(self.bank):
-            mean += weights[first : first + len(rows)].T @ rows
+            mean.addmm_(weights[first : first + len(rows)].T, rows)
         return mean
 
     def _parts(self) -> Iterator[slice]:
-        n, k = self.segment.near.shape
-        step = max(1, _TURNED // (k * len(self.queries)))
+        n, width = self.segment.near.shape
+        step = max(1, _TURNED // (width * len(self.queries)))
         for first in range(0, n, step):
             yield slice(first, min(first + step, n))
 
     def _turned(self, at: slice | Tensor) -> tuple[Tensor, Tensor]:
         """`U_i^T p_i` and the diagonal of `M_i` for some rows i, each (m, K, B)."""
         shapes, near = self.segment.shapes, self.segment.near[at]
-        gaps = self.products[near].sub_(self.products[: len(self.segment)][at][:, None])
-        turned = torch.matmul(shapes.turn[at], gaps)
-        turned.sub_(shapes.mean[at][:, :, None] * self.alpha)
-        return turned, torch.addcmul(
-            torch.ones_like(turned), shapes.values[at][:, :, None], self.snr
-        )
+        gathered = self.products.index_select(0, near.flatten()).unflatten(0, near.shape)
+        turned = torch.bmm(shapes.turn[at], gathered)
+        one = torch.ones((), dtype=turned.dtype, device=turned.device)
+        return turned, torch.addcmul(one, shapes.values[at][:, :, None], self.snr)

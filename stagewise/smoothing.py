@@ -25,8 +25,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -35,18 +34,14 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.computed_file import is_computed, write_tensors
 from stagewise.engines import Sharded
-from stagewise.nearest_rows import nearest_others
-from stagewise.oracle import Oracle, Times, as_times, check_times, require_tensors
+from stagewise.neighbour_index import index_header, neighbour_index, search_space
+from stagewise.oracle import Oracle, Times, require_tensors
 from stagewise.paths import expand_like
 from stagewise.stages import StageBoundary
+from stagewise.strength import Strength, strength_at
 from stagewise.tracing import untraced
 
-__all__ = ["Smoothing", "Strength"]
-
-Strength: TypeAlias = "Callable[[Tensor], Tensor]"
-"""From times (B,) to numbers in [0, 1], (B,), that multiply what is added to a row."""
-
-_FORMAT = {"format": "stagewise.Smoothing", "version": "1"}
+__all__ = ["Smoothing"]
 
 
 class Smoothing:
@@ -101,10 +96,9 @@ class Smoothing:
         progress: bool = True,
     ) -> None:
         _check_settings(bank, neighbours, scale, floor)
-        space = _space(bank, features, class_wise)
-        near = nearest_others(space, neighbours, class_wise, device, progress)
-        own = torch.arange(len(near), dtype=torch.int32)[:, None]
-        self._fill(bank, near.where(near >= 0, own), scale, floor, class_wise, space)
+        space = search_space(bank, features, class_wise)
+        index = neighbour_index(space, neighbours, class_wise, device, progress)
+        self._fill(bank, index, scale, floor, class_wise, space)
 
     def _fill(
         self,
@@ -119,6 +113,7 @@ class Smoothing:
         self.scale, self.floor = float(scale), float(floor)
         self.space = "rows" if space is bank else space.fingerprint
         self._moved: dict[torch.device, Tensor] = {}
+        self._checked = False
 
     # -- files ---------------------------------------------------------------------------------
 
@@ -133,7 +128,8 @@ class Smoothing:
         *,
         features: Tensor | None = None,
         class_wise: bool = False,
-        **options: Any,
+        device: torch.device | str | None = None,
+        progress: bool = True,
     ) -> Smoothing:
         """With the neighbours in the file at `path`, if they are those asked for.
 
@@ -149,35 +145,27 @@ class Smoothing:
             floor: h.
             features: Where to look.
             class_wise: Among which rows.
-            **options: Further arguments of the class.
+            device: Where to search.
+            progress: Whether to show a bar.
 
         Raises:
             ValueError: If there is a file of something else; and as the class.
         """
         _check_settings(bank, neighbours, scale, floor)
-        space = _space(bank, features, class_wise)
-        wanted = _header(bank, neighbours, class_wise, space)
-        if not is_computed(path, wanted, "smoothing"):
-            made = cls(
-                bank,
-                neighbours,
-                scale,
-                floor,
-                features=features,
-                class_wise=class_wise,
-                **options,
-            )
-            made.save(path)
+        space = search_space(bank, features, class_wise)
+        made = cls.__new__(cls)
+        if is_computed(path, index_header(bank, neighbours, class_wise, space), "smoothing"):
+            with safe_open(path, "pt") as file:
+                made._fill(bank, file.get_tensor("index"), scale, floor, class_wise, space)
             return made
-        with safe_open(path, "pt") as file:
-            index = file.get_tensor("index")
-        loaded = cls.__new__(cls)
-        loaded._fill(bank, index, scale, floor, class_wise, space)
-        return loaded
+        index = neighbour_index(space, neighbours, class_wise, device, progress)
+        made._fill(bank, index, scale, floor, class_wise, space)
+        made.save(path)
+        return made
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the neighbours for `cached`, in one step: there is never half a file at `path`."""
-        header = _header(self.bank, self.neighbours, self.class_wise, self.space)
+        header = index_header(self.bank, self.neighbours, self.class_wise, self.space)
         write_tensors(path, {"index": self.index}, header)
 
     # -- draws ---------------------------------------------------------------------------------
@@ -213,9 +201,10 @@ class Smoothing:
 
         Raises:
             ValueError: If a sample is no row and no source is given for it, on a source that is no
-                row, shapes that do not fit, a boundary or a strength without times, both, or a
-                strength outside [0, 1]. On an accelerator values are checked by assertions, which
-                cost no sync.
+                row, in the first call on samples that are far from the rows they are said to be, on
+                that do not fit, a boundary or a strength without times, both, or a strength
+                outside [0, 1]. On an accelerator values are checked by assertions, which cost no
+                sync.
             TypeError: If `x1` or `source` is no tensor.
         """
         require_tensors(x1=x1)
@@ -225,7 +214,9 @@ class Smoothing:
                 f"{tuple(x1.shape)}."
             )
         source = self._rows_of(x1, source)
-        share = _share(x1, t, boundary, strength)
+        if not self._checked:
+            self._check_rows(x1, source)
+        share = strength_at(x1, t, boundary, strength)
         place = x1.device if generator is None else generator.device
         wide = torch.promote_types(x1.dtype, torch.float32)
         shape = (len(x1), self.num_normals)
@@ -301,6 +292,26 @@ class Smoothing:
                 "draw(x1, source=bank.index.argsort()[i])."
             )
         return source
+
+    @torch.no_grad()
+    def _check_rows(self, x1: Tensor, source: Tensor) -> None:
+        """Refuses samples that have little to do with their rows: flips, or another order."""
+        gap = x1.flatten(1).double() - self.bank.take(source, x1.device)
+        spread = self.bank.mean_sq_norm.to(x1.device)
+        near = gap.square().sum(1).mean() <= 0.75 * spread  # of two random rows it is 2
+        message = "Expected `x1` near the rows that `source` says"
+        if not len(x1):
+            return
+        if near.device.type != "cpu":
+            torch._assert_async(near, message)
+        elif not near:
+            far = float((gap.square().sum(1).mean() / spread).sqrt())
+            raise ValueError(
+                f"{message}, got samples {far:.2g} times as far from them as rows are from their "
+                "mean. Positions in the data set? A bank with labels is sorted by class: source="
+                "bank.index.argsort()[i]. Flips or crops? Build the bank of what is trained on."
+            )
+        self._checked = True
 
     def _index_on(self, device: torch.device) -> Tensor:
         if self.index.device == device:
@@ -383,79 +394,3 @@ def _check_settings(bank: LatentBank, neighbours: int, scale: float, floor: floa
             raise ValueError(
                 f"Expected `{name}` of at least 0, got {value}. Give {name}=0 for none."
             )
-
-
-def _space(bank: LatentBank, features: Tensor | None, class_wise: bool) -> LatentBank:
-    """Where neighbours are searched: the bank, or features in its order and classes."""
-    if class_wise:
-        bank.require_classes()
-    if features is None:
-        return bank
-    require_tensors(features=features)
-    if len(features) != len(bank) or features.ndim < 2:
-        raise ValueError(
-            f"Expected `features` with shape ({len(bank)}, F), a line for each row of the bank, "
-            f"got {tuple(features.shape)}. Compute them for the samples the bank was made from."
-        )
-    features = features.detach().to(bank.device).flatten(1)
-    features = features if features.is_floating_point() else features.float()
-    wrong = (~features.isfinite().all(1)).nonzero()[:, 0].tolist()
-    if wrong:
-        raise ValueError(
-            f"Expected finite `features`, got NaN or Inf in {len(wrong)} of {len(bank)} lines, the "
-            f"first {wrong[0]}. Leave these samples out of the bank, or features=None."
-        )
-    own = features if bank.index is None else features[bank.index]
-    labels = torch.tensor(bank.labels_of(range(len(bank)))) if class_wise else None
-    return LatentBank(own, labels)
-
-
-def _header(
-    bank: LatentBank, neighbours: int, class_wise: bool, space: LatentBank | str
-) -> dict[str, str]:
-    name = space if isinstance(space, str) else "rows" if space is bank else space.fingerprint
-    numbers = {"rows": len(bank), "dim": bank.dim, "neighbours": neighbours}
-    about = {**{k: str(v) for k, v in numbers.items()}, "class_wise": str(class_wise)}
-    return {**_FORMAT, "fingerprint": bank.fingerprint, **about, "space": name}
-
-
-def _share(
-    x1: Tensor,
-    t: Times | None,
-    boundary: float | StageBoundary | None,
-    strength: Strength | None,
-) -> Tensor | None:
-    """What multiplies the move of each sample, (B,); None for 1."""
-    if boundary is None and strength is None:
-        return None
-    if boundary is not None and strength is not None:
-        raise ValueError(
-            "Expected a `boundary` or a `strength`, got both. A step is strength=lambda t: (t >= "
-            "0.5).float()."
-        )
-    if t is None:
-        raise ValueError(
-            "Expected the times `t` of the samples with a boundary or a strength, got none: "
-            "draw(x1, source, t=t, boundary=0.5)."
-        )
-    time = as_times(t, x1)
-    check_times(time, len(x1))
-    if strength is None:
-        edge = boundary.collapsed if isinstance(boundary, StageBoundary) else boundary
-        assert edge is not None
-        return (time >= edge).to(time.dtype)
-    share = strength(time)
-    if share.shape != time.shape:
-        raise ValueError(
-            f"Expected `strength(t)` with shape {tuple(time.shape)}, got {tuple(share.shape)}."
-        )
-    inside = ((share >= 0) & (share <= 1)).all()
-    message = "Expected `strength(t)` in [0, 1]"
-    if share.device.type != "cpu":
-        torch._assert_async(inside, message)
-    elif not inside:
-        raise ValueError(
-            f"{message}, got values from {share.min():.4g} to {share.max():.4g}. Clamp it: "
-            "strength=lambda t: ((t - 0.3) / 0.4).clamp(0, 1)."
-        )
-    return share

@@ -86,9 +86,9 @@ def dense(smoothing, path, xt, t, rows):
         alpha, sigma, *_ = path(time)
         own = a.mT @ a + smoothing.floor**2 * eye
         whole = alpha**2 * own + sigma**2 * eye
-        gap = query - alpha * x
-        solved = torch.linalg.solve(whole, gap)
-        log = -((gap * solved).sum(1) + torch.logdet(whole)) / 2
+        gap, root = query - alpha * x, torch.linalg.cholesky(whole)
+        solved = torch.cholesky_solve(gap[:, :, None], root)[:, :, 0]
+        log = -(gap * solved).sum(1) / 2 - root.diagonal(dim1=1, dim2=2).log().sum(1)
         logs.append(log + bank.dim * sigma.log())
         means.append(x + alpha * torch.einsum("nij,nj->ni", own, solved))
     return torch.stack(logs), torch.stack(means)
@@ -142,10 +142,12 @@ def test_dense_mixture(bank, path, floor, neighbours):
 
 
 @pytest.mark.parametrize(
-    ("path", "floor"), list(zip(PATHS, (0.0, 0.1, 0.0, 0.1), strict=True)), ids=repr
+    ("path", "floor", "time"),
+    list(zip(PATHS, (0.0, 0.1, 0.0, 0.1), (0.2, 0.2, 0.97, 0.97), strict=True)),
+    ids=repr,
 )
-def test_dense_mixture_in_many_dimensions(path, floor):
-    bank, t = LatentBank(samples(34, 768)), TIMES[[2, 5]]
+def test_dense_mixture_in_many_dimensions(path, floor, time):
+    bank, t = LatentBank(samples(34, 768)), torch.tensor([time]).double()
     smoothing = Smoothing(bank, 32, 1.0, floor, progress=False)
     xt, _, _ = queries(smoothing, path, t)
     assert_dense(SmoothedOracle(bank, path, smoothing), xt, t)
@@ -430,7 +432,7 @@ def test_cached(bank, tmp_path, monkeypatch, recwarn):
     file = tmp_path / "smoothing.safetensors"
     made = Smoothing.cached(file, bank, 4, progress=False)
     with monkeypatch.context() as patched:
-        patched.setattr("stagewise.smoothing.nearest_others", None)  # nothing is searched
+        patched.setattr("stagewise.neighbour_index.nearest_others", None)  # nothing is searched
         read = Smoothing.cached(file, bank, 4, 0.5, 0.1)
     assert torch.equal(read.index, made.index)
     assert (read.scale, read.floor, read.neighbours) == (0.5, 0.1, 4)
@@ -504,6 +506,7 @@ def test_draws_that_are_refused(smoothing):
     refused("from 0 to 59.*got 1 of 4 .*the first 60", x1, source + 57)
     refused("from 0 to 59.*the first -1", x1, source - 1)
     refused("integer `source` with shape", x1, source[:2])
+    refused("near the rows.*times as far.*argsort", x1, source + 40)
     refused("integer `source` with shape", x1, source.float())
     refused(r"`x1` with shape \('B', 12\)", x1[:, :3], source)
     refused("times `t`.*draw.x1, source, t=t, boundary=0.5", x1, source, boundary=0.5)

@@ -276,6 +276,19 @@ class Oracle:
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
         return velocity.reshape(xt.shape).to(xt.dtype)
 
+    def sample(self, source: Tensor, t: Tensor, normals: Tensor) -> Tensor:
+        """A sample of the set that the oracle is of, around each row.
+
+        Args:
+            source: The rows, (B,).
+            t: At which times, (B,).
+            normals: What a smoothing draws with (`Smoothing.moved`), (B, n); (B, 0) for rows.
+
+        Returns:
+            (B, *), float64: here the rows themselves.
+        """
+        return self.bank.take(source, device=source.device).reshape(-1, *self.bank.shape)
+
     def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
         """Noisy samples as rows, and the path at their times, as the engines want both.
 

@@ -34,10 +34,12 @@ from torch.nn.functional import pad
 from stagewise.bank import LatentBank
 from stagewise.engines import Engine
 from stagewise.engines.base import UNDERFLOW, Queries
-from stagewise.oracle import Oracle
-from stagewise.paths import Path
+from stagewise.oracle import Oracle, Times
+from stagewise.paths import Path, PathCoefficients
 from stagewise.posterior import Posterior, inverse
 from stagewise.smoothing import Smoothing
+from stagewise.stages import StageBoundary
+from stagewise.strength import Strength, strength_at
 
 __all__ = ["SmoothedOracle"]
 
@@ -78,10 +80,13 @@ class SmoothedOracle(Oracle):
         bank: The rows.
         path: The path of training.
         smoothing: The Gaussians around the rows of this bank.
+        boundary: See `Smoothing.draw`, like the next: rows are themselves before this time. Give
+            what the draws are given.
+        strength: Any function of t.
         null_class: See `Oracle`.
 
     Raises:
-        ValueError: If the smoothing was made for another bank.
+        ValueError: If the smoothing was made for another bank, or boundary and strength are given.
 
     Example:
         >>> import torch
@@ -105,6 +110,8 @@ class SmoothedOracle(Oracle):
         path: Path | None,
         smoothing: Smoothing,
         *,
+        boundary: float | StageBoundary | None = None,
+        strength: Strength | None = None,
         null_class: int | None = None,
     ) -> None:
         if not isinstance(smoothing, Smoothing):
@@ -115,9 +122,41 @@ class SmoothedOracle(Oracle):
         smoothing.check_bank(bank)
         super().__init__(bank, path, _Gaussians(smoothing), null_class=null_class)
         self.smoothing = smoothing
+        self.boundary, self.strength = boundary, strength
+        self._share(torch.zeros(1, 1), torch.ones(1))
+
+    def _share(self, x: Tensor, t: Times) -> Tensor | None:
+        return strength_at(x, t, self.boundary, self.strength)
+
+    def sample(self, source: Tensor, t: Tensor, normals: Tensor) -> Tensor:
+        """See `Oracle.sample`: a draw from the Gaussians, as wide as they are at t."""
+        x1 = super().sample(source, t, normals)
+        return self.smoothing.moved(x1, source, normals, self._share(x1, t))
+
+    def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
+        """See `Oracle.coefficients`; they know how wide the Gaussians are at these times."""
+        flat, path = super().coefficients(xt, t)
+        share = self._share(flat, t)
+        if share is None:
+            return flat, path
+        timed = _Timed(*path)
+        timed.share = share.to(flat)
+        return flat, timed
 
     def __repr__(self) -> str:
         return f"SmoothedOracle({self.bank!r}, {self.path!r}, {self.smoothing!r})"
+
+
+class _Timed(PathCoefficients):
+    """The path at B times, and what multiplies the Gaussians' widths there, `share` (B,)."""
+
+    share: Tensor
+
+    def select(self, index: Tensor) -> _Timed:
+        """See `PathCoefficients`."""
+        timed = _Timed(*super().select(index))
+        timed.share = self.share[index]
+        return timed
 
 
 @dataclass(frozen=True)
@@ -247,10 +286,15 @@ class _Solve:
     def __init__(self, bank: LatentBank, segment: _Segment, queries: Queries, floor: float) -> None:
         self.bank, self.segment, self.queries = bank, segment, queries
         path, device = queries.path, queries.xt.device
-        self.alpha, self.floor = path.alpha, floor
+        self.alpha = path.alpha
         self.variance = path.sigma.square()
-        self.v = self.variance + (path.alpha * floor).square()
-        self.snr = path.alpha.square() / self.v
+        # g^2 and h^2 as multiples of those of the smoothing, and as they are.
+        self.width = (
+            path.share.square() if isinstance(path, _Timed) else torch.ones_like(self.alpha)
+        )
+        self.floor = self.width * floor**2
+        self.v = self.variance + path.alpha.square() * self.floor
+        self.snr = path.alpha.square() * self.width / self.v
         self.y = queries.xt - path.alpha[:, None] * bank.centre.to(device)
         self.products = self.y.new_empty(segment.width + 1, len(queries))
         self.products[-1] = path.alpha
@@ -300,7 +344,7 @@ class _Solve:
         weights = torch.zeros_like(self.products)
         torch.threshold(gamma, _DUST, 0, out=weights[: len(gamma)])
         weights.mul_(self.variance / self.v)
-        share = self.alpha * self.variance / self.v.square()
+        share = self.alpha * self.width * self.variance / self.v.square()
         on_host = gamma.device.type == "cpu"  # elsewhere to look would take a sync
         for at in self._parts():
             some: slice | Tensor = at
@@ -313,7 +357,7 @@ class _Solve:
             turned.div_(scale).mul_((gamma[some] * share)[:, None])
             moves = self.segment.shapes.turn[some].mT @ turned
             weights.index_add_(0, self.segment.near[some].flatten(), moves.flatten(0, 1))
-        mean = (self.alpha * self.floor**2 / self.v)[:, None] * self.y
+        mean = (self.alpha * self.floor / self.v)[:, None] * self.y
         mean += self.bank.centre.to(mean.device)
         if on_host:
             used = (weights[:-1] != 0).any(1).nonzero()[:, 0]

@@ -233,9 +233,7 @@ def _ask(oracle: Oracle, noise: Tensor, t: Tensor, rows: list[int], class_wise: 
     """The `STATISTICS` of queries from `rows` with the noise (B, D or more), as (S, B)."""
     bank, x0 = oracle.bank, noise[:, : oracle.bank.dim]
     source = torch.tensor(rows, device=x0.device)
-    x1 = bank.take(source, device=x0.device).reshape(-1, *bank.shape)
-    if oracle.smoothing is not None:
-        x1 = oracle.smoothing.moved(x1, source, noise[:, bank.dim :])
+    x1 = oracle.sample(source, t, noise[:, bank.dim :])
     xt = oracle.path.interpolate(x0.double().reshape(x1.shape), x1, t)
     labels = bank.labels_of(rows) if class_wise else None
     post = oracle.posterior(xt, t, labels, source=source)

@@ -219,6 +219,28 @@ def test_no_smoothing_is_the_plain_oracle(bank, path):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_a_strength_that_depends_on_t(smoothing, path):
+    bank, t = smoothing.bank, TIMES[1:]
+    xt, x1, source = queries(smoothing, path, t)
+    y = [None, *bank.labels_of(source[1:].tolist())]
+    plain, whole = Oracle(bank, path, Exact("float64")), SmoothedOracle(bank, path, smoothing)
+    half = SmoothedOracle(bank, path, smoothing.with_scale(0.4, 0.05))
+    options = {"boundary": 0.5}, {"strength": lambda t: 0.5 + 0 * t}
+    cut, constant = (SmoothedOracle(bank, path, smoothing, **option) for option in options)
+    for names in (None, y):
+        early, late = cut.correction(xt, t, x1, names).split([2, 3])
+        torch.testing.assert_close(early, plain.correction(xt, t, x1, names)[:2])
+        torch.testing.assert_close(late, whole.correction(xt, t, x1, names)[2:])
+        one, two = (o.posterior(xt, t, names) for o in (constant, half))
+        torch.testing.assert_close(one.mean, two.mean)
+        torch.testing.assert_close(one.log_evidence, two.log_evidence)
+    curves = [StageCurve.measure(oracle).values for oracle in (constant, half)]
+    torch.testing.assert_close(*curves)
+    with pytest.raises(ValueError, match="got both"):
+        SmoothedOracle(bank, path, smoothing, boundary=0.5, strength=lambda t: t)
+
+
 def test_the_source_of_another_class_has_no_weight(smoothing):
     bank, t = smoothing.bank, torch.tensor([0.3]).double()
     xt, _, source = queries(smoothing, LinearPath(), t)

@@ -69,9 +69,9 @@ class SmoothedOracle(Oracle):
     smoothed set (`Smoothing.draw`), with its row as `source`. Targets that read single rows
     (`ReferenceSet`, `Stratified`, `Tempered`, `LeaveOneOut`) do not know the Gaussians.
 
-    The first question diagonalises the G_i: `8 N K (K + 3)` bytes beside the queries (N = 20 000,
-    K = 8: 14 MB; N = 1.28 million: 900 MB). Sums over rows are atomic on CUDA: for runs that must
-    agree to the last bit there call `torch.use_deterministic_algorithms(True)`.
+    The first question diagonalises the G_i and keeps `8 N (K (K + 4) + 2)` bytes beside the queries
+    (N = 20 000, K = 8: 16 MB; N = 1.28 million: 1 GB). Sums over rows are atomic on CUDA: for runs
+    that must agree to the last bit there call `torch.use_deterministic_algorithms(True)`.
 
     Exact for samples drawn around the rows themselves. Where the VAE draws latents around theirs,
     it does not know that spread: give the smoothing a floor of about its size.
@@ -362,7 +362,8 @@ class _Solve:
         if on_host:
             used = (weights[:-1] != 0).any(1).nonzero()[:, 0]
             if len(used) < len(weights) / _FEW:
-                rows = self.bank.take(self.segment.numbers(used)) - self.bank.centre
+                rows = self.bank.take(self.segment.numbers(used), mean.device)
+                rows -= self.bank.centre.to(mean.device)
                 return mean.addmm_(weights[used].T, rows)
         for first, rows in self.segment.samples(self.bank):
             mean.addmm_(weights[first : first + len(rows)].T, rows)

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
 from stagewise.computed_file import is_computed, write_tensors
@@ -254,12 +255,18 @@ class Smoothing:
         rows = source.to(stored.device)
         near = self._index_on(stored.device)[rows].long()
         there = (near != rows[:, None]).to(x1.device)
-        factor = self.scale / there.sum(1, keepdim=True).clamp_min(1).to(wide).sqrt()
-        z = normals[:, : self.neighbours] * factor * there
-        # Row by row: all neighbours at once would be K times the batch. Offsets cancel.
-        move = -z.sum(1, keepdim=True) * stored[rows].to(x1.device, wide)
-        for k in range(self.neighbours):
-            move.addcmul_(z[:, k, None], stored[near[:, k]].to(x1.device, wide))
+        length = self.scale / there.sum(1, keepdim=True).clamp_min(1).to(wide).sqrt()
+        z = normals[:, : self.neighbours] * length * there
+        # Factors add up to 0, so that offsets cancel.
+        table = torch.cat([near, rows[:, None]], dim=1)
+        factors = torch.cat([z, -z.sum(1, keepdim=True)], dim=1)
+        if stored.dtype == wide and stored.device == x1.device:
+            # Adds up rows where they lie, without a copy of them.
+            move = embedding_bag(table, stored, mode="sum", per_sample_weights=factors)
+        else:
+            move = torch.zeros(len(x1), self.bank.dim, dtype=wide, device=x1.device)
+            for row, factor in zip(table.T, factors.T, strict=True):
+                move.addcmul_(factor[:, None], stored[row].to(x1.device, wide))
         if self.floor:
             move.add_(normals[:, self.neighbours :], alpha=self.floor)
         if share is None:

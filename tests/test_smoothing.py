@@ -286,6 +286,20 @@ def test_mixing_is_unbiased_for_the_smoothed_set(class_wise):
         assert variance[0] < variance[1]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_scheme_with_a_cut_needs_no_source_and_warns_of_nothing(smoothing):
+    bank, path = smoothing.bank, LinearPath()
+    oracle = SmoothedOracle(bank, path, smoothing, boundary=0.5)
+    source, t = torch.randint(60, (64,), generator=draws(1)), torch.rand(64, generator=draws(2))
+    x1 = smoothing.draw(bank.rows[source], source, t=t, boundary=0.5, generator=draws(3))
+    x0 = torch.randn(64, 12, generator=draws(4))
+    xt, names = path.interpolate(x0, x1, t), bank.labels_of(source.tolist())
+    for options, labels in (({}, names), ({"class_wise": False}, None)):
+        scheme = Scheme(oracle, target=Mix(), **options)
+        target, _ = scheme(x1 - x0, xt=xt, t=t, x1=x1, labels=labels)
+        torch.testing.assert_close(target, oracle.velocity(xt, t, labels), rtol=1e-4, atol=1e-4)
+
+
 def test_measuring_the_stages(bank):
     # To no effect the curve is that of the rows.
     none = Smoothing(bank, 4, 0.0, progress=False)
@@ -396,6 +410,20 @@ def test_draws_are_decided_by_the_generator(smoothing):
     torch.manual_seed(4)
     assert torch.equal(one, smoothing.draw(x1))  # looked up; of copies any will do
     assert copy.deepcopy(smoothing) is smoothing
+
+
+def test_16_bit_rows_and_samples_of_other_types():
+    bank = LatentBank(samples() + 5, dtype=torch.bfloat16)
+    wide = LatentBank(bank.take(torch.arange(60)))
+    source, z = torch.arange(60), torch.randn(60, 4, generator=draws())
+    one, two = (Smoothing(b, 4, progress=False) for b in (bank, wide))
+    x1 = wide.rows
+    expected = x1 + torch.einsum("nk,nkd->nd", z.double(), factors(two))
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        for smoothing in (one, two):
+            x = smoothing.moved(x1.to(dtype), source, z)
+            assert x.dtype == dtype
+            torch.testing.assert_close(x.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_rows_in_a_file(smoothing, tmp_path):

@@ -165,9 +165,9 @@ def correct(
         rounding = 16 * torch.finfo(torch.float64).eps * oracle.bank.max_norm
         none = pull.difference.abs() <= rounding
         value = torch.where(none, 0.0, (lam * c)[:, None] * pull.difference)
-    part = Correction(
-        value.reshape(-1, *whole.value.shape[1:]), lam, query.stored < 0, pull.tail_mass
-    )
+    # A draw from a smoothed set is no row, and nothing is added to the set for it.
+    inserted = (query.stored < 0) & (oracle.smoothing is None)
+    part = Correction(value.reshape(-1, *whole.value.shape[1:]), lam, inserted, pull.tail_mass)
     if asked is None:
         return part
     at = torch.tensor(asked, dtype=torch.int64, device=value.device)

@@ -445,7 +445,8 @@ class Scheme:
         if not looks or self.rows_checked or self.oracle is None or not mixes:
             return
         shard = isinstance(self.oracle.engine, Sharded)
-        found = check_rows(self.oracle.bank, x1, known=source is not None, shard=shard)
+        known = source is not None or self.oracle.smoothing is not None
+        found = check_rows(self.oracle.bank, x1, known=known, shard=shard)
         self.rows_checked = True
         if found:
             warnings.warn(f"Scheme: {found}", stacklevel=caller_level())

@@ -214,7 +214,7 @@ class Smoothing:
                 f"Expected `x1` with shape {('B', *self.bank.shape)} as the bank's samples, got "
                 f"{tuple(x1.shape)}."
             )
-        source = self._rows_of(x1, source)
+        source = self.rows_of(x1, source)
         if not self._checked:
             self._check_rows(x1, source)
         share = strength_at(x1, t, boundary, strength)
@@ -274,7 +274,8 @@ class Smoothing:
         share = expand_like(share.to(x1.device, wide), x1)
         return torch.where(share > 0, (x1 + share * move.reshape(x1.shape)).to(x1.dtype), x1)
 
-    def _rows_of(self, x1: Tensor, source: Tensor | None) -> Tensor:
+    def rows_of(self, x1: Tensor, source: Tensor | None = None) -> Tensor:
+        """The row of each sample, (B,): as it is given, or looked up; see `draw`."""
         given = source is not None
         source = self.bank.find(x1) if source is None else source
         require_tensors(source=source)

@@ -449,7 +449,7 @@ def test_no_value_is_read_on_a_device(smoothing, residency, dtype):
         x1 = torch.randn(5, 12, device="cuda", dtype=dtype)
         source, t = torch.arange(5, device=residency).clone(), torch.rand(5, device="cuda")
         if residency == "cpu":
-            here._rows_of = lambda x1, source: source  # reads values, which fake tensors have not
+            here.rows_of = lambda x1, source: source  # reads values, which fake tensors have not
         for options in ({}, {"boundary": 0.5}, {"strength": lambda t: t}):
             x = here.draw(x1, source, t=t, **options)
             assert (x.device.type, x.dtype, x.shape) == ("cuda", dtype, x1.shape)

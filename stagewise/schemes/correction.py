@@ -134,7 +134,11 @@ class Batch:
 
 
 def correct(
-    target: Target, batch: Batch, boundary: float | None, prediction: Prediction
+    target: Target,
+    batch: Batch,
+    boundary: float | None,
+    prediction: Prediction,
+    only: Tensor | None = None,
 ) -> Correction:
     """What a target adds.
 
@@ -143,6 +147,7 @@ def correct(
         batch: The samples.
         boundary: Where the stages meet, if lambda depends on it.
         prediction: What the targets are.
+        only: To which of the samples, (B,), bool; default all.
 
     Raises:
         ValueError: As `Batch.query`.
@@ -150,8 +155,11 @@ def correct(
     oracle, asked = batch.oracle, None
     whole = Correction.none(batch.x1)
     if target.lam.sparse:
+        mixed = target.lam(batch.t.double(), None, oracle.path, boundary) > 0
+        only = mixed if only is None else mixed & only
+    if only is not None:
         # One sync on an accelerator, for which samples beyond the boundary cost nothing.
-        asked = where(target.lam(batch.t.double(), None, oracle.path, boundary) > 0)
+        asked = where(only)
         batch = batch.select(asked)
     # With Sharded every rank asks whenever one does.
     if not len(batch.x1) and not isinstance(oracle.engine, Sharded):

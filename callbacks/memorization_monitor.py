@@ -64,6 +64,7 @@ class MemorizationMonitor(ModelMonitor):
     """
 
     order = 3
+    held = (*ModelMonitor.held, "_averaging")
     event = "memorization_probe"
     longest: ClassVar[int] = 5000
 

@@ -41,6 +41,7 @@ class ModelMonitor(Monitor):
     """
 
     compares = True
+    held = (*Monitor.held, "network", "_rows", "_others")
     network: Network | None = None
 
     def start(self) -> None:

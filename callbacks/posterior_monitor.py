@@ -91,6 +91,7 @@ class PosteriorMonitor(Monitor):
     """
 
     order = 1
+    held = (*Monitor.held, "recipe")
     event = "probe"
 
     def __init__(

@@ -38,6 +38,9 @@ __all__ = ["StageRun"]
 
 Kind = TypeVar("Kind", bound=StageCallback)
 
+_NOISE_AFTER = (8, 32, 128)
+"""Batches after which the noise of all so far is looked at."""
+
 _NOT_SHARED = ("seed", "dirpath", "seam")
 """What a callback says about itself alone."""
 
@@ -62,6 +65,16 @@ class StageRun(StageCallback):
     """
 
     order = -1
+    held = (
+        *StageCallback.held,
+        "trainer",
+        "module",
+        "leader",
+        "members",
+        "look",
+        "seams",
+        "_loader",
+    )
     look: FirstStep
 
     def __init__(
@@ -72,7 +85,6 @@ class StageRun(StageCallback):
         **options: Unpack[RunOptions],
     ) -> None:
         super().__init__(name, bank, **options)
-        self.going = False
 
     # -- the course of a training ---------------------------------------------------------------
 
@@ -86,14 +98,14 @@ class StageRun(StageCallback):
             pl_module: Its module.
             members: Its stage callbacks, in the order of its list; the first one leads.
         """
+        for member in {*members, self}:
+            member.joins(self)
         self.trainer, self.module, self.leader = trainer, pl_module, members[0]
-        for member in members:
-            member.run = self
+        self.settled, self._told, self._batches = False, False, 0
         self.members = sorted(members, key=lambda member: (member.order, member.name))
         self.began = self.step = trainer.global_step
         total = trainer.estimated_stepping_batches
         self.total = None if math.isinf(total) else int(total)
-        self.going, self.settled, self._told = True, False, False
         self._forget()
         self._reread, self._measured_at = False, self.began
         kept = [member.stashed_run.get("boundaries") for member in self.members if self.began]
@@ -150,7 +162,7 @@ class StageRun(StageCallback):
 
     def batch_starts(self, batch: Any) -> None:
         """Looks at the first batches; later ones are left alone."""
-        self.look.batch = batch
+        self.look.begin(batch)
         if self.settled:
             self.tell("before_batch", self.trainer.global_step)
             return
@@ -171,6 +183,7 @@ class StageRun(StageCallback):
         with self.together("looking at its first step"):
             self._look_at_step()
         self.tell("settle")
+        self.look.forget()
         for member in self.members:
             member.stash = None
 
@@ -191,9 +204,12 @@ class StageRun(StageCallback):
             if idle and not self.look.happened:
                 return
             self.weights_may_change()
-        self.step = step
+        self.step, self._batches = step, self._batches + 1
         self.tell("after_batch", step, before)
         self.look.batch = None
+        if self._batches in _NOISE_AFTER:
+            with self.together("looking at the noise of its first batches"):
+                self._look_at_noise()
 
     def ends(self) -> None:
         """At the end of training."""
@@ -207,13 +223,14 @@ class StageRun(StageCallback):
 
     def close(self) -> None:
         """Lets go of module, bank and hooks; what a checkpoint needs stays."""
-        self.going = False
         for member in self.members if self.settled else []:
             member.kept = self.record(member)
         self.tell("stop")
         if hasattr(self, "look"):
             self.look.stop()
         self._forget()
+        for member in {*self.members, self}:
+            member.leaves()
 
     def _forget(self) -> None:
         """Leaves behind the bank, and what was made of it."""
@@ -232,7 +249,7 @@ class StageRun(StageCallback):
         """
         look = self.look
         try:
-            look.watch(self._refuse_for_schemes)
+            look.watch(self._refuse_for_schemes, self._bank_in_use)
         except ValueError:
             if not all(self.given(member) for member in self.measuring):
                 raise
@@ -258,7 +275,7 @@ class StageRun(StageCallback):
         """Refuses what no oracle's target can be made for, before a scheme is asked for one."""
         mixing = any(member.mixes and not self.given(member) for member in self.members)
         if mixing and self.look.changed(x1):
-            message, certain = self.look.difference(x1)
+            message, certain = self.look.difference(x1, self._bank_in_use())
             if certain:
                 raise ValueError(message)
 
@@ -291,6 +308,20 @@ class StageRun(StageCallback):
             if certain and any(member.compares for member in read):
                 raise ValueError(message)
             rank_zero_warn(message)
+
+    def _look_at_noise(self) -> None:
+        """Says what the noise of some batches shows that the first has not shown.
+
+        Raises:
+            ValueError: If an oracle goes into targets, or is compared with.
+        """
+        wrong = self.look.noise_so_far(last=self._batches == _NOISE_AFTER[-1])
+        if not wrong:
+            return
+        if any(member.mixes or member.compares for member in self.members):
+            raise ValueError(wrong)
+        if self.measuring and not self.tied:
+            rank_zero_warn(wrong)
 
     def _weight_versions(self) -> int:
         """Grows with each change of a weight, and costs nothing."""
@@ -393,6 +424,10 @@ class StageRun(StageCallback):
             )
         callback.renewed, self._records = True, {}
         callback.stash = {**(callback.stash or {}), "run": {}}
+
+    def _bank_in_use(self) -> LatentBank | None:
+        """The bank that was read, or one that was given; None before there is any."""
+        return self._banks.get(id(self._read), next(iter(self._banks.values()), None))
 
     def given(self, callback: StageCallback) -> bool:
         """Whether the bank was given, and not read from the training set."""

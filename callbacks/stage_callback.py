@@ -87,7 +87,8 @@ class StageCallback(pl.Callback):
         measures: Whether it measures something against the bank.
         compares: Whether it compares the model with the oracle over that bank.
         mixes: Whether it puts the oracle into the targets.
-        run: The run, from the start of training on.
+        held: What it has of a run, and lets go of afterwards.
+        run: The run, from the start of training to its end.
         stash: The state of a checkpoint, until training has started from it.
         renewed: Whether the bank is not that of the checkpoint, so that all is measured anew.
         kept: What the state holds of a run that is over.
@@ -101,7 +102,10 @@ class StageCallback(pl.Callback):
     measures: bool = False
     compares: bool = False
     mixes: bool = False
+    # The last two are the module's: Lightning sets them.
+    held: ClassVar[tuple[str, ...]] = ("run", "writer", "log", "log_dict")
     run: StageRun
+    _before: dict[str, Any] | None = None
 
     def __init__(
         self, name: str, bank: LatentBank | None = None, **options: Unpack[RunOptions]
@@ -122,7 +126,7 @@ class StageCallback(pl.Callback):
 
     @property
     def _runs(self) -> bool:
-        return hasattr(self, "run") and self.run.going
+        return hasattr(self, "run")
 
     @property
     def _leads(self) -> bool:
@@ -132,7 +136,7 @@ class StageCallback(pl.Callback):
     def seed(self) -> int:
         """Of its generators: its own word, or that of the run."""
         own = self.said.get("seed", 0)
-        return int(self.run.option(self, "seed", own) if hasattr(self, "run") else own)
+        return int(self.run.option(self, "seed", own) if self._runs else own)
 
     @property
     def state_key(self) -> str:
@@ -152,7 +156,26 @@ class StageCallback(pl.Callback):
         """What the state of a checkpoint holds of the run."""
         return (self.stash or {}).get("run") or {}
 
-    # -- what the run tells it ----------------------------------------------------------------
+    # -- what belongs to a run only ---------------------------------------------------------------
+
+    def joins(self, run: StageRun) -> None:
+        """Takes part in a run, and in no other."""
+        others = (*self.held, "_before")
+        self._before = {key: value for key, value in vars(self).items() if key not in others}
+        self.run = run
+
+    def leaves(self) -> None:
+        """Lets go of the run: of trainer, module, data and files. What was found stays."""
+        for key in self.held:
+            vars(self).pop(key, None)
+        self._before = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle that is made within a run is as before it, and belongs to none."""
+        before = self._before
+        return dict(vars(self)) if before is None else {**before, "stash": None}
+
+    # -- what the run tells it --------------------------------------------------------------------
 
     def start(self) -> None:
         """At the start of training."""

@@ -169,6 +169,10 @@ class StageScheme(StageCallback):
         """
         return super().state_key if self._set_up else f"{super().state_key} {id(self)}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As its base, and how its scheme began: a copy in another fit begins there."""
+        return {**super().__getstate__(), "_begin": self._begin}
+
     def state_dict(self) -> dict[str, Any]:
         """The scheme's state and the transitions so far; never the bank."""
         scheme = None if self.scheme is None else self.scheme.state_dict()
@@ -206,6 +210,7 @@ class StageScheme(StageCallback):
             self.scheme.check_ends(math.inf if run.total is None else run.total)
         for part in parts(self.scheme):
             part.rows_checked = True  # `settle` does, on all ranks together
+            part.labels_of = run.look.labels_for
         resumed = self._resume()
         self.writer = run.writer(self)
         about = self._where() if self.seam is None else self.seam.describe()
@@ -296,6 +301,8 @@ class StageScheme(StageCallback):
         """Takes the scheme out, and lets go of the module."""
         self._restore()
         self.seam = None
+        for part in [] if self.scheme is None else parts(self.scheme):
+            part.labels_of = None
 
     # -- set-up -------------------------------------------------------------------------------
 

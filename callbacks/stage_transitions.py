@@ -68,6 +68,7 @@ class StageTransitions(StageCallback):
     """
 
     order = 4
+    held = (*StageCallback.held, "_errors", "_posterior", "_rows")
 
     def __init__(
         self,

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 
+from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.network import Network, can_tell, tensor_of
 from stagewise.adapters.objective import nominal_shares
 from stagewise.binned_sums import SUMS, BinnedSums
@@ -31,7 +33,7 @@ class TrainingRecord:
     """Adds up what the batches of a training show; see the module docstring.
 
     Args:
-        network: What is trained; one hook is put on it, which `close` takes off.
+        network: What is trained; a hook is on it from the start of each batch to its call.
         edges: Of the bins of t, (T + 1,), ascending.
         stages: Edges of the stages, (4,).
         device: Where the sums lie.
@@ -52,11 +54,13 @@ class TrainingRecord:
         self._pull: Tensor | None = None
         self._waiting: list[tuple[Tensor, ...]] = []
         self._bad: tuple[Tensor, ...] | None = None
-        self._hook = network.module.register_forward_hook(self.look, with_kwargs=True)
+        self._hook: CallHook | None = None
 
     def expect(self, x1: Callable[[], Tensor]) -> None:
         """Says how to have the samples of the batch that comes, once the network is called."""
+        self.close()
         self._x1, self._seen, self._pull = x1, None, None
+        self._hook = CallHook(self.look, self.network.module.register_forward_hook)
 
     def look(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Takes note of a call of the network, if it is the training's; a forward hook."""
@@ -68,6 +72,7 @@ class TrainingRecord:
         if inputs is None or inputs[0].shape != x1.shape:
             return
         y = tensor_of(output, tuple(x1.shape))
+        self.close()
         with torch.no_grad():
             xt, t = inputs
             path = self.network.seam.path(t.float())
@@ -81,6 +86,7 @@ class TrainingRecord:
         if y.requires_grad:
             y.register_hook(self._note)
 
+    @unserializable_hook
     def _note(self, gradient: Tensor) -> None:
         self._pull = gradient.detach().flatten(1).float().norm(dim=1)
 
@@ -90,6 +96,7 @@ class TrainingRecord:
         Args:
             step: Optimizer steps before it.
         """
+        self.close()
         if self._seen is None:
             return
         t, loss, known = self._seen
@@ -200,7 +207,9 @@ class TrainingRecord:
 
     def close(self) -> None:
         """Takes the hook off."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
 
 
 def _first(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

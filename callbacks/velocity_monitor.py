@@ -232,7 +232,7 @@ class VelocityErrorMonitor(ModelMonitor):
         """Takes the hook off, and lets go of bank and queries."""
         if self._record is not None:
             self._record.close()
-        self._record, self.oracle, self._probes, self.network = None, None, {}, None
+        self._record, self.oracle, self._probes = None, None, {}
 
     def renew(self) -> None:
         """Takes all samples anew, because latents have changed; a collective.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "find_rows", "row_keys"]
+__all__ = ["digest", "find_among", "find_rows", "row_keys"]
 
 _BLOCK = 2**20  # words at a time: their 64-bit products then stay in the cache
 
@@ -68,6 +68,19 @@ def find_rows(
         row = order[place].where(keys[place] == key, 0)
         found = row.where((read(row) == wanted).all(1), found)
     return found
+
+
+def find_among(rows: Tensor, wanted: Tensor) -> Tensor:
+    """Where each of `wanted`, (B, *), stands among `rows`, (N, *), at the precision of `wanted`.
+
+    Returns:
+        For each the number of an equal row, or -1, (B,), int64.
+    """
+    if rows.shape[1:] != wanted.shape[1:] or not len(rows):
+        return torch.full((len(wanted),), -1, device=wanted.device)
+    rows, wanted = rows.detach().to(wanted).flatten(1), wanted.detach().flatten(1)
+    keys, order = row_keys(rows).sort()
+    return find_rows(lambda at: rows[at], (keys, order), wanted)
 
 
 def digest(

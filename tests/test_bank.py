@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise import LatentBank, find_sample, streaming
 from stagewise import memory as memory_module
-from stagewise.keys import row_keys
+from stagewise.keys import find_among, row_keys
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALF_EPS = {"rtol": 0.0, "atol": 4 * 2.0**-9}  # numbers up to 4 away from their mean, in bfloat16
@@ -682,3 +682,14 @@ def test_what_is_neither_tensor_nor_array_is_refused_with_a_cure():
             LatentBank(x, wrong)
     with pytest.raises(TypeError, match=r"floating-point `x`, got torch.int64"):
         LatentBank(np.ones((4, 3), dtype=np.int64))
+
+
+def test_rows_are_found_among_others_at_the_precision_of_what_is_asked():
+    rows = torch.randn(9, 2, 3)
+    order = torch.tensor([4, 4, 0, 8])
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert find_among(rows, rows[order].to(dtype)).tolist() == order.tolist()
+    mixed = torch.cat([rows[3:4], -rows[3:4]])
+    assert find_among(rows, mixed).tolist() == [3, -1]
+    assert find_among(rows, rows.flatten(1)).tolist() == [-1] * 9
+    assert find_among(rows[:0], rows[:2]).tolist() == [-1, -1]

@@ -13,7 +13,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from stagewise import CosinePath, LatentBank, LinearPath, Mix, StageAware
+from stagewise import CosinePath, LatentBank, LinearPath, Mix, Scheme, StageAware
+from stagewise.adapters import find_seams
+from stagewise.adapters.first_step import FirstStep
+from stagewise.batches import find_sample
 from stagewise.callbacks import (
     MemorizationMonitor,
     PosteriorMonitor,
@@ -226,8 +229,7 @@ def test_a_loader_that_is_replaced_by_one_of_other_samples(kind, change, run):
         reload_dataloaders_every_n_epochs=1,
     )
     named = [text for text in came.said if "loader was replaced in epoch 1" in text]
-    # A target over the rows of a class is refused for what is no row of any.
-    assert (came.error is None) == (change == "same" or kind != "mixing")
+    assert came.error is None
     assert len(named) == (change == "other")
     assert came.said == named
 
@@ -699,3 +701,382 @@ def test_a_path_that_is_said_in_other_words_is_the_same(run):
         came = run(Plain(), [posterior(path=path)])
         assert came.error is None
         assert len(came.said) == said
+
+
+# -- the step changes what it was given -----------------------------------------------------------
+
+
+class ScalesInPlace(Plain):
+    """Scales its batch in place."""
+
+    def training_step(self, batch, batch_idx):
+        batch[0].mul_(0.25)
+        return super().training_step(batch, batch_idx)
+
+
+class ScalesDetached(ScalesInPlace):
+    """The same, unseen by the version of the tensor."""
+
+    def training_step(self, batch, batch_idx):
+        batch[0].data.mul_(0.25)
+        return Plain.training_step(self, batch, batch_idx)
+
+
+class ReplacesItem(Plain):
+    """Puts something else under the name of what it was given."""
+
+    def training_step(self, batch, batch_idx):
+        batch["x"] = 3 * batch["x"]
+        return self.loss(self.net, batch["x"], batch["y"])
+
+
+class Encodes(ReplacesItem):
+    """The same, with what a module makes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.vae = nn.Linear(SIZE, SIZE).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        batch["x"] = self.vae(batch["x"])
+        return self.loss(self.net, batch["x"], batch["y"])
+
+
+class Standardises(Plain):
+    """Subtracts and divides in place: no factor says how."""
+
+    def training_step(self, batch, batch_idx):
+        batch[0].sub_(2).div_(0.2)
+        return super().training_step(batch, batch_idx)
+
+
+IN_PLACE = {
+    ScalesInPlace: "0.25 * batch[0]",
+    ScalesDetached: "0.25 * batch[0]",
+    ReplacesItem: "3 * batch['x']",
+    Encodes: "module.vae(batch['x'])",
+    Standardises: "bank=LatentBank(latents, labels)",
+}
+
+
+def named():
+    return DataLoader(Rows(x=X, y=Y), 16)
+
+
+@ALL
+@pytest.mark.parametrize("make", IN_PLACE)
+def test_a_step_that_changes_its_batch_in_place(kind, make, run):
+    """The batch of after the step is not what the bank was read from."""
+    data = named if issubclass(make, ReplacesItem) else loader
+    came = run(make(), KINDS[kind](), data())
+    message = " ".join([*came.said, str(came.error or "")])
+    assert IN_PLACE[make] in message
+    assert (came.error is None) == (kind in ("posterior", "times"))
+    assert came.unchanged == (came.error is not None)
+    if make is Standardises:
+        given = [StageRun(bank=LatentBank((X - 2) / 0.2, Y)), *KINDS[kind]()]
+        came = run(make(), given, data())
+        assert (came.error, came.said) == (None, [])
+    else:
+        (line,) = cured(run, make, kind, data, {})
+        assert IN_PLACE[make] in line
+
+
+def test_batches_that_are_changed_in_place_are_measured_as_trained_on(run):
+    """Also between the probes, with either way out: `find` is asked before the step."""
+    windows = []
+    for given in (
+        {"find": lambda batch: (0.25 * batch[0], batch[1])},
+        {"bank": LatentBank(X / 4, Y)},
+    ):
+        callback = errors()
+        came = run(ScalesInPlace(), [StageRun(**given), callback], max_steps=6)
+        assert came.error is None
+        windows.append([e for e in callback.events if e["event"] == "training_window"])
+    assert windows[0]
+    assert windows[0] == windows[1]
+
+
+def test_scaling_in_place_by_hand_is_noticed(run):
+    """Without a seam the call of the network shows it."""
+
+    class Hand(ByHand):
+        def __init__(self):
+            super().__init__()
+            del self.coupling
+
+        def training_step(self, batch, batch_idx):
+            x1, y = batch
+            x1.mul_(3)
+            x0, t = torch.randn_like(x1), torch.rand(len(x1))
+            xt = torch.lerp(x0, x1, t[:, None])
+            return (self.net(xt, t, y) - (x1 - x0)).square().mean()
+
+    came = run(Hand(), [posterior()])
+    assert came.error is None
+    assert "find=lambda batch: (3 * batch[0], batch[1])" in " ".join(came.said)
+
+
+# -- rows of the batch in another order or number -------------------------------------------------
+
+
+class Matched(Plain):
+    """torchcfm's matcher, which is given no labels."""
+
+    def __init__(self):
+        super().__init__()
+        cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
+        self.loss, self.matcher = None, cfm.ConditionalFlowMatcher(0.0)
+
+    def match(self, x1, y, x0=None):
+        x0 = torch.randn_like(x1) if x0 is None else x0
+        t, xt, u = self.matcher.sample_location_and_conditional_flow(x0, x1)
+        return (self.net(xt, t, y) - u).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        return self.match(*batch)
+
+
+class Chunks(Matched):
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        return sum(map(self.match, x1.chunk(2), y.chunk(2))) / 2
+
+
+class Objective(Plain):
+    """The library's own objective, in micro-batches."""
+
+    def training_step(self, batch, batch_idx):
+        parts = zip(*(tensor.split(8) for tensor in batch), strict=True)
+        return sum(self.loss(self.net, *part) for part in parts)
+
+
+class Repeats(Matched):
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        return self.match(x1.repeat(3, 1), y.repeat(3))
+
+
+class Interleaves(Matched):
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        return self.match(x1.repeat_interleave(2, 0), y.repeat_interleave(2))
+
+
+class Expands(Matched):
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        return self.match(x1.expand(2, *x1.shape).flatten(0, 1), y.expand(2, -1).flatten())
+
+
+class Permutes(Matched):
+    def training_step(self, batch, batch_idx):
+        order = torch.randperm(len(batch[0]))
+        return self.match(batch[0][order], batch[1][order])
+
+
+class Own(Matched):
+    """Rows of the training set that the batch does not hold."""
+
+    def training_step(self, batch, batch_idx):
+        rows = torch.randint(len(X), (24,))
+        return self.match(X[rows], Y[rows])
+
+
+@ALL
+@pytest.mark.parametrize("make", [Chunks, Objective, Repeats, Interleaves, Expands, Permutes, Own])
+def test_rows_in_another_order_or_number_are_the_same_training(kind, make, run):
+    """Micro-batches, several noises for a sample, a permutation: labels go along."""
+    callbacks = KINDS[kind]()
+    came = run(make(), callbacks, max_steps=3)
+    assert (came.error, came.said) == (None, [])
+    if kind in WATCHING:
+        assert torch.equal(came.weights, run(make(), [], max_steps=3).weights)
+    for callback in callbacks:
+        network = getattr(callback, "network", None)
+        assert network is None or (network.conditional, network.conditions) == (True, ())
+        assert getattr(callback, "_wise", True)
+
+
+def test_labels_of_samples_are_those_of_their_rows():
+    """In any order and number; by place for what is no row; None where that cannot be."""
+    module = Matched()
+    look = FirstStep(module, find_seams(module), LinearPath(), find_sample)
+    x1, y = X[:8], torch.randint(1000, (8,))
+    look.begin([x1, y])
+    look.watch()
+    flipped = torch.where(torch.arange(8)[:, None] % 2 == 0, x1, x1.flip(1))
+    order = torch.tensor([3, 1, 7, 7, 0])
+    for samples, labels in (
+        (x1, y),
+        (x1.double(), y),
+        (x1.bfloat16(), y),
+        (x1[order], y[order]),
+        (x1.flip(1), y),
+        (flipped, y),
+        (flipped[4:7], y[4:7]),
+        (x1.reshape(8, 2, 4), y),
+    ):
+        assert look.labels_for(samples).tolist() == labels.tolist()
+    for samples in (flipped.flip(0), flipped[order], x1[:4].flip(1), torch.randn(5, 3)):
+        assert look.labels_for(samples) is None
+    twins = torch.cat([x1[:4], x1[:4]])
+    look.begin([twins, y])
+    look.watch()
+    assert look.labels_for(twins).tolist() == y.tolist()
+    assert look.labels_for(twins[2:6]) is None, "two classes have this row"
+    look.stop()
+
+
+class Flips(Matched):
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        return self.match(torch.where(torch.rand(len(x1), 1) < 0.5, x1.flip(1), x1), y)
+
+
+class Noises(Matched):
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        return self.match(x1 + 0.01 * torch.randn_like(x1), y)
+
+
+class FlipsChunks(Matched):
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        x1 = torch.where(torch.rand(len(x1), 1) < 0.5, x1.flip(1), x1)
+        return sum(map(self.match, x1.chunk(2), y.chunk(2)))
+
+
+@pytest.mark.parametrize("make", [Flips, Noises, FlipsChunks])
+def test_a_scheme_takes_labels_from_the_batch(make, run, monkeypatch):
+    """Where a matcher is given none, and samples are no rows."""
+    asked, plain = [], FirstStep.labels_for
+
+    def labels_for(self, x1):
+        found = plain(self, x1)
+        asked.append((found, self.batch[1]))
+        return found
+
+    monkeypatch.setattr(FirstStep, "labels_for", labels_for)
+    callback = StageScheme(target=Mix("boundary"))
+    came = run(make(), [callback], max_steps=6)
+    assert came.error is None
+    assert all("no rows of the bank" in text for text in came.said)
+    assert callback.scheme.labels_of is None, "let go of"
+    assert callback.scheme.class_wise
+    assert len(asked) >= 6
+    for found, y in asked:
+        parts = y.chunk(2) if make is FlipsChunks else [y]
+        assert any(torch.equal(found, part) for part in parts)
+
+
+def test_a_scheme_without_an_oracle_is_told_of_the_callback():
+    with pytest.raises(ValueError, match=r"StageScheme\(target=\.\.\.\) makes one of the training"):
+        Scheme(class_wise=False, target=Mix("boundary"))
+
+
+# -- another layout, swapped arguments ------------------------------------------------------------
+
+
+class Transposes(Matched):
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        return self.match(x1.reshape(-1, 2, 4).transpose(1, 2).reshape(-1, SIZE), y)
+
+
+class Rolls(Matched):
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        return self.match(x1.roll(3, 1), y)
+
+
+class Swaps(Matched):
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        return self.match(torch.randn_like(x1), y, x0=x1)
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Transposes, "in another order. Is their layout another one?"),
+        (Rolls, "in another order. Is their layout another one?"),
+        (Swaps, "Are they swapped?"),
+    ],
+)
+def test_another_layout_and_swapped_arguments_have_their_reason(kind, make, reason, run):
+    came = run(make(), KINDS[kind]())
+    message = " ".join([*came.said, str(came.error or "")])
+    assert reason in message
+    assert "cannot be looked up" not in message
+    assert came.unchanged == (kind not in ("posterior", "times"))
+
+
+# -- what only some batches show ------------------------------------------------------------------
+
+
+class Couples(Matched):
+    """Orders noise by its data within the batch."""
+
+    def training_step(self, batch, batch_idx):
+        scipy = pytest.importorskip("scipy.optimize")
+        x1, y = batch
+        x0 = torch.randn_like(x1)
+        order = scipy.linear_sum_assignment(torch.cdist(x1, x0).square().numpy())[1]
+        return self.match(x1, y, x0=x0[order])
+
+
+class Swapped(Matched):
+    """Swaps the noise of two neighbours where that brings it nearer."""
+
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        x0 = torch.randn_like(x1)
+        pairs, data = x0.unflatten(0, (-1, 2)), x1.unflatten(0, (-1, 2))
+        gain = (pairs.diff(dim=1) * data.diff(dim=1)).sum((1, 2), keepdim=True)
+        return self.match(x1, y, x0=torch.where(gain < 0, pairs.flip(1), pairs).flatten(0, 1))
+
+
+class Offsets(Matched):
+    """Noise with an offset for each sample."""
+
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        return self.match(x1, y, x0=torch.randn_like(x1) + 0.4 * torch.randn(len(x1), 1))
+
+
+class Centres(Matched):
+    """Noise without its mean."""
+
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        x0 = torch.randn_like(x1)
+        return self.match(x1, y, x0=x0 - x0.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("kind", ["posterior", "errors", "mixing"])
+@pytest.mark.parametrize(
+    ("make", "size", "steps"),
+    [(Couples, 8, 8), (Couples, 4, 32), (Couples, 2, 128), (Swapped, 4, 128), (Offsets, 8, 32)]
+    + [(Centres, 8, 32)],
+)
+def test_noise_that_few_samples_do_not_show(kind, make, size, steps, run):
+    """The first batches are looked at together."""
+    few = {"every_n_steps": 1000} if kind != "mixing" else {}
+    data = DataLoader(TensorDataset(X, Y), size, shuffle=True)
+    came = run(make(), KINDS[kind](**few), data, max_steps=steps + 1)
+    message = " ".join([*came.said, str(came.error or "")])
+    assert ("`x0`" in message) or "x_0 and x_1 are not independent" in message
+    assert (came.error is None) == (kind == "posterior")
+    assert message.count("The posterior that is measured is not that of") <= 1
+
+
+@pytest.mark.parametrize("make", [Plain, Matched])
+def test_plain_noise_is_not_accused_and_nothing_is_left_behind(make, run):
+    module, callbacks = make(), [*KINDS["posterior"](every_n_steps=1000), *KINDS["mixing"]()]
+    seam = module.loss or module.matcher
+    before = dict(vars(seam))
+    came = run(module, callbacks, max_steps=140)
+    assert (came.error, came.said) == (None, [])
+    assert dict(vars(seam)).keys() == before.keys()

@@ -11,7 +11,7 @@ from torch import nn
 
 from stagewise import Convention, CosinePath, LatentBank, LogitNormal, Mix, Oracle, Scheme
 from stagewise.adapters import Seen, assumed_seams, find_couplings, find_seams, one_seam
-from stagewise.adapters.base import check_independent, dependence, plain
+from stagewise.adapters.base import NoiseSums, check_independent, dependence, plain
 from stagewise.losses import FlowMatchingLoss
 
 SHAPE = (2, 3)
@@ -524,3 +524,38 @@ def test_what_depends_is_refused_and_what_says_nothing_is_not():
         with pytest.raises(ValueError, match=r"independent of `x1`, but they correlate"):
             check_independent(x0, x1)
     check_independent(torch.randn(4, 1), torch.ones(4, 1))
+
+
+@pytest.mark.parametrize(("size", "dim"), [(1, 4), (2, 16), (8, 1), (32, 16)])
+def test_sums_of_plain_noise_are_never_accused(size, dim):
+    """Four tests, each at six standard errors, at four times: 3e-8 of all runs."""
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        sums, data = NoiseSums(), 3 * torch.randn(64, dim, generator=draws) + 1
+        for batch in range(1, 33):
+            x1 = data[torch.randint(64, (size,), generator=draws)]
+            sums.add(torch.randn(size, dim, generator=draws), x1)
+            if batch in (1, 8, 32):
+                sums.check()
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda x0, x1: 1.1 * x0, "a mean square of 1.2"),
+        (lambda x0, x1: x0 + 0.15, "a mean of 0.1"),
+        (lambda x0, x1: x0 + 0.3 * torch.randn(len(x0), 1), "is an offset added to each"),
+        (lambda x0, x1: x0 - x0.mean(1, keepdim=True), "is an offset added to each"),
+        (lambda x0, x1: torch.where(((x0 * x1).sum(1) < 0)[:, None], -x0, x0), "they correlate"),
+    ],
+)
+def test_sums_show_what_a_batch_does_not(make, word):
+    torch.manual_seed(0)
+    sums = NoiseSums()
+    for batch in range(40):
+        x1 = torch.randn(4, 64)
+        sums.add(make(torch.randn(4, 64), x1), x1)
+        if not batch:
+            sums.check()
+    with pytest.raises(ValueError, match=word):
+        sums.check()

@@ -173,6 +173,24 @@ def test_labels_are_looked_up_or_given():
     torch.testing.assert_close(some[early], found[early])
 
 
+def test_labels_are_asked_for_where_a_row_does_not_say():
+    """`labels_of` sees all samples, and is asked once, if any is no row."""
+    y, call, i = batch()
+    labels, asked = i % 4, []
+    near = call | {"x1": call["x1"] + 1e-3}
+    near["xt"] = call["xt"] + 1e-3 * call["t"].reshape(-1, *(1 for _ in SHAPE))
+    for target in (Mix("boundary"), Mix()):
+        wise = Scheme(make_oracle(labels=True), target=target, boundary=0.5)
+        expected = wise(y + 1e-3, **near, labels=labels)
+        wise.labels_of = lambda x1: asked.append(len(x1)) or labels
+        assert torch.equal(wise(y + 1e-3, **near)[0], expected[0])
+        wise(y, **call)
+    assert asked == [16, 16]
+    assert pickle.loads(pickle.dumps(wise)).labels_of is None
+    wise.labels_of = lambda x1: None
+    refused("labels=y to a scheme", lambda: wise(y + 1e-3, **near))
+
+
 def test_certificates_change_nothing_but_the_cost():
     y, call, i = batch()
     x1 = 30 * rows()[i]  # far apart, so that most queries are certified

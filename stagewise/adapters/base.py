@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stagewise.adapters.hooks import in_place_of
 from stagewise.adapters.paths import same_path
 from stagewise.paths import STAGEWISE, Convention, Path, Prediction
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Detach",
+    "NoiseSums",
     "Place",
     "Seam",
     "Seen",
@@ -43,6 +45,11 @@ __all__ = [
     "seen",
     "together",
 ]
+
+_NOISE = (
+    "The oracle target holds for x0 ~ N(0, I) only: train from torch.randn_like(x1), or steer the "
+    "timesteps alone."
+)
 
 Detach = Callable[[], None]
 """Undoes an `attach` or an `observe`; calling it again does nothing."""
@@ -270,11 +277,7 @@ class _Rebound:
         return getattr(self.__wrapped__, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self.__wrapped__,)
-
-
-def _itself(value: Any) -> Any:
-    return value
+        return in_place_of(self.__wrapped__)
 
 
 def plain(value: Any) -> Any:
@@ -372,21 +375,30 @@ def named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 def check_noise(x0: Tensor) -> None:
     """Refuses a source that is not standard normal, for which the oracle does not hold.
 
-    Its mean and its mean square are tested, the latter as chi-squared by Wilson and Hilferty's cube
-    root, which holds for few numbers too.
+    Its mean and its mean square are tested, the latter as chi-squared.
 
     Raises:
         ValueError: If one is off by more than six standard errors.
     """
-    count, values = x0.numel(), x0.float()
-    mean, square = float(values.mean()), float(values.square().mean())
-    error = math.sqrt(2 / (9 * count))
-    if abs(mean) * math.sqrt(count) > 6 or abs(square ** (1 / 3) - 1 + error**2) > 6 * error:
+    values = x0.float()
+    _check_moments(x0.numel(), float(values.mean()), float(values.square().mean()))
+
+
+def _check_moments(count: int, mean: float, square: float) -> None:
+    if abs(mean) * math.sqrt(count) > 6 or _off(square, count):
         raise ValueError(
             f"Expected `x0` to be standard normal noise, got a mean of {mean:.3g} and a mean "
-            f"square of {square:.3g}. The oracle target holds for x0 ~ N(0, I) only: train from "
-            "torch.randn_like(x1), or steer the timesteps alone."
+            f"square of {square:.3g}. {_NOISE}"
         )
+
+
+def _off(square: float, count: int) -> bool:
+    """Whether a mean of squares of normal numbers is beyond six standard errors from 1.
+
+    By Wilson and Hilferty's cube root, which holds for few numbers too.
+    """
+    error = math.sqrt(2 / (9 * count))
+    return abs(square ** (1 / 3) - 1 + error**2) > 6 * error
 
 
 def dependence(x0: Tensor, x1: Tensor) -> float:
@@ -401,10 +413,14 @@ def dependence(x0: Tensor, x1: Tensor) -> float:
         x0: Noise, (B, *).
         x1: Data, (B, *).
     """
-    x0, x1 = x0.detach().float(), x1.detach().float()
+    product, size = _leaning(x0.detach().float(), x1.detach().float()).tolist()
+    return product / math.sqrt(size) if size else 0.0
+
+
+def _leaning(x0: Tensor, x1: Tensor) -> Tensor:
+    """Numerator and squared denominator of `dependence`, (2,)."""
     gap = x1 - (x1.mean(0) if len(x1) > 1 else x1.mean())
-    size = float(torch.linalg.vector_norm(gap))
-    return float((x0 * gap).sum()) / size if size else 0.0
+    return torch.stack([(x0 * gap).sum(), gap.square().sum()])
 
 
 def check_independent(x0: Tensor, x1: Tensor) -> None:
@@ -417,7 +433,10 @@ def check_independent(x0: Tensor, x1: Tensor) -> None:
     Raises:
         ValueError: If `dependence` is beyond six standard errors.
     """
-    z = dependence(x0, x1)
+    _check_leaning(dependence(x0, x1))
+
+
+def _check_leaning(z: float) -> None:
     if abs(z) > 6:
         raise ValueError(
             f"Expected `x0` to be independent of `x1`, but they correlate, {z:.1f} standard errors "
@@ -425,3 +444,52 @@ def check_independent(x0: Tensor, x1: Tensor) -> None:
             "closed form of the oracle holds for independent pairs only: train from "
             "x0 = torch.randn_like(x1)."
         )
+
+
+class NoiseSums:
+    """Noise and its data, summed over batches: what a few samples do not show, many do.
+
+    Adding waits for no device, `check` does.
+    """
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._values = self._samples = 0
+
+    def add(self, x0: Tensor, x1: Tensor) -> None:
+        """Adds the pairs of a batch.
+
+        Args:
+            x0: Noise, (B, *).
+            x1: Data, (B, *).
+        """
+        if x0.shape != x1.shape or x0.ndim < 2 or not x0.numel():
+            return
+        x0, x1 = x0.detach().flatten(1).float(), x1.detach().flatten(1).float()
+        own = torch.stack([x0.sum(), x0.square().sum(), x0.sum(1).square().sum() / x0.shape[1]])
+        sums = torch.cat([own, _leaning(x0, x1)])
+        sums = sums if x0.device.type == "mps" else sums.double()
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._values, self._samples = self._values + x0.numel(), self._samples + len(x0)
+
+    def check(self) -> None:
+        """Refuses noise that is not standard normal, or not independent of its data.
+
+        Mean, mean square, the means of samples and `dependence` are tested.
+
+        Raises:
+            ValueError: If one is beyond six standard errors.
+        """
+        if self._sums is None:
+            return
+        total, square, of_samples, product, size = self._sums.tolist()
+        _check_moments(self._values, total / self._values, square / self._values)
+        # The means of samples vary by 1 / D: an offset of each shows there first.
+        spread = of_samples / self._samples
+        if _off(spread, self._samples):
+            raise ValueError(
+                "Expected `x0` to be standard normal noise, got samples whose means vary "
+                f"{spread:.3g} times as much as those of such noise: is an offset added to each? "
+                f"{_NOISE}"
+            )
+        _check_leaning(product / math.sqrt(size) if size else 0.0)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stagewise.adapters.base import Seam, Seen, check_independent, check_noise, parts
+from stagewise.adapters.base import NoiseSums, Seam, Seen, parts
 from stagewise.adapters.find import assumed_seams
 from stagewise.adapters.network import GIVEN, Network, NetworkSearch
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_checked
+from stagewise.keys import find_among
 from stagewise.paths import Path
 from stagewise.schemes.checks import check_rows, distance_from_rows
 
@@ -40,8 +41,8 @@ class FirstStep:
         find: From a batch to `(x_1, labels or None)`.
 
     Attributes:
-        batch: The present batch; the loop sets it.
-        x1: Its x_1 as `find` has it, (B, *); None if there is none.
+        batch: The present batch; `begin` sets it.
+        x1: x_1 of the first one as `find` has it before the step, (B, *); None if there is none.
         labels: Its labels, (B,), or None.
         network: What predicts, once `finish` was called; None if it was not found.
         conditions: What the network is given besides x_t, time and class labels, for messages.
@@ -61,39 +62,76 @@ class FirstStep:
         self.conditions: tuple[str, ...] = ()
         self._search: NetworkSearch | None = None
         self._seen: tuple[Seam, Seen] | None = None
-        self._noise: list[str] = []
-        self._follows = False
+        self._bank: Callable[[], LatentBank | None] = _no_bank
+        self._noise = ""
+        self._sums: NoiseSums | None = None
+        self._x1_at, self._labels_at = "", "None"
+        self._before: list[tuple[str, Tensor, int]] = []
+        self._found: tuple[Tensor, Tensor | None] | None = None
+        self._in_place = self._copies = self._follows = self._finished = False
         self._on_seen: Callable[[Tensor], None] | None = None
         self._detach = [seam.observe(self._teller(seam)) for seam in able if seam.observable]
 
     def _teller(self, seam: Seam) -> Callable[[Seen], None]:
         def tell(seen: Seen) -> None:
-            first = self._seen is None
-            if not first and not self._follows:
+            if self._sums is not None and seen.x0 is not None:
+                self._sums.add(seen.x0, seen.x1)
+            # The first call of a batch stands for it: others are of its other parts.
+            if self._seen is not None or (self._finished and not self._follows):
                 return
-            if first:
-                self._noise = _look_at_noise(seam, seen)
             # What steers may write the target into it.
             self._seen = seam, replace(seen, x1=seen.x1.clone())
-            if first and self._on_seen is not None:
+            if self._finished:
+                return
+            self._noise = self._wrong_noise()
+            labels = self.labels_for(self._seen[1].x1)
+            if labels is not None:
+                self.search.labels = labels
+            if self._on_seen is not None:
                 self._on_seen(self._seen[1].x1)
 
         return tell
 
-    def watch(self, on_seen: Callable[[Tensor], None] | None = None) -> None:
+    def begin(self, batch: Any) -> None:
+        """Before each batch.
+
+        Args:
+            batch: What is trained on now.
+        """
+        self.batch = batch
+        if self._finished:
+            # What the step changes in place is gone once anybody asks.
+            self._seen, self._found = None, self._copied() if self._copies else None
+
+    def _copied(self) -> tuple[Tensor, Tensor | None]:
+        """x_1 and labels of the present batch as they are before its step."""
+        x1, labels = find_checked(self._find, self.batch)
+        return x1.detach().clone(), None if labels is None else labels.clone()
+
+    def watch(
+        self,
+        on_seen: Callable[[Tensor], None] | None = None,
+        bank: Callable[[], LatentBank | None] | None = None,
+    ) -> None:
         """Before a first batch is trained on: finds x_1 in it, and begins to look.
 
         Args:
             on_seen: Called with the x_1 that what makes the targets is given, before it makes any.
+            bank: Gives the bank of the run, if it has one yet.
 
         Raises:
             ValueError: If the batch holds no x_1; looking has begun all the same.
         """
         self.stop_search()
         self._seen = self.x1 = self.labels = None
-        self._on_seen = on_seen
+        self._on_seen, self._bank = on_seen, bank or _no_bank
+        self._sums, self._noise, self._x1_at, self._labels_at = NoiseSums(), "", "", "None"
+        leaves = _named_leaves(self.batch)
+        self._before = [(name, leaf, _version(leaf)) for name, leaf in leaves]
         try:
-            self.x1, self.labels = find_checked(self._find, self.batch)
+            self.x1, self.labels = self._copied()
+            self._x1_at = self._place(self.x1)
+            self._labels_at = self._place(self.labels) or "None"
         finally:
             self._search = NetworkSearch(
                 self._module,
@@ -101,24 +139,58 @@ class FirstStep:
                 self._candidates,
                 self.labels,
                 conditions="tile",
-                labels_name=self._place(self.labels) or "batch[1]",
+                labels_name=self._labels_at if self._labels_at != "None" else "batch[1]",
             )
 
     def _candidates(self) -> list[tuple[str, Tensor]]:
         """What may be x_1, as one would write it, the likeliest first."""
-        found = [] if self._seen is None else [(GIVEN, self._seen[1].x1)]
+        given = self._changed_x1() if self._seen is None else self._seen[1].x1
+        found = [] if given is None else [(GIVEN, given)]
         if self.x1 is not None:
-            found.append((self._place(self.x1) or "batch[0]", self.x1))
-        for path, leaf in pytree.tree_flatten_with_path(self.batch)[0]:
-            tensor = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1
-            if tensor and leaf is not self.x1:
-                found.append((f"batch{pytree.keystr(path)}", leaf))
+            found.append((self._x1_at or "batch[0]", self.x1))
+        for name, leaf in _named_leaves(self.batch):
+            if leaf.is_floating_point() and leaf.ndim > 1 and name != self._x1_at:
+                found.append((name, leaf))
         return found
+
+    def _changed_x1(self) -> Tensor | None:
+        """What lies by now where x_1 of the batch was, if the step has changed it; else None."""
+        if self.x1 is None or not self._x1_at:
+            return None
+        now = dict(_named_leaves(self.batch)).get(self._x1_at)
+        if now is None or not now.is_floating_point() or now.ndim < 2 or _same(now, self.x1):
+            return None
+        return now.detach()
 
     @property
     def tied(self) -> str:
         """What is wrong with the noise of the first call that was seen; empty if nothing is."""
-        return self._noise[0] if self._seen is not None and self._noise else ""
+        return self._noise
+
+    def _wrong_noise(self) -> str:
+        """What is wrong with the noise that was seen so far; empty if nothing is."""
+        try:
+            if self._sums is not None:
+                self._sums.check()
+        except ValueError as error:
+            seam = self._seams[0] if self._seen is None else self._seen[0]
+            return f"The posterior that is measured is not that of {seam.name}: {error}"
+        return ""
+
+    def noise_so_far(self, *, last: bool) -> str:
+        """What the noise of all batches so far shows, where the first did not; one device sync.
+
+        Args:
+            last: Whether this is the last time that is asked.
+
+        Returns:
+            What is wrong; empty if nothing is, or it was said.
+        """
+        wrong = self._wrong_noise()
+        if wrong or last:
+            self._sums = None
+            self._stop_following()
+        return wrong
 
     @property
     def happened(self) -> bool:
@@ -136,10 +208,21 @@ class FirstStep:
         elif self._seen is not None:
             given = self._seen[1].conditions
             self.conditions = tuple(f"{name}: {describe(x)}" for name, x in given if not _label(x))
+        now = dict(_named_leaves(self.batch))
+        self._in_place = self._changed_x1() is not None or any(
+            now.get(name) is not leaf or _version(leaf) != version
+            for name, leaf, version in self._before
+        )
+        self._before, self._finished = [], True
         # Later samples are taken where they are seen, if they are not those of the batch.
-        self._follows = self._seen is not None and self.changed(self._seen[1].x1)
-        if not self._follows:
-            self.stop()
+        self._follows = self._seen is not None and (
+            self._in_place or self.x1 is None or not _same(self.x1, self._seen[1].x1)
+        )
+        trained = self.trained_x1
+        self._copies = self._in_place and trained is not None and not self.changed(trained)
+        if self._noise or self._seen is None or self._seen[1].x0 is None:
+            self._sums = None
+        self._stop_following()
 
     @property
     def search(self) -> NetworkSearch:
@@ -152,18 +235,66 @@ class FirstStep:
         """x_1 of the first batch as it is trained on, (B, *); None if that was not seen."""
         if self._seen is not None:
             return self._seen[1].x1
-        return None if self.search.found is None else self.search.x1
+        return self._changed_x1() if self.search.found is None else self.search.x1
 
     def x1_of_batch(self) -> Tensor:
         """x_1 of the present batch as it is trained on, (B, *)."""
         if self._follows and self._seen is not None:
             return self._seen[1].x1
-        return self._find(self.batch)[0]
+        return self._find(self.batch)[0] if self._found is None else self._found[0]
 
     def changed(self, x1: Tensor) -> bool:
-        """Whether samples are others than x_1 of the batch."""
-        own = self.x1
-        return own is None or own.shape != x1.shape or not torch.equal(own.to(x1), x1)
+        """Whether any sample is neither one of the first batch nor a row of the bank."""
+        own, bank = self.x1, self._bank()
+        if own is not None and bool((find_among(own, x1) >= 0).all()):
+            return False
+        if bank is None or tuple(x1.shape[1:]) != bank.shape:
+            return True
+        return not bool((bank.find(x1) >= 0).all())
+
+    def labels_for(self, x1: Tensor) -> Tensor | None:
+        """The classes of samples that are trained on in the present batch.
+
+        Rows of the batch have the labels that they have there, in whatever order and number they
+        come. Others are taken to be made from those in their place (flips, noise), unless what is
+        unchanged stands in other places.
+
+        Args:
+            x1: Samples, (n, *).
+
+        Returns:
+            (n,), int64; None if it cannot be said.
+        """
+        if self.x1 is None or self.labels is None or self.batch is None:  # as in validation
+            return None
+        found = (self.x1, self.labels) if not self._finished else self._found
+        own, labels = found or find_checked(self._find, self.batch)
+        if labels is None or (len(own) == len(x1) and _same(own, x1)):
+            return labels
+        rows = find_among(own, x1)
+        known = rows >= 0
+        if bool(known.all()):
+            first = find_among(own, own)
+            unsure = first[labels[first] != labels]  # equal rows of several classes
+            return None if bool(torch.isin(rows, unsure).any()) else labels[rows]
+        bank = self._bank()
+        if bank is not None and bank.classes and tuple(x1.shape[1:]) == bank.shape:
+            stored = bank.find(x1)
+            if bool((stored >= 0).all()):
+                return torch.tensor(bank.labels_of(stored.tolist())).to(labels)
+        if not bool(known.any()):
+            return labels if len(x1) == len(own) else None
+        at = int(known.nonzero()[0])
+        start = 0 if len(x1) == len(own) else int(rows[at]) - at
+        piece = own[start : start + len(x1)] if start >= 0 else own[:0]
+        if len(piece) < len(x1) or not bool((piece.to(x1) == x1).flatten(1).all(1)[known].all()):
+            return None
+        return labels[start : start + len(x1)]
+
+    def forget(self) -> None:
+        """Lets go of the calls that were seen, with their graph; what they showed stays."""
+        self.stop_search()
+        self._search = None
 
     def stop_search(self) -> None:
         """Takes the hooks of the search off."""
@@ -171,8 +302,15 @@ class FirstStep:
             self._search.stop()
 
     def stop(self) -> None:
-        """Takes all hooks off."""
+        """Takes all hooks off, and lets go of the bank."""
         self.stop_search()
+        self._follows, self._sums, self._bank = False, None, _no_bank
+        self._stop_following()
+
+    def _stop_following(self) -> None:
+        """Takes the hooks off what makes the targets, if nothing more is to be seen there."""
+        if self._follows or self._sums is not None:
+            return
         for detach in self._detach:
             detach()
         self._detach = []
@@ -192,8 +330,8 @@ class FirstStep:
             ValueError: If neither the batch nor the step holds samples of a given bank's shape.
         """
         warnings, note, x1 = [], "", self.trained_x1
-        if self._seen is not None:
-            warnings += self._noise
+        if self._noise:
+            warnings.append(self._noise)
         diagnosis = self.search.diagnosis() if self._seen is None else None
         if diagnosis is not None:
             warnings.append(f"What is measured is not what is trained on: {diagnosis.message}")
@@ -287,9 +425,9 @@ class FirstStep:
         """
         maker = "" if self._seen is None else f", and {self._seen[0].name} is given other samples"
         assert self.x1 is not None
-        place, other = self._place(self.x1) or "batch[0]", self._place(x1)
-        if other:
-            find = f"find=lambda batch: ({other}, {self._place(self.labels) or None})"
+        place, other = self._x1_at or "batch[0]", self._place(x1)
+        if other and other != self._x1_at:
+            find = f"find=lambda batch: ({other}, {self._labels_at})"
             return (
                 f"Training is not on what was read from the batches{maker}: {other}, and not "
                 f"{place}. Say so: {find}.",
@@ -298,9 +436,15 @@ class FirstStep:
         # What made x_1 may be gone by the end of the step; the network's call was looked at in it.
         why = self.search.origin(x1, place, self.x1) or self.search.diagnosis()
         cure = "give what is trained on: bank=LatentBank(latents, labels)."
-        if why is None and x1.shape == self.x1.shape:
+        if other:
+            maker = f" (the step changes {place} in place)"
+        moved = "" if why is not None else self._moved(x1, place)
+        if moved:
+            return f"Training is not on what was read from the batches{maker}: {moved}", True
+        alike = x1.shape[1:] == self.x1.shape[1:]
+        if why is None and alike:
             cure = f"if it augments (flips, noise), expect little of the data end; if not, {cure}"
-        certain = why is not None or x1.shape != self.x1.shape
+        certain = why is not None or not alike
         if read is not None and not certain:
             try:  # augmented samples are at the scale of the bank, encoded ones are not
                 check_rows(read, x1)
@@ -312,27 +456,66 @@ class FirstStep:
             certain,
         )
 
+    def _moved(self, x1: Tensor, place: str) -> str:
+        """Says if samples are noise, or those of the batch in another layout; else empty."""
+        own = self.x1
+        assert own is not None
+        x0 = None if self._seen is None else self._seen[1].x0
+        if x0 is not None and x0.shape == own.shape and _same(own, x0):
+            return (
+                f"its noise is {place}, and its x_1 is other numbers. Are they swapped? Noise "
+                "comes first: x0 = torch.randn_like(x1), x1 the data."
+            )
+        flat, seen = own.to(x1).flatten(1), x1.flatten(1)
+        if flat.shape != seen.shape or bool((flat == seen).all(1).any()):
+            return ""
+        if not torch.equal(flat.sort(1).values, seen.sort(1).values) or _flipped(own, x1):
+            return ""
+        return (
+            f"all samples have the numbers of {place} in another order. Is their layout another "
+            "one? Give what is trained on: bank=LatentBank(latents, labels)."
+        )
+
     def _place(self, tensor: Tensor | None) -> str:
         """Where a tensor lies in the batch, as one would write it; empty if it does not."""
-        if tensor is None:
-            return "None"
-        for path, leaf in pytree.tree_flatten_with_path(self.batch)[0]:
-            same = isinstance(leaf, Tensor) and leaf.numel() == tensor.numel()
-            if same and torch.equal(leaf.reshape(tensor.shape).to(tensor), tensor):
-                return f"batch{pytree.keystr(path)}"
+        for name, leaf in _named_leaves(self.batch):
+            if tensor is None or leaf.numel() != tensor.numel():
+                continue
+            if torch.equal(leaf.reshape(tensor.shape).to(tensor), tensor):
+                return name
         return ""
 
 
-def _look_at_noise(seam: Seam, seen: Seen) -> list[str]:
-    """Warns of a source that is not noise, and of one that depends on the data."""
-    if seen.x0 is None:
-        return []
-    try:
-        check_noise(seen.x0)
-        check_independent(seen.x0, seen.x1)
-    except ValueError as error:
-        return [f"The posterior that is measured is not that of {seam.name}: {error}"]
-    return []
+def _no_bank() -> None:
+    """Of a run that has none."""
+
+
+def _named_leaves(batch: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of a batch, each with its place as one would write it."""
+    return [
+        (f"batch{pytree.keystr(path)}", leaf)
+        for path, leaf in pytree.tree_flatten_with_path(batch)[0]
+        if isinstance(leaf, Tensor)
+    ]
+
+
+def _version(x: Tensor) -> int:
+    """Grows with each change in place."""
+    return 0 if x.is_inference() else x._version
+
+
+def _same(own: Tensor, x1: Tensor) -> bool:
+    """Whether they are equal, to the precision of `x1`."""
+    return own.shape == x1.shape and torch.equal(own.to(x1), x1)
+
+
+def _flipped(own: Tensor, x1: Tensor) -> bool:
+    """Whether all samples are mirrored, which augmentation does, along the last two axes."""
+    if own.shape != x1.shape:
+        return False
+    last = x1.ndim - 1
+    axes = [(last,)] if last == 1 else [(last,), (last - 1,), (last - 1, last)]
+    return any(_same(own.flip(dims), x1) for dims in axes)
 
 
 def _label(x: Tensor) -> bool:

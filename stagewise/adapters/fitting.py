@@ -122,7 +122,7 @@ def factor_of(x: Tensor, x1: Tensor) -> float | None:
     """The factor k with `x = k x_1`, both (B, *); None if there is none."""
     if x.shape != x1.shape:
         return None
-    x, x1 = x.float(), x1.float()
+    x, x1 = x.detach().float(), x1.detach().float()
     size = float(x1.square().sum())
     k = float((x * x1).sum()) / size if size else 0.0
     gap = float(torch.linalg.vector_norm(x - k * x1))

@@ -27,6 +27,7 @@ from stagewise.adapters.asked import Network, tensor_of
 from stagewise.adapters.base import Seam
 from stagewise.adapters.calls import Reading, answers, conditioning, velocity_line, where
 from stagewise.adapters.fitting import can_tell, noise_of
+from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.paths import same_path
 from stagewise.adapters.reasons import GIVEN, Candidates, Diagnosis, Made, Reasons, is_same, own_of
 
@@ -100,7 +101,7 @@ class NetworkSearch:
         self._candidates, self._conditions = candidates, conditions
         self._labels_name = labels_name
         self.compiled = _is_compiled(root)
-        self._hooks: list[Any] = []
+        self._hooks: list[CallHook] = []
         self.reset(labels)
 
     def reset(self, labels: Tensor | None) -> None:
@@ -124,8 +125,8 @@ class NetworkSearch:
         for name, module in _eager(self.root):
             name = names.get(module, name)
             self._hooks += [
-                module.register_forward_pre_hook(self._enter(name), with_kwargs=True, prepend=True),
-                module.register_forward_hook(self._leave(name), with_kwargs=True, always_call=True),
+                CallHook(self._enter(name), module.register_forward_pre_hook, prepend=True),
+                CallHook(self._leave(name), module.register_forward_hook, always_call=True),
             ]
 
     def stop(self) -> None:

@@ -19,6 +19,7 @@ from stagewise.adapters.base import (
     rebind,
     seen,
 )
+from stagewise.adapters.hooks import in_place_of
 from stagewise.paths import Path, PathCoefficients
 
 if TYPE_CHECKING:
@@ -144,6 +145,9 @@ class _WatchedPath(Path):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._path, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return in_place_of(self._path)
 
     def __repr__(self) -> str:
         return repr(self._path)

@@ -78,7 +78,8 @@ def check_settings(
         )
     if target is not None and oracle is None:
         raise ValueError(
-            f"{target!r} needs an oracle, got none: Scheme(Oracle(bank, path), target=...)."
+            f"{target!r} needs an oracle, got none: Scheme(Oracle(bank, path), target=...). In a "
+            "Lightning trainer StageScheme(target=...) makes one of the training set."
         )
     if timesteps is not None and not isinstance(timesteps, TimestepSampler):
         raise TypeError(

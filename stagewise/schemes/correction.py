@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal, NamedTuple
@@ -57,6 +57,7 @@ class Batch:
         class_wise: Whether samples look at the rows of their class.
         on_missing: What to do with an x_1 that stands for no row.
         draws: Of random rows.
+        labels_of: What gives the classes, (B,), or None, if rows do not.
     """
 
     oracle: Oracle
@@ -68,11 +69,17 @@ class Batch:
     class_wise: bool
     on_missing: Literal["insert", "error"]
     draws: Random
+    labels_of: Callable[[], Tensor | None] | None = None
 
     def select(self, at: list[int]) -> Batch:
         """Some of the samples."""
         index = torch.tensor(at, dtype=torch.int64, device=self.xt.device)
-        labels = self.labels
+        labels, labels_of = self.labels, self.labels_of
+
+        def chosen() -> Tensor | None:
+            found = None if labels_of is None else labels_of()
+            return None if found is None else found[index.to(found.device)]
+
         if isinstance(labels, Tensor):
             labels = labels[index.to(labels.device)]
         elif labels is not None:
@@ -84,6 +91,7 @@ class Batch:
             x1=self.x1[index],
             labels=labels,
             source=None if self.source is None else self.source[index.to(self.source.device)],
+            labels_of=chosen,
         )
 
     def query(self) -> Query:
@@ -111,7 +119,7 @@ class Batch:
             )
         names: Sequence[int | None] | None = None
         if self.class_wise:
-            names = _classes(oracle, self.labels, source, x1)
+            names = self._classes(source)
             if not sharded:
                 seen = [bank.whole if name is None else bank.segment(name) for name in names]
                 ends = [(rows.start, rows.stop) for rows in seen]
@@ -130,6 +138,28 @@ class Batch:
             source=source,
             stored=stored,
             draws=self.draws,
+        )
+
+    def _classes(self, source: Tensor) -> Sequence[int | None]:
+        """The class of each sample, on the host."""
+        oracle, labels = self.oracle, self.labels
+        if labels is None:
+            rows = source.tolist()
+            sharded = isinstance(oracle.engine, Sharded)
+            unknown = len(rows) if sharded else sum(row < 0 for row in rows)
+            if not unknown:
+                return oracle.bank.labels_of(rows)
+            labels = None if self.labels_of is None else self.labels_of()
+        if labels is not None:
+            return oracle.names(labels, len(source))
+        if not sharded:
+            check_rows(oracle.bank, self.x1)  # another scale is the reason rather than the labels
+        raise ValueError(
+            f"Expected `labels`: the class of {unknown} of {len(rows)} samples cannot be looked "
+            "up, as they are no rows of this bank, and are not given it. Give the labels of the "
+            "batch: classes=y to a FlowMatchingLoss, labels=y to a scheme; a StageScheme takes "
+            "them from the batch, find=lambda batch: (batch[0], batch[1]). If the model is given "
+            "no class, say so: class_wise=False, as in StageScheme(target=..., class_wise=False)."
         )
 
 
@@ -182,25 +212,6 @@ def correct(
     return Correction(
         *(all_.index_copy(0, at, some) for all_, some in zip(whole, part, strict=True))
     )
-
-
-def _classes(
-    oracle: Oracle, labels: Labels | None, source: Tensor, x1: Tensor
-) -> Sequence[int | None]:
-    """The class of each sample, on the host."""
-    if labels is not None:
-        return oracle.names(labels, len(source))
-    rows = source.tolist()
-    unknown = len(rows) if isinstance(oracle.engine, Sharded) else sum(row < 0 for row in rows)
-    if unknown:
-        if not isinstance(oracle.engine, Sharded):
-            check_rows(oracle.bank, x1)  # another scale is the reason rather than the labels
-        raise ValueError(
-            f"Expected `labels`: the class of {unknown} of {len(rows)} samples cannot be looked "
-            "up, as they are no rows of this bank. Give the labels of the batch (classes=y to a "
-            "FlowMatchingLoss, labels=y to a scheme), or say Scheme(class_wise=False)."
-        )
-    return oracle.bank.labels_of(rows)
 
 
 def _require_found(source: Tensor) -> None:

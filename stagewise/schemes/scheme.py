@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any, Literal
 
@@ -117,6 +118,8 @@ class Scheme:
         unconditional: Whether `class_wise=False` was said.
         rows_checked: Whether samples have been held against the bank, which the first call does.
             Set it to do that elsewhere.
+        labels_of: From x_1, (B, *), to classes, (B,), or None; default None. Asked where x_1 comes
+            without labels and is no row of the bank.
         last: The record of the last call, None before.
         draws_timesteps: Whether `timesteps` was given. If not, whoever draws t by itself goes on.
 
@@ -171,6 +174,7 @@ class Scheme:
         self.boundary: float | None = None
         self.collapsed: float | None = None
         self.last: SchemeRecord | None = None
+        self.labels_of: Callable[[Tensor], Tensor | None] | None = None
         self.draws_timesteps = timesteps is not None
         self._sampler = self._bound = timesteps or Uniform()
         self._step = self._calls = self._draws = 0
@@ -533,6 +537,7 @@ class Scheme:
             self.class_wise,
             self.on_missing,
             Random(f"{self.seed} {rank} {self._step} {self._calls}"),
+            None if self.labels_of is None else partial(self.labels_of, x1.detach()),
         )
         if not self._overlaps:
             return t, correct(self.target, batch, self.boundary, prediction)
@@ -680,6 +685,9 @@ class Scheme:
 
     # The bank is nobody's buffer, and what drives a run drives one scheme: a copy of a module that
     # holds it (EMA) holds the same.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "labels_of": None}  # that of a run, which holds its trainer
 
     def __copy__(self) -> Scheme:
         return self

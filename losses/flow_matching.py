@@ -173,6 +173,8 @@ class FlowMatchingLoss(nn.Module):
             told_in = t.dtype
             t = t.to(torch.promote_types(t.dtype, torch.float32))
         check_times(t, len(x1))
+        if scheme is not None:
+            x1 = scheme.smooth(x1, t=t, source=source)
         if x0.shape != x1.shape:
             raise ValueError(
                 f"Expected `x0` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(x0.shape)}."

@@ -28,6 +28,8 @@ from stagewise.paths import (
 from stagewise.posterior import Posterior, merge
 from stagewise.profile import Profile
 from stagewise.schemes import Phase, Phases, Scheme, SchemeRecord
+from stagewise.smoothed_oracle import SmoothedOracle
+from stagewise.smoothing import Smoothing
 from stagewise.stages import StageBoundary, StageCurve, predicted_boundary
 from stagewise.targets import (
     LeaveOneOut,
@@ -95,6 +97,8 @@ __all__ = [
     "SchemeRecord",
     "Shifted",
     "Smooth",
+    "SmoothedOracle",
+    "Smoothing",
     "StageAware",
     "StageBoundary",
     "StageCurve",

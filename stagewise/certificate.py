@@ -17,21 +17,18 @@ diameter of the rows, and no row was looked at.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
-from stagewise.closest import Closest, class_ends, closest
+from stagewise.computed_file import is_computed, read_header, write_tensors
+from stagewise.nearest_rows import Closest, class_ends, closest
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, put
 from stagewise.tail import Tail
@@ -129,16 +126,10 @@ class Certificate:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, in one step: there is never half a file at `path`."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
         header = _header(
             len(self), self.dim, self.fingerprint, self.num_neighbours, self.class_wise
         )
-        try:
-            save_file(self.rows._asdict(), partial, metadata=header)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(path, self.rows._asdict(), header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], bank: LatentBank) -> Certificate:
@@ -152,7 +143,7 @@ class Certificate:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no certificate, of another version, or belongs to other latents.
         """
-        header = _read_header(path)
+        header = read_header(path, _FORMAT["format"], "certificate")
         if header["version"] != _FORMAT["version"]:
             raise ValueError(
                 f"Expected version {_FORMAT['version']} of a certificate in {os.fspath(path)}, got "
@@ -189,20 +180,9 @@ class Certificate:
         Raises:
             ValueError: If there is a file that is no certificate; and as `compute`.
         """
-        if os.path.exists(path):
-            wanted = _header(len(bank), bank.dim, bank.fingerprint, neighbours, class_wise)
-            found = _read_header(path)
-            if found == wanted:
-                return cls.load(path, bank)
-            kind = "other settings" if found["fingerprint"] == bank.fingerprint else "other latents"
-            other = [
-                f"{name} {found.get(name)}" for name in wanted if found.get(name) != wanted[name]
-            ]
-            warnings.warn(
-                f"The certificate in {os.fspath(path)} belongs to {kind} ({', '.join(other)}): it "
-                "is computed again and replaced.",
-                stacklevel=2,
-            )
+        wanted = _header(len(bank), bank.dim, bank.fingerprint, neighbours, class_wise)
+        if is_computed(path, wanted, "certificate"):
+            return cls.load(path, bank)
         made = cls.compute(bank, neighbours=neighbours, class_wise=class_wise, **options)
         made.save(path)
         return made
@@ -485,19 +465,6 @@ def _header(
 ) -> dict[str, str]:
     settings = {"rows": rows, "dim": dim, "neighbours": neighbours, "class_wise": class_wise}
     return {**_FORMAT, "fingerprint": fingerprint, **{k: str(v) for k, v in settings.items()}}
-
-
-def _read_header(path: str | os.PathLike[str]) -> dict[str, str]:
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-    except SafetensorError:
-        header = {}
-    if header.get("format") != _FORMAT["format"]:
-        raise ValueError(
-            f"Expected a certificate in {os.fspath(path)}, got another file. Choose another path."
-        )
-    return header
 
 
 def _other(name: str, rows: str | int, dim: str | int, bank: LatentBank) -> ValueError:

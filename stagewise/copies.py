@@ -12,7 +12,7 @@ them: take such out of the bank.
 
 Distances are exact: chunk by chunk a product finds candidates, their distances are computed again
 from differences in float64, and more candidates are taken until no other row can be nearer than the
-two that are known (bound: see `closest`).
+two that are known (bound: see `nearest_rows`).
 """
 
 from __future__ import annotations

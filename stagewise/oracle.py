@@ -25,7 +25,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from stagewise.intake import whole_labels
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
 from stagewise.tracing import untraced
+
+if TYPE_CHECKING:
+    from stagewise.smoothing import Smoothing
 
 __all__ = ["Labels", "Oracle", "Times", "as_times", "check_times", "require_tensors"]
 
@@ -78,6 +81,9 @@ class Oracle:
         >>> torch.allclose(u, oracle.velocity(xt, t), atol=1e-3)
         True
     """
+
+    smoothing: Smoothing | None = None
+    """What its rows stand for: Gaussians around them, for a `SmoothedOracle`."""
 
     def __init__(
         self,
@@ -269,6 +275,19 @@ class Oracle:
         noise = (flat - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
         return velocity.reshape(xt.shape).to(xt.dtype)
+
+    def sample(self, source: Tensor, t: Tensor, normals: Tensor) -> Tensor:
+        """A sample of the set that the oracle is of, around each row.
+
+        Args:
+            source: The rows, (B,).
+            t: At which times, (B,).
+            normals: What a smoothing draws with (`Smoothing.moved`), (B, n); (B, 0) for rows.
+
+        Returns:
+            (B, *), float64: here the rows themselves.
+        """
+        return self.bank.take(source, device=source.device).reshape(-1, *self.bank.shape)
 
     def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
         """Noisy samples as rows, and the path at their times, as the engines want both.

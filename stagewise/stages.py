@@ -188,14 +188,7 @@ class StageCurve:
         for first in range(rank, t.numel(), batch_size * world_size):
             # One noise seed per query, so that the split over ranks and batches changes nothing.
             batch = range(t.numel())[first : first + batch_size * world_size : world_size]
-            noise = [
-                torch.randn(
-                    bank.dim,
-                    dtype=torch.float32,
-                    generator=generator.manual_seed(noise_seeds[i]),
-                )
-                for i in batch
-            ]
+            noise = [_noise(oracle, generator.manual_seed(noise_seeds[i])) for i in batch]
             at = torch.tensor(list(batch))
             answers = _ask(
                 oracle,
@@ -284,11 +277,17 @@ def require_whole_bank(oracle: Oracle) -> None:
         )
 
 
-def _ask(oracle: Oracle, x0: Tensor, t: Tensor, rows: list[int], class_wise: bool) -> Tensor:
-    """The `STATISTICS` of queries from `rows` with noise `x0` (B, D), as (S, B)."""
-    bank = oracle.bank
+def _noise(oracle: Oracle, generator: torch.Generator) -> Tensor:
+    """`x_0`, and after it what a draw from a smoothed set takes."""
+    parts = [oracle.bank.dim, oracle.smoothing.num_normals if oracle.smoothing else 0]
+    return torch.cat([torch.randn(n, dtype=torch.float32, generator=generator) for n in parts])
+
+
+def _ask(oracle: Oracle, noise: Tensor, t: Tensor, rows: list[int], class_wise: bool) -> Tensor:
+    """The `STATISTICS` of queries from `rows` with the noise (B, D or more), as (S, B)."""
+    bank, x0 = oracle.bank, noise[:, : oracle.bank.dim]
     source = torch.tensor(rows, device=x0.device)
-    x1 = bank.take(source, device=x0.device).reshape(-1, *bank.shape)
+    x1 = oracle.sample(source, t, noise[:, bank.dim :])
     xt = oracle.path.interpolate(x0.double().reshape(x1.shape), x1, t)
     labels = bank.labels_of(rows) if class_wise else None
     post = oracle.posterior(xt, t, labels, source=source)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagewise import LatentBank, LinearPath, LogitNormal, Oracle, Uniform
+from stagewise import LatentBank, LinearPath, LogitNormal, Oracle, Smoothing, Uniform
 from stagewise.adapters import (
     NoisedPath,
     ShrinkingPath,
@@ -39,6 +39,7 @@ MATCHERS = {
     "vp": lambda: cfm.VariancePreservingConditionalFlowMatcher(0.0),
     "vp, sigma": lambda: cfm.VariancePreservingConditionalFlowMatcher(0.3),
 }
+PLAIN = "sample_location_and_conditional_flow"
 SCHEDULERS = ("CondOT", "Cosine", "VP", "LinearVP")
 
 
@@ -114,6 +115,50 @@ def test_torchcfm_target_is_the_marginal_velocity(name):
     _, xt_plain, conditional = plain.sample_location_and_conditional_flow(x0, x1, given)
     assert torch.equal(xt, xt_plain)
     assert (u - conditional).abs().max() > 0.1
+
+
+LATE = torch.linspace(0.02, 0.98, 24, dtype=torch.float64) >= 0.5
+TWICE = {"smoothing": Smoothing(LatentBank(ROWS), 4, progress=False)}
+TWICE["strength"] = lambda t: (t >= 0.5).to(t.dtype)
+
+
+@pytest.mark.parametrize("name", MATCHERS)
+def test_torchcfm_is_given_what_was_smoothed(name):
+    x0, x1 = batch()
+    plain, steered = MATCHERS[name](), MATCHERS[name]()
+    seam = one_seam(steered)
+    scheme = Scheme(path=seam.path, **TWICE)
+    seam.attach(scheme)
+    given = torch.linspace(0.02, 0.98, 24, dtype=torch.float64)
+    torch.manual_seed(2)
+    t, xt, u, *_ = getattr(steered, PLAIN)(x0, x1, t=given)
+    drawn = scheme.last.x1
+    assert torch.equal((drawn == x1).flatten(1).all(1), ~LATE)
+    torch.manual_seed(2)
+    for one, other in zip((t, xt, u), getattr(plain, PLAIN)(x0, drawn, given), strict=True):
+        torch.testing.assert_close(one, other)
+    # Its own draw of t stays what it was.
+    torch.manual_seed(3)
+    t, *_ = getattr(steered, PLAIN)(x0, x1)
+    torch.manual_seed(3)
+    assert torch.equal(t, getattr(plain, PLAIN)(x0, x1)[0])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_flow_matching_is_given_what_was_smoothed(name):
+    x0, x1 = batch()
+    path, plain = path_of(name), path_of(name)
+    seam = one_seam(path)
+    scheme = Scheme(path=seam.path, **TWICE)
+    seam.attach(scheme)
+    t = torch.linspace(0.02, 0.98, 24, dtype=torch.float64)
+    found = path.sample(x_0=x0, x_1=x1, t=t)
+    drawn = scheme.last.x1
+    assert torch.equal((drawn == x1).flatten(1).all(1), ~LATE)
+    again = plain.sample(x_0=x0, x_1=drawn, t=t)
+    assert torch.equal(found.x_1, drawn)
+    torch.testing.assert_close(found.x_t, again.x_t)
+    torch.testing.assert_close(found.dx_t, again.dx_t)
 
 
 @pytest.mark.parametrize("name", ["icfm, sigma", "vp, sigma"])

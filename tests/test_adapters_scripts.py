@@ -14,7 +14,16 @@ import pytest
 import torch
 from torch import nn
 
-from stagewise import CosinePath, EDMPath, LatentBank, LinearPath, LogitNormal, Oracle, VPPath
+from stagewise import (
+    CosinePath,
+    EDMPath,
+    LatentBank,
+    LinearPath,
+    LogitNormal,
+    Oracle,
+    Smoothing,
+    VPPath,
+)
 from stagewise.adapters import diffusers as diffusers_adapter
 from stagewise.adapters import diffusers_target, find_seams, one_seam
 from stagewise.adapters.network import NetworkSearch
@@ -229,6 +238,28 @@ def test_transport_target_is_the_oracle_of_its_prediction(kind, plan, model_type
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     unsteered, *_ = losses(kind(plan, model_type), x1, net, model_kwargs={"y": labels})
     assert (unsteered - loss).abs().max() > 0.05
+
+
+def smoothing_scheme(seam):
+    """Draws half of the samples anew, whatever t is."""
+    smoothing = Smoothing(LatentBank(ROWS), 4, progress=False)
+    return Scheme(path=seam.path, smoothing=smoothing, strength=lambda t: (t >= 0.5).to(t.dtype))
+
+
+@pytest.mark.parametrize(("kind", "plan", "model_type"), TRANSPORTS)
+def test_transport_trains_on_what_was_smoothed(kind, plan, model_type):
+    x1, _ = rows_of_batch()
+    kept, transport = x1.clone(), kind(plan, model_type)
+    seam = one_seam(transport)
+    scheme = smoothing_scheme(seam)
+    seam.attach(scheme)
+    found = losses(transport, x1)
+    drawn, late = scheme.last.x1, scheme.last.t >= 0.5
+    assert torch.equal((drawn == x1).flatten(1).all(1), ~late)
+    assert 0 < late.sum() < len(late)
+    assert torch.equal(x1, kept)
+    for one, other in zip(found, losses(kind(plan, model_type), drawn), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_transport_finds_the_class_itself_where_the_model_has_no_labels():
@@ -487,6 +518,22 @@ def test_edm_unsteered_is_bit_identical(kind):
     found = edm(holder, images)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert torch.equal(images, kept)
+
+
+@pytest.mark.parametrize("kind", EDM_KINDS)
+def test_edm_trains_on_what_was_smoothed(kind):
+    images, _ = rows_of_batch()
+    kept, holder = images.clone(), holder_of(kind)
+    seam = one_seam(holder)
+    scheme = smoothing_scheme(seam)
+    seam.attach(scheme)
+    found = edm(holder, images)
+    drawn, late = scheme.last.x1, scheme.last.t >= 0.5
+    assert torch.equal((drawn == images).flatten(1).all(1), ~late)
+    assert 0 < late.sum() < len(late)
+    assert torch.equal(images, kept)
+    for one, other in zip(found, edm(holder_of(kind), drawn), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("kind", EDM_KINDS)

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stagewise import closest as closest_module
+from stagewise import nearest_rows as closest_module
 from stagewise.bank import LatentBank
 from stagewise.certificate import Certificate
-from stagewise.closest import closest
+from stagewise.nearest_rows import closest
 from stagewise.paths import CosinePath, EDMPath, LinearPath, PathCoefficients, VPPath
 from stagewise.tail import Tail
 
@@ -753,7 +753,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_text("half a file")
         raise OSError("no space left")
 
-    monkeypatch.setattr("stagewise.certificate.save_file", fail)
+    monkeypatch.setattr("stagewise.computed_file.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         made.save(file)
     assert file.read_bytes() == before

@@ -198,7 +198,7 @@ class Seam(ABC):
         """Refuses what `attach` would refuse, except that the seam is steered already."""
         self.refuse()
         for part in parts(scheme):
-            on_path = part.oracle is not None or part.weight is not None
+            on_path = any(each is not None for each in (part.oracle, part.weight, part.smoothing))
             if on_path and not same_path(part.path, self.path):
                 raise ValueError(
                     f"{self.name} trains on {self.path!r}, the scheme is for {part.path!r}. Give "

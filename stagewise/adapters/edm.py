@@ -132,12 +132,15 @@ class EDMLoss(Seam):
             def denoise(x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Any:
                 nonlocal t, weight
                 t = 1 / (1 + sigma.flatten())
+                x1 = scheme.smooth(images, t=t)
+                if x1 is not images:
+                    x = x + (x1 - images)
                 xt = expand_like(t, x) * x
                 steered, weight = scheme(
-                    images,
+                    x1,
                     xt=xt,
                     t=t,
-                    x1=images,
+                    x1=x1,
                     labels=_classes(labels),
                     prediction=self.prediction,
                 )

@@ -73,6 +73,7 @@ class FlowMatching(Seam):
 
         def sample(x_0: Tensor, x_1: Tensor, t: Tensor) -> Any:
             nonlocal looked_at
+            x_1 = scheme.smooth(x_1, t=t)
             found = plain(x_0=x_0, x_1=x_1, t=t)
             if not looked_at:
                 check_noise(x_0)

@@ -126,7 +126,9 @@ class TorchCFM(Seam):
         looked_at = not mixing or self._makes_noise
         inside_guided = False
 
-        def draw(x0: Tensor, t: Tensor | None, return_noise: bool) -> Tensor | None:
+        def draw(
+            x0: Tensor, x1: Tensor, t: Tensor | None, return_noise: bool
+        ) -> tuple[Tensor, Tensor | None]:
             nonlocal looked_at
             if mixing and return_noise:
                 raise ValueError(
@@ -140,9 +142,11 @@ class TorchCFM(Seam):
                 looked_at = True
             if t is not None:
                 self.refuse_given_times(scheme)
-            if t is not None or not scheme.draws_timesteps:
-                return t
-            return scheme.timesteps.sample(len(x0)).type_as(x0)  # on the CPU, as torchcfm does
+            if t is None and scheme.draws_timesteps:
+                t = scheme.timesteps.sample(len(x0)).type_as(x0)  # on the CPU, as torchcfm does
+            elif t is None and scheme.smoothing is not None:
+                t = torch.rand(len(x0)).type_as(x0)  # its own draw: what is smoothed depends on t
+            return x1 if t is None else scheme.smooth(x1, t=t), t
 
         def target(u: Tensor, t: Tensor, xt: Tensor, x1: Tensor, labels: Labels | None) -> Tensor:
             times = t.flatten()
@@ -158,7 +162,8 @@ class TorchCFM(Seam):
         ) -> tuple[Any, ...]:
             if inside_guided:
                 return plain(x0, x1, t, return_noise)
-            t, xt, u, *rest = plain(x0, x1, draw(x0, t, return_noise), return_noise)
+            x1, t = draw(x0, x1, t, return_noise)
+            t, xt, u, *rest = plain(x0, x1, t, return_noise)
             return (t, xt, target(u, t, xt, x1, None), *rest)
 
         def guided_sample(
@@ -170,7 +175,8 @@ class TorchCFM(Seam):
             return_noise: bool = False,
         ) -> tuple[Any, ...]:
             nonlocal inside_guided
-            t, inside_guided = draw(x0, t, return_noise), True
+            x1, t = draw(x0, x1, t, return_noise)
+            inside_guided = True
             try:
                 t, xt, u, *rest = guided(x0, x1, y0, y1, t, return_noise)
             finally:

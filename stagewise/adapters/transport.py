@@ -157,11 +157,12 @@ class Transport(Seam):
             return (t * (end - start) + start).to(x1), x0, x1
 
         def make(time: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            time, xt, u = plain_plan(time, x0, x1)
             if call is None:
-                return time, xt, u
-            regress_noise, sign = self.prediction.kind == "noise", self.convention.sign
+                return plain_plan(time, x0, x1)
             t = self.convention.to_t(time)
+            x1 = scheme.smooth(x1, t=t)
+            time, xt, u = plain_plan(time, x0, x1)
+            regress_noise, sign = self.prediction.kind == "noise", self.convention.sign
             target, weight = scheme(
                 x0 if regress_noise else sign * u,
                 xt=xt,

@@ -9,15 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.computed_file import write_tensors
 from stagewise.memory import format_bytes
 from stagewise.products import averages, full_precision, scores, working_dtype
 from stagewise.streaming import stream
@@ -89,14 +87,8 @@ class Projection:
             path: The file.
             bank: The bank that was projected.
         """
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
         header = {**_FORMAT, "fingerprint": bank.fingerprint, "dims": str(len(self.axes))}
-        try:
-            save_file({"axes": self.axes, "rows": self.rows}, partial, metadata=header)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(path, {"axes": self.axes, "rows": self.rows}, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], bank: LatentBank, dims: int) -> Projection:

@@ -30,6 +30,7 @@ from stagewise.paths import (
     same_path,
     unlike,
 )
+from stagewise.smoothing import Smoothing
 from stagewise.targets import Target
 from stagewise.timesteps import TimestepSampler
 
@@ -62,6 +63,8 @@ def check_settings(
     path: Path | None,
     preserve_objective: bool,
     convention: object,
+    smoothing: object,
+    strength: object,
 ) -> None:
     """Refuses settings of a `Scheme` that are wrong by themselves or contradict each other.
 
@@ -98,6 +101,18 @@ def check_settings(
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.')
     if on_missing not in ("insert", "error"):
         raise ValueError(f'Expected `on_missing` "insert" or "error", got {on_missing!r}.')
+    if smoothing is not None and not isinstance(smoothing, Smoothing):
+        raise TypeError(
+            f"Expected `smoothing` to be a Smoothing, got {smoothing!r}: "
+            "Scheme(smoothing=Smoothing(bank))."
+        )
+    if smoothing is not None and oracle is not None:
+        smoothing.check(oracle)
+    if strength is not None and smoothing is None:
+        raise ValueError(
+            "Expected a smoothing for the `strength`, got none: "
+            "Scheme(smoothing=Smoothing(bank), strength=...)."
+        )
     if oracle is not None and path is not None and not same_path(path, oracle.path):
         raise ValueError(
             f"Expected the path of the oracle, {unlike(oracle.path, path)}. Give one of them."
@@ -121,8 +136,14 @@ def check_density(sampler: TimestepSampler, weight: Callable[[Tensor], Tensor] |
         )
 
 
-def unknown_boundary() -> ValueError:
-    """What is raised where the boundary is needed and not known."""
+def unknown_boundary(collapsed: bool = False) -> ValueError:
+    """What is raised where the boundary is needed and not known, or its collapsed end."""
+    if collapsed:
+        return ValueError(
+            "Expected the boundary from which on samples are smoothed, which has not been measured "
+            "yet: scheme.measure_boundary(), before the first step. Or say where: "
+            "Scheme(strength=lambda t: (t >= 0.7).float(), ...)."
+        )
     return ValueError(
         "Expected the boundary of the stages, which has not been measured yet. Give it as a "
         "number, Scheme(boundary=0.1) or scheme.set_boundary(0.1), or measure it before the first "

@@ -164,7 +164,11 @@ class Batch:
 
 
 def correct(
-    target: Target, batch: Batch, boundary: float | None, prediction: Prediction
+    target: Target,
+    batch: Batch,
+    boundary: float | None,
+    prediction: Prediction,
+    only: Tensor | None = None,
 ) -> Correction:
     """What a target adds.
 
@@ -173,6 +177,7 @@ def correct(
         batch: The samples.
         boundary: Where the stages meet, if lambda depends on it.
         prediction: What the targets are.
+        only: To which of the samples, (B,), bool; default all.
 
     Raises:
         ValueError: As `Batch.query`.
@@ -180,8 +185,11 @@ def correct(
     oracle, asked = batch.oracle, None
     whole = Correction.none(batch.x1)
     if target.lam.sparse:
+        mixed = target.lam(batch.t.double(), None, oracle.path, boundary) > 0
+        only = mixed if only is None else mixed & only
+    if only is not None:
         # One sync on an accelerator, for which samples beyond the boundary cost nothing.
-        asked = where(target.lam(batch.t.double(), None, oracle.path, boundary) > 0)
+        asked = where(only)
         batch = batch.select(asked)
     # With Sharded every rank asks whenever one does.
     if not len(batch.x1) and not isinstance(oracle.engine, Sharded):
@@ -195,9 +203,9 @@ def correct(
         rounding = 16 * torch.finfo(torch.float64).eps * oracle.bank.max_norm
         none = pull.difference.abs() <= rounding
         value = torch.where(none, 0.0, (lam * c)[:, None] * pull.difference)
-    part = Correction(
-        value.reshape(-1, *whole.value.shape[1:]), lam, query.stored < 0, pull.tail_mass
-    )
+    # A draw from a smoothed set is no row, and nothing is added to the set for it.
+    inserted = (query.stored < 0) & (oracle.smoothing is None)
+    part = Correction(value.reshape(-1, *whole.value.shape[1:]), lam, inserted, pull.tail_mass)
     if asked is None:
         return part
     at = torch.tensor(asked, dtype=torch.int64, device=value.device)

@@ -20,6 +20,7 @@ from stagewise.paths import (
 )
 from stagewise.schemes.checks import unknown_boundary
 from stagewise.schemes.scheme import Scheme, SchemeRecord
+from stagewise.smoothing import Smoothing
 from stagewise.stages import StageBoundary
 from stagewise.timesteps import TimestepSampler
 from stagewise.tracing import caller_level, untraced
@@ -169,6 +170,16 @@ class Phases:
         """The record of the last call in this phase."""
         return self.scheme.last
 
+    @property
+    def smoothing(self) -> Smoothing | None:
+        """That of the scheme in force."""
+        return self.scheme.smoothing
+
+    @untraced
+    def smooth(self, x1: Tensor, *, t: Times, source: Tensor | None = None) -> Tensor:
+        """See `Scheme.smooth`."""
+        return self.scheme.smooth(x1, t=t, source=source)
+
     @untraced
     def __call__(
         self,
@@ -226,11 +237,11 @@ class Phases:
             ValueError: See `Scheme.measure_boundary`.
         """
         schemes = [phase.scheme for phase in self.phases]
-        able = next((scheme for scheme in schemes if scheme.oracle is not None), schemes[0])
-        own = able.boundary
+        able = next((each for each in schemes if each.oracle or each.smoothing), schemes[0])
+        own = able.state_dict()
         boundary = able.measure_boundary(seed)
-        if own is not None:
-            able.set_boundary(own)
+        if own["boundary"] is not None:
+            able.load_state_dict(own)
         self.set_boundary(boundary)
         return boundary
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from typing import Any, Literal
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagewise.engines import Sharded
+from stagewise.lambdas import Hard
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes.checks import (
@@ -33,8 +34,11 @@ from stagewise.schemes.checks import (
     unknown_conditions,
 )
 from stagewise.schemes.correction import Batch, Correction, correct
+from stagewise.smoothed_oracle import SmoothedOracle
+from stagewise.smoothing import Smoothing
 from stagewise.stages import StageBoundary, StageCurve, require_whole_bank
-from stagewise.targets import Target, mix_target
+from stagewise.strength import Strength
+from stagewise.targets import Mix, Target, mix_target
 from stagewise.timesteps import TimestepSampler, Uniform
 from stagewise.tracing import caller_level, untraced
 from stagewise.weights import Weight
@@ -59,6 +63,7 @@ class SchemeRecord:
         inserted: Where x_1 was no row of the bank, or another than its stored twin, and was put
             into the reference set as it is, (B,), bool. False where lambda is 0.
         tail_mass: Share of the posterior that did not enter the target, (B,), float64.
+        smoothed: How much of the smoothing went into each sample, (B,).
     """
 
     t: Tensor
@@ -69,14 +74,15 @@ class SchemeRecord:
     correction_sq: Tensor
     inserted: Tensor
     tail_mass: Tensor
+    smoothed: Tensor
 
 
 class Scheme:
     """What is drawn, what is trained on, and what counts how much.
 
     It is a plain object. The only thing it draws from the global generator is t, once per call of
-    `timesteps.sample`; random rows come from a generator of its own, a function of seed, rank and
-    step.
+    `timesteps.sample`; random rows and the draws of a smoothing come from generators of its own, a
+    function of seed, rank and step.
 
     The first call holds what it is given against the path and, if it mixes, against the bank: it
     refuses reversed time, a wrong sign, scale or prediction, and warns of samples that are no rows.
@@ -86,8 +92,8 @@ class Scheme:
         timesteps: How t is drawn, default `Uniform()`.
         target: What is added to the conditional target, default None: nothing.
         weight: From t, (B,), to weights, (B,), default all ones.
-        boundary: Where navigation meets refinement, t in [0, 1]. Default None: measured later
-            (`set_boundary`), if anything depends on it.
+        boundary: Where navigation meets refinement, t in [0, 1], or what was measured. Default
+            None: measured later (`set_boundary`), if anything depends on it.
         preserve_objective: Whether the weight includes `p(t) / q(t)`, so that the expected loss is
             that of uniform times whatever `timesteps` draws. Needs them. Default False.
         class_wise: Whether posteriors are over the rows of x_1's class. Default "auto": if the bank
@@ -102,8 +108,13 @@ class Scheme:
             (t = 0 is noise, data - noise). Times and targets are given, and targets returned, in
             it: `Convention(1, 0, -1)` where t = 1 is noise and the target is noise - data. Only
             `timesteps.sample` stays in the library's time: take `convention.from_t` of its draws.
+        smoothing: Gaussians around the rows, which `smooth` draws from. Default None.
+        strength: From t, (B,), to how much of the smoothing is used, in [0, 1], (B,). Default None:
+            all of it from the measured *collapsed* boundary on, where the plain target is nothing
+            but a row by heart, and nothing before it.
 
     Attributes:
+        collapsed: From which t on samples are smoothed, None if that is not known.
         unconditional: Whether `class_wise=False` was said.
         rows_checked: Whether samples have been held against the bank, which the first call does.
             Set it to do that elsewhere.
@@ -135,38 +146,58 @@ class Scheme:
         timesteps: TimestepSampler | None = None,
         target: Target | None = None,
         weight: Weight | Callable[[Tensor], Tensor] | None = None,
-        boundary: float | None = None,
+        boundary: float | StageBoundary | None = None,
         preserve_objective: bool = False,
         class_wise: bool | Literal["auto"] = "auto",
         path: Path | None = None,
         on_missing: Literal["insert", "error"] = "insert",
         seed: int = 0,
         convention: Convention = STAGEWISE,
+        smoothing: Smoothing | None = None,
+        strength: Strength | None = None,
     ) -> None:
         check_settings(
             *(oracle, timesteps, target, class_wise, on_missing, path),
             preserve_objective=preserve_objective,
             convention=convention,
+            smoothing=smoothing,
+            strength=strength,
         )
         self.oracle, self.convention = oracle, convention
         self.path = path or (LinearPath() if oracle is None else oracle.path)
         self.target, self.weight = target, weight
         self.preserve_objective, self.on_missing, self.seed = preserve_objective, on_missing, seed
-        self.class_wise = (
-            bool(oracle and oracle.bank.classes) if class_wise == "auto" else class_wise
-        )
+        known = oracle or smoothing
+        self.class_wise = bool(known and known.bank.classes) if class_wise == "auto" else class_wise
         self.unconditional = class_wise is False
+        self.smoothing, self.strength = smoothing, strength
         self.boundary: float | None = None
+        self.collapsed: float | None = None
         self.last: SchemeRecord | None = None
         self.labels_of: Callable[[Tensor], Tensor | None] | None = None
         self.draws_timesteps = timesteps is not None
         self._sampler = self._bound = timesteps or Uniform()
-        self._step = self._calls = 0
+        self._step = self._calls = self._draws = 0
+        self._drawn: tuple[Tensor, Tensor] | None = None
+        self._around: SmoothedOracle | None = None
         self._checked = self._fits = self.rows_checked = False
         self._waits_for_losses = bool(self.needs_losses)
         self._untold_steps = self._untold_calls = 0
         if boundary is not None:
             self.set_boundary(boundary)
+
+    @classmethod
+    def two_stage(cls, oracle: Oracle, **options: Any) -> Scheme:
+        """Learns the mean while many rows explain `x_t`, and the neighbourhood once one does.
+
+        Oracle targets in navigation, `Mix("boundary")`, and from the collapsed boundary on the
+        default `Smoothing`, which is searched here: some seconds for 20 000 rows of 768 numbers.
+
+        Args:
+            oracle: Bank and path.
+            **options: Of the scheme.
+        """
+        return cls(oracle, target=Mix("boundary"), smoothing=Smoothing(oracle.bank), **options)
 
     # -- the stages ----------------------------------------------------------------------------
 
@@ -174,10 +205,15 @@ class Scheme:
     def needs_boundary(self) -> bool:
         """Whether anything depends on where the stages meet."""
         return (
-            self._sampler.needs_boundary
+            self._needs_collapsed
+            or self._sampler.needs_boundary
             or (self.target is not None and self.target.lam.needs_boundary)
             or (isinstance(self.weight, Weight) and self.weight.needs_boundary)
         )
+
+    @property
+    def _needs_collapsed(self) -> bool:
+        return self.smoothing is not None and self.strength is None
 
     @property
     def lacks_boundary(self) -> bool:
@@ -190,22 +226,34 @@ class Scheme:
         return "A sampler that adapts" if self._sampler.state_dict() else ""
 
     def set_boundary(self, boundary: float | StageBoundary) -> None:
-        """Says where navigation meets refinement.
+        """Says where navigation meets refinement, and from where on samples are smoothed.
 
         Args:
-            boundary: t in [0, 1], or what was measured, whose midpoint counts. A midpoint of NaN,
-                which was not reached at any t, is 1.
+            boundary: t in [0, 1], or what was measured, whose midpoint counts, and for a smoothing
+                without a strength the collapsed end. One of NaN, not reached at any t, is 1.
 
         Raises:
-            ValueError: If it is not in [0, 1], or the timesteps cannot be bound to it.
+            ValueError: If it is not in [0, 1], the timesteps cannot be bound to it, or the
+                smoothing needs what was measured.
         """
         if isinstance(boundary, StageBoundary):
-            boundary = 1.0 if math.isnan(boundary.midpoint) else boundary.midpoint
+            ends = (boundary.midpoint, boundary.collapsed)
+            self._bind(*(1.0 if math.isnan(end) else end for end in ends))
+            return
         if not 0 <= boundary <= 1:
             raise ValueError(f"Expected `boundary` in [0, 1], t = 0 being noise, got {boundary}.")
-        self._bound = self._sampler.bind(float(boundary))
-        self.boundary = float(boundary)
-        self._checked = False
+        if self._needs_collapsed:
+            raise ValueError(
+                f"Expected the measured boundary, whose collapsed end is where {self.smoothing!r} "
+                f"begins, got {boundary}. Measure it, scheme.measure_boundary(), or say where: "
+                "Scheme(strength=lambda t: (t >= 0.7).float(), boundary=...)."
+            )
+        self._bind(float(boundary), None)
+
+    def _bind(self, boundary: float, collapsed: float | None) -> None:
+        self._bound = self._sampler.bind(boundary)
+        self.boundary, self.collapsed = boundary, collapsed
+        self._checked, self._around = False, None
 
     def measure_boundary(self, seed: int = 0) -> StageBoundary:
         """Measures where the stages of the oracle's bank meet, and sets it.
@@ -219,13 +267,16 @@ class Scheme:
         Raises:
             ValueError: Without an oracle, or if its bank is spread over ranks.
         """
-        if self.oracle is None:
+        oracle = self.oracle
+        if oracle is None and self.smoothing is not None:
+            oracle = Oracle(self.smoothing.bank, self.path)
+        if oracle is None:
             raise ValueError(
                 "Expected an oracle to measure the boundary with, got none: Scheme(Oracle(bank, "
                 "path), ...). Or give the boundary: Scheme(boundary=0.1)."
             )
-        require_whole_bank(self.oracle)
-        curve = StageCurve.measure(self.oracle, seed=seed, class_wise=self.class_wise)
+        require_whole_bank(oracle)
+        curve = StageCurve.measure(oracle, seed=seed, class_wise=self.class_wise)
         boundary = curve.boundary(seed=seed)
         self.set_boundary(boundary)
         return boundary
@@ -237,7 +288,7 @@ class Scheme:
             ValueError: With the cure.
         """
         if self.lacks_boundary:
-            raise unknown_boundary()
+            raise unknown_boundary(self._needs_collapsed)
 
     @property
     def timesteps(self) -> TimestepSampler:
@@ -251,6 +302,53 @@ class Scheme:
         return self._bound
 
     # -- what a loop asks ----------------------------------------------------------------------
+
+    @untraced
+    def smooth(self, x1: Tensor, *, t: Times, source: Tensor | None = None) -> Tensor:
+        """What to train on in place of x_1, before `x_t` is made of it; give it to the call, too.
+
+        Args:
+            x1: Samples, (B, *). Nothing is written into them.
+            t: Their times, see `__call__`.
+            source: Their rows; see `Smoothing.draw`.
+
+        Returns:
+            (B, *): draws from the Gaussians around the rows, before the collapsed boundary the
+            samples as they are; without a smoothing `x1` itself.
+
+        Raises:
+            ValueError: On a boundary that is not known yet; and as `Smoothing.draw`.
+        """
+        if self.smoothing is None:
+            return x1
+        self._check_once()
+        source = self.smoothing.rows_of(x1, source)
+        self._draws += 1
+        generator = torch.Generator(x1.device).manual_seed(self._random("smooth", self._draws))
+        smoothed = self.smoothing.draw(
+            x1,
+            source,
+            t=self._time(as_times(t, x1)),
+            boundary=self.collapsed if self._needs_collapsed else None,
+            strength=self.strength,
+            generator=generator,
+        )
+        self._drawn = smoothed, source
+        return smoothed
+
+    def _random(self, *what: Any) -> int:
+        """A seed of this rank, step and call."""
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return Random(f"{self.seed} {rank} {self._step} {what}").getrandbits(63)
+
+    def _source_of(self, x1: Tensor, source: Tensor | None) -> Tensor:
+        """The rows of samples that were smoothed."""
+        if self._drawn is None or self._drawn[0] is not x1:
+            raise ValueError(
+                f"Expected `x1` as the scheme has drawn it, {self.smoothing!r}, and `xt` made of "
+                "it. Before x_t is made: x1 = scheme.smooth(x1, t=t)."
+            )
+        return self._drawn[1] if source is None else source
 
     @untraced
     def __call__(
@@ -295,6 +393,8 @@ class Scheme:
                 f"Expected `y` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(y.shape)}."
             )
         prediction = Prediction.of(prediction)
+        if self.smoothing is not None:
+            source = self._source_of(x1, source)
         t, added = self._correction(y, xt, t, x1, labels, source, prediction)
         weight = self._weight(t)
         if self._waits_for_losses:
@@ -309,6 +409,7 @@ class Scheme:
             correction_sq=added.value.flatten(1).square().mean(1),
             inserted=added.inserted,
             tail_mass=added.tail_mass,
+            smoothed=self._share(t),
         )
         if self.target is None:
             return y, weight
@@ -340,6 +441,8 @@ class Scheme:
         """
         require_tensors(xt=xt, x1=x1)
         prediction = Prediction.of(prediction)
+        if self.smoothing is not None:
+            source = self._source_of(x1, source)
         _, added = self._correction(None, xt, t, x1, labels, source, prediction)
         return (self._sign(prediction) * added.value).to(x1.dtype)
 
@@ -363,6 +466,15 @@ class Scheme:
 
     def _sign(self, prediction: Prediction) -> int:
         return self.convention.sign if prediction.kind == "velocity" else 1
+
+    @torch.no_grad()
+    def _share(self, t: Tensor) -> Tensor:
+        """How much of the smoothing is used at each time, (B,)."""
+        if self.smoothing is None:
+            return torch.zeros_like(t)
+        if self.strength is not None:
+            return self.strength(t)
+        return (t >= self.collapsed).to(t.dtype)
 
     @torch.no_grad()
     def _weight(self, t: Tensor) -> Tensor:
@@ -427,7 +539,37 @@ class Scheme:
             Random(f"{self.seed} {rank} {self._step} {self._calls}"),
             None if self.labels_of is None else partial(self.labels_of, x1.detach()),
         )
-        return t, correct(self.target, batch, self.boundary, prediction)
+        if not self._overlaps:
+            return t, correct(self.target, batch, self.boundary, prediction)
+        # Where samples are smoothed their targets are those of the smoothed set.
+        smoothed = self._share(t) > 0
+        around = replace(batch, oracle=self._smoothed_oracle())
+        parts = (
+            correct(self.target, batch, self.boundary, prediction, ~smoothed),
+            correct(self.target, around, self.boundary, prediction, smoothed),
+        )
+        return t, Correction(*(a + b for a, b in zip(*parts, strict=True)))
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether samples that are smoothed may be given a target of the oracle."""
+        if self.smoothing is None or self.target is None:
+            return False
+        # The midpoint, where "boundary" ends, lies before the collapsed boundary.
+        return not (isinstance(self.target.lam, Hard) and self.strength is None)
+
+    def _smoothed_oracle(self) -> SmoothedOracle:
+        assert self.oracle is not None
+        assert self.smoothing is not None
+        if self._around is None:
+            self._around = SmoothedOracle(
+                self.oracle.bank,
+                self.path,
+                self.smoothing,
+                boundary=self.collapsed if self._needs_collapsed else None,
+                strength=self.strength,
+            )
+        return self._around
 
     def _hold(
         self,
@@ -440,7 +582,8 @@ class Scheme:
     ) -> None:
         """Holds the first samples against the path and the bank."""
         mixes = self.target is not None
-        looks = len(xt) and (mixes or (y is not None and self.weight is not None))
+        counts = self.weight is not None or self.smoothing is not None
+        looks = len(xt) and (mixes or (y is not None and counts))
         if looks and not self._fits:
             told = check_samples(
                 *(self.path, prediction, self.convention, y, xt, time, x1), mixes=mixes
@@ -450,7 +593,8 @@ class Scheme:
         if not looks or self.rows_checked or self.oracle is None or not mixes:
             return
         shard = isinstance(self.oracle.engine, Sharded)
-        found = check_rows(self.oracle.bank, x1, known=source is not None, shard=shard)
+        known = source is not None or self.oracle.smoothing is not None
+        found = check_rows(self.oracle.bank, x1, known=known, shard=shard)
         self.rows_checked = True
         if found:
             warnings.warn(f"Scheme: {found}", stacklevel=caller_level())
@@ -477,7 +621,7 @@ class Scheme:
         Returns:
             A line for each change of phase; of a single scheme none.
         """
-        self._step, self._calls = step, 0
+        self._step, self._calls, self._draws = step, 0, 0
         if t is not None and loss is not None:
             self._bound.update(self._time(t), loss)
             self._waits_for_losses = False
@@ -510,7 +654,7 @@ class Scheme:
         if self.oracle is not None and self.target is not None:
             if self.class_wise and not isinstance(self.oracle.engine, Sharded):
                 self.oracle.bank.require_classes()
-            self.target.check(self.oracle)
+            self.target.check(self._smoothed_oracle() if self._overlaps else self.oracle)
         if self.preserve_objective:
             check_density(self.timesteps, None if self.weight is None else self._bound_weight())
         self._checked = True
@@ -523,8 +667,10 @@ class Scheme:
         """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""
         return {
             "boundary": self.boundary,
+            "collapsed": self.collapsed,
             "step": self._step,
             "calls": self._calls,
+            "draws": self._draws,
             "timesteps": self._bound.state_dict(),
         }
 
@@ -532,8 +678,9 @@ class Scheme:
         """Takes up what `state_dict` gave."""
         self.boundary, self._bound, self._checked = None, self._sampler, False
         if state["boundary"] is not None:
-            self.set_boundary(state["boundary"])
+            self._bind(state["boundary"], state.get("collapsed"))
         self._step, self._calls = state["step"], state["calls"]
+        self._draws = state.get("draws", 0)
         self._bound.load_state_dict(state["timesteps"])
 
     # The bank is nobody's buffer, and what drives a run drives one scheme: a copy of a module that

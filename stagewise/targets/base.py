@@ -130,12 +130,20 @@ class Target(ABC):
     def pull(self, query: Query) -> Pull:
         """The posterior mean of x_1 over the target's rows, less x_1."""
 
+    smooths = False
+    """Whether it works with the oracle of a smoothed set."""
+
     def check(self, oracle: Oracle) -> None:
         """Refuses an oracle that the target cannot work with.
 
         Raises:
             ValueError: With the cure.
         """
+        if oracle.smoothing is not None and not self.smooths:
+            raise ValueError(
+                f"{self!r} reads rows, and does not know the Gaussians that {oracle.smoothing!r} "
+                "puts around them. Use Mix, or the plain Oracle(bank, path)."
+            )
         if self.needs_all_rows and isinstance(oracle.engine, Sharded):
             raise ValueError(
                 f"{self!r} needs the rows of the whole bank, of which a rank of Sharded() has only "

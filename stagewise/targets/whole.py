@@ -25,11 +25,14 @@ class Mix(Target):
     """
 
     needs_all_rows = False
+    smooths = True
 
     def pull(self, query: Query) -> Pull:
-        """See `Target`; formula (2)."""
+        """See `Target`; formula (2), or m - x_1 for an x_1 drawn from a smoothed set."""
         # The second largest weight too: the largest may be that of the row x_1 stands for.
         post = query.oracle.posterior(query.xt, query.t, query.names, source=query.stored, k=2)
+        if query.oracle.smoothing is not None:
+            return Pull(post.mean.flatten(1) - query.x1, post.top1, post.tail_mass)
         return _with_x1(query, post, query.path)
 
 

@@ -1,4 +1,4 @@
-r"""How far the rows of a bank are from one another: lower bounds by rank, and the nearest rows.
+r"""The one exact search for nearest rows: of each row of a bank, among the others.
 
 All pairs are compared by a float32 product. With `u = 2^-24` a product of D numbers is off by less
 than `8 sqrt(D) u |q| |x|` (the probabilistic bound of Higham and Mary, SIAM J. Sci. Comput. 41,
@@ -23,7 +23,7 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.products import full_precision, scores
 
-__all__ = ["Closest", "class_ends", "closest"]
+__all__ = ["Closest", "class_ends", "closest", "nearest_others"]
 
 _GATHER = 2**24
 """Numbers of gathered rows held at a time."""
@@ -73,15 +73,55 @@ def closest(
         The result, on the CPU. The distances of the nearest and of the (K + 1)-th nearest row are
         exact to 1e-6, the others as far as the product is.
     """
-    scopes = [bank.segment(name) for name in bank.classes] if class_wise else [bank.whole]
-    longest = max(scope.stop - scope.start for scope in scopes)
+    longest = max(scope.stop - scope.start for scope in _scopes(bank, class_wise))
     ranks = [2**h for h in range(max(1, (longest - 1).bit_length()))]
+    options = (class_wise, device, progress, "certificate")
+    reach, near, copies = _compare(bank, [*ranks, neighbours + 1], neighbours, *options)
+    return Closest(reach[:, :-1].contiguous(), reach[:, -1].clone(), near, copies)
+
+
+def nearest_others(
+    bank: LatentBank,
+    count: int,
+    class_wise: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """The nearest other rows of each row, without the bounds that `closest` adds at a price.
+
+    Args:
+        bank: The rows.
+        count: K.
+        class_wise: Whether to look among rows of the same class only.
+        device: Where to compute, default where the rows are.
+        progress: Whether to show a bar; without tqdm there is none.
+
+    Returns:
+        See `Closest.neighbours`, (N, K), int32, on the CPU.
+    """
+    return _compare(bank, [], count, class_wise, device, progress, "nearest rows")[1]
+
+
+def _scopes(bank: LatentBank, class_wise: bool) -> list[slice]:
+    return [bank.segment(name) for name in bank.classes] if class_wise else [bank.whole]
+
+
+def _compare(
+    bank: LatentBank,
+    ranks: Sequence[int],
+    neighbours: int,
+    class_wise: bool,
+    device: torch.device | str | None,
+    progress: bool,
+    title: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds at `ranks` (N, H), neighbours (N, K) and copies (N, 2) of all rows."""
     place = torch.device(device or bank.device)
     numbers = _BOUNDS if place.type == "cpu" else 8 * _BOUNDS
     ends = class_ends(bank).to(place)
     blocks = [
         (scope, slice(first, min(first + step, scope.stop)))
-        for scope in scopes
+        for scope in _scopes(bank, class_wise)
         for step in [max(1, numbers // (scope.stop - scope.start))]
         for first in range(scope.start, scope.stop, step)
     ]
@@ -90,13 +130,13 @@ def closest(
         search = None
         for scope, rows in blocks:
             if search is None or search.scope != scope:
-                search = _Search(bank, scope, ends, [*ranks, neighbours + 1], neighbours)
+                search = _Search(bank, scope, ends, ranks, neighbours)
             yield tuple(value.cpu() for value in search.closest(rows))
 
     with full_precision():
-        found = list(_shown(parts(), len(blocks), progress))
+        found = list(_shown(parts(), len(blocks), progress, title))
     reach, near, copies = (torch.cat(column) for column in zip(*found, strict=True))
-    return Closest(reach[:, :-1].contiguous(), reach[:, -1].clone(), near, copies)
+    return reach, near, copies
 
 
 def class_ends(bank: LatentBank) -> Tensor:
@@ -119,7 +159,7 @@ class _Search:
     ) -> None:
         self.bank, self.scope, self.ends, self.neighbours = bank, scope, ends, neighbours
         self.device = device = ends.device
-        self.ranks = torch.tensor(ranks, device=device)
+        self.ranks = torch.tensor(ranks, dtype=torch.int64, device=device)
         self.wide = torch.float64 if bank.dtype == torch.float64 else torch.float32
         shift = (bank.centre - bank.offset).to(device)
         # Rows far from 0 would lose their differences in a product.
@@ -134,7 +174,7 @@ class _Search:
         return rows.float() if self.shift is None else (rows - self.shift).float()
 
     def closest(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Bounds at all ranks (b, H + 1), neighbours (b, K), copies (b, 2) of a block of rows."""
+        """Bounds at all ranks (b, H), neighbours (b, K), copies (b, 2) of a block of rows."""
         query = self.centred(self.bank.rows[rows].to(self.device, self.wide)).double()
         norms, start = self.norms.float(), self.scope.start
         low = torch.empty(len(query), len(norms), dtype=torch.float32, device=self.device)
@@ -167,9 +207,10 @@ class _Search:
         better = self.ranked(rows[wrong], low[wrong], 4 * count) if len(wrong) else ()
 
         place = others - 1 + self.ranks
-        near = exact.minimum(limit).gather(1, place.clamp_max(count - 1))
-        far = _root(_sort(low).gather(1, place.clamp_max(size - 1)) + own)
-        reach = torch.where(place < count, near, far).masked_fill(place >= size, torch.inf)
+        reach = exact.minimum(limit).gather(1, place.clamp_max(count - 1))
+        if len(self.ranks):
+            far = _root(_sort(low).gather(1, place.clamp_max(size - 1)) + own)
+            reach = torch.where(place < count, reach, far).masked_fill(place >= size, torch.inf)
         place = others + torch.arange(self.neighbours, device=self.device)
         column += self.scope.start
         names = column.gather(1, place.clamp_max(count - 1)).masked_fill(place >= count, -1)
@@ -213,7 +254,7 @@ def _sort(x: Tensor) -> Tensor:
 
 
 def _shown(
-    parts: Iterable[tuple[Tensor, ...]], total: int, progress: bool
+    parts: Iterable[tuple[Tensor, ...]], total: int, progress: bool, title: str
 ) -> Iterable[tuple[Tensor, ...]]:
     """The parts, with a bar if that is wanted and tqdm is there."""
     if progress:
@@ -221,5 +262,5 @@ def _shown(
             from tqdm.auto import tqdm
         except ImportError:
             return parts
-        return tqdm(parts, total=total, desc="certificate", unit="block")
+        return tqdm(parts, total=total, desc=title, unit="block")
     return parts

@@ -1,0 +1,251 @@
+"""Smoothing where a scheme goes: which samples are drawn anew, and what they are trained on."""
+
+import copy
+
+import pytest
+import torch
+
+from stagewise import (
+    AtEvent,
+    Convention,
+    CosinePath,
+    LatentBank,
+    LinearPath,
+    Mix,
+    Oracle,
+    Phase,
+    Phases,
+    ReferenceSet,
+    Scheme,
+    SmoothedOracle,
+    Smoothing,
+    StageBoundary,
+    StageCurve,
+)
+from stagewise.adapters import diffusers_target
+from stagewise.engines import Sharded
+from stagewise.losses import FlowMatchingLoss
+
+ROWS = torch.randn(60, 6, generator=torch.Generator().manual_seed(5))
+BOUNDARY = StageBoundary(0.3, 0.3, 0.3, 0.6, 0.6, 0.6, 0.95)
+T = torch.tensor([0.1, 0.29, 0.45, 0.599, 0.6, 0.8, 0.97, 1.0])
+LATE = T >= 0.6
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return LatentBank(ROWS)
+
+
+@pytest.fixture(scope="module")
+def smoothing(bank):
+    return Smoothing(bank, neighbours=4, progress=False)
+
+
+@pytest.fixture
+def oracle(bank):
+    return Oracle(bank)
+
+
+def asked(scheme, t=T, path=None, **options):
+    """x_1 as it was drawn, x_t, the conditional target, and that of the scheme."""
+    x0 = torch.randn(len(t), 6, generator=torch.Generator().manual_seed(1))
+    x1 = scheme.smooth(ROWS[: len(t)], t=t)
+    path = path or scheme.path
+    xt = path.interpolate(x0, x1, t)
+    y = path(t.double()).d_alpha[:, None] * x1 + path(t.double()).d_sigma[:, None] * x0
+    u, _ = scheme(y.float(), xt=xt, t=t, x1=x1, **options)
+    return x1, xt, y.float(), u
+
+
+def test_rows_stay_before_the_collapsed_boundary_and_are_drawn_from_it_on(smoothing):
+    scheme = Scheme(smoothing=smoothing, boundary=BOUNDARY)
+    x1, _, y, u = asked(scheme)
+    assert torch.equal(x1[~LATE], ROWS[:8][~LATE])
+    assert ((x1 - ROWS[:8])[LATE].abs().amax(1) > 1e-3).all()
+    assert torch.equal(u, y), "the target of the sample as it was drawn"
+    assert torch.equal(scheme.last.smoothed, LATE.float())
+    assert torch.equal(scheme.last.x1, x1)
+    assert scheme.last.source.tolist() == list(range(8))
+    spread = torch.stack([scheme.smooth(ROWS[:8], t=T) for _ in range(4000)]).var(0)
+    near = ROWS[smoothing.index[:8].long()] - ROWS[:8, None]
+    torch.testing.assert_close(spread[LATE], near.square().mean(1)[LATE], rtol=0.12, atol=0)
+
+
+def test_a_strength_says_how_much_at_any_t(smoothing):
+    def ramp(t):
+        return ((t - 0.2) / 0.6).clamp(0, 1)
+
+    whole, part = (
+        Scheme(smoothing=smoothing, strength=strength) for strength in (torch.ones_like, ramp)
+    )
+    moved, less = (scheme.smooth(ROWS[:8], t=T) - ROWS[:8] for scheme in (whole, part))
+    torch.testing.assert_close(less, ramp(T)[:, None] * moved, rtol=1e-5, atol=1e-6)
+    assert not whole.lacks_boundary
+
+
+@pytest.mark.parametrize("path", [LinearPath(), CosinePath()])
+def test_targets_are_those_of_the_rows_and_then_of_the_smoothed_set(bank, smoothing, path):
+    plain = Oracle(bank, path)
+    scheme = Scheme(plain, target=Mix(), smoothing=smoothing, boundary=BOUNDARY)
+    t = T[:-1]
+    _, xt, y, u = asked(scheme, t)
+    torch.testing.assert_close(u[~LATE[:-1]], plain.velocity(xt, t)[~LATE[:-1]])
+    around = SmoothedOracle(bank, path, smoothing).velocity(xt, t)
+    torch.testing.assert_close(u[LATE[:-1]], around[LATE[:-1]], rtol=1e-4, atol=1e-4)
+    assert ((u - y)[LATE[:-1]].abs().amax(1) > 1e-3).all()
+    assert not scheme.last.inserted.any()
+
+
+def test_what_is_mixed_has_no_bias_for_the_smoothed_set(bank, smoothing):
+    scheme = Scheme(Oracle(bank), target=Mix(0.5), smoothing=smoothing, strength=torch.ones_like)
+    frozen = torch.nn.Linear(6, 6)
+    draws = torch.Generator().manual_seed(0)
+    means = []
+    for _ in range(40):
+        rows = torch.randint(60, (500,), generator=draws)
+        t = 0.3 + 0.6 * torch.rand(500, generator=draws)
+        x0, x1 = torch.randn(500, 6, generator=draws), scheme.smooth(ROWS[rows], t=t)
+        xt = scheme.path.interpolate(x0, x1, t)
+        u, _ = scheme(x1 - x0, xt=xt, t=t, x1=x1)
+        means.append(((u - (x1 - x0)) * frozen(xt).detach()).sum(1).mean())
+    means = torch.stack(means).double()
+    assert means.mean().abs() < 4 * means.std() / 40**0.5
+
+
+def test_two_stages_are_the_oracle_and_then_the_neighbourhood(oracle):
+    scheme = Scheme.two_stage(oracle)
+    assert scheme.lacks_boundary
+    found = scheme.measure_boundary()
+    assert (scheme.boundary, scheme.collapsed) == (found.midpoint, found.collapsed)
+    assert found == StageCurve.measure(oracle).boundary()
+    t = torch.tensor([found.midpoint - 0.05, (found.midpoint + found.collapsed) / 2, 0.99])
+    x1, xt, y, u = asked(scheme, t)
+    torch.testing.assert_close(u[0], oracle.velocity(xt, t)[0])
+    assert torch.equal(u[1:], y[1:])
+    assert torch.equal(x1[:2], ROWS[:2])
+    assert not torch.equal(x1[2], ROWS[2])
+
+
+def test_a_boundary_that_was_never_reached_smooths_nothing(smoothing):
+    never = StageBoundary(0.3, 0.3, 0.3, *3 * [float("nan")], 0.95)
+    scheme = Scheme(smoothing=smoothing, boundary=never)
+    assert torch.equal(scheme.smooth(ROWS[:7], t=T[:7]), ROWS[:7])
+
+
+def test_draws_depend_on_seed_and_step_alone_and_go_on_where_a_run_stopped(smoothing):
+    def drawn(steps, seed=0, state=None):
+        scheme = Scheme(smoothing=smoothing, boundary=BOUNDARY, seed=seed)
+        if state is not None:
+            scheme.load_state_dict(copy.deepcopy(state))
+        found = []
+        for step in steps:
+            found += [scheme.smooth(ROWS[:8], t=T) for _ in range(2)]
+            scheme.observe(step=step + 1, total=None)
+        return torch.stack(found), scheme.state_dict()
+
+    torch.manual_seed(0)
+    begin = torch.get_rng_state()
+    whole, _ = drawn(range(4))
+    _, state = drawn(range(2))
+    rest, _ = drawn(range(2, 4), state=state)
+    assert torch.equal(rest, whole[4:])
+    assert torch.equal(torch.get_rng_state(), begin), "generators of its own"
+    late = whole[:, LATE].flatten(1)
+    assert len(late.unique(dim=0)) == 8, "each call another draw"
+    assert not torch.equal(drawn(range(4), seed=1)[0], whole)
+
+
+def test_times_of_another_convention(smoothing):
+    other = Scheme(smoothing=smoothing, boundary=BOUNDARY, convention=Convention(1, 0, -1))
+    x1 = other.smooth(ROWS[:8], t=1 - T)
+    assert torch.equal((x1 == ROWS[:8]).all(1), ~LATE)
+
+
+def test_the_objective_smooths_what_it_trains_on_and_rests_in_eval_mode(oracle):
+    scheme = Scheme.two_stage(oracle, boundary=BOUNDARY)
+    loss_fn, seen = FlowMatchingLoss(scheme=scheme), []
+
+    def model(xt, t):
+        seen.append((xt, t))
+        return torch.zeros_like(xt)
+
+    x0, t = torch.randn(8, 6), T
+    loss_fn(model, ROWS[:8], x0=x0, t=t)
+    assert torch.equal((scheme.last.x1 == ROWS[:8]).all(1), ~LATE)
+    torch.testing.assert_close(seen[0][0], oracle.path.interpolate(x0, scheme.last.x1, t))
+    expected = (scheme.last.x1 - x0).square().mean(1)
+    torch.testing.assert_close(loss_fn.last.loss, expected)
+    last = scheme.last
+    loss_fn.eval()(model, ROWS[:8], x0=x0, t=t)
+    assert scheme.last is last
+    torch.testing.assert_close(seen[1][0], oracle.path.interpolate(x0, ROWS[:8], t))
+    # Rows that are resampled latents stand for what is stored of them.
+    loss_fn.train()(model, ROWS[:8] + 0.01, source=torch.arange(8))
+    assert scheme.last.source.tolist() == list(range(8))
+
+
+def test_smoothing_begins_with_a_phase(bank, smoothing):
+    first, last = Scheme(), Scheme(smoothing=smoothing, boundary=BOUNDARY)
+    phases = Phases([Phase(first, AtEvent("memorization onset")), Phase(last)])
+    x1, _, y, u = asked(phases)
+    assert torch.equal(x1, ROWS[:8])
+    assert torch.equal(u, y)
+    phases.notify("memorization onset")
+    phases.observe(step=1, total=10)
+    assert torch.equal((asked(phases)[0] == ROWS[:8]).all(1), ~LATE)
+    # What is not told is measured over the rows of the smoothing.
+    again = Phases([Phase(Scheme(), AtEvent("x")), Phase(Scheme(smoothing=smoothing))])
+    found = again.measure_boundary()
+    assert again.phases[1].scheme.collapsed == found.collapsed
+    assert not again.lacks_boundary
+
+
+def test_a_state_of_the_version_before_is_taken_up():
+    scheme = Scheme(boundary=0.3)
+    old = {k: v for k, v in scheme.state_dict().items() if k not in ("collapsed", "draws")}
+    other = Scheme()
+    other.load_state_dict(old)
+    assert (other.boundary, other.collapsed) == (0.3, None)
+
+
+def refusal(make, kind=ValueError):
+    with pytest.raises(kind) as caught:
+        make()
+    return str(caught.value)
+
+
+def test_bad_input(bank, smoothing, oracle):
+    scheme = Scheme(smoothing=smoothing, boundary=BOUNDARY)
+    x0, x1 = torch.randn(8, 6), ROWS[:8]
+    xt = scheme.path.interpolate(x0, x1, T)
+    message = refusal(lambda: scheme(x1 - x0, xt=xt, t=T, x1=x1))
+    assert "Before x_t is made: x1 = scheme.smooth(x1, t=t)" in message
+    scheme.smooth(x1, t=T)
+    assert "x1 = scheme.smooth" in refusal(lambda: scheme(x1 - x0, xt=xt, t=T, x1=x1))
+    assert "x1 = scheme.smooth" in refusal(lambda: diffusers_target(xt, x1, x0, 1 - T, scheme))
+    assert "the `source` of each" in refusal(lambda: scheme.smooth(x1 + 1, t=T))
+    drawn = scheme.smooth(x1, t=T)
+    other = scheme.path.interpolate(x0, drawn, 1 - T)
+    message = refusal(lambda: scheme(drawn - x0, xt=other, t=T, x1=drawn))
+    assert "They fit if time 1 is noise" in message
+
+    unknown = Scheme(smoothing=smoothing)
+    assert "scheme.measure_boundary()" in refusal(lambda: unknown.smooth(x1, t=T))
+    assert "collapsed end" in refusal(lambda: unknown.set_boundary(0.4))
+    assert "collapsed end" in refusal(lambda: Scheme(smoothing=smoothing, boundary=0.4))
+    assert "Smoothing(bank)" in refusal(lambda: Scheme(smoothing=8), TypeError)
+    assert "Smoothing(bank)" in refusal(lambda: Scheme(strength=torch.ones_like))
+    assert "other rows" in refusal(
+        lambda: Scheme(Oracle(LatentBank(ROWS + 1)), target=Mix(), smoothing=smoothing)
+    )
+    assert "Sharded()" in refusal(
+        lambda: Scheme(Oracle(bank, engine=Sharded()), target=Mix(), smoothing=smoothing)
+    )
+    other = SmoothedOracle(bank, None, Smoothing(bank, 3, progress=False))
+    assert "got two" in refusal(lambda: Scheme(other, target=Mix(), smoothing=smoothing))
+    late = Scheme(oracle, target=ReferenceSet(8), smoothing=smoothing, boundary=BOUNDARY)
+    assert "Use Mix" in refusal(late.check)
+    Scheme(
+        oracle, target=ReferenceSet(8, "boundary"), smoothing=smoothing, boundary=BOUNDARY
+    ).check()

@@ -160,6 +160,10 @@ class StageScheme(StageCallback):
         oracles = [o for o in found if o is not None and not isinstance(o.engine, Sharded)]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
             self.said = {"bank": oracles[0].bank, "path": oracles[0].path} | self.said
+        smoothed = [] if self._given is None else [part.smoothing for part in parts(self._given)]
+        for smoothing in smoothed if not found or not oracles else ():
+            if smoothing is not None:
+                self.said = {"bank": smoothing.bank} | self.said
 
     @property
     def state_key(self) -> str:
@@ -211,6 +215,7 @@ class StageScheme(StageCallback):
         for part in parts(self.scheme):
             part.rows_checked = True  # `settle` does, on all ranks together
             part.labels_of = run.look.labels_for
+        run.look.schemes.append(self.scheme)
         resumed = self._resume()
         self.writer = run.writer(self)
         about = self._where() if self.seam is None else self.seam.describe()
@@ -232,6 +237,12 @@ class StageScheme(StageCallback):
             if boundary is not None:
                 scheme.set_boundary(boundary)
                 rank_zero_info(f"StageScheme: the stages meet at t = {scheme.boundary:.3f}")
+        for smooths in (part for part in parts(scheme) if part.smoothing is not None):
+            begin = "" if smooths.collapsed is None else f" from t = {smooths.collapsed:.3f} on"
+            rank_zero_info(
+                f"StageScheme: trains on draws of {smooths.smoothing!r}{begin}. Monitors compare "
+                "with the rows themselves."
+            )
         scheme.check()
 
     def settle(self) -> None:
@@ -419,7 +430,7 @@ class StageScheme(StageCallback):
             if self.renewed:
                 both = [one.get("schemes", [one]) for one in (state, self._begin)]
                 for late, early in zip(*both, strict=False):
-                    late["boundary"] = early["boundary"]
+                    late |= {key: early[key] for key in ("boundary", "collapsed")}
             self._scheme.load_state_dict(state)
         self.transitions = list(stash["transitions"])
         if self._losses is not None:

@@ -2,6 +2,7 @@
 
 import copy
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from stagewise import (
     StageCurve,
 )
 from stagewise.adapters import diffusers_target
+from stagewise.callbacks import PosteriorMonitor, StageScheme, VelocityErrorMonitor
 from stagewise.engines import Sharded
 from stagewise.losses import FlowMatchingLoss
 
@@ -207,6 +209,76 @@ def test_a_state_of_the_version_before_is_taken_up():
     other = Scheme()
     other.load_state_dict(old)
     assert (other.boundary, other.collapsed) == (0.3, None)
+
+
+class Lossy(pl.LightningModule):
+    """Trains by `FlowMatchingLoss`, or by a torchcfm matcher; notes the x_1 that monitors see."""
+
+    def __init__(self, matcher=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Linear(7, 6)
+        self.matcher = matcher
+        self.loss = FlowMatchingLoss() if matcher is None else None
+        self.agree = []
+
+    def velocity(self, xt, t):
+        scheme = next(c for c in self.trainer.callbacks if isinstance(c, StageScheme))
+        if self.training and torch.is_grad_enabled():
+            seen = scheme.run.look.x1_of_batch()
+            self.agree.append(torch.equal(seen, scheme._scheme.drawn.x1))
+        return self.net(torch.cat([xt, t[:, None].to(xt)], 1))
+
+    def training_step(self, batch, batch_idx):
+        if self.matcher is None:
+            return self.loss(self.velocity, batch[0])
+        t, xt, u = self.matcher.sample_location_and_conditional_flow(
+            torch.randn_like(batch[0]), batch[0]
+        )
+        return (self.velocity(xt, t) - u).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+@pytest.mark.usefixtures("quick_figures")
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize("make", [Scheme.two_stage, lambda o: Scheme(smoothing=Smoothing(o.bank))])
+def test_in_a_trainer(matched, make, make_trainer, make_loader, lightning_log, recwarn):
+    cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
+    module = Lossy(cfm.ConditionalFlowMatcher(0.0) if matched else None)
+    steers = StageScheme(make)
+    errors = VelocityErrorMonitor(strata=4, queries=4, velocity=lambda m, x, t, y: m.velocity(x, t))
+    monitors = [PosteriorMonitor(strata=4, queries=8), errors]
+    loader = make_loader(ROWS, batch_size=20, shuffle=True)
+    make_trainer(*monitors, steers, max_steps=5).fit(module, loader)
+    scheme = steers._scheme
+    assert 0 < scheme.boundary < scheme.collapsed < 1
+    assert f"from t = {scheme.collapsed:.3f} on" in lightning_log.text
+    late = scheme.last.t >= scheme.collapsed
+    assert torch.equal(scheme.last.smoothed > 0, late)
+    kept = (scheme.drawn.x1 == scheme.drawn.before).all(1)
+    assert torch.equal(kept, ~late)
+    assert all(module.agree)
+    assert len(module.agree) >= 5
+    told = [
+        str(w.message)
+        for w in recwarn
+        if "stagewise" in str(w.filename) or "callbacks" in str(w.filename)
+    ]
+    assert [text for text in told if "not what is trained on" in text or "no rows" in text] == []
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_a_resumed_run_smooths_from_the_same_boundary_on(make_trainer, make_loader, tmp_path):
+    loader = make_loader(ROWS, batch_size=20)
+    first = StageScheme(Scheme.two_stage)
+    trainer = make_trainer(first, max_steps=3)
+    trainer.fit(Lossy(), loader)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    second = StageScheme(Scheme.two_stage)
+    make_trainer(second, max_steps=6).fit(Lossy(), loader, ckpt_path=tmp_path / "x.ckpt")
+    assert second._scheme.collapsed == first._scheme.collapsed
 
 
 def refusal(make, kind=ValueError):

@@ -28,6 +28,7 @@ from stagewise.schemes.checks import check_rows, distance_from_rows
 
 if TYPE_CHECKING:
     from stagewise.schemes import Phases, Scheme
+    from stagewise.schemes.scheme import Drawn
 
 __all__ = ["PATIENCE", "FirstStep"]
 
@@ -76,6 +77,8 @@ class FirstStep:
         self._x1_at, self._labels_at = "", "None"
         self._before: list[tuple[str, Tensor, int]] = []
         self._maker: Seam | None = None
+        self.schemes: list[Scheme | Phases] = []
+        self._before_smoothing: Tensor | None = None
         self._kept: set[str] = set()
         self._follows = self._finished = False
         self.swapped = self.open = False
@@ -92,16 +95,21 @@ class FirstStep:
             if self._seen is not None or (self._finished and not self._follows):
                 return
             # What steers may write the target into it.
+            drawn = self._drawn()
+            smoothed = drawn is not None and drawn.x1.data_ptr() == seen.x1.data_ptr()
             self._seen = seam, replace(seen, x1=seen.x1.clone())
+            self._before_smoothing = drawn.before.clone() if drawn and smoothed else None
             if self._finished:
                 return
             self.swapped = self._is_swapped(seen)
             self._maker, self._noise = seam, self._wrong_noise(seam)
-            labels = self.labels_for(self._seen[1].x1)
+            x1 = self.trained_x1
+            assert x1 is not None
+            labels = self.labels_for(x1)
             if labels is not None:
                 self.search.labels = labels
             if self._on_seen is not None:
-                self._on_seen(self._seen[1].x1)
+                self._on_seen(x1)
 
         return tell
 
@@ -252,7 +260,7 @@ class FirstStep:
             )
         # Later samples are taken where they are seen, if they are not those of the batch.
         self._follows = self._seen is not None and (
-            bool(in_place) or self.x1 is None or not _same(self.x1, self._seen[1].x1)
+            bool(in_place) or self.x1 is None or self._is_another(self.trained_x1)
         )
         trained = self.trained_x1
         if trained is not None and not self.changed(trained):
@@ -297,16 +305,29 @@ class FirstStep:
 
     @property
     def trained_x1(self) -> Tensor | None:
-        """x_1 of the first batch as it is trained on, (B, *); None if that was not seen."""
+        """x_1 of the first batch as it is trained on, (B, *); None if that was not seen.
+
+        Where a scheme smooths it is what the scheme was given.
+        """
         if self._seen is not None:
-            return self._seen[1].x1
+            return self._seen[1].x1 if self._before_smoothing is None else self._before_smoothing
         return self._changed_x1() if self.search.found is None else self.search.x1
 
     def x1_of_batch(self) -> Tensor:
-        """x_1 of the present batch as it is trained on, (B, *)."""
+        """x_1 of the present batch as it is trained on, (B, *), smoothed if a scheme does that."""
+        drawn = self._drawn()
+        if drawn is not None:
+            return drawn.x1
         if self._follows and self._seen is not None:
             return self._seen[1].x1
         return self._find(self.batch)[0]
+
+    def _drawn(self) -> Drawn | None:
+        """What a scheme has smoothed last, if one does."""
+        return next((s.drawn for s in self.schemes if s.smoothing is not None), None)
+
+    def _is_another(self, x1: Tensor | None) -> bool:
+        return x1 is None or self.x1 is None or not _same(self.x1, x1)
 
     def changed(self, x1: Tensor) -> bool:
         """Whether any sample is neither one of the first batch nor a row of the bank."""

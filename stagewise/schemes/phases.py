@@ -19,7 +19,7 @@ from stagewise.paths import (
     unlike,
 )
 from stagewise.schemes.checks import unknown_boundary
-from stagewise.schemes.scheme import Scheme, SchemeRecord
+from stagewise.schemes.scheme import Drawn, Scheme, SchemeRecord
 from stagewise.smoothing import Smoothing
 from stagewise.stages import StageBoundary
 from stagewise.timesteps import TimestepSampler
@@ -174,6 +174,11 @@ class Phases:
     def smoothing(self) -> Smoothing | None:
         """That of the scheme in force."""
         return self.scheme.smoothing
+
+    @property
+    def drawn(self) -> Drawn | None:
+        """What `smooth` gave last in this phase."""
+        return self.scheme.drawn
 
     @untraced
     def smooth(self, x1: Tensor, *, t: Times, source: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -77,6 +77,14 @@ class SchemeRecord:
     smoothed: Tensor
 
 
+class Drawn(NamedTuple):
+    """What `Scheme.smooth` gave last: samples (B, *), those before, and their rows, (B,)."""
+
+    x1: Tensor
+    before: Tensor
+    source: Tensor
+
+
 class Scheme:
     """What is drawn, what is trained on, and what counts how much.
 
@@ -115,6 +123,7 @@ class Scheme:
 
     Attributes:
         collapsed: From which t on samples are smoothed, None if that is not known.
+        drawn: What `smooth` gave last, None before.
         unconditional: Whether `class_wise=False` was said.
         rows_checked: Whether samples have been held against the bank, which the first call does.
             Set it to do that elsewhere.
@@ -178,7 +187,7 @@ class Scheme:
         self.draws_timesteps = timesteps is not None
         self._sampler = self._bound = timesteps or Uniform()
         self._step = self._calls = self._draws = 0
-        self._drawn: tuple[Tensor, Tensor] | None = None
+        self.drawn: Drawn | None = None
         self._around: SmoothedOracle | None = None
         self._checked = self._fits = self.rows_checked = False
         self._waits_for_losses = bool(self.needs_losses)
@@ -333,7 +342,7 @@ class Scheme:
             strength=self.strength,
             generator=generator,
         )
-        self._drawn = smoothed, source
+        self.drawn = Drawn(smoothed, x1, source)
         return smoothed
 
     def _random(self, *what: Any) -> int:
@@ -343,12 +352,12 @@ class Scheme:
 
     def _source_of(self, x1: Tensor, source: Tensor | None) -> Tensor:
         """The rows of samples that were smoothed."""
-        if self._drawn is None or self._drawn[0] is not x1:
+        if self.drawn is None or self.drawn.x1 is not x1:
             raise ValueError(
                 f"Expected `x1` as the scheme has drawn it, {self.smoothing!r}, and `xt` made of "
                 "it. Before x_t is made: x1 = scheme.smooth(x1, t=t)."
             )
-        return self._drawn[1] if source is None else source
+        return self.drawn.source if source is None else source
 
     @untraced
     def __call__(
@@ -474,6 +483,7 @@ class Scheme:
             return torch.zeros_like(t)
         if self.strength is not None:
             return self.strength(t)
+        assert self.collapsed is not None
         return (t >= self.collapsed).to(t.dtype)
 
     @torch.no_grad()
@@ -687,7 +697,7 @@ class Scheme:
     # holds it (EMA) holds the same.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "labels_of": None}  # that of a run, which holds its trainer
+        return {**vars(self), "labels_of": None, "drawn": None}  # of a run, which holds its trainer
 
     def __copy__(self) -> Scheme:
         return self

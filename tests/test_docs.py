@@ -20,9 +20,10 @@ ROOT = Path(__file__).parents[1]
 MODULES = [
     *("stagewise.bank", "stagewise.oracle", "stagewise.losses.flow_matching"),
     *("stagewise.certificate", "stagewise.engines.sharded", "stagewise.attention"),
-    *("stagewise.schemes.scheme", "stagewise.schemes.phases"),
+    *("stagewise.schemes.scheme", "stagewise.schemes.phases", "stagewise.smoothing"),
     *("stagewise.losses.regularizer", "stagewise.losses.weighted"),
     "stagewise.callbacks.metrics",
+    "stagewise.smoothed_oracle",
 ]
 
 
@@ -93,13 +94,14 @@ def test_code_of_the_page_on_engines(tmp_path, monkeypatch):
 
 def test_code_of_the_page_on_steering():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/steering.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     latents, labels = torch.randn(160, 4, 4, 4), torch.arange(160) % 4
     t = torch.linspace(0, 0.9, 8)
     names = {"latents": latents, "labels": labels, "t": t}
     names |= {"features": torch.zeros(8, 3), "reference": torch.ones(8, 3)}
     for block in blocks:
-        exec(block, names)
+        # What is smoothed is another batch than that of the rest of the page.
+        exec(block, names | {"torch": torch} if "Smoothing" in block else names)
     late = (t >= names["scheme"].boundary).float()
     torch.testing.assert_close(names["gate"](t), late)
     torch.testing.assert_close(names["auxiliary"], late.mean())

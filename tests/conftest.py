@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_terminal_summary(terminalreporter, config):
     """Keeps what was skipped for `--rest`: slow tests, and those of what was not installed."""
     skipped = terminalreporter.stats.get("skipped", [])
-    if not config.getoption("--rest"):
+    if not config.getoption("--rest") and hasattr(config, "cache"):  # -p no:cacheprovider
         config.cache.set(SKIPPED, sorted({report.nodeid for report in skipped}))
 
 

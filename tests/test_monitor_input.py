@@ -90,7 +90,7 @@ REFUSED = {
         loader(LABELS),
         {},
         ValueError,
-        r"found 0 in list\(int64 tensor \(8,\)\)\. Say where x_1 is: find=lambda",
+        r"found 0 in list\(int64 tensor \(8,\)\)\. Say where x_1 is, and the labels or None: ",
     ),
     "two candidates": (
         loader(X, X[:, :3]),

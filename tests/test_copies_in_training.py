@@ -351,3 +351,45 @@ def test_a_given_bank_goes_with_a_copy(fit):
     fit([callback])
     assert copy.deepcopy(callback).said["bank"] is bank
     assert pickled(callback).said["bank"].fingerprint == bank.fingerprint
+
+
+def test_a_copy_made_while_later_steps_are_looked_at_has_no_hook(tmp_path):
+    class Guided(Model):
+        """Gives its network labels from the third step on."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = Optional()
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            if self.global_step == 1:
+                copies.append(copy.deepcopy(self.net))
+            return self.loss(self.net, x, *([y] if self.global_step > 1 else []))
+
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(9, 8)
+
+        def forward(self, x, t, y=None):
+            h = self.inner(torch.cat([x, t[:, None]], 1))
+            return h if y is None else h + y[:, None]
+
+    copies = []
+    loader = DataLoader(TensorDataset(X, torch.arange(64) % 4), batch_size=16)
+    trainer = pl.Trainer(
+        callbacks=posterior(),
+        max_steps=4,
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Guided()
+    trainer.fit(module, loader)
+    for net in (*copies, module.net):
+        assert not net._forward_pre_hooks
+    assert len(copies) == 1

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from stagewise.adapters.base import NoiseSums, Seam, Seen, check_noise, looks, parts
 from stagewise.adapters.find import assumed_seams
 from stagewise.adapters.fitting import factor_of
+from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.network import GIVEN, Network, NetworkSearch
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_checked, leaves_of, unused_in
@@ -273,7 +274,7 @@ class FirstStep:
         """Before a later batch: looks whether the network is given more than in those before."""
         if self.open and self.network is not None:
             module = self.network.module
-            self._later = module.register_forward_pre_hook(self._look, with_kwargs=True).remove
+            self._later = CallHook(self._look, module.register_forward_pre_hook).remove
 
     @property
     def waiting(self) -> bool:

@@ -2,13 +2,16 @@
 
 `make bench-regularisers` runs it: one training for a data set of N samples, a method, its setting
 and a seed. A finished run is a file in `--dir` and is not run again: the command may be stopped and
-started again, and started twice at once. Baselines are tuned on the first seed, over the settings
-in `METHODS`: that with the lowest held-out loss at the end is run with the other seeds. What
-stagewise adds is not tuned: one setting for all sets.
+started again, and started twice at once. `--report` writes docs/results.md from what is there.
+
+Plain training comes first, with the learning rates of the plan: that with the lowest held-out loss
+at its best serves all methods. Other baselines are tuned on the first seed, over the settings in
+`METHODS`, by the lowest held-out loss at the end. What stagewise adds is not tuned.
 
 Held-out loss is taken at the end of a training and at its lowest ("best", with perfect early
-stopping), energy and Frechet distance and the share of copies of 5000 samples at the end, all
-against samples that were never trained on.
+stopping). Energy and Frechet distance, copies (d1/d2 < 1/3) and coverage are of 5000 samples at the
+end, all against samples that were never trained on. Coverage is the share of held-out samples that
+have a made one nearer than their fifth nearest held-out neighbour (Naeem et al., arXiv 2002.09797).
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,52 +27,54 @@ from typing import Any
 import torch
 from schemes import BATCH, WARMUP, write_once
 from schemes_data import Data, data_set, held_out_loss, loss_by_time, of_samples, shuffled
-from torch import nn
+from spiral import kl_from_density
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stagewise import LatentBank, Oracle, Scheme, Smoothing, StageCurve, Uniform
 from stagewise.losses import FlowMatchingLoss
 
 SAMPLES, EVALUATIONS = 5000, 20
+AVERAGES = (0.99, 0.997, 0.999)
+"""Of the weights, over one plain training."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a set is trained on: its data, N, steps, the learning rate, steps of the midpoint rule.
-
-    The rates are those that plain training does best with on the whole set, from the benchmark of
-    schemes.
-    """
+    """How a set is trained on: its data, N, steps, learning rates, steps of the midpoint rule."""
 
     data: str
     rows: int
     steps: int = 3000
-    lr: float = 0.01
-    sampling_steps: int = 25
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    sampling_steps: int = 15
+    small: bool = False
 
 
 PLANS = {
-    "photos8-200": Plan("photos8", 200),
-    "photos8-2000": Plan("photos8", 2000),
-    "photos8-20000": Plan("photos8", 20000, lr=0.03),
-    "digits-300": Plan("digits", 300),
-    "digits-1200": Plan("digits", 1200),
-    "photos16-300": Plan("photos16", 300, 1500, 0.003, 10),
-    "photos16-20000": Plan("photos16", 20000, 500, 0.01, 10),
+    "photos8-200": Plan("photos8", 200, small=True),
+    "digits-300": Plan("digits", 300, small=True),
+    "cancer-300": Plan("cancer", 300, small=True),
+    "spiral-100": Plan("spiral", 100, small=True),
+    "digits-1200": Plan("digits", 1200, rates=(0.003,)),
+    "photos8-2000": Plan("photos8", 2000, rates=(0.01, 0.03)),
+    "photos8-20000": Plan("photos8", 20000, rates=(0.03,)),
+    "photos16-300": Plan("photos16", 300, 1500, (0.01,), 10),
+    "photos16-20000": Plan("photos16", 20000, 500, (0.01,), 10),
 }
+"""A rate alone is the best of those that the benchmark of schemes tried on that set."""
 
+OURS = ("smoothing", "two stages")
 METHODS: dict[str, tuple[float, ...]] = {
-    "plain": (0.0,),
-    "smoothing": (0.0,),
-    "two stages": (0.0,),
-    "smoothing, all t": (0.0,),
     "weight decay": (0.1, 0.3, 1.0),
     "dropout": (0.05, 0.1, 0.2),
-    "EMA": (0.99, 0.997, 0.999),
     "isotropic noise": (0.05, 0.1, 0.2),
+    "CDC-FM": (1.0, 3.0, 9.0),
+    "EMA": (0.0,),
+    "smoothing, all t": (0.0,),
     "flips": (0.0,),
 }
-"""With the settings over which each is tuned; one setting is none."""
+"""Baselines of the small sets, with the settings over which each is tuned."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,13 @@ class Part:
     plan: str
     method: str
     setting: float
+    lr: float
     seed: int
 
     @property
     def file(self) -> str:
         name = "".join(c if c.isalnum() else "_" for c in self.method)
-        return f"{self.plan}-{name}-{self.setting:g}-{self.seed}.json"
+        return f"{self.plan}-{name}-{self.setting:g}-{self.lr:g}-{self.seed}.json"
 
 
 class _Dropped(nn.Module):
@@ -102,6 +107,37 @@ class _Dropped(nn.Module):
 
     def forward(self, *args: Any) -> torch.Tensor:
         return self.net(*args)
+
+
+class CarreDuChamp:
+    """CDC-FM as published (Bamberger et al., arXiv 2510.05930): `x_1 + C_i^(1/2) x_0` for `x_1`.
+
+    `C_i` is the covariance of the K = 256 nearest rows, the row among them, with weights
+    `exp(-d_ij^2 / (b_i b_j))`, `b_i` the distance of the 8th; of rank 8; its largest eigenvalue is
+    gamma times a ninth of the squared distance of the nearest row, capped at the 90 % quantile of
+    that over all rows.
+    """
+
+    def __init__(self, rows: Tensor, gamma: float, near: int = 256, rank: int = 8) -> None:
+        flat = rows.flatten(1).double()
+        distances, index = torch.cdist(flat, flat).topk(min(near, len(flat)), largest=False)
+        widths = distances[:, 8]
+        limit = distances[:, 1].square() / 9
+        limit = limit.minimum(limit.quantile(0.9))
+        factors = []
+        for i in range(len(flat)):
+            weights = (-distances[i].square() / (widths[i] * widths[index[i]])).exp()
+            weights /= weights.sum()
+            about = flat[index[i]] - weights @ flat[index[i]]
+            _, s, vectors = torch.linalg.svd(weights.sqrt()[:, None] * about, full_matrices=False)
+            values = s[:rank].square()
+            factors.append((gamma * limit[i] * values / values[0]).sqrt()[:, None] * vectors[:rank])
+        self.halves = torch.stack(factors).float()  # rows of C^(1/2) in its own axes
+        self.axes = nn.functional.normalize(self.halves, dim=2)
+
+    def __call__(self, x1: Tensor, source: Tensor, x0: Tensor) -> Tensor:
+        along = torch.einsum("bkd,bd->bk", self.axes[source], x0.flatten(1))
+        return x1 + torch.einsum("bkd,bk->bd", self.halves[source], along).view_as(x1)
 
 
 @dataclass
@@ -146,45 +182,68 @@ def train(part: Part, made: Made) -> dict[str, Any]:
     scheme = made.scheme(part.method, part.seed)
     objective = FlowMatchingLoss(scheme=scheme)
     decay = part.setting if part.method == "weight decay" else 0.0
-    optimizer = torch.optim.AdamW(net.parameters(), plan.lr, (0.9, 0.95), weight_decay=decay)
+    optimizer = torch.optim.AdamW(net.parameters(), part.lr, (0.9, 0.95), weight_decay=decay)
 
     def rate(step: int) -> float:
         return min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / plan.steps)) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    measured: nn.Module = net
-    average = None
+    averages = {}
     if part.method == "EMA":
-        average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(part.setting))
-        measured = average
-    curve, seconds = [], 0.0
+        averages = {
+            decay: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
+            for decay in AVERAGES
+        }
+    cdc = None
+    if part.method == "CDC-FM":
+        cdc = CarreDuChamp(made.oracle.bank.rows, part.setting)
+    curves: dict[float, list[dict[str, float]]] = {decay: [] for decay in (0.0, *averages)}
+    seconds = 0.0
     generator = torch.Generator().manual_seed(part.seed + 100)
     batches = shuffled(*data.train, min(BATCH, plan.rows), seed=part.seed)
+    every = plan.steps // EVALUATIONS
     for step in range(1, plan.steps + 1):
         start = time.process_time()
         x1, labels = next(batches)
+        x0 = torch.randn_like(x1)
         if part.method == "isotropic noise":
             x1 = x1 + part.setting * torch.randn(x1.shape, generator=generator)
         if part.method == "flips":
             flipped = torch.rand(len(x1), generator=generator) < 0.5
             x1 = torch.where(flipped[:, None, None, None], x1.flip(-1), x1)
-        loss = objective(net, x1, labels, classes=labels)
+        if cdc is not None:
+            x1 = cdc(x1, made.oracle.bank.find(x1), x0)
+        loss = objective(net, x1, labels, x0=x0, classes=labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if average is not None:
-            average.update_parameters(net)
         scheme.observe(step=step, total=plan.steps)
         seconds += time.process_time() - start
-        if (plan.steps - step) % (plan.steps // EVALUATIONS) == 0:
-            curve.append({"step": step, "loss": held_out_loss(measured, data)})
-    found = of_samples(measured, data, plan.sampling_steps, count=SAMPLES)
-    best = min(point["loss"] for point in curve)
-    about = {"boundary": made.boundary.as_dict(), "by_time": loss_by_time(measured, data)}
-    end = {"end": curve[-1]["loss"], "best": best, "seconds": seconds, **found}
-    return {**vars(part), **about, **end, "curve": curve}
+        for average in averages.values():
+            average.update_parameters(net)
+        left = plan.steps - step
+        if left % every == 0:
+            curves[0.0].append({"step": step, "loss": held_out_loss(net, data)})
+        if left % (4 * every) == 0:
+            for decay, average in averages.items():
+                curves[decay].append({"step": step, "loss": held_out_loss(average, data)})
+    found = {"seconds": seconds, **ended(net, made, plan, curves[0.0])}
+    found["averages"] = {
+        str(decay): ended(average, made, plan, curves[decay]) for decay, average in averages.items()
+    }
+    return {**vars(part), "boundary": made.boundary.as_dict(), **found}
+
+
+def ended(net: nn.Module, made: Made, plan: Plan, curve: list[dict[str, float]]) -> dict[str, Any]:
+    """What is reported of a network at the end of its training."""
+    data = made.data
+    found = of_samples(net, data, plan.sampling_steps, count=SAMPLES, covered=True)
+    if plan.data == "spiral":
+        found["kl"] = kl_from_density(net)
+    ends = {"end": curve[-1]["loss"], "best": min(point["loss"] for point in curve)}
+    return {**ends, **found, "by_time": loss_by_time(net, data), "curve": curve}
 
 
 def run(folder: Path, part: Part, made: dict[str, Made]) -> dict[str, Any]:
@@ -201,7 +260,7 @@ def run(folder: Path, part: Part, made: dict[str, Made]) -> dict[str, Any]:
         if result is None:
             time.sleep(2)
         else:
-            keys = ("end", "best", "energy", "frechet", "copies", "seconds")
+            keys = ("end", "best", "energy", "frechet", "copies", "coverage", "seconds")
             print(part.file, *(f"{key} {result[key]:.4f}" for key in keys), flush=True)
     return json.loads(file.read_text())
 
@@ -210,23 +269,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dir", type=Path, default=Path("build/regularisers"))
     parser.add_argument("--data", default=",".join(PLANS), help="which, by commas")
-    parser.add_argument("--only", default=";".join(METHODS), help="methods, by ';'")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default=";".join((*OURS, *METHODS)), help="methods, by ';'")
+    parser.add_argument("--seeds", type=int, default=3, help="of plain training and of ours")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.dir.mkdir(parents=True, exist_ok=True)
     made: dict[str, Made] = {}
-    for plan in arguments.data.split(","):
-        for method in arguments.only.split(";"):
-            if method == "flips" and not plan.startswith("photos"):
-                continue
-            ends: Callable[[float], float] = lambda setting, m=method, p=plan: run(  # noqa: E731
-                arguments.dir, Part(p, m, setting, 0), made
-            )["end"]
-            best = min(METHODS[method], key=ends)
-            for seed in range(1, arguments.seeds):
-                run(arguments.dir, Part(plan, method, best, seed), made)
+    for name in arguments.data.split(","):
+        plan = PLANS[name]
+
+        def at(method: str, setting: float, lr: float, seed: int = 0, name: str = name) -> Any:
+            return run(arguments.dir, Part(name, method, setting, lr, seed), made)
+
+        lr = min(plan.rates, key=lambda lr, at=at: at("plain", 0.0, lr)["best"])
+        for method in ("plain", *arguments.only.split(";")):
+            if method in ("plain", *OURS):
+                for seed in range(arguments.seeds):
+                    at(method, 0.0, lr, seed)
+            elif plan.small and (method != "flips" or plan.data.startswith("photos")):
+                for setting in METHODS[method]:
+                    at(method, setting, lr)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from spiral import spiral
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -71,7 +72,25 @@ class Perceptron(nn.Module):
 
 
 def data_set(name: str) -> Data:
-    """photos8: 8x8 patches and a perceptron; photos16: those of the recipe and its SiT; digits."""
+    """The samples of a name, and a network for them.
+
+    photos8: 8x8 patches and a perceptron; photos16: those of the recipe and its SiT; digits;
+    cancer: the table of scikit-learn, columns of mean 0 and variance 1; spiral: see `spiral`.
+    """
+    if name == "spiral":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            x = spiral().sample((3000,))
+        y = torch.zeros(3000, dtype=torch.long)
+        return Data((x[:1000], y[:1000]), (x[1000:], y[1000:]), lambda: Perceptron(2, 1, 256))
+    if name == "cancer":
+        from sklearn.datasets import load_breast_cancer
+
+        table = load_breast_cancer()
+        order = torch.randperm(len(table.data), generator=torch.Generator().manual_seed(0))
+        x, y = torch.from_numpy(table.data).float()[order], torch.from_numpy(table.target)[order]
+        x = (x - x[:300].mean(0)) / x[:300].std(0)
+        return Data((x[:300], y[:300]), (x[300:], y[300:]), lambda: Perceptron(30, 2, 512))
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -144,9 +163,9 @@ def loss_by_time(net: nn.Module, data: Data, draws: int = 2) -> list[float]:
 
 @torch.no_grad()
 def of_samples(
-    net: nn.Module, data: Data, steps: int, *, count: int, seed: int = 2
+    net: nn.Module, data: Data, steps: int, *, count: int, seed: int = 2, covered: bool = False
 ) -> dict[str, float]:
-    """Energy and Frechet distance of samples to held-out data, and the share of copies."""
+    """Energy and Frechet distance of samples to held-out data, the share of copies, coverage."""
     net.eval()
     x = data.train[0]
     generator = torch.Generator().manual_seed(seed)
@@ -157,9 +176,14 @@ def of_samples(
     net.train()
     real = data.held_out[0].flatten(1)
     if not made.isfinite().all():  # training has diverged
-        return dict.fromkeys(("energy", "frechet", "copies"), math.nan)
+        return dict.fromkeys(("energy", "frechet", "copies", "coverage"), math.nan)
     near = torch.cdist(made, x.flatten(1)).topk(2, dim=1, largest=False).values
-    return {
+    coverage = {}
+    if covered:
+        radius = torch.cdist(real, real).kthvalue(6, dim=1).values  # the fifth but itself
+        reached = torch.cdist(real, made).amin(1) < radius
+        coverage = {"coverage": float(reached.float().mean())}
+    return coverage | {
         "energy": energy_distance(made, real),
         "frechet": frechet_distance(made, real),
         "copies": float((near[:, 0] < COPY_RATIO * near[:, 1]).float().mean()),

@@ -53,9 +53,9 @@ class Plan:
 
 PLANS = {
     "photos8-200": Plan("photos8", 200, small=True),
-    "digits-300": Plan("digits", 300, small=True),
-    "cancer-300": Plan("cancer", 300, small=True),
-    "spiral-100": Plan("spiral", 100, small=True),
+    "digits-300": Plan("digits", 300, 1500, small=True),
+    "cancer-300": Plan("cancer", 300, 1500, small=True),
+    "spiral-100": Plan("spiral", 100, 1500, small=True),
     "digits-1200": Plan("digits", 1200, rates=(0.003,)),
     "photos8-2000": Plan("photos8", 2000, rates=(0.01, 0.03)),
     "photos8-20000": Plan("photos8", 20000, rates=(0.03,)),
@@ -64,7 +64,7 @@ PLANS = {
 }
 """A rate alone is the best of those that the benchmark of schemes tried on that set."""
 
-OURS = ("smoothing", "two stages")
+OURS = ("smoothing", "fitted", "two stages")
 METHODS: dict[str, tuple[float, ...]] = {
     "weight decay": (0.1, 0.3, 1.0),
     "dropout": (0.05, 0.1, 0.2),
@@ -148,6 +148,7 @@ class Made:
     oracle: Oracle
     boundary: Any
     smoothing: Smoothing
+    fitted: Smoothing | None
 
     @classmethod
     def of(cls, plan: Plan) -> Made:
@@ -158,12 +159,14 @@ class Made:
         oracle = Oracle(LatentBank(*data.train))
         boundary = StageCurve.measure(oracle, class_wise=True).boundary()
         # The bank of the smoothing is that of the oracle: sorted by class, its rows are looked up.
-        return cls(data, oracle, boundary, Smoothing(oracle.bank, progress=False))
+        fitted = Smoothing.fit(oracle.bank, boundary, progress=False) if plan.small else None
+        return cls(data, oracle, boundary, Smoothing(oracle.bank, progress=False), fitted)
 
     def scheme(self, method: str, seed: int) -> Scheme:
         times, known = Uniform(stratified=True), {"boundary": self.boundary, "seed": seed}
-        if method == "smoothing":
-            return Scheme(timesteps=times, smoothing=self.smoothing, **known)
+        if method in ("smoothing", "fitted"):
+            smoothing = self.smoothing if method == "smoothing" else self.fitted
+            return Scheme(timesteps=times, smoothing=smoothing, **known)
         if method == "smoothing, all t":
             options = {"smoothing": self.smoothing, "strength": torch.ones_like}
             return Scheme(timesteps=times, **options, **known)
@@ -233,7 +236,8 @@ def train(part: Part, made: Made) -> dict[str, Any]:
     found["averages"] = {
         str(decay): ended(average, made, plan, curves[decay]) for decay, average in averages.items()
     }
-    return {**vars(part), "boundary": made.boundary.as_dict(), **found}
+    fitted = repr(made.fitted) if part.method == "fitted" else None
+    return {**vars(part), "boundary": made.boundary.as_dict(), "fitted": fitted, **found}
 
 
 def ended(net: nn.Module, made: Made, plan: Plan, curve: list[dict[str, float]]) -> dict[str, Any]:
@@ -284,10 +288,14 @@ def main() -> None:
 
         lr = min(plan.rates, key=lambda lr, at=at: at("plain", 0.0, lr)["best"])
         for method in ("plain", *arguments.only.split(";")):
-            if method in ("plain", *OURS):
+            if method in ("plain", *OURS) and (plan.small or method != "fitted"):
                 for seed in range(arguments.seeds):
                     at(method, 0.0, lr, seed)
-            elif plan.small and (method != "flips" or plan.data.startswith("photos")):
+            elif (
+                plan.small
+                and method in METHODS
+                and (method != "flips" or plan.data.startswith("photos"))
+            ):
                 for setting in METHODS[method]:
                     at(method, setting, lr)
 

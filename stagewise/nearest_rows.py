@@ -23,7 +23,7 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.products import full_precision, scores
 
-__all__ = ["Closest", "class_ends", "closest", "nearest_others"]
+__all__ = ["Closest", "class_ends", "closest", "nearest_others", "shown"]
 
 _GATHER = 2**24
 """Numbers of gathered rows held at a time."""
@@ -134,7 +134,7 @@ def _compare(
             yield tuple(value.cpu() for value in search.closest(rows))
 
     with full_precision():
-        found = list(_shown(parts(), len(blocks), progress, title))
+        found = list(shown(parts(), len(blocks), progress, title))
     reach, near, copies = (torch.cat(column) for column in zip(*found, strict=True))
     return reach, near, copies
 
@@ -253,7 +253,7 @@ def _sort(x: Tensor) -> Tensor:
     return x
 
 
-def _shown(
+def shown(
     parts: Iterable[tuple[Tensor, ...]], total: int, progress: bool, title: str
 ) -> Iterable[tuple[Tensor, ...]]:
     """The parts, with a bar if that is wanted and tqdm is there."""

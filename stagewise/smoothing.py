@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -38,9 +39,12 @@ from stagewise.engines import Sharded
 from stagewise.neighbour_index import index_header, neighbour_index, search_space
 from stagewise.oracle import Oracle, Times, require_tensors
 from stagewise.paths import expand_like
-from stagewise.stages import StageBoundary
+from stagewise.stages import StageBoundary, StageCurve
 from stagewise.strength import Strength, strength_at
 from stagewise.tracing import untraced
+
+if TYPE_CHECKING:
+    from stagewise.smoothing_fit import SmoothingScore
 
 __all__ = ["Smoothing"]
 
@@ -66,6 +70,7 @@ class Smoothing:
     Attributes:
         index: The neighbours, (N, K), int32, on the CPU, in the bank's own order; the row itself
             where there are fewer.
+        scores: What `fit` tried; empty without it.
 
     Raises:
         ValueError: On settings out of range, K of N or more, features of another length or with NaN
@@ -115,6 +120,7 @@ class Smoothing:
         self.space = "rows" if space is bank else space.fingerprint
         self._moved: dict[torch.device, Tensor] = {}
         self._checked = False
+        self.scores: list[SmoothingScore] = []
 
     # -- files ---------------------------------------------------------------------------------
 
@@ -163,6 +169,70 @@ class Smoothing:
         made._fill(bank, index, scale, floor, class_wise, space)
         made.save(path)
         return made
+
+    @classmethod
+    def fit(
+        cls,
+        bank: LatentBank,
+        boundary: float | StageBoundary | None = None,
+        *,
+        class_wise: bool = False,
+        progress: bool = True,
+    ) -> Smoothing | None:
+        """Neighbours and scale by cross-validation, for sets of up to some thousand rows.
+
+        Of 8, 16, 32 and 64 neighbours and scales from 0.25 to 1.4: what makes samples that are no
+        farther from rows left out than the rows themselves are, with the best field; see
+        `smoothing_fit`. It knows the rows, not the model: where nothing is learnt by heart, a held-
+        out gap says so (`Forecast`), and smoothing gains little or nothing.
+
+        Args:
+            bank: The rows; at least 20.
+            boundary: Time from which on they are smoothed: a time, or what was measured, of which
+                the collapsed boundary is taken. Default: measured, class-wise if the bank has
+                classes.
+            class_wise: Whether neighbours are of the row's own class.
+            progress: Whether to show a bar.
+
+        Returns:
+            The smoothing, its `scores` a list of all that was tried; or None, with a warning that
+            says why, if none of the settings helps: `Scheme(smoothing=None)` is plain training.
+
+        Raises:
+            ValueError: For fewer than 20 rows.
+        """
+        from stagewise.smoothing_fit import cross_validated
+
+        if len(bank) < 20:
+            raise ValueError(
+                f"Expected at least 20 rows to choose a smoothing from, got {len(bank)}: "
+                f"Smoothing(bank, neighbours={max(1, min(8, len(bank) - 1))})."
+            )
+        if boundary is None:
+            boundary = StageCurve.measure(Oracle(bank)).boundary()
+        edge = boundary.collapsed if isinstance(boundary, StageBoundary) else boundary
+        if not 0 < edge < 1:
+            warnings.warn(
+                f"Smoothing.fit: none. The posterior never collapses on one row (boundary {edge}), "
+                "so that nothing of the target is a row by heart.",
+                stacklevel=2,
+            )
+            return None
+        most = len(bank) * 4 // 5 - 1
+        tried = tuple(k for k in (8, 16, 32, 64) if k <= most)
+        options: dict[str, Any] = {"class_wise": class_wise, "progress": progress}
+        scores = cross_validated(bank, edge, tried, (0.25, 0.35, 0.5, 0.7, 1.0, 1.4), **options)
+        best = min((s for s in scores if not math.isnan(s.loss)), key=lambda score: score.loss)
+        if not best.neighbours:
+            warnings.warn(
+                f"Smoothing.fit: none. On rows left out the rows as they are have a loss of "
+                f"{best.loss:.4g}, and no setting that keeps samples as near to them has less.",
+                stacklevel=2,
+            )
+            return None
+        fitted = cls(bank, best.neighbours, best.scale, **options)
+        fitted.scores = scores
+        return fitted
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the neighbours for `cached`, in one step: there is never half a file at `path`."""

@@ -9,6 +9,12 @@ from stagewise.attention import GaussianAttention
 from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
 from stagewise.certificate import Certificate
+from stagewise.forecast import (
+    SmoothingForecast,
+    TargetForecast,
+    forecast_smoothing,
+    forecast_targets,
+)
 from stagewise.lambdas import Concentration, Smooth
 from stagewise.latents import open_latents
 from stagewise.oracle import Oracle
@@ -99,6 +105,7 @@ __all__ = [
     "Smooth",
     "SmoothedOracle",
     "Smoothing",
+    "SmoothingForecast",
     "StageAware",
     "StageBoundary",
     "StageCurve",
@@ -106,6 +113,7 @@ __all__ = [
     "StageGate",
     "Stratified",
     "Target",
+    "TargetForecast",
     "Tempered",
     "TimestepSampler",
     "UShaped",
@@ -115,6 +123,8 @@ __all__ = [
     "WithFloor",
     "advise",
     "find_sample",
+    "forecast_smoothing",
+    "forecast_targets",
     "merge",
     "mix_target",
     "open_latents",

@@ -50,6 +50,7 @@ from stagewise.timesteps import (
     Beta,
     EDMLogNormal,
     LogitNormal,
+    LossAboveFloor,
     LossSecondMoment,
     Mode,
     Shifted,
@@ -60,7 +61,7 @@ from stagewise.timesteps import (
     WithFloor,
 )
 from stagewise.transitions import AtEvent, AtPlateau, AtShare, AtStep
-from stagewise.weights import P2, EDMWeight, MinSNR, StageFactors, StageGate, Weight
+from stagewise.weights import P2, EDMWeight, InverseFloor, MinSNR, StageFactors, StageGate, Weight
 
 __version__ = "0.1.0"
 
@@ -82,10 +83,12 @@ __all__ = [
     "EDMPath",
     "EDMWeight",
     "GaussianAttention",
+    "InverseFloor",
     "LatentBank",
     "LeaveOneOut",
     "LinearPath",
     "LogitNormal",
+    "LossAboveFloor",
     "LossSecondMoment",
     "MinSNR",
     "Mix",

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from typing import Any
 import numpy as np
 import schemes
 import torch
-from schemes import BATCH, PLANS, Part, boundary_of, write_once
+from schemes import BATCH, PLANS, Part, write_once
 from schemes_data import Data, data_set, held_out_loss, shuffled
 from schemes_records import ARCHIVE, unpack
 from schemes_report import ABOUT, load, share, share_cell, table
 from scipy.optimize import isotonic_regression
 
-from stagewise import LatentBank, Oracle, Uniform
+from stagewise import LatentBank, Oracle, Scheme, Smoothing, Uniform
 from stagewise.binned_sums import BinnedSums
 from stagewise.forecast import TargetForecast, forecast_smoothing, forecast_targets
 from stagewise.stages import StageCurve
@@ -39,13 +40,21 @@ ASKED = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of a training at which it is stopped to be asked."""
 FROM = 0.25
 """Those from here on make the forecast of a training, as `stagewise.callbacks.Forecast` does."""
+TIMES = Uniform(stratified=True)
 METRICS = {"adam": "as Adam steps", "plain": "P = 1"}
 
 
-def plain(part: Part, data: Data, oracle: Oracle, batch: int) -> dict[str, Any]:
-    """The held-out loss at the end of a training with so large a batch."""
-    *_, last = schemes.steps(part, data, oracle, boundary_of(oracle), batch)
+def ended(part: Part, data: Data, scheme: Scheme, batch: int) -> dict[str, Any]:
+    """The held-out loss at the end of a training."""
+    *_, last = schemes.steps(part, data, scheme, batch)
     return {**vars(part), "batch": batch, "loss": held_out_loss(last.net, data)}
+
+
+def smoothed(part: Part, data: Data, oracle: Oracle) -> dict[str, Any]:
+    """The same with a smoothing from the collapsed boundary on."""
+    scheme = Scheme(timesteps=TIMES, smoothing=Smoothing(oracle.bank), seed=part.seed)
+    scheme.measure_boundary()
+    return ended(part, data, scheme, BATCH)
 
 
 def asked(part: Part, data: Data, oracle: Oracle) -> dict[str, Any]:
@@ -53,7 +62,7 @@ def asked(part: Part, data: Data, oracle: Oracle) -> dict[str, Any]:
     curve = StageCurve.measure(oracle, class_wise=True).boundary()
     steps = {round(one * part.horizon): one for one in ASKED}
     found = []
-    for at in schemes.steps(part, data, oracle, curve.midpoint):
+    for at in schemes.steps(part, data, Scheme(timesteps=TIMES)):
         if at.step not in steps:
             continue
         for key in METRICS:
@@ -64,7 +73,7 @@ def asked(part: Part, data: Data, oracle: Oracle) -> dict[str, Any]:
                 oracle,
                 few,
                 optimizer=at.optimizer if key == "adam" else None,
-                timesteps=Uniform(stratified=True),
+                timesteps=TIMES,
                 seed=part.seed,
             )
             found.append({"at": steps[at.step], "metric": key, **vars(said)})
@@ -94,7 +103,9 @@ def run(folder: Path, records: Path, name: str, seeds: int) -> None:
         write_once(folder / f"{name}-asked-{seed}.json", partial(asked, part, data, oracle))
         for batch in BATCHES:
             target = folder / f"{name}-plain-{batch}-{seed}.json"
-            write_once(target, partial(plain, part, data, oracle, batch))
+            write_once(target, partial(ended, part, data, Scheme(timesteps=TIMES), batch))
+        part = replace(part, scheme="smoothed")
+        write_once(folder / f"{name}-smoothed-{seed}.json", partial(smoothed, part, data, oracle))
         print(name, seed, flush=True)
 
 
@@ -122,12 +133,9 @@ def equivalent(by_batch: dict[int, list[float]], goal: list[float]) -> tuple[flo
 
 def mean_forecast(said: list[dict[str, Any]], *, first: float, last: float = 1.0) -> TargetForecast:
     """The mean over shares of the training from `first` to `last`, and over seeds."""
+    keys = ("share", "error", "noise_scale", "batch")
     chosen = [one for one in said if first <= one["at"] <= last]
-    share_ = float(np.mean([one["share"] for one in chosen]))
-    error = math.sqrt(sum(one["error"] ** 2 for one in chosen)) / len(chosen)
-    # Noise scales are averaged as their inverse, the share of signal, which may be none.
-    scale = 1 / max(np.mean([1 / one["noise_scale"] for one in chosen]), 1e-12)
-    return TargetForecast(share_, error, float(scale), BATCH)
+    return TargetForecast.mean([TargetForecast(*(one[key] for key in keys)) for one in chosen])
 
 
 def cell(value: tuple[float, float, float]) -> str:
@@ -141,7 +149,11 @@ def report(folder: Path, records: Path) -> list[str]:
     runs, rows, course, smooth, losses = load(records), [], [], [], []
     for name in ABOUT:
         seen = [part for part in parts if part["data"] == name and "found" in part]
-        larger = [part for part in parts if part["data"] == name and "loss" in part]
+        larger = [
+            part
+            for part in parts
+            if (part["data"], part["scheme"]) == (name, "plain") and "loss" in part
+        ]
         if not seen or not larger:
             continue
         known = runs[name, PLANS[name].horizons[0]]
@@ -182,13 +194,16 @@ def report(folder: Path, records: Path) -> list[str]:
         losses.append(
             [name, f"{BATCH}, oracle", f"{len(goal)}", f"{np.mean(goal):.4f} ± {half:.4f}"]
         )
+        without = {run["seed"]: run["curve"][-1]["loss"] for run in known["plain"]}
+        smoothed_ = [part for part in parts if (part["data"], part["scheme"]) == (name, "smoothed")]
+        gains = {run["seed"]: run["loss"] / without[run["seed"]] - 1 for run in smoothed_}
         for part in seen:
             late = {key: one["refinement"] for key, one in part["probe"]["stages"].items()}
             gap = late["held_out"]["conditional"] / late["train"]["conditional"] - 1
             found = forecast_smoothing(part["probe"], part["edges"], part["collapsed"])
-            smooth.append(
-                [*(name, f"{part['seed']}", f"{part['collapsed']:.2f}", f"{gap:+.1%}", f"{found}")]
-            )
+            gain = f"{gains[part['seed']]:+.1%}" if part["seed"] in gains else "not run"
+            about = (name, f"{part['seed']}", f"{part['collapsed']:.2f}", f"{gap:+.1%}")
+            smooth.append([*about, f"{found}", gain])
     return [
         "# The forecast beside what training showed",
         "",
@@ -221,9 +236,12 @@ def report(folder: Path, records: Path) -> list[str]:
         "",
         *table(["data", "batch", "seeds", "held-out loss"], losses),
         "**Smoothing**: error on held-out samples over that on training rows, minus 1, beyond the "
-        "collapsed boundary, at the end of plain training, and what `forecast_smoothing` says.",
+        "collapsed boundary, at the end of plain training; what `forecast_smoothing` says; and by "
+        "how much the whole held-out loss at the end differs with a `Smoothing` from there on.",
         "",
-        *table(["data", "seed", "collapsed at t", "gap beyond", "forecast"], smooth),
+        *table(
+            ["data", "seed", "collapsed at t", "gap beyond", "forecast", "with smoothing"], smooth
+        ),
     ]
 
 

@@ -153,13 +153,10 @@ class State:
     optimizer: torch.optim.Optimizer
 
 
-def steps(
-    part: Part, data: Data, oracle: Oracle, boundary: float, batch: int = BATCH
-) -> Iterator[State]:
+def steps(part: Part, data: Data, scheme: Scheme | Phases, batch: int = BATCH) -> Iterator[State]:
     """Trains, and stops before the first step and after each to be looked at."""
     torch.manual_seed(part.seed)
     net = data.net()
-    scheme = schemes(oracle, boundary)[part.scheme](part.seed)
     scheme.check()
     objective = FlowMatchingLoss(scheme=scheme)
     optimizer = torch.optim.AdamW(net.parameters(), part.lr, (0.9, 0.95), weight_decay=0)
@@ -195,7 +192,8 @@ def train(
     curve = []
     plan = PLANS.get(part.data, Plan())
     every = max(part.horizon // plan.evaluations, plan.interval)
-    for at in steps(part, data, oracle, boundary, batch):
+    scheme = schemes(oracle, boundary)[part.scheme](part.seed)
+    for at in steps(part, data, scheme, batch):
         left = part.horizon - at.step
         if at.step and left % every == 0:
             point = {"step": at.step, "seconds": at.seconds, "loss": held_out_loss(at.net, data)}

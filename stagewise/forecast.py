@@ -63,6 +63,21 @@ class TargetForecast:
     noise_scale: float
     batch: int
 
+    @classmethod
+    def mean(cls, forecasts: Sequence[TargetForecast]) -> TargetForecast:
+        """That of a whole training, from several along it that are about the same batch.
+
+        Noise scales are averaged as shares of signal, their inverse.
+        """
+        count = len(forecasts)
+        signal = sum(1 / one.noise_scale for one in forecasts) / count
+        return cls(
+            share=sum(one.share for one in forecasts) / count,
+            error=math.hypot(*(one.error for one in forecasts)) / count,
+            noise_scale=1 / signal if signal else math.inf,
+            batch=forecasts[-1].batch,
+        )
+
     @property
     def factor(self) -> float:
         """By how much a plain batch would have to be larger for the same noise, at least 1."""

@@ -18,7 +18,9 @@ from stagewise import (
     forecast_smoothing,
     forecast_targets,
 )
+from stagewise.callbacks import Forecast, PosteriorMonitor, VelocityErrorMonitor
 from stagewise.forecast import _estimate
+from stagewise.losses import FlowMatchingLoss
 
 
 def batches_of(x, size, count, labels=None, seed=0):
@@ -251,3 +253,115 @@ def test_smoothing_has_something_to_gain_where_a_gap_is():
     assert not forecast_smoothing(loud, edges, 0.5).worth_trying
     assert forecast_smoothing({"gap": None}, edges, 0.5) is None
     assert forecast_smoothing(probe_with(lambda t: 1.0), edges, 1.0) is None
+
+
+# -- the callback ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fit(make_data, make_trainer, tiny_flow, make_loader):
+    """`fit(*callbacks, ...)`: a run of eight steps with held-out data; gives its model."""
+
+    def fit(*callbacks, model=None, max_steps=8, **options):
+        model = model or tiny_flow()
+        model.validation_step = lambda batch, batch_idx: None
+        pl.seed_everything(4, verbose=False)
+        loaders = make_loader(make_data()[0], shuffle=True), make_loader(make_data(40)[0] + 0.1)
+        make_trainer(*callbacks, max_steps=max_steps, **options).fit(model, *loaders)
+        return model
+
+    return fit
+
+
+FEW = {"every_n_steps": 2, "strata": 8, "queries": 4, "figures": 0}
+
+
+def test_forecasting_changes_nothing_and_says_both(fit, weights, tmp_path, read_stages):
+    plain = weights(fit())
+    callback = Forecast()
+    logger = CSVLogger(tmp_path, "csv", version="")
+    watched = fit(PosteriorMonitor(**FEW), VelocityErrorMonitor(**FEW), callback, logger=logger)
+    assert torch.equal(weights(watched), plain)
+    assert all(module.training for module in watched.modules())
+    assert [entry["step"] for entry in callback.history] == [2, 4, 6, 8]
+    header, *_ = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
+    kinds = ("share", "batch_factor", "steps", "probe_seconds")
+    assert {f"stagewise_forecast/{kind}" for kind in kinds} <= set(header.split(","))
+    about, events = read_stages(tmp_path / "csv" / "stagewise_forecast")
+    assert (about["event"], about["class_wise"]) == ("forecasts", False)
+    assert [event["event"] for event in events] == ["forecast"] * 4
+    for event in events:
+        assert 0 < event["share"] < 1
+        assert event["targets"].startswith("oracle targets are worth a batch of")
+        assert event["smoothing"].endswith("to gain")
+        assert event["batch"] == 8
+
+
+def test_what_it_measures_is_what_the_function_does(fit):
+    callback, seen = Forecast(every_n_steps=4), []
+
+    class Ask(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 4:
+                net = pl_module.net
+
+                def velocity(xt, t, labels):
+                    return net(torch.cat([xt, t[:, None]], 1))
+
+                seen.append(
+                    forecast_targets(
+                        velocity,
+                        pl_module,
+                        callback.run.oracle(callback),
+                        callback._batches(),
+                        optimizer=trainer.optimizers[0],
+                    )
+                )
+
+    fit(callback, Ask(), accumulate_grad_batches=2, max_steps=4)
+    first = callback.history[0]
+    assert first["share"] == pytest.approx(seen[0].share, rel=1e-5)
+    assert first["share_se"] == pytest.approx(seen[0].error, rel=1e-4)
+    assert first["batch"] == 16, "two batches of 8 for a step"
+    assert first["smoothing"] is None
+
+
+def test_a_loss_on_the_noise_counts_its_own_errors(fit, tiny_flow):
+    model = tiny_flow()
+    model.loss = FlowMatchingLoss(prediction="noise")
+    callback = Forecast(every_n_steps=4)
+    seen = []
+
+    class Ask(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen[:] = [callback._weight(torch.tensor([0.0, 0.25, 0.5, 0.999]))]
+
+    fit(callback, Ask(), model=model, max_steps=4)
+    # noise = -(a / s) x_1 + ..., velocity = 1 / s x_1 + ...
+    torch.testing.assert_close(seen[0], torch.tensor([0.0, 0.25, 0.5, 0.999]) ** 2)
+    assert 0 < callback.history[0]["share"] < 1
+
+
+def test_a_resumed_run_says_what_one_that_goes_through_says(
+    fit, tiny_flow, tmp_path, make_trainer, make_loader, make_data
+):
+    def run(max_steps, callback, **options):
+        model = tiny_flow(seeded=True)
+        model.validation_step = lambda batch, batch_idx: None
+        pl.seed_everything(4, verbose=False)
+        trainer = make_trainer(callback, max_steps=max_steps)
+        trainer.fit(model, make_loader(make_data()[0]), make_loader(make_data(40)[0]), **options)
+        return trainer
+
+    whole, first, second = (Forecast(every_n_steps=4) for _ in range(3))
+    run(16, whole)
+    run(8, first).save_checkpoint(tmp_path / "half.ckpt")
+    run(16, second, ckpt_path=tmp_path / "half.ckpt")
+    assert json.dumps(second.history) == json.dumps(whole.history)
+
+
+def test_what_is_wrong_is_refused():
+    with pytest.raises(ValueError, match="`every_n_steps` of at least 1"):
+        Forecast(every_n_steps=0)
+    with pytest.raises(TypeError, match="Forecast has no argument 'batches'"):
+        Forecast(batches=4)

@@ -223,11 +223,11 @@ def _metric(
     module: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """What is trained, and P of each parameter."""
-    if optimizer is None:
-        found = [one for one in module.parameters() if one.requires_grad]
-        return found, [None] * len(found)
     parameters: list[Tensor] = []
     metric: list[Tensor | None] = []
+    if optimizer is None:
+        parameters += [one for one in module.parameters() if one.requires_grad]
+        return parameters, [None] * len(parameters)
     for group in optimizer.param_groups:
         for one in group["params"]:
             if one.requires_grad:
@@ -257,7 +257,8 @@ def _estimate(removed: Tensor, kept: Tensor, signal: Tensor, batch: int) -> Targ
     error = (off.square().sum() / (len(off) * (len(off) - 1))).sqrt() / whole.clamp_min(1e-300)
     mean = signal - kept.mean() / count  # what noise adds to the square of a mean
     scale = torch.where(mean > 0, batch * whole / mean, torch.inf)
-    return TargetForecast(*torch.stack([share, error, scale]).tolist(), batch)
+    f, wrong, samples = torch.stack([share, error, scale]).tolist()
+    return TargetForecast(f, wrong, samples, batch)
 
 
 @dataclass(frozen=True)

@@ -301,13 +301,13 @@ def forecast_smoothing(
             samples may be of another kind than training rows, which smoothing does not mend.
 
     Returns:
-        What was found; None without held-out samples, or if no bin lies beyond the boundary. There
-        is a gap if over all bins beyond it held-out error is above training error by more than a
-        tenth of that and by more than four standard errors; the range is from the first of them to
-        the last in which it is above by a tenth.
+        What was found; None without held-out samples, or if no bin has its middle beyond the
+        boundary. There is a gap if over all those bins held-out error is above training
+        error by more than a tenth of that and by more than four standard errors; the range is from
+        the first of them to the last in which it is above by a tenth.
     """
     bins = torch.tensor(edges, dtype=torch.float64)
-    acts = bins[:-1] >= collapsed - 1e-6
+    acts = (bins[1:] + bins[:-1]) / 2 > collapsed
     if probe["gap"] is None or not acts.any():
         return None
     width = bins.diff()[acts]

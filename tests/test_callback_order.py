@@ -88,9 +88,9 @@ def test_any_order_gives_the_same_files(files, seen, make, order):
 def test_a_forecast_reads_the_errors_wherever_it_stands(files):
     found = []
     for place in (0, 1):
-        callbacks = [VelocityErrorMonitor(**FEW)]
+        callbacks = [VelocityErrorMonitor(every_n_steps=2, queries=4)]
         callbacks.insert(place, Forecast())
-        found.append(files(callbacks, "run")[1])
+        found.append(files(callbacks, f"run{place}")[1])
         assert callbacks[place].history[0]["smoothing"] is not None
     assert found[0] == found[1]
 

@@ -112,20 +112,21 @@ def run(folder: Path, records: Path, name: str, seeds: int) -> None:
 def equivalent(by_batch: dict[int, list[float]], goal: list[float]) -> tuple[float, float, float]:
     """The batch, over `BATCH`, whose loss is that of `goal`, and its range over resampled seeds.
 
-    Seed k of all batches is taken together: they begin with the same weights. Losses are made to
-    fall with the batch by isotonic regression. Infinite: above the largest batch.
+    Seed k of all batches is taken together: they begin with the same weights; seeds that some batch
+    has not run are left out. Losses are made to fall with the batch by isotonic regression.
+    Infinite: above the largest batch.
     """
 
     def once(seeds: tuple[int, ...]) -> float:
         sizes = sorted(by_batch)
-        mean = [np.mean([by_batch[size][s % len(by_batch[size])] for s in seeds]) for size in sizes]
+        mean = [np.mean([by_batch[size][seed] for seed in seeds]) for size in sizes]
         falls = isotonic_regression(mean, increasing=False).x
-        aim = np.mean([goal[s % len(goal)] for s in seeds])
+        aim = np.mean([goal[seed] for seed in seeds])
         if aim < falls[-1]:
             return math.inf
         return float(np.exp(np.interp(-aim, -falls, np.log(sizes)))) / BATCH
 
-    count = max(map(len, by_batch.values()))
+    count = min(map(len, by_batch.values()))
     again = [once(seeds) for seeds in itertools.product(range(count), repeat=count)]
     low, high = np.quantile(again, [0.025, 0.975], method="nearest")
     return once(tuple(range(count))), float(low), float(high)
@@ -169,9 +170,16 @@ def report(folder: Path, records: Path) -> list[str]:
         whole = {key: mean_forecast(said, first=FROM) for key, said in by.items()}
         said = whole["adam"]
         off = said.factor / measured[0] - 1
+        alone = min(map(len, by_batch.values())) == 1
+        shown = f"{measured[0]:.2f} (one seed)" if alone else cell(measured)
         rows.append(
             [
-                *(name, cell((said.factor, *said.interval)), cell(measured), f"{off:+.0%}"),
+                *(
+                    name,
+                    cell((said.factor, *said.interval)),
+                    shown,
+                    f"{off:+.0%}",
+                ),
                 f"{(said.factor - 1) / (measured[0] - 1) - 1:+.0%}",
                 f"{whole['plain'].factor:.2f}",
                 f"{said.steps:.2f}",

@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-latents test test-all test-rest lint types bench bench-imagenet bench-recipes bench-schemes figures docs tree clean distclean
+.PHONY: help demo demo-latents test test-all test-rest lint types bench bench-forecast bench-imagenet bench-recipes bench-schemes figures docs tree clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -62,6 +62,9 @@ bench-schemes: $(VENV)/.recipes ## train with and without schemes (hours; resume
 	$(BIN)/python benchmarks/schemes_why.py --threads 1
 	$(BIN)/python benchmarks/schemes_why.py --threads 1 --data photos16 --seeds 1
 	$(BIN)/python benchmarks/schemes.py --report
+
+bench-forecast: $(VENV)/.recipes ## hold the forecast against training (an hour; resumes), write docs/forecast.md
+	$(BIN)/python benchmarks/forecast.py
 
 figures: $(VENV)/.recipes ## train three small models, draw what docs/watching.md shows (half an hour)
 	$(BIN)/python benchmarks/watching.py

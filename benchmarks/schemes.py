@@ -25,7 +25,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,16 +143,20 @@ class Part:
         return f"{self.data}-{name}-{self.horizon}-{self.lr:g}-{self.seed}.json"
 
 
-def train(
-    part: Part, data: Data, oracle: Oracle, boundary: float, batch: int = BATCH
-) -> tuple[dict[str, Any], nn.Module]:
-    """Trains, and measures on the way; gives the record and the network.
+@dataclass(frozen=True)
+class State:
+    """Where a training is: steps done, processor seconds they took, network and optimizer."""
 
-    Seconds are the processor's: on one thread those of a machine with nothing else to do.
-    """
+    step: int
+    seconds: float
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def steps(part: Part, data: Data, scheme: Scheme | Phases, batch: int = BATCH) -> Iterator[State]:
+    """Trains, and stops before the first step and after each to be looked at."""
     torch.manual_seed(part.seed)
     net = data.net()
-    scheme = schemes(oracle, boundary)[part.scheme](part.seed)
     scheme.check()
     objective = FlowMatchingLoss(scheme=scheme)
     optimizer = torch.optim.AdamW(net.parameters(), part.lr, (0.9, 0.95), weight_decay=0)
@@ -161,10 +165,9 @@ def train(
         return min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / part.horizon)) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    curve, seconds = [], 0.0
-    plan = PLANS.get(part.data, Plan())
-    every = max(part.horizon // plan.evaluations, plan.interval)
     batches = shuffled(*data.train, batch, seed=part.seed)
+    seconds = 0.0
+    yield State(0, seconds, net, optimizer)
     for step in range(1, part.horizon + 1):
         start = time.process_time()
         x1, labels = next(batches)
@@ -176,15 +179,30 @@ def train(
         schedule.step()
         scheme.observe(step=step, total=part.horizon)
         seconds += time.process_time() - start
-        left = part.horizon - step
-        if left % every == 0:
-            point = {"step": step, "seconds": seconds, "loss": held_out_loss(net, data)}
+        yield State(step, seconds, net, optimizer)
+
+
+def train(
+    part: Part, data: Data, oracle: Oracle, boundary: float, batch: int = BATCH
+) -> tuple[dict[str, Any], nn.Module]:
+    """Trains, and measures on the way; gives the record and the network.
+
+    Seconds are the processor's: on one thread those of a machine with nothing else to do.
+    """
+    curve = []
+    plan = PLANS.get(part.data, Plan())
+    every = max(part.horizon // plan.evaluations, plan.interval)
+    scheme = schemes(oracle, boundary)[part.scheme](part.seed)
+    for at in steps(part, data, scheme, batch):
+        left = part.horizon - at.step
+        if at.step and left % every == 0:
+            point = {"step": at.step, "seconds": at.seconds, "loss": held_out_loss(at.net, data)}
             if left % (2 * every) == 0:
-                point |= of_samples(net, data, plan.sampling_steps, count=SAMPLES)
+                point |= of_samples(at.net, data, plan.sampling_steps, count=SAMPLES)
             curve.append(point)
     about = {"boundary": boundary, "threads": torch.get_num_threads(), "clock": "processor"}
-    about |= {"cpu": meta()["cpu"], "by_time": loss_by_time(net, data)}
-    return {**vars(part), **about, "curve": curve}, net
+    about |= {"cpu": meta()["cpu"], "by_time": loss_by_time(at.net, data)}
+    return {**vars(part), **about, "curve": curve}, at.net
 
 
 def boundary_of(oracle: Oracle) -> float:

@@ -17,9 +17,6 @@ from stagewise.paths import same_path
 
 __all__ = ["Monitor"]
 
-_PROBES = 20
-"""Probes in a run whose interval nobody gives."""
-
 
 class Monitor(StageCallback):
     """Says when to probe, keeps what was found, writes it, and takes it up when a run resumes.
@@ -41,6 +38,7 @@ class Monitor(StageCallback):
         every: Steps between probes, once training has begun.
         history: The probes so far.
         seconds: What each probe of this process has cost.
+        probes: Probes in a run whose interval nobody gives.
         longest: The largest default of `every_n_steps`.
         event: What its lines in `stages.jsonl` are called.
 
@@ -49,6 +47,7 @@ class Monitor(StageCallback):
     """
 
     measures = True
+    probes: ClassVar[int] = 20
     longest: ClassVar[int] = 1000
     event: ClassVar[str]
 
@@ -110,7 +109,7 @@ class Monitor(StageCallback):
         # A callback may serve a second fit: only a resumed run has a past.
         going_on = bool(past) and not self.renewed
         self.history = [e for e in self.history if going_on and self._stays(e, past)]
-        share = (run.total or _PROBES * self.longest) // _PROBES
+        share = (run.total or self.probes * self.longest) // self.probes
         self.every = self.every_n_steps or max(1, min(self.longest, share))
         self.writer = run.writer(self)
         self._since, self.seconds = (time.perf_counter(), past), []

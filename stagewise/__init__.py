@@ -9,6 +9,12 @@ from stagewise.attention import GaussianAttention
 from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
 from stagewise.certificate import Certificate
+from stagewise.forecast import (
+    SmoothingForecast,
+    TargetForecast,
+    forecast_smoothing,
+    forecast_targets,
+)
 from stagewise.lambdas import Concentration, Smooth
 from stagewise.latents import open_latents
 from stagewise.oracle import Oracle
@@ -44,6 +50,7 @@ from stagewise.timesteps import (
     Beta,
     EDMLogNormal,
     LogitNormal,
+    LossAboveFloor,
     LossSecondMoment,
     Mode,
     Shifted,
@@ -54,7 +61,7 @@ from stagewise.timesteps import (
     WithFloor,
 )
 from stagewise.transitions import AtEvent, AtPlateau, AtShare, AtStep
-from stagewise.weights import P2, EDMWeight, MinSNR, StageFactors, StageGate, Weight
+from stagewise.weights import P2, EDMWeight, InverseFloor, MinSNR, StageFactors, StageGate, Weight
 
 __version__ = "0.1.0"
 
@@ -76,10 +83,12 @@ __all__ = [
     "EDMPath",
     "EDMWeight",
     "GaussianAttention",
+    "InverseFloor",
     "LatentBank",
     "LeaveOneOut",
     "LinearPath",
     "LogitNormal",
+    "LossAboveFloor",
     "LossSecondMoment",
     "MinSNR",
     "Mix",
@@ -99,6 +108,7 @@ __all__ = [
     "Smooth",
     "SmoothedOracle",
     "Smoothing",
+    "SmoothingForecast",
     "StageAware",
     "StageBoundary",
     "StageCurve",
@@ -106,6 +116,7 @@ __all__ = [
     "StageGate",
     "Stratified",
     "Target",
+    "TargetForecast",
     "Tempered",
     "TimestepSampler",
     "UShaped",
@@ -115,6 +126,8 @@ __all__ = [
     "WithFloor",
     "advise",
     "find_sample",
+    "forecast_smoothing",
+    "forecast_targets",
     "merge",
     "mix_target",
     "open_latents",

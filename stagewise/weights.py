@@ -21,9 +21,20 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from stagewise.loss_floor import loss_floor
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
+from stagewise.stages import StageCurve
 
-__all__ = ["EDMWeight", "HasBoundary", "MinSNR", "P2", "StageFactors", "StageGate", "Weight"]
+__all__ = [
+    "EDMWeight",
+    "HasBoundary",
+    "InverseFloor",
+    "MinSNR",
+    "P2",
+    "StageFactors",
+    "StageGate",
+    "Weight",
+]
 
 _END = 1e-6
 
@@ -145,6 +156,32 @@ class EDMWeight(_OfData):
     def of_data(self, snr: Tensor) -> Tensor:
         """See the module."""
         return snr + 1 / self.sigma_data**2
+
+
+@dataclass(frozen=True)
+class InverseFloor(Weight):
+    """`min(1 / J*(t), largest)` with J* the measured floor of the loss, for a velocity.
+
+    Where much of the loss cannot be removed it counts less (Xu et al., arXiv 2506.13763,
+    whose second term, a bump at middle times, is left out). See `LossAboveFloor`, the draws that go
+    with it, for what became of it here.
+
+    Args:
+        curve: The measured floor, `StageCurve.measure(oracle)`.
+        largest: The cap, above 0, default 5. J* falls to 0 at t = 1, so that the cap decides there;
+            it is in the units of a velocity, the mean over D numbers.
+    """
+
+    curve: StageCurve
+    largest: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.largest <= 0:
+            raise ValueError(f"Expected `largest` above 0, got {self.largest}.")
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """See `Weight`."""
+        return (1 / loss_floor(self.curve, t)).clamp_max(self.largest)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from stagewise import AtEvent, LogitNormal, Mix, Phase, Phases, Scheme
 from stagewise.callbacks import (
+    Forecast,
     MemorizationMonitor,
     PosteriorMonitor,
     StageRun,
@@ -84,6 +85,16 @@ def test_any_order_gives_the_same_files(files, seen, make, order):
     assert found == others
 
 
+def test_a_forecast_reads_the_errors_wherever_it_stands(files):
+    found = []
+    for place in (0, 1):
+        callbacks = [VelocityErrorMonitor(every_n_steps=2, queries=4)]
+        callbacks.insert(place, Forecast())
+        found.append(files(callbacks, f"run{place}")[1])
+        assert callbacks[place].history[0]["smoothing"] is not None
+    assert found[0] == found[1]
+
+
 def test_what_is_said_once_holds_for_all_wherever_it_is_said(files, make_data):
     def find(batch):
         return 1.0 * batch[0], None
@@ -114,7 +125,7 @@ def test_each_callback_has_at_most_nine_arguments_of_its_own():
 
     for kind in (
         *(PosteriorMonitor, VelocityErrorMonitor, MemorizationMonitor, StageTransitions),
-        *(StageScheme, StageRun),
+        *(StageScheme, StageRun, Forecast),
     ):
         own = set(inspect.signature(kind.__init__).parameters) - {"self", "bank", "options"}
         assert len(own) <= 9, kind

@@ -14,17 +14,24 @@ from stagewise import (
     CosinePath,
     EDMLogNormal,
     EDMPath,
+    InverseFloor,
+    LatentBank,
     LogitNormal,
+    LossAboveFloor,
     LossSecondMoment,
     Mode,
+    Oracle,
     Scheme,
     Shifted,
     StageAware,
+    StageCurve,
     Uniform,
     UShaped,
     VPPath,
     WithFloor,
 )
+from stagewise.loss_floor import loss_floor
+from stagewise.stages import STATISTICS
 
 
 def adapted():
@@ -32,6 +39,22 @@ def adapted():
     sampler = LossSecondMoment(8, 3)
     t = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     sampler.update(t, 2 - t)
+    return sampler
+
+
+def curve_of(floor, strata=8):
+    """A curve with this floor at the middle of even strata."""
+    t = ((torch.arange(strata, dtype=torch.float64) + 0.5) / strata)[:, None].repeat(1, 2)
+    values = torch.zeros(len(STATISTICS), *t.shape, dtype=torch.float64)
+    values[STATISTICS.index("target_difference")] = floor(t)
+    return StageCurve(t, values)
+
+
+def above_floor(**options):
+    """A sampler that has seen losses 1.5 over the floor of 1 - t, and 0.5 from t = 0.5 on."""
+    sampler = LossAboveFloor(curve_of(lambda t: 1 - t), bins=8, history=3, **options)
+    t = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    sampler.update(t, 1 - t + (t < 0.5) + 0.5)
     return sampler
 
 
@@ -61,6 +84,7 @@ STEPPED = [
     Shifted(StageAware(0.5, 0.25), 0.5),
     adapted(),
     WithFloor(adapted(), 0.5),
+    above_floor(),
 ]
 SAMPLERS = SMOOTH + STEPPED
 
@@ -285,6 +309,63 @@ def test_second_moment_state_is_plain_and_goes_on():
     assert torch.equal(one.shares(), other.shares())
     with pytest.raises(ValueError, match="Resume with the sampler"):
         LossSecondMoment(4, 3).load_state_dict(state)
+
+
+# -- loss above its floor -------------------------------------------------------------------------
+
+
+def test_draws_go_by_what_of_the_loss_is_above_its_floor():
+    sampler = LossAboveFloor(curve_of(lambda t: 1 - t), bins=8, history=3)
+    t = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
+    excess = torch.tensor([3, 0, 1, 2, 0, -0.01, 1, 1], dtype=torch.float64)
+    for loss in (excess - 0.02, excess + 0.01, excess + 0.01):
+        assert sampler.shares().tolist() == [0.125] * 8
+        sampler.update(t, 1 - t + loss)
+    expected = 0.9 * excess.clamp_min(0) / 8 + 0.1 / 8
+    torch.testing.assert_close(sampler.shares(), expected)
+    assert sampler.density(torch.linspace(0, 1, 101)).min() > 0, "no t is left without any"
+    weighted = LossAboveFloor(curve_of(lambda t: 1 - t), lambda t: 1 + t, bins=8, history=3)
+    weighted.load_state_dict(sampler.state_dict())
+    score = excess.clamp_min(0) * (1 + t)
+    torch.testing.assert_close(weighted.shares(), 0.9 * score / score.sum() + 0.1 / 8)
+
+
+def test_a_model_at_its_floor_is_drawn_evenly():
+    sampler = LossAboveFloor(curve_of(lambda t: 2 - t), bins=4, history=1)
+    sampler.update(torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.ones(4))
+    assert sampler.shares().tolist() == [0.25] * 4
+
+
+def test_above_floor_resumes_where_it_was():
+    one, other = above_floor(), LossAboveFloor(curve_of(lambda t: 1 - t), bins=8, history=3)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    t, loss = torch.rand(20), torch.rand(20)
+    for sampler in (one, other):
+        sampler.update(t, loss)
+    assert torch.equal(one.shares(), other.shares())
+    schemes = [Scheme(timesteps=above_floor(), preserve_objective=True) for _ in range(2)]
+    schemes[0].observe(step=1, total=2, t=t, loss=loss)
+    schemes[1].load_state_dict(schemes[0].state_dict())
+    torch.testing.assert_close(schemes[0].weight_of(t), schemes[1].weight_of(t), rtol=0, atol=0)
+
+
+def test_floor_and_weight_are_those_of_the_curve():
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    curve = StageCurve.measure(Oracle(LatentBank(x)))
+    torch.testing.assert_close(loss_floor(curve, curve.times), curve.mean("target_difference"))
+    middle = (curve.times[3] + curve.times[4]) / 2
+    expected = curve.mean("target_difference")[3:5].mean()
+    torch.testing.assert_close(loss_floor(curve, middle), expected)
+    ends = loss_floor(curve, torch.tensor([[0.0], [1.0]]))
+    assert ends.dtype == torch.float32
+    torch.testing.assert_close(
+        ends.double(), curve.mean("target_difference")[[0, -1]][:, None], rtol=1e-6, atol=1e-9
+    )
+    weight = InverseFloor(curve, largest=2.0)(curve.times)
+    torch.testing.assert_close(weight, (1 / curve.mean("target_difference")).clamp_max(2))
+    assert weight[-1] == 2
+    with pytest.raises(ValueError, match="`largest` above 0"):
+        InverseFloor(curve, 0)
 
 
 def test_a_shift_passes_losses_on_at_the_inner_time():

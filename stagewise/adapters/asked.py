@@ -76,9 +76,8 @@ class Network:
         """The same network in a copy of the module that was searched."""
         return Network(root.get_submodule(self.name), self.name, self.seam, self._slots)
 
-    @torch.no_grad()
     def __call__(self, xt: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The velocity at noisy samples, in the library's convention.
+        """The velocity at noisy samples, in the library's convention; with a graph if grad is on.
 
         Args:
             xt: Noisy samples, (B, *).

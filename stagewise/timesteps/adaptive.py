@@ -6,18 +6,27 @@ second moment at t (Nichol & Dhariwal, arXiv 2102.09672, Sec. 3.3). It is estima
     q_b = (1 - floor) sqrt(mean L_b^2) / sum_c sqrt(mean L_c^2) + floor / bins,
 
 from the last losses in each, and uniform until every bin has enough of them.
+
+What a model can still learn at t is not its loss J(t) but what of it lies above the floor J*(t),
+the part that no model removes (`stagewise.loss_floor`). Draws by that (Xu et al., arXiv
+2506.13763) are
+
+    q_b = (1 - floor) w_b max(J_b - J*_b, 0) / sum_c w_c max(J_c - J*_c, 0) + floor / bins.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stagewise.loss_floor import loss_floor
+from stagewise.stages import StageCurve
 from stagewise.timesteps.base import TimestepSampler, Uniform
 
-__all__ = ["LossSecondMoment"]
+__all__ = ["LossAboveFloor", "LossSecondMoment"]
 
 
 class LossSecondMoment(TimestepSampler):
@@ -45,10 +54,14 @@ class LossSecondMoment(TimestepSampler):
 
     def shares(self) -> Tensor:
         """The probability of each bin, (bins,), float64, where the losses are."""
-        root = self._squares.mean(1).sqrt()
-        ready = (self._count >= self.history).all() & (root.sum() > 0)
-        share = torch.where(ready, root / root.sum().clamp_min(1e-300), 1 / self.bins)
+        score = self._scores()
+        ready = (self._count >= self.history).all() & (score.sum() > 0)
+        share = torch.where(ready, score / score.sum().clamp_min(1e-300), 1 / self.bins)
         return (1 - self.floor) * share + self.floor / self.bins
+
+    def _scores(self) -> Tensor:
+        """What the shares go by, (bins,)."""
+        return self._squares.mean(1).sqrt()
 
     def quantile(self, u: Tensor) -> Tensor:
         """See `TimestepSampler`."""
@@ -108,6 +121,46 @@ class LossSecondMoment(TimestepSampler):
 
     def __repr__(self) -> str:
         return (
-            f"LossSecondMoment(bins={self.bins}, history={self.history}, floor={self.floor}, "
+            f"{type(self).__name__}(bins={self.bins}, history={self.history}, floor={self.floor}, "
             f"stratified={self.stratified})"
         )
+
+
+class LossAboveFloor(LossSecondMoment):
+    """Draws by what of the loss a model can still learn. It changes the objective unless preserved.
+
+    An option with a source, and no default: the paper reports FID 2.29 -> 2.08 on ImageNet 256, but
+    on photograph patches of 8 x 8 (1000 steps) it moved draws to the data end and lost, a held-out
+    loss of 0.299 against 0.293 with uniform times.
+
+    For velocities only: losses are means over their D numbers, as `FlowMatchingLoss` tells them.
+
+    Args:
+        curve: The measured floor, `StageCurve.measure(oracle)`.
+        weight: w, from t, (B,), to weights, (B,): that of the scheme, `InverseFloor(curve)` in the
+            paper. Default all ones.
+        bins: Equal bins of t, default 32.
+        history: Losses kept for each, default 100: a difference needs more of them than a moment.
+        floor: Share of uniform draws, default 0.1.
+        stratified: See `TimestepSampler`.
+    """
+
+    def __init__(
+        self,
+        curve: StageCurve,
+        weight: Callable[[Tensor], Tensor] | None = None,
+        bins: int = 32,
+        history: int = 100,
+        floor: float = 0.1,
+        stratified: bool = False,
+    ) -> None:
+        super().__init__(bins, history, floor, stratified)
+        centres = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
+        self._weight = torch.ones_like(centres) if weight is None else weight(centres)
+        self._least = loss_floor(curve, centres)
+
+    def _scores(self) -> Tensor:
+        # What is kept are squares of losses, which are positive.
+        loss = self._squares.sqrt().mean(1)
+        weight, least = self._weight.to(loss), self._least.to(loss)
+        return weight * (loss - least).clamp_min(0)

@@ -1,0 +1,325 @@
+r"""What less noise in the targets, or smoothing, can gain in a training that runs: a forecast.
+
+**Targets.** With the conditional target u and the oracle's u*, the gradient of a batch is that with
+oracle targets and a rest,
+
+    g = g* + d,   g* = grad_theta mean_i w_i |v_i - u*_i|^2,   d = 2 mean_i w_i J_i^T (u*_i - u_i),
+
+and since u* is the mean of u at every `x_t`, d has mean zero there: `Cov g = Cov g* + Cov d`.
+Oracle targets remove the second part and no other. In the metric in which the optimizer steps (for
+Adam `P = 1 / sqrt(v)`, or else P = 1) their share is
+
+    f = E d^T P d / (E d^T P d + tr P Cov g*),
+
+so that a batch of B with oracle targets has the noise of one of `B / (1 - f)` with plain ones.
+Whether that is felt depends on how much of a step is noise at all: with the noise scale
+`B_n = B tr(P Cov g) / (G^T P G)`, G the mean gradient, the same progress takes `1 + B_n / B` steps
+in units of those without noise (McCandlish et al., arXiv 1812.06162, Sec. 2.2), which r times the
+batch makes `1 + B_n / (r B)`.
+
+**Smoothing** replaces targets beyond the collapsed boundary, where they are a row by heart. It has
+something to gain if the model learns rows by heart there: if its error on held-out samples is above
+that on training samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stagewise.oracle import Oracle
+from stagewise.paths import Prediction, expand_like
+from stagewise.timesteps import TimestepSampler, Uniform
+from stagewise.undisturbed import undisturbed
+
+__all__ = ["SmoothingForecast", "TargetForecast", "forecast_smoothing", "forecast_targets"]
+
+_WORTH = 0.75
+"""Share of the steps up to which less noise is worth trying. In our runs (docs/results.md) 0.80 to
+0.87 were saved in steps and lost in time."""
+
+_OPEN = 0.1
+"""Share of the training error by which a held-out error is above it where smoothing may gain."""
+
+
+@dataclass(frozen=True)
+class TargetForecast:
+    """What oracle targets are worth; as a string, a sentence.
+
+    Attributes:
+        share: f, the share of the gradient's variance that they remove, in [0, 1].
+        error: Its standard error.
+        noise_scale: B_n, samples; infinite where the mean gradient is lost in the noise.
+        batch: B, the batch that was looked at.
+    """
+
+    share: float
+    error: float
+    noise_scale: float
+    batch: int
+
+    @classmethod
+    def mean(cls, forecasts: Sequence[TargetForecast]) -> TargetForecast:
+        """That of a whole training, from several along it that are about the same batch.
+
+        Noise scales are averaged as shares of signal, their inverse.
+        """
+        count = len(forecasts)
+        signal = sum(1 / one.noise_scale for one in forecasts) / count
+        return cls(
+            share=sum(one.share for one in forecasts) / count,
+            error=math.hypot(*(one.error for one in forecasts)) / count,
+            noise_scale=1 / signal if signal else math.inf,
+            batch=forecasts[-1].batch,
+        )
+
+    @property
+    def factor(self) -> float:
+        """By how much a plain batch would have to be larger for the same noise, at least 1."""
+        return 1 / (1 - self.share) if self.share < 1 else math.inf
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The factor for a share two standard errors below and above."""
+        low, high = (self.share + side * 2 * self.error for side in (-1, 1))
+        return 1 / (1 - max(low, 0.0)), 1 / (1 - high) if high < 1 else math.inf
+
+    @property
+    def steps(self) -> float:
+        """Share of the steps for the same progress, in [0, 1], by the model of McCandlish et al."""
+        if math.isinf(self.noise_scale):
+            return 1 / self.factor
+        noise = self.noise_scale / self.batch
+        return (1 + noise / self.factor) / (1 + noise)
+
+    @property
+    def worth_trying(self) -> bool:
+        """Whether at most three quarters of the steps would do."""
+        return self.steps <= _WORTH
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"oracle targets are worth a batch of {self.factor:.2f} times the size here "
+            f"({low:.2f} to {high:.2f}), and about {self.steps:.2f} of the steps: "
+            f"{'worth trying' if self.worth_trying else 'do not bother'}"
+        )
+
+
+def forecast_targets(
+    velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    module: nn.Module,
+    oracle: Oracle,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    timesteps: TimestepSampler | None = None,
+    weight: Callable[[Tensor], Tensor] | None = None,
+    class_wise: bool | Literal["auto"] = "auto",
+    seed: int = 0,
+) -> TargetForecast:
+    """Measures what oracle targets would remove of the noise of the gradient, where training is.
+
+    Ask after a tenth of the training or later: an untrained network says too little, because what
+    all samples have to teach it is most of what its gradients differ by. For each batch the cost is
+    one forward pass, two backward passes and one call of the oracle.
+
+    Nothing of the training changes: no gradient is accumulated, the module is in evaluation mode
+    meanwhile, and every generator within its reach is put back. Dropout, whose noise no target
+    removes, is therefore off: with it the share is a little too large.
+
+    Args:
+        velocity: From `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity of the
+            network (t = 0 is noise), (B, *).
+        module: Whose parameters are trained.
+        oracle: Bank and path.
+        batches: Pairs of samples, (B, *), rows of the bank, and labels, (B,) or None: at least
+            four, as large as those of the training. The last of an odd number counts less.
+        optimizer: That of the training, for the metric: of Adam and its like the second moments
+            (`exp_avg_sq`); and only the parameters that it steps count. Default: all of the module
+            that require a gradient, and P = 1.
+        timesteps: How training draws t, default `Uniform()`.
+        weight: From t, (B,), to the weight of the squared error of the velocity, default 1.
+        class_wise: Whether the oracle is over the rows of the sample's class, default "auto": if
+            the bank has classes and labels are given.
+        seed: Of times and noise, default 0.
+
+    Returns:
+        The forecast.
+
+    Raises:
+        ValueError: On fewer than four batches, batches of different sizes, a velocity of another
+            shape than `x_t`, or a module of which nothing requires a gradient.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import LatentBank
+        >>> x, net = torch.randn(32, 4), torch.nn.Linear(4, 4)
+        >>> batches = [(part, None) for part in x.split(8)]
+        >>> found = forecast_targets(lambda xt, t, _: net(xt), net, Oracle(LatentBank(x)), batches)
+        >>> 0 < found.share < 1
+        True
+    """
+    parameters, metric = _metric(module, optimizer)
+    if not parameters:
+        raise ValueError(
+            f"Expected a module with parameters that require gradients, {type(module).__name__} "
+            "has none: unfreeze what is trained."
+        )
+    draws, timesteps = torch.Generator().manual_seed(seed), timesteps or Uniform()
+    removed: list[Tensor] = []
+    kept: list[Tensor] = []
+    total: list[Tensor] = []
+    before: list[Tensor] = []
+    size = 0
+    with undisturbed(module, velocity, seed=seed):
+        for number, (samples, classes) in enumerate(batches):
+            if size not in (0, len(samples)):
+                raise ValueError(
+                    f"Expected batches of one size, got {size} and {len(samples)}. Leave a last "
+                    "smaller one out: DataLoader(drop_last=True)."
+                )
+            size = len(samples)
+            x1 = samples.to(parameters[0].device, torch.float32)
+            labels = None if classes is None else classes.to(x1.device)
+            wise = bool(oracle.bank.classes) if class_wise == "auto" else class_wise
+            t = timesteps.sample(size, generator=draws).to(x1.device)
+            x0 = torch.randn(x1.shape, generator=draws).to(x1.device)
+            xt = oracle.path.interpolate(x0, x1, t).to(torch.float32)
+            u = Prediction("velocity").target(oracle.path(t), x0, x1)
+            gap = oracle.correction(xt, t, x1, labels if wise else None)
+            w = 1.0 if weight is None else expand_like(weight(t), xt)
+            with torch.enable_grad():
+                v = velocity(xt, t, labels).float()
+            if v.shape != xt.shape:
+                raise ValueError(
+                    f"Expected `velocity` to return a tensor of shape {tuple(xt.shape)}, got "
+                    f"{tuple(v.shape)}."
+                )
+            # Factors that all share, such as 2 / (B D), change no ratio, and would underflow.
+            pull = w * (v.detach() - u - gap)
+            smooth = torch.autograd.grad(
+                v, parameters, pull, retain_graph=True, materialize_grads=True
+            )
+            noise = torch.autograd.grad(v, parameters, w * gap, materialize_grads=True)
+            removed.append(_square(noise, metric))
+            if number % 2:
+                apart = [one - other for one, other in zip(smooth, before, strict=True)]
+                kept.append(_square(apart, metric) / 2)
+            before = list(smooth)
+            total = [a + b for a, b in zip(total, smooth, strict=True)] if total else before
+    if len(removed) < 4:
+        raise ValueError(f"Expected at least 4 batches, got {len(removed)}.")
+    signal = _square(total, metric) / len(removed) ** 2
+    return _estimate(torch.stack(removed), torch.stack(kept), signal, size)
+
+
+def _metric(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """What is trained, and P of each parameter."""
+    parameters: list[Tensor] = []
+    metric: list[Tensor | None] = []
+    if optimizer is None:
+        parameters += [one for one in module.parameters() if one.requires_grad]
+        return parameters, [None] * len(parameters)
+    for group in optimizer.param_groups:
+        for one in group["params"]:
+            if one.requires_grad:
+                square = optimizer.state.get(one, {}).get("exp_avg_sq")
+                parameters.append(one)
+                metric.append(None if square is None else 1 / (square.sqrt() + group["eps"]))
+    return parameters, metric
+
+
+def _square(gradient: Sequence[Tensor], metric: list[Tensor | None]) -> Tensor:
+    """`g^T P g`, a scalar."""
+    parts = [
+        (g * g if p is None else g * g * p).sum(dtype=torch.float64)
+        for g, p in zip(gradient, metric, strict=True)
+    ]
+    return torch.stack(parts).sum()
+
+
+def _estimate(removed: Tensor, kept: Tensor, signal: Tensor, batch: int) -> TargetForecast:
+    """From the squares of each batch, of each pair, and of the mean gradient."""
+    count = len(removed)
+    pairs = removed[: 2 * len(kept)].reshape(-1, 2).mean(1)
+    whole = (pairs + kept).mean()
+    share = pairs.mean() / whole.clamp_min(1e-300)
+    # A ratio of means: its error is that of the mean of what each pair is off it (delta method).
+    off = pairs - share * (pairs + kept)
+    error = (off.square().sum() / (len(off) * (len(off) - 1))).sqrt() / whole.clamp_min(1e-300)
+    mean = signal - kept.mean() / count  # what noise adds to the square of a mean
+    scale = torch.where(mean > 0, batch * whole / mean, torch.inf)
+    f, wrong, samples = torch.stack([share, error, scale]).tolist()
+    return TargetForecast(f, wrong, samples, batch)
+
+
+@dataclass(frozen=True)
+class SmoothingForecast:
+    """Where held-out error has left training error; as a string, a sentence.
+
+    Attributes:
+        t_from: From which t on, NaN if nowhere.
+        t_to: Up to which.
+        gap: Held-out over training error there, minus 1; NaN if nowhere.
+    """
+
+    t_from: float
+    t_to: float
+    gap: float
+
+    @property
+    def worth_trying(self) -> bool:
+        """Whether there is such a range."""
+        return not math.isnan(self.gap)
+
+    def __str__(self) -> str:
+        if not self.worth_trying:
+            return "no gap of held-out and training error where smoothing acts: nothing to gain"
+        return (
+            f"held-out error is {self.gap:.0%} above that on training rows for t in "
+            f"[{self.t_from:.2f}, {self.t_to:.2f}]: smoothing has something to gain"
+        )
+
+
+def forecast_smoothing(
+    probe: Mapping[str, Any], edges: Sequence[float], collapsed: float
+) -> SmoothingForecast | None:
+    """Looks for what a model has learnt by heart where smoothing acts.
+
+    Args:
+        probe: One of `VelocityErrorMonitor.history`.
+        edges: Of its bins of t, (T + 1,).
+        collapsed: From which t on smoothing acts, the collapsed boundary. Before it held-out
+            samples may be of another kind than training rows, which smoothing does not mend.
+
+    Returns:
+        What was found; None without held-out samples, or if no bin has its middle beyond the
+        boundary. There is a gap if over all those bins held-out error is above training
+        error by more than a tenth of that and by more than four standard errors; the range is from
+        the first of them to the last in which it is above by a tenth.
+    """
+    bins = torch.tensor(edges, dtype=torch.float64)
+    acts = (bins[1:] + bins[:-1]) / 2 > collapsed
+    if probe["gap"] is None or not acts.any():
+        return None
+    width = bins.diff()[acts]
+    train, gap, error = (
+        torch.tensor(values, dtype=torch.float64)[acts]
+        for values in (probe["train"]["conditional"], probe["gap"], probe["gap_se"])
+    )
+    whole, wrong = (gap * width).sum(), (error * width).square().sum().sqrt()
+    if not (whole > _OPEN * (train * width).sum() and whole > 4 * wrong):
+        return SmoothingForecast(math.nan, math.nan, math.nan)
+    places = (gap > _OPEN * train).nonzero().flatten().tolist()
+    within = slice(places[0], places[-1] + 1)
+    mean = (gap * width)[within].sum() / (train * width)[within].sum()
+    low, high = bins[:-1][acts][places[0]], bins[1:][acts][places[-1]]
+    return SmoothingForecast(float(low), float(high), float(mean))

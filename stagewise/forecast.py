@@ -282,7 +282,9 @@ class SmoothingForecast:
 
     def __str__(self) -> str:
         if not self.worth_trying:
-            return "no gap of held-out and training error where smoothing acts: nothing to gain"
+            return (
+                "no gap of held-out and training error is seen where smoothing acts: do not bother"
+            )
         return (
             f"held-out error is {self.gap:.0%} above that on training rows for t in "
             f"[{self.t_from:.2f}, {self.t_to:.2f}]: smoothing has something to gain"

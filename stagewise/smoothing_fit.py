@@ -39,7 +39,7 @@ from stagewise.smoothing import Smoothing
 
 __all__ = ["SmoothingScore", "cross_validated"]
 
-FOLDS, ASKED, DRAWN = 5, 1000, 1000
+FOLDS, ASKED, DRAWN = 5, 1000, 500
 _LAST = 0.03
 """Times end at this share of what is left after the boundary: the loss of rows diverges at 1."""
 
@@ -107,7 +107,7 @@ def cross_validated(
 ) -> list[SmoothingScore]:
     """The scores of all settings, that of the rows as they are first.
 
-    The oracle is class-wise if the bank has classes. At most 1000 rows are asked about, and 2000
+    The oracle is class-wise if the bank has classes. At most 1000 rows are asked about, and 1000
     samples made in each of five folds.
 
     Args:

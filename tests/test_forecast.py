@@ -246,7 +246,7 @@ def test_smoothing_has_something_to_gain_where_a_gap_is():
     )
     early = forecast_smoothing(probe_with(lambda t: 0.4 * (t < 0.5)), edges, 0.5)
     assert not early.worth_trying
-    assert str(early).endswith("nothing to gain")
+    assert str(early).endswith("do not bother")
     small = probe_with(lambda t: 0.05)
     assert not forecast_smoothing(small, edges, 0.5).worth_trying
     loud = probe_with(lambda t: 0.4, error=0.5)

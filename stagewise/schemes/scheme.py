@@ -204,9 +204,11 @@ class Scheme:
 
         Args:
             oracle: Bank and path.
-            **options: Of the scheme.
+            **options: Of the scheme; `smoothing=` another one, or None.
         """
-        return cls(oracle, target=Mix("boundary"), smoothing=Smoothing(oracle.bank), **options)
+        if "smoothing" not in options:
+            options["smoothing"] = Smoothing(oracle.bank)
+        return cls(oracle, target=Mix("boundary"), **options)
 
     # -- the stages ----------------------------------------------------------------------------
 

@@ -1,0 +1,114 @@
+"""The strength of a smoothing, chosen by rows that were left out."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from stagewise import LatentBank, Oracle, Scheme, Smoothing, StageCurve
+from stagewise.smoothing_fit import _finished, _folds, cross_validated
+
+
+def plane(rows, dim=24, seed=0):
+    """Rows near a plane, far from each other."""
+    draws = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(dim, 2, generator=draws)).Q
+    return 3 * torch.randn(rows, 2, generator=draws) @ basis.T
+
+
+def rings(rows, seed=0):
+    """Two classes, each a circle in a plane of its own."""
+    draws = torch.Generator().manual_seed(seed)
+    angle, label = 2 * math.pi * torch.rand(rows, generator=draws), torch.arange(rows) % 2
+    x = torch.zeros(rows, 12)
+    x[torch.arange(rows), 2 * label] = 2 * angle.cos()
+    x[torch.arange(rows), 2 * label + 1] = 2 * angle.sin()
+    return x, label
+
+
+def test_a_fit_is_the_setting_with_the_best_field_of_those_near_the_data():
+    x, label = rings(100)
+    bank = LatentBank(x, label)
+    fitted = Smoothing.fit(bank, 0.4, progress=False)
+    rows, *scores = fitted.scores
+    assert (rows.neighbours, rows.scale, rows.farther) == (0, 0.0, 0.0)
+    assert [s.neighbours for s in scores] == [k for k in (8, 16, 32, 64) for _ in range(6)]
+    asked = [s for s in scores if not math.isnan(s.loss)]
+    best = min(asked, key=lambda score: score.loss)
+    assert (fitted.neighbours, fitted.scale, fitted.floor) == (best.neighbours, best.scale, 0.0)
+    assert best.loss < 0.9 * rows.loss
+    for k in {s.neighbours for s in asked}:  # the largest scale that is near enough
+        near = [s.scale for s in scores if s.neighbours == k and s.farther <= 0]
+        assert [s.scale for s in asked if s.neighbours == k] == [max(near)]
+    # A circle is left by chords: many neighbours at full width are farther from the data.
+    assert scores[-1].farther > 0.1
+
+
+def test_finished_samples_have_the_covariance_of_gaussian_conditioning():
+    """Against the posterior of `x~` given `x_c = c x~ + (1 - c) eps`, in dense float64."""
+    bank = LatentBank(torch.randn(12, 5, generator=torch.Generator().manual_seed(3)))
+    smoothing, row, a = Smoothing(bank, 3, 0.8, progress=False), 4, 0.6
+    s = 1 - a
+    made = _finished(smoothing, torch.full((200_000,), row), a, seed=0)
+    x = bank.take(torch.arange(12))
+    half = (0.8 / math.sqrt(3)) * (x[smoothing.index[row].long()] - x[row])
+    prior = half.T @ half
+    gain = a * prior @ torch.linalg.inv(a**2 * prior + s**2 * torch.eye(5, dtype=prior.dtype))
+    expected = s**2 * gain @ gain.T + prior - a * gain @ prior
+    assert torch.allclose(made.mean(0), x[row], atol=5e-3)
+    assert torch.allclose(torch.cov(made.T), expected, atol=5e-3)
+    assert prior.trace() > 1.2 * expected.trace()  # wide directions are held
+
+
+def test_copies_of_a_row_are_in_its_fold_and_noise_is_shared():
+    x = plane(40)
+    bank = LatentBank(torch.cat([x, x, x[:10]]))
+    for fold in _folds(bank, 0.5, seed=1):
+        apart = torch.cdist(
+            fold.x1.flatten(1), fold.rest.take(torch.arange(len(fold.rest))).float()
+        )
+        assert apart.min() > 1e-3
+        assert (fold.t > 0.5).all()
+        assert (fold.t < 1).all()
+    sizes = [len(fold.rest) for fold in _folds(bank, 0.5, seed=1)]
+    assert sum(len(bank) - size for size in sizes) == len(bank)
+
+
+def test_a_class_of_one_row_is_not_asked_about():
+    x, label = rings(60)
+    label[7] = 5
+    scores = cross_validated(LatentBank(x, label), 0.7, (8,), (0.5,), progress=False)
+    assert all(math.isfinite(s.farther) for s in scores)
+    assert math.isfinite(scores[0].loss)
+
+
+def test_none_where_the_posterior_never_collapses():
+    with pytest.warns(UserWarning, match="none. The posterior never collapses"):
+        assert Smoothing.fit(LatentBank(torch.ones(30, 4)), progress=False) is None
+
+
+def test_none_where_every_width_leaves_the_data():
+    """Five rows in a place, far from all others: of each left out there are some as good."""
+    centre = 100 * torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    bank = LatentBank(torch.cat([centre + 0.01 * i for i in range(5)]))
+    with pytest.warns(UserWarning, match=r"none. On rows left out"):
+        assert Smoothing.fit(bank, 0.2, progress=False) is None
+
+
+def test_fit_in_a_scheme_of_two_stages():
+    bank = LatentBank(plane(40))
+    boundary = StageCurve.measure(Oracle(bank)).boundary()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = Smoothing.fit(bank, boundary, progress=False)
+    assert Smoothing.fit(bank, progress=False).scores == fitted.scores  # measured
+    scheme = Scheme.two_stage(Oracle(bank), smoothing=fitted, boundary=boundary)
+    assert scheme.smoothing is fitted
+    assert scheme.collapsed == boundary.collapsed
+    assert Scheme.two_stage(Oracle(bank), smoothing=None, boundary=0.6).smoothing is None
+
+
+def test_too_few_rows_are_refused_with_a_line_to_paste():
+    with pytest.raises(ValueError, match=r"Smoothing\(bank, neighbours=8\)"):
+        Smoothing.fit(LatentBank(plane(19)))

@@ -10,10 +10,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-latents test test-all test-rest lint types bench bench-forecast bench-imagenet bench-recipes bench-schemes figures docs tree clean distclean
+.PHONY: help demo demo-latents test test-all test-rest lint types bench bench-forecast bench-imagenet bench-recipes bench-schemes bench-regularisers figures docs tree clean distclean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-19s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.recipes ## train a small model on photos, with the stage monitors on
 	$(BIN)/stagewise train experiment=photos
@@ -65,6 +65,11 @@ bench-schemes: $(VENV)/.recipes ## train with and without schemes (hours; resume
 
 bench-forecast: $(VENV)/.recipes ## hold the forecast against training (an hour; resumes), write docs/forecast.md
 	$(BIN)/python benchmarks/forecast.py
+
+bench-regularisers: $(VENV)/.recipes ## train on few samples with and without smoothing (hours; resumes)
+	$(BIN)/python benchmarks/regularisers.py --threads 1
+	$(BIN)/python benchmarks/regularisers.py --report
+	$(BIN)/python benchmarks/schemes.py --report
 
 figures: $(VENV)/.recipes ## train three small models, draw what docs/watching.md shows (half an hour)
 	$(BIN)/python benchmarks/watching.py

@@ -2,7 +2,8 @@
 
 `make bench-regularisers` runs it: one training for a data set of N samples, a method, its setting
 and a seed. A finished run is a file in `--dir` and is not run again: the command may be stopped and
-started again, and started twice at once. `--report` writes docs/results.md from what is there.
+started again, and started twice at once. `--report` keeps what there is in
+docs/regularisers.jsonl, from which `schemes.py --report` writes docs/results.md.
 
 Plain training comes first, with the learning rates of the plan: that with the lowest held-out loss
 at its best serves all methods. Other baselines are tuned on the first seed, over the settings in
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from schemes import BATCH, WARMUP, write_once
 from schemes_data import Data, data_set, held_out_loss, loss_by_time, of_samples, shuffled
+from schemes_records import pack, unpack
 from spiral import kl_from_density
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -276,9 +278,14 @@ def main() -> None:
     parser.add_argument("--only", default=";".join((*OURS, *METHODS)), help="methods, by ';'")
     parser.add_argument("--seeds", type=int, default=3, help="of plain training and of ours")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--report", action="store_true", help="run nothing, keep what there is")
     arguments = parser.parse_args()
+    archive = Path("docs/regularisers.jsonl")
+    unpack(archive, arguments.dir)
+    if arguments.report:
+        pack(arguments.dir, archive)
+        return
     torch.set_num_threads(arguments.threads)
-    arguments.dir.mkdir(parents=True, exist_ok=True)
     made: dict[str, Made] = {}
     for name in arguments.data.split(","):
         plan = PLANS[name]

@@ -121,6 +121,12 @@ def schemes(oracle: Oracle, boundary: float) -> dict[str, Callable[[int], Scheme
             timesteps=StageAware(0.3, stratified=True), boundary=boundary
         ),
         DEFAULT: default,
+        "two stages": lambda seed: Scheme.two_stage(
+            oracle,
+            timesteps=Uniform(stratified=True),
+            boundary=StageCurve.measure(oracle, class_wise=True).boundary(),
+            seed=seed,
+        ),
     }
 
 

@@ -253,7 +253,8 @@ def shorter(name: str, horizon: int, found: dict[tuple[str, int], Runs]) -> list
 
 
 def write(folder: Path, docs: Path) -> None:
-    """Writes docs/results.md and its pictures."""
+    """Writes docs/results.md and its pictures; few samples first, if they were trained on."""
+    import regularisers_report
     from schemes_figures import draw_curves, draw_steps, draw_variance
     from schemes_reasons import aims, by_time, load_floors, load_why, why
     from schemes_variance import table as of_variance
@@ -311,9 +312,11 @@ def write(folder: Path, docs: Path) -> None:
         "(wall): compare those with care.",
         "",
         f"The {DEFAULT}: oracle targets at all t; for 60 % of the steps half of the times "
-        "logit-normal and half uniform, then all uniform.",
+        "logit-normal and half uniform, then all uniform. Two stages: `Scheme.two_stage`, oracle "
+        "targets up to the boundary and rows smoothed from its collapsed end on.",
         "",
         *([f"**Not run:** {'; '.join(missing)}.", ""] if missing else []),
+        *regularisers_report.lines(docs / regularisers_report.ARCHIVE),
         *lines,
     ]
     (docs / "results.md").write_text("\n".join(text).rstrip() + "\n")

@@ -1,5 +1,6 @@
 """Lightning callbacks that watch and steer the stages of a training run."""
 
+from stagewise.callbacks.memorization_guard import MemorizationGuard
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.run import StageRun
@@ -9,6 +10,7 @@ from stagewise.callbacks.training_bank import bank_from_trainer
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
 
 __all__ = [
+    "MemorizationGuard",
     "MemorizationMonitor",
     "PosteriorMonitor",
     "StageRun",

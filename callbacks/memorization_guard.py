@@ -370,6 +370,11 @@ class MemorizationGuard(MemorizationMonitor):
             rank_zero_info(text)
         self.run.tell("notice", MEMORIZATION_ONSET)
 
+    @property
+    def event_kinds(self) -> dict[str, str]:
+        """What it may say; see `StageTransitions`."""
+        return {MEMORIZATION_ONSET: ""}
+
     def _where(self) -> str:
         if self.best is None:
             return ""

@@ -164,4 +164,5 @@ class OnsetLaw:
         return self.scale * rows**self.power
 
     def __repr__(self) -> str:
-        return f"{self.scale:.3g} N" + ("" if self.power == 1 else f"^{self.power:.3g}")
+        power = f"{self.power:.3g}"
+        return f"{self.scale:.3g} N" + ("" if power == "1" else f"^{power}")

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from stagewise.callbacks import MemorizationGuard
 from stagewise.losses import FlowMatchingLoss
+from stagewise.memorization_onset import OnsetLaw
 from stagewise.recipes.photos import PhotoPatches
 
 BATCH, HELD_OUT, SAMPLES, PROBES, NOISES = 64, 1000, 512, 40, 4
@@ -225,24 +226,45 @@ def _over_best(found: dict[str, Any]) -> float:
     return found["kept_loss"] / min(found["losses"].values())
 
 
+def _law(runs: list[dict[str, Any]]) -> list[str]:
+    """What the onsets on the fewest patches predict for more, and what came."""
+    told: dict[int, list[int]] = {}
+    for found in runs:
+        if found["onset"]:
+            told.setdefault(found["rows"], []).append(found["onset"]["step"])
+    means = {rows: sum(steps) / len(steps) for rows, steps in sorted(told.items())}
+    if len(means) < 3:
+        return []
+    *known, last = means
+    law = OnsetLaw({rows: means[rows] for rows in known})
+    line = OnsetLaw({known[-1]: means[known[-1]]})
+    given = ", ".join(f"{rows}: {means[rows]:.0f}" for rows in known)
+    return [
+        f"- mean onsets {{{given}}} predict step {law(last):.0f} for {last} patches by tau = "
+        f"{law!r}, and {line(last):.0f} by tau = c N from the last alone; it came at "
+        f"{means[last]:.0f} on average.",
+    ]
+
+
 def _aims(runs: list[dict[str, Any]]) -> list[str]:
     few, many = ([r for r in runs if (r["rows"] == MANY) == other] for other in (False, True))
-    early, shown = 0, 0
-    for found in few:
-        at = _passes({int(step): share for step, share in found["copies"].items()})
-        told = found["onset"] and found["onset"]["step"]
-        early += bool(told) and (at is None or told < at)
-        shown += at is not None
+    passes = [_passes({int(step): share for step, share in r["copies"].items()}) for r in few]
+    told = [r["onset"] and r["onset"]["step"] for r in few]
+    pairs = list(zip(told, passes, strict=True))
+    shown = [(said, at) for said, at in pairs if at is not None]
+    early = sum(said is not None and said < at for said, at in shown)
+    silent = sum(said is not None for said, at in pairs if at is None)
     alarms = sum(found["onset"] is not None for found in many)
     worst = max((_over_best(found) for found in runs), default=float("nan"))
     cost = sum(r["guard_seconds"] for r in runs) / max(sum(r["seconds"] for r in runs), 1e-9)
     return [
-        f"- announced before 1 % of samples are copies: {early} of {len(few)} runs on few patches "
-        f"(in {shown} of them copies pass 1 % at all);",
-        f"- alarms at {MANY} patches: {alarms} of {len(many)} runs;",
+        f"- copies pass 1 % in {len(shown)} of {len(few)} runs on few patches; announced before "
+        f"that: {early}; announced in the {len(few) - len(shown)} others: {silent};",
+        f"- announced at {MANY} patches: {alarms} of {len(many)} runs;",
         f"- kept held-out loss over the best of the run: {worst:.3f} at the worst;",
         f"- probes took {cost:.0%} of the time (with {SAMPLES} samples, four times the default, "
-        f"{PROBES} times and more in a short run).",
+        f"{PROBES} times and more in a short run);",
+        *_law(runs),
     ]
 
 

@@ -7,10 +7,10 @@ patch touches; one half of them is for the guard, the other for the losses of th
     python benchmarks/memorization_onset.py
 
 trains what is missing in `--dir`, one file for each run, and writes docs/guard.md from what is
-there. It may be stopped and started again. Copies are counted among 512 samples at each probe of the
-guard; "copies pass 1 %" is the first probe with more than that. The kept checkpoint is read from its
-file, and its loss on the other half of the held-out patches is compared with the lowest at any probe
-of the run. Seconds are those of the processor.
+there. It may be stopped and started again. Copies are counted among 512 samples at each probe of
+the guard; "copies pass 1 %" is the first probe with more than that. The kept checkpoint is read
+from its file, and its loss on the other half of the held-out patches is compared with the lowest at
+any probe of the run. Seconds are those of the processor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Lightning callbacks that watch and steer the stages of a training run."""
 
 from stagewise.callbacks.forecast import Forecast
+from stagewise.callbacks.memorization_guard import MemorizationGuard
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.run import StageRun
@@ -11,6 +12,7 @@ from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
 
 __all__ = [
     "Forecast",
+    "MemorizationGuard",
     "MemorizationMonitor",
     "PosteriorMonitor",
     "StageRun",

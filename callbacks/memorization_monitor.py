@@ -124,7 +124,18 @@ class MemorizationMonitor(ModelMonitor):
         """Once the network is known: noise and labels, header."""
         super().settle()
         self._make_probe()
-        header = {
+        header, name = self._header(), type(self).__name__
+        images = " To see samples: decode=lambda x: images of shape (n, 3, H, W)."
+        rank_zero_info(
+            f"{name}: asks {header['network']}, {header['weights']} weights; "
+            f"{self.writer.describe()}."
+            + ("" if self.decode or pictures.is_image(self._oracle.bank.shape) else images)
+        )
+        known = bool(self.history) or self.corrected
+        self.writer.start([header, *self._events()], resumed=known)
+
+    def _header(self) -> dict[str, Any]:
+        return {
             "event": "memorization",
             "rows": len(self._oracle.bank),
             "network": self.describe(),
@@ -136,14 +147,10 @@ class MemorizationMonitor(ModelMonitor):
             "steps": self.steps,
             "path": repr(self._oracle.path),
         }
-        images = " To see samples: decode=lambda x: images of shape (n, 3, H, W)."
-        rank_zero_info(
-            f"MemorizationMonitor: asks {header['network']}, {header['weights']} weights; "
-            f"{self.writer.describe()}."
-            + ("" if self.decode or pictures.is_image(self._oracle.bank.shape) else images)
-        )
-        known = bool(self.history) or self.corrected
-        self.writer.start([header, *self.history], resumed=known)
+
+    def _events(self) -> list[dict[str, Any]]:
+        """The lines of `stages.jsonl` so far."""
+        return self.history
 
     def _make_probe(self) -> None:
         bank, trainer, others = self._oracle.bank, self.run.trainer, self._others
@@ -194,7 +201,7 @@ class MemorizationMonitor(ModelMonitor):
         shares = zip(self.t_switch, last["copies"], strict=True)
         found = ", ".join(f"{share:.0%} from t = {t:g} on" for t, share in shares)
         rank_zero_info(
-            f"MemorizationMonitor: copies at step {last['step']}: {found}; {len(self.history)} "
+            f"{type(self).__name__}: copies at step {last['step']}: {found}; {len(self.history)} "
             f"probes, the last cost {self.cost()}; {self.writer.describe()}"
         )
 
@@ -229,7 +236,7 @@ class MemorizationMonitor(ModelMonitor):
         assert self._probe is not None
         run, bank, averaged = self.run, self._oracle.bank, self._average()
         module = run.module if averaged is None else averaged
-        with run.together("a probe of MemorizationMonitor"):
+        with run.together(f"a probe of {type(self).__name__}"):
             with model_in_eval_mode(run.trainer, module):
                 velocity = self.velocity_of(module)
                 made, resumed = self._probe.generate(velocity, run.module.device)
@@ -238,7 +245,7 @@ class MemorizationMonitor(ModelMonitor):
         entry = self._entry(near, near_resumed)
         if entry["not_finite"]:
             rank_zero_warn(
-                f"MemorizationMonitor: {entry['not_finite']} samples of step {step} are not "
+                f"{type(self).__name__}: {entry['not_finite']} samples of step {step} are not "
                 "finite; they are left out of the shares of copies."
             )
         self._shown = made, near, resumed, near_resumed

@@ -229,6 +229,7 @@ class StageRun(StageCallback):
         self.step, self._batches = step, self._batches + 1
         self.look.stop_looking()
         self.tell("after_batch", step, before)
+        self.tell("after_all")
         self.look.batch = None
         if self._batches in _NOISE_AFTER:
             with self.together("looking at the noise of its first batches"):

@@ -195,6 +195,9 @@ class StageCallback(pl.Callback):
     def after_batch(self, step: int, before: int) -> None:
         """After each batch: `step` optimizer steps are done, `before` it were done."""
 
+    def after_all(self) -> None:
+        """After each batch, once `after_batch` of all callbacks is over: to save their states."""
+
     def before_validation(self) -> None:
         """Before validation during training."""
 

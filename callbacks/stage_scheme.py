@@ -484,7 +484,9 @@ def _refuse_unheard_events(trainer: pl.Trainer, scheme: Scheme | Phases) -> None
     """
     known: dict[str, str] = {}
     for speaker in (*getattr(trainer, "callbacks", []), trainer.lightning_module):
-        known |= getattr(speaker, "event_kinds", {})
+        # Of two that say the same it is enough if one can.
+        said = getattr(speaker, "event_kinds", {})
+        known |= {kind: lacks for kind, lacks in said.items() if known.get(kind) != ""}
     listed = [f"{kind!r}{lacks and f' (lacks {lacks})'}" for kind, lacks in known.items()]
     for until in scheme.awaited if isinstance(scheme, Phases) else []:
         if known.get(until.event) != "":

@@ -238,17 +238,8 @@ class StageTransitions(StageCallback):
         if evidence is None:
             return
         message = evidence.pop("message")
-        event = {
-            "event": "transition",
-            "kind": kind,
-            "step": step,
-            "message": message,
-            "evidence": evidence,
-        }
+        event = self.writer.transition(step, kind, message, evidence)
         self.events.append(event)
-        self.writer.event(event)
-        self.writer.scalars({f"{self.name}/{kind.replace(' ', '_')}": 1.0}, step - 1)
-        self.writer.text(f"{self.name}/{kind}", f"step {step}: {message}", step - 1)
         rank_zero_info(f"StageTransitions: step {step}, {kind}: {message}")
         self.run.tell("notice", kind)
         for subscriber in self.subscribers:

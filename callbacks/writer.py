@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -127,6 +128,54 @@ class Writer:
                 with _spared(logger, f"the text {tag}"):
                     if hasattr(board := _experiment(logger), "add_text"):
                         board.add_text(tag, message, step)
+
+    def transition(
+        self, step: int, kind: str, message: str, evidence: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Writes what has happened once: a line on disk, a scalar of 1 at its step, and a text.
+
+        Args:
+            step: Optimizer steps done.
+            kind: What has happened, such as "navigation learned".
+            message: In words.
+            evidence: In numbers.
+
+        Returns:
+            The event, as it is in `stages.jsonl`.
+        """
+        event = {
+            "event": "transition",
+            "kind": kind,
+            "step": step,
+            "message": message,
+            "evidence": dict(evidence),
+        }
+        self.event(event)
+        self.scalars({f"{self.name}/{kind.replace(' ', '_')}": 1.0}, step - 1)
+        self.text(f"{self.name}/{kind}", f"step {step}: {message}", step - 1)
+        return event
+
+    def save(self, file: Path) -> None:
+        """Saves a checkpoint in place of the file of before, at once or not at all; a collective.
+
+        Raises:
+            OSError: If it cannot be written, and other processes wait for this one. A single one
+                warns.
+        """
+        trainer, partial = self._trainer, file.with_name(f".{file.stem}.partial{file.suffix}")
+        try:
+            trainer.save_checkpoint(partial, weights_only=False)
+            if self.active:
+                if file.is_dir():  # of a strategy that writes a folder
+                    shutil.rmtree(file)
+                partial.replace(file)
+        except OSError as error:
+            if trainer.world_size > 1:
+                raise
+            rank_zero_warn(
+                f"Cannot write {file}: {error.strerror or error}. Training goes on, and the file "
+                "of before stays. Make room on that disk, or choose another folder: dirpath=..."
+            )
 
     def pictures(self, figures: Mapping[str, Figure], step: int) -> None:
         """Saves figures as PNG and shows them as `<name>/<figure>`."""

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from stagewise import AtEvent, LogitNormal, Mix, Phase, Phases, Scheme
 from stagewise.callbacks import (
     Forecast,
+    MemorizationGuard,
     MemorizationMonitor,
     PosteriorMonitor,
     StageRun,
@@ -125,7 +126,7 @@ def test_each_callback_has_at_most_nine_arguments_of_its_own():
 
     for kind in (
         *(PosteriorMonitor, VelocityErrorMonitor, MemorizationMonitor, StageTransitions),
-        *(StageScheme, StageRun, Forecast),
+        *(MemorizationGuard, StageScheme, StageRun, Forecast),
     ):
         own = set(inspect.signature(kind.__init__).parameters) - {"self", "bank", "options"}
         assert len(own) <= 9, kind

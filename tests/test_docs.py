@@ -15,6 +15,7 @@ import torch
 import stagewise
 import stagewise.callbacks
 from stagewise.callbacks import stage_transitions
+from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
 
 ROOT = Path(__file__).parents[1]
 MODULES = [
@@ -23,7 +24,8 @@ MODULES = [
     *("stagewise.schemes.scheme", "stagewise.schemes.phases", "stagewise.smoothing"),
     *("stagewise.losses.regularizer", "stagewise.losses.weighted"),
     "stagewise.callbacks.metrics",
-    *("stagewise.smoothed_oracle", "stagewise.forecast"),
+    *("stagewise.smoothed_oracle", "stagewise.forecast", "stagewise.memorization_onset"),
+    "stagewise.callbacks.memorization_guard",
 ]
 
 
@@ -55,11 +57,15 @@ def test_code_of_the_readme():
 
 def test_code_of_the_page_on_watching():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/watching.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     names = {**vars(stagewise), **vars(stagewise.callbacks)}
-    for block in blocks:
+    for block in blocks[:4]:
         exec(block, names)
     assert [type(callback).__name__ for callback in names["callbacks"]][0] == "StageRun"
+    for block in blocks[4:]:
+        exec(block, names)
+    oracle = stagewise.Oracle(stagewise.LatentBank(torch.randn(40, 6)))
+    assert names["smooth_from_the_onset"](oracle).awaited[0].event == MEMORIZATION_ONSET
     assert names["phases"].phases[0].until.event == stage_transitions.NAVIGATION_LEARNED
 
 

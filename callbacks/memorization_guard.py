@@ -1,0 +1,383 @@
+"""`MemorizationGuard`: says early that a model begins to copy, and keeps the weights before it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import Unpack
+
+from stagewise.bank import LatentBank
+from stagewise.callbacks.memorization_monitor import MemorizationMonitor
+from stagewise.callbacks.model_monitor import model_in_eval_mode
+from stagewise.callbacks.stage_callback import RunOptions
+from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
+from stagewise.callbacks.tags import by_time, charts
+from stagewise.memorization_onset import GapWatch, OnsetLaw
+from stagewise.velocity_probe import Probe
+
+__all__ = ["MemorizationGuard"]
+
+_EARLY, _LATE = 2, 4
+"""Bins of t before and after the posterior has collapsed on one row."""
+
+_LATEST = 0.75
+"""The collapsed boundary counts at most that much, so that there are late t to look at."""
+
+_COPIED = 0.01
+"""A model copies if the share of copies is above this, with 97.5 % confidence."""
+
+_BETTER = 0.99
+"""Share of the kept held-out loss that a lower one must have: weights are dear to write."""
+
+_FIRST, _GROWTH = 32, 1.5
+"""After the first step: the step of the next probe, and what each is times the one before."""
+
+
+class MemorizationGuard(MemorizationMonitor):
+    """Announces that a model begins to learn its training rows by heart, before samples show it.
+
+    At each probe the model is asked about noisy training samples and noisy held-out ones, the same
+    each time, and samples are drawn from it. Beyond the collapsed boundary of the stages, where the
+    target of training is one row, memorization shows first: held-out error has risen from its
+    lowest value there while training error has fallen (`stagewise.memorization_onset`). Or, later,
+    more than 1 % of the samples are copies (`stagewise.copies`). Then, once:
+
+    - a warning says where in t, since when, and how many samples are copies by now;
+    - the event "memorization onset" is told: a `Phases` whose first phase ends
+      `AtEvent("memorization onset")`, in a `StageScheme` of the same trainer, goes on to its next
+      one, which may smooth (`Scheme.two_stage`);
+    - a line of `stages.jsonl`, a text, and the scalar `stagewise_guard/memorization_onset` = 1.
+
+    **`before_onset.ckpt`** in `dirpath` is a whole checkpoint of the probe with the lowest held-out
+    loss (all t alike), from before more than 1 % of samples were copies. The announcement is early:
+    while the gap opens at late t, other t are still being learned, so the file may follow it.
+
+    **Logged** at each probe (`stagewise_guard` is `name`): what `MemorizationMonitor` logs, for
+    the model alone; `stagewise_guard/held_out_loss`, `.../kept_step`, `.../steps_left` (with
+    `onsets`), and `stagewise_guard_by_t/{train,held_out,gap}/t=...`. Probes in `stages.jsonl` also
+    name the rows that are copied most, `copied_rows`: pairs of a row's number and its samples.
+
+    When not to use it: as for `MemorizationMonitor`. Held-out samples must be of the same kind as
+    the training samples; without any, only copies are looked at, which is late.
+
+    Args:
+        bank: See `StageCallback`.
+        every_n_steps: Optimizer steps between probes at most; default a twentieth of the training,
+            at most 1000. The first come at steps 1, 32, 48, 72, ... half as far again each time,
+            because few rows are learned by heart early.
+        samples: How many are drawn at a probe, default 128.
+        queries: Noisy samples in each of six bins of t, of training and of held-out samples,
+            default 128. Fewer are cheaper, and see the onset later.
+        alarm: Whether copying is unwanted, default True. False: the same is measured and told, as
+            information and not as a warning, and no checkpoint is kept.
+        onsets: Steps of the onset on subsets of the data by their number of rows, with the same
+            model, batch size and learning rate. The onset on all rows is predicted from them
+            (`OnsetLaw`: tau = c N, from several runs tau = c N^p). Default None.
+        figures: See `PosteriorMonitor`.
+        name: Prefix of tags and name of the folder, default "stagewise_guard".
+        **options: See `MemorizationMonitor`.
+
+    Attributes:
+        onset: The event, once it has been told: a dict; None before.
+        best: `step`, `held_out_loss` and `file` of the kept checkpoint; None before there is any.
+
+    Raises:
+        ValueError: At construction for numbers out of range; else as `MemorizationMonitor`.
+
+    Example:
+        >>> from stagewise.callbacks import MemorizationGuard
+        >>> guard = MemorizationGuard(onsets={64: 400, 128: 900})
+        >>> robot = MemorizationGuard(alarm=False)  # copies of action tables are wanted
+    """
+
+    held = (*MemorizationMonitor.held, "_splits", "_probes", "_errors", "_saves")
+    event = "guard_probe"
+    longest: ClassVar[int] = 1000
+
+    def __init__(
+        self,
+        bank: LatentBank | None = None,
+        *,
+        every_n_steps: int | None = None,
+        samples: int = 128,
+        queries: int = 128,
+        alarm: bool = True,
+        onsets: Mapping[int, float] | None = None,
+        figures: int | None = None,
+        name: str = "stagewise_guard",
+        **options: Unpack[RunOptions],
+    ) -> None:
+        super().__init__(
+            bank,
+            every_n_steps=every_n_steps,
+            samples=samples,
+            t_switch=(0.0,),
+            t_resume=(),
+            weights="current",
+            figures=figures,
+            name=name,
+            **options,
+        )
+        if queries < 2:
+            raise ValueError(f"Expected `queries` of at least 2, got {queries}.")
+        self.queries, self.alarm = queries, alarm
+        self.law = None if onsets is None else OnsetLaw(onsets)
+        self.edges = torch.empty(0)
+        self.watch = GapWatch()
+        self.onset: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probes so far, what they are compared with, and what has been told and kept."""
+        own = {"watch": self.watch.state_dict(), "onset": self.onset, "best": self.best}
+        return {**super().state_dict(), **own}
+
+    # -- the course of a training -----------------------------------------------------------------
+
+    def start(self) -> None:
+        """Takes up what a resumed run has seen; reads training and held-out samples."""
+        super().start()
+        stash = (self.stash or {}) if self.history else {}
+        self.watch, self._saves = GapWatch(), False
+        self.watch.load_state_dict(stash.get("watch") or {})
+        self.onset, self.best = stash.get("onset"), stash.get("best")
+        if self.law is not None:
+            self._say_prediction(self.law)
+
+    def _say_prediction(self, law: OnsetLaw) -> None:
+        rows = len(self._oracle.bank)
+        left, total = law(rows) - self.run.began, self.run.total
+        within = "" if total is None else f" of the {total - self.run.began} of this training"
+        rank_zero_info(
+            f"MemorizationGuard: by tau = {law!r} memorization of {rows} rows begins at step "
+            f"{law(rows):.0f}, {left:.0f} steps from here{within}"
+        )
+
+    def _take_bank(self) -> None:
+        super()._take_bank()
+        count = (_EARLY + _LATE) * self.queries
+        self._splits = {"train": self.rows(count), "held_out": self.others(count)}
+
+    def _make_probe(self) -> None:
+        """Noise for the samples, and the noisy samples of both kinds."""
+        super()._make_probe()
+        oracle, trainer, bank = self._oracle, self.run.trainer, self._oracle.bank
+        if self.wise or (bank.classes and self.conditional):
+            for split, rows in self._splits.items():
+                labels = None if rows is None else rows[1]
+                if rows is not None and (labels is None or set(labels.tolist()) - {*bank.classes}):
+                    rank_zero_info(
+                        f"MemorizationGuard: {split} samples have no labels of the bank, so errors "
+                        "on held-out samples are left out. Say where they are: "
+                        "MemorizationGuard(find=lambda batch: (batch[0], batch[1]))."
+                    )
+                    self._splits["held_out"] = None
+        boundary = self.run.boundary(oracle, self.wise).collapsed
+        late = _LATEST if math.isnan(boundary) else min(boundary, _LATEST)
+        bins = torch.linspace(0, late, _EARLY + 1), torch.linspace(late, 1, _LATE + 1)
+        self.edges = torch.cat([bins[0], bins[1][1:]]).double()
+        self._probes: dict[str, Probe] = {}
+        for number, (split, rows) in enumerate(self._splits.items()):
+            if rows is None or self._splits["held_out"] is None:
+                continue
+            self._probes[split] = Probe(
+                *rows,
+                self.edges,
+                # Of few held-out rows more noise says no more.
+                self.queries if split == "train" else max(2, min(self.queries, len(rows[0]))),
+                oracle,
+                class_wise=self.wise,
+                seed=(self.seed, number),
+                device=bank.device,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
+
+    def _header(self) -> dict[str, Any]:
+        others = self._splits["held_out"]
+        rows = 0 if others is None else len(others[0])
+        law = None if self.law is None else self.law(len(self._oracle.bank))
+        own = {"event": "guard", "edges": self.edges.tolist(), "predicted_onset": law}
+        return {**super()._header(), "held_out_rows": rows, **own}
+
+    def _events(self) -> list[dict[str, Any]]:
+        told = [] if self.onset is None else [self.onset]
+        return sorted([*self.history, *told], key=lambda event: event["step"])
+
+    def renew(self) -> None:
+        """Takes all samples anew; errors on other latents are no longer compared with."""
+        super().renew()
+        self.watch, self.best = GapWatch(), None
+
+    def reconsider(self) -> None:
+        """See `ModelMonitor`; errors without the conditions are no longer compared with."""
+        before = self.network
+        super().reconsider()
+        if self.network is not before:
+            self.watch, self.best = GapWatch(), None
+
+    def due(self, step: int) -> bool:
+        """See `Monitor`; early in training more often."""
+        last = self._last
+        return super().due(step) or (last is not None and step >= max(_FIRST, _GROWTH * last))
+
+    def probe(self, step: int, *, at_end: bool = False) -> None:
+        """Probes, and says what has begun; a collective."""
+        super().probe(step, at_end=at_end)
+        if not at_end:  # a run that goes on does not probe there
+            self._judge(step, self.history[-1])
+
+    def after_all(self) -> None:
+        """Keeps the weights, now that the state of all callbacks is that of this step."""
+        if self._saves:
+            self._saves = False
+            assert self.best is not None
+            self.writer.save(Path(self.best["file"]))
+
+    def end(self) -> None:
+        """Says what was told, kept and copied."""
+        super().end()
+        if not self.history:
+            return
+        said = "no memorization onset"
+        if self.onset is not None:
+            rows, step = len(self._oracle.bank), self.onset["step"]
+            said = (
+                f"memorization onset at step {step}; to predict it for more rows: "
+                f"MemorizationGuard(onsets={{{rows}: {step}}})"
+            )
+        copied = self.history[-1]["copied_rows"]
+        if copied:
+            named = ", ".join(f"{row} ({count})" for row, count in copied)
+            said += f"; rows copied most, and by how many of {self.samples} samples: {named}"
+        rank_zero_info(f"MemorizationGuard: {said}{self._where()}")
+
+    def stop(self) -> None:
+        """Lets go of bank and samples."""
+        super().stop()
+        self._probes = {}
+
+    def layout(self) -> dict[str, list[Any]]:
+        """Its charts on TensorBoard's custom-scalars page."""
+        name = re.escape(self.name)
+        more = {"held-out loss": f"{name}/held_out_loss$", "gap by t": f"{name}_by_t/gap/"}
+        return {**super().layout(), **charts(more)}
+
+    # -- one probe --------------------------------------------------------------------------------
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """See `Monitor`."""
+        with self.run.together("a probe of MemorizationGuard"):
+            own = {split: self._ask(probe) for split, probe in self._probes.items()}
+        self._errors = {
+            split: self._of_all_ranks(values[None], self._probes[split].size)[0].view(
+                len(self.edges) - 1, -1
+            )
+            for split, values in own.items()
+        }
+        entry = super().measure(step)
+        means = {split: errors.mean(1) for split, errors in self._errors.items()}
+        entry |= {split: mean.tolist() for split, mean in means.items()}
+        if means:
+            entry["gap"] = (means["held_out"] - means["train"]).tolist()
+            entry["held_out_loss"] = float(means["held_out"] @ self.edges.diff())
+        return entry | {"copied_rows": self._copied_rows()}
+
+    def _ask(self, probe: Probe) -> Tensor:
+        """The conditional errors of this rank."""
+        module, found = self.run.module, list[Tensor]()
+        with model_in_eval_mode(self.run.trainer, module):
+            velocity = self.velocity_of(module)
+            probe.measure(velocity, lambda _, values: found.append(values[0]), module.device)
+        return torch.cat(found).cpu().double()
+
+    def _of_all_ranks(self, own: Tensor, total: int) -> Tensor:
+        """Numbers (K, n) of which each rank holds every `world_size`-th, as (K, total)."""
+        trainer = self.run.trainer
+        if trainer.world_size == 1:
+            return own
+        every = own.new_zeros(len(own), total)
+        every[:, trainer.global_rank :: trainer.world_size] = own
+        summed = trainer.strategy.reduce(every.to(trainer.strategy.root_device), reduce_op="sum")
+        assert isinstance(summed, Tensor)
+        return summed.cpu()
+
+    def _copied_rows(self, most: int = 8) -> list[list[int]]:
+        """The rows copied most, by their place in the data set, and by how many samples."""
+        assert self._shown is not None
+        near, bank = self._shown[1][0.0], self._oracle.bank
+        pairs = torch.stack([near.row, near.copied]).double().cpu()
+        rows, copied = self._of_all_ranks(pairs, self.samples)
+        counts = Counter(rows[copied > 0].long().tolist())
+        places = {row: row if bank.index is None else int(bank.index[row]) for row in counts}
+        return [[places[row], count] for row, count in counts.most_common(most)]
+
+    def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
+        """See `Monitor`."""
+        scalars = super().scalars(entry)
+        if self.law is not None:
+            left = self.law(len(self._oracle.bank)) - entry["step"]
+            scalars[f"{self.name}/steps_left"] = left
+        if "gap" in entry:
+            scalars[f"{self.name}/held_out_loss"] = entry["held_out_loss"]
+            for key in ("train", "held_out", "gap"):
+                scalars |= by_time(f"{self.name}_by_t/{key}", self.edges, entry[key])
+        return scalars
+
+    # -- the onset --------------------------------------------------------------------------------
+
+    def _judge(self, step: int, entry: dict[str, Any]) -> None:
+        """Tells the onset, and decides whether the weights are kept."""
+        copying, gap, folder = entry["low"][0] > _COPIED, None, self.writer.folder
+        if self._errors:
+            train, others = (self._errors[split][_EARLY:] for split in ("train", "held_out"))
+            gap = self.watch.update(step, train, others, self.edges[_EARLY:])
+        if self.onset is None and (copying or gap is not None):
+            self._say(step, entry, gap)
+        if not self.alarm or folder is None or copying:
+            return
+        loss = entry.get("held_out_loss", math.nan)
+        keeps = self.best is None or loss < _BETTER * self.best["held_out_loss"]
+        if not self._errors:  # the last before the onset is the best that is known
+            keeps = self.onset is None
+        if keeps:
+            file = folder / "before_onset.ckpt"
+            self.best, self._saves = {"step": step, "held_out_loss": loss, "file": str(file)}, True
+            self.writer.scalars({f"{self.name}/kept_step": float(step)}, self.logged_at(step))
+
+    def _say(self, step: int, entry: dict[str, Any], gap: dict[str, Any] | None) -> None:
+        samples = f"{entry['copies'][0]:.1%} of {self.samples} samples are copies"
+        evidence: dict[str, Any] = gap or {"message": f"surely more than {_COPIED:.0%} are copied"}
+        evidence["copies"] = entry["copies"][0]
+        message = f"{evidence.pop('message')}; {samples}"
+        if self.law is not None:
+            evidence["predicted"] = self.law(len(self._oracle.bank))
+            message += f"; predicted for step {evidence['predicted']:.0f}"
+        self.onset = self.writer.transition(step, MEMORIZATION_ONSET, message, evidence)
+        text = f"MemorizationGuard: step {step}, {MEMORIZATION_ONSET}: {message}{self._where()}"
+        if self.alarm:
+            cure = "To train against it: more data, StageScheme(Scheme.two_stage), or stop here."
+            rank_zero_warn(f"{text}. {cure}")
+        else:
+            rank_zero_info(text)
+        self.run.tell("notice", MEMORIZATION_ONSET)
+
+    @property
+    def event_kinds(self) -> dict[str, str]:
+        """What it may say; see `StageTransitions`."""
+        return {MEMORIZATION_ONSET: ""}
+
+    def _where(self) -> str:
+        if self.best is None:
+            return ""
+        loss = self.best["held_out_loss"]
+        said = "" if math.isnan(loss) else f" (held-out loss {loss:.4g})"
+        return f"; the weights of step {self.best['step']}{said} are in {self.best['file']}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from stagewise.bank import LatentBank
 from stagewise.products import full_precision, scores
 
 __all__ = ["Closest", "class_ends", "closest", "nearest_others", "shown"]
+
+T = TypeVar("T")
 
 _GATHER = 2**24
 """Numbers of gathered rows held at a time."""
@@ -253,14 +255,12 @@ def _sort(x: Tensor) -> Tensor:
     return x
 
 
-def shown(
-    parts: Iterable[tuple[Tensor, ...]], total: int, progress: bool, title: str
-) -> Iterable[tuple[Tensor, ...]]:
+def shown(parts: Iterable[T], total: int, progress: bool, title: str) -> Iterable[T]:
     """The parts, with a bar if that is wanted and tqdm is there."""
     if progress:
         try:
             from tqdm.auto import tqdm
         except ImportError:
             return parts
-        return tqdm(parts, total=total, desc=title, unit="block")
+        return tqdm(parts, total=total, desc=title)
     return parts

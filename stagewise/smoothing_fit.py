@@ -125,7 +125,7 @@ def cross_validated(
     folds = list(_folds(bank, boundary, seed))
     rows = SmoothingScore(0, 0.0, 0.0, _mean(fold.loss(Oracle(fold.rest)) for fold in folds))
     scores = [rows]
-    for (k,) in shown([(k,) for k in neighbours], len(neighbours), progress, "cross-validation"):
+    for k in shown(neighbours, len(neighbours), progress, "cross-validation"):
         found = [SmoothingScore(k, g, 0.0) for g in scales]
         for fold in folds:
             base = fold.distance(fold.rest.take(fold.pairs))

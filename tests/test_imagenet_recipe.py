@@ -112,12 +112,13 @@ def test_every_recipe_is_instantiated(tmp_path, latents, experiment, callbacks):
 def test_every_choice_composes(tmp_path, group, choice):
     config = composed(f"{group}={choice}", "callbacks=steer_only", "name=x", f"run_dir={tmp_path}")
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    if group in ("engine", "ema") or (group, choice) in {("scheme", "mix"), ("scheme", "phases")}:
+    made = choice in ("mix", "phases", "two_stage")
+    if group in ("engine", "ema") or (group == "scheme" and made):
         for part in config.callbacks.values():
             instantiate(part)
     if group == "scheme":
         steered = instantiate(config.callbacks.steer)
-        assert (steered._parts == {}) == (choice in ("plain", "phases"))
+        assert (steered._parts == {}) == (choice in ("plain", "phases", "two_stage"))
     if group in ("precision", "strategy"):
         assert config.trainer[{"precision": "precision", "strategy": "strategy"}[group]]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -33,15 +34,19 @@ def row_keys(rows: Tensor) -> Tensor:
     # product of 64-bit words only its upper half.
     word = torch.int16 if rows.dtype.itemsize == 2 else torch.int32
     words = rows.shape[1] * rows.dtype.itemsize // word.itemsize
-    # RandomState's stream is frozen for good, which no generator of torch promises.
-    weights = np.frombuffer(np.random.RandomState(0).bytes(8 * words), dtype="<i8") | 1
-    factor = torch.tensor(weights, device=rows.device)
+    factor = torch.tensor(_weights(words), device=rows.device)
     keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     step = max(1, _BLOCK // words)
     for block, out in zip(rows.split(step), keys.split(step), strict=True):
         # Adding zero makes -0 and 0, which are equal, equal in their bits.
         out.copy_(((block + 0.0).contiguous().view(word) * factor).sum(1))
     return keys
+
+
+@cache
+def _weights(words: int) -> np.ndarray:
+    """Odd numbers of RandomState, whose stream is frozen for good, as no generator of torch's."""
+    return np.frombuffer(np.random.RandomState(0).bytes(8 * words), dtype="<i8") | 1
 
 
 def find_rows(
@@ -62,8 +67,11 @@ def find_rows(
     found = torch.full_like(key, -1)
     # Equal keys stand together. Both ends are looked at because two different rows might, once in
     # a great many banks, share a key.
-    for right in (False, True):
-        place = (torch.searchsorted(keys, key, right=right) - int(right)).clamp(0, len(keys) - 1)
+    first = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
+    last = (torch.searchsorted(keys, key, right=True) - 1).clamp_min(0)
+    # Fake tensors have no values, and an accelerator would have to be waited for.
+    once = type(key) is Tensor and key.device.type == "cpu" and torch.equal(first, last)
+    for place in (first,) if once else (first, last):
         # Without an equal key there is no row to read; any will do, and row 0 is read but once.
         row = order[place].where(keys[place] == key, 0)
         found = row.where((read(row) == wanted).all(1), found)

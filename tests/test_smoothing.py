@@ -105,7 +105,7 @@ def queries(smoothing, path, t, seed=1):
 # --- The oracle ----------------------------------------------------------------------------------
 
 
-def assert_dense(oracle, xt, t, labels=None, *, mean=1e-5, k=3):
+def assert_dense(oracle, xt, t, labels=None, *, mean=1e-5, others=1e-5, k=3):
     smoothing, bank = oracle.smoothing, oracle.bank
     post = oracle.posterior(xt, t, labels, k=k)
     for i in range(len(t)):
@@ -120,15 +120,15 @@ def assert_dense(oracle, xt, t, labels=None, *, mean=1e-5, k=3):
         assert off < mean, (oracle.path, float(t[i]), float(off))
         torch.testing.assert_close(post.log_evidence[at], log_z, rtol=1e-6, atol=1e-6)
         entropy = torch.special.entr(gamma).sum()
-        torch.testing.assert_close(post.entropy[i], entropy, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(post.ess[i], 1 / gamma.square().sum(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(post.entropy[i], entropy, rtol=others, atol=others / 10)
+        torch.testing.assert_close(post.ess[i], 1 / gamma.square().sum(), rtol=others, atol=1e-6)
         top = gamma.topk(min(k, len(gamma))).values
-        torch.testing.assert_close(post.weights[i, : len(top)], top, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(post.weights[i, : len(top)], top, rtol=others, atol=1e-8)
         there = post.rows[i] >= 0
         assert int(there.sum()) == len(top)
         assert (post.weights[i, ~there] == 0).all()
         own = gamma[post.rows[i, there] - rows.start]
-        torch.testing.assert_close(own, top, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(own, top, rtol=others, atol=1e-8)
     assert (post.tail_mass == 0).all()
 
 
@@ -191,8 +191,10 @@ def test_blocks_of_rows_and_queries_do_not_matter(smoothing, monkeypatch):
     xt, _, source = queries(smoothing, LinearPath(), t)
     y = smoothing.bank.labels_of(source.tolist())
     whole = [oracle.posterior(xt, t, names, source=source, k=2) for names in (None, y)]
-    for name, number in (("_LOGITS", 500), ("_TURNED", 64), ("_GATHER", 700)):
-        monkeypatch.setattr(f"stagewise.smoothed_oracle.{name}", number)
+    numbers = {"_TURNED": 64, "_GATHER": 700, "_ROWS": 100}
+    monkeypatch.setattr("stagewise.gaussian_engine._LOGITS", 500)
+    for name, number in numbers.items():
+        monkeypatch.setattr(f"stagewise.gaussians.{name}", number)
     again = SmoothedOracle(smoothing.bank, LinearPath(), smoothing)
     for one, names in zip(whole, (None, y), strict=True):
         other = again.posterior(xt, t, names, source=source, k=2)
@@ -224,13 +226,14 @@ def test_a_strength_that_depends_on_t(smoothing, path):
     bank, t = smoothing.bank, TIMES[1:]
     xt, x1, source = queries(smoothing, path, t)
     y = [None, *bank.labels_of(source[1:].tolist())]
-    plain, whole = Oracle(bank, path, Exact("float64")), SmoothedOracle(bank, path, smoothing)
+    plain, whole = Oracle(bank, path), SmoothedOracle(bank, path, smoothing)
     half = SmoothedOracle(bank, path, smoothing.with_scale(0.4, 0.05))
     options = {"boundary": 0.5}, {"strength": lambda t: 0.5 + 0 * t}
     cut, constant = (SmoothedOracle(bank, path, smoothing, **option) for option in options)
     for names in (None, y):
         early, late = cut.correction(xt, t, x1, names).split([2, 3])
-        torch.testing.assert_close(early, plain.correction(xt, t, x1, names)[:2])
+        few = None if names is None else names[:2]
+        assert torch.equal(early, plain.correction(xt[:2], t[:2], x1[:2], few))
         torch.testing.assert_close(late, whole.correction(xt, t, x1, names)[2:])
         one, two = (o.posterior(xt, t, names) for o in (constant, half))
         torch.testing.assert_close(one.mean, two.mean)

@@ -39,7 +39,7 @@ def test_examples_of_docstrings(name):
 
 def test_code_of_the_readme():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {
         **vars(stagewise),
         "L": L,
@@ -100,7 +100,7 @@ def test_code_of_the_page_on_engines(tmp_path, monkeypatch):
 
 def test_code_of_the_page_on_steering():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/steering.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     latents, labels = torch.randn(160, 4, 4, 4), torch.arange(160) % 4
     t = torch.linspace(0, 0.9, 8)
     names = {"latents": latents, "labels": labels, "t": t}

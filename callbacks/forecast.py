@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import Unpack
 
+from stagewise.adapters.objective import Objective
 from stagewise.bank import LatentBank
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.stage_callback import RunOptions
@@ -62,7 +63,8 @@ class Forecast(ModelMonitor):
         bank: See `StageCallback`.
         every_n_steps: Optimizer steps between probes; default a quarter of the training, at most
             5000. A probe is 16 forward and 32 backward passes of a batch.
-        timesteps: How training draws t, default uniform.
+        timesteps: How training draws t, default as the module's `FlowMatchingLoss` does, whose
+            weights are counted too; uniform with another objective.
         name: Prefix of tags and name of the folder, default "stagewise_forecast".
         **options: What it says about the run; see `RunOptions`.
 
@@ -86,6 +88,11 @@ class Forecast(ModelMonitor):
         **options: Unpack[RunOptions],
     ) -> None:
         super().__init__(bank, every_n_steps=every_n_steps, figures=0, name=name, **options)
+        if timesteps is not None and not isinstance(timesteps, TimestepSampler):
+            raise TypeError(
+                f"Expected `timesteps` to be a sampler, got {timesteps!r}: "
+                "Forecast(timesteps=LogitNormal())."
+            )
         self.timesteps = timesteps
 
     # -- the course of a training -----------------------------------------------------------------
@@ -100,9 +107,7 @@ class Forecast(ModelMonitor):
         """Once the network is known: rows for the batches, header."""
         super().settle()
         run = self.run
-        x1 = run.look.x1 if run.look.search.x1 is None else run.look.search.x1
-        self._batch = 64 if x1 is None else len(x1)
-        self._rows = self.rows(_BATCHES * self._batch)
+        self._rows = self.rows(_BATCHES * self.batch_size)
         said = run.option(self, "class_wise")
         self._wise = run.class_wise(self)
         if said is None:
@@ -117,7 +122,7 @@ class Forecast(ModelMonitor):
 
     def renew(self) -> None:
         """Takes the rows anew, because latents have changed."""
-        self._rows = self.rows(_BATCHES * self._batch)
+        self._rows = self.rows(_BATCHES * self.batch_size)
 
     def due(self, step: int) -> bool:
         """See `Monitor`; not at the first step."""
@@ -142,13 +147,13 @@ class Forecast(ModelMonitor):
                 module,
                 oracle,
                 self._batches(),
-                optimizer=trainer.optimizers[0],
-                timesteps=self.timesteps,
+                optimizer=self._optimizer(),
+                timesteps=self._drawn_by(),
                 weight=self._weight,
                 class_wise=self._wise,
                 seed=self.seed,
             )
-        whole = self._batch * trainer.world_size * trainer.accumulate_grad_batches
+        whole = self.per_step
         scale = None if math.isinf(found.noise_scale) else found.noise_scale
         entry: dict[str, Any] = {"share": found.share, "share_se": found.error}
         entry |= {"noise_scale": scale, "batch": whole}
@@ -189,16 +194,55 @@ class Forecast(ModelMonitor):
     def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """As many batches as are asked about, from shuffled rows, again and again."""
         x1, labels = self._rows
-        draws, count = torch.Generator().manual_seed(self.seed), _BATCHES * self._batch
+        draws, count = torch.Generator().manual_seed(self.seed), _BATCHES * self.batch_size
         again = math.ceil(count / len(x1))
         order = torch.cat([torch.randperm(len(x1), generator=draws) for _ in range(again)])
-        for at in order[:count].split(self._batch):
+        for at in order[:count].split(self.batch_size):
             yield x1[at], None if labels is None else labels[at]
 
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """The one that steps the network that is asked, or else the first."""
+        optimizers = self.run.trainer.optimizers
+        name = "" if self.network is None else self.network.name
+        net = {id(one) for one in self.run.module.get_submodule(name).parameters()}
+        steps = [
+            any(id(one) in net for group in optimizer.param_groups for one in group["params"])
+            for optimizer in optimizers
+        ]
+        return optimizers[steps.index(True) if True in steps else 0]
+
+    def _objective(self) -> Any:
+        """The `FlowMatchingLoss` that the module trains with, None if it is another one's."""
+        seam = None if self.network is None else self.network.seam
+        return seam.place.object if isinstance(seam, Objective) else None
+
+    def _drawn_by(self) -> TimestepSampler | None:
+        """How training draws t: as it was said, or as the module's own objective does it."""
+        objective = self._objective()
+        if self.timesteps is not None or objective is None:
+            return self.timesteps
+        scheme = objective.scheme
+        if scheme is not None and scheme.draws_timesteps:
+            return scheme.timesteps
+        return objective.timesteps
+
     def _weight(self, t: Tensor) -> Tensor:
-        """What the error of a velocity counts in a loss on what the network predicts."""
+        """What the error of a velocity counts in the loss of training."""
         if self.network is None:
             return torch.ones_like(t)
+        return self._of_prediction(t) * self._of_objective(t)
+
+    def _of_objective(self, t: Tensor) -> Tensor:
+        """The weight of the module's own objective."""
+        objective = self._objective()
+        if objective is None:
+            return torch.ones_like(t)
+        weight = objective.weight if objective.scheme is None else objective.scheme.weight_of
+        return torch.ones_like(t) if weight is None else weight(t)
+
+    def _of_prediction(self, t: Tensor) -> Tensor:
+        """What the error of a velocity counts in a loss on what the network predicts."""
+        assert self.network is not None
         seam = self.network.seam
         path = seam.path(t)
         own, velocity = (

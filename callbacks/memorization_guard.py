@@ -37,6 +37,10 @@ _COPIED = 0.01
 _BETTER = 0.99
 """Share of the kept held-out loss that a lower one must have: weights are dear to write."""
 
+_PASSES = 2
+"""Through the rows: none is learned by heart before, and what held-out samples lose early is not
+because of it."""
+
 _FIRST, _GROWTH = 32, 1.5
 """After the first step: the step of the next probe, and what each is times the one before."""
 
@@ -47,8 +51,9 @@ class MemorizationGuard(MemorizationMonitor):
     At each probe the model is asked about noisy training samples and noisy held-out ones, the same
     each time, and samples are drawn from it. Beyond the collapsed boundary of the stages, where the
     target of training is one row, memorization shows first: held-out error has risen from its
-    lowest value there while training error has fallen (`stagewise.memorization_onset`). Or, later,
-    more than 1 % of the samples are copies (`stagewise.copies`). Then, once:
+    lowest value there while training error has fallen (`stagewise.memorization_onset`), after two
+    passes through the rows. Or, later, more than 1 % of the samples are copies
+    (`stagewise.copies`). Then, once:
 
     - a warning says where in t, since when, and how many samples are copies by now;
     - the event "memorization onset" is told: a `Phases` whose first phase ends
@@ -337,7 +342,8 @@ class MemorizationGuard(MemorizationMonitor):
     def _judge(self, step: int, entry: dict[str, Any]) -> None:
         """Tells the onset, and decides whether the weights are kept."""
         copying, gap, folder = entry["low"][0] > _COPIED, None, self.writer.folder
-        if self._errors:
+        passed = step * self.per_step >= _PASSES * len(self._oracle.bank)
+        if self._errors and passed:
             train, others = (self._errors[split][_EARLY:] for split in ("train", "held_out"))
             gap = self.watch.update(step, train, others, self.edges[_EARLY:])
         if self.onset is None and (copying or gap is not None):

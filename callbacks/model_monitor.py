@@ -100,9 +100,12 @@ class ModelMonitor(Monitor):
         Raises:
             ValueError: If there is none, it returns no velocity, or it is given more than labels.
         """
-        look = self.run.look
+        look, trainer = self.run.look, self.run.trainer
+        x1 = look.x1 if look.search.x1 is None else look.search.x1
+        self.batch_size = 64 if x1 is None else len(x1)
+        self.per_step = self.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         if self._given is not None:
-            with model_in_eval_mode(self.run.trainer, self.run.module):
+            with model_in_eval_mode(trainer, self.run.module):
                 said = look.search.asked_otherwise(self.velocity_of(self.run.module))
             if said:
                 rank_zero_warn(f"{type(self).__name__}: {said}")

@@ -154,7 +154,8 @@ def forecast_targets(
 
     Raises:
         ValueError: On fewer than four batches, batches of different sizes, a velocity of another
-            shape than `x_t`, or a module of which nothing requires a gradient.
+            shape than `x_t` or without a graph, a module of which nothing requires a gradient, an
+            optimizer of other parameters, or a gradient that is not finite.
 
     Example:
         >>> import torch
@@ -165,6 +166,10 @@ def forecast_targets(
         >>> 0 < found.share < 1
         True
     """
+    if not callable(getattr(timesteps or Uniform(), "sample", None)):
+        raise TypeError(
+            f"Expected `timesteps` to be a sampler, got {timesteps!r}: timesteps=LogitNormal()."
+        )
     parameters, metric = _metric(module, optimizer)
     if not parameters:
         raise ValueError(
@@ -200,6 +205,11 @@ def forecast_targets(
                 raise ValueError(
                     f"Expected `velocity` to return a tensor of shape {tuple(xt.shape)}, got "
                     f"{tuple(v.shape)}."
+                )
+            if not v.requires_grad:
+                raise ValueError(
+                    "Expected `velocity` to return a tensor with a graph, whose gradient can be "
+                    "asked for, got one without: leave `.detach()` and `torch.no_grad` out of it."
                 )
             # Factors that all share, such as 2 / (B D), change no ratio, and would underflow.
             pull = w * (v.detach() - u - gap)
@@ -257,7 +267,18 @@ def _estimate(removed: Tensor, kept: Tensor, signal: Tensor, batch: int) -> Targ
     error = (off.square().sum() / (len(off) * (len(off) - 1))).sqrt() / whole.clamp_min(1e-300)
     mean = signal - kept.mean() / count  # what noise adds to the square of a mean
     scale = torch.where(mean > 0, batch * whole / mean, torch.inf)
-    f, wrong, samples = torch.stack([share, error, scale]).tolist()
+    f, wrong, samples, noise = torch.stack([share, error, scale, whole]).tolist()
+    if not math.isfinite(noise):
+        raise ValueError(
+            "Expected finite gradients to forecast from, got NaN or infinity: the network has "
+            "diverged, or a batch is not finite."
+        )
+    if noise == 0:
+        raise ValueError(
+            "Expected gradients that are not all 0, got none: the optimizer steps none of the "
+            "parameters that the velocity depends on. Give the one that trains the network: "
+            "forecast_targets(..., optimizer=optimizer_of_the_network)."
+        )
     return TargetForecast(f, wrong, samples, batch)
 
 

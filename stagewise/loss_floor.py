@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stagewise.stages import StageCurve
 
-__all__ = ["loss_floor"]
+__all__ = ["loss_floor", "require_curve"]
 
 
 def loss_floor(curve: StageCurve, t: Tensor) -> Tensor:
@@ -26,3 +26,16 @@ def loss_floor(curve: StageCurve, t: Tensor) -> Tensor:
     right = torch.searchsorted(times, at.contiguous()).clamp(1, len(times) - 1)
     share = (at - times[right - 1]) / (times[right] - times[right - 1])
     return torch.lerp(means[right - 1], means[right], share).to(t.dtype)
+
+
+def require_curve(curve: StageCurve) -> None:
+    """Refuses what is no measured curve.
+
+    Raises:
+        TypeError: With what measures one.
+    """
+    if not isinstance(curve, StageCurve):
+        raise TypeError(
+            f"Expected `curve` to be a StageCurve, got {type(curve).__name__}: "
+            "curve = StageCurve.measure(oracle)."
+        )

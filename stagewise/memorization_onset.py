@@ -149,7 +149,8 @@ class OnsetLaw:
 
     def __init__(self, onsets: Mapping[int, float]) -> None:
         pairs = [*onsets.items()] if isinstance(onsets, Mapping) else []
-        if not pairs or not all(n > 0 and 0 < step < math.inf for n, step in pairs):
+        numbers = all(isinstance(number, int | float) for pair in pairs for number in pair)
+        if not pairs or not numbers or not all(n > 0 and 0 < tau < math.inf for n, tau in pairs):
             raise ValueError(
                 f"Expected `onsets` with the step of the onset by the number of rows, got "
                 f"{onsets!r}. Take them from runs on subsets: onsets={{64: 400, 128: 900}}."

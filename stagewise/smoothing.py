@@ -199,10 +199,12 @@ class Smoothing:
             says why, if none of the settings helps: `Scheme(smoothing=None)` is plain training.
 
         Raises:
-            ValueError: For fewer than 20 rows.
+            ValueError: For fewer than 20 rows, or a boundary outside [0, 1).
+            TypeError: If `bank` is no bank.
         """
         from stagewise.smoothing_fit import cross_validated
 
+        _check_settings(bank, 1, 1.0, 0.0)
         if len(bank) < 20:
             raise ValueError(
                 f"Expected at least 20 rows to choose a smoothing from, got {len(bank)}: "
@@ -210,19 +212,24 @@ class Smoothing:
             )
         if boundary is None:
             boundary = StageCurve.measure(Oracle(bank)).boundary()
-        edge = boundary.collapsed if isinstance(boundary, StageBoundary) else boundary
-        if not 0 < edge < 1:
+        edge = boundary.collapsed if isinstance(boundary, StageBoundary) else float(boundary)
+        if not (math.isnan(edge) or 0 <= edge < 1):
+            raise ValueError(
+                f"Expected `boundary` in [0, 1), the time from which on rows are smoothed, got "
+                f"{boundary}: Smoothing.fit(bank, 0.7)."
+            )
+        if math.isnan(edge):
             warnings.warn(
-                f"Smoothing.fit: none. The posterior never collapses on one row (boundary {edge}), "
-                "so that nothing of the target is a row by heart.",
+                "Smoothing.fit: none. The posterior never collapses on one row, where rows are "
+                "smoothed. Rows that stand in the bank twice share it: leave them out, "
+                "LatentBank(x.unique(dim=0)), or say from when on, Smoothing.fit(bank, 0.7).",
                 stacklevel=2,
             )
             return None
-        most = len(bank) * 4 // 5 - 1
-        tried = tuple(k for k in (8, 16, 32, 64) if k <= most)
         options: dict[str, Any] = {"class_wise": class_wise, "progress": progress}
-        scores = cross_validated(bank, edge, tried, (0.25, 0.35, 0.5, 0.7, 1.0, 1.4), **options)
-        best = min((s for s in scores if not math.isnan(s.loss)), key=lambda score: score.loss)
+        scales = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4)
+        scores = cross_validated(bank, edge, (8, 16, 32, 64), scales, **options)
+        best = min((s for s in scores if not math.isnan(s.loss)), key=_loss, default=scores[0])
         if not best.neighbours:
             warnings.warn(
                 f"Smoothing.fit: none. On rows left out the rows as they are have a loss of "
@@ -365,8 +372,9 @@ class Smoothing:
             raise ValueError(
                 f"{message}, got {int(wrong.sum())} of {len(wrong)} that are "
                 + (f"not, the first {int(source[wrong][0])}. " if given else "no rows. ")
-                + "Let the data set return the position i of each item with it: draw(x1, source=i) "
-                "if the bank keeps the order of the data set (bank.index is None), otherwise "
+                + "Flips and crops are no rows: train without them, or make the bank of what is "
+                "trained on. Or let the data set return the position i of each item: "
+                "draw(x1, source=i) if the bank keeps its order (bank.index is None), otherwise "
                 "draw(x1, source=bank.index.argsort()[i])."
             )
         return source
@@ -428,7 +436,7 @@ class Smoothing:
         if oracle.smoothing is not None and oracle.smoothing is not self:
             raise ValueError(
                 f"Expected one smoothing, got two: {self!r}, and {oracle.smoothing!r} of the "
-                "oracle. Give the oracle's own: smoothing=oracle.smoothing."
+                "oracle. Give the plain oracle: Oracle(oracle.bank, oracle.path)."
             )
         self.check_bank(oracle.bank)
 
@@ -454,6 +462,10 @@ class Smoothing:
         return f"Smoothing({self.neighbours} neighbours, scale={self.scale}, floor={self.floor})"
 
 
+def _loss(score: SmoothingScore) -> float:
+    return score.loss
+
+
 def _check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float) -> None:
     if not isinstance(bank, LatentBank):
         raise TypeError(
@@ -468,7 +480,7 @@ def _check_settings(bank: LatentBank, neighbours: int, scale: float, floor: floa
             f"{neighbours}: Smoothing(bank, neighbours={min(8, len(bank) - 1)})."
         )
     for name, value in (("scale", scale), ("floor", floor)):
-        if not 0 <= value < math.inf:
+        if not isinstance(value, float | int) or not 0 <= value < math.inf:
             raise ValueError(
-                f"Expected `{name}` of at least 0, got {value}. Give {name}=0 for none."
+                f"Expected `{name}` of at least 0, got {value!r}. Give {name}=0 for none."
             )

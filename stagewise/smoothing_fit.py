@@ -112,17 +112,22 @@ def cross_validated(
 
     Args:
         bank: The rows.
-        boundary: c, the time from which on rows are smoothed, in (0, 1).
-        neighbours: Each K, at most four fifths of the rows less one.
+        boundary: c, the time from which on rows are smoothed, in [0, 1).
+        neighbours: Each K; those are left out of which a fold has too few rows.
         scales: Each g, ascending.
         class_wise: Whether neighbours are of the row's own class.
         seed: Of folds, rows, times and noise.
         progress: Whether to show a bar.
 
     Returns:
-        1 + len(neighbours) len(scales) scores.
+        One for the rows, and one for each K and g.
     """
+    boundary = max(boundary, 1e-3)  # 0: one row explains every query from the start
     folds = list(_folds(bank, boundary, seed))
+    most = (
+        min(len(fold.rest) for fold in folds) - 1
+    )  # copies share a fold, which may be a large one
+    neighbours = [k for k in neighbours if k <= most]
     rows = SmoothingScore(0, 0.0, 0.0, _mean(fold.loss(Oracle(fold.rest)) for fold in folds))
     scores = [rows]
     for k in shown(neighbours, len(neighbours), progress, "cross-validation"):

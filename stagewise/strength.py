@@ -56,10 +56,12 @@ def strength_at(
         edge = boundary.collapsed if isinstance(boundary, StageBoundary) else boundary
         assert edge is not None
         return (time >= edge).to(time.dtype)
-    share = strength(time)
-    if share.shape != time.shape:
+    share = strength(time) if callable(strength) else strength
+    if not isinstance(share, Tensor) or share.shape != time.shape:
         raise ValueError(
-            f"Expected `strength(t)` with shape {tuple(time.shape)}, got {tuple(share.shape)}."
+            f"Expected `strength` to give a tensor of shape {tuple(time.shape)}, got "
+            f"{tuple(share.shape) if isinstance(share, Tensor) else share!r}: "
+            "strength=lambda t: (t >= 0.5).float()."
         )
     inside = ((share >= 0) & (share <= 1)).all()
     message = "Expected `strength(t)` in [0, 1]"

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from stagewise.loss_floor import loss_floor
+from stagewise.loss_floor import loss_floor, require_curve
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
 from stagewise.stages import StageCurve
 
@@ -172,11 +172,14 @@ class InverseFloor(Weight):
             it is in the units of a velocity, the mean over D numbers.
     """
 
+    of_velocity: ClassVar[bool] = True
+
     curve: StageCurve
     largest: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.largest <= 0:
+        require_curve(self.curve)
+        if not self.largest > 0:
             raise ValueError(f"Expected `largest` above 0, got {self.largest}.")
 
     def __call__(self, t: Tensor) -> Tensor:

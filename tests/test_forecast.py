@@ -12,8 +12,11 @@ from torch import nn
 
 from stagewise import (
     LatentBank,
+    LogitNormal,
     Oracle,
+    Scheme,
     StageAware,
+    StageFactors,
     TargetForecast,
     forecast_smoothing,
     forecast_targets,
@@ -163,7 +166,21 @@ def test_adam_counts_what_it_steps_in_its_own_metric():
         by_number.append(forecast_targets(net, net, oracle, batches, optimizer=optimizer).share)
     assert by_number[0] > plain.share > by_number[1]
     frozen = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
-    assert forecast_targets(net, net, oracle, batches, optimizer=frozen).share == 0
+    with pytest.raises(ValueError, match="optimizer steps none of the parameters"):
+        forecast_targets(net, net, oracle, batches, optimizer=frozen)
+
+
+def test_what_says_nothing_is_refused():
+    x = torch.randn(16, 4)
+    oracle, net = Oracle(LatentBank(x)), nn.Linear(4, 4)
+    broken = [(torch.full((8, 4), math.nan), None)] * 4
+    with pytest.raises(ValueError, match="finite gradients"):
+        forecast_targets(lambda xt, t, _: net(xt), net, oracle, broken)
+    batches = list(batches_of(x, 8, 4))
+    with pytest.raises(ValueError, match=r"leave `\.detach\(\)`"):
+        forecast_targets(lambda xt, t, _: net(xt).detach(), net, oracle, batches)
+    with pytest.raises(TypeError, match=r"timesteps=LogitNormal\(\)"):
+        forecast_targets(lambda xt, t, _: net(xt), net, oracle, batches, timesteps="lognormal")
 
 
 def test_nothing_of_the_training_changes():
@@ -324,6 +341,43 @@ def test_what_it_measures_is_what_the_function_does(fit):
     assert first["share_se"] == pytest.approx(seen[0].error, rel=1e-4)
     assert first["batch"] == 16, "two batches of 8 for a step"
     assert first["smoothing"] is None
+
+
+def test_times_and_weights_are_those_of_the_objective(fit, tiny_flow):
+    late, weight = LogitNormal(2.0, 0.3), StageFactors(0.001, 1.0, boundary=0.5)
+    found = []
+    for options in (
+        {"scheme": Scheme(timesteps=late, weight=weight)},
+        {"timesteps": late, "weight": weight},
+        {},
+    ):
+        model, callback = tiny_flow(), Forecast(every_n_steps=4)
+        model.loss = FlowMatchingLoss(**options)
+        fit(callback, model=model, max_steps=4)
+        found.append(callback.history[0]["share"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] < 0.5 * found[2]
+
+
+def test_the_optimizer_is_that_of_the_network(fit, tiny_flow):
+    class Two(tiny_flow):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization, self.other = False, nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            losses = self.other(torch.ones(2)), super().training_step(batch, batch_idx)
+            for optimizer, own in zip(self.optimizers(), losses, strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(own.sum())
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.Adam(part.parameters()) for part in (self.other, self.net)]
+
+    callback = Forecast(every_n_steps=4)
+    fit(callback, model=Two(), max_steps=8)
+    assert callback.history[0]["share"] > 0.01
 
 
 def test_a_loss_on_the_noise_counts_its_own_errors(fit, tiny_flow):

@@ -172,6 +172,14 @@ def test_the_event_switches_smoothing_on(fit):
     assert scheme.scheme.drawn is not None, "rows were smoothed"
 
 
+def test_nothing_is_learned_by_heart_before_rows_are_seen_twice(fit):
+    """Held-out samples lie elsewhere: what training gains they lose, in the first steps at once."""
+    guard = MemorizationGuard(**FEW, every_n_steps=10)
+    fit(6400, guard, steps=190, x=gaussian(6400) * torch.tensor([2, 1, 0.5, 0.2, 0.1, 0.05]))
+    assert guard.onset is None
+    assert guard.watch.lowest is None  # 64 rows a step: twice at step 200
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_of_two_that_may_say_it_one_is_enough(fit, order):
     both = MemorizationGuard(**FEW), StageTransitions()  # which lacks a VelocityErrorMonitor

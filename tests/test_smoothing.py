@@ -566,7 +566,7 @@ def test_draws_that_are_refused(smoothing):
     refused("times `t`", x1, source, strength=lambda t: t)
     refused("got both", x1, source, t=t, boundary=0.5, strength=lambda t: t)
     refused(r"in \[0, 1\], got values.*Clamp it", x1, source, t=t, strength=lambda t: t + 1)
-    refused("`strength.t.` with shape", x1, source, t=t, strength=lambda t: t[:, None])
+    refused("`strength` to give a tensor of shape", x1, source, t=t, strength=lambda t: t[:, None])
     refused(r"`t` with shape \(4,\)", x1, source, t=t[:2], boundary=0.5)
     refused(r"t. in \[0, 1\]", x1, source, t=t + 1, boundary=0.5)
     with pytest.raises(TypeError, match="`source` to be a tensor"):
@@ -580,7 +580,9 @@ def test_oracles_that_are_refused(smoothing):
         SmoothedOracle(other, LinearPath(), smoothing)
     with pytest.raises(ValueError, match="bank of the smoothing"):
         smoothing.check(Oracle(other))
-    with pytest.raises(ValueError, match="one smoothing, got two.*smoothing=oracle.smoothing"):
+    with pytest.raises(
+        ValueError, match=r"one smoothing, got two.*Oracle\(oracle\.bank, oracle\.path\)"
+    ):
         smoothing.check(SmoothedOracle(bank, LinearPath(), smoothing.with_scale(0.5)))
     with pytest.raises(ValueError, match="got Sharded.*LatentBank.open"):
         smoothing.check(Oracle(bank, engine=Sharded()))

@@ -112,3 +112,29 @@ def test_fit_in_a_scheme_of_two_stages():
 def test_too_few_rows_are_refused_with_a_line_to_paste():
     with pytest.raises(ValueError, match=r"Smoothing\(bank, neighbours=8\)"):
         Smoothing.fit(LatentBank(plane(19)))
+
+
+def test_copies_that_fill_a_fold_leave_fewer_neighbours_to_try():
+    x = plane(60)
+    x[:24] = x[0]
+    fitted = Smoothing.fit(LatentBank(x), 0.4, progress=False)
+    rest = min(len(fold.rest) for fold in _folds(LatentBank(x), 0.4, seed=0))
+    assert max(score.neighbours for score in fitted.scores) < rest
+
+
+def test_none_where_nothing_can_be_asked():
+    """A row for each class: those of a fold are of no class outside it."""
+    bank = LatentBank(plane(30), torch.arange(30))
+    with pytest.warns(UserWarning, match="none. On rows left out"):
+        assert Smoothing.fit(bank, progress=False) is None  # collapsed from the start
+
+
+@pytest.mark.parametrize("boundary", [-1.0, 1.0, 5.0])
+def test_a_boundary_that_is_no_time_is_refused(boundary):
+    with pytest.raises(ValueError, match=r"Smoothing\.fit\(bank, 0\.7\)"):
+        Smoothing.fit(LatentBank(plane(30)), boundary)
+
+
+def test_what_is_no_bank_is_refused():
+    with pytest.raises(TypeError, match=r"Smoothing\(LatentBank\(x\)\)"):
+        Smoothing.fit(plane(30))

@@ -321,3 +321,30 @@ def test_bad_input(bank, smoothing, oracle):
     Scheme(
         oracle, target=ReferenceSet(8, "boundary"), smoothing=smoothing, boundary=BOUNDARY
     ).check()
+
+
+def test_times_that_the_samples_were_not_smoothed_at_are_refused(smoothing):
+    scheme = Scheme(smoothing=smoothing, boundary=BOUNDARY)
+    x1 = scheme.smooth(ROWS[:8], t=T)
+    with pytest.raises(ValueError, match=r"times `t` that the samples were smoothed at.*once"):
+        scheme(x1, xt=x1, t=T.flip(0), x1=x1)
+
+
+def test_rows_that_stand_twice_are_told_that_nothing_is_smoothed():
+    twice = Oracle(LatentBank(ROWS.repeat(2, 1)))
+    scheme = Scheme(twice, smoothing=Smoothing(twice.bank, 4, progress=False))
+    with pytest.warns(UserWarning, match=r"never acts.*LatentBank\(x\.unique\(dim=0\)\)"):
+        scheme.measure_boundary()
+
+
+def test_the_stages_are_those_of_the_rows_whatever_the_oracle(bank, smoothing, oracle):
+    around = SmoothedOracle(bank, None, smoothing)
+    plain, smooth = (Scheme(o, smoothing=smoothing) for o in (oracle, around))
+    assert plain.measure_boundary() == smooth.measure_boundary()
+
+
+def test_two_stages_of_what_is_no_oracle(bank, oracle):
+    with pytest.raises(TypeError, match=r"Scheme\.two_stage\(Oracle\(bank\)\)"):
+        Scheme.two_stage(bank)
+    with pytest.raises(ValueError, match="no `target` for two stages"):
+        Scheme.two_stage(oracle, target=Mix())

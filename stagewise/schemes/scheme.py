@@ -78,11 +78,12 @@ class SchemeRecord:
 
 
 class Drawn(NamedTuple):
-    """What `Scheme.smooth` gave last: samples (B, *), those before, and their rows, (B,)."""
+    """What `Scheme.smooth` gave last: samples (B, *), those before, their rows and times, (B,)."""
 
     x1: Tensor
     before: Tensor
     source: Tensor
+    t: Tensor
 
 
 class Scheme:
@@ -206,6 +207,15 @@ class Scheme:
             oracle: Bank and path.
             **options: Of the scheme; `smoothing=` another one, or None.
         """
+        if not isinstance(oracle, Oracle):
+            raise TypeError(
+                f"Expected an Oracle, got {type(oracle).__name__}: Scheme.two_stage(Oracle(bank))."
+            )
+        if "target" in options:
+            raise ValueError(
+                'Expected no `target` for two stages, which have Mix("boundary"), got one. Say '
+                "both: Scheme(oracle, target=..., smoothing=Smoothing(oracle.bank))."
+            )
         if "smoothing" not in options:
             options["smoothing"] = Smoothing(oracle.bank)
         return cls(oracle, target=Mix("boundary"), **options)
@@ -249,6 +259,14 @@ class Scheme:
         """
         if isinstance(boundary, StageBoundary):
             ends = (boundary.midpoint, boundary.collapsed)
+            if self._needs_collapsed and math.isnan(boundary.collapsed):
+                warnings.warn(
+                    f"{self.smoothing!r} never acts: the posterior collapses on one row at no t. "
+                    "Rows that stand in the bank twice share it; leave them out, "
+                    "LatentBank(x.unique(dim=0)), or say from when on: "
+                    "strength=lambda t: (t >= 0.7).float().",
+                    stacklevel=caller_level(),
+                )
             self._bind(*(1.0 if math.isnan(end) else end for end in ends))
             return
         if not 0 <= boundary <= 1:
@@ -279,8 +297,8 @@ class Scheme:
             ValueError: Without an oracle, or if its bank is spread over ranks.
         """
         oracle = self.oracle
-        if oracle is None and self.smoothing is not None:
-            oracle = Oracle(self.smoothing.bank, self.path)
+        if self.smoothing is not None and (oracle is None or oracle.smoothing is not None):
+            oracle = Oracle(self.smoothing.bank, self.path)  # the stages are those of the rows
         if oracle is None:
             raise ValueError(
                 "Expected an oracle to measure the boundary with, got none: Scheme(Oracle(bank, "
@@ -336,15 +354,16 @@ class Scheme:
         source = self.smoothing.rows_of(x1, source)
         self._draws += 1
         generator = torch.Generator(x1.device).manual_seed(self._random("smooth", self._draws))
+        times = as_times(t, x1)
         smoothed = self.smoothing.draw(
             x1,
             source,
-            t=self._time(as_times(t, x1)),
+            t=self._time(times),
             boundary=self.collapsed if self._needs_collapsed else None,
             strength=self.strength,
             generator=generator,
         )
-        self.drawn = Drawn(smoothed, x1, source)
+        self.drawn = Drawn(smoothed, x1, source, times)
         return smoothed
 
     def _random(self, *what: Any) -> int:
@@ -352,13 +371,23 @@ class Scheme:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         return Random(f"{self.seed} {rank} {self._step} {what}").getrandbits(63)
 
-    def _source_of(self, x1: Tensor, source: Tensor | None) -> Tensor:
-        """The rows of samples that were smoothed."""
+    def _source_of(self, x1: Tensor, t: Times, source: Tensor | None) -> Tensor:
+        """The rows of samples that were smoothed; in the first call, at the same times."""
         if self.drawn is None or self.drawn.x1 is not x1:
             raise ValueError(
                 f"Expected `x1` as the scheme has drawn it, {self.smoothing!r}, and `xt` made of "
                 "it. Before x_t is made: x1 = scheme.smooth(x1, t=t)."
             )
+        if self.last is None:
+            same = ((as_times(t, x1) - self.drawn.t).abs() < 0.01).all()
+            message = "Expected the times `t` that the samples were smoothed at"
+            if same.device.type != "cpu" or type(same) is not Tensor:
+                torch._assert_async(same, message)
+            elif not same:
+                raise ValueError(
+                    f"{message}, got others. Draw t once: t = scheme.timesteps.sample(len(x1)); "
+                    "x1 = scheme.smooth(x1, t=t); u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
+                )
         return self.drawn.source if source is None else source
 
     @untraced
@@ -404,8 +433,14 @@ class Scheme:
                 f"Expected `y` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(y.shape)}."
             )
         prediction = Prediction.of(prediction)
+        for part in (self.weight, self._sampler):
+            if prediction.kind != "velocity" and getattr(part, "of_velocity", False):
+                raise ValueError(
+                    f"Expected a velocity for {type(part).__name__}, whose floor is that of its "
+                    f"loss, got {prediction.kind!r}. Leave it out, or train on the velocity."
+                )
         if self.smoothing is not None:
-            source = self._source_of(x1, source)
+            source = self._source_of(x1, t, source)
         t, added = self._correction(y, xt, t, x1, labels, source, prediction)
         weight = self._weight(t)
         if self._waits_for_losses:
@@ -453,7 +488,7 @@ class Scheme:
         require_tensors(xt=xt, x1=x1)
         prediction = Prediction.of(prediction)
         if self.smoothing is not None:
-            source = self._source_of(x1, source)
+            source = self._source_of(x1, t, source)
         _, added = self._correction(None, xt, t, x1, labels, source, prediction)
         return (self._sign(prediction) * added.value).to(x1.dtype)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.loss_floor import loss_floor
+from stagewise.loss_floor import loss_floor, require_curve
 from stagewise.stages import StageCurve
 from stagewise.timesteps.base import TimestepSampler, Uniform
 
@@ -143,7 +143,12 @@ class LossAboveFloor(LossSecondMoment):
         history: Losses kept for each, default 100: a difference needs more of them than a moment.
         floor: Share of uniform draws, default 0.1.
         stratified: See `TimestepSampler`.
+
+    Raises:
+        TypeError: If `curve` is no measured curve.
     """
+
+    of_velocity = True
 
     def __init__(
         self,
@@ -155,6 +160,7 @@ class LossAboveFloor(LossSecondMoment):
         stratified: bool = False,
     ) -> None:
         super().__init__(bins, history, floor, stratified)
+        require_curve(curve)
         centres = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
         self._weight = torch.ones_like(centres) if weight is None else weight(centres)
         self._least = loss_floor(curve, centres)

@@ -1,24 +1,66 @@
 r"""The exact oracle of a smoothed set: a mixture of N Gaussians in place of N rows.
 
-The formulas are in `stagewise.gaussians`. `g = h = 0` is the plain oracle, and `log_evidence` means
-what it does there. Near t = 1 the posterior need not collapse on a row: Gaussians overlap.
+With the path's a and s, `v = s^2 + a^2 h^2`, `r_i = x_t - a x_i`, `p_i = A_i r_i` (K numbers),
+`G_i = A_i A_i^T` and `M_i = I + (a^2/v) G_i`, the log-weight of row i and the mean of its Gaussian
+given x_t are (Woodbury's identity)
+
+    l_i = -1/2 [ |r_i|^2 / v - (a^2/v^2) p_i^T M_i^-1 p_i + log det M_i + D log(v / s^2) ],
+    E[x~_1 | x_t, i] = (s^2/v) x_i + (a h^2/v) x_t + (a s^2/v^2) A_i^T M_i^-1 p_i.
+
+`G_i = U_i diag(lambda_i) U_i^T` is diagonalised once; then M_i is diagonal. **One product for the
+weights**: with `W_i = U_i^T g / sqrt K` and the products `P = (x_i - c) . (x_t - a c)` of all rows
+(c the bank's mean),
+
+    U_i^T p_i = W_i (P_{n(i,.)} - P_i) - a b_i,    b_i = U_i^T A_i (x_i - c),
+
+that is, `W'_i = [W_i, -W_i 1, -b_i]` (stored) times the products of K + 1 rows, and a.
+
+**One product for the mean**: `A_i^T M_i^-1 p_i` is a combination of rows, so the weights of the
+rows and those of their neighbours are added up first.
+
+`g = h = 0` is the plain oracle, and `log_evidence` means what it does there. Near t = 1 the
+posterior need not collapse on a row: Gaussians overlap. All is computed in float64, but for queries
+at whose time nothing is smoothed: on a CPU the plain engine answers those.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
-from stagewise.gaussian_engine import GaussianEngine
-from stagewise.gaussians import Timed
+from stagewise.engines import Auto, Engine
+from stagewise.engines.base import UNDERFLOW, Queries, where
 from stagewise.oracle import Oracle, Times
 from stagewise.paths import Path, PathCoefficients
+from stagewise.posterior import Posterior, inverse
 from stagewise.smoothing import Smoothing
 from stagewise.stages import StageBoundary
 from stagewise.strength import Strength, strength_at
 
 __all__ = ["SmoothedOracle"]
+
+_LOGITS = 2**24
+"""Products with rows, and numbers that are as many, held at a time; there are about four."""
+
+_TURNED = 2**17
+"""Numbers `U_i^T p_i` held at a time: what stays in a CPU's cache."""
+
+_GATHER = 2**24
+"""Numbers of gathered rows held at a time."""
+
+_DUST = 1e-18
+"""A row of less weight adds less than rounding does."""
+
+_FEW = 8
+"""One of so many rows is few enough to take them one by one."""
+
+_FACTORS = 16
+"""Factors of a determinant, each below 1e18, that float64 holds."""
 
 
 class SmoothedOracle(Oracle):
@@ -79,7 +121,7 @@ class SmoothedOracle(Oracle):
                 "SmoothedOracle(bank, path, Smoothing(bank))."
             )
         smoothing.check_bank(bank)
-        super().__init__(bank, path, GaussianEngine(smoothing), null_class=null_class)
+        super().__init__(bank, path, _Gaussians(smoothing), null_class=null_class)
         self.smoothing = smoothing
         self.boundary, self.strength = boundary, strength
         self._share(torch.zeros(1, 1), torch.ones(1))
@@ -98,9 +140,266 @@ class SmoothedOracle(Oracle):
         share = self._share(flat, t)
         if share is None:
             return flat, path
-        timed = Timed(*path)
+        timed = _Timed(*path)
         timed.share = share.to(flat)
         return flat, timed
 
     def __repr__(self) -> str:
         return f"SmoothedOracle({self.bank!r}, {self.path!r}, {self.smoothing!r})"
+
+
+class _Timed(PathCoefficients):
+    """The path at B times, and what multiplies the Gaussians' widths there, `share` (B,)."""
+
+    share: Tensor
+
+    def select(self, index: Tensor) -> _Timed:
+        """See `PathCoefficients`."""
+        timed = _Timed(*super().select(index))
+        timed.share = self.share[index]
+        return timed
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """The Gaussians of all rows, on one device, float64.
+
+    Attributes:
+        turn: `W'_i`, (N, K, K + 2).
+        values: `lambda_i`, (N, K).
+    """
+
+    turn: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, bank: LatentBank, smoothing: Smoothing, device: torch.device) -> _Shapes:
+        """Diagonalises `G_i`, from differences of rows."""
+        index, k, parts = smoothing.index, smoothing.neighbours, []
+        step = max(1, _GATHER // ((k + 1) * bank.dim))
+        for first in range(0, len(bank), step):
+            own = torch.arange(first, min(first + step, len(bank)))
+            near = index[own].long()
+            x = bank.take(own, device)
+            count = (near != own[:, None]).sum(1).clamp_min(1).to(device)
+            factor = (smoothing.scale / count.double().sqrt())[:, None, None]
+            a = factor * (bank.take(near, device) - x[:, None])
+            values, vectors = torch.linalg.eigh(a @ a.mT)
+            mean = vectors.mT @ (a @ (x - bank.centre.to(device))[:, :, None])
+            turn = factor * vectors.mT
+            turn = torch.cat([turn, -turn.sum(2, keepdim=True), -mean], dim=2)
+            parts.append((turn, values.clamp_min(0)))
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """The rows that queries look at, and those that their Gaussians lean on besides.
+
+    Attributes:
+        rows: The first, n of them.
+        outside: The others, (m,), int64.
+        near: Where the factors of `W'_i` are: the neighbours of each row among both, the row, and
+            after all rows a, (n, K + 2), int64.
+        shapes: Those of the rows.
+    """
+
+    rows: slice
+    outside: Tensor
+    near: Tensor
+    shapes: _Shapes
+
+    @classmethod
+    def of(cls, rows: slice, index: Tensor, shapes: _Shapes) -> _Segment:
+        """From the index (N, K) of a smoothing."""
+        near, count = index[rows].long(), rows.stop - rows.start
+        inside = (near >= rows.start) & (near < rows.stop)
+        device = shapes.turn.device
+        outside = near.new_empty(0)
+        if count < len(index):
+            outside = near[~inside].unique()
+            beyond = count + torch.searchsorted(outside, near)
+            near = torch.where(inside, near - rows.start, beyond)
+        own, last = torch.arange(count), torch.full((count,), count + len(outside))
+        near = torch.cat([near, own[:, None], last[:, None]], dim=1).to(device)
+        return cls(rows, outside.to(device), near, _Shapes(shapes.turn[rows], shapes.values[rows]))
+
+    def __len__(self) -> int:
+        return len(self.near)
+
+    @property
+    def width(self) -> int:
+        """Rows that are multiplied, n + m."""
+        return len(self.near) + len(self.outside)
+
+    def numbers(self, at: Tensor) -> Tensor:
+        """The rows of the bank that stand at some places among both."""
+        if not len(self.outside):
+            return at + self.rows.start
+        beyond = self.outside[(at - len(self)).clamp(0, len(self.outside) - 1)]
+        return torch.where(at < len(self), at + self.rows.start, beyond)
+
+    def samples(self, bank: LatentBank) -> Iterator[tuple[int, Tensor]]:
+        """All of them less the bank's mean, float64, chunk by chunk, each with its place."""
+        device, size = self.near.device, max(1, _GATHER // 8 // bank.dim)
+        shift = (bank.offset - bank.centre).to(device)
+        for first, rows in bank.chunks(self.rows, size, device):
+            yield first - self.rows.start, rows + shift
+        for first, few in enumerate(self.outside.split(size) if len(self.outside) else ()):
+            yield len(self) + first * size, bank.take(few, device) - bank.centre.to(device)
+
+
+class _Gaussians(Engine):
+    """The posterior over the Gaussians of a smoothed set; see the module."""
+
+    def __init__(self, smoothing: Smoothing) -> None:
+        self.smoothing, self.plain = smoothing, Auto()
+        self._shapes: dict[torch.device, _Shapes] = {}
+        self._segments: dict[tuple[torch.device, int, int], _Segment] = {}
+
+    def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
+        """See `Engine.posterior`. The weight of the source is there, where it is known."""
+        order, parts, path = [], [], queries.path
+        if isinstance(path, _Timed) and queries.xt.device.type == "cpu":  # looks at values
+            order = where(path.share == 0)
+        if order:
+            plain = queries.select(order)
+            parts.append(_with_source(bank, plain, self.plain.posterior(bank, plain, k)))
+        rest = sorted(set(range(len(queries))).difference(order))
+        smoothed = queries.select(rest)
+        for at, rows in smoothed.groups if rest else ():
+            segment = self._segment(bank, rows, queries.xt.device)
+            step = max(1, _LOGITS // segment.width)
+            for first in range(0, len(at), step):
+                some = smoothed.select(at[first : first + step])
+                parts.append(_Solve(bank, segment, some, self.smoothing.floor).posterior(k))
+            order += [rest[i] for i in at]
+        return Posterior.cat(parts)[queries.index(inverse(order))]
+
+    def _segment(self, bank: LatentBank, rows: slice, device: torch.device) -> _Segment:
+        key = (device, rows.start, rows.stop)
+        if key not in self._segments:
+            if device not in self._shapes:
+                self._shapes[device] = _Shapes.of(bank, self.smoothing, device)
+            self._segments[key] = _Segment.of(rows, self.smoothing.index, self._shapes[device])
+        return self._segments[key]
+
+    def __repr__(self) -> str:
+        return f"Gaussians of {self.smoothing!r}"
+
+
+class _Solve:
+    """B queries over the Gaussians of a segment. Numbers of rows and queries are (n, B)."""
+
+    def __init__(self, bank: LatentBank, segment: _Segment, queries: Queries, floor: float) -> None:
+        self.bank, self.segment, self.queries = bank, segment, queries
+        path, device = queries.path, queries.xt.device
+        self.alpha = path.alpha
+        self.variance = path.sigma.square()
+        # g^2 and h^2 as multiples of those of the smoothing, and as they are.
+        self.width = (
+            path.share.square() if isinstance(path, _Timed) else torch.ones_like(self.alpha)
+        )
+        self.floor = self.width * floor**2
+        self.v = self.variance + path.alpha.square() * self.floor
+        self.snr = path.alpha.square() * self.width / self.v
+        self.y = queries.xt - path.alpha[:, None] * bank.centre.to(device)
+        self.products = self.y.new_empty(segment.width + 1, len(queries))
+        self.products[-1] = path.alpha
+        for first, rows in segment.samples(bank):
+            self.products[first : first + len(rows)] = rows @ self.y.T
+
+    def posterior(self, k: int) -> Posterior:
+        """Weights, statistics and mean."""
+        rows, device = self.segment.rows, self.y.device
+        norms = self.bank.sq_norms[rows].to(device)
+        logits = self.alpha * self.products[: len(self.segment)]
+        logits.addr_(norms, self.alpha.square(), alpha=-0.5)
+        logits.sub_(self.y.square().sum(1) / 2).div_(self.v)
+        logits.sub_(self.bank.dim / 2 * (self.v / self.variance).log())
+        for at in self._parts():
+            turned, scale = self._turned(at)
+            square = turned.square_().div_(scale).sum(1)
+            logits[at].addcmul_(square, self.snr / (2 * self.v))
+            for factors in scale.split(_FACTORS, dim=1):
+                logits[at].sub_(factors.prod(1).log_(), alpha=0.5)
+        peak = logits.amax(0)
+        gamma = logits.sub_(peak).clamp_min_(UNDERFLOW).exp_()
+        total = gamma.sum(0)
+        log_z = peak + total.log()
+        gamma.div_(total)
+        source, own = self.queries.source, None
+        if source is not None:
+            place = source.to(device) - rows.start
+            there = (place >= 0) & (place < len(gamma))
+            own = gamma.gather(0, place.clamp(0, len(gamma) - 1)[None])[0] * there
+            own = own.masked_fill(source.to(device) < 0, torch.nan)
+        weights, top = gamma.topk(min(k, len(gamma)), dim=0)
+        missing = (0, k - len(weights))
+        return Posterior(
+            mean=self._mean(gamma),
+            log_evidence=log_z,
+            entropy=torch.special.entr(gamma).sum(0),
+            ess=1 / gamma.square().sum(0),
+            weights=pad(weights.T, missing),
+            rows=pad(top.T + rows.start, missing, value=-1),
+            tail_mass=torch.zeros_like(log_z),
+            source_weight=own,
+        )
+
+    def _mean(self, gamma: Tensor) -> Tensor:
+        """The posterior mean, (B, D)."""
+        weights = torch.zeros_like(self.products)
+        torch.threshold(gamma, _DUST, 0, out=weights[: len(gamma)])
+        weights.mul_(self.variance / self.v)
+        share = self.alpha * self.width * self.variance / self.v.square()
+        on_host = gamma.device.type == "cpu"  # elsewhere to look would take a sync
+        for at in self._parts():
+            some: slice | Tensor = at
+            if on_host:
+                leading = at.start + (gamma[at] > _DUST).any(1).nonzero()[:, 0]
+                if not len(leading):
+                    continue
+                some = leading
+            turned, scale = self._turned(some)
+            turned.div_(scale).mul_((gamma[some] * share)[:, None])
+            moves = self.segment.shapes.turn[some].mT @ turned
+            weights.index_add_(0, self.segment.near[some].flatten(), moves.flatten(0, 1))
+        mean = (self.alpha * self.floor / self.v)[:, None] * self.y
+        mean += self.bank.centre.to(mean.device)
+        if on_host:
+            used = (weights[:-1] != 0).any(1).nonzero()[:, 0]
+            if len(used) < len(weights) / _FEW:
+                rows = self.bank.take(self.segment.numbers(used), mean.device)
+                rows -= self.bank.centre.to(mean.device)
+                return mean.addmm_(weights[used].T, rows)
+        for first, rows in self.segment.samples(self.bank):
+            mean.addmm_(weights[first : first + len(rows)].T, rows)
+        return mean
+
+    def _parts(self) -> Iterator[slice]:
+        n, width = self.segment.near.shape
+        step = max(1, _TURNED // (width * len(self.queries)))
+        for first in range(0, n, step):
+            yield slice(first, min(first + step, n))
+
+    def _turned(self, at: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """`U_i^T p_i` and the diagonal of `M_i` for some rows i, each (m, K, B)."""
+        shapes, near = self.segment.shapes, self.segment.near[at]
+        gathered = self.products.index_select(0, near.flatten()).unflatten(0, near.shape)
+        turned = torch.bmm(shapes.turn[at], gathered)
+        one = torch.ones((), dtype=turned.dtype, device=turned.device)
+        return turned, torch.addcmul(one, shapes.values[at][:, :, None], self.snr)
+
+
+def _with_source(bank: LatentBank, queries: Queries, post: Posterior) -> Posterior:
+    """With the weight of the source, where it is known."""
+    if queries.source is None:
+        return post
+    path, source = queries.path, queries.source
+    gap = queries.xt - path.alpha[:, None] * bank.take(source.clamp_min(0), queries.xt.device)
+    log = -gap.square().sum(1) / (2 * path.sigma.square()) - post.log_evidence
+    ends = torch.tensor([(rows.start, rows.stop) for rows in queries.segments]).to(source)
+    inside = (source >= ends[:, 0]) & (source < ends[:, 1])
+    own = (log.exp().clamp_max(1) * inside).masked_fill(source < 0, torch.nan)
+    return replace(post, source_weight=own)

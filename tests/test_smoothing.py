@@ -105,7 +105,7 @@ def queries(smoothing, path, t, seed=1):
 # --- The oracle ----------------------------------------------------------------------------------
 
 
-def assert_dense(oracle, xt, t, labels=None, *, mean=1e-5, others=1e-5, k=3):
+def assert_dense(oracle, xt, t, labels=None, *, mean=1e-5, k=3):
     smoothing, bank = oracle.smoothing, oracle.bank
     post = oracle.posterior(xt, t, labels, k=k)
     for i in range(len(t)):
@@ -120,15 +120,15 @@ def assert_dense(oracle, xt, t, labels=None, *, mean=1e-5, others=1e-5, k=3):
         assert off < mean, (oracle.path, float(t[i]), float(off))
         torch.testing.assert_close(post.log_evidence[at], log_z, rtol=1e-6, atol=1e-6)
         entropy = torch.special.entr(gamma).sum()
-        torch.testing.assert_close(post.entropy[i], entropy, rtol=others, atol=others / 10)
-        torch.testing.assert_close(post.ess[i], 1 / gamma.square().sum(), rtol=others, atol=1e-6)
+        torch.testing.assert_close(post.entropy[i], entropy, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(post.ess[i], 1 / gamma.square().sum(), rtol=1e-5, atol=1e-6)
         top = gamma.topk(min(k, len(gamma))).values
-        torch.testing.assert_close(post.weights[i, : len(top)], top, rtol=others, atol=1e-8)
+        torch.testing.assert_close(post.weights[i, : len(top)], top, rtol=1e-5, atol=1e-8)
         there = post.rows[i] >= 0
         assert int(there.sum()) == len(top)
         assert (post.weights[i, ~there] == 0).all()
         own = gamma[post.rows[i, there] - rows.start]
-        torch.testing.assert_close(own, top, rtol=others, atol=1e-8)
+        torch.testing.assert_close(own, top, rtol=1e-5, atol=1e-8)
     assert (post.tail_mass == 0).all()
 
 
@@ -191,10 +191,8 @@ def test_blocks_of_rows_and_queries_do_not_matter(smoothing, monkeypatch):
     xt, _, source = queries(smoothing, LinearPath(), t)
     y = smoothing.bank.labels_of(source.tolist())
     whole = [oracle.posterior(xt, t, names, source=source, k=2) for names in (None, y)]
-    numbers = {"_TURNED": 64, "_GATHER": 700, "_ROWS": 100}
-    monkeypatch.setattr("stagewise.gaussian_engine._LOGITS", 500)
-    for name, number in numbers.items():
-        monkeypatch.setattr(f"stagewise.gaussians.{name}", number)
+    for name, number in (("_LOGITS", 500), ("_TURNED", 64), ("_GATHER", 700)):
+        monkeypatch.setattr(f"stagewise.smoothed_oracle.{name}", number)
     again = SmoothedOracle(smoothing.bank, LinearPath(), smoothing)
     for one, names in zip(whole, (None, y), strict=True):
         other = again.posterior(xt, t, names, source=source, k=2)
@@ -219,6 +217,19 @@ def test_no_smoothing_is_the_plain_oracle(bank, path):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7, equal_nan=True)
         one, other = (o.velocity(xt, t, names) for o in (oracle, plain))
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_without_strength_it_is_the_plain_engine_to_the_last_bit():
+    bank = LatentBank(samples(120), labels(120))
+    smoothing = Smoothing(bank, 8, progress=False)
+    oracle = SmoothedOracle(bank, LinearPath(), smoothing, boundary=0.6)
+    t = torch.linspace(0.1, 0.5, 20)
+    xt, _, source = queries(smoothing, LinearPath(), t.double())
+    for names in (None, bank.labels_of(source.tolist())):
+        one = oracle.posterior(xt, t, names, source=source, k=2)
+        two = Oracle(bank, LinearPath()).posterior(xt, t, names, source=source, k=2)
+        for name in ("mean", "log_evidence", "entropy", "ess", "weights", "rows", "source_weight"):
+            assert torch.equal(getattr(one, name), getattr(two, name)), name
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)

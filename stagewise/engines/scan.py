@@ -18,7 +18,7 @@ from stagewise.engines.ahead import Ahead
 from stagewise.engines.base import Queries, positions
 from stagewise.products import averages, rounding, scores
 
-__all__ = ["CACHED", "Scan", "needs_centring"]
+__all__ = ["CACHED", "Scan"]
 
 CACHED = {"cpu": 2**19}
 """Numbers of gathered rows held at a time: what stays in a CPU's cache; 2^24 on other devices."""
@@ -107,7 +107,7 @@ class Scan:
         alpha, sigma = path.alpha[:, None], path.sigma[:, None]
         centre = bank.centre.to(xt.device)
         origin = bank.offset.to(xt.device)
-        if table is None and needs_centring(bank, dtype):
+        if table is None and _needs_centring(bank, dtype):
             origin = centre.float().double()
         shift = centre - origin
         y = torch.addcmul(xt, alpha, centre, value=-1)
@@ -157,7 +157,7 @@ class Scan:
     def _chunks(self, segment: slice, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """Rows less `origin`, in the dtype that they are multiplied in."""
         size, shift = self.chunk_size, None
-        if self.table is None and needs_centring(self.bank, self.dtype):
+        if self.table is None and _needs_centring(self.bank, self.dtype):
             size, shift = size or max(1, _CENTRED // self.bank.dim), self.origin.float()
         for first, rows in self.bank.chunks(segment, size, device, self.dtype):
             yield first, rows if shift is None else rows - shift
@@ -352,7 +352,7 @@ class Scan:
         return mean
 
 
-def needs_centring(bank: LatentBank, dtype: torch.dtype) -> bool:
+def _needs_centring(bank: LatentBank, dtype: torch.dtype) -> bool:
     """Whether products in `dtype` lose digits to the bank's mean, and its rows have no offset."""
     far = bank.max_norm - bank.radius > _AWAY * bank.radius
     return far and not bank.shifted and dtype == torch.float32

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from stagewise import LatentBank, LogitNormal, Oracle, callbacks
 from stagewise.callbacks import (
+    Forecast,
+    MemorizationGuard,
     MemorizationMonitor,
     PosteriorMonitor,
     StageScheme,
@@ -115,6 +117,11 @@ MONITORS = {
     PosteriorMonitor: lambda every: PosteriorMonitor(every_n_steps=5, strata=4, queries=4),
     VelocityErrorMonitor: lambda every: VelocityErrorMonitor(
         every_n_steps=every, strata=4, queries=4
+    ),
+    Forecast: lambda every: Forecast(every_n_steps=5),
+    # A kept checkpoint is in the folder of its run.
+    MemorizationGuard: lambda every: MemorizationGuard(
+        every_n_steps=5, samples=4, queries=4, steps=4, alarm=False
     ),
     MemorizationMonitor: lambda every: MemorizationMonitor(
         every_n_steps=5, samples=4, t_switch=(0.0, 0.4), t_resume=(), steps=4

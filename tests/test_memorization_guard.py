@@ -350,12 +350,12 @@ class Flow(pl.LightningModule):
 
 
 guard = MemorizationGuard(
-    every_n_steps=2, samples=9, queries=5, figures=0, dirpath=out / "guard",
+    every_n_steps=5, samples=9, queries=5, figures=0, dirpath=out / "guard",
     held_out=torch.randn(7, 6, generator=torch.Generator().manual_seed(2)),
 )
 trainer = pl.Trainer(
     accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
-    callbacks=[guard], logger=False, max_steps=2, default_root_dir=out,
+    callbacks=[guard], logger=False, max_steps=10, default_root_dir=out,
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
 )
 trainer.fit(Flow(), DataLoader(TensorDataset(x), 8))

@@ -183,8 +183,8 @@ class Smoothing:
 
         Of 8, 16, 32 and 64 neighbours and scales from 0.25 to 1.4: what makes samples that are no
         farther from rows left out than the rows themselves are, with the best field; see
-        `smoothing_fit`. It knows the rows, not the model: where nothing is learnt by heart, a held-
-        out gap says so (`Forecast`), and smoothing gains little or nothing.
+        `smoothing_fit`. It knows the rows, not the model: where nothing is learnt by heart, which
+        `Forecast` tells, smoothing gains little or nothing.
 
         Args:
             bank: The rows; at least 20.
@@ -229,7 +229,9 @@ class Smoothing:
         options: dict[str, Any] = {"class_wise": class_wise, "progress": progress}
         scales = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4)
         scores = cross_validated(bank, edge, (8, 16, 32, 64), scales, **options)
-        best = min((s for s in scores if not math.isnan(s.loss)), key=_loss, default=scores[0])
+        best = min(
+            (s for s in scores if not math.isnan(s.loss)), key=lambda s: s.loss, default=scores[0]
+        )
         if not best.neighbours:
             warnings.warn(
                 f"Smoothing.fit: none. On rows left out the rows as they are have a loss of "
@@ -460,10 +462,6 @@ class Smoothing:
 
     def __repr__(self) -> str:
         return f"Smoothing({self.neighbours} neighbours, scale={self.scale}, floor={self.floor})"
-
-
-def _loss(score: SmoothingScore) -> float:
-    return score.loss
 
 
 def _check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float) -> None:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.keys import row_keys
 from stagewise.nearest_rows import shown
 from stagewise.oracle import Oracle
 from stagewise.paths import expand_like
@@ -78,9 +79,6 @@ class _Fold:
     pairs: Tensor
     seed: int
 
-    def smoothing(self, neighbours: int, scale: float, class_wise: bool) -> Smoothing:
-        return Smoothing(self.rest, neighbours, scale, class_wise=class_wise, progress=False)
-
     def distance(self, samples: Tensor) -> float:
         """The energy distance of pairs of samples from held-out rows, but for these rows' own."""
         held_out, (x, other) = self.x1.flatten(1).double(), samples.double().chunk(2)
@@ -124,17 +122,18 @@ def cross_validated(
     """
     boundary = max(boundary, 1e-3)  # 0: one row explains every query from the start
     folds = list(_folds(bank, boundary, seed))
-    most = (
-        min(len(fold.rest) for fold in folds) - 1
-    )  # copies share a fold, which may be a large one
+    # Copies share a fold, which may be a large one.
+    most = min(len(fold.rest) for fold in folds) - 1
     neighbours = [k for k in neighbours if k <= most]
     rows = SmoothingScore(0, 0.0, 0.0, _mean(fold.loss(Oracle(fold.rest)) for fold in folds))
     scores = [rows]
     for k in shown(neighbours, len(neighbours), progress, "cross-validation"):
         found = [SmoothingScore(k, g, 0.0) for g in scales]
-        for fold in folds:
+        smoothings = [
+            Smoothing(fold.rest, k, class_wise=class_wise, progress=False) for fold in folds
+        ]
+        for fold, smoothing in zip(folds, smoothings, strict=True):
             base = fold.distance(fold.rest.take(fold.pairs))
-            smoothing = fold.smoothing(k, 1.0, class_wise)
             for i, score in enumerate(found):
                 made = _finished(smoothing.with_scale(score.scale), fold.pairs, boundary, fold.seed)
                 farther = score.farther + (fold.distance(made) - base) / FOLDS
@@ -142,10 +141,10 @@ def cross_validated(
         near = [i for i, score in enumerate(found) if score.farther <= 0]
         if near:
             g = found[near[-1]].scale
-            oracles = (
-                (f, SmoothedOracle(f.rest, None, f.smoothing(k, g, class_wise))) for f in folds
+            loss = _mean(
+                fold.loss(SmoothedOracle(fold.rest, None, smoothing.with_scale(g)))
+                for fold, smoothing in zip(folds, smoothings, strict=True)
             )
-            loss = _mean(fold.loss(oracle) for fold, oracle in oracles)
             found[near[-1]] = replace(found[near[-1]], loss=loss)
         scores += found
     return scores
@@ -155,8 +154,7 @@ def _folds(bank: LatentBank, boundary: float, seed: int) -> Iterator[_Fold]:
     rows = torch.arange(len(bank))
     labels = torch.tensor(bank.labels_of(rows.tolist())) if bank.classes else None
     # Copies of a row are in its fold: otherwise what is trained on would have it.
-    same = bank.find(bank.take(rows).to(bank.dtype).reshape(-1, *bank.shape)).cpu()
-    same = same.unique(return_inverse=True)[1]
+    same = row_keys(bank.rows).cpu().unique(return_inverse=True)[1]
     order = torch.randperm(int(same.max()) + 1, generator=torch.Generator().manual_seed(seed))
 
     def samples(at: Tensor) -> Tensor:

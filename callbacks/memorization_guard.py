@@ -245,7 +245,8 @@ class MemorizationGuard(MemorizationMonitor):
         if self._saves:
             self._saves = False
             assert self.best is not None
-            self.writer.save(Path(self.best["file"]))
+            if not self.writer.save(Path(self.best["file"])):
+                self.best = None  # the next probe tries again
 
     def end(self) -> None:
         """Says what was told, kept and copied."""

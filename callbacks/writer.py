@@ -155,8 +155,11 @@ class Writer:
         self.text(f"{self.name}/{kind}", f"step {step}: {message}", step - 1)
         return event
 
-    def save(self, file: Path) -> None:
+    def save(self, file: Path) -> bool:
         """Saves a checkpoint in place of the file of before, at once or not at all; a collective.
+
+        Returns:
+            Whether it could be written.
 
         Raises:
             OSError: If it cannot be written, and other processes wait for this one. A single one
@@ -176,6 +179,8 @@ class Writer:
                 f"Cannot write {file}: {error.strerror or error}. Training goes on, and the file "
                 "of before stays. Make room on that disk, or choose another folder: dirpath=..."
             )
+            return False
+        return True
 
     def pictures(self, figures: Mapping[str, Figure], step: int) -> None:
         """Saves figures as PNG and shows them as `<name>/<figure>`."""

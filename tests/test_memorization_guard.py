@@ -274,6 +274,7 @@ def test_a_full_disk_is_a_warning(fit, monkeypatch, tmp_path):
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", full)
     with pytest.warns(UserWarning, match=r"Cannot write .*before_onset.ckpt: No space left"):
         fit(16, guard, steps=2)
+    assert guard.best is None, "nothing is said to be kept"
 
 
 def test_the_law_of_n():

@@ -75,14 +75,6 @@ def test_copies_of_a_row_are_in_its_fold_and_noise_is_shared():
     assert sum(len(bank) - size for size in sizes) == len(bank)
 
 
-def test_folds_of_rows_in_16_bits_around_an_offset():
-    """Their samples, rounded again, are not all found in the bank."""
-    x = plane(50) + 100
-    bank = LatentBank(x.bfloat16(), offset=x.mean(0))
-    sizes = [len(fold.rest) for fold in _folds(bank, 0.5, seed=1)]
-    assert max(sizes) - min(sizes) < 15
-
-
 def test_a_class_of_one_row_is_not_asked_about():
     x, label = rings(60)
     label[7] = 5

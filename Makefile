@@ -39,9 +39,10 @@ test-all: $(VENV)/.all ## install torch-cluster (compiled: some 10 minutes) and 
 test-rest: $(VENV)/.all ## the same, but only what `make test` has just skipped
 	$(PYTEST) --rest
 
-lint: $(VENV)/.dev ## check style, format and types
+lint: $(VENV)/.dev ## check style, format, imports and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python .ci/imports.py
 	@$(MAKE) --no-print-directory types
 
 bench: $(VENV)/.peers ## time the engines against their floors and their peers (installs those)

@@ -1,0 +1,68 @@
+"""Fails on an import circle and on an import from a higher floor; `make lint` runs it.
+
+Each folder may import from those before it in `FLOORS`. All imports count, also those inside
+functions and those for types only.
+"""
+
+import ast
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+FLOORS = {
+    "stagewise": "stagewise",
+    "losses": "stagewise.losses",
+    "callbacks": "stagewise.callbacks",
+    "recipes": "stagewise.recipes",
+    "benchmarks": "",
+}
+"""From a folder to the package that it is installed as; benchmarks import each other bare."""
+
+
+def modules() -> dict[str, Path]:
+    """All modules by their installed name."""
+    found = {}
+    for folder, package in FLOORS.items():
+        for file in sorted(Path(folder).rglob("*.py")):
+            parts = file.relative_to(folder).with_suffix("").parts
+            name = ".".join((package, *parts)).strip(".")
+            found[name.removesuffix(".__init__")] = file
+    return found
+
+
+def imported(file: Path, known: dict[str, Path]) -> set[str]:
+    """What a module imports of `known`: the module of a name, or the package that holds it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in known else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & known.keys()
+
+
+def main() -> int:
+    known = modules()
+    graph = {name: imported(file, known) - {name} for name, file in known.items()}
+    order = list(FLOORS)
+
+    def floor(name: str) -> int:
+        return order.index(known[name].parts[0])
+
+    wrong = [
+        f"{known[name]} imports {other}, which is on a higher floor."
+        for name, others in graph.items()
+        for other in sorted(others)
+        if floor(other) > floor(name)
+    ]
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        wrong.append("Import circle: " + " <- ".join(error.args[1]))
+    print("\n".join(wrong) or f"{len(graph)} modules, no import circle, no upward import")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,6 +43,7 @@ def imported(file: Path, known: dict[str, Path]) -> set[str]:
 
 
 def main() -> int:
+    """Prints what is wrong; 1 if anything is."""
     known = modules()
     graph = {name: imported(file, known) - {name} for name, file in known.items()}
     order = list(FLOORS)

@@ -67,8 +67,8 @@ class SmoothedOracle(Oracle):
     """Answers for a smoothed set, as `Oracle` does for a bank.
 
     `Mix` and `StageCurve.measure` take it as they take an oracle: x_1 is then a draw from the
-    smoothed set (`Smoothing.draw`), with its row as `source`. Targets that read single rows
-    (`ReferenceSet`, `Stratified`, `Tempered`, `LeaveOneOut`) do not know the Gaussians.
+    smoothed set (`Smoothing.draw`), with its row as `source`. `ReferenceSet`
+    reads single rows, and does not know the Gaussians.
 
     The first question diagonalises the G_i and keeps `8 N (K (K + 4) + 2)` bytes beside the queries
     (N = 20 000, K = 8: 16 MB; N = 1.28 million: 1 GB). Sums over rows are atomic on CUDA: for runs

@@ -16,10 +16,8 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-import stagewise.engines
 from stagewise import LatentBank, LinearPath, Oracle
-from stagewise.engines import Engine, Exact, Nearest, Queries
-from stagewise.engines.faiss import Faiss
+from stagewise.engines import Auto, Engine, Exact, Nearest, Queries
 from stagewise.engines.neighbours import Neighbours, draw_rows, random_rows, reach, stand
 from stagewise.engines.refined import FEW
 from stagewise.engines.scan import Scan
@@ -91,20 +89,7 @@ CASES = {
     "cluster-exact": Case(
         lambda: TorchCluster(K, max_tail=1e-6), "all", "bounded", 1e-6, dtypes=ONE
     ),
-    "faiss": Case(lambda: Faiss(K), "found", "bounded"),
-    "faiss-ivf": Case(lambda: Faiss(K, "IVF8,Flat", nprobe=8), "found", "bounded"),
-    "faiss-ivf-some": Case(lambda: Faiss(K, "IVF8,Flat", nprobe=2), "found", "estimated"),
-}
-if hasattr(stagewise.engines, "Auto"):
-    CASES["auto"] = Case(stagewise.engines.Auto, "all", "measured", promised=True)
-if hasattr(stagewise.engines, "Coarse"):
-    Coarse = stagewise.engines.Coarse
-    CASES["coarse"] = Case(lambda: Coarse(K, max_tail=None), "any", "estimated")
-    CASES["coarse-exact"] = Case(lambda: Coarse(K, max_tail=1e-6), "all", "estimated", 1e-6)
-
-LIBRARIES = {
-    "cluster": ("torch_cluster", "pip install --no-build-isolation 'stagewise[cluster]'"),
-    "faiss": ("faiss", "pip install 'stagewise[faiss]'"),
+    "auto": Case(Auto, "all", "measured", promised=True),
 }
 
 
@@ -118,9 +103,10 @@ def one_thread():
 
 
 def engine_for(name):
-    for prefix, (library, line) in LIBRARIES.items():
-        if name.startswith(prefix):
-            pytest.importorskip(library, reason=f"{library} is not installed: {line}")
+    if name.startswith("cluster"):
+        pytest.importorskip(
+            "torch_cluster", reason="pip install --no-build-isolation 'stagewise[cluster]'"
+        )
     return CASES[name].make()
 
 
@@ -353,11 +339,11 @@ def test_any_tolerance_is_kept(kind, rtol):
     check_promise(post, want, bank, rtol)
 
 
-TRUNCATING = ["nearest", "nearest-draws", "plain", "plain-draws", "cluster", "faiss"]
+TRUNCATING = ["nearest", "nearest-draws", "plain", "plain-draws", "cluster"]
 SOME = ["exact", *TRUNCATING, "auto"]
 
 
-@pytest.mark.parametrize("name", ["exact", *TRUNCATING, "faiss-ivf-some"])
+@pytest.mark.parametrize("name", ["exact", *TRUNCATING])
 @pytest.mark.parametrize("pickled", [False, True], ids=["deepcopy", "pickle"])
 def test_copies_answer_alike(name, pickled):
     want, bank = truth("gaussian", 64, torch.float32, True), make_bank("gaussian", 64)
@@ -397,7 +383,7 @@ def test_more_neighbours_than_rows_are_refused(name):
     Oracle(LatentBank(torch.randn(K, 3)), engine=engine)
 
 
-@pytest.mark.parametrize("kind", [Nearest, Plain, TorchCluster, Faiss])
+@pytest.mark.parametrize("kind", [Nearest, Plain, TorchCluster])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -468,7 +454,7 @@ def test_rows_that_are_missing_from_a_search():
     assert (post.tail_mass >= torch.sigmoid(odds) - 1e-7).all()
 
 
-@pytest.mark.parametrize("name", ["exact", *TRUNCATING, "faiss-ivf-some"])
+@pytest.mark.parametrize("name", ["exact", *TRUNCATING])
 def test_what_is_not_a_number_stays_so(name):
     want, bank = truth("gaussian", 3, torch.float32, True), make_bank("gaussian", 3)
     xt = want.xt.clone()

@@ -10,8 +10,6 @@ What is fastest was measured on CPUs (`make bench`), and follows from what each 
   rows. That is known beforehand:
   with the spectrum `lambda_k` of the rows about `n exp(-1/2 sum_k log(1 + rho_t^2 lambda_k))` rows
   explain a query.
-- `Coarse` reads a projection of all rows and then few rows whole. It pays for hundreds of thousands
-  of long rows, if a tail mass is allowed that is estimated, not measured.
 """
 
 from __future__ import annotations
@@ -28,7 +26,6 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.engines.base import Engine, Queries
-from stagewise.engines.coarse import Coarse
 from stagewise.engines.exact import Exact
 from stagewise.engines.neighbours import Neighbours
 from stagewise.engines.torch_cluster import TorchCluster
@@ -44,7 +41,6 @@ _ENOUGH = 64
 """Queries from which on a tree, which is built for each call, costs less than products."""
 _MANY_NEIGHBOURS = 500
 """Rows to find for a query from which on a tree costs as much as products."""
-_COARSE_ROWS, _COARSE_NUMBERS, _COARSE_TAIL = 200_000, 2**28, 1e-4
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,7 @@ class Auto(Engine):
 
     Args:
         max_tail: The tail mass that an answer may miss, default 1e-7, which is below the error that
-            `Exact` lets pass. From 1e-4 on, large banks are searched coarse-to-fine, with a tail
-            mass that is an estimate.
+            `Exact` lets pass.
 
     Raises:
         ValueError: If `max_tail` is not in [0, 1).
@@ -101,13 +96,6 @@ class Auto(Engine):
             return _Pick(
                 f"Exact. In {dim} dimensions a k-d tree would be faster near the data: "
                 "pip install --no-build-isolation 'stagewise[cluster]'"
-            )
-        if n >= _COARSE_ROWS and n * dim >= _COARSE_NUMBERS and self.max_tail >= _COARSE_TAIL:
-            return _Pick(
-                f"Coarse, as a tail mass of {self.max_tail:g} is allowed, and exactly where the "
-                "estimated tail is above it",
-                Coarse(max_tail=self.max_tail),
-                spectrum(bank),
             )
         return _Pick(
             "Exact: one product with all rows a query looks at, a second for queries in "

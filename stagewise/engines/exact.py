@@ -6,8 +6,7 @@ With the bank's mean `c` and `y = x_t - a_t c`, the log-weights of all rows are 
 
 and the mean `m = sum_i gamma_i x^(i)` is a second one, which only those queries need whose
 posterior is not carried by a few rows. So the cost of B queries is one product over the bank, and
-that of the queries in navigation a second. Where rows have to be converted, moved or read from a
-file, that is made in the same pass (`stagewise.engines.ahead`).
+that of the queries in navigation a second.
 
 **Precision.** In float32 a logit is off by a `delta` of about 2^-25 of its factors' norms, and
 more for rows like the query (`products.rounding`): nothing in navigation, and hundreds near the
@@ -21,8 +20,8 @@ if the errors of different rows are independent. Here e is the rounding of the s
 its weights, and of what the sum comes to on the way. The rows of a bank that is far from the origin
 are therefore centred before they are multiplied in float32, and weights count from their mean where
 all rows are summed (`Scan.product`): the sum is then as small as m - c is. The engine checks for
-each query that the estimate is below `rtol`. If it is not, it takes more rows out of the tail, and
-then does the query in float64. `precision="float64"` does all of them so, and is the reference.
+each query that the estimate is below `rtol`. If it is not, it does the query in float64.
+`precision="float64"` does all of them so, and is the reference.
 
 On an accelerator the checks cost two device syncs per call, for B booleans each; the two fixed
 precisions cost none.
@@ -41,7 +40,6 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.engines.ahead import Ahead
 from stagewise.engines.base import NOTHING, Engine, Queries, blocks, positions, where
 from stagewise.engines.refined import FEW, MORE, Refined
 from stagewise.engines.scan import Scan
@@ -60,12 +58,8 @@ whose distances are about as large as their norms."""
 _WEIGHT, _SUM = 3.0, 16.0
 """What a weight, and a sum of weighted rows, are rounded by, in units of what a product is."""
 
-_LEVEL = 1 / 8
-"""The part of a sum made ahead that is rounded although its weights count from their mean."""
-
-Finish: TypeAlias = Callable[[Scan, Refined, "Refined | None"], Posterior]
-"""From the refined weights of a scan to a posterior. The third argument is what was found, and made
-of it, when fewer rows led; None the first time."""
+Finish: TypeAlias = Callable[[Scan, Refined], Posterior]
+"""From the refined weights of a scan to a posterior."""
 
 
 class Exact(Engine):
@@ -128,55 +122,39 @@ class Exact(Engine):
             finish: What makes a posterior of the refined weights; default adds all other rows.
             table: The rows that each query looks at, (B, n); default all of its segment.
         """
-        # Others have no use for the mean over all rows.
-        lead = FEW if finish is None and table is None else 0
         finish = finish or self._finish
 
         def scanned(queries: Queries, dtype: torch.dtype, table: Tensor | None) -> Scan:
-            size = self.chunk_size
-            return Scan.of(bank, queries, dtype, table=table, chunk_size=size, lead=lead)
+            return Scan.of(bank, queries, dtype, table=table, chunk_size=self.chunk_size)
 
         scan = scanned(queries, self.dtype(bank, queries), table)
         rtol = self._tolerance(scan)
         if rtol is None:
-            return finish(scan, Refined.of(scan, k, MORE), None)
+            return finish(scan, Refined.of(scan, k, MORE))
         found = Refined.of(scan, k, FEW)
-        post = finish(scan, found, None)
+        post = finish(scan, found)
         wrong = where(~(_error(scan, found, post) <= rtol))
         if not wrong:
             return post
-        index = positions(queries, wrong)
-        scan = scan.select(wrong)
-        more = Refined.of(scan, k, MORE)
-        better = finish(scan, more, replace(found.select(index), post=post[index]))
-        still = where(~(_error(scan, more, better) <= rtol))
-        if still:
-            part = scan.select(still)
-            scan = scanned(part.queries, torch.float64, part.table)
-            exact = finish(scan, Refined.of(scan, k, FEW), None)
-            better = put(better, still, exact, len(wrong))
-        return put(post, wrong, better, len(queries))
+        part = scan.select(wrong)
+        scan = scanned(part.queries, torch.float64, part.table)
+        return put(post, wrong, finish(scan, Refined.of(scan, k, FEW)), len(queries))
 
-    def _finish(self, scan: Scan, found: Refined, before: Refined | None) -> Posterior:
+    def _finish(self, scan: Scan, found: Refined) -> Posterior:
         """The mean: of a few rows where they are all that matters, otherwise by a product."""
         if self.precision != "auto" and found.tail.device.type != "cpu":
             mean = scan.moment(found.leading, found.lead)
             mean += scan.product(found.rest, total=found.tail)
             return replace(found.post, mean=mean)
         count = len(scan.queries)
-        told = where(torch.cat([found.tail > NOTHING, _wide(scan), _made_ahead(scan, found)]))
-        needed, wide_ones, made = (
-            {i - first for i in told if first <= i < first + count}
-            for first in (0, count, 2 * count)
+        told = where(torch.cat([found.tail > NOTHING, _wide(scan)]))
+        needed, wide_ones = (
+            {i - first for i in told if first <= i < first + count} for first in (0, count)
         )
         spread, tails = sorted(needed & wide_ones), sorted(needed - wide_ones)
         narrow = sorted(set(range(count)).difference(spread))
         mean = torch.empty_like(scan.queries.xt)
-        if spread and before is not None:
-            mean[positions(scan.queries, spread)] = _moved(scan, found, before, spread)
-        elif spread and scan.ahead is not None and made.issuperset(spread):
-            mean[positions(scan.queries, spread)] = _exchanged(scan, scan.ahead, found, spread)
-        elif spread:
+        if spread:
             # Where that is nearly all, to multiply for all costs less than to pick them.
             some = list(range(count)) if len(narrow) < count / 16 else spread
             ones = torch.ones_like(found.tail[: len(some)])
@@ -223,7 +201,6 @@ def _error(scan: Scan, found: Refined, post: Posterior) -> Tensor:
     random, along = squares, share
     if scan.whole:
         random = along = torch.maximum(squares - share / len(scan.bank), 1e-6 * squares)
-        along = along if scan.ahead is None else along.clamp_min(_LEVEL**2)
     sums = spread * random.sqrt() + scan.shift.norm() * along.sqrt()
     rounded = unit * (_WEIGHT * spread * squares.sqrt() + _SUM * sums)
     error = found.error * spread + torch.where(found.tail > NOTHING, rounded, 0)
@@ -233,36 +210,3 @@ def _error(scan: Scan, found: Refined, post: Posterior) -> Tensor:
 def _wide(scan: Scan) -> Tensor:
     """Where a velocity does not show that leading rows were summed up in float32, (B,)."""
     return scan.queries.path.sigma.clamp_max(1) * scan.bank.radius >= _WIDE * scan.bank.max_norm
-
-
-def _made_ahead(scan: Scan, found: Refined) -> Tensor:
-    """Whether the mean was added up in the first pass, and rounding left it its digits, (B,)."""
-    if scan.ahead is None:
-        return torch.zeros_like(found.tail, dtype=torch.bool)
-    return scan.ahead.chosen & (found.rough.sum(1) <= 2)
-
-
-def _exchanged(scan: Scan, ahead: Ahead, found: Refined, at: list[int]) -> Tensor:
-    """The mean as the first pass added it up, with the leading rows' weights exchanged."""
-    index = positions(scan.queries, at)
-    scale = ahead.peak - scan.lifted - scan.shared - found.post.log_evidence
-    total = ahead.total[index]
-    if ahead.level is not None:
-        total += len(scan.bank) * ahead.level[index, None] * scan.shift
-    total *= scale[index, None].exp()
-    # A sample is a row and the origin; leading rows bring their share of it.
-    share = (found.tail + found.rough.sum(1))[index, None]
-    total += share * scan.origin
-    change = (found.lead - found.rough)[index]
-    return total + scan.moment(found.leading[index], change, at)
-
-
-def _moved(scan: Scan, found: Refined, before: Refined, at: list[int]) -> Tensor:
-    """The mean once more rows lead: what these add to it changes, and the share of the others."""
-    index = positions(scan.queries, at)
-    share = (before.post.log_evidence - found.post.log_evidence)[index, None].exp()
-    leading = found.leading[index]
-    change = found.lead[index] - share * before.weights[index].gather(1, leading)
-    mean = share * before.post.mean[index] + scan.moment(leading, change, at)
-    # Weights add up to 1, which those of `before` have been rounded off.
-    return mean + (1 - share - change.sum(1, keepdim=True)) * (scan.origin + scan.shift)

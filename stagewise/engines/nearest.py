@@ -69,7 +69,7 @@ class Nearest(Neighbours):
         post = Posterior.cat(parts)
         return replace(post, weights=post.weights[:, :k], rows=post.rows[:, :k])
 
-    def _finish(self, scan: Scan, found: Refined, before: Refined | None) -> Posterior:
+    def _finish(self, scan: Scan, found: Refined) -> Posterior:
         post = found.post
         more = found.columns[:, found.lead.shape[1] : max(self.k, found.lead.shape[1])]
         weights = found.weights.gather(1, more)

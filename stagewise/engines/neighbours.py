@@ -154,7 +154,7 @@ class Neighbours(Engine):
         exact = Exact().posterior(bank, queries.select(wrong), k)
         return exact if len(wrong) == len(queries) else put(post, wrong, exact, len(queries))
 
-    def _finish(self, scan: Scan, found: Refined, before: Refined | None) -> Posterior:
+    def _finish(self, scan: Scan, found: Refined) -> Posterior:
         """The mean over the found rows, and a bound of the tail mass."""
         mean = scan.moment(found.leading, found.lead) + scan.product(found.rest)
         post = replace(found.post, mean=mean)

@@ -32,7 +32,6 @@ class Refined:
         columns: The rows with the largest logits, (B, n), descending, as columns of the logits;
             the leading ones come first.
         lead: Weights of the leading rows, (B, leading), float64.
-        rough: Those that they have by their logits, (B, leading), float64.
         weights: Weights of all rows, (B, width), in the dtype of the logits.
         tail: The sum of those that do not lead, (B,), float64.
         squares: The sum of their squares, (B,), float64.
@@ -43,7 +42,6 @@ class Refined:
     post: Posterior
     columns: Tensor
     lead: Tensor
-    rough: Tensor
     weights: Tensor
     tail: Tensor
     squares: Tensor
@@ -84,7 +82,6 @@ class Refined:
         weights, sums = _exponentials(scan.logits, shifts, leading)
         others, squares, moment = sums
         z = lead.sum(1) + others
-        rough = scan.logits.gather(1, leading).double().exp() / z[:, None]
         moment = moment + (lead * exact).sum(1)
         tail = others / z
         error = torch.zeros_like(tail)
@@ -111,13 +108,7 @@ class Refined:
             tail_mass=torch.zeros_like(tail),
         )
         weights.scatter_(1, leading, lead.to(weights.dtype))
-        return cls(post, columns, lead, rough, weights, tail, squares / z**2, error)
-
-    def select(self, index: Tensor | slice) -> Refined:
-        """The same for some of the queries."""
-        start = (self.columns, self.lead, self.rough, self.weights)
-        values = (*start, self.tail, self.squares, self.error)
-        return Refined(self.post[index], *(value[index] for value in values))
+        return cls(post, columns, lead, weights, tail, squares / z**2, error)
 
 
 def _exponentials(

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
-from stagewise.engines.ahead import Ahead
 from stagewise.engines.base import Queries, positions
 from stagewise.products import averages, rounding, scores
 
@@ -64,7 +63,6 @@ class Scan:
         chunk_size: Rows multiplied at a time.
         origin: What is added to a row, as it is multiplied, to make it the sample, (D,), float64.
         shift: The bank's mean less that, (D,), float64.
-        ahead: Weighted sums of the rows that were made in the same pass, or None.
     """
 
     bank: LatentBank
@@ -79,7 +77,6 @@ class Scan:
     chunk_size: int | None
     origin: Tensor
     shift: Tensor
-    ahead: Ahead | None = None
 
     @classmethod
     def of(
@@ -90,7 +87,6 @@ class Scan:
         *,
         table: Tensor | None = None,
         chunk_size: int | None = None,
-        lead: int = 0,
     ) -> Scan:
         """Multiplies the queries with the rows.
 
@@ -100,8 +96,6 @@ class Scan:
             dtype: What the rows are multiplied in, see `products.working_dtype`.
             table: Which rows, (B, n), -1 for none; default all that a query looks at.
             chunk_size: Rows multiplied at a time.
-            lead: If rows have to be fetched, make `ahead` for queries of which more than so many
-                rows matter; default 0 (do not).
         """
         xt, path = queries.xt, queries.path
         alpha, sigma = path.alpha[:, None], path.sigma[:, None]
@@ -124,8 +118,6 @@ class Scan:
         lifted = torch.zeros_like(delta)
         place = (origin, shift)
         scan = cls(bank, queries, dtype, empty, shared, delta, v, lifted, table, chunk_size, *place)
-        if lead and wide == torch.float32 and bank.fetched(xt.device, dtype):
-            scan.ahead = Ahead(len(queries), bank.dim, empty, lead=lead, level=scan.whole)
         if table is None:
             scan.logits = scan._dense(query, half_snr, norm, wide)
         else:
@@ -144,8 +136,6 @@ class Scan:
             for first, rows in self._chunks(segment, device):
                 last = first + len(rows)
                 part = scores(q, rows).addr_(h, norms[first:last], alpha=-1)
-                if self.ahead is not None:
-                    self.ahead.add(index, part, rows, first == segment.start)
                 if part.shape == (len(query), width):
                     return part
                 if logits is None:
@@ -212,7 +202,6 @@ class Scan:
             delta=self.delta[index],
             lifted=self.lifted[index],
             table=None if self.table is None else self.table[index],
-            ahead=None,
         )
 
     def rows(self, columns: Tensor, at: Sequence[int] | None = None) -> Tensor:

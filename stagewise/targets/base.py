@@ -18,8 +18,7 @@ takes the twin's place. If it is no row at all, it is added to the set.
 
 **What is unbiased** (the optimum of the regression stays the oracle): `Mix` and `ReferenceSet`, the
 latter because given the set and `x_t` each of its members is the source with its own weight
-(Bertrand et al., arXiv 2506.03719, Prop. 2). `Stratified` is consistent only; `Tempered` and
-`LeaveOneOut` move the optimum on purpose.
+(Bertrand et al., arXiv 2506.03719, Prop. 2).
 """
 
 from __future__ import annotations

@@ -19,17 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagewise.engines import Exact, Nearest
-from stagewise.engines.base import Queries, positions
+from stagewise.engines import Exact
+from stagewise.engines.base import positions
 from stagewise.engines.neighbours import random_rows
 from stagewise.lambdas import LambdaLike
 from stagewise.oracle import Oracle
-from stagewise.paths import PathCoefficients
-from stagewise.posterior import Posterior, inverse, merge
+from stagewise.posterior import Posterior, inverse
 from stagewise.products import full_precision
 from stagewise.targets.base import Pull, Query, Target
 
-__all__ = ["ReferenceSet", "Stratified"]
+__all__ = ["ReferenceSet"]
 
 
 class ReferenceSet(Target):
@@ -65,86 +64,6 @@ class ReferenceSet(Target):
         """See `Target`; formula (1)."""
         post, _ = _draw(query, query.source[:, None], self.size - 1, self.shared)
         return _with_x1(query, post)
-
-
-class Stratified(Target):
-    """The rows nearest to the source, and random ones that stand for the rest.
-
-    With n rows, `near` of them taken exactly, the random others share the weight of the
-    `n - 1 - near` that are left: a ratio of two estimates. **Consistent, not unbiased**: the draws
-    make the evidence of the rest vary, which favours x_1 and its neighbours by a share of about
-    `(n / random) sum_i gamma_i^2` over the rest (from `E[1/Z] > 1/E[Z]`). It is nothing where the
-    neighbours carry the posterior, and little where very many rows do.
-
-    Nearest rows are those of the oracle's certificate if it has as many
-    (`Certificate.compute(bank, neighbours=near)`), otherwise they are searched at every call, which
-    is one product with all rows. They are nearest to x_1 and not to `x_t`, so that one graph serves
-    all t; an x_1 that stands for no row has none in a graph.
-
-    Args:
-        near: Rows nearest to x_1, at least 1.
-        random: Random other rows, at least 1; those drawn twice count once.
-        lam: See `Target`.
-        shared: As in `ReferenceSet`.
-
-    Raises:
-        ValueError: For numbers out of range.
-    """
-
-    def __init__(
-        self, near: int, random: int, lam: LambdaLike = 1.0, *, shared: bool = False
-    ) -> None:
-        super().__init__(lam)
-        for name, value in (("near", near), ("random", random)):
-            if value < 1:
-                raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
-        self.near, self.random, self.shared = near, random, shared
-
-    def check(self, oracle: Oracle) -> None:
-        """See `Target`."""
-        super().check(oracle)
-        _require(oracle, 1 + self.near + self.random, "near + random + 1")
-
-    def pull(self, query: Query) -> Pull:
-        """See `Target`; formula (1)."""
-        near = self._nearest(query)
-        found = torch.cat([query.source[:, None], near], dim=1)
-        rest, count = _draw(query, found, self.random, self.shared)
-        left = query.others - (near >= 0).sum(1)
-        each = (left.double() / count.clamp_min(1)).clamp_min(1)
-        rest = replace(
-            rest,
-            log_evidence=rest.log_evidence + each.log(),
-            weights=rest.weights / each[:, None],
-        )
-        return _with_x1(query, merge(_over(query, near), rest))
-
-    def _nearest(self, query: Query) -> Tensor:
-        """Rows that each query looks at and that are nearest to its x_1, (B, near); -1 for none."""
-        oracle, queries = query.oracle, query.queries
-        first, last = (
-            queries.index([getattr(rows, end) for rows in queries.segments])[:, None]
-            for end in ("start", "stop")
-        )
-        graph = oracle.certificate
-        if graph is not None and graph.num_neighbours >= self.near:
-            graph = graph.to(query.xt.device)
-            near = graph.rows.neighbours[query.source.clamp_min(0), : self.near].long()
-            near = near.masked_fill(query.source[:, None] < 0, -1)
-        else:
-            near = self._search(query)
-        return near.masked_fill((near < first) | (near >= last), -1)
-
-    def _search(self, query: Query) -> Tensor:
-        bank, one = query.oracle.bank, torch.ones_like(query.t)
-        here = PathCoefficients(one, one, one, one)
-        at_x1 = Queries(query.x1, here, query.queries.segments)
-        count = min(self.near + 1, max(at_x1.sizes))
-        with full_precision():
-            near = Nearest(count).search_all(bank, at_x1, count)
-        # Copies of the source may come before it. If it is not there, the farthest row goes.
-        own = (near == query.source[:, None]) & (near >= 0)
-        return near.gather(1, own.int().argsort(dim=1, stable=True))[:, :-1]
 
 
 def _require(oracle: Oracle, count: int, name: str) -> None:

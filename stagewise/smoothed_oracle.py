@@ -37,7 +37,7 @@ from stagewise.engines import Auto, Engine
 from stagewise.engines.base import UNDERFLOW, Queries, where
 from stagewise.oracle import Oracle, Times
 from stagewise.paths import Path, PathCoefficients
-from stagewise.posterior import Posterior, inverse
+from stagewise.posterior import Posterior
 from stagewise.smoothing import Smoothing
 from stagewise.stages import StageBoundary
 from stagewise.strength import Strength, strength_at
@@ -274,7 +274,7 @@ class _Gaussians(Engine):
                 some = smoothed.select(at[first : first + step])
                 parts.append(_Solve(bank, segment, some, self.smoothing.floor).posterior(k))
             order += [rest[i] for i in at]
-        return Posterior.cat(parts)[queries.index(inverse(order))]
+        return Posterior.cat(parts, order)
 
     def _segment(self, bank: LatentBank, rows: slice, device: torch.device) -> _Segment:
         key = (device, rows.start, rows.stop)

@@ -43,7 +43,7 @@ from stagewise.bank import LatentBank
 from stagewise.engines.base import NOTHING, Engine, Queries, blocks, positions, where
 from stagewise.engines.refined import FEW, MORE, Refined
 from stagewise.engines.scan import Scan
-from stagewise.posterior import Posterior, inverse, put
+from stagewise.posterior import Posterior, put
 from stagewise.products import full_precision, rounding, working_dtype
 
 __all__ = ["Exact"]
@@ -100,10 +100,7 @@ class Exact(Engine):
         order = sorted(range(len(queries)), key=lambda i: queries.segments[i].start)
         with full_precision():
             parts = [self.solve(bank, part, k) for part in blocks(queries.select(order))]
-        post = Posterior.cat(parts)
-        if order == list(range(len(queries))):
-            return post
-        return post[queries.index(inverse(order))]
+        return Posterior.cat(parts, order)
 
     def solve(
         self,

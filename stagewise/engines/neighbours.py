@@ -42,7 +42,7 @@ from stagewise.engines.base import Engine, Queries, positions, where
 from stagewise.engines.exact import Exact
 from stagewise.engines.refined import Refined
 from stagewise.engines.scan import Scan
-from stagewise.posterior import Posterior, inverse, merge, put
+from stagewise.posterior import Posterior, merge, put
 from stagewise.products import full_precision
 
 __all__ = ["FAR", "Neighbours", "draw_rows", "random_rows", "reach", "stand"]
@@ -121,7 +121,7 @@ class Neighbours(Engine):
             found = self.search(bank, queries.select(at), segment, count)
             parts.append(pad(found, (0, n - count), value=-1))
             order += at
-        return torch.cat(parts)[queries.index(inverse(order))]
+        return torch.cat(parts).index_select(0, queries.index(order).argsort())
 
     def is_exact(self, bank: LatentBank) -> bool:
         """Whether no row is nearer than those found, but for `rounding`. Default True."""
@@ -186,7 +186,7 @@ class Neighbours(Engine):
             k = post.weights.shape[1]
             parts.append(random_rows(bank, some, segment, found, count, k, self.generator))
             order += at
-        rest = Posterior.cat(parts)[queries.index(inverse(order))]
+        rest = Posterior.cat(parts, order)
         tail = torch.sigmoid(rest.log_evidence - post.log_evidence)
         if not self.draws:
             return replace(post, tail_mass=tail, tail_kind="estimated")

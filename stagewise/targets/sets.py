@@ -24,7 +24,7 @@ from stagewise.engines.base import positions
 from stagewise.engines.neighbours import random_rows
 from stagewise.lambdas import LambdaLike
 from stagewise.oracle import Oracle
-from stagewise.posterior import Posterior, inverse
+from stagewise.posterior import Posterior
 from stagewise.products import full_precision
 from stagewise.targets.base import Pull, Query, Target
 
@@ -94,7 +94,7 @@ def _draw(query: Query, found: Tensor, count: int, shared: bool) -> tuple[Poster
         some, without = queries.select(at), found[positions(queries, at)]
         parts.append(random_rows(query.oracle.bank, some, segment, without, count, 1, query.draws))
         order += at
-    post = Posterior.cat(parts)[queries.index(inverse(order))]
+    post = Posterior.cat(parts, order)
     rest = queries.index(queries.sizes) - (found >= 0).sum(1)
     drawn = rest.clamp_max(count)
     # There each row counts for those that were not drawn.

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from stagewise import LatentBank, Mix, Oracle, ReferenceSet, Target
+from stagewise import LatentBank, Mix, Oracle, Prediction, ReferenceSet, Target
 from stagewise.recipes.photos import PhotoPatches
-from stagewise.schemes.correction import Batch
+from stagewise.schemes.correction import correct
 
 TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 QUERIES, DRAWS = 128, 8
@@ -46,12 +46,12 @@ def measure(
     """Error of `m - x_1`, relative to plain training's, and processor milliseconds."""
     pulls, times = [], []
     for draw in range(DRAWS):
-        query = Batch(
-            oracle, labels=None, source=None, class_wise=True, on_missing="error",
-            draws=Random(draw), **batch,
-        ).query()  # fmt: skip
         start = time.process_time()
-        pulls.append(target.pull(query).difference)
+        found = correct(
+            target, oracle, prediction=Prediction("data"), draws=Random(draw),
+            class_wise=True, on_missing="error", **batch,
+        )  # fmt: skip
+        pulls.append(found.value.flatten(1))
         times.append(1e3 * (time.process_time() - start))
     error = (torch.stack(pulls) - exact).square().sum((1, 2)).mean() / exact.square().sum()
     return {"error": float(error), "ms": sorted(times)[DRAWS // 2]}

@@ -153,7 +153,7 @@ def posterior_of(
     """The posterior from log-weights, but for its mean: the one softmax of this library.
 
     Args:
-        logits: `l_i`, (B, n), float64; with a `rest` less its peak.
+        logits: `l_i`, (B, n), float64; with a `rest` less its peak, and `NO_ROW` where none is.
         rows: The rows that these are, (B, n), int64; -1 for none.
         k: How many of the largest weights to return.
         counts: How many equal rows each stands for, (B, n); default 1. Weights are those of one.
@@ -163,10 +163,12 @@ def posterior_of(
         The posterior, with a mean of no numbers, (B, 0), and the share of each row together with
         those that it stands for, (B, n), float64. The mean is `sum_i share_i x^(i)`.
     """
-    logits = logits.masked_fill(rows < 0, NO_ROW)
-    peak = logits.amax(1) if rest is None else rest.peak
     if rest is None:
+        logits = logits.masked_fill(rows < 0, NO_ROW)
+        peak = logits.amax(1)
         logits = logits - peak[:, None]
+    else:
+        peak = rest.peak
     weights = logits.exp()
     shares = weights if counts is None else weights * counts
     total, squares = shares.sum(1), (weights * shares).sum(1)

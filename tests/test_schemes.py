@@ -134,13 +134,13 @@ def test_autocast_does_not_reach_the_oracle():
 def test_queries_beyond_the_boundary_are_not_asked(monkeypatch):
     oracle = make_oracle()
     seen = []
-    posterior = oracle.posterior
+    answer = oracle.ask
 
-    def ask(xt, t, *args, **options):
-        seen.append(t.tolist())
-        return posterior(xt, t, *args, **options)
+    def ask(queries, k=1):
+        seen.append(queries.t.tolist())
+        return answer(queries, k)
 
-    monkeypatch.setattr(oracle, "posterior", ask)
+    monkeypatch.setattr(oracle, "ask", ask)
     y, call, _ = batch()
     scheme = Scheme(oracle, target=Mix("boundary"), boundary=0.3)
     scheme(y, **call)
@@ -612,7 +612,7 @@ TARGETS = [
 @pytest.mark.parametrize("labels", [None, [0, 1, 2, 3, 0]])
 def test_schemes_on_cuda(residency, target, labels, monkeypatch):
     monkeypatch.setattr(
-        correction, "where", lambda flags: [0, 1, 3]
+        correction, "indices_of", lambda flags: [0, 1, 3]
     )  # reads values, for "boundary"
     bank = LatentBank(rows(), torch.arange(N) % 4)
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -25,10 +25,10 @@ from stagewise import (
     Smooth,
     VPPath,
     mix_target,
+    targets,
 )
-from stagewise.engines import Exact, Sharded, neighbours
+from stagewise.engines import Exact, Sharded
 from stagewise.lambdas import Lambda
-from stagewise.targets import sets
 
 N, DIM, CLASSES = 24, 3, 3
 BOUNDARY = 0.45
@@ -282,10 +282,10 @@ class BiasedMix(Mix):
         super().__init__()
         self.lam = ReadsTheSource()
 
-    def pull(self, query):
-        post = query.oracle.posterior(query.xt, query.t, query.names, source=query.source)
-        self.lam.weight = post.source_weight
-        return super().pull(query)
+    def pull(self, oracle, queries, draws):
+        post = oracle.ask(queries)
+        self.lam.weight = (queries.log_weight(queries.x1) - post.log_evidence).exp()
+        return super().pull(oracle, queries, draws)
 
 
 def every_source(target, xt, t, path, *, wise=False, draws=1):
@@ -341,8 +341,8 @@ def test_random_sets_leave_the_conditional_mean(lam, shared, monkeypatch):
         draws = list(draws)
         for drawn in draws:
             rng = SimpleNamespace(random=lambda shape, d=drawn: (np.array([d]) + 0.5) / n)
-            monkeypatch.setattr(sets.np.random, "default_rng", lambda _, rng=rng: rng)
-            monkeypatch.setattr(neighbours, "draw_rows", lambda *_, d=drawn, i=i: [*d, i])
+            monkeypatch.setattr(targets.np.random, "default_rng", lambda _, rng=rng: rng)
+            monkeypatch.setattr(targets, "draw_rows", lambda *_, d=drawn, i=i: [*d, i])
             u, _ = scheme((x - x0)[i, None], xt=xt[None], t=t[None], x1=x[i, None])
             members = sorted({i, *drawn})
             mean, inner = softmax_mean(x[members], xt, t, LinearPath())

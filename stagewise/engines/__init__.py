@@ -6,11 +6,12 @@ picks.
 """
 
 from stagewise.engines.auto import Auto
-from stagewise.engines.base import Engine, Queries
+from stagewise.engines.base import Engine
 from stagewise.engines.exact import Exact
 from stagewise.engines.nearest import Nearest
 from stagewise.engines.sharded import EmptyShard, Sharded, shard_rows
 from stagewise.engines.torch_cluster import TorchCluster
+from stagewise.queries import Queries
 
 __all__ = [
     "Auto",

@@ -189,7 +189,6 @@ def low_dim(options: Options) -> Report:
     report = Report("low-dim", f"N={n}, D={dim}, B={QUERIES}, t~U(0, 1)").start()
     bank = LatentBank(x)
     judge = judged_by(peers.reference(x, xt, t)[0])
-    near = {"max_tail": 1e-7}
     base = "floor: float32 products, oneDNN"
     rows = [
         Row(base, peers.bare_products(x, xt, torch.float32, onednn=True)),
@@ -197,12 +196,7 @@ def low_dim(options: Options) -> Report:
         row("Nearest(100)", asks(bank, lambda: engine("Nearest", 100), xt, t), judge),
         row(
             "TorchCluster(100, max_tail=1e-7)",
-            asks(bank, lambda: engine("TorchCluster", 100, **near), xt, t),
-            judge,
-        ),
-        row(
-            "Faiss(100, max_tail=1e-7)",
-            asks(bank, lambda: engine("Faiss", k=100, **near), xt, t),
+            asks(bank, lambda: engine("TorchCluster", 100, max_tail=1e-7), xt, t),
             judge,
         ),
         row("Auto()", asks(bank, lambda: engine("Auto"), xt, t), judge),

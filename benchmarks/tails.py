@@ -34,20 +34,15 @@ def tail(options: Options) -> Report:
     mass = float(alone.tail_mass.mean())
     report.note(f"top {K} without draws: off by {off:.1%} of |m - mean|, mean tail mass {mass:.2f}")
     report.target(f"error of the top {K} alone", off, 0.1, most=False)
-    for name in ("Nearest", "Faiss"):
-        try:
-            lines = [case.bias(name, m) for m in DRAWS if 4 * m <= n]
-        except ImportError as error:
-            report.note(f"{name}: skipped, {error}")
-            continue
-        report.plain(f"{name}({K}, draws=m), {CALLS} calls each, relative to |m - mean|", lines)
-        report.note(
-            f"{name}: the spread of one call falls as m^{_slope(lines, 'spread'):.2f}, the bias as "
-            f"m^{_slope(lines, 'bias'):.2f}"
-        )
-        off = abs(_slope(lines, "bias") + 1)
-        report.target(f"slope of the bias, distance from -1, {name}", off, 0.15)
-    report.note("used: rows drawn, of which Nearest takes 100 more than it is asked for;")
+    lines = [case.bias(m) for m in DRAWS if 4 * m <= n]
+    report.plain(f"Nearest({K}, draws=m), {CALLS} calls each, relative to |m - mean|", lines)
+    report.note(
+        f"the spread of one call falls as m^{_slope(lines, 'spread'):.2f}, the bias as "
+        f"m^{_slope(lines, 'bias'):.2f}"
+    )
+    off = abs(_slope(lines, "bias") + 1)
+    report.target("slope of the bias, distance from -1", off, 0.15)
+    report.note("used: rows drawn, 100 more than are asked for;")
     report.note("bias: the average over calls, with what is linear in the draws and averages to 0")
     report.note("by construction taken out of each call; +-: its standard error")
     return report
@@ -83,16 +78,16 @@ class Case:
         size = (mean - bank.centre).norm(dim=1)
         return cls(bank, xt, t, mean, rest, rest @ x.double(), size)
 
-    def bias(self, name: str, draws: int) -> dict[str, float]:
+    def bias(self, draws: int) -> dict[str, float]:
         """Bias of the mean, its standard error, and the spread of one call."""
-        oracle = Oracle(self.bank, engine=engine(name, K, draws=draws, seed=draws))
+        oracle = Oracle(self.bank, engine=engine("Nearest", K, draws=draws, seed=draws))
         errors, rests = [], []
         for _ in range(CALLS):
             with self.taken() as rows:
                 error = oracle.posterior(self.xt, self.t).mean - self.mean
             drawn = max(rows, key=len)
-            used = len(drawn) if name == "Nearest" else draws
-            linear = self.linear(drawn, used)
+            used = len(drawn)
+            linear = self.linear(drawn)
             errors.append(error / self.size[:, None])
             rests.append((error - linear) / self.size[:, None])
         error, rest = torch.stack(errors), torch.stack(rests)
@@ -126,7 +121,7 @@ class Case:
         finally:
             del self.bank.take
 
-    def linear(self, drawn: Tensor, used: int) -> Tensor:
+    def linear(self, drawn: Tensor) -> Tensor:
         """The error of the mean to first order in the draws, (B, D).
 
         It is 0 on average for any uniform draws, so that it may be taken out of what a call is off
@@ -134,15 +129,9 @@ class Case:
 
         Args:
             drawn: The rows, (n,).
-            used: How many of them a query uses: n for `Nearest`, which knows the tail mass, and
-                for the others the first so many that are not among the nearest.
         """
         weights, mass = self.rest[:, drawn], self.rest.sum(1, keepdim=True)
-        if used == len(drawn):
-            middle, each = self.moment / mass, len(self.bank) / used
-        else:
-            middle, each = self.mean, (len(self.bank) - K) / used
-            weights = weights * ((weights > 0).cumsum(1) <= used)
+        middle, each = self.moment / mass, len(self.bank) / len(drawn)
         part = weights @ self.bank.take(drawn) - weights.sum(1, keepdim=True) * middle
         return each * part - (self.moment - mass * middle)
 

@@ -16,7 +16,7 @@ from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.stage_callback import RunOptions
 from stagewise.callbacks.tags import by_time, charts
-from stagewise.engines import Engine, Sharded
+from stagewise.engines import Engine
 from stagewise.oracle import Oracle
 from stagewise.stages import (
     STATISTICS,
@@ -107,7 +107,7 @@ class PosteriorMonitor(Monitor):
         **options: Unpack[RunOptions],
     ) -> None:
         super().__init__(bank, every_n_steps=every_n_steps, figures=figures, name=name, **options)
-        if isinstance(engine, Sharded) or not isinstance(engine, Engine | None):
+        if engine is not None and not (isinstance(engine, Engine) and engine.holds_all_rows):
             raise TypeError(
                 f"Expected `engine` to be a stagewise engine other than Sharded, got {engine!r}. "
                 "For a bank larger than a process: LatentBank.open(path) maps one into all ranks."

@@ -21,7 +21,7 @@ from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.training_bank import shard_from_trainer
 from stagewise.certificate import Certificate
-from stagewise.engines import Engine, Sharded
+from stagewise.engines import Engine
 from stagewise.losses import StageWeightedLoss
 from stagewise.memory import beside_training
 from stagewise.oracle import Oracle
@@ -157,7 +157,7 @@ class StageScheme(StageCallback):
     def _say_oracle(self) -> None:
         """Bank and path of a scheme that has them are those of the run."""
         found = [] if self._given is None else [part.oracle for part in parts(self._given)]
-        oracles = [o for o in found if o is not None and not isinstance(o.engine, Sharded)]
+        oracles = [o for o in found if o is not None and o.engine.holds_all_rows]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
             self.said = {"bank": oracles[0].bank, "path": oracles[0].path} | self.said
         smoothed = [] if self._given is None else [part.smoothing for part in parts(self._given)]
@@ -262,7 +262,7 @@ class StageScheme(StageCallback):
         mixing = [part for part in parts(self._scheme) if part.target is not None]
         oracles = [part.oracle for part in mixing if part.oracle is not None]
         with self.run.together("holding its samples against the bank"):
-            for bank, shard in {o.bank: isinstance(o.engine, Sharded) for o in oracles}.items():
+            for bank, shard in {o.bank: not o.engine.holds_all_rows for o in oracles}.items():
                 said = check_rows(bank, record.x1, known=record.source is not None, shard=shard)
                 if said:
                     rank_zero_warn(f"StageScheme: {said}")
@@ -398,7 +398,7 @@ class StageScheme(StageCallback):
     def _oracle(self) -> Oracle:
         run, certificate = self.run, self.certificate
         path = run.path if self.seam is None else self.seam.path
-        if isinstance(self.engine, Sharded):
+        if self.engine is not None and not self.engine.holds_all_rows:
             bank = run.option(self, "bank") or shard_from_trainer(run.trainer)
             bank = beside_training(bank, run.trainer.strategy.root_device)
         elif certificate is None:

@@ -32,8 +32,7 @@ class OracleRegularizer(nn.Module):
         lam: A number of at least 0, or from t, (B,), to such numbers, (B,): `StageGate(scheme)`,
             for example. Default 1.
         prediction: What the model predicts, default "velocity".
-        target: Which rows the oracle is asked for, default `Mix()`: all. `LeaveOneOut()` and
-            `Tempered(T)` make a regulariser against memorisation of it.
+        target: Which rows the oracle is asked for, default `Mix()`: all.
 
     Raises:
         ValueError: If `lam` is negative, or the target does not go with the oracle.

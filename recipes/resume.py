@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from stagewise.callbacks import StageScheme
-from stagewise.engines import Sharded
 from stagewise.latents.files import names
 from stagewise.recipes.checkpoints import load_weights
 from stagewise.recipes.public_weights import load_public_weights
@@ -110,7 +109,8 @@ def require_shards(callbacks: Iterable[object], data: Any) -> None:
     sharded = getattr(data, "sharded", False)
     for callback in callbacks:
         engine = getattr(callback, "engine", None)
-        if isinstance(callback, StageScheme) and sharded != isinstance(engine, Sharded):
+        whole = getattr(engine, "holds_all_rows", True)
+        if isinstance(callback, StageScheme) and sharded == whole:
             raise ValueError(
                 f"Expected data.sharded=true and the engine Sharded() together, got sharded="
                 f"{sharded} and {engine!r}. Say engine=sharded, which sets both."

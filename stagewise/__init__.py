@@ -38,12 +38,9 @@ from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
 from stagewise.stages import StageBoundary, StageCurve, predicted_boundary
 from stagewise.targets import (
-    LeaveOneOut,
     Mix,
     ReferenceSet,
-    Stratified,
     Target,
-    Tempered,
     mix_target,
 )
 from stagewise.timesteps import (
@@ -85,7 +82,6 @@ __all__ = [
     "GaussianAttention",
     "InverseFloor",
     "LatentBank",
-    "LeaveOneOut",
     "LinearPath",
     "LogitNormal",
     "LossAboveFloor",
@@ -114,10 +110,8 @@ __all__ = [
     "StageCurve",
     "StageFactors",
     "StageGate",
-    "Stratified",
     "Target",
     "TargetForecast",
-    "Tempered",
     "TimestepSampler",
     "UShaped",
     "Uniform",

@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
 from stagewise.computed_file import is_computed, read_header, write_tensors
 from stagewise.nearest_rows import Closest, class_ends, closest
 from stagewise.paths import PathCoefficients
-from stagewise.posterior import Posterior, put
+from stagewise.posterior import Posterior, posterior_of, put
 from stagewise.tail import Tail
 
 __all__ = ["Certificate"]
@@ -428,22 +427,9 @@ def _softmax(
     x = bank.take(rows.clamp_min(0), xt.device)
     gap = xt[:, None] - alpha[:, None, None] * x
     logits = -torch.linalg.vecdot(gap, gap) / (2 * sigma[:, None] ** 2)
-    logits = logits.masked_fill(rows < 0, -torch.inf)
-    logits[:, 0] += copies.log1p()
-    shares = logits.softmax(dim=1)
-    weights = shares.clone()
-    weights[:, 0] /= 1 + copies
-    top, order = weights.topk(min(k, rows.shape[1]), dim=1)
-    missing = (0, k - top.shape[1])
-    return Posterior(
-        mean=torch.einsum("bn,bnd->bd", shares, x),
-        log_evidence=logits.logsumexp(dim=1),
-        entropy=torch.special.entr(shares).sum(1) + shares[:, 0] * copies.log1p(),
-        ess=1 / (weights * shares).sum(1),
-        weights=pad(top, missing),
-        rows=pad(rows.gather(1, order), missing, value=-1),
-        tail_mass=torch.zeros_like(alpha),
-    )
+    counts = torch.cat([1 + copies[:, None], torch.ones_like(logits[:, 1:])], dim=1)
+    post, shares = posterior_of(logits, rows, k, counts=counts)
+    return replace(post, mean=torch.einsum("bn,bnd->bd", shares, x))
 
 
 _CLASS_WISE = (

@@ -32,10 +32,11 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.certificate import Certificate
-from stagewise.engines import Auto, Engine, Sharded
+from stagewise.engines import Auto, Engine
 from stagewise.intake import whole_labels
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
+from stagewise.queries import Queries, segments_of, with_source_weight
 from stagewise.tracing import untraced
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Oracle:
         self.certificate, self.eta, self.delta = certificate, eta, delta
         self.null_class = null_class
         self.engine.prepare(bank)
-        if certificate is not None and isinstance(self.engine, Sharded):
+        if certificate is not None and not self.engine.holds_all_rows:
             raise ValueError(
                 "A certificate knows the rows of one rank only: it does not go with Sharded()."
             )
@@ -147,69 +148,79 @@ class Oracle:
                 numbers, or queries on a device without float64 (MPS).
             TypeError: If `xt` is no tensor.
         """
-        flat, path = self.coefficients(xt, t)
-        names = None if labels is None else self.names(labels, len(flat))
-        post = self._answer(flat, path, names, source, k, xt.dtype)
-        if source is not None and post.source_weight is None:
-            with torch.autocast(flat.device.type, enabled=False):
-                x1 = self.bank.take(source.clamp_min(0), device=flat.device)
-                gap = flat - path.alpha[:, None] * x1
-                log_weight = -(gap * gap).sum(1) / (2 * path.sigma**2) - post.log_evidence
-                weight = log_weight.exp().clamp_max(1)
-                if names is not None:
-                    weight = weight * self.bank.among(source, names).to(weight)
-                weight = weight.masked_fill(source < 0, torch.nan)
-                post = replace(post, source_weight=weight)
+        queries = self.queries(xt, t, labels, source)
+        with torch.autocast(queries.xt.device.type, enabled=False):
+            post = with_source_weight(self.ask(queries, k), self.bank, queries)
         return replace(post, mean=post.mean.reshape(-1, *self.bank.shape))
 
-    @torch.no_grad()
-    def _answer(
+    def queries(
         self,
-        flat: Tensor,
-        path: PathCoefficients,
-        names: list[int | None] | None,
-        source: Tensor | None,
-        k: int,
-        made_in: torch.dtype,
-    ) -> Posterior:
-        """The posterior with its mean as a row, and without the weight of the source.
+        xt: Tensor,
+        t: Times,
+        labels: Labels | None = None,
+        source: Tensor | None = None,
+    ) -> Queries:
+        """What `ask` is asked: made once from noisy samples, checked, with the path at their times.
+
+        Args:
+            xt: See `posterior`, like all others.
+            t: Times.
+            labels: Classes.
+            source: Rows.
+
+        Raises:
+            ValueError: As `posterior`.
+            TypeError: If `xt` is no tensor.
+        """
+        flat, path = self.coefficients(xt, t)
+        names = None if labels is None else self.names(labels, len(flat))
+        if source is not None:
+            source = self.checked_source(source, len(flat), self.engine.num_rows(self.bank))
+            source = source.to(flat.device, torch.int64)
+        whole = self.engine.holds_all_rows
+        segments = segments_of(self.bank, names, len(flat)) if whole else ()
+        times = as_times(t, xt).detach().to(flat)
+        return Queries(flat, path, segments, source, names, times, made_in=xt.dtype)
+
+    @torch.no_grad()
+    def ask(self, queries: Queries, k: int = 1) -> Posterior:
+        """The posterior with its mean as rows, (B, D); `source_weight` may be None.
 
         Certified queries are answered from what is stored, and the engine is asked for the others.
+
+        Args:
+            queries: Of this oracle.
+            k: See `posterior`.
+
+        Raises:
+            ValueError: If k is below 1 or above the rows of the bank.
         """
         rows = self.engine.num_rows(self.bank)
         if not 1 <= k <= rows:
             raise ValueError(f"Expected `k` from 1 to the {rows} rows of the bank, got {k}.")
-        if source is not None:
-            source = self.checked_source(source, len(flat), rows)
-        with torch.autocast(flat.device.type, enabled=False):
-            if self.certificate is None or source is None or not len(flat):
-                return self.engine.ask(self.bank, flat, path, names, source, k)
-            answer = self.certificate.answer(
-                self.bank,
-                flat,
-                path,
-                names,
-                source,
-                k,
-                eta=self.eta,
-                delta=self.delta,
-                made_in=made_in,
-            )
+        if not len(queries) and not self.engine.collective:
+            return Posterior.empty(queries.xt, k)
+        with torch.autocast(queries.xt.device.type, enabled=False):
+            answer = None
+            if self.certificate is not None and queries.source is not None:
+                answer = self.certificate.answer(
+                    self.bank,
+                    queries.xt,
+                    queries.path,
+                    queries.labels,
+                    queries.source,
+                    k,
+                    eta=self.eta,
+                    delta=self.delta,
+                    made_in=queries.made_in,
+                )
             if answer is None:
-                return self.engine.ask(self.bank, flat, path, names, source, k)
+                return self.engine.posterior(self.bank, queries, k)
             post, left = answer
             if not left:
                 return post
-            index = torch.tensor(left, device=flat.device)
-            searched = self.engine.ask(
-                self.bank,
-                flat[index],
-                path.select(index),
-                None if names is None else [names[i] for i in left],
-                source[index],
-                k,
-            )
-            return put(post, left, searched, len(flat))
+            searched = self.engine.posterior(self.bank, queries.select(left), k)
+            return put(post, left, searched, len(queries))
 
     @untraced
     def correction(
@@ -247,15 +258,10 @@ class Oracle:
             raise ValueError(
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
-        flat, path = self.coefficients(xt, t)
-        if posterior is None:
-            names = None if labels is None else self.names(labels, len(flat))
-            posterior = self._answer(flat, path, names, source, 1, xt.dtype)
-        c, _ = Prediction.of(prediction).coefficients(path)
-        difference = posterior.mean.flatten(1) - x1.detach().flatten(1).to(flat.dtype)
-        # A difference below its rounding is none; at t = 1 some paths have an infinite c.
-        rounding = 16 * torch.finfo(torch.float64).eps * self.bank.max_norm
-        gap = torch.where(difference.abs() <= rounding, 0.0, c[:, None] * difference)
+        queries = self.queries(xt, t, labels, source)
+        mean = self.ask(queries).mean if posterior is None else posterior.mean.flatten(1)
+        difference = mean - x1.detach().flatten(1).to(mean.dtype)
+        gap = queries.correction(difference, Prediction.of(prediction), self.bank.max_norm)
         return gap.reshape(x1.shape).to(x1.dtype)
 
     @untraced
@@ -270,9 +276,9 @@ class Oracle:
         Returns:
             The velocity, (B, *), in the dtype of `xt`.
         """
-        flat, path = self.coefficients(xt, t)
-        mean = self.posterior(xt, t, labels).mean.flatten(1)
-        noise = (flat - path.alpha[:, None] * mean) / path.sigma[:, None]
+        queries = self.queries(xt, t, labels)
+        path, mean = queries.path, self.ask(queries).mean
+        noise = (queries.xt - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
         return velocity.reshape(xt.shape).to(xt.dtype)
 

@@ -17,15 +17,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["Posterior", "TailKind", "inverse", "merge", "put"]
+__all__ = [
+    "NO_ROW",
+    "UNDERFLOW",
+    "Posterior",
+    "Rest",
+    "TailKind",
+    "merge",
+    "posterior_of",
+    "put",
+]
 
 TailKind = Literal["measured", "bounded", "estimated"]
 """How a tail mass is known: from all weights; as an upper bound; or from a sample or a model."""
+
+UNDERFLOW = -80.0
+"""Log-weights below it count as it: numbers too small for their type take a CPU far longer."""
+
+NO_ROW = -1e30
+"""The log-weight of no row at all: finite, so that 0 times it is 0."""
 
 _KINDS: tuple[TailKind, ...] = ("measured", "bounded", "estimated")
 
@@ -68,22 +84,30 @@ class Posterior:
 
     @classmethod
     def empty(cls, xt: Tensor, k: int) -> Posterior:
-        """The posterior of no queries: `xt` is (0, D)."""
-        none = xt.new_zeros(0)
-        rows = torch.zeros(0, k, dtype=torch.int64, device=xt.device)
-        return cls(xt, none, none, none, none[:, None].expand(0, k), rows, none)
+        """The posterior of queries `xt` (B, D), float64, over no rows, which merge as nothing."""
+        zero = xt.new_zeros(len(xt))
+        rows = torch.full((len(xt), k), -1, dtype=torch.int64, device=xt.device)
+        statistics = (torch.full_like(zero, -torch.inf), zero, torch.ones_like(zero))
+        return cls(torch.zeros_like(xt), *statistics, zero[:, None].expand(-1, k), rows, zero)
 
     @classmethod
-    def cat(cls, parts: Sequence[Posterior]) -> Posterior:
-        """The posteriors of several batches of queries as one, in the order of the parts."""
-        if len(parts) == 1:
-            return parts[0]
+    def cat(cls, parts: Sequence[Posterior], order: Sequence[int] | None = None) -> Posterior:
+        """The posteriors of several batches of queries as one.
+
+        Args:
+            parts: The posteriors.
+            order: Where each of their queries goes, on the host; default one part's after another.
+        """
         joined: dict[str, Any] = {
             name: None if values[0] is None else torch.cat(values)
             for name in _TENSORS
             for values in [[getattr(part, name) for part in parts]]
         }
-        return cls(**joined, tail_kind=_weakest(parts))
+        post = parts[0] if len(parts) == 1 else cls(**joined, tail_kind=_weakest(parts))
+        if order is None or list(order) == list(range(len(order))):
+            return post
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return post[torch.tensor(back, dtype=torch.int64, device=post.mean.device)]
 
     def __getitem__(self, index: Tensor | slice) -> Posterior:
         """The posterior of some of the queries."""
@@ -102,9 +126,68 @@ def _weakest(parts: Sequence[Posterior]) -> TailKind:
     return _KINDS[max(_KINDS.index(part.tail_kind) for part in parts)]
 
 
-def inverse(order: Sequence[int]) -> list[int]:
-    """Where each of 0, 1, ... stands in `order`, which holds each of them once."""
-    return sorted(range(len(order)), key=order.__getitem__)
+class Rest(NamedTuple):
+    """Sums over the rows of a posterior that are not listed, with `w_i = exp(l_i - peak)`.
+
+    Attributes:
+        peak: What all log-weights count from, (B,), float64, like the others.
+        total: `sum_i w_i`.
+        squares: `sum_i w_i^2`.
+        moment: `sum_i w_i (l_i - peak)`.
+    """
+
+    peak: Tensor
+    total: Tensor
+    squares: Tensor
+    moment: Tensor
+
+
+def posterior_of(
+    logits: Tensor,
+    rows: Tensor,
+    k: int,
+    *,
+    counts: Tensor | None = None,
+    rest: Rest | None = None,
+) -> tuple[Posterior, Tensor]:
+    """The posterior from log-weights, but for its mean: the one softmax of this library.
+
+    Args:
+        logits: `l_i`, (B, n), float64; with a `rest` less its peak, and `NO_ROW` where none is.
+        rows: The rows that these are, (B, n), int64; -1 for none.
+        k: How many of the largest weights to return.
+        counts: How many equal rows each stands for, (B, n); default 1. Weights are those of one.
+        rest: Sums over all other rows; default there are none.
+
+    Returns:
+        The posterior, with a mean of no numbers, (B, 0), and the share of each row together with
+        those that it stands for, (B, n), float64. The mean is `sum_i share_i x^(i)`.
+    """
+    if rest is None:
+        logits = logits.masked_fill(rows < 0, NO_ROW)
+        peak = logits.amax(1)
+        logits = logits - peak[:, None]
+    else:
+        peak = rest.peak
+    weights = logits.exp()
+    shares = weights if counts is None else weights * counts
+    total, squares = shares.sum(1), (weights * shares).sum(1)
+    moment = (shares * logits).sum(1)
+    if rest is not None:
+        total, squares = total + rest.total, squares + rest.squares
+        moment = moment + rest.moment
+    top, order = (weights / total[:, None]).topk(min(k, weights.shape[1]), dim=1)
+    missing = (0, k - top.shape[1])
+    post = Posterior(
+        mean=top.new_empty(len(top), 0),
+        log_evidence=peak + total.log(),
+        entropy=total.log() - moment / total,
+        ess=total.square() / squares,
+        weights=pad(top, missing),
+        rows=pad(rows.gather(1, order), missing, value=-1),
+        tail_mass=torch.zeros_like(total),
+    )
+    return post, shares / total[:, None]
 
 
 def put(post: Posterior, at: Sequence[int], other: Posterior, count: int) -> Posterior:
@@ -121,9 +204,7 @@ def put(post: Posterior, at: Sequence[int], other: Posterior, count: int) -> Pos
     device = post.mean.device
     if len(post.mean) == count:
         post = post[torch.tensor(rest, dtype=torch.int64, device=device)]
-    order = [*rest, *at]
-    back = torch.tensor(inverse(order), dtype=torch.int64, device=device)
-    return Posterior.cat([post, other])[back]
+    return Posterior.cat([post, other], [*rest, *at])
 
 
 def merge(*parts: Posterior, k: int | None = None) -> Posterior:

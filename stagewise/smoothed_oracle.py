@@ -26,7 +26,7 @@ at whose time nothing is smoothed: on a CPU the plain engine answers those.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,10 +34,10 @@ from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
 from stagewise.engines import Auto, Engine
-from stagewise.engines.base import UNDERFLOW, Queries, where
 from stagewise.oracle import Oracle, Times
 from stagewise.paths import Path, PathCoefficients
-from stagewise.posterior import Posterior, inverse
+from stagewise.posterior import UNDERFLOW, Posterior
+from stagewise.queries import Queries, indices_of, with_source_weight
 from stagewise.smoothing import Smoothing
 from stagewise.stages import StageBoundary
 from stagewise.strength import Strength, strength_at
@@ -67,8 +67,8 @@ class SmoothedOracle(Oracle):
     """Answers for a smoothed set, as `Oracle` does for a bank.
 
     `Mix` and `StageCurve.measure` take it as they take an oracle: x_1 is then a draw from the
-    smoothed set (`Smoothing.draw`), with its row as `source`. Targets that read single rows
-    (`ReferenceSet`, `Stratified`, `Tempered`, `LeaveOneOut`) do not know the Gaussians.
+    smoothed set (`Smoothing.draw`), with its row as `source`. `ReferenceSet`
+    reads single rows, and does not know the Gaussians.
 
     The first question diagonalises the G_i and keeps `8 N (K (K + 4) + 2)` bytes beside the queries
     (N = 20 000, K = 8: 16 MB; N = 1.28 million: 1 GB). Sums over rows are atomic on CUDA: for runs
@@ -261,10 +261,10 @@ class _Gaussians(Engine):
         """See `Engine.posterior`. The weight of the source is there, where it is known."""
         order, parts, path = [], [], queries.path
         if isinstance(path, _Timed) and queries.xt.device.type == "cpu":  # looks at values
-            order = where(path.share == 0)
+            order = indices_of(path.share == 0)
         if order:
             plain = queries.select(order)
-            parts.append(_with_source(bank, plain, self.plain.posterior(bank, plain, k)))
+            parts.append(with_source_weight(self.plain.posterior(bank, plain, k), bank, plain))
         rest = sorted(set(range(len(queries))).difference(order))
         smoothed = queries.select(rest)
         for at, rows in smoothed.groups if rest else ():
@@ -274,7 +274,7 @@ class _Gaussians(Engine):
                 some = smoothed.select(at[first : first + step])
                 parts.append(_Solve(bank, segment, some, self.smoothing.floor).posterior(k))
             order += [rest[i] for i in at]
-        return Posterior.cat(parts)[queries.index(inverse(order))]
+        return Posterior.cat(parts, order)
 
     def _segment(self, bank: LatentBank, rows: slice, device: torch.device) -> _Segment:
         key = (device, rows.start, rows.stop)
@@ -390,16 +390,3 @@ class _Solve:
         turned = torch.bmm(shapes.turn[at], gathered)
         one = torch.ones((), dtype=turned.dtype, device=turned.device)
         return turned, torch.addcmul(one, shapes.values[at][:, :, None], self.snr)
-
-
-def _with_source(bank: LatentBank, queries: Queries, post: Posterior) -> Posterior:
-    """With the weight of the source, where it is known."""
-    if queries.source is None:
-        return post
-    path, source = queries.path, queries.source
-    gap = queries.xt - path.alpha[:, None] * bank.take(source.clamp_min(0), queries.xt.device)
-    log = -gap.square().sum(1) / (2 * path.sigma.square()) - post.log_evidence
-    ends = torch.tensor([(rows.start, rows.stop) for rows in queries.segments]).to(source)
-    inside = (source >= ends[:, 0]) & (source < ends[:, 1])
-    own = (log.exp().clamp_max(1) * inside).masked_fill(source < 0, torch.nan)
-    return replace(post, source_weight=own)

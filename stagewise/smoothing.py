@@ -35,7 +35,6 @@ from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
 from stagewise.computed_file import is_computed, write_tensors
-from stagewise.engines import Sharded
 from stagewise.neighbour_index import index_header, neighbour_index, search_space
 from stagewise.oracle import Oracle, Times, require_tensors
 from stagewise.paths import expand_like
@@ -428,7 +427,7 @@ class Smoothing:
         Raises:
             ValueError: If its bank is another one or spread over ranks, or it has a smoothing.
         """
-        if isinstance(oracle.engine, Sharded):
+        if not oracle.engine.holds_all_rows:
             raise ValueError(
                 "Expected an oracle with all rows for a smoothing, got Sharded(), of which a rank "
                 "has only its part: neighbours lie on other ranks. Give each rank the same "

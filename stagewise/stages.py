@@ -26,7 +26,6 @@ from scipy.optimize import brentq, isotonic_regression
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.engines import Sharded
 from stagewise.oracle import Oracle, check_times
 from stagewise.paths import Path, Prediction
 from stagewise.spectrum import information, spectrum
@@ -270,7 +269,7 @@ def require_whole_bank(oracle: Oracle) -> None:
     Raises:
         ValueError: With the cure.
     """
-    if isinstance(oracle.engine, Sharded):
+    if not oracle.engine.holds_all_rows:
         raise ValueError(
             "The boundary of a bank that is spread over the ranks is not measured here. Give "
             "it: Scheme(boundary=...)."

@@ -46,7 +46,7 @@ def test_names_the_missing_library(low, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     engine = Auto()
     assert "pip install --no-build-isolation 'stagewise[cluster]'" in engine.describe(low)
-    assert engine.picks[low].near is None
+    assert engine.picks[low].tree is None
 
 
 def test_a_library_for_another_torch_means_exact(low, monkeypatch):
@@ -73,7 +73,7 @@ def test_no_tree_for_many_neighbours(low, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: True)
     monkeypatch.setattr(module.TorchCluster, "prepare", lambda self, bank: None)
     engine.prepare(low)
-    monkeypatch.setattr(engine.picks[low].near, "posterior", found)
+    monkeypatch.setattr(engine.picks[low].tree, "posterior", found)
     xt, t, _ = asked(low)
     for k in (1, 500, 501):
         Oracle(low, engine=engine).posterior(xt, t, k=k)
@@ -85,7 +85,7 @@ def test_neighbours_where_few_rows_explain_a_query_and_exact_elsewhere(low, labe
     pytest.importorskip("torch_cluster", reason="pip install 'stagewise[cluster]'")
     engine = Auto()
     assert "k-d tree" in engine.describe(low)
-    near, exact = engine.picks[low].near, engine.exact
+    near, exact = engine.picks[low].tree, engine.exact
     counts = {"near": 0, "exact": 0}
     for name, part in (("near", near), ("exact", exact)):
         answer = part.posterior
@@ -108,21 +108,11 @@ def test_neighbours_where_few_rows_explain_a_query_and_exact_elsewhere(low, labe
     torch.testing.assert_close(post.log_evidence, reference.log_evidence, rtol=1e-6, atol=1e-5)
 
 
-def test_a_tail_of_nothing_means_exact(low):
-    assert Auto(0.0).describe(low).startswith("Exact")
-
-
-@pytest.mark.parametrize("tail", [-0.1, 1.0])
-def test_refuses_a_tail_that_is_no_share(tail):
-    with pytest.raises(ValueError, match=r"`max_tail` in \[0, 1\)"):
-        Auto(tail)
-
-
 def test_no_tree_is_built_for_few_queries(low, monkeypatch):
     pytest.importorskip("torch_cluster", reason="pip install 'stagewise[cluster]'")
     monkeypatch.setattr(module, "_ENOUGH", 41)
     engine = Auto()
     engine.prepare(low)
-    monkeypatch.setattr(engine.picks[low].near, "posterior", None)  # would raise
+    monkeypatch.setattr(engine.picks[low].tree, "posterior", None)  # would raise
     xt, t, _ = asked(low)
     assert (Oracle(low, engine=engine).posterior(xt, t).tail_mass == 0).all()

@@ -20,7 +20,6 @@ from stagewise import (
     ReferenceSet,
     Scheme,
     Shifted,
-    Stratified,
     Uniform,
     UShaped,
     VPPath,
@@ -72,7 +71,7 @@ def test_draws_are_the_same_whatever_the_default_dtype(sampler, bf16):
     assert len(torch.unique(found[0])) > 1900
 
 
-@pytest.mark.parametrize("target", [Mix(), ReferenceSet(9), Stratified(3, 5)], ids=repr)
+@pytest.mark.parametrize("target", [Mix(), ReferenceSet(9), ReferenceSet(9, shared=True)], ids=repr)
 def test_targets_and_boundaries_too(target, bf16):
     x1, x0 = ROWS[:32], torch.randn(32, 12, generator=torch.Generator().manual_seed(1))
     t = torch.rand(32, generator=torch.Generator().manual_seed(2))

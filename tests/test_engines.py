@@ -5,7 +5,6 @@ one that looks at some rows by the posterior over those rows and by what it says
 """
 
 import copy
-import math
 import pickle
 import random
 from collections.abc import Callable
@@ -16,14 +15,12 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-import stagewise.engines
 from stagewise import LatentBank, LinearPath, Oracle
-from stagewise.engines import Engine, Exact, Nearest, Queries
-from stagewise.engines.faiss import Faiss
-from stagewise.engines.neighbours import Neighbours, draw_rows, random_rows, reach, stand
-from stagewise.engines.refined import FEW
-from stagewise.engines.scan import Scan
-from stagewise.engines.torch_cluster import TorchCluster
+from stagewise.engines import Auto, Engine, Exact, Nearest, Queries
+from stagewise.engines.exact import FEW
+from stagewise.engines.log_weights import LogWeights
+from stagewise.engines.nearest import Truncated, draw_rows
+from stagewise.engines.torch_cluster import TorchCluster, _reach, _stand
 from stagewise.paths import PathCoefficients
 
 N, K = 300, 20
@@ -36,15 +33,23 @@ DIMS = (3, 64, 512)
 BANKS = ("gaussian", "clusters", "duplicates", "far")
 
 
-class Plain(Neighbours):
-    """Neighbours by explicit differences in float64."""
+class Plain(TorchCluster):
+    """Neighbours by explicit differences in float64, in place of the library."""
 
-    def search(self, bank, queries, segment, n):
-        y, _ = stand(bank, queries)
-        rows = torch.arange(segment.start, segment.stop)
-        x = bank.take(rows) - bank.centre
-        gaps = (y[:, None] - x).square().sum(2)
-        return rows[gaps.topk(n, largest=False).indices]
+    prepare = Truncated.prepare
+
+    def search(self, bank, queries, n):
+        table = torch.full((len(queries), n), -1)
+        y, _ = _stand(bank, queries)
+        for query, segment in enumerate(queries.segments):
+            rows = torch.arange(segment.start, segment.stop)
+            gaps = (y[query] - (bank.take(rows) - bank.centre)).square().sum(1)
+            near = gaps.topk(min(n, len(rows)), largest=False).indices
+            table[query, : len(near)] = rows[near]
+        return table
+
+    def rounding(self, bank, y, distance):
+        return torch.zeros_like(distance)
 
 
 @dataclass(frozen=True)
@@ -85,26 +90,11 @@ CASES = {
     "plain": Case(lambda: Plain(K), "found", "bounded"),
     "plain-all": Case(lambda: Plain(N), "all", "bounded", dtypes=ONE),
     "plain-exact": Case(lambda: Plain(K, max_tail=1e-6), "all", "bounded", 1e-6, dtypes=ONE),
-    "plain-draws": Case(lambda: Plain(K, draws=30), "any", "estimated", dtypes=ONE),
-    "plain-draws-all": Case(lambda: Plain(K, draws=N), "all", "estimated", dtypes=ONE),
     "cluster": Case(lambda: TorchCluster(K), "found", "bounded"),
     "cluster-exact": Case(
         lambda: TorchCluster(K, max_tail=1e-6), "all", "bounded", 1e-6, dtypes=ONE
     ),
-    "faiss": Case(lambda: Faiss(K), "found", "bounded"),
-    "faiss-ivf": Case(lambda: Faiss(K, "IVF8,Flat", nprobe=8), "found", "bounded"),
-    "faiss-ivf-some": Case(lambda: Faiss(K, "IVF8,Flat", nprobe=2), "found", "estimated"),
-}
-if hasattr(stagewise.engines, "Auto"):
-    CASES["auto"] = Case(stagewise.engines.Auto, "all", "measured", promised=True)
-if hasattr(stagewise.engines, "Coarse"):
-    Coarse = stagewise.engines.Coarse
-    CASES["coarse"] = Case(lambda: Coarse(K, max_tail=None), "any", "estimated")
-    CASES["coarse-exact"] = Case(lambda: Coarse(K, max_tail=1e-6), "all", "estimated", 1e-6)
-
-LIBRARIES = {
-    "cluster": ("torch_cluster", "pip install --no-build-isolation 'stagewise[cluster]'"),
-    "faiss": ("faiss", "pip install 'stagewise[faiss]'"),
+    "auto": Case(Auto, "all", "measured", promised=True),
 }
 
 
@@ -118,9 +108,10 @@ def one_thread():
 
 
 def engine_for(name):
-    for prefix, (library, line) in LIBRARIES.items():
-        if name.startswith(prefix):
-            pytest.importorskip(library, reason=f"{library} is not installed: {line}")
+    if name.startswith("cluster"):
+        pytest.importorskip(
+            "torch_cluster", reason="pip install --no-build-isolation 'stagewise[cluster]'"
+        )
     return CASES[name].make()
 
 
@@ -353,11 +344,11 @@ def test_any_tolerance_is_kept(kind, rtol):
     check_promise(post, want, bank, rtol)
 
 
-TRUNCATING = ["nearest", "nearest-draws", "plain", "plain-draws", "cluster", "faiss"]
+TRUNCATING = ["nearest", "nearest-draws", "plain", "cluster"]
 SOME = ["exact", *TRUNCATING, "auto"]
 
 
-@pytest.mark.parametrize("name", ["exact", *TRUNCATING, "faiss-ivf-some"])
+@pytest.mark.parametrize("name", ["exact", *TRUNCATING])
 @pytest.mark.parametrize("pickled", [False, True], ids=["deepcopy", "pickle"])
 def test_copies_answer_alike(name, pickled):
     want, bank = truth("gaussian", 64, torch.float32, True), make_bank("gaussian", 64)
@@ -397,13 +388,12 @@ def test_more_neighbours_than_rows_are_refused(name):
     Oracle(LatentBank(torch.randn(K, 3)), engine=engine)
 
 
-@pytest.mark.parametrize("kind", [Nearest, Plain, TorchCluster, Faiss])
+@pytest.mark.parametrize("kind", [Nearest, Plain, TorchCluster])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"k": 0}, "`k` of at least 1, got 0"),
         ({"k": -5}, "`k` of at least 1, got -5"),
-        ({"draws": -1}, "`draws` of at least 0, got -1"),
         ({"max_tail": -0.1}, r"`max_tail` in \[0, 1\), got -0.1"),
         ({"max_tail": 1.0}, r"`max_tail` in \[0, 1\), got 1.0"),
     ],
@@ -436,14 +426,14 @@ def queries_at(bank, xt, alpha, sigma):
     return Queries(xt, PathCoefficients(alpha, sigma, alpha, sigma), [bank.whole] * len(xt))
 
 
-class Given(Neighbours):
+class Given(Plain):
     """Finds the rows it is given, and errs by as much as it is told."""
 
     def __init__(self, rows, error=0.0):
         super().__init__(rows.shape[1])
         self.rows, self.error = rows, error
 
-    def search(self, bank, queries, segment, n):
+    def search(self, bank, queries, n):
         return self.rows.clone()
 
     def rounding(self, bank, y, distance):
@@ -468,7 +458,7 @@ def test_rows_that_are_missing_from_a_search():
     assert (post.tail_mass >= torch.sigmoid(odds) - 1e-7).all()
 
 
-@pytest.mark.parametrize("name", ["exact", *TRUNCATING, "faiss-ivf-some"])
+@pytest.mark.parametrize("name", ["exact", *TRUNCATING])
 def test_what_is_not_a_number_stays_so(name):
     want, bank = truth("gaussian", 3, torch.float32, True), make_bank("gaussian", 3)
     xt = want.xt.clone()
@@ -519,8 +509,8 @@ def test_the_bound_where_queries_do_not_stand_where_they_are():
     bank = LatentBank(x)
     xt = z + alpha * bank.centre
     queries = queries_at(bank, xt, alpha, 1.0)
-    assert reach(bank) == pytest.approx(1, rel=1e-3)
-    assert stand(bank, queries)[1] > 1.9 * alpha
+    assert _reach(bank) == pytest.approx(1, rel=1e-3)
+    assert _stand(bank, queries)[1] > 1.9 * alpha
     logits = -(xt - alpha * x).square().sum(1) / 2
     post = Plain(10).posterior(bank, queries, k=10)
     missed = 1 - torch.softmax(logits, 0)[post.rows[0]].sum()
@@ -537,33 +527,6 @@ def far_from_collapsed():
     x0 = torch.randn(6, 3, generator=generator, dtype=torch.float64)
     queries = queries_at(bank, 0.4 * bank.rows[:6] + 0.6 * x0, 0.4, 0.6)
     return bank, queries, Exact("float64").posterior(bank, queries)
-
-
-def test_the_bias_of_random_rows_falls_with_their_number():
-    bank, queries, exact = far_from_collapsed()
-    truncated = Plain(10).posterior(bank, queries)
-    spread = (exact.mean - bank.centre).norm(dim=1)
-    assert ((truncated.mean - exact.mean).norm(dim=1) > 0.1 * spread).all()
-    numbers, repeats = (8, 16, 32, 64), 400
-    biases = []
-    for draws in numbers:
-        engine = Plain(10, draws=draws)
-        posts = [engine.posterior(bank, queries) for _ in range(repeats)]
-        off = torch.stack([post.mean for post in posts]) - exact.mean
-        # Z_hat / Z, whose mean is 1, as that of Z_hat m_hat / Z is m: both sums are unbiased.
-        z = torch.stack([post.log_evidence for post in posts]) - exact.log_evidence
-        z = z.exp()[:, :, None]
-        for unbiased in (z - 1, z * off):
-            error = unbiased.std(0) / math.sqrt(repeats)
-            assert (unbiased.mean(0).abs() < 4.5 * error).all()
-        # What is left when that, whose mean is 0, is taken off has far less variance.
-        biases.append(((1 - z) * off).mean(0).norm(dim=1))
-    log_bias = torch.stack(biases).log()
-    log_m = torch.tensor(numbers, dtype=torch.float64).log()
-    slopes = ((log_m - log_m.mean())[:, None] * log_bias).sum(0) / (
-        log_m - log_m.mean()
-    ).square().sum()
-    assert -1.3 < slopes.mean() < -0.7
 
 
 def test_the_bias_of_nearest_falls_with_its_draws():
@@ -596,50 +559,6 @@ def test_the_bias_of_nearest_falls_with_its_draws():
     assert 0.85 < slope < 1.15
 
 
-def test_random_rows_are_a_uniform_sample_of_those_not_found():
-    # Rows of the identity and no signal: the mean of a query says which rows were drawn for it.
-    bank = LatentBank(torch.eye(12, dtype=torch.float64))
-    queries = queries_at(bank, torch.zeros(3, 12, dtype=torch.float64), 0.0, 1.0)
-    found = torch.tensor([[0, 1, 2, 3], [5, 4, -1, -1], [11, 0, 7, -1]])
-    rest = torch.ones(3, 12).scatter_(
-        1, torch.tensor([[0, 1, 2, 3], [5, 4, 5, 4], [11, 0, 7, 0]]), 0
-    )
-    generator = random.Random(0)
-    times, draws = 3000, 3
-    counts = torch.zeros(3, 12)
-    pairs = torch.zeros(3, 12, 12)
-    for _ in range(times):
-        post = random_rows(bank, queries, bank.whole, found, draws, 2, generator)
-        drawn = post.mean > 0
-        assert (drawn.sum(1) == draws).all()
-        close(post.mean[drawn], 1 / draws, 1e-12)
-        close(post.log_evidence, rest.sum(1).log(), 1e-6)
-        assert drawn.gather(1, post.rows).all()
-        counts += drawn
-        pairs += drawn[:, :, None] & drawn[:, None, :]
-    share = draws / rest.sum(1, keepdim=True)
-    close(counts / times, rest * share, 5 * math.sqrt(0.25 / times))
-    assert (counts[rest == 0] == 0).all()
-    # Any two of the rest are drawn together equally often.
-    both = share[:, :, None] * ((draws - 1) / (rest.sum(1) - 1))[:, None, None]
-    expected = rest[:, :, None] * rest[:, None, :] * both * (1 - torch.eye(12))
-    close((pairs * (1 - torch.eye(12))) / times, expected, 5 * math.sqrt(0.25 / times))
-
-
-def test_statistics_from_random_rows():
-    # Without signal all weights are 1/N, and every sample of the rest says so.
-    bank, queries, _ = far_from_collapsed()
-    post = Plain(10, draws=20).posterior(bank, queries_at(bank, queries.xt, 0.0, 1.0), k=25)
-    n = torch.tensor(len(bank), dtype=torch.float64)
-    close(post.entropy, n.log(), 1e-6)
-    close(post.ess, n, 1e-6, n)
-    close(post.log_evidence, n.log() - queries.xt.square().sum(1) / 2, 1e-6)
-    close(post.weights, 1 / n, 1e-9)
-    close(post.tail_mass, 1 - 25 / n, 1e-6)
-    for rows in post.rows:
-        assert len(set(rows.tolist())) == 25
-
-
 def test_a_small_share_keeps_its_digits():
     generator = torch.Generator().manual_seed(0)
     bank = LatentBank(torch.randn(20_000, 3, generator=generator, dtype=torch.float32))
@@ -666,28 +585,25 @@ def test_random_rows_without_weight_stand_for_nothing():
     # 100 rows at 1 are all that matters: 70 of them are found, and most draws are others.
     x = torch.full((2000, 1), -1.0)
     x[:100] = 1
-    for kind in (Nearest, Plain):
-        oracle = Oracle(LatentBank(x), engine=kind(70, draws=1))
-        for _ in range(10):
-            post = oracle.posterior(torch.ones(2, 1), torch.full((2,), 0.99))
-            close(post.mean, 1, 1e-6)
+    oracle = Oracle(LatentBank(x), engine=Nearest(70, draws=1))
+    for _ in range(10):
+        post = oracle.posterior(torch.ones(2, 1), torch.full((2,), 0.99))
+        close(post.mean, 1, 1e-6)
 
 
 def test_every_call_draws_anew_and_a_seed_repeats_them():
     bank, queries, _ = far_from_collapsed()
-    for kind in (Plain, Nearest):
-        one, two = (kind(10, draws=20, seed=4) for _ in range(2))
-        first = one.posterior(bank, queries).mean
-        assert torch.equal(first, two.posterior(bank, queries).mean)
-        assert not torch.equal(first, one.posterior(bank, queries).mean)
-        assert not torch.equal(first, kind(10, draws=20, seed=5).posterior(bank, queries).mean)
+    one, two = (Nearest(10, draws=20, seed=4) for _ in range(2))
+    first = one.posterior(bank, queries).mean
+    assert torch.equal(first, two.posterior(bank, queries).mean)
+    assert not torch.equal(first, one.posterior(bank, queries).mean)
+    assert not torch.equal(first, Nearest(10, draws=20, seed=5).posterior(bank, queries).mean)
 
 
 def test_watching_draws_nothing_from_the_global_generators():
     bank, queries, _ = far_from_collapsed()
     state, python_state = torch.get_rng_state(), random.getstate()
-    for kind in (Plain, Nearest):
-        kind(10, draws=20).posterior(bank, queries)
+    Nearest(10, draws=20).posterior(bank, queries)
     assert torch.equal(state, torch.get_rng_state())
     assert python_state == random.getstate()
 
@@ -725,13 +641,13 @@ def test_a_coarse_tolerance_is_kept(kind, dim, class_wise):
 def test_only_rows_that_can_matter_are_read_again(monkeypatch):
     """And those that are left out are far below, with a near duplicate of the source at hand."""
     read = []
-    rows_one_by_one = Scan._rows_one_by_one
+    rows_one_by_one = LogWeights._rows_one_by_one
 
-    def counted(scan, rows):
+    def counted(found, rows):
         read.append(len(rows))
-        return rows_one_by_one(scan, rows)
+        return rows_one_by_one(found, rows)
 
-    monkeypatch.setattr(Scan, "_rows_one_by_one", counted)
+    monkeypatch.setattr(LogWeights, "_rows_one_by_one", counted)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(200, 256, generator=generator)
     x[1] = x[0] + 1e-4 * torch.randn(256, generator=generator)

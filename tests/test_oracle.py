@@ -18,7 +18,7 @@ from stagewise import (
     merge,
 )
 from stagewise.engines import Exact
-from stagewise.engines.base import Queries
+from stagewise.queries import Queries
 
 PATHS = [LinearPath(), CosinePath(), VPPath(), EDMPath()]
 PREDICTIONS = ["velocity", "data", "noise", "score", "edm"]

@@ -26,17 +26,17 @@ from torch.distributed.fsdp import fully_shard
 
 from stagewise import LatentBank, LinearPath, Mix, Oracle, Posterior, Scheme, merge
 from stagewise.engines import Exact, Nearest
-from stagewise.engines.ranks import About, Asked, Header, _device, warn_of_differences
+from stagewise.engines.ranks import About, Header, _device, warn_of_differences
 from stagewise.engines.sharded import (
     EmptyShard,
     Sharded,
     combine,
-    nothing,
     pack,
     shard_rows,
     shares,
 )
 from stagewise.losses import FlowMatchingLoss
+from stagewise.queries import Queries
 
 N, SHAPE, D, K = 401, (2, 3, 4), 24, 5
 TIMES = [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 0.99, 0.999]
@@ -540,7 +540,8 @@ def test_nearest_rows_of_each_rank(reports, world):
     path = LinearPath()(t).floored(floor)
     for first, last in zip(ends[:-1], ends[1:], strict=True):
         bank = shard(first, last, torch.float64)
-        parts.append(Nearest(**NEAREST).ask(bank, xt.flatten(1), path, None, None, K))
+        queries_here = Queries(xt.flatten(1), path, [bank.whole] * len(xt))
+        parts.append(Nearest(**NEAREST).posterior(bank, queries_here, K))
     expected, exact = merge(*parts, k=K), oracle.posterior(xt, t, k=K)
     got = together(reports, "nearest")
     for field in ("log_evidence", "entropy", "ess", "weights", "tail_mass"):
@@ -671,7 +672,7 @@ def test_merging_on_cuda(agreed, monkeypatch):
         xt = torch.randn(3, D, device="cuda", dtype=torch.float64)
         path = LinearPath()(torch.rand(3, device="cuda", dtype=torch.float64))
         source = torch.tensor([4, 200, -1], device="cuda")
-        post = engine.ask(bank, xt, path, None, source, 2)
+        post = engine.posterior(bank, Queries(xt, path, (), source), 2)
         for field in FIELDS[:-1]:
             assert getattr(post, field).device.type == "cuda", field
         assert (post.mean.shape, post.rows.shape) == ((3, D), (3, 2))
@@ -682,7 +683,8 @@ def test_own_rows_on_cuda(agreed):
     with FakeTensorMode(allow_non_fake_inputs=True):
         xt = torch.randn(4, D, device="cuda", dtype=torch.float64)
         path = LinearPath()(torch.rand(4, device="cuda", dtype=torch.float64))
-        asked = Asked(xt, path, [3, None, 2, 1], [200, 149, 0, -1])
+        source = torch.tensor([200, 149, 0, -1], device="cuda")
+        asked = Queries(xt, path, (), source, [3, None, 2, 1])
         layout = engine._layouts[bank]
         layout = replace(layout, own=frozenset({1, 3}))
         post, log_source = engine._over_own_rows(bank, asked, layout, 0, 2)
@@ -723,8 +725,10 @@ def packed(*parts, first=0):
 
 def test_an_empty_part_changes_nothing():
     bank, (xt, t, _, _) = shard(0, N, torch.float64), queries("none")
-    post = Exact("float64").ask(bank, xt.flatten(1), LinearPath()(t), None, None, K)
-    small = packed(nothing(post.mean, K), post, nothing(post.mean, K))
+    asked = Queries(xt.flatten(1), LinearPath()(t), [bank.whole] * len(xt))
+    post = Exact("float64").posterior(bank, asked, K)
+    empty = Posterior.empty(post.mean, K)
+    small = packed(empty, post, empty)
     assert torch.equal(shares(small), torch.tensor([0.0, 1, 0]).double()[:, None].expand(3, 50))
     got = combine(small)
     for field in ("log_evidence", "entropy", "weights", "tail_mass"):
@@ -738,7 +742,7 @@ def test_an_empty_part_changes_nothing():
 
 def test_parts_of_any_weight_are_put_together():
     zero = torch.zeros(1, 2, dtype=torch.float64)
-    part = nothing(zero, 3)
+    part = Posterior.empty(zero, 3)
 
     def made(log_z, weights, rows):
         some = torch.tensor([weights]).double()

@@ -16,7 +16,6 @@ from stagewise import (
     Concentration,
     CosinePath,
     LatentBank,
-    LeaveOneOut,
     LinearPath,
     Mix,
     Oracle,
@@ -24,14 +23,12 @@ from stagewise import (
     ReferenceSet,
     Scheme,
     Smooth,
-    Stratified,
-    Tempered,
     VPPath,
     mix_target,
+    targets,
 )
-from stagewise.engines import Exact, Sharded, neighbours
+from stagewise.engines import Exact, Sharded
 from stagewise.lambdas import Lambda
-from stagewise.targets import sets
 
 N, DIM, CLASSES = 24, 3, 3
 BOUNDARY = 0.45
@@ -54,19 +51,19 @@ def noisy(x1, t, path, seed=1):
     return x0, path.interpolate(x0, x1, t)
 
 
-def softmax_mean(x, xt, t, path, temperature=1.0):
+def softmax_mean(x, xt, t, path):
     """The posterior mean over `x` for one query, and its weights."""
     alpha, sigma, *_ = path(t)
-    logits = -(xt - alpha * x).square().sum(1) / (2 * sigma**2 * temperature)
+    logits = -(xt - alpha * x).square().sum(1) / (2 * sigma**2)
     weights = logits.softmax(0)
     return weights @ x, weights
 
 
-def brute_correction(sets, xt, t, x1, path, kind="velocity", temperature=1.0):
+def brute_correction(sets, xt, t, x1, path, kind="velocity"):
     """`c_t (m - x_1)` for each query over its own set of rows."""
     c, _ = Prediction(kind).coefficients(path(t))
     means = [
-        softmax_mean(x, *query, path, temperature)[0]
+        softmax_mean(x, *query, path)[0]
         for x, query in zip(sets, zip(xt, t, strict=True), strict=True)
     ]
     return c[:, None] * (torch.stack(means) - x1)
@@ -101,22 +98,19 @@ def test_all_kinds_of_sets(wise, batch):
     path, labels = LinearPath(), names()
     _, xt = noisy(x1, t, path)
     own = [labels == label if wise else torch.ones(N, dtype=torch.bool) for label in labels]
-    without = [keep & (torch.arange(N) != i) for i, keep in enumerate(own)]
     oracle = Oracle(make_bank(labels=True), path)
     cases = [
-        (Mix(), own, 1.0),
-        (Tempered(2.5), own, 2.5),
-        (LeaveOneOut(), without, 1.0),
+        (Mix(), own),
         # Of so many random rows none is left out.
-        (ReferenceSet(N), own, 1.0),
-        (Stratified(3, N - 4), own, 1.0),
+        (ReferenceSet(N), own),
+        (ReferenceSet(N, shared=True), own),
     ]
-    for target, kept, temperature in cases:
+    for target, kept in cases:
         scheme = Scheme(oracle, target=target, class_wise=wise)
         scheme.check()
         found = scheme.correct(xt=xt, t=t, x1=x1)
         sets = [x1[keep] for keep in kept]
-        expected = brute_correction(sets, xt, t, x1, path, temperature=temperature)
+        expected = brute_correction(sets, xt, t, x1, path)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -195,8 +189,7 @@ def others_of(x1, count):
 
 
 @pytest.mark.parametrize("lam", [1.0, Concentration()], ids=repr)
-@pytest.mark.parametrize("kind", [Mix, lambda lam: Tempered(1.7, lam)])
-def test_self_insertion_equals_a_bank_that_holds_the_row(kind, lam, batch):
+def test_self_insertion_equals_a_bank_that_holds_the_row(lam, batch):
     t, x1 = batch
     t, x1, path = t[::4], x1[::4], LinearPath()
     without = torch.cat([rows()[i : i + 1] for i in range(N) if i % 4])
@@ -204,10 +197,10 @@ def test_self_insertion_equals_a_bank_that_holds_the_row(kind, lam, batch):
     for i in range(len(x1)):
         one = slice(i, i + 1)
         call = dict(xt=xt[one], t=t[one], x1=x1[one])
-        inserted = Scheme(Oracle(LatentBank(without), path), target=kind(lam))
+        inserted = Scheme(Oracle(LatentBank(without), path), target=Mix(lam))
         u, _ = inserted((x1 - x0)[one], **call)
         full = LatentBank(torch.cat([without, x1[one]]))
-        held = Scheme(Oracle(full, path), target=kind(lam))
+        held = Scheme(Oracle(full, path), target=Mix(lam))
         expected, _ = held((x1 - x0)[one], **call)
         torch.testing.assert_close(u, expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(inserted.last.lam, held.last.lam, rtol=1e-10, atol=1e-10)
@@ -289,10 +282,10 @@ class BiasedMix(Mix):
         super().__init__()
         self.lam = ReadsTheSource()
 
-    def pull(self, query):
-        post = query.oracle.posterior(query.xt, query.t, query.names, source=query.source)
-        self.lam.weight = post.source_weight
-        return super().pull(query)
+    def pull(self, oracle, queries, draws):
+        post = oracle.ask(queries)
+        self.lam.weight = (queries.log_weight(queries.x1) - post.log_evidence).exp()
+        return super().pull(oracle, queries, draws)
 
 
 def every_source(target, xt, t, path, *, wise=False, draws=1):
@@ -321,10 +314,9 @@ def test_mixing_leaves_the_conditional_mean(lam, wise, when):
     assert bias.abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("target", [BiasedMix(), LeaveOneOut(), Tempered(3.0)], ids=repr)
-def test_bias_is_caught(target):
+def test_bias_is_caught():
     t = torch.tensor(0.4, dtype=torch.float64)
-    bias = every_source(target, 0.7 * rows(1, seed=3)[0], t, LinearPath())
+    bias = every_source(BiasedMix(), 0.7 * rows(1, seed=3)[0], t, LinearPath())
     assert bias.abs().max() > 0.01
 
 
@@ -349,8 +341,8 @@ def test_random_sets_leave_the_conditional_mean(lam, shared, monkeypatch):
         draws = list(draws)
         for drawn in draws:
             rng = SimpleNamespace(random=lambda shape, d=drawn: (np.array([d]) + 0.5) / n)
-            monkeypatch.setattr(sets.np.random, "default_rng", lambda _, rng=rng: rng)
-            monkeypatch.setattr(neighbours, "draw_rows", lambda *_, d=drawn, i=i: [*d, i])
+            monkeypatch.setattr(targets.np.random, "default_rng", lambda _, rng=rng: rng)
+            monkeypatch.setattr(targets, "draw_rows", lambda *_, d=drawn, i=i: [*d, i])
             u, _ = scheme((x - x0)[i, None], xt=xt[None], t=t[None], x1=x[i, None])
             members = sorted({i, *drawn})
             mean, inner = softmax_mean(x[members], xt, t, LinearPath())
@@ -383,22 +375,6 @@ def test_draws_are_random_subsets(shared):
     off = counts[~torch.eye(n, dtype=torch.bool)] / runs
     expected = 2 / 5 if shared else 1 - (5 / 6) ** 2
     assert (off - expected).abs().max() < 4.5 * math.sqrt(0.24 / runs)
-
-
-def test_stratified_is_consistent():
-    """Its bias falls as one over the draws, and there is none if all are drawn."""
-    t = torch.tensor(0.3, dtype=torch.float64)
-    xt = 0.5 * rows(1, seed=3)[0]
-    bias, runs = {}, 400
-    for count in (2, 10):
-        found = every_source(Stratified(2, count), xt, t, LinearPath(), draws=runs)
-        bias[count] = float(found.mean(0).norm())
-        if count == 2:  # it is there, and seen
-            assert bias[2] > 5 * float(found.std(0).norm()) / math.sqrt(runs)
-    assert bias[10] < bias[2] / 2.5
-    for shared in (False, True):
-        every = every_source(Stratified(2, N - 3, shared=shared), xt, t, LinearPath())
-        assert every.norm() < 1e-9
 
 
 # -- unbiasedness, of gradients -------------------------------------------------------------------
@@ -453,7 +429,6 @@ UNBIASED = [
     ReferenceSet(6),
     ReferenceSet(6, Concentration()),
     ReferenceSet(6, shared=True),
-    Stratified(2, N - 3),
 ]
 
 
@@ -493,50 +468,10 @@ def test_a_small_set_that_a_batch_shares_adds_variance():
     assert shared > 1.1
 
 
-# -- stored graphs and engines --------------------------------------------------------------------
+# -- classes and engines ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wise", [False, True])
-def test_nearest_rows_come_from_the_certificate_or_a_search(wise):
-    bank = make_bank(labels=True)
-    graph = Certificate.compute(bank, neighbours=4, progress=False)
-    x1, t = rows(), torch.linspace(0.1, 0.9, N, dtype=torch.float64)
-    _, xt = noisy(x1, t, LinearPath())
-    found = []
-    for certificate in (graph, None):
-        oracle = Oracle(bank, certificate=certificate)
-        target = Stratified(2 if not wise else 4, 2)
-        scheme = Scheme(oracle, target=target, class_wise=wise)
-        found.append(scheme.correct(xt=xt, t=t, x1=x1))
-    # Class-wise, a graph of the whole bank has fewer rows of the class.
-    if not wise:
-        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
-    assert all(value.isfinite().all() for value in found)
-
-
-def test_stratified_finds_the_nearest_rows_of_its_source():
-    class Looks(Stratified):
-        def pull(self, query):
-            self.near_rows = self._nearest(query)
-            return super().pull(query)
-
-    x1 = rows()
-    target = Looks(3, 5)
-    bank = LatentBank(torch.cat([x1[1:], x1[1:2]]))  # without the first, and one of them twice
-    t = torch.full((N,), 0.2, dtype=torch.float64)
-    _, xt = noisy(x1, t, LinearPath())
-    Scheme(Oracle(bank), target=target).correct(xt=xt, t=t, x1=x1)
-    stored = bank.take(torch.arange(len(bank)))
-    distance = torch.cdist(x1, stored)
-    for i in range(N):
-        source = int(bank.find(x1[i : i + 1]))
-        expected = [j for j in distance[i].argsort().tolist() if j != source][:3]
-        assert set(target.near_rows[i].tolist()) == set(expected)
-
-
-@pytest.mark.parametrize(
-    "target", [LeaveOneOut(), ReferenceSet(4), Stratified(1, 2), Mix()], ids=repr
-)
+@pytest.mark.parametrize("target", [ReferenceSet(4), Mix()], ids=repr)
 def test_a_class_of_one_row(target):
     bank = LatentBank(rows(), torch.cat([torch.tensor([9]), torch.ones(N - 1, dtype=torch.int64)]))
     x1 = rows()[:2]
@@ -552,18 +487,17 @@ def test_null_labels_look_at_the_whole_bank(batch):
     t, x1 = batch
     _, xt = noisy(x1, t, LinearPath())
     oracle = Oracle(make_bank(labels=True), null_class=99)
-    for target in (Mix(), LeaveOneOut()):
+    for target in (Mix(), ReferenceSet(N)):
         wise, whole = (Scheme(oracle, target=target, class_wise=c) for c in (True, False))
         dropped = wise.correct(xt=xt, t=t, x1=x1, labels=torch.full((N,), 99))
         torch.testing.assert_close(dropped, whole.correct(xt=xt, t=t, x1=x1))
 
 
-@pytest.mark.parametrize("target", [Mix(), Tempered(2.0)], ids=repr)
-def test_sharded_banks(target, batch):
+def test_sharded_banks(batch):
     t, x1 = batch
     _, xt = noisy(x1, t, LinearPath())
-    whole = Scheme(Oracle(make_bank(), engine=Exact("float64")), target=target)
-    shard = Scheme(Oracle(make_bank(), engine=Sharded(Exact("float64"))), target=target)
+    whole = Scheme(Oracle(make_bank(), engine=Exact("float64")), target=Mix())
+    shard = Scheme(Oracle(make_bank(), engine=Sharded(Exact("float64"))), target=Mix())
     shard.check()
     call = dict(xt=xt, t=t, x1=x1)
     expected = whole.correct(**call)
@@ -572,10 +506,9 @@ def test_sharded_banks(target, batch):
         shard.correct(**call)
 
 
-@pytest.mark.parametrize("target", [LeaveOneOut(), ReferenceSet(4), Stratified(1, 2)], ids=repr)
-def test_sharded_banks_are_refused_by_targets_that_read_rows(target):
+def test_sharded_banks_are_refused_by_targets_that_read_rows():
     with pytest.raises(ValueError, match=r"needs the rows of the whole bank.*Use Mix"):
-        Scheme(Oracle(make_bank(), engine=Sharded()), target=target).check()
+        Scheme(Oracle(make_bank(), engine=Sharded()), target=ReferenceSet(4)).check()
 
 
 @pytest.mark.parametrize(
@@ -589,17 +522,10 @@ def test_sharded_banks_are_refused_by_targets_that_read_rows(target):
         (lambda: mix_target(rows(), rows(), 3.0), r"`lam` in \[0, 1\], got 3.0"),
         (lambda: mix_target(rows(), rows(), -0.1), r"`lam` in \[0, 1\], got -0.1"),
         (lambda: Smooth(0), "`width` above 0"),
-        (lambda: Tempered(0), "`temperature` above 0"),
         (lambda: ReferenceSet(1), "`size` of at least 2"),
-        (lambda: Stratified(0, 3), "`near` of at least 1"),
-        (lambda: Stratified(2, 0), "`random` of at least 1"),
         (
             lambda: Scheme(Oracle(make_bank()), target=ReferenceSet(25)).check(),
             "at most 24.*got 25",
-        ),
-        (
-            lambda: Scheme(Oracle(make_bank()), target=Stratified(20, 5)).check(),
-            "at most 24.*got 26",
         ),
     ],
 )

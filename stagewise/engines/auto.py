@@ -6,12 +6,9 @@ What is fastest was measured on CPUs (`make bench`), and follows from what each 
   few dimensions nothing that returns the same numbers is faster.
 - In up to 8 dimensions a k-d tree (`TorchCluster`, if it is installed) finds the nearest rows of a
   query without looking at most others. It pays from some 50 000 rows and 64 queries on (the tree is
-  built anew for each call) and up to some 500 rows to find, for queries whose posterior lies on few
-  rows. That is known beforehand:
-  with the spectrum `lambda_k` of the rows about `n exp(-1/2 sum_k log(1 + rho_t^2 lambda_k))` rows
-  explain a query.
-- `Coarse` reads a projection of all rows and then few rows whole. It pays for hundreds of thousands
-  of long rows, if a tail mass is allowed that is estimated, not measured.
+  built in each call) and up to some 500 rows to find, for queries whose posterior lies on few rows.
+  That is known beforehand: with the spectrum `lambda_k` of the rows about
+  `n exp(-1/2 sum_k log(1 + rho_t^2 lambda_k))` rows explain a query.
 """
 
 from __future__ import annotations
@@ -20,19 +17,18 @@ import logging
 import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.bank import LatentBank
-from stagewise.engines.base import Engine, Queries
-from stagewise.engines.coarse import Coarse
+from stagewise.engines.base import Engine
 from stagewise.engines.exact import Exact
-from stagewise.engines.neighbours import Neighbours
 from stagewise.engines.torch_cluster import TorchCluster
 from stagewise.posterior import Posterior, put
+from stagewise.queries import Queries
 from stagewise.spectrum import information, spectrum
 
 __all__ = ["Auto"]
@@ -44,110 +40,87 @@ _ENOUGH = 64
 """Queries from which on a tree, which is built for each call, costs less than products."""
 _MANY_NEIGHBOURS = 500
 """Rows to find for a query from which on a tree costs as much as products."""
-_COARSE_ROWS, _COARSE_NUMBERS, _COARSE_TAIL = 200_000, 2**28, 1e-4
+_MAX_TAIL = 1e-7
+"""The tail mass that an answer of the tree may miss: below the error that `Exact` lets pass."""
+
+_EXACT = (
+    "Exact: one product with all rows a query looks at, a second for queries in navigation, "
+    "float64 only where float32 would show"
+)
 
 
 @dataclass(frozen=True)
 class _Pick:
     why: str
-    near: Neighbours | None = None
+    tree: TorchCluster | None = None
     variances: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class Auto(Engine):
-    """Exact, or neighbours for those queries where they are faster and miss next to nothing.
+    """Exact, or a k-d tree for those queries where it is faster and misses less than 1e-7.
 
     What is picked, and why, is logged once for each bank (logger "stagewise", level INFO).
-
-    Args:
-        max_tail: The tail mass that an answer may miss, default 1e-7, which is below the error that
-            `Exact` lets pass. From 1e-4 on, large banks are searched coarse-to-fine, with a tail
-            mass that is an estimate.
-
-    Raises:
-        ValueError: If `max_tail` is not in [0, 1).
     """
 
-    def __init__(self, max_tail: float = 1e-7) -> None:
-        if not 0 <= max_tail < 1:
-            raise ValueError(f"Expected `max_tail` in [0, 1), got {max_tail}.")
-        self.max_tail = max_tail
+    def __init__(self) -> None:
         self.exact = Exact()
         self.picks: WeakKeyDictionary[LatentBank, _Pick] = WeakKeyDictionary()
 
+    @override
     def prepare(self, bank: LatentBank) -> None:
-        """Picks for a bank, and says what and why."""
-        if bank in self.picks:
-            return
-        pick = self._pick(bank)
-        try:
-            if pick.near is not None:
-                pick.near.prepare(bank)
-        except ImportError as error:
-            pick = _Pick(f"Exact. Another engine would be faster near the data, but: {error}")
-        self.picks[bank] = pick
-        _log.info("Auto engine for %r: %s", bank, pick.why)
+        if bank not in self.picks:
+            pick = self.picks[bank] = self._pick(bank)
+            _log.info("Auto engine for %r: %s", bank, pick.why)
 
     def _pick(self, bank: LatentBank) -> _Pick:
-        n, dim, cpu = len(bank), bank.dim, bank.device.type == "cpu"
-        if dim <= _LOW_DIM and n >= _MANY_ROWS and cpu and self.max_tail > 0:
-            if find_spec("torch_cluster") is not None:
-                return _Pick(
-                    f"a k-d tree (torch_cluster), which {dim} dimensions and {n} rows make faster "
-                    "than products near the data, and exactly for other queries",
-                    TorchCluster(max_tail=self.max_tail),
-                    spectrum(bank),
-                )
+        n, dim = len(bank), bank.dim
+        if dim > _LOW_DIM or n < _MANY_ROWS or bank.device.type != "cpu":
+            return _Pick(_EXACT)
+        if find_spec("torch_cluster") is None:
             return _Pick(
                 f"Exact. In {dim} dimensions a k-d tree would be faster near the data: "
                 "pip install --no-build-isolation 'stagewise[cluster]'"
             )
-        if n >= _COARSE_ROWS and n * dim >= _COARSE_NUMBERS and self.max_tail >= _COARSE_TAIL:
-            return _Pick(
-                f"Coarse, as a tail mass of {self.max_tail:g} is allowed, and exactly where the "
-                "estimated tail is above it",
-                Coarse(max_tail=self.max_tail),
-                spectrum(bank),
-            )
+        tree = TorchCluster(max_tail=_MAX_TAIL)
+        try:
+            tree.prepare(bank)
+        except ImportError as error:
+            return _Pick(f"Exact. Another engine would be faster near the data, but: {error}")
         return _Pick(
-            "Exact: one product with all rows a query looks at, a second for queries in "
-            "navigation, float64 only where float32 would show"
+            f"a k-d tree (torch_cluster), which {dim} dimensions and {n} rows make faster than "
+            "products near the data, and exactly for other queries",
+            tree,
+            spectrum(bank),
         )
 
+    @override
     def describe(self, bank: LatentBank) -> str:
-        """What was picked for a bank, and why."""
         self.prepare(bank)
         return self.picks[bank].why
 
+    @override
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
-        """See `Engine.posterior`."""
         self.prepare(bank)
-        near, variances = self.picks[bank].near, self.picks[bank].variances
-        tree = isinstance(near, TorchCluster)
-        if near is None or (tree and k > _MANY_NEIGHBOURS):
+        pick = self.picks[bank]
+        if pick.tree is None or k > _MANY_NEIGHBOURS:
             return self.exact.posterior(bank, queries, k)
-        width = max(k, near.k)
-        told = information(queries.path.alpha / queries.path.sigma, variances)
+        told = information(queries.path.alpha / queries.path.sigma, pick.variances).tolist()
+        width = max(k, pick.tree.k)
         few = [
             i
-            for i, (size, nats) in enumerate(zip(queries.sizes, told.tolist(), strict=True))
+            for i, (size, nats) in enumerate(zip(queries.sizes, told, strict=True))
             if size >= _MANY_ROWS and nats > math.log(4 * size / width)
         ]
-        if len(few) < (_ENOUGH if tree else 1):
+        if len(few) < _ENOUGH:
             return self.exact.posterior(bank, queries, k)
-        found = near.posterior(bank, queries.select(few), k)
-        if len(few) == len(queries):
-            return found
+        found = pick.tree.posterior(bank, queries.select(few), k)
         rest = sorted(set(range(len(queries))) - set(few))
-        exact = self.exact.posterior(bank, queries.select(rest), k)
-        return put(exact, few, found, len(queries))
+        if not rest:
+            return found
+        return put(self.exact.posterior(bank, queries.select(rest), k), few, found, len(queries))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # What was picked belongs to banks of this process.
-        return {"max_tail": self.max_tail}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[Auto], tuple[()]]:
+        return Auto, ()  # what was picked belongs to banks of this process
 
     def __repr__(self) -> str:
-        return f"Auto(max_tail={self.max_tail:g})"
+        return "Auto()"

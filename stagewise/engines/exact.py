@@ -6,8 +6,7 @@ With the bank's mean `c` and `y = x_t - a_t c`, the log-weights of all rows are 
 
 and the mean `m = sum_i gamma_i x^(i)` is a second one, which only those queries need whose
 posterior is not carried by a few rows. So the cost of B queries is one product over the bank, and
-that of the queries in navigation a second. Where rows have to be converted, moved or read from a
-file, that is made in the same pass (`stagewise.engines.ahead`).
+that of the queries in navigation a second.
 
 **Precision.** In float32 a logit is off by a `delta` of about 2^-25 of its factors' norms, and
 more for rows like the query (`products.rounding`): nothing in navigation, and hundreds near the
@@ -20,9 +19,9 @@ of its distance from c (R is the root mean square of |x - c|; the last factor is
 if the errors of different rows are independent. Here e is the rounding of the second product: of
 its weights, and of what the sum comes to on the way. The rows of a bank that is far from the origin
 are therefore centred before they are multiplied in float32, and weights count from their mean where
-all rows are summed (`Scan.product`): the sum is then as small as m - c is. The engine checks for
-each query that the estimate is below `rtol`. If it is not, it takes more rows out of the tail, and
-then does the query in float64. `precision="float64"` does all of them so, and is the reference.
+all rows are summed (`LogWeights.product`): the sum is then as small as m - c is. The engine checks
+for each query that the estimate is below `rtol`. If it is not, it does the query in float64.
+`precision="float64"` does all of them so, and is the reference.
 
 On an accelerator the checks cost two device syncs per call, for B booleans each; the two fixed
 precisions cost none.
@@ -33,22 +32,29 @@ logit; the oracle is evaluated there instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.bank import LatentBank
-from stagewise.engines.ahead import Ahead
-from stagewise.engines.base import NOTHING, Engine, Queries, blocks, positions, where
-from stagewise.engines.refined import FEW, MORE, Refined
-from stagewise.engines.scan import Scan
-from stagewise.posterior import Posterior, inverse, put
+from stagewise.engines.base import NOTHING, Engine
+from stagewise.engines.log_weights import CACHED, LogWeights
+from stagewise.posterior import UNDERFLOW, Posterior, Rest, posterior_of, put
 from stagewise.products import full_precision, rounding, working_dtype
+from stagewise.queries import Queries, indices_of
 
-__all__ = ["Exact"]
+__all__ = ["FEW", "MORE", "Exact", "Leading", "in_blocks"]
+
+FEW, MORE = 8, 64
+"""Rows whose log-weights are computed again in float64: if the error is checked, and if not."""
+
+_LEAST = 1e-18
+"""Weights below it count as it in the sum of their squares."""
 
 _DUST = 1e-18
 """A row of less weight adds less than rounding does."""
@@ -60,12 +66,14 @@ whose distances are about as large as their norms."""
 _WEIGHT, _SUM = 3.0, 16.0
 """What a weight, and a sum of weighted rows, are rounded by, in units of what a product is."""
 
-_LEVEL = 1 / 8
-"""The part of a sum made ahead that is rounded although its weights count from their mean."""
+_LOGIT_BYTES = 2**29
+"""Logits kept at a time: with more queries than that allows the bank is read again."""
 
-Finish: TypeAlias = Callable[[Scan, Refined, "Refined | None"], Posterior]
-"""From the refined weights of a scan to a posterior. The third argument is what was found, and made
-of it, when fewer rows led; None the first time."""
+_SMALL_BYTES = 2**24
+"""Logits that are kept at a time where reading the bank again costs little."""
+
+Finish: TypeAlias = "Callable[[LogWeights, Leading], Posterior]"
+"""From log-weights, the leading ones computed again, to a posterior with its mean."""
 
 
 class Exact(Engine):
@@ -100,16 +108,9 @@ class Exact(Engine):
             raise ValueError(f"Expected `rtol` between 0 and 1, got {rtol}.")
         self.precision, self.rtol, self.chunk_size = precision, rtol, chunk_size
 
+    @override
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
-        """See `Engine.posterior`. The tail mass is 0."""
-        # Queries that look at the same rows then stand together, and are reached without a copy.
-        order = sorted(range(len(queries)), key=lambda i: queries.segments[i].start)
-        with full_precision():
-            parts = [self.solve(bank, part, k) for part in blocks(queries.select(order))]
-        post = Posterior.cat(parts)
-        if order == list(range(len(queries))):
-            return post
-        return post[queries.index(inverse(order))]
+        return in_blocks(bank, queries, lambda some: self.solve(bank, some, k))
 
     def solve(
         self,
@@ -119,150 +120,222 @@ class Exact(Engine):
         finish: Finish | None = None,
         table: Tensor | None = None,
     ) -> Posterior:
-        """Scans, refines, and does again what is not good enough.
+        """Multiplies, computes the leading rows again, and does in float64 what is not good enough.
 
         Args:
             bank: The rows.
             queries: The queries.
             k: How many of the largest weights to return.
-            finish: What makes a posterior of the refined weights; default adds all other rows.
+            finish: What makes a posterior of the weights; default adds all other rows.
             table: The rows that each query looks at, (B, n); default all of its segment.
         """
-        # Others have no use for the mean over all rows.
-        lead = FEW if finish is None and table is None else 0
         finish = finish or self._finish
-
-        def scanned(queries: Queries, dtype: torch.dtype, table: Tensor | None) -> Scan:
-            size = self.chunk_size
-            return Scan.of(bank, queries, dtype, table=table, chunk_size=size, lead=lead)
-
-        scan = scanned(queries, self.dtype(bank, queries), table)
-        rtol = self._tolerance(scan)
-        if rtol is None:
-            return finish(scan, Refined.of(scan, k, MORE), None)
-        found = Refined.of(scan, k, FEW)
-        post = finish(scan, found, None)
-        wrong = where(~(_error(scan, found, post) <= rtol))
+        dtype, size = self._dtype(bank, queries), self.chunk_size
+        found = LogWeights(bank, queries, dtype, table=table, chunk_size=size)
+        if self.precision != "auto" or dtype == torch.float64:
+            return finish(found, Leading.of(found, k, MORE))
+        rtol = self.rtol or (1e-5 if dtype == torch.float32 else 1e-4)
+        leading = Leading.of(found, k, FEW)
+        post = finish(found, leading)
+        wrong = indices_of(~(_error(found, leading, post) <= rtol))
         if not wrong:
             return post
-        index = positions(queries, wrong)
-        scan = scan.select(wrong)
-        more = Refined.of(scan, k, MORE)
-        better = finish(scan, more, replace(found.select(index), post=post[index]))
-        still = where(~(_error(scan, more, better) <= rtol))
-        if still:
-            part = scan.select(still)
-            scan = scanned(part.queries, torch.float64, part.table)
-            exact = finish(scan, Refined.of(scan, k, FEW), None)
-            better = put(better, still, exact, len(wrong))
-        return put(post, wrong, better, len(queries))
+        some, rows = queries.select(wrong), None if table is None else table[queries.place(wrong)]
+        again = LogWeights(bank, some, torch.float64, table=rows, chunk_size=size)
+        return put(post, wrong, finish(again, Leading.of(again, k, FEW)), len(queries))
 
-    def _finish(self, scan: Scan, found: Refined, before: Refined | None) -> Posterior:
+    def _finish(self, found: LogWeights, leading: Leading) -> Posterior:
         """The mean: of a few rows where they are all that matters, otherwise by a product."""
-        if self.precision != "auto" and found.tail.device.type != "cpu":
-            mean = scan.moment(found.leading, found.lead)
-            mean += scan.product(found.rest, total=found.tail)
-            return replace(found.post, mean=mean)
-        count = len(scan.queries)
-        told = where(torch.cat([found.tail > NOTHING, _wide(scan), _made_ahead(scan, found)]))
-        needed, wide_ones, made = (
-            {i - first for i in told if first <= i < first + count}
-            for first in (0, count, 2 * count)
-        )
-        spread, tails = sorted(needed & wide_ones), sorted(needed - wide_ones)
+        queries, count = found.queries, len(found.queries)
+        if self.precision != "auto" and leading.tail.device.type != "cpu":
+            mean = found.moment(leading.columns, leading.shares)
+            mean += found.product(leading.rest, total=leading.tail)
+            return replace(leading.post, mean=mean)
+        told = indices_of(torch.cat([leading.tail > NOTHING, _wide(found)]))
+        needed, wide = ({i - n for i in told if n <= i < n + count} for n in (0, count))
+        spread, tails = sorted(needed & wide), sorted(needed - wide)
         narrow = sorted(set(range(count)).difference(spread))
-        mean = torch.empty_like(scan.queries.xt)
-        if spread and before is not None:
-            mean[positions(scan.queries, spread)] = _moved(scan, found, before, spread)
-        elif spread and scan.ahead is not None and made.issuperset(spread):
-            mean[positions(scan.queries, spread)] = _exchanged(scan, scan.ahead, found, spread)
-        elif spread:
+        mean = torch.empty_like(queries.xt)
+        if spread:
             # Where that is nearly all, to multiply for all costs less than to pick them.
             some = list(range(count)) if len(narrow) < count / 16 else spread
-            ones = torch.ones_like(found.tail[: len(some)])
-            mean[positions(scan.queries, some)] = scan.product(found.weights, some, ones)
+            ones = torch.ones_like(leading.tail[: len(some)])
+            mean[queries.place(some)] = found.product(leading.weights, some, ones)
         if narrow:
-            index = positions(scan.queries, narrow)
-            leading, lead = found.leading[index], found.lead[index]
-            lead = torch.threshold(lead, _DUST, 0)
-            mean[index] = scan.moment(leading, lead, narrow)
+            index = queries.place(narrow)
+            shares = torch.threshold(leading.shares[index], _DUST, 0)
+            mean[index] = found.moment(leading.columns[index], shares, narrow)
         if tails:
-            index = positions(scan.queries, tails)
-            mean[index] += scan.product(found.rest, tails, found.tail[index])
-        return replace(found.post, mean=mean)
+            index = queries.place(tails)
+            mean[index] += found.product(leading.rest, tails, leading.tail[index])
+        return replace(leading.post, mean=mean)
 
-    def dtype(self, bank: LatentBank, queries: Queries) -> torch.dtype:
+    def _dtype(self, bank: LatentBank, queries: Queries) -> torch.dtype:
         """What the rows of a bank are multiplied in."""
         if self.precision == "float64":
             return torch.float64
         rough = self.rtol is not None and self.rtol >= 1e-4
         return working_dtype(bank.dtype, queries.xt.device, rough)
 
-    def _tolerance(self, scan: Scan) -> float | None:
-        """The relative error of the mean that is let pass, or None where none is checked."""
-        if self.precision != "auto" or scan.dtype == torch.float64:
-            return None
-        return self.rtol or (1e-5 if scan.dtype == torch.float32 else 1e-4)
-
     def __repr__(self) -> str:
         return f'Exact("{self.precision}")'
 
 
-def _error(scan: Scan, found: Refined, post: Posterior) -> Tensor:
+@dataclass(frozen=True)
+class Leading:
+    """A posterior whose leading log-weights come from differences.
+
+    Attributes:
+        post: The posterior, but for its `mean`, which is not there yet.
+        columns: The rows that lead, (B, n), as columns of the logits.
+        shares: Their weights, (B, n), float64.
+        next: The columns that follow, by their logits, descending, (B, m).
+        weights: Weights of all rows, (B, width), in the dtype of the logits.
+        tail: The sum of those that do not lead, (B,), float64.
+        squares: The sum of their squares, (B,), float64.
+        error: Estimate of how far, in units of the rows' radius, the mean is off for using the
+            logits of the tail, (B,).
+    """
+
+    post: Posterior
+    columns: Tensor
+    shares: Tensor
+    next: Tensor
+    weights: Tensor
+    tail: Tensor
+    squares: Tensor
+    error: Tensor
+
+    @property
+    def rest(self) -> Tensor:
+        """The weights with 0 for the leading rows, (B, width)."""
+        return self.weights.scatter(1, self.columns, 0)
+
+    @classmethod
+    def of(cls, found: LogWeights, k: int, count: int) -> Leading:
+        """Computes the `count` largest log-weights of each query again.
+
+        Args:
+            found: The logits; they are shifted so that the largest is near 0.
+            k: How many of the largest weights to return.
+            count: How many to compute again.
+        """
+        width = found.logits.shape[1]
+        columns = found.logits.topk(min(max(k, count + 1), width), dim=1).indices
+        lead = columns[:, :count]
+        exact = found.differences(lead)
+        peak = exact.amax(1)
+        weights, sums = _exponentials(found.logits, found.lift(peak), columns)
+        after = found.logits.gather(1, columns[:, count:]).double()
+        listed = torch.cat([exact - peak[:, None], after], dim=1)
+        post, shares = posterior_of(listed, found.rows(columns), k, rest=Rest(peak, *sums))
+        # The largest weight was 1 before it was divided by this.
+        total = 1 / shares[:, :count].amax(1)
+        few = shares[:, count:]
+        tail = sums[0] / total + few.sum(1)
+        squares = sums[1] / total**2 + few.square().sum(1)
+        error = torch.zeros_like(tail)
+        if width > count:
+            delta = found.noise(columns[:, count : count + 1], after[:, 0])
+            # Either every logit of the tail is nearly right, or none can matter even if wrong.
+            error = (delta * squares.sqrt() * (16 * delta).exp()).nan_to_num(torch.inf)
+            error = torch.minimum(error, width * (after[:, 0] + 16 * delta).exp())
+        weights.mul_((1 / total).to(weights.dtype)[:, None])
+        weights.scatter_(1, columns, shares.to(weights.dtype))
+        followers = columns[:, count:]
+        return cls(post, lead, shares[:, :count], followers, weights, tail, squares, error)
+
+
+def in_blocks(
+    bank: LatentBank, queries: Queries, solve: Callable[[Queries], Posterior]
+) -> Posterior:
+    """Solves queries in parts whose logits fit into memory.
+
+    Those that look at the same rows stand together, and are reached without a copy. All logits of a
+    part have the width of its largest segment: queries of the whole bank are apart from others.
+    """
+    parts: list[Posterior] = []
+    order: list[int] = []
+    whole = [rows == bank.whole for rows in queries.segments]
+    with full_precision():
+        for same in (False, True):
+            at = [i for i, flag in enumerate(whole) if flag == same]
+            at.sort(key=lambda i: queries.segments[i].start)
+            if at:
+                step = _at_a_time(queries.select(at))
+                parts += [
+                    solve(queries.select(at[first : first + step]))
+                    for first in range(0, len(at), step)
+                ]
+                order += at
+    return Posterior.cat(parts, order)
+
+
+def _at_a_time(queries: Queries) -> int:
+    width, dim = max(queries.sizes), queries.xt.shape[1]
+    # Small enough to stay where they are in memory; but short rows only are read again cheaply.
+    count = max(_SMALL_BYTES // (4 * width), min(128, dim // 32), 1)
+    return max(1, min(count, _LOGIT_BYTES // (4 * width)))
+
+
+def _exponentials(
+    logits: Tensor, shifts: Sequence[Tensor], listed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights from logits, and what is summed over them.
+
+    A few queries at a time, so that a CPU reads what it has just written from its cache.
+
+    Args:
+        logits: (B, width); the shifts are subtracted in place.
+        shifts: Each (B,).
+        listed: Columns whose weight is 0 here, (B, n).
+
+    Returns:
+        `w_i = exp(l_i)`, (B, width), and the sums of `w_i`, `w_i^2` and `w_i l_i`, (3, B), float64.
+    """
+    weights = torch.empty_like(logits)
+    sums = logits.new_empty(3, len(logits), dtype=torch.float64)
+    numbers = CACHED.get(logits.device.type, 2**62)
+    step = max(1, numbers // logits.shape[1])
+    # Numbers too small for their type take a processor a hundred times as long: what would
+    # underflow is 0, and squares are those of no less than `_LEAST`.
+    least = math.exp(UNDERFLOW)
+    for first in range(0, len(logits), step):
+        part = slice(first, first + step)
+        own, w = logits[part], weights[part]
+        for shift in shifts:
+            own.sub_(shift[part, None])
+        torch.clamp_min(own, UNDERFLOW, out=w)
+        torch.threshold_(w.exp_(), 1.001 * least, 0).scatter_(1, listed[part], 0)
+        some = w.clamp_min(_LEAST)
+        sums[0, part] = w.sum(1, dtype=torch.float64)
+        sums[1, part] = some.mul_(some).sum(1)
+        sums[2, part] = torch.mul(w, own, out=some).sum(1)
+    return weights, sums
+
+
+def _error(found: LogWeights, leading: Leading, post: Posterior) -> Tensor:
     """The estimated error of the mean over its distance from the bank's mean, (B,).
 
     Near the data the velocity has a factor 1 / sigma, which is taken into account.
     """
-    length = (post.mean - scan.origin - scan.shift).norm(dim=1)
-    length = length * scan.queries.path.sigma.clamp_max(1)
-    spread = scan.bank.mean_sq_norm.to(length.device).sqrt()
-    wide, (unit, _) = _wide(scan), rounding(scan.dtype, scan.bank.dim)
-    squares = torch.where(wide, 1 / found.post.ess, found.squares)
-    share = torch.where(wide, 1, found.tail).square()
+    length = (post.mean - found.origin - found.shift).norm(dim=1)
+    length = length * found.queries.path.sigma.clamp_max(1)
+    spread = found.bank.mean_sq_norm.to(length.device).sqrt()
+    wide, (unit, _) = _wide(found), rounding(found.dtype, found.bank.dim)
+    squares = torch.where(wide, 1 / leading.post.ess, leading.squares)
+    share = torch.where(wide, 1, leading.tail).square()
     # What is rounded in a sum is what it comes to on the way: at random, or in one direction.
     random, along = squares, share
-    if scan.whole:
-        random = along = torch.maximum(squares - share / len(scan.bank), 1e-6 * squares)
-        along = along if scan.ahead is None else along.clamp_min(_LEVEL**2)
-    sums = spread * random.sqrt() + scan.shift.norm() * along.sqrt()
+    if found.whole:
+        random = along = torch.maximum(squares - share / len(found.bank), 1e-6 * squares)
+    sums = spread * random.sqrt() + found.shift.norm() * along.sqrt()
     rounded = unit * (_WEIGHT * spread * squares.sqrt() + _SUM * sums)
-    error = found.error * spread + torch.where(found.tail > NOTHING, rounded, 0)
+    error = leading.error * spread + torch.where(leading.tail > NOTHING, rounded, 0)
     return torch.where(error > 0, error / length, 0)
 
 
-def _wide(scan: Scan) -> Tensor:
+def _wide(found: LogWeights) -> Tensor:
     """Where a velocity does not show that leading rows were summed up in float32, (B,)."""
-    return scan.queries.path.sigma.clamp_max(1) * scan.bank.radius >= _WIDE * scan.bank.max_norm
-
-
-def _made_ahead(scan: Scan, found: Refined) -> Tensor:
-    """Whether the mean was added up in the first pass, and rounding left it its digits, (B,)."""
-    if scan.ahead is None:
-        return torch.zeros_like(found.tail, dtype=torch.bool)
-    return scan.ahead.chosen & (found.rough.sum(1) <= 2)
-
-
-def _exchanged(scan: Scan, ahead: Ahead, found: Refined, at: list[int]) -> Tensor:
-    """The mean as the first pass added it up, with the leading rows' weights exchanged."""
-    index = positions(scan.queries, at)
-    scale = ahead.peak - scan.lifted - scan.shared - found.post.log_evidence
-    total = ahead.total[index]
-    if ahead.level is not None:
-        total += len(scan.bank) * ahead.level[index, None] * scan.shift
-    total *= scale[index, None].exp()
-    # A sample is a row and the origin; leading rows bring their share of it.
-    share = (found.tail + found.rough.sum(1))[index, None]
-    total += share * scan.origin
-    change = (found.lead - found.rough)[index]
-    return total + scan.moment(found.leading[index], change, at)
-
-
-def _moved(scan: Scan, found: Refined, before: Refined, at: list[int]) -> Tensor:
-    """The mean once more rows lead: what these add to it changes, and the share of the others."""
-    index = positions(scan.queries, at)
-    share = (before.post.log_evidence - found.post.log_evidence)[index, None].exp()
-    leading = found.leading[index]
-    change = found.lead[index] - share * before.weights[index].gather(1, leading)
-    mean = share * before.post.mean[index] + scan.moment(leading, change, at)
-    # Weights add up to 1, which those of `before` have been rounded off.
-    return mean + (1 - share - change.sum(1, keepdim=True)) * (scan.origin + scan.shift)
+    bank = found.bank
+    return found.queries.path.sigma.clamp_max(1) * bank.radius >= _WIDE * bank.max_norm

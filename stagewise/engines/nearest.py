@@ -8,24 +8,56 @@ that turns out to need the whole posterior costs only the second product.
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.bank import LatentBank
-from stagewise.engines.base import Queries, blocks, positions, where
-from stagewise.engines.exact import Exact
-from stagewise.engines.neighbours import Neighbours, draw_rows
-from stagewise.engines.refined import MORE, Refined
-from stagewise.engines.scan import Scan
+from stagewise.engines.base import Engine
+from stagewise.engines.exact import MORE, Exact, Leading, in_blocks
+from stagewise.engines.log_weights import LogWeights
 from stagewise.posterior import Posterior
-from stagewise.products import full_precision
+from stagewise.queries import Queries, indices_of
 
-__all__ = ["Nearest"]
+__all__ = ["Nearest", "Truncated", "draw_rows"]
 
 
-class Nearest(Neighbours):
+class Truncated(Engine):
+    """An engine whose mean is over the k nearest rows.
+
+    Args:
+        k: How many rows, default 100. Classes with fewer rows give all.
+        max_tail: Queries with a larger tail mass get the exact mean, at the cost of a device sync;
+            default None.
+
+    Raises:
+        ValueError: For numbers out of range.
+    """
+
+    def __init__(self, k: int = 100, *, max_tail: float | None = None) -> None:
+        if k < 1:
+            raise ValueError(f"Expected `k` of at least 1, got {k}.")
+        if max_tail is not None and not 0 <= max_tail < 1:
+            raise ValueError(f"Expected `max_tail` in [0, 1), got {max_tail}.")
+        self.k, self.max_tail = k, max_tail
+
+    @override
+    def prepare(self, bank: LatentBank) -> None:
+        if self.k > len(bank):
+            raise ValueError(
+                f"Expected `k` of at most {len(bank)}, the rows of the bank, got {self.k}. For all "
+                "rows use the engine Exact()."
+            )
+
+    def __repr__(self) -> str:
+        exact = "" if self.max_tail is None else f", max_tail={self.max_tail}"
+        return f"{type(self).__name__}(k={self.k}{exact})"
+
+
+class Nearest(Truncated):
     """The mean over the k rows of largest weight, with the tail mass measured.
 
     For monitoring and for the end of navigation. In navigation itself the tail is most of the
@@ -35,11 +67,14 @@ class Nearest(Neighbours):
         k: How many rows, default 100; at least 8 are taken, and 64 where the log-weights of so many
             are computed again (see `Exact`). Classes with fewer rows give all.
         draws: At least how many random other rows stand for the rest, default 0 (the rest is left
-            out).
+            out). Queries that look at the same rows share them.
         max_tail: Queries with a larger tail mass get the exact mean; default None.
-        seed: Of the draws, default 0. Every call draws anew.
+        seed: Of the draws, default 0. Every call draws other rows.
         precision: See `Exact`; "float32" and "float64" need no device sync without `max_tail`.
         chunk_size: Rows multiplied at a time, see `Exact`.
+
+    Raises:
+        ValueError: For numbers out of range.
     """
 
     def __init__(
@@ -52,70 +87,82 @@ class Nearest(Neighbours):
         precision: Literal["auto", "float32", "float64"] = "auto",
         chunk_size: int | None = None,
     ) -> None:
-        super().__init__(k, draws=draws, max_tail=max_tail, seed=seed)
+        super().__init__(k, max_tail=max_tail)
+        if draws < 0:
+            raise ValueError(f"Expected `draws` of at least 0, got {draws}.")
+        self.draws, self.generator = draws, Random(seed)
         self.exact = Exact(precision, chunk_size=chunk_size)
 
-    def search(self, bank: LatentBank, queries: Queries, segment: slice, n: int) -> Tensor:
-        """See `Neighbours.search`."""
-        dtype, chunk_size = self.exact.dtype(bank, queries), self.exact.chunk_size
-        scan = Scan.of(bank, queries, dtype, chunk_size=chunk_size)
-        return scan.rows(scan.logits.topk(n, dim=1).indices)
-
+    @override
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
-        """See `Engine.posterior`."""
         width = max(k, self.k)
-        with full_precision():
-            parts = [self.exact.solve(bank, q, width, self._finish) for q in blocks(queries)]
-        post = Posterior.cat(parts)
+        post = in_blocks(
+            bank, queries, lambda some: self.exact.solve(bank, some, width, self._finish)
+        )
         return replace(post, weights=post.weights[:, :k], rows=post.rows[:, :k])
 
-    def _finish(self, scan: Scan, found: Refined, before: Refined | None) -> Posterior:
-        post = found.post
-        more = found.columns[:, found.lead.shape[1] : max(self.k, found.lead.shape[1])]
-        weights = found.weights.gather(1, more)
-        mean = scan.moment(found.leading, found.lead)
+    def _finish(self, found: LogWeights, leading: Leading) -> Posterior:
+        more = leading.next[:, : max(0, self.k - leading.columns.shape[1])]
+        weights = leading.weights.gather(1, more)
+        mean = found.moment(leading.columns, leading.shares)
         if more.shape[1]:
-            mean = mean + replace(scan, table=scan.rows(more)).product(weights)
-        rest = found.rest.scatter_(1, more, 0)
+            mean = mean + found.moment(more, weights)
+        rest = leading.rest.scatter_(1, more, 0)
         tail = rest.sum(1, dtype=torch.float64)
         # Not 1 - tail, which has lost the digits of a small share.
-        kept = 1 - found.tail + weights.sum(1, dtype=torch.float64)
-        need = [] if self.max_tail is None else where(tail > self.max_tail)
+        kept = 1 - leading.tail + weights.sum(1, dtype=torch.float64)
+        need = [] if self.max_tail is None else indices_of(tail > self.max_tail)
         if need:
-            index = scan.queries.index(need)
-            mean = mean.index_add(0, index, scan.product(rest, need))
+            index = found.queries.index(need)
+            mean = mean.index_add(0, index, found.product(rest, need))
             tail, kept = tail.index_fill(0, index, 0), kept.index_fill(0, index, 1)
         if not self.draws:
-            return replace(post, mean=mean / kept[:, None], tail_mass=tail)
-        drawn, there = self._draw(scan, rest)
+            return replace(leading.post, mean=mean / kept[:, None], tail_mass=tail)
+        drawn, there = self._draw(found, rest)
         mean = mean + torch.where(there, tail, 0)[:, None] * drawn
         mean = mean / torch.where(there, 1, kept)[:, None]
         # Where every row was drawn nothing is missing.
-        some = scan.queries.index([size > self._drawn for size in scan.queries.sizes])
-        return replace(post, mean=mean, tail_mass=tail * some, tail_kind="estimated")
+        some = found.queries.index([size > self._drawn for size in found.queries.sizes])
+        return replace(leading.post, mean=mean, tail_mass=tail * some, tail_kind="estimated")
 
     @property
     def _drawn(self) -> int:
         """Rows to draw: as many more as may be among the nearest, whose weight is then 0."""
         return self.draws + max(self.k, MORE)
 
-    def _draw(self, scan: Scan, rest: Tensor) -> tuple[Tensor, Tensor]:
+    def _draw(self, found: LogWeights, rest: Tensor) -> tuple[Tensor, Tensor]:
         """The mean over the rest, estimated from rows drawn from it.
 
         Args:
-            scan: The scan.
+            found: The log-weights.
             rest: Weights of the rows that are not among the nearest, (B, width).
 
         Returns:
             The mean, (B, D), and whether any drawn row had weight, (B,).
         """
-        bank, device = scan.bank, rest.device
+        bank, device = found.bank, rest.device
         mean = torch.zeros(len(rest), bank.dim, dtype=torch.float64, device=device)
         mass = torch.zeros(len(rest), dtype=torch.float64, device=device)
-        for at, segment in scan.queries.groups:
-            index = positions(scan.queries, at)
-            rows = scan.queries.index(draw_rows(segment, self._drawn, self.generator))
+        for at, segment in found.queries.groups:
+            index = found.queries.place(at)
+            rows = found.queries.index(draw_rows(segment, self._drawn, self.generator))
             weights = rest[index][:, rows - segment.start].double()
             mass[index] = weights.sum(1)
             mean[index] = weights @ bank.take(rows, device=device)
         return mean / mass.clamp_min(1e-300)[:, None], mass > 0
+
+    def __repr__(self) -> str:
+        draws = f", draws={self.draws}" if self.draws else ""
+        return f"{super().__repr__()[:-1]}{draws})"
+
+
+def draw_rows(segment: slice, count: int, generator: Random) -> list[int]:
+    """Rows of a segment, uniformly at random, without replacement, in random order.
+
+    Args:
+        segment: The rows.
+        count: How many; all if there are fewer.
+        generator: Not of torch, which would shuffle the numbers of all rows.
+    """
+    rows = range(segment.start, segment.stop)
+    return generator.sample(rows, min(count, len(rows)))

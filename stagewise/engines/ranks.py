@@ -1,6 +1,6 @@
 """What the ranks of a job say to one another about a bank that they share, and how.
 
-`About` is said once for a bank, and leads to a `Layout`; `Header` and `Asked` with each call.
+`About` is said once for a bank, and leads to a `Layout`; a `Header` and the queries with each call.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from stagewise.bank import LatentBank
 from stagewise.engines.base import Engine
 from stagewise.memory import format_bytes
 from stagewise.paths import PathCoefficients
+from stagewise.queries import Queries
 
 __all__ = [
     "About",
-    "Asked",
     "Header",
     "Layout",
     "Ranks",
+    "pack_queries",
     "require_agreement",
     "require_classes",
+    "unpack_queries",
     "warn_of_differences",
 ]
 
@@ -189,66 +191,42 @@ class Header:
         return torch.stack([pad(block, (0, 0, 0, width - len(block))) for block in blocks])
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The queries of all ranks, one rank's after the other's; labels and sources on the host."""
-
-    xt: Tensor
-    path: PathCoefficients
-    names: list[int | None] | None
-    source: list[int] | None
-
-    @classmethod
-    def gather(
-        cls,
-        ranks: Ranks,
-        header: Header,
-        xt: Tensor,
-        path: PathCoefficients,
-        labels: Sequence[int | None] | None,
-        source: Tensor | None,
-    ) -> Asked:
-        """The queries of all ranks, from this rank's own."""
-        names = labels or [None] * len(xt)
-        coded = [(0 if name is None else name, name is None) for name in names]
-        extra = torch.tensor(coded, dtype=torch.int64).reshape(-1, 2).to(xt.device)
-        rows = extra.new_full((len(xt),), -1) if source is None else source.to(extra)
-        # As integers, because a label is any 64 bits.
-        numbers = torch.cat([xt, torch.stack(path, 1)], 1).view(torch.int64)
-        own = torch.cat([numbers, extra, rows[:, None]], 1)
-        block = ranks.gather(pad(own, (0, 0, 0, max(header.counts) - len(xt))))
-        whole = torch.cat([part[:n] for part, n in zip(block, header.counts, strict=True)])
-        whole = whole.to(xt.device)
-        dim = xt.shape[1]
-        values = whole[:, dim : dim + 4].T.contiguous().view(xt.dtype)
-        host = whole[:, dim + 4 :].tolist() if header.labels or header.source else []
-        return cls(
-            whole[:, :dim].contiguous().view(xt.dtype),
-            PathCoefficients(*values),
-            [None if none else name for name, none, _ in host] if header.labels else None,
-            [row for _, _, row in host] if header.source else None,
-        )
-
-    def select(self, at: Sequence[int]) -> Asked:
-        """Some of the queries; itself if that is all of them."""
-        if len(at) == len(self.xt):
-            return self
-        index = torch.tensor(at, device=self.xt.device)
-        return Asked(
-            self.xt[index],
-            self.path.select(index),
-            None if self.names is None else [self.names[i] for i in at],
-            None if self.source is None else [self.source[i] for i in at],
-        )
+def pack_queries(queries: Queries, count: int) -> Tensor:
+    """Queries as one tensor of `count` lines, (count, D + 7), int64, as a label is any 64 bits."""
+    labels = queries.labels or [None] * len(queries)
+    coded = queries.index([(label or 0, label is None) for label in labels]).reshape(-1, 2)
+    unknown = torch.full_like(coded[:, 0], -1)
+    source = unknown if queries.source is None else queries.source.to(coded)
+    numbers = torch.cat([queries.xt, torch.stack(queries.path, 1)], 1).view(torch.int64)
+    own = torch.cat([numbers, coded, source[:, None]], 1)
+    return pad(own, (0, 0, 0, count - len(own)))
 
 
-def require_classes(asked: Asked, layout: Layout) -> None:
+def unpack_queries(packed: Tensor, like: Queries, header: Header) -> Queries:
+    """The queries of all ranks, one rank's after the other's, from what each packed, (R, B, n)."""
+    lines = [part[:count] for part, count in zip(packed, header.counts, strict=True)]
+    whole = torch.cat(lines).to(like.xt.device)
+    dim, dtype = like.xt.shape[1], like.xt.dtype
+    labels = None
+    if header.labels:
+        coded = whole[:, dim + 4 : dim + 6].tolist()
+        labels = [None if none else label for label, none in coded]
+    return Queries(
+        xt=whole[:, :dim].contiguous().view(dtype),
+        path=PathCoefficients(*whole[:, dim : dim + 4].T.contiguous().view(dtype)),
+        segments=(),
+        source=whole[:, dim + 6] if header.source else None,
+        labels=labels,
+    )
+
+
+def require_classes(queries: Queries, layout: Layout) -> None:
     """Refuses, on every rank alike, a class that none of them has.
 
     Raises:
         ValueError: With the class and those there are.
     """
-    missing = sorted({name for name in asked.names or () if name is not None} - layout.classes)
+    missing = sorted({name for name in queries.labels or () if name is not None} - layout.classes)
     if missing and not layout.classes:
         raise ValueError(
             "A class-wise posterior needs banks with labels: LatentBank(x, labels) on every rank."

@@ -25,8 +25,8 @@ sample's norm, which targets multiply by up to `1/(1 - t)`.
 that failed on its own, is an error on the others after `timeout`; with NCCL, torch's watchdog then
 ends the process. A certificate cannot be used: it knows the rows of one rank only.
 
-On an accelerator a call costs a device sync for the header, one for labels or sources if they are
-given, one for `tail_kind` unless the engine is `Exact`, and those of the engine.
+On an accelerator a call costs a device sync for the header, one for labels if they are given, one
+for `tail_kind` unless the engine is `Exact`, and those of the engine.
 """
 
 from __future__ import annotations
@@ -40,24 +40,26 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.bank import LatentBank
-from stagewise.engines.base import NOTHING, Engine, Queries
+from stagewise.engines.base import NOTHING, Engine
 from stagewise.engines.exact import Exact
 from stagewise.engines.ranks import (
     About,
-    Asked,
     Header,
     Layout,
     Ranks,
+    pack_queries,
     require_agreement,
     require_classes,
+    unpack_queries,
     warn_of_differences,
 )
-from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, TailKind, merge, put
+from stagewise.queries import Queries, segments_of, with_source_weight
 
-__all__ = ["EmptyShard", "Sharded", "combine", "nothing", "pack", "shard_rows", "shares"]
+__all__ = ["EmptyShard", "Sharded", "combine", "pack", "shard_rows", "shares"]
 
 _KINDS: tuple[TailKind, ...] = get_args(TailKind)
 
@@ -173,6 +175,9 @@ class Sharded(Engine):
         self.engine, self.group, self.timeout = engine or Exact(), group, timeout
         self._forget()
 
+    holds_all_rows = False
+    collective = True
+
     def _forget(self) -> None:
         self._ranks: Ranks | None = None
         self._layouts: WeakKeyDictionary[LatentBank, Layout] = WeakKeyDictionary()
@@ -233,21 +238,10 @@ class Sharded(Engine):
         """The largest noise level that a rank's engine asks for."""
         return self._layout(bank).floor
 
-    def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
-        """The posterior over this rank's rows alone, no other rank asked. For all rows: `ask`."""
-        return self.engine.posterior(bank, queries, k)
-
+    @override
     @torch.no_grad()
-    def ask(
-        self,
-        bank: LatentBank,
-        xt: Tensor,
-        path: PathCoefficients,
-        labels: Sequence[int | None] | None,
-        source: Tensor | None,
-        k: int,
-    ) -> Posterior:
-        """See `Engine.ask`; over the rows of all ranks, with `source_weight`. Collective.
+    def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
+        """The posterior over the rows of all ranks, with `source_weight`. Collective.
 
         Raises:
             ValueError: On every rank, if ranks with queries disagree on `k` or on whether there are
@@ -255,64 +249,64 @@ class Sharded(Engine):
                 has.
             RuntimeError: If a rank does not ask within `timeout`.
         """
-        layout = self._layout(bank)
+        layout, xt, source = self._layout(bank), queries.xt, queries.source
         ranks = layout.ranks
         if ranks is None:
-            return self.engine.ask(bank, xt, path, labels, source, k)
-        flags = (labels is not None, source is not None)
-        header = Header.gather(ranks, (layout.number, len(xt), k, xt.shape[1], *flags))
+            segments = segments_of(bank, queries.labels, len(queries))
+            if not segments:
+                return Posterior.empty(xt, k)
+            queries = replace(queries, segments=segments)
+            return with_source_weight(self.engine.posterior(bank, queries, k), bank, queries)
+        flags = (queries.labels is not None, source is not None)
+        header = Header.gather(ranks, (layout.number, len(queries), k, xt.shape[1], *flags))
         if not any(header.counts):
             none = None if source is None else xt.new_zeros(0)
             return replace(Posterior.empty(xt, k), source_weight=none)
-        asked = Asked.gather(ranks, header, xt, path, labels, source)
-        require_classes(asked, layout)
-        post, log_source = self._over_own_rows(bank, asked, layout, ranks.rank, header.k)
+        packed = ranks.gather(pack_queries(queries, max(header.counts)))
+        everyone = unpack_queries(packed, queries, header)
+        require_classes(everyone, layout)
+        post, log_source = self._over_own_rows(bank, everyone, layout, ranks.rank, header.k)
         small = ranks.gather(pack(post, log_source)).to(xt.device)
         # Read only where it may be anything else: a device sync.
         exact = type(self.engine) is Exact
         kinds = [0] if exact else small[:, 0, _KIND].long().tolist()
         part = shares(small)[ranks.rank, :, None] * post.mean
-        mean = ranks.sum_own(header.padded(part)).to(xt.device)[: len(xt)]
+        mean = ranks.sum_own(header.padded(part)).to(xt.device)[: len(queries)]
         first = sum(header.counts[: ranks.rank])
-        own = combine(small[:, first : first + len(xt)])
-        own = replace(own, mean=mean, tail_kind=_KINDS[max(kinds)])
+        small = small[:, first : first + len(queries)]
+        own = replace(combine(small), mean=mean, tail_kind=_KINDS[max(kinds)])
         if source is None:
             return own
-        log_weight = small[:, first : first + len(xt), _LOG_SOURCE].amax(0) - own.log_evidence
+        log_weight = small[..., _LOG_SOURCE].amax(0) - own.log_evidence
         weight = log_weight.exp().clamp_max(1).masked_fill(source.to(xt.device) < 0, torch.nan)
         return replace(own, source_weight=weight)
 
     def _over_own_rows(
-        self, bank: LatentBank, asked: Asked, layout: Layout, rank: int, k: int
+        self, bank: LatentBank, everyone: Queries, layout: Layout, rank: int, k: int
     ) -> tuple[Posterior, Tensor]:
         """All ranks' queries over the rows of this one, and the log-weight of sources it holds."""
-        first, last = layout.offsets[rank : rank + 2]
-        count, device = len(asked.xt), asked.xt.device
-        rows = [row - first if first <= row < last else -1 for row in asked.source or [-1] * count]
-        post = nothing(asked.xt, k)
-        names = asked.names or [None] * count
-        held = [i for i, name in enumerate(names) if name is None or name in layout.own]
-        if len(bank) and held:
-            some = asked.select(held)
-            local = torch.tensor([rows[i] for i in held], dtype=torch.int64, device=device)
-            known = None if asked.source is None else local
-            part = self.engine.ask(bank, some.xt, some.path, some.names, known, k)
-            there = torch.where(part.rows < 0, part.rows, part.rows + first)
-            part = replace(part, rows=there, source_weight=None)
-            post = part if len(held) == count else put(post, held, part, count)
+        post = Posterior.empty(everyone.xt, k)
         log_source = torch.full_like(post.log_evidence, -torch.inf)
-        inside = [
-            i
-            for i in held
-            if rows[i] >= 0 and (names[i] is None or bank.labels_of([rows[i]]) == [names[i]])
-        ]
-        if inside:
-            some = asked.select(inside)
-            x1 = bank.take(torch.tensor([rows[i] for i in inside]), device=device)
-            gap = some.xt - some.path.alpha[:, None] * x1
-            log_weight = -(gap * gap).sum(1) / (2 * some.path.sigma**2)
-            log_source[torch.tensor(inside, device=device)] = log_weight
-        return post, log_source
+        labels = everyone.labels or [None] * len(everyone)
+        held = [i for i, name in enumerate(labels) if name is None or name in layout.own]
+        if not len(bank) or not held:
+            return post, log_source
+        first, last = layout.offsets[rank : rank + 2]
+        some, own = everyone.select(held), None
+        if some.source is not None:
+            here = (some.source >= first) & (some.source < last)
+            own = torch.where(here, some.source - first, -1)
+        segments = segments_of(bank, some.labels, len(held))
+        some = replace(some, segments=segments, source=own)
+        part = self.engine.posterior(bank, some, k)
+        there = torch.where(part.rows < 0, part.rows, part.rows + first)
+        part = replace(part, rows=there, source_weight=None)
+        if own is not None:
+            weight = some.log_weight(bank.take(own.clamp_min(0), device=own.device))
+            log_source[everyone.place(held)] = weight.where(some.holds(own), -torch.inf)
+        return part if len(held) == len(everyone) else put(
+            post, held, part, len(everyone)
+        ), log_source
 
     def _layout(self, bank: LatentBank) -> Layout:
         layout = self._layouts.get(bank)
@@ -334,25 +328,6 @@ class Sharded(Engine):
     def __repr__(self) -> str:
         ranks = 1 if self._ranks is None else self._ranks.size
         return f"Sharded({self.engine!r}, {ranks} ranks)"
-
-
-def nothing(xt: Tensor, k: int) -> Posterior:
-    """The posterior over no rows, which carries nothing when it is merged.
-
-    Args:
-        xt: The queries, (B, D), float64.
-        k: Width of `weights` and `rows`.
-    """
-    zero = xt.new_zeros(len(xt))
-    return Posterior(
-        mean=torch.zeros_like(xt),
-        log_evidence=torch.full_like(zero, -torch.inf),
-        entropy=zero,
-        ess=torch.ones_like(zero),
-        weights=zero[:, None].expand(-1, k),
-        rows=torch.full((len(xt), k), -1, dtype=torch.int64, device=xt.device),
-        tail_mass=zero,
-    )
 
 
 def pack(post: Posterior, log_source: Tensor) -> Tensor:
@@ -390,23 +365,17 @@ def combine(small: Tensor) -> Posterior:
     Returns:
         The posterior, with a mean of no numbers, (B, 0), and `tail_kind` left at "measured".
     """
-    weights, rows = small[..., _COLUMNS:].chunk(2, dim=-1)
-    k = weights.shape[-1]
+    k = (small.shape[-1] - _COLUMNS) // 2
     parts = [
         Posterior(
             mean=part[:, :0],
             log_evidence=part[:, _LOG_Z],
             entropy=part[:, _ENTROPY],
             ess=part[:, _ESS],
-            weights=part[:, :0],
-            rows=part[:, :0].long(),
+            weights=part[:, _COLUMNS : _COLUMNS + k],
+            rows=part[:, _COLUMNS + k :].long(),
             tail_mass=part[:, _TAIL],
         )
         for part in small
     ]
-    # Not by `merge`: of weights that are 0 those of no row at all have to come last.
-    scaled = weights * torch.softmax(small[..., _LOG_Z], 0)[..., None]
-    scaled = scaled.masked_fill(rows < 0, -1).transpose(0, 1).flatten(1)
-    top, order = scaled.topk(k, dim=1)
-    rows = rows.transpose(0, 1).flatten(1).gather(1, order).long()
-    return replace(merge(*parts), weights=top.clamp_min(0), rows=rows)
+    return merge(*parts)

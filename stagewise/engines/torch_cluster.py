@@ -1,29 +1,55 @@
-"""Neighbours from `torch_cluster.knn`, which searches many ragged sets in one call.
+r"""Neighbours from `torch_cluster.knn`, which searches many ragged sets in one call.
 
-What it is good at: class-wise queries on a GPU, all classes at once, without a copy of the bank and
-without a matrix of B x N distances. It is no faster than a product for queries that look at the
-whole bank. On the CPU it builds a k-d tree per call, which serves few dimensions only.
+What it is good at: few dimensions on a CPU, where it builds a k-d tree per call, and class-wise
+queries on a GPU, all classes at once, without a copy of the bank and without a matrix of B x N
+distances. It is no faster than a product for queries that look at the whole bank.
 
-The rows are searched as they are stored, in float32 (float64 for a bank of that type), by explicit
-differences. With unit roundoff u, a squared distance is then wrong by 2 (D + 32) u of itself for
-its sum and, in a tree, its comparisons, and by 2 u |q| |q - x| for the rounding of the query q.
+The log-weights of the rows that it finds are computed exactly. No other row is nearer, so of the r
+that were not found, with the K found ones' `Z_K = sum exp(l_i)` and the smallest of their
+log-weights `l_K`,
+
+    tail mass  <=  r exp(l_K + e) / (Z_K + r exp(l_K + e)).
+
+**Where a query stands.** In coordinates around the bank's mean c, where no row is farther than R
+from the origin, rows are searched that are nearest to `y = (x_t - a c)/a`, which is infinite at
+a = 0. It is put at `y = (x_t - a c)/a'` with `a' = max(a, |x_t - a c| / 256 R)` instead. If a row j
+was not found, and the search compares squared distances wrongly by v at most, then
+`|y - x^(j)|^2 >= |y - x^(K)|^2 - v`, and from that `l_j <= l_K + e` with
+
+    e = (a a' v + a (a' - a) R^2) / 2 s^2.
+
+The second term is below 2e-6 |x_t - a c|^2/s^2, for noisy samples of a bank 2e-6 D.
+
+**v.** Rows are searched as they are stored, in float32 (float64 for a bank of that type), by
+explicit differences. With unit roundoff u, a squared distance is then wrong by 2 (D + 32) u of
+itself for its sum and, in a tree, its comparisons, and by 2 u |q| |q - x| for the rounding of the
+query q.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.bank import LatentBank
-from stagewise.engines.base import Queries
-from stagewise.engines.neighbours import FAR, Neighbours, reach, stand
+from stagewise.engines.exact import Exact, Leading
+from stagewise.engines.log_weights import LogWeights
+from stagewise.engines.nearest import Truncated
+from stagewise.posterior import Posterior, put
+from stagewise.products import full_precision
+from stagewise.queries import Queries, indices_of
 
 __all__ = ["TorchCluster"]
+
+_FARTHEST = 256.0
+"""How many times R a query stands from the bank's mean at most."""
 
 _CUDA_K = 100
 """The neighbours that its CUDA kernel has room for."""
@@ -32,7 +58,7 @@ _CUDA_FAR = 2.0**16
 """A distance that its CUDA kernel still sees: it takes squares from 1e10 on for infinite."""
 
 
-class TorchCluster(Neighbours):
+class TorchCluster(Truncated):
     """The mean over the k nearest rows, found by torch_cluster.
 
     The bank should lie where the queries are: rows that do not, that have 16 bits, or that are more
@@ -41,13 +67,15 @@ class TorchCluster(Neighbours):
 
     Args:
         k: How many rows, default 100, which is the most that the library finds on CUDA.
-        draws: Random other rows that stand for the rest, see `Neighbours`.
         max_tail: Queries with a larger tail mass get the exact mean; default None.
-        seed: Of the draws, default 0.
+
+    Raises:
+        ValueError: For numbers out of range.
     """
 
+    @override
     def prepare(self, bank: LatentBank) -> None:
-        """See `Engine.prepare`.
+        """Checks the settings and the library.
 
         Raises:
             ValueError: If `k` is above the rows of the bank, or above 100 for a bank on CUDA.
@@ -57,21 +85,42 @@ class TorchCluster(Neighbours):
         _library()
         _require_room(bank.device, self.k)
 
-    def search(self, bank: LatentBank, queries: Queries, segment: slice, n: int) -> Tensor:
-        """See `Neighbours.search`."""
-        return self.search_all(bank, queries, n)
-
-    def search_all(self, bank: LatentBank, queries: Queries, n: int) -> Tensor:
-        """See `Neighbours.search_all`: one call for all groups.
+    @override
+    def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
+        """The posterior over the rows that are found.
 
         Raises:
-            ValueError: If `n` is above 100 for queries on CUDA.
+            ValueError: For more than 100 rows for queries on CUDA.
+        """
+        with full_precision():
+            table = self.search(bank, queries, min(max(self.k, k), max(queries.sizes)))
+            post = Exact().solve(bank, queries, k, self._finish, table=table)
+        wrong = [] if self.max_tail is None else indices_of(post.tail_mass > self.max_tail)
+        if not wrong:
+            return post
+        exact = Exact().posterior(bank, queries.select(wrong), k)
+        return put(post, wrong, exact, len(queries))
+
+    def search(self, bank: LatentBank, queries: Queries, n: int) -> Tensor:
+        """Finds the rows nearest to where queries stand.
+
+        Args:
+            bank: The rows.
+            queries: The queries.
+            n: How many to find.
+
+        Returns:
+            Rows in the bank's own order, (B, n), int64, each once, and -1 for none, after those
+            that were found. Only a query that is NaN may find none at all.
         """
         device = queries.xt.device
         _require_room(device, n)
         groups = sorted(queries.groups, key=lambda group: group[1].start)
+        table = torch.full((len(queries), n), -1, dtype=torch.int64, device=device)
         if any(one.stop > other.start for (_, one), (_, other) in pairwise(groups)):
-            return super().search_all(bank, queries, n)
+            for at, _ in groups:
+                table[queries.index(at)] = self.search(bank, queries.select(at), n)
+            return table
         # Rows between two groups are a set that nobody asks: so the bank need not be copied.
         sizes, counts = [], []
         start = stop = groups[0][1].start
@@ -81,7 +130,7 @@ class TorchCluster(Neighbours):
             stop = segment.stop
         order = queries.index([i for at, _ in groups for i in at])
         dtype, scale = _dtype(bank), _scale(bank)
-        y, _ = stand(bank, queries)
+        y, _ = _stand(bank, queries)
         points = scale * (y[order] + (bank.centre - bank.offset).to(device))
         rows = bank.rows[start:stop].to(device, dtype)
         rows = rows if scale == 1 else rows * scale
@@ -95,16 +144,55 @@ class TorchCluster(Neighbours):
         )
         first = torch.searchsorted(owner, torch.arange(len(points), device=device))
         place = torch.arange(len(owner), device=device) - first[owner]
-        table = torch.full((len(points), n), -1, dtype=torch.int64, device=device)
         table[order[owner], place] = column + start
         return table
 
     def rounding(self, bank: LatentBank, y: Tensor, distance: Tensor) -> Tensor:
-        """See `Neighbours.rounding`."""
+        """How wrong the search may be when it compares squared distances: v of the module.
+
+        Args:
+            bank: The rows.
+            y: Where the queries stand, (B, D).
+            distance: From there to the farthest row that was found, (B,).
+
+        Returns:
+            In squared units of the bank, (B,).
+        """
         unit = torch.finfo(_dtype(bank)).eps / 2
         shift = (bank.centre - bank.offset).norm().to(y.device)
         query = torch.linalg.vector_norm(y, dim=1) + shift
         return 4 * unit * distance * ((bank.dim + 32) * distance + query)
+
+    def _finish(self, found: LogWeights, leading: Leading) -> Posterior:
+        """The mean over the found rows, and a bound of the tail mass."""
+        assert found.table is not None
+        mean = found.moment(leading.columns, leading.shares) + found.product(leading.rest)
+        bank, queries, none = found.bank, found.queries, found.table < 0
+        # Any found row gives a bound, the one of least weight the best.
+        last = found.logits.masked_fill(none, torch.inf).argmin(1, keepdim=True)
+        log_last = found.differences(last)[:, 0]
+        alpha, sigma, radius = queries.path.alpha, queries.path.sigma, _reach(bank)
+        y, wider = _stand(bank, queries)
+        distance = ((-2 * log_last).sqrt() * sigma + (wider - alpha) * radius) / wider
+        excess = wider * self.rounding(bank, y, distance) + (wider - alpha) * radius**2
+        log_last = log_last + alpha * excess / (2 * sigma**2)
+        rest = queries.index(queries.sizes) - (~none).sum(1)
+        tail = torch.sigmoid(rest.double().log() + log_last - leading.post.log_evidence)
+        return replace(leading.post, mean=mean, tail_mass=tail, tail_kind="bounded")
+
+
+def _reach(bank: LatentBank) -> float:
+    """R, which no row is farther from the bank's mean than; above 0 for any bank."""
+    return max(bank.radius, 1e-9 * bank.max_norm) or 1.0
+
+
+def _stand(bank: LatentBank, queries: Queries) -> tuple[Tensor, Tensor]:
+    """`y` around the bank's mean, (B, D), and `a'`, (B,); both float64."""
+    alpha = queries.path.alpha
+    z = queries.xt - alpha[:, None] * bank.centre.to(queries.xt.device)
+    least = torch.linalg.vector_norm(z, dim=1) / (_FARTHEST * _reach(bank))
+    wider = torch.maximum(alpha, least).clamp_min(torch.finfo(alpha.dtype).tiny)
+    return z / wider[:, None], wider
 
 
 def _dtype(bank: LatentBank) -> torch.dtype:
@@ -113,7 +201,7 @@ def _dtype(bank: LatentBank) -> torch.dtype:
 
 def _scale(bank: LatentBank) -> float:
     """What to multiply the rows with, a power of two, so that their distances can be counted."""
-    farthest = (FAR + 1) * reach(bank)
+    farthest = (_FARTHEST + 1) * _reach(bank)
     if _CUDA_FAR**-1 <= farthest <= _CUDA_FAR:
         return 1.0
     return 2.0 ** -math.ceil(math.log2(farthest / _CUDA_FAR))

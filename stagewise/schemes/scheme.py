@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import Any, Literal, NamedTuple
@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagewise.engines import Sharded
 from stagewise.lambdas import Hard
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
@@ -33,7 +32,7 @@ from stagewise.schemes.checks import (
     unknown_boundary,
     unknown_conditions,
 )
-from stagewise.schemes.correction import Batch, Correction, correct
+from stagewise.schemes.correction import Correction, correct
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
 from stagewise.stages import StageBoundary, StageCurve, require_whole_bank
@@ -574,26 +573,28 @@ class Scheme:
             self.require_boundary()
         self._calls += 1
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        batch = Batch(
-            self.oracle,
-            xt.detach(),
-            t.detach(),
-            x1.detach(),
-            labels,
-            source,
-            self.class_wise,
-            self.on_missing,
-            Random(f"{self.seed} {rank} {self._step} {self._calls}"),
-            None if self.labels_of is None else partial(self.labels_of, x1.detach()),
+        ask = partial(
+            correct,
+            self.target,
+            xt=xt.detach(),
+            t=t.detach(),
+            x1=x1.detach(),
+            prediction=prediction,
+            draws=Random(f"{self.seed} {rank} {self._step} {self._calls}"),
+            labels=labels,
+            source=source,
+            class_wise=self.class_wise,
+            on_missing=self.on_missing,
+            labels_of=None if self.labels_of is None else partial(self.labels_of, x1.detach()),
+            boundary=self.boundary,
         )
         if not self._overlaps:
-            return t, correct(self.target, batch, self.boundary, prediction)
+            return t, ask(self.oracle)
         # Where samples are smoothed their targets are those of the smoothed set.
         smoothed = self._share(t) > 0
-        around = replace(batch, oracle=self._smoothed_oracle())
         parts = (
-            correct(self.target, batch, self.boundary, prediction, ~smoothed),
-            correct(self.target, around, self.boundary, prediction, smoothed),
+            ask(self.oracle, only=~smoothed),
+            ask(self._smoothed_oracle(), only=smoothed),
         )
         return t, Correction(*(a + b for a, b in zip(*parts, strict=True)))
 
@@ -639,7 +640,7 @@ class Scheme:
             self._fits = y is not None and (told or xt.device.type != "cpu")
         if not looks or self.rows_checked or self.oracle is None or not mixes:
             return
-        shard = isinstance(self.oracle.engine, Sharded)
+        shard = not self.oracle.engine.holds_all_rows
         known = source is not None or self.oracle.smoothing is not None
         found = check_rows(self.oracle.bank, x1, known=known, shard=shard)
         self.rows_checked = True
@@ -699,7 +700,7 @@ class Scheme:
         """
         self.require_boundary()
         if self.oracle is not None and self.target is not None:
-            if self.class_wise and not isinstance(self.oracle.engine, Sharded):
+            if self.class_wise and self.oracle.engine.holds_all_rows:
                 self.oracle.bank.require_classes()
             self.target.check(self._smoothed_oracle() if self._overlaps else self.oracle)
         if self.preserve_objective:

@@ -1,24 +1,22 @@
-"""Log-weights of rows, and sums of rows with their weights.
+"""The two products: log-weights of rows, and sums of rows with their weights.
 
-What the dense engines (all rows) and the searching ones (some rows) have in common: see
-`stagewise.engines.exact` for the formulas and for what is said of precision.
+See `stagewise.engines.exact` for the formulas and for what is said of precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
-from stagewise.engines.ahead import Ahead
-from stagewise.engines.base import Queries, positions
+from stagewise.posterior import NO_ROW
 from stagewise.products import averages, rounding, scores
+from stagewise.queries import Queries
 
-__all__ = ["CACHED", "Scan"]
+__all__ = ["CACHED", "LogWeights"]
 
 CACHED = {"cpu": 2**19}
 """Numbers of gathered rows held at a time: what stays in a CPU's cache; 2^24 on other devices."""
@@ -42,95 +40,58 @@ before they are multiplied: a product of float32 loses the digits of it."""
 _CENTRED = 2**20
 """Numbers of rows that are centred at a time: what stays in a CPU's cache."""
 
-_NONE = -1e30  # a logit of no row at all: finite, so that 0 * (logit - peak) is 0
 
+class LogWeights:
+    """The log-weights of all rows for some queries, or of those in a table.
 
-@dataclass
-class Scan:
-    """The log-weights of all rows for some queries: what the dense engines start from.
-
-    Attributes:
+    Args:
         bank: The rows.
         queries: The queries.
-        dtype: What the rows are multiplied in.
+        dtype: What the rows are multiplied in, see `products.working_dtype`.
+        table: Which rows, (B, n), -1 for none; default all that a query looks at, in order.
+        chunk_size: Rows multiplied at a time.
+
+    Attributes:
         logits: `l_i + shared`, (B, width), and hugely negative where a query looks at fewer rows
             than others.
         shared: What all log-weights of a query have in common, (B,), float64.
         delta: Standard deviation of a product's error for a row of norm 1, (B,), float64.
         growth: What a product of size 1 adds to that.
         lifted: What has been subtracted from the logits, (B,), float64.
-        table: Which rows the columns of `logits` are, (B, width), -1 for none; None if they are
-            all rows that a query looks at, in order.
-        chunk_size: Rows multiplied at a time.
         origin: What is added to a row, as it is multiplied, to make it the sample, (D,), float64.
         shift: The bank's mean less that, (D,), float64.
-        ahead: Weighted sums of the rows that were made in the same pass, or None.
     """
 
-    bank: LatentBank
-    queries: Queries
-    dtype: torch.dtype
-    logits: Tensor
-    shared: Tensor
-    delta: Tensor
-    growth: float
-    lifted: Tensor
-    table: Tensor | None
-    chunk_size: int | None
-    origin: Tensor
-    shift: Tensor
-    ahead: Ahead | None = None
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         bank: LatentBank,
         queries: Queries,
         dtype: torch.dtype,
         *,
         table: Tensor | None = None,
         chunk_size: int | None = None,
-        lead: int = 0,
-    ) -> Scan:
-        """Multiplies the queries with the rows.
-
-        Args:
-            bank: The rows.
-            queries: The queries.
-            dtype: What the rows are multiplied in, see `products.working_dtype`.
-            table: Which rows, (B, n), -1 for none; default all that a query looks at.
-            chunk_size: Rows multiplied at a time.
-            lead: If rows have to be fetched, make `ahead` for queries of which more than so many
-                rows matter; default 0 (do not).
-        """
+    ) -> None:
+        self.bank, self.queries, self.dtype, self.table = bank, queries, dtype, table
+        self.chunk_size = chunk_size
         xt, path = queries.xt, queries.path
-        alpha, sigma = path.alpha[:, None], path.sigma[:, None]
         centre = bank.centre.to(xt.device)
-        origin = bank.offset.to(xt.device)
-        if table is None and _needs_centring(bank, dtype):
-            origin = centre.float().double()
-        shift = centre - origin
-        y = torch.addcmul(xt, alpha, centre, value=-1)
+        far = bank.max_norm - bank.radius > _AWAY * bank.radius
+        self._centred = far and not bank.shifted and dtype == torch.float32 and table is None
+        self.origin = centre.float().double() if self._centred else bank.offset.to(xt.device)
+        self.shift = centre - self.origin
+        y = torch.addcmul(xt, path.alpha[:, None], centre, value=-1)
         length = torch.linalg.vector_norm(y, dim=1)
-        query = y.mul_(alpha / sigma**2)
+        query = y.mul_((path.alpha / path.sigma**2)[:, None])
         half_snr = (path.alpha / path.sigma) ** 2 / 2
         # Norms count from their mean, which keeps digits where they are nearly the same.
         norm = bank.mean_sq_norm.to(xt.device)
-        shared = query @ shift + half_snr * norm + (length / path.sigma).square() / 2
-        u, v = rounding(dtype, bank.dim)
-        delta = u * length * path.alpha / path.sigma**2
+        self.shared = query @ self.shift + half_snr * norm + (length / path.sigma).square() / 2
+        u, self.growth = rounding(dtype, bank.dim)
+        self.delta = u * length * path.alpha / path.sigma**2
+        self.lifted = torch.zeros_like(self.delta)
+        multiply = self._dense if table is None else self._gathered
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        empty = torch.empty(0, dtype=wide, device=xt.device)
-        lifted = torch.zeros_like(delta)
-        place = (origin, shift)
-        scan = cls(bank, queries, dtype, empty, shared, delta, v, lifted, table, chunk_size, *place)
-        if lead and wide == torch.float32 and bank.fetched(xt.device, dtype):
-            scan.ahead = Ahead(len(queries), bank.dim, empty, lead=lead, level=scan.whole)
-        if table is None:
-            scan.logits = scan._dense(query, half_snr, norm, wide)
-        else:
-            scan.logits = scan._gathered(query, half_snr, norm, wide)
-        return scan
+        self.logits = multiply(query, half_snr, norm, wide)
 
     def _dense(self, query: Tensor, half_snr: Tensor, norm: Tensor, wide: torch.dtype) -> Tensor:
         bank, queries, device = self.bank, self.queries, query.device
@@ -139,36 +100,33 @@ class Scan:
         width = max(queries.sizes)
         logits: Tensor | None = None
         for at, segment in queries.groups:
-            index = positions(queries, at)
+            index = queries.place(at)
             q, h = query[index], half[index]
             for first, rows in self._chunks(segment, device):
                 last = first + len(rows)
                 part = scores(q, rows).addr_(h, norms[first:last], alpha=-1)
-                if self.ahead is not None:
-                    self.ahead.add(index, part, rows, first == segment.start)
                 if part.shape == (len(query), width):
                     return part
                 if logits is None:
-                    logits = torch.full((len(query), width), _NONE, dtype=wide, device=device)
+                    logits = torch.full((len(query), width), NO_ROW, dtype=wide, device=device)
                 logits[index, first - segment.start : last - segment.start] = part
         assert logits is not None
         return logits
 
     def _chunks(self, segment: slice, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """Rows less `origin`, in the dtype that they are multiplied in."""
-        size, shift = self.chunk_size, None
-        if self.table is None and _needs_centring(self.bank, self.dtype):
-            size, shift = size or max(1, _CENTRED // self.bank.dim), self.origin.float()
+        size = self.chunk_size
+        if self._centred:
+            size = size or max(1, _CENTRED // self.bank.dim)
         for first, rows in self.bank.chunks(segment, size, device, self.dtype):
-            yield first, rows if shift is None else rows - shift
+            yield first, rows - self.origin.float() if self._centred else rows
 
     def _gathered(self, query: Tensor, half_snr: Tensor, norm: Tensor, wide: torch.dtype) -> Tensor:
         assert self.table is not None
         if max(self.queries.sizes) <= _WORTHWHILE * self.table.shape[1]:
-            first = self.queries.index([rows.start for rows in self.queries.segments])[:, None]
-            columns = (self.table - first).clamp_min(0)
+            columns = (self.table - self.queries.first_rows[:, None]).clamp_min(0)
             every = self._dense(query, half_snr, norm, wide)
-            return every.gather(1, columns).masked_fill_(self.table < 0, _NONE)
+            return every.gather(1, columns).masked_fill_(self.table < 0, NO_ROW)
         logits = [
             torch.einsum("bd,bnd->bn", query[part].to(wide), rows.to(wide))
             for part, rows in self._rows_in_blocks(self.table)
@@ -176,7 +134,7 @@ class Scan:
         there = self.table.clamp_min(0)
         norms = self.bank.sq_norms[there.to(self.bank.device)].to(query.device) - norm
         total = torch.cat(logits) - (half_snr[:, None] * norms).to(wide)
-        return total.masked_fill(self.table < 0, _NONE)
+        return total.masked_fill(self.table < 0, NO_ROW)
 
     def _rows_in_blocks(self, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Stored rows of `table` (B, n), as (b, n, D) for a few queries at a time."""
@@ -201,20 +159,6 @@ class Scan:
         """Whether every query looks at the whole bank, whose rows add up to N times its mean."""
         return self.table is None and min(self.queries.sizes) == len(self.bank)
 
-    def select(self, at: Sequence[int]) -> Scan:
-        """The scan of some of the queries."""
-        index = positions(self.queries, at)
-        return replace(
-            self,
-            queries=self.queries.select(at),
-            logits=self.logits[index],
-            shared=self.shared[index],
-            delta=self.delta[index],
-            lifted=self.lifted[index],
-            table=None if self.table is None else self.table[index],
-            ahead=None,
-        )
-
     def rows(self, columns: Tensor, at: Sequence[int] | None = None) -> Tensor:
         """The rows that some columns are, (B, n), in the bank's own order; -1 for none.
 
@@ -224,10 +168,9 @@ class Scan:
         """
         queries = self.queries if at is None else self.queries.select(at)
         if self.table is not None:
-            table = self.table if at is None else self.table[positions(self.queries, at)]
+            table = self.table if at is None else self.table[self.queries.place(at)]
             return table.gather(1, columns)
-        rows = queries.index([segment.start for segment in queries.segments])
-        rows = rows[:, None] + columns
+        rows = queries.first_rows[:, None] + columns
         if min(queries.sizes) == self.logits.shape[1]:
             return rows
         return rows.masked_fill(columns >= queries.index(queries.sizes)[:, None], -1)
@@ -251,7 +194,7 @@ class Scan:
             far = below < _FAR - 32 * self.noise(columns[:, :1], given[:, 0])[:, None]
             far[:, 0] = False
             pairs = pairs[~far.flatten()]
-        query, logits = pairs // rows.shape[1], torch.full_like(given, _NONE)
+        query, logits = pairs // rows.shape[1], torch.full_like(given, NO_ROW)
         for part, stored in self._rows_one_by_one(rows.flatten()[pairs].clamp_min(0)):
             own = query[part]
             gap = stored.mul_(path.alpha[own, None]).add_(goal[own])
@@ -259,7 +202,7 @@ class Scan:
             logits.view(-1)[pairs[part]] = -distance.square() / 2
         # What is far from the first row is as far from the largest of those that are right.
         logits = torch.where(far, logits.amax(1, keepdim=True) + below, logits)
-        return logits.masked_fill_(rows < 0, _NONE)
+        return logits.masked_fill_(rows < 0, NO_ROW)
 
     def noise(self, columns: Tensor, logits: Tensor) -> Tensor:
         """Standard deviation of the error of a logit.
@@ -280,6 +223,18 @@ class Scan:
         half_snr = (path.alpha / path.sigma) ** 2 / 2
         product = logits + self.lifted + half_snr * (norm - mean)
         return self.delta * far + self.growth * product.abs()
+
+    def lift(self, peak: Tensor) -> list[Tensor]:
+        """What has to be subtracted from the logits so that `l_i = peak` is 0 there, (B,) each.
+
+        In two steps, because the shift itself may be rounded.
+        """
+        shifts = []
+        for _ in range(2):
+            shifts.append((self.shared + peak).to(self.logits.dtype))
+            self.shared = self.shared - shifts[-1].double()
+            self.lifted = self.lifted + shifts[-1].double()
+        return shifts
 
     def moment(self, columns: Tensor, weights: Tensor, at: Sequence[int] | None = None) -> Tensor:
         """`sum_i w_i x^(i)` over a few rows, which are read one by one.
@@ -330,11 +285,10 @@ class Scan:
             (B, D), or (len(at), D), float64.
         """
         device, some = weights.device, list(range(len(weights)) if at is None else at)
-        index = positions(self.queries, some)
+        weights = weights[self.queries.place(some)]
         if self.table is not None:
             columns = torch.arange(weights.shape[1], device=device).expand(len(some), -1)
-            return self.moment(columns, weights[index], some)
-        weights = weights[index]
+            return self.moment(columns, weights, some)
         held = weights.sum(1, dtype=torch.float64)
         mean = (held if total is None else total)[:, None] * (self.origin + self.shift)
         if self.whole:
@@ -344,15 +298,9 @@ class Scan:
         mean -= held[:, None] * self.shift
         queries = self.queries.select(some)
         for members, segment in queries.groups:
-            place = positions(queries, members)
+            place = queries.place(members)
             own = weights[place]
             for first, rows in self._chunks(segment, device):
                 at_chunk = first - segment.start
                 mean[place] += averages(own[:, at_chunk : at_chunk + len(rows)], rows)
         return mean
-
-
-def _needs_centring(bank: LatentBank, dtype: torch.dtype) -> bool:
-    """Whether products in `dtype` lose digits to the bank's mean, and its rows have no offset."""
-    far = bank.max_norm - bank.radius > _AWAY * bank.radius
-    return far and not bank.shifted and dtype == torch.float32

@@ -1,0 +1,150 @@
+"""What is asked of an oracle: one object from a scheme's call to the products of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagewise.paths import PathCoefficients, Prediction
+from stagewise.posterior import Posterior
+from stagewise.row_store import RowStore
+
+__all__ = ["Queries", "indices_of", "segments_of", "with_source_weight"]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """B noisy samples, and the rows that each looks at. `Oracle.queries` makes and checks it.
+
+    Attributes:
+        xt: Noisy samples, (B, D), float64.
+        path: Coefficients at the B times, each (B,), float64, sigma above 0.
+        segments: For each query the rows it looks at, as a slice of the bank's own order (the
+            whole bank, or a class). Known on the host, so that grouping costs no sync. Empty where
+            an engine does not hold all rows.
+        source: The row each query was made from, (B,), int64, negative where it is not known; or
+            None.
+        labels: The class of each, on the host, None for the whole bank; or None.
+        t: Times, (B,), float64; or None.
+        made_in: The type that `x_t` was computed in.
+        x1: What `x_t` was made from, (B, D), float64; or None.
+        twin: The row, among those a query looks at, that `x1` stands for without being equal to it
+            to the last digit; -1 for none. (B,), or None.
+    """
+
+    xt: Tensor
+    path: PathCoefficients
+    segments: Sequence[slice]
+    source: Tensor | None = None
+    labels: Sequence[int | None] | None = None
+    t: Tensor | None = None
+    made_in: torch.dtype = torch.float32
+    x1: Tensor | None = None
+    twin: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.xt)
+
+    @cached_property
+    def groups(self) -> list[tuple[list[int], slice]]:
+        """Queries that look at the same rows: their positions, and the rows."""
+        members: dict[tuple[int, int], list[int]] = {}
+        for query, rows in enumerate(self.segments):
+            members.setdefault((rows.start, rows.stop), []).append(query)
+        return [(at, slice(*ends)) for ends, at in members.items()]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many rows each query looks at."""
+        return [rows.stop - rows.start for rows in self.segments]
+
+    @property
+    def first_rows(self) -> Tensor:
+        """The first row that each query looks at, (B,), int64."""
+        return self.index([rows.start for rows in self.segments])
+
+    def index(self, at: Sequence[int]) -> Tensor:
+        """Numbers on the host as a tensor beside the queries."""
+        return torch.tensor(at, dtype=torch.int64, device=self.xt.device)
+
+    def place(self, at: Sequence[int]) -> slice | Tensor:
+        """Positions as an index: a slice, which costs no copy, if they are contiguous."""
+        if list(at) == list(range(at[0], at[-1] + 1)):
+            return slice(at[0], at[-1] + 1)
+        return self.index(at)
+
+    def select(self, at: Sequence[int]) -> Queries:
+        """Some of the queries, by their positions; itself if that is all of them in order."""
+        if list(at) == list(range(len(self))):
+            return self
+        index = self.index(at)
+        chosen: dict[str, Any] = {"path": self.path.select(index)}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                chosen[field.name] = value[index]
+            elif field.name in ("segments", "labels") and value:
+                chosen[field.name] = [value[i] for i in at]
+        return replace(self, **chosen)
+
+    def holds(self, rows: Tensor) -> Tensor:
+        """Whether a row is among those that its query looks at, (B,)."""
+        first = self.first_rows
+        return (rows >= first) & (rows < first + self.index(self.sizes))
+
+    def log_weight(self, x: Tensor) -> Tensor:
+        """`l` of one sample for each query, `x` (B, D), from differences: (B,)."""
+        gap = self.xt - self.path.alpha[:, None] * x
+        return -gap.square().sum(1) / (2 * self.path.sigma**2)
+
+    def log_weights(self, x: Tensor) -> Tensor:
+        """`l` of the same n samples for all queries, `x` (n, D), by a product: (B, n)."""
+        alpha, centre = self.path.alpha[:, None], x.mean(0)
+        y, centred = self.xt - alpha * centre, x - centre
+        logits = alpha * (y @ centred.T) - alpha**2 / 2 * centred.square().sum(1)
+        return (logits - y.square().sum(1, keepdim=True) / 2) / self.path.sigma[:, None] ** 2
+
+    def correction(self, difference: Tensor, prediction: Prediction, max_norm: float) -> Tensor:
+        """`c_t (m - x_1)`, and 0 where the difference is no more than its rounding.
+
+        At t = 1 some paths have an infinite `c_t`.
+
+        Args:
+            difference: `m - x_1`, (B, D), float64.
+            prediction: What the target is.
+            max_norm: Of the samples, which the rounding goes by.
+        """
+        c, _ = prediction.coefficients(self.path)
+        rounding = 16 * torch.finfo(torch.float64).eps * max_norm
+        return torch.where(difference.abs() <= rounding, 0.0, c[:, None] * difference)
+
+
+def segments_of(bank: RowStore, labels: Sequence[int | None] | None, count: int) -> list[slice]:
+    """The rows that each of `count` queries looks at: those of its class, or for None the bank.
+
+    Raises:
+        ValueError: If the bank has no such class, or no classes.
+    """
+    labels = [None] * count if labels is None else labels
+    return [bank.whole if label is None else bank.segment(label) for label in labels]
+
+
+def indices_of(flags: Tensor) -> list[int]:
+    """Positions of what is true, on the host: a device sync."""
+    return [i for i, flag in enumerate(flags.tolist()) if flag]
+
+
+def with_source_weight(post: Posterior, bank: RowStore, queries: Queries) -> Posterior:
+    """With the weight of the row that each query was made from, where it is known."""
+    rows = queries.source
+    if rows is None or post.source_weight is not None:
+        return post
+    x1 = bank.take(rows.clamp_min(0), device=queries.xt.device)
+    weight = (queries.log_weight(x1) - post.log_evidence).exp().clamp_max(1)
+    weight = weight.where(queries.holds(rows), 0).masked_fill(rows < 0, torch.nan)
+    return replace(post, source_weight=weight)

@@ -1,0 +1,251 @@
+r"""What a model is trained on: the conditional target, pulled towards the oracle's.
+
+For a target `y = c_t x_1 + b_t x_t` and a set of rows with posterior mean m,
+
+    target = y + lambda c_t (m - x_1).
+
+The source is always in the set *as it is*: with `l_i = -||x_t - a x^(i)||^2 / 2 s^2`, `e = exp(l)`,
+
+    m - x_1 = sum_{i in others} e_i (x^(i) - x_1) / (e_{x_1} + sum_{i in others} e_i),           (1)
+
+where the others are the rows of the set without the row that x_1 stands for. From a posterior over
+a set that holds that row as `x^(s)` (evidence Z, mean m', `gamma = e_s / Z`; 0 if it is not there)
+
+    m - x_1 = [m' - x_1 - gamma (x^(s) - x_1)] / (1 - gamma + e_{x_1} / Z).                      (2)
+
+If x_1 is the stored row this is `m' - x_1`, to the last bit. If it is a resampled twin of it, x_1
+takes the twin's place. If it is no row at all, it is added to the set.
+
+**What is unbiased** (the optimum of the regression stays the oracle): both targets. A set of rows S
+that was drawn for a source i is an unbiased reference if every member could have been its source
+with the same probability, `P(S | i) = P(S | j)`: given S and `x_t` each is then the source with its
+own weight in S (Bertrand et al., arXiv 2506.03719, Prop. 2). Rows drawn from *all* rows and counted
+once, with x_1 in any case, are such a set (drawn from the others, with replacement and counted as
+often as drawn, they are not).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from stagewise.engines import Exact
+from stagewise.engines.nearest import draw_rows
+from stagewise.lambdas import Constant, Lambda, LambdaLike
+from stagewise.oracle import Oracle
+from stagewise.posterior import Posterior, posterior_of
+from stagewise.products import full_precision
+from stagewise.queries import Queries
+
+__all__ = ["Mix", "Pull", "ReferenceSet", "Target", "mix_target"]
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Where a target pulls.
+
+    Attributes:
+        difference: `m - x_1`, (B, D), float64.
+        top1: Largest weight in the set, (B,), float64.
+        tail_mass: Share of the posterior that did not enter, (B,), float64.
+    """
+
+    difference: Tensor
+    top1: Tensor
+    tail_mass: Tensor
+
+
+class Target(ABC):
+    """What pulls, and how much: a set of rows and a lambda.
+
+    Args:
+        lam: A number in [0, 1]; "boundary" (1 in navigation, 0 in refinement); `Smooth(width)`;
+            `Concentration()`. Default 1.
+    """
+
+    reads_rows = True
+    """Whether it reads rows itself, and not only asks the oracle."""
+
+    def __init__(self, lam: LambdaLike = 1.0) -> None:
+        self.lam = Lambda.of(lam)
+
+    @abstractmethod
+    def pull(self, oracle: Oracle, queries: Queries, draws: Random) -> Pull:
+        """The posterior mean of x_1 over the target's rows, less x_1.
+
+        Args:
+            oracle: Bank and path.
+            queries: Of that oracle, with `x1` and `twin`.
+            draws: Of random rows.
+        """
+
+    def check(self, oracle: Oracle) -> None:
+        """Refuses an oracle that the target cannot work with.
+
+        Raises:
+            ValueError: With the cure.
+        """
+        if self.reads_rows and oracle.smoothing is not None:
+            raise ValueError(
+                f"{self!r} reads rows, and does not know the Gaussians that {oracle.smoothing!r} "
+                "puts around them. Use Mix, or the plain Oracle(bank, path)."
+            )
+        if self.reads_rows and not oracle.engine.holds_all_rows:
+            raise ValueError(
+                f"{self!r} needs the rows of the whole bank, of which a rank of Sharded() has only "
+                "its part. Use Mix, or give each rank the same memory-mapped bank: "
+                "LatentBank.open(path)."
+            )
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({values})"
+
+
+class Mix(Target):
+    """`u + lambda (u* - u)`: the oracle over the whole bank, or class. Unbiased.
+
+    With lambda 1 the target has no variance left given `x_t`. It has the same, memorising, optimum
+    as the conditional target: it is not a regulariser.
+    """
+
+    reads_rows = False
+
+    @override
+    def pull(self, oracle: Oracle, queries: Queries, draws: Random) -> Pull:
+        """Formula (2), or m - x_1 for an x_1 drawn from a smoothed set."""
+        # The second largest weight too: the largest may be that of the row x_1 stands for.
+        post, x1, twin = oracle.ask(queries, k=2), queries.x1, queries.twin
+        assert x1 is not None
+        assert twin is not None
+        if oracle.smoothing is not None:
+            return Pull(post.mean - x1, post.top1, post.tail_mass)
+        row, there = x1, twin >= 0
+        if oracle.engine.holds_all_rows:  # otherwise the row may lie on another rank
+            stored = oracle.bank.take(twin.clamp_min(0), device=x1.device)
+            row = torch.where(there[:, None], stored, x1)
+        gamma = torch.exp(queries.log_weight(row) - post.log_evidence).clamp_max(1)
+        gamma = torch.where(there, gamma, 0.0)
+        own = torch.exp(queries.log_weight(x1) - post.log_evidence)
+        total = (1 - gamma + own).clamp_min(torch.finfo(own.dtype).tiny)
+        gap = post.mean - x1 - gamma[:, None] * (row - x1)
+        others = post.weights.masked_fill(post.rows == twin[:, None], 0).amax(1)
+        top1 = torch.where(own.isinf(), 1.0, torch.maximum(others, own) / total)
+        return Pull(gap / total[:, None], top1, post.tail_mass)
+
+
+class ReferenceSet(Target):
+    """x_1 and M - 1 random rows (EFM, arXiv 2506.03719; STF, arXiv 2302.00670). Unbiased.
+
+    Removes nearly all variance of the target where many rows carry the posterior, at the cost of M
+    rows; near the data, where few do, it seldom holds them.
+
+    The error of m has a variance of about `var(x_1) / M` where many rows carry the posterior. If
+    the B queries of a call have sets of their own, it falls with B as the plain target's does. If
+    they share one, it is common to all of them and does not: the gradient then has less variance
+    than with the plain target only if M is well above B, some 10 times.
+
+    Args:
+        size: M, at least 2. Rows that were drawn twice count once; a class of no more than M rows
+            gives all.
+        lam: See `Target`.
+        shared: Whether the queries of a call that look at the same rows (the bank, or a class)
+            share their set. It is then one matrix product instead of B M gathered rows. Default
+            False.
+
+    Raises:
+        ValueError: If `size` is below 2.
+    """
+
+    def __init__(self, size: int, lam: LambdaLike = 1.0, *, shared: bool = False) -> None:
+        super().__init__(lam)
+        if size < 2:
+            raise ValueError(f"Expected `size` of at least 2 (x_1 and one row), got {size}.")
+        self.size, self.shared = size, shared
+
+    @override
+    def check(self, oracle: Oracle) -> None:
+        super().check(oracle)
+        if self.size > len(oracle.bank):
+            raise ValueError(
+                f"Expected `size` of at most {len(oracle.bank)}, the rows of the bank, got "
+                f"{self.size}. For all rows use Mix()."
+            )
+
+    @override
+    def pull(self, oracle: Oracle, queries: Queries, draws: Random) -> Pull:
+        """Formula (1)."""
+        x1 = queries.x1
+        assert x1 is not None
+        others = (_shared_rows if self.shared else _own_rows)(oracle, queries, self.size - 1, draws)
+        gap = others.log_evidence - queries.log_weight(x1)
+        share = torch.sigmoid(gap)
+        top1 = torch.maximum(torch.sigmoid(-gap), share * others.top1)
+        return Pull(share[:, None] * (others.mean - x1), top1, torch.zeros_like(top1))
+
+
+def _own_rows(oracle: Oracle, queries: Queries, count: int, draws: Random) -> Posterior:
+    """The posterior over `count` random rows for each query, each once and without its twin."""
+    assert queries.twin is not None
+    sizes = np.array(queries.sizes)[:, None]
+    first = np.array([rows.start for rows in queries.segments])[:, None]
+    generator = np.random.default_rng(draws.getrandbits(64))
+    rows = (generator.random((len(sizes), count)) * sizes).astype(np.int64)
+    whole = sizes - 1 <= count
+    if whole.any():
+        rows = np.pad(rows, [(0, 0), (0, 1)], constant_values=-1)
+        every = np.arange(count + 1)
+        rows = np.where(whole, np.where(every < sizes, every, -1), rows)
+    rows.sort(axis=1)
+    rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = -1
+    table = torch.from_numpy(np.where(rows < 0, -1, rows + first)).to(queries.xt.device)
+    table = table.masked_fill(table == queries.twin[:, None], -1)
+    # Its check costs syncs on an accelerator; there are few rows, and their differences are exact.
+    exact = Exact("auto" if table.device.type == "cpu" else "float32")
+    with full_precision():
+        return exact.solve(oracle.bank, queries, 1, table=table)
+
+
+def _shared_rows(oracle: Oracle, queries: Queries, count: int, draws: Random) -> Posterior:
+    """The same, over random rows that queries of the same segment share."""
+    parts, order = [], []
+    for at, segment in queries.groups:
+        some = queries.select(at)
+        assert some.twin is not None
+        # One more, as one may be a query's own: each takes the first of the others.
+        rows = some.index(draw_rows(segment, count + 1, draws))
+        others = rows != some.twin[:, None]
+        others &= others.cumsum(1) <= count
+        x = oracle.bank.take(rows, device=rows.device)
+        post, shares = posterior_of(some.log_weights(x), rows.where(others, -1), 1)
+        parts.append(replace(post, mean=shares @ x))
+        order += at
+    return Posterior.cat(parts, order)
+
+
+def mix_target(y: Tensor, correction: Tensor, lam: Tensor | float) -> Tensor:
+    """`y + lambda * correction`: between the conditional target and the oracle's.
+
+    Args:
+        y: Conditional target, (B, *).
+        correction: `c_t (m - x_1)`, (B, *): `Oracle.correction`.
+        lam: In [0, 1]: a number, or one for each sample, (B,). Tensors are not checked, which on an
+            accelerator would wait for the device.
+
+    Returns:
+        (B, *), in the dtype of `y`.
+
+    Raises:
+        ValueError: If `lam` is a number outside of [0, 1].
+    """
+    if not isinstance(lam, Tensor):
+        lam = Constant(lam).value
+    elif lam.ndim:
+        lam = lam.reshape(-1, *(1 for _ in range(y.ndim - 1)))
+    return y + (lam * correction).to(y.dtype)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.keys import row_keys
-from stagewise.nearest_rows import shown
+from stagewise.nearest_rows import progress_bar
 from stagewise.oracle import Oracle
 from stagewise.paths import expand_like
 from stagewise.smoothed_oracle import SmoothedOracle
@@ -127,7 +127,7 @@ def cross_validated(
     neighbours = [k for k in neighbours if k <= most]
     rows = SmoothingScore(0, 0.0, 0.0, _mean(fold.loss(Oracle(fold.rest)) for fold in folds))
     scores = [rows]
-    for k in shown(neighbours, len(neighbours), progress, "cross-validation"):
+    for k in progress_bar(neighbours, len(neighbours), progress, "cross-validation"):
         found = [SmoothingScore(k, g, 0.0) for g in scales]
         smoothings = [
             Smoothing(fold.rest, k, class_wise=class_wise, progress=False) for fold in folds

@@ -496,24 +496,6 @@ def test_a_small_set_that_a_batch_shares_adds_variance():
 # -- stored graphs and engines --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wise", [False, True])
-def test_nearest_rows_come_from_the_certificate_or_a_search(wise):
-    bank = make_bank(labels=True)
-    graph = Certificate.compute(bank, neighbours=4, progress=False)
-    x1, t = rows(), torch.linspace(0.1, 0.9, N, dtype=torch.float64)
-    _, xt = noisy(x1, t, LinearPath())
-    found = []
-    for certificate in (graph, None):
-        oracle = Oracle(bank, certificate=certificate)
-        target = Stratified(2 if not wise else 4, 2)
-        scheme = Scheme(oracle, target=target, class_wise=wise)
-        found.append(scheme.correct(xt=xt, t=t, x1=x1))
-    # Class-wise, a graph of the whole bank has fewer rows of the class.
-    if not wise:
-        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
-    assert all(value.isfinite().all() for value in found)
-
-
 def test_stratified_finds_the_nearest_rows_of_its_source():
     class Looks(Stratified):
         def pull(self, query):

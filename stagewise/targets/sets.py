@@ -76,10 +76,8 @@ class Stratified(Target):
     `(n / random) sum_i gamma_i^2` over the rest (from `E[1/Z] > 1/E[Z]`). It is nothing where the
     neighbours carry the posterior, and little where very many rows do.
 
-    Nearest rows are those of the oracle's certificate if it has as many
-    (`Certificate.compute(bank, neighbours=near)`), otherwise they are searched at every call, which
-    is one product with all rows. They are nearest to x_1 and not to `x_t`, so that one graph serves
-    all t; an x_1 that stands for no row has none in a graph.
+    Nearest rows are searched at every call, which is one product with all rows. They are nearest
+    to x_1 and not to `x_t`.
 
     Args:
         near: Rows nearest to x_1, at least 1.
@@ -121,18 +119,12 @@ class Stratified(Target):
 
     def _nearest(self, query: Query) -> Tensor:
         """Rows that each query looks at and that are nearest to its x_1, (B, near); -1 for none."""
-        oracle, queries = query.oracle, query.queries
+        queries = query.queries
         first, last = (
             queries.index([getattr(rows, end) for rows in queries.segments])[:, None]
             for end in ("start", "stop")
         )
-        graph = oracle.certificate
-        if graph is not None and graph.num_neighbours >= self.near:
-            graph = graph.to(query.xt.device)
-            near = graph.rows.neighbours[query.source.clamp_min(0), : self.near].long()
-            near = near.masked_fill(query.source[:, None] < 0, -1)
-        else:
-            near = self._search(query)
+        near = self._search(query)
         return near.masked_fill((near < first) | (near >= last), -1)
 
     def _search(self, query: Query) -> Tensor:

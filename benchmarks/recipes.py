@@ -45,7 +45,8 @@ from stagewise.latents import make_latents, open_latents
 from stagewise.latents.lightningdit_writer import save_stats
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes.latents import LatentsData
-from stagewise.stages import StageCurve, predicted_boundary, stage_edges, stratified_times
+from stagewise.spectrum import predicted_boundary
+from stagewise.stages import StageCurve, stage_edges, stratified_times
 from stagewise.targets import Mix
 
 SHAPE, CLASSES = (4, 32, 32), 1000

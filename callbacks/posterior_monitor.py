@@ -18,12 +18,12 @@ from stagewise.callbacks.stage_callback import RunOptions
 from stagewise.callbacks.tags import by_time, charts
 from stagewise.engines import Engine
 from stagewise.oracle import Oracle
+from stagewise.spectrum import predicted_boundary
 from stagewise.stages import (
     STATISTICS,
     Recipe,
     StageBoundary,
     StageCurve,
-    predicted_boundary,
     stage_edges,
     stratified_times,
 )

@@ -22,7 +22,8 @@ from stagewise.callbacks.tags import by_time, charts
 from stagewise.callbacks.training_record import TrainingRecord
 from stagewise.oracle import Oracle
 from stagewise.paths import same_path
-from stagewise.stages import StageBoundary, StageCurve, predicted_boundary, stage_edges
+from stagewise.spectrum import predicted_boundary
+from stagewise.stages import StageBoundary, StageCurve, stage_edges
 from stagewise.velocity_errors import largest, probe_entry
 from stagewise.velocity_probe import PROBED, Probe
 

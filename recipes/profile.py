@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from stagewise.advice import advise
 from stagewise.callbacks.figures import render
 from stagewise.latents import Latents, open_latents
 from stagewise.profile import Profile
@@ -48,7 +47,7 @@ def profile_latents(
         dtype: Of the bank, default float32.
 
     Returns:
-        The profile, with advice for all rows.
+        The profile.
 
     Raises:
         ValueError: If the latents cannot be used, or `class_wise` is asked without labels.
@@ -77,7 +76,7 @@ def profile_latents(
             f"{len(chosen)} of {len(fixed)} rows, evenly spaced: with all of them the boundary is "
             "later, as log N is larger."
         )
-    return Profiled(name, latents, found, advise(found, total_rows=len(fixed)), note)
+    return Profiled(name, latents, found, len(fixed), note)
 
 
 def rows_within(limit: int, total: int, labels: Tensor | None) -> Tensor:
@@ -117,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(
             "Profile latents before training: size, scale, duplicates, spectrum, the boundary "
-            "between the stages (predicted and measured), and the advice that follows. Two sets "
+            "between the stages (predicted and measured), engine and memory. Two sets "
             "are set side by side."
         ),
         epilog=(

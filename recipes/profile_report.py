@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stagewise.advice import Advice
 from stagewise.latents import Latents
+from stagewise.memory import format_bytes
 from stagewise.profile import Profile
 
 __all__ = ["Profiled", "comparison", "report"]
@@ -25,14 +25,14 @@ class Profiled:
         name: What it is called.
         latents: The files.
         profile: What was measured.
-        advice: What follows.
+        total: Rows of the whole set, of which the profile may be a part.
         note: What a limit on the rows means for the numbers; empty without one.
     """
 
     name: str
     latents: Latents
     profile: Profile
-    advice: list[Advice]
+    total: int
     note: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -44,7 +44,6 @@ class Profiled:
             "left_out": self.latents.skipped,
             "note": self.note,
             **self.profile.as_dict(),
-            "advice": [item.as_dict() for item in self.advice],
         }
 
 
@@ -78,6 +77,19 @@ def report(found: Profiled) -> str:
             f"{_span(b.collapsed, b.collapsed_low, b.collapsed_high)}   mean weight 0.99",
         ),
     ]
+    where = f"below t = {b.collapsed:.3f}" if 0 < b.collapsed < 1 else "at all t"
+    lines += [
+        (
+            "mixing",
+            f"oracle targets {where}; over uniform t they take {p.removable:.3g} off the loss",
+        ),
+        ("engine", p.engine),
+        (
+            "memory",
+            f"{found.total} rows of {p.dim} numbers: {format_bytes(4 * found.total * p.dim)} in "
+            f"float32, {format_bytes(2 * found.total * p.dim)} in bfloat16",
+        ),
+    ]
     if found.note:
         lines.insert(1, ("", found.note))
     for skipped in found.latents.skipped:
@@ -85,11 +97,7 @@ def report(found: Profiled) -> str:
     text = [f"== {found.name}", *_wrap(found.latents.describe())]
     for name, value in lines:
         text += _wrap(value, first=f"{name:16}")
-    text += ["", *_table(p), "", "advice"]
-    for item in found.advice:
-        text += _wrap(item.value, first=f"  {item.what:26}")
-        text += _wrap(item.reason, first=" " * 6)
-        text += _wrap(f"[{item.source}]", first=" " * 6)
+    text += ["", *_table(p), "", 'What to set: docs/latents.md, "What follows from a profile".']
     return "\n".join(text)
 
 

@@ -4,7 +4,6 @@ Floor 1, the science, in plain torch. Losses live in `stagewise.losses`, Lightni
 `stagewise.callbacks`, runnable recipes in `stagewise.recipes`.
 """
 
-from stagewise.advice import Advice, advise
 from stagewise.attention import GaussianAttention
 from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
@@ -36,7 +35,8 @@ from stagewise.profile import Profile
 from stagewise.schemes import Phase, Phases, Scheme, SchemeRecord
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
-from stagewise.stages import StageBoundary, StageCurve, predicted_boundary
+from stagewise.spectrum import predicted_boundary
+from stagewise.stages import StageBoundary, StageCurve
 from stagewise.targets import (
     Mix,
     ReferenceSet,
@@ -66,7 +66,6 @@ __all__ = [
     "DIFFUSERS",
     "P2",
     "STAGEWISE",
-    "Advice",
     "AtEvent",
     "AtPlateau",
     "AtShare",
@@ -118,7 +117,6 @@ __all__ = [
     "VPPath",
     "Weight",
     "WithFloor",
-    "advise",
     "find_sample",
     "forecast_smoothing",
     "forecast_targets",

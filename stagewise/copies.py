@@ -10,15 +10,12 @@ number, to the nearest one: a row that is in the bank twice would otherwise give
 hide its copies. Rows that are nearly equal (a second encoding, a crop) are two rows and do hide
 them: take such out of the bank.
 
-Distances are exact: chunk by chunk a product finds candidates, their distances are computed again
-from differences in float64, and more candidates are taken until no other row can be nearer than the
-two that are known (bound: see `nearest_rows`).
+Distances are exact (`nearest_rows`), in float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,18 +23,13 @@ from scipy.stats import beta
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.products import full_precision, scores
+from stagewise.nearest_rows import Search
+from stagewise.products import full_precision
 
 __all__ = ["COPY_RATIO", "Nearest", "binomial_interval", "nearest_rows"]
 
 COPY_RATIO = 1 / 3
 """A sample is a copy below this `d_1 / d_2`; arXiv 2505.17638."""
-
-_CANDIDATES = 16
-"""Rows of a chunk computed exactly for a sample, at first."""
-
-_NUMBERS = 2**22
-"""Numbers of a chunk of rows, and bounds on distances from it, held at a time."""
 
 _QUERIES = 256
 """Samples compared at a time."""
@@ -85,69 +77,28 @@ def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
         raise ValueError(
             f"Expected samples of shape {('B', *bank.shape)} as the bank's, got {tuple(x.shape)}."
         )
-    flat = x.detach().flatten(1).to(bank.device).double()
+    search = Search(bank, bank.whole, bank.device)
+    flat = x.detach().flatten(1).to(bank.device).double() - bank.offset
     unknown = flat.new_full((len(flat),), torch.nan)
     found = Nearest(unknown.new_full((len(flat),), -1, dtype=torch.int64), unknown, unknown.clone())
+
+    def settle(_: Tensor, distance: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, ...]:
+        differ = search.differ(rows)
+        second = differ.int().argmax(1, keepdim=True)
+        d2 = distance.gather(1, second).masked_fill(~differ.any(1, keepdim=True), torch.inf)
+        return (d2.isfinite() & (d2 <= limit))[:, 0], rows[:, 0], distance[:, 0], d2[:, 0]
+
     finite = flat.isfinite().all(1).nonzero()[:, 0]
     with full_precision(), torch.autocast(bank.device.type, enabled=False):
         for index in finite.split(_QUERIES) if len(finite) else ():
-            for value, new in zip(found, _search(bank, flat[index]), strict=True):
+            for value, new in zip(found, search.ask(flat[index], 2, settle, index), strict=True):
                 value[index] = new
-    return found
-
-
-def _search(bank: LatentBank, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Nearest row, d1 and d2 of queries (B, D), over all chunks of the bank."""
-    # Of each query the nearest row and the nearest that differs from it: these two decide what
-    # they are among more rows, too.
-    rows = query.new_full((len(query), 2), -1, dtype=torch.int64)
-    best = query.new_full((len(query), 2), torch.inf)
-    for first, low in _bounds(bank, query):
-        size, count = low.shape[1], _CANDIDATES
-        near = (low.amin(1) < best[:, 1].square()).nonzero()[:, 0]
-        while len(near):
-            value, column = low[near].topk(min(count + 1, size), dim=1, largest=False)
-            for place, few in zip(near.tolist(), first + column[:, :count], strict=True):
-                rows[place], best[place] = _exact(bank, query[place], rows[place], few)
-            if count >= size:
-                break
-            # What was not computed is no nearer than this.
-            limit = value[:, count].clamp_min(0).sqrt()
-            near, count = near[limit < best[near, 1]], 4 * count
-    if bool(best[:, 1].isinf().any()):
+    if bool(found.d2.isinf().any()):
         raise ValueError(
             "All rows of the bank are equal, so nothing can be nearer to one than to another. "
             "Give a bank with two different rows at least."
         )
-    return rows[:, 0], best[:, 0], best[:, 1]
-
-
-def _bounds(bank: LatentBank, query: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Lower bounds on the squared distance to the rows, (B, n), from a first row on."""
-    slack = 8 * (math.sqrt(bank.dim) + 1) * 2.0**-24
-    wide = torch.float64 if bank.dtype == torch.float64 else torch.float32
-    shift = bank.centre - bank.offset
-    # Centred, so that rows far from 0 do not lose their differences in a product.
-    centred = query - bank.centre
-    own = centred.square().sum(1, keepdim=True)
-    size = max(_CANDIDATES, _NUMBERS // max(bank.dim, len(query)))
-    for first, chunk in bank.chunks(bank.whole, size, bank.device, wide):
-        rows = (chunk.double() - shift).to(wide)
-        norms = bank.sq_norms[first : first + len(rows)].to(query.device)
-        yield first, (1 - slack) * (own + norms) - 2 * scores(centred, rows).double()
-
-
-def _exact(bank: LatentBank, query: Tensor, known: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Of some rows the nearest and the nearest that differs from it, (2,), and their distances."""
-    rows = torch.cat([known[known >= 0], others])
-    samples = bank.take(rows)
-    distances = torch.linalg.vector_norm(samples - query, dim=1)
-    nearest = distances.argmin()
-    differ = (samples != samples[nearest]).any(1)
-    second = torch.where(differ, distances, torch.inf).argmin()
-    both = torch.stack([nearest, second])
-    d1, d2 = distances[both]
-    return rows[both], torch.stack([d1, torch.where(differ[second], d2, torch.inf)])
+    return found
 
 
 def binomial_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:

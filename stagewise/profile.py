@@ -22,12 +22,11 @@ from stagewise.latents.statistics import ChannelStatistics
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path
 from stagewise.plain import jsonable
-from stagewise.spectrum import information, spectrum
+from stagewise.spectrum import information, predicted_boundary, spectrum
 from stagewise.stages import (
     STATISTICS,
     StageBoundary,
     StageCurve,
-    predicted_boundary,
     stage_edges,
     stratified_times,
 )

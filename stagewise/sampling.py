@@ -64,16 +64,13 @@ def model_velocity(
     prediction: Prediction | PredictionKind = "velocity",
     convention: Convention = STAGEWISE,
 ) -> Velocity:
-    """The velocity of a model that predicts something else, or counts time another way.
+    """The velocity `u(x_t, t)` of a model that predicts something else, or counts time another way.
 
     Args:
         model: Called as `model(xt, time)` with time in the model's convention.
         path: Path of training, default `LinearPath()`.
         prediction: What the model predicts, default "velocity".
         convention: Its time and sign, default the library's.
-
-    Returns:
-        `u(x_t, t)` in the library's convention.
     """
     path, prediction = path or LinearPath(), Prediction.of(prediction)
 
@@ -85,17 +82,10 @@ def model_velocity(
 
 
 def integration_range(prediction: Prediction | PredictionKind) -> tuple[float, float]:
-    """Between which times samples of a prediction type are integrated.
+    """Between which times (start, end) samples of a prediction type are integrated.
 
     Turned into a velocity, the errors of a noise or score prediction are multiplied by 1 / a_t, of
-    a data prediction by 1 / s_t; at t = 1 all but the velocity are 0 / 0. So they stop short of
-    these ends.
-
-    Args:
-        prediction: What the model predicts.
-
-    Returns:
-        Start and end in t.
+    a data prediction by 1 / s_t; at t = 1 all but the velocity are 0 / 0.
     """
     return _RANGES[Prediction.of(prediction).kind]
 
@@ -112,12 +102,9 @@ def time_grid(
 
     Args:
         steps: How many steps, M.
-        shift: s of the shift `v -> s v / (1 + (s - 1) v)`, default 1: even steps. Below 1 there
-            are more near noise. The shift acts on [0, 1] whatever `start` and `end` are: a grid
-            that starts later is spaced like that part of a whole one. Papers that count from data
-            to noise have 1 / s.
-        coarse: Where the first step ends, with all others from there; default None: a step like
-            the others.
+        shift: s of the shift `v -> s v / (1 + (s - 1) v)` on [0, 1], default 1: even steps. Below 1
+            there are more near noise. Papers that count from data to noise have 1 / s.
+        coarse: Where a first large step ends, default None: a step like the others.
         start: First time, default 0.
         end: Last time, default 1.
 
@@ -125,8 +112,7 @@ def time_grid(
         (M + 1,), float64, ascending, from `start` to `end`.
 
     Raises:
-        ValueError: On times that are not 0 <= start < end <= 1, a shift that is not above 0, or
-            fewer than one step (two with `coarse`).
+        ValueError: On numbers out of range.
     """
     if not 0 <= start < end <= 1:
         raise ValueError(f"Expected 0 <= start < end <= 1, got {start} and {end}.")
@@ -161,14 +147,10 @@ def guided(
 
     Args:
         conditional: Velocity given the label.
-        unconditional: Velocity of the null label.
+        unconditional: Velocity of the null label; not asked outside the interval.
         scale: Guidance weight w; 1 is none.
-        interval: Where it applies, in t (0 = noise); default everywhere. Outside it the
-            unconditional velocity is not computed.
+        interval: Where it applies, in t (0 = noise); default everywhere.
         channels: Guide only the first so many channels (LightningDiT: 3 of 32), default all.
-
-    Returns:
-        The guided velocity.
 
     Raises:
         ValueError: If `channels` is below 1; when asked, if there are fewer.
@@ -197,14 +179,8 @@ def guided(
 def guidance_interval(collapsed: float) -> tuple[float, float] | None:
     """The interval for guidance that follows from a measured boundary, a first guess to scan.
 
-    From where the target has collapsed to 0.6: a reading of the one table there is (Liu et al.,
-    arXiv 2512.02826, Tab. 3, [0.1, 0.6] with a target that has collapsed at about 0.10).
-
-    Args:
-        collapsed: t at which the mean largest weight crosses 0.99 (`StageBoundary`).
-
-    Returns:
-        The interval in t, or None where nothing is known: not crossed, or at 0.5 and later.
+    From where the target has collapsed (`StageBoundary.collapsed`) to 0.6: a reading of one table
+    (Liu et al., arXiv 2512.02826, Tab. 3). None if that is not known, or at 0.5 and later.
     """
     return (collapsed, 0.6) if 0 < collapsed < 0.5 else None
 
@@ -227,15 +203,12 @@ def sample(
     Args:
         velocity: `u(x_t, t)`.
         x0: State at `start`, noise if that is 0, (B, *).
-        method: A solver of torchdiffeq: "euler", "midpoint", "heun2", "heun3" or "rk4" with fixed
-            steps, or "dopri5", "dopri8", "bosh3", "fehlberg2" or "adaptive_heun", which choose
-            their own; default "midpoint".
+        method: One of `FIXED_SOLVERS` or `ADAPTIVE_SOLVERS`, default "midpoint".
         steps: Steps of a fixed-step solver, default 25; midpoint asks for two velocities a step.
         start: Time of `x0`, default 0.
-        end: Time of the result, default 1. Predictions other than the velocity are singular there:
-            see `integration_range`.
+        end: Time of the result, default 1; see `integration_range`.
         times: The times of a fixed-step solver, ascending, (M + 1,), such as `time_grid` gives, in
-            place of `steps`, `start` and `end`; default None: even steps.
+            place of `steps`, `start` and `end`.
         rtol: Relative tolerance of a solver that chooses its steps, default 1e-4.
         atol: Absolute tolerance, default 1e-4.
 
@@ -243,11 +216,11 @@ def sample(
         The state at `end`, (B, *).
 
     Raises:
-        ValueError: If the times are not 0 <= start < end <= 1, `steps` is below 1, `times` do not
-            ascend or are given to a solver that chooses its own, or the solver is none of these.
+        ValueError: On an unknown solver, numbers out of range, or `times` for a solver that chooses
+            its own.
     """
-    if method not in FIXED_SOLVERS + ADAPTIVE_SOLVERS:
-        known = FIXED_SOLVERS + ADAPTIVE_SOLVERS
+    known = FIXED_SOLVERS + ADAPTIVE_SOLVERS
+    if method not in known:
         raise ValueError(f"Expected `method` among {known}, got {method!r}.")
     if times is not None and method in ADAPTIVE_SOLVERS:
         raise ValueError(
@@ -297,8 +270,8 @@ def switched(
     the other solvers stop at 0.999.
 
     Args:
-        first: Velocity before `at`; not asked where `at` is `start` or less.
-        second: Velocity from there; not asked where `at` is `end` or more.
+        first: Velocity before `at`.
+        second: Velocity from there.
         x0: State at `start`, (B, *).
         at: Time of the switch, in [0, 1].
         method: See `sample`.
@@ -333,13 +306,8 @@ def _checked(times: Tensor) -> Tensor:
     """The times as float64 on the host, if a solver can take them."""
     known = times.detach().cpu().double()
     # Equal in float32, they would be a step of length 0.
-    if not (
-        known.ndim == 1
-        and len(known) > 1
-        and bool((known.float().diff() > 0).all())
-        and float(known[0]) >= 0
-        and float(known[-1]) <= 1
-    ):
+    ascending = known.ndim == 1 and len(known) > 1 and bool((known.float().diff() > 0).all())
+    if not (ascending and known[0] >= 0 and known[-1] <= 1):
         raise ValueError(
             f"Expected `times` ascending within [0, 1], (M + 1,), got {tuple(known.shape)} from "
             f"{known.flatten()[:3].tolist()} on."

@@ -39,8 +39,8 @@ from stagewise.paths import Path, PathCoefficients
 from stagewise.posterior import UNDERFLOW, Posterior
 from stagewise.queries import Queries, indices_of, with_source_weight
 from stagewise.smoothing import Smoothing
+from stagewise.smoothing_inputs import Strength, strength_at
 from stagewise.stages import StageBoundary
-from stagewise.strength import Strength, strength_at
 
 __all__ = ["SmoothedOracle"]
 

@@ -12,20 +12,17 @@ manifold Parzen windows: Vincent & Bengio, NeurIPS 2002). Its oracle is `Smoothe
 on one of them. Targets below the boundary are then those of the rows, above it those of the
 smoothed set, and no single probability path has both. A ramp in t is gentler.
 
-**Copies of a row are not its neighbours**: they would be directions of length 0, so that a row is
-smoothed less for standing in the set twice. A row with fewer than K others that differ from it has
-those (K is then their number), and one with none stays as it is.
+**Copies of a row are not its neighbours**: they would be directions of length 0. A row with fewer
+than K others that differ from it has those (K is then their number), and one with none stays.
 
 **Latents with a mean and a standard deviation.** A sample that the VAE drew around its row is in a
-Gaussian already. Keep the floor 0: `draw` moves the sample by the neighbourhood of its row and the
-VAE's own spread is the isotropic part.
+Gaussian already: keep the floor 0.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,17 +32,25 @@ from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
 from stagewise.computed_file import is_computed, write_tensors
-from stagewise.neighbour_index import index_header, neighbour_index, search_space
+from stagewise.nearest_rows import nearest_others
 from stagewise.oracle import Oracle, Times, require_tensors
 from stagewise.paths import expand_like
-from stagewise.stages import StageBoundary, StageCurve
-from stagewise.strength import Strength, strength_at
+from stagewise.smoothing_inputs import (
+    Strength,
+    check_settings,
+    require_all,
+    search_space,
+    strength_at,
+)
+from stagewise.stages import StageBoundary
 from stagewise.tracing import untraced
 
 if TYPE_CHECKING:
     from stagewise.smoothing_fit import SmoothingScore
 
 __all__ = ["Smoothing"]
+
+_FORMAT = {"format": "stagewise.Smoothing", "version": "1"}
 
 
 class Smoothing:
@@ -65,6 +70,7 @@ class Smoothing:
             measured to be better.
         device: Where to search, default where the bank is.
         progress: Whether to show a bar, default True; without tqdm there is none.
+        file: Where the neighbours are kept, default nowhere; see `cached`.
 
     Attributes:
         index: The neighbours, (N, K), int32, on the CPU, in the bank's own order; the row itself
@@ -99,43 +105,30 @@ class Smoothing:
         class_wise: bool = False,
         device: torch.device | str | None = None,
         progress: bool = True,
+        file: str | os.PathLike[str] | None = None,
     ) -> None:
-        _check_settings(bank, neighbours, scale, floor)
-        space = search_space(bank, features, class_wise)
-        index = neighbour_index(space, neighbours, class_wise, device, progress)
-        self._fill(bank, index, scale, floor, class_wise, space)
-
-    def _fill(
-        self,
-        bank: LatentBank,
-        index: Tensor,
-        scale: float,
-        floor: float,
-        class_wise: bool,
-        space: LatentBank,
-    ) -> None:
-        self.bank, self.index, self.class_wise = bank, index, class_wise
+        check_settings(bank, neighbours, scale, floor)
+        if class_wise:
+            bank.require_classes()
+        space = search_space(bank, features)
+        self.bank, self.class_wise = bank, class_wise
         self.scale, self.floor = float(scale), float(floor)
         self.space = "rows" if space is bank else space.fingerprint
         self._moved: dict[torch.device, Tensor] = {}
         self._checked = False
         self.scores: list[SmoothingScore] = []
-
-    # -- files ---------------------------------------------------------------------------------
+        if file is not None and is_computed(file, self._header(neighbours), "smoothing"):
+            with safe_open(file, "pt") as kept:
+                self.index: Tensor = kept.get_tensor("index")
+            return
+        near = nearest_others(space, neighbours, class_wise, device, progress)
+        self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])
+        if file is not None:
+            self.save(file)
 
     @classmethod
     def cached(
-        cls,
-        path: str | os.PathLike[str],
-        bank: LatentBank,
-        neighbours: int = 8,
-        scale: float = 1.0,
-        floor: float = 0.0,
-        *,
-        features: Tensor | None = None,
-        class_wise: bool = False,
-        device: torch.device | str | None = None,
-        progress: bool = True,
+        cls, path: str | os.PathLike[str], bank: LatentBank, *settings: Any, **options: Any
     ) -> Smoothing:
         """With the neighbours in the file at `path`, if they are those asked for.
 
@@ -145,29 +138,14 @@ class Smoothing:
 
         Args:
             path: The file, which need not exist.
-            bank: See the class, like all that follow.
-            neighbours: K.
-            scale: g.
-            floor: h.
-            features: Where to look.
-            class_wise: Among which rows.
-            device: Where to search.
-            progress: Whether to show a bar.
+            bank: The rows.
+            *settings: Further arguments of the class.
+            **options: The same.
 
         Raises:
             ValueError: If there is a file of something else; and as the class.
         """
-        _check_settings(bank, neighbours, scale, floor)
-        space = search_space(bank, features, class_wise)
-        made = cls.__new__(cls)
-        if is_computed(path, index_header(bank, neighbours, class_wise, space), "smoothing"):
-            with safe_open(path, "pt") as file:
-                made._fill(bank, file.get_tensor("index"), scale, floor, class_wise, space)
-            return made
-        index = neighbour_index(space, neighbours, class_wise, device, progress)
-        made._fill(bank, index, scale, floor, class_wise, space)
-        made.save(path)
-        return made
+        return cls(bank, *settings, **options, file=path)
 
     @classmethod
     def fit(
@@ -180,74 +158,37 @@ class Smoothing:
     ) -> Smoothing | None:
         """Neighbours and scale by cross-validation, for sets of up to some thousand rows.
 
-        Of 8, 16, 32 and 64 neighbours and scales from 0.25 to 1.4: what makes samples that are no
-        farther from rows left out than the rows themselves are, with the best field; see
-        `smoothing_fit`. It knows the rows, not the model: where nothing is learnt by heart, which
-        `Forecast` tells, smoothing gains little or nothing.
+        Of 8, 16, 32 and 64 neighbours and scales from 0.25 to 1.4 what makes samples no farther
+        from rows left out than the rows themselves are, with the best field; see `smoothing_fit`.
+        Where nothing is learnt by heart, which `Forecast` tells, smoothing gains little or nothing.
 
         Args:
             bank: The rows; at least 20.
-            boundary: Time from which on they are smoothed: a time, or what was measured, of which
-                the collapsed boundary is taken. Default: measured, class-wise if the bank has
-                classes.
+            boundary: Time from which on they are smoothed; see `time_of`. Default: measured,
+                class-wise if the bank has classes.
             class_wise: Whether neighbours are of the row's own class.
             progress: Whether to show a bar.
 
         Returns:
-            The smoothing, its `scores` a list of all that was tried; or None, with a warning that
-            says why, if none of the settings helps: `Scheme(smoothing=None)` is plain training.
+            The smoothing, with its `scores`; or None, with a warning that says why, if none of the
+            settings helps: `Scheme(smoothing=None)` is plain training.
 
         Raises:
             ValueError: For fewer than 20 rows, or a boundary outside [0, 1).
             TypeError: If `bank` is no bank.
         """
-        from stagewise.smoothing_fit import cross_validated
+        from stagewise.smoothing_fit import fitted
 
-        _check_settings(bank, 1, 1.0, 0.0)
-        if len(bank) < 20:
-            raise ValueError(
-                f"Expected at least 20 rows to choose a smoothing from, got {len(bank)}: "
-                f"Smoothing(bank, neighbours={max(1, min(8, len(bank) - 1))})."
-            )
-        if boundary is None:
-            boundary = StageCurve.measure(Oracle(bank)).boundary()
-        edge = boundary.collapsed if isinstance(boundary, StageBoundary) else float(boundary)
-        if not (math.isnan(edge) or 0 <= edge < 1):
-            raise ValueError(
-                f"Expected `boundary` in [0, 1), the time from which on rows are smoothed, got "
-                f"{boundary}: Smoothing.fit(bank, 0.7)."
-            )
-        if math.isnan(edge):
-            warnings.warn(
-                "Smoothing.fit: none. The posterior never collapses on one row, where rows are "
-                "smoothed. Rows that stand in the bank twice share it: leave them out, "
-                "LatentBank(x.unique(dim=0)), or say from when on, Smoothing.fit(bank, 0.7).",
-                stacklevel=2,
-            )
-            return None
-        options: dict[str, Any] = {"class_wise": class_wise, "progress": progress}
-        scales = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4)
-        scores = cross_validated(bank, edge, (8, 16, 32, 64), scales, **options)
-        best = min(
-            (s for s in scores if not math.isnan(s.loss)), key=lambda s: s.loss, default=scores[0]
-        )
-        if not best.neighbours:
-            warnings.warn(
-                f"Smoothing.fit: none. On rows left out the rows as they are have a loss of "
-                f"{best.loss:.4g}, and no setting that keeps samples as near to them has less.",
-                stacklevel=2,
-            )
-            return None
-        fitted = cls(bank, best.neighbours, best.scale, **options)
-        fitted.scores = scores
-        return fitted
+        return fitted(bank, boundary, class_wise, progress)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the neighbours for `cached`, in one step: there is never half a file at `path`."""
-        header = index_header(self.bank, self.neighbours, self.class_wise, self.space)
-        write_tensors(path, {"index": self.index}, header)
+        write_tensors(path, {"index": self.index}, self._header(self.neighbours))
 
-    # -- draws ---------------------------------------------------------------------------------
+    def _header(self, neighbours: int) -> dict[str, str]:
+        numbers = {"rows": len(self.bank), "dim": self.bank.dim, "neighbours": neighbours}
+        about = {"fingerprint": self.bank.fingerprint, "class_wise": str(self.class_wise)}
+        return _FORMAT | about | {k: str(v) for k, v in numbers.items()} | {"space": self.space}
 
     @untraced
     def draw(
@@ -268,10 +209,8 @@ class Smoothing:
                 costs a product of the batch's keys and reads its rows. With the bank on the host
                 give them on the host, which costs no device sync.
             t: Their times, (B,), or as in `Oracle.posterior`; for the two that follow.
-            boundary: Rows are smoothed at this time and after it, and left as they are before it
-                (to the last bit): a time, or what `StageCurve.boundary` measured, of which the
-                collapsed boundary is taken. NaN (never reached) smooths nothing. Default: all are
-                smoothed.
+            boundary: Rows are smoothed at this time and after it, and left as they are before it,
+                to the last bit; see `time_of`. Default: all are smoothed.
             strength: In place of a boundary, any function of t: a ramp, say.
             generator: Of the draws, default the global one of the device of `x1`.
 
@@ -279,11 +218,10 @@ class Smoothing:
             (B, *), in the dtype and on the device of `x1`.
 
         Raises:
-            ValueError: If a sample is no row and no source is given for it, on a source that is no
-                row, in the first call on samples that are far from the rows they are said to be, on
-                that do not fit, a boundary or a strength without times, both, or a strength
-                outside [0, 1]. On an accelerator values are checked by assertions, which cost no
-                sync.
+            ValueError: On samples that are no rows without a source, a source that is no row,
+                samples far from their rows (in the first call), shapes that do not fit, a boundary
+                or a strength without times, both, or one outside [0, 1]. On an accelerator values
+                are checked by assertions, which cost no sync.
             TypeError: If `x1` or `source` is no tensor.
         """
         require_tensors(x1=x1)
@@ -316,16 +254,13 @@ class Smoothing:
     def moved(
         self, x1: Tensor, source: Tensor, normals: Tensor, share: Tensor | None = None
     ) -> Tensor:
-        """What a draw does with its normal numbers.
+        """What a draw does with its normal numbers, in the dtype of `x1`.
 
         Args:
             x1: Samples, (B, *).
             source: Their rows, (B,).
             normals: z, and after it e if there is a floor, (B, `num_normals`).
             share: What multiplies the move, (B,); default 1.
-
-        Returns:
-            (B, *), in the dtype of `x1`.
         """
         stored = self.bank.rows
         wide = torch.promote_types(x1.dtype, torch.float32)
@@ -354,8 +289,7 @@ class Smoothing:
 
     def rows_of(self, x1: Tensor, source: Tensor | None = None) -> Tensor:
         """The row of each sample, (B,): as it is given, or looked up; see `draw`."""
-        given = source is not None
-        source = self.bank.find(x1) if source is None else source
+        given, source = source is not None, self.bank.find(x1) if source is None else source
         require_tensors(source=source)
         if source.shape != x1.shape[:1] or source.is_floating_point() or source.dtype == torch.bool:
             raise ValueError(
@@ -363,41 +297,40 @@ class Smoothing:
                 f"{source.dtype} of shape {tuple(source.shape)}: draw(x1, source=bank.find(x1))."
             )
         inside = (source >= 0) & (source < len(self.bank))
-        message = f"Expected `source` from 0 to {len(self.bank) - 1}, the rows of the bank"
+        what = f"`source` from 0 to {len(self.bank) - 1}, the rows of the bank"
         if not given:
-            message = "Expected samples that are rows of the bank, or the `source` of each"
-        if source.device.type != "cpu":
-            torch._assert_async(inside.all(), message)
-        elif not inside.all():
-            wrong = ~inside
-            raise ValueError(
-                f"{message}, got {int(wrong.sum())} of {len(wrong)} that are "
-                + (f"not, the first {int(source[wrong][0])}. " if given else "no rows. ")
+            what = "samples that are rows of the bank, or the `source` of each"
+        require_all(
+            inside,
+            f"Expected {what}",
+            lambda: (
+                f", got {int((~inside).sum())} of {len(inside)} that are "
+                + (f"not, the first {int(source[~inside][0])}. " if given else "no rows. ")
                 + "Flips and crops are no rows: train without them, or make the bank of what is "
                 "trained on. Or let the data set return the position i of each item: "
                 "draw(x1, source=i) if the bank keeps its order (bank.index is None), otherwise "
                 "draw(x1, source=bank.index.argsort()[i])."
-            )
+            ),
+        )
         return source
 
     @torch.no_grad()
     def _check_rows(self, x1: Tensor, source: Tensor) -> None:
         """Refuses samples that have little to do with their rows: flips, or another order."""
-        gap = x1.flatten(1).double() - self.bank.take(source, x1.device)
-        spread = self.bank.mean_sq_norm.to(x1.device)
-        near = gap.square().sum(1).mean() <= 0.75 * spread  # of two random rows it is 2
-        message = "Expected `x1` near the rows that `source` says"
         if not len(x1):
             return
-        if near.device.type != "cpu":
-            torch._assert_async(near, message)
-        elif not near:
-            far = float((gap.square().sum(1).mean() / spread).sqrt())
-            raise ValueError(
-                f"{message}, got samples {far:.2g} times as far from them as rows are from their "
-                "mean. Positions in the data set? A bank with labels is sorted by class: source="
-                "bank.index.argsort()[i]. Flips or crops? Build the bank of what is trained on."
-            )
+        gap = x1.flatten(1).double() - self.bank.take(source, x1.device)
+        off = gap.square().sum(1).mean() / self.bank.mean_sq_norm.to(x1.device)
+        require_all(
+            off <= 0.75,  # of two random rows it is 2
+            "Expected `x1` near the rows that `source` says",
+            lambda: (
+                f", got samples {float(off.sqrt()):.2g} times as far from them as rows are from "
+                "their mean. Positions in the data set? A bank with labels is sorted by class: "
+                "source=bank.index.argsort()[i]. Flips or crops? Build the bank of what is trained "
+                "on."
+            ),
+        )
         self._checked = True
 
     def _index_on(self, device: torch.device) -> Tensor:
@@ -410,29 +343,22 @@ class Smoothing:
             self._moved[device] = moved
         return self._moved[device]
 
-    # -- what else a scheme needs --------------------------------------------------------------
-
     def with_scale(self, scale: float | None = None, floor: float | None = None) -> Smoothing:
         """The same neighbours with another scale or floor."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.scale = self.scale if scale is None else float(scale)
         other.floor = self.floor if floor is None else float(floor)
-        _check_settings(self.bank, self.neighbours, other.scale, other.floor)
+        check_settings(self.bank, self.neighbours, other.scale, other.floor)
         return other
 
     def check(self, oracle: Oracle) -> None:
-        """Refuses an oracle that does not go with the smoothing.
-
-        Raises:
-            ValueError: If its bank is another one or spread over ranks, or it has a smoothing.
-        """
+        """Refuses an oracle of another bank, of one over ranks, or with another smoothing."""
         if not oracle.engine.holds_all_rows:
             raise ValueError(
-                "Expected an oracle with all rows for a smoothing, got Sharded(), of which a rank "
-                "has only its part: neighbours lie on other ranks. Give each rank the same "
-                "memory-mapped bank: Oracle(LatentBank.open(path)), Smoothing(LatentBank.open("
-                "path))."
+                "Expected an oracle with all rows for a smoothing, got Sharded(): neighbours lie "
+                "on other ranks. Give each rank the same memory-mapped bank: "
+                "Oracle(LatentBank.open(path)), Smoothing(LatentBank.open(path))."
             )
         if oracle.smoothing is not None and oracle.smoothing is not self:
             raise ValueError(
@@ -442,11 +368,7 @@ class Smoothing:
         self.check_bank(oracle.bank)
 
     def check_bank(self, bank: LatentBank) -> None:
-        """Refuses another bank than the smoothing's.
-
-        Raises:
-            ValueError: With what both hold.
-        """
+        """Refuses another bank than the smoothing's."""
         if bank is not self.bank and bank.fingerprint != self.bank.fingerprint:
             raise ValueError(
                 f"Expected the bank of the smoothing, {self.bank!r}, got {bank!r} with other rows. "
@@ -461,23 +383,3 @@ class Smoothing:
 
     def __repr__(self) -> str:
         return f"Smoothing({self.neighbours} neighbours, scale={self.scale}, floor={self.floor})"
-
-
-def _check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float) -> None:
-    if not isinstance(bank, LatentBank):
-        raise TypeError(
-            f"Expected a LatentBank to smooth, got {type(bank).__name__}. Of samples make "
-            "Smoothing(LatentBank(x)); of latents in files Smoothing(latents.bank())."
-        )
-    if isinstance(neighbours, bool) or not isinstance(neighbours, int):
-        raise TypeError(f"Expected `neighbours` to be a whole number, got {neighbours!r}.")
-    if not 1 <= neighbours < len(bank):
-        raise ValueError(
-            f"Expected `neighbours` from 1 to {len(bank) - 1}, the other rows of the bank, got "
-            f"{neighbours}: Smoothing(bank, neighbours={min(8, len(bank) - 1)})."
-        )
-    for name, value in (("scale", scale), ("floor", floor)):
-        if not isinstance(value, float | int) or not 0 <= value < math.inf:
-            raise ValueError(
-                f"Expected `{name}` of at least 0, got {value!r}. Give {name}=0 for none."
-            )

@@ -24,6 +24,7 @@ settings: it stays in the samples as noise, and beside many neighbours it gained
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,13 +33,15 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.keys import row_keys
-from stagewise.nearest_rows import shown
+from stagewise.nearest_rows import progress_bar
 from stagewise.oracle import Oracle
 from stagewise.paths import expand_like
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
+from stagewise.smoothing_inputs import check_settings, time_of
+from stagewise.stages import StageBoundary, StageCurve
 
-__all__ = ["SmoothingScore", "cross_validated"]
+__all__ = ["SmoothingScore", "cross_validated", "fitted"]
 
 FOLDS, ASKED, DRAWN = 5, 1000, 500
 _LAST = 0.03
@@ -92,6 +95,52 @@ class _Fold:
         return off.flatten(1).double().square().mean(1)
 
 
+def fitted(
+    bank: LatentBank, boundary: float | StageBoundary | None, class_wise: bool, progress: bool
+) -> Smoothing | None:
+    """What `Smoothing.fit` gives."""
+    check_settings(bank, 1, 1.0, 0.0)
+    if len(bank) < 20:
+        raise ValueError(
+            f"Expected at least 20 rows to choose a smoothing from, got {len(bank)}: "
+            f"Smoothing(bank, neighbours={max(1, min(8, len(bank) - 1))})."
+        )
+    if boundary is None:
+        boundary = StageCurve.measure(Oracle(bank)).boundary()
+    edge = time_of(boundary, "Smoothing.fit(bank, 0.7)")
+    if edge == 1:
+        raise ValueError(
+            "Expected `boundary` below 1, after which rows are smoothed, got 1: "
+            "Smoothing.fit(bank, 0.7)."
+        )
+    if math.isnan(edge):
+        _warn(
+            "The posterior never collapses on one row, where rows are smoothed. Rows that stand in "
+            "the bank twice share it: leave them out, LatentBank(x.unique(dim=0)), or say from "
+            "when on, Smoothing.fit(bank, 0.7)."
+        )
+        return None
+    scales = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4)
+    scores = cross_validated(
+        bank, edge, (8, 16, 32, 64), scales, class_wise=class_wise, progress=progress
+    )
+    asked = [score for score in scores if not math.isnan(score.loss)]
+    best = min(asked, key=lambda score: score.loss, default=scores[0])
+    if not best.neighbours:
+        _warn(
+            f"On rows left out the rows as they are have a loss of {best.loss:.4g}, and no setting "
+            "that keeps samples as near to them has less."
+        )
+        return None
+    made = Smoothing(bank, best.neighbours, best.scale, class_wise=class_wise, progress=progress)
+    made.scores = scores
+    return made
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"Smoothing.fit: none. {reason}", stacklevel=4)
+
+
 @torch.no_grad()
 def cross_validated(
     bank: LatentBank,
@@ -127,7 +176,7 @@ def cross_validated(
     neighbours = [k for k in neighbours if k <= most]
     rows = SmoothingScore(0, 0.0, 0.0, _mean(fold.loss(Oracle(fold.rest)) for fold in folds))
     scores = [rows]
-    for k in shown(neighbours, len(neighbours), progress, "cross-validation"):
+    for k in progress_bar(neighbours, len(neighbours), progress, "cross-validation"):
         found = [SmoothingScore(k, g, 0.0) for g in scales]
         smoothings = [
             Smoothing(fold.rest, k, class_wise=class_wise, progress=False) for fold in folds

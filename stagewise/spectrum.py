@@ -1,29 +1,37 @@
-"""The covariance spectrum of a bank: what it tells of the posterior before any query."""
+r"""The covariance spectrum of a bank: what it tells of the posterior before any query.
+
+A Gaussian of that covariance is told apart from N - 1 others when the information in `x_t` reaches
+log N,
+
+    1/2 sum_k log(1 + rho_t^2 lambda_k) = log N
+
+(after Biroli et al., arXiv 2402.18491, for Gaussian data). Real data are not Gaussian and collapse
+later, so this is a prior for the grid and a line in the plot, not a measurement.
+"""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.paths import Path
 
-__all__ = ["information", "spectrum"]
+__all__ = ["information", "predicted_boundary", "spectrum"]
 
 
 def spectrum(bank: LatentBank, segment: slice | None = None, *, max_rows: int = 2048) -> Tensor:
-    """Variances of the rows along their principal axes.
+    """Variances of the rows along their principal axes, ascending, float64, on the CPU.
 
     Args:
         bank: The bank.
         segment: Which rows, default all.
         max_rows: Rows (evenly spaced) that are looked at, default 2048; fewer if they would take
             more than a gigabyte.
-
-    Returns:
-        Eigenvalues of the covariance, ascending, float64, on the CPU; as many as rows were looked
-        at or as a row has numbers, whichever is less.
     """
     segment = segment or bank.whole
     few = min(max_rows, max(64, 2**27 // bank.dim))
@@ -48,3 +56,51 @@ def information(snr_sqrt: Tensor, eigenvalues: Tensor) -> Tensor:
     """
     power = snr_sqrt.double().square()[:, None]
     return torch.log1p(power * eigenvalues.to(snr_sqrt.device)).sum(1) / 2
+
+
+def predicted_boundary(
+    bank: LatentBank,
+    path: Path,
+    *,
+    class_wise: bool = False,
+    max_rows: int = 2048,
+    max_classes: int = 8,
+) -> float:
+    """The boundary that the spectrum of the bank predicts; top-1 is about 2/3 there.
+
+    Args:
+        bank: The bank.
+        path: The path of training.
+        class_wise: Whether the posterior is class-wise; then the median over classes, default
+            False.
+        max_rows: Rows (evenly spaced) whose covariance is taken, see `spectrum`. Log N always
+            counts all rows.
+        max_classes: Classes (evenly spaced) that are looked at, default 8.
+
+    Returns:
+        t in [0, 1]; NaN if all rows are the same, where nothing is to be told apart.
+
+    Raises:
+        ValueError: If `class_wise` is asked of a bank without labels.
+    """
+    segments = [bank.whole]
+    if class_wise:
+        bank.require_classes()
+        classes = bank.classes[:: math.ceil(len(bank.classes) / max_classes)]
+        segments = [bank.segment(label) for label in classes]
+    found = []
+    for segment in segments:
+        nats = math.log(segment.stop - segment.start)
+        variances = spectrum(bank, segment, max_rows=max_rows)
+        largest = float(variances.max())
+        if largest <= 0:
+            continue
+
+        def missing(log_rho: float, variances: Tensor = variances, nats: float = nats) -> float:
+            rho = torch.tensor([math.exp(log_rho)], dtype=torch.float64)
+            return float(information(rho, variances)) - nats
+
+        # Between no information at all and more than log N from the leading direction alone.
+        high = nats + 1 - 0.5 * math.log(largest)
+        found.append(path.time_of_snr_sqrt(math.exp(brentq(missing, high - 60, high))))
+    return float(np.median(found)) if found else math.nan

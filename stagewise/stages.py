@@ -5,13 +5,7 @@ for. Early on many rows explain it (**navigation**); late, one does (**refinemen
 the mean top-1 weight `E max_i gamma_i` over t rises from 1/N to 1, and the **boundary** is where it
 crosses 0.5 (`midpoint`) and 0.99 (`collapsed`) (Liu et al., arXiv 2512.02826, Fig. 2).
 
-Without any query the boundary can be predicted from the spectrum `lambda_k` of the bank: a Gaussian
-of that covariance is told apart from N - 1 others when the information in `x_t` reaches log N,
-
-    1/2 sum_k log(1 + rho_t^2 lambda_k) = log N
-
-(after Biroli et al., arXiv 2402.18491, for Gaussian data). Real data are not Gaussian and collapse
-later, so this is a prior for the grid and a line in the plot, not a measurement.
+Without any query the boundary can be predicted from the spectrum of the bank: see `spectrum`.
 """
 
 from __future__ import annotations
@@ -22,20 +16,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.optimize import brentq, isotonic_regression
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from stagewise.bank import LatentBank
 from stagewise.oracle import Oracle, check_times
-from stagewise.paths import Path, Prediction
-from stagewise.spectrum import information, spectrum
+from stagewise.paths import Prediction
+from stagewise.spectrum import predicted_boundary
 
 __all__ = [
     "STATISTICS",
     "Recipe",
     "StageBoundary",
     "StageCurve",
-    "predicted_boundary",
+    "loss_floor",
+    "require_curve",
     "require_whole_bank",
     "stage_edges",
     "stratified_times",
@@ -145,9 +139,7 @@ class StageCurve:
 
         Args:
             oracle: Bank and path.
-            t: Time of each query, (T, Q); see `stratified_times`. Default those of `Recipe.of`: 64
-                in each of 24 strata, half of which lie near the predicted boundary if that is near
-                an end.
+            t: Time of each query, (T, Q); see `stratified_times`. Default those of `Recipe.of`.
             seed: Of the rows and the noise; the same seed gives the same queries on every device,
                 rank and number of ranks. Default 0. No global generator is touched.
             class_wise: Whether the posterior is over the rows of the query's own class, default
@@ -157,9 +149,6 @@ class StageCurve:
                 computed and the others are left 0: sum `values` over the ranks.
             world_size: See `rank`.
             batch_size: Queries answered at a time, default 512, fewer if D is above 2^16.
-
-        Returns:
-            The curve.
 
         Raises:
             ValueError: If `t` has another shape or leaves [0, 1], or `class_wise` is asked of a
@@ -222,18 +211,14 @@ class StageCurve:
         """Where the mean top-1 weight crosses 0.5 and 0.99.
 
         The means over halves of the strata are fitted by a function that grows with t (isotonic
-        regression: the true curve does), and the crossing is interpolated. The interval is the
-        percentile bootstrap over the queries within each stratum; at 95 % and 64 queries it covered
-        the midpoint in 39 of 40 simulated trials, and `collapsed`, which hangs on rare queries, in
-        35 only.
+        regression), and the crossing is interpolated. The interval is the percentile bootstrap over
+        the queries within each stratum; at 95 % and 64 queries it covered the midpoint in 39 of 40
+        simulated trials, and `collapsed`, which hangs on rare queries, in 35 only.
 
         Args:
             replicates: Bootstrap replicates, default 200.
             confidence: Coverage, default 0.95.
             seed: Of the replicates, default 0.
-
-        Returns:
-            Both boundaries with their intervals.
         """
         top1, t = self.statistic("top1").numpy(), self.t.numpy()
         queries = t.shape[1]
@@ -263,12 +248,37 @@ class StageCurve:
         return StageBoundary(found[0], low[0], high[0], found[1], low[1], high[1], confidence)
 
 
-def require_whole_bank(oracle: Oracle) -> None:
-    """Refuses to measure the boundary of a bank that is spread over the ranks.
+def loss_floor(curve: StageCurve, t: Tensor) -> Tensor:
+    """`J*(t)`, the part of the loss that no model can remove. Costs no device sync.
 
-    Raises:
-        ValueError: With the cure.
+    The mean square of conditional minus oracle velocity over the D numbers of a sample, linear
+    between the strata of the curve, constant before the first and after the last.
+
+    Args:
+        curve: `StageCurve.measure(oracle)`.
+        t: Times, any shape.
+
+    Returns:
+        Of the shape and dtype of `t`.
     """
+    times, means = (x.to(t.device) for x in (curve.times, curve.mean("target_difference")))
+    at = torch.minimum(t.double().maximum(times[0]), times[-1])
+    right = torch.searchsorted(times, at.contiguous()).clamp(1, len(times) - 1)
+    share = (at - times[right - 1]) / (times[right] - times[right - 1])
+    return torch.lerp(means[right - 1], means[right], share).to(t.dtype)
+
+
+def require_curve(curve: StageCurve) -> None:
+    """Refuses what is no measured curve."""
+    if not isinstance(curve, StageCurve):
+        raise TypeError(
+            f"Expected `curve` to be a StageCurve, got {type(curve).__name__}: "
+            "curve = StageCurve.measure(oracle)."
+        )
+
+
+def require_whole_bank(oracle: Oracle) -> None:
+    """Refuses to measure the boundary of a bank that is spread over the ranks."""
     if not oracle.engine.holds_all_rows:
         raise ValueError(
             "The boundary of a bank that is spread over the ranks is not measured here. Give "
@@ -309,54 +319,6 @@ def _crossings(
         for level in levels
     )
     return low, high
-
-
-def predicted_boundary(
-    bank: LatentBank,
-    path: Path,
-    *,
-    class_wise: bool = False,
-    max_rows: int = 2048,
-    max_classes: int = 8,
-) -> float:
-    """The boundary that the spectrum of the bank predicts; top-1 is about 2/3 there.
-
-    Args:
-        bank: The bank.
-        path: The path of training.
-        class_wise: Whether the posterior is class-wise; then the median over classes, default
-            False.
-        max_rows: Rows (evenly spaced) whose covariance is taken, see `spectrum`. Log N always
-            counts all rows.
-        max_classes: Classes (evenly spaced) that are looked at, default 8.
-
-    Returns:
-        t in [0, 1]; NaN if all rows are the same, where nothing is to be told apart.
-
-    Raises:
-        ValueError: If `class_wise` is asked of a bank without labels.
-    """
-    segments = [bank.whole]
-    if class_wise:
-        bank.require_classes()
-        classes = bank.classes[:: math.ceil(len(bank.classes) / max_classes)]
-        segments = [bank.segment(label) for label in classes]
-    found = []
-    for segment in segments:
-        nats = math.log(segment.stop - segment.start)
-        variances = spectrum(bank, segment, max_rows=max_rows)
-        largest = float(variances.max())
-        if largest <= 0:
-            continue
-
-        def missing(log_rho: float, variances: Tensor = variances, nats: float = nats) -> float:
-            rho = torch.tensor([math.exp(log_rho)], dtype=torch.float64)
-            return float(information(rho, variances)) - nats
-
-        # Between no information at all and more than log N from the leading direction alone.
-        high = nats + 1 - 0.5 * math.log(largest)
-        found.append(path.time_of_snr_sqrt(math.exp(brentq(missing, high - 60, high))))
-    return float(np.median(found)) if found else math.nan
 
 
 def stage_edges(predicted: float, strata: int) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = ["AtEvent", "AtPlateau", "AtShare", "AtStep", "Until", "is_flat"]
 
@@ -76,12 +77,12 @@ class AtStep(Until):
             raise ValueError(f"Expected `step` of at least 1, got {step}.")
         self.step = step
 
+    @override
     def observe(self, step: int, *_: Any) -> str | None:
-        """See `Until`."""
         return f"step {self.step}" if step >= self.step else None
 
+    @override
     def check(self, start: int, total: float | None) -> int:
-        """See `Until`."""
         if self.step <= start:
             raise ValueError(
                 f"Expected a phase to end after it begins, got AtStep({self.step}) for one that "
@@ -110,8 +111,8 @@ class AtShare(Until):
             raise ValueError(f"Expected `share` between 0 and 1, got {share}.")
         self.share = share
 
+    @override
     def observe(self, step: int, total: int | None, *_: Any) -> str | None:
-        """See `Until`."""
         if total is None:
             raise ValueError(
                 f"AtShare({self.share}) needs the number of steps of training, which is not known. "
@@ -119,8 +120,8 @@ class AtShare(Until):
             )
         return f"{self.share:.0%} of {total} steps" if step >= self.share * total else None
 
+    @override
     def check(self, start: int, total: float | None) -> int:
-        """See `Until`."""
         if total is None:
             return start
         if math.isinf(total):
@@ -155,20 +156,20 @@ class AtEvent(Until):
         """Takes note of an event."""
         self.happened = self.happened or event == self.event
 
+    @override
     def observe(self, *_: Any) -> str | None:
-        """See `Until`."""
         return self.event if self.happened else None
 
+    @override
     def check(self, start: int, total: float | None) -> int:
-        """See `Until`: nobody knows whether it comes; the next step is the earliest."""
         return start + 1
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """See `Until`."""
         return {"happened": self.happened}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Until`."""
         self.happened = state["happened"]
 
     def __repr__(self) -> str:
@@ -234,6 +235,7 @@ class AtPlateau(Until):
         self._begin: int | None = None
         self._sums: Tensor | None = None
 
+    @override
     def observe(
         self,
         step: int,
@@ -243,17 +245,12 @@ class AtPlateau(Until):
         boundary: float | None,
         /,
     ) -> str | None:
-        """See `Until`. Costs one device sync in `every` steps."""
         if t is None or loss is None or boundary is None:
             missing = "boundary of the stages" if boundary is None else "losses of the step"
-            raise ValueError(
-                f"AtPlateau needs the {missing}, got none: "
-                + (
-                    "set_boundary(...), before the first step."
-                    if boundary is None
-                    else "observe(step=..., total=..., t=..., loss=...)."
-                )
-            )
+            cure = "observe(step=..., total=..., t=..., loss=...)."
+            if boundary is None:
+                cure = "set_boundary(...), before the first step."
+            raise ValueError(f"AtPlateau needs the {missing}, got none: {cure}")
         if self._begin is None:
             self._begin = step - 1
         inside = t < boundary
@@ -278,8 +275,8 @@ class AtPlateau(Until):
             return None
         return f"plateau of navigation at {self.points[-1]:.4g}"
 
+    @override
     def check(self, start: int, total: float | None) -> int:
-        """See `Until`."""
         first = start + self.every * (2 * self.window + self.patience - 1)
         if total is not None and first >= total:
             raise ValueError(
@@ -288,13 +285,13 @@ class AtPlateau(Until):
             )
         return first
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """See `Until`."""
         sums = None if self._sums is None else self._sums.tolist()
         return {"points": list(self.points), "flat": self.flat, "begin": self._begin, "sums": sums}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Until`."""
         self.points, self.flat, self._begin = list(state["points"]), state["flat"], state["begin"]
         sums = state["sums"]
         self._sums = None if sums is None else torch.tensor(sums, dtype=torch.float64)

@@ -21,9 +21,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from stagewise.loss_floor import loss_floor, require_curve
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
-from stagewise.stages import StageCurve
+from stagewise.stages import StageCurve, loss_floor, require_curve
 
 __all__ = [
     "EDMWeight",

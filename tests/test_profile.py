@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stagewise import LatentBank
-from stagewise.advice import advise, dimension_shift
 from stagewise.latents import make_latents, open_latents, write_latents
 from stagewise.profile import Profile, count_duplicates
 from stagewise.recipes import cli
@@ -156,62 +155,6 @@ def test_a_bank_of_equal_rows_says_nothing_and_does_not_fail():
     assert found.duplicates == 9
     text = json.dumps(found.as_dict(), allow_nan=False)
     assert strict(text)["predicted"] is None
-    advice = {item.what: item for item in advise(found)}
-    assert advice["duplicates"].value == "9 rows"
-    assert advice["mixing boundary"].value == "none: oracle targets at all t"
-
-
-# Advice.
-
-
-def advice_for(bank, **options):
-    found = Profile.measure(bank, queries=32, **options)
-    return found, {item.what: item for item in advise(found)}
-
-
-def test_advice_for_an_early_boundary():
-    found, advice = advice_for(LatentBank(gaussian(200, 1024)))
-    assert found.boundary.midpoint < 0.1
-    assert advice["timestep shift, training"].value == "s = 0.5"
-    assert "2512.02826" in advice["timestep shift, training"].source
-    assert advice["timestep shift, sampling"].value == "s = 0.3"
-    assert advice["mixing boundary"].value == f"t = {found.boundary.collapsed:.3f}"
-    assert advice["CFG interval"].value == f"[{found.boundary.collapsed:.2f}, 0.6]"
-    assert advice["engine"].value == "Exact"
-    assert advice["bank"].value == "819.2 kB in float32"
-    assert "duplicates" not in advice
-    for item in advice.values():
-        assert item.value
-        assert item.reason.endswith(".") or item.what == "engine"
-        assert item.source
-
-
-def test_advice_for_a_late_boundary():
-    found, advice = advice_for(LatentBank(gaussian(2000, 8)))
-    assert found.boundary.midpoint > 0.3
-    assert advice["timestep shift, training"].value == "s = 1 (none)"
-    assert "docs/results.md" in advice["timestep shift, training"].source
-    assert "scan" in advice["CFG interval"].value
-
-
-def test_mixing_share_is_that_of_logit_normal_draws():
-    found, advice = advice_for(LatentBank(gaussian(200, 1024)))
-    at = found.boundary.collapsed
-    share = torch.distributions.Normal(0.0, 1.0).cdf(torch.logit(torch.tensor(at)))
-    assert f"{float(share):.1%} of logit-normal" in advice["mixing boundary"].reason
-
-
-def test_what_is_wrong_is_advised_on():
-    x = gaussian(200, 32) * 5.5
-    _, advice = advice_for(LatentBank(torch.cat([x, x[:3]])))
-    assert advice["duplicates"].value == "3 rows"
-    assert "standard deviation 5.5" in advice["scale"].value
-
-
-def test_the_rule_by_dimension():
-    # RAE: s = sqrt(196608 / 4096) = 6.93 with t = 1 noise.
-    assert 1 / dimension_shift(196_608) == pytest.approx(6.93, abs=5e-3)
-    assert dimension_shift(4096) == dimension_shift(64) == 1
 
 
 # Limits.
@@ -244,8 +187,8 @@ def test_one_set(folder, run, tmp_path):
     assert held["duplicates"] == direct.duplicates == 7
     assert held["boundary"]["midpoint"] == direct.boundary.midpoint
     assert held["curve"]["ess"] == direct.curve.mean("ess").tolist()
-    assert [item["what"] for item in held["advice"]][0] == "timestep shift, training"
-    assert all(item["source"] and item["reason"] for item in held["advice"])
+    assert "oracle targets at all t; over uniform t" in out  # copies never let it collapse
+    assert "docs/latents.md" in out
     picture = np.asarray(Image.open(tmp_path / "vae.png"))
     assert picture.shape[2] == 3
     assert picture.std() > 10

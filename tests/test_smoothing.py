@@ -494,7 +494,7 @@ def test_cached(bank, tmp_path, monkeypatch, recwarn):
     file = tmp_path / "smoothing.safetensors"
     made = Smoothing.cached(file, bank, 4, progress=False)
     with monkeypatch.context() as patched:
-        patched.setattr("stagewise.neighbour_index.nearest_others", None)  # nothing is searched
+        patched.setattr("stagewise.smoothing.nearest_others", None)  # nothing is searched
         read = Smoothing.cached(file, bank, 4, 0.5, 0.1)
     assert torch.equal(read.index, made.index)
     assert (read.scale, read.floor, read.neighbours) == (0.5, 0.1, 4)
@@ -574,6 +574,8 @@ def test_draws_that_are_refused(smoothing):
     refused("times `t`.*draw.x1, source, t=t, boundary=0.5", x1, source, boundary=0.5)
     refused("times `t`", x1, source, strength=lambda t: t)
     refused("got both", x1, source, t=t, boundary=0.5, strength=lambda t: t)
+    for wrong in (-0.1, 1.5, "late"):
+        refused(r"`boundary` in \[0, 1\].*got .*draw.x1, source", x1, source, t=t, boundary=wrong)
     refused(r"in \[0, 1\], got values.*Clamp it", x1, source, t=t, strength=lambda t: t + 1)
     refused("`strength` to give a tensor of shape", x1, source, t=t, strength=lambda t: t[:, None])
     refused(r"`t` with shape \(4,\)", x1, source, t=t[:2], boundary=0.5)

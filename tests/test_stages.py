@@ -9,7 +9,7 @@ from torch import nn
 from stagewise import LatentBank, LinearPath, Oracle, StageCurve, predicted_boundary
 from stagewise.engines import Exact
 from stagewise.losses import FlowMatchingLoss
-from stagewise.stages import stage_edges, stratified_times
+from stagewise.stages import STATISTICS, stage_edges, stratified_times
 
 
 def gaussian(n, dim, seed=0):
@@ -250,3 +250,15 @@ def test_pythagoras(steps):
                 (v - u).square().sum(1) - (v - wrong).square().sum(1) - (u - wrong).square().sum(1)
             )
             assert gap.mean().abs() > 4 * gap.std() / len(gap) ** 0.5
+
+
+def test_the_boundary_is_found_in_halves_of_the_strata():
+    """A step at 0.7 is a mean of 0.4 in [0.625, 0.75], and not one of 0.2 in [0.5, 0.75]."""
+    t = stratified_times(torch.linspace(0, 1, 5).double(), 200)
+    values = torch.zeros(len(STATISTICS), *t.shape, dtype=torch.float64)
+    values[STATISTICS.index("top1")] = 0.98 * (t > 0.7) + 0.02 * t  # no two means are equal
+    found = StageCurve(t, values).boundary(replicates=2)
+    first, last = 0.6875, 0.8125  # middles of the halves
+    low, high = 0.98 * 0.4 + 0.02 * first, 0.98 + 0.02 * last
+    expected = [first + (level - low) / (high - low) * (last - first) for level in (0.5, 0.99)]
+    assert [found.midpoint, found.collapsed] == pytest.approx(expected, abs=3e-3)

@@ -30,8 +30,7 @@ from stagewise import (
     VPPath,
     WithFloor,
 )
-from stagewise.loss_floor import loss_floor
-from stagewise.stages import STATISTICS
+from stagewise.stages import STATISTICS, loss_floor
 
 
 def adapted():

@@ -35,8 +35,8 @@ from stagewise.schemes.checks import (
 from stagewise.schemes.correction import Correction, correct
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
+from stagewise.smoothing_inputs import Strength
 from stagewise.stages import StageBoundary, StageCurve, require_whole_bank
-from stagewise.strength import Strength
 from stagewise.targets import Mix, Target, mix_target
 from stagewise.timesteps import TimestepSampler, Uniform
 from stagewise.tracing import caller_level, untraced

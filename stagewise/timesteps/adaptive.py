@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.loss_floor import loss_floor, require_curve
-from stagewise.stages import StageCurve
+from stagewise.stages import StageCurve, loss_floor, require_curve
 from stagewise.timesteps.base import TimestepSampler, Uniform
 
 __all__ = ["LossAboveFloor", "LossSecondMoment"]

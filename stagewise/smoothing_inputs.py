@@ -1,0 +1,142 @@
+"""What a smoothing is given: its settings, features, and how much of it is used at which t."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from stagewise.bank import LatentBank
+from stagewise.oracle import Times, as_times, check_times, require_tensors
+from stagewise.stages import StageBoundary
+
+__all__ = ["Strength", "check_settings", "require_all", "search_space", "strength_at", "time_of"]
+
+Strength: TypeAlias = "Callable[[Tensor], Tensor]"
+"""From times (B,) to numbers in [0, 1], (B,), that multiply what is added to a row."""
+
+
+def time_of(boundary: float | StageBoundary, call: str) -> float:
+    """From which time on rows are smoothed; NaN (never reached): nowhere.
+
+    Args:
+        boundary: A time, or what was measured, of which the collapsed boundary is taken.
+        call: A line to paste.
+
+    Raises:
+        ValueError: If it is not in [0, 1].
+    """
+    edge = boundary.collapsed if isinstance(boundary, StageBoundary) else boundary
+    if not isinstance(edge, float | int) or edge < 0 or edge > 1:
+        raise ValueError(
+            f"Expected `boundary` in [0, 1], the time from which on rows are smoothed, or a "
+            f"StageBoundary, got {boundary!r}: {call}."
+        )
+    return float(edge)
+
+
+def strength_at(
+    x1: Tensor,
+    t: Times | None,
+    boundary: float | StageBoundary | None,
+    strength: Strength | None,
+) -> Tensor | None:
+    """The strength at the time of each sample, in [0, 1], (B,); None: 1 everywhere.
+
+    Args:
+        x1: Samples, (B, *).
+        t: Their times, (B,), or as in `Oracle.posterior`.
+        boundary: 0 before this time, 1 at it and after it; see `time_of`.
+        strength: In place of a boundary, any function of t.
+
+    Raises:
+        ValueError: On a boundary or a strength without times, both, or numbers out of range.
+    """
+    if boundary is None and strength is None:
+        return None
+    if boundary is not None and strength is not None:
+        raise ValueError(
+            "Expected a `boundary` or a `strength`, got both. A step is strength=lambda t: (t >= "
+            "0.5).float()."
+        )
+    if t is None:
+        raise ValueError(
+            "Expected the times `t` of the samples with a boundary or a strength, got none: "
+            "draw(x1, source, t=t, boundary=0.5)."
+        )
+    time = as_times(t, x1)
+    check_times(time, len(x1))
+    if strength is None:
+        assert boundary is not None
+        edge = time_of(boundary, "draw(x1, source, t=t, boundary=0.7)")
+        return (time >= edge).to(time.dtype)
+    share = strength(time) if callable(strength) else strength
+    if not isinstance(share, Tensor) or share.shape != time.shape:
+        raise ValueError(
+            f"Expected `strength` to give a tensor of shape {tuple(time.shape)}, got "
+            f"{tuple(share.shape) if isinstance(share, Tensor) else share!r}: "
+            "strength=lambda t: (t >= 0.5).float()."
+        )
+    require_all(
+        (share >= 0) & (share <= 1),
+        "Expected `strength(t)` in [0, 1]",
+        lambda: (
+            f", got values from {share.min():.4g} to {share.max():.4g}. Clamp it: "
+            "strength=lambda t: ((t - 0.3) / 0.4).clamp(0, 1)."
+        ),
+    )
+    return share
+
+
+def require_all(ok: Tensor, message: str, more: Callable[[], str]) -> None:
+    """Refuses values that are not all `ok`; on a device by an assertion, without a sync."""
+    if ok.device.type != "cpu":
+        torch._assert_async(ok.all(), message)
+    elif not ok.all():
+        raise ValueError(message + more())
+
+
+def check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float) -> None:
+    """Refuses what is no bank, and numbers out of range."""
+    if not isinstance(bank, LatentBank):
+        raise TypeError(
+            f"Expected a LatentBank to smooth, got {type(bank).__name__}. Of samples make "
+            "Smoothing(LatentBank(x)); of latents in files Smoothing(latents.bank())."
+        )
+    if isinstance(neighbours, bool) or not isinstance(neighbours, int):
+        raise TypeError(f"Expected `neighbours` to be a whole number, got {neighbours!r}.")
+    if not 1 <= neighbours < len(bank):
+        raise ValueError(
+            f"Expected `neighbours` from 1 to {len(bank) - 1}, the other rows of the bank, got "
+            f"{neighbours}: Smoothing(bank, neighbours={min(8, len(bank) - 1)})."
+        )
+    for name, value in (("scale", scale), ("floor", floor)):
+        if not isinstance(value, float | int) or not 0 <= value < math.inf:
+            raise ValueError(
+                f"Expected `{name}` of at least 0, got {value!r}. Give {name}=0 for none."
+            )
+
+
+def search_space(bank: LatentBank, features: Tensor | None) -> LatentBank:
+    """Where neighbours are searched: the bank, or features (N, *) in its order and classes."""
+    if features is None:
+        return bank
+    require_tensors(features=features)
+    if len(features) != len(bank) or features.ndim < 2:
+        raise ValueError(
+            f"Expected `features` with shape ({len(bank)}, F), a line for each row of the bank, "
+            f"got {tuple(features.shape)}. Compute them for the samples the bank was made from."
+        )
+    features = features.detach().to(bank.device).flatten(1)
+    features = features if features.is_floating_point() else features.float()
+    wrong = (~features.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(
+            f"Expected finite `features`, got NaN or Inf in {len(wrong)} of {len(bank)} lines, the "
+            f"first {wrong[0]}. Leave these samples out of the bank, or features=None."
+        )
+    own = features if bank.index is None else features[bank.index]
+    return LatentBank(own, torch.tensor(bank.labels_of(range(len(bank)))) if bank.classes else None)

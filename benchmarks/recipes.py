@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from stagewise import Oracle, Scheme
 from stagewise.engines import Auto
 from stagewise.latents import make_latents, open_latents
-from stagewise.latents.lightningdit_writer import save_stats
+from stagewise.latents.lightningdit import save_stats
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes.latents import LatentsData
 from stagewise.stages import StageCurve, predicted_boundary, stage_edges, stratified_times

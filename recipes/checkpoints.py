@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from stagewise.latents.files import names
+from stagewise.files import names
 from stagewise.recipes.module import FlowMatchingModule
 
 __all__ = [

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stagewise.latents.files import replace_file
+from stagewise.files import replace_file
 
 __all__ = ["SETTINGS", "Record"]
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stagewise.files import replace_file
 from stagewise.latents import write_stats
-from stagewise.latents.files import replace_file
-from stagewise.latents.lightningdit_writer import write_shard
+from stagewise.latents.lightningdit import write_shard
 from stagewise.latents.mean_std import file_name
 from stagewise.recipes.image_folder import ImageList
 

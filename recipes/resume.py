@@ -13,7 +13,7 @@ from torch import nn
 
 from stagewise.callbacks import StageScheme
 from stagewise.engines import Sharded
-from stagewise.latents.files import names
+from stagewise.files import names
 from stagewise.recipes.checkpoints import load_weights
 from stagewise.recipes.public_weights import load_public_weights
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from stagewise.callbacks import PosteriorMonitor
-from stagewise.latents.files import replace_file
+from stagewise.files import replace_file
 from stagewise.recipes.checkpoints import load_weights, require_same_model
 from stagewise.recipes.evaluate import evaluate
 from stagewise.recipes.resume import begin_with, checkpoint_of, require_fit, require_shards

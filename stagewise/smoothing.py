@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
-from stagewise.computed_file import is_computed, write_tensors
 from stagewise.engines import Sharded
+from stagewise.files import is_computed, write_tensors
 from stagewise.neighbour_index import index_header, neighbour_index, search_space
 from stagewise.oracle import Oracle, Times, require_tensors
 from stagewise.paths import expand_like

@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.bank.streaming import stream
 from stagewise.engines.base import UNDERFLOW, Queries, blocks, where
 from stagewise.engines.exact import Exact
 from stagewise.engines.neighbours import Neighbours
@@ -53,7 +54,6 @@ from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior, inverse, put
 from stagewise.products import full_precision, scores, working_dtype
 from stagewise.spectrum import information
-from stagewise.streaming import stream
 
 __all__ = ["Coarse"]
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.bank.building import BLOCK
 from stagewise.engines.base import Queries
 from stagewise.engines.neighbours import Neighbours, reach, stand
-from stagewise.narrowing import BLOCK
 
 __all__ = ["Faiss"]
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.computed_file import write_tensors
+from stagewise.bank.streaming import stream
+from stagewise.files import write_tensors
 from stagewise.memory import format_bytes
 from stagewise.products import averages, full_precision, scores, working_dtype
-from stagewise.streaming import stream
 
 __all__ = ["Projection"]
 

@@ -303,6 +303,6 @@ def _require_same(found: Tensor, labels: Tensor, done: int) -> None:
     if not torch.equal(labels.to(found), found):
         raise ValueError(
             f"Expected batches in the order of `labels`, got a batch with labels {found.tolist()} "
-            f"after {done} rows, where {labels.tolist()} were given. Read without shuffling, or, if "
-            "these are no labels: find=lambda batch: (batch[0], None)."
+            f"after {done} rows, where {labels.tolist()} were given. Read without shuffling, or, "
+            "if these are no labels: find=lambda batch: (batch[0], None)."
         )

@@ -315,7 +315,8 @@ def made_latents(folder: Path, name: str, rows: int) -> Path:
 
 def latents_data(path: Path, name: str | None, **options: Any) -> LatentsData:
     """The data module, set up; all rows are trained on."""
-    data = LatentsData(str(path), CLASSES, format=name, held_out=0, **options)
+    latents = open_latents(path, name, flips=options.pop("flips", "none"))
+    data = LatentsData(latents, CLASSES, held_out=0, **options)
     data.setup()
     return data
 

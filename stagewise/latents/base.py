@@ -258,6 +258,13 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         other._require_flips()
         return other
 
+    def reopened(self, path: FilePath, flips: Flips) -> Latents:
+        """Other latents of the same format, read in the same way but for `flips`."""
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"Expected latents in {path}: no such path.")
+        return type(self)(path, replace(self.reading, flips=flips))
+
     def bank(
         self,
         *,

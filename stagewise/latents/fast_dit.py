@@ -35,7 +35,7 @@ class FastDiT(PerFile):
     looks_like = "*_features/0.npy ... and *_labels/0.npy ..."
     takes_multiplier = True
     needs_labels = True
-    _kind = "pair"
+    _unit = "pairs of files"
 
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)

@@ -30,7 +30,7 @@ class PerFile(Latents):
     _root: Path
     _files: list[str]  # below it
     _stored: tuple[int, ...]  # shape of an array
-    _kind = "file"
+    _unit = "files"
 
     def _entry(self, name: str) -> Entry:
         """Where the numbers of a file lie, from its header."""
@@ -87,7 +87,7 @@ class PerFile(Latents):
         return array
 
     def _parts(self) -> str:
-        return f"{len(self._files)} {self._kind}s"
+        return f"{len(self._files)} {self._unit}"
 
     @classmethod
     def _moments_of(cls, x: Tensor, how: Writing) -> Tensor:

@@ -457,6 +457,23 @@ def test_a_moved_bank_looks_at_its_own_rows():
     assert torch.equal(moved.find(moved.rows.bfloat16()), torch.arange(20))
 
 
+def test_sorted_keys_are_not_kept_when_a_bank_moves():
+    x = torch.randn(20, 3)
+    bank = LatentBank(x, torch.arange(20) % 2)
+    for asked in (x, x.bfloat16()):
+        bank.find(asked)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        moved = bank.to("cuda")
+        for asked in (x, x.bfloat16()):
+            assert moved.find(asked.to("cuda")).device.type == "cuda"
+        for dtype in (None, torch.bfloat16):
+            assert {keys.device.type for keys in moved._key_index(dtype)} == {"cuda"}
+    half = bank.part(slice(1, None, 2))
+    for asked in (x, x.bfloat16()):
+        assert torch.equal(half.find(asked[bank.index[1::2]]), torch.arange(10))
+        assert (half.find(asked[bank.index[::2]]) == -1).all()
+
+
 def test_queries_of_the_bank_s_own_type_keep_one_index():
     bank = LatentBank(torch.randn(20, 3))
     bank.find(bank.rows)

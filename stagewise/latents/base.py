@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -31,7 +31,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.building import HALF
 from stagewise.files import FilePath, Problem, names
 from stagewise.latents.arrays import require_labels
-from stagewise.latents.scaling import Affine, ChannelStatistics, Scaling
+from stagewise.latents.scaling import ChannelStatistics, Scaling
 
 __all__ = ["Latents", "Reading", "Writing"]
 
@@ -44,22 +44,22 @@ Block: TypeAlias = "tuple[Tensor, Tensor, Tensor | None]"
 class Reading:
     """How to read; see `open_latents`."""
 
-    flips: Flips = "none"
-    moments: Moments = "sample"
-    seed: int = 0
-    num_classes: int | None = None
-    skip: bool = False
-    multiplier: float | None = None
-    normalize: bool = True
-    expected_std: float | None = None
+    flips: Flips
+    moments: Moments
+    seed: int
+    num_classes: int | None
+    skip: bool
+    multiplier: float | None
+    normalize: bool
+    expected_std: float | None
 
 
 @dataclass(frozen=True)
 class Writing:
-    """How to write: the type of stored numbers, rows in a shard, and whether files are made up.
+    """How to write: the type of stored numbers, and rows in a shard.
 
-    `made` None writes what is read as the samples exactly. A seed writes files as an autoencoder
-    would give them: raw scales by channel, posteriors with a spread.
+    With a seed `made`, files are as an autoencoder would give them, with raw scales by channel and
+    posteriors with a spread; without, what is read is exactly what was written.
     """
 
     dtype: torch.dtype
@@ -82,8 +82,8 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     """
 
     # A format says what follows, and stands in `opening.FORMATS`.
-    name: ClassVar[str] = ""
-    looks_like: ClassVar[str] = ""  # what a path with such latents holds
+    name: ClassVar[str]
+    looks_like: ClassVar[str]  # what a path with such latents holds
     ambiguous: ClassVar[str] = ""  # what to say if `looks_like` does not tell the format
     is_file: ClassVar[bool | None] = False  # or a folder; None is either
     takes_multiplier: ClassVar[bool] = False
@@ -92,8 +92,6 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     has_flips = False
     usual_std = 1.0  # of samples
     scale_range = 2.0  # the factor by which theirs may differ from it
-
-    path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     scaling: Scaling
@@ -104,7 +102,6 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         # Shared memory: a worker that lives on sees the epoch that the main process sets.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._handles: dict[Any, Any] = {}
-        self._process = os.getpid()
         self._labels: Tensor | None = None
 
     @classmethod
@@ -136,8 +133,6 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     def _cure(self, large: bool) -> str:
         """What to switch if the samples are too large, or too small."""
         return ""
-
-    # -- items ---------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return self._count() * (2 if self.reading.flips == "both" else 1)
@@ -175,40 +170,31 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             raise IndexError(f"Expected rows within 0 and {len(self)}, got {start} to {stop}.")
         if start == stop:
             return torch.empty(0, *self.shape)
-        count = self._count()
         if self.reading.flips == "random":
-            places = [self._locate(index) for index in range(start, stop)]
-            z = torch.stack([self._read(*place) for place in places])
+            z = [self._read(*self._locate(index))[None] for index in range(start, stop)]
         else:
+            count = self._count()
             ends = (start, min(stop, count)), (max(start, count), stop)
-            z = torch.cat(
-                [
-                    self._read_block(first - flip * count, last - flip * count, bool(flip))
-                    for flip, (first, last) in enumerate(ends)
-                    if first < last
-                ]
-            )
-        return self._sample(z, range(start, stop))
+            z = [
+                self._read_block(first - flip * count, last - flip * count, bool(flip))
+                for flip, (first, last) in enumerate(ends)
+                if first < last
+            ]
+        return self._sample(torch.cat(z), range(start, stop))
 
     def chunks(
         self, size: int = 1024, indices: Tensor | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
-        """All items, or those of `indices`, as batches for `LatentBank.from_batches`.
-
-        Yields:
-            `(x_1, labels)`, (n, *shape) and (n,), with at most `size` items; without labels
-            `(x_1,)`.
-        """
+        """All items, or those of `indices`, in batches `(x_1, labels)`; without labels `(x_1,)`."""
         labels = self.labels
         total = len(self) if indices is None else len(indices)
         for start in range(0, total, size):
             stop = min(start + size, total)
-            which = slice(start, stop) if indices is None else indices[start:stop]
-            x1 = (
-                self.rows(start, stop)
-                if isinstance(which, slice)
-                else torch.stack([self[int(index)][0] for index in which])
-            )
+            if indices is None:
+                which, x1 = torch.arange(start, stop), self.rows(start, stop)
+            else:
+                which = indices[start:stop]
+                x1 = torch.stack([self[int(index)][0] for index in which])
             yield (x1,) if labels is None else (x1, labels[which])
 
     def _locate(self, index: int) -> tuple[int, bool]:
@@ -230,15 +216,9 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         if self.reading.moments == "mean":
             return self.scaling(mean)
         std = (0.5 * spread.clamp(-30, 20)).exp() if self.moments == "logvar" else spread
-        noise = [
-            torch.from_numpy(
-                self._generator(index, 0).standard_normal(mean.shape[1:], dtype=np.float32)
-            )
-            for index in indices
-        ]
-        return self.scaling(mean + std * torch.stack(noise))
-
-    # -- other ways of reading ----------------------------------------------------------------
+        draws = (self._generator(index, 0) for index in indices)
+        noise = [draw.standard_normal(mean.shape[1:], dtype=np.float32) for draw in draws]
+        return self.scaling(mean + std * torch.from_numpy(np.stack(noise)))
 
     def fixed(self) -> Latents:
         """The same latents without chance: means for samples, both flips for a random one."""
@@ -249,12 +229,8 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         self, *, moments: Moments | None = None, flips: Flips | None = None
     ) -> Latents:
         """The same files, read in another way; what is None stays."""
-        other = copy.copy(self)
-        other.reading = replace(
-            self.reading,
-            moments=moments or self.reading.moments,
-            flips=flips or self.reading.flips,
-        )
+        other, now = copy.copy(self), self.reading
+        other.reading = replace(now, moments=moments or now.moments, flips=flips or now.flips)
         other._require_flips()
         return other
 
@@ -283,22 +259,17 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             path: A file for the bank, for latents beyond the memory; default in memory.
             advance: Called with the number of rows read so far.
 
-        Returns:
-            The bank.
-
         Raises:
             MemoryError: If it would not fit into memory.
-            ValueError: If the samples are not scaled as the format's are (`check_scale`), or are
-                not finite.
+            ValueError: If samples are not finite, or not scaled as the format's (`check_scale`).
         """
         fixed = self.fixed()
         fixed.check_scale()
         total = len(fixed) if indices is None else len(indices)
-        size = max(1, min(1024, 2**24 // math.prod(self.shape)))
-        batches = fixed.chunks(size, indices)
+        batches = fixed.chunks(max(1, min(1024, 2**24 // math.prod(self.shape))), indices)
         labels = fixed.labels if class_wise else None
         # Of all items whatever the indices, so that shards of them are rounded alike.
-        few = list(fixed._few()) if dtype in HALF else []
+        few = list(fixed.some()) if dtype in HALF else []
         offset = sum(x1.double() for x1 in few) / len(few) if few else None
         how: dict[str, Any] = {"dtype": dtype, "offset": offset, "advance": advance}
         if path is None:
@@ -307,27 +278,20 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             labels = labels[indices]
         return LatentBank.write(path, batches, total, labels=labels, **how)
 
-    # -- checks --------------------------------------------------------------------------------
-
     def statistics(self, max_rows: int = 256) -> ChannelStatistics:
         """Moments of evenly spaced samples, without draws."""
         seen = ChannelStatistics()
-        for x1 in self._few(max_rows):
+        for x1 in self.fixed().some(max_rows):
             seen.update(x1[None])
         return seen
 
-    def _few(self, max_rows: int = 256) -> Iterator[Tensor]:
-        """Evenly spaced samples, without draws, one by one."""
-        fixed = self.fixed()
-        for index in range(0, len(fixed), math.ceil(len(fixed) / max_rows)):
-            yield fixed[index][0]
+    def some(self, max_rows: int = 256) -> Iterator[Tensor]:
+        """The x_1 of evenly spaced items, one by one."""
+        for index in range(0, len(self), math.ceil(len(self) / max_rows)):
+            yield self[index][0]
 
     def check_scale(self, max_rows: int = 256) -> None:
-        """Looks at some rows, and refuses samples that are not scaled or scaled twice.
-
-        Raises:
-            ValueError: If their root mean square is far from that of the format; what to switch.
-        """
+        """Looks at some rows, and refuses samples that are not scaled or scaled twice."""
         expected = self.reading.expected_std or self.usual_std
         mean, std = self.statistics(max_rows).overall()
         size, most = math.hypot(mean, std), self.scale_range
@@ -341,10 +305,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             )
 
     def verify(self, full: bool = False) -> None:
-        """Checks more than opening did.
-
-        Args:
-            full: Whether to read all rows and labels; default a few rows, for their scale.
+        """Looks at the scale of a few rows; with `full` reads all rows and labels.
 
         Raises:
             ValueError: With all that is wrong; files that were left out at opening included.
@@ -359,18 +320,17 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         """What is wrong with rows, their flips and labels, from reading them all."""
         wrong = []
         try:
-            _ = self.labels
+            _ = self.labels  # some formats read them when they are asked for
         except ValueError as error:
             wrong.append(str(error))
         every = self.with_options(flips="both" if self.has_flips else "none", moments="mean")
         block = max(1, 2**22 // math.prod(self.shape))
         for start in range(0, len(every), block):
             stop = min(start + block, len(every))
-            try:
-                finite = every.rows(start, stop).flatten(1).isfinite().all(1)
-            except (ValueError, OSError):
-                finite = torch.zeros(stop - start, dtype=torch.bool)
-            for index in (start + (~finite).nonzero()[:, 0]).tolist():
+            with suppress(ValueError, OSError):
+                if every.rows(start, stop).isfinite().all():
+                    continue
+            for index in range(start, stop):
                 row, flip = every._locate(index)
                 name = f"row {row}{' (flip)' * flip}"
                 try:
@@ -386,12 +346,9 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         if not self._count():
             raise Problem(f"{self.path} holds no rows.")
         if not math.prod(self.shape):
-            raise Problem(
-                f"Expected samples with numbers in {self.path}, got shape {self.shape}. Encode "
-                "them again."
-            )
-        channels = len(self.scaling.gain) if isinstance(self.scaling, Affine) else 1
-        if channels > 1 and self.shape[0] != channels:
+            raise Problem(f"Expected numbers in {self.path}, got shape {self.shape}. Encode again.")
+        channels = self.scaling.channels
+        if channels is not None and self.shape[0] != channels:
             raise ValueError(
                 f"Expected samples with {channels} channels for {self.name}, got {self.shape} in "
                 f"{self.path}. Is it another format?"
@@ -410,19 +367,15 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     def _leave_out(self, file: object, error: Exception | str) -> None:
         """Names a file that cannot be used, or raises."""
         if not self.reading.skip:
-            cause = error if isinstance(error, Exception) else None
-            raise ValueError(f'{error} To leave it out: on_error="skip".') from cause
+            raise ValueError(f'{error} To leave it out: on_error="skip".')
         self.skipped.append(f"{file}: {error}")
-
-    # -- the rest ------------------------------------------------------------------------------
 
     def describe(self) -> str:
         """What was recognised, in one line."""
-        classes = ""
-        if self._labels is not None and len(self._labels):
-            classes = f", labels 0 to {int(self._labels.max())}"
-        reading = [f"{self._count()} rows of {self.shape} {str(self.dtype).removeprefix('torch.')}"]
-        reading[0] += f" in {self._parts()}{classes}"
+        stored = f"{self._count()} rows of {self.shape} {str(self.dtype).removeprefix('torch.')}"
+        reading = [f"{stored} in {self._parts()}"]
+        if self._labels is not None:
+            reading[0] += f", labels 0 to {int(self._labels.max())}"
         if self.has_flips:
             reading.append(f"flips: {self.reading.flips}")
         if self.moments:
@@ -436,9 +389,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         return f"<{self.describe()}>"
 
     def _handle(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is open in this process, under a key; made when it is first asked for."""
-        if self._process != os.getpid():
-            self._handles, self._process = {}, os.getpid()
+        """A mapped file, under a key; mapped when it is first asked for, and again in a copy."""
         if key not in self._handles:
             self._handles[key] = make()
         return self._handles[key]

@@ -8,9 +8,8 @@ Rows are posterior samples as the autoencoder gave them; whoever reads them comp
 `(z - mean) / std * multiplier`. Latents of Stable Diffusion's autoencoder are not normalised but
 multiplied by 0.18215, which the files do not say (hustvl/LightningDiT, issues 22 and 34).
 
-Names, keys and metadata that are written are those of the public writer. What differs: a shard has
-its name only when it is whole; and the statistics are those of all un-flipped rows, summed in
-float64, where the public writer takes 10 000 random rows in float32.
+What is written has names, keys and metadata of the public writer. Its statistics are those of all
+un-flipped rows in float64, where the public writer takes 10 000 random rows in float32.
 """
 
 from __future__ import annotations
@@ -99,13 +98,14 @@ class LightningDiT(Latents):
         return bool(_shard_files(path))
 
     def _require_alike(self, labelled: int) -> None:
-        (first, entries), *others = self._shards
-        for file, other in others:
-            if other["latents"].shape[1:] != entries["latents"].shape[1:]:
+        shapes = {file: entries["latents"].shape[1:] for file, entries in self._shards}
+        first = self._shards[0][0]
+        for file, shape in shapes.items():
+            if shape != shapes[first]:
                 raise ValueError(
-                    f"Expected rows of shape {entries['latents'].shape[1:]} in {file}, as in "
-                    f"{first.name}, got {other['latents'].shape[1:]}. These are latents of two "
-                    "autoencoders or sizes: keep each in a folder of its own."
+                    f"Expected rows of shape {shapes[first]} in {file}, as in {first.name}, got "
+                    f"{shape}. These are latents of two autoencoders or sizes: keep each in a "
+                    "folder of its own."
                 )
         if labelled not in (0, len(self._shards)):
             raise ValueError(
@@ -159,8 +159,7 @@ class LightningDiT(Latents):
         if large:
             return (
                 "Nothing brings the rows to the scale of training: normalize=True for VA-VAE, "
-                "multiplier=0.18215 for Stable Diffusion's autoencoder (LightningDiT issues 22 "
-                "and 34). "
+                "multiplier=0.18215 for Stable Diffusion's autoencoder. "
             )
         return "They were scaled before they were written: multiplier=1.0. "
 
@@ -170,9 +169,9 @@ class LightningDiT(Latents):
         blocks = iter(blocks)
         first = next(blocks)
         blocks, channels = chain([first], blocks), first[0].shape[1]
-        sizes: Any = {"shard_size": how.shard_size, "dtype": how.dtype}
+        size, dtype = how.shard_size, how.dtype
         if how.made is None:
-            write_latents(path, blocks, stats=False, **sizes)
+            write_latents(path, blocks, stats=False, shard_size=size, dtype=dtype)
             save_stats(path, torch.zeros(channels), torch.ones(channels))
             return path
         # Raw latents have means and scales of their own by channel, which the writer measures.
@@ -183,10 +182,7 @@ class LightningDiT(Latents):
         )
         raw = Normalised(mean, std)
         batches = ((raw.invert(x), raw.invert(flip), y) for x, flip, y in blocks)
-        return write_latents(path, batches, **sizes)
-
-
-# -- reading ----------------------------------------------------------------------------------
+        return write_latents(path, batches, shard_size=size, dtype=dtype)
 
 
 def _shard_entries(file: Path) -> dict[str, Entry]:
@@ -197,11 +193,10 @@ def _shard_entries(file: Path) -> dict[str, Entry]:
             f"Expected `latents` of shape (n, C, H, W) in {file}, got "
             f"{sorted(entries) or 'nothing'}. Is it a shard?"
         )
-    shape = entries["latents"].shape
-    if "latents_flip" in entries and entries["latents_flip"].shape != shape:
+    shape, flips = entries["latents"].shape, entries.get("latents_flip", entries["latents"]).shape
+    if flips != shape:
         raise Problem(
-            f"Expected `latents_flip` of shape {shape} in {file}, got "
-            f"{entries['latents_flip'].shape}. Write it again."
+            f"Expected `latents_flip` of shape {shape} in {file}, got {flips}. Write it again."
         )
     if not entries["latents"].dtype.is_floating_point:
         raise Problem(f"Expected floating-point `latents` in {file}.")
@@ -215,16 +210,16 @@ def _shard_files(folder: Path) -> list[Path]:
 
 def _missing_shards(files: Iterable[Path]) -> list[str]:
     """Names that the writer must have used, by the numbers of those that are there."""
-    numbers: dict[int, set[int]] = {}
-    for file in files:
-        match = re.fullmatch(r"latents_rank(\d+)_shard(\d+)", file.stem)
-        if match:
-            numbers.setdefault(int(match[1]), set()).add(int(match[2]))
+    found = {
+        (int(match[1]), int(match[2]))
+        for file in files
+        if (match := re.fullmatch(r"latents_rank(\d+)_shard(\d+)", file.stem))
+    }
     return [
         _shard_name(rank, shard)
-        for rank in range(max(numbers, default=-1) + 1)
-        for shard in range(max(numbers.get(rank, {0})) + 1)
-        if shard not in numbers.get(rank, set())
+        for rank in range(max((rank for rank, _ in found), default=-1) + 1)
+        for shard in range(max((s for r, s in found if r == rank), default=0) + 1)
+        if (rank, shard) not in found
     ]
 
 
@@ -244,42 +239,24 @@ def _read_stats(file: Path, channels: int) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"{file} cannot be read as a file of tensors ({first_line(error)}). {again}"
         ) from error
-    found = []
+    if not isinstance(held, Mapping) or not {"mean", "std"} <= held.keys():
+        found = sorted(held) if isinstance(held, Mapping) else type(held).__name__
+        raise ValueError(f"Expected {{'mean': ..., 'std': ...}} in {file}, got {found}. {again}")
     for name in ("mean", "std"):
-        value = held.get(name) if isinstance(held, Mapping) else None
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"Expected {{'mean': ..., 'std': ...}} in {file}, got "
-                f"{sorted(held) if isinstance(held, Mapping) else type(held).__name__}. {again}"
-            )
-        if tuple(value.shape) not in ((1, channels, 1, 1), (channels, 1, 1), (channels,)):
+        shape = tuple(getattr(held[name], "shape", ()))
+        if shape not in ((1, channels, 1, 1), (channels, 1, 1), (channels,)):
             raise ValueError(
                 f"Expected `{name}` of shape {(1, channels, 1, 1)} in {file}, for latents with "
-                f"{channels} channels, got {tuple(value.shape)}. It belongs to other latents. "
-                f"{again}"
+                f"{channels} channels, got {shape}. It belongs to other latents. {again}"
             )
-        found.append(value.float().reshape(channels, 1, 1))
-    mean, std = found
+    mean, std = (held[name].float().reshape(channels, 1, 1) for name in ("mean", "std"))
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise ValueError(
-            f"Expected finite numbers in {file} and standard deviations above 0, got others. "
-            f"{again}"
-        )
+        raise ValueError(f"Expected finite numbers, `std` above 0, in {file}, got others. {again}")
     return mean, std
 
 
-# -- writing ----------------------------------------------------------------------------------
-
-
 def write_stats(folder: FilePath) -> ChannelStatistics:
-    """Computes `latents_stats.pt` from all un-flipped rows of a folder, and writes it.
-
-    Args:
-        folder: A folder of shards.
-
-    Returns:
-        The statistics. The public writer takes 10 000 random rows instead, in float32.
-    """
+    """Computes `latents_stats.pt` from all un-flipped rows of a folder of shards; writes it."""
     folder, seen = Path(folder), ChannelStatistics()
     for file in _shard_files(folder):
         rows = Rows.of(file, _shard_entries(file)["latents"])
@@ -307,10 +284,7 @@ def write_latents(
     stats: bool = True,
     resume: bool = False,
 ) -> Path:
-    """Writes raw latents as LightningDiT does.
-
-    A shard has its name only when it is complete and on the disk: whoever is killed leaves whole
-    shards, and `resume=True` with the same batches goes on behind them.
+    """Writes raw latents as LightningDiT does; whoever is killed leaves whole shards.
 
     Args:
         folder: The folder, which is made if need be.
@@ -323,10 +297,8 @@ def write_latents(
         dtype: Of the stored latents, default as given.
         stats: Whether to write `latents_stats.pt`, from all un-flipped rows in the folder; default
             True. With several ranks let one do it at the end: `write_stats(folder)`.
-        resume: Whether to leave out as many rows as this rank has written; default False.
-
-    Returns:
-        The folder.
+        resume: Whether to leave out as many rows as this rank has written, and go on behind them,
+            given the same batches; default False.
 
     Raises:
         FileExistsError: If this rank has shards there and `resume` is False.
@@ -343,7 +315,7 @@ def write_latents(
             "Choose another folder, or go on behind them: resume=True, with the same batches."
         )
     written = [_shard_entries(file)["latents"].shape for file in old]
-    shape, skip = (written[-1][1:] if old else None), sum(count for count, *_ in written)
+    shape, skip = written[-1][1:] if old else None, sum(count for count, *_ in written)
     number = begun = int(old[-1].stem.rpartition("shard")[2]) + 1 if old else 0
     seen = ChannelStatistics()
     for shard in _shards(batches, shard_size, skip, shape, dtype):
@@ -360,14 +332,7 @@ def write_latents(
 
 
 def write_shard(folder: Path, rank: int, number: int, shard: dict[str, Tensor]) -> None:
-    """Writes one shard, which has its name when it is whole and on the disk.
-
-    Args:
-        folder: The folder; it exists.
-        rank: Of this process, for the name.
-        number: Of the shard among those of the rank, from 0.
-        shard: `latents` and `latents_flip` (n, C, H, W), `labels` (n,) int64, on the CPU.
-    """
+    """Writes the shard of a number, from 0: `latents`, `latents_flip` and `labels`, on the CPU."""
     latents = shard["latents"]
     about = {"total_size": f"{len(latents)}", "dtype": f"{latents.dtype}", "device": "cpu"}
     write_tensors(folder / _shard_name(rank, number), shard, about)
@@ -415,12 +380,11 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _batch(batch: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    z = flip = labels = None
     if isinstance(batch, Mapping):
         z, flip, labels = (batch.get(name) for name in ("latents", "latents_flip", "labels"))
     elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
-        z, flip, labels = batch[0], batch[1] if len(batch) == 3 else None, batch[-1]
-    else:
-        z = flip = labels = None
+        z, flip, labels = batch if len(batch) == 3 else (batch[0], None, batch[1])
     if not (isinstance(z, Tensor) and isinstance(labels, Tensor) and z.is_floating_point()):
         raise ValueError(
             "Expected batches (latents, labels), (latents, latents_flip, labels) or dicts with "

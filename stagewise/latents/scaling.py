@@ -35,6 +35,11 @@ __all__ = [
 class Scaling:
     """A map from stored numbers z, (*, C, H, W), to samples x."""
 
+    @property
+    def channels(self) -> int | None:
+        """C, where the map holds for that alone."""
+        return None
+
     def __call__(self, z: Tensor) -> Tensor:
         """The samples, float32; never a view of `z`."""
         raise NotImplementedError
@@ -48,10 +53,7 @@ class Scaling:
 class Normalised(Scaling):
     """`(z - mean) / std * multiplier`.
 
-    Attributes:
-        mean: Per channel, (C, 1, 1), float32.
-        std: Per channel, (C, 1, 1), float32, positive.
-        multiplier: Default 1.
+    Mean and standard deviation are by channel, (C, 1, 1), float32, the latter positive.
     """
 
     mean: Tensor
@@ -75,13 +77,16 @@ class Normalised(Scaling):
 class Affine(Scaling):
     """`z * gain + bias`, with one number for all channels or one for each.
 
-    Attributes:
-        gain: One number, or C of them.
-        bias: The same; empty: nothing is added.
+    An empty bias adds nothing.
     """
 
     gain: tuple[float, ...] = (1.0,)
     bias: tuple[float, ...] = ()
+
+    @property
+    def channels(self) -> int | None:
+        """C, where the map is one for each channel."""
+        return len(self.gain) if len(self.gain) > 1 else None
 
     @override
     def __call__(self, z: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ demo: $(VENV)/.recipes ## train a small model on photos, with the stage monitors
 demo-latents: $(VENV)/.recipes ## make latents, train SiT-S/2 on them with every callback, sample
 	rm -rf build/latents build/latents-run
 	$(BIN)/stagewise make-latents build/latents --rows 2000 --classes 10
-	$(BIN)/stagewise train experiment=imagenet256_sdvae_sit_s data.path=build/latents \
+	$(BIN)/stagewise train experiment=imagenet256_sdvae_sit_s data.latents.path=build/latents \
 	  data.num_classes=10 data.held_out=100 data.batch_size=4 data.num_workers=0 \
 	  trainer.max_steps=30 trainer.log_every_n_steps=5 trainer.accelerator=cpu callbacks=steer \
 	  callbacks.monitor.every_n_steps=15 callbacks.errors.queries=2 \

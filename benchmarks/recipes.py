@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from stagewise import Oracle, Scheme
 from stagewise.engines import Auto
 from stagewise.latents import make_latents, open_latents
-from stagewise.latents.lightningdit_writer import save_stats
+from stagewise.latents.lightningdit import save_stats
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes.latents import LatentsData
 from stagewise.spectrum import predicted_boundary
@@ -316,7 +316,8 @@ def made_latents(folder: Path, name: str, rows: int) -> Path:
 
 def latents_data(path: Path, name: str | None, **options: Any) -> LatentsData:
     """The data module, set up; all rows are trained on."""
-    data = LatentsData(str(path), CLASSES, format=name, held_out=0, **options)
+    latents = open_latents(path, name, flips=options.pop("flips", "none"))
+    data = LatentsData(latents, CLASSES, held_out=0, **options)
     data.setup()
     return data
 

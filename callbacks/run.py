@@ -28,7 +28,7 @@ from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.training_bank import bank_from_trainer, same_samples
 from stagewise.callbacks.writer import Writer
 from stagewise.engines import Engine
-from stagewise.memory import beside_training, oracle_device
+from stagewise.memory import oracle_device
 from stagewise.oracle import Oracle
 from stagewise.paths import Path as ProbabilityPath
 from stagewise.paths import same_path
@@ -434,7 +434,7 @@ class StageRun(StageCallback):
         bank = given or self._read
         assert bank is not None
         if id(bank) not in self._banks:
-            self._banks[id(bank)] = beside_training(bank, self.trainer.strategy.root_device)
+            self._banks[id(bank)] = bank.beside_training(self.trainer.strategy.root_device)
         self._compare_with_checkpoint(callback, bank)
         return self._banks[id(bank)]
 

@@ -23,7 +23,6 @@ from stagewise.callbacks.training_bank import shard_from_trainer
 from stagewise.certificate import Certificate
 from stagewise.engines import Engine
 from stagewise.losses import StageWeightedLoss
-from stagewise.memory import beside_training
 from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme
 from stagewise.schemes.checks import check_rows
@@ -400,7 +399,7 @@ class StageScheme(StageCallback):
         path = run.path if self.seam is None else self.seam.path
         if self.engine is not None and not self.engine.holds_all_rows:
             bank = run.option(self, "bank") or shard_from_trainer(run.trainer)
-            bank = beside_training(bank, run.trainer.strategy.root_device)
+            bank = bank.beside_training(run.trainer.strategy.root_device)
         elif certificate is None:
             return run.oracle(self, path, self.engine)
         else:

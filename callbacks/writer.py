@@ -34,8 +34,7 @@ from PIL import Image
 
 from stagewise.callbacks.figures import render
 from stagewise.callbacks.ranks import together
-from stagewise.latents.files import replace_file
-from stagewise.plain import jsonable
+from stagewise.files import jsonable, replace_file
 
 __all__ = ["Writer", "show_pictures"]
 

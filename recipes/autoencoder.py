@@ -39,17 +39,13 @@ VAE: TypeAlias = Any
 class Autoencoder:
     """What an autoencoder's configuration says, before its weights are loaded.
 
-    Attributes:
-        name: A folder, or a name on the Hugging Face hub.
-        subfolder: Where in it the autoencoder lies: "vae" in that of a whole pipeline, else "".
-        channels: C of its latents.
-        factor: Side of a picture by the side of its latents.
+    Its name is a folder or one on the Hugging Face hub; `subfolder` is "vae" in a whole pipeline.
     """
 
     name: str
     subfolder: str
-    channels: int
-    factor: int
+    channels: int  # C of its latents
+    factor: int  # side of a picture by the side of its latents
 
 
 def find_vae(name: str | os.PathLike[str]) -> Autoencoder:
@@ -58,14 +54,6 @@ def find_vae(name: str | os.PathLike[str]) -> Autoencoder:
     Args:
         name: A folder that `save_pretrained` wrote, of the autoencoder or of a whole pipeline, or
             the name of one on the hub, `owner/name`.
-
-    Returns:
-        What it says.
-
-    Raises:
-        ModuleNotFoundError: If diffusers is not installed.
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it is no `AutoencoderKL`.
     """
     model, name = _model(), os.fspath(name)
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -100,20 +88,7 @@ def load_vae(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> VAE:
-    """Loads an `AutoencoderKL`, fit for use: without gradients, in evaluation.
-
-    Args:
-        name: As in `find_vae`.
-        device: Default the CPU.
-        dtype: It computes in, default float32.
-
-    Returns:
-        The autoencoder.
-
-    Raises:
-        ModuleNotFoundError, FileNotFoundError: As `find_vae`.
-        ValueError: If it is no `AutoencoderKL`, or its weights are not whole.
-    """
+    """Loads an `AutoencoderKL`, named as in `find_vae`: without gradients, in evaluation."""
     found = find_vae(name)
     try:
         vae, about = _model().from_pretrained(
@@ -151,14 +126,11 @@ def to_pixels(pictures: Tensor, low: float = -1.0) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """The moments of the posterior of pictures.
+    """The moments of the posterior of pictures, `(mean, std)`, each (B, C, h, w).
 
     Args:
         vae: From `load_vae`.
         pixels: (B, 3, H, W), in [-1, 1] unless the autoencoder is used otherwise (EDM2: [0, 1]).
-
-    Returns:
-        `(mean, std)`, each (B, C, h, w), at least float32, on the device of `vae`.
     """
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     wide = torch.promote_types(vae.dtype, torch.float32)
@@ -167,16 +139,13 @@ def encode(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def decode(vae: VAE, z: Tensor, batch: int = 32, low: float = -1.0) -> Tensor:
-    """Pictures of latents.
+    """Pictures of latents, (B, 3, H, W), uint8, on the CPU.
 
     Args:
         vae: From `load_vae`.
         z: (B, C, h, w), raw: `latents.scaling.invert(x_1)`.
         batch: How many are decoded at a time, default 32.
         low: The number that black is, default -1; 0 for EDM2, whose pixels are in [0, 1].
-
-    Returns:
-        (B, 3, H, W), uint8, on the CPU.
     """
     if batch < 1:
         raise ValueError(f"Expected `batch` of at least 1, got {batch}.")

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from stagewise.latents.files import replace_file
+from stagewise.files import replace_file
 
 __all__ = ["AtomicCheckpointIO", "RunCheckpoint"]
 

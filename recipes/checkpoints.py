@@ -18,7 +18,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from stagewise.latents.files import names
+from stagewise.files import names
+from stagewise.recipes.latents import current
 from stagewise.recipes.module import FlowMatchingModule
 
 __all__ = [
@@ -87,7 +88,7 @@ def run_config(run: Path) -> DictConfig:
     if missing:
         raise ValueError(f"Expected the keys {_NEEDED} in {file}, missing: {', '.join(missing)}.")
     assert isinstance(config, DictConfig)
-    return config
+    return current(config)
 
 
 def find_checkpoint(run: Path, given: Path | None = None) -> Path:

@@ -33,11 +33,7 @@ _RESUME = "The same command with --resume goes on behind what is written."
 
 
 def run(options: argparse.Namespace) -> None:
-    """Encodes what the arguments name.
-
-    Raises:
-        ValueError, OSError, ImportError: If something named cannot be used.
-    """
+    """Encodes what the arguments name; refuses what cannot be used, before it begins."""
     rank, ranks, local = _ranks()
     images = _images(options, ranks)
     settings, device = _settings(options, images, ranks), _device(options.device, local)
@@ -71,11 +67,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _encode(
-    vae: VAE,
-    images: ImageList,
-    writer: Writer,
-    record: Record,
-    options: argparse.Namespace,
+    vae: VAE, images: ImageList, writer: Writer, record: Record, options: argparse.Namespace
 ) -> None:
     block, seen, rows = options.shard_size, record.done, 0
     flips = options.flips and writer.takes_flips
@@ -217,10 +209,8 @@ def _ranks() -> tuple[int, int, int]:
 
 
 def _device(name: str | None, local: int) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"Expected --device cpu, cuda, cuda:1 ..., got {name!r}.") from error
     if device.type == "cuda":
@@ -243,27 +233,23 @@ def _parser() -> argparse.ArgumentParser:
             "--vae stabilityai/sd-vae-ft-mse --resume"
         ),
     )
+    formats = (
+        "lightningdit: raw samples in shards; repa: mean and std; edm2: the same, of pixels in "
+        "[0, 1] (the others: [-1, 1]); mar: mean and log-variance (%(default)s)"
+    )
+    flips = (
+        "encode mirrored pictures too, for lightningdit and mar; without, rows are stored in their "
+        "place"
+    )
     add = parser.add_argument
     add("images", type=Path, help="a folder of class folders, or of pictures (one class)")
     add("out", type=Path, help="a new folder for the latents")
     add("--vae", required=True, metavar="PATH_OR_NAME", help="a folder, or a name on the hub")
-    add(
-        "--format",
-        choices=list(WRITERS),
-        default="lightningdit",
-        help="lightningdit: raw samples in shards; repa: mean and std; edm2: the same, of pixels "
-        "in [0, 1] (the others: [-1, 1]); mar: mean and log-variance (%(default)s)",
-    )
+    add("--format", choices=list(WRITERS), default="lightningdit", help=formats)
     add("--size", type=int, default=256, help="of the square, in pixels (%(default)s)")
     add("--batch-size", type=int, default=32, help="(%(default)s)")
     add("--num-workers", type=int, default=4, help="processes that read pictures (%(default)s)")
-    add(
-        "--flips",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="encode mirrored pictures too, for lightningdit and mar; without, rows are stored in "
-        "their place",
-    )
+    add("--flips", action=argparse.BooleanOptionalAction, default=True, help=flips)
     add("--precision", choices=list(_DTYPES), default="float32", help="of the vae (%(default)s)")
     add("--dtype", choices=list(_DTYPES), default="float32", help="as stored (%(default)s)")
     add("--shard-size", type=int, default=10_000, help="pictures in a block (%(default)s)")

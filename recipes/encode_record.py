@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stagewise.latents.files import replace_file
+from stagewise.files import replace_file
 
 __all__ = ["SETTINGS", "Record"]
 
@@ -23,12 +23,8 @@ SETTINGS = "encode.json"
 class Record:
     """The notes of a run in a folder.
 
-    Args:
-        folder: The folder, which is made if need be.
-        rank: Of this process.
-        ranks: How many there are.
-        total: Pictures in all. A rank has a contiguous part of them: rows are in the order of the
-            list, however many ranks there are.
+    A rank has a contiguous part of the pictures: rows are in the order of the list, however many
+    ranks there are.
 
     Attributes:
         start: The first picture of this rank.
@@ -46,16 +42,7 @@ class Record:
         self.skipped: dict[str, str] = {}
 
     def begin(self, settings: dict[str, Any], resume: bool) -> None:
-        """Finds how far this rank is.
-
-        Args:
-            settings: What must be the same for whoever goes on.
-            resume: Whether to go on.
-
-        Raises:
-            FileExistsError: If the folder holds something else, or latents and `resume` is False.
-            ValueError: If it holds latents that were made with other settings; which.
-        """
+        """Finds how far this rank is; refuses a folder of something else, or of other settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
         # Listed first: another rank may be writing its settings, which come before all else.
         found = sorted(item.name for item in self.folder.iterdir() if not item.name.startswith("."))
@@ -131,5 +118,4 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, held: Any) -> None:
-    text = json.dumps(held, indent=1) + "\n"
-    replace_file(file, lambda name: name.write_text(text))
+    replace_file(file, lambda name: name.write_text(json.dumps(held, indent=1) + "\n"))

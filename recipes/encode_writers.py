@@ -21,28 +21,22 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from stagewise.files import replace_file
 from stagewise.latents import write_stats
-from stagewise.latents.files import replace_file
-from stagewise.latents.lightningdit_writer import write_shard
+from stagewise.latents.lightningdit import write_shard
 from stagewise.latents.mean_std import file_name
 from stagewise.recipes.image_folder import ImageList
 
-__all__ = ["WRITERS", "Moments", "Writer", "posterior_sample"]
+__all__ = ["WRITERS", "Moments", "Writer"]
 
 Moments: TypeAlias = "tuple[Tensor, Tensor]"
+"""Mean and standard deviation, each (B, C, h, w), on the CPU."""
 
 
 class Writer:
-    """Writes the latents of one rank.
-
-    Args:
-        folder: The folder; it exists.
-        images: All pictures, also those of other ranks.
-        rank: Of this process.
-        seed: Of the samples.
-        dtype: Of the stored numbers.
-    """
+    """Writes the latents of the pictures of one rank into a folder, which exists."""
 
     pixels_from = -1.0
     """What black is for the autoencoder; white is 1."""
@@ -56,150 +50,109 @@ class Writer:
         self.seed, self.dtype = seed, dtype
 
     def add(self, indices: Sequence[int], moments: Moments, flipped: Moments | None) -> None:
-        """Takes the moments of pictures, each (B, C, h, w), on the CPU."""
+        """Takes the moments of pictures, and of the mirrored ones."""
         raise NotImplementedError
 
     def close(self, number: int) -> None:
         """Ends a block: what was added is on the disk. `number` counts the blocks with rows."""
-        raise NotImplementedError
+        # Of many files, once for a block: to wait for the disk after each of a million takes hours.
+        if hasattr(os, "sync"):
+            os.sync()
 
     def finish(self, indices: Sequence[int]) -> None:
         """Writes what is over all rows, of all ranks; `indices` are those that are there."""
         raise NotImplementedError
 
 
-class Shards(Writer):
+class _Shards(Writer):
     """LightningDiT's shards; without mirrored pictures rows are stored twice, as is usual."""
 
-    def __init__(
-        self, folder: Path, images: ImageList, rank: int, seed: int, dtype: torch.dtype
-    ) -> None:
-        super().__init__(folder, images, rank, seed, dtype)
-        self._held: list[dict[str, Tensor]] = []
+    _held: tuple[dict[str, Tensor], ...] = ()
 
+    @override
     def add(self, indices: Sequence[int], moments: Moments, flipped: Moments | None) -> None:
-        """See `Writer`."""
-        z = posterior_sample(moments, self.seed, indices).to(self.dtype)
-        mirrored = z
-        if flipped is not None:
-            mirrored = posterior_sample(flipped, self.seed, indices, flip=True).to(self.dtype)
+        z = self._sample(indices, moments, 0)
+        mirrored = z if flipped is None else self._sample(indices, flipped, 1)
         labels = torch.tensor([self.images.labels[index] for index in indices])
-        self._held.append({"latents": z, "latents_flip": mirrored, "labels": labels})
+        self._held += ({"latents": z, "latents_flip": mirrored, "labels": labels},)
 
+    def _sample(self, indices: Sequence[int], moments: Moments, flip: int) -> Tensor:
+        mean, std = moments
+        draws = [np.random.default_rng((self.seed, index, flip)) for index in indices]
+        eps = [draw.standard_normal(mean.shape[1:], dtype=np.float32) for draw in draws]
+        return (mean + std * torch.from_numpy(np.stack(eps))).to(self.dtype)
+
+    @override
     def close(self, number: int) -> None:
-        """See `Writer`."""
-        parts, self._held = self._held, []
+        parts, self._held = self._held, ()
         shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         write_shard(self.folder, self.rank, number, shard)
 
+    @override
     def finish(self, indices: Sequence[int]) -> None:
-        """See `Writer`."""
         write_stats(self.folder)
 
 
-class _Files(Writer):
-    """One file for each picture."""
-
-    def close(self, number: int) -> None:
-        """See `Writer`."""
-        # Once for a block: to wait for the disk after each of a million files takes hours.
-        if hasattr(os, "sync"):
-            os.sync()
-
-
-class MeanStdFiles(_Files):
+class _MeanStd(Writer):
     """REPA's, in its folder `vae-sd`."""
 
     takes_flips = False
     subfolder = "vae-sd"
 
+    @override
     def add(self, indices: Sequence[int], moments: Moments, flipped: Moments | None) -> None:
-        """See `Writer`."""
         both = torch.cat(moments, dim=1).to(self.dtype).numpy()
         for index, rows in zip(indices, both, strict=True):
             _save(self.folder / self.subfolder / file_name(index), partial(np.save, arr=rows))
 
+    @override
     def finish(self, indices: Sequence[int]) -> None:
-        """See `Writer`."""
-        listed = [[file_name(index), self.images.labels[index]] for index in indices]
-        text = json.dumps({"labels": listed})
-        replace_file(
-            self.folder / self.subfolder / "dataset.json", lambda file: file.write_text(text)
-        )
+        text = json.dumps({"labels": [[file_name(i), self.images.labels[i]] for i in indices]})
+        index = self.folder / self.subfolder / "dataset.json"
+        replace_file(index, lambda file: file.write_text(text))
 
 
-class EDM2Files(MeanStdFiles):
+class _EDM2(_MeanStd):
     """EDM2's: pixels in [0, 1]."""
 
     pixels_from = 0.0
     subfolder = ""
 
 
-class MARFiles(_Files):
+class _MAR(Writer):
     """MAR's, under the names of the classes."""
 
+    @override
     def add(self, indices: Sequence[int], moments: Moments, flipped: Moments | None) -> None:
-        """See `Writer`."""
         both = [
             torch.cat([mean, 2 * std.log()], dim=1).to(self.dtype).numpy()
             for mean, std in (moments, flipped or moments)
         ]
         for index, rows, mirrored in zip(indices, *both, strict=True):
-            _save(
-                self.folder / self._name(index),
-                partial(np.savez, moments=rows, moments_flip=mirrored),
-            )
+            label = self.images.classes[self.images.labels[index]]
+            name = self.images.files[index].removeprefix(f"{label}/").replace("/", "%2F")
+            save = partial(np.savez, moments=rows, moments_flip=mirrored)
+            _save(self.folder / label / f"{name}.npz", save)
 
-    def _name(self, index: int) -> str:
-        label = self.images.classes[self.images.labels[index]]
-        file = self.images.files[index].removeprefix(f"{label}/")
-        return f"{label}/{file.replace('/', '%2F')}.npz"
-
+    @override
     def finish(self, indices: Sequence[int]) -> None:
-        """See `Writer`."""
         # The label is the place of the folder: one without rows has its place too.
         for name in self.images.classes:
             (self.folder / name).mkdir(exist_ok=True)
 
 
 WRITERS: dict[str, type[Writer]] = {
-    "lightningdit": Shards,
-    "repa": MeanStdFiles,
-    "edm2": EDM2Files,
-    "mar": MARFiles,
+    "lightningdit": _Shards,
+    "repa": _MeanStd,
+    "edm2": _EDM2,
+    "mar": _MAR,
 }
 
 
-def posterior_sample(
-    moments: Moments, seed: int, indices: Sequence[int], flip: bool = False
-) -> Tensor:
-    """`mean + std * eps`, where eps depends on seed, index and `flip` alone.
-
-    Args:
-        moments: `(mean, std)`, each (B, C, h, w), on the CPU.
-        seed: Of the draws.
-        indices: Those of the pictures, B.
-        flip: Whether these are the mirrored pictures.
-
-    Returns:
-        (B, C, h, w).
-    """
-    mean, std = moments
-    shape = mean.shape[1:]
-    eps = [
-        np.random.default_rng((seed, index, int(flip))).standard_normal(shape, dtype=np.float32)
-        for index in indices
-    ]
-    return mean + std * torch.from_numpy(np.stack(eps))
-
-
 def _save(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # The same name each time: what a killed process left is written over.
-    other = file.with_name(f".{file.name}.partial")
-    try:
-        with open(other, "wb") as stream:
+    def save(partial: Path) -> None:
+        with open(partial, "wb") as stream:  # by name, numpy would add its own ending
             write(stream)
-        other.replace(file)
-    finally:
-        other.unlink(missing_ok=True)
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, save, sync=False)

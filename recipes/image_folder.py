@@ -27,19 +27,14 @@ __all__ = ["ImageList", "Pictures", "centre_crop", "collate", "find_images"]
 class ImageList:
     """The pictures of a folder, by class, then by name.
 
-    Attributes:
-        folder: The folder.
-        files: Their names below it.
-        labels: The class of each.
-        classes: Names of the classes; label i is that of `classes[i]`.
-        flat: Whether there are no class folders, but one class.
+    Label i is that of `classes[i]`.
     """
 
     folder: Path
-    files: list[str]
+    files: list[str]  # names below it
     labels: list[int]
     classes: list[str]
-    flat: bool
+    flat: bool  # no class folders, but one class
 
     def fingerprint(self) -> str:
         """What tells this list from another: 16 digits of the SHA-256 of names and labels."""
@@ -48,18 +43,7 @@ class ImageList:
 
 
 def find_images(folder: Path) -> ImageList:
-    """Lists pictures in sorted class folders (torchvision's `ImageFolder`), or in a flat folder.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        The list.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If there are no pictures, or it is not clear which class they are of.
-    """
+    """Lists pictures in sorted class folders (torchvision's `ImageFolder`), or in a flat folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"Expected a folder of images, got {folder}: no such folder.")
     loose = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in IMG_EXTENSIONS)
@@ -109,10 +93,6 @@ class Pictures(Dataset[tuple[int, "Tensor | str"]]):
 
     A picture that cannot be read is told and not raised: a loader would wrap the error in the
     trace of a worker, and end.
-
-    Args:
-        images: The list.
-        size: Of the square, in pixels.
     """
 
     def __init__(self, images: ImageList, size: int) -> None:

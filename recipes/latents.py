@@ -1,4 +1,4 @@
-"""`LatentsData`: latents on disk, in any format that `open_latents` knows, as a data module."""
+"""`LatentsData`: latents on disk, as `open_latents` gives them, as a data module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,19 +14,31 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from tqdm.auto import tqdm
 
 from stagewise.bank import LatentBank
-from stagewise.latents import Latents, open_latents
-from stagewise.latents.base import Flips, Moments
+from stagewise.latents import Latents
+from stagewise.latents.arrays import require_labels
 from stagewise.memory import require_memory
 from stagewise.recipes.order import ResumableData
 
-__all__ = ["LatentsData"]
+__all__ = ["LatentsData", "current"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def current(config: DictConfig) -> DictConfig:
+    """The configuration of a run, also of version 0.1, whose `data` held what opens the latents."""
+    data = config.get("data")
+    if data is not None and "path" in data and str(data.get("_target_")).endswith("LatentsData"):
+        given = ("path", "format", "flips", "moments", "normalize", "multiplier", "expected_std")
+        opens = {name: data.pop(name) for name in given if name in data}
+        target = {"_target_": "stagewise.latents.open_latents", "_partial_": True}
+        data.latents = {**target, **opens, "seed": data.get("seed", 0)}
+    return config
 
 
 class LatentsData(ResumableData):
@@ -38,25 +50,20 @@ class LatentsData(ResumableData):
     Files, headers, labels and scale are looked at before training; `verify="full"` reads all rows.
 
     Args:
-        path: A folder or file; see `open_latents`.
+        latents: What `open_latents` returns, or a function that opens them when they are first
+            needed (Hydra's `_partial_`). Their `flips` and `moments` are those of training.
         num_classes: How many classes there are; labels must be below it.
-        format: One of `open_latents`, default: found out.
         held_out: Rows that are kept from training for validation, chosen by `seed`; default 2000.
             0 leaves no validation.
-        held_out_path: Latents of the same format for validation; then all rows of `path` are
+        held_out_path: Latents of the same format for validation; then all rows of `latents` are
             trained on, and `held_out` is how many of these are used at most.
-        flips: See `open_latents`, default "none".
-        moments: See `open_latents`, default "sample".
-        normalize: See `open_latents`, default True.
-        multiplier: See `open_latents`.
-        expected_std: See `open_latents`.
         batch_size: Of each rank, default 32.
         num_workers: Worker processes of both loaders, default 0.
-        seed: Of the held-out rows, the order, and what is drawn of rows; default 0.
+        seed: Of the held-out rows and the order; default 0.
         verify: "quick" (default) or "full".
         bank_dir: A folder for the bank, for latents beyond the memory: a file is written when it is
             first asked for, found again by what it was made of, and mapped into all ranks. It may
-            not be in `path`. Default None: in memory.
+            not be in that of the latents. Default None: in memory.
         bank_dtype: "float32" (default), "bfloat16" or "float16".
         sharded: Whether `row` counts the rows of all ranks' shards, for a `StageScheme` with the
             engine `Sharded()`; default False.
@@ -71,17 +78,11 @@ class LatentsData(ResumableData):
 
     def __init__(
         self,
-        path: str,
+        latents: Latents | Callable[[], Latents],
         num_classes: int,
         *,
-        format: Any = None,  # noqa: A002 - as in `open_latents`
         held_out: int = 2000,
         held_out_path: str | None = None,
-        flips: Flips = "none",
-        moments: Moments = "sample",
-        normalize: bool = True,
-        multiplier: float | None = None,
-        expected_std: float | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
@@ -100,36 +101,20 @@ class LatentsData(ResumableData):
             raise ValueError(f'Expected `verify` "quick" or "full", got {verify!r}.')
         if bank_dtype not in _DTYPES:
             raise ValueError(f"Expected `bank_dtype` among {list(_DTYPES)}, got {bank_dtype!r}.")
-        if bank_dir is not None and Path(bank_dir).resolve().is_relative_to(Path(path).resolve()):
-            raise ValueError(
-                f"Expected `bank_dir` outside of the latents in {path}, got {bank_dir}: what is "
-                "written there would count as latents. Choose another folder."
-            )
-        self.path, self.num_classes, self.held_out_path = path, num_classes, held_out_path
+        self._opens, self.num_classes, self.held_out_path = latents, num_classes, held_out_path
         self.num_held_out = held_out
-        self.options: dict[str, Any] = {
-            "format": format,
-            "flips": flips,
-            "moments": moments,
-            "normalize": normalize,
-            "multiplier": multiplier,
-            "expected_std": expected_std,
-            "num_classes": num_classes,
-            "seed": seed,
-        }
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.verify = verify
         self.bank_dir, self.bank_dtype, self.sharded = bank_dir, _DTYPES[bank_dtype], sharded
-        self._latents: Latents | None = None
         self._bank: LatentBank | None = None
         self._shards = 0
 
     @property
     def latents(self) -> Latents:
-        """The latents of `path`, opened and looked at."""
-        if self._latents is None:
-            self._latents = self._open(self.path)
-        return self._latents
+        """The latents; opened when they are first asked for."""
+        if not isinstance(self._opens, Latents):
+            self._opens = self._opens()
+        return self._opens
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -164,11 +149,19 @@ class LatentsData(ResumableData):
             self._shards, self.train.rows = ranks, self._bank_rows(ranks)
 
     def _split(self) -> None:
-        latents = self.latents
-        count = len(latents.with_options(flips="none"))
+        latents = self._verified(self.latents)
+        if self.bank_dir is not None:
+            folder = Path(self.bank_dir).resolve()
+            if folder.is_relative_to(latents.path.resolve()):
+                raise ValueError(
+                    f"Expected `bank_dir` outside of the latents in {latents.path}, got {folder}: "
+                    "what is written there would count as latents. Choose another folder."
+                )
+        plain = latents.with_options(flips="none")
+        count = len(plain)
         if self.held_out_path is None and self.num_held_out >= count:
             raise ValueError(
-                f"Expected fewer held-out rows than the {count} of {self.path}, got "
+                f"Expected fewer held-out rows than the {count} of {latents.path}, got "
                 f"{self.num_held_out}. Lower `held_out`."
             )
         order = np.random.default_rng([self.seed, count]).permutation(count)
@@ -176,11 +169,11 @@ class LatentsData(ResumableData):
         rows = torch.from_numpy(np.sort(order[kept:]))
         both = torch.cat([rows, rows + count])
         # Places are counted as in `fixed()`: a row, then, behind all rows, the flips.
-        flips = self.options["flips"]
+        flips = latents.reading.flips
         self._places = rows if flips == "none" else both
         self.held_out = None
         if self.held_out_path is not None and self.num_held_out:
-            other = self._open(self.held_out_path, flips="none")
+            other = self._verified(latents.reopened(self.held_out_path, flips="none"))
             if other.shape != latents.shape:
                 raise ValueError(
                     f"Expected held-out latents of shape {latents.shape}, got {other.shape} in "
@@ -190,9 +183,21 @@ class LatentsData(ResumableData):
             self.held_out = _Items(other, torch.from_numpy(np.sort(few)))
         elif kept:
             # A copy has an epoch of its own, which stays: the same draws in every validation.
-            plain = copy.deepcopy(latents.with_options(flips="none"))
-            self.held_out = _Items(plain, torch.from_numpy(np.sort(order[:kept])))
+            self.held_out = _Items(copy.deepcopy(plain), torch.from_numpy(np.sort(order[:kept])))
         self.train = _Items(latents, both if flips == "both" else rows)
+
+    def _verified(self, latents: Latents) -> Latents:
+        rank_zero_info(latents.describe())
+        latents.verify(full=self.verify == "full")
+        # Read once here: every other way of reading these files has them from now on.
+        labels = latents.labels
+        if labels is None:
+            raise ValueError(
+                f"Expected labels, of which the network is told, got none in {latents.path}. Write "
+                "them with labels; for a network without classes they are all 0, and num_classes=1."
+            )
+        require_labels(labels, self.num_classes, latents.path)
+        return latents
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of `train`, the same steps for any number of ranks."""
@@ -253,18 +258,6 @@ class LatentsData(ResumableData):
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-
-    def _open(self, path: str, **options: Any) -> Latents:
-        latents = open_latents(path, **{**self.options, **options})
-        rank_zero_info(latents.describe())
-        latents.verify(full=self.verify == "full")
-        # Read once here: every other way of reading these files has them from now on.
-        if latents.labels is None:
-            raise ValueError(
-                f"Expected labels, of which the network is told, got none in {path}. Write them "
-                "with labels; for a network without classes they are all 0, and num_classes=1."
-            )
-        return latents
 
     def _fixed_labels(self) -> Tensor:
         labels = self.latents.fixed().labels
@@ -335,12 +328,11 @@ class _Items(Dataset[tuple[Tensor, int, int]]):
 
     def fixed(self) -> _Items:
         """The same items without draws, and not flipped at random: what the bank holds."""
-        flips: Flips = (
-            "none" if self.latents.reading.flips == "random" else self.latents.reading.flips
+        flips = self.latents.reading.flips
+        plain = self.latents.with_options(
+            flips="none" if flips == "random" else flips, moments="mean"
         )
-        return _Items(
-            self.latents.with_options(flips=flips, moments="mean"), self.indices, self.rows
-        )
+        return _Items(plain, self.indices, self.rows)
 
 
 def _files(path: Path) -> Iterator[str]:

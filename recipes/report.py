@@ -6,10 +6,8 @@ import argparse
 import base64
 import html
 import math
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stagewise.callbacks import velocity_figures
+from stagewise.files import replace_file
 from stagewise.recipes.run_files import RunFiles, read_run
 from stagewise.velocity_errors import STAGES
 
@@ -75,13 +74,9 @@ def report(run: Path, output: Path | None = None, title: str | None = None) -> P
     files = read_run(run)
     target = output or run / "report.html"
     text = page(files, title or run.resolve().name)
-    partial = target.with_name(target.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
+        replace_file(target, lambda file: file.write_text(text, encoding="utf-8"))
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise OSError(
             f"Cannot write {target}: {error.strerror}. Name a file in a folder that is there and "
             "can be written: --output."

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from stagewise.callbacks import StageScheme
-from stagewise.latents.files import names
+from stagewise.files import names
 from stagewise.recipes.checkpoints import load_weights
+from stagewise.recipes.latents import current
 from stagewise.recipes.public_weights import load_public_weights
 
 __all__ = ["begin_with", "checkpoint_of", "require_fit", "require_shards"]
@@ -22,7 +23,7 @@ _SAME = ("seed", "data", "net", "objective", "module")
 # The batch over all ranks must stay as well: the data module looks at it, since ranks may change.
 _FREE = tuple(
     f"data.{name}"
-    for name in ("path", "held_out_path", "num_workers", "verify", "bank_dir", "batch_size")
+    for name in ("latents.path", "held_out_path", "num_workers", "verify", "bank_dir", "batch_size")
 )
 
 
@@ -61,7 +62,7 @@ def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
             f"resume=true needs the folder to go on in, run_dir=...; {run_dir} is a new one."
         )
     if file.exists():
-        before, now = _flat(OmegaConf.load(file)), _flat(config)
+        before, now = _flat(current(DictConfig(OmegaConf.load(file)))), _flat(config)
         changed = [
             f"{key}={now.get(key)} (was {before.get(key)})"
             for key in {**before, **now}

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from stagewise.latents.files import Rows, array_entry, names, replace_file
+from stagewise.files import names, replace_file
+from stagewise.latents.arrays import Rows, array_entry
 
 __all__ = ["Ranks", "SampleFolder", "group_of_ranks"]
 

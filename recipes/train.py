@@ -12,10 +12,10 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from stagewise.callbacks import PosteriorMonitor
-from stagewise.latents.files import replace_file
+from stagewise.files import replace_file
 from stagewise.recipes.checkpoints import load_weights, require_same_model
 from stagewise.recipes.evaluate import evaluate
 from stagewise.recipes.resume import begin_with, checkpoint_of, require_fit, require_shards
@@ -42,6 +42,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")
     run_dir = Path(config.run_dir)
     checkpoint = checkpoint_of(config, run_dir)
+    for key in sorted(OmegaConf.missing_keys(config.data)):
+        raise MissingMandatoryValue(f"Missing mandatory value: data.{key}=...")
     data = instantiate(config.data)
     net = instantiate(config.net)
     require_fit(net, data)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
-from stagewise.computed_file import is_computed, read_header, write_tensors
+from stagewise.files import is_computed, read_metadata, write_tensors
 from stagewise.nearest_rows import rank_distances
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior
@@ -134,7 +134,7 @@ class Certificate:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no certificate, of another version, or belongs to other latents.
         """
-        header = read_header(path, _FORMAT["format"], "certificate")
+        header = read_metadata(path, _FORMAT["format"], "certificate")
         if header["version"] != _FORMAT["version"]:
             raise ValueError(
                 f"Expected version {_FORMAT['version']} of a certificate in {os.fspath(path)}, got "

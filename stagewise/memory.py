@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from stagewise.bank import LatentBank
-
-__all__ = ["available_memory", "beside_training", "format_bytes", "oracle_device", "require_memory"]
+__all__ = ["available_memory", "format_bytes", "oracle_device", "require_memory"]
 
 
 def available_memory(device: torch.device | str = "cpu") -> float | None:
@@ -44,14 +40,6 @@ def oracle_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def beside_training(bank: LatentBank, device: torch.device) -> LatentBank:
-    """The bank on the training device if it takes less than a quarter of what is free there."""
-    device = oracle_device(device)
-    # The model's gradients, optimizer and activations are not there yet.
-    free = available_memory(device)
-    return bank.to(device) if free is None or bank.nbytes < free / 4 else bank
-
-
 def format_bytes(count: float) -> str:
     """A number of bytes for people, such as "10.5 GB"."""
     unit = max(0, min(4, int(math.log10(max(count, 1)) // 3)))
@@ -59,16 +47,9 @@ def format_bytes(count: float) -> str:
 
 
 def require_memory(num_rows: int, dim: int, dtype: torch.dtype, copies: int = 1) -> None:
-    """Refuses a bank that would not fit into host memory.
+    """Refuses N rows of D numbers that do not fit into host memory, with the ways to make them fit.
 
-    Args:
-        num_rows: Rows, N.
-        dim: Numbers in a row, D.
-        dtype: Storage dtype.
-        copies: Processes on this host that each hold the bank, default 1.
-
-    Raises:
-        MemoryError: If the rows need more than is available, with the ways to make them fit.
+    `copies` is the number of processes on this host that each hold the bank.
     """
     need, have = copies * num_rows * dim * dtype.itemsize, available_memory()
     if have is None or need <= have:

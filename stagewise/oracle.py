@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.bank.building import whole_labels
 from stagewise.certificate import Certificate
 from stagewise.engines import Auto, Engine
-from stagewise.intake import whole_labels
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
 from stagewise.queries import Queries, segments_of, with_source_weight

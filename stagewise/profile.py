@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.bank.row_keys import row_keys
 from stagewise.engines import Auto
-from stagewise.keys import row_keys
-from stagewise.latents.statistics import ChannelStatistics
+from stagewise.files import jsonable
+from stagewise.latents.scaling import ChannelStatistics
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path
-from stagewise.plain import jsonable
 from stagewise.spectrum import information, predicted_boundary, spectrum
 from stagewise.stages import (
     STATISTICS,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stagewise.bank.rows import RowStore
 from stagewise.paths import PathCoefficients, Prediction
 from stagewise.posterior import Posterior
-from stagewise.row_store import RowStore
 
 __all__ = ["Queries", "indices_of", "segments_of", "with_source_weight"]
 

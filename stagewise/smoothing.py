@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
-from stagewise.computed_file import is_computed, write_tensors
+from stagewise.files import is_computed, write_tensors
 from stagewise.nearest_rows import nearest_others
 from stagewise.oracle import Oracle, Times, require_tensors
 from stagewise.paths import expand_like

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.keys import row_keys
+from stagewise.bank.row_keys import row_keys
 from stagewise.nearest_rows import progress_bar
 from stagewise.oracle import Oracle
 from stagewise.paths import expand_like

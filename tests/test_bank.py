@@ -11,9 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise import LatentBank, find_sample, streaming
+from stagewise import LatentBank, find_sample
 from stagewise import memory as memory_module
-from stagewise.keys import find_among, row_keys
+from stagewise.bank import streaming
+from stagewise.bank.row_keys import find_among, row_keys
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALF_EPS = {"rtol": 0.0, "atol": 4 * 2.0**-9}  # numbers up to 4 away from their mean, in bfloat16
@@ -44,7 +45,7 @@ def test_spread_of_data_far_from_zero():
 def test_blocks_give_the_same_statistics(monkeypatch):
     x = torch.randn(101, 6)
     whole = LatentBank(x)
-    monkeypatch.setattr("stagewise.intake.BLOCK", 60)
+    monkeypatch.setattr("stagewise.bank.building.BLOCK", 60)
     blocks = LatentBank(x)
     torch.testing.assert_close(blocks.sq_norms, whole.sq_norms)
     assert blocks.std == pytest.approx(whole.std)
@@ -194,7 +195,7 @@ def test_what_was_seen_and_the_cure_are_named(batch):
 
 
 def test_from_batches_sorts_in_blocks_of_columns(monkeypatch):
-    monkeypatch.setattr("stagewise.intake._SORTED", 60)
+    monkeypatch.setattr("stagewise.bank.building._SORTED", 60)
     x, y = torch.randn(25, 3, 2), torch.arange(25).flip(0) % 4
     bank = LatentBank.from_batches([(x, y)], 25)
     plain = LatentBank(x, y)
@@ -456,6 +457,23 @@ def test_a_moved_bank_looks_at_its_own_rows():
     assert torch.equal(moved.find(moved.rows.bfloat16()), torch.arange(20))
 
 
+def test_sorted_keys_are_not_kept_when_a_bank_moves():
+    x = torch.randn(20, 3)
+    bank = LatentBank(x, torch.arange(20) % 2)
+    for asked in (x, x.bfloat16()):
+        bank.find(asked)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        moved = bank.to("cuda")
+        for asked in (x, x.bfloat16()):
+            assert moved.find(asked.to("cuda")).device.type == "cuda"
+        for dtype in (None, torch.bfloat16):
+            assert {keys.device.type for keys in moved._key_index(dtype)} == {"cuda"}
+    half = bank.part(slice(1, None, 2))
+    for asked in (x, x.bfloat16()):
+        assert torch.equal(half.find(asked[bank.index[1::2]]), torch.arange(10))
+        assert (half.find(asked[bank.index[::2]]) == -1).all()
+
+
 def test_queries_of_the_bank_s_own_type_keep_one_index():
     bank = LatentBank(torch.randn(20, 3))
     bank.find(bank.rows)
@@ -477,8 +495,8 @@ def test_find_among_duplicates_and_signs_of_zero():
 
 def test_find_is_right_when_keys_collide(monkeypatch):
     x = torch.randn(40, 3)
-    monkeypatch.setattr("stagewise.row_store.row_keys", lambda rows: rows[:, 0].ge(0).long())
-    monkeypatch.setattr("stagewise.keys.row_keys", lambda rows: rows[:, 0].ge(0).long())
+    monkeypatch.setattr("stagewise.bank.rows.row_keys", lambda rows: rows[:, 0].ge(0).long())
+    monkeypatch.setattr("stagewise.bank.row_keys.row_keys", lambda rows: rows[:, 0].ge(0).long())
     found = LatentBank(x).find(x)
     assert ((found == torch.arange(40)) | (found == -1)).all()  # missed, perhaps, but never wrong
 
@@ -506,11 +524,11 @@ def test_chunks_pass_through_one_buffer_of_bounded_size(monkeypatch):
     assert bank.whole == slice(0, 1000)
     places = {rows.data_ptr() for _, rows in bank.chunks(bank.whole, 100, dtype=torch.float64)}
     assert len(places) == 1
-    monkeypatch.setattr("stagewise.streaming._BUFFER_BYTES", 300 * 16 * 8)
+    monkeypatch.setattr("stagewise.bank.streaming._BUFFER_BYTES", 300 * 16 * 8)
     sizes = [len(rows) for _, rows in bank.chunks(bank.whole, dtype=torch.float64)]
     assert sizes == [300, 300, 300, 100]
     assert [len(rows) for _, rows in bank.chunks(bank.whole)] == [1000]
-    monkeypatch.setattr("stagewise.streaming._BUFFER_BYTES", 1)
+    monkeypatch.setattr("stagewise.bank.streaming._BUFFER_BYTES", 1)
     sizes = [len(rows) for _, rows in bank.chunks(bank.whole, dtype=torch.float64)]
     assert sizes == [256, 256, 256, 232]
     with pytest.raises(ValueError, match="`size` of at least 1 row, got 0"):
@@ -610,7 +628,7 @@ def test_keys_do_not_depend_on_blocks_and_hardly_collide(dtype, monkeypatch):
     x = torch.cartesian_prod(*[torch.arange(-3.0, 3.0)] * 5).to(dtype)
     keys = row_keys(x)
     assert len(keys.unique()) == len(x) == 7776
-    monkeypatch.setattr("stagewise.keys._BLOCK", 64)
+    monkeypatch.setattr("stagewise.bank.row_keys._BLOCK", 64)
     assert torch.equal(row_keys(x), keys)
     assert torch.equal(row_keys(x.T.contiguous().T), keys)
     assert torch.equal(row_keys(x[17:18]), keys[17:18])

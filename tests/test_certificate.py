@@ -724,7 +724,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_text("half a file")
         raise OSError("no space left")
 
-    monkeypatch.setattr("stagewise.computed_file.save_file", fail)
+    monkeypatch.setattr("stagewise.files.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         made.save(file)
     assert file.read_bytes() == before

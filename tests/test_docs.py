@@ -19,7 +19,7 @@ from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
 
 ROOT = Path(__file__).parents[1]
 MODULES = [
-    *("stagewise.bank", "stagewise.oracle", "stagewise.losses.flow_matching"),
+    *("stagewise.bank.latent_bank", "stagewise.oracle", "stagewise.losses.flow_matching"),
     *("stagewise.certificate", "stagewise.engines.sharded", "stagewise.attention"),
     *("stagewise.schemes.scheme", "stagewise.schemes.phases", "stagewise.smoothing"),
     *("stagewise.losses.regularizer", "stagewise.losses.weighted"),

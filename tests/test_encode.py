@@ -290,7 +290,7 @@ def test_a_shard_that_cannot_be_written(run, images, tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("stagewise.latents.lightningdit_writer.save_file", full)
+    monkeypatch.setattr("stagewise.files.save_file", full)
     said = refused(run, images, tmp_path / "out")
     assert "No space left on device. 0 of 11 pictures are written" in said
     assert not [name for name in content(tmp_path / "out") if "shard" in name]

@@ -60,7 +60,12 @@ def composed(*overrides):
 
 
 def configuration(latents, run_dir, *overrides, experiment="imagenet256_sdvae_sit_s"):
-    places = [f"experiment={experiment}", "name=test", f"run_dir={run_dir}", f"data.path={latents}"]
+    places = [
+        f"experiment={experiment}",
+        "name=test",
+        f"run_dir={run_dir}",
+        f"data.latents.path={latents}",
+    ]
     return composed(*places, *SMALL, *SMALL_NET, *overrides)
 
 
@@ -77,7 +82,7 @@ def test_every_recipe_is_instantiated(tmp_path, latents, experiment, callbacks):
         f"experiment={experiment}",
         "name=test",
         f"run_dir={tmp_path}",
-        f"data.path={latents}",
+        f"data.latents.path={latents}",
         f"callbacks={callbacks}",
     )
     with torch.device("meta"):
@@ -125,7 +130,7 @@ def test_every_choice_composes(tmp_path, group, choice):
 
 def test_latents_have_to_be_named(tmp_path):
     config = composed("experiment=imagenet256_sdvae_sit_s", "name=x", f"run_dir={tmp_path}")
-    with pytest.raises(MissingMandatoryValue, match=r"data\.path"):
+    with pytest.raises(MissingMandatoryValue, match=r"data\.latents\.path"):
         train(config)
 
 
@@ -175,7 +180,7 @@ def test_every_format_is_trained_on(tmp_path, format):
             "logger=csv",
             "trainer.max_steps=2",
             "data.held_out=8",
-            f"data.format={format if format in ('repa', 'edm2') else 'null'}",
+            f"data.latents.format={format if format in ('repa', 'edm2') else 'null'}",
             "scheme.boundary=0.1",
         )
     )
@@ -193,7 +198,11 @@ def test_every_format_is_trained_on(tmp_path, format):
         (["resume=true", "ckpt_path=x.ckpt"], ValueError, "`resume` or `ckpt_path`"),
         (["ckpt_path=nothing.ckpt"], FileNotFoundError, "no checkpoint nothing.ckpt"),
         (["weights=nothing.pt"], FileNotFoundError, "no file of weights nothing.pt"),
-        (["data.normalize=false", "data.multiplier=7"], ValueError, "standard deviation about 1"),
+        (
+            ["data.latents.normalize=false", "data.latents.multiplier=7"],
+            ValueError,
+            "standard deviation about 1",
+        ),
         (["engine=sharded", "callbacks=steer"], Exception, "Sharded"),
     ],
 )
@@ -267,7 +276,11 @@ def _killed_and_resumed(tmp_path, latents, net, steps, killed_at, every):
     def run(name, *more):
         command = [
             *(sys.executable, "-m", "stagewise.recipes.train"),
-            *("experiment=imagenet256_sdvae_sit_s", f"data.path={latents}", "callbacks=steer"),
+            *(
+                "experiment=imagenet256_sdvae_sit_s",
+                f"data.latents.path={latents}",
+                "callbacks=steer",
+            ),
             *(*SMALL, *net, *WATCHED, f"run_dir={tmp_path / name}", f"trainer.max_steps={steps}"),
             *(f"hydra.run.dir={tmp_path / 'hydra'}", "data.num_workers=1"),
             *(f"callbacks.checkpoint.every_n_train_steps={every}", *more),
@@ -354,7 +367,7 @@ train(config)
 
 def test_two_ranks_with_a_sharded_bank_train_as_one(latents, on_one_and_two_ranks):
     overrides = [
-        *("experiment=imagenet256_sdvae_sit_s", "name=x", f"data.path={latents}", *SMALL),
+        *("experiment=imagenet256_sdvae_sit_s", "name=x", f"data.latents.path={latents}", *SMALL),
         *(*SMALL_NET, "net.class_dropout=0.0", "module.lr=1e-3", "logger=csv"),
         *("callbacks=steer_only", "engine=sharded", "scheme.boundary=0.3"),
         "trainer.max_steps=6",
@@ -431,7 +444,7 @@ def test_compiled_blocks_are_watched_and_averaged(tmp_path, latents):
 def test_the_command_starts_the_processes_of_several_devices(tmp_path, latents):
     command = Path(sys.executable).with_name("stagewise")
     options = [*SMALL, *SMALL_NET, "callbacks=steer", *WATCHED, "trainer.max_steps=2"]
-    places = [f"data.path={latents}", f"run_dir={tmp_path / 'run'}", "logger=csv"]
+    places = [f"data.latents.path={latents}", f"run_dir={tmp_path / 'run'}", "logger=csv"]
     done = subprocess.run(
         [
             *(command, "train", "experiment=imagenet256_sdvae_sit_s", *places, *options),

@@ -22,7 +22,7 @@ from stagewise.latents.fast_dit import write_fast_dit
 from stagewise.latents.making import made_rows
 from stagewise.latents.mar import write_mar
 from stagewise.latents.mean_std import write_mean_std
-from stagewise.latents.statistics import ChannelStatistics
+from stagewise.latents.scaling import ChannelStatistics
 
 SHAPE = (4, 4, 6)
 FORMATS = {

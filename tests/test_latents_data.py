@@ -6,12 +6,14 @@ import threading
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from stagewise.latents import make_latents, open_latents
-from stagewise.recipes.latents import LatentsData
+from stagewise.recipes.latents import LatentsData, current
 
 COUNT, CLASSES, SHAPE = 37, 5, (4, 2, 3)
 FORMATS = ("lightningdit", "fast-dit", "repa", "edm2", "mar", "plain")
@@ -46,8 +48,18 @@ class Ranks:
         self.world_size = self.num_devices = ranks
 
 
+OPENING = ("format", "flips", "moments", "normalize", "multiplier", "expected_std")
+
+
+def opened(path, options):
+    """The latents, without the options of `open_latents`."""
+    given = {name: options.pop(name) for name in OPENING if name in options}
+    return open_latents(path, **given, seed=options.get("seed", 0))
+
+
 def data_of(path, ranks=None, **options):
-    data = LatentsData(str(path), CLASSES, **{"held_out": 6, "batch_size": 4, **options})
+    latents = opened(path, options)
+    data = LatentsData(latents, CLASSES, **{"held_out": 6, "batch_size": 4, **options})
     data.trainer = ranks
     data.setup()
     return data
@@ -130,10 +142,8 @@ def test_draws_depend_on_seed_and_epoch_alone(made):
     assert all(map(torch.equal, before, reversed(backwards)))
     data.latents.set_epoch(4)
     assert not any(map(torch.equal, before, [item[0] for item in data.train]))
-    seeded = LatentsData(str(made("mar")), CLASSES, held_out=0, seed=1, **options)
-    seeded.setup()
-    unseeded = LatentsData(str(made("mar")), CLASSES, held_out=0, seed=2, **options)
-    unseeded.setup()
+    seeded = data_of(made("mar"), held_out=0, seed=1, **options)
+    unseeded = data_of(made("mar"), held_out=0, seed=2, **options)
     assert not torch.equal(seeded.train[0][0], unseeded.train[0][0])
 
 
@@ -148,7 +158,7 @@ def test_fixed_items_are_rows_that_are_not_flipped(made):
 
 
 def test_the_ranks_of_a_trainer_that_comes_later_count(made):
-    early = LatentsData(str(made("lightningdit")), CLASSES, held_out=6, sharded=True)
+    early = LatentsData(open_latents(made("lightningdit")), CLASSES, held_out=6, sharded=True)
     early.setup()
     alone = early.train.rows
     early.trainer = Ranks(1, 2)
@@ -254,7 +264,7 @@ def test_examples_are_rows_of_their_class_in_turn(made):
         wanted = [data.latents[i][0] for i in (labels == label).nonzero()[:, 0].tolist()]
         for place in range(9):
             assert torch.equal(found[place], wanted[place % len(wanted)])
-    empty = LatentsData(str(made("lightningdit")), CLASSES + 1, held_out=0)
+    empty = LatentsData(open_latents(made("lightningdit")), CLASSES + 1, held_out=0)
     empty.setup()
     assert not empty.examples([CLASSES], 2).any()
     assert data.class_names == ("0", "1", "2", "3", "4")
@@ -393,8 +403,8 @@ def test_wrong_options_are_refused(made, options, message):
 
 def test_wrong_classes_and_places_are_refused(made, tmp_path):
     with pytest.raises(ValueError, match="`num_classes` of at least 1, got 0"):
-        LatentsData("x", 0)
-    few = LatentsData(str(made("fast-dit")), CLASSES - 1, held_out=0)
+        LatentsData(lambda: None, 0)
+    few = LatentsData(open_latents(made("fast-dit")), CLASSES - 1, held_out=0)
     with pytest.raises(ValueError, match=r"labels in 0 to 3, got 4 .*or num_classes"):
         few.setup()
     with pytest.raises(FileNotFoundError, match="no such path"):
@@ -418,8 +428,8 @@ def test_latents_without_labels_are_refused_before_a_step(tmp_path):
 def test_a_bank_among_the_latents_is_refused(made, inside):
     path = made("lightningdit")
     with pytest.raises(ValueError, match="`bank_dir` outside of the latents"):
-        LatentsData(str(path), CLASSES, bank_dir=str(path / inside))
-    assert LatentsData(str(path), CLASSES, bank_dir=f"{path}_banks").bank_dir == f"{path}_banks"
+        data_of(path, bank_dir=str(path / inside))
+    assert data_of(path, bank_dir=f"{path}_banks").bank_dir == f"{path}_banks"
 
 
 def test_all_rows_are_read_on_request(tmp_path):
@@ -451,3 +461,21 @@ def test_without_a_trainer_one_process_of_a_node_writes_the_bank(made, tmp_path,
     opened = data_of(made("lightningdit"), **options).latent_bank()
     assert opened.fingerprint == written.fingerprint
     assert len(waits) == 3
+
+
+def test_a_configuration_of_version_0_1_opens_the_same_latents(made):
+    old = OmegaConf.create(
+        {
+            "data": {
+                **{"_target_": "stagewise.recipes.latents.LatentsData", "path": str(made("repa"))},
+                **{"num_classes": CLASSES, "format": "repa", "held_out": 6, "flips": "none"},
+                **{"moments": "mean", "normalize": True, "multiplier": None, "seed": 3},
+            }
+        }
+    )
+    data = instantiate(current(old).data)
+    data.setup()
+    wanted = data_of(made("repa"), format="repa", moments="mean", seed=3)
+    assert data.latents.reading == wanted.latents.reading
+    assert all(map(torch.equal, *([x1 for x1, *_ in part.train] for part in (data, wanted))))
+    assert current(current(old)) == old

@@ -182,7 +182,11 @@ def test_few_classes_are_trained_on_watched_steered_and_sampled(tmp_path, classe
         config = compose(
             "train",
             [
-                *("experiment=imagenet256_sdvae_sit_s", f"data.path={path}", "callbacks=steer"),
+                *(
+                    "experiment=imagenet256_sdvae_sit_s",
+                    f"data.latents.path={path}",
+                    "callbacks=steer",
+                ),
                 *(f"data.num_classes={classes}", "data.held_out=10", "data.batch_size=8"),
                 *("data.num_workers=0", "net.input_size=8", "net.num_heads=2", *some, *few),
                 *("trainer.accelerator=cpu", "trainer.devices=1", f"run_dir={tmp_path / 'run'}"),

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from stagewise.latents import open_latents
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes import order
 from stagewise.recipes.checkpoint_io import AtomicCheckpointIO, RunCheckpoint
@@ -161,8 +162,8 @@ def test_latents_of_the_same_count_are_told_from_one_another(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         np.savez(folder / "latents.npz", latents=x.numpy(), labels=labels.numpy())
-        options = {"held_out": 4, "batch_size": 4, "expected_std": 1.0} | options
-        data = LatentsData(str(folder / "latents.npz"), 3, **options)
+        options = {"held_out": 4, "batch_size": 4} | options
+        data = LatentsData(open_latents(folder / "latents.npz", expected_std=1.0), 3, **options)
         data.setup()
         data.train_dataloader()
         return data._fingerprint

@@ -22,8 +22,8 @@ from stagewise.adapters.fitting import factor_of
 from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.network import GIVEN, Network, NetworkSearch
 from stagewise.bank import LatentBank
+from stagewise.bank.row_keys import find_among
 from stagewise.batches import FindSample, describe, find_checked, leaves_of, unused_in
-from stagewise.keys import find_among
 from stagewise.paths import Path
 from stagewise.schemes.checks import check_rows, distance_from_rows
 

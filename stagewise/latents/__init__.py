@@ -7,7 +7,7 @@ and `make_latents` made-up latents for trials.
 """
 
 from stagewise.latents.base import Latents
-from stagewise.latents.lightningdit_writer import write_latents, write_stats
+from stagewise.latents.lightningdit import write_latents, write_stats
 from stagewise.latents.making import make_latents
 from stagewise.latents.opening import convert, open_latents
 

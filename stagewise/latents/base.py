@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -28,30 +28,43 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stagewise.bank import LatentBank
-from stagewise.latents.checking import require_labels, require_scale, unreadable
-from stagewise.latents.files import Problem, names
-from stagewise.latents.scaling import Affine, Scaling
-from stagewise.latents.statistics import ChannelStatistics
-from stagewise.narrowing import HALF
+from stagewise.bank.building import HALF
+from stagewise.files import FilePath, Problem, names
+from stagewise.latents.arrays import require_labels
+from stagewise.latents.scaling import ChannelStatistics, Scaling
 
-__all__ = ["Latents", "Reading"]
+__all__ = ["Latents", "Reading", "Writing"]
 
 Flips: TypeAlias = 'Literal["none", "random", "both"]'
 Moments: TypeAlias = 'Literal["sample", "mean"]'
+Block: TypeAlias = "tuple[Tensor, Tensor, Tensor | None]"
 
 
 @dataclass(frozen=True)
 class Reading:
     """How to read; see `open_latents`."""
 
-    flips: Flips = "none"
-    moments: Moments = "sample"
-    seed: int = 0
-    num_classes: int | None = None
-    skip: bool = False
-    multiplier: float | None = None
-    normalize: bool = True
-    expected_std: float | None = None
+    flips: Flips
+    moments: Moments
+    seed: int
+    num_classes: int | None
+    skip: bool
+    multiplier: float | None
+    normalize: bool
+    expected_std: float | None
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How to write: the type of stored numbers, and rows in a shard.
+
+    With a seed `made`, files are as an autoencoder would give them, with raw scales by channel and
+    posteriors with a spread; without, what is read is exactly what was written.
+    """
+
+    dtype: torch.dtype
+    shard_size: int = 10_000
+    made: int | None = None
 
 
 class Latents(Dataset[tuple[Tensor, int, int]]):
@@ -66,16 +79,19 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         moments: "std" or "logvar" if the second half of the stored channels is that; else None.
         has_flips: Whether flipped rows are stored.
         skipped: Files that were left out, with the reason.
-        usual_std: Standard deviation that samples of this format have.
     """
 
-    name = ""
+    # A format says what follows, and stands in `opening.FORMATS`.
+    name: ClassVar[str]
+    looks_like: ClassVar[str]  # what a path with such latents holds
+    ambiguous: ClassVar[str] = ""  # what to say if `looks_like` does not tell the format
+    is_file: ClassVar[bool | None] = False  # or a folder; None is either
+    takes_multiplier: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
     moments: Literal["std", "logvar"] | None = None
     has_flips = False
-    usual_std = 1.0
-    scale_range = 2.0
-
-    path: Path
+    usual_std = 1.0  # of samples
+    scale_range = 2.0  # the factor by which theirs may differ from it
     shape: tuple[int, ...]
     dtype: torch.dtype
     scaling: Scaling
@@ -86,10 +102,17 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         # Shared memory: a worker that lives on sees the epoch that the main process sets.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._handles: dict[Any, Any] = {}
-        self._process = os.getpid()
         self._labels: Tensor | None = None
 
-    # What a format has to say.
+    @classmethod
+    def finds(cls, path: Path) -> bool:
+        """Whether a path holds latents of this format, as far as names tell."""
+        raise NotImplementedError
+
+    @classmethod
+    def write(cls, path: Path, blocks: Iterable[Block], how: Writing) -> Path:
+        """Writes samples, `(x_1, its flip, labels or None)`, (n, *) twice and (n,)."""
+        raise NotImplementedError
 
     def _count(self) -> int:
         """N, the stored rows, flips not counted."""
@@ -103,14 +126,6 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         """Rows as they are stored, (n, *)."""
         return torch.stack([self._read(row, flip) for row in range(start, stop)])
 
-    def _read_labels(self) -> Tensor | None:
-        """All labels, (N,), int64, or None if there are none."""
-        raise NotImplementedError
-
-    def _label(self, row: int) -> int:
-        labels = self._stored_labels()
-        return -1 if labels is None else int(labels[row])
-
     def _parts(self) -> str:
         """How many files there are, for `describe`."""
         raise NotImplementedError
@@ -118,14 +133,6 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     def _cure(self, large: bool) -> str:
         """What to switch if the samples are too large, or too small."""
         return ""
-
-    # What follows.
-
-    def _stored_labels(self) -> Tensor | None:
-        if self._labels is None:
-            found = self._read_labels()
-            self._labels = None if found is None else self._checked_labels(found)
-        return self._labels
 
     def __len__(self) -> int:
         return self._count() * (2 if self.reading.flips == "both" else 1)
@@ -144,193 +151,51 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         x1 = self._sample(self._read(row, flip)[None], [index])[0]
         return x1, self._label(row), row + flip * self._count()
 
+    def _label(self, row: int) -> int:
+        return -1 if self._labels is None else int(self._labels[row])
+
     @property
     def labels(self) -> Tensor | None:
         """The class of each item, (len,), int64, checked; None without labels."""
-        labels = self._stored_labels()
-        return labels.repeat(2) if labels is not None and self.reading.flips == "both" else labels
+        both = self._labels is not None and self.reading.flips == "both"
+        return self._labels.repeat(2) if both else self._labels  # type: ignore[union-attr]
 
     def set_epoch(self, epoch: int) -> None:
         """Moves on to the draws of an epoch, in workers that live on too."""
         self._epoch[0] = epoch
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Items `start` to `stop` in bulk: their x_1 as single access gives them.
-
-        Args:
-            start: The first, from 0.
-            stop: One after the last; at most `len`.
-
-        Returns:
-            (stop - start, *shape), float32.
-        """
+        """The x_1 of items `start` to before `stop`, in bulk: (stop - start, *shape), float32."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"Expected rows within 0 and {len(self)}, got {start} to {stop}.")
         if start == stop:
             return torch.empty(0, *self.shape)
-        count = self._count()
         if self.reading.flips == "random":
-            places = [self._locate(index) for index in range(start, stop)]
-            z = torch.stack([self._read(*place) for place in places])
+            z = [self._read(*self._locate(index))[None] for index in range(start, stop)]
         else:
+            count = self._count()
             ends = (start, min(stop, count)), (max(start, count), stop)
-            z = torch.cat(
-                [
-                    self._read_block(first - flip * count, last - flip * count, bool(flip))
-                    for flip, (first, last) in enumerate(ends)
-                    if first < last
-                ]
-            )
-        return self._sample(z, range(start, stop))
+            z = [
+                self._read_block(first - flip * count, last - flip * count, bool(flip))
+                for flip, (first, last) in enumerate(ends)
+                if first < last
+            ]
+        return self._sample(torch.cat(z), range(start, stop))
 
     def chunks(
         self, size: int = 1024, indices: Tensor | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
-        """All items, block by block, as batches for `LatentBank.from_batches`.
-
-        Args:
-            size: Items in a block, default 1024.
-            indices: Which items, in this order; default all.
-
-        Yields:
-            `(x_1, labels)`, (n, *shape) and (n,); without labels `(x_1,)`.
-        """
+        """All items, or those of `indices`, in batches `(x_1, labels)`; without labels `(x_1,)`."""
         labels = self.labels
         total = len(self) if indices is None else len(indices)
         for start in range(0, total, size):
             stop = min(start + size, total)
-            which = slice(start, stop) if indices is None else indices[start:stop]
-            x1 = (
-                self.rows(start, stop)
-                if isinstance(which, slice)
-                else torch.stack([self[int(index)][0] for index in which])
-            )
+            if indices is None:
+                which, x1 = torch.arange(start, stop), self.rows(start, stop)
+            else:
+                which = indices[start:stop]
+                x1 = torch.stack([self[int(index)][0] for index in which])
             yield (x1,) if labels is None else (x1, labels[which])
-
-    def fixed(self) -> Latents:
-        """The same latents without chance: means for samples, both flips for a random one."""
-        flips: Flips = "both" if self.reading.flips == "random" else self.reading.flips
-        return self.with_options(moments="mean", flips=flips)
-
-    def with_options(
-        self, *, moments: Moments | None = None, flips: Flips | None = None
-    ) -> Latents:
-        """The same files, read in another way; what is None stays."""
-        other = copy.copy(self)
-        other.reading = replace(
-            self.reading,
-            moments=moments or self.reading.moments,
-            flips=flips or self.reading.flips,
-        )
-        other._prepare()
-        return other
-
-    def bank(
-        self,
-        *,
-        dtype: torch.dtype | None = None,
-        class_wise: bool = True,
-        indices: Tensor | None = None,
-        path: str | os.PathLike[str] | None = None,
-        advance: Callable[[int], object] | None = None,
-    ) -> LatentBank:
-        """The bank of these latents: means where moments are stored, both flips if flips are read.
-
-        Args:
-            dtype: Storage of the bank, default float32.
-            class_wise: Whether to keep the labels, default True.
-            indices: Which items, default all.
-            path: A file for the bank, for latents beyond the memory; default in memory.
-            advance: Called with the number of rows read so far.
-
-        Returns:
-            The bank.
-
-        Raises:
-            MemoryError: If it would not fit into memory.
-            ValueError: If the samples are not scaled as the format's are (`check_scale`), or are
-                not finite.
-        """
-        fixed = self.fixed()
-        fixed.check_scale()
-        total = len(fixed) if indices is None else len(indices)
-        size = max(1, min(1024, 2**24 // math.prod(self.shape)))
-        batches = fixed.chunks(size, indices)
-        labels = fixed.labels if class_wise else None
-        # Of all items whatever the indices, so that shards of them are rounded alike.
-        offset = fixed.middle() if dtype in HALF else None
-        how: dict[str, Any] = {"dtype": dtype, "offset": offset, "advance": advance}
-        if path is None:
-            return LatentBank.from_batches(batches, total, class_wise=class_wise, **how)
-        if labels is not None and indices is not None:
-            labels = labels[indices]
-        return LatentBank.write(path, batches, total, labels=labels, **how)
-
-    def middle(self, max_rows: int = 256) -> Tensor:
-        """The mean of evenly spaced samples, without draws, (*shape), float64."""
-        total, count = torch.zeros(self.shape, dtype=torch.float64), 0
-        for x1 in self._few(max_rows):
-            total, count = total + x1, count + 1
-        return total / count
-
-    def statistics(self, max_rows: int = 256) -> ChannelStatistics:
-        """Moments by channel of evenly spaced samples, without draws."""
-        seen = ChannelStatistics()
-        for x1 in self._few(max_rows):
-            seen.update(x1[None])
-        return seen
-
-    def _few(self, max_rows: int) -> Iterator[Tensor]:
-        """Evenly spaced samples, without draws, one by one."""
-        fixed = self.fixed()
-        for index in range(0, len(fixed), math.ceil(len(fixed) / max_rows)):
-            yield fixed[index][0]
-
-    def check_scale(self, max_rows: int = 256) -> None:
-        """Looks at some rows, and refuses samples that are not scaled or scaled twice.
-
-        Raises:
-            ValueError: If their root mean square is far from that of the format; what to switch.
-        """
-        require_scale(self, max_rows)
-
-    def verify(self, full: bool = False) -> None:
-        """Checks more than opening did.
-
-        Args:
-            full: Whether to read all rows and labels; default a few rows, for their scale.
-
-        Raises:
-            ValueError: With all that is wrong; files that were left out at opening included.
-        """
-        wrong = list(self.skipped) + (self._read_all() if full else [])
-        if wrong:
-            many = "s" * (len(wrong) > 1)
-            raise ValueError(f"{len(wrong)} problem{many} in {self.path}: {names(wrong, most=10)}")
-        self.check_scale()
-
-    def _read_all(self) -> list[str]:
-        """What is wrong with rows and labels, from reading them all."""
-        return unreadable(self)
-
-    def describe(self) -> str:
-        """What was recognised, in one line."""
-        classes = ""
-        if self._labels is not None and len(self._labels):
-            classes = f", labels 0 to {int(self._labels.max())}"
-        reading = [f"{self._count()} rows of {self.shape} {str(self.dtype).removeprefix('torch.')}"]
-        reading[0] += f" in {self._parts()}{classes}"
-        if self.has_flips:
-            reading.append(f"flips: {self.reading.flips}")
-        if self.moments:
-            reading.append(f"mean and {self.moments}: {self.reading.moments}")
-        reading.append(f"x_1 = {self.scaling}")
-        if self.skipped:
-            reading.append(f"{len(self.skipped)} left out: {names(self.skipped, 2)}")
-        return f"{self.name} latents in {self.path}: " + "; ".join(reading)
-
-    def __repr__(self) -> str:
-        return f"<{self.describe()}>"
 
     def _locate(self, index: int) -> tuple[int, bool]:
         """Row and whether it is the flipped one."""
@@ -343,7 +208,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         seeds = (self.reading.seed, int(self._epoch[0]), index, stream)
         return np.random.default_rng(seeds)
 
-    def _sample(self, z: Tensor, indices: Any) -> Tensor:
+    def _sample(self, z: Tensor, indices: Iterable[int]) -> Tensor:
         """Samples of stored rows (n, *)."""
         if self.moments is None:
             return self.scaling(z)
@@ -351,49 +216,180 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         if self.reading.moments == "mean":
             return self.scaling(mean)
         std = (0.5 * spread.clamp(-30, 20)).exp() if self.moments == "logvar" else spread
-        noise = [
-            torch.from_numpy(
-                self._generator(index, 0).standard_normal(mean.shape[1:], dtype=np.float32)
-            )
-            for index in indices
-        ]
-        return self.scaling(mean + std * torch.stack(noise))
+        draws = (self._generator(index, 0) for index in indices)
+        noise = [draw.standard_normal(mean.shape[1:], dtype=np.float32) for draw in draws]
+        return self.scaling(mean + std * torch.from_numpy(np.stack(noise)))
 
-    def _prepare(self) -> None:
-        """Refuses a way of reading that these files do not have; the last step of opening."""
+    def fixed(self) -> Latents:
+        """The same latents without chance: means for samples, both flips for a random one."""
+        flips: Flips = "both" if self.reading.flips == "random" else self.reading.flips
+        return self.with_options(moments="mean", flips=flips)
+
+    def with_options(
+        self, *, moments: Moments | None = None, flips: Flips | None = None
+    ) -> Latents:
+        """The same files, read in another way; what is None stays."""
+        other, now = copy.copy(self), self.reading
+        other.reading = replace(now, moments=moments or now.moments, flips=flips or now.flips)
+        other._require_flips()
+        return other
+
+    def reopened(self, path: FilePath, flips: Flips) -> Latents:
+        """Other latents of the same format, read in the same way but for `flips`."""
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"Expected latents in {path}: no such path.")
+        return type(self)(path, replace(self.reading, flips=flips))
+
+    def bank(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        class_wise: bool = True,
+        indices: Tensor | None = None,
+        path: FilePath | None = None,
+        advance: Callable[[int], object] | None = None,
+    ) -> LatentBank:
+        """The bank of these latents: means where moments are stored, both flips if flips are read.
+
+        Args:
+            dtype: Storage of the bank, default float32.
+            class_wise: Whether to keep the labels, default True.
+            indices: Which items, default all.
+            path: A file for the bank, for latents beyond the memory; default in memory.
+            advance: Called with the number of rows read so far.
+
+        Raises:
+            MemoryError: If it would not fit into memory.
+            ValueError: If samples are not finite, or not scaled as the format's (`check_scale`).
+        """
+        fixed = self.fixed()
+        fixed.check_scale()
+        total = len(fixed) if indices is None else len(indices)
+        batches = fixed.chunks(max(1, min(1024, 2**24 // math.prod(self.shape))), indices)
+        labels = fixed.labels if class_wise else None
+        # Of all items whatever the indices, so that shards of them are rounded alike.
+        few = list(fixed.some()) if dtype in HALF else []
+        offset = sum(x1.double() for x1 in few) / len(few) if few else None
+        how: dict[str, Any] = {"dtype": dtype, "offset": offset, "advance": advance}
+        if path is None:
+            return LatentBank.from_batches(batches, total, class_wise=class_wise, **how)
+        if labels is not None and indices is not None:
+            labels = labels[indices]
+        return LatentBank.write(path, batches, total, labels=labels, **how)
+
+    def statistics(self, max_rows: int = 256) -> ChannelStatistics:
+        """Moments of evenly spaced samples, without draws."""
+        seen = ChannelStatistics()
+        for x1 in self.fixed().some(max_rows):
+            seen.update(x1[None])
+        return seen
+
+    def some(self, max_rows: int = 256) -> Iterator[Tensor]:
+        """The x_1 of evenly spaced items, one by one."""
+        for index in range(0, len(self), math.ceil(len(self) / max_rows)):
+            yield self[index][0]
+
+    def check_scale(self, max_rows: int = 256) -> None:
+        """Looks at some rows, and refuses samples that are not scaled or scaled twice."""
+        expected = self.reading.expected_std or self.usual_std
+        mean, std = self.statistics(max_rows).overall()
+        size, most = math.hypot(mean, std), self.scale_range
+        # What is not finite is named by whoever reads all rows.
+        if math.isfinite(size) and not expected / most < size < expected * most:
+            raise ValueError(
+                f"Expected latents of standard deviation about {expected:.3g}, got {std:.3g} (mean "
+                f"{mean:.3g}) in {self.path}, read as {self.name}, {self.scaling}. "
+                f"{self._cure(size > expected)}If this is what training uses: "
+                f"expected_std={size:.3g}."
+            )
+
+    def verify(self, full: bool = False) -> None:
+        """Looks at the scale of a few rows; with `full` reads all rows and labels.
+
+        Raises:
+            ValueError: With all that is wrong; files that were left out at opening included.
+        """
+        wrong = list(self.skipped) + (self._read_all() if full else [])
+        if wrong:
+            many = "s" * (len(wrong) > 1)
+            raise ValueError(f"{len(wrong)} problem{many} in {self.path}: {names(wrong, most=10)}")
+        self.check_scale()
+
+    def _read_all(self) -> list[str]:
+        """What is wrong with rows, their flips and labels, from reading them all."""
+        wrong = []
+        try:
+            _ = self.labels  # some formats read them when they are asked for
+        except ValueError as error:
+            wrong.append(str(error))
+        every = self.with_options(flips="both" if self.has_flips else "none", moments="mean")
+        block = max(1, 2**22 // math.prod(self.shape))
+        for start in range(0, len(every), block):
+            stop = min(start + block, len(every))
+            with suppress(ValueError, OSError):
+                if every.rows(start, stop).isfinite().all():
+                    continue
+            for index in range(start, stop):
+                row, flip = every._locate(index)
+                name = f"row {row}{' (flip)' * flip}"
+                try:
+                    if not every.rows(index, index + 1).isfinite().all():
+                        wrong.append(f"{name} has NaN or Inf. Encode it again.")
+                except (ValueError, OSError) as error:
+                    wrong.append(f"{name} cannot be read: {error}")
+        return wrong
+
+    def _opened(self, labels: Tensor | None) -> None:
+        """The last step of opening: refuses what cannot be read, and keeps the labels."""
+        self._require_flips()
+        if not self._count():
+            raise Problem(f"{self.path} holds no rows.")
+        if not math.prod(self.shape):
+            raise Problem(f"Expected numbers in {self.path}, got shape {self.shape}. Encode again.")
+        channels = self.scaling.channels
+        if channels is not None and self.shape[0] != channels:
+            raise ValueError(
+                f"Expected samples with {channels} channels for {self.name}, got {self.shape} in "
+                f"{self.path}. Is it another format?"
+            )
+        if labels is not None:
+            require_labels(labels, self.reading.num_classes, self.path)
+        self._labels = labels
+
+    def _require_flips(self) -> None:
         if self.reading.flips != "none" and not self.has_flips:
             raise ValueError(
                 f"{self.path} holds no flipped latents, as {self.name} files there do not. Open "
                 'them with flips="none".'
             )
-        if not self._count():
-            raise Problem(f"{self.path} holds no rows.")
-        if not math.prod(self.shape):
-            raise Problem(
-                f"Expected samples with numbers in {self.path}, got shape {self.shape}. Encode "
-                "them again."
-            )
-        channels = len(self.scaling.gain) if isinstance(self.scaling, Affine) else 1
-        if channels > 1 and self.shape[0] != channels:
-            raise ValueError(
-                f"Expected samples with {channels} channels for {self.name}, got {self.shape} in "
-                f"{self.path}. Is it another format?"
-            )
 
-    def _checked_labels(self, labels: Tensor) -> Tensor:
-        require_labels(labels, self.reading.num_classes, self.path)
-        return labels
-
-    def _leave_out(self, file: object, error: Exception) -> None:
+    def _leave_out(self, file: object, error: Exception | str) -> None:
         """Names a file that cannot be used, or raises."""
         if not self.reading.skip:
-            raise ValueError(f'{error} To leave it out: on_error="skip".') from error
+            raise ValueError(f'{error} To leave it out: on_error="skip".')
         self.skipped.append(f"{file}: {error}")
 
+    def describe(self) -> str:
+        """What was recognised, in one line."""
+        stored = f"{self._count()} rows of {self.shape} {str(self.dtype).removeprefix('torch.')}"
+        reading = [f"{stored} in {self._parts()}"]
+        if self._labels is not None:
+            reading[0] += f", labels 0 to {int(self._labels.max())}"
+        if self.has_flips:
+            reading.append(f"flips: {self.reading.flips}")
+        if self.moments:
+            reading.append(f"mean and {self.moments}: {self.reading.moments}")
+        reading.append(f"x_1 = {self.scaling}")
+        if self.skipped:
+            reading.append(f"{len(self.skipped)} left out: {names(self.skipped, 2)}")
+        return f"{self.name} latents in {self.path}: " + "; ".join(reading)
+
+    def __repr__(self) -> str:
+        return f"<{self.describe()}>"
+
     def _handle(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is open in this process, under a key; made when it is first asked for."""
-        if self._process != os.getpid():
-            self._handles, self._process = {}, os.getpid()
+        """A mapped file, under a key; mapped when it is first asked for, and again in a copy."""
         if key not in self._handles:
             self._handles[key] = make()
         return self._handles[key]

@@ -9,116 +9,106 @@ one another's numbers; what is there is what is read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from stagewise.latents.base import Latents, Reading
-from stagewise.latents.checking import class_numbers, require_labels
-from stagewise.latents.files import Problem, array_entry, names, odd_sizes, read_array
-from stagewise.latents.scaling import AS_STORED, Affine
+from stagewise.files import Entry, FilePath, names
+from stagewise.latents.arrays import array_entry, class_numbers, read_array, require_labels
+from stagewise.latents.base import Block, Reading, Writing
+from stagewise.latents.per_file import PerFile, sizes_in
+from stagewise.latents.scaling import multiplied
 
 __all__ = ["FastDiT", "write_fast_dit"]
 
 _MARK = "_features"
 
 
-class FastDiT(Latents):
-    """Pairs of `.npy` files, in the order of their numbers.
-
-    Args:
-        path: The folder that holds the two.
-        reading: How to read.
-    """
+class FastDiT(PerFile):
+    """Pairs of `.npy` files, in the order of their numbers. Labels are read when asked for."""
 
     name = "fast-DiT"
+    looks_like = "*_features/0.npy ... and *_labels/0.npy ..."
+    takes_multiplier = True
+    needs_labels = True
+    _unit = "pairs of files"
 
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)
-        self._features, self._targets = folders(path)
-        sizes = _sizes(self._features)
-        lone = sizes.keys() ^ _sizes(self._targets).keys()
-        for name in sorted(lone):
-            where = self._features if name in sizes else self._targets
-            other = self._targets if name in sizes else self._features
-            self._leave_out(
-                f"{where.name}/{name}",
-                Problem(f"{where / name} has no partner in {other.name}. Write the pair again."),
-            )
+        features, self._targets = _folders(path)
+        self._root = features
+        sizes, others = (_sizes(folder) for folder in (features, self._targets))
+        for name in sorted(sizes.keys() ^ others.keys()):
+            here, there = features, self._targets
+            if name in others:
+                here, there = there, here
+            lost = f"{here / name} has no partner in {there.name}. Write the pair again."
+            self._leave_out(f"{here.name}/{name}", lost)
             sizes.pop(name, None)
-        files = sorted(sizes, key=_number)
-        odd = set(odd_sizes(sizes))
-        first = next((name for name in files if name not in odd), None)
-        if first is None:
-            raise ValueError(f"Expected .npy files in {self._features}, got none with a partner.")
-        entry = array_entry(self._features / first)
-        assert entry is not None
-        for name in sorted(odd, key=_number):
-            try:
-                found = array_entry(self._features / name)
-            except (Problem, OSError) as error:
-                self._leave_out(f"{self._features.name}/{name}", error)
-                continue
-            if found is not None and found.shape != entry.shape:
-                raise ValueError(
-                    f"Expected latents of shape {entry.shape} in {self._features / name}, as in "
-                    f"{first}, got {found.shape}. Keep latents of each shape in a folder of their "
-                    "own."
-                )
-            odd.discard(name)
-        if len(entry.shape) < 2 or entry.shape[0] != 1:
+        self._find(sizes, _number)
+        if len(self._stored) < 2 or self._stored[0] != 1:
             raise ValueError(
-                f"Expected one latent, (1, C, H, W), in {self._features / first}, got "
-                f"{entry.shape}."
+                f"Expected one latent, (1, C, H, W), in {features / self._files[0]}, got "
+                f"{self._stored}."
             )
-        self._files = [name for name in files if name not in odd]
-        self.shape, self.dtype = entry.shape[1:], entry.dtype
-        self.scaling = (
-            AS_STORED if reading.multiplier is None else Affine((float(reading.multiplier),))
-        )
-        self._prepare()
+        self.scaling = multiplied(reading.multiplier)
+        self._opened(None)
 
-    def _count(self) -> int:
-        return len(self._files)
+    @override
+    @classmethod
+    def finds(cls, path: Path) -> bool:
+        return next(path.glob(f"*{_MARK}"), None) is not None
+
+    def _entry(self, name: str) -> Entry:
+        entry = array_entry(self._root / name)
+        assert entry is not None  # only members of a zip may be compressed
+        return entry
+
+    def _load(self, name: str, flip: bool) -> Tensor:
+        file = self._root / name
+        return read_array(file.read_bytes(), str(file))
 
     def _read(self, row: int, flip: bool) -> Tensor:
-        return _load(self._features / self._files[row], (1, *self.shape))[0]
+        return super()._read(row, flip)[0]
 
     def _label(self, row: int) -> int:
         if self._labels is not None:
             return int(self._labels[row])
         found = self._target(row)
-        place = self._targets / self._files[row]
-        require_labels(torch.tensor([found]), self.reading.num_classes, place)
-        return found
+        require_labels(found, self.reading.num_classes, self._targets / self._files[row])
+        return int(found)
 
-    def _target(self, row: int) -> int:
+    def _target(self, row: int) -> Tensor:
         file = self._targets / self._files[row]
         labels = read_array(file.read_bytes(), str(file))
-        return int(class_numbers(labels.reshape(1, -1), 1, "the label", file)[0])
+        return class_numbers(labels.reshape(1, -1), 1, "the label", file)
 
-    def _read_labels(self) -> Tensor | None:
-        return torch.tensor([self._target(row) for row in range(len(self._files))])
-
-    def _parts(self) -> str:
-        return f"{len(self._files)} pairs of files"
+    @override
+    @property
+    def labels(self) -> Tensor:
+        if self._labels is None:
+            found = torch.cat([self._target(row) for row in range(len(self._files))])
+            require_labels(found, self.reading.num_classes, self.path)
+            self._labels = found
+        return self._labels
 
     def _cure(self, large: bool) -> str:
         if large:
             return "fast-DiT writes rows that are scaled; these are not: multiplier=0.18215. "
         return "They may have been scaled twice: multiplier=1 / 0.18215. "
 
+    @override
+    @classmethod
+    def write(cls, path: Path, blocks: Iterable[Block], how: Writing) -> Path:
+        return write_fast_dit(path, ((x.to(how.dtype), y) for x, _, y in blocks if y is not None))
 
-def folders(path: Path) -> tuple[Path, Path]:
-    """The folders of features and labels in a folder.
 
-    Raises:
-        ValueError: If there are none, or several pairs.
-    """
+def _folders(path: Path) -> tuple[Path, Path]:
+    """The folders of features and labels in a folder."""
     found = sorted(path.glob(f"*{_MARK}"))
     if len(found) != 1:
         raise ValueError(f"Expected one folder *{_MARK} in {path}, got {names(found) or 'none'}.")
@@ -128,11 +118,17 @@ def folders(path: Path) -> tuple[Path, Path]:
     return found[0], labels
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    return {name.split("/")[1]: size for name, size in sizes_in([folder], ".npy").items()}
+
+
+def _number(name: str) -> tuple[int, str]:
+    stem = name.removesuffix(".npy")
+    return (int(stem) if stem.isdecimal() else -1, name)
+
+
 def write_fast_dit(
-    folder: str | os.PathLike[str],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    name: str = "imagenet256",
+    folder: FilePath, batches: Iterable[tuple[Tensor, Tensor]], *, name: str = "imagenet256"
 ) -> Path:
     """Writes scaled latents as fast-DiT does.
 
@@ -154,20 +150,3 @@ def write_fast_dit(
             np.save(targets / f"{row}.npy", y[None])
             row += 1
     return folder
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    with os.scandir(folder) as listing:
-        return {item.name: item.stat().st_size for item in listing if item.name.endswith(".npy")}
-
-
-def _number(name: str) -> tuple[int, str]:
-    stem = name.removesuffix(".npy")
-    return (int(stem) if stem.isdecimal() else -1, name)
-
-
-def _load(file: Path, shape: tuple[int, ...]) -> Tensor:
-    array = read_array(file.read_bytes(), str(file))
-    if array.shape != shape:
-        raise Problem(f"Expected shape {shape} in {file}, got {array.shape}. Write it again.")
-    return array

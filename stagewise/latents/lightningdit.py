@@ -7,66 +7,75 @@
 Rows are posterior samples as the autoencoder gave them; whoever reads them computes
 `(z - mean) / std * multiplier`. Latents of Stable Diffusion's autoencoder are not normalised but
 multiplied by 0.18215, which the files do not say (hustvl/LightningDiT, issues 22 and 34).
+
+What is written has names, keys and metadata of the public writer. Its statistics are those of all
+un-flipped rows in float64, where the public writer takes 10 000 random rows in float32.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from stagewise.latents.base import Latents, Reading
-from stagewise.latents.checking import class_numbers
-from stagewise.latents.files import (
+from stagewise.files import (
     Entry,
+    FilePath,
     Problem,
-    Rows,
-    map_rows,
+    first_line,
+    read_header,
     read_tensor,
-    safetensors_entries,
+    replace_file,
+    write_tensors,
 )
-from stagewise.latents.scaling import Affine, Normalised
+from stagewise.latents.arrays import Rows, class_numbers
+from stagewise.latents.base import Block, Latents, Reading, Writing
+from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling, multiplied
 
-__all__ = ["STATS", "LightningDiT", "read_stats", "shard_entries", "shard_files"]
+__all__ = ["LightningDiT", "save_stats", "write_latents", "write_shard", "write_stats"]
 
-STATS = "latents_stats.pt"
+_STATS = "latents_stats.pt"
 
 
 class LightningDiT(Latents):
-    """Shards of raw latents.
-
-    Args:
-        path: The folder, or one shard.
-        reading: How to read.
-    """
+    """Shards of raw latents: a folder of them, or one."""
 
     name = "LightningDiT"
+    looks_like = "*.safetensors shards and latents_stats.pt"
+    is_file = None
+    takes_multiplier = True
+    needs_labels = True
     scale_range = 1.4  # divided by their own standard deviation, rows are at 1
 
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)
-        files = shard_files(path) if path.is_dir() else [path]
+        files = _shard_files(path) if path.is_dir() else [path]
         self._shards: list[tuple[Path, dict[str, Entry]]] = []
         self._starts = [0]
         labels: list[Tensor] = []
-        for gap in missing_shards(files):
+        for gap in _missing_shards(files):
             lost = f"{path / gap} is missing: there are shards with higher numbers. Copy it too."
-            self._leave_out(gap, Problem(lost))
+            self._leave_out(gap, lost)
         for file in files:
             try:
-                entries = shard_entries(file)
-                found = _labels(file, entries)
+                entries = _shard_entries(file)
+                count = entries["latents"].shape[0]
+                if "labels" in entries:
+                    found = read_tensor(file, entries["labels"])
+                    labels.append(class_numbers(found, count, "`labels`", file))
             except (Problem, OSError) as error:
                 self._leave_out(file.name, error)
                 continue
             self._shards.append((file, entries))
-            self._starts.append(self._starts[-1] + entries["latents"].shape[0])
-            if found is not None:
-                labels.append(found)
+            self._starts.append(self._starts[-1] + count)
         if not self._shards:
             raise ValueError(
                 f"Expected shards that can be read in {path}, got none of {len(files)}: "
@@ -76,21 +85,27 @@ class LightningDiT(Latents):
         first = self._shards[0][1]["latents"]
         self.shape, self.dtype = first.shape[1:], first.dtype
         self.has_flips = all("latents_flip" in entries for _, entries in self._shards)
-        self._all_labels = torch.cat(labels) if labels else None
         self.scaling = self._find_scaling(path if path.is_dir() else path.parent)
         if not reading.normalize:
             self.scale_range = 2.0
-        self._prepare()
-        self._stored_labels()
+        self._opened(torch.cat(labels) if labels else None)
+
+    @override
+    @classmethod
+    def finds(cls, path: Path) -> bool:
+        if path.is_file():
+            return path.suffix == ".safetensors" and "latents_flip" in read_header(path)[0]
+        return bool(_shard_files(path))
 
     def _require_alike(self, labelled: int) -> None:
-        (first, entries), *others = self._shards
-        for file, other in others:
-            if other["latents"].shape[1:] != entries["latents"].shape[1:]:
+        shapes = {file: entries["latents"].shape[1:] for file, entries in self._shards}
+        first = self._shards[0][0]
+        for file, shape in shapes.items():
+            if shape != shapes[first]:
                 raise ValueError(
-                    f"Expected rows of shape {entries['latents'].shape[1:]} in {file}, as in "
-                    f"{first.name}, got {other['latents'].shape[1:]}. These are latents of two "
-                    "autoencoders or sizes: keep each in a folder of its own."
+                    f"Expected rows of shape {shapes[first]} in {file}, as in {first.name}, got "
+                    f"{shape}. These are latents of two autoencoders or sizes: keep each in a "
+                    "folder of its own."
                 )
         if labelled not in (0, len(self._shards)):
             raise ValueError(
@@ -98,24 +113,24 @@ class LightningDiT(Latents):
                 f"got them in {labelled}."
             )
 
-    def _find_scaling(self, folder: Path) -> Normalised | Affine:
+    def _find_scaling(self, folder: Path) -> Scaling:
         multiplier = self.reading.multiplier
         if self.reading.normalize:
-            mean, std = read_stats(folder / STATS, self.shape[0])
+            mean, std = _read_stats(folder / _STATS, self.shape[0])
             return Normalised(mean, std, 1.0 if multiplier is None else multiplier)
         if multiplier is None:
             raise ValueError(
                 f"Expected `multiplier` with normalize=False for {self.path}: 0.18215 for latents "
                 "of Stable Diffusion's autoencoder, 1.0 for latents that are scaled already."
             )
-        return Affine((multiplier,))
+        return multiplied(multiplier)
 
     def _count(self) -> int:
         return self._starts[-1]
 
     def _rows(self, shard: int, flip: bool) -> Rows:
         (file, entries), name = self._shards[shard], "latents_flip" if flip else "latents"
-        return self._handle((shard, flip), lambda: map_rows(file, entries[name]))
+        return self._handle((shard, flip), lambda: Rows.of(file, entries[name]))
 
     def _read(self, row: int, flip: bool) -> Tensor:
         shard = bisect_right(self._starts, row) - 1
@@ -131,121 +146,255 @@ class LightningDiT(Latents):
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _read_labels(self) -> Tensor | None:
-        return self._all_labels
-
     def _parts(self) -> str:
         return f"{len(self._shards)} shard{'s' * (len(self._shards) > 1)}"
 
     def _cure(self, large: bool) -> str:
         if self.reading.normalize:
             return (
-                f"The rows do not fit {STATS} beside them: they were normalised before they were "
+                f"The rows do not fit {_STATS} beside them: they were normalised before they were "
                 "written (then normalize=False, multiplier=1.0), or the statistics are those of "
                 "other latents (then write_stats(folder)). "
             )
         if large:
             return (
                 "Nothing brings the rows to the scale of training: normalize=True for VA-VAE, "
-                "multiplier=0.18215 for Stable Diffusion's autoencoder (LightningDiT issues 22 "
-                "and 34). "
+                "multiplier=0.18215 for Stable Diffusion's autoencoder. "
             )
         return "They were scaled before they were written: multiplier=1.0. "
 
+    @override
+    @classmethod
+    def write(cls, path: Path, blocks: Iterable[Block], how: Writing) -> Path:
+        blocks = iter(blocks)
+        first = next(blocks)
+        blocks, channels = chain([first], blocks), first[0].shape[1]
+        size, dtype = how.shard_size, how.dtype
+        if how.made is None:
+            write_latents(path, blocks, stats=False, shard_size=size, dtype=dtype)
+            save_stats(path, torch.zeros(channels), torch.ones(channels))
+            return path
+        # Raw latents have means and scales of their own by channel, which the writer measures.
+        draws = np.random.default_rng((how.made, 7))
+        mean, std = (
+            torch.from_numpy(values).float()[:, None, None]
+            for values in (draws.normal(0, 1, channels), draws.uniform(2, 5, channels))
+        )
+        raw = Normalised(mean, std)
+        batches = ((raw.invert(x), raw.invert(flip), y) for x, flip, y in blocks)
+        return write_latents(path, batches, shard_size=size, dtype=dtype)
 
-def shard_entries(file: Path) -> dict[str, Entry]:
-    """The tensors of a shard, from its header.
 
-    Raises:
-        Problem: If it is no shard, or not whole.
-    """
-    entries = safetensors_entries(file)
+def _shard_entries(file: Path) -> dict[str, Entry]:
+    """The tensors of a shard, from its header; refuses what is no shard."""
+    entries, _ = read_header(file)
     if "latents" not in entries or len(entries["latents"].shape) < 2:
         raise Problem(
             f"Expected `latents` of shape (n, C, H, W) in {file}, got "
             f"{sorted(entries) or 'nothing'}. Is it a shard?"
         )
-    shape = entries["latents"].shape
-    if "latents_flip" in entries and entries["latents_flip"].shape != shape:
+    shape, flips = entries["latents"].shape, entries.get("latents_flip", entries["latents"]).shape
+    if flips != shape:
         raise Problem(
-            f"Expected `latents_flip` of shape {shape} in {file}, got "
-            f"{entries['latents_flip'].shape}. Write it again."
+            f"Expected `latents_flip` of shape {shape} in {file}, got {flips}. Write it again."
         )
     if not entries["latents"].dtype.is_floating_point:
         raise Problem(f"Expected floating-point `latents` in {file}.")
     return entries
 
 
-def _labels(file: Path, entries: dict[str, Entry]) -> Tensor | None:
-    if "labels" not in entries:
-        return None
-    labels = read_tensor(file, entries["labels"])
-    return class_numbers(labels, entries["latents"].shape[0], "`labels`", file)
-
-
-def shard_files(folder: Path) -> list[Path]:
+def _shard_files(folder: Path) -> list[Path]:
     """The shards of a folder, in the order of the public reader."""
     return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
 
 
-def missing_shards(files: Iterable[Path]) -> list[str]:
+def _missing_shards(files: Iterable[Path]) -> list[str]:
     """Names that the writer must have used, by the numbers of those that are there."""
-    numbers: dict[int, set[int]] = {}
-    for file in files:
-        match = re.fullmatch(r"latents_rank(\d+)_shard(\d+)", file.stem)
-        if match:
-            numbers.setdefault(int(match[1]), set()).add(int(match[2]))
-    ranks = range(max(numbers, default=-1) + 1)
+    found = {
+        (int(match[1]), int(match[2]))
+        for file in files
+        if (match := re.fullmatch(r"latents_rank(\d+)_shard(\d+)", file.stem))
+    }
     return [
-        f"latents_rank{rank:02d}_shard{shard:03d}.safetensors"
-        for rank in ranks
-        for shard in range(max(numbers.get(rank, {0}), default=0) + 1)
-        if shard not in numbers.get(rank, set())
+        _shard_name(rank, shard)
+        for rank in range(max((rank for rank, _ in found), default=-1) + 1)
+        for shard in range(max((s for r, s in found if r == rank), default=0) + 1)
+        if (rank, shard) not in found
     ]
 
 
-def read_stats(file: Path, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation by channel, each (C, 1, 1), float32.
-
-    Raises:
-        FileNotFoundError: If there is no such file, with the ways to do without.
-        ValueError: If it holds something else.
-    """
+def _read_stats(file: Path, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation by channel, each (C, 1, 1), float32."""
     if not file.is_file():
         raise FileNotFoundError(
-            f"Expected {STATS} with the mean and standard deviation of the latents, and there is "
+            f"Expected {_STATS} with the mean and standard deviation of the latents, and there is "
             f"none in {file.parent}. Compute it, write_stats(folder), or, if they are not to be "
             "normalised: normalize=False with multiplier=0.18215 for Stable Diffusion's "
             "autoencoder, multiplier=1.0 for latents that are scaled already."
         )
+    again = "Compute it again: write_stats(folder)."
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its unpickler or its zip reader does
         raise ValueError(
-            f"{file} cannot be read as a file of tensors ({str(error).splitlines()[0][:120]}). "
-            "Compute it again: write_stats(folder)."
+            f"{file} cannot be read as a file of tensors ({first_line(error)}). {again}"
         ) from error
-    named = isinstance(held, Mapping) and all(
-        isinstance(held.get(name), Tensor) for name in ("mean", "std")
-    )
-    if not named:
-        raise ValueError(
-            f"Expected {{'mean': ..., 'std': ...}} in {file}, got "
-            f"{sorted(held) if isinstance(held, Mapping) else type(held).__name__}. Compute it "
-            "again: write_stats(folder)."
-        )
+    if not isinstance(held, Mapping) or not {"mean", "std"} <= held.keys():
+        found = sorted(held) if isinstance(held, Mapping) else type(held).__name__
+        raise ValueError(f"Expected {{'mean': ..., 'std': ...}} in {file}, got {found}. {again}")
     for name in ("mean", "std"):
-        shape = tuple(held[name].shape)
+        shape = tuple(getattr(held[name], "shape", ()))
         if shape not in ((1, channels, 1, 1), (channels, 1, 1), (channels,)):
             raise ValueError(
                 f"Expected `{name}` of shape {(1, channels, 1, 1)} in {file}, for latents with "
-                f"{channels} channels, got {shape}. It belongs to other latents; compute it: "
-                "write_stats(folder)."
+                f"{channels} channels, got {shape}. It belongs to other latents. {again}"
             )
     mean, std = (held[name].float().reshape(channels, 1, 1) for name in ("mean", "std"))
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise ValueError(
-            f"Expected finite numbers in {file} and standard deviations above 0, got others. "
-            "Compute it again: write_stats(folder)."
-        )
+        raise ValueError(f"Expected finite numbers, `std` above 0, in {file}, got others. {again}")
     return mean, std
+
+
+def write_stats(folder: FilePath) -> ChannelStatistics:
+    """Computes `latents_stats.pt` from all un-flipped rows of a folder of shards; writes it."""
+    folder, seen = Path(folder), ChannelStatistics()
+    for file in _shard_files(folder):
+        rows = Rows.of(file, _shard_entries(file)["latents"])
+        for start in range(0, len(rows.x), 256):
+            seen.update(rows.block(start, min(start + 256, len(rows.x))))
+    if not seen.count:
+        raise ValueError(f"Expected shards (*.safetensors) in {folder}, got none.")
+    save_stats(folder, seen.mean, seen.std())
+    return seen
+
+
+def save_stats(folder: Path, mean: Tensor, std: Tensor) -> None:
+    """Writes `latents_stats.pt` for C channels, from numbers (C,)."""
+    stats = {"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}
+    replace_file(folder / _STATS, lambda name: torch.save(stats, name))
+
+
+def write_latents(
+    folder: FilePath,
+    batches: Iterable[Any],
+    *,
+    shard_size: int = 10_000,
+    rank: int = 0,
+    dtype: torch.dtype | None = None,
+    stats: bool = True,
+    resume: bool = False,
+) -> Path:
+    """Writes raw latents as LightningDiT does; whoever is killed leaves whole shards.
+
+    Args:
+        folder: The folder, which is made if need be.
+        batches: Dicts with `latents`, `latents_flip` and `labels`, or tuples `(latents, labels)`
+            or `(latents, latents_flip, labels)`; latents (B, C, H, W), labels (B,), integers.
+            Without flips the rows are written twice, since the public readers take one of the two
+            at random.
+        shard_size: Rows in a shard, default 10 000.
+        rank: Of this process, for the names; each rank writes shards of its own.
+        dtype: Of the stored latents, default as given.
+        stats: Whether to write `latents_stats.pt`, from all un-flipped rows in the folder; default
+            True. With several ranks let one do it at the end: `write_stats(folder)`.
+        resume: Whether to leave out as many rows as this rank has written, and go on behind them,
+            given the same batches; default False.
+
+    Raises:
+        FileExistsError: If this rank has shards there and `resume` is False.
+        ValueError: If a batch is none of these, or its shapes do not fit the others.
+    """
+    if shard_size < 1:
+        raise ValueError(f"Expected `shard_size` of at least 1, got {shard_size}.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    old = sorted(folder.glob(f"latents_rank{rank:02d}_shard*.safetensors"))
+    if old and not resume:
+        raise FileExistsError(
+            f"{folder} holds {len(old)} shards of rank {rank} already, the last {old[-1].name}. "
+            "Choose another folder, or go on behind them: resume=True, with the same batches."
+        )
+    written = [_shard_entries(file)["latents"].shape for file in old]
+    shape, skip = written[-1][1:] if old else None, sum(count for count, *_ in written)
+    number = begun = int(old[-1].stem.rpartition("shard")[2]) + 1 if old else 0
+    seen = ChannelStatistics()
+    for shard in _shards(batches, shard_size, skip, shape, dtype):
+        seen.update(shard["latents"])
+        write_shard(folder, rank, number, shard)
+        number += 1
+    if not number:
+        raise ValueError("Expected batches of latents, got none.")
+    if stats and len(_shard_files(folder)) == number - begun:
+        save_stats(folder, seen.mean, seen.std())
+    elif stats:
+        write_stats(folder)
+    return folder
+
+
+def write_shard(folder: Path, rank: int, number: int, shard: dict[str, Tensor]) -> None:
+    """Writes the shard of a number, from 0: `latents`, `latents_flip` and `labels`, on the CPU."""
+    latents = shard["latents"]
+    about = {"total_size": f"{len(latents)}", "dtype": f"{latents.dtype}", "device": "cpu"}
+    write_tensors(folder / _shard_name(rank, number), shard, about)
+
+
+def _shard_name(rank: int, number: int) -> str:
+    return f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
+
+
+def _shards(
+    batches: Iterable[Any],
+    size: int,
+    skip: int,
+    shape: tuple[int, ...] | None,
+    dtype: torch.dtype | None,
+) -> Iterator[dict[str, Tensor]]:
+    """The rows of batches behind the first `skip`, as many as make a shard at a time."""
+    held: list[dict[str, Tensor]] = []
+    count = 0
+    for batch in batches:
+        part = _batch(batch, dtype)
+        shape = shape or tuple(part["latents"].shape[1:])
+        if tuple(part["latents"].shape[1:]) != shape:
+            raise ValueError(
+                f"Expected latents of shape {shape} as in the batches before, got "
+                f"{tuple(part['latents'].shape[1:])}."
+            )
+        passed = min(skip, len(part["labels"]))
+        skip -= passed
+        part = {name: value[passed:] for name, value in part.items()}
+        while len(part["labels"]):
+            taken = min(size - count, len(part["labels"]))
+            held.append({name: value[:taken] for name, value in part.items()})
+            part = {name: value[taken:] for name, value in part.items()}
+            count += taken
+            if count == size:
+                yield _joined(held)
+                held, count = [], 0
+    if count:
+        yield _joined(held)
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+
+
+def _batch(batch: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    z = flip = labels = None
+    if isinstance(batch, Mapping):
+        z, flip, labels = (batch.get(name) for name in ("latents", "latents_flip", "labels"))
+    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        z, flip, labels = batch if len(batch) == 3 else (batch[0], None, batch[1])
+    if not (isinstance(z, Tensor) and isinstance(labels, Tensor) and z.is_floating_point()):
+        raise ValueError(
+            "Expected batches (latents, labels), (latents, latents_flip, labels) or dicts with "
+            f"these names, latents floating-point, got {type(batch).__name__}."
+        )
+    flip = z if flip is None else flip
+    if z.ndim != 4 or flip.shape != z.shape or labels.shape != z.shape[:1]:
+        raise ValueError(
+            "Expected latents (B, C, H, W), flips of the same shape and labels (B,), got "
+            f"{tuple(z.shape)}, {tuple(flip.shape)} and {tuple(labels.shape)}."
+        )
+    z, flip = (value.detach().cpu().to(dtype or value.dtype) for value in (z, flip))
+    return {"latents": z, "latents_flip": flip, "labels": labels.detach().cpu().long()}

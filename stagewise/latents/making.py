@@ -8,7 +8,6 @@ as the public projects write theirs, in the scale of theirs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,28 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagewise.latents.fast_dit import write_fast_dit
-from stagewise.latents.lightningdit_writer import write_latents
-from stagewise.latents.mar import write_mar
-from stagewise.latents.mean_std import write_mean_std
-from stagewise.latents.opening import FORMATS, Format
-from stagewise.latents.plain import write_plain
-from stagewise.latents.scaling import EDM2, KL16, SD_VAE, Normalised
+from stagewise.files import FilePath
+from stagewise.latents.base import Block, Writing
+from stagewise.latents.opening import require_format
 
-__all__ = ["make_latents", "made_rows"]
+__all__ = ["made_rows", "make_latents"]
 
 _BLOCK = 1024  # rows made at a time: part of what a seed means
 
-_SPREAD = 0.05
-"""Standard deviation of the made posteriors, relative to that of the samples."""
-
 
 def make_latents(
-    path: str | os.PathLike[str],
+    path: FilePath,
     num_rows: int,
     shape: tuple[int, int, int] = (4, 32, 32),
     num_classes: int = 1000,
-    format: Format = "lightningdit",  # noqa: A002 - as in open_latents
+    format: str = "lightningdit",  # noqa: A002 - as in open_latents
     *,
     seed: int = 0,
     exponent: float = 2.0,
@@ -69,8 +61,7 @@ def make_latents(
         ValueError: If an argument is out of range.
         FileExistsError: If there are files at the path.
     """
-    if format not in FORMATS:
-        raise ValueError(f"Expected `format` among {tuple(FORMATS)}, got {format!r}.")
+    kind = require_format(format)
     if format == "edm2" and shape[0] != 4:
         raise ValueError(f"Expected 4 channels for edm2, got shape {shape}.")
     path = Path(path)
@@ -78,48 +69,21 @@ def make_latents(
         raise FileExistsError(
             f"Expected a new or empty place, got {path}. Choose another, or empty it."
         )
-    blocks = made_rows(
-        num_rows,
-        shape,
-        num_classes,
-        seed=seed,
-        exponent=exponent,
-        class_share=class_share,
-        duplicates=duplicates,
-    )
-    if format == "plain":
-        x, _, labels = (torch.cat(column) for column in zip(*blocks, strict=True))
-        return write_plain(path, x.to(dtype), labels)
-    if format == "fast-dit":
-        return write_fast_dit(path, ((x.to(dtype), y) for x, _, y in blocks))
-    if format == "lightningdit":
-        # Raw latents have means and scales of their own by channel, which the writer measures.
-        draws = np.random.default_rng((seed, 7))
-        mean, std = (
-            torch.from_numpy(values).float()[:, None, None]
-            for values in (draws.normal(0, 1, shape[0]), draws.uniform(2, 5, shape[0]))
-        )
-        raw = Normalised(mean, std)
-        batches = ((raw.invert(x), raw.invert(flip), y) for x, flip, y in blocks)
-        return write_latents(path, batches, shard_size=shard_size, dtype=dtype)
-    stored = _Moments(format, dtype)
-    if format == "mar":
-        return write_mar(path, ((stored(x), stored(flip), y) for x, flip, y in blocks))
-    place = path / "vae-sd" if format == "repa" and path.suffix != ".zip" else path
-    write_mean_std(place, ((stored(x), y) for x, _, y in blocks))
-    return path
+    rows = made_rows(num_rows, shape, num_classes, seed, exponent, class_share, duplicates)
+    unit = kind.usual_std
+    blocks = ((x * unit, flip * unit, y) for x, flip, y in rows)
+    return kind.write(path, blocks, Writing(dtype, shard_size, seed))
 
 
 def made_rows(
     num_rows: int,
     shape: tuple[int, int, int],
     num_classes: int,
-    *,
     seed: int = 0,
     exponent: float = 2.0,
     class_share: float = 0.2,
     duplicates: int = 0,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[Block]:
     """The samples, block by block; arguments as in `make_latents`.
 
     Yields:
@@ -134,18 +98,6 @@ def made_rows(
         raise ValueError(f"Expected `class_share` in [0, 1), got {class_share}.")
     if not 0 <= duplicates < num_rows:
         raise ValueError(f"Expected `duplicates` from 0 to below {num_rows}, got {duplicates}.")
-    return _blocks(num_rows, shape, num_classes, seed, exponent, class_share, duplicates)
-
-
-def _blocks(
-    num_rows: int,
-    shape: tuple[int, int, int],
-    num_classes: int,
-    seed: int,
-    exponent: float,
-    class_share: float,
-    duplicates: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     unique = num_rows - duplicates
     # Copies of the first rows, each once as far as they go.
     source = torch.cat([torch.arange(unique), torch.arange(duplicates) % unique])
@@ -186,18 +138,3 @@ def _field(
     white = np.random.default_rng(seed).standard_normal((count, *shape), dtype=np.float32)
     spectrum = torch.fft.rfft2(torch.from_numpy(white)) * amplitude.float()
     return torch.fft.irfft2(spectrum, s=(height, width))
-
-
-class _Moments:
-    """From samples to mean and standard deviation (or log-variance), (B, 2C, H, W)."""
-
-    def __init__(self, kind: str, dtype: torch.dtype) -> None:
-        self.scaling = {"repa": SD_VAE, "edm2": EDM2, "mar": KL16}[kind]
-        self.unit = 0.5 if kind == "edm2" else 1.0
-        self.logs, self.dtype = kind == "mar", dtype
-
-    def __call__(self, x: Tensor) -> Tensor:
-        mean = self.scaling.invert(x * self.unit)
-        gain = torch.tensor(self.scaling.gain)[:, None, None]
-        std = (_SPREAD * self.unit / gain).expand_as(mean)
-        return torch.cat([mean, 2 * std.log() if self.logs else std], dim=1).to(self.dtype)

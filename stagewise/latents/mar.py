@@ -11,19 +11,20 @@ and multiplies it by 0.2325.
 
 from __future__ import annotations
 
-import os
 import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from stagewise.latents.base import Latents, Reading
-from stagewise.latents.files import Entry, Problem, array_entry, names, odd_sizes, to_tensor
+from stagewise.files import Entry, FilePath, Problem, names
+from stagewise.latents.arrays import array_entry, to_tensor
+from stagewise.latents.base import Block, Reading, Writing
+from stagewise.latents.per_file import PerFile, sizes_in
 from stagewise.latents.scaling import KL16
 
 __all__ = ["MAR", "write_mar"]
@@ -31,82 +32,48 @@ __all__ = ["MAR", "write_mar"]
 _KEYS = ("moments", "moments_flip")
 
 
-class MAR(Latents):
-    """Means and log-variances, of which each access draws.
-
-    Args:
-        path: The folder of the folders.
-        reading: How to read.
-    """
+class MAR(PerFile):
+    """Means and log-variances, of which each access draws."""
 
     name = "MAR"
+    looks_like = "a folder for each class with *.npz of moments"
+    needs_labels = True
     moments = "logvar"
     scaling = KL16
     has_flips = True
 
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)
-        sizes: dict[str, int] = {}
-        self._classes: list[Any] = []
-        empty: list[Any] = []
-        for folder in sorted(item for item in path.iterdir() if item.is_dir()):
-            if folder.name.startswith("."):
-                continue
-            with os.scandir(folder) as listing:
-                held = {
-                    f"{folder.name}/{item.name}": item.stat().st_size
-                    for item in listing
-                    if item.name.endswith(".npz")
-                }
-            (self._classes if held else empty).append(folder.name)
-            sizes |= held
-        if empty and self._classes and empty[0] < self._classes[-1]:
+        self._root = path
+        folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        sizes = sizes_in(folders, ".npz")
+        classes = sorted({name.split("/")[0] for name in sizes})
+        empty = [folder.name for folder in folders if folder.name not in classes]
+        if classes and empty and empty[0] < classes[-1]:
             warnings.warn(
                 f"{path} has folders without .npz files, which are no classes: {names(empty)}. The "
                 "folders after them have labels that are lower by as many as are left out before "
                 "them. If they stand for classes, put their rows there.",
                 stacklevel=2,
             )
-        odd = set(odd_sizes(sizes))
-        usual = next((name for name in sorted(sizes) if name not in odd), None)
-        if usual is None:
-            raise ValueError(f"Expected .npz files in the folders of {path}, got none.")
-        first = self._entries(usual)
-        for name in sorted(odd):
-            try:
-                other = self._entries(name)
-            except (Problem, OSError) as error:
-                self._leave_out(name, error)
-                continue
-            if other.shape != first.shape:
-                raise ValueError(
-                    f"Expected shape {first.shape} in {path / name}, as in {usual}, got "
-                    f"{other.shape}. Keep latents of each shape in a folder of their own."
-                )
-            odd.discard(name)
-        if len(first.shape) != 3 or first.shape[0] % 2:
-            raise ValueError(
-                f"Expected mean and log-variance, (2C, H, W), in {path / usual}, got {first.shape}."
-            )
-        self._files = sorted(name for name in sizes if name not in odd)
-        place = {name: at for at, name in enumerate(self._classes)}
-        self._targets = torch.tensor([place[name.split("/")[0]] for name in self._files])
-        self._stored = first.shape
-        self.shape, self.dtype = (first.shape[0] // 2, *first.shape[1:]), first.dtype
-        self._prepare()
-        self._stored_labels()
+        self._find(sizes)
+        self._classes = len(classes)
+        place = {name: at for at, name in enumerate(classes)}
+        self._opened(torch.tensor([place[name.split("/")[0]] for name in self._files]))
 
-    def _entries(self, name: str) -> Entry:
+    @override
+    @classmethod
+    def finds(cls, path: Path) -> bool:
+        return next(path.glob("*/*.npz"), None) is not None
+
+    def _entry(self, name: str) -> Entry:
         both = [array_entry(self.path / name, f"{key}.npy") for key in _KEYS]
         if both[0] is None or both[1] is None:
             raise Problem(f"{self.path / name} is compressed: write it with np.savez.")
         return both[0]
 
-    def _count(self) -> int:
-        return len(self._files)
-
-    def _read(self, row: int, flip: bool) -> Tensor:
-        file = self.path / self._files[row]
+    def _load(self, name: str, flip: bool) -> Tensor:
+        file = self.path / name
         try:
             with np.load(file, allow_pickle=False) as held:
                 array = held[_KEYS[flip]]
@@ -114,25 +81,28 @@ class MAR(Latents):
             raise Problem(
                 f"{file} is no whole .npz with {_KEYS[flip]} ({error}). Copy or encode it again."
             ) from error
-        if array.shape != self._stored:
-            raise Problem(
-                f"Expected shape {self._stored} in {file}, got {array.shape}. Encode it again."
-            )
         return to_tensor(array, str(file))
 
-    def _read_labels(self) -> Tensor | None:
-        return self._targets
-
     def _parts(self) -> str:
-        return f"{len(self._files)} files in {len(self._classes)} folders"
+        return f"{super()._parts()} in {self._classes} folders"
 
     def _cure(self, large: bool) -> str:
         return "MAR's files are those of KL-16, scaled by 0.2325; is it another autoencoder? "
 
+    @override
+    @classmethod
+    def write(cls, path: Path, blocks: Iterable[Block], how: Writing) -> Path:
+        return write_mar(
+            path,
+            (
+                (cls._moments_of(x, how), cls._moments_of(flip, how), y)
+                for x, flip, y in blocks
+                if y is not None
+            ),
+        )
 
-def write_mar(
-    folder: str | os.PathLike[str], batches: Iterable[tuple[Tensor, Tensor, Tensor]]
-) -> Path:
+
+def write_mar(folder: FilePath, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Path:
     """Writes means and log-variances as MAR does.
 
     Args:

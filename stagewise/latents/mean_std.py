@@ -13,87 +13,65 @@ from __future__ import annotations
 import io
 import json
 import mmap
-import os
 import zipfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from stagewise.latents.base import Latents, Reading
-from stagewise.latents.files import (
-    Entry,
-    Problem,
-    array_entry,
-    local_header,
-    odd_sizes,
-    read_array,
-)
+from stagewise.files import Entry, FilePath, Problem
+from stagewise.latents.arrays import array_entry, local_header, read_array
+from stagewise.latents.base import Block, Reading, Writing
+from stagewise.latents.per_file import PerFile, sizes_in
 from stagewise.latents.scaling import EDM2 as EDM2_SCALING
 from stagewise.latents.scaling import SD_VAE
 
-__all__ = ["EDM2", "REPA", "MeanStd", "file_name", "find_folder", "write_mean_std"]
+__all__ = ["EDM2", "REPA", "file_name", "write_mean_std"]
 
 _INDEX = "dataset.json"
 
 
-class MeanStd(Latents):
-    """Means and standard deviations, of which each access draws.
+class _MeanStd(PerFile):
+    """Means and standard deviations, of which each access draws."""
 
-    Args:
-        path: The folder or zip with `dataset.json`, or a folder with `vae-sd` in it.
-        reading: How to read.
-    """
-
+    looks_like = "dataset.json and 00000/img-mean-std-*.npy, there, in vae-sd/ or in a stored zip"
+    ambiguous = (
+        "holds means and standard deviations, and two projects write such files with the same "
+        'names. Say which: format="repa" (pixels in [-1, 1], latents times 0.18215) or '
+        'format="edm2" (pixels in [0, 1], normalised by channel to 0.5).'
+    )
+    is_file = None
     moments = "std"
 
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)
-        found = find_folder(path)
+        found = _find_root(path)
         if found is None:
-            raise ValueError(
-                f"Expected {_INDEX} beside 00000/img-mean-std-*.npy in {path} or in {path}/vae-sd."
-            )
-        self._root = found
-        if found.is_dir():
-            sizes, index = _listing(found)
-            self._offsets: dict[str, int] = {}
-        else:
-            sizes, index = self._directory(found)
-        odd = set(odd_sizes(sizes))
-        usual = next((name for name in sorted(sizes) if name not in odd), None)
-        if usual is None:
-            raise ValueError(f"Expected .npy files in {found}, got none.")
-        self._sizes = sizes
-        first = self._entry(usual)
-        if len(first.shape) != 3 or first.shape[0] % 2:
-            raise ValueError(
-                f"Expected mean and std, (2C, H, W), in {usual} of {found}, got {first.shape}."
-            )
-        for name in sorted(odd):
-            try:
-                other = self._entry(name).shape
-            except (Problem, OSError) as error:
-                self._leave_out(name, error)
-                continue
-            if other != first.shape:
-                raise ValueError(
-                    f"Expected shape {first.shape} in {name} of {found}, as in {usual}, got "
-                    f"{other}. Keep latents of each shape in a folder of their own."
-                )
-            odd.discard(name)
-        self._files = sorted(name for name in sizes if name not in odd)
-        self._index = self._read_index(index)
-        self._stored = first.shape
-        self.shape, self.dtype = (first.shape[0] // 2, *first.shape[1:]), first.dtype
-        self._prepare()
-        self._stored_labels()
+            raise ValueError(f"Expected {self.looks_like}, in {path}.")
+        self._root, self._zipped = found, found.is_file()
+        sizes, index = self._zip_listing() if self._zipped else self._listing()
+        self._find(sizes)
+        self._opened(self._read_index(index, sizes))
 
-    def _directory(self, path: Path) -> tuple[dict[str, int], bytes | None]:
-        """Sizes of a zip's members, and its index; where they lie is kept."""
+    @override
+    @classmethod
+    def finds(cls, path: Path) -> bool:
+        return _find_root(path) is not None
+
+    def _listing(self) -> tuple[dict[str, int], bytes | None]:
+        """Sizes of the files below the folders that are not hidden, and the index."""
+        folders = (p for p in self._root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        index = self._root / _INDEX
+        return sizes_in(sorted(folders), ".npy"), index.read_bytes() if index.is_file() else None
+
+    def _zip_listing(self) -> tuple[dict[str, int], bytes | None]:
+        """The same of a zip; where its members lie is kept."""
+        path = self._root
         try:
             with zipfile.ZipFile(path) as archive:
                 members = {info.filename: info for info in archive.infolist()}
@@ -108,82 +86,58 @@ class MeanStd(Latents):
                 f"Expected a stored (uncompressed) zip, got {path} with {len(packed)} compressed "
                 f"members, the first {packed[0]}. Unpack it, or write it again: zip -0."
             )
-        arrays = [name for name in members if name.endswith(".npy")]
-        self._offsets = {name: members[name].header_offset for name in arrays}
-        return {name: members[name].file_size for name in arrays}, index
+        arrays = {name: info for name, info in members.items() if name.endswith(".npy")}
+        # First byte and length: kept alone, since a million of the others take a GB.
+        self._places = {name: (i.header_offset, i.file_size) for name, i in arrays.items()}
+        return {name: info.file_size for name, info in arrays.items()}, index
 
-    def _read_index(self, text: bytes | None) -> Tensor | None:
-        if text is None:
-            return None
+    def _read_index(self, text: bytes | None, sizes: dict[str, int]) -> Tensor | None:
+        where = f"{_INDEX} of {self._root}"
         try:
-            listed = json.loads(text)["labels"]
+            listed = None if text is None else json.loads(text)["labels"]
             if listed is None:
                 return None
             by_name = dict(listed)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"{_INDEX} of {self._root} is damaged: expected "
-                '{"labels": [[name, class], ...]}. Write it again.'
+                f'{where} is damaged: expected {{"labels": [[name, class], ...]}}. Write it again.'
             ) from error
         missing = [name for name in self._files if name not in by_name]
         if missing:
             raise ValueError(
-                f"Expected a label for each file in {_INDEX} of {self._root}, got none for "
-                f"{len(missing)}, the first {missing[0]}. Write the index again."
+                f"Expected a label for each file in {where}, got none for {len(missing)}, the "
+                f"first {missing[0]}. Write the index again."
             )
-        gone = by_name.keys() - self._files - set(self._sizes)
-        if gone:
-            for name in sorted(gone):
-                self._leave_out(
-                    name,
-                    Problem(
-                        f"{name} is in {_INDEX} of {self._root}, and there is no such file. Copy "
-                        "or encode it again."
-                    ),
-                )
+        for name in sorted(by_name.keys() - sizes.keys()):
+            lost = f"{name} is in {where}, and there is no such file. Copy or encode it again."
+            self._leave_out(name, lost)
         wrong = [name for name in self._files if not isinstance(by_name[name], int)]
         if wrong:
             raise ValueError(
-                f"Expected an integer for each file in {_INDEX} of {self._root}, got "
-                f"{str(by_name[wrong[0]])[:60]} for {wrong[0]}."
+                f"Expected an integer for each file in {where}, got {str(by_name[wrong[0]])[:60]} "
+                f"for {wrong[0]}."
             )
         return torch.tensor([by_name[name] for name in self._files], dtype=torch.int64)
 
     def _entry(self, name: str) -> Entry:
-        zipped = self._root.suffix == ".zip"
-        entry = array_entry(self._root, name) if zipped else array_entry(self._root / name)
-        assert entry is not None
+        entry = array_entry(self._root, name) if self._zipped else array_entry(self._root / name)
+        assert entry is not None  # compressed members were refused
         return entry
 
-    def _load(self, name: str) -> Tensor:
-        if not self._offsets:
+    def _load(self, name: str, flip: bool) -> Tensor:
+        if not self._zipped:
             return read_array((self._root / name).read_bytes(), str(self._root / name))
         pages = self._handle("zip", lambda: _map(self._root))
-        start, where = self._offsets[name], f"{name} in {self._root}"
+        (start, size), where = self._places[name], f"{name} in {self._root}"
         try:
             start += local_header(pages[start : start + 30])
         except Problem as error:
             raise Problem(f"{where}: {error}. Copy or write it again.") from error
-        return read_array(pages[start : start + self._sizes[name]], where)
-
-    def _count(self) -> int:
-        return len(self._files)
-
-    def _read(self, row: int, flip: bool) -> Tensor:
-        array = self._load(self._files[row])
-        if array.shape != self._stored:
-            raise Problem(
-                f"Expected shape {self._stored} in {self._files[row]} of {self._root}, got "
-                f"{array.shape}. Write it again."
-            )
-        return array
-
-    def _read_labels(self) -> Tensor | None:
-        return self._index
+        return read_array(pages[start : start + size], where)
 
     def _read_all(self) -> list[str]:
         wrong = super()._read_all()
-        if self._offsets:
+        if self._zipped:
             with zipfile.ZipFile(self._root) as archive:
                 bad = archive.testzip()
             if bad is not None:
@@ -191,10 +145,15 @@ class MeanStd(Latents):
         return wrong
 
     def _parts(self) -> str:
-        return f"{len(self._files)} files" + (" of a zip" if self._offsets else "")
+        return super()._parts() + (" of a zip" if self._zipped else "")
+
+    @override
+    @classmethod
+    def write(cls, path: Path, blocks: Iterable[Block], how: Writing) -> Path:
+        return write_mean_std(path, ((cls._moments_of(x, how), y) for x, _, y in blocks))
 
 
-class REPA(MeanStd):
+class REPA(_MeanStd):
     """As written by sihyun-yu/REPA: pixels in [-1, 1], `0.18215 z`."""
 
     name = "REPA"
@@ -203,8 +162,15 @@ class REPA(MeanStd):
     def _cure(self, large: bool) -> str:
         return 'Files of EDM2 have the same names and another scale: format="edm2". '
 
+    @override
+    @classmethod
+    def write(cls, path: Path, blocks: Iterable[Block], how: Writing) -> Path:
+        inside = how.made is not None and path.suffix != ".zip"
+        super().write(path / "vae-sd" if inside else path, blocks, how)
+        return path
 
-class EDM2(MeanStd):
+
+class EDM2(_MeanStd):
     """As written by NVlabs/edm2: pixels in [0, 1], normalised by channel."""
 
     name = "EDM2"
@@ -216,7 +182,7 @@ class EDM2(MeanStd):
         return 'Files of REPA have the same names and another scale: format="repa". '
 
 
-def find_folder(path: Path) -> Path | None:
+def _find_root(path: Path) -> Path | None:
     """The folder or zip with the index, at `path` or below it."""
     if path.suffix == ".zip":
         return path
@@ -226,14 +192,17 @@ def find_folder(path: Path) -> Path | None:
     return path / "vae-sd.zip" if (path / "vae-sd.zip").is_file() else None
 
 
+def _map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def file_name(row: int) -> str:
     """What both projects call the file of a row."""
     return f"{row:08d}"[:5] + f"/img-mean-std-{row:08d}.npy"
 
 
-def write_mean_std(
-    path: str | os.PathLike[str], batches: Iterable[tuple[Tensor, Tensor | None]]
-) -> Path:
+def write_mean_std(path: FilePath, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Path:
     """Writes means and standard deviations as REPA and EDM2 do.
 
     Args:
@@ -243,51 +212,29 @@ def write_mean_std(
     Returns:
         The path.
     """
-    path, listed, row = Path(path), [], 0
-    archive = None
-    if path.suffix == ".zip":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        archive = zipfile.ZipFile(path, mode="w", compression=zipfile.ZIP_STORED)
+    path = Path(path)
+    listed: list[list[Any]] | None = []
+    zipped = path.suffix == ".zip"
+    (path.parent if zipped else path).mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, mode="w") if zipped else nullcontext() as archive:
 
-    def save(name: str, data: bytes | str) -> None:
-        if archive is not None:
-            archive.writestr(name, data)
-            return
-        file = path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data.encode() if isinstance(data, str) else data)
+        def save(name: str, data: bytes) -> None:
+            if archive is not None:
+                archive.writestr(name, data)  # stored, not compressed
+                return
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_bytes(data)
 
-    try:
+        row = 0
         for moments, labels in batches:
             for at, moment in enumerate(moments.cpu().numpy()):
-                name = file_name(row)
                 buffer = io.BytesIO()
                 np.save(buffer, moment)
-                save(name, buffer.getvalue())
-                listed.append(None if labels is None else [name, int(labels[at])])
+                save(file_name(row), buffer.getvalue())
+                if labels is None:
+                    listed = None
+                elif listed is not None:
+                    listed.append([file_name(row), int(labels[at])])
                 row += 1
-        about: dict[str, Any] = {"labels": listed if None not in listed else None}
-        save(_INDEX, json.dumps(about))
-    finally:
-        if archive is not None:
-            archive.close()
+        save(_INDEX, json.dumps({"labels": listed}).encode())
     return path
-
-
-def _listing(folder: Path) -> tuple[dict[str, int], bytes | None]:
-    sizes: dict[str, int] = {}
-    folders = (item for item in folder.iterdir() if item.is_dir() and item.name[0] != ".")
-    for place in sorted(folders):
-        with os.scandir(place) as listing:
-            sizes |= {
-                f"{place.name}/{item.name}": item.stat().st_size
-                for item in listing
-                if item.name.endswith(".npy")
-            }
-    index = folder / _INDEX
-    return sizes, index.read_bytes() if index.is_file() else None
-
-
-def _map(path: Path) -> mmap.mmap:
-    with open(path, "rb") as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

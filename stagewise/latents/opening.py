@@ -1,48 +1,40 @@
-"""`open_latents`: finds out what a path holds, and opens it."""
+"""`open_latents` finds out what a path holds, and opens it; `convert` writes another format.
+
+A new format is a file with a subclass of `Latents`, and a line in `FORMATS`.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from stagewise.latents.base import Flips, Latents, Moments, Reading
-from stagewise.latents.fast_dit import FastDiT, write_fast_dit
-from stagewise.latents.files import safetensors_entries
-from stagewise.latents.lightningdit import LightningDiT, shard_files
-from stagewise.latents.lightningdit_writer import save_stats, write_latents
-from stagewise.latents.mar import MAR, write_mar
-from stagewise.latents.mean_std import EDM2, REPA, find_folder, write_mean_std
-from stagewise.latents.plain import SUFFIXES, Plain, write_plain
+from stagewise.files import FilePath
+from stagewise.latents.base import Block, Flips, Latents, Moments, Reading, Writing
+from stagewise.latents.fast_dit import FastDiT
+from stagewise.latents.lightningdit import LightningDiT
+from stagewise.latents.mar import MAR
+from stagewise.latents.mean_std import EDM2, REPA
+from stagewise.latents.plain import Plain
 
-__all__ = ["FORMATS", "convert", "open_latents"]
+__all__ = ["FORMATS", "convert", "open_latents", "require_format"]
 
-Format: TypeAlias = 'Literal["lightningdit", "fast-dit", "repa", "edm2", "mar", "plain"]'
-
-FORMATS: dict[str, Callable[[Path, Reading], Latents]] = {
-    "lightningdit": LightningDiT,
-    "fast-dit": FastDiT,
+FORMATS: dict[str, type[Latents]] = {
     "repa": REPA,
     "edm2": EDM2,
+    "lightningdit": LightningDiT,
+    "fast-dit": FastDiT,
     "mar": MAR,
     "plain": Plain,
 }
-
-_LOOKED_FOR = """
-  LightningDiT  *.safetensors shards and latents_stats.pt
-  fast-DiT      *_features/0.npy ... and *_labels/0.npy ...
-  REPA, EDM2    dataset.json and 00000/img-mean-std-*.npy, there, in vae-sd/ or in a stored zip
-  MAR           a folder for each class with *.npz of moments
-  plain         one file: .safetensors, .npy, .npz or .pt"""
+"""In the order in which they are looked for."""
 
 
 def open_latents(
-    path: str | os.PathLike[str],
-    format: Format | None = None,  # noqa: A002 - what everybody calls it
+    path: FilePath,
+    format: str | None = None,  # noqa: A002 - what everybody calls it
     *,
     flips: Flips = "none",
     moments: Moments = "sample",
@@ -91,67 +83,46 @@ def open_latents(
     ):
         if value not in allowed:
             raise ValueError(f"Expected `{name}` among {allowed}, got {value!r}.")
-    path = Path(path)
+    path, skip = Path(path), on_error == "skip"
     if not path.exists():
         raise FileNotFoundError(f"Expected a folder or file of latents, got {path}: no such path.")
-    reading = Reading(
-        flips,
-        moments,
-        seed,
-        num_classes,
-        on_error == "skip",
-        multiplier,
-        normalize,
-        expected_std,
-    )
-    kind = format or _recognise(path)
-    if multiplier is not None and kind in ("repa", "edm2", "mar"):
+    format = format or _recognise(path)  # noqa: A001 - as above
+    kind = FORMATS[format]
+    if multiplier is not None and not kind.takes_multiplier:
         raise ValueError(
-            f"Expected no `multiplier` for {kind}, which has its own scale, got {multiplier}."
+            f"Expected no `multiplier` for {format}, which has its own scale, got {multiplier}."
         )
-    if not normalize and kind != "lightningdit":
+    if not normalize and kind is not LightningDiT:
         raise ValueError(
-            f"normalize=False is for LightningDiT's shards; {path} was read as {kind}, which is "
+            f"normalize=False is for LightningDiT's shards; {path} was read as {format}, which is "
             "not normalised by a file of statistics. Leave it out."
         )
-    if (kind == "plain") != path.is_file() and kind not in ("repa", "edm2", "lightningdit"):
-        raise ValueError(
-            f"Expected a {'file' if kind == 'plain' else 'folder'} for {kind}, got {path}."
-        )
-    return FORMATS[kind](path, reading)
+    if kind.is_file not in (None, path.is_file()):
+        wanted = "file" if kind.is_file else "folder"
+        raise ValueError(f"Expected a {wanted} for {format}, got {path}.")
+    how = (flips, moments, seed, num_classes, skip, multiplier, normalize, expected_std)
+    return kind(path, Reading(*how))
 
 
 def _recognise(path: Path) -> str:
-    if find_folder(path) is not None:
-        raise ValueError(
-            f"{path} holds means and standard deviations, and two projects write such files with "
-            'the same names. Say which: format="repa" (pixels in [-1, 1], latents times 0.18215) '
-            'or format="edm2" (pixels in [0, 1], normalised by channel to 0.5).'
-        )
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ValueError(
-                f"Expected a file that ends with one of {(*SUFFIXES, '.zip')}, got {path}."
-            )
-        shard = path.suffix == ".safetensors" and "latents_flip" in safetensors_entries(path)
-        return "lightningdit" if shard else "plain"
-    if shard_files(path):
-        return "lightningdit"
-    if next(path.glob("*_features"), None):
-        return "fast-dit"
-    if next(path.glob("*/*.npz"), None):
-        return "mar"
-    found = sorted(item.name for item in path.iterdir())[:8]
-    raise ValueError(
-        f"Expected latents in {path}, got a folder with {found or 'nothing in it'}. What is looked "
-        f"for:{_LOOKED_FOR}"
-    )
+    for format, kind in FORMATS.items():  # noqa: A001 - as above
+        if kind.finds(path):
+            if kind.ambiguous:
+                raise ValueError(f"{path} {kind.ambiguous}")
+            return format
+    here = "a file" if path.is_file() else f"a folder with {_some(path)}"
+    looked_for = "".join(f"\n  {kind.name}: {kind.looks_like}" for kind in FORMATS.values())
+    raise ValueError(f"Expected latents in {path}, got {here}. What is looked for:{looked_for}")
+
+
+def _some(folder: Path) -> str:
+    return str(sorted(item.name for item in folder.iterdir())[:8] or "nothing in it")
 
 
 def convert(
-    source: Latents | str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    format: Format = "lightningdit",  # noqa: A002 - as above
+    source: Latents | FilePath,
+    target: FilePath,
+    format: str = "lightningdit",  # noqa: A002 - as above
     *,
     dtype: torch.dtype | None = None,
     shard_size: int = 10_000,
@@ -176,41 +147,25 @@ def convert(
     Raises:
         ValueError: If the target's format needs labels that the source does not have.
     """
+    kind = require_format(format)
     source = source if isinstance(source, Latents) else open_latents(source)
     fixed = source.with_options(moments="mean", flips="both" if source.has_flips else "none")
-    if fixed.labels is None and format in ("lightningdit", "fast-dit", "mar"):
+    if fixed.labels is None and kind.needs_labels:
         raise ValueError(
             f"{source.path} has no labels, and {format} needs them. Write it as plain."
         )
-    dtype, target = dtype or torch.float32, Path(target)
-    if format == "plain":
-        count = len(fixed) // (2 if source.has_flips else 1)
-        labels = fixed.labels
-        return write_plain(
-            target, fixed.rows(0, count).to(dtype), None if labels is None else labels[:count]
-        )
-    blocks = _blocks(fixed, source.has_flips)
-    if format == "lightningdit":
-        write_latents(target, blocks, shard_size=shard_size, dtype=dtype, stats=False)
-        channels = fixed.shape[0]
-        save_stats(target, torch.zeros(channels), torch.ones(channels))
-        return target
-    if format == "fast-dit":
-        return write_fast_dit(target, ((x.to(dtype), y) for x, _, y in blocks))
-    scaling = {"repa": REPA, "edm2": EDM2, "mar": MAR}[format].scaling
-
-    def moments(x: Tensor) -> Tensor:
-        mean = scaling.invert(x)
-        # -30 is where MAR's reader cuts off: a standard deviation of 3e-7.
-        spread = torch.full_like(mean, -30.0 if format == "mar" else 0.0)
-        return torch.cat([mean, spread], dim=1).to(dtype)
-
-    if format == "mar":
-        return write_mar(target, ((moments(x), moments(flip), y) for x, flip, y in blocks))
-    return write_mean_std(target, ((moments(x), y) for x, _, y in blocks))
+    how = Writing(dtype or torch.float32, shard_size)
+    return kind.write(Path(target), _blocks(fixed, source.has_flips), how)
 
 
-def _blocks(fixed: Latents, flips: bool, size: int = 1024) -> Iterator[tuple[Any, ...]]:
+def require_format(format: str) -> type[Latents]:  # noqa: A002 - as above
+    """The class of a format, by its name; refuses another name."""
+    if format not in FORMATS:
+        raise ValueError(f"Expected `format` among {tuple(FORMATS)}, got {format!r}.")
+    return FORMATS[format]
+
+
+def _blocks(fixed: Latents, flips: bool, size: int = 1024) -> Iterator[Block]:
     """`(x_1, its flip or x_1 again, labels)`, block by block."""
     count = len(fixed) // (2 if flips else 1)
     labels = fixed.labels

@@ -8,80 +8,76 @@ latents.npy                        the array; labels in latents_labels.npy
 
 from __future__ import annotations
 
-import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import override
 
-from stagewise.latents.base import Latents, Reading
-from stagewise.latents.checking import class_numbers, is_one_hot
-from stagewise.latents.files import (
+from stagewise.files import Problem, first_line, read_header, replace_file
+from stagewise.latents.arrays import (
     NoNumbers,
-    Problem,
     Rows,
     array_entry,
-    map_rows,
+    class_numbers,
+    is_one_hot,
     read_array,
-    replace_file,
-    safetensors_entries,
 )
-from stagewise.latents.scaling import AS_STORED, Affine
+from stagewise.latents.base import Block, Latents, Reading, Writing
+from stagewise.latents.scaling import multiplied
 
-__all__ = ["SUFFIXES", "Plain", "write_plain"]
+__all__ = ["Plain"]
 
-SUFFIXES = (".safetensors", ".npy", ".npz", ".pt", ".pth")
-
-_NAMES = ("latents", "labels")
-_SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
-_WHOLE = (*_SIGNED, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
+_SUFFIXES = (".safetensors", ".npy", ".npz", ".pt", ".pth")
+_WHOLE = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 
 
 class Plain(Latents):
-    """One array in one file.
-
-    Args:
-        path: The file.
-        reading: How to read.
-    """
+    """One array in one file."""
 
     name = "plain"
+    looks_like = "one file: .safetensors, .npy, .npz or .pt"
+    is_file = True
+    takes_multiplier = True
 
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)
         held = _tensors(path)
-        self._name, self._label_name = _pick(path, held)
+        self._name, label_name = _pick(path, held)
         x = held[self._name].x
         self._rows, self.shape, self.dtype = len(x), tuple(x.shape[1:]), x.dtype
-        self.scaling = (
-            AS_STORED if reading.multiplier is None else Affine((float(reading.multiplier),))
-        )
-        self._prepare()
-        self._stored_labels()
+        self.scaling = multiplied(reading.multiplier)
+        labels = None
+        if label_name is not None:
+            labels = class_numbers(held[label_name].x, self._rows, f"`{label_name}`", path)
+        self._opened(labels)
 
-    def _held(self, name: str) -> Rows:
-        return self._handle("tensors", lambda: _tensors(self.path))[name]
+    @override
+    @classmethod
+    def finds(cls, path: Path) -> bool:
+        return path.is_file() and path.suffix in _SUFFIXES
+
+    def _held(self) -> Rows:
+        return self._handle("tensors", lambda: _tensors(self.path))[self._name]
 
     def _count(self) -> int:
         return self._rows
 
     def _read(self, row: int, flip: bool) -> Tensor:
-        return self._held(self._name).x[row]
+        return self._held().x[row]
 
     def _read_block(self, start: int, stop: int, flip: bool) -> Tensor:
-        return self._held(self._name).block(start, stop)
-
-    def _read_labels(self) -> Tensor | None:
-        name = self._label_name
-        if name is None:
-            return None
-        return class_numbers(self._held(name).x, self._rows, f"`{name}`", self.path)
+        return self._held().block(start, stop)
 
     def _parts(self) -> str:
         return f"one array, {self._name!r}"
@@ -94,47 +90,80 @@ class Plain(Latents):
             )
         return "They may have been scaled twice. multiplier=... undoes it. "
 
+    @override
+    @classmethod
+    def write(cls, path: Path, blocks: Iterable[Block], how: Writing) -> Path:
+        if path.suffix not in _SUFFIXES:
+            raise ValueError(f"Expected a name that ends with one of {_SUFFIXES}, got {path}.")
+        columns = list(zip(*blocks, strict=True))
+        held = {"latents": torch.cat(columns[0]).to(how.dtype)}
+        if columns[2][0] is not None:
+            held["labels"] = torch.cat(columns[2])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            replace_file(path, lambda file: save_file(held, file))
+        elif path.suffix == ".npy":
+            replace_file(path, lambda file: _save(file, held["latents"]))
+            if "labels" in held:
+                replace_file(_beside(path), lambda file: _save(file, held["labels"]))
+        elif path.suffix == ".npz":
+            replace_file(path, lambda file: _save(file, held))
+        else:
+            replace_file(path, lambda file: torch.save(held, file))
+        return path
+
+
+def _save(file: Path, held: Tensor | dict[str, Tensor]) -> None:
+    with open(file, "wb") as stream:  # by name, numpy would add its own ending
+        if isinstance(held, Tensor):
+            np.save(stream, held.numpy())
+        else:
+            arrays: dict[str, Any] = {name: value.numpy() for name, value in held.items()}
+            np.savez(stream, **arrays)
+
+
+def _beside(path: Path) -> Path:
+    """Where the labels of a `.npy` file are."""
+    return path.with_name(f"{path.stem}_labels.npy")
+
 
 def _tensors(path: Path) -> dict[str, Rows]:
     """What the file holds, mapped where it can be."""
     if path.suffix == ".safetensors":
-        entries = safetensors_entries(path)
-        return {name: map_rows(path, entry) for name, entry in entries.items()}
-    if path.suffix == ".npy":
-        entry = array_entry(path)
-        assert entry is not None
-        held = {"latents": map_rows(path, entry)}
-        beside = path.with_name(f"{path.stem}_labels.npy")
-        if beside.is_file():
-            entry = array_entry(beside)
-            assert entry is not None
-            held["labels"] = map_rows(beside, entry)
-        return held
-    return _archive(path) if path.suffix == ".npz" else _pickled(path)
+        return {name: Rows.of(path, entry) for name, entry in read_header(path)[0].items()}
+    if path.suffix == ".npz":
+        return _archive(path)
+    if path.suffix != ".npy":
+        return _pickled(path)
+    files = {"latents": path}
+    if _beside(path).is_file():
+        files["labels"] = _beside(path)
+    entries = {name: array_entry(file) for name, file in files.items()}
+    return {name: Rows.of(files[name], entry) for name, entry in entries.items() if entry}
 
 
 def _archive(path: Path) -> dict[str, Rows]:
+    held = {}
+    member = ""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [name for name in archive.namelist() if name.endswith(".npy")]
-    except (zipfile.BadZipFile, OSError) as error:
-        raise Problem(f"{path} is no whole .npz ({error}). Copy or write it again.") from error
-    held = {}
-    for member in members:
-        name = member[:-4]
-        try:
-            entry = array_entry(path, member)
-            if entry is not None:
-                held[name] = map_rows(path, entry)
-                continue
-            # Compressed: there is nothing to map.
-            with zipfile.ZipFile(path) as archive:
-                held[name] = Rows(read_array(archive.read(member), f"{member} in {path}"))
-        except NoNumbers:
-            if name in _NAMES:
-                raise
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise Problem(f"{path}: {member} cannot be read ({error}).") from error
+            for member in (name for name in archive.namelist() if name.endswith(".npy")):
+                name = member[:-4]
+                try:
+                    entry = array_entry(path, member)
+                    if entry is not None:
+                        held[name] = Rows.of(path, entry)
+                    else:  # compressed: there is nothing to map
+                        array = read_array(archive.read(member), f"{member} in {path}")
+                        held[name] = Rows(array)
+                except NoNumbers:
+                    if name in ("latents", "labels"):
+                        raise
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        where = f", {member}," if member else ""
+        raise Problem(
+            f"{path}{where} is no whole .npz ({error}). Copy or write it again."
+        ) from error
     return held
 
 
@@ -143,13 +172,13 @@ def _pickled(path: Path) -> dict[str, Rows]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises what its unpickler or its zip reader does
         raise Problem(
-            f"{path} cannot be read as a file of tensors ({str(error).splitlines()[0][:120]}). "
+            f"{path} cannot be read as a file of tensors ({first_line(error)}). "
             "Save a tensor, or a dict of tensors, with torch.save."
         ) from error
     if isinstance(found, Tensor):
         found = {"latents": found}
     elif isinstance(found, (tuple, list)):
-        found = {str(at): value for at, value in enumerate(found)}
+        found = dict(enumerate(found))
     elif not isinstance(found, Mapping):
         found = {}
     return {str(name): Rows(x.detach()) for name, x in found.items() if isinstance(x, Tensor)}
@@ -158,7 +187,7 @@ def _pickled(path: Path) -> dict[str, Rows]:
 def _pick(path: Path, held: Mapping[str, Rows]) -> tuple[str, str | None]:
     """The names of the latents and of their labels."""
     # Sparse and quantised tensors, and those without numbers ("meta"), have no rows to read.
-    dense = {name: r.x for name, r in held.items() if _is_plain(r.x)}
+    dense = {name: r.x for name, r in held.items() if _is_dense(r.x)}
     arrays = [name for name, x in dense.items() if x.is_floating_point() and x.ndim >= 2]
     if "latents" in held:
         arrays = [name for name in arrays if name == "latents"]
@@ -171,78 +200,31 @@ def _pick(path: Path, held: Mapping[str, Rows]) -> tuple[str, str | None]:
         )
     rows = dense[arrays[0]].shape[0]
     if "labels" in held:
-        labels = held["labels"].x
-        if not _is_plain(labels):
+        if "labels" not in dense:
             raise ValueError(
-                f"Expected `labels` as {rows} integers in {path}, got {_described(labels)}. Save "
-                "labels.to_dense()."
+                f"Expected `labels` as {rows} integers in {path}, got "
+                f"{_described(held['labels'].x)}. Save labels.to_dense()."
             )
-        class_numbers(labels, rows, "`labels`", path)
         return arrays[0], "labels"
-    labels_ = [
+    labels = [
         name for name, y in dense.items() if y.shape in ((rows,), (rows, 1)) and y.dtype in _WHOLE
     ]
-    if len(labels_) > 1:
+    if len(labels) > 1:
         warnings.warn(
-            f"{path} is read without labels: any of {labels_} may be them. Call them `labels`.",
+            f"{path} is read without labels: any of {labels} may be them. Call them `labels`.",
             stacklevel=2,
         )
-    for name, y in dense.items():
-        if not labels_ and name != arrays[0] and is_one_hot(y, rows):
-            class_numbers(y, rows, f"`{name}`", path)
-    return arrays[0], labels_[0] if len(labels_) == 1 else None
+    if labels:
+        return arrays[0], labels[0] if len(labels) == 1 else None
+    # One-hot labels are named for what they are.
+    others = (name for name, y in dense.items() if name != arrays[0] and is_one_hot(y, rows))
+    return arrays[0], next(others, None)
 
 
-def _is_plain(x: Tensor) -> bool:
+def _is_dense(x: Tensor) -> bool:
     return x.layout == torch.strided and not x.is_quantized and x.device.type != "meta"
 
 
 def _described(x: Tensor) -> str:
     layout = "" if x.layout == torch.strided else f"{str(x.layout).removeprefix('torch.')} "
     return f"{layout}{x.dtype} {tuple(x.shape)}"
-
-
-def write_plain(
-    path: str | os.PathLike[str], latents: Tensor, labels: Tensor | None = None
-) -> Path:
-    """Writes one file, in one step, by its ending.
-
-    Args:
-        path: Ends with `.safetensors`, `.npy`, `.npz` or `.pt`.
-        latents: (N, *).
-        labels: (N,), default None. Those of a `.npy` file go to `<name>_labels.npy`.
-
-    Returns:
-        The path.
-    """
-    path = Path(path)
-    held = {"latents": latents.contiguous()}
-    if labels is not None:
-        held["labels"] = labels.contiguous()
-    arrays = {name: value.numpy() for name, value in held.items()} if ".np" in path.suffix else {}
-
-    def write(file: Path) -> None:
-        if path.suffix == ".safetensors":
-            save_file(held, file)
-            return
-        with open(file, "wb") as stream:  # by name, numpy would add its own ending
-            if path.suffix == ".npy":
-                np.save(stream, arrays["latents"])
-            elif path.suffix == ".npz":
-                np.savez(stream, allow_pickle=False, **arrays)
-            else:
-                torch.save(held, stream)
-
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"Expected a name that ends with one of {SUFFIXES}, got {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, write)
-    if path.suffix == ".npy" and labels is not None:
-        beside = path.with_name(f"{path.stem}_labels.npy")
-
-        def write_labels(file: Path) -> None:
-            with open(file, "wb") as stream:
-                np.save(stream, arrays["labels"])
-
-        replace_file(beside, write_labels)
-    return path

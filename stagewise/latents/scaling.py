@@ -3,6 +3,12 @@
 Two forms cover the formats: `x = (z - mean) / std * multiplier` of rows stored raw with their
 statistics, and `x = gain z + bias` with constants that belong to the autoencoder. Both are computed
 in float32 in the order of the public readers, so that the numbers are theirs to the last bit.
+
+`ChannelStatistics` are mean and standard deviation by channel, in one pass and without loss of
+digits. Batches are merged by Welford's recurrence in the form of Chan, Golub and LeVeque (1979), in
+float64: of two sets with counts n, m, means a, b and sums of squared deviations A, B,
+
+    mean = a + (b - a) m / (n + m),    S = A + B + (b - a)^2 n m / (n + m).
 """
 
 from __future__ import annotations
@@ -11,12 +17,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-__all__ = ["AS_STORED", "EDM2", "KL16", "SD_VAE", "Affine", "Normalised", "Scaling"]
+__all__ = [
+    "AS_STORED",
+    "EDM2",
+    "KL16",
+    "SD_VAE",
+    "Affine",
+    "ChannelStatistics",
+    "Normalised",
+    "Scaling",
+    "multiplied",
+]
 
 
 class Scaling:
     """A map from stored numbers z, (*, C, H, W), to samples x."""
+
+    @property
+    def channels(self) -> int | None:
+        """C, where the map holds for that alone."""
+        return None
 
     def __call__(self, z: Tensor) -> Tensor:
         """The samples, float32; never a view of `z`."""
@@ -31,22 +53,19 @@ class Scaling:
 class Normalised(Scaling):
     """`(z - mean) / std * multiplier`.
 
-    Attributes:
-        mean: Per channel, (C, 1, 1), float32.
-        std: Per channel, (C, 1, 1), float32, positive.
-        multiplier: Default 1.
+    Mean and standard deviation are by channel, (C, 1, 1), float32, the latter positive.
     """
 
     mean: Tensor
     std: Tensor
     multiplier: float = 1.0
 
+    @override
     def __call__(self, z: Tensor) -> Tensor:
-        """See `Scaling`."""
         return _own(z).sub_(self.mean).div_(self.std).mul_(self.multiplier)
 
+    @override
     def invert(self, x: Tensor) -> Tensor:
-        """See `Scaling`."""
         return x.float() / self.multiplier * self.std + self.mean
 
     def __str__(self) -> str:
@@ -58,21 +77,24 @@ class Normalised(Scaling):
 class Affine(Scaling):
     """`z * gain + bias`, with one number for all channels or one for each.
 
-    Attributes:
-        gain: One number, or C of them.
-        bias: The same; empty: nothing is added.
+    An empty bias adds nothing.
     """
 
     gain: tuple[float, ...] = (1.0,)
     bias: tuple[float, ...] = ()
 
+    @property
+    def channels(self) -> int | None:
+        """C, where the map is one for each channel."""
+        return len(self.gain) if len(self.gain) > 1 else None
+
+    @override
     def __call__(self, z: Tensor) -> Tensor:
-        """See `Scaling`."""
         x = _own(z).mul_(_columns(self.gain))
         return x.add_(_columns(self.bias)) if self.bias else x
 
+    @override
     def invert(self, x: Tensor) -> Tensor:
-        """See `Scaling`."""
         x = x.float() - _columns(self.bias) if self.bias else x.float()
         return x / _columns(self.gain)
 
@@ -80,6 +102,11 @@ class Affine(Scaling):
         if len(self.gain) > 1:
             return "z * gain + bias, per channel"
         return "as stored" if self.gain == (1.0,) else f"z * {self.gain[0]:g}"
+
+
+def multiplied(by: float | None) -> Affine:
+    """`z * by`; as stored for None."""
+    return AS_STORED if by is None else Affine((float(by),))
 
 
 def _own(z: Tensor) -> Tensor:
@@ -109,3 +136,40 @@ KL16 = Affine((0.2325,))
 
 EDM2 = _edm2()
 """Stable Diffusion's autoencoder, pixels in [0, 1], to a standard deviation of 0.5 (EDM2)."""
+
+
+class ChannelStatistics:
+    """Moments of samples (B, C, *), by channel; of (B, C), by column.
+
+    Attributes:
+        count: Numbers seen in each channel.
+        mean: (C,), float64.
+        squares: Sum of squared deviations from `mean`, (C,), float64.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean, self.squares = torch.zeros(0), torch.zeros(0)
+
+    def update(self, z: Tensor) -> None:
+        """Adds samples, (B, C, *)."""
+        columns = z.double().movedim(1, 0).flatten(1)
+        count, mean = columns.shape[1], columns.mean(1)
+        squares = (columns - mean[:, None]).square_().sum(1)
+        if not self.count:
+            self.count, self.mean, self.squares = count, mean, squares
+            return
+        total, gap = self.count + count, mean - self.mean
+        self.mean = self.mean + gap * (count / total)
+        self.squares = self.squares + squares + gap.square() * (self.count * count / total)
+        self.count = total
+
+    def std(self, correction: int = 1) -> Tensor:
+        """Standard deviation, (C,), float64; by default with n - 1, as `torch.std` has it."""
+        return (self.squares / max(1, self.count - correction)).sqrt()
+
+    def overall(self) -> tuple[float, float]:
+        """Mean and standard deviation of all numbers together, around their one mean."""
+        mean = self.mean.mean()
+        variance = self.squares.mean() / max(1, self.count) + (self.mean - mean).square().mean()
+        return float(mean), float(variance.sqrt())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.intake import whole_labels
+from stagewise.bank.building import whole_labels
 from stagewise.oracle import Oracle
 from stagewise.paths import (
     Convention,

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from stagewise.keys import digest, find_rows, row_keys
-from stagewise.narrowing import BLOCK, HALF
-from stagewise.streaming import MappedFile, stream
+from stagewise.bank.building import BLOCK, HALF
+from stagewise.bank.row_keys import digest, find_rows, row_keys
+from stagewise.bank.streaming import MappedFile, stream
+from stagewise.memory import available_memory, oracle_device
 
 __all__ = ["RowStore"]
 
@@ -29,8 +30,7 @@ class RowStore:
         index: Position of each row in the user's order, (N,), or None if that is the same.
         segments: The rows of each class, by its label, ascending.
         file: The file under the rows, if they are memory-mapped.
-        keys: The keys of the rows (`keys.row_keys`), if they are known.
-        fingerprint: The fingerprint, if it is known.
+        keys: The keys of the rows (`row_keys`), if they are known.
     """
 
     def __init__(
@@ -40,14 +40,13 @@ class RowStore:
         shape: tuple[int, ...],
         index: Tensor | None = None,
         segments: dict[int, slice] | None = None,
-        *,
         file: MappedFile | None = None,
         keys: Tensor | None = None,
-        fingerprint: str | None = None,
     ) -> None:
         self.rows, self.offset, self.shape = rows, offset, shape
         self.index, self._segments = index, segments or {}
-        self._file, self._keys, self._fingerprint = file, keys, fingerprint
+        self._file, self._keys = file, keys
+        self._fingerprint: str | None = None
         self._sorted_keys: dict[torch.dtype | None, tuple[Tensor, Tensor]] = {}
         self.shifted = bool(offset.any())
 
@@ -94,26 +93,19 @@ class RowStore:
         return list(self._segments)
 
     @property
-    def _ends(self) -> list[tuple[int, int, int]]:
+    def class_ends(self) -> list[tuple[int, int, int]]:
+        """Label, first row and end of each class."""
         return [(label, rows.start, rows.stop) for label, rows in self._segments.items()]
 
     def require_classes(self) -> None:
-        """Refuses a bank without labels.
-
-        Raises:
-            ValueError: With the cure.
-        """
+        """Refuses a bank without labels, with the cure."""
         if not self._segments:
             raise ValueError(
                 "A class-wise posterior needs a bank with labels: LatentBank(x, labels)."
             )
 
     def segment(self, label: int) -> slice:
-        """The rows of a class, as a slice of the bank's own order.
-
-        Raises:
-            ValueError: If the bank has no such class, or no classes at all.
-        """
+        """The rows of a class, as a slice of the bank's own order; refuses another."""
         if label in self._segments:
             return self._segments[label]
         self.require_classes()
@@ -129,12 +121,7 @@ class RowStore:
         return [classes[bisect_right(stops, row)] for row in rows]
 
     def among(self, rows: Tensor, labels: Sequence[int | None]) -> Tensor:
-        """Whether each row is of its class, (B,); of the label None all rows are.
-
-        Args:
-            rows: In the bank's own order, (B,), on any device.
-            labels: A class of the bank for each, or None.
-        """
+        """Whether each row (own order, (B,)) is of its class; of the label None all are."""
         whole = self.whole
         own = [whole if label is None else self.segment(label) for label in labels]
         ends = torch.tensor([(part.start, part.stop) for part in own]).reshape(-1, 2)
@@ -142,14 +129,9 @@ class RowStore:
         return (rows >= start) & (rows < stop)
 
     def take(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
-        """Samples by their rows.
+        """Samples by their rows (own order, any shape, any device), (*rows.shape, D), float64.
 
-        Args:
-            rows: Rows in the bank's own order, any shape, integers, on any device.
-            device: Where the samples go; default the device of the bank.
-
-        Returns:
-            The samples, (*rows.shape, D), float64.
+        They are given on `device`, default that of the bank.
         """
         stored = self.rows[rows.to(self.device)]
         return stored.to(device or self.device) + self.offset.to(device or self.device)
@@ -198,7 +180,7 @@ class RowStore:
         if dtype in self._sorted_keys:
             return self._sorted_keys[dtype]
         if dtype is None:
-            keys = self._row_keys()
+            keys = self.row_keys()
         else:
             size = max(1, BLOCK // self.dim)
             parts = self.chunks(self.whole, size)
@@ -219,9 +201,7 @@ class RowStore:
         """The rows of a segment as they are stored (without `offset`), chunk by chunk.
 
         Rows that lie on `device` in `dtype` are given as views. Others are copied into a buffer
-        that is used again: **a chunk is valid until the next one is asked for**. Towards a CUDA
-        device the next chunk is copied while this one is computed on, and rows that are
-        memory-mapped are read ahead.
+        that is used again: **a chunk is valid until the next one is asked for**.
 
         Args:
             segment: Which rows: `whole`, `segment(label)`, or any other slice.
@@ -249,11 +229,12 @@ class RowStore:
         """
         if self._fingerprint is None:
             self._fingerprint = digest(
-                self._row_keys(), self.offset, self.dtype, self.shape, self._ends
+                self.row_keys(), self.offset, self.dtype, self.shape, self.class_ends
             )
         return self._fingerprint
 
-    def _row_keys(self) -> Tensor:
+    def row_keys(self) -> Tensor:
+        """The key of each row, (N,), int64; computed once."""
         if self._keys is not None:
             return self._keys
         keys = row_keys(self.rows)
@@ -266,6 +247,13 @@ class RowStore:
         if self.rows.device == device:
             return self
         return self._moved(lambda value: value.to(device))
+
+    def beside_training(self: Self, device: torch.device) -> Self:
+        """On the training device if it takes less than a quarter of what is free there."""
+        device = oracle_device(device)
+        # The model's gradients, optimizer and activations are not there yet.
+        free = available_memory(device)
+        return self.to(device) if free is None or self.nbytes < free / 4 else self
 
     def pin(self: Self) -> Self:
         """The store in pinned host memory, from where a CUDA device copies fastest.

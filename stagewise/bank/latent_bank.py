@@ -2,7 +2,7 @@
 
 The bank holds N samples as rows of D numbers, sorted by class when labels are given, so that a
 class is a contiguous block and needs no copy. A sample is `row + offset`; the offset is zero unless
-rows have 16 bits (`narrowing`). Beside the rows it stores what every query needs and no query
+rows have 16 bits (`building`). Beside the rows it stores what every query needs and no query
 should compute: the mean (`centre`), the squared distances from it (`sq_norms`), and their largest
 (`radius`). All of these are float64, and of the samples as they are stored.
 
@@ -13,7 +13,6 @@ copy of a bank is the bank itself.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,25 +21,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagewise.batches import FindSample, find_sample
-from stagewise.intake import (
+from stagewise.bank.bank_file import open_bank, write_bank
+from stagewise.bank.building import (
     as_tensor,
     class_order,
     first_rows,
     measure,
+    narrow,
+    offset_for,
     read_batches,
-    require_labels,
     require_rows,
+    require_spread,
+    require_storage,
     sort_in_place,
 )
+from stagewise.bank.rows import RowStore
+from stagewise.batches import FindSample, find_sample
+from stagewise.files import FilePath
 from stagewise.memory import format_bytes, require_memory
-from stagewise.narrowing import given_offset, narrow, require_spread
-from stagewise.row_store import RowStore
-from stagewise.storage import Draft, FilePath, draft, read
 
 __all__ = ["LatentBank"]
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class LatentBank(RowStore):
@@ -97,24 +97,24 @@ class LatentBank(RowStore):
         x = as_tensor(x, "x")
         if not x.is_floating_point():
             raise TypeError(f"Expected floating-point `x`, got {x.dtype}. Scale images to floats.")
-        dtype = _storage(dtype or x.dtype)
+        dtype = require_storage(dtype or x.dtype)
         require_rows(tuple(x.shape))
         given = x.detach().flatten(1)
-        offset = given_offset(offset, given, dtype)
+        offset = offset_for(given, dtype, offset)
         rows = given if given.dtype == dtype else narrow(given, offset, dtype)
-        index, segments = _order(labels, len(rows), rows.device)
+        index, segments = class_order(labels, len(rows), rows.device)
         if index is not None and rows is given:
             rows = rows[index]
-        elif index is not None:
+        else:
             sort_in_place(rows, index)
         super().__init__(rows, offset, tuple(x.shape[1:]), index, segments)
         self._measure(narrowed=given.dtype != dtype)
 
     @classmethod
-    def _of(cls, *args: Any, **kwargs: Any) -> LatentBank:
-        """A bank of rows that are made already: the arguments are those of `RowStore`."""
+    def _of(cls, *parts: Any) -> LatentBank:
+        """A bank of rows that are made already: the arguments of `RowStore`."""
         bank = cls.__new__(cls)
-        RowStore.__init__(bank, *args, **kwargs)
+        RowStore.__init__(bank, *parts)
         return bank
 
     def _measure(self, narrowed: bool = False) -> LatentBank:
@@ -167,23 +167,21 @@ class LatentBank(RowStore):
             ValueError: If there are fewer rows than promised or shapes differ between batches.
         """
         parts, shape, given = read_batches(batches, num_rows, find, advance)
-        require_memory(num_rows, math.prod(shape), dtype or given, copies)
+        dtype = dtype or given
+        require_memory(num_rows, math.prod(shape), dtype, copies)
+        rows = torch.empty((num_rows, math.prod(shape)), dtype=require_storage(dtype))
         first, parts = first_rows(parts)
-        rows = torch.empty((num_rows, math.prod(shape)), dtype=_storage(dtype or given))
         labels, labelled = torch.empty(num_rows, dtype=torch.int64), 0
         # The mean is known only after the last batch; any fixed vector near it serves.
-        middle = given_offset(offset, first, rows.dtype)
+        middle = offset_for(first, dtype, offset)
         for done, x1, label in parts:
-            rows[done : done + len(x1)] = narrow(x1, middle, rows.dtype)
+            rows[done : done + len(x1)] = narrow(x1, middle, dtype)
             if label is not None and class_wise:
                 labels[done : done + len(x1)] = label
                 labelled += len(x1)
-        found = labels[:labelled] if labelled else None
-        index, segments = _order(found, num_rows, rows.device)
-        if index is not None:
-            sort_in_place(rows, index)
-        bank = cls._of(rows, middle, shape, index, segments)
-        return bank._measure(narrowed=given != bank.dtype)
+        index, segments = class_order(labels[:labelled] if labelled else None, num_rows)
+        sort_in_place(rows, index)
+        return cls._of(rows, middle, shape, index, segments)._measure(narrowed=given != dtype)
 
     @classmethod
     def write(
@@ -218,19 +216,21 @@ class LatentBank(RowStore):
             OSError: If the disk has no room for it.
             ValueError: As `from_batches`, or if labels of a batch are not those in `labels`.
         """
-        index, segments = _order(labels, num_rows, torch.device("cpu"))
+        index, segments = class_order(labels, num_rows)
         parts, shape, given = read_batches(batches, num_rows, find, advance)
-        dtype = _storage(dtype or given)
+        dtype = require_storage(dtype or given)
         first, parts = first_rows(parts)
-        middle = given_offset(offset, first, dtype)
+        middle = offset_for(first, dtype, offset)
         place = torch.arange(num_rows) if index is None else torch.argsort(index)
-        with draft(path, num_rows, math.prod(shape), dtype, len(segments)) as file:
+
+        def fill(rows: Tensor) -> LatentBank:
             for done, x1, found in parts:
                 if labels is not None and found is not None:
-                    require_labels(found, labels, done)
-                file.rows[place[done : done + len(x1)]] = narrow(x1, middle, dtype)
-            bank = cls._of(file.rows, middle, shape, index, segments)
-            bank._measure(narrowed=given != dtype)._finish(file)
+                    _require_same(found, labels[done : done + len(x1)], done)
+                rows[place[done : done + len(x1)]] = narrow(x1, middle, dtype)
+            return cls._of(rows, middle, shape, index, segments)._measure(narrowed=given != dtype)
+
+        write_bank(path, num_rows, math.prod(shape), dtype, len(segments), fill)
         return cls.open(path)
 
     def part(self, rows: slice) -> LatentBank:
@@ -251,9 +251,9 @@ class LatentBank(RowStore):
         at = torch.arange(len(self), device=self.device)[rows]
         require_rows((len(at), *self.shape))
         labels = torch.tensor(self.labels_of(at.tolist())) if self._segments else None
-        _, segments = _order(labels, len(at), torch.device("cpu"))
+        _, segments = class_order(labels, len(at))
         stored = self.rows[at].cpu()
-        return type(self)._of(stored, self.offset.cpu(), self.shape, None, segments)._measure()
+        return self._of(stored, self.offset.cpu(), self.shape, None, segments)._measure()
 
     def save(self, path: FilePath) -> None:
         """Writes the bank to a safetensors file, a chunk at a time, for `open`.
@@ -264,20 +264,13 @@ class LatentBank(RowStore):
         Raises:
             OSError: If the disk has no room for it.
         """
-        with draft(path, len(self), self.dim, self.dtype, len(self._segments)) as file:
-            for first, rows in self.chunks(self.whole, device=torch.device("cpu")):
-                file.rows[first : first + len(rows)] = rows
-            self._finish(file)
 
-    def _finish(self, file: Draft) -> None:
-        tensors = {"offset": self.offset, "centre": self.centre, "sq_norms": self.sq_norms}
-        tensors["keys"] = self._row_keys()
-        if self.index is not None:
-            columns = zip(("classes", "starts", "stops"), torch.tensor(self._ends).T, strict=True)
-            tensors |= {"index": self.index, **dict(columns)}
-        about = {"shape": json.dumps(self.shape), "fingerprint": self.fingerprint}
-        about |= {name: repr(getattr(self, name)) for name in ("radius", "max_norm", "std")}
-        file.finish(tensors, about)
+        def fill(rows: Tensor) -> LatentBank:
+            for first, chunk in self.chunks(self.whole, device=torch.device("cpu")):
+                rows[first : first + len(chunk)] = chunk
+            return self
+
+        write_bank(path, len(self), self.dim, self.dtype, len(self.classes), fill)
 
     @classmethod
     def open(cls, path: FilePath) -> LatentBank:
@@ -292,20 +285,10 @@ class LatentBank(RowStore):
             FileNotFoundError: If there is no such file.
             ValueError: If it is no bank, or not complete.
         """
-        stored = read(path)
-        has = stored.tensors
-        columns = (has[name].tolist() for name in ("classes", "starts", "stops") if name in has)
-        bank = cls._of(
-            stored.rows,
-            has["offset"],
-            stored.shape,
-            has.get("index"),
-            {label: slice(*ends) for label, *ends in zip(*columns, strict=True)},
-            file=stored.file,
-            keys=has["keys"],
-            fingerprint=stored.fingerprint,
-        )
-        bank.centre, bank.sq_norms = has["centre"], has["sq_norms"]
+        stored, tensors = open_bank(path)
+        bank = cls.__new__(cls)
+        bank.__dict__.update(stored.__dict__)
+        bank.centre, bank.sq_norms = tensors["centre"], tensors["sq_norms"]
         return bank._summarise()
 
     def __repr__(self) -> str:
@@ -316,15 +299,10 @@ class LatentBank(RowStore):
         )
 
 
-def _storage(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in _FLOATS:
-        raise TypeError(f"Expected `dtype` among {_FLOATS}, got {dtype}.")
-    return dtype
-
-
-def _order(
-    labels: Tensor | np.ndarray | None, num_rows: int, device: torch.device
-) -> tuple[Tensor | None, dict[int, slice]]:
-    if labels is None:
-        return None, {}
-    return class_order(as_tensor(labels, "labels").to(device), num_rows)
+def _require_same(found: Tensor, labels: Tensor, done: int) -> None:
+    if not torch.equal(labels.to(found), found):
+        raise ValueError(
+            f"Expected batches in the order of `labels`, got a batch with labels {found.tolist()} "
+            f"after {done} rows, where {labels.tolist()} were given. Read without shuffling, or, "
+            "if these are no labels: find=lambda batch: (batch[0], None)."
+        )

@@ -23,12 +23,7 @@ _LEAST_ROWS = 256
 
 @dataclass(frozen=True)
 class MappedFile:
-    """The file under rows that are memory-mapped.
-
-    Attributes:
-        pages: The mapping of the whole file.
-        start: Where in it the rows begin, in bytes.
-    """
+    """The pages of the file under rows that are memory-mapped, and their first byte in it."""
 
     pages: mmap.mmap
     start: int
@@ -49,24 +44,7 @@ def stream(
     dtype: torch.dtype | None = None,
     file: MappedFile | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """The rows of a segment, in chunks.
-
-    Args:
-        rows: (N, D).
-        segment: Which of them.
-        size: Rows in a chunk; default all if they are views, and as many as make 32 MiB, at least
-            256, if they are copied or read from a file.
-        device: Where they are wanted; default where they are.
-        dtype: How they are wanted; default as they are.
-        file: The file under them, if they are memory-mapped.
-
-    Returns:
-        Pairs of the number of a chunk's first row and the chunk, (n, D), valid until the next one
-        is asked for.
-
-    Raises:
-        ValueError: If `size` is not positive.
-    """
+    """The rows (N, D) of a segment, in chunks; `file` is that under them. See `RowStore.chunks`."""
     if size is not None and size < 1:
         raise ValueError(f"Expected `size` of at least 1 row, got {size}.")
     # Made there, the buffer knows the full name of the device ("cuda:0" for "cuda").

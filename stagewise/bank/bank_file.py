@@ -1,0 +1,195 @@
+"""A bank as a file: one safetensors file, of which only the rows are not read when it is opened.
+
+    8 bytes        length of the header
+    header         JSON: where each tensor is; what the bank is, as strings
+    offset, centre (D,); sq_norms, keys, index (N,); classes, starts, stops (C,)   64-bit each
+    rows           (N, D), as stored, from a page boundary to the end
+
+The header is padded with spaces, as the format allows, so that the rows begin at a page boundary:
+a mapping of them is then aligned for every instruction, and what comes before has its place before
+the first row is written. A bank that was opened from a file that is replaced keeps the older one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stagewise.bank.rows import RowStore
+from stagewise.bank.streaming import MappedFile
+from stagewise.files import FilePath, map_tensor, read_header, replace_file
+from stagewise.memory import format_bytes
+
+__all__ = ["open_bank", "write_bank"]
+
+_VERSION = 1
+_PAGE = 4096
+_TYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
+    torch.int64: "I64",
+}
+
+
+def _layout(
+    num_rows: int, dim: int, dtype: torch.dtype, num_classes: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor in the file of a bank, in order."""
+    n, d, c = (num_rows,), (dim,), (num_classes,)
+    wide, whole = torch.float64, torch.int64
+    layout = {"offset": (wide, d), "centre": (wide, d), "sq_norms": (wide, n), "keys": (whole, n)}
+    if num_classes:
+        layout |= {"index": (whole, n), "classes": (whole, c)}
+        layout |= {"starts": (whole, c), "stops": (whole, c)}
+    return {**layout, "rows": (dtype, n + d)}
+
+
+def write_bank(
+    path: FilePath,
+    num_rows: int,
+    dim: int,
+    dtype: torch.dtype,
+    num_classes: int,
+    fill: Callable[[Tensor], Any],
+) -> None:
+    """Writes the file of a bank, which has its name when it is complete and on the disk.
+
+    Args:
+        path: Its name. A file that is there already is replaced.
+        num_rows: N.
+        dim: D.
+        dtype: How rows are stored.
+        num_classes: C; 0 without labels.
+        fill: Fills the rows, (N, D), which are mapped: what is assigned to them goes to the file.
+            Returns the bank of them.
+
+    Raises:
+        OSError: If the disk has no room for it, or the folder does not exist.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (kind, shape) in _layout(num_rows, dim, dtype, num_classes).items():
+        begin, end = end, end + math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": _TYPES[kind], "shape": shape, "data_offsets": (begin, end)}
+    # At least a page for the header, which takes about a quarter of it.
+    data = _PAGE + -begin % _PAGE
+    _require_disk(Path(path).parent, data + end)
+
+    def write(partial: Path) -> None:
+        with open(partial, "x+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                # A hole that the disk cannot fill later would end the process.
+                os.posix_fallocate(file.fileno(), 0, data + end)
+            else:
+                file.truncate(data + end)
+            pages = mmap.mmap(file.fileno(), data + end)
+            flat = torch.frombuffer(pages, dtype=dtype, count=num_rows * dim, offset=data + begin)
+            tensors, about = _contents(fill(flat.view(num_rows, dim)))
+            for name, tensor in tensors.items():
+                first, last = (data + place for place in header[name]["data_offsets"])
+                pages[first:last] = tensor.cpu().numpy().tobytes()
+            text = json.dumps({"__metadata__": about, **header}).encode()
+            assert len(text) <= data - 8, "the space left for the header is far above its size"
+            pages[:data] = (data - 8).to_bytes(8, "little") + text.ljust(data - 8)
+            pages.flush()
+
+    replace_file(path, write)
+
+
+def _contents(bank: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors beside the rows, and what the bank is."""
+    tensors = {name: getattr(bank, name) for name in ("offset", "centre", "sq_norms")}
+    tensors["keys"] = bank.row_keys()
+    if bank.classes:
+        columns = zip(("classes", "starts", "stops"), torch.tensor(bank.class_ends).T, strict=True)
+        tensors |= {"index": bank.index, **dict(columns)}
+    about = {"format": "pt", "stagewise_bank": str(_VERSION), "shape": json.dumps(bank.shape)}
+    about |= {"fingerprint": bank.fingerprint, "radius": repr(bank.radius)}
+    return tensors, {**about, "max_norm": repr(bank.max_norm), "std": repr(bank.std)}
+
+
+def _require_disk(folder: Path, need: int) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Expected a folder for the bank, got {folder}, which is none.")
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise OSError(
+            f"The bank needs {format_bytes(need)} on disk, and {format_bytes(free)} are free in "
+            f"{folder}. Make room, choose another folder, or store it as dtype=torch.bfloat16."
+        )
+
+
+def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
+    """Opens a file without reading its rows, which are mapped and read-only.
+
+    Returns:
+        The rows, and the other tensors by name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no bank, not complete, or of a later version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected the file of a bank, got {path}, which is none. "
+            "LatentBank.save(path) and LatentBank.write(path, ...) make one."
+        )
+    entries, about = read_header(path)
+    needed = ("rows", "offset", "centre", "sq_norms", "keys")
+    missing = [name for name in needed if name not in entries]
+    if missing or "stagewise_bank" not in about:
+        raise ValueError(
+            f"Expected the file of a bank, got {path}, a safetensors file with {sorted(entries)} "
+            f"and without {missing or 'what a bank says about itself'}. To make a bank of its "
+            "tensors: LatentBank(x, labels).save(path)."
+        )
+    version = about["stagewise_bank"][:20]
+    if version != str(_VERSION):
+        raise ValueError(
+            f"{path} was written by a later version of stagewise (file version {version}, known up "
+            f"to {_VERSION}). Update stagewise."
+        )
+    stored = entries["rows"]
+    num_classes = math.prod(entries["classes"].shape) if "classes" in entries else 0
+    layout = _layout(*stored.shape, stored.dtype, num_classes) if len(stored.shape) == 2 else {}
+    held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    if held != layout or not stored.dtype.is_floating_point:
+        raise _damaged(path, f"expected the tensors of a bank, got {held}")
+    # The library's reader for numpy copies what is asked for; that for torch would map the file
+    # once more, with room for changes.
+    with safe_open(path, framework="np") as file:
+        has = {name: torch.from_numpy(file.get_tensor(name)) for name in entries if name != "rows"}
+    index = has.get("index", torch.arange(1))
+    if not (has["sq_norms"] >= 0).all() or index.amin() < 0 or index.amax() >= stored.shape[0]:
+        raise _damaged(path, "distances are negative, or positions are out of range")
+    columns = [has[name].tolist() for name in ("classes", "starts", "stops") if num_classes]
+    segments = {label: slice(*ends) for label, *ends in zip(*columns, strict=True)}
+    rows, pages = map_tensor(path, stored)
+    shape, index_or_none = _sample_shape(about.get("shape", "")), has.get("index")
+    mapped = MappedFile(pages, stored.start)
+    bank = RowStore(rows, has["offset"], shape, index_or_none, segments, mapped, has["keys"])
+    if bank.fingerprint != about.get("fingerprint"):
+        raise _damaged(path, "what it says it holds and what it holds have other fingerprints")
+    return bank, has
+
+
+def _sample_shape(text: str) -> tuple[int, ...]:
+    """The shape that a file gives; empty if it is none, which no fingerprint is of."""
+    try:
+        return tuple(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return ()
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {why}. Copy or write it again.")

@@ -1,0 +1,312 @@
+"""What happens to samples on their way into a bank: read, rounded, sorted by class, measured.
+
+A row is stored as `(x - offset)` rounded to the storage type, and a sample is `row + offset`. With
+an offset near the mean, a 16-bit type rounds relative to the distance from the mean and not to the
+distance from zero: pixels in [0, 255] or latents with a bias lose no digits to their mean. Wider
+types have no offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagewise.batches import FindSample, find_checked
+
+__all__ = [
+    "BLOCK",
+    "HALF",
+    "as_tensor",
+    "class_order",
+    "first_rows",
+    "measure",
+    "narrow",
+    "offset_for",
+    "read_batches",
+    "require_rows",
+    "require_spread",
+    "require_storage",
+    "sort_in_place",
+    "whole_labels",
+]
+
+HALF = (torch.bfloat16, torch.float16)
+"""The 16-bit types, which get an offset."""
+
+BLOCK = 2**20
+"""Numbers handled at a time wherever something of a whole bank is computed in float64: the copies
+stay in the cache, and their memory is used again."""
+
+_STORAGE = (torch.float32, torch.float64, *HALF)
+_FIRST = 256  # rows that stand for all when not all are there yet
+_SORTED = 2**24  # numbers that are moved at a time, of few columns: the wider, the faster
+_LEAST = 2**-13
+"""A standard deviation below which float16, whose numbers are 2^-24 apart there, loses digits."""
+
+Part: TypeAlias = "tuple[int, Tensor, Tensor | None]"
+
+
+# -- what is given ----------------------------------------------------------------------------
+
+
+def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
+    """A tensor as it is, and an array, in any byte order, without a copy where that is possible.
+
+    Raises:
+        TypeError: If it is something else, with the cure.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+        kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise TypeError(
+            f"Expected `{name}` to be a tensor or a NumPy array of numbers, got {kind}. Give "
+            f"torch.as_tensor({name})."
+        )
+    native = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
+
+
+def whole_labels(labels: Tensor | np.ndarray, count: int) -> Tensor:
+    """Labels of shape (count,) or (count, 1) as integers, (count,); also whole floats.
+
+    Integers cost no device sync.
+
+    Raises:
+        ValueError: If there is another number of labels, or they are no whole numbers.
+    """
+    given = as_tensor(labels, "labels")
+    flat = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
+    if flat.shape != (count,):
+        raise ValueError(
+            f"Expected integer `labels` with shape ({count},), got {tuple(given.shape)}."
+        )
+    if flat.is_complex() or (flat.is_floating_point() and bool((flat != flat.round()).any())):
+        raise ValueError(
+            f"Expected integer `labels` with shape ({count},), got {given.dtype}, not all whole "
+            "numbers. Only classes are labels."
+        )
+    return flat.long()
+
+
+def require_rows(shape: tuple[int, ...]) -> None:
+    """Refuses samples, of this shape together, that are not (N, *) with at least two rows."""
+    if len(shape) < 2 or shape[0] < 2 or 0 in shape:
+        raise ValueError(
+            f"Expected `x` with shape (N, *) and at least 2 rows, got {shape}. "
+            "A posterior over fewer than two samples says nothing."
+        )
+
+
+def require_storage(dtype: torch.dtype) -> torch.dtype:
+    """Refuses a type that rows are not stored in."""
+    if dtype not in _STORAGE:
+        raise TypeError(f"Expected `dtype` among {_STORAGE}, got {dtype}.")
+    return dtype
+
+
+def read_batches(
+    batches: Iterable[Any],
+    num_rows: int,
+    find: FindSample,
+    advance: Callable[[int], object] | None = None,
+) -> tuple[Iterator[Part], tuple[int, ...], torch.dtype]:
+    """Reads the first `num_rows` samples; the arguments are those of `LatentBank.from_batches`.
+
+    Returns:
+        An iterator over `(rows before, samples (n, D), labels (n,) or None)`, detached and on the
+        host; the shape of a sample; and the type of those in the first batch, which has been read.
+
+    Raises:
+        ValueError: If there are fewer rows than promised or shapes differ between batches, the
+            latter two by the iterator.
+    """
+    found = (find_checked(find, batch) for batch in batches)
+    first = next(found, None)
+    if first is None:
+        raise ValueError(f"Expected {num_rows} rows in the batches, got 0.")
+    shape = tuple(first[0].shape[1:])
+    require_rows((num_rows, *shape))
+
+    def parts() -> Iterator[Part]:
+        done = 0
+        for x1, labels in chain([first], found):
+            if x1.shape[1:] != shape:
+                raise ValueError(
+                    f"Expected samples of shape {shape} as in the first batch, got "
+                    f"{tuple(x1.shape[1:])} after {done} rows."
+                )
+            x1 = x1[: num_rows - done].detach().cpu().flatten(1)
+            yield done, x1, None if labels is None else labels[: len(x1)].detach().cpu()
+            done += len(x1)
+            if advance is not None:
+                advance(done)
+            if done == num_rows:
+                return
+        raise ValueError(f"Expected {num_rows} rows in the batches, got {done}.")
+
+    return parts(), shape, first[0].dtype
+
+
+def first_rows(parts: Iterator[Part]) -> tuple[Tensor, Iterator[Part]]:
+    """The first 256 rows, the same ones whatever the batches are; and all parts, these included."""
+    held: list[Part] = []
+    for part in parts:
+        held.append(part)
+        if part[0] + len(part[1]) >= _FIRST:
+            break
+    return torch.cat([x1 for _, x1, _ in held])[:_FIRST], chain(held, parts)
+
+
+# -- classes ----------------------------------------------------------------------------------
+
+
+def class_order(
+    labels: Tensor | np.ndarray | None, num_rows: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor | None, dict[int, slice]]:
+    """The order that brings rows of a class together.
+
+    Returns:
+        The old position of each row in the new order, (N,), and the classes, ascending, with their
+        rows. Rows of a class keep their order. Without labels None and no classes.
+
+    Raises:
+        ValueError: If there is another number of labels, or they are no whole numbers.
+    """
+    if labels is None:
+        return None, {}
+    labels = whole_labels(as_tensor(labels, "labels").to(device), num_rows)
+    index = torch.argsort(labels, stable=True)
+    classes, counts = torch.unique_consecutive(labels[index], return_counts=True)
+    stops = counts.cumsum(0).tolist()
+    ends = zip([0, *stops[:-1]], stops, strict=True)
+    return index, {label: slice(*pair) for label, pair in zip(classes.tolist(), ends, strict=True)}
+
+
+def sort_in_place(rows: Tensor, index: Tensor | None) -> None:
+    """`rows[index]` where `rows` are, (N, D): a second copy of them may not fit."""
+    if index is not None:
+        for columns in rows.split(max(1, _SORTED // len(rows)), dim=1):
+            columns.copy_(columns[index])
+
+
+# -- 16 bits ----------------------------------------------------------------------------------
+
+
+def offset_for(x: Tensor, dtype: torch.dtype, given: Tensor | None = None) -> Tensor:
+    """What to subtract from samples before they are rounded to `dtype`.
+
+    For a 16-bit type that is the mean of the samples, in numbers that float32 has: few digits, so
+    that `row + offset` in float64 is exact, and `(row + offset) - offset` is `row` again. It is
+    zero if samples have that type already, and for wider types.
+
+    Args:
+        x: Samples, (N, D). Those with NaN or Inf, which are refused later, do not count.
+        dtype: Storage type.
+        given: Finite numbers, D of them, that are taken in place of the mean.
+
+    Returns:
+        The offset, (D,), float64, on the device of `x`.
+
+    Raises:
+        ValueError: If other than D numbers are given, or such that are not finite.
+    """
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    if dtype not in HALF or x.dtype == dtype:
+        return total
+    if given is not None:
+        if given.numel() != x.shape[1] or not given.isfinite().all():
+            raise ValueError(
+                f"Expected `offset` of {x.shape[1]} finite numbers, one for each of a sample's, "
+                f"got shape {tuple(given.shape)}. Give a vector near the mean, for example "
+                "x[:1000].float().mean(0)."
+            )
+        return given.detach().flatten().to(x.device).float().double()
+    count = torch.zeros((), dtype=torch.int64, device=x.device)
+    for block in x.split(max(1, BLOCK // x.shape[1])):
+        finite = block.isfinite().all(1)
+        total += block.double().where(finite[:, None], 0.0).sum(0)
+        count += finite.sum()
+    return (total / count.clamp_min(1)).float().double()
+
+
+def narrow(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """Samples (N, D) as they are stored, `(x - offset)` rounded to `dtype`; NaN and Inf pass.
+
+    Returns:
+        The rows, (N, D); `x` itself if nothing changes.
+
+    Raises:
+        ValueError: If a finite number of `x` is beyond the range of `dtype`.
+    """
+    if x.dtype == dtype and dtype not in HALF:
+        return x
+    rows = torch.empty_like(x, dtype=dtype)
+    step = max(1, BLOCK // x.shape[1])
+    for block, out in zip(x.split(step), rows.split(step), strict=True):
+        out.copy_(block.double() - offset)
+        beyond = out.isinf() & block.isfinite()
+        if beyond.any():
+            largest = float(block[beyond].double().abs().max())
+            cure = "bfloat16 or dtype=torch.float32" if dtype == torch.float16 else "float64"
+            where = " from the mean" if dtype in HALF else ""
+            raise ValueError(
+                f"Expected numbers that fit into {dtype}, which ends at "
+                f"{torch.finfo(dtype).max:.5g}{where}, got values beyond range, the largest "
+                f"{largest:.5g}. Store them as dtype=torch.{cure}, or scale them."
+            )
+    return rows
+
+
+def require_spread(spread: float, dtype: torch.dtype) -> None:
+    """Refuses rows of a root mean square `spread`, for which float16 has too few numbers."""
+    if dtype == torch.float16 and spread < _LEAST:
+        raise ValueError(
+            f"Expected samples that differ from their mean by {_LEAST:.2g} at least, root mean "
+            f"square, to be stored as {dtype}, which has too few numbers below, got {spread:.2g}. "
+            "Store them as dtype=torch.bfloat16 or torch.float32, or scale them."
+        )
+
+
+# -- measures ---------------------------------------------------------------------------------
+
+
+def measure(rows: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean of rows (N, D), and their squared distances from it, in two passes.
+
+    Args:
+        rows: (N, D).
+        index: Where each row was in the user's order, if that is another.
+
+    Returns:
+        The mean, (D,), and the squared distances, (N,), float64.
+
+    Raises:
+        ValueError: If there are rows with NaN or Inf; their count and the first are named.
+    """
+    wide, device = torch.float64, rows.device
+    step = max(1, BLOCK // rows.shape[1])
+    total = torch.zeros(rows.shape[1], dtype=wide, device=device)
+    # Results go to memory that is there: small ones, kept between large copies that come and go,
+    # would leave holes in the heap, in the end as many bytes as the bank has.
+    finite = torch.empty(len(rows), dtype=torch.bool, device=device)
+    sq_norms = torch.empty(len(rows), dtype=wide, device=device)
+    for block, out in zip(rows.split(step), finite.split(step), strict=True):
+        out.copy_(block.isfinite().all(1))
+        total += block.to(wide).sum(0)
+    wrong = finite.logical_not_().nonzero()[:, 0]
+    if len(wrong):
+        places = (wrong if index is None else index[wrong]).sort().values
+        raise ValueError(
+            f"Expected finite rows, got NaN or Inf in {len(places)} of {len(rows)}; the first is "
+            f"row {int(places[0])}. Remove them, or look at what produced them."
+        )
+    mean = total / len(rows)
+    for block, norms in zip(rows.split(step), sq_norms.split(step), strict=True):
+        norms.copy_((block.to(wide) - mean).square_().sum(1))
+    return mean, sq_norms

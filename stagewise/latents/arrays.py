@@ -1,0 +1,212 @@
+"""Arrays and labels in files: `.npy` files, alone or in a zip, mapped where they lie.
+
+An array in a stored (uncompressed) zip is found by its offset, so that no row has to be unpacked.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import mmap
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagewise.files import Entry, Problem, first_line, map_tensor, read_tensor
+
+__all__ = [
+    "NoNumbers",
+    "Rows",
+    "array_entry",
+    "class_numbers",
+    "is_one_hot",
+    "local_header",
+    "read_array",
+    "require_labels",
+    "to_tensor",
+]
+
+
+class NoNumbers(Problem):
+    """A whole array of something else than numbers."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An array (N, *), mapped from `start` bytes into the file at `path`, or in memory."""
+
+    x: Tensor
+    path: Path | None = None
+    start: int = 0
+
+    @classmethod
+    def of(cls, path: Path, entry: Entry) -> Rows:
+        """A tensor of a file, mapped for access to single rows; writing to it ends the process."""
+        if not entry.nbytes or entry.swapped:
+            return cls(read_tensor(path, entry))
+        x, pages = map_tensor(path, entry)
+        if hasattr(pages, "madvise") and hasattr(mmap, "MADV_RANDOM"):
+            # Read ahead, as is done for a mapping, a single row took 100 times as long.
+            pages.madvise(mmap.MADV_RANDOM)
+        return cls(x, path, entry.start)
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`, in memory: many rows are read faster than they are mapped."""
+        if self.path is None:
+            return self.x[start:stop]
+        shape = (stop - start, *self.x.shape[1:])
+        before = start * math.prod(shape[1:]) * self.x.itemsize
+        return read_tensor(self.path, Entry(shape, self.x.dtype, self.start + before))
+
+
+# -- .npy -------------------------------------------------------------------------------------
+
+
+def read_array(data: bytes, name: str) -> Tensor:
+    """The array of a `.npy` file that was read; `name` is for the error.
+
+    Raises:
+        Problem: If it is no such file, or not all of it is there.
+    """
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy raises what its parser does
+        if "Object arrays" in str(error):
+            raise _no_numbers(name, "objects") from error
+        raise _unreadable(name, error) from error
+    if not isinstance(array, np.ndarray):
+        raise Problem(f"Expected a .npy file, got {name}, which is an archive.")
+    return to_tensor(array, name)
+
+
+def to_tensor(array: np.ndarray, name: str) -> Tensor:
+    """An array as a tensor, in the byte order of this processor; `name` is for the error.
+
+    Raises:
+        NoNumbers: If it holds something else, as text.
+    """
+    try:
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except TypeError as error:
+        raise _no_numbers(name, array.dtype) from error
+
+
+def _no_numbers(name: str, held: object) -> NoNumbers:
+    return NoNumbers(
+        f"{name} is no whole .npy file of numbers: it holds {held}. Leave it out, or save numbers."
+    )
+
+
+def _unreadable(name: str, error: Exception) -> Problem:
+    return Problem(
+        f"{name} is no whole .npy file of numbers ({first_line(error)}). Copy or write it again."
+    )
+
+
+def array_entry(path: Path, member: str | None = None) -> Entry | None:
+    """Where the numbers of a `.npy` file, or of one in a zip, lie.
+
+    Args:
+        path: The file.
+        member: Its name in the zip, default none: `path` is the `.npy` file.
+
+    Returns:
+        The entry, or None if the member is compressed and has no place of its own.
+
+    Raises:
+        Problem: If it is no such file, or not all of it is there; `NoNumbers` if it holds text.
+    """
+    name = str(path) if member is None else f"{member} in {path}"
+    try:
+        with open(path, "rb") as file:
+            end = path.stat().st_size
+            if member is not None:
+                with zipfile.ZipFile(file) as archive:
+                    info = archive.getinfo(member)
+                if info.compress_type != zipfile.ZIP_STORED:
+                    return None
+                start = info.header_offset
+                file.seek(start)
+                start += local_header(file.read(30))
+                end = start + info.file_size
+                file.seek(start)
+            version = np.lib.format.read_magic(file)
+            one = version == (1, 0)
+            form = np.lib.format
+            read = form.read_array_header_1_0 if one else form.read_array_header_2_0
+            shape, fortran, kind = read(file)
+            start = file.tell()
+    except Exception as error:  # numpy and zipfile raise what their parsers do
+        raise _unreadable(name, error) from error
+    dtype = to_tensor(np.empty(0, kind), name).dtype
+    entry = Entry(shape, dtype, start, swapped=not kind.isnative)
+    if min(shape, default=0) < 0:
+        raise Problem(f"{name} is damaged: it says its shape is {shape}. Write it again.")
+    if fortran and len(shape) > 1:
+        raise Problem(f"{path} is in Fortran order. Save it again: np.ascontiguousarray(x).")
+    if entry.start + entry.nbytes > end:
+        raise Problem(
+            f"{path} is truncated: an array of shape {shape} was announced, which is not there to "
+            "its end. Copy or write it again."
+        )
+    return entry
+
+
+def local_header(header: bytes) -> int:
+    """Length of what stands before the data of a zip's member, from its first 30 bytes."""
+    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+        raise Problem("the zip is damaged: a member is not where its directory says")
+    name, extra = struct.unpack("<HH", header[26:30])
+    return 30 + int(name) + int(extra)
+
+
+# -- labels -----------------------------------------------------------------------------------
+
+
+def class_numbers(labels: Tensor, rows: int, name: str, path: Path) -> Tensor:
+    """Labels of `rows` rows, (N,) or (N, 1) whole numbers of any type, as (N,) int64.
+
+    Raises:
+        Problem: If they are something else, with what it is and the cure.
+    """
+    expected = f"Expected {name} as {rows} integers, {name} of shape {(rows,)} in {path}, got"
+    if labels.shape not in ((rows,), (rows, 1)):
+        if is_one_hot(labels, rows):
+            raise Problem(
+                f"{expected} one-hot rows, {tuple(labels.shape)}. Write their class numbers: "
+                "labels.argmax(1)."
+            )
+        raise Problem(
+            f"{expected} {labels.dtype} {tuple(labels.shape)}. Write one class number for each "
+            "row, or leave them out."
+        )
+    numbers = labels.reshape(rows).to(torch.int64, copy=True)
+    if labels.is_complex() or not torch.equal(numbers.to(labels.dtype), labels.reshape(rows)):
+        raise Problem(f"{expected} {labels.dtype}. Write class numbers: labels.long().")
+    return numbers
+
+
+def is_one_hot(labels: Tensor, rows: int) -> bool:
+    """Whether the first rows of (N, k) have a single 1 each, and zeros."""
+    if labels.ndim != 2 or labels.shape[0] != rows or labels.shape[1] < 2:
+        return False
+    some = labels[:64].float()
+    return bool(((some == 0) | (some == 1)).all() and (some.sum(1) == 1).all())
+
+
+def require_labels(labels: Tensor, limit: int | None, path: Path) -> None:
+    """Refuses labels, (N,), that are negative, or not below `limit`; names the first of them."""
+    wrong = labels < 0 if limit is None else (labels < 0) | (labels >= limit)
+    if wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        wanted = "of at least 0" if limit is None else f"in 0 to {limit - 1}"
+        raise ValueError(
+            f"Expected labels {wanted}, got {int(labels[row])} in row {row} of {path}, and "
+            f"{int(wrong.sum())} such labels in all. Correct them"
+            f"{'.' if limit is None else ', or num_classes.'}"
+        )

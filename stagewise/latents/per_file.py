@@ -1,0 +1,116 @@
+"""What formats with a file for each sample have in common.
+
+Sizes of files are listed; only the headers of those are read whose size is not that of most.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagewise.files import Entry, Problem
+from stagewise.latents.base import Latents, Writing
+from stagewise.latents.scaling import Affine
+
+__all__ = ["PerFile", "sizes_in"]
+
+_SPREAD = 0.05
+"""Standard deviation of made posteriors, relative to that of the samples."""
+
+
+class PerFile(Latents):
+    """A file for each sample; a format says where its numbers lie and how they are loaded."""
+
+    _root: Path
+    _files: list[str]  # below it
+    _stored: tuple[int, ...]  # shape of an array
+    _unit = "files"
+
+    def _entry(self, name: str) -> Entry:
+        """Where the numbers of a file lie, from its header."""
+        raise NotImplementedError
+
+    def _load(self, name: str, flip: bool) -> Tensor:
+        raise NotImplementedError
+
+    def _find(self, sizes: Mapping[str, int], order: Callable[..., Any] | None = None) -> None:
+        """Keeps the files that can be used, of names below `_root` with their sizes in bytes.
+
+        They are sorted by the key `order`, default by name, and must be of one shape.
+        """
+        root, files = self._root, sorted(sizes, key=order)
+        values, counts = np.unique(list(sizes.values()), return_counts=True)
+        most = int(values[counts.argmax()]) if files else 0
+        usual = next((name for name in files if sizes[name] == most), None)
+        if usual is None:
+            raise ValueError(f"Expected {self.looks_like} in {root}, got no such files.")
+        first, lost = self._entry(usual), set()
+        for name in (name for name in files if sizes[name] != most):
+            try:
+                shape = self._entry(name).shape
+            except (Problem, OSError) as error:
+                self._leave_out(name if root == self.path else f"{root.name}/{name}", error)
+                lost.add(name)
+                continue
+            if shape != first.shape:
+                raise ValueError(
+                    f"Expected shape {first.shape} in {name} of {root}, as in {usual}, got "
+                    f"{shape}. Keep latents of each shape in a folder of their own."
+                )
+        self._files = [name for name in files if name not in lost]
+        self._stored, self.dtype, self.shape = first.shape, first.dtype, first.shape[1:]
+        if self.moments:
+            if len(first.shape) != 3 or first.shape[0] % 2:
+                raise ValueError(
+                    f"Expected mean and {self.moments}, (2C, H, W), in {usual} of {root}, got "
+                    f"{first.shape}."
+                )
+            self.shape = (first.shape[0] // 2, *first.shape[1:])
+
+    def _count(self) -> int:
+        return len(self._files)
+
+    def _read(self, row: int, flip: bool) -> Tensor:
+        name = self._files[row]
+        array = self._load(name, flip)
+        if array.shape != self._stored:
+            raise Problem(
+                f"Expected shape {self._stored} in {name} of {self._root}, got {array.shape}. "
+                "Write it again."
+            )
+        return array
+
+    def _parts(self) -> str:
+        return f"{len(self._files)} {self._unit}"
+
+    @classmethod
+    def _moments_of(cls, x: Tensor, how: Writing) -> Tensor:
+        """Mean and std, or log-variance, (n, 2C, H, W), of which `x`, (n, C, H, W), is the mean."""
+        assert isinstance(cls.scaling, Affine)
+        mean = cls.scaling.invert(x)
+        std = torch.zeros_like(mean)
+        if how.made is not None:
+            gain = torch.tensor(cls.scaling.gain)[:, None, None]
+            std = (_SPREAD * cls.usual_std / gain).expand_as(mean)
+        # -30 is where MAR's reader cuts off: a standard deviation of 3e-7.
+        spread = (2 * std.log()).clamp_min(-30) if cls.moments == "logvar" else std
+        return torch.cat([mean, spread], dim=1).to(how.dtype)
+
+
+def sizes_in(folders: Iterable[Path], suffix: str) -> dict[str, int]:
+    """The sizes of the files with an ending, by `folder/name`."""
+    sizes: dict[str, int] = {}
+    for folder in folders:
+        with os.scandir(folder) as listing:
+            sizes |= {
+                f"{folder.name}/{item.name}": item.stat().st_size
+                for item in listing
+                if item.name.endswith(suffix)
+            }
+    return sizes

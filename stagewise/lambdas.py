@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.paths import Path
 
@@ -89,14 +90,14 @@ class Constant(Lambda):
             )
 
     @property
+    @override
     def sparse(self) -> bool:
-        """See `Lambda`."""
         return self.value == 0
 
+    @override
     def __call__(
         self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
     ) -> Tensor:
-        """See `Lambda`."""
         return torch.full_like(t, self.value)
 
 
@@ -107,10 +108,10 @@ class Hard(Lambda):
     needs_boundary = True
     sparse = True
 
+    @override
     def __call__(
         self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
     ) -> Tensor:
-        """See `Lambda`."""
         assert boundary is not None
         return (t < boundary).to(t.dtype)
 
@@ -135,10 +136,10 @@ class Smooth(Lambda):
                 f'Expected `width` above 0, got {self.width}. For a hard edge use "boundary".'
             )
 
+    @override
     def __call__(
         self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
     ) -> Tensor:
-        """See `Lambda`."""
         assert boundary is not None
         edge = path.snr_sqrt(torch.full_like(t[:1], boundary))
         # rho is 0 or infinite at the ends, where sigmoid has its limits.
@@ -151,9 +152,9 @@ class Concentration(Lambda):
 
     from_t = False
 
+    @override
     def __call__(
         self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
     ) -> Tensor:
-        """See `Lambda`."""
         assert top1 is not None
         return 1 - top1.clamp(0, 1)

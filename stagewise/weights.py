@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.loss_floor import loss_floor, require_curve
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
@@ -79,14 +80,12 @@ class _OfData(Weight):
         """The weight on the squared error of x_1."""
 
     def __call__(self, t: Tensor) -> Tensor:
-        """See `Weight`."""
         path = self.path or LinearPath()
         at = path(t.double().clamp(_END, 1 - _END))
         c, _ = Prediction.of(self.prediction).coefficients(at)
         return (self.of_data((at.alpha / at.sigma).square()) / c.square()).to(t.dtype)
 
     def bind(self, boundary: float | None, path: Path) -> Weight:
-        """See `Weight`."""
         return self if self.path is not None else replace(self, path=path)
 
 
@@ -107,8 +106,8 @@ class MinSNR(_OfData):
         if self.gamma <= 0:
             raise ValueError(f"Expected `gamma` above 0, got {self.gamma}.")
 
+    @override
     def of_data(self, snr: Tensor) -> Tensor:
-        """See the module."""
         return snr.clamp_max(self.gamma)
 
 
@@ -131,8 +130,8 @@ class P2(_OfData):
         if self.k <= 0 or self.gamma < 0:
             raise ValueError(f"Expected k > 0 and gamma >= 0, got {self.k} and {self.gamma}.")
 
+    @override
     def of_data(self, snr: Tensor) -> Tensor:
-        """See the module."""
         return snr / (self.k + snr) ** self.gamma
 
 
@@ -153,8 +152,8 @@ class EDMWeight(_OfData):
         if self.sigma_data <= 0:
             raise ValueError(f"Expected `sigma_data` above 0, got {self.sigma_data}.")
 
+    @override
     def of_data(self, snr: Tensor) -> Tensor:
-        """See the module."""
         return snr + 1 / self.sigma_data**2
 
 
@@ -182,8 +181,8 @@ class InverseFloor(Weight):
         if not self.largest > 0:
             raise ValueError(f"Expected `largest` above 0, got {self.largest}.")
 
+    @override
     def __call__(self, t: Tensor) -> Tensor:
-        """See `Weight`."""
         return (1 / loss_floor(self.curve, t)).clamp_max(self.largest)
 
 
@@ -214,8 +213,8 @@ class StageGate(Weight):
             raise ValueError(f'Expected `stage` "navigation" or "refinement", got {self.stage!r}.')
 
     @property
+    @override
     def needs_boundary(self) -> bool:
-        """See `Weight`."""
         return self.boundary is None
 
     def __call__(self, t: Tensor) -> Tensor:
@@ -235,8 +234,8 @@ class StageGate(Weight):
         late = torch.sigmoid((t - edge) / self.width) if self.width else (t >= edge).to(t.dtype)
         return late if self.stage == "refinement" else 1 - late
 
+    @override
     def bind(self, boundary: float | None, path: Path) -> Weight:
-        """See `Weight`."""
         return self if self.boundary is not None else replace(self, boundary=boundary)
 
 
@@ -265,17 +264,17 @@ class StageFactors(Weight):
             )
 
     @property
+    @override
     def needs_boundary(self) -> bool:
-        """See `Weight`."""
         return self.boundary is None
 
+    @override
     def __call__(self, t: Tensor) -> Tensor:
-        """See `Weight`."""
         late = StageGate(self.boundary, self.width)(t)
         return self.navigation + (self.refinement - self.navigation) * late
 
+    @override
     def bind(self, boundary: float | None, path: Path) -> Weight:
-        """See `Weight`."""
         return self if self.boundary is not None else replace(self, boundary=boundary)
 
 

@@ -26,7 +26,7 @@ from stagewise.timesteps import TimestepSampler
 from stagewise.tracing import caller_level, untraced
 from stagewise.transitions import AtEvent, AtPlateau, AtStep, Until
 
-__all__ = ["Phase", "Phases"]
+__all__ = ["Phase", "Phases", "mixes", "parts"]
 
 _MANY = 1000
 """Calls, more than gradients are accumulated over: by then a step must have been observed."""
@@ -382,3 +382,13 @@ class Phases:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Phases:
         return self
+
+
+def parts(scheme: Scheme | Phases) -> list[Scheme]:
+    """The schemes of all phases, or the one."""
+    return [scheme] if isinstance(scheme, Scheme) else [phase.scheme for phase in scheme.phases]
+
+
+def mixes(scheme: Scheme | Phases) -> bool:
+    """Whether the targets of any phase are other than the conditional ones."""
+    return any(part.target is not None for part in parts(scheme))

@@ -25,15 +25,10 @@ from stagewise.engines import Sharded
 from stagewise.lambdas import Hard
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
-from stagewise.schemes.checks import (
-    check_density,
-    check_rows,
-    check_samples,
-    check_settings,
-    unknown_boundary,
-    unknown_conditions,
-)
+from stagewise.schemes.checks import check_density, check_rows, check_settings, unknown_boundary
+from stagewise.schemes.conditions import unknown_conditions
 from stagewise.schemes.correction import Batch, Correction, correct
+from stagewise.schemes.first_call import check_samples
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
 from stagewise.stages import StageBoundary, StageCurve, require_whole_bank

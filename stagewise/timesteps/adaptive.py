@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.loss_floor import loss_floor, require_curve
 from stagewise.stages import StageCurve
@@ -63,8 +64,8 @@ class LossSecondMoment(TimestepSampler):
         """What the shares go by, (bins,)."""
         return self._squares.mean(1).sqrt()
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         share = self.shares().to(u.device)
         ends = share.cumsum(0)
         goal = u.double()
@@ -72,8 +73,8 @@ class LossSecondMoment(TimestepSampler):
         within = (goal - (ends - share)[index]) / share[index]
         return ((index + within.clamp(0, 1)) / self.bins).to(u)
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         value = self.shares().to(t.device)[self._bin(t)] * self.bins
         return value.to(t) * Uniform().density(t)
 
@@ -99,8 +100,8 @@ class LossSecondMoment(TimestepSampler):
         self._squares = flat[:-1].reshape(self.bins, self.history)
         self._count = self._count + new
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """See `TimestepSampler`."""
         return {"squares": self._squares.cpu().clone(), "count": self._count.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

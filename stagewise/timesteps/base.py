@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = ["TimestepSampler", "Uniform"]
 
@@ -114,10 +115,10 @@ class TimestepSampler(ABC):
 class Uniform(TimestepSampler):
     """`t ~ U(0, 1)`: the choice of SiT and of most flow matching."""
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return u
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return ((t >= 0) & (t <= 1)).to(t.dtype)

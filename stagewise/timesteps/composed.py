@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.timesteps.base import TimestepSampler, Uniform
 from stagewise.timesteps.families import bisect
@@ -27,11 +28,9 @@ class _Around(TimestepSampler):
 
     @property
     def needs_boundary(self) -> bool:
-        """See `TimestepSampler`."""
         return self.sampler.needs_boundary
 
     def bind(self, boundary: float) -> TimestepSampler:
-        """See `TimestepSampler`."""
         inner = self.sampler.bind(boundary)
         if inner is self.sampler:
             return self
@@ -40,15 +39,12 @@ class _Around(TimestepSampler):
         return bound
 
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """See `TimestepSampler`."""
         self.sampler.update(t, loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `TimestepSampler`."""
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `TimestepSampler`."""
         self.sampler.load_state_dict(state)
 
 
@@ -71,22 +67,22 @@ class Shifted(_Around):
             raise ValueError(f"Expected `shift` above 0, got {shift}.")
         self.shift = shift
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return shift_times(self.sampler.quantile(u), self.shift)
 
+    @override
     def place(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return shift_times(self.sampler.place(u), self.shift)
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         before = shift_times(t, 1 / self.shift).clamp(0, 1)
         slope = self.shift / (self.shift - (self.shift - 1) * t) ** 2
         return self.sampler.density(before) * slope * Uniform().density(t)
 
+    @override
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """See `TimestepSampler`."""
         self.sampler.update(shift_times(t, 1 / self.shift), loss)
 
 
@@ -107,8 +103,8 @@ class WithFloor(_Around):
             raise ValueError(f"Expected `share` above 0 and at most 1, got {share}.")
         self.share = share
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         rest, goal = 1 - self.share, u.double()
         v = bisect(lambda v: self.share * self.sampler.quantile(v) + rest * v, goal)
         # Not quantile(v): where the other sampler has a gap, v stands still and t goes on.
@@ -119,8 +115,8 @@ class WithFloor(_Around):
         other = ((u - self.share) / max(1 - self.share, 1e-30)).clamp(0, 1 - 2**-24)
         return torch.where(u < self.share, u / self.share, self.sampler.place(other))
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         rest = (1 - self.share) * self.sampler.density(t)
         return self.share * Uniform().density(t) + rest
 
@@ -148,8 +144,8 @@ class StageAware(TimestepSampler):
         self.navigation, self.boundary = navigation, boundary
 
     @property
+    @override
     def needs_boundary(self) -> bool:
-        """See `TimestepSampler`."""
         return self.boundary is None
 
     def bind(self, boundary: float) -> TimestepSampler:
@@ -162,15 +158,15 @@ class StageAware(TimestepSampler):
             return self
         return StageAware(self.navigation, boundary, self.stratified)
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         edge, share = self._edge(), self.navigation
         early = u * (edge / share) if share > 0 else u
         late = edge + (u - share) * ((1 - edge) / (1 - share)) if share < 1 else u
         return torch.where(u < share, early, late)
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         edge, share = self._edge(), self.navigation
         early = torch.full_like(t, share / edge)
         late = torch.full_like(t, (1 - share) / (1 - edge))

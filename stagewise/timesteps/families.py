@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from scipy.special import betaincinv
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.paths import LinearPath, Path
 from stagewise.timesteps.base import TimestepSampler
@@ -36,8 +37,8 @@ class LogitNormal(TimestepSampler):
             raise ValueError(f"Expected `std` above 0, got {std}.")
         self.mean, self.std = mean, std
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
     def density(self, t: Tensor) -> Tensor:
@@ -63,13 +64,13 @@ class Mode(TimestepSampler):
             raise ValueError(f"Expected `scale` in [-1, 1.75), got {scale}.")
         self.scale = scale
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         # cos^2 - 1 = -sin^2, which keeps its digits near 0.
         return u + self.scale * (u - torch.sin(math.pi / 2 * u) ** 2)
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         u = bisect(self.quantile, t)
         slope = 1 + self.scale * (1 - math.pi / 2 * torch.sin(math.pi * u))
         return _inside(t, 1 / slope)
@@ -95,8 +96,8 @@ class Beta(TimestepSampler):
                 raise ValueError(f"Expected `{name}` above 0, got {value}.")
         self.alpha, self.beta = alpha, beta
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         if self.alpha == 1:
             return -torch.expm1(torch.log1p(-u) / self.beta)
         if self.beta == 1:
@@ -104,8 +105,8 @@ class Beta(TimestepSampler):
         values = betaincinv(self.alpha, self.beta, u.double().cpu().numpy())
         return torch.as_tensor(values).to(u)
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         a, b = self.alpha, self.beta
         log_norm = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
         value = t ** (a - 1) * (1 - t) ** (b - 1) * math.exp(-log_norm)
@@ -137,8 +138,8 @@ class EDMLogNormal(TimestepSampler):
             raise ValueError(f"Expected `std` above 0, got {std}.")
         self.mean, self.std, self.path = mean, std, path or LinearPath()
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         low, high = self._ends(u)
         z = torch.special.ndtri(low + (high - low) * u.double())
         if isinstance(self.path, LinearPath):
@@ -179,12 +180,12 @@ class UShaped(TimestepSampler):
             raise ValueError(f"Expected `slope` above 0, got {slope}.")
         self.slope = slope
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return 0.5 + torch.asinh((2 * u - 1) * math.sinh(self.slope / 2)) / self.slope
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         scale = self.slope / (2 * math.sinh(self.slope / 2))
         return _inside(t, scale * torch.cosh(self.slope * (t - 0.5)))
 

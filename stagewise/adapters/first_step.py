@@ -31,7 +31,7 @@ from stagewise.paths import Path
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.checks import check_rows, unlike_bank
 from stagewise.schemes.conditions import check_network
-from stagewise.schemes.scheme import Drawn
+from stagewise.schemes.smoothed import Drawn
 
 __all__ = ["PATIENCE", "FirstStep"]
 

@@ -5,6 +5,7 @@ any loop, and log nothing.
 """
 
 from stagewise.schemes.phases import Phase, Phases, mixes, parts
-from stagewise.schemes.scheme import Scheme, SchemeRecord
+from stagewise.schemes.scheme import Scheme
+from stagewise.schemes.state import SchemeRecord
 
 __all__ = ["Phase", "Phases", "Scheme", "SchemeRecord", "mixes", "parts"]

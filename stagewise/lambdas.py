@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -75,9 +75,6 @@ class Constant(Lambda):
 
     Args:
         value: In [0, 1]; 0 is the conditional target, 1 the oracle's.
-
-    Raises:
-        ValueError: If `value` is not in [0, 1].
     """
 
     value: float
@@ -95,9 +92,7 @@ class Constant(Lambda):
         return self.value == 0
 
     @override
-    def __call__(
-        self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
-    ) -> Tensor:
+    def __call__(self, t: Tensor, *_: Any) -> Tensor:
         return torch.full_like(t, self.value)
 
 
@@ -122,9 +117,6 @@ class Smooth(Lambda):
 
     Args:
         width: In nats of the signal-to-noise ratio, default 1.
-
-    Raises:
-        ValueError: If `width` is not above 0.
     """
 
     width: float = 1.0
@@ -153,8 +145,6 @@ class Concentration(Lambda):
     from_t = False
 
     @override
-    def __call__(
-        self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
-    ) -> Tensor:
+    def __call__(self, t: Tensor, top1: Tensor | None, *_: Any) -> Tensor:
         assert top1 is not None
         return 1 - top1.clamp(0, 1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -186,8 +186,22 @@ class InverseFloor(Weight):
         return (1 / loss_floor(self.curve, t)).clamp_max(self.largest)
 
 
+class _OfStages(Weight):
+    """A weight that depends on where the stages meet; a dataclass with this field."""
+
+    boundary: float | HasBoundary | None
+
+    @property
+    def needs_boundary(self) -> bool:
+        return self.boundary is None
+
+    def bind(self, boundary: float | None, path: Path) -> Weight:
+        own = self.boundary is not None
+        return self if own else replace(self, boundary=boundary)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class StageGate(Weight):
+class StageGate(_OfStages):
     """1 in one stage and 0 in the other, for an auxiliary loss of your own.
 
     Alignment losses help where the target has little variance, in refinement (Stable Velocity,
@@ -206,23 +220,17 @@ class StageGate(Weight):
     stage: Literal["navigation", "refinement"] = "refinement"
 
     def __post_init__(self) -> None:
-        _check_boundary(self.boundary)
+        if isinstance(self.boundary, int | float) and not 0 <= self.boundary <= 1:
+            raise ValueError(
+                f"Expected `boundary` in [0, 1], t = 0 being noise, got {self.boundary}."
+            )
         if self.width < 0:
             raise ValueError(f"Expected `width` of at least 0, got {self.width}.")
         if self.stage not in ("navigation", "refinement"):
             raise ValueError(f'Expected `stage` "navigation" or "refinement", got {self.stage!r}.')
 
-    @property
-    @override
-    def needs_boundary(self) -> bool:
-        return self.boundary is None
-
     def __call__(self, t: Tensor) -> Tensor:
-        """See `Weight`.
-
-        Raises:
-            ValueError: If the boundary is not known yet.
-        """
+        """The weights at `t`; raises ValueError if the boundary is not known yet."""
         edge = self.boundary
         if edge is not None and not isinstance(edge, int | float):
             edge = edge.boundary
@@ -234,13 +242,9 @@ class StageGate(Weight):
         late = torch.sigmoid((t - edge) / self.width) if self.width else (t >= edge).to(t.dtype)
         return late if self.stage == "refinement" else 1 - late
 
-    @override
-    def bind(self, boundary: float | None, path: Path) -> Weight:
-        return self if self.boundary is not None else replace(self, boundary=boundary)
-
 
 @dataclass(frozen=True)
-class StageFactors(Weight):
+class StageFactors(_OfStages):
     """A factor for each stage.
 
     Args:
@@ -263,21 +267,7 @@ class StageFactors(Weight):
                 f"{self.navigation} and {self.refinement}."
             )
 
-    @property
-    @override
-    def needs_boundary(self) -> bool:
-        return self.boundary is None
-
     @override
     def __call__(self, t: Tensor) -> Tensor:
         late = StageGate(self.boundary, self.width)(t)
         return self.navigation + (self.refinement - self.navigation) * late
-
-    @override
-    def bind(self, boundary: float | None, path: Path) -> Weight:
-        return self if self.boundary is not None else replace(self, boundary=boundary)
-
-
-def _check_boundary(boundary: Any) -> None:
-    if isinstance(boundary, int | float) and not 0 <= boundary <= 1:
-        raise ValueError(f"Expected `boundary` in [0, 1], t = 0 being noise, got {boundary}.")

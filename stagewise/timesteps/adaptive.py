@@ -37,7 +37,6 @@ class LossSecondMoment(TimestepSampler):
         bins: Equal bins of t, default 64. (The paper has a thousand discrete times.)
         history: Losses kept for each, default 10, that of the paper.
         floor: Share of uniform draws, default 0.001, that of the paper.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(
@@ -104,12 +103,8 @@ class LossSecondMoment(TimestepSampler):
     def state_dict(self) -> dict[str, Any]:
         return {"squares": self._squares.cpu().clone(), "count": self._count.cpu().clone()}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `TimestepSampler`.
-
-        Raises:
-            ValueError: If it has another number of bins or losses.
-        """
         if state["squares"].shape != self._squares.shape:
             raise ValueError(
                 f"Expected the state of {tuple(self._squares.shape)} bins and losses, got "
@@ -119,12 +114,6 @@ class LossSecondMoment(TimestepSampler):
 
     def _bin(self, t: Tensor) -> Tensor:
         return (t.double() * self.bins).long().clamp(0, self.bins - 1)
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(bins={self.bins}, history={self.history}, floor={self.floor}, "
-            f"stratified={self.stratified})"
-        )
 
 
 class LossAboveFloor(LossSecondMoment):
@@ -143,7 +132,6 @@ class LossAboveFloor(LossSecondMoment):
         bins: Equal bins of t, default 32.
         history: Losses kept for each, default 100: a difference needs more of them than a moment.
         floor: Share of uniform draws, default 0.1.
-        stratified: See `TimestepSampler`.
 
     Raises:
         TypeError: If `curve` is no measured curve.

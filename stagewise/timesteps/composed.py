@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.timesteps.base import TimestepSampler, Uniform
+from stagewise.timesteps.base import TimestepSampler, Uniform, above_zero
 from stagewise.timesteps.families import bisect
 
 __all__ = ["Shifted", "StageAware", "WithFloor", "shift_times"]
 
 
 class _Around(TimestepSampler):
-    """A sampler around another one.
-
-    Args:
-        sampler: The other.
-        stratified: See `TimestepSampler`.
-    """
+    """A sampler around another one."""
 
     def __init__(self, sampler: TimestepSampler, stratified: bool) -> None:
         super().__init__(stratified)
@@ -34,8 +30,8 @@ class _Around(TimestepSampler):
         inner = self.sampler.bind(boundary)
         if inner is self.sampler:
             return self
-        bound = object.__new__(type(self))
-        bound.__dict__.update(self.__dict__, sampler=inner)
+        bound = copy.copy(self)
+        bound.sampler = inner
         return bound
 
     def update(self, t: Tensor, loss: Tensor) -> None:
@@ -58,13 +54,11 @@ class Shifted(_Around):
     Args:
         sampler: What is shifted.
         shift: s, above 0.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(self, sampler: TimestepSampler, shift: float, stratified: bool = False) -> None:
         super().__init__(sampler, stratified)
-        if shift <= 0:
-            raise ValueError(f"Expected `shift` above 0, got {shift}.")
+        above_zero(shift=shift)
         self.shift = shift
 
     @override
@@ -94,7 +88,6 @@ class WithFloor(_Around):
     Args:
         sampler: The other draws.
         share: Of uniform draws, above 0, at most 1.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(self, sampler: TimestepSampler, share: float, stratified: bool = False) -> None:
@@ -110,8 +103,9 @@ class WithFloor(_Around):
         # Not quantile(v): where the other sampler has a gap, v stands still and t goes on.
         return ((goal - rest * v) / self.share).clamp(0, 1).to(u)
 
+    @override
     def place(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`: the first of u are the uniform draws."""
+        # The first of u are the uniform draws.
         other = ((u - self.share) / max(1 - self.share, 1e-30)).clamp(0, 1 - 2**-24)
         return torch.where(u < self.share, u / self.share, self.sampler.place(other))
 
@@ -127,7 +121,6 @@ class StageAware(TimestepSampler):
     Args:
         navigation: The share, in [0, 1].
         boundary: Where the stages meet, between 0 and 1; default that of the scheme.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(
@@ -148,12 +141,8 @@ class StageAware(TimestepSampler):
     def needs_boundary(self) -> bool:
         return self.boundary is None
 
+    @override
     def bind(self, boundary: float) -> TimestepSampler:
-        """See `TimestepSampler`.
-
-        Raises:
-            ValueError: If one of the stages is empty.
-        """
         if self.boundary is not None:
             return self
         return StageAware(self.navigation, boundary, self.stratified)

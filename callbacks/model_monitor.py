@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from stagewise.adapters.calls import guessed_line
+from stagewise.adapters.lines import guessed_line
 from stagewise.adapters.network import Network, tensor_of
 from stagewise.batches import describe
 from stagewise.callbacks.monitor import Monitor

@@ -14,7 +14,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from stagewise.adapters import Detach, Seam, find_seams, one_seam
-from stagewise.adapters.base import mixes, parts
 from stagewise.adapters.objective import Objective
 from stagewise.bank import LatentBank
 from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
@@ -24,7 +23,7 @@ from stagewise.certificate import Certificate
 from stagewise.engines import Engine
 from stagewise.losses import StageWeightedLoss
 from stagewise.oracle import Oracle
-from stagewise.schemes import Phases, Scheme
+from stagewise.schemes import Phases, Scheme, mixes, parts
 from stagewise.schemes.checks import check_rows
 from stagewise.stages import StageBoundary
 from stagewise.targets import Target

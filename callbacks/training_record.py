@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
 
 from stagewise.adapters.hooks import CallHook
-from stagewise.adapters.network import Network, can_tell, tensor_of
+from stagewise.adapters.network import Network, tensor_of
 from stagewise.adapters.objective import nominal_shares
 from stagewise.binned_sums import SUMS, BinnedSums
 from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.callbacks.tags import by_time
+from stagewise.noise import can_tell
 from stagewise.paths import Prediction, expand_like
 from stagewise.velocity_errors import spent, window_entry
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.adapters.base import parts
 from stagewise.oracle import Labels, Times, as_times, check_times
 from stagewise.paths import (
     STAGEWISE,
@@ -29,8 +28,8 @@ from stagewise.paths import (
     same_path,
     unlike,
 )
-from stagewise.schemes import Phases, Scheme
-from stagewise.schemes.checks import check_conditions
+from stagewise.schemes import Phases, Scheme, parts
+from stagewise.schemes.conditions import check_conditions
 from stagewise.timesteps import TimestepSampler, Uniform
 
 __all__ = ["FlowMatchingLoss", "LossRecord"]

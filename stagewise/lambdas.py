@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.paths import Path
 
@@ -74,9 +75,6 @@ class Constant(Lambda):
 
     Args:
         value: In [0, 1]; 0 is the conditional target, 1 the oracle's.
-
-    Raises:
-        ValueError: If `value` is not in [0, 1].
     """
 
     value: float
@@ -89,14 +87,12 @@ class Constant(Lambda):
             )
 
     @property
+    @override
     def sparse(self) -> bool:
-        """See `Lambda`."""
         return self.value == 0
 
-    def __call__(
-        self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
-    ) -> Tensor:
-        """See `Lambda`."""
+    @override
+    def __call__(self, t: Tensor, *_: Any) -> Tensor:
         return torch.full_like(t, self.value)
 
 
@@ -107,10 +103,10 @@ class Hard(Lambda):
     needs_boundary = True
     sparse = True
 
+    @override
     def __call__(
         self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
     ) -> Tensor:
-        """See `Lambda`."""
         assert boundary is not None
         return (t < boundary).to(t.dtype)
 
@@ -121,9 +117,6 @@ class Smooth(Lambda):
 
     Args:
         width: In nats of the signal-to-noise ratio, default 1.
-
-    Raises:
-        ValueError: If `width` is not above 0.
     """
 
     width: float = 1.0
@@ -135,10 +128,10 @@ class Smooth(Lambda):
                 f'Expected `width` above 0, got {self.width}. For a hard edge use "boundary".'
             )
 
+    @override
     def __call__(
         self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
     ) -> Tensor:
-        """See `Lambda`."""
         assert boundary is not None
         edge = path.snr_sqrt(torch.full_like(t[:1], boundary))
         # rho is 0 or infinite at the ends, where sigmoid has its limits.
@@ -151,9 +144,7 @@ class Concentration(Lambda):
 
     from_t = False
 
-    def __call__(
-        self, t: Tensor, top1: Tensor | None, path: Path, boundary: float | None
-    ) -> Tensor:
-        """See `Lambda`."""
+    @override
+    def __call__(self, t: Tensor, top1: Tensor | None, *_: Any) -> Tensor:
         assert top1 is not None
         return 1 - top1.clamp(0, 1)

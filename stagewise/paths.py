@@ -29,6 +29,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = [
     "DIFFUSERS",
@@ -132,8 +133,8 @@ class LinearPath(Path):
     Named CondOT in flow_matching, ICPlan in SiT, sigma = 0 in torchcfm.
     """
 
+    @override
     def __call__(self, t: Tensor) -> PathCoefficients:
-        """The coefficients at `t`; see `Path`."""
         one = torch.ones_like(t)
         return PathCoefficients(t, 1 - t, one, -one)
 
@@ -144,8 +145,8 @@ class CosinePath(Path):
     Named GVP in SiT (arXiv 2401.08740), VP in torchcfm (Albergo & Vanden-Eijnden, 2209.15571).
     """
 
+    @override
     def __call__(self, t: Tensor) -> PathCoefficients:
-        """The coefficients at `t`; see `Path`."""
         half_pi = math.pi / 2
         # cos(pi t / 2) written as sin(pi (1 - t) / 2), which keeps its digits, and is 0, at t = 1.
         alpha, sigma = torch.sin(half_pi * t), torch.sin(half_pi * (1 - t))
@@ -169,8 +170,8 @@ class VPPath(Path):
             raise ValueError(f"Expected 0 < beta_min < beta_max, got {beta_min} and {beta_max}.")
         self.beta_min, self.beta_max = beta_min, beta_max
 
+    @override
     def __call__(self, t: Tensor) -> PathCoefficients:
-        """The coefficients at `t`; see `Path`."""
         tau, slope = 1 - t, self.beta_max - self.beta_min
         log_alpha = -0.25 * slope * tau**2 - 0.5 * self.beta_min * tau
         alpha, sigma = torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
@@ -195,8 +196,8 @@ class EDMPath(Path):
             raise ValueError(f"Expected 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}.")
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
+    @override
     def __call__(self, t: Tensor) -> PathCoefficients:
-        """The coefficients at `t`; see `Path`."""
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         root = high + t * (low - high)
         d_sigma = self.rho * root ** (self.rho - 1) * (low - high)

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
 from stagewise.stages import StageCurve, loss_floor, require_curve
@@ -78,14 +79,12 @@ class _OfData(Weight):
         """The weight on the squared error of x_1."""
 
     def __call__(self, t: Tensor) -> Tensor:
-        """See `Weight`."""
         path = self.path or LinearPath()
         at = path(t.double().clamp(_END, 1 - _END))
         c, _ = Prediction.of(self.prediction).coefficients(at)
         return (self.of_data((at.alpha / at.sigma).square()) / c.square()).to(t.dtype)
 
     def bind(self, boundary: float | None, path: Path) -> Weight:
-        """See `Weight`."""
         return self if self.path is not None else replace(self, path=path)
 
 
@@ -106,8 +105,8 @@ class MinSNR(_OfData):
         if self.gamma <= 0:
             raise ValueError(f"Expected `gamma` above 0, got {self.gamma}.")
 
+    @override
     def of_data(self, snr: Tensor) -> Tensor:
-        """See the module."""
         return snr.clamp_max(self.gamma)
 
 
@@ -130,8 +129,8 @@ class P2(_OfData):
         if self.k <= 0 or self.gamma < 0:
             raise ValueError(f"Expected k > 0 and gamma >= 0, got {self.k} and {self.gamma}.")
 
+    @override
     def of_data(self, snr: Tensor) -> Tensor:
-        """See the module."""
         return snr / (self.k + snr) ** self.gamma
 
 
@@ -152,8 +151,8 @@ class EDMWeight(_OfData):
         if self.sigma_data <= 0:
             raise ValueError(f"Expected `sigma_data` above 0, got {self.sigma_data}.")
 
+    @override
     def of_data(self, snr: Tensor) -> Tensor:
-        """See the module."""
         return snr + 1 / self.sigma_data**2
 
 
@@ -181,13 +180,27 @@ class InverseFloor(Weight):
         if not self.largest > 0:
             raise ValueError(f"Expected `largest` above 0, got {self.largest}.")
 
+    @override
     def __call__(self, t: Tensor) -> Tensor:
-        """See `Weight`."""
         return (1 / loss_floor(self.curve, t)).clamp_max(self.largest)
 
 
+class _OfStages(Weight):
+    """A weight that depends on where the stages meet; a dataclass with this field."""
+
+    boundary: float | HasBoundary | None
+
+    @property
+    def needs_boundary(self) -> bool:
+        return self.boundary is None
+
+    def bind(self, boundary: float | None, path: Path) -> Weight:
+        own = self.boundary is not None
+        return self if own else replace(self, boundary=boundary)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class StageGate(Weight):
+class StageGate(_OfStages):
     """1 in one stage and 0 in the other, for an auxiliary loss of your own.
 
     Alignment losses help where the target has little variance, in refinement (Stable Velocity,
@@ -206,23 +219,17 @@ class StageGate(Weight):
     stage: Literal["navigation", "refinement"] = "refinement"
 
     def __post_init__(self) -> None:
-        _check_boundary(self.boundary)
+        if isinstance(self.boundary, int | float) and not 0 <= self.boundary <= 1:
+            raise ValueError(
+                f"Expected `boundary` in [0, 1], t = 0 being noise, got {self.boundary}."
+            )
         if self.width < 0:
             raise ValueError(f"Expected `width` of at least 0, got {self.width}.")
         if self.stage not in ("navigation", "refinement"):
             raise ValueError(f'Expected `stage` "navigation" or "refinement", got {self.stage!r}.')
 
-    @property
-    def needs_boundary(self) -> bool:
-        """See `Weight`."""
-        return self.boundary is None
-
     def __call__(self, t: Tensor) -> Tensor:
-        """See `Weight`.
-
-        Raises:
-            ValueError: If the boundary is not known yet.
-        """
+        """The weights at `t`; raises ValueError if the boundary is not known yet."""
         edge = self.boundary
         if edge is not None and not isinstance(edge, int | float):
             edge = edge.boundary
@@ -234,13 +241,9 @@ class StageGate(Weight):
         late = torch.sigmoid((t - edge) / self.width) if self.width else (t >= edge).to(t.dtype)
         return late if self.stage == "refinement" else 1 - late
 
-    def bind(self, boundary: float | None, path: Path) -> Weight:
-        """See `Weight`."""
-        return self if self.boundary is not None else replace(self, boundary=boundary)
-
 
 @dataclass(frozen=True)
-class StageFactors(Weight):
+class StageFactors(_OfStages):
     """A factor for each stage.
 
     Args:
@@ -263,21 +266,7 @@ class StageFactors(Weight):
                 f"{self.navigation} and {self.refinement}."
             )
 
-    @property
-    def needs_boundary(self) -> bool:
-        """See `Weight`."""
-        return self.boundary is None
-
+    @override
     def __call__(self, t: Tensor) -> Tensor:
-        """See `Weight`."""
         late = StageGate(self.boundary, self.width)(t)
         return self.navigation + (self.refinement - self.navigation) * late
-
-    def bind(self, boundary: float | None, path: Path) -> Weight:
-        """See `Weight`."""
-        return self if self.boundary is not None else replace(self, boundary=boundary)
-
-
-def _check_boundary(boundary: Any) -> None:
-    if isinstance(boundary, int | float) and not 0 <= boundary <= 1:
-        raise ValueError(f"Expected `boundary` in [0, 1], t = 0 being noise, got {boundary}.")

@@ -17,7 +17,7 @@ from stagewise.adapters import (
     find_seams,
     one_seam,
 )
-from stagewise.adapters.base import check_noise
+from stagewise.noise import check_noise
 from stagewise.paths import expand_like
 from stagewise.schemes import Phase, Phases, Scheme
 from stagewise.targets import Mix

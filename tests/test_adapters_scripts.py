@@ -26,7 +26,7 @@ from stagewise import (
 )
 from stagewise.adapters import diffusers as diffusers_adapter
 from stagewise.adapters import diffusers_target, find_seams, one_seam
-from stagewise.adapters.network import NetworkSearch
+from stagewise.adapters.network_search import NetworkSearch
 from stagewise.callbacks import StageScheme
 from stagewise.schemes import Phase, Phases, Scheme
 from stagewise.targets import Mix

@@ -10,7 +10,9 @@ from torch import nn
 
 from stagewise import DIFFUSERS, Convention, CosinePath, LinearPath
 from stagewise.adapters import assumed_seams, find_seams
-from stagewise.adapters.network import GIVEN, NetworkSearch, tensor_of
+from stagewise.adapters.network import tensor_of
+from stagewise.adapters.network_search import NetworkSearch
+from stagewise.adapters.reasons import GIVEN
 from stagewise.losses import FlowMatchingLoss
 
 SHAPE, CLASSES = (3, 2, 2), 5
@@ -352,7 +354,7 @@ CONDITIONS = {
 
 
 @pytest.mark.parametrize("kind", CONDITIONS)
-def test_what_else_a_network_is_given_is_refused_or_tiled(kind):
+def test_what_else_a_network_is_given_is_named_and_tiled(kind):
     model, made = Model(), {}
 
     def step(x1, y):
@@ -360,16 +362,8 @@ def test_what_else_a_network_is_given_is_refused_or_tiled(kind):
         return model.loss(model.net, x1, y, text=made["text"].float())
 
     found = search(model, step)
-    with pytest.raises(
-        ValueError, match=r"net is the network, but it is also given text: "
-    ) as error:
-        found.result()
-    message = str(error.value)
-    assert "mixes samples of other conditions" in message
-    assert "module.net(xt, t, labels, text=text)" in message
-    assert message.endswith("class_wise=False.")
-
-    network = search(model, step, conditions="tile").result()
+    assert found.line.endswith("module.net(xt, t, labels, text=text)")
+    network = found.result()
     (text,) = network.conditions
     assert text.startswith("text: float32 (64")
     for n in (7, 100):
@@ -382,8 +376,7 @@ def test_what_else_a_network_is_given_is_refused_or_tiled(kind):
 def test_labels_that_the_batch_has_not_are_a_condition():
     model = Model()
     found = search(model, lambda x1, y: model.loss(model.net, x1, y), labels=False)
-    with pytest.raises(ValueError, match=r"also given y: int64 \(64,\)"):
-        found.result()
+    assert found.result().conditions == ("y: int64 (64,)",)
 
 
 @dataclass(frozen=True)
@@ -435,11 +428,10 @@ def test_a_condition_need_be_no_tensor(form, how):
         args = () if extra else (given,)
         return model.loss(lambda xt, t: model.net(xt, t, *args, size=(2, 2), **extra), x1)
 
-    with pytest.raises(ValueError, match=f"also given c: {form}".replace(" of ", " of 64 ")) as e:
-        search(model, step).result()
-    assert "module.net(xt, t, " in str(e.value)
-    assert "..." not in str(e.value)
-    network = search(model, step, conditions="tile").result()
+    found = search(model, step)
+    assert "module.net(xt, t, " in found.line
+    assert "..." not in found.line
+    network = found.result()
     assert [one.partition(" of 64")[0] for one in network.conditions] == [
         f"c: {form}".partition(" of")[0]
     ]
@@ -466,8 +458,8 @@ def test_what_is_handed_on_from_the_batch_is_a_condition_whatever_its_length():
         return model.loss(lambda xt, t: model.net(xt, t, tokens, config=config), x1)
 
     batch = {"x": None, "tokens": tokens}
-    with pytest.raises(ValueError, match=r"also given tokens: float32 \(9, 3\),"):
-        search(model, step, batch_of_all=batch).result()
+    network = search(model, step, batch_of_all=batch).result()
+    assert network.conditions[0] == "tokens: float32 (9, 3)"
     assert search(model, step).result().conditions == ()  # a table of its own
 
 
@@ -486,8 +478,7 @@ def test_labels_that_are_dropped_for_a_whole_batch_are_labels():
 
     model.net = Sized()
     found = search(model, lambda x1, y: model.loss(model.net, x1, null(y)))
-    with pytest.raises(ValueError, match="also given frames"):
-        found.result()
+    assert found.result().conditions == ("frames: int64 (64,)",)
 
 
 # -- x_1 is one of several ------------------------------------------------------------------------
@@ -503,7 +494,7 @@ def test_candidates_are_tried_in_order_and_asked_for_at_the_call():
 
     found = search(model, step, (x1, y), lambda: [*current, ("batch[0]", x1)])
     assert found.result().name == "net"
-    assert found.matched == GIVEN
+    assert found.first.matched == GIVEN
     assert torch.equal(found.x1, x1.flip(0))
     assert found.diagnosis() is None, "another order: nothing tells"
 
@@ -517,7 +508,7 @@ def test_a_given_tensor_that_is_that_of_the_batch_needs_no_word():
         (x1, y),
         lambda: [(GIVEN, x1.clone()), ("batch[0]", x1)],
     )
-    assert (found.result().name, found.matched, found.diagnosis()) == ("net", GIVEN, None)
+    assert (found.result().name, found.first.matched, found.diagnosis()) == ("net", GIVEN, None)
 
 
 @pytest.mark.parametrize("factor", [0.2, 0.18215, 3.0, -1.0])
@@ -548,8 +539,8 @@ def test_another_tensor_of_the_batch_is_named_and_refused():
         (x1, y),
         lambda: [("batch['image']", x1), ("batch['surface']", surface)],
     )
-    assert found.matched == "batch['surface']"
-    assert found.found.name == "net"
+    assert found.first.matched == "batch['surface']"
+    assert found.first.network.name == "net"
     diagnosis = found.diagnosis()
     assert diagnosis.kind == "other tensor"
     line = r"find=lambda batch: \(batch\['surface'\], batch\[1\]\)"
@@ -568,7 +559,7 @@ def test_a_network_of_another_tensor_yields_to_that_of_x1():
         return model.loss(model.a_other, depth, y) + model.loss(model.net, x1, y)
 
     found = search(model, step, (x1, y), lambda: [("batch[0]", x1), ("batch[1]", depth)])
-    assert (found.result().name, found.matched) == ("net", "batch[0]")
+    assert (found.result().name, found.first.matched) == ("net", "batch[0]")
 
 
 # -- why nothing fits -----------------------------------------------------------------------------
@@ -726,12 +717,11 @@ def test_a_step_that_calls_nothing_is_looked_at_again():
         found.result()
     found.stop()
     x1, y = x1.flip(0), y.flip(0)  # another batch
-    found.reset(y)
+    found = NetworkSearch(model, find_seams(model), lambda: [("batch[0]", x1)], y)
+    assert (found.first, found.x1, found.call) == (None, None, None)
     model.loss(model.net, x1, y)
     assert not found.empty
     assert found.result().conditional
-    found.reset(None)
-    assert (found.found, found.x1, found.matched, found.call) == (None, None, None, None)
     found.stop()
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
@@ -813,7 +803,7 @@ def test_a_scale_is_noticed_without_a_seam(kind):
         return model.net(LinearPath().interpolate(x0, 0.18215 * x1, t), count(t), y).sum()
 
     found = search(model, step, data(scale=1.0, offset=0.0), seams=assumed_seams())
-    assert found.found is None
+    assert found.first is None
     assert found.diagnosis().factor == pytest.approx(0.18215, rel=0.2)
 
 
@@ -827,7 +817,7 @@ def test_times_in_other_units_are_not_taken_for_times_next_to_noise():
         return model.net(LinearPath().interpolate(x1[order], x1.roll(1, 0), t), t, y[order]).sum()
 
     found = search(model, step, data(scale=1.0, offset=0.0), seams=assumed_seams())
-    assert (found.found, found.diagnosis()) == (None, None)
+    assert (found.first, found.diagnosis()) == (None, None)
 
 
 def test_a_layer_does_not_say_what_its_module_is_given():
@@ -852,7 +842,7 @@ def test_a_layer_does_not_say_what_its_module_is_given():
 
     x1, y = data()
     found = search(model, step, (x1.flatten(1), y), seams=assumed_seams())
-    assert (found.found.name, found.inner) == ("net.inner", True)
+    assert (found.first.network.name, found.first.inner) == ("net.inner", True)
 
 
 def test_paths_that_only_look_alike_are_two():
@@ -893,7 +883,7 @@ def test_bf16_is_fine_enough(cast, scale, path):
         return model.loss(model.net if cast == "all" else call, x1, y)
 
     assert search(model, step, (x1, y)).result().name == "net"
-    assert search(model, lambda x1, y: step(0.5 * x1, y), (x1, y)).found is None
+    assert search(model, lambda x1, y: step(0.5 * x1, y), (x1, y)).first is None
 
 
 @pytest.mark.parametrize("seed", range(5))

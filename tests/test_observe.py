@@ -11,8 +11,9 @@ from torch import nn
 
 from stagewise import Convention, CosinePath, LatentBank, LogitNormal, Mix, Oracle, Scheme
 from stagewise.adapters import Seen, assumed_seams, find_couplings, find_seams, one_seam
-from stagewise.adapters.base import NoiseSums, check_independent, dependence, plain
+from stagewise.adapters.base import plain
 from stagewise.losses import FlowMatchingLoss
+from stagewise.noise import NoiseSums, check_independent, dependence
 
 SHAPE = (2, 3)
 ROWS = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(5))

@@ -28,7 +28,7 @@ from stagewise import (
     same_path,
 )
 from stagewise.adapters.base import Place, Seam
-from stagewise.adapters.network import NetworkSearch
+from stagewise.adapters.network_search import NetworkSearch
 from stagewise.losses import FlowMatchingLoss
 
 PATHS = [LinearPath(), CosinePath(), VPPath(), EDMPath()]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from stagewise import LatentBank
 from stagewise.adapters import find_seams
-from stagewise.adapters.network import NetworkSearch
+from stagewise.adapters.network_search import NetworkSearch
 from stagewise.callbacks import PosteriorMonitor, StageTransitions, VelocityErrorMonitor
 from stagewise.callbacks.training_record import TrainingRecord
 from stagewise.losses import FlowMatchingLoss

@@ -1,61 +1,33 @@
 """A seam: where a training's target is made, in an object of another library.
 
-A seam knows the library's convention and what can be steered there, and puts a scheme in by setting
-one attribute (or two) on the very object the user has. Taking it out again leaves `vars` of that
-object as they were. Copies and pickles made meanwhile (averaged weights, checkpointed
-hyperparameters) hold the object as its library made it.
+A seam knows the library's convention and what can be steered there. It puts a scheme in by setting
+one attribute (or two) on the object that the user has. Taking it out leaves `vars` of that object
+as they were. Copies and pickles made meanwhile (averaged weights, checkpointed hyperparameters)
+hold the object as its library made it.
 
 A seam can also be watched: `observe` tells what each target is made from, and changes nothing.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stagewise.adapters.hooks import in_place_of
-from stagewise.adapters.paths import same_path
-from stagewise.paths import STAGEWISE, Convention, Path, Prediction
+from stagewise.paths import STAGEWISE, Convention, Path, Prediction, same_path
+from stagewise.schemes import Phases, Scheme, parts
 
-if TYPE_CHECKING:
-    from stagewise.schemes import Phases, Scheme
-
-__all__ = [
-    "Detach",
-    "NoiseSums",
-    "Place",
-    "Seam",
-    "Seen",
-    "Tell",
-    "check_independent",
-    "check_noise",
-    "dependence",
-    "looks",
-    "mixes",
-    "named_tensors",
-    "parts",
-    "plain",
-    "rebind",
-    "seen",
-    "together",
-]
-
-_NOISE = (
-    "The oracle target holds for x0 ~ N(0, I) only: train from torch.randn_like(x1), or steer the "
-    "timesteps alone."
-)
+__all__ = ["Detach", "Place", "Seam", "Seen", "Tell", "looks", "plain", "rebind", "together"]
 
 Detach = Callable[[], None]
 """Undoes an `attach` or an `observe`; calling it again does nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seen:
     """What one target of a training is made from: detached references, nothing is copied.
 
@@ -74,6 +46,13 @@ class Seen:
     t: Tensor | None = None
     xt: Tensor | None = None
     conditions: tuple[tuple[str, Tensor], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.x1 = self.x1.detach()
+        self.x0, self.t, self.xt = (
+            None if x is None else x.detach() for x in (self.x0, self.t, self.xt)
+        )
+        self.conditions = tuple((name, value.detach()) for name, value in self.conditions)
 
 
 Tell = Callable[[Seen], None]
@@ -97,8 +76,11 @@ class Place:
     attribute: str = ""
 
 
-class Seam(ABC):
-    """What makes the targets of a training, recognised.
+class Seam:
+    """What makes the targets of a training, recognised. One file of this folder for each library.
+
+    A subclass has a classmethod `of(place)`, which recognises the object or returns None, and the
+    methods `_attach(scheme)` and `_observe(tell)`, which `rebind` what the object is called by.
 
     Args:
         place: The object.
@@ -117,6 +99,8 @@ class Seam(ABC):
         written: What it gives its network for `x_t` and t, as one would write it; None: as the
             convention says.
         coupled: Whether something beside it pairs noise with data (`find_seams`).
+        last: Times, (B,), and losses before the scheme's weight, (B,), of the latest call,
+            detached. None before the first call, and where losses are not seen.
     """
 
     library: str
@@ -147,10 +131,7 @@ class Seam(ABC):
 
     @property
     def last(self) -> tuple[Tensor, Tensor] | None:
-        """Times, (B,), and losses before the scheme's weight, (B,), of the latest call, detached.
-
-        None before the first call, and where losses are not seen.
-        """
+        """See the class."""
         return self._last
 
     def describe(self) -> str:
@@ -227,7 +208,6 @@ class Seam(ABC):
                 "give the scheme no timesteps."
             )
 
-    @abstractmethod
     def observe(self, tell: Tell) -> Detach:
         """Tells what every target is made from, and changes nothing.
 
@@ -240,23 +220,16 @@ class Seam(ABC):
         Returns:
             What ends it. Where `observable` is False nothing is ever told.
         """
+        return self._observe(tell) if self.observable else together()
 
-    @abstractmethod
     def _attach(self, scheme: Scheme | Phases) -> Detach:
-        """`attach` after the checks."""
+        raise NotImplementedError
+
+    def _observe(self, tell: Tell) -> Detach:
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.describe()})"
-
-
-def parts(scheme: Scheme | Phases) -> list[Scheme]:
-    """The schemes of all phases, or the one."""
-    return [phase.scheme for phase in scheme.phases] if hasattr(scheme, "phases") else [scheme]
-
-
-def mixes(scheme: Scheme | Phases) -> bool:
-    """Whether the targets of any phase are other than the conditional ones."""
-    return any(part.target is not None for part in parts(scheme))
 
 
 class _Rebound:
@@ -346,153 +319,3 @@ def together(*detach: Detach) -> Detach:
 def looks() -> bool:
     """Whether a call is told to an observer: it trains, and is not being traced."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def seen(
-    x1: Tensor,
-    x0: Tensor | None = None,
-    t: Tensor | None = None,
-    xt: Tensor | None = None,
-    conditions: Iterable[tuple[str, Tensor]] = (),
-) -> Seen:
-    """A `Seen` of detached tensors."""
-
-    def cut(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.detach()
-
-    return Seen(x1.detach(), cut(x0), cut(t), cut(xt), tuple(conditions))
-
-
-def named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a value, however deep in lists and dicts, detached, each with its name."""
-    if isinstance(value, Tensor):
-        yield name, value.detach()
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from named_tensors(f"{name}[{key!r}]", part)
-    elif isinstance(value, (list, tuple)):
-        for index, part in enumerate(value):
-            yield from named_tensors(f"{name}[{index}]", part)
-
-
-def check_noise(x0: Tensor) -> None:
-    """Refuses a source that is not standard normal, for which the oracle does not hold.
-
-    Its mean and its mean square are tested, the latter as chi-squared.
-
-    Raises:
-        ValueError: If one is off by more than six standard errors.
-    """
-    values = x0.float()
-    _check_moments(x0.numel(), float(values.mean()), float(values.square().mean()))
-
-
-def _check_moments(count: int, mean: float, square: float) -> None:
-    if abs(mean) * math.sqrt(count) > 6 or _off(square, count):
-        raise ValueError(
-            f"Expected `x0` to be standard normal noise, got a mean of {mean:.3g} and a mean "
-            f"square of {square:.3g}. {_NOISE}"
-        )
-
-
-def _off(square: float, count: int) -> bool:
-    """Whether a mean of squares of normal numbers is beyond six standard errors from 1.
-
-    By Wilson and Hilferty's cube root, which holds for few numbers too.
-    """
-    error = math.sqrt(2 / (9 * count))
-    return abs(square ** (1 / 3) - 1 + error**2) > 6 * error
-
-
-def dependence(x0: Tensor, x1: Tensor) -> float:
-    r"""By how many standard errors noise leans towards its data: 0 on average if independent.
-
-        z = sum_i <x0_i, x1_i - mean(x1)> / sqrt(sum_i |x1_i - mean(x1)|^2)
-
-    is standard normal for standard normal `x0`, whatever the data are. A minibatch coupling makes
-    it large and positive.
-
-    Args:
-        x0: Noise, (B, *).
-        x1: Data, (B, *).
-    """
-    product, size = _leaning(x0.detach().float(), x1.detach().float()).tolist()
-    return product / math.sqrt(size) if size else 0.0
-
-
-def _leaning(x0: Tensor, x1: Tensor) -> Tensor:
-    """Numerator and squared denominator of `dependence`, (2,)."""
-    gap = x1 - (x1.mean(0) if len(x1) > 1 else x1.mean())
-    return torch.stack([(x0 * gap).sum(), gap.square().sum()])
-
-
-def check_independent(x0: Tensor, x1: Tensor) -> None:
-    """Refuses noise that depends on the data it is paired with; for standard normal noise.
-
-    Args:
-        x0: Noise, (B, *).
-        x1: Data, (B, *).
-
-    Raises:
-        ValueError: If `dependence` is beyond six standard errors.
-    """
-    _check_leaning(dependence(x0, x1))
-
-
-def _check_leaning(z: float) -> None:
-    if abs(z) > 6:
-        raise ValueError(
-            f"Expected `x0` to be independent of `x1`, but they correlate, {z:.1f} standard errors "
-            "from zero. Is noise paired with data, as by optimal transport within the batch? The "
-            "closed form of the oracle holds for independent pairs only: train from "
-            "x0 = torch.randn_like(x1)."
-        )
-
-
-class NoiseSums:
-    """Noise and its data, summed over batches: what a few samples do not show, many do.
-
-    Adding waits for no device, `check` does.
-    """
-
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None
-        self._values = self._samples = 0
-
-    def add(self, x0: Tensor, x1: Tensor) -> None:
-        """Adds the pairs of a batch.
-
-        Args:
-            x0: Noise, (B, *).
-            x1: Data, (B, *).
-        """
-        if x0.shape != x1.shape or x0.ndim < 2 or not x0.numel():
-            return
-        x0, x1 = x0.detach().flatten(1).float(), x1.detach().flatten(1).float()
-        own = torch.stack([x0.sum(), x0.square().sum(), x0.sum(1).square().sum() / x0.shape[1]])
-        sums = torch.cat([own, _leaning(x0, x1)])
-        sums = sums if x0.device.type == "mps" else sums.double()
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._values, self._samples = self._values + x0.numel(), self._samples + len(x0)
-
-    def check(self) -> None:
-        """Refuses noise that is not standard normal, or not independent of its data.
-
-        Mean, mean square, the means of samples and `dependence` are tested.
-
-        Raises:
-            ValueError: If one is beyond six standard errors.
-        """
-        if self._sums is None:
-            return
-        total, square, of_samples, product, size = self._sums.tolist()
-        _check_moments(self._values, total / self._values, square / self._values)
-        # The means of samples vary by 1 / D: an offset of each shows there first.
-        spread = of_samples / self._samples
-        if _off(spread, self._samples):
-            raise ValueError(
-                "Expected `x0` to be standard normal noise, got samples whose means vary "
-                f"{spread:.3g} times as much as those of such noise: is an offset added to each? "
-                f"{_NOISE}"
-            )
-        _check_leaning(product / math.sqrt(size) if size else 0.0)

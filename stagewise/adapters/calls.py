@@ -7,6 +7,7 @@ import inspect
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,29 +17,64 @@ from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam
 from stagewise.adapters.fitting import Noisy
+from stagewise.adapters.lines import short
 from stagewise.batches import LABEL_NAMES
 from stagewise.paths import Convention
 
 __all__ = [
+    "Call",
     "Reading",
     "Slots",
-    "answers",
-    "call_text",
     "conditioning",
-    "flatten",
-    "guessed_line",
+    "is_same",
     "moved",
     "readings",
     "rows_of",
-    "short",
-    "velocity_line",
-    "where",
 ]
 
 
 @dataclass(frozen=True)
+class Call:
+    """A call of a submodule.
+
+    Attributes:
+        name: Of the submodule; empty for the module that was searched.
+        module: That itself.
+        leaves: The arguments, flattened. A list with one entry for each sample is a leaf.
+        spec: Their structure.
+    """
+
+    name: str
+    module: nn.Module
+    leaves: list[Any]
+    spec: Any
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
+        """A call with these arguments."""
+        call = args, kwargs
+        held = (leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.ndim)
+        size = len(next(held, ()))
+
+        def whole(value: Any) -> bool:
+            return (
+                isinstance(value, (list, tuple))
+                and len(value) == size > 0
+                and not any(value is known for known in (call, args))
+                and not any(isinstance(x, Tensor) and x.ndim and len(x) == size for x in value)
+            )
+
+        return cls(name, module, *pytree.tree_flatten(call, is_leaf=whole))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """A name for each leaf: that of its parameter."""
+        return _names(self.module, self.spec)[0]
+
+
+@dataclass(frozen=True)
 class Slots:
-    """Where in the flattened arguments of a call what lies.
+    """Where in the leaves of a call what lies.
 
     Attributes:
         spec: The structure of `(args, kwargs)`.
@@ -64,12 +100,7 @@ class Slots:
     size: int = 0
 
     def read(self, leaves: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """`x`, (B, *), and time, (B,), of a call."""
-        x, time = self.raw(leaves)
-        return x, time.to(torch.float32)
-
-    def raw(self, leaves: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """The same, the time in its own type."""
+        """`x`, (B, *), and time, (B,), of a call, the time in its own type."""
         x = leaves[self.x]
         if self.time < 0:
             return x[:, :-1], x[:, -1]
@@ -108,61 +139,56 @@ class Reading:
     noisy: Noisy
     moments: int
 
-    def coarser(self, dtype: torch.dtype) -> Reading:
-        """The same for data that are known to the precision of `dtype`."""
-        rounding = max(self.noisy.rounding, torch.finfo(dtype).eps)
-        return replace(self, noisy=replace(self.noisy, rounding=rounding))
-
 
 def readings(
-    leaves: Sequence[Any],
-    spec: Any,
+    call: Call,
     shape: tuple[int, ...] | None,
-    size: int,
+    x1: Tensor,
     seams: Sequence[Seam],
     labels: Tensor | None,
 ) -> Iterator[Reading]:
-    """All ways to read `x_t` and a time out of a call.
+    """All ways to read `x_t` and a time out of a call, but for `x_1` itself as `x_t`.
 
     Args:
-        leaves: Its arguments.
-        spec: Their structure.
+        call: The call.
         shape: Of `x_t`, (B, *); None: any.
-        size: B.
+        x1: The data, of B samples.
         seams: What says how time is counted.
         labels: Of the batch; they are no times.
     """
-    for slots in _places(leaves, spec, shape, size):
-        x, time = slots.raw(leaves)
+    size = len(x1)
+    for slots in _places(call, shape, size):
+        x, time = slots.read(call.leaves)
         moments = len(torch.unique(time))
         if moments == 1 < size or (labels is not None and _equal(time, labels)):
+            continue
+        if is_same(x, x1):
             continue
         for seam in seams:
             step = _step(time, seam.convention)
             if step is None:
                 continue
+            rounding = max(step, torch.finfo(x.dtype).eps, torch.finfo(x1.dtype).eps)
             xt, t = seam.from_network(x, time.to(torch.float32))
-            yield Reading(
-                slots,
-                seam,
-                Noisy(seam.path, xt, t, max(step, torch.finfo(x.dtype).eps)),
-                moments,
-            )
+            yield Reading(slots, seam, Noisy(seam.path, xt, t, rounding), moments)
 
 
-def _places(
-    leaves: Sequence[Any], spec: Any, shape: tuple[int, ...] | None, size: int
-) -> Iterator[Slots]:
-    for i, x in enumerate(leaves):
+def is_same(x: Any, x1: Tensor) -> bool:
+    """Whether a value is these data, at its own precision."""
+    return isinstance(x, Tensor) and x.shape == x1.shape and torch.equal(x, x1.to(x.dtype))
+
+
+def _places(call: Call, shape: tuple[int, ...] | None, size: int) -> Iterator[Slots]:
+    for i, x in enumerate(call.leaves):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or len(x) != size:
             continue
         if x.ndim == 2 and x.shape[1] > 1 and shape in (None, (size, x.shape[1] - 1)):
-            yield Slots(spec, (), i, -1)
+            yield Slots(call.spec, (), i, -1)
         if shape is not None and tuple(x.shape) != shape:
             continue
-        for j, leaf in enumerate(leaves):
+        for j, leaf in enumerate(call.leaves):
             if j != i and _one_each(leaf, size):
-                yield Slots(spec, (), i, j)
+                yield Slots(call.spec, (), i, j)
 
 
 def _one_each(leaf: Any, size: int) -> bool:
@@ -185,42 +211,35 @@ def _equal(x: Tensor, labels: Tensor) -> bool:
     return x.shape == labels.shape and bool((x.double() == labels.double()).all())
 
 
-def flatten(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
-    """The leaves and the structure of a call; a list with one entry for each sample is a leaf."""
-    call = args, kwargs
-    tensors = (leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.ndim)
-    size = len(next(tensors, ()))
+def _names(module: nn.Module, spec: Any) -> tuple[list[str], bool]:
+    """A name for each leaf, that of its parameter, and whether a parameter was given nothing."""
+    forward = getattr(module, "_orig_mod", module).forward
+    kinds = list(inspect.signature(forward).parameters.values())
+    known = [p.name for p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD]
+    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    named = [(known[i] if i < len(known) else f"argument {i + 1}", x) for i, x in enumerate(args)]
+    names = [""] * spec.num_leaves
+    for name, part in [*named, *kwargs.items()]:
+        for k in pytree.tree_leaves(part):
+            names[k] = name
+    left = known[len(args) :] + [p.name for p in kinds if p.kind is p.KEYWORD_ONLY]
+    variable = any(p.kind is p.VAR_KEYWORD for p in kinds)
+    return names, variable or bool(set(left) - set(kwargs))
 
-    def whole(value: Any) -> bool:
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == size > 0
-            and not any(value is known for known in (call, args))
-            and not any(isinstance(x, Tensor) and x.ndim and len(x) == size for x in value)
-        )
 
-    return pytree.tree_flatten(call, is_leaf=whole)
+# -- labels and conditions ------------------------------------------------------------------------
 
 
-def conditioning(
-    module: nn.Module,
-    args: Any,
-    leaves: Sequence[Any],
-    slots: Slots,
-    labels: Tensor | None,
-    batch: Any = None,
-) -> Slots:
+def conditioning(call: Call, slots: Slots, labels: Tensor | None, batch: Any = None) -> Slots:
     """The same slots with the leaf that holds the labels, and what else is one for each sample.
 
     Args:
-        module: What is called.
-        args: Its positional arguments, which come first among the leaves.
-        leaves: All of them.
+        call: The call.
         slots: Where `x_t` and the time are.
         labels: Of the batch, or None.
         batch: That itself: what is handed on of it is a condition, whatever its length is.
     """
-    size, others = len(leaves[slots.x]), []
+    leaves, size, others = call.leaves, len(call.leaves[slots.x]), []
     best = -1
     found: tuple[int | None, bool] = None, False
     parts = [part for part in pytree.tree_leaves(batch) if part is not None]
@@ -235,7 +254,7 @@ def conditioning(
             agree = -1 if labels is None else _agreement(leaf, labels, one_hot=one_hot)
             if agree > best:
                 best, found = agree, (k, one_hot)
-    names, empty = _names(module, args, slots.spec)
+    names, empty = _names(call.module, call.spec)
     if found[0] is None and labels is not None:  # those of the whole batch may be dropped
         dropped = (k for k in others if names[k] in LABEL_NAMES and _is_constant(leaves[k]))
         found = next(dropped, None), False
@@ -252,61 +271,49 @@ def _is_constant(leaf: Any) -> bool:
     return whole and len(leaf.unique()) == 1
 
 
-def moved(
-    module: nn.Module, args: Any, leaves: Sequence[Any], spec: Any, before: Slots
-) -> Slots | None:
-    """Where `x_t` and time of a call lie that has another structure than one before.
+def moved(call: Call, before: Slots) -> Slots | None:
+    """Where `x_t` and time lie in a call of another structure than one before.
 
-    Args:
-        module: What is called.
-        args: Its positional arguments.
-        leaves: All of them.
-        spec: Their structure.
-        before: The slots of the call before.
-
-    Returns:
-        The slots; None if it is given neither more nor less than before, or not `x_t` and time.
+    None if it is given neither more nor less than before, or not `x_t` and time.
     """
     old = [leaf is None for leaf in before.leaves]
-    if spec == before.spec and [leaf is None for leaf in leaves] == old:
+    if call.spec == before.spec and [leaf is None for leaf in call.leaves] == old:
         return None
-    names, _ = _names(module, args, spec)
-    first = pytree.tree_unflatten(list(range(before.spec.num_leaves)), before.spec)[0]
-    called, _ = _names(module, first, before.spec)
+    names, called = call.names, _names(call.module, before.spec)[0]
 
     def at(k: int) -> int:  # several leaves may go by one name
         return names.index(called[k]) + k - called.index(called[k]) if k >= 0 else k
 
     try:
-        slots = Slots(spec, (), at(before.x), at(before.time))
+        slots = Slots(call.spec, (), at(before.x), at(before.time))
     except ValueError:
         return None
-    x = leaves[slots.x]
+    x = call.leaves[slots.x]
     return slots if isinstance(x, Tensor) and x.ndim == before.leaves[before.x].ndim else None
 
 
-def _held(value: Any) -> list[Any]:
-    """What an object holds that is neither a tensor, a sequence, a function nor a module."""
-    if isinstance(value, Mapping):
-        return list(value.values())
+def _attributes(value: Any) -> list[str]:
+    """The names of what an object holds that is neither a number, a function nor a module."""
     if isinstance(value, (str, bytes, numbers.Number, type, nn.Module)) or callable(value):
         return []
-    names = [*getattr(value, "__dict__", {}), *getattr(type(value), "__slots__", ())]
-    return [getattr(value, name, None) for name in names]
+    return [*getattr(value, "__dict__", {}), *getattr(type(value), "__slots__", ())]
 
 
 def _per_sample(value: Any, size: int, depth: int = 4) -> bool:
     """Whether a value has one entry for each sample, or holds what has."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim > 0 and len(value) == size and 0 not in value.shape
+    held: Sequence[Any]
     if isinstance(value, (list, tuple)):
         # A few numbers are a size.
         few = size <= 4 and all(isinstance(x, numbers.Number) for x in value)
         if len(value) == size and not few:
             return True
-        held: Sequence[Any] = value
+        held = value
+    elif isinstance(value, Mapping):
+        held = list(value.values())
     else:
-        held = _held(value)
+        held = [getattr(value, name, None) for name in _attributes(value)]
     return depth > 0 and any(_per_sample(one, size, depth - 1) for one in held)
 
 
@@ -319,6 +326,10 @@ def rows_of(value: Any, size: int, rows: list[int], depth: int = 4) -> Any:
         rows: Which are taken, each any number of times.
         depth: How deep to look.
     """
+
+    def inner(held: Any) -> Any:
+        return rows_of(held, size, rows, depth - 1)
+
     if not _per_sample(value, size, depth):
         return value.detach() if isinstance(value, Tensor) else value
     if isinstance(value, Tensor):
@@ -326,17 +337,16 @@ def rows_of(value: Any, size: int, rows: list[int], depth: int = 4) -> Any:
     if isinstance(value, np.ndarray):
         return value[rows]
     if isinstance(value, (list, tuple)):
-        taken = [value[k] for k in rows] if len(value) == size else value
-        taken = taken if len(value) == size else [rows_of(x, size, rows, depth - 1) for x in taken]
+        taken = [value[k] for k in rows] if len(value) == size else [inner(x) for x in value]
         return type(value)(*taken) if hasattr(value, "_fields") else type(value)(taken)
     changed = copy.copy(value)
     if isinstance(value, Mapping):
-        for key, inner in value.items():
-            changed[key] = rows_of(inner, size, rows, depth - 1)
+        for key, held in value.items():
+            changed[key] = inner(held)
         return changed
-    for name in [*getattr(value, "__dict__", {}), *getattr(type(value), "__slots__", ())]:
+    for name in _attributes(value):
         if hasattr(value, name):  # a dataclass may be frozen
-            object.__setattr__(changed, name, rows_of(getattr(value, name), size, rows, depth - 1))
+            object.__setattr__(changed, name, inner(getattr(value, name)))
     return changed
 
 
@@ -364,163 +374,3 @@ def _agreement(leaf: Tensor, labels: Tensor, *, one_hot: bool) -> int:
     other = classes != labels
     dropped, agree = classes[other].unique(), size - int(other.sum())
     return agree if len(dropped) <= 1 and agree else -1
-
-
-def _names(module: nn.Module, args: Any, spec: Any) -> tuple[list[str], bool]:
-    """A name for each leaf, that of its parameter, and whether a parameter was given nothing."""
-    forward = getattr(module, "_orig_mod", module).forward
-    kinds = list(inspect.signature(forward).parameters.values())
-    known = [p.name for p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD]
-    unflat = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    names = [""] * spec.num_leaves
-    for i, part in enumerate(unflat[0]):
-        for k in pytree.tree_leaves(part):
-            names[k] = known[i] if i < len(known) else f"argument {i + 1}"
-    for name, part in unflat[1].items():
-        for k in pytree.tree_leaves(part):
-            names[k] = name
-    left = [p.name for p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD][len(args) :]
-    left += [p.name for p in kinds if p.kind is p.KEYWORD_ONLY]
-    variable = any(p.kind is p.VAR_KEYWORD for p in kinds)
-    return names, variable or bool(set(left) - set(unflat[1]))
-
-
-def where(name: str) -> str:
-    """A submodule as one would write it."""
-    return f"module.{name}" if name else "module"
-
-
-def velocity_line(
-    name: str,
-    module: nn.Module,
-    leaves: Sequence[Any],
-    reading: Reading,
-    *,
-    turned: str = "t",
-) -> str:
-    """How to ask for the velocity of a call like this one, to be pasted.
-
-    What cannot be written, such as a text, stands there by the name of its parameter.
-
-    Args:
-        name: Of the submodule.
-        module: That itself.
-        leaves: The arguments of the call.
-        reading: What they are.
-        turned: What stands for t.
-    """
-    slots, seam = reading.slots, reading.seam
-    x, time = seam.written or ("xt", _time_text(seam.convention, turned))
-    texts = {slots.x: x}
-    if slots.time < 0:
-        texts[slots.x] = f"torch.cat([xt, ({time})[:, None]], 1)"
-    else:
-        sides = leaves[slots.time].ndim - 1
-        texts[slots.time] = f"({time}).reshape(-1{', 1' * sides})" if sides else time
-    if slots.labels is not None:
-        like = leaves[slots.labels]
-        texts[slots.labels] = "labels"
-        if slots.one_hot:
-            texts[slots.labels] = f"nn.functional.one_hot(labels, {like.shape[1]}).to(xt)"
-        elif like.ndim > 1:
-            texts[slots.labels] = "labels[:, None]"
-    known = {id(leaves[k]): text for k, text in texts.items()}
-    sign = "" if seam.convention.sign == 1 else "-"
-    call = f"{sign}{call_text(name, module, leaves, slots.spec, known)}"
-    if seam.prediction.kind != "velocity":
-        call = f"{seam.prediction!r}.to_velocity({seam.path!r}(t), {call}, xt)"
-    return f"{_ASK}{call}"
-
-
-def call_text(
-    name: str, module: nn.Module, leaves: Sequence[Any], spec: Any, known: Mapping[int, str]
-) -> str:
-    """A call as one would write it.
-
-    Args:
-        name: Of the submodule.
-        module: That itself.
-        leaves: The arguments.
-        spec: Their structure.
-        known: What stands for some, by the `id` of a leaf.
-    """
-    args, _ = pytree.tree_unflatten(list(leaves), spec)
-    names, _ = _names(module, args, spec)
-    texts = [
-        known.get(id(leaf)) or (repr(leaf) if _is_plain(leaf) else names[k].split(" ")[0])
-        for k, leaf in enumerate(leaves)
-    ]
-    args, kwargs = pytree.tree_unflatten(texts, spec)
-    parts = [_written(part) for part in args]
-    parts += [f"{key}={_written(part)}" for key, part in kwargs.items()]
-    return f"{where(name)}({', '.join(parts)})"
-
-
-def guessed_line(root: nn.Module, *, labelled: bool) -> str:
-    """How one would ask the largest part of a module for the velocity, where no call is known.
-
-    Args:
-        root: The module.
-        labelled: Whether there are labels; they are handed on if the part takes a third argument.
-    """
-    children = [(name, child) for name, child in root.named_children() if _size(child)]
-    name, net = max(children, key=lambda child: _size(child[1]), default=("net", root))
-    kinds = inspect.signature(getattr(net, "_orig_mod", net).forward).parameters.values()
-    more = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in kinds) > 2
-    return f"{_ASK}module.{name}(xt, t{', labels' if labelled and more else ''})"
-
-
-def _size(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
-
-
-_ASK = "velocity=lambda module, xt, t, labels: "
-
-
-def _is_plain(leaf: Any) -> bool:
-    """Whether a value is known by its repr."""
-    if isinstance(leaf, (list, tuple)):
-        return all(_is_plain(one) for one in leaf) and len(leaf) <= 4
-    return leaf is None or isinstance(leaf, (bool, int, float, str))
-
-
-def _written(part: Any) -> str:
-    """Texts in lists, tuples and dicts as one would write them."""
-    if isinstance(part, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_written(value)}" for key, value in part.items()) + "}"
-    if isinstance(part, (list, tuple)):
-        inner = ", ".join(_written(one) for one in part)
-        comma = "," if len(part) == 1 else ""
-        return f"[{inner}]" if isinstance(part, list) else f"({inner}{comma})"
-    return part
-
-
-def _time_text(convention: Convention, t: str) -> str:
-    noise, data = convention.noise_time, convention.data_time
-    if (noise, data) == (0, 1):
-        return t
-    if data == 0:
-        return f"1 - {t}" if noise == 1 else f"{noise:g} * (1 - {t})"
-    start = f"{noise:g} + " if noise else ""
-    return f"{start}{data - noise:g} * {t}"
-
-
-def short(leaf: Any) -> str:
-    """A value in a few words."""
-    if isinstance(leaf, (list, tuple)) and leaf:
-        return f"{type(leaf).__name__} of {len(leaf)} {type(leaf[0]).__name__}"
-    if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-    return type(leaf).__name__
-
-
-def answers(output: Any) -> list[Tensor]:
-    """The tensors in what a module returns, also in a record such as those of diffusers."""
-    found = []
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        else:
-            held = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
-            found += [value for value in held.values() if isinstance(value, Tensor)]
-    return found

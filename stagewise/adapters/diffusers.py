@@ -12,17 +12,13 @@ With `precondition_outputs` the target is `x`: say `prediction="data"`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam, Tell, parts, together
+from stagewise.adapters.base import Place, Seam
 from stagewise.oracle import Labels
 from stagewise.paths import DIFFUSERS, LinearPath, PredictionKind
-from stagewise.schemes.checks import unknown_conditions
-
-if TYPE_CHECKING:
-    from stagewise.schemes import Phases, Scheme
+from stagewise.schemes import Phases, Scheme, parts
+from stagewise.schemes.conditions import unknown_conditions
 
 __all__ = ["FlowMatchScheduler", "diffusers_target"]
 
@@ -107,10 +103,3 @@ class FlowMatchScheduler(Seam):
             "write diffusers_target(noisy, model_input, noise, sigmas, scheme)."
         )
         return cls(place, LinearPath(), convention=DIFFUSERS, refusal=refusal)
-
-    def observe(self, tell: Tell) -> Detach:
-        """See `Seam`: nothing is made here that could be told of."""
-        return together()
-
-    def _attach(self, scheme: Scheme | Phases) -> Detach:
-        raise NotImplementedError

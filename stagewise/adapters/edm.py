@@ -14,27 +14,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from stagewise.adapters.base import (
-    Detach,
-    Place,
-    Seam,
-    Tell,
-    looks,
-    named_tensors,
-    rebind,
-    seen,
-    together,
-)
+from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind
+from stagewise.batches import leaves_of
 from stagewise.oracle import Labels
 from stagewise.paths import LinearPath, Prediction, expand_like
-
-if TYPE_CHECKING:
-    from stagewise.schemes import Phases, Scheme
+from stagewise.schemes import Phases, Scheme
 
 __all__ = ["EDMLoss"]
 
@@ -63,16 +53,16 @@ class EDMLoss(Seam):
         seam.observable = reachable
         return seam
 
+    @override
     def describe(self) -> str:
-        """See `Seam`."""
         return f"{super().describe()}, input x_t / t, t = 1 / (1 + sigma)"
 
+    @override
     def to_network(self, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Seam`: `x_1 + sigma x_0` and sigma."""
         return xt / expand_like(t, xt), (1 - t) / t
 
+    @override
     def from_network(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Seam`."""
         t = 1 / (1 + time)
         return expand_like(t, x) * x, t
 
@@ -83,10 +73,8 @@ class EDMLoss(Seam):
             return self.place.object, "forward"
         return self.place.owner, self.place.attribute
 
-    def observe(self, tell: Tell) -> Detach:
-        """See `Seam`: the images as they are trained on, augmented if they are, and the labels."""
-        if not self.observable:
-            return together()
+    def _observe(self, tell: Tell) -> Detach:
+        """Told are the images as they are trained on, augmented if they are, and the labels."""
         plain = getattr(*self._entry())
 
         def loss(
@@ -98,9 +86,11 @@ class EDMLoss(Seam):
         ) -> Tensor:
             def look(x1: Tensor, augment_labels: Any = None) -> None:
                 if looks():
-                    given = {"labels": labels, "augment_labels": augment_labels}
-                    pairs = (pair for item in given.items() for pair in named_tensors(*item))
-                    tell(seen(x1, conditions=pairs))
+                    given = (
+                        *leaves_of(labels, "labels"),
+                        *leaves_of(augment_labels, "augment_labels"),
+                    )
+                    tell(Seen(x1, conditions=given))
 
             if augment_pipe is None:
                 look(images)

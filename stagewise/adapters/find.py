@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from stagewise.adapters.base import Detach, Place, Seam, Tell, plain, together
+from stagewise.adapters.base import Place, Seam, plain
 from stagewise.adapters.diffusers import FlowMatchScheduler
 from stagewise.adapters.edm import EDMLoss
 from stagewise.adapters.flow_matching import FlowMatching
@@ -16,9 +15,6 @@ from stagewise.adapters.objective import Objective
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
 from stagewise.paths import DIFFUSERS, STAGEWISE, Convention, LinearPath, Path, same_path
-
-if TYPE_CHECKING:
-    from stagewise.schemes import Phases, Scheme
 
 __all__ = [
     "assumed_seams",
@@ -46,10 +42,8 @@ def find_seams(module: object) -> list[Seam]:
     """All that makes targets in an object, by looking through its attributes.
 
     Nested modules, lists, tuples and dicts are looked through too. An object found in two places
-    is one.
-
-    Noise must not depend on data: beside a sampler of couplings (`find_couplings`) no seam can be
-    steered.
+    is one. Noise must not depend on data: beside a sampler of couplings (`find_couplings`) no seam
+    can be steered.
 
     Args:
         module: A module, or any object; it may be the seam itself.
@@ -66,8 +60,8 @@ def find_couplings(module: object) -> list[Place]:
     """All that pairs noise with data, in an object, by looking through its attributes.
 
     Known by their interface are torchcfm's `OTPlanSampler` (`sample_plan`) and what has both
-    `get_map` and `sample_map`; a bound method of one counts too. Coupling done by hand without one,
-    in the training step or where data are loaded, cannot be found so (`check_independent`).
+    `get_map` and `sample_map`; a bound method of one counts too. Coupling by hand, in the training
+    step or where data are loaded, cannot be found so (`stagewise.noise.check_independent`).
 
     Args:
         module: As for `find_seams`.
@@ -79,12 +73,7 @@ def find_couplings(module: object) -> list[Place]:
 
 
 def dependent_noise(seams: Sequence[Seam], couplings: Sequence[Place]) -> str:
-    """What pairs noise with data, with the reason; empty if nothing does.
-
-    Args:
-        seams: What `find_seams` found.
-        couplings: What `find_couplings` found.
-    """
+    """What pairs noise with data among what was found, with the reason; empty if nothing does."""
     for seam in seams:
         # A matcher that is refused ties noise to data, or its path is not known.
         if seam.coupled or (isinstance(seam, TorchCFM) and seam.refusal):
@@ -115,86 +104,6 @@ def training_path(seams: Sequence[Seam], *, said: bool = False) -> tuple[Path, s
             "PosteriorMonitor(path=...)."
         )
     return able[0].path, f"from {able[0].name}, {able[0].library}"
-
-
-def _found(module: object) -> tuple[list[Seam], list[Place]]:
-    """All seams, and the couplings beside them."""
-    couplings: list[Place] = []
-    seams = list(_seams(Place(module, "module"), set(), couplings))
-    for seam in seams:
-        _refuse_coupled(seam, couplings)
-    return seams, couplings
-
-
-def _makers(seams: list[Seam]) -> list[Seam]:
-    makers = [seam for seam in seams if not isinstance(seam, FlowMatchScheduler)]
-    return makers or seams
-
-
-def _couples(value: object) -> bool:
-    if isinstance(value, types.MethodType):
-        value = value.__self__
-    if isinstance(value, (type, types.ModuleType)):
-        return False
-
-    def has(name: str) -> bool:
-        return callable(getattr(value, name, None))
-
-    return has("sample_plan") or (has("get_map") and has("sample_map"))
-
-
-def _seams(place: Place, seen: set[int], couplings: list[Place]) -> Iterator[Seam]:
-    if id(place.object) in seen or isinstance(place.object, _LEAVES):
-        return
-    seen.add(id(place.object))
-    parts = list(_parts(place))
-    own = [part for part in parts if _couples(part.object)]
-    for kind in _KINDS:
-        seam = kind.of(place)
-        if seam is not None:
-            _refuse_coupled(seam, own)  # and no other: it may not be the one that is used
-            yield seam
-            return
-    couplings += own
-    for part in parts:
-        yield from _seams(part, seen, couplings)
-
-
-def _refuse_coupled(seam: Seam, couplings: list[Place]) -> None:
-    """Gives a seam the reason why it cannot be steered, if there are couplings."""
-    if couplings:
-        first, seam.coupled = couplings[0], True
-        seam.refusal = seam.refusal or (
-            f"{_pairs(first)} Train on independent pairs, without it, to steer."
-        )
-
-
-def _pairs(place: Place) -> str:
-    return (
-        f"{place.name} ({_kind(place.object)}) pairs noise with data, which makes x_0 and x_1 "
-        "dependent, and the closed form of the oracle holds for independent ones only."
-    )
-
-
-def _kind(value: object) -> str:
-    owner = value.__self__ if isinstance(value, types.MethodType) else value
-    return type(owner).__name__
-
-
-def _parts(place: Place) -> Iterator[Place]:
-    whole, name = place.object, place.name
-    if isinstance(whole, Mapping):
-        yield from (Place(value, f"{name}[{key!r}]") for key, value in whole.items())
-    elif isinstance(whole, (list, tuple)):
-        yield from (Place(value, f"{name}[{index}]") for index, value in enumerate(whole))
-    elif isinstance(whole, nn.Module) or type(whole).__module__.split(".")[0] not in _ELSEWHERE:
-        held = dict(getattr(whole, "__dict__", {}))
-        if isinstance(whole, nn.Module):
-            held |= held.pop("_modules")
-        # An object that is held in two places goes by its public name.
-        for key in sorted(held, key=lambda key: key.startswith("_")):
-            if key not in _NOT_OURS:
-                yield Place(plain(held[key]), f"{name}.{key}", whole, key)
 
 
 def one_seam(module: object, at: str | None = None) -> Seam:
@@ -239,6 +148,83 @@ def one_seam(module: object, at: str | None = None) -> Seam:
     raise ValueError(problem)
 
 
+def _found(module: object) -> tuple[list[Seam], list[Place]]:
+    """All seams, and the couplings beside them."""
+    couplings: list[Place] = []
+    seams = list(_seams(Place(module, "module"), set(), couplings))
+    for seam in seams:
+        _refuse_coupled(seam, couplings)
+    return seams, couplings
+
+
+def _makers(seams: list[Seam]) -> list[Seam]:
+    return [seam for seam in seams if not isinstance(seam, FlowMatchScheduler)] or seams
+
+
+def _seams(place: Place, seen: set[int], couplings: list[Place]) -> Iterator[Seam]:
+    if id(place.object) in seen or isinstance(place.object, _LEAVES):
+        return
+    seen.add(id(place.object))
+    parts = list(_parts(place))
+    own = [part for part in parts if _couples(part.object)]
+    for kind in _KINDS:
+        seam = kind.of(place)
+        if seam is not None:
+            _refuse_coupled(seam, own)  # and no other: it may not be the one that is used
+            yield seam
+            return
+    couplings += own
+    for part in parts:
+        yield from _seams(part, seen, couplings)
+
+
+def _parts(place: Place) -> Iterator[Place]:
+    whole, name = place.object, place.name
+    if isinstance(whole, Mapping):
+        yield from (Place(value, f"{name}[{key!r}]") for key, value in whole.items())
+    elif isinstance(whole, (list, tuple)):
+        yield from (Place(value, f"{name}[{index}]") for index, value in enumerate(whole))
+    elif isinstance(whole, nn.Module) or type(whole).__module__.split(".")[0] not in _ELSEWHERE:
+        held = dict(getattr(whole, "__dict__", {}))
+        if isinstance(whole, nn.Module):
+            held |= held.pop("_modules")
+        # An object that is held in two places goes by its public name.
+        for key in sorted(held, key=lambda key: key.startswith("_")):
+            if key not in _NOT_OURS:
+                yield Place(plain(held[key]), f"{name}.{key}", whole, key)
+
+
+def _couples(value: object) -> bool:
+    if isinstance(value, types.MethodType):
+        value = value.__self__
+    if isinstance(value, (type, types.ModuleType)):
+        return False
+
+    def has(name: str) -> bool:
+        return callable(getattr(value, name, None))
+
+    return has("sample_plan") or (has("get_map") and has("sample_map"))
+
+
+def _refuse_coupled(seam: Seam, couplings: list[Place]) -> None:
+    """Gives a seam the reason why it cannot be steered, if there are couplings."""
+    if couplings:
+        seam.coupled = True
+        cure = "Train on independent pairs, without it, to steer."
+        seam.refusal = seam.refusal or f"{_pairs(couplings[0])} {cure}"
+
+
+def _pairs(place: Place) -> str:
+    return (
+        f"{place.name} ({_kind(place.object)}) pairs noise with data, which makes x_0 and x_1 "
+        "dependent, and the closed form of the oracle holds for independent ones only."
+    )
+
+
+def _kind(value: object) -> str:
+    return type(value.__self__ if isinstance(value, types.MethodType) else value).__name__
+
+
 class _Assumed(Seam):
     """What a training step that writes its target out may do; see `assumed_seams`."""
 
@@ -246,16 +232,8 @@ class _Assumed(Seam):
     observable = False
 
     def describe(self) -> str:
-        """See `Seam`."""
         _, _, convention = super().describe().partition(f"({self.library}), ")
         return f"{self.name}: assumed, {convention}"
-
-    def observe(self, tell: Tell) -> Detach:
-        """See `Seam`."""
-        return together()
-
-    def _attach(self, scheme: Scheme | Phases) -> Detach:
-        raise NotImplementedError
 
 
 def assumed_seams(path: Path | None = None) -> list[Seam]:

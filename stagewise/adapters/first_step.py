@@ -10,26 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stagewise.adapters.base import NoiseSums, Seam, Seen, check_noise, looks, parts
+from stagewise.adapters.base import Seam, Seen, looks
 from stagewise.adapters.find import assumed_seams
 from stagewise.adapters.fitting import factor_of
 from stagewise.adapters.hooks import CallHook
-from stagewise.adapters.network import GIVEN, Network, NetworkSearch
+from stagewise.adapters.network import Network
+from stagewise.adapters.network_search import NetworkSearch
+from stagewise.adapters.reasons import GIVEN
+from stagewise.adapters.rows import labels_of_rows, place_of, same
 from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
 from stagewise.batches import FindSample, describe, find_checked, leaves_of, unused_in
+from stagewise.noise import NoiseSums, check_noise
 from stagewise.paths import Path
-from stagewise.schemes.checks import check_rows, distance_from_rows
-
-if TYPE_CHECKING:
-    from stagewise.schemes import Phases, Scheme
-    from stagewise.schemes.scheme import Drawn
+from stagewise.schemes import Phases, Scheme, parts
+from stagewise.schemes.checks import check_rows, unlike_bank
+from stagewise.schemes.conditions import check_network
+from stagewise.schemes.smoothed import Drawn
 
 __all__ = ["PATIENCE", "FirstStep"]
 
@@ -52,11 +54,16 @@ class FirstStep:
         labels: Its labels, (B,), or None.
         network: What predicts, once `finish` was called; None if it was not found.
         conditions: What the network is given besides x_t, time and class labels, for messages.
+        search: The search for the network; its `result` says what is wrong if there is none.
+        tied: What is wrong with the noise of the first call that was seen; empty if nothing is.
+        schemes: What steers.
         open: Whether the network accepts more than it was given so far, and the batch holds more:
             what a step drops for classifier-free guidance may be given in a later one.
         looked: In how many later calls it was given no more.
         swapped: Whether what makes the targets is given data for noise, and noise for data.
     """
+
+    search: NetworkSearch
 
     def __init__(
         self, module: nn.Module, seams: Sequence[Seam], path: Path, find: FindSample
@@ -66,60 +73,35 @@ class FirstStep:
         able = [seam for seam in seams if not seam.refusal] or list(seams)
         self._seams = able or assumed_seams(path)
         self.batch: Any = None
-        self.x1: Tensor | None = None
-        self.labels: Tensor | None = None
         self.network: Network | None = None
         self.conditions: tuple[str, ...] = ()
-        self._search: NetworkSearch | None = None
-        self._seen: tuple[Seam, Seen] | None = None
-        self._bank: Callable[[], LatentBank | None] = _no_bank
-        self._noise = ""
-        self._sums: NoiseSums | None = None
-        self._x1_at, self._labels_at = "", "None"
-        self._before: list[tuple[str, Tensor, int]] = []
-        self._maker: Seam | None = None
         self.schemes: list[Scheme | Phases] = []
-        self._before_smoothing: Tensor | None = None
-        self._kept: set[str] = set()
-        self._follows = self._finished = False
         self.swapped = self.open = False
         self.looked = 0
-        self._later: Callable[[], None] | None = None
+        self._before: list[tuple[str, Tensor, int]] = []  # leaves of the batch, and their versions
+        self._before_smoothing: Tensor | None = None
+        self._kept: set[str] = set()  # what each step changes in place
+        self._follows = self._finished = False
+        self._later: CallHook | None = None
         self._on_seen: Callable[[Tensor], None] | None = None
+        self._forget()
         self._detach = [seam.observe(self._teller(seam)) for seam in able if seam.observable]
 
-    def _teller(self, seam: Seam) -> Callable[[Seen], None]:
-        def tell(seen: Seen) -> None:
-            if self._sums is not None and seen.x0 is not None and self._maker in (None, seam):
-                self._sums.add(seen.x0, seen.x1)
-            # The first call of a batch stands for it: others are of its other parts.
-            if self._seen is not None or (self._finished and not self._follows):
-                return
-            # What steers may write the target into it.
-            drawn = self._drawn()
-            smoothed = drawn is not None and drawn.x1.data_ptr() == seen.x1.data_ptr()
-            self._seen = seam, replace(seen, x1=seen.x1.clone())
-            self._before_smoothing = drawn.before.clone() if drawn and smoothed else None
-            if self._finished:
-                return
-            self.swapped = self._is_swapped(seen)
-            self._maker, self._noise = seam, self._wrong_noise(seam)
-            x1 = self.trained_x1
-            assert x1 is not None
-            labels = self.labels_for(x1)
-            if labels is not None:
-                self.search.labels = labels
-            if self._on_seen is not None:
-                self._on_seen(x1)
+    def _forget(self) -> None:
+        """Leaves behind what a batch has shown."""
+        self.x1: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.tied = ""
+        self._x1_at, self._labels_at = "", "None"
+        self._seen: tuple[Seam, Seen] | None = None
+        self._maker: Seam | None = None
+        self._sums: NoiseSums | None = None
+        self._bank: Callable[[], LatentBank | None] = _no_bank
 
-        return tell
+    # -- the course of a training -----------------------------------------------------------------
 
     def begin(self, batch: Any) -> None:
-        """Before each batch.
-
-        Args:
-            batch: What is trained on now.
-        """
+        """Before each batch, which is trained on now."""
         self.batch = batch
         if self._finished:
             self._seen = None
@@ -143,34 +125,147 @@ class FirstStep:
         Raises:
             ValueError: If the batch holds no x_1; looking has begun all the same.
         """
-        self.stop_search()
-        self._seen = self._maker = self.x1 = self.labels = None
-        self._on_seen, self._bank = on_seen, bank or _no_bank
-        self._sums, self._noise, self._x1_at, self._labels_at = NoiseSums(), "", "", "None"
-        leaves = leaves_of(self.batch)
-        self._before = [(name, leaf, _version(leaf)) for name, leaf in leaves]
+        self._stop_search()
+        self._forget()
+        self._on_seen, self._bank, self._sums = on_seen, bank or _no_bank, NoiseSums()
+        self._before = [(name, leaf, _version(leaf)) for name, leaf in leaves_of(self.batch)]
         try:
             x1, labels = find_checked(self._find, self.batch)
             self.x1, self.labels = x1.detach().clone(), None if labels is None else labels.clone()
             self._x1_at = self._place(self.x1)
             self._labels_at = self._place(self.labels) or "None"
         finally:
-            self._search = NetworkSearch(
+            self.search = NetworkSearch(
                 self._module,
                 self._seams,
                 self._candidates,
                 self.labels,
-                conditions="tile",
                 labels_name=self._labels_at if self._labels_at != "None" else "batch[1]",
                 batch=self.batch,
             )
 
-    def _is_swapped(self, seen: Seen) -> bool:
-        if seen.x0 is None or self.x1 is None or not self.changed(seen.x1):
-            return False
-        return factor_of(seen.x0, self.x1) is not None or (
-            not _is_noise(seen.x0) and _is_noise(seen.x1)
+    def _teller(self, seam: Seam) -> Callable[[Seen], None]:
+        def tell(seen: Seen) -> None:
+            if self._sums is not None and seen.x0 is not None and self._maker in (None, seam):
+                self._sums.add(seen.x0, seen.x1)
+            # The first call of a batch stands for it: others are of its other parts.
+            if self._seen is not None or (self._finished and not self._follows):
+                return
+            # What steers may write the target into it.
+            drawn = self._drawn()
+            smoothed = drawn is not None and drawn.x1.data_ptr() == seen.x1.data_ptr()
+            x1 = seen.x1.clone()
+            self._seen = seam, replace(seen, x1=x1)
+            self._before_smoothing = drawn.before.clone() if drawn and smoothed else None
+            if self._finished:
+                return
+            if seen.x0 is not None and self.x1 is not None and self.changed(seen.x1):
+                noise_last = not _is_noise(seen.x0) and _is_noise(seen.x1)
+                self.swapped = noise_last or factor_of(seen.x0, self.x1) is not None
+            else:
+                self.swapped = False
+            self._maker, self.tied = seam, self._wrong_noise(seam)
+            x1 = x1 if self._before_smoothing is None else self._before_smoothing
+            labels = self.labels_for(x1)
+            if labels is not None:
+                self.search.labels = labels
+            if self._on_seen is not None:
+                self._on_seen(x1)
+
+        return tell
+
+    @property
+    def happened(self) -> bool:
+        """Whether anything was seen of the training in the present batch."""
+        return self._seen is not None or (hasattr(self, "search") and self.search.first is not None)
+
+    def finish(self) -> None:
+        """Takes the hooks off, and notes the network and its conditions."""
+        self._stop_search()
+        first = self.search.first
+        self.network = None if first is None or first.inner else first.network
+        if self.network is not None:
+            self.conditions = self.network.conditions
+        elif self._seen is not None:
+            given = self._seen[1].conditions
+            self.conditions = tuple(f"{name}: {describe(x)}" for name, x in given if not _label(x))
+        now = dict(leaves_of(self.batch))
+        in_place = {
+            name
+            for name, leaf, version in self._before
+            if now.get(name) is not leaf or _version(leaf) != version
+        }
+        if self._changed_x1() is not None:
+            in_place.add(self._x1_at)
+        self._before, self._finished = [], True
+        if self.network is not None and self.network.optional:
+            labelled = self.labels is not None and not self.network.conditional
+            self.open = (
+                labelled or self.x1 is None or bool(unused_in(self.batch, self.x1, self.labels))
+            )
+        # Later samples are taken where they are seen, if they are not those of the batch.
+        trained = self.trained_x1
+        another = trained is None or self.x1 is None or not same(self.x1, trained)
+        self._follows = self._seen is not None and (bool(in_place) or another)
+        if trained is not None and not self.changed(trained):
+            self._kept = in_place
+        if self.tied or self._seen is None or self._seen[1].x0 is None:
+            self._sums = None
+        self._stop_following()
+
+    def look_on(self) -> None:
+        """Before a later batch: looks whether the network is given more than in those before."""
+        if self.open and self.network is not None:
+            self._later = CallHook(self._look, self.network.module.register_forward_pre_hook)
+
+    def _look(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        network = self.network
+        if not self.open or network is None or module is not network.module or not looks():
+            return
+        self.looked += 1
+        more = network.given_more(
+            args, kwargs, lambda: find_checked(self._find, self.batch)[1], self.batch
         )
+        if more is not None:
+            self.network, self.conditions, self.open = more, more.conditions, False
+
+    def stop_looking(self) -> None:
+        """After a later batch."""
+        if self._later is not None:
+            self._later.remove()
+        self._later = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is too early to say that the network is given no more."""
+        return self.open and self.looked < PATIENCE
+
+    def forget(self) -> None:
+        """Lets go of the calls that were seen, with their graph; what they showed stays."""
+        self._stop_search()
+        if not self.open and hasattr(self, "search"):
+            del self.search
+
+    def stop(self) -> None:
+        """Takes all hooks off, and lets go of the bank."""
+        self._stop_search()
+        self.stop_looking()
+        self._follows, self._sums, self._bank = False, None, _no_bank
+        self._stop_following()
+
+    def _stop_search(self) -> None:
+        if hasattr(self, "search"):
+            self.search.stop()
+
+    def _stop_following(self) -> None:
+        """Takes the hooks off what makes the targets, if nothing more is to be seen there."""
+        if self._follows or self._sums is not None:
+            return
+        for detach in self._detach:
+            detach()
+        self._detach = []
+
+    # -- what is trained on -----------------------------------------------------------------------
 
     def _candidates(self) -> list[tuple[str, Tensor]]:
         """What may be x_1, as one would write it, the likeliest first."""
@@ -188,14 +283,64 @@ class FirstStep:
         if self.x1 is None or not self._x1_at:
             return None
         now = dict(leaves_of(self.batch)).get(self._x1_at)
-        if now is None or not now.is_floating_point() or now.ndim < 2 or _same(now, self.x1):
+        if now is None or not now.is_floating_point() or now.ndim < 2 or same(now, self.x1):
             return None
         return now.detach()
 
     @property
-    def tied(self) -> str:
-        """What is wrong with the noise of the first call that was seen; empty if nothing is."""
-        return self._noise
+    def trained_x1(self) -> Tensor | None:
+        """x_1 of the first batch as it is trained on, (B, *); None if that was not seen.
+
+        Where a scheme smooths it is what the scheme was given.
+        """
+        if self._seen is not None:
+            return self._seen[1].x1 if self._before_smoothing is None else self._before_smoothing
+        return self._changed_x1() if self.search.first is None else self.search.x1
+
+    def x1_of_batch(self) -> Tensor:
+        """x_1 of the present batch as it is trained on, (B, *), smoothed if a scheme does that."""
+        drawn = self._drawn()
+        if drawn is not None:
+            return drawn.x1
+        if self._follows and self._seen is not None:
+            return self._seen[1].x1
+        return self._find(self.batch)[0]
+
+    def _drawn(self) -> Drawn | None:
+        """What a scheme has smoothed last, if one does."""
+        return next((s.drawn for s in self.schemes if s.smoothing is not None), None)
+
+    def changed(self, x1: Tensor) -> bool:
+        """Whether any sample is neither one of the first batch nor a row of the bank."""
+        own, bank = self.x1, self._bank()
+        if own is not None and bool((find_among(own, x1) >= 0).all()):
+            return False
+        if bank is None or tuple(x1.shape[1:]) != bank.shape:
+            return True
+        return not bool((bank.find(x1) >= 0).all())
+
+    def labels_for(self, x1: Tensor) -> Tensor | None:
+        """The classes of samples that are trained on in the present batch.
+
+        Rows of the batch have the labels that they have there, in whatever order and number they
+        come. Others are taken to be made from those in their place (flips, noise), unless what is
+        unchanged stands in other places.
+
+        Args:
+            x1: Samples, (n, *).
+
+        Returns:
+            (n,), int64; None if it cannot be said.
+        """
+        if self.x1 is None or self.labels is None or self.batch is None:  # as in validation
+            return None
+        now = find_checked(self._find, self.batch) if self._finished else (self.x1, self.labels)
+        return None if now[1] is None else labels_of_rows(x1, *now, self._bank())
+
+    def _place(self, tensor: Tensor | None) -> str:
+        return "" if tensor is None else place_of(tensor, self.batch)
+
+    # -- what is not as it was taken to be --------------------------------------------------------
 
     def _wrong_noise(self, seam: Seam) -> str:
         """What is wrong with the noise that was seen so far; empty if nothing is."""
@@ -228,184 +373,6 @@ class FirstStep:
             self._stop_following()
         return wrong
 
-    @property
-    def happened(self) -> bool:
-        """Whether anything was seen of the training in the present batch."""
-        return self._seen is not None or (
-            self._search is not None and self._search.found is not None
-        )
-
-    def finish(self) -> None:
-        """Takes the hooks off, and notes the network and its conditions."""
-        self.stop_search()
-        self.network = None if self.search.inner else self.search.found
-        if self.network is not None:
-            self.conditions = self.network.conditions
-        elif self._seen is not None:
-            given = self._seen[1].conditions
-            self.conditions = tuple(f"{name}: {describe(x)}" for name, x in given if not _label(x))
-        now = dict(leaves_of(self.batch))
-        in_place = {
-            name
-            for name, leaf, version in self._before
-            if now.get(name) is not leaf or _version(leaf) != version
-        }
-        if self._changed_x1() is not None:
-            in_place.add(self._x1_at)
-        self._before, self._finished = [], True
-        network = self.network
-        if network is not None and network.optional:
-            labelled = self.labels is not None and not network.conditional
-            self.open = (
-                labelled or self.x1 is None or bool(unused_in(self.batch, self.x1, self.labels))
-            )
-        # Later samples are taken where they are seen, if they are not those of the batch.
-        self._follows = self._seen is not None and (
-            bool(in_place) or self.x1 is None or self._is_another(self.trained_x1)
-        )
-        trained = self.trained_x1
-        if trained is not None and not self.changed(trained):
-            self._kept = in_place
-        if self._noise or self._seen is None or self._seen[1].x0 is None:
-            self._sums = None
-        self._stop_following()
-
-    def look_on(self) -> None:
-        """Before a later batch: looks whether the network is given more than in those before."""
-        if self.open and self.network is not None:
-            module = self.network.module
-            self._later = CallHook(self._look, module.register_forward_pre_hook).remove
-
-    @property
-    def waiting(self) -> bool:
-        """Whether it is too early to say that the network is given no more."""
-        return self.open and self.looked < PATIENCE
-
-    def _look(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        network = self.network
-        if not self.open or network is None or module is not network.module or not looks():
-            return
-        self.looked += 1
-        more = network.given_more(
-            args, kwargs, lambda: find_checked(self._find, self.batch)[1], self.batch
-        )
-        if more is not None:
-            self.network, self.conditions, self.open = more, more.conditions, False
-
-    def stop_looking(self) -> None:
-        """After a later batch."""
-        if self._later is not None:
-            self._later()
-        self._later = None
-
-    @property
-    def search(self) -> NetworkSearch:
-        """The search for the network; its `result` says what is wrong if there is none."""
-        assert self._search is not None
-        return self._search
-
-    @property
-    def trained_x1(self) -> Tensor | None:
-        """x_1 of the first batch as it is trained on, (B, *); None if that was not seen.
-
-        Where a scheme smooths it is what the scheme was given.
-        """
-        if self._seen is not None:
-            return self._seen[1].x1 if self._before_smoothing is None else self._before_smoothing
-        return self._changed_x1() if self.search.found is None else self.search.x1
-
-    def x1_of_batch(self) -> Tensor:
-        """x_1 of the present batch as it is trained on, (B, *), smoothed if a scheme does that."""
-        drawn = self._drawn()
-        if drawn is not None:
-            return drawn.x1
-        if self._follows and self._seen is not None:
-            return self._seen[1].x1
-        return self._find(self.batch)[0]
-
-    def _drawn(self) -> Drawn | None:
-        """What a scheme has smoothed last, if one does."""
-        return next((s.drawn for s in self.schemes if s.smoothing is not None), None)
-
-    def _is_another(self, x1: Tensor | None) -> bool:
-        return x1 is None or self.x1 is None or not _same(self.x1, x1)
-
-    def changed(self, x1: Tensor) -> bool:
-        """Whether any sample is neither one of the first batch nor a row of the bank."""
-        own, bank = self.x1, self._bank()
-        if own is not None and bool((find_among(own, x1) >= 0).all()):
-            return False
-        if bank is None or tuple(x1.shape[1:]) != bank.shape:
-            return True
-        return not bool((bank.find(x1) >= 0).all())
-
-    def labels_for(self, x1: Tensor) -> Tensor | None:
-        """The classes of samples that are trained on in the present batch.
-
-        Rows of the batch have the labels that they have there, in whatever order and number they
-        come. Others are taken to be made from those in their place (flips, noise), unless what is
-        unchanged stands in other places.
-
-        Args:
-            x1: Samples, (n, *).
-
-        Returns:
-            (n,), int64; None if it cannot be said.
-        """
-        if self.x1 is None or self.labels is None or self.batch is None:  # as in validation
-            return None
-        now = find_checked(self._find, self.batch) if self._finished else (self.x1, self.labels)
-        own, labels = now
-        if labels is None or (len(own) == len(x1) and _same(own, x1)):
-            return labels
-        rows = find_among(own, x1)
-        known = rows >= 0
-        if bool(known.all()):
-            first = find_among(own, own)
-            unsure = first[labels[first] != labels]  # equal rows of several classes
-            return None if bool(torch.isin(rows, unsure).any()) else labels[rows]
-        bank = self._bank()
-        if bank is not None and bank.classes and tuple(x1.shape[1:]) == bank.shape:
-            stored = bank.find(x1)
-            if bool((stored >= 0).all()):
-                return torch.tensor(bank.labels_of(stored.tolist())).to(labels)
-        if not bool(known.any()):
-            return labels if len(x1) == len(own) else None
-        at = int(known.nonzero()[0])
-        start = 0 if len(x1) == len(own) else int(rows[at]) - at
-        piece = own[start : start + len(x1)] if start >= 0 else own[:0]
-        if len(piece) < len(x1) or not bool((piece.to(x1) == x1).flatten(1).all(1)[known].all()):
-            return None
-        return labels[start : start + len(x1)]
-
-    def forget(self) -> None:
-        """Lets go of the calls that were seen, with their graph; what they showed stays."""
-        self.stop_search()
-        if not self.open:
-            self._search = None
-
-    def stop_search(self) -> None:
-        """Takes the hooks of the search off."""
-        if self._search is not None:
-            self._search.stop()
-
-    def stop(self) -> None:
-        """Takes all hooks off, and lets go of the bank."""
-        self.stop_search()
-        self.stop_looking()
-        self._follows, self._sums, self._bank = False, None, _no_bank
-        self._stop_following()
-
-    def _stop_following(self) -> None:
-        """Takes the hooks off what makes the targets, if nothing more is to be seen there."""
-        if self._follows or self._sums is not None:
-            return
-        for detach in self._detach:
-            detach()
-        self._detach = []
-
-    # -- what is not as it was taken to be --------------------------------------------------------
-
     def compare(self, given: Sequence[LatentBank]) -> tuple[list[str], str]:
         """What of the bank and of the noise is not that of the training.
 
@@ -418,9 +385,7 @@ class FirstStep:
         Raises:
             ValueError: If neither the batch nor the step holds samples of a given bank's shape.
         """
-        warnings, note, x1 = [], "", self.trained_x1
-        if self._noise:
-            warnings.append(self._noise)
+        warnings, note, x1 = [self.tied] if self.tied else [], "", self.trained_x1
         diagnosis = self.search.diagnosis() if self._seen is None else None
         if diagnosis is not None:
             warnings.append(f"What is measured is not what is trained on: {diagnosis.message}")
@@ -429,47 +394,14 @@ class FirstStep:
                 "x_1 as in the batch, not checked: the training step shows neither its x_1 nor a "
                 "call of its network that could be recognised."
             )
-        for bank in given if not self.swapped else ():
-            warnings += self._hold(bank, x1 if x1 is not None else self.x1)
+        x1 = self.x1 if x1 is None else x1
+        for bank in given if x1 is not None and not self.swapped else ():
+            shapes = {tuple(x.shape[1:]) for x in (x1, self.x1) if x is not None}
+            warnings += filter(None, [unlike_bank(bank, x1, shapes)])
         return warnings, note
-
-    def _hold(self, bank: LatentBank, x1: Tensor | None) -> list[str]:
-        """Holds samples against a bank that was given."""
-        if x1 is None:
-            return []
-        if tuple(x1.shape[1:]) != bank.shape:
-            if self.x1 is None or tuple(self.x1.shape[1:]) != bank.shape:
-                raise ValueError(
-                    f"The bank has samples of shape {bank.shape}, the training batch of shape "
-                    f"{tuple(x1.shape[1:])}. Build the bank from the same latents, or say which "
-                    "tensor of the batch is x_1: StageRun(find=lambda batch: (batch[0], None))."
-                )
-            return [
-                f"Training is on samples of shape {tuple(x1.shape[1:])}, and the bank holds those "
-                f"of the batch, of shape {bank.shape}: what is measured is not what is trained on. "
-                "Give the bank of what is trained on: StageRun(bank=LatentBank(latents, labels))."
-            ]
-        off, std = distance_from_rows(bank, x1), float(x1.detach().float().std())
-        if off < 0.05:
-            return []
-        if not 0.8 * bank.std < std < 1.25 * bank.std:
-            return [
-                f"The bank has a standard deviation of {bank.std:.4g}, the training batch one of "
-                f"{std:.4g}, and its samples are not rows of the bank. If one of them is scaled or "
-                "normalised and the other is not, every measured boundary is wrong: build the bank "
-                "from the latents that are trained on."
-            ]
-        return [
-            "Samples of the training batch are not rows of the bank: the nearest row is off by "
-            f"{off:.0%} of their norm. Flips, augmentation, another VAE sample or another data "
-            "set? The boundary measured is that of the bank."
-        ]
 
     def check_conditions(self, scheme: Scheme | Phases) -> str:
         """Holds what the network is given against the rows that the targets of a scheme are of.
-
-        Args:
-            scheme: Whose targets the network is trained on.
 
         Returns:
             A warning if the network was not recognised, or else an empty text.
@@ -477,30 +409,8 @@ class FirstStep:
         Raises:
             ValueError: If the network is given more than labels, or labels that the bank has not.
         """
-        mixing = [part for part in parts(scheme) if part.target is not None]
-        if not mixing or all(part.unconditional for part in mixing):
-            return ""
-        given = self.conditions
-        if not given and self.network is None:
-            return (
-                "the call of the network was not recognised, so it is not known what "
-                "the model is conditioned on. Targets of the oracle are right for a model that is "
-                "given x_t, t and the classes of the bank. For one that is given more (text, an "
-                "image beside x_t) they move the optimum: steer times and weights only. If it is "
-                "given nothing else, or ignores it, say so: class_wise=False."
-            )
-        if not given and self.network is not None and self.network.conditional:
-            given = () if all(part.class_wise for part in mixing) else ("labels",)
-        if given:
-            has = "has no labels" if given == ("labels",) else "knows nothing of that"
-            raise ValueError(
-                f"The network is also given {', '.join(given)}, and the bank {has}: the oracle's "
-                "target would be a mean over samples of all conditions, which moves the optimum of "
-                "a model that uses them. Steer timesteps and weights only, give the labels "
-                "of classes to the bank, LatentBank(x, labels), or, if the model ignores what it "
-                "is given: class_wise=False, as in StageScheme(target=..., class_wise=False)."
-            )
-        return ""
+        labelled = None if self.network is None else self.network.conditional
+        return check_network(parts(scheme), self.conditions, labelled)
 
     def difference(self, x1: Tensor, read: LatentBank | None = None) -> tuple[str, bool]:
         """How samples of the step differ from those that were read from the batches.
@@ -513,7 +423,7 @@ class FirstStep:
             A message with the cure, and whether the shape or the scale is another one.
         """
         if self.swapped:
-            return self._noise, True
+            return self.tied, True
         maker = "" if self._seen is None else f", and {self._seen[0].name} is given other samples"
         assert self.x1 is not None
         place, other = self._x1_at or "batch[0]", self._place(x1)
@@ -544,16 +454,6 @@ class FirstStep:
             certain,
         )
 
-    def _place(self, tensor: Tensor | None) -> str:
-        """Where a tensor lies in the batch, as one would write it; empty if it does not."""
-        if tensor is None:
-            return ""
-        for place, leaf in leaves_of(self.batch):
-            same = leaf.shape == tensor.shape or leaf.numel() == tensor.numel() == len(tensor)
-            if same and torch.equal(leaf.reshape(tensor.shape).to(tensor), tensor):
-                return place
-        return ""
-
 
 def _no_bank() -> None:
     """Of a run that has none."""
@@ -562,11 +462,6 @@ def _no_bank() -> None:
 def _version(x: Tensor) -> int:
     """Grows with each change in place."""
     return 0 if x.is_inference() else x._version
-
-
-def _same(own: Tensor, x1: Tensor) -> bool:
-    """Whether they are equal, to the precision of `x1`."""
-    return own.shape == x1.shape and torch.equal(own.to(x1), x1)
 
 
 def _is_noise(x: Tensor) -> bool:

@@ -18,38 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import dependence
-from stagewise.paths import Path, PathCoefficients, expand_like
+from stagewise.noise import dependence, noise_of
+from stagewise.paths import Path, expand_like
 
-__all__ = ["Noisy", "arranged", "can_tell", "factor_of", "layout_of", "noise_of"]
+__all__ = ["Noisy", "arranged", "factor_of", "layout_of"]
 
 _NOISY = 0.05
 """The least sigma at which the noise of a sample is held against a normal distribution."""
-
-
-def noise_of(path: Path, xt: Tensor, t: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """The noise of a noisy sample, and where that can be said.
-
-    Args:
-        path: The path.
-        xt: Noisy samples, (B, *).
-        t: Times in [0, 1], (B,).
-        x1: What they were made from, (B, *).
-
-    Returns:
-        `x_0`, (B, *), float32, and whether sigma is so large that the rounding of `xt` leaves at
-        least a tenth of it unspoilt, (B,). Elsewhere it is 0.
-    """
-    values = path(t.to(torch.float32))
-    known = can_tell(values, xt.dtype)
-    gap = xt.float() - expand_like(values.alpha, x1) * x1.float()
-    x0 = gap / expand_like(torch.where(known, values.sigma, torch.inf), x1)
-    return x0, known
-
-
-def can_tell(path: PathCoefficients, dtype: torch.dtype) -> Tensor:
-    """Where the noise is ten times the rounding of noisy samples in `dtype`; any shape."""
-    return path.sigma >= 10 * torch.finfo(dtype).eps
 
 
 @dataclass(frozen=True)
@@ -139,11 +114,7 @@ def factor_of(x: Tensor, x1: Tensor) -> float | None:
 
 
 def arranged(x1: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-    """Data with their axes in other orders, and flat ones as transposed matrices.
-
-    Args:
-        x1: Data, (B, *).
-        shape: Of what is made of them, without B.
+    """Data with their axes in other orders, and flat ones as transposed matrices, (B, *shape).
 
     Yields:
         What one would write after `x_1`, and the tensor. `x_1` itself is none of them.
@@ -152,10 +123,11 @@ def arranged(x1: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
     if math.prod(shape) != size:
         return
     back = f".reshape(-1, {', '.join(map(str, shape))})"
-    orders = list(itertools.permutations(range(1, x1.ndim)))
-    tries = [(f".permute(0, {', '.join(map(str, order))})", order) for order in orders[1:]]
-    for text, x in [("", x1), *((text, x1.permute(0, *order)) for text, order in tries)]:
-        if text or x.shape[1:] != shape:
+    for order in itertools.permutations(range(1, x1.ndim)):
+        x = x1.permute(0, *order)
+        same = list(order) == sorted(order)
+        text = "" if same else f".permute(0, {', '.join(map(str, order))})"
+        if not same or x.shape[1:] != shape:
             yield (text if x.shape[1:] == shape else text + back), x.reshape(-1, *shape)
     for rows in range(2, size) if x1.ndim == 2 else ():
         if size % rows == 0:

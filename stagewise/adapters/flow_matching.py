@@ -11,25 +11,14 @@ trained as without a scheme, and nothing here can see that: make its target in t
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from stagewise.adapters.base import (
-    Detach,
-    Place,
-    Seam,
-    Tell,
-    check_noise,
-    looks,
-    mixes,
-    rebind,
-    seen,
-)
+from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind
 from stagewise.adapters.paths import LibraryPath, recognise
-
-if TYPE_CHECKING:
-    from stagewise.schemes import Phases, Scheme
+from stagewise.noise import check_noise
+from stagewise.schemes import Phases, Scheme, mixes
 
 __all__ = ["FlowMatching"]
 
@@ -55,14 +44,13 @@ class FlowMatching(Seam):
         name = f"{type(path).__name__}({type(path.scheduler).__name__})"
         return cls(place, recognise(LibraryPath(coefficients, name)))
 
-    def observe(self, tell: Tell) -> Detach:
-        """See `Seam`."""
+    def _observe(self, tell: Tell) -> Detach:
         plain = self.place.object.sample
 
         def sample(x_0: Tensor, x_1: Tensor, t: Tensor) -> Any:
             found = plain(x_0=x_0, x_1=x_1, t=t)
             if looks():
-                tell(seen(x_1, x_0, t, found.x_t))
+                tell(Seen(x_1, x_0, t, found.x_t))
             return found
 
         return rebind(self.place.object, "sample", sample, observes=True)

@@ -61,9 +61,5 @@ class CallHook:
 
 
 def in_place_of(value: Any) -> tuple[Any, ...]:
-    """What `__reduce__` of something that stands for a value returns: copies hold the value.
-
-    Args:
-        value: It; to load it from a pickle nothing of this library is needed.
-    """
+    """What `__reduce__` of a stand-in for a value returns: copies and pickles hold the value."""
     return operator.getitem, ((value,), 0)

@@ -1,440 +1,138 @@
-r"""The network of a training, found by what it is called with.
-
-A seam knows the path, what is predicted and how time is counted, but not who predicts. In the first
-training step every submodule is watched. The network is the one that is given `x_t` and a time such
-that, with the `x_1` of the batch and the path of a seam, the noise
-
-    x_0 = (x_t - a_t x_1) / s_t
-
-comes out standard normal and independent of `x_1` (`stagewise.adapters.fitting`). No other call
-passes that test: not an encoder, not a loss, not a network that is given other samples than the
-batch's, not the right network read with reversed time. From then on the same call can be made with
-other samples, and its answer read as a velocity. Where no call passes, what was seen says why.
-"""
+"""A network that was found in a training, asked as the training asks it."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils import _pytree as pytree
 
-from stagewise.adapters.asked import Network, tensor_of
 from stagewise.adapters.base import Seam
-from stagewise.adapters.calls import (
-    Reading,
-    answers,
-    call_text,
-    conditioning,
-    flatten,
-    guessed_line,
-    velocity_line,
-    where,
-)
-from stagewise.adapters.fitting import can_tell, noise_of
-from stagewise.adapters.hooks import CallHook
-from stagewise.adapters.paths import same_path
-from stagewise.adapters.reasons import GIVEN, Candidates, Diagnosis, Made, Reasons, is_same, own_of
+from stagewise.adapters.calls import Call, Slots, conditioning, moved, rows_of
+from stagewise.adapters.lines import where
 
-__all__ = [
-    "GIVEN",
-    "Candidates",
-    "Diagnosis",
-    "Network",
-    "NetworkSearch",
-    "can_tell",
-    "noise_of",
-    "tensor_of",
-]
+__all__ = ["Network", "tensor_of"]
 
 
-@dataclass
-class _Match:
-    """A call that fits."""
-
-    network: Network
-    leaves: list[Any]
-    reading: Reading
-    matched: str
-    x1: Tensor
-    call: tuple[Any, Any, Any] = (None, None, None)
-    diagnosis: Diagnosis | None = None
-    other: bool = False  # x_1 is neither that of what makes the targets nor that of the batch
-    inner: bool = False  # a layer of a module that may be given more
-
-    @property
-    def line(self) -> str:
-        return velocity_line(self.network.name, self.network.module, self.leaves, self.reading)
-
-
-class NetworkSearch:
-    """Watches the calls of one training step; see the module docstring.
-
-    Args:
-        root: The module.
-        seams: What may make its targets (`find_seams`, `assumed_seams`).
-        candidates: Names and tensors that may be `x_1`, asked for at each call, best first: as it
-            was given to what makes the targets (`GIVEN`), as it was found in the batch, and other
-            floating-point tensors of the batch. The names are written into messages.
-        labels: The classes of the batch, (B,), or None.
-        conditions: What to do with a network that is given more for each sample than time and
-            labels: "refuse", the default, or "tile": it is given the same again, repeated or cut to
-            the number of samples it is asked about.
-        labels_name: How messages write the labels of a batch, default "batch[1]".
-        batch: The batch: what the network is given of it as it is counts as a condition.
+class Network:
+    """A network that can be asked for the velocity, as the training asks it.
 
     Attributes:
-        compiled: Whether the whole training step is compiled, so that nothing is watched.
-        empty: Whether no submodule was called with gradients so far.
+        module: What is called.
+        name: Its name below the module that was searched; empty for that itself.
+        seam: What says path, prediction and convention.
+        conditional: Whether it is given labels.
+        conditions: What else it is given for each sample; asked about others, it is given the same
+            again, repeated or cut to their number.
+        optional: Whether it accepts something that it was not given.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        seams: Iterable[Seam],
-        candidates: Candidates,
-        labels: Tensor | None,
-        *,
-        conditions: Literal["refuse", "tile"] = "refuse",
-        labels_name: str = "batch[1]",
-        batch: Any = None,
-    ) -> None:
-        self.root = root
-        self.seams: list[Seam] = []
-        self._makers = set()
-        for seam in seams:
-            self._makers.add(id(seam.place.object))
-            if not any(_alike(seam, other) for other in self.seams):
-                self.seams.append(seam)
-        self._candidates, self._conditions = candidates, conditions
-        self._labels_name, self._batch = labels_name, batch
-        self.compiled = _is_compiled(root)
-        self._hooks: list[CallHook] = []
-        self.reset(labels)
+    def __init__(self, module: nn.Module, name: str, seam: Seam, slots: Slots) -> None:
+        self.module, self.name, self.seam, self._slots = module, name, seam, slots
+        self.conditional, self.optional = slots.labels is not None, slots.optional
+        self.conditions = tuple(text for _, text in slots.conditions)
 
-    def reset(self, labels: Tensor | None) -> None:
-        """Forgets what was seen, and looks again at the next step.
+    def describe(self) -> str:
+        """One line for logs."""
+        given = ["x_t", "time", *(["labels"] if self.conditional else []), *self.conditions]
+        return f"{where(self.name)}: {type(self.module).__name__}({', '.join(given)})"
+
+    def given_more(
+        self, args: Any, kwargs: Any, find_labels: Callable[[], Tensor | None], batch: Any
+    ) -> Network | None:
+        """The same, asked as in a later call that gives it labels or conditions it was not given.
 
         Args:
-            labels: The classes of its batch, (B,), or None.
-        """
-        self.stop()
-        self.labels, self.empty = labels, True
-        self._matches: list[_Match] = []
-        self._reasons = Reasons(self.seams, self.labels, self._labels_name)
-        self._goes_on: tuple[str, str] | None = None
-        self._inside: nn.Module | None = None
-        self._pending: _Match | None = None
-        self._calls: list[tuple[int, bool, bool]] = []
-        if self.compiled:
-            return
-        # What is compiled in place has hooks compiled into it; a compiled copy has them outside.
-        names = {module: name for name, module in self.root.named_modules()}
-        for name, module in _eager(self.root):
-            name = names.get(module, name)
-            self._hooks += [
-                CallHook(self._enter(name), module.register_forward_pre_hook, prepend=True),
-                CallHook(self._leave(name), module.register_forward_hook, always_call=True),
-            ]
-
-    def stop(self) -> None:
-        """Takes the hooks off."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    @property
-    def _first(self) -> _Match | None:
-        return self._matches[0] if self._matches else None
-
-    @property
-    def found(self) -> Network | None:
-        """The network of the first call that fits, whether or not `result` refuses it."""
-        return None if self._first is None else self._first.network
-
-    @property
-    def inner(self) -> bool:
-        """Whether that is a layer of another module, so that its call is not all that counts."""
-        return self._first is not None and self._first.inner
-
-    @property
-    def matched(self) -> str | None:
-        """The name of the candidate that it fits."""
-        return None if self._first is None else self._first.matched
-
-    @property
-    def x1(self) -> Tensor | None:
-        """That candidate, (B, *), detached."""
-        return None if self._first is None else self._first.x1
-
-    @property
-    def call(self) -> tuple[Any, Any, Any] | None:
-        """The arguments, keyword arguments and output of that call."""
-        return None if self._first is None else self._first.call
-
-    def result(self) -> Network:
-        """The network.
-
-        Raises:
-            ValueError: If none was found, or not for sure, with what was seen and the cure.
-        """
-        first = self._first
-        if first is None:
-            raise ValueError(self._nothing())
-        others = {m.network.name: m for m in self._matches if m.network is not first.network}
-        if others:
-            fit = "".join(f"\n  {m.network.describe()}" for m in (first, *others.values()))
-            raise ValueError(
-                f"Several modules are given x_t and a time that fit x_1 of the batch:{fit}\n"
-                f"Say which is trained: {first.line}"
-            )
-        network = first.network
-        if self._goes_on is not None:
-            name, line = self._goes_on
-            raise ValueError(
-                f"{where(network.name)} is given x_t and time, but its answer goes on to "
-                f"{where(name)}, whose answer has the same shape. Say what the velocity is: {line}"
-            )
-        if network.conditions and self._conditions == "refuse":
-            raise ValueError(
-                f"{where(network.name)} is the network, but it is also given "
-                f"{' and '.join(network.conditions)}, which is not a label of the batch. An oracle "
-                "over all rows mixes samples of other conditions, which is not what such a model "
-                "is trained towards, and about other samples it cannot be asked without theirs. "
-                f"Say how, with some of your own: {first.line}; or, if the model ignores it, "
-                "class_wise=False."
-            )
-        if first.other and first.diagnosis is not None:
-            raise ValueError(f"Expected x_1 to be trained on: {first.diagnosis.message}")
-        return network
-
-    def diagnosis(self) -> Diagnosis | None:
-        """Why `x_1` of the batch is not what is trained on; None if it is, or nothing tells."""
-        return self._reasons.diagnosis if self._first is None else self._first.diagnosis
-
-    def origin(self, x1: Tensor, text: str, own: Tensor) -> Diagnosis | None:
-        """How what is trained on came from `x_1` of the batch; see `Reasons.origin`."""
-        return self._reasons.origin(x1, text, own)
-
-    def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Tensor | None], Any]) -> str:
-        """How a function asks the network for something else than training does.
-
-        Args:
-            ask: From `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity.
+            args: Of the call.
+            kwargs: Of the call.
+            find_labels: The classes of its batch, (B,), or None.
+            batch: That itself.
 
         Returns:
-            What differs in the call, with the line that is as in training; empty if nothing does,
-            or the function makes several calls or none.
+            The network; None if the call gives it nothing new.
         """
-        first, calls = self._first, []
-        if first is None or first.inner or first.reading.slots.time < 0:
-            return ""
+        call = Call.of(self.name, self.module, args, kwargs)
+        slots = moved(call, self._slots)
+        if slots is None:
+            return None
+        slots = conditioning(call, slots, find_labels(), batch)
+        found = Network(self.module, self.name, self.seam, slots.kept(call.leaves))
+        more = len(found.conditions) > len(self.conditions) or found.conditional > self.conditional
+        return found if more else None
 
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            calls.append(flatten(args, kwargs)[0])
+    def of(self, root: nn.Module) -> Network:
+        """The same network in a copy of the module that was searched."""
+        return Network(root.get_submodule(self.name), self.name, self.seam, self._slots)
 
-        hook = first.network.module.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            ask(first.reading.noisy.xt, first.reading.noisy.t, self.labels)
-        finally:
-            hook.remove()
-        if len(calls) != 1:
-            return ""
-        tensors = [leaf for leaf in calls[0] if isinstance(leaf, Tensor)]
-        time, slots = first.leaves[first.reading.slots.time], first.reading.slots
-        near = 1e-3 * float(time.detach().abs().max())
-        timed = any(
-            leaf.numel() == time.numel()
-            and bool(((leaf.reshape(-1) - time.reshape(-1)).abs() <= near).all())
-            for leaf in tensors
+    def __call__(self, xt: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The velocity at noisy samples, in the library's convention; with a graph if grad is on.
+
+        Args:
+            xt: Noisy samples, (B, *).
+            t: Times in [0, 1], (B,), t = 0 is noise.
+            labels: Classes, (B,), for a network that is given some.
+
+        Returns:
+            The velocity, (B, *), float32.
+
+        Raises:
+            ValueError: If the network is given labels and there are none, or returns another shape.
+        """
+        slots = self._slots
+        leaves = list(slots.leaves)
+
+        def put(k: int, value: Tensor) -> None:
+            leaves[k] = value.to(leaves[k].dtype).reshape(-1, *leaves[k].shape[1:])
+
+        x, time = self.seam.to_network(xt, t)
+        if slots.time < 0:
+            like = leaves[slots.x]
+            leaves[slots.x] = torch.cat([x.to(like.dtype), time[:, None].to(like.dtype)], 1)
+        else:
+            leaves[slots.x] = x.to(leaves[slots.x].dtype)
+            put(slots.time, time)
+        if slots.labels is not None:
+            if labels is None:
+                raise ValueError(f"{self.describe()} is given labels, and there are none here.")
+            if slots.one_hot:
+                labels = functional.one_hot(labels, leaves[slots.labels].shape[1])
+            put(slots.labels, labels)
+        rows = [k % slots.size for k in range(len(xt))] if slots.conditions else []
+        for k, _ in slots.conditions:
+            leaves[k] = rows_of(leaves[k], slots.size, rows)
+        args, kwargs = pytree.tree_unflatten(leaves, slots.spec)
+        return self.velocity(self.module(*args, **kwargs), xt, t)
+
+    def velocity(self, output: Any, xt: Tensor, t: Tensor) -> Tensor:
+        """What an answer of the network stands for, (B, *), float32."""
+        y = self.seam.convention.sign * tensor_of(output, tuple(xt.shape)).float()
+        return self.seam.prediction.to_velocity(self.seam.path(t.float()), y, xt.float())
+
+    def inputs(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
+        """`x_t` and t of a call, None if it is made in another way than the first one."""
+        call = Call.of(self.name, self.module, args, kwargs)
+        if call.spec != self._slots.spec:
+            return None
+        x, time = self._slots.read(call.leaves)
+        return self.seam.from_network(x, time.to(torch.float32))
+
+
+def tensor_of(output: Any, shape: tuple[int, ...]) -> Tensor:
+    """The tensor among what a network returns: itself, the first of a tuple, or its `.sample`.
+
+    Raises:
+        ValueError: If there is none of this shape.
+    """
+    found = output[0] if isinstance(output, (tuple, list)) and output else output
+    found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
+    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+        came = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise ValueError(
+            f"Expected the network to return what stands for a velocity, of shape {shape}, got "
+            f"{came}. Say how to make one of it, for example: velocity=lambda module, xt, t, "
+            f"labels: module.net(xt, t, labels)[:, :{shape[1]}]"
         )
-        what = "" if timed else "about another time than training does for the same x_t"
-        if timed and slots.labels is not None:
-            like = first.leaves[slots.labels]
-            given = any(x.shape == like.shape and x.dtype == like.dtype for x in tensors)
-            what = "" if given else "without the labels that training gives it"
-        return what and (
-            f"`velocity` asks {where(first.network.name)} {what}. As in training it is: {self.line}"
-        )
-
-    # -- messages -----------------------------------------------------------------------------
-
-    @property
-    def line(self) -> str:
-        """How to ask for the velocity, to be pasted; a guess where no network was found."""
-        if self._first is not None:
-            return self._first.line
-        return guessed_line(self.root, labelled=self.labels is not None)
-
-    def _nothing(self) -> str:
-        """Why no network was found."""
-        start = "Found no network from which a velocity can be had: "
-        if self.compiled:
-            return (
-                f"{start}the training step of {type(self.root).__name__} is compiled as a whole, "
-                "and calls inside of what is compiled cannot be watched. Compile the network "
-                "alone, module.net = torch.compile(module.net), or say how to ask it: "
-                f"{self.line}"
-            )
-        if self.empty:
-            return (
-                f"{start}the training step called no submodule with gradients. If it calls the "
-                f"network by a function, say {self.line}"
-            )
-        return start + self._reasons.explain(self.line)
-
-    # -- hooks --------------------------------------------------------------------------------
-
-    def _enter(self, name: str) -> Callable[..., None]:
-        @torch.no_grad()
-        def look(module: nn.Module, args: Any, kwargs: Any, trains: bool) -> None:
-            leaves, spec = flatten(args, kwargs)
-            candidates = [
-                (text, x1.detach())
-                for text, x1 in self._candidates()
-                if x1.is_floating_point() and x1.ndim > 1
-            ]
-            own = own_of(candidates)
-            alone = len(leaves) == 1 and own is not None and is_same(leaves[0], own[1])
-            makes = id(module) in self._makers or any(callable(leaf) for leaf in leaves)
-            outer = module is not self.root and not makes
-            self._calls.append((len(self._reasons.made), alone, outer))
-            if not trains or self._inside is not None:
-                return
-            self.empty = self.empty and module is self.root
-            if makes:
-                return
-            self._pending = self._consider(module, name, args, leaves, spec, candidates)
-            if self._pending is not None:
-                self._inside = module
-
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            look(module, args, kwargs, torch.is_grad_enabled())
-
-        return enter
-
-    def _leave(self, name: str) -> Callable[..., None]:
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            start, alone, _ = self._calls.pop()
-            if isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 1:
-                # What is inside of a module that returns it is that module's.
-                shape = tuple(output.shape)
-                so_far = self._reasons.made
-                inside = [made for made in so_far[start:] if made.shape != shape]
-                so_far[start:] = [*inside, Made(name, weakref.ref(output), shape, alone)]
-            if module is self._inside:
-                match, self._inside, self._pending = self._pending, None, None
-                if match is not None:
-                    self._take(match, args, kwargs, output)
-            elif self._matches and self._inside is None:
-                self._follow(module, name, args, kwargs, output)
-
-        return leave
-
-    def _take(self, match: _Match, args: Any, kwargs: Any, output: Any) -> None:
-        """Adds a call that fits, unless its module is frozen or was called before."""
-        given = answers(output)
-        if given and not any(tensor.requires_grad for tensor in given):
-            return
-        match.call = args, kwargs, output
-        alike = any(tensor.shape == match.x1.shape for tensor in given)
-        match.inner = not alike and any(outer for *_, outer in self._calls)
-        if not match.other:
-            self._matches = [known for known in self._matches if not known.other]
-        first = self._first
-        called = any(known.network.module is match.network.module for known in self._matches)
-        if not called and (first is None or first.other == match.other):
-            self._matches.append(match)
-
-    def _follow(self, module: nn.Module, name: str, args: Any, kwargs: Any, output: Any) -> None:
-        """Takes note if the network's answer goes through another module with weights."""
-        first = self._matches[0]
-        slots, answer = first.reading.slots, first.call[2]
-        leaves, spec = flatten(args, kwargs)
-        if (
-            module is first.network.module
-            or not isinstance(output, Tensor)
-            or output.shape != first.x1.shape
-            or not any(leaf is answer for leaf in leaves)
-            or not any(True for _ in module.parameters())
-        ):
-            return
-        start, _, inner = first.line.partition("labels: ")
-        known = {id(answer): inner, id(first.leaves[slots.x]): "xt"}
-        if slots.time >= 0:
-            known[id(first.leaves[slots.time])] = "t"
-        self._goes_on = name, f"{start}labels: {call_text(name, module, leaves, spec, known)}"
-
-    # -- one call -----------------------------------------------------------------------------
-
-    def _consider(
-        self,
-        module: nn.Module,
-        name: str,
-        args: Any,
-        leaves: list[Any],
-        spec: Any,
-        candidates: list[tuple[str, Tensor]],
-    ) -> _Match | None:
-        """The match if this call is a network's; what is inside of it is not looked at."""
-        own = own_of(candidates)
-        for text, x1 in candidates:
-            # x_t has the shape of x_1, and is not x_1 itself.
-            fits = [
-                reading
-                for reading in self._reasons.read(leaves, spec, tuple(x1.shape), x1)
-                if reading.noisy.fits(x1)
-            ]
-            if not fits:
-                continue
-            # Of several the one whose time says most: labels have fewer values.
-            reading = max(fits, key=lambda reading: reading.moments)
-            slots = conditioning(module, args, leaves, reading.slots, self.labels, self._batch)
-            match = _Match(
-                Network(module, name, reading.seam, slots.kept(leaves)),
-                leaves,
-                replace(reading, slots=slots),
-                text,
-                x1,
-            )
-            if own is not None:
-                match.diagnosis = self._reasons.compare(name, reading, text, x1, *own)
-                match.other = text not in (GIVEN, own[0])
-            return match
-        if candidates and not self._matches:
-            self._reasons.note(module, name, args, leaves, spec, candidates)
-        return None
-
-
-def _alike(one: Seam, other: Seam) -> bool:
-    return (
-        type(one) is type(other)
-        and one.prediction == other.prediction
-        and one.convention == other.convention
-        and same_path(one.path, other.path)
-    )
-
-
-def _is_compiled(root: nn.Module) -> bool:
-    """Whether the training step of a module is compiled as a whole."""
-    step = getattr(root, "training_step", None)
-    return (
-        getattr(root, "_compiler_ctx", None) is not None  # Lightning's, of torch.compile(module)
-        or getattr(root, "_compiled_call_impl", None) is not None  # module.compile()
-        or hasattr(step, "_torchdynamo_orig_callable")
-    )
-
-
-def _eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
-    """The submodules whose hooks run as they are, outside of what is compiled."""
-    if getattr(root, "_compiled_call_impl", None) is not None:
-        return []
-    found = [(name, root)]
-    if "_orig_mod" in root._modules:  # torch.compile(module)
-        return found
-    for key, child in root.named_children():
-        found += _eager(child, f"{name}.{key}" if name else key)
     return found

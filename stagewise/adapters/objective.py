@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from stagewise.adapters.base import (
-    Detach,
-    Place,
-    Seam,
-    Tell,
-    looks,
-    named_tensors,
-    rebind,
-    seen,
-)
+from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind
 from stagewise.adapters.hooks import in_place_of
+from stagewise.batches import leaves_of
 from stagewise.paths import Path, PathCoefficients
-
-if TYPE_CHECKING:
-    from stagewise.schemes import Phases, Scheme
+from stagewise.schemes import Phases, Scheme
 
 __all__ = ["Objective", "nominal_shares"]
+
+
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Objective(Seam):
@@ -44,34 +38,28 @@ class Objective(Seam):
         return cls(place, loss_fn.path, loss_fn.prediction, loss_fn.convention)
 
     @property
+    @override
     def last(self) -> tuple[Tensor, Tensor] | None:
-        """See `Seam`; the losses are against the conditional target."""
         record = self.place.object.last
         return None if record is None else (record.t, record.loss)
 
-    def observe(self, tell: Tell) -> Detach:
-        """See `Seam`."""
+    def _observe(self, tell: Tell) -> Detach:
         loss_fn = self.place.object
         plain = loss_fn.forward
         signature = inspect.signature(plain)
-        rest = {
-            parameter.kind: name
-            for name, parameter in signature.parameters.items()
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        }
+        rest = [name for name, each in signature.parameters.items() if each.kind in _REST]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not looks():
                 return plain(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
-            positions = given.get(rest.get(inspect.Parameter.VAR_POSITIONAL, ""), ())
-            names = given.get(rest.get(inspect.Parameter.VAR_KEYWORD, ""), {})
-            conditions = list(named_tensors("args", positions))
-            for name, value in names.items():
-                conditions += named_tensors(name, value)
+            conditions: list[tuple[str, Tensor]] = []
+            for name, value in ((name, given.get(name, ())) for name in rest):
+                items = value.items() if isinstance(value, dict) else [(name, value)]
+                conditions += (pair for key, held in items for pair in leaves_of(held, key))
 
             def look(x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor) -> None:
-                tell(seen(x1, x0, t, xt, conditions))
+                tell(Seen(x1, x0, t, xt, tuple(conditions)))
 
             # Noise and times are drawn inside; all pass through its path. Not set on the path
             # itself, which others share; not by `setattr`, as it may be a module.
@@ -106,14 +94,9 @@ class Objective(Seam):
 
 
 def nominal_shares(seam: Seam, edges: Tensor) -> list[float] | None:
-    """Share of the draws in each bin by the density that training says it draws from.
+    """Share of the draws in each bin of `edges`, (T + 1,), by the density that training draws from.
 
-    Args:
-        seam: What makes the targets; one that draws its times by a sampler of this library says.
-        edges: Of the bins, (T + 1,).
-
-    Returns:
-        T shares, None if the density is not known.
+    None if what makes the targets draws its times by no sampler of this library.
     """
     loss_fn = seam.place.object
     scheme = getattr(loss_fn, "scheme", None)

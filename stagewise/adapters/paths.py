@@ -20,17 +20,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from stagewise.paths import (
-    CosinePath,
-    LinearPath,
-    Path,
-    PathCoefficients,
-    VPPath,
-    same_path,
-)
+from stagewise.paths import CosinePath, LinearPath, Path, PathCoefficients, VPPath, same_path
 
-__all__ = ["LibraryPath", "NoisedPath", "ShrinkingPath", "recognise", "same_path"]
+__all__ = ["LibraryPath", "NoisedPath", "ShrinkingPath", "recognise"]
 
 
 class LibraryPath(Path):
@@ -46,8 +40,8 @@ class LibraryPath(Path):
     ) -> None:
         self.coefficients, self.name = coefficients, name
 
+    @override
     def __call__(self, t: Tensor) -> PathCoefficients:
-        """The coefficients at `t`; see `Path`."""
         # Not by way of the default dtype, which may have 16 bits.
         values = (torch.as_tensor(v, dtype=t.dtype, device=t.device) for v in self.coefficients(t))
         return PathCoefficients(*(value.expand_as(t) for value in values))
@@ -71,8 +65,8 @@ class NoisedPath(Path):
             raise ValueError(f"Expected `noise` above 0, got {noise}.")
         self.path, self.noise = path, noise
 
+    @override
     def __call__(self, t: Tensor) -> PathCoefficients:
-        """The coefficients at `t`; see `Path`."""
         alpha, sigma, d_alpha, d_sigma = self.path(t)
         total = torch.sqrt(sigma**2 + self.noise**2)
         return PathCoefficients(alpha, total, d_alpha, sigma * d_sigma / total)
@@ -90,8 +84,8 @@ class ShrinkingPath(Path):
             raise ValueError(f"Expected `sigma_min` of at least 0, got {sigma_min}.")
         self.sigma_min = sigma_min
 
+    @override
     def __call__(self, t: Tensor) -> PathCoefficients:
-        """The coefficients at `t`; see `Path`."""
         one, slope = torch.ones_like(t), 1 - self.sigma_min
         return PathCoefficients(t, 1 - slope * t, one, -slope * one)
 

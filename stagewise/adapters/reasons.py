@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stagewise.adapters.base import Seam
-from stagewise.adapters.calls import (
-    Reading,
-    conditioning,
-    readings,
-    short,
-    velocity_line,
-    where,
-)
+from stagewise.adapters.calls import Call, Reading, conditioning, is_same, readings
 from stagewise.adapters.fitting import arranged, factor_of, layout_of
+from stagewise.adapters.lines import short, velocity_line, where
 
-__all__ = ["GIVEN", "Candidates", "Diagnosis", "Made", "Reasons", "is_same", "own_of"]
+__all__ = ["GIVEN", "Candidates", "Diagnosis", "Made", "Reasons", "own_of"]
 
 GIVEN = "x_1 as it was given to what makes the targets"
 """The name of that candidate; the first of another name is the `x_1` found in the batch."""
@@ -36,18 +29,20 @@ class Diagnosis:
 
     Attributes:
         kind: "scaled": times `factor`; "rearranged": with the values of a sample in another order;
-            "reversed": it is, but time runs the other way than the
-            seam says; "other tensor": another tensor of the batch is; "encoded": what `module`
-            made of it is.
+            "reversed": it is, but time runs the other way than the seam says; "encoded": what
+            `module` made of it is; "other tensor": another tensor of the batch is.
         message: What was seen, and the cure.
         factor: By which `x_1`, or what `module` made of it, is multiplied. None: by none.
         module: Such as "module.vae", for "encoded".
     """
 
-    kind: Literal["scaled", "rearranged", "reversed", "other tensor", "encoded"]
+    kind: Literal["scaled", "rearranged", "reversed", "encoded", "other tensor"]
     message: str
     factor: float | None = None
     module: str | None = None
+
+
+_SUREST = ("scaled", "rearranged", "reversed", "encoded")
 
 
 @dataclass
@@ -76,6 +71,7 @@ class Reasons:
         self.made: list[Made] = []
         self._seams, self._labels = seams, labels
         self._labels_text = "None" if labels is None else labels_name
+        self._bank = f"bank=LatentBank(latents{'' if labels is None else ', labels'})."
         self._diagnoses: list[Diagnosis] = []
         self._guess: Diagnosis | None = None
         self._coupled = ""
@@ -85,15 +81,12 @@ class Reasons:
     @property
     def diagnosis(self) -> Diagnosis | None:
         """What explains the calls best; None if nothing does."""
-        kinds = ("scaled", "rearranged", "reversed", "encoded")
-        return min(self._diagnoses, key=lambda found: kinds.index(found.kind), default=self._guess)
+        sure = [found.kind for found in self._diagnoses]
+        first = next((kind for kind in _SUREST if kind in sure), None)
+        return self._guess if first is None else self._diagnoses[sure.index(first)]
 
     def explain(self, line: str) -> str:
-        """Why no call fits, with a cure.
-
-        Args:
-            line: How one would ask for the velocity.
-        """
+        """Why no call fits, with a cure; `line` is how one would ask for the velocity."""
         calls = "".join(f"\n  {line}" for line in self._lines[:8]) or " none with such a tensor"
         calls = f"Calls with a tensor of its shape, {self._shape}:{calls}\n"
         if self._coupled:
@@ -107,17 +100,6 @@ class Reasons:
             "If training encodes, scales, flips or reorders x_1 itself, say find=... so that it "
             f"is what is trained on; if the network is called in another way, say {line}."
         )
-
-    def _find(self, x1: str) -> str:
-        return f"find=lambda batch: ({x1}, {self._labels_text})"
-
-    def read(
-        self, leaves: list[Any], spec: Any, shape: tuple[int, ...] | None, x1: Tensor
-    ) -> Iterable[Reading]:
-        """The ways to read a call, for data `x_1`, that are not about `x_1` itself."""
-        for reading in readings(leaves, spec, shape, len(x1), self._seams, self._labels):
-            if not is_same(reading.slots.raw(leaves)[0], x1):
-                yield reading.coarser(x1.dtype)
 
     def compare(
         self, name: str, reading: Reading, matched: str, x1: Tensor, text: str, own: Tensor
@@ -134,19 +116,19 @@ class Reasons:
         """
         if matched == text or (own.shape == x1.shape and reading.noisy.fits(own)):
             return None
-        if matched != GIVEN:
-            return Diagnosis(
-                "other tensor",
-                f"{where(name)} is given x_t of {matched}, not of {text}. "
-                f"Say so: {self._find(matched)}",
-            )
-        return self.origin(x1, text, own)
+        if matched == GIVEN:
+            return self.origin(x1, text, own)
+        return Diagnosis(
+            "other tensor",
+            f"{where(name)} is given x_t of {matched}, not of {text}. "
+            f"Say so: {self._find(matched)}",
+        )
 
     def origin(self, x1: Tensor, text: str, own: Tensor) -> Diagnosis | None:
-        """How what is trained on came from `x_1` of the batch; None if nothing tells.
+        """How what is trained on, (B, *), came from `x_1` of the batch; None if nothing tells.
 
         Args:
-            x1: What is trained on, (B, *).
+            x1: What is trained on.
             text: The name of `x_1` of the batch.
             own: That itself.
         """
@@ -161,86 +143,76 @@ class Reasons:
         layout = layout_of(x1, own)
         return None if layout is None else self._rearranged(layout, text)
 
-    def note(
-        self,
-        module: nn.Module,
-        name: str,
-        args: Any,
-        leaves: list[Any],
-        spec: Any,
-        candidates: list[tuple[str, Tensor]],
-    ) -> None:
+    def note(self, call: Call, candidates: list[tuple[str, Tensor]]) -> None:
         """Keeps what a call that does not fit says about why."""
         text, own = own_of(candidates) or candidates[0]
         self._shape = tuple(own.shape)
-        if any(isinstance(leaf, Tensor) and leaf.shape == own.shape for leaf in leaves):
-            given = ", ".join(short(leaf) for leaf in leaves[:6])
-            self._lines.append(f"{name or 'module'}: {type(module).__name__}({given})")
+        if any(isinstance(leaf, Tensor) and leaf.shape == own.shape for leaf in call.leaves):
+            given = ", ".join(short(leaf) for leaf in call.leaves[:6])
+            self._lines.append(f"{call.name or 'module'}: {type(call.module).__name__}({given})")
         for _, x1 in candidates:
-            for reading in self.read(leaves, spec, tuple(x1.shape), x1):
+            for reading in readings(call, tuple(x1.shape), x1, self._seams, self._labels):
                 lean = reading.noisy.leans(x1)
                 if lean and not self._coupled:
-                    self._coupled = _depends(name, lean, reading.noisy.scale(x1))
-        for reading in self.read(leaves, spec, None, own):
-            noisy = reading.noisy
-            shape = tuple(noisy.xt.shape)
-            if shape == self._shape:
-                factor = noisy.scale(own)
-                if factor is not None:
-                    self._diagnoses.append(self._scaled(factor, f"about {factor:g}", text))
-                if replace(noisy, t=1 - noisy.t).fits(own):
-                    slots = conditioning(module, args, leaves, reading.slots, self._labels)
-                    turned = replace(reading, slots=slots)
-                    line = velocity_line(name, module, leaves, turned, turned="(1 - t)")
-                    self._diagnoses.append(
-                        Diagnosis(
-                            "reversed",
-                            f"{where(name)} fits x_1 of the batch if its time runs the other way "
-                            f"than {reading.seam.name} says. Say how to ask it: {line}",
-                        )
-                    )
-            for layout, x1 in arranged(own, shape[1:]):
-                if noisy.fits(x1):
-                    self._diagnoses.append(self._rearranged(layout, text))
-            before = [made for made in self.made if made.shape == shape]
-            for made in before:
-                tensor = made.tensor()
-                if tensor is None or is_same(tensor, own) or tensor is leaves[reading.slots.x]:
-                    continue
-                factor = 1.0 if noisy.fits(tensor) else noisy.scale(tensor)
-                if factor is not None:
-                    self._diagnoses.append(self._encoded(made, factor, text))
-            if shape != self._shape and len({made.name for made in before}) == 1:
-                # It may be used in another way than as it is, or be gone.
-                self._guess = self._guess or self._encoded(before[0], 1.0, text)
+                    self._coupled = _depends(call.name, lean, reading.noisy.scale(x1))
+        for reading in readings(call, None, own, self._seams, self._labels):
+            self._explains(call, reading, text, own)
+
+    def _explains(self, call: Call, reading: Reading, text: str, own: Tensor) -> None:
+        """Keeps what would make `x_1` of the batch fit a reading of a call."""
+        noisy, shape = reading.noisy, tuple(reading.noisy.xt.shape)
+        if shape == self._shape:
+            factor = noisy.scale(own)
+            if factor is not None:
+                self._diagnoses.append(self._scaled(factor, f"about {factor:g}", text))
+            if replace(noisy, t=1 - noisy.t).fits(own):
+                turned = replace(reading, slots=conditioning(call, reading.slots, self._labels))
+                line = velocity_line(call, turned, turned="(1 - t)")
+                message = (
+                    f"{where(call.name)} fits x_1 of the batch if its time runs the other way "
+                    f"than {reading.seam.name} says. Say how to ask it: {line}"
+                )
+                self._diagnoses.append(Diagnosis("reversed", message))
+        for layout, x1 in arranged(own, shape[1:]):
+            if noisy.fits(x1):
+                self._diagnoses.append(self._rearranged(layout, text))
+        before = [made for made in self.made if made.shape == shape]
+        for made in before:
+            tensor = made.tensor()
+            given = call.leaves[reading.slots.x]
+            if tensor is None or is_same(tensor, own) or tensor is given:
+                continue
+            factor = 1.0 if noisy.fits(tensor) else noisy.scale(tensor)
+            if factor is not None:
+                self._diagnoses.append(self._encoded(made, factor, text))
+        if shape != self._shape and len({made.name for made in before}) == 1:
+            # It may be used in another way than as it is, or be gone.
+            self._guess = self._guess or self._encoded(before[0], 1.0, text)
+
+    def _find(self, x1: str) -> str:
+        return f"find=lambda batch: ({x1}, {self._labels_text})"
 
     def _rearranged(self, layout: str, text: str) -> Diagnosis:
-        bank = "latents" if self._labels is None else "latents, labels"
         find = self._find(_written(text) + layout)
         return Diagnosis(
             "rearranged",
             f"the values of x_1 are those of {_written(text)} in another order, the same in every "
             "sample. The posterior over them is the same, but not what the model says of them. "
-            + (f"Say so: {find}." if layout else f"Give them so: bank=LatentBank({bank})."),
+            + (f"Say so: {find}." if layout else f"Give them so: {self._bank}"),
         )
 
     def _scaled(self, factor: float, about: str, text: str) -> Diagnosis:
-        return Diagnosis(
-            "scaled",
-            f"training scales x_1 by {about}. Say so: "
-            f"{self._find(f'{factor:g} * {_written(text)}')}",
-            factor,
-        )
+        find = self._find(f"{factor:g} * {_written(text)}")
+        return Diagnosis("scaled", f"training scales x_1 by {about}. Say so: {find}", factor)
 
     def _encoded(self, made: Made, factor: float, text: str) -> Diagnosis:
         times = "" if factor == 1 else f"{factor:g} * "
         latents = f"{times}{where(made.name)}"
         find = self._find(f"{latents}({_written(text)})") if made.alone else "find=..."
-        bank = "latents" if self._labels is None else "latents, labels"
         return Diagnosis(
             "encoded",
             f"training encodes x_1: what fits is {latents}(...), of shape {made.shape}. Say so, "
-            f"{find}, or give what is trained on: bank=LatentBank({bank}).",
+            f"{find}, or give what is trained on: {self._bank}",
             None if factor == 1 else factor,
             where(made.name),
         )
@@ -267,8 +239,3 @@ def _depends(name: str, lean: float, factor: float | None) -> str:
 def _written(text: str) -> str:
     """A candidate's name as it can be pasted."""
     return text if text.startswith("batch") else "batch[0]"
-
-
-def is_same(x: Any, x1: Tensor) -> bool:
-    """Whether a value is these data, at its own precision."""
-    return isinstance(x, Tensor) and x.shape == x1.shape and torch.equal(x, x1.to(x.dtype))

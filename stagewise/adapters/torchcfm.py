@@ -18,29 +18,17 @@ closed form, and they are refused. Only `u` is steered: a call that asks for the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import (
-    Detach,
-    Place,
-    Seam,
-    Tell,
-    check_noise,
-    looks,
-    mixes,
-    rebind,
-    seen,
-    together,
-)
+from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind, together
 from stagewise.adapters.paths import NoisedPath, ShrinkingPath
+from stagewise.noise import check_noise
 from stagewise.oracle import Labels
 from stagewise.paths import CosinePath, LinearPath, Path, expand_like
-
-if TYPE_CHECKING:
-    from stagewise.schemes import Phases, Scheme
+from stagewise.schemes import Phases, Scheme, mixes
 
 __all__ = ["TorchCFM"]
 
@@ -73,8 +61,8 @@ class TorchCFM(Seam):
         path = _path(matcher)
         return cls(place, path or LinearPath(), refusal=None if path else _UNKNOWN)
 
-    def observe(self, tell: Tell) -> Detach:
-        """See `Seam`; pairs are seen as a coupling inside of the matcher has made them."""
+    def _observe(self, tell: Tell) -> Detach:
+        """Pairs are seen as a coupling inside of the matcher has made them."""
         matcher = self.place.object
         told = False
 
@@ -82,7 +70,7 @@ class TorchCFM(Seam):
             nonlocal told
             told = True
             if looks():
-                tell(seen(x1, None if self._makes_noise else x0, t, xt))
+                tell(Seen(x1, None if self._makes_noise else x0, t, xt))
 
         def watched(plain: Any) -> Callable[..., Any]:
             def sample(x0: Tensor, x1: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -17,29 +17,17 @@ coefficients.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import (
-    Detach,
-    Place,
-    Seam,
-    Tell,
-    looks,
-    named_tensors,
-    parts,
-    rebind,
-    seen,
-    together,
-)
+from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind, together
 from stagewise.adapters.paths import LibraryPath, recognise
+from stagewise.batches import leaves_of
 from stagewise.paths import STAGEWISE, Convention, Prediction
-from stagewise.schemes.checks import check_conditions
-
-if TYPE_CHECKING:
-    from stagewise.schemes import Phases, Scheme
+from stagewise.schemes import Phases, Scheme, parts
+from stagewise.schemes.conditions import check_conditions
 
 __all__ = ["Transport"]
 
@@ -78,8 +66,8 @@ class Transport(Seam):
         prediction = Prediction("velocity" if kind == "velocity" else "noise")
         return cls(place, path, prediction, convention)
 
-    def observe(self, tell: Tell) -> Detach:
-        """See `Seam`; t is None where the library counts it from data to noise."""
+    def _observe(self, tell: Tell) -> Detach:
+        """What is told has no t where the library counts it from data to noise."""
         transport, plan = self.place.object, self.place.object.path_sampler
         plain_losses, plain_plan = transport.training_losses, plan.plan
         given: Mapping[str, Any] = {}
@@ -105,10 +93,8 @@ class Transport(Seam):
                 # A scheme inside of this overwrites the noise that the network is regressed on.
                 noise = x0 if x0._version == version else None
                 t = time if self.convention == STAGEWISE else None
-                conditions = [
-                    pair for name, value in given.items() for pair in named_tensors(name, value)
-                ]
-                tell(seen(x1, noise, t, found[1], conditions))
+                conditions = (pair for name in given for pair in leaves_of(given[name], name))
+                tell(Seen(x1, noise, t, found[1], tuple(conditions)))
             return found
 
         return together(

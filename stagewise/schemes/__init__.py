@@ -4,7 +4,8 @@ A `Scheme` is one such choice. `Phases` changes it on the way. Both have the sam
 any loop, and log nothing.
 """
 
-from stagewise.schemes.phases import Phase, Phases
-from stagewise.schemes.scheme import Scheme, SchemeRecord
+from stagewise.schemes.phases import Phase, Phases, mixes, parts
+from stagewise.schemes.scheme import Scheme
+from stagewise.schemes.state import SchemeRecord
 
-__all__ = ["Phase", "Phases", "Scheme", "SchemeRecord"]
+__all__ = ["Phase", "Phases", "Scheme", "SchemeRecord", "mixes", "parts"]

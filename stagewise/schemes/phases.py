@@ -9,24 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from stagewise.oracle import Labels, Oracle, Times
-from stagewise.paths import (
-    Convention,
-    Path,
-    Prediction,
-    PredictionKind,
-    same_path,
-    unlike,
-)
+from stagewise.paths import same_path, unlike
 from stagewise.schemes.checks import unknown_boundary
-from stagewise.schemes.scheme import Drawn, Scheme, SchemeRecord
-from stagewise.smoothing import Smoothing
+from stagewise.schemes.scheme import Scheme
+from stagewise.schemes.state import Shared
 from stagewise.stages import StageBoundary
-from stagewise.timesteps import TimestepSampler
 from stagewise.tracing import caller_level, untraced
 from stagewise.transitions import AtEvent, AtPlateau, AtStep, Until
 
-__all__ = ["Phase", "Phases"]
+__all__ = ["Phase", "Phases", "mixes", "parts"]
 
 _MANY = 1000
 """Calls, more than gradients are accumulated over: by then a step must have been observed."""
@@ -52,9 +43,11 @@ class Phase:
         return self.scheme.needs_boundary or isinstance(self.until, AtPlateau)
 
 
-class Phases:
+class Phases(Shared):
     """Schemes that follow one another; it has the interface of a `Scheme`.
 
+    What it does not have itself is that of the scheme in force: `oracle`, `path`, `convention`,
+    `boundary`, `collapsed`, `timesteps`, `draws_timesteps`, `smoothing`, `smooth`, `drawn`, `last`.
     It goes on only if it is told of the steps (`observe`), and warns once if it never is.
 
     Args:
@@ -113,25 +106,10 @@ class Phases:
         """The scheme in force."""
         return self.phases[self.index].scheme
 
-    @property
-    def oracle(self) -> Oracle | None:
-        """That of the scheme in force."""
-        return self.scheme.oracle
-
-    @property
-    def path(self) -> Path:
-        """That of all phases."""
-        return self.scheme.path
-
-    @property
-    def convention(self) -> Convention:
-        """That of all phases."""
-        return self.scheme.convention
-
-    @property
-    def boundary(self) -> float | None:
-        """Where the stages meet in the scheme in force, None if it is not known."""
-        return self.scheme.boundary
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("phases", "index", "scheme"):  # not unpickled yet
+            raise AttributeError(name)
+        return getattr(self.scheme, name)
 
     @property
     def needs_boundary(self) -> bool:
@@ -155,72 +133,19 @@ class Phases:
         ahead = [phase.until for phase in self.phases[self.index :]]
         return [until for until in ahead if isinstance(until, AtEvent) and not until.happened]
 
-    @property
-    def timesteps(self) -> TimestepSampler:
-        """How t is drawn now; see `Scheme.timesteps`."""
-        return self.scheme.timesteps
-
-    @property
-    def draws_timesteps(self) -> bool:
-        """Whether the scheme in force was given timesteps."""
-        return self.scheme.draws_timesteps
-
-    @property
-    def last(self) -> SchemeRecord | None:
-        """The record of the last call in this phase."""
-        return self.scheme.last
-
-    @property
-    def smoothing(self) -> Smoothing | None:
-        """That of the scheme in force."""
-        return self.scheme.smoothing
-
-    @property
-    def drawn(self) -> Drawn | None:
-        """What `smooth` gave last in this phase."""
-        return self.scheme.drawn
+    @untraced
+    def __call__(self, y: Tensor, **batch: Any) -> tuple[Tensor, Tensor]:
+        """What the scheme in force gives; see `Scheme.__call__` for the arguments."""
+        return self._asked()(y, **batch)
 
     @untraced
-    def smooth(self, x1: Tensor, *, t: Times, source: Tensor | None = None) -> Tensor:
-        """See `Scheme.smooth`."""
-        return self.scheme.smooth(x1, t=t, source=source)
-
-    @untraced
-    def __call__(
-        self,
-        y: Tensor,
-        *,
-        xt: Tensor,
-        t: Times,
-        x1: Tensor,
-        labels: Labels | None = None,
-        source: Tensor | None = None,
-        prediction: Prediction | PredictionKind = "velocity",
-    ) -> tuple[Tensor, Tensor]:
-        """See `Scheme.__call__`."""
-        return self._asked()(
-            y, xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=prediction
-        )
-
-    @untraced
-    def correct(
-        self,
-        *,
-        xt: Tensor,
-        t: Times,
-        x1: Tensor,
-        labels: Labels | None = None,
-        source: Tensor | None = None,
-        prediction: Prediction | PredictionKind = "velocity",
-    ) -> Tensor:
-        """See `Scheme.correct`."""
-        return self._asked().correct(
-            xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=prediction
-        )
+    def correct(self, **batch: Any) -> Tensor:
+        """What the scheme in force gives; see `Scheme.__call__` for the arguments."""
+        return self._asked().correct(**batch)
 
     @untraced
     def weight_of(self, t: Tensor) -> Tensor:
-        """See `Scheme.weight_of`."""
+        """What the scheme in force gives, (B,)."""
         return self._asked().weight_of(t)
 
     def set_boundary(self, boundary: float | StageBoundary) -> None:
@@ -230,17 +155,7 @@ class Phases:
                 phase.scheme.set_boundary(boundary)
 
     def measure_boundary(self, seed: int = 0) -> StageBoundary:
-        """Measures it with the first oracle, and tells all phases that came without one.
-
-        Args:
-            seed: See `Scheme.measure_boundary`.
-
-        Returns:
-            What was measured.
-
-        Raises:
-            ValueError: See `Scheme.measure_boundary`.
-        """
+        """Measures it with the first oracle, and tells all phases that came without one."""
         schemes = [phase.scheme for phase in self.phases]
         able = next((each for each in schemes if each.oracle or each.smoothing), schemes[0])
         own = able.state_dict()
@@ -260,11 +175,7 @@ class Phases:
     ) -> list[str]:
         """Takes note of where training is, and goes on to the next phase if it is time.
 
-        Args:
-            step: See `Scheme.observe`, like all others.
-            total: Steps of training.
-            t: Times.
-            loss: Losses.
+        Arguments are those of `Scheme.observe`.
 
         Returns:
             A line for each change of phase.
@@ -374,11 +285,12 @@ class Phases:
             assert phase.until is not None
             phase.until.load_state_dict(until)
 
-    # The bank is nobody's buffer, and what drives a run drives one scheme: a copy of a module that
-    # holds it (EMA) holds the same.
 
-    def __copy__(self) -> Phases:
-        return self
+def parts(scheme: Scheme | Phases) -> list[Scheme]:
+    """The schemes of all phases, or the one."""
+    return [scheme] if isinstance(scheme, Scheme) else [phase.scheme for phase in scheme.phases]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Phases:
-        return self
+
+def mixes(scheme: Scheme | Phases) -> bool:
+    """Whether the targets of any phase are other than the conditional ones."""
+    return any(part.target is not None for part in parts(scheme))

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.stages import StageCurve, loss_floor, require_curve
 from stagewise.timesteps.base import TimestepSampler, Uniform
@@ -35,7 +36,6 @@ class LossSecondMoment(TimestepSampler):
         bins: Equal bins of t, default 64. (The paper has a thousand discrete times.)
         history: Losses kept for each, default 10, that of the paper.
         floor: Share of uniform draws, default 0.001, that of the paper.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class LossSecondMoment(TimestepSampler):
         """What the shares go by, (bins,)."""
         return self._squares.mean(1).sqrt()
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         share = self.shares().to(u.device)
         ends = share.cumsum(0)
         goal = u.double()
@@ -71,8 +71,8 @@ class LossSecondMoment(TimestepSampler):
         within = (goal - (ends - share)[index]) / share[index]
         return ((index + within.clamp(0, 1)) / self.bins).to(u)
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         value = self.shares().to(t.device)[self._bin(t)] * self.bins
         return value.to(t) * Uniform().density(t)
 
@@ -98,16 +98,12 @@ class LossSecondMoment(TimestepSampler):
         self._squares = flat[:-1].reshape(self.bins, self.history)
         self._count = self._count + new
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """See `TimestepSampler`."""
         return {"squares": self._squares.cpu().clone(), "count": self._count.cpu().clone()}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `TimestepSampler`.
-
-        Raises:
-            ValueError: If it has another number of bins or losses.
-        """
         if state["squares"].shape != self._squares.shape:
             raise ValueError(
                 f"Expected the state of {tuple(self._squares.shape)} bins and losses, got "
@@ -117,12 +113,6 @@ class LossSecondMoment(TimestepSampler):
 
     def _bin(self, t: Tensor) -> Tensor:
         return (t.double() * self.bins).long().clamp(0, self.bins - 1)
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(bins={self.bins}, history={self.history}, floor={self.floor}, "
-            f"stratified={self.stratified})"
-        )
 
 
 class LossAboveFloor(LossSecondMoment):
@@ -141,7 +131,6 @@ class LossAboveFloor(LossSecondMoment):
         bins: Equal bins of t, default 32.
         history: Losses kept for each, default 100: a difference needs more of them than a moment.
         floor: Share of uniform draws, default 0.1.
-        stratified: See `TimestepSampler`.
 
     Raises:
         TypeError: If `curve` is no measured curve.

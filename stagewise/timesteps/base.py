@@ -17,15 +17,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = ["TimestepSampler", "Uniform"]
+
+
+def above_zero(**values: float) -> None:
+    """Refuses arguments that are not above 0."""
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"Expected `{name}` above 0, got {value}.")
+
 
 _LAST = 1 - 2**-24
 """The largest number below 1 in float32."""
 
 
 class TimestepSampler(ABC):
-    """Draws times in [0, 1], t = 0 being noise.
+    """Draws times in [0, 1], t = 0 being noise. Every sampler takes `stratified` last.
 
     Args:
         stratified: Whether the draws of one call are spread evenly over the probability, default
@@ -107,17 +116,17 @@ class TimestepSampler(ABC):
         """Takes up what `state_dict` gave."""
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={value}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({values})"
+        public = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in public.items())})"
 
 
 class Uniform(TimestepSampler):
     """`t ~ U(0, 1)`: the choice of SiT and of most flow matching."""
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return u
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return ((t >= 0) & (t <= 1)).to(t.dtype)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from stagewise.timesteps.base import TimestepSampler, Uniform
+from stagewise.timesteps.base import TimestepSampler, Uniform, above_zero
 from stagewise.timesteps.families import bisect
 
 __all__ = ["Shifted", "StageAware", "WithFloor", "shift_times"]
 
 
 class _Around(TimestepSampler):
-    """A sampler around another one.
-
-    Args:
-        sampler: The other.
-        stratified: See `TimestepSampler`.
-    """
+    """A sampler around another one."""
 
     def __init__(self, sampler: TimestepSampler, stratified: bool) -> None:
         super().__init__(stratified)
@@ -27,28 +24,23 @@ class _Around(TimestepSampler):
 
     @property
     def needs_boundary(self) -> bool:
-        """See `TimestepSampler`."""
         return self.sampler.needs_boundary
 
     def bind(self, boundary: float) -> TimestepSampler:
-        """See `TimestepSampler`."""
         inner = self.sampler.bind(boundary)
         if inner is self.sampler:
             return self
-        bound = object.__new__(type(self))
-        bound.__dict__.update(self.__dict__, sampler=inner)
+        bound = copy.copy(self)
+        bound.sampler = inner
         return bound
 
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """See `TimestepSampler`."""
         self.sampler.update(t, loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `TimestepSampler`."""
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `TimestepSampler`."""
         self.sampler.load_state_dict(state)
 
 
@@ -62,31 +54,29 @@ class Shifted(_Around):
     Args:
         sampler: What is shifted.
         shift: s, above 0.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(self, sampler: TimestepSampler, shift: float, stratified: bool = False) -> None:
         super().__init__(sampler, stratified)
-        if shift <= 0:
-            raise ValueError(f"Expected `shift` above 0, got {shift}.")
+        above_zero(shift=shift)
         self.shift = shift
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return shift_times(self.sampler.quantile(u), self.shift)
 
+    @override
     def place(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return shift_times(self.sampler.place(u), self.shift)
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         before = shift_times(t, 1 / self.shift).clamp(0, 1)
         slope = self.shift / (self.shift - (self.shift - 1) * t) ** 2
         return self.sampler.density(before) * slope * Uniform().density(t)
 
+    @override
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """See `TimestepSampler`."""
         self.sampler.update(shift_times(t, 1 / self.shift), loss)
 
 
@@ -98,7 +88,6 @@ class WithFloor(_Around):
     Args:
         sampler: The other draws.
         share: Of uniform draws, above 0, at most 1.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(self, sampler: TimestepSampler, share: float, stratified: bool = False) -> None:
@@ -107,20 +96,21 @@ class WithFloor(_Around):
             raise ValueError(f"Expected `share` above 0 and at most 1, got {share}.")
         self.share = share
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         rest, goal = 1 - self.share, u.double()
         v = bisect(lambda v: self.share * self.sampler.quantile(v) + rest * v, goal)
         # Not quantile(v): where the other sampler has a gap, v stands still and t goes on.
         return ((goal - rest * v) / self.share).clamp(0, 1).to(u)
 
+    @override
     def place(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`: the first of u are the uniform draws."""
+        # The first of u are the uniform draws.
         other = ((u - self.share) / max(1 - self.share, 1e-30)).clamp(0, 1 - 2**-24)
         return torch.where(u < self.share, u / self.share, self.sampler.place(other))
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         rest = (1 - self.share) * self.sampler.density(t)
         return self.share * Uniform().density(t) + rest
 
@@ -131,7 +121,6 @@ class StageAware(TimestepSampler):
     Args:
         navigation: The share, in [0, 1].
         boundary: Where the stages meet, between 0 and 1; default that of the scheme.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(
@@ -148,29 +137,25 @@ class StageAware(TimestepSampler):
         self.navigation, self.boundary = navigation, boundary
 
     @property
+    @override
     def needs_boundary(self) -> bool:
-        """See `TimestepSampler`."""
         return self.boundary is None
 
+    @override
     def bind(self, boundary: float) -> TimestepSampler:
-        """See `TimestepSampler`.
-
-        Raises:
-            ValueError: If one of the stages is empty.
-        """
         if self.boundary is not None:
             return self
         return StageAware(self.navigation, boundary, self.stratified)
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         edge, share = self._edge(), self.navigation
         early = u * (edge / share) if share > 0 else u
         late = edge + (u - share) * ((1 - edge) / (1 - share)) if share < 1 else u
         return torch.where(u < share, early, late)
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         edge, share = self._edge(), self.navigation
         early = torch.full_like(t, share / edge)
         late = torch.full_like(t, (1 - share) / (1 - edge))

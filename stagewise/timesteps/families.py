@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from scipy.special import betaincinv
 from torch import Tensor
+from typing_extensions import override
 
 from stagewise.paths import LinearPath, Path
-from stagewise.timesteps.base import TimestepSampler
+from stagewise.timesteps.base import TimestepSampler, above_zero
 
 __all__ = ["Beta", "EDMLogNormal", "LogitNormal", "Mode", "UShaped"]
 
@@ -27,21 +28,19 @@ class LogitNormal(TimestepSampler):
     Args:
         mean: Mean of the logit, default 0; negative favours noise.
         std: Standard deviation of the logit, default 1.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, stratified: bool = False) -> None:
         super().__init__(stratified)
-        if std <= 0:
-            raise ValueError(f"Expected `std` above 0, got {std}.")
+        above_zero(std=std)
         self.mean, self.std = mean, std
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`; 0 at both ends."""
         z = (torch.logit(t) - self.mean) / self.std
         scale = self.std * math.sqrt(2 * math.pi)
         value = torch.exp(-z * z / 2) / (scale * t * (1 - t))
@@ -54,7 +53,6 @@ class Mode(TimestepSampler):
     Args:
         scale: s, from -1 to below 2 / (pi - 2) = 1.75; positive favours the middle, negative the
             ends. Default 1.29, that of SD3.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(self, scale: float = 1.29, stratified: bool = False) -> None:
@@ -63,13 +61,13 @@ class Mode(TimestepSampler):
             raise ValueError(f"Expected `scale` in [-1, 1.75), got {scale}.")
         self.scale = scale
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         # cos^2 - 1 = -sin^2, which keeps its digits near 0.
         return u + self.scale * (u - torch.sin(math.pi / 2 * u) ** 2)
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         u = bisect(self.quantile, t)
         slope = 1 + self.scale * (1 - math.pi / 2 * torch.sin(math.pi * u))
         return _inside(t, 1 / slope)
@@ -85,18 +83,15 @@ class Beta(TimestepSampler):
         alpha: Above 0, default 1; the density at t = 0 goes as `t^(alpha - 1)`.
         beta: Above 0, default 1.5; at t = 1 as `(1 - t)^(beta - 1)`. Where neither is 1, draws on
             an accelerator cost a device sync: scipy makes them.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(self, alpha: float = 1.0, beta: float = 1.5, stratified: bool = False) -> None:
         super().__init__(stratified)
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if value <= 0:
-                raise ValueError(f"Expected `{name}` above 0, got {value}.")
+        above_zero(alpha=alpha, beta=beta)
         self.alpha, self.beta = alpha, beta
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         if self.alpha == 1:
             return -torch.expm1(torch.log1p(-u) / self.beta)
         if self.beta == 1:
@@ -104,8 +99,8 @@ class Beta(TimestepSampler):
         values = betaincinv(self.alpha, self.beta, u.double().cpu().numpy())
         return torch.as_tensor(values).to(u)
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         a, b = self.alpha, self.beta
         log_norm = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
         value = t ** (a - 1) * (1 - t) ** (b - 1) * math.exp(-log_norm)
@@ -122,7 +117,6 @@ class EDMLogNormal(TimestepSampler):
         mean: Default -1.2.
         std: Default 1.2.
         path: Default `LinearPath()`.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(
@@ -133,20 +127,19 @@ class EDMLogNormal(TimestepSampler):
         stratified: bool = False,
     ) -> None:
         super().__init__(stratified)
-        if std <= 0:
-            raise ValueError(f"Expected `std` above 0, got {std}.")
+        above_zero(std=std)
         self.mean, self.std, self.path = mean, std, path or LinearPath()
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         low, high = self._ends(u)
         z = torch.special.ndtri(low + (high - low) * u.double())
         if isinstance(self.path, LinearPath):
             return torch.sigmoid(self.std * z - self.mean).to(u)
         return bisect(self._score, z).to(u)
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`; 0 at the ends."""
         low, high = self._ends(t)
         alpha, sigma, d_alpha, d_sigma = self.path(t.double())
         z = self._score(t.double())
@@ -170,21 +163,19 @@ class UShaped(TimestepSampler):
 
     Args:
         slope: a, above 0, default 4.
-        stratified: See `TimestepSampler`.
     """
 
     def __init__(self, slope: float = 4.0, stratified: bool = False) -> None:
         super().__init__(stratified)
-        if slope <= 0:
-            raise ValueError(f"Expected `slope` above 0, got {slope}.")
+        above_zero(slope=slope)
         self.slope = slope
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         return 0.5 + torch.asinh((2 * u - 1) * math.sinh(self.slope / 2)) / self.slope
 
+    @override
     def density(self, t: Tensor) -> Tensor:
-        """See `TimestepSampler`."""
         scale = self.slope / (2 * math.sinh(self.slope / 2))
         return _inside(t, scale * torch.cosh(self.slope * (t - 0.5)))
 

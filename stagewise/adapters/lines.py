@@ -1,0 +1,125 @@
+"""Calls, arguments and times as one would write them: the lines to paste in messages."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stagewise.paths import Convention
+
+if TYPE_CHECKING:
+    from stagewise.adapters.calls import Call, Reading
+
+__all__ = ["call_text", "guessed_line", "short", "velocity_line", "where"]
+
+_ASK = "velocity=lambda module, xt, t, labels: "
+
+
+def velocity_line(call: Call, reading: Reading, *, turned: str = "t") -> str:
+    """How to ask for the velocity of a call like this one, to be pasted.
+
+    What cannot be written, such as a text, stands there by the name of its parameter.
+
+    Args:
+        call: The call.
+        reading: What its arguments are.
+        turned: What stands for t.
+    """
+    leaves, slots, seam = call.leaves, reading.slots, reading.seam
+    x, time = seam.written or ("xt", _time_text(seam.convention, turned))
+    texts = {slots.x: x}
+    if slots.time < 0:
+        texts[slots.x] = f"torch.cat([xt, ({time})[:, None]], 1)"
+    else:
+        sides = leaves[slots.time].ndim - 1
+        texts[slots.time] = f"({time}).reshape(-1{', 1' * sides})" if sides else time
+    if slots.labels is not None:
+        like = leaves[slots.labels]
+        texts[slots.labels] = "labels[:, None]" if like.ndim > 1 else "labels"
+        if slots.one_hot:
+            texts[slots.labels] = f"nn.functional.one_hot(labels, {like.shape[1]}).to(xt)"
+    sign = "" if seam.convention.sign == 1 else "-"
+    text = f"{sign}{call_text(call, {id(leaves[k]): text for k, text in texts.items()})}"
+    if seam.prediction.kind != "velocity":
+        text = f"{seam.prediction!r}.to_velocity({seam.path!r}(t), {text}, xt)"
+    return f"{_ASK}{text}"
+
+
+def call_text(call: Call, known: Mapping[int, str]) -> str:
+    """A call as one would write it.
+
+    Args:
+        call: The call.
+        known: What stands for some of its leaves, by their `id`.
+    """
+    texts = [
+        known.get(id(leaf)) or (repr(leaf) if _is_plain(leaf) else name.split(" ")[0])
+        for leaf, name in zip(call.leaves, call.names, strict=True)
+    ]
+    args, kwargs = pytree.tree_unflatten(texts, call.spec)
+    parts = [_written(part) for part in args]
+    parts += [f"{key}={_written(part)}" for key, part in kwargs.items()]
+    return f"{where(call.name)}({', '.join(parts)})"
+
+
+def guessed_line(root: nn.Module, *, labelled: bool) -> str:
+    """How one would ask the largest part of a module for the velocity, where no call is known.
+
+    Args:
+        root: The module.
+        labelled: Whether there are labels; they are handed on if the part takes a third argument.
+    """
+
+    def size(child: tuple[str, nn.Module]) -> int:
+        return sum(weight.numel() for weight in child[1].parameters())
+
+    name, net = max(filter(size, root.named_children()), key=size, default=("net", root))
+    kinds = inspect.signature(getattr(net, "_orig_mod", net).forward).parameters.values()
+    more = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in kinds) > 2
+    return f"{_ASK}module.{name}(xt, t{', labels' if labelled and more else ''})"
+
+
+def where(name: str) -> str:
+    """A submodule as one would write it."""
+    return f"module.{name}" if name else "module"
+
+
+def short(leaf: Any) -> str:
+    """A value in a few words."""
+    if isinstance(leaf, (list, tuple)) and leaf:
+        return f"{type(leaf).__name__} of {len(leaf)} {type(leaf[0]).__name__}"
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+    return type(leaf).__name__
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether a value is known by its repr."""
+    if isinstance(leaf, (list, tuple)):
+        return all(_is_plain(one) for one in leaf) and len(leaf) <= 4
+    return leaf is None or isinstance(leaf, (bool, int, float, str))
+
+
+def _written(part: Any) -> str:
+    """Texts in lists, tuples and dicts as one would write them."""
+    if isinstance(part, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_written(value)}" for key, value in part.items()) + "}"
+    if isinstance(part, (list, tuple)):
+        inner = ", ".join(_written(one) for one in part)
+        comma = "," if len(part) == 1 else ""
+        return f"[{inner}]" if isinstance(part, list) else f"({inner}{comma})"
+    return part
+
+
+def _time_text(convention: Convention, t: str) -> str:
+    noise, data = convention.noise_time, convention.data_time
+    if (noise, data) == (0, 1):
+        return t
+    if data == 0:
+        return f"1 - {t}" if noise == 1 else f"{noise:g} * (1 - {t})"
+    start = f"{noise:g} + " if noise else ""
+    return f"{start}{data - noise:g} * {t}"

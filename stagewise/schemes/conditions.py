@@ -1,0 +1,115 @@
+"""What a model is conditioned on, held against the rows that the targets of a scheme are over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from stagewise.bank.building import whole_labels
+
+if TYPE_CHECKING:
+    from stagewise.schemes.scheme import Scheme
+
+__all__ = ["check_conditions", "check_network", "unknown_conditions"]
+
+
+def unknown_conditions(what: str) -> ValueError:
+    """What is raised where targets over all rows would be given to a model that sees conditions."""
+    return ValueError(
+        f"Expected a target for the conditions of the model, got {what}. A conditioned model "
+        "should predict the mean over the data of its condition: the mean over other rows moves "
+        "what it learns. For classes give the bank the labels of its rows, LatentBank(x, labels); "
+        "if the model ignores its conditions, say Scheme(..., class_wise=False); otherwise steer "
+        "without a target, Scheme(timesteps=..., weight=...)."
+    )
+
+
+def check_conditions(
+    scheme: Scheme, labels: Iterable[Any], others: Iterable[Any], count: int
+) -> Tensor | None:
+    """What a model is given beside `x_t` and t, refused if the scheme's targets ignore it.
+
+    Args:
+        scheme: What makes the targets. Without a target, or with class_wise=False, nothing is
+            looked at.
+        labels: Arguments among which one may be the class of each sample.
+        others: Arguments that are none.
+        count: How many samples there are.
+
+    Returns:
+        The labels, (count,), int64, if there are any.
+
+    Raises:
+        ValueError: With the cure.
+    """
+    if scheme.target is None or scheme.unconditional:
+        return None
+    found, left = None, list(_tensors(others))
+    for value in _tensors(labels):
+        try:
+            own = whole_labels(value, count)
+        except ValueError:
+            own = None
+        if own is None or found is not None:
+            left.append(value)
+        else:
+            found = own
+    if left:
+        raise unknown_conditions(
+            f"{str(left[0].dtype).removeprefix('torch.')} of shape {tuple(left[0].shape)}, which "
+            "are not the class of each sample"
+        )
+    if found is not None and not scheme.class_wise:
+        raise unknown_conditions("labels, and a bank without classes")
+    return found
+
+
+def check_network(schemes: Sequence[Scheme], given: tuple[str, ...], labelled: bool | None) -> str:
+    """What the network that was found is given, refused if the schemes' targets ignore it.
+
+    Args:
+        schemes: Those of all phases.
+        given: What it is given beside `x_t`, t and labels.
+        labelled: Whether it is given labels; None if it was not found.
+
+    Returns:
+        A warning if nothing is known of what it is given, or else an empty text.
+
+    Raises:
+        ValueError: With the cure.
+    """
+    mixing = [scheme for scheme in schemes if scheme.target is not None]
+    if all(scheme.unconditional for scheme in mixing):
+        return ""
+    if not given and labelled is None:
+        return (
+            "the call of the network was not recognised, so it is not known what "
+            "the model is conditioned on. Targets of the oracle are right for a model that is "
+            "given x_t, t and the classes of the bank. For one that is given more (text, an "
+            "image beside x_t) they move the optimum: steer times and weights only. If it is "
+            "given nothing else, or ignores it, say so: class_wise=False."
+        )
+    if not given and labelled and not all(scheme.class_wise for scheme in mixing):
+        given = ("labels",)
+    if given:
+        has = "has no labels" if given == ("labels",) else "knows nothing of that"
+        raise ValueError(
+            f"The network is also given {', '.join(given)}, and the bank {has}: the oracle's "
+            "target would be a mean over samples of all conditions, which moves the optimum of "
+            "a model that uses them. Steer timesteps and weights only, give the labels "
+            "of classes to the bank, LatentBank(x, labels), or, if the model ignores what it "
+            "is given: class_wise=False, as in StageScheme(target=..., class_wise=False)."
+        )
+    return ""
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -21,6 +22,7 @@ from stagewise.paths import Path as ProbabilityPath
 
 if TYPE_CHECKING:
     from stagewise.callbacks.run import StageRun
+    from stagewise.callbacks.writer import Writer
 
 __all__ = ["AskVelocity", "HeldOut", "RunOptions", "StageCallback"]
 
@@ -105,6 +107,7 @@ class StageCallback(pl.Callback):
     # The last two are the module's: Lightning sets them.
     held: ClassVar[tuple[str, ...]] = ("run", "writer", "log", "log_dict")
     run: StageRun
+    writer: Writer
     _before: dict[str, Any] | None = None
 
     def __init__(
@@ -137,6 +140,14 @@ class StageCallback(pl.Callback):
         """Of its generators: its own word, or that of the run."""
         own = self.said.get("seed", 0)
         return int(self.run.option(self, "seed", own) if self._runs else own)
+
+    def say(self, message: str) -> None:
+        """A line of the log, with the name of the class."""
+        rank_zero_info(f"{type(self).__name__}: {message}")
+
+    def warn(self, message: str) -> None:
+        """A warning, with the name of the class."""
+        rank_zero_warn(f"{type(self).__name__}: {message}")
 
     @property
     def state_key(self) -> str:
@@ -217,7 +228,7 @@ class StageCallback(pl.Callback):
         """After an exception, before `stop`."""
 
     def stop(self) -> None:
-        """After training or an exception: lets go of what it holds. May be called twice."""
+        """After training or an exception: lets go of what `held` does not name. Twice, maybe."""
 
     # -- the hooks of Lightning, with which the first callback of the list tells the run ----------
 
@@ -252,12 +263,7 @@ class StageCallback(pl.Callback):
 
 
 def _check(options: dict[str, Any]) -> None:
-    """Refuses options of a wrong type.
-
-    Raises:
-        TypeError: With the cure.
-        ValueError: For a wrong `class_wise`, or a class-wise posterior over a bank without labels.
-    """
+    """Refuses options of a wrong type."""
     bank, path, wise = options.get("bank"), options.get("path"), options.get("class_wise", "auto")
     if bank is not None and not isinstance(bank, LatentBank):
         raise TypeError(

@@ -217,7 +217,7 @@ class StageScheme(StageCallback):
             part.labels_of = run.look.labels_for
         run.look.schemes.append(self.scheme)
         resumed = self._resume()
-        self.writer = run.writer(self)
+        self.writer = run.open_writer(self)
         about = self._where() if self.seam is None else self.seam.describe()
         rank_zero_info(f"StageScheme: steers {about}; {self.writer.describe()}")
         # That of training, which a scheme without an oracle need not know.

@@ -8,15 +8,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import Unpack
 
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
-from stagewise.callbacks.tags import charts
 from stagewise.callbacks.training_bank import read_rows
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
+from stagewise.callbacks.writer import charts
 from stagewise.learning_events import memorization_onset, navigation_learned
 
 __all__ = ["BOUNDARY_MOVED", "MEMORIZATION_ONSET", "NAVIGATION_LEARNED", "StageTransitions"]
@@ -134,7 +133,7 @@ class StageTransitions(StageCallback):
         )
         before = [] if self.renewed else (self.stash or {}).get("events", [])
         self.events = [event for event in before if event["step"] <= run.began]
-        self.writer = run.writer(self)
+        self.writer = run.open_writer(self)
         self.writer.start(self.events, resumed=bool(self.events))
         self._probed = self._steps_probed()
         self._rows: Tensor | None = None
@@ -146,7 +145,7 @@ class StageTransitions(StageCallback):
         if self._rows is None:
             without.append("a moved boundary (PosteriorMonitor, data that can be read again)")
         if without:
-            rank_zero_info(f"StageTransitions: nothing will be said of {' and '.join(without)}")
+            self.say(f"nothing will be said of {' and '.join(without)}")
 
     def _steps_probed(self) -> tuple[int | None, int | None]:
         """The steps of the monitors' last probes."""
@@ -164,7 +163,7 @@ class StageTransitions(StageCallback):
         self._probed = probed
         if self._errors is not None:
             self._read_errors(step, self._errors)
-        self._say(step, BOUNDARY_MOVED, self._moved())
+        self._tell(step, BOUNDARY_MOVED, self._moved())
 
     def _read_errors(self, step: int, errors: VelocityErrorMonitor) -> None:
         said = {event["kind"] for event in self.events}
@@ -175,11 +174,11 @@ class StageTransitions(StageCallback):
                 patience=self.patience,
                 tolerance=self.tolerance,
             )
-            self._say(step, NAVIGATION_LEARNED, learned)
+            self._tell(step, NAVIGATION_LEARNED, learned)
         if MEMORIZATION_ONSET not in said:
             edges = errors.edges.tolist()
             onset = memorization_onset(errors.history, edges, patience=self.patience, gap=self.gap)
-            self._say(step, MEMORIZATION_ONSET, onset)
+            self._tell(step, MEMORIZATION_ONSET, onset)
 
     def layout(self) -> dict[str, list[Any]]:
         """Its chart on TensorBoard's custom-scalars page."""
@@ -216,7 +215,7 @@ class StageTransitions(StageCallback):
         if self.run.trainer.strategy.reduce_boolean_decision(unchanged):
             return None
         before = monitor.boundary
-        self.run.renew()
+        self.run.read_again()
         self._rows, self._probed = rows, self._steps_probed()
         after = monitor.boundary
         if before.midpoint_low <= after.midpoint <= before.midpoint_high:
@@ -234,13 +233,13 @@ class StageTransitions(StageCallback):
 
     # -- saying it ----------------------------------------------------------------------------
 
-    def _say(self, step: int, kind: str, evidence: dict[str, Any] | None) -> None:
+    def _tell(self, step: int, kind: str, evidence: dict[str, Any] | None) -> None:
         if evidence is None:
             return
         message = evidence.pop("message")
         event = self.writer.transition(step, kind, message, evidence)
         self.events.append(event)
-        rank_zero_info(f"StageTransitions: step {step}, {kind}: {message}")
+        self.say(f"step {step}, {kind}: {message}")
         self.run.tell("notice", kind)
         for subscriber in self.subscribers:
             subscriber(event)

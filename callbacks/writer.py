@@ -16,9 +16,10 @@ Watching does not end a training: what a logger or a disk does not take is a war
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -31,13 +32,14 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from stagewise.callbacks.figures import render
 from stagewise.callbacks.ranks import together
 from stagewise.latents.files import replace_file
 from stagewise.plain import jsonable
 
-__all__ = ["Writer", "show_pictures"]
+__all__ = ["Writer", "by_time", "charts", "show_pictures"]
 
 _WARNED: WeakValueDictionary[int, Logger] = WeakValueDictionary()
 """Loggers that failed, by their id: a logger need not be hashable."""
@@ -105,11 +107,7 @@ class Writer:
             if size is not None:  # half a line would spoil the next one too
                 with suppress(OSError):
                     os.truncate(file, size)
-            rank_zero_warn(
-                f"Cannot append to {file}: {error.strerror or error}. Training goes on, and the "
-                "event is missing there until the run is resumed. Make room on that disk, or "
-                "choose another folder: dirpath=..."
-            )
+            _cannot(f"append to {file}", error, "the event is missing there until the run resumes")
 
     def _events(self, mode: str, events: Iterable[Mapping[str, Any]]) -> None:
         assert self._file is not None
@@ -143,13 +141,8 @@ class Writer:
         Returns:
             The event, as it is in `stages.jsonl`.
         """
-        event = {
-            "event": "transition",
-            "kind": kind,
-            "step": step,
-            "message": message,
-            "evidence": dict(evidence),
-        }
+        event = {"event": "transition", "kind": kind, "step": step}
+        event |= {"message": message, "evidence": dict(evidence)}
         self.event(event)
         self.scalars({f"{self.name}/{kind.replace(' ', '_')}": 1.0}, step - 1)
         self.text(f"{self.name}/{kind}", f"step {step}: {message}", step - 1)
@@ -175,10 +168,7 @@ class Writer:
         except OSError as error:
             if trainer.world_size > 1:
                 raise
-            rank_zero_warn(
-                f"Cannot write {file}: {error.strerror or error}. Training goes on, and the file "
-                "of before stays. Make room on that disk, or choose another folder: dirpath=..."
-            )
+            _cannot(f"write {file}", error, "the file of before stays")
             return False
         return True
 
@@ -198,6 +188,19 @@ class Writer:
                     board.add_custom_scalars({call.name: call.layout() for call in callbacks})
 
 
+def by_time(prefix: str, edges: Tensor, values: Sequence[float]) -> dict[str, float]:
+    """Scalars under `<prefix>/t=<centre of the bin>`; empty bins are left out."""
+    centres = ((edges[1:] + edges[:-1]) / 2).tolist()
+    digits = max(3, 1 - math.floor(math.log10(float(edges.diff().min()))))
+    pairs = zip(centres, values, strict=True)
+    return {f"{prefix}/t={t:.{digits}f}": value for t, value in pairs if not math.isnan(value)}
+
+
+def charts(patterns: Mapping[str, str]) -> dict[str, list[Any]]:
+    """Charts of the custom-scalars page: by title, the pattern that the tags begin with."""
+    return {title: ["Multiline", [f"^{pattern}"]] for title, pattern in patterns.items()}
+
+
 def show_pictures(
     figures: Mapping[str, Figure],
     name: str,
@@ -205,15 +208,15 @@ def show_pictures(
     loggers: Iterable[Logger],
     step: int,
 ) -> None:
-    """Saves figures as `<folder>/<figure>.png` and shows them in the loggers that show pictures.
+    """Saves figures as `<folder>/<figure>.png` and shows them as `<name>/<figure>` in the loggers.
 
     A file or a logger that fails is a warning; the file of before then stays.
 
     Args:
         figures: By their names.
-        name: Prefix of the tags, `<name>/<figure>`.
+        name: Prefix of the tags.
         folder: Where the files go; None: nowhere.
-        loggers: Those of the trainer.
+        loggers: Those of the trainer; those that show no pictures are left out.
         step: The step they belong to.
     """
     for title, figure in figures.items():
@@ -244,10 +247,14 @@ def _save(image: Image.Image, file: Path) -> None:
             left.unlink(missing_ok=True)
         replace_file(file, lambda partial: image.save(partial, format="png"))
     except OSError as error:
-        rank_zero_warn(
-            f"Cannot write the picture {file}: {error.strerror or error}. Training goes on. Make "
-            "room on that disk, or choose another folder: dirpath=..."
-        )
+        _cannot(f"write the picture {file}", error, "it is shown in the loggers only")
+
+
+def _cannot(do: str, error: OSError, so: str) -> None:
+    rank_zero_warn(
+        f"Cannot {do}: {error.strerror or error}. Training goes on, and {so}. Make room on that "
+        "disk, or choose another folder: dirpath=..."
+    )
 
 
 def _experiment(logger: Any) -> Any:

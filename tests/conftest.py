@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise.batches import find_sample
-from stagewise.callbacks import figures, velocity_figures, writer
+from stagewise.callbacks import figures, writer
 from stagewise.losses import FlowMatchingLoss
 
 DIM = 6
@@ -261,10 +261,9 @@ def read_stages():
 @pytest.fixture
 def quick_figures(monkeypatch):
     """Pictures stay empty; drawing them would take most of the time of a small run."""
-    for name in ("concentration_figure", "target_difference_figure", "heatmap_figure"):
-        monkeypatch.setattr(figures, name, lambda *_: Figure())
-    for name in velocity_figures.__all__:
-        monkeypatch.setattr(velocity_figures, name, lambda *_: Figure())
+    for name in set(figures.__all__) - {"copies_figure", "grid_figure"}:
+        if name.endswith(("_figure", "_heatmap")):
+            monkeypatch.setattr(figures, name, lambda *_: Figure())
     monkeypatch.setattr(writer, "render", lambda _: np.zeros((2, 3, 3), dtype=np.uint8))
 
 

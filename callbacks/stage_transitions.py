@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -17,8 +18,15 @@ from stagewise.callbacks.training_bank import read_rows
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
 from stagewise.callbacks.writer import charts
 from stagewise.learning_events import memorization_onset, navigation_learned
+from stagewise.transitions import AtEvent
 
-__all__ = ["BOUNDARY_MOVED", "MEMORIZATION_ONSET", "NAVIGATION_LEARNED", "StageTransitions"]
+__all__ = [
+    "BOUNDARY_MOVED",
+    "MEMORIZATION_ONSET",
+    "NAVIGATION_LEARNED",
+    "StageTransitions",
+    "refuse_unheard",
+]
 
 NAVIGATION_LEARNED = "navigation learned"
 MEMORIZATION_ONSET = "memorization onset"
@@ -249,3 +257,26 @@ def _difference(one: Tensor, other: Tensor) -> float:
     """The median distance of samples, as a share of their median norm."""
     gap = (one - other).flatten(1).norm(dim=1).median()
     return float(gap / one.flatten(1).norm(dim=1).median().clamp_min(1e-30))
+
+
+def refuse_unheard(trainer: pl.Trainer, awaited: Sequence[AtEvent]) -> None:
+    """Refuses a phase that waits for an event which nothing in the trainer would say.
+
+    Callbacks, and the module, name what they say in an attribute `event_kinds`: a dict from the
+    event to what it lacks in this run, "" if nothing. It is known once they have started.
+    """
+    known: dict[str, str] = {}
+    for speaker in (*getattr(trainer, "callbacks", []), trainer.lightning_module):
+        # Of two that say the same it is enough if one can.
+        said = getattr(speaker, "event_kinds", {})
+        known |= {kind: lacks for kind, lacks in said.items() if known.get(kind) != ""}
+    listed = [f"{kind!r}{lacks and f' (lacks {lacks})'}" for kind, lacks in known.items()]
+    for until in awaited:
+        if known.get(until.event) != "":
+            raise ValueError(
+                f"A phase ends at {until!r}, and no callback would say so. "
+                + (f"Known are {', '.join(listed)}. " if known else "")
+                + "Add what says it, after the monitors: [PosteriorMonitor(), "
+                "VelocityErrorMonitor(), StageTransitions(), StageScheme()]; a callback of your "
+                "own names it in `event_kinds`, {event: ''}."
+            )

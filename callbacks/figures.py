@@ -56,6 +56,7 @@ __all__ = [
     "target_difference_figure",
 ]
 
+Edges = Sequence[float]
 Event = Mapping[str, Any]
 Ends = tuple[float | None, float | None]
 
@@ -106,9 +107,9 @@ def draw_spread(axes: Axes, curve: StageCurve, statistic: str) -> None:
 def draw_mean(axes: Axes, curve: StageCurve, statistic: str) -> None:
     """A statistic over t: its mean with two standard errors."""
     values = curve.statistic(statistic)
-    mean, error = values.mean(1).numpy(), (values.std(1) / values.shape[1] ** 0.5).numpy()
-    t, label = curve.times.numpy(), "mean, 2 standard errors"
-    axes.errorbar(t, mean, 2 * error, fmt="k.-", lw=1.5, ms=4, label=label)
+    t, error = curve.times.numpy(), (2 * values.std(1) / values.shape[1] ** 0.5).numpy()
+    label = "mean, 2 standard errors"
+    axes.errorbar(t, values.mean(1).numpy(), error, fmt="k.-", lw=1.5, ms=4, label=label)
 
 
 def concentration_figure(
@@ -174,7 +175,7 @@ def _time_axis(axes: Axes, edges: np.ndarray) -> np.ndarray:
     return (edges[1:] + edges[:-1]) / 2
 
 
-def over_time(edges: Sequence[float], ends: Ends) -> tuple[Figure, Axes, np.ndarray]:
+def over_time(edges: Edges, ends: Ends) -> tuple[Figure, Axes, np.ndarray]:
     """A figure over t with lines at both ends; its axes, and the centres of the bins."""
     figure = new_figure()
     axes = figure.add_subplot()
@@ -184,9 +185,7 @@ def over_time(edges: Sequence[float], ends: Ends) -> tuple[Figure, Axes, np.ndar
     return figure, axes, t
 
 
-def loss_by_time_figure(
-    edges: Sequence[float], probe: Event, ends: Ends, title: str = ""
-) -> Figure:
+def loss_by_time_figure(edges: Edges, probe: Event, ends: Ends, title: str = "") -> Figure:
     """Error against conditional and oracle velocity, and the floor (as Fig. 7a of the paper)."""
     figure, axes, t = over_time(edges, ends)
     train = probe["train"]
@@ -214,7 +213,7 @@ def _chosen(probes: Sequence[Event]) -> list[Event]:
 
 
 def dynamics_figure(
-    edges: Sequence[float], probes: Sequence[Event], key: str, ends: Ends, title: str = ""
+    edges: Edges, probes: Sequence[Event], key: str, ends: Ends, title: str = ""
 ) -> Figure:
     """A curve for each of at most ten steps of training, coloured by step (as Fig. 8)."""
     figure, axes, t = over_time(edges, ends)
@@ -238,7 +237,7 @@ def dynamics_figure(
 
 
 def _heatmap(
-    edges: Sequence[float], probes: Sequence[Event], values: np.ndarray, title: str, **colours: Any
+    edges: Edges, probes: Sequence[Event], values: np.ndarray, title: str, **colours: Any
 ) -> tuple[Figure, Axes, Any]:
     """Values, (T, P), over t and training step."""
     figure = new_figure()
@@ -251,7 +250,7 @@ def _heatmap(
     return figure, axes, mesh
 
 
-def error_heatmap(edges: Sequence[float], probes: Sequence[Event]) -> Figure:
+def error_heatmap(edges: Edges, probes: Sequence[Event]) -> Figure:
     """Oracle error on training samples over t and training step."""
     values = np.array([probe["train"]["oracle"] for probe in probes], float).T
     positive = values[np.isfinite(values) & (values > 0)]
@@ -263,7 +262,7 @@ def error_heatmap(edges: Sequence[float], probes: Sequence[Event]) -> Figure:
     return figure
 
 
-def gap_heatmap(edges: Sequence[float], probes: Sequence[Event]) -> Figure:
+def gap_heatmap(edges: Edges, probes: Sequence[Event]) -> Figure:
     """Held-out minus training error, as a share of the latter, over t and training step.
 
     Cells whose gap is less than two standard errors from zero are grey. The same samples are asked
@@ -292,11 +291,7 @@ def gap_is_clear(probe: Event) -> np.ndarray:
 
 
 def stages_and_error_figure(
-    edges: Sequence[float],
-    probe: Event,
-    times: Sequence[float],
-    top1: Sequence[float],
-    ends: Ends,
+    edges: Edges, probe: Event, times: Sequence[float], top1: Sequence[float], ends: Ends
 ) -> Figure:
     """Concentration of the posterior and the model's oracle error, over one axis of t."""
     figure, axes, t = over_time(edges, ends)
@@ -316,7 +311,7 @@ def stages_and_error_figure(
     return figure
 
 
-def spending_figure(edges: Sequence[float], window: Event) -> Figure:
+def spending_figure(edges: Edges, window: Event) -> Figure:
     """What training spends on each stage, and how it draws t."""
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,6 @@ from stagewise.bank import LatentBank
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
-from stagewise.callbacks.writer import charts
 from stagewise.forecast import (
     SmoothingForecast,
     TargetForecast,
@@ -72,6 +70,7 @@ class Forecast(ModelMonitor):
 
     order = 3
     event = "forecast"
+    charts = {"batch that oracle targets are worth": "/batch_fact"}
     probes = 4
     longest = 5000
     held = (*ModelMonitor.held, "_errors")
@@ -159,10 +158,6 @@ class Forecast(ModelMonitor):
         values = {"share": found.share, "batch_factor": found.factor, "steps": found.steps}
         values |= {key: entry[key] for key in ("noise_scale", "smoothing_gap") if entry[key]}
         return {f"{self.name}/{key}": value for key, value in values.items()}
-
-    def layout(self) -> dict[str, list[Any]]:
-        """Its chart on TensorBoard's custom-scalars page."""
-        return charts({"batch that oracle targets are worth": f"{re.escape(self.name)}/batch_fact"})
 
     def _tell(self, when: str, targets: str, entry: dict[str, Any]) -> None:
         smoothing = "" if entry["smoothing"] is None else f"; {entry['smoothing']}"

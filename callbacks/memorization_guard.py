@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from stagewise.bank import LatentBank
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
-from stagewise.callbacks.writer import by_time, charts
+from stagewise.callbacks.writer import by_time
 from stagewise.memorization_onset import GapWatch, OnsetLaw
 from stagewise.velocity_probe import Probe
 
@@ -104,6 +103,8 @@ class MemorizationGuard(MemorizationMonitor):
 
     held = (*MemorizationMonitor.held, "_splits", "_errors", "_saves")
     event = "guard_probe"
+    more = {"held-out loss": "/held_out_loss$", "gap by t": "_by_t/gap/"}
+    charts = {**MemorizationMonitor.charts, **more}
     longest: ClassVar[int] = 1000
 
     def __init__(
@@ -301,12 +302,6 @@ class MemorizationGuard(MemorizationMonitor):
             for key in ("train", "held_out", "gap"):
                 scalars |= by_time(f"{self.name}_by_t/{key}", self.edges, entry[key])
         return scalars
-
-    def layout(self) -> dict[str, list[Any]]:
-        """Its charts on TensorBoard's custom-scalars page."""
-        name = re.escape(self.name)
-        more = {"held-out loss": f"{name}/held_out_loss$", "gap by t": f"{name}_by_t/gap/"}
-        return {**super().layout(), **charts(more)}
 
     # -- the onset --------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +15,6 @@ from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.metrics import CopyShare
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
-from stagewise.callbacks.writer import charts
 from stagewise.copies import Nearest, nearest_rows
 from stagewise.memorization_probe import METHOD, MemorizationProbe
 
@@ -61,6 +59,11 @@ class MemorizationMonitor(ModelMonitor):
     order = 3
     held = (*ModelMonitor.held, "_averaging", "_probe", "_shown")
     event = "memorization_probe"
+    charts = {
+        "share of copies by t_switch": "/copies/t_switch=[^_]*$",
+        "median d1/d2 by t_switch": "/ratio/",
+        "share of copies among resumed samples": "/resumed_copies/",
+    }
     longest: ClassVar[int] = 5000
     _probe: MemorizationProbe
     _shown: tuple[Any, ...]
@@ -285,17 +288,6 @@ class MemorizationMonitor(ModelMonitor):
             title = f"Held-out rows resumed at step {step}"
             drawn["resumed"] = pictures.grid_figure(columns, title)
         return drawn
-
-    def layout(self) -> dict[str, list[Any]]:
-        """Its charts on TensorBoard's custom-scalars page."""
-        name = re.escape(self.name)
-        return charts(
-            {
-                "share of copies by t_switch": f"{name}/copies/t_switch=[^_]*$",
-                "median d1/d2 by t_switch": f"{name}/ratio/",
-                "share of copies among resumed samples": f"{name}/resumed_copies/",
-            }
-        )
 
 
 def _over_ranks(found: Nearest) -> dict[str, Any]:

@@ -16,14 +16,11 @@ from stagewise.adapters.network import Network, tensor_of
 from stagewise.batches import describe
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.stage_callback import AskVelocity
-from stagewise.callbacks.training_bank import read_rows
+from stagewise.callbacks.training_bank import Samples
 from stagewise.undisturbed import in_eval_mode
 from stagewise.velocity_probe import Probe
 
-__all__ = ["ModelMonitor", "Samples"]
-
-Samples = tuple[Tensor, Tensor | None]
-"""Samples, (n, *), and their labels, (n,), or None, on the CPU."""
+__all__ = ["ModelMonitor"]
 
 
 class ModelMonitor(Monitor):
@@ -42,11 +39,7 @@ class ModelMonitor(Monitor):
     wise = False
 
     def start(self) -> None:
-        """Refuses what can never work, before the first step.
-
-        Raises:
-            ValueError: If noise and data are coupled.
-        """
+        """Refuses what can never work, before the first step."""
         super().start()
         run, self.network, self.corrected = self.run, None, False
         self._given: AskVelocity | None = run.option(self, "velocity")
@@ -56,15 +49,7 @@ class ModelMonitor(Monitor):
         self.oracle = run.oracle(self)
 
     def try_velocity(self, x1: Tensor, labels: Tensor | None) -> None:
-        """Asks a given function for two velocities.
-
-        Args:
-            x1: Two samples or more, (n, *).
-            labels: Their labels, (n,), or None.
-
-        Raises:
-            ValueError: If it returns none.
-        """
+        """Asks a given function for two velocities."""
         if self._given is None:
             return
         module, device = self.run.module, self.run.module.device
@@ -87,11 +72,7 @@ class ModelMonitor(Monitor):
             )
 
     def settle(self) -> None:
-        """Takes the network; a collective.
-
-        Raises:
-            ValueError: If there is none, it returns no velocity, or it is given more than labels.
-        """
+        """Takes the network; a collective."""
         look, trainer, name = self.run.look, self.run.trainer, type(self).__name__
         x1 = look.x1 if look.search.x1 is None else look.search.x1
         self.batch_size = 64 if x1 is None else len(x1)
@@ -155,11 +136,7 @@ class ModelMonitor(Monitor):
         return "the given velocity" if self.network is None else self.network.describe()
 
     def velocity_of(self, module: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        """The velocity of a module: that of the run, or a copy with averaged weights.
-
-        Returns:
-            From `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity, (B, *).
-        """
+        """The velocity of a module: that of the run, or a copy with averaged weights."""
         if self.network is not None:
             return self.network.of(module)
         assert self._given is not None
@@ -179,18 +156,11 @@ class ModelMonitor(Monitor):
     # -- samples ----------------------------------------------------------------------------------
 
     def rows(self, count: int) -> Samples:
-        """Samples as training draws them, so that a bank that is not theirs shows.
-
-        Args:
-            count: How many; all if there are fewer.
-
-        Raises:
-            ValueError: If they have another shape than the rows of the bank, or cannot be read.
-        """
+        """Samples as training draws them, so that a bank that is not theirs shows."""
         run, bank = self.run, self.run.bank(self)
         given = run.given(self)
         try:
-            x1, labels = self._read(run.trainer.train_dataloader, count)
+            x1, labels = run.read(self, run.trainer.train_dataloader, count)
         except ValueError:
             if not given:
                 raise
@@ -212,21 +182,10 @@ class ModelMonitor(Monitor):
         x1 = bank.take(index.to(bank.device)).reshape(-1, *bank.shape).float().cpu()
         return x1, torch.tensor(bank.labels_of(index.tolist())) if bank.classes else None
 
-    def _read(self, loader: Any, count: int) -> Samples:
-        run, find = self.run, self.run.find_of(self)
-        return read_rows(run.trainer, run.module, loader, count, find=find, seed=self.seed)
-
     def others(self, count: int) -> Samples | None:
         """Samples that are not trained on: what the user gave, or the first validation loader's.
 
-        Args:
-            count: How many; all if there are fewer.
-
-        Returns:
-            None if there are none, which the log says.
-
-        Raises:
-            ValueError: If what the user gave has another shape than the rows of the bank.
+        None if there are none, which the log says.
         """
         name, bank = type(self).__name__, self.run.bank(self)
         given = self.run.option(self, "held_out")
@@ -241,7 +200,7 @@ class ModelMonitor(Monitor):
         why, loader = "there is no validation data", self._validation_loader()
         if loader:
             try:
-                x1, labels = self._read(loader, count)
+                x1, labels = self.run.read(self, loader, count)
                 if tuple(x1.shape[1:]) == bank.shape:
                     return x1, labels
                 why = f"validation samples have the shape {tuple(x1.shape[1:])}, not {bank.shape}"
@@ -265,14 +224,7 @@ class ModelMonitor(Monitor):
         return loader[0] if isinstance(loader, (list, tuple)) and loader else loader
 
     def noisy(self, samples: Samples, edges: Tensor, queries: int, number: int) -> Probe:
-        """Noisy samples, this rank's, that stay the same for all probes.
-
-        Args:
-            samples: What they are made of.
-            edges: Of the bins of t, (T + 1,).
-            queries: In each bin.
-            number: Of their random stream, beside the seed.
-        """
+        """Noisy samples, this rank's, that stay the same for all probes."""
         return Probe(
             *samples,
             edges,

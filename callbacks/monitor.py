@@ -168,12 +168,7 @@ class Monitor(StageCallback):
         return self.run.together(f"a probe of {type(self).__name__}")
 
     def probe(self, step: int, *, at_end: bool = False) -> None:
-        """Probes, draws and writes; a collective.
-
-        Args:
-            step: Optimizer steps done.
-            at_end: Whether only the end of training is the reason.
-        """
+        """Probes, draws and writes; a collective."""
         run, device = self.run, self.run.module.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # so that queued training work is not counted as ours

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from typing_extensions import Unpack, override
 from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.monitor import Monitor, MonitorOptions
-from stagewise.callbacks.writer import by_time, charts
+from stagewise.callbacks.writer import by_time
 from stagewise.engines import Engine, Sharded
 from stagewise.stages import (
     STATISTICS,
@@ -52,24 +51,22 @@ class PosteriorMonitor(Monitor):
     - `stagewise_by_t/{top1,entropy,ess,source_weight,target_difference}/t=...`: means by stratum;
       `target_difference` is MSE(conditional, oracle velocity).
 
-    **To TensorBoard** also the figures `stagewise/concentration`, `stagewise/target_difference` and
-    `stagewise/heatmap`, and a custom-scalars layout (which replaces a layout of yours, if any).
-    **To disk**, in `dirpath`: `stages.jsonl` (one line for the bank, one per probe) and the figures
-    as PNG.
+    **To TensorBoard** also the figures `concentration`, `target_difference` and `heatmap`, and a
+    custom-scalars layout (which replaces a layout of yours, if any). **To disk**, in `dirpath`:
+    `stages.jsonl` (one line for the bank, one per probe) and the figures as PNG.
 
-    When not to use it: with couplings that make noise and data dependent (minibatch OT), where the
-    posterior below does not hold; and with data sets without a fixed set of samples (streams).
-    Where a model is conditioned on more than classes (text), its own stages come earlier.
+    When not to use it: with couplings that make noise and data dependent (minibatch OT); with data
+    sets without a fixed set of samples (streams). Where a model is conditioned on more than classes
+    (text), its own stages come earlier.
 
     Args:
         bank: See `StageCallback`. It is moved to the training device if it takes less than a
             quarter of the memory free there, and otherwise streamed from where it lies.
         strata: Strata of t, default 24; half of them lie near the predicted boundary if that is
             near an end of [0, 1] (`stages.stage_edges`).
-        queries: Queries in each stratum, default 64. The cost of a probe is that of
-            `strata * queries` queries to the whole bank (or to a class). The interval of
-            `collapsed` hangs on the few queries in a hundred that have not collapsed: give more if
-            you need it sharp.
+        queries: Queries to the whole bank (or to a class) in each stratum, default 64. The interval
+            of `collapsed` hangs on the few in a hundred that have not collapsed: give more if you
+            need it sharp.
         engine: How the oracle reaches the rows, default `Auto()`: exactly. Not `Sharded`, because
             the ranks share the queries of a probe: give each the same memory-mapped bank, which a
             node holds in memory once.
@@ -89,6 +86,11 @@ class PosteriorMonitor(Monitor):
     order = 1
     held = (*Monitor.held, "recipe")
     event = "probe"
+    charts = {
+        "boundary (t, 0 = noise)": "/(midpoint|collapsed|predicted)$",
+        **{f"{key.replace('_', ' ')} by t": f"_by_t/{key}/.*" for key in STATISTICS},
+        "cost of a probe / step time": "/share_of_step_time$",
+    }
 
     def __init__(
         self,
@@ -294,17 +296,10 @@ class PosteriorMonitor(Monitor):
             "predicted": self.predicted,
         }
 
+    @override
     def layout(self) -> dict[str, list[Any]]:
-        """Its charts on TensorBoard's custom-scalars page."""
-        name, pattern = self.name, re.escape(self.name)
         intervals = {
-            f"{key} with interval": ["Margin", [f"{name}/{key}{end}" for end in _ENDS]]
+            f"{key} with interval": ["Margin", [f"{self.name}/{key}{end}" for end in _ENDS]]
             for key in ("midpoint", "collapsed")
         }
-        by_t = {f"{key.replace('_', ' ')} by t": f"{pattern}_by_t/{key}/.*" for key in STATISTICS}
-        return {
-            **charts({"boundary (t, 0 = noise)": f"{pattern}/(midpoint|collapsed|predicted)$"}),
-            **intervals,
-            **charts(by_t),
-            **charts({"cost of a probe / step time": f"{pattern}/share_of_step_time$"}),
-        }
+        return {**super().layout(), **intervals}

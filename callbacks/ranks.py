@@ -19,13 +19,7 @@ __all__ = ["GatheredLosses", "SchemeMeans", "together"]
 def together(trainer: pl.Trainer, what: str) -> Iterator[None]:
     """Does something on every rank, or raises on all of them; a collective at its end.
 
-    Args:
-        trainer: The trainer.
-        what: What is done, for the ranks that could do it. Nothing in it may wait for others.
-
-    Raises:
-        Exception: What was raised on this rank.
-        ValueError: If it was on another, which would wait for this one for ever.
+    Nothing in it may wait for others. A rank that could do it says that another failed in `what`.
     """
     error: Exception | None = None
     try:

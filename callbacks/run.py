@@ -85,13 +85,7 @@ class StageRun(RunOracles):
     def begin(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, members: list[StageCallback]
     ) -> None:
-        """Starts all callbacks.
-
-        Args:
-            trainer: The trainer.
-            pl_module: Its module.
-            members: Its stage callbacks, in the order of its list; the first one leads.
-        """
+        """Starts all callbacks."""
         for member in {*members, self}:
             member.joins(self)
         self.trainer, self.module, self.leader = trainer, pl_module, members[0]

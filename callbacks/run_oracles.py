@@ -18,8 +18,9 @@ from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_sample
 from stagewise.callbacks.ranks import together
 from stagewise.callbacks.stage_callback import StageCallback
-from stagewise.callbacks.training_bank import bank_from_trainer
+from stagewise.callbacks.training_bank import Samples, bank_from_trainer, read_rows
 from stagewise.callbacks.writer import Writer
+from stagewise.certificate import Certificate
 from stagewise.engines import Engine
 from stagewise.memory import beside_training, oracle_device
 from stagewise.oracle import Oracle
@@ -76,16 +77,7 @@ class RunOracles(StageCallback):
     # -- what was said --------------------------------------------------------------------------
 
     def option(self, callback: StageCallback, key: str, default: Any = None) -> Any:
-        """What a callback goes by: its own word, that of the run, or that of the others.
-
-        Args:
-            callback: Who asks.
-            key: Of `RunOptions`, or "bank".
-            default: If nobody says anything.
-
-        Raises:
-            ValueError: If others say different things.
-        """
+        """What a callback goes by: its own word, that of the run, or that of the others."""
         if key == "bank" and self._reread:
             return default
         for who in (callback, self):
@@ -183,21 +175,34 @@ class RunOracles(StageCallback):
         callback: StageCallback,
         path: ProbabilityPath | None = None,
         engine: Engine | None = None,
+        certificate: Certificate | str | Path | None = None,
     ) -> Oracle:
         """The oracle over the bank of a callback; one for all that want the same.
 
-        Args:
-            callback: Who asks.
-            path: Default that of the callback.
-            engine: Default `Auto()`.
+        With a certificate, or a file of one, which is written if there is none, it is a collective.
         """
         path, bank = path or self.path_of(callback)[0], self.bank(callback)
+        if certificate is not None:
+            # One of each host first; the others find its file.
+            for first in (True, False):
+                with self.together("reading its certificate"):
+                    mine = first == (self.trainer.local_rank == 0)
+                    if mine and not isinstance(certificate, Certificate):
+                        wise = self.class_wise(callback)
+                        certificate = Certificate.cached(certificate, bank, class_wise=wise)
+            assert isinstance(certificate, Certificate)
+            return Oracle(bank, path, engine, certificate=certificate)
         for oracle in self._oracles:
             fits = engine is None or oracle.engine is engine
             if fits and oracle.bank is bank and same_path(oracle.path, path):
                 return oracle
         self._oracles.append(Oracle(bank, path, engine))
         return self._oracles[-1]
+
+    def read(self, callback: StageCallback, loader: Any, count: int) -> Samples:
+        """Random samples of a loader, and labels or None; see `read_rows`."""
+        find, seed = self.find_of(callback), callback.seed
+        return read_rows(self.trainer, self.module, loader, count, find=find, seed=seed)
 
     def class_wise(self, callback: StageCallback) -> bool:
         """Whether the posteriors of a callback are over the rows of the sample's class."""
@@ -214,13 +219,7 @@ class RunOracles(StageCallback):
     # -- the boundary -----------------------------------------------------------------------------
 
     def curve(self, recipe: Recipe, step: int, what: str) -> StageCurve:
-        """The stage curve, measured by all ranks together; a collective.
-
-        Args:
-            recipe: What is asked.
-            step: The same step gives the same queries, and is measured once.
-            what: What is done, for messages of other ranks.
-        """
+        """The stage curve, measured by all ranks together, once for each step; a collective."""
         if self._curve is not None and self._curve[:2] == (recipe, step):
             return self._curve[2]
         trainer, root = self.trainer, self.trainer.strategy.root_device
@@ -235,12 +234,7 @@ class RunOracles(StageCallback):
         return curve
 
     def recipe(self, oracle: Oracle, wise: bool) -> Recipe | None:
-        """How somebody measures, or has measured, the boundary of an oracle; None if nobody does.
-
-        Args:
-            oracle: Bank and path.
-            wise: Whether the posterior is over the rows of the sample's class.
-        """
+        """How a callback measures, or has measured, the boundary there; None if none does."""
         bank = self._banks.get(id(oracle.bank), oracle.bank)
         for recipe in (*self._boundaries, *self.recipes):
             other = recipe.oracle
@@ -254,9 +248,6 @@ class RunOracles(StageCallback):
 
         It is what the first probe of a `PosteriorMonitor` measures, or would measure, at the start
         of the training; a resumed run keeps it. Arguments as of `recipe`.
-
-        Raises:
-            ValueError: If the bank is spread over the ranks.
         """
         recipe = self.recipe(oracle, wise)
         if recipe in self._boundaries:

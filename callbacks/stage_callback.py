@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
@@ -90,6 +91,7 @@ class StageCallback(pl.Callback):
         compares: Whether it compares the model with the oracle over that bank.
         mixes: Whether it puts the oracle into the targets.
         held: What it has of a run, and lets go of afterwards.
+        charts: Of TensorBoard's custom-scalars page: by title, the tags as a pattern after `name`.
         run: The run, from the start of training to its end.
         stash: The state of a checkpoint, until training has started from it.
         renewed: Whether the bank is not that of the checkpoint, so that all is measured anew.
@@ -106,7 +108,8 @@ class StageCallback(pl.Callback):
     mixes: bool = False
     # The last two are the module's: Lightning sets them.
     held: ClassVar[tuple[str, ...]] = ("run", "writer", "log", "log_dict")
-    run: StageRun
+    charts: ClassVar[dict[str, str]] = {}
+    run: StageRun = None  # type: ignore[assignment]
     writer: Writer
     _before: dict[str, Any] | None = None
 
@@ -128,18 +131,14 @@ class StageCallback(pl.Callback):
         self.renewed = False
 
     @property
-    def _runs(self) -> bool:
-        return hasattr(self, "run")
-
-    @property
     def _leads(self) -> bool:
-        return self._runs and self.run.leader is self
+        return self.run is not None and self.run.leader is self
 
     @property
     def seed(self) -> int:
         """Of its generators: its own word, or that of the run."""
         own = self.said.get("seed", 0)
-        return int(self.run.option(self, "seed", own) if self._runs else own)
+        return int(own if self.run is None else self.run.option(self, "seed", own))
 
     def say(self, message: str) -> None:
         """A line of the log, with the name of the class."""
@@ -149,6 +148,11 @@ class StageCallback(pl.Callback):
         """A warning, with the name of the class."""
         rank_zero_warn(f"{type(self).__name__}: {message}")
 
+    def layout(self) -> dict[str, list[Any]]:
+        """Its charts for TensorBoard's custom-scalars page."""
+        name = re.escape(self.name)
+        return {title: ["Multiline", [f"^{name}{tags}"]] for title, tags in self.charts.items()}
+
     @property
     def state_key(self) -> str:
         """Distinct for callbacks of distinct names."""
@@ -156,7 +160,7 @@ class StageCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""
-        return {"run": self.run.record(self) if self._runs else self.kept}
+        return {"run": self.kept if self.run is None else self.run.record(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state of a checkpoint for the start of training."""

@@ -68,7 +68,7 @@ class StageScheme(StageCallback):
             scheme, for phases over a bank that is read from the training. Default None: made from
             the parts below; without any, the scheme that the module's `FlowMatchingLoss` has.
         target: See `Scheme`, like the next four.
-        timesteps: How t is drawn; default: as the module does it.
+        timesteps: Default: as the module draws them.
         weight: From t to the weight of a sample.
         boundary: Where navigation meets refinement.
         preserve_objective: Whether weights make up for `timesteps`.
@@ -84,11 +84,16 @@ class StageScheme(StageCallback):
 
     Raises:
         ValueError: At construction if both a scheme and parts are given; before the first training
-            step for what cannot be steered so, with the cure.
+            step for what cannot be steered so.
         RuntimeError: In the first training step, if it did not use what was steered.
     """
 
     order = 5
+    seam: Seam | None = None
+    _begin: dict[str, Any] | None = None
+    _detach: Detach | None = None
+    _losses: GatheredLosses | None = None
+    _set_up = _paused = False
 
     def __init__(
         self,
@@ -123,16 +128,9 @@ class StageScheme(StageCallback):
                 )
             self._make, scheme = scheme, None
         self.scheme: Scheme | Phases = scheme  # type: ignore[assignment]
-        self.engine, self.certificate = engine, certificate
+        self.engine, self.certificate, self._given = engine, certificate, scheme
         self.transitions: list[dict[str, Any]] = []
-        self.seam: Seam | None = None
-        self._given = scheme
         self._say_oracle()
-        self._begin: dict[str, Any] | None = None
-        self._set_up = False
-        self._detach: Detach | None = None
-        self._losses: GatheredLosses | None = None
-        self._paused = self.measures = False
 
     @property
     def mixes(self) -> bool:  # type: ignore[override]
@@ -239,8 +237,7 @@ class StageScheme(StageCallback):
                 "steered. If another object makes it, say which: seam=...; if the step itself "
                 "does, write there u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
             )
-        mixing = [part for part in parts(self.scheme) if part.target is not None]
-        oracles = [part.oracle for part in mixing if part.oracle is not None]
+        oracles = [p.oracle for p in parts(self.scheme) if p.target is not None and p.oracle]
         with self.run.together("holding its samples against the bank"):
             for bank, shard in {o.bank: isinstance(o.engine, Sharded) for o in oracles}.items():
                 said = check_rows(bank, record.x1, known=record.source is not None, shard=shard)
@@ -365,24 +362,14 @@ class StageScheme(StageCallback):
         return Scheme(self._oracle(), **given)
 
     def _oracle(self) -> Oracle:
-        run, certificate = self.run, self.certificate
+        run = self.run
         path = run.path if self.seam is None else self.seam.path
-        if isinstance(self.engine, Sharded):
-            bank = run.option(self, "bank") or shard_from_trainer(run.trainer)
-            bank = beside_training(bank, run.trainer.strategy.root_device)
-        elif certificate is None:
-            return run.oracle(self, path, self.engine)
-        else:
-            bank = run.bank(self)
-            # One of each host first; the others find its file.
-            for first in (True, False):
-                with run.together("reading its certificate"):
-                    mine = first == (run.trainer.local_rank == 0)
-                    if mine and not isinstance(certificate, Certificate):
-                        wise = run.class_wise(self)
-                        certificate = Certificate.cached(certificate, bank, class_wise=wise)
-        made: Any = certificate  # refused by the oracle beside Sharded, whatever it is
-        return Oracle(bank, path, self.engine, certificate=made)
+        if not isinstance(self.engine, Sharded):
+            return run.oracle(self, path, self.engine, self.certificate)
+        bank = run.option(self, "bank") or shard_from_trainer(run.trainer)
+        bank = beside_training(bank, run.trainer.strategy.root_device)
+        refused: Any = self.certificate
+        return Oracle(bank, path, self.engine, certificate=refused)
 
     def _resume(self) -> bool:
         """Takes up the state of a checkpoint; a callback in a second fit begins anew."""

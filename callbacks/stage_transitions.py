@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,9 +13,7 @@ from typing_extensions import Unpack
 
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
-from stagewise.callbacks.training_bank import read_rows
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
-from stagewise.callbacks.writer import charts
 from stagewise.learning_events import memorization_onset, navigation_learned
 from stagewise.transitions import AtEvent
 
@@ -75,6 +72,7 @@ class StageTransitions(StageCallback):
     """
 
     order = 4
+    charts = {"transitions (1 at their step)": "/"}
     held = (*StageCallback.held, "_errors", "_posterior", "_rows")
 
     def __init__(
@@ -188,10 +186,6 @@ class StageTransitions(StageCallback):
             onset = memorization_onset(errors.history, edges, patience=self.patience, gap=self.gap)
             self._tell(step, MEMORIZATION_ONSET, onset)
 
-    def layout(self) -> dict[str, list[Any]]:
-        """Its chart on TensorBoard's custom-scalars page."""
-        return charts({"transitions (1 at their step)": f"{re.escape(self.name)}/"})
-
     # -- a moved boundary ---------------------------------------------------------------------
 
     def _remember(self) -> None:
@@ -203,11 +197,7 @@ class StageTransitions(StageCallback):
             self._rows, self._noise = read[0], _difference(*read)
 
     def _read(self) -> Tensor:
-        run, find = self.run, self.run.find_of(self)
-        loader = run.trainer.train_dataloader
-        return read_rows(run.trainer, run.module, loader, _READ_AGAIN, find=find, seed=self.seed)[
-            0
-        ].float()
+        return self.run.read(self, self.run.trainer.train_dataloader, _READ_AGAIN)[0].float()
 
     def _moved(self) -> dict[str, Any] | None:
         """Reads samples again; if they have changed, has the boundary measured anew."""

@@ -149,12 +149,7 @@ class TrainingRecord:
         return {"event": "training_window", "step": step, "from_step": begin, **entry}
 
     def nonfinite(self) -> dict[str, Any] | None:
-        """The first batch since the last time that was not finite, None if all were; a device sync.
-
-        Returns:
-            `step`, optimizer steps before it; `rows`, places in the batch; `t`, their times; and a
-            `message`.
-        """
+        """The first batch since the last time that was not finite, if any was; a device sync."""
         self._add()
         record, self._bad = self._bad, None
         if record is None or not bool(record[0].any()):

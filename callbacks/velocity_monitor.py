@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +18,7 @@ from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.training_record import TrainingRecord
-from stagewise.callbacks.writer import by_time, charts
+from stagewise.callbacks.writer import by_time
 from stagewise.paths import same_path
 from stagewise.stages import StageBoundary, StageCurve, predicted_boundary, stage_edges
 from stagewise.velocity_errors import largest, probe_entry
@@ -35,9 +34,7 @@ class VelocityErrorMonitor(ModelMonitor):
     model is asked about noisy training samples and noisy held-out ones, the same at every probe, in
     evaluation mode and without gradients. Between the probes the training batches themselves are
     looked at, by one hook on the network: no forward pass is added, and nothing waits for the
-    device.
-
-    The network is found in the first training step by what it is given
+    device. The network is found in the first training step by what it is given
     (`stagewise.adapters.network`), for any module whose target a `FlowMatchingLoss`, a torchcfm
     matcher, a flow_matching path, a SiT transport, an EDM loss or a diffusers scheduler makes.
 
@@ -48,8 +45,7 @@ class VelocityErrorMonitor(ModelMonitor):
       velocity and against the oracle's, both per number, and the cosine to the oracle's.
     - `stagewise_error/train/{floor,excess}/{stage}`: MSE(conditional, oracle), which no model can
       remove, and oracle error / floor (NaN where the floor is next to nothing).
-    - `stagewise_error/gap/{stage}`: conditional error on held-out samples minus that on training
-      samples.
+    - `stagewise_error/gap/{stage}`: conditional error, held-out minus training samples.
     - `stagewise_error/pythagoras`: the largest deviation, over the bins, of conditional error from
       oracle error + floor, in standard errors. Up to 4 is usual; above 6 the oracle is not that of
       this training, and the log says so once.
@@ -59,8 +55,7 @@ class VelocityErrorMonitor(ModelMonitor):
     and from the training batches, over all ranks, at the trainer's `log_every_n_steps`:
 
     - `stagewise_error_spent/{draws,loss,gradient}/{stage}`: share of the samples, of the
-      conditional velocity error and of the norms of dL/dv. The last is the pull at the network's
-      answer, weights included; how it adds up in the parameters is not seen there.
+      conditional velocity error and of the norms of dL/dv, the pull at the network's answer.
     - `stagewise_error_spent/loss_by_t/t=...`: mean conditional velocity error.
 
     **To TensorBoard** also figures (error by t now and over the training, heat maps, what training
@@ -87,13 +82,27 @@ class VelocityErrorMonitor(ModelMonitor):
 
     Raises:
         ValueError: At construction for numbers out of range; before the first optimizer step if no
-            velocity can be had, what comes is none, the network is given more than labels, or the
-            samples do not fit the bank.
+            velocity can be had, the network is given more than labels, or the samples do not fit
+            the bank.
     """
 
     order = 2
     held = (*ModelMonitor.held, "_record")
     event = "velocity_probe"
+    charts = {
+        "oracle error": "/train/oracle/",
+        "oracle error by t": "_by_t/train/oracle/",
+        "conditional error": "/train/conditional/",
+        "conditional error by t": "_by_t/train/conditional/",
+        "oracle error / floor": "/train/excess/",
+        "held-out minus training error": "/gap/",
+        "held-out minus training error by t": "_by_t/gap/",
+        "share of draws": "_spent/draws/",
+        "share of loss": "_spent/loss/",
+        "share of gradient norms": "_spent/gradient/",
+        "Pythagoras, standard errors": "/pythagoras$",
+        "cost of a probe / step time": "/share_of_step_time$",
+    }
     _record: TrainingRecord | None = None
 
     def __init__(
@@ -390,23 +399,3 @@ class VelocityErrorMonitor(ModelMonitor):
             if same_path(monitor.recipe.oracle.path, self.oracle.path):
                 return monitor.curve
         return None
-
-    def layout(self) -> dict[str, list[Any]]:
-        """Its charts on TensorBoard's custom-scalars page."""
-        name = re.escape(self.name)
-        return charts(
-            {
-                "oracle error": f"{name}/train/oracle/",
-                "oracle error by t": f"{name}_by_t/train/oracle/",
-                "conditional error": f"{name}/train/conditional/",
-                "conditional error by t": f"{name}_by_t/train/conditional/",
-                "oracle error / floor": f"{name}/train/excess/",
-                "held-out minus training error": f"{name}/gap/",
-                "held-out minus training error by t": f"{name}_by_t/gap/",
-                "share of draws": f"{name}_spent/draws/",
-                "share of loss": f"{name}_spent/loss/",
-                "share of gradient norms": f"{name}_spent/gradient/",
-                "Pythagoras, standard errors": f"{name}/pythagoras$",
-                "cost of a probe / step time": f"{name}/share_of_step_time$",
-            }
-        )

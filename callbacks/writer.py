@@ -39,7 +39,7 @@ from stagewise.callbacks.ranks import together
 from stagewise.latents.files import replace_file
 from stagewise.plain import jsonable
 
-__all__ = ["Writer", "by_time", "charts", "show_pictures"]
+__all__ = ["Writer", "by_time", "show_pictures"]
 
 _WARNED: WeakValueDictionary[int, Logger] = WeakValueDictionary()
 """Loggers that failed, by their id: a logger need not be hashable."""
@@ -76,9 +76,6 @@ class Writer:
         """Begins `stages.jsonl` anew, so that a resumed run holds each event once; a collective.
 
         The file of another run is kept beside it, as `stages.bak.jsonl`.
-
-        Raises:
-            OSError: If the folder cannot be written, with the cure.
         """
         file = self._file
         with together(self._trainer, "writing its files"):
@@ -121,26 +118,15 @@ class Writer:
 
     def text(self, tag: str, message: str, step: int) -> None:
         """Shows a line of text under its full tag, in the loggers that show text."""
-        if self.active:
-            for logger in self._loggers:
-                with _spared(logger, f"the text {tag}"):
-                    if hasattr(board := _experiment(logger), "add_text"):
-                        board.add_text(tag, message, step)
+        for logger in self._loggers if self.active else ():
+            with _spared(logger, f"the text {tag}"):
+                if hasattr(board := _experiment(logger), "add_text"):
+                    board.add_text(tag, message, step)
 
     def transition(
         self, step: int, kind: str, message: str, evidence: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Writes what has happened once: a line on disk, a scalar of 1 at its step, and a text.
-
-        Args:
-            step: Optimizer steps done.
-            kind: What has happened, such as "navigation learned".
-            message: In words.
-            evidence: In numbers.
-
-        Returns:
-            The event, as it is in `stages.jsonl`.
-        """
+        """Writes what has happened once: a line on disk, a scalar of 1 at its step, and a text."""
         event = {"event": "transition", "kind": kind, "step": step}
         event |= {"message": message, "evidence": dict(evidence)}
         self.event(event)
@@ -151,12 +137,7 @@ class Writer:
     def save(self, file: Path) -> bool:
         """Saves a checkpoint in place of the file of before, at once or not at all; a collective.
 
-        Returns:
-            Whether it could be written.
-
-        Raises:
-            OSError: If it cannot be written, and other processes wait for this one. A single one
-                warns.
+        Gives whether it could be written; an error is raised where other processes wait for this.
         """
         trainer, partial = self._trainer, file.with_name(f".{file.stem}.partial{file.suffix}")
         try:
@@ -178,14 +159,12 @@ class Writer:
             show_pictures(figures, self.name, self.folder, self._loggers, step)
 
     def dashboard(self, callbacks: Iterable[Any]) -> None:
-        """Sets TensorBoard's custom-scalars page, to that of all callbacks that have a `layout`."""
-        if not self.active:
-            return
-        callbacks = [callback for callback in callbacks if hasattr(callback, "layout")]
-        for logger in self._loggers:
+        """Sets TensorBoard's custom-scalars page to the charts of callbacks."""
+        page = {callback.name: callback.layout() for callback in callbacks if callback.charts}
+        for logger in self._loggers if self.active else ():
             with _spared(logger, "the page of its custom scalars"):
                 if hasattr(board := _experiment(logger), "add_custom_scalars"):
-                    board.add_custom_scalars({call.name: call.layout() for call in callbacks})
+                    board.add_custom_scalars(page)
 
 
 def by_time(prefix: str, edges: Tensor, values: Sequence[float]) -> dict[str, float]:
@@ -194,11 +173,6 @@ def by_time(prefix: str, edges: Tensor, values: Sequence[float]) -> dict[str, fl
     digits = max(3, 1 - math.floor(math.log10(float(edges.diff().min()))))
     pairs = zip(centres, values, strict=True)
     return {f"{prefix}/t={t:.{digits}f}": value for t, value in pairs if not math.isnan(value)}
-
-
-def charts(patterns: Mapping[str, str]) -> dict[str, list[Any]]:
-    """Charts of the custom-scalars page: by title, the pattern that the tags begin with."""
-    return {title: ["Multiline", [f"^{pattern}"]] for title, pattern in patterns.items()}
 
 
 def show_pictures(
@@ -211,13 +185,6 @@ def show_pictures(
     """Saves figures as `<folder>/<figure>.png` and shows them as `<name>/<figure>` in the loggers.
 
     A file or a logger that fails is a warning; the file of before then stays.
-
-    Args:
-        figures: By their names.
-        name: Prefix of the tags.
-        folder: Where the files go; None: nowhere.
-        loggers: Those of the trainer; those that show no pictures are left out.
-        step: The step they belong to.
     """
     for title, figure in figures.items():
         image, tag = Image.fromarray(render(figure)), f"{name}/{title}"

@@ -1194,7 +1194,7 @@ def test_rows_in_another_order_or_number_are_the_same_training(kind, make, run):
     for callback in callbacks:
         network = getattr(callback, "network", None)
         assert network is None or (network.conditional, network.conditions) == (True, ())
-        assert getattr(callback, "_wise", True)
+        assert getattr(callback, "wise", True)
 
 
 def test_labels_of_samples_are_those_of_their_rows():

@@ -501,9 +501,9 @@ def test_labels_that_a_class_wise_oracle_needs(fit, make_data, make_loader, ligh
         fit(VelocityErrorMonitor(bank, class_wise=True, **SMALL, **given), x=x)
     plain = VelocityErrorMonitor(bank, **SMALL, **given)
     fit(plain, x=x)
-    assert not plain._wise
+    assert not plain.wise
     wise = VelocityErrorMonitor(bank, **SMALL, **given | {"held_out": (x[:9], labels[:9] + 7)})
     fit(wise, loader=make_loader(x, labels))
-    assert wise._wise
+    assert wise.wise
     assert wise.history[-1]["held_out"] is None
     assert "held-out samples have labels without rows, [7, 8, 9]" in lightning_log.text

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from matplotlib.figure import Figure
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from stagewise.adapters.objective import Objective
 from stagewise.bank import LatentBank
 from stagewise.callbacks.model_monitor import ModelMonitor
-from stagewise.callbacks.stage_callback import RunOptions
-from stagewise.callbacks.tags import charts
+from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
 from stagewise.forecast import (
     SmoothingForecast,
@@ -61,12 +57,12 @@ class Forecast(ModelMonitor):
 
     Args:
         bank: See `StageCallback`.
-        every_n_steps: Optimizer steps between probes; default a quarter of the training, at most
-            5000. A probe is 16 forward and 32 backward passes of a batch.
         timesteps: How training draws t, default as the module's `FlowMatchingLoss` does, whose
             weights are counted too; uniform with another objective.
         name: Prefix of tags and name of the folder, default "stagewise_forecast".
-        **options: What it says about the run; see `RunOptions`.
+        **options: `every_n_steps`, here by default a quarter of the training, at most 5000: a
+            probe is 16 forward and 32 backward passes of a batch. And what it says about the run;
+            see `RunOptions`.
 
     Raises:
         ValueError: As `VelocityErrorMonitor`.
@@ -74,6 +70,7 @@ class Forecast(ModelMonitor):
 
     order = 3
     event = "forecast"
+    charts = {"batch that oracle targets are worth": "/batch_fact"}
     probes = 4
     longest = 5000
     held = (*ModelMonitor.held, "_errors")
@@ -82,12 +79,11 @@ class Forecast(ModelMonitor):
         self,
         bank: LatentBank | None = None,
         *,
-        every_n_steps: int | None = None,
         timesteps: TimestepSampler | None = None,
         name: str = "stagewise_forecast",
-        **options: Unpack[RunOptions],
+        **options: Unpack[MonitorOptions],
     ) -> None:
-        super().__init__(bank, every_n_steps=every_n_steps, figures=0, name=name, **options)
+        super().__init__(name, bank, **options)
         if timesteps is not None and not isinstance(timesteps, TimestepSampler):
             raise TypeError(
                 f"Expected `timesteps` to be a sampler, got {timesteps!r}: "
@@ -106,22 +102,16 @@ class Forecast(ModelMonitor):
     def settle(self) -> None:
         """Once the network is known: rows for the batches, header."""
         super().settle()
-        run = self.run
         self._rows = self.rows(_BATCHES * self.batch_size)
-        said = run.option(self, "class_wise")
-        self._wise = run.class_wise(self)
-        if said is None:
-            self._wise = self._wise and self.conditional and self._rows[1] is not None
+        self.wise = self.is_wise(self._rows[1])
         if self._errors is None:
-            rank_zero_info(
-                "Forecast: nothing will be said of smoothing, which needs a VelocityErrorMonitor."
-            )
-        header = {"event": "forecasts", "network": self.describe(), "class_wise": self._wise}
-        known = bool(self.history) or self.corrected
-        self.writer.start([header, *self.history], resumed=known)
+            self.say("nothing will be said of smoothing, which needs a VelocityErrorMonitor.")
+        header = {"event": "forecasts", "network": self.describe(), "class_wise": self.wise}
+        self.open_files(header, self.history)
 
     def renew(self) -> None:
         """Takes the rows anew, because latents have changed."""
+        super().renew()
         self._rows = self.rows(_BATCHES * self.batch_size)
 
     def due(self, step: int) -> bool:
@@ -133,54 +123,45 @@ class Forecast(ModelMonitor):
         super().end()
         if self.history:
             whole = TargetForecast.mean([_targets(entry) for entry in self.history])
-            self._say(f"over {len(self.history)} probes", f"{whole}", self.history[-1])
+            self._tell(f"over {len(self.history)} probes", f"{whole}", self.history[-1])
 
     # -- one probe --------------------------------------------------------------------------------
 
+    @override
     def measure(self, step: int) -> dict[str, Any]:
-        """See `Monitor`. Every rank measures the same."""
-        run = self.run
-        oracle, trainer, module = run.oracle(self), run.trainer, run.module
-        with run.together("a probe of Forecast"), trainer.precision_plugin.forward_context():
-            found = forecast_targets(
+        trainer, module = self.run.trainer, self.run.module
+        with self.together(), trainer.precision_plugin.forward_context():
+            found = forecast_targets(  # every rank measures the same
                 self.velocity_of(module),
                 module,
-                oracle,
+                self.oracle,
                 self._batches(),
                 optimizer=self._optimizer(),
                 timesteps=self._drawn_by(),
                 weight=self._weight,
-                class_wise=self._wise,
+                class_wise=self.wise,
                 seed=self.seed,
             )
-        whole = self.per_step
         scale = None if math.isinf(found.noise_scale) else found.noise_scale
         entry: dict[str, Any] = {"share": found.share, "share_se": found.error}
-        entry |= {"noise_scale": scale, "batch": whole}
+        entry |= {"noise_scale": scale, "batch": self.per_step}
         smoothing = self._smoothing()
         gap = smoothing.gap if smoothing is not None and smoothing.worth_trying else None
         entry |= {"targets": f"{_targets(entry)}", "smoothing_gap": gap}
         entry["smoothing"] = None if smoothing is None else f"{smoothing}"
-        self._say(f"step {step}", entry["targets"], entry)
+        self._tell(f"step {step}", entry["targets"], entry)
         return entry
 
+    @override
     def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
-        """See `Monitor`."""
         found = _targets(entry)
         values = {"share": found.share, "batch_factor": found.factor, "steps": found.steps}
         values |= {key: entry[key] for key in ("noise_scale", "smoothing_gap") if entry[key]}
         return {f"{self.name}/{key}": value for key, value in values.items()}
 
-    def layout(self) -> dict[str, list[Any]]:
-        """Its chart on TensorBoard's custom-scalars page."""
-        return charts({"batch that oracle targets are worth": f"{re.escape(self.name)}/batch_fact"})
-
-    def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
-        return {}
-
-    def _say(self, when: str, targets: str, entry: dict[str, Any]) -> None:
+    def _tell(self, when: str, targets: str, entry: dict[str, Any]) -> None:
         smoothing = "" if entry["smoothing"] is None else f"; {entry['smoothing']}"
-        rank_zero_info(f"Forecast: {when}: {targets}{smoothing}")
+        self.say(f"{when}: {targets}{smoothing}")
 
     def _smoothing(self) -> SmoothingForecast | None:
         errors = self._errors
@@ -227,28 +208,18 @@ class Forecast(ModelMonitor):
         return objective.timesteps
 
     def _weight(self, t: Tensor) -> Tensor:
-        """What the error of a velocity counts in the loss of training."""
+        """What the error of a velocity counts in the loss: by its weight, and what is predicted."""
         if self.network is None:
             return torch.ones_like(t)
-        return self._of_prediction(t) * self._of_objective(t)
-
-    def _of_objective(self, t: Tensor) -> Tensor:
-        """The weight of the module's own objective."""
-        objective = self._objective()
-        if objective is None:
-            return torch.ones_like(t)
-        weight = objective.weight if objective.scheme is None else objective.scheme.weight_of
-        return torch.ones_like(t) if weight is None else weight(t)
-
-    def _of_prediction(self, t: Tensor) -> Tensor:
-        """What the error of a velocity counts in a loss on what the network predicts."""
-        assert self.network is not None
-        seam = self.network.seam
+        seam, objective, weight = self.network.seam, self._objective(), None
+        if objective is not None:
+            scheme = objective.scheme
+            weight = objective.weight if scheme is None else scheme.weight_of
         path = seam.path(t)
-        own, velocity = (
-            kind.coefficients(path)[0] for kind in (seam.prediction, Prediction("velocity"))
-        )
-        return (own / velocity).square()
+        kinds = seam.prediction, Prediction("velocity")
+        own, velocity = (kind.coefficients(path)[0] for kind in kinds)
+        factor = (own / velocity).square()
+        return factor if weight is None else factor * weight(t)
 
 
 def _targets(entry: dict[str, Any]) -> TargetForecast:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
-from stagewise.callbacks.model_monitor import model_in_eval_mode
-from stagewise.callbacks.stage_callback import RunOptions
+from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
-from stagewise.callbacks.tags import by_time, charts
+from stagewise.callbacks.writer import by_time
 from stagewise.memorization_onset import GapWatch, OnsetLaw
 from stagewise.velocity_probe import Probe
 
@@ -86,9 +83,10 @@ class MemorizationGuard(MemorizationMonitor):
         onsets: Steps of the onset on subsets of the data by their number of rows, with the same
             model, batch size and learning rate. The onset on all rows is predicted from them
             (`OnsetLaw`: tau = c N, from several runs tau = c N^p). Default None.
-        figures: See `PosteriorMonitor`.
         name: Prefix of tags and name of the folder, default "stagewise_guard".
-        **options: See `MemorizationMonitor`.
+        **options: See `MemorizationMonitor`. `every_n_steps` is at most 1000 by default here. The
+            first probes come at steps 1, 32, 48, 72, ... half as far again each time, because few
+            rows are learned by heart early.
 
     Attributes:
         onset: The event, once it has been told: a dict; None before.
@@ -103,34 +101,25 @@ class MemorizationGuard(MemorizationMonitor):
         >>> robot = MemorizationGuard(alarm=False)  # copies of action tables are wanted
     """
 
-    held = (*MemorizationMonitor.held, "_splits", "_probes", "_errors", "_saves")
+    held = (*MemorizationMonitor.held, "_splits", "_errors", "_saves")
     event = "guard_probe"
+    more = {"held-out loss": "/held_out_loss$", "gap by t": "_by_t/gap/"}
+    charts = {**MemorizationMonitor.charts, **more}
     longest: ClassVar[int] = 1000
 
     def __init__(
         self,
         bank: LatentBank | None = None,
         *,
-        every_n_steps: int | None = None,
         samples: int = 128,
         queries: int = 128,
         alarm: bool = True,
         onsets: Mapping[int, float] | None = None,
-        figures: int | None = None,
         name: str = "stagewise_guard",
-        **options: Unpack[RunOptions],
+        **options: Unpack[MonitorOptions],
     ) -> None:
-        super().__init__(
-            bank,
-            every_n_steps=every_n_steps,
-            samples=samples,
-            t_switch=(0.0,),
-            t_resume=(),
-            weights="current",
-            figures=figures,
-            name=name,
-            **options,
-        )
+        alone: dict[str, Any] = {"t_switch": (0.0,), "t_resume": (), "weights": "current"}
+        super().__init__(bank, samples=samples, name=name, **alone, **options)
         if queries < 2:
             raise ValueError(f"Expected `queries` of at least 2, got {queries}.")
         self.queries, self.alarm = queries, alarm
@@ -155,61 +144,49 @@ class MemorizationGuard(MemorizationMonitor):
         self.watch.load_state_dict(stash.get("watch") or {})
         self.onset, self.best = stash.get("onset"), stash.get("best")
         if self.law is not None:
-            self._say_prediction(self.law)
+            rows, total = len(self.oracle.bank), self.run.total
+            onset, past = self.law(rows), self.run.began
+            within = "" if total is None else f" of the {total - past} of this training"
+            self.say(
+                f"by tau = {self.law!r} memorization of {rows} rows begins at step {onset:.0f}, "
+                f"{onset - past:.0f} steps from here{within}"
+            )
 
-    def _say_prediction(self, law: OnsetLaw) -> None:
-        rows = len(self._oracle.bank)
-        left, total = law(rows) - self.run.began, self.run.total
-        within = "" if total is None else f" of the {total - self.run.began} of this training"
-        rank_zero_info(
-            f"MemorizationGuard: by tau = {law!r} memorization of {rows} rows begins at step "
-            f"{law(rows):.0f}, {left:.0f} steps from here{within}"
-        )
-
-    def _take_bank(self) -> None:
-        super()._take_bank()
+    def _take_samples(self) -> None:
         count = (_EARLY + _LATE) * self.queries
         self._splits = {"train": self.rows(count), "held_out": self.others(count)}
+        self._others = None
 
     def _make_probe(self) -> None:
         """Noise for the samples, and the noisy samples of both kinds."""
         super()._make_probe()
-        oracle, trainer, bank = self._oracle, self.run.trainer, self._oracle.bank
+        bank = self.oracle.bank
         if self.wise or (bank.classes and self.conditional):
             for split, rows in self._splits.items():
                 labels = None if rows is None else rows[1]
                 if rows is not None and (labels is None or set(labels.tolist()) - {*bank.classes}):
-                    rank_zero_info(
-                        f"MemorizationGuard: {split} samples have no labels of the bank, so errors "
-                        "on held-out samples are left out. Say where they are: "
+                    self.say(
+                        f"{split} samples have no labels of the bank, so errors on held-out "
+                        "samples are left out. Say where they are: "
                         "MemorizationGuard(find=lambda batch: (batch[0], batch[1]))."
                     )
                     self._splits["held_out"] = None
-        boundary = self.run.boundary(oracle, self.wise).collapsed
+        boundary = self.run.boundary(self.oracle, self.wise).collapsed
         late = _LATEST if math.isnan(boundary) else min(boundary, _LATEST)
         bins = torch.linspace(0, late, _EARLY + 1), torch.linspace(late, 1, _LATE + 1)
         self.edges = torch.cat([bins[0], bins[1][1:]]).double()
+        train, others = self._splits["train"], self._splits["held_out"]
         self._probes: dict[str, Probe] = {}
-        for number, (split, rows) in enumerate(self._splits.items()):
-            if rows is None or self._splits["held_out"] is None:
-                continue
-            self._probes[split] = Probe(
-                *rows,
-                self.edges,
-                # Of few held-out rows more noise says no more.
-                self.queries if split == "train" else max(2, min(self.queries, len(rows[0]))),
-                oracle,
-                class_wise=self.wise,
-                seed=(self.seed, number),
-                device=bank.device,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
-            )
+        if train is not None and others is not None:
+            # Of few held-out rows more noise says no more.
+            few = max(2, min(self.queries, len(others[0])))
+            self._probes["train"] = self.noisy(train, self.edges, self.queries, 0)
+            self._probes["held_out"] = self.noisy(others, self.edges, few, 1)
 
     def _header(self) -> dict[str, Any]:
         others = self._splits["held_out"]
         rows = 0 if others is None else len(others[0])
-        law = None if self.law is None else self.law(len(self._oracle.bank))
+        law = None if self.law is None else self.law(len(self.oracle.bank))
         own = {"event": "guard", "edges": self.edges.tolist(), "predicted_onset": law}
         return {**super()._header(), "held_out_rows": rows, **own}
 
@@ -255,7 +232,7 @@ class MemorizationGuard(MemorizationMonitor):
             return
         said = "no memorization onset"
         if self.onset is not None:
-            rows, step = len(self._oracle.bank), self.onset["step"]
+            rows, step = len(self.oracle.bank), self.onset["step"]
             said = (
                 f"memorization onset at step {step}; to predict it for more rows: "
                 f"MemorizationGuard(onsets={{{rows}: {step}}})"
@@ -264,24 +241,13 @@ class MemorizationGuard(MemorizationMonitor):
         if copied:
             named = ", ".join(f"{row} ({count})" for row, count in copied)
             said += f"; rows copied most, and by how many of {self.samples} samples: {named}"
-        rank_zero_info(f"MemorizationGuard: {said}{self._where()}")
-
-    def stop(self) -> None:
-        """Lets go of bank and samples."""
-        super().stop()
-        self._probes = {}
-
-    def layout(self) -> dict[str, list[Any]]:
-        """Its charts on TensorBoard's custom-scalars page."""
-        name = re.escape(self.name)
-        more = {"held-out loss": f"{name}/held_out_loss$", "gap by t": f"{name}_by_t/gap/"}
-        return {**super().layout(), **charts(more)}
+        self.say(f"{said}{self._where()}")
 
     # -- one probe --------------------------------------------------------------------------------
 
+    @override
     def measure(self, step: int) -> dict[str, Any]:
-        """See `Monitor`."""
-        with self.run.together("a probe of MemorizationGuard"):
+        with self.together():
             own = {split: self._ask(probe) for split, probe in self._probes.items()}
         self._errors = {
             split: self._of_all_ranks(values[None], self._probes[split].size)[0].view(
@@ -299,10 +265,10 @@ class MemorizationGuard(MemorizationMonitor):
 
     def _ask(self, probe: Probe) -> Tensor:
         """The conditional errors of this rank."""
-        module, found = self.run.module, list[Tensor]()
-        with model_in_eval_mode(self.run.trainer, module):
-            velocity = self.velocity_of(module)
-            probe.measure(velocity, lambda _, values: found.append(values[0]), module.device)
+        found: list[Tensor] = []
+        device = self.run.module.device
+        with self.asked() as velocity:
+            probe.measure(velocity, lambda _, values: found.append(values[0]), device)
         return torch.cat(found).cpu().double()
 
     def _of_all_ranks(self, own: Tensor, total: int) -> Tensor:
@@ -318,19 +284,18 @@ class MemorizationGuard(MemorizationMonitor):
 
     def _copied_rows(self, most: int = 8) -> list[list[int]]:
         """The rows copied most, by their place in the data set, and by how many samples."""
-        assert self._shown is not None
-        near, bank = self._shown[1][0.0], self._oracle.bank
+        near, bank = self._shown[1][0.0], self.oracle.bank
         pairs = torch.stack([near.row, near.copied]).double().cpu()
         rows, copied = self._of_all_ranks(pairs, self.samples)
         counts = Counter(rows[copied > 0].long().tolist())
         places = {row: row if bank.index is None else int(bank.index[row]) for row in counts}
         return [[places[row], count] for row, count in counts.most_common(most)]
 
+    @override
     def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
-        """See `Monitor`."""
         scalars = super().scalars(entry)
         if self.law is not None:
-            left = self.law(len(self._oracle.bank)) - entry["step"]
+            left = self.law(len(self.oracle.bank)) - entry["step"]
             scalars[f"{self.name}/steps_left"] = left
         if "gap" in entry:
             scalars[f"{self.name}/held_out_loss"] = entry["held_out_loss"]
@@ -343,12 +308,12 @@ class MemorizationGuard(MemorizationMonitor):
     def _judge(self, step: int, entry: dict[str, Any]) -> None:
         """Tells the onset, and decides whether the weights are kept."""
         copying, gap, folder = entry["low"][0] > _COPIED, None, self.writer.folder
-        passed = step * self.per_step >= _PASSES * len(self._oracle.bank)
+        passed = step * self.per_step >= _PASSES * len(self.oracle.bank)
         if self._errors and passed:
             train, others = (self._errors[split][_EARLY:] for split in ("train", "held_out"))
             gap = self.watch.update(step, train, others, self.edges[_EARLY:])
         if self.onset is None and (copying or gap is not None):
-            self._say(step, entry, gap)
+            self._tell_onset(step, entry, gap)
         if not self.alarm or folder is None or copying:
             return
         loss = entry.get("held_out_loss", math.nan)
@@ -360,21 +325,21 @@ class MemorizationGuard(MemorizationMonitor):
             self.best, self._saves = {"step": step, "held_out_loss": loss, "file": str(file)}, True
             self.writer.scalars({f"{self.name}/kept_step": float(step)}, self.logged_at(step))
 
-    def _say(self, step: int, entry: dict[str, Any], gap: dict[str, Any] | None) -> None:
+    def _tell_onset(self, step: int, entry: dict[str, Any], gap: dict[str, Any] | None) -> None:
         samples = f"{entry['copies'][0]:.1%} of {self.samples} samples are copies"
         evidence: dict[str, Any] = gap or {"message": f"surely more than {_COPIED:.0%} are copied"}
         evidence["copies"] = entry["copies"][0]
         message = f"{evidence.pop('message')}; {samples}"
         if self.law is not None:
-            evidence["predicted"] = self.law(len(self._oracle.bank))
+            evidence["predicted"] = self.law(len(self.oracle.bank))
             message += f"; predicted for step {evidence['predicted']:.0f}"
         self.onset = self.writer.transition(step, MEMORIZATION_ONSET, message, evidence)
-        text = f"MemorizationGuard: step {step}, {MEMORIZATION_ONSET}: {message}{self._where()}"
+        text = f"step {step}, {MEMORIZATION_ONSET}: {message}{self._where()}"
         if self.alarm:
             cure = "To train against it: more data, StageScheme(Scheme.two_stage), or stop here."
-            rank_zero_warn(f"{text}. {cure}")
+            self.warn(f"{text}. {cure}")
         else:
-            rank_zero_info(text)
+            self.say(text)
         self.run.tell("notice", MEMORIZATION_ONSET)
 
     @property

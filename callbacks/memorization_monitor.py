@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
-from stagewise.callbacks import memorization_figures as pictures
-from stagewise.callbacks.memorization_figures import Column
+from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.metrics import CopyShare
-from stagewise.callbacks.model_monitor import ModelMonitor, model_in_eval_mode
-from stagewise.callbacks.stage_callback import RunOptions
-from stagewise.callbacks.tags import charts
+from stagewise.callbacks.model_monitor import ModelMonitor
+from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.copies import Nearest, nearest_rows
 from stagewise.memorization_probe import METHOD, MemorizationProbe
-from stagewise.oracle import Oracle
 
 __all__ = ["MemorizationMonitor"]
 
@@ -43,8 +38,6 @@ class MemorizationMonitor(ModelMonitor):
 
     Args:
         bank: See `StageCallback`.
-        every_n_steps: Optimizer steps between probes; default a twentieth of the training, at most
-            5000. The first is after step one, the last after the last.
         samples: How many, default 64; at least 2.
         t_switch: Times in [0, 1].
         t_resume: Times in [0, 1).
@@ -52,11 +45,11 @@ class MemorizationMonitor(ModelMonitor):
             former if there is one.
         steps: Of Euler's method from t = 0 to 1, default 25.
         decode: From samples to images (n, 1 or 3, H, W), for the pictures.
-        figures: See `PosteriorMonitor`.
         name: Prefix of tags and name of the folder.
-        **options: What it says about the run: `velocity`, `held_out`, `find`, `class_wise`,
-            `dirpath`, `seed`, ...; see `RunOptions`. Class-wise is "auto" here: if the network is
-            given labels. Copies are looked for among all rows.
+        **options: `every_n_steps` (default at most 5000 here) and `figures`, see `MonitorOptions`;
+            the first probe is after step one, the last after the last. And what it says about the
+            run: `velocity`, `held_out`, `find`, `class_wise`, ...; see `RunOptions`. Class-wise is
+            "auto" here: if the network is given labels. Copies are looked for among all rows.
 
     Raises:
         ValueError: At construction for numbers out of range; at the start or in the first step if
@@ -64,26 +57,31 @@ class MemorizationMonitor(ModelMonitor):
     """
 
     order = 3
-    held = (*ModelMonitor.held, "_averaging")
+    held = (*ModelMonitor.held, "_averaging", "_probe", "_shown")
     event = "memorization_probe"
+    charts = {
+        "share of copies by t_switch": "/copies/t_switch=[^_]*$",
+        "median d1/d2 by t_switch": "/ratio/",
+        "share of copies among resumed samples": "/resumed_copies/",
+    }
     longest: ClassVar[int] = 5000
+    _probe: MemorizationProbe
+    _shown: tuple[Any, ...]
 
     def __init__(
         self,
         bank: LatentBank | None = None,
         *,
-        every_n_steps: int | None = None,
         samples: int = 64,
         t_switch: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4),
         t_resume: tuple[float, ...] = (0.2, 0.5, 0.8),
         weights: Literal["auto", "average", "current"] = "auto",
         steps: int = 25,
         decode: Callable[[Tensor], Tensor] | None = None,
-        figures: int | None = None,
         name: str = "stagewise_memorization",
-        **options: Unpack[RunOptions],
+        **options: Unpack[MonitorOptions],
     ) -> None:
-        super().__init__(bank, every_n_steps=every_n_steps, figures=figures, name=name, **options)
+        super().__init__(name, bank, **options)
         for label, value, low in (("samples", samples, 2), ("steps", steps, 1)):
             if value < low:
                 raise ValueError(f"Expected `{label}` of at least {low}, got {value}.")
@@ -97,9 +95,6 @@ class MemorizationMonitor(ModelMonitor):
             )
         self.samples, self.steps, self.weights, self.decode = samples, steps, weights, decode
         self.t_switch, self.t_resume = tuple(sorted(t_switch)), tuple(sorted(t_resume))
-        self.oracle: Oracle | None = None
-        self._probe: MemorizationProbe | None = None
-        self._shown: tuple[Any, ...] | None = None
 
     # -- the course of a training -----------------------------------------------------------------
 
@@ -113,31 +108,28 @@ class MemorizationMonitor(ModelMonitor):
                 'callbacks, and there is none. Add one, or say weights="current".'
             )
         super().start()
-        self._take_bank()
+        self._take_samples()
         self.try_velocity(*self.rows(2))
 
-    def _take_bank(self) -> None:
-        self.oracle = self.run.oracle(self)
+    def _take_samples(self) -> None:
         self._others = self.others(self.samples) if self.t_resume else None
 
     def settle(self) -> None:
         """Once the network is known: noise and labels, header."""
         super().settle()
         self._make_probe()
-        header, name = self._header(), type(self).__name__
+        header = self._header()
         images = " To see samples: decode=lambda x: images of shape (n, 3, H, W)."
-        rank_zero_info(
-            f"{name}: asks {header['network']}, {header['weights']} weights; "
-            f"{self.writer.describe()}."
-            + ("" if self.decode or pictures.is_image(self._oracle.bank.shape) else images)
+        self.say(
+            f"asks {header['network']}, {header['weights']} weights; {self.writer.describe()}."
+            + ("" if self._draws_images else images)
         )
-        known = bool(self.history) or self.corrected
-        self.writer.start([header, *self._events()], resumed=known)
+        self.open_files(header, self._events())
 
     def _header(self) -> dict[str, Any]:
         return {
             "event": "memorization",
-            "rows": len(self._oracle.bank),
+            "rows": len(self.oracle.bank),
             "network": self.describe(),
             "weights": "average" if self._averages else "current",
             "class_wise": self.wise,
@@ -145,7 +137,7 @@ class MemorizationMonitor(ModelMonitor):
             "held_out_rows": self._held_out,
             "method": METHOD,
             "steps": self.steps,
-            "path": repr(self._oracle.path),
+            "path": repr(self.oracle.path),
         }
 
     def _events(self) -> list[dict[str, Any]]:
@@ -153,7 +145,7 @@ class MemorizationMonitor(ModelMonitor):
         return self.history
 
     def _make_probe(self) -> None:
-        bank, trainer, others = self._oracle.bank, self.run.trainer, self._others
+        bank, trainer, others = self.oracle.bank, self.run.trainer, self._others
         labelled = bool(bank.classes) and self.conditional
         said = self.run.option(self, "class_wise")
         self.wise = labelled if said is None else said
@@ -167,14 +159,14 @@ class MemorizationMonitor(ModelMonitor):
         if others is not None:
             no_labels = others[1] is None and (labelled or self.wise)
             if len(others[0]) < trainer.world_size or no_labels:
-                rank_zero_info(
-                    "MemorizationMonitor: held-out rows are fewer than ranks, or have no labels "
-                    "for a network that is given some: nothing is resumed from them."
+                self.say(
+                    "held-out rows are fewer than ranks, or have no labels for a network that is "
+                    "given some: nothing is resumed from them."
                 )
                 others = None
         self._held_out = 0 if others is None else len(others[0])
         self._probe = MemorizationProbe(
-            self._oracle,
+            self.oracle,
             self.samples,
             others,
             labelled=labelled,
@@ -189,36 +181,18 @@ class MemorizationMonitor(ModelMonitor):
 
     def renew(self) -> None:
         """Takes the bank anew: copies are looked for among the latents of now."""
-        self._take_bank()
+        super().renew()
+        self._take_samples()
         self._make_probe()
 
     def end(self) -> None:
         """Says where things are."""
         super().end()
-        if not self.history:
-            return
-        last = self.history[-1]
-        shares = zip(self.t_switch, last["copies"], strict=True)
-        found = ", ".join(f"{share:.0%} from t = {t:g} on" for t, share in shares)
-        rank_zero_info(
-            f"{type(self).__name__}: copies at step {last['step']}: {found}; {len(self.history)} "
-            f"probes, the last cost {self.cost()}; {self.writer.describe()}"
-        )
-
-    def stop(self) -> None:
-        """Lets go of the bank."""
-        self.oracle = self._probe = self._shown = None
-
-    def layout(self) -> dict[str, list[Any]]:
-        """Its charts on TensorBoard's custom-scalars page."""
-        name = re.escape(self.name)
-        return charts(
-            {
-                "share of copies by t_switch": f"{name}/copies/t_switch=[^_]*$",
-                "median d1/d2 by t_switch": f"{name}/ratio/",
-                "share of copies among resumed samples": f"{name}/resumed_copies/",
-            }
-        )
+        if self.history:
+            last = self.history[-1]
+            shares = zip(self.t_switch, last["copies"], strict=True)
+            found = ", ".join(f"{share:.0%} from t = {t:g} on" for t, share in shares)
+            self.say(f"copies at step {last['step']}: {found}; {self.summary()}")
 
     @property
     def _averages(self) -> bool:
@@ -231,85 +205,75 @@ class MemorizationMonitor(ModelMonitor):
 
     # -- one probe --------------------------------------------------------------------------------
 
+    @override
     def measure(self, step: int) -> dict[str, Any]:
-        """See `Monitor`."""
-        assert self._probe is not None
-        run, bank, averaged = self.run, self._oracle.bank, self._average()
-        module = run.module if averaged is None else averaged
-        with run.together(f"a probe of {type(self).__name__}"):
-            with model_in_eval_mode(run.trainer, module):
-                velocity = self.velocity_of(module)
-                made, resumed = self._probe.generate(velocity, run.module.device)
+        bank, averaged = self.oracle.bank, self._average()
+        with self.together():
+            with self.asked(averaged) as velocity:
+                made, resumed = self._probe.generate(velocity, self.run.module.device)
             near = {t: nearest_rows(bank, x) for t, x in made.items()}
             near_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
-        entry = self._entry(near, near_resumed)
-        if entry["not_finite"]:
-            rank_zero_warn(
-                f"{type(self).__name__}: {entry['not_finite']} samples of step {step} are not "
-                "finite; they are left out of the shares of copies."
-            )
         self._shown = made, near, resumed, near_resumed
-        return entry
-
-    def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
-        """See `Monitor`."""
-        names = [("copies", ""), ("low", "_low"), ("high", "_high")]
-        scalars = {
-            f"{self.name}/copies/t_switch={t:g}{end}": entry[key][k]
-            for k, t in enumerate(self.t_switch)
-            for key, end in names
+        shares = [_over_ranks(near[t]) for t in self.t_switch]
+        shares_resumed = [_over_ranks(found) for found in near_resumed.values()]
+        broken = sum(found["nonfinite"] for found in [*shares, *shares_resumed])
+        if broken:
+            self.warn(
+                f"{broken} samples of step {step} are not finite; they are left out of the shares "
+                "of copies."
+            )
+        return {
+            "weights": "current" if averaged is None else "average",
+            "samples": self.samples,
+            "t_switch": list(self.t_switch),
+            "copies": [found["share"] for found in shares],
+            "low": [found["low"] for found in shares],
+            "high": [found["high"] for found in shares],
+            "ratio": [found["median"] for found in shares],
+            "histogram": [found["histogram"] for found in shares],
+            "t_resume": list(near_resumed),
+            "resumed_copies": [found["share"] for found in shares_resumed],
+            "not_finite": broken,
         }
-        for t, ratio in zip(self.t_switch, entry["ratio"], strict=True):
-            scalars[f"{self.name}/ratio/t_switch={t:g}"] = ratio
+
+    @override
+    def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
+        names = {
+            "copies/t_switch={:g}": "copies",
+            "copies/t_switch={:g}_low": "low",
+            "copies/t_switch={:g}_high": "high",
+            "ratio/t_switch={:g}": "ratio",
+        }
+        scalars = {
+            f"{self.name}/{name.format(t)}": entry[key][k]
+            for k, t in enumerate(self.t_switch)
+            for name, key in names.items()
+        }
         for t, share in zip(entry["t_resume"], entry["resumed_copies"], strict=True):
             scalars[f"{self.name}/resumed_copies/t={t:g}"] = share
         return scalars
 
-    def _entry(
-        self, near: dict[float, Nearest], near_resumed: dict[float, Nearest]
-    ) -> dict[str, Any]:
-        """Copies of all ranks, as plain numbers; a collective."""
-
-        def over_ranks(found: Nearest) -> dict[str, Any]:
-            share = CopyShare().to(found.d1.device)
-            share.update(found.ratio.float())
-            return share.compute()
-
-        switched_ = [over_ranks(near[t]) for t in self.t_switch]
-        resumed = [over_ranks(found) for found in near_resumed.values()]
-        return {
-            "weights": "current" if self._average() is None else "average",
-            "samples": self.samples,
-            "t_switch": list(self.t_switch),
-            "copies": [found["share"] for found in switched_],
-            "low": [found["low"] for found in switched_],
-            "high": [found["high"] for found in switched_],
-            "ratio": [found["median"] for found in switched_],
-            "histogram": [found["histogram"] for found in switched_],
-            "t_resume": list(near_resumed),
-            "resumed_copies": [found["share"] for found in resumed],
-            "not_finite": sum(found["nonfinite"] for found in [*switched_, *resumed]),
-        }
+    @property
+    def _draws_images(self) -> bool:
+        return self.decode is not None or pictures.is_image(self.oracle.bank.shape)
 
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
         """Shares over the training, and samples of this rank beside their nearest rows."""
-        assert self._probe is not None
-        assert self._shown is not None
         made, near, resumed, near_resumed = self._shown
-        bank, step = self._oracle.bank, probes[-1]["step"]
+        bank, step = self.oracle.bank, probes[-1]["step"]
         drawn = {"copies": pictures.copies_figure(probes)}
-        if not self.decode and not pictures.is_image(bank.shape):
+        if not self._draws_images:
             return drawn
 
         def shown(x: Tensor) -> Tensor:
             x = x[:_SHOWN]
             return (self.decode(x) if self.decode else x).detach().float().cpu()
 
-        def beside(heading: str, x: Tensor, found: Nearest) -> list[Column]:
+        def beside(heading: str, x: Tensor, found: Nearest) -> list[pictures.Column]:
             rows = bank.take(found.row[:_SHOWN].clamp_min(0)).reshape(-1, *bank.shape)
             return [
-                Column(heading, shown(x), ratio=found.ratio.cpu()),
-                Column("nearest\nrow", shown(rows.float()), of_data=True),
+                pictures.Column(heading, shown(x), ratio=found.ratio.cpu()),
+                pictures.Column("nearest\nrow", shown(rows.float()), of_data=True),
             ]
 
         columns = [
@@ -317,15 +281,17 @@ class MemorizationMonitor(ModelMonitor):
         ]
         drawn["samples"] = pictures.grid_figure(columns, f"Samples at step {step}")
         if self._probe.x1 is not None:
-            columns = [Column("held out", shown(self._probe.x1), of_data=True)]
+            columns = [pictures.Column("held out", shown(self._probe.x1), of_data=True)]
             for t, (noised, x) in resumed.items():
-                columns.append(Column(f"noised\nto t = {t:g}", shown(noised)))
+                columns.append(pictures.Column(f"noised\nto t = {t:g}", shown(noised)))
                 columns += beside("resumed", x, near_resumed[t])
             title = f"Held-out rows resumed at step {step}"
             drawn["resumed"] = pictures.grid_figure(columns, title)
         return drawn
 
-    @property
-    def _oracle(self) -> Oracle:
-        assert self.oracle is not None
-        return self.oracle
+
+def _over_ranks(found: Nearest) -> dict[str, Any]:
+    """Copies of all ranks, as plain numbers; a collective."""
+    share = CopyShare().to(found.d1.device)
+    share.update(found.ratio.float())
+    return share.compute()

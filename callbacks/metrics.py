@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import override
 
 from stagewise.binned_sums import SUMS, BinnedSums
 from stagewise.copies import COPY_RATIO, binomial_interval
@@ -41,10 +42,6 @@ class BinnedMeans(Metric):
     higher_is_better = None
     full_state_update = False
     edges: Tensor
-    count: Tensor
-    finite: Tensor
-    total: Tensor
-    square: Tensor
 
     def __init__(
         self,
@@ -66,19 +63,14 @@ class BinnedMeans(Metric):
         return BinnedSums(self.edges, self.keys, *(getattr(self, name) for name in SUMS))
 
     def update(self, t: Tensor, values: Tensor) -> None:
-        """Adds samples; costs no device sync.
-
-        Args:
-            t: Times, (B,).
-            values: (K, B), in the order of the keys.
-        """
+        """Adds samples at times t, (B,), with values, (K, B); costs no device sync."""
         sums = self.sums
         sums.update(t, values)
         for name in SUMS:
             setattr(self, name, getattr(sums, name))
 
+    @override
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
         return self.sums.means()
 
 
@@ -88,9 +80,6 @@ class CopyShare(Metric):
     `compute` returns plain numbers: `share` of the finite ratios below 1/3, NaN if there are none,
     with `low` and `high` (95 %, exact binomial); `median` of the ratios, to half a bin;
     `histogram`, counts in 30 equal bins of [0, 1]; `nonfinite`, how many were left out.
-
-    Args:
-        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -115,20 +104,15 @@ class CopyShare(Metric):
         self.add_state("nonfinite", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, ratio: Tensor) -> None:
-        """Adds samples.
-
-        Args:
-            ratio: Their `d_1 / d_2`, (B,), in [0, 1], or NaN.
-        """
-        finite = ratio.isfinite()
+        """Adds samples by their `d_1 / d_2`, (B,), in [0, 1] or NaN."""
         place = (ratio * self.BINS).floor().clamp_max(self.BINS - 1)
         bins = torch.arange(self.BINS, device=ratio.device)
         self.histogram += (place[:, None] == bins).sum(0)
         self.copies += (ratio < COPY_RATIO).sum()
-        self.nonfinite += (~finite).sum()
+        self.nonfinite += (~ratio.isfinite()).sum()
 
+    @override
     def compute(self) -> dict[str, Any]:
-        """See the class."""
         counts = self.histogram.tolist()
         total, copies = int(sum(counts)), int(self.copies)
         low, high = binomial_interval(copies, total)

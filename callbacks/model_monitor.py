@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -18,61 +16,40 @@ from stagewise.adapters.network import Network, tensor_of
 from stagewise.batches import describe
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.stage_callback import AskVelocity
-from stagewise.callbacks.training_bank import read_rows
+from stagewise.callbacks.training_bank import Samples
 from stagewise.undisturbed import in_eval_mode
+from stagewise.velocity_probe import Probe
 
-__all__ = ["ModelMonitor", "model_in_eval_mode"]
-
-
-@contextmanager
-def model_in_eval_mode(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]:
-    """Lets a model be asked in training's precision, and leaves no trace of it.
-
-    Every submodule gets its mode back, and the global random state is put back.
-    """
-    precision = trainer.precision_plugin.forward_context()
-    with in_eval_mode(module), isolate_rng(), torch.no_grad(), precision:
-        yield
+__all__ = ["ModelMonitor"]
 
 
 class ModelMonitor(Monitor):
-    """The network that was found in the first step, or the `velocity` that the user gave.
+    """Asks the network that was found in the first step, or the `velocity` that the user gave.
 
     Attributes:
         network: The network, None where a `velocity` was given.
+        conditional: Whether the model is given labels; a given function may be.
+        wise: Whether its posterior is over the rows of the sample's class.
     """
 
     compares = True
-    held = (*Monitor.held, "network", "_rows", "_others")
+    held = (*Monitor.held, "network", "_rows", "_others", "_probes")
     network: Network | None = None
-    corrected = False
-    """Whether a later step than the first has shown what the network is given."""
     conditional = True
-    """Whether the model is given labels; a given function may be."""
+    wise = False
 
     def start(self) -> None:
-        """Refuses what can never work, before the first step.
-
-        Raises:
-            ValueError: If noise and data are coupled.
-        """
+        """Refuses what can never work, before the first step."""
         super().start()
         run, self.network, self.corrected = self.run, None, False
         self._given: AskVelocity | None = run.option(self, "velocity")
         if run.tied:
             name, _, reason = run.tied.partition(": ")
             raise ValueError(f"{name} has no oracle to compare with: {reason or run.tied}")
+        self.oracle = run.oracle(self)
 
     def try_velocity(self, x1: Tensor, labels: Tensor | None) -> None:
-        """Asks a given function for two velocities.
-
-        Args:
-            x1: Two samples or more, (n, *).
-            labels: Their labels, (n,), or None.
-
-        Raises:
-            ValueError: If it returns none.
-        """
+        """Asks a given function for two velocities."""
         if self._given is None:
             return
         module, device = self.run.module, self.run.module.device
@@ -80,8 +57,8 @@ class ModelMonitor(Monitor):
         t = torch.full((len(xt),), 0.5, device=device)
         y = None if labels is None else labels[:2].to(device)
         try:
-            with model_in_eval_mode(self.run.trainer, module):
-                v = self.velocity_of(module)(xt, t, y)
+            with self.asked() as velocity:
+                v = velocity(xt, t, y)
         except Exception as error:
             raise ValueError(
                 f"`velocity` raised {type(error).__name__}: {error}, asked about xt = "
@@ -95,26 +72,22 @@ class ModelMonitor(Monitor):
             )
 
     def settle(self) -> None:
-        """Takes the network; a collective.
-
-        Raises:
-            ValueError: If there is none, it returns no velocity, or it is given more than labels.
-        """
-        look, trainer = self.run.look, self.run.trainer
+        """Takes the network; a collective."""
+        look, trainer, name = self.run.look, self.run.trainer, type(self).__name__
         x1 = look.x1 if look.search.x1 is None else look.search.x1
         self.batch_size = 64 if x1 is None else len(x1)
         self.per_step = self.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         if self._given is not None:
-            with model_in_eval_mode(trainer, self.run.module):
-                said = look.search.asked_otherwise(self.velocity_of(self.run.module))
+            with self.asked() as velocity:
+                said = look.search.asked_otherwise(velocity)
             if said:
-                rank_zero_warn(f"{type(self).__name__}: {said}")
+                self.warn(said)
             return
         if not self.run.seams:
             raise ValueError(
                 f"Found nothing that makes the targets in {type(self.run.module).__name__}, so "
                 "what its network predicts is not known. Say how to ask for the velocity (t = 0 is "
-                f"noise, t = 1 is data): {type(self).__name__}({look.search.line})."
+                f"noise, t = 1 is data): {name}({look.search.line})."
             )
         with self.run.together("finding its network"):
             found, x1, call = look.search.result(), look.search.x1, look.search.call
@@ -122,9 +95,7 @@ class ModelMonitor(Monitor):
             assert x1 is not None
             assert call is not None
             tensor_of(call[2], tuple(x1.shape))  # refuses what stands for no velocity
-            ignored = self.run.option(self, "class_wise") is False
-            if look.conditions and not ignored:
-                name = type(self).__name__
+            if look.conditions and self.run.option(self, "class_wise") is not False:
                 raise ValueError(
                     f"{self.network.describe()} is also given {', '.join(look.conditions)}. "
                     f"{name} would ask it about other samples, and compare it with the posterior "
@@ -134,57 +105,62 @@ class ModelMonitor(Monitor):
                 )
         self.conditional = self.run.on_any_rank(self.network.conditional)
 
+    def is_wise(self, labels: Tensor | None) -> bool:
+        """Whether to ask over the rows of a class, of samples with those labels or without any."""
+        wise = self.run.class_wise(self)
+        if self.run.option(self, "class_wise") is None:
+            wise = wise and self.conditional and labels is not None
+        return wise
+
     def reconsider(self) -> None:
         """Asks the network anew, if a later step has shown what it is given."""
         network = self.run.look.network
         if self._given is not None or network is None or self.network is network:
             return
         if self.history:
-            rank_zero_warn(
-                f"{type(self).__name__}: the network is given more than in the steps before, "
-                f"{network.describe()}. What was measured in them is left out, and "
-                "the next probe asks it as it is given now."
+            self.warn(
+                f"the network is given more than in the steps before, {network.describe()}. "
+                "What was measured in them is left out, and the next probe asks it as it is given "
+                "now."
             )
         self.corrected = True
         self.history = [entry for entry in self.history if entry["step"] <= self.run.began]
         self.settle()
+
+    def renew(self) -> None:
+        """Takes the bank that was read again."""
+        self.oracle = self.run.oracle(self)
 
     def describe(self) -> str:
         """What is asked, for logs."""
         return "the given velocity" if self.network is None else self.network.describe()
 
     def velocity_of(self, module: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        """The velocity of a module, which may be a copy of the one that was searched.
-
-        Args:
-            module: That of the run, or one with averaged weights.
-
-        Returns:
-            From `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity, (B, *).
-        """
+        """The velocity of a module: that of the run, or a copy with averaged weights."""
         if self.network is not None:
             return self.network.of(module)
         assert self._given is not None
         return partial(self._given, module)
 
+    @contextmanager
+    def asked(self, module: nn.Module | None = None) -> Iterator[Callable[..., Tensor]]:
+        """The velocity of a module (default: of the run) in training's precision, without a trace.
+
+        Every submodule gets its mode back, and the global random state is put back.
+        """
+        module = self.run.module if module is None else module
+        precision = self.run.trainer.precision_plugin.forward_context()
+        with in_eval_mode(module), isolate_rng(), torch.no_grad(), precision:
+            yield self.velocity_of(module)
+
     # -- samples ----------------------------------------------------------------------------------
 
-    def rows(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Samples as training draws them, so that a bank that is not theirs shows.
-
-        Args:
-            count: How many; all if there are fewer.
-
-        Returns:
-            Samples, (n, *), and labels, (n,), or None, on the CPU.
-
-        Raises:
-            ValueError: If they have another shape than the rows of the bank, or cannot be read.
-        """
+    def rows(self, count: int) -> Samples:
+        """Samples as training draws them, so that a bank that is not theirs shows."""
         run, bank = self.run, self.run.bank(self)
         given = run.given(self)
         try:
-            x1, labels = self._read(run.trainer.train_dataloader, count)
+            x1, labels = run.read(self, run.trainer.train_dataloader, count)
         except ValueError:
             if not given:
                 raise
@@ -200,31 +176,16 @@ class ModelMonitor(Monitor):
                     "StageRun(find=lambda batch: (batch[0], None))."
                 )
             why = f"the batches hold samples of shape {shape}, not {bank.shape}"
-        rank_zero_info(
-            f"{type(self).__name__}: {why}, so rows of the bank stand for the training samples."
-        )
+        self.say(f"{why}, so rows of the bank stand for the training samples.")
         draws = torch.Generator().manual_seed(self.seed)
         index = torch.randperm(len(bank), generator=draws)[:count]
         x1 = bank.take(index.to(bank.device)).reshape(-1, *bank.shape).float().cpu()
         return x1, torch.tensor(bank.labels_of(index.tolist())) if bank.classes else None
 
-    def _read(self, loader: Any, count: int) -> tuple[Tensor, Tensor | None]:
-        run = self.run
-        return read_rows(
-            run.trainer, run.module, loader, count, find=run.find_of(self), seed=self.seed
-        )
-
-    def others(self, count: int) -> tuple[Tensor, Tensor | None] | None:
+    def others(self, count: int) -> Samples | None:
         """Samples that are not trained on: what the user gave, or the first validation loader's.
 
-        Args:
-            count: How many; all if there are fewer.
-
-        Returns:
-            Samples and labels on the CPU; None if there are none, which the log says.
-
-        Raises:
-            ValueError: If what the user gave has another shape than the rows of the bank.
+        None if there are none, which the log says.
         """
         name, bank = type(self).__name__, self.run.bank(self)
         given = self.run.option(self, "held_out")
@@ -236,29 +197,42 @@ class ModelMonitor(Monitor):
                     f"{tuple(x1.shape)}."
                 )
             return x1.cpu(), None if labels is None else labels.cpu()
-        loader = _validation_loader(self.run.trainer)
-        why = "there is no validation data"
+        why, loader = "there is no validation data", self._validation_loader()
         if loader:
             try:
-                x1, labels = self._read(loader, count)
+                x1, labels = self.run.read(self, loader, count)
                 if tuple(x1.shape[1:]) == bank.shape:
                     return x1, labels
                 why = f"validation samples have the shape {tuple(x1.shape[1:])}, not {bank.shape}"
             except ValueError as error:
                 why = f"the validation data cannot be read: {str(error).split('. ')[0]}"
-        rank_zero_info(
-            f"{name}: {why}. What needs held-out samples is left out. Give some: "
+        self.say(
+            f"{why}. What needs held-out samples is left out. Give some: "
             f"{name}(held_out=(samples, labels))."
         )
         return None
 
+    def _validation_loader(self) -> Any:
+        """The first validation loader, None if there is none."""
+        trainer = self.run.trainer
+        if trainer.val_dataloaders is None and trainer.enable_validation:
+            # Where the first epoch has no validation Lightning sets it up later, in the same way.
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
+        loader = trainer.val_dataloaders
+        return loader[0] if isinstance(loader, (list, tuple)) and loader else loader
 
-def _validation_loader(trainer: pl.Trainer) -> Any:
-    """The first validation loader, None if there is none."""
-    if trainer.val_dataloaders is None and trainer.enable_validation:
-        # Where the first epoch has no validation Lightning sets it up later, in the same way.
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        trainer.training = True
-    loader = trainer.val_dataloaders
-    return loader[0] if isinstance(loader, (list, tuple)) and loader else loader
+    def noisy(self, samples: Samples, edges: Tensor, queries: int, number: int) -> Probe:
+        """Noisy samples, this rank's, that stay the same for all probes."""
+        return Probe(
+            *samples,
+            edges,
+            queries,
+            self.oracle,
+            class_wise=self.wise,
+            seed=(self.seed, number),
+            device=self.oracle.bank.device,
+            rank=self.run.trainer.global_rank,
+            world_size=self.run.trainer.world_size,
+        )

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.oracle import Oracle
 from stagewise.paths import same_path
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "MonitorOptions"]
+
+
+class MonitorOptions(RunOptions, total=False):
+    """What every monitor takes beside what it may say about the run.
+
+    Attributes:
+        every_n_steps: Optimizer steps between probes; default a twentieth of the training, at most
+            1000.
+        figures: Draw at every so many probes; default at the first, second, fourth, eighth, ...,
+            and at the last; 0: never.
+    """
+
+    every_n_steps: int | None
+    figures: int | None
 
 
 class Monitor(StageCallback):
@@ -26,38 +41,41 @@ class Monitor(StageCallback):
     a run that was stopped and resumed has the history of one that was not.
 
     Args:
-        bank: See `StageCallback`.
-        every_n_steps: Optimizer steps between probes; None: a twentieth of the training, at most
-            `longest`.
-        figures: Draw at every so many probes; None: at the first, second, fourth, eighth, ..., and
-            at the last; 0: never.
-        name: See `StageCallback`.
+        name: See `StageCallback`, like `bank`.
+        bank: The training latents.
+        every_n_steps: See `MonitorOptions`, like `figures`.
+        figures: How often to draw.
         **options: See `RunOptions`.
 
     Attributes:
         every: Steps between probes, once training has begun.
         history: The probes so far.
         seconds: What each probe of this process has cost.
-        probes: Probes in a run whose interval nobody gives.
-        longest: The largest default of `every_n_steps`.
+        probes: Probes in a run whose interval nobody gives, and `longest`, the largest interval
+            then.
         event: What its lines in `stages.jsonl` are called.
+        oracle: Bank and path, within a run; None outside.
 
     Raises:
         ValueError: For numbers out of range.
     """
 
     measures = True
+    held = (*StageCallback.held, "oracle")
     probes: ClassVar[int] = 20
     longest: ClassVar[int] = 1000
     event: ClassVar[str]
+    oracle: Oracle = None  # type: ignore[assignment]
+    corrected = False
+    """Whether a later step than the first has shown what the network is given."""
 
     def __init__(
         self,
-        bank: LatentBank | None,
-        *,
-        every_n_steps: int | None,
-        figures: int | None,
         name: str,
+        bank: LatentBank | None = None,
+        *,
+        every_n_steps: int | None = None,
+        figures: int | None = None,
         **options: Unpack[RunOptions],
     ) -> None:
         super().__init__(name, bank, **options)
@@ -91,7 +109,7 @@ class Monitor(StageCallback):
 
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
         """Pictures by their names, of all probes; asked of rank zero only."""
-        raise NotImplementedError
+        return {}
 
     # -- the course of a training -----------------------------------------------------------------
 
@@ -101,22 +119,24 @@ class Monitor(StageCallback):
         run.bank(self)
         path, _ = run.path_of(self)
         if run.path_from and not same_path(path, run.path):
-            rank_zero_warn(
-                f"{type(self).__name__} goes by path={path!r}, but the module trains on "
-                f"{run.path!r} ({run.path_from}). Leave `path` out to watch the training."
+            self.warn(
+                f"goes by path={path!r}, but the module trains on {run.path!r} ({run.path_from}). "
+                "Leave `path` out to watch the training."
             )
-        past = run.began
-        # A callback may serve a second fit: only a resumed run has a past.
-        going_on = bool(past) and not self.renewed
-        self.history = [e for e in self.history if going_on and self._stays(e, past)]
+        self.history = self._still(self.history)
         share = (run.total or self.probes * self.longest) // self.probes
         self.every = self.every_n_steps or max(1, min(self.longest, share))
-        self.writer = run.writer(self)
-        self._since, self.seconds = (time.perf_counter(), past), []
+        self.writer = run.open_writer(self)
+        self._since, self.seconds = (time.perf_counter(), run.began), []
 
-    @staticmethod
-    def _stays(event: dict[str, Any], past: int) -> bool:
-        return event["step"] <= past and not event.get("at_end")
+    def _still(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those that a run that goes on has: a second fit of a callback, or other latents, none."""
+        past = 0 if self.renewed else self.run.began
+        return [e for e in events if past and e["step"] <= past and not e.get("at_end")]
+
+    def open_files(self, header: dict[str, Any], events: list[dict[str, Any]]) -> None:
+        """Begins `stages.jsonl` with what is known; a collective."""
+        self.writer.start([header, *events], resumed=bool(events) or self.corrected)
 
     @property
     def _last(self) -> int | None:
@@ -127,9 +147,9 @@ class Monitor(StageCallback):
         # Several optimizers advance it by more than one, and a resumed run may have probed here.
         return self._last is None or step // self.every > self._last // self.every
 
+    @override
     def after_batch(self, step: int, before: int) -> None:
-        """Probes if it is time; with accumulated gradients several batches share a step."""
-        if step == before:
+        if step == before:  # with accumulated gradients several batches share a step
             return
         if self.due(step):
             self.probe(step)
@@ -143,13 +163,12 @@ class Monitor(StageCallback):
         if self._last != self.run.step and not averaging:
             self.probe(self.run.step, at_end=True)
 
-    def probe(self, step: int, *, at_end: bool = False) -> None:
-        """Probes, draws and writes; a collective.
+    def together(self) -> AbstractContextManager[None]:
+        """Probes on every rank, or raises on all of them; see `ranks.together`."""
+        return self.run.together(f"a probe of {type(self).__name__}")
 
-        Args:
-            step: Optimizer steps done.
-            at_end: Whether only the end of training is the reason.
-        """
+    def probe(self, step: int, *, at_end: bool = False) -> None:
+        """Probes, draws and writes; a collective."""
         run, device = self.run, self.run.module.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
@@ -158,7 +177,7 @@ class Monitor(StageCallback):
         entry = {"event": self.event, "step": step, **self.measure(step)}
         if at_end:
             entry["at_end"] = True
-        with run.together(f"a probe of {type(self).__name__}"):
+        with self.together():
             if run.trainer.is_global_zero and self._draws(at_end):
                 self.writer.pictures(self._figures([*self.history, entry]), step)
             self.seconds.append(time.perf_counter() - start)
@@ -181,6 +200,7 @@ class Monitor(StageCallback):
         """The step of the trainer's own logs: that of the batch which was just trained on."""
         return max(0, step - 1)
 
-    def cost(self) -> str:
-        """What the last probe cost, for the log."""
-        return f"{self.seconds[-1]:.1f} s" if self.seconds else "nothing"
+    def summary(self) -> str:
+        """How often it has probed, what the last probe cost, and where that is written."""
+        cost = f"{self.seconds[-1]:.1f} s" if self.seconds else "nothing"
+        return f"{len(self.history)} probes, the last cost {cost}; {self.writer.describe()}"

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from typing_extensions import Unpack
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from matplotlib.figure import Figure
+from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
-from stagewise.callbacks.monitor import Monitor
-from stagewise.callbacks.stage_callback import RunOptions
-from stagewise.callbacks.tags import by_time, charts
+from stagewise.callbacks.monitor import Monitor, MonitorOptions
+from stagewise.callbacks.writer import by_time
 from stagewise.engines import Engine
-from stagewise.oracle import Oracle
 from stagewise.spectrum import predicted_boundary
 from stagewise.stages import (
     STATISTICS,
@@ -53,35 +51,30 @@ class PosteriorMonitor(Monitor):
     - `stagewise_by_t/{top1,entropy,ess,source_weight,target_difference}/t=...`: means by stratum;
       `target_difference` is MSE(conditional, oracle velocity).
 
-    **To TensorBoard** also the figures `stagewise/concentration`, `stagewise/target_difference` and
-    `stagewise/heatmap`, and a custom-scalars layout (which replaces a layout of yours, if any).
-    **To disk**, in `dirpath`: `stages.jsonl` (one line for the bank, one per probe) and the figures
-    as PNG.
+    **To TensorBoard** also the figures `concentration`, `target_difference` and `heatmap`, and a
+    custom-scalars layout (which replaces a layout of yours, if any). **To disk**, in `dirpath`:
+    `stages.jsonl` (one line for the bank, one per probe) and the figures as PNG.
 
-    When not to use it: with couplings that make noise and data dependent (minibatch OT), where the
-    posterior below does not hold; and with data sets without a fixed set of samples (streams).
-    Where a model is conditioned on more than classes (text), its own stages come earlier.
+    When not to use it: with couplings that make noise and data dependent (minibatch OT); with data
+    sets without a fixed set of samples (streams). Where a model is conditioned on more than classes
+    (text), its own stages come earlier.
 
     Args:
         bank: See `StageCallback`. It is moved to the training device if it takes less than a
             quarter of the memory free there, and otherwise streamed from where it lies.
-        every_n_steps: Optimizer steps between probes; default a twentieth of the training, at most
-            1000. The first probe is in the first step, before any weight changes.
         strata: Strata of t, default 24; half of them lie near the predicted boundary if that is
             near an end of [0, 1] (`stages.stage_edges`).
-        queries: Queries in each stratum, default 64. The cost of a probe is that of
-            `strata * queries` queries to the whole bank (or to a class). The interval of
-            `collapsed` hangs on the few queries in a hundred that have not collapsed: give more if
-            you need it sharp.
+        queries: Queries to the whole bank (or to a class) in each stratum, default 64. The interval
+            of `collapsed` hangs on the few in a hundred that have not collapsed: give more if you
+            need it sharp.
         engine: How the oracle reaches the rows, default `Auto()`: exactly. Not `Sharded`, because
             the ranks share the queries of a probe: give each the same memory-mapped bank, which a
             node holds in memory once.
-        figures: Draw at every so many probes; default at the first, second, fourth, eighth, ...,
-            and at the last of the run; 0: never.
         name: Prefix of all tags and name of the folder, default "stagewise". Give two monitors in
             one trainer two names.
-        **options: What it says about the run: `find`, `path`, `class_wise`, `dirpath`, `seed`, ...;
-            see `RunOptions`.
+        **options: `every_n_steps` and `figures`, see `MonitorOptions`; the first probe is in the
+            first step, before any weight changes. And what it says about the run: `find`, `path`,
+            `class_wise`, `dirpath`, `seed`, ...; see `RunOptions`.
 
     Raises:
         TypeError: At construction for an engine, bank or path that is none.
@@ -93,20 +86,23 @@ class PosteriorMonitor(Monitor):
     order = 1
     held = (*Monitor.held, "recipe")
     event = "probe"
+    charts = {
+        "boundary (t, 0 = noise)": "/(midpoint|collapsed|predicted)$",
+        **{f"{key.replace('_', ' ')} by t": f"_by_t/{key}/.*" for key in STATISTICS},
+        "cost of a probe / step time": "/share_of_step_time$",
+    }
 
     def __init__(
         self,
         bank: LatentBank | None = None,
         *,
-        every_n_steps: int | None = None,
         strata: int = 24,
         queries: int = 64,
         engine: Engine | None = None,
-        figures: int | None = None,
         name: str = "stagewise",
-        **options: Unpack[RunOptions],
+        **options: Unpack[MonitorOptions],
     ) -> None:
-        super().__init__(bank, every_n_steps=every_n_steps, figures=figures, name=name, **options)
+        super().__init__(name, bank, **options)
         if engine is not None and not (isinstance(engine, Engine) and engine.holds_all_rows):
             raise TypeError(
                 f"Expected `engine` to be a stagewise engine other than Sharded, got {engine!r}. "
@@ -115,7 +111,6 @@ class PosteriorMonitor(Monitor):
         stage_edges(math.nan, strata)
         stratified_times(torch.tensor([0.0, 1.0]), queries)
         self.strata, self.queries, self.engine = strata, queries, engine
-        self.oracle: Oracle | None = None
         self.curve: StageCurve | None = None
         self.boundary: StageBoundary | None = None
         self.predicted = math.nan
@@ -145,9 +140,8 @@ class PosteriorMonitor(Monitor):
         run = self.run
         self.curve = self.curve if self.history else None
         self.boundary = None if self.curve is None else self.curve.boundary(seed=self.seed)
-        path, found = run.path_of(self)
         self._take_bank()
-        bank = run.bank(self)
+        bank, (path, found) = run.bank(self), run.path_of(self)
         if self.wise and 2 * len(bank.classes) > len(bank):
             rank_zero_warn(
                 f"The labels make {len(bank.classes)} classes of {len(bank)} rows. Over a class of "
@@ -159,12 +153,12 @@ class PosteriorMonitor(Monitor):
             posterior = f"over the rows of its class ({len(bank.classes)} classes)"
             if run.option(self, "class_wise") is None:
                 posterior += ", as there are labels (class_wise=False if training ignores them)"
-        rank_zero_info(
-            f"PosteriorMonitor: {bank}, std {bank.std:.3g}; {path!r} ({found}), t = 0 is noise; "
-            f"posterior {posterior}, by {self._oracle.engine.describe(bank)}; predicted boundary "
+        self.say(
+            f"{bank}, std {bank.std:.3g}; {path!r} ({found}), t = 0 is noise; "
+            f"posterior {posterior}, by {self.oracle.engine.describe(bank)}; predicted boundary "
             f"t = {self.predicted:.3f}; {self.writer.describe()}"
         )
-        self.writer.start([self._header(), *self.history], resumed=bool(self.history))
+        self.open_files(self._header(), self.history)
 
     def _take_bank(self) -> None:
         run = self.run
@@ -183,16 +177,12 @@ class PosteriorMonitor(Monitor):
 
     def settle(self) -> None:
         """In the first step: says what a conditioned network means for it, and probes."""
-        self._say_conditions()
+        self.reconsider()
         if self.due(self.run.first_step):
             self.probe(self.run.first_step)
 
-    def reconsider(self) -> None:
-        """Says what a conditioned network means for it, now that it is known."""
-        self._say_conditions()
-
+    @override
     def before_batch(self, step: int) -> None:
-        """Probes if it is time."""
         if self.due(step):
             self.probe(step)
 
@@ -202,76 +192,23 @@ class PosteriorMonitor(Monitor):
     def end(self) -> None:
         """Says where things are; it does not probe, as the data are what they were."""
         last = self.history[-1]
-        rank_zero_info(
-            f"PosteriorMonitor: boundary t = {last['midpoint']:.3f} (midpoint), "
-            f"{last['collapsed']:.3f} (collapsed) at step {last['step']}; {len(self.history)} "
-            f"probes, the last cost {self.cost()}; {self.writer.describe()}"
+        self.say(
+            f"boundary t = {last['midpoint']:.3f} (midpoint), {last['collapsed']:.3f} (collapsed) "
+            f"at step {last['step']}; {self.summary()}"
         )
-
-    def stop(self) -> None:
-        """Lets go of the bank."""
-        self.oracle = None
 
     def renew(self) -> None:
         """Measures the latents that were read anew; the strata stay, so that probes compare."""
         edges = self.recipe.edges
         self._take_bank()
         self.run.recipes.pop()
-        self.recipe = Recipe(self._oracle, self.wise, edges, self.queries, self.seed)
+        self.recipe = Recipe(self.oracle, self.wise, edges, self.queries, self.seed)
         self.run.recipes.append(self.recipe)
         self.writer.event(self._header())
         self.probe(self.run.trainer.global_step)
 
-    # -- one probe --------------------------------------------------------------------------------
-
-    def measure(self, step: int) -> dict[str, Any]:
-        """See `Monitor`."""
-        curve = self.run.curve(self.recipe, step, "a probe of PosteriorMonitor")
-        self.curve, self.boundary = curve, curve.boundary(seed=self.seed)
-        return {
-            **self.boundary.as_dict(),
-            "t": curve.times.tolist(),
-            **{statistic: curve.mean(statistic).tolist() for statistic in STATISTICS},
-        }
-
-    def logged_at(self, step: int) -> int:
-        """See `Monitor`: it measures before the batch of a step."""
-        return step
-
-    def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
-        """See `Monitor`."""
-        keys = [f"{key}{end}" for key in ("midpoint", "collapsed") for end in _ENDS]
-        scalars = {f"{self.name}/{key}": entry[key] for key in keys}
-        scalars[f"{self.name}/predicted"] = self.predicted
-        for statistic in STATISTICS:
-            prefix = f"{self.name}_by_t/{statistic}"
-            scalars |= by_time(prefix, self.recipe.edges, entry[statistic])
-        return scalars
-
-    def _figures(self, probes: list[dict[str, Any]]) -> dict[str, pictures.Figure]:
-        bank = self._oracle.bank
-        assert self.curve is not None
-        assert self.boundary is not None
-        title = f"N = {len(bank)}, D = {bank.dim}"
-        title += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
-        # A resumed run may have been given another number of strata.
-        alike = [entry for entry in probes if len(entry["t"]) == self.strata]
-        about = (self.curve, self.boundary, self.predicted, f"{title}, step {probes[-1]['step']}")
-        return {
-            "concentration": pictures.concentration_figure(*about),
-            "target_difference": pictures.target_difference_figure(*about),
-            "heatmap": pictures.heatmap_figure(
-                [entry["step"] for entry in alike],
-                self.recipe.edges.numpy(),
-                np.array([entry["top1"] for entry in alike]),
-                [entry["midpoint"] for entry in alike],
-            ),
-        }
-
-    # -- words ------------------------------------------------------------------------------------
-
-    def _say_conditions(self) -> None:
-        """What a posterior over data means for a network that is given more than x_t and t."""
+    def reconsider(self) -> None:
+        """Says what a posterior over data means for a network that is given more than x_t and t."""
         run = self.run
         if run.option(self, "class_wise") is False:
             return
@@ -300,13 +237,54 @@ class PosteriorMonitor(Monitor):
                 "batch[1])), or give them to the bank: LatentBank(x, labels)."
             )
 
-    @property
-    def _oracle(self) -> Oracle:
-        assert self.oracle is not None
-        return self.oracle
+    # -- one probe --------------------------------------------------------------------------------
+
+    @override
+    def measure(self, step: int) -> dict[str, Any]:
+        curve = self.run.curve(self.recipe, step, "a probe of PosteriorMonitor")
+        self.curve, self.boundary = curve, curve.boundary(seed=self.seed)
+        return {
+            **self.boundary.as_dict(),
+            "t": curve.times.tolist(),
+            **{statistic: curve.mean(statistic).tolist() for statistic in STATISTICS},
+        }
+
+    def logged_at(self, step: int) -> int:
+        """That very step: it measures before its batch."""
+        return step
+
+    @override
+    def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
+        keys = [f"{key}{end}" for key in ("midpoint", "collapsed") for end in _ENDS]
+        scalars = {f"{self.name}/{key}": entry[key] for key in keys}
+        scalars[f"{self.name}/predicted"] = self.predicted
+        for statistic in STATISTICS:
+            prefix = f"{self.name}_by_t/{statistic}"
+            scalars |= by_time(prefix, self.recipe.edges, entry[statistic])
+        return scalars
+
+    def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
+        bank = self.oracle.bank
+        assert self.curve is not None
+        assert self.boundary is not None
+        title = f"N = {len(bank)}, D = {bank.dim}"
+        title += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
+        # A resumed run may have been given another number of strata.
+        alike = [entry for entry in probes if len(entry["t"]) == self.strata]
+        about = (self.curve, self.boundary, self.predicted, f"{title}, step {probes[-1]['step']}")
+        return {
+            "concentration": pictures.concentration_figure(*about),
+            "target_difference": pictures.target_difference_figure(*about),
+            "heatmap": pictures.heatmap_figure(
+                [entry["step"] for entry in alike],
+                self.recipe.edges.numpy(),
+                np.array([entry["top1"] for entry in alike]),
+                [entry["midpoint"] for entry in alike],
+            ),
+        }
 
     def _header(self) -> dict[str, Any]:
-        bank = self._oracle.bank
+        bank = self.oracle.bank
         return {
             "event": "bank",
             "rows": len(bank),
@@ -314,21 +292,14 @@ class PosteriorMonitor(Monitor):
             "std": bank.std,
             "classes": len(bank.classes),
             "class_wise": self.wise,
-            "path": repr(self._oracle.path),
+            "path": repr(self.oracle.path),
             "predicted": self.predicted,
         }
 
+    @override
     def layout(self) -> dict[str, list[Any]]:
-        """Its charts on TensorBoard's custom-scalars page."""
-        name, pattern = self.name, re.escape(self.name)
         intervals = {
-            f"{key} with interval": ["Margin", [f"{name}/{key}{end}" for end in _ENDS]]
+            f"{key} with interval": ["Margin", [f"{self.name}/{key}{end}" for end in _ENDS]]
             for key in ("midpoint", "collapsed")
         }
-        by_t = {f"{key.replace('_', ' ')} by t": f"{pattern}_by_t/{key}/.*" for key in STATISTICS}
-        return {
-            **charts({"boundary (t, 0 = noise)": f"{pattern}/(midpoint|collapsed|predicted)$"}),
-            **intervals,
-            **charts(by_t),
-            **charts({"cost of a probe / step time": f"{pattern}/share_of_step_time$"}),
-        }
+        return {**super().layout(), **intervals}

@@ -19,13 +19,7 @@ __all__ = ["GatheredLosses", "SchemeMeans", "together"]
 def together(trainer: pl.Trainer, what: str) -> Iterator[None]:
     """Does something on every rank, or raises on all of them; a collective at its end.
 
-    Args:
-        trainer: The trainer.
-        what: What is done, for the ranks that could do it. Nothing in it may wait for others.
-
-    Raises:
-        Exception: What was raised on this rank.
-        ValueError: If it was on another, which would wait for this one for ever.
+    Nothing in it may wait for others. A rank that could do it says that another failed in `what`.
     """
     error: Exception | None = None
     try:
@@ -82,8 +76,9 @@ class GatheredLosses:
     """The losses of an optimizer step from all ranks, so that every rank decides the same.
 
     Attributes:
-        share: How many each rank sends, None until the first step; a resumed run keeps it, as its
-            first step may be a short one.
+        share: How many each rank sends: the largest first step fixes it, since ranks must send
+            equally many. A rank that has fewer sends some of its own twice, one that has more
+            leaves the last out. None until then; a resumed run keeps it.
     """
 
     def __init__(self) -> None:
@@ -95,11 +90,7 @@ class GatheredLosses:
         self._records.append(torch.stack([t.float(), loss.float()]))
 
     def gathered(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Times and losses since the last time, from all ranks; a collective.
-
-        Ranks must send equally many. What they send is fixed by the largest first step; a rank that
-        has fewer sends some of its own twice, one that has more leaves the last out.
-        """
+        """Times and losses since the last time, from all ranks; a collective."""
         if not self._records:
             return None, None
         record = torch.cat(self._records, dim=1)

@@ -7,11 +7,13 @@ nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -21,6 +23,7 @@ from stagewise.paths import Path as ProbabilityPath
 
 if TYPE_CHECKING:
     from stagewise.callbacks.run import StageRun
+    from stagewise.callbacks.writer import Writer
 
 __all__ = ["AskVelocity", "HeldOut", "RunOptions", "StageCallback"]
 
@@ -88,6 +91,7 @@ class StageCallback(pl.Callback):
         compares: Whether it compares the model with the oracle over that bank.
         mixes: Whether it puts the oracle into the targets.
         held: What it has of a run, and lets go of afterwards.
+        charts: Of TensorBoard's custom-scalars page: by title, the tags as a pattern after `name`.
         run: The run, from the start of training to its end.
         stash: The state of a checkpoint, until training has started from it.
         renewed: Whether the bank is not that of the checkpoint, so that all is measured anew.
@@ -104,7 +108,9 @@ class StageCallback(pl.Callback):
     mixes: bool = False
     # The last two are the module's: Lightning sets them.
     held: ClassVar[tuple[str, ...]] = ("run", "writer", "log", "log_dict")
-    run: StageRun
+    charts: ClassVar[dict[str, str]] = {}
+    run: StageRun = None  # type: ignore[assignment]
+    writer: Writer
     _before: dict[str, Any] | None = None
 
     def __init__(
@@ -125,18 +131,27 @@ class StageCallback(pl.Callback):
         self.renewed = False
 
     @property
-    def _runs(self) -> bool:
-        return hasattr(self, "run")
-
-    @property
     def _leads(self) -> bool:
-        return self._runs and self.run.leader is self
+        return self.run is not None and self.run.leader is self
 
     @property
     def seed(self) -> int:
         """Of its generators: its own word, or that of the run."""
         own = self.said.get("seed", 0)
-        return int(self.run.option(self, "seed", own) if self._runs else own)
+        return int(own if self.run is None else self.run.option(self, "seed", own))
+
+    def say(self, message: str) -> None:
+        """A line of the log, with the name of the class."""
+        rank_zero_info(f"{type(self).__name__}: {message}")
+
+    def warn(self, message: str) -> None:
+        """A warning, with the name of the class."""
+        rank_zero_warn(f"{type(self).__name__}: {message}")
+
+    def layout(self) -> dict[str, list[Any]]:
+        """Its charts for TensorBoard's custom-scalars page."""
+        name = re.escape(self.name)
+        return {title: ["Multiline", [f"^{name}{tags}"]] for title, tags in self.charts.items()}
 
     @property
     def state_key(self) -> str:
@@ -145,7 +160,7 @@ class StageCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""
-        return {"run": self.run.record(self) if self._runs else self.kept}
+        return {"run": self.kept if self.run is None else self.run.record(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state of a checkpoint for the start of training."""
@@ -217,7 +232,7 @@ class StageCallback(pl.Callback):
         """After an exception, before `stop`."""
 
     def stop(self) -> None:
-        """After training or an exception: lets go of what it holds. May be called twice."""
+        """After training or an exception: lets go of what `held` does not name. Twice, maybe."""
 
     # -- the hooks of Lightning, with which the first callback of the list tells the run ----------
 
@@ -252,12 +267,7 @@ class StageCallback(pl.Callback):
 
 
 def _check(options: dict[str, Any]) -> None:
-    """Refuses options of a wrong type.
-
-    Raises:
-        TypeError: With the cure.
-        ValueError: For a wrong `class_wise`, or a class-wise posterior over a bank without labels.
-    """
+    """Refuses options of a wrong type."""
     bank, path, wise = options.get("bank"), options.get("path"), options.get("class_wise", "auto")
     if bank is not None and not isinstance(bank, LatentBank):
         raise TypeError(

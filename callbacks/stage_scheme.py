@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from stagewise.adapters import Detach, Seam, find_seams, one_seam
 from stagewise.adapters.objective import Objective
 from stagewise.bank import LatentBank
 from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.callbacks.stage_transitions import refuse_unheard
 from stagewise.callbacks.training_bank import shard_from_trainer
 from stagewise.certificate import Certificate
 from stagewise.engines import Engine
@@ -49,40 +49,32 @@ class StageScheme(StageCallback):
     In the first step the samples that the scheme is given are held against the bank: another scale
     is refused, and samples that are no rows of it are warned of, with their share. A target that
     mixes the oracle in is refused for a network that is given more than x_t, t and class labels,
-    unless class_wise=False says that it ignores that.
+    unless class_wise=False says that it ignores that. The boundary of the stages, if it is not
+    given, is that of the run, which is measured once, before the first step.
 
-    The boundary of the stages, if it is not given, is that of the run, which is measured once,
-    before the first step. It does not change afterwards, and a resumed run keeps it.
-
-    **Logged to every logger of the trainer** at its `log_every_n_steps` (`stagewise_scheme` is
-    `name`), as means over the samples of all ranks since the time before:
-
-    - `stagewise_scheme/lambda`: share of the oracle in the target.
-    - `stagewise_scheme/navigation_share`: share of the draws with t below the boundary (NaN if
-      nothing depends on a boundary).
-    - `stagewise_scheme/weight`: weight of a sample.
-    - `stagewise_scheme/inserted_share`: share of samples that are no rows of the bank, and were put
-      into its posterior; `stagewise_scheme/tail_mass`: share of the posterior that did not enter.
-      Both over the samples that were mixed (NaN if none was).
-    - `stagewise_scheme/boundary`: t; `stagewise_scheme/phase`: number of the phase, from 0.
-
-    A change of phase is logged at its step as `stagewise_scheme/transition`, the number of the new
-    phase, as text to TensorBoard, and as a line of `stages.jsonl` in `dirpath`.
+    **Logged to every logger** at the trainer's `log_every_n_steps` (`stagewise_scheme` is `name`),
+    as means over the samples of all ranks since the time before: `stagewise_scheme/lambda`, the
+    share of the oracle in the target; `.../weight`; `.../navigation_share`, of the draws with t
+    below the boundary (NaN without one); over the samples that were mixed, `.../inserted_share`, of
+    those that are no rows of the bank and were put into its posterior, and `.../tail_mass` of the
+    posterior that did not enter; `.../boundary`, t; `.../phase`, its number, from 0. A change of
+    phase is `.../transition`, the number of the new one, a text in TensorBoard, and a line of
+    `stages.jsonl` in `dirpath`.
 
     Args:
         scheme: A `Scheme` or `Phases`, or a function that makes one of the oracle, (oracle) ->
             scheme, for phases over a bank that is read from the training. Default None: made from
             the parts below; without any, the scheme that the module's `FlowMatchingLoss` has.
         target: See `Scheme`, like the next four.
-        timesteps: How t is drawn; default: as the module does it.
+        timesteps: Default: as the module draws them.
         weight: From t to the weight of a sample.
         boundary: Where navigation meets refinement.
         preserve_objective: Whether weights make up for `timesteps`.
         engine: How the oracle reaches the rows, default `Auto()`. With `Sharded()` the bank is this
             rank's part, and training must say the `source` of its samples.
         certificate: A `Certificate` of the bank, or the file of one, which is written before the
-            first step if there is none of this bank: queries that it answers need no search.
-            Default None. Not with a `scheme` that has an oracle, nor with `Sharded()`.
+            first step if there is none of this bank: queries that it answers need no search. Not
+            with a `scheme` that has an oracle, nor with `Sharded()`.
         name: Prefix of all tags and name of the folder, default "stagewise_scheme".
         bank: See `StageCallback`. Not needed with a `scheme` that has an oracle.
         **options: What it says about the run: `find`, `class_wise`, `seam`, `dirpath`,
@@ -90,13 +82,16 @@ class StageScheme(StageCallback):
 
     Raises:
         ValueError: At construction if both a scheme and parts are given; before the first training
-            step if nothing or several things make the targets, they cannot do what the scheme asks
-            for, a phase waits for an event that nothing says, or the samples are not at the scale
-            of the bank, with the cure.
+            step for what cannot be steered so.
         RuntimeError: In the first training step, if it did not use what was steered.
     """
 
     order = 5
+    seam: Seam | None = None
+    _begin: dict[str, Any] | None = None
+    _detach: Detach | None = None
+    _losses: GatheredLosses | None = None
+    _set_up = _paused = False
 
     def __init__(
         self,
@@ -114,13 +109,8 @@ class StageScheme(StageCallback):
         **options: Unpack[RunOptions],
     ) -> None:
         super().__init__(name, bank, **options)
-        steers: dict[str, Any] = {
-            "target": target,
-            "timesteps": timesteps,
-            "weight": weight,
-            "boundary": boundary,
-            "preserve_objective": preserve_objective or None,
-        }
+        steers: dict[str, Any] = {"target": target, "timesteps": timesteps, "weight": weight}
+        steers |= {"boundary": boundary, "preserve_objective": preserve_objective or None}
         self._parts = {key: part for key, part in steers.items() if part is not None}
         if scheme is not None and (self._parts or "class_wise" in self.said):
             raise ValueError(
@@ -135,17 +125,10 @@ class StageScheme(StageCallback):
                     f"an oracle, got {scheme!r}. {_CURE}"
                 )
             self._make, scheme = scheme, None
-        self.scheme = scheme
-        self.engine, self.certificate = engine, certificate
+        self.scheme: Scheme | Phases = scheme  # type: ignore[assignment]
+        self.engine, self.certificate, self._given = engine, certificate, scheme
         self.transitions: list[dict[str, Any]] = []
-        self.seam: Seam | None = None
-        self._given = scheme
         self._say_oracle()
-        self._begin: dict[str, Any] | None = None
-        self._set_up = False
-        self._detach: Detach | None = None
-        self._losses: GatheredLosses | None = None
-        self._paused = self.measures = False
 
     @property
     def mixes(self) -> bool:  # type: ignore[override]
@@ -154,14 +137,14 @@ class StageScheme(StageCallback):
 
     def _say_oracle(self) -> None:
         """Bank and path of a scheme that has them are those of the run."""
-        found = [] if self._given is None else [part.oracle for part in parts(self._given)]
+        given = [] if self._given is None else parts(self._given)
+        found = [part.oracle for part in given]
         oracles = [o for o in found if o is not None and o.engine.holds_all_rows]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
             self.said = {"bank": oracles[0].bank, "path": oracles[0].path} | self.said
-        smoothed = [] if self._given is None else [part.smoothing for part in parts(self._given)]
-        for smoothing in smoothed if not found or not oracles else ():
-            if smoothing is not None:
-                self.said = {"bank": smoothing.bank} | self.said
+        for part in given if not oracles else ():
+            if part.smoothing is not None:
+                self.said = {"bank": part.smoothing.bank} | self.said
 
     @property
     def state_key(self) -> str:
@@ -215,9 +198,9 @@ class StageScheme(StageCallback):
             part.labels_of = run.look.labels_for
         run.look.schemes.append(self.scheme)
         resumed = self._resume()
-        self.writer = run.writer(self)
+        self.writer = run.open_writer(self)
         about = self._where() if self.seam is None else self.seam.describe()
-        rank_zero_info(f"StageScheme: steers {about}; {self.writer.describe()}")
+        self.say(f"steers {about}; {self.writer.describe()}")
         # That of training, which a scheme without an oracle need not know.
         path = self.scheme.path if self.seam is None else self.seam.path
         header = {"event": "scheme", "seam": about, "path": repr(path)}
@@ -228,78 +211,68 @@ class StageScheme(StageCallback):
 
     def before_first_batch(self) -> None:
         """Settles the boundary, and refuses what cannot work."""
-        scheme = self._scheme
-        _refuse_unheard_events(self.run.trainer, scheme)
+        scheme = self.scheme
+        refuse_unheard(self.run.trainer, scheme.awaited if isinstance(scheme, Phases) else [])
         if self.renewed or any(part.boundary is None for part in parts(scheme)):
             boundary = self._boundary()
             if boundary is not None:
                 scheme.set_boundary(boundary)
-                rank_zero_info(f"StageScheme: the stages meet at t = {scheme.boundary:.3f}")
+                self.say(f"the stages meet at t = {scheme.boundary:.3f}")
         for smooths in (part for part in parts(scheme) if part.smoothing is not None):
             begin = "" if smooths.collapsed is None else f" from t = {smooths.collapsed:.3f} on"
-            rank_zero_info(
-                f"StageScheme: trains on draws of {smooths.smoothing!r}{begin}. Monitors compare "
+            self.say(
+                f"trains on draws of {smooths.smoothing!r}{begin}. Monitors compare "
                 "with the rows themselves."
             )
         scheme.check()
 
     def settle(self) -> None:
-        """Refuses a first step that did not use what is steered, and conditions it cannot have.
-
-        Raises:
-            RuntimeError: If the step made its target without the scheme.
-            ValueError: If the network is given more than labels, or labels that the bank has not.
-        """
-        record = self._scheme.last
+        """Refuses a first step that did not use what is steered, and conditions it cannot have."""
+        record = self.scheme.last
         if record is None or record is self._seen:
             raise RuntimeError(
                 f"The first training step made its target without {self._where()}, so nothing is "
                 "steered. If another object makes it, say which: seam=...; if the step itself "
                 "does, write there u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
             )
-        mixing = [part for part in parts(self._scheme) if part.target is not None]
-        oracles = [part.oracle for part in mixing if part.oracle is not None]
+        oracles = [p.oracle for p in parts(self.scheme) if p.target is not None and p.oracle]
         with self.run.together("holding its samples against the bank"):
             for bank, shard in {o.bank: not o.engine.holds_all_rows for o in oracles}.items():
                 said = check_rows(bank, record.x1, known=record.source is not None, shard=shard)
                 if said:
-                    rank_zero_warn(f"StageScheme: {said}")
-        warning = self.run.look.check_conditions(self._scheme)
+                    self.warn(said)
+        warning = self.run.look.check_conditions(self.scheme)
         if warning:
-            rank_zero_warn(f"StageScheme: {warning}")
+            self.warn(warning)
 
     def reconsider(self) -> None:
-        """Refuses conditions that only a later step has shown.
-
-        Raises:
-            ValueError: If the oracle goes into targets of a model that is given more than labels.
-        """
+        """Refuses conditions that only a later step has shown."""
         if self.run.look.network is not None:
-            self.run.look.check_conditions(self._scheme)
+            self.run.look.check_conditions(self.scheme)
 
     def after_batch(self, step: int, before: int) -> None:
         """Takes note of the batch; after an optimizer step, drives the scheme and logs."""
-        scheme = self._scheme
+        scheme = self.scheme
         if scheme.last is not self._seen and scheme.last is not None:
             self._seen = scheme.last
             self._means.add(scheme.last, scheme.boundary)
             if self._losses is not None and self.seam is not None and self.seam.last is not None:
                 self._losses.add(*self.seam.last)
-        # With gradient accumulation several batches share a step.
-        if step == before:
+        if step == before:  # with gradient accumulation several batches share a step
             return
-        # Several optimizers advance it by more than one; 0 is never.
-        every = getattr(self.run.trainer, "log_every_n_steps", 0)
-        if every and step // every > before // every:
-            self._log(step)
+        if self.run.logs(before):
+            boundary = math.nan if scheme.boundary is None else scheme.boundary
+            phase = float(getattr(scheme, "index", 0))
+            values = {**self._means.reduced(self.run.trainer), "boundary": boundary, "phase": phase}
+            self.writer.scalars({f"{self.name}/{k}": v for k, v in values.items()}, step - 1)
         t, loss = self._losses.gathered(self.run.trainer) if self._losses else (None, None)
         for message in scheme.observe(step=step, total=self.run.total, t=t, loss=loss):
             self._announce(message, step)
 
     def notice(self, event: str) -> None:
         """Tells phases that wait for it."""
-        if isinstance(self._scheme, Phases):
-            self._scheme.notify(event)
+        if isinstance(self.scheme, Phases):
+            self.scheme.notify(event)
 
     def before_validation(self) -> None:
         """Takes the scheme out: validation compares with the plain targets."""
@@ -311,8 +284,8 @@ class StageScheme(StageCallback):
         if self._paused:
             self._attach()
 
+    @override
     def end(self) -> None:
-        """Takes the scheme out."""
         self._restore()
 
     def stop(self) -> None:
@@ -322,17 +295,10 @@ class StageScheme(StageCallback):
         for part in [] if self.scheme is None else parts(self.scheme):
             part.labels_of = None
 
-    # -- set-up -------------------------------------------------------------------------------
-
-    @property
-    def _scheme(self) -> Scheme | Phases:
-        assert self.scheme is not None
-        return self.scheme
-
     def _attach(self) -> None:
         self._paused = False
         if self.seam is not None:
-            self._detach = self.seam.attach(self._scheme, weighed=self._weighed)
+            self._detach = self.seam.attach(self.scheme, weighed=self._weighed)
 
     def _restore(self) -> None:
         if self._detach is not None:
@@ -394,29 +360,19 @@ class StageScheme(StageCallback):
         return Scheme(self._oracle(), **given)
 
     def _oracle(self) -> Oracle:
-        run, certificate = self.run, self.certificate
+        run = self.run
         path = run.path if self.seam is None else self.seam.path
-        if self.engine is not None and not self.engine.holds_all_rows:
-            bank = run.option(self, "bank") or shard_from_trainer(run.trainer)
-            bank = bank.beside_training(run.trainer.strategy.root_device)
-        elif certificate is None:
-            return run.oracle(self, path, self.engine)
-        else:
-            bank = run.bank(self)
-            # One of each host first; the others find its file.
-            for first in (True, False):
-                with run.together("reading its certificate"):
-                    mine = first == (run.trainer.local_rank == 0)
-                    if mine and not isinstance(certificate, Certificate):
-                        wise = run.class_wise(self)
-                        certificate = Certificate.cached(certificate, bank, class_wise=wise)
-        made: Any = certificate  # refused by the oracle beside Sharded, whatever it is
-        return Oracle(bank, path, self.engine, certificate=made)
+        if self.engine is None or self.engine.holds_all_rows:
+            return run.oracle(self, path, self.engine, self.certificate)
+        bank = run.option(self, "bank") or shard_from_trainer(run.trainer)
+        bank = bank.beside_training(run.trainer.strategy.root_device)
+        refused: Any = self.certificate
+        return Oracle(bank, path, self.engine, certificate=refused)
 
     def _resume(self) -> bool:
         """Takes up the state of a checkpoint; a callback in a second fit begins anew."""
         if self._begin is None:
-            self._begin = copy.deepcopy(self._scheme.state_dict())
+            self._begin = copy.deepcopy(self.scheme.state_dict())
         resumed = self.stash is not None
         if self.stashed_run.get("boundaries"):
             self.run.bank(self)  # notices if what was measured was measured on other latents
@@ -429,7 +385,7 @@ class StageScheme(StageCallback):
                 both = [one.get("schemes", [one]) for one in (state, self._begin)]
                 for late, early in zip(*both, strict=False):
                     late |= {key: early[key] for key in ("boundary", "collapsed")}
-            self._scheme.load_state_dict(state)
+            self.scheme.load_state_dict(state)
         self.transitions = list(stash["transitions"])
         if self._losses is not None:
             self._losses.share = stash.get("share")
@@ -437,12 +393,8 @@ class StageScheme(StageCallback):
 
     def _boundary(self) -> StageBoundary | None:
         """That of the run; None if nothing depends on it and nobody has measured it."""
-        run, lacks = self.run, self._scheme.lacks_boundary
-        known = [
-            (part.oracle, part.class_wise)
-            for part in parts(self._scheme)
-            if part.oracle is not None
-        ]
+        run, lacks = self.run, self.scheme.lacks_boundary
+        known = [(p.oracle, p.class_wise) for p in parts(self.scheme) if p.oracle is not None]
         if not known:
             if not lacks and not run.recipes:
                 return None
@@ -450,51 +402,14 @@ class StageScheme(StageCallback):
             self.measures = True
         return run.boundary(*known[0]) if lacks or run.recipe(*known[0]) else None
 
-    # -- per step -----------------------------------------------------------------------------
-
-    def _log(self, step: int) -> None:
-        boundary = self._scheme.boundary
-        values = self._means.reduced(self.run.trainer)
-        values["boundary"] = math.nan if boundary is None else boundary
-        values["phase"] = float(getattr(self._scheme, "index", 0))
-        scalars = {f"{self.name}/{key}": value for key, value in values.items()}
-        self.writer.scalars(scalars, step - 1)
-
     def _announce(self, message: str, step: int) -> None:
-        index = getattr(self._scheme, "index", 0)
+        index = getattr(self.scheme, "index", 0)
         event = {"event": "transition", "step": step, "phase": index, "message": message}
         self.transitions.append(event)
         self.writer.event(event)
         self.writer.scalars({f"{self.name}/transition": float(index)}, step - 1)
         self.writer.text(f"{self.name}/transition", message, step - 1)
-        rank_zero_info(f"StageScheme: {message}")
-
-
-def _refuse_unheard_events(trainer: pl.Trainer, scheme: Scheme | Phases) -> None:
-    """Refuses a phase that waits for an event which nothing in the trainer would say.
-
-    Callbacks, and the module, name what they say in an attribute `event_kinds`: a dict from the
-    event to what it lacks in this run, "" if nothing. That of `StageTransitions` is known once it
-    has started.
-
-    Raises:
-        ValueError: With the events that are known, and the cure.
-    """
-    known: dict[str, str] = {}
-    for speaker in (*getattr(trainer, "callbacks", []), trainer.lightning_module):
-        # Of two that say the same it is enough if one can.
-        said = getattr(speaker, "event_kinds", {})
-        known |= {kind: lacks for kind, lacks in said.items() if known.get(kind) != ""}
-    listed = [f"{kind!r}{lacks and f' (lacks {lacks})'}" for kind, lacks in known.items()]
-    for until in scheme.awaited if isinstance(scheme, Phases) else []:
-        if known.get(until.event) != "":
-            raise ValueError(
-                f"A phase ends at {until!r}, and no callback would say so. "
-                + (f"Known are {', '.join(listed)}. " if known else "")
-                + "Add what says it, after the monitors: [PosteriorMonitor(), "
-                "VelocityErrorMonitor(), StageTransitions(), StageScheme()]; a callback of your "
-                "own names it in `event_kinds`, {event: ''}."
-            )
+        self.say(message)
 
 
 def _scheme_of(seam: Seam) -> Scheme | Phases | None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import Unpack
 
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
-from stagewise.callbacks.tags import charts
-from stagewise.callbacks.training_bank import read_rows
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
 from stagewise.learning_events import memorization_onset, navigation_learned
+from stagewise.transitions import AtEvent
 
-__all__ = ["BOUNDARY_MOVED", "MEMORIZATION_ONSET", "NAVIGATION_LEARNED", "StageTransitions"]
+__all__ = [
+    "BOUNDARY_MOVED",
+    "MEMORIZATION_ONSET",
+    "NAVIGATION_LEARNED",
+    "StageTransitions",
+    "refuse_unheard",
+]
 
 NAVIGATION_LEARNED = "navigation learned"
 MEMORIZATION_ONSET = "memorization onset"
@@ -68,6 +72,7 @@ class StageTransitions(StageCallback):
     """
 
     order = 4
+    charts = {"transitions (1 at their step)": "/"}
     held = (*StageCallback.held, "_errors", "_posterior", "_rows")
 
     def __init__(
@@ -134,7 +139,7 @@ class StageTransitions(StageCallback):
         )
         before = [] if self.renewed else (self.stash or {}).get("events", [])
         self.events = [event for event in before if event["step"] <= run.began]
-        self.writer = run.writer(self)
+        self.writer = run.open_writer(self)
         self.writer.start(self.events, resumed=bool(self.events))
         self._probed = self._steps_probed()
         self._rows: Tensor | None = None
@@ -146,7 +151,7 @@ class StageTransitions(StageCallback):
         if self._rows is None:
             without.append("a moved boundary (PosteriorMonitor, data that can be read again)")
         if without:
-            rank_zero_info(f"StageTransitions: nothing will be said of {' and '.join(without)}")
+            self.say(f"nothing will be said of {' and '.join(without)}")
 
     def _steps_probed(self) -> tuple[int | None, int | None]:
         """The steps of the monitors' last probes."""
@@ -164,7 +169,7 @@ class StageTransitions(StageCallback):
         self._probed = probed
         if self._errors is not None:
             self._read_errors(step, self._errors)
-        self._say(step, BOUNDARY_MOVED, self._moved())
+        self._tell(step, BOUNDARY_MOVED, self._moved())
 
     def _read_errors(self, step: int, errors: VelocityErrorMonitor) -> None:
         said = {event["kind"] for event in self.events}
@@ -175,15 +180,11 @@ class StageTransitions(StageCallback):
                 patience=self.patience,
                 tolerance=self.tolerance,
             )
-            self._say(step, NAVIGATION_LEARNED, learned)
+            self._tell(step, NAVIGATION_LEARNED, learned)
         if MEMORIZATION_ONSET not in said:
             edges = errors.edges.tolist()
             onset = memorization_onset(errors.history, edges, patience=self.patience, gap=self.gap)
-            self._say(step, MEMORIZATION_ONSET, onset)
-
-    def layout(self) -> dict[str, list[Any]]:
-        """Its chart on TensorBoard's custom-scalars page."""
-        return charts({"transitions (1 at their step)": f"{re.escape(self.name)}/"})
+            self._tell(step, MEMORIZATION_ONSET, onset)
 
     # -- a moved boundary ---------------------------------------------------------------------
 
@@ -196,11 +197,7 @@ class StageTransitions(StageCallback):
             self._rows, self._noise = read[0], _difference(*read)
 
     def _read(self) -> Tensor:
-        run, find = self.run, self.run.find_of(self)
-        loader = run.trainer.train_dataloader
-        return read_rows(run.trainer, run.module, loader, _READ_AGAIN, find=find, seed=self.seed)[
-            0
-        ].float()
+        return self.run.read(self, self.run.trainer.train_dataloader, _READ_AGAIN)[0].float()
 
     def _moved(self) -> dict[str, Any] | None:
         """Reads samples again; if they have changed, has the boundary measured anew."""
@@ -216,7 +213,7 @@ class StageTransitions(StageCallback):
         if self.run.trainer.strategy.reduce_boolean_decision(unchanged):
             return None
         before = monitor.boundary
-        self.run.renew()
+        self.run.read_again()
         self._rows, self._probed = rows, self._steps_probed()
         after = monitor.boundary
         if before.midpoint_low <= after.midpoint <= before.midpoint_high:
@@ -234,13 +231,13 @@ class StageTransitions(StageCallback):
 
     # -- saying it ----------------------------------------------------------------------------
 
-    def _say(self, step: int, kind: str, evidence: dict[str, Any] | None) -> None:
+    def _tell(self, step: int, kind: str, evidence: dict[str, Any] | None) -> None:
         if evidence is None:
             return
         message = evidence.pop("message")
         event = self.writer.transition(step, kind, message, evidence)
         self.events.append(event)
-        rank_zero_info(f"StageTransitions: step {step}, {kind}: {message}")
+        self.say(f"step {step}, {kind}: {message}")
         self.run.tell("notice", kind)
         for subscriber in self.subscribers:
             subscriber(event)
@@ -250,3 +247,26 @@ def _difference(one: Tensor, other: Tensor) -> float:
     """The median distance of samples, as a share of their median norm."""
     gap = (one - other).flatten(1).norm(dim=1).median()
     return float(gap / one.flatten(1).norm(dim=1).median().clamp_min(1e-30))
+
+
+def refuse_unheard(trainer: pl.Trainer, awaited: Sequence[AtEvent]) -> None:
+    """Refuses a phase that waits for an event which nothing in the trainer would say.
+
+    Callbacks, and the module, name what they say in an attribute `event_kinds`: a dict from the
+    event to what it lacks in this run, "" if nothing. It is known once they have started.
+    """
+    known: dict[str, str] = {}
+    for speaker in (*getattr(trainer, "callbacks", []), trainer.lightning_module):
+        # Of two that say the same it is enough if one can.
+        said = getattr(speaker, "event_kinds", {})
+        known |= {kind: lacks for kind, lacks in said.items() if known.get(kind) != ""}
+    listed = [f"{kind!r}{lacks and f' (lacks {lacks})'}" for kind, lacks in known.items()]
+    for until in awaited:
+        if known.get(until.event) != "":
+            raise ValueError(
+                f"A phase ends at {until!r}, and no callback would say so. "
+                + (f"Known are {', '.join(listed)}. " if known else "")
+                + "Add what says it, after the monitors: [PosteriorMonitor(), "
+                "VelocityErrorMonitor(), StageTransitions(), StageScheme()]; a callback of your "
+                "own names it in `event_kinds`, {event: ''}."
+            )

@@ -27,7 +27,10 @@ from stagewise.drawn_rows import drawn_rows
 from stagewise.row_reader import RowReader, same_rows
 from stagewise.undisturbed import undisturbed
 
-__all__ = ["bank_from_trainer", "read_rows", "same_samples", "shard_from_trainer"]
+__all__ = ["Samples", "bank_from_trainer", "read_rows", "same_samples", "shard_from_trainer"]
+
+Samples = tuple[Tensor, "Tensor | None"]
+"""Samples, (n, *), and their labels, (n,), or None, on the CPU."""
 
 _READ_TWICE = 32  # samples: what changes one in ten is seen with a chance of 99.8 %
 
@@ -99,14 +102,7 @@ def bank_from_trainer(
 
 
 def shard_from_trainer(trainer: pl.Trainer) -> LatentBank:
-    """This rank's part of the training set, for an engine that shards the bank over ranks.
-
-    Args:
-        trainer: A trainer whose data module has a method `latent_shard()`, as `LatentsData` has.
-
-    Raises:
-        ValueError: If it has none.
-    """
+    """This rank's part of the training set, for an engine that shards the bank over ranks."""
     shard = _own(trainer, "latent_shard")
     if shard is None:
         raise ValueError(
@@ -139,23 +135,11 @@ def read_rows(
     *,
     find: FindSample = find_sample,
     seed: int = 0,
-) -> tuple[Tensor, Tensor | None]:
+) -> Samples:
     """Reads random samples of a loader's data set, as `bank_from_trainer` reads all of them.
 
-    Args:
-        trainer: A running trainer.
-        pl_module: Its module.
-        loader: Its training or validation data loader.
-        count: How many distinct samples; all if there are fewer.
-        find: From a batch to `(x_1, labels or None)`.
-        seed: Of the choice, and of what the data set draws from global generators: two readings
-            with the same seed give the same samples even if they are augmented. Default 0.
-
-    Returns:
-        `x_1`, (count, *), and labels, (count,), or None, on the CPU, in the order of the data set.
-
-    Raises:
-        ValueError: If the loader cannot be read twice or has no length.
+    In the order of the data set. Two readings with the same seed give the same samples even if they
+    are augmented.
     """
     reader = _reader(trainer, pl_module, loader, find)
     with undisturbed(pl_module, loader, find, seed=seed):

@@ -19,7 +19,7 @@ from stagewise.adapters.network import Network, tensor_of
 from stagewise.adapters.objective import nominal_shares
 from stagewise.binned_sums import SUMS, BinnedSums
 from stagewise.callbacks.metrics import BinnedMeans
-from stagewise.callbacks.tags import by_time
+from stagewise.callbacks.writer import by_time
 from stagewise.noise import can_tell
 from stagewise.paths import Prediction, expand_like
 from stagewise.velocity_errors import spent, window_entry
@@ -58,7 +58,7 @@ class TrainingRecord:
         self._hook: CallHook | None = None
 
     def expect(self, x1: Callable[[], Tensor]) -> None:
-        """Says how to have the samples of the batch that comes, once the network is called."""
+        """Takes how to have the samples of the batch that comes, once the network is called."""
         self.close()
         self._x1, self._seen, self._pull = x1, None, None
         self._hook = CallHook(self.look, self.network.module.register_forward_hook)
@@ -92,11 +92,7 @@ class TrainingRecord:
         self._pull = gradient.detach().flatten(1).float().norm(dim=1)
 
     def finish(self, step: int) -> None:
-        """Adds the batch that was; costs no device sync.
-
-        Args:
-            step: Optimizer steps before it.
-        """
+        """Adds the batch that was, `step` optimizer steps before it; costs no device sync."""
         self.close()
         if self._seen is None:
             return
@@ -127,11 +123,7 @@ class TrainingRecord:
             return self.means.sums
 
     def latest(self, prefix: str) -> dict[str, float]:
-        """Scalars over the batches of all ranks since the last time; a collective.
-
-        Args:
-            prefix: Of the tags.
-        """
+        """Scalars, by tag, over the batches of all ranks since the last time; a collective."""
         total = self._of_all_ranks()
         latest = total if self._logged is None else total.without(self._logged)
         self._logged = total
@@ -146,11 +138,7 @@ class TrainingRecord:
     def window(self, step: int) -> dict[str, Any] | None:
         """What the batches of all ranks since the last window have shown; a collective.
 
-        Args:
-            step: Optimizer steps so far.
-
-        Returns:
-            An event, None if nothing was seen.
+        An event; None if nothing was seen.
         """
         total = self._of_all_ranks().to("cpu")
         self.means.reset()
@@ -162,12 +150,7 @@ class TrainingRecord:
         return {"event": "training_window", "step": step, "from_step": begin, **entry}
 
     def nonfinite(self) -> dict[str, Any] | None:
-        """The first batch since the last time that was not finite, None if all were; a device sync.
-
-        Returns:
-            `step`, optimizer steps before it; `rows`, places in the batch; `t`, their times; and a
-            `message`.
-        """
+        """The first batch since the last time that was not finite, if any was; a device sync."""
         self._add()
         record, self._bad = self._bad, None
         if record is None or not bool(record[0].any()):

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
 from contextlib import suppress
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
-from stagewise.callbacks import velocity_figures
+from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.metrics import BinnedMeans
-from stagewise.callbacks.model_monitor import ModelMonitor, model_in_eval_mode
+from stagewise.callbacks.model_monitor import ModelMonitor
+from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
-from stagewise.callbacks.stage_callback import RunOptions
-from stagewise.callbacks.tags import by_time, charts
 from stagewise.callbacks.training_record import TrainingRecord
-from stagewise.oracle import Oracle
+from stagewise.callbacks.writer import by_time
 from stagewise.paths import same_path
 from stagewise.spectrum import predicted_boundary
 from stagewise.stages import StageBoundary, StageCurve, stage_edges
@@ -37,9 +35,7 @@ class VelocityErrorMonitor(ModelMonitor):
     model is asked about noisy training samples and noisy held-out ones, the same at every probe, in
     evaluation mode and without gradients. Between the probes the training batches themselves are
     looked at, by one hook on the network: no forward pass is added, and nothing waits for the
-    device.
-
-    The network is found in the first training step by what it is given
+    device. The network is found in the first training step by what it is given
     (`stagewise.adapters.network`), for any module whose target a `FlowMatchingLoss`, a torchcfm
     matcher, a flow_matching path, a SiT transport, an EDM loss or a diffusers scheduler makes.
 
@@ -50,8 +46,7 @@ class VelocityErrorMonitor(ModelMonitor):
       velocity and against the oracle's, both per number, and the cosine to the oracle's.
     - `stagewise_error/train/{floor,excess}/{stage}`: MSE(conditional, oracle), which no model can
       remove, and oracle error / floor (NaN where the floor is next to nothing).
-    - `stagewise_error/gap/{stage}`: conditional error on held-out samples minus that on training
-      samples.
+    - `stagewise_error/gap/{stage}`: conditional error, held-out minus training samples.
     - `stagewise_error/pythagoras`: the largest deviation, over the bins, of conditional error from
       oracle error + floor, in standard errors. Up to 4 is usual; above 6 the oracle is not that of
       this training, and the log says so once.
@@ -61,8 +56,7 @@ class VelocityErrorMonitor(ModelMonitor):
     and from the training batches, over all ranks, at the trainer's `log_every_n_steps`:
 
     - `stagewise_error_spent/{draws,loss,gradient}/{stage}`: share of the samples, of the
-      conditional velocity error and of the norms of dL/dv. The last is the pull at the network's
-      answer, weights included; how it adds up in the parameters is not seen there.
+      conditional velocity error and of the norms of dL/dv, the pull at the network's answer.
     - `stagewise_error_spent/loss_by_t/t=...`: mean conditional velocity error.
 
     **To TensorBoard** also figures (error by t now and over the training, heat maps, what training
@@ -75,51 +69,60 @@ class VelocityErrorMonitor(ModelMonitor):
 
     Args:
         bank: See `StageCallback`.
-        every_n_steps: Optimizer steps between probes; default a twentieth of the training, at most
-            1000. The first is after the first step, the last after the last.
         strata: Bins of t, default 24; half of them lie near the predicted boundary if that is near
             an end of [0, 1].
         queries: In each bin, for training and for held-out samples, default 32. A probe is
             `2 * strata * queries` forward passes of one sample, and keeps three times as many times
             D numbers of float32 in host memory.
-        figures: See `PosteriorMonitor`.
         name: Prefix of tags and name of the folder, default "stagewise_error".
-        **options: What it says about the run: `velocity`, `held_out`, `find`, `path`, `class_wise`,
-            `dirpath`, `seed`, ...; see `RunOptions`. `find` is called for training batches too, so
-            let it not encode where that is dear. Class-wise is "auto" here: if there are labels
-            and the network is given them.
+        **options: `every_n_steps` and `figures`, see `MonitorOptions`; the first probe is after the
+            first step, the last after the last. And what it says about the run: `velocity`,
+            `held_out`, `find`, `class_wise`, ...; see `RunOptions`. `find` is called for training
+            batches too, so let it not encode where that is dear. Class-wise is "auto" here: if
+            there are labels and the network is given them.
 
     Raises:
         ValueError: At construction for numbers out of range; before the first optimizer step if no
-            velocity can be had, what comes is none, the network is given more than labels, or the
-            samples do not fit the bank.
+            velocity can be had, the network is given more than labels, or the samples do not fit
+            the bank.
     """
 
     order = 2
+    held = (*ModelMonitor.held, "_record")
     event = "velocity_probe"
+    charts = {
+        "oracle error": "/train/oracle/",
+        "oracle error by t": "_by_t/train/oracle/",
+        "conditional error": "/train/conditional/",
+        "conditional error by t": "_by_t/train/conditional/",
+        "oracle error / floor": "/train/excess/",
+        "held-out minus training error": "/gap/",
+        "held-out minus training error by t": "_by_t/gap/",
+        "share of draws": "_spent/draws/",
+        "share of loss": "_spent/loss/",
+        "share of gradient norms": "_spent/gradient/",
+        "Pythagoras, standard errors": "/pythagoras$",
+        "cost of a probe / step time": "/share_of_step_time$",
+    }
+    _record: TrainingRecord | None = None
 
     def __init__(
         self,
         bank: LatentBank | None = None,
         *,
-        every_n_steps: int | None = None,
         strata: int = 24,
         queries: int = 32,
-        figures: int | None = None,
         name: str = "stagewise_error",
-        **options: Unpack[RunOptions],
+        **options: Unpack[MonitorOptions],
     ) -> None:
-        super().__init__(bank, every_n_steps=every_n_steps, figures=figures, name=name, **options)
+        super().__init__(name, bank, **options)
         if queries < 2:
             raise ValueError(f"Expected `queries` of at least 2, got {queries}.")
         stage_edges(math.nan, strata)
         self.strata, self.queries = strata, queries
         self.events: list[dict[str, Any]] = []
-        self.oracle: Oracle | None = None
         self.boundary: StageBoundary | None = None
         self.edges = torch.empty(0)
-        self._probes: dict[str, Probe] = {}
-        self._record: TrainingRecord | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """All that was reported so far, and the sums since the last probe; never the bank.
@@ -143,29 +146,24 @@ class VelocityErrorMonitor(ModelMonitor):
     def start(self) -> None:
         """Takes or builds the bank, reads training and held-out samples, opens the files."""
         super().start()
-        past = self.run.began
-        kept = bool(past) and not self.renewed
-        self.events = [event for event in self.events if kept and self._stays(event, past)]
+        self.events = self._still(self.events)
         self._take_samples()
         self.try_velocity(*self._rows)
         self._warned = self._broke = False
 
     def _take_samples(self) -> None:
-        """Oracle, training samples and held-out samples."""
-        self.oracle, count = self.run.oracle(self), self.strata * self.queries
+        count = self.strata * self.queries
         self._rows, self._others = self.rows(count), self.others(count)
-        self._probes = {}
+        self._probes: dict[str, Probe] = {}
 
     def settle(self) -> None:
         """Once the first forward pass is done: network, boundary, bins, header."""
         super().settle()
-        run, oracle, network = self.run, self._oracle, self.network
-        self._wise = run.class_wise(self)
-        if run.option(self, "class_wise") is None:
-            self._wise = self._wise and self.conditional and self._rows[1] is not None
+        run, oracle, network = self.run, self.oracle, self.network
+        self.wise = self.is_wise(self._rows[1])
         self._probes = {}
         self._match_labels()
-        predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=self._wise)
+        predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=self.wise)
         self.edges = stage_edges(predicted, self.strata)
         self._place_stages()
         record = (self.stash or {}).get("record")
@@ -177,31 +175,29 @@ class VelocityErrorMonitor(ModelMonitor):
             assert call is not None
             self._record.expect(lambda: x1)
             self._record.look(network.module, *call)
-        about, seam = self.describe(), "" if network is None else network.seam.describe()
         held_out = 0 if self._others is None else len(self._others[0])
-        rank_zero_info(
-            f"VelocityErrorMonitor: asks {about}; {oracle.path!r}; oracle "
-            f"{'class-wise' if self._wise else 'over all rows'}; {len(self._rows[0])} training and "
+        self.say(
+            f"asks {self.describe()}; {oracle.path!r}; oracle "
+            f"{'class-wise' if self.wise else 'over all rows'}; {len(self._rows[0])} training and "
             f"{held_out} held-out samples; {self.writer.describe()}"
         )
         header = {
             "event": "velocity",
             "edges": self.edges.tolist(),
-            "network": about,
-            "seam": seam,
+            "network": self.describe(),
+            "seam": "" if network is None else network.seam.describe(),
             "path": repr(oracle.path),
             "queries": self.queries,
             "train_rows": len(self._rows[0]),
             "held_out_rows": held_out,
-            "class_wise": self._wise,
+            "class_wise": self.wise,
             "midpoint": float(self._stages[1]),
             "collapsed": float(self._stages[2]),
         }
-        known = bool(self.events) or self.corrected
-        self.writer.start([header, *self.events], resumed=known)
+        self.open_files(header, self.events)
 
+    @override
     def reconsider(self) -> None:
-        """See `ModelMonitor`."""
         if self.network is not self.run.look.network and self._given is None:
             began = self.run.began
             self.events = [event for event in self.events if event.get("step", 0) <= began]
@@ -216,7 +212,7 @@ class VelocityErrorMonitor(ModelMonitor):
         """Adds the batch; after an optimizer step, logs and probes if it is time."""
         if self._record is not None:
             self._record.finish(before)
-            if _crosses(before, step, getattr(self.run.trainer, "log_every_n_steps", 0)):
+            if self.run.logs(before):
                 self._name_nonfinite()
                 self.writer.scalars(self._record.latest(f"{self.name}_spent"), step - 1)
         super().after_batch(step, before)
@@ -224,14 +220,12 @@ class VelocityErrorMonitor(ModelMonitor):
     def end(self) -> None:
         """Says where things are."""
         super().end()
-        if not self.history:
-            return
-        worst = largest(self.history[-1]["train"]["pythagoras_z"])
-        rank_zero_info(
-            f"VelocityErrorMonitor: {len(self.history)} probes, the last cost {self.cost()}; "
-            f"conditional error = oracle error + floor within {worst:.1f} standard errors; "
-            f"{self.writer.describe()}"
-        )
+        if self.history:
+            worst = largest(self.history[-1]["train"]["pythagoras_z"])
+            self.say(
+                f"conditional error = oracle error + floor within {worst:.1f} standard errors; "
+                f"{self.summary()}"
+            )
 
     def fail(self) -> None:
         """Says which samples were not finite, if that is why training stops."""
@@ -239,10 +233,9 @@ class VelocityErrorMonitor(ModelMonitor):
             self._name_nonfinite()
 
     def stop(self) -> None:
-        """Takes the hook off, and lets go of bank and queries."""
+        """Takes the hook off."""
         if self._record is not None:
             self._record.close()
-        self._record, self.oracle, self._probes = None, None, {}
 
     def renew(self) -> None:
         """Takes all samples anew, because latents have changed; a collective.
@@ -250,15 +243,15 @@ class VelocityErrorMonitor(ModelMonitor):
         The bins stay as they are, so that probes can be compared. Held-out samples are read again
         only if they were read.
         """
+        super().renew()
         self._take_samples()
         self._match_labels()
         self._place_stages()
 
-    # -- set-up -----------------------------------------------------------------------------------
     def _match_labels(self) -> None:
         """Refuses training samples without a class of the bank; leaves held-out ones out."""
-        bank, labels = self._oracle.bank, self._rows[1]
-        if not self._wise:
+        bank, labels = self.oracle.bank, self._rows[1]
+        if not self.wise:
             return
         if labels is None:
             raise ValueError(
@@ -273,19 +266,18 @@ class VelocityErrorMonitor(ModelMonitor):
         unknown = None if labels is None else set(labels.tolist()) - set(bank.classes)
         if unknown is None or unknown:
             has = "no labels" if unknown is None else f"labels without rows, {sorted(unknown)[:8]}"
-            rank_zero_info(
-                f"VelocityErrorMonitor: held-out samples have {has}, and the oracle is class-wise: "
+            self.say(
+                f"held-out samples have {has}, and the oracle is class-wise: "
                 "errors on them are left out."
             )
             self._others = None
 
     def _place_stages(self) -> None:
         """Where the stages meet, and what training spends on each, from here on."""
-        self.boundary = self.run.boundary(self._oracle, self._wise)
+        self.boundary = self.run.boundary(self.oracle, self.wise)
         ends = torch.tensor([self.boundary.midpoint, self.boundary.collapsed]).double()
         self._stages = torch.tensor([0.0, *ends.nan_to_num(nan=1.0).tolist(), 1.0]).double()
-        if self._record is not None:
-            self._record.close()
+        self.stop()
         if self.network is not None:
             self._record = TrainingRecord(
                 self.network, self.edges, self._stages, self.run.module.device, self.run.step
@@ -302,39 +294,16 @@ class VelocityErrorMonitor(ModelMonitor):
             self.events.append(event)
             self.writer.event(event)
 
-    @property
-    def _oracle(self) -> Oracle:
-        assert self.oracle is not None
-        return self.oracle
-
-    def layout(self) -> dict[str, list[Any]]:
-        """Its charts on TensorBoard's custom-scalars page."""
-        name = re.escape(self.name)
-        return charts(
-            {
-                "oracle error": f"{name}/train/oracle/",
-                "oracle error by t": f"{name}_by_t/train/oracle/",
-                "conditional error": f"{name}/train/conditional/",
-                "conditional error by t": f"{name}_by_t/train/conditional/",
-                "oracle error / floor": f"{name}/train/excess/",
-                "held-out minus training error": f"{name}/gap/",
-                "held-out minus training error by t": f"{name}_by_t/gap/",
-                "share of draws": f"{name}_spent/draws/",
-                "share of loss": f"{name}_spent/loss/",
-                "share of gradient norms": f"{name}_spent/gradient/",
-                "Pythagoras, standard errors": f"{name}/pythagoras$",
-                "cost of a probe / step time": f"{name}/share_of_step_time$",
-            }
-        )
-
     # -- one probe --------------------------------------------------------------------------------
 
+    @override
     def measure(self, step: int) -> dict[str, Any]:
-        """See `Monitor`."""
-        with self.run.together("a probe of VelocityErrorMonitor"):
-            if not self._probes:
-                self._make_probes()
-            asked = {split: self._ask(split) for split in self._probes}
+        with self.together():
+            splits = {"train": self._rows, "held_out": self._others}
+            for number, (split, rows) in enumerate(splits.items()):
+                if rows is not None and split not in self._probes:
+                    self._probes[split] = self.noisy(rows, self.edges, self.queries, number)
+            asked = {split: self._ask(probe) for split, probe in self._probes.items()}
         found = {}
         for split, means in asked.items():
             with means.sync_context():
@@ -343,6 +312,16 @@ class VelocityErrorMonitor(ModelMonitor):
         self._warn(entry)
         self._window = None if self._record is None else self._record.window(step)
         return entry
+
+    def _ask(self, probe: Probe) -> BinnedMeans:
+        """What the model does at the queries of this rank."""
+        device = self.run.module.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        means = BinnedMeans(torch.cat([self.edges, self._stages]).unique(), PROBED, dtype)
+        with self.asked() as velocity:
+            means = means.to(device)
+            probe.measure(velocity, means.update, device)
+        return means
 
     def probe(self, step: int, *, at_end: bool = False) -> None:
         """Probes, and reports what training has spent since the last probe; a collective."""
@@ -353,8 +332,8 @@ class VelocityErrorMonitor(ModelMonitor):
             self.writer.event(window)
             self.events.append(window)
 
+    @override
     def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
-        """See `Monitor`. Stages without samples are left out."""
         name, stages, by_bins = self.name, entry["stages"], f"{self.name}_by_t"
         scalars = {
             f"{name}/{split}/{key}/{stage}": value
@@ -373,33 +352,6 @@ class VelocityErrorMonitor(ModelMonitor):
         scalars[f"{name}/pythagoras"] = largest(entry["train"]["pythagoras_z"])
         return {tag: value for tag, value in scalars.items() if not math.isnan(value)}
 
-    def _ask(self, split: str) -> BinnedMeans:
-        """What the model does at the queries of this rank."""
-        module, device = self.run.module, self.run.module.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        means = BinnedMeans(torch.cat([self.edges, self._stages]).unique(), PROBED, dtype)
-        with model_in_eval_mode(self.run.trainer, module):
-            means = means.to(device)
-            self._probes[split].measure(self.velocity_of(module), means.update, device)
-        return means
-
-    def _make_probes(self) -> None:
-        splits = {"train": self._rows, "held_out": self._others}
-        for number, (split, rows) in enumerate(splits.items()):
-            if rows is None:
-                continue
-            self._probes[split] = Probe(
-                *rows,
-                self.edges,
-                self.queries,
-                self._oracle,
-                class_wise=self._wise,
-                seed=(self.seed, number),
-                device=self._oracle.bank.device,
-                rank=self.run.trainer.global_rank,
-                world_size=self.run.trainer.world_size,
-            )
-
     def _warn(self, entry: dict[str, Any]) -> None:
         if entry["alarm"] is None or self._warned:
             return
@@ -411,7 +363,7 @@ class VelocityErrorMonitor(ModelMonitor):
             f"error differs from its oracle error + floor by {abs(float(z[at])):.1f} standard "
             "errors. They are equal for every model, so the oracle is not that of this training: "
             "look at the scale of the bank, the path, augmentation, and whether model and oracle "
-            f"are given the same labels (class_wise={self._wise})."
+            f"are given the same labels (class_wise={self.wise})."
         )
 
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
@@ -421,34 +373,30 @@ class VelocityErrorMonitor(ModelMonitor):
         # A resumed run may have been given another number of strata.
         probes = [entry for entry in probes if len(entry["train"]["oracle"]) == len(edges) - 1]
         at = (boundary.midpoint, boundary.collapsed)
-        pictures = {
-            "loss_by_t": velocity_figures.loss_by_time_figure(edges, probe, at),
-            "oracle_error": velocity_figures.dynamics_figure(edges, probes, "oracle", at),
-            "conditional_error": velocity_figures.dynamics_figure(edges, probes, "conditional", at),
-            "oracle_error_heatmap": velocity_figures.error_heatmap(edges, probes),
+        drawn = {
+            "loss_by_t": pictures.loss_by_time_figure(edges, probe, at),
+            "oracle_error": pictures.dynamics_figure(edges, probes, "oracle", at),
+            "conditional_error": pictures.dynamics_figure(edges, probes, "conditional", at),
+            "oracle_error_heatmap": pictures.error_heatmap(edges, probes),
         }
         gaps = [entry for entry in probes if entry["gap"] is not None]
         if gaps:
-            pictures["gap_heatmap"] = velocity_figures.gap_heatmap(edges, gaps)
+            drawn["gap_heatmap"] = pictures.gap_heatmap(edges, gaps)
         if window is not None:
-            pictures["spending"] = velocity_figures.spending_figure(edges, window)
+            drawn["spending"] = pictures.spending_figure(edges, window)
         curve = self._curve_beside()
         if curve is not None:
-            pictures["stages_and_error"] = velocity_figures.stages_and_error_figure(
-                edges, probe, curve.times.tolist(), curve.mean("top1").tolist(), at
+            times, top1 = curve.times.tolist(), curve.mean("top1").tolist()
+            drawn["stages_and_error"] = pictures.stages_and_error_figure(
+                edges, probe, times, top1, at
             )
-        return pictures
+        return drawn
 
     def _curve_beside(self) -> StageCurve | None:
         """What a `PosteriorMonitor` of the same posterior has measured."""
         for monitor in self.run.members:
-            if not isinstance(monitor, PosteriorMonitor) or monitor.wise != self._wise:
+            if not isinstance(monitor, PosteriorMonitor) or monitor.wise != self.wise:
                 continue
-            if same_path(monitor.recipe.oracle.path, self._oracle.path):
+            if same_path(monitor.recipe.oracle.path, self.oracle.path):
                 return monitor.curve
         return None
-
-
-def _crosses(before: int, step: int, every: int) -> bool:
-    """Whether a multiple of `every` lies between; several optimizers advance by more than one."""
-    return bool(every) and step // every > before // every

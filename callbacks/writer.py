@@ -16,9 +16,10 @@ Watching does not end a training: what a logger or a disk does not take is a war
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -31,12 +32,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from stagewise.callbacks.figures import render
 from stagewise.callbacks.ranks import together
 from stagewise.files import jsonable, replace_file
 
-__all__ = ["Writer", "show_pictures"]
+__all__ = ["Writer", "by_time", "show_pictures"]
 
 _WARNED: WeakValueDictionary[int, Logger] = WeakValueDictionary()
 """Loggers that failed, by their id: a logger need not be hashable."""
@@ -73,9 +75,6 @@ class Writer:
         """Begins `stages.jsonl` anew, so that a resumed run holds each event once; a collective.
 
         The file of another run is kept beside it, as `stages.bak.jsonl`.
-
-        Raises:
-            OSError: If the folder cannot be written, with the cure.
         """
         file = self._file
         with together(self._trainer, "writing its files"):
@@ -104,11 +103,7 @@ class Writer:
             if size is not None:  # half a line would spoil the next one too
                 with suppress(OSError):
                     os.truncate(file, size)
-            rank_zero_warn(
-                f"Cannot append to {file}: {error.strerror or error}. Training goes on, and the "
-                "event is missing there until the run is resumed. Make room on that disk, or "
-                "choose another folder: dirpath=..."
-            )
+            _cannot(f"append to {file}", error, "the event is missing there until the run resumes")
 
     def _events(self, mode: str, events: Iterable[Mapping[str, Any]]) -> None:
         assert self._file is not None
@@ -122,33 +117,17 @@ class Writer:
 
     def text(self, tag: str, message: str, step: int) -> None:
         """Shows a line of text under its full tag, in the loggers that show text."""
-        if self.active:
-            for logger in self._loggers:
-                with _spared(logger, f"the text {tag}"):
-                    if hasattr(board := _experiment(logger), "add_text"):
-                        board.add_text(tag, message, step)
+        for logger in self._loggers if self.active else ():
+            with _spared(logger, f"the text {tag}"):
+                if hasattr(board := _experiment(logger), "add_text"):
+                    board.add_text(tag, message, step)
 
     def transition(
         self, step: int, kind: str, message: str, evidence: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Writes what has happened once: a line on disk, a scalar of 1 at its step, and a text.
-
-        Args:
-            step: Optimizer steps done.
-            kind: What has happened, such as "navigation learned".
-            message: In words.
-            evidence: In numbers.
-
-        Returns:
-            The event, as it is in `stages.jsonl`.
-        """
-        event = {
-            "event": "transition",
-            "kind": kind,
-            "step": step,
-            "message": message,
-            "evidence": dict(evidence),
-        }
+        """Writes what has happened once: a line on disk, a scalar of 1 at its step, and a text."""
+        event = {"event": "transition", "kind": kind, "step": step}
+        event |= {"message": message, "evidence": dict(evidence)}
         self.event(event)
         self.scalars({f"{self.name}/{kind.replace(' ', '_')}": 1.0}, step - 1)
         self.text(f"{self.name}/{kind}", f"step {step}: {message}", step - 1)
@@ -157,12 +136,7 @@ class Writer:
     def save(self, file: Path) -> bool:
         """Saves a checkpoint in place of the file of before, at once or not at all; a collective.
 
-        Returns:
-            Whether it could be written.
-
-        Raises:
-            OSError: If it cannot be written, and other processes wait for this one. A single one
-                warns.
+        Gives whether it could be written; an error is raised where other processes wait for this.
         """
         trainer, partial = self._trainer, file.with_name(f".{file.stem}.partial{file.suffix}")
         try:
@@ -174,10 +148,7 @@ class Writer:
         except OSError as error:
             if trainer.world_size > 1:
                 raise
-            rank_zero_warn(
-                f"Cannot write {file}: {error.strerror or error}. Training goes on, and the file "
-                "of before stays. Make room on that disk, or choose another folder: dirpath=..."
-            )
+            _cannot(f"write {file}", error, "the file of before stays")
             return False
         return True
 
@@ -187,14 +158,20 @@ class Writer:
             show_pictures(figures, self.name, self.folder, self._loggers, step)
 
     def dashboard(self, callbacks: Iterable[Any]) -> None:
-        """Sets TensorBoard's custom-scalars page, to that of all callbacks that have a `layout`."""
-        if not self.active:
-            return
-        callbacks = [callback for callback in callbacks if hasattr(callback, "layout")]
-        for logger in self._loggers:
+        """Sets TensorBoard's custom-scalars page to the charts of callbacks."""
+        page = {callback.name: callback.layout() for callback in callbacks if callback.charts}
+        for logger in self._loggers if self.active else ():
             with _spared(logger, "the page of its custom scalars"):
                 if hasattr(board := _experiment(logger), "add_custom_scalars"):
-                    board.add_custom_scalars({call.name: call.layout() for call in callbacks})
+                    board.add_custom_scalars(page)
+
+
+def by_time(prefix: str, edges: Tensor, values: Sequence[float]) -> dict[str, float]:
+    """Scalars under `<prefix>/t=<centre of the bin>`; empty bins are left out."""
+    centres = ((edges[1:] + edges[:-1]) / 2).tolist()
+    digits = max(3, 1 - math.floor(math.log10(float(edges.diff().min()))))
+    pairs = zip(centres, values, strict=True)
+    return {f"{prefix}/t={t:.{digits}f}": value for t, value in pairs if not math.isnan(value)}
 
 
 def show_pictures(
@@ -204,16 +181,9 @@ def show_pictures(
     loggers: Iterable[Logger],
     step: int,
 ) -> None:
-    """Saves figures as `<folder>/<figure>.png` and shows them in the loggers that show pictures.
+    """Saves figures as `<folder>/<figure>.png` and shows them as `<name>/<figure>` in the loggers.
 
     A file or a logger that fails is a warning; the file of before then stays.
-
-    Args:
-        figures: By their names.
-        name: Prefix of the tags, `<name>/<figure>`.
-        folder: Where the files go; None: nowhere.
-        loggers: Those of the trainer.
-        step: The step they belong to.
     """
     for title, figure in figures.items():
         image, tag = Image.fromarray(render(figure)), f"{name}/{title}"
@@ -243,10 +213,14 @@ def _save(image: Image.Image, file: Path) -> None:
             left.unlink(missing_ok=True)
         replace_file(file, lambda partial: image.save(partial, format="png"))
     except OSError as error:
-        rank_zero_warn(
-            f"Cannot write the picture {file}: {error.strerror or error}. Training goes on. Make "
-            "room on that disk, or choose another folder: dirpath=..."
-        )
+        _cannot(f"write the picture {file}", error, "it is shown in the loggers only")
+
+
+def _cannot(do: str, error: OSError, so: str) -> None:
+    rank_zero_warn(
+        f"Cannot {do}: {error.strerror or error}. Training goes on, and {so}. Make room on that "
+        "disk, or choose another folder: dirpath=..."
+    )
 
 
 def _experiment(logger: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from stagewise.callbacks import velocity_figures
+from stagewise.callbacks import figures
 from stagewise.files import replace_file
 from stagewise.recipes.run_files import RunFiles, read_run
 from stagewise.velocity_errors import STAGES
@@ -212,10 +212,10 @@ def _top(run: RunFiles, title: str) -> str:
     if probes:
         edges, ends = _edges(run), _ends(run)
         pictures = _drawn(
-            velocity_figures.loss_by_time_figure(edges, probes[-1], ends),
+            figures.loss_by_time_figure(edges, probes[-1], ends),
             "The model's error by t, against the conditional and the oracle velocity",
         ) + _drawn(
-            velocity_figures.dynamics_figure(edges, probes, "oracle", ends),
+            figures.dynamics_figure(edges, probes, "oracle", ends),
             "Error against the oracle while training",
         )
     return f'{head}{warnings}<div class="tiles">{"".join(tiles)}</div>{defined}{_row(pictures)}'
@@ -276,14 +276,14 @@ def _errors(run: RunFiles) -> str:
     )
     pictures = [
         _drawn(
-            velocity_figures.dynamics_figure(edges, probes, "conditional", ends),
+            figures.dynamics_figure(edges, probes, "conditional", ends),
             "Error against the conditional velocity while training",
         ),
-        _drawn(velocity_figures.error_heatmap(edges, probes), "Oracle error by t and step"),
+        _drawn(figures.error_heatmap(edges, probes), "Oracle error by t and step"),
     ]
     measured = run.of("probe")
     if measured:
-        figure = velocity_figures.stages_and_error_figure(
+        figure = figures.stages_and_error_figure(
             edges, probes[-1], measured[-1]["t"], measured[-1]["top1"], ends
         )
         pictures.append(_drawn(figure, "Concentration of the posterior and the model's error"))
@@ -295,13 +295,13 @@ def _held_out(run: RunFiles) -> str:
     probes, edges = _alike(run, "gap"), _edges(run)
     parts = [head]
     if probes:
-        clear = int(velocity_figures.gap_is_clear(probes[-1]).sum())
+        clear = int(figures.gap_is_clear(probes[-1]).sum())
         parts.append(
             f"<p>At step {probes[-1]['step']} the gap is two standard errors or more from zero in "
             f"{clear} of {len(edges) - 1} bins of t; chance alone makes one in 20 of them. Every "
             "probe asks the same samples, so what is chance at one step stays at the next.</p>"
         )
-        figure = velocity_figures.gap_heatmap(edges, probes)
+        figure = figures.gap_heatmap(edges, probes)
         parts.append(_row(_drawn(figure, "Held-out minus training error by t and step")))
     else:
         parts.append(_missing("The gap", "VelocityErrorMonitor, with validation data,"))
@@ -324,7 +324,7 @@ def _spending(run: RunFiles) -> str:
     windows = [window for window in run.of("training_window") if len(window["draws"]) == bins]
     if not windows:
         return head + _missing("Draws, loss and gradients by stage", "VelocityErrorMonitor")
-    figure = velocity_figures.spending_figure(_edges(run), windows[-1])
+    figure = figures.spending_figure(_edges(run), windows[-1])
     drawn = _drawn(figure, "Shares of draws, loss and gradient norms, and draws of t")
     return f'{head}<div class="wide">{drawn}</div>'
 

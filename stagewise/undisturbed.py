@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["in_eval_mode", "undisturbed"]
+
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "lightning", "pytorch_lightning"}
 
 
 @contextmanager
@@ -70,12 +73,15 @@ def _generators(roots: list[Any]) -> list[Any]:
             found.append(value)
         elif isinstance(value, FunctionType):
             # From the names of a module one would come to everything that is imported anywhere.
-            beside = value.__globals__.values()
-            ahead += [one for one in beside if type(one) in {*kinds, np.random.Generator}]
+            if id(value.__globals__) not in seen:
+                seen.add(id(value.__globals__))
+                beside = {*kinds, np.random.Generator}
+                ahead += [one for one in value.__globals__.values() if type(one) in beside]
             ahead += [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)]
-        # Long lists are the samples.
+        # Long lists are the samples. Classes of these libraries hold no generator of a user.
         elif not isinstance(value, (ModuleType, Tensor)) and not (
-            type(value) in (list, tuple, dict) and len(value) > 1000
+            (type(value) in (list, tuple, dict) and len(value) > 1000)
+            or (isinstance(value, type) and value.__module__.partition(".")[0] in _LIBRARIES)
         ):
             ahead += gc.get_referents(value)
     return found

@@ -10,6 +10,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -21,17 +22,39 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise.batches import find_sample
-from stagewise.callbacks import figures, velocity_figures, writer
+from stagewise.callbacks import figures, writer
 from stagewise.losses import FlowMatchingLoss
 
 DIM = 6
 
-LEAVE = """
-# Left to the interpreter's exit, gloo's threads now and then abort the process.
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-sys.stdout.flush()
-os._exit(0)
+PAIR = """
+# Two ranks that run one script after another: to import torch and lightning takes longer than most.
+import os, runpy, sys, time, traceback
+from itertools import count
+from pathlib import Path
+
+import torch
+
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+for number in count():
+    job = folder / str(number)
+    while not (job / "script.py").exists():
+        if (folder / "stop").exists():
+            # Left to the interpreter's exit, gloo's threads now and then abort the process.
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+                torch.distributed.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)
+        time.sleep(0.02)
+    sys.argv = [str(job / "script.py"), str(job), "2"]
+    said = ""
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except BaseException:
+        said = traceback.format_exc()
+    (job / f"said{rank}.part").write_text(said)
+    (job / f"said{rank}.part").rename(job / f".said{rank}")
 """
 
 
@@ -175,26 +198,67 @@ def make_trainer(tmp_path):
     return make
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
-    """`on_two_ranks(script)`: runs it by torchrun in two processes; gives the folder of the run.
+class Pair:
+    """Two ranks under torchrun, which finds a free port itself."""
 
-    The script finds the folder and the number of processes among its arguments.
-    """
-
-    def run(script):
-        folder = tmp_path_factory.mktemp("two")
-        file = folder / "script.py"
-        file.write_text(script + LEAVE)
-        # torchrun finds a free port itself.
+    def __init__(self, folder):
+        self.folder, self.number = folder, 0
+        (folder / "pair.py").write_text(PAIR)
         launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, *launch, "--nproc-per-node=2", file, folder, "2"]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return folder
+        command = [sys.executable, *launch, "--nproc-per-node=2", folder / "pair.py", folder]
+        self.log = (folder / "log").open("w")
+        self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log)
 
-    return run
+    def run(self, script, timeout=180):
+        job = self.folder / str(self.number)
+        self.number += 1
+        job.mkdir()
+        (job / "script.part").write_text(script)
+        (job / "script.part").rename(job / "script.py")
+        said, end = [job / f".said{rank}" for rank in (0, 1)], time.monotonic() + timeout
+        while not all(file.exists() for file in said):
+            failed = [file.read_text() for file in said if file.exists()]
+            assert not any(failed), failed[0][-4000:]
+            assert self.process.poll() is None, (self.folder / "log").read_text()[-4000:]
+            assert time.monotonic() < end, f"no answer in {timeout} s"
+            time.sleep(0.02)
+        for file in said:
+            assert not (text := file.read_text()), text[-4000:]
+            file.unlink()
+        return job
+
+    def close(self):
+        (self.folder / "stop").write_text("")
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tmp_path_factory):
+    """`on_two_ranks(script)`: runs it in two processes of one group; gives the folder of the run.
+
+    The script finds the folder and the number of processes among its arguments. The processes are
+    those of the script before, unless that failed.
+    """
+    pair = None
+
+    def run(script):
+        nonlocal pair
+        pair = pair or Pair(tmp_path_factory.mktemp("two"))
+        try:
+            return pair.run(script)
+        except BaseException:
+            pair.process.kill()
+            pair = None
+            raise
+
+    yield run
+    if pair is not None:
+        pair.close()
 
 
 @pytest.fixture(scope="module")
@@ -261,10 +325,9 @@ def read_stages():
 @pytest.fixture
 def quick_figures(monkeypatch):
     """Pictures stay empty; drawing them would take most of the time of a small run."""
-    for name in ("concentration_figure", "target_difference_figure", "heatmap_figure"):
-        monkeypatch.setattr(figures, name, lambda *_: Figure())
-    for name in velocity_figures.__all__:
-        monkeypatch.setattr(velocity_figures, name, lambda *_: Figure())
+    for name in set(figures.__all__) - {"copies_figure", "grid_figure"}:
+        if name.endswith(("_figure", "_heatmap")):
+            monkeypatch.setattr(figures, name, lambda *_: Figure())
     monkeypatch.setattr(writer, "render", lambda _: np.zeros((2, 3, 3), dtype=np.uint8))
 
 

@@ -1,7 +1,5 @@
 """The order of callbacks in the trainer's list changes nothing: not a weight, not a byte."""
 
-import itertools
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -22,6 +20,8 @@ from stagewise.callbacks.stage_transitions import NAVIGATION_LEARNED
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
 
+# Each is the first once, which leads the run, and each comes before each other once.
+ORDERS = [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)]
 FEW = {"every_n_steps": 2, "strata": 4, "queries": 4}
 
 
@@ -76,7 +76,7 @@ def seen():
 
 
 @pytest.mark.parametrize("make", [watch, events], ids=["watch", "events"])
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_any_order_gives_the_same_files(files, seen, make, order):
     callbacks = make()
     trained, found = files([callbacks[place] for place in order], "run")

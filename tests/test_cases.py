@@ -553,7 +553,7 @@ def test_labels_that_the_first_steps_drop(kind, steps, run):
     assert bool(said) == (steps == 99 and kind in ("posterior", "transitions")), came.said
     for callback in callbacks if kind in ("errors", "copies") else ():
         assert callback.conditional == (steps < 99)
-        wise = callback._wise if kind == "errors" else callback.wise
+        wise = callback.wise
         assert wise == (steps < 99)
         assert min(entry["step"] for entry in callback.history) >= (steps if steps < 99 else 1)
         assert any("is left out" in text for text in came.said) == (steps < 99)
@@ -1194,7 +1194,7 @@ def test_rows_in_another_order_or_number_are_the_same_training(kind, make, run):
     for callback in callbacks:
         network = getattr(callback, "network", None)
         assert network is None or (network.conditional, network.conditions) == (True, ())
-        assert getattr(callback, "_wise", True)
+        assert getattr(callback, "wise", True)
 
 
 def test_labels_of_samples_are_those_of_their_rows():

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from stagewise import LatentBank, Oracle
 from stagewise.callbacks import writer
-from stagewise.callbacks.memorization_figures import Column, grid_figure
+from stagewise.callbacks.figures import Column, grid_figure
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.metrics import CopyShare
 from stagewise.copies import binomial_interval

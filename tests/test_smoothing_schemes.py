@@ -226,7 +226,7 @@ class Lossy(pl.LightningModule):
         scheme = next(c for c in self.trainer.callbacks if isinstance(c, StageScheme))
         if self.training and torch.is_grad_enabled():
             seen = scheme.run.look.x1_of_batch()
-            self.agree.append(torch.equal(seen, scheme._scheme.drawn.x1))
+            self.agree.append(torch.equal(seen, scheme.scheme.drawn.x1))
         return self.net(torch.cat([xt, t[:, None].to(xt)], 1))
 
     def training_step(self, batch, batch_idx):

@@ -234,7 +234,7 @@ def test_labels_are_asked_for_where_the_network_is_given_them(fit, make_data):
     for conditional in (True, False):
         monitor = VelocityErrorMonitor(**SMALL)
         fit(monitor, model=Conditional(conditional), x=x, labels=labels, held_out=False)
-        assert monitor._wise == conditional
+        assert monitor.wise == conditional
         assert monitor.history[-1]["held_out"] is None
 
 
@@ -281,7 +281,7 @@ def test_pythagoras_holds_in_every_bin_on_photographs(make_trainer):
     monitor = VelocityErrorMonitor(every_n_steps=15, queries=32)
     trainer = make_trainer(monitor, max_steps=30, limit_val_batches=1, num_sanity_val_steps=0)
     trainer.fit(module, datamodule=PhotoPatches(train_size=3000, held_out_size=800, batch_size=32))
-    assert monitor._wise
+    assert monitor.wise
     assert [entry["step"] for entry in monitor.history] == [1, 15, 30]
     for entry in monitor.history:
         z = entry["train"]["pythagoras_z"]
@@ -501,9 +501,9 @@ def test_labels_that_a_class_wise_oracle_needs(fit, make_data, make_loader, ligh
         fit(VelocityErrorMonitor(bank, class_wise=True, **SMALL, **given), x=x)
     plain = VelocityErrorMonitor(bank, **SMALL, **given)
     fit(plain, x=x)
-    assert not plain._wise
+    assert not plain.wise
     wise = VelocityErrorMonitor(bank, **SMALL, **given | {"held_out": (x[:9], labels[:9] + 7)})
     fit(wise, loader=make_loader(x, labels))
-    assert wise._wise
+    assert wise.wise
     assert wise.history[-1]["held_out"] is None
     assert "held-out samples have labels without rows, [7, 8, 9]" in lightning_log.text

@@ -1,0 +1,286 @@
+"""`RunOracles`: what a run is measured against: bank, path, oracles and boundaries, once for all.
+
+A callback asks with itself as an argument, and is given what it has said, what the `StageRun` has
+said, what another callback has said, or what is found in the training: in this order.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from stagewise.bank import LatentBank
+from stagewise.batches import FindSample, find_sample
+from stagewise.callbacks.ranks import together
+from stagewise.callbacks.stage_callback import StageCallback
+from stagewise.callbacks.training_bank import Samples, bank_from_trainer, read_rows
+from stagewise.callbacks.writer import Writer
+from stagewise.certificate import Certificate
+from stagewise.engines import Engine
+from stagewise.memory import oracle_device
+from stagewise.oracle import Oracle
+from stagewise.paths import Path as ProbabilityPath
+from stagewise.paths import same_path
+from stagewise.stages import Recipe, StageBoundary, StageCurve, require_whole_bank
+
+__all__ = ["RunOracles"]
+
+Kind = TypeVar("Kind", bound=StageCallback)
+
+_NOT_SHARED = ("seed", "dirpath", "seam")
+"""What a callback says about itself alone."""
+
+
+class RunOracles(StageCallback):
+    """The part of `StageRun` that the callbacks ask.
+
+    Attributes:
+        trainer: The trainer.
+        module: Its module.
+        members: Its stage callbacks, in the order in which they are told things.
+        began: Optimizer steps at the start of training.
+        path: The path of training, and `path_from`, how it is known; empty if it is assumed.
+        recipes: How boundaries are measured.
+    """
+
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    members: list[StageCallback]
+    began: int
+    path: ProbabilityPath
+    path_from: str
+
+    def forget(self) -> None:
+        """Leaves behind the bank, and what was made of it."""
+        self._banks: dict[int, LatentBank] = {}
+        self._read: LatentBank | None = None
+        self._oracles: list[Oracle] = []
+        self.recipes: list[Recipe] = []
+        self._boundaries: dict[Recipe, StageBoundary] = {}
+        self._curve: tuple[Recipe, int, StageCurve] | None = None
+
+    def recall(self) -> None:
+        """Takes up the boundaries of a checkpoint, and forgets all else."""
+        self.forget()
+        self._reread, self._measured_at = False, self.began
+        kept = [member.stashed_run.get("boundaries") for member in self.members if self.began]
+        self._records: dict[tuple[str, int], dict[str, float]] = {
+            (old["path"], old["class_wise"]): old["boundary"]
+            for old in next(filter(None, kept), [])
+        }
+
+    # -- what was said --------------------------------------------------------------------------
+
+    def option(self, callback: StageCallback, key: str, default: Any = None) -> Any:
+        """What a callback goes by: its own word, that of the run, or that of the others."""
+        if key == "bank" and self._reread:
+            return default
+        for who in (callback, self):
+            if key in who.said:
+                return who.said[key]
+        saying = [member for member in self.members if key in member.said]
+        if key in _NOT_SHARED or not saying:
+            return default
+        first: Any = saying[0].said[key]
+        for who in saying[1:]:
+            other: Any = who.said[key]
+            alike = same_path(first, other) if key == "path" else first is other
+            if not alike:
+                one, two = type(saying[0]).__name__, type(who).__name__
+                raise ValueError(
+                    f"{one}({key}={first!r}) and {two}({key}={other!r}) differ, and "
+                    f"{type(callback).__name__} says nothing. Say it once for all: "
+                    f"callbacks=[StageRun({key}=...), ...]."
+                )
+        return first
+
+    def find_of(self, callback: StageCallback) -> FindSample:
+        """From a batch to `(x_1, labels or None)`; a data module may have its own `find_sample`."""
+        own = getattr(getattr(self.trainer, "datamodule", None), "find_sample", find_sample)
+        return self.option(callback, "find", own)
+
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """Does something on every rank, or raises on all of them; see `ranks.together`."""
+        return together(self.trainer, what)
+
+    def open_writer(self, callback: StageCallback) -> Writer:
+        """Where a callback writes; a collective."""
+        folder = callback.dirpath
+        if folder is None and self.dirpath is not None:
+            folder = Path(self.dirpath) / callback.name
+        return Writer(self.trainer, callback.name, folder)
+
+    def first(self, kind: type[Kind]) -> Kind | None:
+        """The first callback of a kind in the order of names, None if there is none."""
+        return next((member for member in self.members if isinstance(member, kind)), None)
+
+    # -- path, bank and oracle --------------------------------------------------------------------
+
+    def path_of(self, callback: StageCallback) -> tuple[ProbabilityPath, str]:
+        """The path that a callback measures on, and how it is known."""
+        said = self.option(callback, "path")
+        if said is None:
+            return self.path, self.path_from or "assumed; say path=... if training uses another"
+        return said, "given"
+
+    def bank(self, callback: StageCallback) -> LatentBank:
+        """The bank of a callback: the one that was given, or what is read from the training set.
+
+        The first call reads; a collective. A checkpoint of a run with another bank is noticed.
+        """
+        bank = self.option(callback, "bank")
+        if bank is None:
+            wise = (self.option(member, "class_wise") for member in self.members)
+            self._read = self._read or bank_from_trainer(
+                self.trainer,
+                self.module,
+                find=self.find_of(callback),
+                class_wise=any(each is not False for each in wise),
+            )
+            bank = self._read
+        if id(bank) not in self._banks:
+            self._banks[id(bank)] = bank.beside_training(self.trainer.strategy.root_device)
+        self._compare_with_checkpoint(callback, bank)
+        return self._banks[id(bank)]
+
+    def _compare_with_checkpoint(self, callback: StageCallback, bank: LatentBank) -> None:
+        before = callback.stashed_run.get("bank")
+        if not before or not self.began or before == bank.fingerprint:
+            return
+        if not any(member.renewed for member in self.members):
+            rank_zero_warn(
+                f"The bank is not that of the checkpoint: fingerprint {bank.fingerprint[:8]} with "
+                f"{len(bank)} rows, and {before[:8]} before. Boundaries and histories of the other "
+                "latents are left behind, and everything is measured anew. To go on with the old "
+                "ones, give their bank: StageRun(bank=LatentBank.open(file))."
+            )
+        callback.renewed, self._records = True, {}
+        callback.stash = {**(callback.stash or {}), "run": {}}
+
+    def bank_in_use(self) -> LatentBank | None:
+        """The bank that was read, or one that was given; None before there is any."""
+        return self._banks.get(id(self._read), next(iter(self._banks.values()), None))
+
+    def given(self, callback: StageCallback) -> bool:
+        """Whether the bank was given, and not read from the training set."""
+        return self.option(callback, "bank") is not None
+
+    def oracle(
+        self,
+        callback: StageCallback,
+        path: ProbabilityPath | None = None,
+        engine: Engine | None = None,
+        certificate: Certificate | str | Path | None = None,
+    ) -> Oracle:
+        """The oracle over the bank of a callback; one for all that want the same.
+
+        With a certificate, or a file of one, which is written if there is none, it is a collective.
+        """
+        path, bank = path or self.path_of(callback)[0], self.bank(callback)
+        if certificate is not None:
+            # One of each host first; the others find its file.
+            for first in (True, False):
+                with self.together("reading its certificate"):
+                    mine = first == (self.trainer.local_rank == 0)
+                    if mine and not isinstance(certificate, Certificate):
+                        wise = self.class_wise(callback)
+                        certificate = Certificate.cached(certificate, bank, class_wise=wise)
+            assert isinstance(certificate, Certificate)
+            return Oracle(bank, path, engine, certificate=certificate)
+        for oracle in self._oracles:
+            fits = engine is None or oracle.engine is engine
+            if fits and oracle.bank is bank and same_path(oracle.path, path):
+                return oracle
+        self._oracles.append(Oracle(bank, path, engine))
+        return self._oracles[-1]
+
+    def read(self, callback: StageCallback, loader: Any, count: int) -> Samples:
+        """Random samples of a loader, and labels or None; see `read_rows`."""
+        find, seed = self.find_of(callback), callback.seed
+        return read_rows(self.trainer, self.module, loader, count, find=find, seed=seed)
+
+    def class_wise(self, callback: StageCallback) -> bool:
+        """Whether the posteriors of a callback are over the rows of the sample's class."""
+        wise, bank = self.option(callback, "class_wise", "auto"), self.bank(callback)
+        if wise is True and not bank.classes and not self.given(callback):
+            raise ValueError(
+                "class_wise=True, but no labels were found in the training batches. Say where they "
+                f"are: {type(callback).__name__}(find=lambda batch: (batch[0], batch[1]))."
+            )
+        if wise is True:
+            bank.require_classes()
+        return bool(bank.classes) if wise == "auto" else wise
+
+    # -- the boundary -----------------------------------------------------------------------------
+
+    def curve(self, recipe: Recipe, step: int, what: str) -> StageCurve:
+        """The stage curve, measured by all ranks together, once for each step; a collective."""
+        if self._curve is not None and self._curve[:2] == (recipe, step):
+            return self._curve[2]
+        trainer, root = self.trainer, self.trainer.strategy.root_device
+        ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        with self.together(what):
+            curve = recipe.measure(step, device=oracle_device(root), **ranks)
+        if trainer.world_size > 1:
+            total = trainer.strategy.reduce(curve.values.to(root), reduce_op="sum")
+            assert isinstance(total, Tensor)
+            curve = StageCurve(curve.t, total.cpu())
+        self._curve = recipe, step, curve
+        return curve
+
+    def recipe(self, oracle: Oracle, wise: bool) -> Recipe | None:
+        """How a callback measures, or has measured, the boundary there; None if none does."""
+        bank = self._banks.get(id(oracle.bank), oracle.bank)
+        for recipe in (*self._boundaries, *self.recipes):
+            other = recipe.oracle
+            same = self._banks.get(id(other.bank), other.bank) is bank
+            if same and recipe.class_wise == wise and same_path(other.path, oracle.path):
+                return recipe
+        return None
+
+    def boundary(self, oracle: Oracle, wise: bool) -> StageBoundary:
+        """Where the stages meet: one answer for all callbacks of the run; a collective.
+
+        It is what the first probe of a `PosteriorMonitor` measures, or would measure, at the start
+        of the training; a resumed run keeps it. Arguments as of `recipe`.
+        """
+        recipe = self.recipe(oracle, wise)
+        if recipe in self._boundaries:
+            return self._boundaries[recipe]
+        require_whole_bank(oracle)
+        recipe = recipe or Recipe.of(oracle, wise)
+        recorded = self._records.get(_recorded_as(recipe))
+        if recorded is None:
+            curve = self.curve(recipe, self._measured_at, "measuring the boundary")
+            found = curve.boundary(seed=recipe.seed)
+        else:
+            found = StageBoundary(**recorded)
+        self._boundaries[recipe] = found
+        return found
+
+    def forget_rows(self) -> None:
+        """Has the training set read again when it is next asked for."""
+        self._reread, self._measured_at, self._records = True, self.trainer.global_step, {}
+        self.forget()
+
+    def record(self, callback: StageCallback) -> dict[str, Any]:
+        """What the state of a callback holds of the run: its bank's fingerprint, the boundaries."""
+        bank = self.option(callback, "bank") or self._read
+        found = {_recorded_as(recipe): one.as_dict() for recipe, one in self._boundaries.items()}
+        return {
+            "bank": "" if bank is None else bank.fingerprint,
+            "boundaries": [
+                {"path": path, "class_wise": wise, "boundary": boundary}
+                for (path, wise), boundary in (self._records | found).items()
+            ],
+        }
+
+
+def _recorded_as(recipe: Recipe) -> tuple[str, int]:
+    """What a boundary is known by in a checkpoint: plain numbers and strings."""
+    return repr(recipe.oracle.path), int(recipe.class_wise)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from stagewise.callbacks.figures import TIME_LABEL, draw_boundary, new_figure
 from stagewise.callbacks.writer import show_pictures
 from stagewise.paths import Prediction
 from stagewise.recipes.module import FlowMatchingModule
-from stagewise.recipes.run_files import boundary_of
+from stagewise.recipes.run_files import boundary_of, read_run
 from stagewise.sampling import guided, integration_range, sample
 from stagewise.stages import StageBoundary, StageCurve
 from stagewise.velocity_errors import STAGES
@@ -134,6 +135,15 @@ def stage_table(
                     row | {"gap": other[i] - one[i], "gap_se": math.hypot(error[i], more[i])}
                 )
     return rows
+
+
+def _predicted(run_dir: Path, monitor: PosteriorMonitor) -> float:
+    """The boundary by the spectrum; where nothing was trained the monitor has only written it."""
+    if math.isnan(monitor.predicted):
+        with suppress(ValueError):
+            found = read_run(run_dir).first("bank").get("predicted")
+            return math.nan if found is None else found
+    return monitor.predicted
 
 
 def _print_table(b: StageBoundary, predicted: float, rows: list[dict[str, Any]]) -> None:
@@ -289,7 +299,7 @@ def evaluate(
     if monitor is not None and monitor.curve is not None:
         floor = floor_curve(module, monitor.curve)
         # The first probe's: by it the run's monitors and schemes cut t.
-        boundary, predicted = boundary_of(monitor.history[0]), monitor.predicted
+        boundary, predicted = boundary_of(monitor.history[0]), _predicted(run_dir, monitor)
         rows = stage_table(boundary, floor, train, held_out)
         _print_table(boundary, predicted, rows)
         _draw_floor(figure, floor)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, or not there, and one of the last step."""
+"""How a run's checkpoints are written: whole files, the last step, averages that have begun."""
 
 from __future__ import annotations
 
@@ -8,35 +8,27 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from typing_extensions import override
 
 from stagewise.files import replace_file
 
-__all__ = ["AtomicCheckpointIO", "RunCheckpoint"]
+__all__ = ["AtomicCheckpointIO", "RunAveraging", "RunCheckpoint"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside the old one, and puts it in its place when it is on the disk.
 
     Lightning's own goes through the folder for temporary files, and copies from there if that is
-    another disk: who is killed then, or runs out of room, has lost the old one too. What is left of
-    a write that was killed is removed by the next of the same name.
+    another disk: a run that is killed then, or finds no room, has lost the old one too. What is
+    left of a write that was killed is removed by the next of the same name.
     """
 
+    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Writes a checkpoint to a local path.
-
-        Args:
-            checkpoint: What is stored.
-            path: The file.
-            storage_options: None; local files have none.
-
-        Raises:
-            OSError: If it cannot be written; what was there before is still there.
-        """
         if storage_options is not None:
             raise TypeError(f"Expected no `storage_options`, got {storage_options!r}.")
         path = Path(path)
@@ -58,21 +50,39 @@ class RunCheckpoint(ModelCheckpoint):
     Lightning's own writes one at the end only if it wrote none before, and then when averaged
     weights have taken the place of those that are trained, and the epoch counts as over: training
     that goes on from there is not the training that would have gone on.
-
-    Args:
-        See `ModelCheckpoint`; `save_last=True`.
     """
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Saves as often as it was told, and behind the last step."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any, **named: Any) -> None:
+        super().on_train_batch_end(trainer, *arguments, **named)
         ended = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
         if ended and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class RunAveraging(EMAWeightAveraging):
+    """An `EMAWeightAveraging` whose average is used once it has begun.
+
+    Lightning's own validates with it, and ends training with it, from the first step on: before
+    `update_starting_at_step` that is the untrained network.
+    """
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether weights have been averaged."""
+        return self._average_model is not None and bool(self._average_model.n_averaged > 0)
+
+    @override
+    def on_validation_epoch_start(self, *arguments: Any) -> None:
+        if self.has_begun:
+            super().on_validation_epoch_start(*arguments)
+
+    @override
+    def on_validation_epoch_end(self, *arguments: Any) -> None:
+        if self.has_begun:
+            super().on_validation_epoch_end(*arguments)
+
+    @override
+    def on_train_end(self, *arguments: Any) -> None:
+        if self.has_begun:
+            super().on_train_end(*arguments)

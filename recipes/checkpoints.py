@@ -46,7 +46,7 @@ class Loaded:
         step: Optimizer steps it had been trained for.
         weights: Which of its weights.
         fingerprint: Tells these weights from others.
-        note: What is to be said of them; empty if nothing is.
+        note: A remark on them; empty if there is none.
     """
 
     path: Path
@@ -61,13 +61,7 @@ class Loaded:
 
 
 def run_config(run: Path) -> DictConfig:
-    """The configuration of a run.
-
-    Args:
-        run: The folder of a run.
-
-    Returns:
-        Its `config.yaml`.
+    """The configuration of a run, from its `config.yaml`.
 
     Raises:
         ValueError: If there is no such folder or file, or a part of the model is missing in it.
@@ -99,28 +93,24 @@ def find_checkpoint(run: Path, given: Path | None = None) -> Path:
         given: A file, by its path or by its name in the run's `checkpoints`; default the newest
             `last*.ckpt`, and without one the newest checkpoint.
 
-    Returns:
-        The file.
-
     Raises:
         ValueError: If there is none, or it is a folder, as sharded training writes.
     """
     folder = run / "checkpoints"
     found = sorted(folder.glob("*.ckpt"))
     if given is not None:
-        places = [given, folder / given]
-        path = next((place for place in places if place.exists()), None)
+        path = next((place for place in (given, folder / given) if place.exists()), None)
         if path is None:
             there = names([file.name for file in found]) or "none"
             raise ValueError(f"There is no checkpoint {given}. In {folder}: {there}.")
-    else:
-        if not found:
-            raise ValueError(
-                f"Expected a checkpoint (*.ckpt) in {folder}, found none. Name one: --checkpoint."
-            )
+    elif found:
         # A second training in the same folder writes last-v1.ckpt beside last.ckpt.
         last = [file for file in found if file.name.startswith("last")]
         path = max(last or found, key=lambda file: file.stat().st_mtime)
+    else:
+        raise ValueError(
+            f"Expected a checkpoint (*.ckpt) in {folder}, found none. Name one: --checkpoint."
+        )
     if not path.is_file():
         raise ValueError(
             f"Expected a file, got the folder {path}, as sharded training writes it. Make one file "
@@ -137,9 +127,6 @@ def load_weights(path: Path, module: nn.Module, weights: Weights | None = None) 
         module: Gets the weights. Left as it is if they do not fit.
         weights: Which, default the averaged ones if there are any.
 
-    Returns:
-        What was loaded.
-
     Raises:
         ValueError: If the file is no checkpoint, is of another model, or has no such weights.
     """
@@ -155,35 +142,31 @@ def load_weights(path: Path, module: nn.Module, weights: Weights | None = None) 
         raise ValueError(f"There are no averaged weights in {path}: {why}. Take --weights current.")
     chosen: Weights = weights or ("averaged" if averaged else "current")
     if chosen == "current" and both:
-        state = checkpoint["current_model_state"]
-        if averaged and _equal(state, checkpoint["state_dict"]):
-            note = (
-                "they equal the averaged ones: at the end of training Lightning writes these for "
-                "both"
-            )
-        elif not averaged:
+        state, average = checkpoint["current_model_state"], state
+        if not averaged:
             note = "the average had not begun"
+        elif all(key in average and torch.equal(state[key], average[key]) for key in state):
+            note = "they equal the averaged ones: at the end of training Lightning writes both so"
     _refuse_others(path, state, module.state_dict())
     module.load_state_dict(state, strict=True)
+    seen = hashlib.sha256()
+    # The first numbers of each tensor: training changes them all, and all would take long.
+    for key, value in module.state_dict().items():
+        seen.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        seen.update(value.flatten()[:256].double().numpy().tobytes())
     step = int(checkpoint.get("global_step", 0))
-    return Loaded(path, step, chosen, _fingerprint(module.state_dict()), note)
+    return Loaded(path, step, chosen, seen.hexdigest()[:16], note)
 
 
 def load_module(
     config: DictConfig, path: Path, weights: Weights | None = None
 ) -> tuple[FlowMatchingModule, Loaded]:
-    """Builds the module of a run and loads a checkpoint into it.
+    """Builds the module of a run, on the CPU and in evaluation mode, and loads a checkpoint.
 
     Args:
         config: `run_config(run)`.
         path: `find_checkpoint(run)`.
-        weights: Which, default the averaged ones if there are any.
-
-    Returns:
-        The module on the CPU, in evaluation mode, and what was loaded.
-
-    Raises:
-        ValueError: See `load_weights`.
+        weights: As in `load_weights`.
     """
     objective = instantiate(config.objective)
     module = instantiate(config.module, net=instantiate(config.net), objective=objective)
@@ -191,18 +174,7 @@ def load_module(
 
 
 def require_same_model(path: Path, module: nn.Module) -> int:
-    """Refuses a checkpoint whose entries are not those of a module.
-
-    Args:
-        path: The checkpoint.
-        module: The module.
-
-    Returns:
-        The step it is of.
-
-    Raises:
-        ValueError: With the entries that differ, or if it is no checkpoint.
-    """
+    """The step of a checkpoint; ValueError if its entries are not those of the module."""
     checkpoint = _read(path)
     _refuse_others(path, checkpoint["state_dict"], module.state_dict())
     return int(checkpoint.get("global_step", 0))
@@ -219,36 +191,23 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is no whole checkpoint that holds tensors and plain values alone: {reason}"
         ) from error
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, Mapping):
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ValueError(f"Expected a checkpoint of Lightning, with `state_dict`, got {path}.")
     return checkpoint
 
 
 def _refuse_others(path: Path, state: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
-    missing = [key for key in own if key not in state]
-    unknown = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} in the file, {tuple(value.shape)} here"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    wrong = {"only in the network": missing, "only in the file": unknown, "other shapes": shapes}
+    wrong = {
+        "only in the network": [key for key in own if key not in state],
+        "only in the file": [key for key in state if key not in own],
+        "other shapes": [
+            f"{key} {tuple(state[key].shape)} in the file, {tuple(value.shape)} here"
+            for key, value in own.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
     if any(wrong.values()):
         listed = "; ".join(f"{what}: {names(keys)}" for what, keys in wrong.items() if keys)
         raise ValueError(
             f"{path} is a checkpoint of another model than the configuration says. {listed}."
         )
-
-
-def _fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Of the first numbers of each tensor: training changes them all, and all would take long."""
-    seen = hashlib.sha256()
-    for key, value in state.items():
-        seen.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        seen.update(value.flatten()[:256].double().numpy().tobytes())
-    return seen.hexdigest()[:16]
-
-
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

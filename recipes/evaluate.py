@@ -1,4 +1,4 @@
-"""What a recipe says at its end: loss by t and by stage, train against held out, and samples."""
+"""The end of a recipe: losses by t and by stage on training and held-out samples, and pictures."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stagewise.binned_sums import BinnedSums
 from stagewise.callbacks import PosteriorMonitor
 from stagewise.callbacks.figures import TIME_LABEL, draw_boundary, new_figure
 from stagewise.callbacks.writer import show_pictures
@@ -23,11 +24,15 @@ from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.run_files import boundary_of, read_run
 from stagewise.sampling import guided, integration_range, sample
 from stagewise.stages import StageBoundary, StageCurve
+from stagewise.velocity_errors import STAGES
 
 __all__ = ["evaluate", "floor_curve", "loss_by_time", "sample_grid", "stage_table"]
 
 _CLASSES = 8
 """How many classes the picture of samples shows at most."""
+
+Losses = tuple[Tensor, Tensor]
+"""Times and losses of queries, both (Q,)."""
 
 
 @torch.no_grad()
@@ -37,7 +42,7 @@ def loss_by_time(
     queries: int,
     seed: int = 0,
     batch_size: int = 256,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Losses:
     """The objective of single samples at times spread evenly over [0, 1].
 
     Args:
@@ -55,17 +60,15 @@ def loss_by_time(
     rows = torch.randint(len(dataset), (queries,), generator=generator)  # type: ignore[arg-type]
     t = (torch.arange(queries) + torch.rand(queries, generator=generator)) / queries
     losses = []
-    for first in range(0, queries, batch_size):
-        part = slice(first, first + batch_size)
-        items = [dataset[int(row)] for row in rows[part]]
+    for at in torch.arange(queries).split(batch_size):
+        items = [dataset[int(row)] for row in rows[at]]
         x1 = torch.stack([item[0] for item in items])
         x0 = torch.randn(x1.shape, generator=generator).to(module.device)
         labels = torch.stack([torch.as_tensor(item[1]) for item in items]).to(module.device)
-        times = t[part].to(module.device)
-        module.objective(module.net, x1.to(module.device), labels, x0=x0, t=times)
+        module.objective(module.net, x1.to(module.device), labels, x0=x0, t=t[at].to(module.device))
         assert module.objective.last is not None
         losses.append(module.objective.last.loss.cpu())
-    return t.numpy(), torch.cat(losses).numpy()
+    return t, torch.cat(losses)
 
 
 def floor_curve(module: FlowMatchingModule, curve: StageCurve) -> tuple[Tensor, Tensor]:
@@ -76,7 +79,7 @@ def floor_curve(module: FlowMatchingModule, curve: StageCurve) -> tuple[Tensor, 
 
     Args:
         module: The module.
-        curve: What a monitor measured.
+        curve: What a `PosteriorMonitor` measured.
 
     Returns:
         Times, (T,), and the floor per query, (T, Q).
@@ -87,60 +90,60 @@ def floor_curve(module: FlowMatchingModule, curve: StageCurve) -> tuple[Tensor, 
     return curve.times, curve.statistic("target_difference") * (c / c_velocity) ** 2
 
 
+def _means(losses: Losses, edges: Sequence[float] | Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard error between edges; NaN where something is not finite."""
+    sums = BinnedSums.empty(edges, ["loss"])
+    sums.update(losses[0], losses[1][None])
+    found = sums.means()
+    broken = found["nonfinite"] > 0
+    mean, error = (found[key].masked_fill(broken, math.nan) for key in ("loss", "loss_se"))
+    return mean.tolist(), error.tolist()
+
+
 def stage_table(
-    module: FlowMatchingModule,
     boundary: StageBoundary,
-    curve: StageCurve,
-    train: tuple[np.ndarray, np.ndarray],
-    held_out: tuple[np.ndarray, np.ndarray] | None,
+    floor: tuple[Tensor, Tensor],
+    train: Losses,
+    held_out: Losses | None,
 ) -> list[dict[str, float | str]]:
-    """Mean losses in navigation, transition and refinement.
+    """Mean losses in navigation, transition and refinement, and over all t.
 
     Args:
-        module: The trained module.
         boundary: Where the stages meet.
-        curve: What a monitor measured; gives the floor.
-        train: Times and losses on training samples.
+        floor: Of `floor_curve`.
+        train: Of `loss_by_time`, on training samples.
         held_out: The same on held-out samples, or None.
 
     Returns:
         One row for each stage: its name, from, to, the mean losses, and the gap, held-out minus
         training loss, with its standard error.
     """
-    middle = float(np.nan_to_num(boundary.midpoint, nan=1.0))
-    late = float(np.nan_to_num(boundary.collapsed, nan=1.0))
-    grid = (np.arange(4000) + 0.5) / 4000
-    times, per_query = floor_curve(module, curve)
-    floor = np.interp(grid, times.numpy(), per_query.mean(1).numpy())
-
-    def mean(t: np.ndarray, value: np.ndarray, low: float, high: float) -> tuple[float, float]:
-        inside = value[(t >= low) & (t < high)]
-        if len(inside) == 0:
-            return math.nan, math.nan
-        error = inside.std(ddof=1) / len(inside) ** 0.5 if len(inside) > 1 else math.nan
-        return float(inside.mean()), float(error)
-
+    grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    between = np.interp(grid.numpy(), floor[0].numpy(), floor[1].mean(1).numpy())
+    late = 1.0 if math.isnan(boundary.collapsed) else boundary.collapsed
+    middle = 1.0 if math.isnan(boundary.midpoint) else boundary.midpoint
     rows = []
-    edges = [("navigation", 0.0, middle), ("transition", middle, late), ("refinement", late, 1.0)]
-    for name, low, high in [*edges, ("all t", 0.0, 1.0)]:
-        if high <= low:
-            continue
-        one, error = mean(*train, low, high)
-        other, more = (math.nan, math.nan) if held_out is None else mean(*held_out, low, high)
-        row: dict[str, float | str] = {"stage": name, "from": low, "to": high}
-        row |= {"train": one, "held_out": other, "floor": mean(grid, floor, low, high)[0]}
-        rows.append(row | {"gap": other - one, "gap_se": math.hypot(error, more)})
+    for names, edges in ((STAGES, [0.0, middle, max(middle, late), 1.0]), (("all t",), [0.0, 1.0])):
+        one, error = _means(train, edges)
+        other, more = ([math.nan] * 3,) * 2 if held_out is None else _means(held_out, edges)
+        floors, _ = _means((grid, torch.from_numpy(between)), edges)
+        for i, name in enumerate(names):
+            row: dict[str, float | str] = {"stage": name, "from": edges[i], "to": edges[i + 1]}
+            row |= {"train": one[i], "held_out": other[i], "floor": floors[i]}
+            if edges[i] < edges[i + 1]:
+                rows.append(
+                    row | {"gap": other[i] - one[i], "gap_se": math.hypot(error[i], more[i])}
+                )
     return rows
 
 
-def _stages(run_dir: Path, monitor: PosteriorMonitor) -> tuple[StageBoundary, float]:
-    """The run's boundary and the predicted one, by its files; a monitor may write elsewhere."""
-    with suppress(ValueError):
-        run = read_run(run_dir)
-        if run.of("probe"):
-            predicted = run.first("bank").get("predicted")
-            return run.boundary(), math.nan if predicted is None else predicted
-    return boundary_of(monitor.history[0]), monitor.predicted
+def _predicted(run_dir: Path, monitor: PosteriorMonitor) -> float:
+    """The boundary by the spectrum; where nothing was trained the monitor has only written it."""
+    if math.isnan(monitor.predicted):
+        with suppress(ValueError):
+            found = read_run(run_dir).first("bank").get("predicted")
+            return math.nan if found is None else found
+    return monitor.predicted
 
 
 def _print_table(b: StageBoundary, predicted: float, rows: list[dict[str, Any]]) -> None:
@@ -167,36 +170,29 @@ def _print_table(b: StageBoundary, predicted: float, rows: list[dict[str, Any]])
     )
 
 
-def _loss_figure(
-    module: FlowMatchingModule,
-    curve: StageCurve | None,
-    stages: tuple[StageBoundary, float] | None,
-    curves: dict[str, tuple[np.ndarray, np.ndarray]],
-    bins: int = 32,
-) -> Figure:
+def _loss_figure(curves: dict[str, Losses], bins: int = 32) -> Figure:
     figure = new_figure()
     axes = figure.add_subplot()
-    centres = (np.arange(bins) + 0.5) / bins
-    for name, (t, loss) in curves.items():
-        groups = [loss[np.minimum((t * bins).astype(int), bins - 1) == i] for i in range(bins)]
-        error = [2 * group.std() / len(group) ** 0.5 if len(group) else 0.0 for group in groups]
-        means = [group.mean() if len(group) else math.nan for group in groups]
-        axes.errorbar(centres, means, error, fmt=".-", ms=4, lw=1.3, label=name)
-    if curve is not None and stages is not None:
-        t, floor = (value.numpy() for value in floor_curve(module, curve))
-        mean, error = floor.mean(1), 2 * floor.std(1) / floor.shape[1] ** 0.5
-        axes.plot(t, mean, color="0.5", lw=1.3, label="floor: MSE(conditional, oracle)")
-        axes.fill_between(t, mean - error, mean + error, color="0.5", alpha=0.25, lw=0)
-        draw_boundary(axes, *stages)
+    edges = torch.linspace(0, 1, bins + 1)
+    for name, losses in curves.items():
+        mean, error = _means(losses, edges)
+        bars = 2 * np.nan_to_num(error)
+        axes.errorbar((edges[1:] + edges[:-1]) / 2, mean, bars, fmt=".-", ms=4, lw=1.3, label=name)
     axes.set(
         xlabel=TIME_LABEL,
         ylabel="flow-matching loss per number",
         title="Loss by t after training (bars and grey band: 2 standard errors)",
         xlim=(0, 1),
     )
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
     return figure
+
+
+def _draw_floor(figure: Figure, floor: tuple[Tensor, Tensor]) -> None:
+    t, values = (value.numpy() for value in floor)
+    mean, error = values.mean(1), 2 * values.std(1) / values.shape[1] ** 0.5
+    (axes,) = figure.axes
+    axes.plot(t, mean, color="0.5", lw=1.3, label="floor: MSE(conditional, oracle)")
+    axes.fill_between(t, mean - error, mean + error, color="0.5", alpha=0.25, lw=0)
 
 
 def sample_grid(real: Tensor, generated: Tensor, names: Sequence[str], title: str) -> Figure:
@@ -240,13 +236,12 @@ def _samples(
     names = data.class_names
     classes = torch.linspace(0, len(names) - 1, min(len(names), _CLASSES)).round().int().tolist()
     generator = torch.Generator().manual_seed(0)
-    count = len(classes) * per_class
-    noise = torch.randn(count, *data.shape, generator=generator).to(module.device)
+    noise = torch.randn(len(classes) * per_class, *data.shape, generator=generator)
     labels = torch.tensor(classes, device=module.device).repeat_interleave(per_class)
-
     given, null = module.velocity(labels), module.velocity(None)
     field = guided(given, null, cfg_scale, channels=cfg_channels)
     start, end = integration_range(module.objective.prediction)
+    noise = noise.to(module.device)
     made = sample(field, noise, method=method, steps=steps, start=start, end=end)
     made = made.reshape(len(classes), per_class, *data.shape).cpu()
     real = data.examples(classes, per_class)
@@ -285,7 +280,7 @@ def evaluate(
         monitor: The run's monitor, or None: then without boundaries and floor.
         loggers: Of the trainer; those that show pictures get them.
         step: The last step.
-        run_dir: Where the PNGs go, and where the run's files are.
+        run_dir: Where the PNGs go.
         queries: (sample, t) pairs for the loss by t, of each split.
         samples_per_class: Generated samples of each class.
         cfg_scale: Guidance scale.
@@ -296,22 +291,23 @@ def evaluate(
     Returns:
         `stages`, the rows of the table (empty without monitor), and the mean losses.
     """
-    curves = {"training samples": loss_by_time(module, data.train, queries)}
-    if data.held_out is not None:
-        curves["held-out samples"] = loss_by_time(module, data.held_out, queries)
-    train, held_out = curves["training samples"], curves.get("held-out samples")
+    train = loss_by_time(module, data.train, queries)
+    held_out = None if data.held_out is None else loss_by_time(module, data.held_out, queries)
+    curves = {"training samples": train, "held-out samples": held_out}
+    figure = _loss_figure({name: losses for name, losses in curves.items() if losses is not None})
     rows: list[dict[str, Any]] = []
-    curve, stages = (None if monitor is None else monitor.curve), None
-    if monitor is not None and curve is not None:
-        stages = _stages(run_dir, monitor)
-        rows = stage_table(module, stages[0], curve, train, held_out)
-        _print_table(*stages, rows)
-    pictures = {
-        "loss_by_t": _loss_figure(module, curve, stages, curves),
-        "samples": _samples(
-            module, data, samples_per_class, cfg_scale, cfg_channels, method, steps
-        ),
-    }
+    if monitor is not None and monitor.curve is not None:
+        floor = floor_curve(module, monitor.curve)
+        # The first probe's: by it the run's monitors and schemes cut t.
+        boundary, predicted = boundary_of(monitor.history[0]), _predicted(run_dir, monitor)
+        rows = stage_table(boundary, floor, train, held_out)
+        _print_table(boundary, predicted, rows)
+        _draw_floor(figure, floor)
+        draw_boundary(figure.axes[0], boundary, predicted)
+    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[0].legend(fontsize=8)
+    samples = _samples(module, data, samples_per_class, cfg_scale, cfg_channels, method, steps)
+    pictures = {"loss_by_t": figure, "samples": samples}
     show_pictures(pictures, "evaluation", run_dir, loggers, step)
     return {
         "stages": rows,

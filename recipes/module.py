@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes.order import EpochOrder
@@ -54,30 +55,24 @@ class FlowMatchingModule(L.LightningModule):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.seed = warmup_steps, seed
 
+    @override
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Seeds the draws of this batch."""
         self._reseed(0, batch_idx)
 
+    @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """One batch of the objective."""
         x1, labels, *rows = batch
         ranks = self.trainer.world_size
         net: Callable[..., Tensor] = self.net
         if ranks > 1:
             net = partial(self._with_own_draws, batch_idx)
-        loss = self.objective(
-            net,
-            x1,
-            labels,
-            part=(self.global_rank, ranks),
-            classes=labels,
-            source=rows[0] if rows else None,
-        )
+        part, source = (self.global_rank, ranks), rows[0] if rows else None
+        loss = self.objective(net, x1, labels, part=part, classes=labels, source=source)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
+    @override
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """The same on held-out samples; noise and times depend on the batch only."""
         x1, labels = batch[:2]
         generator = torch.Generator(self.device).manual_seed(batch_idx)
         # Lightning hands every R-th sample to a rank.
@@ -94,21 +89,14 @@ class FlowMatchingModule(L.LightningModule):
             convention=self.objective.convention,
         )
 
+    @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with a linear warm-up."""
-        optimizer = torch.optim.AdamW(
-            self.net.parameters(),
-            self.lr,
-            (self.betas[0], self.betas[1]),
-            weight_decay=self.weight_decay,
-        )
+        betas, weights = (self.betas[0], self.betas[1]), self.net.parameters()
+        optimizer = torch.optim.AdamW(weights, self.lr, betas, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / max(1, self.warmup_steps))
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _with_own_draws(self, batch_idx: int, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """The network, with labels dropped by this rank's draws."""

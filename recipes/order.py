@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
+from typing_extensions import override
 
 __all__ = ["EpochOrder", "ResumableData"]
 
@@ -48,28 +49,21 @@ class EpochOrder(DistributedSampler[int]):
         on_epoch: Callable[[int], object] | None = None,
         trained: Callable[[], int] | None = None,
     ) -> None:
-        if len(dataset) < batch_size * num_replicas:
+        self.size = len(dataset)
+        if self.size < batch_size * num_replicas:
             raise ValueError(
                 f"Expected at least one batch of training samples, {batch_size} on each of "
-                f"{num_replicas} ranks, got {len(dataset)}. Lower `batch_size`."
+                f"{num_replicas} ranks, got {self.size}. Lower `batch_size`."
             )
-        super().__init__(
-            cast(Dataset[Any], dataset),
-            num_replicas=num_replicas,
-            rank=rank,
-            seed=seed,
-            drop_last=True,
-        )
+        about = {"num_replicas": num_replicas, "rank": rank, "seed": seed, "drop_last": True}
+        super().__init__(cast(Dataset[Any], dataset), **about)  # type: ignore[arg-type]
         self.batch_size, self.on_epoch = batch_size, on_epoch
+        self.num_batches = self.size // (batch_size * num_replicas)  # of an epoch, on each rank
         self._trained = trained
         self._start, self._offset = 0, 0
         self._begun: int | None = None
 
-    @property
-    def num_batches(self) -> int:
-        """Batches of an epoch, on each rank."""
-        return len(cast(Sized, self.dataset)) // (self.batch_size * self.num_replicas)
-
+    @override
     def set_epoch(self, epoch: int) -> None:
         """Chooses an epoch; if it is another one, it begins at its beginning.
 
@@ -84,7 +78,7 @@ class EpochOrder(DistributedSampler[int]):
             self.epoch, self._start = epoch, 0
 
     def start(self, epoch: int, batch: int) -> None:
-        """Begins behind a number of batches of an epoch, this time only."""
+        """Begins after a number of batches of an epoch, this time only."""
         passed, batch = divmod(batch, self.num_batches)
         self.epoch, self._start, self._offset = epoch + passed, batch, 0
         self._begun = None if self._trained is None else self._trained()
@@ -94,22 +88,16 @@ class EpochOrder(DistributedSampler[int]):
         return self.num_batches * self.batch_size
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EpochOrder:
-        """The same order at the beginning of its epoch, which neither asks nor tells the run."""
-        order = EpochOrder(
-            cast(Sized, self.dataset),
-            self.batch_size,
-            seed=self.seed,
-            rank=self.rank,
-            num_replicas=self.num_replicas,
-        )
+        """The same order at the beginning of its epoch, without the two calls into the run."""
+        options = {"seed": self.seed, "rank": self.rank, "num_replicas": self.num_replicas}
+        order = EpochOrder(cast(Sized, self.dataset), self.batch_size, **options)
         order.epoch = self.epoch
         return order
 
     def __iter__(self) -> Iterator[int]:
         if self.on_epoch is not None:
             self.on_epoch(self.epoch)
-        size = len(cast(Sized, self.dataset))
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(size)
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
         used = order[: len(self) * self.num_replicas]
         begin = self._start * self.batch_size * self.num_replicas
         self._start = 0
@@ -158,58 +146,58 @@ class ResumableData(L.LightningDataModule):
             on_epoch=on_epoch,
             trained=self._trained,
         )
-        self._fingerprint = _fingerprint(dataset)
+        self._order, self._fingerprint = order, _fingerprint(dataset)
         # A second training in this process begins at its own beginning.
         state, self._state = self._state, None
         if state is not None:
-            together, samples = state["batch_size"], state.get("samples", len(dataset))
-            if samples != len(dataset):
-                raise ValueError(
-                    f"The checkpoint was made with {samples} training samples, and there are "
-                    f"{len(dataset)}. Give the data that it was trained on, or begin a new run "
-                    "from its weights."
-                )
-            if state.get("fingerprint", self._fingerprint) != self._fingerprint:
-                raise ValueError(
-                    f"The checkpoint was made with as many training samples, {samples}, but with "
-                    f"other ones: their fingerprint is {state['fingerprint']}, and here it is "
-                    f"{self._fingerprint}. Give the data that it was trained on, or begin a new "
-                    "run from its weights: weights=CHECKPOINT run_dir=FOLDER resume=false."
-                )
-            if together != batch_size * ranks:
-                raise ValueError(
-                    f"The checkpoint was made with batches of {together} samples over all ranks, "
-                    f"and this run has {batch_size} on each of {ranks}. Give as many, or begin a "
-                    "new run from its weights."
-                )
+            self._refuse_others(state, len(dataset), batch_size, ranks)
             order.start(state["epoch"], state["batch"])
             # Lightning looks at the loader alone, and warns that it begins an epoch again.
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
-        self._order = order
         return order
+
+    def _refuse_others(self, state: dict[str, Any], count: int, size: int, ranks: int) -> None:
+        samples, found = state.get("samples", count), state.get("fingerprint", self._fingerprint)
+        if samples != count:
+            raise ValueError(
+                f"The checkpoint was made with {samples} training samples, and there are {count}. "
+                "Give the data that it was trained on, or begin a new run from its weights."
+            )
+        if found != self._fingerprint:
+            raise ValueError(
+                f"The checkpoint was made with as many training samples, {samples}, but with other "
+                f"ones: their fingerprint is {found}, and here it is {self._fingerprint}. Give the "
+                "data that it was trained on, or begin a new run from its weights: "
+                "weights=CHECKPOINT run_dir=FOLDER resume=false."
+            )
+        if state["batch_size"] != size * ranks:
+            raise ValueError(
+                f"The checkpoint was made with batches of {state['batch_size']} samples over all "
+                f"ranks, and this run has {size} on each of {ranks}. Give as many, or begin a new "
+                "run from its weights."
+            )
 
     def _trained(self) -> int:
         trainer = self.trainer
         return trainer.fit_loop.epoch_loop.batch_progress.total.ready if trainer else 0
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """How far training has come: `epoch`, `batch` of it.
 
         And of what: `batch_size` over all ranks, `samples` of an epoch, and their `fingerprint`.
         """
-        trainer = self.trainer
-        if trainer is None or trainer.train_dataloader is None or self._order is None:
+        trainer, order = self.trainer, self._order
+        if trainer is None or trainer.train_dataloader is None or order is None:
             return {}
-        epoch, batch = self._order.epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        epoch, batch = order.epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if batch >= trainer.num_training_batches:
             epoch, batch = epoch + 1, 0
-        loader = trainer.train_dataloader
-        size, samples = loader.batch_size * trainer.world_size, len(loader.dataset)
-        of = {"batch_size": size, "samples": samples, "fingerprint": self._fingerprint}
-        return {"epoch": epoch, "batch": batch, **of}
+        of = {"batch_size": order.batch_size * order.num_replicas, "samples": order.size}
+        return {"epoch": epoch, "batch": batch, **of, "fingerprint": self._fingerprint}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps it for `order`."""
         self._state = state_dict or None
 
 

@@ -18,11 +18,9 @@ again and would carry held-out content into the training set.
   leaves its tile, so no held-out pixel was trained on.
 * **Equal shares.** Every photograph gives the same number of patches, whatever its area: the
   classes are balanced, and so are the banks of a class-wise oracle.
-* **Full resolution, no flat patches.** 36 % of a blind draw is sky, backdrop or blur, with a
-  contrast below 0.05. Such patches are near-copies of one another: their posterior hardly
-  concentrates and hides the stages of all the rest. So a patch needs a contrast of
-  `min_contrast`. Halving the resolution instead would leave 23 % flat, and a quarter of the
-  pixels, each of them in some sixteen of 20 000 patches.
+* **No flat patches.** 36 % of a blind draw is sky, backdrop or blur: near-copies of one another,
+  whose posterior hardly concentrates and hides the stages of all the rest. So a patch needs a
+  contrast of `min_contrast`.
 """
 
 from __future__ import annotations
@@ -56,10 +54,7 @@ _SPLITS = ("train", "held_out")
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """Read the photographs from the installed wheels; nothing is imported or downloaded.
-
-    Returns:
-        Name to photograph, `(H, W, 3)` uint8, always in the same order.
+    """The photographs in the installed wheels by name, `(H, W, 3)` uint8, in a fixed order.
 
     Raises:
         ModuleNotFoundError: If scikit-image or scikit-learn is not installed.
@@ -110,8 +105,12 @@ class PhotoPatches(ResumableData):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        sizes = {"train_size": train_size, "held_out_size": held_out_size}
-        for name, value in {"patch": patch, "batch_size": batch_size, **sizes}.items():
+        self.patch, self.block, self.sizes = patch, block, (train_size, held_out_size)
+        self.held_out_share, self.min_contrast = held_out_share, min_contrast
+        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+        self._positions: dict[str, np.ndarray] = {}
+        names = ("patch", "train_size", "held_out_size", "batch_size")
+        for name, value in zip(names, (patch, *self.sizes, batch_size), strict=True):
             if value < 1:
                 raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
         if patch > block:
@@ -128,15 +127,6 @@ class PhotoPatches(ResumableData):
                 f"Expected `batch_size` of at most `train_size`, since the last, smaller batch "
                 f"is dropped; got batch_size={batch_size}, train_size={train_size}."
             )
-        self.patch = patch
-        self.sizes = (train_size, held_out_size)
-        self.block = block
-        self.held_out_share = held_out_share
-        self.min_contrast = min_contrast
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_workers = num_workers
-        self._positions: dict[str, np.ndarray] = {}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -159,13 +149,9 @@ class PhotoPatches(ResumableData):
         return torch.stack([x1[labels == label][:count] for label in classes])
 
     def positions(self, split: str) -> np.ndarray:
-        """Where the patches of a split were taken, in the order of its data set.
+        """Where the patches of "train" or "held_out" were taken, in the order of the data set.
 
-        Args:
-            split: `"train"` or `"held_out"`.
-
-        Returns:
-            `(N, 3)` int64: index of the photograph, row and column of the top left pixel.
+        `(N, 3)` int64: index of the photograph, row and column of the top left pixel.
         """
         if split not in _SPLITS:
             raise ValueError(f"Expected `split` to be one of {_SPLITS}, got {split!r}.")
@@ -180,13 +166,14 @@ class PhotoPatches(ResumableData):
         corners = [self._corners(label, image) for label, image in enumerate(images)]
         for split, parts in zip(_SPLITS, zip(*corners, strict=True), strict=True):
             labels = np.repeat(np.arange(len(images)), [len(part) for part in parts])
-            patches = np.concatenate(
-                [
-                    _windows(image, self.patch)[part[:, 0], part[:, 1]]
-                    for image, part in zip(images, parts, strict=True)
+            patches = [
+                # All patches as a view: (H - patch + 1, W - patch + 1, 3, patch, patch).
+                sliding_window_view(image, (self.patch, self.patch), axis=(0, 1))[
+                    part[:, 0], part[:, 1]
                 ]
-            )
-            x_1 = torch.from_numpy(patches).float().div_(127.5).sub_(1)
+                for image, part in zip(images, parts, strict=True)
+            ]
+            x_1 = torch.from_numpy(np.concatenate(patches)).float().div_(127.5).sub_(1)
             setattr(self, split, TensorDataset(x_1, torch.from_numpy(labels)))
             self._positions[split] = np.column_stack([labels, np.concatenate(parts)])
 
@@ -260,11 +247,6 @@ def _read(name: str, package: str, distribution: str, file: str) -> np.ndarray:
         )
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
-
-
-def _windows(image: np.ndarray, patch: int) -> np.ndarray:
-    """All patches as a view: `(H, W, 3)` to `(H - patch + 1, W - patch + 1, 3, patch, patch)`."""
-    return sliding_window_view(image, (patch, patch), axis=(0, 1))
 
 
 def _contrast(image: np.ndarray, patch: int) -> np.ndarray:

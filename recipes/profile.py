@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -38,16 +37,13 @@ def profile_latents(
     """Reads latents into a bank and profiles it.
 
     Args:
-        latents: What `open_latents` gave.
+        latents: From `open_latents`.
         name: What to call them.
         class_wise: Whether the posterior is over the own class, default if there are labels.
-        limit: Rows to read at most, default all; see `rows_within`.
+        limit: Rows to read at most, default all: whole classes, or evenly spaced rows.
         queries: In each of 24 strata of t, default 64.
         seed: Of the queries.
         dtype: Of the bank, default float32.
-
-    Returns:
-        The profile.
 
     Raises:
         ValueError: If the latents cannot be used, or `class_wise` is asked without labels.
@@ -80,16 +76,7 @@ def profile_latents(
 
 
 def rows_within(limit: int, total: int, labels: Tensor | None) -> Tensor:
-    """Which rows to read: whole classes, evenly spaced, or, without labels, evenly spaced rows.
-
-    Args:
-        limit: How many rows at most; of classes at least one is taken.
-        total: N.
-        labels: (N,), or None.
-
-    Returns:
-        Their numbers, ascending.
-    """
+    """Rows to read, ascending: at most `limit` in whole classes, or of `total` without labels."""
     if labels is None:
         return torch.arange(limit) * total // limit
     names, counts = labels.unique(return_counts=True)
@@ -124,6 +111,25 @@ def _parser() -> argparse.ArgumentParser:
             "sdvae --scale stats 0.18215 | stagewise profile latents.npy --no-class-wise"
         ),
     )
+    flags: dict[str, tuple[Any, Any, str]] = {  # (type, default, help)
+        "output": (Path, Path("profile"), "folder for PNG and JSON (%(default)s)"),
+        "limit": (int, None, "read at most so many rows: whole classes if class-wise, else evenly "
+                  "spaced rows"),
+        "format": (str, ["auto"], "one for both sets or one for each: %(choices)s; repa and edm2 "
+                   "must be said, since their files have the same names (auto)"),
+        "scale": (str, ["auto"], "how rows are scaled, one for both sets or one for each: auto (as "
+                  "the format says), stats (LightningDiT's latents_stats.pt), or a number they are "
+                  "multiplied by, such as 0.18215 for LightningDiT shards of Stable Diffusion's "
+                  "autoencoder"),
+        "expected-std": (float, None, "standard deviation the scaled latents have; far from it "
+                         "they are refused (1, and 0.5 for edm2)"),
+        "queries": (int, 64, "queries in each of 24 strata of t (%(default)s)"),
+        "seed": (int, 0, "of the queries (%(default)s)"),
+        "dtype": (str, "float32", "of the bank (%(default)s)"),
+    }  # fmt: skip
+    more: dict[str, dict[str, Any]] = {"dtype": {"choices": list(_DTYPES)}, "scale": {"nargs": "+"}}
+    formats = ["auto", "lightningdit", "fast-dit", "repa", "edm2", "mar", "plain"]
+    more["format"] = {"nargs": "+", "choices": formats, "metavar": "FORMAT"}
     parser.add_argument(
         "latents",
         nargs="+",
@@ -131,55 +137,15 @@ def _parser() -> argparse.ArgumentParser:
         help="one or two folders or files: LightningDiT, fast-DiT, REPA, EDM2, MAR, or one plain "
         ".safetensors, .npy, .npz or .pt file",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("profile"), help="folder for PNG and JSON (%(default)s)"
-    )
-    parser.add_argument(
-        "--class-wise",
-        action=argparse.BooleanOptionalAction,
-        help="posterior over the own class (default: if there are labels)",
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        metavar="ROWS",
-        help="read at most so many rows: whole classes if class-wise, else evenly spaced rows",
-    )
-    parser.add_argument(
-        "--format",
-        nargs="+",
-        default=["auto"],
-        choices=["auto", "lightningdit", "fast-dit", "repa", "edm2", "mar", "plain"],
-        metavar="FORMAT",
-        help="one for both sets or one for each: auto, lightningdit, fast-dit, repa, edm2, mar or "
-        "plain; repa and edm2 must be said, since their files have the same names (auto)",
-    )
-    parser.add_argument(
-        "--scale",
-        nargs="+",
-        default=["auto"],
-        metavar="SCALE",
-        help="how rows are scaled, one for both sets or one for each: auto (as the format says), "
-        "stats (LightningDiT's latents_stats.pt), or a number they are multiplied by, such as "
-        "0.18215 for LightningDiT shards of Stable Diffusion's autoencoder",
-    )
-    parser.add_argument(
-        "--expected-std",
-        type=float,
-        metavar="STD",
-        help="standard deviation the scaled latents have; far from it they are refused (1, and "
-        "0.5 for edm2)",
-    )
-    parser.add_argument(
-        "--flips", action="store_true", help="take stored flips in, as further rows"
-    )
-    parser.add_argument(
-        "--queries", type=int, default=64, help="queries in each of 24 strata of t (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the queries (%(default)s)")
-    parser.add_argument(
-        "--dtype", choices=list(_DTYPES), default="float32", help="of the bank (%(default)s)"
-    )
+    for name, (kind, default, about) in flags.items():
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, help=about, **more.get(name, {})
+        )
+    yes_or_no = argparse.BooleanOptionalAction
+    about = "posterior over the own class (default: if there are labels)"
+    parser.add_argument("--class-wise", action=yes_or_no, help=about)
+    about = "take stored flips in, as further rows"
+    parser.add_argument("--flips", action="store_true", help=about)
     return parser
 
 
@@ -196,31 +162,13 @@ def _open(path: Path, kind: str, scale: str, options: argparse.Namespace) -> Lat
             chosen["multiplier"] = float(scale)
         except ValueError:
             raise ValueError(f"Expected --scale auto, stats or a number, got {scale!r}.") from None
+        shards = kind == "auto" and path.is_dir() and any(path.glob("*.safetensors"))
+        if shards or kind == "lightningdit":
+            chosen["normalize"] = False
     latents_format: Any = None if kind == "auto" else kind
-    if "multiplier" in chosen and _is_shards(path, kind):
-        chosen["normalize"] = False
-    latents = open_latents(
-        path,
-        latents_format,
-        expected_std=options.expected_std,
-        on_error="skip",
-        moments="mean",
-        **chosen,
-    )
+    chosen |= {"expected_std": options.expected_std, "on_error": "skip", "moments": "mean"}
+    latents = open_latents(path, latents_format, **chosen)
     return latents.with_options(flips="both") if options.flips else latents
-
-
-def _is_shards(path: Path, kind: str) -> bool:
-    return kind == "lightningdit" or (
-        kind == "auto" and path.is_dir() and any(path.glob("*.safetensors"))
-    )
-
-
-def _save(figures: Mapping[str, Figure], folder: Path) -> Iterable[Path]:
-    for name, figure in figures.items():
-        file = folder / f"{name}.png"
-        Image.fromarray(render(figure)).save(file)
-        yield file
 
 
 def run(options: argparse.Namespace) -> list[Profiled]:
@@ -262,7 +210,9 @@ def run(options: argparse.Namespace) -> list[Profiled]:
     text = json.dumps([one.as_dict() for one in found], indent=1, allow_nan=False)
     (folder / "profile.json").write_text(text + "\n")
     print(f"Written: {folder / 'profile.json'}")
-    for file in _save(figures, folder):
+    for name, figure in figures.items():
+        file = folder / f"{name}.png"
+        Image.fromarray(render(figure)).save(file)
         print(f"         {file}")
     return found
 

@@ -25,50 +25,35 @@ from stagewise.profile import Profile
 
 __all__ = ["comparison_figure", "profile_figure"]
 
-_COLOURS = ("tab:blue", "tab:orange")
+_PANELS = {
+    "top1": ("largest posterior weight", "Posterior concentration"),
+    "ess": ("effective sample size, rows", "Rows that explain a query"),
+    "target_difference": (
+        "MSE(conditional, oracle velocity)",
+        "Distance of the target from the oracle",
+    ),
+}
 
 
 def profile_figure(profile: Profile, title: str) -> Figure:
-    """Concentration, rows that explain a query, target difference, and spectrum.
-
-    Args:
-        profile: What was measured.
-        title: Names the latents.
-
-    Returns:
-        The figure.
-    """
+    """Concentration, rows that explain a query, target difference, and spectrum of one set."""
     figure = Figure(figsize=(12, 8.6), dpi=110, layout="constrained")
     over = "class-wise posterior" if profile.class_wise else "posterior over all rows"
     what = f"{profile.rows} rows of {profile.shape}, {profile.classes or 'no'} classes, {over}"
     figure.suptitle(f"{_short(title, 40)}: {what}", fontsize=12)
-    cells = figure.subplot_mosaic([["top1", "top1", "ess", "ess"], ["mse", "mse", "axes", "sum"]])
-    concentration, ess, difference = (cells[name] for name in ("top1", "ess", "mse"))
+    mosaic = [["top1", "top1", "ess", "ess"], ["target_difference"] * 2 + ["axes", "sum"]]
+    cells = figure.subplot_mosaic(mosaic)
     end = _end([profile])
     late = profile.boundary.midpoint > end / 2
-    draw_spread(concentration, profile.curve, "top1")
-    draw_boundary(concentration, profile.boundary, profile.predicted)
-    _over_time(concentration, end, "largest posterior weight", "Posterior concentration")
-    concentration.set_ylim(0, 1.02)
-    concentration.legend(loc="upper left" if late else "lower right", fontsize=8)
-
-    draw_spread(ess, profile.curve, "ess")
-    draw_boundary(ess, profile.boundary, profile.predicted)
-    _over_time(ess, end, "effective sample size, rows", "Rows that explain a query")
-    ess.set_yscale("log")
-    ess.legend(loc="lower left" if late else "upper right", fontsize=8)
-
-    draw_mean(difference, profile.curve, "target_difference")
-    draw_boundary(difference, profile.boundary, profile.predicted)
-    _over_time(
-        difference,
-        end,
-        "MSE(conditional, oracle velocity)",
-        "Distance of the target from the oracle",
-    )
-    difference.set_ylim(bottom=0)
-    difference.legend(loc="lower left" if late else "upper right", fontsize=8)
-
+    for name in _PANELS:
+        draw = draw_mean if name == "target_difference" else draw_spread
+        draw(cells[name], profile.curve, name)
+        draw_boundary(cells[name], profile.boundary, profile.predicted)
+        _over_time(cells[name], name, end)
+        rises = "upper left" if late else "lower right"
+        cells[name].legend(
+            loc=rises if name == "top1" else "lower left" if late else "upper right", fontsize=8
+        )
     _spectrum(cells["axes"], profile, "k", "variance")
     what = "a class of median size" if profile.class_wise else "all rows"
     cells["axes"].set_title(f"Spectrum of {what}", fontsize=11)
@@ -77,59 +62,45 @@ def profile_figure(profile: Profile, title: str) -> Figure:
 
 
 def comparison_figure(profiles: Mapping[str, Profile]) -> Figure:
-    """Sets of latents side by side: concentration, effective sample size, target, spectrum.
-
-    Args:
-        profiles: By name, two of them.
-
-    Returns:
-        The figure.
-    """
+    """Two sets of latents, by name: concentration, effective sample size, target, spectrum."""
     figure = Figure(figsize=(12, 8.6), dpi=110, layout="constrained")
     figure.suptitle(" and ".join(_short(name, 40) for name in profiles), fontsize=12)
-    (concentration, ess), (difference, eigenvalues) = figure.subplots(2, 2)
+    *panels, eigenvalues = figure.subplots(2, 2).flat
     end = _end(list(profiles.values()))
-    for (name, profile), colour in zip(profiles.items(), _COLOURS, strict=False):
-        curve, t, name = profile.curve, profile.curve.times.numpy(), _short(name)
-        boundary = profile.boundary
-        style = {"color": colour, "marker": ".", "lw": 1.5, "ms": 4}
+    for (name, profile), colour in zip(profiles.items(), ("tab:blue", "tab:orange"), strict=False):
+        boundary, name = profile.boundary, _short(name)
         at = "not reached" if math.isnan(boundary.midpoint) else f"midpoint {boundary.midpoint:.3f}"
-        concentration.plot(t, curve.mean("top1").numpy(), label=f"{name}: {at}", **style)
+        for axes, statistic in zip(panels, _PANELS, strict=True):
+            label = f"{name}: {at}" if statistic == "top1" else name
+            style = {"color": colour, "marker": ".", "lw": 1.5, "ms": 4, "label": label}
+            t, mean = profile.curve.times.numpy(), profile.curve.mean(statistic).numpy()
+            axes.plot(t, mean, **style)
         if math.isfinite(boundary.midpoint):
             span = (boundary.midpoint_low, boundary.midpoint_high)
-            concentration.axvspan(*span, color=colour, alpha=0.18, lw=0)
-            concentration.axvline(boundary.midpoint, color=colour, lw=1)
+            panels[0].axvspan(*span, color=colour, alpha=0.18, lw=0)
+            panels[0].axvline(boundary.midpoint, color=colour, lw=1)
         if math.isfinite(profile.predicted):
             label = f"{name}: predicted {profile.predicted:.3f}"
-            concentration.axvline(profile.predicted, color=colour, lw=1.2, ls="--", label=label)
-        ess.plot(t, curve.mean("ess").numpy(), label=name, **style)
-        difference.plot(t, curve.mean("target_difference").numpy(), label=name, **style)
-        _spectrum(eigenvalues, profile, colour, f"{name}: {_scope(profile)}")
-    _over_time(concentration, end, "mean largest posterior weight", "Posterior concentration")
-    concentration.set_ylim(0, 1.02)
-    _over_time(ess, end, "mean effective sample size, rows", "Rows that explain a query")
-    ess.set_yscale("log")
-    _over_time(
-        difference,
-        end,
-        "MSE(conditional, oracle velocity)",
-        "Distance of the target from the oracle",
-    )
-    difference.set_ylim(bottom=0)
+            panels[0].axvline(profile.predicted, color=colour, lw=1.2, ls="--", label=label)
+        scope = "a class of median size" if profile.class_wise else "all rows"
+        label = f"{name}: {scope}, {profile.spectrum_rows} rows"
+        _spectrum(eigenvalues, profile, colour, label)
+    for axes, statistic in zip(panels, _PANELS, strict=True):
+        _over_time(axes, statistic, end)
+        axes.legend(loc="lower right" if statistic == "top1" else "upper right", fontsize=8)
     eigenvalues.set_title("Spectrum", fontsize=11)
-    for axes, place in (
-        (concentration, "lower right"),
-        (ess, "upper right"),
-        (difference, "upper right"),
-        (eigenvalues, "lower left"),
-    ):
-        axes.legend(loc=place, fontsize=8)
+    eigenvalues.legend(loc="lower left", fontsize=8)
     return figure
 
 
-def _over_time(axes: Axes, end: float, label: str, title: str) -> None:
+def _over_time(axes: Axes, statistic: str, end: float) -> None:
+    label, title = _PANELS[statistic]
     axes.set(xlabel=TIME_LABEL, ylabel=label, xlim=(0, end))
     axes.set_title(title, fontsize=11)
+    if statistic == "ess":
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.02 if statistic == "top1" else None)
 
 
 def _spectrum(axes: Axes, profile: Profile, colour: str, label: str) -> None:
@@ -155,11 +126,6 @@ def _condition(axes: Axes, profile: Profile) -> None:
     mark_time(axes, profile.predicted, "predicted", color="0.45", lw=1.2, ls="--")
     axes.set(xlim=(0, float(t[-1])), ylim=(0, 5 * goal))
     axes.legend(loc="upper left", fontsize=8)
-
-
-def _scope(profile: Profile) -> str:
-    what = "a class of median size" if profile.class_wise else "all rows"
-    return f"{what}, {profile.spectrum_rows} rows"
 
 
 def _end(profiles: list[Profile]) -> float:

@@ -19,21 +19,14 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Profiled:
-    """A set of latents with its profile.
-
-    Attributes:
-        name: What it is called.
-        latents: The files.
-        profile: What was measured.
-        total: Rows of the whole set, of which the profile may be a part.
-        note: What a limit on the rows means for the numbers; empty without one.
-    """
+    """A set of latents with its profile, and what follows from it."""
 
     name: str
     latents: Latents
     profile: Profile
     total: int
     note: str
+    """What a limit on the rows means for the numbers; empty without one."""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, strings and lists."""

@@ -139,7 +139,11 @@ def _check_shapes(expected: dict[str, torch.Size], found: dict[str, torch.Size])
     wrong = [name for name in names if expected.get(name) != found.get(name)]
     if not wrong:
         return
-    lines = [f"  {name}: {_shape(expected, name)}, got {_shape(found, name)}" for name in wrong]
+    shapes = ((expected.get(name), found.get(name)) for name in wrong)
+    pairs = (("no such entry" if x is None else str(tuple(x)) for x in pair) for pair in shapes)
+    lines = [
+        f"  {name}: {one}, got {other}" for name, (one, other) in zip(wrong, pairs, strict=True)
+    ]
     if len(wrong) > _SHOWN:
         lines[_SHOWN:] = [f"  and {len(wrong) - _SHOWN} more"]
     raise ValueError(
@@ -147,7 +151,3 @@ def _check_shapes(expected: dict[str, torch.Size], found: dict[str, torch.Size])
         + "\n".join(lines)
         + "\nBuild the network with the sizes and switches of the checkpoint. Nothing was loaded."
     )
-
-
-def _shape(shapes: dict[str, torch.Size], name: str) -> str:
-    return str(tuple(shapes[name])) if name in shapes else "no such entry"

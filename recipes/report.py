@@ -55,6 +55,17 @@ _DEFINED = (
     "navigation up to the midpoint, transition, and refinement from the collapse on."
 )
 
+_READING = (
+    "t = 0 is noise, t = 1 is data. In navigation many training samples explain a noisy one, and "
+    "the oracle velocity is their average; past the collapse one does.",
+    "Conditional error is what a flow-matching loss measures. The floor, MSE(conditional, oracle), "
+    "is the part of it that no model can remove: oracle error is the rest.",
+    "The gap is held-out minus training error. In refinement an oracle error near zero means that "
+    "the training set is repeated, not that the model is good.",
+    "Do not trust the oracle where noise and data are coupled (minibatch optimal transport), where "
+    "the training set is augmented at random, or where the errors do not add up.",
+)
+
 
 def report(run: Path, output: Path | None = None, title: str | None = None) -> Path:
     """Writes the page of a run; an older one is replaced only when the new one is whole.
@@ -64,16 +75,12 @@ def report(run: Path, output: Path | None = None, title: str | None = None) -> P
         output: The file; default `<run>/report.html`.
         title: Of the page; default the name of the folder.
 
-    Returns:
-        The file.
-
     Raises:
         ValueError: If there is no run, or no events in it.
         OSError: If the file cannot be written.
     """
-    files = read_run(run)
     target = output or run / "report.html"
-    text = page(files, title or run.resolve().name)
+    text = page(read_run(run), title or run.resolve().name)
     try:
         replace_file(target, lambda file: file.write_text(text, encoding="utf-8"))
     except OSError as error:
@@ -85,12 +92,7 @@ def report(run: Path, output: Path | None = None, title: str | None = None) -> P
 
 
 def page(run: RunFiles, title: str) -> str:
-    """The page as text.
-
-    Args:
-        run: The files of a run.
-        title: Its heading.
-    """
+    """The page as text."""
     sections = [_data, _errors, _held_out, _spending, _events, _reading, _config]
     body = "\n".join([_top(run, title), *(section(run) for section in sections)])
     return (
@@ -153,31 +155,27 @@ def _missing(what: str, callback: str) -> str:
     return f'<p class="dim">{what}: not in this run. <code>{callback}</code> writes it.</p>'
 
 
-def _ends(run: RunFiles) -> tuple[float, float]:
-    boundary = run.boundary()
-    return boundary.midpoint, boundary.collapsed
-
-
 def _interval(low: Any, high: Any, exact: str = "") -> str:
     """The words for an interval; empty without one."""
     ends = _number(low), _number(high)
     return "" if "–" in ends else f"95 % {exact}interval: {ends[0]} to {ends[1]}"
 
 
-def _edges(run: RunFiles) -> list[float]:
-    return run.first("velocity").get("edges", [])
-
-
-def _alike(run: RunFiles, key: str = "train") -> list[dict[str, Any]]:
-    """The probes of the model, those with other bins than the header's left out."""
-    bins = len(_edges(run)) - 1
+def _model(
+    run: RunFiles, key: str = "train"
+) -> tuple[list[float], list[dict[str, Any]], tuple[float, float]]:
+    """Edges of the bins, the probes of the model that have these bins, and the boundary."""
+    edges = run.first("velocity").get("edges", [])
     probes = [probe for probe in run.of("velocity_probe") if probe.get(key)]
-    return [probe for probe in probes if len(probe["train"]["oracle"]) == bins]
+    boundary = run.boundary()
+    alike = [probe for probe in probes if len(probe["train"]["oracle"]) == len(edges) - 1]
+    return edges, alike, (boundary.midpoint, boundary.collapsed)
 
 
 def _top(run: RunFiles, title: str) -> str:
     tiles = []
-    probes, b, defined = _alike(run), run.boundary(), ""
+    edges, probes, ends = _model(run)
+    b, defined = run.boundary(), ""
     if run.of("probe") or math.isfinite(b.midpoint):
         about = _interval(b.midpoint_low, b.midpoint_high)
         tiles.append(_tile("boundary (midpoint), t", _number(b.midpoint), about))
@@ -185,13 +183,10 @@ def _top(run: RunFiles, title: str) -> str:
         tiles.append(_tile("collapsed, t", _number(b.collapsed), about))
         defined = f'<p class="dim">{_DEFINED}</p>'
     if probes:
-        last = probes[-1]
         for stage in STAGES:
-            found = last.get("stages", {}).get("train", {}).get(stage, {})
-            floor = _number(found.get("floor"))
-            tiles.append(
-                _tile(f"oracle error, {stage}", _number(found.get("oracle")), f"floor {floor}")
-            )
+            found = probes[-1].get("stages", {}).get("train", {}).get(stage, {})
+            about = f"floor {_number(found.get('floor'))}"
+            tiles.append(_tile(f"oracle error, {stage}", _number(found.get("oracle")), about))
     samples = run.of("memorization_probe")
     if samples and samples[-1].get("copies"):
         last = samples[-1]
@@ -210,7 +205,6 @@ def _top(run: RunFiles, title: str) -> str:
         warnings += f'<p class="warn">The oracle may not be that of this training: {alarm}.</p>'
     pictures = _stored(run.picture("probe", "concentration"), "Concentration of the posterior by t")
     if probes:
-        edges, ends = _edges(run), _ends(run)
         pictures = _drawn(
             figures.loss_by_time_figure(edges, probes[-1], ends),
             "The model's error by t, against the conditional and the oracle velocity",
@@ -253,10 +247,9 @@ def _data(run: RunFiles) -> str:
 
 def _errors(run: RunFiles) -> str:
     head = "<h2>What the model does at each t</h2>"
-    probes = _alike(run)
+    edges, probes, ends = _model(run)
     if not probes:
         return head + _missing("Error by t", "VelocityErrorMonitor")
-    edges, ends = _edges(run), _ends(run)
     rows = []
     for stage in STAGES:
         values = probes[-1].get("stages", {})
@@ -292,7 +285,7 @@ def _errors(run: RunFiles) -> str:
 
 def _held_out(run: RunFiles) -> str:
     head = "<h2>Training against held-out samples, and copies</h2>"
-    probes, edges = _alike(run, "gap"), _edges(run)
+    edges, probes, _ = _model(run, "gap")
     parts = [head]
     if probes:
         clear = int(figures.gap_is_clear(probes[-1]).sum())
@@ -320,11 +313,11 @@ def _held_out(run: RunFiles) -> str:
 
 def _spending(run: RunFiles) -> str:
     head = "<h2>What training spends on each stage</h2>"
-    bins = len(_edges(run)) - 1
-    windows = [window for window in run.of("training_window") if len(window["draws"]) == bins]
+    edges, _, _ = _model(run)
+    windows = [each for each in run.of("training_window") if len(each["draws"]) == len(edges) - 1]
     if not windows:
         return head + _missing("Draws, loss and gradients by stage", "VelocityErrorMonitor")
-    figure = figures.spending_figure(_edges(run), windows[-1])
+    figure = figures.spending_figure(edges, windows[-1])
     drawn = _drawn(figure, "Shares of draws, loss and gradient norms, and draws of t")
     return f'{head}<div class="wide">{drawn}</div>'
 
@@ -345,18 +338,7 @@ def _events(run: RunFiles) -> str:
 
 
 def _reading(run: RunFiles) -> str:
-    lines = (
-        "t = 0 is noise, t = 1 is data. In navigation many training samples explain a noisy one, "
-        "and the oracle velocity is their average; past the collapse one does.",
-        "Conditional error is what a flow-matching loss measures. The floor, MSE(conditional, "
-        "oracle), is the part of it that no model can remove: oracle error is the rest.",
-        "The gap is held-out minus training error. In refinement an oracle error near zero means "
-        "that the training set is repeated, not that the model is good.",
-        "Do not trust the oracle where noise and data are coupled (minibatch optimal transport), "
-        "where the training set is augmented at random, or where the line above says that the "
-        "errors do not add up.",
-    )
-    return "<h2>How to read this page</h2>" + "".join(f"<p>{line}</p>" for line in lines)
+    return "<h2>How to read this page</h2>" + "".join(f"<p>{line}</p>" for line in _READING)
 
 
 def _config(run: RunFiles) -> str:
@@ -374,12 +356,9 @@ def _table(
     right = range(1, len(titles)) if numbers is None else numbers
 
     def line(cells: Sequence[str], tag: str) -> str:
-        kinds = (' class="number"' if place in right else "" for place in range(len(cells)))
-        parts = (
-            f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
-            for cell, kind in zip(cells, kinds, strict=True)
-        )
-        return f"<tr>{''.join(parts)}</tr>"
+        kinds = (f'{tag} class="number"' if i in right else tag for i in range(len(cells)))
+        parts = zip(kinds, map(html.escape, cells), strict=True)
+        return f"<tr>{''.join(f'<{kind}>{cell}</{tag}>' for kind, cell in parts)}</tr>"
 
     body = "".join(line(row, "td") for row in rows)
     return f"<table><thead>{line(titles, 'th')}</thead><tbody>{body}</tbody></table>"

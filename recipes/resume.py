@@ -1,4 +1,4 @@
-"""Where a training begins: anew, behind a checkpoint of its own, or with weights of another."""
+"""Where a training begins: at the beginning, at a checkpoint of its own, or with given weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from stagewise.callbacks import StageScheme
 from stagewise.files import names
 from stagewise.recipes.checkpoints import load_weights
 from stagewise.recipes.latents import current
+from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.public_weights import load_public_weights
 
 __all__ = ["begin_with", "checkpoint_of", "require_fit", "require_shards"]
@@ -28,14 +29,11 @@ _FREE = tuple(
 
 
 def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
-    """The checkpoint that training goes on from, and that nothing is written over.
+    """The checkpoint that training continues from; None to begin at the beginning.
 
     Args:
         config: The configuration, with `resume` and `ckpt_path`.
-        run_dir: The folder of the run.
-
-    Returns:
-        The file, None to begin at the beginning.
+        run_dir: The folder of the run, in which nothing is overwritten.
 
     Raises:
         FileExistsError: If the folder holds a run, and `resume` is false.
@@ -81,11 +79,7 @@ def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
 
 
 def require_fit(net: nn.Module, data: Any) -> None:
-    """Refuses a network for other classes, or another shape, than the data's.
-
-    Raises:
-        ValueError: With both.
-    """
+    """Refuses a network for other classes, or another shape, than the data's."""
     classes = getattr(net, "num_classes", None), getattr(data, "num_classes", None)
     if None not in classes and classes[0] != classes[1]:
         raise ValueError(
@@ -102,28 +96,19 @@ def require_fit(net: nn.Module, data: Any) -> None:
 
 
 def require_shards(callbacks: Iterable[object], data: Any) -> None:
-    """Refuses rows counted over shards with an engine that has all rows, and the reverse.
-
-    Raises:
-        ValueError: With what to say.
-    """
+    """Refuses rows counted over shards with an engine that has all rows, and the reverse."""
     sharded = getattr(data, "sharded", False)
     for callback in callbacks:
         engine = getattr(callback, "engine", None)
-        whole = getattr(engine, "holds_all_rows", True)
-        if isinstance(callback, StageScheme) and sharded == whole:
+        if isinstance(callback, StageScheme) and sharded == getattr(engine, "holds_all_rows", True):
             raise ValueError(
                 f"Expected data.sharded=true and the engine Sharded() together, got sharded="
                 f"{sharded} and {engine!r}. Say engine=sharded, which sets both."
             )
 
 
-def begin_with(module: nn.Module, file: Path) -> None:
+def begin_with(module: FlowMatchingModule, file: Path) -> None:
     """Gives a module weights to begin with: a checkpoint of a run, or public ones.
-
-    Args:
-        module: Has the network as `net`.
-        file: The checkpoint.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -152,10 +137,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """Values by dotted key, interpolations resolved."""
     if isinstance(config, DictConfig):
         config = OmegaConf.to_container(config, resolve=True)
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    if not isinstance(config, dict):
+        return {prefix: config}
+    parts = ((f"{prefix}.{key}" if prefix else key, value) for key, value in config.items())
+    return {key: value for name, part in parts for key, value in _flat(part, name).items()}

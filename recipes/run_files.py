@@ -57,14 +57,7 @@ class RunFiles:
 
 
 def boundary_of(*events: Event) -> StageBoundary:
-    """The boundary that events tell; a later one comes before an earlier one.
-
-    Args:
-        events: Each may have some of the fields of a `StageBoundary`.
-
-    Returns:
-        The boundary, NaN where none of them says.
-    """
+    """The boundary that events tell, the last one first; NaN where none of them says."""
     told = {key: value for event in events for key, value in event.items()}
     found = {each.name: told.get(each.name) for each in fields(StageBoundary)}
     return StageBoundary(**{k: math.nan if v is None else v for k, v in found.items()})
@@ -72,12 +65,6 @@ def boundary_of(*events: Event) -> StageBoundary:
 
 def read_run(folder: Path) -> RunFiles:
     """Reads all `stages.jsonl` under a folder; what is broken is named and left out.
-
-    Args:
-        folder: The run.
-
-    Returns:
-        Its files.
 
     Raises:
         ValueError: If there is no such folder, or no events in it.

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,24 +36,33 @@ _NAMES = {"pictures": "samples.npz", "latents": "latents.npz"}
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share the batches.
-
-    Attributes:
-        rank: Number of this one.
-        count: How many there are.
-        minutes: How long they wait for one another.
-    """
+    """The processes that share the batches, and how long they wait for one another."""
 
     rank: int = 0
     count: int = 1
     minutes: float = 30.0
 
-    def agree(self, error: str | None) -> None:
-        """Raises on every rank what rank 0 gives.
+    def say(self, text: str) -> None:
+        """Prints on the first rank."""
+        if self.rank == 0:
+            print(text)
+
+    def first(self, action: Callable[[], object]) -> None:
+        """Does something on rank 0; what it raises is raised on every rank.
 
         Raises:
-            ValueError: With this text, if it is not None.
+            ValueError: With the text of a `ValueError` or an `OSError`.
         """
+        error = None
+        if self.rank == 0:
+            try:
+                action()
+            except (ValueError, OSError) as caught:
+                error = str(caught)
+        self.agree(error)
+
+    def agree(self, error: str | None) -> None:
+        """Raises on every rank what rank 0 gives, if it is not None."""
         if self.count > 1:
             told = [error]
             dist.broadcast_object_list(told, src=0)
@@ -62,11 +71,7 @@ class Ranks:
             raise ValueError(error)
 
     def wait(self) -> None:
-        """Waits for all.
-
-        Raises:
-            TimeoutError: If one does not come in time; it is named.
-        """
+        """Waits for all; TimeoutError, with its name, if one does not come in time."""
         if self.count == 1:
             return
         try:
@@ -81,14 +86,7 @@ class Ranks:
 
 @contextmanager
 def group_of_ranks(minutes: float) -> Iterator[Ranks]:
-    """The ranks that torchrun has started, as its environment says; one without it.
-
-    Args:
-        minutes: How long they wait for one another.
-
-    Raises:
-        TimeoutError: If they do not find one another in time.
-    """
+    """The ranks that torchrun has started, as its environment says; one without it."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Ranks()
@@ -192,14 +190,7 @@ class SampleFolder:
             shutil.rmtree(self.path / _PARTS)
 
     def grid(self, count: int) -> tuple[Path, str]:
-        """Draws the first samples in a grid.
-
-        Args:
-            count: How many.
-
-        Returns:
-            The PNG, and what it shows.
-        """
+        """Draws the first samples in a grid; the PNG, and what it shows."""
         entry = array_entry(self.file, "arr_0.npy")
         assert entry is not None
         first = Rows(torch.empty(entry.shape, device="meta"), self.file, entry.start)

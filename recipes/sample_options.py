@@ -1,9 +1,11 @@
-"""The options of `stagewise sample`: checked, with measured times filled in, and as settings."""
+"""The options of `stagewise sample`: read, checked, with measured times filled in, as settings."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,15 @@ from stagewise.recipes.checkpoints import Loaded, Weights
 from stagewise.recipes.run_files import read_run
 from stagewise.sampling import ADAPTIVE_SOLVERS, FIXED_SOLVERS, guidance_interval
 
-__all__ = ["Options"]
+__all__ = ["Options", "parse"]
 
 _NEVER_AT_THE_END = ("euler", "midpoint")
 """Solvers that do not ask at t = 1, where the oracle is singular."""
+_MEASURED = "measured"
+_LEAST = {"count": 1, "batch_size": 1, "seed": 0, "grid": 0, "steps": 1, "cfg_channels": 1}
+_SETTINGS = ("count", "batch_size", "labels", "method", "steps", "shift", "coarse", "cfg_scale")
+_SETTINGS += ("cfg_interval", "cfg_channels", "oracle_until", "seed", "vae", "precision")
+"""What samples depend on, besides the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -54,37 +61,28 @@ class Options:
     """Which of `cfg_interval`, `oracle_until` and `coarse` are still to be taken from the run."""
 
     def __post_init__(self) -> None:
-        least = {"count": 1, "batch_size": 1, "seed": 0, "grid": 0, "steps": 1, "cfg_channels": 1}
-        for name, smallest in least.items():
+        for name, smallest in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"Expected {_flag(name)} of at least {smallest}, got {value}.")
         for name in ("shift", "timeout"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"Expected {_flag(name)} above 0, got {getattr(self, name)}.")
         if not math.isfinite(self.cfg_scale):
             raise ValueError(f"Expected a finite --cfg-scale, got {self.cfg_scale}.")
         for name in ("cfg_interval", "cfg_channels"):
-            given = getattr(self, name) is not None or name in self.measured
-            if given and self.cfg_scale == 1:
+            if self._given(name) and self.cfg_scale == 1:
                 raise ValueError(
                     f"Expected a --cfg-scale other than 1 with {_flag(name)}: 1 is no guidance."
                 )
-        if self.cfg_interval is not None:
-            low, high = self.cfg_interval
-            if not 0 <= low < high <= 1:
-                raise ValueError(
-                    f"Expected --cfg-interval with 0 <= LOW < HIGH <= 1, got {low} and {high}."
-                )
+        low, high = self.cfg_interval or (0, 1)
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"Expected --cfg-interval with 0 <= LOW < HIGH <= 1, got {low} and {high}."
+            )
         if self.coarse is not None and not 0 < self.coarse < 1:
             raise ValueError(f"Expected --coarse between 0 and 1, got {self.coarse}.")
-        self._check_oracle()
-        self._check_solver()
-
-    def _check_oracle(self) -> None:
-        until = self.oracle_until
-        if until is None:
-            return
+        until = self.oracle_until or 0
         if not 0 <= until <= 1:
             raise ValueError(f"Expected --oracle-until from 0 to 1, got {until}.")
         if until > 0.999 and self.method not in _NEVER_AT_THE_END:
@@ -92,18 +90,15 @@ class Options:
                 f"Expected --method {' or '.join(_NEVER_AT_THE_END)} with --oracle-until {until}, "
                 f"got {self.method}, which asks the oracle at t = 1, where it is singular."
             )
-
-    def _check_solver(self) -> None:
-        if self.method not in ADAPTIVE_SOLVERS:
-            return
-        named = {"steps": self.steps is not None, "shift": self.shift != 1}
-        named["coarse"] = self.coarse is not None or "coarse" in self.measured
-        for name, given in named.items():
-            if given:
+        for name in ("steps", "shift", "coarse") if self.method in ADAPTIVE_SOLVERS else ():
+            if self._given(name) and (name != "shift" or self.shift != 1):
                 raise ValueError(
                     f"Expected no {_flag(name)} with --method {self.method}, which chooses its own "
                     f"steps. Those with given steps are {', '.join(FIXED_SOLVERS)}."
                 )
+
+    def _given(self, name: str) -> bool:
+        return getattr(self, name) is not None or name in self.measured
 
     def with_measured(self) -> Options:
         """The same, with the times that were to be taken from the run.
@@ -113,34 +108,30 @@ class Options:
         """
         if not self.measured:
             return self
-        flags = ", ".join(map(_flag, self.measured))
         try:
             probes = read_run(self.run).of("probe")
         except ValueError:
             probes = []
         if not probes:
             raise ValueError(
-                f"Expected a measured stage boundary in {self.run} for {flags}, found none: no "
-                "PosteriorMonitor wrote a probe there. Give numbers, or profile the data: "
-                "stagewise profile."
+                f"Expected a measured stage boundary in {self.run} for "
+                f"{', '.join(map(_flag, self.measured))}, found none: no PosteriorMonitor wrote a "
+                "probe there. Give numbers, or profile the data: stagewise profile."
             )
-        found: dict[str, Any] = {}
         midpoint, collapsed = (
             math.nan if probes[-1].get(key) is None else float(probes[-1][key])
             for key in ("midpoint", "collapsed")
         )
+        found: dict[str, Any] = {}
         for name in self.measured:
-            if name == "cfg_interval":
-                found[name] = guidance_interval(collapsed)
-                if found[name] is None:
-                    raise ValueError(
-                        f"No interval follows from the measured boundary (collapsed at t = "
-                        f"{collapsed:.3g}): one is known only where targets collapse before 0.5. "
-                        "Give --cfg-interval LOW HIGH, and scan it; 0.1 0.6 is the one best known."
-                    )
-            elif 0 < midpoint < 1:
-                found[name] = midpoint
-            else:
+            found[name] = guidance_interval(collapsed) if name == "cfg_interval" else midpoint
+            if found[name] is None:
+                raise ValueError(
+                    f"No interval follows from the measured boundary (collapsed at t = "
+                    f"{collapsed:.3g}): one is known only where targets collapse before 0.5. "
+                    "Give --cfg-interval LOW HIGH, and scan it; 0.1 0.6 is the one best known."
+                )
+            if name != "cfg_interval" and not 0 < midpoint < 1:
                 raise ValueError(
                     f"Expected a measured midpoint between 0 and 1 for {_flag(name)}, got "
                     f"{midpoint:.3g}: no t was found where the stages part. Give a number."
@@ -197,46 +188,118 @@ class Options:
         if self.out is not None:
             return self.out
         parts = [f"step{loaded.step}", loaded.weights, f"{self.method}{self.steps or ''}"]
-        if self.shift != 1:
-            parts.append(f"shift{self.shift:g}")
-        if self.coarse is not None:
-            parts.append(f"coarse{self.coarse:.3g}")
-        if self.cfg_scale != 1:
-            parts.append(f"cfg{self.cfg_scale:g}")
+        parts += [f"shift{self.shift:g}"] * (self.shift != 1)
+        parts += [] if self.coarse is None else [f"coarse{self.coarse:.3g}"]
+        parts += [f"cfg{self.cfg_scale:g}"] * (self.cfg_scale != 1)
         if self.cfg_interval is not None:
             parts.append("from{:.3g}to{:.3g}".format(*self.cfg_interval))
-        if self.cfg_channels is not None:
-            parts.append(f"channels{self.cfg_channels}")
-        if self.oracle_until:
-            parts.append(f"oracle{self.oracle_until:.3g}")
-        if self.vae is not None:
-            parts.append("decoded")
-        parts += [f"seed{self.seed}", f"n{self.count}"]
-        return self.run / "samples" / "_".join(parts)
+        parts += [] if self.cfg_channels is None else [f"channels{self.cfg_channels}"]
+        parts += [f"oracle{self.oracle_until:.3g}"] if self.oracle_until else []
+        parts += ["decoded"] * (self.vae is not None)
+        return self.run / "samples" / "_".join([*parts, f"seed{self.seed}", f"n{self.count}"])
 
     def settings(self, loaded: Loaded) -> dict[str, Any]:
         """All that samples depend on, as it is written beside them."""
-        return {
-            "checkpoint": loaded.path.name,
-            "step": loaded.step,
-            "weights": loaded.weights,
-            "fingerprint": loaded.fingerprint,
-            "count": self.count,
-            "batch_size": self.batch_size,
-            "labels": "all" if self.labels is None else list(self.labels),
-            "method": self.method,
-            "steps": self.steps,
-            "shift": self.shift,
-            "coarse": self.coarse,
-            "cfg_scale": self.cfg_scale,
-            "cfg_interval": None if self.cfg_interval is None else list(self.cfg_interval),
-            "cfg_channels": self.cfg_channels,
-            "oracle_until": self.oracle_until,
-            "seed": self.seed,
-            "vae": self.vae,
-            "precision": self.precision,
-        }
+        own = {name: getattr(self, name) for name in _SETTINGS}
+        own = {name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}
+        about = {"checkpoint": loaded.path.name, "step": loaded.step, "weights": loaded.weights}
+        about |= {"fingerprint": loaded.fingerprint, **own}
+        return about | ({"labels": "all"} if self.labels is None else {})
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The options that a command line gives.
+
+    Args:
+        arguments: Default those of the process.
+
+    Raises:
+        ValueError: If one is out of range, or does not go with another.
+    """
+    given = vars(_parser().parse_args(arguments))
+    if given["cfg_interval"] == [_MEASURED]:
+        given["cfg_interval"] = _MEASURED
+    elif given["cfg_interval"] is not None:
+        try:
+            low, high = map(float, given["cfg_interval"])
+        except ValueError:
+            got = " ".join(given["cfg_interval"])
+            raise ValueError(f"Expected --cfg-interval LOW HIGH or measured, got {got}.") from None
+        given["cfg_interval"] = low, high
+    names = ("cfg_interval", "oracle_until", "coarse")
+    measured = tuple(name for name in names if given[name] == _MEASURED)
+    try:
+        chosen = given["labels"]
+        given["labels"] = None if chosen == "all" else tuple(map(int, chosen.split(",")))
+    except ValueError:
+        raise ValueError(
+            f"Expected --labels all, or numbers such as 0,3,7, got {chosen!r}."
+        ) from None
+    if given["steps"] is None and given["method"] in FIXED_SOLVERS:
+        given["steps"] = 50
+    return Options(**given | dict.fromkeys(measured), measured=measured)
+
+
+def _time(text: str) -> float | str:
+    try:
+        return text if text == _MEASURED else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a time in t or {_MEASURED}, got {text!r}"
+        ) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(
+            "Sample from a trained run. Times are in t: 0 is noise, 1 is data. Under torchrun the "
+            "ranks share the batches, and the files are the same for any number of ranks."
+        ),
+        epilog=(
+            "examples: stagewise sample RUN --cfg-scale 2.5 --cfg-interval 0.1 0.6 --shift 0.3 | "
+            "stagewise sample RUN --oracle-until measured --method euler | torchrun "
+            "--nproc-per-node=8 -m stagewise.recipes.sample RUN --count 50000 --vae "
+            "stabilityai/sd-vae-ft-mse"
+        ),
+    )
+    given, own = ", ".join(FIXED_SOLVERS), ", ".join(ADAPTIVE_SOLVERS)
+    flags: dict[str, tuple[Any, Any, str]] = {  # (type, default, help)
+        "checkpoint": (Path, None, "a path, or a name in the run's checkpoints (last*.ckpt)"),
+        "weights": (str, None, "averaged or current ones (averaged, if there are any)"),
+        "count": (int, 64, "how many samples (%(default)s)"),
+        "batch_size": (int, 32, "(%(default)s)"),
+        "labels": (str, "all", "all, for the classes in turn, or such as 0,3,7, in turn"),
+        "method": (str, "midpoint", f"with --steps {given}; which choose their own {own}"),
+        "steps": (int, None, "of a solver with given steps (50)"),
+        "shift": (float, 1.0, "t -> S t / (1 + (S - 1) t); below 1 more steps near noise (1)"),
+        "coarse": (_time, None, "one large step from noise to T, the others from there; measured: "
+                   "T is the midpoint that the run measured"),
+        "cfg_scale": (float, 1.0, "classifier-free guidance; 1 is none (%(default)s)"),
+        "cfg_interval": (str, None, "LOW HIGH: guide between these times only; measured: from "
+                         "where the run measured that targets have collapsed to 0.6"),
+        "cfg_channels": (int, None, "guide only the first channels, so many"),
+        "oracle_until": (_time, None, "the oracle of the training data leads to T, the network "
+                         "from there; measured: T is the midpoint that the run measured"),
+        "seed": (int, 0, "of the noise (%(default)s)"),
+        "vae": (str, None, "autoencoder that decodes latents, a folder or a name"),
+        "out": (Path, None, "folder (RUN/samples/ and a name made of the settings)"),
+        "device": (str, None, "cpu, cuda, cuda:1, mps (cuda if there is one)"),
+        "precision": (str, "32", "of the network: 32 or bf16 (%(default)s)"),
+        "grid": (int, 64, "samples in the PNG; 0 for none (%(default)s)"),
+        "timeout": (float, 30.0, "minutes that ranks wait for one another (%(default)s)"),
+    }  # fmt: skip
+    choices = {"weights": ["averaged", "current"], "precision": ["32", "bf16"]}
+    choices["method"] = [*FIXED_SOLVERS, *ADAPTIVE_SOLVERS]
+    parser.add_argument("run", type=Path, help="folder of a run, with config.yaml and checkpoints")
+    for name, (kind, default, about) in flags.items():
+        more: dict[str, Any] = {"nargs": "+"} if name == "cfg_interval" else {}
+        more |= {"choices": choices[name], "metavar": "NAME"} if name in choices else {}
+        parser.add_argument(_flag(name), type=kind, default=default, help=about, **more)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the samples that are in the folder"
+    )
+    return parser

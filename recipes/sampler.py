@@ -39,15 +39,7 @@ def noise_of(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass
 class Sampler:
-    """Makes samples of a module.
-
-    Attributes:
-        module: The module, on its device.
-        options: How.
-        shape: Of a sample.
-        classes: How many classes the network knows.
-        oracle: Leads the samples to `options.oracle_until`, if that is not None.
-    """
+    """Makes samples of a module, led to `options.oracle_until` by an oracle if there is one."""
 
     module: FlowMatchingModule
     options: Options
@@ -74,7 +66,7 @@ class Sampler:
             )
 
     def labels(self, indices: range) -> Tensor:
-        """The labels of samples, (B,), int64: those asked for, in turn."""
+        """The labels of samples, (B,): those asked for, in turn."""
         chosen = self.options.labels or range(max(1, self.classes))
         return torch.tensor([chosen[i % len(chosen)] for i in indices])
 
@@ -94,15 +86,13 @@ class Sampler:
             options.cfg_interval or (0.0, 1.0),
             options.cfg_channels,
         )
-        # What a solver that chooses its steps does not take, it is not given.
         about: dict[str, Any] = {"method": options.method, "times": self.times}
         about |= {"start": self.start, "end": self.end}
         if self.oracle is None:
-            x = sample(model, x0, **about)
+            x = sample(model, x0, **about).float().cpu()
         else:
             led = self._led(self.oracle, labels)
-            x = switched(led, model, x0, options.oracle_until or 0.0, **about)
-        x = x.float().cpu()
+            x = switched(led, model, x0, options.oracle_until or 0.0, **about).float().cpu()
         broken = int((~x.isfinite().flatten(1).all(1)).sum())
         if broken:
             raise ValueError(
@@ -132,16 +122,7 @@ class Sampler:
 
 
 def bank_of(data: Any, options: Options, sampler: Sampler) -> LatentBank:
-    """The training rows of a data module, which the oracle leads to.
-
-    Args:
-        data: With `latent_bank()`, or with `train`, a `TensorDataset` of samples and labels.
-        options: How many samples are made.
-        sampler: Of which classes.
-
-    Raises:
-        ValueError: If a class that is asked for has no rows.
-    """
+    """The training rows of a data module; ValueError if a class that is asked for has none."""
     data.setup()
     bank = data.latent_bank() if hasattr(data, "latent_bank") else LatentBank(*data.train.tensors)
     asked = set(sampler.labels(range(options.count)).tolist())
@@ -156,17 +137,7 @@ def bank_of(data: Any, options: Options, sampler: Sampler) -> LatentBank:
 def finisher(
     data: Any, options: Options, shape: tuple[int, ...], device: torch.device, pictures: bool
 ) -> Callable[[Tensor], np.ndarray]:
-    """From samples to what is stored of them.
-
-    Args:
-        data: The data module; its `to_stored` undoes the scaling of latents.
-        options: Which autoencoder, and how many are decoded at a time.
-        shape: Of a sample, (C, H, W).
-        device: Where it decodes.
-        pictures: Whether pictures are stored, uint8 (B, H, W, 3), or samples as they are.
-
-    Returns:
-        A function of samples, (B, C, H, W), on the CPU.
+    """From samples, (B, C, H, W), to what is stored: uint8 (B, H, W, 3), or the samples.
 
     Raises:
         ValueError, OSError, ImportError: If there is no such autoencoder, or not for these latents.

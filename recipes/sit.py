@@ -123,18 +123,18 @@ class SiT(nn.Module):
                 f"Expected `hidden_size` divisible by `num_heads` and by 4 (sine and cosine of "
                 f"two coordinates), got hidden_size={hidden_size}, num_heads={num_heads}."
             )
-        if num_classes < 0:
-            raise ValueError(f"Expected `num_classes` of at least 0, got {num_classes}.")
-        if not 0 <= class_dropout <= 1:
-            raise ValueError(f"Expected `class_dropout` in [0, 1], got {class_dropout}.")
-        if time_embedding not in ("thousand", "unit"):
+        if num_classes < 0 or not 0 <= class_dropout <= 1:
             raise ValueError(
-                f"Expected `time_embedding` 'thousand' or 'unit', got {time_embedding!r}."
+                f"Expected `num_classes` of at least 0 and `class_dropout` in [0, 1], got "
+                f"{num_classes} and {class_dropout}."
             )
-        if position_embedding not in ("timm", "dit"):
-            raise ValueError(
-                f"Expected `position_embedding` 'timm' or 'dit', got {position_embedding!r}."
-            )
+        names = ("time_embedding", time_embedding, "thousand", "unit")
+        for name, value, *known in (
+            names,
+            ("position_embedding", position_embedding, "timm", "dit"),
+        ):
+            if value not in known:
+                raise ValueError(f"Expected `{name}` {known[0]!r} or {known[1]!r}, got {value!r}.")
         if rotary and hidden_size // num_heads % 4:
             raise ValueError(
                 f"Expected `hidden_size / num_heads` divisible by 4 with `rotary` (pairs for two "
@@ -165,7 +165,7 @@ class SiT(nn.Module):
         self._init_weights()
 
     def forward(self, xt: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Answer for a batch.
+        """Answer for a batch, (B, C, H, W).
 
         Args:
             xt: Noisy samples, `(B, C, H, W)`.
@@ -173,13 +173,9 @@ class SiT(nn.Module):
             labels: Classes, `(B,)` integers in [0, num_classes], the last being the null class;
                 default None, the null class for all.
 
-        Returns:
-            `(B, C, H, W)`.
-
         Raises:
             ValueError: If a shape is wrong.
-            IndexError: If a label is out of range. Only on the CPU: looking on a GPU would make
-                it wait, and CUDA reports it on its own.
+            IndexError: If a label is out of range, on the CPU; CUDA reports it on its own.
         """
         if xt.shape[1:] != self.input_shape:
             raise ValueError(
@@ -203,15 +199,7 @@ class SiT(nn.Module):
         return self.unpatchify(x)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Put patches side by side; the inverse of `torch.nn.functional.unfold`.
-
-        Args:
-            x: Patches in rows of the grid, each flattened from `(C, patch_size, patch_size)`:
-                `(B, tokens, C * patch_size**2)`.
-
-        Returns:
-            `(B, C, H, W)`.
-        """
+        """Patches `(B, tokens, C * patch_size**2)` put side by side: `(B, C, H, W)`."""
         channels, height, width = self.input_shape
         p = self.patch_size
         x = x.reshape(-1, height // p, width // p, channels, p, p)
@@ -270,16 +258,12 @@ class _Block(nn.Module):
         super().__init__()
         self.modulation = _Modulation(dim, 6)
         self.norm1 = _norm(dim, rms_norm)
-        options: dict[str, Any] = {
-            "qkv_bias": True,
-            "qk_norm": qk_norm,
-            "norm_layer": RmsNorm if rms_norm else nn.LayerNorm,
-        }
-        self.attn = (
-            AttentionRope(dim, num_heads, num_prefix_tokens=0, **options)
-            if rotary
-            else Attention(dim, num_heads, **options)
-        )
+        options: dict[str, Any] = {"qkv_bias": True, "qk_norm": qk_norm}
+        options |= {"norm_layer": RmsNorm if rms_norm else nn.LayerNorm}
+        if rotary:
+            self.attn = AttentionRope(dim, num_heads, num_prefix_tokens=0, **options)
+        else:
+            self.attn = Attention(dim, num_heads, **options)
         self.norm2 = _norm(dim, rms_norm)
         width = int(dim * mlp_ratio)
         # The packed one draws its two first layers as one matrix, as LightningDiT does.

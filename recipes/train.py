@@ -29,7 +29,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     Resumed when it has ended already, as after a kill in its evaluation, it is evaluated again.
 
     Args:
-        config: The configuration; see `train.yaml`.
+        config: That of `conf/train.yaml`.
 
     Returns:
         What `evaluate` returns, with `seconds`, the time spent in `Trainer.fit`.
@@ -80,9 +80,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     if isinstance(trainer.strategy, FSDPStrategy):
         print(f"\nTrained {trainer.global_step} steps; sharded weights are not evaluated here.")
         return {"seconds": seconds}
-    if (
-        finished and checkpoint is not None
-    ):  # the end of a training, which puts the average in, was not reached
+    if finished and checkpoint is not None:
+        # The end of a training, which puts the average in, was not reached.
         load_weights(checkpoint, module)
     module.to(trainer.strategy.root_device)  # fit has moved it to the CPU
     monitor = next((c for c in callbacks if isinstance(c, PosteriorMonitor)), None)

@@ -233,7 +233,7 @@ def test_loss_by_time_is_that_of_the_objective(tmp_path):
     module = instantiate(
         config.module, net=instantiate(config.net), objective=instantiate(config.objective)
     )
-    t, loss = loss_by_time(module, data.train, 2000)
+    t, loss = (value.numpy() for value in loss_by_time(module, data.train, 2000))
     assert (np.diff(t) > 0).all()
     # The network starts at zero, so the loss is the mean square of x_1 - x_0, at every t.
     x1 = data.train.tensors[0]

@@ -163,6 +163,8 @@ class Sharded(Engine):
         torch.Size([3, 8])
     """
 
+    holds_all_rows = False
+
     def __init__(
         self,
         engine: Engine | None = None,

@@ -185,7 +185,8 @@ class Header:
 def pack_queries(queries: Queries, count: int) -> Tensor:
     """Queries as one tensor of `count` lines, (count, D + 7), int64, as a label is any 64 bits."""
     labels = queries.labels or [None] * len(queries)
-    coded = queries.index([(label or 0, label is None) for label in labels]).reshape(-1, 2)
+    names, none = [label or 0 for label in labels], [label is None for label in labels]
+    coded = torch.stack([queries.index(names), queries.index(none)], 1)
     unknown = torch.full_like(coded[:, 0], -1)
     source = unknown if queries.source is None else queries.source.to(coded)
     numbers = torch.cat([queries.xt, torch.stack(queries.path, 1)], 1).view(torch.int64)

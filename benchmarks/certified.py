@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from measure import Options, engine, measure, ratio, row
+from measure import Options, measure, ratio, row
 from report import Report
 from torch import Tensor
 
 from stagewise import LatentBank, LinearPath, Oracle
+from stagewise.engines import Exact
 
 ETA, DELTA = 1e-3, 1e-6
 QUERIES, BATCH, TIMED = 10_000, 500, 128
@@ -106,7 +107,7 @@ def timings(bank: LatentBank, certificates: dict[int, Any], wise: bool, options:
 
     def maker(**settings: Any) -> Callable[[], Callable[[], Any]]:
         def make() -> Callable[[], Any]:
-            oracle = Oracle(bank, engine=engine("Exact"), **settings)
+            oracle = Oracle(bank, engine=Exact(), **settings)
             turn = itertools.cycle(batches)
 
             def run() -> Any:
@@ -131,9 +132,9 @@ def verify(
     The certificate with the most neighbours certifies what the others do, so those queries that it
     does not are not asked: without an exact answer there is nothing to compare.
     """
-    exact = Oracle(bank, engine=engine("Exact"))
+    exact = Oracle(bank, engine=Exact())
     oracles = {
-        k: Oracle(bank, engine=engine("Exact"), certificate=made, eta=ETA, delta=DELTA)
+        k: Oracle(bank, engine=Exact(), certificate=made, eta=ETA, delta=DELTA)
         for k, made in certificates.items()
     }
     most = max(certificates)

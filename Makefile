@@ -134,7 +134,7 @@ $(VENV)/.all: pyproject.toml $(VENV)/.dev
 
 # What the benchmark compares with and nothing else needs; pykeops compiles when it is first asked.
 $(VENV)/.peers: $(VENV)/.all
-	-@$(BIN)/pip install --quiet pykeops
+	-@$(BIN)/pip install --quiet pykeops faiss-cpu
 	@touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/pip

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from measure import Options, engine, measure, ratio, row
+from measure import Options, measure, ratio, row
 from report import Report
 from torch import Tensor
 
-from stagewise import Certificate, LatentBank, LinearPath, Oracle
+from stagewise import LatentBank, LinearPath, Oracle
+from stagewise.engines import Exact
 
 ETA, DELTA = 1e-3, 1e-6
 QUERIES, BATCH, TIMED = 10_000, 500, 128
@@ -36,14 +38,14 @@ def certificate(options: Options) -> Report:
     for line in lines:
         if line["bank"] == "clusters":
             report.target(
-                "rows touched without / with it, clusters",
+                f"rows touched without / with it, clusters, K={line['K']}",
                 line["factor"],
                 5,
                 most=False,
             )
     for line in lines:
         missed = line["missed"]
-        report.target(f"mass missed, {line['bank']}", missed, ETA)
+        report.target(f"mass missed, {line['bank']}, K={line['K']}", missed, ETA)
     report.note("missed: the largest true posterior mass that a certified answer lacks;")
     report.note("mean off: the largest error of its mean, relative to the diameter of the rows")
     return report
@@ -74,32 +76,38 @@ def photo_bank(options: Options) -> LatentBank | str:
 def of_bank(
     report: Report, name: str, bank: LatentBank, scopes: list[bool], options: Options
 ) -> list[dict[str, Any]]:
-    """Lines of the table for one bank: whole and class-wise."""
+    """Lines of the table for one bank: whole and class-wise, K = 0 and 100."""
+    from stagewise.certificate import Certificate
+
     lines = []
     for wise in scopes:
         start = time.perf_counter()
-        made = Certificate.compute(bank, class_wise=wise, progress=False)
+        wide = Certificate.compute(bank, neighbours=100, class_wise=wise, progress=False)
         seconds = time.perf_counter() - start
         where = f"{name}{', class-wise' if wise else ''}"
-        nearest = float(made.distances[:, 0].median())
+        nearest = float(wide.rows.distances[:, 0].median())
         report.note(
             f"{where}: {len(bank)} x {bank.dim}, median distance to the nearest row {nearest:.3g}; "
             f"certificate computed in {seconds:.1f} s"
         )
-        timed = timings(bank, made, wise, options)
+        narrow = replace(
+            wide, rows=wide.rows._replace(neighbours=wide.rows.neighbours[:, :0]), _moved={}
+        )
+        timed = timings(bank, {0: narrow, 100: wide}, wise, options)
         report.table(f"{where}: a batch of {TIMED}", list(timed.values()))
-        line = verify(bank, made, wise, options)
-        lines.append({"bank": where, **line, "speed-up": ratio(timed, "without", "with")})
+        for k, line in verify(bank, {0: narrow, 100: wide}, wise, options).items():
+            speed = ratio(timed, "without", f"K={k}")
+            lines.append({"bank": where, "K": k, **line, "speed-up": speed})
     return lines
 
 
-def timings(bank: LatentBank, made: Certificate, wise: bool, options: Options) -> Any:
+def timings(bank: LatentBank, certificates: dict[int, Any], wise: bool, options: Options) -> Any:
     """Time of a batch with and without, over batches that are the same for all rows."""
     batches = list(itertools.islice(mix(bank, TIMED, wise, 6), options.runs + 2))
 
     def maker(**settings: Any) -> Callable[[], Callable[[], Any]]:
         def make() -> Callable[[], Any]:
-            oracle = Oracle(bank, engine=engine("Exact"), **settings)
+            oracle = Oracle(bank, engine=Exact(), **settings)
             turn = itertools.cycle(batches)
 
             def run() -> Any:
@@ -110,46 +118,84 @@ def timings(bank: LatentBank, made: Certificate, wise: bool, options: Options) -
 
         return make
 
-    rows = [row("without", maker()), row("with", maker(certificate=made, eta=ETA, delta=DELTA))]
+    rows = [row("without", maker())]
+    for k, made in certificates.items():
+        rows.append(row(f"K={k}", maker(certificate=made, eta=ETA, delta=DELTA)))
     return measure(rows, options.runs, base="without")
 
 
-def verify(bank: LatentBank, made: Certificate, wise: bool, options: Options) -> dict[str, Any]:
-    """Rows touched, and every certified answer against the full engine."""
-    exact = Oracle(bank, engine=engine("Exact"))
-    oracle = Oracle(bank, engine=engine("Exact"), certificate=made, eta=ETA, delta=DELTA)
+def verify(
+    bank: LatentBank, certificates: dict[int, Any], wise: bool, options: Options
+) -> dict[int, dict[str, Any]]:
+    """Rows touched, and every certified answer against the full engine.
+
+    The certificate with the most neighbours certifies what the others do, so those queries that it
+    does not are not asked: without an exact answer there is nothing to compare.
+    """
+    exact = Oracle(bank, engine=Exact())
+    oracles = {
+        k: Oracle(bank, engine=Exact(), certificate=made, eta=ETA, delta=DELTA)
+        for k, made in certificates.items()
+    }
+    most = max(certificates)
     count = max(BATCH, round(QUERIES * options.scale))
-    asked = certified = without = with_it = 0
-    missed = off = 0.0
+    sums = {k: {"certified": 0, "with": 0, "missed": 0.0, "off": 0.0} for k in certificates}
+    without = asked = 0
     for xt, t, source, labels in itertools.islice(mix(bank, BATCH, wise, 7), count // BATCH):
         asked += len(t)
         names = [None] * len(t) if labels is None else labels
         segments = [bank.whole if name is None else bank.segment(name) for name in names]
         sizes = torch.tensor([segment.stop - segment.start for segment in segments])
-        yes = made.certified(LinearPath()(t.double()), source, sizes, eta=ETA, delta=DELTA)
-        certified += int(yes.sum())
         without += int(sizes.sum())
-        with_it += int(torch.where(yes, 1, sizes).sum())
-        some = yes.nonzero()[:, 0]
+        path, looked = LinearPath()(t.double()), {}
+        for k, made in certificates.items():
+            settings = {"eta": ETA, "delta": DELTA}
+            alone = made.certified(path, source, sizes, **settings)
+            either = alone | made.certified(path, source, sizes, neighbours=k > 0, **settings)
+            looked[k] = torch.where(alone, 1, torch.where(either, k + 1, 0))
+            sums[k]["with"] += int(torch.where(either, looked[k], sizes).sum())
+            sums[k]["certified"] += int(either.sum())
+        some = looked[most].nonzero()[:, 0]
         if not len(some):
             continue
         own = [names[i] for i in some.tolist()] if wise else None
-        full, post = (
-            one.posterior(xt[some], t[some], own, source=source[some]) for one in (exact, oracle)
-        )
-        if post.tail_kind != "bounded":
-            raise RuntimeError("a query that `certified` names was answered by the engine")
-        mass = full.source_weight * (1 + made.copies[source[some], int(wise)])
-        gap = (post.mean - full.mean).flatten(1).norm(dim=1) / (2 * bank.radius)
-        missed, off = max(missed, float((1 - mass).max())), max(off, float(gap.max()))
+        full = exact.posterior(xt[some], t[some], own, source=source[some])
+        for k, oracle in oracles.items():
+            at = looked[k][some].nonzero()[:, 0]
+            if not len(at):
+                continue
+            here = some[at]
+            own = [names[i] for i in here.tolist()] if wise else None
+            post = oracle.posterior(xt[here], t[here], own, source=source[here])
+            if post.tail_kind != "bounded":
+                raise RuntimeError("a query that `certified` names was answered by the engine")
+            mass = full.source_weight[at] * (
+                1 + certificates[k].rows.copies[source[here], int(wise)]
+            )
+            wide = (looked[k][here] > 1).nonzero()[:, 0]
+            for part in wide.split(64) if len(wide) else ():
+                near = certificates[k].rows.neighbours[source[here[part]]].long()
+                evidence = full.log_evidence[at[part]]
+                log = log_weights(bank, near, xt[here[part]], t[here[part]]) - evidence[:, None]
+                inside = torch.tensor(
+                    [(s.start, s.stop) for s in (segments[i] for i in here[part])]
+                )
+                outside = (near < inside[:, :1]) | (near >= inside[:, 1:])
+                mass[part] += log.exp().masked_fill(outside, 0).sum(1)
+            off = (post.mean - full.mean[at]).flatten(1).norm(dim=1) / (2 * bank.radius)
+            sums[k]["missed"] = max(sums[k]["missed"], float((1 - mass).max()))
+            sums[k]["off"] = max(sums[k]["off"], float(off.max()))
     return {
-        "queries": asked,
-        "certified": certified / asked,
-        "rows without": without / asked,
-        "rows with": with_it / asked,
-        "factor": without / with_it,
-        "missed": missed,
-        "mean off": off,
+        k: {
+            "queries": asked,
+            "certified": value["certified"] / asked,
+            "rows without": without / asked,
+            "rows with": value["with"] / asked,
+            "factor": without / value["with"],
+            "missed": value["missed"],
+            "mean off": value["off"],
+        }
+        for k, value in sums.items()
     }
 
 
@@ -163,3 +209,10 @@ def mix(bank: LatentBank, size: int, wise: bool, seed: int) -> Any:
         x1 = bank.take(source).float().reshape(x0.shape)
         labels = bank.labels_of(source.tolist()) if wise else None
         yield LinearPath().interpolate(x0, x1, t), t, source, labels
+
+
+def log_weights(bank: LatentBank, rows: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    """`-||x_t - t x||^2 / 2 (1 - t)^2` (B, n) for some rows (B, n) of each query."""
+    t = t.double()[:, None]
+    gap = xt.double().flatten(1)[:, None] - t[:, :, None] * bank.take(rows.clamp_min(0))
+    return -gap.square().sum(2) / (2 * (1 - t) ** 2)

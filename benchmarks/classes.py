@@ -7,10 +7,11 @@ from unittest.mock import patch
 
 import peers
 import torch
-from measure import Options, Row, engine, measure, row
+from measure import Options, Row, measure, row
 from report import Report
 
 from stagewise import LatentBank, LinearPath, Oracle
+from stagewise.engines import Exact
 from stagewise.memory import available_memory
 
 ROWS, DIM = 1300, 4096
@@ -53,7 +54,7 @@ def class_wise(options: Options) -> Report:
             xt = LinearPath().interpolate(x0, bank.take(source).float(), t)
 
             def make(bank=bank, xt=xt, t=t):
-                oracle = Oracle(bank, engine=engine("Exact"))
+                oracle = Oracle(bank, engine=Exact())
                 return lambda: oracle.posterior(xt, t, names)
 
             def judge(post, bank=bank, xt=xt, t=t) -> dict[str, float]:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import peers
 import torch
-from measure import Options, Result, Row, engine, measure, ratio, row
+from measure import Options, Result, Row, measure, ratio, row
 from report import Report
 from torch import Tensor
 
 from stagewise import LatentBank, Oracle
-from stagewise.engines import Engine
+from stagewise.engines import Auto, Engine, Exact, Nearest, TorchCluster
 from stagewise.posterior import Posterior
 from stagewise.products import full_precision, scores
 
@@ -72,19 +72,19 @@ def navigation(options: Options) -> Report:
         Row(onednn, peers.bare_products(x, xt, torch.float32, onednn=True)),
         Row("floor: float64 products", peers.bare_products(x, xt, torch.float64)),
         Row("floor: bfloat16 products", peers.bare_products(x, xt, torch.bfloat16)),
-        row(f32, asks(bank, lambda: engine("Exact"), xt, t), judge),
-        row(bf16, asks(half, lambda: engine("Exact", rtol=1e-3), xt, t), judge_half),
-        row("Exact(), bfloat16 bank", asks(half, lambda: engine("Exact"), xt, t), judge_half),
-        row('Exact("float64")', asks(bank, lambda: engine("Exact", "float64"), xt, t), judge),
-        row("Nearest(100)", asks(bank, lambda: engine("Nearest", 100), xt, t), judge),
+        row(f32, asks(bank, Exact, xt, t), judge),
+        row(bf16, asks(half, lambda: Exact(rtol=1e-3), xt, t), judge_half),
+        row("Exact(), bfloat16 bank", asks(half, Exact, xt, t), judge_half),
+        row('Exact("float64")', asks(bank, lambda: Exact("float64"), xt, t), judge),
+        row("Nearest(100)", asks(bank, lambda: Nearest(100), xt, t), judge),
         row(
             "Nearest(100, draws=2000)",
-            asks(bank, lambda: engine("Nearest", 100, draws=2000), xt, t),
+            asks(bank, lambda: Nearest(100, draws=2000), xt, t),
             judge,
         ),
         row(
             "Nearest(100, max_tail=1e-3)",
-            asks(bank, lambda: engine("Nearest", 100, max_tail=1e-3), xt, t),
+            asks(bank, lambda: Nearest(100, max_tail=1e-3), xt, t),
             judge,
         ),
         Row("torch.cdist + softmax", lambda: peers.with_cdist(x, xt, t), judge, peer=True),
@@ -163,7 +163,7 @@ def top100(options: Options) -> Report:
             Row(base, floor(count)),
             row(
                 ours,
-                asks(bank, lambda: engine("Nearest", 100), q, time, k=100),
+                asks(bank, lambda: Nearest(100), q, time, k=100),
                 judge(ours, count),
             ),
             row(f"{theirs}, gather, softmax", peer, judge(theirs, count), peer=True),
@@ -192,14 +192,14 @@ def low_dim(options: Options) -> Report:
     base = "floor: float32 products, oneDNN"
     rows = [
         Row(base, peers.bare_products(x, xt, torch.float32, onednn=True)),
-        row("Exact()", asks(bank, lambda: engine("Exact"), xt, t), judge),
-        row("Nearest(100)", asks(bank, lambda: engine("Nearest", 100), xt, t), judge),
+        row("Exact()", asks(bank, Exact, xt, t), judge),
+        row("Nearest(100)", asks(bank, lambda: Nearest(100), xt, t), judge),
         row(
             "TorchCluster(100, max_tail=1e-7)",
-            asks(bank, lambda: engine("TorchCluster", 100, max_tail=1e-7), xt, t),
+            asks(bank, lambda: TorchCluster(100, max_tail=1e-7), xt, t),
             judge,
         ),
-        row("Auto()", asks(bank, lambda: engine("Auto"), xt, t), judge),
+        row("Auto()", asks(bank, Auto, xt, t), judge),
     ]
     results = measure(rows, options.runs, base=base, queries=QUERIES)
     report.table("low-dim", list(results.values()))

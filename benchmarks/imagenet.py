@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Row, engine, measure
+from measure import Row, measure
 from report import Report, meta
 from torch import Tensor
 
@@ -91,6 +91,7 @@ def write(path: Path, rows: int, dim: int) -> float:
 def read(path: Path, runs: int) -> dict[str, Any]:
     """Everything that is asked of the file, in a process that has not seen it."""
     from stagewise import LatentBank, Oracle
+    from stagewise.engines import Exact
 
     report = Report("imagenet", f"{path.stat().st_size / 1e9:.2f} GB, memory-mapped").start()
     before = memory("VmRSS")
@@ -100,7 +101,7 @@ def read(path: Path, runs: int) -> dict[str, Any]:
     report.note(f"{bank!r}, opened in {opened:.3f} s, {memory('VmRSS') - before:.0f} MiB more")
     report.target("seconds to open", opened, 1)
 
-    exact = Oracle(bank, engine=engine("Exact"))
+    exact = Oracle(bank, engine=Exact())
     xt, t, source = queries(bank, torch.rand(QUERIES, generator=torch.Generator().manual_seed(2)))
     start = time.perf_counter()
     exact.posterior(xt, t)

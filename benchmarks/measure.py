@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import os
-import re
 import statistics
 import threading
 import time
@@ -159,13 +157,6 @@ def ratio(
         return None
     times = [r.milliseconds / (r.queries or queries or 1) for r in both]
     return times[0] / times[1]
-
-
-def engine(name: str, *args: Any, **kwargs: Any) -> Any:
-    """An engine of stagewise by name; ImportError if it, or a library it needs, is not there."""
-    file = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-    module = importlib.import_module(f"stagewise.engines.{file}")
-    return getattr(module, name)(*args, **kwargs)
 
 
 def row(

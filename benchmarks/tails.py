@@ -10,11 +10,12 @@ from typing import Any
 
 import peers
 import torch
-from measure import Options, engine
+from measure import Options
 from report import Report
 from torch import Tensor
 
 from stagewise import LatentBank, LinearPath, Oracle
+from stagewise.engines import Nearest
 
 K, DRAWS, TIME, CALLS = 100, (100, 316, 1000, 3162, 10_000), 0.5, 24
 
@@ -29,7 +30,7 @@ def tail(options: Options) -> Report:
     xt = LinearPath().interpolate(torch.randn(queries, dim, generator=generator), x[source], t)
     report = Report("tail", f"N={n}, D={dim}, t={TIME}, {queries} queries, top {K}").start()
     case = Case.of(x, xt, t)
-    alone = Oracle(case.bank, engine=engine("Nearest", K)).posterior(xt, t)
+    alone = Oracle(case.bank, engine=Nearest(K)).posterior(xt, t)
     off = float(((alone.mean - case.mean).norm(dim=1) / case.size).square().mean().sqrt())
     mass = float(alone.tail_mass.mean())
     report.note(f"top {K} without draws: off by {off:.1%} of |m - mean|, mean tail mass {mass:.2f}")
@@ -80,7 +81,7 @@ class Case:
 
     def bias(self, draws: int) -> dict[str, float]:
         """Bias of the mean, its standard error, and the spread of one call."""
-        oracle = Oracle(self.bank, engine=engine("Nearest", K, draws=draws, seed=draws))
+        oracle = Oracle(self.bank, engine=Nearest(K, draws=draws, seed=draws))
         errors, rests = [], []
         for _ in range(CALLS):
             with self.taken() as rows:

@@ -182,12 +182,11 @@ class GaussianAttention(nn.Module):
             *(value.reshape(*groups, 1) for value in self.path(t.to(x.device, torch.float64)))
         )
         keep = None if mask is None else mask.expand(len(xt), -1).reshape(*groups, count)
-        unused = None if keep is None else ~keep.any(1).unsqueeze(-1)
+        used = torch.ones_like(rows[..., :1]) if keep is None else keep.any(1)[..., None].to(rows)
+        rows = rows.masked_fill(used == 0, 0.0)
         # A constant: weights and mean do not depend on the point that they are computed around.
-        centre = _mean(rows.detach(), unused)
-        rows = rows - centre
-        if unused is not None:
-            rows = rows.masked_fill(unused, 0.0)
+        centre = rows.detach().sum(1, keepdim=True) / used.sum(1, keepdim=True).clamp_min(1)
+        rows = (rows - centre) * used
         path = path._replace(sigma=torch.maximum(path.sigma, _sigma_floor(rows, centre)))
         query, keys = self._map(x - path.alpha * centre), self._map(rows)
         width = self.bandwidth * path.sigma
@@ -251,7 +250,8 @@ class GaussianAttention(nn.Module):
         # Reading values would break the graph.
         if not torch.compiler.is_compiling():
             check_times(t, size)
-            _check_rows(mask)
+            if mask is not None:
+                _require_rows(mask)
         return count
 
     def extra_repr(self) -> str:
@@ -265,14 +265,6 @@ class GaussianAttention(nn.Module):
         )
 
 
-def _mean(rows: Tensor, unused: Tensor | None) -> Tensor:
-    """The mean over the used ones of rows (G, M, D), (G, 1, D)."""
-    if unused is None:
-        return rows.mean(1, keepdim=True)
-    total = rows.masked_fill(unused, 0.0).sum(1, keepdim=True)
-    return total / (~unused).sum(1, keepdim=True).clamp_min(1)
-
-
 def _sigma_floor(rows: Tensor, centre: Tensor) -> Tensor:
     """`engines.base.sigma_floor` for rows (G, M, D) around centre (G, 1, D): (G, 1, 1), no sync."""
     radius = rows.detach().norm(dim=-1).amax(1)[:, None, None]
@@ -281,10 +273,8 @@ def _sigma_floor(rows: Tensor, centre: Tensor) -> Tensor:
     return (bound * (torch.finfo(torch.float64).eps / LOGIT_ERROR)).sqrt()
 
 
-def _check_rows(mask: Tensor | None) -> None:
+def _require_rows(mask: Tensor) -> None:
     """Refuses a mask that leaves a query nothing; on an accelerator as `check_times` does."""
-    if mask is None:
-        return
     some = mask.any(-1).all()
     message = "Expected `mask` with at least one row for each query"
     if mask.device.type != "cpu":

@@ -124,10 +124,10 @@ class Exact(Engine):
 
         Args:
             bank: The rows.
-            queries: The queries.
+            queries: So many that their logits fit into memory.
             k: How many of the largest weights to return.
             finish: What makes a posterior of the weights; default adds all other rows.
-            table: The rows that each query looks at, (B, n); default all of its segment.
+            table: The rows that each query looks at, (B, n), -1 for none; default its segment.
         """
         finish = finish or self._finish
         dtype, size = self._dtype(bank, queries), self.chunk_size
@@ -213,13 +213,7 @@ class Leading:
 
     @classmethod
     def of(cls, found: LogWeights, k: int, count: int) -> Leading:
-        """Computes the `count` largest log-weights of each query again.
-
-        Args:
-            found: The logits; they are shifted so that the largest is near 0.
-            k: How many of the largest weights to return.
-            count: How many to compute again.
-        """
+        """Computes the `count` largest log-weights again, and shifts the logits to end near 0."""
         width = found.logits.shape[1]
         columns = found.logits.topk(min(max(k, count + 1), width), dim=1).indices
         lead = columns[:, :count]
@@ -281,17 +275,10 @@ def _at_a_time(queries: Queries) -> int:
 def _exponentials(
     logits: Tensor, shifts: Sequence[Tensor], listed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weights from logits, and what is summed over them.
+    """`w_i = exp(l_i)`, (B, width), 0 where it is listed, and sums of `w`, `w^2`, `w l`, (3, B).
 
-    A few queries at a time, so that a CPU reads what it has just written from its cache.
-
-    Args:
-        logits: (B, width); the shifts are subtracted in place.
-        shifts: Each (B,).
-        listed: Columns whose weight is 0 here, (B, n).
-
-    Returns:
-        `w_i = exp(l_i)`, (B, width), and the sums of `w_i`, `w_i^2` and `w_i l_i`, (3, B), float64.
+    The shifts, (B,) each, are subtracted from the logits in place. A few queries at a time, so that
+    a CPU reads what it has just written from its cache.
     """
     weights = torch.empty_like(logits)
     sums = logits.new_empty(3, len(logits), dtype=torch.float64)

@@ -40,6 +40,9 @@ before they are multiplied: a product of float32 loses the digits of it."""
 _CENTRED = 2**20
 """Numbers of rows that are centred at a time: what stays in a CPU's cache."""
 
+_KEPT = 2**30
+"""Bytes of rows that stay on a device for the second product once they were moved there."""
+
 
 class LogWeights:
     """The log-weights of all rows for some queries, or of those in a table.
@@ -91,6 +94,10 @@ class LogWeights:
         self.lifted = torch.zeros_like(self.delta)
         multiply = self._dense if table is None else self._gathered
         wide = torch.float64 if dtype == torch.float64 else torch.float32
+        rows = sum(segment.stop - segment.start for _, segment in queries.groups)
+        small = rows * bank.dim * dtype.itemsize <= _KEPT
+        self._keeps = small and bank.device.type != xt.device.type
+        self._kept: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
         self.logits = multiply(query, half_snr, norm, wide)
 
     def _dense(self, query: Tensor, half_snr: Tensor, norm: Tensor, wide: torch.dtype) -> Tensor:
@@ -114,12 +121,24 @@ class LogWeights:
         return logits
 
     def _chunks(self, segment: slice, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        """Rows less `origin`, in the dtype that they are multiplied in."""
+        """Rows less `origin`, in the dtype that they are multiplied in.
+
+        Rows that have to be moved to another device are moved once, if they are not too many.
+        """
+        ends = (segment.start, segment.stop)
+        if ends in self._kept:
+            yield from self._kept[ends]
+            return
         size = self.chunk_size
         if self._centred:
             size = size or max(1, _CENTRED // self.bank.dim)
         for first, rows in self.bank.chunks(segment, size, device, self.dtype):
-            yield first, rows - self.origin.float() if self._centred else rows
+            if self._centred:
+                rows = rows - self.origin.float()
+            if self._keeps:
+                rows = rows if self._centred else rows.clone()
+                self._kept.setdefault(ends, []).append((first, rows))
+            yield first, rows
 
     def _gathered(self, query: Tensor, half_snr: Tensor, norm: Tensor, wide: torch.dtype) -> Tensor:
         assert self.table is not None
@@ -160,12 +179,7 @@ class LogWeights:
         return self.table is None and min(self.queries.sizes) == len(self.bank)
 
     def rows(self, columns: Tensor, at: Sequence[int] | None = None) -> Tensor:
-        """The rows that some columns are, (B, n), in the bank's own order; -1 for none.
-
-        Args:
-            columns: The columns, (B, n), or (len(at), n).
-            at: Of which queries; default all.
-        """
+        """The rows that columns (B, n), or (len(at), n), are, in the bank's order; -1 for none."""
         queries = self.queries if at is None else self.queries.select(at)
         if self.table is not None:
             table = self.table if at is None else self.table[self.queries.place(at)]
@@ -176,14 +190,10 @@ class LogWeights:
         return rows.masked_fill(columns >= queries.index(queries.sizes)[:, None], -1)
 
     def differences(self, columns: Tensor) -> Tensor:
-        """Some log-weights from differences in float64.
+        """`l_i` of some columns (B, n), the largest logit first, from differences in float64.
 
-        Args:
-            columns: Which, (B, n), as columns of `logits`, the largest logit first.
-
-        Returns:
-            `l_i`, (B, n). On a CPU, where to choose rows takes no sync, those whose weight is below
-            1e-18 of the first one's whatever the errors are come from `logits` instead.
+        On a CPU, where to choose rows takes no sync, those whose weight is below 1e-18 of the first
+        one's whatever the errors are come from `logits` instead.
         """
         rows, path = self.rows(columns), self.queries.path
         goal = path.alpha[:, None] * self.bank.offset.to(columns.device) - self.queries.xt
@@ -205,14 +215,11 @@ class LogWeights:
         return logits.masked_fill_(rows < 0, NO_ROW)
 
     def noise(self, columns: Tensor, logits: Tensor) -> Tensor:
-        """Standard deviation of the error of a logit.
+        """Standard deviation of the error of one logit of each query, (B,), float64.
 
         Args:
-            columns: One row for each query, (B, 1), that stands for those of its weight.
-            logits: Its logits, (B,), float64.
-
-        Returns:
-            (B,), float64.
+            columns: The row, (B, 1), that stands for those of its weight.
+            logits: Its logit, (B,), float64.
         """
         bank, path, device = self.bank, self.queries.path, columns.device
         row = self.rows(columns)[:, 0].clamp_min(0)
@@ -237,16 +244,12 @@ class LogWeights:
         return shifts
 
     def moment(self, columns: Tensor, weights: Tensor, at: Sequence[int] | None = None) -> Tensor:
-        """`sum_i w_i x^(i)` over a few rows, which are read one by one.
+        """`sum_i w_i x^(i)` over a few rows, which are read one by one, (B, D), float64.
 
         Args:
             columns: Which, (B, n), as columns of `logits`.
             weights: Their weights, (B, n). Sums are made in their dtype.
-            at: For which queries; default all. Then the others are missing in `columns` and
-                `weights` too.
-
-        Returns:
-            (B, D), or (len(at), D), float64.
+            at: For which queries, whose lines alone then are in all of these; default all.
         """
         table, stored = self.rows(columns, at), self.bank.rows
         total = weights.sum(1, dtype=torch.float64)[:, None] * self.bank.offset.to(weights.device)
@@ -269,7 +272,7 @@ class LogWeights:
     def product(
         self, weights: Tensor, at: Sequence[int] | None = None, total: Tensor | None = None
     ) -> Tensor:
-        """`sum_i w_i x^(i)` over all columns of `logits`: the second product.
+        """`sum_i w_i x^(i)` over all columns of `logits`, (B, D), float64: the second product.
 
         What is added up is `w_i - w` where a query looks at the whole bank, with w the mean of its
         weights. Early, when weights are nearly equal and the mean nearly c, sums of `w_i x^(i)`
@@ -278,11 +281,7 @@ class LogWeights:
         Args:
             weights: (B, width), in the dtype of the logits.
             at: For which queries; default all.
-            total: What the weights of these add up to, float64, known to more digits than theirs;
-                default their sum.
-
-        Returns:
-            (B, D), or (len(at), D), float64.
+            total: What their weights add up to, float64, known to more digits; default their sum.
         """
         device, some = weights.device, list(range(len(weights)) if at is None else at)
         weights = weights[self.queries.place(some)]

@@ -131,14 +131,9 @@ class Nearest(Truncated):
         return self.draws + max(self.k, MORE)
 
     def _draw(self, found: LogWeights, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean over the rest, estimated from rows drawn from it.
+        """The mean over the rest, (B, D), estimated from rows drawn from it, and if any had weight.
 
-        Args:
-            found: The log-weights.
-            rest: Weights of the rows that are not among the nearest, (B, width).
-
-        Returns:
-            The mean, (B, D), and whether any drawn row had weight, (B,).
+        `rest` are the weights of all rows, (B, width), 0 for the nearest.
         """
         bank, device = found.bank, rest.device
         mean = torch.zeros(len(rest), bank.dim, dtype=torch.float64, device=device)
@@ -157,12 +152,7 @@ class Nearest(Truncated):
 
 
 def draw_rows(segment: slice, count: int, generator: Random) -> list[int]:
-    """Rows of a segment, uniformly at random, without replacement, in random order.
-
-    Args:
-        segment: The rows.
-        count: How many; all if there are fewer.
-        generator: Not of torch, which would shuffle the numbers of all rows.
-    """
+    """`count` random rows of a segment, or all, each once, in random order."""
+    # Not by torch, which would shuffle the numbers of all rows.
     rows = range(segment.start, segment.stop)
     return generator.sample(rows, min(count, len(rows)))

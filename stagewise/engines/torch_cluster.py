@@ -102,16 +102,9 @@ class TorchCluster(Truncated):
         return put(post, wrong, exact, len(queries))
 
     def search(self, bank: LatentBank, queries: Queries, n: int) -> Tensor:
-        """Finds the rows nearest to where queries stand.
+        """The n rows nearest to where queries stand, (B, n), int64, each once; then -1 for none.
 
-        Args:
-            bank: The rows.
-            queries: The queries.
-            n: How many to find.
-
-        Returns:
-            Rows in the bank's own order, (B, n), int64, each once, and -1 for none, after those
-            that were found. Only a query that is NaN may find none at all.
+        Only a query that is NaN may find none at all.
         """
         device = queries.xt.device
         _require_room(device, n)
@@ -148,16 +141,7 @@ class TorchCluster(Truncated):
         return table
 
     def rounding(self, bank: LatentBank, y: Tensor, distance: Tensor) -> Tensor:
-        """How wrong the search may be when it compares squared distances: v of the module.
-
-        Args:
-            bank: The rows.
-            y: Where the queries stand, (B, D).
-            distance: From there to the farthest row that was found, (B,).
-
-        Returns:
-            In squared units of the bank, (B,).
-        """
+        """The `v` of the module, (B,), for queries at y, (B, D), and the farthest row found."""
         unit = torch.finfo(_dtype(bank)).eps / 2
         shift = (bank.centre - bank.offset).norm().to(y.device)
         query = torch.linalg.vector_norm(y, dim=1) + shift

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stagewise import LatentBank, LinearPath, LogitNormal, Oracle, StageCurve, VPPath
-from stagewise.engines import Exact, Nearest
+from stagewise.engines import Exact, Nearest, log_weights
 from stagewise.losses import FlowMatchingLoss
 from stagewise.stages import stage_edges, stratified_times
 
@@ -51,6 +52,41 @@ def test_oracle_on_cuda(bank, residency, labels, path, engine, dtype):
         assert correction.shape == velocity.shape == xt.shape
         assert post.mean.shape == xt.shape
         assert post.weights.shape == post.rows.shape == (5, 3)
+
+
+class Moved(TorchDispatchMode):
+    """Counts the numbers of rows of `dim` that cross from the host to a device."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim, self.numbers = dim, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("copy_", "_to_copy"):
+            source, to = (
+                (args[1], args[0]) if func.overloadpacket.__name__ == "copy_" else (args[0], out)
+            )
+            crosses = source.device.type == "cpu" and to.device.type == "cuda"
+            self.numbers += source.numel() * (crosses and source.shape[1:] == (self.dim,))
+        return out
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1, 2, 3]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kept", "times"), [(2**30, 1), (0, 2)])
+def test_rows_on_the_host_cross_once_if_they_are_not_too_many(
+    labels, dtype, kept, times, monkeypatch
+):
+    monkeypatch.setattr(log_weights, "_KEPT", kept)
+    bank = LatentBank(torch.randn(4000, 64), torch.arange(4000) // 1000, dtype=dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        oracle = Oracle(bank, engine=Exact("float32"))
+        xt, t = torch.randn(4, 64, device="cuda"), torch.rand(4, device="cuda")
+        with Moved(64) as moved:
+            oracle.posterior(xt, t, labels)
+    leading = 2 * 4 * 64 * 64  # 64 rows of each query, read twice
+    assert moved.numbers == times * 4000 * 64 + leading
 
 
 def test_mixed_devices_are_caught_at_all(bank):

@@ -40,6 +40,9 @@ before they are multiplied: a product of float32 loses the digits of it."""
 _CENTRED = 2**20
 """Numbers of rows that are centred at a time: what stays in a CPU's cache."""
 
+_KEPT = 2**30
+"""Bytes of rows that stay on a device for the second product once they were moved there."""
+
 
 class LogWeights:
     """The log-weights of all rows for some queries, or of those in a table.
@@ -91,6 +94,10 @@ class LogWeights:
         self.lifted = torch.zeros_like(self.delta)
         multiply = self._dense if table is None else self._gathered
         wide = torch.float64 if dtype == torch.float64 else torch.float32
+        rows = sum(segment.stop - segment.start for _, segment in queries.groups)
+        small = rows * bank.dim * dtype.itemsize <= _KEPT
+        self._keeps = small and bank.device.type != xt.device.type
+        self._kept: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
         self.logits = multiply(query, half_snr, norm, wide)
 
     def _dense(self, query: Tensor, half_snr: Tensor, norm: Tensor, wide: torch.dtype) -> Tensor:
@@ -114,12 +121,24 @@ class LogWeights:
         return logits
 
     def _chunks(self, segment: slice, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        """Rows less `origin`, in the dtype that they are multiplied in."""
+        """Rows less `origin`, in the dtype that they are multiplied in.
+
+        Rows that have to be moved to another device are moved once, if they are not too many.
+        """
+        ends = (segment.start, segment.stop)
+        if ends in self._kept:
+            yield from self._kept[ends]
+            return
         size = self.chunk_size
         if self._centred:
             size = size or max(1, _CENTRED // self.bank.dim)
         for first, rows in self.bank.chunks(segment, size, device, self.dtype):
-            yield first, rows - self.origin.float() if self._centred else rows
+            if self._centred:
+                rows = rows - self.origin.float()
+            if self._keeps:
+                rows = rows if self._centred else rows.clone()
+                self._kept.setdefault(ends, []).append((first, rows))
+            yield first, rows
 
     def _gathered(self, query: Tensor, half_snr: Tensor, norm: Tensor, wide: torch.dtype) -> Tensor:
         assert self.table is not None

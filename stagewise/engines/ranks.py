@@ -44,10 +44,10 @@ class Layout:
     Attributes:
         ranks: Those that share it; None if there is but one.
         number: Of the bank, the same on every rank.
-        offsets: See `Sharded.offsets`.
+        offsets: The number of each rank's first row, and of all rows, R + 1 numbers.
         classes: Those that any rank has.
         own: Those of this rank.
-        floor: See `Sharded.sigma_floor`.
+        floor: The largest noise level that a rank's engine asks for.
     """
 
     ranks: Ranks | None
@@ -75,25 +75,21 @@ class About:
     @classmethod
     def of(cls, bank: LatentBank, engine: Engine, problem: Exception | None) -> About:
         """What there is to say of a shard, or of the problem that its engine has with it."""
-        rows = len(bank)
-        floor = engine.sigma_floor(bank) if rows and problem is None else 0.0
-        kind, dtype = type(engine).__name__, str(bank.dtype)
-        says = None if problem is None else f"{problem}"
-        offset = hashlib.sha256(bank.offset.cpu().numpy().tobytes()).hexdigest()
-        return cls(bank.shape, dtype, kind, rows, bank.classes, floor, bank.max_norm, offset, says)
+        return cls(
+            shape=bank.shape,
+            dtype=str(bank.dtype),
+            engine=type(engine).__name__,
+            rows=len(bank),
+            classes=bank.classes,
+            floor=engine.sigma_floor(bank) if len(bank) and problem is None else 0.0,
+            max_norm=bank.max_norm,
+            offset=hashlib.sha256(bank.offset.cpu().numpy().tobytes()).hexdigest(),
+            problem=None if problem is None else f"{problem}",
+        )
 
 
 def require_agreement(everyone: Sequence[About], problem: Exception | None) -> None:
-    """Refuses, on every rank alike, shards that are not of one bank.
-
-    Args:
-        everyone: What each rank says.
-        problem: That of this rank, which an error then names as its cause.
-
-    Raises:
-        ValueError: With what the ranks have, and the cure.
-        ImportError: If this rank's engine lacks a library.
-    """
+    """Refuses, on every rank alike, shards that are not of one bank, or `problem` on this rank."""
     problems = {rank: a.problem for rank, a in enumerate(everyone) if a.problem is not None}
     if problems:
         kind = ImportError if isinstance(problem, ImportError) else ValueError
@@ -120,12 +116,7 @@ def require_agreement(everyone: Sequence[About], problem: Exception | None) -> N
 
 
 def warn_of_differences(everyone: Sequence[About], bank: LatentBank) -> None:
-    """Warns of what makes shards other than parts of one bank, but not wrong.
-
-    Args:
-        everyone: What each rank says.
-        bank: The shard of this rank.
-    """
+    """Warns of what makes shards other than parts of one bank, but not wrong."""
     if len({about.offset for about in everyone if about.rows}) > 1:
         warnings.warn(
             f"The shards are rounded to {bank.dtype} relative to different means, so that the "
@@ -221,11 +212,7 @@ def unpack_queries(packed: Tensor, like: Queries, header: Header) -> Queries:
 
 
 def require_classes(queries: Queries, layout: Layout) -> None:
-    """Refuses, on every rank alike, a class that none of them has.
-
-    Raises:
-        ValueError: With the class and those there are.
-    """
+    """Refuses, on every rank alike, a class that none of them has."""
     missing = sorted({name for name in queries.labels or () if name is not None} - layout.classes)
     if missing and not layout.classes:
         raise ValueError(
@@ -240,12 +227,7 @@ def require_classes(queries: Queries, layout: Layout) -> None:
 
 
 class Ranks:
-    """A group of ranks of the engine's own, and the few collectives it needs.
-
-    Attributes:
-        rank: Of this process in the group.
-        size: How many there are.
-    """
+    """A group of ranks of the engine's own, and the few collectives it needs."""
 
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
         self._group, self._timeout = group, timeout

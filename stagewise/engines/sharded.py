@@ -1,13 +1,9 @@
 r"""The engine for a bank that is spread over the ranks of a job: each holds a part of the rows.
 
 Every rank asks about its own B queries. They are gathered, each rank p answers all of them over its
-own rows with any engine, and the answers are put together by what `stagewise.posterior` says of
-parts: with `w_p = Z_p / sum_q Z_q`
-
-    m = sum_p w_p m_p
-
-and the small statistics alike. So a rank gets back the posterior of its queries over all rows,
-exactly as one process with all rows would have it, and no rank ever holds more than its own.
+own rows with any engine, and the answers are merged (`stagewise.posterior`): with
+`w_p = Z_p / sum_q Z_q`, `m = sum_p w_p m_p`, and the small statistics alike. So a rank gets back
+the posterior over all rows, exactly as one process would have it, and holds no more than its own.
 
 **One call**, with R ranks and at most B queries on each, in this order:
 
@@ -333,51 +329,32 @@ class Sharded(Engine):
 
 
 def pack(post: Posterior, log_source: Tensor) -> Tensor:
-    """All of a rank's answer but the mean as one tensor.
-
-    Args:
-        post: The answer, with rows counted over all ranks.
-        log_source: `l_i` of the row that each query was made from, (B,), minus infinity where
-            another rank holds it.
-
-    Returns:
-        (B, 6 + 2k), float64, in which rows are exact up to 2^53.
-    """
+    """All of a rank's answer but the mean, (B, 6 + 2k), float64: rows are exact up to 2^53."""
     kind = torch.full_like(post.log_evidence, _KINDS.index(post.tail_kind))
     small = (post.log_evidence, post.entropy, post.ess, post.tail_mass, log_source, kind)
     return torch.cat([torch.stack(small, 1), post.weights, post.rows.to(kind)], 1)
 
 
 def shares(small: Tensor) -> Tensor:
-    """What part of each posterior each rank has, `w_p`, (R, B); 0 where it is next to nothing.
-
-    Args:
-        small: What the ranks packed, (R, B, 6 + 2k).
-    """
+    """`w_p` of what the ranks packed, (R, B); 0 where it is next to nothing."""
     share = torch.softmax(small[..., _LOG_Z], 0)
     return share.masked_fill(share < NOTHING, 0)
 
 
 def combine(small: Tensor) -> Posterior:
-    """The posterior over all rows from what the ranks packed.
-
-    Args:
-        small: (R, B, 6 + 2k).
-
-    Returns:
-        The posterior, with a mean of no numbers, (B, 0), and `tail_kind` left at "measured".
-    """
+    """The posterior over all rows from what the ranks packed, with a mean of no numbers, (B, 0)."""
     k = (small.shape[-1] - _COLUMNS) // 2
-    parts = [
-        Posterior(
-            mean=part[:, :0],
-            log_evidence=part[:, _LOG_Z],
-            entropy=part[:, _ENTROPY],
-            ess=part[:, _ESS],
-            weights=part[:, _COLUMNS : _COLUMNS + k],
-            rows=part[:, _COLUMNS + k :].long(),
-            tail_mass=part[:, _TAIL],
+    return merge(
+        *(
+            Posterior(
+                mean=part[:, :0],
+                log_evidence=part[:, _LOG_Z],
+                entropy=part[:, _ENTROPY],
+                ess=part[:, _ESS],
+                weights=part[:, _COLUMNS : _COLUMNS + k],
+                rows=part[:, _COLUMNS + k :].long(),
+                tail_mass=part[:, _TAIL],
+            )
+            for part in small
         )
-        for part in small
-    ]
-    return merge(*parts)
+    )

@@ -132,7 +132,8 @@ class Oracle:
             labels: Class of each query, (B,), whole numbers: the posterior is then over the rows of
                 that class, which is a valid target for a class-conditional model. Default None:
                 over all rows, as for single labels that are None or `null_class`. A list or a CPU
-                tensor costs no device sync, one on an accelerator does.
+                tensor costs no device sync; one on an accelerator does, unless the engine
+                reads it there (`Exact`, without `null_class` and certificate).
             source: The row of `bank.rows` each query was made from, (B,), int64, for
                 `source_weight` and the certificate; negative where it is not known. Default None.
                 `bank.find(x1)` looks it up.
@@ -173,14 +174,24 @@ class Oracle:
             TypeError: If `xt` is no tensor.
         """
         flat, path = self.coefficients(xt, t)
-        names = None if labels is None else self.names(labels, len(flat))
+        names, ends = None, None
+        if isinstance(labels, Tensor) and self._reads_on_device(labels):
+            ends = self.bank.ends_of(whole_labels(labels, len(flat)))
+        elif labels is not None:
+            names = self.names(labels, len(flat))
         if source is not None:
             source = self.checked_source(source, len(flat), self.engine.num_rows(self.bank))
             source = source.to(flat.device, torch.int64)
-        whole = self.engine.holds_all_rows
-        segments = segments_of(self.bank, names, len(flat)) if whole else ()
+        segments: Sequence[slice] | None = ()
+        if self.engine.holds_all_rows:
+            segments = None if ends is not None else segments_of(self.bank, names, len(flat))
         times = as_times(t, xt).detach().to(flat)
-        return Queries(flat, path, segments, source, names, times, made_in=xt.dtype)
+        return Queries(flat, path, segments, source, names, times, made_in=xt.dtype, ends=ends)
+
+    def _reads_on_device(self, labels: Tensor) -> bool:
+        """Whether labels stay where they are, which spares a device sync."""
+        plain = self.certificate is None and self.null_class is None
+        return plain and labels.is_cuda and self.engine.reads_ends
 
     @torch.no_grad()
     def ask(self, queries: Queries, k: int = 1) -> Posterior:

@@ -98,12 +98,14 @@ class Posterior:
             parts: The posteriors.
             order: Where each of their queries goes, on the host; default one part's after another.
         """
-        joined: dict[str, Any] = {
-            name: None if values[0] is None else torch.cat(values)
-            for name in _TENSORS
-            for values in [[getattr(part, name) for part in parts]]
-        }
-        post = parts[0] if len(parts) == 1 else cls(**joined, tail_kind=_weakest(parts))
+        post = parts[0]
+        if len(parts) > 1:
+            joined: dict[str, Any] = {
+                name: None if values[0] is None else torch.cat(values)
+                for name in _TENSORS
+                for values in [[getattr(part, name) for part in parts]]
+            }
+            post = cls(**joined, tail_kind=_weakest(parts))
         if order is None or list(order) == list(range(len(order))):
             return post
         back = sorted(range(len(order)), key=order.__getitem__)

@@ -26,33 +26,51 @@ class Queries:
         path: Coefficients at the B times, each (B,), float64, sigma above 0.
         segments: For each query the rows it looks at, as a slice of the bank's own order (the
             whole bank, or a class). Known on the host, so that grouping costs no sync. Empty where
-            an engine does not hold all rows.
+            an engine does not hold all rows; None where `ends` are given in their place.
         source: The row each query was made from, (B,), int64, negative where it is not known; or
             None.
         labels: The class of each, on the host, None for the whole bank; or None.
         t: Times, (B,), float64; or None.
         made_in: The type that `x_t` was computed in.
         x1: What `x_t` was made from, (B, D), float64; or None.
+        ends: For each query the first row of its class and the row behind its last, (B, 2), int64,
+            where labels lie on an accelerator.
         twin: The row, among those a query looks at, that `x1` stands for without being equal to it
             to the last digit; -1 for none. (B,), or None.
     """
 
     xt: Tensor
     path: PathCoefficients
-    segments: Sequence[slice]
+    segments: Sequence[slice] | None
     source: Tensor | None = None
     labels: Sequence[int | None] | None = None
     t: Tensor | None = None
     made_in: torch.dtype = torch.float32
     x1: Tensor | None = None
     twin: Tensor | None = None
+    ends: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.xt)
 
+    def on_host(self) -> Queries:
+        """With segments: a device sync if only `ends` are there."""
+        if self.ends is None:
+            return self
+        return replace(self, segments=[slice(*pair) for pair in self.ends.tolist()], ends=None)
+
+    @cached_property
+    def ends_on_device(self) -> Tensor:
+        """The first row that each query looks at, and the row behind its last, (B, 2), int64."""
+        if self.ends is not None:
+            return self.ends
+        assert self.segments is not None
+        return self.index([(rows.start, rows.stop) for rows in self.segments])
+
     @cached_property
     def groups(self) -> list[tuple[list[int], slice]]:
         """Queries that look at the same rows: their positions, and the rows."""
+        assert self.segments is not None
         members: dict[tuple[int, int], list[int]] = {}
         for query, rows in enumerate(self.segments):
             members.setdefault((rows.start, rows.stop), []).append(query)
@@ -61,16 +79,15 @@ class Queries:
     @property
     def sizes(self) -> list[int]:
         """How many rows each query looks at."""
+        assert self.segments is not None
         return [rows.stop - rows.start for rows in self.segments]
 
-    @property
-    def first_rows(self) -> Tensor:
-        """The first row that each query looks at, (B,), int64."""
-        return self.index([rows.start for rows in self.segments])
-
-    def index(self, at: Sequence[int]) -> Tensor:
-        """Numbers on the host as a tensor beside the queries."""
-        return torch.tensor(at, dtype=torch.int64, device=self.xt.device)
+    def index(self, at: Sequence[Any]) -> Tensor:
+        """Whole numbers on the host as a tensor beside the queries, without a device sync."""
+        there = torch.tensor(at, dtype=torch.int64)
+        # A copy from other memory waits for the device.
+        there = there.pin_memory() if self.xt.is_cuda and torch.cuda.is_available() else there
+        return there.to(self.xt.device, non_blocking=True)
 
     def place(self, at: Sequence[int]) -> slice | Tensor:
         """Positions as an index: a slice, which costs no copy, if they are contiguous."""
@@ -94,8 +111,8 @@ class Queries:
 
     def holds(self, rows: Tensor) -> Tensor:
         """Whether a row is among those that its query looks at, (B,)."""
-        first = self.first_rows
-        return (rows >= first) & (rows < first + self.index(self.sizes))
+        first, stop = self.ends_on_device.unbind(1)
+        return (rows >= first) & (rows < stop)
 
     def log_weight(self, x: Tensor) -> Tensor:
         """`l` of one sample for each query, `x` (B, D), from differences: (B,)."""

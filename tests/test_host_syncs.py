@@ -8,12 +8,14 @@ reads a number (`item`, `bool`, `tolist`, ...), what copies to the host (`cpu`, 
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stagewise
@@ -174,3 +176,76 @@ def test_between_the_probes_nothing_waits(
     expected = {0, 7, 19, 20, 24, 29}
     assert {batch for batch, places in marks.by_batch.items() if places} == expected, marks.by_batch
     assert len(marks.by_batch) == 30
+
+
+VIEWS = {
+    *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "t"),
+    *("transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "empty", "empty_like"),
+    *("new_empty", "split_with_sizes", "scalar_tensor"),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what starts a kernel on an accelerator, and notes copies to it that wait.
+
+    Fake tensors raise where numbers are read back.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.waits = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        out = func(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, (tuple, list)) and out else out
+        if isinstance(first, torch.Tensor) and first.is_cuda and name not in VIEWS:
+            self.count += 3 if name == "pulled" else 1
+            given = [x for x in args if isinstance(x, torch.Tensor) and x.ndim]
+            if any(x.device.type == "cpu" for x in given):
+                self.waits.append((name, [tuple(x.shape) for x in given]))
+        return out
+
+
+@pytest.fixture
+def on_cuda():
+    """An oracle of a class-wise bank and a batch with its labels, all on a fake CUDA device."""
+    rows = 120
+    bank = stagewise.LatentBank(
+        torch.randn(rows, 4, 4, 4), torch.arange(rows) // 12, dtype=torch.bfloat16
+    )
+    bank.row_keys()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        oracle = stagewise.Oracle(bank.to("cuda"))
+        x1, xt = torch.randn(2, 8, 4, 4, 4, device="cuda")
+        batch = {"xt": xt, "t": torch.rand(8, device="cuda"), "x1": x1}
+        yield oracle, batch, torch.zeros(8, dtype=torch.int64, device="cuda")
+
+
+def test_a_class_wise_posterior_is_a_few_launches(on_cuda):
+    oracle, batch, labels = on_cuda
+    source = torch.zeros_like(labels)
+    queries = oracle.queries(batch["xt"], batch["t"], labels, source)
+    assert queries.segments is None, "labels were not read back"
+    known = replace(queries, x1=queries.xt)
+    for asked, most in ((known, 5), (queries, 11)):
+        with Launches() as launches:
+            oracle.engine.posterior(oracle.bank, asked)
+        assert launches.waits == []
+        assert launches.count <= most
+    with Launches() as launches:
+        oracle.posterior(batch["xt"], batch["t"], labels, k=3)
+    assert launches.waits == []
+    assert launches.count <= 40
+
+
+@pytest.mark.parametrize("lam", [1.0, "boundary", stagewise.Concentration()])
+def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, lam):
+    oracle, batch, labels = on_cuda
+    scheme = stagewise.Scheme(oracle, target=stagewise.Mix(lam), boundary=0.3)
+    scheme._fits = scheme.rows_checked = True  # looks at the numbers of the first call
+    with Launches() as launches:
+        scheme(batch["x1"], **batch, labels=labels)
+    # The table of classes and the odd numbers of the keys go to a real device once.
+    assert sorted(shapes for _, shapes in launches.waits) == [[(10, 3)], [(64,)]]
+    assert launches.count <= 160

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ def row_keys(rows: Tensor) -> Tensor:
     # product of 64-bit words only its upper half.
     word = torch.int16 if rows.dtype.itemsize == 2 else torch.int32
     words = rows.shape[1] * rows.dtype.itemsize // word.itemsize
-    factor = torch.tensor(_weights(words), device=rows.device)
+    factor = _weights(words, rows.device)
     keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     step = max(1, _BLOCK // words)
     for block, out in zip(rows.split(step), keys.split(step), strict=True):
@@ -36,10 +35,18 @@ def row_keys(rows: Tensor) -> Tensor:
     return keys
 
 
-@cache
-def _weights(words: int) -> np.ndarray:
+def _weights(words: int, device: torch.device) -> Tensor:
     """Odd numbers of RandomState, whose stream is frozen for good, as no generator of torch's."""
-    return np.frombuffer(np.random.RandomState(0).bytes(8 * words), dtype="<i8") | 1
+    made = _made.get((words, device))
+    if made is None:
+        odd = np.frombuffer(np.random.RandomState(0).bytes(8 * words), dtype="<i8") | 1
+        made = torch.tensor(odd, device=device)
+        if type(made) is Tensor:  # a fake tensor serves its own mode only
+            _made[words, device] = made
+    return made
+
+
+_made: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def find_rows(
@@ -57,18 +64,17 @@ def find_rows(
     """
     keys, order = index
     key = row_keys(wanted)
-    found = torch.full_like(key, -1)
     # Equal keys stand together. Both ends are looked at because two different rows might, once in
     # a great many banks, share a key.
     first = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
     last = (torch.searchsorted(keys, key, right=True) - 1).clamp_min(0)
-    # Fake tensors have no values, and an accelerator would have to be waited for.
+    # An accelerator would have to be waited for, to know that they are the same.
     once = type(key) is Tensor and key.device.type == "cpu" and torch.equal(first, last)
-    for place in (first,) if once else (first, last):
-        # Without an equal key there is no row to read; any will do, and row 0 is read but once.
-        row = order[place].where(keys[place] == key, 0)
-        found = row.where((read(row) == wanted).all(1), found)
-    return found
+    place = first[None] if once else torch.stack([first, last])
+    # Without an equal key there is no row to read; any will do, and row 0 is read but once.
+    row = order[place] * (keys[place] == key)
+    same = (read(row) == wanted).all(2)
+    return row.where(same, -1).amax(0)
 
 
 def find_among(rows: Tensor, wanted: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class RowStore:
         self._file, self._keys = file, keys
         self._fingerprint: str | None = None
         self._sorted_keys: dict[torch.dtype | None, tuple[Tensor, Tensor]] = {}
+        self._class_table: dict[torch.device, Tensor] = {}
         self.shifted = bool(offset.any())
 
     def __len__(self) -> int:
@@ -114,6 +115,29 @@ class RowStore:
             f"Class {label} is not in the bank, which has {len(known)} classes from {known[0]} to "
             f"{known[-1]}. Build the bank from the labels that training uses."
         )
+
+    @property
+    def largest_class(self) -> int:
+        """Rows of the largest class; 0 without labels."""
+        return max((rows.stop - rows.start for rows in self._segments.values()), default=0)
+
+    def ends_of(self, labels: Tensor) -> Tensor:
+        """First row and end of the class of each label, (B, 2), int64, without a device sync.
+
+        Args:
+            labels: (B,), int64. An unknown one ends the process, as a device-side assertion does.
+        """
+        self.require_classes()
+        table = self._class_table.get(labels.device)
+        if table is None:
+            table = torch.tensor(self.class_ends, device=labels.device)
+            if _as_real(table, self.rows):
+                self._class_table[labels.device] = table
+        at = torch.searchsorted(table[:, 0].contiguous(), labels).clamp_max(len(table) - 1)
+        found = table[at]
+        message = f"Expected labels among the {len(table)} classes of the bank"
+        torch._assert_async((found[:, 0] == labels).all(), message)
+        return found[:, 1:].contiguous()
 
     def labels_of(self, rows: Sequence[int]) -> list[int]:
         """The class of each of `rows` (own order), as Python integers, without a device sync."""
@@ -270,7 +294,7 @@ class RowStore:
 
     def _moved(self: Self, move: Callable[[Tensor], Tensor]) -> Self:
         moved = object.__new__(type(self))
-        moved.__dict__.update(self.__dict__, _file=None, _sorted_keys={})
+        moved.__dict__.update(self.__dict__, _file=None, _sorted_keys={}, _class_table={})
         for name, value in self.__dict__.items():
             if isinstance(value, Tensor):
                 setattr(moved, name, move(value))

@@ -62,6 +62,8 @@ class Auto(Engine):
     What is picked, and why, is logged once for each bank (logger "stagewise", level INFO).
     """
 
+    reads_ends = True
+
     def __init__(self) -> None:
         self.exact = Exact()
         self.picks: WeakKeyDictionary[LatentBank, _Pick] = WeakKeyDictionary()
@@ -104,6 +106,7 @@ class Auto(Engine):
         pick = self.picks[bank]
         if pick.tree is None or k > _MANY_NEIGHBOURS:
             return self.exact.posterior(bank, queries, k)
+        queries = queries.on_host()
         told = information(queries.path.alpha / queries.path.sigma, pick.variances).tolist()
         width = max(k, pick.tree.k)
         few = [

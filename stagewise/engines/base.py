@@ -29,6 +29,9 @@ class Engine(ABC):
     holds_all_rows = True
     """Whether the bank it is given has all rows that a posterior is over."""
 
+    reads_ends = False
+    """Whether queries may say which rows they look at on their device (`Queries.ends`) only."""
+
     collective = False
     """Whether all ranks have to ask whenever one does, also with no queries."""
 

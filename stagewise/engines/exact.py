@@ -42,6 +42,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from stagewise.bank import LatentBank
+from stagewise.engines import fused
 from stagewise.engines.base import NOTHING, Engine
 from stagewise.engines.log_weights import CACHED, LogWeights
 from stagewise.posterior import UNDERFLOW, Posterior, Rest, posterior_of, put
@@ -108,9 +109,15 @@ class Exact(Engine):
             raise ValueError(f"Expected `rtol` between 0 and 1, got {rtol}.")
         self.precision, self.rtol, self.chunk_size = precision, rtol, chunk_size
 
+    reads_ends = True
+
     @override
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
-        return in_blocks(bank, queries, lambda some: self.solve(bank, some, k))
+        if self.precision != "float64" and fused.serves(bank, queries):
+            found = fused.posterior(bank, queries, k)
+            if found is not None:
+                return found
+        return in_blocks(bank, queries.on_host(), lambda some: self.solve(bank, some, k))
 
     def solve(
         self,
@@ -250,11 +257,13 @@ def in_blocks(
     """
     parts: list[Posterior] = []
     order: list[int] = []
-    whole = [rows == bank.whole for rows in queries.segments]
+    assert queries.segments is not None
+    segments = queries.segments
+    whole = [rows == bank.whole for rows in segments]
     with full_precision():
         for same in (False, True):
             at = [i for i, flag in enumerate(whole) if flag == same]
-            at.sort(key=lambda i: queries.segments[i].start)
+            at.sort(key=lambda i: segments[i].start)
             if at:
                 step = _at_a_time(queries.select(at))
                 parts += [

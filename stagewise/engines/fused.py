@@ -20,10 +20,15 @@ matter. Where nobody knows `x_1`, a first pass from the bank's mean finds a row 
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from stagewise.bank import LatentBank
+from stagewise.posterior import Posterior
+from stagewise.queries import Queries
 
 try:
     import triton
@@ -31,10 +36,16 @@ try:
 except ImportError:  # a build of torch without it
     triton = None
 
-__all__ = ["LARGEST_DIM", "pulled"]
+__all__ = ["posterior", "pulled", "serves", "shape_of"]
 
-LARGEST_DIM = 2**13
+_LARGEST_DIM = 2**13
 """Numbers in a sample, at most: a program keeps three such vectors in registers, beside rows."""
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_QUERIES_A_CLASS = 8
+"""Queries for each class, on average, up to which to read its rows for each of them costs less than
+products of all queries with all rows."""
 
 _SPLIT = 64
 """Rows that a program reads."""
@@ -42,87 +53,149 @@ _SPLIT = 64
 _BYTES = 2**15
 """What it reads at a time: enough that the memory is never idle, few enough for its registers."""
 
+_PART_BYTES = 2**28
+"""Parts of sums that are held at a time."""
+
 if triton is not None:
+
+    @triton.jit
+    def prepare(
+        xt,
+        near,
+        offset,
+        alpha,
+        sigma,
+        query,
+        origin,
+        factors,
+        dim: tl.constexpr,
+        block: tl.constexpr,
+    ) -> None:
+        """`(a/s^2) q` and r as a row, in float32; `a^2/2s^2` and `|q|^2/2s^2`."""
+        b = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, block)
+        inside = at < dim
+        a, s = tl.load(alpha + b), tl.load(sigma + b)
+        r = tl.load(near + b * dim + at, mask=inside, other=0.0)
+        q = tl.load(xt + b * dim + at, mask=inside, other=0.0) - a * r
+        r -= tl.load(offset + at, mask=inside, other=0.0)
+        tl.store(query + b * dim + at, (q * (a / (s * s))).to(tl.float32), mask=inside)
+        tl.store(origin + b * dim + at, r.to(tl.float32), mask=inside)
+        tl.store(factors + 2 * b, a * a / (2 * s * s))
+        tl.store(factors + 2 * b + 1, tl.sum(q * q, axis=0) / (2 * s * s))
 
     @triton.jit
     def pull(
         rows,
         query,
-        near,
-        linear,
-        square,
-        first,
-        stop,
-        logits,
-        peaks,
+        origin,
+        factors,
+        ends,
         sums,
+        best,
         pulls,
+        logits,
         width,
         dim: tl.constexpr,
         block: tl.constexpr,
         split: tl.constexpr,
         at_once: tl.constexpr,
+        listed: tl.constexpr,
     ) -> None:
-        """(1) of some rows of a query's class, and its parts of the sums in (2)."""
-        part, parts, b = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-        start = tl.load(first + b)
+        """(1) of some rows of a query's class, and its parts of all sums."""
+        part, parts = tl.program_id(0), tl.num_programs(0)
+        b = tl.program_id(1).to(tl.int64)
+        start = tl.load(ends + 2 * b)
         begin = part * split
-        end = tl.minimum(begin + split, (tl.load(stop + b) - start).to(tl.int32))
+        end = tl.minimum(begin + split, (tl.load(ends + 2 * b + 1) - start).to(tl.int32))
         at = tl.arange(0, block)
         inside = at < dim
-        q = tl.load(query + b.to(tl.int64) * dim + at, mask=inside, other=0.0)
-        r = tl.load(near + b.to(tl.int64) * dim + at, mask=inside, other=0.0)
-        q = q * tl.load(linear + b)
-        c = tl.load(square + b)
-        # Columns that are not written below.
-        column = begin + tl.arange(0, split)
-        tl.store(
-            logits + b.to(tl.int64) * width + column,
-            tl.full((split,), float("-inf"), tl.float32),
-            mask=(column >= end) & (column < width),
-        )
+        q = tl.load(query + b * dim + at, mask=inside, other=0.0)
+        r = tl.load(origin + b * dim + at, mask=inside, other=0.0)
+        c = tl.load(factors + 2 * b).to(tl.float32)
+        if listed:  # columns that are not written below
+            column = begin + tl.arange(0, split)
+            none = tl.full((split,), float("-inf"), tl.float32)
+            tl.store(logits + b * width + column, none, mask=(column >= end) & (column < width))
         peak = tl.full((), float("-inf"), tl.float32)
         z = tl.full((), 0.0, tl.float32)
+        moment = tl.full((), 0.0, tl.float32)
+        squares = tl.full((), 0.0, tl.float32)
+        first = begin
         total = tl.zeros((block,), tl.float32)
         # Rows are on their way while those before them are summed up.
         row = begin + tl.arange(0, at_once)
         read = (row < end)[:, None] & inside[None, :]
         x = tl.load(rows + ((start + row) * dim)[:, None] + at[None, :], mask=read, other=0.0)
-        for _ in range(begin, end, at_once):
+        for i in range(begin, end, at_once):
             there, d = row < end, tl.where(read, x.to(tl.float32) - r[None, :], 0.0)
             after = row + at_once
             read = (after < end)[:, None] & inside[None, :]
             x = tl.load(rows + ((start + after) * dim)[:, None] + at[None, :], mask=read, other=0.0)
             score = tl.sum(d * (q[None, :] - c * d), axis=1)
-            tl.store(logits + b.to(tl.int64) * width + row, score, mask=there)
+            if listed:
+                tl.store(logits + b * width + row, score, mask=there)
             score = tl.where(there, score, float("-inf"))
-            higher = tl.maximum(peak, tl.max(score, axis=0))
+            largest, place = tl.max(score, axis=0, return_indices=True)
+            first = tl.where(largest > peak, i + place, first)
+            higher = tl.maximum(peak, largest)
             kept = tl.exp(peak - higher)
             weight = tl.exp(score - higher)
+            # Sums of w (l - peak): those so far count from another peak.
+            lowered = tl.where(z > 0, z * (peak - higher), 0.0)
+            moment = kept * (moment + lowered)
+            moment += tl.sum(tl.where(there, weight * (score - higher), 0.0), axis=0)
             z = z * kept + tl.sum(weight, axis=0)
+            squares = squares * kept * kept + tl.sum(weight * weight, axis=0)
             total = total * kept + tl.sum(weight[:, None] * d, axis=0)
             peak, row = higher, after
-        place = b.to(tl.int64) * parts + part
-        tl.store(peaks + place, peak)
-        tl.store(sums + place, z)
-        tl.store(pulls + place * dim + at, total, mask=inside)
+        place_of = b * parts + part
+        tl.store(sums + 4 * place_of, peak)
+        tl.store(sums + 4 * place_of + 1, z)
+        tl.store(sums + 4 * place_of + 2, moment)
+        tl.store(sums + 4 * place_of + 3, squares)
+        tl.store(best + place_of, start + first)
+        tl.store(pulls + place_of * dim + at, total, mask=inside)
 
     @triton.jit
-    def merge(peaks, sums, pulls, out, parts, dim, block: tl.constexpr) -> None:
-        """(2) from its parts, in float64."""
+    def merge(
+        sums, best, pulls, near, factors, mean, told, rows, parts, dim, block: tl.constexpr
+    ) -> None:
+        """The posterior from its parts, in float64."""
         b = tl.program_id(0).to(tl.int64)
         at = tl.program_id(1) * block + tl.arange(0, block)
         peak = tl.full((), float("-inf"), tl.float32)
+        row = tl.load(best + b * parts)
         for part in range(parts):
-            peak = tl.maximum(peak, tl.load(peaks + b * parts + part))
+            own = tl.load(sums + 4 * (b * parts + part))
+            row = tl.where(own > peak, tl.load(best + b * parts + part), row)
+            peak = tl.maximum(peak, own)
         z = tl.full((), 0.0, tl.float64)
+        moment = tl.full((), 0.0, tl.float64)
+        squares = tl.full((), 0.0, tl.float64)
         total = tl.zeros((block,), tl.float64)
         for part in range(parts):
-            weight = tl.exp((tl.load(peaks + b * parts + part) - peak).to(tl.float64))
-            z += weight * tl.load(sums + b * parts + part)
-            part_of = tl.load(pulls + (b * parts + part) * dim + at, mask=at < dim, other=0.0)
-            total += weight * part_of
-        tl.store(out + b * dim + at, total / z, mask=at < dim)
+            place = b * parts + part
+            lower = (tl.load(sums + 4 * place) - peak).to(tl.float64)
+            weight = tl.exp(lower)
+            own = tl.load(sums + 4 * place + 1).to(tl.float64)
+            z += weight * own
+            # A part without rows has a peak of -inf, and adds nothing.
+            lowered = tl.where(own > 0, lower * own, 0.0)
+            moment += weight * (tl.load(sums + 4 * place + 2) + lowered)
+            squares += weight * weight * tl.load(sums + 4 * place + 3)
+            some = tl.load(pulls + place * dim + at, mask=at < dim, other=0.0)
+            total += weight * some
+        r = tl.load(near + b * dim + at, mask=at < dim, other=0.0)
+        tl.store(mean + b * dim + at, r + total / z, mask=at < dim)
+        if tl.program_id(1) == 0:
+            relative = peak + tl.log(z)
+            tl.store(told + 5 * b, relative - tl.load(factors + 2 * b + 1))
+            tl.store(told + 5 * b + 1, tl.log(z) - moment / z)
+            tl.store(told + 5 * b + 2, z * z / squares)
+            tl.store(told + 5 * b + 3, 1 / z)
+            tl.store(told + 5 * b + 4, relative)
+            tl.store(rows + b, row)
 
 
 def shape_of(dim: int, size: int) -> tuple[int, int, int]:
@@ -136,60 +209,163 @@ def shape_of(dim: int, size: int) -> tuple[int, int, int]:
     return block, max(1, min(4, _BYTES // (block * size))), min(16, max(1, block // 256))
 
 
+@torch.library.custom_op("stagewise::pulled", mutates_args=())
 def pulled(
     rows: Tensor,
-    query: Tensor,
+    offset: Tensor,
+    xt: Tensor,
     near: Tensor,
-    linear: Tensor,
-    square: Tensor,
-    first: Tensor,
-    stop: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    ends: Tensor,
     width: int,
-) -> tuple[Tensor, Tensor]:
-    """Log-weights of the rows of each query's class, and how far they pull.
+    listed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The posterior of each query over the rows of its class.
 
     Args:
         rows: (N, D), contiguous, float32 or of a 16-bit type.
-        query: q, (B, D).
-        near: r, as a row, (B, D).
-        linear: `a/s^2`, (B,).
-        square: `a^2/2s^2`, (B,).
-        first: The first row of each class, (B,), int64.
-        stop: Behind its last row, (B,), int64.
+        offset: What makes a row a sample, (D,), float64, as all that follows.
+        xt: Noisy samples, (B, D).
+        near: r, (B, D).
+        alpha: a, (B,).
+        sigma: s, (B,), above 0.
+        ends: The first row of each class and that behind its last, (B, 2), int64.
         width: Rows of the largest class.
+        listed: Whether to return the log-weights.
 
     Returns:
-        `l_i - l_r`, (B, width), float32, -inf beyond a class; and `m - r`, (B, D), float64.
+        The mean m, (B, D); log-evidence, entropy, effective sample size, largest weight, and
+        `log sum_i exp(l_i - l_r)`, (B, 5); all float64. The row of the largest weight, (B,), int64.
+        `l_i - l_r`, (B, width), float32, -inf beyond a class; of no columns if it is not `listed`.
     """
-    count, dim = query.shape
+    count, dim = xt.shape
     parts = triton.cdiv(width, _SPLIT)
     block, at_once, warps = shape_of(dim, rows.element_size())
-    new: Any = {"dtype": torch.float32, "device": rows.device}
-    logits = torch.empty(count, width, **new)
-    peaks, sums = torch.empty(2, count, parts, **new)
-    pulls = torch.empty(count, parts, dim, **new)
+    single, double = (
+        {"dtype": dtype, "device": rows.device} for dtype in (torch.float32, torch.float64)
+    )
+    query, origin = torch.empty(2, count, dim, **single)
+    factors = torch.empty(count, 2, **double)
+    xt, near = xt.contiguous(), near.contiguous()
+    prepare[(count,)](
+        xt, near, offset, alpha, sigma, query, origin, factors, dim, block, num_warps=warps
+    )
+    sums = torch.empty(count, parts, 4, **single)
+    best = torch.empty(count, parts, dtype=torch.int64, device=rows.device)
+    pulls = torch.empty(count, parts, dim, **single)
+    logits = torch.empty(count, width if listed else 0, **single)
     pull[(parts, count)](
         rows,
-        query.float().contiguous(),
-        near.float().contiguous(),
-        linear.float(),
-        square.float(),
-        first,
-        stop,
-        logits,
-        peaks,
+        query,
+        origin,
+        factors,
+        ends,
         sums,
+        best,
         pulls,
+        logits,
         width,
         dim,
         block,
         _SPLIT,
         at_once,
+        listed,
         num_warps=warps,
     )
-    mean = torch.empty(count, dim, dtype=torch.float64, device=rows.device)
+    mean, told = torch.empty(count, dim, **double), torch.empty(count, 5, **double)
+    row = torch.empty(count, dtype=torch.int64, device=rows.device)
     step = min(block, 512)
     merge[(count, triton.cdiv(dim, step))](
-        peaks, sums, pulls, mean, parts, dim, step, num_warps=min(4, max(1, step // 128))
+        sums, best, pulls, near, factors, mean, told, row, parts, dim, step, num_warps=4
     )
-    return logits, mean
+    return mean, told, row, logits
+
+
+@pulled.register_fake
+def _(
+    rows: Tensor,
+    offset: Tensor,
+    xt: Tensor,
+    near: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    ends: Tensor,
+    width: int,
+    listed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = xt.new_empty(len(xt), width if listed else 0, dtype=torch.float32)
+    row = xt.new_empty(len(xt), dtype=torch.int64)
+    return torch.empty_like(xt), xt.new_empty(len(xt), 5), row, logits
+
+
+_broken = False
+
+
+def serves(bank: LatentBank, queries: Queries) -> bool:
+    """Whether `posterior` answers these queries, and faster than products of all rows would."""
+    return (
+        triton is not None
+        and not _broken
+        and queries.xt.device.type == "cuda"
+        and bank.device == queries.xt.device
+        and bank.dtype in _TYPES
+        and bank.dim <= _LARGEST_DIM
+        and (queries.segments is None or bank.whole not in queries.segments)
+        and 0 < len(queries) <= _QUERIES_A_CLASS * len(bank.classes)
+    )
+
+
+def posterior(bank: LatentBank, queries: Queries, k: int) -> Posterior | None:
+    """The posterior of each query over the rows of its class. Costs no device sync.
+
+    Args:
+        bank: The rows.
+        queries: Of which `serves` is true.
+        k: How many of the largest weights to return.
+
+    Returns:
+        As `Engine.posterior`; None, after a warning, if the kernel does not compile here.
+    """
+    global _broken
+    step = max(1, _PART_BYTES // (4 * bank.dim * (bank.largest_class // _SPLIT + 1)))
+    starts = range(0, len(queries), step)
+    try:
+        return Posterior.cat(
+            [
+                _posterior(bank, queries.select(range(len(queries))[at : at + step]), k)
+                for at in starts
+            ]
+        )
+    except Exception as error:  # of several kinds, by version
+        _broken = True
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(
+            "The kernel for class-wise posteriors does not run here, and products take its place: "
+            f"{type(error).__name__}: {reason}",
+            stacklevel=2,
+        )
+        return None
+
+
+def _posterior(bank: LatentBank, queries: Queries, k: int) -> Posterior:
+    xt, path, ends = queries.xt, queries.path, queries.ends_on_device
+    width, offset = bank.largest_class, bank.offset.to(xt.device)
+
+    def ask(near: Tensor, listed: bool = False) -> tuple[Tensor, ...]:
+        return pulled(bank.rows, offset, xt, near, path.alpha, path.sigma, ends, width, listed)
+
+    near = queries.x1
+    if near is None:
+        near = bank.take(ask(bank.centre.to(xt.device).expand_as(xt))[2], xt.device)
+    mean, told, row, logits = ask(near, k > 1)
+    log_evidence, entropy, ess, top, relative = told.unbind(1)
+    weights, rows = top[:, None], row[:, None]
+    if k > 1:
+        largest, place = logits.topk(min(k, width), dim=1)
+        missing = (0, k - place.shape[1])
+        weights = pad((largest - relative[:, None]).exp(), missing)
+        rows = (ends[:, :1] + place).masked_fill(largest == -torch.inf, -1)
+        rows = pad(rows, missing, value=-1)
+    none = torch.zeros_like(top)
+    return Posterior(mean, log_evidence, entropy, ess, weights, rows, none)

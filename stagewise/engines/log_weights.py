@@ -143,7 +143,7 @@ class LogWeights:
     def _gathered(self, query: Tensor, half_snr: Tensor, norm: Tensor, wide: torch.dtype) -> Tensor:
         assert self.table is not None
         if max(self.queries.sizes) <= _WORTHWHILE * self.table.shape[1]:
-            columns = (self.table - self.queries.first_rows[:, None]).clamp_min(0)
+            columns = (self.table - self.queries.ends_on_device[:, :1]).clamp_min(0)
             every = self._dense(query, half_snr, norm, wide)
             return every.gather(1, columns).masked_fill_(self.table < 0, NO_ROW)
         logits = [
@@ -184,10 +184,9 @@ class LogWeights:
         if self.table is not None:
             table = self.table if at is None else self.table[self.queries.place(at)]
             return table.gather(1, columns)
-        rows = queries.first_rows[:, None] + columns
-        if min(queries.sizes) == self.logits.shape[1]:
-            return rows
-        return rows.masked_fill(columns >= queries.index(queries.sizes)[:, None], -1)
+        first, stop = queries.ends_on_device.split(1, dim=1)
+        rows = first + columns
+        return rows.masked_fill(rows >= stop, -1)
 
     def differences(self, columns: Tensor) -> Tensor:
         """`l_i` of some columns (B, n), the largest logit first, from differences in float64.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stagewise.oracle import Labels, Oracle
-from stagewise.paths import Prediction
+from stagewise.paths import Prediction, expand_like
 from stagewise.queries import indices_of
 from stagewise.schemes.checks import check_rows
 from stagewise.targets import Target
@@ -84,8 +84,10 @@ def correct(
     if target.lam.sparse:
         mixed = target.lam(t.double(), None, oracle.path, boundary) > 0
         only = mixed if only is None else mixed & only
-    if only is not None:
-        # One sync on an accelerator, for which samples beyond the boundary cost nothing.
+    # Where a kernel reads the rows of each query's class, to ask for all costs less than to wait
+    # for the device; elsewhere samples beyond the boundary cost nothing.
+    cheap = xt.is_cuda and class_wise and oracle.engine.reads_ends and oracle.smoothing is None
+    if only is not None and not cheap:
         asked = indices_of(only)
         xt, t, x1, labels, source = (_some(value, asked) for value in (xt, t, x1, labels, source))
     if not len(x1) and not oracle.engine.collective:
@@ -101,7 +103,7 @@ def correct(
             inside = queries.holds(row)
             row, stored = row.where(inside, -1), stored.where(inside, -1)
         if on_missing == "error":
-            _require_found(row)
+            _require_found(row if only is None or not cheap else row.where(only, 0))
         queries = replace(queries, x1=x1.flatten(1).double(), source=stored, twin=row)
         pull = target.pull(oracle, queries, draws)
         lam = target.lam(t.double(), pull.top1, oracle.path, boundary)
@@ -110,6 +112,8 @@ def correct(
     # A draw from a smoothed set is no row, and nothing is added to the set for it.
     inserted = (stored < 0) & (oracle.smoothing is None)
     part = Correction(value, lam, inserted, pull.tail_mass)
+    if only is not None and cheap:
+        return Correction(*(torch.where(expand_like(only, x), x, 0) for x in part))
     if asked is None:
         return part
     at = queries.index(asked)

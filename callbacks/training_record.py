@@ -21,7 +21,7 @@ from stagewise.binned_sums import SUMS, BinnedSums
 from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.callbacks.tags import by_time
 from stagewise.paths import Prediction, expand_like
-from stagewise.velocity_errors import spent, window_entry
+from stagewise.velocity_probe import spent, window_entry
 
 __all__ = ["TrainingRecord"]
 

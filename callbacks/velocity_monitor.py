@@ -24,8 +24,7 @@ from stagewise.oracle import Oracle
 from stagewise.paths import same_path
 from stagewise.spectrum import predicted_boundary
 from stagewise.stages import StageBoundary, StageCurve, stage_edges
-from stagewise.velocity_errors import largest, probe_entry
-from stagewise.velocity_probe import PROBED, Probe
+from stagewise.velocity_probe import PROBED, Probe, largest, probe_entry
 
 __all__ = ["VelocityErrorMonitor"]
 

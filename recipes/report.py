@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from stagewise.callbacks import velocity_figures
 from stagewise.recipes.run_files import RunFiles, read_run
-from stagewise.velocity_errors import STAGES
+from stagewise.velocity_probe import STAGES
 
 __all__ = ["main", "report"]
 

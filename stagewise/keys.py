@@ -22,14 +22,7 @@ _BLOCK = 2**20  # words at a time: their 64-bit products then stay in the cache
 
 
 def row_keys(rows: Tensor) -> Tensor:
-    """The keys of rows.
-
-    Args:
-        rows: (N, D), of a 16, 32 or 64-bit floating-point type.
-
-    Returns:
-        (N,), int64, on the device of `rows`.
-    """
+    """The keys of rows, (N, D), of a 16, 32 or 64-bit floating-point type: (N,), int64."""
     # A 64-bit number is two words: numbers that were float32 once end in zeros, and would leave a
     # product of 64-bit words only its upper half.
     word = torch.int16 if rows.dtype.itemsize == 2 else torch.int32
@@ -98,7 +91,7 @@ def digest(
     shape: tuple[int, ...],
     ends: list[tuple[int, int, int]],
 ) -> str:
-    """A name for a bank: another one as soon as anything in it differs.
+    """A name for a bank, 32 hexadecimal digits: another one as soon as anything in it differs.
 
     Args:
         keys: The keys of its rows, in order, (N,).
@@ -106,17 +99,9 @@ def digest(
         dtype: How its rows are stored.
         shape: Shape of a sample.
         ends: Label, first row and end of each class.
-
-    Returns:
-        32 hexadecimal digits.
     """
     description = (len(keys), len(offset), str(dtype), shape, ends)
-    parts = (
-        repr(description).encode(),
-        offset.cpu().numpy().tobytes(),
-        keys.cpu().numpy().tobytes(),
-    )
-    total = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        total.update(part)
+    total = hashlib.blake2b(repr(description).encode(), digest_size=16)
+    for part in (offset, keys):
+        total.update(part.cpu().numpy().tobytes())
     return total.hexdigest()

@@ -27,10 +27,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import override
 
 from stagewise.bank import LatentBank
 from stagewise.engines import Auto, Engine
@@ -67,8 +69,8 @@ class SmoothedOracle(Oracle):
     """Answers for a smoothed set, as `Oracle` does for a bank.
 
     `Mix` and `StageCurve.measure` take it as they take an oracle: x_1 is then a draw from the
-    smoothed set (`Smoothing.draw`), with its row as `source`. Targets that read single rows
-    (`ReferenceSet`, `Stratified`, `Tempered`, `LeaveOneOut`) do not know the Gaussians.
+    smoothed set (`Smoothing.draw`), with its row as `source`. `ReferenceSet`, which reads single
+    rows, does not know the Gaussians.
 
     The first question diagonalises the G_i and keeps `8 N (K (K + 4) + 2)` bytes beside the queries
     (N = 20 000, K = 8: 16 MB; N = 1.28 million: 1 GB). Sums over rows are atomic on CUDA: for runs
@@ -129,13 +131,13 @@ class SmoothedOracle(Oracle):
     def _share(self, x: Tensor, t: Times) -> Tensor | None:
         return strength_at(x, t, self.boundary, self.strength)
 
+    @override
     def sample(self, source: Tensor, t: Tensor, normals: Tensor) -> Tensor:
-        """See `Oracle.sample`: a draw from the Gaussians, as wide as they are at t."""
         x1 = super().sample(source, t, normals)
         return self.smoothing.moved(x1, source, normals, self._share(x1, t))
 
+    @override
     def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
-        """See `Oracle.coefficients`; they know how wide the Gaussians are at these times."""
         flat, path = super().coefficients(xt, t)
         share = self._share(flat, t)
         if share is None:
@@ -153,21 +155,15 @@ class _Timed(PathCoefficients):
 
     share: Tensor
 
+    @override
     def select(self, index: Tensor) -> _Timed:
-        """See `PathCoefficients`."""
         timed = _Timed(*super().select(index))
         timed.share = self.share[index]
         return timed
 
 
-@dataclass(frozen=True)
-class _Shapes:
-    """The Gaussians of all rows, on one device, float64.
-
-    Attributes:
-        turn: `W'_i`, (N, K, K + 2).
-        values: `lambda_i`, (N, K).
-    """
+class _Shapes(NamedTuple):
+    """The Gaussians of all rows, float64: `W'_i`, (N, K, K + 2), and `lambda_i`, (N, K)."""
 
     turn: Tensor
     values: Tensor
@@ -211,7 +207,6 @@ class _Segment:
 
     @classmethod
     def of(cls, rows: slice, index: Tensor, shapes: _Shapes) -> _Segment:
-        """From the index (N, K) of a smoothing."""
         near, count = index[rows].long(), rows.stop - rows.start
         inside = (near >= rows.start) & (near < rows.stop)
         device = shapes.turn.device
@@ -257,8 +252,8 @@ class _Gaussians(Engine):
         self._shapes: dict[torch.device, _Shapes] = {}
         self._segments: dict[tuple[torch.device, int, int], _Segment] = {}
 
+    @override
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
-        """See `Engine.posterior`. The weight of the source is there, where it is known."""
         order, parts, path = [], [], queries.path
         if isinstance(path, _Timed) and queries.xt.device.type == "cpu":  # looks at values
             order = where(path.share == 0)
@@ -297,9 +292,8 @@ class _Solve:
         self.alpha = path.alpha
         self.variance = path.sigma.square()
         # g^2 and h^2 as multiples of those of the smoothing, and as they are.
-        self.width = (
-            path.share.square() if isinstance(path, _Timed) else torch.ones_like(self.alpha)
-        )
+        share = path.share if isinstance(path, _Timed) else torch.ones_like(self.alpha)
+        self.width = share.square()
         self.floor = self.width * floor**2
         self.v = self.variance + path.alpha.square() * self.floor
         self.snr = path.alpha.square() * self.width / self.v

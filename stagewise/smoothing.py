@@ -40,7 +40,6 @@ from stagewise.smoothing_inputs import (
     Strength,
     check_settings,
     require_all,
-    search_space,
     strength_at,
 )
 from stagewise.stages import StageBoundary
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Smoothing"]
 
-_FORMAT = {"format": "stagewise.Smoothing", "version": "1"}
+_FORMAT = {"format": "stagewise.Smoothing", "version": "1", "space": "rows"}
 
 
 class Smoothing:
@@ -65,8 +64,6 @@ class Smoothing:
         scale: g, default 1. 0 leaves the floor only.
         floor: h, in the units of the bank, default 0. On small sets 0.05 gains more; on larger ones
             it harms.
-        features: Where to look for neighbours instead of the rows: (N, *) numbers, in the order of
-            the samples that the bank was made from. Default None.
         class_wise: Whether neighbours are of the row's own class, default False: among all rows was
             measured to be better.
         device: Where to search, default where the bank is.
@@ -79,9 +76,9 @@ class Smoothing:
         scores: What `fit` tried; empty without it.
 
     Raises:
-        ValueError: On settings out of range, K of N or more, features of another length or with NaN
-            or Inf, or a bank without labels for `class_wise`.
-        TypeError: If `bank` is no bank or `features` no numbers.
+        ValueError: On settings out of range, K of N or more, or a bank without labels for
+            `class_wise`.
+        TypeError: If `bank` is no bank.
 
     Example:
         >>> import torch
@@ -102,7 +99,6 @@ class Smoothing:
         scale: float = 1.0,
         floor: float = 0.0,
         *,
-        features: Tensor | None = None,
         class_wise: bool = False,
         device: torch.device | str | None = None,
         progress: bool = True,
@@ -111,10 +107,8 @@ class Smoothing:
         check_settings(bank, neighbours, scale, floor)
         if class_wise:
             bank.require_classes()
-        space = search_space(bank, features)
         self.bank, self.class_wise = bank, class_wise
         self.scale, self.floor = float(scale), float(floor)
-        self.space = "rows" if space is bank else space.fingerprint
         self._moved: dict[torch.device, Tensor] = {}
         self._checked = False
         self.scores: list[SmoothingScore] = []
@@ -122,7 +116,7 @@ class Smoothing:
             with safe_open(file, "pt") as kept:
                 self.index: Tensor = kept.get_tensor("index")
             return
-        near = nearest_others(space, neighbours, class_wise, device, progress)
+        near = nearest_others(bank, neighbours, class_wise, device, progress)
         self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])
         if file is not None:
             self.save(file)
@@ -189,7 +183,7 @@ class Smoothing:
     def _header(self, neighbours: int) -> dict[str, str]:
         numbers = {"rows": len(self.bank), "dim": self.bank.dim, "neighbours": neighbours}
         about = {"fingerprint": self.bank.fingerprint, "class_wise": str(self.class_wise)}
-        return _FORMAT | about | {k: str(v) for k, v in numbers.items()} | {"space": self.space}
+        return _FORMAT | about | {k: str(v) for k, v in numbers.items()}
 
     @untraced
     def draw(

@@ -1,4 +1,4 @@
-"""What a smoothing is given: its settings, features, and how much of it is used at which t."""
+"""What a smoothing is given: its settings, and how much of it is used at which t."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.oracle import Times, as_times, check_times, require_tensors
+from stagewise.oracle import Times, as_times, check_times
 from stagewise.stages import StageBoundary
 
-__all__ = ["Strength", "check_settings", "require_all", "search_space", "strength_at", "time_of"]
+__all__ = ["Strength", "check_settings", "require_all", "strength_at", "time_of"]
 
 Strength: TypeAlias = "Callable[[Tensor], Tensor]"
 """From times (B,) to numbers in [0, 1], (B,), that multiply what is added to a row."""
@@ -118,25 +118,3 @@ def check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float
             raise ValueError(
                 f"Expected `{name}` of at least 0, got {value!r}. Give {name}=0 for none."
             )
-
-
-def search_space(bank: LatentBank, features: Tensor | None) -> LatentBank:
-    """Where neighbours are searched: the bank, or features (N, *) in its order and classes."""
-    if features is None:
-        return bank
-    require_tensors(features=features)
-    if len(features) != len(bank) or features.ndim < 2:
-        raise ValueError(
-            f"Expected `features` with shape ({len(bank)}, F), a line for each row of the bank, "
-            f"got {tuple(features.shape)}. Compute them for the samples the bank was made from."
-        )
-    features = features.detach().to(bank.device).flatten(1)
-    features = features if features.is_floating_point() else features.float()
-    wrong = (~features.isfinite().all(1)).nonzero()[:, 0].tolist()
-    if wrong:
-        raise ValueError(
-            f"Expected finite `features`, got NaN or Inf in {len(wrong)} of {len(bank)} lines, the "
-            f"first {wrong[0]}. Leave these samples out of the bank, or features=None."
-        )
-    own = features if bank.index is None else features[bank.index]
-    return LatentBank(own, torch.tensor(bank.labels_of(range(len(bank)))) if bank.classes else None)

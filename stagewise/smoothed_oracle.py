@@ -83,9 +83,8 @@ class SmoothedOracle(Oracle):
         bank: The rows.
         path: The path of training.
         smoothing: The Gaussians around the rows of this bank.
-        boundary: See `Smoothing.draw`, like the next: rows are themselves before this time. Give
-            what the draws are given.
-        strength: Any function of t.
+        boundary: Rows are themselves before this time; what the draws are given (`Smoothing.draw`).
+        strength: In its place, any function of t.
         null_class: See `Oracle`.
 
     Raises:
@@ -371,11 +370,10 @@ class _Solve:
             mean.addmm_(weights[first : first + len(rows)].T, rows)
         return mean
 
-    def _parts(self) -> Iterator[slice]:
+    def _parts(self) -> list[slice]:
         n, width = self.segment.near.shape
         step = max(1, _TURNED // (width * len(self.queries)))
-        for first in range(0, n, step):
-            yield slice(first, min(first + step, n))
+        return [slice(first, min(first + step, n)) for first in range(0, n, step)]
 
     def _turned(self, at: slice | Tensor) -> tuple[Tensor, Tensor]:
         """`U_i^T p_i` and the diagonal of `M_i` for some rows i, each (m, K, B)."""

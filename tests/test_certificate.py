@@ -669,6 +669,19 @@ def test_save_and_load(tmp_path, class_wise):
     assert os.listdir(tmp_path) == ["certificate.safetensors"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_files_of_before_are_read(tmp_path):
+    """They held neighbours, of which none had to be."""
+    bank, file = LatentBank(duplicates(), labels_of(150)), tmp_path / "c.safetensors"
+    made = certificate_of(bank)
+    none = torch.zeros(150, 0, dtype=torch.int32)
+    tensors = {"beyond": made.distances[:, 0].clone(), "neighbours": none}
+    about = {"fingerprint": bank.fingerprint, "rows": "150", "dim": "24", "neighbours": "0"}
+    about |= {"format": "stagewise.Certificate", "version": "1", "class_wise": "False"}
+    save_file({"distances": made.distances, "copies": made.copies, **tensors}, file, about)
+    assert_same(Certificate.cached(file, bank), made)
+
+
 def test_load_refuses_what_does_not_fit(tmp_path):
     bank, file = LatentBank(clusters()), tmp_path / "c.safetensors"
     with pytest.raises(FileNotFoundError):

@@ -170,15 +170,9 @@ class _Shapes(NamedTuple):
     @classmethod
     def of(cls, bank: LatentBank, smoothing: Smoothing, device: torch.device) -> _Shapes:
         """Diagonalises `G_i`, from differences of rows."""
-        index, k, parts = smoothing.index, smoothing.neighbours, []
-        step = max(1, _GATHER // ((k + 1) * bank.dim))
-        for first in range(0, len(bank), step):
-            own = torch.arange(first, min(first + step, len(bank)))
-            near = index[own].long()
-            x = bank.take(own, device)
-            count = (near != own[:, None]).sum(1).clamp_min(1).to(device)
-            factor = (smoothing.scale / count.double().sqrt())[:, None, None]
-            a = factor * (bank.take(near, device) - x[:, None])
+        parts, step = [], max(1, _GATHER // ((smoothing.neighbours + 1) * bank.dim))
+        for some in torch.arange(len(bank)).split(step):
+            x, factor, a = smoothing.factors(some, device)
             values, vectors = torch.linalg.eigh(a @ a.mT)
             mean = vectors.mT @ (a @ (x - bank.centre.to(device))[:, :, None])
             turn = factor * vectors.mT

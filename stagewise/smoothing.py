@@ -282,6 +282,15 @@ class Smoothing:
         share = expand_like(share.to(x1.device, wide), x1)
         return torch.where(share > 0, (x1 + share * move.reshape(x1.shape)).to(x1.dtype), x1)
 
+    def factors(
+        self, rows: Tensor, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`x_i` (n, D), `g / sqrt K` (n, 1, 1) and `A_i` (n, K, D) of some rows (n,), float64."""
+        near, x = self.index[rows].long(), self.bank.take(rows, device)
+        count = (near != rows[:, None]).sum(1).clamp_min(1).to(x)
+        length = (self.scale / count.sqrt())[:, None, None]
+        return x, length, length * (self.bank.take(near, device) - x[:, None])
+
     def rows_of(self, x1: Tensor, source: Tensor | None = None) -> Tensor:
         """The row of each sample, (B,): as it is given, or looked up; see `draw`."""
         given, source = source is not None, self.bank.find(x1) if source is None else source

@@ -221,10 +221,7 @@ class OnsetLaw:
     With one run p = 1, as published; with several both are fitted, by least squares in logarithms.
 
     Args:
-        onsets: Steps of the onset by the number of rows N of the run.
-
-    Raises:
-        ValueError: If there is none, or a number is not above 0.
+        onsets: Steps of the onset, above 0, by the number of rows N of the run; at least one.
 
     Example:
         >>> law = OnsetLaw({64: 400, 128: 900})

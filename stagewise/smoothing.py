@@ -38,8 +38,9 @@ from stagewise.oracle import Oracle, Times, require_tensors
 from stagewise.paths import expand_like
 from stagewise.smoothing_inputs import (
     Strength,
+    check_near,
     check_settings,
-    require_all,
+    rows_of,
     strength_at,
 )
 from stagewise.stages import StageBoundary
@@ -225,9 +226,10 @@ class Smoothing:
                 f"Expected `x1` with shape {('B', *self.bank.shape)} as the bank's samples, got "
                 f"{tuple(x1.shape)}."
             )
-        source = self.rows_of(x1, source)
-        if not self._checked:
-            self._check_rows(x1, source)
+        source = rows_of(self.bank, x1, source)
+        if not self._checked and len(x1):
+            check_near(self.bank, x1, source)
+            self._checked = True
         share = strength_at(x1, t, boundary, strength)
         place = x1.device if generator is None else generator.device
         wide = torch.promote_types(x1.dtype, torch.float32)
@@ -290,52 +292,6 @@ class Smoothing:
         count = (near != rows[:, None]).sum(1).clamp_min(1).to(x)
         length = (self.scale / count.sqrt())[:, None, None]
         return x, length, length * (self.bank.take(near, device) - x[:, None])
-
-    def rows_of(self, x1: Tensor, source: Tensor | None = None) -> Tensor:
-        """The row of each sample, (B,): as it is given, or looked up; see `draw`."""
-        given, source = source is not None, self.bank.find(x1) if source is None else source
-        require_tensors(source=source)
-        if source.shape != x1.shape[:1] or source.is_floating_point() or source.dtype == torch.bool:
-            raise ValueError(
-                f"Expected integer `source` with shape ({len(x1)},), the row of each sample, got "
-                f"{source.dtype} of shape {tuple(source.shape)}: draw(x1, source=bank.find(x1))."
-            )
-        inside = (source >= 0) & (source < len(self.bank))
-        what = f"`source` from 0 to {len(self.bank) - 1}, the rows of the bank"
-        if not given:
-            what = "samples that are rows of the bank, or the `source` of each"
-        require_all(
-            inside,
-            f"Expected {what}",
-            lambda: (
-                f", got {int((~inside).sum())} of {len(inside)} that are "
-                + (f"not, the first {int(source[~inside][0])}. " if given else "no rows. ")
-                + "Flips and crops are no rows: train without them, or make the bank of what is "
-                "trained on. Or let the data set return the position i of each item: "
-                "draw(x1, source=i) if the bank keeps its order (bank.index is None), otherwise "
-                "draw(x1, source=bank.index.argsort()[i])."
-            ),
-        )
-        return source
-
-    @torch.no_grad()
-    def _check_rows(self, x1: Tensor, source: Tensor) -> None:
-        """Refuses samples that have little to do with their rows: flips, or another order."""
-        if not len(x1):
-            return
-        gap = x1.flatten(1).double() - self.bank.take(source, x1.device)
-        off = gap.square().sum(1).mean() / self.bank.mean_sq_norm.to(x1.device)
-        require_all(
-            off <= 0.75,  # of two random rows it is 2
-            "Expected `x1` near the rows that `source` says",
-            lambda: (
-                f", got samples {float(off.sqrt()):.2g} times as far from them as rows are from "
-                "their mean. Positions in the data set? A bank with labels is sorted by class: "
-                "source=bank.index.argsort()[i]. Flips or crops? Build the bank of what is trained "
-                "on."
-            ),
-        )
-        self._checked = True
 
     def _index_on(self, device: torch.device) -> Tensor:
         if self.index.device == device:

@@ -147,16 +147,12 @@ class Probe:
                 value[part].to(device) for value in (self.t, self.xt, self.u, self.oracle_u)
             )
             v = velocity(xt, t, labels).float()
-            to_u, to_best, gap = ((one - other).flatten(1) for one, other in _pairs(v, u, best))
+            to_u, to_best, gap = ((a - b).flatten(1) for a, b in ((v, u), (v, best), (u, best)))
             norms = v.flatten(1).norm(dim=1) * best.flatten(1).norm(dim=1)
             cosine = (v * best).flatten(1).sum(1) / norms.clamp_min(1e-30)
             squares = [value.square().mean(1) for value in (to_u, to_best, gap)]
             cross = -2 * (to_best * gap).mean(1)
             add(t, torch.stack([*squares, cosine, cross]))
-
-
-def _pairs(v: Tensor, u: Tensor, best: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    return (v, u), (v, best), (u, best)
 
 
 def standard_scores(mean: Tensor, error: Tensor, count: Tensor) -> Tensor:
@@ -168,10 +164,7 @@ def standard_scores(mean: Tensor, error: Tensor, count: Tensor) -> Tensor:
     Args:
         mean: Means, (T,).
         error: Their standard errors, (T,).
-        count: Samples of each, (T,).
-
-    Returns:
-        The deviates, (T,), float64; 0 where mean and error are 0, NaN below two samples.
+        count: Samples of each, (T,); below two the deviate is NaN.
     """
     freedom = (count.double() - 1).clamp_min(1).cpu().numpy()
     ratio = torch.where(mean == 0, 0.0, mean.double() / error.double()).cpu().numpy()

@@ -36,7 +36,7 @@ from stagewise.schemes.checks import (
 from stagewise.schemes.correction import Batch, Correction, correct
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
-from stagewise.smoothing_inputs import Strength
+from stagewise.smoothing_inputs import Strength, rows_of
 from stagewise.stages import StageBoundary, StageCurve, require_whole_bank
 from stagewise.targets import Mix, Target, mix_target
 from stagewise.timesteps import TimestepSampler, Uniform
@@ -351,7 +351,7 @@ class Scheme:
         if self.smoothing is None:
             return x1
         self._check_once()
-        source = self.smoothing.rows_of(x1, source)
+        source = rows_of(self.smoothing.bank, x1, source)
         self._draws += 1
         generator = torch.Generator(x1.device).manual_seed(self._random("smooth", self._draws))
         times = as_times(t, x1)

@@ -32,8 +32,7 @@ from stagewise import LatentBank, Oracle, Scheme, Smoothing, Uniform
 from stagewise.binned_sums import BinnedSums
 from stagewise.forecast import TargetForecast, forecast_smoothing, forecast_targets
 from stagewise.stages import StageCurve
-from stagewise.velocity_errors import probe_entry
-from stagewise.velocity_probe import PROBED, Probe
+from stagewise.velocity_probe import PROBED, Probe, probe_entry
 
 BATCHES = (160, 192, 256)
 ASKED = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from stagewise.callbacks import MemorizationGuard
+from stagewise.learning_events import OnsetLaw
 from stagewise.losses import FlowMatchingLoss
-from stagewise.memorization_onset import OnsetLaw
 from stagewise.recipes.photos import PhotoPatches
 
 BATCH, HELD_OUT, SAMPLES, PROBES, NOISES = 64, 1000, 512, 40, 4

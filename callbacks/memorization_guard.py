@@ -17,7 +17,7 @@ from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
 from stagewise.callbacks.writer import by_time
-from stagewise.memorization_onset import GapWatch, OnsetLaw
+from stagewise.learning_events import GapWatch, OnsetLaw
 from stagewise.velocity_probe import Probe
 
 __all__ = ["MemorizationGuard"]
@@ -48,7 +48,7 @@ class MemorizationGuard(MemorizationMonitor):
     At each probe the model is asked about noisy training samples and noisy held-out ones, the same
     each time, and samples are drawn from it. Beyond the collapsed boundary of the stages, where the
     target of training is one row, memorization shows first: held-out error has risen from its
-    lowest value there while training error has fallen (`stagewise.memorization_onset`), after two
+    lowest value there while training error has fallen (`stagewise.learning_events`), after two
     passes through the rows. Or, later, more than 1 % of the samples are copies
     (`stagewise.copies`). Then, once:
 

@@ -22,7 +22,7 @@ from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.callbacks.writer import by_time
 from stagewise.noise import can_tell
 from stagewise.paths import Prediction, expand_like
-from stagewise.velocity_errors import spent, window_entry
+from stagewise.velocity_probe import spent, window_entry
 
 __all__ = ["TrainingRecord"]
 

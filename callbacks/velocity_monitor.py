@@ -22,8 +22,7 @@ from stagewise.callbacks.writer import by_time
 from stagewise.paths import same_path
 from stagewise.spectrum import predicted_boundary
 from stagewise.stages import StageBoundary, StageCurve, stage_edges
-from stagewise.velocity_errors import largest, probe_entry
-from stagewise.velocity_probe import PROBED, Probe
+from stagewise.velocity_probe import PROBED, Probe, largest, probe_entry
 
 __all__ = ["VelocityErrorMonitor"]
 

@@ -24,7 +24,7 @@ from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.run_files import boundary_of, read_run
 from stagewise.sampling import guided, integration_range, sample
 from stagewise.stages import StageBoundary, StageCurve
-from stagewise.velocity_errors import STAGES
+from stagewise.velocity_probe import STAGES
 
 __all__ = ["evaluate", "floor_curve", "loss_by_time", "sample_grid", "stage_table"]
 

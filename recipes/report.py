@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from stagewise.callbacks import figures
 from stagewise.files import replace_file
 from stagewise.recipes.run_files import RunFiles, read_run
-from stagewise.velocity_errors import STAGES
+from stagewise.velocity_probe import STAGES
 
 __all__ = ["main", "report"]
 

@@ -45,26 +45,17 @@ class BinnedSums:
         keys: Sequence[str],
         dtype: torch.dtype = torch.float64,
     ) -> BinnedSums:
-        """No samples so far.
+        """No samples so far, for ascending edges (T + 1,) and distinct keys.
 
-        Args:
-            edges: Of the bins, ascending, (T + 1,).
-            keys: Names of the values.
-            dtype: Of the sums, default float64; MPS has float32 only.
-
-        Raises:
-            ValueError: If the edges do not ascend or a name comes twice.
+        MPS has no float64: give it float32.
         """
         bounds = torch.as_tensor(edges, dtype=dtype)
         if bounds.ndim != 1 or len(bounds) < 2 or bool((bounds.diff() < 0).any()):
             raise ValueError(f"Expected ascending `edges`, (T + 1,), got {bounds.tolist()}.")
         if len(set(keys)) != len(keys):
             raise ValueError(f"Expected distinct `keys`, got {list(keys)}.")
-        count, values = (
-            bounds.new_zeros(len(bounds) - 1),
-            bounds.new_zeros(len(keys), len(bounds) - 1),
-        )
-        return cls(bounds, tuple(keys), count, values, values, values)
+        values = bounds.new_zeros(len(keys), len(bounds) - 1)
+        return cls(bounds, tuple(keys), bounds.new_zeros(len(bounds) - 1), values, values, values)
 
     def update(self, t: Tensor, values: Tensor) -> None:
         """Adds samples; costs no device sync.
@@ -100,11 +91,7 @@ class BinnedSums:
         return result
 
     def merged(self, edges: Sequence[float] | Tensor) -> BinnedSums:
-        """The same samples in wider bins.
-
-        Args:
-            edges: Of the wider bins, ascending; exact if they are among those of this one.
-        """
+        """The same samples in wider bins; exact if their edges are among those of this one."""
         wide = BinnedSums.empty(edges, self.keys, self.edges.dtype).to(self.edges.device)
         inside = self._inside((self.edges[1:] + self.edges[:-1]) / 2, wide.edges)
         return replace(wide, **{name: getattr(self, name) @ inside for name in SUMS})

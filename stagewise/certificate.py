@@ -157,8 +157,7 @@ class Certificate:
     ) -> Certificate:
         """The certificate at `path` if it is the one asked for; else computes and saves it.
 
-        Warns before it replaces one of other latents or other settings. Of several processes, let
-        one go first.
+        Warns before it replaces one of other latents or settings. Let one process go first.
 
         Args:
             path: The file, which need not exist.
@@ -177,11 +176,7 @@ class Certificate:
         return made
 
     def check(self, bank: LatentBank) -> None:
-        """Refuses a bank that the certificate was not computed for.
-
-        Raises:
-            ValueError: With what it was computed for and the cure.
-        """
+        """Refuses a bank that the certificate was not computed for."""
         if bank.fingerprint != self.fingerprint:
             raise _other("it", len(self), self.dim, bank)
 
@@ -245,17 +240,16 @@ class Certificate:
             path: As in `certified`, like all that is not named here.
             labels: The class of each query, or None where it looks at the whole bank; or None.
             source: The row each query was made from, (B,); negative where it is not known.
-            k: How many of the largest weights to return. Copies of the source enter the entropy and
-                the effective sample size, but only the source is listed.
+            k: How many of the largest weights to return; of copies only the source is listed.
             eta: Mass that may lie outside.
             delta: Probability that more does.
             made_in: The type of `x_t`.
 
         Returns:
-            The posterior of all queries but those left, in float64, and the positions of those. The
-            tail mass is a bound that holds with probability `1 - delta`. Left are the queries that
-            are not certified, whose source is not known or not among the rows they look at, and, if
-            the certificate is class-wise, those without a class. None if all are.
+            The posterior of all queries but those left, in float64, with a bound on the tail mass,
+            and the positions of those. Left are the queries that are not certified, whose source is
+            not known or not among the rows they look at, and, if the certificate is class-wise,
+            those without a class. None if all are.
 
         Raises:
             ValueError: If there are no labels and the certificate is class-wise, or the bank is

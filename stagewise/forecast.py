@@ -33,9 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.oracle import Oracle
-from stagewise.paths import Prediction, expand_like
+from stagewise.paths import expand_like
 from stagewise.timesteps import TimestepSampler, Uniform
 from stagewise.undisturbed import undisturbed
+from stagewise.velocity_probe import noisy_targets
 
 __all__ = ["SmoothingForecast", "TargetForecast", "forecast_smoothing", "forecast_targets"]
 
@@ -129,9 +130,9 @@ def forecast_targets(
     all samples have to teach it is most of what its gradients differ by. For each batch the cost is
     one forward pass, two backward passes and one call of the oracle.
 
-    Nothing of the training changes: no gradient is accumulated, the module is in evaluation mode
-    meanwhile, and every generator within its reach is put back. Dropout, whose noise no target
-    removes, is therefore off: with it the share is a little too large.
+    Nothing of the training changes: no gradient is accumulated and every generator within its reach
+    is put back. The module is in evaluation mode meanwhile: with dropout, whose noise no target
+    removes, the share is a little too large.
 
     Args:
         velocity: From `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity of the
@@ -149,13 +150,10 @@ def forecast_targets(
             the bank has classes and labels are given.
         seed: Of times and noise, default 0.
 
-    Returns:
-        The forecast.
-
     Raises:
         ValueError: On fewer than four batches, batches of different sizes, a velocity of another
-            shape than `x_t` or without a graph, a module of which nothing requires a gradient, an
-            optimizer of other parameters, or a gradient that is not finite.
+            shape than `x_t` or without a graph, nothing that requires a gradient, an optimizer of
+            other parameters, or a gradient that is not finite.
 
     Example:
         >>> import torch
@@ -195,9 +193,7 @@ def forecast_targets(
             wise = bool(oracle.bank.classes) if class_wise == "auto" else class_wise
             t = timesteps.sample(size, generator=draws).to(x1.device)
             x0 = torch.randn(x1.shape, generator=draws).to(x1.device)
-            xt = oracle.path.interpolate(x0, x1, t).to(torch.float32)
-            u = Prediction("velocity").target(oracle.path(t), x0, x1)
-            gap = oracle.correction(xt, t, x1, labels if wise else None)
+            xt, u, gap = noisy_targets(oracle, x0, x1, t, labels if wise else None)
             w = 1.0 if weight is None else expand_like(weight(t), xt)
             with torch.enable_grad():
                 v = velocity(xt, t, labels).float()
@@ -320,14 +316,13 @@ def forecast_smoothing(
     Args:
         probe: One of `VelocityErrorMonitor.history`.
         edges: Of its bins of t, (T + 1,).
-        collapsed: From which t on smoothing acts, the collapsed boundary. Before it held-out
-            samples may be of another kind than training rows, which smoothing does not mend.
+        collapsed: From which t on smoothing acts, the collapsed boundary.
 
     Returns:
         What was found; None without held-out samples, or if no bin has its middle beyond the
-        boundary. There is a gap if over all those bins held-out error is above training
-        error by more than a tenth of that and by more than four standard errors; the range is from
-        the first of them to the last in which it is above by a tenth.
+        boundary. There is a gap if over all those bins held-out error is above training error by
+        more than a tenth of that and by more than four standard errors; the range is from the first
+        of them to the last in which it is above by a tenth.
     """
     bins = torch.tensor(edges, dtype=torch.float64)
     acts = (bins[1:] + bins[:-1]) / 2 > collapsed

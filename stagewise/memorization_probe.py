@@ -95,9 +95,6 @@ class MemorizationProbe:
 
         Returns:
             By `t_switch` the samples; by `t_resume` the noised rows and what became of them.
-
-        Raises:
-            ValueError: If the velocity has another shape than `x_t`.
         """
         model, made = self._of_model(velocity, self.labels, device), {}
         for t in self._t_switch:

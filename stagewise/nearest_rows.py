@@ -277,7 +277,7 @@ def _of_rows(
             number = torch.arange(rows.start, rows.stop, device=place)
             yield tuple(value.cpu() for value in of_block(search, query, number))
 
-    with full_precision():
+    with full_precision(), torch.autocast(place.type, enabled=False):
         found = list(progress_bar(parts(), len(blocks), progress, title))
     return [torch.cat(column) for column in zip(*found, strict=True)]
 

@@ -8,7 +8,6 @@ queries find it, and how many rows explain a query at each t.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +110,6 @@ class Profile:
             seed: Of the queries, default 0.
             device: Where to compute, default where the bank lies.
 
-        Returns:
-            The profile.
-
         Raises:
             ValueError: If `class_wise` is asked of a bank without labels.
         """
@@ -123,8 +119,11 @@ class Profile:
         for _, block in bank.chunks(bank.whole, max(1, 2**22 // bank.dim)):
             seen.update((block.double() + bank.offset).view(-1, *bank.shape))
         mean, std = seen.overall()
-        sizes = sorted(stop - start for _, start, stop in _ends(bank))
-        middle = _median_class(bank) if class_wise else bank.whole
+        if class_wise:
+            bank.require_classes()
+        by_size = sorted(map(bank.segment, bank.classes), key=_size) or [bank.whole]
+        sizes = [_size(rows) for rows in by_size]
+        middle = by_size[len(by_size) // 2] if class_wise else bank.whole
         eigenvalues = spectrum(bank, middle).flip(0)
         predicted = predicted_boundary(bank, path, class_wise=class_wise)
         edges = stage_edges(predicted, strata)
@@ -151,7 +150,7 @@ class Profile:
             duplicates=duplicates,
             mislabelled=mislabelled,
             eigenvalues=eigenvalues,
-            spectrum_rows=middle.stop - middle.start,
+            spectrum_rows=_size(middle),
             effective_dim=total**2 / float(eigenvalues.square().sum()) if total else 0.0,
             predicted=predicted,
             edges=edges,
@@ -186,14 +185,7 @@ class Profile:
 
 
 def count_duplicates(bank: LatentBank) -> tuple[int, int]:
-    """Rows that equal an earlier one, and those of them whose label differs from it.
-
-    Args:
-        bank: The rows.
-
-    Returns:
-        Both counts. Rows are compared as they are stored.
-    """
+    """How many rows equal an earlier one, as stored, and how many of these have another label."""
     keys = row_keys(bank.rows).sort(stable=True)
     pairs = (keys.values[1:] == keys.values[:-1]).nonzero()[:, 0]
     found = mislabelled = 0
@@ -207,13 +199,5 @@ def count_duplicates(bank: LatentBank) -> tuple[int, int]:
     return found, mislabelled
 
 
-def _ends(bank: LatentBank) -> Iterable[tuple[int, int, int]]:
-    segments = {label: bank.segment(label) for label in bank.classes} or {0: bank.whole}
-    return [(label, rows.start, rows.stop) for label, rows in segments.items()]
-
-
-def _median_class(bank: LatentBank) -> slice:
-    bank.require_classes()
-    by_size = sorted((stop - start, start, stop) for _, start, stop in _ends(bank))
-    _, start, stop = by_size[len(by_size) // 2]
-    return slice(start, stop)
+def _size(rows: slice) -> int:
+    return rows.stop - rows.start

@@ -45,6 +45,9 @@ FIXED_SOLVERS = ("euler", "midpoint", "heun2", "heun3", "rk4")
 ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 """Solvers that choose their steps."""
 
+_TOLERANCE = 1e-4
+"""Relative and absolute, of a solver that chooses its steps."""
+
 _RANGES = {
     "velocity": (0.0, 1.0),
     "data": (0.0, 0.99),
@@ -195,8 +198,6 @@ def sample(
     start: float = 0.0,
     end: float = 1.0,
     times: Tensor | None = None,
-    rtol: float = 1e-4,
-    atol: float = 1e-4,
 ) -> Tensor:
     """Integrates the flow from `start` to `end`, in float32 at least.
 
@@ -209,8 +210,6 @@ def sample(
         end: Time of the result, default 1; see `integration_range`.
         times: The times of a fixed-step solver, ascending, (M + 1,), such as `time_grid` gives, in
             place of `steps`, `start` and `end`.
-        rtol: Relative tolerance of a solver that chooses its steps, default 1e-4.
-        atol: Absolute tolerance, default 1e-4.
 
     Returns:
         The state at `end`, (B, *).
@@ -245,8 +244,8 @@ def sample(
         x0.to(wide),
         times,
         method=method,
-        rtol=rtol,
-        atol=atol,
+        rtol=_TOLERANCE,
+        atol=_TOLERANCE,
         options=options,
     )
     return states[-1].to(x0.dtype)

@@ -27,10 +27,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import override
 
 from stagewise.bank import LatentBank
 from stagewise.engines import Auto, Engine
@@ -67,8 +69,8 @@ class SmoothedOracle(Oracle):
     """Answers for a smoothed set, as `Oracle` does for a bank.
 
     `Mix` and `StageCurve.measure` take it as they take an oracle: x_1 is then a draw from the
-    smoothed set (`Smoothing.draw`), with its row as `source`. `ReferenceSet`
-    reads single rows, and does not know the Gaussians.
+    smoothed set (`Smoothing.draw`), with its row as `source`. `ReferenceSet`, which reads single
+    rows, does not know the Gaussians.
 
     The first question diagonalises the G_i and keeps `8 N (K (K + 4) + 2)` bytes beside the queries
     (N = 20 000, K = 8: 16 MB; N = 1.28 million: 1 GB). Sums over rows are atomic on CUDA: for runs
@@ -81,9 +83,8 @@ class SmoothedOracle(Oracle):
         bank: The rows.
         path: The path of training.
         smoothing: The Gaussians around the rows of this bank.
-        boundary: See `Smoothing.draw`, like the next: rows are themselves before this time. Give
-            what the draws are given.
-        strength: Any function of t.
+        boundary: Rows are themselves before this time; what the draws are given (`Smoothing.draw`).
+        strength: In its place, any function of t.
         null_class: See `Oracle`.
 
     Raises:
@@ -129,13 +130,13 @@ class SmoothedOracle(Oracle):
     def _share(self, x: Tensor, t: Times) -> Tensor | None:
         return strength_at(x, t, self.boundary, self.strength)
 
+    @override
     def sample(self, source: Tensor, t: Tensor, normals: Tensor) -> Tensor:
-        """See `Oracle.sample`: a draw from the Gaussians, as wide as they are at t."""
         x1 = super().sample(source, t, normals)
         return self.smoothing.moved(x1, source, normals, self._share(x1, t))
 
+    @override
     def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
-        """See `Oracle.coefficients`; they know how wide the Gaussians are at these times."""
         flat, path = super().coefficients(xt, t)
         share = self._share(flat, t)
         if share is None:
@@ -153,21 +154,15 @@ class _Timed(PathCoefficients):
 
     share: Tensor
 
+    @override
     def select(self, index: Tensor) -> _Timed:
-        """See `PathCoefficients`."""
         timed = _Timed(*super().select(index))
         timed.share = self.share[index]
         return timed
 
 
-@dataclass(frozen=True)
-class _Shapes:
-    """The Gaussians of all rows, on one device, float64.
-
-    Attributes:
-        turn: `W'_i`, (N, K, K + 2).
-        values: `lambda_i`, (N, K).
-    """
+class _Shapes(NamedTuple):
+    """The Gaussians of all rows, float64: `W'_i`, (N, K, K + 2), and `lambda_i`, (N, K)."""
 
     turn: Tensor
     values: Tensor
@@ -175,15 +170,9 @@ class _Shapes:
     @classmethod
     def of(cls, bank: LatentBank, smoothing: Smoothing, device: torch.device) -> _Shapes:
         """Diagonalises `G_i`, from differences of rows."""
-        index, k, parts = smoothing.index, smoothing.neighbours, []
-        step = max(1, _GATHER // ((k + 1) * bank.dim))
-        for first in range(0, len(bank), step):
-            own = torch.arange(first, min(first + step, len(bank)))
-            near = index[own].long()
-            x = bank.take(own, device)
-            count = (near != own[:, None]).sum(1).clamp_min(1).to(device)
-            factor = (smoothing.scale / count.double().sqrt())[:, None, None]
-            a = factor * (bank.take(near, device) - x[:, None])
+        parts, step = [], max(1, _GATHER // ((smoothing.neighbours + 1) * bank.dim))
+        for some in torch.arange(len(bank)).split(step):
+            x, factor, a = smoothing.factors(some, device)
             values, vectors = torch.linalg.eigh(a @ a.mT)
             mean = vectors.mT @ (a @ (x - bank.centre.to(device))[:, :, None])
             turn = factor * vectors.mT
@@ -211,7 +200,6 @@ class _Segment:
 
     @classmethod
     def of(cls, rows: slice, index: Tensor, shapes: _Shapes) -> _Segment:
-        """From the index (N, K) of a smoothing."""
         near, count = index[rows].long(), rows.stop - rows.start
         inside = (near >= rows.start) & (near < rows.stop)
         device = shapes.turn.device
@@ -257,8 +245,8 @@ class _Gaussians(Engine):
         self._shapes: dict[torch.device, _Shapes] = {}
         self._segments: dict[tuple[torch.device, int, int], _Segment] = {}
 
+    @override
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
-        """See `Engine.posterior`. The weight of the source is there, where it is known."""
         order, parts, path = [], [], queries.path
         if isinstance(path, _Timed) and queries.xt.device.type == "cpu":  # looks at values
             order = indices_of(path.share == 0)
@@ -297,9 +285,8 @@ class _Solve:
         self.alpha = path.alpha
         self.variance = path.sigma.square()
         # g^2 and h^2 as multiples of those of the smoothing, and as they are.
-        self.width = (
-            path.share.square() if isinstance(path, _Timed) else torch.ones_like(self.alpha)
-        )
+        share = path.share if isinstance(path, _Timed) else torch.ones_like(self.alpha)
+        self.width = share.square()
         self.floor = self.width * floor**2
         self.v = self.variance + path.alpha.square() * self.floor
         self.snr = path.alpha.square() * self.width / self.v
@@ -377,11 +364,10 @@ class _Solve:
             mean.addmm_(weights[first : first + len(rows)].T, rows)
         return mean
 
-    def _parts(self) -> Iterator[slice]:
+    def _parts(self) -> list[slice]:
         n, width = self.segment.near.shape
         step = max(1, _TURNED // (width * len(self.queries)))
-        for first in range(0, n, step):
-            yield slice(first, min(first + step, n))
+        return [slice(first, min(first + step, n)) for first in range(0, n, step)]
 
     def _turned(self, at: slice | Tensor) -> tuple[Tensor, Tensor]:
         """`U_i^T p_i` and the diagonal of `M_i` for some rows i, each (m, K, B)."""

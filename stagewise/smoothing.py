@@ -37,9 +37,9 @@ from stagewise.oracle import Oracle, Times, require_tensors
 from stagewise.paths import expand_like
 from stagewise.smoothing_inputs import (
     Strength,
+    check_near,
     check_settings,
-    require_all,
-    search_space,
+    rows_of,
     strength_at,
 )
 from stagewise.stages import StageBoundary
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Smoothing"]
 
-_FORMAT = {"format": "stagewise.Smoothing", "version": "1"}
+_FORMAT = {"format": "stagewise.Smoothing", "version": "1", "space": "rows"}
 
 
 class Smoothing:
@@ -64,8 +64,6 @@ class Smoothing:
         scale: g, default 1. 0 leaves the floor only.
         floor: h, in the units of the bank, default 0. On small sets 0.05 gains more; on larger ones
             it harms.
-        features: Where to look for neighbours instead of the rows: (N, *) numbers, in the order of
-            the samples that the bank was made from. Default None.
         class_wise: Whether neighbours are of the row's own class, default False: among all rows was
             measured to be better.
         device: Where to search, default where the bank is.
@@ -78,9 +76,9 @@ class Smoothing:
         scores: What `fit` tried; empty without it.
 
     Raises:
-        ValueError: On settings out of range, K of N or more, features of another length or with NaN
-            or Inf, or a bank without labels for `class_wise`.
-        TypeError: If `bank` is no bank or `features` no numbers.
+        ValueError: On settings out of range, K of N or more, or a bank without labels for
+            `class_wise`.
+        TypeError: If `bank` is no bank.
 
     Example:
         >>> import torch
@@ -101,7 +99,6 @@ class Smoothing:
         scale: float = 1.0,
         floor: float = 0.0,
         *,
-        features: Tensor | None = None,
         class_wise: bool = False,
         device: torch.device | str | None = None,
         progress: bool = True,
@@ -110,10 +107,8 @@ class Smoothing:
         check_settings(bank, neighbours, scale, floor)
         if class_wise:
             bank.require_classes()
-        space = search_space(bank, features)
         self.bank, self.class_wise = bank, class_wise
         self.scale, self.floor = float(scale), float(floor)
-        self.space = "rows" if space is bank else space.fingerprint
         self._moved: dict[torch.device, Tensor] = {}
         self._checked = False
         self.scores: list[SmoothingScore] = []
@@ -121,7 +116,7 @@ class Smoothing:
             with safe_open(file, "pt") as kept:
                 self.index: Tensor = kept.get_tensor("index")
             return
-        near = nearest_others(space, neighbours, class_wise, device, progress)
+        near = nearest_others(bank, neighbours, class_wise, device, progress)
         self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])
         if file is not None:
             self.save(file)
@@ -188,7 +183,7 @@ class Smoothing:
     def _header(self, neighbours: int) -> dict[str, str]:
         numbers = {"rows": len(self.bank), "dim": self.bank.dim, "neighbours": neighbours}
         about = {"fingerprint": self.bank.fingerprint, "class_wise": str(self.class_wise)}
-        return _FORMAT | about | {k: str(v) for k, v in numbers.items()} | {"space": self.space}
+        return _FORMAT | about | {k: str(v) for k, v in numbers.items()}
 
     @untraced
     def draw(
@@ -230,9 +225,10 @@ class Smoothing:
                 f"Expected `x1` with shape {('B', *self.bank.shape)} as the bank's samples, got "
                 f"{tuple(x1.shape)}."
             )
-        source = self.rows_of(x1, source)
-        if not self._checked:
-            self._check_rows(x1, source)
+        source = rows_of(self.bank, x1, source)
+        if not self._checked and len(x1):
+            check_near(self.bank, x1, source)
+            self._checked = True
         share = strength_at(x1, t, boundary, strength)
         place = x1.device if generator is None else generator.device
         wide = torch.promote_types(x1.dtype, torch.float32)
@@ -287,51 +283,14 @@ class Smoothing:
         share = expand_like(share.to(x1.device, wide), x1)
         return torch.where(share > 0, (x1 + share * move.reshape(x1.shape)).to(x1.dtype), x1)
 
-    def rows_of(self, x1: Tensor, source: Tensor | None = None) -> Tensor:
-        """The row of each sample, (B,): as it is given, or looked up; see `draw`."""
-        given, source = source is not None, self.bank.find(x1) if source is None else source
-        require_tensors(source=source)
-        if source.shape != x1.shape[:1] or source.is_floating_point() or source.dtype == torch.bool:
-            raise ValueError(
-                f"Expected integer `source` with shape ({len(x1)},), the row of each sample, got "
-                f"{source.dtype} of shape {tuple(source.shape)}: draw(x1, source=bank.find(x1))."
-            )
-        inside = (source >= 0) & (source < len(self.bank))
-        what = f"`source` from 0 to {len(self.bank) - 1}, the rows of the bank"
-        if not given:
-            what = "samples that are rows of the bank, or the `source` of each"
-        require_all(
-            inside,
-            f"Expected {what}",
-            lambda: (
-                f", got {int((~inside).sum())} of {len(inside)} that are "
-                + (f"not, the first {int(source[~inside][0])}. " if given else "no rows. ")
-                + "Flips and crops are no rows: train without them, or make the bank of what is "
-                "trained on. Or let the data set return the position i of each item: "
-                "draw(x1, source=i) if the bank keeps its order (bank.index is None), otherwise "
-                "draw(x1, source=bank.index.argsort()[i])."
-            ),
-        )
-        return source
-
-    @torch.no_grad()
-    def _check_rows(self, x1: Tensor, source: Tensor) -> None:
-        """Refuses samples that have little to do with their rows: flips, or another order."""
-        if not len(x1):
-            return
-        gap = x1.flatten(1).double() - self.bank.take(source, x1.device)
-        off = gap.square().sum(1).mean() / self.bank.mean_sq_norm.to(x1.device)
-        require_all(
-            off <= 0.75,  # of two random rows it is 2
-            "Expected `x1` near the rows that `source` says",
-            lambda: (
-                f", got samples {float(off.sqrt()):.2g} times as far from them as rows are from "
-                "their mean. Positions in the data set? A bank with labels is sorted by class: "
-                "source=bank.index.argsort()[i]. Flips or crops? Build the bank of what is trained "
-                "on."
-            ),
-        )
-        self._checked = True
+    def factors(
+        self, rows: Tensor, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`x_i` (n, D), `g / sqrt K` (n, 1, 1) and `A_i` (n, K, D) of some rows (n,), float64."""
+        near, x = self.index[rows].long(), self.bank.take(rows, device)
+        count = (near != rows[:, None]).sum(1).clamp_min(1).to(x)
+        length = (self.scale / count.sqrt())[:, None, None]
+        return x, length, length * (self.bank.take(near, device) - x[:, None])
 
     def _index_on(self, device: torch.device) -> Tensor:
         if self.index.device == device:

@@ -236,10 +236,7 @@ def _finished(smoothing: Smoothing, rows: Tensor, boundary: float, seed: int) ->
     draws = torch.Generator().manual_seed(seed)
     made = []
     for some in rows.split(max(1, _GATHER // (k * bank.dim))):
-        near, x = smoothing.index[some].long(), bank.take(some)
-        count = (near != some[:, None]).sum(1).clamp_min(1)
-        a = bank.take(near.flatten()).view(len(some), k, -1) - x[:, None]
-        a *= (smoothing.scale / count.sqrt())[:, None, None]
+        x, _, a = smoothing.factors(some)
         z = torch.randn(len(some), k, 1, generator=draws, dtype=a.dtype)
         noise = torch.randn(len(some), bank.dim, 1, generator=draws, dtype=a.dtype)
         z += ratio * math.sqrt(2) * (a @ noise)  # eps - eps'

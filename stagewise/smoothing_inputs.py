@@ -1,4 +1,4 @@
-"""What a smoothing is given: its settings, features, and how much of it is used at which t."""
+"""What a smoothing is given: settings, samples with their rows, and how much of it acts at t."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stagewise.bank import LatentBank
 from stagewise.oracle import Times, as_times, check_times, require_tensors
 from stagewise.stages import StageBoundary
 
-__all__ = ["Strength", "check_settings", "require_all", "search_space", "strength_at", "time_of"]
+__all__ = ["Strength", "check_near", "check_settings", "rows_of", "strength_at", "time_of"]
 
 Strength: TypeAlias = "Callable[[Tensor], Tensor]"
 """From times (B,) to numbers in [0, 1], (B,), that multiply what is added to a row."""
@@ -80,7 +80,7 @@ def strength_at(
             f"{tuple(share.shape) if isinstance(share, Tensor) else share!r}: "
             "strength=lambda t: (t >= 0.5).float()."
         )
-    require_all(
+    _require_all(
         (share >= 0) & (share <= 1),
         "Expected `strength(t)` in [0, 1]",
         lambda: (
@@ -91,7 +91,7 @@ def strength_at(
     return share
 
 
-def require_all(ok: Tensor, message: str, more: Callable[[], str]) -> None:
+def _require_all(ok: Tensor, message: str, more: Callable[[], str]) -> None:
     """Refuses values that are not all `ok`; on a device by an assertion, without a sync."""
     if ok.device.type != "cpu":
         torch._assert_async(ok.all(), message)
@@ -120,23 +120,46 @@ def check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float
             )
 
 
-def search_space(bank: LatentBank, features: Tensor | None) -> LatentBank:
-    """Where neighbours are searched: the bank, or features (N, *) in its order and classes."""
-    if features is None:
-        return bank
-    require_tensors(features=features)
-    if len(features) != len(bank) or features.ndim < 2:
+def rows_of(bank: LatentBank, x1: Tensor, source: Tensor | None) -> Tensor:
+    """The row of each sample, (B,): as it is given, or looked up; see `Smoothing.draw`."""
+    given, source = source is not None, bank.find(x1) if source is None else source
+    require_tensors(source=source)
+    if source.shape != x1.shape[:1] or source.is_floating_point() or source.dtype == torch.bool:
         raise ValueError(
-            f"Expected `features` with shape ({len(bank)}, F), a line for each row of the bank, "
-            f"got {tuple(features.shape)}. Compute them for the samples the bank was made from."
+            f"Expected integer `source` with shape ({len(x1)},), the row of each sample, got "
+            f"{source.dtype} of shape {tuple(source.shape)}: draw(x1, source=bank.find(x1))."
         )
-    features = features.detach().to(bank.device).flatten(1)
-    features = features if features.is_floating_point() else features.float()
-    wrong = (~features.isfinite().all(1)).nonzero()[:, 0].tolist()
-    if wrong:
-        raise ValueError(
-            f"Expected finite `features`, got NaN or Inf in {len(wrong)} of {len(bank)} lines, the "
-            f"first {wrong[0]}. Leave these samples out of the bank, or features=None."
-        )
-    own = features if bank.index is None else features[bank.index]
-    return LatentBank(own, torch.tensor(bank.labels_of(range(len(bank)))) if bank.classes else None)
+    inside = (source >= 0) & (source < len(bank))
+    what = f"`source` from 0 to {len(bank) - 1}, the rows of the bank"
+    if not given:
+        what = "samples that are rows of the bank, or the `source` of each"
+    _require_all(
+        inside,
+        f"Expected {what}",
+        lambda: (
+            f", got {int((~inside).sum())} of {len(inside)} that are "
+            + (f"not, the first {int(source[~inside][0])}. " if given else "no rows. ")
+            + "Flips and crops are no rows: train without them, or make the bank of what is "
+            "trained on. Or let the data set return the position i of each item: "
+            "draw(x1, source=i) if the bank keeps its order (bank.index is None), otherwise "
+            "draw(x1, source=bank.index.argsort()[i])."
+        ),
+    )
+    return source
+
+
+@torch.no_grad()
+def check_near(bank: LatentBank, x1: Tensor, source: Tensor) -> None:
+    """Refuses samples that have little to do with their rows: flips, or another order."""
+    gap = x1.flatten(1).double() - bank.take(source, x1.device)
+    off, spread = gap.square().sum(1).mean(), bank.mean_sq_norm.to(x1.device)
+    _require_all(
+        off <= 0.75 * spread,  # of two random rows it is 2
+        "Expected `x1` near the rows that `source` says",
+        lambda: (
+            f", got samples {float((off / spread).sqrt()):.2g} times as far from them as rows are "
+            "from their mean. Positions in the data set? A bank with labels is sorted by class: "
+            "source=bank.index.argsort()[i]. Flips or crops? Build the bank of what is trained "
+            "on."
+        ),
+    )

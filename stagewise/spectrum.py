@@ -24,17 +24,19 @@ from stagewise.paths import Path
 __all__ = ["information", "predicted_boundary", "spectrum"]
 
 
-def spectrum(bank: LatentBank, segment: slice | None = None, *, max_rows: int = 2048) -> Tensor:
+_MAX_ROWS, _MAX_CLASSES = 2048, 8
+"""Rows and classes that are looked at, evenly spaced; fewer rows where these were a gigabyte."""
+
+
+def spectrum(bank: LatentBank, segment: slice | None = None) -> Tensor:
     """Variances of the rows along their principal axes, ascending, float64, on the CPU.
 
     Args:
         bank: The bank.
         segment: Which rows, default all.
-        max_rows: Rows (evenly spaced) that are looked at, default 2048; fewer if they would take
-            more than a gigabyte.
     """
     segment = segment or bank.whole
-    few = min(max_rows, max(64, 2**27 // bank.dim))
+    few = min(_MAX_ROWS, max(64, 2**27 // bank.dim))
     step = math.ceil((segment.stop - segment.start) / few)
     x = bank.take(torch.arange(segment.start, segment.stop, step)).cpu()
     x = x - x.mean(0)
@@ -63,8 +65,6 @@ def predicted_boundary(
     path: Path,
     *,
     class_wise: bool = False,
-    max_rows: int = 2048,
-    max_classes: int = 8,
 ) -> float:
     """The boundary that the spectrum of the bank predicts; top-1 is about 2/3 there.
 
@@ -73,9 +73,6 @@ def predicted_boundary(
         path: The path of training.
         class_wise: Whether the posterior is class-wise; then the median over classes, default
             False.
-        max_rows: Rows (evenly spaced) whose covariance is taken, see `spectrum`. Log N always
-            counts all rows.
-        max_classes: Classes (evenly spaced) that are looked at, default 8.
 
     Returns:
         t in [0, 1]; NaN if all rows are the same, where nothing is to be told apart.
@@ -86,12 +83,12 @@ def predicted_boundary(
     segments = [bank.whole]
     if class_wise:
         bank.require_classes()
-        classes = bank.classes[:: math.ceil(len(bank.classes) / max_classes)]
+        classes = bank.classes[:: math.ceil(len(bank.classes) / _MAX_CLASSES)]
         segments = [bank.segment(label) for label in classes]
     found = []
     for segment in segments:
         nats = math.log(segment.stop - segment.start)
-        variances = spectrum(bank, segment, max_rows=max_rows)
+        variances = spectrum(bank, segment)
         largest = float(variances.max())
         if largest <= 0:
             continue

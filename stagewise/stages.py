@@ -71,12 +71,7 @@ class Recipe:
         return stratified_times(self.edges, self.queries, seed=seed)
 
     def measure(self, step: int, **where: Any) -> StageCurve:
-        """Measures the curve; the same step gives the same queries.
-
-        Args:
-            step: Optimizer steps done.
-            **where: `device`, `rank` and `world_size`, see `StageCurve.measure`.
-        """
+        """Measures the curve; the same step gives the same queries. `where` as in `StageCurve`."""
         seed, t = (self.seed, step, 1), self.times((self.seed, step))
         return StageCurve.measure(self.oracle, t, seed=seed, class_wise=self.class_wise, **where)
 
@@ -88,12 +83,9 @@ class StageBoundary:
     NaN: not reached at any measured t. 0: passed already at the smallest measured t.
 
     Attributes:
-        midpoint: t at which the mean top-1 weight crosses 0.5.
-        midpoint_low: Lower end of its interval.
-        midpoint_high: Upper end; 1 where replicates never got there.
-        collapsed: t at which it crosses 0.99.
-        collapsed_low: Lower end of its interval.
-        collapsed_high: Upper end.
+        midpoint: t at which the mean top-1 weight crosses 0.5; its interval is from `midpoint_low`
+            to `midpoint_high`, which is 1 where replicates never got there.
+        collapsed: t at which it crosses 0.99, with `collapsed_low` and `collapsed_high`.
         confidence: Coverage that the intervals aim at.
     """
 
@@ -178,14 +170,8 @@ class StageCurve:
             batch = range(t.numel())[first : first + batch_size * world_size : world_size]
             noise = [_noise(oracle, generator.manual_seed(noise_seeds[i])) for i in batch]
             at = torch.tensor(list(batch))
-            answers = _ask(
-                oracle,
-                torch.stack(noise).to(device),
-                t.flatten()[at].to(device),
-                [rows[i] for i in batch],
-                class_wise,
-            )
-            values[:, at] = answers.cpu()
+            x0, times = torch.stack(noise).to(device), t.flatten()[at].to(device)
+            values[:, at] = _ask(oracle, x0, times, [rows[i] for i in batch], class_wise).cpu()
         return cls(t, values.reshape(len(STATISTICS), *t.shape))
 
     def statistic(self, name: str) -> Tensor:
@@ -330,10 +316,7 @@ def stage_edges(predicted: float, strata: int) -> Tensor:
         strata: How many, at least 4.
 
     Returns:
-        Ascending edges from 0 to 1, float64, (strata + 1,).
-
-    Raises:
-        ValueError: If `strata` is below 4.
+        Ascending, from 0 to 1, float64, (strata + 1,).
     """
     if strata < 4:
         raise ValueError(f"Expected at least 4 strata, got {strata}.")
@@ -357,9 +340,6 @@ def stratified_times(edges: Tensor, queries: int, *, seed: int | tuple[int, ...]
 
     Returns:
         Times, (T, Q), float64.
-
-    Raises:
-        ValueError: If `queries` is below 2.
     """
     if queries < 2:
         raise ValueError(f"Expected at least 2 queries per stratum, got {queries}.")

@@ -221,11 +221,10 @@ class AtPlateau(Until):
     def __init__(
         self, every: int = 50, *, window: int = 8, patience: int = 3, tolerance: float = 0.02
     ) -> None:
-        for name, value, least in (("every", every, 1), ("window", window, 4)):
+        numbers = (("every", every, 1), ("window", window, 4), ("patience", patience, 1))
+        for name, value, least in numbers:
             if value < least:
                 raise ValueError(f"Expected `{name}` of at least {least}, got {value}.")
-        if patience < 1:
-            raise ValueError(f"Expected `patience` of at least 1, got {patience}.")
         if not 0 <= tolerance < 1:
             raise ValueError(f"Expected `tolerance` in [0, 1), got {tolerance}.")
         self.every, self.window, self.patience = every, window, patience

@@ -12,29 +12,64 @@ is the mean of u there (Liu et al., arXiv 2512.02826, Sec. 2). So
 
 whatever the model is: an identity that only a wrong oracle breaks (other scale, other path, other
 rows, labels that the model is given and the oracle is not). `cross` is that term per number; its
-mean in units of its standard error says whether it is zero.
+mean in units of its standard error says whether it is zero. `probe_entry` and `window_entry` put
+what a probe or a stretch of training has shown into plain numbers, by bins of t and by stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
 
-from stagewise.oracle import Oracle
+from stagewise.binned_sums import BinnedSums
+from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Prediction
 from stagewise.stages import stratified_times
 
-__all__ = ["PROBED", "Probe", "standard_scores"]
+__all__ = [
+    "ALARM",
+    "PROBED",
+    "STAGES",
+    "Probe",
+    "largest",
+    "noisy_targets",
+    "probe_entry",
+    "spent",
+    "standard_scores",
+    "window_entry",
+]
 
 PROBED = ("conditional", "oracle", "floor", "cosine", "cross")
 """Per query: the mean over the D numbers of (v - u)^2, (v - u*)^2 and (u - u*)^2, the cosine of v
 and u*, and the term that is zero on average."""
 
 _BATCH = 128
+
+STAGES = ("navigation", "transition", "refinement")
+"""Below the midpoint, from there to where the posterior has collapsed, and above."""
+
+ALARM = 6.0
+"""Standard errors beyond which the oracle is said not to be that of the training. Where the
+posterior collapses a few queries in a hundred decide, and four happen with the right one too."""
+
+_KEPT = ("conditional", "oracle", "floor", "cosine", "conditional_se", "oracle_se")
+_NO_FLOOR = 1e-3
+"""Share of the conditional error below which the floor is none to compare with."""
+
+
+def noisy_targets(
+    oracle: Oracle, x0: Tensor, x1: Tensor, t: Tensor, labels: Labels | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy samples, float32, their conditional velocities u, and u* - u, each (B, *)."""
+    xt = oracle.path.interpolate(x0, x1, t).to(torch.float32)
+    u = Prediction("velocity").target(oracle.path(t), x0, x1)
+    return xt, u, oracle.correction(xt, t, x1, labels)
 
 
 class Probe:
@@ -88,9 +123,7 @@ class Probe:
             ]
             x0, times = torch.stack(noise).to(device), self.t[part].to(device)
             wise = self.labels[part].tolist() if class_wise and self.labels is not None else None
-            noisy = oracle.path.interpolate(x0, x, times).to(torch.float32)
-            u = Prediction("velocity").target(oracle.path(times), x0, x)
-            gap = oracle.correction(noisy, times, x, wise)
+            noisy, u, gap = noisy_targets(oracle, x0, x, times, wise)
             kept.append((noisy.cpu(), u.cpu(), (u + gap).cpu()))
         self.xt, self.u, self.oracle_u = (torch.cat(part) for part in zip(*kept, strict=True))
 
@@ -114,16 +147,12 @@ class Probe:
                 value[part].to(device) for value in (self.t, self.xt, self.u, self.oracle_u)
             )
             v = velocity(xt, t, labels).float()
-            to_u, to_best, gap = ((one - other).flatten(1) for one, other in _pairs(v, u, best))
+            to_u, to_best, gap = ((a - b).flatten(1) for a, b in ((v, u), (v, best), (u, best)))
             norms = v.flatten(1).norm(dim=1) * best.flatten(1).norm(dim=1)
             cosine = (v * best).flatten(1).sum(1) / norms.clamp_min(1e-30)
             squares = [value.square().mean(1) for value in (to_u, to_best, gap)]
             cross = -2 * (to_best * gap).mean(1)
             add(t, torch.stack([*squares, cosine, cross]))
-
-
-def _pairs(v: Tensor, u: Tensor, best: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    return (v, u), (v, best), (u, best)
 
 
 def standard_scores(mean: Tensor, error: Tensor, count: Tensor) -> Tensor:
@@ -135,13 +164,101 @@ def standard_scores(mean: Tensor, error: Tensor, count: Tensor) -> Tensor:
     Args:
         mean: Means, (T,).
         error: Their standard errors, (T,).
-        count: Samples of each, (T,).
-
-    Returns:
-        The deviates, (T,), float64; 0 where mean and error are 0, NaN below two samples.
+        count: Samples of each, (T,); below two the deviate is NaN.
     """
     freedom = (count.double() - 1).clamp_min(1).cpu().numpy()
     ratio = torch.where(mean == 0, 0.0, mean.double() / error.double()).cpu().numpy()
     tail = stats.t.logsf(np.abs(ratio), freedom)
     deviates = np.sign(ratio) * stats.norm.isf(np.maximum(np.exp(tail), 1e-300))
     return torch.from_numpy(np.where(count.cpu().numpy() > 1, deviates, np.nan))
+
+
+def probe_entry(found: Mapping[str, BinnedSums], edges: Tensor, stages: Tensor) -> dict[str, Any]:
+    """A probe by bins of t and by stage, as plain numbers and lists.
+
+    Args:
+        found: For "train" and, if there are held-out samples, "held_out": sums of `PROBED`.
+        edges: Of the bins, (T + 1,).
+        stages: Edges of the stages, (4,).
+
+    Returns:
+        `train` and `held_out` (or None): lists of T numbers; `gap` and `gap_se`, the conditional
+        error on held-out samples minus that on training samples (or None); `alarm` (or None);
+        `stages`: the same means by stage.
+    """
+    means = {split: sums.merged(edges).means() for split, sums in found.items()}
+    train = means["train"]
+    z = standard_scores(train["cross"], train["cross_se"], train["count"])
+    entry: dict[str, Any] = {"train": {key: train[key].tolist() for key in _KEPT}}
+    entry["train"] |= {"excess": _excess(train).tolist(), "pythagoras_z": z.tolist()}
+    entry |= {"held_out": None, "gap": None, "gap_se": None, "alarm": None}
+    if "held_out" in means:
+        others = means["held_out"]
+        kept = [key for key in _KEPT if key != "floor"]
+        entry["held_out"] = {key: others[key].tolist() for key in kept}
+        entry["gap"] = (others["conditional"] - train["conditional"]).tolist()
+        entry["gap_se"] = torch.hypot(others["conditional_se"], train["conditional_se"]).tolist()
+    worst = largest(entry["train"]["pythagoras_z"])
+    if worst > ALARM:
+        entry["alarm"] = (
+            f"conditional error is not oracle error + floor: off by {worst:.1f} standard errors"
+        )
+    return entry | {"stages": _stage_means(found, stages)}
+
+
+def _stage_means(
+    found: Mapping[str, BinnedSums], stages: Tensor
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By split and stage: conditional, oracle and cosine, and for training samples the floor."""
+    result = {}
+    for split, sums in found.items():
+        means = sums.merged(stages).means()
+        values = {key: means[key] for key in ("conditional", "oracle", "cosine")}
+        if split == "train":
+            values |= {"floor": means["floor"], "excess": _excess(means)}
+        result[split] = {
+            stage: {key: float(value[place]) for key, value in values.items()}
+            for place, stage in enumerate(STAGES)
+        }
+    return result
+
+
+def _excess(train: Mapping[str, Tensor]) -> Tensor:
+    """Oracle error over the floor, NaN where there is none to speak of."""
+    there = train["floor"] > _NO_FLOOR * train["conditional"]
+    return torch.where(there, train["oracle"] / train["floor"], torch.nan)
+
+
+def largest(values: Sequence[float]) -> float:
+    """The largest absolute value, NaN left out; 0 if there is none."""
+    return max((abs(value) for value in values if not math.isnan(value)), default=0.0)
+
+
+def spent(sums: BinnedSums, stages: Tensor) -> dict[str, dict[str, float]]:
+    """Shares of draws, loss and gradient norm of each stage.
+
+    Args:
+        sums: Over the keys "loss" and "gradient".
+        stages: Edges of the stages, (4,).
+    """
+    wide = sums.merged(stages)
+    totals = {"draws": wide.count, "loss": wide.total[0], "gradient": wide.total[1]}
+    shares = {key: (value / value.sum()).tolist() for key, value in totals.items()}
+    return {
+        stage: {key: share[place] for key, share in shares.items()}
+        for place, stage in enumerate(STAGES)
+    }
+
+
+def window_entry(
+    sums: BinnedSums, edges: Tensor, stages: Tensor, density: list[float] | None
+) -> dict[str, Any]:
+    """A stretch of training by bins of t and by stage, as plain numbers and lists."""
+    means = sums.merged(edges).means()
+    return {
+        "draws": means["share"].tolist(),
+        "density": density,
+        "loss": means["loss"].tolist(),
+        "gradient": means["gradient"].tolist(),
+        "stages": spent(sums, stages),
+    }

@@ -137,7 +137,7 @@ def coefficients_at(rho):
 def critical_rho(certificate, source, sizes, **options):
     """The `rho` from which on each source is certified."""
     low, high = torch.full((len(source),), 1e-4).double(), torch.full((len(source),), 1e9).double()
-    for _ in range(80):
+    for _ in range(50):
         middle = (low * high).sqrt()
         yes = certificate.certified(coefficients_at(middle), source, sizes, **options)
         low, high = torch.where(yes, low, middle), torch.where(yes, middle, high)
@@ -470,7 +470,7 @@ def test_the_worst_rounding_is_covered(rows, made_in, stored):
     stored_error = (x - rows().double()).norm(dim=1, keepdim=True)
     assert (stored_error <= certificate.row_error).all()
     found = 0
-    for rho in torch.logspace(-1, 7, 60).double():
+    for rho in torch.logspace(-1, 7, 33).double():
         path = coefficients_at(rho.expand(150))
         x0 = torch.randn(x.shape, generator=draws(15)).double()
         signal, noise = path.alpha[:, None] * x, path.sigma[:, None] * x0
@@ -667,6 +667,19 @@ def test_save_and_load(tmp_path, class_wise):
     made.save(tmp_path / "certificate.safetensors")
     assert_same(Certificate.load(tmp_path / "certificate.safetensors", bank), made)
     assert os.listdir(tmp_path) == ["certificate.safetensors"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_files_of_before_are_read(tmp_path):
+    """They held neighbours, of which none had to be."""
+    bank, file = LatentBank(duplicates(), labels_of(150)), tmp_path / "c.safetensors"
+    made = certificate_of(bank)
+    none = torch.zeros(150, 0, dtype=torch.int32)
+    tensors = {"beyond": made.distances[:, 0].clone(), "neighbours": none}
+    about = {"fingerprint": bank.fingerprint, "rows": "150", "dim": "24", "neighbours": "0"}
+    about |= {"format": "stagewise.Certificate", "version": "1", "class_wise": "False"}
+    save_file({"distances": made.distances, "copies": made.copies, **tensors}, file, about)
+    assert_same(Certificate.cached(file, bank), made)
 
 
 def test_load_refuses_what_does_not_fit(tmp_path):

@@ -89,6 +89,27 @@ def test_what_is_held_does_not_grow_with_samples_times_rows(monkeypatch):
     assert largest.bytes <= bank.rows.nbytes < 64 * 40_000
 
 
+class Syncs(TorchDispatchMode):
+    """Counts what an accelerator would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += func in waits
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_is_not_waited_for_once_a_sample():
+    bank = LatentBank(draw(400, 6))
+    found = []
+    for count in (2, 250):
+        with Syncs() as syncs:
+            nearest_rows(bank, draw(count, 6, seed=1))
+        found.append(syncs.count)
+    assert found[0] == found[1] < 8
+
+
 def test_the_threshold_is_a_third_of_the_distance_not_of_its_square():
     bank = LatentBank(torch.tensor([[0.0, 0.0], [4.0, 0.0]]))
     # d1 / d2 = 1/3 at x = 1; squared distances would call 1.4 a copy, too.

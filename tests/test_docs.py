@@ -24,7 +24,7 @@ MODULES = [
     *("stagewise.schemes.scheme", "stagewise.schemes.phases", "stagewise.smoothing"),
     *("stagewise.losses.regularizer", "stagewise.losses.weighted"),
     "stagewise.callbacks.metrics",
-    *("stagewise.smoothed_oracle", "stagewise.forecast", "stagewise.memorization_onset"),
+    *("stagewise.smoothed_oracle", "stagewise.forecast", "stagewise.learning_events"),
     "stagewise.callbacks.memorization_guard",
 ]
 

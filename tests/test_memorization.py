@@ -17,6 +17,8 @@ from stagewise.callbacks.metrics import CopyShare
 from stagewise.copies import binomial_interval
 from stagewise.losses import FlowMatchingLoss
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 SMALL = {"every_n_steps": 2, "samples": 8, "t_switch": (0, 0.4, 1), "t_resume": (0.5,), "steps": 25}
 
 

@@ -16,8 +16,8 @@ from stagewise.callbacks import (
     StageTransitions,
 )
 from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
+from stagewise.learning_events import GapWatch, OnsetLaw
 from stagewise.losses import FlowMatchingLoss
-from stagewise.memorization_onset import GapWatch, OnsetLaw
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
 

@@ -195,7 +195,7 @@ def test_one_set(folder, run, tmp_path):
     assert not (tmp_path / "comparison.png").exists()
 
 
-def test_two_sets(folder, run, tmp_path):
+def test_two_sets(folder, run, quick, tmp_path):
     sets = (folder / "vae", folder / "rough")
     arguments = ("--format", "auto", "repa", "--queries", 8, "--no-class-wise")
     code, out, _ = run("profile", *sets, *arguments, "--output", tmp_path)

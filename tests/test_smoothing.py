@@ -145,7 +145,7 @@ def test_dense_mixture(bank, path, floor, neighbours):
     ids=repr,
 )
 def test_dense_mixture_in_many_dimensions(path, floor, time):
-    bank, t = LatentBank(samples(34, 768)), torch.tensor([time]).double()
+    bank, t = LatentBank(samples(34, 256)), torch.tensor([time]).double()
     smoothing = Smoothing(bank, 32, 1.0, floor, progress=False)
     xt, _, _ = queries(smoothing, path, t)
     assert_dense(SmoothedOracle(bank, path, smoothing), xt, t)
@@ -264,7 +264,7 @@ def test_the_source_of_another_class_has_no_weight(smoothing):
 # --- What is trained on --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("class_wise", [False, True])
+@pytest.mark.parametrize("class_wise", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_mixing_is_unbiased_for_the_smoothed_set(class_wise):
     """A frozen model's loss and gradient have the same expectation; those of rows have not."""
     x = samples(30, 5)
@@ -454,40 +454,21 @@ def test_rows_in_a_file(smoothing, tmp_path):
 
 @pytest.mark.parametrize("residency", ["cuda", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_value_is_read_on_a_device(smoothing, residency, dtype):
+def test_no_value_is_read_on_a_device(smoothing, residency, dtype, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         here = Smoothing.__new__(Smoothing)
         here.__dict__.update(smoothing.__dict__, bank=smoothing.bank.to(residency), _moved={})
         x1 = torch.randn(5, 12, device="cuda", dtype=dtype)
         source, t = torch.arange(5, device=residency).clone(), torch.rand(5, device="cuda")
         if residency == "cpu":
-            here.rows_of = lambda x1, source: source  # reads values, which fake tensors have not
+            # Reads values, which fake tensors have not.
+            monkeypatch.setattr("stagewise.smoothing.rows_of", lambda bank, x1, source: source)
         for options in ({}, {"boundary": 0.5}, {"strength": lambda t: t}):
             x = here.draw(x1, source, t=t, **options)
             assert (x.device.type, x.dtype, x.shape) == ("cuda", dtype, x1.shape)
 
 
-# --- Neighbours elsewhere, and in a file ---------------------------------------------------------
-
-
-@pytest.mark.parametrize("class_wise", [False, True])
-def test_features_stand_in_the_order_of_the_data(class_wise):
-    x, y = samples(), labels()
-    line = torch.randperm(60, generator=draws(3))
-    bank = LatentBank(x, y)
-    smoothing = Smoothing(bank, 2, features=line[:, None], class_wise=class_wise, progress=False)
-    own = line[bank.index]
-    near = own[smoothing.index.long()]
-    gaps = (own[:, None] - own).abs().double()
-    gaps.fill_diagonal_(math.inf)
-    if class_wise:
-        names = y[bank.index]
-        gaps[names[:, None] != names] = math.inf
-    expected = gaps.topk(2, largest=False).values
-    found = (near - own[:, None]).abs().double()
-    there = expected.isfinite()
-    torch.testing.assert_close(found[there], expected[there])
-    assert (found[~there] == 0).all()
+# --- Neighbours in a file -----------------------------------------------------------------------
 
 
 def test_cached(bank, tmp_path, monkeypatch, recwarn):
@@ -499,8 +480,7 @@ def test_cached(bank, tmp_path, monkeypatch, recwarn):
     assert torch.equal(read.index, made.index)
     assert (read.scale, read.floor, read.neighbours) == (0.5, 0.1, 4)
     assert not recwarn.list
-    features = torch.randn(60, 2, generator=draws(8))
-    for options in ({"neighbours": 5}, {"class_wise": True}, {"features": features}):
+    for options in ({"neighbours": 5}, {"class_wise": True}):
         with pytest.warns(UserWarning, match="smoothing in .* belongs to other settings"):
             again = Smoothing.cached(file, bank, **{"neighbours": 4, **options}, progress=False)
         recwarn.clear()
@@ -531,9 +511,6 @@ def test_cached(bank, tmp_path, monkeypatch, recwarn):
         ({"neighbours": 0}, "`neighbours` from 1 to 59.*got 0"),
         ({"scale": -1.0}, "`scale` of at least 0, got -1.0"),
         ({"floor": math.nan}, "`floor` of at least 0, got nan"),
-        ({"features": torch.zeros(59, 2)}, r"`features` with shape \(60, F\).*got \(59, 2\)"),
-        ({"features": torch.zeros(60)}, r"`features` with shape \(60, F\).*got \(60,\)"),
-        ({"features": torch.full((60, 2), math.nan)}, "NaN or Inf in 60 of 60 lines, the first 0"),
     ],
 )
 def test_settings_that_are_refused(bank, tmp_path, options, message):
@@ -552,8 +529,6 @@ def test_what_is_no_bank_no_label_no_number(bank):
         Smoothing(LatentBank(samples()), class_wise=True)
     with pytest.raises(TypeError, match="Expected a Smoothing, got float"):
         SmoothedOracle(bank, LinearPath(), 0.5)
-    with pytest.raises(TypeError, match="`features` to be a tensor, got list"):
-        Smoothing(bank, features=[1, 2])
 
 
 def test_draws_that_are_refused(smoothing):

@@ -11,13 +11,7 @@ from stagewise.adapters import find_seams
 from stagewise.adapters.objective import nominal_shares
 from stagewise.binned_sums import BinnedSums
 from stagewise.losses import FlowMatchingLoss
-from stagewise.velocity_errors import (
-    ALARM,
-    probe_entry,
-    spent,
-    window_entry,
-)
-from stagewise.velocity_probe import PROBED, Probe
+from stagewise.velocity_probe import ALARM, PROBED, Probe, probe_entry, spent, window_entry
 
 EDGES, STAGES = torch.linspace(0, 1, 7).double(), torch.tensor([0.0, 0.4, 0.8, 1.0]).double()
 DIM = 5

@@ -12,7 +12,7 @@ from stagewise.oracle import Oracle, Times, as_times
 from stagewise.paths import Path
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
-from stagewise.smoothing_inputs import Strength, strength_at
+from stagewise.smoothing_inputs import Strength, rows_of, strength_at
 from stagewise.targets import Target
 
 __all__ = ["Drawn", "Smoothed"]
@@ -62,7 +62,7 @@ class Smoothed:
             source: Their rows, (B,), if they are known.
             seed: Of the draws.
         """
-        source = self.smoothing.rows_of(x1, source)
+        source = rows_of(self.smoothing.bank, x1, source)
         generator = torch.Generator(x1.device).manual_seed(seed)
         smoothed = self.smoothing.draw(
             x1, source, t=t, boundary=self._boundary, strength=self.strength, generator=generator

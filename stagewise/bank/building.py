@@ -8,22 +8,23 @@ types have no offset.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stagewise.batches import FindSample, find_checked
+from stagewise.memory import require_memory
 
 __all__ = [
     "BLOCK",
     "HALF",
     "as_tensor",
     "class_order",
-    "first_rows",
     "measure",
     "narrow",
     "offset_for",
@@ -47,8 +48,6 @@ _FIRST = 256  # rows that stand for all when not all are there yet
 _SORTED = 2**24  # numbers that are moved at a time, of few columns: the wider, the faster
 _LEAST = 2**-13
 """A standard deviation below which float16, whose numbers are 2^-24 apart there, loses digits."""
-
-Part: TypeAlias = "tuple[int, Tensor, Tensor | None]"
 
 
 # -- what is given ----------------------------------------------------------------------------
@@ -110,21 +109,39 @@ def require_storage(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+class Incoming(NamedTuple):
+    """Samples of batches on their way: `parts` are `(rows before, rows (n, D), labels or None)`.
+
+    Rows are as they are stored in `dtype`, less `offset`, on the host; `narrowed` says whether they
+    had another type. `shape` is that of a sample.
+    """
+
+    parts: Iterator[tuple[int, Tensor, Tensor | None]]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: Tensor
+    narrowed: bool
+
+
 def read_batches(
     batches: Iterable[Any],
     num_rows: int,
     find: FindSample,
-    advance: Callable[[int], object] | None = None,
-) -> tuple[Iterator[Part], tuple[int, ...], torch.dtype]:
-    """Reads the first `num_rows` samples; the arguments are those of `LatentBank.from_batches`.
+    dtype: torch.dtype | None,
+    offset: Tensor | None,
+    advance: Callable[[int], object] | None,
+    copies: int | None = None,
+) -> Incoming:
+    """The first `num_rows` samples; the arguments are those of `LatentBank.from_batches`.
 
-    Returns:
-        An iterator over `(rows before, samples (n, D), labels (n,) or None)`, detached and on the
-        host; the shape of a sample; and the type of those in the first batch, which has been read.
+    With `copies` they are refused, before more than a batch is read, if they do not fit in memory.
+
+    The mean of all is known only after the last batch. Any fixed vector near it serves as the
+    offset: that of the first 256 rows, whatever the batches are.
 
     Raises:
-        ValueError: If there are fewer rows than promised or shapes differ between batches, the
-            latter two by the iterator.
+        ValueError: If there are fewer rows than promised or shapes differ between batches, both
+            when they are iterated over.
     """
     found = (find_checked(find, batch) for batch in batches)
     first = next(found, None)
@@ -133,7 +150,7 @@ def read_batches(
     shape = tuple(first[0].shape[1:])
     require_rows((num_rows, *shape))
 
-    def parts() -> Iterator[Part]:
+    def read() -> Iterator[tuple[int, Tensor, Tensor | None]]:
         done = 0
         for x1, labels in chain([first], found):
             if x1.shape[1:] != shape:
@@ -150,17 +167,18 @@ def read_batches(
                 return
         raise ValueError(f"Expected {num_rows} rows in the batches, got {done}.")
 
-    return parts(), shape, first[0].dtype
-
-
-def first_rows(parts: Iterator[Part]) -> tuple[Tensor, Iterator[Part]]:
-    """The first 256 rows, the same ones whatever the batches are; and all parts, these included."""
-    held: list[Part] = []
-    for part in parts:
+    given, samples = first[0].dtype, read()
+    dtype = require_storage(dtype or given)
+    if copies is not None:
+        require_memory(num_rows, math.prod(shape), dtype, copies)
+    held = []
+    for part in samples:
         held.append(part)
         if part[0] + len(part[1]) >= _FIRST:
             break
-    return torch.cat([x1 for _, x1, _ in held])[:_FIRST], chain(held, parts)
+    middle = offset_for(torch.cat([x1 for _, x1, _ in held])[:_FIRST], dtype, offset)
+    parts = ((done, narrow(x1, middle, dtype), y) for done, x1, y in chain(held, samples))
+    return Incoming(parts, shape, dtype, middle, given != dtype)
 
 
 # -- classes ----------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ class LatentsData(ResumableData):
         return tuple(map(str, range(self.num_classes)))
 
     def examples(self, classes: Sequence[int], count: int) -> Tensor:
-        """The first training samples of some classes, without draws, (classes, count, *).
+        """The first training samples of classes, without draws, (classes, count, *).
 
         Where a class has fewer they come again; where it has none they are 0.
         """

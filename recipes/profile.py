@@ -17,6 +17,7 @@ from torch import Tensor
 from stagewise.advice import advise
 from stagewise.callbacks.figures import render
 from stagewise.latents import Latents, open_latents
+from stagewise.latents.opening import FORMATS
 from stagewise.profile import Profile
 from stagewise.recipes.profile_figures import comparison_figure, profile_figure
 from stagewise.recipes.profile_report import Profiled, comparison, report
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         nargs="+",
         default=["auto"],
-        choices=["auto", "lightningdit", "fast-dit", "repa", "edm2", "mar", "plain"],
+        choices=["auto", *FORMATS],
         metavar="FORMAT",
         help="one for both sets or one for each: auto, lightningdit, fast-dit, repa, edm2, mar or "
         "plain; repa and edm2 must be said, since their files have the same names (auto)",

@@ -54,11 +54,7 @@ _LEAST = 2**-13
 
 
 def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
-    """A tensor as it is, and an array, in any byte order, without a copy where that is possible.
-
-    Raises:
-        TypeError: If it is something else, with the cure.
-    """
+    """A tensor as it is, and an array, in any byte order, without a copy where that is possible."""
     if isinstance(value, Tensor):
         return value
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
@@ -72,12 +68,9 @@ def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
 
 
 def whole_labels(labels: Tensor | np.ndarray, count: int) -> Tensor:
-    """Labels of shape (count,) or (count, 1) as integers, (count,); also whole floats.
+    """Labels of shape (count,) or (count, 1) as int64, (count,); also whole floats.
 
-    Integers cost no device sync.
-
-    Raises:
-        ValueError: If there is another number of labels, or they are no whole numbers.
+    Others are refused. Integers cost no device sync.
     """
     given = as_tensor(labels, "labels")
     flat = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
@@ -135,13 +128,8 @@ def read_batches(
     """The first `num_rows` samples; the arguments are those of `LatentBank.from_batches`.
 
     With `copies` they are refused, before more than a batch is read, if they do not fit in memory.
-
     The mean of all is known only after the last batch. Any fixed vector near it serves as the
     offset: that of the first 256 rows, whatever the batches are.
-
-    Raises:
-        ValueError: If there are fewer rows than promised or shapes differ between batches, both
-            when they are iterated over.
     """
     found = (find_checked(find, batch) for batch in batches)
     first = next(found, None)
@@ -187,14 +175,11 @@ def read_batches(
 def class_order(
     labels: Tensor | np.ndarray | None, num_rows: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor | None, dict[int, slice]]:
-    """The order that brings rows of a class together.
+    """The order that brings rows of a class together; within it they keep theirs.
 
     Returns:
         The old position of each row in the new order, (N,), and the classes, ascending, with their
-        rows. Rows of a class keep their order. Without labels None and no classes.
-
-    Raises:
-        ValueError: If there is another number of labels, or they are no whole numbers.
+        rows. Without labels None and no classes.
     """
     if labels is None:
         return None, {}
@@ -230,9 +215,6 @@ def offset_for(x: Tensor, dtype: torch.dtype, given: Tensor | None = None) -> Te
 
     Returns:
         The offset, (D,), float64, on the device of `x`.
-
-    Raises:
-        ValueError: If other than D numbers are given, or such that are not finite.
     """
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     if dtype not in HALF or x.dtype == dtype:
@@ -256,11 +238,7 @@ def offset_for(x: Tensor, dtype: torch.dtype, given: Tensor | None = None) -> Te
 def narrow(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """Samples (N, D) as they are stored, `(x - offset)` rounded to `dtype`; NaN and Inf pass.
 
-    Returns:
-        The rows, (N, D); `x` itself if nothing changes.
-
-    Raises:
-        ValueError: If a finite number of `x` is beyond the range of `dtype`.
+    It is `x` itself if nothing changes. Finite numbers beyond the range of `dtype` are refused.
     """
     if x.dtype == dtype and dtype not in HALF:
         return x
@@ -295,17 +273,9 @@ def require_spread(spread: float, dtype: torch.dtype) -> None:
 
 
 def measure(rows: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean of rows (N, D), and their squared distances from it, in two passes.
+    """The mean of rows (N, D), and their squared distances from it, (N,), float64, in two passes.
 
-    Args:
-        rows: (N, D).
-        index: Where each row was in the user's order, if that is another.
-
-    Returns:
-        The mean, (D,), and the squared distances, (N,), float64.
-
-    Raises:
-        ValueError: If there are rows with NaN or Inf; their count and the first are named.
+    Rows with NaN or Inf are refused; the first is named by its place in the user's order, `index`.
     """
     wide, device = torch.float64, rows.device
     step = max(1, BLOCK // rows.shape[1])

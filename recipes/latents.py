@@ -33,7 +33,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def current(config: DictConfig) -> DictConfig:
     """The configuration of a run, also of version 0.1, whose `data` held what opens the latents."""
     data = config.get("data")
-    if data is not None and "path" in data and str(data.get("_target_")).endswith("LatentsData"):
+    old = isinstance(data, DictConfig) and "path" in data
+    if old and str(data.get("_target_")).endswith("LatentsData"):
         given = ("path", "format", "flips", "moments", "normalize", "multiplier", "expected_std")
         opens = {name: data.pop(name) for name in given if name in data}
         target = {"_target_": "stagewise.latents.open_latents", "_partial_": True}

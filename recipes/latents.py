@@ -33,7 +33,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def current(config: DictConfig) -> DictConfig:
     """The configuration of a run, also of version 0.1, whose `data` held what opens the latents."""
     data = config.get("data")
-    if data is not None and "path" in data and str(data.get("_target_")).endswith("LatentsData"):
+    old = isinstance(data, DictConfig) and "path" in data
+    if old and str(data.get("_target_")).endswith("LatentsData"):
         given = ("path", "format", "flips", "moments", "normalize", "multiplier", "expected_std")
         opens = {name: data.pop(name) for name in given if name in data}
         target = {"_target_": "stagewise.latents.open_latents", "_partial_": True}
@@ -127,7 +128,7 @@ class LatentsData(ResumableData):
         return tuple(map(str, range(self.num_classes)))
 
     def examples(self, classes: Sequence[int], count: int) -> Tensor:
-        """The first training samples of some classes, without draws, (classes, count, *).
+        """The first training samples of classes, without draws, (classes, count, *).
 
         Where a class has fewer they come again; where it has none they are 0.
         """

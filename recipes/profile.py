@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stagewise.callbacks.figures import render
 from stagewise.latents import Latents, open_latents
+from stagewise.latents.opening import FORMATS
 from stagewise.profile import Profile
 from stagewise.recipes.profile_figures import comparison_figure, profile_figure
 from stagewise.recipes.profile_report import Profiled, comparison, report
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         "dtype": (str, "float32", "of the bank (%(default)s)"),
     }  # fmt: skip
     more: dict[str, dict[str, Any]] = {"dtype": {"choices": list(_DTYPES)}, "scale": {"nargs": "+"}}
-    formats = ["auto", "lightningdit", "fast-dit", "repa", "edm2", "mar", "plain"]
+    formats = ["auto", *FORMATS]
     more["format"] = {"nargs": "+", "choices": formats, "metavar": "FORMAT"}
     parser.add_argument(
         "latents",

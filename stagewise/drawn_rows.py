@@ -40,20 +40,16 @@ _LONGEST = 4  # times the data set is how far a sampler without an end is looked
 class Drawn(NamedTuple):
     """What a loader draws.
 
-    Attributes:
-        rows: Positions in the data set, ascending, each once, but as listed by a
-            `SubsetRandomSampler`. All of them where it cannot be told.
-        batches: Of an epoch.
-        per_batch: Samples in a batch of all ranks.
-        warnings: Where a bank of these rows is not what is trained on.
-        looked: The number of draws that were looked at, 0 for a sampler with an end.
+    `rows` are positions in the data set, ascending, each once, but as listed by a
+    `SubsetRandomSampler`; all of them where it cannot be told. `warnings` say where a bank of these
+    rows is not what is trained on.
     """
 
     rows: Sequence[int]
-    batches: float
-    per_batch: float
+    batches: float  # of an epoch
+    per_batch: float  # samples in a batch of all ranks
     warnings: Sequence[str] = ()
-    looked: int = 0
+    looked: int = 0  # draws that were looked at, 0 for a sampler with an end
 
     @property
     def cut(self) -> bool:
@@ -82,7 +78,8 @@ def drawn_rows(
 ) -> Drawn:
     """The rows of its data set that a loader draws, on any rank and in any epoch.
 
-    To be called within `undisturbed`, because a copy of the sampler draws.
+    To be called within `undisturbed`, because a copy of the sampler draws. Refuses a loader that
+    draws something else than positions, or nothing.
 
     Args:
         loader: A loader over a data set with a length. Nothing of it is advanced.
@@ -90,13 +87,10 @@ def drawn_rows(
         world_size: Processes that train.
         epoch: The present one, for samplers that are told.
         kept: What a copy of the sampler may refer to and is not copied with it: trainer, module.
-
-    Raises:
-        ValueError: If it draws something else than positions, or nothing, with the cure.
     """
     size = len(loader.dataset)  # type: ignore[arg-type]
     drawn = _known(loader, size, limit, world_size)
-    drawn = drawn or _looked_at(loader, size, limit, world_size, epoch, kept)
+    drawn = drawn or _looked_at(loader, limit, world_size, epoch, kept)
     if not drawn.rows:
         raise ValueError(f"Expected a loader that draws samples, got one that draws none. {CURE}")
     return drawn
@@ -131,15 +125,11 @@ def _known(loader: DataLoader[Any], size: int, limit: float, world_size: int) ->
 
 
 def _looked_at(
-    loader: DataLoader[Any],
-    size: int,
-    limit: float,
-    world_size: int,
-    epoch: int,
-    kept: Sequence[Any],
+    loader: DataLoader[Any], limit: float, world_size: int, epoch: int, kept: Sequence[Any]
 ) -> Drawn:
     """What copies of the batch sampler, one for each rank, draw in two epochs."""
     whole: Any = loader.batch_sampler
+    size = len(loader.dataset)  # type: ignore[arg-type]
     plain = type(whole) is BatchSampler
     name = type(whole.sampler if plain else whole).__name__
     ranks = _ranks(world_size, whole)

@@ -115,11 +115,8 @@ class Entry:
 def read_header(path: FilePath) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file and its metadata, once the library has accepted them.
 
-    Returns:
-        The tensors by name, without those of types that torch cannot read; and the metadata.
-
-    Raises:
-        Problem: If it is no such file, or not all of it is there.
+    Tensors of types that torch cannot read are left out. Raises a `Problem` if it is no such file,
+    or not all of it is there.
     """
     size = os.stat(path).st_size
     with open(path, "rb") as file:
@@ -187,16 +184,9 @@ def read_tensor(path: FilePath, entry: Entry) -> Tensor:
 
 
 def read_metadata(path: FilePath, kind: str, name: str) -> dict[str, str]:
-    """The metadata of a safetensors file.
+    """The metadata of a safetensors file, whose "format" must be `kind`.
 
-    Args:
-        path: The file.
-        kind: The "format" that its metadata must have.
-        name: What it should be, for the message: "certificate".
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is something else.
+    `name` is what it should be, for the message: "certificate".
     """
     try:
         about = read_header(path)[1]
@@ -210,15 +200,9 @@ def read_metadata(path: FilePath, kind: str, name: str) -> dict[str, str]:
 
 
 def is_computed(path: FilePath, wanted: dict[str, str], name: str) -> bool:
-    """Whether the file at `path` has the metadata asked for; warns if they are others.
+    """Whether there is a file with the metadata asked for; warns if they are others.
 
-    Args:
-        path: The file, which need not exist.
-        wanted: The metadata; "fingerprint" is that of the bank.
-        name: What it should be: "certificate".
-
-    Raises:
-        ValueError: If there is a file of another kind.
+    Refuses a file of another "format"; "fingerprint" is that of the bank.
     """
     if not os.path.exists(path):
         return False

@@ -20,14 +20,12 @@ class RowReader:
     """Reads rows by a loader of its own, over the data set and with the settings of another one.
 
     A data set with a method `fixed()` is read through what that returns: its samples without draws.
+    Refuses samples that cannot be read twice or have no length, with the cure.
 
     Args:
         loader: The other one, which is not advanced.
         find: From a batch to `(x_1, labels or None)`.
         move: From what a loader yields to what a training step is given.
-
-    Raises:
-        ValueError: If its samples cannot be read twice or have no length, with the cure.
     """
 
     def __init__(self, loader: Any, find: FindSample, move: Callable[[Any], Any]) -> None:
@@ -53,15 +51,13 @@ class RowReader:
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """`x_1` and labels of rows, in batches of the loader's size; to be called in `undisturbed`.
 
+        Refuses what is not one `x_1` for each row, all of one shape, and all with labels or none.
+
         Args:
             rows: Positions in the data set.
             workers: At most; default as many as the loader has.
             times: How often each batch is read, default once.
             seed: Of the workers, default 0.
-
-        Raises:
-            ValueError: If they are not one `x_1` for each row, all of one shape, with labels or all
-                without, with the cure.
         """
         loader = self.loader
         workers = loader.num_workers if workers is None else min(workers, loader.num_workers)

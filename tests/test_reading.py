@@ -71,11 +71,16 @@ SOURCES = [
 HERE, FORK = {"num_workers": 0}, {"num_workers": 1}
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("source", "workers"),
     [
         *((source, HERE) for source in SOURCES),
-        *((source, FORK | {"worker_init_fn": alike}) for source in SOURCES),
+        *((source, FORK | {"worker_init_fn": alike}) for source in SOURCES[:3]),
+        *(slow(source, FORK | {"worker_init_fn": alike}) for source in SOURCES[3:]),
         ("torch", {"num_workers": 2}),
         ("own numpy", {"num_workers": 2, "worker_init_fn": alike, "persistent_workers": True}),
         ("of the worker", FORK),
@@ -177,8 +182,14 @@ class Take(pl.Callback):
         self.first, self.second = rows
 
 
-@pytest.mark.parametrize("source", [*SOURCES, "of the worker"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("source", "workers"),
+    [
+        *((source, 0) for source in (*SOURCES, "of the worker")),
+        *((source, 1) for source in ("torch", "global numpy", "of the worker")),
+        *(slow(source, 1) for source in SOURCES if source not in ("torch", "global numpy")),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:The training set gives other values")
 def test_training_draws_what_it_would_have_drawn(source, workers, make_trainer, tiny_flow, weights):
     def run(*callbacks):

@@ -63,6 +63,8 @@ def write_bank(
 ) -> None:
     """Writes the file of a bank, which has its name when it is complete and on the disk.
 
+    Refuses a folder that does not exist, and a disk without room for it.
+
     Args:
         path: Its name. A file that is there already is replaced.
         num_rows: N.
@@ -71,9 +73,6 @@ def write_bank(
         num_classes: C; 0 without labels.
         fill: Fills the rows, (N, D), which are mapped: what is assigned to them goes to the file.
             Returns the bank of them.
-
-    Raises:
-        OSError: If the disk has no room for it, or the folder does not exist.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -129,15 +128,7 @@ def _require_disk(folder: Path, need: int) -> None:
 
 
 def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
-    """Opens a file without reading its rows, which are mapped and read-only.
-
-    Returns:
-        The rows, and the other tensors by name.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no bank, not complete, or of a later version.
-    """
+    """Opens a file without reading its rows, which are mapped, and the other tensors by name."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(

@@ -8,22 +8,23 @@ types have no offset.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stagewise.batches import FindSample, find_checked
+from stagewise.memory import require_memory
 
 __all__ = [
     "BLOCK",
     "HALF",
     "as_tensor",
     "class_order",
-    "first_rows",
     "measure",
     "narrow",
     "offset_for",
@@ -48,18 +49,12 @@ _SORTED = 2**24  # numbers that are moved at a time, of few columns: the wider, 
 _LEAST = 2**-13
 """A standard deviation below which float16, whose numbers are 2^-24 apart there, loses digits."""
 
-Part: TypeAlias = "tuple[int, Tensor, Tensor | None]"
-
 
 # -- what is given ----------------------------------------------------------------------------
 
 
 def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
-    """A tensor as it is, and an array, in any byte order, without a copy where that is possible.
-
-    Raises:
-        TypeError: If it is something else, with the cure.
-    """
+    """A tensor as it is, and an array, in any byte order, without a copy where that is possible."""
     if isinstance(value, Tensor):
         return value
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
@@ -73,12 +68,9 @@ def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
 
 
 def whole_labels(labels: Tensor | np.ndarray, count: int) -> Tensor:
-    """Labels of shape (count,) or (count, 1) as integers, (count,); also whole floats.
+    """Labels of shape (count,) or (count, 1) as int64, (count,); also whole floats.
 
-    Integers cost no device sync.
-
-    Raises:
-        ValueError: If there is another number of labels, or they are no whole numbers.
+    Others are refused. Integers cost no device sync.
     """
     given = as_tensor(labels, "labels")
     flat = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
@@ -110,21 +102,34 @@ def require_storage(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+class Incoming(NamedTuple):
+    """Samples of batches on their way: `parts` are `(rows before, rows (n, D), labels or None)`.
+
+    Rows are as they are stored in `dtype`, less `offset`, on the host; `narrowed` says whether they
+    had another type. `shape` is that of a sample.
+    """
+
+    parts: Iterator[tuple[int, Tensor, Tensor | None]]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: Tensor
+    narrowed: bool
+
+
 def read_batches(
     batches: Iterable[Any],
     num_rows: int,
     find: FindSample,
-    advance: Callable[[int], object] | None = None,
-) -> tuple[Iterator[Part], tuple[int, ...], torch.dtype]:
-    """Reads the first `num_rows` samples; the arguments are those of `LatentBank.from_batches`.
+    dtype: torch.dtype | None,
+    offset: Tensor | None,
+    advance: Callable[[int], object] | None,
+    copies: int | None = None,
+) -> Incoming:
+    """The first `num_rows` samples; the arguments are those of `LatentBank.from_batches`.
 
-    Returns:
-        An iterator over `(rows before, samples (n, D), labels (n,) or None)`, detached and on the
-        host; the shape of a sample; and the type of those in the first batch, which has been read.
-
-    Raises:
-        ValueError: If there are fewer rows than promised or shapes differ between batches, the
-            latter two by the iterator.
+    With `copies` they are refused, before more than a batch is read, if they do not fit in memory.
+    The mean of all is known only after the last batch. Any fixed vector near it serves as the
+    offset: that of the first 256 rows, whatever the batches are.
     """
     found = (find_checked(find, batch) for batch in batches)
     first = next(found, None)
@@ -133,7 +138,7 @@ def read_batches(
     shape = tuple(first[0].shape[1:])
     require_rows((num_rows, *shape))
 
-    def parts() -> Iterator[Part]:
+    def read() -> Iterator[tuple[int, Tensor, Tensor | None]]:
         done = 0
         for x1, labels in chain([first], found):
             if x1.shape[1:] != shape:
@@ -150,17 +155,18 @@ def read_batches(
                 return
         raise ValueError(f"Expected {num_rows} rows in the batches, got {done}.")
 
-    return parts(), shape, first[0].dtype
-
-
-def first_rows(parts: Iterator[Part]) -> tuple[Tensor, Iterator[Part]]:
-    """The first 256 rows, the same ones whatever the batches are; and all parts, these included."""
-    held: list[Part] = []
-    for part in parts:
+    given, samples = first[0].dtype, read()
+    dtype = require_storage(dtype or given)
+    if copies is not None:
+        require_memory(num_rows, math.prod(shape), dtype, copies)
+    held = []
+    for part in samples:
         held.append(part)
         if part[0] + len(part[1]) >= _FIRST:
             break
-    return torch.cat([x1 for _, x1, _ in held])[:_FIRST], chain(held, parts)
+    middle = offset_for(torch.cat([x1 for _, x1, _ in held])[:_FIRST], dtype, offset)
+    parts = ((done, narrow(x1, middle, dtype), y) for done, x1, y in chain(held, samples))
+    return Incoming(parts, shape, dtype, middle, given != dtype)
 
 
 # -- classes ----------------------------------------------------------------------------------
@@ -169,14 +175,11 @@ def first_rows(parts: Iterator[Part]) -> tuple[Tensor, Iterator[Part]]:
 def class_order(
     labels: Tensor | np.ndarray | None, num_rows: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor | None, dict[int, slice]]:
-    """The order that brings rows of a class together.
+    """The order that brings rows of a class together; within it they keep theirs.
 
     Returns:
         The old position of each row in the new order, (N,), and the classes, ascending, with their
-        rows. Rows of a class keep their order. Without labels None and no classes.
-
-    Raises:
-        ValueError: If there is another number of labels, or they are no whole numbers.
+        rows. Without labels None and no classes.
     """
     if labels is None:
         return None, {}
@@ -212,9 +215,6 @@ def offset_for(x: Tensor, dtype: torch.dtype, given: Tensor | None = None) -> Te
 
     Returns:
         The offset, (D,), float64, on the device of `x`.
-
-    Raises:
-        ValueError: If other than D numbers are given, or such that are not finite.
     """
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     if dtype not in HALF or x.dtype == dtype:
@@ -238,11 +238,7 @@ def offset_for(x: Tensor, dtype: torch.dtype, given: Tensor | None = None) -> Te
 def narrow(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """Samples (N, D) as they are stored, `(x - offset)` rounded to `dtype`; NaN and Inf pass.
 
-    Returns:
-        The rows, (N, D); `x` itself if nothing changes.
-
-    Raises:
-        ValueError: If a finite number of `x` is beyond the range of `dtype`.
+    It is `x` itself if nothing changes. Finite numbers beyond the range of `dtype` are refused.
     """
     if x.dtype == dtype and dtype not in HALF:
         return x
@@ -277,17 +273,9 @@ def require_spread(spread: float, dtype: torch.dtype) -> None:
 
 
 def measure(rows: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean of rows (N, D), and their squared distances from it, in two passes.
+    """The mean of rows (N, D), and their squared distances from it, (N,), float64, in two passes.
 
-    Args:
-        rows: (N, D).
-        index: Where each row was in the user's order, if that is another.
-
-    Returns:
-        The mean, (D,), and the squared distances, (N,), float64.
-
-    Raises:
-        ValueError: If there are rows with NaN or Inf; their count and the first are named.
+    Rows with NaN or Inf are refused; the first is named by its place in the user's order, `index`.
     """
     wide, device = torch.float64, rows.device
     step = max(1, BLOCK // rows.shape[1])

@@ -25,7 +25,6 @@ from stagewise.bank.bank_file import open_bank, write_bank
 from stagewise.bank.building import (
     as_tensor,
     class_order,
-    first_rows,
     measure,
     narrow,
     offset_for,
@@ -38,7 +37,7 @@ from stagewise.bank.building import (
 from stagewise.bank.rows import RowStore
 from stagewise.batches import FindSample, find_sample
 from stagewise.files import FilePath
-from stagewise.memory import format_bytes, require_memory
+from stagewise.memory import format_bytes
 
 __all__ = ["LatentBank"]
 
@@ -108,7 +107,7 @@ class LatentBank(RowStore):
         else:
             sort_in_place(rows, index)
         super().__init__(rows, offset, tuple(x.shape[1:]), index, segments)
-        self._measure(narrowed=given.dtype != dtype)
+        self._measure(given.dtype != dtype)
 
     @classmethod
     def _of(cls, *parts: Any) -> LatentBank:
@@ -158,30 +157,22 @@ class LatentBank(RowStore):
             copies: Processes on this host that build the same bank, for the check of memory.
             advance: Called with the number of rows read so far, for a progress display.
 
-        Returns:
-            The bank.
-
         Raises:
             MemoryError: If the bank would not fit into the memory that is available, before it is
                 allocated; the message gives the size and the ways to make it fit.
             ValueError: If there are fewer rows than promised or shapes differ between batches.
         """
-        parts, shape, given = read_batches(batches, num_rows, find, advance)
-        dtype = dtype or given
-        require_memory(num_rows, math.prod(shape), dtype, copies)
-        rows = torch.empty((num_rows, math.prod(shape)), dtype=require_storage(dtype))
-        first, parts = first_rows(parts)
+        read = read_batches(batches, num_rows, find, dtype, offset, advance, copies)
+        rows = torch.empty((num_rows, math.prod(read.shape)), dtype=read.dtype)
         labels, labelled = torch.empty(num_rows, dtype=torch.int64), 0
-        # The mean is known only after the last batch; any fixed vector near it serves.
-        middle = offset_for(first, dtype, offset)
-        for done, x1, label in parts:
-            rows[done : done + len(x1)] = narrow(x1, middle, dtype)
+        for done, part, label in read.parts:
+            rows[done : done + len(part)] = part
             if label is not None and class_wise:
-                labels[done : done + len(x1)] = label
-                labelled += len(x1)
+                labels[done : done + len(part)] = label
+                labelled += len(part)
         index, segments = class_order(labels[:labelled] if labelled else None, num_rows)
         sort_in_place(rows, index)
-        return cls._of(rows, middle, shape, index, segments)._measure(narrowed=given != dtype)
+        return cls._of(rows, read.offset, read.shape, index, segments)._measure(read.narrowed)
 
     @classmethod
     def write(
@@ -196,7 +187,7 @@ class LatentBank(RowStore):
         find: FindSample = find_sample,
         advance: Callable[[int], object] | None = None,
     ) -> LatentBank:
-        """Builds a bank on disk from batches, whatever its size, and opens it.
+        """Builds a bank on disk from batches, whatever its size, and opens it (`open`).
 
         Args:
             path: The file, which is replaced if it is there.
@@ -209,44 +200,29 @@ class LatentBank(RowStore):
             find: From a batch to `(x_1, labels or None)`; labels found are compared with `labels`.
             advance: As for `from_batches`.
 
-        Returns:
-            The bank, memory-mapped as `open` gives it.
-
         Raises:
             OSError: If the disk has no room for it.
             ValueError: As `from_batches`, or if labels of a batch are not those in `labels`.
         """
         index, segments = class_order(labels, num_rows)
-        parts, shape, given = read_batches(batches, num_rows, find, advance)
-        dtype = require_storage(dtype or given)
-        first, parts = first_rows(parts)
-        middle = offset_for(first, dtype, offset)
+        read = read_batches(batches, num_rows, find, dtype, offset, advance)
         place = torch.arange(num_rows) if index is None else torch.argsort(index)
 
         def fill(rows: Tensor) -> LatentBank:
-            for done, x1, found in parts:
+            for done, part, found in read.parts:
                 if labels is not None and found is not None:
-                    _require_same(found, labels[done : done + len(x1)], done)
-                rows[place[done : done + len(x1)]] = narrow(x1, middle, dtype)
-            return cls._of(rows, middle, shape, index, segments)._measure(narrowed=given != dtype)
+                    _require_same(found, labels[done : done + len(part)], done)
+                rows[place[done : done + len(part)]] = part
+            return cls._of(rows, read.offset, read.shape, index, segments)._measure(read.narrowed)
 
-        write_bank(path, num_rows, math.prod(shape), dtype, len(segments), fill)
+        write_bank(path, num_rows, math.prod(read.shape), read.dtype, len(segments), fill)
         return cls.open(path)
 
     def part(self, rows: slice) -> LatentBank:
-        """Some of the rows as a bank of its own, in host memory: a shard of a bank in a file.
+        """Some of the rows, at least two, as a bank of its own, in host memory: a shard.
 
-        It is rounded as this one is. A stride, as of `slice(rank, None, world_size)`, gives every
-        shard its share of each class.
-
-        Args:
-            rows: Which, at least two.
-
-        Returns:
-            The bank, in which the rows keep their order and classes and count from 0.
-
-        Raises:
-            ValueError: For fewer than two rows.
+        Rows keep their rounding, order and classes and count from 0. A stride, as of `slice(rank,
+        None, world_size)`, gives every shard its share of each class.
         """
         at = torch.arange(len(self), device=self.device)[rows]
         require_rows((len(at), *self.shape))

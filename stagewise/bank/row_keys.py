@@ -52,15 +52,10 @@ _made: dict[tuple[int, torch.device], Tensor] = {}
 def find_rows(
     read: Callable[[Tensor], Tensor], index: tuple[Tensor, Tensor], wanted: Tensor
 ) -> Tensor:
-    """Where each of `wanted` stands among some rows.
+    """Where each of `wanted`, (B, D), stands among some rows: the number of an equal one, or -1.
 
-    Args:
-        read: From numbers of rows, (B,), to these rows, (B, D).
-        index: The keys of the rows in ascending order and the rows they belong to, each (N,).
-        wanted: (B, D), of the same type on the same device.
-
-    Returns:
-        For each the number of an equal row, or -1, (B,), int64.
+    `read` gives rows by their numbers; `index` is their keys in ascending order and the rows they
+    belong to, each (N,).
     """
     keys, order = index
     key = row_keys(wanted)
@@ -78,11 +73,7 @@ def find_rows(
 
 
 def find_among(rows: Tensor, wanted: Tensor) -> Tensor:
-    """Where each of `wanted`, (B, *), stands among `rows`, (N, *), at the precision of `wanted`.
-
-    Returns:
-        For each the number of an equal row, or -1, (B,), int64.
-    """
+    """Where each of `wanted`, (B, *), stands among `rows`, (N, *), at its precision, or -1."""
     if rows.shape[1:] != wanted.shape[1:] or not len(rows):
         return torch.full((len(wanted),), -1, device=wanted.device)
     rows, wanted = rows.detach().to(wanted).flatten(1), wanted.detach().flatten(1)

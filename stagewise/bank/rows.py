@@ -23,14 +23,9 @@ Self = TypeVar("Self", bound="RowStore")
 class RowStore:
     """N samples of D numbers, wherever they lie. A copy of a store is the store itself.
 
-    Args:
-        rows: The samples less `offset`, (N, D).
-        offset: What makes a row a sample again, (D,), float64.
-        shape: Shape of a sample.
-        index: Position of each row in the user's order, (N,), or None if that is the same.
-        segments: The rows of each class, by its label, ascending.
-        file: The file under the rows, if they are memory-mapped.
-        keys: The keys of the rows (`row_keys`), if they are known.
+    `rows`, `offset`, `shape` and `index` are those of `LatentBank`; `segments` the rows of each
+    class, by its label, ascending; `file` is that under rows that are memory-mapped, and `keys`
+    those of the rows, if they are known.
     """
 
     def __init__(
@@ -280,11 +275,7 @@ class RowStore:
         return self.to(device) if free is None or self.nbytes < free / 4 else self
 
     def pin(self: Self) -> Self:
-        """The store in pinned host memory, from where a CUDA device copies fastest.
-
-        Raises:
-            RuntimeError: Without a CUDA device.
-        """
+        """The store in pinned host memory, from where a CUDA device copies fastest."""
         if not torch.cuda.is_available():
             raise RuntimeError(
                 "Expected a CUDA device, found none: pinned memory is for copies to one. Without "

@@ -68,11 +68,7 @@ class Rows:
 
 
 def read_array(data: bytes, name: str) -> Tensor:
-    """The array of a `.npy` file that was read; `name` is for the error.
-
-    Raises:
-        Problem: If it is no such file, or not all of it is there.
-    """
+    """The array of a `.npy` file that was read; `name` is for the error."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy raises what its parser does
@@ -85,11 +81,7 @@ def read_array(data: bytes, name: str) -> Tensor:
 
 
 def to_tensor(array: np.ndarray, name: str) -> Tensor:
-    """An array as a tensor, in the byte order of this processor; `name` is for the error.
-
-    Raises:
-        NoNumbers: If it holds something else, as text.
-    """
+    """An array as a tensor, in the byte order of this processor; `name` is for the error."""
     try:
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     except TypeError as error:
@@ -109,17 +101,9 @@ def _unreadable(name: str, error: Exception) -> Problem:
 
 
 def array_entry(path: Path, member: str | None = None) -> Entry | None:
-    """Where the numbers of a `.npy` file, or of one in a zip, lie.
+    """Where the numbers of a `.npy` file, or of a `member` of a zip, lie; None if compressed.
 
-    Args:
-        path: The file.
-        member: Its name in the zip, default none: `path` is the `.npy` file.
-
-    Returns:
-        The entry, or None if the member is compressed and has no place of its own.
-
-    Raises:
-        Problem: If it is no such file, or not all of it is there; `NoNumbers` if it holds text.
+    Raises a `Problem` if not all of it is there, `NoNumbers` if it holds text.
     """
     name = str(path) if member is None else f"{member} in {path}"
     try:
@@ -169,11 +153,7 @@ def local_header(header: bytes) -> int:
 
 
 def class_numbers(labels: Tensor, rows: int, name: str, path: Path) -> Tensor:
-    """Labels of `rows` rows, (N,) or (N, 1) whole numbers of any type, as (N,) int64.
-
-    Raises:
-        Problem: If they are something else, with what it is and the cure.
-    """
+    """Labels of `rows` rows, (N,) or (N, 1) whole numbers of any type, as (N,) int64."""
     expected = f"Expected {name} as {rows} integers, {name} of shape {(rows,)} in {path}, got"
     if labels.shape not in ((rows,), (rows, 1)):
         if is_one_hot(labels, rows):

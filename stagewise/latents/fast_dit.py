@@ -128,18 +128,9 @@ def _number(name: str) -> tuple[int, str]:
 
 
 def write_fast_dit(
-    folder: FilePath, batches: Iterable[tuple[Tensor, Tensor]], *, name: str = "imagenet256"
+    folder: FilePath, batches: Iterable[tuple[Tensor, Tensor]], name: str = "imagenet256"
 ) -> Path:
-    """Writes scaled latents as fast-DiT does.
-
-    Args:
-        folder: The folder.
-        batches: `(latents, labels)`, (B, C, H, W) and (B,).
-        name: What the two folders begin with.
-
-    Returns:
-        The folder.
-    """
+    """Writes scaled `(latents, labels)`, (B, C, H, W) and (B,), as fast-DiT does."""
     folder, row = Path(folder), 0
     features, targets = folder / f"{name}{_MARK}", folder / f"{name}_labels"
     for place in (features, targets):

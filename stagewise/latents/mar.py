@@ -103,14 +103,9 @@ class MAR(PerFile):
 
 
 def write_mar(folder: FilePath, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Path:
-    """Writes means and log-variances as MAR does.
+    """Writes `(moments, moments_flip, labels)`, (B, 2C, H, W) twice and (B,), as MAR does.
 
-    Args:
-        folder: The folder.
-        batches: `(moments, moments_flip, labels)`, (B, 2C, H, W) twice and (B,).
-
-    Returns:
-        The folder. Its classes are named by number, as `n00000006`, and rows by theirs.
+    Classes are named by number, as `n00000006`, and rows by theirs.
     """
     folder, row = Path(folder), 0
     for moments, flipped, labels in batches:

@@ -203,15 +203,7 @@ def file_name(row: int) -> str:
 
 
 def write_mean_std(path: FilePath, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Path:
-    """Writes means and standard deviations as REPA and EDM2 do.
-
-    Args:
-        path: A folder (REPA's `vae-sd`), or a name that ends with `.zip`.
-        batches: `(moments, labels)`, (B, 2C, H, W) and (B,) or None.
-
-    Returns:
-        The path.
-    """
+    """Writes `(moments, labels or None)`, (B, 2C, H, W) and (B,), in a folder or a `.zip`."""
     path = Path(path)
     listed: list[list[Any]] | None = []
     zipped = path.suffix == ".zip"

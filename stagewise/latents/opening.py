@@ -22,14 +22,14 @@ from stagewise.latents.plain import Plain
 __all__ = ["FORMATS", "convert", "open_latents", "require_format"]
 
 FORMATS: dict[str, type[Latents]] = {
-    "repa": REPA,
-    "edm2": EDM2,
     "lightningdit": LightningDiT,
     "fast-dit": FastDiT,
+    "repa": REPA,
+    "edm2": EDM2,
     "mar": MAR,
     "plain": Plain,
 }
-"""In the order in which they are looked for."""
+"""In the order in which they are looked for; those that cannot be told apart come first."""
 
 
 def open_latents(
@@ -100,16 +100,16 @@ def open_latents(
     if kind.is_file not in (None, path.is_file()):
         wanted = "file" if kind.is_file else "folder"
         raise ValueError(f"Expected a {wanted} for {format}, got {path}.")
-    how = (flips, moments, seed, num_classes, skip, multiplier, normalize, expected_std)
-    return kind(path, Reading(*how))
+    reading = Reading(flips, moments, seed, num_classes, skip, multiplier, normalize, expected_std)
+    return kind(path, reading)
 
 
 def _recognise(path: Path) -> str:
-    for format, kind in FORMATS.items():  # noqa: A001 - as above
+    for name, kind in sorted(FORMATS.items(), key=lambda item: not item[1].ambiguous):
         if kind.finds(path):
             if kind.ambiguous:
                 raise ValueError(f"{path} {kind.ambiguous}")
-            return format
+            return name
     here = "a file" if path.is_file() else f"a folder with {_some(path)}"
     looked_for = "".join(f"\n  {kind.name}: {kind.looks_like}" for kind in FORMATS.values())
     raise ValueError(f"Expected latents in {path}, got {here}. What is looked for:{looked_for}")

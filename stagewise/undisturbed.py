@@ -6,7 +6,7 @@ import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,14 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["in_eval_mode", "undisturbed"]
+
+
+_EMPTY = {str, bytes, int, float, complex, bool, type(None), CodeType, torch.dtype, torch.Size}
+"""Types of what holds nothing."""
+
+_OTHERS = ("builtins", "collections", "typing", "abc", "torch", "numpy", "torchmetrics")
+_OTHERS += ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
+"""Packages whose classes hold no generator; objects of theirs may."""
 
 
 @contextmanager
@@ -60,22 +68,27 @@ def _generators(roots: list[Any]) -> list[Any]:
     """All generators within reach: data sets, transforms and closures hide theirs anywhere."""
     kinds = {torch.Generator, random.Random, np.random.RandomState}
     kinds.update(np.random.BitGenerator.__subclasses__())
+    held = {*kinds, np.random.Generator}
     found, seen, ahead = [], set(), roots
     while ahead:
         value = ahead.pop()
-        if id(value) in seen:
+        kind = type(value)
+        if kind in _EMPTY or id(value) in seen:
             continue
         seen.add(id(value))
-        if type(value) in kinds:
+        if kind in kinds:
             found.append(value)
         elif isinstance(value, FunctionType):
             # From the names of a module one would come to everything that is imported anywhere.
-            beside = value.__globals__.values()
-            ahead += [one for one in beside if type(one) in {*kinds, np.random.Generator}]
+            names = value.__globals__
+            if id(names) not in seen:
+                seen.add(id(names))
+                ahead += [one for one in names.values() if type(one) in held]
             ahead += [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)]
         # Long lists are the samples.
         elif not isinstance(value, (ModuleType, Tensor)) and not (
-            type(value) in (list, tuple, dict) and len(value) > 1000
+            (kind in (list, tuple, dict) and len(value) > 1000)
+            or (isinstance(value, type) and value.__module__.split(".")[0] in _OTHERS)
         ):
             ahead += gc.get_referents(value)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -19,8 +19,8 @@ __all__ = ["in_eval_mode", "undisturbed"]
 _EMPTY = {str, bytes, int, float, complex, bool, type(None), CodeType, torch.dtype, torch.Size}
 """Types of what holds nothing."""
 
-_OTHERS = ("builtins", "collections", "typing", "abc", "torch", "numpy", "torchmetrics")
-_OTHERS += ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
+_OTHERS = {"builtins", "collections", "typing", "abc", "torch", "numpy", "torchmetrics"}
+_OTHERS |= {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 """Packages whose classes hold no generator; objects of theirs may."""
 
 
@@ -48,20 +48,21 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
         others: What else may hold a generator: loader, functions.
         seed: Of all generators, default 0.
     """
-    kept = [(generator, _state(generator)) for generator in _generators([module, *others])]
+    generators = _generators([module, *others])
+    kept = [(put, get()) for get, put in map(_access, generators)]
     own, numbers = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(), torch.no_grad(), in_eval_mode(module):
         try:
             for reseed in (random.seed, np.random.seed, torch.manual_seed):
                 reseed(seed)
-            for generator, _ in kept:
+            for generator in generators:
                 _reseed(generator, seed)
             yield
         finally:
             random.setstate(own)
             np.random.set_state(numbers)
-            for generator, state in kept:
-                _restore(generator, state)
+            for put, state in kept:
+                put(state)
 
 
 def _generators(roots: list[Any]) -> list[Any]:
@@ -88,27 +89,21 @@ def _generators(roots: list[Any]) -> list[Any]:
         # Long lists are the samples.
         elif not isinstance(value, (ModuleType, Tensor)) and not (
             (kind in (list, tuple, dict) and len(value) > 1000)
-            or (isinstance(value, type) and value.__module__.split(".")[0] in _OTHERS)
+            or (isinstance(value, type) and str(value.__module__).split(".")[0] in _OTHERS)
         ):
             ahead += gc.get_referents(value)
     return found
 
 
-def _state(generator: Any) -> Any:
+def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """What gives the state of a generator, and what sets it."""
     if isinstance(generator, np.random.BitGenerator):
-        return generator.state
+        return lambda: generator.state, lambda state: setattr(generator, "state", state)
     if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=False)
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
-
-
-def _restore(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.BitGenerator):
-        generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
+        return lambda: generator.get_state(legacy=False), generator.set_state
+    if isinstance(generator, random.Random):
+        return generator.getstate, generator.setstate
+    return generator.get_state, generator.set_state
 
 
 def _reseed(generator: Any, seed: int) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack
 
+from stagewise.adapters.differences import compare, difference
 from stagewise.adapters.find import dependent_noise, find_couplings, find_seams, training_path
 from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank
@@ -275,7 +276,7 @@ class StageRun(RunOracles):
         """Refuses what no oracle's target can be made for, before a scheme is asked for one."""
         mixing = any(member.mixes and not self.given(member) for member in self.members)
         if mixing and self.look.changed(x1):
-            message, certain = self.look.difference(x1, self.bank_in_use())
+            message, certain = difference(self.look, x1, self.bank_in_use())
             if certain:
                 raise ValueError(message)
 
@@ -298,14 +299,14 @@ class StageRun(RunOracles):
                 "The bank has labels, so the posterior is class-wise, but no labels were found in "
                 "the training batch. If training is not class-conditional, say class_wise=False."
             )
-        warnings, note = self.look.compare(list(given.values()))
+        warnings, note = compare(self.look, list(given.values()))
         for warning in warnings:
             rank_zero_warn(warning)
         if note:
             rank_zero_info(f"stagewise: {note}")
         x1, read = self.look.trained_x1, [m for m in measuring if not self.given(m)]
         if read and x1 is not None and self.look.changed(x1) and not self.look.swapped:
-            message, certain = self.look.difference(x1, self.bank(read[0]))
+            message, certain = difference(self.look, x1, self.bank(read[0]))
             if certain and any(member.compares for member in read):
                 raise ValueError(message)
             rank_zero_warn(message)

@@ -74,19 +74,16 @@ class OracleRegularizer(nn.Module):
         labels: Labels | None = None,
         source: Tensor | None = None,
     ) -> Tensor:
-        """What is added to the loss.
+        """What is added to the loss, a scalar in float32, with gradient.
 
         Args:
             output: The model's, (B, *).
-            y: Conditional target, (B, *); t = 0 is noise.
+            y: See `Scheme.__call__`, like all others.
             xt: Noisy samples, (B, *).
             t: Times in [0, 1], (B,).
             x1: What `xt` was made from, (B, *).
-            labels: See `Scheme.__call__`.
-            source: See `Scheme.__call__`.
-
-        Returns:
-            A scalar in float32, with gradient.
+            labels: Classes, (B,).
+            source: Rows of the bank, (B,).
 
         Raises:
             ValueError: If shapes do not fit; and as `Scheme.__call__`.

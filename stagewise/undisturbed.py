@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import random
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,13 @@ from torch import Tensor, nn
 
 __all__ = ["in_eval_mode", "undisturbed"]
 
-_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "lightning", "pytorch_lightning"}
+
+_EMPTY = {str, bytes, int, float, complex, bool, type(None), CodeType, torch.dtype, torch.Size}
+"""Types of what holds nothing."""
+
+_OTHERS = {"builtins", "collections", "typing", "abc", "torch", "numpy", "torchmetrics"}
+_OTHERS |= {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
+"""Packages whose classes hold no generator; objects of theirs may."""
 
 
 @contextmanager
@@ -43,65 +48,62 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
         others: What else may hold a generator: loader, functions.
         seed: Of all generators, default 0.
     """
-    kept = [(generator, _state(generator)) for generator in _generators([module, *others])]
+    generators = _generators([module, *others])
+    kept = [(put, get()) for get, put in map(_access, generators)]
     own, numbers = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(), torch.no_grad(), in_eval_mode(module):
         try:
             for reseed in (random.seed, np.random.seed, torch.manual_seed):
                 reseed(seed)
-            for generator, _ in kept:
+            for generator in generators:
                 _reseed(generator, seed)
             yield
         finally:
             random.setstate(own)
             np.random.set_state(numbers)
-            for generator, state in kept:
-                _restore(generator, state)
+            for put, state in kept:
+                put(state)
 
 
 def _generators(roots: list[Any]) -> list[Any]:
     """All generators within reach: data sets, transforms and closures hide theirs anywhere."""
     kinds = {torch.Generator, random.Random, np.random.RandomState}
     kinds.update(np.random.BitGenerator.__subclasses__())
+    held = {*kinds, np.random.Generator}
     found, seen, ahead = [], set(), roots
     while ahead:
         value = ahead.pop()
-        if id(value) in seen:
+        kind = type(value)
+        if kind in _EMPTY or id(value) in seen:
             continue
         seen.add(id(value))
-        if type(value) in kinds:
+        if kind in kinds:
             found.append(value)
         elif isinstance(value, FunctionType):
             # From the names of a module one would come to everything that is imported anywhere.
-            if id(value.__globals__) not in seen:
-                seen.add(id(value.__globals__))
-                beside = {*kinds, np.random.Generator}
-                ahead += [one for one in value.__globals__.values() if type(one) in beside]
+            names = value.__globals__
+            if id(names) not in seen:
+                seen.add(id(names))
+                ahead += [one for one in names.values() if type(one) in held]
             ahead += [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)]
-        # Long lists are the samples. Classes of these libraries hold no generator of a user.
+        # Long lists are the samples.
         elif not isinstance(value, (ModuleType, Tensor)) and not (
-            (type(value) in (list, tuple, dict) and len(value) > 1000)
-            or (isinstance(value, type) and value.__module__.partition(".")[0] in _LIBRARIES)
+            (kind in (list, tuple, dict) and len(value) > 1000)
+            or (isinstance(value, type) and str(value.__module__).split(".")[0] in _OTHERS)
         ):
             ahead += gc.get_referents(value)
     return found
 
 
-def _state(generator: Any) -> Any:
+def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """What gives the state of a generator, and what sets it."""
     if isinstance(generator, np.random.BitGenerator):
-        return generator.state
+        return lambda: generator.state, lambda state: setattr(generator, "state", state)
     if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=False)
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
-
-
-def _restore(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.BitGenerator):
-        generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
+        return lambda: generator.get_state(legacy=False), generator.set_state
+    if isinstance(generator, random.Random):
+        return generator.getstate, generator.setstate
+    return generator.get_state, generator.set_state
 
 
 def _reseed(generator: Any, seed: int) -> None:

@@ -63,6 +63,8 @@ KINDS = {
     "times": lambda **options: [StageScheme(timesteps=StageAware(0.5), **options)],
 }
 ALL = pytest.mark.parametrize("kind", KINDS)
+# "transitions" has the monitors of "posterior" and "errors" over again.
+EACH = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "transitions"])
 WATCHING = ("posterior", "errors", "copies", "transitions")
 
 
@@ -222,7 +224,7 @@ def test_resuming_with_other_latents_of_the_same_count(kind, same, run, tmp_path
         assert found == pytest.approx(anew, abs=0.1)
 
 
-@ALL
+@EACH
 @pytest.mark.parametrize("change", ["same", "other"])
 def test_a_loader_that_is_replaced_by_one_of_other_samples(kind, change, run):
     """A data module gives another part of the data every epoch."""
@@ -380,7 +382,7 @@ def test_two_banks_in_one_trainer(run):
 # -- labels and conditions ------------------------------------------------------------------------
 
 
-@ALL
+@EACH
 @pytest.mark.parametrize("classes", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_labels_that_could_be_times(kind, classes, dtype, run):
@@ -417,7 +419,7 @@ class Prepares(Plain):
         return self.loss(self.net, self.first(x1, torch.zeros(len(x1))), y)
 
 
-@ALL
+@EACH
 def test_a_module_that_is_called_with_the_data_and_zeros(kind, run, read_stages, tmp_path):
     """It prepares the data, and is not the network."""
     came = run(Prepares(), KINDS[kind]())
@@ -456,7 +458,7 @@ CONDITIONS = {
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
-@ALL
+@EACH
 def test_conditions_that_are_no_labels(kind, condition, run):
     """Over all rows the mean target of two clusters at +-2 is half of what either would have."""
     data = Rows(x=CLUSTERS, c=CONDITIONS[condition])
@@ -499,7 +501,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@ALL
+@EACH
 def test_prompts_that_the_network_reads_itself(kind, form, run):
     class Module(Texts):
         def training_step(self, batch, batch_idx):
@@ -542,7 +544,7 @@ class Drops(Plain):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 99])
-@ALL
+@EACH
 def test_labels_that_the_first_steps_drop(kind, steps, run):
     module = Drops()
     module.steps = steps
@@ -560,7 +562,7 @@ def test_labels_that_the_first_steps_drop(kind, steps, run):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@ALL
+@EACH
 def test_text_that_the_first_steps_drop(kind, steps, run):
     """What the oracle goes into, or is compared with, stops when it is seen."""
     module = Drops()
@@ -604,7 +606,7 @@ class Orders(Plain):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@ALL
+@EACH
 def test_values_in_another_order(kind, order, run):
     def make():
         module = Orders()
@@ -640,7 +642,7 @@ class Swapped(Plain):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-@ALL
+@EACH
 def test_noise_and_data_that_are_swapped(kind, scale, run):
     module = Swapped()
     module.scale = scale
@@ -687,7 +689,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@ALL
+@EACH
 def test_a_find_to_paste(kind, batch, run):
     make, taken, x = BATCHES[batch]
 
@@ -800,7 +802,7 @@ ONCE = {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 4}
 
 
 @WAYS
-@ALL
+@EACH
 def test_manual_optimisation(kind, way, run):
     """All goes on as with automatic optimisation, wherever the optimizer steps."""
     callbacks = KINDS[kind]()
@@ -847,7 +849,7 @@ class Skips(Plain):
         return None if batch_idx in self.skips else super().training_step(batch, batch_idx)
 
 
-@ALL
+@EACH
 @pytest.mark.parametrize("skips", [(0,), (0, 1), (1,)], ids=str)
 def test_a_training_step_that_returns_none_at_first(kind, skips, run):
     """There is nothing to see in such a step: the next one is looked at."""
@@ -905,7 +907,7 @@ class Follows(Plain):
         return self.loss(self.net, x1, y, x0=0.6 * x1 + 0.8 * torch.randn_like(x1))
 
 
-@ALL
+@EACH
 @pytest.mark.parametrize("make", [ByHand, Pictures, Follows])
 def test_noise_that_is_tied_to_the_data(kind, make, run):
     """The closed form is not that of such a training: each callback says so."""
@@ -1052,7 +1054,7 @@ def named():
     return DataLoader(Rows(x=X, y=Y), 16)
 
 
-@ALL
+@EACH
 @pytest.mark.parametrize("make", IN_PLACE)
 def test_a_step_that_changes_its_batch_in_place(kind, make, run):
     """The batch of after the step is not what the bank was read from."""
@@ -1180,7 +1182,7 @@ class Own(Matched):
         return self.match(X[rows], Y[rows])
 
 
-@ALL
+@EACH
 @pytest.mark.parametrize(
     "make", [Chunks, Objective, Repeats, Interleaves, Expands, Permutes, DropsLabels, Own]
 )
@@ -1295,7 +1297,7 @@ class Swaps(Matched):
         return self.match(torch.randn_like(x1), y, x0=x1)
 
 
-@ALL
+@EACH
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

@@ -282,7 +282,7 @@ def refused(match, make, error=ValueError):
 def test_settings_that_are_refused():
     oracle = make_oracle()
     refused("needs an oracle, got none", lambda: Scheme(target=Mix()))
-    refused("stagewise target", lambda: Scheme(oracle, target="mix"), TypeError)
+    refused(r"`target` to be a Target such as Mix", lambda: Scheme(oracle, target="mix"), TypeError)
     refused("a TimestepSampler", lambda: Scheme(timesteps="uniform"), TypeError)
     refused('`class_wise` to be True, False or "auto"', lambda: Scheme(oracle, class_wise=None))
     refused('"insert" or "error"', lambda: Scheme(oracle, on_missing="skip"))

@@ -92,18 +92,22 @@ class Seam:
 
     Attributes:
         library: Whose interface it has.
+        what: What the object is, for messages.
+        trains: Whether it makes targets of a training; what does not is there to sample.
         weights: Whether it can weigh each sample's loss.
         timesteps: Whether it can draw t.
         losses: Whether it sees each sample's loss.
         observable: Whether `observe` can see anything here.
         written: What it gives its network for `x_t` and t, as one would write it; None: as the
             convention says.
-        coupled: Whether something beside it pairs noise with data (`find_seams`).
+        coupled: Whether something, beside it (`find_seams`) or inside, pairs noise with data.
         last: Times, (B,), and losses before the scheme's weight, (B,), of the latest call,
             detached. None before the first call, and where losses are not seen.
     """
 
     library: str
+    what: str = ""
+    trains: bool = True
     weights: bool = False
     timesteps: bool = False
     losses: bool = False

@@ -87,8 +87,8 @@ def diffusers_target(
 class FlowMatchScheduler(Seam):
     """A `FlowMatchEulerDiscreteScheduler`: recognised, but the target is made beside it."""
 
-    library = "diffusers"
-    observable = False
+    library, what = "diffusers", "diffusers scheduler"
+    observable = trains = False
 
     @classmethod
     def of(cls, place: Place) -> FlowMatchScheduler | None:

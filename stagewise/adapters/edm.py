@@ -32,7 +32,7 @@ __all__ = ["EDMLoss"]
 class EDMLoss(Seam):
     """An EDM or EDM2 loss; see the module docstring."""
 
-    library = "EDM"
+    library, what = "EDM", "EDM loss"
     written = ("xt / t.reshape(-1, *[1] * (xt.ndim - 1))", "(1 - t) / t")
     weights = losses = True
 

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 _KINDS = (Objective, TorchCFM, FlowMatching, Transport, EDMLoss, FlowMatchScheduler)
+"""All seams that are known. Another library is a file of this folder and an entry here."""
 
 _LEAVES = (
     *(Tensor, str, bytes, int, float, complex, type, types.ModuleType, types.FunctionType),
@@ -74,11 +75,8 @@ def find_couplings(module: object) -> list[Place]:
 
 def dependent_noise(seams: Sequence[Seam], couplings: Sequence[Place]) -> str:
     """What pairs noise with data among what was found, with the reason; empty if nothing does."""
-    for seam in seams:
-        # A matcher that is refused ties noise to data, or its path is not known.
-        if seam.coupled or (isinstance(seam, TorchCFM) and seam.refusal):
-            return f"{seam.name}: {seam.refusal}"
-    return _pairs(couplings[0]) if couplings else ""
+    found = next((f"{seam.name}: {seam.refusal}" for seam in seams if seam.coupled), "")
+    return found or (_pairs(couplings[0]) if couplings else "")
 
 
 def training_path(seams: Sequence[Seam], *, said: bool = False) -> tuple[Path, str]:
@@ -134,11 +132,11 @@ def one_seam(module: object, at: str | None = None) -> Seam:
         problem = f"Expected one object that makes the targets, found {len(able)}:{listed}"
         problem += f'\nSay which: seam="{able[0].name}".'
     else:
+        *others, last = [kind.what for kind in _KINDS if kind.trains]
         problem = (
             f"Found nothing that makes the targets in {type(module).__name__}: no "
-            "FlowMatchingLoss, torchcfm matcher, flow_matching path, SiT transport or EDM loss "
-            "as an attribute. Make the target in your training step: "
-            "u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
+            f"{', '.join(others)} or {last} as an attribute. Make the target in your training "
+            "step: u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
         )
         for place in couplings[:1]:
             problem += (
@@ -158,7 +156,7 @@ def _found(module: object) -> tuple[list[Seam], list[Place]]:
 
 
 def _makers(seams: list[Seam]) -> list[Seam]:
-    return [seam for seam in seams if not isinstance(seam, FlowMatchScheduler)] or seams
+    return [seam for seam in seams if seam.trains] or seams
 
 
 def _seams(place: Place, seen: set[int], couplings: list[Place]) -> Iterator[Seam]:

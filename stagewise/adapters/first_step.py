@@ -29,7 +29,6 @@ from stagewise.batches import FindSample, describe, find_checked, leaves_of, unu
 from stagewise.noise import NoiseSums, check_noise
 from stagewise.paths import Path
 from stagewise.schemes import Phases, Scheme, parts
-from stagewise.schemes.checks import check_rows, unlike_bank
 from stagewise.schemes.conditions import check_network
 from stagewise.schemes.smoothed import Drawn
 
@@ -52,6 +51,9 @@ class FirstStep:
         batch: The present batch; `begin` sets it.
         x1: x_1 of the first one as `find` has it before the step, (B, *); None if there is none.
         labels: Its labels, (B,), or None.
+        x1_at: Where that x_1 lies in the batch, as one would write it; empty if it does not.
+        labels_at: The same for the labels, "None" if they do not.
+        seen: What makes the targets, and what the first target of the batch was made from.
         network: What predicts, once `finish` was called; None if it was not found.
         conditions: What the network is given besides x_t, time and class labels, for messages.
         search: The search for the network; its `result` says what is wrong if there is none.
@@ -92,8 +94,8 @@ class FirstStep:
         self.x1: Tensor | None = None
         self.labels: Tensor | None = None
         self.tied = ""
-        self._x1_at, self._labels_at = "", "None"
-        self._seen: tuple[Seam, Seen] | None = None
+        self.x1_at, self.labels_at = "", "None"
+        self.seen: tuple[Seam, Seen] | None = None
         self._maker: Seam | None = None
         self._sums: NoiseSums | None = None
         self._bank: Callable[[], LatentBank | None] = _no_bank
@@ -104,7 +106,7 @@ class FirstStep:
         """Before each batch, which is trained on now."""
         self.batch = batch
         if self._finished:
-            self._seen = None
+            self.seen = None
         if self._kept:  # what the step changes in place is gone once anybody asks
             gone = {id(leaf) for name, leaf in leaves_of(batch) if name in self._kept}
             leaves, spec = pytree.tree_flatten(batch)
@@ -132,15 +134,15 @@ class FirstStep:
         try:
             x1, labels = find_checked(self._find, self.batch)
             self.x1, self.labels = x1.detach().clone(), None if labels is None else labels.clone()
-            self._x1_at = self._place(self.x1)
-            self._labels_at = self._place(self.labels) or "None"
+            self.x1_at = self.place(self.x1)
+            self.labels_at = self.place(self.labels) or "None"
         finally:
             self.search = NetworkSearch(
                 self._module,
                 self._seams,
                 self._candidates,
                 self.labels,
-                labels_name=self._labels_at if self._labels_at != "None" else "batch[1]",
+                labels_name=self.labels_at if self.labels_at != "None" else "batch[1]",
                 batch=self.batch,
             )
 
@@ -149,13 +151,13 @@ class FirstStep:
             if self._sums is not None and seen.x0 is not None and self._maker in (None, seam):
                 self._sums.add(seen.x0, seen.x1)
             # The first call of a batch stands for it: others are of its other parts.
-            if self._seen is not None or (self._finished and not self._follows):
+            if self.seen is not None or (self._finished and not self._follows):
                 return
             # What steers may write the target into it.
             drawn = self._drawn()
             smoothed = drawn is not None and drawn.x1.data_ptr() == seen.x1.data_ptr()
             x1 = seen.x1.clone()
-            self._seen = seam, replace(seen, x1=x1)
+            self.seen = seam, replace(seen, x1=x1)
             self._before_smoothing = drawn.before.clone() if drawn and smoothed else None
             if self._finished:
                 return
@@ -177,7 +179,7 @@ class FirstStep:
     @property
     def happened(self) -> bool:
         """Whether anything was seen of the training in the present batch."""
-        return self._seen is not None or (hasattr(self, "search") and self.search.first is not None)
+        return self.seen is not None or (hasattr(self, "search") and self.search.first is not None)
 
     def finish(self) -> None:
         """Takes the hooks off, and notes the network and its conditions."""
@@ -186,8 +188,8 @@ class FirstStep:
         self.network = None if first is None or first.inner else first.network
         if self.network is not None:
             self.conditions = self.network.conditions
-        elif self._seen is not None:
-            given = self._seen[1].conditions
+        elif self.seen is not None:
+            given = self.seen[1].conditions
             self.conditions = tuple(f"{name}: {describe(x)}" for name, x in given if not _label(x))
         now = dict(leaves_of(self.batch))
         in_place = {
@@ -196,7 +198,7 @@ class FirstStep:
             if now.get(name) is not leaf or _version(leaf) != version
         }
         if self._changed_x1() is not None:
-            in_place.add(self._x1_at)
+            in_place.add(self.x1_at)
         self._before, self._finished = [], True
         if self.network is not None and self.network.optional:
             labelled = self.labels is not None and not self.network.conditional
@@ -206,10 +208,10 @@ class FirstStep:
         # Later samples are taken where they are seen, if they are not those of the batch.
         trained = self.trained_x1
         another = trained is None or self.x1 is None or not same(self.x1, trained)
-        self._follows = self._seen is not None and (bool(in_place) or another)
+        self._follows = self.seen is not None and (bool(in_place) or another)
         if trained is not None and not self.changed(trained):
             self._kept = in_place
-        if self.tied or self._seen is None or self._seen[1].x0 is None:
+        if self.tied or self.seen is None or self.seen[1].x0 is None:
             self._sums = None
         self._stop_following()
 
@@ -269,20 +271,20 @@ class FirstStep:
 
     def _candidates(self) -> list[tuple[str, Tensor]]:
         """What may be x_1, as one would write it, the likeliest first."""
-        given = self._changed_x1() if self._seen is None else self._seen[1].x1
+        given = self._changed_x1() if self.seen is None else self.seen[1].x1
         found = [] if given is None else [(GIVEN, given)]
         if self.x1 is not None:
-            found.append((self._x1_at or "batch[0]", self.x1))
+            found.append((self.x1_at or "batch[0]", self.x1))
         for name, leaf in leaves_of(self.batch):
-            if leaf.is_floating_point() and leaf.ndim > 1 and name != self._x1_at:
+            if leaf.is_floating_point() and leaf.ndim > 1 and name != self.x1_at:
                 found.append((name, leaf))
         return found
 
     def _changed_x1(self) -> Tensor | None:
         """What lies by now where x_1 of the batch was, if the step has changed it; else None."""
-        if self.x1 is None or not self._x1_at:
+        if self.x1 is None or not self.x1_at:
             return None
-        now = dict(leaves_of(self.batch)).get(self._x1_at)
+        now = dict(leaves_of(self.batch)).get(self.x1_at)
         if now is None or not now.is_floating_point() or now.ndim < 2 or same(now, self.x1):
             return None
         return now.detach()
@@ -293,8 +295,8 @@ class FirstStep:
 
         Where a scheme smooths it is what the scheme was given.
         """
-        if self._seen is not None:
-            return self._seen[1].x1 if self._before_smoothing is None else self._before_smoothing
+        if self.seen is not None:
+            return self.seen[1].x1 if self._before_smoothing is None else self._before_smoothing
         return self._changed_x1() if self.search.first is None else self.search.x1
 
     def x1_of_batch(self) -> Tensor:
@@ -302,8 +304,8 @@ class FirstStep:
         drawn = self._drawn()
         if drawn is not None:
             return drawn.x1
-        if self._follows and self._seen is not None:
-            return self._seen[1].x1
+        if self._follows and self.seen is not None:
+            return self.seen[1].x1
         return self._find(self.batch)[0]
 
     def _drawn(self) -> Drawn | None:
@@ -320,24 +322,19 @@ class FirstStep:
         return not bool((bank.find(x1) >= 0).all())
 
     def labels_for(self, x1: Tensor) -> Tensor | None:
-        """The classes of samples that are trained on in the present batch.
+        """The classes, (n,), int64, of samples, (n, *), that are trained on in the present batch.
 
-        Rows of the batch have the labels that they have there, in whatever order and number they
-        come. Others are taken to be made from those in their place (flips, noise), unless what is
-        unchanged stands in other places.
-
-        Args:
-            x1: Samples, (n, *).
-
-        Returns:
-            (n,), int64; None if it cannot be said.
+        None if it cannot be said; see `labels_of_rows`.
         """
         if self.x1 is None or self.labels is None or self.batch is None:  # as in validation
             return None
-        now = find_checked(self._find, self.batch) if self._finished else (self.x1, self.labels)
-        return None if now[1] is None else labels_of_rows(x1, *now, self._bank())
+        own, labels = self.x1, self.labels
+        if self._finished:
+            own, labels = find_checked(self._find, self.batch)
+        return None if labels is None else labels_of_rows(x1, own, labels, self._bank())
 
-    def _place(self, tensor: Tensor | None) -> str:
+    def place(self, tensor: Tensor | None) -> str:
+        """Where a tensor lies in the present batch, as one would write it; empty if it does not."""
         return "" if tensor is None else place_of(tensor, self.batch)
 
     # -- what is not as it was taken to be --------------------------------------------------------
@@ -359,46 +356,15 @@ class FirstStep:
         return ""
 
     def noise_so_far(self, *, last: bool) -> str:
-        """What the noise of all batches so far shows, where the first did not; one device sync.
+        """What is wrong with the noise of all batches so far; empty if nothing is.
 
-        Args:
-            last: Whether this is the last time that is asked.
-
-        Returns:
-            What is wrong; empty if nothing is, or it was said.
+        Costs one device sync. `last`: whether this is the last time that is asked.
         """
         wrong = "" if self._maker is None else self._wrong_noise(self._maker)
         if wrong or last:
             self._sums = None
             self._stop_following()
         return wrong
-
-    def compare(self, given: Sequence[LatentBank]) -> tuple[list[str], str]:
-        """What of the bank and of the noise is not that of the training.
-
-        Args:
-            given: Banks that the user gave.
-
-        Returns:
-            Warnings, and a line for the log, which may be empty.
-
-        Raises:
-            ValueError: If neither the batch nor the step holds samples of a given bank's shape.
-        """
-        warnings, note, x1 = [self.tied] if self.tied else [], "", self.trained_x1
-        diagnosis = self.search.diagnosis() if self._seen is None else None
-        if diagnosis is not None:
-            warnings.append(f"What is measured is not what is trained on: {diagnosis.message}")
-        elif x1 is None and self.x1 is not None:
-            note = (
-                "x_1 as in the batch, not checked: the training step shows neither its x_1 nor a "
-                "call of its network that could be recognised."
-            )
-        x1 = self.x1 if x1 is None else x1
-        for bank in given if x1 is not None and not self.swapped else ():
-            shapes = {tuple(x.shape[1:]) for x in (x1, self.x1) if x is not None}
-            warnings += filter(None, [unlike_bank(bank, x1, shapes)])
-        return warnings, note
 
     def check_conditions(self, scheme: Scheme | Phases) -> str:
         """Holds what the network is given against the rows that the targets of a scheme are of.
@@ -411,48 +377,6 @@ class FirstStep:
         """
         labelled = None if self.network is None else self.network.conditional
         return check_network(parts(scheme), self.conditions, labelled)
-
-    def difference(self, x1: Tensor, read: LatentBank | None = None) -> tuple[str, bool]:
-        """How samples of the step differ from those that were read from the batches.
-
-        Args:
-            x1: As they are trained on, (B, *).
-            read: The bank of what was read.
-
-        Returns:
-            A message with the cure, and whether the shape or the scale is another one.
-        """
-        if self.swapped:
-            return self.tied, True
-        maker = "" if self._seen is None else f", and {self._seen[0].name} is given other samples"
-        assert self.x1 is not None
-        place, other = self._x1_at or "batch[0]", self._place(x1)
-        if other and other != self._x1_at:
-            find = f"find=lambda batch: ({other}, {self._labels_at})"
-            return (
-                f"Training is not on what was read from the batches{maker}: {other}, and not "
-                f"{self._x1_at or 'what `find` returns'}. Say so: {find}.",
-                True,
-            )
-        # What made x_1 may be gone by the end of the step; the network's call was looked at in it.
-        why = self.search.origin(x1, place, self.x1) or self.search.diagnosis()
-        cure = "give what is trained on: bank=LatentBank(latents, labels)."
-        if other:
-            maker = f" (the step changes {place} in place)"
-        alike = x1.shape[1:] == self.x1.shape[1:]
-        if why is None and alike:
-            cure = f"if it augments (flips, noise), expect little of the data end; if not, {cure}"
-        certain = why is not None or not alike
-        if read is not None and not certain:
-            try:  # augmented samples are at the scale of the bank, encoded ones are not
-                check_rows(read, x1)
-            except ValueError:
-                certain = True
-        return (
-            f"Training is not on what was read from the batches{maker}: "
-            f"{cure if why is None else why.message}",
-            certain,
-        )
 
 
 def _no_bank() -> None:

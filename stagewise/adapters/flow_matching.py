@@ -26,7 +26,7 @@ __all__ = ["FlowMatching"]
 class FlowMatching(Seam):
     """A flow_matching `AffineProbPath`; see the module docstring."""
 
-    library = "flow_matching"
+    library, what = "flow_matching", "flow_matching path"
 
     @classmethod
     def of(cls, place: Place) -> FlowMatching | None:

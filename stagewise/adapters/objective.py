@@ -25,7 +25,7 @@ _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 class Objective(Seam):
     """A `FlowMatchingLoss`, by its attributes: losses stand above this floor."""
 
-    library = "stagewise"
+    library, what = "stagewise", "FlowMatchingLoss"
     weights = timesteps = losses = True
 
     @classmethod

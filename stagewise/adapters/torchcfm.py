@@ -47,7 +47,7 @@ _GUIDED = "guided_sample_location_and_conditional_flow"
 class TorchCFM(Seam):
     """A torchcfm matcher; see the module docstring."""
 
-    library = "torchcfm"
+    library, what = "torchcfm", "torchcfm matcher"
     timesteps = True
 
     @classmethod
@@ -56,10 +56,11 @@ class TorchCFM(Seam):
         matcher = place.object
         if not callable(getattr(matcher, _PLAIN, None)) or not hasattr(matcher, "sigma"):
             return None
-        if hasattr(matcher, "ot_sampler"):
-            return cls(place, LinearPath(), refusal=_COUPLED)
-        path = _path(matcher)
-        return cls(place, path or LinearPath(), refusal=None if path else _UNKNOWN)
+        path = None if hasattr(matcher, "ot_sampler") else _path(matcher)
+        refusal = _COUPLED if hasattr(matcher, "ot_sampler") else _UNKNOWN
+        seam = cls(place, path or LinearPath(), refusal=None if path else refusal)
+        seam.coupled = path is None  # or how noise and data are paired is not known
+        return seam
 
     def _observe(self, tell: Tell) -> Detach:
         """Pairs are seen as a coupling inside of the matcher has made them."""

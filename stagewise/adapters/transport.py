@@ -35,7 +35,7 @@ __all__ = ["Transport"]
 class Transport(Seam):
     """A SiT or LightningDiT transport; see the module docstring."""
 
-    library = "SiT transport"
+    library, what = "SiT transport", "SiT transport"
     weights = timesteps = losses = True
 
     @classmethod

@@ -42,24 +42,22 @@ def check_settings(
         ValueError: With the cure.
         TypeError: If the target, the timesteps or the convention are something else.
     """
-    if target is not None and not isinstance(target, Target):
-        raise TypeError(
-            f'Expected `target` to be a stagewise target such as Mix("boundary"), got {target!r}.'
-        )
+    kinds: tuple[tuple[str, object, type, str], ...] = (
+        ("target", target, Target, 'Mix("boundary")'),
+        ("timesteps", timesteps, TimestepSampler, "LogitNormal()"),
+        ("convention", convention, Convention, "Convention(1, 0, -1)"),
+        ("smoothing", smoothing, Smoothing, "Smoothing(bank)"),
+    )
+    for name, value, kind, example in kinds:
+        left_out = value is None and name != "convention"
+        if not left_out and not isinstance(value, kind):
+            raise TypeError(
+                f"Expected `{name}` to be a {kind.__name__} such as {example}, got {value!r}."
+            )
     if target is not None and oracle is None:
         raise ValueError(
             f"{target!r} needs an oracle, got none: Scheme(Oracle(bank, path), target=...). In a "
             "Lightning trainer StageScheme(target=...) makes one of the training set."
-        )
-    if timesteps is not None and not isinstance(timesteps, TimestepSampler):
-        raise TypeError(
-            f"Expected `timesteps` to be a TimestepSampler such as LogitNormal(), got "
-            f"{timesteps!r}."
-        )
-    if not isinstance(convention, Convention):
-        raise TypeError(
-            "Expected `convention` to be a Convention such as Convention(1, 0, -1), got "
-            f"{convention!r}."
         )
     if preserve_objective and timesteps is None:
         raise ValueError(
@@ -71,12 +69,7 @@ def check_settings(
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {class_wise!r}.')
     if on_missing not in ("insert", "error"):
         raise ValueError(f'Expected `on_missing` "insert" or "error", got {on_missing!r}.')
-    if smoothing is not None and not isinstance(smoothing, Smoothing):
-        raise TypeError(
-            f"Expected `smoothing` to be a Smoothing, got {smoothing!r}: "
-            "Scheme(smoothing=Smoothing(bank))."
-        )
-    if smoothing is not None and oracle is not None:
+    if isinstance(smoothing, Smoothing) and oracle is not None:
         smoothing.check(oracle)
     if strength is not None and smoothing is None:
         raise ValueError(

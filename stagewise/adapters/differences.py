@@ -1,0 +1,86 @@
+"""What of bank, batch and noise is not that of the training, as its first step has shown it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from stagewise.adapters.first_step import FirstStep
+from stagewise.bank import LatentBank
+from stagewise.schemes.checks import check_rows, unlike_bank
+
+__all__ = ["compare", "difference"]
+
+
+def compare(look: FirstStep, given: Sequence[LatentBank]) -> tuple[list[str], str]:
+    """What of the bank and of the noise is not that of the training.
+
+    Args:
+        look: What the first step has shown.
+        given: Banks that the user gave.
+
+    Returns:
+        Warnings, and a line for the log, which may be empty.
+
+    Raises:
+        ValueError: If neither the batch nor the step holds samples of a given bank's shape.
+    """
+    warnings, note, x1 = [look.tied] if look.tied else [], "", look.trained_x1
+    diagnosis = look.search.diagnosis() if look.seen is None else None
+    if diagnosis is not None:
+        warnings.append(f"What is measured is not what is trained on: {diagnosis.message}")
+    elif x1 is None and look.x1 is not None:
+        note = (
+            "x_1 as in the batch, not checked: the training step shows neither its x_1 nor a "
+            "call of its network that could be recognised."
+        )
+    x1 = look.x1 if x1 is None else x1
+    if x1 is not None and not look.swapped:
+        shapes = {tuple(x.shape[1:]) for x in (x1, look.x1) if x is not None}
+        warnings += filter(None, (unlike_bank(bank, x1, shapes) for bank in given))
+    return warnings, note
+
+
+def difference(look: FirstStep, x1: Tensor, read: LatentBank | None = None) -> tuple[str, bool]:
+    """How samples of the step differ from those that were read from the batches.
+
+    Args:
+        look: What the first step has shown.
+        x1: As they are trained on, (B, *).
+        read: The bank of what was read.
+
+    Returns:
+        A message with the cure, and whether the shape or the scale is another one.
+    """
+    if look.swapped:
+        return look.tied, True
+    maker = "" if look.seen is None else f", and {look.seen[0].name} is given other samples"
+    assert look.x1 is not None
+    place, other = look.x1_at or "batch[0]", look.place(x1)
+    if other and other != look.x1_at:
+        find = f"find=lambda batch: ({other}, {look.labels_at})"
+        return (
+            f"Training is not on what was read from the batches{maker}: {other}, and not "
+            f"{look.x1_at or 'what `find` returns'}. Say so: {find}.",
+            True,
+        )
+    # What made x_1 may be gone by the end of the step; the network's call was looked at in it.
+    why = look.search.origin(x1, place, look.x1) or look.search.diagnosis()
+    cure = "give what is trained on: bank=LatentBank(latents, labels)."
+    if other:
+        maker = f" (the step changes {place} in place)"
+    alike = x1.shape[1:] == look.x1.shape[1:]
+    if why is None and alike:
+        cure = f"if it augments (flips, noise), expect little of the data end; if not, {cure}"
+    certain = why is not None or not alike
+    if read is not None and not certain:
+        try:  # augmented samples are at the scale of the bank, encoded ones are not
+            check_rows(read, x1)
+        except ValueError:
+            certain = True
+    return (
+        f"Training is not on what was read from the batches{maker}: "
+        f"{cure if why is None else why.message}",
+        certain,
+    )

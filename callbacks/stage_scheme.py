@@ -83,9 +83,8 @@ class StageScheme(StageCallback):
             `seed`, ...; see `RunOptions`. A `scheme` that has an oracle says bank and path itself.
 
     Raises:
-        ValueError: At construction if both a scheme and parts are given; before the first training
-            step for what cannot be steered so.
-        RuntimeError: In the first training step, if it did not use what was steered.
+        ValueError: Before the first training step, for what cannot be steered so.
+        RuntimeError: In it, if it did not use what was steered.
     """
 
     order = 5
@@ -130,16 +129,8 @@ class StageScheme(StageCallback):
         self.scheme: Scheme | Phases = scheme  # type: ignore[assignment]
         self.engine, self.certificate, self._given = engine, certificate, scheme
         self.transitions: list[dict[str, Any]] = []
-        self._say_oracle()
-
-    @property
-    def mixes(self) -> bool:  # type: ignore[override]
-        """Whether the oracle goes into its targets."""
-        return self.scheme is not None and mixes(self.scheme)
-
-    def _say_oracle(self) -> None:
-        """Bank and path of a scheme that has them are those of the run."""
-        given = [] if self._given is None else parts(self._given)
+        # Bank and path of a scheme that has them are those of the run.
+        given = [] if scheme is None else parts(scheme)
         found = [part.oracle for part in given]
         oracles = [o for o in found if o is not None and not isinstance(o.engine, Sharded)]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
@@ -147,6 +138,11 @@ class StageScheme(StageCallback):
         for part in given if not oracles else ():
             if part.smoothing is not None:
                 self.said = {"bank": part.smoothing.bank} | self.said
+
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        """Whether the oracle goes into its targets."""
+        return self.scheme is not None and mixes(self.scheme)
 
     @property
     def state_key(self) -> str:
@@ -179,11 +175,9 @@ class StageScheme(StageCallback):
         self.seam = self._found(run.module)
         self._refuse_others()
         self.scheme = self._given or self._made()
-        self._weighed = any(
-            isinstance(module, StageWeightedLoss)
-            and getattr(module.weight, "__self__", None) is self.scheme
-            for module in run.module.modules()
-        )
+        losses = [part for part in run.module.modules() if isinstance(part, StageWeightedLoss)]
+        owners = [getattr(loss.weight, "__self__", None) for loss in losses]
+        self._weighed = any(owner is self.scheme for owner in owners)
         if self.seam is not None:
             self.seam.check(self.scheme, weighed=self._weighed)
         reader = self.scheme.needs_losses
@@ -220,12 +214,11 @@ class StageScheme(StageCallback):
             if boundary is not None:
                 scheme.set_boundary(boundary)
                 self.say(f"the stages meet at t = {scheme.boundary:.3f}")
-        for smooths in (part for part in parts(scheme) if part.smoothing is not None):
-            begin = "" if smooths.collapsed is None else f" from t = {smooths.collapsed:.3f} on"
-            self.say(
-                f"trains on draws of {smooths.smoothing!r}{begin}. Monitors compare "
-                "with the rows themselves."
-            )
+        for part in parts(scheme):
+            if part.smoothing is not None:
+                begin = "" if part.collapsed is None else f" from t = {part.collapsed:.3f} on"
+                draws = f"trains on draws of {part.smoothing!r}{begin}"
+                self.say(f"{draws}. Monitors compare with the rows themselves.")
         scheme.check()
 
     def settle(self) -> None:
@@ -247,8 +240,8 @@ class StageScheme(StageCallback):
         if warning:
             self.warn(warning)
 
+    @override
     def reconsider(self) -> None:
-        """Refuses conditions that only a later step has shown."""
         if self.run.look.network is not None:
             self.run.look.check_conditions(self.scheme)
 
@@ -269,7 +262,13 @@ class StageScheme(StageCallback):
             self.writer.scalars({f"{self.name}/{k}": v for k, v in values.items()}, step - 1)
         t, loss = self._losses.gathered(self.run.trainer) if self._losses else (None, None)
         for message in scheme.observe(step=step, total=self.run.total, t=t, loss=loss):
-            self._announce(message, step)
+            index, tag = getattr(scheme, "index", 0), f"{self.name}/transition"
+            event = {"event": "transition", "step": step, "phase": index, "message": message}
+            self.transitions.append(event)
+            self.writer.event(event)
+            self.writer.scalars({tag: float(index)}, step - 1)
+            self.writer.text(tag, message, step - 1)
+            self.say(message)
 
     def notice(self, event: str) -> None:
         """Tells phases that wait for it."""
@@ -290,8 +289,8 @@ class StageScheme(StageCallback):
     def end(self) -> None:
         self._restore()
 
+    @override
     def stop(self) -> None:
-        """Takes the scheme out, and lets go of the module."""
         self._restore()
         self.seam = None
         for part in [] if self.scheme is None else parts(self.scheme):
@@ -345,9 +344,9 @@ class StageScheme(StageCallback):
         assert self.seam is not None
         if self._make is not None:
             made = self._make(self._oracle())
-            if not isinstance(made, Scheme | Phases):
-                raise TypeError(f"Expected a function that makes a Scheme or Phases, got {made!r}.")
-            return made
+            if isinstance(made, Scheme | Phases):
+                return made
+            raise TypeError(f"Expected a function that makes a Scheme or Phases, got {made!r}.")
         if not self._parts:
             own = _scheme_of(self.seam)
             if own is None:
@@ -403,15 +402,6 @@ class StageScheme(StageCallback):
             known = [(self._oracle(), run.class_wise(self))]
             self.measures = True
         return run.boundary(*known[0]) if lacks or run.recipe(*known[0]) else None
-
-    def _announce(self, message: str, step: int) -> None:
-        index = getattr(self.scheme, "index", 0)
-        event = {"event": "transition", "step": step, "phase": index, "message": message}
-        self.transitions.append(event)
-        self.writer.event(event)
-        self.writer.scalars({f"{self.name}/transition": float(index)}, step - 1)
-        self.writer.text(f"{self.name}/transition", message, step - 1)
-        self.say(message)
 
 
 def _scheme_of(seam: Seam) -> Scheme | Phases | None:

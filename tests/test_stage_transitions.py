@@ -9,6 +9,7 @@ from torch.utils.data import RandomSampler
 from stagewise import AtEvent, LatentBank, LogitNormal, Phase, Phases, Scheme, Uniform
 from stagewise.callbacks import (
     PosteriorMonitor,
+    StageRun,
     StageScheme,
     StageTransitions,
     VelocityErrorMonitor,
@@ -132,7 +133,8 @@ def test_changed_latents_are_measured_anew(fit, given):
             if trainer.global_step == 6:
                 x.mul_(0.2)  # the data set of the loader holds this tensor
 
-    fit(x, posterior, errors, events, Shrink(), steps=16)
+    said = [StageRun()] if given else []
+    fit(x, *said, posterior, errors, events, Shrink(), steps=16)
     (event,) = [event for event in events.events if event["kind"] == BOUNDARY_MOVED]
     assert event["step"] == 10
     evidence = event["evidence"]

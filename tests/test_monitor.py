@@ -100,8 +100,9 @@ def trained(make_data, make_trainer, tiny_flow, weights):
 
 @pytest.mark.usefixtures("quick_figures")
 @pytest.mark.filterwarnings("ignore:(The training set gives|Samples of the|The bank has a)")
-@pytest.mark.parametrize("given", [False, True], ids=["bank_from_loader", "bank_given"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("run", "given"), [*((run, False) for run in RUNS), ("plain", True), ("augmented", True)]
+)
 def test_weights_are_bit_identical_with_and_without(run, given, trained, make_data):
     monitor = small(LatentBank(make_data()[0]) if given else None)
     plain, ends = trained(run)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import Unpack, override
 
@@ -33,10 +32,6 @@ from stagewise.timesteps import TimestepSampler
 from stagewise.weights import Weight
 
 __all__ = ["StageScheme"]
-
-_CURE = (
-    "Say what to steer: StageScheme(timesteps=..., target=..., weight=...), or a Scheme or Phases."
-)
 
 
 class StageScheme(StageCallback):
@@ -67,11 +62,8 @@ class StageScheme(StageCallback):
         scheme: A `Scheme` or `Phases`, or a function that makes one of the oracle, (oracle) ->
             scheme, for phases over a bank that is read from the training. Default None: made from
             the parts below; without any, the scheme that the module's `FlowMatchingLoss` has.
-        target: See `Scheme`, like the next four.
-        timesteps: Default: as the module draws them.
-        weight: From t to the weight of a sample.
-        boundary: Where navigation meets refinement.
-        preserve_objective: Whether weights make up for `timesteps`.
+        target: See `Scheme`, like `timesteps` (default: as the module draws them), `weight`,
+            `boundary` and `preserve_objective`.
         engine: How the oracle reaches the rows, default `Auto()`. With `Sharded()` the bank is this
             rank's part, and training must say the `source` of its samples.
         certificate: A `Certificate` of the bank, or the file of one, which is written before the
@@ -83,8 +75,7 @@ class StageScheme(StageCallback):
             `seed`, ...; see `RunOptions`. A `scheme` that has an oracle says bank and path itself.
 
     Raises:
-        ValueError: Before the first training step, for what cannot be steered so.
-        RuntimeError: In it, if it did not use what was steered.
+        ValueError: At construction or before the first training step, for what cannot be steered.
     """
 
     order = 5
@@ -123,7 +114,7 @@ class StageScheme(StageCallback):
             if not callable(scheme):
                 raise TypeError(
                     f"Expected `scheme` to be a Scheme or Phases, or a function that makes one of "
-                    f"an oracle, got {scheme!r}. {_CURE}"
+                    f"an oracle, got {scheme!r}."
                 )
             self._make, scheme = scheme, None
         self.scheme: Scheme | Phases = scheme  # type: ignore[assignment]
@@ -165,7 +156,7 @@ class StageScheme(StageCallback):
 
     # -- the course of a training -----------------------------------------------------------------
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, *_: Any, **__: Any) -> None:
         """From here on checkpoints know it by its name."""
         self._set_up = True
 
@@ -296,6 +287,9 @@ class StageScheme(StageCallback):
         for part in [] if self.scheme is None else parts(self.scheme):
             part.labels_of = None
 
+    def _where(self) -> str:
+        return "the scheme that the module holds" if self.seam is None else self.seam.name
+
     def _attach(self) -> None:
         self._paused = False
         if self.seam is not None:
@@ -317,9 +311,6 @@ class StageScheme(StageCallback):
             return ours[0]
         held = any(value is self._given for value in vars(module).values())
         return None if held else one_seam(module)
-
-    def _where(self) -> str:
-        return "the scheme that the module holds" if self.seam is None else self.seam.name
 
     def _refuse_others(self) -> None:
         """Refuses a second callback that steers the same; this one is told after those before."""
@@ -350,7 +341,10 @@ class StageScheme(StageCallback):
         if not self._parts:
             own = _scheme_of(self.seam)
             if own is None:
-                raise ValueError(f"Expected something to steer with, got nothing. {_CURE}")
+                raise ValueError(
+                    "Expected something to steer with, got nothing. Say what: "
+                    "StageScheme(timesteps=..., target=..., weight=...), or a Scheme or Phases."
+                )
             if own is not self.scheme:  # that of another module than in the fit before
                 self._begin = None
             return own
@@ -395,7 +389,7 @@ class StageScheme(StageCallback):
     def _boundary(self) -> StageBoundary | None:
         """That of the run; None if nothing depends on it and nobody has measured it."""
         run, lacks = self.run, self.scheme.lacks_boundary
-        known = [(p.oracle, p.class_wise) for p in parts(self.scheme) if p.oracle is not None]
+        known = [(p.oracle, p.class_wise) for p in parts(self.scheme) if p.oracle]
         if not known:
             if not lacks and not run.recipes:
                 return None

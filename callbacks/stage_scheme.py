@@ -112,10 +112,8 @@ class StageScheme(StageCallback):
         self._make: Callable[[Oracle], Scheme | Phases] | None = None
         if scheme is not None and not isinstance(scheme, Scheme | Phases):
             if not callable(scheme):
-                raise TypeError(
-                    f"Expected `scheme` to be a Scheme or Phases, or a function that makes one of "
-                    f"an oracle, got {scheme!r}."
-                )
+                kinds = "a Scheme or Phases, or a function that makes one of an oracle"
+                raise TypeError(f"Expected `scheme` to be {kinds}, got {scheme!r}.")
             self._make, scheme = scheme, None
         self.scheme: Scheme | Phases = scheme  # type: ignore[assignment]
         self.engine, self.certificate, self._given = engine, certificate, scheme
@@ -137,10 +135,7 @@ class StageScheme(StageCallback):
 
     @property
     def state_key(self) -> str:
-        """That of its name once it is set up.
-
-        Before it is its own: of two with one name training says what is wrong, and not Lightning.
-        """
+        """That of its name; until it is set up its own, so that training says what two lack."""
         return super().state_key if self._set_up else f"{super().state_key} {id(self)}"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def draw_mean(axes: Axes, curve: StageCurve, statistic: str) -> None:
     """A statistic over t: its mean with two standard errors."""
     values = curve.statistic(statistic)
     t, mean, error = curve.times, values.mean(1), 2 * values.std(1) / values.shape[1] ** 0.5
-    style = {"fmt": "k.-", "lw": 1.5, "ms": 4, "label": "mean, 2 standard errors"}
+    style: dict[str, Any] = {"fmt": "k.-", "lw": 1.5, "ms": 4, "label": "mean, 2 standard errors"}
     axes.errorbar(t.numpy(), mean.numpy(), error.numpy(), **style)
 
 

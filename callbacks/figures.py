@@ -61,10 +61,7 @@ Event = Mapping[str, Any]
 Ends = tuple[float | None, float | None]
 
 TIME_LABEL = "t   (0 = noise, 1 = data)"
-_MIDPOINT, _COLLAPSED, _PREDICTED = "tab:green", "tab:purple", "0.45"
 _TRAIN, _HELD_OUT, _ORACLE, _NOISE, _COPIED = "tab:blue", "tab:orange", "tab:red", "0.75", "tab:red"
-_CURVES = 10
-"""Curves that a picture of a whole training has at most."""
 
 
 def render(figure: Figure) -> np.ndarray:
@@ -88,12 +85,12 @@ def mark_time(axes: Axes, at: float | None, name: str, **style: Any) -> None:
 def draw_boundary(axes: Axes, boundary: StageBoundary, predicted: float) -> None:
     """Vertical lines at the boundaries, with their intervals shaded."""
     found = boundary.as_dict()
-    for name, colour in (("midpoint", _MIDPOINT), ("collapsed", _COLLAPSED)):
+    for name, colour in (("midpoint", "tab:green"), ("collapsed", "tab:purple")):
         if np.isfinite(found[name]):
             low, high = found[f"{name}_low"], found[f"{name}_high"]
             axes.axvspan(low, high, color=colour, alpha=0.18, lw=0)
         mark_time(axes, found[name], name, color=colour, lw=1.2)
-    mark_time(axes, predicted, "predicted", color=_PREDICTED, lw=1.2, ls="--")
+    mark_time(axes, predicted, "predicted", color="0.45", lw=1.2, ls="--")
 
 
 def draw_spread(axes: Axes, curve: StageCurve, statistic: str) -> None:
@@ -107,9 +104,9 @@ def draw_spread(axes: Axes, curve: StageCurve, statistic: str) -> None:
 def draw_mean(axes: Axes, curve: StageCurve, statistic: str) -> None:
     """A statistic over t: its mean with two standard errors."""
     values = curve.statistic(statistic)
-    t, error = curve.times.numpy(), (2 * values.std(1) / values.shape[1] ** 0.5).numpy()
-    label = "mean, 2 standard errors"
-    axes.errorbar(t, values.mean(1).numpy(), error, fmt="k.-", lw=1.5, ms=4, label=label)
+    t, mean, error = curve.times, values.mean(1), 2 * values.std(1) / values.shape[1] ** 0.5
+    style: dict[str, Any] = {"fmt": "k.-", "lw": 1.5, "ms": 4, "label": "mean, 2 standard errors"}
+    axes.errorbar(t.numpy(), mean.numpy(), error.numpy(), **style)
 
 
 def concentration_figure(
@@ -208,7 +205,7 @@ def loss_by_time_figure(edges: Edges, probe: Event, ends: Ends, title: str = "")
 
 def _chosen(probes: Sequence[Event]) -> list[Event]:
     """At most ten probes, evenly over the training, first and last among them."""
-    places = np.linspace(0, len(probes) - 1, min(_CURVES, len(probes)))
+    places = np.linspace(0, len(probes) - 1, min(10, len(probes)))
     return [probes[i] for i in sorted({round(float(place)) for place in places})]
 
 
@@ -273,11 +270,10 @@ def gap_heatmap(edges: Edges, probes: Sequence[Event]) -> Figure:
     noise = np.isfinite(values) & ~np.stack([gap_is_clear(probe) for probe in probes], axis=1)
     clear = np.where(noise, np.nan, values)
     largest = np.nanmax(np.abs(clear), initial=0.05)
-    norm, title = TwoSlopeNorm(0, -largest, largest), "Held-out minus training error"
-    figure, axes, mesh = _heatmap(edges, probes, clear, title, norm=norm, cmap="RdBu_r")
-    columns, rows = _columns([probe["step"] for probe in probes]), np.arange(len(edges))
-    grey = np.where(noise, 0.0, np.nan)
-    axes.pcolormesh(columns, rows, grey, cmap=ListedColormap([_NOISE]))
+    colours = {"norm": TwoSlopeNorm(0, -largest, largest), "cmap": "RdBu_r"}
+    figure, axes, mesh = _heatmap(edges, probes, clear, "Held-out minus training error", **colours)
+    columns, grey = _columns([probe["step"] for probe in probes]), np.where(noise, 0.0, np.nan)
+    axes.pcolormesh(columns, np.arange(len(edges)), grey, cmap=ListedColormap([_NOISE]))
     figure.colorbar(mesh, label="share of the training error")
     label = "noise: less than 2 standard errors from 0 (by chance 1 in 20 is coloured)"
     figure.legend(handles=[Patch(color=_NOISE, label=label)], loc="outside lower left", fontsize=8)

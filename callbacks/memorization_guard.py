@@ -48,6 +48,7 @@ class MemorizationGuard(MemorizationMonitor):
     At each probe the model is asked about noisy training samples and noisy held-out ones, the same
     each time, and samples are drawn from it. Beyond the collapsed boundary of the stages, where the
     target of training is one row, memorization shows first: held-out error has risen from its
+    <<<<<<< HEAD
     lowest value there while training error has fallen (`stagewise.learning_events`), after two
     passes through the rows. Or, later, more than 1 % of the samples are copies
     (`stagewise.copies`). Then, once:
@@ -57,6 +58,14 @@ class MemorizationGuard(MemorizationMonitor):
       `AtEvent("memorization onset")`, in a `StageScheme` of the same trainer, goes on to its next
       one, which may smooth (`Scheme.two_stage`);
     - a line of `stages.jsonl`, a text, and the scalar `stagewise_guard/memorization_onset` = 1.
+    =======
+    lowest value there while training error has fallen (`stagewise.memorization_onset`), after two
+    passes through the rows. Or, later, more than 1 % of the samples are copies. Then, once, a
+    warning says where in t, since when, and how many samples are copies by now, as do a line of
+    `stages.jsonl`, a text, and the scalar `stagewise_guard/memorization_onset`; and the event
+    "memorization onset" is told: a phase that ends `AtEvent("memorization onset")`, in a
+    `StageScheme` of the same trainer, goes on to the next, which may smooth (`Scheme.two_stage`).
+    >>>>>>> w-callbacks
 
     **`before_onset.ckpt`** in `dirpath` is a whole checkpoint of the probe with the lowest held-out
     loss (all t alike), from before more than 1 % of samples were copies. The announcement is early:
@@ -72,9 +81,6 @@ class MemorizationGuard(MemorizationMonitor):
 
     Args:
         bank: See `StageCallback`.
-        every_n_steps: Optimizer steps between probes at most; default a twentieth of the training,
-            at most 1000. The first come at steps 1, 32, 48, 72, ... half as far again each time,
-            because few rows are learned by heart early.
         samples: How many are drawn at a probe, default 128.
         queries: Noisy samples in each of six bins of t, of training and of held-out samples,
             default 128. Fewer are cheaper, and see the onset later.
@@ -84,9 +90,8 @@ class MemorizationGuard(MemorizationMonitor):
             model, batch size and learning rate. The onset on all rows is predicted from them
             (`OnsetLaw`: tau = c N, from several runs tau = c N^p). Default None.
         name: Prefix of tags and name of the folder, default "stagewise_guard".
-        **options: See `MemorizationMonitor`. `every_n_steps` is at most 1000 by default here. The
-            first probes come at steps 1, 32, 48, 72, ... half as far again each time, because few
-            rows are learned by heart early.
+        **options: See `MemorizationMonitor`; `every_n_steps` is at most 1000 by default here, and
+            the first probes come at steps 1, 32, 48, 72, ... because few rows are learned early.
 
     Attributes:
         onset: The event, once it has been told: a dict; None before.

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import Unpack, override
 
@@ -31,10 +30,6 @@ from stagewise.timesteps import TimestepSampler
 from stagewise.weights import Weight
 
 __all__ = ["StageScheme"]
-
-_CURE = (
-    "Say what to steer: StageScheme(timesteps=..., target=..., weight=...), or a Scheme or Phases."
-)
 
 
 class StageScheme(StageCallback):
@@ -65,11 +60,8 @@ class StageScheme(StageCallback):
         scheme: A `Scheme` or `Phases`, or a function that makes one of the oracle, (oracle) ->
             scheme, for phases over a bank that is read from the training. Default None: made from
             the parts below; without any, the scheme that the module's `FlowMatchingLoss` has.
-        target: See `Scheme`, like the next four.
-        timesteps: Default: as the module draws them.
-        weight: From t to the weight of a sample.
-        boundary: Where navigation meets refinement.
-        preserve_objective: Whether weights make up for `timesteps`.
+        target: See `Scheme`, like `timesteps` (default: as the module draws them), `weight`,
+            `boundary` and `preserve_objective`.
         engine: How the oracle reaches the rows, default `Auto()`. With `Sharded()` the bank is this
             rank's part, and training must say the `source` of its samples.
         certificate: A `Certificate` of the bank, or the file of one, which is written before the
@@ -81,9 +73,7 @@ class StageScheme(StageCallback):
             `seed`, ...; see `RunOptions`. A `scheme` that has an oracle says bank and path itself.
 
     Raises:
-        ValueError: At construction if both a scheme and parts are given; before the first training
-            step for what cannot be steered so.
-        RuntimeError: In the first training step, if it did not use what was steered.
+        ValueError: At construction or before the first training step, for what cannot be steered.
     """
 
     order = 5
@@ -120,24 +110,14 @@ class StageScheme(StageCallback):
         self._make: Callable[[Oracle], Scheme | Phases] | None = None
         if scheme is not None and not isinstance(scheme, Scheme | Phases):
             if not callable(scheme):
-                raise TypeError(
-                    f"Expected `scheme` to be a Scheme or Phases, or a function that makes one of "
-                    f"an oracle, got {scheme!r}. {_CURE}"
-                )
+                kinds = "a Scheme or Phases, or a function that makes one of an oracle"
+                raise TypeError(f"Expected `scheme` to be {kinds}, got {scheme!r}.")
             self._make, scheme = scheme, None
         self.scheme: Scheme | Phases = scheme  # type: ignore[assignment]
         self.engine, self.certificate, self._given = engine, certificate, scheme
         self.transitions: list[dict[str, Any]] = []
-        self._say_oracle()
-
-    @property
-    def mixes(self) -> bool:  # type: ignore[override]
-        """Whether the oracle goes into its targets."""
-        return self.scheme is not None and mixes(self.scheme)
-
-    def _say_oracle(self) -> None:
-        """Bank and path of a scheme that has them are those of the run."""
-        given = [] if self._given is None else parts(self._given)
+        # Bank and path of a scheme that has them are those of the run.
+        given = [] if scheme is None else parts(scheme)
         found = [part.oracle for part in given]
         oracles = [o for o in found if o is not None and o.engine.holds_all_rows]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
@@ -147,11 +127,13 @@ class StageScheme(StageCallback):
                 self.said = {"bank": part.smoothing.bank} | self.said
 
     @property
-    def state_key(self) -> str:
-        """That of its name once it is set up.
+    def mixes(self) -> bool:  # type: ignore[override]
+        """Whether the oracle goes into its targets."""
+        return self.scheme is not None and mixes(self.scheme)
 
-        Before it is its own: of two with one name training says what is wrong, and not Lightning.
-        """
+    @property
+    def state_key(self) -> str:
+        """That of its name; until it is set up its own, so that training says what two lack."""
         return super().state_key if self._set_up else f"{super().state_key} {id(self)}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,7 +149,7 @@ class StageScheme(StageCallback):
 
     # -- the course of a training -----------------------------------------------------------------
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, *_: Any, **__: Any) -> None:
         """From here on checkpoints know it by its name."""
         self._set_up = True
 
@@ -177,11 +159,9 @@ class StageScheme(StageCallback):
         self.seam = self._found(run.module)
         self._refuse_others()
         self.scheme = self._given or self._made()
-        self._weighed = any(
-            isinstance(module, StageWeightedLoss)
-            and getattr(module.weight, "__self__", None) is self.scheme
-            for module in run.module.modules()
-        )
+        losses = [part for part in run.module.modules() if isinstance(part, StageWeightedLoss)]
+        owners = [getattr(loss.weight, "__self__", None) for loss in losses]
+        self._weighed = any(owner is self.scheme for owner in owners)
         if self.seam is not None:
             self.seam.check(self.scheme, weighed=self._weighed)
         reader = self.scheme.needs_losses
@@ -218,12 +198,11 @@ class StageScheme(StageCallback):
             if boundary is not None:
                 scheme.set_boundary(boundary)
                 self.say(f"the stages meet at t = {scheme.boundary:.3f}")
-        for smooths in (part for part in parts(scheme) if part.smoothing is not None):
-            begin = "" if smooths.collapsed is None else f" from t = {smooths.collapsed:.3f} on"
-            self.say(
-                f"trains on draws of {smooths.smoothing!r}{begin}. Monitors compare "
-                "with the rows themselves."
-            )
+        for part in parts(scheme):
+            if part.smoothing is not None:
+                begin = "" if part.collapsed is None else f" from t = {part.collapsed:.3f} on"
+                draws = f"trains on draws of {part.smoothing!r}{begin}"
+                self.say(f"{draws}. Monitors compare with the rows themselves.")
         scheme.check()
 
     def settle(self) -> None:
@@ -245,8 +224,8 @@ class StageScheme(StageCallback):
         if warning:
             self.warn(warning)
 
+    @override
     def reconsider(self) -> None:
-        """Refuses conditions that only a later step has shown."""
         if self.run.look.network is not None:
             self.run.look.check_conditions(self.scheme)
 
@@ -267,7 +246,13 @@ class StageScheme(StageCallback):
             self.writer.scalars({f"{self.name}/{k}": v for k, v in values.items()}, step - 1)
         t, loss = self._losses.gathered(self.run.trainer) if self._losses else (None, None)
         for message in scheme.observe(step=step, total=self.run.total, t=t, loss=loss):
-            self._announce(message, step)
+            index, tag = getattr(scheme, "index", 0), f"{self.name}/transition"
+            event = {"event": "transition", "step": step, "phase": index, "message": message}
+            self.transitions.append(event)
+            self.writer.event(event)
+            self.writer.scalars({tag: float(index)}, step - 1)
+            self.writer.text(tag, message, step - 1)
+            self.say(message)
 
     def notice(self, event: str) -> None:
         """Tells phases that wait for it."""
@@ -288,12 +273,15 @@ class StageScheme(StageCallback):
     def end(self) -> None:
         self._restore()
 
+    @override
     def stop(self) -> None:
-        """Takes the scheme out, and lets go of the module."""
         self._restore()
         self.seam = None
         for part in [] if self.scheme is None else parts(self.scheme):
             part.labels_of = None
+
+    def _where(self) -> str:
+        return "the scheme that the module holds" if self.seam is None else self.seam.name
 
     def _attach(self) -> None:
         self._paused = False
@@ -316,9 +304,6 @@ class StageScheme(StageCallback):
             return ours[0]
         held = any(value is self._given for value in vars(module).values())
         return None if held else one_seam(module)
-
-    def _where(self) -> str:
-        return "the scheme that the module holds" if self.seam is None else self.seam.name
 
     def _refuse_others(self) -> None:
         """Refuses a second callback that steers the same; this one is told after those before."""
@@ -343,13 +328,16 @@ class StageScheme(StageCallback):
         assert self.seam is not None
         if self._make is not None:
             made = self._make(self._oracle())
-            if not isinstance(made, Scheme | Phases):
-                raise TypeError(f"Expected a function that makes a Scheme or Phases, got {made!r}.")
-            return made
+            if isinstance(made, Scheme | Phases):
+                return made
+            raise TypeError(f"Expected a function that makes a Scheme or Phases, got {made!r}.")
         if not self._parts:
             own = _scheme_of(self.seam)
             if own is None:
-                raise ValueError(f"Expected something to steer with, got nothing. {_CURE}")
+                raise ValueError(
+                    "Expected something to steer with, got nothing. Say what: "
+                    "StageScheme(timesteps=..., target=..., weight=...), or a Scheme or Phases."
+                )
             if own is not self.scheme:  # that of another module than in the fit before
                 self._begin = None
             return own
@@ -394,22 +382,13 @@ class StageScheme(StageCallback):
     def _boundary(self) -> StageBoundary | None:
         """That of the run; None if nothing depends on it and nobody has measured it."""
         run, lacks = self.run, self.scheme.lacks_boundary
-        known = [(p.oracle, p.class_wise) for p in parts(self.scheme) if p.oracle is not None]
+        known = [(p.oracle, p.class_wise) for p in parts(self.scheme) if p.oracle]
         if not known:
             if not lacks and not run.recipes:
                 return None
             known = [(self._oracle(), run.class_wise(self))]
             self.measures = True
         return run.boundary(*known[0]) if lacks or run.recipe(*known[0]) else None
-
-    def _announce(self, message: str, step: int) -> None:
-        index = getattr(self.scheme, "index", 0)
-        event = {"event": "transition", "step": step, "phase": index, "message": message}
-        self.transitions.append(event)
-        self.writer.event(event)
-        self.writer.scalars({f"{self.name}/transition": float(index)}, step - 1)
-        self.writer.text(f"{self.name}/transition", message, step - 1)
-        self.say(message)
 
 
 def _scheme_of(seam: Seam) -> Scheme | Phases | None:

@@ -27,7 +27,7 @@ from stagewise.drawn_rows import drawn_rows
 from stagewise.row_reader import RowReader, same_rows
 from stagewise.undisturbed import undisturbed
 
-__all__ = ["Samples", "bank_from_trainer", "read_rows", "same_samples", "shard_from_trainer"]
+__all__ = ["Samples", "bank_from_trainer", "read_rows", "shard_from_trainer"]
 
 Samples = tuple[Tensor, "Tensor | None"]
 """Samples, (n, *), and their labels, (n,), or None, on the CPU."""
@@ -149,22 +149,6 @@ def read_rows(
         found = list(reader.read(few, workers=1, seed=seed))
     labels = [label.cpu() for _, label in found if label is not None]
     return torch.cat([x.detach().cpu() for x, _ in found]), torch.cat(labels) if labels else None
-
-
-def same_samples(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
-    bank: LatentBank,
-    *,
-    find: FindSample = find_sample,
-    seed: int = 0,
-) -> bool:
-    """Whether a few samples of the training loader of now are rows of a bank; see `read_rows`.
-
-    Where samples are augmented none are.
-    """
-    x1, _ = read_rows(trainer, pl_module, trainer.train_dataloader, 8, find=find, seed=seed)
-    return tuple(x1.shape[1:]) == bank.shape and bool((bank.find(x1) >= 0).all())
 
 
 def _drawn(trainer: pl.Trainer, loader: DataLoader[Any], *, say: bool = False) -> Sequence[int]:

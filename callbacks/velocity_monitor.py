@@ -175,10 +175,10 @@ class VelocityErrorMonitor(ModelMonitor):
             self._record.expect(lambda: x1)
             self._record.look(network.module, *call)
         held_out = 0 if self._others is None else len(self._others[0])
+        wise = "class-wise" if self.wise else "over all rows"
         self.say(
-            f"asks {self.describe()}; {oracle.path!r}; oracle "
-            f"{'class-wise' if self.wise else 'over all rows'}; {len(self._rows[0])} training and "
-            f"{held_out} held-out samples; {self.writer.describe()}"
+            f"asks {self.describe()}; {oracle.path!r}; oracle {wise}; {len(self._rows[0])} "
+            f"training and {held_out} held-out samples; {self.writer.describe()}"
         )
         header = {
             "event": "velocity",
@@ -265,10 +265,7 @@ class VelocityErrorMonitor(ModelMonitor):
         unknown = None if labels is None else set(labels.tolist()) - set(bank.classes)
         if unknown is None or unknown:
             has = "no labels" if unknown is None else f"labels without rows, {sorted(unknown)[:8]}"
-            self.say(
-                f"held-out samples have {has}, and the oracle is class-wise: "
-                "errors on them are left out."
-            )
+            self.say(f"held-out samples have {has}, so class-wise errors on them are left out.")
             self._others = None
 
     def _place_stages(self) -> None:

@@ -159,7 +159,7 @@ class Writer:
 
     def dashboard(self, callbacks: Iterable[Any]) -> None:
         """Sets TensorBoard's custom-scalars page to the charts of callbacks."""
-        page = {callback.name: callback.layout() for callback in callbacks if callback.charts}
+        page = {one.name: charts for one in callbacks if (charts := one.layout())}
         for logger in self._loggers if self.active else ():
             with _spared(logger, "the page of its custom scalars"):
                 if hasattr(board := _experiment(logger), "add_custom_scalars"):

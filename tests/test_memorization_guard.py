@@ -144,6 +144,11 @@ def test_the_kept_checkpoint_goes_on_as_the_run_did(fit, weights, tmp_path):
     through, scheme = make("through")
     expected = weights(fit(32, through, scheme, steps=210))
     assert through.onset["step"] < through.best["step"] < 210
+    # The event switches smoothing on.
+    (change,) = scheme.transitions
+    assert change["step"] == through.onset["step"]
+    assert scheme.scheme.index == 1
+    assert scheme.scheme.drawn is not None, "rows were smoothed"
     again, other = make("again")
     resumed = fit(32, again, other, steps=210, ckpt_path=through.best["file"])
     assert torch.equal(weights(resumed), expected)
@@ -161,15 +166,6 @@ def switched():
         return Phases([first, Phase(Scheme.two_stage(oracle))])
 
     return make
-
-
-def test_the_event_switches_smoothing_on(fit):
-    guard, scheme = MemorizationGuard(**OFTEN), StageScheme(switched())
-    fit(32, scheme, guard, steps=200)
-    (change,) = scheme.transitions
-    assert change["step"] == guard.onset["step"]
-    assert scheme.scheme.index == 1
-    assert scheme.scheme.drawn is not None, "rows were smoothed"
 
 
 def test_nothing_is_learned_by_heart_before_rows_are_seen_twice(fit):

@@ -115,7 +115,7 @@ def test_tensorboard_has_one_page_and_what_happens_once(fit, tmp_path):
 
 def test_pictures_go_to_tensorboard_and_disk(fit, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="tb", version="run")
-    fit(*monitors(), logger=logger, max_steps=2)
+    fit(*monitors(), logger=logger, max_steps=1)
     names = {
         "stagewise": ("concentration", "target_difference", "heatmap"),
         "stagewise_error": (

@@ -57,8 +57,7 @@ def all_pictures(edges, holes=False, boundary=BOUNDARY, probes=None):
     }
 
 
-@pytest.mark.parametrize("edges", [EVEN, EARLY], ids=["even", "early"])
-@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize(("edges", "holes"), [(EVEN, False), (EARLY, True)])
 def test_all_can_be_drawn_and_label_their_axes(edges, holes):
     for name, figure in all_pictures(edges, holes).items():
         image = render(figure)
@@ -72,9 +71,10 @@ def test_one_probe_and_no_boundary_are_enough():
     assert all(render(figure).std() > 5 for figure in lonely.values())
 
 
-@pytest.mark.parametrize("edges", [EVEN, EARLY], ids=["even", "early"])
-@pytest.mark.parametrize("holes", [False, True])
-@pytest.mark.parametrize("boundary", [BOUNDARY, (None, float("nan"))])
+@pytest.mark.parametrize(
+    ("edges", "holes", "boundary"),
+    [(EVEN, False, (None, float("nan"))), (EARLY, True, BOUNDARY)],
+)
 def test_models_of_several_sizes_can_be_drawn(monkeypatch, edges, holes, boundary):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     watching = importlib.import_module("watching")

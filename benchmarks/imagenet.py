@@ -1,4 +1,4 @@
-"""A bank of the size of ImageNet: opened, streamed, and searched coarse-to-fine.
+"""A bank of the size of ImageNet: opened and streamed.
 
 `make bench-imagenet` runs it. It writes 1 281 167 rows of 4096 numbers in bfloat16 (10.5 GB, in
 `--dir`, removed at the end whatever happens) and asks them in a fresh process, which knows the file
@@ -28,15 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Row, engine, measure, ratio
-from report import Report, meta
+from measure import Report, Row, engine, measure, meta
 from torch import Tensor
 
 ROWS, DIM, CLASSES = 1_281_167, 4096, 1000
 BETWEEN = 0.2  # share of the variance between classes
-QUERIES, POOL = 32, 96
-FEW_ROWS = 100  # effective sample size below which a posterior is near the end of navigation
-TAIL = 1e-3
+QUERIES = 32
 BLOCK = 2**24  # numbers made at a time
 
 
@@ -115,105 +112,8 @@ def read(path: Path, runs: int) -> dict[str, Any]:
     results = measure([Row("class-wise", lambda: exact.posterior(xt, t, labels))], max(runs, 7))
     report.table(f"{QUERIES} class-wise queries, t~U(0, 1)", list(results.values()))
 
-    coarse_to_fine(report, bank, exact, runs)
     report.note(f"peak resident memory at the end {memory('VmHWM') / 1024:.2f} GiB")
     return asdict(report)
-
-
-def coarse_to_fine(report: Report, bank: Any, exact: Any, runs: int) -> None:
-    """Coarse against Exact, near the end of navigation and on the training mix."""
-    from stagewise import Oracle
-
-    generator = torch.Generator().manual_seed(3)
-    start = time.perf_counter()
-    try:
-        coarse = engine("Coarse", max_tail=TAIL)
-        searched = Oracle(bank, engine=coarse)
-    except ImportError as error:
-        report.note(f"coarse-to-fine: skipped, {error}")
-        return
-    report.note(f"{coarse!r}: prepared in {time.perf_counter() - start:.1f} s")
-    times = torch.rand(POOL, generator=generator)
-    times[::2] *= 0.2  # half of them where navigation ends
-    xt, t, _ = queries(bank, times)
-    truth = exact.posterior(xt, t)
-    coarse.max_tail = None  # says what it would miss, and sends nothing on
-    found = searched.posterior(xt, t)
-    coarse.max_tail = TAIL
-    true = -torch.expm1((found.log_evidence - truth.log_evidence).clamp_max(0))
-    sent, mix = found.tail_mass > TAIL, torch.arange(POOL) % 2 == 1
-    few = truth.ess < FEW_ROWS
-    lines = []
-    for name, some in (
-        (f"ESS < {FEW_ROWS}", few),
-        (f"ESS >= {FEW_ROWS}", ~few),
-        ("t~U(0, 1)", mix),
-    ):
-        kept = some & ~sent
-        lines.append(
-            {
-                "queries": name,
-                "count": int(some.sum()),
-                "sent on": _share(sent, some),
-                "estimated tail of those kept": _largest(found.tail_mass, kept),
-                "true tail of those kept": _largest(true, kept),
-                "true tail if none were sent on": _largest(true, some),
-                "kept, true > estimated": _share(true > found.tail_mass.clamp_min(1e-6), kept),
-            }
-        )
-    report.plain(f"{coarse!r}, {POOL} queries, half t~U(0, 1), half t~U(0, 0.2)", lines)
-    needed_at_best(report, exact, xt, t, few, sent)
-    report.target("estimated tail mass, ESS < 100, kept", lines[0][_EST], TAIL)
-    report.target("true tail mass, ESS < 100, kept", lines[0][_TRUE], TAIL)
-
-    results = {}
-    near = f"ESS < {FEW_ROWS}"
-    for name, some in ((near, few), (f"{near}, none sent on", few & ~sent), ("t~U(0, 1)", mix)):
-        at = some.nonzero()[:, 0]
-        at = at[torch.randperm(len(at), generator=generator)[:QUERIES]]
-        if not len(at):
-            report.note(f"no queries with {name}")
-            continue
-        q, when = xt[at], t[at]
-        rows = [
-            Row("Exact()", lambda q=q, when=when: exact.posterior(q, when)),
-            Row(repr(coarse), lambda q=q, when=when: searched.posterior(q, when)),
-        ]
-        results[name] = measure(rows, runs, base="Exact()")
-        report.table(f"{len(at)} queries, {name}", list(results[name].values()))
-        report.note(f"of these {float(sent[at].float().mean()):.0%} sent on")
-    for name in (near, f"{near}, none sent on"):
-        if name in results:
-            reached = ratio(results[name], "Exact()", repr(coarse))
-            report.target(f"Exact() / Coarse(), {name}", reached, 8, most=False)
-
-
-def needed_at_best(
-    report: Report, exact: Any, xt: Tensor, t: Tensor, few: Tensor, sent: Tensor
-) -> None:
-    """How many rows a search would have to read that made no mistake at all."""
-    eighth = len(exact.bank) // 8
-    weights = exact.posterior(xt[few], t[few], k=eighth).weights
-    needed = (weights.cumsum(1) < 1 - TAIL).sum(1) + 1
-    lines = []
-    for name, some in (("kept", ~sent[few]), ("sent on", sent[few])):
-        count = needed[some]
-        if not len(count):
-            continue
-        lines.append(
-            {
-                f"ESS < {FEW_ROWS}": name,
-                "count": len(count),
-                f"rows with {1 - TAIL:.1%} of the posterior: median": int(count.median()),
-                "most": int(count.max()),
-                "more than an eighth of all": int((count > eighth).sum()),
-            }
-        )
-    if lines:
-        report.plain("what a perfect search would have to read", lines)
-
-
-_EST, _TRUE = "estimated tail of those kept", "true tail of those kept"
 
 
 def queries(bank: Any, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,14 +135,6 @@ def memory(name: str) -> float:
     except (OSError, StopIteration):
         return math.nan
     return int(line.split()[1]) / 1024
-
-
-def _share(flags: Tensor, some: Tensor) -> float:
-    return float((flags & some).sum() / some.sum().clamp_min(1))
-
-
-def _largest(values: Tensor, some: Tensor) -> float | None:
-    return float(values[some].max()) if some.any() else None
 
 
 def main() -> int:

@@ -54,17 +54,17 @@ bench-imagenet: $(VENV)/.recipes ## the same on made latents of ImageNet's size 
 
 bench-recipes: $(VENV)/.recipes ## time loader and oracle of the ImageNet recipes, count what they cost
 	$(BIN)/python benchmarks/recipes.py --threads 2
-	$(BIN)/python benchmarks/recipe_costs.py
+	$(BIN)/python benchmarks/costs.py
 
-bench-schemes: $(VENV)/.recipes ## train with and without schemes (hours; resumes), write docs/results.md
+bench-schemes: $(VENV)/.recipes ## train with and without schemes (hours; resumes), fill docs/results.md
 	$(BIN)/python benchmarks/schemes.py --threads 1
 	$(BIN)/python benchmarks/schemes.py --threads 1 --only default --horizons 600,750 --data photos8
-	$(BIN)/python benchmarks/schemes_variance.py --threads 1
-	$(BIN)/python benchmarks/schemes_why.py --threads 1
-	$(BIN)/python benchmarks/schemes_why.py --threads 1 --data photos16 --seeds 1
+	$(BIN)/python benchmarks/schemes.py --threads 1 --variance
+	$(BIN)/python benchmarks/schemes.py --threads 1 --why --data photos8
+	$(BIN)/python benchmarks/schemes.py --threads 1 --why --data photos16 --seeds 1
 	$(BIN)/python benchmarks/schemes.py --report
 
-bench-forecast: $(VENV)/.recipes ## hold the forecast against training (an hour; resumes), write docs/forecast.md
+bench-forecast: $(VENV)/.recipes ## hold the forecast against training (an hour; resumes), fill docs/forecast.md
 	$(BIN)/python benchmarks/forecast.py
 
 bench-regularisers: $(VENV)/.recipes ## train on few samples with and without smoothing (hours; resumes)

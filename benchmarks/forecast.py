@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import schemes
 import torch
-from schemes import BATCH, PLANS, Part, write_once
-from schemes_data import Data, data_set, held_out_loss, shuffled
-from schemes_records import ARCHIVE, unpack
-from schemes_report import ABOUT, load, share, share_cell, table
+from schemes_plan import ARCHIVE, BATCH, LARGE, PLANS, Part, best_rate, unpack, write_once
+from schemes_statistics import ABOUT, load, share, share_cell
+from schemes_train import Data, data_set, held_out_loss, shuffled, steps
 from scipy.optimize import isotonic_regression
+from tables import fill, table
 
 from stagewise import LatentBank, Oracle, Scheme, Smoothing, Uniform
 from stagewise.binned_sums import BinnedSums
@@ -45,7 +44,7 @@ METRICS = {"adam": "as Adam steps", "plain": "P = 1"}
 
 def ended(part: Part, data: Data, scheme: Scheme, batch: int) -> dict[str, Any]:
     """The held-out loss at the end of a training."""
-    *_, last = schemes.steps(part, data, scheme, batch)
+    *_, last = steps(part, data, scheme, batch)
     return {**vars(part), "batch": batch, "loss": held_out_loss(last.net, data)}
 
 
@@ -59,10 +58,10 @@ def smoothed(part: Part, data: Data, oracle: Oracle) -> dict[str, Any]:
 def asked(part: Part, data: Data, oracle: Oracle) -> dict[str, Any]:
     """What a plain training says of itself: targets now and then, smoothing at the end."""
     curve = StageCurve.measure(oracle, class_wise=True).boundary()
-    steps = {round(one * part.horizon): one for one in ASKED}
+    when = {round(one * part.horizon): one for one in ASKED}
     found = []
-    for at in schemes.steps(part, data, Scheme(timesteps=TIMES)):
-        if at.step not in steps:
+    for at in steps(part, data, Scheme(timesteps=TIMES)):
+        if at.step not in when:
             continue
         for key in METRICS:
             few = itertools.islice(shuffled(*data.train, BATCH, seed=1000 + part.seed), 16)
@@ -75,7 +74,7 @@ def asked(part: Part, data: Data, oracle: Oracle) -> dict[str, Any]:
                 timesteps=TIMES,
                 seed=part.seed,
             )
-            found.append({"at": steps[at.step], "metric": key, **vars(said)})
+            found.append({"at": when[at.step], "metric": key, **vars(said)})
     ends = torch.tensor([0.0, curve.midpoint, curve.collapsed, 1.0]).double()
     edges = torch.cat([torch.linspace(0, 1, 13).double(), ends]).unique()
     sums = {}
@@ -93,7 +92,7 @@ def asked(part: Part, data: Data, oracle: Oracle) -> dict[str, Any]:
 def run(folder: Path, records: Path, name: str, seeds: int) -> None:
     """Makes the parts of a data set that are not there."""
     horizon = PLANS[name].horizons[0]
-    lr = schemes.best_rate(records, name, horizon)
+    lr = best_rate(records, name, horizon)
     assert lr is not None
     data = data_set(name)
     oracle = Oracle(LatentBank(*data.train))
@@ -143,113 +142,72 @@ def cell(value: tuple[float, float, float]) -> str:
     return f"{middle} [{low}, {high}]"
 
 
-def report(folder: Path, records: Path) -> list[str]:
-    """docs/forecast.md."""
+def tables(folder: Path, records: Path) -> dict[str, str]:
+    """The tables of docs/forecast.md."""
     parts = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     runs, rows, course, smooth, losses = load(records), [], [], [], []
     for name in ABOUT:
-        seen = [part for part in parts if part["data"] == name and "found" in part]
-        larger = [
-            part
-            for part in parts
-            if (part["data"], part["scheme"]) == (name, "plain") and "loss" in part
-        ]
+        own = [part for part in parts if part["data"] == name]
+        seen = [part for part in own if "found" in part]
+        larger = [part for part in own if part["scheme"] == "plain" and "loss" in part]
         if not seen or not larger:
             continue
         known = runs[name, PLANS[name].horizons[0]]
-        goal = [run["curve"][-1]["loss"] for run in known["oracle, all t"]]
-        by_batch = {BATCH: [run["curve"][-1]["loss"] for run in known["plain"]]}
+        plain, goal = ([_end(run) for run in known[key]] for key in ("plain", "oracle, all t"))
+        by_batch = {BATCH: plain}
         for part in sorted(larger, key=lambda part: (part["batch"], part["seed"])):
             by_batch.setdefault(part["batch"], []).append(part["loss"])
-        for file in sorted(records.glob(f"why-{name}-plain-512-*.json")):
-            run = json.loads(file.read_text())
-            by_batch.setdefault(512, []).append(run["curve"][-1]["loss"])
+        for file in sorted(records.glob(f"why-{name}-plain-{LARGE}-*.json")):
+            by_batch.setdefault(LARGE, []).append(_end(json.loads(file.read_text())))
         measured = equivalent(by_batch, goal)
         by = {key: [f for p in seen for f in p["found"] if f["metric"] == key] for key in METRICS}
-        whole = {key: mean_forecast(said, first=FROM) for key, said in by.items()}
-        said = whole["adam"]
-        off = said.factor / measured[0] - 1
+        said, bare = (mean_forecast(by[key], first=FROM) for key in ("adam", "plain"))
         alone = min(map(len, by_batch.values())) == 1
-        shown = f"{measured[0]:.2f} (one seed)" if alone else cell(measured)
+        excess = (said.factor - 1) / (measured[0] - 1) - 1
         rows.append(
             [
-                *(
-                    name,
-                    cell((said.factor, *said.interval)),
-                    shown,
-                    f"{off:+.0%}",
-                ),
-                f"{(said.factor - 1) / (measured[0] - 1) - 1:+.0%}",
-                f"{whole['plain'].factor:.2f}",
-                f"{said.steps:.2f}",
+                *(name, cell((said.factor, *said.interval))),
+                f"{measured[0]:.2f} (one seed)" if alone else cell(measured),
+                *(f"{said.factor / measured[0] - 1:+.0%}", f"{excess:+.0%}"),
+                *(f"{bare.factor:.2f}", f"{said.steps:.2f}"),
                 share_cell(share(known["plain"], known["oracle, all t"], "loss")),
-                "worth trying" if said.worth_trying else "do not bother",
             ]
         )
+        at = {key: [mean_forecast(by[key], first=t, last=t) for t in ASKED] for key in METRICS}
         for key, label in METRICS.items():
-            each = [mean_forecast(by[key], first=one, last=one) for one in ASKED]
-            course.append([name, label, *(f"{one.factor:.2f}" for one in each)])
-        scales = [mean_forecast(by["adam"], first=one, last=one).noise_scale for one in ASKED]
-        course.append([name, "noise scale, samples", *(f"{one:.0f}" for one in scales)])
-        for size in sorted(by_batch):
-            values = by_batch[size]
+            course.append([name, label, *(f"{one.factor:.2f}" for one in at[key])])
+        scales = (f"{one.noise_scale:.0f}" for one in at["adam"])
+        course.append([name, "noise scale, samples", *scales])
+        for label, values in (*sorted(by_batch.items()), (f"{BATCH}, oracle", goal)):
             half = (max(values) - min(values)) / 2
-            losses.append(
-                [name, f"{size}", f"{len(values)}", f"{np.mean(values):.4f} ± {half:.4f}"]
-            )
-        half = (max(goal) - min(goal)) / 2
-        losses.append(
-            [name, f"{BATCH}, oracle", f"{len(goal)}", f"{np.mean(goal):.4f} ± {half:.4f}"]
-        )
-        without = {run["seed"]: run["curve"][-1]["loss"] for run in known["plain"]}
-        smoothed_ = [part for part in parts if (part["data"], part["scheme"]) == (name, "smoothed")]
-        gains = {run["seed"]: run["loss"] / without[run["seed"]] - 1 for run in smoothed_}
+            mean = f"{np.mean(values):.4f} ± {half:.4f}"
+            losses.append([name, str(label), str(len(values)), mean])
+        without = {run["seed"]: _end(run) for run in known["plain"]}
+        smoothed_ = [part for part in own if part["scheme"] == "smoothed"]
+        gains = {p["seed"]: f"{p['loss'] / without[p['seed']] - 1:+.1%}" for p in smoothed_}
         for part in seen:
             late = {key: one["refinement"] for key, one in part["probe"]["stages"].items()}
             gap = late["held_out"]["conditional"] / late["train"]["conditional"] - 1
             found = forecast_smoothing(part["probe"], part["edges"], part["collapsed"])
-            gain = f"{gains[part['seed']]:+.1%}" if part["seed"] in gains else "not run"
             about = (name, f"{part['seed']}", f"{part['collapsed']:.2f}", f"{gap:+.1%}")
-            smooth.append([*about, f"{found}", gain])
-    return [
-        "# The forecast beside what training showed",
-        "",
-        "Written by `make bench-forecast` (benchmarks/forecast.py), never by hand. Data, networks "
-        "and learning rates are those of [results.md](results.md), at its shortest full horizon: "
-        f"{', '.join(f'{name} {PLANS[name].horizons[0]} steps' for name in ABOUT)}; times are "
-        "stratified.",
-        "",
-        "**Forecast**: by how much a batch would have to be larger for the gradient's noise to be "
-        "that of oracle targets with a batch of 128, `1 / (1 - f)` of `forecast_targets` in plain "
-        f"training, mean over {', '.join(f'{one:g}' for one in ASKED if one >= FROM)} of its steps "
-        "and over seeds, with two standard errors. **Measured**: with which batch plain training "
-        "ends at the held-out loss that oracle targets end at, over 128 [95 % interval, seeds "
-        "resampled]. Off: forecast over measured; and the same of what exceeds 1. Steps: the share "
-        "of plain's steps in which oracle targets come to where plain training ends, by the "
-        "forecast and measured.",
-        "",
-        *table(
-            [
-                *("data", "forecast", "measured", "off", "off, of the excess over 1"),
-                *("forecast with P = 1", "steps, forecast", "steps, measured", "verdict"),
-            ],
-            rows,
-        ),
-        "Over the training, at shares of its steps (mean over seeds). At 0 the network is "
-        "untrained and the forecast too low; Adam has no second moments, and both metrics are one.",
-        "",
-        *table(["data", "metric", *(f"{one:g}" for one in ASKED)], course),
-        "Held-out loss at the end (mean ± half the range over seeds), by the batch:",
-        "",
-        *table(["data", "batch", "seeds", "held-out loss"], losses),
-        "**Smoothing**: error on held-out samples over that on training rows, minus 1, beyond the "
-        "collapsed boundary, at the end of plain training; what `forecast_smoothing` says; and by "
-        "how much the whole held-out loss at the end differs with a `Smoothing` from there on.",
-        "",
-        *table(
-            ["data", "seed", "collapsed at t", "gap beyond", "forecast", "with smoothing"], smooth
-        ),
-    ]
+            seen_gap = "none"
+            if found is not None and found.worth_trying:
+                seen_gap = f"{found.gap:.0%} for t in [{found.t_from:.2f}, {found.t_to:.2f}]"
+            smooth.append([*about, seen_gap, gains.get(part["seed"], "not run")])
+    shares = [f"{one:g}" for one in ASKED]
+    head = ["data", "forecast", "measured", "off", "off, of the excess over 1"]
+    head += ["forecast with P = 1", "steps, forecast", "steps, measured"]
+    late = ["data", "seed", "collapsed at t", "gap beyond", "forecast", "with smoothing"]
+    return {
+        "forecast": table(head, rows),
+        "over the training": table(["data", "metric", *shares], course),
+        "losses by batch": table(["data", "batch", "seeds", "held-out loss"], losses),
+        "smoothing": table(late, smooth),
+    }
+
+
+def _end(run: dict[str, Any]) -> float:
+    return run["curve"][-1]["loss"]
 
 
 def main() -> None:
@@ -266,9 +224,7 @@ def main() -> None:
     unpack(arguments.docs / ARCHIVE, arguments.records)
     for name in [] if arguments.report else arguments.data.split(","):
         run(arguments.dir, arguments.records, name, arguments.seeds)
-    lines = report(arguments.dir, arguments.records)
-    print("\n".join(lines))
-    (arguments.docs / "forecast.md").write_text("\n".join(lines).rstrip() + "\n")
+    fill(arguments.docs / "forecast.md", tables(arguments.dir, arguments.records))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Row, measure
-from report import Report, meta
+from measure import Report, Row, engine, measure, meta
 from torch import Tensor
 
 ROWS, DIM, CLASSES = 1_281_167, 4096, 1000
@@ -91,7 +90,6 @@ def write(path: Path, rows: int, dim: int) -> float:
 def read(path: Path, runs: int) -> dict[str, Any]:
     """Everything that is asked of the file, in a process that has not seen it."""
     from stagewise import LatentBank, Oracle
-    from stagewise.engines import Exact
 
     report = Report("imagenet", f"{path.stat().st_size / 1e9:.2f} GB, memory-mapped").start()
     before = memory("VmRSS")
@@ -101,7 +99,7 @@ def read(path: Path, runs: int) -> dict[str, Any]:
     report.note(f"{bank!r}, opened in {opened:.3f} s, {memory('VmRSS') - before:.0f} MiB more")
     report.target("seconds to open", opened, 1)
 
-    exact = Oracle(bank, engine=Exact())
+    exact = Oracle(bank, engine=engine("Exact"))
     xt, t, source = queries(bank, torch.rand(QUERIES, generator=torch.Generator().manual_seed(2)))
     start = time.perf_counter()
     exact.posterior(xt, t)

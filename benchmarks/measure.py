@@ -1,4 +1,4 @@
-"""How the benchmarks measure: rows in turn, medians, peak memory.
+"""How the benchmarks measure and print: rows in turn, medians, peak memory; tables and targets.
 
 Machines change their speed from second to second, so nothing is timed alone: each turn runs all
 rows of a table once, and rows are compared by the medians over the turns. Before that each row runs
@@ -7,16 +7,26 @@ once to warm up, which is when its answer is judged, and once while its memory i
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
+import importlib
+import json
 import os
+import platform
+import re
 import statistics
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
 
 SLOW = 10.0  # seconds: a row that takes longer is run FEW times
 FEW = 3
@@ -42,7 +52,7 @@ class Row:
     """One line of a table.
 
     Attributes:
-        name: What it says.
+        name: Its label.
         run: What is timed; None if it cannot run, for the reason in `note`.
         judge: From an answer to its "error", "tail" and other columns.
         queries: How many queries it answers, if fewer than the others of the table.
@@ -92,43 +102,18 @@ def measure(
         The results by name, in the order of the rows.
     """
     results = {row.name: Result(row.name, note=row.note, queries=row.queries) for row in rows}
-    todo: list[tuple[Row, Callable[[], Any], int]] = []
-    for row in rows:
-        if row.run is None:
-            continue
-        result = results[row.name]
-        try:
-            with peak_memory() as peak:
-                start = time.perf_counter()
-                answer = row.run()
-                seconds = time.perf_counter() - start
-            if row.judge:
-                judged = row.judge(answer)
-                result.error, result.tail = judged.pop("error", None), judged.pop("tail", None)
-                result.more = judged
-            del answer
-            if seconds < SLOW:
-                with peak_memory() as peak:
-                    row.run()
-        except Exception as error:  # a row that fails must not take the others with it
-            text = str(error).strip().split("\n")[0][:100]
-            result.note = f"failed: {type(error).__name__}: {text}"
-            result.failed = not row.peer
-            continue
-        result.memory = peak[0]
-        count = runs if seconds < SLOW else min(FEW, runs) if seconds < VERY_SLOW else 0
-        if not count:
-            result.milliseconds = result.best = 1e3 * seconds
-        todo.append((row, row.run, count))
-    times: dict[str, list[float]] = {row.name: [] for row, _, _ in todo}
+    todo = [(row, _warm_up(row, results[row.name], runs)) for row in rows if row.run is not None]
+    times: dict[str, list[float]] = {row.name: [] for row in rows}
     for turn in range(runs):
-        for row, run, count in todo:
-            if turn < count:
+        for row, count in todo:
+            if count is not None and turn < count:
                 start = time.perf_counter()
-                run()
+                row.run()  # type: ignore[misc]
                 times[row.name].append(1e3 * (time.perf_counter() - start))
-    for row, _, count in todo:
+    for row, count in todo:
         result, values = results[row.name], times[row.name]
+        if count is None:
+            continue
         result.runs = max(count, 1)
         if values:
             result.milliseconds, result.best = statistics.median(values), min(values)
@@ -138,14 +123,37 @@ def measure(
         if count < runs:
             remarks.append(f"{result.runs} {'run' if result.runs == 1 else 'runs'}")
         result.note = "; ".join(remarks)
-    set_ratios(results, base, queries)
+    for name in results if base else ():
+        results[name].ratio = ratio(results, name, str(base), queries)
     return results
 
 
-def set_ratios(results: dict[str, Result], base: str | None, queries: int | None = None) -> None:
-    """Ratios of medians, per query where a row has fewer of them."""
-    for name in results:
-        results[name].ratio = ratio(results, name, base, queries) if base else None
+def _warm_up(row: Row, result: Result, runs: int) -> int | None:
+    """How often a row is to be run, after it was judged; None if it failed."""
+    assert row.run is not None
+    try:
+        with peak_memory() as peak:
+            start = time.perf_counter()
+            answer = row.run()
+            seconds = time.perf_counter() - start
+        if row.judge:
+            judged = row.judge(answer)
+            result.error, result.tail = judged.pop("error", None), judged.pop("tail", None)
+            result.more = judged
+        del answer
+        if seconds < SLOW:
+            with peak_memory() as peak:
+                row.run()
+    except Exception as error:  # a row that fails must not take the others with it
+        text = str(error).strip().split("\n")[0][:100]
+        result.note = f"failed: {type(error).__name__}: {text}"
+        result.failed = not row.peer
+        return None
+    result.memory = peak[0]
+    if seconds >= VERY_SLOW:
+        result.milliseconds = result.best = 1e3 * seconds
+        return 0
+    return runs if seconds < SLOW else min(FEW, runs)
 
 
 def ratio(
@@ -157,6 +165,13 @@ def ratio(
         return None
     times = [r.milliseconds / (r.queries or queries or 1) for r in both]
     return times[0] / times[1]
+
+
+def engine(name: str, *args: Any, **kwargs: Any) -> Any:
+    """An engine of stagewise by name; ImportError if it, or a library it needs, is not there."""
+    file = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    module = importlib.import_module(f"stagewise.engines.{file}")
+    return getattr(module, name)(*args, **kwargs)
 
 
 def row(
@@ -204,3 +219,124 @@ def peak_memory() -> Iterator[list[float | None]]:
 def _resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- what is printed ------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """A case: its tables, findings and targets, printed as they come and kept for the JSON."""
+
+    name: str
+    title: str
+    tables: dict[str, Any] = field(default_factory=dict)
+    targets: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def start(self) -> Report:
+        print(f"\n== {self.name}: {self.title}", flush=True)
+        return self
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        print(f"  {text}", flush=True)
+
+    def target(self, text: str, reached: float | None, limit: float, most: bool = True) -> None:
+        """A number beside what it is to be at most, or at least; None: it could not be told."""
+        wanted = f"{'<=' if most else '>='} {limit:g}"
+        self.targets.append({"text": text, "reached": reached, "wanted": wanted})
+        value = "-" if reached is None else f"{reached:.3g}"
+        print(f"  {text}: {value} (wanted {wanted})", flush=True)
+
+    def table(self, name: str, results: Sequence[Result], columns: Sequence[str] = ()) -> None:
+        """Prints measured rows; `columns` are further ones, of `Result.more`."""
+        lines = []
+        for result in results:
+            memory = None if result.memory is None else f"{result.memory / 2**20:.0f}"
+            about = {"ms": result.milliseconds, "ratio": result.ratio, "error": result.error}
+            about |= {"tail": result.tail, "MiB": memory}
+            about |= {column: result.more.get(column) for column in columns}
+            lines.append({"": result.name, **about, "note": result.note})
+        self._print(name, lines)
+        self.tables[name] = [asdict(result) for result in results]
+
+    def plain(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Prints a table of dicts with the same keys."""
+        self._print(name, rows)
+        self.tables[name] = list(rows)
+
+    def _print(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        print(f"  {name}")
+        lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for first, *others in lines:
+            rest = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+            print("    " + "  ".join([first.ljust(widths[0]), *rest]).rstrip(), flush=True)
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of own rows that raised."""
+        rows = [row for table in self.tables.values() for row in table]
+        return [row["name"] for row in rows if row.get("failed")]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def meta() -> dict[str, Any]:
+    """What the numbers were measured with."""
+    cpu = platform.processor()
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def run_cases(cases: Mapping[str, Callable[[Options], Report]], about: str, runs: int = 7) -> int:
+    """The command line of a benchmark of several cases; the exit code."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--runs", type=int, default=runs, help="counted runs (%(default)s)")
+    parser.add_argument("--only", help=f"some of the cases, by commas: {', '.join(cases)}")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the rows (default 1)")
+    parser.add_argument("--threads", type=int, help="of torch")
+    arguments = parser.parse_args()
+    names = arguments.only.split(",") if arguments.only else list(cases)
+    if set(names) - set(cases) or arguments.runs < 1 or not 0 < arguments.scale <= 1:
+        parser.error(f"expected cases among {list(cases)}, --runs >= 1 and --scale in (0, 1]")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    options = Options(arguments.runs, arguments.scale)
+    context = {**meta(), "runs": options.runs, "scale": options.scale}
+    print(", ".join(f"{key} {value}" for key, value in context.items()))
+    reports = []
+    for name in names:
+        start = time.perf_counter()
+        try:
+            report = cases[name](options)
+        except Exception as error:  # one case does not stop the others
+            traceback.print_exc()
+            report = Report(name, f"failed: {type(error).__name__}: {error}")
+            report.tables["failed"] = [{"name": name, "failed": True}]
+        reports.append(report)
+        print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
+    if arguments.json:
+        held = {"meta": context, "cases": [vars(report) for report in reports]}
+        arguments.json.write_text(json.dumps(held, indent=1))
+    failed = [name for report in reports for name in report.failed]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0

@@ -6,31 +6,33 @@ patch touches; one half of them is for the guard, the other for the losses of th
 
     python benchmarks/memorization_onset.py
 
-trains what is missing in `--dir`, one file for each run, and writes docs/guard.md from what is
-there. It may be stopped and started again. Copies are counted among 512 samples at each probe of
-the guard; "copies pass 1 %" is the first probe with more than that. The kept checkpoint is read
-from its file, and its loss on the other half of the held-out patches is compared with the lowest at
-any probe of the run. Seconds are those of the processor.
+trains what is missing in `--dir`, one file for each run, and fills the table of docs/guard.md. It
+may be stopped and started again. Copies are counted among 512 samples at each probe of the guard;
+"copies pass 1 %" is the first probe with more than that. The kept checkpoint is read from its file,
+and its loss on the other half of the held-out patches is compared with the lowest at any probe of
+the run. Seconds are those of the processor.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from schemes_plan import write_once
+from tables import fill, table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from stagewise.callbacks import MemorizationGuard
-from stagewise.learning_events import OnsetLaw
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes.photos import PhotoPatches
 
@@ -40,29 +42,16 @@ STEPS = {16: 3000, 64: 5000, 200: 5000, 20_000: 3000}
 """Of a run, by training patches."""
 
 SEEDS = range(5)
-MANY = 20_000
-"""Patches that are not learned by heart."""
 
 
 class Perceptron(nn.Module):
-    """A field of the shape of `x_t`, from `x_t` and sines of t.
-
-    Args:
-        dim: D.
-        width: Of its three hidden layers.
-    """
+    """A field of the shape of `x_t`, from `x_t` and sines of t; three hidden layers."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(dim + 16, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, dim),
-        )
+        sizes = (dim + 16, width, width, width)
+        hidden = [(nn.Linear(a, b), nn.SiLU()) for a, b in itertools.pairwise(sizes)]
+        self.layers = nn.Sequential(*itertools.chain(*hidden), nn.Linear(width, dim))
 
     def forward(self, xt: Tensor, t: Tensor) -> Tensor:
         """The velocity, (B, *), at `x_t`, (B, *), and t, (B,)."""
@@ -72,11 +61,7 @@ class Perceptron(nn.Module):
 
 
 class Run(pl.LightningModule):
-    """Plain flow matching.
-
-    Args:
-        shape: Of a sample.
-    """
+    """Plain flow matching."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -95,13 +80,7 @@ class Run(pl.LightningModule):
 
 
 class HeldOutLoss(pl.Callback):
-    """The loss on patches that the guard does not see, at each of its probes.
-
-    Args:
-        x1: The patches, (n, *).
-        guard: Whose probes.
-        seed: Of noise and times.
-    """
+    """The loss on patches that the guard does not see, at each of its probes."""
 
     def __init__(self, x1: Tensor, guard: MemorizationGuard, seed: int) -> None:
         draws = torch.Generator().manual_seed(1000 + seed)
@@ -127,16 +106,7 @@ class HeldOutLoss(pl.Callback):
 
 
 def run(rows: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Trains once.
-
-    Args:
-        rows: Training patches.
-        seed: Of patches, regions, weights and draws.
-        folder: Where the guard writes.
-
-    Returns:
-        What the table says of it.
-    """
+    """Trains once on so many patches; the guard writes to the folder."""
     data = PhotoPatches(
         patch=PATCH, train_size=rows, held_out_size=2 * HELD_OUT, batch_size=1, seed=seed
     )
@@ -188,80 +158,22 @@ def run(rows: int, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def table(runs: list[dict[str, Any]]) -> list[str]:
-    """The section of the results, as lines of Markdown."""
-    lines = [
-        "# What MemorizationGuard says, and when",
-        "",
-        f"Written by `python benchmarks/memorization_onset.py`: {PATCH} x {PATCH} photograph "
-        f"patches, a perceptron of width {WIDTH}, batches of {BATCH}, Adam at {RATE:g}. Copies are "
-        f'shares of {SAMPLES} samples; "never" is within the run. The last column is the kept '
-        "checkpoint's loss on held-out patches that the guard did not see, over the lowest of the "
-        "run.",
-        "",
-        "| training patches | seed | steps | onset announced | copies then | copies pass 1 % | "
-        "copies at the end | kept step | copies there | its held-out loss / best |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def rows_of(runs: list[dict[str, Any]]) -> str:
+    """The table of docs/guard.md."""
+    lines = []
     for found in runs:
         copies = {int(step): share for step, share in found["copies"].items()}
         onset = found["onset"]
         told = "never" if onset is None else str(onset["step"])
         then = "" if onset is None else f"{copies[onset['step']]:.1%}"
-        lines.append(
-            f"| {found['rows']} | {found['seed']} | {found['steps']} | {told} | {then} | "
-            f"{_passes(copies) or 'never'} | {copies[max(copies)]:.1%} | {found['kept']} | "
-            f"{copies[found['kept']]:.1%} | {_over_best(found):.3f} |"
-        )
-    return [*lines, "", *_aims(runs)]
-
-
-def _passes(copies: dict[int, float]) -> int | None:
-    """The first step with more than 1 % of copies."""
-    return next((step for step in sorted(copies) if copies[step] > 0.01), None)
-
-
-def _over_best(found: dict[str, Any]) -> float:
-    return found["kept_loss"] / min(found["losses"].values())
-
-
-def _law(runs: list[dict[str, Any]]) -> list[str]:
-    """What the onsets on the fewest patches predict for more, and what came."""
-    told: dict[int, list[int]] = {}
-    for found in runs:
-        if found["onset"]:
-            told.setdefault(found["rows"], []).append(found["onset"]["step"])
-    means = {rows: sum(steps) / len(steps) for rows, steps in sorted(told.items())}
-    if len(means) < 3:
-        return []
-    *known, last = means
-    law = OnsetLaw({rows: means[rows] for rows in known})
-    line = OnsetLaw({known[-1]: means[known[-1]]})
-    given = ", ".join(f"{rows}: {means[rows]:.0f}" for rows in known)
-    return [
-        f"- mean onsets {{{given}}} predict step {law(last):.0f} for {last} patches by tau = "
-        f"{law!r}, and {line(last):.0f} by tau = c N from the last alone; in the "
-        f"{len(told[last])} runs that announced it, it came at {means[last]:.0f}.",
-    ]
-
-
-def _aims(runs: list[dict[str, Any]]) -> list[str]:
-    few, many = ([r for r in runs if (r["rows"] == MANY) == other] for other in (False, True))
-    passes = [_passes({int(step): share for step, share in r["copies"].items()}) for r in few]
-    told = [r["onset"] and r["onset"]["step"] for r in few]
-    pairs = list(zip(told, passes, strict=True))
-    shown = [(said, at) for said, at in pairs if at is not None]
-    early = sum(said is not None and said < at for said, at in shown)
-    silent = sum(said is not None for said, at in pairs if at is None)
-    alarms = sum(found["onset"] is not None for found in many)
-    worst = max((_over_best(found) for found in runs), default=float("nan"))
-    return [
-        f"- copies pass 1 % in {len(shown)} of {len(few)} runs on few patches; announced before "
-        f"that: {early}; announced in the {len(few) - len(shown)} others: {silent};",
-        f"- announced at {MANY} patches: {alarms} of {len(many)} runs;",
-        f"- kept held-out loss over the best of the run: {worst:.3f} at the worst;",
-        *_law(runs),
-    ]
+        passes = next((str(step) for step in sorted(copies) if copies[step] > 0.01), "never")
+        shares = (f"{copies[max(copies)]:.1%}", str(found["kept"]), f"{copies[found['kept']]:.1%}")
+        best = f"{found['kept_loss'] / min(found['losses'].values()):.3f}"
+        about = (str(found[key]) for key in ("rows", "seed", "steps"))
+        lines.append([*about, told, then, passes, *shares, best])
+    head = ["training patches", "seed", "steps", "onset announced", "copies then"]
+    head += ["copies pass 1 %", "copies at the end", "kept step", "copies there"]
+    return table([*head, "its held-out loss / best"], lines)
 
 
 def main() -> None:
@@ -277,18 +189,14 @@ def main() -> None:
     options.dir.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for rows in options.rows:
-            file = options.dir / f"{rows}-{seed}.json"
-            if file.exists():
-                continue
             with TemporaryDirectory() as folder:
-                found = run(rows, seed, Path(folder))
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(found))
-            partial.replace(file)
-            print(f"{rows} patches, seed {seed}: {found['seconds']:.0f} s", flush=True)
+                made = partial(run, rows, seed, Path(folder))
+                found = write_once(options.dir / f"{rows}-{seed}.json", made)
+            if found is not None:
+                print(f"{rows} patches, seed {seed}: {found['seconds']:.0f} s", flush=True)
     runs = [json.loads(file.read_text()) for file in options.dir.glob("*.json")]
     runs.sort(key=lambda found: (found["rows"], found["seed"]))
-    options.out.write_text("\n".join(table(runs)) + "\n")
+    fill(options.out, {"guard": rows_of(runs)})
 
 
 if __name__ == "__main__":

@@ -19,21 +19,16 @@ from stagewise.products import averages, full_precision, scores
 def gaussian(
     n: int, dim: int, queries: int, t_max: float, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit-Gaussian rows, and noisy samples of some: x, source, t, xt."""
+    """Unit-Gaussian rows, and noisy samples of some, t ~ U(0, t_max) above 0.001.
+
+    x, source, t, xt.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, dim, generator=generator)
-    source, t, xt = noisy(x, queries, t_max, generator)
-    return x, source, t, xt
-
-
-def noisy(
-    x: Tensor, queries: int, t_max: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy samples of random rows, t ~ U(0, t_max) above 0.001: source, t, xt."""
-    source = torch.randint(len(x), (queries,), generator=generator)
+    source = torch.randint(n, (queries,), generator=generator)
     t = 0.001 + (t_max - 0.001) * torch.rand(queries, generator=generator)
-    x0 = torch.randn(queries, x.shape[1], generator=generator)
-    return source, t, LinearPath().interpolate(x0, x[source], t)
+    x0 = torch.randn(queries, dim, generator=generator)
+    return x, source, t, LinearPath().interpolate(x0, x[source], t)
 
 
 def log_weights(x: Tensor, xt: Tensor, t: Tensor) -> Tensor:
@@ -105,12 +100,12 @@ def with_products(x: Tensor, xt: Tensor, t: Tensor) -> Tensor:
     return torch.softmax(-square / (2 * (1 - t) ** 2), 1) @ x
 
 
-def with_faiss(x: Tensor, k: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The k nearest by a flat index, gathered, and the softmax of their distances.
+Search = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From queries and times to the mean and the rows that were found, (B, k)."""
 
-    Returns:
-        From queries and times to the mean and the rows that were found, (B, k).
-    """
+
+def with_faiss(x: Tensor, k: int) -> Search:
+    """The k nearest by a flat index, gathered, and the softmax of their distances."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -126,7 +121,7 @@ def with_faiss(x: Tensor, k: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Te
     return run
 
 
-def with_torch_cluster(x: Tensor, k: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def with_torch_cluster(x: Tensor, k: int) -> Search:
     """The same with `torch_cluster.knn`, which gives rows without distances."""
     import torch_cluster
 

@@ -3,7 +3,7 @@
 `make bench-regularisers` runs it: one training for a data set of N samples, a method, its setting
 and a seed. A finished run is a file in `--dir` and is not run again: the command may be stopped and
 started again, and started twice at once. `--report` keeps what there is in
-docs/regularisers.jsonl, from which `schemes.py --report` writes docs/results.md.
+docs/regularisers.jsonl, from which `schemes.py --report` fills the tables of docs/results.md.
 
 Plain training comes first, with the learning rates of the plan: that with the lowest held-out loss
 at its best serves all methods. Other baselines are tuned on the first seed, over the settings in
@@ -19,17 +19,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from schemes import BATCH, WARMUP, write_once
-from schemes_data import Data, data_set, held_out_loss, loss_by_time, of_samples, shuffled
-from schemes_records import pack, unpack
-from spiral import kl_from_density
+from schemes_plan import BATCH, pack, unpack, write_once
+from schemes_train import (
+    Data,
+    data_set,
+    held_out_loss,
+    kl_from_density,
+    learning_rate,
+    loss_by_time,
+    of_samples,
+    shuffled,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -188,20 +194,13 @@ def train(part: Part, made: Made) -> dict[str, Any]:
     objective = FlowMatchingLoss(scheme=scheme)
     decay = part.setting if part.method == "weight decay" else 0.0
     optimizer = torch.optim.AdamW(net.parameters(), part.lr, (0.9, 0.95), weight_decay=decay)
-
-    def rate(step: int) -> float:
-        return min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / plan.steps)) / 2
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    averages = {}
-    if part.method == "EMA":
-        averages = {
-            decay: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
-            for decay in AVERAGES
-        }
-    cdc = None
-    if part.method == "CDC-FM":
-        cdc = CarreDuChamp(made.oracle.bank.rows, part.setting)
+    schedule = learning_rate(optimizer, plan.steps)
+    averages = {
+        decay: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        for decay in (AVERAGES if part.method == "EMA" else ())
+    }
+    rows = made.oracle.bank.rows
+    cdc = CarreDuChamp(rows, part.setting) if part.method == "CDC-FM" else None
     curves: dict[float, list[dict[str, float]]] = {decay: [] for decay in (0.0, *averages)}
     seconds = 0.0
     generator = torch.Generator().manual_seed(part.seed + 100)

@@ -1,164 +1,121 @@
-"""docs/results.md, from what `schemes.py` and `schemes_variance.py` have written.
-
-Nothing here is typed in by hand: a cell without runs says so. Of each scheme is asked how many
-steps it needs to reach what plain training ends with at the same horizon, as a share of plain's
-steps; intervals are percentiles over resampled seeds. Plain training is asked too: a noisy metric
-passes its last value early, and a scheme has gained only what it has beyond that.
-"""
+"""The tables and pictures of docs/results.md, from the records of runs."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
-import torch
-from schemes import DEFAULT, NAMES, PLANS
+import regularisers_report
+from schemes_plan import BATCH, DEFAULT, LARGE, NAMES, PLANS
+from schemes_statistics import (
+    AXES,
+    METRICS,
+    Interval,
+    Run,
+    Runs,
+    curve,
+    curves,
+    finished,
+    load,
+    load_why,
+    mean_cell,
+    rates,
+    ratio_cell,
+    seeds,
+    share,
+    share_cell,
+)
+from schemes_train import EDGES
+from tables import fill, table
 
-METRICS = {"loss": "held-out loss", "energy": "energy distance", "frechet": "Frechet distance"}
-AXES = {"step": "steps", "seconds": "time"}
+__all__ = ["write"]
+
 AIMS = {"loss": 0.75, "energy": 0.6, "frechet": 0.6}
-ABOUT = {
-    "photos8": "Photographs, 8 x 8 x 3 (D = 192, N = 20 000, 7 classes), perceptron, 1.6 M weights",
-    "digits": "Digits of scikit-learn (D = 64, N = 1200, 10 classes), perceptron, 1.0 M weights",
-    "photos16": "Photographs, 16 x 16 x 3 (D = 768, N = 20 000, 7 classes), SiT, 1.3 M weights",
-}
-DRAWS = 1000
+"""Shares of plain's steps that were aimed at for the default."""
+WEIGHTS = 1.6e6
+"""Of the perceptron: a training step counts six operations for each, on each sample."""
+WIDEST = 1.6
+"""Where the axis of shares ends."""
 
-Run = dict[str, Any]
-Runs = dict[str, list[Run]]
-
-
-def finished(folder: Path) -> list[Run]:
-    """All training runs; the experiments of `schemes_why.py` are not among them."""
-    files = (f for f in sorted(folder.glob("*-*.json")) if not f.name.startswith("why-"))
-    return [json.loads(file.read_text()) for file in files]
+Shares = dict[tuple[str, str, str], Interval]
+"""By scheme, metric and axis."""
 
 
-def load(folder: Path) -> dict[tuple[str, int], Runs]:
-    """Runs by data set and horizon, then by scheme; only those with plain's best rate.
-
-    The best is that of the rates schemes ran with, if one was tried later that is better still.
-    """
-    runs = finished(folder)
-    found: dict[tuple[str, int], Runs] = {}
-    for name in ABOUT:
-        own = [run for run in runs if run["data"] == name]
-        tried = rates(own, name)
-        if len(tried) < 3:
-            continue
-        ran = {run["lr"] for run in own if run["scheme"] != "plain"} & tried.keys()
-        best = min(ran or tried, key=tried.__getitem__)
-        for run in own:
-            if run["lr"] == best:
-                place = found.setdefault((name, run["horizon"]), {})
-                place.setdefault(run["scheme"], []).append(run)
-    order = list(ABOUT)
-    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])))
-
-
-def rates(runs: Sequence[Run], name: str) -> dict[float, float]:
-    """The learning rates plain training was tried with, and the held-out loss of each."""
-    tried = {
-        run["lr"]: run["curve"][-1]["loss"]
-        for run in runs
-        if (run["scheme"], run["seed"], run["horizon"]) == ("plain", 0, PLANS[name].horizons[0])
-    }
-    return {lr: math.inf if math.isnan(loss) else loss for lr, loss in sorted(tried.items())}
-
-
-def curves(runs: Sequence[Run], metric: str, axis: str = "step") -> np.ndarray:
-    """(runs, 2, points): steps (or seconds) and the metric."""
-    return np.array(
-        [[[p[key] for p in run["curve"] if metric in p] for key in (axis, metric)] for run in runs]
-    )
+def write(folder: Path, docs: Path) -> None:
+    """Fills docs/results.md and draws its pictures."""
+    images = docs / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    runs, found = finished(folder), load(folder)
+    compared = {key: own for key, own in found.items() if "plain" in own}
+    tables = regularisers_report.tables(docs / regularisers_report.ARCHIVE)
+    tables["schemes: learning rates"] = _settings(compared, runs)
+    panels: dict[str, dict[int, Shares]] = {}
+    for (name, horizon), own in compared.items():
+        reached: Shares = {
+            (scheme, metric, axis): share(own["plain"], own[scheme], metric, axis)
+            for scheme, metric, axis in itertools.product(own, METRICS, AXES)
+        }
+        draws = _training_rows(folder, name)
+        place = f"{name}, {horizon} steps"
+        tables[f"{place}: at the end"] = _ends(horizon, own)
+        tables[f"{place}: steps and time"] = _shares(own, reached)
+        if DEFAULT in own:
+            tables[f"{place}: aims"] = _aims(own, reached, draws)
+        tables[f"{place}: by t"] = _by_time(own)
+        tables[f"{place}: shorter runs"] = _shorter(name, horizon, found)
+        _draw_curves(images, name, horizon, own)
+        panels.setdefault(name, {})[horizon] = reached
+    for name, metric in itertools.product(panels, METRICS):
+        _draw_steps(images, name, metric, panels[name])
+    for name, why in load_why(folder).items():
+        if ("plain", BATCH) in why and ("oracle", BATCH) in why:
+            tables[f"{name}: batches"] = _by_batch(why)
+            tables[f"{name}: draws of samples"] = _noise(why, _training_rows(folder, name))
+    if (folder / "variance.json").exists():
+        made = json.loads((folder / "variance.json").read_text())
+        tables |= _variance(made)
+        _draw_variance(images, made)
+    fill(docs / "results.md", {name: text for name, text in tables.items() if text})
 
 
-def curve(runs: Sequence[Run], metric: str, axis: str = "step") -> np.ndarray:
-    """(2, points): the mean over runs."""
-    return curves(runs, metric, axis).mean(0)
+def _training_rows(folder: Path, name: str) -> list[dict[str, float]]:
+    """Distances of training rows in place of samples, in several draws."""
+    file = folder / f"why-rows-{name}.json"
+    return json.loads(file.read_text())["draws"] if file.exists() else []
 
 
-def reached(line: np.ndarray, goal: float) -> float:
-    """Where a curve first comes down to `goal`, between its points; infinity if it does not."""
-    below = np.flatnonzero(line[1] <= goal)
-    if not len(below):
-        return math.inf
-    i = below[0]
-    if i == 0:
-        return float(line[0, 0])
-    (x0, x1), (y0, y1) = line[0, i - 1 : i + 1], line[1, i - 1 : i + 1]
-    return float(x0 + (x1 - x0) * (y0 - goal) / (y0 - y1))
+def _deviation_cell(draws: Sequence[dict[str, float]], metric: str) -> str:
+    values = [draw[metric] for draw in draws]
+    return f"{np.mean(values):.3g} ± {np.std(values, ddof=1):.1g}" if draws else "not measured"
 
 
-def share(
-    plain: Sequence[Run], other: Sequence[Run], metric: str, axis: str = "step"
-) -> tuple[float, float, float]:
-    """Steps (or seconds) to plain's final value over plain's, and its 95 % interval."""
-
-    def once(a: np.ndarray, b: np.ndarray) -> float:
-        return reached(b.mean(0), a[:, 1, -1].mean()) / a[:, 0, -1].mean()
-
-    return bootstrap(once, curves(plain, metric, axis), curves(other, metric, axis))
+# -- schemes --------------------------------------------------------------------------------------
 
 
-def bootstrap(
-    once: Callable[[np.ndarray, np.ndarray], float], a: np.ndarray, b: np.ndarray
-) -> tuple[float, float, float]:
-    """A number from two sets of runs and its 95 % interval; each set is resampled by itself."""
-    draws = np.random.default_rng(0)
-
-    def again(runs: np.ndarray) -> np.ndarray:
-        return runs[draws.integers(len(runs), size=len(runs))]
-
-    values = [once(again(a), again(b)) for _ in range(DRAWS)]
-    low, high = np.quantile(values, [0.025, 0.975], method="nearest")
-    return once(a, b), float(low), float(high)
-
-
-def share_cell(value: tuple[float, float, float]) -> str:
-    middle, low, high = ("not" if math.isinf(v) else f"{v:.2f}" for v in value)
-    return f"{middle} [{low}, {high}]"
+def _settings(compared: dict[tuple[str, int], Runs], runs: Sequence[Run]) -> str:
+    """The learning rates that were tried, the one that schemes ran with, the measured boundary."""
+    rows = []
+    for name in dict.fromkeys(key[0] for key in compared):
+        tried = rates(runs, name)
+        first = next(own["plain"][0] for key, own in compared.items() if key[0] == name)
+        cells = {lr: f"{tried[lr]:.4f}" if lr in tried else "not run" for lr in PLANS[name].rates}
+        losses = ", ".join(f"{lr:g}: {cell}" for lr, cell in cells.items())
+        rows.append([name, f"{first['lr']:g}", losses, f"{first['boundary']:.3f}"])
+    head = ["data", "learning rate", "plain's held-out loss at the first horizon by rate, seed 0"]
+    return table([*head, "boundary, t"], rows)
 
 
-def _mean_cell(values: Sequence[float]) -> str:
-    half = (max(values) - min(values)) / 2
-    return f"{np.mean(values):.4g} ± {half:.1g}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join(row) for row in rows)]
-    return [f"| {lines[0]} |", f"|{lines[1]}|", *(f"| {line} |" for line in lines[2:]), ""]
-
-
-def setting(name: str, runs: Runs, tried: dict[float, float]) -> list[str]:
-    """The learning rate, whether it can be trusted, and the measured boundary."""
-    first = runs["plain"][0]
-    found = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tried.items())
-    edge = first["lr"] in (min(tried), max(tried))
-    missing = [f"{lr:g}" for lr in PLANS[name].rates if lr not in tried]
-    better = [f"{lr:g}" for lr, loss in tried.items() if loss < tried[first["lr"]]]
-    return [
-        f"Learning rate {first['lr']:g}, the best for plain training (held-out loss after "
-        f"{PLANS[name].horizons[0]} steps, seed 0: {found}{'; not tried: ' if missing else ''}"
-        f"{', '.join(missing)}). "
-        + ("**It is at the end of what was tried: plain may be tuned too little.** " * edge)
-        + (
-            f"**Plain is tuned too little here: {', '.join(better)}, tried after the schemes had "
-            "run, ends lower. What follows is no gain over a tuned baseline.** "
-        )
-        * bool(better)
-        + f"Batch 128; measured boundary t = {first['boundary']:.3f}.",
-        "",
-    ]
-
-
-def ends(name: str, horizon: int, runs: Runs) -> list[str]:
-    """Final values of every scheme, those that were not run included, and what runs them."""
+def _ends(horizon: int, runs: Runs) -> str:
+    """Final values of every scheme, those that were not run included."""
     rows = []
     for scheme in NAMES:
         own = runs.get(scheme, [])
@@ -166,157 +123,237 @@ def ends(name: str, horizon: int, runs: Runs) -> list[str]:
             rows.append([scheme, "", "not run", "", "", "", ""])
             continue
         last = [run["curve"][-1] for run in own]
-        cells = [_mean_cell([end[key] for end in last]) for key in METRICS]
+        cells = [mean_cell([end[key] for end in last]) for key in METRICS]
         pace = np.median([1e3 * end["seconds"] / horizon for end in last])
         clock = "" if all(run.get("clock") for run in own) else " (wall)"
         copies = f"{np.mean([end['copies'] for end in last]):.3f}"
         rows.append([scheme, seeds(own), *cells, copies, f"{pace:.1f}{clock}"])
-    return [
-        *table(["scheme", "seeds", *METRICS.values(), "copies", "ms/step"], rows),
-        *command(name, horizon),
-    ]
+    return table(["scheme", "seeds", *METRICS.values(), "copies", "ms/step"], rows)
 
 
-def command(name: str, horizon: int | str) -> list[str]:
-    """What runs a row."""
-    return [
-        f"A row: `python benchmarks/schemes.py --threads 1 --data {name} --horizons {horizon} "
-        "--only 'SCHEME'`.",
-        "",
-    ]
-
-
-def seeds(runs: Sequence[Run]) -> str:
-    """Of some runs, by commas."""
-    return ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
-
-
-def shares(runs: Runs) -> list[str]:
+def _shares(runs: Runs, reached: Shares) -> str:
     """Steps and time to plain's final values."""
     head = [f"{title}, {unit}" for unit in AXES.values() for title in METRICS.values()]
-    rows = [
-        [
-            "plain itself" if scheme == "plain" else scheme,
-            *(
-                share_cell(share(runs["plain"], runs[scheme], metric, axis))
-                for axis in AXES
-                for metric in METRICS
-            ),
-        ]
-        for scheme in NAMES
-        if scheme in runs
-    ]
-    return [
-        "Steps and time to what plain training ends with, as a share of plain's:",
-        "",
-        *table(["scheme", *head], rows),
-    ]
-
-
-def twins(runs: Runs) -> list[str]:
-    """Schemes that turn out to be the same one on these data."""
-    names, lines = [name for name in NAMES if name in runs], []
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            if len(runs[a]) == len(runs[b]) and all(
-                np.allclose(curve([x], "loss")[1], curve([y], "loss")[1], rtol=2e-4)
-                for x, y in zip(runs[a], runs[b], strict=True)
-            ):
-                lines.append(
-                    f"“{b}” and “{a}” have the same curves: on these data they are one scheme."
-                )
-    return [*lines, ""] if lines else []
-
-
-def shorter(name: str, horizon: int, found: dict[tuple[str, int], Runs]) -> list[str]:
-    """The default with schedules of fewer steps against plain training at `horizon`."""
-    plain = found[name, horizon]["plain"]
     rows = []
+    for scheme in (name for name in NAMES if name in runs):
+        cells = [share_cell(reached[scheme, metric, axis]) for axis in AXES for metric in METRICS]
+        rows.append(["plain itself" if scheme == "plain" else scheme, *cells])
+    return table(["scheme", *head], rows)
+
+
+def _aims(runs: Runs, reached: Shares, draws: Sequence[dict[str, float]]) -> str:
+    """What the default reached of what was aimed at, and what training rows themselves score."""
+    rows = []
+    for metric, title in METRICS.items():
+        end = float(curves(runs["plain"], metric)[:, 1, -1].mean())
+        best = "" if metric == "loss" else _deviation_cell(draws, metric)
+        value = share_cell(reached[DEFAULT, metric, "step"])
+        rows.append([title, f"{AIMS[metric]:g}", value, f"{end:.3g}", best])
+    head = ["metric", "aim, at most", "reached", "plain ends at", "training rows score"]
+    return table(head, rows)
+
+
+def _by_time(runs: Runs) -> str:
+    """Held-out loss by t of plain training and of those that have the oracle at all t."""
+    names = [name for name in ("plain", "oracle, all t", DEFAULT) if name in runs]
+    own = {n: np.array([run["by_time"] for run in runs[n] if "by_time" in run]) for n in names}
+    means = {name: values.mean(0) for name, values in own.items() if len(values)}
+    if "plain" not in means or len(means) < 2:
+        return ""
+    plain = means.pop("plain")
+    before = np.array(EDGES[1:]) <= runs["plain"][0]["boundary"]
+    rows = [["plain", *(f"{v:.4f}" for v in plain), ""]]
+    for name, values in means.items():
+        gain, change = plain - values, values / plain - 1
+        cells = [f"{v:.4f} ({g:+.1%})" for v, g in zip(values, change, strict=True)]
+        early = f"{gain[before].sum() / gain.sum():.0%}" if before.any() and gain.sum() > 0 else ""
+        rows.append([name, *cells, early])
+    head = [f"t {low:g} to {high:g}" for low, high in itertools.pairwise(EDGES)]
+    return table(["scheme", *head, "of the gain, in quarters before the boundary"], rows)
+
+
+def _shorter(name: str, horizon: int, found: dict[tuple[str, int], Runs]) -> str:
+    """The default with schedules of fewer steps against plain training at `horizon`."""
+    plain, rows = found[name, horizon]["plain"], []
     for (data, short), runs in found.items():
         if data == name and short < horizon and "plain" not in runs:
             for scheme, own in runs.items():
-                cells = []
-                for metric in METRICS:
-                    pair = (curves(runs, metric)[:, 1, -1] for runs in (plain, own))
-                    value = bootstrap(lambda a, b: b.mean() / a.mean(), *pair)
-                    cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*value))
-                rows.append([scheme, seeds(own), f"{short} ({short / horizon:.2f})", *cells])
-    if not rows:
-        return []
-    return [
-        f"Shorter runs with schedules of their own: final value over that of plain training after "
-        f"{horizon} steps (1 or below: as good with fewer steps):",
-        "",
-        *table(["scheme", "seeds", "steps (share)", *METRICS.values()], rows),
-        *command(name, "STEPS"),
-    ]
+                ends = [[curves(r, key)[:, 1, -1] for r in (own, plain)] for key in METRICS]
+                about = [scheme, seeds(own), f"{short} ({short / horizon:.2f})"]
+                rows.append([*about, *(ratio_cell(*pair) for pair in ends)])
+    return table(["scheme", "seeds", "steps (share)", *METRICS.values()], rows) if rows else ""
 
 
-def write(folder: Path, docs: Path) -> None:
-    """Writes docs/results.md and its pictures; few samples first, if they were trained on."""
-    import regularisers_report
-    from schemes_figures import draw_curves, draw_steps, draw_variance
-    from schemes_reasons import aims, by_time, load_floors, load_why, why
-    from schemes_variance import table as of_variance
+# -- why ------------------------------------------------------------------------------------------
 
-    images = docs / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    found = load(folder)
-    runs, floors = finished(folder), load_floors(folder)
-    compared = {key: value for key, value in found.items() if "plain" in value}
-    missing = [about for name, about in ABOUT.items() if name not in {key[0] for key in compared}]
-    missing += [
-        f"{name} at {horizon} steps"
-        for name, all_of in ((name, plan.horizons) for name, plan in PLANS.items())
-        for horizon in all_of
-        if (name, horizon) not in compared and name in {key[0] for key in compared}
-    ]
-    lines = []
-    for name, horizon in compared:
-        own = compared[name, horizon]
-        draw_curves(images, name, horizon, own)
-        lines += [f"## {ABOUT[name]}: {horizon} steps", ""]
-        lines += setting(name, own, rates([r for r in runs if r["data"] == name], name))
-        lines += [*ends(name, horizon, own), *twins(own), *shares(own)]
-        lines += [*aims(own, floors.get(name)), *by_time(own)]
-        lines += shorter(name, horizon, found)
-        lines += [f"![Curves, {name}, {horizon} steps](images/curves_{name}_{horizon}.png)", ""]
-    for name in dict.fromkeys(key[0] for key in compared):
-        lines += [f"## {name}: steps and time to plain's final values", ""]
-        panels = {h: own for (data, h), own in compared.items() if data == name}
-        for metric, title in METRICS.items():
-            draw_steps(images, name, metric, panels)
-            lines += [f"![{title}, {name}](images/steps_{name}_{metric}.png)", ""]
-    reasons = [why(runs, floors.get(name)) for name, runs in load_why(folder).items()]
-    lines += itertools.chain.from_iterable(reasons)
-    missing += [] if any(reasons) else ["experiments on why aims are missed"]
-    variance = folder / "variance.json"
-    if variance.exists():
-        made = json.loads(variance.read_text())
-        draw_variance(images, made)
-        lines += [*of_variance(made), "![Variance by t](images/variance_by_t.png)", ""]
+
+def _by_batch(found: dict[tuple[str, int], list[Run]]) -> str:
+    """What less noise gives: larger batches, with plain and with oracle targets."""
+
+    def end(scheme: str, batch: int) -> float:
+        runs = found.get((scheme, batch))
+        return float(curves(runs, "loss")[:, 1, -1].mean()) if runs else math.nan
+
+    base, rows = found["plain", BATCH], []
+    for (scheme, batch), runs in found.items():
+        shares = [share(base, runs, "loss", axis) for axis in AXES]
+        one = len(runs) == 1
+        cells = [f"{value[0]:.2f} (one seed)" if one else share_cell(value) for value in shares]
+        own, plain = end(scheme, batch), end("plain", BATCH)
+        cells.append(f"{(plain - own) / (plain - end('plain', LARGE)):.0%}")
+        cells.append("" if scheme == "plain" else f"{1 - own / end('plain', batch):.1%}")
+        rows.append([f"{scheme}, batch {batch}", seeds(runs), f"{own:.4f}", *cells])
+    head = ["training", "seeds", "held-out loss", "steps to plain's", "time to plain's"]
+    head += [f"gain over that of plain, batch {LARGE}", "below plain of the same batch"]
+    return table(head, rows)
+
+
+def _noise(found: dict[tuple[str, int], list[Run]], floor: Sequence[dict[str, float]]) -> str:
+    """Distances of several draws of samples of each model."""
+    rows = []
+    for metric in ("energy", "frechet"):
+        a, b = (
+            np.array([[draw[metric] for draw in run["draws"]] for run in found[scheme, BATCH]])
+            for scheme in ("plain", "oracle")
+        )
+        draw = float(a.std(1, ddof=1).mean())
+        n = min(len(a), len(b))
+        paired = (b[:n] - a[:n]).mean(1)  # the same draws for both
+        rows.append(
+            [
+                METRICS[metric],
+                *(f"{v.mean():.3g} ({', '.join(f'{m:.3g}' for m in v.mean(1))})" for v in (a, b)),
+                f"{draw:.2g}",
+                f"{paired.mean():+.2g} ({', '.join(f'{v:+.2g}' for v in paired)})",
+                f"{abs(paired.mean()) / draw:.1f}",
+                _deviation_cell(floor, metric),
+            ]
+        )
+    head = ["metric", "plain (by seed)", "oracle (by seed)", "deviation over draws"]
+    head += ["oracle - plain, same draws (by seed)", "of a deviation", "training rows"]
+    return table(head, rows)
+
+
+# -- variance -------------------------------------------------------------------------------------
+
+
+def _lines_of(made: dict[str, Any]) -> tuple[list[float], dict[str, list[dict[str, Any]]]]:
+    """The times, and the lines of each target by t."""
+    times = sorted({line["t"] for line in made["lines"]})
+    names = dict.fromkeys(line["target"] for line in made["lines"])
+    by = {(line["target"], line["t"]): line for line in made["lines"]}
+    return times, {name: [by[name, t] for t in times] for name in names}
+
+
+def _variance(made: dict[str, Any]) -> dict[str, str]:
+    """Error of each target by t, and what it removes for its cost over all t."""
+    times, lines = _lines_of(made)
+    plain, signal = (np.array([x[key] for x in next(iter(lines.values()))]) for key in _SIGNAL)
+    by_t = [["x_1 itself (plain) / signal", "0", "0", *(f"{p:.2g}" for p in plain)]]
+    weight = plain * signal / (1 - np.array(times)) ** 2  # variance of plain targets, a velocity
+    whole = []
+    for name, own in lines.items():
+        error = np.array([line["error"] for line in own])
+        milliseconds, operations = np.median([x["ms"] for x in own]), own[0]["operations"]
+        about = [name, f"{operations / 1e6:.2f}", f"{milliseconds:.0f}"]
+        by_t.append([*about, *(f"{e:.2g}" for e in error)])
+        removed = 1 - np.trapezoid(weight * error, times) / np.trapezoid(weight, times)
+        cost = operations / (6 * WEIGHTS)
+        shares = (removed, cost, removed / (1 + cost), removed / cost)
+        whole.append([name, *(f"{value:.2f}" for value in shares)])
+    head = ["target", "MFLOP", f"ms / {made['queries']}", *(f"{t:g}" for t in times)]
+    costs = ["variance removed", "cost / step", "removed / (step + cost)", "removed / cost"]
+    return {
+        "targets: variance by t": table(head, by_t),
+        "targets: variance over all t": table(["target", *costs], whole),
+    }
+
+
+_SIGNAL = ("plain", "signal")
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+def _draw_curves(folder: Path, name: str, horizon: int, runs: Runs) -> None:
+    """Every metric over steps, one line for each scheme."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
+        for i, scheme in enumerate(NAMES):
+            if scheme in runs:
+                plain = scheme == "plain"
+                style = {"color": "black", "lw": 2.2} if plain else {"color": f"C{i}", "lw": 1.2}
+                axis.plot(*curve(runs[scheme], metric), label=scheme, **style)
+        axis.axhline(curve(runs["plain"], metric)[1, -1], color="black", lw=0.8, ls=":")
+        axis.set(xlabel="optimizer step", ylabel=title, yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    counts = " or ".join(map(str, sorted({len(own) for own in runs.values()})))
+    figure.suptitle(f"{name}, {horizon} steps: means over {counts} seeds; dotted: where plain ends")
+    figure.savefig(folder / f"curves_{name}_{horizon}.png", dpi=110)
+    plt.close(figure)
+
+
+def _draw_steps(folder: Path, name: str, metric: str, panels: dict[int, Shares]) -> None:
+    """Steps and time to plain's final value of one metric, a row of panels for each horizon."""
+    names = [n for n in NAMES if any((n, metric, "step") in own for own in panels.values())]
+    size = (12, len(panels) * (0.34 * len(names) + 1) + 0.5)
+    options = {"figsize": size, "layout": "constrained", "squeeze": False, "sharey": True}
+    figure, grid = plt.subplots(len(panels), 2, **options)
+    for line, (horizon, own) in zip(grid, panels.items(), strict=True):
+        for axis, (key, unit) in zip(line, AXES.items(), strict=True):
+            for row, scheme in enumerate(names):
+                _draw_interval(axis, row, own.get((scheme, metric, key)))
+            axis.axvline(1, color="black", lw=1)
+            if key == "step":
+                axis.axvline(AIMS[metric], color="C2", ls="--", lw=1)
+            axis.set(xlim=(0, WIDEST), ylim=(len(names) - 0.5, -0.5))
+            axis.set(xlabel=f"{unit} / plain's, {horizon} steps")
+            axis.set_yticks(range(len(names)), names)
+            axis.grid(alpha=0.3, axis="x")
+    figure.suptitle(
+        f"{name}: steps and time to plain's final {METRICS[metric]} (dashed: what was aimed at)"
+    )
+    figure.savefig(folder / f"steps_{name}_{metric}.png", dpi=110)
+    plt.close(figure)
+
+
+def _draw_interval(axis: Any, row: int, value: Interval | None) -> None:
+    middle, low, high = value or (math.inf,) * 3
+    if value is None:
+        axis.text(0.02, row, "not run", va="center", fontsize=8)
+    elif math.isinf(low) or low > WIDEST:
+        axis.text(1.02, row, "not reached" if math.isinf(low) else "beyond", va="center", size=8)
     else:
-        missing.append("variance by t")
-    machines = sorted({run["cpu"] for run in runs if "cpu" in run})
-    about = f"torch {torch.__version__}, {' and '.join(machines) or 'unknown processor'}"
-    text = [
-        "# What schemes gain",
-        "",
-        "Written by `make bench-schemes` (benchmarks/schemes.py --report), never by hand. "
-        f"{about}; each run on one thread. Values are means over seeds ± half their range. Every "
-        "horizon has a warm-up of 100 steps and a cosine decay of its own. Times are drawn evenly "
-        "over the probability in all rows, plain included. Samples: 1000, midpoint rule of 25 "
-        "steps (10 for the SiT); copies: share with d1/d2 < 1/3; Frechet distance of Gaussians "
-        "fitted to pixels. Ratios: [95 % interval, seeds resampled]; not: not reached. Time is the "
-        "processor's, or by the clock on the wall, in part beside other work, where a row says "
-        "(wall): compare those with care.",
-        "",
-        f"The {DEFAULT}: oracle targets at all t; for 60 % of the steps half of the times "
-        "logit-normal and half uniform, then all uniform. Two stages: `Scheme.two_stage`, oracle "
-        "targets up to the boundary and rows smoothed from its collapsed end on.",
-        "",
-        *([f"**Not run:** {'; '.join(missing)}.", ""] if missing else []),
-        *regularisers_report.lines(docs / regularisers_report.ARCHIVE),
-        *lines,
-    ]
-    (docs / "results.md").write_text("\n".join(text).rstrip() + "\n")
+        axis.plot([low, min(high, WIDEST)], [row, row], color="C0", lw=4, alpha=0.35)
+        if math.isinf(middle):
+            axis.text(1.02, row, "not reached by the mean", va="center", size=8)
+        else:
+            axis.plot(middle, row, "o", color="C0", clip_on=True)
+
+
+def _draw_variance(folder: Path, made: dict[str, Any]) -> None:
+    """Error of each target over t, and what it removes for its cost."""
+    times, lines = _lines_of(made)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for i, (name, own) in enumerate(lines.items()):
+        style = {"marker": "o", "ms": 3, "color": f"C{i}", "label": name}
+        error = np.array([line["error"] for line in own])
+        if error.max() > 0:
+            axes[0].plot(times, error, **style)
+        removed = np.array([line["plain"] for line in own]) * (1 - error)
+        removed = np.where(removed > 0, removed, np.nan)  # worse than nothing: no point
+        axes[1].plot(times, removed / own[0]["operations"] * 1e6, **style)
+        axes[2].plot(times, removed / np.array([line["ms"] for line in own]), **style)
+    axes[0].axhline(1, color="black", lw=1)
+    axes[0].set(yscale="log", ylim=(1e-4, 10), ylabel="error / plain's")
+    axes[0].set_title("Mix has none; 1: nothing gained")
+    axes[1].set(yscale="log", ylabel="removed / signal, for 10^6 operations of a query")
+    axes[2].set(yscale="log", ylabel=f"removed / signal, for a ms of {made['queries']} queries")
+    for axis in axes:
+        axis.set(xlabel="t (0 is noise)")
+        axis.grid(alpha=0.3)
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(lines), fontsize=9)
+    figure.savefig(folder / "variance_by_t.png", dpi=110)
+    plt.close(figure)

@@ -1,81 +1,212 @@
-"""What the oracle and the monitor cost beside a training step of the recipe, and of SiT-XL/2."""
+"""What the oracle and the monitor cost beside a training step, on this machine.
+
+- imagenet: steps of SiT-S/2 with the oracle's targets and without, in pairs: the same batch, noise
+  and times, one after the other, on made latents of 4 x 32 x 32. The time that is spent inside the
+  scheme is measured too: on a busy machine it is known far better than a difference of two steps.
+- photos: a step of the photos recipe, the oracle's correction on the same batches, and a probe of
+  the monitor.
+
+recipes.py runs the one and oracle.py the other. What can be counted is in costs.py.
+"""
 
 from __future__ import annotations
 
 import io
 import itertools
 import logging
+import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from measure import FEW, Options, Result, Row, measure, ratio, row
-from report import Report
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from measure import FEW, Options, Report, Result, Row, measure, ratio, row
 from torch import Tensor
 
-from stagewise import LatentBank, Oracle
+from stagewise import LatentBank, Mix, Oracle, Scheme, predicted_boundary
+from stagewise.certificate import Certificate
+from stagewise.engines import Auto
+from stagewise.latents import make_latents
+from stagewise.losses import FlowMatchingLoss
+from stagewise.recipes.latents import LatentsData
+from stagewise.stages import StageCurve, stage_edges, stratified_times
 
-BATCHES = 16
-EVERY = 200  # steps between probes in experiment/photos.yaml
+SHAPE, CLASSES = (4, 32, 32), 1000
+ORACLE_BATCH = 8
+ORACLE_CLASSES, CLASS_ROWS = 4, 1300
+BATCHES, EVERY = 16, 200  # EVERY: steps between probes in experiment/photos.yaml
 
 
-def training(options: Options) -> Report:
-    """The recipe's SiT on photographs, by its own configuration."""
-    report = Report("training", "share of a step of the photos recipe, and of SiT-XL/2").start()
+class Step:
+    """Forward, backward, clipping and AdamW of a recipe's network, by its own configuration."""
+
+    def __init__(self, config: Any) -> None:
+        torch.set_float32_matmul_precision("high")  # as `recipes.train` does
+        objective = instantiate(config.objective)
+        self.module = instantiate(config.module, net=instantiate(config.net), objective=objective)
+        self.optimizer = self.module.configure_optimizers()["optimizer"]
+        self.clip = config.trainer.gradient_clip_val
+        self.module.train()
+
+    def __call__(self, objective: Any, x1: Tensor, labels: Tensor, **kwargs: Any) -> None:
+        loss = objective(self.module.net, x1, labels, **kwargs)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.net.parameters(), self.clip)
+        self.optimizer.step()
+
+
+def recipe(experiment: str, *overrides: str) -> Any:
+    """The configuration of an experiment."""
+    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
+        return compose("train", [f"experiment={experiment}", *overrides])
+
+
+def latents_data(path: Path, name: str | None, **options: Any) -> LatentsData:
+    """The data module, set up; all rows are trained on."""
+    data = LatentsData(str(path), CLASSES, format=name, held_out=0, **options)  # type: ignore[arg-type]
+    data.setup()
+    return data
+
+
+# -- the oracle -----------------------------------------------------------------------------------
+
+
+def imagenet(options: Options) -> Report:
+    """What exact targets at every step add to the time of a step."""
+    rows = max(64, round(CLASS_ROWS * options.scale))
+    report = Report(
+        "oracle",
+        f"SiT-S/2 in float32, batches of {ORACLE_BATCH}, class-wise over {ORACLE_CLASSES} classes "
+        f"of {rows} rows, D = 4096",
+    ).start()
+    step = Step(recipe("imagenet256_sdvae_sit_s"))
+    # The second one shows how far from 0 a share is that should be 0.
+    objectives = {"plain": FlowMatchingLoss(), "plain again": FlowMatchingLoss()}
+    with tempfile.TemporaryDirectory(prefix="stagewise-bench-") as folder:
+        path = make_latents(Path(folder, "made"), ORACLE_CLASSES * rows, SHAPE, ORACLE_CLASSES)
+        for dtype in ("float32", "bfloat16"):
+            data = latents_data(path, "lightningdit", batch_size=ORACLE_BATCH, bank_dtype=dtype)
+            made = Oracle(data.latent_bank(), engine=Auto())
+            edges = stage_edges(predicted_boundary(made.bank, made.path, class_wise=True), 24)
+            times = stratified_times(edges, 32, seed=0)
+            curve = StageCurve.measure(made, times, seed=0, class_wise=True)
+            boundary = curve.boundary(seed=0).midpoint
+            report.note(f"{made.bank!r}: the boundary is measured at t = {boundary:.3f}")
+            for lam in (1.0, "boundary"):
+                scheme = ClockedScheme(made, target=Mix(lam), boundary=boundary)  # type: ignore[arg-type]
+                objectives[f"Mix({lam!r}), {dtype} bank"] = FlowMatchingLoss(scheme=scheme)
+        loader = data.train_dataloader()
+        batches = (batch for epoch in itertools.cycle([loader]) for batch in epoch)
+        taken = _in_pairs(step, objectives, batches, options.runs)
+    lines = [shares(name, taken["plain"], taken[name]) for name in objectives]
+    report.plain(f"medians over {options.runs} steps, in pairs", lines)
+    for line in lines[2:]:
+        for which in (PAIRS, INSIDE):
+            report.target(f"oracle, {line['step']}, {which}", line[which], 0.05)
+    return report
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Seconds of a step: by the clock, of all processors, and inside the scheme."""
+
+    wall: float
+    processor: float
+    inside: float
+
+
+PAIRS, INSIDE = "step with - without", "inside the scheme"
+
+
+def _in_pairs(
+    step: Step, objectives: dict[str, FlowMatchingLoss], batches: Iterator[Any], runs: int
+) -> dict[str, list[Taken]]:
+    names = list(objectives)
+    taken: dict[str, list[Taken]] = {name: [] for name in names}
+    for turn in range(runs + 1):
+        x1, labels, source = next(batches)
+        first = turn % len(names)  # the speed of the machine drifts: none is always the first
+        for name in names[first:] + names[:first]:
+            objective = objectives[name]
+            torch.manual_seed(turn)  # the same noise, times and dropped labels in each pair
+            wall, processor = time.perf_counter(), time.process_time()
+            step(objective, x1, labels, classes=labels, source=source)
+            wall, processor = time.perf_counter() - wall, time.process_time() - processor
+            if turn:  # the first one warms up
+                inside = getattr(objective.scheme, "seconds", 0.0)
+                taken[name].append(Taken(wall, processor, inside))
+    return taken
+
+
+def shares(name: str, plain: list[Taken], steered: list[Taken]) -> dict[str, Any]:
+    """Medians of a row, and shares of its own steps."""
+    pairs = list(zip(plain, steered, strict=True))
+    processor = statistics.median(1 - a.processor / b.processor for a, b in pairs)
+    return {
+        "step": name,
+        "seconds": statistics.median(each.wall for each in steered),
+        PAIRS: statistics.median(1 - a.wall / b.wall for a, b in pairs),
+        "the same, processor time": processor,
+        INSIDE: statistics.median(each.inside / each.wall for each in steered),
+        "ms inside": 1e3 * statistics.median(each.inside for each in steered),
+    }
+
+
+class ClockedScheme(Scheme):
+    """A scheme that knows how long its last call took."""
+
+    seconds = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = time.perf_counter()
+        made = super().__call__(*args, **kwargs)
+        self.seconds = time.perf_counter() - start
+        return made
+
+
+# -- the photos recipe ----------------------------------------------------------------------------
+
+
+def photos(options: Options) -> Report:
+    """The recipe's SiT on photographs: a step, corrections on the same batches, a probe."""
+    report = Report("training", "share of a step of the photos recipe").start()
     before = torch.get_float32_matmul_precision()
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            of_recipe(report, folder, options)
+            _of_photos(report, folder, options)
     except ModuleNotFoundError as error:
-        text = str(error).split("\n")[0]
-        report.note(f"photos recipe: skipped, {text}")
+        report.note(f"skipped, {str(error).splitlines()[0]}")
     finally:
         torch.set_float32_matmul_precision(before)
-    counted(report)
     return report
 
 
-def of_recipe(report: Report, folder: str, options: Options) -> None:
-    """Times a step, the oracle's correction on the same batches, and a probe."""
-    from hydra import compose, initialize_config_module
-    from hydra.utils import instantiate
-
-    from stagewise.certificate import Certificate
-
-    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
-        config = compose(
-            "train",
-            [
-                "experiment=photos",
-                f"run_dir={folder}",
-                f"data.train_size={options.rows(20_000)}",
-                "callbacks.monitor.every_n_steps=1",
-            ],
-        )
-    torch.set_float32_matmul_precision("high")  # as `recipes.train` does
-    data = instantiate(config.data)
+def _of_photos(report: Report, folder: str, options: Options) -> None:
+    rows_wanted = f"data.train_size={options.rows(20_000)}"
+    every = "callbacks.monitor.every_n_steps=1"
+    config = recipe("photos", f"run_dir={folder}", rows_wanted, every)
+    step, data, size = Step(config), instantiate(config.data), config.data.batch_size
     data.setup()
-    module = instantiate(
-        config.module, net=instantiate(config.net), objective=instantiate(config.objective)
-    )
-    x, labels = data.train.tensors
-    bank = LatentBank(x, labels)
-    batches = queries(bank, module.objective, config.data.batch_size)
-    size = config.data.batch_size
-    report.note(
-        f"N={len(bank)}, D={bank.dim}, {len(bank.classes)} classes, batch {size}, "
-        f"{sum(p.numel() for p in module.net.parameters()) / 1e6:.1f} M weights"
-    )
+    bank = LatentBank(*data.train.tensors)
+    batches = _queries(bank, step.module.objective, size)
+    report.note(f"N={len(bank)}, D={bank.dim}, {len(bank.classes)} classes, batch {size}")
+
+    def train() -> Callable[[], None]:
+        turn = itertools.cycle(batches)
+        return lambda: step(step.module.objective, *next(turn)[:2])
 
     def corrections(wise: bool, certified: bool) -> Callable[[], Callable[[], Tensor]]:
         def make() -> Callable[[], Tensor]:
-            made = None
-            if certified:
-                made = Certificate.compute(bank, class_wise=wise, progress=False)
+            made = Certificate.compute(bank, class_wise=wise, progress=False) if certified else None
             oracle, turn = Oracle(bank, certificate=made), itertools.cycle(batches)
 
             def run() -> Tensor:
@@ -87,31 +218,26 @@ def of_recipe(report: Report, folder: str, options: Options) -> None:
         return make
 
     base = "training step"
-    rows = [Row(base, step(module, batches, config.trainer.gradient_clip_val))]
+    rows = [Row(base, train())]
     for wise, certified in itertools.product((True, False), (False, True)):
         scope, with_it = "class-wise" if wise else "all rows", ", certificate" if certified else ""
         rows.append(row(f"correction, {scope}{with_it}", corrections(wise, certified)))
     turn = itertools.cycle(batches)
     rows.append(Row("bank.find(x1)", lambda: bank.find(next(turn)[0])))
     results = measure(rows, 3 * options.runs, base=base)
-    probe = probes(config, module, data, min(FEW, options.runs))
-    if probe is not None:
-        results[probe.name] = probe
-        probe.ratio = probe.milliseconds / results[base].milliseconds
-    report.table("times", list(results.values()))
+    probe = _probe(config, step.module, data, min(FEW, options.runs))
+    probe.ratio = probe.milliseconds / results[base].milliseconds
+    report.table("times", [*results.values(), probe])
     report.note("ratio: share of a step; a probe's is for a probe at every step")
+    for each in rows[1:-1]:
+        share = ratio(results, each.name, base)
+        report.target(f"{each.name} / step", share, 0.10)
     share = ratio(results, "correction, class-wise", base)
-    report.target("exact targets at every step, class-wise / step", share, 0.10)
-    if probe is not None and share is not None:
-        amortised = probe.ratio / EVERY
-        report.note(f"a probe every {EVERY} steps: {amortised:.2%} of the steps")
-        report.target("the same and the monitor / step", share + amortised, 0.10)
-    for name in ("class-wise, certificate", "all rows", "all rows, certificate"):
-        share = ratio(results, f"correction, {name}", base)
-        report.target(f"exact targets at every step, {name} / step", share, 0.10)
+    both = None if share is None else share + probe.ratio / EVERY
+    report.target(f"correction, class-wise, and a probe every {EVERY} steps / step", both, 0.10)
 
 
-def queries(bank: LatentBank, objective: Any, size: int) -> list[tuple[Any, ...]]:
+def _queries(bank: LatentBank, objective: Any, size: int) -> list[tuple[Tensor, ...]]:
     """Batches as the objective draws them, and what it made of them."""
     generator = torch.Generator().manual_seed(8)
     made = []
@@ -121,37 +247,14 @@ def queries(bank: LatentBank, objective: Any, size: int) -> list[tuple[Any, ...]
         t = objective.timesteps.sample(size, generator=generator)
         x0 = torch.randn(x1.shape, generator=generator)
         xt = objective.path.interpolate(x0, x1, t).to(x1.dtype)
-        names = torch.tensor(bank.labels_of(source.tolist()))
-        made.append((x1, names, source, t, xt))
+        made.append((x1, torch.tensor(bank.labels_of(source.tolist())), source, t, xt))
     return made
 
 
-def step(module: Any, batches: list[tuple[Any, ...]], clip: float) -> Callable[[], None]:
-    """Forward, backward, clipping, AdamW."""
-    optimizer = module.configure_optimizers()["optimizer"]
-    turn = itertools.cycle(batches)
-    module.train()
-
-    def run() -> None:
-        x1, labels, *_ = next(turn)
-        loss = module.objective(module.net, x1, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.net.parameters(), clip)
-        optimizer.step()
-
-    return run
-
-
-def probes(config: Any, module: Any, data: Any, count: int) -> Result | None:
+def _probe(config: Any, module: Any, data: Any, count: int) -> Result:
     """Probes of the real monitor in a real fit, with its pictures, less the first."""
-    from hydra.utils import instantiate
-
-    from stagewise.callbacks import PosteriorMonitor
-
     monitor = instantiate(config.callbacks.monitor)
-    assert isinstance(monitor, PosteriorMonitor)
-    with silence():
+    with _silence():
         trainer = instantiate(
             config.trainer,
             max_steps=count + 1,
@@ -160,16 +263,14 @@ def probes(config: Any, module: Any, data: Any, count: int) -> Result | None:
             callbacks=[monitor],
             logger=[instantiate(logger) for logger in config.logger.values()],
         )
-    with silence():
         trainer.fit(module, datamodule=data)
-    seconds = sorted(entry["probe_seconds"] for entry in monitor.history[1:])
-    middle = 1e3 * seconds[len(seconds) // 2]
     name = f"probe of the monitor, {monitor.strata * monitor.queries} queries"
-    return Result(name, middle, runs=len(seconds), note=f"{len(seconds)} runs, pictures included")
+    middle = 1e3 * statistics.median(monitor.seconds[1:])
+    return Result(name, middle, runs=len(monitor.seconds) - 1, note="with pictures")
 
 
 @contextmanager
-def silence() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     """Without what Lightning and progress bars say."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
@@ -179,46 +280,3 @@ def silence() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def sit_multiply_adds(depth: int, width: int, tokens: int, channels: int, patch: int) -> float:
-    """Multiply-adds of one forward pass of a SiT for one sample."""
-    linear = 12 * width**2 * tokens  # queries, keys, values, projection; MLP of ratio 4
-    attention = 2 * tokens**2 * width
-    modulation = 6 * width**2
-    ends = tokens * width * channels * patch**2 * (1 + 2)  # the output has mean and variance
-    return depth * (linear + attention + modulation) + ends + 2 * width**2 + width * (256 + width)
-
-
-def counted(report: Report) -> None:
-    """SiT-XL/2 by operations, 2 for a multiply-add: no time is measured here."""
-    forward = 2 * sit_multiply_adds(28, 1152, 256, 4, 2)
-    report.note(
-        f"SiT-XL/2 at 256x256, counted: {forward / 2e9:.1f} G multiply-adds = {forward / 1e9:.0f} "
-        "GFLOP per sample and forward pass (published as 118.6 'Gflops', a multiply-add for one); "
-        "a training step is 3 forward passes"
-    )
-    dim, lines = 4096, []
-    for scope, n in (("class-wise", 1281), ("whole bank", 1_281_167)):
-        for text, asked, second in (
-            ("every query, both products", 1.0, 1.0),
-            ("second product for t < 0.12", 1.0, 0.12),
-            ("the same, certified from t = 0.2", 0.2, 0.6),
-        ):
-            flop = asked * 2 * n * dim * (1 + second)
-            share = flop / (3 * forward)
-            lines.append(
-                {
-                    "oracle": scope,
-                    "queries": text,
-                    "N": n,
-                    "D": dim,
-                    "GFLOP per sample": flop / 1e9,
-                    "% of step": 100 * share,
-                }
-            )
-    report.plain("what it would be at SiT-XL/2, by counted operations", lines)
-    report.note("operations are not time: class-wise, it is the reading of the rows that costs,")
-    report.note("in bf16 2 N D bytes (10.5 MB) for each class in the batch")
-    worst = max(line["% of step"] for line in lines)
-    report.target("SiT-XL/2: largest share of the step's operations", worst / 100, 0.10)

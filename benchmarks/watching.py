@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from schemes import write_once
+from schemes_plan import write_once
 
 from stagewise.callbacks import VelocityErrorMonitor, figures
 from stagewise.callbacks.figures import render

@@ -48,24 +48,12 @@ class MemorizationGuard(MemorizationMonitor):
     At each probe the model is asked about noisy training samples and noisy held-out ones, the same
     each time, and samples are drawn from it. Beyond the collapsed boundary of the stages, where the
     target of training is one row, memorization shows first: held-out error has risen from its
-    <<<<<<< HEAD
-    lowest value there while training error has fallen (`stagewise.learning_events`), after two
-    passes through the rows. Or, later, more than 1 % of the samples are copies
-    (`stagewise.copies`). Then, once:
-
-    - a warning says where in t, since when, and how many samples are copies by now;
-    - the event "memorization onset" is told: a `Phases` whose first phase ends
-      `AtEvent("memorization onset")`, in a `StageScheme` of the same trainer, goes on to its next
-      one, which may smooth (`Scheme.two_stage`);
-    - a line of `stages.jsonl`, a text, and the scalar `stagewise_guard/memorization_onset` = 1.
-    =======
-    lowest value there while training error has fallen (`stagewise.memorization_onset`), after two
+        lowest value there while training error has fallen (`stagewise.learning_events`), after two
     passes through the rows. Or, later, more than 1 % of the samples are copies. Then, once, a
     warning says where in t, since when, and how many samples are copies by now, as do a line of
     `stages.jsonl`, a text, and the scalar `stagewise_guard/memorization_onset`; and the event
     "memorization onset" is told: a phase that ends `AtEvent("memorization onset")`, in a
     `StageScheme` of the same trainer, goes on to the next, which may smooth (`Scheme.two_stage`).
-    >>>>>>> w-callbacks
 
     **`before_onset.ckpt`** in `dirpath` is a whole checkpoint of the probe with the lowest held-out
     loss (all t alike), from before more than 1 % of samples were copies. The announcement is early:

@@ -21,7 +21,7 @@ def bench():
 
 def test_divergence_from_a_known_density_is_that_of_a_gaussian_model(bench):
     """The field of N(0, w^2) is known, and so is its density."""
-    spiral, width = importlib.import_module("spiral"), 1.2
+    spiral, width = importlib.import_module("schemes_train"), 1.2
 
     def field(x, t, labels):
         t = t[:, None]
@@ -50,7 +50,7 @@ def test_carre_du_champ_is_the_root_of_a_capped_covariance(bench):
 
 
 def test_coverage_is_the_share_of_held_out_samples_with_a_made_one_near(bench):
-    data = importlib.import_module("schemes_data")
+    data = importlib.import_module("schemes_train")
     x = torch.arange(20.0)[:, None]
     held = data.Data((x[:2], torch.zeros(2).long()), (x, torch.zeros(20).long()), None)
 
@@ -79,8 +79,12 @@ def test_the_report_has_a_row_for_each_setting_and_ratios_to_plain(bench, tmp_pa
     ends = [("plain", 0.0, s, 0.8 + 0.1 * s) for s in (0, 1, 2)]
     ends += [("smoothing", 0.0, s, 0.45) for s in (0, 1, 2)]
     archive.write_text("\n".join(record(*end) for end in ends) + "\n")
-    text = "\n".join(report.lines(archive))
-    assert "digits (D = 64), perceptron, N = 1200" in text
+    tables = report.tables(archive)
+    assert list(tables) == ["few samples: settings", "few samples, digits-1200"]
+    assert (
+        "| digits-1200 | 3000 | 0.003 | 0.003: 0.4000 | 0.700 |" in tables["few samples: settings"]
+    )
+    text = tables["few samples, digits-1200"]
     row = next(line for line in text.splitlines() if line.startswith("| smoothing |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:3] == ["3", "0.45 ± 0"]
@@ -88,4 +92,4 @@ def test_the_report_has_a_row_for_each_setting_and_ratios_to_plain(bench, tmp_pa
     assert cells[-2].startswith("1.000 [")  # 0.45 / 0.45
     assert not any(line.startswith("| fitted") for line in text.splitlines())  # not run
     assert math.isfinite(float(cells[-1].split()[0]))
-    assert report.lines(tmp_path / "none.jsonl") == []
+    assert report.tables(tmp_path / "none.jsonl") == {}

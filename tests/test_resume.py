@@ -1,5 +1,6 @@
 """Where training begins: what is gone on from, what is refused, and what a second one is told."""
 
+import operator
 import os
 import signal
 
@@ -296,6 +297,27 @@ def test_a_training_that_is_stopped_keeps_its_last_step(make_trainer, tmp_path):
     trainer = make_trainer(saved, Stop(), max_steps=7, enable_checkpointing=True)
     trainer.fit(Seen(), datamodule=Numbered())
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "used_by"),
+    [
+        (ModelCheckpoint, "_should_skip_saving_checkpoint", "RunCheckpoint"),
+        (ModelCheckpoint, "_save_last_checkpoint", "RunCheckpoint"),
+        (ModelCheckpoint, "_monitor_candidates", "RunCheckpoint"),
+        (EMAWeightAveraging(), "_average_model", "RunAveraging"),
+        (
+            pl.Trainer(logger=False, barebones=True),
+            "fit_loop.epoch_loop.batch_progress",
+            "order.py",
+        ),
+    ],
+)
+def test_what_is_private_in_lightning_is_still_there(owner, name, used_by):
+    try:
+        operator.attrgetter(name)(owner)
+    except AttributeError:
+        pytest.fail(f"lightning {pl.__version__} has no {name} any more: mend {used_by}.")
 
 
 # -- validation -----------------------------------------------------------------------------------

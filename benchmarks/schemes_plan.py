@@ -1,0 +1,210 @@
+"""What the benchmark of schemes runs, and where a run is kept.
+
+A run is a file in a folder, and in docs/results.jsonl a line: a benchmark that is run again, or
+goes on on another machine, has what was measured before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stagewise import (
+    AtShare,
+    LogitNormal,
+    Mix,
+    Oracle,
+    Phase,
+    Phases,
+    ReferenceSet,
+    Scheme,
+    StageAware,
+    StageCurve,
+    Uniform,
+    WithFloor,
+)
+
+__all__ = [
+    "ARCHIVE",
+    "BATCH",
+    "DEFAULT",
+    "LARGE",
+    "NAMES",
+    "PLANS",
+    "SAMPLES",
+    "WARMUP",
+    "Part",
+    "Plan",
+    "best_rate",
+    "pack",
+    "schemes",
+    "unpack",
+    "write_once",
+]
+
+ARCHIVE = "results.jsonl"
+"""Its name, beside docs/results.md."""
+BATCH, WARMUP, SAMPLES = 128, 100, 1000
+LARGE = 512
+"""The batch with which less noise is tried out."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a data set is trained on and looked at.
+
+    Attributes:
+        horizons: Steps of a training; the learning rate is chosen at the first of them.
+        rates: Learning rates that are tried.
+        evaluations: How often the held-out loss is taken; samples are made every second time, and
+            at the end.
+        interval: Fewest steps between two evaluations.
+        sampling_steps: Of the midpoint rule.
+    """
+
+    horizons: tuple[int, ...] = (1000, 3000)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    evaluations: int = 20
+    interval: int = 1
+    sampling_steps: int = 25
+
+
+# Of the SiT an evaluation costs more than the training between two of them.
+PLANS = {
+    "photos8": Plan(),
+    "digits": Plan(),
+    "photos16": Plan((500, 250), (1e-3, 3e-3, 1e-2, 3e-2), 10, 50, 10),
+}
+DEFAULT = "default"
+
+
+def schemes(oracle: Oracle, boundary: float) -> dict[str, Callable[[int], Scheme | Phases]]:
+    """The rows of the tables, from a seed. Times are stratified in all of them."""
+    even = {"timesteps": Uniform(stratified=True), "boundary": boundary}
+    middle = {"timesteps": LogitNormal(stratified=True), "boundary": boundary}
+
+    def switched(seed: int, **target: Any) -> Phases:
+        first, last = (Scheme(**target, seed=seed, **times) for times in (middle, even))
+        return Phases([Phase(first, AtShare(0.6)), Phase(last)])
+
+    def default(seed: int) -> Phases:
+        times = WithFloor(LogitNormal(), 0.5, stratified=True)
+        first = Scheme(oracle, timesteps=times, target=Mix(), boundary=boundary, seed=seed)
+        last = Scheme(oracle, target=Mix(), seed=seed, **even)
+        return Phases([Phase(first, AtShare(0.6)), Phase(last)])
+
+    def two_stages(seed: int) -> Scheme:
+        measured = StageCurve.measure(oracle, class_wise=True).boundary()
+        return Scheme.two_stage(oracle, timesteps=even["timesteps"], boundary=measured, seed=seed)
+
+    def steered(target: Any) -> Callable[[int], Scheme]:
+        return lambda seed: Scheme(oracle, target=target, seed=seed, **even)
+
+    return {
+        "plain": lambda seed: Scheme(**even),
+        "oracle, all t": steered(Mix()),
+        "oracle, navigation": steered(Mix("boundary")),
+        "reference set of 128": steered(ReferenceSet(128)),
+        "logit-normal t": lambda seed: Scheme(**middle),
+        "logit-normal then uniform t": switched,
+        "oracle, logit-normal then uniform t": lambda seed: switched(
+            seed, oracle=oracle, target=Mix()
+        ),
+        "stage-aware t (0.3)": lambda seed: Scheme(
+            timesteps=StageAware(0.3, stratified=True), boundary=boundary
+        ),
+        DEFAULT: default,
+        "two stages": two_stages,
+    }
+
+
+NAMES = tuple(schemes(None, 0.5))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training run."""
+
+    data: str
+    scheme: str
+    horizon: int
+    lr: float
+    seed: int
+
+    @property
+    def file(self) -> str:
+        name = "".join(c if c.isalnum() else "_" for c in self.scheme)
+        return f"{self.data}-{name}-{self.horizon}-{self.lr:g}-{self.seed}.json"
+
+
+def best_rate(folder: Path, name: str, horizon: int) -> float | None:
+    """The learning rate with which plain training gets lowest on the first seed, if all ran."""
+    files = [folder / Part(name, "plain", horizon, lr, 0).file for lr in PLANS[name].rates]
+    if not all(file.exists() for file in files):
+        return None
+    runs = [json.loads(file.read_text()) for file in files]
+    lowest = {run["lr"]: run["curve"][-1]["loss"] for run in runs}
+    return min(lowest, key=lambda lr: math.inf if math.isnan(lowest[lr]) else lowest[lr])
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def write_once(target: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """Writes what `make` gives, unless it was written or another process is at it (None)."""
+    claim = target.with_suffix(".running")
+    if target.exists():
+        return None
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return None
+    try:
+        result = make()
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(result))
+        partial.replace(target)
+        return result
+    finally:
+        claim.unlink()
+
+
+def unpack(archive: Path, folder: Path) -> int:
+    """Writes the records that `folder` does not have yet as files there; how many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new = {n: record for n, record in _read(archive).items() if not (folder / n).exists()}
+    for name, record in new.items():
+        (folder / name).write_text(json.dumps(record))
+    return len(new)
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Adds the records in `folder` to the archive, in place of those of the same name."""
+    records = _read(archive)
+    for file in sorted(folder.glob("*.json")):
+        records[file.name] = _rounded(json.loads(file.read_text()))
+    lines = (json.dumps({"file": name, "record": records[name]}) for name in sorted(records))
+    partial = archive.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in lines))
+    partial.replace(archive)
+
+
+def _read(archive: Path) -> dict[str, Any]:
+    if not archive.exists():
+        return {}
+    lines = map(json.loads, archive.read_text().splitlines())
+    return {line["file"]: line["record"] for line in lines}
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits of every number."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else value

@@ -33,7 +33,7 @@ demo-latents: $(VENV)/.recipes ## make latents, train SiT-S/2 on them with every
 test: $(VENV)/.dev ## run the tests; it names those that are slow or need what is not installed
 	$(PYTEST)
 
-test-all: $(VENV)/.all ## install torch-cluster (compiled: some 10 minutes), run all tests
+test-all: $(VENV)/.all ## install torch-cluster (compiled: some minutes), run all tests
 	$(PYTEST) --slow
 
 test-rest: $(VENV)/.all ## the same, but only what `make test` has just skipped
@@ -124,11 +124,13 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/pip
 
 # torch-cluster has no wheel: it is compiled against the torch that is installed, which an isolated
 # build would not see. pip keeps the wheel, so that this is paid once; but by its name alone, and one
-# that was made for another torch does not load.
+# that was made for another torch does not load. Its extensions are compiled side by side.
 $(VENV)/.all: pyproject.toml $(VENV)/.dev
-	@echo "installing '.[cluster]' into $(VENV): torch-cluster is compiled, some 10 minutes"
-	@$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable '.[dev,cluster]'
-	@$(BIN)/python -c 'import torch_cluster' 2> /dev/null || $(BIN)/pip install --quiet --no-compile \
+	@echo "installing '.[cluster]' into $(VENV): torch-cluster is compiled, some minutes"
+	@printf '[build_ext]\nparallel = %s\n' $$(nproc) > $(VENV)/parallel.cfg
+	@export DIST_EXTRA_CONFIG=$(CURDIR)/$(VENV)/parallel.cfg; \
+	$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable '.[dev,cluster]'; \
+	$(BIN)/python -c 'import torch_cluster' 2> /dev/null || $(BIN)/pip install --quiet --no-compile \
 	  --no-build-isolation --no-cache-dir --no-deps --force-reinstall torch-cluster
 	@touch $@
 

@@ -83,9 +83,7 @@ class MemorizationProbe:
         self._led: dict[float, Tensor] = {}
 
     def generate(
-        self,
-        velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        device: torch.device,
+        self, velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor], device: torch.device
     ) -> tuple[dict[float, Tensor], dict[float, tuple[Tensor, Tensor]]]:
         """What the model makes of the samples of this rank.
 

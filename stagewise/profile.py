@@ -22,13 +22,7 @@ from stagewise.latents.scaling import ChannelStatistics
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path
 from stagewise.spectrum import information, predicted_boundary, spectrum
-from stagewise.stages import (
-    STATISTICS,
-    StageBoundary,
-    StageCurve,
-    stage_edges,
-    stratified_times,
-)
+from stagewise.stages import STATISTICS, StageBoundary, StageCurve, stage_edges, stratified_times
 
 __all__ = ["Profile", "count_duplicates"]
 

@@ -35,13 +35,7 @@ from stagewise.files import is_computed, write_tensors
 from stagewise.nearest_rows import nearest_others
 from stagewise.oracle import Oracle, Times, require_tensors
 from stagewise.paths import expand_like
-from stagewise.smoothing_inputs import (
-    Strength,
-    check_near,
-    check_settings,
-    rows_of,
-    strength_at,
-)
+from stagewise.smoothing_inputs import Strength, check_near, check_settings, rows_of, strength_at
 from stagewise.stages import StageBoundary
 from stagewise.tracing import untraced
 

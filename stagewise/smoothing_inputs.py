@@ -39,10 +39,7 @@ def time_of(boundary: float | StageBoundary, call: str) -> float:
 
 
 def strength_at(
-    x1: Tensor,
-    t: Times | None,
-    boundary: float | StageBoundary | None,
-    strength: Strength | None,
+    x1: Tensor, t: Times | None, boundary: float | StageBoundary | None, strength: Strength | None
 ) -> Tensor | None:
     """The strength at the time of each sample, in [0, 1], (B,); None: 1 everywhere.
 

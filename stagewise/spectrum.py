@@ -60,12 +60,7 @@ def information(snr_sqrt: Tensor, eigenvalues: Tensor) -> Tensor:
     return torch.log1p(power * eigenvalues.to(snr_sqrt.device)).sum(1) / 2
 
 
-def predicted_boundary(
-    bank: LatentBank,
-    path: Path,
-    *,
-    class_wise: bool = False,
-) -> float:
+def predicted_boundary(bank: LatentBank, path: Path, *, class_wise: bool = False) -> float:
     """The boundary that the spectrum of the bank predicts; top-1 is about 2/3 there.
 
     Args:

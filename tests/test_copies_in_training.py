@@ -70,7 +70,7 @@ def everything():
 
 
 KINDS = (posterior, monitors)
-ALL_KINDS = (*KINDS, scheme, everything)
+ALL_KINDS = (*KINDS, scheme, pytest.param(everything, marks=pytest.mark.slow))
 
 
 class Model(pl.LightningModule):
@@ -288,7 +288,7 @@ def pickled(value):
     [
         (posterior, None),
         (everything, None),
-        (everything, 0),
+        pytest.param(everything, 0, marks=pytest.mark.slow),
         (everything, 2),
     ],
 )

@@ -35,7 +35,14 @@ from stagewise.files import is_computed, write_tensors
 from stagewise.nearest_rows import nearest_others
 from stagewise.oracle import Oracle, Times, require_tensors
 from stagewise.paths import expand_like
-from stagewise.smoothing_inputs import Strength, check_near, check_settings, rows_of, strength_at
+from stagewise.smoothing_inputs import (
+    Strength,
+    check_near,
+    check_settings,
+    rows_of,
+    search_space,
+    strength_at,
+)
 from stagewise.stages import StageBoundary
 from stagewise.tracing import untraced
 
@@ -44,7 +51,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Smoothing"]
 
-_FORMAT = {"format": "stagewise.Smoothing", "version": "1", "space": "rows"}
+_FORMAT = {"format": "stagewise.Smoothing", "version": "1"}
 
 
 class Smoothing:
@@ -60,6 +67,8 @@ class Smoothing:
             it harms.
         class_wise: Whether neighbours are of the row's own class, default False: among all rows was
             measured to be better.
+        features: Where to look for neighbours instead of the rows: (N, *) numbers, in the order of
+            the samples that the bank was made from. Default None.
         device: Where to search, default where the bank is.
         progress: Whether to show a bar, default True; without tqdm there is none.
         file: Where the neighbours are kept, default nowhere; see `cached`.
@@ -70,9 +79,9 @@ class Smoothing:
         scores: What `fit` tried; empty without it.
 
     Raises:
-        ValueError: On settings out of range, K of N or more, or a bank without labels for
-            `class_wise`.
-        TypeError: If `bank` is no bank.
+        ValueError: On settings out of range, K of N or more, a bank without labels for
+            `class_wise`, or features of another length or with NaN or Inf.
+        TypeError: If `bank` is no bank or `features` no tensor.
 
     Example:
         >>> import torch
@@ -94,14 +103,15 @@ class Smoothing:
         floor: float = 0.0,
         *,
         class_wise: bool = False,
+        features: Tensor | None = None,
         device: torch.device | str | None = None,
         progress: bool = True,
         file: str | os.PathLike[str] | None = None,
     ) -> None:
         check_settings(bank, neighbours, scale, floor)
-        if class_wise:
-            bank.require_classes()
+        space = search_space(bank, features, class_wise)
         self.bank, self.class_wise = bank, class_wise
+        self._space = "rows" if features is None else space.fingerprint
         self.scale, self.floor = float(scale), float(floor)
         self._moved: dict[torch.device, Tensor] = {}
         self._checked = False
@@ -110,7 +120,7 @@ class Smoothing:
             with safe_open(file, "pt") as kept:
                 self.index: Tensor = kept.get_tensor("index")
             return
-        near = nearest_others(bank, neighbours, class_wise, device, progress)
+        near = nearest_others(space, neighbours, class_wise, device, progress)
         self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])
         if file is not None:
             self.save(file)
@@ -177,6 +187,7 @@ class Smoothing:
     def _header(self, neighbours: int) -> dict[str, str]:
         numbers = {"rows": len(self.bank), "dim": self.bank.dim, "neighbours": neighbours}
         about = {"fingerprint": self.bank.fingerprint, "class_wise": str(self.class_wise)}
+        about["space"] = self._space
         return _FORMAT | about | {k: str(v) for k, v in numbers.items()}
 
     @untraced

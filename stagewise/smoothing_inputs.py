@@ -13,10 +13,53 @@ from stagewise.bank import LatentBank
 from stagewise.oracle import Times, as_times, check_times, require_tensors
 from stagewise.stages import StageBoundary
 
-__all__ = ["Strength", "check_near", "check_settings", "rows_of", "strength_at", "time_of"]
+__all__ = [
+    "Strength",
+    "check_near",
+    "check_settings",
+    "rows_of",
+    "search_space",
+    "strength_at",
+    "time_of",
+]
 
 Strength: TypeAlias = "Callable[[Tensor], Tensor]"
 """From times (B,) to numbers in [0, 1], (B,), that multiply what is added to a row."""
+
+
+def search_space(bank: LatentBank, features: Tensor | None, class_wise: bool) -> LatentBank:
+    """Where neighbours are searched: the bank, or features in its order and classes.
+
+    Args:
+        bank: The rows.
+        features: (N, *) numbers, in the order of the samples that the bank was made from; or None.
+        class_wise: Whether neighbours are of the row's own class.
+
+    Raises:
+        ValueError: On features of another length or with NaN or Inf, or classes that are not there.
+        TypeError: If the features are no tensor.
+    """
+    if class_wise:
+        bank.require_classes()
+    if features is None:
+        return bank
+    require_tensors(features=features)
+    if len(features) != len(bank) or features.ndim < 2:
+        raise ValueError(
+            f"Expected `features` with shape ({len(bank)}, F), a line for each row of the bank, "
+            f"got {tuple(features.shape)}. Compute them for the samples the bank was made from."
+        )
+    features = features.detach().to(bank.device).flatten(1)
+    features = features if features.is_floating_point() else features.float()
+    wrong = (~features.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(
+            f"Expected finite `features`, got NaN or Inf in {len(wrong)} of {len(bank)} lines, the "
+            f"first {wrong[0]}. Leave these samples out of the bank, or features=None."
+        )
+    own = features if bank.index is None else features[bank.index]
+    labels = torch.tensor(bank.labels_of(range(len(bank)))) if class_wise else None
+    return LatentBank(own, labels)
 
 
 def time_of(boundary: float | StageBoundary, call: str) -> float:

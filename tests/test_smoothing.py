@@ -471,6 +471,26 @@ def test_no_value_is_read_on_a_device(smoothing, residency, dtype, monkeypatch):
 # --- Neighbours in a file -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("class_wise", [False, True])
+def test_features_stand_in_the_order_of_the_data(class_wise):
+    x, y = samples(), labels()
+    line = torch.randperm(60, generator=draws(3))
+    bank = LatentBank(x, y)
+    smoothing = Smoothing(bank, 2, features=line[:, None], class_wise=class_wise, progress=False)
+    own = line[bank.index]
+    near = own[smoothing.index.long()]
+    gaps = (own[:, None] - own).abs().double()
+    gaps.fill_diagonal_(math.inf)
+    if class_wise:
+        names = y[bank.index]
+        gaps[names[:, None] != names] = math.inf
+    expected = gaps.topk(2, largest=False).values
+    found = (near - own[:, None]).abs().double()
+    there = expected.isfinite()
+    torch.testing.assert_close(found[there], expected[there])
+    assert (found[~there] == 0).all()
+
+
 def test_cached(bank, tmp_path, monkeypatch, recwarn):
     file = tmp_path / "smoothing.safetensors"
     made = Smoothing.cached(file, bank, 4, progress=False)
@@ -480,7 +500,8 @@ def test_cached(bank, tmp_path, monkeypatch, recwarn):
     assert torch.equal(read.index, made.index)
     assert (read.scale, read.floor, read.neighbours) == (0.5, 0.1, 4)
     assert not recwarn.list
-    for options in ({"neighbours": 5}, {"class_wise": True}):
+    features = torch.randn(60, 2, generator=draws(8))
+    for options in ({"neighbours": 5}, {"class_wise": True}, {"features": features}):
         with pytest.warns(UserWarning, match="smoothing in .* belongs to other settings"):
             again = Smoothing.cached(file, bank, **{"neighbours": 4, **options}, progress=False)
         recwarn.clear()
@@ -511,6 +532,9 @@ def test_cached(bank, tmp_path, monkeypatch, recwarn):
         ({"neighbours": 0}, "`neighbours` from 1 to 59.*got 0"),
         ({"scale": -1.0}, "`scale` of at least 0, got -1.0"),
         ({"floor": math.nan}, "`floor` of at least 0, got nan"),
+        ({"features": torch.zeros(59, 2)}, r"`features` with shape \(60, F\).*got \(59, 2\)"),
+        ({"features": torch.zeros(60)}, r"`features` with shape \(60, F\).*got \(60,\)"),
+        ({"features": torch.full((60, 2), math.nan)}, "NaN or Inf in 60 of 60 lines, the first 0"),
     ],
 )
 def test_settings_that_are_refused(bank, tmp_path, options, message):
@@ -529,6 +553,8 @@ def test_what_is_no_bank_no_label_no_number(bank):
         Smoothing(LatentBank(samples()), class_wise=True)
     with pytest.raises(TypeError, match="Expected a Smoothing, got float"):
         SmoothedOracle(bank, LinearPath(), 0.5)
+    with pytest.raises(TypeError, match="`features` to be a tensor, got list"):
+        Smoothing(bank, features=[1, 2])
 
 
 def test_draws_that_are_refused(smoothing):

@@ -31,7 +31,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.building import HALF
 from stagewise.files import FilePath, Problem, names
 from stagewise.latents.arrays import require_labels
-from stagewise.latents.scaling import ChannelStatistics, Scaling
+from stagewise.latents.scaling import AS_STORED, Affine, ChannelStatistics, Scaling
 
 __all__ = ["Latents", "Reading", "Writing"]
 
@@ -94,10 +94,12 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     scale_range = 2.0  # the factor by which theirs may differ from it
     shape: tuple[int, ...]
     dtype: torch.dtype
-    scaling: Scaling
+    scaling: Scaling = AS_STORED
 
     def __init__(self, path: Path, reading: Reading) -> None:
         self.path, self.reading = path, reading
+        if reading.multiplier is not None:
+            self.scaling = Affine((float(reading.multiplier),))
         self.skipped: list[str] = []
         # Shared memory: a worker that lives on sees the epoch that the main process sets.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()

@@ -21,7 +21,6 @@ from stagewise.files import Entry, FilePath, names
 from stagewise.latents.arrays import array_entry, class_numbers, read_array, require_labels
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.per_file import PerFile, sizes_in
-from stagewise.latents.scaling import multiplied
 
 __all__ = ["FastDiT", "write_fast_dit"]
 
@@ -55,7 +54,6 @@ class FastDiT(PerFile):
                 f"Expected one latent, (1, C, H, W), in {features / self._files[0]}, got "
                 f"{self._stored}."
             )
-        self.scaling = multiplied(reading.multiplier)
         self._opened(None)
 
     @override

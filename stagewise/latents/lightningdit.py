@@ -38,7 +38,7 @@ from stagewise.files import (
 )
 from stagewise.latents.arrays import Rows, class_numbers
 from stagewise.latents.base import Block, Latents, Reading, Writing
-from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling, multiplied
+from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
 
 __all__ = ["LightningDiT", "save_stats", "write_latents", "write_shard", "write_stats"]
 
@@ -123,7 +123,7 @@ class LightningDiT(Latents):
                 f"Expected `multiplier` with normalize=False for {self.path}: 0.18215 for latents "
                 "of Stable Diffusion's autoencoder, 1.0 for latents that are scaled already."
             )
-        return multiplied(multiplier)
+        return self.scaling
 
     def _count(self) -> int:
         return self._starts[-1]

@@ -62,8 +62,8 @@ def make_latents(
         FileExistsError: If there are files at the path.
     """
     kind = require_format(format)
-    if format == "edm2" and shape[0] != 4:
-        raise ValueError(f"Expected 4 channels for edm2, got shape {shape}.")
+    if kind.scaling.channels not in (None, shape[0]):
+        raise ValueError(f"Expected {kind.scaling.channels} channels for {format}, got {shape}.")
     path = Path(path)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise FileExistsError(

@@ -31,7 +31,6 @@ from stagewise.latents.arrays import (
     read_array,
 )
 from stagewise.latents.base import Block, Latents, Reading, Writing
-from stagewise.latents.scaling import multiplied
 
 __all__ = ["Plain"]
 
@@ -56,7 +55,6 @@ class Plain(Latents):
         self._name, label_name = _pick(path, held)
         x = held[self._name].x
         self._rows, self.shape, self.dtype = len(x), tuple(x.shape[1:]), x.dtype
-        self.scaling = multiplied(reading.multiplier)
         labels = None
         if label_name is not None:
             labels = class_numbers(held[label_name].x, self._rows, f"`{label_name}`", path)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import mmap
 import zipfile
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import Entry, FilePath, Problem
+from stagewise.files import Entry, FilePath, Problem, map_file
 from stagewise.latents.arrays import array_entry, local_header, read_array
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.per_file import PerFile, sizes_in
@@ -127,7 +126,7 @@ class _MeanStd(PerFile):
     def _load(self, name: str, flip: bool) -> Tensor:
         if not self._zipped:
             return read_array((self._root / name).read_bytes(), str(self._root / name))
-        pages = self._handle("zip", lambda: _map(self._root))
+        pages = self._handle("zip", lambda: map_file(self._root))
         (start, size), where = self._places[name], f"{name} in {self._root}"
         try:
             start += local_header(pages[start : start + 30])
@@ -190,11 +189,6 @@ def _find_root(path: Path) -> Path | None:
         if (place / _INDEX).is_file() and next(place.glob("*/*.npy"), None):
             return place
     return path / "vae-sd.zip" if (path / "vae-sd.zip").is_file() else None
-
-
-def _map(path: Path) -> mmap.mmap:
-    with open(path, "rb") as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def file_name(row: int) -> str:

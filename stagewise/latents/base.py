@@ -90,6 +90,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     needs_labels: ClassVar[bool] = False
     moments: Literal["std", "logvar"] | None = None
     has_flips = False
+    cures = ("", "")  # what to switch if samples are too large, and if they are too small
     usual_std = 1.0  # of samples
     scale_range = 2.0  # the factor by which theirs may differ from it
     shape: tuple[int, ...]
@@ -131,10 +132,6 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     def _parts(self) -> str:
         """How many files there are, for `describe`."""
         raise NotImplementedError
-
-    def _cure(self, large: bool) -> str:
-        """What to switch if the samples are too large, or too small."""
-        return ""
 
     def __len__(self) -> int:
         return self._count() * (2 if self.reading.flips == "both" else 1)
@@ -302,7 +299,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             raise ValueError(
                 f"Expected latents of standard deviation about {expected:.3g}, got {std:.3g} (mean "
                 f"{mean:.3g}) in {self.path}, read as {self.name}, {self.scaling}. "
-                f"{self._cure(size > expected)}If this is what training uses: "
+                f"{self.cures[size < expected]}If this is what training uses: "
                 f"expected_std={size:.3g}."
             )
 

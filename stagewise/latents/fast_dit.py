@@ -33,6 +33,10 @@ class FastDiT(PerFile):
     name = "fast-DiT"
     looks_like = "*_features/0.npy ... and *_labels/0.npy ..."
     takes_multiplier = True
+    cures = (
+        "fast-DiT writes rows that are scaled; these are not: multiplier=0.18215. ",
+        "They may have been scaled twice: multiplier=1 / 0.18215. ",
+    )
     needs_labels = True
     _unit = "pairs of files"
 
@@ -93,11 +97,6 @@ class FastDiT(PerFile):
             require_labels(found, self.reading.num_classes, self.path)
             self._labels = found
         return self._labels
-
-    def _cure(self, large: bool) -> str:
-        if large:
-            return "fast-DiT writes rows that are scaled; these are not: multiplier=0.18215. "
-        return "They may have been scaled twice: multiplier=1 / 0.18215. "
 
     @override
     @classmethod

@@ -157,9 +157,7 @@ class REPA(_MeanStd):
 
     name = "REPA"
     scaling = SD_VAE
-
-    def _cure(self, large: bool) -> str:
-        return 'Files of EDM2 have the same names and another scale: format="edm2". '
+    cures = ('Files of EDM2 have the same names and another scale: format="edm2". ',) * 2
 
     @override
     @classmethod
@@ -176,9 +174,7 @@ class EDM2(_MeanStd):
     scaling = EDM2_SCALING
     usual_std = 0.5
     scale_range = 1.4  # normalised by channel, rows are at 0.5
-
-    def _cure(self, large: bool) -> str:
-        return 'Files of REPA have the same names and another scale: format="repa". '
+    cures = ('Files of REPA have the same names and another scale: format="repa". ',) * 2
 
 
 def _find_root(path: Path) -> Path | None:

@@ -48,6 +48,11 @@ class Plain(Latents):
     looks_like = "one file: .safetensors, .npy, .npz or .pt"
     is_file = True
     takes_multiplier = True
+    cures = (
+        "A plain file is taken as scaled; these rows are not: normalise them, or "
+        "multiplier=0.18215 if they come from Stable Diffusion's autoencoder. ",
+        "They may have been scaled twice. multiplier=... undoes it. ",
+    )
 
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)
@@ -79,14 +84,6 @@ class Plain(Latents):
 
     def _parts(self) -> str:
         return f"one array, {self._name!r}"
-
-    def _cure(self, large: bool) -> str:
-        if large:
-            return (
-                "A plain file is taken as scaled; these rows are not: normalise them, or "
-                "multiplier=0.18215 if they come from Stable Diffusion's autoencoder. "
-            )
-        return "They may have been scaled twice. multiplier=... undoes it. "
 
     @override
     @classmethod

@@ -9,6 +9,7 @@ as the public projects write theirs, in the scale of theirs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +71,8 @@ def make_latents(
             f"Expected a new or empty place, got {path}. Choose another, or empty it."
         )
     rows = made_rows(num_rows, shape, num_classes, seed, exponent, class_share, duplicates)
-    unit = kind.usual_std
-    blocks = ((x * unit, flip * unit, y) for x, flip, y in rows)
+    unit, first = kind.usual_std, next(rows)  # arguments are refused before a file is there
+    blocks = ((x * unit, flip * unit, y) for x, flip, y in chain([first], rows))
     return kind.write(path, blocks, Writing(dtype, shard_size, seed))
 
 

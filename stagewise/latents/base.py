@@ -247,6 +247,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         class_wise: bool = True,
         indices: Tensor | None = None,
         path: FilePath | None = None,
+        copies: int = 1,
         advance: Callable[[int], object] | None = None,
     ) -> LatentBank:
         """The bank of these latents: means where moments are stored, both flips if flips are read.
@@ -256,6 +257,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             class_wise: Whether to keep the labels, default True.
             indices: Which items, default all.
             path: A file for the bank, for latents beyond the memory; default in memory.
+            copies: Processes on this host that build the same bank, for the check of memory.
             advance: Called with the number of rows read so far.
 
         Raises:
@@ -272,7 +274,8 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         offset = sum(x1.double() for x1 in few) / len(few) if few else None
         how: dict[str, Any] = {"dtype": dtype, "offset": offset, "advance": advance}
         if path is None:
-            return LatentBank.from_batches(batches, total, class_wise=class_wise, **how)
+            how |= {"class_wise": class_wise, "copies": copies}
+            return LatentBank.from_batches(batches, total, **how)
         if labels is not None and indices is not None:
             labels = labels[indices]
         return LatentBank.write(path, batches, total, labels=labels, **how)

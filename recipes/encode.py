@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from stagewise.latents import open_latents
+from stagewise.latents.opening import FORMATS
 from stagewise.recipes.autoencoder import VAE, encode, find_vae, fingerprint, load_vae, to_pixels
 from stagewise.recipes.encode_record import SETTINGS, Record
 from stagewise.recipes.encode_writers import WRITERS, Moments, Writer
@@ -144,7 +145,7 @@ def _finish(writer: Writer, record: Record, kind: Any, skipped: dict[str, str]) 
     except ValueError as error:
         print(f"Note: {error}")
     record.close(len(there), skipped)
-    said = f" --format {kind}" if kind in ("repa", "edm2") else ""
+    said = f" --format {kind}" if latents.ambiguous else ""
     left = f", without {len(skipped)} pictures ({SETTINGS})" if skipped else ""
     classes = len(images.classes)
     print(
@@ -181,18 +182,17 @@ def _settings(options: argparse.Namespace, images: ImageList, ranks: int) -> dic
             f"Expected --size that {vae.factor} divides, the factor of {vae.name}, got "
             f"{options.size}."
         )
-    if options.format == "edm2" and vae.channels != 4:
-        raise ValueError(f"Expected a vae with 4 channels for edm2, got {vae.channels}.")
+    channels = FORMATS[options.format].scaling.channels
+    if channels not in (None, vae.channels):
+        raise ValueError(
+            f"Expected a vae with {channels} channels for {options.format}, got {vae.channels}."
+        )
+    given = ("format", "size", "precision", "dtype", "seed", "shard_size")
     return {
-        "format": options.format,
         "vae": vae.name,
-        "size": options.size,
+        **{name: getattr(options, name) for name in given},
         "pixels": [kind.pixels_from, 1.0],
         "flips": options.flips and kind.takes_flips,
-        "precision": options.precision,
-        "dtype": options.dtype,
-        "seed": options.seed,
-        "shard_size": options.shard_size,
         "ranks": ranks,
         "images": len(images.files),
         "image_list": images.fingerprint(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from tqdm.auto import tqdm
 from stagewise.bank import LatentBank
 from stagewise.latents import Latents
 from stagewise.latents.arrays import require_labels
-from stagewise.memory import require_memory
 from stagewise.recipes.order import ResumableData
 
 __all__ = ["LatentsData", "current"]
@@ -267,15 +265,12 @@ class LatentsData(ResumableData):
 
     def _read(self, places: Tensor, file: Path | None = None) -> LatentBank:
         rank, _ = self._ranks()
-        if file is None:
-            # Each process of this host is about to read as much.
-            copies = self.trainer.num_devices if self.trainer else 1
-            require_memory(len(places), math.prod(self.shape), self.bank_dtype, copies)
         with tqdm(total=len(places), desc="bank", unit="row", disable=rank > 0) as bar:
             return self.latents.bank(
                 dtype=self.bank_dtype,
                 indices=places,
                 path=file,
+                copies=self.trainer.num_devices if self.trainer else 1,
                 advance=lambda done: bar.update(done - bar.n),
             )
 

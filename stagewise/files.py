@@ -32,6 +32,7 @@ __all__ = [
     "first_line",
     "is_computed",
     "jsonable",
+    "map_file",
     "map_tensor",
     "names",
     "read_header",
@@ -153,10 +154,15 @@ def read_header(path: FilePath) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, about
 
 
+def map_file(path: FilePath) -> mmap.mmap:
+    """The pages of a file, read-only."""
+    with open(path, "rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def map_tensor(path: FilePath, entry: Entry) -> tuple[Tensor, mmap.mmap]:
     """A tensor of a file and the pages it lies in; to write to it ends the process."""
-    with open(path, "rb") as stream:
-        pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    pages = map_file(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         flat = torch.frombuffer(

@@ -17,11 +17,19 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from stagewise import LatentBank
-from stagewise.latents import convert, make_latents, open_latents, write_latents, write_stats
+from stagewise.latents import (
+    Latents,
+    convert,
+    make_latents,
+    open_latents,
+    write_latents,
+    write_stats,
+)
 from stagewise.latents.fast_dit import write_fast_dit
 from stagewise.latents.making import made_rows
 from stagewise.latents.mar import write_mar
 from stagewise.latents.mean_std import write_mean_std
+from stagewise.latents.opening import FORMATS as FORMATS_BY_NAME
 from stagewise.latents.scaling import ChannelStatistics
 
 SHAPE = (4, 4, 6)
@@ -463,3 +471,49 @@ def test_code_of_the_page_on_latents(tmp_path, monkeypatch, capsys):
     assert "LightningDiT latents in latents: 200 rows" in capsys.readouterr().out
     assert len(names["bank"]) == 400
     assert len(open_latents("shards")) == len(open_latents("pairs")) == 200
+
+
+class Columns(Latents):
+    """A format of its own: one `.csv`, a row of numbers and a label in each line."""
+
+    name, looks_like, is_file = "columns", "one .csv", True
+
+    def __init__(self, path, reading):
+        super().__init__(path, reading)
+        lines = torch.from_numpy(np.loadtxt(path, delimiter=",", ndmin=2))
+        self.held, self.shape, self.dtype = lines[:, :-1], (lines.shape[1] - 1,), lines.dtype
+        self._opened(lines[:, -1].long())
+
+    @classmethod
+    def finds(cls, path):
+        return path.suffix == ".csv"
+
+    @classmethod
+    def write(cls, path, blocks, how):
+        rows = [torch.cat([x.flatten(1), y[:, None]], dim=1) for x, _, y in blocks]
+        np.savetxt(path, torch.cat(rows).numpy(), delimiter=",")
+        return path
+
+    def _count(self):
+        return len(self.held)
+
+    def _read(self, row, flip):
+        return self.held[row]
+
+    def _parts(self):
+        return "one table"
+
+
+def test_a_format_is_one_class_and_one_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS_BY_NAME, "columns", Columns)
+    made = make_latents(tmp_path / "x.csv", 30, (4, 1, 1), 3, "columns")
+    latents = open_latents(made)
+    assert latents.describe().startswith("columns latents in")
+    latents.verify(full=True)
+    assert latents.bank().classes == [0, 1, 2]
+    same = open_latents(make_latents(tmp_path / "x.npy", 30, (4, 1, 1), 3, "plain"))
+    torch.testing.assert_close(latents.rows(0, 30), same.rows(0, 30).flatten(1))
+    again = open_latents(convert(same, tmp_path / "again.csv", "columns"))
+    assert torch.equal(again.labels, latents.labels)
+    with pytest.raises(ValueError, match=r"(?s)What is looked for.*columns: one .csv"):
+        open_latents(tmp_path)

@@ -397,5 +397,7 @@ def test_writers_refuse(tmp_path, shards):
         write_latents(tmp_path / "a", [])
     with pytest.raises(FileExistsError, match="new or empty place"):
         make_latents(shards, 3, SHAPE)
-    with pytest.raises(ValueError, match="Expected `duplicates`"):
-        make_latents(tmp_path / "b", 3, SHAPE, duplicates=3)
+    for kind in ("lightningdit", "fast-dit", "repa", "mar"):
+        with pytest.raises(ValueError, match="Expected `duplicates`"):
+            make_latents(tmp_path / "b", 3, SHAPE, format=kind, duplicates=3)
+        assert not (tmp_path / "b").exists()

@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from stagewise.bank.rows import RowStore
 from stagewise.bank.streaming import MappedFile
-from stagewise.files import FilePath, map_tensor, read_header, replace_file
+from stagewise.files import FilePath, map_tensor, read_header, read_tensor, replace_file
 from stagewise.memory import format_bytes
 
 __all__ = ["open_bank", "write_bank"]
@@ -156,19 +155,15 @@ def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
     held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     if held != layout or not stored.dtype.is_floating_point:
         raise _damaged(path, f"expected the tensors of a bank, got {held}")
-    # The library's reader for numpy copies what is asked for; that for torch would map the file
-    # once more, with room for changes.
-    with safe_open(path, framework="np") as file:
-        has = {name: torch.from_numpy(file.get_tensor(name)) for name in entries if name != "rows"}
+    has = {name: read_tensor(path, entry) for name, entry in entries.items() if name != "rows"}
     index = has.get("index", torch.arange(1))
     if not (has["sq_norms"] >= 0).all() or index.amin() < 0 or index.amax() >= stored.shape[0]:
         raise _damaged(path, "distances are negative, or positions are out of range")
     columns = [has[name].tolist() for name in ("classes", "starts", "stops") if num_classes]
     segments = {label: slice(*ends) for label, *ends in zip(*columns, strict=True)}
     rows, pages = map_tensor(path, stored)
-    shape, index_or_none = _sample_shape(about.get("shape", "")), has.get("index")
-    mapped = MappedFile(pages, stored.start)
-    bank = RowStore(rows, has["offset"], shape, index_or_none, segments, mapped, has["keys"])
+    shape, mapped = _sample_shape(about.get("shape", "")), MappedFile(pages, stored.start)
+    bank = RowStore(rows, has["offset"], shape, has.get("index"), segments, mapped, has["keys"])
     if bank.fingerprint != about.get("fingerprint"):
         raise _damaged(path, "what it says it holds and what it holds have other fingerprints")
     return bank, has

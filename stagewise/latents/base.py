@@ -31,7 +31,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.building import HALF
 from stagewise.files import FilePath, Problem, names
 from stagewise.latents.arrays import require_labels
-from stagewise.latents.scaling import ChannelStatistics, Scaling
+from stagewise.latents.scaling import AS_STORED, Affine, ChannelStatistics, Scaling
 
 __all__ = ["Latents", "Reading", "Writing"]
 
@@ -90,14 +90,17 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     needs_labels: ClassVar[bool] = False
     moments: Literal["std", "logvar"] | None = None
     has_flips = False
+    cures = ("", "")  # what to switch if samples are too large, and if they are too small
     usual_std = 1.0  # of samples
     scale_range = 2.0  # the factor by which theirs may differ from it
     shape: tuple[int, ...]
     dtype: torch.dtype
-    scaling: Scaling
+    scaling: Scaling = AS_STORED
 
     def __init__(self, path: Path, reading: Reading) -> None:
         self.path, self.reading = path, reading
+        if reading.multiplier is not None:
+            self.scaling = Affine((float(reading.multiplier),))
         self.skipped: list[str] = []
         # Shared memory: a worker that lives on sees the epoch that the main process sets.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -129,10 +132,6 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     def _parts(self) -> str:
         """How many files there are, for `describe`."""
         raise NotImplementedError
-
-    def _cure(self, large: bool) -> str:
-        """What to switch if the samples are too large, or too small."""
-        return ""
 
     def __len__(self) -> int:
         return self._count() * (2 if self.reading.flips == "both" else 1)
@@ -248,6 +247,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         class_wise: bool = True,
         indices: Tensor | None = None,
         path: FilePath | None = None,
+        copies: int = 1,
         advance: Callable[[int], object] | None = None,
     ) -> LatentBank:
         """The bank of these latents: means where moments are stored, both flips if flips are read.
@@ -257,6 +257,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             class_wise: Whether to keep the labels, default True.
             indices: Which items, default all.
             path: A file for the bank, for latents beyond the memory; default in memory.
+            copies: Processes on this host that build the same bank, for the check of memory.
             advance: Called with the number of rows read so far.
 
         Raises:
@@ -273,7 +274,8 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         offset = sum(x1.double() for x1 in few) / len(few) if few else None
         how: dict[str, Any] = {"dtype": dtype, "offset": offset, "advance": advance}
         if path is None:
-            return LatentBank.from_batches(batches, total, class_wise=class_wise, **how)
+            how |= {"class_wise": class_wise, "copies": copies}
+            return LatentBank.from_batches(batches, total, **how)
         if labels is not None and indices is not None:
             labels = labels[indices]
         return LatentBank.write(path, batches, total, labels=labels, **how)
@@ -300,7 +302,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             raise ValueError(
                 f"Expected latents of standard deviation about {expected:.3g}, got {std:.3g} (mean "
                 f"{mean:.3g}) in {self.path}, read as {self.name}, {self.scaling}. "
-                f"{self._cure(size > expected)}If this is what training uses: "
+                f"{self.cures[size < expected]}If this is what training uses: "
                 f"expected_std={size:.3g}."
             )
 

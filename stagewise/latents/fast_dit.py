@@ -21,7 +21,6 @@ from stagewise.files import Entry, FilePath, names
 from stagewise.latents.arrays import array_entry, class_numbers, read_array, require_labels
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.per_file import PerFile, sizes_in
-from stagewise.latents.scaling import multiplied
 
 __all__ = ["FastDiT", "write_fast_dit"]
 
@@ -34,6 +33,10 @@ class FastDiT(PerFile):
     name = "fast-DiT"
     looks_like = "*_features/0.npy ... and *_labels/0.npy ..."
     takes_multiplier = True
+    cures = (
+        "fast-DiT writes rows that are scaled; these are not: multiplier=0.18215. ",
+        "They may have been scaled twice: multiplier=1 / 0.18215. ",
+    )
     needs_labels = True
     _unit = "pairs of files"
 
@@ -55,7 +58,6 @@ class FastDiT(PerFile):
                 f"Expected one latent, (1, C, H, W), in {features / self._files[0]}, got "
                 f"{self._stored}."
             )
-        self.scaling = multiplied(reading.multiplier)
         self._opened(None)
 
     @override
@@ -95,11 +97,6 @@ class FastDiT(PerFile):
             require_labels(found, self.reading.num_classes, self.path)
             self._labels = found
         return self._labels
-
-    def _cure(self, large: bool) -> str:
-        if large:
-            return "fast-DiT writes rows that are scaled; these are not: multiplier=0.18215. "
-        return "They may have been scaled twice: multiplier=1 / 0.18215. "
 
     @override
     @classmethod

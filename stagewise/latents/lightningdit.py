@@ -38,11 +38,16 @@ from stagewise.files import (
 )
 from stagewise.latents.arrays import Rows, class_numbers
 from stagewise.latents.base import Block, Latents, Reading, Writing
-from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling, multiplied
+from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
 
 __all__ = ["LightningDiT", "save_stats", "write_latents", "write_shard", "write_stats"]
 
 _STATS = "latents_stats.pt"
+_NOT_NORMALISED = (
+    "Nothing brings the rows to the scale of training: normalize=True for VA-VAE, "
+    "multiplier=0.18215 for Stable Diffusion's autoencoder. ",
+    "They were scaled before they were written: multiplier=1.0. ",
+)
 
 
 class LightningDiT(Latents):
@@ -54,6 +59,11 @@ class LightningDiT(Latents):
     takes_multiplier = True
     needs_labels = True
     scale_range = 1.4  # divided by their own standard deviation, rows are at 1
+    cures = (
+        f"The rows do not fit {_STATS} beside them: they were normalised before they were written "
+        "(then normalize=False, multiplier=1.0), or the statistics are those of other latents "
+        "(then write_stats(folder)). ",
+    ) * 2
 
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)
@@ -87,7 +97,7 @@ class LightningDiT(Latents):
         self.has_flips = all("latents_flip" in entries for _, entries in self._shards)
         self.scaling = self._find_scaling(path if path.is_dir() else path.parent)
         if not reading.normalize:
-            self.scale_range = 2.0
+            self.scale_range, self.cures = 2.0, _NOT_NORMALISED
         self._opened(torch.cat(labels) if labels else None)
 
     @override
@@ -123,7 +133,7 @@ class LightningDiT(Latents):
                 f"Expected `multiplier` with normalize=False for {self.path}: 0.18215 for latents "
                 "of Stable Diffusion's autoencoder, 1.0 for latents that are scaled already."
             )
-        return multiplied(multiplier)
+        return self.scaling
 
     def _count(self) -> int:
         return self._starts[-1]
@@ -148,20 +158,6 @@ class LightningDiT(Latents):
 
     def _parts(self) -> str:
         return f"{len(self._shards)} shard{'s' * (len(self._shards) > 1)}"
-
-    def _cure(self, large: bool) -> str:
-        if self.reading.normalize:
-            return (
-                f"The rows do not fit {_STATS} beside them: they were normalised before they were "
-                "written (then normalize=False, multiplier=1.0), or the statistics are those of "
-                "other latents (then write_stats(folder)). "
-            )
-        if large:
-            return (
-                "Nothing brings the rows to the scale of training: normalize=True for VA-VAE, "
-                "multiplier=0.18215 for Stable Diffusion's autoencoder. "
-            )
-        return "They were scaled before they were written: multiplier=1.0. "
 
     @override
     @classmethod

@@ -9,6 +9,7 @@ as the public projects write theirs, in the scale of theirs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -62,16 +63,16 @@ def make_latents(
         FileExistsError: If there are files at the path.
     """
     kind = require_format(format)
-    if format == "edm2" and shape[0] != 4:
-        raise ValueError(f"Expected 4 channels for edm2, got shape {shape}.")
+    if kind.scaling.channels not in (None, shape[0]):
+        raise ValueError(f"Expected {kind.scaling.channels} channels for {format}, got {shape}.")
     path = Path(path)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise FileExistsError(
             f"Expected a new or empty place, got {path}. Choose another, or empty it."
         )
     rows = made_rows(num_rows, shape, num_classes, seed, exponent, class_share, duplicates)
-    unit = kind.usual_std
-    blocks = ((x * unit, flip * unit, y) for x, flip, y in rows)
+    unit, first = kind.usual_std, next(rows)  # arguments are refused before a file is there
+    blocks = ((x * unit, flip * unit, y) for x, flip, y in chain([first], rows))
     return kind.write(path, blocks, Writing(dtype, shard_size, seed))
 
 

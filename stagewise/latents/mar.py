@@ -40,6 +40,7 @@ class MAR(PerFile):
     needs_labels = True
     moments = "logvar"
     scaling = KL16
+    cures = ("MAR's files are those of KL-16, scaled by 0.2325; is it another autoencoder? ",) * 2
     has_flips = True
 
     def __init__(self, path: Path, reading: Reading) -> None:
@@ -85,9 +86,6 @@ class MAR(PerFile):
 
     def _parts(self) -> str:
         return f"{super()._parts()} in {self._classes} folders"
-
-    def _cure(self, large: bool) -> str:
-        return "MAR's files are those of KL-16, scaled by 0.2325; is it another autoencoder? "
 
     @override
     @classmethod

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import mmap
 import zipfile
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import Entry, FilePath, Problem
+from stagewise.files import Entry, FilePath, Problem, map_file
 from stagewise.latents.arrays import array_entry, local_header, read_array
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.per_file import PerFile, sizes_in
@@ -127,7 +126,7 @@ class _MeanStd(PerFile):
     def _load(self, name: str, flip: bool) -> Tensor:
         if not self._zipped:
             return read_array((self._root / name).read_bytes(), str(self._root / name))
-        pages = self._handle("zip", lambda: _map(self._root))
+        pages = self._handle("zip", lambda: map_file(self._root))
         (start, size), where = self._places[name], f"{name} in {self._root}"
         try:
             start += local_header(pages[start : start + 30])
@@ -158,9 +157,7 @@ class REPA(_MeanStd):
 
     name = "REPA"
     scaling = SD_VAE
-
-    def _cure(self, large: bool) -> str:
-        return 'Files of EDM2 have the same names and another scale: format="edm2". '
+    cures = ('Files of EDM2 have the same names and another scale: format="edm2". ',) * 2
 
     @override
     @classmethod
@@ -177,9 +174,7 @@ class EDM2(_MeanStd):
     scaling = EDM2_SCALING
     usual_std = 0.5
     scale_range = 1.4  # normalised by channel, rows are at 0.5
-
-    def _cure(self, large: bool) -> str:
-        return 'Files of REPA have the same names and another scale: format="repa". '
+    cures = ('Files of REPA have the same names and another scale: format="repa". ',) * 2
 
 
 def _find_root(path: Path) -> Path | None:
@@ -190,11 +185,6 @@ def _find_root(path: Path) -> Path | None:
         if (place / _INDEX).is_file() and next(place.glob("*/*.npy"), None):
             return place
     return path / "vae-sd.zip" if (path / "vae-sd.zip").is_file() else None
-
-
-def _map(path: Path) -> mmap.mmap:
-    with open(path, "rb") as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def file_name(row: int) -> str:

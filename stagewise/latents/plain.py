@@ -31,7 +31,6 @@ from stagewise.latents.arrays import (
     read_array,
 )
 from stagewise.latents.base import Block, Latents, Reading, Writing
-from stagewise.latents.scaling import multiplied
 
 __all__ = ["Plain"]
 
@@ -49,6 +48,11 @@ class Plain(Latents):
     looks_like = "one file: .safetensors, .npy, .npz or .pt"
     is_file = True
     takes_multiplier = True
+    cures = (
+        "A plain file is taken as scaled; these rows are not: normalise them, or "
+        "multiplier=0.18215 if they come from Stable Diffusion's autoencoder. ",
+        "They may have been scaled twice. multiplier=... undoes it. ",
+    )
 
     def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(path, reading)
@@ -56,7 +60,6 @@ class Plain(Latents):
         self._name, label_name = _pick(path, held)
         x = held[self._name].x
         self._rows, self.shape, self.dtype = len(x), tuple(x.shape[1:]), x.dtype
-        self.scaling = multiplied(reading.multiplier)
         labels = None
         if label_name is not None:
             labels = class_numbers(held[label_name].x, self._rows, f"`{label_name}`", path)
@@ -81,14 +84,6 @@ class Plain(Latents):
 
     def _parts(self) -> str:
         return f"one array, {self._name!r}"
-
-    def _cure(self, large: bool) -> str:
-        if large:
-            return (
-                "A plain file is taken as scaled; these rows are not: normalise them, or "
-                "multiplier=0.18215 if they come from Stable Diffusion's autoencoder. "
-            )
-        return "They may have been scaled twice. multiplier=... undoes it. "
 
     @override
     @classmethod

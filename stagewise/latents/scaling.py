@@ -28,7 +28,6 @@ __all__ = [
     "ChannelStatistics",
     "Normalised",
     "Scaling",
-    "multiplied",
 ]
 
 
@@ -102,11 +101,6 @@ class Affine(Scaling):
         if len(self.gain) > 1:
             return "z * gain + bias, per channel"
         return "as stored" if self.gain == (1.0,) else f"z * {self.gain[0]:g}"
-
-
-def multiplied(by: float | None) -> Affine:
-    """`z * by`; as stored for None."""
-    return AS_STORED if by is None else Affine((float(by),))
 
 
 def _own(z: Tensor) -> Tensor:

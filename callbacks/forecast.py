@@ -116,7 +116,7 @@ class Forecast(ModelMonitor):
 
     def due(self, step: int) -> bool:
         """See `Monitor`; not at the first step."""
-        return step // self.every > (self._last or 0) // self.every
+        return step // self.every > (self.last or 0) // self.every
 
     def end(self) -> None:
         """Says what the whole training has shown."""

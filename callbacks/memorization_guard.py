@@ -201,7 +201,7 @@ class MemorizationGuard(MemorizationMonitor):
 
     def due(self, step: int) -> bool:
         """See `Monitor`; early in training more often."""
-        last = self._last
+        last = self.last
         return super().due(step) or (last is not None and step >= max(_FIRST, _GROWTH * last))
 
     def probe(self, step: int, *, at_end: bool = False) -> None:

@@ -43,9 +43,7 @@ class Monitor(StageCallback):
     Args:
         name: See `StageCallback`, like `bank`.
         bank: The training latents.
-        every_n_steps: See `MonitorOptions`, like `figures`.
-        figures: How often to draw.
-        **options: See `RunOptions`.
+        **options: See `MonitorOptions`.
 
     Attributes:
         every: Steps between probes, once training has begun.
@@ -139,13 +137,14 @@ class Monitor(StageCallback):
         self.writer.start([header, *events], resumed=bool(events) or self.corrected)
 
     @property
-    def _last(self) -> int | None:
+    def last(self) -> int | None:
+        """The step of the last probe."""
         return self.history[-1]["step"] if self.history else None
 
     def due(self, step: int) -> bool:
         """Whether to probe, `step` optimizer steps being done."""
         # Several optimizers advance it by more than one, and a resumed run may have probed here.
-        return self._last is None or step // self.every > self._last // self.every
+        return self.last is None or step // self.every > self.last // self.every
 
     @override
     def after_batch(self, step: int, before: int) -> None:
@@ -153,14 +152,14 @@ class Monitor(StageCallback):
             return
         if self.due(step):
             self.probe(step)
-        elif (self.run.total is not None and step >= self.run.total) and step != self._last:
+        elif (self.run.total is not None and step >= self.run.total) and step != self.last:
             self.probe(step, at_end=True)
 
     def end(self) -> None:
         """Probes once more where training ends early."""
         averaging = any(isinstance(c, WeightAveraging) for c in self.run.trainer.callbacks)  # type: ignore[attr-defined]
         # What is averaged has taken the place of what was trained by now.
-        if self._last != self.run.step and not averaging:
+        if self.last != self.run.step and not averaging:
             self.probe(self.run.step, at_end=True)
 
     def together(self) -> AbstractContextManager[None]:

@@ -73,7 +73,7 @@ class StageTransitions(StageCallback):
 
     order = 4
     charts = {"transitions (1 at their step)": "/"}
-    held = (*StageCallback.held, "_errors", "_posterior", "_rows")
+    held = (*StageCallback.held, "_errors", "_posterior", "_monitors", "_rows")
 
     def __init__(
         self,
@@ -128,15 +128,14 @@ class StageTransitions(StageCallback):
         run = self.run
         self._errors = run.first(VelocityErrorMonitor)
         self._posterior = run.first(PosteriorMonitor)
-        if self._errors is None and self._posterior is None:
+        self._monitors = [one for one in (self._errors, self._posterior) if one is not None]
+        if not self._monitors:
             raise ValueError(
                 "StageTransitions reads what monitors measure, and there is none. "
                 "Callbacks: [PosteriorMonitor(), VelocityErrorMonitor(), StageTransitions()]."
             )
         # What happened with other latents has not happened with these.
-        self.renewed = any(
-            monitor is not None and monitor.renewed for monitor in (self._errors, self._posterior)
-        )
+        self.renewed = any(monitor.renewed for monitor in self._monitors)
         before = [] if self.renewed else (self.stash or {}).get("events", [])
         self.events = [event for event in before if event["step"] <= run.began]
         self.writer = run.open_writer(self)
@@ -153,13 +152,8 @@ class StageTransitions(StageCallback):
         if without:
             self.say(f"nothing will be said of {' and '.join(without)}")
 
-    def _steps_probed(self) -> tuple[int | None, int | None]:
-        """The steps of the monitors' last probes."""
-        errors, posterior = (
-            monitor.history[-1]["step"] if monitor is not None and monitor.history else None
-            for monitor in (self._errors, self._posterior)
-        )
-        return errors, posterior
+    def _steps_probed(self) -> list[int | None]:
+        return [monitor.last for monitor in self._monitors]
 
     def after_batch(self, step: int, before: int) -> None:
         """After a probe: looks for what has happened."""
@@ -173,17 +167,15 @@ class StageTransitions(StageCallback):
 
     def _read_errors(self, step: int, errors: VelocityErrorMonitor) -> None:
         said = {event["kind"] for event in self.events}
+        probes, patience = errors.history, self.patience
         if NAVIGATION_LEARNED not in said:
             learned = navigation_learned(
-                errors.history,
-                window=self.window,
-                patience=self.patience,
-                tolerance=self.tolerance,
+                probes, window=self.window, patience=patience, tolerance=self.tolerance
             )
             self._tell(step, NAVIGATION_LEARNED, learned)
         if MEMORIZATION_ONSET not in said:
             edges = errors.edges.tolist()
-            onset = memorization_onset(errors.history, edges, patience=self.patience, gap=self.gap)
+            onset = memorization_onset(probes, edges, patience=patience, gap=self.gap)
             self._tell(step, MEMORIZATION_ONSET, onset)
 
     # -- a moved boundary ---------------------------------------------------------------------
@@ -223,10 +215,8 @@ class StageTransitions(StageCallback):
             "after": after.as_dict(),
             "moved": after.midpoint - before.midpoint,
             "latents_changed": off,
-            "message": (
-                f"the training latents have changed by {off:.0%} of their norm, and the boundary "
-                f"from t = {before.midpoint:.3f} to {after.midpoint:.3f}"
-            ),
+            "message": f"the training latents have changed by {off:.0%} of their norm, and the "
+            f"boundary from t = {before.midpoint:.3f} to {after.midpoint:.3f}",
         }
 
     # -- saying it ----------------------------------------------------------------------------

@@ -255,7 +255,7 @@ def test_in_a_trainer(matched, make, make_trainer, make_loader, lightning_log, r
     monitors = [PosteriorMonitor(strata=4, queries=8), errors]
     loader = make_loader(ROWS, batch_size=20, shuffle=True)
     make_trainer(*monitors, steers, max_steps=5).fit(module, loader)
-    scheme = steers._scheme
+    scheme = steers.scheme
     assert 0 < scheme.boundary < scheme.collapsed < 1
     assert f"from t = {scheme.collapsed:.3f} on" in lightning_log.text
     late = scheme.last.t >= scheme.collapsed
@@ -281,7 +281,7 @@ def test_a_resumed_run_smooths_from_the_same_boundary_on(make_trainer, make_load
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     second = StageScheme(Scheme.two_stage)
     make_trainer(second, max_steps=6).fit(Lossy(), loader, ckpt_path=tmp_path / "x.ckpt")
-    assert second._scheme.collapsed == first._scheme.collapsed
+    assert second.scheme.collapsed == first.scheme.collapsed
 
 
 def refusal(make, kind=ValueError):

@@ -131,15 +131,11 @@ MONITORS = {
 EVENTS = (VelocityErrorMonitor, StageTransitions)
 
 CASES = [
-    (StageScheme, kind, way, batches)
-    for kind in KINDS
-    for way in (["loss"] if kind in NEEDS_LOSSES else ["loss", "matcher"])
-    for batches in (1, 2)
-] + [
-    (watched, kind, "loss", 1)
-    for watched in MONITORS
-    for kind in PHASED
-    if kind != "event" or watched not in EVENTS  # those are there with any event
+    *((StageScheme, kind, "loss", 1) for kind in KINDS),
+    *((StageScheme, kind, "loss" if kind in NEEDS_LOSSES else "matcher", 2) for kind in KINDS),
+    *((watched, "steps", "loss", 1) for watched in MONITORS),
+    # The others are there with any event.
+    *((watched, "event", "loss", 1) for watched in MONITORS if watched not in EVENTS),
 ]
 
 

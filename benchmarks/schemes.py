@@ -150,8 +150,8 @@ def variance(out: Path, patch: int, count: int) -> None:
     for t in TIMES:
         at = torch.randint(len(x), (QUERIES,), generator=generator)
         x1, when = x[at].double(), torch.full((QUERIES,), t, dtype=torch.float64)
-        noise = torch.randn(x1.shape, generator=generator)
-        xt = oracle.path.interpolate(noise.double(), x1, when)
+        x0 = torch.randn(x1.shape, generator=generator).double()
+        xt, velocity = oracle.path.interpolate(x0, x1, when), x1 - x0
         mean = oracle.posterior(xt, when, labels[at]).mean.flatten(1)
         exact = mean - x1.flatten(1)
         signal = float((mean - centre).square().mean())
@@ -162,9 +162,9 @@ def variance(out: Path, patch: int, count: int) -> None:
                 scheme = Scheme(oracle, target=target, seed=draw)
                 start = time.process_time()
                 # Velocities of targets differ by (m_hat - x_1) / sigma.
-                moved, _ = scheme(torch.zeros_like(x1), xt=xt, t=when, x1=x1, labels=labels[at])
+                moved, _ = scheme(velocity, xt=xt, t=when, x1=x1, labels=labels[at])
                 times.append(1e3 * (time.process_time() - start))
-                pulls.append(moved.flatten(1) * (1 - t))
+                pulls.append((moved - velocity).flatten(1) * (1 - t))
             error = (torch.stack(pulls) - exact).square().sum((1, 2)).mean() / exact.square().sum()
             cost = {
                 "operations": 4 * looked_at * oracle.bank.dim,

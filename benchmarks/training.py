@@ -59,7 +59,8 @@ class Step:
         loss = objective(self.module.net, x1, labels, **kwargs)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.module.net.parameters(), self.clip)
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.module.net.parameters(), self.clip)
         self.optimizer.step()
 
 

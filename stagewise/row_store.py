@@ -128,19 +128,6 @@ class RowStore:
         classes, stops = self.classes, [segment.stop for segment in self._segments.values()]
         return [classes[bisect_right(stops, row)] for row in rows]
 
-    def among(self, rows: Tensor, labels: Sequence[int | None]) -> Tensor:
-        """Whether each row is of its class, (B,); of the label None all rows are.
-
-        Args:
-            rows: In the bank's own order, (B,), on any device.
-            labels: A class of the bank for each, or None.
-        """
-        whole = self.whole
-        own = [whole if label is None else self.segment(label) for label in labels]
-        ends = torch.tensor([(part.start, part.stop) for part in own]).reshape(-1, 2)
-        start, stop = ends.to(rows.device).unbind(1)
-        return (rows >= start) & (rows < stop)
-
     def take(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
         """Samples by their rows.
 
@@ -234,10 +221,6 @@ class RowStore:
             Pairs of the first row's number in the bank's own order and the rows, (n, D).
         """
         return stream(self.rows, segment, size, device, dtype, self._file)
-
-    def fetched(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether `chunks` has to move, convert or read rows, so that each pass over them costs."""
-        return self.rows.device != device or self.dtype != dtype or self._file is not None
 
     @property
     def fingerprint(self) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +15,19 @@ from stagewise.bank.rows import RowStore
 from stagewise.paths import PathCoefficients, Prediction
 from stagewise.posterior import Posterior
 
-__all__ = ["Queries", "indices_of", "segments_of", "with_source_weight"]
+__all__ = [
+    "Queries",
+    "Times",
+    "as_times",
+    "check_times",
+    "indices_of",
+    "require_tensors",
+    "segments_of",
+    "with_source_weight",
+]
+
+Times: TypeAlias = "Tensor | float"
+"""Times of B queries: (B,), (B, 1, ..., 1), or one number for all."""
 
 
 @dataclass(frozen=True)
@@ -165,3 +178,53 @@ def with_source_weight(post: Posterior, bank: RowStore, queries: Queries) -> Pos
     weight = (queries.log_weight(x1) - post.log_evidence).exp().clamp_max(1)
     weight = weight.where(queries.holds(rows), 0).masked_fill(rows < 0, torch.nan)
     return replace(post, source_weight=weight)
+
+
+def require_tensors(**given: object) -> None:
+    """Refuses arguments that are no tensors.
+
+    Raises:
+        TypeError: With the cure.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"Expected `{name}` to be a tensor, got {type(value).__name__}. Give "
+                f"torch.as_tensor({name})."
+            )
+
+
+def as_times(t: Times, x: Tensor) -> Tensor:
+    """The times of each sample of `x`, (B, *), where they can be told: (B,), else `t` itself.
+
+    Raises:
+        TypeError: If `t` is neither a tensor nor a number.
+    """
+    if isinstance(t, numbers.Real):
+        # Not in 16 bits, which hold few times.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.full((len(x),), float(t), dtype=dtype, device=x.device)
+    require_tensors(t=t)
+    assert isinstance(t, Tensor)
+    if not t.ndim:
+        return t.expand(len(x))
+    return t.flatten() if t.shape[0] == len(x) == t.numel() else t
+
+
+def check_times(t: Tensor, length: int) -> None:
+    """Refuses times of another shape than (length,) or outside [0, 1].
+
+    On an accelerator the range is checked by a device-side assertion, which costs no sync but, as
+    CUDA has it, ends the process: the message is the same.
+
+    Raises:
+        ValueError: With what was expected and what came.
+    """
+    if t.shape != (length,):
+        raise ValueError(f"Expected `t` with shape ({length},), got {tuple(t.shape)}.")
+    inside = ((t >= 0) & (t <= 1)).all()
+    message = "Expected `t` in [0, 1] with t = 0 noise and t = 1 data"
+    if t.device.type != "cpu":
+        torch._assert_async(inside, message)
+    elif not inside:
+        raise ValueError(f"{message}, got values from {t.min():.4g} to {t.max():.4g}.")

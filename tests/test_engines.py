@@ -29,7 +29,7 @@ TIMES = (0, 0.02, 0.1, 0.3, 0.6, 0.9, 0.99, 0.999)
 FINER = (0, 1e-5, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ONE = (torch.float32,)
-DIMS = (3, 64, 512)
+DIMS = (3, 512)
 BANKS = ("gaussian", "clusters", "duplicates", "far")
 
 

@@ -392,23 +392,39 @@ def gradients(target, *, wise=False, when, runs=250, size=32, seed=0):
     net = torch.nn.Sequential(
         torch.nn.Linear(DIM + 2, 8), torch.nn.Tanh(), torch.nn.Linear(8, DIM)
     ).double()
-    found = {"plain": [], "steered": []}
-    for step in range(runs):
-        scheme.observe(step=step, total=None)
-        i = torch.randint(N, (size,), generator=draws)
-        x0 = torch.randn(size, DIM, dtype=torch.float64, generator=draws)
-        low, high = when
-        t = low + (high - low) * torch.rand(size, dtype=torch.float64, generator=draws)
-        xt = path.interpolate(x0, x[i], t)
-        u, _ = scheme(x[i] - x0, xt=xt, t=t, x1=x[i], labels=labels[i] if wise else None)
-        # A model that sees labels needs class-wise posteriors: others are not its optimum.
-        seen = labels[i, None].double() if wise else torch.zeros(size, 1, dtype=torch.float64)
-        output = net(torch.cat([xt, t[:, None], seen], 1))
-        for name, y in (("plain", x[i] - x0), ("steered", u)):
-            loss = (output - y).square().mean()
-            parts = torch.autograd.grad(loss, tuple(net.parameters()), retain_graph=True)
-            found[name].append(torch.cat([part.flatten() for part in parts]))
-    return torch.stack(found["plain"]), torch.stack(found["steered"])
+    i = torch.randint(N, (runs * size,), generator=draws)
+    x0 = torch.randn(runs * size, DIM, dtype=torch.float64, generator=draws)
+    low, high = when
+    t = low + (high - low) * torch.rand(runs * size, dtype=torch.float64, generator=draws)
+    xt = path.interpolate(x0, x[i], t)
+    # Queries of a call are independent, unless they share a set: then each batch is a call.
+    parts = torch.arange(runs * size).split(size if getattr(target, "shared", False) else len(i))
+    steered = torch.cat(
+        [
+            scheme(
+                (x[i] - x0)[at],
+                xt=xt[at],
+                t=t[at],
+                x1=x[i][at],
+                labels=labels[i][at] if wise else None,
+            )[0]
+            for at in parts
+        ]
+    )
+    # A model that sees labels needs class-wise posteriors: others are not its optimum.
+    seen = labels[i, None].double() if wise else torch.zeros(len(i), 1, dtype=torch.float64)
+    shown = torch.cat([xt, t[:, None], seen], 1)
+    weights = dict(net.named_parameters())
+
+    def loss(weights, shown, y):
+        return (torch.func.functional_call(net, weights, (shown,)) - y).square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    found = []
+    for y in (x[i] - x0, steered):
+        gradient = each(weights, *(value.unflatten(0, (runs, size)) for value in (shown, y)))
+        found.append(torch.cat([part.flatten(1) for part in gradient.values()], 1))
+    return found
 
 
 def z_scores(target, **options):

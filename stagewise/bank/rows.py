@@ -139,14 +139,6 @@ class RowStore:
         classes, stops = self.classes, [segment.stop for segment in self._segments.values()]
         return [classes[bisect_right(stops, row)] for row in rows]
 
-    def among(self, rows: Tensor, labels: Sequence[int | None]) -> Tensor:
-        """Whether each row (own order, (B,)) is of its class; of the label None all are."""
-        whole = self.whole
-        own = [whole if label is None else self.segment(label) for label in labels]
-        ends = torch.tensor([(part.start, part.stop) for part in own]).reshape(-1, 2)
-        start, stop = ends.to(rows.device).unbind(1)
-        return (rows >= start) & (rows < stop)
-
     def take(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
         """Samples by their rows (own order, any shape, any device), (*rows.shape, D), float64.
 
@@ -233,10 +225,6 @@ class RowStore:
             Pairs of the first row's number in the bank's own order and the rows, (n, D).
         """
         return stream(self.rows, segment, size, device, dtype, self._file)
-
-    def fetched(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether `chunks` has to move, convert or read rows, so that each pass over them costs."""
-        return self.rows.device != device or self.dtype != dtype or self._file is not None
 
     @property
     def fingerprint(self) -> str:

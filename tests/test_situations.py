@@ -192,14 +192,20 @@ class Outcome:
         return all(torch.equal(v, self.before[k]) for k, v in self.module.state_dict().items())
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What was compiled is compiled anew, here and in other files."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def run(tmp_path):
     """`run(situation, *callbacks)`: what it comes to."""
 
     def run(situation, *callbacks, **changes):
         make, load, options = SITUATIONS[situation]
-        if situation == "compiled":
-            torch._dynamo.reset()
         return Outcome(make(), load(), list(callbacks), tmp_path, **(options | changes))
 
     return run

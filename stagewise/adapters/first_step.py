@@ -324,10 +324,9 @@ class FirstStep:
         """
         if self.x1 is None or self.labels is None or self.batch is None:  # as in validation
             return None
-        own, labels = self.x1, self.labels
-        if self._finished:
-            own, labels = find_checked(self._find, self.batch)
-        return None if labels is None else labels_of_rows(x1, own, labels, self._bank())
+        now = find_checked(self._find, self.batch) if self._finished else (self.x1, self.labels)
+        labels = now[1]
+        return None if labels is None else labels_of_rows(x1, now[0], labels, self._bank())
 
     def place(self, tensor: Tensor | None) -> str:
         """Where a tensor lies in the present batch, as one would write it; empty if it does not."""

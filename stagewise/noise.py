@@ -42,12 +42,6 @@ def can_tell(path: PathCoefficients, dtype: torch.dtype) -> Tensor:
 def noise_of(path: Path, xt: Tensor, t: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """The noise of noisy samples, `(x_t - a_t x_1) / s_t`, and where that can be said.
 
-    Args:
-        path: The path.
-        xt: Noisy samples, (B, *).
-        t: Times in [0, 1], (B,).
-        x1: What they were made from, (B, *).
-
     Returns:
         `x_0`, (B, *), float32, and whether sigma is so large that the rounding of `xt` leaves at
         least a tenth of it unspoilt, (B,). Elsewhere it is 0.
@@ -59,25 +53,14 @@ def noise_of(path: Path, xt: Tensor, t: Tensor, x1: Tensor) -> tuple[Tensor, Ten
 
 
 def is_off(count: int, mean: float, square: float, slack: float = 0.0) -> bool:
-    """Whether a mean or a mean square of `count` normal numbers is beyond six standard errors.
-
-    Args:
-        count: How many numbers.
-        mean: Their mean.
-        square: The mean of their squares.
-        slack: What both may be off by on top, default 0.
-    """
+    """Whether a mean or a mean square of `count` normal numbers is beyond six standard errors."""
     error = math.sqrt(2 / (9 * count))
     off = abs(square ** (1 / 3) - 1 + error**2) > 6 * error + slack
     return off or abs(mean) > 6 / math.sqrt(count) + slack
 
 
 def check_noise(x0: Tensor) -> None:
-    """Refuses a source that is not standard normal.
-
-    Raises:
-        ValueError: If its mean or its mean square is off by more than six standard errors.
-    """
+    """Refuses a source that is not standard normal."""
     values = x0.float()
     _check_moments(x0.numel(), float(values.mean()), float(values.square().mean()))
 
@@ -103,11 +86,7 @@ def _leaning(x0: Tensor, x1: Tensor) -> Tensor:
 
 
 def check_independent(x0: Tensor, x1: Tensor) -> None:
-    """Refuses standard normal noise, (B, *), that depends on its data, (B, *).
-
-    Raises:
-        ValueError: If `dependence` is beyond six standard errors.
-    """
+    """Refuses standard normal noise, (B, *), that depends on its data, (B, *)."""
     _check_leaning(dependence(x0, x1))
 
 
@@ -143,12 +122,7 @@ class NoiseSums:
         self._values, self._samples = self._values + x0.numel(), self._samples + len(x0)
 
     def check(self) -> None:
-        """Refuses noise that is not standard normal, or not independent of its data.
-
-        Raises:
-            ValueError: If mean, mean square, the means of samples or `dependence` are beyond six
-                standard errors.
-        """
+        """Refuses noise that is not standard normal, or not independent of its data."""
         if self._sums is None:
             return
         total, square, of_samples, product, size = self._sums.tolist()

@@ -3,6 +3,7 @@
 What a message tells the user to write is pasted into the same situation, which must then run.
 """
 
+import functools
 import itertools
 import warnings
 
@@ -191,14 +192,33 @@ class Outcome:
         return all(torch.equal(v, self.before[k]) for k, v in self.module.state_dict().items())
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What was compiled is compiled anew, here and in other files."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def run(tmp_path):
     """`run(situation, *callbacks)`: what it comes to."""
 
     def run(situation, *callbacks, **changes):
         make, load, options = SITUATIONS[situation]
-        torch._dynamo.reset()
         return Outcome(make(), load(), list(callbacks), tmp_path, **(options | changes))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """`plain(situation)`: what it comes to without callbacks, trained once."""
+
+    @functools.cache
+    def run(situation):
+        make, load, options = SITUATIONS[situation]
+        return Outcome(make(), load(), [], tmp_path_factory.mktemp("plain"), **options)
 
     return run
 
@@ -231,17 +251,16 @@ ALONE = list(itertools.product(SITUATIONS, KINDS))
 
 
 @pytest.mark.parametrize(("situation", "kind"), ALONE, ids=lambda value: value)
-def test_alone(run, situation, kind, tmp_path):
+def test_alone(run, plain, situation, kind, tmp_path):
     """Refused before a weight has changed, warned, or right; and the line of a message works."""
     outcome = run(situation, KINDS[kind]())
-    plain = run(situation)
-    assert plain.error is None
+    assert plain(situation).error is None
     if outcome.error is not None:
         assert outcome.unchanged, "refused too late"
         message = str(outcome.error)
     else:
         if kind in ("posterior", "errors", "copies"):
-            assert torch.equal(outcome.weights, plain.weights)
+            assert torch.equal(outcome.weights, plain(situation).weights)
         message = " ".join(outcome.said)
     expected = EXPECTED.get((situation, kind), "fine")
     came = "refused" if outcome.error is not None else "said" if outcome.said else "fine"
@@ -280,8 +299,16 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("situation", [name for name in SITUATIONS if name != "beside"])
-def test_all_together(run, situation, tmp_path):
+TOGETHER = [
+    # Each alone is tried above.
+    pytest.param(name, marks=[pytest.mark.slow] if name == "compiled" else [])
+    for name in SITUATIONS
+    if name != "beside"
+]
+
+
+@pytest.mark.parametrize("situation", TOGETHER)
+def test_all_together(plain, situation, tmp_path):
     """What the messages say is said once, and all callbacks go on together."""
     make, load, options = SITUATIONS[situation]
     watch = [KINDS[kind] for kind in ("posterior", "errors", "copies")]
@@ -302,4 +329,4 @@ def test_all_together(run, situation, tmp_path):
         assert outcome.said == []
         assert [len(callback.history) > 0 for callback in callbacks[1:4]] == [True] * 3
         if not steer:
-            assert torch.equal(outcome.weights, run(situation).weights)
+            assert torch.equal(outcome.weights, plain(situation).weights)

@@ -147,15 +147,7 @@ def readings(
     seams: Sequence[Seam],
     labels: Tensor | None,
 ) -> Iterator[Reading]:
-    """All ways to read `x_t` and a time out of a call, but for `x_1` itself as `x_t`.
-
-    Args:
-        call: The call.
-        shape: Of `x_t`, (B, *); None: any.
-        x1: The data, of B samples.
-        seams: What says how time is counted.
-        labels: Of the batch; they are no times.
-    """
+    """All ways to read `x_t` and a time out of a call, but for `x_1` itself as `x_t`."""
     size = len(x1)
     for slots in _places(call, shape, size):
         x, time = slots.read(call.leaves)
@@ -231,14 +223,7 @@ def _names(module: nn.Module, spec: Any) -> tuple[list[str], bool]:
 
 
 def conditioning(call: Call, slots: Slots, labels: Tensor | None, batch: Any = None) -> Slots:
-    """The same slots with the leaf that holds the labels, and what else is one for each sample.
-
-    Args:
-        call: The call.
-        slots: Where `x_t` and the time are.
-        labels: Of the batch, or None.
-        batch: That itself: what is handed on of it is a condition, whatever its length is.
-    """
+    """The same slots with the leaf that holds the labels, and what else is one for each sample."""
     leaves, size, others = call.leaves, len(call.leaves[slots.x]), []
     best = -1
     found: tuple[int | None, bool] = None, False
@@ -318,14 +303,7 @@ def _per_sample(value: Any, size: int, depth: int = 4) -> bool:
 
 
 def rows_of(value: Any, size: int, rows: list[int], depth: int = 4) -> Any:
-    """A value with the entries of other samples: tensors, lists, and whatever holds such.
-
-    Args:
-        value: Has an entry for each sample, or holds what has.
-        size: How many samples.
-        rows: Which are taken, each any number of times.
-        depth: How deep to look.
-    """
+    """A value with the entries of other samples: tensors, lists, and whatever holds such."""
 
     def inner(held: Any) -> Any:
         return rows_of(held, size, rows, depth - 1)

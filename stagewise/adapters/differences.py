@@ -16,15 +16,8 @@ __all__ = ["compare", "difference"]
 def compare(look: FirstStep, given: Sequence[LatentBank]) -> tuple[list[str], str]:
     """What of the bank and of the noise is not that of the training.
 
-    Args:
-        look: What the first step has shown.
-        given: Banks that the user gave.
-
     Returns:
         Warnings, and a line for the log, which may be empty.
-
-    Raises:
-        ValueError: If neither the batch nor the step holds samples of a given bank's shape.
     """
     warnings, note, x1 = [look.tied] if look.tied else [], "", look.trained_x1
     diagnosis = look.search.diagnosis() if look.seen is None else None
@@ -44,11 +37,6 @@ def compare(look: FirstStep, given: Sequence[LatentBank]) -> tuple[list[str], st
 
 def difference(look: FirstStep, x1: Tensor, read: LatentBank | None = None) -> tuple[str, bool]:
     """How samples of the step differ from those that were read from the batches.
-
-    Args:
-        look: What the first step has shown.
-        x1: As they are trained on, (B, *).
-        read: The bank of what was read.
 
     Returns:
         A message with the cure, and whether the shape or the scale is another one.

@@ -120,12 +120,8 @@ class FirstStep:
     ) -> None:
         """Before a first batch is trained on: finds x_1 in it, and begins to look.
 
-        Args:
-            on_seen: Called with the x_1 that what makes the targets is given, before it makes any.
-            bank: Gives the bank of the run, if it has one yet.
-
-        Raises:
-            ValueError: If the batch holds no x_1; looking has begun all the same.
+        `on_seen` is called with the x_1 that what makes the targets is given, before it makes any.
+        A batch without x_1 raises a ValueError; looking has begun all the same.
         """
         self._stop_search()
         self._forget()
@@ -328,10 +324,9 @@ class FirstStep:
         """
         if self.x1 is None or self.labels is None or self.batch is None:  # as in validation
             return None
-        own, labels = self.x1, self.labels
-        if self._finished:
-            own, labels = find_checked(self._find, self.batch)
-        return None if labels is None else labels_of_rows(x1, own, labels, self._bank())
+        now = find_checked(self._find, self.batch) if self._finished else (self.x1, self.labels)
+        labels = now[1]
+        return None if labels is None else labels_of_rows(x1, now[0], labels, self._bank())
 
     def place(self, tensor: Tensor | None) -> str:
         """Where a tensor lies in the present batch, as one would write it; empty if it does not."""
@@ -371,9 +366,6 @@ class FirstStep:
 
         Returns:
             A warning if the network was not recognised, or else an empty text.
-
-        Raises:
-            ValueError: If the network is given more than labels, or labels that the bank has not.
         """
         labelled = None if self.network is None else self.network.conditional
         return check_network(parts(scheme), self.conditions, labelled)

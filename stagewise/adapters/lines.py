@@ -23,11 +23,6 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t") -> str:
     """How to ask for the velocity of a call like this one, to be pasted.
 
     What cannot be written, such as a text, stands there by the name of its parameter.
-
-    Args:
-        call: The call.
-        reading: What its arguments are.
-        turned: What stands for t.
     """
     leaves, slots, seam = call.leaves, reading.slots, reading.seam
     x, time = seam.written or ("xt", _time_text(seam.convention, turned))
@@ -50,12 +45,7 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t") -> str:
 
 
 def call_text(call: Call, known: Mapping[int, str]) -> str:
-    """A call as one would write it.
-
-    Args:
-        call: The call.
-        known: What stands for some of its leaves, by their `id`.
-    """
+    """A call as one would write it."""
     texts = [
         known.get(id(leaf)) or (repr(leaf) if _is_plain(leaf) else name.split(" ")[0])
         for leaf, name in zip(call.leaves, call.names, strict=True)
@@ -67,12 +57,7 @@ def call_text(call: Call, known: Mapping[int, str]) -> str:
 
 
 def guessed_line(root: nn.Module, *, labelled: bool) -> str:
-    """How one would ask the largest part of a module for the velocity, where no call is known.
-
-    Args:
-        root: The module.
-        labelled: Whether there are labels; they are handed on if the part takes a third argument.
-    """
+    """How one would ask the largest part of a module for the velocity, where no call is known."""
 
     def size(child: tuple[str, nn.Module]) -> int:
         return sum(weight.numel() for weight in child[1].parameters())

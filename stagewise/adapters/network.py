@@ -45,12 +45,6 @@ class Network:
     ) -> Network | None:
         """The same, asked as in a later call that gives it labels or conditions it was not given.
 
-        Args:
-            args: Of the call.
-            kwargs: Of the call.
-            find_labels: The classes of its batch, (B,), or None.
-            batch: That itself.
-
         Returns:
             The network; None if the call gives it nothing new.
         """
@@ -121,11 +115,7 @@ class Network:
 
 
 def tensor_of(output: Any, shape: tuple[int, ...]) -> Tensor:
-    """The tensor among what a network returns: itself, the first of a tuple, or its `.sample`.
-
-    Raises:
-        ValueError: If there is none of this shape.
-    """
+    """The tensor among what a network returns: itself, the first of a tuple, or its `.sample`."""
     found = output[0] if isinstance(output, (tuple, list)) and output else output
     found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:

@@ -141,11 +141,7 @@ class NetworkSearch:
         return None if self.first is None else self.first.made
 
     def result(self) -> Network:
-        """The network.
-
-        Raises:
-            ValueError: If none was found, or not for sure, with what was seen and the cure.
-        """
+        """The network."""
         first = self.first
         if first is None:
             raise ValueError(self._nothing())
@@ -176,9 +172,6 @@ class NetworkSearch:
 
     def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Tensor | None], Any]) -> str:
         """How a function asks the network for something else than training does.
-
-        Args:
-            ask: From `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity.
 
         Returns:
             What differs in the call, with the line that is as in training; empty if nothing does,

@@ -104,16 +104,7 @@ class Reasons:
     def compare(
         self, name: str, reading: Reading, matched: str, x1: Tensor, text: str, own: Tensor
     ) -> Diagnosis | None:
-        """Why a call fits another candidate than `x_1` of the batch; None if that fits too.
-
-        Args:
-            name: Of the submodule.
-            reading: Of its call.
-            matched: The name of the candidate that fits.
-            x1: That candidate.
-            text: The name of `x_1` of the batch.
-            own: That itself.
-        """
+        """Why a call fits another candidate than `x_1` of the batch; None if that fits too."""
         if matched == text or (own.shape == x1.shape and reading.noisy.fits(own)):
             return None
         if matched == GIVEN:
@@ -125,13 +116,7 @@ class Reasons:
         )
 
     def origin(self, x1: Tensor, text: str, own: Tensor) -> Diagnosis | None:
-        """How what is trained on, (B, *), came from `x_1` of the batch; None if nothing tells.
-
-        Args:
-            x1: What is trained on.
-            text: The name of `x_1` of the batch.
-            own: That itself.
-        """
+        """How what is trained on, (B, *), came from `x_1` of the batch; None if nothing tells."""
         factor = factor_of(x1, own)
         if factor is not None:
             return self._scaled(factor, f"{factor:g}", text)

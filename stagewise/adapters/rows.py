@@ -37,12 +37,6 @@ def labels_of_rows(
     come. Others are taken to be made from those in their place (flips, noise), unless what is
     unchanged stands in other places.
 
-    Args:
-        x1: Samples, (n, *).
-        own: Those of the batch, (B, *).
-        labels: Their classes, (B,).
-        bank: The bank of the run.
-
     Returns:
         (n,), int64; None if it cannot be said.
     """

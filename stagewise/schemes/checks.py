@@ -36,12 +36,7 @@ def check_settings(
     smoothing: object,
     strength: object,
 ) -> None:
-    """Refuses settings of a `Scheme` that are wrong by themselves or contradict each other.
-
-    Raises:
-        ValueError: With the cure.
-        TypeError: If the target, the timesteps or the convention are something else.
-    """
+    """Refuses settings of a `Scheme` that are wrong by themselves or contradict each other."""
     kinds: tuple[tuple[str, object, type, str], ...] = (
         ("target", target, Target, 'Mix("boundary")'),
         ("timesteps", timesteps, TimestepSampler, "LogitNormal()"),
@@ -83,11 +78,7 @@ def check_settings(
 
 
 def check_density(sampler: TimestepSampler, weight: Callable[[Tensor], Tensor] | None) -> None:
-    """Refuses times that no draw reaches, where the loss counts.
-
-    Raises:
-        ValueError: With the times and the cure.
-    """
+    """Refuses times that no draw reaches, where the loss counts."""
     t = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
     counts = torch.ones_like(t) if weight is None else weight(t)
     missed = t[(sampler.density(t) <= 0) & (counts > 0)]
@@ -124,20 +115,12 @@ def check_rows(
     above that of 99 % of the rows; or below in the same way. Augmented and resampled samples are
     not so far off.
 
-    Args:
-        bank: The bank.
-        x1: Samples of the first training step, (B, *), as the scheme was given them.
-        known: Whether their rows are known, so that they stand in for these and nothing is warned
-            of. Default False.
-        shard: Whether the bank is only this rank's part of one, in which samples are not looked up.
-            Default False.
+    With `known` their rows are known and stand in for them: nothing is warned of. With `shard` the
+    bank is only this rank's part of one, in which samples are not looked up.
 
     Returns:
         The text of a warning, with the share of samples that are no rows; None if there is nothing
         to say.
-
-    Raises:
-        ValueError: On another scale than the bank's.
     """
     missing = torch.ones(len(x1), dtype=torch.bool) if shard else bank.find(x1).cpu() < 0
     if not missing.any():
@@ -176,11 +159,7 @@ def distance_from_rows(bank: LatentBank, x1: Tensor) -> float:
 
 
 def unlike_bank(bank: LatentBank, x1: Tensor, shapes: set[tuple[int, ...]]) -> str:
-    """How samples that are trained on are unlike a bank that was given; empty if they are not.
-
-    Raises:
-        ValueError: If none of the `shapes` of samples is that of the bank's.
-    """
+    """How samples that are trained on are unlike a bank that was given; empty if they are not."""
     shape = tuple(x1.shape[1:])
     if bank.shape not in shapes:
         raise ValueError(

@@ -31,18 +31,10 @@ def check_conditions(
 ) -> Tensor | None:
     """What a model is given beside `x_t` and t, refused if the scheme's targets ignore it.
 
-    Args:
-        scheme: What makes the targets. Without a target, or with class_wise=False, nothing is
-            looked at.
-        labels: Arguments among which one may be the class of each sample.
-        others: Arguments that are none.
-        count: How many samples there are.
+    Among `labels` one may be the class of each of `count` samples, `others` are none.
 
     Returns:
         The labels, (count,), int64, if there are any.
-
-    Raises:
-        ValueError: With the cure.
     """
     if scheme.target is None or scheme.unconditional:
         return None
@@ -69,16 +61,10 @@ def check_conditions(
 def check_network(schemes: Sequence[Scheme], given: tuple[str, ...], labelled: bool | None) -> str:
     """What the network that was found is given, refused if the schemes' targets ignore it.
 
-    Args:
-        schemes: Those of all phases.
-        given: What it is given beside `x_t`, t and labels.
-        labelled: Whether it is given labels; None if it was not found.
+    `labelled`: whether it is given labels; None if it was not found. `given`: what else.
 
     Returns:
         A warning if nothing is known of what it is given, or else an empty text.
-
-    Raises:
-        ValueError: With the cure.
     """
     mixing = [scheme for scheme in schemes if scheme.target is not None]
     if all(scheme.unconditional for scheme in mixing):

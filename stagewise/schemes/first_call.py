@@ -40,21 +40,11 @@ def check_samples(
 ) -> bool:
     """Refuses samples and targets that are not those of the path; see the module.
 
-    Args:
-        path: That of the scheme.
-        prediction: What `y` is.
-        convention: How `time` and `y` are given.
-        y: Conditional target, (B, *); None if there is none to look at.
-        xt: Noisy samples, (B, *).
-        time: Times, (B,).
-        x1: What `xt` was made from, (B, *).
-        mixes: Whether the oracle enters the target, for which `x_0` must be standard normal.
+    `y` and `time` are given in the `convention`; `mixes`: whether the oracle enters the target, for
+    which `x_0` must be standard normal.
 
     Returns:
         Whether anything could be told: not where sigma is lost in rounding.
-
-    Raises:
-        ValueError: With what was seen, and the convention or prediction that fits it if one does.
     """
     eps = _rounding(y, xt, time, x1)
     xt, time, x1 = (value[:_FEW].cpu().double() for value in (xt, time, x1))

@@ -53,15 +53,7 @@ class Smoothed:
         return self.collapsed if self.strength is None else None
 
     def draw(self, x1: Tensor, t: Tensor, told: Tensor, source: Tensor | None, seed: int) -> Tensor:
-        """Samples around the rows.
-
-        Args:
-            x1: Samples, (B, *).
-            t: Their times in the library's convention, (B,).
-            told: The same in that of the training.
-            source: Their rows, (B,), if they are known.
-            seed: Of the draws.
-        """
+        """Samples around the rows."""
         source = rows_of(self.smoothing.bank, x1, source)
         generator = torch.Generator(x1.device).manual_seed(seed)
         smoothed = self.smoothing.draw(

@@ -181,6 +181,7 @@ class ReferenceSet(Target):
     @override
     def pull(self, oracle: Oracle, queries: Queries, draws: Random) -> Pull:
         """Formula (1)."""
+        queries = queries.on_host()
         x1 = queries.x1
         assert x1 is not None
         others = (_shared_rows if self.shared else _own_rows)(oracle, queries, self.size - 1, draws)
@@ -193,6 +194,7 @@ class ReferenceSet(Target):
 def _own_rows(oracle: Oracle, queries: Queries, count: int, draws: Random) -> Posterior:
     """The posterior over `count` random rows for each query, each once and without its twin."""
     assert queries.twin is not None
+    assert queries.segments is not None
     sizes = np.array(queries.sizes)[:, None]
     first = np.array([rows.start for rows in queries.segments])[:, None]
     generator = np.random.default_rng(draws.getrandbits(64))

@@ -10,6 +10,7 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import lightning.pytorch as pl
 import pytest
@@ -249,3 +250,24 @@ def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, lam):
     # The table of classes and the odd numbers of the keys go to a real device once.
     assert sorted(shapes for _, shapes in launches.waits) == [[(10, 3)], [(64,)]]
     assert launches.count <= 160
+
+
+@pytest.mark.parametrize(
+    "target", [stagewise.Mix(), stagewise.ReferenceSet(4), stagewise.ReferenceSet(4, shared=True)]
+)
+def test_ends_on_the_device_are_segments_on_the_host(target):
+    """What is asked with `ends`, as labels on a device are, is answered as with segments."""
+    x1 = torch.randn(40, 6, dtype=torch.float64)
+    oracle = stagewise.Oracle(stagewise.LatentBank(x1, torch.arange(40) // 10))
+    t, labels = torch.full((8,), 0.3), torch.arange(8) // 2
+    source = 10 * labels + torch.arange(8)
+    x1 = oracle.bank.take(source)
+    xt = 0.3 * x1 + 0.7 * torch.randn_like(x1)
+    told = replace(oracle.queries(xt, t, labels, source), x1=x1, twin=source)
+    ends = oracle.bank.ends_of(labels)
+    asked = replace(told, segments=None, labels=None, ends=ends)
+    assert asked.on_host().segments == told.segments
+    assert torch.equal(asked.holds(source), told.holds(source))
+    one, two = (target.pull(oracle, queries, Random(0)) for queries in (told, asked))
+    assert torch.equal(one.difference, two.difference)
+    assert torch.equal(one.top1, two.top1)

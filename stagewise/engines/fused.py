@@ -21,6 +21,7 @@ matter. Where nobody knows `x_1`, a first pass from the bank's mean finds a row 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -242,9 +243,8 @@ def pulled(
     count, dim = xt.shape
     parts = triton.cdiv(width, _SPLIT)
     block, at_once, warps = shape_of(dim, rows.element_size())
-    single, double = (
-        {"dtype": dtype, "device": rows.device} for dtype in (torch.float32, torch.float64)
-    )
+    single: Any = {"dtype": torch.float32, "device": rows.device}
+    double: Any = {"dtype": torch.float64, "device": rows.device}
     query, origin = torch.empty(2, count, dim, **single)
     factors = torch.empty(count, 2, **double)
     xt, near = xt.contiguous(), near.contiguous()

@@ -139,8 +139,14 @@ class Queries:
         logits = alpha * (y @ centred.T) - alpha**2 / 2 * centred.square().sum(1)
         return (logits - y.square().sum(1, keepdim=True) / 2) / self.path.sigma[:, None] ** 2
 
-    def correction(self, difference: Tensor, prediction: Prediction, max_norm: float) -> Tensor:
-        """`c_t (m - x_1)`, and 0 where the difference is no more than its rounding.
+    def correction(
+        self,
+        difference: Tensor,
+        prediction: Prediction,
+        max_norm: float,
+        lam: Tensor | float = 1.0,
+    ) -> Tensor:
+        """`lambda c_t (m - x_1)`, and 0 where the difference is no more than its rounding.
 
         At t = 1 some paths have an infinite `c_t`.
 
@@ -148,10 +154,11 @@ class Queries:
             difference: `m - x_1`, (B, D), float64.
             prediction: What the target is.
             max_norm: Of the samples, which the rounding goes by.
+            lam: lambda, (B,); default 1.
         """
         c, _ = prediction.coefficients(self.path)
         rounding = 16 * torch.finfo(torch.float64).eps * max_norm
-        return torch.where(difference.abs() <= rounding, 0.0, c[:, None] * difference)
+        return torch.where(difference.abs() <= rounding, 0.0, (lam * c)[:, None] * difference)
 
 
 def segments_of(bank: RowStore, labels: Sequence[int | None] | None, count: int) -> list[slice]:

@@ -107,8 +107,8 @@ def correct(
         queries = replace(queries, x1=x1.flatten(1).double(), source=stored, twin=row)
         pull = target.pull(oracle, queries, draws)
         lam = target.lam(t.double(), pull.top1, oracle.path, boundary)
-        value = queries.correction(pull.difference, prediction, oracle.bank.max_norm)
-        value = (lam[:, None] * value).reshape(-1, *whole.value.shape[1:])
+        value = queries.correction(pull.difference, prediction, oracle.bank.max_norm, lam)
+        value = value.reshape(-1, *whole.value.shape[1:])
     # A draw from a smoothed set is no row, and nothing is added to the set for it.
     inserted = (stored < 0) & (oracle.smoothing is None)
     part = Correction(value, lam, inserted, pull.tail_mass)

@@ -89,7 +89,8 @@ class EpochOrder(DistributedSampler[int]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EpochOrder:
         """The same order at the beginning of its epoch, without the two calls into the run."""
-        options = {"seed": self.seed, "rank": self.rank, "num_replicas": self.num_replicas}
+        options: dict[str, Any] = {"seed": self.seed, "rank": self.rank}
+        options["num_replicas"] = self.num_replicas
         order = EpochOrder(cast(Sized, self.dataset), self.batch_size, **options)
         order.epoch = self.epoch
         return order

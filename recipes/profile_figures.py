@@ -41,8 +41,8 @@ def profile_figure(profile: Profile, title: str) -> Figure:
     over = "class-wise posterior" if profile.class_wise else "posterior over all rows"
     what = f"{profile.rows} rows of {profile.shape}, {profile.classes or 'no'} classes, {over}"
     figure.suptitle(f"{_short(title, 40)}: {what}", fontsize=12)
-    mosaic = [["top1", "top1", "ess", "ess"], ["target_difference"] * 2 + ["axes", "sum"]]
-    cells = figure.subplot_mosaic(mosaic)
+    rows = [["top1", "top1", "ess", "ess"], ["target_difference"] * 2 + ["axes", "sum"]]
+    cells: dict[str, Axes] = figure.subplot_mosaic(rows)  # type: ignore[arg-type]
     end = _end([profile])
     late = profile.boundary.midpoint > end / 2
     for name in _PANELS:
@@ -50,10 +50,8 @@ def profile_figure(profile: Profile, title: str) -> Figure:
         draw(cells[name], profile.curve, name)
         draw_boundary(cells[name], profile.boundary, profile.predicted)
         _over_time(cells[name], name, end)
-        rises = "upper left" if late else "lower right"
-        cells[name].legend(
-            loc=rises if name == "top1" else "lower left" if late else "upper right", fontsize=8
-        )
+        free = ("upper left", "lower right") if name == "top1" else ("lower left", "upper right")
+        cells[name].legend(loc=free[0] if late else free[1], fontsize=8)  # type: ignore[call-overload]
     _spectrum(cells["axes"], profile, "k", "variance")
     what = "a class of median size" if profile.class_wise else "all rows"
     cells["axes"].set_title(f"Spectrum of {what}", fontsize=11)

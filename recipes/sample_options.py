@@ -22,8 +22,8 @@ _NEVER_AT_THE_END = ("euler", "midpoint")
 """Solvers that do not ask at t = 1, where the oracle is singular."""
 _MEASURED = "measured"
 _LEAST = {"count": 1, "batch_size": 1, "seed": 0, "grid": 0, "steps": 1, "cfg_channels": 1}
-_SETTINGS = ("count", "batch_size", "labels", "method", "steps", "shift", "coarse", "cfg_scale")
-_SETTINGS += ("cfg_interval", "cfg_channels", "oracle_until", "seed", "vae", "precision")
+_SETTINGS = ["count", "batch_size", "labels", "method", "steps", "shift", "coarse", "cfg_scale"]
+_SETTINGS += ["cfg_interval", "cfg_channels", "oracle_until", "seed", "vae", "precision"]
 """What samples depend on, besides the checkpoint."""
 
 

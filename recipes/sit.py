@@ -258,6 +258,7 @@ class _Block(nn.Module):
         super().__init__()
         self.modulation = _Modulation(dim, 6)
         self.norm1 = _norm(dim, rms_norm)
+        self.attn: nn.Module
         options: dict[str, Any] = {"qkv_bias": True, "qk_norm": qk_norm}
         options |= {"norm_layer": RmsNorm if rms_norm else nn.LayerNorm}
         if rotary:

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam
 from stagewise.adapters.fitting import Noisy
-from stagewise.adapters.lines import short
 from stagewise.batches import LABEL_NAMES
 from stagewise.paths import Convention
 
@@ -30,6 +29,7 @@ __all__ = [
     "moved",
     "readings",
     "rows_of",
+    "short",
 ]
 
 
@@ -352,3 +352,12 @@ def _agreement(leaf: Tensor, labels: Tensor, *, one_hot: bool) -> int:
     other = classes != labels
     dropped, agree = classes[other].unique(), size - int(other.sum())
     return agree if len(dropped) <= 1 and agree else -1
+
+
+def short(leaf: Any) -> str:
+    """A value in a few words."""
+    if isinstance(leaf, (list, tuple)) and leaf:
+        return f"{type(leaf).__name__} of {len(leaf)} {type(leaf[0]).__name__}"
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+    return type(leaf).__name__

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
+from stagewise.adapters.calls import Call, Reading
 from stagewise.paths import Convention
 
-if TYPE_CHECKING:
-    from stagewise.adapters.calls import Call, Reading
-
-__all__ = ["call_text", "guessed_line", "short", "velocity_line", "where"]
+__all__ = ["call_text", "guessed_line", "velocity_line", "where"]
 
 _ASK = "velocity=lambda module, xt, t, labels: "
 
@@ -71,15 +69,6 @@ def guessed_line(root: nn.Module, *, labelled: bool) -> str:
 def where(name: str) -> str:
     """A submodule as one would write it."""
     return f"module.{name}" if name else "module"
-
-
-def short(leaf: Any) -> str:
-    """A value in a few words."""
-    if isinstance(leaf, (list, tuple)) and leaf:
-        return f"{type(leaf).__name__} of {len(leaf)} {type(leaf[0]).__name__}"
-    if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-    return type(leaf).__name__
 
 
 def _is_plain(leaf: Any) -> bool:

@@ -10,9 +10,9 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from stagewise.adapters.base import Seam
-from stagewise.adapters.calls import Call, Reading, conditioning, is_same, readings
+from stagewise.adapters.calls import Call, Reading, conditioning, is_same, readings, short
 from stagewise.adapters.fitting import arranged, factor_of, layout_of
-from stagewise.adapters.lines import short, velocity_line, where
+from stagewise.adapters.lines import velocity_line, where
 
 __all__ = ["GIVEN", "Candidates", "Diagnosis", "Made", "Reasons", "own_of"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,11 +18,18 @@ _COMMANDS = {
     "make-latents": "make latents to try things on",
 }
 
+_MOVED = re.compile(r"data\.(path|format|flips|moments|normalize|multiplier|expected_std)=")
+"""Settings that were those of the data module, and are those of its latents."""
+
 
 def main() -> None:
     """Hands the arguments after the command to its module."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in _COMMANDS:
+        for argument in sys.argv[2:]:
+            if name == "train" and _MOVED.match(argument):
+                now = argument.replace("data.", "data.latents.", 1)
+                sys.exit(f"stagewise: {argument.split('=')[0]} is said of the latents now: {now}")
         module = f"stagewise.recipes.{name.replace('-', '_')}"
         sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
         # Lightning starts further processes of this program by the name of the main module.

@@ -254,3 +254,9 @@ def test_command_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["stagewise", "trane"])
     with pytest.raises(SystemExit, match="no command 'trane'"):
         cli.main()
+
+
+def test_settings_of_before_are_told_their_place(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stagewise", "train", "data.path=a/data.x"])
+    with pytest.raises(SystemExit, match="latents now: data.latents.path=a/data.x"):
+        cli.main()

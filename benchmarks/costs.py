@@ -137,7 +137,7 @@ class Recipe:
     @property
     def rows(self) -> int:
         """Rows of the bank: with their flips, if training sees these."""
-        return ROWS * (1 if self.config.data.flips == "none" else 2)
+        return ROWS * (1 if self.config.data.latents.flips == "none" else 2)
 
     @property
     def bank(self) -> int:

@@ -101,6 +101,7 @@ def test_other_predictions_have_their_floor_and_samples(tmp_path, kind, monkeypa
 
 def test_recipe_without_monitor_ema_and_logger(tmp_path, capsys):
     off = ["~callbacks.monitor", "~callbacks.ema", "~logger"]
+    off += ["~callbacks.errors", "~callbacks.memorization", "~callbacks.transitions"]
     results = train(configuration(tmp_path, *off))
     assert results["stages"] == []
     assert (tmp_path / "loss_by_t.png").exists()

@@ -48,7 +48,7 @@ class MemorizationGuard(MemorizationMonitor):
     At each probe the model is asked about noisy training samples and noisy held-out ones, the same
     each time, and samples are drawn from it. Beyond the collapsed boundary of the stages, where the
     target of training is one row, memorization shows first: held-out error has risen from its
-        lowest value there while training error has fallen (`stagewise.learning_events`), after two
+    lowest value there while training error has fallen (`stagewise.learning_events`), after two
     passes through the rows. Or, later, more than 1 % of the samples are copies. Then, once, a
     warning says where in t, since when, and how many samples are copies by now, as do a line of
     `stages.jsonl`, a text, and the scalar `stagewise_guard/memorization_onset`; and the event

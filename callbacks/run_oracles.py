@@ -270,7 +270,8 @@ class RunOracles(StageCallback):
 
     def record(self, callback: StageCallback) -> dict[str, Any]:
         """What the state of a callback holds of the run: its bank's fingerprint, the boundaries."""
-        bank = self.option(callback, "bank") or self._read
+        bank = self.option(callback, "bank")
+        bank = self._read if bank is None else bank
         found = {_recorded_as(recipe): one.as_dict() for recipe, one in self._boundaries.items()}
         return {
             "bank": "" if bank is None else bank.fingerprint,

@@ -352,7 +352,8 @@ class StageScheme(StageCallback):
         path = run.path if self.seam is None else self.seam.path
         if self.engine is None or self.engine.holds_all_rows:
             return run.oracle(self, path, self.engine, self.certificate)
-        bank = run.option(self, "bank") or shard_from_trainer(run.trainer)
+        bank = run.option(self, "bank")
+        bank = shard_from_trainer(run.trainer) if bank is None else bank
         bank = bank.beside_training(run.trainer.strategy.root_device)
         refused: Any = self.certificate
         return Oracle(bank, path, self.engine, certificate=refused)

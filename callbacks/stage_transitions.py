@@ -256,7 +256,7 @@ def refuse_unheard(trainer: pl.Trainer, awaited: Sequence[AtEvent]) -> None:
             raise ValueError(
                 f"A phase ends at {until!r}, and no callback would say so. "
                 + (f"Known are {', '.join(listed)}. " if known else "")
-                + "Add what says it, after the monitors: [PosteriorMonitor(), "
+                + "Add what says it: [PosteriorMonitor(), "
                 "VelocityErrorMonitor(), StageTransitions(), StageScheme()]; a callback of your "
                 "own names it in `event_kinds`, {event: ''}."
             )

@@ -18,7 +18,7 @@ _COMMANDS = {
     "make-latents": "make latents to try things on",
 }
 
-_MOVED = re.compile(r"data\.(path|format|flips|moments|normalize|multiplier|expected_std)=")
+_MOVED = re.compile(r"\+{0,2}data\.(path|format|flips|moments|normalize|multiplier|expected_std)=")
 """Settings that were those of the data module, and are those of its latents."""
 
 

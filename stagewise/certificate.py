@@ -15,7 +15,6 @@ diameter of the rows, and no row was looked at.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from stagewise.files import is_computed, read_metadata, write_tensors
 from stagewise.nearest_rows import rank_distances
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior
+from stagewise.queries import Queries
 from stagewise.tail import Tail
 
 __all__ = ["Certificate"]
@@ -222,28 +222,20 @@ class Certificate:
     def answer(
         self,
         bank: LatentBank,
-        xt: Tensor,
-        path: PathCoefficients,
-        labels: Sequence[int | None] | None,
-        source: Tensor,
+        queries: Queries,
         k: int = 1,
         *,
         eta: float = 1e-3,
         delta: float = 1e-6,
-        made_in: torch.dtype = torch.float32,
     ) -> tuple[Posterior, list[int]] | None:
         """Answers what needs no search. Costs one device sync.
 
         Args:
             bank: The rows, on any device.
-            xt: Noisy samples, (B, D), float64.
-            path: As in `certified`, like all that is not named here.
-            labels: The class of each query, or None where it looks at the whole bank; or None.
-            source: The row each query was made from, (B,); negative where it is not known.
+            queries: With their sources.
             k: How many of the largest weights to return; of copies only the source is listed.
             eta: Mass that may lie outside.
             delta: Probability that more does.
-            made_in: The type of `x_t`.
 
         Returns:
             The posterior of all queries but those left, in float64, with a bound on the tail mass,
@@ -256,22 +248,21 @@ class Certificate:
                 another one.
         """
         self.check(bank)
-        if labels is None and self.class_wise:
+        if queries.labels is None and self.class_wise:
             raise ValueError(f"{_CLASS_WISE}.")
-        names = [None] * len(xt) if labels is None else labels
-        seen = [bank.whole if name is None else bank.segment(name) for name in names]
-        ends = torch.tensor([(s.start, s.stop) for s in seen], device=xt.device).reshape(-1, 2)
-        first, last = ends.long().unbind(1)
-        known, sizes = (source >= first) & (source < last), last - first
+        source, device = queries.source, queries.xt.device
+        assert source is not None
+        first, last = queries.ends_on_device.unbind(1)
+        known, sizes = queries.holds(source), last - first
         row = torch.where(known, source, first)
-        known &= sizes <= self.to(xt.device).compared[row]
-        tail = self._tail(path, row, sizes, delta, made_in)
+        known &= sizes <= self.to(device).compared[row]
+        tail = self._tail(queries.path, row, sizes, delta, queries.made_in)
         done = (tail.is_below(eta) & known).tolist()
         left = [i for i, certain in enumerate(done) if not certain]
-        if len(left) == len(xt):
+        if len(left) == len(queries):
             return None
-        at = torch.tensor([i for i, certain in enumerate(done) if certain], device=xt.device)
-        post = self._on_source(bank, xt[at], path.select(at), row[at], sizes[at], k)
+        at = queries.index([i for i, certain in enumerate(done) if certain])
+        post = self._on_source(bank, queries.xt[at], queries.path.select(at), row[at], sizes[at], k)
         return replace(post, tail_mass=tail.mass(eta)[at], tail_kind="bounded"), left
 
     def _on_source(

@@ -137,7 +137,8 @@ class Oracle:
                 that class, which is a valid target for a class-conditional model. Default None:
                 over all rows, as for single labels that are None or `null_class`. A list or a CPU
                 tensor costs no device sync; one on an accelerator does, unless the engine
-                reads it there (`Exact`, without `null_class` and certificate).
+                reads it there (`Exact` on CUDA, without `null_class` and certificate), where an
+                unknown class ends the process by a device-side assertion.
             source: The row of `bank.rows` each query was made from, (B,), int64, for
                 `source_weight` and the certificate; negative where it is not known. Default None.
                 `bank.find(x1)` looks it up.
@@ -179,7 +180,7 @@ class Oracle:
         """
         flat, path = self.coefficients(xt, t)
         names, ends = None, None
-        if isinstance(labels, Tensor) and self._reads_on_device(labels):
+        if isinstance(labels, Tensor) and self._reads_on_device(labels, flat):
             ends = self.bank.ends_of(whole_labels(labels, len(flat)))
         elif labels is not None:
             names = self.names(labels, len(flat))
@@ -192,10 +193,11 @@ class Oracle:
         times = as_times(t, xt).detach().to(flat)
         return Queries(flat, path, segments, source, names, times, made_in=xt.dtype, ends=ends)
 
-    def _reads_on_device(self, labels: Tensor) -> bool:
+    def _reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
         """Whether labels stay where they are, which spares a device sync."""
         plain = self.certificate is None and self.null_class is None
-        return plain and labels.is_cuda and self.engine.reads_ends
+        there = labels.device == xt.device
+        return plain and there and self.engine.reads_ends(self.bank, xt.device, len(xt))
 
     @torch.no_grad()
     def ask(self, queries: Queries, k: int = 1) -> Posterior:
@@ -219,15 +221,7 @@ class Oracle:
             answer = None
             if self.certificate is not None and queries.source is not None:
                 answer = self.certificate.answer(
-                    self.bank,
-                    queries.xt,
-                    queries.path,
-                    queries.labels,
-                    queries.source,
-                    k,
-                    eta=self.eta,
-                    delta=self.delta,
-                    made_in=queries.made_in,
+                    self.bank, queries, k, eta=self.eta, delta=self.delta
                 )
             if answer is None:
                 return self.engine.posterior(self.bank, queries, k)
@@ -274,6 +268,7 @@ class Oracle:
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
         queries = self.queries(xt, t, labels, source)
+        queries = replace(queries, x1=x1.detach().flatten(1).to(queries.xt))
         mean = self.ask(queries).mean if posterior is None else posterior.mean.flatten(1)
         difference = mean - x1.detach().flatten(1).to(mean.dtype)
         gap = queries.correction(difference, Prediction.of(prediction), self.bank.max_norm)

@@ -711,3 +711,23 @@ def test_rows_are_found_among_others_at_the_precision_of_what_is_asked():
     assert find_among(rows, mixed).tolist() == [3, -1]
     assert find_among(rows, rows.flatten(1)).tolist() == [-1] * 9
     assert find_among(rows[:0], rows[:2]).tolist() == [-1, -1]
+
+
+def test_a_part_of_a_class_wise_bank_is_saved(tmp_path):
+    bank = LatentBank(torch.randn(12, 3), torch.arange(12) // 4)
+    part = bank.part(slice(0, None, 2))
+    part.save(tmp_path / "part.safetensors")
+    again = LatentBank.open(tmp_path / "part.safetensors")
+    assert torch.equal(again.rows, part.rows)
+    assert again.class_ends == part.class_ends
+
+
+def test_what_was_made_for_a_device_is_not_pickled():
+    bank = LatentBank(torch.randn(12, 3), torch.arange(12) // 4)
+    bank.ends_of(torch.tensor([1, 2]))
+    bank.find(bank.rows)
+    assert bank._class_table
+    assert bank._sorted_keys
+    again = pickle.loads(pickle.dumps(bank))
+    assert again._class_table == again._sorted_keys == {}
+    assert torch.equal(again.find(bank.rows), bank.find(bank.rows))

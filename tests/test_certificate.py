@@ -15,9 +15,16 @@ from stagewise.bank import LatentBank
 from stagewise.certificate import Certificate
 from stagewise.nearest_rows import nearest_others, rank_distances
 from stagewise.paths import CosinePath, EDMPath, LinearPath, PathCoefficients, VPPath
+from stagewise.queries import Queries, segments_of
 from stagewise.tail import Tail
 
 ETA, DELTA = 1e-3, 1e-6
+
+
+def answer(certificate, bank, xt, path, labels, source, k=1, made_in=torch.float32, **options):
+    segments = segments_of(bank, labels, len(xt))
+    queries = Queries(xt, path, segments, source, labels, made_in=made_in)
+    return certificate.answer(bank, queries, k, **options)
 
 
 def draws(seed=0):
@@ -238,7 +245,7 @@ def test_all_rows_equal():
     certificate = certificate_of(bank)
     assert (certificate.copies == 59).all()
     path = coefficients_at(torch.tensor([1e-3], dtype=torch.float64))
-    post, left = certificate.answer(bank, torch.zeros(1, 3).double(), path, None, one(4))
+    post, left = answer(certificate, bank, torch.zeros(1, 3).double(), path, None, one(4))
     assert not left
     assert post.ess.item() == pytest.approx(60)
     assert torch.equal(post.mean, torch.ones(1, 3).double())
@@ -290,7 +297,7 @@ def test_bound_holds_where_it_is_tightest(rows, class_wise, delta):
     xt += path.sigma[:, None] * torch.randn(x1.shape, generator=draws(9)).double()
     mass = outside(bank, xt, path, source, class_wise)
     labels = bank.labels_of(source.tolist()) if class_wise else None
-    post, left = certificate.answer(bank, xt, path, labels, source, **options)
+    post, left = answer(certificate, bank, xt, path, labels, source, **options)
     assert not left
     assert (post.tail_mass <= ETA).all()
     for bound in (ETA, post.tail_mass):
@@ -518,7 +525,7 @@ def test_posterior_equals_brute_force(rows, class_wise, own):
     xt = path.alpha[:, None] * x
     xt += path.sigma[:, None] * torch.randn(x.shape, generator=draws(16)).double()
     labels = bank.labels_of(source.tolist()) if class_wise else None
-    post, left = certificate.answer(bank, xt, path, labels, source, 5, eta=1e-10)
+    post, left = answer(certificate, bank, xt, path, labels, source, 5, eta=1e-10)
     assert not left
     logits = logits_of(bank, xt, path)
     if class_wise:
@@ -547,7 +554,7 @@ def test_mean_is_within_eta_of_the_full_one():
     xt = path.alpha[:, None] * bank.take(source)
     xt += path.sigma[:, None] * torch.randn(xt.shape, generator=draws(17)).double()
     full = logits_of(bank, xt, path).softmax(1) @ bank.take(source)
-    post, left = certificate.answer(bank, xt, path, None, source)
+    post, left = answer(certificate, bank, xt, path, None, source)
     assert not left
     assert ((post.mean - full).norm(dim=1) <= ETA * 2 * bank.radius).all()
 
@@ -563,7 +570,7 @@ def test_answer_takes_what_it_can_and_names_the_rest():
     xt = xt.double()
     labels = [bank.labels_of([max(0, row)])[0] for row in source.tolist()]
     labels[88], labels[81] = None, (labels[81] + 1) % 4
-    post, left = certificate.answer(bank, xt, path, labels, source, 2, eta=ETA, delta=DELTA)
+    post, left = answer(certificate, bank, xt, path, labels, source, 2, eta=ETA, delta=DELTA)
     assert {5, 81} <= set(left)
     assert 88 not in left
     done = [i for i in range(count) if i not in left]
@@ -576,7 +583,7 @@ def test_answer_takes_what_it_can_and_names_the_rest():
     bound = mass_of(certificate, path.select(torch.tensor(done)), source[done], sizes[done])
     assert torch.equal(post.tail_mass, bound)
     nothing = coefficients_at(torch.zeros(3).double())
-    assert certificate.answer(bank, xt[:3], nothing, None, source[:3]) is None
+    assert answer(certificate, bank, xt[:3], nothing, None, source[:3]) is None
 
 
 def test_no_queries():
@@ -585,7 +592,7 @@ def test_no_queries():
     none = torch.zeros(0, dtype=torch.int64)
     path = coefficients_at(torch.zeros(0).double())
     assert certificate.certified(path, none, none).shape == (0,)
-    assert certificate.answer(bank, torch.zeros(0, 24).double(), path, None, none) is None
+    assert answer(certificate, bank, torch.zeros(0, 24).double(), path, None, none) is None
 
 
 # --- What a certificate is valid for -------------------------------------------------------------
@@ -600,11 +607,11 @@ def test_class_wise_is_refused_for_the_whole_bank():
         certificate.certified(path, one(0), one(150))
     xt = bank.take(one(0))
     with pytest.raises(ValueError, match="class-wise"):
-        certificate.answer(bank, xt, path, None, one(0))
+        answer(certificate, bank, xt, path, None, one(0))
     # In a batch where only some queries have a class, the others are left to a search.
     two = PathCoefficients(*(value.expand(2) for value in path))
     label = bank.labels_of([0])[0]
-    _, left = certificate.answer(bank, xt.expand(2, -1), two, [None, label], torch.zeros(2).long())
+    _, left = answer(certificate, bank, xt.expand(2, -1), two, [None, label], torch.zeros(2).long())
     assert left == [0]
 
 
@@ -637,7 +644,8 @@ def test_other_bank_is_refused():
     certificate.check(LatentBank(clusters()))
     for call in (
         lambda: certificate.check(other),
-        lambda: certificate.answer(
+        lambda: answer(
+            certificate,
             other,
             torch.zeros(1, 24).double(),
             coefficients_at(torch.ones(1).double()),

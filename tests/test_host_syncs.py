@@ -8,6 +8,7 @@ reads a number (`item`, `bool`, `tolist`, ...), what copies to the host (`cpu`, 
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -28,6 +29,7 @@ from stagewise.callbacks import (
     StageTransitions,
     VelocityErrorMonitor,
 )
+from stagewise.engines import Auto, Exact, Nearest, fused
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
 
@@ -208,14 +210,18 @@ class Launches(TorchDispatchMode):
         return out
 
 
-@pytest.fixture
-def on_cuda():
-    """An oracle of a class-wise bank and a batch with its labels, all on a fake CUDA device."""
-    rows = 120
+@pytest.fixture(scope="module")
+def bank():
     bank = stagewise.LatentBank(
-        torch.randn(rows, 4, 4, 4), torch.arange(rows) // 12, dtype=torch.bfloat16
+        torch.randn(120, 4, 4, 4), torch.arange(120) // 12, dtype=torch.bfloat16
     )
     bank.row_keys()
+    return bank
+
+
+@pytest.fixture
+def on_cuda(bank):
+    """An oracle of a class-wise bank and a batch with its labels, all on a fake CUDA device."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         oracle = stagewise.Oracle(bank.to("cuda"))
         x1, xt = torch.randn(2, 8, 4, 4, 4, device="cuda")
@@ -271,3 +277,47 @@ def test_ends_on_the_device_are_segments_on_the_host(target):
     one, two = (target.pull(oracle, queries, Random(0)) for queries in (told, asked))
     assert torch.equal(one.difference, two.difference)
     assert torch.equal(one.top1, two.top1)
+
+
+def test_who_reads_labels_on_the_device(bank, on_cuda):
+    """Not for a bank on the host, for few large classes, or for the reference."""
+    oracle, batch, labels = on_cuda
+    assert oracle._reads_on_device(labels, batch["xt"])
+    assert not stagewise.Oracle(bank)._reads_on_device(labels, batch["xt"])
+    bank, device = oracle.bank, labels.device
+    assert Exact().reads_ends(bank, device, 80)
+    assert Auto().reads_ends(bank, device, 80)
+    assert not Exact().reads_ends(bank, device, 81)
+    assert not Exact("float64").reads_ends(bank, device, 8)
+    assert not Nearest(3).reads_ends(bank, device, 8)
+    assert not Exact().reads_ends(bank, torch.device("cpu"), 8)
+    large = copy(bank.__dict__)
+    unequal = object.__new__(stagewise.LatentBank)
+    unequal.__dict__.update(large, largest_class=97)
+    assert not Exact().reads_ends(unequal, device, 8)
+    host = stagewise.Oracle(
+        stagewise.LatentBank(torch.zeros(120, 4, 4, 4), torch.arange(120) // 12)
+    )
+    assert not host._reads_on_device(labels, batch["xt"])
+
+
+def test_times_of_any_layout_reach_the_kernel_whole(on_cuda):
+    """A kernel reads memory as it lies: an expanded time must not reach it."""
+    oracle, batch, labels = on_cuda
+    t = torch.rand((), dtype=torch.float64, device="cuda").expand(8)
+    queries = oracle.queries(batch["xt"], t, labels)
+    assert queries.path.alpha.stride() == (0,)
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **_: seen.extend(x for x in args if isinstance(x, torch.Tensor))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("prepare", "pull", "merge"):
+            patch.setattr(fused, name, Kernel())
+        offset = oracle.bank.offset
+        arguments = (offset, queries.xt, queries.xt, *queries.path[:2], queries.ends, 12, False)
+        fused.pulled._init_fn(oracle.bank.rows, *arguments)
+    assert len(seen) > 20
+    assert all(x.is_contiguous() for x in seen)

@@ -109,7 +109,8 @@ def _contents(bank: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors["keys"] = bank.row_keys()
     if bank.classes:
         columns = zip(("classes", "starts", "stops"), torch.tensor(bank.class_ends).T, strict=True)
-        tensors |= {"index": bank.index, **dict(columns)}
+        own = torch.arange(len(bank)) if bank.index is None else bank.index
+        tensors |= {"index": own, **dict(columns)}
     about = {"format": "pt", "stagewise_bank": str(_VERSION), "shape": json.dumps(bank.shape)}
     about |= {"fingerprint": bank.fingerprint, "radius": repr(bank.radius)}
     return tensors, {**about, "max_norm": repr(bank.max_norm), "std": repr(bank.std)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -111,7 +112,7 @@ class RowStore:
             f"{known[-1]}. Build the bank from the labels that training uses."
         )
 
-    @property
+    @cached_property
     def largest_class(self) -> int:
         """Rows of the largest class; 0 without labels."""
         return max((rows.stop - rows.start for rows in self._segments.values()), default=0)
@@ -278,6 +279,9 @@ class RowStore:
             if isinstance(value, Tensor):
                 setattr(moved, name, move(value))
         return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_sorted_keys": {}, "_class_table": {}}  # made again when asked for
 
     def __copy__(self: Self) -> Self:
         return self

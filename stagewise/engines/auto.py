@@ -62,8 +62,6 @@ class Auto(Engine):
     What is picked, and why, is logged once for each bank (logger "stagewise", level INFO).
     """
 
-    reads_ends = True
-
     def __init__(self) -> None:
         self.exact = Exact()
         self.picks: WeakKeyDictionary[LatentBank, _Pick] = WeakKeyDictionary()
@@ -99,6 +97,10 @@ class Auto(Engine):
     def describe(self, bank: LatentBank) -> str:
         self.prepare(bank)
         return self.picks[bank].why
+
+    @override
+    def reads_ends(self, bank: LatentBank, device: torch.device, count: int) -> bool:
+        return self.exact.reads_ends(bank, device, count)  # a tree serves banks on a CPU
 
     @override
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:

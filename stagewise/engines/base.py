@@ -29,9 +29,6 @@ class Engine(ABC):
     holds_all_rows = True
     """Whether the bank it is given has all rows that a posterior is over."""
 
-    reads_ends = False
-    """Whether queries may say which rows they look at on their device (`Queries.ends`) only."""
-
     collective = False
     """Whether all ranks have to ask whenever one does, also with no queries."""
 
@@ -65,6 +62,13 @@ class Engine(ABC):
     def num_rows(self, bank: LatentBank) -> int:
         """How many rows there are."""
         return len(bank)
+
+    def reads_ends(self, bank: LatentBank, device: torch.device, count: int) -> bool:
+        """Whether so many class-wise queries may have `Queries.ends` in place of `segments`.
+
+        Then their labels are not read back from the device.
+        """
+        return False
 
     def sigma_floor(self, bank: LatentBank) -> float:
         """The noise level below which the oracle is evaluated at it; see `sigma_floor`."""

@@ -109,11 +109,14 @@ class Exact(Engine):
             raise ValueError(f"Expected `rtol` between 0 and 1, got {rtol}.")
         self.precision, self.rtol, self.chunk_size = precision, rtol, chunk_size
 
-    reads_ends = True
+    @override
+    def reads_ends(self, bank: LatentBank, device: torch.device, count: int) -> bool:
+        return self.precision != "float64" and fused.serves(bank, device, count)
 
     @override
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
-        if self.precision != "float64" and fused.serves(bank, queries):
+        class_wise = queries.segments is None or bank.whole not in queries.segments
+        if class_wise and self.reads_ends(bank, queries.xt.device, len(queries)):
             found = fused.posterior(bank, queries, k)
             if found is not None:
                 return found

@@ -54,6 +54,12 @@ _SPLIT = 64
 _BYTES = 2**15
 """What it reads at a time: enough that the memory is never idle, few enough for its registers."""
 
+_UNEQUAL = 8
+"""Times that the largest class may be larger than one of average size."""
+
+_MOST = 65535
+"""Queries at a time, by CUDA's limit on a grid."""
+
 _PART_BYTES = 2**28
 """Parts of sums that are held at a time."""
 
@@ -247,7 +253,9 @@ def pulled(
     double: Any = {"dtype": torch.float64, "device": rows.device}
     query, origin = torch.empty(2, count, dim, **single)
     factors = torch.empty(count, 2, **double)
-    xt, near = xt.contiguous(), near.contiguous()
+    offset, xt, near, alpha, sigma, ends = (
+        x.contiguous() for x in (offset, xt, near, alpha, sigma, ends)
+    )
     prepare[(count,)](
         xt, near, offset, alpha, sigma, query, origin, factors, dim, block, num_warps=warps
     )
@@ -302,17 +310,22 @@ def _(
 _broken = False
 
 
-def serves(bank: LatentBank, queries: Queries) -> bool:
-    """Whether `posterior` answers these queries, and faster than products of all rows would."""
+def serves(bank: LatentBank, device: torch.device, count: int) -> bool:
+    """Whether `posterior` answers so many class-wise queries on a device, and faster than products.
+
+    A program is started for the largest class whatever the class of a query.
+    """
+    classes = len(bank.classes)
     return (
         triton is not None
         and not _broken
-        and queries.xt.device.type == "cuda"
-        and bank.device == queries.xt.device
+        and device.type == "cuda"
+        and bank.device == device
         and bank.dtype in _TYPES
+        and bank.rows.is_contiguous()
         and bank.dim <= _LARGEST_DIM
-        and (queries.segments is None or bank.whole not in queries.segments)
-        and 0 < len(queries) <= _QUERIES_A_CLASS * len(bank.classes)
+        and 0 < count <= _QUERIES_A_CLASS * classes
+        and bank.largest_class * classes <= _UNEQUAL * len(bank)
     )
 
 
@@ -321,7 +334,7 @@ def posterior(bank: LatentBank, queries: Queries, k: int) -> Posterior | None:
 
     Args:
         bank: The rows.
-        queries: Of which `serves` is true.
+        queries: Class-wise, so many that `serves` is true.
         k: How many of the largest weights to return.
 
     Returns:
@@ -329,7 +342,10 @@ def posterior(bank: LatentBank, queries: Queries, k: int) -> Posterior | None:
     """
     global _broken
     step = max(1, _PART_BYTES // (4 * bank.dim * (bank.largest_class // _SPLIT + 1)))
+    step = min(_MOST, step)
     starts = range(0, len(queries), step)
+    # Those tell of the device, and not of the kernel.
+    others = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
     try:
         return Posterior.cat(
             [
@@ -337,6 +353,8 @@ def posterior(bank: LatentBank, queries: Queries, k: int) -> Posterior | None:
                 for at in starts
             ]
         )
+    except others:
+        raise
     except Exception as error:  # of several kinds, by version
         _broken = True
         reason = str(error).strip().split("\n")[0]

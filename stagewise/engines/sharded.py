@@ -39,6 +39,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from stagewise.bank import LatentBank
+from stagewise.bank.rows import RowStore
 from stagewise.engines.base import NOTHING, Engine
 from stagewise.engines.exact import Exact
 from stagewise.engines.ranks import (
@@ -109,15 +110,13 @@ class EmptyShard(LatentBank):
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
-        self.shape = tuple(shape)
-        self.rows = torch.empty(0, torch.Size(self.shape).numel(), dtype=dtype)
-        self.offset = self.centre = torch.zeros(self.dim, dtype=torch.float64)
+        dim = torch.Size(shape).numel()
+        self.centre = torch.zeros(dim, dtype=torch.float64)
+        RowStore.__init__(self, torch.empty(0, dim, dtype=dtype), self.centre, tuple(shape))
         self.sq_norms = torch.empty(0, dtype=torch.float64)
         self.mean_sq_norm = torch.zeros((), dtype=torch.float64)
         # `Sharded.prepare` makes `max_norm` that of all ranks: corrections are rounded by it.
         self.radius = self.max_norm = self.std = 0.0
-        self.index, self._segments = None, {}
-        self._file = self._keys = self._fingerprint = None
 
     def find(self, x1: Tensor) -> Tensor:
         """No sample is here: -1 for each, (B,), int64."""
@@ -158,8 +157,6 @@ class Sharded(Engine):
         >>> oracle.posterior(samples[:3], torch.full((3,), 0.5)).mean.shape
         torch.Size([3, 8])
     """
-
-    holds_all_rows = False
 
     def __init__(
         self,

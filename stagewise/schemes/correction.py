@@ -86,7 +86,9 @@ def correct(
         only = mixed if only is None else mixed & only
     # Where a kernel reads the rows of each query's class, to ask for all costs less than to wait
     # for the device; elsewhere samples beyond the boundary cost nothing.
-    cheap = xt.is_cuda and class_wise and oracle.engine.reads_ends and oracle.smoothing is None
+    cheap = isinstance(labels, Tensor) and class_wise and not target.reads_rows
+    cheap = cheap and oracle.smoothing is None and oracle.certificate is None
+    cheap = cheap and oracle.engine.reads_ends(oracle.bank, xt.device, len(xt))
     if only is not None and not cheap:
         asked = indices_of(only)
         xt, t, x1, labels, source = (_some(value, asked) for value in (xt, t, x1, labels, source))
@@ -113,7 +115,7 @@ def correct(
     inserted = (stored < 0) & (oracle.smoothing is None)
     part = Correction(value, lam, inserted, pull.tail_mass)
     if only is not None and cheap:
-        return Correction(*(torch.where(expand_like(only, x), x, 0) for x in part))
+        return Correction(*(x.masked_fill(~expand_like(only, x), 0) for x in part))
     if asked is None:
         return part
     at = queries.index(asked)

@@ -295,10 +295,6 @@ def test_who_reads_labels_on_the_device(bank, on_cuda):
     unequal = object.__new__(stagewise.LatentBank)
     unequal.__dict__.update(large, largest_class=97)
     assert not Exact().reads_ends(unequal, device, 8)
-    host = stagewise.Oracle(
-        stagewise.LatentBank(torch.zeros(120, 4, 4, 4), torch.arange(120) // 12)
-    )
-    assert not host._reads_on_device(labels, batch["xt"])
 
 
 def test_times_of_any_layout_reach_the_kernel_whole(on_cuda):

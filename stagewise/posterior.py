@@ -149,7 +149,6 @@ def posterior_of(
     rows: Tensor,
     k: int,
     *,
-    counts: Tensor | None = None,
     rest: Rest | None = None,
 ) -> tuple[Posterior, Tensor]:
     """The posterior from log-weights, but for its mean: the one softmax of this library.
@@ -158,12 +157,11 @@ def posterior_of(
         logits: `l_i`, (B, n), float64; with a `rest` less its peak, and `NO_ROW` where none is.
         rows: The rows that these are, (B, n), int64; -1 for none.
         k: How many of the largest weights to return.
-        counts: How many equal rows each stands for, (B, n); default 1. Weights are those of one.
         rest: Sums over all other rows; default there are none.
 
     Returns:
-        The posterior, with a mean of no numbers, (B, 0), and the share of each row together with
-        those that it stands for, (B, n), float64. The mean is `sum_i share_i x^(i)`.
+        The posterior, with a mean of no numbers, (B, 0), and the weight of each row, (B, n),
+        float64. The mean is `sum_i weight_i x^(i)`.
     """
     if rest is None:
         logits = logits.masked_fill(rows < 0, NO_ROW)
@@ -172,9 +170,8 @@ def posterior_of(
     else:
         peak = rest.peak
     weights = logits.exp()
-    shares = weights if counts is None else weights * counts
-    total, squares = shares.sum(1), (weights * shares).sum(1)
-    moment = (shares * logits).sum(1)
+    total, squares = weights.sum(1), weights.square().sum(1)
+    moment = (weights * logits).sum(1)
     if rest is not None:
         total, squares = total + rest.total, squares + rest.squares
         moment = moment + rest.moment
@@ -189,7 +186,7 @@ def posterior_of(
         rows=pad(rows.gather(1, order), missing, value=-1),
         tail_mass=torch.zeros_like(total),
     )
-    return post, shares / total[:, None]
+    return post, weights / total[:, None]
 
 
 def put(post: Posterior, at: Sequence[int], other: Posterior, count: int) -> Posterior:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stagewise.adapters.first_step import FirstStep
 from stagewise.bank import LatentBank
-from stagewise.schemes.checks import check_rows, unlike_bank
+from stagewise.schemes.checks import check_rows, distance_from_rows
 
 __all__ = ["compare", "difference"]
 
@@ -31,7 +31,7 @@ def compare(look: FirstStep, given: Sequence[LatentBank]) -> tuple[list[str], st
     x1 = look.x1 if x1 is None else x1
     if x1 is not None and not look.swapped:
         shapes = {tuple(x.shape[1:]) for x in (x1, look.x1) if x is not None}
-        warnings += filter(None, (unlike_bank(bank, x1, shapes) for bank in given))
+        warnings += filter(None, (_unlike_bank(bank, x1, shapes) for bank in given))
     return warnings, note
 
 
@@ -71,4 +71,36 @@ def difference(look: FirstStep, x1: Tensor, read: LatentBank | None = None) -> t
         f"Training is not on what was read from the batches{maker}: "
         f"{cure if why is None else why.message}",
         certain,
+    )
+
+
+def _unlike_bank(bank: LatentBank, x1: Tensor, shapes: set[tuple[int, ...]]) -> str:
+    """How samples that are trained on are unlike a bank that was given; empty if they are not."""
+    shape = tuple(x1.shape[1:])
+    if bank.shape not in shapes:
+        raise ValueError(
+            f"The bank has samples of shape {bank.shape}, the training batch of shape "
+            f"{shape}. Build the bank from the same latents, or say which "
+            "tensor of the batch is x_1: StageRun(find=lambda batch: (batch[0], None))."
+        )
+    if shape != bank.shape:
+        return (
+            f"Training is on samples of shape {shape}, and the bank holds those "
+            f"of the batch, of shape {bank.shape}: what is measured is not what is trained on. "
+            "Give the bank of what is trained on: StageRun(bank=LatentBank(latents, labels))."
+        )
+    off, std = distance_from_rows(bank, x1), float(x1.detach().float().std())
+    if off < 0.05:
+        return ""
+    if not 0.8 * bank.std < std < 1.25 * bank.std:
+        return (
+            f"The bank has a standard deviation of {bank.std:.4g}, the training batch one of "
+            f"{std:.4g}, and its samples are not rows of the bank. If one of them is scaled or "
+            "normalised and the other is not, every measured boundary is wrong: build the bank "
+            "from the latents that are trained on."
+        )
+    return (
+        "Samples of the training batch are not rows of the bank: the nearest row is off by "
+        f"{off:.0%} of their norm. Flips, augmentation, another VAE sample or another data "
+        "set? The boundary measured is that of the bank."
     )

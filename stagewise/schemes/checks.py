@@ -20,7 +20,6 @@ __all__ = [
     "check_settings",
     "distance_from_rows",
     "unknown_boundary",
-    "unlike_bank",
 ]
 
 
@@ -156,35 +155,3 @@ def distance_from_rows(bank: LatentBank, x1: Tensor) -> float:
     few = x1[:16].to(bank.device, torch.float32)
     gap = (Oracle(bank, LinearPath()).posterior(few, 1.0).mean - few).flatten(1).norm(dim=1)
     return float(gap.median() / few.flatten(1).norm(dim=1).median().clamp_min(1e-30))
-
-
-def unlike_bank(bank: LatentBank, x1: Tensor, shapes: set[tuple[int, ...]]) -> str:
-    """How samples that are trained on are unlike a bank that was given; empty if they are not."""
-    shape = tuple(x1.shape[1:])
-    if bank.shape not in shapes:
-        raise ValueError(
-            f"The bank has samples of shape {bank.shape}, the training batch of shape "
-            f"{shape}. Build the bank from the same latents, or say which "
-            "tensor of the batch is x_1: StageRun(find=lambda batch: (batch[0], None))."
-        )
-    if shape != bank.shape:
-        return (
-            f"Training is on samples of shape {shape}, and the bank holds those "
-            f"of the batch, of shape {bank.shape}: what is measured is not what is trained on. "
-            "Give the bank of what is trained on: StageRun(bank=LatentBank(latents, labels))."
-        )
-    off, std = distance_from_rows(bank, x1), float(x1.detach().float().std())
-    if off < 0.05:
-        return ""
-    if not 0.8 * bank.std < std < 1.25 * bank.std:
-        return (
-            f"The bank has a standard deviation of {bank.std:.4g}, the training batch one of "
-            f"{std:.4g}, and its samples are not rows of the bank. If one of them is scaled or "
-            "normalised and the other is not, every measured boundary is wrong: build the bank "
-            "from the latents that are trained on."
-        )
-    return (
-        "Samples of the training batch are not rows of the bank: the nearest row is off by "
-        f"{off:.0%} of their norm. Flips, augmentation, another VAE sample or another data "
-        "set? The boundary measured is that of the bank."
-    )

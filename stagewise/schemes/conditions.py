@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from stagewise.bank.building import whole_labels
+from stagewise.oracle import Labels
 
 if TYPE_CHECKING:
     from stagewise.schemes.scheme import Scheme
 
-__all__ = ["check_conditions", "check_network", "unknown_conditions"]
+__all__ = ["check_conditions", "check_network", "has_classes", "unknown_conditions"]
 
 
 def unknown_conditions(what: str) -> ValueError:
@@ -99,3 +100,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value.values())
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def has_classes(labels: Labels | None) -> bool:
+    """Whether any sample has one."""
+    if isinstance(labels, list | tuple):
+        return any(label is not None for label in labels)
+    return labels is not None

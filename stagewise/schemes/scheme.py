@@ -22,7 +22,7 @@ from torch import Tensor
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes.checks import check_density, check_rows, check_settings
-from stagewise.schemes.conditions import unknown_conditions
+from stagewise.schemes.conditions import has_classes, unknown_conditions
 from stagewise.schemes.correction import Correction, correct
 from stagewise.schemes.first_call import check_samples
 from stagewise.schemes.state import SchemeRecord, SchemeState
@@ -327,7 +327,7 @@ class Scheme(SchemeState):
         self._hold(y, xt, time, x1, source, prediction)
         if self.target is None or self.oracle is None:
             return t, Correction.none(x1)
-        if not self.class_wise and not self.unconditional and _has_classes(labels):
+        if not self.class_wise and not self.unconditional and has_classes(labels):
             raise unknown_conditions("labels, and a bank without classes")
         if self.target.lam.needs_boundary:
             self.require_boundary()
@@ -405,10 +405,3 @@ class Scheme(SchemeState):
         if self.preserve_objective:
             check_density(self.timesteps, None if self.weight is None else self._bound_weight())
         self._checked = True
-
-
-def _has_classes(labels: Labels | None) -> bool:
-    """Whether any sample has one."""
-    if isinstance(labels, list | tuple):
-        return any(label is not None for label in labels)
-    return labels is not None

@@ -33,7 +33,8 @@ from torch import Tensor
 from stagewise import LatentBank, Mix, Oracle, Scheme, predicted_boundary
 from stagewise.certificate import Certificate
 from stagewise.engines import Auto
-from stagewise.latents import make_latents
+from stagewise.latents import make_latents, open_latents
+from stagewise.latents.base import Flips
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes.latents import LatentsData
 from stagewise.stages import StageCurve, stage_edges, stratified_times
@@ -70,9 +71,12 @@ def recipe(experiment: str, *overrides: str) -> Any:
         return compose("train", [f"experiment={experiment}", *overrides])
 
 
-def latents_data(path: Path, name: str | None, **options: Any) -> LatentsData:
+def latents_data(
+    path: Path, name: str | None, flips: Flips = "none", **options: Any
+) -> LatentsData:
     """The data module, set up; all rows are trained on."""
-    data = LatentsData(str(path), CLASSES, format=name, held_out=0, **options)  # type: ignore[arg-type]
+    latents = open_latents(path, name, flips=flips)
+    data = LatentsData(latents, CLASSES, held_out=0, **options)
     data.setup()
     return data
 

@@ -115,7 +115,7 @@ class Forecast(ModelMonitor):
         self._rows = self.rows(_BATCHES * self.batch_size)
 
     def due(self, step: int) -> bool:
-        """See `Monitor`; not at the first step."""
+        """Not at the first step."""
         return step // self.every > (self.last or 0) // self.every
 
     def end(self) -> None:

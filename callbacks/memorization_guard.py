@@ -193,14 +193,14 @@ class MemorizationGuard(MemorizationMonitor):
         self.watch, self.best = GapWatch(), None
 
     def reconsider(self) -> None:
-        """See `ModelMonitor`; errors without the conditions are no longer compared with."""
+        """Errors without the conditions are no longer compared with."""
         before = self.network
         super().reconsider()
         if self.network is not before:
             self.watch, self.best = GapWatch(), None
 
     def due(self, step: int) -> bool:
-        """See `Monitor`; early in training more often."""
+        """Early in training more often than the others."""
         last = self.last
         return super().due(step) or (last is not None and step >= max(_FIRST, _GROWTH * last))
 

@@ -102,7 +102,7 @@ class Pictures(Dataset[tuple[int, "Tensor | str"]]):
         return len(self.images.files)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        """See the class."""
+        """The number of a picture and the picture, or why it cannot be read."""
         try:
             with Image.open(self.images.folder / self.images.files[index]) as picture:
                 pixels = np.array(centre_crop(picture.convert("RGB"), self.size))

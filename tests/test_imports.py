@@ -35,6 +35,10 @@ SCRIPT = Path(__file__).parent.parent / ".ci" / "imports.py"
             "",
         ),
         (
+            {"stagewise/bank.py": 'def f():\n    """See `g`."""'},
+            'stagewise/bank.py:2 says "See"',
+        ),
+        (
             {"benchmarks/plan.py": "from report import R", "benchmarks/report.py": "import plan"},
             "Import circle: ",
         ),

@@ -135,7 +135,7 @@ class Seam:
 
     @property
     def last(self) -> tuple[Tensor, Tensor] | None:
-        """See the class."""
+        """Noisy samples and times of the last call, or None."""
         return self._last
 
     def describe(self) -> str:

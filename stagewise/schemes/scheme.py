@@ -57,9 +57,8 @@ class Scheme(SchemeState):
         preserve_objective: Whether the weight includes `p(t) / q(t)`, so that the expected loss is
             that of uniform times whatever `timesteps` draws. Needs them. Default False.
         class_wise: Whether posteriors are over the rows of x_1's class. Default "auto": if the bank
-            has classes. A model that sees labels needs it, one that sees none may have either.
-            False says "my model ignores its conditions": without it conditions that are no classes
-            are refused.
+            has classes. A model that sees labels needs it. False says "my model ignores its
+            conditions": without it conditions that are no classes are refused.
         path: Default that of the oracle, or `LinearPath()`.
         on_missing: What to do with an x_1 that is no row of the bank and comes without a `source`:
             "insert" it into the reference set as its own row (default), or "error".
@@ -75,8 +74,7 @@ class Scheme(SchemeState):
 
     Attributes:
         unconditional: Whether `class_wise=False` was said.
-        rows_checked: Whether samples have been held against the bank, which the first call does.
-            Set it to do that elsewhere.
+        rows_checked: Whether samples were held against the bank, as the first call does.
         labels_of: From x_1, (B, *), to classes, (B,), or None; default None. Asked where x_1 comes
             without labels and is no row of the bank.
         last: The record of the last call, None before.
@@ -87,8 +85,7 @@ class Scheme(SchemeState):
 
     Example:
         >>> import torch
-        >>> from stagewise import LatentBank, Oracle
-        >>> from stagewise.targets import Mix
+        >>> from stagewise import LatentBank, Mix, Oracle
         >>> x1 = torch.randn(8, 16)
         >>> scheme = Scheme(Oracle(LatentBank(x1)), target=Mix("boundary"), boundary=0.4)
         >>> t, x0 = scheme.timesteps.sample(8), torch.randn(8, 16)
@@ -142,14 +139,12 @@ class Scheme(SchemeState):
 
         Args:
             oracle: Bank and path. Its targets are those of navigation, `Mix("boundary")`.
-            **options: Of the scheme; `smoothing=` another one than the default from the collapsed
-                boundary on, or None. That is searched here: some seconds for 20 000 rows of 768
-                numbers.
+            **options: Of the scheme; `smoothing=` another one than the default, or None. That one
+                is searched here: some seconds for 20 000 rows of 768 numbers.
         """
         if not isinstance(oracle, Oracle):
-            raise TypeError(
-                f"Expected an Oracle, got {type(oracle).__name__}: Scheme.two_stage(Oracle(bank))."
-            )
+            got = type(oracle).__name__
+            raise TypeError(f"Expected an Oracle, got {got}: Scheme.two_stage(Oracle(bank)).")
         if "target" in options:
             raise ValueError(
                 'Expected no `target` for two stages, which have Mix("boundary"), got one. Say '
@@ -213,18 +208,16 @@ class Scheme(SchemeState):
             labels: Class of each sample, (B,); see `Oracle.posterior`. Used if `class_wise`, and
                 default the class of the bank's row that x_1 is.
             source: The row of the bank that each x_1 stands for, (B,), negative where it is none.
-                Default: the row that x_1 equals. Give it where x_1 is resampled from what is stored
-                of its row.
+                Default: the row that x_1 equals. Give it where x_1 is resampled.
             prediction: What `y` is, default "velocity".
 
         Returns:
             The target, (B, *), in the dtype of `y`, and the weights, (B,), in that of `t`.
 
         Raises:
-            ValueError: On shapes that do not fit, t outside [0, 1], an unknown prediction or class,
-                a boundary that is not known yet, an x_1 that is not in the bank if `on_missing` is
-                "error", or labels where the bank has none; in the first call, on arguments that do
-                not fit each other or the bank; and as `check`.
+            ValueError: On shapes, times, predictions, classes or labels that do not fit, a boundary
+                that is not known yet, an x_1 that is no row if `on_missing` is "error"; in the
+                first call, on arguments that do not fit each other or the bank; and as `check`.
             TypeError: If they are no tensors.
         """
         require_tensors(y=y, xt=xt, x1=x1)

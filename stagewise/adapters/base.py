@@ -135,7 +135,7 @@ class Seam:
 
     @property
     def last(self) -> tuple[Tensor, Tensor] | None:
-        """Noisy samples and times of the last call, or None."""
+        """Times and losses of the latest call, or None."""
         return self._last
 
     def describe(self) -> str:

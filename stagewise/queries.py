@@ -78,7 +78,7 @@ class Queries:
         if self.ends is not None:
             return self.ends
         assert self.segments is not None
-        return self.index([(rows.start, rows.stop) for rows in self.segments])
+        return self.index([(rows.start, rows.stop) for rows in self.segments]).reshape(-1, 2)
 
     @cached_property
     def groups(self) -> list[tuple[list[int], slice]]:

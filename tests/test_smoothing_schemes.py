@@ -351,3 +351,24 @@ def test_two_stages_of_what_is_no_oracle(bank, oracle):
         Scheme.two_stage(bank)
     with pytest.raises(ValueError, match="no `target` for two stages"):
         Scheme.two_stage(oracle, target=Mix())
+
+
+def test_a_scheme_that_does_not_smooth_hands_the_collapsed_boundary_on():
+    """A run may go on with another scheme, which smooths from where the first was told."""
+    x = torch.randn(50, 6)
+    oracle = Oracle(LatentBank(x))
+    measured = StageBoundary(0.3, 0.2, 0.4, 0.6, 0.5, 0.7, 0.95)
+    first = Scheme(oracle, target=Mix("boundary"), boundary=measured)
+    assert first.collapsed == 0.6
+    then = Scheme.two_stage(oracle)
+    assert then.lacks_boundary
+    then.load_state_dict(first.state_dict())
+    t = torch.tensor([0.1, 0.4, 0.7, 0.9])
+    moved = (then.smooth(x[:4], t=t) != x[:4]).any(1)
+    assert moved.tolist() == [False, False, True, True]
+    # One that was told a number does not know it, and says so.
+    told = Scheme(oracle, target=Mix("boundary"), boundary=0.3)
+    then.load_state_dict(told.state_dict())
+    assert then.lacks_boundary
+    with pytest.raises(ValueError, match="boundary"):
+        then.smooth(x[:4], t=t)

@@ -89,6 +89,7 @@ class SchemeState(Shared):
         self.smoothing, self.preserve_objective = smoothing, preserve_objective
         self._smoothed = None if smoothing is None else Smoothed(smoothing, strength)
         self.boundary: float | None = None
+        self.collapsed: float | None = None
         self.last: SchemeRecord | None = None
         self.draws_timesteps = timesteps is not None
         self._sampler = self._bound = timesteps or Uniform()
@@ -116,12 +117,8 @@ class SchemeState(Shared):
     @property
     def lacks_boundary(self) -> bool:
         """Whether something depends on where the stages meet, and that is not known."""
-        return self.needs_boundary and self.boundary is None
-
-    @property
-    def collapsed(self) -> float | None:
-        """From which t on samples are smoothed, None if that is not known."""
-        return None if self._smoothed is None else self._smoothed.collapsed
+        missing = self.boundary is None or (self._needs_collapsed and self.collapsed is None)
+        return self.needs_boundary and missing
 
     @property
     def drawn(self) -> Drawn | None:
@@ -163,7 +160,7 @@ class SchemeState(Shared):
 
     def _bind(self, boundary: float, collapsed: float | None) -> None:
         self._bound = self._sampler.bind(boundary)
-        self.boundary, self._checked = boundary, False
+        self.boundary, self.collapsed, self._checked = boundary, collapsed, False
         if self._smoothed is not None:
             self._smoothed.collapsed = collapsed
 
@@ -330,7 +327,10 @@ class SchemeState(Shared):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
-        self.boundary, self._bound, self._checked = None, self._sampler, False
+        self.boundary, self.collapsed, self._checked = None, None, False
+        self._bound = self._sampler
+        if self._smoothed is not None:
+            self._smoothed.collapsed = None
         if state["boundary"] is not None:
             self._bind(state["boundary"], state.get("collapsed"))
         self._step, self._calls = state["step"], state["calls"]

@@ -41,7 +41,7 @@ _ENOUGH = 64
 _MANY_NEIGHBOURS = 500
 """Rows to find for a query from which on a tree costs as much as products."""
 _MAX_TAIL = 1e-7
-"""The tail mass that an answer of the tree may miss: below the error that `Exact` lets pass."""
+"""The tail mass that an answer of the tree may miss: below the error that `Exact` allows."""
 
 _EXACT = (
     "Exact: one product with all rows a query looks at, a second for queries in navigation, "

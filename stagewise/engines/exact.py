@@ -24,7 +24,8 @@ for each query that the estimate is below `rtol`. If it is not, it does the quer
 `precision="float64"` does all of them so, and is the reference.
 
 On an accelerator the checks cost two device syncs per call, for B booleans each; the two fixed
-precisions cost none.
+precisions cost none. Class-wise queries on CUDA go through a kernel that needs no checks, and so no
+`rtol` (`stagewise.engines.fused`).
 
 Below the noise level `base.sigma_floor` even float64 loses the fourth digit after the point of a
 logit; the oracle is evaluated there instead.
@@ -84,7 +85,7 @@ class Exact(Engine):
         precision: "auto" (default) multiplies in the fastest type that the rows allow and checks
             each query's error against `rtol`; "float64" is the reference; "float32" is "auto"
             without the check, for accelerators where even one sync per call is too much.
-        rtol: Relative error `|dm| / (|m - c| min(s_t, 1))` that "auto" lets pass, default 1e-5,
+        rtol: Relative error `|dm| / (|m - c| min(s_t, 1))` that "auto" allows, default 1e-5,
             and 1e-4 for 16-bit rows on an accelerator, whose products are split
             (`stagewise.products`). From 1e-4 on a CPU splits the products of bfloat16 rows too, if
             it has units for them: such rows have been rounded by more than that.

@@ -178,7 +178,7 @@ class Scheme(SchemeState):
         self._draws += 1
         told = as_times(t, x1)
         seed = self._random("smooth", self._draws)
-        return self._smoothed.draw(x1, self._time(told), told, source, seed)
+        return self._smoothed.draw(x1, self._time(told), told, source, seed, self.collapsed)
 
     def _random(self, *what: Any) -> int:
         """A seed of this rank, step and call."""
@@ -287,7 +287,8 @@ class Scheme(SchemeState):
     @torch.no_grad()
     def _share(self, x1: Tensor, t: Tensor) -> Tensor:
         """How much of the smoothing is used for each sample, (B,)."""
-        return torch.zeros_like(t) if self._smoothed is None else self._smoothed.share(x1, t)
+        smoothed = self._smoothed
+        return smoothed.share(x1, t, self.collapsed) if smoothed else torch.zeros_like(t)
 
     @property
     def _around(self) -> SmoothedOracle | None:
@@ -295,7 +296,7 @@ class Scheme(SchemeState):
         smoothed = self._smoothed
         if smoothed is None or self.oracle is None or not smoothed.meets(self.target):
             return None
-        return smoothed.oracle(self.oracle, self.path)
+        return smoothed.oracle(self.oracle, self.path, self.collapsed)
 
     @torch.no_grad()
     def _correction(

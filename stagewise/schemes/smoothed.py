@@ -30,41 +30,49 @@ class Drawn(NamedTuple):
 class Smoothed:
     """Draws from a smoothing, all of it from the collapsed boundary on, or a share of it.
 
+    That boundary belongs to the scheme, and is handed in; None if it is not known.
+
     Args:
         smoothing: The Gaussians around the rows.
-        strength: From t, (B,), to the share; None: 1 from `collapsed` on, 0 before.
+        strength: From t, (B,), to the share, whatever the boundary; None: 1 from it on, 0 before.
 
     Attributes:
-        collapsed: The collapsed boundary, None if it is not known.
         drawn: What was drawn last, None before.
     """
 
     def __init__(self, smoothing: Smoothing, strength: Strength | None) -> None:
         self.smoothing, self.strength = smoothing, strength
-        self.collapsed: float | None = None
         self.drawn: Drawn | None = None
         self._oracle: SmoothedOracle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "drawn": None}  # of a run
 
-    @property
-    def _boundary(self) -> float | None:
-        return self.collapsed if self.strength is None else None
+    def _edge(self, collapsed: float | None) -> float | None:
+        return collapsed if self.strength is None else None
 
-    def draw(self, x1: Tensor, t: Tensor, told: Tensor, source: Tensor | None, seed: int) -> Tensor:
+    def draw(
+        self,
+        x1: Tensor,
+        t: Tensor,
+        told: Tensor,
+        source: Tensor | None,
+        seed: int,
+        collapsed: float | None,
+    ) -> Tensor:
         """Samples around the rows."""
         source = rows_of(self.smoothing.bank, x1, source)
         generator = torch.Generator(x1.device).manual_seed(seed)
+        edge = self._edge(collapsed)
         smoothed = self.smoothing.draw(
-            x1, source, t=t, boundary=self._boundary, strength=self.strength, generator=generator
+            x1, source, t=t, boundary=edge, strength=self.strength, generator=generator
         )
         self.drawn = Drawn(smoothed, x1, source, told)
         return smoothed
 
-    def share(self, x1: Tensor, t: Tensor) -> Tensor:
+    def share(self, x1: Tensor, t: Tensor, collapsed: float | None) -> Tensor:
         """How much of the smoothing is used for samples, (B, *), at times, (B,): (B,)."""
-        share = strength_at(x1, t, self._boundary, self.strength)
+        share = strength_at(x1, t, self._edge(collapsed), self.strength)
         assert share is not None
         return share
 
@@ -93,9 +101,9 @@ class Smoothed:
         apart = target is not None and isinstance(target.lam, Hard) and self.strength is None
         return target is not None and not apart
 
-    def oracle(self, oracle: Oracle, path: Path) -> SmoothedOracle:
+    def oracle(self, oracle: Oracle, path: Path, collapsed: float | None) -> SmoothedOracle:
         """The oracle of the smoothed rows."""
-        boundary = self._boundary
+        boundary = self._edge(collapsed)
         if self._oracle is None or self._oracle.boundary != boundary:
             self._oracle = SmoothedOracle(
                 oracle.bank, path, self.smoothing, boundary=boundary, strength=self.strength

@@ -161,8 +161,6 @@ class SchemeState(Shared):
     def _bind(self, boundary: float, collapsed: float | None) -> None:
         self._bound = self._sampler.bind(boundary)
         self.boundary, self.collapsed, self._checked = boundary, collapsed, False
-        if self._smoothed is not None:
-            self._smoothed.collapsed = collapsed
 
     def measure_boundary(self, seed: int = 0) -> StageBoundary:
         """Measures where the stages of the oracle's bank meet, and sets it.
@@ -329,8 +327,6 @@ class SchemeState(Shared):
         """Takes up what `state_dict` gave."""
         self.boundary, self.collapsed, self._checked = None, None, False
         self._bound = self._sampler
-        if self._smoothed is not None:
-            self._smoothed.collapsed = None
         if state["boundary"] is not None:
             self._bind(state["boundary"], state.get("collapsed"))
         self._step, self._calls = state["step"], state["calls"]

@@ -287,8 +287,8 @@ class Scheme(SchemeState):
     @torch.no_grad()
     def _share(self, x1: Tensor, t: Tensor) -> Tensor:
         """How much of the smoothing is used for each sample, (B,)."""
-        smoothed = self._smoothed
-        return smoothed.share(x1, t, self.collapsed) if smoothed else torch.zeros_like(t)
+        made = self._smoothed
+        return torch.zeros_like(t) if made is None else made.share(x1, t, self.collapsed)
 
     @property
     def _around(self) -> SmoothedOracle | None:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stagewise
 import stagewise.callbacks
 import stagewise.losses
+from stagewise import copies, nearest_rows
 from stagewise.bank import rows
 from stagewise.callbacks import (
     MemorizationMonitor,
@@ -351,3 +352,15 @@ def test_an_unknown_label_on_a_device_is_told_by_the_next_call(bank, monkeypatch
     with pytest.raises(ValueError, match="Class 99 is not in the bank, which has 10 classes"):
         bank.ends_of(labels[:1])
     assert bank.ends_of(labels[:1]).tolist() == [[36, 48]]
+
+
+@pytest.mark.parametrize("samples", [8, 300])
+def test_nearest_rows_wait_once_for_all_samples(bank, samples, monkeypatch):
+    """Once for each 256 that need no second look, and once for all; not for each sample."""
+    x = torch.randn(samples, 4, 4, 4)
+    x[3] = torch.nan
+    # One look at bounds and one gathering for each 256, as an accelerator has it.
+    monkeypatch.setattr(nearest_rows, "_GATHER", {"cpu": 2**26})
+    with HostSyncs(OURS).counting() as syncs:
+        copies.nearest_rows(bank, x)
+    assert len(syncs.places) <= 1 + 2 * -(-samples // 256), syncs.places

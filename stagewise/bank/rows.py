@@ -19,6 +19,9 @@ from stagewise.memory import available_memory, oracle_device
 
 __all__ = ["RowStore"]
 
+_KNOWN = -(2**63)
+"""What stands for a label that is known."""
+
 Self = TypeVar("Self", bound="RowStore")
 
 
@@ -139,10 +142,7 @@ class RowStore:
         at = torch.searchsorted(table[:, 0].contiguous(), labels).clamp_max(len(table) - 1)
         found = table[at]
         known = found[:, 0] == labels
-        # The first unknown label, if there is one, on its way to the host.
-        place = known.logical_not().long().argmax()
-        told = torch.stack([known.all().long().expand_as(place), labels[place].long()])
-        if sent := _sent(told):
+        if sent := _sent(torch.where(known, _KNOWN, labels).amax()):
             self._unknown.append(sent)
         if labels.device.type == "cpu":
             self._require_known()
@@ -151,8 +151,8 @@ class RowStore:
     def _require_known(self) -> None:
         """Refuses a label that was found to be unknown; waits for nothing."""
         while self._unknown and self._unknown[0][1]():
-            known, label = self._unknown.popleft()[0].tolist()
-            if not known:
+            label = int(self._unknown.popleft()[0])
+            if label != _KNOWN:
                 self._unknown.clear()
                 self.segment(label)
 
@@ -314,7 +314,7 @@ class RowStore:
 
 
 def _sent(told: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
-    """Numbers on their way to the host, and what says whether they are there; None if none go."""
+    """A number on its way to the host, and what says whether it is there; None if none goes."""
     if not told.is_cuda:
         return told, lambda: True
     if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():

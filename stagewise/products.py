@@ -66,7 +66,7 @@ def working_dtype(dtype: torch.dtype, device: torch.device, rough: bool = False)
         rough: Whether a relative error of 1e-4 in a mean may pass. Then a CPU multiplies bfloat16
             rows in their own type too, default False.
     """
-    if dtype in _HALF and device.type == "cuda" and _has_wide_output():
+    if dtype in _HALF and device.type == "cuda" and _has_wide_output() and _multiplies(dtype):
         return dtype
     if rough and dtype == torch.bfloat16 and device.type == "cpu" and _has_matrix_units():
         return dtype
@@ -250,6 +250,14 @@ def _long_product(left: Tensor, rows: Tensor) -> Tensor:
 
 def _has_wide_output() -> bool:
     return hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8
+
+
+@cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether CUDA devices here have units for products of a 16-bit type."""
+    if dtype == torch.float16 or not torch.cuda.is_available():
+        return True
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @cache

@@ -30,7 +30,7 @@ from stagewise.callbacks import (
     StageTransitions,
     VelocityErrorMonitor,
 )
-from stagewise.engines import Auto, Exact, Nearest, fused
+from stagewise.engines import Auto, Exact, Nearest, all_rows, fused
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
 
@@ -364,3 +364,23 @@ def test_nearest_rows_wait_once_for_all_samples(bank, samples, monkeypatch):
     with HostSyncs(OURS).counting() as syncs:
         copies.nearest_rows(bank, x)
     assert len(syncs.places) <= 1 + 2 * -(-samples // 256), syncs.places
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_no_grid_is_larger_than_cuda_allows(large, on_cuda, monkeypatch, labels):
+    """Neither by a class of a million rows nor by 70 000 queries."""
+    grids, launch = [], fused.launch
+
+    def noted(name, grid, *args):
+        grids.append(grid)
+        launch(name, grid, *args)
+
+    for module in (fused, all_rows):
+        monkeypatch.setattr(module, "launch", noted)
+    stagewise.Oracle(large[0]).posterior(large[1][:1], large[2][:1])
+    xt = torch.empty(70_000, 4, 4, 4, device="cuda")
+    asked = torch.zeros(70_000, dtype=torch.int64, device="cuda") if labels else None
+    stagewise.Oracle(on_cuda[0].bank).posterior(xt, xt[:, 0, 0, 0], asked)
+    assert max(grid[1] for grid in grids if len(grid) > 1) <= 65535
+    assert max(grid[0] for grid in grids) < 2**31
+    assert [1] in grids, "all of one call's queries"

@@ -141,8 +141,10 @@ class StageTarget(nn.Module):
                 "right after you draw t yourself: t = self.target.times(t)."
             )
         sign = self.convention.sign if self.prediction.kind == "velocity" else 1
-        given = {"xt": xt, "t": t, "x1": x1, "labels": labels, "source": source}
-        target, weight = self.scheme(sign * y, **given, prediction=self.prediction)
+        kind = self.prediction
+        target, weight = self.scheme(
+            sign * y, xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=kind
+        )
         return sign * target, weight
 
     @untraced

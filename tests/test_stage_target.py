@@ -22,7 +22,7 @@ from stagewise import (
     StageTarget,
 )
 from stagewise.adapters import find_seams, one_seam
-from stagewise.callbacks import PosteriorMonitor, StageScheme
+from stagewise.callbacks import PosteriorMonitor, StageScheme, VelocityErrorMonitor
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
@@ -159,10 +159,12 @@ def test_all_that_a_scheme_has_reaches_the_step(fit):
     assert len(module.seen) == 3
 
 
-def test_a_watched_run_has_the_same_weights_and_finds_all(fit, tmp_path):
+def test_a_watched_run_has_the_same_weights_and_finds_all(fit, caplog):
     plain = fit(Step())
-    monitors = [PosteriorMonitor()]
+    monitors = [PosteriorMonitor(), VelocityErrorMonitor(every_n_steps=2, queries=4, strata=4)]
     watched = fit(Step(), *monitors)
+    assert "net: Sequential(x_t, time, labels)" in caplog.text
+    assert monitors[1].history
     for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -166,8 +166,9 @@ class ConditionedOracle(Oracle):
                 f"{condition!r} needs a bank that holds the condition of each row, got {bank!r}: "
                 "LatentBank(x, labels, conditions=c)."
             )
-        super().__init__(bank, path, _Weighed(condition), null_class=null_class)
-        self.condition = condition
+        self.condition, self.conditions = condition, bank.conditions
+        engine = _Weighed(condition, self.conditions)
+        super().__init__(bank, path, engine, null_class=null_class)
 
     @override
     def queries(
@@ -179,7 +180,7 @@ class ConditionedOracle(Oracle):
         condition: Tensor | None = None,
     ) -> Queries:
         queries = super().queries(xt, t, labels, source)
-        rows, width = self.bank.conditions, f"(B, {self.bank.conditions.shape[1]})"
+        rows, width = self.conditions, f"(B, {self.conditions.shape[1]})"
         if condition is None:
             message = f"Expected `condition` of shape {width} for {self.condition!r}: what the "
             message += "model is given for each sample, condition=c"
@@ -206,8 +207,8 @@ class ConditionedOracle(Oracle):
         assert c is not None
         other = c
         if rows is not None:
-            stored = self.bank.conditions
-            other = stored[rows.clamp_min(0).to(stored.device)].to(device, torch.float64)
+            at = rows.clamp_min(0).to(self.conditions.device)
+            other = self.conditions[at].to(device, torch.float64)
         return self.condition.log_kernel(c, other).diagonal()
 
     def __repr__(self) -> str:
@@ -217,8 +218,8 @@ class ConditionedOracle(Oracle):
 class _Weighed(Engine):
     """The posterior over all rows, weighed by the kernel; chunk by chunk, in float64."""
 
-    def __init__(self, condition: Condition) -> None:
-        self.condition = condition
+    def __init__(self, condition: Condition, rows: Tensor) -> None:
+        self.condition, self.conditions = condition, rows
 
     @override
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
@@ -236,7 +237,7 @@ class _Weighed(Engine):
             some = slice(first, first + len(rows))
             x = rows + bank.offset.to(device)
             logits = queries.log_weights(x)
-            logits += self.condition.log_kernel(c, bank.conditions[some].to(c))
+            logits += self.condition.log_kernel(c, self.conditions[some].to(c))
             numbers = torch.arange(some.start, some.stop, device=device).expand(len(c), -1)
             post, weights = posterior_of(logits, numbers, k)
             parts.append(replace(post, mean=weights @ x))

@@ -77,7 +77,7 @@ class Scheme(SchemeState):
         rows_checked: Whether samples were held against the bank, as the first call does.
         labels_of: From x_1, (B, *), to classes, (B,), or None; default None. Asked where x_1 comes
             without labels and is no row of the bank.
-        condition_of: The same for conditions, (B, *), which an oracle with a kernel on them needs.
+        condition_of: From a kernel and x_1 to conditions, (B, *), or None; for those not given.
         last: The record of the last call, None before.
         draws_timesteps: Whether `timesteps` was given. If not, what draws t by itself goes on.
 
@@ -210,9 +210,8 @@ class Scheme(SchemeState):
                 default the class of the bank's row that x_1 is.
             source: The row of the bank that each x_1 stands for, (B,), negative where it is none.
                 Default: the row that x_1 equals. Give it where x_1 is resampled.
-            condition: What the model is given for each sample, (B, *), before anything is dropped
-                for classifier-free guidance; for an oracle with a kernel on it. Default that of the
-                `source`.
+            condition: For an oracle with a kernel on it: what the model is given, (B, *), before
+                anything is dropped for guidance. Default that of the `source`.
             prediction: What `y` is, default "velocity".
 
         Returns:
@@ -269,8 +268,7 @@ class Scheme(SchemeState):
     ) -> Tensor:
         """`lambda c_t (m - x_1)`: what a call with these arguments adds to the conditional target.
 
-        Returns:
-            (B, *), in the dtype of `x1`.
+        Returns (B, *), in the dtype of `x1`.
         """
         require_tensors(xt=xt, x1=x1)
         prediction = Prediction.of(prediction)
@@ -325,12 +323,12 @@ class Scheme(SchemeState):
         if not self.class_wise and not self.unconditional and has_classes(known.get("labels")):
             raise unknown_conditions("labels, and a bank without classes")
         if self.oracle.condition and self.condition_of and known.get("condition") is None:
-            known["condition"] = self.condition_of(x1.detach())
+            known["condition"] = self.condition_of(self.oracle.condition, x1.detach())
         if self.target.lam.needs_boundary:
             self.require_boundary()
         self._calls += 1
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        ask = partial(
+        ask: Callable[..., Correction] = partial(
             correct,
             self.target,
             xt=xt.detach(),

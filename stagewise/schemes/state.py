@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from stagewise.condition import Condition
 from stagewise.oracle import Oracle
 from stagewise.paths import STAGEWISE, Convention, Path
 from stagewise.schemes.checks import unknown_boundary
@@ -88,7 +89,7 @@ class SchemeState(Shared):
         self.class_wise, self.convention = class_wise, convention
         self.smoothing, self.preserve_objective = smoothing, preserve_objective
         self.labels_of: Callable[[Tensor], Tensor | None] | None = None
-        self.condition_of: Callable[[Tensor], Tensor | None] | None = None
+        self.condition_of: Callable[[Condition, Tensor], Tensor | None] | None = None
         self._smoothed = None if smoothing is None else Smoothed(smoothing, strength)
         self.boundary: float | None = None
         self.collapsed: float | None = None

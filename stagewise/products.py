@@ -13,16 +13,19 @@ Everything the dense engines do costs two products: queries x rows (the logits) 
   part of that type and both are multiplied with the rows, accumulated in float32. Rows are exact in
   their own type by definition, so the product is good to `2^-18` (bfloat16) or `2^-22` (float16) of
   the factors' norms.
-- **bfloat16** rows on a CPU with matrix units for them (AMX): the same, but such products come out
-  rounded to bfloat16. So the high part is multiplied a second time, with the first answer
-  subtracted before the rounding: answer and remainder have the digits together. This is done where
-  1e-4 is good enough; otherwise a CPU gets 16-bit rows converted to float32 (`working_dtype`).
+- **bfloat16** rows on a CPU that multiplies them (AMX, or the bf16 instructions of AVX-512): the
+  same, but such products come out rounded to bfloat16. So the high part is multiplied a second
+  time, with the first answer subtracted before the rounding: answer and remainder have the digits
+  together. This is done where 1e-4 is good enough; otherwise a CPU gets 16-bit rows converted to
+  float32 (`working_dtype`). Instructions decide, and not a measurement: a run on a busy machine has
+  the same bits.
 
 `rounding(dtype, dim)` says how wrong a product may be.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +36,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["averages", "full_precision", "rounding", "scores", "split", "working_dtype"]
+
+_log = logging.getLogger("stagewise")
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -68,7 +73,7 @@ def working_dtype(dtype: torch.dtype, device: torch.device, rough: bool = False)
     """
     if dtype in _HALF and device.type == "cuda" and _has_wide_output() and _multiplies(dtype):
         return dtype
-    if rough and dtype == torch.bfloat16 and device.type == "cpu" and _has_matrix_units():
+    if rough and dtype == torch.bfloat16 and device.type == "cpu" and _multiplies_on_cpu():
         return dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -218,7 +223,7 @@ def _split_product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right`, right of a 16-bit type, in float32."""
     high, low = split(left, right.dtype)
     count, both = len(left), torch.cat([high, low])
-    if left.device.type == "cuda" or not _has_matrix_units():
+    if left.device.type == "cuda" or not _multiplies_on_cpu():
         wide = _wide_product(both, right)
         return wide[:count] + wide[count:]
     first = both @ right
@@ -261,7 +266,11 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 @cache
-def _has_matrix_units() -> bool:
-    # torch does not declare it; without it rows are converted.
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and supported()
+def _multiplies_on_cpu() -> bool:
+    """Whether this CPU multiplies bfloat16; says it once, for it changes digits."""
+    # torch does not declare these; without them rows are converted.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    there = [name for name in names if getattr(torch.cpu, name, bool)()]
+    done = "multiplied as they are" if there else "converted to float32"
+    _log.info("bfloat16 rows are %s on this CPU where rtol is 1e-4 or more", done)
+    return bool(there)

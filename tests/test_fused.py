@@ -143,7 +143,7 @@ def test_compiles_without_spills(tmp_path, capability, dim, dtype, reads):
     size = 4 if dtype == "fp32" else 2
     block, at_once, warps = kernels.shape_of(dim, size)
     names = kernels.pull.arg_names
-    kinds = dict.fromkeys(names[:9], "*fp32") | {"rows": f"*{dtype}", "order": "*i32"}
+    kinds = dict.fromkeys(names[:10], "*fp32") | {"rows": f"*{dtype}", "order": "*i32"}
     kinds |= {"factors": "*fp64", "ends": "*i64", "best": "*i64"}
     kinds |= dict.fromkeys(("width", "held", "split"), "i32")
     fixed = {"dim": dim, "block": block, "at_once": at_once, "listed": reads == "table"}

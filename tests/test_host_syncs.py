@@ -340,7 +340,7 @@ def test_times_of_any_layout_reach_the_kernel_whole(on_cuda):
     assert queries.path.alpha.stride() == (0,)
     fused.posterior(oracle.bank, queries, 1, 12)  # where it is launched, each tensor is looked at
     with pytest.raises(AssertionError, match="prepare"):
-        fused.launch("prepare", [8], [queries.xt, queries.path.alpha], [])
+        fused.launch("prepare", [8], [queries.xt, queries.path.alpha], [], [])
 
 
 def test_an_unknown_label_on_a_device_is_told_by_the_next_call(bank, monkeypatch):

@@ -84,7 +84,9 @@ class TrainingRecord:
             gap = (self.network.velocity(y, xt, t) - u).flatten(1)
             loss = torch.linalg.vector_norm(gap, dim=1).square() / gap.shape[1]
             self._seen = t.detach(), torch.where(known, loss, torch.nan), known
-        if y.requires_grad:
+        if y.retains_grad and y.grad is not None:  # the backward pass is over
+            self._note(y.grad)
+        elif y.requires_grad:
             y.register_hook(self._note)
 
     @unserializable_hook

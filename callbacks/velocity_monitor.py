@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from typing_extensions import Unpack, override
 
@@ -17,6 +16,7 @@ from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
+from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.training_record import TrainingRecord
 from stagewise.callbacks.writer import by_time
 from stagewise.paths import same_path
@@ -167,7 +167,7 @@ class VelocityErrorMonitor(ModelMonitor):
         self._place_stages()
         record = (self.stash or {}).get("record")
         if self._record is not None and network is not None:
-            if record is not None and run.trainer.is_global_zero and not self.renewed:
+            if record is not None and run.host.rank == 0 and not self.renewed:
                 self._record.load_state_dict(record)
             x1, call = run.look.search.x1, run.look.search.call
             assert x1 is not None
@@ -276,7 +276,7 @@ class VelocityErrorMonitor(ModelMonitor):
         self.stop()
         if self.network is not None:
             self._record = TrainingRecord(
-                self.network, self.edges, self._stages, self.run.module.device, self.run.step
+                self.network, self.edges, self._stages, self.run.host.device, self.run.step
             )
 
     def _name_nonfinite(self) -> None:
@@ -311,7 +311,7 @@ class VelocityErrorMonitor(ModelMonitor):
 
     def _ask(self, probe: Probe) -> BinnedMeans:
         """What the model does at the queries of this rank."""
-        device = self.run.module.device
+        device = self.run.host.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         means = BinnedMeans(torch.cat([self.edges, self._stages]).unique(), PROBED, dtype)
         with self.asked() as velocity:

@@ -87,6 +87,7 @@ class Slots:
             that hold some or are taken from the batch as they are.
         optional: Whether the module accepts something that it was not given in this call.
         size: How many samples there were.
+        autocast: The type that autocast computes in, None without it.
     """
 
     spec: Any
@@ -98,6 +99,7 @@ class Slots:
     conditions: tuple[tuple[int, str], ...] = ()
     optional: bool = False
     size: int = 0
+    autocast: torch.dtype | None = None
 
     def read(self, leaves: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """`x`, (B, *), and time, (B,), of a call, the time in its own type."""
@@ -120,7 +122,9 @@ class Slots:
             else leaf
             for k, leaf in enumerate(leaves)
         )
-        return replace(self, leaves=kept)
+        kind = leaves[self.x].device.type
+        on = torch.is_autocast_enabled(kind)
+        return replace(self, leaves=kept, autocast=torch.get_autocast_dtype(kind) if on else None)
 
 
 @dataclass(frozen=True)

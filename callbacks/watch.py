@@ -12,8 +12,8 @@ from one call; that weights are about to change it hears from the optimizer itse
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,15 @@ class Watch(Host):
             self._begin(step)
         self.global_step, self._open, self._stepped = step, True, False
         self._run.batch_starts(batch)
+
+    @contextmanager
+    def validation(self) -> Iterator[None]:
+        """Around what the loop evaluates: in it the targets are plain."""
+        if self._begun:
+            self._run.tell("before_validation")
+        yield
+        if self._begun:
+            self._run.tell("after_validation")
 
     def close(self) -> None:
         """After the loop: the last probes, and all hooks are taken off."""

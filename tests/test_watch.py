@@ -189,6 +189,9 @@ def test_it_steers_and_lets_go(loop):
         mine.train(watch, 3)
         record = steers.scheme.last
         assert mine.loss.scheme is steers.scheme
+        with watch.validation():
+            assert mine.loss.scheme is None
+        assert mine.loss.scheme is steers.scheme
     assert mine.loss.scheme is None
     assert torch.equal(record.lam > 0, record.t < 0.6)
     plain = loop()
@@ -322,3 +325,75 @@ def test_it_needs_no_lightning(tmp_path):
     assert not done.returncode, done.stderr[-3000:]
     assert (tmp_path / "stagewise_logs" / "concentration.png").exists()
     assert "PosteriorMonitor: boundary t = " in done.stderr
+
+
+RANKS = """
+import json, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from stagewise import Watch
+from stagewise.callbacks import PosteriorMonitor, VelocityErrorMonitor
+from stagewise.losses import FlowMatchingLoss
+
+out, many = Path(sys.argv[1]), int(sys.argv[2]) > 1
+if many and not dist.is_initialized():
+    dist.init_process_group("gloo")
+rank = dist.get_rank() if many else 0
+x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+
+    def forward(self, xt, t):
+        return self.net(torch.cat([xt, t[:, None]], 1))
+
+def train(*callbacks):
+    torch.manual_seed(3)
+    model, loss, data = Net(), FlowMatchingLoss(), TensorDataset(x)
+    model = DistributedDataParallel(model) if many else model
+    loader = DataLoader(data, 8, sampler=DistributedSampler(data) if many else None)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    torch.manual_seed(7 + rank)
+    lines = []
+    log = lambda values, step: lines.append(step)
+    watch = Watch(model, loader, *callbacks, target=loss, steps=4, log=log, dirpath=out)
+    for step, batch in zip(range(4), loader):
+        if callbacks:
+            watch.step(step, batch)
+        optimizer.zero_grad()
+        loss(model, batch[0]).backward()
+        optimizer.step()
+    watch.close()
+    return model, bool(lines)
+
+options = {"strata": 4, "queries": 4, "every_n_steps": 2}
+posterior, error = PosteriorMonitor(**options), VelocityErrorMonitor(**options)
+(plain, _), (watched, logs) = train(), train(posterior, error)
+states = zip(plain.state_dict().values(), watched.state_dict().values())
+same = [torch.equal(*pair) for pair in states]
+found = repr(posterior.history), repr(error.events)
+said = {"same": all(same), "logs": logs, "found": found, "probes": len(error.history)}
+(out / f"rank{rank}.json").write_text(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(on_one_and_two_ranks):
+    one, two = on_one_and_two_ranks(RANKS)
+    files = (one / "rank0.json", two / "rank0.json", two / "rank1.json")
+    return [json.loads(file.read_text()) for file in files]
+
+
+def test_ranks_find_the_same_and_the_first_one_writes(ranks):
+    alone, zero, one = ranks
+    assert alone["same"] and zero["same"] and one["same"]  # noqa: PT018
+    assert zero["found"] == one["found"]
+    assert [zero["logs"], one["logs"]] == [True, False]
+    # What is measured of the data does not hang on the number of ranks.
+    parts = [json.loads(said["found"][0].replace("'", '"').replace("nan", "NaN")) for said in ranks]
+    assert parts[0][0]["midpoint"] == pytest.approx(parts[1][0]["midpoint"], abs=1e-6)

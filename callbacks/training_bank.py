@@ -23,6 +23,7 @@ from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_checked, find_sample
 from stagewise.callbacks.host import Host, TrainerHost
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
+from stagewise.condition import Condition
 from stagewise.drawn_rows import drawn_rows
 from stagewise.row_reader import RowReader, same_rows
 from stagewise.undisturbed import undisturbed
@@ -39,23 +40,30 @@ _READ_TWICE = 32  # samples: what changes one in ten is seen with a chance of 99
 
 
 def bank_from_trainer(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
+    trainer: pl.Trainer, pl_module: pl.LightningModule, **options: Any
+) -> LatentBank:
+    """`read_bank` for a trainer whose training loader is set up (`on_train_start` or later)."""
+    return read_bank(TrainerHost(trainer, pl_module), **options)
+
+
+def read_bank(
+    host: Host,
     *,
     find: FindSample = find_sample,
     class_wise: bool = True,
     dtype: torch.dtype | None = None,
+    condition: Condition | None = None,
 ) -> LatentBank:
-    """Reads the training set of a running trainer into a bank in host memory.
+    """Reads the training set of a running training into a bank in host memory.
 
     Under several processes every rank reads the whole set.
 
     Args:
-        trainer: A trainer whose training data loader is set up (`on_train_start` or later).
-        pl_module: Its module, whose batch-transfer hooks are applied.
+        host: The training.
         find: From a batch to `(x_1, labels or None)`.
         class_wise: Whether to keep labels, default True.
         dtype: Storage; default that of the samples.
+        condition: Whose conditions the bank holds, too, for which the set is read once more.
 
     Returns:
         The bank; that of the data module, if it has one. Its rows are those that the sampler draws
@@ -66,17 +74,6 @@ def bank_from_trainer(
             of a bank, with the cure.
         MemoryError: See `LatentBank.from_batches`.
     """
-    return read_bank(TrainerHost(trainer, pl_module), find=find, class_wise=class_wise, dtype=dtype)
-
-
-def read_bank(
-    host: Host,
-    *,
-    find: FindSample = find_sample,
-    class_wise: bool = True,
-    dtype: torch.dtype | None = None,
-) -> LatentBank:
-    """The same for any training."""
     own = _own(host, "latent_bank")
     if own is not None:
         return own
@@ -104,6 +101,14 @@ def read_bank(
                 copies=host.local_size,
                 advance=lambda done: bar.update(done - bar.n),
             )
+        if condition is not None:
+
+            def find_condition(batch: Any) -> Samples:
+                c = condition.of(batch, *find_checked(find, batch))
+                return c.reshape(len(c), -1).float(), None
+
+            given = RowReader(host.loader, find_condition, host.move)
+            bank = bank.with_conditions(torch.cat([c.cpu() for c, _ in given.read(rows)]))
     # Within a pass nothing is seeded again; between two the workers are, if not as in training.
     if not (torch.equal(once, again) and same_rows(bank, range(0, len(rows), step), once)):
         rank_zero_warn(

@@ -246,9 +246,10 @@ class StageRun(RunOracles):
         except ValueError:
             if look.batch is not None and not all(self.given(one) for one in self.measuring):
                 raise
+            found = "is shown no batch" if look.batch is None else "found no x_1 in the batch, "
+            found += "" if look.batch is None else describe(look.batch)
             rank_zero_info(
-                f"stagewise: found no x_1 in {describe(look.batch)}, so only what the training "
-                "step shows is held against the bank."
+                f"stagewise: {found}: only what the training step shows is held against the bank."
             )
             return
         assert look.x1 is not None

@@ -27,7 +27,8 @@ class Net(nn.Module):
         return self.layers(torch.cat([xt, t], 1))
 
 
-fabric = Fabric("cpu", devices=1, precision="bf16-mixed", loggers=CSVLogger("runs", "fabric"))
+log = CSVLogger("runs", "fabric", flush_logs_every_n_steps=1)
+fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed", loggers=log)
 fabric.seed_everything(0)
 x = torch.from_numpy(load_digits().data).float() / 8 - 1
 model, target = Net(), StageTarget()

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
-from stagewise.callbacks.metrics import CopyShare
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
-from stagewise.copies import Nearest, nearest_rows
+from stagewise.copies import COPY_RATIO, Nearest, binomial_interval, nearest_rows
 from stagewise.memorization_probe import METHOD, MemorizationProbe
 
-__all__ = ["MemorizationMonitor"]
+__all__ = ["MemorizationMonitor", "copy_share"]
 
 _SHOWN = 8
 """Samples in a picture."""
+
+_BINS = 30
 
 
 class MemorizationMonitor(ModelMonitor):
@@ -207,8 +210,9 @@ class MemorizationMonitor(ModelMonitor):
             near = {t: nearest_rows(bank, x) for t, x in made.items()}
             near_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
         self._shown = made, near, resumed, near_resumed
-        shares = [_over_ranks(near[t]) for t in self.t_switch]
-        shares_resumed = [_over_ranks(found) for found in near_resumed.values()]
+        add = self.run.host.reduce
+        shares = [copy_share(near[t].ratio, add) for t in self.t_switch]
+        shares_resumed = [copy_share(found.ratio, add) for found in near_resumed.values()]
         broken = sum(found["nonfinite"] for found in [*shares, *shares_resumed])
         if broken:
             self.warn(
@@ -283,8 +287,30 @@ class MemorizationMonitor(ModelMonitor):
         return drawn
 
 
-def _over_ranks(found: Nearest) -> dict[str, Any]:
-    """Copies of all ranks, as plain numbers; a collective."""
-    share = CopyShare().to(found.d1.device)
-    share.update(found.ratio.float())
-    return share.compute()
+def copy_share(ratio: Tensor, add: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The share of samples that copy a training row, as plain numbers.
+
+    Args:
+        ratio: `d_1 / d_2` of the samples of this rank, (B,), in [0, 1] or NaN.
+        add: Adds a tensor up over ranks.
+
+    Returns:
+        `share` of the finite ratios below 1/3, NaN if there are none, with `low` and `high` (95 %,
+        exact binomial); `median` of the ratios, to half a bin; `histogram`, counts in 30 equal bins
+        of [0, 1]; `nonfinite`, how many were left out.
+    """
+    place = (ratio * _BINS).floor().clamp_max(_BINS - 1)
+    bins = (place[:, None] == torch.arange(_BINS, device=ratio.device)).sum(0)
+    others = torch.stack([(ratio < COPY_RATIO).sum(), (~ratio.isfinite()).sum()])
+    *counts, copies, broken = add(torch.cat([bins, others])).tolist()
+    total = sum(counts)
+    low, high = binomial_interval(copies, total)
+    middle = next((i for i in range(_BINS) if 2 * sum(counts[: i + 1]) >= total), 0)
+    return {
+        "share": copies / total if total else math.nan,
+        "low": low,
+        "high": high,
+        "median": (middle + 0.5) / _BINS if total else math.nan,
+        "histogram": counts,
+        "nonfinite": broken,
+    }

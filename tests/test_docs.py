@@ -23,7 +23,6 @@ MODULES = [
     *("stagewise.certificate", "stagewise.engines.sharded", "stagewise.attention"),
     *("stagewise.schemes.scheme", "stagewise.schemes.phases", "stagewise.smoothing"),
     *("stagewise.losses.regularizer", "stagewise.losses.weighted"),
-    "stagewise.callbacks.metrics",
     *("stagewise.smoothed_oracle", "stagewise.forecast", "stagewise.learning_events"),
     *("stagewise.callbacks.memorization_guard", "stagewise.callbacks.watch"),
 ]

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -27,10 +29,8 @@ class Host:
     """What a run asks of its training.
 
     Attributes:
-        module: What is trained.
-        device: Where.
-        global_step: Optimizer steps so far.
-        total: Those of the whole training, None if it has no end.
+        module: What is trained, on `device`.
+        global_step: Optimizer steps so far, and `total`, those of the training, None without end.
         epoch: Passes through the training loader so far.
         accumulate: Batches in an optimizer step.
         limits: At most so many batches in an epoch, epochs, and batches in the whole training.
@@ -65,7 +65,7 @@ class Host:
 
     def folder(self, name: str) -> Path | None:
         """Where the files of a callback go that says nothing; None: nowhere. A collective."""
-        raise NotImplementedError
+        return Path(f"{name}_logs")
 
     def held_out_loader(self) -> Any:
         """The first loader of samples that are not trained on, None if there is none."""
@@ -73,11 +73,11 @@ class Host:
 
     def move(self, batch: Any) -> Any:
         """A batch of the loader, as the training step is given it."""
-        raise NotImplementedError
+        return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(self.device), batch)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The context in which training calls its network."""
-        raise NotImplementedError
+        """In which training calls its network, beside the autocast that is seen in the call."""
+        return nullcontext()
 
     def average(self) -> nn.Module | None:
         """The module with averaged weights; None if there are none yet."""
@@ -92,12 +92,12 @@ class Host:
     @property
     def world_size(self) -> int:
         """Processes that train."""
-        return dist.get_world_size() if dist.is_initialized() else 1
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
     @property
     def rank(self) -> int:
         """The number of this one."""
-        return dist.get_rank() if dist.is_initialized() else 0
+        return dist.get_rank() if self.world_size > 1 else 0
 
     @property
     def local_rank(self) -> int:
@@ -157,12 +157,7 @@ class Host:
 
 
 class TrainerHost(Host):
-    """A trainer of Lightning, once its training data loader is set up (`on_train_start`).
-
-    Args:
-        trainer: The trainer.
-        module: Its module.
-    """
+    """A trainer of Lightning, once its training loader is set up (`on_train_start`)."""
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.trainer: Any = trainer
@@ -182,41 +177,41 @@ class TrainerHost(Host):
         self.log_every = getattr(trainer, "log_every_n_steps", 0)
 
     @property
+    @override
     def global_step(self) -> int:  # type: ignore[override]
-        """Optimizer steps so far, of all optimizers."""
         return self.trainer.global_step
 
     @property
+    @override
     def epoch(self) -> int:  # type: ignore[override]
-        """The present epoch."""
         return self.trainer.current_epoch
 
     @property
+    @override
     def loader(self) -> Any:  # type: ignore[override]
-        """The training loader of this epoch."""
         return self.trainer.train_dataloader
 
     @property
+    @override
     def limits(self) -> tuple[float, float, float]:  # type: ignore[override]
-        """Those of the trainer; `fast_dev_run` is no training and cuts nothing."""
         trainer = self.trainer
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # which is no training, and cuts nothing
             return math.inf, math.inf, math.inf
         epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
         counted = trainer.max_steps != -1 and self.automatic
         batches = trainer.max_steps * trainer.accumulate_grad_batches if counted else math.inf
         return trainer.num_training_batches, epochs, batches
 
+    @override
     def folder(self, name: str) -> Path | None:
-        """Beside the logs of the trainer; in a `fast_dev_run` nowhere."""
         trainer = self.trainer
         log_dir = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: on every rank
         if trainer.fast_dev_run:
             return None
         return log_dir / (name if trainer.loggers else f"{name}_logs")
 
+    @override
     def held_out_loader(self) -> Any:
-        """The first validation loader."""
         trainer = self.trainer
         if trainer.val_dataloaders is None and trainer.enable_validation:
             # Where the first epoch has no validation Lightning sets it up later, in the same way.
@@ -226,31 +221,32 @@ class TrainerHost(Host):
         loader = trainer.val_dataloaders
         return loader[0] if isinstance(loader, (list, tuple)) and loader else loader
 
+    @override
     def move(self, batch: Any) -> Any:
-        """In the three steps of Lightning's own loop."""
+        # The three steps of Lightning's own loop.
         batch = self.trainer.precision_plugin.convert_input(batch)
         batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
         return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
+    @override
     def precision(self) -> AbstractContextManager[Any]:
-        """That of the trainer's `precision`."""
         return self.trainer.precision_plugin.forward_context()
 
+    @override
     def average(self) -> nn.Module | None:
-        """Of the callback for weight averaging, once it has begun."""
         averaged = None if self._average is None else self._average._average_model
         return averaged.module if averaged is not None and bool(averaged.n_averaged) else None
 
+    @override
     def save(self, file: Path) -> None:
-        """A checkpoint of the trainer."""
         self.trainer.save_checkpoint(file, weights_only=False)
 
     @property
+    @override
     def local_rank(self) -> int:
-        """That of the trainer."""
         return self.trainer.local_rank
 
     @property
+    @override
     def local_size(self) -> int:
-        """Devices on this machine."""
         return self.trainer.num_devices

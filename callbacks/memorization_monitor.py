@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import Unpack, override
@@ -15,15 +13,13 @@ from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
-from stagewise.copies import COPY_RATIO, Nearest, binomial_interval, nearest_rows
+from stagewise.copies import Nearest, copy_share, nearest_rows
 from stagewise.memorization_probe import METHOD, MemorizationProbe
 
-__all__ = ["MemorizationMonitor", "copy_share"]
+__all__ = ["MemorizationMonitor"]
 
 _SHOWN = 8
 """Samples in a picture."""
-
-_BINS = 30
 
 
 class MemorizationMonitor(ModelMonitor):
@@ -285,32 +281,3 @@ class MemorizationMonitor(ModelMonitor):
             title = f"Held-out rows resumed at step {step}"
             drawn["resumed"] = pictures.grid_figure(columns, title)
         return drawn
-
-
-def copy_share(ratio: Tensor, add: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The share of samples that copy a training row, as plain numbers.
-
-    Args:
-        ratio: `d_1 / d_2` of the samples of this rank, (B,), in [0, 1] or NaN.
-        add: Adds a tensor up over ranks.
-
-    Returns:
-        `share` of the finite ratios below 1/3, NaN if there are none, with `low` and `high` (95 %,
-        exact binomial); `median` of the ratios, to half a bin; `histogram`, counts in 30 equal bins
-        of [0, 1]; `nonfinite`, how many were left out.
-    """
-    place = (ratio * _BINS).floor().clamp_max(_BINS - 1)
-    bins = (place[:, None] == torch.arange(_BINS, device=ratio.device)).sum(0)
-    others = torch.stack([(ratio < COPY_RATIO).sum(), (~ratio.isfinite()).sum()])
-    *counts, copies, broken = add(torch.cat([bins, others])).tolist()
-    total = sum(counts)
-    low, high = binomial_interval(copies, total)
-    middle = next((i for i in range(_BINS) if 2 * sum(counts[: i + 1]) >= total), 0)
-    return {
-        "share": copies / total if total else math.nan,
-        "low": low,
-        "high": high,
-        "median": (middle + 0.5) / _BINS if total else math.nan,
-        "histogram": counts,
-        "nonfinite": broken,
-    }

@@ -7,7 +7,6 @@ import math
 import warnings
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from stagewise.callbacks.host import Host
@@ -21,19 +20,15 @@ if not _LOG.hasHandlers():  # as long as nobody says where the lines of the log 
     _LOG.addHandler(logging.StreamHandler())
 
 
-def _first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def rank_zero_info(message: str) -> None:
     """A line of the log "stagewise", of the first rank."""
-    if _first():
+    if Host().rank == 0:
         _LOG.info(message)
 
 
 def rank_zero_warn(message: str) -> None:
     """A warning of the first rank."""
-    if _first():
+    if Host().rank == 0:
         warnings.warn(message, stacklevel=3)
 
 

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook as after_steps
 from torch.optim.optimizer import register_optimizer_step_pre_hook as before_steps
-from torch.utils import _pytree as pytree
 from typing_extensions import Self, Unpack, override
 
 from stagewise.bank import LatentBank
@@ -110,6 +109,11 @@ class Watch(Host):
         self.members = [*callbacks, self._run]
         for callback in callbacks:
             getattr(callback, "setup", lambda *_: None)(None, None, "fit")
+        if len({member.state_key for member in self.members}) < len(self.members):
+            raise ValueError(
+                "Expected a name for each of several callbacks of one kind, which share files and "
+                'state: PosteriorMonitor(name="other").'
+            )
         self.speakers = callbacks
         self._begun = self._open = self._stepped = False
         hooks = weakref.WeakMethod(self._before_step), weakref.WeakMethod(self._after_step)
@@ -203,11 +207,10 @@ class Watch(Host):
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step of any optimizer; only those of the model count."""
-        weights = {id(weight) for weight in self.module.parameters()}
-        groups = optimizer.param_groups
-        if not any(id(one) in weights for group in groups for one in group["params"]):
-            return
         if all(optimizer is not known for known in self.optimizers):
+            weights, groups = {id(one) for one in self.module.parameters()}, optimizer.param_groups
+            if not any(id(one) in weights for group in groups for one in group["params"]):
+                return
             self.optimizers = [*self.optimizers, optimizer]
         if self._open and not self._stepped:
             look = self._run.look
@@ -225,20 +228,8 @@ class Watch(Host):
     # -- what a run asks --------------------------------------------------------------------------
 
     @override
-    def folder(self, name: str) -> Path:
-        return Path(f"{name}_logs")
-
-    @override
     def held_out_loader(self) -> Any:
         return getattr(self._held_out, "_dataloader", self._held_out)
-
-    @override
-    def move(self, batch: Any) -> Any:
-        return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(self.device), batch)
-
-    @override
-    def precision(self) -> AbstractContextManager[Any]:
-        return nullcontext()  # a network is asked as it was called
 
     @override
     def save(self, file: Path) -> None:

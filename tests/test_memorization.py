@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from stagewise import LatentBank, Oracle
 from stagewise.callbacks import writer
 from stagewise.callbacks.figures import Column, grid_figure
-from stagewise.callbacks.memorization_monitor import MemorizationMonitor, copy_share
-from stagewise.copies import binomial_interval
+from stagewise.callbacks.memorization_monitor import MemorizationMonitor
+from stagewise.copies import binomial_interval, copy_share
 from stagewise.losses import FlowMatchingLoss
 
 pytestmark = pytest.mark.usefixtures("quick_figures")

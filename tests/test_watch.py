@@ -119,12 +119,16 @@ def test_weights_are_those_of_a_loop_that_is_not_watched(loop):
     plain, watched = loop(seeded=False), loop(seeded=False)
     torch.manual_seed(5)
     plain.train(None, 10)
-    guard = MemorizationGuard(samples=4, queries=4, steps=2)
+    guard = MemorizationGuard(samples=4, queries=4, steps=2, held_out=watched.x[:8] + 0.1)
     torch.manual_seed(5)
     with watched.watch(*watchers(), guard, Forecast(every_n_steps=4), steps=10) as watch:
         watched.train(watch, 10)
     assert torch.equal(watched.weights(), plain.weights())
     assert len(guard.history) >= 2
+    kept = torch.load(guard.best["file"], weights_only=True)
+    assert kept["step"] == guard.best["step"]
+    assert kept["model"].keys() == watched.model.state_dict().keys()
+    assert any("MemorizationGuard" in key for key in kept["watch"])
 
 
 def test_a_stopped_loop_goes_on_with_the_same_history(loop, tmp_path):
@@ -275,6 +279,11 @@ def unknown(mine):
     [
         (lambda m: Watch("net", m.loader()), TypeError, "an nn.Module, got str"),
         (lambda m: Watch(m.model, m.loader(), print), TypeError, "callbacks of stagewise, got"),
+        (
+            lambda m: m.watch(PosteriorMonitor(), PosteriorMonitor()),
+            ValueError,
+            "a name for each of several",
+        ),
         (lambda m: m.watch(log=3), TypeError, r"function of \(dict, step\), .* got 3"),
         (
             lambda m: m.watch(PosteriorMonitor(), data=DataLoader(Endless(), 8)).step(0, m.x[:8]),
@@ -316,6 +325,9 @@ with stagewise.Watch(net, stagewise.LatentBank(x), PosteriorMonitor(), error, st
         (net(xt, t) - (x[:32] - x0)).square().mean().backward()
         optimizer.step()
 assert [entry["step"] for entry in error.history] == [1, 2, 3]
+from pathlib import Path
+from stagewise.recipes.report import report
+print(report(Path()))
 """
 
 
@@ -325,6 +337,7 @@ def test_it_needs_no_lightning(tmp_path):
     assert not done.returncode, done.stderr[-3000:]
     assert (tmp_path / "stagewise_logs" / "concentration.png").exists()
     assert "PosteriorMonitor: boundary t = " in done.stderr
+    assert "error by t" in (tmp_path / done.stdout.strip()).read_text(encoding="utf-8").lower()
 
 
 RANKS = """

@@ -142,7 +142,7 @@ class Watch(Host):
         else:
             self._begin(step)
         self.global_step, self._open, self._stepped = step, True, False
-        self._run.batch_starts(batch)
+        self._run.batch_starts(self.move(batch))
 
     @contextmanager
     def validation(self) -> Iterator[None]:
@@ -204,6 +204,14 @@ class Watch(Host):
         self._open = False
         self.global_step = self.global_step + 1 if step is None else step
         self._run.batch_ends()
+        if self.global_step > self._run.began and not self._run.settled:
+            self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        raise ValueError(
+            f"Expected the loop to train {type(self._model).__name__}, which was never called with "
+            "gradients. Give the network that is called: Watch(model, loader, PosteriorMonitor())."
+        )
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step of any optimizer; only those of the model count."""
@@ -215,11 +223,7 @@ class Watch(Host):
         if self._open and not self._stepped:
             look = self._run.look
             if not self._run.settled and look.search.empty and not look.happened:
-                raise ValueError(
-                    f"Expected the loop to call {type(self._model).__name__}, which its optimizer "
-                    "trains and which was never called with gradients. Give the network that is "
-                    "called: Watch(model, loader, PosteriorMonitor())."
-                )
+                self._refuse_idle()
             self._run.weights_may_change()
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -257,6 +257,12 @@ def elsewhere(mine):
     optimizer.step()
 
 
+def idle(mine):
+    watch = Watch(nn.Linear(6, 6), mine.loader(), PosteriorMonitor(**SMALL))
+    watch.step(0, mine.x[:8])
+    watch.step(1, mine.x[8:16])
+
+
 def late(mine):
     watch = mine.watch(PosteriorMonitor(**SMALL))
     mine.train(None, 1)
@@ -291,6 +297,7 @@ def unknown(mine):
             "no length, .* Give the bank yourself",
         ),
         (elsewhere, ValueError, "never called"),
+        (idle, ValueError, "never called"),
         (late, ValueError, "at the top of the loop"),
         (back, ValueError, "`step` of at least 2"),
         (unknown, ValueError, r"Say how to ask .*velocity=lambda module, xt, t, labels: module.m"),

@@ -58,7 +58,7 @@ def test_code_of_the_readme(tmp_path, monkeypatch):
         "labels": torch.arange(160) % 4,
         "model": Model(),
     }
-    names["loader"] = torch.utils.data.DataLoader(names["latents"], 32)
+    names["loader"] = torch.utils.data.DataLoader(names["latents"], 160)  # one batch
     for block in blocks:
         exec(block, names)
     expected = names["oracle"].velocity(names["xt"], names["t"], names["y"])

@@ -16,7 +16,8 @@ Distances are exact (`nearest_rows`), in float64.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import beta
@@ -26,13 +27,16 @@ from stagewise.bank import LatentBank
 from stagewise.nearest_rows import Search
 from stagewise.products import full_precision
 
-__all__ = ["COPY_RATIO", "Nearest", "binomial_interval", "nearest_rows"]
+__all__ = ["COPY_RATIO", "Nearest", "binomial_interval", "copy_share", "nearest_rows"]
 
 COPY_RATIO = 1 / 3
 """A sample is a copy below this `d_1 / d_2`; arXiv 2505.17638."""
 
 _QUERIES = 256
 """Samples compared at a time."""
+
+_BINS = 30
+"""Of the histogram of ratios."""
 
 
 class Nearest(NamedTuple):
@@ -126,3 +130,32 @@ def binomial_interval(hits: int, count: int, level: float = 0.95) -> tuple[float
     low = beta.ppf(tail, hits, count - hits + 1) if hits else 0.0
     high = beta.ppf(1 - tail, hits + 1, count - hits) if hits < count else 1.0
     return float(low), float(high)
+
+
+def copy_share(ratio: Tensor, add: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The share of samples that copy a training row, as plain numbers.
+
+    Args:
+        ratio: `d_1 / d_2` of the samples of this rank, (B,), in [0, 1] or NaN.
+        add: Adds a tensor up over ranks.
+
+    Returns:
+        `share` of the finite ratios below 1/3, NaN if there are none, with `low` and `high` (95 %,
+        exact binomial); `median` of the ratios, to half a bin; `histogram`, counts in 30 equal bins
+        of [0, 1]; `nonfinite`, how many were left out.
+    """
+    place = (ratio * _BINS).floor().clamp_max(_BINS - 1)
+    bins = (place[:, None] == torch.arange(_BINS, device=ratio.device)).sum(0)
+    others = torch.stack([(ratio < COPY_RATIO).sum(), (~ratio.isfinite()).sum()])
+    *counts, copies, broken = add(torch.cat([bins, others])).tolist()
+    total = sum(counts)
+    low, high = binomial_interval(copies, total)
+    middle = next((i for i in range(_BINS) if 2 * sum(counts[: i + 1]) >= total), 0)
+    return {
+        "share": copies / total if total else math.nan,
+        "low": low,
+        "high": high,
+        "median": (middle + 0.5) / _BINS if total else math.nan,
+        "histogram": counts,
+        "nonfinite": broken,
+    }

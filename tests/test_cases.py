@@ -152,7 +152,10 @@ def run(make_trainer, weights):
 
 def argument(message):
     """The first argument that a message tells the user to give, as it is written there."""
-    found = [(message.find(k), k) for k in ("find=lambda", "class_wise=False", "bank=LatentBank(")]
+    found = [
+        (message.find(k), k)
+        for k in ("find=lambda", "encode=", "class_wise=False", "bank=LatentBank(")
+    ]
     at = min(place for place, _ in found if place >= 0)
     depth = 0
     for end in range(at, len(message) + 1):
@@ -266,25 +269,30 @@ WAVES = torch.randn(96, 1, 64, generator=torch.Generator().manual_seed(2))
 
 
 @ALL
-@pytest.mark.parametrize("word", ["find", "bank"])
-def test_waveforms_that_the_module_encodes(kind, word, run):
-    """The batch holds audio, and training is on its latents: said, with both ways out."""
+@pytest.mark.parametrize("word", ["encode", "bank"])
+def test_waveforms_that_the_module_encodes(kind, word, run, caplog):
+    """The batch holds audio, and training is on its latents: read so, or said, with ways out."""
 
     def data():
         return DataLoader(Rows(audio=WAVES, label=Y), 16, shuffle=True)
 
+    line = "encode=lambda x, module: module.encoder(x)"
     came = run(Audio(), KINDS[kind](), data())
     message = " ".join([*came.said, str(came.error or "")])
-    assert "encodes x_1" in message
-    assert "module.encoder" in message
-    if kind in ("errors", "copies", "mixing", "transitions"):
-        assert came.error is not None
-        assert came.unchanged
-    if word == "find":
-        (line,) = cured(run, Audio, kind, data, {})
-        assert "module.encoder(batch['audio'])" in line
+    assert came.unchanged == (came.error is not None) == (kind == "mixing")
+    if kind in WATCHING:  # the bank is read again, through the encoder
+        assert came.said == []
+        assert "training encodes x_1, batch['audio']" in caplog.text
+        assert f"StageRun({line})" in caplog.text
+    else:
+        assert f"training encodes x_1. Say so: {line}, or give what is trained on:" in message
+        assert "bank=LatentBank(latents, labels)" in message
+    if word == "encode":
+        assert cured(run, Audio, kind, data, {}) == ([] if kind in WATCHING else [line])
+        given = [eval(f"StageRun({line})"), *KINDS[kind]()]
+        came = run(Audio(), given, data())
+        assert (came.error, came.said) == (None, [])
         return
-    assert "bank=LatentBank(latents, labels)" in message
     with torch.no_grad():
         latents = Audio().encoder(WAVES)
     given = [StageRun(bank=LatentBank(latents, Y)), *KINDS[kind]()]
@@ -613,14 +621,22 @@ def test_values_in_another_order(kind, order, run):
         module.order = order
         return module
 
+    flat, watches = order == "flat", kind in WATCHING
     came = run(make(), KINDS[kind](), loader(PICTURES, Y))
     message = " ".join([*came.said, str(came.error or "")])
-    assert "in another order" in message
-    assert (came.error is None) == (kind in ("posterior", "times"))
+    assert (came.error is None) == (kind in ("posterior", "times") or (flat and watches))
+    assert (
+        came.said == [] if flat and watches else ("reshapes" if flat else "in another") in message
+    )
     latents = ORDERS[order](PICTURES)
     names = {"latents": latents, "labels": Y}
     given = cured(run, make, kind, lambda: loader(PICTURES, Y), names)
-    assert given[0].startswith("bank=" if order == "rolled" else "find=lambda batch: (batch[0].")
+    if flat:
+        assert given == ([] if watches else ["encode=lambda x, module: x.reshape(-1, 48)"])
+    else:
+        assert given[0].startswith(
+            "bank=" if order == "rolled" else "find=lambda batch: (batch[0]."
+        )
 
 
 def test_flips_are_no_other_order(run):
@@ -1043,11 +1059,11 @@ class Standardises(Plain):
 
 
 IN_PLACE = {
-    ScalesInPlace: "0.25 * batch[0]",
-    ScalesDetached: "0.25 * batch[0]",
-    ReplacesItem: "3 * batch['x']",
-    Encodes: "module.vae(batch['x'])",
-    Standardises: "bank=LatentBank(latents, labels)",
+    ScalesInPlace: "x * 0.25",
+    ScalesDetached: "x * 0.25",
+    ReplacesItem: "x * 3.0",
+    Encodes: "module.vae(x)",
+    Standardises: "(x - 2.0) / 0.2",
 }
 
 
@@ -1057,21 +1073,19 @@ def named():
 
 @EACH
 @pytest.mark.parametrize("make", IN_PLACE)
-def test_a_step_that_changes_its_batch_in_place(kind, make, run):
+def test_a_step_that_changes_its_batch_in_place(kind, make, run, caplog):
     """The batch of after the step is not what the bank was read from."""
     data = named if issubclass(make, ReplacesItem) else loader
     came = run(make(), KINDS[kind](), data())
     message = " ".join([*came.said, str(came.error or "")])
-    assert IN_PLACE[make] in message
-    assert (came.error is None) == (kind in ("posterior", "times"))
-    assert came.unchanged == (came.error is not None)
+    line = f"encode=lambda x, module: {IN_PLACE[make]}"
+    assert line in (caplog.text if kind in WATCHING else message)
+    assert came.unchanged == (came.error is not None) == (kind == "mixing")
+    assert cured(run, make, kind, data, {}) == ([] if kind in WATCHING else [line])
     if make is Standardises:
         given = [StageRun(bank=LatentBank((X - 2) / 0.2, Y)), *KINDS[kind]()]
         came = run(make(), given, data())
         assert (came.error, came.said) == (None, [])
-    else:
-        (line,) = cured(run, make, kind, data, {})
-        assert IN_PLACE[make] in line
 
 
 def test_batches_that_are_changed_in_place_are_measured_as_trained_on(run):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -39,7 +40,7 @@ def test_examples_of_docstrings(name):
 
 def test_code_of_the_readme():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = {
         **vars(stagewise),
         "L": L,
@@ -47,7 +48,9 @@ def test_code_of_the_readme():
         "latents": torch.randn(160, 4, 4, 4),
         "labels": torch.arange(160) % 4,
         "model": lambda xt, t, y: torch.zeros_like(xt),
+        "self": SimpleNamespace(net=lambda xt, t, y: torch.zeros_like(xt)),
     }
+    names |= dict.fromkeys(("x1", "x0", "xt"), torch.zeros(4, 2)) | {"t": torch.rand(4), "y": None}
     for block in blocks:
         exec(block, names)
     expected = names["oracle"].velocity(names["xt"], names["t"], names["y"])

@@ -39,9 +39,9 @@ class StageScheme(StageCallback):
     What makes the targets is found by its interface (`stagewise.adapters`): a `FlowMatchingLoss`, a
     `StageTarget` in a step that writes its target out, a torchcfm matcher, a flow_matching path, a
     SiT or LightningDiT transport, an EDM loss. A module that has the very scheme as an attribute,
-    and asks it in its training step, is left as it is.
-    A matcher or path never sees the loss: for weights the module needs a `StageWeightedLoss` of the
-    same scheme. Validation sees the plain targets, so its loss stays comparable.
+    and asks it in its training step, is left as it is. A matcher or path never sees the loss: for
+    weights the module needs a `StageWeightedLoss` of the same scheme. Validation sees the plain
+    targets, so its loss stays comparable.
 
     In the first step the samples that the scheme is given are held against the bank: another scale
     is refused, and samples that are no rows of it are warned of, with their share. A target that
@@ -122,7 +122,8 @@ class StageScheme(StageCallback):
         found = [part.oracle for part in given]
         oracles = [o for o in found if o is not None and o.engine.holds_all_rows]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
-            self.said = {"bank": oracles[0].bank, "path": oracles[0].path} | self.said
+            known = {key: getattr(oracles[0], key) for key in ("bank", "path", "condition")}
+            self.said = {key: value for key, value in known.items() if value} | self.said
         for part in given if not oracles else ():
             if part.smoothing is not None:
                 self.said = {"bank": part.smoothing.bank} | self.said
@@ -181,6 +182,8 @@ class StageScheme(StageCallback):
         about, path = self._where(), self.scheme.path
         if self.seam is not None:  # its path a scheme without an oracle need not know
             about, path = self.seam.describe(), self.seam.path
+        kernels = {p.oracle.condition for p in parts(self.scheme) if p.target and p.oracle} - {None}
+        about += "".join(f", over rows weighed by {kernel!r}" for kernel in kernels)
         self.say(f"steers {about}; {self.writer.describe()}")
         header = {"event": "scheme", "seam": about, "path": repr(path)}
         self.writer.start([header, *self.transitions], resumed=resumed)
@@ -272,20 +275,18 @@ class StageScheme(StageCallback):
             self._attach()
 
     @override
-    def end(self) -> None:
-        self._restore()
-
-    @override
     def stop(self) -> None:
         self._restore()
         self.seam = None
         for part in [] if self.scheme is None else parts(self.scheme):
-            part.labels_of = None
+            part.labels_of = part.condition_of = None
 
     def _restore(self) -> None:
         if self._detach is not None:
             self._detach()
         self._detach = None
+
+    end = _restore
 
     def _where(self) -> str:
         return "the scheme that the module holds" if self.seam is None else self.seam.name
@@ -293,7 +294,8 @@ class StageScheme(StageCallback):
     def _attach(self) -> None:
         self._paused, look = False, self.run.look
         for part in parts(self.scheme):  # `settle` checks rows, on all ranks together
-            part.rows_checked, part.labels_of = True, look.labels_for
+            part.rows_checked = True
+            part.labels_of, part.condition_of = look.labels_for, look.condition_for
         look.schemes = [*(one for one in look.schemes if one is not self.scheme), self.scheme]
         if self.seam is not None:
             self._detach = self.seam.attach(self.scheme, weighed=self._weighed)
@@ -314,8 +316,7 @@ class StageScheme(StageCallback):
         """Refuses a second callback that steers the same; this one is told after those before."""
         before = self.run.members[: self.run.members.index(self)]
         for other in (member for member in before if isinstance(member, StageScheme)):
-            mine, theirs = self.seam, other.seam
-            same = mine and theirs and mine.place.object is theirs.place.object
+            same = self.seam and other.seam and self.seam.place.object is other.seam.place.object
             if same or (self._given is not None and other._given is self._given):
                 raise ValueError(
                     f"Two StageScheme callbacks, {other.name!r} and {self.name!r}, steer the same: "
@@ -342,8 +343,8 @@ class StageScheme(StageCallback):
                     "Expected something to steer with, got nothing. Say what: "
                     "StageScheme(timesteps=..., target=..., weight=...), or a Scheme or Phases."
                 )
-            if own is not self.scheme:  # that of another module than in the fit before
-                self._begin = None
+            # That of another module than in the fit before begins anew.
+            self._begin = self._begin if own is self.scheme else None
             return own
         wise = self.run.option(self, "class_wise", "auto")
         given = {"seed": self.seed, "class_wise": wise, **self._parts}

@@ -8,6 +8,7 @@ from stagewise.attention import GaussianAttention
 from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
 from stagewise.certificate import Certificate
+from stagewise.condition import Condition, ConditionedOracle
 from stagewise.forecast import (
     SmoothingForecast,
     TargetForecast,
@@ -74,6 +75,8 @@ __all__ = [
     "Beta",
     "Certificate",
     "Concentration",
+    "Condition",
+    "ConditionedOracle",
     "Convention",
     "CosinePath",
     "EDMLogNormal",

@@ -98,6 +98,7 @@ class StageTarget(nn.Module):
         x1: Tensor,
         labels: Labels | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The target to train on, and the weight of each sample's loss.
 
@@ -108,6 +109,8 @@ class StageTarget(nn.Module):
             x1: What `xt` was made from, (B, *).
             labels: Class of each sample, (B,); default those of the batch.
             source: Row of the bank that each sample stands for, (B,); see `Scheme`.
+            condition: What the network is given, (B, *), for an oracle with a kernel on it; default
+                that of the batch.
 
         Returns:
             The target, (B, *), and the weights, (B,), 1 unless a scheme weighs.
@@ -154,9 +157,9 @@ class StageTarget(nn.Module):
                 "made: x1 = self.target.smooth(x1, t=t)."
             )
         sign = self.convention.sign if self.prediction.kind == "velocity" else 1
-        kind = self.prediction
+        known = {"source": source, "condition": condition}
         target, weight = self.scheme(
-            sign * y, xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=kind
+            sign * y, xt=xt, t=t, x1=x1, labels=labels, prediction=self.prediction, **known
         )
         return sign * target, weight
 

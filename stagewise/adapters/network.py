@@ -62,6 +62,16 @@ class Network:
         """The same network in a copy of the module that was searched."""
         return Network(root.get_submodule(self.name), self.name, self.seam, self._slots)
 
+    def is_given(self, condition: Tensor) -> bool:
+        """Whether it was given that of the first batch, (B, *); some may have been dropped."""
+        for k, _ in self._slots.conditions:
+            leaf = self._slots.leaves[k]
+            if isinstance(leaf, Tensor) and leaf.numel() == condition.numel():
+                alike = leaf.reshape(condition.shape).to(condition) == condition
+                if 2 * int(alike.flatten(1).all(1).sum()) >= len(condition):
+                    return True
+        return False
+
     def __call__(self, xt: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The velocity at noisy samples, in the library's convention; with a graph if grad is on.
 

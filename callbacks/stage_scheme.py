@@ -46,8 +46,7 @@ class StageScheme(StageCallback):
     In the first step the samples that the scheme is given are held against the bank: another scale
     is refused, and samples that are no rows of it are warned of, with their share. A target that
     mixes the oracle in is refused for a network that is given more than x_t, t and class labels,
-    unless class_wise=False says that it ignores that. The boundary of the stages, if it is not
-    given, is that of the run, which is measured once, before the first step.
+    unless class_wise=False says that it ignores that. A boundary that is not given is measured.
 
     **Logged to every logger** at the trainer's `log_every_n_steps` (`stagewise_scheme` is `name`),
     as means over the samples of all ranks since the time before: `stagewise_scheme/lambda`, the
@@ -151,8 +150,8 @@ class StageScheme(StageCallback):
     def state_dict(self) -> dict[str, Any]:
         """The scheme's state and the transitions so far; never the bank."""
         scheme = None if self.scheme is None else self.scheme.state_dict()
-        own = {"scheme": scheme, "transitions": self.transitions}
-        own["share"] = None if self._losses is None else self._losses.share
+        share = None if self._losses is None else self._losses.share
+        own = {"scheme": scheme, "transitions": self.transitions, "share": share}
         return {**super().state_dict(), **own}
 
     def setup(self, *_: Any, **__: Any) -> None:

@@ -192,10 +192,10 @@ def _forms(output: Any, depth: int = 3) -> Iterator[tuple[tuple[Step, ...], Tens
             for steps, mean, std in _forms(part, depth - 1) if not callable(part) else ():
                 if std is None or name != "mean":
                     yield (("get", name), *steps), mean, std
-        mean, std = getattr(output, "mean", None), getattr(output, "std", None)
-        std = getattr(output, "stddev", None) if not isinstance(std, Tensor) else std
-        if isinstance(mean, Tensor) and isinstance(std, Tensor) and hasattr(output, "sample"):
-            yield (("sample",),), mean, std
+        centre, width = getattr(output, "mean", None), getattr(output, "std", None)
+        width = width if isinstance(width, Tensor) else getattr(output, "stddev", None)
+        if isinstance(centre, Tensor) and isinstance(width, Tensor) and hasattr(output, "sample"):
+            yield (("sample",),), centre, width
 
 
 def _arithmetic(x: Tensor, kind: str, number: float) -> Tensor:
@@ -267,7 +267,7 @@ def _drawn(mean: Tensor, std: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
     if abs(shift) < 4 * (abs(factor) / math.sqrt(total) + abs(mean_a) * error):
         factor, shift = float((weight * a * b).sum() / (weight * a * a).sum()), 0.0
     # In as few digits as the draws allow.
-    told = (d for d in range(1, 8) if abs(factor - float(f"{factor:.{d}g}")) <= error)
+    told = (d for d in range(1, 8) if abs(factor - float(f"{factor:.{d}g}")) <= 3 * error)
     steps = _way(0, factor, shift, next(told, 8))
     made = a
     for kind, number in steps:

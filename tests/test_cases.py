@@ -157,8 +157,8 @@ def argument(message):
         for k in ("find=lambda", "encode=", "class_wise=False", "bank=LatentBank(")
     ]
     at = min(place for place, _ in found if place >= 0)
-    depth = 0
-    for end in range(at, len(message) + 1):
+    depth, begin = 0, message.find(": ", at) if message[at] == "e" else at
+    for end in range(begin, len(message) + 1):
         depth += (message[end : end + 1] == "(") - (message[end : end + 1] == ")")
         over = message[end : end + 2] in (". ", "; ", ", ", ".", ";", "")
         if depth < 0 or (depth == 0 and over):
@@ -1059,8 +1059,8 @@ class Standardises(Plain):
 
 
 IN_PLACE = {
-    ScalesInPlace: "x * 0.25",
-    ScalesDetached: "x * 0.25",
+    ScalesInPlace: "x / 4.0",
+    ScalesDetached: "x / 4.0",
     ReplacesItem: "x * 3.0",
     Encodes: "module.vae(x)",
     Standardises: "(x - 2.0) / 0.2",

@@ -1,5 +1,7 @@
 """What a training step does with x_1 before it trains on it: found, written down, repeated."""
 
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -96,6 +98,7 @@ def test_what_was_done_is_found_written_and_done_again(text):
         torch.manual_seed(1)
         again = way(X, root)
         assert torch.equal(again, x1) if not draws else torch.allclose(again, x1, atol=1e-5)
+    assert draws or origin_of(x1[:16], X, calls) == found  # the first part of a batch
     assert origin_of(x1.roll(1, 0), X, calls) is None
     assert origin_of(torch.randn_like(x1), X, calls) is None
 
@@ -173,3 +176,58 @@ def test_a_resumed_run_reads_through_the_same_encoder_at_once(fit, tmp_path, rec
     fit(module, again, steps=4, ckpt_path=tmp_path / "half.ckpt")
     assert [entry["step"] for entry in again.history] == [0, 1, 2, 3]
     assert not any("stagewise" in str(w.message) or "bank" in str(w.message) for w in recwarn)
+
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from stagewise import StageTarget
+from stagewise.callbacks import PosteriorMonitor
+
+out, devices = Path(sys.argv[1]), int(sys.argv[2])
+x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Encodes(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.vae, self.net = torch.nn.Linear(6, 4).requires_grad_(False), torch.nn.Linear(5, 4)
+        self.target = StageTarget()
+
+    def training_step(self, batch, batch_idx):
+        x1 = 0.18215 * self.vae(batch[0])
+        t, x0 = torch.rand(len(x1), 1), torch.randn_like(x1)
+        xt = t * x1 + (1 - t) * x0
+        u, w = self.target(x1 - x0, xt=xt, t=t, x1=x1)
+        return (w * (self.net(torch.cat([xt, t], 1)) - u).square().mean(1)).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), 1e-2)
+
+
+monitor = PosteriorMonitor(strata=4, queries=8)
+trainer = pl.Trainer(
+    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=2,
+    callbacks=[monitor], logger=False, default_root_dir=out, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False,
+)
+trainer.fit(Encodes(), DataLoader(TensorDataset(x), 8, shuffle=True))
+found = {"bank": monitor.kept["bank"], "midpoint": monitor.history[0]["midpoint"]}
+(out / f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_on_two_ranks_the_same_bank_is_read(on_one_and_two_ranks):
+    one, two = on_one_and_two_ranks(SCRIPT)
+    found = [json.loads((one / "rank0.json").read_text())]
+    found += [json.loads((two / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert len({each["bank"] for each in found}) == 1
+    assert found[1] == found[2]
+    assert found[0]["midpoint"] == pytest.approx(found[1]["midpoint"])

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stagewise
 import stagewise.callbacks
 import stagewise.losses
+from stagewise.adapters import one_seam
 from stagewise.callbacks import (
     MemorizationMonitor,
     PosteriorMonitor,
@@ -247,12 +248,20 @@ def test_a_class_wise_posterior_is_a_few_launches(on_cuda):
 
 
 @pytest.mark.parametrize("lam", [1.0, "boundary", stagewise.Concentration()])
-def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, lam):
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, lam, by_hand):
     oracle, batch, labels = on_cuda
     scheme = stagewise.Scheme(oracle, target=stagewise.Mix(lam), boundary=0.3)
     scheme._fits = scheme.rows_checked = True  # looks at the numbers of the first call
+    ask = scheme
+    if by_hand:
+        ask = stagewise.StageTarget()
+        told = []
+        one_seam(ask).observe(told.append)
+        ask.scheme, ask._fits = scheme, True
     with Launches() as launches:
-        scheme(batch["x1"], **batch, labels=labels)
+        ask(batch["x1"], **batch, labels=labels)
+    assert not by_hand or told[0].x0.is_cuda
     # The table of classes and the odd numbers of the keys go to a real device once.
     assert sorted(shapes for _, shapes in launches.waits) == [[(10, 3)], [(64,)]]
     assert launches.count <= 160

@@ -205,7 +205,11 @@ def _arithmetic(x: Tensor, kind: str, number: float) -> Tensor:
 
 
 def _related(x: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
-    """How `x1` is `x`, both (B, ...), reshaped, times a number, plus one; None if it is not."""
+    """How `x1` is `x`, both (B, ...), reshaped, times a number, plus one; None if it is not.
+
+    Of fewer samples they are the first ones.
+    """
+    x = x[: len(x1)]
     if len(x) != len(x1) or x.numel() != x1.numel() or not x1.is_floating_point():
         return None
     shape = tuple(x1.shape[1:])
@@ -253,6 +257,7 @@ def _way(way: int, factor: float, shift: float, digits: int) -> tuple[Step, ...]
 
 def _drawn(mean: Tensor, std: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
     """How `x1` is a draw from normal distributions, times a number, plus a number."""
+    mean, std = mean[: len(x1)], std[: len(x1)]
     if mean.shape != x1.shape or std.shape != x1.shape:
         return None
     a, s, b = (value.detach().double().flatten() for value in (mean, std, x1))

@@ -241,7 +241,7 @@ class NetworkSearch:
             )
         for seam in self.seams:
             if seam.late:  # it tells what is trained on when the step calls it
-                why += f" Call {seam.name} before the network, whose calls are known from then on."
+                why += f" What is trained on is known by {seam.name}: call it before the network."
         return f"Found no network from which a velocity can be had: {why}"
 
     # -- hooks --------------------------------------------------------------------------------

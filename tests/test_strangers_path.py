@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -12,11 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import stagewise
-from stagewise.callbacks import PosteriorMonitor, StageScheme, VelocityErrorMonitor
+from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme, VelocityErrorMonitor
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-WATCH, _, STEER, LINES, _, LOOP = BLOCKS
+WATCH, SAY, STEER, LINES, _, LOOP = BLOCKS
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
@@ -24,9 +25,9 @@ pytestmark = [
 ]
 
 
-def line(start):
-    """The line of the block that begins so."""
-    return next(text for text in LINES.splitlines() if text.startswith(start))
+def line(start, block=LINES):
+    """The line of a block that begins so."""
+    return next(text for text in block.splitlines() if text.startswith(start))
 
 
 class Posterior:
@@ -51,7 +52,7 @@ class VAE(nn.Module):
             return mean, v
         if self.kind == "mean":
             return mean
-        return Posterior(mean, (v / 2).exp())
+        return SimpleNamespace(latent_dist=Posterior(mean, (v / 2).exp()))
 
 
 class Net(nn.Module):
@@ -97,7 +98,7 @@ class Stranger(L.LightningModule):
             z = self.vae.encode(x)
             if self.kind == "tuple":
                 z = z[0] + (0.5 * z[1]).exp() * torch.randn_like(z[0])
-            return 0.18215 * (z.sample() if self.kind == "posterior" else z), y
+            return 0.18215 * (z.latent_dist.sample() if self.kind == "posterior" else z), y
 
     def training_step(self, batch, batch_idx):
         x1, y = self.latents(batch)
@@ -165,6 +166,15 @@ KINDS = ["moons", "columns", "pictures", "scaled", "flat", "mean", "posterior", 
 @pytest.mark.parametrize("kind", ["moons", "columns", "pictures"])
 def test_watching_a_module_as_it_is(run, kind):
     run(WATCH, kind, False)
+
+
+def test_watching_a_module_that_encodes_by_what_is_said(run):
+    said = eval(line("StageRun(encode=", SAY), {"StageRun": StageRun})
+    _, trainer = run(WATCH, "posterior", False, said)
+    monitor = next(c for c in trainer.callbacks if isinstance(c, PosteriorMonitor))
+    assert monitor.history
+    assert said.kept["bank"]
+    assert said.kept["bank"] == monitor.kept["bank"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

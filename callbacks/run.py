@@ -326,13 +326,14 @@ class StageRun(RunOracles):
         members = [member for member in self.members if member.measures or member.mixes]
         read = [member for member in members if not self.given(member)]
         steps = () if self.look.encoding is None else self.look.encoding.steps
-        able = bool(read and steps) and all(member.late for member in read)
+        said = any({"find", "encode"} & member.said.keys() for member in {*self.members, self})
+        able = bool(read and steps) and all(member.late for member in read) and not said
         if self.encoding or not self.trainer.strategy.reduce_boolean_decision(able):
             return False
         self.encoding = Encoding(self.trainer.strategy.broadcast(steps))
-        rank_zero_info(
-            f"stagewise: training {self.encoding.verb} x_1, {self.look.x1_at}, and the bank is "
-            f"read again through that. To read it once: StageRun({self.encoding.line})."
+        rank_zero_warn(
+            f"Training {self.encoding.verb} x_1, {self.look.x1_at}, and the bank is read again "
+            f"through that. To read it once: StageRun({self.encoding.line})."
         )
         self.forget()
         self.tell("restart")

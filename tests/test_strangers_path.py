@@ -17,7 +17,7 @@ from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme, Velocit
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-WATCH, SAY, STEER, LINES, _, LOOP = BLOCKS
+WATCH, SAY, STEER, LINES, _, _, LOOP = BLOCKS
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),

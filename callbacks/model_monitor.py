@@ -15,6 +15,7 @@ from stagewise.batches import describe
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.stage_callback import AskVelocity
 from stagewise.callbacks.training_bank import Samples
+from stagewise.stage_target import BY_HAND
 from stagewise.undisturbed import in_eval_mode, same_draws
 from stagewise.velocity_probe import Probe
 
@@ -84,8 +85,8 @@ class ModelMonitor(Monitor):
         if not self.run.seams:
             raise ValueError(
                 f"Found nothing that makes the targets in {type(self.run.module).__name__}, so "
-                "what its network predicts is not known. Say how to ask for the velocity (t = 0 is "
-                f"noise, t = 1 is data): {name}({look.search.line})."
+                f"what its network predicts is not known; {BY_HAND} Or say how to ask for the "
+                f"velocity (t = 0 is noise, t = 1 is data): {name}({look.search.line})."
             )
         with self.run.together("finding its network"):
             found, x1, call = look.search.result(), look.search.x1, look.search.call

@@ -83,8 +83,6 @@ def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
         )
     search = Search(bank, bank.whole, bank.device)
     flat = x.detach().flatten(1).to(bank.device).double() - bank.offset
-    unknown = flat.new_full((len(flat),), torch.nan)
-    found = Nearest(unknown.new_full((len(flat),), -1, dtype=torch.int64), unknown, unknown.clone())
 
     def settle(_: Tensor, distance: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, ...]:
         differ = search.differ(rows)
@@ -92,11 +90,18 @@ def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
         d2 = distance.gather(1, second).masked_fill(~differ.any(1, keepdim=True), torch.inf)
         return (d2.isfinite() & (d2 <= limit))[:, 0], rows[:, 0], distance[:, 0], d2[:, 0]
 
-    finite = flat.isfinite().all(1).nonzero()[:, 0]
+    # Asked with the others, so that nobody has to read which are left out.
+    finite = flat.isfinite().all(1)
+    flat = flat.masked_fill(~finite[:, None], 0)
+    number = torch.arange(len(flat), device=bank.device)
     with full_precision(), torch.autocast(bank.device.type, enabled=False):
-        for index in finite.split(_QUERIES) if len(finite) else ():
-            for value, new in zip(found, search.ask(flat[index], 2, settle, index), strict=True):
-                value[index] = new
+        parts = [
+            search.ask(some, 2, settle, at)
+            for some, at in zip(flat.split(_QUERIES), number.split(_QUERIES), strict=True)
+        ]
+    row, d1, d2 = (torch.cat(column) for column in zip(*parts, strict=True))
+    row = row.masked_fill(~finite, -1)
+    found = Nearest(row, *(d.masked_fill(~finite, torch.nan) for d in (d1, d2)))
     if bool(found.d2.isinf().any()):
         raise ValueError(
             "All rows of the bank are equal, so nothing can be nearer to one than to another. "

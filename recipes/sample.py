@@ -7,7 +7,6 @@ even on the batch size.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stagewise.oracle import Oracle
+from stagewise.recipes.arguments import ends_in_a_line
 from stagewise.recipes.checkpoints import find_checkpoint, load_module, run_config
 from stagewise.recipes.sample_files import Ranks, SampleFolder, group_of_ranks
-from stagewise.recipes.sample_options import Options, parse
+from stagewise.recipes.sample_options import Options, parse, parser
 from stagewise.recipes.sampler import Sampler, bank_of, finisher
 
-__all__ = ["main", "parse", "run"]
+__all__ = ["main", "parse", "parser", "run"]
 
 
 def run(options: Options) -> Path:
@@ -111,10 +111,8 @@ def _tell(folder: SampleFolder, options: Options, made: int, seconds: float) -> 
 
 def main() -> None:
     """The entry point of `stagewise sample`."""
-    try:
+    with ends_in_a_line("sample", HydraException):
         run(parse())
-    except (ValueError, OSError, MemoryError, ImportError, HydraException) as error:
-        sys.exit(f"stagewise sample: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from stagewise.recipes.arguments import Parser
 from stagewise.recipes.checkpoints import Loaded, Weights
 from stagewise.recipes.run_files import read_run
 from stagewise.sampling import ADAPTIVE_SOLVERS, FIXED_SOLVERS, guidance_interval
 
-__all__ = ["Options", "parse"]
+__all__ = ["Options", "parse", "parser"]
 
 _NEVER_AT_THE_END = ("euler", "midpoint")
 """Solvers that do not ask at t = 1, where the oracle is singular."""
@@ -220,7 +221,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     Raises:
         ValueError: If one is out of range, or does not go with another.
     """
-    given = vars(_parser().parse_args(arguments))
+    given = vars(parser().parse_args(arguments))
     if given["cfg_interval"] == [_MEASURED]:
         given["cfg_interval"] = _MEASURED
     elif given["cfg_interval"] is not None:
@@ -253,8 +254,10 @@ def _time(text: str) -> float | str:
         ) from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The arguments of `stagewise sample`."""
+    made = Parser(
+        prog="stagewise sample",
         description=(
             "Sample from a trained run. Times are in t: 0 is noise, 1 is data. Under torchrun the "
             "ranks share the batches, and the files are the same for any number of ranks."
@@ -294,12 +297,14 @@ def _parser() -> argparse.ArgumentParser:
     }  # fmt: skip
     choices = {"weights": ["averaged", "current"], "precision": ["32", "bf16"]}
     choices["method"] = [*FIXED_SOLVERS, *ADAPTIVE_SOLVERS]
-    parser.add_argument("run", type=Path, help="folder of a run, with config.yaml and checkpoints")
+    made.add_argument("run", type=Path, help="folder of a run, with config.yaml and checkpoints")
     for name, (kind, default, about) in flags.items():
-        more: dict[str, Any] = {"nargs": "+"} if name == "cfg_interval" else {}
+        more: dict[str, Any] = {"labels": {"metavar": "CLASSES"}}.get(name, {})
+        if name == "cfg_interval":
+            more = {"nargs": "+", "metavar": ("LOW", "HIGH")}
         more |= {"choices": choices[name], "metavar": "NAME"} if name in choices else {}
-        parser.add_argument(_flag(name), type=kind, default=default, help=about, **more)
-    parser.add_argument(
+        made.add_argument(_flag(name), type=kind, default=default, help=about, **more)
+    made.add_argument(
         "--resume", action="store_true", help="go on with the samples that are in the folder"
     )
-    return parser
+    return made

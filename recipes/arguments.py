@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
+from traceback import walk_tb
 from typing import Any, NoReturn
 from zipfile import BadZipFile
 
@@ -46,12 +47,16 @@ def ends_in_a_line(command: str, *errors: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt as end:
         print(f"\nstagewise {command}: stopped {end}".rstrip(), file=sys.stderr)
         sys.exit(130)  # as shells have it for an interrupt
-    except (*_USERS, *_DAMAGED, *errors) as error:
-        if whole:
+    except Exception as error:
+        if whole or not isinstance(error, (*_USERS, *_DAMAGED, *errors)):
             raise
         text = str(error).strip() or type(error).__name__
         text = f"A file is damaged: {text}" if isinstance(error, _DAMAGED) else text
-        sys.exit(f"stagewise {command}: {text}")
+        # Of what another package has raised the message alone may not tell what to mend.
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        foreign = not frame.f_globals.get("__name__", "").startswith("stagewise")
+        foreign &= not isinstance(error, OSError)
+        sys.exit(f"stagewise {command}: {text}{' (Where: HYDRA_FULL_ERROR=1)' * foreign}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,12 +66,14 @@ class Parser(argparse.ArgumentParser):
     def add_argument(self, *names: str, **about: Any) -> argparse.Action:
         plain = about.get("action") is None and "choices" not in about
         if plain and names[0].startswith("-"):
-            kind = about.get("type")
+            kind: Any = about.get("type")
             about.setdefault("metavar", _METAVARS.get(kind) or kind.__name__.strip("_").upper())
         return super().add_argument(*names, **about)
 
     @override
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             meant = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)

@@ -22,6 +22,10 @@ from stagewise.velocity_probe import Probe
 __all__ = ["ModelMonitor"]
 
 
+_FEW = 8
+"""Held-out samples below which the log says that they are few."""
+
+
 class ModelMonitor(Monitor):
     """Asks the network that was found in the first step, or the `velocity` that the user gave.
 
@@ -181,6 +185,16 @@ class ModelMonitor(Monitor):
         return x1, torch.tensor(bank.labels_of(index.tolist())) if bank.classes else None
 
     def others(self, count: int) -> Samples | None:
+        """The samples of `_others_of`; of few rows the log says what is not known of others."""
+        found = self._others_of(count)
+        if found is not None and len(found[0]) < _FEW:
+            self.say(
+                f"{len(found[0])} held-out samples: errors on them, with their standard errors, "
+                "are of these alone, and say little of others."
+            )
+        return found
+
+    def _others_of(self, count: int) -> Samples | None:
         """Samples that are not trained on: what the user gave, or the first validation loader's.
 
         None if there are none, which the log says.

@@ -136,17 +136,17 @@ class RowStore:
         self._require_known()
         table = self._class_table.get(labels.device)
         if table is None:
-            table = torch.tensor(self.class_ends, device=labels.device)
+            table = torch.tensor(self.class_ends, device=labels.device).T.contiguous()
             if _as_real(table, self.rows):
                 self._class_table[labels.device] = table
-        at = torch.searchsorted(table[:, 0].contiguous(), labels).clamp_max(len(table) - 1)
-        found = table[at]
-        known = found[:, 0] == labels
+        at = torch.searchsorted(table[0], labels).clamp_max(table.shape[1] - 1)
+        found = table[:, at]
+        known = found[0] == labels
         if sent := _sent(torch.where(known, _KNOWN, labels).amax()):
             self._unknown.append(sent)
         if labels.device.type == "cpu":
             self._require_known()
-        return found[:, 1:].where(known[:, None], 0)
+        return found[1:].where(known, 0).T.contiguous()
 
     def _require_known(self) -> None:
         """Refuses a label that was found to be unknown; waits for nothing."""

@@ -202,11 +202,14 @@ class Monitor(StageCallback):
     def summary(self) -> str:
         """How often it has probed, what the last probe cost, and where that is written."""
         cost = f"{self.seconds[-1]:.1f} s" if self.seconds else "nothing"
-        over = "".join(f", over rows weighed by {kernel}" for kernel in self.over.values())
+        over = "".join(f", over {said}" for said in self.over.values())
         return f"{len(self.history)} probes{over}, the last cost {cost}; {self.writer.describe()}"
 
     @property
     def over(self) -> dict[str, str]:
-        """What each event says of the rows that its posterior is over, if they are weighed."""
-        kernel = None if self.oracle is None else self.oracle.condition
-        return {} if kernel is None else {"condition": repr(kernel)}
+        """What each event says of the rows of its posterior, if not all of a set count alike."""
+        if self.oracle is None:
+            return {}
+        kernel, origin = self.oracle.condition, self.oracle.bank.origin
+        said = {"condition": kernel and f"rows weighed by {kernel!r}", "rows_are": origin}
+        return {key: value for key, value in said.items() if value}

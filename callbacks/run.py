@@ -23,7 +23,9 @@ from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank
 from stagewise.batches import describe, unused_in
 from stagewise.callbacks.run_oracles import RunOracles
+from stagewise.callbacks.seen_samples import SeenSamples
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.reservoir import Reservoir
 
 __all__ = ["StageRun"]
 
@@ -65,7 +67,9 @@ class StageRun(RunOracles):
     held = (
         *StageCallback.held,
         *("trainer", "module", "leader", "members", "look", "seams", "_loader"),
+        *("reservoir", "seen", "waiting"),
     )
+    seen: SeenSamples | None = None
     look: FirstStep
 
     def __init__(
@@ -80,12 +84,13 @@ class StageRun(RunOracles):
     @property
     def measuring(self) -> list[StageCallback]:
         """The callbacks that measure something against a bank."""
-        return [member for member in self.members if member.measures]
+        return [member for member in (*self.members, *self.waiting) if member.measures]
 
     def begin(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, members: list[StageCallback]
     ) -> None:
         """Starts all callbacks."""
+        self.waiting = ()
         for member in {*members, self}:
             member.joins(self)
         self.trainer, self.module, self.leader = trainer, pl_module, members[0]
@@ -107,6 +112,14 @@ class StageRun(RunOracles):
         if self.tied and self.measuring:
             rank_zero_warn(f"The posterior that is measured may not be that of {self.tied}")
         self.look = FirstStep(pl_module, self.seams, self.path, self.find_of(self))
+        size = self.option(self, "reservoir")
+        self.reservoir = Reservoir(size) if isinstance(size, int) else size
+        self.seen = None if self.reservoir is None else SeenSamples(self, self.reservoir)
+        if self.seen is None:
+            self.start_members()
+
+    def start_members(self) -> None:
+        """Tells them that training starts; with a reservoir once it holds a batch."""
         self.tell("start")
         self.open_writer(self).dashboard(self.members)
 
@@ -140,6 +153,8 @@ class StageRun(RunOracles):
 
     def batch_starts(self, batch: Any) -> None:
         """Looks at the first batches; later ones are left alone."""
+        if self.seen is not None:
+            self.seen.take(batch)
         self.look.begin(batch)
         if self.settled:
             self.look.look_on()
@@ -223,6 +238,8 @@ class StageRun(RunOracles):
 
     def ends(self) -> None:
         """At the end of training."""
+        if self.seen is not None:
+            self.seen.end()
         if self.settled:
             if self._open and self.look.looked and self.look.waiting:  # nothing more comes
                 self.look.open = False
@@ -242,7 +259,7 @@ class StageRun(RunOracles):
         if hasattr(self, "look"):
             self.look.stop()
         self.forget()
-        for member in {*self.members, self}:
+        for member in {*self.members, *self.waiting, self}:
             member.leaves()
 
     # -- what the first batches show --------------------------------------------------------------

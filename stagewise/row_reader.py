@@ -36,7 +36,8 @@ class RowReader:
         if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
             raise ValueError(
                 "The training set is iterable and has no length, and reading it for the bank would "
-                f"take samples from training. {CURE}"
+                f"take samples from training. Measure over the last samples seen in their place: "
+                f"StageRun(reservoir=4096). {CURE}"
             )
         if loader.batch_sampler is None:
             raise ValueError(

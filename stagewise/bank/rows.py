@@ -29,6 +29,9 @@ class RowStore:
     those of the rows, if they are known.
     """
 
+    origin = ""
+    """What the rows are if they are not a training set: "the last 4096 samples seen"."""
+
     def __init__(
         self,
         rows: Tensor,

@@ -375,8 +375,8 @@ class Scheme(SchemeState):
         if not looks or self.rows_checked or self.oracle is None or not mixes:
             return
         shard = not self.oracle.engine.holds_all_rows
-        known = source is not None or self.oracle.smoothing is not None
-        found = check_rows(self.oracle.bank, x1, known=known, shard=shard)
+        known = source is not None or self.oracle.smoothing is not None or self.oracle.bank.origin
+        found = check_rows(self.oracle.bank, x1, known=bool(known), shard=shard)
         self.rows_checked = True
         if found:
             warnings.warn(f"Scheme: {found}", stacklevel=caller_level())

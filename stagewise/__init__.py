@@ -38,6 +38,7 @@ from stagewise.schemes import Phase, Phases, Scheme, SchemeRecord
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
 from stagewise.spectrum import predicted_boundary
+from stagewise.stage_target import StageTarget
 from stagewise.stages import StageBoundary, StageCurve
 from stagewise.targets import (
     Mix,
@@ -114,6 +115,7 @@ __all__ = [
     "StageCurve",
     "StageFactors",
     "StageGate",
+    "StageTarget",
     "Target",
     "TargetForecast",
     "TimestepSampler",

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam
-from stagewise.adapters.calls import Call, Slots, conditioning, moved, rows_of
+from stagewise.adapters.calls import Call, Slots, conditioning, joined, moved, rows_of
 from stagewise.adapters.lines import where
 
 __all__ = ["Network", "tensor_of"]
@@ -92,12 +92,8 @@ class Network:
             leaves[k] = value.to(leaves[k].dtype).reshape(-1, *leaves[k].shape[1:])
 
         x, time = self.seam.to_network(xt, t)
-        if slots.time < 0:
-            like = leaves[slots.x]
-            leaves[slots.x] = torch.cat([x.to(like.dtype), time[:, None].to(like.dtype)], 1)
-        else:
-            leaves[slots.x] = x.to(leaves[slots.x].dtype)
-            put(slots.time, time)
+        leaves[slots.x] = x.to(leaves[slots.x].dtype)
+        put(slots.time, time)
         if slots.labels is not None:
             if labels is None:
                 raise ValueError(f"{self.describe()} is given labels, and there are none here.")
@@ -107,7 +103,7 @@ class Network:
         rows = [k % slots.size for k in range(len(xt))] if slots.conditions else []
         for k, _ in slots.conditions:
             leaves[k] = rows_of(leaves[k], slots.size, rows)
-        args, kwargs = pytree.tree_unflatten(leaves, slots.spec)
+        args, kwargs = pytree.tree_unflatten(joined(leaves, slots.columns), slots.spec)
         return self.velocity(self.module(*args, **kwargs), xt, t)
 
     def velocity(self, output: Any, xt: Tensor, t: Tensor) -> Tensor:

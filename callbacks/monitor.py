@@ -207,9 +207,5 @@ class Monitor(StageCallback):
 
     @property
     def over(self) -> dict[str, str]:
-        """What each event says of the rows of its posterior, if not all of a set count alike."""
-        if self.oracle is None:
-            return {}
-        kernel, origin = self.oracle.condition, self.oracle.bank.origin
-        said = {"condition": kernel and f"rows weighed by {kernel!r}", "rows_are": origin}
-        return {key: value for key, value in said.items() if value}
+        """What each event says of the rows of its posterior; see `Oracle.over`."""
+        return {} if self.oracle is None else self.oracle.over

@@ -181,8 +181,8 @@ class StageScheme(StageCallback):
         resumed = self._resume()
         self.writer = run.open_writer(self)
         about = self._where() if self.seam is None else self.seam.describe()
-        kernels = {p.oracle.condition for p in parts(self.scheme) if p.target and p.oracle} - {None}
-        about += "".join(f", over rows weighed by {kernel!r}" for kernel in kernels)
+        asked = [part.oracle.over for part in parts(self.scheme) if part.target and part.oracle]
+        about += "".join(f", over {text}" for text in {t for said in asked for t in said.values()})
         self.say(f"steers {about}; {self.writer.describe()}")
         # That of training, which a scheme without an oracle need not know.
         path = self.scheme.path if self.seam is None else self.seam.path

@@ -73,7 +73,7 @@ def bank_from_trainer(
     taken = find if class_wise else lambda batch: (find_checked(find, batch)[0], None)
     reader = _reader(trainer, pl_module, trainer.train_dataloader, taken)
     with undisturbed(pl_module, reader.loader, find):
-        rows = _drawn(trainer, reader.loader, say=True)
+        rows = reader.copies_of(_drawn(trainer, reader.loader, say=True))
         step = -(-len(rows) // _READ_TWICE)
         # Never here if the run has workers: a file that a data set opens when it is first read
         # would be handed on to every worker forked later.

@@ -51,7 +51,7 @@ class Reservoir(LatentBank):
         ...     reservoir.add(x1)
         ...     u, w = scheme(x1 - x0, xt=t[:, None] * x1 + (1 - t[:, None]) * x0, t=t, x1=x1)
         >>> len(reservoir), reservoir.origin
-        (192, 'the last 192 samples seen')
+        (192, 'the 192 samples seen so far, of at most 512')
     """
 
     def __init__(
@@ -76,8 +76,11 @@ class Reservoir(LatentBank):
     @property
     @override
     def origin(self) -> str:
-        chosen = "last" if self.keep == "last" or self.seen <= self.size else "batch and random"
-        return f"the {chosen} {len(self)} samples seen"
+        if not self.full:
+            return f"the {len(self)} samples seen so far, of at most {self.size}"
+        return (
+            f"the {'last' if self.keep == 'last' else 'batch and random'} {len(self)} samples seen"
+        )
 
     def add(self, x1: Tensor, labels: Tensor | None = None) -> None:
         """Takes a batch, before its targets are asked for.

@@ -91,6 +91,7 @@ class StageTarget(nn.Module):
         x1: Tensor,
         labels: Labels | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The target to train on, and the weight of each sample's loss.
 
@@ -101,6 +102,8 @@ class StageTarget(nn.Module):
             x1: What `xt` was made from, (B, *).
             labels: Class of each sample, (B,); default those of the batch.
             source: Row of the bank that each sample stands for, (B,); see `Scheme`.
+            condition: For a kernel on it: what the network is given, (B, *), before anything is
+                dropped; default that of the batch.
 
         Returns:
             The target, (B, *), and the weights, (B,), 1 unless a scheme weighs.
@@ -141,9 +144,9 @@ class StageTarget(nn.Module):
                 "right after you draw t yourself: t = self.target.times(t)."
             )
         sign = self.convention.sign if self.prediction.kind == "velocity" else 1
-        kind = self.prediction
+        known: Any = {"labels": labels, "source": source, "condition": condition}
         target, weight = self.scheme(
-            sign * y, xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=kind
+            sign * y, xt=xt, t=t, x1=x1, prediction=self.prediction, **known
         )
         return sign * target, weight
 

@@ -26,6 +26,7 @@ MODULES = [
     "stagewise.callbacks.metrics",
     *("stagewise.smoothed_oracle", "stagewise.forecast", "stagewise.learning_events"),
     "stagewise.callbacks.memorization_guard",
+    *("stagewise.condition", "stagewise.reservoir"),
 ]
 
 
@@ -57,12 +58,12 @@ def test_code_of_the_readme():
 
 def test_code_of_the_page_on_watching():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/watching.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names = {**vars(stagewise), **vars(stagewise.callbacks)}
-    for block in blocks[:4]:
+    for block in blocks[:5]:
         exec(block, names)
     assert [type(callback).__name__ for callback in names["callbacks"]][0] == "StageRun"
-    for block in blocks[4:]:
+    for block in blocks[5:]:
         exec(block, names)
     oracle = stagewise.Oracle(stagewise.LatentBank(torch.randn(40, 6)))
     assert names["smooth_from_the_onset"](oracle).awaited[0].event == MEMORIZATION_ONSET
@@ -100,14 +101,15 @@ def test_code_of_the_page_on_engines(tmp_path, monkeypatch):
 
 def test_code_of_the_page_on_steering():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/steering.md").read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     latents, labels = torch.randn(160, 4, 4, 4), torch.arange(160) % 4
     t = torch.linspace(0, 0.9, 8)
     names = {"latents": latents, "labels": labels, "t": t}
     names |= {"features": torch.zeros(8, 3), "reference": torch.ones(8, 3)}
     for block in blocks:
         # What is smoothed is another batch than that of the rest of the page.
-        exec(block, names | {"torch": torch} if "Smoothing" in block else names)
+        apart = any(word in block for word in ("Smoothing", "Reservoir", "Condition"))
+        exec(block, names | {"torch": torch, "embeddings": latents[:, 0, 0]} if apart else names)
     late = (t >= names["scheme"].boundary).float()
     torch.testing.assert_close(names["gate"](t), late)
     torch.testing.assert_close(names["auxiliary"], late.mean())

@@ -1,11 +1,15 @@
 """Targets over the samples of a stream: no bias, and what a reservoir holds."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
 from stagewise import LatentBank, LinearPath, Mix, Oracle, Reservoir, Scheme
 from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme, VelocityErrorMonitor
 
+ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, 12
 
 
@@ -104,8 +108,8 @@ def test_an_oracle_follows_it():
         fresh = Oracle(LatentBank(reservoir.rows.clone()))
         torch.testing.assert_close(oracle.posterior(xt, t).mean, fresh.posterior(xt, t).mean)
         assert (reservoir.find(x1) >= 0).all()
-        assert reservoir.origin == f"the last {len(reservoir)} samples seen"
     assert reservoir.full
+    assert reservoir.origin == "the last 12 samples seen"
 
 
 def test_bad_input():
@@ -161,23 +165,28 @@ def test_a_stream_is_watched_over_what_was_seen(
     assert probes[0]["top1"] != probes[1]["top1"]
 
 
+def assert_target(y, batch, target, rows):
+    """That a steered target is the float64 mean over rows, the batch among them."""
+    xt, t = batch["xt"].double(), batch["t"].reshape(-1, 1).double()
+    assert (batch["x1"][:, None].double() == rows).all(2).any(1).all()
+    logits = -(xt[:, None] - t[:, :, None] * rows).square().sum(2) / (2 * (1 - t) ** 2)
+    u = y.double() + (logits.softmax(1) @ rows - batch["x1"].double()) / (1 - t)
+    assert ((target - u).norm(dim=1) / u.norm(dim=1)).max() < 1e-5
+
+
 def test_a_stream_is_steered_with_the_target_of_what_was_seen(fit):
     calls = []
 
     class Kept(Scheme):
         def __call__(self, y, **batch):
             target, weight = super().__call__(y, **batch)
-            calls.append((batch, target, self.oracle.bank.rows.double().clone()))
+            calls.append((y, batch, target, self.oracle.bank.rows.double().clone()))
             return target, weight
 
     fit(StageRun(reservoir=20), StageScheme(lambda oracle: Kept(oracle, target=Mix())))
-    assert [len(rows) for _, _, rows in calls] == [8, 16, *6 * [20]]
-    for batch, target, rows in calls:
-        xt, t = batch["xt"].double(), batch["t"].double()[:, None]
-        assert (batch["x1"][:, None].double() == rows).all(2).any(1).all()
-        logits = -(xt[:, None] - t[:, :, None] * rows).square().sum(2) / (2 * (1 - t) ** 2)
-        u = (logits.softmax(1) @ rows - xt) / (1 - t)
-        assert ((target - u).norm(dim=1) / u.norm(dim=1)).max() < 1e-5
+    assert [len(rows) for *_, rows in calls] == [8, 16, *6 * [20]]
+    for y, batch, target, rows in calls:
+        assert_target(y, batch, target, rows)
 
 
 def test_what_a_reservoir_in_training_says(fit, tmp_path, quick_figures, lightning_log):
@@ -197,3 +206,57 @@ def test_what_a_reservoir_in_training_says(fit, tmp_path, quick_figures, lightni
     fit(StageRun(reservoir=20), monitor, steps=12, resume=tmp_path / "at.ckpt")
     assert "filled anew" in lightning_log.text
     assert monitor.history[0]["step"] < 8 < monitor.history[-1]["step"]
+
+
+def test_the_example_of_a_stream(tmp_path, monkeypatch, quick_figures, weights):
+    monkeypatch.chdir(tmp_path)
+    train = runpy.run_path(str(ROOT / "examples/stream.py"))["train"]
+    plain = weights(train(steps=12))
+    monitor = PosteriorMonitor(every_n_steps=2, queries=4)
+    watched = train(StageRun(reservoir=512), monitor, steps=12)
+    assert torch.equal(weights(watched), plain)
+    assert {e["rows_are"] for e in monitor.history} == {"the last 512 samples seen"}
+    calls, plain_call = [], Scheme.__call__
+
+    def call(self, y, **batch):
+        target, weight = plain_call(self, y, **batch)
+        calls.append((y, batch, target, self.oracle.bank.rows.double().clone()))
+        return target, weight
+
+    monkeypatch.setattr(Scheme, "__call__", call)
+    steered = train(StageRun(reservoir=512), StageScheme(target=Mix()), steps=6)
+    assert not torch.equal(weights(steered), weights(train(steps=6)))
+    assert len(calls) == 6
+    for y, batch, target, rows in calls:
+        assert_target(y, batch, target, rows)
+
+
+class Flipped(torch.utils.data.Dataset):
+    """Samples of which each access gives one or its mirror image, and both without chance."""
+
+    def __init__(self, x, both=False):
+        self.x, self.both = torch.cat([x, x.flip(1)]) if both else x, both
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        flip = not self.both and torch.rand(()) < 0.5
+        return self.x[index].flip(0) if flip else self.x[index]
+
+    def fixed(self):
+        return self if self.both else Flipped(self.x, both=True)
+
+
+def test_flips_known_to_the_data_set_are_in_the_bank(make_trainer, tiny_flow, recwarn, make_data):
+    x, _ = make_data()
+    scheme = StageScheme(target=Mix())
+    make_trainer(scheme, max_steps=4).fit(
+        tiny_flow(), torch.utils.data.DataLoader(Flipped(x), 8, shuffle=True)
+    )
+    bank = scheme.scheme.oracle.bank
+    assert len(bank) == 2 * len(x)
+    assert (bank.find(torch.cat([x, x.flip(1)])) >= 0).all()
+    assert not scheme.scheme.last.inserted.any()
+    assert not [w for w in recwarn if "rows of the bank" in str(w.message)]
+    assert not [w for w in recwarn if "other values of x_1" in str(w.message)]

@@ -114,6 +114,14 @@ class Monitor(StageCallback):
     def start(self) -> None:
         """Takes the bank; keeps what a resumed run has found with the same."""
         run = self.run
+        condition = run.option(self, "condition")
+        if condition is not None and not self.data_only:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} asks the model about other samples without their conditions, so it does "
+                f"not go with {condition!r}. Leave out {name}: what is measured over rows weighed "
+                "by a kernel are the data, PosteriorMonitor(condition=...)."
+            )
         run.bank(self)
         path, _ = run.path_of(self)
         if run.path_from and not same_path(path, run.path):

@@ -84,7 +84,7 @@ class PosteriorMonitor(Monitor):
     """
 
     order = 1
-    follows = True
+    data_only = True
     held = (*Monitor.held, "recipe")
     event = "probe"
     charts = {

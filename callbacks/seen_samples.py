@@ -27,7 +27,7 @@ class SeenSamples:
         self._run, self._reservoir, self._began = run, reservoir, False
         run.waiting = [m for m in run.members if m.measures and not run.given(m)]
         for member in run.waiting:
-            if not member.follows:
+            if not member.data_only:
                 name = type(member).__name__
                 raise ValueError(
                     f"{name} asks about the same rows throughout a run, which {reservoir!r} does "

@@ -96,7 +96,7 @@ class StageCallback(pl.Callback):
         order: When the run tells it, among the others.
         measures: Whether it measures something against the bank.
         compares: Whether it compares the model with the oracle over that bank.
-        follows: Whether it may measure over rows that change, those of a reservoir.
+        data_only: Whether it asks about the data, and neither the model nor the same rows again.
         mixes: Whether it puts the oracle into the targets.
         held: What it has of a run, and lets go of afterwards.
         charts: Of TensorBoard's custom-scalars page: by title, the tags as a pattern after `name`.
@@ -113,7 +113,7 @@ class StageCallback(pl.Callback):
     order: ClassVar[int] = 0
     measures: bool = False
     compares: bool = False
-    follows: ClassVar[bool] = False
+    data_only: ClassVar[bool] = False
     mixes: bool = False
     # The last two are the module's: Lightning sets them.
     held: ClassVar[tuple[str, ...]] = ("run", "writer", "log", "log_dict")

@@ -218,11 +218,9 @@ class Oracle:
         return plain and there and self.engine.reads_ends(self.bank, xt.device, len(xt))
 
     def log_kernel(self, queries: Queries, rows: Tensor | None = None) -> Tensor | float:
-        """What a kernel on the condition adds to `l` of a row, or of x_1 itself, for each query.
+        """What a kernel on the condition adds to `l` of a row for each query, (B,).
 
-        Args:
-            queries: Of this oracle.
-            rows: One for each, (B,); default x_1 under its own condition.
+        `rows`: one for each of the queries; default x_1 itself.
         """
         return 0.0
 

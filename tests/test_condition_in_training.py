@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from stagewise import Condition, ConditionedOracle, LatentBank, Mix, Scheme
-from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme
+from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme, VelocityErrorMonitor
 from stagewise.engines import Exact
 from stagewise.losses import FlowMatchingLoss
 
@@ -144,5 +144,7 @@ def test_a_scheme_of_ones_own_and_what_does_not_go_together(fit, quick_figures, 
         fit(PosteriorMonitor(LatentBank(X), condition=KERNEL))
     with pytest.raises(ValueError, match="no engine"):
         fit(PosteriorMonitor(engine=Exact(), condition=KERNEL))
+    with pytest.raises(ValueError, match="Leave out VelocityErrorMonitor"):
+        fit(StageRun(condition=KERNEL), VelocityErrorMonitor())
     with pytest.raises(TypeError, match="Condition"):
         PosteriorMonitor(condition=0.5)

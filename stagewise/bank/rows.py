@@ -29,9 +29,6 @@ class RowStore:
     those of the rows, if they are known.
     """
 
-    origin = ""
-    """What the rows are if they are not a training set: "the last 4096 samples seen"."""
-
     def __init__(
         self,
         rows: Tensor,
@@ -49,6 +46,11 @@ class RowStore:
         self._sorted_keys: dict[torch.dtype | None, tuple[Tensor, Tensor]] = {}
         self._class_table: dict[torch.device, Tensor] = {}
         self.shifted = bool(offset.any())
+
+    @property
+    def origin(self) -> str:
+        """What the rows are if they are no training set: "the last 4096 samples seen"; or empty."""
+        return ""
 
     def __len__(self) -> int:
         return self.rows.shape[0]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-
 from stagewise.batches import find_checked
+from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.reservoir import Reservoir
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class SeenSamples:
             run.start_members()
         elif run.waiting and run.settled and self._reservoir.full:
             late, run.waiting = run.waiting, ()
-            run.first_step = run.trainer.global_step
+            run.first_step = run.host.global_step
             run.members = sorted([*run.members, *late], key=lambda m: (m.order, m.name))
             for what in ("start", "before_first_batch", "settle"):
                 for member in late:

@@ -42,6 +42,8 @@ class SeenSamples:
     def take(self, batch: Any) -> None:
         """Takes a batch, with the first of which callbacks start; others once it is full."""
         run = self._run
+        if batch is None:
+            raise ValueError(f"{self._reservoir!r} takes each batch: watch.step(step, batch).")
         with run.together("taking its batch into the reservoir"):
             self._reservoir.add(*find_checked(run.find_of(run), batch))
         if not self._began:

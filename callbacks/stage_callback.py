@@ -294,6 +294,8 @@ def _check(options: dict[str, Any]) -> None:
         )
     if path is not None and not isinstance(path, ProbabilityPath):
         raise TypeError(f"Expected `path` to be a stagewise.Path, got {path!r}.")
+    if isinstance(bank, Reservoir):
+        raise TypeError(f"Expected a bank, got {bank!r}. Say: StageRun(reservoir=Reservoir(4096)).")
     condition = options.get("condition")
     if condition is not None and not isinstance(condition, Condition):
         raise TypeError(f"Expected `condition` as Condition(bandwidth=...), got {condition!r}.")

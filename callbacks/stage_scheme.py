@@ -69,8 +69,7 @@ class StageScheme(StageCallback):
             with a `scheme` that has an oracle, nor with `Sharded()`.
         name: Prefix of all tags and name of the folder, default "stagewise_scheme".
         bank: See `StageCallback`. Not needed with a `scheme` that has an oracle.
-        **options: What it says about the run: `find`, `class_wise`, `seam`, `dirpath`,
-            `seed`, ...; see `RunOptions`. A `scheme` that has an oracle says bank and path itself.
+        **options: See `RunOptions`. A `scheme` that has an oracle says bank and path itself.
 
     Raises:
         ValueError: At construction or before the first training step, for what cannot be steered.
@@ -121,8 +120,9 @@ class StageScheme(StageCallback):
         found = [part.oracle for part in given]
         oracles = [o for o in found if o is not None and o.engine.holds_all_rows]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
-            known = {key: getattr(oracles[0], key) for key in ("bank", "path", "condition")}
-            self.said = {key: value for key, value in known.items() if value} | self.said
+            known: dict[str, Any] = {"path": oracles[0].path, "condition": oracles[0].condition}
+            known["reservoir" if oracles[0].bank.origin else "bank"] = oracles[0].bank
+            self.said = {key: v for key, v in known.items() if v is not None} | self.said
         for part in given if not oracles else ():
             if part.smoothing is not None:
                 self.said = {"bank": part.smoothing.bank} | self.said

@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagewise import LatentBank, LinearPath, Mix, Oracle, Reservoir, Scheme
-from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme, VelocityErrorMonitor
+from stagewise import LatentBank, LinearPath, Mix, Oracle, Reservoir, Scheme, StageTarget
+from stagewise.callbacks import (
+    PosteriorMonitor,
+    StageRun,
+    StageScheme,
+    VelocityErrorMonitor,
+    Watch,
+)
 
 ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, 12
@@ -187,6 +193,28 @@ def test_a_stream_is_steered_with_the_target_of_what_was_seen(fit):
     assert [len(rows) for *_, rows in calls] == [8, 16, *6 * [20]]
     for y, batch, target, rows in calls:
         assert_target(y, batch, target, rows)
+
+
+def test_a_reservoir_in_a_scheme_and_in_a_loop_of_ones_own(fit, tmp_path, quick_figures):
+    scheme = Scheme(Oracle(Reservoir(16)), target=Mix())
+    fit(StageScheme(scheme))
+    assert scheme.oracle.bank.seen == 64
+    net, monitor = torch.nn.Linear(7, 6), PosteriorMonitor(every_n_steps=1, queries=4)
+    optimizer, target = torch.optim.SGD(net.parameters(), 1e-2), StageTarget()
+    loader = torch.utils.data.DataLoader(Endless(), 8)
+    options = {"target": target, "reservoir": 20, "dirpath": tmp_path}
+    with Watch(net, loader, monitor, **options) as watch:
+        for step, x1 in zip(range(6), loader, strict=False):
+            watch.step(step, x1)
+            x0, t = torch.randn(8, 6), torch.rand(8, 1)
+            xt = t * x1 + (1 - t) * x0
+            u, w = target(x1 - x0, xt=xt, t=t, x1=x1)
+            (w * (net(torch.cat([xt, t], 1)) - u).square().mean(1)).mean().backward()
+            optimizer.step()
+    assert [entry["step"] for entry in monitor.history] == [2, 3, 4, 5]
+    assert monitor.history[0]["rows_are"] == "the last 20 samples seen"
+    with pytest.raises(TypeError, match=r"StageRun\(reservoir="):
+        PosteriorMonitor(Reservoir(20))
 
 
 def test_what_a_reservoir_in_training_says(fit, tmp_path, quick_figures, lightning_log):

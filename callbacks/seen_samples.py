@@ -49,7 +49,7 @@ class SeenSamples:
         if not self._began:
             self._began = True
             run.start_members()
-        elif run.waiting and run.settled and self._reservoir.full:
+        elif run.waiting and run.settled and not run.host.any(not self._reservoir.full):
             late, run.waiting = run.waiting, ()
             run.first_step = run.host.global_step
             run.members = sorted([*run.members, *late], key=lambda m: (m.order, m.name))

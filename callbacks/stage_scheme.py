@@ -305,7 +305,6 @@ class StageScheme(StageCallback):
         at = self.run.option(self, "seam")
         if self._given is None or at is not None:
             return one_seam(module, at)
-        # An objective that has it sees the losses too.
         ours = [seam for seam in find_seams(module) if _scheme_of(seam) is self._given]
         if len(ours) == 1:
             return ours[0]

@@ -192,7 +192,7 @@ class FlowMatchingLoss(nn.Module):
         y = self.prediction.target(path, x0.float(), x1.float())
         added = None
         if scheme is not None:
-            told = {"labels": classes, "source": source, "condition": condition}
+            told: Any = {"labels": classes, "source": source, "condition": condition}
             added = scheme(y, xt=xt, t=t, x1=x1, prediction=self.prediction, **told)
         output = model(xt, self.convention.from_t(t).to(told_in), *args, **kwargs)
         if output.shape != x1.shape:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Prediction, expand_like
-from stagewise.queries import indices_of
+from stagewise.queries import checked_source, indices_of
 from stagewise.schemes.checks import check_rows
 from stagewise.targets import Target
 
@@ -139,7 +139,7 @@ def _rows(oracle: Oracle, x1: Tensor, source: Tensor | None) -> tuple[Tensor, Te
     """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none."""
     if source is not None:
         rows = oracle.engine.num_rows(oracle.bank)
-        source = oracle.checked_source(source, len(x1), rows).to(x1.device)
+        source = checked_source(source, len(x1), rows).to(x1.device)
     if oracle.engine.holds_all_rows:
         stored = oracle.bank.find(x1)
         return stored if source is None else torch.where(source < 0, stored, source), stored

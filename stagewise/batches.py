@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stagewise.masks import MaskedLabels
+
 __all__ = [
     "LABEL_NAMES",
+    "PADDED",
     "FindSample",
     "describe",
     "find_checked",
@@ -29,8 +32,14 @@ __all__ = [
     "unused_in",
 ]
 
-FindSample: TypeAlias = Callable[[Any], "tuple[Tensor, Tensor | None]"]
-"""From a batch to `(x_1, labels)`, of shapes (B, *) and (B,); labels may be None."""
+FindSample: TypeAlias = Callable[[Any], "tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]"]
+"""From a batch to `(x_1, labels)`, of shapes (B, *) and (B,), or `(x_1, labels, mask)`; labels may
+be None, and a mask is as in `masks.as_mask`."""
+
+PADDED = (
+    "If samples have different lengths and are padded, say which numbers count: "
+    "find=lambda batch: (batch[0], None, batch[1]), with a mask or lengths in batch[1]."
+)
 
 _SAMPLE_NAMES = (
     *("x1", "x_1", "latents", "latent", "images", "image", "pixel_values", "img", "imgs"),
@@ -203,18 +212,20 @@ def _where_sample(entries: dict[Any, Any], named: bool) -> list[Any]:
     return found
 
 
-def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Tensor | None]:
+def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Any]:
     """What `find` gives for a batch, with labels as int64, refused if it is no such pair.
 
     Args:
-        find: From a batch to `x_1`, (B, *), and whole numbers or booleans, (B,) or (B, 1), or None.
+        find: From a batch to `x_1`, (B, *), whole numbers or booleans, (B,) or (B, 1), or None, and
+            a mask if there is one.
         batch: The batch.
 
     Returns:
-        `x_1`, (B, *), and labels, int64, (B,), or None.
+        `x_1`, (B, *), and labels, int64, (B,), or None; with a mask `MaskedLabels`.
 
     Raises:
         ValueError: If `find` returns something else; the message says what came.
+        TypeError: If the mask is none.
     """
     try:
         found = find(batch)
@@ -223,11 +234,13 @@ def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Tensor | None]:
             f"Expected `find` to return (x_1, labels or None) for {describe(batch)}, but it raised "
             f"{type(error).__name__}: {error}. For example: {suggested_find(batch)}."
         ) from error
-    if isinstance(found, (tuple, list)) and len(found) == 2 and _is_sample(found[0]):
-        x1, labels = found
-        whole = _as_labels(labels, len(x1), booleans=True)
-        if labels is None or whole is not None:
-            return x1, whole
+    if isinstance(found, (tuple, list)) and len(found) in (2, 3) and _is_sample(found[0]):
+        x1, labels, *mask = found
+        masked = isinstance(labels, MaskedLabels)
+        whole = None if masked else _as_labels(labels, len(x1), booleans=True)
+        if labels is None or masked or whole is not None:
+            labels = labels if masked else whole
+            return x1, MaskedLabels.of(labels, mask[0], x1) if mask else labels
     raise ValueError(
         "Expected `find` to return (x_1, labels or None), a floating-point tensor of shape (B, *) "
         f"and integers of shape (B,), got {describe(found)}. Scale images to floats there, and "

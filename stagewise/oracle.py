@@ -33,6 +33,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.building import whole_labels
 from stagewise.certificate import Certificate
 from stagewise.engines import Auto, Engine
+from stagewise.masks import MaskedLabels, fitted
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
 from stagewise.queries import (
@@ -51,8 +52,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Labels", "Oracle", "Times", "as_times", "check_times", "require_tensors"]
 
-Labels: TypeAlias = "Tensor | Sequence[int | None]"
-"""The class of each query, (B,). None, or the oracle's `null_class`, is the whole bank."""
+Labels: TypeAlias = "Tensor | Sequence[int | None] | MaskedLabels"
+"""The class of each query, (B,). None, or the oracle's `null_class`, is the whole bank, or all rows
+of the same mask. Labels with masks are `MaskedLabels`."""
 
 
 class Oracle:
@@ -125,6 +127,7 @@ class Oracle:
         t: Times,
         labels: Labels | None = None,
         *,
+        mask: Tensor | None = None,
         source: Tensor | None = None,
         k: int = 1,
     ) -> Posterior:
@@ -139,6 +142,8 @@ class Oracle:
                 tensor costs no device sync; one on an accelerator does, unless the engine
                 reads it there (`Exact` on CUDA, without `null_class` and certificate), where an
                 unknown class ends the process by a device-side assertion.
+            mask: Which numbers of each query count, (B, *), as in `LatentBank`, for a bank with
+                masks: the posterior is over rows of that mask. Numbers outside count for nothing.
             source: The row of `bank.rows` each query was made from, (B,), int64, for
                 `source_weight` and the certificate; negative where it is not known. Default None.
                 `bank.find(x1)` looks it up.
@@ -154,10 +159,33 @@ class Oracle:
                 numbers, or queries on a device without float64 (MPS).
             TypeError: If `xt` is no tensor.
         """
+        labels = self.masked(labels, mask, xt)
         queries = self.queries(xt, t, labels, source)
         with torch.autocast(queries.xt.device.type, enabled=False):
             post = with_source_weight(self.ask(queries, k), self.bank, queries)
-        return replace(post, mean=post.mean.reshape(-1, *self.bank.shape))
+        return replace(post, mean=self._shaped(post.mean, xt))
+
+    def masked(self, labels: Labels | None, mask: Tensor | None, x: Tensor) -> Labels | None:
+        """Labels, with the masks of samples `x`, (B, *), if there are any.
+
+        Raises:
+            ValueError: If samples have masks and the bank has none, or the other way round.
+        """
+        if mask is not None:
+            labels = MaskedLabels.of(labels, mask, x)
+        elif isinstance(labels, Tensor):
+            return labels  # `queries` looks at them
+        if isinstance(labels, MaskedLabels) and self.bank.pairs is None:
+            raise ValueError(
+                "Expected a bank with masks for samples that have some, got one without: it was "
+                "built with its padding as data. LatentBank(x, labels, mask=mask)."
+            )
+        return labels
+
+    def _shaped(self, flat: Tensor, like: Tensor) -> Tensor:
+        """Rows (B, D) as samples, cut to the shape of those that were given."""
+        x = flat.reshape(-1, *self.bank.shape)
+        return x if x.shape == like.shape else x[tuple(slice(n) for n in like.shape)]
 
     def queries(
         self,
@@ -178,6 +206,15 @@ class Oracle:
             ValueError: As `posterior`.
             TypeError: If `xt` is no tensor.
         """
+        valid = None
+        if isinstance(labels, MaskedLabels):
+            xt, own = fitted(xt, labels, self.bank.shape)
+            valid, labels = own.entries.flatten(1), own.keys(self.null_class)
+        elif self.bank.pairs is not None:
+            raise ValueError(
+                "Expected the masks of the samples, as the bank has masks, got none: mask=mask, "
+                "or in a training find=lambda batch: (batch[0], None, batch[1])."
+            )
         flat, path = self.coefficients(xt, t)
         names, ends = None, None
         if isinstance(labels, Tensor) and self._reads_on_device(labels, flat):
@@ -191,7 +228,8 @@ class Oracle:
         if self.engine.holds_all_rows:
             segments = None if ends is not None else segments_of(self.bank, names, len(flat))
         times = as_times(t, xt).detach().to(flat)
-        return Queries(flat, path, segments, source, names, times, made_in=xt.dtype, ends=ends)
+        about: dict[str, Any] = {"made_in": xt.dtype, "ends": ends, "valid": valid}
+        return Queries(flat, path, segments, source, names, times, **about)
 
     def _reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
         """Whether labels stay where they are, which spares a device sync."""
@@ -212,6 +250,13 @@ class Oracle:
         Raises:
             ValueError: If k is below 1 or above the rows of the bank.
         """
+        post = self._ask(queries, k)
+        if queries.valid is None:
+            return post
+        # Numbers that are 0 in all rows are off by a rounding.
+        return replace(post, mean=post.mean.where(queries.valid, 0))
+
+    def _ask(self, queries: Queries, k: int) -> Posterior:
         rows = self.engine.num_rows(self.bank)
         if not 1 <= k <= rows:
             raise ValueError(f"Expected `k` from 1 to the {rows} rows of the bank, got {k}.")
@@ -239,6 +284,7 @@ class Oracle:
         x1: Tensor,
         labels: Labels | None = None,
         *,
+        mask: Tensor | None = None,
         source: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
         posterior: Posterior | None = None,
@@ -251,6 +297,7 @@ class Oracle:
             x1: The samples `xt` was made from, (B, *). They must be rows of the bank: with others
                 the correction is as large as their distance to the bank times `c_t`.
             labels: See `posterior`.
+            mask: See `posterior`. Outside of it the correction is 0.
             source: See `posterior`.
             prediction: What the target is, default "velocity".
             posterior: The posterior at these queries if it is known already.
@@ -267,30 +314,37 @@ class Oracle:
             raise ValueError(
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
+        labels = self.masked(labels, mask, xt)
         queries = self.queries(xt, t, labels, source)
-        queries = replace(queries, x1=x1.detach().flatten(1).to(queries.xt))
-        mean = self.ask(queries).mean if posterior is None else posterior.mean.flatten(1)
-        difference = mean - x1.detach().flatten(1).to(mean.dtype)
-        gap = queries.correction(difference, Prediction.of(prediction), self.bank.max_norm)
-        return gap.reshape(x1.shape).to(x1.dtype)
+        flat = fitted(x1.detach(), labels, self.bank.shape)[0].flatten(1).to(queries.xt)
+        queries = replace(queries, x1=flat)
+        if posterior is None:
+            mean = self.ask(queries).mean
+        else:
+            mean = fitted(posterior.mean, labels, self.bank.shape)[0].flatten(1)
+        gap = queries.correction(mean - flat, Prediction.of(prediction), self.bank.max_norm)
+        return self._shaped(gap, x1).to(x1.dtype)
 
     @untraced
-    def velocity(self, xt: Tensor, t: Times, labels: Labels | None = None) -> Tensor:
+    def velocity(
+        self, xt: Tensor, t: Times, labels: Labels | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
         """The marginal velocity `u*(x_t, t)`.
 
         Args:
             xt: Noisy samples, (B, *).
             t: See `posterior`. At sigma = 0 see the module docstring.
             labels: See `posterior`.
+            mask: See `posterior`.
 
         Returns:
-            The velocity, (B, *), in the dtype of `xt`.
+            The velocity, (B, *), in the dtype of `xt`; 0 outside of the mask.
         """
-        queries = self.queries(xt, t, labels)
+        queries = self.queries(xt, t, self.masked(labels, mask, xt))
         path, mean = queries.path, self.ask(queries).mean
         noise = (queries.xt - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
-        return velocity.reshape(xt.shape).to(xt.dtype)
+        return self._shaped(velocity, xt).to(xt.dtype)
 
     def sample(self, source: Tensor, t: Tensor, normals: Tensor) -> Tensor:
         """A sample of the set that the oracle is of, around each row.

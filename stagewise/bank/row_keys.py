@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "find_among", "find_rows", "row_keys"]
+__all__ = ["digest", "find_among", "find_rows", "mask_keys", "row_keys"]
 
 _BLOCK = 2**20  # words at a time: their 64-bit products then stay in the cache
 
@@ -32,6 +32,15 @@ def row_keys(rows: Tensor) -> Tensor:
     for block, out in zip(rows.split(step), keys.split(step), strict=True):
         # Adding zero makes -0 and 0, which are equal, equal in their bits.
         out.copy_(((block + 0.0).contiguous().view(word) * factor).sum(1))
+    return keys
+
+
+def mask_keys(mask: Tensor) -> Tensor:
+    """The keys of masks (N, D), bool: (N,), int64, the sum of the weights of what is true."""
+    keys = torch.empty(len(mask), dtype=torch.int64, device=mask.device)
+    factor, step = _weights(mask.shape[1], mask.device), max(1, _BLOCK // mask.shape[1])
+    for block, out in zip(mask.split(step), keys.split(step), strict=True):
+        out.copy_((block * factor).sum(1))
     return keys
 
 

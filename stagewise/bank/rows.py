@@ -14,6 +14,7 @@ from torch import Tensor
 from stagewise.bank.building import BLOCK, HALF
 from stagewise.bank.row_keys import digest, find_rows, row_keys
 from stagewise.bank.streaming import MappedFile, stream
+from stagewise.masks import MaskedLabels
 from stagewise.memory import available_memory, oracle_device
 
 __all__ = ["RowStore"]
@@ -26,7 +27,8 @@ class RowStore:
 
     `rows`, `offset`, `shape` and `index` are those of `LatentBank`; `segments` the rows of each
     class, by its label, ascending; `file` is that under rows that are memory-mapped, and `keys`
-    those of the rows, if they are known.
+    those of the rows, if they are known. With masks a class is a label and a mask, known by its
+    key (`stagewise.masks`), and `pairs` are those of all segments in their order.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class RowStore:
         segments: dict[int, slice] | None = None,
         file: MappedFile | None = None,
         keys: Tensor | None = None,
+        pairs: MaskedLabels | None = None,
     ) -> None:
         self.rows, self.offset, self.shape = rows, offset, shape
         self.index, self._segments = index, segments or {}
+        self.pairs, self._of_masks = pairs, _of_masks(pairs, self._segments)
         self._file, self._keys = file, keys
         self._fingerprint: str | None = None
         self._sorted_keys: dict[torch.dtype | None, tuple[Tensor, Tensor]] = {}
@@ -94,6 +98,24 @@ class RowStore:
         """Label, first row and end of each class."""
         return [(label, rows.start, rows.stop) for label, rows in self._segments.items()]
 
+    @property
+    def labelled(self) -> bool:
+        """Whether its rows have labels; with masks they may have classes and no labels."""
+        return bool(self._segments) if self.pairs is None else self.pairs.labels is not None
+
+    def scopes(self, class_wise: bool) -> list[slice]:
+        """Sets of rows that posteriors are over: the classes, or without them the bank or masks."""
+        if class_wise:
+            self.require_classes()
+            return list(self._segments.values())
+        return [self.whole] if self.pairs is None else list(self._of_masks.values())
+
+    @cached_property
+    def median_class(self) -> int:
+        """Rows of the class of the median row."""
+        sizes = sorted(rows.stop - rows.start for rows in self._segments.values())
+        return next(size for i, size in enumerate(sizes) if 2 * sum(sizes[: i + 1]) >= len(self))
+
     def require_classes(self) -> None:
         """Refuses a bank without labels, with the cure."""
         if not self._segments:
@@ -103,9 +125,16 @@ class RowStore:
 
     def segment(self, label: int) -> slice:
         """The rows of a class, as a slice of the bank's own order; refuses another."""
-        if label in self._segments:
-            return self._segments[label]
+        found = self._segments.get(label, self._of_masks.get(label))
+        if found is not None:
+            return found
         self.require_classes()
+        if self.pairs is not None:
+            raise ValueError(
+                f"No row of the bank has this mask (and label), and its {len(self._of_masks)} "
+                "masks are those it was built from. Build the bank from the masks that training "
+                "uses: LatentBank(x, labels, mask=mask)."
+            )
         known = self.classes
         raise ValueError(
             f"Class {label} is not in the bank, which has {len(known)} classes from {known[0]} to "
@@ -126,7 +155,9 @@ class RowStore:
         self.require_classes()
         table = self._class_table.get(labels.device)
         if table is None:
-            table = torch.tensor(self.class_ends, device=labels.device)
+            ends = {**self._of_masks, **self._segments}
+            table = torch.tensor([(key, ends[key].start, ends[key].stop) for key in sorted(ends)])
+            table = table.to(labels.device)
             if _as_real(table, self.rows):
                 self._class_table[labels.device] = table
         at = torch.searchsorted(table[:, 0].contiguous(), labels).clamp_max(len(table) - 1)
@@ -139,6 +170,13 @@ class RowStore:
         """The class of each of `rows` (own order), as Python integers, without a device sync."""
         classes, stops = self.classes, [segment.stop for segment in self._segments.values()]
         return [classes[bisect_right(stops, row)] for row in rows]
+
+    def classes_of(self, rows: Sequence[int]) -> Tensor | MaskedLabels | None:
+        """The labels of rows, (n,), with their masks if they have any; None without classes."""
+        if self.pairs is None:
+            return torch.tensor(self.labels_of(rows)) if self._segments else None
+        stops = [segment.stop for segment in self._segments.values()]
+        return self.pairs[torch.tensor([bisect_right(stops, row) for row in rows])]
 
     def take(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
         """Samples by their rows (own order, any shape, any device), (*rows.shape, D), float64.
@@ -288,6 +326,15 @@ class RowStore:
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         return self
+
+
+def _of_masks(pairs: MaskedLabels | None, segments: dict[int, slice]) -> dict[int, slice]:
+    """The rows of each mask, whatever their labels, by its key; classes of a mask are neighbours."""
+    found: dict[int, slice] = {}
+    keys = () if pairs is None else pairs.unlabelled().tolist()
+    for key, rows in zip(keys, segments.values(), strict=pairs is not None):
+        found[key] = slice(found[key].start if key in found else rows.start, rows.stop)
+    return found
 
 
 def _as_real(value: Tensor, like: Tensor) -> bool:

@@ -1,0 +1,178 @@
+"""A bank with masks is as many banks as there are masks, each cut to the numbers that count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from stagewise import LatentBank, Oracle
+from stagewise.batches import find_checked
+from stagewise.masks import MaskedLabels
+
+LONGEST, WIDTH, ROWS = 6, 3, 40
+
+
+def _data(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples (N, L, d), float64, labels and masks (N, L); some with a hole in the middle."""
+    draws = torch.Generator().manual_seed(seed)
+    x = torch.randn(ROWS, LONGEST, WIDTH, generator=draws, dtype=torch.float64)
+    lengths = torch.tensor([2, 4, 4, 6])[torch.arange(ROWS) % 4]
+    mask = torch.arange(LONGEST) < lengths[:, None]
+    mask[::8, 1] = False
+    return x, torch.randint(0, 2, (ROWS,), generator=draws), mask
+
+
+def _queries(x: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    t = torch.rand(len(x), generator=draws, dtype=torch.float64) * 0.9
+    x0 = torch.randn(x.shape, generator=draws, dtype=torch.float64)
+    return t[:, None, None] * x + (1 - t[:, None, None]) * x0, t
+
+
+def _alike(mask: Tensor) -> Iterator[Tensor]:
+    """The positions of samples of the same mask."""
+    _, kind = mask.unique(dim=0, return_inverse=True)
+    for number in range(int(kind.max()) + 1):
+        yield (kind == number).nonzero()[:, 0]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_bank_with_masks_is_a_bank_for_each_mask(labelled: bool) -> None:
+    x, y, mask = _data()
+    xt, t = _queries(x)
+    oracle = Oracle(LatentBank(x, y if labelled else None, mask=mask))
+    labels = y if labelled else None
+    found = oracle.posterior(xt, t, labels, mask=mask, k=3)
+    gap = oracle.correction(xt, t, x, labels, mask=mask)
+    u = oracle.velocity(xt, t, labels, mask=mask)
+    for at in _alike(mask):
+        valid = mask[at[0]]
+        own = y[at] if labelled else None
+        other = Oracle(LatentBank(x[at][:, valid], own))
+        post = other.posterior(xt[at][:, valid], t[at], own, k=3)
+        for name in ("log_evidence", "entropy", "ess", "weights"):
+            torch.testing.assert_close(
+                getattr(found, name)[at], getattr(post, name), rtol=1e-9, atol=1e-10
+            )
+        torch.testing.assert_close(found.mean[at][:, valid], post.mean, rtol=0, atol=1e-12)
+        assert not found.mean[at][:, ~valid].any()
+        best = other.correction(xt[at][:, valid], t[at], x[at][:, valid], own)
+        torch.testing.assert_close(gap[at][:, valid], best, rtol=0, atol=1e-10)
+        assert not gap[at][:, ~valid].any()
+        best = other.velocity(xt[at][:, valid], t[at], own)
+        torch.testing.assert_close(u[at][:, valid], best, rtol=0, atol=1e-10)
+        assert not u[at][:, ~valid].any()
+
+
+@pytest.mark.parametrize("fill", [torch.nan, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_values_under_the_padding_change_no_number(fill: float, dtype: torch.dtype) -> None:
+    x, y, mask = _data()
+    xt, t = _queries(x)
+    filled, xt_filled = (v.masked_fill(~mask[..., None], fill) for v in (x, xt))
+    one = Oracle(LatentBank(x, y, mask=mask, dtype=dtype))
+    two = Oracle(LatentBank(filled, y, mask=mask, dtype=dtype))
+    assert one.bank.fingerprint == two.bank.fingerprint
+    assert one.bank.std == two.bank.std
+    for labels in (y, None):
+        a = one.posterior(xt, t, labels, mask=mask)
+        b = two.posterior(xt_filled, t, labels, mask=mask)
+        assert torch.equal(a.mean, b.mean)
+        assert torch.equal(a.log_evidence, b.log_evidence)
+        assert not a.mean[~mask].any()  # also of rows of 16 bits
+        a = one.correction(xt, t, x, labels, mask=mask)
+        assert torch.equal(a, two.correction(xt_filled, t, filled, labels, mask=mask))
+
+
+def test_labels_that_are_none_look_at_all_rows_of_the_mask() -> None:
+    x, y, mask = _data()
+    xt, t = _queries(x)
+    bank = LatentBank(x, y, mask=mask)
+    none = Oracle(bank).posterior(xt, t, mask=mask).mean
+    mixed = Oracle(bank).posterior(xt, t, [None, *y[1:].tolist()], mask=mask).mean
+    null = Oracle(bank, null_class=1).posterior(xt, t, y, mask=mask).mean
+    wise = Oracle(bank).posterior(xt, t, y, mask=mask).mean
+    assert torch.equal(mixed[0], none[0])
+    torch.testing.assert_close(mixed[1:], wise[1:], rtol=0, atol=1e-13)
+    torch.testing.assert_close(null, torch.where((y == 1)[:, None, None], none, wise))
+
+
+def test_batches_of_their_own_lengths_make_the_same_bank(tmp_path: Path) -> None:
+    x, y, mask = _data()
+    lengths = mask.shape[1] - mask.flip(1).int().argmax(1)
+    bank = LatentBank(x, y, mask=mask)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for at in torch.arange(ROWS).split(7):
+            longest = int(lengths[at].max())
+            yield x[at, :longest], y[at], mask[at, :longest]
+
+    read = LatentBank.from_batches(batches(), ROWS, find=lambda batch: batch)
+    assert read.fingerprint == bank.fingerprint
+    whole = ((x[at], y[at], mask[at]) for at in torch.arange(ROWS).split(7))
+    path = tmp_path / "bank.safetensors"
+    written = LatentBank.write(path, whole, ROWS, labels=y, mask=mask, find=lambda batch: batch)
+    for other in (written, LatentBank.open(path), bank.part(slice(None))):
+        assert other.fingerprint == bank.fingerprint
+        assert (other.std, other.classes) == (bank.std, bank.classes)
+        assert torch.equal(other.classes_of([0, 39]).entries, bank.classes_of([0, 39]).entries)  # type: ignore[union-attr]
+    # A batch that is shorter than the longest row is answered at its own length.
+    short = (lengths <= 4).nonzero()[:5, 0]
+    xt, t = _queries(x)
+    want = Oracle(bank).correction(xt[short], t[short], x[short], mask=mask[short])
+    cut = (v[short, :4] for v in (xt, x, mask))
+    xt4, x4, mask4 = cut
+    assert torch.equal(Oracle(bank).correction(xt4, t[short], x4, mask=mask4), want[:, :4])
+
+
+def test_lengths_and_masks_of_fewer_axes_are_the_same_mask() -> None:
+    x, _, _ = _data()
+    lengths = torch.arange(ROWS) % LONGEST + 1
+    mask = torch.arange(LONGEST) < lengths[:, None]
+    names = {
+        LatentBank(x, mask=one).fingerprint
+        for one in (lengths, mask, mask[..., None], mask[..., None].expand_as(x))
+    }
+    assert len(names) == 1
+    turned = LatentBank(x.transpose(1, 2), mask=mask[:, None])
+    assert turned.std == pytest.approx(LatentBank(x, mask=mask).std)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(ROWS, LONGEST), "Give mask.bool()"),
+        (torch.ones(ROWS, WIDTH, dtype=torch.bool), "mask[:, None]"),
+        (torch.ones(ROWS - 1, LONGEST, dtype=torch.bool), "first axes"),
+        (torch.arange(LONGEST) < torch.arange(ROWS)[:, None], "none in row 0"),
+        (None, "Expected the masks of the samples"),
+    ],
+)
+def test_wrong_masks_are_refused(mask: Tensor | None, message: str) -> None:
+    x, _, good = _data()
+    oracle = Oracle(LatentBank(x, mask=good))
+    with pytest.raises((TypeError, ValueError)) as error:
+        oracle.posterior(x, 0.5, mask=mask)
+    assert message in str(error.value)
+
+
+def test_masks_of_no_row_and_banks_without_masks_are_refused() -> None:
+    x, _, mask = _data()
+    other = mask.clone()
+    other[1, 0] = False
+    with pytest.raises(ValueError, match="No row of the bank has this mask"):
+        Oracle(LatentBank(x, mask=mask)).posterior(x, 0.5, mask=other)
+    with pytest.raises(ValueError, match=r"LatentBank\(x, labels, mask=mask\)"):
+        Oracle(LatentBank(x)).posterior(x, 0.5, mask=mask)
+
+
+def test_find_may_return_a_mask() -> None:
+    x, y, mask = _data()
+    x1, labels = find_checked(lambda batch: batch, (x, y, mask))
+    assert x1 is x
+    assert isinstance(labels, MaskedLabels)
+    assert torch.equal(labels[3:5].mask, mask[3:5])

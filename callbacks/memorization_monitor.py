@@ -146,7 +146,7 @@ class MemorizationMonitor(ModelMonitor):
 
     def _make_probe(self) -> None:
         bank, trainer, others = self.oracle.bank, self.run.trainer, self._others
-        labelled = bool(bank.classes) and self.conditional
+        labelled = bank.labelled and self.conditional
         said = self.run.option(self, "class_wise")
         self.wise = labelled if said is None else said
         if self.wise:

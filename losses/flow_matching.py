@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stagewise.masks import masked, mean_of
 from stagewise.oracle import Labels, Times, as_times, check_times
 from stagewise.paths import (
     STAGEWISE,
@@ -41,7 +42,7 @@ class LossRecord:
 
     Attributes:
         t: Times, (B,); t = 0 is noise.
-        loss: Mean squared error of each sample over its D numbers against the *conditional* target,
+        loss: Mean squared error of each sample over its numbers that count against the *conditional* target,
             before the weight, (B,).
         weight: Weight of each sample, (B,).
         trained: The same against the target that is trained on, (B,); `loss` without a scheme.
@@ -122,6 +123,7 @@ class FlowMatchingLoss(nn.Module):
         generator: torch.Generator | None = None,
         part: tuple[int, int] = (0, 1),
         classes: Labels | None = None,
+        loss_mask: Tensor | None = None,
         source: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -140,6 +142,8 @@ class FlowMatchingLoss(nn.Module):
                 they see what one rank would see with all samples. Default (0, 1).
             classes: Class of each sample for a class-wise scheme, (B,); not passed to the model.
                 Default: looked up in the bank.
+            loss_mask: Which numbers count in the loss, (B, *), as in `LatentBank`; the scheme's bank
+                has masks then. Not passed to the model. Default: all.
             source: Row of the scheme's bank that each sample stands for, (B,); not passed to the
                 model. Default: looked up; see `Scheme`.
             **kwargs: Passed on to the model.
@@ -181,10 +185,10 @@ class FlowMatchingLoss(nn.Module):
         path = self.path(t)
         xt = self.path.interpolate(x0, x1, t).to(x1.dtype)
         y = self.prediction.target(path, x0.float(), x1.float())
-        added = None
+        added, of = None, masked(classes, loss_mask, x1)
         if scheme is not None:
             added = scheme(
-                y, xt=xt, t=t, x1=x1, labels=classes, source=source, prediction=self.prediction
+                y, xt=xt, t=t, x1=x1, labels=of, source=source, prediction=self.prediction
             )
         output = model(xt, self.convention.from_t(t).to(told_in), *args, **kwargs)
         if output.shape != x1.shape:
@@ -199,14 +203,10 @@ class FlowMatchingLoss(nn.Module):
                 f"Expected `weight(t)` with shape ({len(x1)},), got {tuple(weight.shape)}."
             )
         if added is None:
-            loss = trained = _mean_square(output - y)
+            loss = trained = mean_of((output - y).square(), of)
         else:
-            loss, trained = _mean_square(output.detach() - y), _mean_square(output - added[0])
+            loss = mean_of((output.detach() - y).square(), of)
+            trained = mean_of((output - added[0]).square(), of)
             weight = weight * added[1]
         self.last = LossRecord(t.detach(), loss.detach(), weight.detach(), trained.detach())
         return (weight * trained).mean()
-
-
-def _mean_square(error: Tensor) -> Tensor:
-    """Over all but the batch, (B,)."""
-    return error.square().flatten(1).mean(1)

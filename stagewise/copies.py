@@ -23,6 +23,7 @@ from scipy.stats import beta
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.masks import MaskedLabels
 from stagewise.nearest_rows import Search
 from stagewise.products import full_precision
 
@@ -60,12 +61,15 @@ class Nearest(NamedTuple):
 
 
 @torch.no_grad()
-def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
+def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None) -> Nearest:
     """The nearest row of all, and how far the next that differs is.
+
+    With masks it is the nearest of the same mask; `d_2` is NaN where no other row has that mask.
 
     Args:
         bank: The training rows, all classes.
         x: Samples, (B, *), as those of the bank.
+        labels: Their masks, for a bank with masks.
 
     Returns:
         What was found, on the device of the bank.
@@ -77,7 +81,10 @@ def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
         raise ValueError(
             f"Expected samples of shape {('B', *bank.shape)} as the bank's, got {tuple(x.shape)}."
         )
-    search = Search(bank, bank.whole, bank.device)
+    scopes = [(torch.arange(len(x), device=bank.device), bank.whole)]
+    if labels is not None:
+        x, keys = labels.zero(x), labels.unlabelled().keys().to(bank.device)
+        scopes = [((keys == key).nonzero()[:, 0], bank.segment(key)) for key in set(keys.tolist())]
     flat = x.detach().flatten(1).to(bank.device).double() - bank.offset
     unknown = flat.new_full((len(flat),), torch.nan)
     found = Nearest(unknown.new_full((len(flat),), -1, dtype=torch.int64), unknown, unknown.clone())
@@ -88,11 +95,16 @@ def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
         d2 = distance.gather(1, second).masked_fill(~differ.any(1, keepdim=True), torch.inf)
         return (d2.isfinite() & (d2 <= limit))[:, 0], rows[:, 0], distance[:, 0], d2[:, 0]
 
-    finite = flat.isfinite().all(1).nonzero()[:, 0]
+    finite = flat.isfinite().all(1)
     with full_precision(), torch.autocast(bank.device.type, enabled=False):
-        for index in finite.split(_QUERIES) if len(finite) else ():
-            for value, new in zip(found, search.ask(flat[index], 2, settle, index), strict=True):
-                value[index] = new
+        for at, scope in scopes:
+            search = Search(bank, scope, bank.device)
+            for index in at[finite[at]].split(_QUERIES) if bool(finite[at].any()) else ():
+                answer = search.ask(flat[index], 2, settle, index)
+                for value, new in zip(found, answer, strict=True):
+                    value[index] = new
+    if labels is not None:
+        found.d2[found.d2.isinf()] = torch.nan
     if bool(found.d2.isinf().any()):
         raise ValueError(
             "All rows of the bank are equal, so nothing can be nearer to one than to another. "

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["MaskedLabels", "as_mask", "compared_within", "fitted", "join", "mean_of"]
+__all__ = ["MaskedLabels", "as_mask", "compared_within", "fitted", "join", "masked", "mean_of"]
 
 T = TypeVar("T")
 
@@ -141,9 +141,7 @@ def as_mask(mask: Any, count: int, shape: tuple[int, ...]) -> Tensor:
     fits = 2 <= mask.ndim <= len(shape) + 1 and len(mask) == count
     if not (fits and all(m in (1, s) for m, s in zip(mask.shape[1:], shape, strict=False))):
         axes = f"mask[:, None], of shape {(count, 1, *mask.shape[1:])}"
-        cure = (
-            f" If its steps are the last axis: {axes}." if mask.shape[1:] == shape[-1:] else ""
-        )
+        cure = f" If its steps are the last axis: {axes}." if mask.shape[1:] == shape[-1:] else ""
         raise ValueError(
             f"Expected `mask` with the first axes of {(count, *shape)}, each of that size or 1, "
             f"got {tuple(mask.shape)}.{cure}"
@@ -156,6 +154,11 @@ def as_mask(mask: Any, count: int, shape: tuple[int, ...]) -> Tensor:
         row = int((~valid).nonzero()[0])
         raise ValueError(f"{message}, got none in row {row}. Leave such samples out.")
     return mask
+
+
+def masked(labels: Any, mask: Tensor | None, x: Tensor) -> Any:
+    """Labels of samples `x`, (B, *), with their masks if there are any."""
+    return labels if mask is None else MaskedLabels.of(labels, mask, x)
 
 
 def compared_within(labels: T, class_wise: bool) -> T | None:

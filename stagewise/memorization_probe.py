@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Oracle
 from stagewise.sampling import Velocity, sample
 
@@ -73,8 +74,8 @@ class MemorizationProbe:
         bank, own, draws = oracle.bank, slice(rank, None, world_size), _generator(seed, 0)
         self._noise = torch.randn(samples, *bank.shape, generator=draws)[own]
         rows = torch.randint(len(bank), (samples,), generator=draws)[own]
-        given = labelled or class_wise
-        self.labels = torch.tensor(bank.labels_of(rows.tolist())) if given else None
+        given = labelled or class_wise or bank.pairs is not None
+        self.labels = bank.classes_of(rows.tolist()) if given else None
         self.x1: Tensor | None = None
         if held_out is not None:
             x1, labels = held_out
@@ -115,7 +116,8 @@ class MemorizationProbe:
         labels: Tensor | None,
         device: torch.device,
     ) -> Velocity:
-        given = labels.to(device) if labels is not None and self._labelled else None
+        given = compared_within(labels, self._labelled)
+        given = None if given is None else given.to(device)
 
         def checked(xt: Tensor, t: Tensor) -> Tensor:
             v = velocity(xt, t, given)
@@ -128,14 +130,22 @@ class MemorizationProbe:
         return checked
 
     def _of_oracle(self, xt: Tensor, t: Tensor) -> Tensor:
-        place, labels = self._oracle.bank.device, self.labels if self._class_wise else None
+        place, labels = self._oracle.bank.device, compared_within(self.labels, self._class_wise)
+        if isinstance(labels, MaskedLabels):
+            labels = labels.to(place)
         return self._oracle.velocity(xt.to(place), t.to(place), labels).to(xt)
 
     def _led_to(self, t: float, device: torch.device) -> Tensor:
         """The samples where the model takes over."""
         if t not in self._led:
             x = self._noise.to(device)
-            self._led[t] = (x if t == 0 else self._integrate(self._of_oracle, x, 0.0, t)).cpu()
+            led = x if t == 0 else self._integrate(self._of_oracle, x, 0.0, t)
+            if isinstance(self.labels, MaskedLabels):
+                # Padding is noised zeros, as in training.
+                times = torch.full((len(x),), t, device=device)
+                padding = self._oracle.path.interpolate(x, torch.zeros_like(x), times)
+                led = led.where(self.labels.entries.to(device), padding)
+            self._led[t] = led.cpu()
         return self._led[t].to(device)
 
     def _integrate(self, velocity: Velocity, x: Tensor, start: float, end: float) -> Tensor:

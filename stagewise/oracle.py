@@ -33,7 +33,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.building import whole_labels
 from stagewise.certificate import Certificate
 from stagewise.engines import Auto, Engine
-from stagewise.masks import MaskedLabels, fitted
+from stagewise.masks import MaskedLabels, fitted, masked
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
 from stagewise.queries import (
@@ -159,28 +159,11 @@ class Oracle:
                 numbers, or queries on a device without float64 (MPS).
             TypeError: If `xt` is no tensor.
         """
-        labels = self.masked(labels, mask, xt)
+        labels = masked(labels, mask, xt)
         queries = self.queries(xt, t, labels, source)
         with torch.autocast(queries.xt.device.type, enabled=False):
             post = with_source_weight(self.ask(queries, k), self.bank, queries)
         return replace(post, mean=self._shaped(post.mean, xt))
-
-    def masked(self, labels: Labels | None, mask: Tensor | None, x: Tensor) -> Labels | None:
-        """Labels, with the masks of samples `x`, (B, *), if there are any.
-
-        Raises:
-            ValueError: If samples have masks and the bank has none, or the other way round.
-        """
-        if mask is not None:
-            labels = MaskedLabels.of(labels, mask, x)
-        elif isinstance(labels, Tensor):
-            return labels  # `queries` looks at them
-        if isinstance(labels, MaskedLabels) and self.bank.pairs is None:
-            raise ValueError(
-                "Expected a bank with masks for samples that have some, got one without: it was "
-                "built with its padding as data. LatentBank(x, labels, mask=mask)."
-            )
-        return labels
 
     def _shaped(self, flat: Tensor, like: Tensor) -> Tensor:
         """Rows (B, D) as samples, cut to the shape of those that were given."""
@@ -208,6 +191,11 @@ class Oracle:
         """
         valid = None
         if isinstance(labels, MaskedLabels):
+            if self.bank.pairs is None:
+                raise ValueError(
+                    "Expected a bank with masks for samples that have some, got one without: its "
+                    "padding counts as data. LatentBank(x, labels, mask=mask)."
+                )
             xt, own = fitted(xt, labels, self.bank.shape)
             valid, labels = own.entries.flatten(1), own.keys(self.null_class)
         elif self.bank.pairs is not None:
@@ -314,7 +302,7 @@ class Oracle:
             raise ValueError(
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
-        labels = self.masked(labels, mask, xt)
+        labels = masked(labels, mask, xt)
         queries = self.queries(xt, t, labels, source)
         flat = fitted(x1.detach(), labels, self.bank.shape)[0].flatten(1).to(queries.xt)
         queries = replace(queries, x1=flat)
@@ -340,7 +328,7 @@ class Oracle:
         Returns:
             The velocity, (B, *), in the dtype of `xt`; 0 outside of the mask.
         """
-        queries = self.queries(xt, t, self.masked(labels, mask, xt))
+        queries = self.queries(xt, t, masked(labels, mask, xt))
         path, mean = queries.path, self.ask(queries).mean
         noise = (queries.xt - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise

@@ -9,9 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagewise import LatentBank, Oracle
+from stagewise import Certificate, LatentBank, Mix, Oracle, ReferenceSet, Scheme, Smoothing, Target
 from stagewise.batches import find_checked
+from stagewise.copies import nearest_rows
+from stagewise.engines import Sharded
+from stagewise.losses import FlowMatchingLoss, OracleRegularizer, StageWeightedLoss
 from stagewise.masks import MaskedLabels
+from stagewise.stages import _ask
+from stagewise.velocity_probe import errors_of, noisy_targets
 
 LONGEST, WIDTH, ROWS = 6, 3, 40
 
@@ -176,3 +181,105 @@ def test_find_may_return_a_mask() -> None:
     assert x1 is x
     assert isinstance(labels, MaskedLabels)
     assert torch.equal(labels[3:5].mask, mask[3:5])
+
+
+def test_floors_errors_and_copies_count_what_is_valid() -> None:
+    x, y, mask = _data()
+    bank = LatentBank(x, y, mask=mask)
+    oracle, noise = Oracle(bank), torch.randn(ROWS, x[0].numel())
+    t = torch.linspace(0.05, 0.9, ROWS).double()
+    v = torch.randn(x.shape, dtype=torch.float64)
+    rows, near = list(range(ROWS)), nearest_rows(bank, v, MaskedLabels.of(None, mask, v))
+    statistics = _ask(oracle, noise, t, rows, class_wise=True)
+    of_rows = bank.classes_of(rows)
+    assert isinstance(of_rows, MaskedLabels)
+    own, labels = bank.rows.reshape(x.shape), of_rows.labels
+    assert isinstance(labels, Tensor)
+    x0 = noise.reshape(x.shape).double()
+    xt, u, gap = noisy_targets(oracle, x0, own, t, of_rows)
+    squares, cosine, cross = errors_of(v, u, u + gap, of_rows)
+    for at in _alike(mask):
+        copies = nearest_rows(LatentBank(x[at][:, mask[at[0]]]), v[at][:, mask[at[0]]])
+        torch.testing.assert_close(near.d1[at], copies.d1, rtol=1e-12, atol=0)
+        torch.testing.assert_close(near.d2[at], copies.d2, rtol=1e-12, atol=0)
+    for at in _alike(of_rows.mask):
+        valid = of_rows.mask[at[0]]
+        other = Oracle(LatentBank(own[at][:, valid], labels[at]))
+        cut = noise[at].reshape(-1, *x.shape[1:])[:, valid].flatten(1)
+        want = _ask(other, cut, t[at], list(range(len(at))), class_wise=True)
+        torch.testing.assert_close(statistics[:, at], want, rtol=1e-9, atol=1e-12)
+        xt, u, gap = noisy_targets(other, x0[at][:, valid], own[at][:, valid], t[at], labels[at])
+        found = errors_of(v[at][:, valid], u, u + gap)
+        for one, two in zip((*squares, cosine, cross), (*found[0], *found[1:]), strict=True):
+            torch.testing.assert_close(one[at], two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [Mix(), ReferenceSet(8), ReferenceSet(8, shared=True)])
+def test_a_scheme_steers_what_is_valid_and_leaves_the_rest(target: Target) -> None:
+    x, y, mask = _data()
+    bank = LatentBank(x, y, mask=mask)
+    x0 = torch.randn(x.shape, dtype=torch.float64)
+    t = torch.linspace(0.05, 0.9, ROWS).double()
+    xt = t[:, None, None] * x + (1 - t[:, None, None]) * x0
+    scheme = Scheme(Oracle(bank), target=target)
+    u, _ = scheme(x - x0, xt=xt, t=t, x1=x, labels=y, mask=mask)
+    assert torch.equal(u[~mask], (x - x0)[~mask])
+    assert scheme.last is not None
+    assert not scheme.last.inserted.any()
+    hidden = ~mask[..., None]
+    again = Scheme(Oracle(bank), target=target)
+    one, two, three = (v.masked_fill(hidden, torch.nan) for v in (x - x0, xt, x))
+    filled, _ = again(one, xt=two, t=t, x1=three, labels=y, mask=mask)
+    assert torch.equal(filled[mask], u[mask])
+    if isinstance(target, Mix):
+        best = x - x0 + Oracle(bank).correction(xt, t, x, y, mask=mask)
+        torch.testing.assert_close(u, best, rtol=0, atol=1e-10)
+        valid = (u - (x - x0)).square().sum((1, 2)) / (WIDTH * mask.sum(1))
+        torch.testing.assert_close(scheme.last.correction_sq, valid)
+        looked_up, _ = Scheme(Oracle(bank), target=target)(x - x0, xt=xt, t=t, x1=x, mask=mask)
+        torch.testing.assert_close(looked_up, u)
+        at = mask[:, 4:].logical_not().all(1)
+        cut = (v[at, :4] for v in (x - x0, xt, x, mask))
+        short = dict(zip(("y", "xt", "x1", "mask"), cut, strict=True))
+        found, _ = Scheme(Oracle(bank), target=target)(**short, t=t[at], labels=y[at])
+        torch.testing.assert_close(found, u[at, :4])
+
+
+def test_noise_that_is_masked_too_is_noise() -> None:
+    x, _, mask = _data()
+    x0 = torch.randn(x.shape, dtype=torch.float64) * mask[..., None]
+    xt = (x * mask[..., None] + x0) / 2
+    scheme = Scheme(Oracle(LatentBank(x, mask=mask)), target=Mix())
+    scheme(x - x0, xt=xt, t=0.5, x1=x, mask=mask)
+    with pytest.raises(ValueError, match="mean square"):
+        scheme = Scheme(Oracle(LatentBank(x, mask=mask)), target=Mix())
+        scheme(x - 2 * x0, xt=xt + x0 / 2, t=0.5, x1=x, mask=mask)
+
+
+def test_losses_are_means_over_what_is_valid() -> None:
+    x, _, mask = _data()
+    draws = torch.Generator().manual_seed(5)
+    x0, out = (torch.randn(x.shape, generator=draws, dtype=x.dtype) for _ in range(2))
+    t = torch.rand(ROWS, generator=draws)
+    want = ((out - (x - x0)).square().sum(2) * mask).sum(1) / (WIDTH * mask.sum(1))
+    loss_fn = FlowMatchingLoss()
+    loss = loss_fn(lambda xt, t: out, x, x0=x0, t=t, loss_mask=mask)
+    assert loss_fn.last is not None
+    torch.testing.assert_close(loss_fn.last.loss, want.float())
+    torch.testing.assert_close(loss, want.float().mean())
+    weighted = StageWeightedLoss(torch.nn.MSELoss(reduction="none"), lambda t: t)
+    found = weighted(out, x - x0, t=t.double(), loss_mask=mask)
+    torch.testing.assert_close(found, (t * want).mean())
+    oracle = Oracle(LatentBank(x, mask=mask))
+    xt = oracle.path.interpolate(x0, x, t)
+    exact = oracle.velocity(xt, t, mask=mask) + (~mask[..., None]) * 7.0
+    pull = OracleRegularizer(oracle)
+    assert float(pull(exact, x - x0, xt=xt, t=t, x1=x, mask=mask)) < 1e-9
+
+
+def test_what_knows_no_masks_says_so() -> None:
+    x, y, mask = _data()
+    bank = LatentBank(x, y, mask=mask)
+    for make in (Certificate.compute, Smoothing, lambda bank: Oracle(bank, engine=Sharded())):
+        with pytest.raises(ValueError, match="does not know masks"):
+            make(bank)

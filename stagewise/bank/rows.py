@@ -123,6 +123,11 @@ class RowStore:
                 "A class-wise posterior needs a bank with labels: LatentBank(x, labels)."
             )
 
+    def require_unmasked(self, what: str, cure: str) -> None:
+        """Refuses a bank with masks, with the cure."""
+        if self.pairs is not None:
+            raise ValueError(f"{what} does not know masks, and the bank has some. {cure}")
+
     def segment(self, label: int) -> slice:
         """The rows of a class, as a slice of the bank's own order; refuses another."""
         found = self._segments.get(label, self._of_masks.get(label))

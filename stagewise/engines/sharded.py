@@ -190,6 +190,9 @@ class Sharded(Engine):
         """
         problem: Exception | None = None
         try:
+            bank.require_unmasked(
+                "Sharded()", "Give each rank the same bank: LatentBank.open(path)."
+            )
             if len(bank):
                 self.engine.prepare(bank)
         except Exception as error:  # raised below, when the others know

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from stagewise.bank.building import whole_labels
+from stagewise.masks import MaskedLabels
 from stagewise.oracle import Labels
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def has_classes(labels: Labels | None) -> bool:
     """Whether any sample has one."""
+    if isinstance(labels, MaskedLabels):
+        labels = labels.labels
     if isinstance(labels, list | tuple):
         return any(label is not None for label in labels)
     return labels is not None

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stagewise.masks import MaskedLabels, fitted, masked, mean_of
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes.checks import check_density, check_rows, check_settings
@@ -121,7 +122,7 @@ class Scheme(SchemeState):
         )
         path = path or (LinearPath() if oracle is None else oracle.path)
         known = oracle or smoothing
-        wise = bool(known and known.bank.classes) if class_wise == "auto" else class_wise
+        wise = bool(known and known.bank.labelled) if class_wise == "auto" else class_wise
         super().__init__(
             *(oracle, path, timesteps, target, weight, wise, convention, smoothing, strength),
             preserve_objective=preserve_objective,
@@ -194,6 +195,7 @@ class Scheme(SchemeState):
         t: Times,
         x1: Tensor,
         labels: Labels | None = None,
+        mask: Tensor | None = None,
         source: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
     ) -> tuple[Tensor, Tensor]:
@@ -207,6 +209,8 @@ class Scheme(SchemeState):
             x1: What `xt` was made from, (B, *).
             labels: Class of each sample, (B,); see `Oracle.posterior`. Used if `class_wise`, and
                 default the class of the bank's row that x_1 is.
+            mask: Which numbers count, (B, *), for a bank with masks; see `Oracle.posterior`. Outside
+                of it targets stay as they are.
             source: The row of the bank that each x_1 stands for, (B,), negative where it is none.
                 Default: the row that x_1 equals. Give it where x_1 is resampled.
             prediction: What `y` is, default "velocity".
@@ -233,16 +237,17 @@ class Scheme(SchemeState):
                     f"loss, got {prediction.kind!r}. Leave it out, or train on the velocity."
                 )
         source = self._source_of(x1, t, source)
+        labels = self._masked(labels, mask, x1)
         t, added = self._correction(y, xt, t, x1, labels, source, prediction)
         weight = self._weight(t)
         self._count_call()
         self.last = SchemeRecord(
             t=t.detach(),
-            x1=x1.detach(),
+            x1=self._as_rows(x1.detach(), labels)[0],
             source=source,
             lam=added.lam,
             weight=weight.detach(),
-            correction_sq=added.value.flatten(1).square().mean(1),
+            correction_sq=mean_of(added.value.square(), labels),
             inserted=added.inserted,
             tail_mass=added.tail_mass,
             smoothed=self._share(x1, t),
@@ -259,6 +264,7 @@ class Scheme(SchemeState):
         t: Times,
         x1: Tensor,
         labels: Labels | None = None,
+        mask: Tensor | None = None,
         source: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
     ) -> Tensor:
@@ -270,11 +276,26 @@ class Scheme(SchemeState):
         require_tensors(xt=xt, x1=x1)
         prediction = Prediction.of(prediction)
         source = self._source_of(x1, t, source)
+        labels = self._masked(labels, mask, x1)
         _, added = self._correction(None, xt, t, x1, labels, source, prediction)
         return (self._sign(prediction) * added.value).to(x1.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "labels_of": None}  # of a run, which holds its trainer
+
+    def _masked(self, labels: Labels | None, mask: Tensor | None, x1: Tensor) -> Labels | None:
+        """Labels with masks, where those of a run are known although the call says none."""
+        found = masked(labels, mask, x1)
+        wants = self.target is not None and self.oracle is not None and self.oracle.bank.pairs
+        if wants and not isinstance(found, MaskedLabels) and self.labels_of is not None:
+            own = self.labels_of(x1.detach())
+            if isinstance(own, MaskedLabels):
+                return own if found is None else MaskedLabels.of(found, own.mask, x1)
+        return found
+
+    def _as_rows(self, x: Tensor, labels: Labels | None) -> tuple[Tensor, Labels | None]:
+        """Samples and their masks as rows of the bank."""
+        return fitted(x, labels, x.shape[1:] if self.oracle is None else self.oracle.bank.shape)
 
     def _sign(self, prediction: Prediction) -> int:
         return self.convention.sign if prediction.kind == "velocity" else 1
@@ -318,7 +339,7 @@ class Scheme(SchemeState):
         time = as_times(t, xt)
         t = self._time(time)
         check_times(t, len(xt))
-        self._hold(y, xt, time, x1, source, prediction)
+        self._hold(y, xt, time, x1, source, prediction, labels)
         if self.target is None or self.oracle is None:
             return t, Correction.none(x1)
         if not self.class_wise and not self.unconditional and has_classes(labels):
@@ -327,24 +348,28 @@ class Scheme(SchemeState):
             self.require_boundary()
         self._calls += 1
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        cut = tuple(slice(n) for n in xt.shape)
+        xt = self._as_rows(xt.detach(), labels)[0]
+        x1, labels = self._as_rows(x1.detach(), labels)
         ask = partial(
             correct,
             self.target,
-            xt=xt.detach(),
+            xt=xt,
             t=t.detach(),
-            x1=x1.detach(),
+            x1=x1,
             prediction=prediction,
             draws=Random(f"{self.seed} {rank} {self._step} {self._calls}"),
             labels=labels,
             source=source,
             class_wise=self.class_wise,
             on_missing=self.on_missing,
-            labels_of=None if self.labels_of is None else partial(self.labels_of, x1.detach()),
+            labels_of=None if self.labels_of is None else partial(self.labels_of, x1),
             boundary=self.boundary,
         )
         around = self._around
         if around is None:
-            return t, ask(self.oracle)
+            added = ask(self.oracle)
+            return t, added._replace(value=added.value[cut])
         # Where samples are smoothed their targets are those of the smoothed set.
         smoothed = self._share(x1, t) > 0
         parts = (
@@ -361,6 +386,7 @@ class Scheme(SchemeState):
         x1: Tensor,
         source: Tensor | None,
         prediction: Prediction,
+        labels: Labels | None,
     ) -> None:
         """Holds the first samples against the path and the bank."""
         mixes = self.target is not None
@@ -368,7 +394,7 @@ class Scheme(SchemeState):
         looks = len(xt) and (mixes or (y is not None and counts))
         if looks and not self._fits:
             told = check_samples(
-                *(self.path, prediction, self.convention, y, xt, time, x1), mixes=mixes
+                *(self.path, prediction, self.convention, y, xt, time, x1, labels), mixes=mixes
             )
             # A look at an accelerator costs a sync: there the first call is the only one.
             self._fits = y is not None and (told or xt.device.type != "cpu")
@@ -376,7 +402,8 @@ class Scheme(SchemeState):
             return
         shard = not self.oracle.engine.holds_all_rows
         known = source is not None or self.oracle.smoothing is not None
-        found = check_rows(self.oracle.bank, x1, known=known, shard=shard)
+        rows = self._as_rows(x1, labels)[0]
+        found = check_rows(self.oracle.bank, rows, known=known, shard=shard)
         self.rows_checked = True
         if found:
             warnings.warn(f"Scheme: {found}", stacklevel=caller_level())

@@ -16,6 +16,7 @@ from stagewise.callbacks.metrics import CopyShare
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.copies import Nearest, nearest_rows
+from stagewise.masks import plain
 from stagewise.memorization_probe import METHOD, MemorizationProbe
 
 __all__ = ["MemorizationMonitor"]
@@ -157,7 +158,7 @@ class MemorizationMonitor(ModelMonitor):
                 f"{self.samples}."
             )
         if others is not None:
-            no_labels = others[1] is None and (labelled or self.wise)
+            no_labels = plain(others[1]) is None and (labelled or self.wise)
             if len(others[0]) < trainer.world_size or no_labels:
                 self.say(
                     "held-out rows are fewer than ranks, or have no labels for a network that is "
@@ -211,16 +212,18 @@ class MemorizationMonitor(ModelMonitor):
         with self.together():
             with self.asked(averaged) as velocity:
                 made, resumed = self._probe.generate(velocity, self.run.module.device)
-            near = {t: nearest_rows(bank, x) for t, x in made.items()}
-            near_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
+            near = {t: nearest_rows(bank, x, self._probe.masks) for t, x in made.items()}
+            near_resumed = {
+                t: nearest_rows(bank, x, self._probe.x1_masks) for t, (_, x) in resumed.items()
+            }
         self._shown = made, near, resumed, near_resumed
         shares = [_over_ranks(near[t]) for t in self.t_switch]
         shares_resumed = [_over_ranks(found) for found in near_resumed.values()]
         broken = sum(found["nonfinite"] for found in [*shares, *shares_resumed])
         if broken:
             self.warn(
-                f"{broken} samples of step {step} are not finite; they are left out of the shares "
-                "of copies."
+                f"{broken} samples of step {step} are not finite, or have a mask that one row "
+                "has; they are left out of the shares of copies."
             )
         return {
             "weights": "current" if averaged is None else "average",

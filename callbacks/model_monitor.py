@@ -17,10 +17,17 @@ from stagewise.batches import describe
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.stage_callback import AskVelocity
 from stagewise.callbacks.training_bank import Samples
+from stagewise.masks import MaskedLabels, fitted, masked, plain
 from stagewise.undisturbed import in_eval_mode
 from stagewise.velocity_probe import Probe
 
 __all__ = ["ModelMonitor"]
+
+
+def _given_masks(velocity: Any, module: nn.Module, xt: Tensor, t: Tensor, labels: Any) -> Tensor:
+    """A velocity of the user, which is given a mask, if there is one, after the labels."""
+    mask = (labels.mask,) if isinstance(labels, MaskedLabels) else ()
+    return velocity(module, xt, t, plain(labels), *mask)  # type: ignore[no-any-return]
 
 
 class ModelMonitor(Monitor):
@@ -48,7 +55,7 @@ class ModelMonitor(Monitor):
             raise ValueError(f"{name} has no oracle to compare with: {reason or run.tied}")
         self.oracle = run.oracle(self)
 
-    def try_velocity(self, x1: Tensor, labels: Tensor | None) -> None:
+    def try_velocity(self, x1: Tensor, labels: Any) -> None:
         """Asks a given function for two velocities."""
         if self._given is None:
             return
@@ -105,11 +112,11 @@ class ModelMonitor(Monitor):
                 )
         self.conditional = self.run.on_any_rank(self.network.conditional)
 
-    def is_wise(self, labels: Tensor | None) -> bool:
+    def is_wise(self, labels: Any) -> bool:
         """Whether to ask over the rows of a class, of samples with those labels or without any."""
         wise = self.run.class_wise(self)
         if self.run.option(self, "class_wise") is None:
-            wise = wise and self.conditional and labels is not None
+            wise = wise and self.conditional and plain(labels) is not None
         return wise
 
     def reconsider(self) -> None:
@@ -140,7 +147,7 @@ class ModelMonitor(Monitor):
         if self.network is not None:
             return self.network.of(module)
         assert self._given is not None
-        return partial(self._given, module)
+        return partial(_given_masks, self._given, module)
 
     @contextmanager
     def asked(self, module: nn.Module | None = None) -> Iterator[Callable[..., Tensor]]:
@@ -161,6 +168,7 @@ class ModelMonitor(Monitor):
         given = run.given(self)
         try:
             x1, labels = run.read(self, run.trainer.train_dataloader, count)
+            x1, labels = fitted(x1, labels, bank.shape)
         except ValueError:
             if not given:
                 raise
@@ -180,7 +188,7 @@ class ModelMonitor(Monitor):
         draws = torch.Generator().manual_seed(self.seed)
         index = torch.randperm(len(bank), generator=draws)[:count]
         x1 = bank.take(index.to(bank.device)).reshape(-1, *bank.shape).float().cpu()
-        return x1, torch.tensor(bank.labels_of(index.tolist())) if bank.classes else None
+        return x1, bank.classes_of(index.tolist())
 
     def others(self, count: int) -> Samples | None:
         """Samples that are not trained on: what the user gave, or the first validation loader's.
@@ -190,19 +198,20 @@ class ModelMonitor(Monitor):
         name, bank = type(self).__name__, self.run.bank(self)
         given = self.run.option(self, "held_out")
         if given is not None:
-            x1, labels = (given, None) if isinstance(given, Tensor) else given
+            x1, labels, *mask = (given, None) if isinstance(given, Tensor) else given
+            x1, labels = fitted(x1, masked(labels, *mask, x1) if mask else labels, bank.shape)
             if tuple(x1.shape[1:]) != bank.shape or not len(x1):
                 raise ValueError(
                     f"Expected `held_out` with samples of shape {bank.shape} as the bank's, got "
                     f"{tuple(x1.shape)}."
                 )
-            return x1.cpu(), None if labels is None else labels.cpu()
+            return self._of_known_masks(x1.cpu(), None if labels is None else labels.cpu())
         why, loader = "there is no validation data", self._validation_loader()
         if loader:
             try:
-                x1, labels = self.run.read(self, loader, count)
+                x1, labels = fitted(*self.run.read(self, loader, count), bank.shape)
                 if tuple(x1.shape[1:]) == bank.shape:
-                    return x1, labels
+                    return self._of_known_masks(x1, labels)
                 why = f"validation samples have the shape {tuple(x1.shape[1:])}, not {bank.shape}"
             except ValueError as error:
                 why = f"the validation data cannot be read: {str(error).split('. ')[0]}"
@@ -211,6 +220,16 @@ class ModelMonitor(Monitor):
             f"{name}(held_out=(samples, labels))."
         )
         return None
+
+    def _of_known_masks(self, x1: Tensor, labels: Any) -> Samples | None:
+        """Samples whose mask a row of the bank has: others have no posterior."""
+        if not isinstance(labels, MaskedLabels):
+            return x1, labels
+        known = self.run.bank(self).has_masks(labels)
+        if not bool(known.all()):
+            missing = int((~known).sum())
+            self.say(f"{missing} held-out samples have masks of no row, and are left out.")
+        return (x1[known], labels[known]) if bool(known.any()) else None
 
     def _validation_loader(self) -> Any:
         """The first validation loader, None if there is none."""

@@ -28,6 +28,9 @@ from stagewise.stages import (
 
 __all__ = ["PosteriorMonitor"]
 
+_FEW = 10
+"""Rows below which it is said how few the median sample is compared with."""
+
 _ENDS = ("", "_low", "_high")
 """Of the names of a boundary and of its interval."""
 
@@ -142,15 +145,21 @@ class PosteriorMonitor(Monitor):
         self.boundary = None if self.curve is None else self.curve.boundary(seed=self.seed)
         self._take_bank()
         bank, (path, found) = run.bank(self), run.path_of(self)
-        if self.wise and 2 * len(bank.classes) > len(bank):
+        if bank.pairs is not None and bank.median_class < _FEW:
+            rank_zero_warn(
+                f"A sample is compared with those of its mask only: the median one with "
+                f"{bank.median_class} rows of {len(bank)}: over so few a posterior collapses early."
+            )
+        elif self.wise and 2 * len(bank.classes) > len(bank):
             rank_zero_warn(
                 f"The labels make {len(bank.classes)} classes of {len(bank)} rows. Over a class of "
                 "one row every posterior has collapsed at any t. If indices were taken for labels, "
                 "say class_wise=False or find=lambda batch: (batch[0], None)."
             )
-        posterior = "over all rows"
+        posterior = "over all rows" if bank.pairs is None else "over the rows of its mask"
         if self.wise:
-            posterior = f"over the rows of its class ({len(bank.classes)} classes)"
+            pairs = "masks and classes" if bank.pairs is not None else "classes"
+            posterior = f"over the rows of its class ({len(bank.classes)} {pairs})"
             if run.option(self, "class_wise") is None:
                 posterior += ", as there are labels (class_wise=False if training ignores them)"
         self.say(

@@ -24,13 +24,14 @@ from tqdm.auto import tqdm
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_checked, find_sample
 from stagewise.drawn_rows import drawn_rows
+from stagewise.masks import MaskedLabels, compared_within, join, zeroed
 from stagewise.row_reader import RowReader, same_rows
 from stagewise.undisturbed import undisturbed
 
 __all__ = ["Samples", "bank_from_trainer", "read_rows", "shard_from_trainer"]
 
-Samples = tuple[Tensor, "Tensor | None"]
-"""Samples, (n, *), and their labels, (n,), or None, on the CPU."""
+Samples = tuple[Tensor, "Tensor | MaskedLabels | None"]
+"""Samples, (n, *), and their labels, (n,), or None, on the CPU; with masks `MaskedLabels`."""
 
 _READ_TWICE = 32  # samples: what changes one in ten is seen with a chance of 99.8 %
 
@@ -66,16 +67,24 @@ def bank_from_trainer(
     own = _own(trainer, "latent_bank")
     if own is not None:
         return own
+
     # Labels that are not asked for may be in some batches and not in others.
-    taken = find if class_wise else lambda batch: (find_checked(find, batch)[0], None)
+    def taken(batch: Any) -> tuple[Tensor, Any]:
+        x1, labels = find_checked(find, batch)
+        return x1, compared_within(labels, class_wise)
+
     reader = _reader(trainer, pl_module, trainer.train_dataloader, taken)
     with undisturbed(pl_module, reader.loader, find):
         rows = _drawn(trainer, reader.loader, say=True)
         step = -(-len(rows) // _READ_TWICE)
         # Never here if the run has workers: a file that a data set opens when it is first read
         # would be handed on to every worker forked later.
-        twice = [x1.cpu() for x1, _ in reader.read(rows[::step], workers=1, times=2, seed=1)]
-        once, again = torch.cat(twice[::2]), torch.cat(twice[1::2])
+        twice = [
+            (x1.cpu(), None if labels is None else labels.cpu())
+            for x1, labels in reader.read(rows[::step], workers=1, times=2, seed=1)
+        ]
+        (once, labels), (again, _) = join(twice[::2]), join(twice[1::2])
+        once, again = zeroed(once, labels), zeroed(again, labels)
         with tqdm(
             total=len(rows),
             desc="stagewise: reading the bank",
@@ -91,7 +100,7 @@ def bank_from_trainer(
                 advance=lambda done: bar.update(done - bar.n),
             )
     # Within a pass nothing is seeded again; between two the workers are, if not as in training.
-    if not (torch.equal(once, again) and same_rows(bank, range(0, len(rows), step), once)):
+    if not (torch.equal(once, again) and same_rows(bank, range(0, len(rows), step), once, labels)):
         rank_zero_warn(
             "The training set gives other values of x_1 each time it is read (augmentation, or "
             "latents resampled from mean and std). The bank holds one draw of each sample: the "
@@ -147,8 +156,7 @@ def read_rows(
         chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
         few = [rows[place] for place in np.sort(chosen)]
         found = list(reader.read(few, workers=1, seed=seed))
-    labels = [label.cpu() for _, label in found if label is not None]
-    return torch.cat([x.detach().cpu() for x, _ in found]), torch.cat(labels) if labels else None
+    return join([(x.detach().cpu(), None if y is None else y.cpu()) for x, y in found])
 
 
 def _drawn(trainer: pl.Trainer, loader: DataLoader[Any], *, say: bool = False) -> Sequence[int]:

@@ -42,8 +42,8 @@ class LossRecord:
 
     Attributes:
         t: Times, (B,); t = 0 is noise.
-        loss: Mean squared error of each sample over its numbers that count against the *conditional* target,
-            before the weight, (B,).
+        loss: Mean squared error of each sample, over its numbers that count, against the
+            *conditional* target, before the weight, (B,).
         weight: Weight of each sample, (B,).
         trained: The same against the target that is trained on, (B,); `loss` without a scheme.
     """
@@ -142,8 +142,8 @@ class FlowMatchingLoss(nn.Module):
                 they see what one rank would see with all samples. Default (0, 1).
             classes: Class of each sample for a class-wise scheme, (B,); not passed to the model.
                 Default: looked up in the bank.
-            loss_mask: Which numbers count in the loss, (B, *), as in `LatentBank`; the scheme's bank
-                has masks then. Not passed to the model. Default: all.
+            loss_mask: Which numbers count in the loss, (B, *), as in `LatentBank`; the bank of a
+                scheme has masks then. Not passed to the model. Default: all.
             source: Row of the scheme's bank that each sample stands for, (B,); not passed to the
                 model. Default: looked up; see `Scheme`.
             **kwargs: Passed on to the model.
@@ -159,7 +159,8 @@ class FlowMatchingLoss(nn.Module):
         scheme = self.scheme if self.training else None
         if scheme is not None and scheme.last is None:  # its first call
             for each in parts(scheme):
-                check_conditions(each, (*args, kwargs), (), len(x1))
+                known = each.with_masks(classes, loss_mask, x1)
+                check_conditions(each, (*args, kwargs), (), len(x1), known)
         (first, step), count = part, part[1] * len(x1)
         if x0 is None:
             x0 = torch.randn(

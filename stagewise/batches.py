@@ -249,14 +249,17 @@ def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Any]:
     )
 
 
-def unused_in(batch: Any, x1: Tensor, labels: Tensor | None) -> list[str]:
-    """What a batch holds of its samples beside `x_1` and the labels that were found in it.
+def unused_in(
+    batch: Any, x1: Tensor, labels: Tensor | None, masks: MaskedLabels | None = None
+) -> list[str]:
+    """What a batch holds of its samples beside `x_1`, labels and masks that were found in it.
 
     Args:
         batch: The batch.
         x1: What was found, (B, *). Where a user's `find` computes it, what it is computed from
             counts as not used.
         labels: Those found, (B,), or None.
+        masks: Those found, or None.
 
     Returns:
         For each such value of length B, at any depth, one sentence with its place, type and shape:
@@ -271,10 +274,14 @@ def unused_in(batch: Any, x1: Tensor, labels: Tensor | None) -> list[str]:
             torch.as_tensor(value) if _is_numbers(value) else value, len(x1), booleans=True
         )
         one_hot = value.int().argmax(1) if _is_one_hot(value) else None
-        if place == x1_at or any(
-            _equal(form, used)
-            for form, used in ((value, x1), (whole, labels), (one_hot, labels))
-            if used is not None
+        if (
+            place == x1_at
+            or (masks is not None and masks.is_told_by(value))
+            or any(
+                _equal(form, used)
+                for form, used in ((value, x1), (whole, labels), (one_hot, labels))
+                if used is not None
+            )
         ):
             continue
         line = f"{place}, {describe(value)}, is not used."

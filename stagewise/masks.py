@@ -22,7 +22,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["MaskedLabels", "as_mask", "compared_within", "fitted", "join", "masked", "mean_of"]
+__all__ = [
+    "MaskedLabels",
+    "as_mask",
+    "compared_within",
+    "fitted",
+    "join",
+    "masked",
+    "mean_of",
+    "plain",
+    "require_same_masks",
+    "zeroed",
+]
 
 T = TypeVar("T")
 
@@ -78,6 +89,22 @@ class MaskedLabels:
             none = labels == (torch.iinfo(torch.int64).min if null_class is None else null_class)
         labels = labels.long().to(key.device)
         return key + torch.where(none.to(key.device), 0, (2 * labels + 1) * _LABEL)
+
+    def forms(self) -> dict[str, Tensor]:
+        """What a network may be given of a mask: itself, its contrary, lengths; (B, *) or (B,)."""
+        return {"mask": self.mask, "~mask": ~self.mask, "lengths": self.mask.flatten(1).sum(1)}
+
+    def is_told_by(self, value: object) -> bool:
+        """Whether a value is one of its `forms`, in any type, with or without axes of size 1."""
+        return isinstance(value, Tensor) and self.form_of(value) is not None
+
+    def form_of(self, value: Tensor) -> str | None:
+        """The name of the form that a value is; None if it is none."""
+        for name, form in self.forms().items():
+            alike = value.numel() == form.numel() and len(value) == len(form)
+            if alike and bool((value.detach().reshape(form.shape).to(form.device) == form).all()):
+                return name
+        return None
 
     def unlabelled(self) -> MaskedLabels:
         """The masks alone."""
@@ -166,6 +193,53 @@ def compared_within(labels: T, class_wise: bool) -> T | None:
     if class_wise:
         return labels
     return labels.unlabelled() if isinstance(labels, MaskedLabels) else None  # type: ignore[return-value]
+
+
+def require_same_masks(bank: Any, x1: Tensor, masks: MaskedLabels | None) -> None:
+    """Refuses samples whose masks are not those of the bank's rows that they are.
+
+    Args:
+        bank: A `LatentBank`.
+        x1: Samples, (B, *).
+        masks: Theirs, or None.
+
+    Raises:
+        ValueError: With the cure.
+    """
+    if masks is None and bank.pairs is None:
+        return
+    if bank.pairs is None:
+        raise ValueError(
+            "The batch has masks, and the bank has none: its padding counts as data. Build it "
+            "with them: LatentBank(x, labels, mask=mask)."
+        )
+    if masks is None:
+        raise ValueError(
+            "The bank has masks, and none was found in the batch. Say where it is: "
+            "find=lambda batch: (batch[0], None, batch[1])."
+        )
+    x1, masks = fitted(x1, masks, bank.shape)
+    rows = bank.find(x1)
+    wrong = ((rows >= 0) & (bank.find(x1, masks) < 0)).nonzero()[:, 0].tolist()
+    if wrong:
+        at, row = wrong[0], int(rows[wrong[0]])
+        has, said = bank.classes_of([row]), masks[[at]]
+        has, said = (int(one.forms()["lengths"][0]) for one in (has, said))
+        raise ValueError(
+            f"Expected the mask of each row, but x_1 {at} of the batch is row {row} of the bank, "
+            f"which has {has} valid steps, and the batch says {said}. Give bank and batch the same "
+            "mask."
+        )
+
+
+def plain(labels: Any) -> Any:
+    """Labels without their masks."""
+    return labels.labels if isinstance(labels, MaskedLabels) else labels
+
+
+def zeroed(x: Tensor, labels: object) -> Tensor:
+    """Samples, (B, *), with zeros outside of their masks; `x` itself without any."""
+    return labels.zero(x) if isinstance(labels, MaskedLabels) else x
 
 
 def fitted(x: Tensor, labels: T, shape: tuple[int, ...]) -> tuple[Tensor, T]:

@@ -83,6 +83,17 @@ class MemorizationProbe:
             self._x1_noise = torch.randn(x1.shape, generator=_generator(seed, 1))[own]
         self._led: dict[float, Tensor] = {}
 
+    @property
+    def masks(self) -> MaskedLabels | None:
+        """Those of the samples, None without any."""
+        return self.labels if isinstance(self.labels, MaskedLabels) else None
+
+    @property
+    def x1_masks(self) -> MaskedLabels | None:
+        """Those of the held-out rows."""
+        found = None if self.x1 is None else self._x1_labels
+        return found if isinstance(found, MaskedLabels) else None
+
     def generate(
         self, velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor], device: torch.device
     ) -> tuple[dict[float, Tensor], dict[float, tuple[Tensor, Tensor]]]:

@@ -47,8 +47,8 @@ __all__ = [
 ]
 
 PROBED = ("conditional", "oracle", "floor", "cosine", "cross")
-"""Per query: the mean over the numbers that count of (v - u)^2, (v - u*)^2 and (u - u*)^2, the cosine of v
-and u*, and the term that is zero on average."""
+"""Per query: the mean over the numbers that count of (v - u)^2, (v - u*)^2 and (u - u*)^2, the
+cosine of v and u*, and the term that is zero on average."""
 
 _BATCH = 128
 
@@ -126,9 +126,8 @@ class Probe:
             x0, times = torch.stack(noise).to(device), self.t[part].to(device)
             wise = compared_within(self.labels, class_wise)
             if wise is not None:
-                wise = (
-                    wise[part].to(device) if isinstance(wise, MaskedLabels) else wise[part].tolist()
-                )
+                some = wise[part]
+                wise = some.to(device) if isinstance(some, MaskedLabels) else some.tolist()
             noisy, u, gap = noisy_targets(oracle, x0, x, times, wise)
             kept.append((noisy.cpu(), u.cpu(), (u + gap).cpu()))
         self.xt, self.u, self.oracle_u = (torch.cat(part) for part in zip(*kept, strict=True))

@@ -251,8 +251,8 @@ def test_noise_that_is_masked_too_is_noise() -> None:
     xt = (x * mask[..., None] + x0) / 2
     scheme = Scheme(Oracle(LatentBank(x, mask=mask)), target=Mix())
     scheme(x - x0, xt=xt, t=0.5, x1=x, mask=mask)
+    scheme = Scheme(Oracle(LatentBank(x, mask=mask)), target=Mix())
     with pytest.raises(ValueError, match="mean square"):
-        scheme = Scheme(Oracle(LatentBank(x, mask=mask)), target=Mix())
         scheme(x - 2 * x0, xt=xt + x0 / 2, t=0.5, x1=x, mask=mask)
 
 

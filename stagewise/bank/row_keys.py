@@ -59,15 +59,18 @@ _made: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def find_rows(
-    read: Callable[[Tensor], Tensor], index: tuple[Tensor, Tensor], wanted: Tensor
+    read: Callable[[Tensor], Tensor],
+    index: tuple[Tensor, Tensor],
+    wanted: Tensor,
+    more: Tensor | int = 0,
 ) -> Tensor:
     """Where each of `wanted`, (B, D), stands among some rows: the number of an equal one, or -1.
 
     `read` gives rows by their numbers; `index` is their keys in ascending order and the rows they
-    belong to, each (N,).
+    belong to, each (N,); `more` is added to the keys of the wanted.
     """
     keys, order = index
-    key = row_keys(wanted)
+    key = row_keys(wanted) + more
     # Equal keys stand together. Both ends are looked at because two different rows might, once in
     # a great many banks, share a key.
     first = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)

@@ -47,7 +47,7 @@ class RowStore:
         self.pairs, self._of_masks = pairs, _of_masks(pairs, self._segments)
         self._file, self._keys = file, keys
         self._fingerprint: str | None = None
-        self._sorted_keys: dict[torch.dtype | None, tuple[Tensor, Tensor]] = {}
+        self._sorted_keys: dict[tuple[torch.dtype | None, bool], tuple[Tensor, Tensor]] = {}
         self._class_table: dict[torch.device, Tensor] = {}
         self.shifted = bool(offset.any())
 
@@ -128,6 +128,11 @@ class RowStore:
         if self.pairs is not None:
             raise ValueError(f"{what} does not know masks, and the bank has some. {cure}")
 
+    def has_masks(self, masks: MaskedLabels) -> Tensor:
+        """Which samples have a mask (and label) of some row, (n,), on the host."""
+        known = {*self._of_masks, *self._segments}
+        return torch.tensor([key in known for key in masks.tolist()])
+
     def segment(self, label: int) -> slice:
         """The rows of a class, as a slice of the bank's own order; refuses another."""
         found = self._segments.get(label, self._of_masks.get(label))
@@ -191,7 +196,7 @@ class RowStore:
         stored = self.rows[rows.to(self.device)]
         return stored.to(device or self.device) + self.offset.to(device or self.device)
 
-    def find(self, x1: Tensor) -> Tensor:
+    def find(self, x1: Tensor, masks: object = None) -> Tensor:
         """The row of each sample that is in the bank, at the precision of `x1`.
 
         Samples of more digits than the rows have are rounded as the rows were. Of fewer (a float32
@@ -201,7 +206,9 @@ class RowStore:
         were cast from the bank's own samples: give the bank `offset=torch.zeros(dim)` for that.
 
         Args:
-            x1: Samples, (B, *), as those the bank was built from; on any device.
+            x1: Samples, (B, *), as those the bank was built from; on any device. With masks zeros
+                are outside of them.
+            masks: `MaskedLabels`, for rows of the same mask only.
 
         Returns:
             Rows in the bank's own order, (B,), int64, on the device of `x1`; -1 for a sample that
@@ -219,21 +226,27 @@ class RowStore:
         flat, dtype = x1.detach().to(self.device).flatten(1), x1.dtype
         found = torch.full((len(flat),), -1, device=self.device)
         fewer = dtype in (*HALF, torch.float32) and dtype.itemsize < self.dtype.itemsize
+        more, of_masks = 0, isinstance(masks, MaskedLabels)
+        if isinstance(masks, MaskedLabels):
+            more = masks.unlabelled().keys().to(self.device)
         if not fewer:
             wanted = (flat.double() - self.offset).to(self.dtype)
-            found = find_rows(self.rows.__getitem__, self._key_index(), wanted)
+            found = find_rows(self.rows.__getitem__, self._key_index(None, of_masks), wanted, more)
         # Of two 16-bit types neither holds the other, and neither holds samples with an offset.
         both = dtype in HALF and self.dtype in HALF and (dtype != self.dtype or self.shifted)
         if fewer or both:
-            index = self._key_index(dtype)
-            rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat)
+            index = self._key_index(dtype, of_masks)
+            rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat, more)
             found = rounded.where(found < 0, found)
         return found.to(x1.device)
 
-    def _key_index(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """The keys in ascending order and their rows; of the samples as `dtype` if it is given."""
-        if dtype in self._sorted_keys:
-            return self._sorted_keys[dtype]
+    def _key_index(self, dtype: torch.dtype | None, of_masks: bool) -> tuple[Tensor, Tensor]:
+        """The keys in ascending order and their rows; of the samples as `dtype` if it is given.
+
+        With `of_masks` the keys of their masks are added to them.
+        """
+        if (dtype, of_masks) in self._sorted_keys:
+            return self._sorted_keys[dtype, of_masks]
         if dtype is None:
             keys = self.row_keys()
         else:
@@ -241,9 +254,13 @@ class RowStore:
             parts = self.chunks(self.whole, size)
             # Through float64, as `take` gives a sample.
             keys = torch.cat([row_keys((part + self.offset).to(dtype)) for _, part in parts])
+        if of_masks:
+            sizes = [rows.stop - rows.start for rows in self._of_masks.values()]
+            added = torch.tensor(list(self._of_masks)).repeat_interleave(torch.tensor(sizes))
+            keys = keys + added.to(keys.device)
         values, order = keys.sort(stable=True)
         if _as_real(values, self.rows):
-            self._sorted_keys[dtype] = (values, order)
+            self._sorted_keys[dtype, of_masks] = (values, order)
         return values, order
 
     def chunks(
@@ -334,7 +351,7 @@ class RowStore:
 
 
 def _of_masks(pairs: MaskedLabels | None, segments: dict[int, slice]) -> dict[int, slice]:
-    """The rows of each mask, whatever their labels, by its key; classes of a mask are neighbours."""
+    """The rows of each mask by its key, whatever their labels; they stand together."""
     found: dict[int, slice] = {}
     keys = () if pairs is None else pairs.unlabelled().tolist()
     for key, rows in zip(keys, segments.values(), strict=pairs is not None):

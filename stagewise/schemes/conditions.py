@@ -29,11 +29,16 @@ def unknown_conditions(what: str) -> ValueError:
 
 
 def check_conditions(
-    scheme: Scheme, labels: Iterable[Any], others: Iterable[Any], count: int
+    scheme: Scheme,
+    labels: Iterable[Any],
+    others: Iterable[Any],
+    count: int,
+    masks: object = None,
 ) -> Tensor | None:
     """What a model is given beside `x_t` and t, refused if the scheme's targets ignore it.
 
-    Among `labels` one may be the class of each of `count` samples, `others` are none.
+    Among `labels` one may be the class of each of `count` samples, `others` are none. `masks` may
+    be `MaskedLabels`, which the targets know.
 
     Returns:
         The labels, (count,), int64, if there are any.
@@ -42,6 +47,8 @@ def check_conditions(
         return None
     found, left = None, list(_tensors(others))
     for value in _tensors(labels):
+        if isinstance(masks, MaskedLabels) and len(value) == count and masks.is_told_by(value):
+            continue
         try:
             own = whole_labels(value, count)
         except ValueError:

@@ -98,7 +98,7 @@ def correct(
     if not len(x1) and not oracle.engine.collective:
         return whole
     with torch.autocast(xt.device.type, enabled=False):
-        row, stored = _rows(oracle, x1, source)
+        row, stored = _rows(oracle, x1, source, labels)
         names = compared_within(labels, False)
         if class_wise:
             names = _classes(oracle, row, labels, x1, labels_of, asked)
@@ -136,13 +136,15 @@ def _some(value: Any, at: list[int]) -> Any:
     return None if value is None else [value[i] for i in at]
 
 
-def _rows(oracle: Oracle, x1: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rows(
+    oracle: Oracle, x1: Tensor, source: Tensor | None, labels: Labels | None
+) -> tuple[Tensor, Tensor]:
     """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none."""
     if source is not None:
         rows = oracle.engine.num_rows(oracle.bank)
         source = oracle.checked_source(source, len(x1), rows).to(x1.device)
     if oracle.engine.holds_all_rows:
-        stored = oracle.bank.find(x1)
+        stored = oracle.bank.find(x1, labels)
         return stored if source is None else torch.where(source < 0, stored, source), stored
     if source is None:
         raise ValueError(

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagewise.masks import MaskedLabels, fitted, masked, mean_of
+from stagewise.masks import MaskedLabels, fitted, masked, mean_of, require_same_masks
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes.checks import check_density, check_rows, check_settings
@@ -209,8 +209,7 @@ class Scheme(SchemeState):
             x1: What `xt` was made from, (B, *).
             labels: Class of each sample, (B,); see `Oracle.posterior`. Used if `class_wise`, and
                 default the class of the bank's row that x_1 is.
-            mask: Which numbers count, (B, *), for a bank with masks; see `Oracle.posterior`. Outside
-                of it targets stay as they are.
+            mask: Which numbers count, (B, *), see `Oracle.posterior`. Others stay as they are.
             source: The row of the bank that each x_1 stands for, (B,), negative where it is none.
                 Default: the row that x_1 equals. Give it where x_1 is resampled.
             prediction: What `y` is, default "velocity".
@@ -237,7 +236,7 @@ class Scheme(SchemeState):
                     f"loss, got {prediction.kind!r}. Leave it out, or train on the velocity."
                 )
         source = self._source_of(x1, t, source)
-        labels = self._masked(labels, mask, x1)
+        labels = self.with_masks(labels, mask, x1)
         t, added = self._correction(y, xt, t, x1, labels, source, prediction)
         weight = self._weight(t)
         self._count_call()
@@ -276,14 +275,14 @@ class Scheme(SchemeState):
         require_tensors(xt=xt, x1=x1)
         prediction = Prediction.of(prediction)
         source = self._source_of(x1, t, source)
-        labels = self._masked(labels, mask, x1)
+        labels = self.with_masks(labels, mask, x1)
         _, added = self._correction(None, xt, t, x1, labels, source, prediction)
         return (self._sign(prediction) * added.value).to(x1.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "labels_of": None}  # of a run, which holds its trainer
 
-    def _masked(self, labels: Labels | None, mask: Tensor | None, x1: Tensor) -> Labels | None:
+    def with_masks(self, labels: Labels | None, mask: Tensor | None, x1: Tensor) -> Labels | None:
         """Labels with masks, where those of a run are known although the call says none."""
         found = masked(labels, mask, x1)
         wants = self.target is not None and self.oracle is not None and self.oracle.bank.pairs
@@ -402,6 +401,10 @@ class Scheme(SchemeState):
             return
         shard = not self.oracle.engine.holds_all_rows
         known = source is not None or self.oracle.smoothing is not None
+        if self.oracle.engine.holds_all_rows:
+            require_same_masks(
+                self.oracle.bank, x1, labels if isinstance(labels, MaskedLabels) else None
+            )
         rows = self._as_rows(x1, labels)[0]
         found = check_rows(self.oracle.bank, rows, known=known, shard=shard)
         self.rows_checked = True

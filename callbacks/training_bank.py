@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, find_checked, find_sample
+from stagewise.batches import PADDED, FindSample, find_checked, find_sample, seems_padded
 from stagewise.drawn_rows import drawn_rows
 from stagewise.masks import MaskedLabels, compared_within, join, zeroed
 from stagewise.row_reader import RowReader, same_rows
@@ -99,6 +99,11 @@ def bank_from_trainer(
                 copies=trainer.num_devices,
                 advance=lambda done: bar.update(done - bar.n),
             )
+    if not isinstance(labels, MaskedLabels) and seems_padded(once):
+        rank_zero_warn(
+            "Many samples end in zeros, at different steps: if that is padding, it counts as data, "
+            f"in distances and errors. {PADDED}"
+        )
     # Within a pass nothing is seeded again; between two the workers are, if not as in training.
     if not (torch.equal(once, again) and same_rows(bank, range(0, len(rows), step), once, labels)):
         rank_zero_warn(

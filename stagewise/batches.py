@@ -28,6 +28,7 @@ __all__ = [
     "find_sample",
     "inside",
     "leaves_of",
+    "seems_padded",
     "suggested_find",
     "unused_in",
 ]
@@ -288,8 +289,30 @@ def unused_in(
         cure = None if labels is not None else _as_cure(place, value, whole is not None)
         if cure is not None:
             line += f" If it holds the labels: find=lambda batch: ({x1_at}, {cure})."
+        elif isinstance(value, Tensor) and _may_be_mask(value, x1):
+            own = next(
+                (at for at, held in leaves if labels is not None and _equal(held, labels)), None
+            )
+            line += (
+                f" If it says which numbers count: find=lambda batch: ({x1_at}, {own}, {place})."
+            )
         lines.append(f"{line} If the model is given it, its posterior is over fewer rows.")
     return lines
+
+
+def _may_be_mask(value: Tensor, x1: Tensor) -> bool:
+    sizes = zip(value.shape, x1.shape, strict=False)
+    fits = 1 < value.ndim <= x1.ndim and all(m in (1, s) for m, s in sizes)
+    return value.dtype == torch.bool and fits
+
+
+def seems_padded(x1: Tensor) -> bool:
+    """Whether sequences, (n, L, d), end in zeros of different lengths, as if they were padded."""
+    if x1.ndim != 3 or x1.shape[1] < 4:
+        return False
+    last = ((x1 != 0).any(2) * torch.arange(1, x1.shape[1] + 1, device=x1.device)).amax(1)
+    cut = last[(last > 0) & (last < x1.shape[1])]
+    return 4 * len(cut) >= len(x1) and len(last.unique()) > 2
 
 
 def _is_numbers(value: Any) -> bool:

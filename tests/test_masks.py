@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from stagewise import Certificate, LatentBank, Mix, Oracle, ReferenceSet, Scheme, Smoothing, Target
-from stagewise.batches import find_checked
+from stagewise.batches import find_checked, seems_padded, unused_in
 from stagewise.copies import nearest_rows
 from stagewise.engines import Sharded
 from stagewise.losses import FlowMatchingLoss, OracleRegularizer, StageWeightedLoss
-from stagewise.masks import MaskedLabels
+from stagewise.masks import MaskedLabels, require_same_masks
 from stagewise.stages import _ask
 from stagewise.velocity_probe import errors_of, noisy_targets
 
@@ -283,3 +283,44 @@ def test_what_knows_no_masks_says_so() -> None:
     for make in (Certificate.compute, Smoothing, lambda bank: Oracle(bank, engine=Sharded())):
         with pytest.raises(ValueError, match="does not know masks"):
             make(bank)
+
+
+def test_masks_that_are_not_those_of_the_rows_are_refused() -> None:
+    x, _, mask = _data()
+    x = x * mask[..., None]
+    bank, wrong = LatentBank(x, mask=mask), mask.clone()
+    wrong[17] = torch.arange(LONGEST) < 5
+    scheme = Scheme(Oracle(bank), target=Mix())
+    x0 = torch.randn(x.shape, dtype=x.dtype)
+    given = {"y": x - x0, "xt": (x + x0) / 2, "t": 0.5, "x1": x}
+    with pytest.raises(ValueError, match=r"x_1 17 of the batch is row \d+ .* has 4 valid steps"):
+        scheme(**given, mask=wrong)
+    with pytest.raises(ValueError, match="the bank has none"):
+        Scheme(Oracle(LatentBank(x)), target=Mix())(**given, mask=mask)
+    with pytest.raises(ValueError, match="none was found in the batch"):
+        Scheme(Oracle(bank), target=Mix())(**given)
+    # Equal once padded, and yet two rows: the mask tells them apart.
+    twins = torch.cat([x[1:2], x[1:2], x[2:4]])
+    lengths = torch.tensor([4, 6, 4, 6])
+    bank = LatentBank(twins, mask=lengths)
+    of = MaskedLabels.of(None, lengths, twins)
+    rows = bank.find(twins, of)
+    assert bank.classes_of(rows.tolist()).counts.tolist() == [12, 18, 12, 18]  # type: ignore[union-attr]
+    require_same_masks(bank, twins, of)
+
+
+def test_padding_that_nobody_speaks_of_is_noticed() -> None:
+    x, y, mask = _data()
+    zeros = (x * mask[..., None]).float()
+    assert seems_padded(zeros)
+    assert not seems_padded(x)
+    (line,) = unused_in((zeros, y, mask), zeros, y)
+    assert "find=lambda batch: (batch[0], batch[1], batch[2])" in line
+    masks = MaskedLabels.of(y, mask, zeros)
+    assert unused_in((zeros, y, mask), zeros, y, masks) == []
+    assert unused_in((zeros, ~mask, mask.sum(1)), zeros, None, masks) == []
+
+
+def test_few_rows_of_a_mask_are_told() -> None:
+    x, _, mask = _data()
+    assert "4 masks, the median row compared with 10 rows" in repr(LatentBank(x, mask=mask))

@@ -240,7 +240,9 @@ class RowStore:
             found = rounded.where(found < 0, found)
         return found.to(x1.device)
 
-    def _key_index(self, dtype: torch.dtype | None, of_masks: bool) -> tuple[Tensor, Tensor]:
+    def _key_index(
+        self, dtype: torch.dtype | None = None, of_masks: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The keys in ascending order and their rows; of the samples as `dtype` if it is given.
 
         With `of_masks` the keys of their masks are added to them.

@@ -45,9 +45,13 @@ def check_conditions(
     """
     if scheme.target is None or scheme.unconditional:
         return None
-    found, left = None, list(_tensors(others))
+
+    def known(value: Tensor) -> bool:
+        return isinstance(masks, MaskedLabels) and value.ndim > 0 and masks.is_told_by(value)
+
+    found, left = None, [value for value in _tensors(others) if not known(value)]
     for value in _tensors(labels):
-        if isinstance(masks, MaskedLabels) and len(value) == count and masks.is_told_by(value):
+        if known(value):
             continue
         try:
             own = whole_labels(value, count)

@@ -198,8 +198,8 @@ class ModelMonitor(Monitor):
         name, bank = type(self).__name__, self.run.bank(self)
         given = self.run.option(self, "held_out")
         if given is not None:
-            x1, labels, *mask = (given, None) if isinstance(given, Tensor) else given
-            x1, labels = fitted(x1, masked(labels, *mask, x1) if mask else labels, bank.shape)
+            x1, labels, mask = (*((given,) if isinstance(given, Tensor) else given), None, None)[:3]
+            x1, labels = fitted(x1, masked(labels, mask, x1), bank.shape)
             if tuple(x1.shape[1:]) != bank.shape or not len(x1):
                 raise ValueError(
                     f"Expected `held_out` with samples of shape {bank.shape} as the bank's, got "

@@ -254,7 +254,7 @@ class VelocityErrorMonitor(ModelMonitor):
         bank, labels = self.oracle.bank, self._rows[1]
         if not self.wise:
             return
-        if plain(labels) is None:
+        if labels is None or plain(labels) is None:
             raise ValueError(
                 "class_wise=True, but no labels were found in the training batches. Say where they "
                 "are: VelocityErrorMonitor(find=lambda batch: (batch[0], batch[1]))."
@@ -264,7 +264,11 @@ class VelocityErrorMonitor(ModelMonitor):
         if self._others is None:
             return
         labels = self._others[1]
-        unknown = None if plain(labels) is None else set(labels.tolist()) - set(bank.classes)
+        unknown = (
+            None
+            if labels is None or plain(labels) is None
+            else set(labels.tolist()) - set(bank.classes)
+        )
         if unknown is None or unknown:
             has = "no labels" if unknown is None else f"labels without rows, {sorted(unknown)[:8]}"
             self.say(f"held-out samples have {has}, so class-wise errors on them are left out.")

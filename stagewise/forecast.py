@@ -114,10 +114,10 @@ class TargetForecast:
 
 
 def forecast_targets(
-    velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    velocity: Callable[[Tensor, Tensor, Any], Tensor],
     module: nn.Module,
     oracle: Oracle,
-    batches: Iterable[tuple[Tensor, Tensor | None]],
+    batches: Iterable[tuple[Tensor, Any]],
     *,
     optimizer: torch.optim.Optimizer | None = None,
     timesteps: TimestepSampler | None = None,

@@ -218,13 +218,13 @@ def require_same_masks(bank: Any, x1: Tensor, masks: MaskedLabels | None) -> Non
             "The bank has masks, and none was found in the batch. Say where it is: "
             "find=lambda batch: (batch[0], None, batch[1])."
         )
-    x1, masks = fitted(x1, masks, bank.shape)
+    x1, of_masks = fitted(x1, masks, bank.shape)
     rows = bank.find(x1)
-    wrong = ((rows >= 0) & (bank.find(x1, masks) < 0)).nonzero()[:, 0].tolist()
+    wrong = ((rows >= 0) & (bank.find(x1, of_masks) < 0)).nonzero()[:, 0].tolist()
     if wrong:
         at, row = wrong[0], int(rows[wrong[0]])
-        has, said = bank.classes_of([row]), masks[[at]]
-        has, said = (int(one.forms()["lengths"][0]) for one in (has, said))
+        both = bank.classes_of([row]), of_masks[[at]]
+        has, said = (int(one.forms()["lengths"][0]) for one in both)
         raise ValueError(
             f"Expected the mask of each row, but x_1 {at} of the batch is row {row} of the bank, "
             f"which has {has} valid steps, and the batch says {said}. Give bank and batch the same "
@@ -253,13 +253,14 @@ def fitted(x: Tensor, labels: T, shape: tuple[int, ...]) -> tuple[Tensor, T]:
     short = len(own) == len(shape) and all(a <= b for a, b in zip(own, shape, strict=True))
     if own == shape or not short:
         return x, labels
-    missing = [b - a for a, b in zip(own, shape, strict=True)]
+    missing, mask = [b - a for a, b in zip(own, shape, strict=True)], labels.mask
+    known = mask.ndim - 1
+    if any(missing[known:]):
+        mask, known = labels.entries, len(own)
     # An axis of size 1 that stands for all numbers has to stay apart from those that are added.
-    mask = labels.entries if any(missing[labels.mask.ndim - 1 :]) else labels.mask
-    sizes = zip(mask.shape[1:], own, missing, strict=False)
-    if any(m == 1 < a + more and more for m, a, more in sizes):
-        mask = labels.entries
-    mask = _padded(mask, missing[: mask.ndim - 1])
+    axes = zip(mask.shape[1:], own, missing, strict=False)
+    mask = mask.expand(-1, *(a if more else m for m, a, more in axes))
+    mask = _padded(mask, missing[:known])
     return _padded(x, missing), replace(labels, mask=mask, shape=shape)
 
 
@@ -269,17 +270,21 @@ def _padded(x: Tensor, missing: list[int]) -> Tensor:
 
 def join(parts: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
     """Samples and labels of several batches as one; masked ones are padded to the longest."""
-    masked = [labels for _, labels in parts if isinstance(labels, MaskedLabels)]
-    if masked:
-        longest = tuple(max(sizes) for sizes in zip(*(own.shape for own in masked), strict=True))
+    masks = [labels for _, labels in parts if isinstance(labels, MaskedLabels)]
+    if masks:
+        longest = tuple(max(sizes) for sizes in zip(*(one.shape for one in masks), strict=True))
         parts = [fitted(x, labels, longest) for x, labels in parts]
-        wide = any(len(own.mask.shape) != len(masked[0].mask.shape) for _, own in parts)
-        wide = wide or any(own.mask.shape[1:] != parts[0][1].mask.shape[1:] for _, own in parts)
-        mask = torch.cat([own.entries if wide else own.mask for _, own in parts])
+        masks = [labels for _, labels in parts]
     x = torch.cat([x for x, _ in parts])
-    own = [labels.labels if isinstance(labels, MaskedLabels) else labels for _, labels in parts]
-    known = torch.cat([one for one in own if one is not None]) if own[0] is not None else None
-    return x, MaskedLabels(known, mask, tuple(x.shape[1:])) if masked else known
+    known = [plain(labels) for _, labels in parts]
+    labels = None if known[0] is None else torch.cat(known)
+    if not masks:
+        return x, labels
+    alike = len({one.mask.ndim for one in masks}) == 1
+    held = [one.mask if alike else one.entries for one in masks]
+    sizes = [max(axis) for axis in zip(*(one.shape[1:] for one in held), strict=True)]
+    mask = torch.cat([one.expand(-1, *sizes) for one in held])
+    return x, MaskedLabels(labels, mask, tuple(x.shape[1:]))
 
 
 def mean_of(x: Tensor, labels: object = None) -> Tensor:

@@ -12,6 +12,7 @@ are finished by the model (Fig. 6). `stagewise.copies` says which samples are co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class MemorizationProbe:
         self,
         oracle: Oracle,
         samples: int,
-        held_out: tuple[Tensor, Tensor | None] | None,
+        held_out: tuple[Tensor, Tensor | MaskedLabels | None] | None,
         *,
         labelled: bool,
         class_wise: bool,
@@ -95,7 +96,7 @@ class MemorizationProbe:
         return found if isinstance(found, MaskedLabels) else None
 
     def generate(
-        self, velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor], device: torch.device
+        self, velocity: Callable[[Tensor, Tensor, Any], Tensor], device: torch.device
     ) -> tuple[dict[float, Tensor], dict[float, tuple[Tensor, Tensor]]]:
         """What the model makes of the samples of this rank.
 
@@ -123,8 +124,8 @@ class MemorizationProbe:
 
     def _of_model(
         self,
-        velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        labels: Tensor | None,
+        velocity: Callable[[Tensor, Tensor, Any], Tensor],
+        labels: Tensor | MaskedLabels | None,
         device: torch.device,
     ) -> Velocity:
         given = compared_within(labels, self._labelled)

@@ -374,7 +374,7 @@ class Oracle:
         path = self.path(t.detach().to(device=xt.device, dtype=torch.float64))
         return xt.detach().flatten(1).double(), path.floored(self.engine.sigma_floor(self.bank))
 
-    def names(self, labels: Labels, count: int) -> list[int | None]:
+    def names(self, labels: Tensor | Sequence[int | None], count: int) -> list[int | None]:
         """The labels of `count` queries on the host, with None for the whole bank.
 
         Raises:

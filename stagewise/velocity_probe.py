@@ -124,7 +124,7 @@ class Probe:
                 for i in own[part].tolist()
             ]
             x0, times = torch.stack(noise).to(device), self.t[part].to(device)
-            wise = compared_within(self.labels, class_wise)
+            wise: Any = compared_within(self.labels, class_wise)
             if wise is not None:
                 some = wise[part]
                 wise = some.to(device) if isinstance(some, MaskedLabels) else some.tolist()
@@ -135,7 +135,7 @@ class Probe:
     @torch.no_grad()
     def measure(
         self,
-        velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        velocity: Callable[[Tensor, Tensor, Any], Tensor],
         add: Callable[[Tensor, Tensor], None],
         device: torch.device,
     ) -> None:

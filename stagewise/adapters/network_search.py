@@ -190,7 +190,8 @@ class NetworkSearch:
 
         hook = first.network.module.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            ask(first.reading.noisy.xt, first.reading.noisy.t, self.masks or self.labels)
+            known: Any = self.masks or self.labels
+            ask(first.reading.noisy.xt, first.reading.noisy.t, known)
         finally:
             hook.remove()
         if len(calls) != 1:

@@ -54,6 +54,7 @@ def _layout(
     """Type and shape of each tensor in the file of a bank, in order."""
     n, d, c = (num_rows,), (dim,), (num_classes,)
     wide, whole = torch.float64, torch.int64
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     layout = {"offset": (wide, d), "centre": (wide, d), "sq_norms": (wide, n), "keys": (whole, n)}
     if num_classes:
         layout |= {"index": (whole, n), "classes": (whole, c)}
@@ -173,7 +174,7 @@ def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
     stored = entries["rows"]
     num_classes = math.prod(entries["classes"].shape) if "classes" in entries else 0
     size = math.prod(entries["masks"].shape[1:]) if "masks" in entries else 0
-    of = (*stored.shape, stored.dtype, num_classes, size, "labels" in entries)
+    of: Any = (*stored.shape, stored.dtype, num_classes, size, "labels" in entries)
     layout = _layout(*of) if len(stored.shape) == 2 else {}
     held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     if held != layout or not stored.dtype.is_floating_point:

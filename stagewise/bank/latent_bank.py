@@ -38,7 +38,7 @@ from stagewise.bank.building import (
 from stagewise.bank.rows import RowStore
 from stagewise.batches import FindSample, find_sample
 from stagewise.files import FilePath
-from stagewise.masks import MaskedLabels
+from stagewise.masks import MaskedLabels, plain
 from stagewise.memory import format_bytes
 
 __all__ = ["LatentBank"]
@@ -248,10 +248,9 @@ class LatentBank(RowStore):
         """
         at = torch.arange(len(self), device=self.device)[rows]
         require_rows((len(at), *self.shape))
-        own, masks = self.classes_of(at.tolist()), None
-        if isinstance(own, MaskedLabels):
-            own, masks = own.labels, own  # type: ignore[assignment]
-        _, segments, pairs = class_order(own, len(at), masks=masks)
+        own = self.classes_of(at.tolist())
+        masks = own if isinstance(own, MaskedLabels) else None
+        _, segments, pairs = class_order(plain(own), len(at), masks=masks)
         about = self.offset.cpu(), self.shape, None, segments, None, None, pairs
         return self._of(self.rows[at].cpu(), *about)._measure()
 

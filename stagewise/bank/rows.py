@@ -47,7 +47,7 @@ class RowStore:
         self.pairs, self._of_masks = pairs, _of_masks(pairs, self._segments)
         self._file, self._keys = file, keys
         self._fingerprint: str | None = None
-        self._sorted_keys: dict[tuple[torch.dtype | None, bool], tuple[Tensor, Tensor]] = {}
+        self._sorted_keys: dict[Any, tuple[Tensor, Tensor]] = {}
         self._class_table: dict[torch.device, Tensor] = {}
         self.shifted = bool(offset.any())
 
@@ -226,7 +226,8 @@ class RowStore:
         flat, dtype = x1.detach().to(self.device).flatten(1), x1.dtype
         found = torch.full((len(flat),), -1, device=self.device)
         fewer = dtype in (*HALF, torch.float32) and dtype.itemsize < self.dtype.itemsize
-        more, of_masks = 0, isinstance(masks, MaskedLabels)
+        more: Tensor | int = 0
+        of_masks = isinstance(masks, MaskedLabels)
         if isinstance(masks, MaskedLabels):
             more = masks.unlabelled().keys().to(self.device)
         if not fewer:
@@ -247,8 +248,9 @@ class RowStore:
 
         With `of_masks` the keys of their masks are added to them.
         """
-        if (dtype, of_masks) in self._sorted_keys:
-            return self._sorted_keys[dtype, of_masks]
+        name = (dtype, "masks") if of_masks else dtype
+        if name in self._sorted_keys:
+            return self._sorted_keys[name]
         if dtype is None:
             keys = self.row_keys()
         else:
@@ -262,7 +264,7 @@ class RowStore:
             keys = keys + added.to(keys.device)
         values, order = keys.sort(stable=True)
         if _as_real(values, self.rows):
-            self._sorted_keys[dtype, of_masks] = (values, order)
+            self._sorted_keys[name] = (values, order)
         return values, order
 
     def chunks(

@@ -56,7 +56,7 @@ def correct(
     source: Tensor | None = None,
     class_wise: bool = False,
     on_missing: Literal["insert", "error"] = "insert",
-    labels_of: Callable[[], Tensor | None] | None = None,
+    labels_of: Callable[[], Tensor | MaskedLabels | None] | None = None,
     boundary: float | None = None,
     only: Tensor | None = None,
 ) -> Correction:
@@ -159,7 +159,7 @@ def _classes(
     row: Tensor,
     labels: Labels | None,
     x1: Tensor,
-    labels_of: Callable[[], Tensor | None] | None,
+    labels_of: Callable[[], Tensor | MaskedLabels | None] | None,
     asked: list[int] | None,
 ) -> Labels:
     """The class of each sample."""

@@ -129,7 +129,7 @@ class Scheme(SchemeState):
         )
         self.on_missing, self.seed = on_missing, seed
         self.unconditional = class_wise is False
-        self.labels_of: Callable[[Tensor], Tensor | None] | None = None
+        self.labels_of: Callable[[Tensor], Tensor | MaskedLabels | None] | None = None
         self._fits = self.rows_checked = False
         if boundary is not None:
             self.set_boundary(boundary)

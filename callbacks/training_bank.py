@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from stagewise.bank import LatentBank
 from stagewise.batches import PADDED, FindSample, find_checked, find_sample, seems_padded
+from stagewise.condition import Condition
 from stagewise.drawn_rows import drawn_rows
 from stagewise.masks import MaskedLabels, compared_within, join, zeroed
 from stagewise.row_reader import RowReader, same_rows
@@ -43,6 +44,7 @@ def bank_from_trainer(
     find: FindSample = find_sample,
     class_wise: bool = True,
     dtype: torch.dtype | None = None,
+    condition: Condition | None = None,
 ) -> LatentBank:
     """Reads the training set of a running trainer into a bank in host memory.
 
@@ -54,6 +56,7 @@ def bank_from_trainer(
         find: From a batch to `(x_1, labels or None)`.
         class_wise: Whether to keep labels, default True.
         dtype: Storage; default that of the samples.
+        condition: Whose conditions the bank holds, too, for which the set is read once more.
 
     Returns:
         The bank; that of the data module, if it has one. Its rows are those that the sampler draws
@@ -99,6 +102,14 @@ def bank_from_trainer(
                 copies=trainer.num_devices,
                 advance=lambda done: bar.update(done - bar.n),
             )
+        if condition is not None:
+
+            def find_condition(batch: Any) -> Samples:
+                c = condition.of(batch, *find_checked(find, batch))
+                return c.reshape(len(c), -1).float(), None
+
+            given = _reader(trainer, pl_module, trainer.train_dataloader, find_condition)
+            bank = bank.with_conditions(torch.cat([c.cpu() for c, _ in given.read(rows)]))
     if not isinstance(labels, MaskedLabels) and seems_padded(once):
         rank_zero_warn(
             "Many samples end in zeros, at different steps: if that is padding, it counts as data, "

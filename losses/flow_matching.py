@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from stagewise.masks import masked, mean_of
 from stagewise.oracle import Labels, Times, as_times, check_times
@@ -70,6 +71,10 @@ class FlowMatchingLoss(nn.Module):
         scheme: Says how t is drawn, what is trained on and what counts how much: a `Scheme` or
             `Phases`; default None. It takes the place of `timesteps` and `weight`, and rests while
             the module is in eval mode: held-out samples are in no bank.
+        cosine: Whether to add LightningDiT's term, `1 - cos(model, y)` over the channels (arXiv
+            2501.01423, Section 4), with the sample's weight; default False. It compares with the
+            conditional target under a scheme too: it is not linear in the target, so a mean of
+            targets there would move its optimum. `last` holds the squared errors alone.
 
     Raises:
         ValueError: If a scheme is given beside timesteps or a weight, or is about another path.
@@ -90,6 +95,7 @@ class FlowMatchingLoss(nn.Module):
         weight: Callable[[Tensor], Tensor] | None = None,
         convention: Convention = STAGEWISE,
         scheme: Scheme | Phases | None = None,
+        cosine: bool = False,
     ) -> None:
         super().__init__()
         if scheme is not None and (timesteps is not None or weight is not None):
@@ -110,7 +116,7 @@ class FlowMatchingLoss(nn.Module):
         self.timesteps = timesteps or Uniform()
         self.weight = weight
         self.convention = convention
-        self.scheme = scheme
+        self.scheme, self.cosine = scheme, cosine
         self.last: LossRecord | None = None
 
     def forward(
@@ -125,6 +131,7 @@ class FlowMatchingLoss(nn.Module):
         classes: Labels | None = None,
         loss_mask: Tensor | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The mean weighted loss of a batch.
@@ -146,6 +153,8 @@ class FlowMatchingLoss(nn.Module):
                 scheme has masks then. Not passed to the model. Default: all.
             source: Row of the scheme's bank that each sample stands for, (B,); not passed to the
                 model. Default: looked up; see `Scheme`.
+            condition: For a scheme with a kernel on it: what the model is given for each sample,
+                (B, *), before anything is dropped; not passed to the model.
             **kwargs: Passed on to the model.
 
         Returns:
@@ -188,9 +197,8 @@ class FlowMatchingLoss(nn.Module):
         y = self.prediction.target(path, x0.float(), x1.float())
         added, of = None, masked(classes, loss_mask, x1)
         if scheme is not None:
-            added = scheme(
-                y, xt=xt, t=t, x1=x1, labels=of, source=source, prediction=self.prediction
-            )
+            told = {"labels": of, "source": source, "condition": condition}
+            added = scheme(y, xt=xt, t=t, x1=x1, prediction=self.prediction, **told)
         output = model(xt, self.convention.from_t(t).to(told_in), *args, **kwargs)
         if output.shape != x1.shape:
             raise ValueError(
@@ -210,4 +218,6 @@ class FlowMatchingLoss(nn.Module):
             trained = mean_of((output - added[0]).square(), of)
             weight = weight * added[1]
         self.last = LossRecord(t.detach(), loss.detach(), weight.detach(), trained.detach())
+        if self.cosine:
+            trained = trained + (1 - cosine_similarity(output, y, dim=1)).flatten(1).mean(1)
         return (weight * trained).mean()

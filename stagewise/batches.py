@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagewise.masks import MaskedLabels
+from stagewise.masks import MaskedLabels, plain
 
 __all__ = [
     "LABEL_NAMES",
@@ -28,6 +28,7 @@ __all__ = [
     "find_sample",
     "inside",
     "leaves_of",
+    "others_in",
     "seems_padded",
     "suggested_find",
     "unused_in",
@@ -313,6 +314,18 @@ def seems_padded(x1: Tensor) -> bool:
     last = ((x1 != 0).any(2) * torch.arange(1, x1.shape[1] + 1, device=x1.device)).amax(1)
     cut = last[(last > 0) & (last < x1.shape[1])]
     return 4 * len(cut) >= len(x1) and len(last.unique()) > 2
+
+
+def others_in(batch: Any, x1: Tensor, labels: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of a batch with an entry for each sample, beside `x_1` and the labels in it."""
+    masks = labels if isinstance(labels, MaskedLabels) else None
+    return [
+        (place, value)
+        for place, value in leaves_of(batch)
+        if value.ndim and len(value) == len(x1)
+        if masks is None or not masks.is_told_by(value)
+        if not any(used is not None and _equal(value, used) for used in (x1, plain(labels)))
+    ]
 
 
 def _is_numbers(value: Any) -> bool:

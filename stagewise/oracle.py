@@ -48,6 +48,7 @@ from stagewise.queries import (
 from stagewise.tracing import untraced
 
 if TYPE_CHECKING:
+    from stagewise.condition import Condition
     from stagewise.smoothing import Smoothing
 
 __all__ = ["Labels", "Oracle", "Times", "as_times", "check_times", "require_tensors"]
@@ -92,6 +93,9 @@ class Oracle:
     smoothing: Smoothing | None = None
     """What its rows stand for: Gaussians around them, for a `SmoothedOracle`."""
 
+    condition: Condition | None = None
+    """What weighs its rows by their conditions, for a `ConditionedOracle`."""
+
     def __init__(
         self,
         bank: LatentBank,
@@ -129,6 +133,7 @@ class Oracle:
         *,
         mask: Tensor | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
         k: int = 1,
     ) -> Posterior:
         """The posterior over bank rows for each query.
@@ -147,6 +152,8 @@ class Oracle:
             source: The row of `bank.rows` each query was made from, (B,), int64, for
                 `source_weight` and the certificate; negative where it is not known. Default None.
                 `bank.find(x1)` looks it up.
+            condition: What the model is given for each query, (B, *), for an oracle with a kernel
+                on it (`ConditionedOracle`). Default: that of the `source`.
             k: How many of the largest weights to return, default 1. Where a class has fewer rows
                 the rest has weight 0 and row -1.
 
@@ -160,9 +167,12 @@ class Oracle:
             TypeError: If `xt` is no tensor.
         """
         labels = masked(labels, mask, xt)
-        queries = self.queries(xt, t, labels, source)
+        queries = self.queries(xt, t, labels, source, condition)
         with torch.autocast(queries.xt.device.type, enabled=False):
-            post = with_source_weight(self.ask(queries, k), self.bank, queries)
+            post = self.ask(queries, k)
+            if queries.source is not None:
+                added = self.log_kernel(queries, queries.source)
+                post = with_source_weight(post, self.bank, queries, added)
         return replace(post, mean=self._shaped(post.mean, xt))
 
     def _shaped(self, flat: Tensor, like: Tensor) -> Tensor:
@@ -176,6 +186,7 @@ class Oracle:
         t: Times,
         labels: Labels | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Queries:
         """What `ask` is asked: made once from noisy samples, checked, with the path at their times.
 
@@ -184,11 +195,17 @@ class Oracle:
             t: Times.
             labels: Classes.
             source: Rows.
+            condition: Conditions.
 
         Raises:
             ValueError: As `posterior`.
             TypeError: If `xt` is no tensor.
         """
+        if condition is not None:
+            raise ValueError(
+                f"Expected an oracle with a kernel on the `condition`, got {self!r}: "
+                "ConditionedOracle(bank, path, Condition(bandwidth=...))."
+            )
         valid = None
         if isinstance(labels, MaskedLabels):
             if self.bank.pairs is None:
@@ -224,6 +241,15 @@ class Oracle:
         plain = self.certificate is None and self.null_class is None
         there = labels.device == xt.device
         return plain and there and self.engine.reads_ends(self.bank, xt.device, len(xt))
+
+    def log_kernel(self, queries: Queries, rows: Tensor | None = None) -> Tensor | float:
+        """What a kernel on the condition adds to `l` of a row, or of x_1 itself, for each query.
+
+        Args:
+            queries: Of this oracle.
+            rows: One for each, (B,); default x_1 under its own condition.
+        """
+        return 0.0
 
     @torch.no_grad()
     def ask(self, queries: Queries, k: int = 1) -> Posterior:
@@ -274,6 +300,7 @@ class Oracle:
         *,
         mask: Tensor | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
         posterior: Posterior | None = None,
     ) -> Tensor:
@@ -287,6 +314,7 @@ class Oracle:
             labels: See `posterior`.
             mask: See `posterior`. Outside of it the correction is 0.
             source: See `posterior`.
+            condition: See `posterior`.
             prediction: What the target is, default "velocity".
             posterior: The posterior at these queries if it is known already.
 
@@ -303,7 +331,7 @@ class Oracle:
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
         labels = masked(labels, mask, xt)
-        queries = self.queries(xt, t, labels, source)
+        queries = self.queries(xt, t, labels, source, condition)
         flat = fitted(x1.detach(), labels, self.bank.shape)[0].flatten(1).to(queries.xt)
         queries = replace(queries, x1=flat)
         if posterior is None:
@@ -315,7 +343,13 @@ class Oracle:
 
     @untraced
     def velocity(
-        self, xt: Tensor, t: Times, labels: Labels | None = None, *, mask: Tensor | None = None
+        self,
+        xt: Tensor,
+        t: Times,
+        labels: Labels | None = None,
+        *,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """The marginal velocity `u*(x_t, t)`.
 
@@ -324,11 +358,12 @@ class Oracle:
             t: See `posterior`. At sigma = 0 see the module docstring.
             labels: See `posterior`.
             mask: See `posterior`.
+            condition: See `posterior`.
 
         Returns:
             The velocity, (B, *), in the dtype of `xt`; 0 outside of the mask.
         """
-        queries = self.queries(xt, t, masked(labels, mask, xt))
+        queries = self.queries(xt, t, masked(labels, mask, xt), condition=condition)
         path, mean = queries.path, self.ask(queries).mean
         noise = (queries.xt - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise

@@ -286,7 +286,7 @@ def _ask(oracle: Oracle, noise: Tensor, t: Tensor, rows: list[int], class_wise: 
     xt = oracle.path.interpolate(x0.double().reshape(x1.shape), x1, t)
     labels = compared_within(bank.classes_of(rows), class_wise)
     post = oracle.posterior(xt, t, labels, source=source)
-    gap = oracle.correction(xt, t, x1, labels, posterior=post)
+    gap = oracle.correction(xt, t, x1, labels, source=source, posterior=post)
     difference = mean_of(gap.square(), labels)
     assert post.source_weight is not None
     return torch.stack([post.top1, post.entropy, post.ess, post.source_weight, difference])

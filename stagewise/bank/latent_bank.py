@@ -55,6 +55,9 @@ class LatentBank(RowStore):
         mask: Which numbers of each sample count: bool, (N, *), with the first axes of `x`, such as
             (N, L) for (N, L, d); or lengths, integers (N,). Default None: all. Samples are then
             compared with those of the same mask only (`stagewise.masks`), and stand by mask.
+        conditions: What the model is given for each sample beside time and class (text embeddings,
+            observations, one-hot), (N, *), for a `ConditionedOracle`; default None. Files of banks
+            do not hold them: `LatentBank.open(path).with_conditions(c)`.
         dtype: Storage: float32, float64, bfloat16 or float16; default that of `x`. A 16-bit bank
             halves the memory and *is* the data set, rounded relative to the distance from the
             mean, that the posterior is about.
@@ -74,6 +77,7 @@ class LatentBank(RowStore):
         mean_sq_norm: Mean of `sq_norms`, (), float64.
         radius: The largest such distance (not squared).
         max_norm: An upper bound on the norm of a sample.
+        conditions: Those of the rows, (N, C), in the bank's own order, or None.
         std: Standard deviation of all numbers in the bank that count, around their one mean.
         classes: The classes, ascending; empty without labels. With masks, pairs of mask and label,
             known by their keys.
@@ -92,12 +96,15 @@ class LatentBank(RowStore):
         (100, 256, (4, 8, 8), 10)
     """
 
+    conditions: Tensor | None = None
+
     def __init__(
         self,
         x: Tensor | np.ndarray,
         labels: Tensor | np.ndarray | None = None,
         *,
         mask: Tensor | None = None,
+        conditions: Tensor | np.ndarray | None = None,
         dtype: torch.dtype | None = None,
         offset: Tensor | None = None,
     ) -> None:
@@ -118,6 +125,33 @@ class LatentBank(RowStore):
             sort_in_place(rows, index)
         super().__init__(rows, offset, tuple(x.shape[1:]), index, segments, pairs=pairs)
         self._measure(given.dtype != dtype)
+        if conditions is not None:
+            self.conditions = self._in_order(conditions)
+
+    def with_conditions(self, conditions: Tensor | np.ndarray) -> LatentBank:
+        """The same rows, without a copy, with the condition of each.
+
+        Args:
+            conditions: (N, *), in the order in which the bank was built (see `index`).
+
+        Raises:
+            ValueError: If there is another number of them, or one is not finite.
+        """
+        bank = self._moved(lambda value: value)
+        bank._file, bank.conditions = self._file, self._in_order(conditions)
+        return bank
+
+    def _in_order(self, conditions: Tensor | np.ndarray) -> Tensor:
+        c = as_tensor(conditions, "conditions").detach()
+        if not c.ndim or len(c) != len(self):
+            raise ValueError(
+                f"Expected `conditions` with shape ({len(self)}, *), one for each row, got "
+                f"{tuple(c.shape)}."
+            )
+        c = (c if c.is_floating_point() else c.float()).reshape(len(c), -1)
+        if not c.isfinite().all():
+            raise ValueError("Expected finite `conditions`, got NaN or Inf.")
+        return c if self.index is None else c[self.index.to(c.device)]
 
     @classmethod
     def _of(cls, *parts: Any) -> LatentBank:
@@ -252,7 +286,9 @@ class LatentBank(RowStore):
         masks = own if isinstance(own, MaskedLabels) else None
         _, segments, pairs = class_order(plain(own), len(at), masks=masks)
         about = self.offset.cpu(), self.shape, None, segments, None, None, pairs
-        return self._of(self.rows[at].cpu(), *about)._measure()
+        part = self._of(self.rows[at].cpu(), *about)._measure()
+        part.conditions = None if self.conditions is None else self.conditions[at].cpu()
+        return part
 
     def save(self, path: FilePath) -> None:
         """Writes the bank to a safetensors file, a chunk at a time, for `open`.
@@ -295,6 +331,8 @@ class LatentBank(RowStore):
         if self.pairs is not None:
             classes = f", {len(self._of_masks)} masks{classes}"
             classes += f", the median row compared with {self.median_class} rows"
+        if self.conditions is not None:
+            classes += f", conditions of {self.conditions.shape[1]} numbers"
         return (
             f"LatentBank({len(self)} rows of shape {self.shape}{classes}, {self.dtype}, "
             f"{self.residency}, {format_bytes(self.nbytes)})"

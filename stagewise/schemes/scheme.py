@@ -78,6 +78,7 @@ class Scheme(SchemeState):
         rows_checked: Whether samples were held against the bank, as the first call does.
         labels_of: From x_1, (B, *), to classes, (B,), or None; default None. Asked where x_1 comes
             without labels and is no row of the bank.
+        condition_of: From a kernel and x_1 to conditions, (B, *), or None; for those not given.
         last: The record of the last call, None before.
         draws_timesteps: Whether `timesteps` was given. If not, what draws t by itself goes on.
 
@@ -129,7 +130,6 @@ class Scheme(SchemeState):
         )
         self.on_missing, self.seed = on_missing, seed
         self.unconditional = class_wise is False
-        self.labels_of: Callable[[Tensor], Tensor | MaskedLabels | None] | None = None
         self._fits = self.rows_checked = False
         if boundary is not None:
             self.set_boundary(boundary)
@@ -197,6 +197,7 @@ class Scheme(SchemeState):
         labels: Labels | None = None,
         mask: Tensor | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
     ) -> tuple[Tensor, Tensor]:
         """The target and the weight of each sample; the first call does what `check` does.
@@ -212,6 +213,8 @@ class Scheme(SchemeState):
             mask: Which numbers count, (B, *), see `Oracle.posterior`. Others stay as they are.
             source: The row of the bank that each x_1 stands for, (B,), negative where it is none.
                 Default: the row that x_1 equals. Give it where x_1 is resampled.
+            condition: For an oracle with a kernel on it: what the model is given, (B, *), before
+                anything is dropped for guidance. Default that of the `source`.
             prediction: What `y` is, default "velocity".
 
         Returns:
@@ -237,7 +240,9 @@ class Scheme(SchemeState):
                 )
         source = self._source_of(x1, t, source)
         labels = self.with_masks(labels, mask, x1)
-        t, added = self._correction(y, xt, t, x1, labels, source, prediction)
+        t, added = self._correction(
+            *(y, xt, t, x1, prediction), labels=labels, source=source, condition=condition
+        )
         weight = self._weight(t)
         self._count_call()
         self.last = SchemeRecord(
@@ -262,25 +267,20 @@ class Scheme(SchemeState):
         xt: Tensor,
         t: Times,
         x1: Tensor,
-        labels: Labels | None = None,
         mask: Tensor | None = None,
-        source: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
+        **known: Any,
     ) -> Tensor:
         """`lambda c_t (m - x_1)`: what a call with these arguments adds to the conditional target.
 
-        Returns:
-            (B, *), in the dtype of `x1`.
+        Returns (B, *), in the dtype of `x1`.
         """
         require_tensors(xt=xt, x1=x1)
         prediction = Prediction.of(prediction)
-        source = self._source_of(x1, t, source)
-        labels = self.with_masks(labels, mask, x1)
-        _, added = self._correction(None, xt, t, x1, labels, source, prediction)
+        known["source"] = self._source_of(x1, t, known.get("source"))
+        known["labels"] = self.with_masks(known.get("labels"), mask, x1)
+        _, added = self._correction(None, xt, t, x1, prediction, **known)
         return (self._sign(prediction) * added.value).to(x1.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "labels_of": None}  # of a run, which holds its trainer
 
     def with_masks(self, labels: Labels | None, mask: Tensor | None, x1: Tensor) -> Labels | None:
         """Labels with masks, where those of a run are known although the call says none."""
@@ -325,9 +325,8 @@ class Scheme(SchemeState):
         xt: Tensor,
         t: Times,
         x1: Tensor,
-        labels: Labels | None,
-        source: Tensor | None,
         prediction: Prediction,
+        **known: Any,
     ) -> tuple[Tensor, Correction]:
         """The times, (B,), and what is added to a target, both in the library's convention."""
         self._check_once()
@@ -338,19 +337,22 @@ class Scheme(SchemeState):
         time = as_times(t, xt)
         t = self._time(time)
         check_times(t, len(xt))
-        self._hold(y, xt, time, x1, source, prediction, labels)
+        labels = known.get("labels")
+        self._hold(y, xt, time, x1, known["source"], prediction, labels)
         if self.target is None or self.oracle is None:
             return t, Correction.none(x1)
-        if not self.class_wise and not self.unconditional and has_classes(labels):
+        if not self.class_wise and not self.unconditional and has_classes(known.get("labels")):
             raise unknown_conditions("labels, and a bank without classes")
+        if self.oracle.condition and self.condition_of and known.get("condition") is None:
+            known["condition"] = self.condition_of(self.oracle.condition, x1.detach())
         if self.target.lam.needs_boundary:
             self.require_boundary()
         self._calls += 1
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         cut = tuple(slice(n) for n in xt.shape)
         xt = self._as_rows(xt.detach(), labels)[0]
-        x1, labels = self._as_rows(x1.detach(), labels)
-        ask = partial(
+        x1, known["labels"] = self._as_rows(x1.detach(), labels)
+        ask: Callable[..., Correction] = partial(
             correct,
             self.target,
             xt=xt,
@@ -358,8 +360,7 @@ class Scheme(SchemeState):
             x1=x1,
             prediction=prediction,
             draws=Random(f"{self.seed} {rank} {self._step} {self._calls}"),
-            labels=labels,
-            source=source,
+            **known,
             class_wise=self.class_wise,
             on_missing=self.on_missing,
             labels_of=None if self.labels_of is None else partial(self.labels_of, x1),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stagewise import Mix, Scheme
-from stagewise.callbacks import StageScheme
+from stagewise.callbacks import PosteriorMonitor, StageScheme
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -70,3 +70,27 @@ def test_sounds_of_different_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyP
             best = _exact(x1[:length], xt[:length], t, own)
             torch.testing.assert_close(target[i, :length].double(), best, rtol=1e-5, atol=1e-5)
             assert torch.equal(target[i, length:], y[i, length:])
+
+
+def test_the_action_head_of_a_robot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = _example("action_head")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    plain = example.main(**quiet).state_dict()
+    watched = example.main(example.RUN, PosteriorMonitor(), **quiet).state_dict()
+    for name, value in plain.items():
+        assert torch.equal(value, watched[name]), name
+    seen, chunks, masks = (value.double() for value in example.episodes(24))
+    calls = _targets(monkeypatch)
+    example.main(example.RUN, StageScheme(target=Mix()), **quiet)
+    assert len(calls) == 60
+    y, given, target = calls[-1]
+    for i, t in enumerate(given["t"].double()):
+        row = (chunks == given["x1"][i].double()).flatten(1).all(1).nonzero()[0, 0]
+        alike, valid = (masks == masks[row]).all(1), masks[row].bool()
+        x, xt = chunks[alike][:, valid], given["xt"][i].double()[valid]
+        logits = -(xt - t * x).square().flatten(1).sum(1) / (2 * (1 - t) ** 2)
+        logits -= (seen[alike] - seen[row]).square().sum(1) / (2 * 0.3**2)
+        best = ((logits.softmax(0)[:, None, None] * x).sum(0) - xt) / (1 - t)
+        torch.testing.assert_close(target[i][valid].double(), best, rtol=1e-5, atol=1e-5)
+        assert torch.equal(target[i][~valid], y[i][~valid])

@@ -398,14 +398,13 @@ class Scheme(SchemeState):
             )
             # A look at an accelerator costs a sync: there the first call is the only one.
             self._fits = y is not None and (told or xt.device.type != "cpu")
+        if self.last is None and looks and mixes and self.oracle is not None:
+            own = labels if isinstance(labels, MaskedLabels) else None
+            require_same_masks(self.oracle.bank, x1, own)
         if not looks or self.rows_checked or self.oracle is None or not mixes:
             return
         shard = not self.oracle.engine.holds_all_rows
         known = source is not None or self.oracle.smoothing is not None
-        if self.oracle.engine.holds_all_rows:
-            require_same_masks(
-                self.oracle.bank, x1, labels if isinstance(labels, MaskedLabels) else None
-            )
         rows = self._as_rows(x1, labels)[0]
         found = check_rows(self.oracle.bank, rows, known=known, shard=shard)
         self.rows_checked = True

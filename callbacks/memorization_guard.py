@@ -158,9 +158,9 @@ class MemorizationGuard(MemorizationMonitor):
         if self.wise or (bank.labelled and self.conditional):
             for split, rows in self._splits.items():
                 labels = None if rows is None else rows[1]
-                if rows is not None and (
-                    plain(labels) is None or set(labels.tolist()) - {*bank.classes}
-                ):
+                known = labels is not None and plain(labels) is not None
+                known = known and not set(labels.tolist()) - {*bank.classes}  # type: ignore[union-attr]
+                if rows is not None and not known:
                     self.say(
                         f"{split} samples have no labels of the bank, so errors on held-out "
                         "samples are left out. Say where they are: "

@@ -31,6 +31,10 @@ _BATCHES = 16
 """Batches that are added at a time."""
 
 
+def _all() -> None:
+    """Of batches without masks."""
+
+
 class TrainingRecord:
     """Adds up what the batches of a training show; see the module docstring.
 
@@ -58,7 +62,7 @@ class TrainingRecord:
         self._bad: tuple[Tensor, ...] | None = None
         self._hook: CallHook | None = None
 
-    def expect(self, x1: Callable[[], Tensor], masks: Callable[[], object]) -> None:
+    def expect(self, x1: Callable[[], Tensor], masks: Callable[[], object] = _all) -> None:
         """Takes how to have the samples of the batch that comes, once the network is called."""
         self.close()
         self._x1, self._masks, self._seen, self._pull = x1, masks, None, None

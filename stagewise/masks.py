@@ -24,8 +24,10 @@ from torch.nn.functional import pad
 
 __all__ = [
     "MaskedLabels",
+    "as_asked",
     "as_mask",
     "compared_within",
+    "cut",
     "fitted",
     "join",
     "masked",
@@ -240,6 +242,36 @@ def plain(labels: Any) -> Any:
 def zeroed(x: Tensor, labels: object) -> Tensor:
     """Samples, (B, *), with zeros outside of their masks; `x` itself without any."""
     return labels.zero(x) if isinstance(labels, MaskedLabels) else x
+
+
+def as_asked(
+    bank: Any, x: Tensor, labels: Any, null_class: int | None
+) -> tuple[Tensor, Tensor | None, Any]:
+    """Queries as a `LatentBank` is asked: samples, (B, *), which of their numbers count, classes.
+
+    Raises:
+        ValueError: If samples have masks and the bank has none, or the other way round.
+    """
+    if not isinstance(labels, MaskedLabels):
+        if bank.pairs is not None:
+            raise ValueError(
+                "Expected the masks of the samples, as the bank has masks, got none: mask=mask, "
+                "or in a training find=lambda batch: (batch[0], None, batch[1])."
+            )
+        return x, None, labels
+    if bank.pairs is None:
+        raise ValueError(
+            "Expected a bank with masks for samples that have some, got one without: its padding "
+            "counts as data. LatentBank(x, labels, mask=mask)."
+        )
+    x, labels = fitted(x, labels, bank.shape)
+    return x, labels.entries.flatten(1), labels.keys(null_class)
+
+
+def cut(flat: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Rows (B, D) as samples of a shape, cut to the shape of those that were given."""
+    x = flat.reshape(-1, *shape)
+    return x if x.shape == like.shape else x[tuple(slice(n) for n in like.shape)]
 
 
 def fitted(x: Tensor, labels: T, shape: tuple[int, ...]) -> tuple[Tensor, T]:

@@ -33,7 +33,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.building import whole_labels
 from stagewise.certificate import Certificate
 from stagewise.engines import Auto, Engine
-from stagewise.masks import MaskedLabels, fitted, masked
+from stagewise.masks import MaskedLabels, as_asked, cut, fitted, masked
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
 from stagewise.queries import (
@@ -173,12 +173,7 @@ class Oracle:
             if queries.source is not None:
                 added = self.log_kernel(queries, queries.source)
                 post = with_source_weight(post, self.bank, queries, added)
-        return replace(post, mean=self._shaped(post.mean, xt))
-
-    def _shaped(self, flat: Tensor, like: Tensor) -> Tensor:
-        """Rows (B, D) as samples, cut to the shape of those that were given."""
-        x = flat.reshape(-1, *self.bank.shape)
-        return x if x.shape == like.shape else x[tuple(slice(n) for n in like.shape)]
+        return replace(post, mean=cut(post.mean, self.bank.shape, xt))
 
     def queries(
         self,
@@ -206,20 +201,7 @@ class Oracle:
                 f"Expected an oracle with a kernel on the `condition`, got {self!r}: "
                 "ConditionedOracle(bank, path, Condition(bandwidth=...))."
             )
-        valid = None
-        if isinstance(labels, MaskedLabels):
-            if self.bank.pairs is None:
-                raise ValueError(
-                    "Expected a bank with masks for samples that have some, got one without: its "
-                    "padding counts as data. LatentBank(x, labels, mask=mask)."
-                )
-            xt, own = fitted(xt, labels, self.bank.shape)
-            valid, labels = own.entries.flatten(1), own.keys(self.null_class)
-        elif self.bank.pairs is not None:
-            raise ValueError(
-                "Expected the masks of the samples, as the bank has masks, got none: mask=mask, "
-                "or in a training find=lambda batch: (batch[0], None, batch[1])."
-            )
+        xt, valid, labels = as_asked(self.bank, xt, labels, self.null_class)
         flat, path = self.coefficients(xt, t)
         names, ends = None, None
         if isinstance(labels, Tensor) and self._reads_on_device(labels, flat):
@@ -339,7 +321,7 @@ class Oracle:
         else:
             mean = fitted(posterior.mean, labels, self.bank.shape)[0].flatten(1)
         gap = queries.correction(mean - flat, Prediction.of(prediction), self.bank.max_norm)
-        return self._shaped(gap, x1).to(x1.dtype)
+        return cut(gap, self.bank.shape, x1).to(x1.dtype)
 
     @untraced
     def velocity(
@@ -367,7 +349,7 @@ class Oracle:
         path, mean = queries.path, self.ask(queries).mean
         noise = (queries.xt - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
-        return self._shaped(velocity, xt).to(xt.dtype)
+        return cut(velocity, self.bank.shape, xt).to(xt.dtype)
 
     def sample(self, source: Tensor, t: Tensor, normals: Tensor) -> Tensor:
         """A sample of the set that the oracle is of, around each row.

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagewise.masks import MaskedLabels, fitted, masked, mean_of, require_same_masks
+from stagewise.masks import MaskedLabels, cut, mean_of, require_same_masks
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes.checks import check_density, check_rows, check_settings
@@ -282,20 +282,6 @@ class Scheme(SchemeState):
         _, added = self._correction(None, xt, t, x1, prediction, **known)
         return (self._sign(prediction) * added.value).to(x1.dtype)
 
-    def with_masks(self, labels: Labels | None, mask: Tensor | None, x1: Tensor) -> Labels | None:
-        """Labels with masks, where those of a run are known although the call says none."""
-        found = masked(labels, mask, x1)
-        wants = self.target is not None and self.oracle is not None and self.oracle.bank.pairs
-        if wants and not isinstance(found, MaskedLabels) and self.labels_of is not None:
-            own = self.labels_of(x1.detach())
-            if isinstance(own, MaskedLabels):
-                return own if found is None else MaskedLabels.of(found, own.mask, x1)
-        return found
-
-    def _as_rows(self, x: Tensor, labels: Labels | None) -> tuple[Tensor, Labels | None]:
-        """Samples and their masks as rows of the bank."""
-        return fitted(x, labels, x.shape[1:] if self.oracle is None else self.oracle.bank.shape)
-
     def _sign(self, prediction: Prediction) -> int:
         return self.convention.sign if prediction.kind == "velocity" else 1
 
@@ -349,7 +335,7 @@ class Scheme(SchemeState):
             self.require_boundary()
         self._calls += 1
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        cut = tuple(slice(n) for n in xt.shape)
+        given = xt
         xt = self._as_rows(xt.detach(), labels)[0]
         x1, known["labels"] = self._as_rows(x1.detach(), labels)
         ask: Callable[..., Correction] = partial(
@@ -369,7 +355,7 @@ class Scheme(SchemeState):
         around = self._around
         if around is None:
             added = ask(self.oracle)
-            return t, added._replace(value=added.value[cut])
+            return t, added._replace(value=cut(added.value, self.oracle.bank.shape, given))
         # Where samples are smoothed their targets are those of the smoothed set.
         smoothed = self._share(x1, t) > 0
         parts = (

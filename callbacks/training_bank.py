@@ -172,7 +172,8 @@ def read_rows(
         chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
         few = [rows[place] for place in np.sort(chosen)]
         found = list(reader.read(few, workers=1, seed=seed))
-    return join([(x.detach().cpu(), None if y is None else y.cpu()) for x, y in found])
+    x1, labels = join([(x.detach().cpu(), None if y is None else y.cpu()) for x, y in found])
+    return zeroed(x1, labels), labels
 
 
 def _drawn(trainer: pl.Trainer, loader: DataLoader[Any], *, say: bool = False) -> Sequence[int]:

@@ -259,9 +259,9 @@ class RowStore:
             # Through float64, as `take` gives a sample.
             keys = torch.cat([row_keys((part + self.offset).to(dtype)) for _, part in parts])
         if of_masks:
-            sizes = [rows.stop - rows.start for rows in self._of_masks.values()]
-            added = torch.tensor(list(self._of_masks)).repeat_interleave(torch.tensor(sizes))
-            keys = keys + added.to(keys.device)
+            ends = self._of_masks.items()
+            added = [torch.full((rows.stop - rows.start,), key) for key, rows in ends]
+            keys = keys + torch.cat(added).to(keys.device)
         values, order = keys.sort(stable=True)
         if _as_real(values, self.rows):
             self._sorted_keys[name] = (values, order)

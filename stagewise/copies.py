@@ -16,7 +16,8 @@ Distances are exact (`nearest_rows`), in float64.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import beta
@@ -27,13 +28,18 @@ from stagewise.masks import MaskedLabels
 from stagewise.nearest_rows import Search
 from stagewise.products import full_precision
 
-__all__ = ["COPY_RATIO", "Nearest", "binomial_interval", "nearest_rows"]
+__all__ = ["COPY_RATIO", "Nearest", "binomial_interval", "copy_share", "nearest_rows"]
 
 COPY_RATIO = 1 / 3
 """A sample is a copy below this `d_1 / d_2`; arXiv 2505.17638."""
 
 _QUERIES = 256
 """Samples compared at a time."""
+
+_BINS = 30
+"""Of the histogram of ratios."""
+
+_TYPES = torch.int64, torch.float64, torch.float64
 
 
 class Nearest(NamedTuple):
@@ -81,29 +87,16 @@ def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None
         raise ValueError(
             f"Expected samples of shape {('B', *bank.shape)} as the bank's, got {tuple(x.shape)}."
         )
-    scopes = [(torch.arange(len(x), device=bank.device), bank.whole)]
-    if labels is not None:
-        x, keys = labels.zero(x), labels.unlabelled().keys().to(bank.device)
-        scopes = [((keys == key).nonzero()[:, 0], bank.segment(key)) for key in set(keys.tolist())]
-    flat = x.detach().flatten(1).to(bank.device).double() - bank.offset
-    unknown = flat.new_full((len(flat),), torch.nan)
-    found = Nearest(unknown.new_full((len(flat),), -1, dtype=torch.int64), unknown, unknown.clone())
-
-    def settle(_: Tensor, distance: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, ...]:
-        differ = search.differ(rows)
-        second = differ.int().argmax(1, keepdim=True)
-        d2 = distance.gather(1, second).masked_fill(~differ.any(1, keepdim=True), torch.inf)
-        return (d2.isfinite() & (d2 <= limit))[:, 0], rows[:, 0], distance[:, 0], d2[:, 0]
-
-    finite = flat.isfinite().all(1)
-    with full_precision(), torch.autocast(bank.device.type, enabled=False):
-        for at, scope in scopes:
-            search = Search(bank, scope, bank.device)
-            for index in at[finite[at]].split(_QUERIES) if bool(finite[at].any()) else ():
-                answer = search.ask(flat[index], 2, settle, index)
-                for value, new in zip(found, answer, strict=True):
-                    value[index] = new
-    if labels is not None:
+    if labels is None:
+        found = _nearest_in(bank, bank.whole, x)
+    else:
+        keys = labels.unlabelled().keys().tolist()
+        found = Nearest(*(torch.zeros(len(x), device=bank.device, dtype=d) for d in _TYPES))
+        for key in set(keys):
+            at = torch.tensor([i for i, own in enumerate(keys) if own == key])
+            part = _nearest_in(bank, bank.segment(key), labels.zero(x)[at.to(x.device)])
+            for value, own in zip(found, part, strict=True):
+                value[at.to(value.device)] = own
         found.d2[found.d2.isinf()] = torch.nan
     if bool(found.d2.isinf().any()):
         raise ValueError(
@@ -111,6 +104,31 @@ def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None
             "Give a bank with two different rows at least."
         )
     return found
+
+
+def _nearest_in(bank: LatentBank, scope: slice, x: Tensor) -> Nearest:
+    """What is near among some rows; `d_2` is infinite where all of them are equal."""
+    search = Search(bank, scope, bank.device)
+    flat = x.detach().flatten(1).to(bank.device).double() - bank.offset
+
+    def settle(_: Tensor, distance: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, ...]:
+        differ = search.differ(rows)
+        second = differ.int().argmax(1, keepdim=True)
+        d2 = distance.gather(1, second).masked_fill(~differ.any(1, keepdim=True), torch.inf)
+        return (d2.isfinite() & (d2 <= limit))[:, 0], rows[:, 0], distance[:, 0], d2[:, 0]
+
+    # Asked with the others, so that nobody has to read which are left out.
+    finite = flat.isfinite().all(1)
+    flat = flat.masked_fill(~finite[:, None], 0)
+    number = torch.arange(len(flat), device=bank.device)
+    with full_precision(), torch.autocast(bank.device.type, enabled=False):
+        parts = [
+            search.ask(some, 2, settle, at)
+            for some, at in zip(flat.split(_QUERIES), number.split(_QUERIES), strict=True)
+        ]
+    row, d1, d2 = (torch.cat(column) for column in zip(*parts, strict=True))
+    row = row.masked_fill(~finite, -1)
+    return Nearest(row, *(d.masked_fill(~finite, torch.nan) for d in (d1, d2)))
 
 
 def binomial_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
@@ -133,3 +151,32 @@ def binomial_interval(hits: int, count: int, level: float = 0.95) -> tuple[float
     low = beta.ppf(tail, hits, count - hits + 1) if hits else 0.0
     high = beta.ppf(1 - tail, hits + 1, count - hits) if hits < count else 1.0
     return float(low), float(high)
+
+
+def copy_share(ratio: Tensor, add: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The share of samples that copy a training row, as plain numbers.
+
+    Args:
+        ratio: `d_1 / d_2` of the samples of this rank, (B,), in [0, 1] or NaN.
+        add: Adds a tensor up over ranks.
+
+    Returns:
+        `share` of the finite ratios below 1/3, NaN if there are none, with `low` and `high` (95 %,
+        exact binomial); `median` of the ratios, to half a bin; `histogram`, counts in 30 equal bins
+        of [0, 1]; `nonfinite`, how many were left out.
+    """
+    place = (ratio * _BINS).floor().clamp_max(_BINS - 1)
+    bins = (place[:, None] == torch.arange(_BINS, device=ratio.device)).sum(0)
+    others = torch.stack([(ratio < COPY_RATIO).sum(), (~ratio.isfinite()).sum()])
+    *counts, copies, broken = add(torch.cat([bins, others])).tolist()
+    total = sum(counts)
+    low, high = binomial_interval(copies, total)
+    middle = next((i for i in range(_BINS) if 2 * sum(counts[: i + 1]) >= total), 0)
+    return {
+        "share": copies / total if total else math.nan,
+        "low": low,
+        "high": high,
+        "median": (middle + 0.5) / _BINS if total else math.nan,
+        "histogram": counts,
+        "nonfinite": broken,
+    }

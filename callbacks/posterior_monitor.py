@@ -16,6 +16,7 @@ from stagewise.callbacks.monitor import Monitor, MonitorOptions
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.writer import by_time
 from stagewise.engines import Engine
+from stagewise.masks import few_rows
 from stagewise.spectrum import predicted_boundary
 from stagewise.stages import (
     STATISTICS,
@@ -27,9 +28,6 @@ from stagewise.stages import (
 )
 
 __all__ = ["PosteriorMonitor"]
-
-_FEW = 10
-"""Rows below which it is said how few the median sample is compared with."""
 
 _ENDS = ("", "_low", "_high")
 """Of the names of a boundary and of its interval."""
@@ -145,11 +143,8 @@ class PosteriorMonitor(Monitor):
         self.boundary = None if self.curve is None else self.curve.boundary(seed=self.seed)
         self._take_bank()
         bank, (path, found) = run.bank(self), run.path_of(self)
-        if bank.pairs is not None and bank.median_class < _FEW:
-            rank_zero_warn(
-                f"A sample is compared with those of its mask only: the median one with "
-                f"{bank.median_class} rows of {len(bank)}: over so few a posterior collapses early."
-            )
+        if few_rows(bank):
+            rank_zero_warn(few_rows(bank))
         elif self.wise and 2 * len(bank.classes) > len(bank):
             rank_zero_warn(
                 f"The labels make {len(bank.classes)} classes of {len(bank)} rows. Over a class of "

@@ -28,6 +28,7 @@ __all__ = [
     "as_mask",
     "compared_within",
     "cut",
+    "few_rows",
     "fitted",
     "join",
     "masked",
@@ -38,6 +39,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_FEW = 10
+"""Rows below which it is said how few the median sample is compared with."""
 
 _LABEL = 0x1E3779B97F4A7C15
 """c: odd, and without a pattern in its bits."""
@@ -234,6 +238,16 @@ def require_same_masks(bank: Any, x1: Tensor, masks: MaskedLabels | None) -> Non
             f"which has {has} valid steps, and the batch says {said}. Give bank and batch the same "
             "mask."
         )
+
+
+def few_rows(bank: Any) -> str:
+    """What to say of a `LatentBank` whose masks are so many that few rows share one, or empty."""
+    if bank.pairs is None or bank.median_class >= _FEW:
+        return ""
+    return (
+        f"A sample is compared with those of its mask only, the median one with "
+        f"{bank.median_class} rows of {len(bank)}: over so few a posterior collapses early."
+    )
 
 
 def plain(labels: Any) -> Any:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagewise.masks import MaskedLabels, cut, mean_of, require_same_masks
+from stagewise.masks import MaskedLabels, cut, few_rows, mean_of, require_same_masks
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes.checks import check_density, check_rows, check_settings
@@ -387,6 +387,8 @@ class Scheme(SchemeState):
         if self.last is None and looks and mixes and self.oracle is not None:
             own = labels if isinstance(labels, MaskedLabels) else None
             require_same_masks(self.oracle.bank, x1, own)
+            if few_rows(self.oracle.bank):
+                warnings.warn(few_rows(self.oracle.bank), stacklevel=caller_level())
         if not looks or self.rows_checked or self.oracle is None or not mixes:
             return
         shard = not self.oracle.engine.holds_all_rows

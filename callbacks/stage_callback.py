@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack
 
 from stagewise.bank import LatentBank
@@ -37,29 +37,32 @@ else:
 
 __all__ = ["AskVelocity", "HeldOut", "RunOptions", "StageCallback"]
 
-AskVelocity = Callable[[nn.Module, Tensor, Tensor, "Tensor | None"], Tensor]
-"""From a module, `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity, (B, *)."""
+AskVelocity = Callable[..., Tensor]
+"""From a module, `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity, (B, *). With
+masks it is given them as a fifth argument."""
 
-HeldOut = Tensor | tuple[Tensor, Tensor | None]
-"""Samples, (n, *), alone or with their labels, (n,)."""
+HeldOut = Tensor | tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]
+"""Samples, (n, *), alone or with their labels, (n,), or with labels and masks."""
 
 
 class RunOptions(TypedDict, total=False):
     """What may be said about a run beside its bank: once, to a `StageRun` or to any callback.
 
     Attributes:
-        find: From a batch to `(x_1, labels or None)`; default finds them in tensors, tuples and
-            dicts with usual names.
+        find: From a batch to `(x_1, labels or None)`, or to `(x_1, labels or None, mask)` where
+            samples are padded; default finds the first two in tensors, tuples and dicts with usual
+            names.
         path: The path of training; default that of what makes the targets in the module, or else
             `LinearPath()`.
         class_wise: Whether posteriors are over the rows of the sample's own class, which is what a
             class-conditional model is trained on. Default "auto": if there are labels. False also
             says that the model ignores what else it may be given: text, observations.
         condition: A kernel on that: posteriors are over rows weighed by it. Default None.
-        held_out: Samples that are not trained on, (n, *), or `(samples, labels)`; default read from
+        held_out: Samples that are not trained on, (n, *), or `(samples, labels)`, with or without
+            `mask`; default read from
             the first validation loader.
         velocity: From `(module, xt, t, labels)` to the velocity (t = 0 is noise), for networks that
-            cannot be found.
+            cannot be found; where there are masks, from `(module, xt, t, labels, mask)`.
         seam: Name of what makes the targets, such as "module.FM", if there are several.
         dirpath: Folder of the files; default `<trainer.log_dir>/<name>`, or without a logger
             `<trainer.default_root_dir>/<name>_logs`. That of a `StageRun` holds a folder for each

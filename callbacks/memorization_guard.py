@@ -159,7 +159,7 @@ class MemorizationGuard(MemorizationMonitor):
             for split, rows in self._splits.items():
                 labels = None if rows is None else rows[1]
                 known = labels is not None and plain(labels) is not None
-                known = known and not set(labels.tolist()) - {*bank.classes}  # type: ignore[union-attr]
+                known = known and {*labels.tolist()} <= {*bank.classes}  # type: ignore[union-attr]
                 if rows is not None and not known:
                     self.say(
                         f"{split} samples have no labels of the bank, so errors on held-out "

@@ -201,13 +201,13 @@ class Oracle:
                 f"Expected an oracle with a kernel on the `condition`, got {self!r}: "
                 "ConditionedOracle(bank, path, Condition(bandwidth=...))."
             )
-        xt, valid, labels = as_asked(self.bank, xt, labels, self.null_class)
+        xt, valid, own = as_asked(self.bank, xt, labels, self.null_class)
         flat, path = self.coefficients(xt, t)
         names, ends = None, None
-        if isinstance(labels, Tensor) and self._reads_on_device(labels, flat):
-            ends = self.bank.ends_of(whole_labels(labels, len(flat)))
-        elif labels is not None:
-            names = self.names(labels, len(flat))
+        if isinstance(own, Tensor) and self._reads_on_device(own, flat):
+            ends = self.bank.ends_of(whole_labels(own, len(flat)))
+        elif own is not None:
+            names = self.names(own, len(flat))
         if source is not None:
             source = self.checked_source(source, len(flat), self.engine.num_rows(self.bank))
             source = source.to(flat.device, torch.int64)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from stagewise.adapters.encoding import Encoding
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_sample
 from stagewise.callbacks.host import Host
@@ -27,6 +28,7 @@ from stagewise.oracle import Oracle
 from stagewise.paths import Path as ProbabilityPath
 from stagewise.paths import same_path
 from stagewise.stages import Recipe, StageBoundary, StageCurve, require_whole_bank
+from stagewise.through_module import through_module
 
 __all__ = ["RunOracles"]
 
@@ -44,6 +46,7 @@ class RunOracles(StageCallback):
         module: What is trained.
         members: The stage callbacks, in the order in which they are told things.
         began: Optimizer steps at the start of training.
+        encoding: What training makes of x_1, as its first step has shown; None if nothing.
         path: The path of training, and `path_from`, how it is known; empty if it is assumed.
         recipes: How boundaries are measured.
     """
@@ -52,6 +55,7 @@ class RunOracles(StageCallback):
     module: nn.Module
     members: list[StageCallback]
     began: int
+    encoding: Encoding | None = None
     path: ProbabilityPath
     path_from: str
 
@@ -65,9 +69,11 @@ class RunOracles(StageCallback):
         self._curve: tuple[Recipe, int, StageCurve] | None = None
 
     def recall(self) -> None:
-        """Takes up the boundaries of a checkpoint, and forgets all else."""
+        """Takes up boundaries and encoding of a checkpoint, and forgets all else."""
         self.forget()
         self._reread, self._measured_at = False, self.began
+        steps = (member.stashed_run.get("encoding") for member in self.members if self.began)
+        self.encoding = next((Encoding(each) for each in steps if each), None)
         kept = [member.stashed_run.get("boundaries") for member in self.members if self.began]
         self._records: dict[tuple[str, int], dict[str, float]] = {
             (old["path"], old["class_wise"]): old["boundary"]
@@ -103,7 +109,8 @@ class RunOracles(StageCallback):
     def find_of(self, callback: StageCallback) -> FindSample:
         """From a batch to `(x_1, labels or None)`; a data module may have its own `find_sample`."""
         own = getattr(self.host.data, "find_sample", find_sample)
-        return self.option(callback, "find", own)
+        find, encode = self.option(callback, "find", own), self.option(callback, "encode")
+        return through_module(find, self.module, encode or self.encoding, self.host.precision)
 
     def together(self, what: str) -> AbstractContextManager[None]:
         """Does something on every rank, or raises on all of them; see `Host.together`."""
@@ -282,6 +289,7 @@ class RunOracles(StageCallback):
         found = {_recorded_as(recipe): one.as_dict() for recipe, one in self._boundaries.items()}
         return {
             "bank": "" if bank is None else bank.fingerprint,
+            "encoding": () if self.encoding is None else self.encoding.steps,
             "boundaries": [
                 {"path": path, "class_wise": wise, "boundary": boundary}
                 for (path, wise), boundary in (self._records | found).items()

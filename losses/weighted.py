@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stagewise.masks import masked, mean_of
 from stagewise.schemes import Phases, Scheme
 
-__all__ = ["StageWeightedLoss"]
+__all__ = ["StageWeightedLoss", "weighs"]
 
 
 class StageWeightedLoss(nn.Module):
@@ -79,3 +79,9 @@ class StageWeightedLoss(nn.Module):
             )
         of = masked(None, loss_mask, loss)
         return (weight * mean_of(loss.reshape(len(t), -1) if of is None else loss, of)).mean()
+
+
+def weighs(module: nn.Module, scheme: Scheme | Phases) -> bool:
+    """Whether a `StageWeightedLoss` in a module takes its weights from a scheme."""
+    losses = [part for part in module.modules() if isinstance(part, StageWeightedLoss)]
+    return any(getattr(loss.weight, "__self__", None) is scheme for loss in losses)

@@ -23,6 +23,7 @@ import stagewise
 import stagewise.callbacks
 import stagewise.losses
 from stagewise import copies, nearest_rows
+from stagewise.adapters import one_seam
 from stagewise.bank import rows
 from stagewise.callbacks import (
     MemorizationMonitor,
@@ -249,15 +250,23 @@ def test_a_class_wise_posterior_is_a_few_launches(on_cuda):
 
 
 @pytest.mark.parametrize("lam", [1.0, "boundary", stagewise.Concentration()])
-def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, lam):
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, lam, by_hand):
     oracle, batch, labels = on_cuda
     scheme = stagewise.Scheme(oracle, target=stagewise.Mix(lam), boundary=0.3)
     scheme._fits = scheme.rows_checked = True  # looks at the numbers of the first call
+    ask = scheme
+    if by_hand:
+        ask = stagewise.StageTarget()
+        told = []
+        one_seam(ask).observe(told.append)
+        ask.scheme, ask._fits = scheme, True
     with Launches() as launches:
-        scheme(batch["x1"], **batch, labels=labels)
+        ask(batch["x1"], **batch, labels=labels)
+    assert not by_hand or told[0].x0.is_cuda
     # The table of classes and the odd numbers of the keys go to a real device once.
     assert sorted(shapes for _, shapes in launches.waits) == [[(10, 3)], [(64,)]]
-    assert launches.count <= 160
+    assert launches.count <= 160 + 20 * by_hand
 
 
 def test_a_step_with_masks_waits_for_nothing_more():
@@ -358,7 +367,7 @@ def test_times_of_any_layout_reach_the_kernel_whole(on_cuda):
     assert queries.path.alpha.stride() == (0,)
     fused.posterior(oracle.bank, queries, 1, 12)  # where it is launched, each tensor is looked at
     with pytest.raises(AssertionError, match="prepare"):
-        fused.launch("prepare", [8], [queries.xt, queries.path.alpha], [])
+        fused.launch("prepare", [8], [queries.xt, queries.path.alpha], [], [])
 
 
 def test_an_unknown_label_on_a_device_is_told_by_the_next_call(bank, monkeypatch):

@@ -172,7 +172,7 @@ class Forecast(ModelMonitor):
             return None
         return forecast_smoothing(errors.history[-1], errors.edges.tolist(), collapsed)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _batches(self) -> Iterator[tuple[Tensor, Any]]:
         """As many batches as are asked about, from shuffled rows, again and again."""
         x1, labels = self._rows
         draws, count = torch.Generator().manual_seed(self.seed), _BATCHES * self.batch_size

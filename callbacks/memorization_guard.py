@@ -18,6 +18,7 @@ from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
 from stagewise.callbacks.writer import by_time
 from stagewise.learning_events import GapWatch, OnsetLaw
+from stagewise.masks import plain
 from stagewise.velocity_probe import Probe
 
 __all__ = ["MemorizationGuard"]
@@ -155,10 +156,12 @@ class MemorizationGuard(MemorizationMonitor):
         """Noise for the samples, and the noisy samples of both kinds."""
         super()._make_probe()
         bank = self.oracle.bank
-        if self.wise or (bank.classes and self.conditional):
+        if self.wise or (bank.labelled and self.conditional):
             for split, rows in self._splits.items():
                 labels = None if rows is None else rows[1]
-                if rows is not None and (labels is None or set(labels.tolist()) - {*bank.classes}):
+                known = labels is not None and plain(labels) is not None
+                known = known and {*labels.tolist()} <= {*bank.classes}  # type: ignore[union-attr]
+                if rows is not None and not known:
                     self.say(
                         f"{split} samples have no labels of the bank, so errors on held-out "
                         "samples are left out. Say where they are: "

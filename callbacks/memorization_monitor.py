@@ -14,6 +14,7 @@ from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.copies import Nearest, copy_share, nearest_rows
+from stagewise.masks import plain
 from stagewise.memorization_probe import METHOD, MemorizationProbe
 
 __all__ = ["MemorizationMonitor"]
@@ -142,7 +143,7 @@ class MemorizationMonitor(ModelMonitor):
 
     def _make_probe(self) -> None:
         bank, host, others = self.oracle.bank, self.run.host, self._others
-        labelled = bool(bank.classes) and self.conditional
+        labelled = bank.labelled and self.conditional
         said = self.run.option(self, "class_wise")
         self.wise = labelled if said is None else said
         if self.wise:
@@ -153,7 +154,7 @@ class MemorizationMonitor(ModelMonitor):
                 f"{self.samples}."
             )
         if others is not None:
-            no_labels = others[1] is None and (labelled or self.wise)
+            no_labels = plain(others[1]) is None and (labelled or self.wise)
             if len(others[0]) < host.world_size or no_labels:
                 self.say(
                     "held-out rows are fewer than ranks, or have no labels for a network that is "
@@ -203,8 +204,9 @@ class MemorizationMonitor(ModelMonitor):
         with self.together():
             with self.asked(averaged) as velocity:
                 made, resumed = self._probe.generate(velocity, self.run.host.device)
-            near = {t: nearest_rows(bank, x) for t, x in made.items()}
-            near_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
+            masks, x1_masks = self._probe.masks, self._probe.x1_masks
+            near = {t: nearest_rows(bank, x, masks) for t, x in made.items()}
+            near_resumed = {t: nearest_rows(bank, x, x1_masks) for t, (_, x) in resumed.items()}
         self._shown = made, near, resumed, near_resumed
         add = self.run.host.reduce
         shares = [copy_share(near[t].ratio, add) for t in self.t_switch]
@@ -212,8 +214,8 @@ class MemorizationMonitor(ModelMonitor):
         broken = sum(found["nonfinite"] for found in [*shares, *shares_resumed])
         if broken:
             self.warn(
-                f"{broken} samples of step {step} are not finite; they are left out of the shares "
-                "of copies."
+                f"{broken} samples of step {step} are not finite, or have a mask that one row "
+                "has; they are left out of the shares of copies."
             )
         return {
             "weights": "current" if averaged is None else "average",

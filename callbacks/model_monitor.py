@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from stagewise.batches import describe
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.stage_callback import AskVelocity
 from stagewise.callbacks.training_bank import Samples
+from stagewise.masks import MaskedLabels, fitted, masked, plain
 from stagewise.stage_target import BY_HAND
 from stagewise.undisturbed import in_eval_mode, same_draws
 from stagewise.velocity_probe import Probe
@@ -24,6 +26,12 @@ __all__ = ["ModelMonitor"]
 
 _FEW = 8
 """Held-out samples below which the log says that they are few."""
+
+
+def _given_masks(velocity: Any, module: nn.Module, xt: Tensor, t: Tensor, labels: Any) -> Tensor:
+    """A velocity of the user, which is given a mask, if there is one, after the labels."""
+    mask = (labels.mask,) if isinstance(labels, MaskedLabels) else ()
+    return velocity(module, xt, t, plain(labels), *mask)  # type: ignore[no-any-return]
 
 
 class ModelMonitor(Monitor):
@@ -51,7 +59,7 @@ class ModelMonitor(Monitor):
             raise ValueError(f"{name} has no oracle to compare with: {reason or run.tied}")
         self.oracle = run.oracle(self)
 
-    def try_velocity(self, x1: Tensor, labels: Tensor | None) -> None:
+    def try_velocity(self, x1: Tensor, labels: Any) -> None:
         """Asks a given function for two velocities."""
         if self._given is None:
             return
@@ -108,11 +116,11 @@ class ModelMonitor(Monitor):
                 )
         self.conditional = self.run.host.any(self.network.conditional)
 
-    def is_wise(self, labels: Tensor | None) -> bool:
+    def is_wise(self, labels: Any) -> bool:
         """Whether to ask over the rows of a class, of samples with those labels or without any."""
         wise = self.run.class_wise(self)
         if self.run.option(self, "class_wise") is None:
-            wise = wise and self.conditional and labels is not None
+            wise = wise and self.conditional and plain(labels) is not None
         return wise
 
     def reconsider(self) -> None:
@@ -143,7 +151,7 @@ class ModelMonitor(Monitor):
         if self.network is not None:
             return self.network.of(module)
         assert self._given is not None
-        return partial(self._given, module)
+        return partial(_given_masks, self._given, module)
 
     @contextmanager
     def asked(self, module: nn.Module | None = None) -> Iterator[Callable[..., Tensor]]:
@@ -162,7 +170,7 @@ class ModelMonitor(Monitor):
         run, bank = self.run, self.run.bank(self)
         given = run.given(self)
         try:
-            x1, labels = run.read(self, run.host.loader, count)
+            x1, labels = fitted(*run.read(self, run.host.loader, count), bank.shape)
         except ValueError:
             if not given:
                 raise
@@ -182,7 +190,7 @@ class ModelMonitor(Monitor):
         draws = torch.Generator().manual_seed(self.seed)
         index = torch.randperm(len(bank), generator=draws)[:count]
         x1 = bank.take(index.to(bank.device)).reshape(-1, *bank.shape).float().cpu()
-        return x1, torch.tensor(bank.labels_of(index.tolist())) if bank.classes else None
+        return x1, bank.classes_of(index.tolist())
 
     def others(self, count: int) -> Samples | None:
         """The samples of `_others_of`; of few rows the log says what is not known of others."""
@@ -202,19 +210,20 @@ class ModelMonitor(Monitor):
         name, bank = type(self).__name__, self.run.bank(self)
         given = self.run.option(self, "held_out")
         if given is not None:
-            x1, labels = (given, None) if isinstance(given, Tensor) else given
+            x1, labels, mask = (*((given,) if isinstance(given, Tensor) else given), None, None)[:3]
+            x1, labels = fitted(x1, masked(labels, mask, x1), bank.shape)
             if tuple(x1.shape[1:]) != bank.shape or not len(x1):
                 raise ValueError(
                     f"Expected `held_out` with samples of shape {bank.shape} as the bank's, got "
                     f"{tuple(x1.shape)}."
                 )
-            return x1.cpu(), None if labels is None else labels.cpu()
+            return self._of_known_masks(x1.cpu(), None if labels is None else labels.cpu())
         why, loader = "there is no validation data", self.run.host.held_out_loader()
         if loader:
             try:
-                x1, labels = self.run.read(self, loader, count)
+                x1, labels = fitted(*self.run.read(self, loader, count), bank.shape)
                 if tuple(x1.shape[1:]) == bank.shape:
-                    return x1, labels
+                    return self._of_known_masks(x1, labels)
                 why = f"validation samples have the shape {tuple(x1.shape[1:])}, not {bank.shape}"
             except ValueError as error:
                 why = f"the validation data cannot be read: {str(error).split('. ')[0]}"
@@ -223,6 +232,16 @@ class ModelMonitor(Monitor):
             f"{name}(held_out=(samples, labels))."
         )
         return None
+
+    def _of_known_masks(self, x1: Tensor, labels: Any) -> Samples | None:
+        """Samples whose mask a row of the bank has: others have no posterior."""
+        if not isinstance(labels, MaskedLabels):
+            return x1, labels
+        known = self.run.bank(self).has_masks(labels)
+        if not bool(known.all()):
+            missing = int((~known).sum())
+            self.say(f"{missing} held-out samples have masks of no row, and are left out.")
+        return (x1[known], labels[known]) if bool(known.any()) else None
 
     def noisy(self, samples: Samples, edges: Tensor, queries: int, number: int) -> Probe:
         """Noisy samples, this rank's, that stay the same for all probes."""

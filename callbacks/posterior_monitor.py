@@ -17,6 +17,7 @@ from stagewise.callbacks.monitor import Monitor, MonitorOptions
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.writer import by_time
 from stagewise.engines import Engine
+from stagewise.masks import few_rows
 from stagewise.spectrum import predicted_boundary
 from stagewise.stages import (
     STATISTICS,
@@ -144,15 +145,20 @@ class PosteriorMonitor(Monitor):
         self.boundary = None if self.curve is None else self.curve.boundary(seed=self.seed)
         self._take_bank()
         bank, (path, found) = run.bank(self), run.path_of(self)
-        if self.wise and 2 * len(bank.classes) > len(bank):
+        if few_rows(bank):
+            rank_zero_warn(few_rows(bank))
+        elif self.wise and 2 * len(bank.classes) > len(bank):
             rank_zero_warn(
                 f"The labels make {len(bank.classes)} classes of {len(bank)} rows. Over a class of "
                 "one row every posterior has collapsed at any t. If indices were taken for labels, "
                 "say class_wise=False or find=lambda batch: (batch[0], None)."
             )
         posterior = f"over {bank.origin or 'all rows'}"
+        if bank.pairs is not None:
+            posterior = "over the rows of its mask"
         if self.wise:
-            posterior = f"over the rows of its class ({len(bank.classes)} classes)"
+            pairs = "masks and classes" if bank.pairs is not None else "classes"
+            posterior = f"over the rows of its class ({len(bank.classes)} {pairs})"
             if run.option(self, "class_wise") is None:
                 posterior += ", as there are labels (class_wise=False if training ignores them)"
         self.say(

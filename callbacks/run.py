@@ -25,6 +25,7 @@ from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.callbacks.run_oracles import RunOracles
 from stagewise.callbacks.seen_samples import SeenSamples
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.masks import compared_within, fitted, require_same_masks
 from stagewise.reservoir import Reservoir
 from stagewise.through_module import without_trace
 
@@ -139,7 +140,7 @@ class StageRun(RunOracles):
         self._loader = self.host.loader
         for bank in self._banks.values():
             with self.together("reading the new training loader"):
-                x1, _ = self.read(self, self._loader, 8)
+                x1, _ = fitted(*self.read(self, self._loader, 8), bank.shape)
                 alike = tuple(x1.shape[1:]) == bank.shape and bool((bank.find(x1) >= 0).all())
             if not self.host.all(alike):
                 rank_zero_warn(
@@ -275,15 +276,18 @@ class StageRun(RunOracles):
             return
         assert look.x1 is not None
         labels = "no labels" if look.labels is None else f"labels = {describe(look.labels)}"
-        rank_zero_info(
-            f"stagewise: in {describe(look.batch)} took x_1 = {describe(look.x1)} and {labels}"
-        )
-        for note in unused_in(look.batch, look.x1, look.labels):
+        mask = "" if look.masks is None else f", mask = {describe(look.masks.mask)}"
+        took = f"x_1 = {describe(look.x1)} and {labels}{mask}"
+        rank_zero_info(f"stagewise: in {describe(look.batch)} took {took}")
+        for note in unused_in(look.batch, look.x1, look.labels, look.masks):
             rank_zero_info(f"stagewise: {note}")
-        wise = [member for member in self.measuring if self.class_wise(member)]
-        for label in set(look.labels.tolist()) if wise and look.labels is not None else ():
-            for member in wise:
-                self.bank(member).segment(label)
+        for member in self.measuring:
+            bank = self.bank(member)
+            require_same_masks(bank, look.x1, look.masks)
+            own = fitted(look.x1, look.masks or look.labels, bank.shape)[1]
+            own = compared_within(own, self.class_wise(member))
+            for label in set() if own is None else set(own.tolist()):
+                bank.segment(label)
 
     def _refuse_for_schemes(self, x1: Tensor) -> None:
         """Refuses what no oracle's target can be made for, before a scheme is asked for one."""

@@ -241,7 +241,7 @@ class RunOracles(StageCallback):
             )
         if wise is True:
             bank.require_classes()
-        return bool(bank.classes) if wise == "auto" else wise
+        return bank.labelled if wise == "auto" else wise
 
     # -- the boundary -----------------------------------------------------------------------------
 

@@ -39,19 +39,21 @@ else:
 
 __all__ = ["AskVelocity", "HeldOut", "RunOptions", "StageCallback"]
 
-AskVelocity = Callable[[nn.Module, Tensor, Tensor, "Tensor | None"], Tensor]
-"""From a module, `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity, (B, *)."""
+AskVelocity = Callable[..., Tensor]
+"""From a module, `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity, (B, *). With
+masks it is given them as a fifth argument."""
 
-HeldOut = Tensor | tuple[Tensor, Tensor | None]
-"""Samples, (n, *), alone or with their labels, (n,)."""
+HeldOut = Tensor | tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]
+"""Samples, (n, *), alone or with their labels, (n,), or with labels and masks."""
 
 
 class RunOptions(TypedDict, total=False):
     """What may be said about a run beside its bank: once, to a `StageRun` or to any callback.
 
     Attributes:
-        find: From a batch, or a batch and the module, to `(x_1, labels or None)`; default finds
-            them in tensors, tuples and dicts with usual names.
+        find: From a batch, or a batch and the module, to `(x_1, labels or None)`, or to
+            `(x_1, labels or None, mask)` where samples are padded; default finds the first two in
+            tensors, tuples and dicts with usual names.
         encode: From `(x_1, module)` to what is trained on, for a step that encodes; default: what
             is in the batch, or what the first step has shown it to make of that.
         path: The path of training; default that of what makes the targets in the module, or else
@@ -62,10 +64,11 @@ class RunOptions(TypedDict, total=False):
         condition: A kernel on that: posteriors are over rows weighed by it. Default None.
         reservoir: How many of the last samples seen, or a `Reservoir`, stand for the training set:
             for streams and random augmentation. Default None: the set is read.
-        held_out: Samples that are not trained on, (n, *), or `(samples, labels)`; default read from
+        held_out: Samples that are not trained on, (n, *), or `(samples, labels)`, with or without
+            `mask`; default read from
             the first validation loader.
         velocity: From `(module, xt, t, labels)` to the velocity (t = 0 is noise), for networks that
-            cannot be found.
+            cannot be found; where there are masks, from `(module, xt, t, labels, mask)`.
         seam: Name of what makes the targets, such as "module.FM", if there are several.
         dirpath: Folder of the files; default `<trainer.log_dir>/<name>`, or without a logger
             `<trainer.default_root_dir>/<name>_logs`. That of a `StageRun` holds a folder for each

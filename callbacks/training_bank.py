@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, find_checked, find_sample
+from stagewise.batches import PADDED, FindSample, find_checked, find_sample, seems_padded
 from stagewise.callbacks.host import Host, TrainerHost
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.condition import Condition
 from stagewise.drawn_rows import drawn_rows
+from stagewise.masks import MaskedLabels, compared_within, join, zeroed
 from stagewise.row_reader import RowReader, same_rows
 from stagewise.undisturbed import undisturbed
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Samples", "bank_from_trainer", "read_bank", "read_rows", "read_shard"]
 
-Samples = tuple[Tensor, "Tensor | None"]
-"""Samples, (n, *), and their labels, (n,), or None, on the CPU."""
+Samples = tuple[Tensor, "Tensor | MaskedLabels | None"]
+"""Samples, (n, *), and their labels, (n,), or None, on the CPU; with masks `MaskedLabels`."""
 
 _READ_TWICE = 32  # samples: what changes one in ten is seen with a chance of 99.8 %
 
@@ -77,16 +78,24 @@ def read_bank(
     own = _own(host, "latent_bank")
     if own is not None:
         return own
+
     # Labels that are not asked for may be in some batches and not in others.
-    taken = find if class_wise else lambda batch: (find_checked(find, batch)[0], None)
+    def taken(batch: Any) -> tuple[Tensor, Any]:
+        x1, labels = find_checked(find, batch)
+        return x1, compared_within(labels, class_wise)
+
     reader = RowReader(host.loader, taken, host.move)
     with undisturbed(host.module, reader.loader, find):
         rows = reader.copies_of(_drawn(host, reader.loader, say=True))
         step = -(-len(rows) // _READ_TWICE)
         # Never here if the run has workers: a file that a data set opens when it is first read
         # would be handed on to every worker forked later.
-        twice = [x1.cpu() for x1, _ in reader.read(rows[::step], workers=1, times=2, seed=1)]
-        once, again = torch.cat(twice[::2]), torch.cat(twice[1::2])
+        twice = [
+            (x1.cpu(), None if labels is None else labels.cpu())
+            for x1, labels in reader.read(rows[::step], workers=1, times=2, seed=1)
+        ]
+        (once, labels), (again, _) = join(twice[::2]), join(twice[1::2])
+        once, again = zeroed(once, labels), zeroed(again, labels)
         with tqdm(
             total=len(rows),
             desc="stagewise: reading the bank",
@@ -109,8 +118,13 @@ def read_bank(
 
             given = RowReader(host.loader, find_condition, host.move)
             bank = bank.with_conditions(torch.cat([c.cpu() for c, _ in given.read(rows)]))
+    if not isinstance(labels, MaskedLabels) and seems_padded(once):
+        rank_zero_warn(
+            "Many samples end in zeros, at different steps: if that is padding, it counts as data, "
+            f"in distances and errors. {PADDED}"
+        )
     # Within a pass nothing is seeded again; between two the workers are, if not as in training.
-    if not (torch.equal(once, again) and same_rows(bank, range(0, len(rows), step), once)):
+    if not (torch.equal(once, again) and same_rows(bank, range(0, len(rows), step), once, labels)):
         rank_zero_warn(
             "The training set gives other values of x_1 each time it is read (augmentation, or "
             "latents resampled from mean and std). The bank holds one draw of each sample: the "
@@ -166,8 +180,8 @@ def read_rows(
         chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
         few = [rows[place] for place in np.sort(chosen)]
         found = list(reader.read(few, workers=1, seed=seed))
-    labels = [label.cpu() for _, label in found if label is not None]
-    return torch.cat([x.detach().cpu() for x, _ in found]), torch.cat(labels) if labels else None
+    x1, labels = join([(x.detach().cpu(), None if y is None else y.cpu()) for x, y in found])
+    return zeroed(x1, labels), labels
 
 
 def _drawn(host: Host, loader: DataLoader[Any], *, say: bool = False) -> Sequence[int]:

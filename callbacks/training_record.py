@@ -20,6 +20,7 @@ from stagewise.adapters.network import Network, tensor_of
 from stagewise.adapters.objective import nominal_shares
 from stagewise.binned_sums import SUMS, BinnedSums
 from stagewise.callbacks.writer import by_time
+from stagewise.masks import MaskedLabels, zeroed
 from stagewise.noise import can_tell
 from stagewise.paths import Prediction, expand_like
 from stagewise.velocity_probe import spent, window_entry
@@ -28,6 +29,10 @@ __all__ = ["TrainingRecord"]
 
 _BATCHES = 16
 """Batches that are added at a time."""
+
+
+def _all() -> None:
+    """Of batches without masks."""
 
 
 class TrainingRecord:
@@ -65,10 +70,10 @@ class TrainingRecord:
         self._bad: tuple[Tensor, ...] | None = None
         self._hook: CallHook | None = None
 
-    def expect(self, x1: Callable[[], Tensor]) -> None:
+    def expect(self, x1: Callable[[], Tensor], masks: Callable[[], object] = _all) -> None:
         """Takes how to have the samples of the batch that comes, once the network is called."""
         self.close()
-        self._x1, self._seen, self._pull = x1, None, None
+        self._x1, self._masks, self._seen, self._pull = x1, masks, None, None
         self._hook = CallHook(self.look, self.network.module.register_forward_hook)
 
     def look(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -89,8 +94,10 @@ class TrainingRecord:
             known = can_tell(path, xt.dtype)
             c, b = (expand_like(value, xt) for value in Prediction("velocity").coefficients(path))
             u = torch.addcmul(b * xt.float(), c, x1.float())
-            gap = (self.network.velocity(y, xt, t) - u).flatten(1)
-            loss = torch.linalg.vector_norm(gap, dim=1).square() / gap.shape[1]
+            masks, gap = self._masks(), self.network.velocity(y, xt, t) - u
+            gap = zeroed(gap, masks).flatten(1)
+            count = masks.counts if isinstance(masks, MaskedLabels) else gap.shape[1]
+            loss = torch.linalg.vector_norm(gap, dim=1).square() / count
             self._seen = t.detach(), torch.where(known, loss, torch.nan), known
         if y.retains_grad and y.grad is not None:  # the backward pass is over
             self._note(y.grad)

@@ -19,6 +19,7 @@ from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.training_record import TrainingRecord
 from stagewise.callbacks.writer import by_time
+from stagewise.masks import plain
 from stagewise.paths import same_path
 from stagewise.spectrum import predicted_boundary
 from stagewise.stages import StageBoundary, StageCurve, stage_edges
@@ -172,10 +173,11 @@ class VelocityErrorMonitor(ModelMonitor):
             x1, call = run.look.search.x1, run.look.search.call
             assert x1 is not None
             assert call is not None
-            self._record.expect(lambda: x1)
+            self._record.expect(lambda: x1, lambda: run.look.search.masks)
             self._record.look(network.module, *call)
         held_out = 0 if self._others is None else len(self._others[0])
-        wise = "class-wise" if self.wise else "over all rows"
+        wise = "over all rows" if oracle.bank.pairs is None else "over rows of the same mask"
+        wise = "class-wise" if self.wise else wise
         self.say(
             f"asks {self.describe()}; {oracle.path!r}; oracle {wise}; {len(self._rows[0])} "
             f"training and {held_out} held-out samples; {self.writer.describe()}"
@@ -205,7 +207,7 @@ class VelocityErrorMonitor(ModelMonitor):
     def before_batch(self, step: int) -> None:
         """Names the samples of the batch that comes."""
         if self._record is not None:
-            self._record.expect(self.run.look.x1_of_batch)
+            self._record.expect(self.run.look.x1_of_batch, self.run.look.masks_of_batch)
 
     def after_batch(self, step: int, before: int) -> None:
         """Adds the batch; after an optimizer step, logs and probes if it is time."""
@@ -252,7 +254,7 @@ class VelocityErrorMonitor(ModelMonitor):
         bank, labels = self.oracle.bank, self._rows[1]
         if not self.wise:
             return
-        if labels is None:
+        if labels is None or plain(labels) is None:
             raise ValueError(
                 "class_wise=True, but no labels were found in the training batches. Say where they "
                 "are: VelocityErrorMonitor(find=lambda batch: (batch[0], batch[1]))."
@@ -262,7 +264,11 @@ class VelocityErrorMonitor(ModelMonitor):
         if self._others is None:
             return
         labels = self._others[1]
-        unknown = None if labels is None else set(labels.tolist()) - set(bank.classes)
+        unknown = (
+            None
+            if labels is None or plain(labels) is None
+            else set(labels.tolist()) - set(bank.classes)
+        )
         if unknown is None or unknown:
             has = "no labels" if unknown is None else f"labels without rows, {sorted(unknown)[:8]}"
             self.say(f"held-out samples have {has}, so class-wise errors on them are left out.")

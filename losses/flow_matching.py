@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from stagewise.masks import masked, mean_of
 from stagewise.oracle import Labels, Times, as_times, check_times
 from stagewise.paths import (
     STAGEWISE,
@@ -42,8 +43,8 @@ class LossRecord:
 
     Attributes:
         t: Times, (B,); t = 0 is noise.
-        loss: Mean squared error of each sample over its D numbers against the *conditional* target,
-            before the weight, (B,).
+        loss: Mean squared error of each sample, over its numbers that count, against the
+            *conditional* target, before the weight, (B,).
         weight: Weight of each sample, (B,).
         trained: The same against the target that is trained on, (B,); `loss` without a scheme.
     """
@@ -128,6 +129,7 @@ class FlowMatchingLoss(nn.Module):
         generator: torch.Generator | None = None,
         part: tuple[int, int] = (0, 1),
         classes: Labels | None = None,
+        loss_mask: Tensor | None = None,
         source: Tensor | None = None,
         condition: Tensor | None = None,
         **kwargs: Any,
@@ -147,6 +149,8 @@ class FlowMatchingLoss(nn.Module):
                 they see what one rank would see with all samples. Default (0, 1).
             classes: Class of each sample for a class-wise scheme, (B,); not passed to the model.
                 Default: looked up in the bank.
+            loss_mask: Which numbers count in the loss, (B, *), as in `LatentBank`; the bank of a
+                scheme has masks then. Not passed to the model. Default: all.
             source: Row of the scheme's bank that each sample stands for, (B,); not passed to the
                 model. Default: looked up; see `Scheme`.
             condition: For a scheme with a kernel on it: what the model is given for each sample,
@@ -164,7 +168,8 @@ class FlowMatchingLoss(nn.Module):
         scheme = self.scheme if self.training else None
         if scheme is not None and scheme.last is None:  # its first call
             for each in parts(scheme):
-                check_conditions(each, (*args, kwargs), (), len(x1))
+                known = each.with_masks(classes, loss_mask, x1)
+                check_conditions(each, (*args, kwargs), (), len(x1), known)
         (first, step), count = part, part[1] * len(x1)
         if x0 is None:
             x0 = torch.randn(
@@ -190,9 +195,9 @@ class FlowMatchingLoss(nn.Module):
         path = self.path(t)
         xt = self.path.interpolate(x0, x1, t).to(x1.dtype)
         y = self.prediction.target(path, x0.float(), x1.float())
-        added = None
+        added, of = None, masked(classes, loss_mask, x1)
         if scheme is not None:
-            told: Any = {"labels": classes, "source": source, "condition": condition}
+            told: Any = {"labels": of, "source": source, "condition": condition}
             added = scheme(y, xt=xt, t=t, x1=x1, prediction=self.prediction, **told)
         output = model(xt, self.convention.from_t(t).to(told_in), *args, **kwargs)
         if output.shape != x1.shape:
@@ -207,16 +212,12 @@ class FlowMatchingLoss(nn.Module):
                 f"Expected `weight(t)` with shape ({len(x1)},), got {tuple(weight.shape)}."
             )
         if added is None:
-            loss = trained = _mean_square(output - y)
+            loss = trained = mean_of((output - y).square(), of)
         else:
-            loss, trained = _mean_square(output.detach() - y), _mean_square(output - added[0])
+            loss = mean_of((output.detach() - y).square(), of)
+            trained = mean_of((output - added[0]).square(), of)
             weight = weight * added[1]
         self.last = LossRecord(t.detach(), loss.detach(), weight.detach(), trained.detach())
         if self.cosine:
             trained = trained + (1 - cosine_similarity(output, y, dim=1)).flatten(1).mean(1)
         return (weight * trained).mean()
-
-
-def _mean_square(error: Tensor) -> Tensor:
-    """Over all but the batch, (B,)."""
-    return error.square().flatten(1).mean(1)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from stagewise.masks import masked, mean_of
 from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Prediction, PredictionKind
 from stagewise.schemes import Scheme
@@ -23,7 +24,7 @@ __all__ = ["OracleRegularizer"]
 
 
 class OracleRegularizer(nn.Module):
-    """`lambda(t) ||f - y*||^2`, averaged over the batch and the D numbers of a sample.
+    """`lambda(t) ||f - y*||^2`, averaged over the batch and the numbers of a sample that count.
 
     It has no parameters and no buffers.
 
@@ -72,6 +73,7 @@ class OracleRegularizer(nn.Module):
         t: Tensor,
         x1: Tensor,
         labels: Labels | None = None,
+        mask: Tensor | None = None,
         source: Tensor | None = None,
     ) -> Tensor:
         """What is added to the loss, a scalar in float32, with gradient.
@@ -83,6 +85,7 @@ class OracleRegularizer(nn.Module):
             t: Times in [0, 1], (B,).
             x1: What `xt` was made from, (B, *).
             labels: Classes, (B,).
+            mask: Which numbers count, (B, *).
             source: Rows of the bank, (B,).
 
         Raises:
@@ -93,10 +96,11 @@ class OracleRegularizer(nn.Module):
                 f"Expected `output` with the shape of `y`, {tuple(y.shape)}, got "
                 f"{tuple(output.shape)}."
             )
+        of = masked(labels, mask, x1)
         best, weight = self.scheme(
-            y.float(), xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=self.prediction
+            y.float(), xt=xt, t=t, x1=x1, labels=of, source=source, prediction=self.prediction
         )
-        return (weight * (output.float() - best).square().flatten(1).mean(1)).mean()
+        return (weight * mean_of((output.float() - best).square(), of)).mean()
 
     def _factor(self, t: Tensor) -> Tensor:
         return self.lam(t) if callable(self.lam) else torch.full_like(t, self.lam)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stagewise.masks import masked, mean_of
 from stagewise.schemes import Phases, Scheme
 
 __all__ = ["StageWeightedLoss", "weighs"]
@@ -48,12 +49,15 @@ class StageWeightedLoss(nn.Module):
         self.loss = loss
         self.weight = weight.weight_of if isinstance(weight, Scheme | Phases) else weight
 
-    def forward(self, *args: Any, t: Tensor, **kwargs: Any) -> Tensor:
+    def forward(
+        self, *args: Any, t: Tensor, loss_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """The weighted mean.
 
         Args:
             *args: For the loss.
             t: Times in [0, 1], (B,); t = 0 is noise.
+            loss_mask: Which numbers of the loss count, (B, *), as in `LatentBank`; default all.
             **kwargs: For the loss.
 
         Returns:
@@ -73,7 +77,8 @@ class StageWeightedLoss(nn.Module):
             raise ValueError(
                 f"Expected `weight(t)` with shape {tuple(t.shape)}, got {tuple(weight.shape)}."
             )
-        return (weight * loss.reshape(len(t), -1).mean(1)).mean()
+        of = masked(None, loss_mask, loss)
+        return (weight * mean_of(loss.reshape(len(t), -1) if of is None else loss, of)).mean()
 
 
 def weighs(module: nn.Module, scheme: Scheme | Phases) -> bool:

@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stagewise.masks import MaskedLabels, plain
+
 __all__ = [
     "LABEL_NAMES",
+    "PADDED",
     "FindSample",
     "describe",
     "find_checked",
@@ -26,12 +29,19 @@ __all__ = [
     "inside",
     "leaves_of",
     "others_in",
+    "seems_padded",
     "suggested_find",
     "unused_in",
 ]
 
-FindSample: TypeAlias = Callable[[Any], "tuple[Tensor, Tensor | None]"]
-"""From a batch to `(x_1, labels)`, of shapes (B, *) and (B,); labels may be None."""
+FindSample: TypeAlias = Callable[[Any], "tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]"]
+"""From a batch to `(x_1, labels)`, of shapes (B, *) and (B,), or `(x_1, labels, mask)`; labels may
+be None, and a mask is as in `masks.as_mask`."""
+
+PADDED = (
+    "If samples have different lengths and are padded, say which numbers count: "
+    "find=lambda batch: (batch[0], None, batch[1]), with a mask or lengths in batch[1]."
+)
 
 _SAMPLE_NAMES = (
     *("x1", "x_1", "latents", "latent", "images", "image", "pixel_values", "img", "imgs"),
@@ -204,18 +214,20 @@ def _where_sample(entries: dict[Any, Any], named: bool) -> list[Any]:
     return found
 
 
-def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Tensor | None]:
+def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Any]:
     """What `find` gives for a batch, with labels as int64, refused if it is no such pair.
 
     Args:
-        find: From a batch to `x_1`, (B, *), and whole numbers or booleans, (B,) or (B, 1), or None.
+        find: From a batch to `x_1`, (B, *), whole numbers or booleans, (B,) or (B, 1), or None, and
+            a mask if there is one.
         batch: The batch.
 
     Returns:
-        `x_1`, (B, *), and labels, int64, (B,), or None.
+        `x_1`, (B, *), and labels, int64, (B,), or None; with a mask `MaskedLabels`.
 
     Raises:
         ValueError: If `find` returns something else; the message says what came.
+        TypeError: If the mask is none.
     """
     try:
         found = find(batch)
@@ -224,11 +236,13 @@ def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Tensor | None]:
             f"Expected `find` to return (x_1, labels or None) for {describe(batch)}, but it raised "
             f"{type(error).__name__}: {error}. For example: {suggested_find(batch)}."
         ) from error
-    if isinstance(found, (tuple, list)) and len(found) == 2 and _is_sample(found[0]):
-        x1, labels = found
-        whole = _as_labels(labels, len(x1), booleans=True)
-        if labels is None or whole is not None:
-            return x1, whole
+    if isinstance(found, (tuple, list)) and len(found) in (2, 3) and _is_sample(found[0]):
+        x1, labels, *mask = found
+        masked = isinstance(labels, MaskedLabels)
+        whole = None if masked else _as_labels(labels, len(x1), booleans=True)
+        if labels is None or masked or whole is not None:
+            labels = labels if masked else whole
+            return x1, MaskedLabels.of(labels, mask[0], x1) if mask else labels
     raise ValueError(
         "Expected `find` to return (x_1, labels or None), a floating-point tensor of shape (B, *) "
         f"and integers of shape (B,), got {describe(found)}. Scale images to floats there, and "
@@ -237,14 +251,17 @@ def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Tensor | None]:
     )
 
 
-def unused_in(batch: Any, x1: Tensor, labels: Tensor | None) -> list[str]:
-    """What a batch holds of its samples beside `x_1` and the labels that were found in it.
+def unused_in(
+    batch: Any, x1: Tensor, labels: Tensor | None, masks: MaskedLabels | None = None
+) -> list[str]:
+    """What a batch holds of its samples beside `x_1`, labels and masks that were found in it.
 
     Args:
         batch: The batch.
         x1: What was found, (B, *). Where a user's `find` computes it, what it is computed from
             counts as not used.
         labels: Those found, (B,), or None.
+        masks: Those found, or None.
 
     Returns:
         For each such value of length B, at any depth, one sentence with its place, type and shape:
@@ -259,27 +276,55 @@ def unused_in(batch: Any, x1: Tensor, labels: Tensor | None) -> list[str]:
             torch.as_tensor(value) if _is_numbers(value) else value, len(x1), booleans=True
         )
         one_hot = value.int().argmax(1) if _is_one_hot(value) else None
-        if place == x1_at or any(
-            _equal(form, used)
-            for form, used in ((value, x1), (whole, labels), (one_hot, labels))
-            if used is not None
+        if (
+            place == x1_at
+            or (masks is not None and masks.is_told_by(value))
+            or any(
+                _equal(form, used)
+                for form, used in ((value, x1), (whole, labels), (one_hot, labels))
+                if used is not None
+            )
         ):
             continue
         line = f"{place}, {describe(value)}, is not used."
         cure = None if labels is not None else _as_cure(place, value, whole is not None)
         if cure is not None:
             line += f" If it holds the labels: find=lambda batch: ({x1_at}, {cure})."
+        elif isinstance(value, Tensor) and _may_be_mask(value, x1):
+            own = next(
+                (at for at, held in leaves if labels is not None and _equal(held, labels)), None
+            )
+            line += (
+                f" If it says which numbers count: find=lambda batch: ({x1_at}, {own}, {place})."
+            )
         lines.append(f"{line} If the model is given it, its posterior is over fewer rows.")
     return lines
 
 
-def others_in(batch: Any, x1: Tensor, labels: Tensor | None) -> list[tuple[str, Tensor]]:
+def _may_be_mask(value: Tensor, x1: Tensor) -> bool:
+    sizes = zip(value.shape, x1.shape, strict=False)
+    fits = 1 < value.ndim <= x1.ndim and all(m in (1, s) for m, s in sizes)
+    return value.dtype == torch.bool and fits
+
+
+def seems_padded(x1: Tensor) -> bool:
+    """Whether sequences, (n, L, d), end in zeros of different lengths, as if they were padded."""
+    if x1.ndim != 3 or x1.shape[1] < 4:
+        return False
+    last = ((x1 != 0).any(2) * torch.arange(1, x1.shape[1] + 1, device=x1.device)).amax(1)
+    cut = last[(last > 0) & (last < x1.shape[1])]
+    return 4 * len(cut) >= len(x1) and len(last.unique()) > 2
+
+
+def others_in(batch: Any, x1: Tensor, labels: Any) -> list[tuple[str, Tensor]]:
     """The tensors of a batch with an entry for each sample, beside `x_1` and the labels in it."""
+    masks = labels if isinstance(labels, MaskedLabels) else None
     return [
         (place, value)
         for place, value in leaves_of(batch)
         if value.ndim and len(value) == len(x1)
-        if not any(used is not None and _equal(value, used) for used in (x1, labels))
+        if masks is None or not masks.is_told_by(value)
+        if not any(used is not None and _equal(value, used) for used in (x1, plain(labels)))
     ]
 
 

@@ -101,6 +101,7 @@ class Certificate:
         Raises:
             ValueError: If the bank has no classes for a class-wise certificate.
         """
+        bank.require_unmasked("A certificate", "Leave it out: Oracle(bank, path).")
         if class_wise:
             bank.require_classes()
         found = rank_distances(bank, class_wise, device, progress)

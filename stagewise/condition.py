@@ -89,7 +89,7 @@ class Condition:
         gap = torch.cdist(c, rows, compute_mode="donot_use_mm_for_euclid_dist")
         return ((gap / self.bandwidth).square() / -2).clamp_min(_LEAST)
 
-    def of(self, batch: Any, x1: Tensor, labels: Tensor | None) -> Tensor:
+    def of(self, batch: Any, x1: Tensor, labels: Any) -> Tensor:
         """The conditions in a batch, (B, *), with the x_1 and the labels that were found in it.
 
         Raises:

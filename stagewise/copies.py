@@ -24,6 +24,7 @@ from scipy.stats import beta
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.masks import MaskedLabels
 from stagewise.nearest_rows import Search
 from stagewise.products import full_precision
 
@@ -37,6 +38,8 @@ _QUERIES = 256
 
 _BINS = 30
 """Of the histogram of ratios."""
+
+_TYPES = torch.int64, torch.float64, torch.float64
 
 
 class Nearest(NamedTuple):
@@ -64,12 +67,15 @@ class Nearest(NamedTuple):
 
 
 @torch.no_grad()
-def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
+def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None) -> Nearest:
     """The nearest row of all, and how far the next that differs is.
+
+    With masks it is the nearest of the same mask; `d_2` is NaN where no other row has that mask.
 
     Args:
         bank: The training rows, all classes.
         x: Samples, (B, *), as those of the bank.
+        labels: Their masks, for a bank with masks.
 
     Returns:
         What was found, on the device of the bank.
@@ -81,7 +87,28 @@ def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
         raise ValueError(
             f"Expected samples of shape {('B', *bank.shape)} as the bank's, got {tuple(x.shape)}."
         )
-    search = Search(bank, bank.whole, bank.device)
+    if labels is None:
+        found = _nearest_in(bank, bank.whole, x)
+    else:
+        keys = labels.unlabelled().keys().tolist()
+        found = Nearest(*(torch.zeros(len(x), device=bank.device, dtype=d) for d in _TYPES))
+        for key in set(keys):
+            at = torch.tensor([i for i, own in enumerate(keys) if own == key])
+            part = _nearest_in(bank, bank.segment(key), labels.zero(x)[at.to(x.device)])
+            for value, own in zip(found, part, strict=True):
+                value[at.to(value.device)] = own
+        found.d2[found.d2.isinf()] = torch.nan
+    if bool(found.d2.isinf().any()):
+        raise ValueError(
+            "All rows of the bank are equal, so nothing can be nearer to one than to another. "
+            "Give a bank with two different rows at least."
+        )
+    return found
+
+
+def _nearest_in(bank: LatentBank, scope: slice, x: Tensor) -> Nearest:
+    """What is near among some rows; `d_2` is infinite where all of them are equal."""
+    search = Search(bank, scope, bank.device)
     flat = x.detach().flatten(1).to(bank.device).double() - bank.offset
 
     def settle(_: Tensor, distance: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, ...]:
@@ -101,13 +128,7 @@ def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
         ]
     row, d1, d2 = (torch.cat(column) for column in zip(*parts, strict=True))
     row = row.masked_fill(~finite, -1)
-    found = Nearest(row, *(d.masked_fill(~finite, torch.nan) for d in (d1, d2)))
-    if bool(found.d2.isinf().any()):
-        raise ValueError(
-            "All rows of the bank are equal, so nothing can be nearer to one than to another. "
-            "Give a bank with two different rows at least."
-        )
-    return found
+    return Nearest(row, *(d.masked_fill(~finite, torch.nan) for d in (d1, d2)))
 
 
 def binomial_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:

@@ -32,6 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Oracle
 from stagewise.paths import expand_like
 from stagewise.timesteps import TimestepSampler, Uniform
@@ -113,10 +114,10 @@ class TargetForecast:
 
 
 def forecast_targets(
-    velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    velocity: Callable[[Tensor, Tensor, Any], Tensor],
     module: nn.Module,
     oracle: Oracle,
-    batches: Iterable[tuple[Tensor, Tensor | None]],
+    batches: Iterable[tuple[Tensor, Any]],
     *,
     optimizer: torch.optim.Optimizer | None = None,
     timesteps: TimestepSampler | None = None,
@@ -190,10 +191,10 @@ def forecast_targets(
             size = len(samples)
             x1 = samples.to(parameters[0].device, torch.float32)
             labels = None if classes is None else classes.to(x1.device)
-            wise = bool(oracle.bank.classes) if class_wise == "auto" else class_wise
+            wise = oracle.bank.labelled if class_wise == "auto" else class_wise
             t = timesteps.sample(size, generator=draws).to(x1.device)
             x0 = torch.randn(x1.shape, generator=draws).to(x1.device)
-            xt, u, gap = noisy_targets(oracle, x0, x1, t, labels if wise else None)
+            xt, u, gap = noisy_targets(oracle, x0, x1, t, compared_within(labels, wise))
             w = 1.0 if weight is None else expand_like(weight(t), xt)
             with torch.enable_grad():
                 v = velocity(xt, t, labels).float()
@@ -209,6 +210,8 @@ def forecast_targets(
                 )
             # Factors that all share, such as 2 / (B D), change no ratio, and would underflow.
             pull = w * (v.detach() - u - gap)
+            if isinstance(labels, MaskedLabels):  # padding is not in the loss
+                pull = labels.zero(pull)
             smooth = torch.autograd.grad(
                 v, parameters, pull, retain_graph=True, materialize_grads=True
             )

@@ -12,11 +12,13 @@ are finished by the model (Fig. 6). `stagewise.copies` says which samples are co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Oracle
 from stagewise.sampling import Velocity, sample
 
@@ -56,7 +58,7 @@ class MemorizationProbe:
         self,
         oracle: Oracle,
         samples: int,
-        held_out: tuple[Tensor, Tensor | None] | None,
+        held_out: tuple[Tensor, Tensor | MaskedLabels | None] | None,
         *,
         labelled: bool,
         class_wise: bool,
@@ -73,8 +75,8 @@ class MemorizationProbe:
         bank, own, draws = oracle.bank, slice(rank, None, world_size), _generator(seed, 0)
         self._noise = torch.randn(samples, *bank.shape, generator=draws)[own]
         rows = torch.randint(len(bank), (samples,), generator=draws)[own]
-        given = labelled or class_wise
-        self.labels = torch.tensor(bank.labels_of(rows.tolist())) if given else None
+        given = labelled or class_wise or bank.pairs is not None
+        self.labels = bank.classes_of(rows.tolist()) if given else None
         self.x1: Tensor | None = None
         if held_out is not None:
             x1, labels = held_out
@@ -82,8 +84,19 @@ class MemorizationProbe:
             self._x1_noise = torch.randn(x1.shape, generator=_generator(seed, 1))[own]
         self._led: dict[float, Tensor] = {}
 
+    @property
+    def masks(self) -> MaskedLabels | None:
+        """Those of the samples, None without any."""
+        return self.labels if isinstance(self.labels, MaskedLabels) else None
+
+    @property
+    def x1_masks(self) -> MaskedLabels | None:
+        """Those of the held-out rows."""
+        found = None if self.x1 is None else self._x1_labels
+        return found if isinstance(found, MaskedLabels) else None
+
     def generate(
-        self, velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor], device: torch.device
+        self, velocity: Callable[[Tensor, Tensor, Any], Tensor], device: torch.device
     ) -> tuple[dict[float, Tensor], dict[float, tuple[Tensor, Tensor]]]:
         """What the model makes of the samples of this rank.
 
@@ -111,11 +124,12 @@ class MemorizationProbe:
 
     def _of_model(
         self,
-        velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        labels: Tensor | None,
+        velocity: Callable[[Tensor, Tensor, Any], Tensor],
+        labels: Tensor | MaskedLabels | None,
         device: torch.device,
     ) -> Velocity:
-        given = labels.to(device) if labels is not None and self._labelled else None
+        given = compared_within(labels, self._labelled)
+        given = None if given is None else given.to(device)
 
         def checked(xt: Tensor, t: Tensor) -> Tensor:
             v = velocity(xt, t, given)
@@ -128,14 +142,22 @@ class MemorizationProbe:
         return checked
 
     def _of_oracle(self, xt: Tensor, t: Tensor) -> Tensor:
-        place, labels = self._oracle.bank.device, self.labels if self._class_wise else None
+        place, labels = self._oracle.bank.device, compared_within(self.labels, self._class_wise)
+        if isinstance(labels, MaskedLabels):
+            labels = labels.to(place)
         return self._oracle.velocity(xt.to(place), t.to(place), labels).to(xt)
 
     def _led_to(self, t: float, device: torch.device) -> Tensor:
         """The samples where the model takes over."""
         if t not in self._led:
             x = self._noise.to(device)
-            self._led[t] = (x if t == 0 else self._integrate(self._of_oracle, x, 0.0, t)).cpu()
+            led = x if t == 0 else self._integrate(self._of_oracle, x, 0.0, t)
+            if isinstance(self.labels, MaskedLabels):
+                # Padding is noised zeros, as in training.
+                times = torch.full((len(x),), t, device=device)
+                padding = self._oracle.path.interpolate(x, torch.zeros_like(x), times)
+                led = led.where(self.labels.entries.to(device), padding)
+            self._led[t] = led.cpu()
         return self._led[t].to(device)
 
     def _integrate(self, velocity: Velocity, x: Tensor, start: float, end: float) -> Tensor:

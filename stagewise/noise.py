@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from stagewise.masks import MaskedLabels, zeroed
 from stagewise.paths import Path, PathCoefficients, expand_like
 
 __all__ = [
@@ -115,25 +116,30 @@ class NoiseSums:
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
-        self._values = self._samples = 0
+        self._samples = 0
 
-    def add(self, x0: Tensor, x1: Tensor) -> None:
-        """Adds the pairs of a batch: noise and data, both (B, *)."""
+    def add(self, x0: Tensor, x1: Tensor, labels: object = None) -> None:
+        """Adds the pairs of a batch: noise and data, both (B, *), of which masked labels count."""
         if x0.shape != x1.shape or x0.ndim < 2 or not x0.numel():
             return
+        x0, x1 = zeroed(x0, labels), zeroed(x1, labels)
         x0, x1 = x0.detach().flatten(1).float(), x1.detach().flatten(1).float()
-        own = torch.stack([x0.sum(), x0.square().sum(), x0.sum(1).square().sum() / x0.shape[1]])
+        count = torch.full_like(x0[:, 0], x0.shape[1])
+        if isinstance(labels, MaskedLabels):
+            count = labels.counts.to(count)
+        of_samples = (x0.sum(1).square() / count).sum()
+        own = torch.stack([x0.sum(), x0.square().sum(), of_samples, count.sum()])
         sums = torch.cat([own, _leaning(x0, x1)])
         sums = sums if x0.device.type == "mps" else sums.double()
         self._sums = sums if self._sums is None else self._sums + sums
-        self._values, self._samples = self._values + x0.numel(), self._samples + len(x0)
+        self._samples += len(x0)
 
     def check(self) -> None:
         """Refuses noise that is not standard normal, or not independent of its data."""
         if self._sums is None:
             return
-        total, square, of_samples, product, size = self._sums.tolist()
-        _check_moments(self._values, total / self._values, square / self._values)
+        total, square, of_samples, count, product, size = self._sums.tolist()
+        _check_moments(round(count), total / count, square / count)
         # The means of samples vary by 1 / D: an offset of each shows there first.
         spread = of_samples / self._samples
         if is_off(self._samples, 0.0, spread):

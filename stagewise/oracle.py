@@ -33,6 +33,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.building import whole_labels
 from stagewise.certificate import Certificate
 from stagewise.engines import Auto, Engine
+from stagewise.masks import MaskedLabels, as_asked, cut, fitted, masked
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
 from stagewise.queries import (
@@ -53,8 +54,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Labels", "Oracle", "Times", "as_times", "check_times", "require_tensors"]
 
-Labels: TypeAlias = "Tensor | Sequence[int | None]"
-"""The class of each query, (B,). None, or the oracle's `null_class`, is the whole bank."""
+Labels: TypeAlias = "Tensor | Sequence[int | None] | MaskedLabels"
+"""The class of each query, (B,). None, or the oracle's `null_class`, is the whole bank, or all rows
+of the same mask. Labels with masks are `MaskedLabels`."""
 
 
 class Oracle:
@@ -130,6 +132,7 @@ class Oracle:
         t: Times,
         labels: Labels | None = None,
         *,
+        mask: Tensor | None = None,
         source: Tensor | None = None,
         condition: Tensor | None = None,
         k: int = 1,
@@ -145,6 +148,8 @@ class Oracle:
                 tensor costs no device sync; one on an accelerator does, unless the engine
                 reads it there (`Exact` on CUDA, without `null_class` and certificate), where the
                 posterior of an unknown class is NaN, and the next call raises.
+            mask: Which numbers of each query count, (B, *), as in `LatentBank`, for a bank with
+                masks: the posterior is over rows of that mask. Numbers outside count for nothing.
             source: The row of `bank.rows` each query was made from, (B,), int64, for
                 `source_weight` and the certificate; negative where it is not known. Default None.
                 `bank.find(x1)` looks it up.
@@ -162,13 +167,14 @@ class Oracle:
                 numbers, or queries on a device without float64 (MPS).
             TypeError: If `xt` is no tensor.
         """
+        labels = masked(labels, mask, xt)
         queries = self.queries(xt, t, labels, source, condition)
         with torch.autocast(queries.xt.device.type, enabled=False):
             post = self.ask(queries, k)
             if queries.source is not None:
                 added = self.log_kernel(queries, queries.source)
                 post = with_source_weight(post, self.bank, queries, added)
-        return replace(post, mean=post.mean.reshape(-1, *self.bank.shape))
+        return replace(post, mean=cut(post.mean, self.bank.shape, xt))
 
     def queries(
         self,
@@ -196,12 +202,13 @@ class Oracle:
                 f"Expected an oracle with a kernel on the `condition`, got {self!r}: "
                 "ConditionedOracle(bank, path, Condition(bandwidth=...))."
             )
+        xt, valid, own = as_asked(self.bank, xt, labels, self.null_class)
         flat, path = self.coefficients(xt, t)
         names, ends = None, None
-        if isinstance(labels, Tensor) and self._reads_on_device(labels, flat):
-            ends = self.bank.ends_of(whole_labels(labels, len(flat)))
-        elif labels is not None:
-            names = self.names(labels, len(flat))
+        if isinstance(own, Tensor) and self._reads_on_device(own, flat):
+            ends = self.bank.ends_of(whole_labels(own, len(flat)))
+        elif own is not None:
+            names = self.names(own, len(flat))
         if source is not None:
             source = checked_source(source, len(flat), self.engine.num_rows(self.bank))
             source = source.to(flat.device, torch.int64)
@@ -209,7 +216,8 @@ class Oracle:
         if self.engine.holds_all_rows:
             segments = None if ends is not None else segments_of(self.bank, names, len(flat))
         times = as_times(t, xt).detach().to(flat)
-        return Queries(flat, path, segments, source, names, times, made_in=xt.dtype, ends=ends)
+        about: dict[str, Any] = {"made_in": xt.dtype, "ends": ends, "valid": valid}
+        return Queries(flat, path, segments, source, names, times, **about)
 
     def _reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
         """Whether labels stay where they are, which spares a device sync."""
@@ -237,6 +245,13 @@ class Oracle:
         Raises:
             ValueError: If k is below 1 or above the rows of the bank.
         """
+        post = self._ask(queries, k)
+        if queries.valid is None:
+            return post
+        # Numbers that are 0 in all rows are off by a rounding.
+        return replace(post, mean=post.mean.where(queries.valid, 0))
+
+    def _ask(self, queries: Queries, k: int) -> Posterior:
         rows = self.engine.num_rows(self.bank)
         if not 1 <= k <= rows:
             raise ValueError(f"Expected `k` from 1 to the {rows} rows of the bank, got {k}.")
@@ -264,6 +279,7 @@ class Oracle:
         x1: Tensor,
         labels: Labels | None = None,
         *,
+        mask: Tensor | None = None,
         source: Tensor | None = None,
         condition: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
@@ -277,6 +293,7 @@ class Oracle:
             x1: The samples `xt` was made from, (B, *). They must be rows of the bank: with others
                 the correction is as large as their distance to the bank times `c_t`.
             labels: See `posterior`.
+            mask: See `posterior`. Outside of it the correction is 0.
             source: See `posterior`.
             condition: See `posterior`.
             prediction: What the target is, default "velocity".
@@ -294,12 +311,16 @@ class Oracle:
             raise ValueError(
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
+        labels = masked(labels, mask, xt)
         queries = self.queries(xt, t, labels, source, condition)
-        queries = replace(queries, x1=x1.detach().flatten(1).to(queries.xt))
-        mean = self.ask(queries).mean if posterior is None else posterior.mean.flatten(1)
-        difference = mean - x1.detach().flatten(1).to(mean.dtype)
-        gap = queries.correction(difference, Prediction.of(prediction), self.bank.max_norm)
-        return gap.reshape(x1.shape).to(x1.dtype)
+        flat = fitted(x1.detach(), labels, self.bank.shape)[0].flatten(1).to(queries.xt)
+        queries = replace(queries, x1=flat)
+        if posterior is None:
+            mean = self.ask(queries).mean
+        else:
+            mean = fitted(posterior.mean, labels, self.bank.shape)[0].flatten(1)
+        gap = queries.correction(mean - flat, Prediction.of(prediction), self.bank.max_norm)
+        return cut(gap, self.bank.shape, x1).to(x1.dtype)
 
     @untraced
     def velocity(
@@ -308,6 +329,7 @@ class Oracle:
         t: Times,
         labels: Labels | None = None,
         *,
+        mask: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> Tensor:
         """The marginal velocity `u*(x_t, t)`.
@@ -316,16 +338,17 @@ class Oracle:
             xt: Noisy samples, (B, *).
             t: See `posterior`. At sigma = 0 see the module docstring.
             labels: See `posterior`.
+            mask: See `posterior`.
             condition: See `posterior`.
 
         Returns:
-            The velocity, (B, *), in the dtype of `xt`.
+            The velocity, (B, *), in the dtype of `xt`; 0 outside of the mask.
         """
-        queries = self.queries(xt, t, labels, condition=condition)
+        queries = self.queries(xt, t, masked(labels, mask, xt), condition=condition)
         path, mean = queries.path, self.ask(queries).mean
         noise = (queries.xt - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
-        return velocity.reshape(xt.shape).to(xt.dtype)
+        return cut(velocity, self.bank.shape, xt).to(xt.dtype)
 
     def sample(self, source: Tensor, t: Tensor, normals: Tensor) -> Tensor:
         """A sample of the set that the oracle is of, around each row.
@@ -367,7 +390,7 @@ class Oracle:
         path = self.path(t.detach().to(device=xt.device, dtype=torch.float64))
         return xt.detach().flatten(1).double(), path.floored(self.engine.sigma_floor(self.bank))
 
-    def names(self, labels: Labels, count: int) -> list[int | None]:
+    def names(self, labels: Tensor | Sequence[int | None], count: int) -> list[int | None]:
         """The labels of `count` queries on the host, with None for the whole bank.
 
         Raises:

@@ -107,7 +107,7 @@ class Profile:
         Raises:
             ValueError: If `class_wise` is asked of a bank without labels.
         """
-        class_wise = bool(bank.classes) if class_wise is None else class_wise
+        class_wise = bank.labelled if class_wise is None else class_wise
         path = path or LinearPath()
         seen = ChannelStatistics()
         for _, block in bank.chunks(bank.whole, max(1, 2**22 // bank.dim)):

@@ -49,6 +49,7 @@ class Queries:
         x1: What `x_t` was made from, (B, D), float64; or None.
         ends: For each query the first row of its class and the row behind its last, (B, 2), int64,
             where labels lie on an accelerator.
+        valid: Which numbers count, (B, D), bool; or None for all.
         twin: The row, among those a query looks at, that `x1` stands for without being equal to it
             to the last digit; -1 for none. (B,), or None.
         condition: What the model is given for each, (B, C), float64; or None.
@@ -64,6 +65,7 @@ class Queries:
     x1: Tensor | None = None
     twin: Tensor | None = None
     ends: Tensor | None = None
+    valid: Tensor | None = None
     condition: Tensor | None = None
 
     def __len__(self) -> int:
@@ -168,7 +170,8 @@ class Queries:
         """
         c, _ = prediction.coefficients(self.path)
         rounding = 16 * torch.finfo(torch.float64).eps * max_norm
-        return torch.where(difference.abs() <= rounding, 0.0, (lam * c)[:, None] * difference)
+        gap = torch.where(difference.abs() <= rounding, 0.0, (lam * c)[:, None] * difference)
+        return gap if self.valid is None else gap.where(self.valid, 0)
 
 
 def segments_of(bank: RowStore, labels: Sequence[int | None] | None, count: int) -> list[slice]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, describe, find_checked
+from stagewise.batches import PADDED, FindSample, describe, find_checked
 from stagewise.drawn_rows import CURE
+from stagewise.masks import MaskedLabels, fitted
 
 __all__ = ["RowReader", "same_rows"]
 
@@ -101,13 +102,13 @@ class RowReader:
                     f"{describe(x1)}; the first batch gave {describe(first[0])}. If the collate "
                     f"function or `find` leaves samples out, or makes several of one: {CURE}"
                 )
-            if x1.shape[1:] != first[0].shape[1:]:
+            if x1.shape[1:] != first[0].shape[1:] and not isinstance(labels, MaskedLabels):
                 raise ValueError(
                     f"Expected x_1 of one shape, got {describe(first[0])} in the first batch and "
                     f"{describe(x1)} in that of samples {span}. Pad or crop all to one shape in "
-                    f"the collate function or in `find`. {CURE}"
+                    f"the collate function or in `find`. {PADDED} {CURE}"
                 )
-            if (labels is None) != (first[1] is None):
+            if type(labels) is not type(first[1]):
                 raise ValueError(
                     "Expected labels in all batches or in none, got some in one and none in "
                     f"another, {describe(batch)} of samples {span}. Say which: "
@@ -116,8 +117,9 @@ class RowReader:
             yield x1, labels
 
 
-def same_rows(bank: LatentBank, places: range, x1: Tensor) -> bool:
+def same_rows(bank: LatentBank, places: range, x1: Tensor, labels: object = None) -> bool:
     """Whether samples are those that were read into a bank at their places, up to its rounding."""
+    x1 = fitted(x1, labels, bank.shape)[0]
     at = torch.tensor(places)
     rows = bank.take(at if bank.index is None else torch.argsort(bank.index)[at]).double()
     off = (rows - x1.flatten(1).double()).abs().max()

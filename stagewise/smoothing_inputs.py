@@ -42,6 +42,7 @@ def search_space(bank: LatentBank, features: Tensor | None, class_wise: bool) ->
         ValueError: On features of another length or with NaN or Inf, or classes that are not there.
         TypeError: If the features are no tensor.
     """
+    bank.require_unmasked("Smoothing", "Leave it out: Scheme(oracle, target=Mix()).")
     if class_wise:
         bank.require_classes()
     if features is None:

@@ -75,11 +75,8 @@ def predicted_boundary(bank: LatentBank, path: Path, *, class_wise: bool = False
     Raises:
         ValueError: If `class_wise` is asked of a bank without labels.
     """
-    segments = [bank.whole]
-    if class_wise:
-        bank.require_classes()
-        classes = bank.classes[:: math.ceil(len(bank.classes) / _MAX_CLASSES)]
-        segments = [bank.segment(label) for label in classes]
+    segments = bank.scopes(class_wise)
+    segments = segments[:: math.ceil(len(segments) / _MAX_CLASSES)]
     found = []
     for segment in segments:
         nats = math.log(segment.stop - segment.start)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stagewise.masks import masked, plain
 from stagewise.oracle import Labels, Times, as_times, require_tensors
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes import Phases, Scheme, parts
@@ -97,6 +98,7 @@ class StageTarget(nn.Module):
         t: Times,
         x1: Tensor,
         labels: Labels | None = None,
+        mask: Tensor | None = None,
         source: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -108,6 +110,7 @@ class StageTarget(nn.Module):
             t: Their times in the step's convention, (B,) or (B, 1, ..., 1), or one number.
             x1: What `xt` was made from, (B, *).
             labels: Class of each sample, (B,); default those of the batch.
+            mask: Which numbers count, (B, *); default that of the batch. Others stay as they are.
             source: Row of the bank that each sample stands for, (B,); see `Scheme`.
             condition: What the network is given, (B, *), for an oracle with a kernel on it; default
                 that of the batch.
@@ -121,7 +124,7 @@ class StageTarget(nn.Module):
             TypeError: If they are no tensors.
         """
         require_tensors(y=y, xt=xt, x1=x1)
-        time = as_times(t, x1)
+        time, labels = as_times(t, x1), masked(labels, mask, x1)
         for name, value in {"y": y, "xt": xt, "t": time}.items():
             expected = x1.shape[:1] if name == "t" else x1.shape
             if value.shape != expected:
@@ -134,7 +137,7 @@ class StageTarget(nn.Module):
             return y, torch.ones_like(time, dtype=dtype)
         if not self._fits:
             told = check_samples(
-                *(self.path, self.prediction, self.convention, y, xt, time, x1),
+                *(self.path, self.prediction, self.convention, y, xt, time, x1, labels),
                 mixes=False,
                 said=_SAID,
             )
@@ -142,7 +145,7 @@ class StageTarget(nn.Module):
             self._fits = told or xt.device.type != "cpu"
         t = self.convention.to_t(time)
         for tell in self.observers:
-            tell(y, xt, t, x1, labels)
+            tell(y, xt, t, x1, plain(labels))
         if self.scheme is None:
             return y, torch.ones_like(t)
         if not self._timed and any(part.draws_timesteps for part in parts(self.scheme)):

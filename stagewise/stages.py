@@ -19,6 +19,7 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
+from stagewise.masks import compared_within, mean_of
 from stagewise.oracle import Oracle, check_times
 from stagewise.spectrum import predicted_boundary
 
@@ -36,7 +37,7 @@ __all__ = [
 
 STATISTICS = ("top1", "entropy", "ess", "source_weight", "target_difference")
 """What is measured per query: largest weight, entropy in nats, effective sample size, weight of
-the source row, and the mean over the D numbers of (conditional - oracle velocity)^2."""
+the source row, and the mean over the numbers that count of (conditional - oracle velocity)^2."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +147,7 @@ class StageCurve:
                 bank without labels.
         """
         if class_wise == "auto":
-            class_wise = bool(oracle.bank.classes)
+            class_wise = oracle.bank.labelled
         if t is None:
             t = Recipe.of(oracle, class_wise).times(seed)
             # Rows that do not depend on the times.
@@ -283,10 +284,10 @@ def _ask(oracle: Oracle, noise: Tensor, t: Tensor, rows: list[int], class_wise: 
     source = torch.tensor(rows, device=x0.device)
     x1 = oracle.sample(source, t, noise[:, bank.dim :])
     xt = oracle.path.interpolate(x0.double().reshape(x1.shape), x1, t)
-    labels = bank.labels_of(rows) if class_wise else None
+    labels = compared_within(bank.classes_of(rows), class_wise)
     post = oracle.posterior(xt, t, labels, source=source)
-    gap = oracle.correction(xt, t, x1, source=source, posterior=post)
-    difference = gap.flatten(1).square().mean(1)
+    gap = oracle.correction(xt, t, x1, labels, source=source, posterior=post)
+    difference = mean_of(gap.square(), labels)
     assert post.source_weight is not None
     return torch.stack([post.top1, post.entropy, post.ess, post.source_weight, difference])
 

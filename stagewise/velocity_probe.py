@@ -28,6 +28,7 @@ from scipy import stats
 from torch import Tensor
 
 from stagewise.binned_sums import BinnedSums
+from stagewise.masks import MaskedLabels, compared_within, fitted, mean_of
 from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Prediction
 from stagewise.stages import stratified_times
@@ -46,8 +47,8 @@ __all__ = [
 ]
 
 PROBED = ("conditional", "oracle", "floor", "cosine", "cross")
-"""Per query: the mean over the D numbers of (v - u)^2, (v - u*)^2 and (u - u*)^2, the cosine of v
-and u*, and the term that is zero on average."""
+"""Per query: the mean over the numbers that count of (v - u)^2, (v - u*)^2 and (u - u*)^2, the
+cosine of v and u*, and the term that is zero on average."""
 
 _BATCH = 128
 
@@ -67,6 +68,7 @@ def noisy_targets(
     oracle: Oracle, x0: Tensor, x1: Tensor, t: Tensor, labels: Labels | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy samples, float32, their conditional velocities u, and u* - u, each (B, *)."""
+    x1, labels = fitted(x1, labels, oracle.bank.shape)
     xt = oracle.path.interpolate(x0, x1, t).to(torch.float32)
     u = Prediction("velocity").target(oracle.path(t), x0, x1)
     return xt, u, oracle.correction(xt, t, x1, labels)
@@ -80,7 +82,7 @@ class Probe:
 
     Args:
         x1: Samples, (n, *). Each is taken equally often, as far as the numbers allow.
-        labels: Their classes, (n,), or None.
+        labels: Their classes, (n,), or None; or with masks `MaskedLabels`.
         edges: Of the strata of t, (T + 1,).
         queries: In each stratum.
         oracle: Bank and path.
@@ -94,7 +96,7 @@ class Probe:
     def __init__(
         self,
         x1: Tensor,
-        labels: Tensor | None,
+        labels: Tensor | MaskedLabels | None,
         edges: Tensor,
         queries: int,
         oracle: Oracle,
@@ -122,7 +124,10 @@ class Probe:
                 for i in own[part].tolist()
             ]
             x0, times = torch.stack(noise).to(device), self.t[part].to(device)
-            wise = self.labels[part].tolist() if class_wise and self.labels is not None else None
+            wise: Any = compared_within(self.labels, class_wise)
+            if wise is not None:
+                some = wise[part]
+                wise = some.to(device) if isinstance(some, MaskedLabels) else some.tolist()
             noisy, u, gap = noisy_targets(oracle, x0, x, times, wise)
             kept.append((noisy.cpu(), u.cpu(), (u + gap).cpu()))
         self.xt, self.u, self.oracle_u = (torch.cat(part) for part in zip(*kept, strict=True))
@@ -130,7 +135,7 @@ class Probe:
     @torch.no_grad()
     def measure(
         self,
-        velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        velocity: Callable[[Tensor, Tensor, Any], Tensor],
         add: Callable[[Tensor, Tensor], None],
         device: torch.device,
     ) -> None:
@@ -147,12 +152,19 @@ class Probe:
                 value[part].to(device) for value in (self.t, self.xt, self.u, self.oracle_u)
             )
             v = velocity(xt, t, labels).float()
-            to_u, to_best, gap = ((a - b).flatten(1) for a, b in ((v, u), (v, best), (u, best)))
-            norms = v.flatten(1).norm(dim=1) * best.flatten(1).norm(dim=1)
-            cosine = (v * best).flatten(1).sum(1) / norms.clamp_min(1e-30)
-            squares = [value.square().mean(1) for value in (to_u, to_best, gap)]
-            cross = -2 * (to_best * gap).mean(1)
+            squares, cosine, cross = errors_of(v, u, best, labels)
             add(t, torch.stack([*squares, cosine, cross]))
+
+
+def errors_of(
+    v: Tensor, u: Tensor, best: Tensor, labels: object = None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Mean squares of v - u, v - u* and u - u*, the cosine of v and u*, and `cross`, each (B,)."""
+    to_u, to_best, gap = v - u, v - best, u - best
+    squares = [mean_of(value.square(), labels) for value in (to_u, to_best, gap)]
+    sizes = mean_of(v.square(), labels).sqrt() * mean_of(best.square(), labels).sqrt()
+    cosine = mean_of(v * best, labels) / sizes.clamp_min(1e-30)
+    return squares, cosine, -2 * mean_of(to_best * gap, labels)
 
 
 def standard_scores(mean: Tensor, error: Tensor, count: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def test_code_of_the_page_on_engines(tmp_path, monkeypatch):
 
 def test_code_of_the_page_on_steering():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/steering.md").read_text(), re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     latents, labels = torch.randn(160, 4, 4, 4), torch.arange(160) % 4
     t = torch.linspace(0, 0.9, 8)
     names = {"latents": latents, "labels": labels, "t": t}

@@ -269,6 +269,24 @@ def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, lam, by_hand):
     assert launches.count <= 160 + 20 * by_hand
 
 
+def test_a_step_with_masks_waits_for_nothing_more():
+    x1, lengths = torch.randn(80, 6, 2), torch.arange(80) % 2 + 5
+    mask = torch.arange(6) < lengths[:, None]
+    bank = stagewise.LatentBank(x1, torch.arange(80) % 4, mask=mask)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        scheme = stagewise.Scheme(stagewise.Oracle(bank.to("cuda")), target=stagewise.Mix())
+        scheme._fits = scheme.rows_checked = True
+        scheme.last = object()  # as if it were not the first call
+        x1, xt = torch.randn(2, 8, 6, 2, device="cuda")
+        batch = {"xt": xt, "t": torch.rand(8, device="cuda"), "x1": x1}
+        labels = torch.zeros(8, dtype=torch.int64, device="cuda")
+        mask = torch.ones(8, 6, dtype=torch.bool, device="cuda")
+        with Launches() as launches:
+            scheme(x1, **batch, labels=labels, mask=mask)
+    # The table of classes, the keys of masks and the odd numbers go to a real device once.
+    assert {shapes[0] for _, shapes in launches.waits} == {(6, 3), (80,), (12,)}
+
+
 @pytest.mark.parametrize(
     "target", [stagewise.Mix(), stagewise.ReferenceSet(4), stagewise.ReferenceSet(4, shared=True)]
 )

@@ -23,7 +23,7 @@ class BatchConditions:
     def __init__(self) -> None:
         self.place = ""
 
-    def of(self, condition: Condition, batch: Any, x1: Tensor, labels: Tensor | None) -> Tensor:
+    def of(self, condition: Condition, batch: Any, x1: Tensor, labels: Any) -> Tensor:
         """Those of the samples that were found in a batch, (B, *)."""
         if condition.find is None and self.place:  # to compare values again would wait
             return dict(leaves_of(batch))[self.place]
@@ -35,7 +35,7 @@ class BatchConditions:
         self,
         condition: Condition,
         batch: Any,
-        own: tuple[Tensor, Tensor | None],
+        own: tuple[Tensor, Any],
         x1: Tensor,
         as_is: bool,
     ) -> Tensor | None:
@@ -57,7 +57,7 @@ class BatchConditions:
         schemes: Iterable[Scheme],
         network: Network,
         batch: Any,
-        own: tuple[Tensor, Tensor | None],
+        own: tuple[Tensor, Any],
     ) -> str:
         """A warning if kernels go by another condition than the network is given, or empty."""
         for kernel in {s.oracle.condition for s in schemes if s.target and s.oracle}:

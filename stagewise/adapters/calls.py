@@ -19,6 +19,7 @@ from stagewise.adapters.base import Seam
 from stagewise.adapters.columns import Columns, agreement, apart, columns_of, equal
 from stagewise.adapters.fitting import Noisy
 from stagewise.batches import LABEL_NAMES
+from stagewise.masks import MaskedLabels, plain
 from stagewise.paths import Convention
 
 __all__ = [
@@ -84,6 +85,7 @@ class Slots:
         time: The leaf that holds the time.
         labels: The leaf that holds the classes; None: there is none.
         one_hot: Whether these are one-hot.
+        masks: The leaves that hold the masks, and in which form; see `MaskedLabels.forms`.
         conditions: The other leaves with one entry for each sample, by their index, and those
             that hold some or are taken from the batch as they are.
         optional: Whether the module accepts something that it was not given in this call.
@@ -98,6 +100,7 @@ class Slots:
     time: int
     labels: int | None = None
     one_hot: bool = False
+    masks: tuple[tuple[int, str], ...] = ()
     conditions: tuple[tuple[int, str], ...] = ()
     optional: bool = False
     size: int = 0
@@ -114,7 +117,8 @@ class Slots:
 
         Of those that are replaced only the shape and type matter.
         """
-        taken, given = (self.x, self.time, self.labels), {k for k, _ in self.conditions}
+        taken = (self.x, self.time, self.labels, *dict(self.masks))
+        given = {k for k, _ in self.conditions}
         kept = tuple(
             rows_of(leaf, self.size, list(range(self.size)))
             if k in given
@@ -224,8 +228,10 @@ def _names(module: nn.Module, spec: Any) -> tuple[list[str], bool]:
 # -- labels and conditions ------------------------------------------------------------------------
 
 
-def conditioning(call: Call, slots: Slots, labels: Tensor | None, batch: Any = None) -> Slots:
+def conditioning(call: Call, slots: Slots, labels: Any, batch: Any = None) -> Slots:
     """The same slots with the leaf that holds the labels, and what else is one for each sample."""
+    of_masks, labels = labels if isinstance(labels, MaskedLabels) else None, plain(labels)
+    masks = []
     leaves, size, others = apart(call.leaves, slots.columns), len(call.leaves[slots.x]), []
     best = -1
     found: tuple[int | None, bool] = None, False
@@ -235,6 +241,12 @@ def conditioning(call: Call, slots: Slots, labels: Tensor | None, batch: Any = N
             continue
         # EDM's labels have no columns where there are none.
         if not _per_sample(leaf, size) and not any(leaf is part for part in parts):
+            continue
+        form = None
+        if of_masks is not None and isinstance(leaf, Tensor) and len(leaf) == len(of_masks):
+            form = of_masks.form_of(leaf)
+        if form is not None:
+            masks.append((k, form))
             continue
         others.append(k)
         for one_hot in (False, True) if isinstance(leaf, Tensor) and leaf.ndim else ():
@@ -248,9 +260,8 @@ def conditioning(call: Call, slots: Slots, labels: Tensor | None, batch: Any = N
         found = next(dropped, None), False
     unused = empty or any(leaf is None for leaf in leaves)
     rest = tuple((k, f"{names[k]}: {short(leaves[k])}") for k in others if k != found[0])
-    return replace(
-        slots, labels=found[0], one_hot=found[1], conditions=rest, optional=unused, size=size
-    )
+    slots = replace(slots, labels=found[0], one_hot=found[1], masks=tuple(masks))
+    return replace(slots, conditions=rest, optional=unused, size=size)
 
 
 def _is_constant(leaf: Any) -> bool:

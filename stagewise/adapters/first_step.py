@@ -29,6 +29,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
 from stagewise.batches import FindSample, describe, find_checked, find_sample, leaves_of, unused_in
 from stagewise.condition import Condition
+from stagewise.masks import MaskedLabels, fitted, plain
 from stagewise.noise import NoiseSums, is_noise
 from stagewise.paths import Path
 from stagewise.schemes import Phases, Scheme, parts
@@ -54,6 +55,7 @@ class FirstStep:
         batch: The present batch; `begin` sets it.
         x1: x_1 of the first one as `find` has it before the step, (B, *); None if there is none.
         labels: Its labels, (B,), or None.
+        masks: The same with its masks, or None.
         x1_at: Where that x_1 lies in the batch, as one would write it; empty if it does not.
         labels_at: The same for the labels, "None" if they do not.
         seen: What makes the targets, and what the first target of the batch was made from.
@@ -99,6 +101,7 @@ class FirstStep:
         """Leaves behind what a batch has shown."""
         self.x1: Tensor | None = None
         self.labels: Tensor | None = None
+        self.masks: MaskedLabels | None = None
         self.tied = ""
         self.encoding: Encoding | None = None
         self.x1_at, self.labels_at = "", "None"
@@ -135,7 +138,8 @@ class FirstStep:
         self._on_seen, self._bank, self._sums = on_seen, bank or _no_bank, NoiseSums()
         self._before = [(name, leaf, version_of(leaf)) for name, leaf in leaves_of(self.batch)]
         try:
-            x1, labels = find_checked(self._find, self.batch)
+            x1, found = find_checked(self._find, self.batch)
+            self.masks, labels = found if isinstance(found, MaskedLabels) else None, plain(found)
             self.x1, self.labels = x1.detach().clone(), None if labels is None else labels.clone()
             self.x1_at = self.place(self.x1)
             self.labels_at = self.place(self.labels) or "None"
@@ -144,7 +148,7 @@ class FirstStep:
                 self._module,
                 self._seams,
                 self._candidates,
-                self.labels,
+                self.masks or self.labels,
                 labels_name=self.labels_at if self.labels_at != "None" else "batch[1]",
                 batch=self.batch,
             )
@@ -152,7 +156,9 @@ class FirstStep:
     def _teller(self, seam: Seam) -> Callable[[Seen], None]:
         def tell(seen: Seen) -> None:
             if self._sums is not None and seen.x0 is not None and self._maker in (None, seam):
-                self._sums.add(seen.x0, seen.x1)
+                masks = self.masks if not self._finished else self.masks_of_batch()
+                if masks is None or len(masks) == len(seen.x1):
+                    self._sums.add(seen.x0, seen.x1, masks)
             # The first call of a batch stands for it: others are of its other parts.
             if self.seen is not None or (self._finished and not self._follows):
                 return
@@ -176,7 +182,8 @@ class FirstStep:
             self.search.encoders = None
             labels = self.labels_for(x1)
             if labels is not None:
-                self.search.labels = labels
+                self.search.labels = plain(labels)
+                self.search.masks = labels if isinstance(labels, MaskedLabels) else None
             if self._on_seen is not None:
                 self._on_seen(x1)
 
@@ -211,7 +218,9 @@ class FirstStep:
         if self.network is not None and self.network.optional:
             labelled = self.labels is not None and not self.network.conditional
             self.open = (
-                labelled or self.x1 is None or bool(unused_in(self.batch, self.x1, self.labels))
+                labelled
+                or self.x1 is None
+                or bool(unused_in(self.batch, self.x1, self.labels, self.masks))
             )
         # Later samples are taken where they are seen, if they are not those of the batch.
         trained = self.trained_x1
@@ -316,6 +325,20 @@ class FirstStep:
             return self.seen[1].x1
         return self._find(self.batch)[0]
 
+    def masks_of_batch(self) -> MaskedLabels | None:
+        """The masks of the present batch, None if there are none."""
+        if self.masks is None:
+            return None
+        found = find_checked(self._find, self.batch)[1]
+        return found if isinstance(found, MaskedLabels) else None
+
+    def as_rows(self, x1: Tensor, bank: LatentBank) -> Tensor:
+        """Samples of the first batch as rows of a bank, if they have masks."""
+        alike = self.masks is not None and self.masks.shape == tuple(x1.shape[1:])
+        if not alike or len(self.masks) != len(x1):  # type: ignore[arg-type]
+            return x1
+        return fitted(x1, self.masks, bank.shape)[0]
+
     def _drawn(self) -> Drawn | None:
         """What a scheme has smoothed last, if one does."""
         return next((s.drawn for s in self.schemes if s.smoothing is not None), None)
@@ -325,18 +348,24 @@ class FirstStep:
         own, bank = self.x1, self._bank()
         if own is not None and bool((find_among(own, x1) >= 0).all()):
             return False
+        x1 = x1 if bank is None else self.as_rows(x1, bank)
         if bank is None or tuple(x1.shape[1:]) != bank.shape:
             return True
         return not bool((bank.find(x1) >= 0).all())
 
-    def labels_for(self, x1: Tensor) -> Tensor | None:
+    def labels_for(self, x1: Tensor) -> Tensor | MaskedLabels | None:
         """The classes, (n,), int64, of samples, (n, *), that are trained on in the present batch.
 
         None if it cannot be said; see `labels_of_rows`.
         """
-        own = None if self.labels is None else self._own()
+        own = None if self.labels is None and self.masks is None else self._own()
         if own is None or own[1] is None:
             return None
+        if isinstance(own[1], MaskedLabels):
+            if len(x1) == len(own[1]):
+                return own[1]
+            rows = find_among(own[0], x1)
+            return own[1][rows] if bool((rows >= 0).all()) else None
         return labels_of_rows(x1, own[0], own[1], self._bank())
 
     def condition_for(self, condition: Condition, x1: Tensor) -> Tensor | None:
@@ -344,11 +373,12 @@ class FirstStep:
         own, as_is = self._own(), self._finished and not self._follows
         return self._given.of_rows(condition, self.batch, own or (x1, None), x1, as_is)
 
-    def _own(self) -> tuple[Tensor, Tensor | None] | None:
+    def _own(self) -> tuple[Tensor, Any] | None:
         """x_1 and labels of the present batch, None if there is none, as in validation."""
         if self.x1 is None or self.batch is None:
             return None
-        return find_checked(self._find, self.batch) if self._finished else (self.x1, self.labels)
+        own = (self.x1, self.masks or self.labels)
+        return find_checked(self._find, self.batch) if self._finished else own
 
     def place(self, tensor: Tensor | None) -> str:
         """Where a tensor lies in the present batch, as one would write it; empty if it does not."""

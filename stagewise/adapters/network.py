@@ -14,6 +14,7 @@ from stagewise.adapters.base import Seam
 from stagewise.adapters.calls import Call, Slots, conditioning, moved, rows_of
 from stagewise.adapters.columns import joined
 from stagewise.adapters.lines import where
+from stagewise.masks import MaskedLabels, plain
 
 __all__ = ["Network", "tensor_of"]
 
@@ -38,7 +39,8 @@ class Network:
 
     def describe(self) -> str:
         """One line for logs."""
-        given = ["x_t", "time", *(["labels"] if self.conditional else []), *self.conditions]
+        given = ["x_t", "time", *(["labels"] if self.conditional else [])]
+        given += [*(form for _, form in self._slots.masks), *self.conditions]
         return f"{where(self.name)}: {type(self.module).__name__}({', '.join(given)})"
 
     def given_more(
@@ -72,13 +74,13 @@ class Network:
                     return True
         return False
 
-    def __call__(self, xt: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def __call__(self, xt: Tensor, t: Tensor, labels: Any = None) -> Tensor:
         """The velocity at noisy samples, in the library's convention; with a graph if grad is on.
 
         Args:
             xt: Noisy samples, (B, *).
             t: Times in [0, 1], (B,), t = 0 is noise.
-            labels: Classes, (B,), for a network that is given some.
+            labels: Classes, (B,), for a network that is given some; `MaskedLabels` with masks.
 
         Returns:
             The velocity, (B, *), float32.
@@ -86,7 +88,7 @@ class Network:
         Raises:
             ValueError: If the network is given labels and there are none, or returns another shape.
         """
-        slots = self._slots
+        slots, masks, labels = self._slots, labels, plain(labels)
         leaves = list(slots.leaves)
 
         def put(k: int, value: Tensor) -> None:
@@ -101,6 +103,14 @@ class Network:
             if slots.one_hot:
                 labels = functional.one_hot(labels, leaves[slots.labels].shape[1])
             put(slots.labels, labels)
+        for k, form in slots.masks:
+            if not isinstance(masks, MaskedLabels):
+                raise ValueError(f"{self.describe()} is given masks, and there are none here.")
+            value = masks.forms()[form]
+            # It may be of another length than in the first call.
+            sizes = iter([size for size in value.shape[1:] if size != 1])
+            shape = [1 if size == 1 else next(sizes, 1) for size in leaves[k].shape[1:]]
+            leaves[k] = value.to(leaves[k]).reshape(-1, *shape)
         rows = [k % slots.size for k in range(len(xt))] if slots.conditions else []
         for k, _ in slots.conditions:
             leaves[k] = rows_of(leaves[k], slots.size, rows)

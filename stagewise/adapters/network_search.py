@@ -30,6 +30,7 @@ from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.lines import call_text, guessed_line, velocity_line, where
 from stagewise.adapters.network import Network
 from stagewise.adapters.reasons import GIVEN, Candidates, Diagnosis, Made, Reasons, own_of
+from stagewise.masks import MaskedLabels, plain
 from stagewise.paths import same_path
 
 __all__ = ["Match", "NetworkSearch"]
@@ -76,7 +77,7 @@ class NetworkSearch:
         candidates: Names and tensors that may be `x_1`, asked for at each call, best first: as it
             was given to what makes the targets (`GIVEN`), as it was found in the batch, and other
             floating-point tensors of the batch. The names are written into messages.
-        labels: The classes of the batch, (B,), or None.
+        labels: The classes of the batch, (B,), or None; with masks `MaskedLabels`.
         labels_name: How messages write the labels of a batch, default "batch[1]".
         batch: The batch: what the network is given of it as it is counts as a condition.
 
@@ -91,12 +92,14 @@ class NetworkSearch:
         root: nn.Module,
         seams: Iterable[Seam],
         candidates: Candidates,
-        labels: Tensor | None,
+        labels: Any,
         *,
         labels_name: str = "batch[1]",
         batch: Any = None,
     ) -> None:
-        self.root, self.labels = root, labels
+        self.root, self.labels, self.masks = root, plain(labels), None
+        if isinstance(labels, MaskedLabels):
+            self.masks = labels
         self.seams: list[Seam] = []
         self._makers = set()
         for seam in seams:
@@ -106,7 +109,7 @@ class NetworkSearch:
         self._candidates, self._batch = candidates, batch
         self.compiled, self.empty = _is_compiled(root), True
         self._matches: list[Match] = []
-        self._reasons = Reasons(self.seams, labels, labels_name)
+        self._reasons = Reasons(self.seams, self.labels, labels_name)
         self._goes_on: tuple[str, str] | None = None
         self._inside: nn.Module | None = None
         self._pending: Match | None = None
@@ -196,7 +199,8 @@ class NetworkSearch:
 
         hook = first.network.module.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            ask(first.reading.noisy.xt, first.reading.noisy.t, self.labels)
+            known: Any = self.masks or self.labels
+            ask(first.reading.noisy.xt, first.reading.noisy.t, known)
         finally:
             hook.remove()
         if len(calls) != 1:
@@ -310,7 +314,7 @@ class NetworkSearch:
                 continue
             # Of several the one whose time says most: labels have fewer values.
             reading = max(fits, key=lambda reading: reading.moments)
-            slots = conditioning(call, reading.slots, self.labels, self._batch)
+            slots = conditioning(call, reading.slots, self.masks or self.labels, self._batch)
             network = Network(call.module, call.name, reading.seam, slots.kept(call.leaves))
             match = Match(network, call, replace(reading, slots=slots), text, x1)
             if own is not None:

@@ -118,7 +118,10 @@ class Transport(Seam):
             nonlocal call
             told = dict(model_kwargs or {})
             y = told.pop("y", None)
-            found = [check_conditions(part, [y], [told], len(x1)) for part in parts(scheme)]
+            found = [
+                check_conditions(part, [y], [told], len(x1), part.with_masks(None, None, x1))
+                for part in parts(scheme)
+            ]
             call = {"labels": next((labels for labels in found if labels is not None), None)}
             try:
                 terms = plain_losses(model, x1, model_kwargs, *args, **kwargs)

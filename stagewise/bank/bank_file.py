@@ -3,6 +3,7 @@
     8 bytes        length of the header
     header         JSON: where each tensor is; what the bank is, as strings
     offset, centre (D,); sq_norms, keys, index (N,); classes, starts, stops (C,)   64-bit each
+    masks, labels  (C, M) of bools and (C,): what each class stands for, of a bank with masks
     rows           (N, D), as stored, from a page boundary to the end
 
 The header is padded with spaces, as the format allows, so that the rows begin at a page boundary:
@@ -27,28 +28,40 @@ from torch import Tensor
 from stagewise.bank.rows import RowStore
 from stagewise.bank.streaming import MappedFile
 from stagewise.files import FilePath, map_tensor, read_header, read_tensor, replace_file
+from stagewise.masks import MaskedLabels
 from stagewise.memory import format_bytes
 
 __all__ = ["open_bank", "write_bank"]
 
-_VERSION = 1
+_VERSION = 2
+"""That of banks with masks; others are of version 1, and readers of that open them."""
+
 _PAGE = 4096
 _TYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
-    torch.int64: "I64",
+    **{torch.int64: "I64", torch.bool: "BOOL"},
 }
 
 
 def _layout(
-    num_rows: int, dim: int, dtype: torch.dtype, num_classes: int
+    num_rows: int,
+    dim: int,
+    dtype: torch.dtype,
+    num_classes: int,
+    mask_size: int = 0,
+    labelled: bool = False,
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of each tensor in the file of a bank, in order."""
     n, d, c = (num_rows,), (dim,), (num_classes,)
     wide, whole = torch.float64, torch.int64
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     layout = {"offset": (wide, d), "centre": (wide, d), "sq_norms": (wide, n), "keys": (whole, n)}
     if num_classes:
         layout |= {"index": (whole, n), "classes": (whole, c)}
         layout |= {"starts": (whole, c), "stops": (whole, c)}
+    if mask_size:
+        layout["masks"] = torch.bool, (num_classes, mask_size)
+        layout |= {"labels": (whole, c)} if labelled else {}
     return {**layout, "rows": (dtype, n + d)}
 
 
@@ -59,6 +72,7 @@ def write_bank(
     dtype: torch.dtype,
     num_classes: int,
     fill: Callable[[Tensor], Any],
+    pairs: MaskedLabels | None = None,
 ) -> None:
     """Writes the file of a bank, which has its name when it is complete and on the disk.
 
@@ -72,10 +86,13 @@ def write_bank(
         num_classes: C; 0 without labels.
         fill: Fills the rows, (N, D), which are mapped: what is assigned to them goes to the file.
             Returns the bank of them.
+        pairs: What its classes are, with masks.
     """
     header: dict[str, Any] = {}
-    end = 0
-    for name, (kind, shape) in _layout(num_rows, dim, dtype, num_classes).items():
+    end, of = 0, [num_rows, dim, dtype, num_classes]
+    if pairs is not None:
+        of += [pairs.mask[0].numel(), pairs.labels is not None]
+    for name, (kind, shape) in _layout(*of).items():  # type: ignore[arg-type]
         begin, end = end, end + math.prod(shape) * kind.itemsize
         header[name] = {"dtype": _TYPES[kind], "shape": shape, "data_offsets": (begin, end)}
     # At least a page for the header, which takes about a quarter of it.
@@ -111,7 +128,11 @@ def _contents(bank: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         columns = zip(("classes", "starts", "stops"), torch.tensor(bank.class_ends).T, strict=True)
         own = torch.arange(len(bank)) if bank.index is None else bank.index
         tensors |= {"index": own, **dict(columns)}
-    about = {"format": "pt", "stagewise_bank": str(_VERSION), "shape": json.dumps(bank.shape)}
+    about = {"format": "pt", "stagewise_bank": "1", "shape": json.dumps(bank.shape)}
+    if bank.pairs is not None:
+        mask, labels = bank.pairs.mask, bank.pairs.labels
+        tensors |= {"masks": mask.flatten(1)} | ({} if labels is None else {"labels": labels})
+        about |= {"stagewise_bank": str(_VERSION), "mask_shape": json.dumps(mask.shape[1:])}
     about |= {"fingerprint": bank.fingerprint, "radius": repr(bank.radius)}
     return tensors, {**about, "max_norm": repr(bank.max_norm), "std": repr(bank.std)}
 
@@ -145,14 +166,16 @@ def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
             "tensors: LatentBank(x, labels).save(path)."
         )
     version = about["stagewise_bank"][:20]
-    if version != str(_VERSION):
+    if version not in ("1", str(_VERSION)):
         raise ValueError(
             f"{path} was written by a later version of stagewise (file version {version}, known up "
             f"to {_VERSION}). Update stagewise."
         )
     stored = entries["rows"]
     num_classes = math.prod(entries["classes"].shape) if "classes" in entries else 0
-    layout = _layout(*stored.shape, stored.dtype, num_classes) if len(stored.shape) == 2 else {}
+    size = math.prod(entries["masks"].shape[1:]) if "masks" in entries else 0
+    of: Any = (*stored.shape, stored.dtype, num_classes, size, "labels" in entries)
+    layout = _layout(*of) if len(stored.shape) == 2 else {}
     held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     if held != layout or not stored.dtype.is_floating_point:
         raise _damaged(path, f"expected the tensors of a bank, got {held}")
@@ -164,7 +187,12 @@ def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
     segments = {label: slice(*ends) for label, *ends in zip(*columns, strict=True)}
     rows, pages = map_tensor(path, stored)
     shape, mapped = _sample_shape(about.get("shape", "")), MappedFile(pages, stored.start)
-    bank = RowStore(rows, has["offset"], shape, has.get("index"), segments, mapped, has["keys"])
+    pairs = None
+    if size:
+        mask = has["masks"].reshape(-1, *_sample_shape(about.get("mask_shape", "")))
+        pairs = MaskedLabels(has.get("labels"), mask, shape)
+    at = rows, has["offset"], shape, has.get("index"), segments, mapped, has["keys"], pairs
+    bank = RowStore(*at)
     if bank.fingerprint != about.get("fingerprint"):
         raise _damaged(path, "what it says it holds and what it holds have other fingerprints")
     return bank, has

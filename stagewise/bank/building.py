@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagewise.batches import FindSample, find_checked
+from stagewise.batches import PADDED, FindSample, find_checked
+from stagewise.masks import MaskedLabels, as_mask, join
 from stagewise.memory import require_memory
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "HALF",
     "as_tensor",
     "class_order",
+    "exact_offset",
     "measure",
     "narrow",
     "offset_for",
@@ -106,7 +109,7 @@ class Incoming(NamedTuple):
     """Samples of batches on their way: `parts` are `(rows before, rows (n, D), labels or None)`.
 
     Rows are as they are stored in `dtype`, less `offset`, on the host; `narrowed` says whether they
-    had another type. `shape` is that of a sample.
+    had another type. `shape` is that of a sample. `masks` are those of all rows, or None.
     """
 
     parts: Iterator[tuple[int, Tensor, Tensor | None]]
@@ -114,6 +117,7 @@ class Incoming(NamedTuple):
     dtype: torch.dtype
     offset: Tensor
     narrowed: bool
+    masks: MaskedLabels | None
 
 
 def read_batches(
@@ -124,12 +128,16 @@ def read_batches(
     offset: Tensor | None,
     advance: Callable[[int], object] | None,
     copies: int | None = None,
+    mask: Tensor | None = None,
 ) -> Incoming:
     """The first `num_rows` samples; the arguments are those of `LatentBank.from_batches`.
 
     With `copies` they are refused, before more than a batch is read, if they do not fit in memory.
     The mean of all is known only after the last batch. Any fixed vector near it serves as the
     offset: that of the first 256 rows, whatever the batches are.
+
+    Masks are given beforehand, or found in all batches, which are then read at once: how long the
+    longest sample is, is known only after the last.
     """
     found = (find_checked(find, batch) for batch in batches)
     first = next(found, None)
@@ -137,17 +145,40 @@ def read_batches(
         raise ValueError(f"Expected {num_rows} rows in the batches, got 0.")
     shape = tuple(first[0].shape[1:])
     require_rows((num_rows, *shape))
+    masked = isinstance(first[1], MaskedLabels)
+    if masked and mask is None and copies is None:
+        raise ValueError(
+            "Expected the masks of all rows beforehand, as rows are written where their mask is: "
+            "LatentBank.write(path, batches, num_rows, mask=mask). Or, in memory: "
+            "LatentBank.from_batches(batches, num_rows, find=find).save(path)."
+        )
+    masks = None if mask is None else MaskedLabels(None, as_mask(mask, num_rows, shape), shape)
 
-    def read() -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    def read() -> Iterator[tuple[int, Tensor, Any]]:
         done = 0
         for x1, labels in chain([first], found):
-            if x1.shape[1:] != shape:
+            own = isinstance(labels, MaskedLabels)
+            if own != masked:
+                raise ValueError(
+                    "Expected a mask in all batches or in none, got some in one and none in "
+                    f"another after {done} rows. Let `find` return one of each."
+                )
+            if x1.shape[1:] != shape and (masks is not None or not own):
                 raise ValueError(
                     f"Expected samples of shape {shape} as in the first batch, got "
-                    f"{tuple(x1.shape[1:])} after {done} rows."
+                    f"{tuple(x1.shape[1:])} after {done} rows. {PADDED}"
                 )
-            x1 = x1[: num_rows - done].detach().cpu().flatten(1)
-            yield done, x1, None if labels is None else labels[: len(x1)].detach().cpu()
+            x1 = x1[: num_rows - done].detach().cpu()
+            labels = None if labels is None else labels[: len(x1)].cpu()
+            if masks is not None:
+                here = masks[done : done + len(x1)].cpu()
+                if own and not torch.equal(labels.entries, here.entries):  # type: ignore[union-attr]
+                    raise ValueError(
+                        f"Expected batches in the order of `mask`, got other masks after {done} "
+                        "rows. Read without shuffling."
+                    )
+                x1, labels = here.zero(x1), labels.labels if own else labels  # type: ignore[union-attr]
+            yield done, x1, labels
             done += len(x1)
             if advance is not None:
                 advance(done)
@@ -159,36 +190,58 @@ def read_batches(
     dtype = require_storage(dtype or given)
     if copies is not None:
         require_memory(num_rows, math.prod(shape), dtype, copies)
+    if masked and masks is None:
+        x, masks = join([(x1, labels) for _, x1, labels in samples])
+        assert isinstance(masks, MaskedLabels)
+        shape, known = masks.shape, masks.labels
+        samples = iter([(0, masks.zero(x), known)])
+    flat = ((done, x1.flatten(1), labels) for done, x1, labels in samples)
     held = []
-    for part in samples:
+    for part in flat:
         held.append(part)
         if part[0] + len(part[1]) >= _FIRST:
             break
     middle = offset_for(torch.cat([x1 for _, x1, _ in held])[:_FIRST], dtype, offset)
-    parts = ((done, narrow(x1, middle, dtype), y) for done, x1, y in chain(held, samples))
-    return Incoming(parts, shape, dtype, middle, given != dtype)
+    if masks is not None:
+        middle = exact_offset(middle, dtype)
+    parts = ((done, narrow(x1, middle, dtype), y) for done, x1, y in chain(held, flat))
+    return Incoming(parts, shape, dtype, middle, given != dtype, masks)
 
 
 # -- classes ----------------------------------------------------------------------------------
 
 
 def class_order(
-    labels: Tensor | np.ndarray | None, num_rows: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor | None, dict[int, slice]]:
-    """The order that brings rows of a class together; within it they keep theirs.
+    labels: Tensor | np.ndarray | None,
+    num_rows: int,
+    device: torch.device | str = "cpu",
+    masks: MaskedLabels | None = None,
+) -> tuple[Tensor | None, dict[int, slice], MaskedLabels | None]:
+    """Where rows go so that those of a class, or of a mask and a class, stand together.
 
     Returns:
-        The old position of each row in the new order, (N,), and the classes, ascending, with their
-        rows. Without labels None and no classes.
+        The old position of each row in the new order, (N,); the classes, ascending, with their
+        rows; and with masks what the pairs are, by mask from short to long, then by label. Without
+        labels and masks None and no classes.
     """
-    if labels is None:
-        return None, {}
-    labels = whole_labels(as_tensor(labels, "labels").to(device), num_rows)
-    index = torch.argsort(labels, stable=True)
-    classes, counts = torch.unique_consecutive(labels[index], return_counts=True)
-    stops = counts.cumsum(0).tolist()
-    ends = zip([0, *stops[:-1]], stops, strict=True)
-    return index, {label: slice(*pair) for label, pair in zip(classes.tolist(), ends, strict=True)}
+    if labels is not None:
+        labels = whole_labels(as_tensor(labels, "labels").to(device), num_rows)
+    if masks is None and labels is None:
+        return None, {}, None
+    if masks is None:
+        assert labels is not None
+        index, keys = torch.argsort(labels, stable=True), labels
+    else:
+        masks = replace(masks.to(device), labels=labels)
+        index, keys = torch.arange(num_rows, device=device), masks.keys()
+        for order in (labels, masks.unlabelled().keys(), masks.counts):
+            index = index if order is None else index[torch.argsort(order[index], stable=True)]
+    classes, counts = torch.unique_consecutive(keys[index], return_counts=True)
+    stops = counts.cumsum(0)
+    pairs = None if masks is None else masks[index[stops - 1]].cpu()
+    ends = zip([0, *stops.tolist()[:-1]], stops.tolist(), strict=True)
+    segments = {key: slice(*pair) for key, pair in zip(classes.tolist(), ends, strict=True)}
+    return index, segments, pairs
 
 
 def sort_in_place(rows: Tensor, index: Tensor | None) -> None:
@@ -233,6 +286,11 @@ def offset_for(x: Tensor, dtype: torch.dtype, given: Tensor | None = None) -> Te
         total += block.double().where(finite[:, None], 0.0).sum(0)
         count += finite.sum()
     return (total / count.clamp_min(1)).float().double()
+
+
+def exact_offset(offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """An offset near another that `dtype` holds: numbers that are 0, as in padding, stay 0."""
+    return offset.to(dtype).double() if dtype in HALF else offset
 
 
 def narrow(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,7 @@ from stagewise.bank.bank_file import open_bank, write_bank
 from stagewise.bank.building import (
     as_tensor,
     class_order,
+    exact_offset,
     measure,
     narrow,
     offset_for,
@@ -37,6 +38,7 @@ from stagewise.bank.building import (
 from stagewise.bank.rows import RowStore
 from stagewise.batches import FindSample, find_sample
 from stagewise.files import FilePath
+from stagewise.masks import MaskedLabels, plain
 from stagewise.memory import format_bytes
 
 __all__ = ["LatentBank"]
@@ -50,6 +52,9 @@ class LatentBank(RowStore):
             copy when no labels are given and `dtype` is theirs already: do not change them in place
             afterwards.
         labels: Class of each sample, (N,) or (N, 1), any whole numbers; default None (no classes).
+        mask: Which numbers of each sample count: bool, (N, *), with the first axes of `x`, such as
+            (N, L) for (N, L, d); or lengths, integers (N,). Default None: all. Samples are then
+            compared with those of the same mask only (`stagewise.masks`), and stand by mask.
         conditions: What the model is given for each sample beside time and class (text embeddings,
             observations, one-hot), (N, *), for a `ConditionedOracle`; default None. Files of banks
             do not hold them: `LatentBank.open(path).with_conditions(c)`.
@@ -73,8 +78,10 @@ class LatentBank(RowStore):
         radius: The largest such distance (not squared).
         max_norm: An upper bound on the norm of a sample.
         conditions: Those of the rows, (N, C), in the bank's own order, or None.
-        std: Standard deviation of all numbers in the bank around their one mean.
-        classes: The classes, ascending; empty without labels.
+        std: Standard deviation of all numbers in the bank that count, around their one mean.
+        classes: The classes, ascending; empty without labels. With masks, pairs of mask and label,
+            known by their keys.
+        pairs: With masks what each class is: `labels` (C,) or None, and `mask` (C, *); else None.
 
     Raises:
         ValueError: If there are fewer than two rows, rows with NaN or Inf (the count and the first
@@ -96,6 +103,7 @@ class LatentBank(RowStore):
         x: Tensor | np.ndarray,
         labels: Tensor | np.ndarray | None = None,
         *,
+        mask: Tensor | None = None,
         conditions: Tensor | np.ndarray | None = None,
         dtype: torch.dtype | None = None,
         offset: Tensor | None = None,
@@ -105,15 +113,17 @@ class LatentBank(RowStore):
             raise TypeError(f"Expected floating-point `x`, got {x.dtype}. Scale images to floats.")
         dtype = require_storage(dtype or x.dtype)
         require_rows(tuple(x.shape))
-        given = x.detach().flatten(1)
+        masks = None if mask is None else MaskedLabels.of(None, mask, x)
+        given = (x if masks is None else masks.zero(x)).detach().flatten(1)
         offset = offset_for(given, dtype, offset)
+        offset = offset if masks is None else exact_offset(offset, dtype)
         rows = given if given.dtype == dtype else narrow(given, offset, dtype)
-        index, segments = class_order(labels, len(rows), rows.device)
+        index, segments, pairs = class_order(labels, len(rows), rows.device, masks)
         if index is not None and rows is given:
             rows = rows[index]
         else:
             sort_in_place(rows, index)
-        super().__init__(rows, offset, tuple(x.shape[1:]), index, segments)
+        super().__init__(rows, offset, tuple(x.shape[1:]), index, segments, pairs=pairs)
         self._measure(given.dtype != dtype)
         if conditions is not None:
             self.conditions = self._in_order(conditions)
@@ -162,6 +172,11 @@ class LatentBank(RowStore):
         self.radius = math.sqrt(float(self.sq_norms.max()))
         self.max_norm = self.radius + float(self.centre.norm())
         scatter = self.mean_sq_norm / self.dim + self.centre.var(correction=0)
+        if self.pairs is not None:
+            sizes = torch.tensor([rows.stop - rows.start for rows in self._segments.values()])
+            valid = float((sizes * self.pairs.counts).sum()) / len(self)
+            mean, square = self.centre.sum(), self.mean_sq_norm + self.centre.square().sum()
+            scatter = (square / valid - (mean / valid).square()).clamp_min(0)
         self.std = math.sqrt(float(scatter))
         return self
 
@@ -183,7 +198,9 @@ class LatentBank(RowStore):
         Args:
             batches: Batches of anything that `find` understands; each sample once.
             num_rows: How many rows there are (`len(dataset)`); rows beyond it are not read.
-            find: From a batch to `(x_1, labels or None)`; default `batches.find_sample`.
+            find: From a batch to `(x_1, labels or None)`, or to `(x_1, labels or None, mask)`;
+                default `batches.find_sample`. With masks samples of different batches may have
+                different lengths: all are padded to the longest, once all are read.
             dtype: Storage dtype; default that of the samples.
             offset: What 16-bit rows are rounded relative to, see the class; default the mean of the
                 first rows, up to 256 of them.
@@ -204,9 +221,11 @@ class LatentBank(RowStore):
             if label is not None and class_wise:
                 labels[done : done + len(part)] = label
                 labelled += len(part)
-        index, segments = class_order(labels[:labelled] if labelled else None, num_rows)
+        own = labels[:labelled] if labelled else None
+        index, segments, pairs = class_order(own, num_rows, masks=read.masks)
         sort_in_place(rows, index)
-        return cls._of(rows, read.offset, read.shape, index, segments)._measure(read.narrowed)
+        about = read.shape, index, segments, None, None, pairs
+        return cls._of(rows, read.offset, *about)._measure(read.narrowed)
 
     @classmethod
     def write(
@@ -216,6 +235,7 @@ class LatentBank(RowStore):
         num_rows: int,
         *,
         labels: Tensor | None = None,
+        mask: Tensor | None = None,
         dtype: torch.dtype | None = None,
         offset: Tensor | None = None,
         find: FindSample = find_sample,
@@ -229,6 +249,7 @@ class LatentBank(RowStore):
             num_rows: As for `from_batches`.
             labels: Integer class of each row, (N,), in the order of the batches; default None (no
                 classes). They are needed beforehand because a row is written where its class is.
+            mask: Those of all rows, as for the class; default None. All samples have one shape.
             dtype: Storage dtype; default that of the samples.
             offset: As for `from_batches`.
             find: From a batch to `(x_1, labels or None)`; labels found are compared with `labels`.
@@ -238,8 +259,9 @@ class LatentBank(RowStore):
             OSError: If the disk has no room for it.
             ValueError: As `from_batches`, or if labels of a batch are not those in `labels`.
         """
-        index, segments = class_order(labels, num_rows)
-        read = read_batches(batches, num_rows, find, dtype, offset, advance)
+        read = read_batches(batches, num_rows, find, dtype, offset, advance, mask=mask)
+        index, segments, pairs = class_order(labels, num_rows, masks=read.masks)
+        about = read.shape, index, segments, None, None, pairs
         place = torch.arange(num_rows) if index is None else torch.argsort(index)
 
         def fill(rows: Tensor) -> LatentBank:
@@ -247,9 +269,9 @@ class LatentBank(RowStore):
                 if labels is not None and found is not None:
                     _require_same(found, labels[done : done + len(part)], done)
                 rows[place[done : done + len(part)]] = part
-            return cls._of(rows, read.offset, read.shape, index, segments)._measure(read.narrowed)
+            return cls._of(rows, read.offset, *about)._measure(read.narrowed)
 
-        write_bank(path, num_rows, math.prod(read.shape), read.dtype, len(segments), fill)
+        write_bank(path, num_rows, math.prod(read.shape), read.dtype, len(segments), fill, pairs)
         return cls.open(path)
 
     def part(self, rows: slice) -> LatentBank:
@@ -260,10 +282,11 @@ class LatentBank(RowStore):
         """
         at = torch.arange(len(self), device=self.device)[rows]
         require_rows((len(at), *self.shape))
-        labels = torch.tensor(self.labels_of(at.tolist())) if self._segments else None
-        _, segments = class_order(labels, len(at))
-        stored = self.rows[at].cpu()
-        part = self._of(stored, self.offset.cpu(), self.shape, None, segments)._measure()
+        own = self.classes_of(at.tolist())
+        masks = own if isinstance(own, MaskedLabels) else None
+        _, segments, pairs = class_order(plain(own), len(at), masks=masks)
+        about = self.offset.cpu(), self.shape, None, segments, None, None, pairs
+        part = self._of(self.rows[at].cpu(), *about)._measure()
         part.conditions = None if self.conditions is None else self.conditions[at].cpu()
         return part
 
@@ -282,7 +305,7 @@ class LatentBank(RowStore):
                 rows[first : first + len(chunk)] = chunk
             return self
 
-        write_bank(path, len(self), self.dim, self.dtype, len(self.classes), fill)
+        write_bank(path, len(self), self.dim, self.dtype, len(self.classes), fill, self.pairs)
 
     @classmethod
     def open(cls, path: FilePath) -> LatentBank:
@@ -304,7 +327,10 @@ class LatentBank(RowStore):
         return bank._summarise()
 
     def __repr__(self) -> str:
-        classes = f", {len(self._segments)} classes" if self._segments else ""
+        classes = f", {len(self._segments)} classes" if self.labelled else ""
+        if self.pairs is not None:
+            classes = f", {len(self._of_masks)} masks{classes}"
+            classes += f", the median row compared with {self.median_class} rows"
         if self.conditions is not None:
             classes += f", conditions of {self.conditions.shape[1]} numbers"
         return (

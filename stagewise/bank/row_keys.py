@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "find_among", "find_rows", "row_keys"]
+__all__ = ["digest", "find_among", "find_rows", "mask_keys", "row_keys"]
 
 _BLOCK = 2**20  # words at a time: their 64-bit products then stay in the cache
 
@@ -35,6 +35,15 @@ def row_keys(rows: Tensor) -> Tensor:
     return keys
 
 
+def mask_keys(mask: Tensor) -> Tensor:
+    """The keys of masks (N, D), bool: (N,), int64, the sum of the weights of what is true."""
+    keys = torch.empty(len(mask), dtype=torch.int64, device=mask.device)
+    factor, step = _weights(mask.shape[1], mask.device), max(1, _BLOCK // mask.shape[1])
+    for block, out in zip(mask.split(step), keys.split(step), strict=True):
+        out.copy_((block * factor).sum(1))
+    return keys
+
+
 def _weights(words: int, device: torch.device) -> Tensor:
     """Odd numbers of RandomState, whose stream is frozen for good, as no generator of torch's."""
     made = _made.get((words, device))
@@ -50,15 +59,18 @@ _made: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def find_rows(
-    read: Callable[[Tensor], Tensor], index: tuple[Tensor, Tensor], wanted: Tensor
+    read: Callable[[Tensor], Tensor],
+    index: tuple[Tensor, Tensor],
+    wanted: Tensor,
+    more: Tensor | int = 0,
 ) -> Tensor:
     """Where each of `wanted`, (B, D), stands among some rows: the number of an equal one, or -1.
 
     `read` gives rows by their numbers; `index` is their keys in ascending order and the rows they
-    belong to, each (N,).
+    belong to, each (N,); `more` is added to the keys of the wanted.
     """
     keys, order = index
-    key = row_keys(wanted)
+    key = row_keys(wanted) + more
     # Equal keys stand together. Both ends are looked at because two different rows might, once in
     # a great many banks, share a key.
     first = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from stagewise.bank.building import BLOCK, HALF
 from stagewise.bank.row_keys import digest, find_rows, row_keys
 from stagewise.bank.streaming import MappedFile, stream
+from stagewise.masks import MaskedLabels
 from stagewise.memory import available_memory, oracle_device
 
 __all__ = ["RowStore"]
@@ -30,7 +31,8 @@ class RowStore:
 
     `rows`, `offset`, `shape` and `index` are those of `LatentBank`; `segments` the rows of each
     class, by its label, ascending; `file` is that under rows that are memory-mapped, and `keys`
-    those of the rows, if they are known.
+    those of the rows, if they are known. With masks a class is a label and a mask, known by its
+    key (`stagewise.masks`), and `pairs` are those of all segments in their order.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class RowStore:
         segments: dict[int, slice] | None = None,
         file: MappedFile | None = None,
         keys: Tensor | None = None,
+        pairs: MaskedLabels | None = None,
     ) -> None:
         self.rows, self.offset, self.shape = rows, offset, shape
         self.index, self._segments = index, segments or {}
+        self.pairs, self._of_masks = pairs, _of_masks(pairs, self._segments)
         self._file, self._keys = file, keys
         self._fingerprint: str | None = None
-        self._sorted_keys: dict[torch.dtype | None, tuple[Tensor, Tensor]] = {}
+        self._sorted_keys: dict[Any, tuple[Tensor, Tensor]] = {}
         self._class_table: dict[torch.device, Tensor] = {}
         self._unknown: deque[tuple[Tensor, Callable[[], bool]]] = deque()
         self.shifted = bool(offset.any())
@@ -104,6 +108,24 @@ class RowStore:
         """Label, first row and end of each class."""
         return [(label, rows.start, rows.stop) for label, rows in self._segments.items()]
 
+    @property
+    def labelled(self) -> bool:
+        """Whether its rows have labels; with masks they may have classes and no labels."""
+        return bool(self._segments) if self.pairs is None else self.pairs.labels is not None
+
+    def scopes(self, class_wise: bool) -> list[slice]:
+        """Sets of rows that posteriors are over: the classes, or without them the bank or masks."""
+        if class_wise:
+            self.require_classes()
+            return list(self._segments.values())
+        return [self.whole] if self.pairs is None else list(self._of_masks.values())
+
+    @cached_property
+    def median_class(self) -> int:
+        """Rows of the class of the median row."""
+        sizes = sorted(rows.stop - rows.start for rows in self._segments.values())
+        return next(size for i, size in enumerate(sizes) if 2 * sum(sizes[: i + 1]) >= len(self))
+
     def require_classes(self) -> None:
         """Refuses a bank without labels, with the cure."""
         if not self._segments:
@@ -111,11 +133,28 @@ class RowStore:
                 "A class-wise posterior needs a bank with labels: LatentBank(x, labels)."
             )
 
+    def require_unmasked(self, what: str, cure: str) -> None:
+        """Refuses a bank with masks, with the cure."""
+        if self.pairs is not None:
+            raise ValueError(f"{what} does not know masks, and the bank has some. {cure}")
+
+    def has_masks(self, masks: MaskedLabels) -> Tensor:
+        """Which samples have a mask (and label) of some row, (n,), on the host."""
+        known = {*self._of_masks, *self._segments}
+        return torch.tensor([key in known for key in masks.tolist()])
+
     def segment(self, label: int) -> slice:
         """The rows of a class, as a slice of the bank's own order; refuses another."""
-        if label in self._segments:
-            return self._segments[label]
+        found = self._segments.get(label, self._of_masks.get(label))
+        if found is not None:
+            return found
         self.require_classes()
+        if self.pairs is not None:
+            raise ValueError(
+                f"No row of the bank has this mask (and label), and its {len(self._of_masks)} "
+                "masks are those it was built from. Build the bank from the masks that training "
+                "uses: LatentBank(x, labels, mask=mask)."
+            )
         known = self.classes
         raise ValueError(
             f"Class {label} is not in the bank, which has {len(known)} classes from {known[0]} to "
@@ -141,7 +180,9 @@ class RowStore:
         self._require_known()
         table = self._class_table.get(labels.device)
         if table is None:
-            table = torch.tensor(self.class_ends, device=labels.device).T.contiguous()
+            ends = {**self._of_masks, **self._segments}
+            ordered = [(key, ends[key].start, ends[key].stop) for key in sorted(ends)]
+            table = torch.tensor(ordered, device=labels.device).T.contiguous()
             if _as_real(table, self.rows):
                 self._class_table[labels.device] = table
         at = torch.searchsorted(table[0], labels).clamp_max(table.shape[1] - 1)
@@ -166,6 +207,13 @@ class RowStore:
         classes, stops = self.classes, [segment.stop for segment in self._segments.values()]
         return [classes[bisect_right(stops, row)] for row in rows]
 
+    def classes_of(self, rows: Sequence[int]) -> Tensor | MaskedLabels | None:
+        """The labels of rows, (n,), with their masks if they have any; None without classes."""
+        if self.pairs is None:
+            return torch.tensor(self.labels_of(rows)) if self._segments else None
+        stops = [segment.stop for segment in self._segments.values()]
+        return self.pairs[torch.tensor([bisect_right(stops, row) for row in rows])]
+
     def take(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
         """Samples by their rows (own order, any shape, any device), (*rows.shape, D), float64.
 
@@ -174,7 +222,7 @@ class RowStore:
         stored = self.rows[rows.to(self.device)]
         return stored.to(device or self.device) + self.offset.to(device or self.device)
 
-    def find(self, x1: Tensor) -> Tensor:
+    def find(self, x1: Tensor, masks: object = None) -> Tensor:
         """The row of each sample that is in the bank, at the precision of `x1`.
 
         Samples of more digits than the rows have are rounded as the rows were. Of fewer (a float32
@@ -184,7 +232,9 @@ class RowStore:
         were cast from the bank's own samples: give the bank `offset=torch.zeros(dim)` for that.
 
         Args:
-            x1: Samples, (B, *), as those the bank was built from; on any device.
+            x1: Samples, (B, *), as those the bank was built from; on any device. With masks zeros
+                are outside of them.
+            masks: `MaskedLabels`, for rows of the same mask only.
 
         Returns:
             Rows in the bank's own order, (B,), int64, on the device of `x1`; -1 for a sample that
@@ -202,21 +252,31 @@ class RowStore:
         flat, dtype = x1.detach().to(self.device).flatten(1), x1.dtype
         found = torch.full((len(flat),), -1, device=self.device)
         fewer = dtype in (*HALF, torch.float32) and dtype.itemsize < self.dtype.itemsize
+        more: Tensor | int = 0
+        of_masks = isinstance(masks, MaskedLabels)
+        if isinstance(masks, MaskedLabels):
+            more = masks.unlabelled().keys().to(self.device)
         if not fewer:
             wanted = (flat.double() - self.offset).to(self.dtype)
-            found = find_rows(self.rows.__getitem__, self._key_index(), wanted)
+            found = find_rows(self.rows.__getitem__, self._key_index(None, of_masks), wanted, more)
         # Of two 16-bit types neither holds the other, and neither holds samples with an offset.
         both = dtype in HALF and self.dtype in HALF and (dtype != self.dtype or self.shifted)
         if fewer or both:
-            index = self._key_index(dtype)
-            rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat)
+            index = self._key_index(dtype, of_masks)
+            rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat, more)
             found = rounded.where(found < 0, found)
         return found.to(x1.device)
 
-    def _key_index(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """The keys in ascending order and their rows; of the samples as `dtype` if it is given."""
-        if dtype in self._sorted_keys:
-            return self._sorted_keys[dtype]
+    def _key_index(
+        self, dtype: torch.dtype | None = None, of_masks: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The keys in ascending order and their rows; of the samples as `dtype` if it is given.
+
+        With `of_masks` the keys of their masks are added to them.
+        """
+        name = (dtype, "masks") if of_masks else dtype
+        if name in self._sorted_keys:
+            return self._sorted_keys[name]
         if dtype is None:
             keys = self.row_keys()
         else:
@@ -224,9 +284,13 @@ class RowStore:
             parts = self.chunks(self.whole, size)
             # Through float64, as `take` gives a sample.
             keys = torch.cat([row_keys((part + self.offset).to(dtype)) for _, part in parts])
+        if of_masks:
+            ends = self._of_masks.items()
+            added = [torch.full((rows.stop - rows.start,), key) for key, rows in ends]
+            keys = keys + torch.cat(added).to(keys.device)
         values, order = keys.sort(stable=True)
         if _as_real(values, self.rows):
-            self._sorted_keys[dtype] = (values, order)
+            self._sorted_keys[name] = (values, order)
         return values, order
 
     def chunks(
@@ -316,6 +380,15 @@ class RowStore:
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         return self
+
+
+def _of_masks(pairs: MaskedLabels | None, segments: dict[int, slice]) -> dict[int, slice]:
+    """The rows of each mask by its key, whatever their labels; they stand together."""
+    found: dict[int, slice] = {}
+    keys = () if pairs is None else pairs.unlabelled().tolist()
+    for key, rows in zip(keys, segments.values(), strict=pairs is not None):
+        found[key] = slice(found[key].start if key in found else rows.start, rows.stop)
+    return found
 
 
 def _sent(told: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:

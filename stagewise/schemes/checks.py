@@ -139,10 +139,13 @@ def check_rows(
         )
     if shard or known:
         return None
+    near = ""
+    if bank.pairs is None:
+        off_by = distance_from_rows(bank, others)
+        near = f": the nearest row is off by {off_by:.0%} of their norm"
     return (
         f"{share:.0%} of the samples in the first step are no rows of the bank, and each of them "
-        f"joins its rows: the nearest row is off by {distance_from_rows(bank, others):.0%} of "
-        "their norm. "
+        f"joins its rows{near}. "
         "Flips, augmentation, another VAE sample or another data set? Build the bank from what is "
         "trained on; give the `source` of resampled latents, which then take the place of their "
         'row; or refuse them: Scheme(on_missing="error").'

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from stagewise.bank.building import whole_labels
+from stagewise.masks import MaskedLabels
 from stagewise.oracle import Labels
 
 if TYPE_CHECKING:
@@ -31,19 +32,30 @@ def unknown_conditions(what: str) -> ValueError:
 
 
 def check_conditions(
-    scheme: Scheme, labels: Iterable[Any], others: Iterable[Any], count: int
+    scheme: Scheme,
+    labels: Iterable[Any],
+    others: Iterable[Any],
+    count: int,
+    masks: object = None,
 ) -> Tensor | None:
     """What a model is given beside `x_t` and t, refused if the scheme's targets ignore it.
 
-    Among `labels` one may be the class of each of `count` samples, `others` are none.
+    Among `labels` one may be the class of each of `count` samples, `others` are none. `masks` may
+    be `MaskedLabels`, which the targets know.
 
     Returns:
         The labels, (count,), int64, if there are any.
     """
     if scheme.target is None or scheme.unconditional:
         return None
-    found, left = None, list(_tensors(others))
+
+    def known(value: Tensor) -> bool:
+        return isinstance(masks, MaskedLabels) and value.ndim > 0 and masks.is_told_by(value)
+
+    found, left = None, [value for value in _tensors(others) if not known(value)]
     for value in _tensors(labels):
+        if known(value):
+            continue
         try:
             own = whole_labels(value, count)
         except ValueError:
@@ -117,6 +129,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def has_classes(labels: Labels | None) -> bool:
     """Whether any sample has one."""
+    if isinstance(labels, MaskedLabels):
+        labels = labels.labels
     if isinstance(labels, list | tuple):
         return any(label is not None for label in labels)
     return labels is not None

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Prediction, expand_like
 from stagewise.queries import checked_source, indices_of
@@ -56,7 +57,7 @@ def correct(
     condition: Tensor | None = None,
     class_wise: bool = False,
     on_missing: Literal["insert", "error"] = "insert",
-    labels_of: Callable[[], Tensor | None] | None = None,
+    labels_of: Callable[[], Tensor | MaskedLabels | None] | None = None,
     boundary: float | None = None,
     only: Tensor | None = None,
 ) -> Correction:
@@ -88,7 +89,9 @@ def correct(
         only = mixed if only is None else mixed & only
     # Where a kernel reads the rows of each query's class, to ask for all costs less than to wait
     # for the device; elsewhere samples beyond the boundary cost nothing.
-    cheap = isinstance(labels, Tensor) and class_wise and not target.reads_rows
+    of_masks = isinstance(labels, MaskedLabels)
+    cheap = of_masks or (isinstance(labels, Tensor) and class_wise)
+    cheap = cheap and not target.reads_rows
     cheap = cheap and oracle.smoothing is None and oracle.certificate is None
     cheap = cheap and oracle.engine.reads_ends(oracle.bank, xt.device, len(xt))
     if only is not None and not cheap:
@@ -99,13 +102,13 @@ def correct(
     if not len(x1) and not oracle.engine.collective:
         return whole
     with torch.autocast(xt.device.type, enabled=False):
-        row, stored = _rows(oracle, x1, source)
-        names = None
+        row, stored = _rows(oracle, x1, source, labels)
+        names = compared_within(labels, False)
         if class_wise:
             names = _classes(oracle, row, labels, x1, labels_of, asked)
         queries = oracle.queries(xt, t, names, source, condition)
-        if class_wise and oracle.engine.holds_all_rows:
-            # A row of another class is none of those that a query looks at.
+        if (class_wise or of_masks) and oracle.engine.holds_all_rows:
+            # A row of another class or mask is none of those that a query looks at.
             inside = queries.holds(row)
             row, stored = row.where(inside, -1), stored.where(inside, -1)
         if on_missing == "error":
@@ -130,18 +133,22 @@ def correct(
 
 def _some(value: Any, at: list[int]) -> Any:
     """Some of what there is one of for each sample; None of what is not given."""
+    if isinstance(value, MaskedLabels):
+        return value[torch.tensor(at, dtype=torch.int64, device=value.mask.device)]
     if isinstance(value, Tensor):
         return value[torch.tensor(at, dtype=torch.int64, device=value.device)]
     return None if value is None else [value[i] for i in at]
 
 
-def _rows(oracle: Oracle, x1: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rows(
+    oracle: Oracle, x1: Tensor, source: Tensor | None, labels: Labels | None
+) -> tuple[Tensor, Tensor]:
     """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none."""
     if source is not None:
         rows = oracle.engine.num_rows(oracle.bank)
         source = checked_source(source, len(x1), rows).to(x1.device)
     if oracle.engine.holds_all_rows:
-        stored = oracle.bank.find(x1)
+        stored = oracle.bank.find(x1, labels)
         return stored if source is None else torch.where(source < 0, stored, source), stored
     if source is None:
         raise ValueError(
@@ -156,17 +163,19 @@ def _classes(
     row: Tensor,
     labels: Labels | None,
     x1: Tensor,
-    labels_of: Callable[[], Tensor | None] | None,
+    labels_of: Callable[[], Tensor | MaskedLabels | None] | None,
     asked: list[int] | None,
 ) -> Labels:
     """The class of each sample."""
-    if labels is not None:
+    lacking = isinstance(labels, MaskedLabels) and labels.labels is None and oracle.bank.labelled
+    if labels is not None and not lacking:
         return labels
     rows = row.tolist()
     whole = oracle.engine.holds_all_rows
     unknown = sum(number < 0 for number in rows) if whole else len(rows)
     if not unknown:
-        return oracle.bank.labels_of(rows)
+        found = oracle.bank.labels_of(rows)
+        return oracle.bank.classes_of(rows) if lacking else found  # type: ignore[return-value]
     labels = None if labels_of is None else labels_of()
     if labels is not None:
         return labels if asked is None else _some(labels, asked)

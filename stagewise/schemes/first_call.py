@@ -15,6 +15,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from stagewise.masks import MaskedLabels, mean_of
 from stagewise.noise import check_independent, is_off
 from stagewise.paths import Convention, Path, Prediction, PredictionKind, expand_like
 
@@ -42,6 +43,7 @@ def check_samples(
     xt: Tensor,
     time: Tensor,
     x1: Tensor,
+    labels: object = None,
     *,
     mixes: bool,
     said: tuple[str, str, str] = _SAID,
@@ -50,18 +52,24 @@ def check_samples(
 
     `y` and `time` are given in the `convention`; `mixes`: whether the oracle enters the target, for
     which `x_0` must be standard normal; `said`: how another prediction or convention is
-    said, and what to do about a target with terms of one's own.
+    said, and what to do about a target with terms of one's own. `labels` may be `MaskedLabels`:
+    other numbers do not count.
 
     Returns:
         Whether anything could be told: not where sigma is lost in rounding.
     """
+    if isinstance(labels, MaskedLabels):
+        xt, x1, y = labels.zero(xt), labels.zero(x1), None if y is None else labels.zero(y)
+        labels = labels[:_FEW].cpu()
+    else:
+        labels = None
     eps = _rounding(y, xt, time, x1)
     xt, time, x1 = (value[:_FEW].cpu().double() for value in (xt, time, x1))
     y = None if y is None else y[:_FEW].cpu().double()
 
     def problem(told: Convention, kind: Prediction) -> str | None:
         signed = y if y is None or kind.kind != "velocity" else told.sign * y
-        return _problem(path, kind, signed, xt, told.to_t(time), x1, eps, mixes)
+        return _problem(path, kind, signed, xt, told.to_t(time), x1, eps, mixes, labels)
 
     found = problem(convention, prediction)
     if not found:
@@ -110,19 +118,22 @@ def _problem(
     x1: Tensor,
     eps: float,
     mixes: bool,
+    labels: MaskedLabels | None,
 ) -> str | None:
     """What does not fit; empty if all does, None if nothing can be told."""
     values = path(t)
-    size_t, size_1 = (x.flatten(1).square().mean(1).sqrt() for x in (xt, x1))
+    size_t, size_1 = (mean_of(x.square(), labels).sqrt() for x in (xt, x1))
     error = 2 * eps * (size_t + values.alpha.abs() * size_1) / values.sigma
     kept = error < 0.15
     if not kept.any():
         return None
     xt, x1, error, values = xt[kept], x1[kept], error[kept], values.select(kept)
+    labels = None if labels is None else labels[kept]
     x0 = (xt - expand_like(values.alpha, x1) * x1) / expand_like(values.sigma, x1)
     if mixes:
-        mean, square = float(x0.mean()), float(x0.square().mean())
-        if is_off(x0.numel(), mean, square, float(error.square().mean().sqrt())):
+        told = x0 if labels is None else x0[labels.entries]
+        mean, square = float(told.mean()), float(told.square().mean())
+        if is_off(told.numel(), mean, square, float(error.square().mean().sqrt())):
             return (
                 f"a noise (xt - a x1) / s with a mean of {mean:.3g} and a mean square of "
                 f"{square:.3g}, where standard normal noise has 0 and 1"
@@ -132,9 +143,9 @@ def _problem(
     y = y[kept]
     c, b = prediction.coefficients(values)
     own = expand_like(c, x1) * x1 + expand_like(b, xt) * xt
-    gap, size_y = (y - own).flatten(1), y.flatten(1).square().mean(1).sqrt()
+    gap, size_y = (y - own).flatten(1), mean_of(y.square(), labels).sqrt()
     allowed = 2 * eps * (c.abs() * size_1[kept] + b.abs() * size_t[kept] + size_y)
-    if float((gap.square().mean(1) / allowed.square().clamp_min(1e-300)).mean()) <= 1:
+    if float((mean_of(gap.square(), labels) / allowed.square().clamp_min(1e-300)).mean()) <= 1:
         return ""
     if path.noisy_target and not any(_correlated(gap, x.flatten(1)) for x in (x1, x0)):
         return ""

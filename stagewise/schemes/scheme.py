@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stagewise.masks import MaskedLabels, cut, few_rows, mean_of, require_same_masks
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes.checks import check_density, check_rows, check_settings
@@ -122,7 +123,7 @@ class Scheme(SchemeState):
         )
         path = path or (LinearPath() if oracle is None else oracle.path)
         known = oracle or smoothing
-        wise = bool(known and known.bank.classes) if class_wise == "auto" else class_wise
+        wise = bool(known and known.bank.labelled) if class_wise == "auto" else class_wise
         super().__init__(
             *(oracle, path, timesteps, target, weight, wise, convention, smoothing, strength),
             preserve_objective=preserve_objective,
@@ -194,6 +195,7 @@ class Scheme(SchemeState):
         t: Times,
         x1: Tensor,
         labels: Labels | None = None,
+        mask: Tensor | None = None,
         source: Tensor | None = None,
         condition: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
@@ -208,6 +210,7 @@ class Scheme(SchemeState):
             x1: What `xt` was made from, (B, *).
             labels: Class of each sample, (B,); see `Oracle.posterior`. Used if `class_wise`, and
                 default the class of the bank's row that x_1 is.
+            mask: Which numbers count, (B, *), see `Oracle.posterior`. Others stay as they are.
             source: The row of the bank that each x_1 stands for, (B,), negative where it is none.
                 Default: the row that x_1 equals. Give it where x_1 is resampled.
             condition: For a kernel on it, what the model is given, (B, *), nothing dropped.
@@ -235,6 +238,7 @@ class Scheme(SchemeState):
                     f"loss, got {prediction.kind!r}. Leave it out, or train on the velocity."
                 )
         source = self._source_of(x1, t, source)
+        labels = self.with_masks(labels, mask, x1)
         t, added = self._correction(
             *(y, xt, t, x1, prediction), labels=labels, source=source, condition=condition
         )
@@ -242,11 +246,11 @@ class Scheme(SchemeState):
         self._count_call()
         self.last = SchemeRecord(
             t=t.detach(),
-            x1=x1.detach(),
+            x1=self._as_rows(x1.detach(), labels)[0],
             source=source,
             lam=added.lam,
             weight=weight.detach(),
-            correction_sq=added.value.flatten(1).square().mean(1),
+            correction_sq=mean_of(added.value.square(), labels),
             inserted=added.inserted,
             tail_mass=added.tail_mass,
             smoothed=self._share(x1, t),
@@ -262,6 +266,7 @@ class Scheme(SchemeState):
         xt: Tensor,
         t: Times,
         x1: Tensor,
+        mask: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
         **known: Any,
     ) -> Tensor:
@@ -272,6 +277,7 @@ class Scheme(SchemeState):
         require_tensors(xt=xt, x1=x1)
         prediction = Prediction.of(prediction)
         known["source"] = self._source_of(x1, t, known.get("source"))
+        known["labels"] = self.with_masks(known.get("labels"), mask, x1)
         _, added = self._correction(None, xt, t, x1, prediction, **known)
         return (self._sign(prediction) * added.value).to(x1.dtype)
 
@@ -316,7 +322,8 @@ class Scheme(SchemeState):
         time = as_times(t, xt)
         t = self._time(time)
         check_times(t, len(xt))
-        self._hold(y, xt, time, x1, known["source"], prediction)
+        labels = known.get("labels")
+        self._hold(y, xt, time, x1, known["source"], prediction, labels)
         if self.target is None or self.oracle is None:
             return t, Correction.none(x1)
         if not self.class_wise and not self.unconditional and has_classes(known.get("labels")):
@@ -327,23 +334,27 @@ class Scheme(SchemeState):
             self.require_boundary()
         self._calls += 1
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        given = xt
+        xt = self._as_rows(xt.detach(), labels)[0]
+        x1, known["labels"] = self._as_rows(x1.detach(), labels)
         ask: Callable[..., Correction] = partial(
             correct,
             self.target,
-            xt=xt.detach(),
+            xt=xt,
             t=t.detach(),
-            x1=x1.detach(),
+            x1=x1,
             prediction=prediction,
             draws=Random(f"{self.seed} {rank} {self._step} {self._calls}"),
             **known,
             class_wise=self.class_wise,
             on_missing=self.on_missing,
-            labels_of=None if self.labels_of is None else partial(self.labels_of, x1.detach()),
+            labels_of=None if self.labels_of is None else partial(self.labels_of, x1),
             boundary=self.boundary,
         )
         around = self._around
         if around is None:
-            return t, ask(self.oracle)
+            added = ask(self.oracle)
+            return t, added._replace(value=cut(added.value, self.oracle.bank.shape, given))
         # Where samples are smoothed their targets are those of the smoothed set.
         smoothed = self._share(x1, t) > 0
         parts = (
@@ -360,6 +371,7 @@ class Scheme(SchemeState):
         x1: Tensor,
         source: Tensor | None,
         prediction: Prediction,
+        labels: Labels | None,
     ) -> None:
         """Holds the first samples against the path and the bank."""
         mixes = self.target is not None
@@ -367,15 +379,21 @@ class Scheme(SchemeState):
         looks = len(xt) and (mixes or (y is not None and counts))
         if looks and not self._fits:
             told = check_samples(
-                *(self.path, prediction, self.convention, y, xt, time, x1), mixes=mixes
+                *(self.path, prediction, self.convention, y, xt, time, x1, labels), mixes=mixes
             )
             # A look at an accelerator costs a sync: there the first call is the only one.
             self._fits = y is not None and (told or xt.device.type != "cpu")
+        if self.last is None and looks and mixes and self.oracle is not None:
+            own = labels if isinstance(labels, MaskedLabels) else None
+            require_same_masks(self.oracle.bank, x1, own)
+            if few_rows(self.oracle.bank):
+                warnings.warn(few_rows(self.oracle.bank), stacklevel=caller_level())
         if not looks or self.rows_checked or self.oracle is None or not mixes:
             return
         shard = not self.oracle.engine.holds_all_rows
         known = source is not None or self.oracle.smoothing is not None or self.oracle.bank.origin
-        found = check_rows(self.oracle.bank, x1, known=bool(known), shard=shard)
+        rows = self._as_rows(x1, labels)[0]
+        found = check_rows(self.oracle.bank, rows, known=bool(known), shard=shard)
         self.rows_checked = True
         if found:
             warnings.warn(f"Scheme: {found}", stacklevel=caller_level())

@@ -13,7 +13,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from stagewise.condition import Condition
-from stagewise.oracle import Oracle
+from stagewise.masks import MaskedLabels, fitted, masked
+from stagewise.oracle import Labels, Oracle
 from stagewise.paths import STAGEWISE, Convention, Path
 from stagewise.schemes.checks import unknown_boundary
 from stagewise.schemes.smoothed import Drawn, Smoothed
@@ -88,7 +89,7 @@ class SchemeState(Shared):
         self.oracle, self.path, self.target, self.weight = oracle, path, target, weight
         self.class_wise, self.convention = class_wise, convention
         self.smoothing, self.preserve_objective = smoothing, preserve_objective
-        self.labels_of: Callable[[Tensor], Tensor | None] | None = None
+        self.labels_of: Callable[[Tensor], Tensor | MaskedLabels | None] | None = None
         self.condition_of: Callable[[Condition, Tensor], Tensor | None] | None = None
         self._smoothed = None if smoothing is None else Smoothed(smoothing, strength)
         self.boundary: float | None = None
@@ -100,6 +101,20 @@ class SchemeState(Shared):
         self._checked = False
         self._waits_for_losses = bool(self.needs_losses)
         self._untold_steps = self._untold_calls = 0
+
+    def with_masks(self, labels: Labels | None, mask: Tensor | None, x1: Tensor) -> Labels | None:
+        """Labels with masks, where those of a run are known although the call says none."""
+        found = masked(labels, mask, x1)
+        wants = self.target is not None and self.oracle is not None and self.oracle.bank.pairs
+        if wants and not isinstance(found, MaskedLabels) and self.labels_of is not None:
+            own = self.labels_of(x1.detach())
+            if isinstance(own, MaskedLabels):
+                return own if found is None else MaskedLabels.of(found, own.mask, x1)
+        return found
+
+    def _as_rows(self, x: Tensor, labels: Labels | None) -> tuple[Tensor, Labels | None]:
+        """Samples and their masks as rows of the bank."""
+        return fitted(x, labels, x.shape[1:] if self.oracle is None else self.oracle.bank.shape)
 
     # -- where the stages meet -----------------------------------------------------------------
 

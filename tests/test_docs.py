@@ -73,7 +73,7 @@ def test_code_of_the_readme(tmp_path, monkeypatch):
 def test_code_of_the_page_on_watching(tmp_path, monkeypatch, quick_figures):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/watching.md").read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     names = {**vars(stagewise), **vars(stagewise.callbacks)}
     for block in blocks[:5]:
         exec(block, names)

@@ -8,6 +8,7 @@ from stagewise.attention import GaussianAttention
 from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
 from stagewise.certificate import Certificate
+from stagewise.conventions import ddpm
 from stagewise.forecast import (
     SmoothingForecast,
     TargetForecast,
@@ -117,6 +118,7 @@ __all__ = [
     "VPPath",
     "Weight",
     "WithFloor",
+    "ddpm",
     "find_sample",
     "forecast_smoothing",
     "forecast_targets",

@@ -129,7 +129,7 @@ class MemorizationProbe:
 
     def _of_oracle(self, xt: Tensor, t: Tensor) -> Tensor:
         place, labels = self._oracle.bank.device, self.labels if self._class_wise else None
-        return self._oracle.velocity(xt.to(place), t.to(place), labels).to(xt)
+        return self._oracle.inner.velocity(xt.to(place), t.to(place), labels).to(xt)
 
     def _led_to(self, t: float, device: torch.device) -> Tensor:
         """The samples where the model takes over."""

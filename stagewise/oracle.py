@@ -32,8 +32,17 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.bank.building import whole_labels
 from stagewise.certificate import Certificate
+from stagewise.conventions import ConventionLike, as_convention, path_of
 from stagewise.engines import Auto, Engine
-from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
+from stagewise.paths import (
+    STAGEWISE,
+    Convention,
+    LinearPath,
+    Path,
+    PathCoefficients,
+    Prediction,
+    PredictionKind,
+)
 from stagewise.posterior import Posterior, put
 from stagewise.queries import (
     Queries,
@@ -71,9 +80,12 @@ class Oracle:
         null_class: The label that stands for "no class" in your training (classifier-free
             guidance): such queries are asked of the whole bank. Default None: only labels that are
             None are.
+        convention: In which noisy samples and times are given to `posterior`, `correction` and
+            `velocity`, whose answers have its sign, and whose path is the default; default the
+            library's own. See `stagewise.conventions`.
 
     Raises:
-        ValueError: If the engine or the certificate does not fit the bank.
+        ValueError: If engine, certificate or convention do not fit the bank and the path.
         ImportError: If the engine needs a library that is not installed.
 
     Example:
@@ -90,6 +102,8 @@ class Oracle:
     smoothing: Smoothing | None = None
     """What its rows stand for: Gaussians around them, for a `SmoothedOracle`."""
 
+    convention: Convention = STAGEWISE
+
     def __init__(
         self,
         bank: LatentBank,
@@ -100,12 +114,14 @@ class Oracle:
         eta: float = 1e-3,
         delta: float = 1e-6,
         null_class: int | None = None,
+        convention: ConventionLike = STAGEWISE,
     ) -> None:
         for name, value in (("eta", eta), ("delta", delta)):
             if not 0 < value < 1:
                 raise ValueError(f"Expected `{name}` between 0 and 1, got {value}.")
         self.bank = bank
-        self.path = path or LinearPath()
+        self.convention = as_convention(convention)
+        self.path = path_of(self.convention, path) or LinearPath()
         self.engine = engine or Auto()
         self.certificate, self.eta, self.delta = certificate, eta, delta
         self.null_class = null_class
@@ -154,7 +170,7 @@ class Oracle:
                 numbers, or queries on a device without float64 (MPS).
             TypeError: If `xt` is no tensor.
         """
-        queries = self.queries(xt, t, labels, source)
+        queries = self.queries(*self._inside(xt, t), labels, source)
         with torch.autocast(queries.xt.device.type, enabled=False):
             post = with_source_weight(self.ask(queries, k), self.bank, queries)
         return replace(post, mean=post.mean.reshape(-1, *self.bank.shape))
@@ -240,7 +256,7 @@ class Oracle:
         labels: Labels | None = None,
         *,
         source: Tensor | None = None,
-        prediction: Prediction | PredictionKind = "velocity",
+        prediction: Prediction | PredictionKind | None = None,
         posterior: Posterior | None = None,
     ) -> Tensor:
         """`c_t (m - x_1)`: what turns a conditional target into the oracle's.
@@ -252,7 +268,7 @@ class Oracle:
                 the correction is as large as their distance to the bank times `c_t`.
             labels: See `posterior`.
             source: See `posterior`.
-            prediction: What the target is, default "velocity".
+            prediction: What the target is, default that of the convention, the velocity.
             posterior: The posterior at these queries if it is known already.
 
         Returns:
@@ -267,11 +283,13 @@ class Oracle:
             raise ValueError(
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
-        queries = self.queries(xt, t, labels, source)
+        queries = self.queries(*self._inside(xt, t), labels, source)
         queries = replace(queries, x1=x1.detach().flatten(1).to(queries.xt))
         mean = self.ask(queries).mean if posterior is None else posterior.mean.flatten(1)
         difference = mean - x1.detach().flatten(1).to(mean.dtype)
-        gap = queries.correction(difference, Prediction.of(prediction), self.bank.max_norm)
+        told = Prediction.of(prediction or self.convention.prediction)
+        gap = queries.correction(difference, told, self.bank.max_norm)
+        gap = self.convention.sign_of(told) * gap
         return gap.reshape(x1.shape).to(x1.dtype)
 
     @untraced
@@ -286,11 +304,30 @@ class Oracle:
         Returns:
             The velocity, (B, *), in the dtype of `xt`.
         """
-        queries = self.queries(xt, t, labels)
+        queries = self.queries(*self._inside(xt, t), labels)
         path, mean = queries.path, self.ask(queries).mean
         noise = (queries.xt - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
+        velocity = self.convention.sign * velocity
         return velocity.reshape(xt.shape).to(xt.dtype)
+
+    def _inside(self, xt: Tensor, t: Times) -> tuple[Tensor, Times]:
+        """Noisy samples and times of the `convention` in that of the library."""
+        if self.convention == STAGEWISE:
+            return xt, t
+        require_tensors(xt=xt)
+        xt, t = self.convention.inside(xt, as_times(t, xt))
+        check_times(t, len(xt), self.convention)
+        return xt, t
+
+    @property
+    def inner(self) -> Oracle:
+        """The same oracle in the library's convention."""
+        if self.convention == STAGEWISE:
+            return self
+        made = object.__new__(type(self))
+        vars(made).update(vars(self), convention=STAGEWISE)
+        return made
 
     def sample(self, source: Tensor, t: Tensor, normals: Tensor) -> Tensor:
         """A sample of the set that the oracle is of, around each row.

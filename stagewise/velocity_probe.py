@@ -69,7 +69,7 @@ def noisy_targets(
     """Noisy samples, float32, their conditional velocities u, and u* - u, each (B, *)."""
     xt = oracle.path.interpolate(x0, x1, t).to(torch.float32)
     u = Prediction("velocity").target(oracle.path(t), x0, x1)
-    return xt, u, oracle.correction(xt, t, x1, labels)
+    return xt, u, oracle.inner.correction(xt, t, x1, labels)
 
 
 class Probe:

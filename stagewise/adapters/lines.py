@@ -23,7 +23,9 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t") -> str:
     What cannot be written, such as a text, stands there by the name of its parameter.
     """
     leaves, slots, seam = call.leaves, reading.slots, reading.seam
-    x, time = seam.written or ("xt", _time_text(seam.convention, turned))
+    x, time = "xt", _time_text(seam.convention, turned)
+    if seam.convention.by_sigma:
+        x = "xt / t.reshape(-1, *[1] * (xt.ndim - 1))"
     texts = {slots.x: x}
     if slots.time < 0:
         texts[slots.x] = f"torch.cat([xt, ({time})[:, None]], 1)"
@@ -35,7 +37,7 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t") -> str:
         texts[slots.labels] = "labels[:, None]" if like.ndim > 1 else "labels"
         if slots.one_hot:
             texts[slots.labels] = f"nn.functional.one_hot(labels, {like.shape[1]}).to(xt)"
-    sign = "" if seam.convention.sign == 1 else "-"
+    sign = "" if seam.convention.sign_of(seam.prediction) == 1 else "-"
     text = f"{sign}{call_text(call, {id(leaves[k]): text for k, text in texts.items()})}"
     if seam.prediction.kind != "velocity":
         text = f"{seam.prediction!r}.to_velocity({seam.path!r}(t), {text}, xt)"
@@ -90,6 +92,8 @@ def _written(part: Any) -> str:
 
 
 def _time_text(convention: Convention, t: str) -> str:
+    if convention.by_sigma:
+        return f"(1 - {t}) / {t}"
     noise, data = convention.noise_time, convention.data_time
     if (noise, data) == (0, 1):
         return t

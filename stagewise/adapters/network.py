@@ -81,7 +81,7 @@ class Network:
         def put(k: int, value: Tensor) -> None:
             leaves[k] = value.to(leaves[k].dtype).reshape(-1, *leaves[k].shape[1:])
 
-        x, time = self.seam.to_network(xt, t)
+        x, time = self.seam.convention.outside(xt, t)
         if slots.time < 0:
             like = leaves[slots.x]
             leaves[slots.x] = torch.cat([x.to(like.dtype), time[:, None].to(like.dtype)], 1)
@@ -102,8 +102,10 @@ class Network:
 
     def velocity(self, output: Any, xt: Tensor, t: Tensor) -> Tensor:
         """What an answer of the network stands for, (B, *), float32."""
-        y = self.seam.convention.sign * tensor_of(output, tuple(xt.shape)).float()
-        return self.seam.prediction.to_velocity(self.seam.path(t.float()), y, xt.float())
+        prediction = self.seam.prediction
+        sign = self.seam.convention.sign_of(prediction)
+        y = sign * tensor_of(output, tuple(xt.shape)).float()
+        return prediction.to_velocity(self.seam.path(t.float()), y, xt.float())
 
     def inputs(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """`x_t` and t of a call, None if it is made in another way than the first one."""
@@ -111,7 +113,7 @@ class Network:
         if call.spec != self._slots.spec:
             return None
         x, time = self._slots.read(call.leaves)
-        return self.seam.from_network(x, time.to(torch.float32))
+        return self.seam.convention.inside(x, time.to(torch.float32))
 
 
 def tensor_of(output: Any, shape: tuple[int, ...]) -> Tensor:

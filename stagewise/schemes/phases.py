@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stagewise.conventions import written
 from stagewise.oracle import Labels, Times
 from stagewise.paths import Prediction, PredictionKind, same_path, unlike
 from stagewise.schemes.checks import unknown_boundary
@@ -93,8 +94,8 @@ class Phases(Shared):
                 )
             if scheme.convention != first.convention:
                 raise ValueError(
-                    f"Expected one convention in all phases, got {first.convention!r} and "
-                    f"{scheme.convention!r}."
+                    "Expected one convention in all phases, got "
+                    f"{written(first.convention)} and {written(scheme.convention)}."
                 )
         self.phases = list(phases)
         self._own = [phase.scheme.boundary is not None for phase in phases]
@@ -144,7 +145,7 @@ class Phases(Shared):
         x1: Tensor,
         labels: Labels | None = None,
         source: Tensor | None = None,
-        prediction: Prediction | PredictionKind = "velocity",
+        prediction: Prediction | PredictionKind | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the scheme in force gives; see `Scheme.__call__`."""
         return self._asked()(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from stagewise.conventions import ConventionLike, as_convention, path_of, written
 from stagewise.oracle import Labels, Times, as_times, check_times
@@ -69,6 +70,10 @@ class FlowMatchingLoss(nn.Module):
         scheme: Says how t is drawn, what is trained on and what counts how much: a `Scheme` or
             `Phases`; default None. It takes the place of `timesteps` and `weight`, and rests while
             the module is in eval mode: held-out samples are in no bank.
+        cosine: Whether to add LightningDiT's term, `1 - cos(model, y)` over the channels (arXiv
+            2501.01423, Section 4), with the sample's weight; default False. It compares with the
+            conditional target under a scheme too: it is not linear in the target, so a mean of
+            targets there would move its optimum. `last` holds the squared errors alone.
 
     Raises:
         ValueError: If a scheme is given beside timesteps or a weight, or is about another path.
@@ -89,6 +94,7 @@ class FlowMatchingLoss(nn.Module):
         weight: Callable[[Tensor], Tensor] | None = None,
         convention: ConventionLike = STAGEWISE,
         scheme: Scheme | Phases | None = None,
+        cosine: bool = False,
     ) -> None:
         super().__init__()
         if scheme is not None and (timesteps is not None or weight is not None):
@@ -110,7 +116,7 @@ class FlowMatchingLoss(nn.Module):
         self.prediction = Prediction.of(prediction or self.convention.prediction)
         self.timesteps = timesteps or Uniform()
         self.weight = weight
-        self.scheme = scheme
+        self.scheme, self.cosine = scheme, cosine
         self.last: LossRecord | None = None
 
     def forward(
@@ -206,6 +212,8 @@ class FlowMatchingLoss(nn.Module):
             loss, trained = _mean_square(output.detach() - y), _mean_square(output - added[0])
             weight = weight * added[1]
         self.last = LossRecord(t.detach(), loss.detach(), weight.detach(), trained.detach())
+        if self.cosine:
+            trained = trained + (1 - cosine_similarity(output, y, dim=1)).flatten(1).mean(1)
         return (weight * trained).mean()
 
 

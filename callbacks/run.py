@@ -40,7 +40,8 @@ class StageRun(RunOracles):
     Args:
         bank: See `StageCallback`, like all others.
         name: Name of the folder in `dirpath`; it writes nothing itself.
-        **options: `find`, `path`, `class_wise`, `held_out`, `velocity`, `seam`, `dirpath`, `seed`.
+        **options: `find`, `path`, `convention`, `class_wise`, `held_out`, `velocity`, `seam`,
+            `dirpath`, `seed`.
 
     Attributes:
         total: Optimizer steps of the training, None if it has no end.
@@ -101,12 +102,15 @@ class StageRun(RunOracles):
         self.seams = find_seams(pl_module)
         named = {who.said["seam"] for who in members if "seam" in who.said}
         chosen = [seam for seam in self.seams if seam.name in named] or self.seams
-        said = any("path" in who.said for who in members)
+        said = any({"path", "convention"} & who.said.keys() for who in members)
         self.path, self.path_from = training_path(chosen, said=said)
+        convention = self.option(self, "convention")
+        if convention is not None and convention.path is not None:
+            self.path, self.path_from = convention.path, "given by the convention"
         self.tied = dependent_noise(self.seams, find_couplings(pl_module))
         if self.tied and self.measuring:
             rank_zero_warn(f"The posterior that is measured may not be that of {self.tied}")
-        self.look = FirstStep(pl_module, self.seams, self.path, self.find_of(self))
+        self.look = FirstStep(pl_module, self.seams, self.path, self.find_of(self), convention)
         self.tell("start")
         self.open_writer(self).dashboard(self.members)
 

@@ -6,6 +6,7 @@ said, what another callback has said, or what is found in the training: in this 
 
 from __future__ import annotations
 
+import operator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,7 +90,8 @@ class RunOracles(StageCallback):
         first: Any = saying[0].said[key]
         for who in saying[1:]:
             other: Any = who.said[key]
-            alike = same_path(first, other) if key == "path" else first is other
+            same = {"path": same_path, "convention": operator.eq}.get(key, operator.is_)
+            alike = same(first, other)
             if not alike:
                 one, two = type(saying[0]).__name__, type(who).__name__
                 raise ValueError(

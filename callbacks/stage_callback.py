@@ -19,6 +19,7 @@ from typing_extensions import Unpack
 
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample
+from stagewise.conventions import ConventionLike, as_convention
 from stagewise.paths import Path as ProbabilityPath
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class RunOptions(TypedDict, total=False):
             dicts with usual names.
         path: The path of training; default that of what makes the targets in the module, or else
             `LinearPath()`.
+        convention: How a training step that makes its target by hand counts time, scales `x_t` and
+            makes it: a name such as "edm", a noise scheduler of diffusers or a `Convention`; see
+            `stagewise.conventions`. Default: one of the usual ones that fits the first step.
         class_wise: Whether posteriors are over the rows of the sample's own class, which is what a
             class-conditional model is trained on. Default "auto": if there are labels. False also
             says that the model ignores what else it may be given: text, observations.
@@ -58,6 +62,7 @@ class RunOptions(TypedDict, total=False):
 
     find: FindSample | None
     path: ProbabilityPath | None
+    convention: ConventionLike | None
     class_wise: bool | Literal["auto"]
     held_out: HeldOut | None
     velocity: AskVelocity | None
@@ -124,6 +129,8 @@ class StageCallback(pl.Callback):
                 f"run: bank, {', '.join(RunOptions.__annotations__)}."
             )
         _check(said)
+        if said.get("convention") is not None:
+            said["convention"] = as_convention(said["convention"])
         self.name, self.dirpath = name, said.pop("dirpath", None)
         self.said = {key: value for key, value in said.items() if value not in (None, "auto")}
         self.stash: dict[str, Any] | None = None

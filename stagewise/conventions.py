@@ -44,6 +44,7 @@ __all__ = [
     "DDPMPath",
     "as_convention",
     "ddpm",
+    "of_scheduler",
     "path_of",
     "written",
 ]
@@ -137,8 +138,7 @@ def as_convention(value: ConventionLike) -> Convention:
             `alphas_cumprod` and a `prediction_type` (`DDPMScheduler`, `DDIMScheduler`).
 
     Raises:
-        ValueError: For a name that is not known, with those that are, and for a scheduler whose
-            `x_t` is not that of training.
+        ValueError: For a name that is not known, with those that are.
         TypeError: For anything else.
     """
     if isinstance(value, Convention):
@@ -156,21 +156,28 @@ def as_convention(value: ConventionLike) -> Convention:
             f"Expected `convention` to be one of {names}, a scheduler of diffusers or a "
             f"Convention, got {value!r}."
         )
-    if callable(getattr(value, "scale_noise", None)):
-        return DIFFUSERS
-    kind = getattr(getattr(value, "config", None), "prediction_type", None)
-    if isinstance(kind, str) and isinstance(getattr(value, "alphas_cumprod", None), Tensor):
-        if kind not in _TYPES or hasattr(value, "sigmas"):
-            raise ValueError(
-                f"Expected a scheduler that noises as DDPM, got {type(value).__name__} with "
-                f"prediction_type={kind!r}. Say what is trained: "
-                'convention=ddpm(noise_scheduler.alphas_cumprod, "noise").'
-            )
-        return ddpm(value.alphas_cumprod, _TYPES[kind])
+    found = of_scheduler(value)
+    if found is not None:
+        return found
     raise TypeError(
         "Expected `convention` to be a Convention, a name such as "
         f'"diffusers", or a noise scheduler of diffusers, got {value!r}.'
     )
+
+
+def of_scheduler(value: object) -> Convention | None:
+    """The convention of a scheduler of diffusers, None for what is none that one trains with."""
+
+    def has(*names: str) -> bool:
+        return all(hasattr(value, name) for name in names)
+
+    if has("scale_noise", "sigmas", "timesteps"):
+        return DIFFUSERS
+    kind = getattr(getattr(value, "config", None), "prediction_type", None)
+    # With sigmas of its own, as for sampling, `add_noise` is another one than DDPM's.
+    if not has("add_noise", "alphas_cumprod") or has("sigmas") or kind not in _TYPES:
+        return None
+    return ddpm(value.alphas_cumprod, _TYPES[kind])  # type: ignore[attr-defined]
 
 
 def path_of(convention: Convention, path: Path | None) -> Path | None:

@@ -81,8 +81,7 @@ class Oracle:
             guidance): such queries are asked of the whole bank. Default None: only labels that are
             None are.
         convention: In which noisy samples and times are given to `posterior`, `correction` and
-            `velocity`, whose answers have its sign, and whose path is the default; default the
-            library's own. See `stagewise.conventions`.
+            `velocity`, and what these answer; default the library's. See `stagewise.conventions`.
 
     Raises:
         ValueError: If engine, certificate or convention do not fit the bank and the path.
@@ -184,11 +183,7 @@ class Oracle:
     ) -> Queries:
         """What `ask` is asked: made once from noisy samples, checked, with the path at their times.
 
-        Args:
-            xt: See `posterior`, like all others.
-            t: Times.
-            labels: Classes.
-            source: Rows.
+        Arguments are those of `posterior`, in the library's convention.
 
         Raises:
             ValueError: As `posterior`.
@@ -287,19 +282,15 @@ class Oracle:
         queries = replace(queries, x1=x1.detach().flatten(1).to(queries.xt))
         mean = self.ask(queries).mean if posterior is None else posterior.mean.flatten(1)
         difference = mean - x1.detach().flatten(1).to(mean.dtype)
-        told = Prediction.of(prediction or self.convention.prediction)
-        gap = queries.correction(difference, told, self.bank.max_norm)
-        gap = self.convention.sign_of(told) * gap
-        return gap.reshape(x1.shape).to(x1.dtype)
+        kind = Prediction.of(prediction or self.convention.prediction)
+        gap = queries.correction(difference, kind, self.bank.max_norm)
+        return self.convention.sign_of(kind) * gap.reshape(x1.shape).to(x1.dtype)
 
     @untraced
     def velocity(self, xt: Tensor, t: Times, labels: Labels | None = None) -> Tensor:
-        """The marginal velocity `u*(x_t, t)`.
+        """The marginal velocity `u*(x_t, t)`; at sigma = 0 see the module docstring.
 
-        Args:
-            xt: Noisy samples, (B, *).
-            t: See `posterior`. At sigma = 0 see the module docstring.
-            labels: See `posterior`.
+        Arguments are those of `posterior`.
 
         Returns:
             The velocity, (B, *), in the dtype of `xt`.
@@ -308,13 +299,10 @@ class Oracle:
         path, mean = queries.path, self.ask(queries).mean
         noise = (queries.xt - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
-        velocity = self.convention.sign * velocity
-        return velocity.reshape(xt.shape).to(xt.dtype)
+        return self.convention.sign * velocity.reshape(xt.shape).to(xt.dtype)
 
     def _inside(self, xt: Tensor, t: Times) -> tuple[Tensor, Times]:
         """Noisy samples and times of the `convention` in that of the library."""
-        if self.convention == STAGEWISE:
-            return xt, t
         require_tensors(xt=xt)
         xt, t = self.convention.inside(xt, as_times(t, xt))
         check_times(t, len(xt), self.convention)
@@ -323,8 +311,6 @@ class Oracle:
     @property
     def inner(self) -> Oracle:
         """The same oracle in the library's convention."""
-        if self.convention == STAGEWISE:
-            return self
         made = object.__new__(type(self))
         vars(made).update(vars(self), convention=STAGEWISE)
         return made

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from stagewise import CosinePath, LatentBank, LinearPath, Mix, Oracle, Scheme, same_path
+from stagewise.adapters import assumed_seams
+from stagewise.adapters.network_search import NetworkSearch
 from stagewise.conventions import CONVENTIONS, DDPMPath, as_convention, ddpm, written
 from stagewise.losses import FlowMatchingLoss
 from stagewise.paths import Convention, Prediction
@@ -220,3 +222,36 @@ def test_what_fits_another_convention_is_refused_with_a_line_that_works(name):
         oracle = Oracle(LatentBank(ROWS), convention=cure[1] if cure else told)
         cured = Scheme(oracle, target=Mix())
         cured(y, xt=x, t=time, x1=x1, prediction=kind[1] if kind else None)
+
+
+class Step(torch.nn.Module):
+    """A network of two arguments, called by a step that is written out."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Bilinear(D, 1, D)
+
+    def forward(self, x, time):
+        return self.net(x, time.float()[:, None] / 100)
+
+
+@pytest.mark.parametrize("name", NINE)
+def test_a_step_by_hand_is_recognised(name):
+    """By the convention that is said, or by one of the usual ones, and by no other."""
+    convention, times, coefficients, _ = NINE[name]
+    told, time = as_convention(convention), times()
+    a, s = (value[:, None].float() for value in coefficients(time))
+    x1 = ROWS[torch.arange(B) % N]
+    x = a * x1 + s * torch.randn(B, D, generator=torch.Generator().manual_seed(5))
+    usual = name in ("sit", "pi0", "diffusers", "edm", "edm_F")
+    for seams in (assumed_seams(convention=told), *([assumed_seams()] if usual else [])):
+        module = Step()
+        search = NetworkSearch(module, seams, lambda: [("batch", x1)], None)
+        module(x, time if not time.is_floating_point() else time.float())
+        search.stop()
+        network = search.result()
+        if name != "edm_F" or len(seams) == 1:
+            assert network.seam.convention == told
+        xt, t = network.inputs((x, time), {})
+        torch.testing.assert_close(t, told.to_t(time).float())
+        torch.testing.assert_close(xt, told.inside(x, time)[0].float())

@@ -27,7 +27,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
 from stagewise.batches import FindSample, describe, find_checked, leaves_of, unused_in
 from stagewise.noise import NoiseSums, check_noise
-from stagewise.paths import Path
+from stagewise.paths import Convention, Path
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_network
 from stagewise.schemes.smoothed import Drawn
@@ -46,6 +46,7 @@ class FirstStep:
         seams: What may make its targets (`find_seams`).
         path: The path of training, where no seam says it.
         find: From a batch to `(x_1, labels or None)`.
+        convention: That of a training step that makes its target by hand, if it is known.
 
     Attributes:
         batch: The present batch; `begin` sets it.
@@ -68,12 +69,18 @@ class FirstStep:
     search: NetworkSearch
 
     def __init__(
-        self, module: nn.Module, seams: Sequence[Seam], path: Path, find: FindSample
+        self,
+        module: nn.Module,
+        seams: Sequence[Seam],
+        path: Path,
+        find: FindSample,
+        convention: Convention | None = None,
     ) -> None:
         self._module, self._find = module, find
         # What cannot be steered yields to what can.
         able = [seam for seam in seams if not seam.refusal] or list(seams)
-        self._seams = able or assumed_seams(path)
+        by_hand = convention is not None or not able
+        self._seams = assumed_seams(path, convention) if by_hand else able
         self.batch: Any = None
         self.network: Network | None = None
         self.conditions: tuple[str, ...] = ()

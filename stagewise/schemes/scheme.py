@@ -65,11 +65,9 @@ class Scheme(SchemeState):
             "insert" it into the reference set as its own row (default), or "error".
         seed: Of random rows, default 0.
         convention: How your training counts time, scales `x_t` and makes its target: a name such
-            as "pi0" (t = 1 is noise, the target noise - data), a noise scheduler of diffusers, or a
-            `Convention`; see `stagewise.conventions`. Default that of the oracle, or else the
-            library's own (t = 0 is noise, data - noise). Noisy samples, times and targets are given
-            and returned in it; only `timesteps.sample` stays in the library's time: take
-            `convention.from_t` of its draws.
+            as "pi0" (t = 1 is noise, noise - data), a noise scheduler of diffusers, or a
+            `Convention`; see `stagewise.conventions`. Default that of the oracle. All that is given
+            and returned is in it, but for the draws of `timesteps`: take `convention.from_t`.
         smoothing: Gaussians around the rows, which `smooth` draws from. Default None.
         strength: From t, (B,), to how much of the smoothing is used, in [0, 1], (B,). Default None:
             all of it from the measured *collapsed* boundary on, where the plain target is nothing
@@ -121,9 +119,7 @@ class Scheme(SchemeState):
             smoothing=smoothing,
             strength=strength,
         )
-        if convention is None:
-            convention = STAGEWISE if oracle is None else oracle.convention
-        convention = as_convention(convention)
+        convention = as_convention(convention or getattr(oracle, "convention", STAGEWISE))
         path = path_of(convention, path if oracle is None else oracle.path) or LinearPath()
         known = oracle or smoothing
         wise = bool(known and known.bank.classes) if class_wise == "auto" else class_wise
@@ -205,10 +201,10 @@ class Scheme(SchemeState):
         """The target and the weight of each sample; the first call does what `check` does.
 
         Args:
-            y: Conditional target, (B, *), in the scheme's `convention` (default: t = 0 is noise,
-                and a velocity is data - noise).
-            xt: Noisy samples, (B, *), as that convention scales them.
-            t: Times in that convention (default: in [0, 1]), (B,) or (B, 1, ..., 1), or one number.
+            y: Conditional target, (B, *), in the scheme's `convention`, like `xt` and `t`
+                (default: t in [0, 1], 0 is noise, and a velocity is data - noise).
+            xt: Noisy samples, (B, *).
+            t: Times, (B,) or (B, 1, ..., 1), or one number.
             x1: What `xt` was made from, (B, *).
             labels: Class of each sample, (B,); see `Oracle.posterior`. Used if `class_wise`, and
                 default the class of the bank's row that x_1 is.

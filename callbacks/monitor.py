@@ -173,7 +173,7 @@ class Monitor(StageCallback):
             torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
         start = time.perf_counter()
         last_time, last_step = self._since
-        entry = {"event": self.event, "step": step, **self.measure(step)}
+        entry = {"event": self.event, "step": step, **self.measure(step), **self.over}
         if at_end:
             entry["at_end"] = True
         with self.together():
@@ -202,4 +202,11 @@ class Monitor(StageCallback):
     def summary(self) -> str:
         """How often it has probed, what the last probe cost, and where that is written."""
         cost = f"{self.seconds[-1]:.1f} s" if self.seconds else "nothing"
-        return f"{len(self.history)} probes, the last cost {cost}; {self.writer.describe()}"
+        over = "".join(f", over rows weighed by {kernel}" for kernel in self.over.values())
+        return f"{len(self.history)} probes{over}, the last cost {cost}; {self.writer.describe()}"
+
+    @property
+    def over(self) -> dict[str, str]:
+        """What each event says of the rows that its posterior is over, if they are weighed."""
+        kernel = None if self.oracle is None else self.oracle.condition
+        return {} if kernel is None else {"condition": repr(kernel)}

@@ -212,6 +212,8 @@ class PosteriorMonitor(Monitor):
         run = self.run
         if run.option(self, "class_wise") is False:
             return
+        if self.oracle.condition is not None:
+            return
         network, given = run.look.network, run.look.conditions
         rows = "the rows of a class" if self.wise else "all rows"
         labelled = run.look.labels is not None
@@ -220,7 +222,9 @@ class PosteriorMonitor(Monitor):
                 f"The network is also given {', '.join(given)}, and PosteriorMonitor measures the "
                 f"posterior over {rows}, as for a model that ignores that. A model that uses it is "
                 "trained on the posterior given it, which collapses earlier: read the boundary as "
-                "an upper bound. If the model does ignore it: PosteriorMonitor(class_wise=False)."
+                "an upper bound, or weigh rows by a kernel on it: PosteriorMonitor("
+                "condition=Condition(bandwidth=...)). If the model does ignore it: "
+                "PosteriorMonitor(class_wise=False)."
             )
         elif run.look.waiting:
             return  # what this step has dropped may come
@@ -269,6 +273,7 @@ class PosteriorMonitor(Monitor):
         assert self.boundary is not None
         title = f"N = {len(bank)}, D = {bank.dim}"
         title += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
+        title += "".join(f", {kernel}" for kernel in self.over.values())
         # A resumed run may have been given another number of strata.
         alike = [entry for entry in probes if len(entry["t"]) == self.strata]
         about = (self.curve, self.boundary, self.predicted, f"{title}, step {probes[-1]['step']}")
@@ -294,6 +299,7 @@ class PosteriorMonitor(Monitor):
             "class_wise": self.wise,
             "path": repr(self.oracle.path),
             "predicted": self.predicted,
+            **self.over,
         }
 
     @override

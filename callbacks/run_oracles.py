@@ -6,7 +6,6 @@ said, what another callback has said, or what is found in the training: in this 
 
 from __future__ import annotations
 
-import operator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from stagewise.callbacks.stage_callback import StageCallback
 from stagewise.callbacks.training_bank import Samples, bank_from_trainer, read_rows
 from stagewise.callbacks.writer import Writer
 from stagewise.certificate import Certificate
+from stagewise.condition import ConditionedOracle
 from stagewise.engines import Engine
 from stagewise.memory import oracle_device
 from stagewise.oracle import Oracle
@@ -90,8 +90,8 @@ class RunOracles(StageCallback):
         first: Any = saying[0].said[key]
         for who in saying[1:]:
             other: Any = who.said[key]
-            same = {"path": same_path, "convention": operator.eq}.get(key, operator.is_)
-            alike = same(first, other)
+            alike = same_path(first, other) if key == "path" else first is other
+            alike = alike or (key in ("condition", "convention") and first == other)
             if not alike:
                 one, two = type(saying[0]).__name__, type(who).__name__
                 raise ValueError(
@@ -143,6 +143,7 @@ class RunOracles(StageCallback):
                 self.module,
                 find=self.find_of(callback),
                 class_wise=any(each is not False for each in wise),
+                condition=self.option(callback, "condition"),
             )
             bank = self._read
         if id(bank) not in self._banks:
@@ -184,6 +185,12 @@ class RunOracles(StageCallback):
         With a certificate, or a file of one, which is written if there is none, it is a collective.
         """
         path, bank = path or self.path_of(callback)[0], self.bank(callback)
+        condition = self.option(callback, "condition")
+        if condition is not None and (engine or certificate):
+            raise ValueError(
+                f"{condition!r} weighs all rows: it goes with no engine and no certificate. Leave "
+                f"them out: {type(callback).__name__}(condition=Condition(bandwidth=...))."
+            )
         if certificate is not None:
             # One of each host first; the others find its file.
             for first in (True, False):
@@ -196,9 +203,11 @@ class RunOracles(StageCallback):
             return Oracle(bank, path, engine, certificate=certificate)
         for oracle in self._oracles:
             fits = engine is None or oracle.engine is engine
+            fits = fits and oracle.condition == condition
             if fits and oracle.bank is bank and same_path(oracle.path, path):
                 return oracle
-        self._oracles.append(Oracle(bank, path, engine))
+        weighed = condition and ConditionedOracle(bank, path, condition)
+        self._oracles.append(weighed or Oracle(bank, path, engine))
         return self._oracles[-1]
 
     def read(self, callback: StageCallback, loader: Any, count: int) -> Samples:
@@ -241,6 +250,7 @@ class RunOracles(StageCallback):
         for recipe in (*self._boundaries, *self.recipes):
             other = recipe.oracle
             same = self._banks.get(id(other.bank), other.bank) is bank
+            same = same and other.condition == oracle.condition
             if same and recipe.class_wise == wise and same_path(other.path, oracle.path):
                 return recipe
         return None
@@ -286,4 +296,5 @@ class RunOracles(StageCallback):
 
 def _recorded_as(recipe: Recipe) -> tuple[str, int]:
     """What a boundary is known by in a checkpoint: plain numbers and strings."""
-    return repr(recipe.oracle.path), int(recipe.class_wise)
+    weighed = f", {recipe.oracle.condition!r}" if recipe.oracle.condition else ""
+    return repr(recipe.oracle.path) + weighed, int(recipe.class_wise)

@@ -19,6 +19,7 @@ from typing_extensions import Unpack
 
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample
+from stagewise.condition import Condition
 from stagewise.conventions import ConventionLike, as_convention
 from stagewise.paths import Path as ProbabilityPath
 
@@ -49,6 +50,7 @@ class RunOptions(TypedDict, total=False):
         class_wise: Whether posteriors are over the rows of the sample's own class, which is what a
             class-conditional model is trained on. Default "auto": if there are labels. False also
             says that the model ignores what else it may be given: text, observations.
+        condition: A kernel on that: posteriors are over rows weighed by it. Default None.
         held_out: Samples that are not trained on, (n, *), or `(samples, labels)`; default read from
             the first validation loader.
         velocity: From `(module, xt, t, labels)` to the velocity (t = 0 is noise), for networks that
@@ -64,6 +66,7 @@ class RunOptions(TypedDict, total=False):
     path: ProbabilityPath | None
     convention: ConventionLike | None
     class_wise: bool | Literal["auto"]
+    condition: Condition | None
     held_out: HeldOut | None
     velocity: AskVelocity | None
     seam: str | None
@@ -283,6 +286,9 @@ def _check(options: dict[str, Any]) -> None:
         )
     if path is not None and not isinstance(path, ProbabilityPath):
         raise TypeError(f"Expected `path` to be a stagewise.Path, got {path!r}.")
+    condition = options.get("condition")
+    if condition is not None and not isinstance(condition, Condition):
+        raise TypeError(f"Expected `condition` as Condition(bandwidth=...), got {condition!r}.")
     if wise not in (True, False, "auto"):
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {wise!r}.')
     if wise is True and bank is not None and not bank.classes:

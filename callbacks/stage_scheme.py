@@ -121,7 +121,8 @@ class StageScheme(StageCallback):
         found = [part.oracle for part in given]
         oracles = [o for o in found if o is not None and o.engine.holds_all_rows]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
-            self.said = {"bank": oracles[0].bank, "path": oracles[0].path} | self.said
+            known = {key: getattr(oracles[0], key) for key in ("bank", "path", "condition")}
+            self.said = {key: value for key, value in known.items() if value} | self.said
         for part in given if not oracles else ():
             if part.smoothing is not None:
                 self.said = {"bank": part.smoothing.bank} | self.said
@@ -175,11 +176,13 @@ class StageScheme(StageCallback):
             self.scheme.check_ends(math.inf if run.total is None else run.total)
         for part in parts(self.scheme):
             part.rows_checked = True  # `settle` does, on all ranks together
-            part.labels_of = run.look.labels_for
+            part.labels_of, part.condition_of = run.look.labels_for, run.look.condition_for
         run.look.schemes.append(self.scheme)
         resumed = self._resume()
         self.writer = run.open_writer(self)
         about = self._where() if self.seam is None else self.seam.describe()
+        kernels = {p.oracle.condition for p in parts(self.scheme) if p.target and p.oracle} - {None}
+        about += "".join(f", over rows weighed by {kernel!r}" for kernel in kernels)
         self.say(f"steers {about}; {self.writer.describe()}")
         # That of training, which a scheme without an oracle need not know.
         path = self.scheme.path if self.seam is None else self.seam.path
@@ -278,7 +281,7 @@ class StageScheme(StageCallback):
         self._restore()
         self.seam = None
         for part in [] if self.scheme is None else parts(self.scheme):
-            part.labels_of = None
+            part.labels_of = part.condition_of = None
 
     def _where(self) -> str:
         return "the scheme that the module holds" if self.seam is None else self.seam.name

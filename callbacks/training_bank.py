@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_checked, find_sample
+from stagewise.condition import Condition
 from stagewise.drawn_rows import drawn_rows
 from stagewise.row_reader import RowReader, same_rows
 from stagewise.undisturbed import undisturbed
@@ -42,6 +43,7 @@ def bank_from_trainer(
     find: FindSample = find_sample,
     class_wise: bool = True,
     dtype: torch.dtype | None = None,
+    condition: Condition | None = None,
 ) -> LatentBank:
     """Reads the training set of a running trainer into a bank in host memory.
 
@@ -53,6 +55,7 @@ def bank_from_trainer(
         find: From a batch to `(x_1, labels or None)`.
         class_wise: Whether to keep labels, default True.
         dtype: Storage; default that of the samples.
+        condition: Whose conditions the bank holds, too, for which the set is read once more.
 
     Returns:
         The bank; that of the data module, if it has one. Its rows are those that the sampler draws
@@ -90,6 +93,14 @@ def bank_from_trainer(
                 copies=trainer.num_devices,
                 advance=lambda done: bar.update(done - bar.n),
             )
+        if condition is not None:
+
+            def find_condition(batch: Any) -> Samples:
+                c = condition.of(batch, *find_checked(find, batch))
+                return c.reshape(len(c), -1).float(), None
+
+            given = _reader(trainer, pl_module, trainer.train_dataloader, find_condition)
+            bank = bank.with_conditions(torch.cat([c.cpu() for c, _ in given.read(rows)]))
     # Within a pass nothing is seeded again; between two the workers are, if not as in training.
     if not (torch.equal(once, again) and same_rows(bank, range(0, len(rows), step), once)):
         rank_zero_warn(

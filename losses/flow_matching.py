@@ -130,6 +130,7 @@ class FlowMatchingLoss(nn.Module):
         part: tuple[int, int] = (0, 1),
         classes: Labels | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The mean weighted loss of a batch.
@@ -149,6 +150,8 @@ class FlowMatchingLoss(nn.Module):
                 Default: looked up in the bank.
             source: Row of the scheme's bank that each sample stands for, (B,); not passed to the
                 model. Default: looked up; see `Scheme`.
+            condition: For a scheme with a kernel on it: what the model is given for each sample,
+                (B, *), before anything is dropped; not passed to the model.
             **kwargs: Passed on to the model.
 
         Returns:
@@ -190,9 +193,8 @@ class FlowMatchingLoss(nn.Module):
         y = self.prediction.target(path, x0.float(), x1.float())
         added = None
         if scheme is not None:
-            added = scheme(
-                y, xt=xt, t=t, x1=x1, labels=classes, source=source, prediction=self.prediction
-            )
+            told: dict[str, Any] = {"labels": classes, "source": source, "condition": condition}
+            added = scheme(y, xt=xt, t=t, x1=x1, prediction=self.prediction, **told)
         x, time = self.convention.outside(xt, t)
         output = model(x.to(xt), time.to(told_in), *args, **kwargs)
         if output.shape != x1.shape:

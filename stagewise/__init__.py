@@ -8,6 +8,7 @@ from stagewise.attention import GaussianAttention
 from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
 from stagewise.certificate import Certificate
+from stagewise.condition import Condition, ConditionedOracle
 from stagewise.conventions import ddpm
 from stagewise.forecast import (
     SmoothingForecast,
@@ -37,6 +38,7 @@ from stagewise.schemes import Phase, Phases, Scheme, SchemeRecord
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
 from stagewise.spectrum import predicted_boundary
+from stagewise.stage_target import StageTarget
 from stagewise.stages import StageBoundary, StageCurve
 from stagewise.targets import (
     Mix,
@@ -74,6 +76,8 @@ __all__ = [
     "Beta",
     "Certificate",
     "Concentration",
+    "Condition",
+    "ConditionedOracle",
     "Convention",
     "CosinePath",
     "EDMLogNormal",
@@ -110,6 +114,7 @@ __all__ = [
     "StageCurve",
     "StageFactors",
     "StageGate",
+    "StageTarget",
     "Target",
     "TargetForecast",
     "TimestepSampler",

@@ -50,6 +50,7 @@ class Queries:
             where labels lie on an accelerator.
         twin: The row, among those a query looks at, that `x1` stands for without being equal to it
             to the last digit; -1 for none. (B,), or None.
+        condition: What the model is given for each, (B, C), float64; or None.
     """
 
     xt: Tensor
@@ -62,6 +63,7 @@ class Queries:
     x1: Tensor | None = None
     twin: Tensor | None = None
     ends: Tensor | None = None
+    condition: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.xt)
@@ -176,13 +178,18 @@ def indices_of(flags: Tensor) -> list[int]:
     return [i for i, flag in enumerate(flags.tolist()) if flag]
 
 
-def with_source_weight(post: Posterior, bank: RowStore, queries: Queries) -> Posterior:
-    """With the weight of the row that each query was made from, where it is known."""
+def with_source_weight(
+    post: Posterior, bank: RowStore, queries: Queries, log_kernel: Tensor | float = 0.0
+) -> Posterior:
+    """With the weight of the row that each query was made from, where it is known.
+
+    `log_kernel`, (B,), is what a kernel adds to the log-weight of that row.
+    """
     rows = queries.source
     if rows is None or post.source_weight is not None:
         return post
     x1 = bank.take(rows.clamp_min(0), device=queries.xt.device)
-    weight = (queries.log_weight(x1) - post.log_evidence).exp().clamp_max(1)
+    weight = (queries.log_weight(x1) + log_kernel - post.log_evidence).exp().clamp_max(1)
     weight = weight.where(queries.holds(rows), 0).masked_fill(rows < 0, torch.nan)
     return replace(post, source_weight=weight)
 

@@ -4,17 +4,22 @@ import copy
 import math
 import pickle
 import re
+from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise import CosinePath, LatentBank, LinearPath, Mix, Oracle, Scheme, same_path
 from stagewise.adapters import assumed_seams
 from stagewise.adapters.network_search import NetworkSearch
+from stagewise.callbacks import PosteriorMonitor, StageRun, VelocityErrorMonitor
 from stagewise.conventions import CONVENTIONS, DDPMPath, as_convention, ddpm, written
 from stagewise.losses import FlowMatchingLoss
 from stagewise.paths import Convention, Prediction
 from stagewise.sampling import model_velocity
+from stagewise.stage_target import StageTarget
 
 N, D, B, STEPS, SIGMA_DATA = 40, 6, 64, 1000, 0.5
 ROWS = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
@@ -103,6 +108,11 @@ def test_the_target_is_that_of_the_mathematics(name):
         corrected = y + scheme.correct(xt=x, t=time, x1=x1)
         torch.testing.assert_close(corrected, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(y + oracle.correction(x, time, x1), expected, rtol=1e-5, atol=1e-5)
+    by_hand = StageTarget(convention=convention)
+    by_hand.scheme = Scheme(oracle.inner, target=Mix())
+    assert torch.equal(by_hand.eval()(y, xt=x, t=time, x1=x1)[0], y)
+    found, _ = by_hand.train()(y, xt=x, t=time, x1=x1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     mean = (gamma * ROWS.double()).sum(1)
     torch.testing.assert_close(oracle.posterior(x, time).mean, mean, rtol=1e-5, atol=1e-5)
 
@@ -255,3 +265,69 @@ def test_a_step_by_hand_is_recognised(name):
         xt, t = network.inputs((x, time), {})
         torch.testing.assert_close(t, told.to_t(time).float())
         torch.testing.assert_close(xt, told.inside(x, time)[0].float())
+
+
+class Script(pl.LightningModule):
+    """Noise prediction with integer steps, written out; it may hold a scheduler of diffusers."""
+
+    def __init__(self, scheduler=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Step()
+        if scheduler is not None:
+            self.noise_scheduler = scheduler
+
+    def training_step(self, batch, batch_idx):
+        (x1,) = batch
+        k, x0 = torch.randint(STEPS, (len(x1),)), torch.randn_like(x1)
+        a, s = (value.float()[:, None] for value in of_step(k))
+        return (self.net(a * x1 + s * x0, k) - x0).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_monitors_watch_a_step_by_hand(held, make_trainer, read_stages, tmp_path, quick_figures):
+    """They find a scheduler, or are told; nothing of the training changes."""
+    scheduler = pytest.importorskip("diffusers").DDPMScheduler() if held else None
+    run = StageRun(**({} if held else {"convention": ddpm(ACP)}))
+    monitors = [PosteriorMonitor(strata=4, queries=8), VelocityErrorMonitor(strata=4, queries=8)]
+    found, weights = [], []
+    for callbacks in ([], [run, *monitors]):
+        module = Script(scheduler)
+        if callbacks:
+            plain = run.tell
+
+            def tell(what, *values, plain=plain):
+                if what == "settle":
+                    found.append((run.path, run.look.network))
+                plain(what, *values)
+
+            run.tell = tell
+        torch.manual_seed(1)
+        trainer = make_trainer(*callbacks, max_steps=4)
+        trainer.fit(module, DataLoader(TensorDataset(ROWS), 20))
+        weights.append(module.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    ((path, network),) = found
+    assert same_path(path, DDPMPath(ACP))
+    assert network.seam.prediction.kind == "noise"
+    xt, t = ROWS[:5], torch.linspace(0.1, 0.9, 5)
+    k = ((STEPS - 1) * (1 - t)).round()
+    expected = Prediction("noise").to_velocity(path(t), network.module(xt, k), xt)
+    torch.testing.assert_close(network(xt, t), expected)
+    header, _ = read_stages(next(tmp_path.rglob("stages.jsonl")).parent)
+    assert header["path"].startswith("DDPMPath")
+
+
+def test_code_and_names_of_the_page():
+    page = (Path(__file__).parents[1] / "docs/conventions.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {"torch": torch, "latents": torch.randn(60, 3, 4, 4)}
+    exec(block, names)
+    m = names["oracle"].posterior(names["a"] * names["x1"] + names["s"] * names["x0"], names["k"])
+    expected = names["a"] * names["x0"] - names["s"] * names["x1"]
+    expected = expected - (m.mean - names["x1"]) / names["s"]
+    torch.testing.assert_close(names["v_star"].double(), expected, rtol=1e-5, atol=1e-5)
+    assert all(f'`"{name}"`' in page or f'`"{name}"' in page for name in CONVENTIONS)

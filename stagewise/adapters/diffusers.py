@@ -34,6 +34,7 @@ def diffusers_target(
     scheme: Scheme | Phases,
     *,
     labels: Labels | None = None,
+    condition: Tensor | None = None,
     prediction: Prediction | PredictionKind | None = None,
 ) -> Tensor:
     """What to regress on in place of the target that the script makes.
@@ -51,6 +52,8 @@ def diffusers_target(
         labels: The class of each sample, (B,); default None: the scheme looks them up if it needs
             them. These scripts condition on text: a scheme that mixes over a bank without classes
             is refused unless it says class_wise=False, "my model ignores its conditions".
+        condition: For a scheme with a kernel on it: what the model is given, (B, *), such as pooled
+            text embeddings.
         prediction: What is predicted, default that of the convention: the scheduler's
             `prediction_type`, or `noise - model_input`.
 
@@ -77,6 +80,7 @@ def diffusers_target(
         )
     for part in parts(scheme):
         told = part.target is None or part.class_wise or part.unconditional
+        told |= part.oracle is not None and part.oracle.condition is not None
         if labels is None and not told:
             raise unknown_conditions("none, and a bank without classes")
     said = scheme.convention != STAGEWISE
@@ -91,6 +95,7 @@ def diffusers_target(
         t=times if said else t,
         x1=model_input,
         labels=labels,
+        condition=condition,
         prediction=kind,
     )
     return target if said else sign * target

@@ -13,6 +13,7 @@ from stagewise.adapters.edm import EDMLoss
 from stagewise.adapters.flow_matching import FlowMatching
 from stagewise.adapters.objective import Objective
 from stagewise.adapters.repa import REPALoss
+from stagewise.adapters.stage_target import ByHand
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
 from stagewise.conventions import CONVENTIONS, path_of
@@ -27,7 +28,7 @@ __all__ = [
     "training_path",
 ]
 
-_KINDS = (Objective, TorchCFM, FlowMatching, Transport, EDMLoss, REPALoss, NoiseScheduler)
+_KINDS = (Objective, ByHand, TorchCFM, FlowMatching, Transport, EDMLoss, REPALoss, NoiseScheduler)
 """All seams that are known. Another library is a file of this folder and an entry here."""
 
 _LEAVES = (

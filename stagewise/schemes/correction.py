@@ -53,6 +53,7 @@ def correct(
     draws: Random,
     labels: Labels | None = None,
     source: Tensor | None = None,
+    condition: Tensor | None = None,
     class_wise: bool = False,
     on_missing: Literal["insert", "error"] = "insert",
     labels_of: Callable[[], Tensor | None] | None = None,
@@ -71,6 +72,7 @@ def correct(
         draws: Of random rows.
         labels: Class of each, if it is known.
         source: The row that each x_1 stands for, if it is known.
+        condition: What the model is given for each, (B, *), for an oracle with a kernel on it.
         class_wise: Whether samples look at the rows of their class.
         on_missing: What to do with an x_1 that stands for no row.
         labels_of: What gives the classes, (B,), or None, if rows do not.
@@ -91,7 +93,9 @@ def correct(
     cheap = cheap and oracle.engine.reads_ends(oracle.bank, xt.device, len(xt))
     if only is not None and not cheap:
         asked = indices_of(only)
-        xt, t, x1, labels, source = (_some(value, asked) for value in (xt, t, x1, labels, source))
+        xt, t, x1, labels, source, condition = (
+            _some(value, asked) for value in (xt, t, x1, labels, source, condition)
+        )
     if not len(x1) and not oracle.engine.collective:
         return whole
     with torch.autocast(xt.device.type, enabled=False):
@@ -99,7 +103,7 @@ def correct(
         names = None
         if class_wise:
             names = _classes(oracle, row, labels, x1, labels_of, asked)
-        queries = oracle.queries(xt, t, names, stored)
+        queries = oracle.queries(xt, t, names, source, condition)
         if class_wise and oracle.engine.holds_all_rows:
             # A row of another class is none of those that a query looks at.
             inside = queries.holds(row)

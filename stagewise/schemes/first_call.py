@@ -36,6 +36,13 @@ _FEW = 64
 _ROUNDING = 1e-4
 """Relative error of float32 samples: their path may be known to no more digits than that."""
 
+_SAID = (
+    "scheme(..., prediction={})",
+    "Scheme(..., convention={})",
+    "A target with terms of your own is y + scheme.correct(xt=xt, t=t, x1=x1), and its weight "
+    "scheme.weight_of(t).",
+)
+
 
 def check_samples(
     path: Path,
@@ -47,11 +54,13 @@ def check_samples(
     x1: Tensor,
     *,
     mixes: bool,
+    said: tuple[str, str, str] = _SAID,
 ) -> bool:
     """Refuses samples and targets that are not those of the path; see the module.
 
     `y` and `time` are given in the `convention`; `mixes`: whether the oracle enters the target, for
-    which `x_0` must be standard normal.
+    which `x_0` must be standard normal; `said`: how another prediction or convention is
+    said, and what to do about a target with terms of one's own.
 
     Returns:
         Whether anything could be told: not where sigma is lost in rounding.
@@ -81,7 +90,7 @@ def check_samples(
     raise ValueError(
         f"Expected `xt`, `t`, `x1` and `y` of the {prediction.kind} on {path!r}, where time "
         f"{convention.noise_time:g} is noise and {convention.data_time:g} is data, got {found}. "
-        + _cure(path, prediction, convention, time, fits)
+        + _cure(path, prediction, convention, time, fits, said)
     )
 
 
@@ -91,11 +100,13 @@ def _cure(
     convention: Convention,
     time: Tensor,
     fits: Callable[[Convention, Prediction], bool],
+    said: tuple[str, str, str],
 ) -> str:
     """What to say in place of `convention` and `prediction` so that the samples fit."""
     for name in get_args(PredictionKind):
         if fits(convention, replace(prediction, kind=name)):
-            return f'They fit another prediction: scheme(..., prediction="{name}").'
+            line = said[0].format(f'"{name}"')
+            return f"They fit another prediction: {line}."
     noise, data, sign = convention.noise_time, convention.data_time, convention.sign
     own = [] if convention.by_sigma else [replace(convention, noise_time=data, data_time=noise)]
     signs = [replace(told, sign=-sign) for told in (*own, convention)]
@@ -106,25 +117,20 @@ def _cure(
         for kind in (prediction, told.prediction):
             if fits(told, kind):
                 turned = told.sign_of(kind) != convention.sign_of(kind)
-                # A scheme takes the convention of its oracle, and the oracle the path of it.
-                same = told.path is None or same_path(told.path, path)
-                where = "Scheme(..., " if same else "Oracle(bank, "
-                more = f', and scheme(..., prediction="{kind.kind}")'
+                line = said[1].format(written(told))
+                if told.path is not None and not same_path(told.path, path):
+                    line += f", on its path: Oracle(bank, convention={written(told)})"
+                if kind != told.prediction:
+                    line += ", and " + said[0].format(f'"{kind.kind}"')
                 return (
                     f"They fit if time {told.noise_time:g} is noise and {told.data_time:g} is data"
                     + (", with the opposite sign of y" if turned else "")
-                    + f". Say so: {where}convention={written(told)})"
-                    + ("." if kind == told.prediction else f"{more}.")
+                    + f". Say so: {line}."
                 )
     if float(time.max()) > 1 and bool((time == time.round()).all()):
-        return (
-            "Integer timesteps need the schedule: Scheme(..., convention=noise_scheduler), or "
-            'convention=ddpm(alphas_cumprod, "noise").'
-        )
-    return (
-        "Look at the path, the scale of x1, and what x0 is. A target with terms of your own is "
-        "y + scheme.correct(xt=xt, t=t, x1=x1), and its weight scheme.weight_of(t)."
-    )
+        line = said[1].format("noise_scheduler")
+        return f'Integer timesteps need the schedule: {line}, or ddpm(alphas_cumprod, "noise").'
+    return f"Look at the path, the scale of x1, and what x0 is. {said[2]}"
 
 
 def _check_pairs(path: Path, t: Tensor, xt: Tensor, x1: Tensor) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.monitor import Monitor, MonitorOptions
+from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.writer import by_time
 from stagewise.engines import Engine
 from stagewise.spectrum import predicted_boundary
@@ -171,7 +171,7 @@ class PosteriorMonitor(Monitor):
 
     def _draws(self, at_end: bool) -> bool:
         """Whether to draw at a probe; the last one is followed by none before training ends."""
-        total, step = self.run.total, self.run.trainer.global_step
+        total, step = self.run.total, self.run.host.global_step
         last = total is not None and step // self.every == (total - 1) // self.every
         return super()._draws(at_end or last)
 
@@ -205,7 +205,7 @@ class PosteriorMonitor(Monitor):
         self.recipe = Recipe(self.oracle, self.wise, edges, self.queries, self.seed)
         self.run.recipes.append(self.recipe)
         self.writer.event(self._header())
-        self.probe(self.run.trainer.global_step)
+        self.probe(self.run.host.global_step)
 
     def reconsider(self) -> None:
         """Says what a posterior over data means for a network that is given more than x_t and t."""

@@ -12,20 +12,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample
+from stagewise.callbacks.host import TrainerHost
+from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.condition import Condition
 from stagewise.conventions import ConventionLike, as_convention
 from stagewise.paths import Path as ProbabilityPath
 
 if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import Callback
+
     from stagewise.callbacks.run import StageRun
     from stagewise.callbacks.writer import Writer
+
+else:
+    try:
+        from lightning.pytorch.callbacks import Callback
+    except ImportError:  # then the host is a `Watch`, which needs none of its hooks
+        Callback = object
 
 __all__ = ["AskVelocity", "HeldOut", "RunOptions", "StageCallback"]
 
@@ -84,7 +93,7 @@ def _tells(method: str, *values: Any) -> Callable[..., None]:
     return hook
 
 
-class StageCallback(pl.Callback):
+class StageCallback(Callback):
     """Forwards the hooks of Lightning to the run, if it leads.
 
     Args:
@@ -166,7 +175,7 @@ class StageCallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """Distinct for callbacks of distinct names."""
-        return self._generate_state_key(name=self.name)
+        return f"{type(self).__qualname__}{ {'name': self.name}!r}"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""
@@ -190,7 +199,7 @@ class StageCallback(pl.Callback):
         self.run = run
 
     def leaves(self) -> None:
-        """Lets go of the run: of trainer, module, data and files. What was found stays."""
+        """Lets go of the run: of host, module, data and files. What was found stays."""
         for key in self.held:
             vars(self).pop(key, None)
         self._before = None
@@ -258,7 +267,7 @@ class StageCallback(pl.Callback):
                 "one: StageRun(bank=..., find=...)."
             )
         if members[0] is self:
-            (said[0] if said else StageRun()).begin(trainer, pl_module, members)
+            (said[0] if said else StageRun()).begin(TrainerHost(trainer, pl_module), members)
 
     def on_train_batch_start(self, _: Any, __: Any, batch: Any, ___: int) -> None:  # type: ignore[override]
         """Hands the batch to the run."""

@@ -17,7 +17,7 @@ from stagewise.bank import LatentBank
 from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.stage_transitions import refuse_unheard
-from stagewise.callbacks.training_bank import shard_from_trainer
+from stagewise.callbacks.training_bank import read_shard
 from stagewise.certificate import Certificate
 from stagewise.engines import Engine
 from stagewise.losses import StageWeightedLoss
@@ -195,7 +195,7 @@ class StageScheme(StageCallback):
     def before_first_batch(self) -> None:
         """Settles the boundary, and refuses what cannot work."""
         scheme = self.scheme
-        refuse_unheard(self.run.trainer, scheme.awaited if isinstance(scheme, Phases) else [])
+        refuse_unheard(self.run.host.speakers, scheme.awaited if isinstance(scheme, Phases) else [])
         if self.renewed or any(part.boundary is None for part in parts(scheme)):
             boundary = self._boundary()
             if boundary is not None:
@@ -245,9 +245,9 @@ class StageScheme(StageCallback):
         if self.run.logs(before):
             boundary = math.nan if scheme.boundary is None else scheme.boundary
             phase = float(getattr(scheme, "index", 0))
-            values = {**self._means.reduced(self.run.trainer), "boundary": boundary, "phase": phase}
+            values = {**self._means.reduced(self.run.host), "boundary": boundary, "phase": phase}
             self.writer.scalars({f"{self.name}/{k}": v for k, v in values.items()}, step - 1)
-        t, loss = self._losses.gathered(self.run.trainer) if self._losses else (None, None)
+        t, loss = self._losses.gathered(self.run.host) if self._losses else (None, None)
         for message in scheme.observe(step=step, total=self.run.total, t=t, loss=loss):
             index, tag = getattr(scheme, "index", 0), f"{self.name}/transition"
             event = {"event": "transition", "step": step, "phase": index, "message": message}
@@ -356,8 +356,8 @@ class StageScheme(StageCallback):
         if self.engine is None or self.engine.holds_all_rows:
             return run.oracle(self, path, self.engine, self.certificate)
         bank = run.option(self, "bank")
-        bank = shard_from_trainer(run.trainer) if bank is None else bank
-        bank = bank.beside_training(run.trainer.strategy.root_device)
+        bank = read_shard(run.host) if bank is None else bank
+        bank = bank.beside_training(run.host.device)
         refused: Any = self.certificate
         return Oracle(bank, path, self.engine, certificate=refused)
 

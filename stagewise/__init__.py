@@ -1,8 +1,11 @@
 """stagewise: see, and use, the two stages of flow-matching and diffusion training.
 
-Floor 1, the science, in plain torch. Losses live in `stagewise.losses`, Lightning callbacks in
-`stagewise.callbacks`, runnable recipes in `stagewise.recipes`.
+Floor 1, the science, in plain torch. Losses live in `stagewise.losses`, callbacks for Lightning and
+for loops of one's own (`stagewise.Watch`) in `stagewise.callbacks`, recipes in `stagewise.recipes`.
 """
+
+from importlib import import_module
+from typing import Any
 
 from stagewise.attention import GaussianAttention
 from stagewise.bank import LatentBank
@@ -64,6 +67,13 @@ from stagewise.transitions import AtEvent, AtPlateau, AtShare, AtStep
 from stagewise.weights import P2, EDMWeight, InverseFloor, MinSNR, StageFactors, StageGate, Weight
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Watch":  # of a higher floor, which needs matplotlib
+        return import_module("stagewise.callbacks").Watch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "DIFFUSERS",

@@ -157,8 +157,8 @@ class Oracle:
                 that class, which is a valid target for a class-conditional model. Default None:
                 over all rows, as for single labels that are None or `null_class`. A list or a CPU
                 tensor costs no device sync; one on an accelerator does, unless the engine
-                reads it there (`Exact` on CUDA, without `null_class` and certificate), where an
-                unknown class ends the process by a device-side assertion.
+                reads it there (`Exact` on CUDA, without `null_class` and certificate), where the
+                posterior of an unknown class is NaN, and the next call raises.
             source: The row of `bank.rows` each query was made from, (B,), int64, for
                 `source_weight` and the certificate; negative where it is not known. Default None.
                 `bank.find(x1)` looks it up.

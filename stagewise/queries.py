@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stagewise.bank.rows import RowStore
 from stagewise.paths import STAGEWISE, Convention, PathCoefficients, Prediction
-from stagewise.posterior import Posterior
+from stagewise.posterior import Posterior, upload
 
 __all__ = [
     "Queries",
@@ -80,6 +80,11 @@ class Queries:
         if self.ends is not None:
             return self.ends
         assert self.segments is not None
+        if len(self.groups) == 1:  # nothing has to be copied from the host
+            rows = self.groups[0][1]
+            ends = torch.full((len(self), 2), rows.start, device=self.xt.device)
+            ends[:, 1] = rows.stop
+            return ends
         return self.index([(rows.start, rows.stop) for rows in self.segments]).reshape(-1, 2)
 
     @cached_property
@@ -99,16 +104,18 @@ class Queries:
 
     def index(self, at: Sequence[Any]) -> Tensor:
         """Whole numbers on the host as a tensor beside the queries, without a device sync."""
-        there = torch.tensor(at, dtype=torch.int64)
-        # A copy from other memory waits for the device.
-        there = there.pin_memory() if self.xt.is_cuda and torch.cuda.is_available() else there
-        return there.to(self.xt.device, non_blocking=True)
+        return upload(at, self.xt.device)
 
     def place(self, at: Sequence[int]) -> slice | Tensor:
         """Positions as an index: a slice, which costs no copy, if they are contiguous."""
         if list(at) == list(range(at[0], at[-1] + 1)):
             return slice(at[0], at[-1] + 1)
         return self.index(at)
+
+    def split(self, size: int) -> list[Queries]:
+        """Itself in parts of at most so many queries."""
+        every = range(len(self))
+        return [self.select(every[first : first + size]) for first in every[::size]]
 
     def select(self, at: Sequence[int]) -> Queries:
         """Some of the queries, by their positions; itself if that is all of them in order."""

@@ -116,6 +116,7 @@ class Slots:
             that hold some or are taken from the batch as they are.
         optional: Whether the module accepts something that it was not given in this call.
         size: How many samples there were.
+        autocast: The type that autocast computes in, None without it.
         columns: How `x_t`, time and labels lie in one leaf; `leaves` has them `apart`.
     """
 
@@ -128,6 +129,7 @@ class Slots:
     conditions: tuple[tuple[int, str], ...] = ()
     optional: bool = False
     size: int = 0
+    autocast: torch.dtype | None = None
     columns: Columns = ()
 
     def read(self, leaves: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -149,7 +151,9 @@ class Slots:
             else leaf
             for k, leaf in enumerate(apart(leaves, self.columns))
         )
-        return replace(self, leaves=kept)
+        kind = kept[self.x].device.type
+        on = torch.is_autocast_enabled(kind)
+        return replace(self, leaves=kept, autocast=torch.get_autocast_dtype(kind) if on else None)
 
 
 @dataclass(frozen=True)

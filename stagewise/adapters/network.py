@@ -107,7 +107,10 @@ class Network:
         for k, _ in slots.conditions:
             leaves[k] = rows_of(leaves[k], slots.size, rows)
         args, kwargs = pytree.tree_unflatten(joined(leaves, slots.columns), slots.spec)
-        return self.velocity(self.module(*args, **kwargs), xt, t)
+        kind = leaves[slots.x].device.type
+        with torch.autocast(kind, slots.autocast, enabled=slots.autocast is not None):
+            output = self.module(*args, **kwargs)
+        return self.velocity(output, xt, t)
 
     def velocity(self, output: Any, xt: Tensor, t: Tensor) -> Tensor:
         """What an answer of the network stands for, (B, *), float32."""

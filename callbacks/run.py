@@ -25,6 +25,7 @@ from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.callbacks.run_oracles import RunOracles
 from stagewise.callbacks.seen_samples import SeenSamples
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.conventions import path_of
 from stagewise.masks import compared_within, fitted, require_same_masks
 from stagewise.reservoir import Reservoir
 from stagewise.through_module import without_trace
@@ -104,13 +105,17 @@ class StageRun(RunOracles):
         self.seams = find_seams(self.module)
         named = {who.said["seam"] for who in members if "seam" in who.said}
         chosen = [seam for seam in self.seams if seam.name in named] or self.seams
-        said = any("path" in who.said for who in members)
+        said = any({"path", "convention"} & who.said.keys() for who in members)
         self.path, self.path_from = training_path(chosen, said=said)
+        convention = self.option(self, "convention")
+        if convention is not None and convention.path is not None:
+            self.path = path_of(convention, self.option(self, "path")) or self.path
+            self.path_from = "given by the convention"
         self.tied = dependent_noise(self.seams, find_couplings(self.module))
         if self.tied and self.measuring:
             rank_zero_warn(f"The posterior that is measured may not be that of {self.tied}")
-        find = without_trace(self.find_of(self))
-        self.look = FirstStep(self.module, self.seams, self.path, find)
+        found = (self.module, self.seams, self.path, without_trace(self.find_of(self)))
+        self.look = FirstStep(*found, convention)
         size = self.option(self, "reservoir")
         self.reservoir = Reservoir(size) if isinstance(size, int) else size
         self.seen = None if self.reservoir is None else SeenSamples(self, self.reservoir)

@@ -103,7 +103,7 @@ class RunOracles(StageCallback):
         for who in saying[1:]:
             other: Any = who.said[key]
             alike = same_path(first, other) if key == "path" else first is other
-            alike = alike or (key == "condition" and first == other)
+            alike = alike or (key in ("condition", "convention") and first == other)
             if not alike:
                 one, two = type(saying[0]).__name__, type(who).__name__
                 raise ValueError(

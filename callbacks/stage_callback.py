@@ -20,6 +20,7 @@ from stagewise.batches import FindSample
 from stagewise.callbacks.host import TrainerHost
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.condition import Condition
+from stagewise.conventions import ConventionLike, as_convention
 from stagewise.paths import Path as ProbabilityPath
 from stagewise.reservoir import Reservoir
 from stagewise.through_module import Encode
@@ -58,6 +59,9 @@ class RunOptions(TypedDict, total=False):
             is in the batch, or what the first step has shown it to make of that.
         path: The path of training; default that of what makes the targets in the module, or else
             `LinearPath()`.
+        convention: How a training step that makes its target by hand counts time, scales `x_t` and
+            makes it: a name such as "edm", a noise scheduler of diffusers or a `Convention`; see
+            `stagewise.conventions`. Default: one of the usual ones that fits the first step.
         class_wise: Whether posteriors are over the rows of the sample's own class, which is what a
             class-conditional model is trained on. Default "auto": if there are labels. False also
             says that the model ignores what else it may be given: text, observations.
@@ -79,6 +83,7 @@ class RunOptions(TypedDict, total=False):
     find: FindSample | Callable[[Any, nn.Module], Any] | None
     encode: Encode | None
     path: ProbabilityPath | None
+    convention: ConventionLike | None
     class_wise: bool | Literal["auto"]
     condition: Condition | None
     reservoir: int | Reservoir | None
@@ -151,6 +156,8 @@ class StageCallback(Callback):
                 f"run: bank, {', '.join(RunOptions.__annotations__)}."
             )
         _check(said)
+        if said.get("convention") is not None:
+            said["convention"] = as_convention(said["convention"])
         self.name, self.dirpath = name, said.pop("dirpath", None)
         self.said = {key: value for key, value in said.items() if value not in (None, "auto")}
         self.stash: dict[str, Any] | None = None

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from stagewise.conventions import ConventionLike, as_convention, path_of, written
 from stagewise.masks import masked, mean_of
 from stagewise.oracle import Labels, Times, as_times, check_times
 from stagewise.paths import (
     STAGEWISE,
-    Convention,
     LinearPath,
     Path,
     Prediction,
@@ -62,12 +62,12 @@ class FlowMatchingLoss(nn.Module):
     per-sample record, which callbacks read.
 
     Args:
-        path: Default `LinearPath()`.
-        prediction: What the model predicts, default "velocity".
+        path: Default that of the convention, or else `LinearPath()`.
+        prediction: What the model predicts, default that of the convention, the velocity.
         timesteps: How t is drawn, default `Uniform()`.
         weight: From t, (B,), to weights, (B,); default all ones.
-        convention: How the model counts time and signs its target, default the library's own
-            (t = 0 noise). The model is called with `convention.from_t(t)`.
+        convention: How the model counts time, scales `x_t` and signs its velocity, default the
+            library's own (t = 0 noise); see `stagewise.conventions`.
         scheme: Says how t is drawn, what is trained on and what counts how much: a `Scheme` or
             `Phases`; default None. It takes the place of `timesteps` and `weight`, and rests while
             the module is in eval mode: held-out samples are in no bank.
@@ -90,10 +90,10 @@ class FlowMatchingLoss(nn.Module):
     def __init__(
         self,
         path: Path | None = None,
-        prediction: Prediction | PredictionKind = "velocity",
+        prediction: Prediction | PredictionKind | None = None,
         timesteps: TimestepSampler | None = None,
         weight: Callable[[Tensor], Tensor] | None = None,
-        convention: Convention = STAGEWISE,
+        convention: ConventionLike = STAGEWISE,
         scheme: Scheme | Phases | None = None,
         cosine: bool = False,
     ) -> None:
@@ -108,14 +108,15 @@ class FlowMatchingLoss(nn.Module):
         if scheme is not None and scheme.convention != STAGEWISE:
             raise ValueError(
                 "Expected a scheme without a convention of its own, which this objective "
-                f"translates to, got {scheme.convention!r}. Write "
+                f"translates to, got {written(scheme.convention)}. Write "
                 "FlowMatchingLoss(convention=..., scheme=Scheme(...))."
             )
-        self.path = path or (LinearPath() if scheme is None else scheme.path)
-        self.prediction = Prediction.of(prediction)
+        self.convention = as_convention(convention)
+        path = path if scheme is None else scheme.path
+        self.path = path_of(self.convention, path) or LinearPath()
+        self.prediction = Prediction.of(prediction or self.convention.prediction)
         self.timesteps = timesteps or Uniform()
         self.weight = weight
-        self.convention = convention
         self.scheme, self.cosine = scheme, cosine
         self.last: LossRecord | None = None
 
@@ -199,13 +200,14 @@ class FlowMatchingLoss(nn.Module):
         if scheme is not None:
             told: Any = {"labels": of, "source": source, "condition": condition}
             added = scheme(y, xt=xt, t=t, x1=x1, prediction=self.prediction, **told)
-        output = model(xt, self.convention.from_t(t).to(told_in), *args, **kwargs)
+        x, time = self.convention.outside(xt, t)
+        output = model(x.to(xt), time.to(told_in), *args, **kwargs)
         if output.shape != x1.shape:
             raise ValueError(
                 f"Expected the model to return the shape of `x1`, {tuple(x1.shape)}, got "
                 f"{tuple(output.shape)}."
             )
-        output = self.convention.sign * output.float()
+        output = self.convention.sign_of(self.prediction) * output.float()
         weight = torch.ones_like(t) if self.weight is None else self.weight(t)
         if weight.shape != t.shape:
             raise ValueError(

@@ -12,6 +12,7 @@ from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
 from stagewise.certificate import Certificate
 from stagewise.condition import Condition, ConditionedOracle
+from stagewise.conventions import ddpm
 from stagewise.forecast import (
     SmoothingForecast,
     TargetForecast,
@@ -134,6 +135,7 @@ __all__ = [
     "VPPath",
     "Weight",
     "WithFloor",
+    "ddpm",
     "find_sample",
     "forecast_smoothing",
     "forecast_targets",

@@ -145,7 +145,7 @@ class MemorizationProbe:
         place, labels = self._oracle.bank.device, compared_within(self.labels, self._class_wise)
         if isinstance(labels, MaskedLabels):
             labels = labels.to(place)
-        return self._oracle.velocity(xt.to(place), t.to(place), labels).to(xt)
+        return self._oracle.inner.velocity(xt.to(place), t.to(place), labels).to(xt)
 
     def _led_to(self, t: float, device: torch.device) -> Tensor:
         """The samples where the model takes over."""

@@ -32,9 +32,18 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.bank.building import whole_labels
 from stagewise.certificate import Certificate
+from stagewise.conventions import ConventionLike, as_convention, path_of
 from stagewise.engines import Auto, Engine
 from stagewise.masks import MaskedLabels, as_asked, cut, fitted, masked
-from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
+from stagewise.paths import (
+    STAGEWISE,
+    Convention,
+    LinearPath,
+    Path,
+    PathCoefficients,
+    Prediction,
+    PredictionKind,
+)
 from stagewise.posterior import Posterior, put
 from stagewise.queries import (
     Queries,
@@ -75,9 +84,11 @@ class Oracle:
         null_class: The label that stands for "no class" in your training (classifier-free
             guidance): such queries are asked of the whole bank. Default None: only labels that are
             None are.
+        convention: In which noisy samples and times are given to `posterior`, `correction` and
+            `velocity`, and what these answer; default the library's. See `stagewise.conventions`.
 
     Raises:
-        ValueError: If the engine or the certificate does not fit the bank.
+        ValueError: If engine, certificate or convention do not fit the bank and the path.
         ImportError: If the engine needs a library that is not installed.
 
     Example:
@@ -97,6 +108,8 @@ class Oracle:
     condition: Condition | None = None
     """What weighs its rows by their conditions, for a `ConditionedOracle`."""
 
+    convention: Convention = STAGEWISE
+
     def __init__(
         self,
         bank: LatentBank,
@@ -107,12 +120,14 @@ class Oracle:
         eta: float = 1e-3,
         delta: float = 1e-6,
         null_class: int | None = None,
+        convention: ConventionLike = STAGEWISE,
     ) -> None:
         for name, value in (("eta", eta), ("delta", delta)):
             if not 0 < value < 1:
                 raise ValueError(f"Expected `{name}` between 0 and 1, got {value}.")
         self.bank = bank
-        self.path = path or LinearPath()
+        self.convention = as_convention(convention)
+        self.path = path_of(self.convention, path) or LinearPath()
         self.engine = engine or Auto()
         self.certificate, self.eta, self.delta = certificate, eta, delta
         self.null_class = null_class
@@ -168,7 +183,7 @@ class Oracle:
             TypeError: If `xt` is no tensor.
         """
         labels = masked(labels, mask, xt)
-        queries = self.queries(xt, t, labels, source, condition)
+        queries = self.queries(*self._inside(xt, t), labels, source, condition)
         with torch.autocast(queries.xt.device.type, enabled=False):
             post = self.ask(queries, k)
             if queries.source is not None:
@@ -186,12 +201,7 @@ class Oracle:
     ) -> Queries:
         """What `ask` is asked: made once from noisy samples, checked, with the path at their times.
 
-        Args:
-            xt: See `posterior`, like all others.
-            t: Times.
-            labels: Classes.
-            source: Rows.
-            condition: Conditions.
+        Arguments are those of `posterior`, in the library's convention.
 
         Raises:
             ValueError: As `posterior`.
@@ -282,7 +292,7 @@ class Oracle:
         mask: Tensor | None = None,
         source: Tensor | None = None,
         condition: Tensor | None = None,
-        prediction: Prediction | PredictionKind = "velocity",
+        prediction: Prediction | PredictionKind | None = None,
         posterior: Posterior | None = None,
     ) -> Tensor:
         """`c_t (m - x_1)`: what turns a conditional target into the oracle's.
@@ -296,7 +306,7 @@ class Oracle:
             mask: See `posterior`. Outside of it the correction is 0.
             source: See `posterior`.
             condition: See `posterior`.
-            prediction: What the target is, default "velocity".
+            prediction: What the target is, default that of the convention, the velocity.
             posterior: The posterior at these queries if it is known already.
 
         Returns:
@@ -312,15 +322,17 @@ class Oracle:
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
         labels = masked(labels, mask, xt)
-        queries = self.queries(xt, t, labels, source, condition)
+        queries = self.queries(*self._inside(xt, t), labels, source, condition)
         flat = fitted(x1.detach(), labels, self.bank.shape)[0].flatten(1).to(queries.xt)
         queries = replace(queries, x1=flat)
         if posterior is None:
             mean = self.ask(queries).mean
         else:
             mean = fitted(posterior.mean, labels, self.bank.shape)[0].flatten(1)
-        gap = queries.correction(mean - flat, Prediction.of(prediction), self.bank.max_norm)
-        return cut(gap, self.bank.shape, x1).to(x1.dtype)
+        kind = Prediction.of(prediction or self.convention.prediction)
+        gap = queries.correction(mean - flat, kind, self.bank.max_norm)
+        gap = cut(self.convention.sign_of(kind) * gap, self.bank.shape, x1)
+        return gap.to(x1.dtype)
 
     @untraced
     def velocity(
@@ -332,23 +344,32 @@ class Oracle:
         mask: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """The marginal velocity `u*(x_t, t)`.
+        """The marginal velocity `u*(x_t, t)`; at sigma = 0 see the module docstring.
 
-        Args:
-            xt: Noisy samples, (B, *).
-            t: See `posterior`. At sigma = 0 see the module docstring.
-            labels: See `posterior`.
-            mask: See `posterior`.
-            condition: See `posterior`.
+        Arguments are those of `posterior`.
 
         Returns:
             The velocity, (B, *), in the dtype of `xt`; 0 outside of the mask.
         """
-        queries = self.queries(xt, t, masked(labels, mask, xt), condition=condition)
+        queries = self.queries(*self._inside(xt, t), masked(labels, mask, xt), condition=condition)
         path, mean = queries.path, self.ask(queries).mean
         noise = (queries.xt - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
-        return cut(velocity, self.bank.shape, xt).to(xt.dtype)
+        return cut(self.convention.sign * velocity, self.bank.shape, xt).to(xt.dtype)
+
+    def _inside(self, xt: Tensor, t: Times) -> tuple[Tensor, Times]:
+        """Noisy samples and times of the `convention` in that of the library."""
+        require_tensors(xt=xt)
+        xt, t = self.convention.inside(xt, as_times(t, xt))
+        check_times(t, len(xt), self.convention)
+        return xt, t
+
+    @property
+    def inner(self) -> Oracle:
+        """The same oracle in the library's convention."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self), convention=STAGEWISE)
+        return made
 
     def sample(self, source: Tensor, t: Tensor, normals: Tensor) -> Tensor:
         """A sample of the set that the oracle is of, around each row.

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -226,7 +226,7 @@ def unlike(expected: Path, given: Path) -> str:
     return f"{expected!r}, got {'one that prints alike but differs' if alike else repr(given)}"
 
 
-PredictionKind = Literal["velocity", "data", "noise", "score", "edm"]
+PredictionKind = Literal["velocity", "data", "noise", "score", "v", "edm"]
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,7 @@ class Prediction:
     | data | `x_1` | `1` |
     | noise | `x_0` | `-a/s` |
     | score | `-x_0 / s` | `a/s^2` |
+    | v | `a x_0 - s x_1` (Salimans & Ho, arXiv 2202.00512) | `-(a^2 + s^2)/s` |
     | edm | EDM's F, `(x_1 - c_skip x)/c_out` (arXiv 2206.00364, Eq. 7) | `1/c_out` |
 
     Args:
@@ -277,6 +278,8 @@ class Prediction:
             return -alpha / sigma, 1 / sigma
         if self.kind == "score":
             return alpha / sigma**2, -1 / sigma**2
+        if self.kind == "v":
+            return -(alpha**2 + sigma**2) / sigma, alpha / sigma
         root = torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
         scale = sigma * self.sigma_data
         return root / scale, -alpha * self.sigma_data**2 / (scale * root)
@@ -292,6 +295,8 @@ class Prediction:
             return x0
         if self.kind == "score":
             return -x0 / sigma
+        if self.kind == "v":
+            return alpha * x0 - sigma * x1
         root = torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
         return (sigma / self.sigma_data * x1 - alpha * self.sigma_data * x0) / root
 
@@ -311,35 +316,74 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Convention:
-    """How a model outside the library counts time, and the sign of its velocity.
+    """How a training outside the library counts time, scales `x_t` and makes its target.
+
+    Known ones, by name, are in `stagewise.conventions`.
 
     Args:
-        noise_time: The model's time where the library has t = 0 (noise), default 0.
-        data_time: The model's time where the library has t = 1 (data), default 1.
-        sign: +1 if the model's target is the library's target, -1 if it is the negative
-            (`noise - data`), default +1.
+        noise_time: Its time where the library has t = 0 (noise), default 0. Infinity says that its
+            time is the noise level sigma of `x_1 + sigma x_0`, which is `x_t / t` on the linear
+            path at `t = 1 / (1 + sigma)`.
+        data_time: Its time where the library has t = 1 (data), default 1.
+        sign: +1 if its velocity is the library's, -1 if it is the negative (`noise - data`),
+            default +1. Other targets than velocities have no sign of their own.
+        prediction: What it predicts where nothing else is said, default the velocity.
+        path: The path that it stands for, default None: any.
 
     Raises:
-        ValueError: If the two times are equal or the sign is neither +1 nor -1.
+        ValueError: If the two times are equal, the sign is neither +1 nor -1, or noise levels are
+            not those of the linear path.
     """
 
     noise_time: float = 0.0
     data_time: float = 1.0
     sign: Literal[1, -1] = 1
+    prediction: Prediction = Prediction()
+    path: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.noise_time == self.data_time:
             raise ValueError(f"Expected two different times, got {self.noise_time} twice.")
         if self.sign not in (1, -1):
             raise ValueError(f"Expected `sign` to be 1 or -1, got {self.sign}.")
+        if self.by_sigma:
+            if self.data_time != 0 or not same_path(self.path or LinearPath(), LinearPath()):
+                raise ValueError(
+                    "Expected noise levels from infinity to 0 on the linear path, got "
+                    f"data_time={self.data_time} and {self.path!r}: Convention(math.inf, 0)."
+                )
+            object.__setattr__(self, "path", LinearPath())
+
+    @property
+    def by_sigma(self) -> bool:
+        """Whether its time is the noise level of `x_1 + sigma x_0`."""
+        return math.isinf(self.noise_time)
 
     def from_t(self, t: Tensor) -> Tensor:
-        """The library's t, any shape, in the model's units."""
+        """The library's t, any shape, as its time."""
+        if self.by_sigma:
+            return (1 - t) / t
         return self.noise_time + (self.data_time - self.noise_time) * t
 
     def to_t(self, time: Tensor) -> Tensor:
-        """The model's time, any shape, as the library's t."""
+        """Its time, any shape, as the library's t; of integers in float32."""
+        time = time if time.is_floating_point() else time.float()
+        if self.by_sigma:
+            return 1 / (1 + time)
         return (time - self.noise_time) / (self.data_time - self.noise_time)
+
+    def inside(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The library's `x_t` and t, of its noisy samples, (B, *), and times, (B,)."""
+        t = self.to_t(time)
+        return (expand_like(t, x) * x if self.by_sigma else x), t
+
+    def outside(self, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Its noisy samples and times, for `x_t`, (B, *), and t, (B,); undoes `inside`."""
+        return (xt / expand_like(t, xt) if self.by_sigma else xt), self.from_t(t)
+
+    def sign_of(self, prediction: Prediction) -> Literal[1, -1]:
+        """Its target over the library's, for a kind of prediction."""
+        return self.sign if prediction.kind == "velocity" else 1
 
 
 STAGEWISE = Convention()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank.rows import RowStore
-from stagewise.paths import PathCoefficients, Prediction
+from stagewise.paths import STAGEWISE, Convention, PathCoefficients, Prediction
 from stagewise.posterior import Posterior, upload
 
 __all__ = [
@@ -258,8 +258,10 @@ def as_times(t: Times, x: Tensor) -> Tensor:
     return t.flatten() if t.shape[0] == len(x) == t.numel() else t
 
 
-def check_times(t: Tensor, length: int) -> None:
+def check_times(t: Tensor, length: int, convention: Convention = STAGEWISE) -> None:
     """Refuses times of another shape than (length,) or outside [0, 1].
+
+    `convention`: in whose times the message says so.
 
     On an accelerator the range is checked by a device-side assertion, which costs no sync but, as
     CUDA has it, ends the process: the message is the same.
@@ -270,8 +272,11 @@ def check_times(t: Tensor, length: int) -> None:
     if t.shape != (length,):
         raise ValueError(f"Expected `t` with shape ({length},), got {tuple(t.shape)}.")
     inside = ((t >= 0) & (t <= 1)).all()
-    message = "Expected `t` in [0, 1] with t = 0 noise and t = 1 data"
+    noise, data = convention.noise_time, convention.data_time
+    low, high = sorted((noise, data))
+    message = f"Expected `t` in [{low:g}, {high:g}] with t = {noise:g} noise and t = {data:g} data"
     if t.device.type != "cpu":
         torch._assert_async(inside, message)
     elif not inside:
-        raise ValueError(f"{message}, got values from {t.min():.4g} to {t.max():.4g}.")
+        ends = convention.from_t(torch.stack([t.min(), t.max()])).sort()[0]
+        raise ValueError(f"{message}, got values from {ends[0]:.4g} to {ends[1]:.4g}.")

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
+from stagewise.conventions import ConventionLike, as_convention, path_of
+from stagewise.paths import STAGEWISE, LinearPath, Path, Prediction, PredictionKind
 from stagewise.timesteps.composed import shift_times
 
 __all__ = [
@@ -56,6 +57,7 @@ _RANGES = {
     "velocity": (0.0, 1.0),
     "data": (0.0, 0.99),
     "edm": (0.0, 0.99),
+    "v": (0.0, 0.99),
     "noise": (0.02, 0.999),
     "score": (0.02, 0.99),
 }
@@ -68,22 +70,23 @@ def model_velocity(
     model: Callable[[Tensor, Tensor], Tensor],
     *,
     path: Path | None = None,
-    prediction: Prediction | PredictionKind = "velocity",
-    convention: Convention = STAGEWISE,
+    prediction: Prediction | PredictionKind | None = None,
+    convention: ConventionLike = STAGEWISE,
 ) -> Velocity:
     """The velocity `u(x_t, t)` of a model that predicts something else, or counts time another way.
 
     Args:
-        model: Called as `model(xt, time)` with time in the model's convention.
-        path: Path of training, default `LinearPath()`.
-        prediction: What the model predicts, default "velocity".
-        convention: Its time and sign, default the library's.
+        model: Called as `model(xt, time)`, both in the model's convention.
+        path: Path of training, default that of the convention, or else `LinearPath()`.
+        prediction: What the model predicts, default that of the convention, the velocity.
+        convention: Default the library's; see `stagewise.conventions`.
     """
-    path, prediction = path or LinearPath(), Prediction.of(prediction)
+    told = as_convention(convention)
+    path, kind = path_of(told, path) or LinearPath(), Prediction.of(prediction or told.prediction)
 
     def velocity(xt: Tensor, t: Tensor) -> Tensor:
-        y = convention.sign * model(xt, convention.from_t(t))
-        return prediction.to_velocity(path(t), y, xt)
+        y = told.sign_of(kind) * model(*told.outside(xt, t))
+        return kind.to_velocity(path(t), y, xt)
 
     return velocity
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stagewise.conventions import ConventionLike, as_convention, path_of
 from stagewise.masks import masked, plain
 from stagewise.oracle import Labels, Times, as_times, require_tensors
-from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
+from stagewise.paths import STAGEWISE, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.first_call import check_samples
 from stagewise.tracing import untraced
@@ -50,10 +51,12 @@ class StageTarget(nn.Module):
     the batch's parts. `torch.compile` runs it outside of the graph.
 
     Args:
-        path: The path of the step, default `LinearPath()`: x_t = t x_1 + (1 - t) x_0.
-        prediction: What the target is, default "velocity".
-        convention: How the step counts time and signs a velocity, default as the library does
-            (t = 0 is noise, data - noise).
+        path: The path of the step, default that of the convention, or else `LinearPath()`:
+            x_t = t x_1 + (1 - t) x_0.
+        prediction: What the target is, default that of the convention, the velocity.
+        convention: How the step counts time, scales `x_t` and signs a velocity: a name such as
+            "pi0", a noise scheduler of diffusers or a `Convention`; see `stagewise.conventions`.
+            Default as the library does (t = 0 is noise, data - noise).
 
     Attributes:
         scheme: What steers, None if nothing does. Copies and pickles have none.
@@ -71,13 +74,13 @@ class StageTarget(nn.Module):
     def __init__(
         self,
         path: Path | None = None,
-        prediction: Prediction | PredictionKind = "velocity",
-        convention: Convention = STAGEWISE,
+        prediction: Prediction | PredictionKind | None = None,
+        convention: ConventionLike = STAGEWISE,
     ) -> None:
         super().__init__()
-        self.path = path or LinearPath()
-        self.prediction = Prediction.of(prediction)
-        self.convention = convention
+        self.convention = as_convention(convention)
+        self.path = path_of(self.convention, path) or LinearPath()
+        self.prediction = Prediction.of(prediction or self.convention.prediction)
         self.scheme: Scheme | Phases | None = None
         self.observers: tuple[Observer, ...] = ()
         self.begin()
@@ -143,7 +146,7 @@ class StageTarget(nn.Module):
             )
             # A look at an accelerator costs a sync: there the first call is the only one.
             self._fits = told or xt.device.type != "cpu"
-        t = self.convention.to_t(time)
+        xt, t = self.convention.inside(xt, time)
         for tell in self.observers:
             tell(y, xt, t, x1, plain(labels))
         if self.scheme is None:
@@ -159,7 +162,7 @@ class StageTarget(nn.Module):
                 "The scheme smooths samples, and `x1` is not what it has drawn. Before x_t is "
                 "made: x1 = self.target.smooth(x1, t=t)."
             )
-        sign = self.convention.sign if self.prediction.kind == "velocity" else 1
+        sign = self.convention.sign_of(self.prediction)
         known = {"source": source, "condition": condition}
         target, weight = self.scheme(
             sign * y, xt=xt, t=t, x1=x1, labels=labels, prediction=self.prediction, **known
@@ -176,7 +179,8 @@ class StageTarget(nn.Module):
         if not self.training or self.scheme is None or not self.scheme.draws_timesteps:
             return t
         drawn = self.scheme.timesteps.sample(len(t), device=t.device)
-        return self.convention.from_t(drawn).to(t).reshape(t.shape)
+        time = self.convention.from_t(drawn)
+        return (time if t.is_floating_point() else time.round()).to(t).reshape(t.shape)
 
     @untraced
     def smooth(self, x1: Tensor, *, t: Times) -> Tensor:

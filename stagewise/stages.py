@@ -280,6 +280,7 @@ def _noise(oracle: Oracle, generator: torch.Generator) -> Tensor:
 
 def _ask(oracle: Oracle, noise: Tensor, t: Tensor, rows: list[int], class_wise: bool) -> Tensor:
     """The `STATISTICS` of queries from `rows` with the noise (B, D or more), as (S, B)."""
+    oracle = oracle.inner
     bank, x0 = oracle.bank, noise[:, : oracle.bank.dim]
     source = torch.tensor(rows, device=x0.device)
     x1 = oracle.sample(source, t, noise[:, bank.dim :])

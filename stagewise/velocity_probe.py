@@ -71,7 +71,7 @@ def noisy_targets(
     x1, labels = fitted(x1, labels, oracle.bank.shape)
     xt = oracle.path.interpolate(x0, x1, t).to(torch.float32)
     u = Prediction("velocity").target(oracle.path(t), x0, x1)
-    return xt, u, oracle.correction(xt, t, x1, labels)
+    return xt, u, oracle.inner.correction(xt, t, x1, labels)
 
 
 class Probe:

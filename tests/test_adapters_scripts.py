@@ -735,10 +735,68 @@ def test_diffusers_scheduler_is_recognised_and_says_what_to_do(diffusers):
 def test_diffusers_bad_input(script):
     x, _ = rows_of_batch()
     noisy, noise, sigmas, _ = script(x)
-    with pytest.raises(ValueError, match=r"one of `sigmas` for each of 16 samples, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"one of `times` for each of 16 samples, got \(3,\)"):
         diffusers_target(noisy, x, noise, sigmas.flatten()[:3], Scheme())
-    with pytest.raises(ValueError, match='"velocity" or "data", got \'noise\''):
-        diffusers_target(noisy, x, noise, sigmas, Scheme(), prediction="noise")
+    with pytest.raises(ValueError, match="`prediction` to be one of"):
+        diffusers_target(noisy, x, noise, sigmas, Scheme(), prediction="epsilon")
+
+
+@pytest.fixture(params=["DDPMScheduler", "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def scheduler(request, diffusers):
+    """Makes a scheduler with a `prediction_type`, which that of flow matching has not."""
+    made = getattr(diffusers, request.param)
+    flow = request.param.startswith("Flow")
+    return lambda kind: (
+        made() if flow else made(prediction_type=kind, beta_schedule="squaredcos_cap_v2")
+    )
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_one_line_for_all_schedulers(scheduler, kind):
+    """The target of the hand-written script, and its mean over the posterior by brute force."""
+    noise_scheduler, (x, _) = scheduler(kind), rows_of_batch()
+    draws = torch.Generator().manual_seed(1)
+    noise = torch.randn(x.shape, generator=draws)
+    flow = not hasattr(noise_scheduler, "alphas_cumprod")
+    timesteps = torch.randint(0, 1000, (len(x),), generator=draws)
+    if flow:
+        timesteps = noise_scheduler.timesteps[timesteps]
+        a, s = (expand(value / 1000, x).double() for value in (1000 - timesteps, timesteps))
+        noisy, plain = noise_scheduler.scale_noise(x, timesteps, noise), noise - x
+    else:
+        noisy = noise_scheduler.add_noise(x, noise, timesteps)
+        kept = noise_scheduler.alphas_cumprod[timesteps].double()
+        a, s = expand(kept.sqrt(), x), expand((1 - kept).sqrt(), x)
+        plain = {
+            "epsilon": noise,
+            "v_prediction": noise_scheduler.get_velocity(x, noise, timesteps),
+            "sample": x,
+        }[kind]
+    given = (noisy, x, noise, timesteps)
+    unsteered = diffusers_target(*given, Scheme(convention=noise_scheduler))
+    torch.testing.assert_close(unsteered, plain, rtol=1e-6, atol=1e-6)
+    bank = LatentBank(ROWS)
+    scheme = Scheme(Oracle(bank, convention=noise_scheduler), target=Mix(), class_wise=False)
+    m = posterior_mean(noisy, a, s)
+    away = (noisy.double() - a * m) / s
+    expected = {"epsilon": away, "v_prediction": a * away - s * m, "sample": m}[kind]
+    expected = away - m if flow else expected
+    torch.testing.assert_close(
+        diffusers_target(*given, scheme).double(), expected, rtol=1e-5, atol=1e-5
+    )
+    # The same by the scheme itself, after the lines of the script that make its target.
+    steered, _ = scheme(plain, xt=noisy, t=timesteps, x1=x)
+    torch.testing.assert_close(steered.double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"in \[0, (999|1000)\]"):
+        scheme(plain, xt=noisy, t=timesteps + 1000, x1=x)
+    (seam,) = find_seams(SimpleNamespace(noise_scheduler=noise_scheduler))
+    assert (seam.convention, seam.trains) == (scheme.convention, False)
+
+
+def test_a_scheduler_to_sample_with_is_no_training(diffusers):
+    assert find_seams(SimpleNamespace(scheduler=diffusers.EulerDiscreteScheduler())) == []
+    with pytest.raises(TypeError, match="a noise scheduler of diffusers, got EulerDiscrete"):
+        Scheme(convention=diffusers.EulerDiscreteScheduler())
 
 
 # -- all of them ---------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from stagewise.schemes.checks import check_rows
 from stagewise.stages import stage_edges, stratified_times
 
 N, SHAPE = 200, (3, 4)
-KINDS = ["velocity", "data", "noise", "score", "edm"]
+KINDS = ["velocity", "data", "noise", "score", "v", "edm"]
 REVERSED = Convention(1, 0, -1)
 
 
@@ -124,7 +124,7 @@ def test_a_noisy_target_is_taken_and_a_wrong_one_is_not(noise):
 def test_reversed_time_is_refused_with_the_line_that_works(path, n):
     y, call = made(n, path)
     theirs = {**call, "t": 1 - call["t"]}
-    line = r"convention=Convention\(1, 0, -1\)"
+    line = 'convention="pi0"'
     for scheme in (mixing(path), Scheme(weight=MinSNR(), path=path)):
         with pytest.raises(ValueError, match=line):
             scheme(-y, **theirs)
@@ -168,7 +168,7 @@ def test_signs_scales_kinds_and_noise_that_are_wrong():
 
 def test_data_predictions_are_held_against_the_noise():
     y, call = made(kind="data")
-    with pytest.raises(ValueError, match=r"convention=Convention\(1, 0, 1\)"):
+    with pytest.raises(ValueError, match='convention="pi0"'):
         mixing()(y, **{**call, "t": 1 - call["t"]}, prediction="data")
 
 
@@ -296,13 +296,6 @@ def test_integer_timesteps_and_phases_in_a_convention():
         Phases([Phase(scheme, AtStep(1)), Phase(Scheme())])
     with pytest.raises(ValueError, match=r"FlowMatchingLoss\(convention=\.\.\., scheme=Scheme"):
         FlowMatchingLoss(scheme=scheme)
-    with pytest.raises(TypeError, match="`convention` to be a Convention"):
-        Scheme(convention="reversed")
-    # An adapter translates by itself: twice is wrong, and seen.
-    sigmas = (1 - t).flatten()
-    twice = mixing(convention=REVERSED, class_wise=False)
-    with pytest.raises(ValueError, match=r"convention=Convention\(0, 1, 1\)"):
-        diffusers_target(call["xt"], x1, x0, sigmas, twice)
 
 
 # -- conditions -----------------------------------------------------------------------------------
@@ -569,8 +562,7 @@ def test_a_compiled_function_asks_scheme_and_oracle(compiled):
 
 def test_methods_that_are_not_traced_look_as_they_did():
     for cls in (Scheme, Phases):
-        names = list(inspect.signature(cls.__call__).parameters)
-        assert names[:2] == ["self", "y"]
+        assert list(inspect.signature(cls.__call__).parameters)[:2] == ["self", "y"]
     assert Scheme.correct.__doc__.startswith("`lambda c_t")
     scheme = Scheme(weight=MinSNR())
     again = pickle.loads(pickle.dumps(scheme))

@@ -191,7 +191,7 @@ def test_an_oracle_has_no_loss_against_its_own_target(convention, kind):
         t = convention.to_t(time)
         mean = oracle.posterior(xt, t).mean
         c, b = Prediction(kind).coefficients(oracle.path(t.double()))
-        return convention.sign * (c[:, None] * mean + b[:, None] * xt)
+        return convention.sign_of(Prediction(kind)) * (c[:, None] * mean + b[:, None] * xt)
 
     t = torch.linspace(0.02, 0.95, len(x1))
     assert float(loss_fn(model, x1, t=t)) < 1e-8

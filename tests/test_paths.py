@@ -32,7 +32,7 @@ from stagewise.adapters.network_search import NetworkSearch
 from stagewise.losses import FlowMatchingLoss
 
 PATHS = [LinearPath(), CosinePath(), VPPath(), EDMPath()]
-KINDS = ["velocity", "data", "noise", "score", "edm"]
+KINDS = ["velocity", "data", "noise", "score", "v", "edm"]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)

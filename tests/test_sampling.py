@@ -88,7 +88,7 @@ def test_the_oracle_samples_its_bank():
     assert len(nearest.indices.unique()) > 5
 
 
-@pytest.mark.parametrize("kind", ["velocity", "data", "noise", "score", "edm"])
+@pytest.mark.parametrize("kind", ["velocity", "data", "noise", "score", "v", "edm"])
 def test_prediction_types_sample_alike(kind):
     path, prediction = LinearPath(), Prediction(kind)
     field = gaussian_velocity(path)
@@ -98,7 +98,7 @@ def test_prediction_types_sample_alike(kind):
         c, b = prediction.coefficients(path(t))
         c_v, b_v = Prediction("velocity").coefficients(path(t))
         x1 = (field(xt, t) - b_v[:, None] * xt) / c_v[:, None]
-        return -(c[:, None] * x1 + b[:, None] * xt)
+        return DIFFUSERS.sign_of(prediction) * (c[:, None] * x1 + b[:, None] * xt)
 
     velocity = model_velocity(model, prediction=kind, convention=DIFFUSERS)
     x0 = torch.randn(9, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

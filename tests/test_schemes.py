@@ -375,14 +375,14 @@ def test_calls_that_are_refused():
     refused("`x1` with the shape of `xt`", lambda: scheme(y, **{**call, "xt": y[:, :1]}))
     refused(r"`t` with shape \(16,\)", asked(t=call["t"][:8]))
     refused(r"in \[0, 1\]", asked(t=500 * call["t"]))
-    refused("`prediction` to be one of", asked(prediction="v"))
+    refused("`prediction` to be one of", asked(prediction="u"))
     refused("`source` below 40", asked(source=i + 40))
     refused(
         r"`weight\(t\)` with shape \(16,\), got \(16, 1\)",
         lambda: Scheme(weight=lambda t: t[:, None])(y, **call),
     )
     plain = Scheme()
-    refused("`prediction` to be one of", lambda: plain(y, **call, prediction="v"))
+    refused("`prediction` to be one of", lambda: plain(y, **call, prediction="u"))
     refused(r"in \[0, 1\]", lambda: plain(y, **{**call, "t": 2 + call["t"]}))
 
 

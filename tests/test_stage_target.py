@@ -197,7 +197,7 @@ def test_copies_and_pickles_made_meanwhile_stand_alone(fit):
     ("change", "said"),
     [
         (lambda t, u: (1 - t, u), "StageTarget(convention=Convention(1, 0, 1))"),
-        (lambda t, u: (1 - t, -u), "StageTarget(convention=Convention(1, 0, -1))"),
+        (lambda t, u: (1 - t, -u), 'StageTarget(convention="pi0")'),
         (lambda t, u: (t, -u), "StageTarget(convention=Convention(0, 1, -1))"),
         (lambda t, u: (t, 2 * u), "off by 100% of its size"),
     ],

@@ -85,8 +85,8 @@ class Seam:
     Args:
         place: The object.
         path: The path it trains on.
-        prediction: What the network is trained to predict, default velocity.
-        convention: How the library counts time and signs its target; the default is the library's
+        prediction: What the network is trained to predict, default that of the convention.
+        convention: How it counts time, scales `x_t` and signs its target; default this library's
             own (t = 0 noise).
         refusal: Why it cannot be steered, with the cure; default None: it can.
 
@@ -99,8 +99,6 @@ class Seam:
         losses: Whether it sees each sample's loss.
         late: Whether another scheme can be put in while it tells what it has seen.
         observable: Whether `observe` can see anything here.
-        written: What it gives its network for `x_t` and t, as one would write it; None: as the
-            convention says.
         coupled: Whether something, beside it (`find_seams`) or inside, pairs noise with data.
         last: Times, (B,), and losses before the scheme's weight, (B,), of the latest call,
             detached. None before the first call, and where losses are not seen.
@@ -114,7 +112,6 @@ class Seam:
     losses: bool = False
     late: bool = False
     observable: bool = True
-    written: tuple[str, str] | None = None
 
     def __init__(
         self,
@@ -125,7 +122,7 @@ class Seam:
         refusal: str | None = None,
     ) -> None:
         self.place, self.path = place, path
-        self.prediction, self.convention = prediction or Prediction(), convention
+        self.prediction, self.convention = prediction or convention.prediction, convention
         self.refusal = refusal
         self.coupled = False
         self._last: tuple[Tensor, Tensor] | None = None
@@ -143,20 +140,16 @@ class Seam:
     def describe(self) -> str:
         """One line for logs: what was recognised, and its convention."""
         convention = self.convention
-        sign = "" if convention.sign == 1 else "minus the "
+        sign = "" if convention.sign_of(self.prediction) == 1 else "minus the "
+        time = (
+            "input x_1 + sigma x_0, time sigma"
+            if convention.by_sigma
+            else f"time {convention.noise_time:g} is noise and {convention.data_time:g} is data"
+        )
         return (
             f"{self.name}: {type(self.place.object).__name__} ({self.library}), {self.path!r}, "
-            f"predicts {sign}{self.prediction.kind}, time {convention.noise_time:g} is noise and "
-            f"{convention.data_time:g} is data"
+            f"predicts {sign}{self.prediction.kind}, {time}"
         )
-
-    def to_network(self, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What the library gives its network for `x_t`, (B, *), and t, (B,)."""
-        return xt, self.convention.from_t(t)
-
-    def from_network(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """`x_t` and t from what a network was given; undoes `to_network`."""
-        return x, self.convention.to_t(time)
 
     def attach(self, scheme: Scheme | Phases, *, weighed: bool = False) -> Detach:
         """Lets the scheme make the targets, and whatever else it can here.

@@ -170,7 +170,7 @@ def readings(
             if step is None:
                 continue
             rounding = max(step, torch.finfo(x.dtype).eps, torch.finfo(x1.dtype).eps)
-            xt, t = seam.from_network(x, time.to(torch.float32))
+            xt, t = seam.convention.inside(x, time.to(torch.float32))
             yield Reading(slots, seam, Noisy(seam.path, xt, t, rounding), moments)
 
 
@@ -206,7 +206,7 @@ def _step(time: Tensor, convention: Convention) -> float | None:
     units = abs(convention.data_time - convention.noise_time)
     if time.is_floating_point():
         return float(torch.finfo(time.dtype).eps)
-    return None if units <= 1 else 1 / units
+    return None if units <= 1 or convention.by_sigma else 1 / units
 
 
 def _names(module: nn.Module, spec: Any) -> tuple[list[str], bool]:

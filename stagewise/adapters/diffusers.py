@@ -1,13 +1,15 @@
-r"""diffusers' flow-matching scripts (SD3, Flux): noise is `sigma = 1`, the target `noise - x`.
+r"""Scripts around a noise scheduler of diffusers: flow matching (SD3, Flux), DDPM, DDIM.
 
 The scripts write their loss out, so there is nothing to put a scheme into: one line changes, from
-`target = noise - model_input` to
+the target they make to
 
-    target = diffusers_target(noisy_model_input, model_input, noise, sigmas, scheme)
+    target = diffusers_target(noisy, model_input, noise, timesteps, scheme)
 
-With `t = 1 - sigma` the noisy input `(1 - sigma) x + sigma noise` is the linear path, whatever
-`shift` has done to sigma, and the target is the negative velocity, so the correction is subtracted.
-With `precondition_outputs` the target is `x`: say `prediction="data"`.
+with `scheme = Scheme(..., convention=noise_scheduler)`, which says what `noisy` and `timesteps` are
+and what is predicted. For flow matching `sigmas` may be given in place of timesteps, to a scheme
+without a convention: with `t = 1 - sigma` the noisy input `(1 - sigma) x + sigma noise` is the
+linear path, whatever `shift` has done to sigma. With `precondition_outputs` the target is `x`: say
+`prediction="data"`.
 """
 
 from __future__ import annotations
@@ -15,50 +17,52 @@ from __future__ import annotations
 from torch import Tensor
 
 from stagewise.adapters.base import Place, Seam
+from stagewise.conventions import CONVENTIONS, of_scheduler
 from stagewise.oracle import Labels
-from stagewise.paths import DIFFUSERS, LinearPath, PredictionKind
+from stagewise.paths import STAGEWISE, LinearPath, Prediction, PredictionKind
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import unknown_conditions
 
-__all__ = ["FlowMatchScheduler", "diffusers_target"]
+__all__ = ["NoiseScheduler", "diffusers_target"]
 
 
 def diffusers_target(
     noisy: Tensor,
     model_input: Tensor,
     noise: Tensor,
-    sigmas: Tensor,
+    times: Tensor,
     scheme: Scheme | Phases,
     *,
     labels: Labels | None = None,
     condition: Tensor | None = None,
-    prediction: PredictionKind = "velocity",
+    prediction: Prediction | PredictionKind | None = None,
 ) -> Tensor:
-    """What to regress on in place of `noise - model_input`.
+    """What to regress on in place of the target that the script makes.
 
-    The scheme's weight is `scheme.last.weight`, (B,), for `compute_loss_weighting_for_sd3` to be
-    multiplied by.
+    The scheme's weight is `scheme.last.weight`, (B,), for that of the script to be multiplied by.
 
     Args:
-        noisy: `(1 - sigmas) * model_input + sigmas * noise`, (B, *).
+        noisy: What the network is given, (B, *).
         model_input: Latents, scaled as they are trained on, (B, *).
         noise: Standard normal, (B, *).
-        sigmas: Noise levels in [0, 1] with 1 noise, (B,) or as the scripts expand them, (B, 1, ..).
+        times: Timesteps in the scheme's `convention`, (B,), such as those that
+            `noise_scheduler.add_noise` was given. If the scheme has none: the `sigmas` of flow
+            matching, in [0, 1] with 1 noise, (B,) or as the scripts expand them, (B, 1, ..).
         scheme: What steers.
         labels: The class of each sample, (B,); default None: the scheme looks them up if it needs
             them. These scripts condition on text: a scheme that mixes over a bank without classes
             is refused unless it says class_wise=False, "my model ignores its conditions".
         condition: For a scheme with a kernel on it: what the model is given, (B, *), such as pooled
             text embeddings.
-        prediction: "velocity" for the target `noise - model_input`, the default; "data" for
-            `model_input`.
+        prediction: What is predicted, default that of the convention: the scheduler's
+            `prediction_type`, or `noise - model_input`.
 
     Returns:
-        The target, (B, *).
+        The target, (B, *), in the dtype of `noise`.
 
     Raises:
-        ValueError: If `prediction` is neither, the shapes do not fit, or the scheme would ignore
-            what the model is conditioned on.
+        ValueError: If the prediction is not known, the shapes do not fit, or the scheme would
+            ignore what the model is conditioned on; and as a call of the scheme.
 
     Example:
         >>> import torch
@@ -70,46 +74,48 @@ def diffusers_target(
         >>> torch.equal(target, noise - x)
         True
     """
-    if prediction not in ("velocity", "data"):
-        raise ValueError(f'Expected `prediction` "velocity" or "data", got {prediction!r}.')
-    if sigmas.numel() != len(noisy):
+    if times.numel() != len(noisy):
         raise ValueError(
-            f"Expected one of `sigmas` for each of {len(noisy)} samples, got {tuple(sigmas.shape)}."
+            f"Expected one of `times` for each of {len(noisy)} samples, got {tuple(times.shape)}."
         )
     for part in parts(scheme):
         told = part.target is None or part.class_wise or part.unconditional
         told |= part.oracle is not None and part.oracle.condition is not None
         if labels is None and not told:
             raise unknown_conditions("none, and a bank without classes")
-    y = model_input if prediction == "data" else model_input - noise
+    said = scheme.convention != STAGEWISE
+    convention = scheme.convention if said else CONVENTIONS["pi0"]
+    kind = Prediction.of(prediction or convention.prediction)
+    times, sign = times.flatten(), convention.sign_of(kind)
+    t = convention.to_t(times)
+    y = kind.target(scheme.path(t), noise, model_input).to(noise)
     target, _ = scheme(
-        y,
+        sign * y if said else y,
         xt=noisy,
-        t=1 - sigmas.flatten(),
+        t=times if said else t,
         x1=model_input,
         labels=labels,
         condition=condition,
-        prediction=prediction,
+        prediction=kind,
     )
-    return target if prediction == "data" else -target
+    return target if said else sign * target
 
 
-class FlowMatchScheduler(Seam):
-    """A `FlowMatchEulerDiscreteScheduler`: recognised, but the target is made beside it."""
+class NoiseScheduler(Seam):
+    """A scheduler of flow matching, DDPM or DDIM: recognised, but the target is made beside it."""
 
     library, what = "diffusers", "diffusers scheduler"
     observable = trains = False
 
     @classmethod
-    def of(cls, place: Place) -> FlowMatchScheduler | None:
+    def of(cls, place: Place) -> NoiseScheduler | None:
         """The seam at `place`, or None if there is none of this kind."""
-        scheduler = place.object
-        if not callable(getattr(scheduler, "scale_noise", None)) or not all(
-            hasattr(scheduler, name) for name in ("sigmas", "timesteps")
-        ):
+        convention = of_scheduler(place.object)
+        if convention is None:
             return None
         refusal = (
-            "its target is made in your training step. There, in place of `noise - model_input`, "
-            "write diffusers_target(noisy, model_input, noise, sigmas, scheme)."
+            "its target is made in your training step. There, in place of that target, write "
+            "diffusers_target(noisy, x, noise, timesteps, scheme), with "
+            "scheme = Scheme(..., convention=noise_scheduler)."
         )
-        return cls(place, LinearPath(), convention=DIFFUSERS, refusal=refusal)
+        return cls(place, convention.path or LinearPath(), None, convention, refusal)

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind
 from stagewise.batches import leaves_of
+from stagewise.conventions import CONVENTIONS
 from stagewise.oracle import Labels
-from stagewise.paths import LinearPath, Prediction, expand_like
+from stagewise.paths import LinearPath, expand_like
 from stagewise.schemes import Phases, Scheme
 
 __all__ = ["EDMLoss"]
@@ -33,7 +33,6 @@ class EDMLoss(Seam):
     """An EDM or EDM2 loss; see the module docstring."""
 
     library, what = "EDM", "EDM loss"
-    written = ("xt / t.reshape(-1, *[1] * (xt.ndim - 1))", "(1 - t) / t")
     weights = losses = True
 
     @classmethod
@@ -49,22 +48,9 @@ class EDMLoss(Seam):
             return None
         reachable = isinstance(loss_fn, nn.Module) or place.owner is not None
         refusal = None if reachable else "keep it as an attribute, self.loss_fn = EDM2Loss()."
-        seam = cls(place, LinearPath(), Prediction("data"), refusal=refusal)
+        seam = cls(place, LinearPath(), convention=CONVENTIONS["edm"], refusal=refusal)
         seam.observable = reachable
         return seam
-
-    @override
-    def describe(self) -> str:
-        return f"{super().describe()}, input x_t / t, t = 1 / (1 + sigma)"
-
-    @override
-    def to_network(self, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return xt / expand_like(t, xt), (1 - t) / t
-
-    @override
-    def from_network(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        t = 1 / (1 + time)
-        return expand_like(t, x) * x, t
 
     def _entry(self) -> tuple[Any, str]:
         """What holds the callable that makes the loss, and under which name."""
@@ -121,7 +107,7 @@ class EDMLoss(Seam):
 
             def denoise(x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Any:
                 nonlocal t, weight
-                t = 1 / (1 + sigma.flatten())
+                t = self.convention.to_t(sigma.flatten())
                 x1 = scheme.smooth(images, t=t)
                 if x1 is not images:
                     x = x + (x1 - images)

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from stagewise.adapters.base import Place, Seam, plain
-from stagewise.adapters.diffusers import FlowMatchScheduler
+from stagewise.adapters.diffusers import NoiseScheduler
 from stagewise.adapters.edm import EDMLoss
 from stagewise.adapters.flow_matching import FlowMatching
 from stagewise.adapters.objective import Objective
+from stagewise.adapters.repa import REPALoss
 from stagewise.adapters.stage_target import ByHand
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
+from stagewise.conventions import CONVENTIONS, path_of
 from stagewise.paths import DIFFUSERS, STAGEWISE, Convention, LinearPath, Path, same_path
 from stagewise.stage_target import BY_HAND
 
@@ -27,7 +29,7 @@ __all__ = [
     "training_path",
 ]
 
-_KINDS = (Objective, ByHand, TorchCFM, FlowMatching, Transport, EDMLoss, FlowMatchScheduler)
+_KINDS = (Objective, ByHand, TorchCFM, FlowMatching, Transport, EDMLoss, REPALoss, NoiseScheduler)
 """All seams that are known. Another library is a file of this folder and an entry here."""
 
 _LEAVES = (
@@ -235,17 +237,22 @@ class _Assumed(Seam):
         return f"{self.name}: assumed, {convention}"
 
 
-def assumed_seams(path: Path | None = None) -> list[Seam]:
+def assumed_seams(path: Path | None = None, convention: Convention | None = None) -> list[Seam]:
     """What a training step may do that makes its target by hand, under the usual conventions.
 
-    Time 1 is data; time 1 is noise and the target `noise - x`; or either with times 0 to 1000.
-    They serve to recognise `x_t` and t among what a network is given, and cannot be steered.
+    Time 1 is data; time 1 is noise and the target `noise - x`; either with times 0 to 1000; or, on
+    the linear path, time is the noise level of EDM. They serve to recognise `x_t` and t among what
+    a network is given, and cannot be steered.
 
     Args:
-        path: The path of training, default `LinearPath()`.
+        path: The path of training, default that of the convention, or else `LinearPath()`.
+        convention: That of training, if it is known.
     """
     place = Place(None, "the training step")
+    usual = [STAGEWISE, CONVENTIONS["pi0"], DIFFUSERS, Convention(0, 1000)]
+    if same_path(path or LinearPath(), LinearPath()):
+        usual.append(CONVENTIONS["edm"])
     return [
-        _Assumed(place, path or LinearPath(), convention=convention, refusal=BY_HAND)
-        for convention in (STAGEWISE, Convention(1, 0, -1), DIFFUSERS, Convention(0, 1000))
+        _Assumed(place, path_of(told, path) or LinearPath(), None, told, BY_HAND)
+        for told in (usual if convention is None else [convention])
     ]

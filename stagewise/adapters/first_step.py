@@ -31,7 +31,7 @@ from stagewise.batches import FindSample, describe, find_checked, find_sample, l
 from stagewise.condition import Condition
 from stagewise.masks import MaskedLabels, fitted, plain
 from stagewise.noise import NoiseSums, is_noise
-from stagewise.paths import Path
+from stagewise.paths import Convention, Path
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_network
 from stagewise.schemes.smoothed import Drawn
@@ -50,6 +50,7 @@ class FirstStep:
         seams: What may make its targets (`find_seams`).
         path: The path of training, where no seam says it.
         find: From a batch to `(x_1, labels or None)`.
+        convention: That of a training step that makes its target by hand, if it is known.
 
     Attributes:
         batch: The present batch; `begin` sets it.
@@ -74,13 +75,19 @@ class FirstStep:
     search: NetworkSearch
 
     def __init__(
-        self, module: nn.Module, seams: Sequence[Seam], path: Path, find: FindSample
+        self,
+        module: nn.Module,
+        seams: Sequence[Seam],
+        path: Path,
+        find: FindSample,
+        convention: Convention | None = None,
     ) -> None:
         self._module, self._find = module, find
         self._asks = find is not find_sample  # it may encode, and draw
         # What cannot be steered yields to what can.
         able = [seam for seam in seams if not seam.refusal] or list(seams)
-        self._seams = able or assumed_seams(path)
+        by_hand = convention is not None or not able
+        self._seams = assumed_seams(path, convention) if by_hand else able
         self.batch: Any = None
         self.network: Network | None = None
         self.conditions: tuple[str, ...] = ()

@@ -25,7 +25,9 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t") -> str:
     """
     slots, seam = reading.slots, reading.seam
     leaves = apart(call.leaves, slots.columns)
-    x, time = seam.written or ("xt", _time_text(seam.convention, turned))
+    x, time = "xt", _time_text(seam.convention, turned)
+    if seam.convention.by_sigma:
+        x = "xt / t.reshape(-1, *[1] * (xt.ndim - 1))"
     texts = {slots.x: x}
     sides = leaves[slots.time].ndim - 1
     texts[slots.time] = f"({time}).reshape(-1{', 1' * sides})" if sides else time
@@ -37,7 +39,7 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t") -> str:
     if slots.columns:
         parts = ", ".join(texts[k] for k, _ in slots.columns)
         leaves, texts = call.leaves, {slots.x: f"torch.cat([{parts}], 1)"}
-    sign = "" if seam.convention.sign == 1 else "-"
+    sign = "" if seam.convention.sign_of(seam.prediction) == 1 else "-"
     text = f"{sign}{call_text(call, {id(leaves[k]): text for k, text in texts.items()})}"
     if seam.prediction.kind != "velocity":
         text = f"{seam.prediction!r}.to_velocity({seam.path!r}(t), {text}, xt)"
@@ -92,6 +94,8 @@ def _written(part: Any) -> str:
 
 
 def _time_text(convention: Convention, t: str) -> str:
+    if convention.by_sigma:
+        return f"(1 - {t}) / {t}"
     noise, data = convention.noise_time, convention.data_time
     if (noise, data) == (0, 1):
         return t

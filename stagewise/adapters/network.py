@@ -92,9 +92,12 @@ class Network:
         leaves = list(slots.leaves)
 
         def put(k: int, value: Tensor) -> None:
-            leaves[k] = value.to(leaves[k].dtype).reshape(-1, *leaves[k].shape[1:])
+            like = leaves[k]
+            if value.is_floating_point() and not like.is_floating_point():
+                value = value.round()  # the nearest step
+            leaves[k] = value.to(like.dtype).reshape(-1, *like.shape[1:])
 
-        x, time = self.seam.to_network(xt, t)
+        x, time = self.seam.convention.outside(xt, t)
         leaves[slots.x] = x.to(leaves[slots.x].dtype)
         put(slots.time, time)
         if slots.labels is not None:
@@ -122,8 +125,10 @@ class Network:
 
     def velocity(self, output: Any, xt: Tensor, t: Tensor) -> Tensor:
         """What an answer of the network stands for, (B, *), float32."""
-        y = self.seam.convention.sign * tensor_of(output, tuple(xt.shape)).float()
-        return self.seam.prediction.to_velocity(self.seam.path(t.float()), y, xt.float())
+        prediction = self.seam.prediction
+        sign = self.seam.convention.sign_of(prediction)
+        y = sign * tensor_of(output, tuple(xt.shape)).float()
+        return prediction.to_velocity(self.seam.path(t.float()), y, xt.float())
 
     def inputs(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """`x_t` and t of a call, None if it is made in another way than the first one."""
@@ -131,7 +136,7 @@ class Network:
         if call.spec != self._slots.spec:
             return None
         x, time = self._slots.read(call.leaves)
-        return self.seam.from_network(x, time.to(torch.float32))
+        return self.seam.convention.inside(x, time.to(torch.float32))
 
 
 def tensor_of(output: Any, shape: tuple[int, ...]) -> Tensor:

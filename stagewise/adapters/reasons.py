@@ -98,7 +98,9 @@ class Reasons:
             "no call in the first training step was given x_t and a time that fit x_1 of the batch "
             f"on {paths}. {calls}"
             "If training encodes, scales, flips or reorders x_1 itself, say find=... so that it "
-            f"is what is trained on; if the network is called in another way, say {line}."
+            "is what is trained on; if it counts time or scales x_t in another way, say "
+            "convention=..., such as the noise scheduler or a name of stagewise.conventions; if "
+            f"the network is called in another way, say {line}."
         )
 
     def compare(

@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell
+from stagewise.conventions import written
 from stagewise.oracle import Labels
 from stagewise.paths import STAGEWISE, expand_like
 from stagewise.schemes import Phases, Scheme, parts
@@ -37,8 +38,8 @@ class ByHand(Seam):
             if part.convention != STAGEWISE:
                 raise ValueError(
                     f"Expected a scheme without a convention of its own, which {self.name} "
-                    f"translates to, got {part.convention!r}. Say it to the module: "
-                    f"StageTarget(convention={part.convention!r})."
+                    f"translates to, got {written(part.convention)}. Say it to the module: "
+                    f"StageTarget(convention={written(part.convention)})."
                 )
 
     def _observe(self, tell: Tell) -> Detach:
@@ -65,7 +66,7 @@ class ByHand(Seam):
         zero = torch.zeros_like(one)
         p, q = (self.prediction.target(path, *pair) for pair in ((zero, one), (one, zero)))
         a, s, p, q = (expand_like(value, x1) for value in (path.alpha, path.sigma, p, q))
-        y = self.convention.sign * y if self.prediction.kind == "velocity" else y
+        y = self.convention.sign_of(self.prediction) * y
         of_xt, of_y = xt.float() - a * x1.float(), y.float() - p * x1.float()
         return (s * of_xt + q * of_y) / (s.square() + q.square())
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind, together
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.batches import leaves_of
-from stagewise.paths import STAGEWISE, Convention, Prediction
+from stagewise.conventions import CONVENTIONS
+from stagewise.paths import STAGEWISE, Prediction
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_conditions
 
@@ -50,7 +51,7 @@ class Transport(Seam):
             return None
 
         ends = plan.compute_alpha_t(torch.tensor([0.1, 0.9], dtype=torch.float64))[0]
-        convention = STAGEWISE if ends[0] < ends[1] else Convention(1, 0, -1)
+        convention = STAGEWISE if ends[0] < ends[1] else CONVENTIONS["pi0"]
 
         def coefficients(t: Tensor) -> tuple[Any, ...]:
             time, sign = convention.from_t(t), convention.sign

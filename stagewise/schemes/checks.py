@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.oracle import Oracle
-from stagewise.paths import Convention, LinearPath, Path, same_path, unlike
+from stagewise.paths import LinearPath, Path, same_path, unlike
 from stagewise.smoothing import Smoothing
 from stagewise.targets import Target
 from stagewise.timesteps import TimestepSampler
@@ -31,7 +31,6 @@ def check_settings(
     on_missing: object,
     path: Path | None,
     preserve_objective: bool,
-    convention: object,
     smoothing: object,
     strength: object,
 ) -> None:
@@ -39,12 +38,10 @@ def check_settings(
     kinds: tuple[tuple[str, object, type, str], ...] = (
         ("target", target, Target, 'Mix("boundary")'),
         ("timesteps", timesteps, TimestepSampler, "LogitNormal()"),
-        ("convention", convention, Convention, "Convention(1, 0, -1)"),
         ("smoothing", smoothing, Smoothing, "Smoothing(bank)"),
     )
     for name, value, kind, example in kinds:
-        left_out = value is None and name != "convention"
-        if not left_out and not isinstance(value, kind):
+        if value is not None and not isinstance(value, kind):
             raise TypeError(
                 f"Expected `{name}` to be a {kind.__name__} such as {example}, got {value!r}."
             )

@@ -9,15 +9,25 @@ Reversed time, another scale, a wrong sign or another kind of prediction break o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from stagewise.conventions import CONVENTIONS, written
 from stagewise.masks import MaskedLabels, mean_of
 from stagewise.noise import check_independent, is_off
-from stagewise.paths import Convention, Path, Prediction, PredictionKind, expand_like
+from stagewise.paths import (
+    Convention,
+    LinearPath,
+    Path,
+    Prediction,
+    PredictionKind,
+    expand_like,
+    same_path,
+)
 
 __all__ = ["check_samples"]
 
@@ -67,37 +77,68 @@ def check_samples(
     xt, time, x1 = (value[:_FEW].cpu().double() for value in (xt, time, x1))
     y = None if y is None else y[:_FEW].cpu().double()
 
-    def problem(told: Convention, kind: Prediction) -> str | None:
-        signed = y if y is None or kind.kind != "velocity" else told.sign * y
-        return _problem(path, kind, signed, xt, told.to_t(time), x1, eps, mixes, labels)
+    def problem(told: Convention, kind: Prediction, mixes: bool = mixes) -> str | None:
+        at, t = told.inside(xt, time)
+        if not bool(((t >= 0) & (t <= 1)).all()):
+            low, high = sorted((told.noise_time, told.data_time))
+            return f"times from {time.min():.4g} to {time.max():.4g}, not in [{low:g}, {high:g}]"
+        signed = None if y is None else told.sign_of(kind) * y
+        return _problem(told.path or path, kind, signed, at, t, x1, eps, mixes, labels)
 
     found = problem(convention, prediction)
     if not found:
         if found is not None and mixes:
-            _check_pairs(path, convention.to_t(time), xt, x1)
+            at, t = convention.inside(xt, time)
+            _check_pairs(path, t, at, x1)
         return found is not None
-    hint = f"Look at the path, the scale of x1, and what x0 is. {said[2]}"
-    for kind in get_args(PredictionKind):
-        if y is not None and problem(convention, replace(prediction, kind=kind)) == "":
-            line = said[0].format(f'"{kind}"')
-            hint = f"They fit another prediction: {line}."
-    noise, data, sign = convention.noise_time, convention.data_time, convention.sign
-    others = [Convention(data, noise, sign)]
-    if prediction.kind == "velocity":
-        minus = replace(convention, sign=-sign)
-        others = [replace(minus, noise_time=data, data_time=noise), *others, minus]
-    fitting = [told for told in others if problem(told, prediction) == ""]
-    for told in fitting[:1]:
-        numbers = f"{told.noise_time:g}, {told.data_time:g}, {told.sign}"
-        hint = (
-            f"They fit if time {told.noise_time:g} is noise and {told.data_time:g} is data"
-            + (", with the opposite sign of y" if told.sign != sign else "")
-            + f". Say so: {said[1].format(f'Convention({numbers})')}."
-        )
+
+    def fits(told: Convention, kind: Prediction) -> bool:
+        return problem(told, kind, mixes=True) == ""
+
     raise ValueError(
         f"Expected `xt`, `t`, `x1` and `y` of the {prediction.kind} on {path!r}, where time "
-        f"{noise:g} is noise and {data:g} is data, got {found}. {hint}"
+        f"{convention.noise_time:g} is noise and {convention.data_time:g} is data, got {found}. "
+        + _cure(path, prediction, convention, time, fits, said)
     )
+
+
+def _cure(
+    path: Path,
+    prediction: Prediction,
+    convention: Convention,
+    time: Tensor,
+    fits: Callable[[Convention, Prediction], bool],
+    said: tuple[str, str, str],
+) -> str:
+    """What to say in place of `convention` and `prediction` so that the samples fit."""
+    for name in get_args(PredictionKind):
+        if fits(convention, replace(prediction, kind=name)):
+            line = said[0].format(f'"{name}"')
+            return f"They fit another prediction: {line}."
+    noise, data, sign = convention.noise_time, convention.data_time, convention.sign
+    own = [] if convention.by_sigma else [replace(convention, noise_time=data, data_time=noise)]
+    signs = [replace(told, sign=-sign) for told in (*own, convention)]
+    others = [signs[0], *own, signs[-1]] if prediction.kind == "velocity" else own
+    named = list(CONVENTIONS.values())
+    linear = [replace(told, path=told.path or LinearPath()) for told in named]
+    for told in (*named, *others, *linear):
+        for kind in (prediction, told.prediction):
+            if fits(told, kind):
+                turned = told.sign_of(kind) != convention.sign_of(kind)
+                line = said[1].format(written(told))
+                if told.path is not None and not same_path(told.path, path):
+                    line += f", on its path: Oracle(bank, convention={written(told)})"
+                if kind != told.prediction:
+                    line += ", and " + said[0].format(f'"{kind.kind}"')
+                return (
+                    f"They fit if time {told.noise_time:g} is noise and {told.data_time:g} is data"
+                    + (", with the opposite sign of y" if turned else "")
+                    + f". Say so: {line}."
+                )
+    if float(time.max()) > 1 and bool((time == time.round()).all()):
+        line = said[1].format("noise_scheduler")
+        return f'Integer timesteps need the schedule: {line}, or ddpm(alphas_cumprod, "noise").'
+    return f"Look at the path, the scale of x1, and what x0 is. {said[2]}"
 
 
 def _check_pairs(path: Path, t: Tensor, xt: Tensor, x1: Tensor) -> None:
@@ -126,6 +167,10 @@ def _problem(
     error = 2 * eps * (size_t + values.alpha.abs() * size_1) / values.sigma
     kept = error < 0.15
     if not kept.any():
+        gap = (xt - expand_like(values.alpha, x1) * x1).flatten(1).square().mean(1).sqrt()
+        size = gap / values.sigma  # no rounding makes noise so large
+        if mixes and bool((size > 8 * (1 + error)).any()):
+            return f"a noise (xt - a x1) / s of size {float(size.max()):.3g}, which should be 1"
         return None
     xt, x1, error, values = xt[kept], x1[kept], error[kept], values.select(kept)
     labels = None if labels is None else labels[kept]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stagewise.conventions import written
 from stagewise.paths import same_path, unlike
 from stagewise.schemes.checks import unknown_boundary
 from stagewise.schemes.scheme import Scheme
@@ -92,8 +93,8 @@ class Phases(Shared):
                 )
             if scheme.convention != first.convention:
                 raise ValueError(
-                    f"Expected one convention in all phases, got {first.convention!r} and "
-                    f"{scheme.convention!r}."
+                    "Expected one convention in all phases, got "
+                    f"{written(first.convention)} and {written(scheme.convention)}."
                 )
         self.phases = list(phases)
         self._own = [phase.scheme.boundary is not None for phase in phases]

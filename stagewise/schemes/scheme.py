@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stagewise.conventions import ConventionLike, as_convention, path_of
 from stagewise.masks import MaskedLabels, cut, few_rows, mean_of, require_same_masks
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
-from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
+from stagewise.paths import STAGEWISE, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes.checks import check_density, check_rows, check_settings
 from stagewise.schemes.conditions import has_classes, unknown_conditions
 from stagewise.schemes.correction import Correction, correct
@@ -60,14 +61,14 @@ class Scheme(SchemeState):
         class_wise: Whether posteriors are over the rows of x_1's class. Default "auto": if the bank
             has classes. A model that sees labels needs it. False says "my model ignores its
             conditions": without it conditions that are no classes are refused.
-        path: Default that of the oracle, or `LinearPath()`.
+        path: Default that of the oracle or of the convention, or else `LinearPath()`.
         on_missing: What to do with an x_1 that is no row of the bank and comes without a `source`:
             "insert" it into the reference set as its own row (default), or "error".
         seed: Of random rows, default 0.
-        convention: How your training counts time and signs a velocity, default as the library does
-            (t = 0 is noise, data - noise): `Convention(1, 0, -1)` where t = 1 is noise and the
-            target is noise - data. Times and targets are given and returned in it; only
-            `timesteps.sample` stays in the library's time: take `convention.from_t` of its draws.
+        convention: How your training counts time, scales `x_t` and makes its target: a name such
+            as "pi0" (t = 1 is noise, noise - data), a noise scheduler of diffusers, or a
+            `Convention`; see `stagewise.conventions`. Default that of the oracle. All that is given
+            and returned is in it, but for the draws of `timesteps`: take `convention.from_t`.
         smoothing: Gaussians around the rows, which `smooth` draws from. Default None.
         strength: From t, (B,), to how much of the smoothing is used, in [0, 1], (B,). Default None:
             all of it from the measured *collapsed* boundary on, where the plain target is nothing
@@ -110,18 +111,18 @@ class Scheme(SchemeState):
         path: Path | None = None,
         on_missing: Literal["insert", "error"] = "insert",
         seed: int = 0,
-        convention: Convention = STAGEWISE,
+        convention: ConventionLike | None = None,
         smoothing: Smoothing | None = None,
         strength: Strength | None = None,
     ) -> None:
         check_settings(
             *(oracle, timesteps, target, class_wise, on_missing, path),
             preserve_objective=preserve_objective,
-            convention=convention,
             smoothing=smoothing,
             strength=strength,
         )
-        path = path or (LinearPath() if oracle is None else oracle.path)
+        convention = as_convention(convention or getattr(oracle, "convention", STAGEWISE))
+        path = path_of(convention, path if oracle is None else oracle.path) or LinearPath()
         known = oracle or smoothing
         wise = bool(known and known.bank.labelled) if class_wise == "auto" else class_wise
         super().__init__(
@@ -198,15 +199,15 @@ class Scheme(SchemeState):
         mask: Tensor | None = None,
         source: Tensor | None = None,
         condition: Tensor | None = None,
-        prediction: Prediction | PredictionKind = "velocity",
+        prediction: Prediction | PredictionKind | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The target and the weight of each sample; the first call does what `check` does.
 
         Args:
-            y: Conditional target, (B, *), in the scheme's `convention` (default: t = 0 is noise,
-                and a velocity is data - noise).
+            y: Conditional target, (B, *), in the scheme's `convention`, like `xt` and `t`
+                (default: t in [0, 1], 0 is noise, and a velocity is data - noise).
             xt: Noisy samples, (B, *).
-            t: Times in that convention (default: in [0, 1]), (B,) or (B, 1, ..., 1), or one number.
+            t: Times, (B,) or (B, 1, ..., 1), or one number.
             x1: What `xt` was made from, (B, *).
             labels: Class of each sample, (B,); see `Oracle.posterior`. Used if `class_wise`, and
                 default the class of the bank's row that x_1 is.
@@ -214,7 +215,7 @@ class Scheme(SchemeState):
             source: The row of the bank that each x_1 stands for, (B,), negative where it is none.
                 Default: the row that x_1 equals. Give it where x_1 is resampled.
             condition: For a kernel on it, what the model is given, (B, *), nothing dropped.
-            prediction: What `y` is, default "velocity".
+            prediction: What `y` is, default that of the convention, the velocity.
 
         Returns:
             The target, (B, *), in the dtype of `y`, and the weights, (B,), in that of `t`.
@@ -230,7 +231,7 @@ class Scheme(SchemeState):
             raise ValueError(
                 f"Expected `y` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(y.shape)}."
             )
-        prediction = Prediction.of(prediction)
+        prediction = Prediction.of(prediction or self.convention.prediction)
         for part in (self.weight, self._sampler):
             if prediction.kind != "velocity" and getattr(part, "of_velocity", False):
                 raise ValueError(
@@ -257,7 +258,7 @@ class Scheme(SchemeState):
         )
         if self.target is None:
             return y, weight
-        return mix_target(y, self._sign(prediction) * added.value, 1.0), weight
+        return mix_target(y, self.convention.sign_of(prediction) * added.value, 1.0), weight
 
     @untraced
     def correct(
@@ -267,7 +268,7 @@ class Scheme(SchemeState):
         t: Times,
         x1: Tensor,
         mask: Tensor | None = None,
-        prediction: Prediction | PredictionKind = "velocity",
+        prediction: Prediction | PredictionKind | None = None,
         **known: Any,
     ) -> Tensor:
         """`lambda c_t (m - x_1)`: what a call with these arguments adds to the conditional target.
@@ -275,14 +276,11 @@ class Scheme(SchemeState):
         Returns (B, *), in the dtype of `x1`.
         """
         require_tensors(xt=xt, x1=x1)
-        prediction = Prediction.of(prediction)
+        prediction = Prediction.of(prediction or self.convention.prediction)
         known["source"] = self._source_of(x1, t, known.get("source"))
         known["labels"] = self.with_masks(known.get("labels"), mask, x1)
         _, added = self._correction(None, xt, t, x1, prediction, **known)
-        return (self._sign(prediction) * added.value).to(x1.dtype)
-
-    def _sign(self, prediction: Prediction) -> int:
-        return self.convention.sign if prediction.kind == "velocity" else 1
+        return (self.convention.sign_of(prediction) * added.value).to(x1.dtype)
 
     def _source_of(self, x1: Tensor, t: Times, source: Tensor | None) -> Tensor | None:
         if self._smoothed is None:
@@ -320,10 +318,11 @@ class Scheme(SchemeState):
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
         time = as_times(t, xt)
-        t = self._time(time)
-        check_times(t, len(xt))
         labels = known.get("labels")
-        self._hold(y, xt, time, x1, known["source"], prediction, labels)
+        if time.shape == xt.shape[:1]:
+            self._hold(y, xt, time, x1, known["source"], prediction, labels)
+        xt, t = self.convention.inside(xt, time)
+        check_times(t, len(xt), self.convention)
         if self.target is None or self.oracle is None:
             return t, Correction.none(x1)
         if not self.class_wise and not self.unconditional and has_classes(known.get("labels")):

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from stagewise.condition import Condition
 from stagewise.masks import MaskedLabels, fitted, masked
 from stagewise.oracle import Labels, Oracle
-from stagewise.paths import STAGEWISE, Convention, Path
+from stagewise.paths import Convention, Path
 from stagewise.schemes.checks import unknown_boundary
 from stagewise.schemes.smoothed import Drawn, Smoothed
 from stagewise.smoothing import Smoothing
@@ -324,9 +324,8 @@ class SchemeState(Shared):
         )
 
     def _time(self, t: Tensor) -> Tensor:
-        """Times of the `convention` as the library's; integers, of other units, as floats."""
-        t = t if t.is_floating_point() else t.float()
-        return t if self.convention == STAGEWISE else self.convention.to_t(t)
+        """Times of the `convention` as the library's."""
+        return self.convention.to_t(t)
 
     # -- checkpoints and copies ----------------------------------------------------------------
 

@@ -1,0 +1,111 @@
+r"""REPA's loss (arXiv 2410.06940): `loss_fn(model, images, model_kwargs, zs)`.
+
+It draws t and noise inside, with t = 1 as noise, makes `x_t` and its target from the four numbers
+of `interpolant(t)`, and returns the denoising loss of each sample beside that of the projection.
+The target is never at hand, but the answer of the model is: with `d` what the scheme adds to the
+target, `(model - d) - target` is `model - (target + d)`, so the model is given to the loss with `d`
+taken off its answer. The projection, and its gradient, stay as they are.
+
+Labels are those of `model_kwargs["y"]`, which a model drops by itself for guidance; what else is
+there is a condition that no target knows, and refused unless the scheme says class_wise=False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind
+from stagewise.adapters.paths import LibraryPath, recognise
+from stagewise.batches import leaves_of
+from stagewise.conventions import CONVENTIONS
+from stagewise.paths import expand_like
+from stagewise.schemes import Phases, Scheme, parts
+from stagewise.schemes.conditions import check_conditions
+
+__all__ = ["REPALoss"]
+
+
+class REPALoss(Seam):
+    """REPA's `SILoss`; see the module docstring."""
+
+    library, what = "REPA", "REPA loss"
+    weights = losses = True
+
+    @classmethod
+    def of(cls, place: Place) -> REPALoss | None:
+        """The seam at `place`, or None if there is none of this kind."""
+        loss_fn = place.object
+        names = ("interpolant", "path_type", "prediction", "weighting")
+        if not callable(loss_fn) or not all(hasattr(loss_fn, name) for name in names):
+            return None
+        convention = CONVENTIONS["repa"]
+
+        def coefficients(t: Tensor) -> tuple[Any, ...]:
+            alpha, sigma, d_alpha, d_sigma = loss_fn.interpolant(convention.from_t(t))
+            return alpha, sigma, -d_alpha, -d_sigma
+
+        path = recognise(LibraryPath(coefficients, f"SILoss({loss_fn.path_type!r})"))
+        refusal = None if place.owner is not None else "keep it as an attribute, self.loss_fn."
+        if loss_fn.prediction != "v":
+            refusal = f"its prediction, {loss_fn.prediction!r}, is not known."
+        seam = cls(place, path, None, convention, refusal)
+        seam.observable = place.owner is not None
+        return seam
+
+    def _rebind(self, loss: Any, *, observes: bool) -> Detach:
+        # Python looks `__call__` up on the class, so what holds the loss is given another one.
+        return rebind(self.place.owner, self.place.attribute, loss, observes=observes)
+
+    def _observe(self, tell: Tell) -> Detach:
+        plain = getattr(self.place.owner, self.place.attribute)
+
+        def loss(model: Any, images: Tensor, model_kwargs: Any = None, zs: Any = None) -> Any:
+            def look(x: Tensor, time: Tensor, **kwargs: Any) -> Any:
+                if looks():
+                    given = tuple(pair for key in kwargs for pair in leaves_of(kwargs[key], key))
+                    tell(Seen(images, None, self.convention.to_t(time), x, given))
+                return model(x, time, **kwargs)
+
+            return plain(look, images, model_kwargs, zs)
+
+        return self._rebind(loss, observes=True)
+
+    def _attach(self, scheme: Scheme | Phases) -> Detach:
+        plain = getattr(self.place.owner, self.place.attribute)
+
+        def loss(
+            model: Any,
+            images: Tensor,
+            model_kwargs: Mapping[str, Any] | None = None,
+            zs: Any = None,
+        ) -> tuple[Tensor, Any]:
+            others = dict(model_kwargs or {})
+            y = others.pop("y", None)
+            labels = [check_conditions(part, [y], [others], len(images)) for part in parts(scheme)]
+            t = weight = torch.empty(0)
+
+            def steered(x: Tensor, time: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+                nonlocal t, weight
+                t = self.convention.to_t(time.float())
+                x1 = scheme.smooth(images, t=t)
+                alpha, sigma, d_alpha, d_sigma = (expand_like(v, x) for v in self.path(t))
+                noise = (x - alpha * images) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
+                x = (x + alpha * (x1 - images)).to(x)
+                u = d_alpha * x1 + d_sigma * noise
+                target, weight = scheme(
+                    u, xt=x, t=t, x1=x1, labels=next((y for y in labels if y is not None), None)
+                )
+                answer, *more = model(x, time, **kwargs)
+                # The loss has the negative velocity, of the images as they were.
+                moved = (target - u) + d_alpha * (x1 - images)
+                return (answer + moved.to(answer), *more)
+
+            losses, projection = plain(steered, images, model_kwargs, zs)
+            self._last = (t, losses.detach())
+            return losses * weight.to(losses), projection
+
+        return self._rebind(loss, observes=False)

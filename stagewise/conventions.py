@@ -1,0 +1,209 @@
+r"""The conventions of other trainings, by the names that people use, and the schedule of DDPM.
+
+| name | time | `x_t` | target |
+|---|---|---|---|
+| `"sit"`, `"flow_matching"`, `"torchcfm"` | 1 is data | `t x_1 + (1 - t) x_0` | `x_1 - x_0` |
+| `"pi0"`, `"repa"` | 1 is noise | `(1 - t) x_1 + t x_0` | `x_0 - x_1` |
+| `"diffusers"` | 1000 is noise | the same, `t / 1000` | `x_0 - x_1` |
+| `"edm"` | sigma | `x_1 + sigma x_0` | `x_1` |
+| `"edm_F"` | sigma | `x_1 + sigma x_0` | `(x_1 - c_skip x)/c_out` |
+| `ddpm(alphas_cumprod)` | step k | `sqrt(acp_k) x_1 + sqrt(1 - acp_k) x_0` | `x_0` |
+| `ddpm(alphas_cumprod, "v")` | step k | the same | `sqrt(acp) x_0 - sqrt(1 - acp) x_1` |
+| `ddpm(alphas_cumprod, "data")` | step k | the same | `x_1` |
+| `"score_sde"` | 1 is noise | `VPPath()` | `-x_0 / s` |
+
+A name, a `Convention` or a noise scheduler of diffusers may be given wherever a `convention` is
+asked for; `as_convention` turns each into the object.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from stagewise.paths import (
+    DIFFUSERS,
+    STAGEWISE,
+    Convention,
+    Path,
+    PathCoefficients,
+    Prediction,
+    PredictionKind,
+    VPPath,
+    same_path,
+    unlike,
+)
+
+__all__ = [
+    "CONVENTIONS",
+    "ConventionLike",
+    "DDPMPath",
+    "as_convention",
+    "ddpm",
+    "of_scheduler",
+    "path_of",
+    "written",
+]
+
+ConventionLike: TypeAlias = "Convention | str | Any"
+"""A convention, its name, or a noise scheduler of diffusers."""
+
+CONVENTIONS: dict[str, Convention] = {
+    "sit": STAGEWISE,
+    "flow_matching": STAGEWISE,
+    "torchcfm": STAGEWISE,
+    "pi0": Convention(1, 0, -1),
+    "repa": Convention(1, 0, -1),
+    "diffusers": DIFFUSERS,
+    "edm": Convention(math.inf, 0, prediction=Prediction("data")),
+    "edm_F": Convention(math.inf, 0, prediction=Prediction("edm")),
+    "score_sde": Convention(1, 0, prediction=Prediction("score"), path=VPPath()),
+}
+"""What each name stands for. The names of DDPM are not here: its schedule must be said (`ddpm`)."""
+
+_TYPES: dict[str, PredictionKind] = {"epsilon": "noise", "v_prediction": "v", "sample": "data"}
+
+
+class DDPMPath(Path):
+    """The discrete schedule of DDPM: `a = sqrt(acp_k)`, `s = sqrt(1 - acp_k)` at step k of T.
+
+    `t = 1 - k / (T - 1)`: t = 0 is step T - 1, the most noise. Between two steps the angle whose
+    cosine is `a` and whose sine is `s` is interpolated.
+
+    Args:
+        alphas_cumprod: `acp`, (T,): decreasing within [0, 1].
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        values = torch.as_tensor(alphas_cumprod).detach().cpu().double()
+        if values.ndim != 1 or len(values) < 2 or not _falls(values):
+            raise ValueError(
+                "Expected `alphas_cumprod` as (T,) numbers that fall within [0, 1], got shape "
+                f"{tuple(values.shape)}. Give that of the schedule: noise_scheduler.alphas_cumprod."
+            )
+        self.alphas_cumprod = values
+        self._angles = {torch.device("cpu"): torch.atan2((1 - values).sqrt(), values.sqrt())}
+
+    @override
+    def __call__(self, t: Tensor) -> PathCoefficients:
+        if t.device not in self._angles:  # a copy takes a device sync: once
+            angles = self._angles[torch.device("cpu")]
+            self._angles[t.device] = angles.to(t.device, t.dtype)
+        angles, last = self._angles[t.device].to(t.dtype), len(self.alphas_cumprod) - 1
+        step = ((1 - t) * last).clamp(0, last)
+        whole = step.round()
+        step = torch.where((step - whole).abs() < 1e-3, whole, step)  # as it was before rounding
+        below = step.floor().clamp_max(last - 1).long()
+        rise = angles[below + 1] - angles[below]
+        angle = angles[below] + (step - below) * rise
+        alpha, sigma = torch.cos(angle).clamp_min(0), torch.sin(angle)
+        return PathCoefficients(alpha, sigma, last * rise * sigma, -last * rise * alpha)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.alphas_cumprod,)
+
+    def __repr__(self) -> str:
+        first, last = self.alphas_cumprod[0], self.alphas_cumprod[-1]
+        return f"DDPMPath({len(self.alphas_cumprod)} steps, {first:.4g} to {last:.4g})"
+
+
+def _falls(values: Tensor) -> bool:
+    return bool((values.diff() < 0).all() and values[0] <= 1 and values[-1] >= 0)
+
+
+def ddpm(alphas_cumprod: Tensor, prediction: Prediction | PredictionKind = "noise") -> Convention:
+    """The convention of DDPM: integer timesteps from 0 (data) to T - 1 (noise).
+
+    Args:
+        alphas_cumprod: `acp`, (T,), of the schedule.
+        prediction: What is predicted: "noise", the default, "v" or "data".
+    """
+    path = DDPMPath(alphas_cumprod)
+    steps = len(path.alphas_cumprod)
+    return Convention(steps - 1.0, 0.0, 1, Prediction.of(prediction), path)
+
+
+def as_convention(value: ConventionLike) -> Convention:
+    """The convention of that name, of a noise scheduler of diffusers, or `value` itself.
+
+    Args:
+        value: One of `CONVENTIONS`, a `Convention`, or a scheduler: of flow matching, or with
+            `alphas_cumprod` and a `prediction_type` (`DDPMScheduler`, `DDIMScheduler`).
+
+    Raises:
+        ValueError: For a name that is not known, with those that are.
+        TypeError: For anything else.
+    """
+    if isinstance(value, Convention):
+        return value
+    if isinstance(value, str):
+        if value in CONVENTIONS:
+            return CONVENTIONS[value]
+        if value.startswith("ddpm"):
+            raise ValueError(
+                f"Expected the schedule with {value!r}, got the name alone. Give the scheduler, "
+                'convention=noise_scheduler, or its numbers: ddpm(alphas_cumprod, "noise").'
+            )
+        names = ", ".join(repr(name) for name in CONVENTIONS)
+        raise ValueError(
+            f"Expected `convention` to be one of {names}, a scheduler of diffusers or a "
+            f"Convention, got {value!r}."
+        )
+    found = of_scheduler(value)
+    if found is not None:
+        return found
+    raise TypeError(
+        "Expected `convention` to be a Convention, a name such as "
+        f'"diffusers", or a noise scheduler of diffusers, got {value!r}.'
+    )
+
+
+def of_scheduler(value: object) -> Convention | None:
+    """The convention of a scheduler of diffusers, None for what is none that one trains with."""
+
+    def has(*names: str) -> bool:
+        return all(hasattr(value, name) for name in names)
+
+    if has("scale_noise", "sigmas", "timesteps"):
+        return DIFFUSERS
+    kind = getattr(getattr(value, "config", None), "prediction_type", None)
+    # With sigmas of its own, as for sampling, `add_noise` is another one than DDPM's.
+    if not has("add_noise", "alphas_cumprod") or has("sigmas") or kind not in _TYPES:
+        return None
+    return ddpm(value.alphas_cumprod, _TYPES[kind])  # type: ignore[attr-defined]
+
+
+def path_of(convention: Convention, path: Path | None) -> Path | None:
+    """The path that was said, or else that of the convention.
+
+    Raises:
+        ValueError: If both are said and differ.
+    """
+    own = convention.path
+    if own is not None and path is not None and not same_path(own, path):
+        raise ValueError(
+            f"Expected the path of the convention, {unlike(own, path)}. Give one of them: "
+            "Oracle(bank, convention=...)."
+        )
+    return path or own
+
+
+def written(convention: Convention) -> str:
+    """A convention as one would write it."""
+    for name, known in CONVENTIONS.items():
+        if known == convention:
+            return f'"{name}"'
+    kind = convention.prediction.kind
+    if isinstance(convention.path, DDPMPath):
+        return f'ddpm(alphas_cumprod, "{kind}")'
+    noise, data = convention.noise_time, convention.data_time
+    numbers = f"{'math.inf' if convention.by_sigma else f'{noise:g}'}, {data:g}, {convention.sign}"
+    more = "" if kind == "velocity" else f", prediction={convention.prediction!r}"
+    return f"Convention({numbers}{more})"

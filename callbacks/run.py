@@ -126,7 +126,7 @@ class StageRun(RunOracles):
         if self.trainer.train_dataloader is self._loader:
             return
         self._loader = self.trainer.train_dataloader
-        for bank in self._banks.values():
+        for bank in dict.fromkeys(self._banks.values()):
             with self.together("reading the new training loader"):
                 x1, _ = self.read(self, self._loader, 8)
                 alike = tuple(x1.shape[1:]) == bank.shape and bool((bank.find(x1) >= 0).all())

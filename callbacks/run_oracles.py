@@ -6,13 +6,16 @@ said, what another callback has said, or what is found in the training: in this 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_sample
@@ -57,7 +60,7 @@ class RunOracles(StageCallback):
 
     def forget(self) -> None:
         """Leaves behind the bank, and what was made of it."""
-        self._banks: dict[int, LatentBank] = {}
+        self._banks: WeakKeyDictionary[LatentBank, LatentBank] = WeakKeyDictionary()
         self._read: LatentBank | None = None
         self._oracles: list[Oracle] = []
         self.recipes: list[Recipe] = []
@@ -143,10 +146,18 @@ class RunOracles(StageCallback):
                 class_wise=any(each is not False for each in wise),
             )
             bank = self._read
-        if id(bank) not in self._banks:
-            self._banks[id(bank)] = bank.beside_training(self.trainer.strategy.root_device)
-        self._compare_with_checkpoint(callback, bank)
-        return self._banks[id(bank)]
+        moved = self.beside(bank)
+        self._read = moved if bank is self._read else self._read  # frees that on the host
+        self._compare_with_checkpoint(callback, moved)
+        return moved
+
+    def beside(self, bank: LatentBank) -> LatentBank:
+        """A bank where training can ask it (`LatentBank.beside_training`), moved once for all."""
+        if bank not in self._banks:
+            taken = still_to_come(self.trainer.optimizers)
+            moved = bank.beside_training(self.trainer.strategy.root_device, taken)
+            self._banks[bank] = self._banks[moved] = moved
+        return self._banks[bank]
 
     def _compare_with_checkpoint(self, callback: StageCallback, bank: LatentBank) -> None:
         before = callback.stashed_run.get("bank")
@@ -162,9 +173,15 @@ class RunOracles(StageCallback):
         callback.renewed, self._records = True, {}
         callback.stash = {**(callback.stash or {}), "run": {}}
 
+    def place(self, oracle: Oracle | None) -> None:
+        """Has an oracle that was given ask the bank that the monitors ask, where that lies."""
+        if oracle is not None and oracle.engine.holds_all_rows:
+            oracle.bank = self.beside(oracle.bank)
+            oracle.engine.prepare(oracle.bank)
+
     def bank_in_use(self) -> LatentBank | None:
         """The bank that was read, or one that was given; None before there is any."""
-        return self._banks.get(id(self._read), next(iter(self._banks.values()), None))
+        return self._read or next(iter(self._banks.values()), None)
 
     def given(self, callback: StageCallback) -> bool:
         """Whether the bank was given, and not read from the training set."""
@@ -235,10 +252,10 @@ class RunOracles(StageCallback):
 
     def recipe(self, oracle: Oracle, wise: bool) -> Recipe | None:
         """How a callback measures, or has measured, the boundary there; None if none does."""
-        bank = self._banks.get(id(oracle.bank), oracle.bank)
+        bank = self._banks.get(oracle.bank, oracle.bank)
         for recipe in (*self._boundaries, *self.recipes):
             other = recipe.oracle
-            same = self._banks.get(id(other.bank), other.bank) is bank
+            same = self._banks.get(other.bank, other.bank) is bank
             if same and recipe.class_wise == wise and same_path(other.path, oracle.path):
                 return recipe
         return None
@@ -280,6 +297,16 @@ class RunOracles(StageCallback):
                 for (path, wise), boundary in (self._records | found).items()
             ],
         }
+
+
+def still_to_come(optimizers: Iterable[Optimizer]) -> int:
+    """Bytes that training has yet to allocate: gradients, and two moments of each parameter."""
+    return sum(
+        value.numel() * value.element_size() * ((value.grad is None) + 2 * (value not in one.state))
+        for one in optimizers
+        for group in one.param_groups
+        for value in group["params"]
+    )
 
 
 def _recorded_as(recipe: Recipe) -> tuple[str, int]:

@@ -174,6 +174,7 @@ class StageScheme(StageCallback):
         if isinstance(self.scheme, Phases):
             self.scheme.check_ends(math.inf if run.total is None else run.total)
         for part in parts(self.scheme):
+            run.place(part.oracle)
             part.rows_checked = True  # `settle` does, on all ranks together
             part.labels_of = run.look.labels_for
         run.look.schemes.append(self.scheme)
@@ -354,7 +355,7 @@ class StageScheme(StageCallback):
             return run.oracle(self, path, self.engine, self.certificate)
         bank = run.option(self, "bank")
         bank = shard_from_trainer(run.trainer) if bank is None else bank
-        bank = bank.beside_training(run.trainer.strategy.root_device)
+        bank = run.beside(bank)
         refused: Any = self.certificate
         return Oracle(bank, path, self.engine, certificate=refused)
 

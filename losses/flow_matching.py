@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from stagewise.paths import (
 )
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_conditions
+from stagewise.side_stream import beside
 from stagewise.timesteps import TimestepSampler, Uniform
 
 __all__ = ["FlowMatchingLoss", "LossRecord"]
@@ -181,11 +183,11 @@ class FlowMatchingLoss(nn.Module):
         path = self.path(t)
         xt = self.path.interpolate(x0, x1, t).to(x1.dtype)
         y = self.prediction.target(path, x0.float(), x1.float())
-        added = None
-        if scheme is not None:
-            added = scheme(
-                y, xt=xt, t=t, x1=x1, labels=classes, source=source, prediction=self.prediction
-            )
+        wait = None
+        if scheme is not None:  # what is trained on is needed after the model has run
+            given = {"xt": xt, "t": t, "x1": x1, "labels": classes, "source": source}
+            ask = partial(scheme, y, **given, prediction=self.prediction)
+            wait = beside(ask, y, given)
         output = model(xt, self.convention.from_t(t).to(told_in), *args, **kwargs)
         if output.shape != x1.shape:
             raise ValueError(
@@ -198,11 +200,12 @@ class FlowMatchingLoss(nn.Module):
             raise ValueError(
                 f"Expected `weight(t)` with shape ({len(x1)},), got {tuple(weight.shape)}."
             )
-        if added is None:
+        if wait is None:
             loss = trained = _mean_square(output - y)
         else:
-            loss, trained = _mean_square(output.detach() - y), _mean_square(output - added[0])
-            weight = weight * added[1]
+            target, own = wait()
+            loss, trained = _mean_square(output.detach() - y), _mean_square(output - target)
+            weight = weight * own
         self.last = LossRecord(t.detach(), loss.detach(), weight.detach(), trained.detach())
         return (weight * trained).mean()
 

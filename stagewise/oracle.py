@@ -180,7 +180,7 @@ class Oracle:
         """
         flat, path = self.coefficients(xt, t)
         names, ends = None, None
-        if isinstance(labels, Tensor) and self._reads_on_device(labels, flat):
+        if isinstance(labels, Tensor) and self.reads_on_device(labels, flat):
             ends = self.bank.ends_of(whole_labels(labels, len(flat)))
         elif labels is not None:
             names = self.names(labels, len(flat))
@@ -193,7 +193,7 @@ class Oracle:
         times = as_times(t, xt).detach().to(flat)
         return Queries(flat, path, segments, source, names, times, made_in=xt.dtype, ends=ends)
 
-    def _reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
+    def reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
         """Whether labels stay where they are, which spares a device sync."""
         plain = self.certificate is None and self.null_class is None
         there = labels.device == xt.device
@@ -346,8 +346,8 @@ class Oracle:
             return names
         return [None if name == self.null_class else name for name in names]
 
-    def checked_source(self, source: Tensor, count: int, rows: int) -> Tensor:
-        """`source` itself, refused if it is not (count,) integers below `rows`.
+    def checked_source(self, source: Tensor, count: int, rows: int | None) -> Tensor:
+        """`source` itself, refused if it is not (count,) integers, below `rows` if that is given.
 
         Raises:
             ValueError: With what was expected and what came.
@@ -357,6 +357,8 @@ class Oracle:
                 f"Expected integer `source` with shape ({count},), got {source.dtype} of shape "
                 f"{tuple(source.shape)}."
             )
+        if rows is None:
+            return source
         message = f"Expected `source` below {rows}, the rows of the bank (negative: not known)"
         if source.device.type != "cpu":
             torch._assert_async((source < rows).all(), message)

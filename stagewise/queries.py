@@ -97,10 +97,13 @@ class Queries:
 
     def index(self, at: Sequence[Any]) -> Tensor:
         """Whole numbers on the host as a tensor beside the queries, without a device sync."""
-        there = torch.tensor(at, dtype=torch.int64)
+        return self.beside(torch.tensor(at, dtype=torch.int64))
+
+    def beside(self, values: Tensor) -> Tensor:
+        """Numbers on the host beside the queries, without a device sync."""
         # A copy from other memory waits for the device.
-        there = there.pin_memory() if self.xt.is_cuda and torch.cuda.is_available() else there
-        return there.to(self.xt.device, non_blocking=True)
+        pins = self.xt.is_cuda and torch.cuda.is_available()
+        return (values.pin_memory() if pins else values).to(self.xt.device, non_blocking=True)
 
     def place(self, at: Sequence[int]) -> slice | Tensor:
         """Positions as an index: a slice, which costs no copy, if they are contiguous."""
@@ -156,7 +159,7 @@ class Queries:
             max_norm: Of the samples, which the rounding goes by.
             lam: lambda, (B,); default 1.
         """
-        c, _ = prediction.coefficients(self.path)
+        c = prediction.of_data(self.path)
         rounding = 16 * torch.finfo(torch.float64).eps * max_norm
         return torch.where(difference.abs() <= rounding, 0.0, (lam * c)[:, None] * difference)
 
@@ -218,17 +221,19 @@ def as_times(t: Times, x: Tensor) -> Tensor:
     return t.flatten() if t.shape[0] == len(x) == t.numel() else t
 
 
-def check_times(t: Tensor, length: int) -> None:
+def check_times(t: Tensor, length: int, *, shape_only: bool = False) -> None:
     """Refuses times of another shape than (length,) or outside [0, 1].
 
     On an accelerator the range is checked by a device-side assertion, which costs no sync but, as
-    CUDA has it, ends the process: the message is the same.
+    CUDA has it, ends the process: the message is the same. With `shape_only` a kernel checks it.
 
     Raises:
         ValueError: With what was expected and what came.
     """
     if t.shape != (length,):
         raise ValueError(f"Expected `t` with shape ({length},), got {tuple(t.shape)}.")
+    if shape_only:
+        return
     inside = ((t >= 0) & (t <= 1)).all()
     message = "Expected `t` in [0, 1] with t = 0 noise and t = 1 data"
     if t.device.type != "cpu":

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "find_among", "find_rows", "row_keys"]
+__all__ = ["digest", "find_among", "find_rows", "key_weights", "row_keys"]
 
 _BLOCK = 2**20  # words at a time: their 64-bit products then stay in the cache
 
@@ -26,7 +26,7 @@ def row_keys(rows: Tensor) -> Tensor:
     # product of 64-bit words only its upper half.
     word = torch.int16 if rows.dtype.itemsize == 2 else torch.int32
     words = rows.shape[1] * rows.dtype.itemsize // word.itemsize
-    factor = _weights(words, rows.device)
+    factor = key_weights(words, rows.device)
     keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     step = max(1, _BLOCK // words)
     for block, out in zip(rows.split(step), keys.split(step), strict=True):
@@ -35,7 +35,7 @@ def row_keys(rows: Tensor) -> Tensor:
     return keys
 
 
-def _weights(words: int, device: torch.device) -> Tensor:
+def key_weights(words: int, device: torch.device) -> Tensor:
     """Odd numbers of RandomState, whose stream is frozen for good, as no generator of torch's."""
     made = _made.get((words, device))
     if made is None:

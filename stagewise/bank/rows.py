@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch import Tensor
 from stagewise.bank.building import BLOCK, HALF
 from stagewise.bank.row_keys import digest, find_rows, row_keys
 from stagewise.bank.streaming import MappedFile, stream
-from stagewise.memory import available_memory, oracle_device
+from stagewise.memory import available_memory, format_bytes, oracle_device
 
 __all__ = ["RowStore"]
 
@@ -117,18 +118,28 @@ class RowStore:
         """Rows of the largest class; 0 without labels."""
         return max((rows.stop - rows.start for rows in self._segments.values()), default=0)
 
+    @cached_property
+    def smallest_class(self) -> int:
+        """Rows of the smallest class; 0 without labels."""
+        return min((rows.stop - rows.start for rows in self._segments.values()), default=0)
+
+    def class_table(self, device: torch.device) -> Tensor:
+        """Label, first row and end of each class, (C, 3), int64, by label; made there once."""
+        self.require_classes()
+        table = self._class_table.get(device)
+        if table is None:
+            table = torch.tensor(self.class_ends, device=device)
+            if _as_real(table, self.rows):
+                self._class_table[device] = table
+        return table
+
     def ends_of(self, labels: Tensor) -> Tensor:
         """First row and end of the class of each label, (B, 2), int64, without a device sync.
 
         Args:
             labels: (B,), int64. An unknown one ends the process, as a device-side assertion does.
         """
-        self.require_classes()
-        table = self._class_table.get(labels.device)
-        if table is None:
-            table = torch.tensor(self.class_ends, device=labels.device)
-            if _as_real(table, self.rows):
-                self._class_table[labels.device] = table
+        table = self.class_table(labels.device)
         at = torch.searchsorted(table[:, 0].contiguous(), labels).clamp_max(len(table) - 1)
         found = table[at]
         message = f"Expected labels among the {len(table)} classes of the bank"
@@ -178,16 +189,16 @@ class RowStore:
         fewer = dtype in (*HALF, torch.float32) and dtype.itemsize < self.dtype.itemsize
         if not fewer:
             wanted = (flat.double() - self.offset).to(self.dtype)
-            found = find_rows(self.rows.__getitem__, self._key_index(), wanted)
+            found = find_rows(self.rows.__getitem__, self.key_index(), wanted)
         # Of two 16-bit types neither holds the other, and neither holds samples with an offset.
         both = dtype in HALF and self.dtype in HALF and (dtype != self.dtype or self.shifted)
         if fewer or both:
-            index = self._key_index(dtype)
+            index = self.key_index(dtype)
             rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat)
             found = rounded.where(found < 0, found)
         return found.to(x1.device)
 
-    def _key_index(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def key_index(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The keys in ascending order and their rows; of the samples as `dtype` if it is given."""
         if dtype in self._sorted_keys:
             return self._sorted_keys[dtype]
@@ -256,12 +267,33 @@ class RowStore:
             return self
         return self._moved(lambda value: value.to(device))
 
-    def beside_training(self: Self, device: torch.device) -> Self:
-        """On the training device if it takes less than a quarter of what is free there."""
+    def beside_training(self: Self, device: torch.device, taken: float = 0) -> Self:
+        """On the training device where half of what is free there holds it, else on the host.
+
+        The other half is for activations. On the host it is pinned if there is room, and if it is
+        no file. A device that runs out of memory all the same is warned of.
+
+        Args:
+            device: That of training.
+            taken: Bytes that training has yet to allocate there: gradients, moments.
+        """
         device = oracle_device(device)
-        # The model's gradients, optimizer and activations are not there yet.
         free = available_memory(device)
-        return self.to(device) if free is None or self.nbytes < free / 4 else self
+        if free is None or self.nbytes <= (free - taken) / 2:
+            try:
+                return self.to(device)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                warnings.warn(
+                    f"{self!r} does not fit on {device}, where {format_bytes(free or 0)} were "
+                    "free: it stays on the host, and each call of an oracle copies rows to the "
+                    "device. A bank with dtype=torch.bfloat16 takes half of float32.",
+                    stacklevel=2,
+                )
+        room = available_memory()
+        if device.type != "cuda" or self.residency != "host" or 2 * self.nbytes > (room or 0):
+            return self
+        return self.pin()
 
     def pin(self: Self) -> Self:
         """The store in pinned host memory, from where a CUDA device copies fastest."""

@@ -21,7 +21,8 @@ matter. Where nobody knows `x_1`, a first pass from the bank's mean finds a row 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ try:
 except ImportError:  # a build of torch without it
     triton = None
 
-__all__ = ["posterior", "pulled", "serves", "shape_of"]
+__all__ = ["at_a_time", "attempt", "posterior", "pulled", "serves", "shape_of"]
+
+T = TypeVar("T")
 
 _LARGEST_DIM = 2**13
 """Numbers in a sample, at most: a program keeps three such vectors in registers, beside rows."""
@@ -232,10 +235,10 @@ def pulled(
 
     Args:
         rows: (N, D), contiguous, float32 or of a 16-bit type.
-        offset: What makes a row a sample, (D,), float64, as all that follows.
+        offset: What makes a row a sample, (D,), float64.
         xt: Noisy samples, (B, D).
         near: r, (B, D).
-        alpha: a, (B,).
+        alpha: a, (B,), float64, as what follows.
         sigma: s, (B,), above 0.
         ends: The first row of each class and that behind its last, (B, 2), int64.
         width: Rows of the largest class.
@@ -303,8 +306,9 @@ def _(
     listed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = xt.new_empty(len(xt), width if listed else 0, dtype=torch.float32)
-    row = xt.new_empty(len(xt), dtype=torch.int64)
-    return torch.empty_like(xt), xt.new_empty(len(xt), 5), row, logits
+    row = ends.new_empty(len(xt))
+    double = torch.empty_like(xt, dtype=torch.float64)
+    return double, double.new_empty(len(xt), 5), row, logits
 
 
 _broken = False
@@ -329,6 +333,32 @@ def serves(bank: LatentBank, device: torch.device, count: int) -> bool:
     )
 
 
+def at_a_time(bank: LatentBank) -> int:
+    """Queries whose parts of sums fit into memory."""
+    parts = bank.largest_class // _SPLIT + 1
+    return min(_MOST, max(1, _PART_BYTES // (4 * bank.dim * parts)))
+
+
+def attempt(run: Callable[[], T]) -> T | None:
+    """What `run` gives; None, after a warning, if a kernel does not compile here."""
+    global _broken
+    # Those tell of the device, and not of the kernel.
+    others = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    try:
+        return run()
+    except others:
+        raise
+    except Exception as error:  # of several kinds, by version
+        _broken = True
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(
+            "The kernel for class-wise posteriors does not run here, and products take its place: "
+            f"{type(error).__name__}: {reason}",
+            stacklevel=3,
+        )
+        return None
+
+
 def posterior(bank: LatentBank, queries: Queries, k: int) -> Posterior | None:
     """The posterior of each query over the rows of its class. Costs no device sync.
 
@@ -340,30 +370,13 @@ def posterior(bank: LatentBank, queries: Queries, k: int) -> Posterior | None:
     Returns:
         As `Engine.posterior`; None, after a warning, if the kernel does not compile here.
     """
-    global _broken
-    step = max(1, _PART_BYTES // (4 * bank.dim * (bank.largest_class // _SPLIT + 1)))
-    step = min(_MOST, step)
-    starts = range(0, len(queries), step)
-    # Those tell of the device, and not of the kernel.
-    others = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-    try:
-        return Posterior.cat(
-            [
-                _posterior(bank, queries.select(range(len(queries))[at : at + step]), k)
-                for at in starts
-            ]
-        )
-    except others:
-        raise
-    except Exception as error:  # of several kinds, by version
-        _broken = True
-        reason = str(error).strip().split("\n")[0]
-        warnings.warn(
-            "The kernel for class-wise posteriors does not run here, and products take its place: "
-            f"{type(error).__name__}: {reason}",
-            stacklevel=2,
-        )
-        return None
+    step, every = at_a_time(bank), range(len(queries))
+
+    def run() -> Posterior:
+        parts = (every[first : first + step] for first in every[::step])
+        return Posterior.cat([_posterior(bank, queries.select(part), k) for part in parts])
+
+    return attempt(run)
 
 
 def _posterior(bank: LatentBank, queries: Queries, k: int) -> Posterior:

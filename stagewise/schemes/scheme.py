@@ -23,14 +23,14 @@ from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, requi
 from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes.checks import check_density, check_rows, check_settings
 from stagewise.schemes.conditions import has_classes, unknown_conditions
-from stagewise.schemes.correction import Correction, correct
+from stagewise.schemes.correction import Correction, correct, runs_kernel
 from stagewise.schemes.first_call import check_samples
 from stagewise.schemes.state import SchemeRecord, SchemeState
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
 from stagewise.smoothing_inputs import Strength
 from stagewise.stages import StageBoundary
-from stagewise.targets import Mix, Target, mix_target
+from stagewise.targets import Mix, Target
 from stagewise.timesteps import TimestepSampler
 from stagewise.tracing import caller_level, untraced
 from stagewise.weights import Weight
@@ -242,14 +242,14 @@ class Scheme(SchemeState):
             source=source,
             lam=added.lam,
             weight=weight.detach(),
-            correction_sq=added.value.flatten(1).square().mean(1),
+            added=added.value,
             inserted=added.inserted,
             tail_mass=added.tail_mass,
             smoothed=self._share(x1, t),
         )
         if self.target is None:
             return y, weight
-        return mix_target(y, self._sign(prediction) * added.value, 1.0), weight
+        return y + self._signed(added.value, prediction).to(y.dtype), weight
 
     @untraced
     def correct(
@@ -271,13 +271,14 @@ class Scheme(SchemeState):
         prediction = Prediction.of(prediction)
         source = self._source_of(x1, t, source)
         _, added = self._correction(None, xt, t, x1, labels, source, prediction)
-        return (self._sign(prediction) * added.value).to(x1.dtype)
+        return self._signed(added.value, prediction).to(x1.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "labels_of": None}  # of a run, which holds its trainer
 
-    def _sign(self, prediction: Prediction) -> int:
-        return self.convention.sign if prediction.kind == "velocity" else 1
+    def _signed(self, value: Tensor, prediction: Prediction) -> Tensor:
+        minus = prediction.kind == "velocity" and self.convention.sign < 0
+        return -value if minus else value
 
     def _source_of(self, x1: Tensor, t: Times, source: Tensor | None) -> Tensor | None:
         if self._smoothed is None:
@@ -317,7 +318,10 @@ class Scheme(SchemeState):
             )
         time = as_times(t, xt)
         t = self._time(time)
-        check_times(t, len(xt))
+        around = self._around
+        asked = (self.target, self.oracle, labels, x1, self.class_wise)
+        kernel = around is None and runs_kernel(*asked)
+        check_times(t, len(xt), shape_only=kernel)
         self._hold(y, xt, time, x1, source, prediction)
         if self.target is None or self.oracle is None:
             return t, Correction.none(x1)
@@ -341,16 +345,13 @@ class Scheme(SchemeState):
             on_missing=self.on_missing,
             labels_of=None if self.labels_of is None else partial(self.labels_of, x1.detach()),
             boundary=self.boundary,
+            dtype=(x1 if y is None else y).dtype,
         )
-        around = self._around
         if around is None:
             return t, ask(self.oracle)
         # Where samples are smoothed their targets are those of the smoothed set.
         smoothed = self._share(x1, t) > 0
-        parts = (
-            ask(self.oracle, only=~smoothed),
-            ask(around, only=smoothed),
-        )
+        parts = (ask(self.oracle, only=~smoothed), ask(around, only=smoothed))
         return t, Correction(*(a + b for a, b in zip(*parts, strict=True)))
 
     def _hold(

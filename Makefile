@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-latents test test-all test-rest lint types bench bench-forecast bench-imagenet bench-recipes bench-schemes bench-regularisers figures docs tree clean distclean
+.PHONY: help demo demo-latents test test-all test-rest lint types bench bench-forecast bench-gpu bench-imagenet bench-recipes bench-schemes bench-regularisers figures docs tree clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-19s %s\n", $$1, $$2 }'
@@ -48,6 +48,9 @@ lint: $(VENV)/.dev ## check style, format, imports and types
 bench: $(VENV)/.peers ## time the engines against their floors and their peers (installs those)
 	@mkdir -p build
 	$(BIN)/python benchmarks/oracle.py --json build/bench.json
+
+bench-gpu: $(VENV)/.recipes ## measure the oracle on a CUDA device (7 minutes), fill docs/engines.md
+	$(BIN)/python benchmarks/gpu.py --seconds 420 --json docs/gpu.json
 
 bench-imagenet: $(VENV)/.recipes ## the same on made latents of ImageNet's size (11 GB of disk)
 	$(BIN)/python benchmarks/imagenet.py

@@ -137,5 +137,6 @@ def sparse_shards(folder: Path, shards: int, rows: int = SHARD_ROWS) -> None:
 
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    logging.getLogger("stagewise").setLevel(logging.ERROR)
     cases = {"loader": loader, "opening": opening, "oracle": training.imagenet}
     sys.exit(run_cases(cases, str(__doc__), runs=9))

@@ -1,4 +1,4 @@
-"""Lightning callbacks that watch and steer the stages of a training run."""
+"""Callbacks that watch and steer the stages of a training run, in Lightning or in a `Watch`."""
 
 from stagewise.callbacks.forecast import Forecast
 from stagewise.callbacks.memorization_guard import MemorizationGuard
@@ -9,6 +9,7 @@ from stagewise.callbacks.stage_scheme import StageScheme
 from stagewise.callbacks.stage_transitions import StageTransitions
 from stagewise.callbacks.training_bank import bank_from_trainer
 from stagewise.callbacks.velocity_monitor import VelocityErrorMonitor
+from stagewise.callbacks.watch import Watch
 
 __all__ = [
     "Forecast",
@@ -19,5 +20,6 @@ __all__ = [
     "StageScheme",
     "StageTransitions",
     "VelocityErrorMonitor",
+    "Watch",
     "bank_from_trainer",
 ]

@@ -129,8 +129,8 @@ class Forecast(ModelMonitor):
 
     @override
     def measure(self, step: int) -> dict[str, Any]:
-        trainer, module = self.run.trainer, self.run.module
-        with self.together(), trainer.precision_plugin.forward_context():
+        module = self.run.module
+        with self.together(), self.run.host.precision():
             found = forecast_targets(  # every rank measures the same
                 self.velocity_of(module),
                 module,
@@ -183,7 +183,7 @@ class Forecast(ModelMonitor):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """The one that steps the network that is asked, or else the first."""
-        optimizers = self.run.trainer.optimizers
+        optimizers = self.run.host.optimizers
         name = "" if self.network is None else self.network.name
         net = {id(one) for one in self.run.module.get_submodule(name).parameters()}
         steps = [

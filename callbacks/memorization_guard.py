@@ -259,21 +259,19 @@ class MemorizationGuard(MemorizationMonitor):
     def _ask(self, probe: Probe) -> Tensor:
         """The conditional errors of this rank."""
         found: list[Tensor] = []
-        device = self.run.module.device
+        device = self.run.host.device
         with self.asked() as velocity:
             probe.measure(velocity, lambda _, values: found.append(values[0]), device)
         return torch.cat(found).cpu().double()
 
     def _of_all_ranks(self, own: Tensor, total: int) -> Tensor:
         """Numbers (K, n) of which each rank holds every `world_size`-th, as (K, total)."""
-        trainer = self.run.trainer
-        if trainer.world_size == 1:
+        host = self.run.host
+        if host.world_size == 1:
             return own
         every = own.new_zeros(len(own), total)
-        every[:, trainer.global_rank :: trainer.world_size] = own
-        summed = trainer.strategy.reduce(every.to(trainer.strategy.root_device), reduce_op="sum")
-        assert isinstance(summed, Tensor)
-        return summed.cpu()
+        every[:, host.rank :: host.world_size] = own
+        return host.reduce(every)
 
     def _copied_rows(self, most: int = 8) -> list[list[int]]:
         """The rows copied most, by their place in the data set, and by how many samples."""

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from lightning.pytorch.callbacks import WeightAveraging
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
-from stagewise.callbacks.metrics import CopyShare
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
-from stagewise.copies import Nearest, nearest_rows
+from stagewise.copies import Nearest, copy_share, nearest_rows
 from stagewise.memorization_probe import METHOD, MemorizationProbe
 
 __all__ = ["MemorizationMonitor"]
@@ -57,7 +55,7 @@ class MemorizationMonitor(ModelMonitor):
     """
 
     order = 3
-    held = (*ModelMonitor.held, "_averaging", "_probe", "_shown")
+    held = (*ModelMonitor.held, "_probe", "_shown")
     event = "memorization_probe"
     charts = {
         "share of copies by t_switch": "/copies/t_switch=[^_]*$",
@@ -100,9 +98,7 @@ class MemorizationMonitor(ModelMonitor):
 
     def start(self) -> None:
         """Takes or builds the bank, and reads held-out rows."""
-        callbacks = self.run.trainer.callbacks  # type: ignore[attr-defined]
-        self._averaging = next((c for c in callbacks if isinstance(c, WeightAveraging)), None)
-        if self.weights == "average" and self._averaging is None:
+        if self.weights == "average" and not self.run.host.averages:
             raise ValueError(
                 'weights="average" needs an EMAWeightAveraging (or WeightAveraging) among the '
                 'callbacks, and there is none. Add one, or say weights="current".'
@@ -145,20 +141,20 @@ class MemorizationMonitor(ModelMonitor):
         return self.history
 
     def _make_probe(self) -> None:
-        bank, trainer, others = self.oracle.bank, self.run.trainer, self._others
+        bank, host, others = self.oracle.bank, self.run.host, self._others
         labelled = bool(bank.classes) and self.conditional
         said = self.run.option(self, "class_wise")
         self.wise = labelled if said is None else said
         if self.wise:
             bank.require_classes()
-        if self.samples < trainer.world_size:
+        if self.samples < host.world_size:
             raise ValueError(
-                f"Expected `samples` of at least one for each of {trainer.world_size} ranks, got "
+                f"Expected `samples` of at least one for each of {host.world_size} ranks, got "
                 f"{self.samples}."
             )
         if others is not None:
             no_labels = others[1] is None and (labelled or self.wise)
-            if len(others[0]) < trainer.world_size or no_labels:
+            if len(others[0]) < host.world_size or no_labels:
                 self.say(
                     "held-out rows are fewer than ranks, or have no labels for a network that is "
                     "given some: nothing is resumed from them."
@@ -175,8 +171,8 @@ class MemorizationMonitor(ModelMonitor):
             t_resume=self.t_resume,
             steps=self.steps,
             seed=self.seed,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            rank=host.rank,
+            world_size=host.world_size,
         )
 
     def renew(self) -> None:
@@ -196,26 +192,23 @@ class MemorizationMonitor(ModelMonitor):
 
     @property
     def _averages(self) -> bool:
-        return self.weights != "current" and self._averaging is not None
-
-    def _average(self) -> nn.Module | None:
-        """The averaged module, if it is asked for and has begun."""
-        averaged = getattr(self._averaging, "_average_model", None) if self._averages else None
-        return averaged.module if averaged is not None and bool(averaged.n_averaged) else None
+        return self.weights != "current" and self.run.host.averages
 
     # -- one probe --------------------------------------------------------------------------------
 
     @override
     def measure(self, step: int) -> dict[str, Any]:
-        bank, averaged = self.oracle.bank, self._average()
+        bank = self.oracle.bank
+        averaged = self.run.host.average() if self._averages else None
         with self.together():
             with self.asked(averaged) as velocity:
-                made, resumed = self._probe.generate(velocity, self.run.module.device)
+                made, resumed = self._probe.generate(velocity, self.run.host.device)
             near = {t: nearest_rows(bank, x) for t, x in made.items()}
             near_resumed = {t: nearest_rows(bank, x) for t, (_, x) in resumed.items()}
         self._shown = made, near, resumed, near_resumed
-        shares = [_over_ranks(near[t]) for t in self.t_switch]
-        shares_resumed = [_over_ranks(found) for found in near_resumed.values()]
+        add = self.run.host.reduce
+        shares = [copy_share(near[t].ratio, add) for t in self.t_switch]
+        shares_resumed = [copy_share(found.ratio, add) for found in near_resumed.values()]
         broken = sum(found["nonfinite"] for found in [*shares, *shares_resumed])
         if broken:
             self.warn(
@@ -288,10 +281,3 @@ class MemorizationMonitor(ModelMonitor):
             title = f"Held-out rows resumed at step {step}"
             drawn["resumed"] = pictures.grid_figure(columns, title)
         return drawn
-
-
-def _over_ranks(found: Nearest) -> dict[str, Any]:
-    """Copies of all ranks, as plain numbers; a collective."""
-    share = CopyShare().to(found.d1.device)
-    share.update(found.ratio.float())
-    return share.compute()

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from stagewise.adapters.lines import guessed_line
@@ -17,7 +15,7 @@ from stagewise.batches import describe
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.stage_callback import AskVelocity
 from stagewise.callbacks.training_bank import Samples
-from stagewise.undisturbed import in_eval_mode
+from stagewise.undisturbed import in_eval_mode, same_draws
 from stagewise.velocity_probe import Probe
 
 __all__ = ["ModelMonitor"]
@@ -52,7 +50,7 @@ class ModelMonitor(Monitor):
         """Asks a given function for two velocities."""
         if self._given is None:
             return
-        module, device = self.run.module, self.run.module.device
+        module, device = self.run.module, self.run.host.device
         xt = x1[:2].to(device)
         t = torch.full((len(xt),), 0.5, device=device)
         y = None if labels is None else labels[:2].to(device)
@@ -73,10 +71,10 @@ class ModelMonitor(Monitor):
 
     def settle(self) -> None:
         """Takes the network; a collective."""
-        look, trainer, name = self.run.look, self.run.trainer, type(self).__name__
+        look, host, name = self.run.look, self.run.host, type(self).__name__
         x1 = look.x1 if look.search.x1 is None else look.search.x1
         self.batch_size = 64 if x1 is None else len(x1)
-        self.per_step = self.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        self.per_step = self.batch_size * host.world_size * host.accumulate
         if self._given is not None:
             with self.asked() as velocity:
                 said = look.search.asked_otherwise(velocity)
@@ -103,7 +101,7 @@ class ModelMonitor(Monitor):
                     f"ignores that: {name}(class_wise=False). To ask it with conditions of your "
                     f"own: {name}({look.search.line})."
                 )
-        self.conditional = self.run.on_any_rank(self.network.conditional)
+        self.conditional = self.run.host.any(self.network.conditional)
 
     def is_wise(self, labels: Tensor | None) -> bool:
         """Whether to ask over the rows of a class, of samples with those labels or without any."""
@@ -149,8 +147,7 @@ class ModelMonitor(Monitor):
         Every submodule gets its mode back, and the global random state is put back.
         """
         module = self.run.module if module is None else module
-        precision = self.run.trainer.precision_plugin.forward_context()
-        with in_eval_mode(module), isolate_rng(), torch.no_grad(), precision:
+        with in_eval_mode(module), same_draws(), torch.no_grad(), self.run.host.precision():
             yield self.velocity_of(module)
 
     # -- samples ----------------------------------------------------------------------------------
@@ -160,7 +157,7 @@ class ModelMonitor(Monitor):
         run, bank = self.run, self.run.bank(self)
         given = run.given(self)
         try:
-            x1, labels = run.read(self, run.trainer.train_dataloader, count)
+            x1, labels = run.read(self, run.host.loader, count)
         except ValueError:
             if not given:
                 raise
@@ -197,7 +194,7 @@ class ModelMonitor(Monitor):
                     f"{tuple(x1.shape)}."
                 )
             return x1.cpu(), None if labels is None else labels.cpu()
-        why, loader = "there is no validation data", self._validation_loader()
+        why, loader = "there is no validation data", self.run.host.held_out_loader()
         if loader:
             try:
                 x1, labels = self.run.read(self, loader, count)
@@ -212,17 +209,6 @@ class ModelMonitor(Monitor):
         )
         return None
 
-    def _validation_loader(self) -> Any:
-        """The first validation loader, None if there is none."""
-        trainer = self.run.trainer
-        if trainer.val_dataloaders is None and trainer.enable_validation:
-            # Where the first epoch has no validation Lightning sets it up later, in the same way.
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            trainer.training = True
-        loader = trainer.val_dataloaders
-        return loader[0] if isinstance(loader, (list, tuple)) and loader else loader
-
     def noisy(self, samples: Samples, edges: Tensor, queries: int, number: int) -> Probe:
         """Noisy samples, this rank's, that stay the same for all probes."""
         return Probe(
@@ -233,6 +219,6 @@ class ModelMonitor(Monitor):
             class_wise=self.wise,
             seed=(self.seed, number),
             device=self.oracle.bank.device,
-            rank=self.run.trainer.global_rank,
-            world_size=self.run.trainer.world_size,
+            rank=self.run.host.rank,
+            world_size=self.run.host.world_size,
         )

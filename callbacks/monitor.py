@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from matplotlib.figure import Figure
 from typing_extensions import Unpack, override
 
@@ -157,27 +156,26 @@ class Monitor(StageCallback):
 
     def end(self) -> None:
         """Probes once more where training ends early."""
-        averaging = any(isinstance(c, WeightAveraging) for c in self.run.trainer.callbacks)  # type: ignore[attr-defined]
         # What is averaged has taken the place of what was trained by now.
-        if self.last != self.run.step and not averaging:
+        if self.last != self.run.step and not self.run.host.averages:
             self.probe(self.run.step, at_end=True)
 
     def together(self) -> AbstractContextManager[None]:
-        """Probes on every rank, or raises on all of them; see `ranks.together`."""
+        """Probes on every rank, or raises on all of them; see `Host.together`."""
         return self.run.together(f"a probe of {type(self).__name__}")
 
     def probe(self, step: int, *, at_end: bool = False) -> None:
         """Probes, draws and writes; a collective."""
-        run, device = self.run, self.run.module.device
+        run, device = self.run, self.run.host.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
         start = time.perf_counter()
         last_time, last_step = self._since
-        entry = {"event": self.event, "step": step, **self.measure(step)}
+        entry = {"event": self.event, "step": step, **self.measure(step), **self.over}
         if at_end:
             entry["at_end"] = True
         with self.together():
-            if run.trainer.is_global_zero and self._draws(at_end):
+            if run.host.rank == 0 and self._draws(at_end):
                 self.writer.pictures(self._figures([*self.history, entry]), step)
             self.seconds.append(time.perf_counter() - start)
             costs = {f"{self.name}/probe_seconds": self.seconds[-1]}
@@ -196,10 +194,17 @@ class Monitor(StageCallback):
         return bool(self.figures) and (at_end or (number - 1) % self.figures == 0)
 
     def logged_at(self, step: int) -> int:
-        """The step of the trainer's own logs: that of the batch which was just trained on."""
+        """The step of the training's own logs: that of the batch which was just trained on."""
         return max(0, step - 1)
 
     def summary(self) -> str:
         """How often it has probed, what the last probe cost, and where that is written."""
         cost = f"{self.seconds[-1]:.1f} s" if self.seconds else "nothing"
-        return f"{len(self.history)} probes, the last cost {cost}; {self.writer.describe()}"
+        over = "".join(f", over rows weighed by {kernel}" for kernel in self.over.values())
+        return f"{len(self.history)} probes{over}, the last cost {cost}; {self.writer.describe()}"
+
+    @property
+    def over(self) -> dict[str, str]:
+        """What each event says of the rows that its posterior is over, if they are weighed."""
+        kernel = None if self.oracle is None else self.oracle.condition
+        return {} if kernel is None else {"condition": repr(kernel)}

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.monitor import Monitor, MonitorOptions
+from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.writer import by_time
 from stagewise.engines import Engine
 from stagewise.spectrum import predicted_boundary
@@ -171,7 +171,7 @@ class PosteriorMonitor(Monitor):
 
     def _draws(self, at_end: bool) -> bool:
         """Whether to draw at a probe; the last one is followed by none before training ends."""
-        total, step = self.run.total, self.run.trainer.global_step
+        total, step = self.run.total, self.run.host.global_step
         last = total is not None and step // self.every == (total - 1) // self.every
         return super()._draws(at_end or last)
 
@@ -205,12 +205,14 @@ class PosteriorMonitor(Monitor):
         self.recipe = Recipe(self.oracle, self.wise, edges, self.queries, self.seed)
         self.run.recipes.append(self.recipe)
         self.writer.event(self._header())
-        self.probe(self.run.trainer.global_step)
+        self.probe(self.run.host.global_step)
 
     def reconsider(self) -> None:
         """Says what a posterior over data means for a network that is given more than x_t and t."""
         run = self.run
         if run.option(self, "class_wise") is False:
+            return
+        if self.oracle.condition is not None:
             return
         network, given = run.look.network, run.look.conditions
         rows = "the rows of a class" if self.wise else "all rows"
@@ -220,7 +222,9 @@ class PosteriorMonitor(Monitor):
                 f"The network is also given {', '.join(given)}, and PosteriorMonitor measures the "
                 f"posterior over {rows}, as for a model that ignores that. A model that uses it is "
                 "trained on the posterior given it, which collapses earlier: read the boundary as "
-                "an upper bound. If the model does ignore it: PosteriorMonitor(class_wise=False)."
+                "an upper bound, or weigh rows by a kernel on it: PosteriorMonitor("
+                "condition=Condition(bandwidth=...)). If the model does ignore it: "
+                "PosteriorMonitor(class_wise=False)."
             )
         elif run.look.waiting:
             return  # what this step has dropped may come
@@ -269,6 +273,7 @@ class PosteriorMonitor(Monitor):
         assert self.boundary is not None
         title = f"N = {len(bank)}, D = {bank.dim}"
         title += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
+        title += "".join(f", {kernel}" for kernel in self.over.values())
         # A resumed run may have been given another number of strata.
         alike = [entry for entry in probes if len(entry["t"]) == self.strata]
         about = (self.curve, self.boundary, self.predicted, f"{title}, step {probes[-1]['step']}")
@@ -294,6 +299,7 @@ class PosteriorMonitor(Monitor):
             "class_wise": self.wise,
             "path": repr(self.oracle.path),
             "predicted": self.predicted,
+            **self.over,
         }
 
     @override

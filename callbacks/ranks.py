@@ -1,36 +1,35 @@
-"""What ranks do together: fail, take means of what a scheme did, and gather its losses."""
+"""What ranks do together: speak once, take means of what a scheme did, and gather its losses."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from stagewise.callbacks.host import Host
 from stagewise.schemes import SchemeRecord
 
-__all__ = ["GatheredLosses", "SchemeMeans", "together"]
+__all__ = ["GatheredLosses", "SchemeMeans", "rank_zero_info", "rank_zero_warn"]
+
+_LOG = logging.getLogger("stagewise")
+_LOG.setLevel(logging.INFO)
+if not _LOG.hasHandlers():  # as long as nobody says where the lines of the log go, to the terminal
+    _LOG.addHandler(logging.StreamHandler())
 
 
-@contextmanager
-def together(trainer: pl.Trainer, what: str) -> Iterator[None]:
-    """Does something on every rank, or raises on all of them; a collective at its end.
+def rank_zero_info(message: str) -> None:
+    """A line of the log "stagewise", of the first rank."""
+    if Host().rank == 0:
+        _LOG.info(message)
 
-    Nothing in it may wait for others. A rank that could do it says that another failed in `what`.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    passed = trainer.strategy.reduce_boolean_decision(error is None)
-    if error is not None:
-        raise error
-    if not passed:
-        raise ValueError(f"Another process failed in {what}; see its message.")
+
+def rank_zero_warn(message: str) -> None:
+    """A warning of the first rank."""
+    if Host().rank == 0:
+        warnings.warn(message, stacklevel=3)
 
 
 class SchemeMeans:
@@ -55,15 +54,13 @@ class SchemeMeans:
         sums = torch.stack(values).sum(1)
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def reduced(self, trainer: pl.Trainer) -> dict[str, float]:
+    def reduced(self, host: Host) -> dict[str, float]:
         """The means over all ranks since the last time; a collective, and a device sync."""
         sums = self._sums
         if sums is None:
-            sums = torch.zeros(len(self._KEYS) + 2, device=trainer.strategy.root_device)
+            sums = torch.zeros(len(self._KEYS) + 2, device=host.device)
         self._sums = None
-        if trainer.world_size > 1:
-            sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        *totals, mixed, count = sums.tolist()
+        *totals, mixed, count = host.reduce(sums).tolist()
         over = 3 * [count] + 2 * [mixed]
         return {
             key: total / number if number else math.nan
@@ -89,17 +86,17 @@ class GatheredLosses:
         """Takes the times and losses of a batch, each (B,)."""
         self._records.append(torch.stack([t.float(), loss.float()]))
 
-    def gathered(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def gathered(self, host: Host) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Times and losses since the last time, from all ranks; a collective."""
         if not self._records:
             return None, None
         record = torch.cat(self._records, dim=1)
         self._records = []
-        if trainer.world_size == 1:
+        if host.world_size == 1:
             return record[0], record[1]
         if self.share is None:
             count = torch.tensor(float(record.shape[1]), device=record.device)
-            self.share = int(trainer.strategy.reduce(count, reduce_op="max"))
+            self.share = int(host.reduce(count, "max"))
         index = torch.arange(self.share, device=record.device) % record.shape[1]
-        of_all = trainer.strategy.all_gather(record[:, index])
+        of_all = host.gather(record[:, index])
         return of_all[:, 0].flatten(), of_all[:, 1].flatten()

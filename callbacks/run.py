@@ -8,12 +8,9 @@ weight changes.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -22,6 +19,8 @@ from stagewise.adapters.find import dependent_noise, find_couplings, find_seams,
 from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank
 from stagewise.batches import describe, unused_in
+from stagewise.callbacks.host import Host
+from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.callbacks.run_oracles import RunOracles
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 
@@ -64,7 +63,7 @@ class StageRun(RunOracles):
     order = -1
     held = (
         *StageCallback.held,
-        *("trainer", "module", "leader", "members", "look", "seams", "_loader"),
+        *("host", "module", "leader", "members", "look", "seams", "_loader"),
     )
     look: FirstStep
 
@@ -82,31 +81,27 @@ class StageRun(RunOracles):
         """The callbacks that measure something against a bank."""
         return [member for member in self.members if member.measures]
 
-    def begin(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, members: list[StageCallback]
-    ) -> None:
+    def begin(self, host: Host, members: list[StageCallback]) -> None:
         """Starts all callbacks."""
         for member in {*members, self}:
             member.joins(self)
-        self.trainer, self.module, self.leader = trainer, pl_module, members[0]
+        self.host, self.module, self.leader = host, host.module, members[0]
         self.settled, self._told, self._batches = False, False, 0
         self.members = sorted(members, key=lambda member: (member.order, member.name))
-        self.began = self.step = trainer.global_step
-        total = trainer.estimated_stepping_batches
-        self.total = None if math.isinf(total) else int(total)
+        self.began, self.step, self.total = host.global_step, host.global_step, host.total
         self.recall()
-        self._loader = trainer.train_dataloader
+        self._loader = host.loader
         for member in members:
             member.renewed = False
-        self.seams = find_seams(pl_module)
+        self.seams = find_seams(self.module)
         named = {who.said["seam"] for who in members if "seam" in who.said}
         chosen = [seam for seam in self.seams if seam.name in named] or self.seams
         said = any("path" in who.said for who in members)
         self.path, self.path_from = training_path(chosen, said=said)
-        self.tied = dependent_noise(self.seams, find_couplings(pl_module))
+        self.tied = dependent_noise(self.seams, find_couplings(self.module))
         if self.tied and self.measuring:
             rank_zero_warn(f"The posterior that is measured may not be that of {self.tied}")
-        self.look = FirstStep(pl_module, self.seams, self.path, self.find_of(self))
+        self.look = FirstStep(self.module, self.seams, self.path, self.find_of(self))
         self.tell("start")
         self.open_writer(self).dashboard(self.members)
 
@@ -123,16 +118,16 @@ class StageRun(RunOracles):
 
     def epoch_starts(self) -> None:
         """Says if the training loader was replaced by one of other samples."""
-        if self.trainer.train_dataloader is self._loader:
+        if self.host.loader is self._loader:
             return
-        self._loader = self.trainer.train_dataloader
+        self._loader = self.host.loader
         for bank in dict.fromkeys(self._banks.values()):
             with self.together("reading the new training loader"):
                 x1, _ = self.read(self, self._loader, 8)
                 alike = tuple(x1.shape[1:]) == bank.shape and bool((bank.find(x1) >= 0).all())
-            if not self.trainer.strategy.reduce_boolean_decision(alike):
+            if not self.host.all(alike):
                 rank_zero_warn(
-                    f"The training loader was replaced in epoch {self.trainer.current_epoch}, and "
+                    f"The training loader was replaced in epoch {self.host.epoch}, and "
                     "its samples are no rows of the bank: from here on stagewise measures against "
                     "samples that are not trained on any more. Give a bank of all that is "
                     "trained on: StageRun(bank=LatentBank(x, labels))."
@@ -143,9 +138,9 @@ class StageRun(RunOracles):
         self.look.begin(batch)
         if self.settled:
             self.look.look_on()
-            self.tell("before_batch", self.trainer.global_step)
+            self.tell("before_batch", self.host.global_step)
             return
-        self.first_step = self.trainer.global_step
+        self.first_step = self.host.global_step
         self._versions = self._weight_versions()
         with self.together("looking at its first batch"):
             self._look_at_batch()
@@ -160,7 +155,7 @@ class StageRun(RunOracles):
             return
         self.settled = True
         self.look.finish()
-        self._open = self.on_any_rank(self.look.open)
+        self._open = self.host.any(self.look.open)
         with self.together("looking at its first step"):
             self._look_at_step()
         self.tell("settle")
@@ -170,34 +165,30 @@ class StageRun(RunOracles):
 
     def _hear(self) -> None:
         """Tells what a later step has shown of what the network is given; a collective."""
-        since, many = self.trainer.global_step - self.first_step, self.trainer.world_size > 1
+        since, many = self.host.global_step - self.first_step, self.host.world_size > 1
         if not self._open or (many and since % _OFTEN):
             return
-        if not self.on_any_rank(self.look.open):
+        if not self.host.any(self.look.open):
             self._open = False
             self.tell("reconsider")
             self.look.forget()
         elif not many and self.look.looked == PATIENCE:
             self.tell("reconsider")
 
-    def on_any_rank(self, value: bool) -> bool:
-        """Whether something holds on any rank; a collective."""
-        return self.trainer.strategy.reduce_boolean_decision(value, all=False)
-
     def optimizer_steps(self) -> None:
         """Before an optimizer step: with manual optimisation there may be no other hook."""
         # With automatic optimisation it is called for a step without a loss, too.
-        if not self.module.automatic_optimization:
+        if not self.host.automatic:
             self.weights_may_change()
 
     def batch_ends(self) -> None:
         """After a batch; one that changed no weight and showed nothing does not count."""
-        step, before = self.trainer.global_step, self.step
+        step, before = self.host.global_step, self.step
         if not self.settled:
             unchanged = step == before and self._versions == self._weight_versions()
             # Automatic optimisation says so before any backward pass. Without one the optimizer
             # still counts a step.
-            idle = unchanged or self.module.automatic_optimization
+            idle = unchanged or self.host.automatic
             if idle and not self.look.happened:
                 return
             self.weights_may_change()
@@ -211,9 +202,9 @@ class StageRun(RunOracles):
                 self._look_at_noise()
 
     def logs(self, before: int) -> bool:
-        """Whether the trainer logs after the last batch, before which so many steps were done."""
+        """Whether training logs after the last batch, before which so many steps were done."""
         # Several optimizers advance it by more than one; 0 is never.
-        every = getattr(self.trainer, "log_every_n_steps", 0)
+        every = self.host.log_every
         return bool(every) and self.step // every > before // every
 
     def read_again(self) -> None:
@@ -253,11 +244,12 @@ class StageRun(RunOracles):
         try:
             look.watch(self._refuse_for_schemes, self.bank_in_use)
         except ValueError:
-            if not all(self.given(member) for member in self.measuring):
+            if look.batch is not None and not all(self.given(one) for one in self.measuring):
                 raise
+            found = "is shown no batch" if look.batch is None else "found no x_1 in the batch, "
+            found += "" if look.batch is None else describe(look.batch)
             rank_zero_info(
-                f"stagewise: found no x_1 in {describe(look.batch)}. The bank is given, so only "
-                "what the training step shows is held against it."
+                f"stagewise: {found}: only what the training step shows is held against the bank."
             )
             return
         assert look.x1 is not None

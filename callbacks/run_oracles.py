@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import nn
 from torch.optim import Optimizer
 
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_sample
-from stagewise.callbacks.ranks import together
+from stagewise.callbacks.host import Host
+from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.stage_callback import StageCallback
-from stagewise.callbacks.training_bank import Samples, bank_from_trainer, read_rows
+from stagewise.callbacks.training_bank import Samples, read_bank, read_rows
 from stagewise.callbacks.writer import Writer
 from stagewise.certificate import Certificate
+from stagewise.condition import ConditionedOracle
 from stagewise.engines import Engine
 from stagewise.memory import oracle_device
 from stagewise.oracle import Oracle
@@ -43,16 +43,16 @@ class RunOracles(StageCallback):
     """The part of `StageRun` that the callbacks ask.
 
     Attributes:
-        trainer: The trainer.
-        module: Its module.
-        members: Its stage callbacks, in the order in which they are told things.
+        host: The training.
+        module: What is trained.
+        members: The stage callbacks, in the order in which they are told things.
         began: Optimizer steps at the start of training.
         path: The path of training, and `path_from`, how it is known; empty if it is assumed.
         recipes: How boundaries are measured.
     """
 
-    trainer: pl.Trainer
-    module: pl.LightningModule
+    host: Host
+    module: nn.Module
     members: list[StageCallback]
     began: int
     path: ProbabilityPath
@@ -93,6 +93,7 @@ class RunOracles(StageCallback):
         for who in saying[1:]:
             other: Any = who.said[key]
             alike = same_path(first, other) if key == "path" else first is other
+            alike = alike or (key == "condition" and first == other)
             if not alike:
                 one, two = type(saying[0]).__name__, type(who).__name__
                 raise ValueError(
@@ -104,19 +105,19 @@ class RunOracles(StageCallback):
 
     def find_of(self, callback: StageCallback) -> FindSample:
         """From a batch to `(x_1, labels or None)`; a data module may have its own `find_sample`."""
-        own = getattr(getattr(self.trainer, "datamodule", None), "find_sample", find_sample)
+        own = getattr(self.host.data, "find_sample", find_sample)
         return self.option(callback, "find", own)
 
     def together(self, what: str) -> AbstractContextManager[None]:
-        """Does something on every rank, or raises on all of them; see `ranks.together`."""
-        return together(self.trainer, what)
+        """Does something on every rank, or raises on all of them; see `Host.together`."""
+        return self.host.together(what)
 
     def open_writer(self, callback: StageCallback) -> Writer:
         """Where a callback writes; a collective."""
         folder = callback.dirpath
         if folder is None and self.dirpath is not None:
             folder = Path(self.dirpath) / callback.name
-        return Writer(self.trainer, callback.name, folder)
+        return Writer(self.host, callback.name, folder)
 
     def first(self, kind: type[Kind]) -> Kind | None:
         """The first callback of a kind in the order of names, None if there is none."""
@@ -139,11 +140,11 @@ class RunOracles(StageCallback):
         bank = self.option(callback, "bank")
         if bank is None:
             wise = (self.option(member, "class_wise") for member in self.members)
-            self._read = self._read or bank_from_trainer(
-                self.trainer,
-                self.module,
+            self._read = self._read or read_bank(
+                self.host,
                 find=self.find_of(callback),
                 class_wise=any(each is not False for each in wise),
+                condition=self.option(callback, "condition"),
             )
             bank = self._read
         moved = self.beside(bank)
@@ -154,8 +155,8 @@ class RunOracles(StageCallback):
     def beside(self, bank: LatentBank) -> LatentBank:
         """A bank where training can ask it (`LatentBank.beside_training`), moved once for all."""
         if bank not in self._banks:
-            taken = still_to_come(self.trainer.optimizers)
-            moved = bank.beside_training(self.trainer.strategy.root_device, taken)
+            taken = still_to_come(self.host.optimizers)
+            moved = bank.beside_training(self.host.device, taken)
             self._banks[bank] = self._banks[moved] = moved
         return self._banks[bank]
 
@@ -199,11 +200,17 @@ class RunOracles(StageCallback):
         With a certificate, or a file of one, which is written if there is none, it is a collective.
         """
         path, bank = path or self.path_of(callback)[0], self.bank(callback)
+        condition = self.option(callback, "condition")
+        if condition is not None and (engine or certificate):
+            raise ValueError(
+                f"{condition!r} weighs all rows: it goes with no engine and no certificate. Leave "
+                f"them out: {type(callback).__name__}(condition=Condition(bandwidth=...))."
+            )
         if certificate is not None:
             # One of each host first; the others find its file.
             for first in (True, False):
                 with self.together("reading its certificate"):
-                    mine = first == (self.trainer.local_rank == 0)
+                    mine = first == (self.host.local_rank == 0)
                     if mine and not isinstance(certificate, Certificate):
                         wise = self.class_wise(callback)
                         certificate = Certificate.cached(certificate, bank, class_wise=wise)
@@ -211,15 +218,17 @@ class RunOracles(StageCallback):
             return Oracle(bank, path, engine, certificate=certificate)
         for oracle in self._oracles:
             fits = engine is None or oracle.engine is engine
+            fits = fits and oracle.condition == condition
             if fits and oracle.bank is bank and same_path(oracle.path, path):
                 return oracle
-        self._oracles.append(Oracle(bank, path, engine))
+        weighed = condition and ConditionedOracle(bank, path, condition)
+        self._oracles.append(weighed or Oracle(bank, path, engine))
         return self._oracles[-1]
 
     def read(self, callback: StageCallback, loader: Any, count: int) -> Samples:
         """Random samples of a loader, and labels or None; see `read_rows`."""
         find, seed = self.find_of(callback), callback.seed
-        return read_rows(self.trainer, self.module, loader, count, find=find, seed=seed)
+        return read_rows(self.host, loader, count, find=find, seed=seed)
 
     def class_wise(self, callback: StageCallback) -> bool:
         """Whether the posteriors of a callback are over the rows of the sample's class."""
@@ -239,14 +248,11 @@ class RunOracles(StageCallback):
         """The stage curve, measured by all ranks together, once for each step; a collective."""
         if self._curve is not None and self._curve[:2] == (recipe, step):
             return self._curve[2]
-        trainer, root = self.trainer, self.trainer.strategy.root_device
-        ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        host = self.host
+        ranks = {"rank": host.rank, "world_size": host.world_size}
         with self.together(what):
-            curve = recipe.measure(step, device=oracle_device(root), **ranks)
-        if trainer.world_size > 1:
-            total = trainer.strategy.reduce(curve.values.to(root), reduce_op="sum")
-            assert isinstance(total, Tensor)
-            curve = StageCurve(curve.t, total.cpu())
+            curve = recipe.measure(step, device=oracle_device(host.device), **ranks)
+        curve = StageCurve(curve.t, host.reduce(curve.values).cpu())
         self._curve = recipe, step, curve
         return curve
 
@@ -256,6 +262,7 @@ class RunOracles(StageCallback):
         for recipe in (*self._boundaries, *self.recipes):
             other = recipe.oracle
             same = self._banks.get(other.bank, other.bank) is bank
+            same = same and other.condition == oracle.condition
             if same and recipe.class_wise == wise and same_path(other.path, oracle.path):
                 return recipe
         return None
@@ -282,7 +289,7 @@ class RunOracles(StageCallback):
 
     def forget_rows(self) -> None:
         """Has the training set read again when it is next asked for."""
-        self._reread, self._measured_at, self._records = True, self.trainer.global_step, {}
+        self._reread, self._measured_at, self._records = True, self.host.global_step, {}
         self.forget()
 
     def record(self, callback: StageCallback) -> dict[str, Any]:
@@ -311,4 +318,5 @@ def still_to_come(optimizers: Iterable[Optimizer]) -> int:
 
 def _recorded_as(recipe: Recipe) -> tuple[str, int]:
     """What a boundary is known by in a checkpoint: plain numbers and strings."""
-    return repr(recipe.oracle.path), int(recipe.class_wise)
+    weighed = f", {recipe.oracle.condition!r}" if recipe.oracle.condition else ""
+    return repr(recipe.oracle.path) + weighed, int(recipe.class_wise)

@@ -12,18 +12,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample
+from stagewise.callbacks.host import TrainerHost
+from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
+from stagewise.condition import Condition
 from stagewise.paths import Path as ProbabilityPath
 
 if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import Callback
+
     from stagewise.callbacks.run import StageRun
     from stagewise.callbacks.writer import Writer
+
+else:
+    try:
+        from lightning.pytorch.callbacks import Callback
+    except ImportError:  # then the host is a `Watch`, which needs none of its hooks
+        Callback = object
 
 __all__ = ["AskVelocity", "HeldOut", "RunOptions", "StageCallback"]
 
@@ -45,6 +55,7 @@ class RunOptions(TypedDict, total=False):
         class_wise: Whether posteriors are over the rows of the sample's own class, which is what a
             class-conditional model is trained on. Default "auto": if there are labels. False also
             says that the model ignores what else it may be given: text, observations.
+        condition: A kernel on that: posteriors are over rows weighed by it. Default None.
         held_out: Samples that are not trained on, (n, *), or `(samples, labels)`; default read from
             the first validation loader.
         velocity: From `(module, xt, t, labels)` to the velocity (t = 0 is noise), for networks that
@@ -59,6 +70,7 @@ class RunOptions(TypedDict, total=False):
     find: FindSample | None
     path: ProbabilityPath | None
     class_wise: bool | Literal["auto"]
+    condition: Condition | None
     held_out: HeldOut | None
     velocity: AskVelocity | None
     seam: str | None
@@ -76,7 +88,7 @@ def _tells(method: str, *values: Any) -> Callable[..., None]:
     return hook
 
 
-class StageCallback(pl.Callback):
+class StageCallback(Callback):
     """Forwards the hooks of Lightning to the run, if it leads.
 
     Args:
@@ -156,7 +168,7 @@ class StageCallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """Distinct for callbacks of distinct names."""
-        return self._generate_state_key(name=self.name)
+        return f"{type(self).__qualname__}{ {'name': self.name}!r}"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""
@@ -180,7 +192,7 @@ class StageCallback(pl.Callback):
         self.run = run
 
     def leaves(self) -> None:
-        """Lets go of the run: of trainer, module, data and files. What was found stays."""
+        """Lets go of the run: of host, module, data and files. What was found stays."""
         for key in self.held:
             vars(self).pop(key, None)
         self._before = None
@@ -248,7 +260,7 @@ class StageCallback(pl.Callback):
                 "one: StageRun(bank=..., find=...)."
             )
         if members[0] is self:
-            (said[0] if said else StageRun()).begin(trainer, pl_module, members)
+            (said[0] if said else StageRun()).begin(TrainerHost(trainer, pl_module), members)
 
     def on_train_batch_start(self, _: Any, __: Any, batch: Any, ___: int) -> None:  # type: ignore[override]
         """Hands the batch to the run."""
@@ -276,6 +288,9 @@ def _check(options: dict[str, Any]) -> None:
         )
     if path is not None and not isinstance(path, ProbabilityPath):
         raise TypeError(f"Expected `path` to be a stagewise.Path, got {path!r}.")
+    condition = options.get("condition")
+    if condition is not None and not isinstance(condition, Condition):
+        raise TypeError(f"Expected `condition` as Condition(bandwidth=...), got {condition!r}.")
     if wise not in (True, False, "auto"):
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {wise!r}.')
     if wise is True and bank is not None and not bank.classes:

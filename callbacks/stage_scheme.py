@@ -17,7 +17,7 @@ from stagewise.bank import LatentBank
 from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.stage_transitions import refuse_unheard
-from stagewise.callbacks.training_bank import shard_from_trainer
+from stagewise.callbacks.training_bank import read_shard
 from stagewise.certificate import Certificate
 from stagewise.engines import Engine
 from stagewise.losses import StageWeightedLoss
@@ -121,7 +121,8 @@ class StageScheme(StageCallback):
         found = [part.oracle for part in given]
         oracles = [o for o in found if o is not None and o.engine.holds_all_rows]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
-            self.said = {"bank": oracles[0].bank, "path": oracles[0].path} | self.said
+            known = {key: getattr(oracles[0], key) for key in ("bank", "path", "condition")}
+            self.said = {key: value for key, value in known.items() if value} | self.said
         for part in given if not oracles else ():
             if part.smoothing is not None:
                 self.said = {"bank": part.smoothing.bank} | self.said
@@ -176,11 +177,13 @@ class StageScheme(StageCallback):
         for part in parts(self.scheme):
             run.place(part.oracle)
             part.rows_checked = True  # `settle` does, on all ranks together
-            part.labels_of = run.look.labels_for
+            part.labels_of, part.condition_of = run.look.labels_for, run.look.condition_for
         run.look.schemes.append(self.scheme)
         resumed = self._resume()
         self.writer = run.open_writer(self)
         about = self._where() if self.seam is None else self.seam.describe()
+        kernels = {p.oracle.condition for p in parts(self.scheme) if p.target and p.oracle} - {None}
+        about += "".join(f", over rows weighed by {kernel!r}" for kernel in kernels)
         self.say(f"steers {about}; {self.writer.describe()}")
         # That of training, which a scheme without an oracle need not know.
         path = self.scheme.path if self.seam is None else self.seam.path
@@ -193,7 +196,7 @@ class StageScheme(StageCallback):
     def before_first_batch(self) -> None:
         """Settles the boundary, and refuses what cannot work."""
         scheme = self.scheme
-        refuse_unheard(self.run.trainer, scheme.awaited if isinstance(scheme, Phases) else [])
+        refuse_unheard(self.run.host.speakers, scheme.awaited if isinstance(scheme, Phases) else [])
         if self.renewed or any(part.boundary is None for part in parts(scheme)):
             boundary = self._boundary()
             if boundary is not None:
@@ -243,9 +246,9 @@ class StageScheme(StageCallback):
         if self.run.logs(before):
             boundary = math.nan if scheme.boundary is None else scheme.boundary
             phase = float(getattr(scheme, "index", 0))
-            values = {**self._means.reduced(self.run.trainer), "boundary": boundary, "phase": phase}
+            values = {**self._means.reduced(self.run.host), "boundary": boundary, "phase": phase}
             self.writer.scalars({f"{self.name}/{k}": v for k, v in values.items()}, step - 1)
-        t, loss = self._losses.gathered(self.run.trainer) if self._losses else (None, None)
+        t, loss = self._losses.gathered(self.run.host) if self._losses else (None, None)
         for message in scheme.observe(step=step, total=self.run.total, t=t, loss=loss):
             index, tag = getattr(scheme, "index", 0), f"{self.name}/transition"
             event = {"event": "transition", "step": step, "phase": index, "message": message}
@@ -279,7 +282,7 @@ class StageScheme(StageCallback):
         self._restore()
         self.seam = None
         for part in [] if self.scheme is None else parts(self.scheme):
-            part.labels_of = None
+            part.labels_of = part.condition_of = None
 
     def _where(self) -> str:
         return "the scheme that the module holds" if self.seam is None else self.seam.name
@@ -354,8 +357,7 @@ class StageScheme(StageCallback):
         if self.engine is None or self.engine.holds_all_rows:
             return run.oracle(self, path, self.engine, self.certificate)
         bank = run.option(self, "bank")
-        bank = shard_from_trainer(run.trainer) if bank is None else bank
-        bank = run.beside(bank)
+        bank = run.beside(read_shard(run.host) if bank is None else bank)
         refused: Any = self.certificate
         return Oracle(bank, path, self.engine, certificate=refused)
 

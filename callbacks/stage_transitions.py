@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -185,11 +184,11 @@ class StageTransitions(StageCallback):
         read: list[Tensor] = []
         with suppress(ValueError):  # the monitor has said what cannot be read
             read = [self._read() for _ in range(2)]
-        if self.run.trainer.strategy.reduce_boolean_decision(bool(read)):
+        if self.run.host.all(bool(read)):
             self._rows, self._noise = read[0], _difference(*read)
 
     def _read(self) -> Tensor:
-        return self.run.read(self, self.run.trainer.train_dataloader, _READ_AGAIN)[0].float()
+        return self.run.read(self, self.run.host.loader, _READ_AGAIN)[0].float()
 
     def _moved(self) -> dict[str, Any] | None:
         """Reads samples again; if they have changed, has the boundary measured anew."""
@@ -202,7 +201,7 @@ class StageTransitions(StageCallback):
         off = _difference(self._rows, rows) if alike else math.inf
         # Augmentation changes them each time: that is not what is looked for.
         unchanged = off < 0.05 + 1.5 * self._noise
-        if self.run.trainer.strategy.reduce_boolean_decision(unchanged):
+        if self.run.host.all(unchanged):
             return None
         before = monitor.boundary
         self.run.read_again()
@@ -239,14 +238,14 @@ def _difference(one: Tensor, other: Tensor) -> float:
     return float(gap / one.flatten(1).norm(dim=1).median().clamp_min(1e-30))
 
 
-def refuse_unheard(trainer: pl.Trainer, awaited: Sequence[AtEvent]) -> None:
-    """Refuses a phase that waits for an event which nothing in the trainer would say.
+def refuse_unheard(speakers: Sequence[Any], awaited: Sequence[AtEvent]) -> None:
+    """Refuses a phase that waits for an event which no speaker would say.
 
     Callbacks, and the module, name what they say in an attribute `event_kinds`: a dict from the
     event to what it lacks in this run, "" if nothing. It is known once they have started.
     """
     known: dict[str, str] = {}
-    for speaker in (*getattr(trainer, "callbacks", []), trainer.lightning_module):
+    for speaker in speakers:
         # Of two that say the same it is enough if one can.
         said = getattr(speaker, "event_kinds", {})
         known |= {kind: lacks for kind, lacks in said.items() if known.get(kind) != ""}

@@ -11,24 +11,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_checked, find_sample
+from stagewise.callbacks.host import Host, TrainerHost
+from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
+from stagewise.condition import Condition
 from stagewise.drawn_rows import drawn_rows
 from stagewise.memory import format_bytes
 from stagewise.row_reader import RowReader, same_rows
 from stagewise.undisturbed import undisturbed
 
-__all__ = ["Samples", "bank_from_trainer", "read_rows", "shard_from_trainer"]
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+__all__ = ["Samples", "bank_from_trainer", "read_bank", "read_rows", "read_shard"]
 
 Samples = tuple[Tensor, "Tensor | None"]
 """Samples, (n, *), and their labels, (n,), or None, on the CPU."""
@@ -40,24 +44,31 @@ _READ_TWICE = 32  # samples: what changes one in ten is seen with a chance of 99
 
 
 def bank_from_trainer(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
+    trainer: pl.Trainer, pl_module: pl.LightningModule, **options: Any
+) -> LatentBank:
+    """`read_bank` for a trainer whose training loader is set up (`on_train_start` or later)."""
+    return read_bank(TrainerHost(trainer, pl_module), **options)
+
+
+def read_bank(
+    host: Host,
     *,
     find: FindSample = find_sample,
     class_wise: bool = True,
     dtype: torch.dtype | None = None,
+    condition: Condition | None = None,
 ) -> LatentBank:
-    """Reads the training set of a running trainer into a bank in host memory.
+    """Reads the training set of a running training into a bank in host memory.
 
     Under several processes every rank reads the whole set.
 
     Args:
-        trainer: A trainer whose training data loader is set up (`on_train_start` or later).
-        pl_module: Its module, whose batch-transfer hooks are applied.
+        host: The training.
         find: From a batch to `(x_1, labels or None)`.
         class_wise: Whether to keep labels, default True.
         dtype: Storage; default that of the samples, and bfloat16 for more than 1 GB of them beside
             a CUDA device, which is said with what it changes.
+        condition: Whose conditions the bank holds, too, for which the set is read once more.
 
     Returns:
         The bank; that of the data module, if it has one. Its rows are those that the sampler draws
@@ -68,34 +79,42 @@ def bank_from_trainer(
             of a bank, with the cure.
         MemoryError: See `LatentBank.from_batches`.
     """
-    own = _own(trainer, "latent_bank")
+    own = _own(host, "latent_bank")
     if own is not None:
         return own
     # Labels that are not asked for may be in some batches and not in others.
     taken = find if class_wise else lambda batch: (find_checked(find, batch)[0], None)
-    reader = _reader(trainer, pl_module, trainer.train_dataloader, taken)
-    with undisturbed(pl_module, reader.loader, find):
-        rows = _drawn(trainer, reader.loader, say=True)
+    reader = RowReader(host.loader, taken, host.move)
+    with undisturbed(host.module, reader.loader, find):
+        rows = _drawn(host, reader.loader, say=True)
         step = -(-len(rows) // _READ_TWICE)
         # Never here if the run has workers: a file that a data set opens when it is first read
         # would be handed on to every worker forked later.
         twice = [x1.cpu() for x1, _ in reader.read(rows[::step], workers=1, times=2, seed=1)]
         once, again = torch.cat(twice[::2]), torch.cat(twice[1::2])
-        dtype = dtype or storage_beside(trainer.strategy.root_device, len(rows), once)
+        dtype = dtype or storage_beside(host.device, len(rows), once)
         with tqdm(
             total=len(rows),
             desc="stagewise: reading the bank",
             unit="row",
-            disable=not trainer.is_global_zero,
+            disable=host.rank > 0,
         ) as bar:
             bank = LatentBank.from_batches(
                 reader.read(rows),
                 len(rows),
                 find=lambda sample: sample,
                 dtype=dtype,
-                copies=trainer.num_devices,
+                copies=host.local_size,
                 advance=lambda done: bar.update(done - bar.n),
             )
+        if condition is not None:
+
+            def find_condition(batch: Any) -> Samples:
+                c = condition.of(batch, *find_checked(find, batch))
+                return c.reshape(len(c), -1).float(), None
+
+            given = RowReader(host.loader, find_condition, host.move)
+            bank = bank.with_conditions(torch.cat([c.cpu() for c, _ in given.read(rows)]))
     # Within a pass nothing is seeded again; between two the workers are, if not as in training.
     if not (torch.equal(once, again) and same_rows(bank, range(0, len(rows), step), once)):
         rank_zero_warn(
@@ -134,9 +153,9 @@ def storage_beside(device: torch.device, count: int, samples: Tensor) -> torch.d
     return torch.bfloat16
 
 
-def shard_from_trainer(trainer: pl.Trainer) -> LatentBank:
+def read_shard(host: Host) -> LatentBank:
     """This rank's part of the training set, for an engine that shards the bank over ranks."""
-    shard = _own(trainer, "latent_shard")
+    shard = _own(host, "latent_shard")
     if shard is None:
         raise ValueError(
             "Sharded() needs the part of the bank that each rank holds: give it, bank=LatentBank("
@@ -146,9 +165,9 @@ def shard_from_trainer(trainer: pl.Trainer) -> LatentBank:
     return shard
 
 
-def _own(trainer: pl.Trainer, name: str) -> LatentBank | None:
+def _own(host: Host, name: str) -> LatentBank | None:
     """What a method of the data module returns; None if it has no such method."""
-    method = getattr(getattr(trainer, "datamodule", None), name, None)
+    method = getattr(host.data, name, None)
     if not callable(method):
         return None
     bank = method()
@@ -161,22 +180,21 @@ def _own(trainer: pl.Trainer, name: str) -> LatentBank | None:
 
 
 def read_rows(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
+    host: Host,
     loader: Any,
     count: int,
     *,
     find: FindSample = find_sample,
     seed: int = 0,
 ) -> Samples:
-    """Reads random samples of a loader's data set, as `bank_from_trainer` reads all of them.
+    """Reads random samples of a loader's data set, as `read_bank` reads all of them.
 
     In the order of the data set. Two readings with the same seed give the same samples even if they
     are augmented.
     """
-    reader = _reader(trainer, pl_module, loader, find)
-    with undisturbed(pl_module, loader, find, seed=seed):
-        rows = _drawn(trainer, loader)
+    reader = RowReader(loader, find, host.move)
+    with undisturbed(host.module, loader, find, seed=seed):
+        rows = _drawn(host, loader)
         chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
         few = [rows[place] for place in np.sort(chosen)]
         found = list(reader.read(few, workers=1, seed=seed))
@@ -184,16 +202,15 @@ def read_rows(
     return torch.cat([x.detach().cpu() for x, _ in found]), torch.cat(labels) if labels else None
 
 
-def _drawn(trainer: pl.Trainer, loader: DataLoader[Any], *, say: bool = False) -> Sequence[int]:
-    """The rows that a loader draws; those of the training loader as the trainer cuts its epochs."""
-    # `fast_dev_run` is no training and cuts nothing.
-    training = loader is trainer.train_dataloader and not trainer.fast_dev_run  # type: ignore[attr-defined]
+def _drawn(host: Host, loader: DataLoader[Any], *, say: bool = False) -> Sequence[int]:
+    """The rows that a loader draws; those of the training loader as training cuts its epochs."""
+    limit, epochs, batches = host.limits if loader is host.loader else 3 * [math.inf]
     drawn = drawn_rows(
         loader,
-        limit=trainer.num_training_batches if training else math.inf,
-        world_size=trainer.world_size,
-        epoch=trainer.current_epoch,
-        kept=[trainer, trainer.lightning_module, getattr(trainer, "datamodule", None)],
+        limit=limit,
+        world_size=host.world_size,
+        epoch=host.epoch,
+        kept=host.known,
     )
     size = len(loader.dataset)  # type: ignore[arg-type]
     if say:
@@ -203,24 +220,7 @@ def _drawn(trainer: pl.Trainer, loader: DataLoader[Any], *, say: bool = False) -
             rank_zero_info(f"The sampler has no end: {drawn.looked} of its draws were looked at.")
         for warning in drawn.warnings:
             rank_zero_warn(f"The training loader draws {warning}")
-        if training:
-            epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-            counted = trainer.max_steps != -1 and trainer.lightning_module.automatic_optimization
-            batches = trainer.max_steps * trainer.accumulate_grad_batches if counted else math.inf
-            few = drawn.few(epochs, batches)
-            if few:
-                (rank_zero_warn if drawn.cut else rank_zero_info)(few)
+        few = drawn.few(epochs, batches)
+        if few:
+            (rank_zero_warn if drawn.cut else rank_zero_info)(few)
     return drawn.rows
-
-
-def _reader(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Any, find: FindSample
-) -> RowReader:
-    """Reads what a loader draws from, and moves it in the three steps of Lightning's own loop."""
-
-    def move(batch: Any) -> Any:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-    return RowReader(loader, find, move)

@@ -8,6 +8,7 @@ pulls. Draws, loss and pull are added up by bins of t, on the device; nothing wa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.network import Network, tensor_of
 from stagewise.adapters.objective import nominal_shares
 from stagewise.binned_sums import SUMS, BinnedSums
-from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.callbacks.writer import by_time
 from stagewise.noise import can_tell
 from stagewise.paths import Prediction, expand_like
@@ -38,16 +38,24 @@ class TrainingRecord:
         edges: Of the bins of t, (T + 1,), ascending.
         stages: Edges of the stages, (4,).
         device: Where the sums lie.
+        add: Adds a tensor up over ranks.
         step: Optimizer steps so far.
     """
 
     def __init__(
-        self, network: Network, edges: Tensor, stages: Tensor, device: torch.device, step: int
+        self,
+        network: Network,
+        edges: Tensor,
+        stages: Tensor,
+        device: torch.device,
+        add: Callable[[Tensor], Tensor],
+        step: int,
     ) -> None:
         self.network, self._edges, self._stages = network, edges, stages
         dtype = torch.float32 if device.type == "mps" else torch.float64
         fine = torch.cat([edges, stages]).unique()
-        self.means = BinnedMeans(fine, ("loss", "gradient"), dtype).to(device)
+        self._empty = BinnedSums.empty(fine, ("loss", "gradient"), dtype).to(device)
+        self.sums, self._reduce = replace(self._empty), add
         self._begin = step
         self._logged: BinnedSums | None = None
         self._x1: Callable[[], Tensor] | None = None
@@ -84,7 +92,9 @@ class TrainingRecord:
             gap = (self.network.velocity(y, xt, t) - u).flatten(1)
             loss = torch.linalg.vector_norm(gap, dim=1).square() / gap.shape[1]
             self._seen = t.detach(), torch.where(known, loss, torch.nan), known
-        if y.requires_grad:
+        if y.retains_grad and y.grad is not None:  # the backward pass is over
+            self._note(y.grad)
+        elif y.requires_grad:
             y.register_hook(self._note)
 
     @unserializable_hook
@@ -112,15 +122,14 @@ class TrainingRecord:
             torch.cat(part) for part in zip(*self._waiting, strict=True)
         )
         self._waiting = []
-        self.means.update(t, torch.stack([loss, pull]))
+        self.sums.update(t, torch.stack([loss, pull]))
         bad = known & ~(loss.isfinite() & pull.isfinite())
         record = bad, t, place, step
         self._bad = record if self._bad is None else _first(self._bad, record)
 
     def _of_all_ranks(self) -> BinnedSums:
         self._add()
-        with self.means.sync_context():
-            return self.means.sums
+        return self.sums.over(self._reduce)
 
     def latest(self, prefix: str) -> dict[str, float]:
         """Scalars, by tag, over the batches of all ranks since the last time; a collective."""
@@ -141,7 +150,7 @@ class TrainingRecord:
         An event; None if nothing was seen.
         """
         total = self._of_all_ranks().to("cpu")
-        self.means.reset()
+        self.sums = replace(self._empty)
         begin, self._begin, self._logged = self._begin, step, None
         if not bool(total.count.any()):
             return None
@@ -170,7 +179,7 @@ class TrainingRecord:
     def state_dict(self) -> dict[str, Any]:
         """The sums of this rank, on the CPU."""
         self._add()
-        parts = {"means": self.means, "logged": self._logged}
+        parts = {"means": self.sums, "logged": self._logged}
         sums = {
             name: {key: getattr(part, key).cpu() for key in SUMS}
             for name, part in parts.items()
@@ -180,14 +189,14 @@ class TrainingRecord:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave; one of other bins is left."""
-        if state["means"]["count"].shape != self.means.count.shape:
+        if state["means"]["count"].shape != self.sums.count.shape:
             return
         self._begin = state["begin"]
         if "logged" in state:
-            self._logged = self.means.sums
-        for name, part in (("means", self.means), ("logged", self._logged)):
+            self._logged = replace(self.sums)
+        for name, part in (("means", self.sums), ("logged", self._logged)):
             for key, value in state.get(name, {}).items():
-                setattr(part, key, value.to(self.means.edges))
+                setattr(part, key, value.to(self.sums.edges))
 
     def close(self) -> None:
         """Takes the hook off."""

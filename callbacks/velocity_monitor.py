@@ -7,16 +7,16 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
+from stagewise.binned_sums import BinnedSums
 from stagewise.callbacks import figures as pictures
-from stagewise.callbacks.metrics import BinnedMeans
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
+from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.training_record import TrainingRecord
 from stagewise.callbacks.writer import by_time
 from stagewise.paths import same_path
@@ -167,7 +167,7 @@ class VelocityErrorMonitor(ModelMonitor):
         self._place_stages()
         record = (self.stash or {}).get("record")
         if self._record is not None and network is not None:
-            if record is not None and run.trainer.is_global_zero and not self.renewed:
+            if record is not None and run.host.rank == 0 and not self.renewed:
                 self._record.load_state_dict(record)
             x1, call = run.look.search.x1, run.look.search.call
             assert x1 is not None
@@ -275,9 +275,9 @@ class VelocityErrorMonitor(ModelMonitor):
         self._stages = torch.tensor([0.0, *ends.nan_to_num(nan=1.0).tolist(), 1.0]).double()
         self.stop()
         if self.network is not None:
-            self._record = TrainingRecord(
-                self.network, self.edges, self._stages, self.run.module.device, self.run.step
-            )
+            host = self.run.host
+            about = self.network, self.edges, self._stages
+            self._record = TrainingRecord(*about, host.device, host.reduce, self.run.step)
 
     def _name_nonfinite(self) -> None:
         if self._record is None or self._broke:
@@ -300,24 +300,22 @@ class VelocityErrorMonitor(ModelMonitor):
                 if rows is not None and split not in self._probes:
                     self._probes[split] = self.noisy(rows, self.edges, self.queries, number)
             asked = {split: self._ask(probe) for split, probe in self._probes.items()}
-        found = {}
-        for split, means in asked.items():
-            with means.sync_context():
-                found[split] = means.sums.to("cpu")
+        add = self.run.host.reduce
+        found = {split: sums.over(add).to("cpu") for split, sums in asked.items()}
         entry = probe_entry(found, self.edges, self._stages)
         self._warn(entry)
         self._window = None if self._record is None else self._record.window(step)
         return entry
 
-    def _ask(self, probe: Probe) -> BinnedMeans:
+    def _ask(self, probe: Probe) -> BinnedSums:
         """What the model does at the queries of this rank."""
-        device = self.run.module.device
+        device = self.run.host.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        means = BinnedMeans(torch.cat([self.edges, self._stages]).unique(), PROBED, dtype)
+        edges = torch.cat([self.edges, self._stages]).unique()
+        sums = BinnedSums.empty(edges, PROBED, dtype).to(device)
         with self.asked() as velocity:
-            means = means.to(device)
-            probe.measure(velocity, means.update, device)
-        return means
+            probe.measure(velocity, sums.update, device)
+        return sums
 
     def probe(self, step: int, *, at_end: bool = False) -> None:
         """Probes, and reports what training has spent since the last probe; a collective."""

@@ -1,4 +1,4 @@
-"""Where a monitor writes: the loggers of the trainer, and files on disk.
+"""Where a monitor writes: the loggers of the training, and files on disk.
 
 Every logger gets the scalars. The rest goes by what a logger can, not by its class, so that those
 of `lightning` and of `pytorch_lightning` are alike:
@@ -26,21 +26,19 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from stagewise.callbacks.figures import render
-from stagewise.callbacks.ranks import together
+from stagewise.callbacks.host import Host
+from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.files import jsonable, replace_file
 
 __all__ = ["Writer", "by_time", "show_pictures"]
 
-_WARNED: WeakValueDictionary[int, Logger] = WeakValueDictionary()
+_WARNED: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """Loggers that failed, by their id: a logger need not be hashable."""
 
 
@@ -50,26 +48,23 @@ class Writer:
     Constructing it is a collective: every rank must.
 
     Args:
-        trainer: The trainer.
+        host: The training.
         name: Prefix of all tags.
-        dirpath: Folder of the files, default `<trainer.log_dir>/<name>`, or without a logger
-            `<trainer.default_root_dir>/<name>_logs`. Nothing is written to disk in a
-            `fast_dev_run`.
+        dirpath: Folder of the files, default that of the host; where that is none, nothing is
+            written to disk.
     """
 
-    def __init__(self, trainer: pl.Trainer, name: str, dirpath: str | Path | None) -> None:
-        log_dir = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: on every rank
-        default = log_dir / name if trainer.loggers else log_dir / f"{name}_logs"
-        self.name = name
-        self.folder = None if getattr(trainer, "fast_dev_run", False) else Path(dirpath or default)
-        self.active, self._trainer = trainer.is_global_zero, trainer
+    def __init__(self, host: Host, name: str, dirpath: str | Path | None) -> None:
+        default = host.folder(name)
+        self.name, self._host, self._loggers = name, host, host.loggers
+        self.folder = default and Path(dirpath or default)
+        self.active = host.rank == 0
         self._file = self.folder / "stages.jsonl" if self.active and self.folder else None
-        self._loggers = trainer.loggers
 
     def describe(self) -> str:
         """Where things are written, for a line of the log."""
         where = f"files in {self.folder}" if self.folder else "no files (fast_dev_run)"
-        return where if self._loggers else f"{where}; the trainer has no logger"
+        return where if self._loggers else f"{where}; there is no logger"
 
     def start(self, events: Iterable[Mapping[str, Any]], *, resumed: bool) -> None:
         """Begins `stages.jsonl` anew, so that a resumed run holds each event once; a collective.
@@ -77,7 +72,7 @@ class Writer:
         The file of another run is kept beside it, as `stages.bak.jsonl`.
         """
         file = self._file
-        with together(self._trainer, "writing its files"):
+        with self._host.together("writing its files"):
             if file is None:
                 return
             try:
@@ -138,15 +133,15 @@ class Writer:
 
         Gives whether it could be written; an error is raised where other processes wait for this.
         """
-        trainer, partial = self._trainer, file.with_name(f".{file.stem}.partial{file.suffix}")
+        host, partial = self._host, file.with_name(f".{file.stem}.partial{file.suffix}")
         try:
-            trainer.save_checkpoint(partial, weights_only=False)
+            host.save(partial)
             if self.active:
                 if file.is_dir():  # of a strategy that writes a folder
                     shutil.rmtree(file)
                 partial.replace(file)
         except OSError as error:
-            if trainer.world_size > 1:
+            if host.world_size > 1:
                 raise
             _cannot(f"write {file}", error, "the file of before stays")
             return False
@@ -178,7 +173,7 @@ def show_pictures(
     figures: Mapping[str, Figure],
     name: str,
     folder: Path | None,
-    loggers: Iterable[Logger],
+    loggers: Iterable[Any],
     step: int,
 ) -> None:
     """Saves figures as `<folder>/<figure>.png` and shows them as `<name>/<figure>` in the loggers.
@@ -229,7 +224,7 @@ def _experiment(logger: Any) -> Any:
 
 
 @contextmanager
-def _spared(logger: Logger, what: str) -> Iterator[None]:
+def _spared(logger: Any, what: str) -> Iterator[None]:
     """Warns in place of raising, once for each logger."""
     try:
         yield

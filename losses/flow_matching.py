@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from stagewise.oracle import Labels, Times, as_times, check_times
 from stagewise.paths import (
@@ -71,6 +72,10 @@ class FlowMatchingLoss(nn.Module):
         scheme: Says how t is drawn, what is trained on and what counts how much: a `Scheme` or
             `Phases`; default None. It takes the place of `timesteps` and `weight`, and rests while
             the module is in eval mode: held-out samples are in no bank.
+        cosine: Whether to add LightningDiT's term, `1 - cos(model, y)` over the channels (arXiv
+            2501.01423, Section 4), with the sample's weight; default False. It compares with the
+            conditional target under a scheme too: it is not linear in the target, so a mean of
+            targets there would move its optimum. `last` holds the squared errors alone.
 
     Raises:
         ValueError: If a scheme is given beside timesteps or a weight, or is about another path.
@@ -91,6 +96,7 @@ class FlowMatchingLoss(nn.Module):
         weight: Callable[[Tensor], Tensor] | None = None,
         convention: Convention = STAGEWISE,
         scheme: Scheme | Phases | None = None,
+        cosine: bool = False,
     ) -> None:
         super().__init__()
         if scheme is not None and (timesteps is not None or weight is not None):
@@ -111,7 +117,7 @@ class FlowMatchingLoss(nn.Module):
         self.timesteps = timesteps or Uniform()
         self.weight = weight
         self.convention = convention
-        self.scheme = scheme
+        self.scheme, self.cosine = scheme, cosine
         self.last: LossRecord | None = None
 
     def forward(
@@ -125,6 +131,7 @@ class FlowMatchingLoss(nn.Module):
         part: tuple[int, int] = (0, 1),
         classes: Labels | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The mean weighted loss of a batch.
@@ -144,6 +151,8 @@ class FlowMatchingLoss(nn.Module):
                 Default: looked up in the bank.
             source: Row of the scheme's bank that each sample stands for, (B,); not passed to the
                 model. Default: looked up; see `Scheme`.
+            condition: For a scheme with a kernel on it: what the model is given for each sample,
+                (B, *), before anything is dropped; not passed to the model.
             **kwargs: Passed on to the model.
 
         Returns:
@@ -185,9 +194,9 @@ class FlowMatchingLoss(nn.Module):
         y = self.prediction.target(path, x0.float(), x1.float())
         wait = None
         if scheme is not None:  # what is trained on is needed after the model has run
-            given = {"xt": xt, "t": t, "x1": x1, "labels": classes, "source": source}
-            ask = partial(scheme, y, **given, prediction=self.prediction)
-            wait = beside(ask, y, given)
+            told: dict[str, Any] = {"xt": xt, "t": t, "x1": x1, "labels": classes, "source": source}
+            told["condition"] = condition
+            wait = beside(partial(scheme, y, **told, prediction=self.prediction), y, told)
         output = model(xt, self.convention.from_t(t).to(told_in), *args, **kwargs)
         if output.shape != x1.shape:
             raise ValueError(
@@ -207,6 +216,8 @@ class FlowMatchingLoss(nn.Module):
             loss, trained = _mean_square(output.detach() - y), _mean_square(output - target)
             weight = weight * own
         self.last = LossRecord(t.detach(), loss.detach(), weight.detach(), trained.detach())
+        if self.cosine:
+            trained = trained + (1 - cosine_similarity(output, y, dim=1)).flatten(1).mean(1)
         return (weight * trained).mean()
 
 

@@ -20,6 +20,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from stagewise.recipes.ldm_autoencoder import read_ldm
+
 __all__ = [
     "VAE",
     "Autoencoder",
@@ -39,7 +41,8 @@ VAE: TypeAlias = Any
 class Autoencoder:
     """What an autoencoder's configuration says, before its weights are loaded.
 
-    Its name is a folder or one on the Hugging Face hub; `subfolder` is "vae" in a whole pipeline.
+    Its name is a folder, a checkpoint of latent diffusion's code, or one on the Hugging Face hub;
+    `subfolder` is "vae" in a whole pipeline.
     """
 
     name: str
@@ -52,10 +55,15 @@ def find_vae(name: str | os.PathLike[str]) -> Autoencoder:
     """Reads the configuration of an `AutoencoderKL`.
 
     Args:
-        name: A folder that `save_pretrained` wrote, of the autoencoder or of a whole pipeline, or
-            the name of one on the hub, `owner/name`.
+        name: A folder that `save_pretrained` wrote, of the autoencoder or of a whole pipeline; a
+            checkpoint file in the layout of latent diffusion's code, such as VA-VAE's (`read_ldm`);
+            or the name of one on the hub, `owner/name`.
     """
     model, name = _model(), os.fspath(name)
+    if Path(name).is_file():
+        options, _ = read_ldm(Path(name))
+        levels = options["block_out_channels"]
+        return Autoencoder(name, "", options["latent_channels"], 2 ** (len(levels) - 1))
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"Expected the folder of an autoencoder, got {name}: no such path.")
     problem: OSError | None = None
@@ -90,6 +98,17 @@ def load_vae(
 ) -> VAE:
     """Loads an `AutoencoderKL`, named as in `find_vae`: without gradients, in evaluation."""
     found = find_vae(name)
+    if Path(found.name).is_file():
+        options, weights = read_ldm(Path(found.name))
+        vae = _model()(**options)
+        try:
+            vae.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name} does not hold the weights of latent diffusion's autoencoder: {error}"
+            ) from error
+        # diffusers' own `to` warns of every type.
+        return torch.nn.Module.to(vae, device, dtype).eval().requires_grad_(False)
     try:
         vae, about = _model().from_pretrained(
             found.name,

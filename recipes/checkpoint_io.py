@@ -64,8 +64,15 @@ class RunAveraging(EMAWeightAveraging):
     """An `EMAWeightAveraging` whose average is used once it has begun.
 
     Lightning's own validates with it, and ends training with it, from the first step on: before
-    `update_starting_at_step` that is the untrained network.
+    `update_starting_at_step` that is the untrained network. Without it the average begins at the
+    initial weights, as SiT's and LightningDiT's does; Lightning's own begins after the first step.
     """
+
+    @override
+    def on_train_start(self, *arguments: Any) -> None:
+        super().on_train_start(*arguments)
+        if self._average_model is not None and self.update_starting_at_step is None:
+            self._average_model.n_averaged.clamp_(min=1)
 
     @property
     def has_begun(self) -> bool:

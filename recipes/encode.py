@@ -244,7 +244,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("images", type=Path, help="a folder of class folders, or of pictures (one class)")
     add("out", type=Path, help="a new folder for the latents")
-    add("--vae", required=True, metavar="PATH_OR_NAME", help="a folder, or a name on the hub")
+    vae = "a folder, a name on the hub, or VA-VAE's .pt"
+    add("--vae", required=True, metavar="PATH_OR_NAME", help=vae)
     add("--format", choices=list(WRITERS), default="lightningdit", help=formats)
     add("--size", type=int, default=256, help="of the square, in pixels (%(default)s)")
     add("--batch-size", type=int, default=32, help="(%(default)s)")

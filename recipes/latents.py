@@ -37,6 +37,8 @@ def current(config: DictConfig) -> DictConfig:
         opens = {name: data.pop(name) for name in given if name in data}
         target = {"_target_": "stagewise.latents.open_latents", "_partial_": True}
         data.latents = {**target, **opens, "seed": data.get("seed", 0)}
+    if "objective" in config and "cosine" not in config.objective:
+        config.objective.cosine = False
     return config
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from stagewise.callbacks import StageScheme
 from stagewise.files import names
+from stagewise.latents import Latents
 from stagewise.recipes.checkpoints import load_weights
 from stagewise.recipes.latents import current
 from stagewise.recipes.module import FlowMatchingModule
@@ -107,12 +108,13 @@ def require_shards(callbacks: Iterable[object], data: Any) -> None:
             )
 
 
-def begin_with(module: FlowMatchingModule, file: Path) -> None:
+def begin_with(module: FlowMatchingModule, file: Path, data: Any) -> None:
     """Gives a module weights to begin with: a checkpoint of a run, or public ones.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is of another model, with the entries that differ.
+        ValueError: If it is of another model, with the entries that differ, or public weights
+            were trained on latents of another scale than those of `data`.
     """
     if not file.is_file():
         raise FileNotFoundError(f"There is no file of weights {file} (weights).")
@@ -120,7 +122,35 @@ def begin_with(module: FlowMatchingModule, file: Path) -> None:
         rank_zero_info(f"begins with {load_weights(file, module)}")
     else:
         load_public_weights(module.net, file)  # type: ignore[arg-type]
+        _require_public_scale(file, getattr(data, "latents", None))
         rank_zero_info(f"begins with the public weights of {file}")
+
+
+def _require_public_scale(file: Path, latents: Latents | None) -> None:
+    """Refuses latents at another scale than that which public weights were trained on.
+
+    With 4 channels that is 0.18215 z (SiT), with 32 the standardised one of VA-VAE (LightningDiT).
+    """
+    if latents is None or latents.shape[0] not in (4, 32):
+        return
+    seen, trained_standardised = latents.statistics(), latents.shape[0] == 32
+    mean, std = seen.mean, seen.std()
+    # 256 rows say both to within a few hundredths.
+    if trained_standardised == bool(((mean.abs() < 0.25) & ((std - 1).abs() < 0.1)).all()):
+        return
+    trained, cure = (
+        "0.18215 z of Stable Diffusion's autoencoder",
+        "data.latents.autoencoder=sd-vae",
+    )
+    if trained_standardised:
+        trained = "latents with mean 0 and standard deviation 1 in each channel"
+        cure = "data.latents.autoencoder=null data.latents.normalize=true"
+    listed = ", ".join(f"{m:.2f} +- {s:.2f}" for m, s in zip(mean[:4], std[:4], strict=True))
+    raise ValueError(
+        f"The public weights of {file} were trained on {trained}; those of {latents.path}, "
+        f"x_1 = {latents.scaling}, have {listed} in their first channels. Say {cure}, or begin "
+        "without `weights`."
+    )
 
 
 def _is_named_by_time(run_dir: Path) -> bool:

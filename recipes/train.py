@@ -52,7 +52,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     if checkpoint is not None:
         begun = require_same_model(checkpoint, module)
     elif config.weights is not None:
-        begin_with(module, Path(config.weights))
+        begin_with(module, Path(config.weights), data)
     if config.compile.enabled:
         for block in getattr(net, "blocks", [net]):
             block.compile(mode=config.compile.mode)

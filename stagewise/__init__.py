@@ -1,13 +1,17 @@
 """stagewise: see, and use, the two stages of flow-matching and diffusion training.
 
-Floor 1, the science, in plain torch. Losses live in `stagewise.losses`, Lightning callbacks in
-`stagewise.callbacks`, runnable recipes in `stagewise.recipes`.
+Floor 1, the science, in plain torch. Losses live in `stagewise.losses`, callbacks for Lightning and
+for loops of one's own (`stagewise.Watch`) in `stagewise.callbacks`, recipes in `stagewise.recipes`.
 """
+
+from importlib import import_module
+from typing import Any
 
 from stagewise.attention import GaussianAttention
 from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
 from stagewise.certificate import Certificate
+from stagewise.condition import Condition, ConditionedOracle
 from stagewise.forecast import (
     SmoothingForecast,
     TargetForecast,
@@ -36,6 +40,7 @@ from stagewise.schemes import Phase, Phases, Scheme, SchemeRecord
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
 from stagewise.spectrum import predicted_boundary
+from stagewise.stage_target import StageTarget
 from stagewise.stages import StageBoundary, StageCurve
 from stagewise.targets import (
     Mix,
@@ -62,6 +67,13 @@ from stagewise.weights import P2, EDMWeight, InverseFloor, MinSNR, StageFactors,
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> Any:
+    if name == "Watch":  # of a higher floor, which needs matplotlib
+        return import_module("stagewise.callbacks").Watch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "DIFFUSERS",
     "P2",
@@ -73,6 +85,8 @@ __all__ = [
     "Beta",
     "Certificate",
     "Concentration",
+    "Condition",
+    "ConditionedOracle",
     "Convention",
     "CosinePath",
     "EDMLogNormal",
@@ -109,6 +123,7 @@ __all__ = [
     "StageCurve",
     "StageFactors",
     "StageGate",
+    "StageTarget",
     "Target",
     "TargetForecast",
     "TimestepSampler",

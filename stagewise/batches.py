@@ -25,6 +25,7 @@ __all__ = [
     "find_sample",
     "inside",
     "leaves_of",
+    "others_in",
     "suggested_find",
     "unused_in",
 ]
@@ -270,6 +271,16 @@ def unused_in(batch: Any, x1: Tensor, labels: Tensor | None) -> list[str]:
             line += f" If it holds the labels: find=lambda batch: ({x1_at}, {cure})."
         lines.append(f"{line} If the model is given it, its posterior is over fewer rows.")
     return lines
+
+
+def others_in(batch: Any, x1: Tensor, labels: Tensor | None) -> list[tuple[str, Tensor]]:
+    """The tensors of a batch with an entry for each sample, beside `x_1` and the labels in it."""
+    return [
+        (place, value)
+        for place, value in leaves_of(batch)
+        if value.ndim and len(value) == len(x1)
+        if not any(used is not None and _equal(value, used) for used in (x1, labels))
+    ]
 
 
 def _is_numbers(value: Any) -> bool:

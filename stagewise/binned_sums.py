@@ -6,7 +6,7 @@ first and the last. A value that is not finite is left out of its bin, and count
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,6 +100,13 @@ class BinnedSums:
         """The samples that are not among those of another one, of the same bins."""
         left = {name: getattr(self, name) - getattr(other, name) for name in SUMS}
         return replace(self, **left)
+
+    def over(self, add: Callable[[Tensor], Tensor]) -> BinnedSums:
+        """The samples of all ranks, by a function that adds a tensor up over them."""
+        rows = [getattr(self, name).reshape(-1, len(self.count)) for name in SUMS]
+        parts = add(torch.cat(rows)).split([len(row) for row in rows])
+        summed = {n: x.view_as(getattr(self, n)) for n, x in zip(SUMS, parts, strict=True)}
+        return replace(self, **summed)
 
     def to(self, device: torch.device | str) -> BinnedSums:
         """The same on another device."""

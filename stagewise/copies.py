@@ -16,7 +16,8 @@ Distances are exact (`nearest_rows`), in float64.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import beta
@@ -26,13 +27,16 @@ from stagewise.bank import LatentBank
 from stagewise.nearest_rows import Search
 from stagewise.products import full_precision
 
-__all__ = ["COPY_RATIO", "Nearest", "binomial_interval", "nearest_rows"]
+__all__ = ["COPY_RATIO", "Nearest", "binomial_interval", "copy_share", "nearest_rows"]
 
 COPY_RATIO = 1 / 3
 """A sample is a copy below this `d_1 / d_2`; arXiv 2505.17638."""
 
 _QUERIES = 256
 """Samples compared at a time."""
+
+_BINS = 30
+"""Of the histogram of ratios."""
 
 
 class Nearest(NamedTuple):
@@ -79,8 +83,6 @@ def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
         )
     search = Search(bank, bank.whole, bank.device)
     flat = x.detach().flatten(1).to(bank.device).double() - bank.offset
-    unknown = flat.new_full((len(flat),), torch.nan)
-    found = Nearest(unknown.new_full((len(flat),), -1, dtype=torch.int64), unknown, unknown.clone())
 
     def settle(_: Tensor, distance: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, ...]:
         differ = search.differ(rows)
@@ -88,11 +90,18 @@ def nearest_rows(bank: LatentBank, x: Tensor) -> Nearest:
         d2 = distance.gather(1, second).masked_fill(~differ.any(1, keepdim=True), torch.inf)
         return (d2.isfinite() & (d2 <= limit))[:, 0], rows[:, 0], distance[:, 0], d2[:, 0]
 
-    finite = flat.isfinite().all(1).nonzero()[:, 0]
+    # Asked with the others, so that nobody has to read which are left out.
+    finite = flat.isfinite().all(1)
+    flat = flat.masked_fill(~finite[:, None], 0)
+    number = torch.arange(len(flat), device=bank.device)
     with full_precision(), torch.autocast(bank.device.type, enabled=False):
-        for index in finite.split(_QUERIES) if len(finite) else ():
-            for value, new in zip(found, search.ask(flat[index], 2, settle, index), strict=True):
-                value[index] = new
+        parts = [
+            search.ask(some, 2, settle, at)
+            for some, at in zip(flat.split(_QUERIES), number.split(_QUERIES), strict=True)
+        ]
+    row, d1, d2 = (torch.cat(column) for column in zip(*parts, strict=True))
+    row = row.masked_fill(~finite, -1)
+    found = Nearest(row, *(d.masked_fill(~finite, torch.nan) for d in (d1, d2)))
     if bool(found.d2.isinf().any()):
         raise ValueError(
             "All rows of the bank are equal, so nothing can be nearer to one than to another. "
@@ -121,3 +130,32 @@ def binomial_interval(hits: int, count: int, level: float = 0.95) -> tuple[float
     low = beta.ppf(tail, hits, count - hits + 1) if hits else 0.0
     high = beta.ppf(1 - tail, hits + 1, count - hits) if hits < count else 1.0
     return float(low), float(high)
+
+
+def copy_share(ratio: Tensor, add: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The share of samples that copy a training row, as plain numbers.
+
+    Args:
+        ratio: `d_1 / d_2` of the samples of this rank, (B,), in [0, 1] or NaN.
+        add: Adds a tensor up over ranks.
+
+    Returns:
+        `share` of the finite ratios below 1/3, NaN if there are none, with `low` and `high` (95 %,
+        exact binomial); `median` of the ratios, to half a bin; `histogram`, counts in 30 equal bins
+        of [0, 1]; `nonfinite`, how many were left out.
+    """
+    place = (ratio * _BINS).floor().clamp_max(_BINS - 1)
+    bins = (place[:, None] == torch.arange(_BINS, device=ratio.device)).sum(0)
+    others = torch.stack([(ratio < COPY_RATIO).sum(), (~ratio.isfinite()).sum()])
+    *counts, copies, broken = add(torch.cat([bins, others])).tolist()
+    total = sum(counts)
+    low, high = binomial_interval(copies, total)
+    middle = next((i for i in range(_BINS) if 2 * sum(counts[: i + 1]) >= total), 0)
+    return {
+        "share": copies / total if total else math.nan,
+        "low": low,
+        "high": high,
+        "median": (middle + 0.5) / _BINS if total else math.nan,
+        "histogram": counts,
+        "nonfinite": broken,
+    }

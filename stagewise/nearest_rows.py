@@ -6,8 +6,10 @@ with lambda = 8), so with `c = 8 (sqrt(D) + 1) u`
 
     (1 - c) (|q|^2 + |x|^2) - 2 <q, x>  <=  |q - x|^2.
 
-For the rows where this is smallest the distance is computed again, from differences. Where it is
-not below the bound of all other rows, more are computed, until the nearest are known for certain.
+16-bit rows on an accelerator are multiplied in their own type, the query in two parts, which adds
+to c what `products.rounding` says. For the rows where the bound is smallest the distance is
+computed again, from differences. Where it is not below the bound of all other rows, more are
+computed, until the nearest are known for certain.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.products import full_precision, scores
+from stagewise.products import full_precision, rounding, scores, working_dtype
 
 __all__ = ["Search", "nearest_others", "progress_bar", "rank_distances"]
 
@@ -31,11 +33,11 @@ Settle: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...
 (b,), the distances, ascending, and the rows, (b, n), and the least distance of all other rows,
 (b, 1). Gives whether that is enough to know, (b,), and what is known then, tensors (b, ...)."""
 
-_BOUNDS = 2**25
-"""Bounds, and numbers of rows, held at a time."""
+_BOUNDS = {"cpu": 2**25}
+"""Bounds, and on a CPU numbers of rows, held at a time; elsewhere 2^28."""
 
-_GATHER = 2**20
-"""Numbers of gathered rows held at a time."""
+_GATHER = {"cpu": 2**20}
+"""Numbers of gathered rows held at a time; elsewhere 2^26, those of all queries."""
 
 _SPARE = 16
 """Rows computed exactly beside those that are wanted."""
@@ -52,7 +54,12 @@ class Search:
 
     def __init__(self, bank: LatentBank, scope: slice, device: torch.device) -> None:
         self.bank, self.scope, self.device = bank, scope, device
-        self.dtype = torch.float64 if bank.dtype == torch.float64 else torch.float32
+        self.dtype = working_dtype(bank.dtype, device)
+        # Distances of its own rows from one another are computed in this.
+        self.exact = torch.promote_types(self.dtype, torch.float32)
+        self.slack = 8 * (math.sqrt(bank.dim) + 1) * 2.0**-24
+        if self.dtype in (torch.bfloat16, torch.float16):
+            self.slack += 8 * sum(rounding(self.dtype, bank.dim, truncates=True))
         shift = (bank.centre - bank.offset).to(device)
         # Rows far from 0 would lose their differences in a product.
         self.shift = shift.to(self.dtype) if float(shift.norm()) > bank.radius else None
@@ -97,22 +104,25 @@ class Search:
 
     def squares(self, query: Tensor) -> Tensor:
         """`(1 - c) |q|^2`, (b, 1), float64."""
-        slack = 8 * (math.sqrt(self.bank.dim) + 1) * 2.0**-24
         x = self._centred(query)
         norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
-        return (1 - slack) * norms.square()
+        return (1 - self.slack) * norms.square()
 
     def differ(self, rows: Tensor) -> Tensor:
         """Which of the rows, (b, n), are not equal to the first in their line."""
         return torch.cat([(x != x[:, :1]).any(2).to(self.device) for _, x in self._gather(rows)])
 
     def _centred(self, rows: Tensor) -> Tensor:
-        return rows.float() if self.shift is None else (rows - self.shift).float()
+        if self.shift is not None:
+            return (rows - self.shift).float()
+        return rows if rows.dtype == self.dtype != torch.float64 else rows.float()
 
     def _lowest(self, query: Tensor, count: int, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
         """The `count` smallest bounds, ascending, and their places in the scope, (b, count)."""
         centred, start = self._centred(query), self.scope.start
-        size = max(count, _BOUNDS // max(len(query), self.bank.dim))
+        host = self.device.type == "cpu"  # where rows are copied to be converted
+        held = _BOUNDS.get(self.device.type, 2**28)
+        size = max(count, held // max(len(query), self.bank.dim if host else 1))
         value = query.new_empty(len(query), 0, dtype=torch.float32)
         column = torch.empty_like(value, dtype=torch.int64)
         norms = []
@@ -140,7 +150,8 @@ class Search:
     def _gather(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Rows (b, n) as they are stored, (m, n, D), for some lines at a time."""
         stored, count = self.bank.rows, rows.shape[1]
-        step = max(1, min(len(rows), _GATHER // (count * self.bank.dim)))
+        held = _GATHER.get(stored.device.type, 2**26)
+        step = max(1, min(len(rows), held // (count * self.bank.dim)))
         # One buffer, because fresh memory costs more than what is done with it here.
         buffer = stored.new_empty(step * count, self.bank.dim)
         for first in range(0, len(rows), step):
@@ -260,7 +271,7 @@ def _of_rows(
 ) -> list[Tensor]:
     """Asks all rows of a bank, at least so many at a time; the results on the CPU."""
     place = torch.device(device or bank.device)
-    numbers = _BOUNDS if place.type == "cpu" else 8 * _BOUNDS
+    numbers = _BOUNDS.get(place.type, 2**28)
     blocks = [
         (scope, slice(first, min(first + step, scope.stop)))
         for scope in _scopes(bank, class_wise)
@@ -273,7 +284,7 @@ def _of_rows(
         for scope, rows in blocks:
             if search is None or search.scope != scope:
                 search = Search(bank, scope, place)
-            query = bank.rows[rows].to(place, search.dtype)
+            query = bank.rows[rows].to(place, search.exact)
             number = torch.arange(rows.start, rows.stop, device=place)
             yield tuple(value.cpu() for value in of_block(search, query, number))
 

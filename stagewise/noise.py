@@ -24,6 +24,7 @@ __all__ = [
     "check_independent",
     "check_noise",
     "dependence",
+    "is_noise",
     "is_off",
     "noise_of",
 ]
@@ -63,6 +64,12 @@ def check_noise(x0: Tensor) -> None:
     """Refuses a source that is not standard normal."""
     values = x0.float()
     _check_moments(x0.numel(), float(values.mean()), float(values.square().mean()))
+
+
+def is_noise(x0: Tensor) -> bool:
+    """Whether a source is standard normal, as far as its moments tell."""
+    values = x0.float()
+    return not is_off(x0.numel(), float(values.mean()), float(values.square().mean()))
 
 
 def _check_moments(count: int, mean: float, square: float) -> None:

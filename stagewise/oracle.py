@@ -47,6 +47,7 @@ from stagewise.queries import (
 from stagewise.tracing import untraced
 
 if TYPE_CHECKING:
+    from stagewise.condition import Condition
     from stagewise.smoothing import Smoothing
 
 __all__ = ["Labels", "Oracle", "Times", "as_times", "check_times", "require_tensors"]
@@ -90,6 +91,9 @@ class Oracle:
     smoothing: Smoothing | None = None
     """What its rows stand for: Gaussians around them, for a `SmoothedOracle`."""
 
+    condition: Condition | None = None
+    """What weighs its rows by their conditions, for a `ConditionedOracle`."""
+
     def __init__(
         self,
         bank: LatentBank,
@@ -126,6 +130,7 @@ class Oracle:
         labels: Labels | None = None,
         *,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
         k: int = 1,
     ) -> Posterior:
         """The posterior over bank rows for each query.
@@ -137,11 +142,13 @@ class Oracle:
                 that class, which is a valid target for a class-conditional model. Default None:
                 over all rows, as for single labels that are None or `null_class`. A list or a CPU
                 tensor costs no device sync; one on an accelerator does, unless the engine
-                reads it there (`Exact` on CUDA, without `null_class` and certificate), where an
-                unknown class ends the process by a device-side assertion.
+                reads it there (`Exact` on CUDA, without `null_class` and certificate), where the
+                posterior of an unknown class is NaN, and the next call raises.
             source: The row of `bank.rows` each query was made from, (B,), int64, for
                 `source_weight` and the certificate; negative where it is not known. Default None.
                 `bank.find(x1)` looks it up.
+            condition: What the model is given for each query, (B, *), for an oracle with a kernel
+                on it (`ConditionedOracle`). Default: that of the `source`.
             k: How many of the largest weights to return, default 1. Where a class has fewer rows
                 the rest has weight 0 and row -1.
 
@@ -154,9 +161,12 @@ class Oracle:
                 numbers, or queries on a device without float64 (MPS).
             TypeError: If `xt` is no tensor.
         """
-        queries = self.queries(xt, t, labels, source)
+        queries = self.queries(xt, t, labels, source, condition)
         with torch.autocast(queries.xt.device.type, enabled=False):
-            post = with_source_weight(self.ask(queries, k), self.bank, queries)
+            post = self.ask(queries, k)
+            if queries.source is not None:
+                added = self.log_kernel(queries, queries.source)
+                post = with_source_weight(post, self.bank, queries, added)
         return replace(post, mean=post.mean.reshape(-1, *self.bank.shape))
 
     def queries(
@@ -165,6 +175,7 @@ class Oracle:
         t: Times,
         labels: Labels | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Queries:
         """What `ask` is asked: made once from noisy samples, checked, with the path at their times.
 
@@ -173,11 +184,17 @@ class Oracle:
             t: Times.
             labels: Classes.
             source: Rows.
+            condition: Conditions.
 
         Raises:
             ValueError: As `posterior`.
             TypeError: If `xt` is no tensor.
         """
+        if condition is not None:
+            raise ValueError(
+                f"Expected an oracle with a kernel on the `condition`, got {self!r}: "
+                "ConditionedOracle(bank, path, Condition(bandwidth=...))."
+            )
         flat, path = self.coefficients(xt, t)
         names, ends = None, None
         if isinstance(labels, Tensor) and self.reads_on_device(labels, flat):
@@ -198,6 +215,15 @@ class Oracle:
         plain = self.certificate is None and self.null_class is None
         there = labels.device == xt.device
         return plain and there and self.engine.reads_ends(self.bank, xt.device, len(xt))
+
+    def log_kernel(self, queries: Queries, rows: Tensor | None = None) -> Tensor | float:
+        """What a kernel on the condition adds to `l` of a row, or of x_1 itself, for each query.
+
+        Args:
+            queries: Of this oracle.
+            rows: One for each, (B,); default x_1 under its own condition.
+        """
+        return 0.0
 
     @torch.no_grad()
     def ask(self, queries: Queries, k: int = 1) -> Posterior:
@@ -240,6 +266,7 @@ class Oracle:
         labels: Labels | None = None,
         *,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
         posterior: Posterior | None = None,
     ) -> Tensor:
@@ -252,6 +279,7 @@ class Oracle:
                 the correction is as large as their distance to the bank times `c_t`.
             labels: See `posterior`.
             source: See `posterior`.
+            condition: See `posterior`.
             prediction: What the target is, default "velocity".
             posterior: The posterior at these queries if it is known already.
 
@@ -267,7 +295,7 @@ class Oracle:
             raise ValueError(
                 f"Expected `x1` with the shape of `xt`, {tuple(xt.shape)}, got {tuple(x1.shape)}."
             )
-        queries = self.queries(xt, t, labels, source)
+        queries = self.queries(xt, t, labels, source, condition)
         queries = replace(queries, x1=x1.detach().flatten(1).to(queries.xt))
         mean = self.ask(queries).mean if posterior is None else posterior.mean.flatten(1)
         difference = mean - x1.detach().flatten(1).to(mean.dtype)
@@ -275,18 +303,26 @@ class Oracle:
         return gap.reshape(x1.shape).to(x1.dtype)
 
     @untraced
-    def velocity(self, xt: Tensor, t: Times, labels: Labels | None = None) -> Tensor:
+    def velocity(
+        self,
+        xt: Tensor,
+        t: Times,
+        labels: Labels | None = None,
+        *,
+        condition: Tensor | None = None,
+    ) -> Tensor:
         """The marginal velocity `u*(x_t, t)`.
 
         Args:
             xt: Noisy samples, (B, *).
             t: See `posterior`. At sigma = 0 see the module docstring.
             labels: See `posterior`.
+            condition: See `posterior`.
 
         Returns:
             The velocity, (B, *), in the dtype of `xt`.
         """
-        queries = self.queries(xt, t, labels)
+        queries = self.queries(xt, t, labels, condition=condition)
         path, mean = queries.path, self.ask(queries).mean
         noise = (queries.xt - path.alpha[:, None] * mean) / path.sigma[:, None]
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise

@@ -32,6 +32,7 @@ __all__ = [
     "merge",
     "posterior_of",
     "put",
+    "upload",
 ]
 
 TailKind = Literal["measured", "bounded", "estimated"]
@@ -109,7 +110,7 @@ class Posterior:
         if order is None or list(order) == list(range(len(order))):
             return post
         back = sorted(range(len(order)), key=order.__getitem__)
-        return post[torch.tensor(back, dtype=torch.int64, device=post.mean.device)]
+        return post[upload(back, post.mean.device)]
 
     def __getitem__(self, index: Tensor | slice) -> Posterior:
         """The posterior of some of the queries."""
@@ -200,10 +201,17 @@ def put(post: Posterior, at: Sequence[int], other: Posterior, count: int) -> Pos
     """
     there = set(at)
     rest = [i for i in range(count) if i not in there]
-    device = post.mean.device
     if len(post.mean) == count:
-        post = post[torch.tensor(rest, dtype=torch.int64, device=device)]
+        post = post[upload(rest, post.mean.device)]
     return Posterior.cat([post, other], [*rest, *at])
+
+
+def upload(at: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
+    """Whole numbers, or a tensor, on the host as one on a device, without a device sync."""
+    there = at if isinstance(at, Tensor) else torch.tensor(at, dtype=torch.int64)
+    # A copy from other memory waits for the device.
+    there = there.pin_memory() if device.type == "cuda" and torch.cuda.is_available() else there
+    return there.to(device, non_blocking=True)
 
 
 def merge(*parts: Posterior, k: int | None = None) -> Posterior:

@@ -13,16 +13,19 @@ Everything the dense engines do costs two products: queries x rows (the logits) 
   part of that type and both are multiplied with the rows, accumulated in float32. Rows are exact in
   their own type by definition, so the product is good to `2^-18` (bfloat16) or `2^-22` (float16) of
   the factors' norms.
-- **bfloat16** rows on a CPU with matrix units for them (AMX): the same, but such products come out
-  rounded to bfloat16. So the high part is multiplied a second time, with the first answer
-  subtracted before the rounding: answer and remainder have the digits together. This is done where
-  1e-4 is good enough; otherwise a CPU gets 16-bit rows converted to float32 (`working_dtype`).
+- **bfloat16** rows on a CPU that multiplies them (AMX, or the bf16 instructions of AVX-512): the
+  same, but such products come out rounded to bfloat16. So the high part is multiplied a second
+  time, with the first answer subtracted before the rounding: answer and remainder have the digits
+  together. This is done where 1e-4 is good enough; otherwise a CPU gets 16-bit rows converted to
+  float32 (`working_dtype`). Instructions decide, and not a measurement: a run on a busy machine has
+  the same bits.
 
 `rounding(dtype, dim)` says how wrong a product may be.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +36,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["averages", "full_precision", "rounding", "scores", "split", "working_dtype"]
+
+_log = logging.getLogger("stagewise")
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -52,6 +57,10 @@ _CHUNK = 2048
 # There, too, up to so many queries are multiplied with blocks of so many rows.
 _FEW, _BLOCK = 3, 128
 
+# Rows that an accelerator sums up at a time. Tensor cores cut off what is below the last digit of a
+# sum: over a million rows that would be 1e-3 of it.
+_LONG = 2**14
+
 
 def working_dtype(dtype: torch.dtype, device: torch.device, rough: bool = False) -> torch.dtype:
     """The type that rows are multiplied in.
@@ -62,24 +71,34 @@ def working_dtype(dtype: torch.dtype, device: torch.device, rough: bool = False)
         rough: Whether a relative error of 1e-4 in a mean may pass. Then a CPU multiplies bfloat16
             rows in their own type too, default False.
     """
-    if dtype in _HALF and device.type == "cuda" and _has_wide_output():
+    if dtype in _HALF and device.type == "cuda" and _has_wide_output() and _multiplies(dtype):
         return dtype
-    if rough and dtype == torch.bfloat16 and device.type == "cpu" and _has_matrix_units():
+    if rough and dtype == torch.bfloat16 and device.type == "cpu" and _multiplies_on_cpu():
         return dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rounding(dtype: torch.dtype, dim: int) -> tuple[float, float]:
+def rounding(dtype: torch.dtype, dim: int, truncates: bool = False) -> tuple[float, float]:
     """How wrong `<q, x>` is for rows multiplied as `dtype`: u and v.
 
     The standard deviation of its error is at most about `u |q| |x| + v |<q, x>|`. The factors are
     rounded; and where the D terms add up instead of cancelling, as with a row that the query was
     made from, so do the roundings of the partial sums, which is the larger part for such rows
     (measured: 0.25 sqrt(D) of the last digit).
+
+    Args:
+        dtype: What the rows are multiplied as.
+        dim: D.
+        truncates: Whether tensor cores add the terms, 16 at a time, and cut off what is below the
+            last digit of a sum (arXiv 2512.07004). It then falls short of its size by half a digit
+            in each of D/16 additions, in one direction; default False.
     """
     digits = {torch.float64: 53, torch.float32: 24, torch.float16: 22, torch.bfloat16: 18}
     sums = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     root = math.sqrt(dim)
+    if truncates:
+        cut = dim / 16 * 2.0**-24
+        return 2.0 ** -digits[dtype] / min(root, 2) + cut / root, cut
     # On a CPU the remainder of a bfloat16 product is rounded, to 2^-9 of 2^-9 of it.
     remainder = 2.0**-19 if dtype == torch.bfloat16 else 0.0
     return 2.0 ** -digits[dtype] / min(root, 2), 0.3 * root * sums + remainder
@@ -89,7 +108,8 @@ def scores(query: Tensor, rows: Tensor) -> Tensor:
     """`query @ rows.T`.
 
     Args:
-        query: (B, D), float64; float32 is enough for rows of fewer digits.
+        query: (B, D), float64; float32 is enough for rows of fewer digits. In the 16-bit type of
+            the rows it is multiplied as it is.
         rows: (n, D), in their working dtype.
 
     Returns:
@@ -104,6 +124,8 @@ def scores(query: Tensor, rows: Tensor) -> Tensor:
         blocks, rest = _blocks(rows)
         batch = query.expand(len(blocks), -1, -1) @ blocks.mT
         return torch.cat([batch.transpose(0, 1).flatten(1), query @ rest.T], dim=1)
+    if query.dtype == rows.dtype:
+        return _wide_product(query, rows.T)
     # A query divided by its largest number fits any type.
     scale = query.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return _split_product(query / scale, rows.T) * scale.float()
@@ -113,14 +135,17 @@ def averages(weights: Tensor, rows: Tensor) -> Tensor:
     """`weights @ rows`.
 
     Args:
-        weights: (B, n), in [0, 1], float64 or float32 as `scores` gives them.
+        weights: (B, n), in [0, 1], float64 or float32 as `scores` gives them. In the 16-bit type
+            of the rows they are multiplied as they are.
         rows: (n, D), in their working dtype.
 
     Returns:
-        (B, D), in the dtype of the weights.
+        (B, D), in the dtype of the weights, but no less than float32.
     """
     if rows.dtype == torch.float64:
         return weights @ rows
+    if weights.dtype == rows.dtype and (weights.is_cuda or rows.dtype in _HALF):
+        return _long_product(weights, rows)
     if rows.dtype == torch.float32:
         if not _in_blocks(weights, rows):
             return _float32_product(weights, rows.T)
@@ -129,6 +154,9 @@ def averages(weights: Tensor, rows: Tensor) -> Tensor:
         batch = first.unflatten(1, (len(blocks), _BLOCK)).transpose(0, 1)
         return (batch @ blocks).sum(0).addmm_(last, rest)
     scale = 2.0**14  # keeps small weights above float16's smallest number
+    if weights.is_cuda:
+        both = _long_product(torch.cat(split(weights * scale, rows.dtype)), rows)
+        return (both[: len(weights)] + both[len(weights) :]) / scale
     return _split_product(weights * scale, rows) / scale
 
 
@@ -195,15 +223,34 @@ def _split_product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right`, right of a 16-bit type, in float32."""
     high, low = split(left, right.dtype)
     count, both = len(left), torch.cat([high, low])
-    if left.device.type == "cuda":
-        wide = torch.mm(both, right, out_dtype=torch.float32)
-        return wide[:count] + wide[count:]
-    if not _has_matrix_units():  # for tests of the arithmetic
-        wide = both.float() @ right.float()
+    if left.device.type == "cuda" or not _multiplies_on_cpu():
+        wide = _wide_product(both, right)
         return wide[:count] + wide[count:]
     first = both @ right
     remainder = torch.addmm(-first[:count], high, right)
     return first[:count].float().add_(first[count:]).add_(remainder)
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, or of a batch of both, in float32."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if not left.is_cuda:  # for tests of the arithmetic
+        return left.float() @ right.float()
+    multiply: Any = torch.bmm if left.ndim == 3 else torch.mm
+    product: Tensor = multiply(left, right, out_dtype=torch.float32)
+    return product
+
+
+def _long_product(left: Tensor, rows: Tensor) -> Tensor:
+    """`left @ rows` in float32, as a sum of products of few rows, whose roundings do not add up."""
+    count = len(rows) // _LONG
+    if count < 2:
+        return _wide_product(left, rows)
+    first, last = left.split([count * _LONG, len(rows) - count * _LONG], dim=1)
+    blocks = rows[: count * _LONG].unflatten(0, (count, _LONG))
+    product = _wide_product(first.unflatten(1, (count, _LONG)).transpose(0, 1), blocks).sum(0)
+    return product.add_(_wide_product(last, rows[count * _LONG :])) if last.shape[1] else product
 
 
 def _has_wide_output() -> bool:
@@ -211,7 +258,19 @@ def _has_wide_output() -> bool:
 
 
 @cache
-def _has_matrix_units() -> bool:
-    # torch does not declare it; without it rows are converted.
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and supported()
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether CUDA devices here have units for products of a 16-bit type."""
+    if dtype == torch.float16 or not torch.cuda.is_available():
+        return True
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@cache
+def _multiplies_on_cpu() -> bool:
+    """Whether this CPU multiplies bfloat16; says it once, for it changes digits."""
+    # torch does not declare these; without them rows are converted.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    there = [name for name in names if getattr(torch.cpu, name, bool)()]
+    done = "multiplied as they are" if there else "converted to float32"
+    _log.info("bfloat16 rows are %s on this CPU where rtol is 1e-4 or more", done)
+    return bool(there)

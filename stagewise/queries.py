@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stagewise.bank.rows import RowStore
 from stagewise.paths import PathCoefficients, Prediction
-from stagewise.posterior import Posterior
+from stagewise.posterior import Posterior, upload
 
 __all__ = [
     "Queries",
@@ -50,6 +50,7 @@ class Queries:
             where labels lie on an accelerator.
         twin: The row, among those a query looks at, that `x1` stands for without being equal to it
             to the last digit; -1 for none. (B,), or None.
+        condition: What the model is given for each, (B, C), float64; or None.
     """
 
     xt: Tensor
@@ -62,6 +63,7 @@ class Queries:
     x1: Tensor | None = None
     twin: Tensor | None = None
     ends: Tensor | None = None
+    condition: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.xt)
@@ -78,6 +80,11 @@ class Queries:
         if self.ends is not None:
             return self.ends
         assert self.segments is not None
+        if len(self.groups) == 1:  # nothing has to be copied from the host
+            rows = self.groups[0][1]
+            ends = torch.full((len(self), 2), rows.start, device=self.xt.device)
+            ends[:, 1] = rows.stop
+            return ends
         return self.index([(rows.start, rows.stop) for rows in self.segments]).reshape(-1, 2)
 
     @cached_property
@@ -97,19 +104,18 @@ class Queries:
 
     def index(self, at: Sequence[Any]) -> Tensor:
         """Whole numbers on the host as a tensor beside the queries, without a device sync."""
-        return self.beside(torch.tensor(at, dtype=torch.int64))
-
-    def beside(self, values: Tensor) -> Tensor:
-        """Numbers on the host beside the queries, without a device sync."""
-        # A copy from other memory waits for the device.
-        pins = self.xt.is_cuda and torch.cuda.is_available()
-        return (values.pin_memory() if pins else values).to(self.xt.device, non_blocking=True)
+        return upload(at, self.xt.device)
 
     def place(self, at: Sequence[int]) -> slice | Tensor:
         """Positions as an index: a slice, which costs no copy, if they are contiguous."""
         if list(at) == list(range(at[0], at[-1] + 1)):
             return slice(at[0], at[-1] + 1)
         return self.index(at)
+
+    def split(self, size: int) -> list[Queries]:
+        """Itself in parts of at most so many queries."""
+        every = range(len(self))
+        return [self.select(every[first : first + size]) for first in every[::size]]
 
     def select(self, at: Sequence[int]) -> Queries:
         """Some of the queries, by their positions; itself if that is all of them in order."""
@@ -179,13 +185,18 @@ def indices_of(flags: Tensor) -> list[int]:
     return [i for i, flag in enumerate(flags.tolist()) if flag]
 
 
-def with_source_weight(post: Posterior, bank: RowStore, queries: Queries) -> Posterior:
-    """With the weight of the row that each query was made from, where it is known."""
+def with_source_weight(
+    post: Posterior, bank: RowStore, queries: Queries, log_kernel: Tensor | float = 0.0
+) -> Posterior:
+    """With the weight of the row that each query was made from, where it is known.
+
+    `log_kernel`, (B,), is what a kernel adds to the log-weight of that row.
+    """
     rows = queries.source
     if rows is None or post.source_weight is not None:
         return post
     x1 = bank.take(rows.clamp_min(0), device=queries.xt.device)
-    weight = (queries.log_weight(x1) - post.log_evidence).exp().clamp_max(1)
+    weight = (queries.log_weight(x1) + log_kernel - post.log_evidence).exp().clamp_max(1)
     weight = weight.where(queries.holds(rows), 0).masked_fill(rows < 0, torch.nan)
     return replace(post, source_weight=weight)
 

@@ -20,7 +20,6 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from stagewise.oracle import Oracle, check_times
-from stagewise.paths import Prediction
 from stagewise.spectrum import predicted_boundary
 
 __all__ = [
@@ -286,7 +285,7 @@ def _ask(oracle: Oracle, noise: Tensor, t: Tensor, rows: list[int], class_wise: 
     xt = oracle.path.interpolate(x0.double().reshape(x1.shape), x1, t)
     labels = bank.labels_of(rows) if class_wise else None
     post = oracle.posterior(xt, t, labels, source=source)
-    gap = oracle.correction(xt, t, x1, prediction=Prediction("velocity"), posterior=post)
+    gap = oracle.correction(xt, t, x1, source=source, posterior=post)
     difference = gap.flatten(1).square().mean(1)
     assert post.source_weight is not None
     return torch.stack([post.top1, post.entropy, post.ess, post.source_weight, difference])

@@ -40,7 +40,7 @@ from stagewise.engines import Exact
 from stagewise.engines.nearest import draw_rows
 from stagewise.lambdas import Constant, Lambda, LambdaLike
 from stagewise.oracle import Oracle
-from stagewise.posterior import Posterior, posterior_of
+from stagewise.posterior import Posterior, posterior_of, upload
 from stagewise.products import full_precision
 from stagewise.queries import Queries
 
@@ -100,6 +100,10 @@ class Target(ABC):
                 f"{self!r} reads rows, and does not know the Gaussians that {oracle.smoothing!r} "
                 "puts around them. Use Mix, or the plain Oracle(bank, path)."
             )
+        if self.reads_rows and oracle.condition is not None:
+            raise ValueError(
+                f"{self!r} reads rows, and does not weigh them by {oracle.condition!r}. Use Mix."
+            )
         if self.reads_rows and not oracle.engine.holds_all_rows:
             raise ValueError(
                 f"{self!r} needs the rows of the whole bank, of which a rank of Sharded() has only "
@@ -134,9 +138,11 @@ class Mix(Target):
         if oracle.engine.holds_all_rows:  # otherwise the row may lie on another rank
             stored = oracle.bank.take(twin.clamp_min(0), device=x1.device)
             row = torch.where(there[:, None], stored, x1)
-        gamma = torch.exp(queries.log_weight(row) - post.log_evidence).clamp_max(1)
+        gamma = queries.log_weight(row) + oracle.log_kernel(queries, twin)
+        gamma = torch.exp(gamma - post.log_evidence).clamp_max(1)
         gamma = torch.where(there, gamma, 0.0)
-        own = torch.exp(queries.log_weight(x1) - post.log_evidence)
+        own = queries.log_weight(x1) + oracle.log_kernel(queries)
+        own = torch.exp(own - post.log_evidence)
         total = (1 - gamma + own).clamp_min(torch.finfo(own.dtype).tiny)
         gap = post.mean - x1 - gamma[:, None] * (row - x1)
         others = post.weights.masked_fill(post.rows == twin[:, None], 0).amax(1)
@@ -210,7 +216,7 @@ def _own_rows(
     sizes, here = stop - first, queries.segments is not None
     generator = np.random.default_rng(draws.getrandbits(64))
     uniform = generator.random((len(bank.classes) if shared else len(queries), count))
-    places = queries.beside(torch.from_numpy(uniform))
+    places = upload(torch.from_numpy(uniform), device)
     if shared:
         firsts = bank.class_table(device)[:, 1].contiguous()
         places = places[torch.searchsorted(firsts, first[:, 0].contiguous())]

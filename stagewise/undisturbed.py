@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["in_eval_mode", "undisturbed"]
+__all__ = ["in_eval_mode", "same_draws", "undisturbed"]
 
 
 _EMPTY = {str, bytes, int, float, complex, bool, type(None), CodeType, torch.dtype, torch.Size}
@@ -37,6 +37,19 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def same_draws() -> Iterator[None]:
+    """Puts back the global generators of torch, numpy and Python."""
+    own, numbers = random.getstate(), np.random.get_state()
+    # Named devices, because of unnamed ones it warns if there are several.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            np.random.set_state(numbers)
+
+
+@contextmanager
 def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None]:
     """Puts back every generator of a run, and the mode of every submodule.
 
@@ -50,8 +63,7 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
     """
     generators = _generators([module, *others])
     kept = [(put, get()) for get, put in map(_access, generators)]
-    own, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(), torch.no_grad(), in_eval_mode(module):
+    with same_draws(), torch.no_grad(), in_eval_mode(module):
         try:
             for reseed in (random.seed, np.random.seed, torch.manual_seed):
                 reseed(seed)
@@ -59,8 +71,6 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
                 _reseed(generator, seed)
             yield
         finally:
-            random.setstate(own)
-            np.random.set_state(numbers)
             for put, state in kept:
                 put(state)
 

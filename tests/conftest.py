@@ -333,7 +333,7 @@ def quick_figures(monkeypatch):
 
 @pytest.fixture
 def lightning_log(caplog):
-    """`caplog` with the messages of Lightning, which may not reach the root logger."""
+    """`caplog` with the messages of Lightning, which may not reach the root logger, and ours."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.addHandler(caplog.handler)

@@ -58,14 +58,14 @@ def test_lightningdit_has_the_weights_and_flips_of_its_recipe(found, costs):
     assert each.weights / 1e6 == pytest.approx(675, abs=1)
     assert (each.dim, each.rows) == (8192, 2 * costs.ROWS)
     assert each.images == 1024 * 80_000
-    assert found["imagenet256_sdvae_sit_xl"].rows == costs.ROWS
+    assert found["imagenet256_sdvae_sit_xl"].rows == 2 * costs.ROWS
 
 
 def test_memory_and_oracle_are_those_counted_by_hand(found):
     each = found["imagenet256_sdvae_sit_s"]
     assert each.state("ddp") == 20 * each.weights
     assert each.state("fsdp") == 16 * each.weights // 8
-    assert each.bank == 2 * 1_281_167 * 4096
+    assert each.bank == 2 * 2 * 1_281_167 * 4096
     # Two products, each with two parts, a multiplication and an addition for each number.
     assert each.oracle(1281.167) == pytest.approx(8 * 1281.167 * 4096)
     assert each.read(1281.167) == pytest.approx(2 * 2 * 1281.167 * 4096)
@@ -88,7 +88,7 @@ def test_tables_are_markdown_with_a_line_for_each_recipe(costs, found):
         lines = tables[title].split("\n")
         assert len(lines) == 2 + len(found)
         assert len({line.count("|") for line in lines}) == 1
-    assert "| 10.5 GB | 84.0 GB | 10.5 GB | 1.31 GB |" in tables["The bank, in bfloat16"]
+    assert "| 21.0 GB | 167.9 GB | 21.0 GB | 2.62 GB |" in tables["The bank, in bfloat16"]
     assert all(source in tables["At published throughputs"] for *_, source in costs.PUBLISHED)
 
 

@@ -1,7 +1,5 @@
 """Means by bins of t: against numpy, over ranks' sums, resumed, and without a device sync."""
 
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -9,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagewise.callbacks.metrics import BinnedMeans
+from stagewise.binned_sums import BinnedSums
 from stagewise.velocity_probe import standard_scores
 
 EDGES = [0.0, 0.1, 0.15, 0.6, 1.0]
 
 
 def filled(t, values, edges=EDGES, keys=("a", "b")):
-    means = BinnedMeans(edges, keys)
+    means = BinnedSums.empty(edges, keys)
     means.update(t, values)
     return means
 
@@ -28,7 +26,7 @@ def samples(n=500, seed=0):
 
 def test_means_and_errors_are_those_of_numpy():
     t, values = samples()
-    result = filled(t, values).compute()
+    result = filled(t, values).means()
     for low, high, place in zip(EDGES, EDGES[1:], range(4), strict=False):
         inside = ((t >= low) & (t < high)).numpy()
         chosen = values.double().numpy()[:, inside]
@@ -42,12 +40,12 @@ def test_means_and_errors_are_those_of_numpy():
 
 def test_bins_hold_their_lower_edge_and_the_last_its_upper_one():
     t = torch.tensor([0.0, 0.1, 0.15, 0.6, 1.0], dtype=torch.float64)
-    count = filled(t, torch.zeros(2, 5)).compute()["count"]
+    count = filled(t, torch.zeros(2, 5)).means()["count"]
     assert count.tolist() == [1, 1, 1, 2]
 
 
 def test_an_empty_bin_is_nan_and_one_sample_has_no_error():
-    result = filled(torch.tensor([0.05, 0.9]), torch.ones(2, 2)).compute()
+    result = filled(torch.tensor([0.05, 0.9]), torch.ones(2, 2)).means()
     assert result["a"].isnan().tolist() == [False, True, True, False]
     assert result["a_se"].isnan().all()
 
@@ -55,7 +53,7 @@ def test_an_empty_bin_is_nan_and_one_sample_has_no_error():
 def test_what_is_not_finite_is_left_out_and_counted():
     t = torch.tensor([0.05, 0.05, 0.05, 0.9])
     values = torch.tensor([[1.0, torch.nan, 3.0, torch.inf], [1.0, 1.0, 1.0, 1.0]])
-    result = filled(t, values).compute()
+    result = filled(t, values).means()
     assert result["a"].tolist()[0] == 2.0
     assert result["nonfinite"].tolist() == [1, 0, 0, 1]
     assert result["b"].tolist()[3] == 1.0
@@ -66,40 +64,45 @@ def test_what_is_not_finite_is_left_out_and_counted():
 def test_parts_add_up_to_the_whole(n, seed, cut):
     """Sums over ranks and batches are the statistics of all samples."""
     t, values = samples(n, seed)
-    whole, first, second = filled(t, values), BinnedMeans(EDGES, "ab"), BinnedMeans(EDGES, "ab")
+    whole, first, second = (
+        filled(t, values),
+        BinnedSums.empty(EDGES, "ab"),
+        BinnedSums.empty(EDGES, "ab"),
+    )
     first.update(t[:cut], values[:, :cut])
     second.update(t[cut:], values[:, cut:])
     for name in ("count", "finite", "total", "square"):
         torch.testing.assert_close(
             getattr(first, name) + getattr(second, name), getattr(whole, name)
         )
-    total = whole.sums.without(first.sums)
+    total = whole.without(first)
     torch.testing.assert_close(total.count, second.count)
 
 
 def test_wider_bins_are_exact():
     t, values = samples()
     wide = [0.0, 0.15, 1.0]
-    merged = filled(t, values).sums.merged(wide).means()
-    direct = filled(t, values, wide).compute()
+    merged = filled(t, values).merged(wide).means()
+    direct = filled(t, values, wide).means()
     for key, value in direct.items():
         torch.testing.assert_close(merged[key], value)
 
 
 def test_bins_of_no_width_stay_empty():
     t, values = samples()
-    count = filled(t, values, [0.0, 0.5, 0.5, 1.0]).compute()["count"]
+    count = filled(t, values, [0.0, 0.5, 0.5, 1.0]).means()["count"]
     assert count[1] == 0
     assert count.sum() == len(t)
 
 
-def test_it_is_a_metric():
+def test_ranks_are_added_up_as_one_tensor():
     t, values = samples()
-    means = filled(t, values)
-    again = pickle.loads(pickle.dumps(means)).compute()
-    torch.testing.assert_close(again["a"], means.compute()["a"])
-    means.reset()
-    assert not means.count.any()
+    whole, first, second = filled(t, values), *(filled(t[k::2], values[:, k::2]) for k in (0, 1))
+    sent = []
+    first.over(lambda own: sent.append(own) or own)
+    both = second.over(lambda own: own + sent[0])
+    torch.testing.assert_close(both.means(), whole.means())
+    assert len(sent) == 1
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_it_is_a_metric():
 )
 def test_bad_input(edges, keys, match):
     with pytest.raises(ValueError, match=match):
-        BinnedMeans(edges, keys)
+        BinnedSums.empty(edges, keys)
 
 
 class Syncs(TorchDispatchMode):
@@ -134,7 +137,7 @@ class Syncs(TorchDispatchMode):
 
 def test_an_update_waits_for_nothing():
     t, values = samples()
-    means = BinnedMeans(EDGES, "ab")
+    means = BinnedSums.empty(EDGES, "ab")
     with Syncs() as syncs:
         means.update(t, values)
     assert syncs.names == []

@@ -186,7 +186,7 @@ def test_blocks_of_rows_and_of_columns_do_not_matter(numbers, monkeypatch):
         return (*rank_distances(bank, progress=False), nearest_others(bank, 3, progress=False))
 
     whole = found()
-    monkeypatch.setattr(search_module, "_BOUNDS", numbers)
+    monkeypatch.setattr(search_module, "_BOUNDS", {"cpu": numbers})
     for one, other in zip(whole, found(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=0)
 

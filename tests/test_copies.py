@@ -57,7 +57,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch, numbers, sort):
     d1, row = distances.min(1)
     equal = (rows[row][:, None] == rows).all(2)
     d2 = distances.masked_fill(equal, math.inf).min(1).values
-    monkeypatch.setattr(search, "_BOUNDS", numbers)
+    monkeypatch.setattr(search, "_BOUNDS", {"cpu": numbers})
     found = nearest_rows(LatentBank(rows), samples)
     torch.testing.assert_close(found.d1, d1, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found.d2, d2, rtol=1e-6, atol=1e-7)
@@ -78,7 +78,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_what_is_held_does_not_grow_with_samples_times_rows(monkeypatch):
-    monkeypatch.setattr(search, "_BOUNDS", 2**14)
+    monkeypatch.setattr(search, "_BOUNDS", {"cpu": 2**14})
     bank = LatentBank(draw(40_000, 4))
     x = bank.take(torch.arange(64) * 601).float() + 0.001
     with Largest() as largest:

@@ -23,9 +23,8 @@ MODULES = [
     *("stagewise.certificate", "stagewise.engines.sharded", "stagewise.attention"),
     *("stagewise.schemes.scheme", "stagewise.schemes.phases", "stagewise.smoothing"),
     *("stagewise.losses.regularizer", "stagewise.losses.weighted"),
-    "stagewise.callbacks.metrics",
     *("stagewise.smoothed_oracle", "stagewise.forecast", "stagewise.learning_events"),
-    "stagewise.callbacks.memorization_guard",
+    *("stagewise.callbacks.memorization_guard", "stagewise.callbacks.watch"),
 ]
 
 
@@ -37,17 +36,29 @@ def test_examples_of_docstrings(name):
     assert failed == 0
 
 
-def test_code_of_the_readme():
+class Model(torch.nn.Linear):
+    """A network of rows of four numbers; what else it is given it ignores."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def forward(self, xt, t, y):
+        return super().forward(xt)
+
+
+def test_code_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = {
         **vars(stagewise),
         "L": L,
         "torch": torch,
         "latents": torch.randn(160, 4, 4, 4),
         "labels": torch.arange(160) % 4,
-        "model": lambda xt, t, y: torch.zeros_like(xt),
+        "model": Model(),
     }
+    names["loader"] = torch.utils.data.DataLoader(names["latents"], 160)  # one batch
     for block in blocks:
         exec(block, names)
     expected = names["oracle"].velocity(names["xt"], names["t"], names["y"])
@@ -55,15 +66,22 @@ def test_code_of_the_readme():
     assert names["loss"].isfinite()
 
 
-def test_code_of_the_page_on_watching():
+def test_code_of_the_page_on_watching(tmp_path, monkeypatch, quick_figures):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/watching.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names = {**vars(stagewise), **vars(stagewise.callbacks)}
     for block in blocks[:4]:
         exec(block, names)
     assert [type(callback).__name__ for callback in names["callbacks"]][0] == "StageRun"
+    data, model, logged = torch.randn(160, 4), Model(), []
+    data = torch.utils.data.TensorDataset(data, torch.arange(160) % 4)
+    names |= {"torch": torch, "model": model, "log": lambda values, step: logged.append(step)}
+    names |= {"loader": torch.utils.data.DataLoader(data, 8)}
+    names |= {"optimizer": torch.optim.SGD(model.parameters(), 1e-2)}
     for block in blocks[4:]:
         exec(block, names)
+    assert {0, 9, 19} <= set(logged)
     oracle = stagewise.Oracle(stagewise.LatentBank(torch.randn(40, 6)))
     assert names["smooth_from_the_onset"](oracle).awaited[0].event == MEMORIZATION_ONSET
     assert names["phases"].phases[0].until.event == stage_transitions.NAVIGATION_LEARNED

@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 
 from stagewise.callbacks import PosteriorMonitor, bank_from_trainer
+from stagewise.callbacks.host import TrainerHost
 from stagewise.callbacks.training_bank import _drawn as drawn_rows
 from stagewise.callbacks.training_bank import read_rows
 from stagewise.recipes.order import EpochOrder
@@ -70,17 +71,17 @@ def rows_of(data, world=1, limit=float("inf"), *, training=True, say=False, **op
     """The rows that are drawn, and what is warned of."""
     trainer = SimpleNamespace(
         **(
-            {"train_dataloader": data if training else None, "fast_dev_run": False}
-            | {"num_training_batches": min(limit, len(data)), "world_size": world}
-            | {"current_epoch": 0, "max_epochs": 1000, "max_steps": -1}
-            | {"lightning_module": SimpleNamespace(automatic_optimization=True)}
-            | {"accumulate_grad_batches": 1}
+            {"fast_dev_run": False, "num_training_batches": min(limit, len(data))}
+            | {"max_epochs": 1000, "max_steps": -1, "accumulate_grad_batches": 1}
             | options
         )
     )
+    limits = TrainerHost.limits.fget(SimpleNamespace(trainer=trainer, automatic=True))
+    host = SimpleNamespace(limits=limits, world_size=world, epoch=0, known=())
+    host.loader = data if training else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rows = drawn_rows(trainer, data, say=say)
+        rows = drawn_rows(host, data, say=say)
     return list(rows), [str(w.message) for w in caught]
 
 
@@ -112,7 +113,7 @@ class Take(pl.Callback):
     def on_train_start(self, trainer, pl_module):
         bank = bank_from_trainer(trainer, pl_module)
         self.bank = bank.take(torch.arange(len(bank)))[:, 0].int().tolist()
-        x1, _ = read_rows(trainer, pl_module, trainer.train_dataloader, 64)
+        x1, _ = read_rows(TrainerHost(trainer, pl_module), trainer.train_dataloader, 64)
         self.read = x1[:, 0].int().tolist()
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from stagewise import Concentration, LatentBank, LinearPath, Mix, Oracle
-from stagewise.bank.row_keys import key_weights
-from stagewise.engines import Exact, fused, fused_lookup, fused_mix
+from stagewise.bank.rows import KNOWN, NO_LABEL, NO_SOURCE, NO_TIME
+from stagewise.engines import Exact, fused_lookup, fused_mix
 from stagewise.engines.fused_lookup import placed
+from stagewise.engines.kernels import shape_of
 from stagewise.paths import Prediction
 from stagewise.schemes import correction
 
@@ -85,23 +86,31 @@ def errors(dim, dtype):
             int(((found.inserted != expected.inserted) & mixed).sum()),
         ]
     # The row that it finds is the bank's own answer, and the class's ends are.
-    factor = key_weights(bank.dim, bank.device)
-    given = (bank.rows, bank.offset, factor, *bank.key_index(), bank.class_table(t.device))
     labels = batch(dim, dtype)[4]
-    row, ends, missing, right, near = placed(x1, t, labels, None, True, *given)
+    found = placed(bank, x1, t, labels, None, True)
     expected, segments = bank.find(x1), bank.ends_of(labels)
     inside = (expected >= segments[:, 0]) & (expected < segments[:, 1])
-    assert torch.equal(row, expected.where(inside, -1))
-    assert torch.equal(missing, ~inside)
-    assert torch.equal(ends, segments)
+    assert torch.equal(found.row, expected.where(inside, -1))
+    assert torch.equal(found.missing, ~inside)
+    assert torch.equal(found.ends, segments)
+    assert (found.wrong == KNOWN).all()
     stored = bank.take(expected.clamp_min(0)).where(expected[:, None] >= 0, x1.double())
-    assert torch.equal(near, stored)
-    assert right.all()
-    for wrong in ({"t": t.clone().fill_(1.5)}, {"labels": labels + 1}, {"t": t * torch.nan}):
-        told = {"t": t, "labels": labels, **wrong}
-        assert not placed(x1, told["t"], told["labels"], None, True, *given)[3].all()
-    assert not placed(x1, t, labels, source.clamp_min(0) + len(bank), True, *given)[3].all()
-    assert not placed(x1, t, None, None, False, *given)[3].all(), "some are no rows"
+    assert torch.equal(found.near, stored)
+    nan, beyond = t * torch.nan, torch.full_like(source, len(bank))
+    for given, error, said in (
+        ((t + 1.5, labels, None, True), NO_TIME, "`t` in"),
+        ((nan, labels, None, True), NO_TIME, "`t` in"),
+        ((t, labels, beyond, True), NO_SOURCE, "`source` below"),
+        ((t, torch.full_like(labels, 5), None, True), 5, "Class 5 is not in the bank"),
+        ((t, None, None, False), NO_LABEL, "cannot be looked up"),  # some are no rows
+    ):
+        found = placed(bank, x1, *given)
+        assert found.wrong.max() == error
+        assert (found.ends[:, 0] == found.ends[:, 1])[found.wrong != KNOWN].all()
+        bank.report(found.wrong)
+        with pytest.raises(ValueError, match=said):
+            bank.report(found.wrong)
+        bank._unknown.clear()
     return worst
 
 
@@ -155,12 +164,11 @@ def registers(kernel, kinds, fixed, capability, warps, folder):
 @pytest.mark.parametrize(("dim", "dtype"), [(8192, "fp32"), (4096, "bf16")])
 def test_compiles_without_spills(tmp_path, capability, dim, dtype):
     size = 4 if dtype == "fp32" else 2
-    block, _, warps = fused.shape_of(dim, size)
+    block, _, warps = shape_of(dim, size)
     kinds = dict.fromkeys(fused_lookup.place.arg_names, "*i64")
     kinds |= {"x1": "*fp32", "t": "*fp32", "rows": f"*{dtype}", "offset": "*fp64", "near": "*fp64"}
-    kinds |= {"inserted": "*i1", "right": "*i1", "count": "i32", "classes": "i32", "steps": "i32"}
-    word = fused_lookup.tl.int32 if size == 4 else fused_lookup.tl.int16
-    fixed = {"dim": dim, "block": block, "word": word}
+    kinds |= {"missing": "*i1", "count": "i32", "classes": "i32", "steps": "i32"}
+    fixed = {"dim": dim, "block": block}
     fixed |= {"told": True, "labelled": True, "named": False}
     kinds = {name: kind for name, kind in kinds.items() if name not in fixed}
     found = registers(fused_lookup.place, kinds, fixed, capability, warps, tmp_path)

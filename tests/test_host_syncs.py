@@ -8,7 +8,6 @@ reads a number (`item`, `bool`, `tolist`, ...), what copies to the host (`cpu`, 
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -23,13 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stagewise
 import stagewise.callbacks
 import stagewise.losses
+from stagewise import copies, nearest_rows
+from stagewise.bank import rows
 from stagewise.callbacks import (
     MemorizationMonitor,
     PosteriorMonitor,
     StageTransitions,
     VelocityErrorMonitor,
 )
-from stagewise.engines import Auto, Exact, Nearest, fused
+from stagewise.engines import Auto, Exact, Nearest, all_rows, fused
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
 
@@ -204,8 +205,9 @@ class Launches(TorchDispatchMode):
         first = out[0] if isinstance(out, (tuple, list)) and out else out
         if name == "_assert_async" and args[0].is_cuda:
             self.count += 1
-        if isinstance(first, torch.Tensor) and first.is_cuda and name not in VIEWS:
-            self.count += 3 if name == "pulled" else 1
+        there = isinstance(first, torch.Tensor) and first.is_cuda
+        if name == "launch" or (there and name not in VIEWS):
+            self.count += 1
             given = [x for x in args if isinstance(x, torch.Tensor) and x.ndim]
             if any(x.device.type == "cpu" for x in given):
                 self.waits.append((name, [tuple(x.shape) for x in given]))
@@ -237,7 +239,7 @@ def test_a_class_wise_posterior_is_a_few_launches(on_cuda):
     queries = oracle.queries(batch["xt"], batch["t"], labels, source)
     assert queries.segments is None, "labels were not read back"
     known = replace(queries, x1=queries.xt)
-    for asked, most in ((known, 5), (queries, 11)):
+    for asked, most in ((known, 6), (queries, 12)):
         with Launches() as launches:
             oracle.engine.posterior(oracle.bank, asked)
         assert launches.waits == []
@@ -320,14 +322,47 @@ def test_who_reads_labels_on_the_device(bank, on_cuda):
     bank, device = oracle.bank, labels.device
     assert Exact().reads_ends(bank, device, 80)
     assert Auto().reads_ends(bank, device, 80)
-    assert not Exact().reads_ends(bank, device, 81)
     assert not Exact("float64").reads_ends(bank, device, 8)
     assert not Nearest(3).reads_ends(bank, device, 8)
     assert not Exact().reads_ends(bank, torch.device("cpu"), 8)
-    large = copy(bank.__dict__)
-    unequal = object.__new__(stagewise.LatentBank)
-    unequal.__dict__.update(large, largest_class=97)
-    assert not Exact().reads_ends(unequal, device, 8)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def large(request, bank):
+    """The bank of ImageNet's latents, without numbers, and 256 noisy samples."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rows = torch.empty(1_281_167, 4096, dtype=request.param, device="cuda")
+        large = object.__new__(stagewise.LatentBank)
+        large.__dict__.update(bank.__dict__, rows=rows, shape=(4, 32, 32), largest_class=1300)
+        large._class_table = {}
+        wide = {"dtype": torch.float64, "device": "cuda"}
+        large.offset, large.centre = torch.empty(2, 4096, **wide)
+        large.sq_norms, large.mean_sq_norm = torch.empty(len(rows), **wide), torch.empty((), **wide)
+        xt = torch.randn(256, 4, 32, 32, device="cuda")
+        yield large, xt, torch.rand(256, device="cuda")
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_all_rows_of_imagenet_are_a_few_launches(large, precision):
+    bank, xt, t = large
+    oracle = stagewise.Oracle(bank, engine=Exact(precision))
+    for ask in (
+        lambda: oracle.posterior(xt, t),
+        lambda: oracle.posterior(xt, t, k=3),
+        lambda: oracle.correction(xt, t, xt),
+        lambda: oracle.velocity(xt, t),
+    ):
+        with Launches() as launches:
+            ask()
+        assert launches.waits == []
+        assert launches.count <= 60
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "rows"), [(256, 1300, True), (256, 400_000, False), (1, 1_281_167, True)]
+)
+def test_rows_are_read_or_multiplied_as_costs_less(large, count, width, rows):
+    assert fused.by_rows(large[0], count, width) == rows
 
 
 def test_times_of_any_layout_reach_the_kernel_whole(on_cuda):
@@ -336,17 +371,49 @@ def test_times_of_any_layout_reach_the_kernel_whole(on_cuda):
     t = torch.rand((), dtype=torch.float64, device="cuda").expand(8)
     queries = oracle.queries(batch["xt"], t, labels)
     assert queries.path.alpha.stride() == (0,)
-    seen = []
+    fused.posterior(oracle.bank, queries, 1, 12)  # where it is launched, each tensor is looked at
+    with pytest.raises(AssertionError, match="prepare"):
+        fused.launch("prepare", [8], [queries.xt, queries.path.alpha], [])
 
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **_: seen.extend(x for x in args if isinstance(x, torch.Tensor))
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("prepare", "pull", "merge"):
-            patch.setattr(fused, name, Kernel())
-        offset = oracle.bank.offset
-        arguments = (offset, queries.xt, queries.xt, *queries.path[:2], queries.ends, 12, False)
-        fused.pulled._init_fn(oracle.bank.rows, *arguments)
-    assert len(seen) > 20
-    assert all(x.is_contiguous() for x in seen)
+def test_an_unknown_label_on_a_device_is_told_by_the_next_call(bank, monkeypatch):
+    """On a device the answer of the call itself is that of no rows, and nothing waits."""
+    labels, late = torch.tensor([3, 99, 0]), []
+    monkeypatch.setattr(rows, "_sent", lambda told: (told, lambda: bool(late)))
+    assert bank.ends_of(labels).tolist() == [[36, 48], [0, 0], [0, 12]]
+    late.append(True)
+    with pytest.raises(ValueError, match="Class 99 is not in the bank, which has 10 classes"):
+        bank.ends_of(labels[:1])
+    assert bank.ends_of(labels[:1]).tolist() == [[36, 48]]
+
+
+@pytest.mark.parametrize("samples", [8, 300])
+def test_nearest_rows_wait_once_for_all_samples(bank, samples, monkeypatch):
+    """Once for each 256 that need no second look, and once for all; not for each sample."""
+    x = torch.randn(samples, 4, 4, 4)
+    x[3] = torch.nan
+    # One look at bounds and one gathering for each 256, as an accelerator has it.
+    monkeypatch.setattr(nearest_rows, "_GATHER", {"cpu": 2**26})
+    with HostSyncs(OURS).counting() as syncs:
+        copies.nearest_rows(bank, x)
+    assert len(syncs.places) <= 1 + 2 * -(-samples // 256), syncs.places
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_no_grid_is_larger_than_cuda_allows(large, on_cuda, monkeypatch, labels):
+    """Neither by a class of a million rows nor by 70 000 queries."""
+    grids, launch = [], fused.launch
+
+    def noted(name, grid, *args):
+        grids.append(grid)
+        launch(name, grid, *args)
+
+    for module in (fused, all_rows):
+        monkeypatch.setattr(module, "launch", noted)
+    stagewise.Oracle(large[0]).posterior(large[1][:1], large[2][:1])
+    xt = torch.empty(70_000, 4, 4, 4, device="cuda")
+    asked = torch.zeros(70_000, dtype=torch.int64, device="cuda") if labels else None
+    stagewise.Oracle(on_cuda[0].bank).posterior(xt, xt[:, 0, 0, 0], asked)
+    assert max(grid[1] for grid in grids if len(grid) > 1) <= 65535
+    assert max(grid[0] for grid in grids) < 2**31
+    assert [1] in grids, "all of one call's queries"

@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 from PIL import Image
 
 import stagewise.recipes.conf
-from stagewise.latents import make_latents
+from stagewise.latents import make_latents, open_latents
+from stagewise.recipes import resume
+from stagewise.recipes.latents import LatentsData
 from stagewise.recipes.train import train
 
 FOLDER = Path(stagewise.recipes.conf.__file__).parent
@@ -139,6 +143,36 @@ def test_a_wrong_choice_is_refused(tmp_path):
         composed("scheme=mixx")
 
 
+PUBLISHED = Path("docs/imagenet.md").read_text() if Path("docs/imagenet.md").exists() else ""
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_plain_is_the_published_training(tmp_path, experiment):
+    """The tables of docs/imagenet.md, read from the resolved configuration."""
+    table = PUBLISHED.partition(
+        "| LightningDiT | public" if "vavae" in experiment else "| SiT | public"
+    )
+    rows = table[2].partition("\n\n")[0].splitlines()[2:]
+    said = [one for row in rows for one in re.findall(r"`([\w.]+)=(\S+?)`", row)]
+    assert len(said) >= len(rows) >= 12
+    places = [f"experiment={experiment}", "name=x", f"run_dir={tmp_path}", "data.latents.path=x"]
+    config = composed(*places, "callbacks=plain")
+    for key, value in said:
+        found = OmegaConf.select(config, key, throw_on_missing=True)
+        assert found == OmegaConf.create(f"x: {value}").x, key
+
+
+def test_the_average_begins_at_the_initial_weights(tmp_path, latents):
+    steps = ["callbacks=plain", "logger=csv", "trainer.max_steps=1", "module.lr=0.1"]
+    config = configuration(latents, tmp_path, *steps)
+    train(config)
+    last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    for name, after in last["current_model_state"].items():
+        if "final_layer.linear.weight" in name:  # zero at first
+            torch.testing.assert_close(last["state_dict"][name], after * 1e-4)
+            assert after.abs().max() > 0
+
+
 # -- training -------------------------------------------------------------------------------------
 
 
@@ -188,6 +222,8 @@ def test_every_format_is_trained_on(tmp_path, format):
             "logger=csv",
             "trainer.max_steps=2",
             "data.held_out=8",
+            "data.latents.flips=none",
+            f"data.latents.autoencoder={'null' if format in ('edm2', 'mar') else 'sd-vae'}",
             f"data.latents.format={format if format in ('repa', 'edm2') else 'null'}",
             "scheme.boundary=0.1",
         )
@@ -208,6 +244,15 @@ def test_every_format_is_trained_on(tmp_path, format):
         (["weights=nothing.pt"], FileNotFoundError, "no file of weights nothing.pt"),
         (
             ["data.latents.normalize=false", "data.latents.multiplier=7"],
+            ValueError,
+            "got both. Leave the first out: autoencoder=None",
+        ),
+        (
+            [
+                "data.latents.autoencoder=null",
+                "data.latents.normalize=false",
+                "data.latents.multiplier=7",
+            ],
             ValueError,
             "standard deviation about 1",
         ),
@@ -235,6 +280,26 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, latents):
     after = torch.load(tmp_path / "three/checkpoints/last.ckpt", weights_only=True)
     assert after["global_step"] == 1
     assert (tmp_path / "three/config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("channels", "right", "wrong", "cure"),
+    [
+        (4, {"autoencoder": "sd-vae"}, {}, "Say data.latents.autoencoder=sd-vae"),
+        (32, {}, {"autoencoder": "sd-vae"}, "Say data.latents.autoencoder=null"),
+    ],
+)
+def test_public_weights_want_the_scale_they_were_trained_at(
+    tmp_path, monkeypatch, channels, right, wrong, cure
+):
+    path = make_latents(tmp_path / "made", 300, (channels, 8, 8), 10)
+    (tmp_path / "public.pt").touch()
+    monkeypatch.setattr(resume, "load_public_weights", lambda *_: None)
+    module = SimpleNamespace(net=None)
+    data = [LatentsData(open_latents(path, **options), 10) for options in (right, wrong)]
+    resume.begin_with(module, tmp_path / "public.pt", data[0])
+    with pytest.raises(ValueError, match=cure):
+        resume.begin_with(module, tmp_path / "public.pt", data[1])
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, latents, monkeypatch):

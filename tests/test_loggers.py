@@ -7,6 +7,7 @@ import os
 import signal
 import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stagewise.callbacks import PosteriorMonitor
+from stagewise.callbacks.host import Host
 from stagewise.callbacks.writer import Writer, show_pictures
 
 MISSING = {
@@ -114,7 +116,9 @@ def write(make_trainer, tmp_path):
 
     def make(*loggers, name="watch"):
         trainer = make_trainer(logger=list(loggers))
-        found = Writer(trainer, name, tmp_path / "files")
+        host = Host()
+        host.loggers, host.folder = trainer.loggers, Path
+        found = Writer(host, name, tmp_path / "files")
         found.start([{"event": "header"}], resumed=False)
         return found, trainer
 

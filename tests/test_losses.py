@@ -72,6 +72,25 @@ def test_convention_is_applied_at_the_border():
     assert torch.equal(loss_fn.last.t, t)  # inside, t = 0 stays noise
 
 
+def test_the_cosine_term_is_lightningdits_and_keeps_the_conditional_target():
+    x1, net = torch.randn(6, 3, 2, 2), nn.Conv2d(3, 3, 1)
+    oracle = Oracle(LatentBank(x1 + 0.1), LinearPath())
+    scheme = Scheme(oracle, target=Mix(1.0), boundary=0.5)
+    times = torch.rand(6)
+    for given in (None, scheme):
+        x0 = torch.randn_like(x1)
+        with_term, without = (
+            FlowMatchingLoss(scheme=given, cosine=on)(lambda xt, t: net(xt), x1, x0=x0, t=times)
+            for on in (True, False)
+        )
+        xt = (1 - times.view(-1, 1, 1, 1)) * x0 + times.view(-1, 1, 1, 1) * x1
+        v, u = net(xt).double(), (x1 - x0).double()
+        cosine = (v * u).sum(1) / (v.square().sum(1) * u.square().sum(1)).sqrt()
+        torch.testing.assert_close(
+            (with_term - without).double(), (1 - cosine).mean(), rtol=1e-5, atol=1e-6
+        )
+
+
 def test_gradient_reaches_the_model_and_the_record_holds_none():
     net = nn.Linear(4, 4)
     loss_fn = FlowMatchingLoss()

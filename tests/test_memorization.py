@@ -13,8 +13,7 @@ from stagewise import LatentBank, Oracle
 from stagewise.callbacks import writer
 from stagewise.callbacks.figures import Column, grid_figure
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
-from stagewise.callbacks.metrics import CopyShare
-from stagewise.copies import binomial_interval
+from stagewise.copies import binomial_interval, copy_share
 from stagewise.losses import FlowMatchingLoss
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
@@ -222,12 +221,11 @@ def test_without_held_out_data_the_log_says_what_is_left_out(
     assert len(monitor.history[0]["copies"]) == 3
 
 
-def test_the_share_is_a_metric():
+def test_the_share_of_copies():
     ratio = torch.tensor([0.01, 0.32, 1 / 3, 0.34, 0.9, 1.0, torch.nan])
-    share = CopyShare()
-    share.update(ratio[:3])
-    share.update(ratio[3:])
-    found = share.compute()
+    sent = []
+    copy_share(ratio[:3], lambda own: sent.append(own) or own)
+    found = copy_share(ratio[3:], lambda own: own + sent[0])  # as over two ranks
     assert found["share"] == pytest.approx(2 / 6)
     assert (found["low"], found["high"]) == binomial_interval(2, 6)
     assert found["nonfinite"] == 1

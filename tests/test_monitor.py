@@ -348,7 +348,7 @@ def test_no_logger_writes_files_and_says_so(
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["stages.jsonl", *(f"{name}.png" for name in FIGURES)]
     )
-    assert f"files in {folder}; the trainer has no logger" in lightning_log.text
+    assert f"files in {folder}; there is no logger" in lightning_log.text
     header, probes = read_stages(folder)
     assert header["event"] == "bank"
     assert (header["rows"], header["shape"], header["classes"]) == (64, [6], 0)

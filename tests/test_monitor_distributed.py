@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from stagewise.callbacks import PosteriorMonitor
+from stagewise.callbacks.host import Host
 from stagewise.losses import FlowMatchingLoss
 
 out, devices = Path(sys.argv[1]), int(sys.argv[2])
@@ -50,15 +51,18 @@ class Listen(pl.Callback):
         self.shapes, self.computed = [], []
 
     def on_train_start(self, trainer, pl_module):
-        reduce = trainer.strategy.reduce
+        reduce = self.reduce = Host.reduce
 
-        def noted(value, *args, **kwargs):
-            if isinstance(value, torch.Tensor) and value.ndim == 3:
+        def noted(host, value, *args):
+            if host.world_size > 1 and value.ndim == 3:
                 self.shapes.append(list(value.shape))
                 self.computed.append(int((value[0] > 0).sum()))
-            return reduce(value, *args, **kwargs)
+            return reduce(host, value, *args)
 
-        trainer.strategy.reduce = noted
+        Host.reduce = noted
+
+    def on_train_end(self, trainer, pl_module):
+        Host.reduce = self.reduce
 
 
 def fit(*callbacks, logger=False, **options):

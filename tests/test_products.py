@@ -133,3 +133,48 @@ def test_rows_are_multiplied_in_their_own_type_where_that_pays():
     assert working_dtype(torch.float32, cuda) == torch.float32
     assert working_dtype(torch.float64, cpu) == torch.float64
     assert working_dtype(torch.bfloat16, cuda) in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [256, 4096])
+def test_what_tensor_cores_cut_off_is_within_what_is_said(dtype, dim):
+    """Emulated: 16 terms are added exactly to a sum, of which 24 digits are kept, towards 0."""
+    rows = torch.randn(64, dim).to(dtype)
+    query = torch.randn(64, dim, dtype=torch.float64)
+    query[:32] = rows[:32]
+    scale = query.abs().amax(1, keepdim=True)
+    product = torch.zeros(64, 64, dtype=torch.float64)
+    for part in products.split(query / scale, dtype):
+        total = torch.zeros_like(product)
+        for terms, some in zip(part.double().split(16, 1), rows.double().split(16, 1), strict=True):
+            exact = total + terms @ some.T
+            digit = 2.0 ** (exact.abs().clamp_min(1e-300).log2().floor() - 23)
+            total = (exact / digit).trunc() * digit
+        product += total
+    true = query @ rows.double().T
+    unit, growth = products.rounding(dtype, dim, truncates=True)
+    size = query.norm(dim=1)[:, None] * rows.double().norm(dim=1)
+    share = (product * scale - true) / (unit * size + growth * true.abs())
+    own, others = share[:32, :32].diagonal(), share[32:]
+    for some in (own, others):
+        assert 0.02 < some.square().mean().sqrt() < 1
+    before = products.rounding(torch.float16, dim)
+    without = own * growth / before[1]
+    assert dim < 4096 or without.square().mean().sqrt() > 1, "what is said without it is too small"
+
+
+@pytest.mark.parametrize("rows", [70, 64, 20])
+def test_a_long_product_is_a_sum_of_short_ones(monkeypatch, rows):
+    monkeypatch.setattr(products, "_LONG", 16)
+    left = torch.rand(3, rows).bfloat16()
+    right = torch.randn(rows, 5).bfloat16()
+    found = products.averages(left, right)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, left.float() @ right.float())
+
+
+def test_a_card_without_units_for_bfloat16_gets_float32(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(products, "_multiplies", lambda dtype: dtype == torch.float16)
+    assert products.working_dtype(torch.bfloat16, cuda) == torch.float32
+    assert products.working_dtype(torch.float16, cuda) == torch.float16

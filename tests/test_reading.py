@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stagewise.callbacks import PosteriorMonitor, bank_from_trainer
+from stagewise.callbacks.host import TrainerHost
 from stagewise.callbacks.training_bank import read_rows
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
@@ -175,10 +176,8 @@ class Take(pl.Callback):
     def on_train_start(self, trainer, pl_module):
         self.bank = bank_from_trainer(trainer, pl_module, **self.options)
         find = {"find": self.options["find"]} if "find" in self.options else {}
-        rows = (
-            read_rows(trainer, pl_module, trainer.train_dataloader, 12, seed=4, **find)[0]
-            for _ in range(2)
-        )
+        host = TrainerHost(trainer, pl_module)
+        rows = (read_rows(host, trainer.train_dataloader, 12, seed=4, **find)[0] for _ in range(2))
         self.first, self.second = rows
 
 

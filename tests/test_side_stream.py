@@ -53,9 +53,9 @@ def losses(log=None, target=None):
     if log is not None:
         ask = scheme._correction
 
-        def noted(*args):
+        def noted(*args, **known):
             log.append(f"{Stream.current[-1].name} asks")
-            return ask(*args)
+            return ask(*args, **known)
 
         scheme._correction = noted
 

@@ -256,7 +256,7 @@ def test_stop_and_resume_equals_not_stopping(
 def test_no_callback_is_forgotten():
     found = (getattr(callbacks, name) for name in callbacks.__all__)
     kinds = {kind for kind in found if isinstance(kind, type)}
-    assert kinds == {*MONITORS, StageScheme, callbacks.StageRun}
+    assert kinds == {*MONITORS, StageScheme, callbacks.StageRun, callbacks.Watch}
 
 
 def test_an_event_that_is_said_right_before_the_stop_is_heard_at_once(run, saved, oracle):

@@ -468,10 +468,10 @@ def test_a_step_on_cuda_waits_for_nothing():
     search.stop()
     network = search.result()
     edges, stages = torch.linspace(0, 1, 5).double(), torch.tensor([0, 0.3, 0.6, 1.0]).double()
-    record = TrainingRecord(network, edges, stages, torch.device("cpu"), 0)
+    record = TrainingRecord(network, edges, stages, torch.device("cpu"), lambda own: own, 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.net.cuda()
-        record.means.to("cuda")
+        record.sums = record.sums.to("cuda")
         for step in range(17):  # more than are added at a time
             x1 = torch.randn(64, 6, device="cuda")
             record.expect(lambda x1=x1: x1)
@@ -480,7 +480,7 @@ def test_a_step_on_cuda_waits_for_nothing():
             assert record._seen is not None
             record._note(torch.randn_like(x1))  # autograd has no fake device to run on
             record.finish(step)
-        assert record.means.total.device.type == "cuda"
+        assert record.sums.total.device.type == "cuda"
 
 
 def test_a_checkpoint_keeps_its_state_plain(fit, tmp_path):

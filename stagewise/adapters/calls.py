@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
+import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,6 +74,33 @@ class Call:
         return _names(self.module, self.spec)[0]
 
 
+Columns = tuple[tuple[int, int], ...]
+"""What a leaf of two axes is made of, in the order of its columns: leaves and their widths.
+
+The first part takes its place among the leaves, the others stand behind all.
+"""
+
+
+def apart(leaves: Sequence[Any], columns: Columns) -> list[Any]:
+    """Leaves with the parts of one that is made of columns."""
+    found = list(leaves)
+    if columns:
+        found += [None] * (len(columns) - 1)
+        parts = found[min(columns)[0]].split([width for _, width in columns], 1)
+        for (k, _), part in zip(columns, parts, strict=True):
+            found[k] = part
+    return found
+
+
+def joined(leaves: Sequence[Any], columns: Columns) -> list[Any]:
+    """Undoes `apart`."""
+    if not columns:
+        return list(leaves)
+    first, found = min(columns)[0], list(leaves[: len(leaves) - len(columns) + 1])
+    found[first] = torch.cat([leaves[k].to(leaves[first].dtype) for k, _ in columns], 1)
+    return found
+
+
 @dataclass(frozen=True)
 class Slots:
     """Where in the leaves of a call what lies.
@@ -80,13 +109,15 @@ class Slots:
         spec: The structure of `(args, kwargs)`.
         leaves: Its leaves; those below are replaced in a call of our own.
         x: The leaf that holds `x_t`.
-        time: The leaf that holds the time; -1: the last column of `x`.
+        time: The leaf that holds the time.
         labels: The leaf that holds the classes; None: there is none.
         one_hot: Whether these are one-hot.
         conditions: The other leaves with one entry for each sample, by their index, and those
             that hold some or are taken from the batch as they are.
         optional: Whether the module accepts something that it was not given in this call.
         size: How many samples there were.
+        autocast: The type that autocast computes in, None without it.
+        columns: How `x_t`, time and labels lie in one leaf; `leaves` has them `apart`.
     """
 
     spec: Any
@@ -98,13 +129,13 @@ class Slots:
     conditions: tuple[tuple[int, str], ...] = ()
     optional: bool = False
     size: int = 0
+    autocast: torch.dtype | None = None
+    columns: Columns = ()
 
     def read(self, leaves: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """`x`, (B, *), and time, (B,), of a call, the time in its own type."""
-        x = leaves[self.x]
-        if self.time < 0:
-            return x[:, :-1], x[:, -1]
-        return x, leaves[self.time].reshape(-1)
+        leaves = apart(leaves, self.columns)
+        return leaves[self.x], leaves[self.time].reshape(-1)
 
     def kept(self, leaves: Sequence[Any]) -> Slots:
         """The same with the leaves as they are reused.
@@ -118,9 +149,11 @@ class Slots:
             else (leaf[:1].clone() if k in taken else leaf).detach()
             if isinstance(leaf, Tensor)
             else leaf
-            for k, leaf in enumerate(leaves)
+            for k, leaf in enumerate(apart(leaves, self.columns))
         )
-        return replace(self, leaves=kept)
+        kind = kept[self.x].device.type
+        on = torch.is_autocast_enabled(kind)
+        return replace(self, leaves=kept, autocast=torch.get_autocast_dtype(kind) if on else None)
 
 
 @dataclass(frozen=True)
@@ -149,7 +182,7 @@ def readings(
 ) -> Iterator[Reading]:
     """All ways to read `x_t` and a time out of a call, but for `x_1` itself as `x_t`."""
     size = len(x1)
-    for slots in _places(call, shape, size):
+    for slots in _places(call, shape, size, labels):
         x, time = slots.read(call.leaves)
         moments = len(torch.unique(time))
         if moments == 1 < size or (labels is not None and _equal(time, labels)):
@@ -170,17 +203,39 @@ def is_same(x: Any, x1: Tensor) -> bool:
     return isinstance(x, Tensor) and x.shape == x1.shape and torch.equal(x, x1.to(x.dtype))
 
 
-def _places(call: Call, shape: tuple[int, ...] | None, size: int) -> Iterator[Slots]:
+def _places(
+    call: Call, shape: tuple[int, ...] | None, size: int, labels: Tensor | None
+) -> Iterator[Slots]:
     for i, x in enumerate(call.leaves):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or len(x) != size:
             continue
-        if x.ndim == 2 and x.shape[1] > 1 and shape in (None, (size, x.shape[1] - 1)):
-            yield Slots(call.spec, (), i, -1)
+        for columns in _columns(i, len(call.leaves), x, shape, labels) if x.ndim == 2 else ():
+            yield Slots(call.spec, (), i, len(call.leaves), columns=columns)
         if shape is not None and tuple(x.shape) != shape:
             continue
         for j, leaf in enumerate(call.leaves):
             if j != i and _one_each(leaf, size):
                 yield Slots(call.spec, (), i, j)
+
+
+def _columns(
+    i: int, count: int, x: Tensor, shape: tuple[int, ...] | None, labels: Tensor | None
+) -> Iterator[Columns]:
+    """How the columns of leaf `i` of `count` may be `x_t`, a time and, if any are left, labels."""
+    width = x.shape[1] - 1 if shape is None else math.prod(shape[1:])
+    parts = [(i, width), (count, 1)]
+    left = x.shape[1] - width - 1
+    if width < 1 or left < 0 or (shape is not None and len(shape) != 2):
+        return
+    if not left:
+        yield tuple(parts)
+        return
+    for columns in (
+        itertools.permutations([*parts, (count + 1, left)]) if labels is not None else ()
+    ):
+        rest = apart([None] * i + [x] + [None] * (count - i - 1), columns)[count + 1]
+        if max(_agreement(rest, labels, one_hot=one_hot) for one_hot in (False, True)) > 0:
+            yield columns
 
 
 def _one_each(leaf: Any, size: int) -> bool:
@@ -224,7 +279,7 @@ def _names(module: nn.Module, spec: Any) -> tuple[list[str], bool]:
 
 def conditioning(call: Call, slots: Slots, labels: Tensor | None, batch: Any = None) -> Slots:
     """The same slots with the leaf that holds the labels, and what else is one for each sample."""
-    leaves, size, others = call.leaves, len(call.leaves[slots.x]), []
+    leaves, size, others = apart(call.leaves, slots.columns), len(call.leaves[slots.x]), []
     best = -1
     found: tuple[int | None, bool] = None, False
     parts = [part for part in pytree.tree_leaves(batch) if part is not None]
@@ -240,6 +295,7 @@ def conditioning(call: Call, slots: Slots, labels: Tensor | None, batch: Any = N
             if agree > best:
                 best, found = agree, (k, one_hot)
     names, empty = _names(call.module, call.spec)
+    names += [names[slots.x]] * (len(leaves) - len(names))
     if found[0] is None and labels is not None:  # those of the whole batch may be dropped
         dropped = (k for k in others if names[k] in LABEL_NAMES and _is_constant(leaves[k]))
         found = next(dropped, None), False
@@ -261,13 +317,15 @@ def moved(call: Call, before: Slots) -> Slots | None:
 
     None if it is given neither more nor less than before, or not `x_t` and time.
     """
+    if before.columns:
+        return None
     old = [leaf is None for leaf in before.leaves]
     if call.spec == before.spec and [leaf is None for leaf in call.leaves] == old:
         return None
     names, called = call.names, _names(call.module, before.spec)[0]
 
     def at(k: int) -> int:  # several leaves may go by one name
-        return names.index(called[k]) + k - called.index(called[k]) if k >= 0 else k
+        return names.index(called[k]) + k - called.index(called[k])
 
     try:
         slots = Slots(call.spec, (), at(before.x), at(before.time))

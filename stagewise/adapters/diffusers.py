@@ -31,6 +31,7 @@ def diffusers_target(
     scheme: Scheme | Phases,
     *,
     labels: Labels | None = None,
+    condition: Tensor | None = None,
     prediction: PredictionKind = "velocity",
 ) -> Tensor:
     """What to regress on in place of `noise - model_input`.
@@ -47,6 +48,8 @@ def diffusers_target(
         labels: The class of each sample, (B,); default None: the scheme looks them up if it needs
             them. These scripts condition on text: a scheme that mixes over a bank without classes
             is refused unless it says class_wise=False, "my model ignores its conditions".
+        condition: For a scheme with a kernel on it: what the model is given, (B, *), such as pooled
+            text embeddings.
         prediction: "velocity" for the target `noise - model_input`, the default; "data" for
             `model_input`.
 
@@ -75,11 +78,18 @@ def diffusers_target(
         )
     for part in parts(scheme):
         told = part.target is None or part.class_wise or part.unconditional
+        told |= part.oracle is not None and part.oracle.condition is not None
         if labels is None and not told:
             raise unknown_conditions("none, and a bank without classes")
     y = model_input if prediction == "data" else model_input - noise
     target, _ = scheme(
-        y, xt=noisy, t=1 - sigmas.flatten(), x1=model_input, labels=labels, prediction=prediction
+        y,
+        xt=noisy,
+        t=1 - sigmas.flatten(),
+        x1=model_input,
+        labels=labels,
+        condition=condition,
+        prediction=prediction,
     )
     return target if prediction == "data" else -target
 

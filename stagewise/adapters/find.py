@@ -12,6 +12,7 @@ from stagewise.adapters.diffusers import FlowMatchScheduler
 from stagewise.adapters.edm import EDMLoss
 from stagewise.adapters.flow_matching import FlowMatching
 from stagewise.adapters.objective import Objective
+from stagewise.adapters.stage_target import ByHand
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
 from stagewise.paths import DIFFUSERS, STAGEWISE, Convention, LinearPath, Path, same_path
@@ -25,7 +26,7 @@ __all__ = [
     "training_path",
 ]
 
-_KINDS = (Objective, TorchCFM, FlowMatching, Transport, EDMLoss, FlowMatchScheduler)
+_KINDS = (Objective, ByHand, TorchCFM, FlowMatching, Transport, EDMLoss, FlowMatchScheduler)
 """All seams that are known. Another library is a file of this folder and an entry here."""
 
 _LEAVES = (

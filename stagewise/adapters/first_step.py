@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam, Seen, looks
+from stagewise.adapters.batch_conditions import BatchConditions
 from stagewise.adapters.find import assumed_seams
 from stagewise.adapters.fitting import factor_of
 from stagewise.adapters.hooks import CallHook
@@ -26,7 +27,8 @@ from stagewise.adapters.rows import labels_of_rows, place_of, same
 from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
 from stagewise.batches import FindSample, describe, find_checked, leaves_of, unused_in
-from stagewise.noise import NoiseSums, check_noise
+from stagewise.condition import Condition
+from stagewise.noise import NoiseSums, is_noise
 from stagewise.paths import Path
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_network
@@ -85,6 +87,7 @@ class FirstStep:
         self._kept: set[str] = set()  # what each step changes in place
         self._follows = self._finished = False
         self._later: CallHook | None = None
+        self._given = BatchConditions()
         self._on_seen: Callable[[Tensor], None] | None = None
         self._forget()
         self._detach = [seam.observe(self._teller(seam)) for seam in able if seam.observable]
@@ -158,7 +161,7 @@ class FirstStep:
             if self._finished:
                 return
             if seen.x0 is not None and self.x1 is not None and self.changed(seen.x1):
-                noise_last = not _is_noise(seen.x0) and _is_noise(seen.x1)
+                noise_last = not is_noise(seen.x0) and is_noise(seen.x1)
                 self.swapped = noise_last or factor_of(seen.x0, self.x1) is not None
             else:
                 self.swapped = False
@@ -322,11 +325,21 @@ class FirstStep:
 
         None if it cannot be said; see `labels_of_rows`.
         """
-        if self.x1 is None or self.labels is None or self.batch is None:  # as in validation
+        own = None if self.labels is None else self._own()
+        if own is None or own[1] is None:
             return None
-        now = find_checked(self._find, self.batch) if self._finished else (self.x1, self.labels)
-        labels = now[1]
-        return None if labels is None else labels_of_rows(x1, now[0], labels, self._bank())
+        return labels_of_rows(x1, own[0], own[1], self._bank())
+
+    def condition_for(self, condition: Condition, x1: Tensor) -> Tensor | None:
+        """The conditions, (n, *), of such samples; None if it cannot be said."""
+        own, as_is = self._own(), self._finished and not self._follows
+        return self._given.of_rows(condition, self.batch, own or (x1, None), x1, as_is)
+
+    def _own(self) -> tuple[Tensor, Tensor | None] | None:
+        """x_1 and labels of the present batch, None if there is none, as in validation."""
+        if self.x1 is None or self.batch is None:
+            return None
+        return find_checked(self._find, self.batch) if self._finished else (self.x1, self.labels)
 
     def place(self, tensor: Tensor | None) -> str:
         """Where a tensor lies in the present batch, as one would write it; empty if it does not."""
@@ -364,11 +377,14 @@ class FirstStep:
     def check_conditions(self, scheme: Scheme | Phases) -> str:
         """Holds what the network is given against the rows that the targets of a scheme are of.
 
-        Returns:
-            A warning if the network was not recognised, or else an empty text.
+        Returns a warning if that cannot be said for sure, or else an empty text.
         """
         labelled = None if self.network is None else self.network.conditional
-        return check_network(parts(scheme), self.conditions, labelled)
+        warning = check_network(parts(scheme), self.conditions, labelled)
+        own = self._own()
+        if warning or self.network is None or own is None:
+            return warning
+        return self._given.unlike(parts(scheme), self.network, self.batch, own)
 
 
 def _no_bank() -> None:
@@ -378,14 +394,6 @@ def _no_bank() -> None:
 def _version(x: Tensor) -> int:
     """Grows with each change in place."""
     return 0 if x.is_inference() else x._version
-
-
-def _is_noise(x: Tensor) -> bool:
-    try:
-        check_noise(x)
-    except ValueError:
-        return False
-    return True
 
 
 def _label(x: Tensor) -> bool:

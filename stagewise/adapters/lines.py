@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from stagewise.adapters.calls import Call, Reading
+from stagewise.adapters.calls import Call, Reading, apart
 from stagewise.paths import Convention
 
 __all__ = ["call_text", "guessed_line", "velocity_line", "where"]
@@ -22,19 +22,20 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t") -> str:
 
     What cannot be written, such as a text, stands there by the name of its parameter.
     """
-    leaves, slots, seam = call.leaves, reading.slots, reading.seam
+    slots, seam = reading.slots, reading.seam
+    leaves = apart(call.leaves, slots.columns)
     x, time = seam.written or ("xt", _time_text(seam.convention, turned))
     texts = {slots.x: x}
-    if slots.time < 0:
-        texts[slots.x] = f"torch.cat([xt, ({time})[:, None]], 1)"
-    else:
-        sides = leaves[slots.time].ndim - 1
-        texts[slots.time] = f"({time}).reshape(-1{', 1' * sides})" if sides else time
+    sides = leaves[slots.time].ndim - 1
+    texts[slots.time] = f"({time}).reshape(-1{', 1' * sides})" if sides else time
     if slots.labels is not None:
         like = leaves[slots.labels]
         texts[slots.labels] = "labels[:, None]" if like.ndim > 1 else "labels"
         if slots.one_hot:
             texts[slots.labels] = f"nn.functional.one_hot(labels, {like.shape[1]}).to(xt)"
+    if slots.columns:
+        parts = ", ".join(texts[k] for k, _ in slots.columns)
+        leaves, texts = call.leaves, {slots.x: f"torch.cat([{parts}], 1)"}
     sign = "" if seam.convention.sign == 1 else "-"
     text = f"{sign}{call_text(call, {id(leaves[k]): text for k, text in texts.items()})}"
     if seam.prediction.kind != "velocity":

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam
-from stagewise.adapters.calls import Call, Slots, conditioning, moved, rows_of
+from stagewise.adapters.calls import Call, Slots, conditioning, joined, moved, rows_of
 from stagewise.adapters.lines import where
 
 __all__ = ["Network", "tensor_of"]
@@ -61,6 +61,16 @@ class Network:
         """The same network in a copy of the module that was searched."""
         return Network(root.get_submodule(self.name), self.name, self.seam, self._slots)
 
+    def is_given(self, condition: Tensor) -> bool:
+        """Whether it was given that of the first batch, (B, *); some may have been dropped."""
+        for k, _ in self._slots.conditions:
+            leaf = self._slots.leaves[k]
+            if isinstance(leaf, Tensor) and leaf.numel() == condition.numel():
+                alike = leaf.reshape(condition.shape).to(condition) == condition
+                if 2 * int(alike.flatten(1).all(1).sum()) >= len(condition):
+                    return True
+        return False
+
     def __call__(self, xt: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The velocity at noisy samples, in the library's convention; with a graph if grad is on.
 
@@ -82,12 +92,8 @@ class Network:
             leaves[k] = value.to(leaves[k].dtype).reshape(-1, *leaves[k].shape[1:])
 
         x, time = self.seam.to_network(xt, t)
-        if slots.time < 0:
-            like = leaves[slots.x]
-            leaves[slots.x] = torch.cat([x.to(like.dtype), time[:, None].to(like.dtype)], 1)
-        else:
-            leaves[slots.x] = x.to(leaves[slots.x].dtype)
-            put(slots.time, time)
+        leaves[slots.x] = x.to(leaves[slots.x].dtype)
+        put(slots.time, time)
         if slots.labels is not None:
             if labels is None:
                 raise ValueError(f"{self.describe()} is given labels, and there are none here.")
@@ -97,8 +103,11 @@ class Network:
         rows = [k % slots.size for k in range(len(xt))] if slots.conditions else []
         for k, _ in slots.conditions:
             leaves[k] = rows_of(leaves[k], slots.size, rows)
-        args, kwargs = pytree.tree_unflatten(leaves, slots.spec)
-        return self.velocity(self.module(*args, **kwargs), xt, t)
+        args, kwargs = pytree.tree_unflatten(joined(leaves, slots.columns), slots.spec)
+        kind = leaves[slots.x].device.type
+        with torch.autocast(kind, slots.autocast, enabled=slots.autocast is not None):
+            output = self.module(*args, **kwargs)
+        return self.velocity(output, xt, t)
 
     def velocity(self, output: Any, xt: Tensor, t: Tensor) -> Tensor:
         """What an answer of the network stands for, (B, *), float32."""

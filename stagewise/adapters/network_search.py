@@ -178,7 +178,7 @@ class NetworkSearch:
             or the function makes several calls or none.
         """
         first, calls = self.first, []
-        if first is None or first.inner or first.reading.slots.time < 0:
+        if first is None or first.inner or first.reading.slots.columns:
             return ""
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -306,6 +306,9 @@ class NetworkSearch:
         given = _answers(output)
         if given and not any(tensor.requires_grad for tensor in given):
             return
+        for tensor in given:
+            if tensor.requires_grad:  # for who asks after the backward pass
+                tensor.retain_grad()
         match.made = args, kwargs, output
         alike = any(tensor.shape == match.x1.shape for tensor in given)
         match.inner = not alike and any(outer for *_, outer in self._calls)
@@ -329,7 +332,7 @@ class NetworkSearch:
             return
         start, _, inner = first.line.partition("labels: ")
         known = {id(answer): inner, id(first.call.leaves[slots.x]): "xt"}
-        if slots.time >= 0:
+        if not slots.columns:
             known[id(first.call.leaves[slots.time])] = "t"
         self._goes_on = call.name, f"{start}labels: {call_text(call, known)}"
 

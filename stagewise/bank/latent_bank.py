@@ -50,6 +50,9 @@ class LatentBank(RowStore):
             copy when no labels are given and `dtype` is theirs already: do not change them in place
             afterwards.
         labels: Class of each sample, (N,) or (N, 1), any whole numbers; default None (no classes).
+        conditions: What the model is given for each sample beside time and class (text embeddings,
+            observations, one-hot), (N, *), for a `ConditionedOracle`; default None. Files of banks
+            do not hold them: `LatentBank.open(path).with_conditions(c)`.
         dtype: Storage: float32, float64, bfloat16 or float16; default that of `x`. A 16-bit bank
             halves the memory and *is* the data set, rounded relative to the distance from the
             mean, that the posterior is about.
@@ -69,6 +72,7 @@ class LatentBank(RowStore):
         mean_sq_norm: Mean of `sq_norms`, (), float64.
         radius: The largest such distance (not squared).
         max_norm: An upper bound on the norm of a sample.
+        conditions: Those of the rows, (N, C), in the bank's own order, or None.
         std: Standard deviation of all numbers in the bank around their one mean.
         classes: The classes, ascending; empty without labels.
 
@@ -85,11 +89,14 @@ class LatentBank(RowStore):
         (100, 256, (4, 8, 8), 10)
     """
 
+    conditions: Tensor | None = None
+
     def __init__(
         self,
         x: Tensor | np.ndarray,
         labels: Tensor | np.ndarray | None = None,
         *,
+        conditions: Tensor | np.ndarray | None = None,
         dtype: torch.dtype | None = None,
         offset: Tensor | None = None,
     ) -> None:
@@ -108,6 +115,33 @@ class LatentBank(RowStore):
             sort_in_place(rows, index)
         super().__init__(rows, offset, tuple(x.shape[1:]), index, segments)
         self._measure(given.dtype != dtype)
+        if conditions is not None:
+            self.conditions = self._in_order(conditions)
+
+    def with_conditions(self, conditions: Tensor | np.ndarray) -> LatentBank:
+        """The same rows, without a copy, with the condition of each.
+
+        Args:
+            conditions: (N, *), in the order in which the bank was built (see `index`).
+
+        Raises:
+            ValueError: If there is another number of them, or one is not finite.
+        """
+        bank = self._moved(lambda value: value)
+        bank._file, bank.conditions = self._file, self._in_order(conditions)
+        return bank
+
+    def _in_order(self, conditions: Tensor | np.ndarray) -> Tensor:
+        c = as_tensor(conditions, "conditions").detach()
+        if not c.ndim or len(c) != len(self):
+            raise ValueError(
+                f"Expected `conditions` with shape ({len(self)}, *), one for each row, got "
+                f"{tuple(c.shape)}."
+            )
+        c = (c if c.is_floating_point() else c.float()).reshape(len(c), -1)
+        if not c.isfinite().all():
+            raise ValueError("Expected finite `conditions`, got NaN or Inf.")
+        return c if self.index is None else c[self.index.to(c.device)]
 
     @classmethod
     def _of(cls, *parts: Any) -> LatentBank:
@@ -229,7 +263,9 @@ class LatentBank(RowStore):
         labels = torch.tensor(self.labels_of(at.tolist())) if self._segments else None
         _, segments = class_order(labels, len(at))
         stored = self.rows[at].cpu()
-        return self._of(stored, self.offset.cpu(), self.shape, None, segments)._measure()
+        part = self._of(stored, self.offset.cpu(), self.shape, None, segments)._measure()
+        part.conditions = None if self.conditions is None else self.conditions[at].cpu()
+        return part
 
     def save(self, path: FilePath) -> None:
         """Writes the bank to a safetensors file, a chunk at a time, for `open`.
@@ -269,6 +305,8 @@ class LatentBank(RowStore):
 
     def __repr__(self) -> str:
         classes = f", {len(self._segments)} classes" if self._segments else ""
+        if self.conditions is not None:
+            classes += f", conditions of {self.conditions.shape[1]} numbers"
         return (
             f"LatentBank({len(self)} rows of shape {self.shape}{classes}, {self.dtype}, "
             f"{self.residency}, {format_bytes(self.nbytes)})"

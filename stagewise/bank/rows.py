@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -17,7 +18,22 @@ from stagewise.bank.row_keys import digest, find_rows, row_keys
 from stagewise.bank.streaming import MappedFile, stream
 from stagewise.memory import available_memory, format_bytes, oracle_device
 
-__all__ = ["RowStore"]
+__all__ = ["KNOWN", "NO_LABEL", "NO_SOURCE", "NO_TIME", "RowStore"]
+
+KNOWN = -(2**63)
+"""What stands for a label that is known."""
+
+NO_TIME, NO_SOURCE, NO_LABEL = KNOWN + 1, KNOWN + 2, KNOWN + 3
+"""What stands for a time and a source out of range, and for a class that nobody knows."""
+
+_REFUSED = {
+    NO_TIME: "Expected `t` in [0, 1] with t = 0 noise and t = 1 data, got others.",
+    NO_SOURCE: "Expected `source` below the number of rows of the bank, got others.",
+    NO_LABEL: (
+        "Expected `labels`: the class of a sample cannot be looked up, as it is no row of this "
+        "bank. Give the labels of the batch: classes=y to a FlowMatchingLoss, labels=y to a scheme."
+    ),
+}
 
 Self = TypeVar("Self", bound="RowStore")
 
@@ -46,6 +62,7 @@ class RowStore:
         self._fingerprint: str | None = None
         self._sorted_keys: dict[torch.dtype | None, tuple[Tensor, Tensor]] = {}
         self._class_table: dict[torch.device, Tensor] = {}
+        self._unknown: deque[tuple[Tensor, Callable[[], bool]]] = deque()
         self.shifted = bool(offset.any())
 
     def __len__(self) -> int:
@@ -137,14 +154,42 @@ class RowStore:
         """First row and end of the class of each label, (B, 2), int64, without a device sync.
 
         Args:
-            labels: (B,), int64. An unknown one ends the process, as a device-side assertion does.
+            labels: (B,), int64. One that is not in the bank has no rows: on an accelerator its
+                posterior is NaN, and the first call after the device has found it out raises.
+
+        Raises:
+            ValueError: If a label of this call, or on an accelerator of one before, is unknown.
         """
+        self._require_known()
         table = self.class_table(labels.device)
         at = torch.searchsorted(table[:, 0].contiguous(), labels).clamp_max(len(table) - 1)
         found = table[at]
-        message = f"Expected labels among the {len(table)} classes of the bank"
-        torch._assert_async((found[:, 0] == labels).all(), message)
-        return found[:, 1:].contiguous()
+        known = found[:, 0] == labels
+        self.report(torch.where(known, KNOWN, labels))
+        if labels.device.type == "cpu":
+            self._require_known()
+        return found[:, 1:].where(known[:, None], 0)
+
+    def report(self, told: Tensor) -> None:
+        """Has the next calls refuse what is wrong with samples, (B,), int64; waits for nothing.
+
+        Args:
+            told: The label of each sample if it is unknown, or else `KNOWN`; `NO_TIME`,
+                `NO_SOURCE` or `NO_LABEL`.
+        """
+        self._require_known()
+        if sent := _sent(told.amax()):
+            self._unknown.append(sent)
+
+    def _require_known(self) -> None:
+        """Refuses a label that was found to be unknown; waits for nothing."""
+        while self._unknown and self._unknown[0][1]():
+            label = int(self._unknown.popleft()[0])
+            if label != KNOWN:
+                self._unknown.clear()
+                if label in _REFUSED:
+                    raise ValueError(_REFUSED[label])
+                self.segment(label)
 
     def labels_of(self, rows: Sequence[int]) -> list[int]:
         """The class of each of `rows` (own order), as Python integers, without a device sync."""
@@ -307,19 +352,34 @@ class RowStore:
     def _moved(self: Self, move: Callable[[Tensor], Tensor]) -> Self:
         moved = object.__new__(type(self))
         moved.__dict__.update(self.__dict__, _file=None, _sorted_keys={}, _class_table={})
+        moved._unknown = deque()
         for name, value in self.__dict__.items():
             if isinstance(value, Tensor):
                 setattr(moved, name, move(value))
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_sorted_keys": {}, "_class_table": {}}  # made again when asked for
+        # Made again when asked for.
+        return self.__dict__ | {"_sorted_keys": {}, "_class_table": {}, "_unknown": deque()}
 
     def __copy__(self: Self) -> Self:
         return self
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         return self
+
+
+def _sent(told: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
+    """A number on its way to the host, and what says whether it is there; None if none goes."""
+    if not told.is_cuda:
+        return told, lambda: True
+    if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+        return None  # fake tensors, or a graph, which has no next call
+    there = torch.empty_like(told, device="cpu", pin_memory=True)
+    there.copy_(told, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return there, event.query
 
 
 def _as_real(value: Tensor, like: Tensor) -> bool:

@@ -43,7 +43,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from stagewise.bank import LatentBank
-from stagewise.engines import fused
+from stagewise.engines import all_rows, fused
 from stagewise.engines.base import NOTHING, Engine
 from stagewise.engines.log_weights import CACHED, LogWeights
 from stagewise.posterior import UNDERFLOW, Posterior, Rest, posterior_of, put
@@ -114,16 +114,37 @@ class Exact(Engine):
 
     @override
     def reads_ends(self, bank: LatentBank, device: torch.device, count: int) -> bool:
-        return self.precision != "float64" and fused.serves(bank, device, count)
+        plain = self.precision != "float64" and self.chunk_size is None
+        return plain and count > 0 and fused.serves(bank, device)
 
     @override
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
-        class_wise = queries.segments is None or bank.whole not in queries.segments
-        if class_wise and self.reads_ends(bank, queries.xt.device, len(queries)):
-            found = fused.posterior(bank, queries, k)
+        if self.reads_ends(bank, queries.xt.device, len(queries)):
+            found = fused.runs(self._by_kernels, bank, queries, k)
             if found is not None:
                 return found
         return in_blocks(bank, queries.on_host(), lambda some: self.solve(bank, some, k))
+
+    def _by_kernels(self, bank: LatentBank, queries: Queries, k: int) -> Posterior:
+        every, segments = range(len(queries)), queries.segments
+        if segments is None:
+            return self._of_width(bank, queries, k, bank.largest_class)
+        # Queries of classes read these alone, whoever asks beside them.
+        few, many = ([i for i in every if (segments[i] == bank.whole) == all_] for all_ in (0, 1))
+        parts = [
+            self._of_width(bank, some, k, max(some.sizes))
+            for some in (queries.select(at) for at in (few, many) if at)
+        ]
+        return Posterior.cat(parts, [*few, *many])
+
+    def _of_width(self, bank: LatentBank, queries: Queries, k: int, width: int) -> Posterior:
+        if fused.by_rows(bank, len(queries), width) or len(bank) <= 2 * max(all_rows.LEADING, k):
+            return fused.posterior(bank, queries, k, width)
+        rtol = self._rtol(bank.dtype) if self.precision == "auto" else None
+        return all_rows.posterior(bank, queries, k, rtol)
+
+    def _rtol(self, dtype: torch.dtype) -> float:
+        return self.rtol or (1e-5 if dtype == torch.float32 else 1e-4)
 
     def solve(
         self,
@@ -147,10 +168,9 @@ class Exact(Engine):
         found = LogWeights(bank, queries, dtype, table=table, chunk_size=size)
         if self.precision != "auto" or dtype == torch.float64:
             return finish(found, Leading.of(found, k, MORE))
-        rtol = self.rtol or (1e-5 if dtype == torch.float32 else 1e-4)
         leading = Leading.of(found, k, FEW)
         post = finish(found, leading)
-        wrong = indices_of(~(_error(found, leading, post) <= rtol))
+        wrong = indices_of(~(_error(found, leading, post) <= self._rtol(dtype)))
         if not wrong:
             return post
         some, rows = queries.select(wrong), None if table is None else table[queries.place(wrong)]

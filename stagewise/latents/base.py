@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,6 +87,8 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     ambiguous: ClassVar[str] = ""  # what to say if `looks_like` does not tell the format
     is_file: ClassVar[bool | None] = False  # or a folder; None is either
     takes_multiplier: ClassVar[bool] = False
+    # By autoencoder, `normalize` and `multiplier` that bring its rows to the scale of training.
+    scales: ClassVar[Mapping[str, tuple[bool, float | None]]] = {}
     needs_labels: ClassVar[bool] = False
     moments: Literal["std", "logvar"] | None = None
     has_flips = False

@@ -33,6 +33,7 @@ class FastDiT(PerFile):
     name = "fast-DiT"
     looks_like = "*_features/0.npy ... and *_labels/0.npy ..."
     takes_multiplier = True
+    scales = {"sd-vae": (True, None)}
     cures = (
         "fast-DiT writes rows that are scaled; these are not: multiplier=0.18215. ",
         "They may have been scaled twice: multiplier=1 / 0.18215. ",

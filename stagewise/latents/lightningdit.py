@@ -46,7 +46,7 @@ _STATS = "latents_stats.pt"
 _NOT_NORMALISED = (
     "Nothing brings the rows to the scale of training: normalize=True for VA-VAE, "
     "multiplier=0.18215 for Stable Diffusion's autoencoder. ",
-    "They were scaled before they were written: multiplier=1.0. ",
+    "They were scaled before they were written: multiplier=1.0, and no `autoencoder`. ",
 )
 
 
@@ -57,6 +57,7 @@ class LightningDiT(Latents):
     looks_like = "*.safetensors shards and latents_stats.pt"
     is_file = None
     takes_multiplier = True
+    scales = {"sd-vae": (False, 0.18215)}
     needs_labels = True
     scale_range = 1.4  # divided by their own standard deviation, rows are at 1
     cures = (

@@ -157,6 +157,7 @@ class REPA(_MeanStd):
 
     name = "REPA"
     scaling = SD_VAE
+    scales = {"sd-vae": (True, None)}
     cures = ('Files of EDM2 have the same names and another scale: format="edm2". ',) * 2
 
     @override

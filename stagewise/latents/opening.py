@@ -42,6 +42,7 @@ def open_latents(
     num_classes: int | None = None,
     normalize: bool = True,
     multiplier: float | None = None,
+    autoencoder: str | None = None,
     expected_std: float | None = None,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> Latents:
@@ -63,6 +64,9 @@ def open_latents(
         normalize: LightningDiT: whether rows are normalised by `latents_stats.pt`, default True.
         multiplier: What rows are multiplied by: LightningDiT, fast-DiT and plain files. Default 1;
             with normalize=False it must be said, 0.18215 for Stable Diffusion's autoencoder.
+        autoencoder: "sd-vae": rows are of Stable Diffusion's autoencoder, and training is on
+            0.18215 times what it gives, as SiT's, DiT's and REPA's is, in whatever format they
+            are. Takes the place of `normalize` and `multiplier`. Default None: as the format does.
         expected_std: Standard deviation that samples have, for the check of scale; default 1, and
             0.5 for EDM2.
         on_error: "raise" (default), or "skip": files that are truncated or damaged are named in
@@ -88,6 +92,18 @@ def open_latents(
         raise FileNotFoundError(f"Expected a folder or file of latents, got {path}: no such path.")
     format = format or _recognise(path)  # noqa: A001 - as above
     kind = FORMATS[format]
+    if autoencoder is not None:
+        if multiplier is not None or not normalize:
+            raise ValueError(
+                f"Expected either autoencoder={autoencoder!r}, which says the scale, or "
+                "`normalize` and `multiplier`, got both. Leave the first out: autoencoder=None."
+            )
+        if autoencoder not in kind.scales:
+            raise ValueError(
+                f"Expected `autoencoder` among {sorted(kind.scales)} for {format}, whose rows are "
+                f"at another scale, got {autoencoder!r}. Leave it out: autoencoder=None."
+            )
+        normalize, multiplier = kind.scales[autoencoder]
     if multiplier is not None and not kind.takes_multiplier:
         raise ValueError(
             f"Expected no `multiplier` for {format}, which has its own scale, got {multiplier}."

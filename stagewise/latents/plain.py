@@ -48,6 +48,7 @@ class Plain(Latents):
     looks_like = "one file: .safetensors, .npy, .npz or .pt"
     is_file = True
     takes_multiplier = True
+    scales = {"sd-vae": (True, None)}
     cures = (
         "A plain file is taken as scaled; these rows are not: normalise them, or "
         "multiplier=0.18215 if they come from Stable Diffusion's autoencoder. ",

@@ -22,6 +22,9 @@ def unknown_conditions(what: str) -> ValueError:
         f"Expected a target for the conditions of the model, got {what}. A conditioned model "
         "should predict the mean over the data of its condition: the mean over other rows moves "
         "what it learns. For classes give the bank the labels of its rows, LatentBank(x, labels); "
+        "for text, observations and the like weigh its rows by a kernel, as an approximation, "
+        "ConditionedOracle(LatentBank(x, conditions=c), path, Condition(bandwidth=...)), in a "
+        "trainer StageScheme(target=..., condition=Condition(bandwidth=...)); "
         "if the model ignores its conditions, say Scheme(..., class_wise=False); otherwise steer "
         "without a target, Scheme(timesteps=..., weight=...)."
     )
@@ -49,7 +52,7 @@ def check_conditions(
             left.append(value)
         else:
             found = own
-    if left:
+    if left and (scheme.oracle is None or scheme.oracle.condition is None):
         raise unknown_conditions(
             f"{str(left[0].dtype).removeprefix('torch.')} of shape {tuple(left[0].shape)}, which "
             "are not the class of each sample"
@@ -68,6 +71,14 @@ def check_network(schemes: Sequence[Scheme], given: tuple[str, ...], labelled: b
         A warning if nothing is known of what it is given, or else an empty text.
     """
     mixing = [scheme for scheme in schemes if scheme.target is not None]
+    kernels = [s.oracle.condition for s in mixing if s.oracle and s.oracle.condition]
+    if kernels and len(kernels) == len(mixing):
+        if given or labelled is None:
+            return ""
+        return (
+            f"the network is given nothing beside x_t and t but classes, and its targets are "
+            f"those of a model that is given a condition, {kernels[0]!r}. Leave that out."
+        )
     if all(scheme.unconditional for scheme in mixing):
         return ""
     if not given and labelled is None:
@@ -86,8 +97,10 @@ def check_network(schemes: Sequence[Scheme], given: tuple[str, ...], labelled: b
             f"The network is also given {', '.join(given)}, and the bank {has}: the oracle's "
             "target would be a mean over samples of all conditions, which moves the optimum of "
             "a model that uses them. Steer timesteps and weights only, give the labels "
-            "of classes to the bank, LatentBank(x, labels), or, if the model ignores what it "
-            "is given: class_wise=False, as in StageScheme(target=..., class_wise=False)."
+            "of classes to the bank, LatentBank(x, labels), weigh its rows by a kernel, "
+            "StageScheme(target=..., condition=Condition(bandwidth=...)), or, if the model "
+            "ignores what it is given: class_wise=False, as in StageScheme(target=..., "
+            "class_wise=False)."
         )
     return ""
 

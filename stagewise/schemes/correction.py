@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stagewise.engines import fused_mix
+from stagewise.engines import fused, fused_mix
 from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Prediction, expand_like
 from stagewise.queries import indices_of
@@ -54,6 +55,7 @@ def correct(
     draws: Random,
     labels: Labels | None = None,
     source: Tensor | None = None,
+    condition: Tensor | None = None,
     class_wise: bool = False,
     on_missing: Literal["insert", "error"] = "insert",
     labels_of: Callable[[], Tensor | None] | None = None,
@@ -73,6 +75,7 @@ def correct(
         draws: Of random rows.
         labels: Class of each, if it is known.
         source: The row that each x_1 stands for, if it is known.
+        condition: What the model is given for each, (B, *), for an oracle with a kernel on it.
         class_wise: Whether samples look at the rows of their class.
         on_missing: What to do with an x_1 that stands for no row.
         labels_of: What gives the classes, (B,), or None, if rows do not.
@@ -88,12 +91,10 @@ def correct(
         named = labels is not None
         told = labels_of() if labels is None and labels_of is not None else labels
         assert told is None or isinstance(told, Tensor)
-        part = by_kernel(
-            *(target, oracle),
-            **{"xt": xt, "t": t, "x1": x1, "prediction": prediction, "labels": told},
-            **{"named": named, "source": source, "on_missing": on_missing},
-            **{"boundary": boundary, "dtype": dtype},
-        )
+        known: dict[str, Any] = {"labels": told, "named": named, "source": source}
+        batch: dict[str, Any] = {"xt": xt, "t": t, "x1": x1, "prediction": prediction}
+        settings: dict[str, Any] = {"on_missing": on_missing, "boundary": boundary, "dtype": dtype}
+        part = by_kernel(target, oracle, **batch, **known, **settings)
         if part is not None:
             return part
     every, lam, asked = x1, None, None
@@ -102,8 +103,8 @@ def correct(
         only = lam > 0 if only is None else (lam > 0) & only
     if only is not None and not cheap:
         asked = indices_of(only)
-        parts = (_some(value, asked) for value in (xt, t, x1, labels, source, lam))
-        xt, t, x1, labels, source, lam = parts
+        parts = (_some(value, asked) for value in (xt, t, x1, labels, source, condition, lam))
+        xt, t, x1, labels, source, condition, lam = parts
     if not len(x1) and not oracle.engine.collective:
         return Correction.none(every)
     with torch.autocast(xt.device.type, enabled=False):
@@ -111,7 +112,7 @@ def correct(
         names = None
         if class_wise:
             names = _classes(oracle, row, labels, x1, labels_of, asked, cheap)
-        queries = oracle.queries(xt, t, names, stored)
+        queries = oracle.queries(xt, t, names, source, condition)
         if class_wise and oracle.engine.holds_all_rows:
             # A row of another class is none of those that a query looks at.
             inside = queries.holds(row)
@@ -163,6 +164,7 @@ def runs_kernel(
         target is not None
         and oracle is not None
         and stays_on_device(oracle, labels, x1, class_wise)
+        and not oracle.condition
         and type(target).pull is Mix.pull
         and oracle.engine.runs_kernel
         and fused_mix.takes(oracle.bank, x1)
@@ -186,6 +188,7 @@ def by_kernel(
 ) -> Correction | None:
     """As `correct`, if `runs_kernel`; None if a kernel does not compile.
 
+    What is out of range is reported to the bank, and refused when the device has found it out.
     With `named` the labels decide, and otherwise only where an x_1 stands for no row.
     """
     if source is not None:
@@ -194,13 +197,12 @@ def by_kernel(
     path = oracle.path(double).floored(oracle.engine.sigma_floor(oracle.bank))
     if target.lam.from_t:
         lam = target.lam(double, None, oracle.path, boundary)
-    found = fused_mix.mixed(
-        *(oracle.bank, xt, t, x1, labels, source, path, prediction.of_data(path), lam),
-        named=named,
-        dtype=torch.float64 if lam is None else dtype,
-    )
+    dtype = torch.float64 if lam is None else dtype
+    given = (oracle.bank, xt, t, x1, labels, source, path, prediction.of_data(path), lam)
+    found = fused.runs(partial(fused_mix.mixed, *given, named=named, dtype=dtype))
     if found is None:
         return None
+    oracle.bank.report(found.wrong)
     value = found.value
     if lam is None:
         lam = target.lam(double, found.top1, oracle.path, boundary)

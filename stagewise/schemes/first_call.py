@@ -26,6 +26,13 @@ _FEW = 64
 _ROUNDING = 1e-4
 """Relative error of float32 samples: their path may be known to no more digits than that."""
 
+_SAID = (
+    "scheme(..., prediction={})",
+    "Scheme(..., convention={})",
+    "A target with terms of your own is y + scheme.correct(xt=xt, t=t, x1=x1), and its weight "
+    "scheme.weight_of(t).",
+)
+
 
 def check_samples(
     path: Path,
@@ -37,11 +44,13 @@ def check_samples(
     x1: Tensor,
     *,
     mixes: bool,
+    said: tuple[str, str, str] = _SAID,
 ) -> bool:
     """Refuses samples and targets that are not those of the path; see the module.
 
     `y` and `time` are given in the `convention`; `mixes`: whether the oracle enters the target, for
-    which `x_0` must be standard normal.
+    which `x_0` must be standard normal; `said`: how another prediction or convention is
+    said, and what to do about a target with terms of one's own.
 
     Returns:
         Whether anything could be told: not where sigma is lost in rounding.
@@ -59,13 +68,11 @@ def check_samples(
         if found is not None and mixes:
             _check_pairs(path, convention.to_t(time), xt, x1)
         return found is not None
-    hint = (
-        "Look at the path, the scale of x1, and what x0 is. A target with terms of your own is "
-        "y + scheme.correct(xt=xt, t=t, x1=x1), and its weight scheme.weight_of(t)."
-    )
+    hint = f"Look at the path, the scale of x1, and what x0 is. {said[2]}"
     for kind in get_args(PredictionKind):
         if y is not None and problem(convention, replace(prediction, kind=kind)) == "":
-            hint = f'They fit another prediction: scheme(..., prediction="{kind}").'
+            line = said[0].format(f'"{kind}"')
+            hint = f"They fit another prediction: {line}."
     noise, data, sign = convention.noise_time, convention.data_time, convention.sign
     others = [Convention(data, noise, sign)]
     if prediction.kind == "velocity":
@@ -77,7 +84,7 @@ def check_samples(
         hint = (
             f"They fit if time {told.noise_time:g} is noise and {told.data_time:g} is data"
             + (", with the opposite sign of y" if told.sign != sign else "")
-            + f". Say so: Scheme(..., convention=Convention({numbers}))."
+            + f". Say so: {said[1].format(f'Convention({numbers})')}."
         )
     raise ValueError(
         f"Expected `xt`, `t`, `x1` and `y` of the {prediction.kind} on {path!r}, where time "

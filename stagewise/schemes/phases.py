@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stagewise.oracle import Labels, Times
-from stagewise.paths import Prediction, PredictionKind, same_path, unlike
+from stagewise.paths import same_path, unlike
 from stagewise.schemes.checks import unknown_boundary
 from stagewise.schemes.scheme import Scheme
 from stagewise.schemes.state import Shared
@@ -135,21 +134,9 @@ class Phases(Shared):
         return [until for until in ahead if isinstance(until, AtEvent) and not until.happened]
 
     @untraced
-    def __call__(
-        self,
-        y: Tensor,
-        *,
-        xt: Tensor,
-        t: Times,
-        x1: Tensor,
-        labels: Labels | None = None,
-        source: Tensor | None = None,
-        prediction: Prediction | PredictionKind = "velocity",
-    ) -> tuple[Tensor, Tensor]:
-        """What the scheme in force gives; see `Scheme.__call__`."""
-        return self._asked()(
-            y, xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=prediction
-        )
+    def __call__(self, y: Tensor, **batch: Any) -> tuple[Tensor, Tensor]:
+        """What the scheme in force gives; see `Scheme.__call__` for the arguments."""
+        return self._asked()(y, **batch)
 
     @untraced
     def correct(self, **batch: Any) -> Tensor:

@@ -77,6 +77,7 @@ class Scheme(SchemeState):
         rows_checked: Whether samples were held against the bank, as the first call does.
         labels_of: From x_1, (B, *), to classes, (B,), or None; default None. Asked where x_1 comes
             without labels and is no row of the bank.
+        condition_of: From a kernel and x_1 to conditions, (B, *), or None; for those not given.
         last: The record of the last call, None before.
         draws_timesteps: Whether `timesteps` was given. If not, what draws t by itself goes on.
 
@@ -128,7 +129,6 @@ class Scheme(SchemeState):
         )
         self.on_missing, self.seed = on_missing, seed
         self.unconditional = class_wise is False
-        self.labels_of: Callable[[Tensor], Tensor | None] | None = None
         self._fits = self.rows_checked = False
         if boundary is not None:
             self.set_boundary(boundary)
@@ -195,6 +195,7 @@ class Scheme(SchemeState):
         x1: Tensor,
         labels: Labels | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
     ) -> tuple[Tensor, Tensor]:
         """The target and the weight of each sample; the first call does what `check` does.
@@ -209,6 +210,8 @@ class Scheme(SchemeState):
                 default the class of the bank's row that x_1 is.
             source: The row of the bank that each x_1 stands for, (B,), negative where it is none.
                 Default: the row that x_1 equals. Give it where x_1 is resampled.
+            condition: For an oracle with a kernel on it: what the model is given, (B, *), before
+                anything is dropped for guidance. Default that of the `source`.
             prediction: What `y` is, default "velocity".
 
         Returns:
@@ -233,7 +236,9 @@ class Scheme(SchemeState):
                     f"loss, got {prediction.kind!r}. Leave it out, or train on the velocity."
                 )
         source = self._source_of(x1, t, source)
-        t, added = self._correction(y, xt, t, x1, labels, source, prediction)
+        t, added = self._correction(
+            *(y, xt, t, x1, prediction), labels=labels, source=source, condition=condition
+        )
         weight = self._weight(t)
         self._count_call()
         self.last = SchemeRecord(
@@ -258,27 +263,21 @@ class Scheme(SchemeState):
         xt: Tensor,
         t: Times,
         x1: Tensor,
-        labels: Labels | None = None,
-        source: Tensor | None = None,
         prediction: Prediction | PredictionKind = "velocity",
+        **known: Any,
     ) -> Tensor:
         """`lambda c_t (m - x_1)`: what a call with these arguments adds to the conditional target.
 
-        Returns:
-            (B, *), in the dtype of `x1`.
+        Returns (B, *), in the dtype of `x1`.
         """
         require_tensors(xt=xt, x1=x1)
         prediction = Prediction.of(prediction)
-        source = self._source_of(x1, t, source)
-        _, added = self._correction(None, xt, t, x1, labels, source, prediction)
+        known["source"] = self._source_of(x1, t, known.get("source"))
+        _, added = self._correction(None, xt, t, x1, prediction, **known)
         return self._signed(added.value, prediction).to(x1.dtype)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "labels_of": None}  # of a run, which holds its trainer
-
     def _signed(self, value: Tensor, prediction: Prediction) -> Tensor:
-        minus = prediction.kind == "velocity" and self.convention.sign < 0
-        return -value if minus else value
+        return -value if prediction.kind == "velocity" and self.convention.sign < 0 else value
 
     def _source_of(self, x1: Tensor, t: Times, source: Tensor | None) -> Tensor | None:
         if self._smoothed is None:
@@ -306,9 +305,8 @@ class Scheme(SchemeState):
         xt: Tensor,
         t: Times,
         x1: Tensor,
-        labels: Labels | None,
-        source: Tensor | None,
         prediction: Prediction,
+        **known: Any,
     ) -> tuple[Tensor, Correction]:
         """The times, (B,), and what is added to a target, both in the library's convention."""
         self._check_once()
@@ -319,19 +317,20 @@ class Scheme(SchemeState):
         time = as_times(t, xt)
         t = self._time(time)
         around = self._around
-        asked = (self.target, self.oracle, labels, x1, self.class_wise)
-        kernel = around is None and runs_kernel(*asked)
-        check_times(t, len(xt), shape_only=kernel)
-        self._hold(y, xt, time, x1, source, prediction)
+        asked = (self.target, self.oracle, known.get("labels"), x1, self.class_wise)
+        check_times(t, len(xt), shape_only=around is None and runs_kernel(*asked))
+        self._hold(y, xt, time, x1, known["source"], prediction)
         if self.target is None or self.oracle is None:
             return t, Correction.none(x1)
-        if not self.class_wise and not self.unconditional and has_classes(labels):
+        if not self.class_wise and not self.unconditional and has_classes(known.get("labels")):
             raise unknown_conditions("labels, and a bank without classes")
+        if self.oracle.condition and self.condition_of and known.get("condition") is None:
+            known["condition"] = self.condition_of(self.oracle.condition, x1.detach())
         if self.target.lam.needs_boundary:
             self.require_boundary()
         self._calls += 1
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        ask = partial(
+        ask: Callable[..., Correction] = partial(
             correct,
             self.target,
             xt=xt.detach(),
@@ -339,8 +338,7 @@ class Scheme(SchemeState):
             x1=x1.detach(),
             prediction=prediction,
             draws=Random(f"{self.seed} {rank} {self._step} {self._calls}"),
-            labels=labels,
-            source=source,
+            **known,
             class_wise=self.class_wise,
             on_missing=self.on_missing,
             labels_of=None if self.labels_of is None else partial(self.labels_of, x1.detach()),

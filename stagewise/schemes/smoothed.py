@@ -102,7 +102,12 @@ class Smoothed:
         return target is not None and not apart
 
     def oracle(self, oracle: Oracle, path: Path, collapsed: float | None) -> SmoothedOracle:
-        """The oracle of the smoothed rows."""
+        """The oracle of the smoothed rows; refuses one with a kernel on the condition."""
+        if oracle.condition is not None:
+            raise ValueError(
+                f"Expected targets that end before {self.smoothing!r} begins, as it does not know "
+                f'{oracle.condition!r}: Scheme(oracle, target=Mix("boundary"), smoothing=...).'
+            )
         boundary = self._edge(collapsed)
         if self._oracle is None or self._oracle.boundary != boundary:
             self._oracle = SmoothedOracle(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from stagewise.condition import Condition
 from stagewise.oracle import Oracle
 from stagewise.paths import STAGEWISE, Convention, Path
 from stagewise.schemes.checks import unknown_boundary
@@ -92,6 +93,8 @@ class SchemeState(Shared):
         self.oracle, self.path, self.target, self.weight = oracle, path, target, weight
         self.class_wise, self.convention = class_wise, convention
         self.smoothing, self.preserve_objective = smoothing, preserve_objective
+        self.labels_of: Callable[[Tensor], Tensor | None] | None = None
+        self.condition_of: Callable[[Condition, Tensor], Tensor | None] | None = None
         self._smoothed = None if smoothing is None else Smoothed(smoothing, strength)
         self.boundary: float | None = None
         self.collapsed: float | None = None
@@ -316,6 +319,10 @@ class SchemeState(Shared):
         return t if self.convention == STAGEWISE else self.convention.to_t(t)
 
     # -- checkpoints and copies ----------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Those two are of a run, which holds its trainer.
+        return {**vars(self), "labels_of": None, "condition_of": None}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""

@@ -1,0 +1,280 @@
+"""`Watch`: the callbacks of this package in a training loop of one's own, without Lightning.
+
+    with Watch(model, loader, PosteriorMonitor(), steps=10_000) as watch:
+        for step, batch in enumerate(loader):
+            watch.step(step, batch)
+            ...  # loss.backward(), optimizer.step()
+
+`step` closes the batch before and opens the next, so what Lightning's hooks tell a run it knows
+from one call; that weights are about to change it hears from the optimizer itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook as after_steps
+from torch.optim.optimizer import register_optimizer_step_pre_hook as before_steps
+from typing_extensions import Self, Unpack, override
+
+from stagewise.bank import LatentBank
+from stagewise.callbacks.host import Host
+from stagewise.callbacks.run import StageRun
+from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+
+__all__ = ["Watch"]
+
+
+class Watch(Host):
+    """Hosts stage callbacks in a loop that is written by hand, in Fabric, Accelerate or others.
+
+    The trained weights are bit-identical with and without it. The first step is looked at before
+    its optimizer changes a weight, as in Lightning. Under several processes
+    (`torch.distributed`) every rank has one, and calls it alike.
+
+    Args:
+        model: The network that the loop calls, or a module with more in it. A `velocity=` or
+            `seam=` is given or names a module that has it as `module.model`.
+        data: The `DataLoader` of the training, which is read once more for the bank, or the bank:
+            the training latents as the model is trained on them.
+        *callbacks: Monitors, a `StageScheme`, ...; a `StageRun` is none of them.
+        target: What makes the targets, if that is not in the model: a `FlowMatchingLoss`, a
+            matcher, a path, ...; the run knows it as `module.target`. Without any a monitor of the
+            model needs `velocity=`.
+        steps: Optimizer steps of the training, default None: it has no end that is known.
+        log: Where scalars go: a function of (dict, step), such as `wandb.log` or `fabric.log_dict`,
+            a `SummaryWriter`, or a logger of Lightning. Default None: to files only.
+        log_every: Optimizer steps between what is logged of training itself, default 50.
+        held_out_loader: A `DataLoader` of samples that are not trained on, default None.
+        accumulate: Batches in an optimizer step, default 1.
+        **options: What is said about the run: `find`, `path`, `dirpath`, ...; see `RunOptions`.
+            Files go to `<dirpath>/<name of the callback>`, default `<name>_logs`.
+
+    Raises:
+        TypeError: For a model, callback or log that is none, with the cure.
+        ValueError: At the first `step` or within the first optimizer step for what cannot be
+            watched; at `step` for one that goes back.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import LatentBank
+        >>> from stagewise.callbacks import PosteriorMonitor, Watch
+        >>> bank = LatentBank(torch.randn(64, 2))
+        >>> watch = Watch(torch.nn.Linear(3, 2), bank, PosteriorMonitor(), steps=100)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        *callbacks: StageCallback,
+        target: Any = None,
+        steps: int | None = None,
+        log: Any = None,
+        log_every: int = 50,
+        held_out_loader: Any = None,
+        accumulate: int = 1,
+        **options: Unpack[RunOptions],
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                "Expected `model` to be the network that the loop trains, an nn.Module, got "
+                f"{type(model).__name__}: Watch(model, loader, PosteriorMonitor())."
+            )
+        for callback in callbacks:
+            if not isinstance(callback, StageCallback) or isinstance(callback, StageRun):
+                raise TypeError(
+                    f"Expected callbacks of stagewise, got {callback!r}. What is said about the "
+                    "run is said to the Watch: Watch(model, loader, PosteriorMonitor(), find=...)."
+                )
+        bank = data if isinstance(data, LatentBank) else None
+        # That of Fabric holds the loader that it was given.
+        self.loader = None if bank is not None else getattr(data, "_dataloader", data)
+        self.module = nn.Module()
+        self.module.model = self._model = _unwrapped(model)
+        if target is not None:
+            self.module.target = target
+        self.device = torch.device("cpu")
+        self.total, self.accumulate, self.log_every = steps, accumulate, log_every
+        self.limits = *self.limits[:2], float("inf" if steps is None else steps * accumulate)
+        self.loggers = [] if log is None or self.rank else [_as_logger(log)]
+        self.known, self.global_step = (self.module, target), 0
+        self._held_out, self._run = held_out_loader, StageRun(bank, **options)
+        self.members = [*callbacks, self._run]
+        for callback in callbacks:
+            getattr(callback, "setup", lambda *_: None)(None, None, "fit")
+        if len({member.state_key for member in self.members}) < len(self.members):
+            raise ValueError(
+                "Expected a name for each of several callbacks of one kind, which share files and "
+                'state: PosteriorMonitor(name="other").'
+            )
+        self.speakers = callbacks
+        self._begun = self._open = self._stepped = False
+        hooks = weakref.WeakMethod(self._before_step), weakref.WeakMethod(self._after_step)
+        told = [lambda optimizer, *_, hook=hook: hook() and hook()(optimizer) for hook in hooks]
+        self._hooks = [before_steps(told[0]), after_steps(told[1])]
+        for hook in self._hooks:
+            weakref.finalize(self, hook.remove)
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def step(self, step: int, batch: Any = None) -> None:
+        """Before each batch, at the top of the loop.
+
+        Args:
+            step: Optimizer steps done so far.
+            batch: What is trained on next. Default None: it is not known here, and only what makes
+                the targets says what is trained on.
+        """
+        if step < self.global_step:
+            raise ValueError(
+                f"Expected `step` of at least {self.global_step}, the optimizer steps done, got "
+                f"{step}. Count on in each epoch: step += 1; or make a Watch for each training."
+            )
+        if self._begun:
+            self._finish(step)
+        else:
+            self._begin(step)
+        self.global_step, self._open, self._stepped = step, True, False
+        self._run.batch_starts(self.move(batch))
+
+    @contextmanager
+    def validation(self) -> Iterator[None]:
+        """Around what the loop evaluates: in it the targets are plain."""
+        if self._begun:
+            self._run.tell("before_validation")
+        yield
+        if self._begun:
+            self._run.tell("after_validation")
+
+    def close(self) -> None:
+        """After the loop: the last probes, and all hooks are taken off."""
+        self._finish()
+        if self._begun:
+            self._run.ends()
+            self._run.close()
+        self._begun = False
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None and self._begun:
+            self._run.fails()
+            self._open = self._begun = False
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs of all callbacks: plain numbers, strings and tensors."""
+        self._finish()
+        return {member.state_key: member.state_dict() for member in self.members}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave, before the first `step`."""
+        if self._begun:
+            raise RuntimeError("Expected load_state_dict before the first step, and it has begun.")
+        for member in self.members:
+            if member.state_key in state:
+                member.load_state_dict(state[member.state_key])
+
+    def _begin(self, step: int) -> None:
+        if self._stepped:
+            raise ValueError(
+                "The optimizer has stepped before the first watch.step(step, batch). Call it at "
+                "the top of the loop, before the batch is trained on, with the number of steps "
+                "done: for step, batch in enumerate(loader): watch.step(step, batch)."
+            )
+        weights = next(self.module.parameters(), None)
+        self.device = self.device if weights is None else weights.device
+        self.global_step, self._begun = step, True
+        self._run.begin(self, self.members)
+
+    def _finish(self, step: int | None = None) -> None:
+        """Ends the batch that is open, `step` optimizer steps being done."""
+        if not self._open or (step is None and not self._stepped):
+            return
+        self._open = False
+        self.global_step = self.global_step + 1 if step is None else step
+        self._run.batch_ends()
+        if self.global_step > self._run.began and not self._run.settled:
+            self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        raise ValueError(
+            f"Expected the loop to train {type(self._model).__name__}, which was never called with "
+            "gradients. Give the network that is called: Watch(model, loader, PosteriorMonitor())."
+        )
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before a step of any optimizer; only those of the model count."""
+        if all(optimizer is not known for known in self.optimizers):
+            weights, groups = {id(one) for one in self.module.parameters()}, optimizer.param_groups
+            if not any(id(one) in weights for group in groups for one in group["params"]):
+                return
+            self.optimizers = [*self.optimizers, optimizer]
+        if self._open and not self._stepped:
+            look = self._run.look
+            if not self._run.settled and look.search.empty and not look.happened:
+                self._refuse_idle()
+            self._run.weights_may_change()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._stepped = self._stepped or any(optimizer is one for one in self.optimizers)
+
+    # -- what a run asks --------------------------------------------------------------------------
+
+    @override
+    def held_out_loader(self) -> Any:
+        return getattr(self._held_out, "_dataloader", self._held_out)
+
+    @override
+    def save(self, file: Path) -> None:
+        state = {"model": self._model.state_dict(), "watch": self.state_dict()}
+        if self.rank == 0:
+            torch.save(state | {"step": self.global_step}, file)
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """The user's own module: a probe is no business of DDP or Fabric."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(
+        model, "_original_module"
+    ):
+        model = getattr(model, "_original_module", None) or model.module
+    return model
+
+
+class _Logger:
+    """A logger of a function, and of what it writes to."""
+
+    def __init__(self, log: Callable[[dict[str, float], int], Any], experiment: Any = None) -> None:
+        self._log, self.experiment = log, experiment
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        self._log(values, step)
+
+
+def _as_logger(log: Any) -> Any:
+    """What a writer asks for of what the user has."""
+    if hasattr(log, "log_metrics"):
+        return log
+    if hasattr(log, "add_scalar"):
+
+        def add(values: dict[str, float], step: int) -> None:
+            for tag, value in values.items():
+                log.add_scalar(tag, value, step)
+
+        return _Logger(add, log)
+    if callable(log):
+        return _Logger(log)
+    raise TypeError(
+        f"Expected `log` to be a function of (dict, step), a SummaryWriter or a logger, got "
+        f"{log!r}: Watch(..., log=lambda values, step: print(step, values))."
+    )

@@ -1,0 +1,251 @@
+r"""A kernel on the condition: the oracle of a model that is given more than classes.
+
+For a model that is given c (text, an observation) the right oracle is that of `p(x_1 | c)`. Where
+each c is unique that is one row, and the conditional target is it already; the mean over all rows
+moves what such a model learns. Between the two stands a kernel (as PAFM has it, arXiv 2605.00825),
+
+    log w_i = -||x_t - a_t x^(i)||^2 / 2 s_t^2 + log k(c, c_i),
+
+the oracle of the joint distribution of rows and conditions, smoothed in c. It is biased on purpose:
+a model learns the mean over data of conditions within about a bandwidth. As the bandwidth goes to 0
+it tends to the oracle of the rows that have exactly this c, as it goes to infinity to that of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from typing_extensions import override
+
+from stagewise.bank import LatentBank
+from stagewise.batches import describe, others_in
+from stagewise.engines import Engine
+from stagewise.oracle import Labels, Oracle, Times
+from stagewise.paths import Path
+from stagewise.posterior import Posterior, merge, posterior_of
+from stagewise.queries import Queries
+
+__all__ = ["Condition", "ConditionedOracle", "Kernel"]
+
+Kernel: TypeAlias = "Literal['gaussian', 'cosine'] | Callable[[Tensor, Tensor], Tensor]"
+"""A name, or from conditions (B, C) and (n, C), both divided by the bandwidth, to log k, (B, n)."""
+
+_NUMBERS = 2**24
+"""Numbers of rows and log-weights held at a time."""
+
+_LEAST = -1e300
+"""The logarithm of a kernel that is 0: finite, and so small that the nearest of far ones win."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A kernel on what a model is given beside x_t, t and a class. A plain object without data.
+
+    Args:
+        kernel: "gaussian", `-|c - c_i|^2 / 2 h^2`; "cosine", `-(1 - cos(c, c_i)) / h^2`, for text
+            embeddings; or a function, see `Kernel`. Default "gaussian".
+        bandwidth: h, above 0, in the units of c (cosine: 1 and more is wide).
+        find: From a batch to the conditions of its samples, (B, *), before anything is dropped for
+            classifier-free guidance. Default: the one tensor in it beside x_1 and the labels.
+
+    Raises:
+        ValueError: For another kernel, or a bandwidth that is no number above 0.
+    """
+
+    kernel: Kernel = "gaussian"
+    bandwidth: float = 0.0
+    find: Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kernel not in ("gaussian", "cosine") and not callable(self.kernel):
+            raise ValueError(
+                f'Expected `kernel` "gaussian", "cosine" or a function, got {self.kernel!r}.'
+            )
+        if not self.bandwidth > 0:
+            raise ValueError(
+                f"Expected a `bandwidth` above 0, got {self.bandwidth}. About the distance of "
+                "conditions that should share a target: torch.cdist(c, c).kthvalue(2).values"
+                ".median(), the median distance to the nearest other one, is a start."
+            )
+
+    def log_kernel(self, c: Tensor, rows: Tensor) -> Tensor:
+        """`log k(c, c_i)`, (B, n), of conditions (B, C) and (n, C), float64; finite."""
+        if callable(self.kernel):
+            found = self.kernel(c / self.bandwidth, rows / self.bandwidth)
+            if found.shape != (len(c), len(rows)):
+                raise ValueError(
+                    f"Expected the kernel to return log k of shape {(len(c), len(rows))}, got "
+                    f"{tuple(found.shape)}: one for each pair, as -torch.cdist(c, rows)."
+                )
+            return found.double().clamp_min(_LEAST)
+        if self.kernel == "cosine":
+            c, rows = normalize(c, dim=1), normalize(rows, dim=1)
+        # From differences: equal conditions have a distance of exactly 0, whatever the bandwidth.
+        gap = torch.cdist(c, rows, compute_mode="donot_use_mm_for_euclid_dist")
+        return ((gap / self.bandwidth).square() / -2).clamp_min(_LEAST)
+
+    def of(self, batch: Any, x1: Tensor, labels: Tensor | None) -> Tensor:
+        """The conditions in a batch, (B, *), with the x_1 and the labels that were found in it.
+
+        Raises:
+            ValueError: If there is none of each sample, or several may be it, with the cure.
+        """
+        if self.find is not None:
+            found: Any = self.find(batch)
+            if isinstance(found, Tensor) and len(found) == len(x1):
+                return found
+            listed = describe(found)
+        else:
+            left = others_in(batch, x1, labels)
+            if len(left) == 1:
+                return left[0][1]
+            listed = ", ".join(place for place, _ in left) or "none"
+        raise ValueError(
+            f"Expected the condition of each of {len(x1)} samples in {describe(batch)}, found "
+            f"{listed}. Say where it is: Condition({self._said}, find=lambda batch: batch[2])."
+        )
+
+    @property
+    def _said(self) -> str:
+        name = getattr(self.kernel, "__name__", repr(self.kernel))
+        return (
+            f"{name if callable(self.kernel) else repr(self.kernel)}, bandwidth={self.bandwidth:g}"
+        )
+
+    def __repr__(self) -> str:
+        return f"Condition({self._said})"
+
+
+class ConditionedOracle(Oracle):
+    """Answers for a kernel on the condition, as `Oracle` does for all rows alike.
+
+    `Mix`, `Scheme` and `StageCurve.measure` take it as they take an oracle. Every question says the
+    condition of each query; one that says its `source` has that of the row. With `labels` the
+    posterior is over the rows of the class, weighed by the kernel. All is computed in float64.
+
+    Args:
+        bank: The rows with their conditions: `LatentBank(x, labels, conditions=c)`.
+        path: The path of training.
+        condition: The kernel.
+        null_class: See `Oracle`.
+
+    Raises:
+        ValueError: If the bank has no conditions.
+
+    Example:
+        >>> import torch
+        >>> x, c = torch.randn(200, 16), torch.randn(200, 3)
+        >>> oracle = ConditionedOracle(LatentBank(x, conditions=c), None, Condition(bandwidth=0.5))
+        >>> xt, t = torch.randn(8, 16), torch.rand(8)
+        >>> oracle.posterior(xt, t, condition=torch.randn(8, 3)).mean.shape
+        torch.Size([8, 16])
+    """
+
+    condition: Condition
+
+    def __init__(
+        self,
+        bank: LatentBank,
+        path: Path | None,
+        condition: Condition,
+        *,
+        null_class: int | None = None,
+    ) -> None:
+        if not isinstance(condition, Condition):
+            raise TypeError(
+                f"Expected a Condition, got {type(condition).__name__}: "
+                "ConditionedOracle(bank, path, Condition(bandwidth=...))."
+            )
+        if bank.conditions is None:
+            raise ValueError(
+                f"{condition!r} needs a bank that holds the condition of each row, got {bank!r}: "
+                "LatentBank(x, labels, conditions=c)."
+            )
+        self.condition, self.conditions = condition, bank.conditions
+        engine = _Weighed(condition, self.conditions)
+        super().__init__(bank, path, engine, null_class=null_class)
+
+    @override
+    def queries(
+        self,
+        xt: Tensor,
+        t: Times,
+        labels: Labels | None = None,
+        source: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Queries:
+        queries = super().queries(xt, t, labels, source)
+        rows, width = self.conditions, f"(B, {self.conditions.shape[1]})"
+        if condition is None:
+            message = f"Expected `condition` of shape {width} for {self.condition!r}: what the "
+            message += "model is given for each sample, condition=c"
+            if queries.source is None:
+                raise ValueError(f"{message}; or the `source` of each.")
+            known = (queries.source >= 0).all()
+            if known.device.type != "cpu":
+                torch._assert_async(known, message)
+            elif not known:
+                raise ValueError(f"{message}. The `source` is not known of all.")
+            condition = rows[queries.source.clamp_min(0).to(rows.device)]
+        flat = condition.detach().flatten(1) if condition.ndim > 1 else condition.detach()[:, None]
+        if flat.shape != (len(queries), rows.shape[1]):
+            raise ValueError(
+                f"Expected `condition` with shape ({len(queries)}, {rows.shape[1]}), one for each "
+                f"sample and as wide as those of the bank, {rows.shape[1]} numbers, got "
+                f"{tuple(condition.shape)}, {flat.shape[1]} numbers."
+            )
+        return replace(queries, condition=flat.to(queries.xt))
+
+    @override
+    def log_kernel(self, queries: Queries, rows: Tensor | None = None) -> Tensor:
+        c, device = queries.condition, queries.xt.device
+        assert c is not None
+        other = c
+        if rows is not None:
+            at = rows.clamp_min(0).to(self.conditions.device)
+            other = self.conditions[at].to(device, torch.float64)
+        return self.condition.log_kernel(c, other).diagonal()
+
+    def __repr__(self) -> str:
+        return f"ConditionedOracle({self.bank!r}, {self.path!r}, {self.condition!r})"
+
+
+class _Weighed(Engine):
+    """The posterior over all rows, weighed by the kernel; chunk by chunk, in float64."""
+
+    def __init__(self, condition: Condition, rows: Tensor) -> None:
+        self.condition, self.conditions = condition, rows
+
+    @override
+    def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
+        order, parts = [], []
+        for at, segment in queries.groups:
+            parts.append(self._over(bank, queries.select(at), segment, k))
+            order += at
+        return Posterior.cat(parts, order)
+
+    def _over(self, bank: LatentBank, queries: Queries, segment: slice, k: int) -> Posterior:
+        c, device, parts = queries.condition, queries.xt.device, []
+        assert c is not None
+        size = max(1, _NUMBERS // (len(queries) + bank.dim + c.shape[1]))
+        for first, rows in bank.chunks(segment, size, device, torch.float64):
+            some = slice(first, first + len(rows))
+            x = rows + bank.offset.to(device)
+            logits = queries.log_weights(x)
+            logits += self.condition.log_kernel(c, self.conditions[some].to(c))
+            numbers = torch.arange(some.start, some.stop, device=device).expand(len(c), -1)
+            post, weights = posterior_of(logits, numbers, k)
+            parts.append(replace(post, mean=weights @ x))
+        return merge(*parts, k=k)
+
+    @override
+    def describe(self, bank: LatentBank) -> str:
+        return f"all rows in float64, each weighed by {self.condition!r}"
+
+    def __repr__(self) -> str:
+        return f"rows weighed by {self.condition!r}"

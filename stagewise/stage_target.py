@@ -1,0 +1,170 @@
+"""`StageTarget`: the one line by which a training step that writes its target out is steered.
+
+    u, w = self.target(x1 - x0, xt=xt, t=t, x1=x1, labels=y)
+    loss = (w * (self.net(xt, t, y) - u).square().flatten(1).mean(1)).mean()
+
+As long as nothing is attached, `u` is what was given and `w` is 1. A `StageScheme` puts its targets
+and weights there, and monitors learn from the call what is trained on, whatever the step did to its
+batch before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagewise.oracle import Labels, Times, as_times, require_tensors
+from stagewise.paths import STAGEWISE, Convention, LinearPath, Path, Prediction, PredictionKind
+from stagewise.schemes import Phases, Scheme, parts
+from stagewise.schemes.first_call import check_samples
+from stagewise.tracing import untraced
+
+__all__ = ["Observer", "StageTarget"]
+
+Observer = Callable[[Tensor, Tensor, Tensor, Tensor, "Labels | None"], None]
+"""Is told of the target, `x_t`, t (of the library, t = 0 is noise), x_1 and labels of a call."""
+
+_SAID = (
+    "StageTarget(prediction={})",
+    "StageTarget(convention={})",
+    "Give it the plain target, and add terms of your own to what it returns.",
+)
+
+
+class StageTarget(nn.Module):
+    """What a hand-written training step calls with its target. No parameters, buffers or state.
+
+    Keep it as an attribute of what is trained, `self.target = StageTarget()`, and call it before
+    the network. In eval mode it returns what it was given. Several calls in one step are those of
+    the batch's parts. `torch.compile` runs it outside of the graph.
+
+    Args:
+        path: The path of the step, default `LinearPath()`: x_t = t x_1 + (1 - t) x_0.
+        prediction: What the target is, default "velocity".
+        convention: How the step counts time and signs a velocity, default as the library does
+            (t = 0 is noise, data - noise).
+
+    Attributes:
+        scheme: What steers, None if nothing does. Copies and pickles have none.
+        observers: What looks on; copies and pickles have none.
+
+    Example:
+        >>> import torch
+        >>> target = StageTarget()
+        >>> x0, x1, t = torch.randn(8, 16), torch.randn(8, 16), torch.rand(8, 1)
+        >>> u, w = target(x1 - x0, xt=t * x1 + (1 - t) * x0, t=t, x1=x1)
+        >>> torch.equal(u, x1 - x0), w.shape
+        (True, torch.Size([8]))
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        prediction: Prediction | PredictionKind = "velocity",
+        convention: Convention = STAGEWISE,
+    ) -> None:
+        super().__init__()
+        self.path = path or LinearPath()
+        self.prediction = Prediction.of(prediction)
+        self.convention = convention
+        self.scheme: Scheme | Phases | None = None
+        self.observers: tuple[Observer, ...] = ()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what earlier calls have shown."""
+        self._fits = self._timed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "scheme": None, "observers": ()}
+
+    @untraced
+    def forward(
+        self,
+        y: Tensor,
+        *,
+        xt: Tensor,
+        t: Times,
+        x1: Tensor,
+        labels: Labels | None = None,
+        source: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The target to train on, and the weight of each sample's loss.
+
+        Args:
+            y: The plain target, (B, *).
+            xt: Noisy samples, (B, *).
+            t: Their times in the step's convention, (B,) or (B, 1, ..., 1), or one number.
+            x1: What `xt` was made from, (B, *).
+            labels: Class of each sample, (B,); default those of the batch.
+            source: Row of the bank that each sample stands for, (B,); see `Scheme`.
+
+        Returns:
+            The target, (B, *), and the weights, (B,), 1 unless a scheme weighs.
+
+        Raises:
+            ValueError: On shapes that do not fit; in the first call that is observed or steered, on
+                arguments that do not fit each other, with the cure; and as the scheme.
+            TypeError: If they are no tensors.
+        """
+        require_tensors(y=y, xt=xt, x1=x1)
+        time = as_times(t, x1)
+        for name, value in {"y": y, "xt": xt, "t": time}.items():
+            expected = x1.shape[:1] if name == "t" else x1.shape
+            if value.shape != expected:
+                like = "one number for each sample" if name == "t" else "the shape of `x1`"
+                raise ValueError(
+                    f"Expected `{name}` with {like}, {tuple(expected)}, got {tuple(value.shape)}."
+                )
+        if not self.training or (self.scheme is None and not self.observers):
+            dtype = time.dtype if time.is_floating_point() else torch.float32
+            return y, torch.ones_like(time, dtype=dtype)
+        if not self._fits:
+            told = check_samples(
+                *(self.path, self.prediction, self.convention, y, xt, time, x1),
+                mixes=False,
+                said=_SAID,
+            )
+            # A look at an accelerator costs a sync: there the first call is the only one.
+            self._fits = told or xt.device.type != "cpu"
+        t = self.convention.to_t(time)
+        for tell in self.observers:
+            tell(y, xt, t, x1, labels)
+        if self.scheme is None:
+            return y, torch.ones_like(t)
+        if not self._timed and any(part.draws_timesteps for part in parts(self.scheme)):
+            raise ValueError(
+                "The scheme draws t, and the training step does not take its draws. Take them "
+                "right after you draw t yourself: t = self.target.times(t)."
+            )
+        sign = self.convention.sign if self.prediction.kind == "velocity" else 1
+        kind = self.prediction
+        target, weight = self.scheme(
+            sign * y, xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=kind
+        )
+        return sign * target, weight
+
+    @untraced
+    def times(self, t: Tensor) -> Tensor:
+        """The times to train at: `t` as it was drawn, (B,) or (B, 1, ..., 1), or a scheme's.
+
+        Call it right after `t` is drawn: `t = self.target.times(t)`.
+        """
+        self._timed = True
+        if not self.training or self.scheme is None or not self.scheme.draws_timesteps:
+            return t
+        drawn = self.scheme.timesteps.sample(len(t), device=t.device)
+        return self.convention.from_t(drawn).to(t).reshape(t.shape)
+
+    @untraced
+    def smooth(self, x1: Tensor, *, t: Times) -> Tensor:
+        """The samples to train on, (B, *): `x1` as it is, or as a scheme smooths it at times `t`.
+
+        Call it before `xt` is made: `x1 = self.target.smooth(x1, t=t)`.
+        """
+        if not self.training or self.scheme is None:
+            return x1
+        return self.scheme.smooth(x1, t=self.convention.to_t(as_times(t, x1)))

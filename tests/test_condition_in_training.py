@@ -1,0 +1,148 @@
+"""A kernel on the condition in a trainer: where conditions are found, targets, what is said."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from stagewise import Condition, ConditionedOracle, LatentBank, Mix, Scheme
+from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme
+from stagewise.engines import Exact
+from stagewise.losses import FlowMatchingLoss
+
+N, DIM, WIDTH = 96, 6, 2
+DRAW = torch.Generator().manual_seed(2)
+OBS = torch.randn(N, WIDTH, generator=DRAW)
+X = torch.cat([OBS, OBS.flip(1), OBS**2], 1) + 0.3 * torch.randn(N, DIM, generator=DRAW)
+KERNEL = Condition(bandwidth=0.5)
+SAID = "Condition('gaussian', bandwidth=0.5)"
+
+
+class Policy(pl.LightningModule):
+    """Actions given observations, dropped for guidance in some samples, or not given at all."""
+
+    def __init__(self, given="obs", drop=0.0):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Linear(DIM + 1 + WIDTH, DIM)
+        self.loss = FlowMatchingLoss()
+        self.given, self.drop, self.targets = given, drop, []
+
+    def forward(self, xt, t, obs=None):
+        obs = xt[:, :WIDTH] if obs is None else obs
+        return self.net(torch.cat([xt, t[:, None], obs], 1))
+
+    def training_step(self, batch, batch_idx):
+        given = {}
+        if self.given:
+            kept = torch.rand(len(batch["obs"]), 1) >= self.drop
+            obs = batch["obs"] * kept if self.given == "obs" else batch["obs"].cos()
+            given = {"obs": obs}
+        return self.loss(self, batch["x"], **given)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+@pytest.fixture
+def fit(make_trainer, make_loader):
+    def run(*callbacks, module=None, **options):
+        loader = torch.utils.data.DataLoader(
+            [{"x": x, "obs": c} for x, c in zip(X, OBS, strict=True)], 16, shuffle=True
+        )
+        module = module or Policy()
+        make_trainer(*callbacks, max_steps=4, **options).fit(module, loader)
+        return module
+
+    return run
+
+
+def watched(calls):
+    """A scheme whose calls are kept."""
+
+    class Kept(Scheme):
+        def __call__(self, y, **batch):
+            target, weight = super().__call__(y, **batch)
+            calls.append((y, batch, target))
+            return target, weight
+
+    return Kept
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+def test_targets_are_those_of_the_conditions_in_the_batch(fit, drop, lightning_log, quick_figures):
+    calls = []
+    steer = StageScheme(lambda oracle: watched(calls)(oracle, target=Mix()), condition=KERNEL)
+    fit(PosteriorMonitor(every_n_steps=2, queries=4), steer, module=Policy(drop=drop))
+    assert len(calls) == 4
+    for y, batch, target in calls:
+        xt, t, x1 = batch["xt"].double(), batch["t"].double()[:, None], batch["x1"]
+        row = (x1[:, None] == X).all(2).int().argmax(1)
+        logits = -(xt[:, None] - t[:, :, None] * X.double()).square().sum(2) / (2 * (1 - t) ** 2)
+        logits -= (OBS[row, None] - OBS).double().square().sum(2) / (2 * KERNEL.bandwidth**2)
+        u = (logits.softmax(1) @ X.double() - xt) / (1 - t)
+        assert ((target - u).norm(dim=1) / u.norm(dim=1)).max() < 1e-5
+        assert (target - y).abs().max() > 1e-3
+    assert SAID in steer.scheme.oracle.__repr__()
+    lines = [r.getMessage() for r in lightning_log.records]
+    for start in ("StageScheme: steers", "PosteriorMonitor: LatentBank", "PosteriorMonitor: bound"):
+        assert any(line.startswith(start) and SAID in line for line in lines), (start, lines)
+
+
+def test_events_state_the_kernel_and_nothing_trained_changes(
+    fit, weights, read_stages, tmp_path, quick_figures
+):
+    plain = weights(fit())
+    monitor = PosteriorMonitor(every_n_steps=2, queries=4, dirpath=tmp_path / "a")
+    assert torch.equal(weights(fit(StageRun(condition=KERNEL), monitor)), plain)
+    header, probes = read_stages(tmp_path / "a")
+    assert header["condition"] == SAID
+    assert len(probes) == 2
+    assert all(probe["condition"] == SAID for probe in probes)
+    # The same as with the bank and the oracle of one's own.
+    bank = LatentBank(X, conditions=OBS)
+    assert monitor.history[0]["midpoint"] < 0.9
+    own = PosteriorMonitor(
+        bank, condition=KERNEL, every_n_steps=2, queries=4, dirpath=tmp_path / "b"
+    )
+    fit(own)
+    for one, other in zip(monitor.history, own.history, strict=True):
+        assert one["top1"] == pytest.approx(other["top1"], abs=1e-9)
+
+
+def test_refusal_by_default_with_a_line_that_works(fit, quick_figures):
+    with pytest.raises(ValueError, match=r"condition=Condition\(bandwidth=\.\.\.\)") as refused:
+        fit(StageScheme(target=Mix()))
+    assert "class_wise=False" in str(refused.value)
+    fit(StageScheme(target=Mix(), condition=Condition(bandwidth=0.5)))
+    with pytest.warns(UserWarning, match=r"condition=Condition\(bandwidth=\.\.\.\)"):
+        fit(PosteriorMonitor(every_n_steps=2, queries=4))
+
+
+@pytest.mark.parametrize(
+    ("module", "kernel", "said"),
+    [
+        (Policy(given=""), KERNEL, "given nothing beside x_t and t"),
+        (Policy(given="other"), KERNEL, r"by batch\['obs'\].*is another"),
+    ],
+)
+def test_a_network_that_is_given_something_else(fit, module, kernel, said):
+    with pytest.warns(UserWarning, match=said):
+        fit(StageScheme(target=Mix(), condition=kernel), module=module)
+
+
+def test_a_scheme_of_ones_own_and_what_does_not_go_together(fit, quick_figures, lightning_log):
+    bank = LatentBank(X, conditions=OBS)
+    scheme = Scheme(ConditionedOracle(bank, None, KERNEL), target=Mix())
+    monitor = PosteriorMonitor(every_n_steps=2, queries=4)
+    fit(monitor, StageScheme(scheme))
+    assert monitor.history[0]["condition"] == SAID
+    told = Condition(bandwidth=0.5, find=lambda batch: batch["obs"][:, :1])
+    with pytest.raises(ValueError, match=r"\(16, 2\).*2 numbers, got \(16, 1\)"):
+        fit(StageScheme(target=Mix(), bank=bank, condition=told))
+    with pytest.raises(ValueError, match="conditions=c"):
+        fit(PosteriorMonitor(LatentBank(X), condition=KERNEL))
+    with pytest.raises(ValueError, match="no engine"):
+        fit(PosteriorMonitor(engine=Exact(), condition=KERNEL))
+    with pytest.raises(TypeError, match="Condition"):
+        PosteriorMonitor(condition=0.5)

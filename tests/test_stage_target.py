@@ -1,0 +1,233 @@
+"""`StageTarget`: a hand-written training step with one more line, alone, watched and steered."""
+
+import copy
+import pickle
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from stagewise import (
+    Convention,
+    LatentBank,
+    LogitNormal,
+    Mix,
+    Oracle,
+    Scheme,
+    Smoothing,
+    StageAware,
+    StageFactors,
+    StageTarget,
+)
+from stagewise.adapters import find_seams, one_seam
+from stagewise.callbacks import PosteriorMonitor, StageScheme, VelocityErrorMonitor
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_figures"),
+    pytest.mark.filterwarnings("ignore:.*(does not have many workers|is deprecated|log_every)"),
+]
+
+NOISE_LAST = Convention(1, 0, -1)
+
+
+def clusters(n=64, classes=4):
+    """Rows around a centre for each class, and their classes."""
+    draws = torch.Generator().manual_seed(5)
+    y = torch.arange(n) % classes
+    centres = 2 * torch.randn(classes, 6, generator=draws)
+    return centres[y] + 0.3 * torch.randn(n, 6, generator=draws), y
+
+
+class Step(pl.LightningModule):
+    """A step that is written out, with the line; `seen` keeps what each call was given and gave."""
+
+    def __init__(self, target=None, classes=4, **options):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(7 + classes, 16), nn.SiLU(), nn.Linear(16, 6))
+        self.classes = classes
+        self.target = StageTarget(**options) if target is None else target
+        self.seen = []
+
+    def velocity(self, xt, t, y):
+        one_hot = nn.functional.one_hot(y, self.classes).to(xt) if self.classes else xt[:, :0]
+        return self.net(torch.cat([xt, t, one_hot], 1))
+
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        t = self.target.times(torch.rand(len(x1), 1))
+        x1 = self.target.smooth(x1, t=t)
+        x0 = torch.randn_like(x1)
+        if self.target.convention == NOISE_LAST:
+            xt, given = t * x0 + (1 - t) * x1, x0 - x1
+        else:
+            xt, given = t * x1 + (1 - t) * x0, x1 - x0
+        u, w = self.target(given, xt=xt, t=t, x1=x1, labels=y)
+        self.seen.append((given, xt, t[:, 0], x1, y, u, w))
+        return (w * (self.velocity(xt, t, y) - u).square().mean(1)).mean()
+
+    def validation_step(self, batch, batch_idx):
+        x1, y = batch
+        t, x0 = torch.rand(len(x1), 1), torch.randn_like(x1)
+        u, w = self.target(x1 - x0, xt=t * x1 + (1 - t) * x0, t=t, x1=x1, labels=y)
+        assert torch.equal(u, x1 - x0)
+        assert torch.equal(w, torch.ones(len(x1)))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+@pytest.fixture
+def fit(tmp_path):
+    def run(module, *callbacks, steps=3, data=None, batch=16, **options):
+        torch.manual_seed(7)
+        data = TensorDataset(*clusters()) if data is None else data
+        trainer = pl.Trainer(
+            **{"max_steps": steps, "logger": False, **options},
+            accelerator="cpu",
+            callbacks=list(callbacks),
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        trainer.fit(module, DataLoader(data, batch), DataLoader(data, batch))
+        return module
+
+    return run
+
+
+def by_class(x, y, xt, t, labels):
+    """The velocity of the oracle over the rows of the class, in float64 and rows one by one."""
+    out = []
+    for row, time, label in zip(xt.double(), t.double(), labels, strict=True):
+        rows = x[y == label].double()
+        logits = -(row - time * rows).square().sum(1) / (2 * (1 - time) ** 2)
+        out.append((torch.softmax(logits, 0) @ rows - row) / (1 - time))
+    return torch.stack(out)
+
+
+def test_alone_it_returns_what_it_is_given_and_ones():
+    target, x1, x0 = StageTarget(), torch.randn(4, 2, 3), torch.randn(4, 2, 3)
+    t = torch.rand(4, 1, 1)
+    y = x1 - x0
+    u, w = target(y, xt=t * x1 + (1 - t) * x0, t=t, x1=x1)
+    assert u is y
+    assert torch.equal(w, torch.ones(4))
+    assert target.times(t) is t
+    assert target.smooth(x1, t=t) is x1
+    assert not target.state_dict()
+    assert not list(target.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"convention": NOISE_LAST}])
+def test_steered_targets_are_those_of_the_oracle_in_the_step_s_convention(fit, options):
+    x, y = clusters()
+    module = fit(Step(**options), StageScheme(target=Mix(1.0)))
+    sign = module.target.convention.sign
+    for _, xt, t, _, labels, u, w in module.seen:
+        t = module.target.convention.to_t(t)
+        near = t < 0.95  # there float32 has the digits
+        expected = sign * by_class(x, y, xt, t, labels)
+        torch.testing.assert_close(u[near].double(), expected[near], rtol=1e-5, atol=1e-4)
+        assert torch.equal(w, torch.ones(len(w)))
+    assert module.target.scheme is None
+
+
+def test_all_that_a_scheme_has_reaches_the_step(fit):
+    x, y = clusters()
+    oracle = Oracle(LatentBank(x, y))
+    scheme = Scheme(
+        oracle,
+        timesteps=LogitNormal(-2, 0.1),
+        target=Mix("boundary"),
+        weight=StageFactors(3, 1, boundary=0.2),
+        boundary=0.3,
+        smoothing=Smoothing(oracle.bank),
+        strength=lambda t: (t > 0.15).float(),
+    )
+    module = fit(Step(), StageScheme(scheme), val_check_interval=2)
+    for given, xt, t, x1, _, u, w in module.seen:
+        assert bool((t < 0.3).all())
+        assert torch.equal(w, torch.where(t < 0.2, 3.0, 1.0))
+        assert not torch.equal(u, given)
+        smoothed = torch.stack([(x - row).norm(dim=1).min() for row in x1]) > 1e-6
+        assert torch.equal(smoothed, t > 0.15)
+        torch.testing.assert_close((xt - t[:, None] * x1) / (1 - t[:, None]), x1 - given)
+    assert len(module.seen) == 3
+
+
+def test_a_watched_run_has_the_same_weights_and_finds_all(fit, caplog):
+    plain = fit(Step())
+    monitors = [PosteriorMonitor(), VelocityErrorMonitor(every_n_steps=2, queries=4, strata=4)]
+    watched = fit(Step(), *monitors)
+    assert "net: Sequential(x_t, time, labels)" in caplog.text
+    assert monitors[1].history
+    for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_copies_and_pickles_made_meanwhile_stand_alone(fit):
+    kept = []
+
+    class Copies(Step):
+        def on_before_optimizer_step(self, _):
+            target = copy.deepcopy(self.target), pickle.loads(pickle.dumps(self.target))
+            assert self.target.scheme is not None
+            kept.extend(target)
+
+    fit(Copies(), StageScheme(target=Mix(1.0)), steps=1)
+    for target in kept:
+        assert target.scheme is None
+        assert target.observers == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t, u: (1 - t, u), "StageTarget(convention=Convention(1, 0, 1))"),
+        (lambda t, u: (1 - t, -u), "StageTarget(convention=Convention(1, 0, -1))"),
+        (lambda t, u: (t, -u), "StageTarget(convention=Convention(0, 1, -1))"),
+        (lambda t, u: (t, 2 * u), "off by 100% of its size"),
+    ],
+)
+@pytest.mark.parametrize("callback", [PosteriorMonitor, lambda: StageScheme(target=Mix(1.0))])
+def test_what_does_not_fit_is_refused_before_the_first_weight(fit, change, said, callback):
+    class Other(Step):
+        def training_step(self, batch, batch_idx):
+            x1, y = batch
+            t, x0 = torch.rand(len(x1), 1), torch.randn_like(x1)
+            told, u = change(t, x1 - x0)
+            u, w = self.target(u, xt=t * x1 + (1 - t) * x0, t=told, x1=x1)
+            return u.mean() + 0 * self.net(torch.zeros(1, 11)).sum()
+
+    module = Other()
+    before = copy.deepcopy(module.net.state_dict())
+    with pytest.raises(ValueError, match="Expected `xt`, `t`, `x1` and `y` of the velocity") as e:
+        fit(module, callback())
+    assert said in str(e.value)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before.values(), module.net.state_dict().values(), strict=True)
+    )
+
+
+def test_draws_of_a_scheme_that_the_step_does_not_take_are_refused(fit):
+    class Own(Step):
+        def training_step(self, batch, batch_idx):
+            x1, _ = batch
+            t, x0 = torch.rand(len(x1), 1), torch.randn_like(x1)
+            u, w = self.target(x1 - x0, xt=t * x1 + (1 - t) * x0, t=t, x1=x1)
+            return u.mean()
+
+    with pytest.raises(ValueError, match=r"t = self\.target\.times\(t\)"):
+        fit(Own(), StageScheme(timesteps=StageAware(0.5), boundary=0.3))
+
+
+def test_two_of_them_are_told_apart_by_name():
+    module = nn.ModuleList([StageTarget(), StageTarget()])
+    assert len(find_seams(module)) == 2
+    with pytest.raises(ValueError, match=r'seam="module\.0"'):
+        one_seam(module)

@@ -1,0 +1,419 @@
+"""`Watch`: the callbacks in a loop without Lightning."""
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import optimizer
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from stagewise import LatentBank, Mix, Watch
+from stagewise.callbacks import (
+    Forecast,
+    MemorizationGuard,
+    MemorizationMonitor,
+    PosteriorMonitor,
+    StageScheme,
+    StageTransitions,
+    VelocityErrorMonitor,
+)
+from stagewise.losses import FlowMatchingLoss
+
+SMALL = {"strata": 4, "queries": 4, "every_n_steps": 3}
+
+
+def watchers():
+    """Of each kind of monitor one."""
+    return [
+        PosteriorMonitor(**SMALL),
+        VelocityErrorMonitor(**SMALL),
+        MemorizationMonitor(samples=4, steps=2, every_n_steps=3),
+        StageTransitions(),
+    ]
+
+
+class Loop:
+    """A training by hand, with the draws of `TinyFlow(seeded=True)`, or others from the globals."""
+
+    def __init__(self, tiny_flow, x, *, seeded=True):
+        self.flow, self.x = tiny_flow(seeded=seeded), x
+        self.model, self.loss = nn.Module(), FlowMatchingLoss()
+        self.model.net, self.seeded = self.flow.net, seeded
+        self.model.forward = lambda xt, t: self.model.net(torch.cat([xt, t[:, None].to(xt)], 1))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2)
+
+    def loader(self, shuffle=False):
+        return DataLoader(TensorDataset(self.x), batch_size=8, shuffle=shuffle)
+
+    def watch(self, *callbacks, **options):
+        data = options.pop("data", self.loader())
+        return Watch(self.model, data, *callbacks, target=self.loss, **options)
+
+    def train(self, watch, steps, start=0, *, accumulate=1, context=nullcontext, show=True):
+        # Lightning asks its loader for a seed of each epoch; a loop by hand does the same.
+        batches, step, place = iter(()), start, start * accumulate
+        loader = self.loader(shuffle=not self.seeded)
+        while step < steps:
+            batch = next(batches, None)
+            if batch is None:
+                batches = iter(loader)
+                for _ in range(place % len(loader)):
+                    next(batches)
+                batch = next(batches)
+            if watch is not None:
+                watch.step(step, batch if show else None)
+            draws = torch.Generator().manual_seed(1000 * step + place % len(loader))
+            with context():
+                loss = self.loss(self.model, batch[0], generator=draws if self.seeded else None)
+            loss.backward()
+            place += 1
+            if place % accumulate == 0:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                step += 1
+
+    def weights(self):
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+@pytest.fixture
+def loop(tiny_flow, make_data, tmp_path, monkeypatch, quick_figures):
+    """`loop(seeded=True)`: a `Loop` that writes to `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    return lambda **options: Loop(tiny_flow, make_data(64)[0], **options)
+
+
+def probes(callbacks):
+    """What they found, comparable where it is NaN."""
+    return repr([c.history for c in callbacks if hasattr(c, "history")])
+
+
+def test_what_it_finds_is_what_the_trainer_finds(
+    loop, make_trainer, tiny_flow, make_loader, weights, tmp_path
+):
+    host, hand = watchers(), watchers()
+    module, mine = tiny_flow(seeded=True), loop()
+    make_trainer(*host, max_steps=8).fit(module, make_loader(mine.x))
+    with mine.watch(*hand, steps=8, dirpath="hand", log_every=1) as watch:
+        mine.train(watch, 8)
+    assert torch.equal(mine.weights(), weights(module))
+    assert len(hand[0].history) == 3
+    assert probes(hand) == probes(host)
+    for callback in hand:
+        lines = [
+            (folder / "stages.jsonl").read_text().replace("module.model", "module.net")
+            for folder in (tmp_path / "hand" / callback.name, tmp_path / f"{callback.name}_logs")
+        ]
+        events = [[json.loads(line) for line in text.splitlines()] for text in lines]
+        for event in (*events[0], *events[1]):
+            event.pop("network", None)
+            event.pop("seam", None)
+        assert events[0] == events[1]
+
+
+def test_weights_are_those_of_a_loop_that_is_not_watched(loop):
+    plain, watched = loop(seeded=False), loop(seeded=False)
+    torch.manual_seed(5)
+    plain.train(None, 10)
+    guard = MemorizationGuard(samples=4, queries=4, steps=2, held_out=watched.x[:8] + 0.1)
+    torch.manual_seed(5)
+    with watched.watch(*watchers(), guard, Forecast(every_n_steps=4), steps=10) as watch:
+        watched.train(watch, 10)
+    assert torch.equal(watched.weights(), plain.weights())
+    assert len(guard.history) >= 2
+    kept = torch.load(guard.best["file"], weights_only=True)
+    assert kept["step"] == guard.best["step"]
+    assert kept["model"].keys() == watched.model.state_dict().keys()
+    assert any("MemorizationGuard" in key for key in kept["watch"])
+
+
+def test_a_stopped_loop_goes_on_with_the_same_history(loop, tmp_path):
+    whole, parts = watchers(), watchers()
+    one = loop()
+    with one.watch(*whole, steps=9) as watch:
+        one.train(watch, 9)
+    two = loop()
+    watch = two.watch(*parts, steps=9)
+    two.train(watch, 6)
+    parts_of = watch, two.model, two.optimizer
+    torch.save([part.state_dict() for part in parts_of], tmp_path / "state.pt")
+    again, two = watchers(), loop()
+    watch = two.watch(*again, steps=9)
+    for part, state in zip(
+        (watch, two.model, two.optimizer),
+        torch.load(tmp_path / "state.pt", weights_only=True),
+        strict=True,
+    ):
+        part.load_state_dict(state)
+    two.train(watch, 9, start=6)
+    watch.close()
+    assert torch.equal(one.weights(), two.weights())
+    assert probes(again) == probes(whole)
+    assert repr(again[1].events) == repr(whole[1].events)
+
+
+def test_batches_of_one_step_are_one_step(loop):
+    monitor, logged = VelocityErrorMonitor(**SMALL), []
+    mine = loop()
+    log = lambda values, step: logged.append((step, values))  # noqa: E731
+    with mine.watch(monitor, steps=6, accumulate=2, log=log, log_every=1) as watch:
+        mine.train(watch, 6, accumulate=2)
+    assert [entry["step"] for entry in monitor.history] == [1, 3, 6]
+    assert monitor.per_step == 16
+    assert [step for step, values in logged if "stagewise_error/pythagoras" in values] == [0, 2, 5]
+
+
+def test_a_loop_that_shows_no_batch_is_known_by_what_makes_its_targets(loop):
+    monitor, mine = VelocityErrorMonitor(**SMALL), loop()
+    with mine.watch(monitor, steps=4) as watch:
+        mine.train(watch, 4, show=False)
+    shown, other = VelocityErrorMonitor(**SMALL), loop()
+    with other.watch(shown, steps=4) as watch:
+        other.train(watch, 4)
+    assert repr(monitor.events) == repr(shown.events)
+
+
+def test_the_network_is_asked_in_the_autocast_of_the_loop(loop):
+    mine, seen = loop(), []
+    mine.model.net.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    with mine.watch(VelocityErrorMonitor(**SMALL), steps=2) as watch:
+        mine.train(watch, 2, context=autocast)
+    assert len(seen) > 2
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_it_steers_and_lets_go(loop):
+    mine, steers = loop(), StageScheme(target=Mix("boundary"), boundary=0.6)
+    with mine.watch(steers, steps=3) as watch:
+        mine.train(watch, 3)
+        record = steers.scheme.last
+        assert mine.loss.scheme is steers.scheme
+        with watch.validation():
+            assert mine.loss.scheme is None
+        assert mine.loss.scheme is steers.scheme
+    assert mine.loss.scheme is None
+    assert torch.equal(record.lam > 0, record.t < 0.6)
+    plain = loop()
+    plain.train(None, 3)
+    assert not torch.equal(plain.weights(), mine.weights())
+
+
+class Forgot(Exception):
+    pass
+
+
+def test_an_exception_leaves_no_hook(loop):
+    mine, before = loop(), set(optimizer._global_optimizer_pre_hooks)
+
+    def fail():
+        with mine.watch(*watchers(), steps=9) as watch:
+            mine.train(watch, 2)
+            raise Forgot
+
+    with pytest.raises(Forgot):
+        fail()
+    for module in mine.model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    assert not set(optimizer._global_optimizer_pre_hooks) - before
+
+
+class Board:
+    """What a `SummaryWriter` is known by."""
+
+    def __init__(self):
+        self.scalars, self.images = [], []
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.append((tag, step))
+
+    def add_image(self, tag, image, step, dataformats):
+        self.images.append(tag)
+
+
+def test_a_board_gets_scalars_and_pictures(loop):
+    board, mine = Board(), loop()
+    with mine.watch(PosteriorMonitor(**SMALL), steps=2, log=board) as watch:
+        mine.train(watch, 2)
+    assert ("stagewise/midpoint", 0) in board.scalars
+    assert "stagewise/concentration" in board.images
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(6)
+
+
+def elsewhere(mine):
+    other = nn.Linear(6, 6)
+    watch = Watch(other, LatentBank(mine.x), PosteriorMonitor(**SMALL))
+    optimizer = torch.optim.SGD(other.parameters(), 1e-2)
+    watch.step(0, mine.x[:8])
+    optimizer.step()
+
+
+def idle(mine):
+    watch = Watch(nn.Linear(6, 6), mine.loader(), PosteriorMonitor(**SMALL))
+    watch.step(0, mine.x[:8])
+    watch.step(1, mine.x[8:16])
+
+
+def late(mine):
+    watch = mine.watch(PosteriorMonitor(**SMALL))
+    mine.train(None, 1)
+    watch.step(1, mine.x[:8])
+
+
+def back(mine):
+    watch = mine.watch(PosteriorMonitor(**SMALL))
+    mine.train(watch, 3)
+    watch.step(0, mine.x[:8])
+
+
+def unknown(mine):
+    watch = Watch(mine.model, mine.loader(), VelocityErrorMonitor(**SMALL))
+    mine.train(watch, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "message"),
+    [
+        (lambda m: Watch("net", m.loader()), TypeError, "an nn.Module, got str"),
+        (lambda m: Watch(m.model, m.loader(), print), TypeError, "callbacks of stagewise, got"),
+        (
+            lambda m: m.watch(PosteriorMonitor(), PosteriorMonitor()),
+            ValueError,
+            "a name for each of several",
+        ),
+        (lambda m: m.watch(log=3), TypeError, r"function of \(dict, step\), .* got 3"),
+        (
+            lambda m: m.watch(PosteriorMonitor(), data=DataLoader(Endless(), 8)).step(0, m.x[:8]),
+            ValueError,
+            "no length, .* Give the bank yourself",
+        ),
+        (elsewhere, ValueError, "never called"),
+        (idle, ValueError, "never called"),
+        (late, ValueError, "at the top of the loop"),
+        (back, ValueError, "`step` of at least 2"),
+        (unknown, ValueError, r"Say how to ask .*velocity=lambda module, xt, t, labels: module.m"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(loop, wrong, kind, message):
+    with pytest.raises(kind, match=message):
+        wrong(loop())
+
+
+WITHOUT = """
+import sys
+for name in ("lightning", "pytorch_lightning", "lightning_fabric", "tensorboard", "hydra"):
+    sys.modules[name] = None
+import torch
+import stagewise
+from stagewise.callbacks import PosteriorMonitor, VelocityErrorMonitor
+from torch import nn
+
+class Net(nn.Linear):
+    def forward(self, xt, t):
+        return super().forward(torch.cat([xt, t[:, None]], 1))
+
+x, net = torch.randn(64, 2), Net(3, 2)
+optimizer = torch.optim.SGD(net.parameters(), 0.1)
+error = VelocityErrorMonitor(velocity=lambda module, xt, t, labels: module.model(xt, t))
+with stagewise.Watch(net, stagewise.LatentBank(x), PosteriorMonitor(), error, steps=3) as watch:
+    for step in range(3):
+        watch.step(step, x[:32])
+        x0, t = torch.randn(32, 2), torch.rand(32)
+        xt = t[:, None] * x[:32] + (1 - t[:, None]) * x0
+        (net(xt, t) - (x[:32] - x0)).square().mean().backward()
+        optimizer.step()
+assert [entry["step"] for entry in error.history] == [1, 2, 3]
+from pathlib import Path
+from stagewise.recipes.report import report
+print(report(Path()))
+"""
+
+
+def test_it_needs_no_lightning(tmp_path):
+    run = [sys.executable, "-c", WITHOUT]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-3000:]
+    assert (tmp_path / "stagewise_logs" / "concentration.png").exists()
+    assert "PosteriorMonitor: boundary t = " in done.stderr
+    assert "error by t" in (tmp_path / done.stdout.strip()).read_text(encoding="utf-8").lower()
+
+
+RANKS = """
+import json, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from stagewise import Watch
+from stagewise.callbacks import PosteriorMonitor, VelocityErrorMonitor
+from stagewise.losses import FlowMatchingLoss
+
+out, many = Path(sys.argv[1]), int(sys.argv[2]) > 1
+if many and not dist.is_initialized():
+    dist.init_process_group("gloo")
+rank = dist.get_rank() if many else 0
+x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+
+    def forward(self, xt, t):
+        return self.net(torch.cat([xt, t[:, None]], 1))
+
+def train(*callbacks):
+    torch.manual_seed(3)
+    model, loss, data = Net(), FlowMatchingLoss(), TensorDataset(x)
+    model = DistributedDataParallel(model) if many else model
+    loader = DataLoader(data, 8, sampler=DistributedSampler(data) if many else None)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    torch.manual_seed(7 + rank)
+    lines = []
+    log = lambda values, step: lines.append(step)
+    watch = Watch(model, loader, *callbacks, target=loss, steps=4, log=log, dirpath=out)
+    for step, batch in zip(range(4), loader):
+        if callbacks:
+            watch.step(step, batch)
+        optimizer.zero_grad()
+        loss(model, batch[0]).backward()
+        optimizer.step()
+    watch.close()
+    return model, bool(lines)
+
+options = {"strata": 4, "queries": 4, "every_n_steps": 2}
+posterior, error = PosteriorMonitor(**options), VelocityErrorMonitor(**options)
+(plain, _), (watched, logs) = train(), train(posterior, error)
+states = zip(plain.state_dict().values(), watched.state_dict().values())
+same = [torch.equal(*pair) for pair in states]
+found = repr(posterior.history), repr(error.events)
+said = {"same": all(same), "logs": logs, "found": found, "probes": len(error.history)}
+(out / f"rank{rank}.json").write_text(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(on_one_and_two_ranks):
+    one, two = on_one_and_two_ranks(RANKS)
+    files = (one / "rank0.json", two / "rank0.json", two / "rank1.json")
+    return [json.loads(file.read_text()) for file in files]
+
+
+def test_ranks_find_the_same_and_the_first_one_writes(ranks):
+    alone, zero, one = ranks
+    assert alone["same"] and zero["same"] and one["same"]  # noqa: PT018
+    assert zero["found"] == one["found"]
+    assert [zero["logs"], one["logs"]] == [True, False]
+    # What is measured of the data does not hang on the number of ranks.
+    parts = [json.loads(said["found"][0].replace("'", '"').replace("nan", "NaN")) for said in ranks]
+    assert parts[0][0]["midpoint"] == pytest.approx(parts[1][0]["midpoint"], abs=1e-6)

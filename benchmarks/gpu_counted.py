@@ -73,18 +73,18 @@ class Counted(TorchDispatchMode):
             self._add(size, operations, args[0].dtype if given else torch.float32)
         return out
 
-    def _kernel(self, name: str, grid: Any, tensors: Any, numbers: Any, *_: Any) -> None:
+    def _kernel(self, name: str, grid: Any, read: Any, written: Any, numbers: Any, *_: Any) -> None:
         self.names[name] += 1
         chosen = name in ("pull", "merge") and bool(numbers[-1])
         if chosen:  # no query, as a rule
             return
         if name == "pull":
-            rows, width = tensors[0], numbers[0]
-            size = rows.element_size() * rows.shape[1] * len(tensors[1]) * width
-            size += sum(x.nbytes for x in tensors[5:9])
+            rows, width = read[0], numbers[0]
+            size = rows.element_size() * rows.shape[1] * len(read[1]) * width
+            size += sum(x.nbytes for x in written)
             self._add(size, 8 * size // rows.element_size(), torch.float32)
             return
-        self._add(sum(x.nbytes for x in tensors), 0, torch.float32)
+        self._add(sum(x.nbytes for x in (*read, *written)), 0, torch.float32)
 
     def _add(self, size: float, operations: float, dtype: torch.dtype) -> None:
         self.seconds += max(size / BANDWIDTH, operations / RATES.get(dtype, 48e12))

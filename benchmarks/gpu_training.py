@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise import Mix, Oracle
 from stagewise.callbacks import PosteriorMonitor, StageScheme, VelocityErrorMonitor
+from stagewise.engines import Engine, Exact, Sharded
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes.sit import SiT
 
-__all__ = ["shares", "training"]
+__all__ = ["places", "shares", "training"]
 
 NETWORKS = {
     "tiny": {"hidden_size": 32, "depth": 1, "num_heads": 2},
@@ -61,6 +62,31 @@ def shares(device: torch.device, sizes: Sizes, left: Left) -> Rows:
             | {"share": ours / spent}
         )
         del net, optimizer
+    return found
+
+
+def places(device: torch.device, sizes: Sizes, left: Left) -> Rows:
+    """One answer by where the bank lies: beside that of one on the device, relative to its size."""
+    there = made(sizes.right[0], sizes.shape, 20, torch.bfloat16, device)
+    xt, t, x1, labels = asked(there, 32, torch.rand(32, device=device))
+    banks = {"device": there, "host": there.to("cpu")}
+    if device.type == "cuda":
+        banks["pinned host"] = banks["host"].pin()
+    engines: dict[str, Engine] = {"Exact": Exact(), "Sharded, one rank": Sharded(Exact())}
+    found: Rows = []
+    for over, asked_for in (("class", labels.tolist()), ("all rows", None)):
+        answers: dict[str, Tensor] = {}
+        for name, engine in engines.items():
+            for place, bank in banks.items():
+                ask = Oracle(bank, engine=engine).correction
+                answers[f"{name}, {place}"] = ask(xt, t, x1, asked_for)
+        first = answers["Exact, device"]
+        for what, answer in answers.items():
+            size = first.flatten(1).norm(dim=1)
+            off = (answer - first).flatten(1).norm(dim=1) / size.clamp_min(1e-6)
+            bits = torch.equal(answer, answers[f"{what.rsplit(',', 1)[0]}, host"])
+            row = {"over": over, "bank": what, "differs by": float(off.max())}
+            found.append(row | {"bits of the host bank": "the same" if bits else "others"})
     return found
 
 

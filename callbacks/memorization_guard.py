@@ -25,8 +25,9 @@ __all__ = ["MemorizationGuard"]
 _EARLY, _LATE = 2, 4
 """Bins of t before and after the posterior has collapsed on one row."""
 
-_LATEST = 0.75
-"""The collapsed boundary counts at most that much, so that there are late t to look at."""
+_EARLIEST, _LATEST = 0.05, 0.75
+"""The collapsed boundary counts within these, so that there are early and late t to look at: with
+one row in each class it is 0."""
 
 _COPIED = 0.01
 """A model copies if the share of copies is above this, with 97.5 % confidence."""
@@ -165,7 +166,7 @@ class MemorizationGuard(MemorizationMonitor):
                     )
                     self._splits["held_out"] = None
         boundary = self.run.boundary(self.oracle, self.wise).collapsed
-        late = _LATEST if math.isnan(boundary) else min(boundary, _LATEST)
+        late = _LATEST if math.isnan(boundary) else min(max(boundary, _EARLIEST), _LATEST)
         bins = torch.linspace(0, late, _EARLY + 1), torch.linspace(late, 1, _LATE + 1)
         self.edges = torch.cat([bins[0], bins[1][1:]]).double()
         train, others = self._splits["train"], self._splits["held_out"]

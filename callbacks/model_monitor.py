@@ -15,10 +15,15 @@ from stagewise.batches import describe
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.stage_callback import AskVelocity
 from stagewise.callbacks.training_bank import Samples
+from stagewise.stage_target import BY_HAND
 from stagewise.undisturbed import in_eval_mode, same_draws
 from stagewise.velocity_probe import Probe
 
 __all__ = ["ModelMonitor"]
+
+
+_FEW = 8
+"""Held-out samples below which the log says that they are few."""
 
 
 class ModelMonitor(Monitor):
@@ -84,8 +89,8 @@ class ModelMonitor(Monitor):
         if not self.run.seams:
             raise ValueError(
                 f"Found nothing that makes the targets in {type(self.run.module).__name__}, so "
-                "what its network predicts is not known. Say how to ask for the velocity (t = 0 is "
-                f"noise, t = 1 is data): {name}({look.search.line})."
+                f"what its network predicts is not known; {BY_HAND} Or say how to ask for the "
+                f"velocity (t = 0 is noise, t = 1 is data): {name}({look.search.line})."
             )
         with self.run.together("finding its network"):
             found, x1, call = look.search.result(), look.search.x1, look.search.call
@@ -180,6 +185,16 @@ class ModelMonitor(Monitor):
         return x1, torch.tensor(bank.labels_of(index.tolist())) if bank.classes else None
 
     def others(self, count: int) -> Samples | None:
+        """The samples of `_others_of`; of few rows the log says what is not known of others."""
+        found = self._others_of(count)
+        if found is not None and len(found[0]) < _FEW:
+            self.say(
+                f"{len(found[0])} held-out samples: errors on them, with their standard errors, "
+                "are of these alone, and say little of others."
+            )
+        return found
+
+    def _others_of(self, count: int) -> Samples | None:
         """Samples that are not trained on: what the user gave, or the first validation loader's.
 
         None if there are none, which the log says.

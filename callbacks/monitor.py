@@ -57,7 +57,7 @@ class Monitor(StageCallback):
         ValueError: For numbers out of range.
     """
 
-    measures = True
+    late = measures = True
     held = (*StageCallback.held, "oracle")
     probes: ClassVar[int] = 20
     longest: ClassVar[int] = 1000
@@ -125,6 +125,11 @@ class Monitor(StageCallback):
         self.every = self.every_n_steps or max(1, min(self.longest, share))
         self.writer = run.open_writer(self)
         self._since, self.seconds = (time.perf_counter(), run.began), []
+
+    @override
+    def restart(self) -> None:
+        self.corrected = True
+        self.start()
 
     def _still(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those that a run that goes on has: a second fit of a callback, or other latents, none."""

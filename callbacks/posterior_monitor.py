@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -193,7 +194,7 @@ class PosteriorMonitor(Monitor):
         """Says where things are; it does not probe, as the data are what they were."""
         last = self.history[-1]
         self.say(
-            f"boundary t = {last['midpoint']:.3f} (midpoint), {last['collapsed']:.3f} (collapsed) "
+            f"boundary t = {_told(last, 'midpoint', 0.5)}, {_told(last, 'collapsed', 0.99)} "
             f"at step {last['step']}; {self.summary()}"
         )
 
@@ -309,3 +310,13 @@ class PosteriorMonitor(Monitor):
             for key in ("midpoint", "collapsed")
         }
         return {**super().layout(), **intervals}
+
+
+def _told(entry: Mapping[str, Any], name: str, level: float) -> str:
+    """A boundary in words, with its interval."""
+    value, low, high = (entry[f"{name}{end}"] for end in ("", "_low", "_high"))
+    if math.isnan(value):
+        return f"none ({name}: the largest weight is below {level} at all t)"
+    if value == high:
+        return f"{value:.3f} ({name}: the largest weight is above {level} at all t asked)"
+    return f"{value:.3f} ({name}, 95 % {low:.3f} to {high:.3f})"

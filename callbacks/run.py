@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from stagewise.adapters.differences import compare, difference
+from stagewise.adapters.encoding import Encoding
 from stagewise.adapters.find import dependent_noise, find_couplings, find_seams, training_path
 from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank
@@ -23,6 +24,7 @@ from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.callbacks.run_oracles import RunOracles
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.through_module import without_trace
 
 __all__ = ["StageRun"]
 
@@ -39,7 +41,7 @@ class StageRun(RunOracles):
     Args:
         bank: See `StageCallback`, like all others.
         name: Name of the folder in `dirpath`; it writes nothing itself.
-        **options: `find`, `path`, `class_wise`, `held_out`, `velocity`, `seam`, `dirpath`, `seed`.
+        **options: See `RunOptions`.
 
     Attributes:
         total: Optimizer steps of the training, None if it has no end.
@@ -101,7 +103,8 @@ class StageRun(RunOracles):
         self.tied = dependent_noise(self.seams, find_couplings(self.module))
         if self.tied and self.measuring:
             rank_zero_warn(f"The posterior that is measured may not be that of {self.tied}")
-        self.look = FirstStep(self.module, self.seams, self.path, self.find_of(self))
+        find = without_trace(self.find_of(self))
+        self.look = FirstStep(self.module, self.seams, self.path, find)
         self.tell("start")
         self.open_writer(self).dashboard(self.members)
 
@@ -156,6 +159,7 @@ class StageRun(RunOracles):
         self.settled = True
         self.look.finish()
         self._open = self.host.any(self.look.open)
+        self._encode()
         with self.together("looking at its first step"):
             self._look_at_step()
         self.tell("settle")
@@ -268,6 +272,9 @@ class StageRun(RunOracles):
         """Refuses what no oracle's target can be made for, before a scheme is asked for one."""
         mixing = any(member.mixes and not self.given(member) for member in self.members)
         if mixing and self.look.changed(x1):
+            # On several ranks the others may not come by here.
+            if self.host.world_size == 1 and self._encode():
+                return
             message, certain = difference(self.look, x1, self.bank_in_use())
             if certain:
                 raise ValueError(message)
@@ -297,11 +304,35 @@ class StageRun(RunOracles):
         if note:
             rank_zero_info(f"stagewise: {note}")
         x1, read = self.look.trained_x1, [m for m in measuring if not self.given(m)]
+        if self.encoding is not None and self.encoding.draws:
+            return  # reading the bank has said so
         if read and x1 is not None and self.look.changed(x1) and not self.look.swapped:
-            message, certain = difference(self.look, x1, self.bank(read[0]))
+            encoded, bank = self.encoding is not None, self.bank(read[0])
+            message, certain = difference(self.look, x1, bank, encoded=encoded)
             if certain and any(member.compares for member in read):
                 raise ValueError(message)
             rank_zero_warn(message)
+
+    def _encode(self) -> bool:
+        """Reads the bank through what the first step does with x_1, if it can; a collective."""
+        members = [member for member in self.members if member.measures or member.mixes]
+        read = [member for member in members if not self.given(member)]
+        steps = () if self.look.encoding is None else self.look.encoding.steps
+        said = any({"find", "encode"} & member.said.keys() for member in {*self.members, self})
+        able = bool(read and steps) and all(member.late for member in read) and not said
+        if self.encoding or not self.host.all(able):
+            return False
+        told = [steps]  # numbers may differ in their last digits
+        if self.host.world_size > 1:
+            torch.distributed.broadcast_object_list(told)
+        self.encoding = Encoding(told[0])
+        rank_zero_warn(
+            f"Training {self.encoding.verb} x_1, {self.look.x1_at}, and the bank is read again "
+            f"through that. To read it once: StageRun({self.encoding.line})."
+        )
+        self.forget()
+        self.tell("restart")
+        return True
 
     def _look_at_noise(self) -> None:
         """Says what the noise of some batches shows that the first has not shown, or refuses it."""

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.optim import Optimizer
 
+from stagewise.adapters.encoding import Encoding
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, find_sample
 from stagewise.callbacks.host import Host
@@ -29,7 +30,9 @@ from stagewise.memory import oracle_device
 from stagewise.oracle import Oracle
 from stagewise.paths import Path as ProbabilityPath
 from stagewise.paths import same_path
+from stagewise.schemes import Scheme
 from stagewise.stages import Recipe, StageBoundary, StageCurve, require_whole_bank
+from stagewise.through_module import through_module
 
 __all__ = ["RunOracles"]
 
@@ -47,6 +50,7 @@ class RunOracles(StageCallback):
         module: What is trained.
         members: The stage callbacks, in the order in which they are told things.
         began: Optimizer steps at the start of training.
+        encoding: What training makes of x_1, as its first step has shown; None if nothing.
         path: The path of training, and `path_from`, how it is known; empty if it is assumed.
         recipes: How boundaries are measured.
     """
@@ -55,6 +59,7 @@ class RunOracles(StageCallback):
     module: nn.Module
     members: list[StageCallback]
     began: int
+    encoding: Encoding | None = None
     path: ProbabilityPath
     path_from: str
 
@@ -68,9 +73,11 @@ class RunOracles(StageCallback):
         self._curve: tuple[Recipe, int, StageCurve] | None = None
 
     def recall(self) -> None:
-        """Takes up the boundaries of a checkpoint, and forgets all else."""
+        """Takes up boundaries and encoding of a checkpoint, and forgets all else."""
         self.forget()
         self._reread, self._measured_at = False, self.began
+        steps = (member.stashed_run.get("encoding") for member in self.members if self.began)
+        self.encoding = next((Encoding(each) for each in steps if each), None)
         kept = [member.stashed_run.get("boundaries") for member in self.members if self.began]
         self._records: dict[tuple[str, int], dict[str, float]] = {
             (old["path"], old["class_wise"]): old["boundary"]
@@ -106,7 +113,8 @@ class RunOracles(StageCallback):
     def find_of(self, callback: StageCallback) -> FindSample:
         """From a batch to `(x_1, labels or None)`; a data module may have its own `find_sample`."""
         own = getattr(self.host.data, "find_sample", find_sample)
-        return self.option(callback, "find", own)
+        find, encode = self.option(callback, "find", own), self.option(callback, "encode")
+        return through_module(find, self.module, encode or self.encoding, self.host.precision)
 
     def together(self, what: str) -> AbstractContextManager[None]:
         """Does something on every rank, or raises on all of them; see `Host.together`."""
@@ -174,11 +182,12 @@ class RunOracles(StageCallback):
         callback.renewed, self._records = True, {}
         callback.stash = {**(callback.stash or {}), "run": {}}
 
-    def place(self, oracle: Oracle | None) -> None:
-        """Has an oracle that was given ask the bank that the monitors ask, where that lies."""
-        if oracle is not None and oracle.engine.holds_all_rows:
-            oracle.bank = self.beside(oracle.bank)
-            oracle.engine.prepare(oracle.bank)
+    def place(self, schemes: Iterable[Scheme]) -> None:
+        """Has oracles that were given ask the bank that the monitors ask, where that lies."""
+        for oracle in (scheme.oracle for scheme in schemes):
+            if oracle is not None and oracle.engine.holds_all_rows:
+                oracle.bank = self.beside(oracle.bank)
+                oracle.engine.prepare(oracle.bank)
 
     def bank_in_use(self) -> LatentBank | None:
         """The bank that was read, or one that was given; None before there is any."""
@@ -299,6 +308,7 @@ class RunOracles(StageCallback):
         found = {_recorded_as(recipe): one.as_dict() for recipe, one in self._boundaries.items()}
         return {
             "bank": "" if bank is None else bank.fingerprint,
+            "encoding": () if self.encoding is None else self.encoding.steps,
             "boundaries": [
                 {"path": path, "class_wise": wise, "boundary": boundary}
                 for (path, wise), boundary in (self._records | found).items()

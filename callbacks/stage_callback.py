@@ -21,6 +21,7 @@ from stagewise.callbacks.host import TrainerHost
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.condition import Condition
 from stagewise.paths import Path as ProbabilityPath
+from stagewise.through_module import Encode
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -48,8 +49,10 @@ class RunOptions(TypedDict, total=False):
     """What may be said about a run beside its bank: once, to a `StageRun` or to any callback.
 
     Attributes:
-        find: From a batch to `(x_1, labels or None)`; default finds them in tensors, tuples and
-            dicts with usual names.
+        find: From a batch, or a batch and the module, to `(x_1, labels or None)`; default finds
+            them in tensors, tuples and dicts with usual names.
+        encode: From `(x_1, module)` to what is trained on, for a step that encodes; default: what
+            is in the batch, or what the first step has shown it to make of that.
         path: The path of training; default that of what makes the targets in the module, or else
             `LinearPath()`.
         class_wise: Whether posteriors are over the rows of the sample's own class, which is what a
@@ -67,7 +70,8 @@ class RunOptions(TypedDict, total=False):
         seed: Of all generators of the callbacks, default 0.
     """
 
-    find: FindSample | None
+    find: FindSample | Callable[[Any, nn.Module], Any] | None
+    encode: Encode | None
     path: ProbabilityPath | None
     class_wise: bool | Literal["auto"]
     condition: Condition | None
@@ -99,6 +103,7 @@ class StageCallback(Callback):
 
     Attributes:
         order: When the run tells it, among the others.
+        late: Whether it can take its bank in the first step, and no earlier.
         measures: Whether it measures something against the bank.
         compares: Whether it compares the model with the oracle over that bank.
         mixes: Whether it puts the oracle into the targets.
@@ -115,6 +120,7 @@ class StageCallback(Callback):
     """
 
     order: ClassVar[int] = 0
+    late: bool = False
     measures: bool = False
     compares: bool = False
     mixes: bool = False
@@ -207,6 +213,9 @@ class StageCallback(Callback):
     def start(self) -> None:
         """At the start of training."""
 
+    def restart(self) -> None:
+        """In the first step, before it settles: the bank is another one than at the start."""
+
     def before_first_batch(self) -> None:
         """Before the first batch, once all callbacks have started."""
 
@@ -295,6 +304,6 @@ def _check(options: dict[str, Any]) -> None:
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {wise!r}.')
     if wise is True and bank is not None and not bank.classes:
         raise ValueError("class_wise=True needs a bank with labels: LatentBank(x, labels).")
-    for key in ("find", "velocity"):
+    for key in ("find", "encode", "velocity"):
         if options.get(key) is not None and not callable(options[key]):
             raise TypeError(f"Expected `{key}` to be a function, got {options[key]!r}.")

@@ -20,10 +20,11 @@ from stagewise.callbacks.stage_transitions import refuse_unheard
 from stagewise.callbacks.training_bank import read_shard
 from stagewise.certificate import Certificate
 from stagewise.engines import Engine
-from stagewise.losses import StageWeightedLoss
+from stagewise.losses.weighted import weighs
 from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme, mixes, parts
 from stagewise.schemes.checks import check_rows
+from stagewise.stage_target import BY_HAND
 from stagewise.stages import StageBoundary
 from stagewise.targets import Target
 from stagewise.timesteps import TimestepSampler
@@ -36,16 +37,16 @@ class StageScheme(StageCallback):
     """Puts a scheme into whatever makes the targets in the module, and takes it out at the end.
 
     What makes the targets is found by its interface (`stagewise.adapters`): a `FlowMatchingLoss`, a
-    torchcfm matcher, a flow_matching path, a SiT or LightningDiT transport, an EDM loss. A module
-    that has the very scheme as an attribute, and asks it in its training step, is left as it is.
-    A matcher or path never sees the loss: for weights the module needs a `StageWeightedLoss` of the
-    same scheme. Validation sees the plain targets, so its loss stays comparable.
+    `StageTarget` in a step that writes its target out, a torchcfm matcher, a flow_matching path, a
+    SiT or LightningDiT transport, an EDM loss. A module that has the very scheme as an attribute,
+    and asks it in its training step, is left as it is. A matcher or path never sees the loss: for
+    weights the module needs a `StageWeightedLoss` of the same scheme. Validation sees the plain
+    targets, so its loss stays comparable.
 
     In the first step the samples that the scheme is given are held against the bank: another scale
     is refused, and samples that are no rows of it are warned of, with their share. A target that
     mixes the oracle in is refused for a network that is given more than x_t, t and class labels,
-    unless class_wise=False says that it ignores that. The boundary of the stages, if it is not
-    given, is that of the run, which is measured once, before the first step.
+    unless class_wise=False says that it ignores that. A boundary that is not given is measured.
 
     **Logged to every logger** at the trainer's `log_every_n_steps` (`stagewise_scheme` is `name`),
     as means over the samples of all ranks since the time before: `stagewise_scheme/lambda`, the
@@ -68,9 +69,8 @@ class StageScheme(StageCallback):
             first step if there is none of this bank: queries that it answers need no search. Not
             with a `scheme` that has an oracle, nor with `Sharded()`.
         name: Prefix of all tags and name of the folder, default "stagewise_scheme".
-        bank: See `StageCallback`. Not needed with a `scheme` that has an oracle.
-        **options: What it says about the run: `find`, `class_wise`, `seam`, `dirpath`,
-            `seed`, ...; see `RunOptions`. A `scheme` that has an oracle says bank and path itself.
+        bank: See `StageCallback`.
+        **options: See `RunOptions`. A `scheme` that has an oracle says bank and path itself.
 
     Raises:
         ValueError: At construction or before the first training step, for what cannot be steered.
@@ -133,6 +133,12 @@ class StageScheme(StageCallback):
         return self.scheme is not None and mixes(self.scheme)
 
     @property
+    def late(self) -> bool:  # type: ignore[override]
+        """Whether another scheme can take the place of its own in the first call."""
+        fixed = self._given or self.scheme.draws_timesteps or self.scheme.smoothing
+        return not fixed and self.seam is not None and self.seam.late
+
+    @property
     def state_key(self) -> str:
         """That of its name; until it is set up its own, so that training says what two lack."""
         return super().state_key if self._set_up else f"{super().state_key} {id(self)}"
@@ -148,8 +154,6 @@ class StageScheme(StageCallback):
         own = {"scheme": scheme, "transitions": self.transitions, "share": share}
         return {**super().state_dict(), **own}
 
-    # -- the course of a training -----------------------------------------------------------------
-
     def setup(self, *_: Any, **__: Any) -> None:
         """From here on checkpoints know it by its name."""
         self._set_up = True
@@ -160,9 +164,7 @@ class StageScheme(StageCallback):
         self.seam = self._found(run.module)
         self._refuse_others()
         self.scheme = self._given or self._made()
-        losses = [part for part in run.module.modules() if isinstance(part, StageWeightedLoss)]
-        owners = [getattr(loss.weight, "__self__", None) for loss in losses]
-        self._weighed = any(owner is self.scheme for owner in owners)
+        self._weighed = weighs(run.module, self.scheme)
         if self.seam is not None:
             self.seam.check(self.scheme, weighed=self._weighed)
         reader = self.scheme.needs_losses
@@ -174,39 +176,40 @@ class StageScheme(StageCallback):
         self._losses = GatheredLosses() if reader else None
         if isinstance(self.scheme, Phases):
             self.scheme.check_ends(math.inf if run.total is None else run.total)
-        for part in parts(self.scheme):
-            run.place(part.oracle)
-            part.rows_checked = True  # `settle` does, on all ranks together
-            part.labels_of, part.condition_of = run.look.labels_for, run.look.condition_for
-        run.look.schemes.append(self.scheme)
+        run.place(parts(self.scheme))
         resumed = self._resume()
         self.writer = run.open_writer(self)
-        about = self._where() if self.seam is None else self.seam.describe()
+        about, path = self._where(), self.scheme.path
+        if self.seam is not None:  # its path a scheme without an oracle need not know
+            about, path = self.seam.describe(), self.seam.path
         kernels = {p.oracle.condition for p in parts(self.scheme) if p.target and p.oracle} - {None}
         about += "".join(f", over rows weighed by {kernel!r}" for kernel in kernels)
         self.say(f"steers {about}; {self.writer.describe()}")
-        # That of training, which a scheme without an oracle need not know.
-        path = self.scheme.path if self.seam is None else self.seam.path
         header = {"event": "scheme", "seam": about, "path": repr(path)}
         self.writer.start([header, *self.transitions], resumed=resumed)
-        self._seen = self.scheme.last
-        self._means = SchemeMeans()
+        self._seen, self._means = self.scheme.last, SchemeMeans()
+        self._attach()
+
+    def restart(self) -> None:
+        """Takes a scheme of the other bank."""
+        self._restore()
+        self.run.look.schemes.remove(self.scheme)
+        self.scheme = self._made()
+        self.before_first_batch()
         self._attach()
 
     def before_first_batch(self) -> None:
         """Settles the boundary, and refuses what cannot work."""
         scheme = self.scheme
         refuse_unheard(self.run.host.speakers, scheme.awaited if isinstance(scheme, Phases) else [])
-        if self.renewed or any(part.boundary is None for part in parts(scheme)):
-            boundary = self._boundary()
-            if boundary is not None:
-                scheme.set_boundary(boundary)
-                self.say(f"the stages meet at t = {scheme.boundary:.3f}")
-        for part in parts(scheme):
-            if part.smoothing is not None:
-                begin = "" if part.collapsed is None else f" from t = {part.collapsed:.3f} on"
-                draws = f"trains on draws of {part.smoothing!r}{begin}"
-                self.say(f"{draws}. Monitors compare with the rows themselves.")
+        unknown = self.renewed or any(part.boundary is None for part in parts(scheme))
+        if unknown and (boundary := self._boundary()) is not None:
+            scheme.set_boundary(boundary)
+            self.say(f"the stages meet at t = {scheme.boundary:.3f}")
+        for part in (part for part in parts(scheme) if part.smoothing is not None):
+            begin = "" if part.collapsed is None else f" from t = {part.collapsed:.3f} on"
+            draws = f"trains on draws of {part.smoothing!r}{begin}"
+            self.say(f"{draws}. Monitors compare with the rows themselves.")
         scheme.check()
 
     def settle(self) -> None:
@@ -215,17 +218,15 @@ class StageScheme(StageCallback):
         if record is None or record is self._seen:
             raise RuntimeError(
                 f"The first training step made its target without {self._where()}, so nothing is "
-                "steered. If another object makes it, say which: seam=...; if the step itself "
-                "does, write there u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
+                f"steered. If another object makes it, say which: seam=...; {BY_HAND}"
             )
         oracles = [p.oracle for p in parts(self.scheme) if p.target is not None and p.oracle]
         with self.run.together("holding its samples against the bank"):
             for bank, shard in {o.bank: not o.engine.holds_all_rows for o in oracles}.items():
-                said = check_rows(bank, record.x1, known=record.source is not None, shard=shard)
-                if said:
+                known = record.source is not None
+                if said := check_rows(bank, record.x1, known=known, shard=shard):
                     self.warn(said)
-        warning = self.run.look.check_conditions(self.scheme)
-        if warning:
+        if warning := self.run.look.check_conditions(self.scheme):
             self.warn(warning)
 
     @override
@@ -274,28 +275,30 @@ class StageScheme(StageCallback):
             self._attach()
 
     @override
-    def end(self) -> None:
-        self._restore()
-
-    @override
     def stop(self) -> None:
         self._restore()
         self.seam = None
         for part in [] if self.scheme is None else parts(self.scheme):
             part.labels_of = part.condition_of = None
 
-    def _where(self) -> str:
-        return "the scheme that the module holds" if self.seam is None else self.seam.name
-
-    def _attach(self) -> None:
-        self._paused = False
-        if self.seam is not None:
-            self._detach = self.seam.attach(self.scheme, weighed=self._weighed)
-
     def _restore(self) -> None:
         if self._detach is not None:
             self._detach()
         self._detach = None
+
+    end = _restore
+
+    def _where(self) -> str:
+        return "the scheme that the module holds" if self.seam is None else self.seam.name
+
+    def _attach(self) -> None:
+        self._paused, look = False, self.run.look
+        for part in parts(self.scheme):  # `settle` checks rows, on all ranks together
+            part.rows_checked = True
+            part.labels_of, part.condition_of = look.labels_for, look.condition_for
+        look.schemes = [*(one for one in look.schemes if one is not self.scheme), self.scheme]
+        if self.seam is not None:
+            self._detach = self.seam.attach(self.scheme, weighed=self._weighed)
 
     def _found(self, module: Any) -> Seam | None:
         """What makes the targets; None if the module has the scheme, and asks it itself."""
@@ -311,11 +314,9 @@ class StageScheme(StageCallback):
 
     def _refuse_others(self) -> None:
         """Refuses a second callback that steers the same; this one is told after those before."""
-        for other in self.run.members[: self.run.members.index(self)]:
-            if not isinstance(other, StageScheme):
-                continue
-            mine, theirs = self.seam, other.seam
-            same = mine and theirs and mine.place.object is theirs.place.object
+        before = self.run.members[: self.run.members.index(self)]
+        for other in (member for member in before if isinstance(member, StageScheme)):
+            same = self.seam and other.seam and self.seam.place.object is other.seam.place.object
             if same or (self._given is not None and other._given is self._given):
                 raise ValueError(
                     f"Two StageScheme callbacks, {other.name!r} and {self.name!r}, steer the same: "
@@ -342,8 +343,8 @@ class StageScheme(StageCallback):
                     "Expected something to steer with, got nothing. Say what: "
                     "StageScheme(timesteps=..., target=..., weight=...), or a Scheme or Phases."
                 )
-            if own is not self.scheme:  # that of another module than in the fit before
-                self._begin = None
+            # That of another module than in the fit before begins anew.
+            self._begin = self._begin if own is self.scheme else None
             return own
         wise = self.run.option(self, "class_wise", "auto")
         given = {"seed": self.seed, "class_wise": wise, **self._parts}
@@ -356,8 +357,7 @@ class StageScheme(StageCallback):
         path = run.path if self.seam is None else self.seam.path
         if self.engine is None or self.engine.holds_all_rows:
             return run.oracle(self, path, self.engine, self.certificate)
-        bank = run.option(self, "bank")
-        bank = run.beside(read_shard(run.host) if bank is None else bank)
+        bank = run.beside(run.option(self, "bank") or read_shard(run.host))
         refused: Any = self.certificate
         return Oracle(bank, path, self.engine, certificate=refused)
 

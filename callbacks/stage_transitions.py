@@ -122,6 +122,10 @@ class StageTransitions(StageCallback):
 
     # -- the course of a training -----------------------------------------------------------------
 
+    def restart(self) -> None:
+        """Remembers the rows of the other bank."""
+        self.start()
+
     def start(self) -> None:
         """Finds the monitors, and opens the file."""
         run = self.run
@@ -138,7 +142,7 @@ class StageTransitions(StageCallback):
         before = [] if self.renewed else (self.stash or {}).get("events", [])
         self.events = [event for event in before if event["step"] <= run.began]
         self.writer = run.open_writer(self)
-        self.writer.start(self.events, resumed=bool(self.events))
+        self.writer.start(self.events, resumed=bool(self.events) or run.encoding is not None)
         self._probed = self._steps_probed()
         self._rows: Tensor | None = None
         if self._posterior is not None:

@@ -120,8 +120,8 @@ def read_bank(
         rank_zero_warn(
             "The training set gives other values of x_1 each time it is read (augmentation, or "
             "latents resampled from mean and std). The bank holds one draw of each sample: the "
-            "navigation stage is measured well, but x_1 of a training batch is not a bank row, so "
-            "do not use this bank for training targets."
+            "navigation stage is measured well, but x_1 of a training batch is not a bank row. In "
+            "training targets it joins them as one more, beside the draw of it that is there."
         )
     return bank
 

@@ -203,15 +203,19 @@ class Watch(Host):
             return
         self._open = False
         self.global_step = self.global_step + 1 if step is None else step
-        self._run.batch_ends()
-        if self.global_step > self._run.began and not self._run.settled:
+        if self.global_step > self._run.began:
             self._refuse_idle()
+        self._run.batch_ends()
 
     def _refuse_idle(self) -> None:
-        raise ValueError(
-            f"Expected the loop to train {type(self._model).__name__}, which was never called with "
-            "gradients. Give the network that is called: Watch(model, loader, PosteriorMonitor())."
-        )
+        """Refuses a first step in which nothing was seen."""
+        look = self._run.look
+        if not self._run.settled and look.search.empty and not look.happened:
+            raise ValueError(
+                f"Expected the loop to train {type(self._model).__name__}, which was never called "
+                "with gradients. Give the network that is called: "
+                "Watch(model, loader, PosteriorMonitor())."
+            )
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step of any optimizer; only those of the model count."""
@@ -221,9 +225,7 @@ class Watch(Host):
                 return
             self.optimizers = [*self.optimizers, optimizer]
         if self._open and not self._stepped:
-            look = self._run.look
-            if not self._run.settled and look.search.empty and not look.happened:
-                self._refuse_idle()
+            self._refuse_idle()
             self._run.weights_may_change()
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stagewise.schemes import Phases, Scheme
 
-__all__ = ["StageWeightedLoss"]
+__all__ = ["StageWeightedLoss", "weighs"]
 
 
 class StageWeightedLoss(nn.Module):
@@ -74,3 +74,9 @@ class StageWeightedLoss(nn.Module):
                 f"Expected `weight(t)` with shape {tuple(t.shape)}, got {tuple(weight.shape)}."
             )
         return (weight * loss.reshape(len(t), -1).mean(1)).mean()
+
+
+def weighs(module: nn.Module, scheme: Scheme | Phases) -> bool:
+    """Whether a `StageWeightedLoss` in a module takes its weights from a scheme."""
+    losses = [part for part in module.modules() if isinstance(part, StageWeightedLoss)]
+    return any(getattr(loss.weight, "__self__", None) is scheme for loss in losses)

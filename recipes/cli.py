@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 
 __all__ = ["main"]
@@ -16,31 +16,50 @@ _COMMANDS = {
     "report": "write a page of a run, from its files",
     "profile": "look at latents before training",
     "make-latents": "make latents to try things on",
+    "completion": "print what makes the tab key work in bash",
 }
-
-_MOVED = re.compile(r"\+{0,2}data\.(path|format|flips|moments|normalize|multiplier|expected_std)=")
-"""Settings that were those of the data module, and are those of its latents."""
 
 
 def main() -> None:
     """Hands the arguments after the command to its module."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in _COMMANDS:
-        for argument in sys.argv[2:]:
-            if name == "train" and _MOVED.match(argument):
-                now = argument.replace("data.", "data.latents.", 1)
-                sys.exit(f"stagewise: {argument.split('=')[0]} is said of the latents now: {now}")
-        module = f"stagewise.recipes.{name.replace('-', '_')}"
-        sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
-        # Lightning starts further processes of this program by the name of the main module.
-        sys.modules["__main__"].__spec__ = find_spec(module)
-        import_module(module).main()
-        return
     lines = [
-        f"  {command:{max(map(len, _COMMANDS))}}  {_COMMANDS[command]}" for command in _COMMANDS
+        f"  {command:{max(map(len, _COMMANDS))}}  {about}" for command, about in _COMMANDS.items()
     ]
     usage = "\n".join(["usage: stagewise <command> [arguments]", "", "commands:", *lines])
     if name in ("-h", "--help"):
-        print(usage)
+        print(f"{usage}\n\nstagewise <command> --help says more; stagewise --version.")
+    elif name in ("-V", "--version"):
+        print(f"stagewise {version('stagewise')}")
+    elif name not in _COMMANDS:
+        # Here, so that a command that is known starts without what only this line needs.
+        from stagewise.recipes.arguments import did_you_mean
+
+        meant = did_you_mean(name, _COMMANDS)
+        sys.exit(f"stagewise: there is no command {name!r}.{meant}\n{usage}")
+    else:
+        try:
+            _run(name)
+        except ModuleNotFoundError as error:
+            sys.exit(f"stagewise {name}: {error}. Install it: pip install 'stagewise[recipes]'")
+        except KeyboardInterrupt:  # while it is imported
+            sys.exit(130)
+
+
+def _run(name: str) -> None:
+    if name == "completion":
+        if sys.argv[2:]:
+            sys.exit(f"stagewise completion: Expected no arguments, got {' '.join(sys.argv[2:])}.")
+        completion = import_module("stagewise.recipes.completion")
+        parsers = {
+            command: import_module(f"stagewise.recipes.{command.replace('-', '_')}").parser()
+            for command in _COMMANDS
+            if command not in ("train", "completion")
+        }
+        print(completion.script(list(_COMMANDS), parsers))
         return
-    sys.exit(f"stagewise: there is no command {name!r}.\n{usage}")
+    module = f"stagewise.recipes.{name.replace('-', '_')}"
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    # Lightning starts further processes of this program by the name of the main module.
+    sys.modules["__main__"].__spec__ = find_spec(module)
+    import_module(module).main()

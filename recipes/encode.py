@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from tqdm.auto import tqdm
 
 from stagewise.latents import open_latents
 from stagewise.latents.opening import FORMATS
+from stagewise.recipes.arguments import Parser, ends_in_a_line
 from stagewise.recipes.autoencoder import VAE, encode, find_vae, fingerprint, load_vae, to_pixels
 from stagewise.recipes.encode_record import SETTINGS, Record
 from stagewise.recipes.encode_writers import WRITERS, Moments, Writer
 from stagewise.recipes.image_folder import ImageList, Pictures, collate, find_images
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parser", "run"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _RESUME = "The same command with --resume goes on behind what is written."
@@ -220,8 +220,10 @@ def _device(name: str | None, local: int) -> torch.device:
     return device
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The arguments of `stagewise encode`."""
+    made = Parser(
+        prog="stagewise encode",
         description=(
             "Encode a folder of pictures into latents, through an AutoencoderKL of diffusers. "
             "Pictures are cut to a square as ADM does. A run that was stopped goes on with "
@@ -241,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         "encode mirrored pictures too, for lightningdit and mar; without, rows are stored in their "
         "place"
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("images", type=Path, help="a folder of class folders, or of pictures (one class)")
     add("out", type=Path, help="a new folder for the latents")
     vae = "a folder, a name on the hub, or VA-VAE's .pt"
@@ -258,18 +260,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="default the GPU of LOCAL_RANK, or else the CPU")
     add("--resume", action="store_true", help="go on behind what is written")
     add("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
-    return parser
+    return made
 
 
 def main() -> None:
     """The entry point of `stagewise encode`."""
-    options = _parser().parse_args()
-    try:
-        run(options)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"stagewise encode: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit(f"stagewise encode: stopped. {_RESUME}")
+    with ends_in_a_line("encode"):
+        try:
+            run(parser().parse_args())
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f". {_RESUME}") from None
 
 
 if __name__ == "__main__":

@@ -239,7 +239,8 @@ def _samples(
     noise = torch.randn(len(classes) * per_class, *data.shape, generator=generator)
     labels = torch.tensor(classes, device=module.device).repeat_interleave(per_class)
     given, null = module.velocity(labels), module.velocity(None)
-    field = guided(given, null, cfg_scale, channels=cfg_channels)
+    few = None if cfg_channels is None else min(cfg_channels, data.shape[0])
+    field = guided(given, null, cfg_scale, channels=few)
     start, end = integration_range(module.objective.prediction)
     noise = noise.to(module.device)
     made = sample(field, noise, method=method, steps=steps, start=start, end=end)
@@ -284,7 +285,7 @@ def evaluate(
         queries: (sample, t) pairs for the loss by t, of each split.
         samples_per_class: Generated samples of each class.
         cfg_scale: Guidance scale.
-        cfg_channels: How many channels are guided, None for all.
+        cfg_channels: How many channels are guided, as far as there are; None for all.
         method: Solver.
         steps: Its steps.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from stagewise.callbacks.figures import render
 from stagewise.latents import Latents, open_latents
 from stagewise.latents.opening import FORMATS
 from stagewise.profile import Profile
+from stagewise.recipes.arguments import Parser, ends_in_a_line
 from stagewise.recipes.profile_figures import comparison_figure, profile_figure
 from stagewise.recipes.profile_report import Profiled, comparison, report
 
-__all__ = ["main", "profile_latents", "rows_within", "run"]
+__all__ = ["main", "parser", "profile_latents", "rows_within", "run"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -100,8 +100,10 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The arguments of `stagewise profile`."""
+    made = Parser(
+        prog="stagewise profile",
         description=(
             "Profile latents before training: size, scale, duplicates, spectrum, the boundary "
             "between the stages (predicted and measured), engine and memory. Two sets "
@@ -128,10 +130,13 @@ def _parser() -> argparse.ArgumentParser:
         "seed": (int, 0, "of the queries (%(default)s)"),
         "dtype": (str, "float32", "of the bank (%(default)s)"),
     }  # fmt: skip
-    more: dict[str, dict[str, Any]] = {"dtype": {"choices": list(_DTYPES)}, "scale": {"nargs": "+"}}
+    more: dict[str, dict[str, Any]] = {
+        "dtype": {"choices": list(_DTYPES)},
+        "scale": {"nargs": "+", "metavar": "SCALE"},
+    }
     formats = ["auto", *FORMATS]
     more["format"] = {"nargs": "+", "choices": formats, "metavar": "FORMAT"}
-    parser.add_argument(
+    made.add_argument(
         "latents",
         nargs="+",
         type=Path,
@@ -139,15 +144,13 @@ def _parser() -> argparse.ArgumentParser:
         ".safetensors, .npy, .npz or .pt file",
     )
     for name, (kind, default, about) in flags.items():
-        parser.add_argument(
-            f"--{name}", type=kind, default=default, help=about, **more.get(name, {})
-        )
+        made.add_argument(f"--{name}", type=kind, default=default, help=about, **more.get(name, {}))
     yes_or_no = argparse.BooleanOptionalAction
     about = "posterior over the own class (default: if there are labels)"
-    parser.add_argument("--class-wise", action=yes_or_no, help=about)
+    made.add_argument("--class-wise", action=yes_or_no, help=about)
     about = "take stored flips in, as further rows"
-    parser.add_argument("--flips", action="store_true", help=about)
-    return parser
+    made.add_argument("--flips", action="store_true", help=about)
+    return made
 
 
 def _each(values: Sequence[str], count: int, name: str) -> list[str]:
@@ -220,11 +223,8 @@ def run(options: argparse.Namespace) -> list[Profiled]:
 
 def main() -> None:
     """The entry point of `stagewise profile`."""
-    options = _parser().parse_args()
-    try:
-        run(options)
-    except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"stagewise profile: {' '.join(str(error).split())}")
+    with ends_in_a_line("profile"):
+        run(parser().parse_args())
 
 
 if __name__ == "__main__":

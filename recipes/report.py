@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import math
-import sys
+import shlex
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -17,37 +16,12 @@ from matplotlib.figure import Figure
 
 from stagewise.callbacks import figures
 from stagewise.files import replace_file
-from stagewise.recipes.run_files import RunFiles, read_run
+from stagewise.recipes.arguments import Parser, ends_in_a_line
+from stagewise.recipes.report_style import STYLE
+from stagewise.recipes.run_files import RunFiles, read_run, runs_in
 from stagewise.velocity_probe import STAGES
 
-__all__ = ["main", "report"]
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #ddd; --soft: #f5f6f8; --text: #1a1c20; --dim: #5c6370;
-  --page: #fff; --warn: #a33; }
-@media (prefers-color-scheme: dark) { :root { --line: #3a3f47; --soft: #22252b; --text: #e6e8eb;
-  --dim: #9aa3b0; --page: #17191d; --warn: #f08080; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1360px; padding: 18px 28px 60px; background: var(--page);
-  color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 22px; margin: 0; } h2 { font-size: 18px; margin: 40px 0 6px; }
-p { margin: 6px 0; max-width: 78ch; } .dim { color: var(--dim); }
-.tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: 14px 0; }
-.tile { background: var(--soft); border: 1px solid var(--line); border-radius: 8px;
-  padding: 8px 14px; min-width: 150px; }
-.tile b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--dim); font-size: 13px; }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 16px; }
-.wide { max-width: 980px; } figure { margin: 0; } figcaption { color: var(--dim); font-size: 13px; }
-img { width: 100%; height: auto; border-radius: 6px; border: 1px solid var(--line);
-  background: #fff; }
-table { border-collapse: collapse; margin: 8px 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-td.number, th.number { text-align: right; }
-pre { background: var(--soft); padding: 12px; overflow-x: auto; font-size: 13px; }
-.warn { color: var(--warn); }
-"""
+__all__ = ["main", "parser", "report"]
 
 _DEFINED = (
     "Midpoint: t at which the mean largest posterior weight crosses 0.5. Collapsed: t at which it "
@@ -99,7 +73,7 @@ def page(run: RunFiles, title: str) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -364,25 +338,51 @@ def _table(
     return f"<table><thead>{line(titles, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
+def parser() -> Parser:
+    """The arguments of `stagewise report`."""
+    made = Parser(
+        prog="stagewise report",
+        description=(
+            "Writes one self-contained HTML page from the files of a run. Of a folder that holds "
+            "several runs, a page of each, the newest first."
+        ),
+    )
+    made.add_argument("run", type=Path, help="folder of the run, or of runs")
+    made.add_argument("--output", type=Path, help="the page (RUN/report.html)")
+    made.add_argument("--title", metavar="TEXT", help="its heading (the folder's name)")
+    return made
+
+
+def _tell(run: Path, output: Path | None = None, title: str | None = None) -> None:
+    try:
+        target = report(run, output, title)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{run}: an event of the run has another shape than expected: {error!r}"
+        ) from error
+    print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+
+
 def main() -> None:
     """The entry point of `stagewise report`."""
-    parser = argparse.ArgumentParser(
-        prog="stagewise report",
-        description="Writes one self-contained HTML page from the files of a run.",
-    )
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--output", type=Path, help="the page (default RUN/report.html)")
-    parser.add_argument("--title", help="its heading (default the folder's name)")
-    arguments = parser.parse_args()
-    try:
-        target = report(arguments.run, arguments.output, arguments.title)
-    except (ValueError, OSError) as error:
-        sys.exit(f"stagewise report: {error}")
-    except (KeyError, TypeError, AttributeError) as error:
-        sys.exit(
-            f"stagewise report: an event of the run has another shape than expected: {error!r}"
-        )
-    print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+    given = parser().parse_args()
+    with ends_in_a_line("report"):
+        runs = runs_in(given.run)
+        if len(runs) < 2:
+            _tell(given.run, given.output, given.title)
+            return
+        if given.output or given.title:
+            listed = "".join(f"\n  {shlex.quote(str(run))}" for run in runs)
+            raise ValueError(f"Expected one run with --output or --title; there are:{listed}")
+        print(f"{given.run} holds {len(runs)} runs, the newest first:")
+        failed = []
+        for run in runs:
+            try:
+                _tell(run)
+            except (ValueError, OSError) as error:
+                failed.append(f"\n  {run}: {error}")
+        if failed:
+            raise ValueError(f"{len(failed)} of {len(runs)} have no page:{''.join(failed)}")
 
 
 if __name__ == "__main__":

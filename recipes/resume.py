@@ -17,6 +17,7 @@ from stagewise.latents import Latents
 from stagewise.recipes.checkpoints import load_weights
 from stagewise.recipes.latents import current
 from stagewise.recipes.module import FlowMatchingModule
+from stagewise.recipes.overrides import flat
 from stagewise.recipes.public_weights import load_public_weights
 
 __all__ = ["begin_with", "checkpoint_of", "require_fit", "require_shards"]
@@ -61,7 +62,7 @@ def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
             f"resume=true needs the folder to go on in, run_dir=...; {run_dir} is a new one."
         )
     if file.exists():
-        before, now = _flat(current(DictConfig(OmegaConf.load(file)))), _flat(config)
+        before, now = flat(current(DictConfig(OmegaConf.load(file)))), flat(config)
         changed = [
             f"{key}={now.get(key)} (was {before.get(key)})"
             for key in {**before, **now}
@@ -161,13 +162,3 @@ def _is_named_by_time(run_dir: Path) -> bool:
     places = ("hydra.run.dir=", "hydra.sweep.dir=")
     chosen = any(override.startswith(places) for override in hydra.overrides.hydra)
     return not chosen and run_dir.resolve() == Path(hydra.runtime.output_dir).resolve()
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key, interpolations resolved."""
-    if isinstance(config, DictConfig):
-        config = OmegaConf.to_container(config, resolve=True)
-    if not isinstance(config, dict):
-        return {prefix: config}
-    parts = ((f"{prefix}.{key}" if prefix else key, value) for key, value in config.items())
-    return {key: value for name, part in parts for key, value in _flat(part, name).items()}

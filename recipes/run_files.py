@@ -10,7 +10,7 @@ from typing import Any
 
 from stagewise.stages import StageBoundary
 
-__all__ = ["RunFiles", "boundary_of", "read_run"]
+__all__ = ["RunFiles", "boundary_of", "read_run", "runs_in"]
 
 Event = dict[str, Any]
 
@@ -88,6 +88,21 @@ def read_run(folder: Path) -> RunFiles:
     if config.is_file():
         run.config = config.read_text(errors="replace")
     return run
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs in a folder, that written to last first; the folder itself if it is one.
+
+    A run is the nearest folder with a `config.yaml` above a `stages.jsonl`, or else the folder
+    that holds the folders of monitors.
+    """
+    written: dict[Path, float] = {}
+    for file in folder.rglob("stages.jsonl"):
+        above = [place for place in file.parents if place.is_relative_to(folder)]
+        run = next((place for place in above if (place / "config.yaml").is_file()), above[:2][-1])
+        written[run] = max(written.get(run, 0.0), file.stat().st_mtime)
+    outer = [run for run in written if written.keys().isdisjoint(run.parents)]
+    return sorted(outer, key=lambda run: -written[run])
 
 
 _NEEDED = {

@@ -7,7 +7,6 @@ even on the batch size.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stagewise.oracle import Oracle
+from stagewise.recipes.arguments import ends_in_a_line
 from stagewise.recipes.checkpoints import find_checkpoint, load_module, run_config
 from stagewise.recipes.sample_files import Ranks, SampleFolder, group_of_ranks
-from stagewise.recipes.sample_options import Options, parse
-from stagewise.recipes.sampler import Sampler, bank_of, finisher
+from stagewise.recipes.sample_options import Options, parse, parser
+from stagewise.recipes.sampler import Sampler, bank_of, finisher, require_alike
 
-__all__ = ["main", "parse", "run"]
+__all__ = ["main", "parse", "parser", "run"]
 
 
 def run(options: Options) -> Path:
@@ -47,15 +47,26 @@ def run(options: Options) -> Path:
         data = instantiate(config.data)
         shape = tuple(data.shape)
         classes = int(getattr(data, "num_classes", len(getattr(data, "class_names", ()))))
+        asked, options = options, options.with_channels(config.get("evaluation") or {}, shape[0])
         options.check(shape, classes)
         module, loaded = load_module(config, checkpoint, options.weights)
-        if options.cfg_scale != 1 and getattr(module.net, "class_dropout", None) == 0:
-            raise ValueError(
-                f"Expected --cfg-scale 1, got {options.cfg_scale:g}: the network was trained with "
-                "class_dropout = 0, so it has not learned what guidance compares with."
-            )
+        _require_null(module.net, options)
         sampler = Sampler(module.to(options.place()), options, shape, classes)
+        own = options.settings(loaded)
+        if options.then is not None:
+            other = run_config(options.then)
+            then, later = load_module(other, find_checkpoint(options.then), options.weights)
+            require_alike(config, module, other, then)
+            _require_null(then.net, options)
+            sampler.then = then.to(module.device)
+            own["then"] = later.fingerprint
+            ranks.say(f"From t = {options.then_at:g} on: {later} of {options.then}.")
         ranks.say(f"Loaded {loaded}.")
+        if options.cfg_channels and asked.cfg_channels is None:
+            ranks.say(
+                f"Guides the first {options.cfg_channels} channels, as evaluation.cfg_channels of "
+                "the run says; all of them: --cfg-channels all."
+            )
         for name in measured:
             ranks.say(f"Measured in this run, taken for {name}: {getattr(options, name)}.")
 
@@ -67,9 +78,7 @@ def run(options: Options) -> Path:
         pictures = options.vae is not None or (not stored and shape[0] == 3)
         kind = "pictures" if pictures else "latents"
         folder = SampleFolder(options.folder(loaded), kind, options.count, options.batch_size)
-        ranks.first(
-            lambda: folder.start(options.settings(loaded) | {"kind": kind}, resume=options.resume)
-        )
+        ranks.first(lambda: folder.start(own | {"kind": kind}, resume=options.resume))
         if options.oracle_until and not folder.file.exists():
             sampler.oracle = Oracle(bank_of(data, options, sampler), module.objective.path)
         finish = finisher(data, options, shape, module.device, pictures)
@@ -80,6 +89,14 @@ def run(options: Options) -> Path:
             folder.join()
             _tell(folder, options, made, time.perf_counter() - begin)
         return folder.file
+
+
+def _require_null(net: Any, options: Options) -> None:
+    if options.cfg_scale != 1 and getattr(net, "class_dropout", None) == 0:
+        raise ValueError(
+            f"Expected --cfg-scale 1, got {options.cfg_scale:g}: the network was trained with "
+            "class_dropout = 0, so it has not learned what guidance compares with."
+        )
 
 
 def _make(
@@ -111,10 +128,8 @@ def _tell(folder: SampleFolder, options: Options, made: int, seconds: float) -> 
 
 def main() -> None:
     """The entry point of `stagewise sample`."""
-    try:
+    with ends_in_a_line("sample", HydraException):
         run(parse())
-    except (ValueError, OSError, MemoryError, ImportError, HydraException) as error:
-        sys.exit(f"stagewise sample: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -5,26 +5,34 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stagewise.recipes.arguments import Parser
 from stagewise.recipes.checkpoints import Loaded, Weights
 from stagewise.recipes.run_files import read_run
 from stagewise.sampling import ADAPTIVE_SOLVERS, FIXED_SOLVERS, guidance_interval
+from stagewise.sde import DIFFUSIONS, LAST_STEPS, SDE_SOLVERS
 
-__all__ = ["Options", "parse"]
+__all__ = ["Options", "parse", "parser"]
 
 _NEVER_AT_THE_END = ("euler", "midpoint")
 """Solvers that do not ask at t = 1, where the oracle is singular."""
 _MEASURED = "measured"
-_LEAST = {"count": 1, "batch_size": 1, "seed": 0, "grid": 0, "steps": 1, "cfg_channels": 1}
+_LEAST = {"count": 1, "batch_size": 1, "seed": 0, "grid": 0, "steps": 1}
+_SDE = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "last_step": "mean"}
+_SDE |= {"last_step_size": 0.04}
+"""Options of stochastic solvers, with the defaults of SiT's commands."""
+_TOLERANCES = ("rtol", "atol")
 _SETTINGS = ["count", "batch_size", "labels", "method", "steps", "shift", "coarse", "cfg_scale"]
 _SETTINGS += ["cfg_interval", "cfg_channels", "oracle_until", "seed", "vae", "precision"]
 """What samples depend on, besides the checkpoint."""
+_IF_GIVEN = [*_SDE, *_TOLERANCES, "then_at"]
+"""The same, of which a folder says nothing where they are not used."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Options:
     shift: float
     cfg_scale: float
     cfg_interval: tuple[float, float] | None
-    cfg_channels: int | None
+    cfg_channels: int | None  # 0 for all, None for what the run says
     oracle_until: float | None
     coarse: float | None
     seed: int
@@ -57,16 +65,24 @@ class Options:
     grid: int
     resume: bool
     timeout: float
+    rtol: float | None = None
+    atol: float | None = None
+    diffusion_form: str | None = None
+    diffusion_norm: float | None = None
+    last_step: str | None = None
+    last_step_size: float | None = None
+    then: Path | None = None
+    then_at: float | None = None
     measured: tuple[str, ...] = ()
-    """Which of `cfg_interval`, `oracle_until` and `coarse` are still to be taken from the run."""
+    """Which of `cfg_interval`, `oracle_until`, `coarse` and `then_at` the run is still to say."""
 
     def __post_init__(self) -> None:
         for name, smallest in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"Expected {_flag(name)} of at least {smallest}, got {value}.")
-        for name in ("shift", "timeout"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("shift", "timeout", "diffusion_norm", *_TOLERANCES):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"Expected {_flag(name)} above 0, got {getattr(self, name)}.")
         if not math.isfinite(self.cfg_scale):
             raise ValueError(f"Expected a finite --cfg-scale, got {self.cfg_scale}.")
@@ -90,7 +106,35 @@ class Options:
                 f"Expected --method {' or '.join(_NEVER_AT_THE_END)} with --oracle-until {until}, "
                 f"got {self.method}, which asks the oracle at t = 1, where it is singular."
             )
-        for name in ("steps", "shift", "coarse") if self.method in ADAPTIVE_SOLVERS else ():
+        self._check_method()
+        if (self.then is None) == self._given("then_at"):
+            raise ValueError(
+                "Expected --then RUN and --then-at T together: T is where its network takes over."
+            )
+        if self.then_at is not None and not 0 < self.then_at < 1:
+            raise ValueError(f"Expected --then-at between 0 and 1, got {self.then_at}.")
+        if self.then is not None and self._given("oracle_until"):
+            raise ValueError("Expected --then or --oracle-until, got both: one changes at a time.")
+
+    def _check_method(self) -> None:
+        """Refuses what the solver has not."""
+        stochastic, adaptive = self.method in SDE_SOLVERS, self.method in ADAPTIVE_SOLVERS
+        others = (*(() if stochastic else _SDE), *(() if adaptive else _TOLERANCES))
+        others += ("coarse", "oracle_until") if stochastic else ()
+        for name in others:
+            if self._given(name):
+                having = SDE_SOLVERS if name in _SDE else ADAPTIVE_SOLVERS
+                having = having if name in (*_SDE, *_TOLERANCES) else FIXED_SOLVERS
+                raise ValueError(
+                    f"Expected no {_flag(name)} with --method {self.method}; those that take it "
+                    f"are {', '.join(having)}."
+                )
+        if self.method == "sde-heun" and self.last_step == "none":
+            raise ValueError(
+                "Expected a --last-step other than none with --method sde-heun, whose steps would "
+                "end with the score at t = 1, where there is none."
+            )
+        for name in ("steps", "shift", "coarse") if adaptive else ():
             if self._given(name) and (name != "shift" or self.shift != 1):
                 raise ValueError(
                     f"Expected no {_flag(name)} with --method {self.method}, which chooses its own "
@@ -138,6 +182,14 @@ class Options:
                 )
         return replace(self, measured=(), **found)
 
+    def with_channels(self, evaluation: Mapping[str, Any], there: int) -> Options:
+        """The same, guiding as many channels as asked for, or as the run's `evaluation` says."""
+        asked = self.cfg_channels
+        if asked is None and self.cfg_scale != 1:
+            asked = min(evaluation.get("cfg_channels") or there, there)
+            asked = None if asked == there else asked
+        return replace(self, cfg_channels=asked or None)
+
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         """Refuses what does not go with the run's data.
 
@@ -152,6 +204,11 @@ class Options:
             raise ValueError(
                 f"Expected --cfg-scale 1, got {self.cfg_scale:g}: the run has no classes to guide "
                 "to."
+            )
+        if self.then_at is not None and self.then_at > 1 - (self.last_step_size or 0):
+            raise ValueError(
+                f"Expected --then-at before the last step, which begins at "
+                f"{1 - (self.last_step_size or 0):g}, got {self.then_at:g}."
             )
         if self.cfg_channels is not None and self.cfg_channels > shape[0]:
             raise ValueError(
@@ -193,17 +250,22 @@ class Options:
         parts += [f"cfg{self.cfg_scale:g}"] * (self.cfg_scale != 1)
         if self.cfg_interval is not None:
             parts.append("from{:.3g}to{:.3g}".format(*self.cfg_interval))
-        parts += [] if self.cfg_channels is None else [f"channels{self.cfg_channels}"]
+        parts += [f"channels{self.cfg_channels}"] * (self.cfg_channels is not None)
+        parts += [f"{k}{v}" for k, v in self._if_given().items() if v not in (None, _SDE.get(k))]
+        parts += [] if self.then is None else [f"then{self.then.resolve().name}"]
         parts += [f"oracle{self.oracle_until:.3g}"] if self.oracle_until else []
         parts += ["decoded"] * (self.vae is not None)
         return self.run / "samples" / "_".join([*parts, f"seed{self.seed}", f"n{self.count}"])
+
+    def _if_given(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in _IF_GIVEN if getattr(self, k) is not None}
 
     def settings(self, loaded: Loaded) -> dict[str, Any]:
         """All that samples depend on, as it is written beside them."""
         own = {name: getattr(self, name) for name in _SETTINGS}
         own = {name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}
         about = {"checkpoint": loaded.path.name, "step": loaded.step, "weights": loaded.weights}
-        about |= {"fingerprint": loaded.fingerprint, **own}
+        about |= {"fingerprint": loaded.fingerprint, **own, **self._if_given()}
         return about | ({"labels": "all"} if self.labels is None else {})
 
 
@@ -220,7 +282,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     Raises:
         ValueError: If one is out of range, or does not go with another.
     """
-    given = vars(_parser().parse_args(arguments))
+    given = vars(parser().parse_args(arguments))
     if given["cfg_interval"] == [_MEASURED]:
         given["cfg_interval"] = _MEASURED
     elif given["cfg_interval"] is not None:
@@ -230,7 +292,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
             got = " ".join(given["cfg_interval"])
             raise ValueError(f"Expected --cfg-interval LOW HIGH or measured, got {got}.") from None
         given["cfg_interval"] = low, high
-    names = ("cfg_interval", "oracle_until", "coarse")
+    names = ("cfg_interval", "oracle_until", "coarse", "then_at")
     measured = tuple(name for name in names if given[name] == _MEASURED)
     try:
         chosen = given["labels"]
@@ -239,7 +301,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         raise ValueError(
             f"Expected --labels all, or numbers such as 0,3,7, got {chosen!r}."
         ) from None
-    if given["steps"] is None and given["method"] in FIXED_SOLVERS:
+    if given["method"] in SDE_SOLVERS:
+        unsaid = {k: v for k, v in _SDE.items() if given[k] is None}
+        given |= {**unsaid, "steps": given["steps"] or 250}
+    elif given["steps"] is None and given["method"] in FIXED_SOLVERS:
         given["steps"] = 50
     return Options(**given | dict.fromkeys(measured), measured=measured)
 
@@ -253,8 +318,18 @@ def _time(text: str) -> float | str:
         ) from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _channels(text: str) -> int:
+    if text == "all":
+        return 0
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1 or all, got {text!r}")
+    return int(text)
+
+
+def parser() -> Parser:
+    """The arguments of `stagewise sample`."""
+    made = Parser(
+        prog="stagewise sample",
         description=(
             "Sample from a trained run. Times are in t: 0 is noise, 1 is data. Under torchrun the "
             "ranks share the batches, and the files are the same for any number of ranks."
@@ -266,24 +341,36 @@ def _parser() -> argparse.ArgumentParser:
             "stabilityai/sd-vae-ft-mse"
         ),
     )
-    given, own = ", ".join(FIXED_SOLVERS), ", ".join(ADAPTIVE_SOLVERS)
+    given, own, random = map(", ".join, (FIXED_SOLVERS, ADAPTIVE_SOLVERS, SDE_SOLVERS))
     flags: dict[str, tuple[Any, Any, str]] = {  # (type, default, help)
         "checkpoint": (Path, None, "a path, or a name in the run's checkpoints (last*.ckpt)"),
         "weights": (str, None, "averaged or current ones (averaged, if there are any)"),
         "count": (int, 64, "how many samples (%(default)s)"),
         "batch_size": (int, 32, "(%(default)s)"),
         "labels": (str, "all", "all, for the classes in turn, or such as 0,3,7, in turn"),
-        "method": (str, "midpoint", f"with --steps {given}; which choose their own {own}"),
-        "steps": (int, None, "of a solver with given steps (50)"),
+        "method": (str, "midpoint", f"with --steps {given}; which choose their own {own}; SiT's "
+                   f"SDE, with noise at each step, {random} (%(default)s)"),
+        "steps": (int, None, "steps from noise to data (50; 250 of an SDE, the last step with "
+                  "them). The public samplers count times: for their N say N - 1, N for an SDE"),
+        "rtol": (float, None, "relative tolerance of a solver that chooses its steps (1e-4; SiT "
+                 "has 1e-3)"),
+        "atol": (float, None, "absolute one (1e-4; SiT has 1e-6)"),
+        "diffusion_form": (str, None, f"of an SDE: {', '.join(DIFFUSIONS)} (sigma)"),
+        "diffusion_norm": (float, None, "what multiplies it (1)"),
+        "last_step": (str, None, f"of an SDE: {', '.join(LAST_STEPS)} (mean)"),
+        "last_step_size": (float, None, "in t (0.04)"),
         "shift": (float, 1.0, "t -> S t / (1 + (S - 1) t); below 1 more steps near noise (1)"),
         "coarse": (_time, None, "one large step from noise to T, the others from there; measured: "
                    "T is the midpoint that the run measured"),
         "cfg_scale": (float, 1.0, "classifier-free guidance; 1 is none (%(default)s)"),
         "cfg_interval": (str, None, "LOW HIGH: guide between these times only; measured: from "
                          "where the run measured that targets have collapsed to 0.6"),
-        "cfg_channels": (int, None, "guide only the first channels, so many"),
+        "cfg_channels": (_channels, None, "guide only the first N channels, or all (as the run's "
+                         "evaluation.cfg_channels: 3 for SiT and LightningDiT)"),
         "oracle_until": (_time, None, "the oracle of the training data leads to T, the network "
                          "from there; measured: T is the midpoint that the run measured"),
+        "then": (Path, None, "a second run, whose network takes over at --then-at"),
+        "then_at": (_time, None, "when; measured: the midpoint that the first run measured"),
         "seed": (int, 0, "of the noise (%(default)s)"),
         "vae": (str, None, "autoencoder that decodes latents, a folder or a name"),
         "out": (Path, None, "folder (RUN/samples/ and a name made of the settings)"),
@@ -293,13 +380,17 @@ def _parser() -> argparse.ArgumentParser:
         "timeout": (float, 30.0, "minutes that ranks wait for one another (%(default)s)"),
     }  # fmt: skip
     choices = {"weights": ["averaged", "current"], "precision": ["32", "bf16"]}
-    choices["method"] = [*FIXED_SOLVERS, *ADAPTIVE_SOLVERS]
-    parser.add_argument("run", type=Path, help="folder of a run, with config.yaml and checkpoints")
+    choices["method"] = [*FIXED_SOLVERS, *ADAPTIVE_SOLVERS, *SDE_SOLVERS]
+    choices |= {"diffusion_form": [*DIFFUSIONS], "last_step": [*LAST_STEPS]}
+    made.add_argument("run", type=Path, help="folder of a run, with config.yaml and checkpoints")
     for name, (kind, default, about) in flags.items():
-        more: dict[str, Any] = {"nargs": "+"} if name == "cfg_interval" else {}
+        more: dict[str, Any] = {"labels": {"metavar": "CLASSES"}}.get(name, {})
+        more = {"metavar": "RUN"} if name == "then" else more
+        if name == "cfg_interval":
+            more = {"nargs": "+", "metavar": ("LOW", "HIGH")}
         more |= {"choices": choices[name], "metavar": "NAME"} if name in choices else {}
-        parser.add_argument(_flag(name), type=kind, default=default, help=about, **more)
-    parser.add_argument(
+        made.add_argument(_flag(name), type=kind, default=default, help=about, **more)
+    made.add_argument(
         "--resume", action="store_true", help="go on with the samples that are in the folder"
     )
-    return parser
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.oracle import Oracle
+from stagewise.paths import same_path
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.sample_options import Options
 from stagewise.sampling import (
@@ -22,30 +24,36 @@ from stagewise.sampling import (
     sample,
     switched,
     time_grid,
+    times_between,
 )
+from stagewise.sde import SDE_SOLVERS, sample_sde, sde_grid
 
-__all__ = ["Sampler", "bank_of", "finisher", "noise_of"]
+__all__ = ["Sampler", "bank_of", "finisher", "noise_of", "require_alike"]
 
 _STREAM = 0x5A3D1E
 """Apart from what training draws from its seed. Not 0: a `SeedSequence` takes no notice of zeros
 at its end."""
 
 
-def noise_of(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
-    """The noise of one sample, `shape`, float32, on the CPU."""
-    mixed = np.random.SeedSequence((seed, index, _STREAM)).generate_state(1, np.uint64)[0]
+def noise_of(seed: int, index: int, shape: tuple[int, ...], *step: int) -> Tensor:
+    """The noise of one sample, of a step from 1 on or x_0, `shape`, float32, on the CPU."""
+    mixed = np.random.SeedSequence((seed, index, _STREAM, *step)).generate_state(1, np.uint64)[0]
     return torch.randn(shape, generator=torch.Generator().manual_seed(int(mixed >> 1)))
 
 
 @dataclass
 class Sampler:
-    """Makes samples of a module, led to `options.oracle_until` by an oracle if there is one."""
+    """Makes samples of a module, led to `options.oracle_until` by an oracle if there is one.
+
+    Or of two: `then` takes over at `options.then_at`.
+    """
 
     module: FlowMatchingModule
     options: Options
     shape: tuple[int, ...]
     classes: int
     oracle: Oracle | None = None
+    then: FlowMatchingModule | None = None
 
     def __post_init__(self) -> None:
         options = self.options
@@ -59,7 +67,15 @@ class Sampler:
                 )
             start, end = 0.0, max(end, options.oracle_until)
         self.start, self.end, self.times = start, end, None
-        if options.method in FIXED_SOLVERS:
+        if options.method in SDE_SOLVERS:
+            assert options.steps is not None
+            assert options.last_step is not None
+            assert options.last_step_size is not None
+            # Infinite at t = 0; SiT begins there for a network that predicts noise.
+            start = max(start, 1e-3) if options.diffusion_form == "sbdm" else start
+            about = {"shift": options.shift, "start": start}
+            self.times = sde_grid(options.steps, options.last_step, options.last_step_size, **about)
+        elif options.method in FIXED_SOLVERS:
             assert options.steps is not None
             self.times = time_grid(
                 options.steps, shift=options.shift, coarse=options.coarse, start=start, end=end
@@ -79,20 +95,26 @@ class Sampler:
         options, device = self.options, self.module.device
         x0 = torch.stack([noise_of(options.seed, i, self.shape) for i in indices]).to(device)
         labels = self.labels(indices)
-        model = guided(
-            self._velocity(labels.to(device) if self.classes else None),
-            self._velocity(None),
-            options.cfg_scale,
-            options.cfg_interval or (0.0, 1.0),
-            options.cfg_channels,
-        )
-        about: dict[str, Any] = {"method": options.method, "times": self.times}
-        about |= {"start": self.start, "end": self.end}
-        if self.oracle is None:
-            x = sample(model, x0, **about).float().cpu()
+        place = labels.to(device) if self.classes else None
+        first = self._guided(self.module, place)
+        second, at = first, options.then_at
+        if self.then is not None:
+            second = self._guided(self.then, place)
+        elif self.oracle is not None:
+            first, at = self._led(self.oracle, labels), options.oracle_until or 0.0
+        if options.method in SDE_SOLVERS:
+            x = self._random(first, second, at, x0, indices)
         else:
-            led = self._led(self.oracle, labels)
-            x = switched(led, model, x0, options.oracle_until or 0.0, **about).float().cpu()
+            about: dict[str, Any] = {"method": options.method, "times": self.times}
+            about |= {"start": self.start, "end": self.end}
+            told = {"rtol": options.rtol, "atol": options.atol}
+            about |= {k: v for k, v in told.items() if v is not None}
+            x = (
+                sample(first, x0, **about)
+                if at is None
+                else switched(first, second, x0, at, **about)
+            )
+        x = x.float().cpu()
         broken = int((~x.isfinite().flatten(1).all(1)).sum())
         if broken:
             raise ValueError(
@@ -102,8 +124,40 @@ class Sampler:
             )
         return x
 
-    def _velocity(self, labels: Tensor | None) -> Velocity:
-        velocity, narrow = self.module.velocity(labels), self.options.precision == "bf16"
+    def _random(
+        self, first: Velocity, second: Velocity, at: float | None, x0: Tensor, indices: range
+    ) -> Tensor:
+        """The two velocities in turn along the stochastic equation, or the first alone."""
+        options, steps, times = self.options, itertools.count(1), self.times
+        assert times is not None
+        assert options.last_step is not None
+
+        def noise() -> Tensor:
+            step = next(steps)
+            return torch.stack([noise_of(options.seed, i, self.shape, step) for i in indices])
+
+        about: dict[str, Any] = {"path": self.module.objective.path, "method": options.method}
+        about |= {"diffusion": options.diffusion_form, "norm": options.diffusion_norm}
+        about |= {"noise": noise}
+        if at is not None:
+            before, times = (
+                times_between(times, *ends) for ends in ((times[0], at), (at, times[-1]))
+            )
+            x0 = sample_sde(first, x0, times=before, last_step="none", **about)
+        return sample_sde(second, x0, times=times, last_step=options.last_step, **about)
+
+    def _guided(self, module: FlowMatchingModule, labels: Tensor | None) -> Velocity:
+        options = self.options
+        return guided(
+            self._velocity(module, labels),
+            self._velocity(module, None),
+            options.cfg_scale,
+            options.cfg_interval or (0.0, 1.0),
+            options.cfg_channels,
+        )
+
+    def _velocity(self, module: FlowMatchingModule, labels: Tensor | None) -> Velocity:
+        velocity, narrow = module.velocity(labels), self.options.precision == "bf16"
 
         def ask(xt: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(xt.device.type, torch.bfloat16, enabled=narrow):
@@ -119,6 +173,36 @@ class Sampler:
             return oracle.velocity(xt.to(place), t.to(place), asked).to(xt)
 
         return velocity
+
+
+def require_alike(config: Any, module: FlowMatchingModule, other: Any, then: Any) -> None:
+    """Refuses a second network whose noisy samples are not those of the first.
+
+    Args:
+        config: Of the first run.
+        module: Its module.
+        other: The configuration of the second run.
+        then: Its module.
+
+    Raises:
+        ValueError: On another shape, number of classes, path or scale of the latents.
+    """
+    latents = [each.data.get("latents") or {} for each in (config, other)]
+    scales = [{key: one.get(key) for key in ("normalize", "multiplier")} for one in latents]
+    paths = module.objective.path, then.objective.path
+    pairs: list[tuple[str, Any, Any]] = [
+        (what, getattr(module.net, key, None), getattr(then.net, key, None))
+        for what, key in (("samples of shape", "input_shape"), ("classes", "num_classes"))
+    ]
+    pairs += [("data made by", config.data.get("_target_"), other.data.get("_target_"))]
+    pairs += [("latents scaled by", scales[0], scales[1])]
+    pairs += [] if same_path(*paths) else [("the path", *paths)]
+    for what, one, two in pairs:
+        if one != two:
+            raise ValueError(
+                f"Expected two networks of the same noisy samples for --then, got {what} {one} in "
+                f"the first run and {two} in the second."
+            )
 
 
 def bank_of(data: Any, options: Options, sampler: Sampler) -> LatentBank:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from stagewise.callbacks import PosteriorMonitor
 from stagewise.files import replace_file
+from stagewise.recipes.arguments import ends_in_a_line
 from stagewise.recipes.checkpoints import load_weights, require_same_model
 from stagewise.recipes.evaluate import evaluate
+from stagewise.recipes.overrides import explained, refuse_unknown, require_numbers
 from stagewise.recipes.resume import begin_with, checkpoint_of, require_fit, require_shards
 
 __all__ = ["main", "train"]
@@ -43,7 +53,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     checkpoint = checkpoint_of(config, run_dir)
     for key in sorted(OmegaConf.missing_keys(config.data)):
-        raise MissingMandatoryValue(f"Missing mandatory value: data.{key}=...")
+        raise ValueError(f"Expected {key}=..., which has no default, got none.")
     data = instantiate(config.data)
     net = instantiate(config.net)
     require_fit(net, data)
@@ -66,7 +76,14 @@ def train(config: DictConfig) -> dict[str, Any]:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_file(run_dir / "config.yaml", lambda file: OmegaConf.save(config, file, True))
     start = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as end:
+        if end.code != 1:  # which is what Lightning makes of Ctrl-C
+            raise
+        on = f" Go on with it: run_dir={shlex.quote(str(run_dir))} resume=true"
+        there = (run_dir / "checkpoints/last.ckpt").exists()
+        raise KeyboardInterrupt(f"at step {trainer.global_step}.{on * there}") from end
     seconds = time.perf_counter() - start
     finished = checkpoint is not None and trainer.global_step == begun
     if finished:
@@ -88,6 +105,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     results = evaluate(
         module, data, monitor, trainer.loggers, trainer.global_step, run_dir, **config.evaluation
     )
+    place = shlex.quote(str(run_dir))
     print(
         f"\nTrained {trainer.global_step} steps{'' if finished else f' in {seconds:.0f} s'}. In "
         f"{run_dir}:\n"
@@ -95,17 +113,42 @@ def train(config: DictConfig) -> dict[str, Any]:
             f"  {path.relative_to(run_dir)}\n"
             for path in sorted([*run_dir.rglob("*.png"), *run_dir.rglob("*.jsonl")])
         )
-        + f"TensorBoard:  tensorboard --logdir {run_dir}\n"
-        + f"One page:     stagewise report {run_dir}\n"
-        + f"Samples:      stagewise sample {run_dir}"
+        + f"TensorBoard:  tensorboard --logdir {place}\n"
+        + f"One page:     stagewise report {place}\n"
+        + f"Samples:      stagewise sample {place}"
     )
     return {**results, "seconds": seconds}
 
 
 @hydra.main(version_base="1.3", config_path="pkg://stagewise.recipes.conf", config_name="train")
-def main(config: DictConfig) -> None:
+def _job(config: DictConfig) -> None:
+    # The variable that `main` sets is not for the processes of further ranks.
+    with _hydra_hands_errors_on(False):
+        choices = HydraConfig.get().runtime.choices
+        require_numbers(config, {k: v for k, v in choices.items() if v and "hydra" not in k})
+        train(config)
+
+
+@contextmanager
+def _hydra_hands_errors_on(yes: bool) -> Iterator[None]:
+    """Whether Hydra raises what goes wrong, or prints it and ends the process."""
+    before = os.environ.get("HYDRA_FULL_ERROR", "")
+    os.environ["HYDRA_FULL_ERROR"] = "1" if yes else "0"
+    try:
+        yield
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def main() -> None:
     """The entry point of `stagewise train`."""
-    train(config)
+    with ends_in_a_line("train"):
+        refuse_unknown(sys.argv[1:])
+        try:
+            with _hydra_hands_errors_on(True):
+                _job()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(explained(error, sys.argv[1:])) from error
 
 
 if __name__ == "__main__":

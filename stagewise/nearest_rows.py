@@ -234,7 +234,12 @@ def rank_distances(
         bounds = torch.empty(len(query), len(search), device=search.device)
         near, copies = search.ask(query, 1, settle, number, bounds)
         place = copies[:, :1] + ranks.to(search.device)
-        far = _sorted(bounds).gather(1, place.clamp_max(len(search) - 1)) + search.squares(query)
+        # Which of equal numbers is found may differ from run to run, the number does not.
+        if search.device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
+            far = _sorted(bounds).gather(1, place.clamp_max(len(search) - 1))
+        else:
+            far = _of_rank(bounds, ranks.tolist())
+        far = far + search.squares(query)
         reach = torch.where(near.isnan(), root(far), near)
         # Below the true distance after roundings to float32, too.
         reach = (reach * (1 - 2.0**-22)).masked_fill(place >= len(search), torch.inf)
@@ -295,6 +300,14 @@ def _of_rows(
 
 def _scopes(bank: LatentBank, class_wise: bool) -> list[slice]:
     return [bank.segment(name) for name in bank.classes] if class_wise else [bank.whole]
+
+
+def _of_rank(x: Tensor, ranks: list[int]) -> Tensor:
+    """The numbers of each line that so many are below, (b, H), without a sort of all.
+
+    Where a row has copies these are among those below, and the number is a bound from below.
+    """
+    return torch.stack([x.kthvalue(min(rank + 1, x.shape[1])).values for rank in ranks], dim=1)
 
 
 def _sorted(x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ __all__ = [
     "ADAPTIVE_SOLVERS",
     "FIXED_SOLVERS",
     "Velocity",
+    "checked_times",
     "guidance_interval",
     "guided",
     "integration_range",
@@ -38,6 +39,7 @@ __all__ = [
     "sample",
     "switched",
     "time_grid",
+    "times_between",
 ]
 
 FIXED_SOLVERS = ("euler", "midpoint", "heun2", "heun3", "rk4")
@@ -45,6 +47,8 @@ FIXED_SOLVERS = ("euler", "midpoint", "heun2", "heun3", "rk4")
 ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 """Solvers that choose their steps."""
 
+_ROUNDING = 2.5e-7
+"""Four roundings of a float32 time: one so near the end of an interval is there."""
 _TOLERANCE = 1e-4
 """Relative and absolute, of a solver that chooses its steps."""
 
@@ -152,19 +156,24 @@ def guided(
         conditional: Velocity given the label.
         unconditional: Velocity of the null label; not asked outside the interval.
         scale: Guidance weight w; 1 is none.
-        interval: Where it applies, in t (0 = noise); default everywhere.
-        channels: Guide only the first so many channels (LightningDiT: 3 of 32), default all.
+        interval: Where it applies, in t (0 = noise), both ends with it; default everywhere.
+        channels: Guide only the first so many channels, default all. The public samplers of DiT,
+            SiT and LightningDiT guide 3, of 4 and of 32.
 
     Raises:
-        ValueError: If `channels` is below 1; when asked, if there are fewer.
+        ValueError: If `interval` is none within [0, 1], or `channels` is below 1; when asked, if
+            there are fewer.
     """
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"Expected `interval` with 0 <= low < high <= 1, got {low} and {high}.")
     if channels is not None and channels < 1:
         raise ValueError(f"Expected `channels` of at least 1, got {channels}.")
-    everywhere = interval[0] <= 0 and interval[1] >= 1
+    everywhere = low == 0 and high == 1
 
     def velocity(xt: Tensor, t: Tensor) -> Tensor:
         with_label = conditional(xt, t)
-        if scale == 1 or not (everywhere or interval[0] <= float(t[0]) <= interval[1]):
+        if scale == 1 or not (everywhere or low - _ROUNDING <= float(t[0]) <= high + _ROUNDING):
             return with_label
         without = unconditional(xt, t)
         if channels is None:
@@ -198,6 +207,8 @@ def sample(
     start: float = 0.0,
     end: float = 1.0,
     times: Tensor | None = None,
+    rtol: float = _TOLERANCE,
+    atol: float = _TOLERANCE,
 ) -> Tensor:
     """Integrates the flow from `start` to `end`, in float32 at least.
 
@@ -206,10 +217,15 @@ def sample(
         x0: State at `start`, noise if that is 0, (B, *).
         method: One of `FIXED_SOLVERS` or `ADAPTIVE_SOLVERS`, default "midpoint".
         steps: Steps of a fixed-step solver, default 25; midpoint asks for two velocities a step.
+            The public samplers of SiT and LightningDiT count the M + 1 times instead: their
+            num_steps = 250 is 249 here.
         start: Time of `x0`, default 0.
         end: Time of the result, default 1; see `integration_range`.
         times: The times of a fixed-step solver, ascending, (M + 1,), such as `time_grid` gives, in
             place of `steps`, `start` and `end`.
+        rtol: Relative tolerance of a solver that chooses its steps, default 1e-4. SiT's commands
+            have 1e-3.
+        atol: The absolute one, default 1e-4. SiT's commands have 1e-6.
 
     Returns:
         The state at `end`, (B, *).
@@ -221,6 +237,8 @@ def sample(
     known = FIXED_SOLVERS + ADAPTIVE_SOLVERS
     if method not in known:
         raise ValueError(f"Expected `method` among {known}, got {method!r}.")
+    if not (0 < rtol < math.inf and 0 < atol < math.inf):
+        raise ValueError(f"Expected `rtol` and `atol` above 0, got {rtol} and {atol}.")
     if times is not None and method in ADAPTIVE_SOLVERS:
         raise ValueError(
             f"Expected no `times` with {method!r}, which chooses its own. Those with given times "
@@ -228,7 +246,7 @@ def sample(
         )
     # In 16 bits time would have few values and small steps would be lost.
     wide = torch.promote_types(x0.dtype, torch.float32)
-    grid = time_grid(steps, start=start, end=end) if times is None else _checked(times)
+    grid = time_grid(steps, start=start, end=end) if times is None else checked_times(times)
     grid = grid.to(x0.device, wide)
     times = grid[[0, -1]]
     options: dict[str, object]
@@ -244,8 +262,8 @@ def sample(
         x0.to(wide),
         times,
         method=method,
-        rtol=_TOLERANCE,
-        atol=_TOLERANCE,
+        rtol=rtol,
+        atol=atol,
         options=options,
     )
     return states[-1].to(x0.dtype)
@@ -262,6 +280,8 @@ def switched(
     start: float = 0.0,
     end: float = 1.0,
     times: Tensor | None = None,
+    rtol: float = _TOLERANCE,
+    atol: float = _TOLERANCE,
 ) -> Tensor:
     """Integrates one velocity to the time `at`, and another one from there.
 
@@ -278,6 +298,8 @@ def switched(
         start: Time of `x0`, default 0.
         end: Time of the result, default 1.
         times: See `sample`; `at` becomes one of them.
+        rtol: See `sample`.
+        atol: See `sample`.
 
     Returns:
         The state at `end`, (B, *).
@@ -288,7 +310,7 @@ def switched(
     if not 0 <= at <= 1:
         raise ValueError(f"Expected `at` in [0, 1], got {at}.")
     if times is not None:
-        start, end = (float(t) for t in _checked(times)[[0, -1]])
+        start, end = (float(t) for t in checked_times(times)[[0, -1]])
     if not 0 <= start < end <= 1:
         raise ValueError(f"Expected 0 <= start < end <= 1, got {start} and {end}.")
     x, parts = x0, ((first, start, min(at, end)), (second, max(at, start), end))
@@ -296,13 +318,18 @@ def switched(
         if begin < stop:
             # Less a rounding error, so that 0.2 of 25 steps are 5.
             share = math.ceil(steps * (stop - begin) / (end - start) - 1e-9)
-            own = None if times is None else _between(times, begin, stop)
-            x = sample(velocity, x, method=method, steps=share, start=begin, end=stop, times=own)
+            own = None if times is None else times_between(times, begin, stop)
+            about = {"start": begin, "end": stop, "rtol": rtol, "atol": atol}
+            x = sample(velocity, x, method=method, steps=share, times=own, **about)
     return x
 
 
-def _checked(times: Tensor) -> Tensor:
-    """The times as float64 on the host, if a solver can take them."""
+def checked_times(times: Tensor) -> Tensor:
+    """The times as float64 on the host, if a solver can take them.
+
+    Raises:
+        ValueError: If they do not ascend within [0, 1].
+    """
     known = times.detach().cpu().double()
     # Equal in float32, they would be a step of length 0.
     ascending = known.ndim == 1 and len(known) > 1 and bool((known.float().diff() > 0).all())
@@ -314,8 +341,8 @@ def _checked(times: Tensor) -> Tensor:
     return known
 
 
-def _between(times: Tensor, begin: float, stop: float) -> Tensor:
+def times_between(times: Tensor, begin: float, stop: float) -> Tensor:
     """The times from `begin` to `stop`, with these two as ends."""
-    known, near = _checked(times), 1e-6
+    known, near = checked_times(times), 1e-6
     inside = known[(known > begin + near) & (known < stop - near)]
     return torch.cat([known.new_tensor([begin]), inside, known.new_tensor([stop])])

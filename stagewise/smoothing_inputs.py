@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -12,11 +13,13 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.oracle import Times, as_times, check_times, require_tensors
 from stagewise.stages import StageBoundary
+from stagewise.tracing import caller_level
 
 __all__ = [
     "Strength",
     "check_near",
     "check_settings",
+    "default_neighbours",
     "rows_of",
     "search_space",
     "strength_at",
@@ -158,6 +161,18 @@ def check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float
             raise ValueError(
                 f"Expected `{name}` of at least 0, got {value!r}. Give {name}=0 for none."
             )
+
+
+def default_neighbours(bank: LatentBank) -> int:
+    """8 neighbours; of fewer rows all the others, and a warning says so."""
+    others = len(bank) - 1
+    if others < 8:
+        warnings.warn(
+            f"stagewise: the smoothing has the {others} other rows as neighbours of each row in "
+            f"place of 8, as there are {others + 1} rows: smoothing=Smoothing(bank, {others}).",
+            stacklevel=caller_level(),
+        )
+    return min(8, others)
 
 
 def rows_of(bank: LatentBank, x1: Tensor, source: Tensor | None) -> Tensor:

@@ -22,7 +22,14 @@ from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.first_call import check_samples
 from stagewise.tracing import untraced
 
-__all__ = ["Observer", "StageTarget"]
+__all__ = ["BY_HAND", "Observer", "StageTarget"]
+
+BY_HAND = (
+    "if the training step writes its target u out, make it steerable: "
+    "self.target = stagewise.StageTarget() in __init__, and once u, xt and t are made "
+    "u, w = self.target(u, xt=xt, t=t, x1=x1) in the step, where w weighs the loss of each sample."
+)
+"""What messages say about a target that no object makes."""
 
 Observer = Callable[[Tensor, Tensor, Tensor, Tensor, "Labels | None"], None]
 """Is told of the target, `x_t`, t (of the library, t = 0 is noise), x_1 and labels of a call."""
@@ -91,6 +98,7 @@ class StageTarget(nn.Module):
         x1: Tensor,
         labels: Labels | None = None,
         source: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The target to train on, and the weight of each sample's loss.
 
@@ -101,6 +109,8 @@ class StageTarget(nn.Module):
             x1: What `xt` was made from, (B, *).
             labels: Class of each sample, (B,); default those of the batch.
             source: Row of the bank that each sample stands for, (B,); see `Scheme`.
+            condition: What the network is given, (B, *), for an oracle with a kernel on it; default
+                that of the batch.
 
         Returns:
             The target, (B, *), and the weights, (B,), 1 unless a scheme weighs.
@@ -140,10 +150,16 @@ class StageTarget(nn.Module):
                 "The scheme draws t, and the training step does not take its draws. Take them "
                 "right after you draw t yourself: t = self.target.times(t)."
             )
+        smoothed = self.scheme.drawn
+        if self.scheme.smoothing is not None and (smoothed is None or smoothed.x1 is not x1):
+            raise ValueError(
+                "The scheme smooths samples, and `x1` is not what it has drawn. Before x_t is "
+                "made: x1 = self.target.smooth(x1, t=t)."
+            )
         sign = self.convention.sign if self.prediction.kind == "velocity" else 1
-        kind = self.prediction
+        known = {"source": source, "condition": condition}
         target, weight = self.scheme(
-            sign * y, xt=xt, t=t, x1=x1, labels=labels, source=source, prediction=kind
+            sign * y, xt=xt, t=t, x1=x1, labels=labels, prediction=self.prediction, **known
         )
         return sign * target, weight
 

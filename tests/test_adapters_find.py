@@ -67,7 +67,7 @@ def test_what_belongs_to_others_is_not_looked_through():
 
 
 def test_no_seam_is_refused_with_the_cure():
-    with pytest.raises(ValueError, match=r"nothing that makes .* in Linear.*u, w = scheme"):
+    with pytest.raises(ValueError, match=r"nothing that makes .* in Linear.*u, w = self\.target"):
         one_seam(nn.Linear(2, 2))
 
 

@@ -152,10 +152,13 @@ def run(make_trainer, weights):
 
 def argument(message):
     """The first argument that a message tells the user to give, as it is written there."""
-    found = [(message.find(k), k) for k in ("find=lambda", "class_wise=False", "bank=LatentBank(")]
+    found = [
+        (message.find(k), k)
+        for k in ("find=lambda", "encode=", "class_wise=False", "bank=LatentBank(")
+    ]
     at = min(place for place, _ in found if place >= 0)
-    depth = 0
-    for end in range(at, len(message) + 1):
+    depth, begin = 0, message.find(": ", at) if message[at] == "e" else at
+    for end in range(begin, len(message) + 1):
         depth += (message[end : end + 1] == "(") - (message[end : end + 1] == ")")
         over = message[end : end + 2] in (". ", "; ", ", ", ".", ";", "")
         if depth < 0 or (depth == 0 and over):
@@ -266,25 +269,25 @@ WAVES = torch.randn(96, 1, 64, generator=torch.Generator().manual_seed(2))
 
 
 @ALL
-@pytest.mark.parametrize("word", ["find", "bank"])
+@pytest.mark.parametrize("word", ["encode", "bank"])
 def test_waveforms_that_the_module_encodes(kind, word, run):
-    """The batch holds audio, and training is on its latents: said, with both ways out."""
+    """The batch holds audio, and training is on its latents: read so, or said, with ways out."""
 
     def data():
         return DataLoader(Rows(audio=WAVES, label=Y), 16, shuffle=True)
 
+    line = "encode=lambda x, module: module.encoder(x)"
     came = run(Audio(), KINDS[kind](), data())
     message = " ".join([*came.said, str(came.error or "")])
-    assert "encodes x_1" in message
-    assert "module.encoder" in message
-    if kind in ("errors", "copies", "mixing", "transitions"):
-        assert came.error is not None
-        assert came.unchanged
-    if word == "find":
-        (line,) = cured(run, Audio, kind, data, {})
-        assert "module.encoder(batch['audio'])" in line
+    assert came.unchanged == (came.error is not None) == (kind == "mixing")
+    if kind in WATCHING:
+        assert "Training encodes x_1, batch['audio'], and the bank is read again" in message
+    else:
+        assert f"training encodes x_1. Say so: {line}, or give what is trained on:" in message
+        assert "bank=LatentBank(latents, labels)" in message
+    if word == "encode":
+        assert cured(run, Audio, kind, data, {}) == [line]
         return
-    assert "bank=LatentBank(latents, labels)" in message
     with torch.no_grad():
         latents = Audio().encoder(WAVES)
     given = [StageRun(bank=LatentBank(latents, Y)), *KINDS[kind]()]
@@ -613,14 +616,20 @@ def test_values_in_another_order(kind, order, run):
         module.order = order
         return module
 
+    flat, watches = order == "flat", kind in WATCHING
     came = run(make(), KINDS[kind](), loader(PICTURES, Y))
     message = " ".join([*came.said, str(came.error or "")])
-    assert "in another order" in message
-    assert (came.error is None) == (kind in ("posterior", "times"))
+    assert (came.error is None) == (kind in ("posterior", "times") or (flat and watches))
+    assert ("reshapes" if flat else "in another") in message
     latents = ORDERS[order](PICTURES)
     names = {"latents": latents, "labels": Y}
     given = cured(run, make, kind, lambda: loader(PICTURES, Y), names)
-    assert given[0].startswith("bank=" if order == "rolled" else "find=lambda batch: (batch[0].")
+    if flat:
+        assert given == ["encode=lambda x, module: x.reshape(-1, 48)"]
+    else:
+        assert given[0].startswith(
+            "bank=" if order == "rolled" else "find=lambda batch: (batch[0]."
+        )
 
 
 def test_flips_are_no_other_order(run):
@@ -1043,11 +1052,11 @@ class Standardises(Plain):
 
 
 IN_PLACE = {
-    ScalesInPlace: "0.25 * batch[0]",
-    ScalesDetached: "0.25 * batch[0]",
-    ReplacesItem: "3 * batch['x']",
-    Encodes: "module.vae(batch['x'])",
-    Standardises: "bank=LatentBank(latents, labels)",
+    ScalesInPlace: "x / 4.0",
+    ScalesDetached: "x / 4.0",
+    ReplacesItem: "x * 3.0",
+    Encodes: "module.vae(x)",
+    Standardises: "(x - 2.0) / 0.2",
 }
 
 
@@ -1062,16 +1071,14 @@ def test_a_step_that_changes_its_batch_in_place(kind, make, run):
     data = named if issubclass(make, ReplacesItem) else loader
     came = run(make(), KINDS[kind](), data())
     message = " ".join([*came.said, str(came.error or "")])
-    assert IN_PLACE[make] in message
-    assert (came.error is None) == (kind in ("posterior", "times"))
-    assert came.unchanged == (came.error is not None)
+    line = f"encode=lambda x, module: {IN_PLACE[make]}"
+    assert line in message
+    assert came.unchanged == (came.error is not None) == (kind == "mixing")
+    assert cured(run, make, kind, data, {}) == [line]
     if make is Standardises:
         given = [StageRun(bank=LatentBank((X - 2) / 0.2, Y)), *KINDS[kind]()]
         came = run(make(), given, data())
         assert (came.error, came.said) == (None, [])
-    else:
-        (line,) = cured(run, make, kind, data, {})
-        assert IN_PLACE[make] in line
 
 
 def test_batches_that_are_changed_in_place_are_measured_as_trained_on(run):

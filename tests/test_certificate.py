@@ -790,3 +790,10 @@ def test_on_cuda(residency, class_wise):
             assert getattr(post, name).device.type == "cuda", name
         assert mass_of(certificate, path, source, sizes).device.type == "cuda"
         assert post.mean.shape == (5, 24)
+
+
+def test_numbers_of_a_rank_are_those_of_a_sort():
+    x = torch.randn(5, 40, generator=draws(3))
+    x[1] = x[1, 0]
+    found = search_module._of_rank(x, [1, 2, 16, 64])
+    assert torch.equal(found, x.sort(1).values[:, [1, 2, 16, 39]])

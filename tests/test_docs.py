@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -49,7 +50,7 @@ class Model(torch.nn.Linear):
 def test_code_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names = {
         **vars(stagewise),
         "L": L,
@@ -58,6 +59,8 @@ def test_code_of_the_readme(tmp_path, monkeypatch):
         "labels": torch.arange(160) % 4,
         "model": Model(),
     }
+    names["self"] = SimpleNamespace(net=names["model"])
+    names |= dict.fromkeys(("x1", "x0", "xt"), torch.zeros(4, 4)) | {"t": torch.rand(4), "y": None}
     names["loader"] = torch.utils.data.DataLoader(names["latents"], 160)  # one batch
     for block in blocks:
         exec(block, names)

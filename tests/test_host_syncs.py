@@ -23,6 +23,7 @@ import stagewise
 import stagewise.callbacks
 import stagewise.losses
 from stagewise import copies, nearest_rows
+from stagewise.adapters import one_seam
 from stagewise.bank import rows
 from stagewise.callbacks import (
     MemorizationMonitor,
@@ -281,16 +282,26 @@ def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, target, most, told, label
     assert launches.count <= (most if dtype == torch.float32 else 220)
 
 
-def test_a_whole_step_is_forty_launches(on_cuda):
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_whole_step_is_forty_launches(on_cuda, by_hand):
     oracle, batch, labels = on_cuda
     options = {"timesteps": stagewise.StageAware(0.3), "weight": stagewise.MinSNR()}
     mix = stagewise.Mix("boundary")
     scheme = stagewise.Scheme(oracle, target=mix, boundary=0.3, **options)
     scheme._fits = scheme.rows_checked = True
+    ask = scheme
+    if by_hand:
+        ask = stagewise.StageTarget()
+        told = []
+        one_seam(ask).observe(told.append)
+        ask.scheme, ask._fits = scheme, True
     with Launches() as launches:
-        batch["t"] = scheme.timesteps.sample(8, device="cuda")
-        scheme(batch["x1"], **batch, labels=labels)
-    assert launches.count - len(launches.waits) <= 40
+        draw = scheme.timesteps.sample
+        batch["t"] = ask.times(batch["t"]) if by_hand else draw(8, device="cuda")
+        ask(batch["x1"], **batch, labels=labels)
+    assert not by_hand or told[0].x0.is_cuda
+    few = 70 if by_hand else 40  # an observer looks on
+    assert launches.count - len(launches.waits) <= few
 
 
 @pytest.mark.parametrize(
@@ -373,7 +384,7 @@ def test_times_of_any_layout_reach_the_kernel_whole(on_cuda):
     assert queries.path.alpha.stride() == (0,)
     fused.posterior(oracle.bank, queries, 1, 12)  # where it is launched, each tensor is looked at
     with pytest.raises(AssertionError, match="prepare"):
-        fused.launch("prepare", [8], [queries.xt, queries.path.alpha], [])
+        fused.launch("prepare", [8], [queries.xt, queries.path.alpha], [], [])
 
 
 def test_an_unknown_label_on_a_device_is_told_by_the_next_call(bank, monkeypatch):

@@ -16,7 +16,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import MissingMandatoryValue, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 
 import stagewise.recipes.conf
@@ -134,7 +134,7 @@ def test_every_choice_composes(tmp_path, turn):
 
 def test_latents_have_to_be_named(tmp_path):
     config = composed("experiment=imagenet256_sdvae_sit_s", "name=x", f"run_dir={tmp_path}")
-    with pytest.raises(MissingMandatoryValue, match=r"data\.latents\.path"):
+    with pytest.raises(ValueError, match=r"Expected data\.latents\.path="):
         train(config)
 
 

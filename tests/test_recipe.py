@@ -1,7 +1,6 @@
 """The photos recipe, composed as the command composes it and trained for a few steps."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stagewise.latents import make_latents
-from stagewise.recipes import cli, evaluate
+from stagewise.recipes import evaluate
 from stagewise.recipes.evaluate import loss_by_time
 from stagewise.recipes.train import train
 
@@ -246,18 +245,3 @@ def test_loss_by_time_is_that_of_the_objective(tmp_path):
 def test_a_wrong_key_is_refused(tmp_path, wrong):
     with pytest.raises(HydraException, match="hiden_size|cats|nett"):
         configuration(tmp_path, wrong)
-
-
-def test_command_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["stagewise"])
-    cli.main()
-    assert "train" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["stagewise", "trane"])
-    with pytest.raises(SystemExit, match="no command 'trane'"):
-        cli.main()
-
-
-def test_settings_of_before_are_told_their_place(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["stagewise", "train", "data.path=a/data.x"])
-    with pytest.raises(SystemExit, match="latents now: data.latents.path=a/data.x"):
-        cli.main()

@@ -1,5 +1,6 @@
 """`stagewise sample`: from a trained run to samples, by any number of ranks, and after a stop."""
 
+import copy as copying
 import dataclasses
 import io
 import json
@@ -13,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from stagewise import LatentBank, Oracle
+from stagewise import CosinePath, LatentBank, LinearPath, Oracle
 from stagewise.recipes import sample as command
 from stagewise.recipes import sample_files
 from stagewise.recipes.checkpoints import find_checkpoint, load_module, run_config
 from stagewise.recipes.sample import parse, run
 from stagewise.recipes.sample_files import Ranks, SampleFolder, group_of_ranks
-from stagewise.recipes.sampler import Sampler, noise_of
+from stagewise.recipes.sampler import Sampler, noise_of, require_alike
 
 QUICK = ["--count", "12", "--batch-size", "5", "--steps", "3", "--method", "euler"]
 
@@ -434,6 +436,67 @@ def test_what_was_not_measured_is_said_before_anything_is_loaded(
         made(folder, "--coarse", "measured")
 
 
+def test_guided_channels_are_those_of_the_recipe(trained, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    config = run_config(copy)
+    config.evaluation.cfg_channels = 2
+    OmegaConf.save(config, copy / "config.yaml")
+    flags = {"own": [], "two": ["--cfg-channels", 2], "all": ["--cfg-channels", "all"]}
+    found = {}
+    for name, more in flags.items():
+        found[name] = made(copy, "--cfg-scale", 8, "--out", tmp_path / name, *more)["arr_0"]
+        said = "Guides the first 2 channels, as evaluation.cfg_channels" in capsys.readouterr().out
+        assert said == (name == "own")
+    assert np.array_equal(found["own"], found["two"])
+    assert (found["own"] != found["all"]).any()
+    made(copy, "--out", tmp_path / "plain")  # no guidance, so nothing to say
+    assert json.loads((tmp_path / "plain/settings.json").read_text())["cfg_channels"] is None
+
+
+@pytest.mark.parametrize("method", ["euler", "sde-euler"])
+def test_two_networks_in_one_trajectory(trained, module, tmp_path, method):
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    flags = ["--method", method, "--steps", 5, "--then", other, "--then-at", 0.5]
+    whole = made(trained, *flags[:4], "--out", tmp_path / "whole")["arr_0"]
+    # The same network twice: what changes is that 0.5 is among the times.
+    again = made(trained, *flags, "--out", tmp_path / "again")["arr_0"]
+    assert not np.array_equal(whole, again)
+    settings = json.loads((tmp_path / "again/settings.json").read_text())
+    assert settings["then_at"] == 0.5
+    assert settings["then"] == settings["fingerprint"]
+    sampler = sampler_of(trained, module, *map(str, flags))
+    module.net = Recorded(module.net)
+    sampler.then = load_module(run_config(other), find_checkpoint(other))[0]
+    sampler.then.net = Recorded(sampler.then.net)
+    x = sampler(range(3))
+    grid = np.linspace(0, 1, 6) if method == "euler" else [*np.linspace(0, 0.96, 5), 1]
+    early, late = ([t for t in grid[:-1] if (t < 0.5) == is_early] for is_early in (True, False))
+    assert module.net.asked[True] == pytest.approx(early, abs=1e-6)
+    assert sampler.then.net.asked[True] == pytest.approx([0.5, *late], abs=1e-6)
+    assert torch.equal(sampler(range(3)), x)  # noise depends on seed, sample and step alone
+
+
+def test_another_network_for_other_samples_is_refused(trained, module):
+    config = run_config(trained)
+    other, then = run_config(trained), copying.deepcopy(module)
+    require_alike(config, module, other, then)
+    then.net.input_shape = (3, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"samples of shape \(3, 8, 8\) in the first run and \(3, 4"
+    ):
+        require_alike(config, module, other, then)
+    then.net.input_shape = module.net.input_shape
+    then.objective.path = CosinePath()
+    with pytest.raises(ValueError, match=r"the path LinearPath\(\) .* CosinePath"):
+        require_alike(config, module, other, then)
+    then.objective.path = LinearPath()
+    other.data.latents = {"multiplier": 0.18215}
+    with pytest.raises(ValueError, match="latents scaled by .*0.18215.* in the second"):
+        require_alike(config, module, other, then)
+
+
 # -- latents ----------------------------------------------------------------------------------
 
 
@@ -536,7 +599,21 @@ def test_photos_need_no_autoencoder(trained, tmp_path):
         ("--cfg-interval 0.1 0.6", "--cfg-scale other than 1 with --cfg-interval"),
         ("--cfg-interval measured", "--cfg-scale other than 1 with --cfg-interval"),
         ("--cfg-channels 2", "--cfg-scale other than 1 with --cfg-channels"),
-        ("--cfg-scale 2 --cfg-channels 0", "--cfg-channels of at least 1"),
+        ("--method sde-euler --diffusion-norm -1", "--diffusion-norm above 0"),
+        ("--method dopri5 --rtol 0", "--rtol above 0, got 0"),
+        ("--rtol 1e-3", "no --rtol with --method euler; those that take it are dopri5"),
+        ("--last-step mean", "no --last-step with --method euler; .* are sde-euler, sde-heun"),
+        ("--method sde-euler --coarse 0.5", "no --coarse with --method sde-euler"),
+        ("--method sde-heun --oracle-until 0.5", "no --oracle-until with --method sde-heun"),
+        ("--method sde-euler --steps 1", "`steps` of at least 2"),
+        ("--method sde-euler --last-step-size 1", "`last_size` between 0 and 1"),
+        ("--method sde-heun --last-step none", "score at t = 1"),
+        ("--then other", "--then RUN and --then-at T together"),
+        ("--then-at 0.5", "--then RUN and --then-at T together"),
+        ("--then other --then-at 1", "--then-at between 0 and 1"),
+        ("--then other --then-at 0.5 --oracle-until 0.1", "one changes at a time"),
+        ("--then other --then-at 0.98 --method sde-euler", "last step, which begins at 0.96"),
+        ("--then other --then-at 0.5", "no folder other"),
         ("--cfg-scale 2 --cfg-channels 4", "--cfg-channels of at most 3"),
         ("--cfg-scale 2 --cfg-interval 0.6 0.1", "0 <= LOW < HIGH <= 1, got 0.6 and 0.1"),
         ("--cfg-scale 2 --cfg-interval 0.6", "LOW HIGH or measured, got 0.6"),

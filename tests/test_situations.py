@@ -225,7 +225,13 @@ def plain(tmp_path_factory):
 
 def argument(message):
     """The first argument that a message tells the user to give, as it is written there."""
-    for begin in ("find=lambda", "class_wise=False", "velocity=lambda", "bank=LatentBank("):
+    for begin in (
+        "encode=lambda",
+        "find=lambda",
+        "class_wise=False",
+        "velocity=lambda",
+        "bank=LatentBank(",
+    ):
         at = message.find(begin)
         if at < 0:
             continue
@@ -277,13 +283,13 @@ def test_alone(run, plain, situation, kind, tmp_path):
 
 EXPECTED = {
     ("encoding", "posterior"): "said",
-    ("encoding", "errors"): "refused",
-    ("encoding", "copies"): "refused",
+    ("encoding", "errors"): "said",
+    ("encoding", "copies"): "said",
     ("encoding", "mixing"): "refused",
     ("encoding", "times"): "said",
     ("scaling", "posterior"): "said",
-    ("scaling", "errors"): "refused",
-    ("scaling", "copies"): "refused",
+    ("scaling", "errors"): "said",
+    ("scaling", "copies"): "said",
     ("scaling", "mixing"): "refused",
     ("scaling", "times"): "said",
     ("text", "posterior"): "said",

@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import re
+import runpy
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import stagewise
 from stagewise import (
     Convention,
     LatentBank,
@@ -23,6 +27,7 @@ from stagewise import (
 )
 from stagewise.adapters import find_seams, one_seam
 from stagewise.callbacks import PosteriorMonitor, StageScheme, VelocityErrorMonitor
+from stagewise.tracing import untraced
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
@@ -65,8 +70,12 @@ class Step(pl.LightningModule):
         else:
             xt, given = t * x1 + (1 - t) * x0, x1 - x0
         u, w = self.target(given, xt=xt, t=t, x1=x1, labels=y)
-        self.seen.append((given, xt, t[:, 0], x1, y, u, w))
+        self.keep(given, xt, t[:, 0], x1, y, u, w)
         return (w * (self.velocity(xt, t, y) - u).square().mean(1)).mean()
+
+    @untraced
+    def keep(self, *values):
+        self.seen.append(values)
 
     def validation_step(self, batch, batch_idx):
         x1, y = batch
@@ -231,3 +240,174 @@ def test_two_of_them_are_told_apart_by_name():
     assert len(find_seams(module)) == 2
     with pytest.raises(ValueError, match=r'seam="module\.0"'):
         one_seam(module)
+
+
+class ByHand(Step):
+    """A step without the line; what a message says is executed in it."""
+
+    begin = line = ""
+
+    def __init__(self):
+        super().__init__(target=nn.Identity())
+        exec(self.begin, {"self": self, "stagewise": stagewise})
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        x0, t = torch.randn_like(x1), torch.rand(len(x1), 1)
+        xt, u = t * x1 + (1 - t) * x0, x1 - x0
+        names = {"u": u, "w": torch.ones(len(x1)), "xt": xt, "t": t, "x1": x1, "self": self}
+        exec(self.line, names)
+        self.seen.append((u, names["u"]))
+        v = self.velocity(xt, t, y)
+        return (names["w"] * (v - names["u"]).square().mean(1)).mean()
+
+
+@pytest.mark.parametrize("callback", [StageScheme, VelocityErrorMonitor])
+def test_a_step_that_writes_its_target_out_is_told_lines_that_work(fit, callback):
+    def callbacks():
+        few = {"queries": 4, "strata": 4, "every_n_steps": 2}
+        return callback(**{"target": Mix(1.0)} if callback is StageScheme else few)
+
+    with pytest.raises(ValueError, match="Found nothing that makes the targets in ByHand") as error:
+        fit(ByHand(), callbacks())
+    begin = re.search(r"self\.target = \S+\(\)", str(error.value))
+    line = re.search(r"u, w = self\.target\(.*?\)", str(error.value))
+
+    told = {"begin": begin[0], "line": line[0]}
+    module = fit(type("Cured", (ByHand,), told)(), callbacks())
+    steered = not torch.equal(*module.seen[0])
+    assert steered == (callback is StageScheme)
+
+
+def test_the_example_steers_to_the_oracle_and_its_watched_run_is_the_same(fit):
+    names = runpy.run_path(str(Path(__file__).parents[1] / "examples/steer_by_hand.py"))
+    seen = []
+
+    class Moons(names["Moons"]):
+        def __init__(self):
+            torch.manual_seed(0)
+            super().__init__()
+            self.target.register_forward_hook(
+                lambda _, __, given, out: seen.append((given, out)), with_kwargs=True
+            )
+
+    x, y = names["data"].tensors
+    fit(Moons(), StageScheme(target=Mix(1.0)), steps=1, data=names["data"])
+    given, (u, _) = seen[0]
+    near = given["t"][:, 0] < 0.9
+    expected = by_class(x, y, given["xt"], given["t"][:, 0], given["labels"])
+    torch.testing.assert_close(u[near].double(), expected[near], rtol=1e-5, atol=1e-5)
+    runs = [fit(Moons(), *watch, steps=4, data=names["data"]) for watch in ([], names["callbacks"])]
+    assert all(map(torch.equal, *(run.state_dict().values() for run in runs)))
+
+
+class Loss(nn.Module):
+    """A loss that holds the target, inside of what wraps it as DDP does."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.module = nn.ModuleDict({"target": target})
+
+
+class Chunks(Step):
+    """Goes through its batch in two parts; the target is made without gradients."""
+
+    def training_step(self, batch, batch_idx):
+        parts = zip(*(value.chunk(2) for value in batch), strict=True)
+        return sum(Step.training_step(self, part, batch_idx) for part in parts)
+
+
+class Inside(Chunks):
+    target = property(lambda self: self.loss.module["target"])
+
+    def __init__(self):
+        super().__init__()
+        self.loss = Loss(self._modules.pop("target"))
+
+
+class Manual(Step):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss, optimizer = super().training_step(batch, batch_idx), self.optimizers()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+class NoGrad(Step):
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        with torch.no_grad():
+            x0, t = torch.randn_like(x1), torch.rand(len(x1), 1)
+            xt = t * x1 + (1 - t) * x0
+            u, w = self.target(x1 - x0, xt=xt, t=t, x1=x1)
+        self.seen.append((x1 - x0, xt, t[:, 0], x1, y, u, w))
+        return (w * (self.velocity(xt, t, y) - u).square().mean(1)).mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (Chunks, {}),
+        (Inside, {}),
+        (Manual, {}),
+        (NoGrad, {}),
+        (Step, {"accumulate_grad_batches": 2}),
+        (lambda: torch.compile(Step(), backend="eager"), {}),
+    ],
+    ids=["chunks", "inside", "manual", "no grad", "accumulated", "compiled"],
+)
+@pytest.mark.parametrize("watch", [False, True])
+def test_other_ways_to_train_are_steered_and_watched_alike(fit, make, options, watch):
+    def trained(*callbacks):
+        module = fit(make(), *callbacks, steps=2, **options)
+        return getattr(module, "_orig_mod", module)
+
+    if watch:
+        runs = trained(), trained(PosteriorMonitor())
+        assert all(map(torch.equal, *(run.state_dict().values() for run in runs)))
+        return
+    x, y = clusters()
+    module = trained(StageScheme(target=Mix(1.0)))
+    assert module.seen
+    for _, xt, t, _, labels, u, _ in module.seen:
+        near = t < 0.9
+        expected = by_class(x, y, xt, t, labels)
+        torch.testing.assert_close(u[near].double(), expected[near], rtol=1e-5, atol=1e-4)
+
+
+def test_the_network_must_come_after_the_target_only_where_x1_is_not_in_the_batch(fit):
+    class First(Step):
+        def training_step(self, batch, batch_idx):
+            x1, y = self.scale * batch[0], batch[1]
+            x0, t = torch.randn_like(x1), torch.rand(len(x1), 1)
+            xt = t * x1 + (1 - t) * x0
+            v = self.velocity(xt, t, y)
+            u, w = self.target(x1 - x0, xt=xt, t=t, x1=x1)
+            return (w * (v - u).square().mean(1)).mean()
+
+    few = {"every_n_steps": 2, "queries": 4, "strata": 4}
+    First.scale = 1
+    fit(First(), VelocityErrorMonitor(**few))
+    First.scale = 3
+    with pytest.raises(ValueError, match=r"by module\.target: call it before the network"):
+        fit(First(), VelocityErrorMonitor(**few))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x1, t = torch.randn(4, 3), torch.rand(4)
+    call = {"y": x1, "xt": x1, "t": t, "x1": x1}
+    wrong = {"y": x1[:, :2], "xt": x1[:2], "t": t[:3]}
+    for name, value in wrong.items():
+        given = call | {name: value}
+        y = given.pop("y")
+        with pytest.raises(ValueError, match=f"Expected `{name}` with"):
+            StageTarget()(y, **given)
+    with pytest.raises(TypeError):
+        StageTarget()(x1, xt=x1, t="0.5", x1=x1)

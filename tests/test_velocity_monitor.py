@@ -437,7 +437,7 @@ def test_refusals_before_the_first_optimizer_step(fit, tiny_flow, make_data, wei
 
     encodes = tiny_flow()
     step = encodes.training_step
-    encodes.training_step = lambda batch, batch_idx: step([3 * batch[0] + 1], batch_idx)
+    encodes.training_step = lambda batch, batch_idx: step([3 * batch[0].abs() + 1], batch_idx)
     refused("not on what was read from the batches, and module.loss is given other", model=encodes)
 
 

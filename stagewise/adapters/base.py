@@ -97,6 +97,7 @@ class Seam:
         weights: Whether it can weigh each sample's loss.
         timesteps: Whether it can draw t.
         losses: Whether it sees each sample's loss.
+        late: Whether another scheme can be put in while it tells what it has seen.
         observable: Whether `observe` can see anything here.
         written: What it gives its network for `x_t` and t, as one would write it; None: as the
             convention says.
@@ -111,6 +112,7 @@ class Seam:
     weights: bool = False
     timesteps: bool = False
     losses: bool = False
+    late: bool = False
     observable: bool = True
     written: tuple[str, str] | None = None
 

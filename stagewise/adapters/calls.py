@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
-import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam
+from stagewise.adapters.columns import Columns, agreement, apart, columns_of, equal
 from stagewise.adapters.fitting import Noisy
 from stagewise.batches import LABEL_NAMES
 from stagewise.paths import Convention
@@ -72,33 +71,6 @@ class Call:
     def names(self) -> list[str]:
         """A name for each leaf: that of its parameter."""
         return _names(self.module, self.spec)[0]
-
-
-Columns = tuple[tuple[int, int], ...]
-"""What a leaf of two axes is made of, in the order of its columns: leaves and their widths.
-
-The first part takes its place among the leaves, the others stand behind all.
-"""
-
-
-def apart(leaves: Sequence[Any], columns: Columns) -> list[Any]:
-    """Leaves with the parts of one that is made of columns."""
-    found = list(leaves)
-    if columns:
-        found += [None] * (len(columns) - 1)
-        parts = found[min(columns)[0]].split([width for _, width in columns], 1)
-        for (k, _), part in zip(columns, parts, strict=True):
-            found[k] = part
-    return found
-
-
-def joined(leaves: Sequence[Any], columns: Columns) -> list[Any]:
-    """Undoes `apart`."""
-    if not columns:
-        return list(leaves)
-    first, found = min(columns)[0], list(leaves[: len(leaves) - len(columns) + 1])
-    found[first] = torch.cat([leaves[k].to(leaves[first].dtype) for k, _ in columns], 1)
-    return found
 
 
 @dataclass(frozen=True)
@@ -185,7 +157,7 @@ def readings(
     for slots in _places(call, shape, size, labels):
         x, time = slots.read(call.leaves)
         moments = len(torch.unique(time))
-        if moments == 1 < size or (labels is not None and _equal(time, labels)):
+        if moments == 1 < size or (labels is not None and equal(time, labels)):
             continue
         if is_same(x, x1):
             continue
@@ -209,33 +181,13 @@ def _places(
     for i, x in enumerate(call.leaves):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or len(x) != size:
             continue
-        for columns in _columns(i, len(call.leaves), x, shape, labels) if x.ndim == 2 else ():
+        for columns in columns_of(i, len(call.leaves), x, shape, labels) if x.ndim == 2 else ():
             yield Slots(call.spec, (), i, len(call.leaves), columns=columns)
         if shape is not None and tuple(x.shape) != shape:
             continue
         for j, leaf in enumerate(call.leaves):
             if j != i and _one_each(leaf, size):
                 yield Slots(call.spec, (), i, j)
-
-
-def _columns(
-    i: int, count: int, x: Tensor, shape: tuple[int, ...] | None, labels: Tensor | None
-) -> Iterator[Columns]:
-    """How the columns of leaf `i` of `count` may be `x_t`, a time and, if any are left, labels."""
-    width = x.shape[1] - 1 if shape is None else math.prod(shape[1:])
-    parts = [(i, width), (count, 1)]
-    left = x.shape[1] - width - 1
-    if width < 1 or left < 0 or (shape is not None and len(shape) != 2):
-        return
-    if not left:
-        yield tuple(parts)
-        return
-    for columns in (
-        itertools.permutations([*parts, (count + 1, left)]) if labels is not None else ()
-    ):
-        rest = apart([None] * i + [x] + [None] * (count - i - 1), columns)[count + 1]
-        if max(_agreement(rest, labels, one_hot=one_hot) for one_hot in (False, True)) > 0:
-            yield columns
 
 
 def _one_each(leaf: Any, size: int) -> bool:
@@ -251,11 +203,6 @@ def _step(time: Tensor, convention: Convention) -> float | None:
     if time.is_floating_point():
         return float(torch.finfo(time.dtype).eps)
     return None if units <= 1 else 1 / units
-
-
-def _equal(x: Tensor, labels: Tensor) -> bool:
-    labels = labels.reshape(-1).to(x.device)
-    return x.shape == labels.shape and bool((x.double() == labels.double()).all())
 
 
 def _names(module: nn.Module, spec: Any) -> tuple[list[str], bool]:
@@ -291,7 +238,7 @@ def conditioning(call: Call, slots: Slots, labels: Tensor | None, batch: Any = N
             continue
         others.append(k)
         for one_hot in (False, True) if isinstance(leaf, Tensor) and leaf.ndim else ():
-            agree = -1 if labels is None else _agreement(leaf, labels, one_hot=one_hot)
+            agree = -1 if labels is None else agreement(leaf, labels, one_hot=one_hot)
             if agree > best:
                 best, found = agree, (k, one_hot)
     names, empty = _names(call.module, call.spec)
@@ -384,32 +331,6 @@ def rows_of(value: Any, size: int, rows: list[int], depth: int = 4) -> Any:
         if hasattr(value, name):  # a dataclass may be frozen
             object.__setattr__(changed, name, inner(getattr(value, name)))
     return changed
-
-
-def _agreement(leaf: Tensor, labels: Tensor, *, one_hot: bool) -> int:
-    """How many of the batch's labels a leaf has; -1 if it does not hold them.
-
-    Those that were dropped, for classifier-free guidance, all have one other value in their place.
-    """
-    labels, size = labels.reshape(-1).to(leaf.device), len(leaf)
-    if len(labels) != size or leaf.dtype is torch.bool and not one_hot:
-        return -1
-    if one_hot:
-        if leaf.ndim != 2 or not bool(((leaf == 0) | (leaf == 1)).all()):
-            return -1
-        count = leaf.sum(1)
-        if bool((count > 1).any()):
-            return -1
-        classes = torch.where(count == 1, leaf.to(torch.uint8).argmax(1), -1)
-    elif leaf.numel() != size:
-        return -1
-    elif leaf.is_floating_point():
-        return size if _equal(leaf.reshape(-1), labels) else -1
-    else:
-        classes = leaf.reshape(-1).long()
-    other = classes != labels
-    dropped, agree = classes[other].unique(), size - int(other.sum())
-    return agree if len(dropped) <= 1 and agree else -1
 
 
 def short(leaf: Any) -> str:

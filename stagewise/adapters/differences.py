@@ -35,8 +35,12 @@ def compare(look: FirstStep, given: Sequence[LatentBank]) -> tuple[list[str], st
     return warnings, note
 
 
-def difference(look: FirstStep, x1: Tensor, read: LatentBank | None = None) -> tuple[str, bool]:
+def difference(
+    look: FirstStep, x1: Tensor, read: LatentBank | None = None, *, encoded: bool = False
+) -> tuple[str, bool]:
     """How samples of the step differ from those that were read from the batches.
+
+    `encoded`: whether these were read through what the step does.
 
     Returns:
         A message with the cure, and whether the shape or the scale is another one.
@@ -53,9 +57,19 @@ def difference(look: FirstStep, x1: Tensor, read: LatentBank | None = None) -> t
             f"{look.x1_at or 'what `find` returns'}. Say so: {find}.",
             True,
         )
+    if look.encoding is not None and not encoded:
+        return (
+            f"Training is not on what was read from the batches{maker}: training "
+            f"{look.encoding.verb} x_1. Say so: {look.encoding.line}, or give what is trained on: "
+            "bank=LatentBank(latents, labels).",
+            True,
+        )
     # What made x_1 may be gone by the end of the step; the network's call was looked at in it.
     why = look.search.origin(x1, place, look.x1) or look.search.diagnosis()
-    cure = "give what is trained on: bank=LatentBank(latents, labels)."
+    cure = (
+        "give what is trained on, bank=LatentBank(latents, labels), or say how it is made of x_1: "
+        "encode=lambda x, module: ..."
+    )
     if other:
         maker = f" (the step changes {place} in place)"
     alike = x1.shape[1:] == look.x1.shape[1:]

@@ -16,6 +16,7 @@ from stagewise.adapters.stage_target import ByHand
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
 from stagewise.paths import DIFFUSERS, STAGEWISE, Convention, LinearPath, Path, same_path
+from stagewise.stage_target import BY_HAND
 
 __all__ = [
     "assumed_seams",
@@ -136,8 +137,7 @@ def one_seam(module: object, at: str | None = None) -> Seam:
         *others, last = [kind.what for kind in _KINDS if kind.trains]
         problem = (
             f"Found nothing that makes the targets in {type(module).__name__}: no "
-            f"{', '.join(others)} or {last} as an attribute. Make the target in your training "
-            "step: u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
+            f"{', '.join(others)} or {last} as an attribute; {BY_HAND}"
         )
         for place in couplings[:1]:
             problem += (
@@ -244,12 +244,8 @@ def assumed_seams(path: Path | None = None) -> list[Seam]:
     Args:
         path: The path of training, default `LinearPath()`.
     """
-    refusal = (
-        "its target is made in your training step. Steer it there: "
-        "u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
-    )
     place = Place(None, "the training step")
     return [
-        _Assumed(place, path or LinearPath(), convention=convention, refusal=refusal)
+        _Assumed(place, path or LinearPath(), convention=convention, refusal=BY_HAND)
         for convention in (STAGEWISE, Convention(1, 0, -1), DIFFUSERS, Convention(0, 1000))
     ]

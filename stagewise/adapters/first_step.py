@@ -17,16 +17,17 @@ from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam, Seen, looks
 from stagewise.adapters.batch_conditions import BatchConditions
+from stagewise.adapters.encoding import Encoding, origin_of
 from stagewise.adapters.find import assumed_seams
 from stagewise.adapters.fitting import factor_of
 from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.network import Network
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.adapters.reasons import GIVEN
-from stagewise.adapters.rows import labels_of_rows, place_of, same
+from stagewise.adapters.rows import is_label, labels_of_rows, place_of, same, version_of
 from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
-from stagewise.batches import FindSample, describe, find_checked, leaves_of, unused_in
+from stagewise.batches import FindSample, describe, find_checked, find_sample, leaves_of, unused_in
 from stagewise.condition import Condition
 from stagewise.noise import NoiseSums, is_noise
 from stagewise.paths import Path
@@ -59,6 +60,7 @@ class FirstStep:
         network: What predicts, once `finish` was called; None if it was not found.
         conditions: What the network is given besides x_t, time and class labels, for messages.
         search: The search for the network; its `result` says what is wrong if there is none.
+        encoding: How what is trained on came from x_1 of the batch; None if it is that, or unknown.
         tied: What is wrong with the noise of the first call that was seen; empty if nothing is.
         schemes: What steers.
         open: Whether the network accepts more than it was given so far, and the batch holds more:
@@ -73,6 +75,7 @@ class FirstStep:
         self, module: nn.Module, seams: Sequence[Seam], path: Path, find: FindSample
     ) -> None:
         self._module, self._find = module, find
+        self._asks = find is not find_sample  # it may encode, and draw
         # What cannot be steered yields to what can.
         able = [seam for seam in seams if not seam.refusal] or list(seams)
         self._seams = able or assumed_seams(path)
@@ -97,6 +100,7 @@ class FirstStep:
         self.x1: Tensor | None = None
         self.labels: Tensor | None = None
         self.tied = ""
+        self.encoding: Encoding | None = None
         self.x1_at, self.labels_at = "", "None"
         self.seen: tuple[Seam, Seen] | None = None
         self._maker: Seam | None = None
@@ -129,7 +133,7 @@ class FirstStep:
         self._stop_search()
         self._forget()
         self._on_seen, self._bank, self._sums = on_seen, bank or _no_bank, NoiseSums()
-        self._before = [(name, leaf, _version(leaf)) for name, leaf in leaves_of(self.batch)]
+        self._before = [(name, leaf, version_of(leaf)) for name, leaf in leaves_of(self.batch)]
         try:
             x1, labels = find_checked(self._find, self.batch)
             self.x1, self.labels = x1.detach().clone(), None if labels is None else labels.clone()
@@ -167,6 +171,9 @@ class FirstStep:
                 self.swapped = False
             self._maker, self.tied = seam, self._wrong_noise(seam)
             x1 = x1 if self._before_smoothing is None else self._before_smoothing
+            if self.x1 is not None and self.search.encoders is not None and self.changed(x1):
+                self.encoding = origin_of(x1, self.x1, self.search.encoders)
+            self.search.encoders = None
             labels = self.labels_for(x1)
             if labels is not None:
                 self.search.labels = labels
@@ -189,12 +196,14 @@ class FirstStep:
             self.conditions = self.network.conditions
         elif self.seen is not None:
             given = self.seen[1].conditions
-            self.conditions = tuple(f"{name}: {describe(x)}" for name, x in given if not _label(x))
+            self.conditions = tuple(
+                f"{name}: {describe(x)}" for name, x in given if not is_label(x)
+            )
         now = dict(leaves_of(self.batch))
         in_place = {
             name
             for name, leaf, version in self._before
-            if now.get(name) is not leaf or _version(leaf) != version
+            if now.get(name) is not leaf or version_of(leaf) != version
         }
         if self._changed_x1() is not None:
             in_place.add(self.x1_at)
@@ -207,7 +216,7 @@ class FirstStep:
         # Later samples are taken where they are seen, if they are not those of the batch.
         trained = self.trained_x1
         another = trained is None or self.x1 is None or not same(self.x1, trained)
-        self._follows = self.seen is not None and (bool(in_place) or another)
+        self._follows = self.seen is not None and (bool(in_place) or another or self._asks)
         if trained is not None and not self.changed(trained):
             self._kept = in_place
         if self.tied or self.seen is None or self.seen[1].x0 is None:
@@ -389,13 +398,3 @@ class FirstStep:
 
 def _no_bank() -> None:
     """Of a run that has none."""
-
-
-def _version(x: Tensor) -> int:
-    """Grows with each change in place."""
-    return 0 if x.is_inference() else x._version
-
-
-def _label(x: Tensor) -> bool:
-    """Whether a tensor that a model is given can be the class of each sample."""
-    return not x.is_floating_point() and x.numel() == len(x)

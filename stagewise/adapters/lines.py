@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from stagewise.adapters.calls import Call, Reading, apart
+from stagewise.adapters.calls import Call, Reading
+from stagewise.adapters.columns import apart
 from stagewise.paths import Convention
 
 __all__ = ["call_text", "guessed_line", "velocity_line", "where"]

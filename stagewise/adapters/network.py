@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam
-from stagewise.adapters.calls import Call, Slots, conditioning, joined, moved, rows_of
+from stagewise.adapters.calls import Call, Slots, conditioning, moved, rows_of
+from stagewise.adapters.columns import joined
 from stagewise.adapters.lines import where
 
 __all__ = ["Network", "tensor_of"]

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stagewise.adapters.base import Seam
+from stagewise.adapters.base import Detach, Seam
 from stagewise.adapters.calls import Call, Reading, conditioning, is_same, readings
+from stagewise.adapters.encoding import EncoderCall, encoder_call, watch_encoders
 from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.lines import call_text, guessed_line, velocity_line, where
 from stagewise.adapters.network import Network
@@ -82,6 +83,7 @@ class NetworkSearch:
     Attributes:
         compiled: Whether the whole training step is compiled, so that nothing is watched.
         empty: Whether no submodule was called with gradients so far.
+        encoders: Calls with `x_1` of the batch, or what is made of it; None where nothing is kept.
     """
 
     def __init__(
@@ -110,6 +112,9 @@ class NetworkSearch:
         self._pending: Match | None = None
         self._calls: list[tuple[int, bool, bool]] = []
         self._hooks: list[CallHook] = []
+        self._detach: list[Detach] = []
+        observed = any(seam.observable for seam in self.seams)
+        self.encoders: list[EncoderCall] | None = [] if observed else None
         # What is compiled in place has hooks compiled into it; a compiled copy has them outside.
         names = {module: name for name, module in root.named_modules()}
         for name, module in () if self.compiled else _eager(root):
@@ -118,12 +123,16 @@ class NetworkSearch:
                 CallHook(self._enter(name), module.register_forward_pre_hook, prepend=True),
                 CallHook(self._leave(name), module.register_forward_hook, always_call=True),
             ]
+            if observed:
+                self._detach += watch_encoders(name, module, self._note_encoder)
 
     def stop(self) -> None:
         """Takes the hooks off."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        for detach in self._detach:
+            detach()
+        self._hooks, self._detach, self.encoders = [], [], None
 
     @property
     def first(self) -> Match | None:
@@ -230,6 +239,9 @@ class NetworkSearch:
                 "the training step called no submodule with gradients. If it calls the "
                 f"network by a function, say {self.line}"
             )
+        for seam in self.seams:
+            if seam.late:  # it tells what is trained on when the step calls it
+                why += f" What is trained on is known by {seam.name}: call it before the network."
         return f"Found no network from which a velocity can be had: {why}"
 
     # -- hooks --------------------------------------------------------------------------------
@@ -264,6 +276,7 @@ class NetworkSearch:
     def _leave(self, name: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             start, alone, _ = self._calls.pop()
+            self._note_encoder(name, args, kwargs, output)
             if isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 1:
                 # What is inside of a module that returns it is that module's.
                 shape = tuple(output.shape)
@@ -278,6 +291,13 @@ class NetworkSearch:
                 self._follow(Call.of(name, module, args, kwargs), output)
 
         return leave
+
+    def _note_encoder(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        """Keeps a call until what makes the targets is given what is trained on."""
+        own = None if self.encoders is None else own_of(self._candidates())
+        call = None if own is None else encoder_call(own[1], name, args, kwargs, output)
+        if self.encoders is not None and call is not None:
+            self.encoders.append(call)
 
     def _consider(self, call: Call, candidates: list[tuple[str, Tensor]]) -> Match | None:
         """The match if this call is a network's; what is inside of it is not looked at."""

@@ -124,7 +124,7 @@ class Reasons:
             tensor = made.tensor()
             factor = None if tensor is None else factor_of(x1, tensor)
             if factor is not None:
-                return self._encoded(made, factor, text)
+                return self._encoded(made, factor)
         layout = layout_of(x1, own)
         return None if layout is None else self._rearranged(layout, text)
 
@@ -169,10 +169,10 @@ class Reasons:
                 continue
             factor = 1.0 if noisy.fits(tensor) else noisy.scale(tensor)
             if factor is not None:
-                self._diagnoses.append(self._encoded(made, factor, text))
+                self._diagnoses.append(self._encoded(made, factor))
         if shape != self._shape and len({made.name for made in before}) == 1:
             # It may be used in another way than as it is, or be gone.
-            self._guess = self._guess or self._encoded(before[0], 1.0, text)
+            self._guess = self._guess or self._encoded(before[0], 1.0)
 
     def _find(self, x1: str) -> str:
         return f"find=lambda batch: ({x1}, {self._labels_text})"
@@ -190,14 +190,14 @@ class Reasons:
         find = self._find(f"{factor:g} * {_written(text)}")
         return Diagnosis("scaled", f"training scales x_1 by {about}. Say so: {find}", factor)
 
-    def _encoded(self, made: Made, factor: float, text: str) -> Diagnosis:
+    def _encoded(self, made: Made, factor: float) -> Diagnosis:
         times = "" if factor == 1 else f"{factor:g} * "
         latents = f"{times}{where(made.name)}"
-        find = self._find(f"{latents}({_written(text)})") if made.alone else "find=..."
+        encode = f"encode=lambda x, module: {latents}(x)" if made.alone else "encode=..."
         return Diagnosis(
             "encoded",
             f"training encodes x_1: what fits is {latents}(...), of shape {made.shape}. Say so, "
-            f"{find}, or give what is trained on: {self._bank}",
+            f"{encode}, or give what is trained on: {self._bank}",
             None if factor == 1 else factor,
             where(made.name),
         )

@@ -11,12 +11,22 @@ from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
 from stagewise.batches import leaves_of
 
-__all__ = ["labels_of_rows", "place_of", "same"]
+__all__ = ["is_label", "labels_of_rows", "place_of", "same", "version_of"]
 
 
 def same(own: Tensor, x1: Tensor) -> bool:
     """Whether they are equal, to the precision of `x1`."""
     return own.shape == x1.shape and torch.equal(own.to(x1), x1)
+
+
+def version_of(x: Tensor) -> int:
+    """Grows with each change in place."""
+    return 0 if x.is_inference() else x._version
+
+
+def is_label(x: Tensor) -> bool:
+    """Whether a tensor that a model is given can be the class of each sample."""
+    return not x.is_floating_point() and x.numel() == len(x)
 
 
 def place_of(tensor: Tensor, batch: Any) -> str:

@@ -20,6 +20,7 @@ class ByHand(Seam):
 
     library, what = "by hand", "StageTarget"
     weights = timesteps = True  # as far as the step uses them
+    late = True
 
     @classmethod
     def of(cls, place: Place) -> ByHand | None:

@@ -29,6 +29,7 @@ from stagewise.noise import check_noise
 from stagewise.oracle import Labels
 from stagewise.paths import CosinePath, LinearPath, Path, expand_like
 from stagewise.schemes import Phases, Scheme, mixes
+from stagewise.stage_target import BY_HAND
 
 __all__ = ["TorchCFM"]
 
@@ -36,10 +37,7 @@ _COUPLED = (
     "its minibatch coupling makes x_0 and x_1 dependent, and the closed form of the oracle holds "
     "for independent ones only. Train with ConditionalFlowMatcher to steer."
 )
-_UNKNOWN = (
-    "it is none of torchcfm's matchers, and its path is not known. Make the target yourself: "
-    "u, w = scheme(u, xt=xt, t=t, x1=x1)."
-)
+_UNKNOWN = f"it is none of torchcfm's matchers, and its path is not known; {BY_HAND}"
 _PLAIN = "sample_location_and_conditional_flow"
 _GUIDED = "guided_sample_location_and_conditional_flow"
 
@@ -123,8 +121,7 @@ class TorchCFM(Seam):
                 raise ValueError(
                     f"{self.name} was called with return_noise=True, but the scheme mixes into the "
                     "velocity only: what is trained on the noise would not be steered. Call it "
-                    "without and train on the velocity, or make the target in your training step: "
-                    "u, w = scheme(u, xt=xt, t=t, x1=x1)."
+                    "without and train on the velocity."
                 )
             if not looked_at:
                 check_noise(x0)

@@ -91,7 +91,7 @@ def require_rows(shape: tuple[int, ...]) -> None:
     if len(shape) < 2 or shape[0] < 2 or 0 in shape:
         raise ValueError(
             f"Expected `x` with shape (N, *) and at least 2 rows, got {shape}. "
-            "A posterior over fewer than two samples says nothing."
+            "A posterior over one sample is that sample at all t: there are no stages in it."
         )
 
 

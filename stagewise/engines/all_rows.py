@@ -67,11 +67,11 @@ def _posterior(bank: LatentBank, queries: Queries, k: int, rtol: float | None) -
     query = torch.empty(count * (1 + halves), dim, dtype=bank.dtype, device=device)
     figures = xt.new_empty(count, 4)
     block = max(16, 1 << (dim - 1).bit_length())
-    given = [xt, centre, shift, mean_norm, alpha, sigma, query, figures]
-    launch("project", [count], given, [dim, block, halves], 8)
+    given = [xt, centre, shift, mean_norm, alpha, sigma]
+    launch("project", [count], given, [query, figures], [dim, block, halves], 8)
     logits = scores(query, bank.rows)
     grid = [-(-width // _ROWS), count]
-    launch("weigh", grid, [logits, figures, norms, mean_norm, ends], [width, _ROWS, halves])
+    launch("weigh", grid, [figures, norms, mean_norm, ends], [logits], [width, _ROWS, halves])
     logits = logits[:count]
 
     first = max(LEADING, k)
@@ -85,19 +85,19 @@ def _posterior(bank: LatentBank, queries: Queries, k: int, rtol: float | None) -
 
     blocks = -(-width // _SUMMED)
     totals = torch.empty(count, blocks, 3, dtype=torch.float32, device=device)
-    launch("tail_sums", [blocks, count], [logits, peaks, totals], [width, _SUMMED])
+    launch("tail_sums", [blocks, count], [logits, peaks], [totals], [width, _SUMMED])
     totals = totals.sum(1, dtype=torch.float64)
     both = halves and rtol is not None and 2.0 ** -_DIGITS[bank.dtype] > rtol * first**0.5
     # Rows of a product start where a card reads fastest.
     padded = -(-width // 64) * 64
     weights = torch.empty(count * (1 + both), padded, dtype=bank.dtype, device=device)
-    given = [logits, peaks, totals, ends, weights]
-    launch("tail_weights", grid, given, [width, padded, _ROWS, both])
+    given = [logits, peaks, totals, ends]
+    launch("tail_weights", grid, given, [weights], [width, padded, _ROWS, both])
     averaged = averages(weights[:, :width], bank.rows)
     averaged = averaged[:count] + averaged[count:] if both else averaged
     given = [averaged, peaks, totals, ends, column, figures, around.factors, shift, around.origin]
     numbers = [width, parts.sums.shape[1], dim, first + 1, min(block, 512)]
-    launch("tail_part", [count, -(-dim // min(block, 512))], [*given, *parts[:3]], numbers)
+    launch("tail_part", [count, -(-dim // min(block, 512))], given, parts[:3], numbers)
     mean, told, row = around.merge(parts)
 
     if rtol is not None:
@@ -106,8 +106,8 @@ def _posterior(bank: LatentBank, queries: Queries, k: int, rtol: float | None) -
         values = [rtol, *rounding(bank.dtype, dim, truncates=halves), rounded, reach]
         order = torch.zeros(count + 1, dtype=torch.int32, device=device)
         given = [mean, around.near, told, peaks, totals, column, norms, mean_norm, figures]
-        given += [around.factors, alpha, sigma, order]
-        launch("judge", [count], given, [width, dim, first + 1, block], 8, values)
+        given += [around.factors, alpha, sigma]
+        launch("judge", [count], given, [order], [width, dim, first + 1, block], 8, values)
         again = around.parts(ends, width, order=order)
         around.merge(again, (mean, told, row), order)
     return listing(mean, told, row, k, parts.logits, lambda place: table.gather(1, place))

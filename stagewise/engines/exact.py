@@ -24,8 +24,9 @@ for each query that the estimate is below `rtol`. If it is not, it does the quer
 `precision="float64"` does all of them so, and is the reference.
 
 On an accelerator the checks cost two device syncs per call, for B booleans each; the two fixed
-precisions cost none. Class-wise queries on CUDA go through a kernel that needs no checks, and so no
-`rtol` (`stagewise.engines.fused`).
+precisions cost none. Banks on CUDA are asked by kernels that wait for nothing: class-wise ones need
+no checks, and so no `rtol` (`stagewise.engines.fused`); all rows or many queries for each class go
+through products (`stagewise.engines.all_rows`), where the device checks.
 
 Below the noise level `base.sigma_floor` even float64 loses the fourth digit after the point of a
 logit; the oracle is evaluated there instead.
@@ -87,8 +88,9 @@ class Exact(Engine):
             without the check, for accelerators where even one sync per call is too much.
         rtol: Relative error `|dm| / (|m - c| min(s_t, 1))` that "auto" allows, default 1e-5,
             and 1e-4 for 16-bit rows on an accelerator, whose products are split
-            (`stagewise.products`). From 1e-4 on a CPU splits the products of bfloat16 rows too, if
-            it has units for them: such rows have been rounded by more than that.
+            (`stagewise.products`); of a bank on CUDA `|dm| / |m - x_1|`. From 1e-4 on a CPU that
+            multiplies bfloat16 does so with rows of that type, which have been rounded by more
+            than that.
         chunk_size: Rows multiplied at a time; default all, or 32 MiB where they must be
             converted or moved.
     """

@@ -82,8 +82,9 @@ class Around:
         self.query, self.origin = near.new_empty(2, count, dim, dtype=torch.float32)
         self.factors = near.new_empty(count, 2)
         given = (queries.xt, self.near, bank.offset.to(near.device), *queries.path[:2])
-        made = [*(x.contiguous() for x in given), self.query, self.origin, self.factors]
-        launch("prepare", [count], made, [dim, self.block], self.warps)
+        made = [self.query, self.origin, self.factors]
+        read = [x.contiguous() for x in given]
+        launch("prepare", [count], read, made, [dim, self.block], self.warps)
 
     def parts(
         self,
@@ -121,9 +122,10 @@ class Around:
             "pull",
             [parts, count if order is None else min(count, _SLOTS)],
             [
-                *(self.rows, self.query, self.origin, self.factors, ends.contiguous(), *made),
-                ends if order is None else order,
+                *(self.rows, self.query, self.origin, self.factors, ends.contiguous()),
+                self.factors if order is None else order,
             ],
+            made,
             [
                 *(width, held, split, dim, self.block, self.at_once),
                 *(listed, tabled, order is not None),
@@ -156,7 +158,8 @@ class Around:
         launch(
             "merge",
             [count if order is None else min(count, _SLOTS), -(-dim // step)],
-            [*parts[:3], self.near, self.factors, *made, made[2] if order is None else order],
+            [*parts[:3], self.near, self.factors, self.factors if order is None else order],
+            made,
             [parts.sums.shape[1], dim, step, order is not None],
         )
         return made

@@ -159,11 +159,11 @@ def placed(
         *(row, order.new_empty(count, 2), torch.empty_like(row, dtype=torch.bool)),
         *(torch.empty_like(row), torch.empty(count, dim, dtype=torch.float64, device=x1.device)),
     )
-    some = [row if x is None else x for x in (labels, source)]  # not read where there is none
+    some = [order if x is None else x for x in (labels, source)]  # not read where there is none
     table, factor = bank.class_table(x1.device), key_weights(dim, x1.device)
     given = (x1, t, *some, bank.rows, bank.offset, factor, keys, order, table)
     launch(
-        *("place", [count], [*(x.contiguous() for x in given), *found]),
+        *("place", [count], [x.contiguous() for x in given], list(found)),
         [
             *(len(bank), len(table), len(bank).bit_length(), dim, block),
             *(source is not None, labels is not None, named),

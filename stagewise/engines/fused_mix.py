@@ -186,7 +186,7 @@ def mixed(
     tensors += [found.row, found.ends, path.alpha, path.sigma, scale]
     tensors += [scale if lam is None else lam, found.missing]
     launch(
-        *("settle", [len(x1)], [*(x.contiguous() for x in tensors), value, top1, inserted]),
+        *("settle", [len(x1)], [x.contiguous() for x in tensors], [value, top1, inserted]),
         [width, dim, min(shape_of(dim, 8)[0], _BLOCK), lam is not None, lam is None, 1024],
         values=[16 * torch.finfo(torch.float64).eps * bank.max_norm],
     )

@@ -72,11 +72,11 @@ def pull(
     origin,
     factors,
     ends,
+    order,
     sums,
     best,
     pulls,
     logits,
-    order,
     width,
     held,
     split,
@@ -176,10 +176,10 @@ def merge(
     pulls,
     near,
     factors,
+    order,
     mean,
     told,
     rows,
-    order,
     parts,
     dim,
     block: tl.constexpr,
@@ -250,11 +250,12 @@ def shape_of(dim: int, size: int) -> tuple[int, int, int]:
     return block, max(1, min(32, 1024 * warps // block, _BYTES // (block * size))), warps
 
 
-@torch.library.custom_op("stagewise::launch", mutates_args=("tensors",))
+@torch.library.custom_op("stagewise::launch", mutates_args=("written",))
 def launch(
     name: str,
     grid: Sequence[int],
-    tensors: Sequence[Tensor],
+    read: Sequence[Tensor],
+    written: Sequence[Tensor],
     numbers: Sequence[int],
     warps: int = 4,
     values: Sequence[float] | None = None,
@@ -264,21 +265,23 @@ def launch(
     Args:
         name: That of the kernel.
         grid: Programs along each axis.
-        tensors: Its first arguments, contiguous, since it reads memory as it lies; some it writes.
+        read: Its first arguments, contiguous, since it reads memory as it lies.
+        written: Those that follow, contiguous; it may read them, too.
         numbers: Those that follow.
         warps: Of a program.
         values: Its last arguments, if there are more.
     """
-    _KERNELS[name][tuple(grid)](*tensors, *numbers, *(values or ()), num_warps=warps)
+    _KERNELS[name][tuple(grid)](*read, *written, *numbers, *(values or ()), num_warps=warps)
 
 
 @launch.register_fake
 def _(
     name: str,
     grid: Sequence[int],
-    tensors: Sequence[Tensor],
+    read: Sequence[Tensor],
+    written: Sequence[Tensor],
     numbers: Sequence[int],
     warps: int = 4,
     values: Sequence[float] | None = None,
 ) -> None:
-    assert all(tensor.is_contiguous() for tensor in tensors), name
+    assert all(tensor.is_contiguous() for tensor in (*read, *written)), name

@@ -56,11 +56,11 @@ def project(
 
 @kernel
 def weigh(
-    logits,
     figures,
     norms,
     mean_norm,
     ends,
+    logits,
     width,
     block: tl.constexpr,
     halves: tl.constexpr,

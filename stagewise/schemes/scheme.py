@@ -28,7 +28,7 @@ from stagewise.schemes.first_call import check_samples
 from stagewise.schemes.state import SchemeRecord, SchemeState
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
-from stagewise.smoothing_inputs import Strength
+from stagewise.smoothing_inputs import Strength, default_neighbours
 from stagewise.stages import StageBoundary
 from stagewise.targets import Mix, Target
 from stagewise.timesteps import TimestepSampler
@@ -151,7 +151,7 @@ class Scheme(SchemeState):
                 "both: Scheme(oracle, target=..., smoothing=Smoothing(oracle.bank))."
             )
         if "smoothing" not in options:
-            options["smoothing"] = Smoothing(oracle.bank)
+            options["smoothing"] = Smoothing(oracle.bank, default_neighbours(oracle.bank))
         return cls(oracle, target=Mix("boundary"), **options)
 
     # -- what a loop asks ----------------------------------------------------------------------

@@ -1,0 +1,79 @@
+"""`stagewise completion`: the words that bash offers at the tab key.
+
+What the parsers know stands in the script that is printed. Groups, choices and keys of recipes come
+from Hydra, which bash asks by running this file alone: the package is not imported, so that the
+answer takes half a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+
+__all__ = ["script"]
+
+_SCRIPT = """\
+# Tab completion of stagewise for bash. Keep it where bash looks for it:
+#   stagewise completion > ~/.local/share/bash-completion/completions/stagewise
+# or switch it on in this shell alone: eval "$(stagewise completion)"
+_stagewise() {
+  local word="${COMP_LINE:0:COMP_POINT}" words="" files="-f"
+  word="${word##* }"
+  local before="${COMP_WORDS[COMP_CWORD-1]}"
+  COMPREPLY=()
+  if (( COMP_CWORD == 1 )); then
+    words="@COMMANDS@" files=""
+  else
+    case "${COMP_WORDS[1]} $before" in
+@CASES@
+      train\\ *)
+        words="$(COMP_LINE="${COMP_LINE#*stagewise }" @ASK@ -sc query=bash 2> /dev/null)"
+        words="$words --cfg --help --multirun" ;;
+    esac
+  fi
+  local found; found="$(compgen $files -W "$words" -- "$word")"
+  # Where "=" parts words, bash puts what follows it in place of what follows it.
+  [[ "$COMP_WORDBREAKS" == *=* && "$word" == *=* ]] && word="${word%=*}=" || word=""
+  while IFS= read -r one; do [[ -n "$one" ]] && COMPREPLY+=("${one#"$word"}"); done <<< "$found"
+  if (( ${#COMPREPLY[@]} == 1 )) && [[ -d "${COMPREPLY[0]}" ]]; then COMPREPLY[0]+="/"
+  elif (( ${#COMPREPLY[@]} == 1 )) && [[ "${COMPREPLY[0]}" != *[=./] ]]; then COMPREPLY[0]+=" "; fi
+}
+complete -o nospace -F _stagewise stagewise"""
+
+
+def script(commands: list[str], parsers: Mapping[str, argparse.ArgumentParser]) -> str:
+    """The script, for bash to evaluate.
+
+    Args:
+        commands: All commands.
+        parsers: Those of the commands that have one.
+    """
+    cases = []
+    for name, parser in parsers.items():
+        for option, action in parser._option_string_actions.items():
+            words = [str(choice) for choice in action.choices or ()]
+            if words:
+                cases.append(f'      "{name} {option}") words="{" ".join(words)}" files="" ;;')
+        options = " ".join(key for key in parser._option_string_actions if key.startswith("--"))
+        cases.append(f'      {name}\\ *) words="{options}" ;;')
+    ask = shlex.join([sys.executable, str(Path(__file__).resolve())])
+    filled = {"@COMMANDS@": " ".join(commands), "@CASES@": "\n".join(cases), "@ASK@": ask}
+    text = _SCRIPT
+    for place, value in filled.items():
+        text = text.replace(place, value)
+    return text
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def _ask(config: Any) -> None:
+    """Nothing: Hydra answers what bash asks before it would run this."""
+
+
+if __name__ == "__main__":
+    _ask()

@@ -1,0 +1,148 @@
+"""What is wrong with the overrides of `stagewise train`, and what was meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+from difflib import get_close_matches
+from importlib.resources import files
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
+
+from stagewise.recipes.arguments import did_you_mean
+
+__all__ = ["explained", "flat", "refuse_unknown", "require_numbers"]
+
+_CONF = "stagewise.recipes.conf"
+_GONE = {
+    "engine=coarse": "The engine Coarse is gone: engine=exact was as good.",
+    "engine=faiss": "The engine Faiss is gone: engine=nearest is faster.",
+    "scheme=leave_one_out": "The target LeaveOneOut is gone: measured, it regularised nothing. "
+    "scheme=two_stage does.",
+}
+"""Choices of earlier versions."""
+_MOVED = re.compile(r"data\.(path|format|flips|moments|normalize|multiplier|expected_std)=")
+"""Settings that were those of the data module, and are those of its latents."""
+_NUMBERS = ("seed", "module.", "data.", "net.", "evaluation.", "callbacks.", "trainer.")
+_WORDS_TOO = ("trainer.devices", "trainer.precision")
+"""Where a default that is a number says that a number is wanted, and where not."""
+
+
+def refuse_unknown(arguments: Sequence[str]) -> None:
+    """Refuses options that there are not, and what earlier versions took.
+
+    Raises:
+        ValueError: With a line to paste.
+    """
+    for argument in arguments:
+        plain = argument.lstrip("+")
+        if plain in _GONE:
+            raise ValueError(f"{argument}: {_GONE[plain]}")
+        if _MOVED.match(plain):
+            now = argument.replace("data.", "data.latents.", 1)
+            raise ValueError(f"{argument.split('=')[0]} is said of the latents now: {now}")
+        if argument in ("-sc", "--shell-completion"):
+            raise ValueError('Tab completion is switched on so: eval "$(stagewise completion)"')
+        option = argument.split("=")[0]
+        if option.startswith("--") and option not in get_args_parser()._option_string_actions:
+            raise ValueError(
+                f"There is no option {option}; settings are key=value."
+                f"{_meant(option.strip('-').replace('-', '_'), arguments)}"
+            )
+
+
+def require_numbers(config: DictConfig, choices: dict[str, str]) -> None:
+    """Refuses a word where the recipe has a number.
+
+    Args:
+        config: As composed, with overrides.
+        choices: From each group to the choice that was made.
+
+    Raises:
+        ValueError: With the key.
+    """
+    default = _composed([f"{group}={choice}" for group, choice in choices.items()])
+    for key, value in flat(OmegaConf.to_container(config)).items():
+        was = default.get(key)
+        number = isinstance(was, (int, float)) and not isinstance(was, bool)
+        word = isinstance(value, str) and not value.startswith("${")
+        if number and word and key.startswith(_NUMBERS) and key not in _WORDS_TOO:
+            raise ValueError(f"Expected a number for {key}, such as {was}, got {value!r}.")
+
+
+def explained(error: Exception, arguments: Sequence[str]) -> str:
+    """One message of an error of Hydra or OmegaConf, with the key or choice that was meant."""
+    if isinstance(error, InstantiationException):
+        part = re.search(r"full_key: (\S+)", str(error))
+        name = f"{part[1]}: " if part else ""
+        return f"{name}{error.__cause__ or error}"
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        known = [name.removesuffix(".yaml") for name in _listed(group) if name.endswith(".yaml")]
+        if known:
+            meant = did_you_mean(choice, known)
+            return f"There is no {group}={choice}.{meant} There are: {', '.join(sorted(known))}."
+    found = re.match(r"Could not override '([^']+)'", text)
+    if found:
+        meant = _meant(found[1], arguments)
+        return f"There is no key {found[1]} in the configuration.{meant} +key=value adds one."
+    if isinstance(error, InterpolationKeyError):
+        text += ": one choice reads it of another. experiment=... chooses those that fit."
+    if isinstance(error, OverrideParseException):
+        text += "\nA value with spaces or signs stands in quotes within quotes: 'key=\"a (b)\"'"
+    return text
+
+
+def _meant(key: str, arguments: Sequence[str]) -> str:
+    """Which key of the configuration, or group, was meant."""
+    groups = _groups()
+    chosen = [one for one in arguments if one.lstrip("+").partition("=")[0] in groups]
+    try:
+        known = list(_composed(chosen))
+    except HydraException:
+        known = list(_composed([]))
+    place, dot, last = key.rpartition(".")
+    beside = [one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == place]
+    near = [f"{place}.{one}" for one in get_close_matches(last, beside, n=1, cutoff=0.45) if dot]
+    near = near or [one for one in known if one.rpartition(".")[2] == last][:3]
+    if near:
+        return f" Did you mean {' or '.join(near)}?"
+    return did_you_mean(key, [*known, *groups])
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key, interpolations resolved."""
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(config, dict):
+        return {prefix: config}
+    parts = ((f"{prefix}.{key}" if prefix else key, value) for key, value in config.items())
+    return {key: value for name, part in parts for key, value in flat(part, name).items()}
+
+
+def _composed(overrides: list[str]) -> dict[str, Any]:
+    running = GlobalHydra.instance().is_initialized()
+    with nullcontext() if running else initialize_config_module(_CONF, version_base="1.3"):
+        return flat(OmegaConf.to_container(compose("train", overrides)))
+
+
+def _groups() -> list[str]:
+    return [item.name for item in files(_CONF).iterdir() if item.is_dir()]
+
+
+def _listed(group: str) -> list[str]:
+    folder = files(_CONF) / group
+    return [item.name for item in folder.iterdir()] if group and folder.is_dir() else []

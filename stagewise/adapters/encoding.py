@@ -1,0 +1,282 @@
+"""How the samples that are trained on come from those of a batch: scaled, reshaped, or encoded.
+
+A training step may call an encoder, draw from the posterior that it returns, and scale that. Each
+of these steps is found by its values: what went into a call of a submodule, what came out, and what
+was trained on. From then on the same steps can be done with other batches, and written down.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stagewise.adapters.base import Detach, rebind
+from stagewise.noise import is_off
+
+__all__ = ["EncoderCall", "Encoding", "encoder_call", "origin_of", "watch_encoders"]
+
+Step = tuple[Any, ...]
+"""What is done (`call`, `get`, `chunk`, `draw`, `reshape`, `*`, `/`, `+`, `-`), and with what."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """From `x_1` of a batch, (B, *), and the module, to what is trained on, (B, *).
+
+    Attributes:
+        steps: What is done, in this order; plain names and numbers.
+    """
+
+    steps: tuple[Step, ...]
+
+    def __call__(self, x: Tensor, module: nn.Module) -> Tensor:
+        """Encodes; a draw from a posterior is another one each time."""
+        value: Any = x
+        for kind, *what in self.steps:
+            if kind == "call":
+                function: Any = module
+                for part in filter(None, what[0].split(".")):
+                    function = getattr(function, part)
+                value = function(value, **dict(what[1]))
+            elif kind == "get":
+                value = value[what[0]] if isinstance(what[0], int) else getattr(value, what[0])
+            elif kind == "sample":
+                value = value.sample()
+            elif kind == "chunk":
+                value = value.chunk(2, 1)
+            elif kind == "draw":
+                value = value[0] + (value[1] / 2).exp() * torch.randn_like(value[0])
+            elif kind == "reshape":
+                value = value.reshape(-1, *what[0])
+            else:
+                value = _arithmetic(value, kind, what[0])
+        return value
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws from a posterior."""
+        return any(kind in ("sample", "draw") for kind, *_ in self.steps)
+
+    @property
+    def verb(self) -> str:
+        """What training does with `x_1`, in a word."""
+        kinds = {kind for kind, *_ in self.steps}
+        return "encodes" if "call" in kinds else "reshapes" if kinds == {"reshape"} else "scales"
+
+    @property
+    def line(self) -> str:
+        """The same, to be pasted."""
+        text, sums = "x", False
+        for kind, *what in self.steps:
+            inner = f"({text})" if sums else text
+            sums = kind in ("+", "-")
+            if kind == "call":
+                options = "".join(f", {key}={value!r}" for key, value in what[1])
+                text = f"{_path(what[0])}({text}{options})"
+            elif kind == "get":
+                text += f"[{what[0]}]" if isinstance(what[0], int) else f".{what[0]}"
+            elif kind == "draw":
+                draw = "mean + (v / 2).exp() * torch.randn_like(mean)"
+                text = f"(lambda mean, v, *_: {draw})(*{text})"
+            elif kind in ("sample", "chunk", "reshape"):
+                shape = ", ".join(map(str, (-1, *what[0]))) if what else ""
+                text = f"{inner}.{kind}({shape or ('2, 1' if kind == 'chunk' else '')})"
+            else:
+                text = f"{text if sums else inner} {kind} {what[0]!r}"
+        return f"encode=lambda x, module: {text}"
+
+
+def _path(name: str) -> str:
+    """A submodule, or a method of one, as one would write it."""
+    parts = name.split(".") if name else []
+    return "module" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
+
+
+class EncoderCall(NamedTuple):
+    """A call with one tensor that is made of `x_1` of the batch.
+
+    Attributes:
+        before: What was done with `x_1`.
+        name: Of the submodule or its method, such as "vae.encode".
+        options: Its other arguments, by their names.
+        output: What it returned.
+    """
+
+    before: tuple[Step, ...]
+    name: str
+    options: tuple[tuple[str, Any], ...]
+    output: Any
+
+
+def encoder_call(
+    own: Tensor, name: str, args: Sequence[Any], kwargs: dict[str, Any], output: Any
+) -> EncoderCall | None:
+    """A call as one of an encoder; None if it was given something else than `x_1` of the batch."""
+    plain = (bool, int, float, str, type(None))
+    if len(args) != 1 or not isinstance(args[0], Tensor):
+        return None
+    if not all(isinstance(value, plain) for value in kwargs.values()):
+        return None
+    before = _related(own, args[0])
+    return None if before is None else EncoderCall(before, name, tuple(kwargs.items()), output)
+
+
+def watch_encoders(name: str, module: nn.Module, note: Callable[..., None]) -> Iterator[Detach]:
+    """Watches the methods of a module that encode by their names: hooks do not see those.
+
+    `note` is called with the method's name, arguments, keyword arguments and output.
+    """
+    for method in dir(type(module)):
+        if not method.startswith("encode") or not callable(getattr(type(module), method)):
+            continue
+        plain, at = getattr(module, method), f"{name}.{method}".strip(".")
+
+        def encode(
+            *args: Any, plain: Callable[..., Any] = plain, at: str = at, **kwargs: Any
+        ) -> Any:
+            output = plain(*args, **kwargs)
+            note(at, args, kwargs, output)
+            return output
+
+        yield rebind(module, method, encode, observes=True)
+
+
+@torch.no_grad()
+def origin_of(x1: Tensor, own: Tensor, calls: Sequence[EncoderCall]) -> Encoding | None:
+    """How samples that are trained on, (B, *), came from `x_1` of the batch; None if unknown.
+
+    Args:
+        x1: What is trained on.
+        own: `x_1` of the batch, (B, *).
+        calls: Those of encoders, in their order.
+    """
+    after = _related(own, x1)
+    if after is not None:
+        return Encoding(after) if after else None
+    for call in reversed(
+        calls
+    ):  # the last one is nearest to x_1, and a module ends after its parts
+        begin = (*call.before, ("call", call.name, call.options))
+        for steps, mean, std in _forms(call.output):
+            after = _related(mean, x1) if std is None else _drawn(mean, std, x1)
+            if after is not None:
+                return Encoding((*begin, *steps, *after))
+    return None
+
+
+def _forms(output: Any, depth: int = 3) -> Iterator[tuple[tuple[Step, ...], Tensor, Tensor | None]]:
+    """What may be taken of an encoder's answer: steps, mean, and std if it is drawn from."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.ndim > 1:
+            yield (), output, None
+            if output.shape[1] % 2 == 0:
+                mean, log_variance = output.chunk(2, 1)
+                yield (("chunk",), ("get", 0)), mean, None
+                yield (("chunk",), ("draw",)), mean, (log_variance / 2).exp()
+    elif isinstance(output, (tuple, list)) and depth:
+        for k, held in enumerate(output):
+            for steps, mean, std in _forms(held, depth - 1):
+                yield (("get", k), *steps), mean, std
+        pair = [held for held in output[:2] if isinstance(held, Tensor) and held.ndim > 1]
+        if len(pair) == 2 and pair[0].shape == pair[1].shape:
+            yield (("draw",),), pair[0], (pair[1] / 2).exp()
+    elif depth:
+        for name in ("latent_dist", "latents", "mean", "z"):
+            part = getattr(output, name, None)
+            for steps, mean, std in _forms(part, depth - 1) if not callable(part) else ():
+                if std is None or name != "mean":
+                    yield (("get", name), *steps), mean, std
+        centre, width = getattr(output, "mean", None), getattr(output, "std", None)
+        width = width if isinstance(width, Tensor) else getattr(output, "stddev", None)
+        if isinstance(centre, Tensor) and isinstance(width, Tensor) and hasattr(output, "sample"):
+            yield (("sample",),), centre, width
+
+
+def _arithmetic(x: Tensor, kind: str, number: float) -> Tensor:
+    if kind in "*/":
+        return x * number if kind == "*" else x / number
+    return x + number if kind == "+" else x - number
+
+
+def _related(x: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
+    """How `x1` is `x`, both (B, ...), reshaped, times a number, plus one; None if it is not.
+
+    Of fewer samples they are the first ones.
+    """
+    x = x[: len(x1)]
+    if len(x) != len(x1) or x.numel() != x1.numel() or not x1.is_floating_point():
+        return None
+    shape = tuple(x1.shape[1:])
+    steps: tuple[Step, ...] = () if x.shape[1:] == shape else (("reshape", shape),)
+    x = x.detach().reshape(x1.shape)
+    if torch.equal(x.to(x1), x1):
+        return steps
+    a, b = x.double().flatten(), x1.detach().double().flatten()
+    spread = a - a.mean()
+    size = float(spread.square().sum())
+    factor = float((spread * b).sum()) / size if size else 0.0
+    gap = (b - b.mean()) - factor * spread
+    least = max(1e-5, 4 * torch.finfo(x1.dtype).eps)
+    if not factor or float(gap.norm()) > least * float((b - b.mean()).norm()):
+        return None
+    return steps + _affine(x, x1, factor, float(b.mean() - factor * a.mean()))
+
+
+def _affine(x: Tensor, x1: Tensor, factor: float, shift: float) -> tuple[Step, ...]:
+    """The steps `factor x + shift` as they give the very bits, or else as near as can be said."""
+    none = abs(shift) < 1e-5 * float(x1.detach().abs().max())
+    for digits, way in itertools.product(range(1, 10), range(4)):
+        steps = _way(way, factor, 0.0 if none else shift, digits)
+        made = x.to(x1.dtype)
+        for kind, number in steps:
+            made = _arithmetic(made, kind, number)
+        if torch.equal(made, x1):
+            return steps
+    return _way(0, factor, 0.0 if none else shift, 7)
+
+
+def _way(way: int, factor: float, shift: float, digits: int) -> tuple[Step, ...]:
+    def short(number: float) -> float:
+        return float(f"{number:.{digits}g}")
+
+    scale = ("*", short(factor)) if way % 2 == 0 else ("/", short(1 / factor))
+    scale_steps: tuple[Step, ...] = () if scale[1] == 1 else (scale,)
+    if not shift:
+        return scale_steps
+    if way < 2:  # first scaled
+        return (*scale_steps, ("+" if shift > 0 else "-", short(abs(shift))))
+    before = shift / factor
+    return (("+" if before > 0 else "-", short(abs(before))), *scale_steps)
+
+
+def _drawn(mean: Tensor, std: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
+    """How `x1` is a draw from normal distributions, times a number, plus a number."""
+    mean, std = mean[: len(x1)], std[: len(x1)]
+    if mean.shape != x1.shape or std.shape != x1.shape:
+        return None
+    a, s, b = (value.detach().double().flatten() for value in (mean, std, x1))
+    weight = 1 / s.square().clamp_min(1e-30)
+    total = float(weight.sum())
+    mean_a, mean_b = float((weight * a).sum()) / total, float((weight * b).sum()) / total
+    size = float((weight * (a - mean_a).square()).sum())
+    if size < 400:  # the factor would be known to 5 % only
+        return None
+    factor = float((weight * (a - mean_a) * (b - mean_b)).sum()) / size
+    shift, error = mean_b - factor * mean_a, abs(factor) / math.sqrt(size)
+    if abs(shift) < 4 * (abs(factor) / math.sqrt(total) + abs(mean_a) * error):
+        factor, shift = float((weight * a * b).sum() / (weight * a * a).sum()), 0.0
+    # In as few digits as the draws allow.
+    told = (d for d in range(1, 8) if abs(factor - float(f"{factor:.{d}g}")) <= 3 * error)
+    steps = _way(0, factor, shift, next(told, 8))
+    made = a
+    for kind, number in steps:
+        made = _arithmetic(made, kind, number)
+    gap = (b - made) / (abs(factor) * s).clamp_min(1e-30)
+    off = is_off(len(gap), float(gap.mean()), float(gap.square().mean()))
+    return None if off else steps

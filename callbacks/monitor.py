@@ -113,6 +113,14 @@ class Monitor(StageCallback):
     def start(self) -> None:
         """Takes the bank; keeps what a resumed run has found with the same."""
         run = self.run
+        condition = run.option(self, "condition")
+        if condition is not None and not self.data_only:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} asks the model about other samples without their conditions, so it does "
+                f"not go with {condition!r}. Leave out {name}: what is measured over rows weighed "
+                "by a kernel are the data, PosteriorMonitor(condition=...)."
+            )
         run.bank(self)
         path, _ = run.path_of(self)
         if run.path_from and not same_path(path, run.path):
@@ -205,11 +213,10 @@ class Monitor(StageCallback):
     def summary(self) -> str:
         """How often it has probed, what the last probe cost, and where that is written."""
         cost = f"{self.seconds[-1]:.1f} s" if self.seconds else "nothing"
-        over = "".join(f", over rows weighed by {kernel}" for kernel in self.over.values())
+        over = "".join(f", over {said}" for said in self.over.values())
         return f"{len(self.history)} probes{over}, the last cost {cost}; {self.writer.describe()}"
 
     @property
     def over(self) -> dict[str, str]:
-        """What each event says of the rows that its posterior is over, if they are weighed."""
-        kernel = None if self.oracle is None else self.oracle.condition
-        return {} if kernel is None else {"condition": repr(kernel)}
+        """What each event says of the rows of its posterior; see `Oracle.over`."""
+        return {} if self.oracle is None else self.oracle.over

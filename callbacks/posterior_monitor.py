@@ -85,6 +85,7 @@ class PosteriorMonitor(Monitor):
     """
 
     order = 1
+    data_only = True
     held = (*Monitor.held, "recipe")
     event = "probe"
     charts = {
@@ -149,7 +150,7 @@ class PosteriorMonitor(Monitor):
                 "one row every posterior has collapsed at any t. If indices were taken for labels, "
                 "say class_wise=False or find=lambda batch: (batch[0], None)."
             )
-        posterior = "over all rows"
+        posterior = f"over {bank.origin or 'all rows'}"
         if self.wise:
             posterior = f"over the rows of its class ({len(bank.classes)} classes)"
             if run.option(self, "class_wise") is None:

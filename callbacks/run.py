@@ -23,7 +23,9 @@ from stagewise.batches import describe, unused_in
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.callbacks.run_oracles import RunOracles
+from stagewise.callbacks.seen_samples import SeenSamples
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.reservoir import Reservoir
 from stagewise.through_module import without_trace
 
 __all__ = ["StageRun"]
@@ -66,7 +68,9 @@ class StageRun(RunOracles):
     held = (
         *StageCallback.held,
         *("host", "module", "leader", "members", "look", "seams", "_loader"),
+        *("reservoir", "seen", "waiting"),
     )
+    seen: SeenSamples | None = None
     look: FirstStep
 
     def __init__(
@@ -81,10 +85,11 @@ class StageRun(RunOracles):
     @property
     def measuring(self) -> list[StageCallback]:
         """The callbacks that measure something against a bank."""
-        return [member for member in self.members if member.measures]
+        return [member for member in (*self.members, *self.waiting) if member.measures]
 
     def begin(self, host: Host, members: list[StageCallback]) -> None:
         """Starts all callbacks."""
+        self.waiting = ()
         for member in {*members, self}:
             member.joins(self)
         self.host, self.module, self.leader = host, host.module, members[0]
@@ -105,6 +110,14 @@ class StageRun(RunOracles):
             rank_zero_warn(f"The posterior that is measured may not be that of {self.tied}")
         find = without_trace(self.find_of(self))
         self.look = FirstStep(self.module, self.seams, self.path, find)
+        size = self.option(self, "reservoir")
+        self.reservoir = Reservoir(size) if isinstance(size, int) else size
+        self.seen = None if self.reservoir is None else SeenSamples(self, self.reservoir)
+        if self.seen is None:
+            self.start_members()
+
+    def start_members(self) -> None:
+        """Tells them that training starts; with a reservoir once it holds a batch."""
         self.tell("start")
         self.open_writer(self).dashboard(self.members)
 
@@ -138,6 +151,8 @@ class StageRun(RunOracles):
 
     def batch_starts(self, batch: Any) -> None:
         """Looks at the first batches; later ones are left alone."""
+        if self.seen is not None:
+            self.seen.take(batch)
         self.look.begin(batch)
         if self.settled:
             self.look.look_on()
@@ -218,6 +233,8 @@ class StageRun(RunOracles):
 
     def ends(self) -> None:
         """At the end of training."""
+        if self.seen is not None:
+            self.seen.end()
         if self.settled:
             if self._open and self.look.looked and self.look.waiting:  # nothing more comes
                 self.look.open = False
@@ -237,7 +254,7 @@ class StageRun(RunOracles):
         if hasattr(self, "look"):
             self.look.stop()
         self.forget()
-        for member in {*self.members, self}:
+        for member in {*self.members, *self.waiting, self}:
             member.leaves()
 
     # -- what the first batches show --------------------------------------------------------------

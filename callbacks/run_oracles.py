@@ -6,7 +6,7 @@ said, what another callback has said, or what is found in the training: in this 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from stagewise.memory import oracle_device
 from stagewise.oracle import Oracle
 from stagewise.paths import Path as ProbabilityPath
 from stagewise.paths import same_path
+from stagewise.reservoir import Reservoir
 from stagewise.schemes import Scheme
 from stagewise.stages import Recipe, StageBoundary, StageCurve, require_whole_bank
 from stagewise.through_module import through_module
@@ -53,7 +54,12 @@ class RunOracles(StageCallback):
         encoding: What training makes of x_1, as its first step has shown; None if nothing.
         path: The path of training, and `path_from`, how it is known; empty if it is assumed.
         recipes: How boundaries are measured.
+        reservoir: The samples seen, if they stand for the training set.
+        waiting: Callbacks that start once it is full.
     """
+
+    reservoir: Reservoir | None = None
+    waiting: Sequence[StageCallback] = ()
 
     host: Host
     module: nn.Module
@@ -93,7 +99,7 @@ class RunOracles(StageCallback):
         for who in (callback, self):
             if key in who.said:
                 return who.said[key]
-        saying = [member for member in self.members if key in member.said]
+        saying = [member for member in (*self.members, *self.waiting) if key in member.said]
         if key in _NOT_SHARED or not saying:
             return default
         first: Any = saying[0].said[key]
@@ -146,6 +152,8 @@ class RunOracles(StageCallback):
         The first call reads; a collective. A checkpoint of a run with another bank is noticed.
         """
         bank = self.option(callback, "bank")
+        if bank is None and self.reservoir is not None:
+            return self.reservoir
         if bank is None:
             wise = (self.option(member, "class_wise") for member in self.members)
             self._read = self._read or read_bank(
@@ -191,6 +199,8 @@ class RunOracles(StageCallback):
 
     def bank_in_use(self) -> LatentBank | None:
         """The bank that was read, or one that was given; None before there is any."""
+        if self.reservoir is not None:
+            return self.reservoir
         return self._read or next(iter(self._banks.values()), None)
 
     def given(self, callback: StageCallback) -> bool:
@@ -282,6 +292,12 @@ class RunOracles(StageCallback):
         It is what the first probe of a `PosteriorMonitor` measures, or would measure, at the start
         of the training; a resumed run keeps it. Arguments as of `recipe`.
         """
+        if oracle.bank is self.reservoir and not self.reservoir.full:
+            raise ValueError(
+                f"The boundary is needed before the first step, and {self.reservoir!r} is not full "
+                'by then. Say it: StageScheme(target=Mix("boundary"), boundary=0.3), or do '
+                "without: StageScheme(target=Mix())."
+            )
         recipe = self.recipe(oracle, wise)
         if recipe in self._boundaries:
             return self._boundaries[recipe]

@@ -21,6 +21,7 @@ from stagewise.callbacks.host import TrainerHost
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.condition import Condition
 from stagewise.paths import Path as ProbabilityPath
+from stagewise.reservoir import Reservoir
 from stagewise.through_module import Encode
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class RunOptions(TypedDict, total=False):
             class-conditional model is trained on. Default "auto": if there are labels. False also
             says that the model ignores what else it may be given: text, observations.
         condition: A kernel on that: posteriors are over rows weighed by it. Default None.
+        reservoir: How many of the last samples seen, or a `Reservoir`, stand for the training set:
+            for streams and random augmentation. Default None: the set is read.
         held_out: Samples that are not trained on, (n, *), or `(samples, labels)`; default read from
             the first validation loader.
         velocity: From `(module, xt, t, labels)` to the velocity (t = 0 is noise), for networks that
@@ -75,6 +78,7 @@ class RunOptions(TypedDict, total=False):
     path: ProbabilityPath | None
     class_wise: bool | Literal["auto"]
     condition: Condition | None
+    reservoir: int | Reservoir | None
     held_out: HeldOut | None
     velocity: AskVelocity | None
     seam: str | None
@@ -106,6 +110,7 @@ class StageCallback(Callback):
         late: Whether it can take its bank in the first step, and no earlier.
         measures: Whether it measures something against the bank.
         compares: Whether it compares the model with the oracle over that bank.
+        data_only: Whether it asks about the data, and neither the model nor the same rows again.
         mixes: Whether it puts the oracle into the targets.
         held: What it has of a run, and lets go of afterwards.
         charts: Of TensorBoard's custom-scalars page: by title, the tags as a pattern after `name`.
@@ -123,6 +128,7 @@ class StageCallback(Callback):
     late: bool = False
     measures: bool = False
     compares: bool = False
+    data_only: ClassVar[bool] = False
     mixes: bool = False
     # The last two are the module's: Lightning sets them.
     held: ClassVar[tuple[str, ...]] = ("run", "writer", "log", "log_dict")
@@ -297,9 +303,14 @@ def _check(options: dict[str, Any]) -> None:
         )
     if path is not None and not isinstance(path, ProbabilityPath):
         raise TypeError(f"Expected `path` to be a stagewise.Path, got {path!r}.")
+    if isinstance(bank, Reservoir):
+        raise TypeError(f"Expected a bank, got {bank!r}. Say: StageRun(reservoir=Reservoir(4096)).")
     condition = options.get("condition")
     if condition is not None and not isinstance(condition, Condition):
         raise TypeError(f"Expected `condition` as Condition(bandwidth=...), got {condition!r}.")
+    seen = options.get("reservoir")
+    if seen is not None and not isinstance(seen, int | Reservoir):
+        raise TypeError(f"Expected `reservoir` as a number or a Reservoir, got {seen!r}.")
     if wise not in (True, False, "auto"):
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {wise!r}.')
     if wise is True and bank is not None and not bank.classes:

@@ -70,7 +70,7 @@ class StageScheme(StageCallback):
             with a `scheme` that has an oracle, nor with `Sharded()`.
         name: Prefix of all tags and name of the folder, default "stagewise_scheme".
         bank: See `StageCallback`.
-        **options: See `RunOptions`. A `scheme` that has an oracle says bank and path itself.
+        **options: `RunOptions`. A `scheme` that has an oracle says bank and path itself.
 
     Raises:
         ValueError: At construction or before the first training step, for what cannot be steered.
@@ -121,8 +121,9 @@ class StageScheme(StageCallback):
         found = [part.oracle for part in given]
         oracles = [o for o in found if o is not None and o.engine.holds_all_rows]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
-            known = {key: getattr(oracles[0], key) for key in ("bank", "path", "condition")}
-            self.said = {key: value for key, value in known.items() if value} | self.said
+            known: dict[str, Any] = {"path": oracles[0].path, "condition": oracles[0].condition}
+            known["reservoir" if oracles[0].bank.origin else "bank"] = oracles[0].bank
+            self.said = {key: v for key, v in known.items() if v is not None} | self.said
         for part in given if not oracles else ():
             if part.smoothing is not None:
                 self.said = {"bank": part.smoothing.bank} | self.said
@@ -182,8 +183,8 @@ class StageScheme(StageCallback):
         about, path = self._where(), self.scheme.path
         if self.seam is not None:  # its path a scheme without an oracle need not know
             about, path = self.seam.describe(), self.seam.path
-        kernels = {p.oracle.condition for p in parts(self.scheme) if p.target and p.oracle} - {None}
-        about += "".join(f", over rows weighed by {kernel!r}" for kernel in kernels)
+        asked = [part.oracle.over for part in parts(self.scheme) if part.target and part.oracle]
+        about += "".join(f", over {text}" for text in {t for said in asked for t in said.values()})
         self.say(f"steers {about}; {self.writer.describe()}")
         header = {"event": "scheme", "seam": about, "path": repr(path)}
         self.writer.start([header, *self.transitions], resumed=resumed)
@@ -305,7 +306,6 @@ class StageScheme(StageCallback):
         at = self.run.option(self, "seam")
         if self._given is None or at is not None:
             return one_seam(module, at)
-        # An objective that has it sees the losses too.
         ours = [seam for seam in find_seams(module) if _scheme_of(seam) is self._given]
         if len(ours) == 1:
             return ours[0]

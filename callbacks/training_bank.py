@@ -86,7 +86,7 @@ def read_bank(
     taken = find if class_wise else lambda batch: (find_checked(find, batch)[0], None)
     reader = RowReader(host.loader, taken, host.move)
     with undisturbed(host.module, reader.loader, find):
-        rows = _drawn(host, reader.loader, say=True)
+        rows = reader.copies_of(_drawn(host, reader.loader, say=True))
         step = -(-len(rows) // _READ_TWICE)
         # Never here if the run has workers: a file that a data set opens when it is first read
         # would be handed on to every worker forked later.
@@ -121,7 +121,8 @@ def read_bank(
             "The training set gives other values of x_1 each time it is read (augmentation, or "
             "latents resampled from mean and std). The bank holds one draw of each sample: the "
             "navigation stage is measured well, but x_1 of a training batch is not a bank row. In "
-            "training targets it joins them as one more, beside the draw of it that is there."
+            "training targets it joins them as one more, beside the draw of it that is there. "
+            "The last samples seen can stand for the set: StageRun(reservoir=4096)."
         )
     return bank
 

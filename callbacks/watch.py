@@ -208,9 +208,10 @@ class Watch(Host):
         self._run.batch_ends()
 
     def _refuse_idle(self) -> None:
-        """Refuses a first step in which nothing was seen."""
-        look = self._run.look
-        if not self._run.settled and look.search.empty and not look.happened:
+        """Refuses a first step in which nothing was seen that could have been."""
+        look, parts = self._run.look, self._model.modules()
+        hidden = any(getattr(part, "_compiled_call_impl", None) for part in parts)
+        if not (hidden or self._run.settled or look.happened) and look.search.empty:
             raise ValueError(
                 f"Expected the loop to train {type(self._model).__name__}, which was never called "
                 "with gradients. Give the network that is called: "

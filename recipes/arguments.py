@@ -53,7 +53,7 @@ def ends_in_a_line(command: str, *errors: type[Exception]) -> Iterator[None]:
         text = str(error).strip() or type(error).__name__
         text = f"A file is damaged: {text}" if isinstance(error, _DAMAGED) else text
         # Of what another package has raised the message alone may not tell what to mend.
-        *_, (frame, _) = walk_tb(error.__traceback__)
+        frame = list(walk_tb(error.__traceback__))[-1][0]
         foreign = not frame.f_globals.get("__name__", "").startswith("stagewise")
         foreign &= not isinstance(error, OSError)
         sys.exit(f"stagewise {command}: {text}{' (Where: HYDRA_FULL_ERROR=1)' * foreign}")

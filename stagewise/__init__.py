@@ -36,6 +36,7 @@ from stagewise.paths import (
 )
 from stagewise.posterior import Posterior, merge
 from stagewise.profile import Profile
+from stagewise.reservoir import Reservoir
 from stagewise.schemes import Phase, Phases, Scheme, SchemeRecord
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
@@ -111,6 +112,7 @@ __all__ = [
     "Prediction",
     "Profile",
     "ReferenceSet",
+    "Reservoir",
     "Scheme",
     "SchemeRecord",
     "Shifted",

@@ -40,6 +40,7 @@ from stagewise.queries import (
     Times,
     as_times,
     check_times,
+    checked_source,
     require_tensors,
     segments_of,
     with_source_weight,
@@ -202,7 +203,7 @@ class Oracle:
         elif labels is not None:
             names = self.names(labels, len(flat))
         if source is not None:
-            source = self.checked_source(source, len(flat), self.engine.num_rows(self.bank))
+            source = checked_source(source, len(flat), self.engine.num_rows(self.bank))
             source = source.to(flat.device, torch.int64)
         segments: Sequence[slice] | None = ()
         if self.engine.holds_all_rows:
@@ -217,11 +218,9 @@ class Oracle:
         return plain and there and self.engine.reads_ends(self.bank, xt.device, len(xt))
 
     def log_kernel(self, queries: Queries, rows: Tensor | None = None) -> Tensor | float:
-        """What a kernel on the condition adds to `l` of a row, or of x_1 itself, for each query.
+        """What a kernel on the condition adds to `l` of a row for each query, (B,).
 
-        Args:
-            queries: Of this oracle.
-            rows: One for each, (B,); default x_1 under its own condition.
+        `rows`: one for each of the queries; default x_1 itself.
         """
         return 0.0
 
@@ -382,28 +381,13 @@ class Oracle:
             return names
         return [None if name == self.null_class else name for name in names]
 
-    def checked_source(self, source: Tensor, count: int, rows: int | None) -> Tensor:
-        """`source` itself, refused if it is not (count,) integers, below `rows` if that is given.
-
-        Raises:
-            ValueError: With what was expected and what came.
-        """
-        if source.shape != (count,) or source.is_floating_point():
-            raise ValueError(
-                f"Expected integer `source` with shape ({count},), got {source.dtype} of shape "
-                f"{tuple(source.shape)}."
-            )
-        if rows is None:
-            return source
-        message = f"Expected `source` below {rows}, the rows of the bank (negative: not known)"
-        if source.device.type != "cpu":
-            torch._assert_async((source < rows).all(), message)
-        elif count and int(source.max()) >= rows:
-            raise ValueError(
-                f"{message}, got {int(source.max())}. Rows count in the bank's own order: "
-                "`bank.find(x1)` looks them up."
-            )
-        return source
+    @property
+    def over(self) -> dict[str, str]:
+        """What is said with each number of it, if not all rows of a set count alike."""
+        said = {"rows_are": self.bank.origin}
+        if self.condition is not None:
+            said["condition"] = f"rows weighed by {self.condition!r}"
+        return {key: value for key, value in said.items() if value}
 
     def __copy__(self) -> Oracle:
         return self

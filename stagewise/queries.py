@@ -20,6 +20,7 @@ __all__ = [
     "Times",
     "as_times",
     "check_times",
+    "checked_source",
     "indices_of",
     "require_tensors",
     "segments_of",
@@ -183,6 +184,30 @@ def segments_of(bank: RowStore, labels: Sequence[int | None] | None, count: int)
 def indices_of(flags: Tensor) -> list[int]:
     """Positions of what is true, on the host: a device sync."""
     return [i for i, flag in enumerate(flags.tolist()) if flag]
+
+
+def checked_source(source: Tensor, count: int, rows: int | None) -> Tensor:
+    """`source` itself, refused if it is not (count,) integers, below `rows` if that is given.
+
+    Raises:
+        ValueError: With what was expected and what came.
+    """
+    if source.shape != (count,) or source.is_floating_point():
+        raise ValueError(
+            f"Expected integer `source` with shape ({count},), got {source.dtype} of shape "
+            f"{tuple(source.shape)}."
+        )
+    if rows is None:
+        return source
+    message = f"Expected `source` below {rows}, the rows of the bank (negative: not known)"
+    if source.device.type != "cpu":
+        torch._assert_async((source < rows).all(), message)
+    elif count and int(source.max()) >= rows:
+        raise ValueError(
+            f"{message}, got {int(source.max())}. Rows count in the bank's own order: "
+            "`bank.find(x1)` looks them up."
+        )
+    return source
 
 
 def with_source_weight(

@@ -20,6 +20,7 @@ class RowReader:
     """Reads rows by a loader of its own, over the data set and with the settings of another one.
 
     A data set with a method `fixed()` is read through what that returns: its samples without draws.
+    If those are a multiple of its own (both flips of each), i + N is another copy of sample i.
     Refuses samples that cannot be read twice or have no length, with the cure.
 
     Args:
@@ -36,7 +37,8 @@ class RowReader:
         if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
             raise ValueError(
                 "The training set is iterable and has no length, and reading it for the bank would "
-                f"take samples from training. {CURE}"
+                f"take samples from training. Measure over the last samples seen in their place: "
+                f"StageRun(reservoir=4096). {CURE}"
             )
         if loader.batch_sampler is None:
             raise ValueError(
@@ -45,6 +47,12 @@ class RowReader:
         fixed = getattr(loader.dataset, "fixed", None)
         self.loader, self._find, self._move = loader, find, move
         self._dataset: Any = fixed() if callable(fixed) else loader.dataset
+
+    def copies_of(self, rows: Sequence[int]) -> Sequence[int]:
+        """The places to read of samples, every copy of each."""
+        count = len(self.loader.dataset)  # type: ignore[arg-type]
+        firsts = range(0, len(self._dataset), count)
+        return [first + row for first in firsts for row in rows] if len(firsts) > 1 else rows
 
     def read(
         self, rows: Sequence[int], *, workers: int | None = None, times: int = 1, seed: int = 0

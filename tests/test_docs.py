@@ -26,6 +26,7 @@ MODULES = [
     *("stagewise.losses.regularizer", "stagewise.losses.weighted"),
     *("stagewise.smoothed_oracle", "stagewise.forecast", "stagewise.learning_events"),
     *("stagewise.callbacks.memorization_guard", "stagewise.callbacks.watch"),
+    *("stagewise.condition", "stagewise.reservoir"),
 ]
 
 
@@ -72,9 +73,9 @@ def test_code_of_the_readme(tmp_path, monkeypatch):
 def test_code_of_the_page_on_watching(tmp_path, monkeypatch, quick_figures):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/watching.md").read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names = {**vars(stagewise), **vars(stagewise.callbacks)}
-    for block in blocks[:4]:
+    for block in blocks[:5]:
         exec(block, names)
     assert [type(callback).__name__ for callback in names["callbacks"]][0] == "StageRun"
     data, model, logged = torch.randn(160, 4), Model(), []
@@ -82,7 +83,7 @@ def test_code_of_the_page_on_watching(tmp_path, monkeypatch, quick_figures):
     names |= {"torch": torch, "model": model, "log": lambda values, step: logged.append(step)}
     names |= {"loader": torch.utils.data.DataLoader(data, 8)}
     names |= {"optimizer": torch.optim.SGD(model.parameters(), 1e-2)}
-    for block in blocks[4:]:
+    for block in blocks[5:]:
         exec(block, names)
     assert {0, 9, 19} <= set(logged)
     oracle = stagewise.Oracle(stagewise.LatentBank(torch.randn(40, 6)))
@@ -121,14 +122,15 @@ def test_code_of_the_page_on_engines(tmp_path, monkeypatch):
 
 def test_code_of_the_page_on_steering():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/steering.md").read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     latents, labels = torch.randn(160, 4, 4, 4), torch.arange(160) % 4
     t = torch.linspace(0, 0.9, 8)
     names = {"latents": latents, "labels": labels, "t": t}
     names |= {"features": torch.zeros(8, 3), "reference": torch.ones(8, 3)}
     for block in blocks:
         # What is smoothed is another batch than that of the rest of the page.
-        exec(block, names | {"torch": torch} if "Smoothing" in block else names)
+        apart = any(word in block for word in ("Smoothing", "Reservoir", "Condition"))
+        exec(block, names | {"torch": torch, "embeddings": latents[:, 0, 0]} if apart else names)
     late = (t >= names["scheme"].boundary).float()
     torch.testing.assert_close(names["gate"](t), late)
     torch.testing.assert_close(names["auxiliary"], late.mean())

@@ -240,7 +240,7 @@ def test_a_class_wise_posterior_is_a_few_launches(on_cuda):
     queries = oracle.queries(batch["xt"], batch["t"], labels, source)
     assert queries.segments is None, "labels were not read back"
     known = replace(queries, x1=queries.xt)
-    for asked, most in ((known, 6), (queries, 12)):
+    for asked, most in ((known, 5), (queries, 11)):
         with Launches() as launches:
             oracle.engine.posterior(oracle.bank, asked)
         assert launches.waits == []

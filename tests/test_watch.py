@@ -203,6 +203,16 @@ def test_it_steers_and_lets_go(loop):
     assert not torch.equal(plain.weights(), mine.weights())
 
 
+def test_a_network_that_is_compiled_in_place_hides_its_calls(loop):
+    mine, monitor = loop(), PosteriorMonitor(**SMALL)
+    mine.model.net.compile(backend="eager")
+    mine.model.compile(backend="eager")
+    watch = Watch(mine.model, mine.loader(), monitor, steps=2)
+    mine.train(watch, 2)
+    watch.close()
+    assert monitor.history
+
+
 class Forgot(Exception):
     pass
 

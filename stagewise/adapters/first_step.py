@@ -384,10 +384,7 @@ class FirstStep:
         return wrong
 
     def check_conditions(self, scheme: Scheme | Phases) -> str:
-        """Holds what the network is given against the rows that the targets of a scheme are of.
-
-        Returns a warning if that cannot be said for sure, or else an empty text.
-        """
+        """Holds what the network is given against the rows of targets: a warning, or ""."""
         labelled = None if self.network is None else self.network.conditional
         warning = check_network(parts(scheme), self.conditions, labelled)
         own = self._own()

@@ -65,6 +65,11 @@ class RowStore:
         self._unknown: deque[tuple[Tensor, Callable[[], bool]]] = deque()
         self.shifted = bool(offset.any())
 
+    @property
+    def origin(self) -> str:
+        """What the rows are if they are no training set: "the last 4096 samples seen"; or empty."""
+        return ""
+
     def __len__(self) -> int:
         return self.rows.shape[0]
 

@@ -116,7 +116,9 @@ class Around:
             torch.empty(count, held, 4, **single),
             torch.empty(count, held, dtype=torch.int64, device=self.near.device),
             torch.empty(count, held, dim, **single),
-            torch.full((count, width if listed else 0), -torch.inf, **single),
+            torch.full((count, width), -torch.inf, **single)
+            if listed
+            else torch.empty(count, 0, **single),
         )
         launch(
             "pull",

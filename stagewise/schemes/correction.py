@@ -14,7 +14,7 @@ from torch import Tensor
 from stagewise.engines import fused, fused_mix
 from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Prediction, expand_like
-from stagewise.queries import indices_of
+from stagewise.queries import checked_source, indices_of
 from stagewise.schemes.checks import check_rows
 from stagewise.targets import Mix, Target
 
@@ -192,7 +192,7 @@ def by_kernel(
     With `named` the labels decide, and otherwise only where an x_1 stands for no row.
     """
     if source is not None:
-        source = oracle.checked_source(source, len(x1), None).to(x1.device, torch.int64)
+        source = checked_source(source, len(x1), None).to(x1.device, torch.int64)
     double, lam = t.double(), None
     path = oracle.path(double).floored(oracle.engine.sigma_floor(oracle.bank))
     if target.lam.from_t:
@@ -223,7 +223,7 @@ def _rows(oracle: Oracle, x1: Tensor, source: Tensor | None) -> tuple[Tensor, Te
     """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none."""
     if source is not None:
         rows = oracle.engine.num_rows(oracle.bank)
-        source = oracle.checked_source(source, len(x1), rows).to(x1.device)
+        source = checked_source(source, len(x1), rows).to(x1.device)
     if oracle.engine.holds_all_rows:
         stored = oracle.bank.find(x1)
         return stored if source is None else torch.where(source < 0, stored, source), stored

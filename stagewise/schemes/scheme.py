@@ -210,8 +210,7 @@ class Scheme(SchemeState):
                 default the class of the bank's row that x_1 is.
             source: The row of the bank that each x_1 stands for, (B,), negative where it is none.
                 Default: the row that x_1 equals. Give it where x_1 is resampled.
-            condition: For an oracle with a kernel on it: what the model is given, (B, *), before
-                anything is dropped for guidance. Default that of the `source`.
+            condition: For a kernel on it, what the model is given, (B, *), nothing dropped.
             prediction: What `y` is, default "velocity".
 
         Returns:
@@ -374,8 +373,8 @@ class Scheme(SchemeState):
         if not looks or self.rows_checked or self.oracle is None or not mixes:
             return
         shard = not self.oracle.engine.holds_all_rows
-        known = source is not None or self.oracle.smoothing is not None
-        found = check_rows(self.oracle.bank, x1, known=known, shard=shard)
+        known = source is not None or self.oracle.smoothing is not None or self.oracle.bank.origin
+        found = check_rows(self.oracle.bank, x1, known=bool(known), shard=shard)
         self.rows_checked = True
         if found:
             warnings.warn(f"Scheme: {found}", stacklevel=caller_level())

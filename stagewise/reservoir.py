@@ -1,0 +1,129 @@
+r"""A reservoir: a bank of samples that were seen in training, for data without a fixed set of rows.
+
+With M samples `x^(1..M)`, the batch of the step among them, the target pulls towards
+
+    m = sum_j w_j x^(j),   w = softmax_j( -||x_t - a_t x^(j)||^2 / 2 s_t^2 ).
+
+**Unbiased by exchangeability** (Bertrand et al., arXiv 2506.03719, Prop. 2): if draws are
+independent and the choice of the M does not look at their values, each of them could have been the
+source of `x_t` with the same probability, so given `x_t` and the M it is the source with its own
+weight. Over the steps the mean target is the oracle's of the *stream*, with no bias in M. The
+source must be among them: left out, the same mean is biased. A finite set that is drawn in epochs
+comes up again in its order, which is not independent: there the bias is of the order of 1/M.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from stagewise.bank import LatentBank
+
+__all__ = ["Reservoir"]
+
+
+class Reservoir(LatentBank):
+    """A bank of at most `size` samples of a stream, the present batch among them.
+
+    `add` each batch before its targets are asked for. An `Oracle` over it answers over what it
+    holds then, each draw counted once, so that equal samples count as often as they came. Rows stay
+    where the batches are. A checkpoint does not hold them.
+
+    Args:
+        size: M, at least the samples of a batch; some 10 times as many for much less variance.
+        keep: "last", the last M samples (default), or "random", the batch and a random choice of
+            all before it.
+        seed: Of that choice, default 0. No global generator is touched.
+
+    Raises:
+        ValueError: If `size` is below 2, or `keep` is neither.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import Mix, Oracle, Scheme
+        >>> reservoir = Reservoir(512)
+        >>> scheme = Scheme(Oracle(reservoir), target=Mix())
+        >>> for _ in range(3):
+        ...     x1, x0, t = torch.randn(64, 16), torch.randn(64, 16), torch.rand(64)
+        ...     reservoir.add(x1)
+        ...     u, w = scheme(x1 - x0, xt=t[:, None] * x1 + (1 - t[:, None]) * x0, t=t, x1=x1)
+        >>> len(reservoir), reservoir.origin
+        (192, 'the 192 samples seen so far, of at most 512')
+    """
+
+    def __init__(
+        self, size: int, keep: Literal["last", "random"] = "last", *, seed: int = 0
+    ) -> None:
+        if size < 2:
+            raise ValueError(f"Expected `size` of at least 2, got {size}.")
+        if keep not in ("last", "random"):
+            raise ValueError(f'Expected `keep` "last" or "random", got {keep!r}.')
+        self.size, self.keep, self.seen = size, keep, 0
+        self._draws = torch.Generator().manual_seed(seed)
+        # Whose rank is smallest stays: that of the latest, or a random one.
+        self._ranks = torch.empty(0, dtype=torch.float64)
+        self._labels: Tensor | None = None
+        super(LatentBank, self).__init__(torch.empty(0, 0), torch.zeros(0), ())
+
+    @property
+    def full(self) -> bool:
+        """Whether it holds as many samples as it may."""
+        return len(self) == self.size
+
+    @property
+    @override
+    def origin(self) -> str:
+        if not self.full:
+            return f"the {len(self)} samples seen so far, of at most {self.size}"
+        return (
+            f"the {'last' if self.keep == 'last' else 'batch and random'} {len(self)} samples seen"
+        )
+
+    def add(self, x1: Tensor, labels: Tensor | None = None) -> None:
+        """Takes a batch, before its targets are asked for.
+
+        Args:
+            x1: Samples, (B, *), as they are trained on.
+            labels: Their classes, (B,); all batches have some or none does.
+
+        Raises:
+            ValueError: If the batch is larger than the reservoir, of another shape than those
+                before, or the first of a single sample.
+        """
+        count = len(x1)
+        if count > self.size:
+            raise ValueError(
+                f"Expected a reservoir of at least the {count} samples of a batch, got one of "
+                f"{self.size}: Reservoir({10 * count}), or StageRun(reservoir={10 * count})."
+            )
+        alike = tuple(x1.shape[1:]) == self.shape and (labels is None) == (self._labels is None)
+        if self.seen and not alike:
+            has = "without" if self._labels is None else "with"
+            raise ValueError(
+                f"Expected samples of shape {self.shape} {has} labels as before, got "
+                f"{tuple(x1.shape[1:])} and {'no labels' if labels is None else 'labels'}."
+            )
+        ranks = -torch.arange(self.seen, self.seen + count, dtype=torch.float64)
+        if self.keep == "random":
+            ranks = torch.rand(count, generator=self._draws, dtype=torch.float64)
+        kept = self._ranks.topk(min(len(self), self.size - count), largest=False).indices
+        there = kept.to(x1.device)
+        before = self.rows.to(x1.device)[there] if self.seen else x1[:0].flatten(1)
+        x = torch.cat([x1.detach().flatten(1), before.to(x1)])
+        ranks = torch.cat([ranks, self._ranks[kept]])
+        if labels is not None:
+            old = labels[:0] if self._labels is None else self._labels[there]
+            labels = torch.cat([labels.detach(), old.to(labels)])
+        self.__dict__.pop("largest_class", None)
+        LatentBank.__init__(self, x.reshape(-1, *x1.shape[1:]), labels)
+        order = torch.arange(len(self)) if self.index is None else self.index.cpu()
+        self._ranks, self.index = ranks[order], None  # nobody knows another order than its own
+        self._labels = None if labels is None else labels[order.to(labels.device)]
+        self.seen += count
+
+    @override
+    def __repr__(self) -> str:
+        return f"Reservoir({self.size}, {self.keep!r}, {self.origin})"

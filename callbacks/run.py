@@ -143,7 +143,7 @@ class StageRun(RunOracles):
         if self.host.loader is self._loader:
             return
         self._loader = self.host.loader
-        for bank in self._banks.values():
+        for bank in dict.fromkeys(self._banks.values()):
             with self.together("reading the new training loader"):
                 x1, _ = fitted(*self.read(self, self._loader, 8), bank.shape)
                 alike = tuple(x1.shape[1:]) == bank.shape and bool((bank.find(x1) >= 0).all())

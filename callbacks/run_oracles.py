@@ -6,12 +6,14 @@ said, what another callback has said, or what is found in the training: in this 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.optim import Optimizer
 
 from stagewise.adapters.encoding import Encoding
 from stagewise.bank import LatentBank
@@ -29,6 +31,7 @@ from stagewise.oracle import Oracle
 from stagewise.paths import Path as ProbabilityPath
 from stagewise.paths import same_path
 from stagewise.reservoir import Reservoir
+from stagewise.schemes import Scheme
 from stagewise.stages import Recipe, StageBoundary, StageCurve, require_whole_bank
 from stagewise.through_module import through_module
 
@@ -68,7 +71,7 @@ class RunOracles(StageCallback):
 
     def forget(self) -> None:
         """Leaves behind the bank, and what was made of it."""
-        self._banks: dict[int, LatentBank] = {}
+        self._banks: WeakKeyDictionary[LatentBank, LatentBank] = WeakKeyDictionary()
         self._read: LatentBank | None = None
         self._oracles: list[Oracle] = []
         self.recipes: list[Recipe] = []
@@ -160,10 +163,18 @@ class RunOracles(StageCallback):
                 condition=self.option(callback, "condition"),
             )
             bank = self._read
-        if id(bank) not in self._banks:
-            self._banks[id(bank)] = bank.beside_training(self.host.device)
-        self._compare_with_checkpoint(callback, bank)
-        return self._banks[id(bank)]
+        moved = self.beside(bank)
+        self._read = moved if bank is self._read else self._read  # frees that on the host
+        self._compare_with_checkpoint(callback, moved)
+        return moved
+
+    def beside(self, bank: LatentBank) -> LatentBank:
+        """A bank where training can ask it (`LatentBank.beside_training`), moved once for all."""
+        if bank not in self._banks:
+            taken = still_to_come(self.host.optimizers)
+            moved = bank.beside_training(self.host.device, taken)
+            self._banks[bank] = self._banks[moved] = moved
+        return self._banks[bank]
 
     def _compare_with_checkpoint(self, callback: StageCallback, bank: LatentBank) -> None:
         before = callback.stashed_run.get("bank")
@@ -179,11 +190,18 @@ class RunOracles(StageCallback):
         callback.renewed, self._records = True, {}
         callback.stash = {**(callback.stash or {}), "run": {}}
 
+    def place(self, schemes: Iterable[Scheme]) -> None:
+        """Has oracles that were given ask the bank that the monitors ask, where that lies."""
+        for oracle in (scheme.oracle for scheme in schemes):
+            if oracle is not None and oracle.engine.holds_all_rows:
+                oracle.bank = self.beside(oracle.bank)
+                oracle.engine.prepare(oracle.bank)
+
     def bank_in_use(self) -> LatentBank | None:
         """The bank that was read, or one that was given; None before there is any."""
         if self.reservoir is not None:
             return self.reservoir
-        return self._banks.get(id(self._read), next(iter(self._banks.values()), None))
+        return self._read or next(iter(self._banks.values()), None)
 
     def given(self, callback: StageCallback) -> bool:
         """Whether the bank was given, and not read from the training set."""
@@ -259,10 +277,10 @@ class RunOracles(StageCallback):
 
     def recipe(self, oracle: Oracle, wise: bool) -> Recipe | None:
         """How a callback measures, or has measured, the boundary there; None if none does."""
-        bank = self._banks.get(id(oracle.bank), oracle.bank)
+        bank = self._banks.get(oracle.bank, oracle.bank)
         for recipe in (*self._boundaries, *self.recipes):
             other = recipe.oracle
-            same = self._banks.get(id(other.bank), other.bank) is bank
+            same = self._banks.get(other.bank, other.bank) is bank
             same = same and other.condition == oracle.condition
             if same and recipe.class_wise == wise and same_path(other.path, oracle.path):
                 return recipe
@@ -312,6 +330,16 @@ class RunOracles(StageCallback):
                 for (path, wise), boundary in (self._records | found).items()
             ],
         }
+
+
+def still_to_come(optimizers: Iterable[Optimizer]) -> int:
+    """Bytes that training has yet to allocate: gradients, and two moments of each parameter."""
+    return sum(
+        value.numel() * value.element_size() * ((value.grad is None) + 2 * (value not in one.state))
+        for one in optimizers
+        for group in one.param_groups
+        for value in group["params"]
+    )
 
 
 def _recorded_as(recipe: Recipe) -> tuple[str, int]:

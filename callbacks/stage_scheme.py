@@ -177,6 +177,7 @@ class StageScheme(StageCallback):
         self._losses = GatheredLosses() if reader else None
         if isinstance(self.scheme, Phases):
             self.scheme.check_ends(math.inf if run.total is None else run.total)
+        run.place(parts(self.scheme))
         resumed = self._resume()
         self.writer = run.open_writer(self)
         about, path = self._where(), self.scheme.path
@@ -356,8 +357,7 @@ class StageScheme(StageCallback):
         path = run.path if self.seam is None else self.seam.path
         if self.engine is None or self.engine.holds_all_rows:
             return run.oracle(self, path, self.engine, self.certificate)
-        bank = run.option(self, "bank") or read_shard(run.host)
-        bank = bank.beside_training(run.host.device)
+        bank = run.beside(run.option(self, "bank") or read_shard(run.host))
         refused: Any = self.certificate
         return Oracle(bank, path, self.engine, certificate=refused)
 

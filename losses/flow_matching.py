@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from stagewise.paths import (
 )
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_conditions
+from stagewise.side_stream import beside
 from stagewise.timesteps import TimestepSampler, Uniform
 
 __all__ = ["FlowMatchingLoss", "LossRecord"]
@@ -196,10 +198,11 @@ class FlowMatchingLoss(nn.Module):
         path = self.path(t)
         xt = self.path.interpolate(x0, x1, t).to(x1.dtype)
         y = self.prediction.target(path, x0.float(), x1.float())
-        added, of = None, masked(classes, loss_mask, x1)
-        if scheme is not None:
-            told: Any = {"labels": of, "source": source, "condition": condition}
-            added = scheme(y, xt=xt, t=t, x1=x1, prediction=self.prediction, **told)
+        wait, of = None, masked(classes, loss_mask, x1)
+        if scheme is not None:  # what is trained on is needed after the model has run
+            told: dict[str, Any] = {"xt": xt, "t": t, "x1": x1, "labels": of, "source": source}
+            told["condition"] = condition
+            wait = beside(partial(scheme, y, **told, prediction=self.prediction), y, told)
         x, time = self.convention.outside(xt, t)
         output = model(x.to(xt), time.to(told_in), *args, **kwargs)
         if output.shape != x1.shape:
@@ -213,12 +216,13 @@ class FlowMatchingLoss(nn.Module):
             raise ValueError(
                 f"Expected `weight(t)` with shape ({len(x1)},), got {tuple(weight.shape)}."
             )
-        if added is None:
+        if wait is None:
             loss = trained = mean_of((output - y).square(), of)
         else:
+            target, own = wait()
             loss = mean_of((output.detach() - y).square(), of)
-            trained = mean_of((output - added[0]).square(), of)
-            weight = weight * added[1]
+            trained = mean_of((output - target).square(), of)
+            weight = weight * own
         self.last = LossRecord(t.detach(), loss.detach(), weight.detach(), trained.detach())
         if self.cosine:
             trained = trained + (1 - cosine_similarity(output, y, dim=1)).flatten(1).mean(1)

@@ -14,7 +14,9 @@ def available_memory(device: torch.device | str = "cpu") -> float | None:
     """Bytes that can still be allocated on `device`, or None where that cannot be told."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch holds and nobody uses is free too.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     if device.type != "cpu" or not os.path.exists("/proc/meminfo"):
         return None
     with open("/proc/meminfo") as file:

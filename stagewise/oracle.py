@@ -215,7 +215,7 @@ class Oracle:
         xt, valid, own = as_asked(self.bank, xt, labels, self.null_class)
         flat, path = self.coefficients(xt, t)
         names, ends = None, None
-        if isinstance(own, Tensor) and self._reads_on_device(own, flat):
+        if isinstance(own, Tensor) and self.reads_on_device(own, flat):
             ends = self.bank.ends_of(whole_labels(own, len(flat)))
         elif own is not None:
             names = self.names(own, len(flat))
@@ -229,7 +229,7 @@ class Oracle:
         about: dict[str, Any] = {"made_in": xt.dtype, "ends": ends, "valid": valid}
         return Queries(flat, path, segments, source, names, times, **about)
 
-    def _reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
+    def reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
         """Whether labels stay where they are, which spares a device sync."""
         plain = self.certificate is None and self.null_class is None
         there = labels.device == xt.device

@@ -269,20 +269,38 @@ class Prediction:
         They are infinite where the path's sigma is 0, for every kind but "data"; give
         `path.floored(...)` where a finite number is needed.
         """
-        alpha, sigma, d_alpha, d_sigma = path
+        alpha, sigma, _, d_sigma = path
+        c = self.of_data(path)
         if self.kind == "velocity":
-            return d_alpha - alpha * d_sigma / sigma, d_sigma / sigma
+            return c, d_sigma / sigma
         if self.kind == "data":
-            return torch.ones_like(alpha), torch.zeros_like(alpha)
+            return c, torch.zeros_like(alpha)
         if self.kind == "noise":
-            return -alpha / sigma, 1 / sigma
+            return c, 1 / sigma
         if self.kind == "score":
-            return alpha / sigma**2, -1 / sigma**2
+            return c, -1 / sigma**2
         if self.kind == "v":
-            return -(alpha**2 + sigma**2) / sigma, alpha / sigma
+            return c, alpha / sigma
         root = torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
-        scale = sigma * self.sigma_data
-        return root / scale, -alpha * self.sigma_data**2 / (scale * root)
+        return c, -alpha * self.sigma_data**2 / (sigma * self.sigma_data * root)
+
+    def of_data(self, path: PathCoefficients) -> Tensor:
+        """`c_t` alone, as `coefficients` gives it."""
+        alpha, sigma, d_alpha, d_sigma = path
+        if self.kind == "velocity" and alpha.element_size() > 2:
+            return torch.addcdiv(d_alpha, alpha * d_sigma, sigma, value=-1)
+        if self.kind == "velocity":  # 16 bits are rounded at each step, as they always were
+            return d_alpha - alpha * d_sigma / sigma
+        if self.kind == "data":
+            return torch.ones_like(alpha)
+        if self.kind == "noise":
+            return -alpha / sigma
+        if self.kind == "score":
+            return alpha / sigma**2
+        if self.kind == "v":
+            return -(alpha**2 + sigma**2) / sigma
+        root = torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
+        return root / (sigma * self.sigma_data)
 
     def target(self, path: PathCoefficients, x0: Tensor, x1: Tensor) -> Tensor:
         """The conditional target `y` for x0, x1 of shape (B, *); finite wherever it exists."""

@@ -206,9 +206,9 @@ def put(post: Posterior, at: Sequence[int], other: Posterior, count: int) -> Pos
     return Posterior.cat([post, other], [*rest, *at])
 
 
-def upload(at: Sequence[Any], device: torch.device) -> Tensor:
-    """Whole numbers on the host as a tensor on a device, int64, without a device sync."""
-    there = torch.tensor(at, dtype=torch.int64)
+def upload(at: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
+    """Whole numbers, or a tensor, on the host as one on a device, without a device sync."""
+    there = at if isinstance(at, Tensor) else torch.tensor(at, dtype=torch.int64)
     # A copy from other memory waits for the device.
     there = there.pin_memory() if device.type == "cuda" and torch.cuda.is_available() else there
     return there.to(device, non_blocking=True)

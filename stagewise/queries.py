@@ -168,7 +168,7 @@ class Queries:
             max_norm: Of the samples, which the rounding goes by.
             lam: lambda, (B,); default 1.
         """
-        c, _ = prediction.coefficients(self.path)
+        c = prediction.of_data(self.path)
         rounding = 16 * torch.finfo(torch.float64).eps * max_norm
         gap = torch.where(difference.abs() <= rounding, 0.0, (lam * c)[:, None] * difference)
         return gap if self.valid is None else gap.where(self.valid, 0)
@@ -189,8 +189,8 @@ def indices_of(flags: Tensor) -> list[int]:
     return [i for i, flag in enumerate(flags.tolist()) if flag]
 
 
-def checked_source(source: Tensor, count: int, rows: int) -> Tensor:
-    """`source` itself, refused if it is not (count,) integers below `rows`.
+def checked_source(source: Tensor, count: int, rows: int | None) -> Tensor:
+    """`source` itself, refused if it is not (count,) integers, below `rows` if that is given.
 
     Raises:
         ValueError: With what was expected and what came.
@@ -200,6 +200,8 @@ def checked_source(source: Tensor, count: int, rows: int) -> Tensor:
             f"Expected integer `source` with shape ({count},), got {source.dtype} of shape "
             f"{tuple(source.shape)}."
         )
+    if rows is None:
+        return source
     message = f"Expected `source` below {rows}, the rows of the bank (negative: not known)"
     if source.device.type != "cpu":
         torch._assert_async((source < rows).all(), message)
@@ -258,19 +260,23 @@ def as_times(t: Times, x: Tensor) -> Tensor:
     return t.flatten() if t.shape[0] == len(x) == t.numel() else t
 
 
-def check_times(t: Tensor, length: int, convention: Convention = STAGEWISE) -> None:
+def check_times(
+    t: Tensor, length: int, convention: Convention = STAGEWISE, *, shape_only: bool = False
+) -> None:
     """Refuses times of another shape than (length,) or outside [0, 1].
 
     `convention`: in whose times the message says so.
 
     On an accelerator the range is checked by a device-side assertion, which costs no sync but, as
-    CUDA has it, ends the process: the message is the same.
+    CUDA has it, ends the process: the message is the same. With `shape_only` a kernel checks it.
 
     Raises:
         ValueError: With what was expected and what came.
     """
     if t.shape != (length,):
         raise ValueError(f"Expected `t` with shape ({length},), got {tuple(t.shape)}.")
+    if shape_only:
+        return
     inside = ((t >= 0) & (t <= 1)).all()
     noise, data = convention.noise_time, convention.data_time
     low, high = sorted((noise, data))

@@ -33,17 +33,21 @@ from random import Random
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import override
 
 from stagewise.engines import Exact
 from stagewise.engines.nearest import draw_rows
 from stagewise.lambdas import Constant, Lambda, LambdaLike
 from stagewise.oracle import Oracle
-from stagewise.posterior import Posterior, posterior_of
+from stagewise.posterior import Posterior, posterior_of, upload
 from stagewise.products import full_precision
 from stagewise.queries import Queries
 
 __all__ = ["Mix", "Pull", "ReferenceSet", "Target", "mix_target"]
+
+_NUMBERS = 2**24
+"""Numbers of gathered rows that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -187,37 +191,66 @@ class ReferenceSet(Target):
     @override
     def pull(self, oracle: Oracle, queries: Queries, draws: Random) -> Pull:
         """Formula (1)."""
-        queries = queries.on_host()
         x1 = queries.x1
         assert x1 is not None
-        others = (_shared_rows if self.shared else _own_rows)(oracle, queries, self.size - 1, draws)
+        if self.shared and queries.segments is not None:
+            others = _shared_rows(oracle, queries, self.size - 1, draws)
+        else:
+            others = _own_rows(oracle, queries, self.size - 1, draws, self.shared)
         gap = others.log_evidence - queries.log_weight(x1)
         share = torch.sigmoid(gap)
         top1 = torch.maximum(torch.sigmoid(-gap), share * others.top1)
         return Pull(share[:, None] * (others.mean - x1), top1, torch.zeros_like(top1))
 
 
-def _own_rows(oracle: Oracle, queries: Queries, count: int, draws: Random) -> Posterior:
-    """The posterior over `count` random rows for each query, each once and without its twin."""
+def _own_rows(
+    oracle: Oracle, queries: Queries, count: int, draws: Random, shared: bool
+) -> Posterior:
+    """The posterior over `count` random rows for each query, each once and without its twin.
+
+    Those of `shared` are the same for all queries of a class, where labels stay on a device.
+    """
     assert queries.twin is not None
-    assert queries.segments is not None
-    sizes = np.array(queries.sizes)[:, None]
-    first = np.array([rows.start for rows in queries.segments])[:, None]
+    bank, device = oracle.bank, queries.xt.device
+    first, stop = queries.ends_on_device[:, :1], queries.ends_on_device[:, 1:]
+    sizes, here = stop - first, queries.segments is not None
     generator = np.random.default_rng(draws.getrandbits(64))
-    rows = (generator.random((len(sizes), count)) * sizes).astype(np.int64)
-    whole = sizes - 1 <= count
-    if whole.any():
-        rows = np.pad(rows, [(0, 0), (0, 1)], constant_values=-1)
-        every = np.arange(count + 1)
-        rows = np.where(whole, np.where(every < sizes, every, -1), rows)
-    rows.sort(axis=1)
-    rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = -1
-    table = torch.from_numpy(np.where(rows < 0, -1, rows + first)).to(queries.xt.device)
+    uniform = generator.random((len(bank.classes) if shared else len(queries), count))
+    places = upload(torch.from_numpy(uniform), device)
+    if shared:
+        firsts = bank.class_table(device)[:, 1].contiguous()
+        places = places[torch.searchsorted(firsts, first[:, 0].contiguous())]
+    rows = (places * sizes).long()
+    if (min(queries.sizes) if here else bank.smallest_class) - 1 <= count:  # those give all rows
+        every = torch.arange(count + 1, device=device)
+        rows = torch.where(
+            sizes - 1 <= count, every.where(every < sizes, -1), pad(rows, (0, 1), value=-1)
+        )
+    rows = rows.sort(1).values
+    twice = rows[:, 1:] == rows[:, :-1]
+    rows[:, 1:] = rows[:, 1:].masked_fill(twice, -1)
+    table = (rows + first).masked_fill(rows < 0, -1)
     table = table.masked_fill(table == queries.twin[:, None], -1)
+    if not here:
+        return _of_table(oracle, queries, table)
     # Its check costs syncs on an accelerator; there are few rows, and their differences are exact.
-    exact = Exact("auto" if table.device.type == "cpu" else "float32")
+    exact = Exact("auto" if device.type == "cpu" else "float32")
     with full_precision():
-        return exact.solve(oracle.bank, queries, 1, table=table)
+        return exact.solve(bank, queries, 1, table=table)
+
+
+def _of_table(oracle: Oracle, queries: Queries, table: Tensor) -> Posterior:
+    """The posterior over the rows of a table, (B, n), -1 for none, from differences in float64."""
+    parts, step = [], max(1, _NUMBERS // (table.shape[1] * oracle.bank.dim))
+    for first in range(0, len(table), step):
+        part = slice(first, first + step)
+        x = oracle.bank.take(table[part].clamp_min(0), device=table.device)
+        alpha, sigma, *_ = (value[part] for value in queries.path)
+        gap = queries.xt[part, None] - alpha[:, None, None] * x
+        logits = gap.square().sum(2) / (-2 * sigma.square())[:, None]
+        post, shares = posterior_of(logits, table[part], 1)
+        parts.append(replace(post, mean=torch.einsum("bn,bnd->bd", shares, x)))
+    return Posterior.cat(parts)
 
 
 def _shared_rows(oracle: Oracle, queries: Queries, count: int, draws: Random) -> Posterior:

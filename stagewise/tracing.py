@@ -38,6 +38,8 @@ def untraced(function: F) -> F:
 def caller_level() -> int:
     """The `stacklevel` of a warning about the caller of an untraced method, given inside it."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename != __file__:
-        frame, level = frame.f_back, level + 1
-    return level + 1
+    while frame.f_back is not None:
+        within, frame, level = frame.f_code.co_filename == __file__, frame.f_back, level + 1
+        if within and frame.f_globals.get("__name__") != "stagewise.side_stream":
+            break
+    return level

@@ -81,7 +81,7 @@ class _OfData(Weight):
     def __call__(self, t: Tensor) -> Tensor:
         path = self.path or LinearPath()
         at = path(t.double().clamp(_END, 1 - _END))
-        c, _ = Prediction.of(self.prediction).coefficients(at)
+        c = Prediction.of(self.prediction).of_data(at)
         return (self.of_data((at.alpha / at.sigma).square()) / c.square()).to(t.dtype)
 
     def bind(self, boundary: float | None, path: Path) -> Weight:

@@ -467,7 +467,7 @@ def test_sorted_keys_are_not_kept_when_a_bank_moves():
         for asked in (x, x.bfloat16()):
             assert moved.find(asked.to("cuda")).device.type == "cuda"
         for dtype in (None, torch.bfloat16):
-            assert {keys.device.type for keys in moved._key_index(dtype)} == {"cuda"}
+            assert {keys.device.type for keys in moved.key_index(dtype)} == {"cuda"}
     half = bank.part(slice(1, None, 2))
     for asked in (x, x.bfloat16()):
         assert torch.equal(half.find(asked[bank.index[1::2]]), torch.arange(10))

@@ -199,7 +199,10 @@ def test_an_oracle_has_no_loss_against_its_own_target(convention, kind):
     assert loss_fn.last.loss.mean() > 1e-3
     # Pythagoras: what is left of the conditional loss is what was added to the target.
     torch.testing.assert_close(
-        loss_fn.last.loss.double(), loss_fn.scheme.last.correction_sq, rtol=1e-3, atol=1e-6
+        loss_fn.last.loss.double(),
+        loss_fn.scheme.last.added.double().square().flatten(1).mean(1),
+        rtol=1e-3,
+        atol=1e-6,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "find_among", "find_rows", "mask_keys", "row_keys"]
+__all__ = ["digest", "find_among", "find_rows", "key_weights", "mask_keys", "row_keys"]
 
 _BLOCK = 2**20  # words at a time: their 64-bit products then stay in the cache
 
@@ -26,7 +26,7 @@ def row_keys(rows: Tensor) -> Tensor:
     # product of 64-bit words only its upper half.
     word = torch.int16 if rows.dtype.itemsize == 2 else torch.int32
     words = rows.shape[1] * rows.dtype.itemsize // word.itemsize
-    factor = _weights(words, rows.device)
+    factor = key_weights(words, rows.device)
     keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     step = max(1, _BLOCK // words)
     for block, out in zip(rows.split(step), keys.split(step), strict=True):
@@ -38,13 +38,13 @@ def row_keys(rows: Tensor) -> Tensor:
 def mask_keys(mask: Tensor) -> Tensor:
     """The keys of masks (N, D), bool: (N,), int64, the sum of the weights of what is true."""
     keys = torch.empty(len(mask), dtype=torch.int64, device=mask.device)
-    factor, step = _weights(mask.shape[1], mask.device), max(1, _BLOCK // mask.shape[1])
+    factor, step = key_weights(mask.shape[1], mask.device), max(1, _BLOCK // mask.shape[1])
     for block, out in zip(mask.split(step), keys.split(step), strict=True):
         out.copy_((block * factor).sum(1))
     return keys
 
 
-def _weights(words: int, device: torch.device) -> Tensor:
+def key_weights(words: int, device: torch.device) -> Tensor:
     """Odd numbers of RandomState, whose stream is frozen for good, as no generator of torch's."""
     made = _made.get((words, device))
     if made is None:

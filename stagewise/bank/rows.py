@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,24 @@ from stagewise.bank.building import BLOCK, HALF
 from stagewise.bank.row_keys import digest, find_rows, row_keys
 from stagewise.bank.streaming import MappedFile, stream
 from stagewise.masks import MaskedLabels
-from stagewise.memory import available_memory, oracle_device
+from stagewise.memory import available_memory, format_bytes, oracle_device
 
-__all__ = ["RowStore"]
+__all__ = ["KNOWN", "NO_LABEL", "NO_SOURCE", "NO_TIME", "RowStore"]
 
-_KNOWN = -(2**63)
+KNOWN = -(2**63)
 """What stands for a label that is known."""
+
+NO_TIME, NO_SOURCE, NO_LABEL = KNOWN + 1, KNOWN + 2, KNOWN + 3
+"""What stands for a time and a source out of range, and for a class that nobody knows."""
+
+_REFUSED = {
+    NO_TIME: "Expected `t` in [0, 1] with t = 0 noise and t = 1 data, got others.",
+    NO_SOURCE: "Expected `source` below the number of rows of the bank, got others.",
+    NO_LABEL: (
+        "Expected `labels`: the class of a sample cannot be looked up, as it is no row of this "
+        "bank. Give the labels of the batch: classes=y to a FlowMatchingLoss, labels=y to a scheme."
+    ),
+}
 
 Self = TypeVar("Self", bound="RowStore")
 
@@ -166,6 +179,27 @@ class RowStore:
         """Rows of the largest class; 0 without labels."""
         return max((rows.stop - rows.start for rows in self._segments.values()), default=0)
 
+    @cached_property
+    def smallest_class(self) -> int:
+        """Rows of the smallest class; 0 without labels."""
+        return min((rows.stop - rows.start for rows in self._segments.values()), default=0)
+
+    def class_table(self, device: torch.device) -> Tensor:
+        """Label, first row and end of each class, and of each mask, (C, 3), int64, by label.
+
+        Made on a device once.
+        """
+        if not self._of_masks:
+            self.require_classes()
+        table = self._class_table.get(device)
+        if table is None:
+            ends = {**self._of_masks, **self._segments}
+            ordered = [(key, ends[key].start, ends[key].stop) for key in sorted(ends)]
+            table = torch.tensor(ordered, device=device)
+            if _as_real(table, self.rows):
+                self._class_table[device] = table
+        return table
+
     def ends_of(self, labels: Tensor) -> Tensor:
         """First row and end of the class of each label, (B, 2), int64, without a device sync.
 
@@ -176,30 +210,35 @@ class RowStore:
         Raises:
             ValueError: If a label of this call, or on an accelerator of one before, is unknown.
         """
-        self.require_classes()
         self._require_known()
-        table = self._class_table.get(labels.device)
-        if table is None:
-            ends = {**self._of_masks, **self._segments}
-            ordered = [(key, ends[key].start, ends[key].stop) for key in sorted(ends)]
-            table = torch.tensor(ordered, device=labels.device).T.contiguous()
-            if _as_real(table, self.rows):
-                self._class_table[labels.device] = table
-        at = torch.searchsorted(table[0], labels).clamp_max(table.shape[1] - 1)
-        found = table[:, at]
-        known = found[0] == labels
-        if sent := _sent(torch.where(known, _KNOWN, labels).amax()):
-            self._unknown.append(sent)
+        table = self.class_table(labels.device)
+        at = torch.searchsorted(table[:, 0].contiguous(), labels).clamp_max(len(table) - 1)
+        found = table[at]
+        known = found[:, 0] == labels
+        self.report(torch.where(known, KNOWN, labels))
         if labels.device.type == "cpu":
             self._require_known()
-        return found[1:].where(known, 0).T.contiguous()
+        return found[:, 1:].where(known[:, None], 0)
+
+    def report(self, told: Tensor) -> None:
+        """Has the next calls refuse what is wrong with samples, (B,), int64; waits for nothing.
+
+        Args:
+            told: The label of each sample if it is unknown, or else `KNOWN`; `NO_TIME`,
+                `NO_SOURCE` or `NO_LABEL`.
+        """
+        self._require_known()
+        if sent := _sent(told.amax()):
+            self._unknown.append(sent)
 
     def _require_known(self) -> None:
         """Refuses a label that was found to be unknown; waits for nothing."""
         while self._unknown and self._unknown[0][1]():
             label = int(self._unknown.popleft()[0])
-            if label != _KNOWN:
+            if label != KNOWN:
                 self._unknown.clear()
+                if label in _REFUSED:
+                    raise ValueError(_REFUSED[label])
                 self.segment(label)
 
     def labels_of(self, rows: Sequence[int]) -> list[int]:
@@ -258,16 +297,16 @@ class RowStore:
             more = masks.unlabelled().keys().to(self.device)
         if not fewer:
             wanted = (flat.double() - self.offset).to(self.dtype)
-            found = find_rows(self.rows.__getitem__, self._key_index(None, of_masks), wanted, more)
+            found = find_rows(self.rows.__getitem__, self.key_index(None, of_masks), wanted, more)
         # Of two 16-bit types neither holds the other, and neither holds samples with an offset.
         both = dtype in HALF and self.dtype in HALF and (dtype != self.dtype or self.shifted)
         if fewer or both:
-            index = self._key_index(dtype, of_masks)
+            index = self.key_index(dtype, of_masks)
             rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat, more)
             found = rounded.where(found < 0, found)
         return found.to(x1.device)
 
-    def _key_index(
+    def key_index(
         self, dtype: torch.dtype | None = None, of_masks: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The keys in ascending order and their rows; of the samples as `dtype` if it is given.
@@ -346,12 +385,33 @@ class RowStore:
             return self
         return self._moved(lambda value: value.to(device))
 
-    def beside_training(self: Self, device: torch.device) -> Self:
-        """On the training device if it takes less than a quarter of what is free there."""
+    def beside_training(self: Self, device: torch.device, taken: float = 0) -> Self:
+        """On the training device where half of what is free there holds it, else on the host.
+
+        The other half is for activations. On the host it is pinned if there is room, and if it is
+        no file. A device that runs out of memory all the same is warned of.
+
+        Args:
+            device: That of training.
+            taken: Bytes that training has yet to allocate there: gradients, moments.
+        """
         device = oracle_device(device)
-        # The model's gradients, optimizer and activations are not there yet.
         free = available_memory(device)
-        return self.to(device) if free is None or self.nbytes < free / 4 else self
+        if free is None or self.nbytes <= (free - taken) / 2:
+            try:
+                return self.to(device)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                warnings.warn(
+                    f"{self!r} does not fit on {device}, where {format_bytes(free or 0)} were "
+                    "free: it stays on the host, and each call of an oracle copies rows to the "
+                    "device. A bank with dtype=torch.bfloat16 takes half of float32.",
+                    stacklevel=2,
+                )
+        room = available_memory()
+        if device.type != "cuda" or self.residency != "host" or 2 * self.nbytes > (room or 0):
+            return self
+        return self.pin()
 
     def pin(self: Self) -> Self:
         """The store in pinned host memory, from where a CUDA device copies fastest."""

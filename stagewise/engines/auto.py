@@ -62,6 +62,8 @@ class Auto(Engine):
     What is picked, and why, is logged once for each bank (logger "stagewise", level INFO).
     """
 
+    runs_kernel = True
+
     def __init__(self) -> None:
         self.exact = Exact()
         self.picks: WeakKeyDictionary[LatentBank, _Pick] = WeakKeyDictionary()

@@ -32,6 +32,9 @@ class Engine(ABC):
     collective = False
     """Whether all ranks have to ask whenever one does, also with no queries."""
 
+    runs_kernel = False
+    """Whether `fused` answers what `reads_ends` is true for, so that `fused_mix` may."""
+
     @abstractmethod
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
         """The posterior of the queries over the rows they look at.

@@ -95,6 +95,8 @@ class Exact(Engine):
             converted or moved.
     """
 
+    runs_kernel = True
+
     def __init__(
         self,
         precision: Literal["auto", "float32", "float64"] = "auto",

@@ -31,7 +31,7 @@ from stagewise.engines.kernels import launch, missing, shape_of
 from stagewise.posterior import Posterior
 from stagewise.queries import Queries
 
-__all__ = ["MOST", "Around", "Parts", "by_rows", "posterior", "runs", "serves"]
+__all__ = ["MOST", "Around", "Parts", "at_a_time", "by_rows", "posterior", "runs", "serves"]
 
 _LARGEST_DIM = 2**13
 """Numbers in a sample, at most: a program keeps three such vectors in registers, beside rows."""
@@ -232,9 +232,14 @@ def posterior(bank: LatentBank, queries: Queries, k: int, width: int) -> Posteri
     Returns:
         As `Engine.posterior`.
     """
-    parts = min(_PARTS, -(-width // _SPLIT))
-    step = min(MOST, max(1, _PART_BYTES // (4 * bank.dim * parts)))
+    step = at_a_time(bank, width)
     return Posterior.cat([_posterior(bank, some, k, width) for some in queries.split(step)])
+
+
+def at_a_time(bank: LatentBank, width: int) -> int:
+    """Queries of at most `width` rows whose parts of sums fit into memory."""
+    parts = min(_PARTS, -(-width // _SPLIT))
+    return min(MOST, max(1, _PART_BYTES // (4 * bank.dim * parts)))
 
 
 def _posterior(bank: LatentBank, queries: Queries, k: int, width: int) -> Posterior:

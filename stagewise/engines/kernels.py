@@ -19,7 +19,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # a build of torch without it
-    triton = None
+    triton = tl = None
 
 __all__ = ["kernel", "launch", "missing", "shape_of"]
 

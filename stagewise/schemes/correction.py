@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stagewise.engines import fused, fused_mix
 from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Labels, Oracle
 from stagewise.paths import Prediction, expand_like
 from stagewise.queries import checked_source, indices_of
 from stagewise.schemes.checks import check_rows
-from stagewise.targets import Target
+from stagewise.targets import Mix, Target
 
-__all__ = ["Correction", "correct"]
+__all__ = ["Correction", "by_kernel", "correct", "runs_kernel"]
 
 
 class Correction(NamedTuple):
     """What is added to the targets of a batch.
 
     Attributes:
-        value: `lambda c_t (m - x_1)`, (B, *), float64.
+        value: `lambda c_t (m - x_1)`, (B, *), float64, or what a kernel has rounded it to.
         lam: lambda, (B,), float64.
         inserted: Where x_1 was put into the set because no row equals it, (B,), bool.
         tail_mass: Share of the posterior that did not enter, (B,), float64.
@@ -60,6 +62,7 @@ def correct(
     labels_of: Callable[[], Tensor | MaskedLabels | None] | None = None,
     boundary: float | None = None,
     only: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Correction:
     """What a target adds; see `Scheme` and its `__call__`.
 
@@ -79,33 +82,40 @@ def correct(
         labels_of: What gives the classes, (B,), or None, if rows do not.
         boundary: Where the stages meet, if lambda depends on it.
         only: To which of the samples, (B,), bool; default all.
+        dtype: What the value is rounded to in the end, in which a kernel gives it; default float64.
 
     Raises:
         ValueError: If the class of a sample is not known, or a row is missing.
     """
-    whole, asked = Correction.none(x1), None
-    if target.lam.sparse:
-        mixed = target.lam(t.double(), None, oracle.path, boundary) > 0
-        only = mixed if only is None else mixed & only
-    # Where a kernel reads the rows of each query's class, to ask for all costs less than to wait
-    # for the device; elsewhere samples beyond the boundary cost nothing.
     of_masks = isinstance(labels, MaskedLabels)
-    cheap = of_masks or (isinstance(labels, Tensor) and class_wise)
-    cheap = cheap and not target.reads_rows
-    cheap = cheap and oracle.smoothing is None and oracle.certificate is None
-    cheap = cheap and oracle.engine.reads_ends(oracle.bank, xt.device, len(xt))
+    cheap = stays_on_device(oracle, labels, x1, class_wise)
+    cheap = cheap and not (of_masks and target.reads_rows)
+    if only is None and runs_kernel(target, oracle, labels, x1, class_wise):
+        named = labels is not None
+        told = labels_of() if labels is None and labels_of is not None else labels
+        assert told is None or isinstance(told, Tensor)
+        known: dict[str, Any] = {"labels": told, "named": named, "source": source}
+        batch: dict[str, Any] = {"xt": xt, "t": t, "x1": x1, "prediction": prediction}
+        settings: dict[str, Any] = {"on_missing": on_missing, "boundary": boundary, "dtype": dtype}
+        part = by_kernel(target, oracle, **batch, **known, **settings)
+        if part is not None:
+            return part
+    every, lam, asked = x1, None, None
+    if target.lam.sparse:
+        lam = target.lam(t.double(), None, oracle.path, boundary)
+        only = lam > 0 if only is None else (lam > 0) & only
     if only is not None and not cheap:
         asked = indices_of(only)
-        xt, t, x1, labels, source, condition = (
-            _some(value, asked) for value in (xt, t, x1, labels, source, condition)
-        )
+        parts = (_some(value, asked) for value in (xt, t, x1, labels, source, condition, lam))
+        xt, t, x1, labels, source, condition, lam = parts
     if not len(x1) and not oracle.engine.collective:
-        return whole
+        return Correction.none(every)
     with torch.autocast(xt.device.type, enabled=False):
         row, stored = _rows(oracle, x1, source, labels)
         names = compared_within(labels, False)
         if class_wise:
-            names = _classes(oracle, row, labels, x1, labels_of, asked)
+            on_device = cheap and not of_masks
+            names = _classes(oracle, row, labels, x1, labels_of, asked, on_device)
         queries = oracle.queries(xt, t, names, source, condition)
         if (class_wise or of_masks) and oracle.engine.holds_all_rows:
             # A row of another class or mask is none of those that a query looks at.
@@ -115,9 +125,10 @@ def correct(
             _require_found(row if only is None or not cheap else row.where(only, 0))
         queries = replace(queries, x1=x1.flatten(1).double(), source=stored, twin=row)
         pull = target.pull(oracle, queries, draws)
-        lam = target.lam(t.double(), pull.top1, oracle.path, boundary)
+        if lam is None:
+            lam = target.lam(t.double(), pull.top1, oracle.path, boundary)
         value = queries.correction(pull.difference, prediction, oracle.bank.max_norm, lam)
-        value = value.reshape(-1, *whole.value.shape[1:])
+        value = value.reshape(x1.shape)
     # A draw from a smoothed set is no row, and nothing is added to the set for it.
     inserted = (stored < 0) & (oracle.smoothing is None)
     part = Correction(value, lam, inserted, pull.tail_mass)
@@ -125,10 +136,86 @@ def correct(
         return Correction(*(x.masked_fill(~expand_like(only, x), 0) for x in part))
     if asked is None:
         return part
-    at = queries.index(asked)
+    at, none = queries.index(asked), Correction.none(every)
     return Correction(
-        *(all_.index_copy(0, at, some) for all_, some in zip(whole, part, strict=True))
+        *(all_.index_copy(0, at, some) for all_, some in zip(none, part, strict=True))
     )
+
+
+def stays_on_device(oracle: Oracle, labels: Labels | None, x1: Tensor, class_wise: bool) -> bool:
+    """Whether a kernel reads the rows of each sample's class, whose label stays on the device.
+
+    Then to ask for all samples costs less than to wait for the device; elsewhere those that are
+    not mixed cost nothing.
+    """
+    if oracle.smoothing is not None:
+        return False
+    if isinstance(labels, MaskedLabels):
+        return oracle.reads_on_device(labels.mask, x1)
+    known = labels is None or isinstance(labels, Tensor)
+    where = labels if isinstance(labels, Tensor) else x1
+    return class_wise and known and oracle.reads_on_device(where, x1)
+
+
+def runs_kernel(
+    target: Target | None,
+    oracle: Oracle | None,
+    labels: Labels | None,
+    x1: Tensor,
+    class_wise: bool,
+) -> bool:
+    """Whether kernels compute, and check, all that is added."""
+    return (
+        target is not None
+        and oracle is not None
+        and stays_on_device(oracle, labels, x1, class_wise)
+        and not oracle.condition
+        and oracle.bank.pairs is None
+        and type(target).pull is Mix.pull
+        and oracle.engine.runs_kernel
+        and fused_mix.takes(oracle.bank, x1)
+    )
+
+
+def by_kernel(
+    target: Target,
+    oracle: Oracle,
+    *,
+    xt: Tensor,
+    t: Tensor,
+    x1: Tensor,
+    prediction: Prediction,
+    labels: Tensor | None,
+    named: bool,
+    source: Tensor | None,
+    on_missing: str,
+    boundary: float | None,
+    dtype: torch.dtype,
+) -> Correction | None:
+    """As `correct`, if `runs_kernel`; None if a kernel does not compile.
+
+    What is out of range is reported to the bank, and refused when the device has found it out.
+    With `named` the labels decide, and otherwise only where an x_1 stands for no row.
+    """
+    if source is not None:
+        source = checked_source(source, len(x1), None).to(x1.device, torch.int64)
+    double, lam = t.double(), None
+    path = oracle.path(double).floored(oracle.engine.sigma_floor(oracle.bank))
+    if target.lam.from_t:
+        lam = target.lam(double, None, oracle.path, boundary)
+    dtype = torch.float64 if lam is None else dtype
+    given = (oracle.bank, xt, t, x1, labels, source, path, prediction.of_data(path), lam)
+    found = fused.runs(partial(fused_mix.mixed, *given, named=named, dtype=dtype))
+    if found is None:
+        return None
+    oracle.bank.report(found.wrong)
+    value = found.value
+    if lam is None:
+        lam = target.lam(double, found.top1, oracle.path, boundary)
+        value = expand_like(lam, value) * value
+    if on_missing == "error":
+        _require_found(found.row.where(lam > 0, 0) if target.lam.sparse else found.row)
+    return Correction(value, lam, found.inserted, found.tail_mass)
 
 
 def _some(value: Any, at: list[int]) -> Any:
@@ -165,11 +252,19 @@ def _classes(
     x1: Tensor,
     labels_of: Callable[[], Tensor | MaskedLabels | None] | None,
     asked: list[int] | None,
+    on_device: bool,
 ) -> Labels:
     """The class of each sample."""
     lacking = isinstance(labels, MaskedLabels) and labels.labels is None and oracle.bank.labelled
     if labels is not None and not lacking:
         return labels
+    if on_device:
+        table, labels = oracle.bank.class_table(row.device), labels_of() if labels_of else None
+        own = table[torch.searchsorted(table[:, 2].contiguous(), row.clamp_min(0), right=True), 0]
+        if isinstance(labels, Tensor):
+            return own.where(row >= 0, labels)
+        torch._assert_async((row >= 0).all(), "Expected `labels`, or samples that are rows")
+        return own
     rows = row.tolist()
     whole = oracle.engine.holds_all_rows
     unknown = sum(number < 0 for number in rows) if whole else len(rows)

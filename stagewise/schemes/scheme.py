@@ -20,19 +20,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagewise.conventions import ConventionLike, as_convention, path_of
-from stagewise.masks import MaskedLabels, cut, few_rows, mean_of, require_same_masks
+from stagewise.masks import MaskedLabels, cut, few_rows, require_same_masks
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
 from stagewise.paths import STAGEWISE, LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes.checks import check_density, check_rows, check_settings
 from stagewise.schemes.conditions import has_classes, unknown_conditions
-from stagewise.schemes.correction import Correction, correct
+from stagewise.schemes.correction import Correction, correct, runs_kernel
 from stagewise.schemes.first_call import check_samples
 from stagewise.schemes.state import SchemeRecord, SchemeState
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
 from stagewise.smoothing_inputs import Strength, default_neighbours
 from stagewise.stages import StageBoundary
-from stagewise.targets import Mix, Target, mix_target
+from stagewise.targets import Mix, Target
 from stagewise.timesteps import TimestepSampler
 from stagewise.tracing import caller_level, untraced
 from stagewise.weights import Weight
@@ -251,14 +251,14 @@ class Scheme(SchemeState):
             source=source,
             lam=added.lam,
             weight=weight.detach(),
-            correction_sq=mean_of(added.value.square(), labels),
+            added=added.value,
             inserted=added.inserted,
             tail_mass=added.tail_mass,
             smoothed=self._share(x1, t),
         )
         if self.target is None:
             return y, weight
-        return mix_target(y, self.convention.sign_of(prediction) * added.value, 1.0), weight
+        return y + self._signed(added.value, prediction).to(y.dtype), weight
 
     @untraced
     def correct(
@@ -280,7 +280,10 @@ class Scheme(SchemeState):
         known["source"] = self._source_of(x1, t, known.get("source"))
         known["labels"] = self.with_masks(known.get("labels"), mask, x1)
         _, added = self._correction(None, xt, t, x1, prediction, **known)
-        return (self.convention.sign_of(prediction) * added.value).to(x1.dtype)
+        return self._signed(added.value, prediction).to(x1.dtype)
+
+    def _signed(self, value: Tensor, prediction: Prediction) -> Tensor:
+        return -value if self.convention.sign_of(prediction) < 0 else value
 
     def _source_of(self, x1: Tensor, t: Times, source: Tensor | None) -> Tensor | None:
         if self._smoothed is None:
@@ -322,7 +325,9 @@ class Scheme(SchemeState):
         if time.shape == xt.shape[:1]:
             self._hold(y, xt, time, x1, known["source"], prediction, labels)
         xt, t = self.convention.inside(xt, time)
-        check_times(t, len(xt), self.convention)
+        around = self._around
+        kernel = runs_kernel(self.target, self.oracle, labels, x1, self.class_wise)
+        check_times(t, len(xt), self.convention, shape_only=around is None and kernel)
         if self.target is None or self.oracle is None:
             return t, Correction.none(x1)
         if not self.class_wise and not self.unconditional and has_classes(known.get("labels")):
@@ -349,17 +354,14 @@ class Scheme(SchemeState):
             on_missing=self.on_missing,
             labels_of=None if self.labels_of is None else partial(self.labels_of, x1),
             boundary=self.boundary,
+            dtype=(x1 if y is None else y).dtype,
         )
-        around = self._around
         if around is None:
             added = ask(self.oracle)
             return t, added._replace(value=cut(added.value, self.oracle.bank.shape, given))
         # Where samples are smoothed their targets are those of the smoothed set.
         smoothed = self._share(x1, t) > 0
-        parts = (
-            ask(self.oracle, only=~smoothed),
-            ask(around, only=smoothed),
-        )
+        parts = (ask(self.oracle, only=~smoothed), ask(around, only=smoothed))
         return t, Correction(*(a + b for a, b in zip(*parts, strict=True)))
 
     def _hold(

@@ -42,7 +42,7 @@ class SchemeRecord:
         source: Their rows, (B,), if it was given them.
         lam: How much of the oracle went into each target, (B,), float64.
         weight: Weight of each sample, (B,).
-        correction_sq: Mean square over the D numbers of what was added to each target, (B,).
+        added: What was added to each target, (B, *), in the library's convention.
         inserted: Where x_1 was no row of the bank, or another than its stored twin, and was put
             into the reference set as it is, (B,), bool. False where lambda is 0.
         tail_mass: Share of the posterior that did not enter the target, (B,), float64.
@@ -54,7 +54,7 @@ class SchemeRecord:
     source: Tensor | None
     lam: Tensor
     weight: Tensor
-    correction_sq: Tensor
+    added: Tensor
     inserted: Tensor
     tail_mass: Tensor
     smoothed: Tensor

@@ -1,0 +1,189 @@
+"""What a class-wise `Mix` adds on CUDA, by Triton's interpreter, against the plain way."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from stagewise import Concentration, LatentBank, LinearPath, Mix, Oracle
+from stagewise.bank.rows import KNOWN, NO_LABEL, NO_SOURCE, NO_TIME
+from stagewise.engines import Exact, fused_lookup, fused_mix
+from stagewise.engines.fused_lookup import placed
+from stagewise.engines.kernels import shape_of
+from stagewise.paths import Prediction
+from stagewise.schemes import correction
+
+triton = pytest.importorskip("triton")
+
+SHAPES = ((3, "float32"), (40, "bfloat16"), (40, "float16"))
+TIMES = (0.0, 0.3, 0.999)
+CASES = (
+    (Mix(), "velocity", False, True),
+    (Mix("boundary"), "noise", True, False),
+    (Mix(Concentration()), "velocity", True, True),
+    (Mix(), "data", False, False),
+)
+"""Target, prediction, whether a source is told, and whether labels decide."""
+
+
+def batch(dim, dtype):
+    """A bank of unequal classes, and x_1 of every kind, at all times."""
+    generator = torch.Generator().manual_seed(dim)
+    labels = torch.tensor([7] * 6 + [-3] * 20 + [40] + [9] * 5)
+    x = 2 + torch.randn(32, dim, generator=generator)
+    x[5, 0] = -0.0
+    x[10] = x[11]  # twice in its class
+    bank = LatentBank(x, labels, dtype=getattr(torch, dtype))
+    at = bank.index.argsort()
+    noise = 0.05 * torch.randn(32, dim, generator=generator)
+    # Rows; -0 and 0; one of two; one of none; resampled from one; from one of another class.
+    kinds = [3, 5, 10, 26, 2, 15, 20, 4]
+    x1, y = x[kinds].clone(), labels[kinds].clone()
+    x1[1, 0] = 0.0
+    x1[4:7] += noise[4:7]
+    source = torch.full((8,), -1)
+    source[5], source[6] = at[15], at[0]
+    y[7] = 9  # a row, but of another class
+    x1, y, source = (
+        value.repeat(len(TIMES), *(1,) * (value.ndim - 1)) for value in (x1, y, source)
+    )
+    t = torch.tensor(TIMES).repeat_interleave(8)
+    x0 = torch.randn(x1.shape, generator=generator)
+    return bank, LinearPath().interpolate(x0, x1, t), t, x1, y, source
+
+
+def errors(dim, dtype):
+    """How far targets by kernels are from those by the exact engine, as a share of them."""
+    bank, xt, t, x1, labels, source = batch(dim, dtype)
+    oracle, worst = Oracle(bank, engine=Exact("float64")), {}
+    for what, kind, told, named in CASES:
+        given = {"xt": xt, "t": t, "x1": x1, "prediction": Prediction(kind), "boundary": 0.4}
+        given |= {"source": source if told else None, "on_missing": "insert"}
+        if not named:  # a class is that of its row, or else what is said
+            row = bank.find(x1)
+            row = row.where(source < 0, source) if told else row
+            known = torch.tensor(bank.labels_of(row.clamp_min(0).tolist()))
+            labels = known.where(row >= 0, labels)
+        options = {"class_wise": True, "draws": Random(0)}
+        expected = correction.correct(what, oracle, labels=labels, **given, **options)
+        found = correction.by_kernel(
+            what, oracle, labels=labels, named=named, dtype=torch.float64, **given
+        )
+        path = oracle.path(t.double()).floored(oracle.engine.sigma_floor(bank))
+        target = given["prediction"].target(path, (xt - t[:, None] * x1) / (1 - t)[:, None], x1)
+        size = (target + expected.value).norm(dim=1)
+        off = (found.value - expected.value).norm(dim=1) / size
+        mixed = expected.lam > 0
+        worst[f"{what} {kind}"] = [
+            float(off.max()),
+            float((found.lam - expected.lam).abs().max()),
+            int(((found.inserted != expected.inserted) & mixed).sum()),
+        ]
+    # The row that it finds is the bank's own answer, and the class's ends are.
+    labels = batch(dim, dtype)[4]
+    found = placed(bank, x1, t, labels, None, True)
+    expected, segments = bank.find(x1), bank.ends_of(labels)
+    inside = (expected >= segments[:, 0]) & (expected < segments[:, 1])
+    assert torch.equal(found.row, expected.where(inside, -1))
+    assert torch.equal(found.missing, ~inside)
+    assert torch.equal(found.ends, segments)
+    assert (found.wrong == KNOWN).all()
+    stored = bank.take(expected.clamp_min(0)).where(expected[:, None] >= 0, x1.double())
+    assert torch.equal(found.near, stored)
+    nan, beyond = t * torch.nan, torch.full_like(source, len(bank))
+    for given, error, said in (
+        ((t + 1.5, labels, None, True), NO_TIME, "`t` in"),
+        ((nan, labels, None, True), NO_TIME, "`t` in"),
+        ((t, labels, beyond, True), NO_SOURCE, "`source` below"),
+        ((t, torch.full_like(labels, 5), None, True), 5, "Class 5 is not in the bank"),
+        ((t, None, None, False), NO_LABEL, "cannot be looked up"),  # some are no rows
+    ):
+        found = placed(bank, x1, *given)
+        assert found.wrong.max() == error
+        assert (found.ends[:, 0] == found.ends[:, 1])[found.wrong != KNOWN].all()
+        bank.report(found.wrong)
+        with pytest.raises(ValueError, match=said):
+            bank.report(found.wrong)
+        bank._unknown.clear()
+    return worst
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    run = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize(("dim", "dtype"), SHAPES)
+def test_as_the_exact_engine(interpreted, dim, dtype):
+    found = interpreted[f"{dim} {dtype}"]
+    assert len(found) == len(CASES)
+    for case, (value, lam, inserted) in found.items():
+        assert value < 1e-6, case
+        assert lam < 1e-6, case
+        assert inserted == 0, case
+
+
+def registers(kernel, kinds, fixed, capability, warps, folder):
+    """Bytes that are spilled, by the report of the assembler."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    at = {name: (kernel.arg_names.index(name),) for name in (*kinds, *fixed)}
+    aligned = {at[name]: [["tt.divisibility", 16]] for name in kinds if kinds[name][0] == "*"}
+    source = ASTSource(
+        kernel,
+        kinds | dict.fromkeys(fixed, "constexpr"),
+        {at[name]: value for name, value in fixed.items()},
+        aligned,
+    )
+    target = GPUTarget("cuda", capability, 32)
+    ptx = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+    (folder / "kernel.ptx").write_text(ptx)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    assembler = tools / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+    architecture = re.search(r"\.target (\w+)", ptx)[1]
+    command = [assembler, "-v", f"--gpu-name={architecture}", "kernel.ptx", "-o", "kernel.bin"]
+    report = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return re.findall(r"(\d+) bytes spill", report.stderr)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("dim", "dtype"), [(8192, "fp32"), (4096, "bf16")])
+def test_compiles_without_spills(tmp_path, capability, dim, dtype):
+    size = 4 if dtype == "fp32" else 2
+    block, _, warps = shape_of(dim, size)
+    kinds = dict.fromkeys(fused_lookup.place.arg_names, "*i64")
+    kinds |= {"x1": "*fp32", "t": "*fp32", "rows": f"*{dtype}", "offset": "*fp64", "near": "*fp64"}
+    kinds |= {"missing": "*i1", "count": "i32", "classes": "i32", "steps": "i32"}
+    fixed = {"dim": dim, "block": block}
+    fixed |= {"told": True, "labelled": True, "named": False}
+    kinds = {name: kind for name, kind in kinds.items() if name not in fixed}
+    found = registers(fused_lookup.place, kinds, fixed, capability, warps, tmp_path)
+    assert found == ["0", "0"]
+    kinds = dict.fromkeys(fused_mix.settle.arg_names, "*fp64")
+    kinds |= {"xt": "*fp32", "x1": "*fp32", "rows": f"*{dtype}", "logits": "*fp32"}
+    kinds |= {"row_of": "*i64", "ends": "*i64", "missing": "*i1", "value": "*fp32"}
+    kinds |= {"inserted": "*i1", "width": "i32", "rounding": "fp32"}
+    fixed = {"dim": dim, "block": fused_mix._BLOCK, "columns": 1024}
+    fixed |= {"weighed": True, "listed": True}
+    kinds = {name: kind for name, kind in kinds.items() if name not in fixed}
+    found = registers(fused_mix.settle, kinds, fixed, capability, 4, tmp_path)
+    assert found == ["0", "0"]
+
+
+if __name__ == "__main__":
+    fused_mix._BLOCK = 16  # more than one part of a sample
+    print(json.dumps({f"{dim} {dtype}": errors(dim, dtype) for dim, dtype in SHAPES}))

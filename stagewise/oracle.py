@@ -360,6 +360,8 @@ class Oracle:
     def _inside(self, xt: Tensor, t: Times) -> tuple[Tensor, Times]:
         """Noisy samples and times of the `convention` in that of the library."""
         require_tensors(xt=xt)
+        if self.convention == STAGEWISE:
+            return xt, t
         xt, t = self.convention.inside(xt, as_times(t, xt))
         check_times(t, len(xt), self.convention)
         return xt, t

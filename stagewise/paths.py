@@ -388,6 +388,8 @@ class Convention:
         time = time if time.is_floating_point() else time.float()
         if self.by_sigma:
             return 1 / (1 + time)
+        if (self.noise_time, self.data_time) == (0, 1):
+            return time
         return (time - self.noise_time) / (self.data_time - self.noise_time)
 
     def inside(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,7 @@ class StageRun(RunOracles):
     held = (
         *StageCallback.held,
         *("host", "module", "leader", "members", "look", "seams", "_loader"),
-        *("reservoir", "seen", "waiting"),
+        *("reservoir", "seen", "waiting", "_banks"),
     )
     seen: SeenSamples | None = None
     look: FirstStep

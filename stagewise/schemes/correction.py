@@ -111,7 +111,7 @@ def correct(
     if not len(x1) and not oracle.engine.collective:
         return Correction.none(every)
     with torch.autocast(xt.device.type, enabled=False):
-        row, stored = _rows(oracle, x1, source, labels)
+        row, stored = _rows(oracle, x1, source, labels, condition)
         names = compared_within(labels, False)
         if class_wise:
             on_device = cheap and not of_masks
@@ -228,14 +228,24 @@ def _some(value: Any, at: list[int]) -> Any:
 
 
 def _rows(
-    oracle: Oracle, x1: Tensor, source: Tensor | None, labels: Labels | None
+    oracle: Oracle,
+    x1: Tensor,
+    source: Tensor | None,
+    labels: Labels | None,
+    condition: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none."""
+    """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none.
+
+    With a kernel that is the row that has its condition, too.
+    """
     if source is not None:
         rows = oracle.engine.num_rows(oracle.bank)
         source = checked_source(source, len(x1), rows).to(x1.device)
     if oracle.engine.holds_all_rows:
-        stored = oracle.bank.find(x1, labels)
+        c = oracle.bank.conditions if oracle.condition else None
+        if condition is None or c is None or condition.numel() != len(x1) * c.shape[1]:
+            condition = None  # queries refuse what does not fit
+        stored = oracle.bank.find(x1, labels, condition)
         return stored if source is None else torch.where(source < 0, stored, source), stored
     if source is None:
         raise ValueError(

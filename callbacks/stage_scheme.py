@@ -223,9 +223,12 @@ class StageScheme(StageCallback):
             )
         oracles = [p.oracle for p in parts(self.scheme) if p.target is not None and p.oracle]
         with self.run.together("holding its samples against the bank"):
-            for bank, shard in {o.bank: not o.engine.holds_all_rows for o in oracles}.items():
-                known = record.source is not None
-                if said := check_rows(bank, record.x1, known=known, shard=shard):
+            for bank, oracle in {o.bank: o for o in oracles}.items():
+                kernel, known = oracle.condition, record.source is not None
+                c = kernel and self.run.look.condition_for(kernel, record.x1)
+                shard = not oracle.engine.holds_all_rows
+                said = check_rows(bank, record.x1, known=known, shard=shard, condition=c)
+                if said:
                     self.warn(said)
         if warning := self.run.look.check_conditions(self.scheme):
             self.warn(warning)

@@ -293,6 +293,37 @@ def test_a_damaged_or_later_file_is_refused(x, path):
         LatentBank.open(path)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("labels", [None, LABELS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conditions_are_in_the_file_and_in_the_fingerprint(x, path, dtype, labels, masked):
+    draw = torch.Generator().manual_seed(1)
+    mask = torch.arange(3) < 1 + torch.arange(90)[:, None] % 3 if masked else None
+    c = torch.randn(90, 5, generator=draw).to(dtype)
+    plain = LatentBank(x, labels, mask=mask)
+    bank = plain.with_conditions(c)
+    bank.save(path)
+    opened = LatentBank.open(path)
+    assert_same(bank, opened)
+    assert opened.conditions.dtype == dtype
+    assert torch.equal(bits(opened.conditions), bits(bank.conditions))
+    opened.save(path.with_name("again"))
+    assert path.with_name("again").read_bytes() == path.read_bytes()
+    assert b'"stagewise_bank": "2"' in path.read_bytes()
+    other = c.clone()
+    other[[3, 4]] = c[[4, 3]]
+    names = [plain, bank, plain.with_conditions(other), plain.with_conditions(c.double() + 1)]
+    assert len({one.fingerprint for one in names}) == 4
+    assert LatentBank(x, labels, mask=mask, conditions=c).fingerprint == bank.fingerprint
+    content = path.read_bytes()
+    at = content.index(bits(bank.conditions).numpy().tobytes())
+    path.write_bytes(
+        content[:at] + bits(bank.conditions + 1).numpy().tobytes()[:4] + content[at + 4 :]
+    )
+    with pytest.raises(ValueError, match="other fingerprints"):
+        LatentBank.open(path)
+
+
 def test_pages_are_asked_for_ahead(x, path, monkeypatch):
     LatentBank(x).save(path)
     bank = LatentBank.open(path)

@@ -301,9 +301,8 @@ class RowStore:
         if isinstance(masks, MaskedLabels):
             more = masks.unlabelled().keys().to(self.device)
         if condition is not None:
-            stored = self.conditions
+            c, stored = self.as_conditions(condition, len(flat)).to(self.device), self.conditions
             assert stored is not None
-            c = condition.detach().reshape(len(flat), stored.shape[1]).to(self.device)
             c = c if c.is_floating_point() else c.to(stored)
             of[1] = min(stored.dtype, c.dtype, key=lambda dtype: dtype.itemsize)
             more = more + condition_keys(c.to(of[1]))
@@ -317,6 +316,19 @@ class RowStore:
             rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat, more)
             found = rounded.where(found < 0, found)
         return found.to(x1.device)
+
+    def as_conditions(self, condition: Tensor, count: int) -> Tensor:
+        """Conditions (B, *) as (B, C), refused if they are not `count`, as wide as the bank's."""
+        c = condition.detach()
+        c = c.flatten(1) if c.ndim > 1 else c[:, None]
+        width = None if self.conditions is None else self.conditions.shape[1]
+        if c.shape != (count, width):
+            raise ValueError(
+                f"Expected `condition` with shape ({count}, {width}), one for each sample and as "
+                f"wide as those of the bank, {width} numbers, got {tuple(condition.shape)}, "
+                f"{c.shape[1]} numbers."
+            )
+        return c
 
     def key_index(
         self,

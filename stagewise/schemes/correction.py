@@ -242,10 +242,7 @@ def _rows(
         rows = oracle.engine.num_rows(oracle.bank)
         source = checked_source(source, len(x1), rows).to(x1.device)
     if oracle.engine.holds_all_rows:
-        c = oracle.bank.conditions if oracle.condition else None
-        if condition is None or c is None or condition.numel() != len(x1) * c.shape[1]:
-            condition = None  # queries refuse what does not fit
-        stored = oracle.bank.find(x1, labels, condition)
+        stored = oracle.bank.find(x1, labels, condition if oracle.condition else None)
         return stored if source is None else torch.where(source < 0, stored, source), stored
     if source is None:
         raise ValueError(

@@ -323,7 +323,8 @@ class Scheme(SchemeState):
         time = as_times(t, xt)
         labels = known.get("labels")
         if time.shape == xt.shape[:1]:
-            self._hold(y, xt, time, x1, known["source"], prediction, labels)
+            condition = known.get("condition")
+            self._hold(y, xt, time, x1, known["source"], prediction, labels, condition)
         xt, t = self.convention.inside(xt, time)
         around = self._around
         kernel = runs_kernel(self.target, self.oracle, labels, x1, self.class_wise)
@@ -373,6 +374,7 @@ class Scheme(SchemeState):
         source: Tensor | None,
         prediction: Prediction,
         labels: Labels | None,
+        condition: Tensor | None,
     ) -> None:
         """Holds the first samples against the path and the bank."""
         mixes = self.target is not None
@@ -394,7 +396,8 @@ class Scheme(SchemeState):
         shard = not self.oracle.engine.holds_all_rows
         known = source is not None or self.oracle.smoothing is not None or self.oracle.bank.origin
         rows = self._as_rows(x1, labels)[0]
-        found = check_rows(self.oracle.bank, rows, known=bool(known), shard=shard)
+        told = None if self.oracle.condition is None else condition
+        found = check_rows(self.oracle.bank, rows, known=bool(known), shard=shard, condition=told)
         self.rows_checked = True
         if found:
             warnings.warn(f"Scheme: {found}", stacklevel=caller_level())

@@ -302,13 +302,19 @@ class StageRun(RunOracles):
     def _refuse_for_schemes(self, x1: Tensor) -> None:
         """Refuses what no oracle's target can be made for, before a scheme is asked for one."""
         mixing = any(member.mixes and not self.given(member) for member in self.members)
-        if mixing and self.look.changed(x1):
-            # On several ranks the others may not come by here.
-            if self.host.world_size == 1 and self._encode():
-                return
-            message, certain = difference(self.look, x1, self.bank_in_use())
-            if certain:
-                raise ValueError(message)
+        if mixing:
+            self.refuse_others(x1)
+
+    def refuse_others(self, x1: Tensor) -> None:
+        """Refuses samples of the first step that are surely other than what was read."""
+        if not self.look.changed(x1):
+            return
+        # On several ranks the others may not come by here.
+        if self.host.world_size == 1 and self._encode():
+            return
+        message, certain = difference(self.look, x1, self.bank_in_use())
+        if certain:
+            raise ValueError(message)
 
     @property
     def _exact(self) -> bool:

@@ -225,7 +225,7 @@ class StageScheme(StageCallback):
         with self.run.together("holding its samples against the bank"):
             for bank, oracle in {o.bank: o for o in oracles}.items():
                 kernel, known = oracle.condition, record.source is not None
-                c = kernel and self.run.look.condition_for(kernel, record.x1)
+                c = self.run.look.condition_for(kernel, record.x1) if kernel else None
                 shard = not oracle.engine.holds_all_rows
                 said = check_rows(bank, record.x1, known=known, shard=shard, condition=c)
                 if said:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "CLASS_FACTOR",
     "condition_keys",
     "digest",
     "find_among",
@@ -24,6 +25,9 @@ __all__ = [
     "mask_keys",
     "row_keys",
 ]
+
+CLASS_FACTOR = 0x27BB2EE687B0B0FD
+"""An odd number, times which the first row of a class is added to the keys of its rows."""
 
 _BLOCK = 2**20  # words at a time: their 64-bit products then stay in the cache
 

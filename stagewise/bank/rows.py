@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank.building import BLOCK, HALF
-from stagewise.bank.row_keys import condition_keys, digest, find_rows, row_keys
+from stagewise.bank.row_keys import CLASS_FACTOR, condition_keys, digest, find_rows, row_keys
 from stagewise.bank.streaming import MappedFile, stream
 from stagewise.masks import MaskedLabels
 from stagewise.memory import available_memory, format_bytes, oracle_device
@@ -264,7 +264,13 @@ class RowStore:
         stored = self.rows[rows.to(self.device)]
         return stored.to(device or self.device) + self.offset.to(device or self.device)
 
-    def find(self, x1: Tensor, masks: object = None, condition: Tensor | None = None) -> Tensor:
+    def find(
+        self,
+        x1: Tensor,
+        masks: object = None,
+        condition: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> Tensor:
         """The row of each sample that is in the bank, at the precision of `x1`.
 
         Samples of more digits than the rows have are rounded as the rows were. Of fewer (a float32
@@ -279,6 +285,7 @@ class RowStore:
             masks: `MaskedLabels`, for rows of the same mask only.
             condition: What the model is given, (B, *), for rows of the same condition only, at the
                 precision of the one that has fewer digits.
+            first: The first row of a class, (B,), for rows of that class only.
 
         Returns:
             Rows in the bank's own order, (B,), int64, on the device of `x1`; -1 for a sample that
@@ -297,7 +304,7 @@ class RowStore:
         found = torch.full((len(flat),), -1, device=self.device)
         fewer = dtype in (*HALF, torch.float32) and dtype.itemsize < self.dtype.itemsize
         more: Tensor | int = 0
-        of: list[Any] = [isinstance(masks, MaskedLabels), None]
+        of: list[Any] = [isinstance(masks, MaskedLabels), None, first is not None]
         if isinstance(masks, MaskedLabels):
             more = masks.unlabelled().keys().to(self.device)
         if condition is not None:
@@ -306,6 +313,8 @@ class RowStore:
             c = c if c.is_floating_point() else c.to(stored)
             of[1] = min(stored.dtype, c.dtype, key=lambda dtype: dtype.itemsize)
             more = more + condition_keys(c.to(of[1]))
+        if first is not None:
+            more = more + first.to(self.device) * CLASS_FACTOR
         if not fewer:
             wanted = (flat.double() - self.offset).to(self.dtype)
             found = find_rows(self.rows.__getitem__, self.key_index(None, *of), wanted, more)
@@ -335,13 +344,15 @@ class RowStore:
         dtype: torch.dtype | None = None,
         of_masks: bool = False,
         of_conditions: torch.dtype | None = None,
+        of_classes: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The keys in ascending order and their rows; of the samples as `dtype` if it is given.
 
         With `of_masks` the keys of their masks are added to them, with `of_conditions` those of
-        their conditions as that type.
+        their conditions as that type, with `of_classes` those of the first rows of their classes.
         """
-        name = (dtype, of_masks, of_conditions) if of_masks or of_conditions else dtype
+        more = of_masks, of_conditions, of_classes
+        name = (dtype, *more) if any(more) else dtype
         if name in self._sorted_keys:
             return self._sorted_keys[name]
         if dtype is None:
@@ -357,6 +368,9 @@ class RowStore:
             keys = keys + torch.cat(added).to(keys.device)
         if of_conditions and self.conditions is not None:
             keys = keys + condition_keys(self.conditions.to(of_conditions)).to(keys.device)
+        if of_classes:
+            begins, ends = torch.tensor(self.class_ends)[:, 1:].unbind(1)
+            keys = keys + (begins * CLASS_FACTOR).repeat_interleave(ends - begins).to(keys.device)
         values, order = keys.sort(stable=True)
         if _as_real(values, self.rows):
             self._sorted_keys[name] = (values, order)

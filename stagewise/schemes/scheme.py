@@ -399,8 +399,10 @@ class Scheme(SchemeState):
         shard = not self.oracle.engine.holds_all_rows
         known = source is not None or self.oracle.smoothing is not None or self.oracle.bank.origin
         rows = self._as_rows(x1, labels)[0]
-        told = None if self.oracle.condition is None else condition
-        found = check_rows(self.oracle.bank, rows, known=bool(known), shard=shard, condition=told)
+        condition = condition if self.oracle.condition else None
+        found = check_rows(
+            *(self.oracle.bank, rows), known=bool(known), shard=shard, condition=condition
+        )
         self.rows_checked = True
         if found:
             warnings.warn(f"Scheme: {found}", stacklevel=caller_level())

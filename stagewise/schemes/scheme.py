@@ -80,6 +80,7 @@ class Scheme(SchemeState):
         labels_of: From x_1, (B, *), to classes, (B,), or None; default None. Asked where x_1 comes
             without labels and is no row of the bank.
         condition_of: From a kernel and x_1 to conditions, (B, *), or None; for those not given.
+        before_smoothing: Told each x_1 before it is smoothed; default None.
         last: The record of the last call, None before.
         draws_timesteps: Whether `timesteps` was given. If not, what draws t by itself goes on.
 
@@ -176,6 +177,8 @@ class Scheme(SchemeState):
         """
         if self._smoothed is None:
             return x1
+        if self.before_smoothing is not None:
+            self.before_smoothing(x1)
         self._check_once()
         self._draws += 1
         told = as_times(t, x1)
@@ -323,7 +326,8 @@ class Scheme(SchemeState):
         time = as_times(t, xt)
         labels = known.get("labels")
         if time.shape == xt.shape[:1]:
-            self._hold(y, xt, time, x1, known["source"], prediction, labels)
+            condition = known.get("condition")
+            self._hold(y, xt, time, x1, known["source"], prediction, labels, condition)
         xt, t = self.convention.inside(xt, time)
         around = self._around
         kernel = runs_kernel(self.target, self.oracle, labels, x1, self.class_wise)
@@ -373,6 +377,7 @@ class Scheme(SchemeState):
         source: Tensor | None,
         prediction: Prediction,
         labels: Labels | None,
+        condition: Tensor | None,
     ) -> None:
         """Holds the first samples against the path and the bank."""
         mixes = self.target is not None
@@ -394,7 +399,10 @@ class Scheme(SchemeState):
         shard = not self.oracle.engine.holds_all_rows
         known = source is not None or self.oracle.smoothing is not None or self.oracle.bank.origin
         rows = self._as_rows(x1, labels)[0]
-        found = check_rows(self.oracle.bank, rows, known=bool(known), shard=shard)
+        condition = condition if self.oracle.condition else None
+        found = check_rows(
+            *(self.oracle.bank, rows), known=bool(known), shard=shard, condition=condition
+        )
         self.rows_checked = True
         if found:
             warnings.warn(f"Scheme: {found}", stacklevel=caller_level())

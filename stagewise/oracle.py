@@ -32,18 +32,10 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.bank.building import whole_labels
 from stagewise.certificate import Certificate
-from stagewise.conventions import ConventionLike, as_convention, path_of
+from stagewise.conventions import STAGEWISE, Convention, ConventionLike, as_convention, path_of
 from stagewise.engines import Auto, Engine
 from stagewise.masks import MaskedLabels, as_asked, cut, fitted, masked
-from stagewise.paths import (
-    STAGEWISE,
-    Convention,
-    LinearPath,
-    Path,
-    PathCoefficients,
-    Prediction,
-    PredictionKind,
-)
+from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
 from stagewise.queries import (
     Queries,

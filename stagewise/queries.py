@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from stagewise.bank.rows import RowStore
-from stagewise.paths import STAGEWISE, Convention, PathCoefficients, Prediction
+from stagewise.conventions import STAGEWISE, Convention
+from stagewise.paths import PathCoefficients, Prediction
 from stagewise.posterior import Posterior, upload
 
 __all__ = [

@@ -29,9 +29,10 @@ from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
 from stagewise.batches import FindSample, describe, find_checked, find_sample, leaves_of, unused_in
 from stagewise.condition import Condition
+from stagewise.conventions import Convention
 from stagewise.masks import MaskedLabels, fitted, plain
 from stagewise.noise import NoiseSums, is_noise
-from stagewise.paths import Convention, Path
+from stagewise.paths import Path
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_network
 from stagewise.schemes.smoothed import Drawn

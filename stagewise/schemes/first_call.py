@@ -16,18 +16,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from stagewise.conventions import CONVENTIONS, written
+from stagewise.conventions import CONVENTIONS, Convention, written
 from stagewise.masks import MaskedLabels, mean_of
 from stagewise.noise import check_independent, is_off
-from stagewise.paths import (
-    Convention,
-    LinearPath,
-    Path,
-    Prediction,
-    PredictionKind,
-    expand_like,
-    same_path,
-)
+from stagewise.paths import LinearPath, Path, Prediction, PredictionKind, expand_like, same_path
 
 __all__ = ["check_samples"]
 

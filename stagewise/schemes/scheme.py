@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagewise.conventions import ConventionLike, as_convention, path_of
+from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of
 from stagewise.masks import MaskedLabels, cut, few_rows, require_same_masks
 from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
-from stagewise.paths import STAGEWISE, LinearPath, Path, Prediction, PredictionKind
+from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
 from stagewise.schemes.checks import check_density, check_rows, check_settings
 from stagewise.schemes.conditions import has_classes, unknown_conditions
 from stagewise.schemes.correction import Correction, correct, runs_kernel

@@ -139,13 +139,11 @@ class StageTarget(nn.Module):
             dtype = time.dtype if time.is_floating_point() else torch.float32
             return y, torch.ones_like(time, dtype=dtype)
         if not self._fits:
-            told = check_samples(
+            self._fits = check_samples(
                 *(self.path, self.prediction, self.convention, y, xt, time, x1, labels),
                 mixes=False,
                 said=_SAID,
             )
-            # A look at an accelerator costs a sync: there the first call is the only one.
-            self._fits = told or xt.device.type != "cpu"
         xt, t = self.convention.inside(xt, time)
         for tell in self.observers:
             tell(y, xt, t, x1, plain(labels))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of
 from stagewise.masks import masked, plain
-from stagewise.oracle import Labels, Times, as_times, require_tensors
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
+from stagewise.queries import Labels, Times, as_times, require_tensors
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.first_call import check_samples
 from stagewise.tracing import untraced

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from stagewise.adapters.base import Place, Seam
 from stagewise.conventions import CONVENTIONS, STAGEWISE, of_scheduler
-from stagewise.oracle import Labels
 from stagewise.paths import LinearPath, Prediction, PredictionKind
+from stagewise.queries import Labels
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import unknown_conditions
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of
 from stagewise.masks import cut
-from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
+from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
+from stagewise.queries import Labels, Times, as_times, check_times, require_tensors
 from stagewise.schemes.checks import check_density, check_settings
 from stagewise.schemes.conditions import has_classes, unknown_conditions
 from stagewise.schemes.correction import Correction, correct, runs_kernel

@@ -184,7 +184,7 @@ def test_integers_are_times_where_the_convention_counts_in_units():
     network = search(model, step).result()
     xt, t = queries()
     v = network(xt, t, torch.zeros(7).long())
-    times = (1000 * (1 - t)).to(torch.int64)
+    times = (1000 * (1 - t)).round().to(torch.int64)
     torch.testing.assert_close(v, -model.net(xt, times, torch.zeros(7).long()).detach())
 
 

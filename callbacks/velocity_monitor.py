@@ -173,7 +173,7 @@ class VelocityErrorMonitor(ModelMonitor):
             x1, call = run.look.search.x1, run.look.search.call
             assert x1 is not None
             assert call is not None
-            self._record.expect(lambda: x1, lambda: run.look.search.masks)
+            self._record.expect(lambda: x1, lambda: run.look.search.labels)
             self._record.look(network.module, *call)
         held_out = 0 if self._others is None else len(self._others[0])
         wise = "over all rows" if oracle.bank.pairs is None else "over rows of the same mask"

@@ -28,7 +28,6 @@ from stagewise.adapters.rows import is_label, same
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_checked, find_sample, leaves_of, unused_in
 from stagewise.conventions import Convention
-from stagewise.masks import MaskedLabels, plain
 from stagewise.noise import NoiseSums, is_noise
 from stagewise.paths import Path
 from stagewise.schemes import Phases, Scheme, parts
@@ -162,8 +161,7 @@ class FirstStep(BatchSamples):
             self.search.encoders = None
             labels = self.labels_for(x1)
             if labels is not None:
-                self.search.labels = plain(labels)
-                self.search.masks = labels if isinstance(labels, MaskedLabels) else None
+                self.search.labels = labels
             if self._on_seen is not None:
                 self._on_seen(x1)
 

@@ -31,7 +31,7 @@ from stagewise.adapters.lines import call_text, guessed_line, where
 from stagewise.adapters.match import Match
 from stagewise.adapters.network import Network
 from stagewise.adapters.reasons import GIVEN, Candidates, Diagnosis, Made, Reasons, own_of
-from stagewise.masks import MaskedLabels, plain
+from stagewise.masks import plain
 from stagewise.paths import same_path
 
 __all__ = ["NetworkSearch"]
@@ -66,9 +66,7 @@ class NetworkSearch:
         labels_name: str = "batch[1]",
         batch: Any = None,
     ) -> None:
-        self.root, self.labels, self.masks = root, plain(labels), None
-        if isinstance(labels, MaskedLabels):
-            self.masks = labels
+        self.root, self.labels = root, labels
         self.seams: list[Seam] = []
         self._makers = set()
         for seam in seams:
@@ -78,7 +76,7 @@ class NetworkSearch:
         self._candidates, self._batch = candidates, batch
         self.compiled, self.empty = _is_compiled(root), True
         self._matches: list[Match] = []
-        self._reasons = Reasons(self.seams, self.labels, labels_name)
+        self._reasons = Reasons(self.seams, plain(labels), labels_name)
         self._goes_on: tuple[str, str] | None = None
         self._inside: nn.Module | None = None
         self._pending: Match | None = None
@@ -153,15 +151,14 @@ class NetworkSearch:
 
     def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Tensor | None], Any]) -> str:
         """How a function asks the network for something else; see `Match.asked_otherwise`."""
-        known: Any = self.masks or self.labels
-        return "" if self.first is None else self.first.asked_otherwise(ask, known)
+        return "" if self.first is None else self.first.asked_otherwise(ask, self.labels)
 
     @property
     def line(self) -> str:
         """How to ask for the velocity, to be pasted; a guess where no network was found."""
         if self.first is not None:
             return self.first.line
-        return guessed_line(self.root, labelled=self.labels is not None)
+        return guessed_line(self.root, labelled=plain(self.labels) is not None)
 
     def _nothing(self) -> str:
         """Why no network was found."""
@@ -243,13 +240,13 @@ class NetworkSearch:
         own = own_of(candidates)
         for text, x1 in candidates:
             # x_t has the shape of x_1, and is not x_1 itself.
-            found = readings(call, tuple(x1.shape), x1, self.seams, self.labels)
+            found = readings(call, tuple(x1.shape), x1, self.seams, plain(self.labels))
             fits = [reading for reading in found if reading.noisy.fits(x1)]
             if not fits:
                 continue
             # Of several the one whose time says most: labels have fewer values.
             reading = max(fits, key=lambda reading: reading.moments)
-            slots = conditioning(call, reading.slots, self.masks or self.labels, self._batch)
+            slots = conditioning(call, reading.slots, self.labels, self._batch)
             network = Network(call.module, call.name, reading.seam, slots.kept(call.leaves))
             match = Match(network, call, replace(reading, slots=slots), text, x1)
             if own is not None:

@@ -23,6 +23,8 @@ FLOORS = {
 ALLOWED = {
     # `Smoothing.fit` stands where people look for it, and what it does in a file of its own.
     ("stagewise.smoothing", "stagewise.smoothing_fit"),
+    # A name that pickles know by the place where it was.
+    ("stagewise.paths", "stagewise.conventions"),
     # The first callback of a trainer makes its run, which is a callback itself.
     ("stagewise.callbacks.stage_callback", "stagewise.callbacks.run"),
 }

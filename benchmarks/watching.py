@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from schemes_plan import write_once
 
-from stagewise.callbacks import VelocityErrorMonitor, figures
+from stagewise.callbacks import VelocityErrorMonitor, figures, velocity_figures
 from stagewise.callbacks.figures import render
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes.module import FlowMatchingModule
@@ -76,11 +76,11 @@ def draw(found: dict[str, dict[str, Any]]) -> dict[str, Figure]:
         at = (base["midpoint"], base["collapsed"])
         title = f"SiT of {base['weights'] / 1e6:.1f} M weights, 16 x 16 x 3 photographs"
         shown = [probe for probe in probes if probe["step"] in SHOWN]
-        pictures["error_by_t"] = figures.loss_by_time_figure(edges, probes[-1], at, title)
-        pictures["error_while_training"] = figures.dynamics_figure(
+        pictures["error_by_t"] = velocity_figures.loss_by_time_figure(edges, probes[-1], at, title)
+        pictures["error_while_training"] = velocity_figures.dynamics_figure(
             edges, shown, "conditional", at, title
         )
-        pictures["oracle_error_heatmap"] = figures.error_heatmap(edges, probes)
+        pictures["oracle_error_heatmap"] = velocity_figures.error_heatmap(edges, probes)
     if len(found) > 1:
         models = {
             f"{model['weights'] / 1e6:.2g} M weights, step {model['probes'][-1]['step']}": model[

@@ -1,15 +1,6 @@
 """The pictures of a run. Every function returns a matplotlib figure and saves nothing.
 
-Those of a model take what its monitors report, events as they stand in `stages.jsonl`: lists over
-the bins of t, with None or NaN where a bin is empty. Arguments of one name are alike in all:
-
-    edges          of the bins of t, (T + 1,)
-    probe, probes  one event of a monitor, or several, ascending
-    key            which error on training samples: "conditional" or "oracle"
-    window         an event `training_window`
-    times, top1    mean times of the strata of a `PosteriorMonitor`, and its mean largest weights
-    ends           t where navigation ends and where the posterior has collapsed, or None
-    title          names the data or the model
+Those of a model's velocity are in `stagewise.callbacks.velocity_figures`.
 """
 
 from __future__ import annotations
@@ -22,10 +13,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from torch import Tensor
 
 from stagewise.copies import COPY_RATIO
@@ -39,21 +27,16 @@ __all__ = [
     "draw_boundary",
     "draw_mean",
     "draw_spread",
-    "dynamics_figure",
-    "error_heatmap",
-    "gap_heatmap",
-    "gap_is_clear",
     "grid_figure",
     "heatmap_figure",
     "is_image",
-    "loss_by_time_figure",
     "mark_time",
     "new_figure",
     "over_time",
     "render",
-    "spending_figure",
-    "stages_and_error_figure",
+    "step_columns",
     "target_difference_figure",
+    "time_axis",
 ]
 
 Edges = Sequence[float]
@@ -61,7 +44,7 @@ Event = Mapping[str, Any]
 Ends = tuple[float | None, float | None]
 
 TIME_LABEL = "t   (0 = noise, 1 = data)"
-_TRAIN, _HELD_OUT, _ORACLE, _NOISE, _COPIED = "tab:blue", "tab:orange", "tab:red", "0.75", "tab:red"
+_COPIED = "tab:red"
 
 
 def render(figure: Figure) -> np.ndarray:
@@ -136,7 +119,7 @@ def target_difference_figure(
     return figure
 
 
-def _columns(steps: Sequence[int]) -> np.ndarray:
+def step_columns(steps: Sequence[int]) -> np.ndarray:
     """Edges of the columns of a heat map: a probe stands for the steps until the next one."""
     width = steps[-1] - steps[-2] if len(steps) > 1 else 1
     return np.array([*steps, steps[-1] + width], dtype=float)
@@ -148,7 +131,7 @@ def heatmap_figure(
     """Mean top-1 weight, (P, T), over t and the steps of P probes, with the midpoint at each."""
     figure = new_figure()
     axes = figure.add_subplot(xlabel="training step", ylabel=TIME_LABEL)
-    columns = _columns(steps)
+    columns = step_columns(steps)
     mesh = axes.pcolormesh(columns, edges, top1.T, vmin=0, vmax=1, cmap="viridis")
     middles = columns[:-1] + np.diff(columns) / 2
     axes.plot(middles, midpoints, "w.-", lw=1, ms=4, label="midpoint")
@@ -158,7 +141,7 @@ def heatmap_figure(
     return figure
 
 
-def _time_axis(axes: Axes, edges: np.ndarray) -> np.ndarray:
+def time_axis(axes: Axes, edges: np.ndarray) -> np.ndarray:
     """Labels the axis of t, stretched where the bins are narrow; gives the centres of the bins."""
     bins = len(edges) - 1
     even = np.allclose(np.diff(edges), 1 / bins, rtol=1e-3)
@@ -176,164 +159,10 @@ def over_time(edges: Edges, ends: Ends) -> tuple[Figure, Axes, np.ndarray]:
     """A figure over t with lines at both ends; its axes, and the centres of the bins."""
     figure = new_figure()
     axes = figure.add_subplot()
-    t = _time_axis(axes, np.asarray(edges))
+    t = time_axis(axes, np.asarray(edges))
     for at, name, style in zip(ends, ("midpoint", "collapsed"), ("--", ":"), strict=True):
         mark_time(axes, at, name, color="0.35", lw=1.1, ls=style)
     return figure, axes, t
-
-
-def loss_by_time_figure(edges: Edges, probe: Event, ends: Ends, title: str = "") -> Figure:
-    """Error against conditional and oracle velocity, and the floor (as Fig. 7a of the paper)."""
-    figure, axes, t = over_time(edges, ends)
-    train = probe["train"]
-    axes.fill_between(t, np.array(train["floor"], float), color="0.88", lw=0, label="floor")
-    lines = [
-        ("training, conditional", train, "conditional", _TRAIN, "-"),
-        ("training, oracle", train, "oracle", _ORACLE, "-"),
-    ]
-    if probe.get("held_out"):
-        lines.append(("held out, conditional", probe["held_out"], "conditional", _HELD_OUT, "--"))
-    for label, split, key, colour, style in lines:
-        mean, error = np.array(split[key], float), 2 * np.array(split[f"{key}_se"], float)
-        axes.errorbar(t, mean, error, color=colour, ls=style, lw=1.4, marker=".", label=label)
-    axes.set(ylabel="MSE of the velocity, per number")
-    axes.set_title(f"Error by t at step {probe['step']}" + (f"\n{title}" if title else ""))
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, ncols=2)
-    return figure
-
-
-def _chosen(probes: Sequence[Event]) -> list[Event]:
-    """At most ten probes, evenly over the training, first and last among them."""
-    places = np.linspace(0, len(probes) - 1, min(10, len(probes)))
-    return [probes[i] for i in sorted({round(float(place)) for place in places})]
-
-
-def dynamics_figure(
-    edges: Edges, probes: Sequence[Event], key: str, ends: Ends, title: str = ""
-) -> Figure:
-    """A curve for each of at most ten steps of training, coloured by step (as Fig. 8)."""
-    figure, axes, t = over_time(edges, ends)
-    last = max(2, probes[-1]["step"])
-    # Two decades at most: the first steps of an untrained model would take most of the colours.
-    begin = min(max(1.0, probes[0]["step"], last / 100), last / 2)
-    norm, colours = LogNorm(begin, last, clip=True), mpl.colormaps["viridis_r"]
-    for probe in _chosen(probes):
-        colour = colours(norm(max(1, probe["step"])))
-        axes.plot(t, np.array(probe["train"][key], float), color=colour, lw=1.5)
-    if key == "conditional":
-        floor = np.array(probes[-1]["train"]["floor"], float)
-        axes.fill_between(t, floor, color="0.88", lw=0, label="floor: no model goes below")
-    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="training step")
-    axes.set(ylabel=f"MSE({key} velocity), training samples")
-    axes.set_title(f"{key.capitalize()} error while training" + (f"\n{title}" if title else ""))
-    axes.set_ylim(bottom=0)
-    if axes.get_legend_handles_labels()[0]:  # no boundary and no floor: nothing to name
-        axes.legend(fontsize=8)
-    return figure
-
-
-def _heatmap(
-    edges: Edges, probes: Sequence[Event], values: np.ndarray, title: str, **colours: Any
-) -> tuple[Figure, Axes, Any]:
-    """Values, (T, P), over t and training step."""
-    figure = new_figure()
-    axes = figure.add_subplot(xlabel="training step", title=title)
-    columns = _columns([probe["step"] for probe in probes])
-    mesh = axes.pcolormesh(columns, np.arange(len(edges)), values, **colours)
-    axes.set(ylabel="t   (0 = noise), every bin drawn as high")
-    ticks = np.arange(0, len(edges), max(1, len(edges) // 8))
-    axes.set_yticks(ticks, [f"{edges[int(i)]:.3g}" for i in ticks])
-    return figure, axes, mesh
-
-
-def error_heatmap(edges: Edges, probes: Sequence[Event]) -> Figure:
-    """Oracle error on training samples over t and training step."""
-    values = np.array([probe["train"]["oracle"] for probe in probes], float).T
-    positive = values[np.isfinite(values) & (values > 0)]
-    low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
-    norm = LogNorm(max(low, high / 1e3), max(high, low * 1.01))
-    title = "Oracle error while training"
-    figure, _, mesh = _heatmap(edges, probes, values, title, norm=norm, cmap="magma")
-    figure.colorbar(mesh, label="MSE(oracle velocity), training samples")
-    return figure
-
-
-def gap_heatmap(edges: Edges, probes: Sequence[Event]) -> Figure:
-    """Held-out minus training error, as a share of the latter, over t and training step.
-
-    Cells whose gap is less than two standard errors from zero are grey. The same samples are asked
-    at every probe, so what is chance in one of them stays.
-    """
-    gaps = np.array([probe["gap"] for probe in probes], float)
-    values = (gaps / np.array([probe["train"]["conditional"] for probe in probes], float)).T
-    noise = np.isfinite(values) & ~np.stack([gap_is_clear(probe) for probe in probes], axis=1)
-    clear = np.where(noise, np.nan, values)
-    largest = np.nanmax(np.abs(clear), initial=0.05)
-    colours = {"norm": TwoSlopeNorm(0, -largest, largest), "cmap": "RdBu_r"}
-    figure, axes, mesh = _heatmap(edges, probes, clear, "Held-out minus training error", **colours)
-    columns, grey = _columns([probe["step"] for probe in probes]), np.where(noise, 0.0, np.nan)
-    axes.pcolormesh(columns, np.arange(len(edges)), grey, cmap=ListedColormap([_NOISE]))
-    figure.colorbar(mesh, label="share of the training error")
-    label = "noise: less than 2 standard errors from 0 (by chance 1 in 20 is coloured)"
-    figure.legend(handles=[Patch(color=_NOISE, label=label)], loc="outside lower left", fontsize=8)
-    return figure
-
-
-def gap_is_clear(probe: Event) -> np.ndarray:
-    """In which bins the gap is two standard errors or more from zero, (T,) of bool."""
-    gap, error = np.array(probe["gap"], float), np.array(probe["gap_se"], float)
-    return np.abs(gap) >= 2 * error  # not where either is NaN: a lone sample has no error
-
-
-def stages_and_error_figure(
-    edges: Edges, probe: Event, times: Sequence[float], top1: Sequence[float], ends: Ends
-) -> Figure:
-    """Concentration of the posterior and the model's oracle error, over one axis of t."""
-    figure, axes, t = over_time(edges, ends)
-    label = "largest posterior weight (data)"
-    axes.plot(times, np.array(top1, float), "k.-", lw=1.3, ms=4, label=label)
-    axes.set(ylabel="largest posterior weight", ylim=(0, 1.02))
-    other, error = axes.twinx(), np.array(probe["train"]["oracle"], float)
-    other.plot(t, error, ".-", color=_ORACLE, label="oracle error (model)")
-    other.set_ylabel("MSE(oracle velocity)", color=_ORACLE)
-    other.tick_params(axis="y", colors=_ORACLE)
-    other.set_ylim(bottom=0)
-    axes.set_title(f"Where the data decide, and where the model errs, at step {probe['step']}")
-    lines = [*axes.get_lines(), *other.get_lines()]
-    names = [str(line.get_label()) for line in lines]
-    # Neither axis knows where the other's curve is.
-    figure.legend(lines, names, loc="outside lower center", ncols=4, fontsize=8)
-    return figure
-
-
-def spending_figure(edges: Edges, window: Event) -> Figure:
-    """What training spends on each stage, and how it draws t."""
-    figure = new_figure(9, 3.6)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    for row, name in enumerate(("draws", "loss", "gradient")):
-        start = 0.0
-        colours = ("#4477aa", "#ccbb44", "#aa3377")
-        for (stage, shares), colour in zip(window["stages"].items(), colours, strict=True):
-            share = shares[name] or 0.0
-            left.barh(row, share, left=start, color=colour, label=stage if row == 0 else None)
-            if share > 0.08:
-                left.text(start + share / 2, row, f"{share:.0%}", ha="center", va="center", size=8)
-            start += share
-    left.set_yticks(range(3), ["draws", "loss", "gradient\n(dL/dv)"])
-    left.set(xlim=(0, 1), xlabel="share", title="What training spends")
-    left.invert_yaxis()
-    figure.legend(loc="outside lower left", ncols=3, fontsize=8)
-    bounds, draws = np.asarray(edges), np.array(window["draws"], float)
-    _time_axis(right, bounds)
-    right.stairs(draws / np.diff(bounds), bounds, fill=True, color="0.8", label="drawn")
-    if window.get("density"):
-        density = np.array(window["density"], float) / np.diff(bounds)
-        right.stairs(density, bounds, color="tab:red", lw=1.3, label="nominal")
-    title = f"Draws, steps {window['from_step']} to {window['step']}"
-    right.set(ylabel="density of t", title=title)
-    right.legend(fontsize=8)
-    return figure
 
 
 def is_image(shape: Sequence[int]) -> bool:

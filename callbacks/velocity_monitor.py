@@ -12,7 +12,7 @@ from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
 from stagewise.binned_sums import BinnedSums
-from stagewise.callbacks import figures as pictures
+from stagewise.callbacks import velocity_figures
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
@@ -173,7 +173,7 @@ class VelocityErrorMonitor(ModelMonitor):
             x1, call = run.look.search.x1, run.look.search.call
             assert x1 is not None
             assert call is not None
-            self._record.expect(lambda: x1, lambda: run.look.search.masks)
+            self._record.expect(lambda: x1, lambda: run.look.search.labels)
             self._record.look(network.module, *call)
         held_out = 0 if self._others is None else len(self._others[0])
         wise = "over all rows" if oracle.bank.pairs is None else "over rows of the same mask"
@@ -367,30 +367,11 @@ class VelocityErrorMonitor(ModelMonitor):
         )
 
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
-        boundary, window = self.boundary, self._window
-        assert boundary is not None
-        edges, probe = self.edges.tolist(), probes[-1]
-        # A resumed run may have been given another number of strata.
-        probes = [entry for entry in probes if len(entry["train"]["oracle"]) == len(edges) - 1]
-        at = (boundary.midpoint, boundary.collapsed)
-        drawn = {
-            "loss_by_t": pictures.loss_by_time_figure(edges, probe, at),
-            "oracle_error": pictures.dynamics_figure(edges, probes, "oracle", at),
-            "conditional_error": pictures.dynamics_figure(edges, probes, "conditional", at),
-            "oracle_error_heatmap": pictures.error_heatmap(edges, probes),
-        }
-        gaps = [entry for entry in probes if entry["gap"] is not None]
-        if gaps:
-            drawn["gap_heatmap"] = pictures.gap_heatmap(edges, gaps)
-        if window is not None:
-            drawn["spending"] = pictures.spending_figure(edges, window)
-        curve = self._curve_beside()
-        if curve is not None:
-            times, top1 = curve.times.tolist(), curve.mean("top1").tolist()
-            drawn["stages_and_error"] = pictures.stages_and_error_figure(
-                edges, probe, times, top1, at
-            )
-        return drawn
+        assert self.boundary is not None
+        ends = (self.boundary.midpoint, self.boundary.collapsed)
+        return velocity_figures.of_run(
+            self.edges.tolist(), probes, self._window, self._curve_beside(), ends
+        )
 
     def _curve_beside(self) -> StageCurve | None:
         """What a `PosteriorMonitor` of the same posterior has measured."""

@@ -19,18 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from stagewise.conventions import ConventionLike, as_convention, path_of, written
+from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of, written
 from stagewise.masks import masked, mean_of
-from stagewise.oracle import Labels, Times, as_times, check_times
-from stagewise.paths import (
-    STAGEWISE,
-    LinearPath,
-    Path,
-    Prediction,
-    PredictionKind,
-    same_path,
-    unlike,
-)
+from stagewise.paths import LinearPath, Path, Prediction, PredictionKind, same_path, unlike
+from stagewise.queries import Labels, Times, as_times, check_times
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_conditions
 from stagewise.side_stream import beside

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.masks import masked, mean_of
-from stagewise.oracle import Labels, Oracle
+from stagewise.oracle import Oracle
 from stagewise.paths import Prediction, PredictionKind
+from stagewise.queries import Labels
 from stagewise.schemes import Scheme
 from stagewise.targets import Mix, Target
 

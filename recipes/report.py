@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from stagewise.callbacks import figures
+from stagewise.callbacks import velocity_figures as figures
 from stagewise.files import replace_file
 from stagewise.recipes.arguments import Parser, ends_in_a_line
 from stagewise.recipes.report_style import STYLE

@@ -12,7 +12,7 @@ from stagewise.bank import LatentBank
 from stagewise.batches import find_sample
 from stagewise.certificate import Certificate
 from stagewise.condition import Condition, ConditionedOracle
-from stagewise.conventions import ddpm
+from stagewise.conventions import DIFFUSERS, STAGEWISE, Convention, ddpm
 from stagewise.forecast import (
     SmoothingForecast,
     TargetForecast,
@@ -23,9 +23,6 @@ from stagewise.lambdas import Concentration, Smooth
 from stagewise.latents import open_latents
 from stagewise.oracle import Oracle
 from stagewise.paths import (
-    DIFFUSERS,
-    STAGEWISE,
-    Convention,
     CosinePath,
     EDMPath,
     LinearPath,

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.engines.base import LOGIT_ERROR
-from stagewise.oracle import check_times
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
+from stagewise.queries import check_times
 
 __all__ = ["GaussianAttention"]
 

@@ -19,27 +19,30 @@ asked for; `as_convention` turns each into the object.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from stagewise.paths import (
-    DIFFUSERS,
-    STAGEWISE,
-    Convention,
+    LinearPath,
     Path,
     PathCoefficients,
     Prediction,
     PredictionKind,
     VPPath,
+    expand_like,
     same_path,
     unlike,
 )
 
 __all__ = [
     "CONVENTIONS",
+    "DIFFUSERS",
+    "STAGEWISE",
+    "Convention",
     "ConventionLike",
     "DDPMPath",
     "as_convention",
@@ -48,6 +51,87 @@ __all__ = [
     "path_of",
     "written",
 ]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a training outside the library counts time, scales `x_t` and makes its target.
+
+    Known ones, by name, are in `CONVENTIONS`.
+
+    Args:
+        noise_time: Its time where the library has t = 0 (noise), default 0. Infinity says that its
+            time is the noise level sigma of `x_1 + sigma x_0`, which is `x_t / t` on the linear
+            path at `t = 1 / (1 + sigma)`.
+        data_time: Its time where the library has t = 1 (data), default 1.
+        sign: +1 if its velocity is the library's, -1 if it is the negative (`noise - data`),
+            default +1. Other targets than velocities have no sign of their own.
+        prediction: What it predicts where nothing else is said, default the velocity.
+        path: The path that it stands for, default None: any.
+
+    Raises:
+        ValueError: If the two times are equal, the sign is neither +1 nor -1, or noise levels are
+            not those of the linear path.
+    """
+
+    noise_time: float = 0.0
+    data_time: float = 1.0
+    sign: Literal[1, -1] = 1
+    prediction: Prediction = Prediction()
+    path: Path | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.noise_time == self.data_time:
+            raise ValueError(f"Expected two different times, got {self.noise_time} twice.")
+        if self.sign not in (1, -1):
+            raise ValueError(f"Expected `sign` to be 1 or -1, got {self.sign}.")
+        if self.by_sigma:
+            if self.data_time != 0 or not same_path(self.path or LinearPath(), LinearPath()):
+                raise ValueError(
+                    "Expected noise levels from infinity to 0 on the linear path, got "
+                    f"data_time={self.data_time} and {self.path!r}: Convention(math.inf, 0)."
+                )
+            object.__setattr__(self, "path", LinearPath())
+
+    @property
+    def by_sigma(self) -> bool:
+        """Whether its time is the noise level of `x_1 + sigma x_0`."""
+        return math.isinf(self.noise_time)
+
+    def from_t(self, t: Tensor) -> Tensor:
+        """The library's t, any shape, as its time."""
+        if self.by_sigma:
+            return (1 - t) / t
+        return self.noise_time + (self.data_time - self.noise_time) * t
+
+    def to_t(self, time: Tensor) -> Tensor:
+        """Its time, any shape, as the library's t; of integers in float32."""
+        time = time if time.is_floating_point() else time.float()
+        if self.by_sigma:
+            return 1 / (1 + time)
+        if (self.noise_time, self.data_time) == (0, 1):
+            return time
+        return (time - self.noise_time) / (self.data_time - self.noise_time)
+
+    def inside(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The library's `x_t` and t, of its noisy samples, (B, *), and times, (B,)."""
+        t = self.to_t(time)
+        return (expand_like(t, x) * x if self.by_sigma else x), t
+
+    def outside(self, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Its noisy samples and times, for `x_t`, (B, *), and t, (B,); undoes `inside`."""
+        return (xt / expand_like(t, xt) if self.by_sigma else xt), self.from_t(t)
+
+    def sign_of(self, prediction: Prediction) -> Literal[1, -1]:
+        """Its target over the library's, for a kind of prediction."""
+        return self.sign if prediction.kind == "velocity" else 1
+
+
+STAGEWISE = Convention()
+"""t = 0 noise, t = 1 data, target `x_1 - x_0`: torchcfm, flow_matching, SiT, LightningDiT."""
+
+DIFFUSERS = Convention(noise_time=1000.0, data_time=0.0, sign=-1)
+"""Timestep 1000 is noise, 0 is data, target `noise - data`: the SD3 and Flux training scripts."""
 
 ConventionLike: TypeAlias = "Convention | str | Any"
 """A convention, its name, or a noise scheduler of diffusers."""

@@ -201,17 +201,18 @@ def compared_within(labels: T, class_wise: bool) -> T | None:
     return labels.unlabelled() if isinstance(labels, MaskedLabels) else None  # type: ignore[return-value]
 
 
-def require_same_masks(bank: Any, x1: Tensor, masks: MaskedLabels | None) -> None:
+def require_same_masks(bank: Any, x1: Tensor, labels: object) -> None:
     """Refuses samples whose masks are not those of the bank's rows that they are.
 
     Args:
         bank: A `LatentBank`.
         x1: Samples, (B, *).
-        masks: Theirs, or None.
+        labels: `MaskedLabels`; others are those of samples without masks.
 
     Raises:
         ValueError: With the cure.
     """
+    masks = labels if isinstance(labels, MaskedLabels) else None
     if masks is None and bank.pairs is None:
         return
     if bank.pairs is None:

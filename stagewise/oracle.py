@@ -22,53 +22,31 @@ Schroedinger bridges): the posterior above assumes independence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.bank.building import whole_labels
 from stagewise.certificate import Certificate
-from stagewise.conventions import ConventionLike, as_convention, path_of
+from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of
 from stagewise.engines import Auto, Engine
-from stagewise.masks import MaskedLabels, as_asked, cut, fitted, masked
-from stagewise.paths import (
-    STAGEWISE,
-    Convention,
-    LinearPath,
-    Path,
-    PathCoefficients,
-    Prediction,
-    PredictionKind,
-)
+from stagewise.masks import cut, fitted, masked
+from stagewise.oracle_queries import OracleQueries
+from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
 from stagewise.posterior import Posterior, put
-from stagewise.queries import (
-    Queries,
-    Times,
-    as_times,
-    check_times,
-    checked_source,
-    require_tensors,
-    segments_of,
-    with_source_weight,
-)
+from stagewise.queries import Labels, Queries, Times, require_tensors, with_source_weight
 from stagewise.tracing import untraced
 
 if TYPE_CHECKING:
     from stagewise.condition import Condition
     from stagewise.smoothing import Smoothing
 
-__all__ = ["Labels", "Oracle", "Times", "as_times", "check_times", "require_tensors"]
-
-Labels: TypeAlias = "Tensor | Sequence[int | None] | MaskedLabels"
-"""The class of each query, (B,). None, or the oracle's `null_class`, is the whole bank, or all rows
-of the same mask. Labels with masks are `MaskedLabels`."""
+__all__ = ["Oracle"]
 
 
-class Oracle:
+class Oracle(OracleQueries):
     """Answers for a bank and a path: posterior, correction of a target, marginal velocity.
 
     Like the bank it is a plain object; a deep copy returns the oracle itself.
@@ -107,8 +85,6 @@ class Oracle:
 
     condition: Condition | None = None
     """What weighs its rows by their conditions, for a `ConditionedOracle`."""
-
-    convention: Convention = STAGEWISE
 
     def __init__(
         self,
@@ -190,50 +166,6 @@ class Oracle:
                 added = self.log_kernel(queries, queries.source)
                 post = with_source_weight(post, self.bank, queries, added)
         return replace(post, mean=cut(post.mean, self.bank.shape, xt))
-
-    def queries(
-        self,
-        xt: Tensor,
-        t: Times,
-        labels: Labels | None = None,
-        source: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Queries:
-        """What `ask` is asked: made once from noisy samples, checked, with the path at their times.
-
-        Arguments are those of `posterior`, in the library's convention.
-
-        Raises:
-            ValueError: As `posterior`.
-            TypeError: If `xt` is no tensor.
-        """
-        if condition is not None:
-            raise ValueError(
-                f"Expected an oracle with a kernel on the `condition`, got {self!r}: "
-                "ConditionedOracle(bank, path, Condition(bandwidth=...))."
-            )
-        xt, valid, own = as_asked(self.bank, xt, labels, self.null_class)
-        flat, path = self.coefficients(xt, t)
-        names, ends = None, None
-        if isinstance(own, Tensor) and self.reads_on_device(own, flat):
-            ends = self.bank.ends_of(whole_labels(own, len(flat)))
-        elif own is not None:
-            names = self.names(own, len(flat))
-        if source is not None:
-            source = checked_source(source, len(flat), self.engine.num_rows(self.bank))
-            source = source.to(flat.device, torch.int64)
-        segments: Sequence[slice] | None = ()
-        if self.engine.holds_all_rows:
-            segments = None if ends is not None else segments_of(self.bank, names, len(flat))
-        times = as_times(t, xt).detach().to(flat)
-        about: dict[str, Any] = {"made_in": xt.dtype, "ends": ends, "valid": valid}
-        return Queries(flat, path, segments, source, names, times, **about)
-
-    def reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
-        """Whether labels stay where they are, which spares a device sync."""
-        plain = self.certificate is None and self.null_class is None
-        there = labels.device == xt.device
-        return plain and there and self.engine.reads_ends(self.bank, xt.device, len(xt))
 
     def log_kernel(self, queries: Queries, rows: Tensor | None = None) -> Tensor | float:
         """What a kernel on the condition adds to `l` of a row for each query, (B,).
@@ -357,15 +289,6 @@ class Oracle:
         velocity = path.d_alpha[:, None] * mean + path.d_sigma[:, None] * noise
         return cut(self.convention.sign * velocity, self.bank.shape, xt).to(xt.dtype)
 
-    def _inside(self, xt: Tensor, t: Times) -> tuple[Tensor, Times]:
-        """Noisy samples and times of the `convention` in that of the library."""
-        require_tensors(xt=xt)
-        if self.convention == STAGEWISE:
-            return xt, t
-        xt, t = self.convention.inside(xt, as_times(t, xt))
-        check_times(t, len(xt), self.convention)
-        return xt, t
-
     @property
     def inner(self) -> Oracle:
         """The same oracle in the library's convention."""
@@ -385,47 +308,6 @@ class Oracle:
             (B, *), float64: here the rows themselves.
         """
         return self.bank.take(source, device=source.device).reshape(-1, *self.bank.shape)
-
-    def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
-        """Noisy samples as rows, and the path at their times, as the engines want both.
-
-        Args:
-            xt: Noisy samples, (B, *).
-            t: See `posterior`.
-
-        Returns:
-            (B, D), float64, and coefficients of float64 with sigma kept above the floor.
-
-        Raises:
-            ValueError: On shapes that do not fit, t outside [0, 1], or a device without float64.
-            TypeError: If `xt` is no tensor.
-        """
-        require_tensors(xt=xt)
-        if xt.shape[1:] != self.bank.shape:
-            raise ValueError(
-                f"Expected `xt` with shape {('B', *self.bank.shape)} as the bank's samples, got "
-                f"{tuple(xt.shape)}."
-            )
-        if xt.device.type == "mps":
-            raise ValueError("The oracle needs float64, which MPS has not. Ask it on the CPU.")
-        t = as_times(t, xt)
-        check_times(t, len(xt))
-        path = self.path(t.detach().to(device=xt.device, dtype=torch.float64))
-        return xt.detach().flatten(1).double(), path.floored(self.engine.sigma_floor(self.bank))
-
-    def names(self, labels: Tensor | Sequence[int | None], count: int) -> list[int | None]:
-        """The labels of `count` queries on the host, with None for the whole bank.
-
-        Raises:
-            ValueError: If there is another number of them, or they are no whole numbers.
-        """
-        own = whole_labels(labels, count).tolist() if isinstance(labels, Tensor) else labels
-        names = list(own)
-        if len(names) != count:
-            raise ValueError(f"Expected `labels` with shape ({count},), got ({len(names)},).")
-        if self.null_class is None:
-            return names
-        return [None if name == self.null_class else name for name in names]
 
     @property
     def over(self) -> dict[str, str]:

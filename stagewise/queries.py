@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from stagewise.bank.rows import RowStore
-from stagewise.paths import STAGEWISE, Convention, PathCoefficients, Prediction
+from stagewise.conventions import STAGEWISE, Convention
+from stagewise.masks import MaskedLabels
+from stagewise.paths import PathCoefficients, Prediction
 from stagewise.posterior import Posterior, upload
 
 __all__ = [
+    "Labels",
     "Queries",
     "Times",
     "as_times",
@@ -26,6 +29,10 @@ __all__ = [
     "segments_of",
     "with_source_weight",
 ]
+
+Labels: TypeAlias = "Tensor | Sequence[int | None] | MaskedLabels"
+"""The class of each query, (B,). None, or the oracle's `null_class`, is the whole bank, or all rows
+of the same mask. Labels with masks are `MaskedLabels`."""
 
 Times: TypeAlias = "Tensor | float"
 """Times of B queries: (B,), (B, 1, ..., 1), or one number for all."""

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from stagewise.conventions import ConventionLike, as_convention, path_of
-from stagewise.paths import STAGEWISE, LinearPath, Path, Prediction, PredictionKind
+from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of
+from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
 from stagewise.timesteps.composed import shift_times
 
 __all__ = [

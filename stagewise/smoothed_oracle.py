@@ -36,10 +36,10 @@ from typing_extensions import override
 
 from stagewise.bank import LatentBank
 from stagewise.engines import Auto, Engine
-from stagewise.oracle import Oracle, Times
+from stagewise.oracle import Oracle
 from stagewise.paths import Path, PathCoefficients
 from stagewise.posterior import UNDERFLOW, Posterior
-from stagewise.queries import Queries, indices_of, with_source_weight
+from stagewise.queries import Queries, Times, indices_of, with_source_weight
 from stagewise.smoothing import Smoothing
 from stagewise.smoothing_inputs import Strength, strength_at
 from stagewise.stages import StageBoundary

@@ -33,8 +33,9 @@ from torch.nn.functional import embedding_bag
 from stagewise.bank import LatentBank
 from stagewise.files import is_computed, write_tensors
 from stagewise.nearest_rows import nearest_others
-from stagewise.oracle import Oracle, Times, require_tensors
+from stagewise.oracle import Oracle
 from stagewise.paths import expand_like
+from stagewise.queries import Times, require_tensors
 from stagewise.smoothing_inputs import (
     Strength,
     check_near,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.oracle import Times, as_times, check_times, require_tensors
+from stagewise.queries import Times, as_times, check_times, require_tensors
 from stagewise.stages import StageBoundary
 from stagewise.tracing import caller_level
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.conventions import ConventionLike, as_convention, path_of
+from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of
 from stagewise.masks import masked, plain
-from stagewise.oracle import Labels, Times, as_times, require_tensors
-from stagewise.paths import STAGEWISE, LinearPath, Path, Prediction, PredictionKind
+from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
+from stagewise.queries import Labels, Times, as_times, require_tensors
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.first_call import check_samples
 from stagewise.tracing import untraced
@@ -139,13 +139,11 @@ class StageTarget(nn.Module):
             dtype = time.dtype if time.is_floating_point() else torch.float32
             return y, torch.ones_like(time, dtype=dtype)
         if not self._fits:
-            told = check_samples(
+            self._fits = check_samples(
                 *(self.path, self.prediction, self.convention, y, xt, time, x1, labels),
                 mixes=False,
                 said=_SAID,
             )
-            # A look at an accelerator costs a sync: there the first call is the only one.
-            self._fits = told or xt.device.type != "cpu"
         xt, t = self.convention.inside(xt, time)
         for tell in self.observers:
             tell(y, xt, t, x1, plain(labels))

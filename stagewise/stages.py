@@ -20,7 +20,8 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from stagewise.masks import compared_within, mean_of
-from stagewise.oracle import Labels, Oracle, check_times
+from stagewise.oracle import Labels, Oracle
+from stagewise.queries import check_times
 from stagewise.spectrum import predicted_boundary
 
 __all__ = [

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from stagewise.binned_sums import BinnedSums
 from stagewise.masks import MaskedLabels, compared_within, fitted, mean_of
-from stagewise.oracle import Labels, Oracle
+from stagewise.oracle import Oracle
 from stagewise.paths import Prediction
+from stagewise.queries import Labels
 from stagewise.stages import stratified_times
 
 __all__ = [

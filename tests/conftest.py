@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise.batches import find_sample
-from stagewise.callbacks import figures, writer
+from stagewise.callbacks import figures, velocity_figures, writer
 from stagewise.losses import FlowMatchingLoss
 
 DIM = 6
@@ -325,9 +325,10 @@ def read_stages():
 @pytest.fixture
 def quick_figures(monkeypatch):
     """Pictures stay empty; drawing them would take most of the time of a small run."""
-    for name in set(figures.__all__) - {"copies_figure", "grid_figure"}:
-        if name.endswith(("_figure", "_heatmap")):
-            monkeypatch.setattr(figures, name, lambda *_: Figure())
+    for module in (figures, velocity_figures):
+        for name in set(module.__all__) - {"copies_figure", "grid_figure"}:
+            if name.endswith(("_figure", "_heatmap")):
+                monkeypatch.setattr(module, name, lambda *_: Figure())
     monkeypatch.setattr(writer, "render", lambda _: np.zeros((2, 3, 3), dtype=np.uint8))
 
 

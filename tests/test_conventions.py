@@ -15,9 +15,9 @@ from stagewise import CosinePath, LatentBank, LinearPath, Mix, Oracle, Scheme, s
 from stagewise.adapters import assumed_seams
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.callbacks import PosteriorMonitor, StageRun, VelocityErrorMonitor
-from stagewise.conventions import CONVENTIONS, DDPMPath, as_convention, ddpm, written
+from stagewise.conventions import CONVENTIONS, Convention, DDPMPath, as_convention, ddpm, written
 from stagewise.losses import FlowMatchingLoss
-from stagewise.paths import Convention, Prediction
+from stagewise.paths import Prediction
 from stagewise.sampling import model_velocity
 from stagewise.stage_target import StageTarget
 

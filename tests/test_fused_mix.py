@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stagewise import Concentration, LatentBank, LinearPath, Mix, Oracle
-from stagewise.bank.rows import KNOWN, NO_LABEL, NO_SOURCE, NO_TIME
+from stagewise.bank.row_classes import KNOWN, NO_LABEL, NO_SOURCE, NO_TIME
 from stagewise.engines import Exact, fused_lookup, fused_mix
 from stagewise.engines.fused_lookup import placed
 from stagewise.engines.kernels import shape_of

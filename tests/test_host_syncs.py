@@ -24,7 +24,7 @@ import stagewise.callbacks
 import stagewise.losses
 from stagewise import copies, nearest_rows
 from stagewise.adapters import one_seam
-from stagewise.bank import rows
+from stagewise.bank import row_classes
 from stagewise.callbacks import (
     MemorizationMonitor,
     PosteriorMonitor,
@@ -408,7 +408,7 @@ def test_times_of_any_layout_reach_the_kernel_whole(on_cuda):
 def test_an_unknown_label_on_a_device_is_told_by_the_next_call(bank, monkeypatch):
     """On a device the answer of the call itself is that of no rows, and nothing waits."""
     labels, late = torch.tensor([3, 99, 0]), []
-    monkeypatch.setattr(rows, "_sent", lambda told: (told, lambda: bool(late)))
+    monkeypatch.setattr(row_classes, "_sent", lambda told: (told, lambda: bool(late)))
     assert bank.ends_of(labels).tolist() == [[36, 48], [0, 0], [0, 12]]
     late.append(True)
     with pytest.raises(ValueError, match="Class 99 is not in the bank, which has 10 classes"):

@@ -6,6 +6,7 @@ storage type, certificates, neighbours of a smoothing, latents in each format; `
 """
 
 import json
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from stagewise import Certificate, LatentBank, Smoothing
+from stagewise import Certificate, LatentBank, Smoothing, conventions, paths
 from stagewise.latents import open_latents
 
 ARCHIVE = Path(__file__).parent / "data" / "written_by_0.1.tar.xz"
@@ -81,6 +82,15 @@ def test_neighbours_of_a_smoothing(old, known, recwarn):
     assert torch.equal(smoothing.index, known["smoothing.index"])
     assert (old / "smoothing.safetensors").read_bytes() == before  # not computed again
     assert not recwarn
+
+
+@pytest.mark.parametrize("name", ["STAGEWISE", "DIFFUSERS"])
+def test_pickled_conventions(name):
+    now = getattr(conventions, name)
+    old = pickle.dumps(now, 0).replace(b"stagewise.conventions", b"stagewise.paths")
+    assert b"stagewise.paths\nConvention\n" in old
+    assert pickle.loads(old) == now
+    assert getattr(paths, name) is now
 
 
 @pytest.mark.parametrize("name", LATENTS)

@@ -7,7 +7,7 @@ import matplotlib.colors
 import numpy as np
 import pytest
 
-from stagewise.callbacks import figures as pictures
+from stagewise.callbacks import velocity_figures as pictures
 from stagewise.callbacks.figures import render
 
 EVEN = np.linspace(0, 1, 9).tolist()

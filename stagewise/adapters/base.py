@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from stagewise.adapters.hooks import in_place_of
-from stagewise.paths import STAGEWISE, Convention, Path, Prediction, same_path
+from stagewise.conventions import STAGEWISE, Convention
+from stagewise.paths import Path, Prediction, same_path
 from stagewise.schemes import Phases, Scheme, parts
 
 __all__ = ["Detach", "Place", "Seam", "Seen", "Tell", "looks", "plain", "rebind", "together"]

@@ -19,8 +19,8 @@ from stagewise.adapters.base import Seam
 from stagewise.adapters.columns import Columns, agreement, apart, columns_of, equal
 from stagewise.adapters.fitting import Noisy
 from stagewise.batches import LABEL_NAMES
+from stagewise.conventions import Convention
 from stagewise.masks import MaskedLabels, plain
-from stagewise.paths import Convention
 
 __all__ = [
     "Call",

@@ -17,9 +17,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from stagewise.adapters.base import Place, Seam
-from stagewise.conventions import CONVENTIONS, of_scheduler
-from stagewise.oracle import Labels
-from stagewise.paths import STAGEWISE, LinearPath, Prediction, PredictionKind
+from stagewise.conventions import CONVENTIONS, STAGEWISE, of_scheduler
+from stagewise.paths import LinearPath, Prediction, PredictionKind
+from stagewise.queries import Labels
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import unknown_conditions
 

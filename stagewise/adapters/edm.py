@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind
 from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS
-from stagewise.oracle import Labels
 from stagewise.paths import LinearPath, expand_like
+from stagewise.queries import Labels
 from stagewise.schemes import Phases, Scheme
 
 __all__ = ["EDMLoss"]

@@ -16,8 +16,8 @@ from stagewise.adapters.repa import REPALoss
 from stagewise.adapters.stage_target import ByHand
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
-from stagewise.conventions import CONVENTIONS, path_of
-from stagewise.paths import DIFFUSERS, STAGEWISE, Convention, LinearPath, Path, same_path
+from stagewise.conventions import CONVENTIONS, DIFFUSERS, STAGEWISE, Convention, path_of
+from stagewise.paths import LinearPath, Path, same_path
 from stagewise.stage_target import BY_HAND
 
 __all__ = [

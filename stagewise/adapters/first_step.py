@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 from stagewise.adapters.base import Seam, Seen, looks
-from stagewise.adapters.batch_conditions import BatchConditions
+from stagewise.adapters.batch_samples import BatchSamples, no_bank
 from stagewise.adapters.encoding import Encoding, origin_of
 from stagewise.adapters.find import assumed_seams
 from stagewise.adapters.fitting import factor_of
@@ -24,14 +24,12 @@ from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.network import Network
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.adapters.reasons import GIVEN
-from stagewise.adapters.rows import is_label, labels_of_rows, place_of, same, version_of
+from stagewise.adapters.rows import is_label, same
 from stagewise.bank import LatentBank
-from stagewise.bank.row_keys import find_among
 from stagewise.batches import FindSample, describe, find_checked, find_sample, leaves_of, unused_in
-from stagewise.condition import Condition
-from stagewise.masks import MaskedLabels, fitted, plain
+from stagewise.conventions import Convention
 from stagewise.noise import NoiseSums, is_noise
-from stagewise.paths import Convention, Path
+from stagewise.paths import Path
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_network
 from stagewise.schemes.smoothed import Drawn
@@ -42,7 +40,7 @@ PATIENCE = 20
 """Steps without labels after which a network that accepts some is taken not to be given any."""
 
 
-class FirstStep:
+class FirstStep(BatchSamples):
     """Looks at the first step of a training, without changing a bit of it.
 
     Args:
@@ -52,13 +50,7 @@ class FirstStep:
         find: From a batch to `(x_1, labels or None)`.
         convention: That of a training step that makes its target by hand, if it is known.
 
-    Attributes:
-        batch: The present batch; `begin` sets it.
-        x1: x_1 of the first one as `find` has it before the step, (B, *); None if there is none.
-        labels: Its labels, (B,), or None.
-        masks: The same with its masks, or None.
-        x1_at: Where that x_1 lies in the batch, as one would write it; empty if it does not.
-        labels_at: The same for the labels, "None" if they do not.
+    Attributes: those of `BatchSamples`, and
         seen: What makes the targets, and what the first target of the batch was made from.
         network: What predicts, once `finish` was called; None if it was not found.
         conditions: What the network is given besides x_t, time and class labels, for messages.
@@ -82,53 +74,38 @@ class FirstStep:
         find: FindSample,
         convention: Convention | None = None,
     ) -> None:
-        self._module, self._find = module, find
+        super().__init__(find)
+        self._module = module
         self._asks = find is not find_sample  # it may encode, and draw
         # What cannot be steered yields to what can.
         able = [seam for seam in seams if not seam.refusal] or list(seams)
         by_hand = convention is not None or not able
         self._seams = assumed_seams(path, convention) if by_hand else able
-        self.batch: Any = None
         self.network: Network | None = None
         self.conditions: tuple[str, ...] = ()
         self.schemes: list[Scheme | Phases] = []
         self.swapped = self.open = False
         self.looked = 0
-        self._before: list[tuple[str, Tensor, int]] = []  # leaves of the batch, and their versions
         self._before_smoothing: Tensor | None = None
-        self._kept: set[str] = set()  # what each step changes in place
-        self._follows = self._finished = False
         self._later: CallHook | None = None
-        self._given = BatchConditions()
         self._on_seen: Callable[[Tensor], None] | None = None
-        self._forget()
+        self._seen_nothing()
         self._detach = [seam.observe(self._teller(seam)) for seam in able if seam.observable]
 
-    def _forget(self) -> None:
-        """Leaves behind what a batch has shown."""
-        self.x1: Tensor | None = None
-        self.labels: Tensor | None = None
-        self.masks: MaskedLabels | None = None
+    def _seen_nothing(self) -> None:
         self.tied = ""
         self.encoding: Encoding | None = None
-        self.x1_at, self.labels_at = "", "None"
         self.seen: tuple[Seam, Seen] | None = None
         self._maker: Seam | None = None
         self._sums: NoiseSums | None = None
-        self._bank: Callable[[], LatentBank | None] = _no_bank
 
     # -- the course of a training -----------------------------------------------------------------
 
+    @override
     def begin(self, batch: Any) -> None:
-        """Before each batch, which is trained on now."""
-        self.batch = batch
+        super().begin(batch)
         if self._finished:
             self.seen = None
-        if self._kept:  # what the step changes in place is gone once anybody asks
-            gone = {id(leaf) for name, leaf in leaves_of(batch) if name in self._kept}
-            leaves, spec = pytree.tree_flatten(batch)
-            kept = [leaf.clone() if id(leaf) in gone else leaf for leaf in leaves]
-            self.batch = pytree.tree_unflatten(kept, spec)
 
     def watch(
         self,
@@ -141,15 +118,10 @@ class FirstStep:
         A batch without x_1 raises a ValueError; looking has begun all the same.
         """
         self._stop_search()
-        self._forget()
-        self._on_seen, self._bank, self._sums = on_seen, bank or _no_bank, NoiseSums()
-        self._before = [(name, leaf, version_of(leaf)) for name, leaf in leaves_of(self.batch)]
+        self._seen_nothing()
+        self._on_seen, self._sums = on_seen, NoiseSums()
         try:
-            x1, found = find_checked(self._find, self.batch)
-            self.masks, labels = found if isinstance(found, MaskedLabels) else None, plain(found)
-            self.x1, self.labels = x1.detach().clone(), None if labels is None else labels.clone()
-            self.x1_at = self.place(self.x1)
-            self.labels_at = self.place(self.labels) or "None"
+            self._find_first(bank or no_bank)
         finally:
             self.search = NetworkSearch(
                 self._module,
@@ -187,8 +159,7 @@ class FirstStep:
             self.trace(x1)
             labels = self.labels_for(x1)
             if labels is not None:
-                self.search.labels = plain(labels)
-                self.search.masks = labels if isinstance(labels, MaskedLabels) else None
+                self.search.labels = labels
             if self._on_seen is not None:
                 self._on_seen(x1)
 
@@ -217,15 +188,7 @@ class FirstStep:
             self.conditions = tuple(
                 f"{name}: {describe(x)}" for name, x in given if not is_label(x)
             )
-        now = dict(leaves_of(self.batch))
-        in_place = {
-            name
-            for name, leaf, version in self._before
-            if now.get(name) is not leaf or version_of(leaf) != version
-        }
-        if self._changed_x1() is not None:
-            in_place.add(self.x1_at)
-        self._before, self._finished = [], True
+        in_place, self._finished = self._changed_in_place(), True
         if self.network is not None and self.network.optional:
             labelled = self.labels is not None and not self.network.conditional
             self.open = (
@@ -280,7 +243,7 @@ class FirstStep:
         """Takes all hooks off, and lets go of the bank."""
         self._stop_search()
         self.stop_looking()
-        self._follows, self._sums, self._bank = False, None, _no_bank
+        self._follows, self._sums, self._bank = False, None, no_bank
         self._stop_following()
 
     def _stop_search(self) -> None:
@@ -308,15 +271,6 @@ class FirstStep:
                 found.append((name, leaf))
         return found
 
-    def _changed_x1(self) -> Tensor | None:
-        """What lies by now where x_1 of the batch was, if the step has changed it; else None."""
-        if self.x1 is None or not self.x1_at:
-            return None
-        now = dict(leaves_of(self.batch)).get(self.x1_at)
-        if now is None or not now.is_floating_point() or now.ndim < 2 or same(now, self.x1):
-            return None
-        return now.detach()
-
     @property
     def trained_x1(self) -> Tensor | None:
         """x_1 of the first batch as it is trained on, (B, *); None if that was not seen.
@@ -336,64 +290,9 @@ class FirstStep:
             return self.seen[1].x1
         return self._find(self.batch)[0]
 
-    def masks_of_batch(self) -> MaskedLabels | None:
-        """The masks of the present batch, None if there are none."""
-        if self.masks is None:
-            return None
-        found = find_checked(self._find, self.batch)[1]
-        return found if isinstance(found, MaskedLabels) else None
-
-    def as_rows(self, x1: Tensor, bank: LatentBank) -> Tensor:
-        """Samples of the first batch as rows of a bank, if they have masks."""
-        alike = self.masks is not None and self.masks.shape == tuple(x1.shape[1:])
-        if not alike or len(self.masks) != len(x1):  # type: ignore[arg-type]
-            return x1
-        return fitted(x1, self.masks, bank.shape)[0]
-
     def _drawn(self) -> Drawn | None:
         """What a scheme has smoothed last, if one does."""
         return next((s.drawn for s in self.schemes if s.smoothing is not None), None)
-
-    def changed(self, x1: Tensor) -> bool:
-        """Whether any sample is neither one of the first batch nor a row of the bank."""
-        own, bank = self.x1, self._bank()
-        if own is not None and bool((find_among(own, x1) >= 0).all()):
-            return False
-        x1 = x1 if bank is None else self.as_rows(x1, bank)
-        if bank is None or tuple(x1.shape[1:]) != bank.shape:
-            return True
-        return not bool((bank.find(x1) >= 0).all())
-
-    def labels_for(self, x1: Tensor) -> Tensor | MaskedLabels | None:
-        """The classes, (n,), int64, of samples, (n, *), that are trained on in the present batch.
-
-        None if it cannot be said; see `labels_of_rows`.
-        """
-        own = None if self.labels is None and self.masks is None else self._own()
-        if own is None or own[1] is None:
-            return None
-        if isinstance(own[1], MaskedLabels):
-            if len(x1) == len(own[1]):
-                return own[1]
-            rows = find_among(own[0], x1)
-            return own[1][rows] if bool((rows >= 0).all()) else None
-        return labels_of_rows(x1, own[0], own[1], self._bank())
-
-    def condition_for(self, condition: Condition, x1: Tensor) -> Tensor | None:
-        """The conditions, (n, *), of such samples; None if it cannot be said."""
-        own, as_is = self._own(), self._finished and not self._follows
-        return self._given.of_rows(condition, self.batch, own or (x1, None), x1, as_is)
-
-    def _own(self) -> tuple[Tensor, Any] | None:
-        """x_1 and labels of the present batch, None if there is none, as in validation."""
-        if self.x1 is None or self.batch is None:
-            return None
-        own = (self.x1, self.masks or self.labels)
-        return find_checked(self._find, self.batch) if self._finished else own
-
-    def place(self, tensor: Tensor | None) -> str:
-        """Where a tensor lies in the present batch, as one would write it; empty if it does not."""
-        return "" if tensor is None else place_of(tensor, self.batch)
 
     # -- what is not as it was taken to be --------------------------------------------------------
 
@@ -432,7 +331,3 @@ class FirstStep:
         if warning or self.network is None or own is None:
             return warning
         return self._given.unlike(parts(scheme), self.network, self.batch, own)
-
-
-def _no_bank() -> None:
-    """Of a run that has none."""

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.adapters.calls import Call, Reading
 from stagewise.adapters.columns import apart
-from stagewise.paths import Convention
+from stagewise.conventions import Convention
 
 __all__ = ["call_text", "guessed_line", "velocity_line", "where"]
 

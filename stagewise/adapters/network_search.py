@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,48 +24,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Detach, Seam
-from stagewise.adapters.calls import Call, Reading, conditioning, is_same, readings
+from stagewise.adapters.calls import Call, conditioning, is_same, readings
 from stagewise.adapters.encoding import EncoderCall, encoder_call, watch_encoders
 from stagewise.adapters.hooks import CallHook
-from stagewise.adapters.lines import call_text, guessed_line, velocity_line, where
+from stagewise.adapters.lines import call_text, guessed_line, where
+from stagewise.adapters.match import Match
 from stagewise.adapters.network import Network
 from stagewise.adapters.reasons import GIVEN, Candidates, Diagnosis, Made, Reasons, own_of
-from stagewise.masks import MaskedLabels, plain
+from stagewise.masks import plain
 from stagewise.paths import same_path
 
-__all__ = ["Match", "NetworkSearch"]
-
-
-@dataclass
-class Match:
-    """A call that fits.
-
-    Attributes:
-        network: What was called.
-        call: Its arguments.
-        reading: What they are.
-        matched: The name of the candidate that it fits.
-        x1: That candidate, (B, *), detached.
-        made: The arguments, keyword arguments and output of the call.
-        diagnosis: Why that is not `x_1` of the batch.
-        other: Whether it is neither that nor what was given to what makes the targets.
-        inner: Whether the network is a layer of a module that may be given more.
-    """
-
-    network: Network
-    call: Call
-    reading: Reading
-    matched: str
-    x1: Tensor
-    made: tuple[Any, Any, Any] = (None, None, None)
-    diagnosis: Diagnosis | None = None
-    other: bool = False
-    inner: bool = False
-
-    @property
-    def line(self) -> str:
-        """How to ask it, to be pasted."""
-        return velocity_line(self.call, self.reading)
+__all__ = ["NetworkSearch"]
 
 
 class NetworkSearch:
@@ -97,9 +66,7 @@ class NetworkSearch:
         labels_name: str = "batch[1]",
         batch: Any = None,
     ) -> None:
-        self.root, self.labels, self.masks = root, plain(labels), None
-        if isinstance(labels, MaskedLabels):
-            self.masks = labels
+        self.root, self.labels = root, labels
         self.seams: list[Seam] = []
         self._makers = set()
         for seam in seams:
@@ -109,7 +76,7 @@ class NetworkSearch:
         self._candidates, self._batch = candidates, batch
         self.compiled, self.empty = _is_compiled(root), True
         self._matches: list[Match] = []
-        self._reasons = Reasons(self.seams, self.labels, labels_name)
+        self._reasons = Reasons(self.seams, plain(labels), labels_name)
         self._goes_on: tuple[str, str] | None = None
         self._inside: nn.Module | None = None
         self._pending: Match | None = None
@@ -183,50 +150,15 @@ class NetworkSearch:
         return self._reasons.origin(x1, text, own)
 
     def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Tensor | None], Any]) -> str:
-        """How a function asks the network for something else than training does.
-
-        Returns:
-            What differs in the call, with the line that is as in training; empty if nothing does,
-            or the function makes several calls or none.
-        """
-        first, calls = self.first, []
-        if first is None or first.inner or first.reading.slots.columns:
-            return ""
-
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            leaves = pytree.tree_leaves((args, kwargs))
-            calls.append([leaf for leaf in leaves if isinstance(leaf, Tensor)])
-
-        hook = first.network.module.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            known: Any = self.masks or self.labels
-            ask(first.reading.noisy.xt, first.reading.noisy.t, known)
-        finally:
-            hook.remove()
-        if len(calls) != 1:
-            return ""
-        slots, tensors = first.reading.slots, calls[0]
-        time = first.call.leaves[slots.time].reshape(-1)
-        near = 1e-3 * float(time.detach().abs().max())
-        timed = any(
-            leaf.numel() == len(time) and bool(((leaf.reshape(-1) - time).abs() <= near).all())
-            for leaf in tensors
-        )
-        what = "" if timed else "about another time than training does for the same x_t"
-        if timed and slots.labels is not None:
-            like = first.call.leaves[slots.labels]
-            given = any(x.shape == like.shape and x.dtype == like.dtype for x in tensors)
-            what = "" if given else "without the labels that training gives it"
-        return what and (
-            f"`velocity` asks {where(first.network.name)} {what}. As in training it is: {self.line}"
-        )
+        """How a function asks the network for something else; see `Match.asked_otherwise`."""
+        return "" if self.first is None else self.first.asked_otherwise(ask, self.labels)
 
     @property
     def line(self) -> str:
         """How to ask for the velocity, to be pasted; a guess where no network was found."""
         if self.first is not None:
             return self.first.line
-        return guessed_line(self.root, labelled=self.labels is not None)
+        return guessed_line(self.root, labelled=plain(self.labels) is not None)
 
     def _nothing(self) -> str:
         """Why no network was found."""
@@ -308,13 +240,13 @@ class NetworkSearch:
         own = own_of(candidates)
         for text, x1 in candidates:
             # x_t has the shape of x_1, and is not x_1 itself.
-            found = readings(call, tuple(x1.shape), x1, self.seams, self.labels)
+            found = readings(call, tuple(x1.shape), x1, self.seams, plain(self.labels))
             fits = [reading for reading in found if reading.noisy.fits(x1)]
             if not fits:
                 continue
             # Of several the one whose time says most: labels have fewer values.
             reading = max(fits, key=lambda reading: reading.moments)
-            slots = conditioning(call, reading.slots, self.masks or self.labels, self._batch)
+            slots = conditioning(call, reading.slots, self.labels, self._batch)
             network = Network(call.module, call.name, reading.seam, slots.kept(call.leaves))
             match = Match(network, call, replace(reading, slots=slots), text, x1)
             if own is not None:

@@ -7,9 +7,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell
-from stagewise.conventions import written
-from stagewise.oracle import Labels
-from stagewise.paths import STAGEWISE, expand_like
+from stagewise.conventions import STAGEWISE, written
+from stagewise.paths import expand_like
+from stagewise.queries import Labels
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.stage_target import StageTarget
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind, together
 from stagewise.adapters.paths import NoisedPath, ShrinkingPath
 from stagewise.noise import check_noise
-from stagewise.oracle import Labels
 from stagewise.paths import CosinePath, LinearPath, Path, expand_like
+from stagewise.queries import Labels
 from stagewise.schemes import Phases, Scheme, mixes
 from stagewise.stage_target import BY_HAND
 

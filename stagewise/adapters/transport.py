@@ -25,8 +25,8 @@ from torch import Tensor
 from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind, together
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.batches import leaves_of
-from stagewise.conventions import CONVENTIONS
-from stagewise.paths import STAGEWISE, Prediction
+from stagewise.conventions import CONVENTIONS, STAGEWISE
+from stagewise.paths import Prediction
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_conditions
 

@@ -172,7 +172,7 @@ class LatentBank(RowStore):
         self.max_norm = self.radius + float(self.centre.norm())
         scatter = self.mean_sq_norm / self.dim + self.centre.var(correction=0)
         if self.pairs is not None:
-            sizes = torch.tensor([rows.stop - rows.start for rows in self._segments.values()])
+            sizes = torch.tensor(self.class_sizes)
             valid = float((sizes * self.pairs.counts).sum()) / len(self)
             mean, square = self.centre.sum(), self.mean_sq_norm + self.centre.square().sum()
             scatter = (square / valid - (mean / valid).square()).clamp_min(0)

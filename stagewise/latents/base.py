@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -31,6 +30,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.building import HALF
 from stagewise.files import FilePath, Problem, names
 from stagewise.latents.arrays import require_labels
+from stagewise.latents.rows_check import unreadable
 from stagewise.latents.scaling import AS_STORED, Affine, ChannelStatistics, Scaling
 
 __all__ = ["Latents", "Reading", "Writing"]
@@ -328,21 +328,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         except ValueError as error:
             wrong.append(str(error))
         every = self.with_options(flips="both" if self.has_flips else "none", moments="mean")
-        block = max(1, 2**22 // math.prod(self.shape))
-        for start in range(0, len(every), block):
-            stop = min(start + block, len(every))
-            with suppress(ValueError, OSError):
-                if every.rows(start, stop).isfinite().all():
-                    continue
-            for index in range(start, stop):
-                row, flip = every._locate(index)
-                name = f"row {row}{' (flip)' * flip}"
-                try:
-                    if not every.rows(index, index + 1).isfinite().all():
-                        wrong.append(f"{name} has NaN or Inf. Encode it again.")
-                except (ValueError, OSError) as error:
-                    wrong.append(f"{name} cannot be read: {error}")
-        return wrong
+        return wrong + unreadable(every)
 
     def _opened(self, labels: Tensor | None) -> None:
         """The last step of opening: refuses what cannot be read, and keeps the labels."""

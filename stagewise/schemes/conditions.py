@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stagewise.bank.building import whole_labels
 from stagewise.masks import MaskedLabels
-from stagewise.oracle import Labels
+from stagewise.queries import Labels
 
 if TYPE_CHECKING:
     from stagewise.schemes.scheme import Scheme

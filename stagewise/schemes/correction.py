@@ -13,9 +13,9 @@ from torch import Tensor
 
 from stagewise.engines import fused, fused_mix
 from stagewise.masks import MaskedLabels, compared_within
-from stagewise.oracle import Labels, Oracle
+from stagewise.oracle import Oracle
 from stagewise.paths import Prediction, expand_like
-from stagewise.queries import checked_source, indices_of
+from stagewise.queries import Labels, checked_source, indices_of
 from stagewise.schemes.checks import check_rows
 from stagewise.targets import Mix, Target
 

@@ -9,27 +9,25 @@ Reversed time, another scale, a wrong sign or another kind of prediction break o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
-from stagewise.conventions import CONVENTIONS, written
-from stagewise.masks import MaskedLabels, mean_of
+from stagewise.conventions import CONVENTIONS, Convention, written
+from stagewise.masks import MaskedLabels, few_rows, fitted, mean_of, require_same_masks
 from stagewise.noise import check_independent, is_off
-from stagewise.paths import (
-    Convention,
-    LinearPath,
-    Path,
-    Prediction,
-    PredictionKind,
-    expand_like,
-    same_path,
-)
+from stagewise.paths import LinearPath, Path, Prediction, PredictionKind, expand_like, same_path
+from stagewise.schemes.checks import check_rows
+from stagewise.tracing import caller_level
 
-__all__ = ["check_samples"]
+if TYPE_CHECKING:
+    from stagewise.schemes.scheme import Scheme
+
+__all__ = ["check_first", "check_samples"]
 
 _FEW = 64
 """Samples of the first call that are looked at."""
@@ -43,6 +41,45 @@ _SAID = (
     "A target with terms of your own is y + scheme.correct(xt=xt, t=t, x1=x1), and its weight "
     "scheme.weight_of(t).",
 )
+
+
+def check_first(
+    scheme: Scheme,
+    y: Tensor | None,
+    xt: Tensor,
+    time: Tensor,
+    x1: Tensor,
+    source: Tensor | None,
+    prediction: Prediction,
+    labels: object,
+    condition: Tensor | None,
+) -> None:
+    """Holds the first samples of a scheme against its path and its bank."""
+    oracle, mixes = scheme.oracle, scheme.target is not None
+    counts = scheme.weight is not None or scheme.smoothing is not None
+    if not len(xt) or not (mixes or (y is not None and counts)):
+        return
+    if not scheme._fits:
+        samples = (scheme.path, prediction, scheme.convention, y, xt, time, x1, labels)
+        scheme._fits = check_samples(*samples, mixes=mixes) and y is not None
+    if oracle is None or not mixes:
+        return
+    if scheme.last is None:
+        require_same_masks(oracle.bank, x1, labels)
+        if few := few_rows(oracle.bank):
+            warnings.warn(few, stacklevel=caller_level())
+    if scheme.rows_checked:
+        return
+    found = check_rows(
+        oracle.bank,
+        fitted(x1, labels, oracle.bank.shape)[0],
+        known=bool(source is not None or oracle.smoothing is not None or oracle.bank.origin),
+        shard=not oracle.engine.holds_all_rows,
+        condition=condition if oracle.condition else None,
+    )
+    scheme.rows_checked = True
+    if found:
+        warnings.warn(f"Scheme: {found}", stacklevel=caller_level())
 
 
 def check_samples(
@@ -66,8 +103,10 @@ def check_samples(
     other numbers do not count.
 
     Returns:
-        Whether anything could be told: not where sigma is lost in rounding.
+        Whether no other call need be looked at: anything could be told, which is not so where sigma
+        is lost in rounding; or they are on an accelerator, where a look costs a sync.
     """
+    once = xt.device.type != "cpu"
     if isinstance(labels, MaskedLabels):
         xt, x1, y = labels.zero(xt), labels.zero(x1), None if y is None else labels.zero(y)
         labels = labels[:_FEW].cpu()
@@ -90,7 +129,7 @@ def check_samples(
         if found is not None and mixes:
             at, t = convention.inside(xt, time)
             _check_pairs(path, t, at, x1)
-        return found is not None
+        return once or found is not None
 
     def fits(told: Convention, kind: Prediction) -> bool:
         return problem(told, kind, mixes=True) == ""

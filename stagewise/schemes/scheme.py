@@ -9,7 +9,6 @@ of uniform times is to be kept.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from random import Random
@@ -19,14 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagewise.conventions import ConventionLike, as_convention, path_of
-from stagewise.masks import MaskedLabels, cut, few_rows, require_same_masks
-from stagewise.oracle import Labels, Oracle, Times, as_times, check_times, require_tensors
-from stagewise.paths import STAGEWISE, LinearPath, Path, Prediction, PredictionKind
-from stagewise.schemes.checks import check_density, check_rows, check_settings
+from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of
+from stagewise.masks import cut
+from stagewise.oracle import Oracle
+from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
+from stagewise.queries import Labels, Times, as_times, check_times, require_tensors
+from stagewise.schemes.checks import check_density, check_settings
 from stagewise.schemes.conditions import has_classes, unknown_conditions
 from stagewise.schemes.correction import Correction, correct, runs_kernel
-from stagewise.schemes.first_call import check_samples
+from stagewise.schemes.first_call import check_first
 from stagewise.schemes.state import SchemeRecord, SchemeState
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
@@ -34,7 +34,7 @@ from stagewise.smoothing_inputs import Strength, default_neighbours
 from stagewise.stages import StageBoundary
 from stagewise.targets import Mix, Target
 from stagewise.timesteps import TimestepSampler
-from stagewise.tracing import caller_level, untraced
+from stagewise.tracing import untraced
 from stagewise.weights import Weight
 
 __all__ = ["Scheme", "SchemeRecord"]
@@ -182,13 +182,13 @@ class Scheme(SchemeState):
         self._check_once()
         self._draws += 1
         told = as_times(t, x1)
-        seed = self._random("smooth", self._draws)
+        seed = self._random(("smooth", self._draws)).getrandbits(63)
         return self._smoothed.draw(x1, self._time(told), told, source, seed, self.collapsed)
 
-    def _random(self, *what: Any) -> int:
-        """A seed of this rank, step and call."""
+    def _random(self, call: object) -> Random:
+        """Draws of this rank, step and call."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        return Random(f"{self.seed} {rank} {self._step} {what}").getrandbits(63)
+        return Random(f"{self.seed} {rank} {self._step} {call}")
 
     @untraced
     def __call__(
@@ -326,22 +326,21 @@ class Scheme(SchemeState):
         time = as_times(t, xt)
         labels = known.get("labels")
         if time.shape == xt.shape[:1]:
-            condition = known.get("condition")
-            self._hold(y, xt, time, x1, known["source"], prediction, labels, condition)
+            given = (known["source"], prediction, labels, known.get("condition"))
+            check_first(self, y, xt, time, x1, *given)
         xt, t = self.convention.inside(xt, time)
         around = self._around
         kernel = runs_kernel(self.target, self.oracle, labels, x1, self.class_wise)
         check_times(t, len(xt), self.convention, shape_only=around is None and kernel)
         if self.target is None or self.oracle is None:
             return t, Correction.none(x1)
-        if not self.class_wise and not self.unconditional and has_classes(known.get("labels")):
+        if not self.class_wise and not self.unconditional and has_classes(labels):
             raise unknown_conditions("labels, and a bank without classes")
         if self.oracle.condition and self.condition_of and known.get("condition") is None:
             known["condition"] = self.condition_of(self.oracle.condition, x1.detach())
         if self.target.lam.needs_boundary:
             self.require_boundary()
         self._calls += 1
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         given = xt
         xt = self._as_rows(xt.detach(), labels)[0]
         x1, known["labels"] = self._as_rows(x1.detach(), labels)
@@ -352,7 +351,7 @@ class Scheme(SchemeState):
             t=t.detach(),
             x1=x1,
             prediction=prediction,
-            draws=Random(f"{self.seed} {rank} {self._step} {self._calls}"),
+            draws=self._random(self._calls),
             **known,
             class_wise=self.class_wise,
             on_missing=self.on_missing,
@@ -367,45 +366,6 @@ class Scheme(SchemeState):
         smoothed = self._share(x1, t) > 0
         parts = (ask(self.oracle, only=~smoothed), ask(around, only=smoothed))
         return t, Correction(*(a + b for a, b in zip(*parts, strict=True)))
-
-    def _hold(
-        self,
-        y: Tensor | None,
-        xt: Tensor,
-        time: Tensor,
-        x1: Tensor,
-        source: Tensor | None,
-        prediction: Prediction,
-        labels: Labels | None,
-        condition: Tensor | None,
-    ) -> None:
-        """Holds the first samples against the path and the bank."""
-        mixes = self.target is not None
-        counts = self.weight is not None or self.smoothing is not None
-        looks = len(xt) and (mixes or (y is not None and counts))
-        if looks and not self._fits:
-            told = check_samples(
-                *(self.path, prediction, self.convention, y, xt, time, x1, labels), mixes=mixes
-            )
-            # A look at an accelerator costs a sync: there the first call is the only one.
-            self._fits = y is not None and (told or xt.device.type != "cpu")
-        if self.last is None and looks and mixes and self.oracle is not None:
-            own = labels if isinstance(labels, MaskedLabels) else None
-            require_same_masks(self.oracle.bank, x1, own)
-            if few_rows(self.oracle.bank):
-                warnings.warn(few_rows(self.oracle.bank), stacklevel=caller_level())
-        if not looks or self.rows_checked or self.oracle is None or not mixes:
-            return
-        shard = not self.oracle.engine.holds_all_rows
-        known = source is not None or self.oracle.smoothing is not None or self.oracle.bank.origin
-        rows = self._as_rows(x1, labels)[0]
-        condition = condition if self.oracle.condition else None
-        found = check_rows(
-            *(self.oracle.bank, rows), known=bool(known), shard=shard, condition=condition
-        )
-        self.rows_checked = True
-        if found:
-            warnings.warn(f"Scheme: {found}", stacklevel=caller_level())
 
     def check(self, total: int | None = None) -> None:
         """Refuses what cannot work, before the first step; the first call does so by itself.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from stagewise.lambdas import Hard
-from stagewise.oracle import Oracle, Times, as_times
+from stagewise.oracle import Oracle
 from stagewise.paths import Path
+from stagewise.queries import Times, as_times
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
 from stagewise.smoothing_inputs import Strength, rows_of, strength_at

@@ -13,9 +13,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from stagewise.condition import Condition
+from stagewise.conventions import Convention
 from stagewise.masks import MaskedLabels, fitted, masked
-from stagewise.oracle import Labels, Oracle
-from stagewise.paths import Convention, Path
+from stagewise.oracle import Oracle
+from stagewise.paths import Path
+from stagewise.queries import Labels
 from stagewise.schemes.checks import unknown_boundary
 from stagewise.schemes.smoothed import Drawn, Smoothed
 from stagewise.smoothing import Smoothing

@@ -1,0 +1,150 @@
+"""x_1, labels, masks and conditions of the batches of a run, and of samples that came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from stagewise.adapters.batch_conditions import BatchConditions
+from stagewise.adapters.rows import labels_of_rows, place_of, same, version_of
+from stagewise.bank import LatentBank
+from stagewise.bank.row_keys import find_among
+from stagewise.batches import FindSample, find_checked, leaves_of
+from stagewise.condition import Condition
+from stagewise.masks import MaskedLabels, fitted, plain
+
+__all__ = ["BatchSamples", "no_bank"]
+
+
+class BatchSamples:
+    """What the batches hold, and which of their samples others are.
+
+    Args:
+        find: From a batch to `(x_1, labels or None)`.
+
+    Attributes:
+        batch: The present batch; `begin` sets it.
+        x1: x_1 of the first one as `find` has it before the step, (B, *); None if there is none.
+        labels: Its labels, (B,), or None.
+        masks: The same with its masks, or None.
+        x1_at: Where that x_1 lies in the batch, as one would write it; empty if it does not.
+        labels_at: The same for the labels, "None" if they do not.
+    """
+
+    def __init__(self, find: FindSample) -> None:
+        self._find = find
+        self.batch: Any = None
+        self._before: list[tuple[str, Tensor, int]] = []  # leaves of the batch, and their versions
+        self._kept: set[str] = set()  # what each step changes in place
+        self._finished = False  # the first batch is over
+        self._follows = False  # later samples are taken where they are seen
+        self._given = BatchConditions()
+        self._found_nothing(no_bank)
+
+    def _found_nothing(self, bank: Callable[[], LatentBank | None]) -> None:
+        self.x1: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.masks: MaskedLabels | None = None
+        self.x1_at, self.labels_at = "", "None"
+        self._bank = bank
+
+    def begin(self, batch: Any) -> None:
+        """Before each batch, which is trained on now."""
+        self.batch = batch
+        if self._kept:  # what the step changes in place is gone once anybody asks
+            gone = {id(leaf) for name, leaf in leaves_of(batch) if name in self._kept}
+            leaves, spec = pytree.tree_flatten(batch)
+            kept = [leaf.clone() if id(leaf) in gone else leaf for leaf in leaves]
+            self.batch = pytree.tree_unflatten(kept, spec)
+
+    def _find_first(self, bank: Callable[[], LatentBank | None]) -> None:
+        """Finds x_1 and labels before the first step; a ValueError leaves none behind."""
+        self._found_nothing(bank)
+        self._before = [(name, leaf, version_of(leaf)) for name, leaf in leaves_of(self.batch)]
+        x1, found = find_checked(self._find, self.batch)
+        self.masks, labels = found if isinstance(found, MaskedLabels) else None, plain(found)
+        self.x1, self.labels = x1.detach().clone(), None if labels is None else labels.clone()
+        self.x1_at = self.place(self.x1)
+        self.labels_at = self.place(self.labels) or "None"
+
+    def _changed_in_place(self) -> set[str]:
+        """What of the batch the first step has changed, by where it lies."""
+        now, before = dict(leaves_of(self.batch)), self._before
+        changed = {
+            name
+            for name, leaf, version in before
+            if now.get(name) is not leaf or version_of(leaf) != version
+        }
+        self._before = []
+        return changed if self._changed_x1() is None else changed | {self.x1_at}
+
+    def _changed_x1(self) -> Tensor | None:
+        """What lies by now where x_1 of the batch was, if the step has changed it; else None."""
+        if self.x1 is None or not self.x1_at:
+            return None
+        now = dict(leaves_of(self.batch)).get(self.x1_at)
+        if now is None or not now.is_floating_point() or now.ndim < 2 or same(now, self.x1):
+            return None
+        return now.detach()
+
+    def masks_of_batch(self) -> MaskedLabels | None:
+        """The masks of the present batch, None if there are none."""
+        if self.masks is None:
+            return None
+        found = find_checked(self._find, self.batch)[1]
+        return found if isinstance(found, MaskedLabels) else None
+
+    def as_rows(self, x1: Tensor, bank: LatentBank) -> Tensor:
+        """Samples of the first batch as rows of a bank, if they have masks."""
+        alike = self.masks is not None and self.masks.shape == tuple(x1.shape[1:])
+        if not alike or len(self.masks) != len(x1):  # type: ignore[arg-type]
+            return x1
+        return fitted(x1, self.masks, bank.shape)[0]
+
+    def changed(self, x1: Tensor) -> bool:
+        """Whether any sample is neither one of the first batch nor a row of the bank."""
+        own, bank = self.x1, self._bank()
+        if own is not None and bool((find_among(own, x1) >= 0).all()):
+            return False
+        x1 = x1 if bank is None else self.as_rows(x1, bank)
+        if bank is None or tuple(x1.shape[1:]) != bank.shape:
+            return True
+        return not bool((bank.find(x1) >= 0).all())
+
+    def labels_for(self, x1: Tensor) -> Tensor | MaskedLabels | None:
+        """The classes, (n,), int64, of samples, (n, *), that are trained on in the present batch.
+
+        None if it cannot be said; see `labels_of_rows`.
+        """
+        own = None if self.labels is None and self.masks is None else self._own()
+        if own is None or own[1] is None:
+            return None
+        if isinstance(own[1], MaskedLabels):
+            if len(x1) == len(own[1]):
+                return own[1]
+            rows = find_among(own[0], x1)
+            return own[1][rows] if bool((rows >= 0).all()) else None
+        return labels_of_rows(x1, own[0], own[1], self._bank())
+
+    def condition_for(self, condition: Condition, x1: Tensor) -> Tensor | None:
+        """The conditions, (n, *), of such samples; None if it cannot be said."""
+        own, as_is = self._own(), self._finished and not self._follows
+        return self._given.of_rows(condition, self.batch, own or (x1, None), x1, as_is)
+
+    def _own(self) -> tuple[Tensor, Any] | None:
+        """x_1 and labels of the present batch, None if there is none, as in validation."""
+        if self.x1 is None or self.batch is None:
+            return None
+        own = (self.x1, self.masks or self.labels)
+        return find_checked(self._find, self.batch) if self._finished else own
+
+    def place(self, tensor: Tensor | None) -> str:
+        """Where a tensor lies in the present batch, as one would write it; empty if it does not."""
+        return "" if tensor is None else place_of(tensor, self.batch)
+
+
+def no_bank() -> None:
+    """Of a run that has none."""

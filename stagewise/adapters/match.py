@@ -1,0 +1,91 @@
+"""`Match`: a call of a network that fits what is trained on, and how others ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stagewise.adapters.calls import Call, Reading
+from stagewise.adapters.lines import velocity_line, where
+from stagewise.adapters.network import Network
+from stagewise.adapters.reasons import Diagnosis
+
+__all__ = ["Match"]
+
+
+@dataclass
+class Match:
+    """A call that fits.
+
+    Attributes:
+        network: What was called.
+        call: Its arguments.
+        reading: What they are.
+        matched: The name of the candidate that it fits.
+        x1: That candidate, (B, *), detached.
+        made: The arguments, keyword arguments and output of the call.
+        diagnosis: Why that is not `x_1` of the batch.
+        other: Whether it is neither that nor what was given to what makes the targets.
+        inner: Whether the network is a layer of a module that may be given more.
+    """
+
+    network: Network
+    call: Call
+    reading: Reading
+    matched: str
+    x1: Tensor
+    made: tuple[Any, Any, Any] = (None, None, None)
+    diagnosis: Diagnosis | None = None
+    other: bool = False
+    inner: bool = False
+
+    @property
+    def line(self) -> str:
+        """How to ask it, to be pasted."""
+        return velocity_line(self.call, self.reading)
+
+    def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Any], Any], known: Any) -> str:
+        """How a function asks the network for something else than training does.
+
+        Args:
+            ask: From x_t, t and labels to the velocity.
+            known: The labels of the batch, (B,), or None; with masks `MaskedLabels`.
+
+        Returns:
+            What differs in the call, with the line that is as in training; empty if nothing does,
+            or the function makes several calls or none.
+        """
+        slots, calls = self.reading.slots, []
+        if self.inner or slots.columns:
+            return ""
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            leaves = pytree.tree_leaves((args, kwargs))
+            calls.append([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+        hook = self.network.module.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            ask(self.reading.noisy.xt, self.reading.noisy.t, known)
+        finally:
+            hook.remove()
+        if len(calls) != 1:
+            return ""
+        tensors = calls[0]
+        time = self.call.leaves[slots.time].reshape(-1)
+        near = 1e-3 * float(time.detach().abs().max())
+        timed = any(
+            leaf.numel() == len(time) and bool(((leaf.reshape(-1) - time).abs() <= near).all())
+            for leaf in tensors
+        )
+        what = "" if timed else "about another time than training does for the same x_t"
+        if timed and slots.labels is not None:
+            like = self.call.leaves[slots.labels]
+            given = any(x.shape == like.shape and x.dtype == like.dtype for x in tensors)
+            what = "" if given else "without the labels that training gives it"
+        return what and (
+            f"`velocity` asks {where(self.network.name)} {what}. As in training it is: {self.line}"
+        )

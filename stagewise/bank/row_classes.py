@@ -1,0 +1,235 @@
+"""`RowClasses`: which rows of a bank are of which class, and the refusal of unknown ones."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stagewise.masks import MaskedLabels
+
+__all__ = ["KNOWN", "NO_LABEL", "NO_SOURCE", "NO_TIME", "RowClasses", "as_real"]
+
+KNOWN = -(2**63)
+"""What stands for a label that is known."""
+
+NO_TIME, NO_SOURCE, NO_LABEL = KNOWN + 1, KNOWN + 2, KNOWN + 3
+"""What stands for a time and a source out of range, and for a class that nobody knows."""
+
+_REFUSED = {
+    NO_TIME: "Expected `t` in [0, 1] with t = 0 noise and t = 1 data, got others.",
+    NO_SOURCE: "Expected `source` below the number of rows of the bank, got others.",
+    NO_LABEL: (
+        "Expected `labels`: the class of a sample cannot be looked up, as it is no row of this "
+        "bank. Give the labels of the batch: classes=y to a FlowMatchingLoss, labels=y to a scheme."
+    ),
+}
+
+
+class RowClasses:
+    """The classes of N rows that stand in the order of their classes.
+
+    With masks a class is a label and a mask, known by its key (`stagewise.masks`).
+
+    Args:
+        rows: The rows, (N, D).
+        segments: The rows of each class, by its label, ascending; None without classes.
+        pairs: Label and mask of all segments in their order, None without masks.
+    """
+
+    def __init__(
+        self, rows: Tensor, segments: dict[int, slice] | None, pairs: MaskedLabels | None
+    ) -> None:
+        self.rows, self._segments = rows, segments or {}
+        self.pairs, self._of_masks = pairs, _of_masks(pairs, self._segments)
+        self._class_table: dict[torch.device, Tensor] = {}
+        self._unknown: deque[tuple[Tensor, Callable[[], bool]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def whole(self) -> slice:
+        """All rows, as `segment` gives those of a class."""
+        return slice(0, len(self))
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes, ascending; empty without labels."""
+        return list(self._segments)
+
+    @property
+    def class_ends(self) -> list[tuple[int, int, int]]:
+        """Label, first row and end of each class."""
+        return [(label, rows.start, rows.stop) for label, rows in self._segments.items()]
+
+    @property
+    def class_sizes(self) -> list[int]:
+        """How many rows each class has."""
+        return [rows.stop - rows.start for rows in self._segments.values()]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its rows have labels; with masks they may have classes and no labels."""
+        return bool(self._segments) if self.pairs is None else self.pairs.labels is not None
+
+    def scopes(self, class_wise: bool) -> list[slice]:
+        """Sets of rows that posteriors are over: the classes, or without them the bank or masks."""
+        if class_wise:
+            self.require_classes()
+            return list(self._segments.values())
+        return [self.whole] if self.pairs is None else list(self._of_masks.values())
+
+    @cached_property
+    def median_class(self) -> int:
+        """Rows of the class of the median row."""
+        sizes = sorted(self.class_sizes)
+        return next(size for i, size in enumerate(sizes) if 2 * sum(sizes[: i + 1]) >= len(self))
+
+    def require_classes(self) -> None:
+        """Refuses a bank without labels, with the cure."""
+        if not self._segments:
+            raise ValueError(
+                "A class-wise posterior needs a bank with labels: LatentBank(x, labels)."
+            )
+
+    def require_unmasked(self, what: str, cure: str) -> None:
+        """Refuses a bank with masks, with the cure."""
+        if self.pairs is not None:
+            raise ValueError(f"{what} does not know masks, and the bank has some. {cure}")
+
+    def has_masks(self, masks: MaskedLabels) -> Tensor:
+        """Which samples have a mask (and label) of some row, (n,), on the host."""
+        known = {*self._of_masks, *self._segments}
+        return torch.tensor([key in known for key in masks.tolist()])
+
+    def segment(self, label: int) -> slice:
+        """The rows of a class, as a slice of the bank's own order; refuses another."""
+        found = self._segments.get(label, self._of_masks.get(label))
+        if found is not None:
+            return found
+        self.require_classes()
+        if self.pairs is not None:
+            raise ValueError(
+                f"No row of the bank has this mask (and label), and its {len(self._of_masks)} "
+                "masks are those it was built from. Build the bank from the masks that training "
+                "uses: LatentBank(x, labels, mask=mask)."
+            )
+        known = self.classes
+        raise ValueError(
+            f"Class {label} is not in the bank, which has {len(known)} classes from {known[0]} to "
+            f"{known[-1]}. Build the bank from the labels that training uses."
+        )
+
+    @cached_property
+    def largest_class(self) -> int:
+        """Rows of the largest class; 0 without labels."""
+        return max(self.class_sizes, default=0)
+
+    @cached_property
+    def smallest_class(self) -> int:
+        """Rows of the smallest class; 0 without labels."""
+        return min(self.class_sizes, default=0)
+
+    def class_table(self, device: torch.device) -> Tensor:
+        """Label, first row and end of each class, and of each mask, (C, 3), int64, by label.
+
+        Made on a device once.
+        """
+        if not self._of_masks:
+            self.require_classes()
+        table = self._class_table.get(device)
+        if table is None:
+            ends = {**self._of_masks, **self._segments}
+            ordered = [(key, ends[key].start, ends[key].stop) for key in sorted(ends)]
+            table = torch.tensor(ordered, device=device)
+            if as_real(table, self.rows):
+                self._class_table[device] = table
+        return table
+
+    def ends_of(self, labels: Tensor) -> Tensor:
+        """First row and end of the class of each label, (B, 2), int64, without a device sync.
+
+        Args:
+            labels: (B,), int64. One that is not in the bank has no rows: on an accelerator its
+                posterior is NaN, and the first call after the device has found it out raises.
+
+        Raises:
+            ValueError: If a label of this call, or on an accelerator of one before, is unknown.
+        """
+        table = self.class_table(labels.device)
+        at = torch.searchsorted(table[:, 0].contiguous(), labels).clamp_max(len(table) - 1)
+        found = table[at]
+        known = found[:, 0] == labels
+        self.report(torch.where(known, KNOWN, labels))
+        if labels.device.type == "cpu":
+            self._require_known()
+        return found[:, 1:].where(known[:, None], 0)
+
+    def report(self, told: Tensor) -> None:
+        """Has the next calls refuse what is wrong with samples, (B,), int64; waits for nothing.
+
+        Args:
+            told: The label of each sample if it is unknown, or else `KNOWN`; `NO_TIME`,
+                `NO_SOURCE` or `NO_LABEL`.
+        """
+        self._require_known()
+        if sent := _sent(told.amax()):
+            self._unknown.append(sent)
+
+    def _require_known(self) -> None:
+        """Refuses a label that was found to be unknown; waits for nothing."""
+        while self._unknown and self._unknown[0][1]():
+            label = int(self._unknown.popleft()[0])
+            if label != KNOWN:
+                self._unknown.clear()
+                if label in _REFUSED:
+                    raise ValueError(_REFUSED[label])
+                self.segment(label)
+
+    def labels_of(self, rows: Sequence[int]) -> list[int]:
+        """The class of each of `rows` (own order), as Python integers, without a device sync."""
+        classes = self.classes
+        return [classes[at] for at in self._classes_at(rows)]
+
+    def classes_of(self, rows: Sequence[int]) -> Tensor | MaskedLabels | None:
+        """The labels of rows, (n,), with their masks if they have any; None without classes."""
+        if self.pairs is None:
+            return torch.tensor(self.labels_of(rows)) if self._segments else None
+        return self.pairs[torch.tensor(self._classes_at(rows))]
+
+    def _classes_at(self, rows: Sequence[int]) -> list[int]:
+        """Which of the classes, in their order, each of `rows` is of."""
+        stops = [segment.stop for segment in self._segments.values()]
+        return [bisect_right(stops, row) for row in rows]
+
+
+def _of_masks(pairs: MaskedLabels | None, segments: dict[int, slice]) -> dict[int, slice]:
+    """The rows of each mask by its key, whatever their labels; they stand together."""
+    found: dict[int, slice] = {}
+    keys = () if pairs is None else pairs.unlabelled().tolist()
+    for key, rows in zip(keys, segments.values(), strict=pairs is not None):
+        found[key] = slice(found[key].start if key in found else rows.start, rows.stop)
+    return found
+
+
+def _sent(told: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
+    """A number on its way to the host, and what says whether it is there; None if none goes."""
+    if not told.is_cuda:
+        return told, lambda: True
+    if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+        return None  # fake tensors, or a graph, which has no next call
+    there = torch.empty_like(told, device="cpu", pin_memory=True)
+    there.copy_(told, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return there, event.query
+
+
+def as_real(value: Tensor, like: Tensor) -> bool:
+    """Whether `value` may be kept beside `like`: a fake tensor may not beside a real one."""
+    return type(value) is type(like)

@@ -97,10 +97,10 @@ class ModelMonitor(Monitor):
         if not self.run.seams and self.run.option(self, "convention") is None:
             raise ValueError(
                 f"Found nothing that makes the targets in {type(self.run.module).__name__}, so "
-                f"what its network predicts is not known; {BY_HAND} Or say how to ask for the "
-                f"velocity (t = 0 is noise, t = 1 is data): {name}({look.search.line}). Or say "
-                'what it is trained on: convention="pi0", another name of stagewise.conventions, '
-                "or the noise scheduler."
+                f"what its network predicts is not known; {BY_HAND} Or say what it is trained on: "
+                'convention="pi0", another name of stagewise.conventions, or the noise scheduler. '
+                "Or say how to ask for the velocity (t = 0 is noise, t = 1 is data): "
+                f"{name}({look.search.line})."
             )
         with self.run.together("finding its network"):
             found, x1, call = look.search.result(), look.search.x1, look.search.call

@@ -8,6 +8,7 @@ weight changes.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class StageRun(RunOracles):
     held = (
         *StageCallback.held,
         *("host", "module", "leader", "members", "look", "seams", "_loader"),
-        *("reservoir", "seen", "waiting"),
+        *("reservoir", "seen", "waiting", "_banks"),
     )
     seen: SeenSamples | None = None
     look: FirstStep
@@ -282,9 +283,13 @@ class StageRun(RunOracles):
         assert look.x1 is not None
         labels = "no labels" if look.labels is None else f"labels = {describe(look.labels)}"
         mask = "" if look.masks is None else f", mask = {describe(look.masks.mask)}"
-        took = f"x_1 = {describe(look.x1)} and {labels}{mask}"
+        kernels, c = [k for m in self.members if (k := self.option(m, "condition"))], None
+        with suppress(ValueError):  # raised where it is needed
+            c = look.condition_for(kernels[0], look.x1) if kernels else None
+        given = "" if c is None else f", condition = {describe(c)}"
+        took = f"x_1 = {describe(look.x1)} and {labels}{mask}{given}"
         rank_zero_info(f"stagewise: in {describe(look.batch)} took {took}")
-        for note in unused_in(look.batch, look.x1, look.labels, look.masks):
+        for note in unused_in(look.batch, look.x1, look.labels, look.masks, c):
             rank_zero_info(f"stagewise: {note}")
         for member in self.measuring:
             bank = self.bank(member)
@@ -297,13 +302,19 @@ class StageRun(RunOracles):
     def _refuse_for_schemes(self, x1: Tensor) -> None:
         """Refuses what no oracle's target can be made for, before a scheme is asked for one."""
         mixing = any(member.mixes and not self.given(member) for member in self.members)
-        if mixing and self.look.changed(x1):
-            # On several ranks the others may not come by here.
-            if self.host.world_size == 1 and self._encode():
-                return
-            message, certain = difference(self.look, x1, self.bank_in_use())
-            if certain:
-                raise ValueError(message)
+        if mixing:
+            self.refuse_others(x1)
+
+    def refuse_others(self, x1: Tensor) -> None:
+        """Refuses samples of the first step that are surely other than what was read."""
+        if not self.look.changed(x1):
+            return
+        # On several ranks the others may not come by here.
+        if self.host.world_size == 1 and self._encode():
+            return
+        message, certain = difference(self.look, x1, self.bank_in_use())
+        if certain:
+            raise ValueError(message)
 
     @property
     def _exact(self) -> bool:

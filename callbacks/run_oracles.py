@@ -83,7 +83,7 @@ class RunOracles(StageCallback):
         self.forget()
         self._reread, self._measured_at = False, self.began
         steps = (member.stashed_run.get("encoding") for member in self.members if self.began)
-        self.encoding = next((Encoding(each) for each in steps if each), None)
+        self.encoding = next((Encoding(_nested(each, tuple)) for each in steps if each), None)
         kept = [member.stashed_run.get("boundaries") for member in self.members if self.began]
         self._records: dict[tuple[str, int], dict[str, float]] = {
             (old["path"], old["class_wise"]): old["boundary"]
@@ -324,12 +324,19 @@ class RunOracles(StageCallback):
         found = {_recorded_as(recipe): one.as_dict() for recipe, one in self._boundaries.items()}
         return {
             "bank": "" if bank is None else bank.fingerprint,
-            "encoding": () if self.encoding is None else self.encoding.steps,
+            "encoding": [] if self.encoding is None else _nested(self.encoding.steps, list),
             "boundaries": [
                 {"path": path, "class_wise": wise, "boundary": boundary}
                 for (path, wise), boundary in (self._records | found).items()
             ],
         }
+
+
+def _nested(steps: Any, kind: type) -> Any:
+    """Tuples and lists of an encoding's steps, all of one kind: lists where they are saved."""
+    if isinstance(steps, (tuple, list)):
+        return kind(_nested(each, kind) for each in steps)
+    return steps
 
 
 def still_to_come(optimizers: Iterable[Optimizer]) -> int:

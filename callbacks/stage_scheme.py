@@ -223,9 +223,12 @@ class StageScheme(StageCallback):
             )
         oracles = [p.oracle for p in parts(self.scheme) if p.target is not None and p.oracle]
         with self.run.together("holding its samples against the bank"):
-            for bank, shard in {o.bank: not o.engine.holds_all_rows for o in oracles}.items():
-                known = record.source is not None
-                if said := check_rows(bank, record.x1, known=known, shard=shard):
+            for bank, oracle in {o.bank: o for o in oracles}.items():
+                kernel, known = oracle.condition, record.source is not None
+                c = self.run.look.condition_for(kernel, record.x1) if kernel else None
+                shard = not oracle.engine.holds_all_rows
+                said = check_rows(bank, record.x1, known=known, shard=shard, condition=c)
+                if said:
                     self.warn(said)
         if warning := self.run.look.check_conditions(self.scheme):
             self.warn(warning)
@@ -280,7 +283,7 @@ class StageScheme(StageCallback):
         self._restore()
         self.seam = None
         for part in [] if self.scheme is None else parts(self.scheme):
-            part.labels_of = part.condition_of = None
+            part.labels_of = part.condition_of = part.before_smoothing = None
 
     def _restore(self) -> None:
         if self._detach is not None:
@@ -297,9 +300,16 @@ class StageScheme(StageCallback):
         for part in parts(self.scheme):  # `settle` checks rows, on all ranks together
             part.rows_checked = True
             part.labels_of, part.condition_of = look.labels_for, look.condition_for
+            part.before_smoothing = self._before_smoothing
         look.schemes = [*(one for one in look.schemes if one is not self.scheme), self.scheme]
         if self.seam is not None:
             self._detach = self.seam.attach(self.scheme, weighed=self._weighed)
+
+    def _before_smoothing(self, x1: Tensor) -> None:
+        """Refuses samples of the first step for which no rows were read: only rows are smoothed."""
+        if not self.run.settled and not self.run.given(self):
+            self.run.look.trace(x1)
+            self.run.refuse_others(x1)
 
     def _found(self, module: Any) -> Seam | None:
         """What makes the targets; None if the module has the scheme, and asks it itself."""

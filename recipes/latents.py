@@ -37,8 +37,9 @@ def current(config: DictConfig) -> DictConfig:
         opens = {name: data.pop(name) for name in given if name in data}
         target = {"_target_": "stagewise.latents.open_latents", "_partial_": True}
         data.latents = {**target, **opens, "seed": data.get("seed", 0)}
-    if "objective" in config and "cosine" not in config.objective:
-        config.objective.cosine = False
+    objective = config.get("objective")
+    if isinstance(objective, DictConfig) and "cosine" not in objective:
+        objective.cosine = False
     return config
 
 

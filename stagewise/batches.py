@@ -252,9 +252,13 @@ def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Any]:
 
 
 def unused_in(
-    batch: Any, x1: Tensor, labels: Tensor | None, masks: MaskedLabels | None = None
+    batch: Any,
+    x1: Tensor,
+    labels: Tensor | None,
+    masks: MaskedLabels | None = None,
+    condition: Tensor | None = None,
 ) -> list[str]:
-    """What a batch holds of its samples beside `x_1`, labels and masks that were found in it.
+    """What a batch holds of its samples beside `x_1`, labels, masks and condition found in it.
 
     Args:
         batch: The batch.
@@ -262,6 +266,7 @@ def unused_in(
             counts as not used.
         labels: Those found, (B,), or None.
         masks: Those found, or None.
+        condition: What a kernel weighs rows by, (B, *), or None.
 
     Returns:
         For each such value of length B, at any depth, one sentence with its place, type and shape:
@@ -281,7 +286,10 @@ def unused_in(
             or (masks is not None and masks.is_told_by(value))
             or any(
                 _equal(form, used)
-                for form, used in ((value, x1), (whole, labels), (one_hot, labels))
+                for form, used in (
+                    *((value, x1), (whole, labels), (one_hot, labels)),
+                    (value, condition),
+                )
                 if used is not None
             )
         ):

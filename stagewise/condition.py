@@ -192,13 +192,7 @@ class ConditionedOracle(Oracle):
             elif not known:
                 raise ValueError(f"{message}. The `source` is not known of all.")
             condition = rows[queries.source.clamp_min(0).to(rows.device)]
-        flat = condition.detach().flatten(1) if condition.ndim > 1 else condition.detach()[:, None]
-        if flat.shape != (len(queries), rows.shape[1]):
-            raise ValueError(
-                f"Expected `condition` with shape ({len(queries)}, {rows.shape[1]}), one for each "
-                f"sample and as wide as those of the bank, {rows.shape[1]} numbers, got "
-                f"{tuple(condition.shape)}, {flat.shape[1]} numbers."
-            )
+        flat = self.bank.as_conditions(condition, len(queries))
         return replace(queries, condition=flat.to(queries.xt))
 
     @override

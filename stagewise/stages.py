@@ -20,7 +20,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from stagewise.masks import compared_within, mean_of
-from stagewise.oracle import Oracle
+from stagewise.oracle import Labels, Oracle
 from stagewise.queries import check_times
 from stagewise.spectrum import predicted_boundary
 
@@ -286,10 +286,12 @@ def _ask(oracle: Oracle, noise: Tensor, t: Tensor, rows: list[int], class_wise: 
     source = torch.tensor(rows, device=x0.device)
     x1 = oracle.sample(source, t, noise[:, bank.dim :])
     xt = oracle.path.interpolate(x0.double().reshape(x1.shape), x1, t)
-    labels = compared_within(bank.classes_of(rows), class_wise)
-    post = oracle.posterior(xt, t, labels, source=source)
-    gap = oracle.correction(xt, t, x1, labels, source=source, posterior=post)
-    difference = mean_of(gap.square(), labels)
+    own: Labels | None = bank.labels_of(rows) if class_wise else None
+    if bank.pairs is not None:
+        own = compared_within(bank.classes_of(rows), class_wise)
+    post = oracle.posterior(xt, t, own, source=source)
+    gap = oracle.correction(xt, t, x1, own, source=source, posterior=post)
+    difference = mean_of(gap.square(), own)
     assert post.source_weight is not None
     return torch.stack([post.top1, post.entropy, post.ess, post.source_weight, difference])
 

@@ -98,27 +98,53 @@ def test_posterior_equals_brute_force(data, condition, wise, path, monkeypatch):
     assert post.tail_mass.max() == 0
 
 
-@pytest.mark.filterwarnings("ignore:Scheme. 50% of the samples")
+@pytest.mark.filterwarnings("ignore:Scheme. .* of the samples")
 @pytest.mark.parametrize("condition", KERNELS, ids=repr)
 def test_target_of_rows_of_others_and_of_rows_under_another_condition(data, condition):
     x, c, _ = data
-    path, t = LinearPath(), torch.tensor([0.05, 0.2, 0.4, 0.9])
-    # A row; a row under another condition, in place of its own; and two that are no rows.
-    x1 = torch.stack([x[7], x[8], x[9] + 0.5, x[10] - 0.3])
-    asked = torch.stack([c[7], c[8] + 0.4, c[9], c[10] + 0.2])
+    path, t = LinearPath(), torch.tensor([0.05, 0.1, 0.2, 0.4, 0.9])
+    # A row; one under another condition, which is another, and in place of its own; two no rows.
+    x1 = torch.stack([x[7], x[8], x[8], x[9] + 0.5, x[10] - 0.3])
+    asked = torch.stack([c[7], c[8] + 0.4, c[8] + 0.4, c[9], c[10] + 0.2])
+    source = torch.tensor([-1, -1, 8, -1, -1])
     x0, xt = noisy(x1, t, path)
     scheme = Scheme(ConditionedOracle(LatentBank(x, conditions=c), path, condition), target=Mix())
-    target, _ = scheme(x1 - x0, xt=xt, t=t, x1=x1, condition=asked)
-    for i, replaced in enumerate([7, 8, None, None]):
+    known = {"condition": asked, "source": source}
+    target, _ = scheme(x1 - x0, xt=xt, t=t, x1=x1, **known)
+    for i, replaced in enumerate([7, None, 8, None, None]):
         kept = torch.arange(N) != (N if replaced is None else replaced)
         rows, given = torch.cat([x[kept], x1[i : i + 1]]), torch.cat([c[kept], asked[i : i + 1]])
         one = slice(i, i + 1)
         _, weights = brute_force(condition, rows, given, xt[one], asked[one], t[one], path)
         u = (weights @ rows.double() - xt[one].double()) / (1 - t[i].double())
         torch.testing.assert_close(target[one].double(), u, rtol=1e-5, atol=1e-5)
-    assert scheme.last.inserted.tolist() == [False, False, True, True]
-    added = scheme.correct(xt=xt, t=t, x1=x1, condition=asked)
+    assert scheme.last.inserted.tolist() == [False, True, True, True, True]
+    added = scheme.correct(xt=xt, t=t, x1=x1, **known)
     torch.testing.assert_close(x1 - x0 + added, target)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("wise", [False, True])
+@pytest.mark.parametrize("condition", KERNELS, ids=repr)
+def test_target_of_a_picture_with_several_captions(data, condition, wise, given):
+    """Each picture is there four times: its row is that with the same caption (and class)."""
+    x, c, y = data
+    x, path, at = x[6 : 6 + N // 4].repeat(4, 1), LinearPath(), torch.arange(0, N, 7)
+    c = c.to(given).float()
+    bank = LatentBank(x, y if wise else None, conditions=c)
+    oracle, t = ConditionedOracle(bank, path, condition), torch.linspace(0.01, 0.95, len(at))
+    x0, xt = noisy(x[at], t, path)
+    labels = {"labels": y[at]} if wise else {}
+    scheme = Scheme(oracle, target=Mix(), on_missing="error")
+    known = {"condition": c[at].to(given).reshape(len(at), WIDTH, 1), **labels}
+    target, _ = scheme(x[at] - x0, xt=xt, t=t, x1=x[at], **known)
+    allowed = y[at][:, None] == y if wise else None
+    _, weights = brute_force(condition, x, c, xt, c[at], t, path, allowed)
+    u = (weights @ x.double() - xt.double()) / (1 - t.double())[:, None]
+    assert ((target - u).norm(dim=1) / u.norm(dim=1)).max() < 1e-5
+    order = torch.arange(N) if bank.index is None else bank.index
+    assert torch.equal(order[bank.find(x[at], None, known["condition"])], at)
+    assert not scheme.last.inserted.any()
 
 
 def test_limits_are_the_conditional_target_and_the_oracle_of_all_rows(data):

@@ -1,5 +1,7 @@
 """A kernel on the condition in a trainer: where conditions are found, targets, what is said."""
 
+import warnings
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -16,6 +18,10 @@ OBS = torch.randn(N, WIDTH, generator=DRAW)
 X = torch.cat([OBS, OBS.flip(1), OBS**2], 1) + 0.3 * torch.randn(N, DIM, generator=DRAW)
 KERNEL = Condition(bandwidth=0.5)
 SAID = "Condition('gaussian', bandwidth=0.5)"
+
+
+def rows(conditions):
+    return [{"x": x, "obs": c} for x, c in zip(X, conditions, strict=True)]
 
 
 class Policy(pl.LightningModule):
@@ -46,10 +52,8 @@ class Policy(pl.LightningModule):
 
 @pytest.fixture
 def fit(make_trainer, make_loader):
-    def run(*callbacks, module=None, **options):
-        loader = torch.utils.data.DataLoader(
-            [{"x": x, "obs": c} for x, c in zip(X, OBS, strict=True)], 16, shuffle=True
-        )
+    def run(*callbacks, module=None, data=None, **options):
+        loader = torch.utils.data.DataLoader(data or rows(OBS), 16, shuffle=True)
         module = module or Policy()
         make_trainer(*callbacks, max_steps=4, **options).fit(module, loader)
         return module
@@ -129,6 +133,57 @@ def test_refusal_by_default_with_a_line_that_works(fit, quick_figures):
 def test_a_network_that_is_given_something_else(fit, module, kernel, said):
     with pytest.warns(UserWarning, match=said):
         fit(StageScheme(target=Mix(), condition=kernel), module=module)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_resuming_with_other_conditions_of_the_same_rows(fit, make_trainer, tmp_path, same):
+    """Captions that were made anew, of the same pictures."""
+    first, again = (PosteriorMonitor(every_n_steps=2, queries=4, figures=0) for _ in range(2))
+    trainer = make_trainer(StageRun(condition=KERNEL), first, max_steps=4)
+    trainer.fit(Policy(), torch.utils.data.DataLoader(rows(OBS), 16))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    trainer = make_trainer(StageRun(condition=KERNEL), again, max_steps=6)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loader = torch.utils.data.DataLoader(rows(OBS if same else OBS.flip(0)), 16)
+        trainer.fit(Policy(), loader, ckpt_path=tmp_path / "end.ckpt")
+    assert any("not that of the checkpoint" in str(w.message) for w in said) == (not same)
+    assert (again.history[0]["step"] < 4) == same
+
+
+def test_captions_that_are_drawn_are_told_of_and_join_the_rows(fit, lightning_log):
+    """The bank holds one caption of each picture, and training draws another."""
+    given = torch.cat([OBS[:, None], OBS[:, None] + 1], 1)
+
+    class Captions(torch.utils.data.Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, at):
+            return {"x": X[at], "obs": given[at, torch.randint(2, ()).item()]}
+
+    bank = LatentBank(X, conditions=OBS)
+    calls, steer = (
+        [],
+        StageScheme(lambda o: watched(calls)(o, target=Mix()), bank=bank, condition=KERNEL),
+    )
+    with pytest.warns(
+        UserWarning, match=r"% of the samples in the first step are rows of the bank under"
+    ):
+        fit(steer, data=Captions())
+    assert len(calls) == 4
+    assert 0 < steer.scheme.last.inserted.sum() < 16
+
+
+def test_the_log_names_the_condition_as_what_is_used(fit, lightning_log, quick_figures):
+    fit(PosteriorMonitor(every_n_steps=2, queries=4), StageScheme(target=Mix(), condition=KERNEL))
+    fit(StageRun(class_wise=False), PosteriorMonitor(every_n_steps=2, queries=4))
+    lines = [r.getMessage() for r in lightning_log.records if "stagewise: " in r.getMessage()]
+    took = [line for line in lines if " took " in line]
+    assert took[0].endswith("no labels, condition = float32 tensor (16, 2)")
+    assert took[1].endswith("no labels")
+    assert sum("batch['obs'], float32 tensor (16, 2), is not used" in line for line in lines) == 1
+    assert lines.index(took[1]) < next(i for i, line in enumerate(lines) if "is not used" in line)
 
 
 def test_a_scheme_of_ones_own_and_what_does_not_go_together(fit, quick_figures, lightning_log):

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise import LatentBank, StageTarget
+from stagewise import LatentBank, Scheme, Smoothing, StageTarget
 from stagewise.adapters.encoding import encoder_call, origin_of
-from stagewise.callbacks import PosteriorMonitor, StageRun
+from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
@@ -177,6 +177,40 @@ def test_a_resumed_run_reads_through_the_same_encoder_at_once(fit, tmp_path, rec
     fit(module, again, steps=4, ckpt_path=tmp_path / "half.ckpt")
     assert [entry["step"] for entry in again.history] == [0, 1, 2, 3]
     assert not any("stagewise" in str(w.message) or "bank" in str(w.message) for w in recwarn)
+
+
+class Smooths(Normalised):
+    """Smooths what a frozen layer gives, which draws or does not."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.vae, self.make = self.vae[:2].requires_grad_(False), make
+
+    def training_step(self, batch, batch_idx):
+        t, x1 = torch.rand(len(batch[0]), 1), self.make(self.vae(batch[0]))
+        x0, x1 = torch.randn_like(x1), self.target.smooth(x1, t=t)
+        xt = t * x1 + (1 - t) * x0
+        u, w = self.target(x1 - x0, xt=xt, t=t, x1=x1)
+        return (w * (self.net(torch.cat([xt, t], 1)) - u).square().mean(1)).mean()
+
+    def on_before_backward(self, loss):
+        pytest.fail("trained")
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda mean: 0.5 * mean, "encode=lambda x, module: module.vae(x) * 0.5, or give"),
+        (lambda mean: mean + torch.randn_like(mean), "encode=lambda x, module: ..."),
+    ],
+)
+@pytest.mark.parametrize(
+    "scheme", [Scheme.two_stage, lambda oracle: Scheme(smoothing=Smoothing(oracle.bank))]
+)
+def test_smoothing_of_what_the_step_encodes_stops_with_the_line(fit, scheme, make, line):
+    with pytest.raises(ValueError, match="^Training is not on what was read") as refused:
+        fit(Smooths(make), StageScheme(scheme))
+    assert line in str(refused.value)
 
 
 SCRIPT = """

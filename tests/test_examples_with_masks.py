@@ -108,6 +108,20 @@ def test_the_action_head_of_a_robot(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert torch.equal(target[i][~valid], y[i][~valid])
 
 
+@pytest.mark.parametrize(
+    "kind", [VelocityErrorMonitor, MemorizationMonitor, MemorizationGuard, Forecast]
+)
+def test_monitors_of_the_model_refuse_the_action_head_before_training(
+    kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = _example("action_head")
+    monkeypatch.setattr(example.ActionHead, "training_step", lambda *_: pytest.fail("trained"))
+    said = rf"^{kind.__name__} asks the model .* without their conditions.*PosteriorMonitor\("
+    with pytest.raises(ValueError, match=said):
+        example.main(example.RUN, kind(), logger=False, enable_checkpointing=False)
+
+
 class _Chunks(pl.LightningModule):
     """Flow matching on padded chunks: the network is given labels, padding and lengths."""
 

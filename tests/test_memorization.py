@@ -202,7 +202,7 @@ def test_refusals_before_the_first_optimizer_step(
     model = tiny_flow()
     before = weights(model)
     step = model.training_step
-    model.training_step = lambda batch, batch_idx: step([3 * batch[0] + 1], batch_idx)
+    model.training_step = lambda batch, batch_idx: step([batch[0] ** 3], batch_idx)
     with pytest.raises(ValueError, match="not on what was read from the batches"):
         make_trainer(MemorizationMonitor(**SMALL)).fit(model, make_loader(x))
     assert torch.equal(weights(model), before)

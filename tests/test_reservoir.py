@@ -8,6 +8,9 @@ import torch
 
 from stagewise import LatentBank, LinearPath, Mix, Oracle, Reservoir, Scheme, StageTarget
 from stagewise.callbacks import (
+    Forecast,
+    MemorizationGuard,
+    MemorizationMonitor,
     PosteriorMonitor,
     StageRun,
     StageScheme,
@@ -224,8 +227,6 @@ def test_what_a_reservoir_in_training_says(fit, tmp_path, quick_figures, lightni
         fit(StageRun(reservoir=4), StageScheme(target=Mix()))
     with pytest.raises(ValueError, match=r"boundary=0\.3"):
         fit(StageRun(reservoir=20), StageScheme(target=Mix("boundary")))
-    with pytest.raises(ValueError, match="same rows throughout"):
-        fit(StageRun(reservoir=20), VelocityErrorMonitor())
     with pytest.warns(UserWarning, match="never full"):
         fit(PosteriorMonitor(reservoir=100))
     _, trainer = fit(StageRun(reservoir=Reservoir(20, "random")), PosteriorMonitor(queries=4))
@@ -234,6 +235,17 @@ def test_what_a_reservoir_in_training_says(fit, tmp_path, quick_figures, lightni
     fit(StageRun(reservoir=20), monitor, steps=12, resume=tmp_path / "at.ckpt")
     assert "filled anew" in lightning_log.text
     assert monitor.history[0]["step"] < 8 < monitor.history[-1]["step"]
+
+
+@pytest.mark.parametrize(
+    "kind", [VelocityErrorMonitor, MemorizationMonitor, MemorizationGuard, Forecast]
+)
+def test_monitors_of_the_model_refuse_a_reservoir_before_training(
+    fit, tiny_flow, kind, monkeypatch
+):
+    monkeypatch.setattr(tiny_flow, "training_step", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=f"^{kind.__name__} asks about the same rows throughout"):
+        fit(StageRun(reservoir=20), kind())
 
 
 def test_the_example_of_a_stream(tmp_path, monkeypatch, quick_figures, weights):

@@ -156,9 +156,7 @@ class FirstStep(BatchSamples):
                 self.swapped = False
             self._maker, self.tied = seam, self._wrong_noise(seam)
             x1 = x1 if self._before_smoothing is None else self._before_smoothing
-            if self.x1 is not None and self.search.encoders is not None and self.changed(x1):
-                self.encoding = origin_of(x1, self.x1, self.search.encoders)
-            self.search.encoders = None
+            self.trace(x1)
             labels = self.labels_for(x1)
             if labels is not None:
                 self.search.labels = labels
@@ -166,6 +164,12 @@ class FirstStep(BatchSamples):
                 self._on_seen(x1)
 
         return tell
+
+    def trace(self, x1: Tensor) -> None:
+        """Finds what the first step has made an x_1 of, if it is another than that of the batch."""
+        if self.x1 is not None and self.search.encoders is not None and self.changed(x1):
+            self.encoding = origin_of(x1, self.x1, self.search.encoders)
+        self.search.encoders = None
 
     @property
     def happened(self) -> bool:

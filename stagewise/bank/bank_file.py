@@ -4,6 +4,7 @@
     header         JSON: where each tensor is; what the bank is, as strings
     offset, centre (D,); sq_norms, keys, index (N,); classes, starts, stops (C,)   64-bit each
     masks, labels  (C, M) of bools and (C,): what each class stands for, of a bank with masks
+    conditions     (N, C), as stored, of a bank with conditions
     rows           (N, D), as stored, from a page boundary to the end
 
 The header is padded with spaces, as the format allows, so that the rows begin at a page boundary:
@@ -34,7 +35,7 @@ from stagewise.memory import format_bytes
 __all__ = ["open_bank", "write_bank"]
 
 _VERSION = 2
-"""That of banks with masks; others are of version 1, and readers of that open them."""
+"""That of banks with masks or conditions; others are of version 1, which its readers open."""
 
 _PAGE = 4096
 _TYPES = {
@@ -50,6 +51,7 @@ def _layout(
     num_classes: int,
     mask_size: int = 0,
     labelled: bool = False,
+    given: tuple[torch.dtype, tuple[int, ...]] | None = None,
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of each tensor in the file of a bank, in order."""
     n, d, c = (num_rows,), (dim,), (num_classes,)
@@ -62,6 +64,7 @@ def _layout(
     if mask_size:
         layout["masks"] = torch.bool, (num_classes, mask_size)
         layout |= {"labels": (whole, c)} if labelled else {}
+    layout |= {"conditions": given} if given else {}
     return {**layout, "rows": (dtype, n + d)}
 
 
@@ -73,6 +76,7 @@ def write_bank(
     num_classes: int,
     fill: Callable[[Tensor], Any],
     pairs: MaskedLabels | None = None,
+    conditions: Tensor | None = None,
 ) -> None:
     """Writes the file of a bank, which has its name when it is complete and on the disk.
 
@@ -87,11 +91,13 @@ def write_bank(
         fill: Fills the rows, (N, D), which are mapped: what is assigned to them goes to the file.
             Returns the bank of them.
         pairs: What its classes are, with masks.
+        conditions: Those of its rows, (N, C).
     """
     header: dict[str, Any] = {}
-    end, of = 0, [num_rows, dim, dtype, num_classes]
+    end, of = 0, [num_rows, dim, dtype, num_classes, 0, False]
     if pairs is not None:
-        of += [pairs.mask[0].numel(), pairs.labels is not None]
+        of[4:] = [pairs.mask[0].numel(), pairs.labels is not None]
+    of += [] if conditions is None else [(conditions.dtype, tuple(conditions.shape))]
     for name, (kind, shape) in _layout(*of).items():  # type: ignore[arg-type]
         begin, end = end, end + math.prod(shape) * kind.itemsize
         header[name] = {"dtype": _TYPES[kind], "shape": shape, "data_offsets": (begin, end)}
@@ -111,7 +117,7 @@ def write_bank(
             tensors, about = _contents(fill(flat.view(num_rows, dim)))
             for name, tensor in tensors.items():
                 first, last = (data + place for place in header[name]["data_offsets"])
-                pages[first:last] = tensor.cpu().numpy().tobytes()
+                pages[first:last] = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
             text = json.dumps({"__metadata__": about, **header}).encode()
             assert len(text) <= data - 8, "the space left for the header is far above its size"
             pages[:data] = (data - 8).to_bytes(8, "little") + text.ljust(data - 8)
@@ -133,6 +139,9 @@ def _contents(bank: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         mask, labels = bank.pairs.mask, bank.pairs.labels
         tensors |= {"masks": mask.flatten(1)} | ({} if labels is None else {"labels": labels})
         about |= {"stagewise_bank": str(_VERSION), "mask_shape": json.dumps(mask.shape[1:])}
+    if bank.conditions is not None:
+        tensors["conditions"] = bank.conditions
+        about["stagewise_bank"] = str(_VERSION)
     about |= {"fingerprint": bank.fingerprint, "radius": repr(bank.radius)}
     return tensors, {**about, "max_norm": repr(bank.max_norm), "std": repr(bank.std)}
 
@@ -174,7 +183,9 @@ def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
     stored = entries["rows"]
     num_classes = math.prod(entries["classes"].shape) if "classes" in entries else 0
     size = math.prod(entries["masks"].shape[1:]) if "masks" in entries else 0
+    given = entries.get("conditions")
     of: Any = (*stored.shape, stored.dtype, num_classes, size, "labels" in entries)
+    of += () if given is None else ((given.dtype, (*stored.shape[:1], *given.shape[1:])),)
     layout = _layout(*of) if len(stored.shape) == 2 else {}
     held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     if held != layout or not stored.dtype.is_floating_point:
@@ -193,6 +204,7 @@ def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
         pairs = MaskedLabels(has.get("labels"), mask, shape)
     at = rows, has["offset"], shape, has.get("index"), segments, mapped, has["keys"], pairs
     bank = RowStore(*at)
+    bank.conditions = has.get("conditions")
     if bank.fingerprint != about.get("fingerprint"):
         raise _damaged(path, "what it says it holds and what it holds have other fingerprints")
     return bank, has

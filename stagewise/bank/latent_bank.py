@@ -56,8 +56,8 @@ class LatentBank(RowStore):
             (N, L) for (N, L, d); or lengths, integers (N,). Default None: all. Samples are then
             compared with those of the same mask only (`stagewise.masks`), and stand by mask.
         conditions: What the model is given for each sample beside time and class (text embeddings,
-            observations, one-hot), (N, *), for a `ConditionedOracle`; default None. Files of banks
-            do not hold them: `LatentBank.open(path).with_conditions(c)`.
+            observations, one-hot), (N, *), for a `ConditionedOracle`; default None. `save`
+            writes them, too; a bank of `write` has none: `with_conditions(c)`.
         dtype: Storage: float32, float64, bfloat16 or float16; default that of `x`. A 16-bit bank
             halves the memory and *is* the data set, rounded relative to the distance from the
             mean, that the posterior is about.
@@ -95,8 +95,6 @@ class LatentBank(RowStore):
         >>> len(bank), bank.dim, bank.shape, len(bank.classes)
         (100, 256, (4, 8, 8), 10)
     """
-
-    conditions: Tensor | None = None
 
     def __init__(
         self,
@@ -139,6 +137,7 @@ class LatentBank(RowStore):
         """
         bank = self._moved(lambda value: value)
         bank._file, bank.conditions = self._file, self._in_order(conditions)
+        bank._fingerprint = None
         return bank
 
     def _in_order(self, conditions: Tensor | np.ndarray) -> Tensor:
@@ -305,7 +304,8 @@ class LatentBank(RowStore):
                 rows[first : first + len(chunk)] = chunk
             return self
 
-        write_bank(path, len(self), self.dim, self.dtype, len(self.classes), fill, self.pairs)
+        about = len(self), self.dim, self.dtype, len(self.classes), fill, self.pairs
+        write_bank(path, *about, self.conditions)
 
     @classmethod
     def open(cls, path: FilePath) -> LatentBank:

@@ -15,7 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "find_among", "find_rows", "key_weights", "mask_keys", "row_keys"]
+__all__ = [
+    "CLASS_FACTOR",
+    "condition_keys",
+    "digest",
+    "find_among",
+    "find_rows",
+    "key_weights",
+    "mask_keys",
+    "row_keys",
+]
+
+CLASS_FACTOR = 0x27BB2EE687B0B0FD
+"""An odd number, times which the first row of a class is added to the keys of its rows."""
 
 _BLOCK = 2**20  # words at a time: their 64-bit products then stay in the cache
 
@@ -33,6 +45,12 @@ def row_keys(rows: Tensor) -> Tensor:
         # Adding zero makes -0 and 0, which are equal, equal in their bits.
         out.copy_(((block + 0.0).contiguous().view(word) * factor).sum(1))
     return keys
+
+
+def condition_keys(conditions: Tensor) -> Tensor:
+    """The keys of conditions (N, C), floating-point, to be added to those of their rows, (N,)."""
+    # Times another odd number: a row and a condition that change places have another sum.
+    return row_keys(conditions) * 0x5851F42D4C957F2D
 
 
 def mask_keys(mask: Tensor) -> Tensor:
@@ -99,6 +117,7 @@ def digest(
     dtype: torch.dtype,
     shape: tuple[int, ...],
     ends: list[tuple[int, int, int]],
+    conditions: Tensor | None = None,
 ) -> str:
     """A name for a bank, 32 hexadecimal digits: another one as soon as anything in it differs.
 
@@ -108,4 +127,7 @@ def digest(
     total = hashlib.blake2b(repr(description).encode(), digest_size=16)
     for part in (offset, keys):
         total.update(part.cpu().numpy().tobytes())
+    if conditions is not None:
+        total.update(repr((str(conditions.dtype), conditions.shape[1])).encode())
+        total.update(condition_keys(conditions).cpu().numpy().tobytes())
     return total.hexdigest()

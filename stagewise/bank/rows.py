@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stagewise.bank.building import BLOCK, HALF
 from stagewise.bank.row_classes import RowClasses, as_real
-from stagewise.bank.row_keys import digest, find_rows, row_keys
+from stagewise.bank.row_keys import CLASS_FACTOR, condition_keys, digest, find_rows, row_keys
 from stagewise.bank.streaming import MappedFile, stream
 from stagewise.masks import MaskedLabels
 from stagewise.memory import available_memory, format_bytes, oracle_device
@@ -28,8 +28,10 @@ class RowStore(RowClasses):
 
     `rows`, `offset`, `shape` and `index` are those of `LatentBank`; `segments` and `pairs` those of
     `RowClasses`; `file` is that under rows that are memory-mapped, and `keys` those of the rows, if
-    they are known.
+    they are known. `conditions` are what a model is given for each row, (N, C), if they are known.
     """
+
+    conditions: Tensor | None = None
 
     def __init__(
         self,
@@ -91,7 +93,13 @@ class RowStore(RowClasses):
         stored = self.rows[rows.to(self.device)]
         return stored.to(device or self.device) + self.offset.to(device or self.device)
 
-    def find(self, x1: Tensor, masks: object = None) -> Tensor:
+    def find(
+        self,
+        x1: Tensor,
+        masks: object = None,
+        condition: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> Tensor:
         """The row of each sample that is in the bank, at the precision of `x1`.
 
         Samples of more digits than the rows have are rounded as the rows were. Of fewer (a float32
@@ -104,6 +112,9 @@ class RowStore(RowClasses):
             x1: Samples, (B, *), as those the bank was built from; on any device. With masks zeros
                 are outside of them.
             masks: `MaskedLabels`, for rows of the same mask only.
+            condition: What the model is given, (B, *), for rows of the same condition only, at the
+                precision of the one that has fewer digits.
+            first: The first row of a class, (B,), for rows of that class only.
 
         Returns:
             Rows in the bank's own order, (B,), int64, on the device of `x1`; -1 for a sample that
@@ -122,28 +133,55 @@ class RowStore(RowClasses):
         found = torch.full((len(flat),), -1, device=self.device)
         fewer = dtype in (*HALF, torch.float32) and dtype.itemsize < self.dtype.itemsize
         more: Tensor | int = 0
-        of_masks = isinstance(masks, MaskedLabels)
+        of: list[Any] = [isinstance(masks, MaskedLabels), None, first is not None]
         if isinstance(masks, MaskedLabels):
             more = masks.unlabelled().keys().to(self.device)
+        if condition is not None:
+            c, stored = self.as_conditions(condition, len(flat)).to(self.device), self.conditions
+            assert stored is not None
+            c = c if c.is_floating_point() else c.to(stored)
+            of[1] = min(stored.dtype, c.dtype, key=lambda dtype: dtype.itemsize)
+            more = more + condition_keys(c.to(of[1]))
+        if first is not None:
+            more = more + first.to(self.device) * CLASS_FACTOR
         if not fewer:
             wanted = (flat.double() - self.offset).to(self.dtype)
-            found = find_rows(self.rows.__getitem__, self.key_index(None, of_masks), wanted, more)
+            found = find_rows(self.rows.__getitem__, self.key_index(None, *of), wanted, more)
         # Of two 16-bit types neither holds the other, and neither holds samples with an offset.
         both = dtype in HALF and self.dtype in HALF and (dtype != self.dtype or self.shifted)
         if fewer or both:
-            index = self.key_index(dtype, of_masks)
+            index = self.key_index(dtype, *of)
             rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat, more)
             found = rounded.where(found < 0, found)
         return found.to(x1.device)
 
+    def as_conditions(self, condition: Tensor, count: int) -> Tensor:
+        """Conditions (B, *) as (B, C), refused if they are not `count`, as wide as the bank's."""
+        c = condition.detach()
+        c = c.flatten(1) if c.ndim > 1 else c[:, None]
+        width = None if self.conditions is None else self.conditions.shape[1]
+        if c.shape != (count, width):
+            raise ValueError(
+                f"Expected `condition` with shape ({count}, {width}), one for each sample and as "
+                f"wide as those of the bank, {width} numbers, got {tuple(condition.shape)}, "
+                f"{c.shape[1]} numbers."
+            )
+        return c
+
     def key_index(
-        self, dtype: torch.dtype | None = None, of_masks: bool = False
+        self,
+        dtype: torch.dtype | None = None,
+        of_masks: bool = False,
+        of_conditions: torch.dtype | None = None,
+        of_classes: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The keys in ascending order and their rows; of the samples as `dtype` if it is given.
 
-        With `of_masks` the keys of their masks are added to them.
+        With `of_masks` the keys of their masks are added to them, with `of_conditions` those of
+        their conditions as that type, with `of_classes` those of the first rows of their classes.
         """
-        name = (dtype, "masks") if of_masks else dtype
+        more = of_masks, of_conditions, of_classes
+        name = (dtype, *more) if any(more) else dtype
         if name in self._sorted_keys:
             return self._sorted_keys[name]
         if dtype is None:
@@ -157,6 +195,11 @@ class RowStore(RowClasses):
             ends = self._of_masks.items()
             added = [torch.full((rows.stop - rows.start,), key) for key, rows in ends]
             keys = keys + torch.cat(added).to(keys.device)
+        if of_conditions and self.conditions is not None:
+            keys = keys + condition_keys(self.conditions.to(of_conditions)).to(keys.device)
+        if of_classes:
+            begins, ends = torch.tensor(self.class_ends)[:, 1:].unbind(1)
+            keys = keys + (begins * CLASS_FACTOR).repeat_interleave(ends - begins).to(keys.device)
         values, order = keys.sort(stable=True)
         if as_real(values, self.rows):
             self._sorted_keys[name] = (values, order)
@@ -190,13 +233,14 @@ class RowStore(RowClasses):
     def fingerprint(self) -> str:
         """A name for what the bank holds: 32 hexadecimal digits.
 
-        Equal for banks with equal rows (type, order, offset) and classes, wherever they are;
-        different as soon as one number is another, or two rows or columns are swapped. Computed
-        once, from all rows.
+        Equal for banks with equal rows (type, order, offset), classes and conditions, wherever they
+        are; different as soon as one number is another, or two rows or columns are swapped.
+        Computed once, from all rows.
         """
         if self._fingerprint is None:
             self._fingerprint = digest(
-                self.row_keys(), self.offset, self.dtype, self.shape, self.class_ends
+                *(self.row_keys(), self.offset, self.dtype, self.shape, self.class_ends),
+                self.conditions,
             )
         return self._fingerprint
 

@@ -102,7 +102,12 @@ def unknown_boundary(collapsed: bool = False) -> ValueError:
 
 
 def check_rows(
-    bank: LatentBank, x1: Tensor, *, known: bool = False, shard: bool = False
+    bank: LatentBank,
+    x1: Tensor,
+    *,
+    known: bool = False,
+    shard: bool = False,
+    condition: Tensor | None = None,
 ) -> str | None:
     """Holds what a scheme is given against the bank its oracle asks.
 
@@ -112,13 +117,16 @@ def check_rows(
     not so far off.
 
     With `known` their rows are known and stand in for them: nothing is warned of. With `shard` the
-    bank is only this rank's part of one, in which samples are not looked up.
+    bank is only this rank's part of one, in which samples are not looked up. Rows under another
+    `condition` than is given are others.
 
     Returns:
         The text of a warning, with the share of samples that are no rows; None if there is nothing
         to say.
     """
-    missing = torch.ones(len(x1), dtype=torch.bool) if shard else bank.find(x1).cpu() < 0
+    missing = torch.ones(len(x1), dtype=torch.bool)
+    if not shard:
+        missing = bank.find(x1, None, condition).cpu() < 0
     if not missing.any():
         return None
     share, others = float(missing.float().mean()), x1[missing.to(x1.device)].to(bank.device)
@@ -137,6 +145,13 @@ def check_rows(
     if shard or known:
         return None
     near = ""
+    if condition is not None and (bank.find(x1).cpu()[missing] >= 0).all():
+        return (
+            f"{share:.0%} of the samples in the first step are rows of the bank under another "
+            "condition, and each of them joins its rows. Captions that are drawn, observations "
+            "with noise? Give the bank a row for each, LatentBank(x, conditions=c), or the "
+            "`source` of each sample, which then takes the place of its row."
+        )
     if bank.pairs is None:
         off_by = distance_from_rows(bank, others)
         near = f": the nearest row is off by {off_by:.0%} of their norm"

@@ -111,7 +111,7 @@ def correct(
     if not len(x1) and not oracle.engine.collective:
         return Correction.none(every)
     with torch.autocast(xt.device.type, enabled=False):
-        row, stored = _rows(oracle, x1, source, labels)
+        row, stored = _rows(oracle, x1, source, labels, condition)
         names = compared_within(labels, False)
         if class_wise:
             on_device = cheap and not of_masks
@@ -119,8 +119,11 @@ def correct(
         queries = oracle.queries(xt, t, names, source, condition)
         if (class_wise or of_masks) and oracle.engine.holds_all_rows:
             # A row of another class or mask is none of those that a query looks at.
-            inside = queries.holds(row)
-            row, stored = row.where(inside, -1), stored.where(inside, -1)
+            own, inside = torch.full_like(row, -1), queries.holds(row)
+            if class_wise and not (row.device.type == "cpu" and bool(inside.all())):
+                first = queries.ends_on_device[:, 0]
+                own = oracle.bank.find(x1, labels, _told(oracle, condition), first)
+            row, stored = row.where(inside, own), stored.where(queries.holds(stored), own)
         if on_missing == "error":
             _require_found(row if only is None or not cheap else row.where(only, 0))
         queries = replace(queries, x1=x1.flatten(1).double(), source=stored, twin=row)
@@ -228,14 +231,21 @@ def _some(value: Any, at: list[int]) -> Any:
 
 
 def _rows(
-    oracle: Oracle, x1: Tensor, source: Tensor | None, labels: Labels | None
+    oracle: Oracle,
+    x1: Tensor,
+    source: Tensor | None,
+    labels: Labels | None,
+    condition: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none."""
+    """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none.
+
+    With a kernel that is the row that has its condition, too.
+    """
     if source is not None:
         rows = oracle.engine.num_rows(oracle.bank)
         source = checked_source(source, len(x1), rows).to(x1.device)
     if oracle.engine.holds_all_rows:
-        stored = oracle.bank.find(x1, labels)
+        stored = oracle.bank.find(x1, labels, _told(oracle, condition))
         return stored if source is None else torch.where(source < 0, stored, source), stored
     if source is None:
         raise ValueError(
@@ -243,6 +253,10 @@ def _rows(
             "each x1 over all ranks, with x1 exactly as it is stored."
         )
     return source, source
+
+
+def _told(oracle: Oracle, condition: Tensor | None) -> Tensor | None:
+    return condition if oracle.condition else None
 
 
 def _classes(

@@ -52,6 +52,7 @@ def check_first(
     source: Tensor | None,
     prediction: Prediction,
     labels: object,
+    condition: Tensor | None,
 ) -> None:
     """Holds the first samples of a scheme against its path and its bank."""
     oracle, mixes = scheme.oracle, scheme.target is not None
@@ -74,6 +75,7 @@ def check_first(
         fitted(x1, labels, oracle.bank.shape)[0],
         known=bool(source is not None or oracle.smoothing is not None or oracle.bank.origin),
         shard=not oracle.engine.holds_all_rows,
+        condition=condition if oracle.condition else None,
     )
     scheme.rows_checked = True
     if found:

@@ -80,6 +80,7 @@ class Scheme(SchemeState):
         labels_of: From x_1, (B, *), to classes, (B,), or None; default None. Asked where x_1 comes
             without labels and is no row of the bank.
         condition_of: From a kernel and x_1 to conditions, (B, *), or None; for those not given.
+        before_smoothing: Told each x_1 before it is smoothed; default None.
         last: The record of the last call, None before.
         draws_timesteps: Whether `timesteps` was given. If not, what draws t by itself goes on.
 
@@ -176,6 +177,8 @@ class Scheme(SchemeState):
         """
         if self._smoothed is None:
             return x1
+        if self.before_smoothing is not None:
+            self.before_smoothing(x1)
         self._check_once()
         self._draws += 1
         told = as_times(t, x1)
@@ -325,7 +328,8 @@ class Scheme(SchemeState):
         time = as_times(t, xt)
         labels = known.get("labels")
         if time.shape == xt.shape[:1]:
-            check_first(self, y, xt, time, x1, known["source"], prediction, labels)
+            given = (known["source"], prediction, labels, known.get("condition"))
+            check_first(self, y, xt, time, x1, *given)
         xt, t = self.convention.inside(xt, time)
         around = self._around
         kernel = runs_kernel(self.target, self.oracle, labels, x1, self.class_wise)

@@ -93,6 +93,7 @@ class SchemeState(Shared):
         self.smoothing, self.preserve_objective = smoothing, preserve_objective
         self.labels_of: Callable[[Tensor], Tensor | MaskedLabels | None] | None = None
         self.condition_of: Callable[[Condition, Tensor], Tensor | None] | None = None
+        self.before_smoothing: Callable[[Tensor], object] | None = None
         self._smoothed = None if smoothing is None else Smoothed(smoothing, strength)
         self.boundary: float | None = None
         self.collapsed: float | None = None
@@ -328,8 +329,9 @@ class SchemeState(Shared):
     # -- checkpoints and copies ----------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        # Those two are of a run, which holds its trainer.
-        return {**vars(self), "labels_of": None, "condition_of": None}
+        # Those are of a run, which holds its trainer.
+        of_run = ("labels_of", "condition_of", "before_smoothing")
+        return {**vars(self), **dict.fromkeys(of_run)}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, strings, tensors, lists and dicts."""

@@ -277,14 +277,14 @@ class MemorizationGuard(MemorizationMonitor):
         every[:, host.rank :: host.world_size] = own
         return host.reduce(every)
 
-    def _copied_rows(self, most: int = 8) -> list[list[int]]:
+    def _copied_rows(self) -> list[list[int]]:
         """The rows copied most, by their place in the data set, and by how many samples."""
         near, bank = self._shown[1][0.0], self.oracle.bank
         pairs = torch.stack([near.row, near.copied]).double().cpu()
         rows, copied = self._of_all_ranks(pairs, self.samples)
         counts = Counter(rows[copied > 0].long().tolist())
         places = {row: row if bank.index is None else int(bank.index[row]) for row in counts}
-        return [[places[row], count] for row, count in counts.most_common(most)]
+        return [[places[row], count] for row, count in counts.most_common(8)]
 
     @override
     def scalars(self, entry: dict[str, Any]) -> dict[str, float]:

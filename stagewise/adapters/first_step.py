@@ -50,7 +50,7 @@ class FirstStep(BatchSamples):
         find: From a batch to `(x_1, labels or None)`.
         convention: That of a training step that makes its target by hand, if it is known.
 
-    Attributes: those of `BatchSamples`, and
+    Attributes (others are those of `BatchSamples`):
         seen: What makes the targets, and what the first target of the batch was made from.
         network: What predicts, once `finish` was called; None if it was not found.
         conditions: What the network is given besides x_t, time and class labels, for messages.

@@ -282,22 +282,22 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             labels = labels[indices]
         return LatentBank.write(path, batches, total, labels=labels, **how)
 
-    def statistics(self, max_rows: int = 256) -> ChannelStatistics:
+    def statistics(self) -> ChannelStatistics:
         """Moments of evenly spaced samples, without draws."""
         seen = ChannelStatistics()
-        for x1 in self.fixed().some(max_rows):
+        for x1 in self.fixed().some():
             seen.update(x1[None])
         return seen
 
-    def some(self, max_rows: int = 256) -> Iterator[Tensor]:
-        """The x_1 of evenly spaced items, one by one."""
-        for index in range(0, len(self), math.ceil(len(self) / max_rows)):
+    def some(self) -> Iterator[Tensor]:
+        """The x_1 of at most 256 evenly spaced items, one by one."""
+        for index in range(0, len(self), math.ceil(len(self) / 256)):
             yield self[index][0]
 
-    def check_scale(self, max_rows: int = 256) -> None:
+    def check_scale(self) -> None:
         """Looks at some rows, and refuses samples that are not scaled or scaled twice."""
         expected = self.reading.expected_std or self.usual_std
-        mean, std = self.statistics(max_rows).overall()
+        mean, std = self.statistics().overall()
         size, most = math.hypot(mean, std), self.scale_range
         # What is not finite is named by whoever reads all rows.
         if math.isfinite(size) and not expected / most < size < expected * most:

@@ -125,12 +125,10 @@ def _number(name: str) -> tuple[int, str]:
     return (int(stem) if stem.isdecimal() else -1, name)
 
 
-def write_fast_dit(
-    folder: FilePath, batches: Iterable[tuple[Tensor, Tensor]], name: str = "imagenet256"
-) -> Path:
+def write_fast_dit(folder: FilePath, batches: Iterable[tuple[Tensor, Tensor]]) -> Path:
     """Writes scaled `(latents, labels)`, (B, C, H, W) and (B,), as fast-DiT does."""
     folder, row = Path(folder), 0
-    features, targets = folder / f"{name}{_MARK}", folder / f"{name}_labels"
+    features, targets = folder / f"imagenet256{_MARK}", folder / "imagenet256_labels"
     for place in (features, targets):
         place.mkdir(parents=True, exist_ok=True)
     for latents, labels in batches:

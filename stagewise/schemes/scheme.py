@@ -183,7 +183,9 @@ class Scheme(SchemeState):
         self._draws += 1
         told = as_times(t, x1)
         seed = self._random(("smooth", self._draws)).getrandbits(63)
-        return self._smoothed.draw(x1, self._time(told), told, source, seed, self.collapsed)
+        return self._smoothed.draw(
+            x1, self.convention.to_t(told), told, source, seed, self.collapsed
+        )
 
     def _random(self, call: object) -> Random:
         """Draws of this rank, step and call."""

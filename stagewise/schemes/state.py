@@ -242,7 +242,7 @@ class SchemeState(Shared):
             ValueError: If it has another shape, or depends on a boundary that is not known yet; and
                 as `check`.
         """
-        return self._weight(self._time(t))
+        return self._weight(self.convention.to_t(t))
 
     @torch.no_grad()
     def _weight(self, t: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ class SchemeState(Shared):
         """
         self._step, self._calls, self._draws = step, 0, 0
         if t is not None and loss is not None:
-            self._bound.update(self._time(t), loss)
+            self._bound.update(self.convention.to_t(t), loss)
             self._waits_for_losses = False
         elif self._waits_for_losses:
             self._untold_steps += 1
@@ -325,10 +325,6 @@ class SchemeState(Shared):
             "with the times and the losses of its samples.",
             stacklevel=level,
         )
-
-    def _time(self, t: Tensor) -> Tensor:
-        """Times of the `convention` as the library's."""
-        return self.convention.to_t(t)
 
     # -- checkpoints and copies ----------------------------------------------------------------
 

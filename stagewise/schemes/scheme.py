@@ -328,8 +328,8 @@ class Scheme(SchemeState):
         time = as_times(t, xt)
         labels = known.get("labels")
         if time.shape == xt.shape[:1]:
-            given = (known["source"], prediction, labels, known.get("condition"))
-            check_first(self, y, xt, time, x1, *given)
+            own = (known["source"], prediction, labels, known.get("condition"))
+            check_first(self, y, xt, time, x1, *own)
         xt, t = self.convention.inside(xt, time)
         around = self._around
         kernel = runs_kernel(self.target, self.oracle, labels, x1, self.class_wise)

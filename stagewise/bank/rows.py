@@ -369,8 +369,8 @@ class RowStore:
         if of_conditions and self.conditions is not None:
             keys = keys + condition_keys(self.conditions.to(of_conditions)).to(keys.device)
         if of_classes:
-            begins, ends = torch.tensor(self.class_ends)[:, 1:].unbind(1)
-            keys = keys + (begins * CLASS_FACTOR).repeat_interleave(ends - begins).to(keys.device)
+            begins = [torch.full((b - a,), a) for _, a, b in self.class_ends]
+            keys = keys + (torch.cat(begins) * CLASS_FACTOR).to(keys.device)
         values, order = keys.sort(stable=True)
         if _as_real(values, self.rows):
             self._sorted_keys[name] = (values, order)

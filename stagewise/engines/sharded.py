@@ -118,7 +118,7 @@ class EmptyShard(LatentBank):
         # `Sharded.prepare` makes `max_norm` that of all ranks: corrections are rounded by it.
         self.radius = self.max_norm = self.std = 0.0
 
-    def find(self, x1: Tensor, masks: object = None) -> Tensor:
+    def find(self, x1: Tensor, *_: Any, **__: Any) -> Tensor:
         """No sample is here: -1 for each, (B,), int64."""
         return torch.full((len(x1),), -1, dtype=torch.int64, device=x1.device)
 

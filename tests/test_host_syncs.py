@@ -258,7 +258,7 @@ SEVERAL = [
     *((stagewise.Mix(lam), 24, []) for lam in (1.0, "boundary", stagewise.Concentration())),
     (stagewise.Mix(stagewise.Smooth()), 34, []),
     # Random numbers from the host, pinned and not waited for on a real device.
-    (stagewise.ReferenceSet(4), 145, [[(8, 3)]]),
+    (stagewise.ReferenceSet(4), 170, [[(8, 3)]]),
     (stagewise.ReferenceSet(4, "boundary"), 155, [[(8, 3)]]),
     (stagewise.ReferenceSet(4, shared=True), 150, [[(10, 3)]]),
 ]

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagewise import LatentBank, LinearPath, Mix, Oracle, Reservoir, Scheme, StageTarget
+from stagewise import (
+    LatentBank,
+    LinearPath,
+    Mix,
+    Oracle,
+    Reservoir,
+    Scheme,
+    Smoothing,
+    StageTarget,
+)
 from stagewise.callbacks import (
     Forecast,
     MemorizationGuard,
@@ -133,6 +142,18 @@ def test_bad_input():
         Reservoir(8, "first")
     with pytest.raises(ValueError, match="at least 2"):
         Reservoir(1)
+
+
+def test_rows_that_change_are_not_smoothed():
+    reservoir = Reservoir(32)
+    for smoothed in (Smoothing, lambda r: Scheme.two_stage(Oracle(r))):
+        with pytest.raises(ValueError, match="whose rows stay for a smoothing"):
+            smoothed(reservoir)
+    reservoir.add(torch.randn(32, 2))
+    same = Smoothing(LatentBank(reservoir.rows.clone()))
+    for smoothed in (Smoothing, lambda r: Scheme(Oracle(r), smoothing=same)):
+        with pytest.raises(ValueError, match="whose rows stay for a smoothing"):
+            smoothed(reservoir)
 
 
 class Endless(torch.utils.data.IterableDataset):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of, written
-from stagewise.masks import masked, mean_of
+from stagewise.masks import masked, mean_square
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind, same_path, unlike
 from stagewise.queries import Labels, Times, as_times, check_times
 from stagewise.schemes import Phases, Scheme, parts
@@ -160,6 +160,11 @@ class FlowMatchingLoss(nn.Module):
                 the model is given conditions that the scheme's target ignores; and as a call of the
                 scheme, whose first one does what `Scheme.check` does.
         """
+        if self.cosine and loss_mask is not None:
+            raise ValueError(
+                "Expected no `loss_mask` beside the cosine, which is over all positions: "
+                "FlowMatchingLoss(cosine=False)."
+            )
         scheme = self.scheme if self.training else None
         if scheme is not None and scheme.last is None:  # its first call
             for each in parts(scheme):
@@ -209,11 +214,11 @@ class FlowMatchingLoss(nn.Module):
                 f"Expected `weight(t)` with shape ({len(x1)},), got {tuple(weight.shape)}."
             )
         if wait is None:
-            loss = trained = mean_of((output - y).square(), of)
+            loss = trained = mean_square(output - y, of)
         else:
             target, own = wait()
-            loss = mean_of((output.detach() - y).square(), of)
-            trained = mean_of((output - target).square(), of)
+            loss = mean_square(output.detach() - y, of)
+            trained = mean_square(output - target, of)
             weight = weight * own
         self.last = LossRecord(t.detach(), loss.detach(), weight.detach(), trained.detach())
         if self.cosine:

@@ -4,7 +4,7 @@ A mask is settled at the border. Numbers outside of it are set to zero, in rows 
 alike, and a sample is compared with rows of the same mask only: its class is the pair of label and
 mask. Distances, weights and nearest rows then count valid numbers by themselves, and corrections
 are zero outside. Only means over the numbers of a sample must know how many are valid
-(`mean_of`).
+(`mean_of`, `mean_square`).
 
 A pair is known by one number, the same for every bank: with fixed odd weights `w_j`, modulo 2^64,
 
@@ -33,6 +33,7 @@ __all__ = [
     "join",
     "masked",
     "mean_of",
+    "mean_square",
     "plain",
     "require_same_masks",
     "zeroed",
@@ -341,3 +342,11 @@ def mean_of(x: Tensor, labels: object = None) -> Tensor:
     if not isinstance(labels, MaskedLabels):
         return x.flatten(1).mean(1)
     return labels.zero(x).flatten(1).sum(1) / labels.counts.to(x.device)
+
+
+def mean_square(x: Tensor, labels: object = None) -> Tensor:
+    """The mean square of the numbers of each sample that count, `x` (B, *): (B,).
+
+    Others are set to zero before the square, whose gradient would make NaN of a NaN there.
+    """
+    return mean_of(zeroed(x, labels).square(), labels)

@@ -27,6 +27,7 @@ from stagewise.callbacks import (
     Watch,
 )
 from stagewise.masks import MaskedLabels
+from stagewise.schemes.checks import check_rows
 
 ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, 12
@@ -141,6 +142,16 @@ def test_rows_that_change_are_not_smoothed():
     for smoothed in (Smoothing, lambda r: Scheme(Oracle(r), smoothing=same)):
         with pytest.raises(ValueError, match="whose rows stay for a smoothing"):
             smoothed(reservoir)
+
+
+def test_samples_that_the_step_draws_anew_are_told_from_those_taken():
+    reservoir, x1 = Reservoir(32), torch.randn(8, 6)
+    reservoir.add(x1)
+    assert check_rows(reservoir, x1) is None
+    said = check_rows(reservoir, x1 + 0.1 * torch.randn(8, 6))
+    assert "100% of the samples" in said
+    assert "Draw in the data set" in said
+    assert "source" not in said
 
 
 class Endless(torch.utils.data.IterableDataset):

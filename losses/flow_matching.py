@@ -136,8 +136,8 @@ class FlowMatchingLoss(nn.Module):
             x1: Data, (B, *), floating point.
             *args: Passed on to the model, for example labels.
             x0: Noise, (B, *); default drawn.
-            t: Times in [0, 1], (B,), t = 0 is noise; default drawn by the sampler, in float32. The
-                model is given drawn times in the default dtype.
+            t: Times in [0, 1], (B,), t = 0 is noise; default drawn by the sampler, in float32, and
+                rounded to the steps of DDPM. The model is given drawn times in the default dtype.
             generator: For the draws, on the device of `x1`; default torch's global one.
             part: (r, R): noise and times are drawn for a batch of R B samples, of which this one
                 has every R-th, from r on. With a generator in the same state on each of R ranks
@@ -180,6 +180,7 @@ class FlowMatchingLoss(nn.Module):
             if scheme is not None and scheme.draws_timesteps:
                 timesteps = scheme.timesteps
             t = timesteps.sample(count, device=x1.device, generator=generator)[first::step]
+            t = self.convention.rounded(t)
             told_in = torch.get_default_dtype()
         else:
             t = as_times(t, x1)

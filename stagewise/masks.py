@@ -161,11 +161,17 @@ def as_mask(mask: Any, count: int, shape: tuple[int, ...]) -> Tensor:
 
     Raises:
         TypeError: If it is no tensor of bools, nor lengths.
-        ValueError: If it has another shape, or a mask is all false.
+        ValueError: If it has another shape, a length is beyond it, or a mask is all false.
     """
     kind = f"{mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
     lengths = isinstance(mask, Tensor) and mask.ndim == 1 and not mask.is_floating_point()
     if lengths and mask.dtype != torch.bool and len(mask) == count:
+        known = mask <= shape[0]
+        message = f"Expected lengths of at most {shape[0]}, the steps of a sample"
+        if mask.device.type != "cpu":
+            torch._assert_async(known.all(), message)
+        elif not known.all():
+            raise ValueError(f"{message}, got {int(mask.max())}. Give those of the samples as cut.")
         mask = torch.arange(shape[0], device=mask.device) < mask[:, None]
     elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(

@@ -134,6 +134,12 @@ def test_batches_of_their_own_lengths_make_the_same_bank(tmp_path: Path) -> None
     assert torch.equal(Oracle(bank).correction(xt4, t[short], x4, mask=mask4), want[:, :4])
 
 
+def test_lengths_beyond_the_samples_are_refused() -> None:
+    x, _, mask = _data()
+    with pytest.raises(ValueError, match=rf"at most {LONGEST}, the steps .* got {LONGEST + 1}"):
+        LatentBank(x, mask=mask.sum(1) + 1)
+
+
 def test_lengths_and_masks_of_fewer_axes_are_the_same_mask() -> None:
     x, _, _ = _data()
     lengths = torch.arange(ROWS) % LONGEST + 1

@@ -35,7 +35,7 @@ class SeenSamples:
         run.members = [member for member in run.members if member not in run.waiting]
         again = " It is filled anew: a checkpoint does not hold it." if run.began else ""
         rank_zero_info(
-            f"stagewise: posteriors are over the {reservoir.keep} {reservoir.size} samples seen, "
+            f"stagewise: posteriors are over the last {reservoir.size} samples seen, "
             f"on each rank its own.{again}"
         )
 

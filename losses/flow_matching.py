@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of, written
-from stagewise.masks import masked, mean_of
+from stagewise.masks import masked, mean_square
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind, same_path, unlike
 from stagewise.queries import Labels, Times, as_times, check_times
 from stagewise.schemes import Phases, Scheme, parts
@@ -136,8 +136,8 @@ class FlowMatchingLoss(nn.Module):
             x1: Data, (B, *), floating point.
             *args: Passed on to the model, for example labels.
             x0: Noise, (B, *); default drawn.
-            t: Times in [0, 1], (B,), t = 0 is noise; default drawn by the sampler, in float32. The
-                model is given drawn times in the default dtype.
+            t: Times in [0, 1], (B,), t = 0 is noise; default drawn by the sampler, in float32, and
+                rounded to the steps of DDPM. The model is given drawn times in the default dtype.
             generator: For the draws, on the device of `x1`; default torch's global one.
             part: (r, R): noise and times are drawn for a batch of R B samples, of which this one
                 has every R-th, from r on. With a generator in the same state on each of R ranks
@@ -160,6 +160,11 @@ class FlowMatchingLoss(nn.Module):
                 the model is given conditions that the scheme's target ignores; and as a call of the
                 scheme, whose first one does what `Scheme.check` does.
         """
+        if self.cosine and loss_mask is not None:
+            raise ValueError(
+                "Expected no `loss_mask` beside the cosine, which is over all positions: "
+                "FlowMatchingLoss(cosine=False)."
+            )
         scheme = self.scheme if self.training else None
         if scheme is not None and scheme.last is None:  # its first call
             for each in parts(scheme):
@@ -175,6 +180,7 @@ class FlowMatchingLoss(nn.Module):
             if scheme is not None and scheme.draws_timesteps:
                 timesteps = scheme.timesteps
             t = timesteps.sample(count, device=x1.device, generator=generator)[first::step]
+            t = self.convention.rounded(t)
             told_in = torch.get_default_dtype()
         else:
             t = as_times(t, x1)
@@ -209,11 +215,11 @@ class FlowMatchingLoss(nn.Module):
                 f"Expected `weight(t)` with shape ({len(x1)},), got {tuple(weight.shape)}."
             )
         if wait is None:
-            loss = trained = mean_of((output - y).square(), of)
+            loss = trained = mean_square(output - y, of)
         else:
             target, own = wait()
-            loss = mean_of((output.detach() - y).square(), of)
-            trained = mean_of((output - target).square(), of)
+            loss = mean_square(output.detach() - y, of)
+            trained = mean_square(output - target, of)
             weight = weight * own
         self.last = LossRecord(t.detach(), loss.detach(), weight.detach(), trained.detach())
         if self.cosine:

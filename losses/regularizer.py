@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stagewise.masks import masked, mean_of
+from stagewise.masks import masked, mean_square
 from stagewise.oracle import Oracle
 from stagewise.paths import Prediction, PredictionKind
 from stagewise.queries import Labels
@@ -101,7 +101,7 @@ class OracleRegularizer(nn.Module):
         best, weight = self.scheme(
             y.float(), xt=xt, t=t, x1=x1, labels=of, source=source, prediction=self.prediction
         )
-        return (weight * mean_of((output.float() - best).square(), of)).mean()
+        return (weight * mean_square(output.float() - best, of)).mean()
 
     def _factor(self, t: Tensor) -> Tensor:
         return self.lam(t) if callable(self.lam) else torch.full_like(t, self.lam)

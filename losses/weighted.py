@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stagewise.masks import masked, mean_of
@@ -55,7 +56,7 @@ class StageWeightedLoss(nn.Module):
         """The weighted mean.
 
         Args:
-            *args: For the loss.
+            *args: For the loss, samples first. NaN and Inf outside of the mask are given as 0.
             t: Times in [0, 1], (B,); t = 0 is noise.
             loss_mask: Which numbers of the loss count, (B, *), as in `LatentBank`; default all.
             **kwargs: For the loss.
@@ -66,6 +67,8 @@ class StageWeightedLoss(nn.Module):
         Raises:
             ValueError: If the loss or the weight has not one number for each t.
         """
+        if loss_mask is not None:  # a NaN outside of it would be one in every gradient
+            args = tuple(_finite(x, loss_mask, getattr(args[0], "shape", None)) for x in args)
         loss = self.loss(*args, **kwargs)
         if loss.shape[:1] != t.shape:
             raise ValueError(
@@ -79,6 +82,13 @@ class StageWeightedLoss(nn.Module):
             )
         of = masked(None, loss_mask, loss)
         return (weight * mean_of(loss.reshape(len(t), -1) if of is None else loss, of)).mean()
+
+
+def _finite(value: Any, mask: Tensor, shape: torch.Size | None) -> Any:
+    """Samples of a shape with zeros for NaN and Inf outside of their mask; others as they are."""
+    if not isinstance(value, Tensor) or value.shape != shape:
+        return value
+    return value.where(masked(None, mask, value).entries | value.isfinite(), 0)
 
 
 def weighs(module: nn.Module, scheme: Scheme | Phases) -> bool:

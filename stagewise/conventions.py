@@ -102,7 +102,8 @@ class Convention:
         """The library's t, any shape, as its time."""
         if self.by_sigma:
             return (1 - t) / t
-        return self.noise_time + (self.data_time - self.noise_time) * t
+        time = self.noise_time + (self.data_time - self.noise_time) * t
+        return _unrounded(time) if isinstance(self.path, DDPMPath) else time
 
     def to_t(self, time: Tensor) -> Tensor:
         """Its time, any shape, as the library's t; of integers in float32."""
@@ -112,6 +113,10 @@ class Convention:
         if (self.noise_time, self.data_time) == (0, 1):
             return time
         return (time - self.noise_time) / (self.data_time - self.noise_time)
+
+    def rounded(self, t: Tensor) -> Tensor:
+        """The library's t, any shape, at the nearest step where its times are steps, as of DDPM."""
+        return self.to_t(self.from_t(t).round()) if isinstance(self.path, DDPMPath) else t
 
     def inside(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The library's `x_t` and t, of its noisy samples, (B, *), and times, (B,)."""
@@ -182,8 +187,7 @@ class DDPMPath(Path):
             self._angles[t.device] = angles.to(t.device, t.dtype)
         angles, last = self._angles[t.device].to(t.dtype), len(self.alphas_cumprod) - 1
         step = ((1 - t) * last).clamp(0, last)
-        whole = step.round()
-        step = torch.where((step - whole).abs() < 1e-3, whole, step)  # as it was before rounding
+        step = _unrounded(step)
         below = step.floor().clamp_max(last - 1).long()
         rise = angles[below + 1] - angles[below]
         angle = angles[below] + (step - below) * rise
@@ -196,6 +200,12 @@ class DDPMPath(Path):
     def __repr__(self) -> str:
         first, last = self.alphas_cumprod[0], self.alphas_cumprod[-1]
         return f"DDPMPath({len(self.alphas_cumprod)} steps, {first:.4g} to {last:.4g})"
+
+
+def _unrounded(step: Tensor) -> Tensor:
+    """Steps, any shape, whole where they are but for the rounding of t."""
+    whole = step.round()
+    return torch.where((step - whole).abs() < 1e-3, whole, step)
 
 
 def _falls(values: Tensor) -> bool:

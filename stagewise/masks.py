@@ -4,7 +4,7 @@ A mask is settled at the border. Numbers outside of it are set to zero, in rows 
 alike, and a sample is compared with rows of the same mask only: its class is the pair of label and
 mask. Distances, weights and nearest rows then count valid numbers by themselves, and corrections
 are zero outside. Only means over the numbers of a sample must know how many are valid
-(`mean_of`).
+(`mean_of`, `mean_square`).
 
 A pair is known by one number, the same for every bank: with fixed odd weights `w_j`, modulo 2^64,
 
@@ -33,6 +33,7 @@ __all__ = [
     "join",
     "masked",
     "mean_of",
+    "mean_square",
     "plain",
     "require_same_masks",
     "zeroed",
@@ -160,11 +161,17 @@ def as_mask(mask: Any, count: int, shape: tuple[int, ...]) -> Tensor:
 
     Raises:
         TypeError: If it is no tensor of bools, nor lengths.
-        ValueError: If it has another shape, or a mask is all false.
+        ValueError: If it has another shape, a length is beyond it, or a mask is all false.
     """
     kind = f"{mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
     lengths = isinstance(mask, Tensor) and mask.ndim == 1 and not mask.is_floating_point()
     if lengths and mask.dtype != torch.bool and len(mask) == count:
+        known = mask <= shape[0]
+        message = f"Expected lengths of at most {shape[0]}, the steps of a sample"
+        if mask.device.type != "cpu":
+            torch._assert_async(known.all(), message)
+        elif not known.all():
+            raise ValueError(f"{message}, got {int(mask.max())}. Give those of the samples as cut.")
         mask = torch.arange(shape[0], device=mask.device) < mask[:, None]
     elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(
@@ -341,3 +348,11 @@ def mean_of(x: Tensor, labels: object = None) -> Tensor:
     if not isinstance(labels, MaskedLabels):
         return x.flatten(1).mean(1)
     return labels.zero(x).flatten(1).sum(1) / labels.counts.to(x.device)
+
+
+def mean_square(x: Tensor, labels: object = None) -> Tensor:
+    """The mean square of the numbers of each sample that count, `x` (B, *): (B,).
+
+    Others are set to zero before the square, whose gradient would make NaN of a NaN there.
+    """
+    return mean_of(zeroed(x, labels).square(), labels)

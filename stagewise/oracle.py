@@ -30,7 +30,7 @@ from torch import Tensor
 
 from stagewise.bank import LatentBank
 from stagewise.certificate import Certificate
-from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of
+from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of, written
 from stagewise.engines import Auto, Engine
 from stagewise.masks import cut, fitted, masked
 from stagewise.oracle_queries import OracleQueries
@@ -278,11 +278,25 @@ class Oracle(OracleQueries):
     ) -> Tensor:
         """The marginal velocity `u*(x_t, t)`; at sigma = 0 see the module docstring.
 
+        Under a convention that predicts velocities it is the mean of the convention's own target,
+        what an ideal model returns: `E[x_0 - x_1 | x_t]` for "pi0" and "diffusers", there for sigma
+        and not for a timestep. Others have no velocity of their own.
+
         Arguments are those of `posterior`.
 
         Returns:
             The velocity, (B, *), in the dtype of `xt`; 0 outside of the mask.
+
+        Raises:
+            ValueError: Under a convention that predicts something else, or counts noise levels; and
+                as `posterior`.
         """
+        if self.convention.by_sigma or self.convention.prediction.kind != "velocity":
+            raise ValueError(
+                f"Expected a convention that predicts velocities, got {written(self.convention)}. "
+                "In the library's convention, d x_t / dt with t = 0 noise: "
+                "oracle.inner.velocity(*oracle.convention.inside(xt, time))."
+            )
         queries = self.queries(*self._inside(xt, t), masked(labels, mask, xt), condition=condition)
         path, mean = queries.path, self.ask(queries).mean
         noise = (queries.xt - path.alpha[:, None] * mean) / path.sigma[:, None]

@@ -14,13 +14,12 @@ comes up again in its order, which is not independent: there the bias is of the 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from stagewise.bank import LatentBank
+from stagewise.masks import MaskedLabels
 
 __all__ = ["Reservoir"]
 
@@ -28,18 +27,15 @@ __all__ = ["Reservoir"]
 class Reservoir(LatentBank):
     """A bank of at most `size` samples of a stream, the present batch among them.
 
-    `add` each batch before its targets are asked for. An `Oracle` over it answers over what it
-    holds then, each draw counted once, so that equal samples count as often as they came. Rows stay
-    where the batches are. A checkpoint does not hold them.
+    `add` each batch before its targets are asked for. An `Oracle` over it answers over the last M
+    samples by then, each draw counted once, so that equal samples count as often as they came. Rows
+    stay where the batches are. A checkpoint does not hold them.
 
     Args:
         size: M, at least the samples of a batch; some 10 times as many for much less variance.
-        keep: "last", the last M samples (default), or "random", the batch and a random choice of
-            all before it.
-        seed: Of that choice, default 0. No global generator is touched.
 
     Raises:
-        ValueError: If `size` is below 2, or `keep` is neither.
+        ValueError: If `size` is below 2.
 
     Example:
         >>> import torch
@@ -54,18 +50,12 @@ class Reservoir(LatentBank):
         (192, 'the 192 samples seen so far, of at most 512')
     """
 
-    def __init__(
-        self, size: int, keep: Literal["last", "random"] = "last", *, seed: int = 0
-    ) -> None:
+    def __init__(self, size: int) -> None:
         if size < 2:
             raise ValueError(f"Expected `size` of at least 2, got {size}.")
-        if keep not in ("last", "random"):
-            raise ValueError(f'Expected `keep` "last" or "random", got {keep!r}.')
-        self.size, self.keep, self.seen = size, keep, 0
-        self._draws = torch.Generator().manual_seed(seed)
-        # Whose rank is smallest stays: that of the latest, or a random one.
-        self._ranks = torch.empty(0, dtype=torch.float64)
+        self.size, self.seen = size, 0
         self._labels: Tensor | None = None
+        self._from_oldest = torch.empty(0, dtype=torch.int64)
         super(LatentBank, self).__init__(torch.empty(0, 0), torch.zeros(0), ())
 
     @property
@@ -78,9 +68,7 @@ class Reservoir(LatentBank):
     def origin(self) -> str:
         if not self.full:
             return f"the {len(self)} samples seen so far, of at most {self.size}"
-        return (
-            f"the {'last' if self.keep == 'last' else 'batch and random'} {len(self)} samples seen"
-        )
+        return f"the last {len(self)} samples seen"
 
     def add(self, x1: Tensor, labels: Tensor | None = None) -> None:
         """Takes a batch, before its targets are asked for.
@@ -91,8 +79,14 @@ class Reservoir(LatentBank):
 
         Raises:
             ValueError: If the batch is larger than the reservoir, of another shape than those
-                before, or the first of a single sample.
+                before, the first of a single sample, or has masks, NaN or Inf. Nothing is taken
+                then.
         """
+        if isinstance(labels, MaskedLabels):
+            raise ValueError(
+                "Expected samples without masks for a reservoir, which does not know which of its "
+                "numbers count. Give the training set itself: LatentBank(x, labels, mask=mask)."
+            )
         count = len(x1)
         if count > self.size:
             raise ValueError(
@@ -106,24 +100,21 @@ class Reservoir(LatentBank):
                 f"Expected samples of shape {self.shape} {has} labels as before, got "
                 f"{tuple(x1.shape[1:])} and {'no labels' if labels is None else 'labels'}."
             )
-        ranks = -torch.arange(self.seen, self.seen + count, dtype=torch.float64)
-        if self.keep == "random":
-            ranks = torch.rand(count, generator=self._draws, dtype=torch.float64)
-        kept = self._ranks.topk(min(len(self), self.size - count), largest=False).indices
-        there = kept.to(x1.device)
+        there = self._from_oldest[max(0, len(self) + count - self.size) :].to(x1.device)
         before = self.rows.to(x1.device)[there] if self.seen else x1[:0].flatten(1)
         x = torch.cat([x1.detach().flatten(1), before.to(x1)])
-        ranks = torch.cat([ranks, self._ranks[kept]])
         if labels is not None:
-            old = labels[:0] if self._labels is None else self._labels[there]
-            labels = torch.cat([labels.detach(), old.to(labels)])
-        self.__dict__.pop("largest_class", None)
-        LatentBank.__init__(self, x.reshape(-1, *x1.shape[1:]), labels)
-        order = torch.arange(len(self)) if self.index is None else self.index.cpu()
-        self._ranks, self.index = ranks[order], None  # nobody knows another order than its own
-        self._labels = None if labels is None else labels[order.to(labels.device)]
-        self.seen += count
+            labels = labels.detach().to(x.device)
+            old = labels[:0] if self._labels is None else self._labels.to(x.device)[there]
+            labels = torch.cat([labels, old.to(labels)])
+        made = LatentBank(x.reshape(-1, *x1.shape[1:]), labels)
+        at = torch.arange(len(x), device=x.device).roll(-count)
+        if labels is not None and made.index is not None:
+            at, labels = made.index.argsort()[at], labels[made.index]
+        own = {"size": self.size, "seen": self.seen + count, "_labels": labels, "_from_oldest": at}
+        # Nobody knows another order than its own.
+        self.__dict__ = vars(made) | {"index": None} | own
 
     @override
     def __repr__(self) -> str:
-        return f"Reservoir({self.size}, {self.keep!r}, {self.origin})"
+        return f"Reservoir({self.size}, {self.origin})"

@@ -40,6 +40,7 @@ from stagewise.smoothing_inputs import (
     Strength,
     check_near,
     check_settings,
+    require_fixed,
     rows_of,
     search_space,
     strength_at,
@@ -333,7 +334,8 @@ class Smoothing:
         self.check_bank(oracle.bank)
 
     def check_bank(self, bank: LatentBank) -> None:
-        """Refuses another bank than the smoothing's."""
+        """Refuses another bank than the smoothing's, and one whose rows change."""
+        require_fixed(bank)
         if bank is not self.bank and bank.fingerprint != self.bank.fingerprint:
             raise ValueError(
                 f"Expected the bank of the smoothing, {self.bank!r}, got {bank!r} with other rows. "

@@ -20,6 +20,7 @@ __all__ = [
     "check_near",
     "check_settings",
     "default_neighbours",
+    "require_fixed",
     "rows_of",
     "search_space",
     "strength_at",
@@ -150,6 +151,7 @@ def check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float
             f"Expected a LatentBank to smooth, got {type(bank).__name__}. Of samples make "
             "Smoothing(LatentBank(x)); of latents in files Smoothing(latents.bank())."
         )
+    require_fixed(bank)
     if isinstance(neighbours, bool) or not isinstance(neighbours, int):
         raise TypeError(f"Expected `neighbours` to be a whole number, got {neighbours!r}.")
     if not 1 <= neighbours < len(bank):
@@ -164,8 +166,19 @@ def check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float
             )
 
 
+def require_fixed(bank: LatentBank) -> None:
+    """Refuses a bank whose rows change: neighbours are searched once."""
+    if bank.origin:
+        raise ValueError(
+            f"Expected a bank whose rows stay for a smoothing, got {bank!r}: neighbours are "
+            "searched once, and its rows change with each batch. Give a bank of fixed rows, "
+            "Smoothing(LatentBank(x)), or train without: Scheme(oracle, target=Mix())."
+        )
+
+
 def default_neighbours(bank: LatentBank) -> int:
     """8 neighbours; of fewer rows all the others, and a warning says so."""
+    require_fixed(bank)
     others = len(bank) - 1
     if others < 8:
         warnings.warn(

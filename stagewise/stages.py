@@ -19,7 +19,7 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from stagewise.masks import compared_within, mean_of
+from stagewise.masks import compared_within, mean_square
 from stagewise.oracle import Labels, Oracle
 from stagewise.queries import check_times
 from stagewise.spectrum import predicted_boundary
@@ -291,7 +291,7 @@ def _ask(oracle: Oracle, noise: Tensor, t: Tensor, rows: list[int], class_wise: 
         own = compared_within(bank.classes_of(rows), class_wise)
     post = oracle.posterior(xt, t, own, source=source)
     gap = oracle.correction(xt, t, x1, own, source=source, posterior=post)
-    difference = mean_of(gap.square(), own)
+    difference = mean_square(gap, own)
     assert post.source_weight is not None
     return torch.stack([post.top1, post.entropy, post.ess, post.source_weight, difference])
 

@@ -28,7 +28,7 @@ from scipy import stats
 from torch import Tensor
 
 from stagewise.binned_sums import BinnedSums
-from stagewise.masks import MaskedLabels, compared_within, fitted, mean_of
+from stagewise.masks import MaskedLabels, compared_within, fitted, mean_of, mean_square
 from stagewise.oracle import Oracle
 from stagewise.paths import Prediction
 from stagewise.queries import Labels
@@ -162,8 +162,8 @@ def errors_of(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Mean squares of v - u, v - u* and u - u*, the cosine of v and u*, and `cross`, each (B,)."""
     to_u, to_best, gap = v - u, v - best, u - best
-    squares = [mean_of(value.square(), labels) for value in (to_u, to_best, gap)]
-    sizes = mean_of(v.square(), labels).sqrt() * mean_of(best.square(), labels).sqrt()
+    squares = [mean_square(value, labels) for value in (to_u, to_best, gap)]
+    sizes = mean_square(v, labels).sqrt() * mean_square(best, labels).sqrt()
     cosine = mean_of(v * best, labels) / sizes.clamp_min(1e-30)
     return squares, cosine, -2 * mean_of(to_best * gap, labels)
 

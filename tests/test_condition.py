@@ -297,3 +297,16 @@ def test_the_condition_in_a_batch():
     for batch, seen in [((x1, c, 2 * c), r"batch\[1\], batch\[2\]"), ((x1, y), "found none")]:
         with pytest.raises(ValueError, match=seen):
             condition.of(batch, x1, y)
+
+
+def test_a_condition_that_is_not_finite_is_refused(data):
+    x, c, _ = data
+    broken = c[:8].clone()
+    broken[3, 0] = math.nan
+    oracle = ConditionedOracle(LatentBank(x, conditions=c), None, Condition(bandwidth=0.5))
+    with pytest.raises(ValueError, match="finite `condition`, got NaN or Inf in row 3"):
+        oracle.posterior(x[:8], 0.5, condition=broken)
+    x0 = torch.randn(x[:8].shape)
+    given = {"xt": (x[:8] + x0) / 2, "t": 0.5, "x1": x[:8], "condition": broken}
+    with pytest.raises(ValueError, match="in row 3"):
+        Scheme(oracle, target=Mix())(x[:8] - x0, **given)

@@ -20,6 +20,7 @@ from stagewise.losses import FlowMatchingLoss
 from stagewise.paths import Prediction
 from stagewise.sampling import model_velocity
 from stagewise.stage_target import StageTarget
+from stagewise.timesteps import LogitNormal
 
 N, D, B, STEPS, SIGMA_DATA = 40, 6, 64, 1000, 0.5
 ROWS = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
@@ -130,9 +131,36 @@ def test_the_target_is_that_of_the_mathematics(name):
 
     velocity = model_velocity(model, path=oracle.path, convention=convention)(xt, t.double())
     inner = oracle.inner.velocity(xt, t.double())
+    if name in ("sit", "pi0", "diffusers"):
+        torch.testing.assert_close(oracle.velocity(x, time), expected, rtol=1e-5, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match=r"oracle\.inner\.velocity\(\*oracle\.convention"):
+            oracle.velocity(x, time)
+        line = oracle.inner.velocity(*oracle.convention.inside(x, time))
+        torch.testing.assert_close(line, inner, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(velocity, inner, rtol=1e-4, atol=1e-3)
     loss_fn = FlowMatchingLoss(convention=convention)
     assert float(loss_fn(lambda *_: y.float(), x1.float(), x0=x0.float(), t=t)) < 1e-6
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_an_objective_draws_whole_steps_of_ddpm(steered):
+    scheme = Scheme(path=DDPMPath(ACP), timesteps=LogitNormal()) if steered else None
+    loss_fn = FlowMatchingLoss(convention=ddpm(ACP), scheme=scheme)
+    x1 = ROWS[torch.randint(N, (256,))]
+    x0, asked = torch.randn(256, D), []
+
+    def model(x, k):
+        asked.append((x, k))
+        return x0
+
+    assert float(loss_fn(model, x1, x0=x0)) < 1e-12
+    ((x, k),) = asked
+    assert torch.equal(k, k.round())
+    assert 0 <= k.min() < k.max() <= STEPS - 1
+    assert len(k.unique()) > STEPS / 8
+    a, s = (value[:, None] for value in of_step(k.long()))
+    torch.testing.assert_close(x, (a * x1 + s * x0).float(), rtol=1e-5, atol=1e-5)
 
 
 def test_names_are_those_of_the_table():

@@ -134,6 +134,12 @@ def test_batches_of_their_own_lengths_make_the_same_bank(tmp_path: Path) -> None
     assert torch.equal(Oracle(bank).correction(xt4, t[short], x4, mask=mask4), want[:, :4])
 
 
+def test_lengths_beyond_the_samples_are_refused() -> None:
+    x, _, mask = _data()
+    with pytest.raises(ValueError, match=rf"at most {LONGEST}, the steps .* got {LONGEST + 1}"):
+        LatentBank(x, mask=mask.sum(1) + 1)
+
+
 def test_lengths_and_masks_of_fewer_axes_are_the_same_mask() -> None:
     x, _, _ = _data()
     lengths = torch.arange(ROWS) % LONGEST + 1
@@ -266,6 +272,8 @@ def test_losses_are_means_over_what_is_valid() -> None:
     assert loss_fn.last is not None
     torch.testing.assert_close(loss_fn.last.loss, want.float())
     torch.testing.assert_close(loss, want.float().mean())
+    with pytest.raises(ValueError, match=r"beside the cosine"):
+        FlowMatchingLoss(cosine=True)(lambda xt, t: out, x, x0=x0, t=t, loss_mask=mask)
     weighted = StageWeightedLoss(torch.nn.MSELoss(reduction="none"), lambda t: t)
     found = weighted(out, x - x0, t=t.double(), loss_mask=mask)
     torch.testing.assert_close(found, (t * want).mean())
@@ -274,6 +282,32 @@ def test_losses_are_means_over_what_is_valid() -> None:
     exact = oracle.velocity(xt, t, mask=mask) + (~mask[..., None]) * 7.0
     pull = OracleRegularizer(oracle)
     assert float(pull(exact, x - x0, xt=xt, t=t, x1=x, mask=mask)) < 1e-9
+
+
+@pytest.mark.parametrize("padding", [float("nan"), float("inf")])
+def test_no_gradient_comes_from_the_padding(padding: float) -> None:
+    x, _, mask = _data()
+    draws = torch.Generator().manual_seed(5)
+    x0, out = (torch.randn(x.shape, generator=draws, dtype=x.dtype) for _ in range(2))
+    t = torch.rand(ROWS, generator=draws, dtype=x.dtype)
+    oracle = Oracle(LatentBank(x, mask=mask))
+    scheme = Scheme(oracle, target=Mix())
+
+    def gradients(x: Tensor) -> Iterator[Tensor]:
+        own = out.clone().requires_grad_()
+        xt, given = oracle.path.interpolate(x0, x, t), {"x0": x0, "t": t, "loss_mask": mask}
+        for loss_fn in (FlowMatchingLoss(), FlowMatchingLoss(scheme=scheme)):
+            yield torch.autograd.grad(loss_fn(lambda xt, t: own, x, **given), own)[0]
+        weighted = StageWeightedLoss(torch.nn.MSELoss(reduction="none"), lambda t: t)
+        yield torch.autograd.grad(weighted(own, x - x0, t=t, loss_mask=mask), own)[0]
+        pull = OracleRegularizer(oracle)(own, x - x0, xt=xt, t=t, x1=x, mask=mask)
+        yield torch.autograd.grad(pull, own)[0]
+
+    known = mask[..., None]
+    padded = gradients(x.where(known, padding))
+    for found, want in zip(padded, gradients(x.where(known, 0)), strict=True):
+        torch.testing.assert_close(found, want)
+        assert found[mask].abs().min() > 0
 
 
 def test_what_knows_no_masks_says_so() -> None:

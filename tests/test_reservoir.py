@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagewise import LatentBank, LinearPath, Mix, Oracle, Reservoir, Scheme, StageTarget
+from stagewise import (
+    LatentBank,
+    LinearPath,
+    Mix,
+    Oracle,
+    Reservoir,
+    Scheme,
+    Smoothing,
+    StageTarget,
+)
 from stagewise.callbacks import (
     Forecast,
     MemorizationGuard,
@@ -17,6 +26,8 @@ from stagewise.callbacks import (
     VelocityErrorMonitor,
     Watch,
 )
+from stagewise.masks import MaskedLabels
+from stagewise.schemes.checks import check_rows
 
 ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, 12
@@ -32,12 +43,12 @@ def stream(draws, count):
 def scores(target_of, *, replicates=400):
     """Of the gradient of a linear model: its mean difference from the plain one, in its errors."""
     draws, gaps = torch.Generator().manual_seed(4), []
-    for number in range(replicates):
+    for _ in range(replicates):
         batches = [stream(draws, BATCH) for _ in range(4)]
         x1, y = batches[-1]
         x0, t = torch.randn(BATCH, 2, generator=draws), torch.rand(BATCH, generator=draws) * 0.9
         xt = LinearPath().interpolate(x0, x1, t)
-        target = target_of(number, batches, x1 - x0, xt, t)
+        target = target_of(batches, x1 - x0, xt, t)
         features = torch.cat([torch.ones(BATCH, 1), t[:, None], xt], 1)
         gaps.append((features.T @ (target - (x1 - x0))).flatten() / BATCH)
     gaps = torch.stack(gaps).double()
@@ -45,12 +56,11 @@ def scores(target_of, *, replicates=400):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("keep", ["last", "random"])
 @pytest.mark.parametrize("wise", [False, True])
-def test_the_mean_gradient_is_the_plain_one(keep, wise):
-    def target_of(number, batches, u, xt, t):
-        reservoir = Reservoir(SIZE, keep, seed=number)
-        scheme = Scheme(Oracle(reservoir), target=Mix(), class_wise=wise)
+def test_the_mean_gradient_is_the_plain_one(wise):
+    def target_of(batches, u, xt, t):
+        reservoir = Reservoir(SIZE)
+        scheme = Scheme(Oracle(reservoir), target=Mix())  # before it is known that there are labels
         for x1, y in batches:
             reservoir.add(x1, y if wise else None)
         labels = batches[-1][1] if wise else None
@@ -63,7 +73,7 @@ def test_the_mean_gradient_is_the_plain_one(keep, wise):
 
 
 def test_a_reservoir_without_the_source_is_biased():
-    def target_of(number, batches, u, xt, t):
+    def target_of(batches, u, xt, t):
         others = LatentBank(torch.cat([x for x, _ in batches[:-1]])[-SIZE:])
         return Oracle(others).velocity(xt, t)
 
@@ -72,39 +82,18 @@ def test_a_reservoir_without_the_source_is_biased():
 
 @pytest.mark.parametrize("wise", [False, True])
 def test_what_is_kept(wise):
-    last, chosen = Reservoir(20), Reservoir(20, "random")
-    seen = []
+    last, seen = Reservoir(20), []
     for number in range(30):
         x1 = torch.full((7 if number % 2 else 5, 1), float(number))
         x1 = x1 + torch.arange(len(x1))[:, None] / 10
         seen.append(x1)
-        for reservoir in (last, chosen):
-            reservoir.add(x1, (10 * x1[:, 0]).round().long() % 3 if wise else None)
-    every = torch.cat(seen)
+        last.add(x1, (10 * x1[:, 0]).round().long() % 3 if wise else None)
     held = last.rows.flatten().sort().values
-    torch.testing.assert_close(held, every[-20:].flatten().sort().values)
-    held = chosen.rows.flatten()
-    assert torch.isin(seen[-1].flatten(), held).all()
-    assert len(held) == len(held.unique()) == 20
-    assert held.min() < 12  # of long ago
-    assert chosen.origin == "the batch and random 20 samples seen"
-    if wise:
-        assert last.classes == [0, 1, 2]
-        for label in last.classes:
-            rows = last.rows[last.segment(label)]
-            assert ((10 * rows).round().long() % 3 == label).all()
-
-
-def test_one_random_choice_is_as_likely_as_another():
-    count = torch.zeros(40)
-    for seed in range(400):
-        reservoir = Reservoir(16, "random", seed=seed)
-        for first in range(0, 40, 4):
-            reservoir.add(torch.arange(first, first + 4.0)[:, None])
-        count[reservoir.rows.flatten().long()] += 1
-    assert count[-4:].min() == 400
-    expected = 400 * 12 / 36  # of the 36 samples before the last batch
-    assert ((count[:-4] - expected).abs() < 4.5 * (expected * (1 - 12 / 36)) ** 0.5).all()
+    torch.testing.assert_close(held, torch.cat(seen)[-20:].flatten().sort().values)
+    assert last.classes == ([0, 1, 2] if wise else [])
+    for label in last.classes:
+        rows = last.rows[last.segment(label)]
+        assert ((10 * rows).round().long() % 3 == label).all()
 
 
 def test_an_oracle_follows_it():
@@ -129,10 +118,40 @@ def test_bad_input():
     for x1, labels in [(torch.randn(4, 3), None), (torch.randn(4, 2), torch.arange(4))]:
         with pytest.raises(ValueError, match=r"shape \(2,\) without labels as before"):
             reservoir.add(x1, labels)
-    with pytest.raises(ValueError, match='"random"'):
-        Reservoir(8, "first")
+    masked = MaskedLabels.of(None, torch.ones(4, 2, dtype=torch.bool), torch.randn(4, 2))
+    with pytest.raises(ValueError, match=r"without masks.*LatentBank\(x, labels, mask=mask\)"):
+        reservoir.add(torch.randn(4, 2), masked)
+    broken, before = torch.randn(4, 2), reservoir.rows.clone()
+    broken[2, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"1 of 8; the first is.* 2\b"):
+        reservoir.add(broken)
+    assert torch.equal(reservoir.rows, before)
+    reservoir.add(torch.randn(4, 2))
+    assert reservoir.rows.isfinite().all()
     with pytest.raises(ValueError, match="at least 2"):
         Reservoir(1)
+
+
+def test_rows_that_change_are_not_smoothed():
+    reservoir = Reservoir(32)
+    for smoothed in (Smoothing, lambda r: Scheme.two_stage(Oracle(r))):
+        with pytest.raises(ValueError, match="whose rows stay for a smoothing"):
+            smoothed(reservoir)
+    reservoir.add(torch.randn(32, 2))
+    same = Smoothing(LatentBank(reservoir.rows.clone()))
+    for smoothed in (Smoothing, lambda r: Scheme(Oracle(r), smoothing=same)):
+        with pytest.raises(ValueError, match="whose rows stay for a smoothing"):
+            smoothed(reservoir)
+
+
+def test_samples_that_the_step_draws_anew_are_told_from_those_taken():
+    reservoir, x1 = Reservoir(32), torch.randn(8, 6)
+    reservoir.add(x1)
+    assert check_rows(reservoir, x1) is None
+    said = check_rows(reservoir, x1 + 0.1 * torch.randn(8, 6))
+    assert "100% of the samples" in said
+    assert "Draw in the data set" in said
+    assert "source" not in said
 
 
 class Endless(torch.utils.data.IterableDataset):
@@ -229,7 +248,7 @@ def test_what_a_reservoir_in_training_says(fit, tmp_path, quick_figures, lightni
         fit(StageRun(reservoir=20), StageScheme(target=Mix("boundary")))
     with pytest.warns(UserWarning, match="never full"):
         fit(PosteriorMonitor(reservoir=100))
-    _, trainer = fit(StageRun(reservoir=Reservoir(20, "random")), PosteriorMonitor(queries=4))
+    _, trainer = fit(StageRun(reservoir=Reservoir(20)), PosteriorMonitor(queries=4))
     trainer.save_checkpoint(tmp_path / "at.ckpt")
     monitor = PosteriorMonitor(queries=4)
     fit(StageRun(reservoir=20), monitor, steps=12, resume=tmp_path / "at.ckpt")

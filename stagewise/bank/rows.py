@@ -156,7 +156,7 @@ class RowStore(RowClasses):
         return found.to(x1.device)
 
     def as_conditions(self, condition: Tensor, count: int) -> Tensor:
-        """Conditions (B, *) as (B, C), refused if they are not `count`, as wide as the bank's."""
+        """Conditions (B, *) as (B, C), refused if not `count`, finite, as wide as the bank's."""
         c = condition.detach()
         c = c.flatten(1) if c.ndim > 1 else c[:, None]
         width = None if self.conditions is None else self.conditions.shape[1]
@@ -166,6 +166,11 @@ class RowStore(RowClasses):
                 f"wide as those of the bank, {width} numbers, got {tuple(condition.shape)}, "
                 f"{c.shape[1]} numbers."
             )
+        message, finite = "Expected finite `condition`, got NaN or Inf", c.isfinite().all(1)
+        if c.device.type != "cpu":
+            torch._assert_async(finite.all(), message)
+        elif not finite.all():
+            raise ValueError(f"{message} in row {int((~finite).nonzero()[0])}.")
         return c
 
     def key_index(

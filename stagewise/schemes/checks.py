@@ -145,6 +145,14 @@ def check_rows(
     if shard or known:
         return None
     near = ""
+    if bank.origin:
+        return (
+            f"{share:.0%} of the samples in the first step are not those that the reservoir took "
+            "of the batch, before the step: it draws or augments x_1 itself. Another draw of each "
+            "is among the rows, which biases the targets. Draw in the data set instead, or train "
+            "on what is fixed, the mean of an encoder for example, and say so: "
+            "encode=lambda x, module: module.vae.encode(x).mean."
+        )
     if condition is not None and (bank.find(x1).cpu()[missing] >= 0).all():
         return (
             f"{share:.0%} of the samples in the first step are rows of the bank under another "

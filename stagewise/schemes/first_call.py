@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stagewise.conventions import CONVENTIONS, Convention, written
-from stagewise.masks import MaskedLabels, few_rows, fitted, mean_of, require_same_masks
+from stagewise.masks import MaskedLabels, few_rows, fitted, mean_square, require_same_masks
 from stagewise.noise import check_independent, is_off
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind, expand_like, same_path
 from stagewise.schemes.checks import check_rows
@@ -202,7 +202,7 @@ def _problem(
 ) -> str | None:
     """What does not fit; empty if all does, None if nothing can be told."""
     values = path(t)
-    size_t, size_1 = (mean_of(x.square(), labels).sqrt() for x in (xt, x1))
+    size_t, size_1 = (mean_square(x, labels).sqrt() for x in (xt, x1))
     error = 2 * eps * (size_t + values.alpha.abs() * size_1) / values.sigma
     kept = error < 0.15
     if not kept.any():
@@ -227,9 +227,9 @@ def _problem(
     y = y[kept]
     c, b = prediction.coefficients(values)
     own = expand_like(c, x1) * x1 + expand_like(b, xt) * xt
-    gap, size_y = (y - own).flatten(1), mean_of(y.square(), labels).sqrt()
+    gap, size_y = (y - own).flatten(1), mean_square(y, labels).sqrt()
     allowed = 2 * eps * (c.abs() * size_1[kept] + b.abs() * size_t[kept] + size_y)
-    if float((mean_of(gap.square(), labels) / allowed.square().clamp_min(1e-300)).mean()) <= 1:
+    if float((mean_square(gap, labels) / allowed.square().clamp_min(1e-300)).mean()) <= 1:
         return ""
     if path.noisy_target and not any(_correlated(gap, x.flatten(1)) for x in (x1, x0)):
         return ""

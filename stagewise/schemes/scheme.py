@@ -124,10 +124,8 @@ class Scheme(SchemeState):
         )
         convention = as_convention(convention or getattr(oracle, "convention", STAGEWISE))
         path = path_of(convention, path if oracle is None else oracle.path) or LinearPath()
-        known = oracle or smoothing
-        wise = bool(known and known.bank.labelled) if class_wise == "auto" else class_wise
         super().__init__(
-            *(oracle, path, timesteps, target, weight, wise, convention, smoothing, strength),
+            *(oracle, path, timesteps, target, weight, class_wise, convention, smoothing, strength),
             preserve_objective=preserve_objective,
         )
         self.on_missing, self.seed = on_missing, seed

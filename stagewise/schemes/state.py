@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,14 +82,14 @@ class SchemeState(Shared):
         timesteps: TimestepSampler | None,
         target: Target | None,
         weight: Weight | Callable[[Tensor], Tensor] | None,
-        class_wise: bool,
+        class_wise: bool | Literal["auto"],
         convention: Convention,
         smoothing: Smoothing | None,
         strength: Strength | None,
         preserve_objective: bool,
     ) -> None:
         self.oracle, self.path, self.target, self.weight = oracle, path, target, weight
-        self.class_wise, self.convention = class_wise, convention
+        self._wise, self.convention = class_wise, convention
         self.smoothing, self.preserve_objective = smoothing, preserve_objective
         self.labels_of: Callable[[Tensor], Tensor | MaskedLabels | None] | None = None
         self.condition_of: Callable[[Condition, Tensor], Tensor | None] | None = None
@@ -104,6 +104,15 @@ class SchemeState(Shared):
         self._checked = False
         self._waits_for_losses = bool(self.needs_losses)
         self._untold_steps = self._untold_calls = 0
+
+    @property
+    def class_wise(self) -> bool:
+        """Whether posteriors are over the rows of x_1's class: as was said, or if they have some.
+
+        That is looked up each time: a `Reservoir` has labels once it has seen some.
+        """
+        known = self.oracle or self.smoothing
+        return bool(known and known.bank.labelled) if self._wise == "auto" else self._wise
 
     def with_masks(self, labels: Labels | None, mask: Tensor | None, x1: Tensor) -> Labels | None:
         """Labels with masks, where those of a run are known although the call says none."""

@@ -301,7 +301,19 @@ class StageRun(RunOracles):
 
     def _refuse_for_schemes(self, x1: Tensor) -> None:
         """Refuses what no oracle's target can be made for, before a scheme is asked for one."""
+        asking = [member for member in self.members if member.measures or member.mixes]
+        if any(self.option(member, "class_wise") is not False for member in asking):
+            self.look.check_labels(mixes=any(member.mixes for member in asking))
         mixing = any(member.mixes and not self.given(member) for member in self.members)
+        if self.look.trains_encoder and any(not self.given(member) for member in asking):
+            said = (
+                "The encoder that makes x_1 is trained in the same step, so that a bank that is "
+                "read once goes stale. Freeze it, module.encoder.requires_grad_(False), or give a "
+                "bank of what is trained on: StageRun(bank=LatentBank(latents, labels))."
+            )
+            if mixing:
+                raise ValueError(said)
+            rank_zero_warn(said)
         if mixing:
             self.refuse_others(x1)
 

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import stagewise
@@ -221,6 +222,75 @@ def test_what_does_not_fit_is_refused_before_the_first_weight(fit, change, said,
         torch.equal(a, b)
         for a, b in zip(before.values(), module.net.state_dict().values(), strict=True)
     )
+
+
+class Given(Step):
+    """Gives the line other labels, and goes through `encode` first, maybe checkpointed."""
+
+    relabel = staticmethod(lambda y: y)
+    checkpointed = False
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.encoder = nn.Linear(6, 6) if self.checkpointed else nn.Identity()
+
+    def training_step(self, batch, batch_idx):
+        if not self.checkpointed:
+            return self.loss_of(*batch)
+        return checkpoint(self.loss_of, *batch, use_reentrant=False)
+
+    def loss_of(self, x1, y):
+        x1, t = self.encoder(x1), torch.rand(len(x1), 1)
+        x0 = torch.randn_like(x1)
+        xt = t * x1 + (1 - t) * x0
+        u, w = self.target(x1 - x0, xt=xt, t=t, x1=x1, labels=self.relabel(y))
+        return (w * (self.velocity(xt, t, y) - u).square().mean(1)).mean()
+
+
+def steer():
+    return StageScheme(target=Mix(1.0))
+
+
+@pytest.mark.parametrize(
+    ("relabel", "callback", "said"),
+    [
+        (lambda y: y.flip(0), steer, "labels=batch[1]"),
+        (torch.zeros_like, PosteriorMonitor, "got others for 12 of 16"),
+        (lambda y: y.where(y > 0, 4), steer, "before dropping, labels=batch[1]"),
+    ],
+)
+def test_labels_that_are_not_those_of_x1_are_refused_in_the_first_step(
+    fit, relabel, callback, said
+):
+    module = type("Relabels", (Given,), {"relabel": staticmethod(relabel)})()
+    before = copy.deepcopy(module.net.state_dict())
+    with pytest.raises(ValueError, match=re.escape(said)):
+        fit(module, callback())
+    assert all(map(torch.equal, before.values(), module.net.state_dict().values()))
+
+
+def test_a_scheme_by_itself_refuses_them_but_not_those_of_an_equal_row():
+    x, y = clusters()
+    x[1] = x[0]
+    scheme = Scheme(Oracle(LatentBank(x, y)), target=Mix(1.0))
+    t, x0 = torch.full((64,), 0.5), torch.randn(64, 6)
+    call = {"xt": (x + x0) / 2, "t": t, "x1": x}
+    y[0] = 1
+    with pytest.raises(ValueError, match="got others for 1 of 64: class 3 for an x_1 of class 2"):
+        scheme(x - x0, **call, labels=torch.where(torch.arange(64) == 2, 3, y))
+    scheme(x - x0, **call, labels=y)
+
+
+def test_watching_a_checkpointed_step_with_a_trained_encoder_changes_nothing_but_a_word(fit):
+    class Trained(Given):
+        checkpointed = True
+
+    plain = fit(Trained())
+    with pytest.warns(UserWarning, match=r"requires_grad_\(False\)"):
+        watched = fit(Trained(), PosteriorMonitor())
+    assert all(map(torch.equal, plain.parameters(), watched.parameters()))
+    with pytest.raises(ValueError, match="goes stale. Freeze it"):
+        fit(Trained(), steer())
 
 
 def test_draws_of_a_scheme_that_the_step_does_not_take_are_refused(fit):

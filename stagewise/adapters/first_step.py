@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -28,9 +29,11 @@ from stagewise.adapters.rows import is_label, same
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_checked, find_sample, leaves_of, unused_in
 from stagewise.conventions import Convention
+from stagewise.masks import plain
 from stagewise.noise import NoiseSums, is_noise
 from stagewise.paths import Path
 from stagewise.schemes import Phases, Scheme, parts
+from stagewise.schemes.checks import check_labels
 from stagewise.schemes.conditions import check_network
 from stagewise.schemes.smoothed import Drawn
 
@@ -61,6 +64,7 @@ class FirstStep(BatchSamples):
         open: Whether the network accepts more than it was given so far, and the batch holds more:
             what a step drops for classifier-free guidance may be given in a later one.
         looked: In how many later calls it was given no more.
+        trains_encoder: Whether x_1 is made by weights that are trained.
         swapped: Whether what makes the targets is given data for noise, and noise for data.
     """
 
@@ -84,7 +88,7 @@ class FirstStep(BatchSamples):
         self.network: Network | None = None
         self.conditions: tuple[str, ...] = ()
         self.schemes: list[Scheme | Phases] = []
-        self.swapped = self.open = False
+        self.swapped = self.open = self.trains_encoder = False
         self.looked = 0
         self._before_smoothing: Tensor | None = None
         self._later: CallHook | None = None
@@ -160,6 +164,7 @@ class FirstStep(BatchSamples):
             labels = self.labels_for(x1)
             if labels is not None:
                 self.search.labels = labels
+            self.trains_encoder = _from_weights(seen.graph)
             if self._on_seen is not None:
                 self._on_seen(x1)
 
@@ -331,3 +336,33 @@ class FirstStep(BatchSamples):
         if warning or self.network is None or own is None:
             return warning
         return self._given.unlike(parts(scheme), self.network, self.batch, own)
+
+    def check_labels(self, *, mixes: bool) -> None:
+        """Refuses labels that a `StageTarget` was given, if they are others than x_1 has.
+
+        Those of no class of the bank only count where an oracle is asked about them (`mixes`).
+        """
+        x1, seen, bank = self.trained_x1, self.seen, self._bank()
+        given = dict(seen[1].conditions).get("labels") if seen and seen[0].late else None
+        own = None if x1 is None else plain(self.labels_for(x1))
+        if given is None or own is None or not is_label(given):
+            return
+        given, classes = given.detach().cpu(), [] if bank is None else bank.classes
+        if not mixes and classes:
+            inside = torch.isin(given, torch.tensor(classes))
+            given = torch.where(inside.reshape(-1), given.reshape(-1), own.cpu())
+        check_labels(given, own.cpu(), classes)
+
+
+def _from_weights(node: Any) -> bool:
+    """Whether a graph leads to weights that are trained."""
+    seen, left = set(), [node]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        left += [before for before, _ in node.next_functions]
+    return False

@@ -210,6 +210,7 @@ class NetworkSearch:
         return enter
 
     def _leave(self, name: str) -> Callable[..., None]:
+        @torch.no_grad()
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             start, alone, _ = self._calls.pop()
             self._note_encoder(name, args, kwargs, output)

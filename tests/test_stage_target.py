@@ -293,6 +293,68 @@ def test_watching_a_checkpointed_step_with_a_trained_encoder_changes_nothing_but
         fit(Trained(), steer())
 
 
+class Two(Step):
+    """Calls two targets, or one of them, and gives the network the time in other units."""
+
+    called, units = ("target", "other"), staticmethod(lambda t: t)
+
+    def __init__(self):
+        super().__init__()
+        self.other = StageTarget()
+
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        x0, t = torch.randn_like(x1), torch.rand(len(x1), 1)
+        xt = t * x1 + (1 - t) * x0
+        for name in self.called:
+            u, w = getattr(self, name)(x1 - x0, xt=xt, t=t, x1=x1)
+        return (w * (self.velocity(xt, self.units(t), y) - u).square().mean(1)).mean()
+
+
+FEW = {"every_n_steps": 2, "queries": 4, "strata": 4}
+
+
+@pytest.mark.parametrize(
+    ("called", "seam", "said"),
+    [
+        (("target",), "module.nothere", "Expected module.nothere to make the targets; found there"),
+        (("target", "other"), None, 'VelocityErrorMonitor(seam="module.target")'),
+        (("target",), "module.other", "The first step did not call module.other"),
+        ((), None, "The first step did not call module.target"),
+    ],
+)
+def test_monitors_refuse_targets_that_are_not_the_one_of_the_step(fit, called, seam, said):
+    module = type("Calls", (Two,), {"called": called})()
+    if not called:
+        module.training_step = lambda batch, batch_idx: module.velocity(
+            batch[0], torch.rand(len(batch[0]), 1), batch[1]
+        ).mean()
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        fit(module, VelocityErrorMonitor(**FEW, **({"seam": seam} if seam else {})))
+    assert "velocity=" not in str(error.value)
+
+
+def test_a_monitor_obeys_the_seam_it_is_told(fit, caplog):
+    monitor = VelocityErrorMonitor(**FEW, seam="module.other")
+    fit(Two(), monitor)
+    assert monitor.network is None or monitor.network.seam.name == "module.other"
+    assert monitor.history
+    assert "is taken as predicting the velocity (not checked)" in caplog.text
+
+
+@pytest.mark.parametrize("units", [lambda t: 1000 * t, lambda t: 1 - t, lambda t: 3 - 2 * t])
+def test_a_network_is_asked_in_the_units_of_time_that_the_step_gives_it(fit, units, caplog):
+    called = {"called": ("target",), "units": staticmethod(units)}
+    module, monitor = type("Units", (Two,), called)(), VelocityErrorMonitor(**FEW)
+    fit(module, monitor)
+    line = re.search(r"VelocityErrorMonitor\(velocity=(lambda .*)\)\.", caplog.text)[1]
+    given = VelocityErrorMonitor(**FEW, velocity=eval(line, {"torch": torch, "nn": nn}))
+    fit(type("Units", (Two,), called)(), given)
+    assert monitor.history
+    for one, two in zip(monitor.history, given.history, strict=True):
+        assert one["train"]["oracle"] == pytest.approx(two["train"]["oracle"], rel=1e-4)
+
+
 def test_draws_of_a_scheme_that_the_step_does_not_take_are_refused(fit):
     class Own(Step):
         def training_step(self, batch, batch_idx):

@@ -58,6 +58,7 @@ class FirstStep(BatchSamples):
         network: What predicts, once `finish` was called; None if it was not found.
         conditions: What the network is given besides x_t, time and class labels, for messages.
         search: The search for the network; its `result` says what is wrong if there is none.
+        called: Each `StageTarget` that the first step called.
         encoding: How what is trained on came from x_1 of the batch; None if it is that, or unknown.
         tied: What is wrong with the noise of the first call that was seen; empty if nothing is.
         schemes: What steers.
@@ -100,6 +101,7 @@ class FirstStep(BatchSamples):
         self.tied = ""
         self.encoding: Encoding | None = None
         self.seen: tuple[Seam, Seen] | None = None
+        self.called: list[Seam] = []
         self._maker: Seam | None = None
         self._sums: NoiseSums | None = None
 
@@ -134,6 +136,7 @@ class FirstStep(BatchSamples):
                 self.masks or self.labels,
                 labels_name=self.labels_at if self.labels_at != "None" else "batch[1]",
                 batch=self.batch,
+                seen=lambda: self.seen,
             )
 
     def _teller(self, seam: Seam) -> Callable[[Seen], None]:
@@ -142,6 +145,8 @@ class FirstStep(BatchSamples):
                 masks = self.masks if not self._finished else self.masks_of_batch()
                 if masks is None or len(masks) == len(seen.x1):
                     self._sums.add(seen.x0, seen.x1, masks)
+            if seam.late and seam not in self.called:
+                self.called.append(seam)
             # The first call of a batch stands for it: others are of its other parts.
             if self.seen is not None or (self._finished and not self._follows):
                 return

@@ -543,3 +543,43 @@ def test_shapes_that_do_not_fit_are_refused():
             StageTarget()(y, **given)
     with pytest.raises(TypeError):
         StageTarget()(x1, xt=x1, t="0.5", x1=x1)
+
+
+class Velocity(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x, t, y):
+        return self.inner(x) * t + y[:, None]
+
+
+class Encoder(nn.Module):
+    """Its answer is drawn from: nothing in the step has the values that are trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, x):
+        z = self.inner(x)
+        return z + 0.5 * torch.randn_like(z)
+
+
+def test_an_encoder_whose_draws_are_not_seen_is_named_without_a_line_that_does_not_fit(fit):
+    class Encoded(Step):
+        def __init__(self):
+            super().__init__(target=nn.Identity())
+            self.vae, self.net = Encoder(), Velocity()
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def training_step(self, batch, batch_idx):
+            x1, y = 3 * self.vae(batch[0]), batch[1]
+            x0, t = torch.randn_like(x1), torch.rand(len(x1), 1)
+            return (self.net(t * x1 + (1 - t) * x0, t, y) - x1 + x0).square().mean()
+
+    with pytest.warns(UserWarning, match=r"called with x_1 alone before .*encode=") as told:
+        fit(Encoded(), PosteriorMonitor())
+    assert not any("velocity=" in str(each.message) for each in told)

@@ -94,13 +94,19 @@ class ModelMonitor(Monitor):
             if said:
                 self.warn(said)
             return
-        if not self.run.seams and self.run.option(self, "convention") is None:
-            raise ValueError(
-                f"Found nothing that makes the targets in {type(self.run.module).__name__}, so "
-                f"what its network predicts is not known; {BY_HAND} Or say what it is trained on: "
-                'convention="pi0", another name of stagewise.conventions, or the noise scheduler. '
-                "Or say how to ask for the velocity (t = 0 is noise, t = 1 is data): "
+        told = self.run.option(self, "convention") is not None
+        if not (told or look.called) and all(seam.late for seam in self.run.seams):
+            nothing = f"Found nothing that makes the targets in {type(self.run.module).__name__}"
+            ask = (
+                " Or say how to ask for the velocity (t = 0 is noise, t = 1 is data): "
                 f"{name}({look.search.line})."
+            )
+            for seam in self.run.seams[:1]:  # what it stands for is not that of the step
+                nothing, ask = f"The first step did not call {seam.name}", ""
+            raise ValueError(
+                f"{nothing}, so what its network predicts is not known; {BY_HAND} Or say what it "
+                'is trained on: convention="pi0", another name of stagewise.conventions, or the '
+                f"noise scheduler.{ask}"
             )
         with self.run.together("finding its network"):
             found, x1, call = look.search.result(), look.search.x1, look.search.call
@@ -109,14 +115,21 @@ class ModelMonitor(Monitor):
             assert call is not None
             tensor_of(call[2], tuple(x1.shape))  # refuses what stands for no velocity
             if look.conditions and self.run.option(self, "class_wise") is not False:
+                replaced = ", ".join(text.split(":")[0] for text in look.conditions)
                 raise ValueError(
                     f"{self.network.describe()} is also given {', '.join(look.conditions)}. "
                     f"{name} would ask it about other samples, and compare it with the posterior "
                     "over all rows, which is not what a model that uses it is trained on. If it "
                     f"ignores that: {name}(class_wise=False). To ask it with conditions of your "
-                    f"own: {name}({look.search.line})."
+                    f"own, put these in place of {replaced}: {name}({look.search.line})."
                 )
         self.conditional = self.run.host.any(self.network.conditional)
+        if look.called:
+            self.say(
+                f"{self.network.describe()} is taken as predicting the "
+                f"{self.network.seam.prediction.kind} (not checked). If the step makes that of its "
+                f"answer, say how, with its answer in: {name}({look.search.line})."
+            )
 
     def is_wise(self, labels: Any) -> bool:
         """Whether to ask over the rows of a class, of samples with those labels or without any."""

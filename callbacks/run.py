@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from stagewise.adapters.differences import compare, difference
+from stagewise.adapters.differences import STALE, compare, difference, several
 from stagewise.adapters.encoding import Encoding
-from stagewise.adapters.find import dependent_noise, find_couplings, find_seams, training_path
+from stagewise.adapters.find import chosen_seams, dependent_noise, find_couplings, training_path
 from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank
 from stagewise.batches import describe, unused_in
@@ -52,7 +52,7 @@ class StageRun(RunOracles):
         total: Optimizer steps of the training, None if it has no end.
         step: Optimizer steps so far.
         first_step: The step that is looked at.
-        seams: What makes the targets in the module.
+        seams: What makes the targets in the module; those that were named, if any were.
         tied: What couples noise and data there, empty if nothing does.
         look: What the first step has shown.
 
@@ -103,11 +103,11 @@ class StageRun(RunOracles):
         self._loader = host.loader
         for member in members:
             member.renewed = False
-        self.seams = find_seams(self.module)
-        named = {who.said["seam"] for who in members if "seam" in who.said}
-        chosen = [seam for seam in self.seams if seam.name in named] or self.seams
+        saying = [who for who in members if "seam" in who.said]
+        saying = [who for who in saying if who.measures] or saying
+        self.seams = chosen_seams(self.module, {who.said["seam"] for who in saying})
         said = any({"path", "convention"} & who.said.keys() for who in members)
-        self.path, self.path_from = training_path(chosen, said=said)
+        self.path, self.path_from = training_path(self.seams, said=said)
         convention = self.option(self, "convention")
         if convention is not None and convention.path is not None:
             self.path = path_of(convention, self.option(self, "path")) or self.path
@@ -301,7 +301,14 @@ class StageRun(RunOracles):
 
     def _refuse_for_schemes(self, x1: Tensor) -> None:
         """Refuses what no oracle's target can be made for, before a scheme is asked for one."""
+        asking = [member for member in self.members if member.measures or member.mixes]
+        if any(self.option(member, "class_wise") is not False for member in asking):
+            self.look.check_labels(mixes=any(member.mixes for member in asking))
         mixing = any(member.mixes and not self.given(member) for member in self.members)
+        if self.look.trains_encoder and any(not self.given(member) for member in asking):
+            if mixing:
+                raise ValueError(STALE)
+            rank_zero_warn(STALE)
         if mixing:
             self.refuse_others(x1)
 
@@ -328,6 +335,10 @@ class StageRun(RunOracles):
             raise ValueError(self.look.tied)
         if not measuring:
             return
+        if said := several(self.look, type(measuring[0]).__name__):
+            if self._exact:
+                raise ValueError(said)
+            rank_zero_warn(said)
         given = {id(b): b for b in (self.bank(m) for m in measuring if self.given(m))}
         unlabelled = self.look.x1 is not None and self.look.labels is None
         if unlabelled and any(self.given(m) and self.class_wise(m) for m in measuring):

@@ -138,15 +138,17 @@ class StageTarget(nn.Module):
         if not self.training or (self.scheme is None and not self.observers):
             dtype = time.dtype if time.is_floating_point() else torch.float32
             return y, torch.ones_like(time, dtype=dtype)
-        if not self._fits:
-            self._fits = check_samples(
-                *(self.path, self.prediction, self.convention, y, xt, time, x1, labels),
-                mixes=False,
-                said=_SAID,
-            )
-        xt, t = self.convention.inside(xt, time)
-        for tell in self.observers:
-            tell(y, xt, t, x1, plain(labels))
+        # What looks on saves nothing for a backward pass, which checkpointing would miss.
+        with torch.no_grad():
+            if not self._fits:
+                self._fits = check_samples(
+                    *(self.path, self.prediction, self.convention, y, xt, time, x1, labels),
+                    mixes=False,
+                    said=_SAID,
+                )
+            xt, t = self.convention.inside(xt, time)
+            for tell in self.observers:
+                tell(y, xt, t, x1, plain(labels))
         if self.scheme is None:
             return y, torch.ones_like(t)
         if not self._timed and any(part.draws_timesteps for part in parts(self.scheme)):

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import stagewise
@@ -223,6 +224,137 @@ def test_what_does_not_fit_is_refused_before_the_first_weight(fit, change, said,
     )
 
 
+class Given(Step):
+    """Gives the line other labels, and goes through `encode` first, maybe checkpointed."""
+
+    relabel = staticmethod(lambda y: y)
+    checkpointed = False
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.encoder = nn.Linear(6, 6) if self.checkpointed else nn.Identity()
+
+    def training_step(self, batch, batch_idx):
+        if not self.checkpointed:
+            return self.loss_of(*batch)
+        return checkpoint(self.loss_of, *batch, use_reentrant=False)
+
+    def loss_of(self, x1, y):
+        x1, t = self.encoder(x1), torch.rand(len(x1), 1)
+        x0 = torch.randn_like(x1)
+        xt = t * x1 + (1 - t) * x0
+        u, w = self.target(x1 - x0, xt=xt, t=t, x1=x1, labels=self.relabel(y))
+        return (w * (self.velocity(xt, t, y) - u).square().mean(1)).mean()
+
+
+def steer():
+    return StageScheme(target=Mix(1.0))
+
+
+@pytest.mark.parametrize(
+    ("relabel", "callback", "said"),
+    [
+        (lambda y: y.flip(0), steer, "labels=batch[1]"),
+        (torch.zeros_like, PosteriorMonitor, "got others for 12 of 16"),
+        (lambda y: y.where(y > 0, 4), steer, "before dropping, labels=batch[1]"),
+    ],
+)
+def test_labels_that_are_not_those_of_x1_are_refused_in_the_first_step(
+    fit, relabel, callback, said
+):
+    module = type("Relabels", (Given,), {"relabel": staticmethod(relabel)})()
+    before = copy.deepcopy(module.net.state_dict())
+    with pytest.raises(ValueError, match=re.escape(said)):
+        fit(module, callback())
+    assert all(map(torch.equal, before.values(), module.net.state_dict().values()))
+
+
+def test_a_scheme_by_itself_refuses_them_but_not_those_of_an_equal_row():
+    x, y = clusters()
+    x[1] = x[0]
+    scheme = Scheme(Oracle(LatentBank(x, y)), target=Mix(1.0))
+    t, x0 = torch.full((64,), 0.5), torch.randn(64, 6)
+    call = {"xt": (x + x0) / 2, "t": t, "x1": x}
+    y[0] = 1
+    with pytest.raises(ValueError, match="got others for 1 of 64: class 3 for an x_1 of class 2"):
+        scheme(x - x0, **call, labels=torch.where(torch.arange(64) == 2, 3, y))
+    scheme(x - x0, **call, labels=y)
+
+
+def test_watching_a_checkpointed_step_with_a_trained_encoder_changes_nothing_but_a_word(fit):
+    class Trained(Given):
+        checkpointed = True
+
+    plain = fit(Trained())
+    with pytest.warns(UserWarning, match=r"requires_grad_\(False\)"):
+        watched = fit(Trained(), PosteriorMonitor())
+    assert all(map(torch.equal, plain.parameters(), watched.parameters()))
+    with pytest.raises(ValueError, match="goes stale. Freeze it"):
+        fit(Trained(), steer())
+
+
+class Two(Step):
+    """Calls two targets, or one of them, and gives the network the time in other units."""
+
+    called, units = ("target", "other"), staticmethod(lambda t: t)
+
+    def __init__(self):
+        super().__init__()
+        self.other = StageTarget()
+
+    def training_step(self, batch, batch_idx):
+        x1, y = batch
+        x0, t = torch.randn_like(x1), torch.rand(len(x1), 1)
+        xt = t * x1 + (1 - t) * x0
+        for name in self.called:
+            u, w = getattr(self, name)(x1 - x0, xt=xt, t=t, x1=x1)
+        return (w * (self.velocity(xt, self.units(t), y) - u).square().mean(1)).mean()
+
+
+FEW = {"every_n_steps": 2, "queries": 4, "strata": 4}
+
+
+@pytest.mark.parametrize(
+    ("called", "seam", "said"),
+    [
+        (("target",), "module.nothere", "Expected module.nothere to make the targets; found there"),
+        (("target", "other"), None, 'VelocityErrorMonitor(seam="module.target")'),
+        (("target",), "module.other", "The first step did not call module.other"),
+        ((), None, "The first step did not call module.target"),
+    ],
+)
+def test_monitors_refuse_targets_that_are_not_the_one_of_the_step(fit, called, seam, said):
+    module = type("Calls", (Two,), {"called": called})()
+    if not called:
+        module.training_step = lambda batch, batch_idx: module.velocity(
+            batch[0], torch.rand(len(batch[0]), 1), batch[1]
+        ).mean()
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        fit(module, VelocityErrorMonitor(**FEW, **({"seam": seam} if seam else {})))
+    assert "velocity=" not in str(error.value)
+
+
+def test_a_monitor_obeys_the_seam_it_is_told(fit, caplog):
+    monitor = VelocityErrorMonitor(**FEW, seam="module.other")
+    fit(Two(), monitor)
+    assert monitor.network is None or monitor.network.seam.name == "module.other"
+    assert monitor.history
+    assert "is taken as predicting the velocity (not checked)" in caplog.text
+
+
+@pytest.mark.parametrize("units", [lambda t: 1000 * t, lambda t: 1 - t, lambda t: 3 - 2 * t])
+def test_a_network_is_asked_in_the_units_of_time_that_the_step_gives_it(fit, units, caplog):
+    called = {"called": ("target",), "units": staticmethod(units)}
+    module, monitor = type("Units", (Two,), called)(), VelocityErrorMonitor(**FEW)
+    fit(module, monitor)
+    line = re.search(r"VelocityErrorMonitor\(velocity=(lambda .*)\)\.", caplog.text)[1]
+    given = VelocityErrorMonitor(**FEW, velocity=eval(line, {"torch": torch, "nn": nn}))
+    fit(type("Units", (Two,), called)(), given)
+    assert monitor.history
+    for one, two in zip(monitor.history, given.history, strict=True):
+        assert one["train"]["oracle"] == pytest.approx(two["train"]["oracle"], rel=1e-4)
+
+
 def test_draws_of_a_scheme_that_the_step_does_not_take_are_refused(fit):
     class Own(Step):
         def training_step(self, batch, batch_idx):
@@ -411,3 +543,43 @@ def test_shapes_that_do_not_fit_are_refused():
             StageTarget()(y, **given)
     with pytest.raises(TypeError):
         StageTarget()(x1, xt=x1, t="0.5", x1=x1)
+
+
+class Velocity(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x, t, y):
+        return self.inner(x) * t + y[:, None]
+
+
+class Encoder(nn.Module):
+    """Its answer is drawn from: nothing in the step has the values that are trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, x):
+        z = self.inner(x)
+        return z + 0.5 * torch.randn_like(z)
+
+
+def test_an_encoder_whose_draws_are_not_seen_is_named_without_a_line_that_does_not_fit(fit):
+    class Encoded(Step):
+        def __init__(self):
+            super().__init__(target=nn.Identity())
+            self.vae, self.net = Encoder(), Velocity()
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def training_step(self, batch, batch_idx):
+            x1, y = 3 * self.vae(batch[0]), batch[1]
+            x0, t = torch.randn_like(x1), torch.rand(len(x1), 1)
+            return (self.net(t * x1 + (1 - t) * x0, t, y) - x1 + x0).square().mean()
+
+    with pytest.warns(UserWarning, match=r"called with x_1 alone before .*encode=") as told:
+        fit(Encoded(), PosteriorMonitor())
+    assert not any("velocity=" in str(each.message) for each in told)

@@ -11,7 +11,7 @@ A seam can also be watched: `observe` tells what each target is made from, and c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Seen:
         t: Times, (B,), t = 0 is noise; None where they are not at hand in this convention.
         xt: Noisy samples, (B, *); None where they are not at hand.
         conditions: Names and tensors that are handed on to the model beside `x_t` and time.
+        graph: What `x1` was made by, as `grad_fn`; a copy has none.
     """
 
     x1: Tensor
@@ -47,8 +48,10 @@ class Seen:
     t: Tensor | None = None
     xt: Tensor | None = None
     conditions: tuple[tuple[str, Tensor], ...] = ()
+    graph: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self.graph = self.x1.grad_fn
         self.x1 = self.x1.detach()
         self.x0, self.t, self.xt = (
             None if x is None else x.detach() for x in (self.x0, self.t, self.xt)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stagewise.adapters.base import Seam
+from stagewise.adapters.base import Seam, Seen
 from stagewise.adapters.columns import Columns, agreement, apart, columns_of, equal
 from stagewise.adapters.fitting import Noisy
 from stagewise.batches import LABEL_NAMES
@@ -30,6 +30,7 @@ __all__ = [
     "is_same",
     "moved",
     "readings",
+    "retimed",
     "rows_of",
     "short",
 ]
@@ -172,6 +173,40 @@ def readings(
             rounding = max(step, torch.finfo(x.dtype).eps, torch.finfo(x1.dtype).eps)
             xt, t = seam.convention.inside(x, time.to(torch.float32))
             yield Reading(slots, seam, Noisy(seam.path, xt, t, rounding), moments)
+
+
+def retimed(call: Call, seen: tuple[Seam, Seen] | None) -> list[Seam]:
+    """A seam with the conventions in which a call may hold its times in other units, `a t + b`.
+
+    By least squares of what each argument, or a column of it, is of t. Whole numbers are rounded,
+    and hold t to one of their steps.
+    """
+    if seen is None or seen[1].t is None or seen[0].convention.by_sigma:
+        return []
+    seam, t, found = seen[0], seen[1].t.reshape(-1, 1).double(), []
+    if len(t.unique()) < 4:
+        return []
+    dt = t - t.mean()
+    for leaf in call.leaves:
+        if not isinstance(leaf, Tensor) or leaf.ndim > 2 and leaf.numel() > len(leaf):
+            continue
+        if not leaf.ndim or len(leaf) != len(t):
+            continue
+        whole = not leaf.is_floating_point()
+        y = leaf.detach().reshape(len(t), -1).double()
+        slope = (dt * (y - y.mean(0))).sum(0) / dt.square().sum()
+        slack = torch.full_like(slope, 2.0) if whole else 1e-3 * slope.abs()
+        linear = ((y - y.mean(0) - slope * dt).abs() <= slack).all(0) & (
+            slope.abs() > (10 if whole else 1e-3)
+        )
+        for k in linear.nonzero().flatten().tolist():
+            a = float(f"{float(slope[k]):.{2 if whole else 4}g}")
+            b = float(y[:, k].mean()) - a * float(t.mean())
+            b = 0.0 if abs(b) < (2 if whole else 1e-3 * abs(a)) else float(f"{b:.4g}")
+            other = copy.copy(seam)
+            other.convention = replace(seam.convention, noise_time=b, data_time=a + b)
+            found.append(other)
+    return found
 
 
 def is_same(x: Any, x1: Tensor) -> bool:

@@ -10,7 +10,25 @@ from stagewise.adapters.first_step import FirstStep
 from stagewise.bank import LatentBank
 from stagewise.schemes.checks import check_rows, distance_from_rows
 
-__all__ = ["compare", "difference"]
+__all__ = ["STALE", "compare", "difference", "several"]
+
+STALE = (
+    "The encoder that makes x_1 is trained in the same step, so that a bank that is read once goes "
+    "stale. Freeze it, module.encoder.requires_grad_(False), or give a bank of what is trained on: "
+    "StageRun(bank=LatentBank(latents, labels))."
+)
+"""What is said where the rows of a bank move."""
+
+
+def several(look: FirstStep, asks: str) -> str:
+    """Which targets the first step called, if not one; `asks`: the callback that must say which."""
+    names = [seam.name for seam in look.called]
+    if len(names) < 2:
+        return ""
+    return (
+        f"The first step called {' and '.join(names)}, and what is measured is the training of "
+        f'one of them. Say which: {asks}(seam="{names[0]}").'
+    )
 
 
 def compare(look: FirstStep, given: Sequence[LatentBank]) -> tuple[list[str], str]:

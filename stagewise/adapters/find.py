@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from stagewise.stage_target import BY_HAND
 
 __all__ = [
     "assumed_seams",
+    "chosen_seams",
     "dependent_noise",
     "find_couplings",
     "find_seams",
@@ -59,6 +60,15 @@ def find_seams(module: object) -> list[Seam]:
         to sample.
     """
     return _makers(_found(module)[0])
+
+
+def chosen_seams(module: object, names: Set[str]) -> list[Seam]:
+    """Those of `find_seams`, or of all there are those of some names; refuses a name of none."""
+    found = find_seams(module)
+    if not names:
+        return found
+    found += [one_seam(module, at) for at in names - {seam.name for seam in found}]
+    return [seam for seam in found if seam.name in names]
 
 
 def find_couplings(module: object) -> list[Place]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -28,9 +29,11 @@ from stagewise.adapters.rows import is_label, same
 from stagewise.bank import LatentBank
 from stagewise.batches import FindSample, describe, find_checked, find_sample, leaves_of, unused_in
 from stagewise.conventions import Convention
+from stagewise.masks import plain
 from stagewise.noise import NoiseSums, is_noise
 from stagewise.paths import Path
 from stagewise.schemes import Phases, Scheme, parts
+from stagewise.schemes.checks import check_labels
 from stagewise.schemes.conditions import check_network
 from stagewise.schemes.smoothed import Drawn
 
@@ -55,12 +58,14 @@ class FirstStep(BatchSamples):
         network: What predicts, once `finish` was called; None if it was not found.
         conditions: What the network is given besides x_t, time and class labels, for messages.
         search: The search for the network; its `result` says what is wrong if there is none.
+        called: Each `StageTarget` that the first step called.
         encoding: How what is trained on came from x_1 of the batch; None if it is that, or unknown.
         tied: What is wrong with the noise of the first call that was seen; empty if nothing is.
         schemes: What steers.
         open: Whether the network accepts more than it was given so far, and the batch holds more:
             what a step drops for classifier-free guidance may be given in a later one.
         looked: In how many later calls it was given no more.
+        trains_encoder: Whether x_1 is made by weights that are trained.
         swapped: Whether what makes the targets is given data for noise, and noise for data.
     """
 
@@ -84,7 +89,7 @@ class FirstStep(BatchSamples):
         self.network: Network | None = None
         self.conditions: tuple[str, ...] = ()
         self.schemes: list[Scheme | Phases] = []
-        self.swapped = self.open = False
+        self.swapped = self.open = self.trains_encoder = False
         self.looked = 0
         self._before_smoothing: Tensor | None = None
         self._later: CallHook | None = None
@@ -96,6 +101,7 @@ class FirstStep(BatchSamples):
         self.tied = ""
         self.encoding: Encoding | None = None
         self.seen: tuple[Seam, Seen] | None = None
+        self.called: list[Seam] = []
         self._maker: Seam | None = None
         self._sums: NoiseSums | None = None
 
@@ -130,6 +136,7 @@ class FirstStep(BatchSamples):
                 self.masks or self.labels,
                 labels_name=self.labels_at if self.labels_at != "None" else "batch[1]",
                 batch=self.batch,
+                seen=lambda: self.seen,
             )
 
     def _teller(self, seam: Seam) -> Callable[[Seen], None]:
@@ -138,6 +145,8 @@ class FirstStep(BatchSamples):
                 masks = self.masks if not self._finished else self.masks_of_batch()
                 if masks is None or len(masks) == len(seen.x1):
                     self._sums.add(seen.x0, seen.x1, masks)
+            if seam.late and seam not in self.called:
+                self.called.append(seam)
             # The first call of a batch stands for it: others are of its other parts.
             if self.seen is not None or (self._finished and not self._follows):
                 return
@@ -160,6 +169,7 @@ class FirstStep(BatchSamples):
             labels = self.labels_for(x1)
             if labels is not None:
                 self.search.labels = labels
+            self.trains_encoder = _from_weights(seen.graph)
             if self._on_seen is not None:
                 self._on_seen(x1)
 
@@ -331,3 +341,33 @@ class FirstStep(BatchSamples):
         if warning or self.network is None or own is None:
             return warning
         return self._given.unlike(parts(scheme), self.network, self.batch, own)
+
+    def check_labels(self, *, mixes: bool) -> None:
+        """Refuses labels that a `StageTarget` was given, if they are others than x_1 has.
+
+        Those of no class of the bank only count where an oracle is asked about them (`mixes`).
+        """
+        x1, seen, bank = self.trained_x1, self.seen, self._bank()
+        given = dict(seen[1].conditions).get("labels") if seen and seen[0].late else None
+        own = None if x1 is None else plain(self.labels_for(x1))
+        if given is None or own is None or not is_label(given):
+            return
+        given, classes = given.detach().cpu(), [] if bank is None else bank.classes
+        if not mixes and classes:
+            inside = torch.isin(given, torch.tensor(classes))
+            given = torch.where(inside.reshape(-1), given.reshape(-1), own.cpu())
+        check_labels(given, own.cpu(), classes)
+
+
+def _from_weights(node: Any) -> bool:
+    """Whether a graph leads to weights that are trained."""
+    seen, left = set(), [node]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        left += [before for before, _ in node.next_functions]
+    return False

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stagewise.adapters.base import Detach, Seam
-from stagewise.adapters.calls import Call, conditioning, is_same, readings
+from stagewise.adapters.base import Detach, Seam, Seen
+from stagewise.adapters.calls import Call, conditioning, is_same, readings, retimed
 from stagewise.adapters.encoding import EncoderCall, encoder_call, watch_encoders
 from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.lines import call_text, guessed_line, where
@@ -33,6 +33,7 @@ from stagewise.adapters.network import Network
 from stagewise.adapters.reasons import GIVEN, Candidates, Diagnosis, Made, Reasons, own_of
 from stagewise.masks import plain
 from stagewise.paths import same_path
+from stagewise.stage_target import StageTarget
 
 __all__ = ["NetworkSearch"]
 
@@ -49,6 +50,8 @@ class NetworkSearch:
         labels: The classes of the batch, (B,), or None; with masks `MaskedLabels`.
         labels_name: How messages write the labels of a batch, default "batch[1]".
         batch: The batch: what the network is given of it as it is counts as a condition.
+        seen: What a seam was given before the network is called, or None: of it a network may be
+            given the time in other units, a t + b.
 
     Attributes:
         compiled: Whether the whole training step is compiled, so that nothing is watched.
@@ -65,6 +68,7 @@ class NetworkSearch:
         *,
         labels_name: str = "batch[1]",
         batch: Any = None,
+        seen: Callable[[], tuple[Seam, Seen] | None] = lambda: None,
     ) -> None:
         self.root, self.labels = root, labels
         self.seams: list[Seam] = []
@@ -73,7 +77,7 @@ class NetworkSearch:
             self._makers.add(id(seam.place.object))
             if not any(_alike(seam, other) for other in self.seams):
                 self.seams.append(seam)
-        self._candidates, self._batch = candidates, batch
+        self._candidates, self._batch, self._seen = candidates, batch, seen
         self.compiled, self.empty = _is_compiled(root), True
         self._matches: list[Match] = []
         self._reasons = Reasons(self.seams, plain(labels), labels_name)
@@ -192,7 +196,8 @@ class NetworkSearch:
             ]
             own, module, leaves = own_of(candidates), call.module, call.leaves
             alone = len(leaves) == 1 and own is not None and is_same(leaves[0], own[1])
-            makes = id(module) in self._makers or any(callable(leaf) for leaf in leaves)
+            makes = isinstance(module, StageTarget) or id(module) in self._makers
+            makes = makes or any(callable(leaf) for leaf in leaves)
             outer = module is not self.root and not makes
             self._calls.append((len(self._reasons.made), alone, outer))
             if not trains or self._inside is not None:
@@ -210,6 +215,7 @@ class NetworkSearch:
         return enter
 
     def _leave(self, name: str) -> Callable[..., None]:
+        @torch.no_grad()
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             start, alone, _ = self._calls.pop()
             self._note_encoder(name, args, kwargs, output)
@@ -240,9 +246,12 @@ class NetworkSearch:
         own = own_of(candidates)
         for text, x1 in candidates:
             # x_t has the shape of x_1, and is not x_1 itself.
-            found = readings(call, tuple(x1.shape), x1, self.seams, plain(self.labels))
-            fits = [reading for reading in found if reading.noisy.fits(x1)]
-            if not fits:
+            for seams in (self.seams, retimed(call, self._seen())):
+                found = readings(call, tuple(x1.shape), x1, seams, plain(self.labels))
+                fits = [reading for reading in found if reading.noisy.fits(x1)]
+                if fits:
+                    break
+            else:
                 continue
             # Of several the one whose time says most: labels have fewer values.
             reading = max(fits, key=lambda reading: reading.moments)
@@ -270,6 +279,8 @@ class NetworkSearch:
         match.inner = not alike and any(outer for *_, outer in self._calls)
         if not match.other:
             self._matches = [known for known in self._matches if not known.other]
+        if match.matched == GIVEN:  # what is trained on is known by now
+            self._matches = [known for known in self._matches if is_same(known.x1, match.x1)]
         called = any(known.call.module is match.call.module for known in self._matches)
         if not called and (self.first is None or self.first.other == match.other):
             self._matches.append(match)

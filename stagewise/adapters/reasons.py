@@ -148,22 +148,38 @@ class Reasons:
     def _explains(self, call: Call, reading: Reading, text: str, own: Tensor) -> None:
         """Keeps what would make `x_1` of the batch fit a reading of a call."""
         noisy, shape = reading.noisy, tuple(reading.noisy.xt.shape)
+        before = [made for made in self.made if made.shape == shape]
+        alone = [made for made in before if made.alone and made.shape == self._shape]
+        if alone and self._guess is None:
+            self._guess = Diagnosis(
+                "encoded",
+                f"{where(alone[0].name)} is called with x_1 alone before {where(call.name)}, so "
+                "what is trained on may be made of its answer. Say how: encode=lambda x, module: "
+                "..., or give it to a StageTarget in the step, self.target(u, xt=xt, t=t, x1=x1).",
+                module=where(alone[0].name),
+            )
         if shape == self._shape:
-            factor = noisy.scale(own)
+            factor = None if alone else noisy.scale(own)
             if factor is not None:
                 self._diagnoses.append(self._scaled(factor, f"about {factor:g}", text))
-            if replace(noisy, t=1 - noisy.t).fits(own):
+            by_sigma = reading.seam.convention.by_sigma  # has no other way to run
+            if not by_sigma and replace(noisy, t=1 - noisy.t).fits(own):
                 turned = replace(reading, slots=conditioning(call, reading.slots, self._labels))
                 line = velocity_line(call, turned, turned="(1 - t)")
+                cure = f"Say how to ask it: {line}"
+                if reading.seam.late:  # it was not called, and does not say what is predicted
+                    cure = (
+                        f"Call {reading.seam.name} before the network, or say how time runs, "
+                        'such as convention="pi0".'
+                    )
                 message = (
                     f"{where(call.name)} fits x_1 of the batch if its time runs the other way "
-                    f"than {reading.seam.name} says. Say how to ask it: {line}"
+                    f"than {reading.seam.name} says. {cure}"
                 )
                 self._diagnoses.append(Diagnosis("reversed", message))
         for layout, x1 in arranged(own, shape[1:]):
             if noisy.fits(x1):
                 self._diagnoses.append(self._rearranged(layout, text))
-        before = [made for made in self.made if made.shape == shape]
         for made in before:
             tensor = made.tensor()
             given = call.leaves[reading.slots.x]

@@ -122,7 +122,9 @@ class RowClasses:
         known = self.classes
         raise ValueError(
             f"Class {label} is not in the bank, which has {len(known)} classes from {known[0]} to "
-            f"{known[-1]}. Build the bank from the labels that training uses."
+            f"{known[-1]}. Build the bank from the labels that training uses. If the label stands "
+            "for those that were dropped (classifier-free guidance), give labels from before "
+            f"dropping, labels=batch[1], or say so: Oracle(bank, null_class={label})."
         )
 
     @cached_property

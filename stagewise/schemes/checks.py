@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from stagewise.timesteps import TimestepSampler
 
 __all__ = [
     "check_density",
+    "check_labels",
     "check_rows",
     "check_settings",
     "distance_from_rows",
+    "labels_in",
     "unknown_boundary",
 ]
 
@@ -99,6 +101,46 @@ def unknown_boundary(collapsed: bool = False) -> ValueError:
         "number, Scheme(boundary=0.1) or scheme.set_boundary(0.1), or measure it before the first "
         "step: scheme.measure_boundary()."
     )
+
+
+def check_labels(
+    labels: Tensor, own: Tensor, classes: Sequence[int], null: int | None = None
+) -> None:
+    """Refuses labels, (B,), that are not those that their samples have, `own`, (B,).
+
+    Negative ones of `own` are unknown; `null` stands for no class; `classes` are those of the bank.
+    """
+    labels = labels.reshape(-1).to(own)
+    off = (labels != own) & (own >= 0)
+    off &= labels != null if null is not None else True
+    if not bool(off.any()):
+        return
+    got, had = int(labels[off][0]), int(own[off][0])
+    said = (
+        f"Expected `labels` of the samples, got others for {int(off.sum())} of {len(own)}: class "
+        f"{got} for an x_1 of class {had}."
+    )
+    if classes and got not in classes:
+        raise ValueError(
+            f"{said} {got} is no class of the bank. If it stands for labels that were dropped "
+            "(classifier-free guidance), give those from before dropping, labels=batch[1], or say "
+            f"what it stands for: Oracle(bank, null_class={got})."
+        )
+    raise ValueError(
+        f"{said} Give those that the network is given, in the order of x_1: labels=batch[1]. If "
+        "training has other classes than the batch, say so: "
+        "StageRun(find=lambda batch: (batch[0], classes_of(batch[1])))."
+    )
+
+
+def labels_in(bank: LatentBank, x1: Tensor, labels: Tensor) -> Tensor:
+    """The classes of samples, (B,), as rows of a bank, -1 of others; of equal rows `labels`."""
+    rows, starts = bank.find(x1).tolist(), {y: first for y, first, _ in bank.class_ends}
+    known = zip(rows, bank.labels_of(rows), strict=True)
+    own = torch.tensor([label if row >= 0 else -1 for row, label in known])
+    first = torch.tensor([starts.get(label, -1) for label in labels.reshape(-1).tolist()])
+    same = bank.find(x1, first=first.to(x1.device)).cpu() >= 0
+    return torch.where(same, labels.reshape(-1), own)
 
 
 def check_rows(

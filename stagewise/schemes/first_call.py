@@ -21,7 +21,7 @@ from stagewise.conventions import CONVENTIONS, Convention, written
 from stagewise.masks import MaskedLabels, few_rows, fitted, mean_square, require_same_masks
 from stagewise.noise import check_independent, is_off
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind, expand_like, same_path
-from stagewise.schemes.checks import check_rows
+from stagewise.schemes.checks import check_labels, check_rows, labels_in
 from stagewise.tracing import caller_level
 
 if TYPE_CHECKING:
@@ -70,6 +70,9 @@ def check_first(
             warnings.warn(few, stacklevel=caller_level())
     if scheme.rows_checked:
         return
+    if scheme.class_wise and oracle.engine.holds_all_rows and isinstance(labels, Tensor):
+        own = labels_in(oracle.bank, x1, labels.cpu())
+        check_labels(labels.cpu(), own, oracle.bank.classes, oracle.null_class)
     found = check_rows(
         oracle.bank,
         fitted(x1, labels, oracle.bank.shape)[0],

@@ -71,6 +71,10 @@ class Host:
         """The first loader of samples that are not trained on, None if there is none."""
         return None
 
+    def trains(self) -> bool:
+        """Whether what makes targets is called by training now, as far as hooks do not tell it."""
+        return True
+
     def move(self, batch: Any) -> Any:
         """A batch of the loader, as the training step is given it."""
         return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(self.device), batch)

@@ -116,7 +116,7 @@ class StageRun(RunOracles):
         if self.tied and self.measuring:
             rank_zero_warn(f"The posterior that is measured may not be that of {self.tied}")
         found = (self.module, self.seams, self.path, without_trace(self.find_of(self)))
-        self.look = FirstStep(*found, convention)
+        self.look = FirstStep(*found, convention, lambda: self.host.trains())
         size = self.option(self, "reservoir")
         self.reservoir = Reservoir(size) if isinstance(size, int) else size
         self.seen = None if self.reservoir is None else SeenSamples(self, self.reservoir)

@@ -11,6 +11,7 @@ from one call; that weights are about to change it hears from the optimizer itse
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +24,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook as after_ste
 from torch.optim.optimizer import register_optimizer_step_pre_hook as before_steps
 from typing_extensions import Self, Unpack, override
 
+from stagewise.adapters import find_seams
 from stagewise.bank import LatentBank
 from stagewise.callbacks.host import Host
+from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.run import StageRun
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 
 __all__ = ["Watch"]
+
+
+_BEGUN: weakref.WeakSet[Watch] = weakref.WeakSet()
+"""Those whose training has begun; some are closed."""
 
 
 class Watch(Host):
@@ -146,12 +153,17 @@ class Watch(Host):
 
     @contextmanager
     def validation(self) -> Iterator[None]:
-        """Around what the loop evaluates: in it the targets are plain."""
+        """Around what the loop evaluates: in it the targets are plain.
+
+        They are so too while the model is in eval mode, and without gradients.
+        """
         if self._begun:
             self._run.tell("before_validation")
-        yield
-        if self._begun:
-            self._run.tell("after_validation")
+        try:
+            yield
+        finally:
+            if self._begun:
+                self._run.tell("after_validation")
 
     def close(self) -> None:
         """After the loop: the last probes, and all hooks are taken off."""
@@ -171,6 +183,14 @@ class Watch(Host):
             self._run.fails()
             self._open = self._begun = False
         self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_begun", False) and not sys.is_finalizing():
+            self._run.close()
+            rank_zero_warn(
+                "A Watch was let go of and never closed, so it has taken itself out, without its "
+                "last probes. Close it after the loop: watch.close()."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs of all callbacks: plain numbers, strings and tensors."""
@@ -194,8 +214,24 @@ class Watch(Host):
             )
         weights = next(self.module.parameters(), None)
         self.device = self.device if weights is None else weights.device
+        for other in {*_BEGUN}:
+            other.refuse_steering(self.module)
+        _BEGUN.add(self)
         self.global_step, self._begun = step, True
-        self._run.begin(self, self.members)
+        # What it is hooked into may outlive it, and must not keep it.
+        self._run.begin(weakref.proxy(self), self.members)
+
+    def refuse_steering(self, module: nn.Module) -> None:
+        """Refuses a module, of another Watch, in which something is steered by this one."""
+        if not self._begun:
+            return
+        steered = {id(one.seam.place.object) for one in self.members if getattr(one, "seam", None)}
+        for seam in find_seams(module):
+            if id(seam.place.object) in steered:
+                raise ValueError(
+                    f"{seam.name} is steered by another Watch, which is not closed. Close it "
+                    "first, watch.close(), or give all callbacks to one Watch."
+                )
 
     def _finish(self, step: int | None = None) -> None:
         """Ends the batch that is open, `step` optimizer steps being done."""
@@ -233,6 +269,10 @@ class Watch(Host):
         self._stepped = self._stepped or any(optimizer is one for one in self.optimizers)
 
     # -- what a run asks --------------------------------------------------------------------------
+
+    @override
+    def trains(self) -> bool:
+        return torch.is_grad_enabled() and any(part.training for part in self._model.modules())
 
     @override
     def held_out_loader(self) -> Any:

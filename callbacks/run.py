@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from stagewise.adapters.differences import compare, difference
+from stagewise.adapters.differences import compare, difference, other_rows
 from stagewise.adapters.encoding import Encoding
 from stagewise.adapters.find import dependent_noise, find_couplings, find_seams, training_path
 from stagewise.adapters.first_step import PATIENCE, FirstStep
@@ -349,6 +349,11 @@ class StageRun(RunOracles):
             if certain and any(member.compares for member in read):
                 raise ValueError(message)
             rank_zero_warn(message)
+        elif read and not self.host.feeds and not any(m.mixes for m in self.members):
+            said = any({"find", "encode"} & member.said.keys() for member in {*self.members, self})
+            exact = any(member.compares for member in read)
+            if not said and (warning := other_rows(self.look, self.bank(read[0]), exact=exact)):
+                rank_zero_warn(warning)
 
     def _encode(self) -> bool:
         """Reads the bank through what the first step does with x_1, if it can; a collective."""

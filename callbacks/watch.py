@@ -11,6 +11,7 @@ from one call; that weights are about to change it hears from the optimizer itse
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -122,9 +123,10 @@ class Watch(Host):
                 'state: PosteriorMonitor(name="other").'
             )
         self.speakers = callbacks
-        self._begun = self._open = self._stepped = False
+        self._begun = self._open = self._stepped = self._closed = False
+        self._told: int | None = None  # the `step` that was given last
         hooks = weakref.WeakMethod(self._before_step), weakref.WeakMethod(self._after_step)
-        told = [lambda optimizer, *_, hook=hook: hook() and hook()(optimizer) for hook in hooks]
+        told = [lambda *call, hook=hook: hook() and hook()(*call) for hook in hooks]
         self._hooks = [before_steps(told[0]), after_steps(told[1])]
         for hook in self._hooks:
             weakref.finalize(self, hook.remove)
@@ -139,16 +141,23 @@ class Watch(Host):
             batch: What is trained on next. Default None: it is not known here, and only what makes
                 the targets says what is trained on.
         """
+        if self._closed:
+            raise RuntimeError(
+                "This Watch is closed. Make one for each training: "
+                "Watch(model, loader, PosteriorMonitor())."
+            )
         if step < self.global_step:
             raise ValueError(
                 f"Expected `step` of at least {self.global_step}, the optimizer steps done, got "
-                f"{step}. Count on in each epoch: step += 1; or make a Watch for each training."
+                f"{step}. Count on in each epoch, step += 1, and from there after load_state_dict, "
+                f"step = {self.global_step}; or make a Watch for each training."
             )
         if self._begun:
             self._finish(step)
         else:
             self._begin(step)
         self.global_step, self._open, self._stepped = step, True, False
+        self._told, self._batches = step, self._batches + 1
         self._run.batch_starts(self.move(batch))
 
     @contextmanager
@@ -167,6 +176,12 @@ class Watch(Host):
 
     def close(self) -> None:
         """After the loop: the last probes, and all hooks are taken off."""
+        if self._stepped and self._told is None and not self._closed:
+            rank_zero_warn(
+                "A Watch is closed whose `step` was never called: nothing was measured or steered. "
+                "Call it at the top of the loop: watch.step(step, batch)."
+            )
+        self._closed = True
         self._finish()
         if self._begun:
             self._run.ends()
@@ -186,21 +201,25 @@ class Watch(Host):
 
     def __del__(self) -> None:
         if getattr(self, "_begun", False) and not sys.is_finalizing():
+            settled = getattr(self._run, "settled", False)  # others have said what is wrong
             self._run.close()
-            rank_zero_warn(
-                "A Watch was let go of and never closed, so it has taken itself out, without its "
-                "last probes. Close it after the loop: watch.close()."
-            )
+            if settled:
+                rank_zero_warn(
+                    "A Watch was let go of and never closed, so it has taken itself out, without "
+                    "its last probes. Close it after the loop: watch.close()."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs of all callbacks: plain numbers, strings and tensors."""
         self._finish()
-        return {member.state_key: member.state_dict() for member in self.members}
+        states = {member.state_key: member.state_dict() for member in self.members}
+        return {"step": self.global_step, **states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what `state_dict` gave, before the first `step`."""
         if self._begun:
             raise RuntimeError("Expected load_state_dict before the first step, and it has begun.")
+        self.global_step = state.get("step", 0)
         for member in self.members:
             if member.state_key in state:
                 member.load_state_dict(state[member.state_key])
@@ -218,6 +237,9 @@ class Watch(Host):
             other.refuse_steering(self.module)
         _BEGUN.add(self)
         self.global_step, self._begun = step, True
+        # Of the optimizer step that was heard last: `step`, and batches and steps heard since.
+        self._at, self._batches, self._heard = step - 1, 0, 1
+        self._counted = (0, 0, 0)
         # What it is hooked into may outlive it, and must not keep it.
         self._run.begin(weakref.proxy(self), self.members)
 
@@ -248,25 +270,77 @@ class Watch(Host):
         look, parts = self._run.look, self._model.modules()
         hidden = any(getattr(part, "_compiled_call_impl", None) for part in parts)
         if not (hidden or self._run.settled or look.happened) and look.search.empty:
-            raise ValueError(
-                f"Expected the loop to train {type(self._model).__name__}, which was never called "
-                "with gradients. Give the network that is called: "
-                "Watch(model, loader, PosteriorMonitor())."
-            )
+            raise self._idle()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _idle(self) -> ValueError:
+        return ValueError(
+            f"Expected the loop to train {type(self._model).__name__}, which was never called "
+            "with gradients. Give the network that is called: "
+            "Watch(model, loader, PosteriorMonitor())."
+        )
+
+    def _changes(self, optimizer: torch.optim.Optimizer) -> bool:
+        weights = {id(one) for one in self.module.parameters()}
+        return any(
+            id(one) in weights for group in optimizer.param_groups for one in group["params"]
+        )
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """Before a step of any optimizer; only those of the model count."""
         if all(optimizer is not known for known in self.optimizers):
-            weights, groups = {id(one) for one in self.module.parameters()}, optimizer.param_groups
-            if not any(id(one) in weights for group in groups for one in group["params"]):
-                return
+            if not self._changes(optimizer):
+                # One of a discriminator may come before that of the model.
+                if self._open and not self._run.settled and self._run.look.search.empty:
+                    kind = torch.optim.Optimizer
+                    every = [one for one in gc.get_objects() if issubclass(type(one), kind)]
+                    if not any(map(self._changes, every)):
+                        raise self._idle()
+                return None
             self.optimizers = [*self.optimizers, optimizer]
-        if self._open and not self._stepped:
-            self._refuse_idle()
-            self._run.weights_may_change()
+        if not self._open or self._stepped:
+            return None
+        given = args[1] if len(args) > 1 else kwargs.get("closure")
+        if given is None:
+            return self._settle()
+        settle: list[Callable[[], None]] = [self._settle]
 
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._stepped = self._stepped or any(optimizer is one for one in self.optimizers)
+        def closure() -> Any:
+            loss = given()
+            while settle:  # before the first change
+                settle.pop()()
+            return loss
+
+        return (optimizer, closure), {}
+
+    def _settle(self) -> None:
+        self._refuse_idle()
+        self._run.weights_may_change()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if all(optimizer is not one for one in self.optimizers):
+            return
+        if self._open and not self._stepped:
+            self._count()
+        self._stepped = True
+        if self._begun:
+            self._heard += 1
+
+    def _count(self) -> None:
+        """Says, once, that `step` or `accumulate` is not as the optimizer is heard to step."""
+        assert self._told is not None
+        grown, batches, heard = now = (self._told - self._at, self._batches, self._heard)
+        wrong = not 1 <= grown <= heard or batches != self.accumulate
+        if wrong and now == self._counted:  # one alone may be a step that a scaler has left out
+            rank_zero_warn(
+                f"An optimizer step comes every {batches} batches (accumulate={self.accumulate}), "
+                f"and `step` has grown by {grown} from one to the next, so steps are counted "
+                f"wrongly. Say Watch(..., accumulate={batches}), and step += 1 after each "
+                "optimizer.step()."
+            )
+            now = (0, 0, -1)  # which comes no more
+        if self._counted[2] >= 0:
+            self._counted = now
+        self._at, self._batches, self._heard = self._told, 0, 0
 
     # -- what a run asks --------------------------------------------------------------------------
 

@@ -125,6 +125,7 @@ class Watch(Host):
         self.speakers = callbacks
         self._begun = self._open = self._stepped = self._closed = False
         self._told: int | None = None  # the `step` that was given last
+        self._batches, self._heard, self._counted = 0, 1, (0, 0, 0)
         hooks = weakref.WeakMethod(self._before_step), weakref.WeakMethod(self._after_step)
         told = [lambda *call, hook=hook: hook() and hook()(*call) for hook in hooks]
         self._hooks = [before_steps(told[0]), after_steps(told[1])]
@@ -237,9 +238,8 @@ class Watch(Host):
             other.refuse_steering(self.module)
         _BEGUN.add(self)
         self.global_step, self._begun = step, True
-        # Of the optimizer step that was heard last: `step`, and batches and steps heard since.
-        self._at, self._batches, self._heard = step - 1, 0, 1
-        self._counted = (0, 0, 0)
+        # `step` of the optimizer step that was heard last; batches and steps heard are since then.
+        self._at = step - 1
         # What it is hooked into may outlive it, and must not keep it.
         self._run.begin(weakref.proxy(self), self.members)
 
@@ -247,7 +247,8 @@ class Watch(Host):
         """Refuses a module, of another Watch, in which something is steered by this one."""
         if not self._begun:
             return
-        steered = {id(one.seam.place.object) for one in self.members if getattr(one, "seam", None)}
+        seams = [seam for one in self.members if (seam := getattr(one, "seam", None))]
+        steered = {id(seam.place.object) for seam in seams}
         for seam in find_seams(module):
             if id(seam.place.object) in steered:
                 raise ValueError(

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from stagewise.adapters import Detach, Seam, find_seams, one_seam
-from stagewise.adapters.objective import Objective
+from stagewise.adapters import Detach, Seam
 from stagewise.bank import LatentBank
 from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
+from stagewise.callbacks.scheme_seam import own_scheme, seam_for
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.stage_transitions import refuse_unheard
 from stagewise.callbacks.training_bank import read_shard
@@ -162,7 +162,7 @@ class StageScheme(StageCallback):
     def start(self) -> None:
         """Finds what makes the targets, and puts the scheme in."""
         run = self.run
-        self.seam = self._found(run.module)
+        self.seam = seam_for(run.module, run.option(self, "seam"), self._given)
         self._refuse_others()
         self.scheme = self._given or self._made()
         self._weighed = weighs(run.module, self.scheme)
@@ -317,17 +317,6 @@ class StageScheme(StageCallback):
             self.run.look.trace(x1)
             self.run.refuse_others(x1)
 
-    def _found(self, module: Any) -> Seam | None:
-        """What makes the targets; None if the module has the scheme, and asks it itself."""
-        at = self.run.option(self, "seam")
-        if self._given is None or at is not None:
-            return one_seam(module, at)
-        ours = [seam for seam in find_seams(module) if _scheme_of(seam) is self._given]
-        if len(ours) == 1:
-            return ours[0]
-        held = any(value is self._given for value in vars(module).values())
-        return None if held else one_seam(module)
-
     def _refuse_others(self) -> None:
         """Refuses a second callback that steers the same; this one is told after those before."""
         before = self.run.members[: self.run.members.index(self)]
@@ -353,7 +342,7 @@ class StageScheme(StageCallback):
                 return made
             raise TypeError(f"Expected a function that makes a Scheme or Phases, got {made!r}.")
         if not self._parts:
-            own = _scheme_of(self.seam)
+            own = own_scheme(self.seam)
             if own is None:
                 raise ValueError(
                     "Expected something to steer with, got nothing. Say what: "
@@ -409,8 +398,3 @@ class StageScheme(StageCallback):
             known = [(self._oracle(), run.class_wise(self))]
             self.measures = True
         return run.boundary(*known[0]) if lacks or run.recipe(*known[0]) else None
-
-
-def _scheme_of(seam: Seam) -> Scheme | Phases | None:
-    """What an objective steers itself with, if anything."""
-    return seam.place.object.scheme if isinstance(seam, Objective) else None

@@ -15,6 +15,8 @@ from stagewise import (
     Beta,
     Certificate,
     Concentration,
+    Condition,
+    ConditionedOracle,
     CosinePath,
     EDMLogNormal,
     LatentBank,
@@ -639,3 +641,42 @@ def test_a_detector_on_cuda_syncs_once_in_a_while():
         assert until.observe(2, None, t, t, 0.4) is None
         with pytest.raises(Exception, match="local_scalar_dense"):
             until.observe(3, None, t, t, 0.4)
+
+
+@pytest.mark.parametrize("how", ["tensor", "list", "masks", "condition", "bfloat16", "source"])
+def test_rows_that_stand_in_several_classes_are_those_of_their_own(how):
+    """Each sample is in all four classes: against weights in float64, row by row."""
+    x, y = rows(10).flatten(1).repeat(4, 1), torch.arange(40) // 10
+    c = torch.arange(40)[:, None] % 10 / 5.0  # the same in each class
+    mask = torch.arange(6) < 6 - torch.arange(40)[:, None] % 10 // 5 if how == "masks" else None
+    x = (x if mask is None else x * mask).to(torch.bfloat16).float()
+    dtype = torch.bfloat16 if how == "bfloat16" else None
+    bank = LatentBank(x, y, mask=mask, conditions=c, dtype=dtype, offset=torch.zeros(6))
+    oracle, at, known = Oracle(bank, engine=Exact("float64")), torch.arange(0, 40, 3), {}
+    if how == "condition":
+        oracle, known = (
+            ConditionedOracle(bank, None, Condition(bandwidth=0.7)),
+            {"condition": c[at]},
+        )
+    if mask is not None:
+        known = {"mask": mask[at]}
+    if how == "source":
+        known = {"source": torch.full((len(at),), -1)}
+    t = torch.linspace(0.05, 0.6, len(at))
+    x0 = torch.randn(len(at), 6, generator=torch.Generator().manual_seed(1))
+    x0 = x0 if mask is None else x0 * mask[at]
+    xt, labels = LinearPath().interpolate(x0, x[at], t), y[at]
+    scheme = Scheme(oracle, target=Mix(), on_missing="error")
+    labels = labels.tolist() if how == "list" else labels
+    target, _ = scheme(x[at] - x0, xt=xt, t=t, x1=x[at], labels=labels, **known)
+    logits = -(xt[:, None] - t[:, None, None] * x).double().square().sum(2)
+    logits = logits / (2 * (1 - t.double())[:, None] ** 2)
+    if how == "condition":
+        logits -= (c[at] - c.T).square().double() / (2 * 0.7**2)
+    alike = y[at][:, None] == y
+    if mask is not None:
+        alike &= (mask[at][:, None] == mask).all(2)
+    mean = logits.masked_fill(~alike, -torch.inf).softmax(1) @ x.double()
+    u = (mean - xt) / (1 - t.double())[:, None]
+    torch.testing.assert_close(target.double(), u, rtol=1e-5, atol=1e-5)
+    assert not scheme.last.inserted.any()

@@ -78,13 +78,26 @@ def place(
     key = tl.sum(words * tl.load(factor + at, mask=inside, other=0), axis=0)
     below, to = search(keys, count, key, steps, 1)
     found = tl.full((), -1, tl.int64)
+    if named:  # equal keys stand by row: the first that is of the class, or of one after it
+        spot, _ = search(table, classes, tl.load(labels + b), steps, 3)
+        spot = tl.minimum(spot, classes - 1)
+        begin, low, high = tl.load(table + 3 * spot + 1), below, to
+        for _ in range(steps):
+            there, middle = low < high, (low + high) // 2
+            before = tl.load(order + middle, mask=there, other=0) < begin
+            low = tl.where(there & before, middle + 1, low)
+            high = tl.where(there & (before == 0), middle, high)
+        below = tl.where(low < to, low, below)
     # Both ends of equal keys: two different rows might, once in many banks, share one.
     for end in range(2):
-        spot = tl.where(end == 0, tl.minimum(below, count - 1), tl.maximum(to - 1, 0))
-        row = tl.where(tl.load(keys + spot) == key, tl.load(order + spot), 0)
+        edge = tl.where(end == 0, tl.minimum(below, count - 1), tl.maximum(to - 1, 0))
+        row = tl.where(tl.load(keys + edge) == key, tl.load(order + edge), 0)
         stored = tl.load(rows + row * dim + at, mask=inside, other=0.0)
         same = tl.where(inside, stored == x, True).to(tl.int32)
-        found = tl.where(tl.min(same, axis=0) == 1, tl.maximum(found, row), found)
+        same = tl.min(same, axis=0)
+        # Where labels decide the first of both, which is that of the class.
+        first = tl.maximum(found, row) if not named else tl.where(found < 0, row, found)
+        found = tl.where(same == 1, first, found)
     r = tl.where(found >= 0, x.to(tl.float64) + shift, given)
     tl.store(near + b * dim + at, r, mask=inside)
     none = tl.full((), -9223372036854775808, tl.int64)  # KNOWN; NO_TIME and so on follow

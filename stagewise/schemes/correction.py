@@ -111,19 +111,25 @@ def correct(
     if not len(x1) and not oracle.engine.collective:
         return Correction.none(every)
     with torch.autocast(xt.device.type, enabled=False):
-        row, stored = _rows(oracle, x1, source, labels, condition)
-        names = compared_within(labels, False)
-        if class_wise:
-            on_device = cheap and not of_masks
-            names = _classes(oracle, row, labels, x1, labels_of, asked, on_device)
-        queries = oracle.queries(xt, t, names, source, condition)
-        if (class_wise or of_masks) and oracle.engine.holds_all_rows:
+        whole, told = oracle.engine.holds_all_rows, _told(oracle, condition)
+        if class_wise and whole and labels is not None and not _lacks(labels, oracle):
             # A row of another class or mask is none of those that a query looks at.
-            own, inside = torch.full_like(row, -1), queries.holds(row)
-            if class_wise and not (row.device.type == "cpu" and bool(inside.all())):
-                first = queries.ends_on_device[:, 0]
-                own = oracle.bank.find(x1, labels, _told(oracle, condition), first)
-            row, stored = row.where(inside, own), stored.where(queries.holds(stored), own)
+            queries = oracle.queries(xt, t, labels, source, condition)
+            first = queries.ends_on_device[:, 0]
+            row, stored = _rows(oracle, x1, source, labels, told, first)
+            row = row if source is None else row.where(queries.holds(row), stored)
+        else:
+            row, stored = _rows(oracle, x1, source, labels, told)
+            names = compared_within(labels, False)
+            if class_wise:
+                on_device = cheap and not of_masks
+                names = _classes(oracle, row, labels, x1, labels_of, asked, on_device)
+            queries = oracle.queries(xt, t, names, source, condition)
+            if (class_wise or of_masks) and whole:
+                own, inside = torch.full_like(row, -1), queries.holds(row)
+                if class_wise and not (row.device.type == "cpu" and bool(inside.all())):
+                    own = oracle.bank.find(x1, labels, told, queries.ends_on_device[:, 0])
+                row, stored = row.where(inside, own), stored.where(queries.holds(stored), own)
         if on_missing == "error":
             _require_found(row if only is None or not cheap else row.where(only, 0))
         queries = replace(queries, x1=x1.flatten(1).double(), source=stored, twin=row)
@@ -235,17 +241,19 @@ def _rows(
     x1: Tensor,
     source: Tensor | None,
     labels: Labels | None,
-    condition: Tensor | None,
+    told: Tensor | None,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none.
 
-    With a kernel that is the row that has its condition, too.
+    With `told` that is the row that has this condition, too, and with `first` one of the class
+    whose first row this is.
     """
     if source is not None:
         rows = oracle.engine.num_rows(oracle.bank)
         source = checked_source(source, len(x1), rows).to(x1.device)
     if oracle.engine.holds_all_rows:
-        stored = oracle.bank.find(x1, labels, _told(oracle, condition))
+        stored = oracle.bank.find(x1, labels, told, first)
         return stored if source is None else torch.where(source < 0, stored, source), stored
     if source is None:
         raise ValueError(
@@ -259,6 +267,11 @@ def _told(oracle: Oracle, condition: Tensor | None) -> Tensor | None:
     return condition if oracle.condition else None
 
 
+def _lacks(labels: Labels | None, oracle: Oracle) -> bool:
+    """Whether there are masks, and classes are to be looked up."""
+    return isinstance(labels, MaskedLabels) and labels.labels is None and oracle.bank.labelled
+
+
 def _classes(
     oracle: Oracle,
     row: Tensor,
@@ -269,7 +282,7 @@ def _classes(
     on_device: bool,
 ) -> Labels:
     """The class of each sample."""
-    lacking = isinstance(labels, MaskedLabels) and labels.labels is None and oracle.bank.labelled
+    lacking = _lacks(labels, oracle)
     if labels is not None and not lacking:
         return labels
     if on_device:

@@ -1,0 +1,33 @@
+"""Where a `StageScheme` steers, and what steers there already."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from stagewise.adapters import Seam, find_seams, one_seam
+from stagewise.adapters.objective import Objective
+from stagewise.schemes import Phases, Scheme
+
+__all__ = ["own_scheme", "seam_for"]
+
+
+def seam_for(module: nn.Module, at: str | None, given: Scheme | Phases | None) -> Seam | None:
+    """What makes the targets of a module; None if it has the scheme, and asks it itself.
+
+    Args:
+        module: What is trained.
+        at: Which is meant, if that was said.
+        given: What shall steer; None if it is made later.
+    """
+    if given is None or at is not None:
+        return one_seam(module, at)
+    ours = [seam for seam in find_seams(module) if own_scheme(seam) is given]
+    if len(ours) == 1:
+        return ours[0]
+    held = any(value is given for value in vars(module).values())
+    return None if held else one_seam(module)
+
+
+def own_scheme(seam: Seam) -> Scheme | Phases | None:
+    """What an objective steers itself with, if anything."""
+    return seam.place.object.scheme if isinstance(seam, Objective) else None

@@ -37,6 +37,7 @@ class Host:
         automatic: Whether a backward pass is announced, so that a step of an optimizer says nothing
             more: it may come without a loss.
         loader: The training loader.
+        feeds: Whether training takes its batches from that very loader, and from no other.
         data: What may have `latent_bank()`, `latent_shard()` or `find_sample(batch)` of its own.
         known: Objects that a sampler may refer to and that are not copied with it.
         optimizers: Those of the module.
@@ -54,6 +55,7 @@ class Host:
     accumulate: int = 1
     limits: tuple[float, float, float] = (math.inf, math.inf, math.inf)
     automatic: bool = False
+    feeds: bool = False
     loader: Any = None
     data: Any = None
     known: Sequence[Any] = ()
@@ -70,6 +72,10 @@ class Host:
     def held_out_loader(self) -> Any:
         """The first loader of samples that are not trained on, None if there is none."""
         return None
+
+    def trains(self) -> bool:
+        """Whether what makes targets is called by training now, as far as hooks do not tell it."""
+        return True
 
     def move(self, batch: Any) -> Any:
         """A batch of the loader, as the training step is given it."""
@@ -158,6 +164,8 @@ class Host:
 
 class TrainerHost(Host):
     """A trainer of Lightning, once its training loader is set up (`on_train_start`)."""
+
+    feeds = True
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.trainer: Any = trainer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from stagewise.adapters.differences import STALE, compare, difference, several
+from stagewise.adapters.differences import STALE, compare, difference, other_rows, several
 from stagewise.adapters.encoding import Encoding
 from stagewise.adapters.find import chosen_seams, dependent_noise, find_couplings, training_path
 from stagewise.adapters.first_step import PATIENCE, FirstStep
@@ -116,7 +116,7 @@ class StageRun(RunOracles):
         if self.tied and self.measuring:
             rank_zero_warn(f"The posterior that is measured may not be that of {self.tied}")
         found = (self.module, self.seams, self.path, without_trace(self.find_of(self)))
-        self.look = FirstStep(*found, convention)
+        self.look = FirstStep(*found, convention, lambda: self.host.trains())
         size = self.option(self, "reservoir")
         self.reservoir = Reservoir(size) if isinstance(size, int) else size
         self.seen = None if self.reservoir is None else SeenSamples(self, self.reservoir)
@@ -360,6 +360,11 @@ class StageRun(RunOracles):
             if certain and any(member.compares for member in read):
                 raise ValueError(message)
             rank_zero_warn(message)
+        elif read and not self.host.feeds and not any(m.mixes for m in self.members):
+            said = any({"find", "encode"} & member.said.keys() for member in {*self.members, self})
+            exact = any(member.compares for member in read)
+            if not said and (warning := other_rows(self.look, self.bank(read[0]), exact=exact)):
+                rank_zero_warn(warning)
 
     def _encode(self) -> bool:
         """Reads the bank through what the first step does with x_1, if it can; a collective."""

@@ -120,7 +120,9 @@ class RunOracles(StageCallback):
         """From a batch to `(x_1, labels or None)`; a data module may have its own `find_sample`."""
         own = getattr(self.host.data, "find_sample", find_sample)
         find, encode = self.option(callback, "find", own), self.option(callback, "encode")
-        return through_module(find, self.module, encode or self.encoding, self.host.precision)
+        return through_module(
+            find, self.module, encode or self.encoding, lambda: self.host.precision()
+        )
 
     def together(self, what: str) -> AbstractContextManager[None]:
         """Does something on every rank, or raises on all of them; see `Host.together`."""

@@ -219,7 +219,8 @@ class StageScheme(StageCallback):
         if record is None or record is self._seen:
             raise RuntimeError(
                 f"The first training step made its target without {self._where()}, so nothing is "
-                f"steered. If another object makes it, say which: seam=...; {BY_HAND}"
+                "steered: in eval mode or without gradients it is plain. If another object makes "
+                f"it, say which: seam=...; {BY_HAND}"
             )
         oracles = [p.oracle for p in parts(self.scheme) if p.target is not None and p.oracle]
         with self.run.together("holding its samples against the bank"):
@@ -283,7 +284,7 @@ class StageScheme(StageCallback):
         self._restore()
         self.seam = None
         for part in [] if self.scheme is None else parts(self.scheme):
-            part.labels_of = part.condition_of = part.before_smoothing = None
+            part.labels_of = part.condition_of = part.before_smoothing = part.trains = None
 
     def _restore(self) -> None:
         if self._detach is not None:
@@ -304,6 +305,11 @@ class StageScheme(StageCallback):
         look.schemes = [*(one for one in look.schemes if one is not self.scheme), self.scheme]
         if self.seam is not None:
             self._detach = self.seam.attach(self.scheme, weighed=self._weighed)
+        for part in parts(self.scheme):
+            part.trains = self._trains
+
+    def _trains(self) -> bool:
+        return self.run.host.trains()
 
     def _before_smoothing(self, x1: Tensor) -> None:
         """Refuses samples of the first step for which no rows were read: only rows are smoothed."""

@@ -283,7 +283,8 @@ class VelocityErrorMonitor(ModelMonitor):
         if self.network is not None:
             host = self.run.host
             about = self.network, self.edges, self._stages
-            self._record = TrainingRecord(*about, host.device, host.reduce, self.run.step)
+            add = lambda own: self.run.host.reduce(own)  # noqa: E731 which keeps no host
+            self._record = TrainingRecord(*about, host.device, add, self.run.step)
 
     def _name_nonfinite(self) -> None:
         if self._record is None or self._broke:

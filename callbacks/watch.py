@@ -11,6 +11,8 @@ from one call; that weights are about to change it hears from the optimizer itse
 
 from __future__ import annotations
 
+import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +25,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook as after_ste
 from torch.optim.optimizer import register_optimizer_step_pre_hook as before_steps
 from typing_extensions import Self, Unpack, override
 
+from stagewise.adapters import find_seams
 from stagewise.bank import LatentBank
 from stagewise.callbacks.host import Host
+from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.run import StageRun
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 
 __all__ = ["Watch"]
+
+
+_BEGUN: weakref.WeakSet[Watch] = weakref.WeakSet()
+"""Those whose training has begun; some are closed."""
 
 
 class Watch(Host):
@@ -115,9 +123,11 @@ class Watch(Host):
                 'state: PosteriorMonitor(name="other").'
             )
         self.speakers = callbacks
-        self._begun = self._open = self._stepped = False
+        self._begun = self._open = self._stepped = self._closed = False
+        self._told: int | None = None  # the `step` that was given last
+        self._batches, self._heard, self._counted = 0, 1, (0, 0, 0)
         hooks = weakref.WeakMethod(self._before_step), weakref.WeakMethod(self._after_step)
-        told = [lambda optimizer, *_, hook=hook: hook() and hook()(optimizer) for hook in hooks]
+        told = [lambda *call, hook=hook: hook() and hook()(*call) for hook in hooks]
         self._hooks = [before_steps(told[0]), after_steps(told[1])]
         for hook in self._hooks:
             weakref.finalize(self, hook.remove)
@@ -132,29 +142,47 @@ class Watch(Host):
             batch: What is trained on next. Default None: it is not known here, and only what makes
                 the targets says what is trained on.
         """
+        if self._closed:
+            raise RuntimeError(
+                "This Watch is closed. Make one for each training: "
+                "Watch(model, loader, PosteriorMonitor())."
+            )
         if step < self.global_step:
             raise ValueError(
                 f"Expected `step` of at least {self.global_step}, the optimizer steps done, got "
-                f"{step}. Count on in each epoch: step += 1; or make a Watch for each training."
+                f"{step}. Count on in each epoch, step += 1, and from there after load_state_dict, "
+                f"step = {self.global_step}; or make a Watch for each training."
             )
         if self._begun:
             self._finish(step)
         else:
             self._begin(step)
         self.global_step, self._open, self._stepped = step, True, False
+        self._told, self._batches = step, self._batches + 1
         self._run.batch_starts(self.move(batch))
 
     @contextmanager
     def validation(self) -> Iterator[None]:
-        """Around what the loop evaluates: in it the targets are plain."""
+        """Around what the loop evaluates: in it the targets are plain.
+
+        They are so too while the model is in eval mode, and without gradients.
+        """
         if self._begun:
             self._run.tell("before_validation")
-        yield
-        if self._begun:
-            self._run.tell("after_validation")
+        try:
+            yield
+        finally:
+            if self._begun:
+                self._run.tell("after_validation")
 
     def close(self) -> None:
         """After the loop: the last probes, and all hooks are taken off."""
+        if self._stepped and self._told is None and not self._closed:
+            rank_zero_warn(
+                "A Watch is closed whose `step` was never called: nothing was measured or steered. "
+                "Call it at the top of the loop: watch.step(step, batch)."
+            )
+        self._closed = True
         self._finish()
         if self._begun:
             self._run.ends()
@@ -172,15 +200,27 @@ class Watch(Host):
             self._open = self._begun = False
         self.close()
 
+    def __del__(self) -> None:
+        if getattr(self, "_begun", False) and not sys.is_finalizing():
+            settled = getattr(self._run, "settled", False)  # others have said what is wrong
+            self._run.close()
+            if settled:
+                rank_zero_warn(
+                    "A Watch was let go of and never closed, so it has taken itself out, without "
+                    "its last probes. Close it after the loop: watch.close()."
+                )
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs of all callbacks: plain numbers, strings and tensors."""
         self._finish()
-        return {member.state_key: member.state_dict() for member in self.members}
+        states = {member.state_key: member.state_dict() for member in self.members}
+        return {"step": self.global_step, **states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what `state_dict` gave, before the first `step`."""
         if self._begun:
             raise RuntimeError("Expected load_state_dict before the first step, and it has begun.")
+        self.global_step = state.get("step", 0)
         for member in self.members:
             if member.state_key in state:
                 member.load_state_dict(state[member.state_key])
@@ -194,8 +234,27 @@ class Watch(Host):
             )
         weights = next(self.module.parameters(), None)
         self.device = self.device if weights is None else weights.device
+        for other in {*_BEGUN}:
+            other.refuse_steering(self.module)
+        _BEGUN.add(self)
         self.global_step, self._begun = step, True
-        self._run.begin(self, self.members)
+        # `step` of the optimizer step that was heard last; batches and steps heard are since then.
+        self._at = step - 1
+        # What it is hooked into may outlive it, and must not keep it.
+        self._run.begin(weakref.proxy(self), self.members)
+
+    def refuse_steering(self, module: nn.Module) -> None:
+        """Refuses a module, of another Watch, in which something is steered by this one."""
+        if not self._begun:
+            return
+        seams = [seam for one in self.members if (seam := getattr(one, "seam", None))]
+        steered = {id(seam.place.object) for seam in seams}
+        for seam in find_seams(module):
+            if id(seam.place.object) in steered:
+                raise ValueError(
+                    f"{seam.name} is steered by another Watch, which is not closed. Close it "
+                    "first, watch.close(), or give all callbacks to one Watch."
+                )
 
     def _finish(self, step: int | None = None) -> None:
         """Ends the batch that is open, `step` optimizer steps being done."""
@@ -212,27 +271,83 @@ class Watch(Host):
         look, parts = self._run.look, self._model.modules()
         hidden = any(getattr(part, "_compiled_call_impl", None) for part in parts)
         if not (hidden or self._run.settled or look.happened) and look.search.empty:
-            raise ValueError(
-                f"Expected the loop to train {type(self._model).__name__}, which was never called "
-                "with gradients. Give the network that is called: "
-                "Watch(model, loader, PosteriorMonitor())."
-            )
+            raise self._idle()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _idle(self) -> ValueError:
+        return ValueError(
+            f"Expected the loop to train {type(self._model).__name__}, which was never called "
+            "with gradients. Give the network that is called: "
+            "Watch(model, loader, PosteriorMonitor())."
+        )
+
+    def _changes(self, optimizer: torch.optim.Optimizer) -> bool:
+        weights = {id(one) for one in self.module.parameters()}
+        return any(
+            id(one) in weights for group in optimizer.param_groups for one in group["params"]
+        )
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """Before a step of any optimizer; only those of the model count."""
         if all(optimizer is not known for known in self.optimizers):
-            weights, groups = {id(one) for one in self.module.parameters()}, optimizer.param_groups
-            if not any(id(one) in weights for group in groups for one in group["params"]):
-                return
+            if not self._changes(optimizer):
+                # One of a discriminator may come before that of the model.
+                if self._open and not self._run.settled and self._run.look.search.empty:
+                    kind = torch.optim.Optimizer
+                    every = [one for one in gc.get_objects() if issubclass(type(one), kind)]
+                    if not any(map(self._changes, every)):
+                        raise self._idle()
+                return None
             self.optimizers = [*self.optimizers, optimizer]
-        if self._open and not self._stepped:
-            self._refuse_idle()
-            self._run.weights_may_change()
+        if not self._open or self._stepped:
+            return None
+        given = args[1] if len(args) > 1 else kwargs.get("closure")
+        if given is None:
+            return self._settle()
+        settle: list[Callable[[], None]] = [self._settle]
 
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._stepped = self._stepped or any(optimizer is one for one in self.optimizers)
+        def closure() -> Any:
+            loss = given()
+            while settle:  # before the first change
+                settle.pop()()
+            return loss
+
+        return (optimizer, closure), {}
+
+    def _settle(self) -> None:
+        self._refuse_idle()
+        self._run.weights_may_change()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if all(optimizer is not one for one in self.optimizers):
+            return
+        if self._open and not self._stepped:
+            self._count()
+        self._stepped = True
+        if self._begun:
+            self._heard += 1
+
+    def _count(self) -> None:
+        """Says, once, that `step` or `accumulate` is not as the optimizer is heard to step."""
+        assert self._told is not None
+        grown, batches, heard = now = (self._told - self._at, self._batches, self._heard)
+        wrong = not 1 <= grown <= heard or batches != self.accumulate
+        if wrong and now == self._counted:  # one alone may be a step that a scaler has left out
+            rank_zero_warn(
+                f"An optimizer step comes every {batches} batches (accumulate={self.accumulate}), "
+                f"and `step` has grown by {grown} from one to the next, so steps are counted "
+                f"wrongly. Say Watch(..., accumulate={batches}), and step += 1 after each "
+                "optimizer.step()."
+            )
+            now = (0, 0, -1)  # which comes no more
+        if self._counted[2] >= 0:
+            self._counted = now
+        self._at, self._batches, self._heard = self._told, 0, 0
 
     # -- what a run asks --------------------------------------------------------------------------
+
+    @override
+    def trains(self) -> bool:
+        return torch.is_grad_enabled() and any(part.training for part in self._model.modules())
 
     @override
     def held_out_loader(self) -> Any:

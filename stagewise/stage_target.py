@@ -135,7 +135,8 @@ class StageTarget(nn.Module):
                 raise ValueError(
                     f"Expected `{name}` with {like}, {tuple(expected)}, got {tuple(value.shape)}."
                 )
-        if not self.training or (self.scheme is None and not self.observers):
+        scheme = self.scheme
+        if not self.training or (not self.observers if scheme is None else scheme.paused):
             dtype = time.dtype if time.is_floating_point() else torch.float32
             return y, torch.ones_like(time, dtype=dtype)
         # What looks on saves nothing for a backward pass, which checkpointing would miss.

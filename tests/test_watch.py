@@ -1,8 +1,11 @@
 """`Watch`: the callbacks in a loop without Lightning."""
 
+import gc
 import json
+import re
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +14,7 @@ from torch import nn
 from torch.optim import optimizer
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from stagewise import LatentBank, Mix, Watch
+from stagewise import LatentBank, LogitNormal, Mix, Watch
 from stagewise.callbacks import (
     Forecast,
     MemorizationGuard,
@@ -217,6 +220,207 @@ class Forgot(Exception):
     pass
 
 
+def test_an_exception_in_validation_leaves_it_steered(loop):
+    mine, steers = loop(), StageScheme(target=Mix(1.0))
+    with mine.watch(steers, steps=2) as watch:
+        mine.train(watch, 1)
+        with pytest.raises(Forgot), watch.validation():
+            raise Forgot
+        assert mine.loss.scheme is steers.scheme
+
+
+def steered(mine):
+    """Whether the loss is that of a target with an oracle in it."""
+    loss, scheme = mine.loss, mine.loss.scheme
+    draws = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    first = loss(mine.model, mine.x[:8], generator=draws())
+    loss.scheme = None
+    plain = loss(mine.model, mine.x[:8], generator=draws())
+    loss.scheme = scheme
+    return not torch.equal(first, plain)
+
+
+def test_it_steers_no_call_of_a_model_in_eval_mode_and_none_without_gradients(loop):
+    mine = loop()
+    with mine.watch(StageScheme(target=Mix(1.0), timesteps=LogitNormal()), steps=4) as watch:
+        mine.train(watch, 2)
+        assert steered(mine)
+        with torch.no_grad():
+            assert not steered(mine)
+        mine.model.eval()
+        assert not steered(mine)
+        mine.model.train()
+        assert steered(mine)
+
+
+@pytest.mark.filterwarnings("ignore:A Watch was let go of")
+def test_a_watch_that_is_let_go_of_takes_itself_out(loop):
+    mine = loop()
+    steers, monitors = StageScheme(target=Mix("boundary"), boundary=0.6), watchers()
+    guard = MemorizationGuard(samples=4, queries=4, steps=2, held_out=mine.x[:8] + 0.1)
+    watch = mine.watch(*monitors, steers, guard, Forecast(every_n_steps=4), steps=9)
+    mine.train(watch, 2)
+    gone = weakref.ref(watch)
+    gc.disable()
+    try:
+        with pytest.warns(UserWarning, match=r"let go of and never closed.*watch\.close\(\)"):
+            del watch
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert mine.loss.scheme is None
+    assert "forward" not in vars(mine.loss)
+    for module in mine.model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_what_another_watch_steers_is_refused(loop):
+    mine = loop()
+    old = mine.watch(StageScheme(target=Mix(1.0)), steps=9)
+    mine.train(old, 2)
+    new = mine.watch(VelocityErrorMonitor(**SMALL), steps=9)
+    with pytest.raises(ValueError, match=r"target is steered by another Watch.*watch\.close\(\)"):
+        mine.train(new, 1)
+    old.close()
+    mine.train(new, 1)
+    new.close()
+
+
+@pytest.mark.parametrize(
+    ("steps", "accumulate", "options", "said"),
+    [
+        (lambda place: 0, 1, {}, "grown by 0 from one"),
+        (lambda place: place, 4, {}, r"every 4 batches \(accumulate=1\).*accumulate=4"),
+        (lambda place: place // 4, 4, {}, r"every 4 batches \(accumulate=1\).*accumulate=4"),
+        (lambda place: place // 4, 4, {"accumulate": 4}, None),
+        (lambda place: place, 1, {"accumulate": 2}, "accumulate=1"),
+    ],
+)
+def test_steps_that_are_counted_in_another_way_are_named_once(
+    loop, recwarn, steps, accumulate, options, said
+):
+    mine = loop()
+    watch = mine.watch(PosteriorMonitor(**SMALL, figures=0), steps=99, **options)
+    for place in range(16):
+        watch.step(steps(place), (mine.x[:8],))
+        mine.loss(mine.model, mine.x[:8]).backward()
+        if place % accumulate == accumulate - 1:
+            mine.optimizer.step()
+    watch.close()
+    told = [str(one.message) for one in recwarn if "An optimizer step" in str(one.message)]
+    assert len(told) == (said is not None)
+    assert said is None or re.search(said, told[0])
+
+
+def test_steps_that_a_scaler_leaves_out_are_not_accused(loop, recwarn):
+    mine = loop()
+    watch = mine.watch(PosteriorMonitor(**SMALL, figures=0), steps=99)
+    for step in range(9):
+        watch.step(step, (mine.x[:8],))
+        mine.loss(mine.model, mine.x[:8]).backward()
+        if step not in (0, 1, 5):
+            mine.optimizer.step()
+    watch.close()
+    assert not [one for one in recwarn if "An optimizer step" in str(one.message)]
+
+
+def test_a_watch_whose_step_is_never_called_says_so(loop):
+    mine = loop()
+    watch = mine.watch(StageScheme(target=Mix(1.0)))
+    mine.train(None, 1)
+    with pytest.warns(UserWarning, match="never called: nothing was measured or steered"):
+        watch.close()
+
+
+def test_weights_of_another_network_are_not_changed(loop):
+    mine, other = loop(), nn.Linear(6, 6)
+    watch = mine.watch(PosteriorMonitor(**SMALL))
+    optimizer, before = torch.optim.SGD(other.parameters(), 0.1), other.weight.clone()
+    mine.optimizer = None
+    watch.step(0, (mine.x[:8],))
+    other(mine.x[:8]).sum().backward()
+    with pytest.raises(ValueError, match="never called with gradients"):
+        optimizer.step()
+    assert torch.equal(other.weight, before)
+
+
+def test_a_discriminator_may_step_before_the_network_is_called(loop):
+    mine, judge = loop(), nn.Linear(6, 1)
+    optimizer = torch.optim.SGD(judge.parameters(), 0.1)
+    monitor = PosteriorMonitor(**SMALL)
+    with mine.watch(monitor, steps=2) as watch:
+        watch.step(0, (mine.x[:8],))
+        judge(mine.x[:8]).sum().backward()
+        optimizer.step()
+        mine.loss(mine.model, mine.x[:8]).backward()
+        mine.optimizer.step()
+    assert monitor.history
+
+
+def test_a_network_that_only_a_closure_calls_is_looked_at_before_it_changes(loop):
+    def train(*monitors):
+        mine = loop()
+        optimizer = torch.optim.LBFGS(mine.model.parameters(), max_iter=3)
+        watch = mine.watch(*monitors, steps=3)
+        for step in range(3):
+            if monitors:
+                watch.step(step, (mine.x[:8],))
+            draws = torch.Generator().manual_seed(step)
+
+            def closure(draws=draws):
+                optimizer.zero_grad()
+                loss = mine.loss(mine.model, mine.x[:8], generator=draws)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        watch.close()
+        return mine.weights()
+
+    monitor = VelocityErrorMonitor(**SMALL)
+    assert torch.equal(train(monitor), train())
+    assert [entry["step"] for entry in monitor.history] == [1, 3]
+
+
+def test_a_closure_does_not_hide_what_is_refused(loop):
+    mine = loop()
+    before = mine.weights().clone()
+    watch = Watch(mine.model, mine.loader(), VelocityErrorMonitor(**SMALL))
+    watch.step(0, (mine.x[:8],))
+    with pytest.raises(ValueError, match="say how to ask"):
+        mine.optimizer.step(lambda: mine.loss(mine.model, mine.x[:8]).backward())
+    assert torch.equal(mine.weights(), before)
+
+
+def test_validation_in_the_first_step_is_not_what_is_trained_on(loop, recwarn):
+    mine, monitor = loop(), VelocityErrorMonitor(**SMALL)
+    with mine.watch(monitor, steps=1) as watch:
+        watch.step(0, (mine.x[:8],))
+        mine.model.eval()
+        with torch.no_grad():
+            mine.loss(mine.model, 50 * mine.x[:8])
+        mine.model.train()
+        mine.loss(mine.model, mine.x[:8]).backward()
+        mine.optimizer.step()
+    assert monitor.history
+    assert not [one for one in recwarn if "other samples" in str(one.message)]
+
+
+@pytest.mark.parametrize(("kind", "factor"), [(PosteriorMonitor, 1.01), (VelocityErrorMonitor, 9)])
+def test_a_loop_over_another_loader_is_named(loop, kind, factor):
+    mine = loop()
+    watch = mine.watch(kind(**SMALL))
+    watch.step(0, (factor * mine.x[:8],))
+    mine.loss(mine.model, factor * mine.x[:8]).backward()
+    if kind is PosteriorMonitor:
+        with pytest.warns(UserWarning, match=r"100% of .*no rows.*Watch\(model, loader, \.\.\.\)"):
+            mine.optimizer.step()
+    else:
+        with pytest.raises(ValueError, match="at the scale of the bank, got 100% that are no rows"):
+            mine.optimizer.step()
+
+
 def test_an_exception_leaves_no_hook(loop):
     mine, before = loop(), set(optimizer._global_optimizer_pre_hooks)
 
@@ -285,6 +489,21 @@ def back(mine):
     watch.step(0, mine.x[:8])
 
 
+def closed(mine):
+    watch = mine.watch(PosteriorMonitor(**SMALL))
+    mine.train(watch, 2)
+    watch.close()
+    watch.step(2, mine.x[:8])
+
+
+def resumed(mine):
+    watch = mine.watch(PosteriorMonitor(**SMALL))
+    mine.train(watch, 3)
+    again = mine.watch(PosteriorMonitor(**SMALL))
+    again.load_state_dict(watch.state_dict())
+    again.step(0, mine.x[:8])
+
+
 def unknown(mine):
     watch = Watch(mine.model, mine.loader(), VelocityErrorMonitor(**SMALL))
     mine.train(watch, 1)
@@ -310,6 +529,8 @@ def unknown(mine):
         (idle, ValueError, "never called"),
         (late, ValueError, "at the top of the loop"),
         (back, ValueError, "`step` of at least 2"),
+        (closed, RuntimeError, "This Watch is closed"),
+        (resumed, ValueError, "at least 3, .* step = 3;"),
         (unknown, ValueError, r"say how to ask .*velocity=lambda module, xt, t, labels: module.m"),
     ],
 )

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from stagewise.adapters.first_step import FirstStep
 from stagewise.bank import LatentBank
+from stagewise.masks import fitted
 from stagewise.schemes.checks import check_rows, distance_from_rows
 
-__all__ = ["STALE", "compare", "difference", "several"]
+__all__ = ["STALE", "compare", "difference", "other_rows", "several"]
 
 STALE = (
     "The encoder that makes x_1 is trained in the same step, so that a bank that is read once goes "
@@ -103,6 +104,28 @@ def difference(
         f"Training is not on what was read from the batches{maker}: "
         f"{cure if why is None else why.message}",
         certain,
+    )
+
+
+def other_rows(look: FirstStep, read: LatentBank, *, exact: bool) -> str:
+    """Says how many samples of the first step are no rows of what was read; empty if none are.
+
+    Raises:
+        ValueError: If they are at another scale, and what is measured needs it `exact`.
+    """
+    x1 = look.x1 if look.trained_x1 is None else look.trained_x1
+    if x1 is None or look.swapped or read.origin:
+        return ""
+    x1 = fitted(x1, look.masks or look.labels, read.shape)[0]
+    missing = float((read.find(x1) < 0).float().mean())
+    if not missing:
+        return ""
+    if exact:
+        check_rows(read, x1)
+    return (
+        f"{missing:.0%} of the samples in the first step are no rows of the bank, which is that of "
+        "the loader. If they are augmented, expect little of the data end; if the loop draws from "
+        "another loader, give that one: Watch(model, loader, ...)."
     )
 
 

@@ -52,6 +52,7 @@ class FirstStep(BatchSamples):
         path: The path of training, where no seam says it.
         find: From a batch to `(x_1, labels or None)`.
         convention: That of a training step that makes its target by hand, if it is known.
+        trains: Whether what is seen now is of training, default always.
 
     Attributes (others are those of `BatchSamples`):
         seen: What makes the targets, and what the first target of the batch was made from.
@@ -78,9 +79,10 @@ class FirstStep(BatchSamples):
         path: Path,
         find: FindSample,
         convention: Convention | None = None,
+        trains: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__(find)
-        self._module = module
+        self._module, self._trains = module, trains
         self._asks = find is not find_sample  # it may encode, and draw
         # What cannot be steered yields to what can.
         able = [seam for seam in seams if not seam.refusal] or list(seams)
@@ -141,6 +143,8 @@ class FirstStep(BatchSamples):
 
     def _teller(self, seam: Seam) -> Callable[[Seen], None]:
         def tell(seen: Seen) -> None:
+            if not self._trains():
+                return
             if self._sums is not None and seen.x0 is not None and self._maker in (None, seam):
                 masks = self.masks if not self._finished else self.masks_of_batch()
                 if masks is None or len(masks) == len(seen.x1):

@@ -137,7 +137,7 @@ class TorchCFM(Seam):
         def target(u: Tensor, t: Tensor, xt: Tensor, x1: Tensor, labels: Labels | None) -> Tensor:
             times = t.flatten()
             steered, _ = scheme(u, xt=xt, t=times, x1=x1, labels=labels)
-            if noisy and scheme.last is not None:
+            if noisy and scheme.last is not None and not scheme.paused:
                 c, b = self.prediction.coefficients(self.path(times))
                 known = expand_like(c, x1) * x1 + expand_like(b, xt) * xt
                 steered = steered + expand_like(scheme.last.lam.to(u), u) * (known - u)

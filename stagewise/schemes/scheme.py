@@ -81,6 +81,7 @@ class Scheme(SchemeState):
             without labels and is no row of the bank.
         condition_of: From a kernel and x_1 to conditions, (B, *), or None; for those not given.
         before_smoothing: Told each x_1 before it is smoothed; default None.
+        trains: Says whether a call is of training; default None: each is. Others are plain.
         last: The record of the last call, None before.
         draws_timesteps: Whether `timesteps` was given. If not, what draws t by itself goes on.
 
@@ -173,7 +174,7 @@ class Scheme(SchemeState):
         Raises:
             ValueError: On a boundary that is not known yet; and as `Smoothing.draw`.
         """
-        if self._smoothed is None:
+        if self._smoothed is None or self.paused:
             return x1
         if self.before_smoothing is not None:
             self.before_smoothing(x1)
@@ -234,6 +235,8 @@ class Scheme(SchemeState):
             raise ValueError(
                 f"Expected `y` with the shape of `x1`, {tuple(x1.shape)}, got {tuple(y.shape)}."
             )
+        if self.paused:
+            return y, torch.ones_like(as_times(t, x1), dtype=torch.float32)
         prediction = Prediction.of(prediction or self.convention.prediction)
         for part in (self.weight, self._sampler):
             if prediction.kind != "velocity" and getattr(part, "of_velocity", False):

@@ -94,11 +94,12 @@ class SchemeState(Shared):
         self.labels_of: Callable[[Tensor], Tensor | MaskedLabels | None] | None = None
         self.condition_of: Callable[[Condition, Tensor], Tensor | None] | None = None
         self.before_smoothing: Callable[[Tensor], object] | None = None
+        self.trains: Callable[[], bool] | None = None
         self._smoothed = None if smoothing is None else Smoothed(smoothing, strength)
         self.boundary: float | None = None
         self.collapsed: float | None = None
         self.last: SchemeRecord | None = None
-        self.draws_timesteps = timesteps is not None
+        self._draws_timesteps = timesteps is not None
         self._sampler = self._bound = timesteps or Uniform()
         self._step = self._calls = self._draws = 0
         self._checked = False
@@ -113,6 +114,16 @@ class SchemeState(Shared):
         """
         known = self.oracle or self.smoothing
         return bool(known and known.bank.labelled) if self._wise == "auto" else self._wise
+
+    @property
+    def paused(self) -> bool:
+        """Whether calls are of no training now, so that they get what they give."""
+        return self.trains is not None and not self.trains()
+
+    @property
+    def draws_timesteps(self) -> bool:
+        """Whether it draws t for the next call."""
+        return self._draws_timesteps and not self.paused
 
     def with_masks(self, labels: Labels | None, mask: Tensor | None, x1: Tensor) -> Labels | None:
         """Labels with masks, where those of a run are known although the call says none."""

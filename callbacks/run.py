@@ -361,9 +361,9 @@ class StageRun(RunOracles):
                 raise ValueError(message)
             rank_zero_warn(message)
         elif read and not self.host.feeds and not any(m.mixes for m in self.members):
-            said = any({"find", "encode"} & member.said.keys() for member in {*self.members, self})
+            told = any({"find", "encode"} & member.said.keys() for member in {*self.members, self})
             exact = any(member.compares for member in read)
-            if not said and (warning := other_rows(self.look, self.bank(read[0]), exact=exact)):
+            if not told and (warning := other_rows(self.look, self.bank(read[0]), exact=exact)):
                 rank_zero_warn(warning)
 
     def _encode(self) -> bool:

@@ -148,8 +148,9 @@ class StageTarget(nn.Module):
                     said=_SAID,
                 )
             xt, t = self.convention.inside(xt, time)
-            for tell in self.observers:
-                tell(y, xt, t, x1, plain(labels))
+        # Outside of it: whoever looks on may ask whether gradients are on, and detaches x1.
+        for tell in self.observers:
+            tell(y.detach(), xt.detach(), t, x1, plain(labels))
         if self.scheme is None:
             return y, torch.ones_like(t)
         if not self._timed and any(part.draws_timesteps for part in parts(self.scheme)):

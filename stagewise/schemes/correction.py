@@ -112,8 +112,8 @@ def correct(
         return Correction.none(every)
     with torch.autocast(xt.device.type, enabled=False):
         whole, told = oracle.engine.holds_all_rows, _told(oracle, condition)
-        known = isinstance(labels, (Tensor, MaskedLabels)) and not _lacks(labels, oracle)
-        if class_wise and whole and known and oracle.null_class is None:
+        told_all = isinstance(labels, (Tensor, MaskedLabels)) and not _lacks(labels, oracle)
+        if class_wise and whole and told_all and oracle.null_class is None:
             # A row of another class or mask is none of those that a query looks at.
             queries = oracle.queries(xt, t, labels, source, condition)
             first = queries.ends_on_device[:, 0]

@@ -262,7 +262,9 @@ def test_torchcfm_guided_takes_the_labels_and_is_steered_once():
     matcher = Guided(0.0)
     before = dict(vars(matcher))
     seam = one_seam(matcher)
-    detach = seam.attach(scheme_for(seam, LABELS, target=Mix(0.5)))
+    scheme = scheme_for(seam, LABELS, target=Mix(0.5))
+    scheme.rows_checked = True
+    detach = seam.attach(scheme)
     labels = torch.randint(4, (len(x0),))  # not those of the rows: they are the caller's choice
     torch.manual_seed(3)
     t, xt, u, y0, y1 = matcher.guided_sample_location_and_conditional_flow(x0, x1, None, labels)

@@ -173,7 +173,7 @@ class FirstStep(BatchSamples):
             labels = self.labels_for(x1)
             if labels is not None:
                 self.search.labels = labels
-            self.trains_encoder = _from_weights(seen.graph)
+            self.trains_encoder = _from_weights(seen.graph) and self.changed(x1)
             if self._on_seen is not None:
                 self._on_seen(x1)
 

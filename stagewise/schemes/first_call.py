@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
+from stagewise.bank.building import whole_labels
 from stagewise.conventions import CONVENTIONS, Convention, written
 from stagewise.masks import MaskedLabels, few_rows, fitted, mean_square, require_same_masks
 from stagewise.noise import check_independent, is_off
@@ -71,8 +72,9 @@ def check_first(
     if scheme.rows_checked:
         return
     if scheme.class_wise and oracle.engine.holds_all_rows and isinstance(labels, Tensor):
-        own = labels_in(oracle.bank, x1, labels.cpu())
-        check_labels(labels.cpu(), own, oracle.bank.classes, oracle.null_class)
+        given = whole_labels(labels.cpu(), len(x1))
+        own = labels_in(oracle.bank, x1, given)
+        check_labels(given, own, oracle.bank.classes, oracle.null_class)
     found = check_rows(
         oracle.bank,
         fitted(x1, labels, oracle.bank.shape)[0],

@@ -25,11 +25,12 @@ from stagewise.callbacks.training_bank import Samples, read_bank, read_rows
 from stagewise.callbacks.writer import Writer
 from stagewise.certificate import Certificate
 from stagewise.condition import ConditionedOracle
+from stagewise.conventions import as_convention
 from stagewise.engines import Engine
 from stagewise.memory import oracle_device
 from stagewise.oracle import Oracle
+from stagewise.paths import LinearPath, same_path
 from stagewise.paths import Path as ProbabilityPath
-from stagewise.paths import same_path
 from stagewise.reservoir import Reservoir
 from stagewise.schemes import Scheme
 from stagewise.stages import Recipe, StageBoundary, StageCurve, require_whole_bank
@@ -106,7 +107,8 @@ class RunOracles(StageCallback):
         for who in saying[1:]:
             other: Any = who.said[key]
             alike = same_path(first, other) if key == "path" else first is other
-            alike = alike or (key in ("condition", "convention") and first == other)
+            alike = alike or (key == "condition" and first == other)
+            alike = alike or (key == "convention" and _same_convention(first, other))
             if not alike:
                 one, two = type(saying[0]).__name__, type(who).__name__
                 raise ValueError(
@@ -332,6 +334,12 @@ class RunOracles(StageCallback):
                 for (path, wise), boundary in (self._records | found).items()
             ],
         }
+
+
+def _same_convention(first: Any, other: Any) -> bool:
+    one, two = as_convention(first), as_convention(other)
+    own = one.path or LinearPath(), two.path or LinearPath()
+    return one == two and same_path(*own)
 
 
 def _nested(steps: Any, kind: type) -> Any:

@@ -359,3 +359,13 @@ def test_code_and_names_of_the_page():
     expected = expected - (m.mean - names["x1"]) / names["s"]
     torch.testing.assert_close(names["v_star"].double(), expected, rtol=1e-5, atol=1e-5)
     assert all(f'`"{name}"`' in page or f'`"{name}"' in page for name in CONVENTIONS)
+
+
+def test_two_schedules_said_for_one_run_are_refused(make_trainer):
+    """Conventions with the same times may stand for two paths."""
+    one, two = (
+        PosteriorMonitor(name=name, convention=ddpm(ACP**p)) for name, p in (("a", 1), ("b", 2))
+    )
+    said = StageRun()
+    with pytest.raises(ValueError, match=r"convention=.* differ"):
+        make_trainer(said, one, two, max_steps=1).fit(Script(), DataLoader(TensorDataset(ROWS), 20))

@@ -185,7 +185,10 @@ def test_labels_are_asked_for_where_a_row_does_not_say():
         assert torch.equal(wise(y + 1e-3, **near)[0], expected[0])
         wise(y, **call)
     assert asked == [16, 16]
-    assert pickle.loads(pickle.dumps(wise)).labels_of is None
+    wise.trains = lambda: True
+    again = pickle.loads(pickle.dumps(wise))
+    assert again.labels_of is again.trains is None
+    wise.trains = None
     wise.labels_of = lambda x1: None
     refused("labels=y to a scheme", lambda: wise(y + 1e-3, **near))
 

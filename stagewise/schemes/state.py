@@ -350,7 +350,7 @@ class SchemeState(Shared):
 
     def __getstate__(self) -> dict[str, Any]:
         # Those are of a run, which holds its trainer.
-        of_run = ("labels_of", "condition_of", "before_smoothing")
+        of_run = ("labels_of", "condition_of", "before_smoothing", "trains")
         return {**vars(self), **dict.fromkeys(of_run)}
 
     def state_dict(self) -> dict[str, Any]:

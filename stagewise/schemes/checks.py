@@ -109,6 +109,8 @@ def check_labels(
     """Refuses labels, (B,), that are not those that their samples have, `own`, (B,).
 
     Negative ones of `own` are unknown; `null` stands for no class; `classes` are those of the bank.
+    Where some are one that is no class, and all others are right, it stands for those that were
+    dropped (classifier-free guidance).
     """
     labels = labels.reshape(-1).to(own)
     off = (labels != own) & (own >= 0)
@@ -116,6 +118,8 @@ def check_labels(
     if not bool(off.any()):
         return
     got, had = int(labels[off][0]), int(own[off][0])
+    if got not in classes and bool((labels[off] == got).all()) and bool((labels == own).any()):
+        return
     said = (
         f"Expected `labels` of the samples, got others for {int(off.sum())} of {len(own)}: class "
         f"{got} for an x_1 of class {had}."

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from stagewise.bank.building import BLOCK, HALF
 from stagewise.bank.row_classes import RowClasses, as_real
-from stagewise.bank.row_keys import CLASS_FACTOR, condition_keys, digest, find_rows, row_keys
+from stagewise.bank.row_keys import (
+    CLASS_FACTOR,
+    condition_keys,
+    digest,
+    find_rows,
+    key_weights,
+    row_keys,
+)
 from stagewise.bank.streaming import MappedFile, stream
 from stagewise.masks import MaskedLabels
 from stagewise.memory import available_memory, format_bytes, oracle_device
@@ -154,6 +161,32 @@ class RowStore(RowClasses):
             rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat, more)
             found = rounded.where(found < 0, found)
         return found.to(x1.device)
+
+    def find_near(self, x1: Tensor, within: float = 1e-2) -> Tensor:
+        """The row of each sample, or the one that it nearly is: another batch's last digits.
+
+        Rows that an encoder made are those of a batch; in another batch it rounds otherwise.
+        Looked at are the rows whose projections on one direction are next to that of the sample.
+
+        Args:
+            x1: Samples, (B, *), on any device.
+            within: The distance up to which a sample is a row, as a share of its norm.
+
+        Returns:
+            As `find`; waits for no device.
+        """
+        found, flat = self.find(x1), x1.detach().to(self.device).flatten(1).double()
+        # Times numbers in no order: rows that differ have other projections.
+        along = key_weights(self.dim, self.device).double() / 2**63
+        if (projected := self._sorted_keys.get("projected")) is None:
+            parts = [(rows + self.offset) @ along for _, rows in self.chunks(self.whole)]
+            projected = self._sorted_keys["projected"] = torch.cat(parts).sort()
+        values, order = projected
+        at = torch.searchsorted(values, flat @ along)[:, None] + torch.arange(-4, 4).to(flat.device)
+        near = order[at.clamp(0, len(self) - 1)]
+        gap, nearest = (self.take(near) - flat[:, None]).norm(dim=2).min(1)
+        row = near.gather(1, nearest[:, None])[:, 0].where(gap <= within * flat.norm(dim=1), -1)
+        return found.where(found >= 0, row.to(x1.device))
 
     def as_conditions(self, condition: Tensor, count: int) -> Tensor:
         """Conditions (B, *) as (B, C), refused if not `count`, finite, as wide as the bank's."""

@@ -153,6 +153,7 @@ def check_rows(
     *,
     known: bool = False,
     shard: bool = False,
+    near: bool = False,
     condition: Tensor | None = None,
 ) -> str | None:
     """Holds what a scheme is given against the bank its oracle asks.
@@ -163,8 +164,9 @@ def check_rows(
     not so far off.
 
     With `known` their rows are known and stand in for them: nothing is warned of. With `shard` the
-    bank is only this rank's part of one, in which samples are not looked up. Rows under another
-    `condition` than is given are others.
+    bank is only this rank's part of one, in which samples are not looked up. With `near` what is
+    nearly a row is one (`LatentBank.find_near`). Rows under another `condition` than is given are
+    others.
 
     Returns:
         The text of a warning, with the share of samples that are no rows; None if there is nothing
@@ -172,7 +174,7 @@ def check_rows(
     """
     missing = torch.ones(len(x1), dtype=torch.bool)
     if not shard:
-        missing = bank.find(x1, None, condition).cpu() < 0
+        missing = (bank.find_near(x1) if near else bank.find(x1, None, condition)).cpu() < 0
     if not missing.any():
         return None
     share, others = float(missing.float().mean()), x1[missing.to(x1.device)].to(bank.device)

@@ -1,13 +1,11 @@
 """Tests on each Python, and with the oldest releases that pyproject.toml allows: `nox`."""
 
 import re
-import tomllib
-from pathlib import Path
 
 import nox
 
 nox.options.default_venv_backend = "venv"
-PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 EXTRAS = ("watch", "lightning", "recipes", "vae")
 OLD = "3.10"  # for which those releases have wheels
 

@@ -1,0 +1,49 @@
+"""The site: `make docs` writes it to build/docs, without network."""
+
+import sys
+from pathlib import Path
+
+import stagewise
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+project = "stagewise"
+author = "The stagewise authors"
+copyright = author  # noqa: A001 - Sphinx reads this name
+version = release = stagewise.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "site_parts",
+]
+templates_path = ["_templates"]
+html_theme = "furo"
+html_title = "stagewise"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+
+# Links of GitHub's kind: page.md#a-heading.
+myst_heading_anchors = 4
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+
+# Pages with code cells are run, and again only if their code has changed.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(Path(__file__).parents[1] / "build/notebooks")
+nb_execution_timeout = 180
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+copybutton_exclude = ".linenos, .gp, .go"

@@ -1,0 +1,97 @@
+"""What the site needs beside Sphinx's own extensions.
+
+Formulas become MathML, which browsers draw without a script and without network. Docstrings and
+pages are written in plain Markdown, where a name is `Oracle`: here such names become links to their
+page of the reference.
+"""
+
+import importlib
+import inspect
+import re
+from typing import Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
+
+PACKAGES = (
+    "stagewise",
+    "stagewise.callbacks",
+    "stagewise.losses",
+    "stagewise.engines",
+    "stagewise.latents",
+    "stagewise.adapters",
+    "stagewise.sampling",
+    "stagewise.sde",
+)
+
+
+def public_names() -> dict[str, str]:
+    """From the names that people write to those of the reference."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        for name in importlib.import_module(package).__all__:
+            found.setdefault(name, f"{package}.{name}")
+    return found
+
+
+class LinkNames(SphinxTransform):
+    """Makes a link of a public name that is written as code."""
+
+    default_priority = 5
+
+    def apply(self, **_: Any) -> None:
+        """Looks at every literal that is no heading and no link."""
+        known = public_names()
+        for literal in list(self.document.findall(nodes.literal)):
+            match = re.fullmatch(r"(?:stagewise\.)?(\w+)((?:\.\w+)?)(?:\(.*\))?", literal.astext())
+            above = literal.parent
+            if match is None or match[1] not in known or isinstance(above, nodes.title):
+                continue
+            if isinstance(above, nodes.reference | addnodes.pending_xref):
+                continue
+            link = addnodes.pending_xref(
+                reftype="obj", refdomain="py", reftarget=known[match[1]] + match[2], refexplicit=True
+            )
+            literal.replace_self(link)
+            link += literal
+
+
+def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list) -> None:
+    """Turns the Markdown of a docstring into what Sphinx reads: `x` into a literal."""
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            lines[number] = re.sub(r"(?<![`:\w])`([^`]+)`(?!`)(\w?)", _literal, line)
+
+
+def _literal(match: re.Match) -> str:
+    return f"``{match[1]}``" + (f"\\ {match[2]}" if match[2] else "")
+
+
+def skip_hooks(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool:
+    """Leaves out what Lightning or the library calls, and nobody else."""
+    return skip or name.startswith("on_")
+
+
+def draw_inline(self: Any, node: nodes.math) -> None:
+    """A formula in a line."""
+    self.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def draw_block(self: Any, node: nodes.math_block) -> None:
+    """A formula on lines of its own."""
+    self.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """What Sphinx calls."""
+    app.add_html_math_renderer("mathml", (draw_inline, None), (draw_block, None))
+    app.config.html_math_renderer = "mathml"
+    app.add_transform(LinkNames)
+    app.connect("autodoc-process-docstring", plain_docstring)
+    app.connect("autodoc-skip-member", skip_hooks)
+    return {"parallel_read_safe": True}

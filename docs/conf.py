@@ -5,7 +5,8 @@ from pathlib import Path
 
 import stagewise
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 
 project = "stagewise"
 author = "The stagewise authors"
@@ -34,12 +35,13 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 
 # Pages with code cells are run, and again only if their code has changed.
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(Path(__file__).parents[1] / "build/notebooks")
+nb_execution_cache_path = str(HERE.parent / "build/notebooks")
 nb_execution_timeout = 180
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
-autosummary_generate = True
+# By name: a page that is new since the last build would else be overlooked.
+autosummary_generate = [f"reference/{page.name}" for page in (HERE / "reference").glob("*.md")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

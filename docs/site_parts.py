@@ -6,8 +6,8 @@ page of the reference.
 """
 
 import importlib
-import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -15,6 +15,9 @@ from latex2mathml.converter import convert
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
+from sphinx.util.docutils import SphinxDirective
+
+import stagewise.recipes.conf
 
 PACKAGES = (
     "stagewise",
@@ -59,15 +62,49 @@ class LinkNames(SphinxTransform):
             link += literal
 
 
+class CommandHelp(SphinxDirective):
+    """What `stagewise NAME --help` prints."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Asks the parser of the command."""
+        name = self.arguments[0].replace("-", "_")
+        text = importlib.import_module(f"stagewise.recipes.{name}").parser().format_help()
+        return [nodes.literal_block(text, text, language="text")]
+
+
+class RecipeGroups(SphinxDirective):
+    """Each group of the recipes with its choices, by the comment that opens their files."""
+
+    def run(self) -> list[nodes.Node]:
+        """Reads the files of the configuration."""
+        made: list[nodes.Node] = []
+        conf = Path(stagewise.recipes.conf.__file__).parent
+        for group in sorted(folder for folder in conf.iterdir() if any(folder.glob("*.yaml"))):
+            choices = nodes.definition_list()
+            for file in sorted(group.glob("*.yaml")):
+                lines = [line for line in file.read_text().splitlines() if "@package" not in line]
+                end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+                about = " ".join(line[2:] for line in lines[:end]).split(". ")[0].rstrip(".:")
+                term = nodes.term("", "", nodes.literal(text=f"{group.name}={file.stem}"))
+                text = nodes.definition("", nodes.paragraph(text=about))
+                choices += nodes.definition_list_item("", term, text)
+            made.append(choices)
+        return made
+
+
 def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list) -> None:
-    """Turns the Markdown of a docstring into what Sphinx reads: `x` into a literal."""
-    for number, line in enumerate(lines):
-        if not line.lstrip().startswith((">>>", "...")):
-            lines[number] = re.sub(r"(?<![`:\w])`([^`]+)`(?!`)(\w?)", _literal, line)
+    """Turns the Markdown of a docstring into what Sphinx reads: `x` into a literal, (B, *) as is."""
+    text = "\n".join(lines)
+    text = re.sub(r"(?<![`:\w])`([^`]+)`(?!`)(\w?)", _literal, text)
+    text = re.sub(r"(?<![\*\w])\*(?=[),])", r"\*", text)
+    lines[:] = text.split("\n")
 
 
 def _literal(match: re.Match) -> str:
-    return f"``{match[1]}``" + (f"\\ {match[2]}" if match[2] else "")
+    code = " ".join(match[1].split())
+    return f"``{code}``" + (f"\\ {match[2]}" if match[2] else "")
 
 
 def skip_hooks(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool:
@@ -92,6 +129,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_html_math_renderer("mathml", (draw_inline, None), (draw_block, None))
     app.config.html_math_renderer = "mathml"
     app.add_transform(LinkNames)
+    app.add_directive("command-help", CommandHelp)
+    app.add_directive("recipe-groups", RecipeGroups)
     app.connect("autodoc-process-docstring", plain_docstring)
     app.connect("autodoc-skip-member", skip_hooks)
     return {"parallel_read_safe": True}

@@ -1,4 +1,4 @@
-"""Fails on links of a built site that lead nowhere, and on what a page would fetch from the network.
+"""Fails on links of a built site that lead nowhere, and on what it would load from the network.
 
     python .ci/links.py build/docs
 
@@ -45,13 +45,13 @@ def broken(root: Path) -> list[str]:
                     wrong.append(f"{file}: loads {link} from the network")
                 continue
             target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
+            place = unquote(parts.fragment)
             if target.is_dir():
                 target /= "index.html"
             if not target.exists():
                 wrong.append(f"{file}: {link}: there is no such file")
-            elif parts.fragment and target in pages:
-                if unquote(parts.fragment) not in pages[target].ids:
-                    wrong.append(f"{file}: {link}: there is no such place in the page")
+            elif place and target in pages and place not in pages[target].ids:
+                wrong.append(f"{file}: {link}: there is no such place in the page")
     return wrong
 
 

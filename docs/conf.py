@@ -22,6 +22,7 @@ extensions = [
     "site_parts",
 ]
 templates_path = ["_templates"]
+highlight_language = "text"
 html_theme = "furo"
 html_title = "stagewise"
 html_static_path = ["_static"]
@@ -45,7 +46,10 @@ autosummary_generate = [f"reference/{page.name}" for page in (HERE / "reference"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
+autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False  # what is overridden is described once, in its base
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 copybutton_exclude = ".linenos, .gp, .go"

@@ -14,6 +14,7 @@ from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
@@ -55,9 +56,11 @@ class LinkNames(SphinxTransform):
                 continue
             if isinstance(above, nodes.reference | addnodes.pending_xref):
                 continue
-            link = addnodes.pending_xref(
-                reftype="obj", refdomain="py", reftarget=known[match[1]] + match[2], refexplicit=True
-            )
+            if match[1].islower() and "_" not in match[1]:
+                continue  # `sample` is a word before it is a function
+            full = known[match[1]] + match[2]
+            link = addnodes.pending_xref(reftype="obj", refdomain="py", reftarget=full)
+            link["refexplicit"] = True
             literal.replace_self(link)
             link += literal
 
@@ -86,28 +89,31 @@ class RecipeGroups(SphinxDirective):
             for file in sorted(group.glob("*.yaml")):
                 lines = [line for line in file.read_text().splitlines() if "@package" not in line]
                 end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-                about = " ".join(line[2:] for line in lines[:end]).split(". ")[0].rstrip(".:")
+                about = " ".join(line[2:] for line in lines[:end]).split(". ")[0]
                 term = nodes.term("", "", nodes.literal(text=f"{group.name}={file.stem}"))
+                about = about.replace("`", "").rstrip(".:")
                 text = nodes.definition("", nodes.paragraph(text=about))
                 choices += nodes.definition_list_item("", term, text)
             made.append(choices)
         return made
 
 
-def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list) -> None:
-    """Turns the Markdown of a docstring into what Sphinx reads: `x` into a literal, (B, *) as is."""
+def plain_docstring(_: Sphinx, what: str, name: str, obj: Any, how: Any, lines: list[str]) -> None:
+    """Turns the Markdown of a docstring into what Sphinx reads: `x` is code, (B, *) a shape."""
     text = "\n".join(lines)
+    if what == "attribute":
+        text = f"..\n\n{text}"  # else what stands before a colon is taken for its type
     text = re.sub(r"(?<![`:\w])`([^`]+)`(?!`)(\w?)", _literal, text)
     text = re.sub(r"(?<![\*\w])\*(?=[),])", r"\*", text)
     lines[:] = text.split("\n")
 
 
-def _literal(match: re.Match) -> str:
+def _literal(match: re.Match[str]) -> str:
     code = " ".join(match[1].split())
     return f"``{code}``" + (f"\\ {match[2]}" if match[2] else "")
 
 
-def skip_hooks(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool:
+def skip_hooks(_: Sphinx, what: str, name: str, obj: Any, skip: bool, how: Any) -> bool:
     """Leaves out what Lightning or the library calls, and nobody else."""
     return skip or name.startswith("on_")
 
@@ -128,9 +134,12 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """What Sphinx calls."""
     app.add_html_math_renderer("mathml", (draw_inline, None), (draw_block, None))
     app.config.html_math_renderer = "mathml"
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.add_transform(LinkNames)
     app.add_directive("command-help", CommandHelp)
     app.add_directive("recipe-groups", RecipeGroups)
-    app.connect("autodoc-process-docstring", plain_docstring)
+    app.connect("autodoc-process-docstring", plain_docstring, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip_hooks)
     return {"parallel_read_safe": True}

@@ -78,10 +78,9 @@ bench-regularisers: $(VENV)/.recipes ## train on few samples with and without sm
 figures: $(VENV)/.recipes ## train three small models, draw what docs/watching.md shows (half an hour)
 	$(BIN)/python benchmarks/watching.py
 
-docs: $(VENV)/.docs tree ## write the API documentation to build/docs
-	PYTHONPATH=$(TREE) $(BIN)/pdoc --docformat google --math -o build/docs $$( \
-	  cd $(TREE) && find stagewise -name '*.py' | sed -e 's#/__init__.py##' -e 's#.py$$##' | \
-	  tr / . | sort )
+docs: $(VENV)/.docs ## write the site to build/docs (runs its notebooks), check its links
+	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
+	$(BIN)/python .ci/links.py build/docs
 
 release: $(VENV)/.dev ## build sdist and wheel, check them, install the wheel into an empty environment
 	rm -rf dist build/release
@@ -93,7 +92,7 @@ release: $(VENV)/.dev ## build sdist and wheel, check them, install the wheel in
 	cd build && release/bin/stagewise --version && release/bin/stagewise train --help > /dev/null
 
 clean: ## remove what was built (make clean keeps .venv, make distclean removes it)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/reference/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## remove what was built and .venv

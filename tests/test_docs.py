@@ -19,14 +19,12 @@ from stagewise.callbacks import stage_transitions
 from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
 
 ROOT = Path(__file__).parents[1]
+FLOORS = ("stagewise", "losses", "callbacks", "recipes")
 MODULES = [
-    *("stagewise.bank.latent_bank", "stagewise.oracle", "stagewise.losses.flow_matching"),
-    *("stagewise.certificate", "stagewise.engines.sharded", "stagewise.attention"),
-    *("stagewise.schemes.scheme", "stagewise.schemes.phases", "stagewise.smoothing"),
-    *("stagewise.losses.regularizer", "stagewise.losses.weighted"),
-    *("stagewise.smoothed_oracle", "stagewise.forecast", "stagewise.learning_events"),
-    *("stagewise.callbacks.memorization_guard", "stagewise.callbacks.watch"),
-    *("stagewise.condition", "stagewise.reservoir"),
+    ".".join((*(() if floor == "stagewise" else ("stagewise",)), *file.with_suffix("").parts))
+    for floor in FLOORS
+    for file in (file.relative_to(ROOT) for file in sorted((ROOT / floor).rglob("*.py")))
+    if "    >>> " in (ROOT / file).read_text()
 ]
 
 

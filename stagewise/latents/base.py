@@ -166,7 +166,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         self._epoch[0] = epoch
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The x_1 of items `start` to before `stop`, in bulk: (stop - start, *shape), float32."""
+        """The x_1 of items `start` to before `stop`, in bulk: `(stop - start, *shape)`, float32."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"Expected rows within 0 and {len(self)}, got {start} to {stop}.")
         if start == stop:

@@ -256,7 +256,8 @@ class MemorizationMonitor(ModelMonitor):
         """Shares over the training, and samples of this rank beside their nearest rows."""
         made, near, resumed, near_resumed = self._shown
         bank, step = self.oracle.bank, probes[-1]["step"]
-        drawn = {"copies": pictures.copies_figure(probes)}
+        about = f"N = {len(bank):,} rows, n = {self.samples} samples at each t_switch"
+        drawn = {"copies": pictures.copies_figure(probes, about.replace(",", " ", 1))}
         if not self._draws_images:
             return drawn
 

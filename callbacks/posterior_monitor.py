@@ -13,6 +13,7 @@ from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
+from stagewise.callbacks.drawing import counted
 from stagewise.callbacks.monitor import Monitor, MonitorOptions
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.writer import by_time
@@ -279,20 +280,22 @@ class PosteriorMonitor(Monitor):
         bank = self.oracle.bank
         assert self.curve is not None
         assert self.boundary is not None
-        title = f"N = {len(bank)}, D = {bank.dim}"
-        title += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
-        title += "".join(f", {kernel}" for kernel in self.over.values())
+        about = f"{counted(len(bank), self.queries, self.strata)}, D = {bank.dim}"
+        about += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
+        about += "".join(f", {kernel}" for kernel in self.over.values())
+        about += f", step {probes[-1]['step']}"
         # A resumed run may have been given another number of strata.
         alike = [entry for entry in probes if len(entry["t"]) == self.strata]
-        about = (self.curve, self.boundary, self.predicted, f"{title}, step {probes[-1]['step']}")
+        found = (self.curve, self.boundary, self.predicted, about)
         return {
-            "concentration": pictures.concentration_figure(*about),
-            "target_difference": pictures.target_difference_figure(*about),
+            "concentration": pictures.concentration_figure(*found),
+            "target_difference": pictures.target_difference_figure(*found),
             "heatmap": pictures.heatmap_figure(
                 [entry["step"] for entry in alike],
                 self.recipe.edges.numpy(),
                 np.array([entry["top1"] for entry in alike]),
                 [entry["midpoint"] for entry in alike],
+                about,
             ),
         }
 

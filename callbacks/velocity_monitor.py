@@ -13,6 +13,7 @@ from typing_extensions import Unpack, override
 from stagewise.bank import LatentBank
 from stagewise.binned_sums import BinnedSums
 from stagewise.callbacks import velocity_figures
+from stagewise.callbacks.drawing import counted
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
@@ -370,9 +371,11 @@ class VelocityErrorMonitor(ModelMonitor):
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
         assert self.boundary is not None
         ends = (self.boundary.midpoint, self.boundary.collapsed)
-        return velocity_figures.of_run(
-            self.edges.tolist(), probes, self._window, self._curve_beside(), ends
-        )
+        about = counted(len(self.oracle.bank), self.queries, self.strata)
+        told = (event for one in self.run.members for event in getattr(one, "events", ()))
+        marks = [(e["step"], e["kind"]) for e in told if e["event"] == "transition"]
+        curve, edges = self._curve_beside(), self.edges.tolist()
+        return velocity_figures.of_run(edges, probes, self._window, curve, ends, about, marks)
 
     def _curve_beside(self) -> StageCurve | None:
         """What a `PosteriorMonitor` of the same posterior has measured."""

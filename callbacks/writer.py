@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from stagewise.callbacks.figures import render
+from stagewise.callbacks.drawing import render
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.files import jsonable, replace_file

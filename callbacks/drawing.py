@@ -103,10 +103,11 @@ def counted(rows: int | None, queries: int | None, bins: int) -> str:
 
 def heading(axes: Axes, title: str, about: str = "") -> None:
     """The title, and under it, smaller, what data it is about; above the names of the stages."""
-    axes.set_title(title, fontsize=11, pad=34 if about else 20)
-    if about:
-        place = {"xytext": (0, 20), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(about, (0.5, 1), xycoords="axes fraction", fontsize=8, color="0.3", **place)
+    room = 20 if axes.get_xscale() == "logit" else 8  # for the names of the stages
+    axes.set_title(title, loc="left", fontsize=11, pad=room + 14 if about else room)
+    place = {"xytext": (0, room), "textcoords": "offset points", "xycoords": "axes fraction"}
+    # The title has made room for it, and its width is no reason to make the axes narrow.
+    axes.annotate(about, (0, 1), fontsize=8, color="0.3", in_layout=False, **place)
 
 
 def legend(figure: Figure, ncols: int = 3, on: str = "none") -> None:

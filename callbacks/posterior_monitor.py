@@ -16,7 +16,7 @@ from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.drawing import counted
 from stagewise.callbacks.monitor import Monitor, MonitorOptions
 from stagewise.callbacks.ranks import rank_zero_warn
-from stagewise.callbacks.writer import by_time
+from stagewise.callbacks.writer import by_time, chart, tags_by_time
 from stagewise.engines import Engine
 from stagewise.masks import few_rows
 from stagewise.spectrum import predicted_boundary
@@ -92,7 +92,6 @@ class PosteriorMonitor(Monitor):
     event = "probe"
     charts = {
         "boundary (t, 0 = noise)": "/(midpoint|collapsed|predicted)$",
-        **{f"{key.replace('_', ' ')} by t": f"_by_t/{key}/.*" for key in STATISTICS},
         "cost of a probe / step time": "/share_of_step_time$",
     }
 
@@ -319,7 +318,14 @@ class PosteriorMonitor(Monitor):
             f"{key} with interval": ["Margin", [f"{self.name}/{key}{end}" for end in _ENDS]]
             for key in ("midpoint", "collapsed")
         }
-        return {**super().layout(), **intervals}
+        prefix, shown = f"{self.name}_by_t", ("top1", "ess", "target_difference")
+        by_t = {
+            f"{key.replace('_', ' ')} at four t": chart(
+                tags_by_time(f"{prefix}/{key}", self.recipe.edges)
+            )
+            for key in shown
+        }
+        return {**super().layout(), **intervals, **by_t}
 
 
 def _told(entry: Mapping[str, Any], name: str, level: float) -> str:

@@ -19,7 +19,7 @@ from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.training_record import TrainingRecord
-from stagewise.callbacks.writer import by_time
+from stagewise.callbacks.writer import by_time, chart, tags_by_time
 from stagewise.masks import plain
 from stagewise.paths import same_path
 from stagewise.spectrum import predicted_boundary
@@ -92,16 +92,15 @@ class VelocityErrorMonitor(ModelMonitor):
     held = (*ModelMonitor.held, "_record")
     event = "velocity_probe"
     charts = {
-        "oracle error": "/train/oracle/",
-        "oracle error by t": "_by_t/train/oracle/",
-        "conditional error": "/train/conditional/",
-        "conditional error by t": "_by_t/train/conditional/",
-        "oracle error / floor": "/train/excess/",
-        "held-out minus training error": "/gap/",
-        "held-out minus training error by t": "_by_t/gap/",
-        "share of draws": "_spent/draws/",
-        "share of loss": "_spent/loss/",
-        "share of gradient norms": "_spent/gradient/",
+        "oracle error by stage": "/train/oracle/",
+        "conditional error by stage": "/train/conditional/",
+        "held-out conditional error by stage": "/held_out/conditional/",
+        "held-out gap by stage": "/gap/",
+        "floor by stage": "/train/floor/",
+        "oracle error / floor by stage": "/train/excess/",
+        "share of draws by stage": "_spent/draws/",
+        "share of loss by stage": "_spent/loss/",
+        "share of gradient norms by stage": "_spent/gradient/",
         "Pythagoras, standard errors": "/pythagoras$",
         "cost of a probe / step time": "/share_of_step_time$",
     }
@@ -353,6 +352,14 @@ class VelocityErrorMonitor(ModelMonitor):
             scalars |= by_time(f"{by_bins}/gap", self.edges, entry["gap"])
         scalars[f"{name}/pythagoras"] = largest(entry["train"]["pythagoras_z"])
         return {tag: value for tag, value in scalars.items() if not math.isnan(value)}
+
+    @override
+    def layout(self) -> dict[str, list[Any]]:
+        page, by_t = super().layout(), f"{self.name}_by_t"
+        page["oracle error at four t"] = chart(tags_by_time(f"{by_t}/train/oracle", self.edges))
+        page["held-out gap at four t"] = chart(tags_by_time(f"{by_t}/gap", self.edges))
+        without = self._others is None
+        return {t: c for t, c in page.items() if not (without and t.startswith("held-out"))}
 
     def _warn(self, entry: dict[str, Any]) -> None:
         if entry["alarm"] is None or self._warned:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagewise.files import Entry, Problem, first_line, map_tensor, read_tensor
+from stagewise.files import Damaged, Problem, first_line
+from stagewise.tensor_files import Entry, map_tensor, read_tensor
 
 __all__ = [
     "NoNumbers",

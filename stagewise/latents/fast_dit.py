@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import Entry, FilePath, names
+from stagewise.files import FilePath, names
 from stagewise.latents.arrays import array_entry, class_numbers, read_array, require_labels
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.per_file import PerFile, sizes_in
+from stagewise.tensor_files import Entry
 
 __all__ = ["FastDiT", "write_fast_dit"]
 

@@ -26,19 +26,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import (
-    Entry,
-    FilePath,
-    Problem,
-    first_line,
-    read_header,
-    read_tensor,
-    replace_file,
-    write_tensors,
-)
+from stagewise.files import FilePath, Problem, first_line, replace_file
 from stagewise.latents.arrays import Rows, class_numbers
 from stagewise.latents.base import Block, Latents, Reading, Writing
 from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
+from stagewise.tensor_files import Entry, read_header, read_tensor, write_tensors
 
 __all__ = ["LightningDiT", "save_stats", "write_latents", "write_shard", "write_stats"]
 

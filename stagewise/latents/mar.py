@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import Entry, FilePath, Problem, names
+from stagewise.files import FilePath, Problem, names
 from stagewise.latents.arrays import array_entry, to_tensor
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.per_file import PerFile, sizes_in
 from stagewise.latents.scaling import KL16
+from stagewise.tensor_files import Entry
 
 __all__ = ["MAR", "write_mar"]
 

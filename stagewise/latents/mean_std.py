@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import Entry, FilePath, Problem, map_file
+from stagewise.files import FilePath, Problem
 from stagewise.latents.arrays import array_entry, local_header, read_array
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.per_file import PerFile, sizes_in
 from stagewise.latents.scaling import EDM2 as EDM2_SCALING
 from stagewise.latents.scaling import SD_VAE
+from stagewise.tensor_files import Entry, map_file
 
 __all__ = ["EDM2", "REPA", "file_name", "write_mean_std"]
 

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import Problem, first_line, read_header, replace_file
+from stagewise.files import Problem, first_line, replace_file
 from stagewise.latents.arrays import (
     NoNumbers,
     Rows,
@@ -31,6 +30,7 @@ from stagewise.latents.arrays import (
     read_array,
 )
 from stagewise.latents.base import Block, Latents, Reading, Writing
+from stagewise.tensor_files import read_header, write_tensors
 
 __all__ = ["Plain"]
 
@@ -97,7 +97,7 @@ class Plain(Latents):
             held["labels"] = torch.cat(columns[2])
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
-            replace_file(path, lambda file: save_file(held, file))
+            write_tensors(path, held, {})
         elif path.suffix == ".npy":
             replace_file(path, lambda file: _save(file, held["latents"]))
             if "labels" in held:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from stagewise.bank.row_keys import (
     row_keys,
 )
 from stagewise.bank.streaming import MappedFile, stream
+from stagewise.files import Damaged
 from stagewise.masks import MaskedLabels
 from stagewise.memory import available_memory, format_bytes, oracle_device
 
@@ -39,6 +41,8 @@ class RowStore(RowClasses):
     """
 
     conditions: Tensor | None = None
+    _unread: Path | None = None
+    """The file of rows that were not yet compared with the keys that stand there."""
 
     def __init__(
         self,
@@ -289,6 +293,26 @@ class RowStore(RowClasses):
         keys = row_keys(self.rows)
         self._keys = keys if as_real(keys, self.rows) else None
         return keys
+
+    def require_intact(self) -> None:
+        """Compares rows that came from a file with their keys there, and refuses others.
+
+        Reads all rows, once: a fingerprint is that of the keys, which were read when the file was
+        opened. Rows that were made in memory are those that their keys are of.
+        """
+        if self._unread is None:
+            return
+        wrong: list[int] = []
+        for first, rows in self.chunks(self.whole):
+            differ = row_keys(rows) != self.row_keys()[first : first + len(rows)]
+            wrong += (first + differ.nonzero()[:, 0]).tolist()
+        if wrong:
+            raise Damaged.of(
+                self._unread,
+                f"{len(wrong)} of its {len(self)} rows are no more those that were written, the "
+                f"first is row {wrong[0]} of the file",
+            )
+        self._unread = None
 
     def to(self: Self, device: torch.device | str) -> Self:
         """The store on `device`; itself if it is there already."""

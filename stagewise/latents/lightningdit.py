@@ -8,8 +8,9 @@ Rows are posterior samples as the autoencoder gave them; whoever reads them comp
 `(z - mean) / std * multiplier`. Latents of Stable Diffusion's autoencoder are not normalised but
 multiplied by 0.18215, which the files do not say (hustvl/LightningDiT, issues 22 and 34).
 
-What is written has names, keys and metadata of the public writer. Its statistics are those of all
-un-flipped rows in float64, where the public writer takes 10 000 random rows in float32.
+What is written has names, keys and metadata of the public writer, and checksums. Its statistics
+are those of all un-flipped rows in float64, where the public writer takes 10 000 random rows in
+float32.
 """
 
 from __future__ import annotations
@@ -26,19 +27,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import (
-    Entry,
-    FilePath,
-    Problem,
-    first_line,
-    read_header,
-    read_tensor,
-    replace_file,
-    write_tensors,
-)
-from stagewise.latents.arrays import Rows, class_numbers
+from stagewise.files import FilePath, Problem, first_line, names, replace_file
+from stagewise.latents.arrays import Rows, check_zip, class_numbers, is_dense
 from stagewise.latents.base import Block, Latents, Reading, Writing
+from stagewise.latents.rows_check import compare_tensors
 from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
+from stagewise.tensor_files import Entry, read_header, read_tensor, write_tensors
 
 __all__ = ["LightningDiT", "save_stats", "write_latents", "write_shard", "write_stats"]
 
@@ -157,6 +151,9 @@ class LightningDiT(Latents):
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _compare(self) -> tuple[list[str], list[Path]]:
+        return compare_tensors(self._shards)
+
     def _parts(self) -> str:
         return f"{len(self._shards)} shard{'s' * (len(self._shards) > 1)}"
 
@@ -231,16 +228,17 @@ def _read_stats(file: Path, channels: int) -> tuple[Tensor, Tensor]:
         )
     again = "Compute it again: write_stats(folder)."
     try:
+        check_zip(file)
         held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its unpickler or its zip reader does
         raise ValueError(
             f"{file} cannot be read as a file of tensors ({first_line(error)}). {again}"
         ) from error
     if not isinstance(held, Mapping) or not {"mean", "std"} <= held.keys():
-        found = sorted(held) if isinstance(held, Mapping) else type(held).__name__
+        found = names(held) if isinstance(held, Mapping) else type(held).__name__
         raise ValueError(f"Expected {{'mean': ..., 'std': ...}} in {file}, got {found}. {again}")
     for name in ("mean", "std"):
-        shape = tuple(getattr(held[name], "shape", ()))
+        shape = tuple(held[name].shape) if is_dense(held[name]) else ()
         if shape not in ((1, channels, 1, 1), (channels, 1, 1), (channels,)):
             raise ValueError(
                 f"Expected `{name}` of shape {(1, channels, 1, 1)} in {file}, for latents with "

@@ -41,7 +41,8 @@ def run(options: Options) -> Path:
         ValueError, OSError, ImportError, MemoryError: If something cannot be used; before any
             sample is made, as far as it can be known by then.
     """
-    config, checkpoint = run_config(options.run), find_checkpoint(options.run, options.checkpoint)
+    config = run_config(options.run, options.trust)
+    checkpoint = find_checkpoint(options.run, options.checkpoint)
     measured, options = options.measured, options.with_measured()
     with group_of_ranks(options.timeout) as ranks:
         data = instantiate(config.data)
@@ -54,7 +55,7 @@ def run(options: Options) -> Path:
         sampler = Sampler(module.to(options.place()), options, shape, classes)
         own = options.settings(loaded)
         if options.then is not None:
-            other = run_config(options.then)
+            other = run_config(options.then, options.trust)
             then, later = load_module(other, find_checkpoint(options.then), options.weights)
             require_alike(config, module, other, then)
             _require_null(then.net, options)

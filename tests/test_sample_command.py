@@ -645,7 +645,7 @@ def test_solvers_that_choose_their_steps_are_given_none(trained, flag):
 def test_guidance_needs_what_it_compares_with(trained, monkeypatch, tmp_path):
     config = run_config(trained)
     config.net.class_dropout = 0.0
-    monkeypatch.setattr(command, "run_config", lambda _: config)
+    monkeypatch.setattr(command, "run_config", lambda *_: config)
     with pytest.raises(ValueError, match="class_dropout = 0"):
         made(trained, "--out", tmp_path / "o", "--cfg-scale", 2)
     data = types.SimpleNamespace(shape=(3, 8, 8), num_classes=0)

@@ -746,7 +746,9 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match=r"No space left on device: .*c\.safetensors could not be written"):
+    with pytest.raises(
+        OSError, match=r"No space left on device: .*c\.safetensors could not be written"
+    ):
         made.save(file)
     assert file.read_bytes() == before
     assert os.listdir(tmp_path) == [file.name]

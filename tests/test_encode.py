@@ -285,8 +285,10 @@ def test_resume(run, images, tmp_path, kind, monkeypatch):
     assert not [name for name in kept if name.endswith(".partial")]
     assert "holds 4 of 11 pictures of rank 0 already" in refused(run, images, out, *options)
 
-    # What a process that is killed while it writes leaves.
-    (out / ".latents_rank00_shard001.safetensors.0123.partial").write_text("half")
+    # What a process that was killed while it wrote has left, the day before yesterday.
+    litter = out / ".latents_rank00_shard001.safetensors.01234567.partial"
+    litter.write_text("half")
+    os.utime(litter, (0, 0))
     seen = []
     crop = image_folder.centre_crop
     monkeypatch.setattr(image_folder, "centre_crop", lambda *a: seen.append(a) or crop(*a))
@@ -304,6 +306,58 @@ def test_a_shard_that_cannot_be_written(run, images, tmp_path, monkeypatch):
     said = refused(run, images, tmp_path / "out")
     assert "No space left on device. 0 of 11 pictures are written" in said
     assert not [name for name in content(tmp_path / "out") if "shard" in name]
+
+
+def test_what_was_converted_and_left_out_is_told(run, images, tmp_path, capsys):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(images, pictures)
+    wide = pixels(30)[..., 0].astype(np.uint16) * 257
+    Image.fromarray(wide).save(pictures / "ant" / "06.png")
+    Image.fromarray(np.dstack([pixels(1), pixels(2)[..., 0]])).save(pictures / "ant" / "07.png")
+    frames = [Image.fromarray(pixels(number)) for number in range(3)]
+    frames[0].save(pictures / "zebra" / "a.gif", save_all=True, append_images=frames)
+    for name in ("labels.csv", ".hidden", "zebra/b.GIF", "zebra/ending"):
+        (pictures / name).write_text("")
+    run(pictures, out, "--shard-size", 1)
+    said = capsys.readouterr().out
+    assert "Note: 16 bits to 8: 1 pictures, such as ant/06.png (encode.json)." in said
+    assert "Note: transparent parts on white: 1 pictures, such as ant/07.png (" in said
+    assert (
+        "Note: left out as no pictures, by their endings: 2 .gif (zebra/a.gif), 1 .csv "
+        "(labels.csv), 1 without an ending (zebra/ending)." in said
+    )
+    assert json.loads((out / "encode.json").read_text())["converted"] == {
+        "16 bits to 8": {"count": 1, "names": ["ant/06.png"]},
+        "transparent parts on white": {"count": 1, "names": ["ant/07.png"]},
+    }
+    # The latents are those of the right 8 bits.
+    Image.fromarray(pixels(30)[..., 0]).save(pictures / "ant" / "06.png")
+    run(pictures, tmp_path / "other", "--shard-size", 1)
+    name = "latents_rank00_shard001.safetensors"
+    assert torch.equal(
+        load_file(out / name)["latents"], load_file(tmp_path / "other" / name)["latents"]
+    )
+
+
+def test_the_order_is_that_of_torchvision(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    for name in (
+        "b/2.png",
+        "b/10.JPG",
+        "a/x/1.png",
+        "a/x-y/1.png",
+        "a/x.png",
+        "a/X/3.webp",
+        "C/1.bmp",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(0)).save(tmp_path / name)
+    theirs, ours = ImageFolder(str(tmp_path)), find_images(tmp_path)
+    assert [(str(tmp_path / file), label) for file, label in zip(ours.files, ours.labels, strict=True)] == (
+        theirs.samples
+    )
+    assert ours.classes == theirs.classes
 
 
 def test_complete_is_left_alone(run, images, tmp_path, capsys):
@@ -391,8 +445,8 @@ def test_pictures_that_cannot_be_read_any_more(run, images, tmp_path, kind):
         run(pictures, out, *options)
         assert len(open_latents(out, kind)) == rows
     after = content(out)
-    stamps = [name for name in after if name.endswith("_pictures.bin")]
-    assert all(after[name] == before[name] for name in after.keys() - stamps)
+    notes = [name for name in after if name.startswith("encode_rank00")]
+    assert all(after[name] == before[name] for name in after.keys() - notes)
 
 
 @pytest.mark.parametrize(

@@ -354,9 +354,9 @@ def test_the_order_is_that_of_torchvision(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels(0)).save(tmp_path / name)
     theirs, ours = ImageFolder(str(tmp_path)), find_images(tmp_path)
-    assert [(str(tmp_path / file), label) for file, label in zip(ours.files, ours.labels, strict=True)] == (
-        theirs.samples
-    )
+    assert [
+        (str(tmp_path / file), label) for file, label in zip(ours.files, ours.labels, strict=True)
+    ] == (theirs.samples)
     assert ours.classes == theirs.classes
 
 

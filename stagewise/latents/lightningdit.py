@@ -34,7 +34,7 @@ from stagewise.latents.rows_check import compare_tensors
 from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
 from stagewise.tensor_files import Entry, read_header, read_tensor, write_tensors
 
-__all__ = ["LightningDiT", "save_stats", "write_latents", "write_shard", "write_stats"]
+__all__ = ["LightningDiT", "save_stats", "shard_name", "write_latents", "write_shard", "write_stats"]
 
 _STATS = "latents_stats.pt"
 _NOT_NORMALISED = (
@@ -210,7 +210,7 @@ def _missing_shards(files: Iterable[Path]) -> list[str]:
         if (match := re.fullmatch(r"latents_rank(\d+)_shard(\d+)", file.stem))
     }
     return [
-        _shard_name(rank, shard)
+        shard_name(rank, shard)
         for rank in range(max((rank for rank, _ in found), default=-1) + 1)
         for shard in range(max((s for r, s in found if r == rank), default=0) + 1)
         if (rank, shard) not in found
@@ -266,7 +266,12 @@ def write_stats(folder: FilePath) -> ChannelStatistics:
 def save_stats(folder: Path, mean: Tensor, std: Tensor) -> None:
     """Writes `latents_stats.pt` for C channels, from numbers (C,)."""
     stats = {"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}
-    replace_file(folder / _STATS, lambda name: torch.save(stats, name))
+
+    def save(partial: Path) -> None:
+        with open(partial, "wb") as file:  # torch.save would note the name of the partial file
+            torch.save(stats, file)
+
+    replace_file(folder / _STATS, save)
 
 
 def write_latents(
@@ -330,10 +335,10 @@ def write_shard(folder: Path, rank: int, number: int, shard: dict[str, Tensor]) 
     """Writes the shard of a number, from 0: `latents`, `latents_flip` and `labels`, on the CPU."""
     latents = shard["latents"]
     about = {"total_size": f"{len(latents)}", "dtype": f"{latents.dtype}", "device": "cpu"}
-    write_tensors(folder / _shard_name(rank, number), shard, about)
+    write_tensors(folder / shard_name(rank, number), shard, about)
 
 
-def _shard_name(rank: int, number: int) -> str:
+def shard_name(rank: int, number: int) -> str:
     return f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
 
 

@@ -34,7 +34,14 @@ from stagewise.latents.rows_check import compare_tensors
 from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
 from stagewise.tensor_files import Entry, read_header, read_tensor, write_tensors
 
-__all__ = ["LightningDiT", "save_stats", "shard_name", "write_latents", "write_shard", "write_stats"]
+__all__ = [
+    "LightningDiT",
+    "save_stats",
+    "shard_name",
+    "write_latents",
+    "write_shard",
+    "write_stats",
+]
 
 _STATS = "latents_stats.pt"
 _NOT_NORMALISED = (

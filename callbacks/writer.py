@@ -70,7 +70,7 @@ class Writer:
     def start(self, events: Iterable[Mapping[str, Any]], *, resumed: bool) -> None:
         """Begins `stages.jsonl` anew, so that a resumed run holds each event once; a collective.
 
-        The file of another run is kept beside it, as `stages.bak.jsonl`.
+        The events of another run are kept beside it, as `stages.bak.jsonl`.
         """
         file = self._file
         with self._host.together("writing its files"):
@@ -78,9 +78,9 @@ class Writer:
                 return
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                if file.exists() and not resumed:
+                if not resumed and file.exists() and file.stat().st_size:
                     file.replace(file.with_name("stages.bak.jsonl"))
-                self._events("w", events)
+                replace_file(file, lambda partial: _append(partial, events))
             except OSError as error:
                 raise OSError(
                     f"Cannot write {file}: {error.strerror or error}. Say where files go: "
@@ -94,22 +94,18 @@ class Writer:
             return
         try:
             size = file.stat().st_size
-            self._events("a", [event])
+            _append(file, [event])
         except OSError as error:
             if size is not None:  # half a line would spoil the next one too
                 with suppress(OSError):
                     os.truncate(file, size)
             _cannot(f"append to {file}", error, "the event is missing there until the run resumes")
 
-    def _events(self, mode: str, events: Iterable[Mapping[str, Any]]) -> None:
-        assert self._file is not None
-        with self._file.open(mode) as file:
-            file.writelines(json.dumps(jsonable(event)) + "\n" for event in events)
-
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Logs scalars under their full tags to every logger."""
         for logger in self._loggers:
-            logger.log_metrics(dict(values), step=step)
+            with _spared(logger, "scalars"):
+                logger.log_metrics(dict(values), step=step)
 
     def text(self, tag: str, message: str, step: int) -> None:
         """Shows a line of text under its full tag, in the loggers that show text."""
@@ -161,6 +157,11 @@ class Writer:
             with _spared(logger, "the page of its custom scalars"):
                 if hasattr(board := _experiment(logger), "add_custom_scalars"):
                     board.add_custom_scalars(page)
+
+
+def _append(file: Path, events: Iterable[Mapping[str, Any]]) -> None:
+    with file.open("a") as lines:
+        lines.writelines(json.dumps(jsonable(event)) + "\n" for event in events)
 
 
 def tags_by_time(prefix: str, edges: Tensor) -> list[str]:

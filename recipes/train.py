@@ -27,8 +27,15 @@ from stagewise.files import replace_file
 from stagewise.recipes.arguments import ends_in_a_line
 from stagewise.recipes.checkpoints import load_weights, require_same_model
 from stagewise.recipes.evaluate import evaluate
+from stagewise.recipes.loggers import spared
 from stagewise.recipes.overrides import explained, refuse_unknown, require_numbers
-from stagewise.recipes.resume import begin_with, checkpoint_of, require_fit, require_shards
+from stagewise.recipes.resume import (
+    begin_with,
+    checkpoint_of,
+    require_fit,
+    require_shards,
+    says_how_to_go_on,
+)
 
 __all__ = ["main", "train"]
 
@@ -69,21 +76,15 @@ def train(config: DictConfig) -> dict[str, Any]:
     # An experiment may set options of a callback that is not there.
     parts = config.get("callbacks") or {}
     callbacks = [instantiate(part) for part in parts.values() if "_target_" in part]
-    loggers = [instantiate(logger) for logger in (config.get("logger") or {}).values()]
+    loggers = [spared(k, instantiate(v)) for k, v in (config.get("logger") or {}).items()]
     require_shards(callbacks, data)
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_file(run_dir / "config.yaml", lambda file: OmegaConf.save(config, file, True))
     start = time.perf_counter()
-    try:
+    with says_how_to_go_on(run_dir, trainer, begun):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as end:
-        if end.code != 1:  # which is what Lightning makes of Ctrl-C
-            raise
-        on = f" Go on with it: run_dir={shlex.quote(str(run_dir))} resume=true"
-        there = (run_dir / "checkpoints/last.ckpt").exists()
-        raise KeyboardInterrupt(f"at step {trainer.global_step}.{on * there}") from end
     seconds = time.perf_counter() - start
     finished = checkpoint is not None and trainer.global_step == begun
     if finished:

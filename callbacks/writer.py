@@ -22,7 +22,6 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from glob import escape
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -35,7 +34,7 @@ from torch import Tensor
 from stagewise.callbacks.drawing import render
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_warn
-from stagewise.files import jsonable, replace_file
+from stagewise.files import is_full, jsonable, replace_file
 
 __all__ = ["Writer", "by_time", "chart", "show_pictures", "tags_by_time"]
 
@@ -137,8 +136,8 @@ class Writer:
                 if file.is_dir():  # of a strategy that writes a folder
                     shutil.rmtree(file)
                 partial.replace(file)
-        except OSError as error:
-            if host.world_size > 1:
+        except (OSError, RuntimeError) as error:
+            if host.world_size > 1 or not (isinstance(error, OSError) or is_full(error)):
                 raise
             _cannot(f"write {file}", error, "the file of before stays")
             return False
@@ -221,17 +220,16 @@ def _show(logger: Any, tag: str, image: Image.Image, step: int) -> None:
 
 def _save(image: Image.Image, file: Path) -> None:
     try:
-        for left in file.parent.glob(f".{escape(file.name)}.*.partial"):  # of a process killed here
-            left.unlink(missing_ok=True)
         replace_file(file, lambda partial: image.save(partial, format="png"))
     except OSError as error:
         _cannot(f"write the picture {file}", error, "it is shown in the loggers only")
 
 
-def _cannot(do: str, error: OSError, so: str) -> None:
+def _cannot(do: str, error: Exception, so: str) -> None:
+    why = getattr(error, "strerror", None) or error
     rank_zero_warn(
-        f"Cannot {do}: {error.strerror or error}. Training goes on, and {so}. Make room on that "
-        "disk, or choose another folder: dirpath=..."
+        f"Cannot {do}: {why}. Training goes on, and {so}. Make room on that disk, or choose "
+        "another folder: dirpath=..."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from stagewise.callbacks import StageScheme
-from stagewise.files import names
+from stagewise.files import is_full, names
 from stagewise.latents import Latents
 from stagewise.recipes.checkpoints import load_weights, newest_whole, require_whole
 from stagewise.recipes.latents import current
@@ -32,7 +31,6 @@ from stagewise.recipes.public_weights import load_public_weights
 
 __all__ = ["begin_with", "checkpoint_of", "require_fit", "require_shards", "says_how_to_go_on"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAME = ("seed", "data", "net", "objective", "module")
 # The batch over all ranks must stay as well: the data module looks at it, since ranks may change.
 _FREE = tuple(
@@ -178,7 +176,7 @@ def says_how_to_go_on(run_dir: Path, trainer: L.Trainer, begun: int) -> Iterator
         if trainer.global_step == begun and isinstance(error, ValueError):
             raise  # what was asked for is wrong, and is as wrong when it is asked for again
         note = f"Training ended {_kept(run_dir, trainer)}"
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if is_full(error):
             note = f"A disk is full. Make room in {run_dir}, and where else this run writes. {note}"
         # Python 3.10 has no notes: there it stands above the traceback.
         getattr(error, "add_note", lambda text: print(text, file=sys.stderr))(note)

@@ -17,14 +17,13 @@ from lightning.pytorch.utilities.rank_zero import (
     rank_zero_only,
     rank_zero_warn,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from stagewise.callbacks import StageScheme
 from stagewise.files import is_full, names
 from stagewise.latents import Latents
-from stagewise.recipes.checkpoints import load_weights, newest_whole, require_whole
-from stagewise.recipes.latents import current
+from stagewise.recipes.checkpoints import load_weights, newest_whole, read_config, require_whole
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.overrides import flat
 from stagewise.recipes.public_weights import load_public_weights
@@ -77,7 +76,7 @@ def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
             f"resume=true needs the folder to go on in, run_dir=...; {run_dir} is a new one."
         )
     if file.exists():
-        before, now = flat(current(DictConfig(OmegaConf.load(file)))), flat(config)
+        before, now = flat(read_config(file)), flat(config)
         changed = [
             f"{key}={now.get(key)} (was {before.get(key)})"
             for key in {**before, **now}

@@ -82,6 +82,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_file(run_dir / "config.yaml", lambda file: OmegaConf.save(config, file, True))
+    place = shlex.quote(str(run_dir))
+    # Said here for whatever leaves no time for a word: SIGKILL, or Lightning's end of all processes.
+    rank_zero_info(f"Writes to {run_dir}. If it is stopped, go on: run_dir={place} resume=true")
     start = time.perf_counter()
     with says_how_to_go_on(run_dir, trainer, begun):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -103,12 +106,13 @@ def train(config: DictConfig) -> dict[str, Any]:
         load_weights(checkpoint, module)
     module.to(trainer.strategy.root_device)  # fit has moved it to the CPU
     monitor = next((c for c in callbacks if isinstance(c, PosteriorMonitor)), None)
-    results = evaluate(
-        module, data, monitor, trainer.loggers, trainer.global_step, run_dir, **config.evaluation
-    )
-    place = shlex.quote(str(run_dir))
+    step = trainer.global_step
+    with says_how_to_go_on(run_dir, trainer, begun):
+        results = evaluate(
+            module, data, monitor, trainer.loggers, step, run_dir, **config.evaluation
+        )
     print(
-        f"\nTrained {trainer.global_step} steps{'' if finished else f' in {seconds:.0f} s'}. In "
+        f"\nTrained {step} steps{'' if finished else f' in {seconds:.0f} s'}. In "
         f"{run_dir}:\n"
         + "".join(
             f"  {path.relative_to(run_dir)}\n"

@@ -231,6 +231,13 @@ def test_resuming_in_a_folder_that_nobody_chose_is_refused(started, tmp_path):
         checkpoint_of(started(), tmp_path)
 
 
+def test_a_damaged_configuration_is_named(started, tmp_path):
+    for content in (b"a: [", b"\xff\xfe", b"- 1"):
+        (tmp_path / "config.yaml").write_bytes(content)
+        with pytest.raises(ValueError, match=r"config\.yaml cannot be read as a configuration"):
+            checkpoint_of(started("resume=true", f"hydra.run.dir={tmp_path}"), tmp_path)
+
+
 def test_a_damaged_checkpoint_is_said_and_left_out(started, tmp_path, lightning_log):
     folder = tmp_path / "checkpoints"
     folder.mkdir()

@@ -142,7 +142,9 @@ class StageTransitions(StageCallback):
         before = [] if self.renewed else (self.stash or {}).get("events", [])
         self.events = [event for event in before if event["step"] <= run.began]
         self.writer = run.open_writer(self)
-        self.writer.start(self.events, resumed=bool(self.events) or run.encoding is not None)
+        # Resumed before anything happened there are no events, and what follows happens again.
+        resumed = not self.renewed and self.stash is not None and run.began > 0
+        self.writer.start(self.events, resumed=resumed or run.encoding is not None)
         self._probed = self._steps_probed()
         self._rows: Tensor | None = None
         if self._posterior is not None:

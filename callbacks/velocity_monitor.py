@@ -128,7 +128,7 @@ class VelocityErrorMonitor(ModelMonitor):
         """All that was reported so far, and the sums since the last probe; never the bank.
 
         Of several processes Lightning keeps the state of the first: sums of the others since the
-        last probe are lost when a run resumes.
+        last probe are lost when a run resumes, and the window says so under "lacking".
         """
         record = None if self._record is None else self._record.state_dict()
         state = {**super().state_dict(), "events": self.events, "record": record}
@@ -168,8 +168,10 @@ class VelocityErrorMonitor(ModelMonitor):
         self._place_stages()
         record = (self.stash or {}).get("record")
         if self._record is not None and network is not None:
-            if record is not None and run.host.rank == 0 and not self.renewed:
-                self._record.load_state_dict(record)
+            if record is not None and not self.renewed:
+                self._record.load_state_dict(record, run.host.rank, run.host.world_size)
+            if self._record.lacking:
+                self.say(f"in its first window {self._record.lacking}")
             x1, call = run.look.search.x1, run.look.search.call
             assert x1 is not None
             assert call is not None

@@ -293,7 +293,9 @@ def _spending(run: RunFiles) -> str:
         return head + _missing("Draws, loss and gradients by stage", "VelocityErrorMonitor")
     figure = figures.spending_figure(edges, windows[-1])
     drawn = _drawn(figure, "Shares of draws, loss and gradient norms, and draws of t")
-    return f'{head}<div class="wide">{drawn}</div>'
+    lacking = windows[-1].get("lacking")
+    warning = f'<p class="warn">{html.escape(f"Not all: {lacking}.")}</p>' if lacking else ""
+    return f'{head}{warning}<div class="wide">{drawn}</div>'
 
 
 def _events(run: RunFiles) -> str:

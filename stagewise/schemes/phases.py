@@ -26,7 +26,7 @@ _MANY = 1000
 
 @dataclass(frozen=True)
 class Phase:
-    """A scheme and what ends it.
+    """A part of a training: a scheme, and what ends it.
 
     Args:
         scheme: In force.

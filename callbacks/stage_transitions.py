@@ -33,7 +33,7 @@ _READ_AGAIN = 32
 
 
 class StageTransitions(StageCallback):
-    """Notices what happens once in a run, from the probes of its monitors.
+    """Says when navigation is learned, memorization begins, or the boundary has moved.
 
     - **navigation learned**: the logarithm of the oracle error in navigation is flat over the last
       third of the probes, `patience` probes in a row (`stagewise.learning_events`).
@@ -68,6 +68,10 @@ class StageTransitions(StageCallback):
     Raises:
         ValueError: At construction for numbers out of range; at the start of training if there is
             no monitor.
+
+    Example:
+        >>> from stagewise.callbacks import VelocityErrorMonitor
+        >>> callbacks = [VelocityErrorMonitor(), StageTransitions(subscribers=[print])]
     """
 
     order = 4

@@ -30,7 +30,7 @@ __all__ = ["VelocityErrorMonitor"]
 
 
 class VelocityErrorMonitor(ModelMonitor):
-    """Measures a model's velocity by t, against the conditional target and against the oracle.
+    """Measures how far a model is from its training target and from the oracle, by t.
 
     The posterior is a property of the data; this is what moves during training. Now and then the
     model is asked about noisy training samples and noisy held-out ones, the same at every probe, in
@@ -69,7 +69,7 @@ class VelocityErrorMonitor(ModelMonitor):
     the model is from repeating the training set, not how good it is.
 
     Args:
-        bank: See `StageCallback`.
+        bank: The training latents, if they are not to be read from the loader.
         strata: Bins of t, default 24; half of them lie near the predicted boundary if that is near
             an end of [0, 1].
         queries: In each bin, for training and for held-out samples, default 32. A probe is
@@ -86,6 +86,12 @@ class VelocityErrorMonitor(ModelMonitor):
         ValueError: At construction for numbers out of range; before the first optimizer step if no
             velocity can be had, the network is given more than labels, or the samples do not fit
             the bank.
+
+    Example:
+        >>> from stagewise.callbacks import PosteriorMonitor
+        >>> callbacks = [PosteriorMonitor(), VelocityErrorMonitor(queries=16)]
+        >>> ask = lambda module, xt, t, labels: module.net(xt, t, labels)  # if it is not found
+        >>> callbacks = [VelocityErrorMonitor(velocity=ask)]
     """
 
     order = 2

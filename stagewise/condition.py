@@ -45,7 +45,7 @@ _LEAST = -1e300
 
 @dataclass(frozen=True)
 class Condition:
-    """A kernel on what a model is given beside x_t, t and a class. A plain object without data.
+    """A kernel on what a model is given beside x_t, t and a class, such as text.
 
     Args:
         kernel: "gaussian", `-|c - c_i|^2 / 2 h^2`; "cosine", `-(1 - cos(c, c_i)) / h^2`, for text
@@ -123,7 +123,7 @@ class Condition:
 
 
 class ConditionedOracle(Oracle):
-    """Answers for a kernel on the condition, as `Oracle` does for all rows alike.
+    """An `Oracle` that weighs rows by a kernel on the condition.
 
     `Mix`, `Scheme` and `StageCurve.measure` take it as they take an oracle. Every question says the
     condition of each query; one that says its `source` has that of the row. With `labels` the

@@ -25,7 +25,7 @@ __all__ = ["Reservoir"]
 
 
 class Reservoir(LatentBank):
-    """A bank of at most `size` samples of a stream, the present batch among them.
+    """Keeps the last `size` samples of a stream as a bank, the present batch among them.
 
     `add` each batch before its targets are asked for. An `Oracle` over it answers over the last M
     samples by then, each draw counted once, so that equal samples count as often as they came. Rows

@@ -222,13 +222,13 @@ class StageScheme(StageCallback):
                 "steered: in eval mode or without gradients it is plain. If another object makes "
                 f"it, say which: seam=...; {BY_HAND}"
             )
-        oracles = [p.oracle for p in parts(self.scheme) if p.target and p.oracle]
+        # What is smoothed are rows; the draws around them are none.
+        mixing = [p for p in parts(self.scheme) if p.target and p.oracle and not p.smoothing]
         with self.run.together("holding its samples against the bank"):
-            for bank, oracle in {o.bank: o for o in oracles}.items():
+            for bank, oracle in {p.oracle.bank: p.oracle for p in mixing}.items():
                 kernel, known, look = oracle.condition, record.source is not None, self.run.look
                 c = look.condition_for(kernel, record.x1) if kernel else None
-                part, shard = parts(self.scheme)[0], not oracle.engine.holds_all_rows
-                near = part.encoded and not part.smoothing  # draws are no rows
+                near, shard = parts(self.scheme)[0].encoded, not oracle.engine.holds_all_rows
                 options = {"known": known and not near, "near": near, "shard": shard}
                 if said := check_rows(bank, record.x1, **options, condition=c):
                     self.warn(said)

@@ -166,10 +166,11 @@ class PosteriorMonitor(Monitor):
             posterior = f"over the rows of its class ({len(bank.classes)} {pairs})"
             if run.option(self, "class_wise") is None:
                 posterior += ", as there are labels (class_wise=False if training ignores them)"
+        alike = "" if self.oracle.condition is None else " of rows that weigh alike"
         self.say(
             f"{bank}, std {bank.std:.3g}; {path!r} ({found}), t = 0 is noise; "
-            f"posterior {posterior}, by {self.oracle.engine.describe(bank)}; predicted boundary "
-            f"t = {self.predicted:.3f}; {self.writer.describe()}"
+            f"posterior {posterior}, by {self.oracle.engine.describe(bank)}; predicted boundary"
+            f"{alike} t = {self.predicted:.3f}; {self.writer.describe()}"
         )
         self.open_files(self._header(), self.history)
 

@@ -40,6 +40,8 @@ __all__ = ["Writer", "by_time", "chart", "show_pictures", "tags_by_time"]
 
 _WARNED: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """Loggers that failed, by their id: a logger need not be hashable."""
+_TOLD: set[tuple[str, Path]] = set()
+"""What could not be done in which folder."""
 
 
 class Writer:
@@ -98,7 +100,9 @@ class Writer:
             if size is not None:  # half a line would spoil the next one too
                 with suppress(OSError):
                     os.truncate(file, size)
-            _cannot(f"append to {file}", error, "the event is missing there until the run resumes")
+            _cannot("append to", file, error, "the event is missing there until the run resumes")
+        else:
+            _TOLD.discard(("append to", file.parent))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Logs scalars under their full tags to every logger."""
@@ -139,8 +143,9 @@ class Writer:
         except (OSError, RuntimeError) as error:
             if host.world_size > 1 or not (isinstance(error, OSError) or is_full(error)):
                 raise
-            _cannot(f"write {file}", error, "the file of before stays")
+            _cannot("write", file, error, "the file of before stays")
             return False
+        _TOLD.discard(("write", file.parent))
         return True
 
     def pictures(self, figures: Mapping[str, Figure], step: int) -> None:
@@ -222,14 +227,21 @@ def _save(image: Image.Image, file: Path) -> None:
     try:
         replace_file(file, lambda partial: image.save(partial, format="png"))
     except OSError as error:
-        _cannot(f"write the picture {file}", error, "it is shown in the loggers only")
+        _cannot("write the picture", file, error, "it is shown in the loggers only")
+    else:
+        _TOLD.discard(("write the picture", file.parent))
 
 
-def _cannot(do: str, error: Exception, so: str) -> None:
-    why = getattr(error, "strerror", None) or error
+def _cannot(do: str, file: Path, error: Exception, so: str) -> None:
+    """Warns once for a folder, until something could be written there."""
+    if (do, file.parent) in _TOLD:
+        return
+    _TOLD.add((do, file.parent))
+    code = getattr(error, "errno", None)
     rank_zero_warn(
-        f"Cannot {do}: {why}. Training goes on, and {so}. Make room on that disk, or choose "
-        "another folder: dirpath=..."
+        f"Cannot {do} {file}: {os.strerror(code) if code else error}. Training goes on, and {so}; "
+        "later failures in that folder are not told. Make room on that disk, or choose another "
+        "folder: dirpath=..."
     )
 
 

@@ -83,7 +83,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_file(run_dir / "config.yaml", lambda file: OmegaConf.save(config, file, True))
     place = shlex.quote(str(run_dir))
-    # Said here for whatever leaves no time for a word: SIGKILL, or Lightning's end of all processes.
+    # For what leaves no time for a word: SIGKILL, which Lightning also ends all processes with.
     rank_zero_info(f"Writes to {run_dir}. If it is stopped, go on: run_dir={place} resume=true")
     start = time.perf_counter()
     with says_how_to_go_on(run_dir, trainer, begun):

@@ -329,8 +329,9 @@ def test_a_full_disk_is_a_warning_and_the_picture_of_before_stays(write, tmp_pat
     before = (tmp_path / "files/curve.png").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", full)
-        with pytest.warns(UserWarning, match=r"curve\.png: No space left.*dirpath="):
-            made.pictures({"curve": figure(2.0)}, 2)
+        with pytest.warns(UserWarning, match=r"curve\.png: No space left.*dirpath=") as said:
+            made.pictures({"curve": figure(2.0), "other": figure()}, 2)
+        assert len(said) == 1, "once for a folder"
     assert (tmp_path / "files/curve.png").read_bytes() == before
     assert sorted(file.name for file in (tmp_path / "files").iterdir()) == [
         "curve.png",
@@ -338,6 +339,9 @@ def test_a_full_disk_is_a_warning_and_the_picture_of_before_stays(write, tmp_pat
     ]
     made.pictures({"curve": figure(2.0)}, 3)
     assert (tmp_path / "files/curve.png").read_bytes() != before
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        made.pictures({"curve": figure(2.0)}, 4)
 
 
 def test_a_logger_that_fails_at_scalars_is_a_warning(write, monkeypatch):

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from schemes_plan import write_once
 
-from stagewise.callbacks import VelocityErrorMonitor, figures, velocity_figures
-from stagewise.callbacks.figures import render
+from stagewise.callbacks import VelocityErrorMonitor, velocity_figures
+from stagewise.callbacks.drawing import counted, render
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.photos import PhotoPatches
@@ -31,6 +29,7 @@ from stagewise.timesteps import Uniform
 
 SIZES = {"small": (64, 3, 2), "base": (128, 4, 4), "large": (192, 6, 6)}  # width, depth, heads
 STEPS, SHOWN = 600, (25, 50, 100, 300, 600)
+ROWS, STRATA, QUERIES = 20_000, 20, 96
 
 
 def train(size: str, folder: Path) -> dict[str, Any]:
@@ -39,7 +38,9 @@ def train(size: str, folder: Path) -> dict[str, Any]:
     width, depth, heads = SIZES[size]
     net = SiT(7, 16, 3, 4, width, depth, heads)
     module = FlowMatchingModule(net, FlowMatchingLoss(timesteps=Uniform(stratified=True)))
-    monitor = VelocityErrorMonitor(every_n_steps=25, strata=20, queries=96, dirpath=folder / size)
+    monitor = VelocityErrorMonitor(
+        every_n_steps=25, strata=STRATA, queries=QUERIES, dirpath=folder / size
+    )
     trainer = pl.Trainer(
         max_steps=STEPS,
         accelerator="cpu",
@@ -54,7 +55,7 @@ def train(size: str, folder: Path) -> dict[str, Any]:
         check_val_every_n_epoch=None,
         val_check_interval=10 * STEPS,
     )
-    trainer.fit(module, datamodule=PhotoPatches())
+    trainer.fit(module, datamodule=PhotoPatches(train_size=ROWS))
     weights = sum(p.numel() for p in net.parameters())
     boundary = monitor.boundary
     assert boundary is not None
@@ -70,17 +71,20 @@ def train(size: str, folder: Path) -> dict[str, Any]:
 def draw(found: dict[str, dict[str, Any]]) -> dict[str, Figure]:
     """The pictures, by the names of their files."""
     pictures: dict[str, Figure] = {}
+    asked = counted(ROWS, QUERIES, STRATA)
     if "base" in found:
         base = found["base"]
         edges, probes = base["edges"], base["probes"]
         at = (base["midpoint"], base["collapsed"])
-        title = f"SiT of {base['weights'] / 1e6:.1f} M weights, 16 x 16 x 3 photographs"
-        shown = [probe for probe in probes if probe["step"] in SHOWN]
-        pictures["error_by_t"] = velocity_figures.loss_by_time_figure(edges, probes[-1], at, title)
-        pictures["error_while_training"] = velocity_figures.dynamics_figure(
-            edges, shown, "conditional", at, title
+        about = (
+            f"SiT of {base['weights'] / 1e6:.1f} M weights on photographs of 16 x 16 x 3; {asked}"
         )
-        pictures["oracle_error_heatmap"] = velocity_figures.error_heatmap(edges, probes)
+        shown = [probe for probe in probes if probe["step"] in SHOWN]
+        pictures["error_by_t"] = velocity_figures.loss_by_time_figure(edges, probes[-1], at, about)
+        pictures["error_while_training"] = velocity_figures.dynamics_figure(
+            edges, shown, "conditional", at, about
+        )
+        pictures["oracle_error_heatmap"] = velocity_figures.error_heatmap(edges, probes, at, about)
     if len(found) > 1:
         models = {
             f"{model['weights'] / 1e6:.2g} M weights, step {model['probes'][-1]['step']}": model[
@@ -90,24 +94,10 @@ def draw(found: dict[str, dict[str, Any]]) -> dict[str, Figure]:
         }
         first = next(iter(found.values()))
         ends = (first["midpoint"], first["collapsed"])
-        pictures["error_by_size"] = sizes_figure(first["edges"], models, ends)
+        pictures["error_by_size"] = velocity_figures.sizes_figure(
+            first["edges"], models, ends, f"photographs of 16 x 16 x 3; {asked}"
+        )
     return pictures
-
-
-def sizes_figure(
-    edges: Sequence[float],
-    models: Mapping[str, figures.Event],
-    ends: figures.Ends,
-) -> Figure:
-    """Oracle error by t of the last probes of several models, by name (as Fig. 7b of the paper)."""
-    figure, axes, t = figures.over_time(edges, ends)
-    for name, probe in models.items():
-        mean, error = (np.array(probe["train"][key], float) for key in ("oracle", "oracle_se"))
-        axes.errorbar(t, mean, 2 * error, lw=1.5, marker=".", label=name)
-    axes.set(ylabel="MSE(oracle velocity), training samples", title="Oracle error by model size")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    return figure
 
 
 def main() -> None:

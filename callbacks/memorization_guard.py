@@ -16,7 +16,7 @@ from stagewise.bank import LatentBank
 from stagewise.callbacks.memorization_monitor import MemorizationMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
-from stagewise.callbacks.writer import by_time
+from stagewise.callbacks.writer import by_time, chart, tags_by_time
 from stagewise.learning_events import GapWatch, OnsetLaw
 from stagewise.masks import plain
 from stagewise.velocity_probe import Probe
@@ -98,8 +98,7 @@ class MemorizationGuard(MemorizationMonitor):
 
     held = (*MemorizationMonitor.held, "_splits", "_errors", "_saves")
     event = "guard_probe"
-    more = {"held-out loss": "/held_out_loss$", "gap by t": "_by_t/gap/"}
-    charts = {**MemorizationMonitor.charts, **more}
+    charts = {"held-out loss": "/held_out_loss$"}
     longest: ClassVar[int] = 1000
 
     def __init__(
@@ -190,6 +189,11 @@ class MemorizationGuard(MemorizationMonitor):
     def _events(self) -> list[dict[str, Any]]:
         told = [] if self.onset is None else [self.onset]
         return sorted([*self.history, *told], key=lambda event: event["step"])
+
+    @override
+    def layout(self) -> dict[str, list[Any]]:
+        gap = chart(tags_by_time(f"{self.name}_by_t/gap", self.edges))
+        return super().layout() | ({"gap at four t": gap} if self._probes else {})
 
     def renew(self) -> None:
         """Takes all samples anew; errors on other latents are no longer compared with."""

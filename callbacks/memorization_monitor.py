@@ -13,12 +13,15 @@ from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
+from stagewise.callbacks.writer import chart
 from stagewise.copies import Nearest, copy_share, nearest_rows
 from stagewise.masks import plain
 from stagewise.memorization_probe import METHOD, MemorizationProbe
 
 __all__ = ["MemorizationMonitor"]
 
+_ENDS = ("", "_low", "_high")
+"""Of the names of a share and of its interval."""
 _SHOWN = 8
 """Samples in a picture."""
 
@@ -58,11 +61,6 @@ class MemorizationMonitor(ModelMonitor):
     order = 3
     held = (*ModelMonitor.held, "_probe", "_shown")
     event = "memorization_probe"
-    charts = {
-        "share of copies by t_switch": "/copies/t_switch=[^_]*$",
-        "median d1/d2 by t_switch": "/ratio/",
-        "share of copies among resumed samples": "/resumed_copies/",
-    }
     longest: ClassVar[int] = 5000
     _probe: MemorizationProbe
     _shown: tuple[Any, ...]
@@ -248,6 +246,20 @@ class MemorizationMonitor(ModelMonitor):
             scalars[f"{self.name}/resumed_copies/t={t:g}"] = share
         return scalars
 
+    @override
+    def layout(self) -> dict[str, list[Any]]:
+        """Its charts, of at most four times each."""
+        page = super().layout()
+        interval = [f"{self.name}/copies/t_switch={self.t_switch[0]:g}{end}" for end in _ENDS]
+        page[f"share of copies, t_switch {self.t_switch[0]:g}, 95 %"] = ["Margin", interval]
+        titles = {"share of copies by t_switch": "copies", "median d1/d2 by t_switch": "ratio"}
+        for title, key in titles.items():
+            page[title] = chart([f"{self.name}/{key}/t_switch={t:g}" for t in self.t_switch])
+        if self._held_out:
+            tags = [f"{self.name}/resumed_copies/t={t:g}" for t in self.t_resume]
+            page["share of copies among resumed samples"] = chart(tags)
+        return page
+
     @property
     def _draws_images(self) -> bool:
         return self.decode is not None or pictures.is_image(self.oracle.bank.shape)
@@ -256,7 +268,8 @@ class MemorizationMonitor(ModelMonitor):
         """Shares over the training, and samples of this rank beside their nearest rows."""
         made, near, resumed, near_resumed = self._shown
         bank, step = self.oracle.bank, probes[-1]["step"]
-        drawn = {"copies": pictures.copies_figure(probes)}
+        about = f"N = {len(bank):,} rows, n = {self.samples} samples at each t_switch"
+        drawn = {"copies": pictures.copies_figure(probes, about.replace(",", " ", 1))}
         if not self._draws_images:
             return drawn
 

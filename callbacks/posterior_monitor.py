@@ -13,9 +13,10 @@ from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
 from stagewise.callbacks import figures as pictures
+from stagewise.callbacks.drawing import counted
 from stagewise.callbacks.monitor import Monitor, MonitorOptions
 from stagewise.callbacks.ranks import rank_zero_warn
-from stagewise.callbacks.writer import by_time
+from stagewise.callbacks.writer import by_time, chart, tags_by_time
 from stagewise.engines import Engine
 from stagewise.masks import few_rows
 from stagewise.spectrum import predicted_boundary
@@ -91,7 +92,6 @@ class PosteriorMonitor(Monitor):
     event = "probe"
     charts = {
         "boundary (t, 0 = noise)": "/(midpoint|collapsed|predicted)$",
-        **{f"{key.replace('_', ' ')} by t": f"_by_t/{key}/.*" for key in STATISTICS},
         "cost of a probe / step time": "/share_of_step_time$",
     }
 
@@ -279,20 +279,22 @@ class PosteriorMonitor(Monitor):
         bank = self.oracle.bank
         assert self.curve is not None
         assert self.boundary is not None
-        title = f"N = {len(bank)}, D = {bank.dim}"
-        title += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
-        title += "".join(f", {kernel}" for kernel in self.over.values())
+        about = f"{counted(len(bank), self.queries, self.strata)}, D = {bank.dim}"
+        about += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
+        about += "".join(f", {kernel}" for kernel in self.over.values())
+        about += f", step {probes[-1]['step']}"
         # A resumed run may have been given another number of strata.
         alike = [entry for entry in probes if len(entry["t"]) == self.strata]
-        about = (self.curve, self.boundary, self.predicted, f"{title}, step {probes[-1]['step']}")
+        found = (self.curve, self.boundary, self.predicted, about)
         return {
-            "concentration": pictures.concentration_figure(*about),
-            "target_difference": pictures.target_difference_figure(*about),
+            "concentration": pictures.concentration_figure(*found),
+            "target_difference": pictures.target_difference_figure(*found),
             "heatmap": pictures.heatmap_figure(
                 [entry["step"] for entry in alike],
                 self.recipe.edges.numpy(),
                 np.array([entry["top1"] for entry in alike]),
                 [entry["midpoint"] for entry in alike],
+                about,
             ),
         }
 
@@ -316,7 +318,14 @@ class PosteriorMonitor(Monitor):
             f"{key} with interval": ["Margin", [f"{self.name}/{key}{end}" for end in _ENDS]]
             for key in ("midpoint", "collapsed")
         }
-        return {**super().layout(), **intervals}
+        prefix, shown = f"{self.name}_by_t", ("top1", "ess", "target_difference")
+        by_t = {
+            f"{key.replace('_', ' ')} at four t": chart(
+                tags_by_time(f"{prefix}/{key}", self.recipe.edges)
+            )
+            for key in shown
+        }
+        return {**super().layout(), **intervals, **by_t}
 
 
 def _told(entry: Mapping[str, Any], name: str, level: float) -> str:

@@ -126,7 +126,6 @@ class StageRun(RunOracles):
     def start_members(self) -> None:
         """Tells them that training starts; with a reservoir once it holds a batch."""
         self.tell("start")
-        self.open_writer(self).dashboard(self.members)
 
     def tell(self, what: str, *values: Any) -> None:
         """Calls a method of all callbacks by its name, in their order."""
@@ -185,6 +184,7 @@ class StageRun(RunOracles):
         with self.together("looking at its first step"):
             self._look_at_step()
         self.tell("settle")
+        self.open_writer(self).dashboard(self.members)
         self.look.forget()
         for member in self.members:
             member.stash = None

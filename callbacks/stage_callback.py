@@ -183,7 +183,7 @@ class StageCallback(Callback):
         rank_zero_warn(f"{type(self).__name__}: {message}")
 
     def layout(self) -> dict[str, list[Any]]:
-        """Its charts for TensorBoard's custom-scalars page."""
+        """Its charts for TensorBoard's custom-scalars page, once it has settled."""
         name = re.escape(self.name)
         return {title: ["Multiline", [f"^{name}{tags}"]] for title, tags in self.charts.items()}
 

@@ -9,31 +9,42 @@ bin is empty. Arguments of one name are alike in all:
     window         an event `training_window`
     times, top1    mean times of the strata of a `PosteriorMonitor`, and its mean largest weights
     ends           t where navigation ends and where the posterior has collapsed, or None
-    title          names the data or the model
+    about          names the data or the model, with N and n
+    marks          steps of what has happened once, with their names
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from stagewise.callbacks.figures import (
-    Edges,
+from stagewise.callbacks.drawing import (
+    DATA,
+    FLOOR,
+    HELD_OUT,
+    MAGNITUDE,
+    NOISE,
+    ORACLE,
+    STAGE_COLOURS,
+    TRAIN,
     Ends,
-    Event,
+    by_step,
+    centres,
+    divide_stages,
+    heading,
+    in_order,
+    legend,
+    mark_time,
     new_figure,
-    over_time,
-    step_columns,
+    shade_stages,
     time_axis,
 )
+from stagewise.callbacks.figures import Event, step_columns
 from stagewise.stages import StageCurve
 
 __all__ = [
@@ -43,11 +54,13 @@ __all__ = [
     "gap_is_clear",
     "loss_by_time_figure",
     "of_run",
+    "sizes_figure",
     "spending_figure",
     "stages_and_error_figure",
 ]
 
-_TRAIN, _HELD_OUT, _ORACLE, _NOISE = "tab:blue", "tab:orange", "tab:red", "0.75"
+Edges = Sequence[float]
+Marks = Sequence[tuple[int, str]]
 
 
 def of_run(
@@ -56,6 +69,8 @@ def of_run(
     window: Event | None,
     curve: StageCurve | None,
     ends: Ends,
+    about: str = "",
+    marks: Marks = (),
 ) -> dict[str, Figure]:
     """All pictures of a run by their names, as far as there is what they show.
 
@@ -65,40 +80,51 @@ def of_run(
     # A resumed run may have been given another number of strata.
     probes = [entry for entry in probes if len(entry["train"]["oracle"]) == len(edges) - 1]
     drawn = {
-        "loss_by_t": loss_by_time_figure(edges, probe, ends),
-        "oracle_error": dynamics_figure(edges, probes, "oracle", ends),
-        "conditional_error": dynamics_figure(edges, probes, "conditional", ends),
-        "oracle_error_heatmap": error_heatmap(edges, probes),
+        "loss_by_t": loss_by_time_figure(edges, probe, ends, about),
+        "oracle_error": dynamics_figure(edges, probes, "oracle", ends, about),
+        "conditional_error": dynamics_figure(edges, probes, "conditional", ends, about),
+        "oracle_error_heatmap": error_heatmap(edges, probes, ends, about, marks),
     }
     gaps = [entry for entry in probes if entry["gap"] is not None]
     if gaps:
-        drawn["gap_heatmap"] = gap_heatmap(edges, gaps)
+        drawn["gap_heatmap"] = gap_heatmap(edges, gaps, ends, about, marks)
     if window is not None:
-        drawn["spending"] = spending_figure(edges, window)
+        drawn["spending"] = spending_figure(edges, window, ends)
     if curve is not None:
         times, top1 = curve.times.tolist(), curve.mean("top1").tolist()
-        drawn["stages_and_error"] = stages_and_error_figure(edges, probe, times, top1, ends)
+        drawn["stages_and_error"] = stages_and_error_figure(edges, probe, times, top1, ends, about)
     return drawn
 
 
-def loss_by_time_figure(edges: Edges, probe: Event, ends: Ends, title: str = "") -> Figure:
+def _over_time(edges: Edges, ends: Ends) -> tuple[Figure, Axes, np.ndarray]:
+    """A figure over t with its stages; its axes, and the centres of the bins."""
+    figure = new_figure()
+    axes, t = figure.add_subplot(), centres(edges)
+    time_axis(axes, t)
+    shade_stages(axes, ends)
+    for at, name, style in zip(ends, ("midpoint", "collapsed"), ("--", ":"), strict=True):
+        mark_time(axes, at, name, color="0.25", lw=1.2, ls=style)
+    return figure, axes, t
+
+
+def loss_by_time_figure(edges: Edges, probe: Event, ends: Ends, about: str = "") -> Figure:
     """Error against conditional and oracle velocity, and the floor (as Fig. 7a of the paper)."""
-    figure, axes, t = over_time(edges, ends)
+    figure, axes, t = _over_time(edges, ends)
     train = probe["train"]
-    axes.fill_between(t, np.array(train["floor"], float), color="0.88", lw=0, label="floor")
+    axes.fill_between(t, np.array(train["floor"], float), color=FLOOR, lw=0, label="floor")
     lines = [
-        ("training, conditional", train, "conditional", _TRAIN, "-"),
-        ("training, oracle", train, "oracle", _ORACLE, "-"),
+        ("training, conditional", train, "conditional", TRAIN, "-"),
+        ("training, oracle", train, "oracle", ORACLE, "-."),
     ]
     if probe.get("held_out"):
-        lines.append(("held out, conditional", probe["held_out"], "conditional", _HELD_OUT, "--"))
+        lines.append(("held out, conditional", probe["held_out"], "conditional", HELD_OUT, "--"))
     for label, split, key, colour, style in lines:
         mean, error = np.array(split[key], float), 2 * np.array(split[f"{key}_se"], float)
         axes.errorbar(t, mean, error, color=colour, ls=style, lw=1.4, marker=".", label=label)
     axes.set(ylabel="MSE of the velocity, per number")
-    axes.set_title(f"Error by t at step {probe['step']}" + (f"\n{title}" if title else ""))
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, ncols=2)
+    heading(axes, f"Error by t at step {probe['step']}, with 2 standard errors", about)
+    legend(figure)
     return figure
 
 
@@ -109,56 +135,77 @@ def _chosen(probes: Sequence[Event]) -> list[Event]:
 
 
 def dynamics_figure(
-    edges: Edges, probes: Sequence[Event], key: str, ends: Ends, title: str = ""
+    edges: Edges, probes: Sequence[Event], key: str, ends: Ends, about: str = ""
 ) -> Figure:
     """A curve for each of at most ten steps of training, coloured by step (as Fig. 8)."""
-    figure, axes, t = over_time(edges, ends)
-    last = max(2, probes[-1]["step"])
-    # Two decades at most: the first steps of an untrained model would take most of the colours.
-    begin = min(max(1.0, probes[0]["step"], last / 100), last / 2)
-    norm, colours = LogNorm(begin, last, clip=True), mpl.colormaps["viridis_r"]
+    figure, axes, t = _over_time(edges, ends)
+    colours = by_step([probe["step"] for probe in probes])
     for probe in _chosen(probes):
-        colour = colours(norm(max(1, probe["step"])))
+        colour = colours.to_rgba(max(1, probe["step"]))
         axes.plot(t, np.array(probe["train"][key], float), color=colour, lw=1.5)
     if key == "conditional":
         floor = np.array(probes[-1]["train"]["floor"], float)
-        axes.fill_between(t, floor, color="0.88", lw=0, label="floor: no model goes below")
-    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="training step")
+        axes.fill_between(t, floor, color=FLOOR, lw=0, label="floor: no model goes below")
+    figure.colorbar(colours, ax=axes, label="training step")
     axes.set(ylabel=f"MSE({key} velocity), training samples")
-    axes.set_title(f"{key.capitalize()} error while training" + (f"\n{title}" if title else ""))
     axes.set_ylim(bottom=0)
-    if axes.get_legend_handles_labels()[0]:  # no boundary and no floor: nothing to name
-        axes.legend(fontsize=8)
+    heading(axes, f"{key.capitalize()} error while training", about)
+    legend(figure)
+    return figure
+
+
+def sizes_figure(edges: Edges, models: Mapping[str, Event], ends: Ends, about: str = "") -> Figure:
+    """Oracle error by t of probes of several models, by name, the smallest first (as Fig. 7b)."""
+    figure, axes, t = _over_time(edges, ends)
+    for (name, probe), colour in zip(models.items(), in_order(len(models)), strict=True):
+        mean, error = (np.array(probe["train"][key], float) for key in ("oracle", "oracle_se"))
+        axes.errorbar(t, mean, 2 * error, color=colour, lw=1.5, marker=".", label=name)
+    axes.set(ylabel="MSE(oracle velocity), training samples")
+    axes.set_ylim(bottom=0)
+    heading(axes, "Oracle error by model size, with 2 standard errors", about)
+    legend(figure)
     return figure
 
 
 def _heatmap(
-    edges: Edges, probes: Sequence[Event], values: np.ndarray, title: str, **colours: Any
-) -> tuple[Figure, Axes, Any]:
-    """Values, (T, P), over t and training step."""
+    edges: Edges,
+    probes: Sequence[Event],
+    values: np.ndarray,
+    ends: Ends,
+    marks: Marks,
+    **colours: Any,
+) -> tuple[Figure, Axes, np.ndarray, Any]:
+    """Values, (T, P), over t and training step; axes, the edges of their rows, and the mesh."""
     figure = new_figure()
-    axes = figure.add_subplot(xlabel="training step", title=title)
-    columns = step_columns([probe["step"] for probe in probes])
-    mesh = axes.pcolormesh(columns, np.arange(len(edges)), values, **colours)
-    axes.set(ylabel="t   (0 = noise), every bin drawn as high")
-    ticks = np.arange(0, len(edges), max(1, len(edges) // 8))
-    axes.set_yticks(ticks, [f"{edges[int(i)]:.3g}" for i in ticks])
-    return figure, axes, mesh
+    axes = figure.add_subplot(xlabel="training step")
+    time_axis(axes, centres(edges), which="y")
+    rows = np.clip(edges, *axes.get_ylim())
+    mesh = axes.pcolormesh(step_columns([p["step"] for p in probes]), rows, values, **colours)
+    divide_stages(axes, ends)
+    for step, name in marks:
+        axes.axvline(step, color="w", lw=2.4)
+        axes.axvline(step, color=HELD_OUT, lw=1.2, ls="-.", label=f"{name}, step {step}")
+    return figure, axes, rows, mesh
 
 
-def error_heatmap(edges: Edges, probes: Sequence[Event]) -> Figure:
+def error_heatmap(
+    edges: Edges, probes: Sequence[Event], ends: Ends, about: str = "", marks: Marks = ()
+) -> Figure:
     """Oracle error on training samples over t and training step."""
     values = np.array([probe["train"]["oracle"] for probe in probes], float).T
     positive = values[np.isfinite(values) & (values > 0)]
     low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
     norm = LogNorm(max(low, high / 1e3), max(high, low * 1.01))
-    title = "Oracle error while training"
-    figure, _, mesh = _heatmap(edges, probes, values, title, norm=norm, cmap="magma")
+    figure, axes, _, mesh = _heatmap(edges, probes, values, ends, marks, norm=norm, cmap=MAGNITUDE)
     figure.colorbar(mesh, label="MSE(oracle velocity), training samples")
+    heading(axes, "Oracle error while training", about)
+    legend(figure)
     return figure
 
 
-def gap_heatmap(edges: Edges, probes: Sequence[Event]) -> Figure:
+def gap_heatmap(
+    edges: Edges, probes: Sequence[Event], ends: Ends, about: str = "", marks: Marks = ()
+) -> Figure:
     """Held-out minus training error, as a share of the latter, over t and training step.
 
     Cells whose gap is less than two standard errors from zero are grey. The same samples are asked
@@ -169,13 +216,16 @@ def gap_heatmap(edges: Edges, probes: Sequence[Event]) -> Figure:
     noise = np.isfinite(values) & ~np.stack([gap_is_clear(probe) for probe in probes], axis=1)
     clear = np.where(noise, np.nan, values)
     largest = np.nanmax(np.abs(clear), initial=0.05)
-    colours = {"norm": TwoSlopeNorm(0, -largest, largest), "cmap": "RdBu_r"}
-    figure, axes, mesh = _heatmap(edges, probes, clear, "Held-out minus training error", **colours)
+    figure, axes, rows, mesh = _heatmap(
+        edges, probes, clear, ends, marks, norm=TwoSlopeNorm(0, -largest, largest), cmap="PuOr_r"
+    )
     columns, grey = step_columns([probe["step"] for probe in probes]), np.where(noise, 0.0, np.nan)
-    axes.pcolormesh(columns, np.arange(len(edges)), grey, cmap=ListedColormap([_NOISE]))
+    axes.pcolormesh(columns, rows, grey, cmap=ListedColormap([NOISE]), zorder=0.5)
     figure.colorbar(mesh, label="share of the training error")
     label = "noise: less than 2 standard errors from 0 (by chance 1 in 20 is coloured)"
-    figure.legend(handles=[Patch(color=_NOISE, label=label)], loc="outside lower left", fontsize=8)
+    axes.fill_between([], [], color=NOISE, label=label)
+    heading(axes, "Held-out minus training error", about)
+    legend(figure, ncols=1)
     return figure
 
 
@@ -186,50 +236,57 @@ def gap_is_clear(probe: Event) -> np.ndarray:
 
 
 def stages_and_error_figure(
-    edges: Edges, probe: Event, times: Sequence[float], top1: Sequence[float], ends: Ends
+    edges: Edges,
+    probe: Event,
+    times: Sequence[float],
+    top1: Sequence[float],
+    ends: Ends,
+    about: str = "",
 ) -> Figure:
     """Concentration of the posterior and the model's oracle error, over one axis of t."""
-    figure, axes, t = over_time(edges, ends)
+    figure, axes, t = _over_time(edges, ends)
     label = "largest posterior weight (data)"
-    axes.plot(times, np.array(top1, float), "k.-", lw=1.3, ms=4, label=label)
+    axes.plot(times, np.array(top1, float), ".-", color=DATA, lw=1.3, ms=4, label=label)
     axes.set(ylabel="largest posterior weight", ylim=(0, 1.02))
     other, error = axes.twinx(), np.array(probe["train"]["oracle"], float)
-    other.plot(t, error, ".-", color=_ORACLE, label="oracle error (model)")
-    other.set_ylabel("MSE(oracle velocity)", color=_ORACLE)
-    other.tick_params(axis="y", colors=_ORACLE)
+    other.plot(t, error, ".-.", color=ORACLE, label="oracle error (model)")
+    other.set_ylabel("MSE(oracle velocity)", color=ORACLE)
+    other.tick_params(axis="y", colors=ORACLE)
     other.set_ylim(bottom=0)
-    axes.set_title(f"Where the data decide, and where the model errs, at step {probe['step']}")
-    lines = [*axes.get_lines(), *other.get_lines()]
-    names = [str(line.get_label()) for line in lines]
-    # Neither axis knows where the other's curve is.
-    figure.legend(lines, names, loc="outside lower center", ncols=4, fontsize=8)
+    title = f"Where the data decide, and where the model errs, at step {probe['step']}"
+    heading(axes, title, about)
+    legend(figure, ncols=2)
     return figure
 
 
-def spending_figure(edges: Edges, window: Event) -> Figure:
+def spending_figure(edges: Edges, window: Event, ends: Ends) -> Figure:
     """What training spends on each stage, and how it draws t."""
-    figure = new_figure(9, 3.6)
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
     for row, name in enumerate(("draws", "loss", "gradient")):
         start = 0.0
-        colours = ("#4477aa", "#ccbb44", "#aa3377")
-        for (stage, shares), colour in zip(window["stages"].items(), colours, strict=True):
+        for (stage, shares), colour in zip(window["stages"].items(), STAGE_COLOURS, strict=True):
             share = shares[name] or 0.0
-            left.barh(row, share, left=start, color=colour, label=stage if row == 0 else None)
+            label = stage if row == 0 else None
+            left.barh(row, share, left=start, color=colour, alpha=0.55, label=label)
             if share > 0.08:
-                left.text(start + share / 2, row, f"{share:.0%}", ha="center", va="center", size=8)
+                left.text(start + share / 2, row, f"{share:.0%}", ha="center", va="center", size=9)
             start += share
     left.set_yticks(range(3), ["draws", "loss", "gradient\n(dL/dv)"])
-    left.set(xlim=(0, 1), xlabel="share", title="What training spends")
+    left.set(xlim=(0, 1), xlabel="share of each stage")
     left.invert_yaxis()
-    figure.legend(loc="outside lower left", ncols=3, fontsize=8)
+    seen = window.get("samples")  # which older files do not say
+    about = f"n = {seen:,} training samples".replace(",", " ") if seen else ""
+    heading(left, "What training spends", about)
+    time_axis(right, centres(edges))
+    shade_stages(right, ends)
     bounds, draws = np.asarray(edges), np.array(window["draws"], float)
-    time_axis(right, bounds)
-    right.stairs(draws / np.diff(bounds), bounds, fill=True, color="0.8", label="drawn")
+    within = np.clip(bounds, *right.get_xlim())
+    right.stairs(draws / np.diff(bounds), within, fill=True, color="0.5", alpha=0.5, label="drawn")
     if window.get("density"):
         density = np.array(window["density"], float) / np.diff(bounds)
-        right.stairs(density, bounds, color="tab:red", lw=1.3, label="nominal")
-    title = f"Draws, steps {window['from_step']} to {window['step']}"
-    right.set(ylabel="density of t", title=title)
-    right.legend(fontsize=8)
+        right.stairs(density, within, color=HELD_OUT, lw=1.5, label="nominal")
+    right.set(ylabel="density of t (1: uniform)")
+    heading(right, f"Draws of t, steps {window['from_step']} to {window['step']}")
+    legend(figure, ncols=5)
     return figure

@@ -13,12 +13,13 @@ from typing_extensions import Unpack, override
 from stagewise.bank import LatentBank
 from stagewise.binned_sums import BinnedSums
 from stagewise.callbacks import velocity_figures
+from stagewise.callbacks.drawing import counted
 from stagewise.callbacks.model_monitor import ModelMonitor
 from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.posterior_monitor import PosteriorMonitor
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.training_record import TrainingRecord
-from stagewise.callbacks.writer import by_time
+from stagewise.callbacks.writer import by_time, chart, tags_by_time
 from stagewise.masks import plain
 from stagewise.paths import same_path
 from stagewise.spectrum import predicted_boundary
@@ -91,16 +92,15 @@ class VelocityErrorMonitor(ModelMonitor):
     held = (*ModelMonitor.held, "_record")
     event = "velocity_probe"
     charts = {
-        "oracle error": "/train/oracle/",
-        "oracle error by t": "_by_t/train/oracle/",
-        "conditional error": "/train/conditional/",
-        "conditional error by t": "_by_t/train/conditional/",
-        "oracle error / floor": "/train/excess/",
-        "held-out minus training error": "/gap/",
-        "held-out minus training error by t": "_by_t/gap/",
-        "share of draws": "_spent/draws/",
-        "share of loss": "_spent/loss/",
-        "share of gradient norms": "_spent/gradient/",
+        "oracle error by stage": "/train/oracle/",
+        "conditional error by stage": "/train/conditional/",
+        "held-out conditional error by stage": "/held_out/conditional/",
+        "held-out gap by stage": "/gap/",
+        "floor by stage": "/train/floor/",
+        "oracle error / floor by stage": "/train/excess/",
+        "share of draws by stage": "_spent/draws/",
+        "share of loss by stage": "_spent/loss/",
+        "share of gradient norms by stage": "_spent/gradient/",
         "Pythagoras, standard errors": "/pythagoras$",
         "cost of a probe / step time": "/share_of_step_time$",
     }
@@ -354,6 +354,14 @@ class VelocityErrorMonitor(ModelMonitor):
         scalars[f"{name}/pythagoras"] = largest(entry["train"]["pythagoras_z"])
         return {tag: value for tag, value in scalars.items() if not math.isnan(value)}
 
+    @override
+    def layout(self) -> dict[str, list[Any]]:
+        page, by_t = super().layout(), f"{self.name}_by_t"
+        page["oracle error at four t"] = chart(tags_by_time(f"{by_t}/train/oracle", self.edges))
+        page["held-out gap at four t"] = chart(tags_by_time(f"{by_t}/gap", self.edges))
+        without = self._others is None
+        return {t: c for t, c in page.items() if not (without and t.startswith("held-out"))}
+
     def _warn(self, entry: dict[str, Any]) -> None:
         if entry["alarm"] is None or self._warned:
             return
@@ -371,9 +379,11 @@ class VelocityErrorMonitor(ModelMonitor):
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
         assert self.boundary is not None
         ends = (self.boundary.midpoint, self.boundary.collapsed)
-        return velocity_figures.of_run(
-            self.edges.tolist(), probes, self._window, self._curve_beside(), ends
-        )
+        about = counted(len(self.oracle.bank), self.queries, self.strata)
+        told = (event for one in self.run.members for event in getattr(one, "events", ()))
+        marks = [(e["step"], e["kind"]) for e in told if e["event"] == "transition"]
+        curve, edges = self._curve_beside(), self.edges.tolist()
+        return velocity_figures.of_run(edges, probes, self._window, curve, ends, about, marks)
 
     def _curve_beside(self) -> StageCurve | None:
         """What a `PosteriorMonitor` of the same posterior has measured."""

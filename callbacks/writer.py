@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,12 +32,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from stagewise.callbacks.figures import render
+from stagewise.callbacks.drawing import render
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.files import jsonable, replace_file
 
-__all__ = ["Writer", "by_time", "show_pictures"]
+__all__ = ["Writer", "by_time", "chart", "show_pictures", "tags_by_time"]
 
 _WARNED: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """Loggers that failed, by their id: a logger need not be hashable."""
@@ -153,20 +154,35 @@ class Writer:
             show_pictures(figures, self.name, self.folder, self._loggers, step)
 
     def dashboard(self, callbacks: Iterable[Any]) -> None:
-        """Sets TensorBoard's custom-scalars page to the charts of callbacks."""
+        """Sets TensorBoard's custom-scalars page to the charts of callbacks, the epoch last."""
         page = {one.name: charts for one in callbacks if (charts := one.layout())}
+        page |= {"epoch": {"epoch": chart(["epoch"])}}
         for logger in self._loggers if self.active else ():
             with _spared(logger, "the page of its custom scalars"):
                 if hasattr(board := _experiment(logger), "add_custom_scalars"):
                     board.add_custom_scalars(page)
 
 
-def by_time(prefix: str, edges: Tensor, values: Sequence[float]) -> dict[str, float]:
-    """Scalars under `<prefix>/t=<centre of the bin>`; empty bins are left out."""
+def tags_by_time(prefix: str, edges: Tensor) -> list[str]:
+    """A tag for each bin, `<prefix>/t=<centre of the bin>`."""
     centres = ((edges[1:] + edges[:-1]) / 2).tolist()
     digits = max(3, 1 - math.floor(math.log10(float(edges.diff().min()))))
-    pairs = zip(centres, values, strict=True)
-    return {f"{prefix}/t={t:.{digits}f}": value for t, value in pairs if not math.isnan(value)}
+    return [f"{prefix}/t={t:.{digits}f}" for t in centres]
+
+
+def by_time(prefix: str, edges: Tensor, values: Sequence[float]) -> dict[str, float]:
+    """Scalars under the tags of `tags_by_time`; empty bins are left out."""
+    pairs = zip(tags_by_time(prefix, edges), values, strict=True)
+    return {tag: value for tag, value in pairs if not math.isnan(value)}
+
+
+def chart(tags: Sequence[str]) -> list[Any]:
+    """A chart of TensorBoard's custom-scalars page: at most four tags, evenly among those given.
+
+    It draws all curves of a run in one colour.
+    """
+    places = np.linspace(0, len(tags) - 1, min(4, len(tags))).round().astype(int)
+    return ["Multiline", [f"^{re.escape(tags[place])}$" for place in places]]
 
 
 def show_pictures(

@@ -17,7 +17,18 @@ from torch.utils.data import Dataset
 
 from stagewise.binned_sums import BinnedSums
 from stagewise.callbacks import PosteriorMonitor
-from stagewise.callbacks.figures import TIME_LABEL, draw_boundary, new_figure
+from stagewise.callbacks.drawing import (
+    FLOOR,
+    HELD_OUT,
+    TRAIN,
+    centres,
+    counted,
+    draw_boundary,
+    heading,
+    legend,
+    new_figure,
+    time_axis,
+)
 from stagewise.callbacks.writer import show_pictures
 from stagewise.paths import Prediction
 from stagewise.recipes.module import FlowMatchingModule
@@ -170,29 +181,31 @@ def _print_table(b: StageBoundary, predicted: float, rows: list[dict[str, Any]])
     )
 
 
-def _loss_figure(curves: dict[str, Losses], bins: int = 32) -> Figure:
+def _loss_figure(
+    curves: dict[str, Losses], floor: tuple[Tensor, Tensor] | None, rows: int, bins: int = 32
+) -> Figure:
+    """Losses by t over the floor, all with two standard errors."""
     figure = new_figure()
     axes = figure.add_subplot()
     edges = torch.linspace(0, 1, bins + 1)
-    for name, losses in curves.items():
+    t = centres(edges.tolist())
+    time_axis(axes, t)
+    if floor is not None:
+        at, values = (value.numpy() for value in floor)
+        mean, error = values.mean(1), 2 * values.std(1) / values.shape[1] ** 0.5
+        axes.fill_between(at, mean, color=FLOOR, lw=0, label="floor: no model goes below")
+        axes.fill_between(at, mean - error, mean + error, color="0.5", alpha=0.3, lw=0)
+    looks = ((TRAIN, ".-"), (HELD_OUT, ".--"))
+    for (name, losses), (colour, fmt) in zip(curves.items(), looks, strict=False):
         mean, error = _means(losses, edges)
         bars = 2 * np.nan_to_num(error)
-        axes.errorbar((edges[1:] + edges[:-1]) / 2, mean, bars, fmt=".-", ms=4, lw=1.3, label=name)
-    axes.set(
-        xlabel=TIME_LABEL,
-        ylabel="flow-matching loss per number",
-        title="Loss by t after training (bars and grey band: 2 standard errors)",
-        xlim=(0, 1),
-    )
+        axes.errorbar(t, mean, bars, fmt=fmt, color=colour, ms=4, lw=1.3, label=name)
+    axes.set(ylabel="flow-matching loss per number")
+    axes.set_ylim(bottom=0)
+    queries = len(next(iter(curves.values()))[0])
+    about = counted(rows, queries // bins, bins)
+    heading(axes, "Loss by t after training, with 2 standard errors", about)
     return figure
-
-
-def _draw_floor(figure: Figure, floor: tuple[Tensor, Tensor]) -> None:
-    t, values = (value.numpy() for value in floor)
-    mean, error = values.mean(1), 2 * values.std(1) / values.shape[1] ** 0.5
-    (axes,) = figure.axes
-    axes.plot(t, mean, color="0.5", lw=1.3, label="floor: MSE(conditional, oracle)")
-    axes.fill_between(t, mean - error, mean + error, color="0.5", alpha=0.25, lw=0)
 
 
 def sample_grid(real: Tensor, generated: Tensor, names: Sequence[str], title: str) -> Figure:
@@ -295,18 +308,18 @@ def evaluate(
     train = loss_by_time(module, data.train, queries)
     held_out = None if data.held_out is None else loss_by_time(module, data.held_out, queries)
     curves = {"training samples": train, "held-out samples": held_out}
-    figure = _loss_figure({name: losses for name, losses in curves.items() if losses is not None})
+    curves = {name: losses for name, losses in curves.items() if losses is not None}
+    watched = monitor is not None and monitor.curve is not None
+    floor = floor_curve(module, monitor.curve) if watched else None
+    figure = _loss_figure(curves, floor, len(data.train))
     rows: list[dict[str, Any]] = []
-    if monitor is not None and monitor.curve is not None:
-        floor = floor_curve(module, monitor.curve)
+    if floor is not None:
         # The first probe's: by it the run's monitors and schemes cut t.
         boundary, predicted = boundary_of(monitor.history[0]), _predicted(run_dir, monitor)
         rows = stage_table(boundary, floor, train, held_out)
         _print_table(boundary, predicted, rows)
-        _draw_floor(figure, floor)
         draw_boundary(figure.axes[0], boundary, predicted)
-    figure.axes[0].set_ylim(bottom=0)
-    figure.axes[0].legend(fontsize=8)
+    legend(figure)
     samples = _samples(module, data, samples_per_class, cfg_scale, cfg_channels, method, steps)
     pictures = {"loss_by_t": figure, "samples": samples}
     show_pictures(pictures, "evaluation", run_dir, loggers, step)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stagewise.callbacks.figures import render
+from stagewise.callbacks.drawing import render
 from stagewise.latents import Latents, open_latents
 from stagewise.latents.opening import FORMATS
 from stagewise.profile import Profile

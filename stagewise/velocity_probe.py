@@ -269,6 +269,7 @@ def window_entry(
     """A stretch of training by bins of t and by stage, as plain numbers and lists."""
     means = sums.merged(edges).means()
     return {
+        "samples": int(sums.count.sum()),
         "draws": means["share"].tolist(),
         "density": density,
         "loss": means["loss"].tolist(),

@@ -149,7 +149,8 @@ def test_a_logger_of_no_known_class_that_can_show_pictures_gets_them(write, tmp_
     assert (tag, step, options) == ("watch/curve", 5, {"dataformats": "HWC"})
     np.testing.assert_array_equal(image, pixels(tmp_path / "files/curve.png"))
     assert text == ("add_text", ("watch/moved", "it moved", 6), {})
-    assert page == ("add_custom_scalars", ({"watch": {"a": ["b"]}},), {})
+    epoch = {"epoch": ["Multiline", ["^epoch$"]]}
+    assert page == ("add_custom_scalars", ({"watch": {"a": ["b"]}, "epoch": epoch},), {})
 
 
 @pytest.mark.parametrize(

@@ -297,9 +297,9 @@ def test_tensorboard_holds_every_documented_tag(
         assert written.std() > 5, "not an empty picture"
 
     (layout,) = read_layouts(events)
-    assert [category.title for category in layout.category] == ["stagewise"]
+    assert [category.title for category in layout.category] == ["stagewise", "epoch"]
     charts = {chart.title: chart for chart in layout.category[0].chart}
-    assert {f"{statistic.replace('_', ' ')} by t" for statistic in STATISTICS} < set(charts)
+    assert len(charts["target difference at four t"].multiline.tag) == 4
     shown = charts["midpoint with interval"].margin.series[0]
     assert (shown.value, shown.lower, shown.upper) == tuple(
         f"stagewise/midpoint{end}" for end in ("", "_low", "_high")
@@ -417,7 +417,7 @@ def test_two_monitors_are_both_in_the_layout(
     trainer.fit(tiny_flow(), make_loader(make_data()[0]))
     events = EventAccumulator(logger.log_dir, {"tensors": 0}).Reload()
     last = read_layouts(events)[-1]
-    assert [category.title for category in last.category] == ["one", "two"]
+    assert [category.title for category in last.category] == ["one", "two", "epoch"]
 
 
 def test_fast_dev_run_writes_nothing(make_data, make_loader, make_trainer, tiny_flow, tmp_path):

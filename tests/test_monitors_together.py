@@ -14,12 +14,14 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 
 from stagewise.callbacks import (
+    MemorizationGuard,
     MemorizationMonitor,
     PosteriorMonitor,
     StageTransitions,
     VelocityErrorMonitor,
 )
 from stagewise.callbacks.stage_transitions import NAVIGATION_LEARNED
+from stagewise.velocity_probe import STAGES
 
 FEW = {"every_n_steps": 4, "strata": 4, "queries": 6}
 KINDS = (PosteriorMonitor, VelocityErrorMonitor, MemorizationMonitor, StageTransitions)
@@ -82,9 +84,10 @@ def test_no_forward_pass_is_added_between_the_probes(fit, tiny_flow):
 def test_tensorboard_has_one_page_and_what_happens_once(fit, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="tb", version="run")
     posterior, errors, copies, events = monitors()
+    guard = MemorizationGuard(every_n_steps=4, samples=4, queries=4)
     # A plateau as soon as there are probes enough for one.
     errors.every_n_steps, events.patience, events.tolerance = 1, 1, 0.99
-    fit(posterior, errors, copies, events, logger=logger)
+    fit(posterior, errors, copies, events, guard, logger=logger)
     assert [event["kind"] for event in events.events] == [NAVIGATION_LEARNED]
 
     board = EventAccumulator(logger.log_dir, {"scalars": 0, "tensors": 0}).Reload()
@@ -101,13 +104,19 @@ def test_tensorboard_has_one_page_and_what_happens_once(fit, tmp_path):
         board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
     )
     assert [category.title for category in page.category] == [
-        *("stagewise", "stagewise_error", "stagewise_memorization", "stagewise_transitions")
+        *("stagewise", "stagewise_error", "stagewise_guard", "stagewise_memorization"),
+        *("stagewise_transitions", "epoch"),
     ]
     scalars = board.Tags()["scalars"]
-    for chart in (chart for category in page.category for chart in category.chart):
-        for pattern in chart.multiline.tag:
-            shown = [tag for tag in scalars if re.search(pattern, tag)]
-            assert shown, f"{chart.title}: {pattern} shows nothing"
+    *watched, last = [chart for category in page.category for chart in category.chart]
+    for chart in watched:
+        shown = {tag for tag in scalars for it in chart.multiline.tag if re.search(it, tag)}
+        shown |= {end for one in chart.margin.series for end in (one.value, one.lower, one.upper)}
+        assert shown <= set(scalars), chart.title
+        assert 1 <= len(shown) <= 4, f"{chart.title} shows {sorted(shown)}"
+        if chart.title.endswith("by stage") and "/ floor" not in chart.title:  # it may have none
+            assert sorted(tag.rsplit("/")[-1] for tag in shown) == sorted(STAGES), chart.title
+    assert last.multiline.tag == ["^epoch$"]
     # All in one step's order, so that no logger that wants ascending steps drops any.
     for tag in ("stagewise_error/pythagoras", "stagewise_memorization/copies/t_switch=0"):
         assert board.Scalars(tag)[0].step == 0, "after the first step"

@@ -202,5 +202,6 @@ def test_what_is_spent_adds_up_to_one():
     assert shares["navigation"] == {"draws": 0.5, "loss": 0.4, "gradient": 0.25}
     assert shares["refinement"] == {"draws": 0.25, "loss": 0.2, "gradient": 0.625}
     window = window_entry(means, EDGES, STAGES, None)
+    assert window["samples"] == 4
     assert sum(window["draws"]) == pytest.approx(1)
     assert window["loss"][0] == 2.0

@@ -1,14 +1,17 @@
-"""The pictures of a model's error by t: what they show, and that they stand gaps in the data."""
-
-import importlib
-from pathlib import Path
+"""All pictures over t: what they show, what they have in common, and gaps in the data."""
 
 import matplotlib.colors
 import numpy as np
 import pytest
+import torch
 
+from stagewise import LatentBank
+from stagewise.callbacks import drawing, figures
 from stagewise.callbacks import velocity_figures as pictures
-from stagewise.callbacks.figures import render
+from stagewise.callbacks.drawing import render
+from stagewise.profile import Profile
+from stagewise.recipes import evaluate, profile_figures
+from stagewise.stages import STATISTICS, StageBoundary, StageCurve
 
 EVEN = np.linspace(0, 1, 9).tolist()
 EARLY = [*np.linspace(0, 0.17, 5).tolist(), 0.4, 0.6, 0.8, 1.0]
@@ -48,12 +51,13 @@ def all_pictures(edges, holes=False, boundary=BOUNDARY, probes=None):
         "loss": pictures.loss_by_time_figure(edges, probes[-1], boundary, "a model"),
         "oracle": pictures.dynamics_figure(edges, probes, "oracle", boundary),
         "conditional": pictures.dynamics_figure(edges, probes, "conditional", boundary),
-        "heatmap": pictures.error_heatmap(edges, probes),
-        "gap": pictures.gap_heatmap(edges, probes),
+        "heatmap": pictures.error_heatmap(edges, probes, boundary),
+        "gap": pictures.gap_heatmap(edges, probes, boundary),
         "both": pictures.stages_and_error_figure(
             edges, probes[-1], [0.1, 0.9], [0.0, 1.0], boundary
         ),
-        "spending": pictures.spending_figure(edges, WINDOW),
+        "spending": pictures.spending_figure(edges, WINDOW, boundary),
+        "sizes": pictures.sizes_figure(edges, {"S": probes[0], "L": probes[-1]}, boundary),
     }
 
 
@@ -71,23 +75,14 @@ def test_one_probe_and_no_boundary_are_enough():
     assert all(render(figure).std() > 5 for figure in lonely.values())
 
 
-@pytest.mark.parametrize(
-    ("edges", "holes", "boundary"),
-    [(EVEN, False, (None, float("nan"))), (EARLY, True, BOUNDARY)],
-)
-def test_models_of_several_sizes_can_be_drawn(monkeypatch, edges, holes, boundary):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    watching = importlib.import_module("watching")
-    models = {"S": probe(1, holes=holes), "L": probe(100, holes=holes)}
-    figure = watching.sizes_figure(edges, models, boundary)
-    assert render(figure).std() > 5
-    assert "0 = noise" in figure.axes[0].get_xlabel()
+def curves(axes):
+    return [line for line in axes.get_lines() if len(line.get_xdata()) == 8]
 
 
 def test_curves_are_those_of_the_data():
     figure = all_pictures(EVEN)["oracle"]
     axes = figure.axes[0]
-    drawn = [line for line in axes.get_lines() if len(line.get_xdata()) == 8]
+    drawn = curves(axes)
     assert len(drawn) == 3
     np.testing.assert_allclose(drawn[-1].get_ydata(), probe(100)["train"]["oracle"])
     np.testing.assert_allclose(drawn[0].get_xdata(), (np.arange(8) + 0.5) / 8)
@@ -99,14 +94,6 @@ def test_at_most_ten_curves_with_the_first_and_the_last():
     shown = pictures._chosen(probes)
     assert len(shown) <= 10
     assert (shown[0]["step"], shown[-1]["step"]) == (1, probes[-1]["step"])
-
-
-def test_narrow_bins_are_drawn_as_wide_as_others():
-    axes = all_pictures(EARLY)["loss"].axes[0]
-    places = axes.transData.transform([(edge, 0) for edge in EARLY])[:, 0]
-    widths = np.diff(places)
-    np.testing.assert_allclose(widths, widths[0], rtol=1e-6)
-    assert "drawn as wide" in axes.get_xlabel()
 
 
 def test_the_gap_is_a_share_around_zero():
@@ -130,7 +117,7 @@ def test_a_gap_within_two_standard_errors_is_grey_and_does_not_stretch_the_colou
     probes[1]["gap"][2], probes[1]["gap_se"] = 0.9 * share, [0.01] * 2 + [0.46 * share] + [0.01] * 5
     probes[2]["gap"][5], probes[2]["gap_se"][5] = None, None
     probes[0]["gap_se"] = [0.01] * 7 + [None]  # of a single sample
-    figure = pictures.gap_heatmap(EVEN, probes)
+    figure = pictures.gap_heatmap(EVEN, probes, BOUNDARY)
     colours, grey = meshes(figure)
     assert np.argwhere(np.isfinite(grey)).tolist() == [[2, 1], [7, 0]]
     assert np.argwhere(np.isnan(colours)).tolist() == [[2, 1], [5, 2], [7, 0]]
@@ -140,14 +127,14 @@ def test_a_gap_within_two_standard_errors_is_grey_and_does_not_stretch_the_colou
     assert "less than 2 standard errors" in legend.get_texts()[0].get_text()
     # The same gap, measured better, has its colour.
     probes[1]["gap_se"][2] = 0.44 * share
-    colours, grey = meshes(pictures.gap_heatmap(EVEN, probes))
+    colours, grey = meshes(pictures.gap_heatmap(EVEN, probes, BOUNDARY))
     assert colours[2, 1] == pytest.approx(0.9)
     assert np.isnan(grey[2, 1])
 
 
 def test_a_picture_of_noise_alone_is_grey():
     probes = [probe(step) | {"gap_se": [1.0] * 8} for step in (1, 10)]
-    figure = pictures.gap_heatmap(EVEN, probes)
+    figure = pictures.gap_heatmap(EVEN, probes, BOUNDARY)
     colours, grey = meshes(figure)
     assert np.isnan(colours).all()
     assert np.isfinite(grey).all()
@@ -155,3 +142,79 @@ def test_a_picture_of_noise_alone_is_grey():
     height, width, _ = pixels.shape
     assert pixels[height // 2, width // 3].tolist() == [191, 191, 191]
     assert not any(pictures.gap_is_clear(probes[0]))
+
+
+# -- what all have in common ---------------------------------------------------------------------
+
+
+def boundary(midpoint=0.4, collapsed=0.8):
+    ends = (midpoint, midpoint - 0.02, midpoint + 0.02, collapsed, collapsed - 0.02, 1.0)
+    return StageBoundary(*ends, 0.95)
+
+
+def curve():
+    t = torch.linspace(0.02, 0.98, 12, dtype=torch.float64)[:, None].expand(12, 8)
+    return StageCurve(t, torch.rand(len(STATISTICS), 12, 8, dtype=torch.float64))
+
+
+def profile():
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    return Profile.measure(LatentBank(x), queries=4, strata=6)
+
+
+def of_evaluation():
+    losses = torch.linspace(0.01, 0.99, 64), torch.rand(64)
+    found = curve()
+    floor = found.times, found.statistic("target_difference")
+    figure = evaluate._loss_figure({"training samples": losses}, floor, 20_000, bins=8)
+    drawing.draw_boundary(figure.axes[0], boundary(), 0.35)
+    drawing.legend(figure)
+    return figure
+
+
+@pytest.fixture(scope="module")
+def every_figure():
+    """Every picture with an axis of t, drawn, with its pixels; by what it shows."""
+    probes = [probe(step) for step in (1, 10, 100)]
+    about = (curve(), boundary(), 0.35, "N = 10 rows")
+    found = pictures.of_run(EARLY, probes, WINDOW, curve(), BOUNDARY, "N = 10 rows")
+    measured = profile()
+    found |= {
+        "concentration": figures.concentration_figure(*about),
+        "target_difference": figures.target_difference_figure(*about),
+        "heatmap": figures.heatmap_figure([1, 2], np.array(EARLY), np.ones((2, 8)), [0.4, 0.4]),
+        "sizes": pictures.sizes_figure(EARLY, {"S": probes[0]}, BOUNDARY),
+        "profile": profile_figures.profile_figure(measured, "a"),
+        "comparison": profile_figures.comparison_figure({"a": measured, "b": measured}),
+        "evaluation": of_evaluation(),
+    }
+    return {name: (figure, drawing.render(figure)) for name, figure in found.items()}
+
+
+def test_every_axis_of_t_has_one_scale_and_says_which_end_is_noise(every_figure):
+    for name, (figure, _) in every_figure.items():
+        scales = [
+            (axis, scale)
+            for axes in figure.axes
+            for axis, scale in ((axes.xaxis, axes.get_xscale()), (axes.yaxis, axes.get_yscale()))
+            if axis.get_label_text().startswith("t ")
+        ]
+        assert scales, name
+        for axis, scale in scales:
+            assert scale == "logit", name
+            assert "0 = noise" in axis.get_label_text(), name
+
+
+def test_no_legend_covers_anything(every_figure):
+    for name, (figure, _) in every_figure.items():
+        assert not any(axes.get_legend() for axes in figure.axes), name
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            for axes in figure.axes:
+                assert not box.overlaps(axes.get_window_extent()), name
+
+
+def test_nothing_reaches_over_the_edge_of_a_picture(every_figure):
+    for name, (_, pixels) in every_figure.items():
+        frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        assert (frame == 255).all(), name

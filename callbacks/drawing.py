@@ -1,0 +1,233 @@
+"""How every picture of this package is drawn: one axis of t, one set of colours, one legend.
+
+t = 0 is noise in all of them. The axis of t is spaced by `log(t / (1 - t))`, which for the linear
+path is half the log-SNR: the stages of images lie near t = 0 and those of small vectors near t = 1,
+and both can be read. The stages are shaded and named above the axes. Colours are those of Okabe and
+Ito or samples of viridis, which colour-blind readers can tell apart; what has an order (steps,
+sizes, stages) goes from light, early, to dark, late.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, ListedColormap, LogNorm
+from matplotlib.figure import Figure
+
+from stagewise.stages import StageBoundary
+from stagewise.velocity_probe import STAGES
+
+__all__ = [
+    "DATA",
+    "FLOOR",
+    "HELD_OUT",
+    "MAGNITUDE",
+    "NOISE",
+    "ORACLE",
+    "STAGE_COLOURS",
+    "TIME_LABEL",
+    "TRAIN",
+    "Ends",
+    "by_step",
+    "centres",
+    "counted",
+    "divide_stages",
+    "draw_boundary",
+    "heading",
+    "in_order",
+    "legend",
+    "mark_time",
+    "new_figure",
+    "render",
+    "shade_stages",
+    "time_axis",
+]
+
+Ends = tuple[float | None, float | None]
+"""t where navigation ends (the midpoint) and where the posterior has collapsed, or None or NaN."""
+
+TIME_LABEL = "t   (0 = noise, 1 = data)"
+DATA, TRAIN, HELD_OUT, ORACLE = "black", "#0072B2", "#D55E00", "#009E73"
+FLOOR, NOISE = "0.80", "0.75"
+MAGNITUDE = "viridis"
+"""Of heat maps: dark is small."""
+_ORDER: Colormap = ListedColormap(mpl.colormaps["viridis"](np.linspace(0.92, 0.0, 256)), "order")
+"""From early to late, or small to large, without the yellow that is lost on white."""
+STAGE_COLOURS = tuple(mpl.colors.to_hex(_ORDER(place)) for place in (0.05, 0.45, 0.85))
+
+_TICKS = [0.5] + [
+    tick
+    for digit in (1, 2, 5)  # where there is no room for all, the first of these
+    for power in range(1, 7)
+    for tick in (digit / 10**power, 1 - digit / 10**power)
+]
+_NARROW = 0.09
+"""Share of an axis below which a stage is not named: there is no room."""
+
+
+class _Span(NamedTuple):
+    name: str
+    colour: str
+    start: float
+    end: float
+    centre: float
+    share: float
+
+
+def render(figure: Figure) -> np.ndarray:
+    """The picture as an array, (height, width, 3), uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def new_figure(width: float = 7, height: float = 4.4) -> Figure:
+    """An empty figure of the house's size, outside pyplot, whose current figure is the user's."""
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def counted(rows: int | None, queries: int | None, bins: int) -> str:
+    """The words for how many rows and noisy samples a picture rests on, as far as that is known."""
+    parts = [f"N = {rows:,} rows".replace(",", " ")] if rows else []
+    parts += [f"n = {queries} noisy samples in each of {bins} bins of t"] if queries else []
+    return ", ".join(parts)
+
+
+def heading(axes: Axes, title: str, about: str = "") -> None:
+    """The title, and under it, smaller, what data it is about; above the names of the stages."""
+    room = 20 if axes.get_xscale() == "logit" else 8  # for the names of the stages
+    axes.set_title(title, loc="left", fontsize=11, pad=room + 14 if about else room)
+    place = {"xytext": (0, room), "textcoords": "offset points", "xycoords": "axes fraction"}
+    # The title has made room for it, and its width is no reason to make the axes narrow.
+    axes.annotate(about, (0, 1), fontsize=8, color="0.3", in_layout=False, **place)
+
+
+def legend(figure: Figure, ncols: int = 3, on: str = "none") -> None:
+    """One legend for all axes, below them, so that it covers nothing; each name once.
+
+    `on`: the colour behind it, for lines that are white.
+    """
+    found: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    if found:
+        ncols = min(ncols, len(found))
+        style = {"ncols": ncols, "facecolor": on, "edgecolor": "none", "fontsize": 8}
+        style["labelcolor"] = "black" if on == "none" else "white"
+        figure.legend(found.values(), found.keys(), loc="outside lower center", **style)
+
+
+# -- the axis of t ----------------------------------------------------------------------------
+
+
+def centres(edges: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The middles of bins."""
+    bounds = np.asarray(edges, float)
+    return (bounds[1:] + bounds[:-1]) / 2
+
+
+def time_axis(
+    axes: Axes, t: Sequence[float] | np.ndarray, *, which: str = "x", apart: float = 0.055
+) -> None:
+    """Makes an axis that of t, wide enough for ascending times within (0, 1).
+
+    The ends lie twice as near to 0 and 1 as the outer times: the middle of a bin that begins at 0
+    is in the middle of what is shown of it. `apart`: the least distance of two ticks, as a share.
+    """
+    low, high = float(t[0]) / 2, 1 - (1 - float(t[-1])) / 2
+    least = apart * (_logit(high) - _logit(low))
+    shown: list[float] = []
+    for tick in _TICKS:
+        near = any(abs(_logit(tick) - _logit(other)) < least for other in shown)
+        if low <= tick <= high and not near:
+            shown.append(tick)
+    getattr(axes, f"set_{which}scale")("logit", nonpositive="clip")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_ticks(shown, [f"{tick:.6g}" for tick in shown])
+    axis.set_ticks([], minor=True)
+    getattr(axes, f"set_{which}lim")(low, high)
+    scale = ",   log scale at both ends" if which == "x" else ""
+    getattr(axes, f"set_{which}label")(TIME_LABEL + scale)
+
+
+def _logit(t: float) -> float:
+    return math.log(t / (1 - t))
+
+
+def _spans(limits: tuple[float, float], ends: Ends) -> list[_Span]:
+    """What is seen of each stage between the limits of an axis of t."""
+    low, high = limits
+    middle, late = (high if at is None or math.isnan(at) else at for at in ends)
+    bounds = np.clip([low, middle, max(middle, late), high], low, high).tolist()
+    found, whole = [], _logit(high) - _logit(low)
+    for name, colour, start, end in zip(STAGES, STAGE_COLOURS, bounds, bounds[1:], strict=False):
+        share = (_logit(end) - _logit(start)) / whole
+        centre = 1 / (1 + math.exp(-(_logit(start) + _logit(end)) / 2))
+        if share > 0:
+            found.append(_Span(name, colour, start, end, centre, share))
+    return found
+
+
+def shade_stages(axes: Axes, ends: Ends) -> None:
+    """Shades the stages and names them above; `time_axis` comes first."""
+    for span in _spans(axes.get_xlim(), ends):
+        axes.axvspan(span.start, span.end, color=span.colour, alpha=0.13, lw=0, zorder=0)
+        if span.share > _NARROW:
+            place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            axes.text(span.centre, 1.01, span.name, fontsize=8, color="0.3", **place)
+
+
+def divide_stages(axes: Axes, ends: Ends) -> None:
+    """Lines where the stages meet on a vertical axis of t, with their names at the right."""
+    spans = _spans(axes.get_ylim(), ends)
+    for span in spans:
+        if span.share > _NARROW:
+            place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "center"}
+            axes.text(1.01, span.centre, span.name, fontsize=8, color="0.3", rotation=-90, **place)
+    for span in spans[1:]:
+        axes.axhline(span.start, color="w", lw=2)
+        axes.axhline(span.start, color="0.25", lw=1.2, ls="--")
+
+
+def mark_time(axes: Axes, at: float | None, name: str, **style: Any) -> None:
+    """A vertical line that the legend names; none where the time is None or NaN."""
+    if at is not None and np.isfinite(at):
+        axes.axvline(at, label=f"{name}  t = {at:.3f}", **style)
+
+
+def draw_boundary(axes: Axes, boundary: StageBoundary, predicted: float) -> None:
+    """The stages, and lines at their boundaries with the 95 % intervals as grey bands."""
+    shade_stages(axes, (boundary.midpoint, boundary.collapsed))
+    found = boundary.as_dict()
+    for name, style in (("midpoint", "--"), ("collapsed", ":")):
+        if np.isfinite(found[name]):
+            low, high = found[f"{name}_low"], found[f"{name}_high"]
+            axes.axvspan(low, high, color="0.3", alpha=0.16, lw=0)
+            label = f"{name}  t = {found[name]:.3f} [{low:.3f}, {high:.3f}]"
+            axes.axvline(found[name], label=label, color="0.25", lw=1.2, ls=style)
+    mark_time(axes, predicted, "predicted", color=HELD_OUT, lw=1.2, ls="-.")
+
+
+# -- what has an order ------------------------------------------------------------------------
+
+
+def in_order(count: int) -> list[Any]:
+    """Colours of a number of curves, from early or small to late or large."""
+    return [_ORDER(place) for place in np.linspace(0, 1, count)] if count > 1 else [_ORDER(1.0)]
+
+
+def by_step(steps: Sequence[int]) -> ScalarMappable:
+    """The colours of ascending training steps, for curves (`to_rgba`) and for a colour bar."""
+    last = max(2, steps[-1])
+    # Two decades at most: the first steps of an untrained model would take most of the colours.
+    begin = min(max(1.0, steps[0], last / 100), last / 2)
+    return ScalarMappable(LogNorm(begin, last, clip=True), _ORDER)

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
+
 from stagewise.callbacks.velocity_figures import sizes_figure
 from stagewise.recipes import report_figures
 from stagewise.recipes.report_facts import NOTHING, Facts, Value, number, percent, span, time_of
-from stagewise.recipes.report_html import drawn, paragraph, row, stored, table
+from stagewise.recipes.report_head import data_of, date_of, model_of, steps_of
+from stagewise.recipes.report_html import definitions, drawn, paragraph, row, stored, table
 from stagewise.velocity_probe import STAGES
 
 __all__ = ["compared", "refuse_other_data"]
@@ -60,6 +63,13 @@ def compared(runs: Mapping[str, Facts], title: str) -> list[str]:
     measured = {name: facts for name, facts in runs.items() if facts.last is not None}
     parts = [
         f"<h1>{escape(title)}</h1>",
+        definitions(
+            {"Data": data_of(next(iter(runs.values())))}
+            | {
+                name: f"{model_of(facts)}; {steps_of(facts)} steps, {date_of(facts)}"
+                for name, facts in runs.items()
+            }
+        ),
         paragraph(_verdict(measured, step), "verdict"),
         *(paragraph(line, "warn") for line in _warnings(runs)),
         "<h2>How to read this page</h2>",
@@ -207,35 +217,43 @@ def _over_size(runs: Mapping[str, Facts]) -> str:
         return paragraph("Not drawn: no step has a probe in all runs.", "dim")
     places = {round(i * (len(steps) - 1) / (_STEPS - 1)) for i in range(_STEPS)}
     chosen = [steps[place] for place in sorted(places)]
-    shown = []
-    for key, title, said in (
-        (
-            "conditional",
-            "The loss itself",
-            "The floor is the same for all sizes: the loss bends "
-            "towards it, and a line through it leads nowhere.",
+    loss, excess = (
+        [_value(facts, chosen[-1], "train", key).mean for facts in ordered]
+        for key in ("conditional", "oracle")
+    )
+    return row(
+        drawn(
+            report_figures.by_size_figure(ordered, chosen, "conditional", "The loss itself"),
+            f"At step {chosen[-1]} the loss goes as parameters to the power "
+            f"{_signed(_powers(sizes, loss)[0])}. The floor is the same for all sizes: the loss "
+            "bends towards it, and a line through it leads nowhere.",
         ),
-        (
-            "oracle",
-            "Loss above the floor",
-            "Without the floor a power law is straight, and can be extended.",
+        drawn(
+            report_figures.by_size_figure(ordered, chosen, "oracle", "Loss above the floor"),
+            _straight(_powers(sizes, excess)),
         ),
-    ):
-        values = [_value(facts, chosen[-1], "train", key).mean for facts in ordered]
-        between = [_power(sizes, values, i, i + 1) for i in range(len(sizes) - 1)]
-        neighbours = f" ({', '.join(between)} between neighbouring sizes)" * (len(between) > 1)
-        caption = (
-            f"At step {chosen[-1]} it goes as parameters to the power "
-            f"{_power(sizes, values, 0, -1)}{neighbours}. {said}"
-        )
-        shown.append(drawn(report_figures.by_size_figure(ordered, chosen, key, title), caption))
-    few = paragraph("Two sizes are always on a line: a third shows whether it is straight.", "dim")
-    return row(*shown) + (few if len(ordered) < 3 else "")
+    )
 
 
-def _power(sizes: Sequence[int], values: Sequence[float], start: int, end: int) -> str:
-    """The exponent of a power law through two sizes."""
-    power = math.log(values[end] / values[start]) / math.log(sizes[end] / sizes[start])
+def _powers(sizes: Sequence[int], values: Sequence[float]) -> list[float]:
+    """The exponents of power laws: through the least and the largest size, and each to the next."""
+    logs, found = np.log(sizes), np.log(values)
+    whole = (found[-1] - found[0]) / (logs[-1] - logs[0])
+    return [float(whole), *(np.diff(found) / np.diff(logs)).tolist()]
+
+
+def _straight(powers: Sequence[float]) -> str:
+    whole, *steps = powers
+    text = f"Above the floor it goes as parameters to the power {_signed(whole)}. "
+    if len(steps) < 2:
+        return text + "Two sizes are always on a line: a third shows whether it is straight."
+    between = f"from size to size {', '.join(map(_signed, steps))}"
+    if min(steps) < 1.5 * max(steps):  # both below zero where a larger model is better
+        return f"{text}That is not one line ({between}), so there is none to extend."
+    return f"{text}It is nearly one line ({between}), which can be extended with care."
+
+
+def _signed(power: float) -> str:
     return f"{power:+.2f}".replace("-", "\u2212")
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from html import escape
 
 from stagewise.recipes.report_facts import Facts, number, percent, span, time_of
-from stagewise.recipes.report_html import paragraph, tile
+from stagewise.recipes.report_html import definitions, paragraph, tile
 from stagewise.recipes.report_verdict import verdict
 from stagewise.velocity_probe import STAGES
 
-__all__ = ["head", "safely"]
+__all__ = ["data_of", "date_of", "head", "model_of", "safely", "steps_of"]
 
 _CALLBACKS = (
     ("bank", "PosteriorMonitor"),
@@ -29,24 +29,22 @@ _CALLBACKS = (
 def head(facts: Facts, title: str) -> str:
     """Title, what and when, verdict, what is wrong with the files, and the main numbers."""
     about = {
-        "Model": _model(facts),
-        "Data": _data(facts),
-        "Steps": _steps(facts),
-        "Date": time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.run.written))
-        + " (last measurement)",
+        "Model": model_of(facts),
+        "Data": data_of(facts),
+        "Steps": steps_of(facts),
+        "Date": f"{date_of(facts)} (last measurement)",
         "Measured by": ", ".join(name for kind, name in _CALLBACKS if facts.run.of(kind)),
     }
-    lines = "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in about.items() if v)
     warnings = "".join(paragraph(line, "warn") for line in [*facts.run.problems, *_stopped(facts)])
     return (
-        f"<h1>{escape(title)}</h1><dl>{lines}</dl>"
+        f"<h1>{escape(title)}</h1>{definitions(about)}"
         + safely(lambda facts: paragraph(verdict(facts), "verdict"), facts)
         + warnings
         + safely(_tiles, facts)
     )
 
 
-def _model(facts: Facts) -> str:
+def model_of(facts: Facts) -> str:
     """What is trained, in words."""
     about = facts.about or facts.run.first("memorization") or facts.run.first("guard")
     size = facts.parameters
@@ -56,7 +54,7 @@ def _model(facts: Facts) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _data(facts: Facts) -> str:
+def data_of(facts: Facts) -> str:
     """What is trained on, in words."""
     about, name = facts.bank, facts.settings.get("data._target_", "").rpartition(".")[2]
     if not about:
@@ -70,8 +68,14 @@ def _data(facts: Facts) -> str:
     return f"{name}: {text}" if name else text
 
 
-def _steps(facts: Facts) -> str:
+def steps_of(facts: Facts) -> str:
+    """How far it has come."""
     return f"{facts.step}" + (f" of {facts.planned} planned" if facts.planned else "")
+
+
+def date_of(facts: Facts) -> str:
+    """When its files were last written to."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.run.written))
 
 
 def _stopped(facts: Facts) -> list[str]:
@@ -118,7 +122,7 @@ def safely(part: Callable[[Facts], str], facts: Facts) -> str:
     """A part of the page, or why it cannot be made."""
     try:
         return part(facts)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         return paragraph(
             "This part cannot be made: the events have another shape than this version of "
             f"stagewise writes, as those of an older version may ({error!r}).",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from stagewise.callbacks.drawing import render
 from stagewise.recipes.report_style import STYLE
 
 __all__ = [
+    "definitions",
     "document",
     "drawn",
     "image",
@@ -55,6 +56,16 @@ def missing(what: str, callback: str) -> str:
         f'<p class="dim">{html.escape(what)}: not in this run. '
         f"<code>{html.escape(callback)}</code> measures it.</p>"
     )
+
+
+def definitions(about: Mapping[str, str]) -> str:
+    """Names with what they stand for; those that are empty are left out."""
+    lines = (
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>"
+        for name, text in about.items()
+        if text
+    )
+    return f"<dl>{''.join(lines)}</dl>"
 
 
 def items(lines: Iterable[tuple[str, str, str]]) -> str:

@@ -35,7 +35,7 @@ _READING = (
     "In navigation an error above the floor is what the model has still to learn. In refinement it "
     "is the distance to repeating the training set: there compare held-out and training samples, "
     "and do not wish for zero.",
-    "± is two standard errors, an interval 95 %. What is within is noise.",
+    "± is two standard errors, an interval 95 %. A difference smaller than that is noise.",
     "Do not trust the oracle where noise and data are coupled (minibatch optimal transport), where "
     "the training set is augmented at random, or where this page says that errors do not add up.",
 )

@@ -22,7 +22,7 @@ ul { margin: 6px 0; padding-left: 20px; max-width: 88ch; } li { margin: 3px 0; }
   margin: 14px 0; }
 .tile { background: var(--soft); border: 1px solid var(--line); border-radius: 8px;
   padding: 8px 14px; }
-.tile b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 18px; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--dim); font-size: 13px; }
 .row { display: grid; gap: 16px; margin: 12px 0;
   grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }

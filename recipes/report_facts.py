@@ -12,16 +12,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from stagewise.callbacks.velocity_figures import gap_is_clear
+from stagewise.forecast import SmoothingForecast, forecast_smoothing
 from stagewise.recipes.run_files import Event, RunFiles
 from stagewise.velocity_probe import STAGES
 
-__all__ = ["Facts", "Value", "number", "percent", "settings_of", "span", "time_of"]
+__all__ = [
+    "FLAT",
+    "NOTHING",
+    "Facts",
+    "Value",
+    "number",
+    "percent",
+    "settings_of",
+    "span",
+    "time_of",
+]
 
-_FLAT = 0.05
+FLAT = 0.05
 """Change of an error, as a share, below which it counts as none."""
 
 
@@ -171,7 +180,15 @@ class Facts:
     def still_falls(self) -> bool | None:
         """Whether the error above the floor in navigation still falls; None if that is unknown."""
         trend = self.trend(STAGES[0])
-        return None if trend is None else trend[0] < -_FLAT
+        return None if trend is None else trend[0] < -FLAT
+
+    def smoothing(self) -> SmoothingForecast | None:
+        """What smoothing has to gain by the last probe; None if that cannot be told."""
+        if self.last is None or not self.last.get("gap"):
+            return None
+        train = {"conditional": _numbers(self.last["train"]["conditional"])}
+        probe = {"train": train, **{key: _numbers(self.last[key]) for key in ("gap", "gap_se")}}
+        return forecast_smoothing(probe, self.edges, self.stage_edges[2])
 
     def best_held_out(self) -> tuple[Event, float] | None:
         """The probe of the lowest held-out error, and how far it has risen since, as a share.
@@ -199,6 +216,18 @@ class Facts:
         return [probe for probe in found if probe.get("copies")]
 
     @property
+    def guarded(self) -> list[Event]:
+        """The probes of a `MemorizationGuard` that have compared held-out and training error."""
+        return [probe for probe in self.run.of("guard_probe") if probe.get("held_out_loss")]
+
+    @property
+    def looked_for(self) -> dict[str, str] | None:
+        """Events that would have been noticed, each with what it lacked; None if none is known."""
+        kinds: dict[str, str] | None = self.run.first("transitions").get("kinds")
+        guard = {"memorization onset": ""} if self.guarded else {}
+        return kinds if not guard else {**(kinds or {}), **guard}
+
+    @property
     def transitions(self) -> list[Event]:
         """What was noticed in the run, by step."""
         kinds = ("transition", "non-finite")
@@ -214,7 +243,7 @@ def settings_of(config: str | None) -> dict[str, str]:
     """The text of a `config.yaml` as dotted keys and their values."""
     try:
         tree = OmegaConf.to_container(OmegaConf.create(config or "{}"), resolve=False)
-    except (OmegaConfBaseException, YAMLError, ValueError):
+    except Exception:  # of yaml or of OmegaConf: the page shows the text as it is
         return {}
     flat: dict[str, str] = {}
 
@@ -227,6 +256,11 @@ def settings_of(config: str | None) -> dict[str, str]:
 
     walk(tree if isinstance(tree, dict) else {}, "")
     return flat
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    """What is empty in a file as NaN."""
+    return [math.nan if value is None else value for value in values]
 
 
 # -- words for numbers ------------------------------------------------------------------------

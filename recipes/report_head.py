@@ -35,7 +35,8 @@ def head(facts: Facts, title: str) -> str:
         "Date": f"{date_of(facts)} (last measurement)",
         "Measured by": ", ".join(name for kind, name in _CALLBACKS if facts.run.of(kind)),
     }
-    warnings = "".join(paragraph(line, "warn") for line in [*facts.run.problems, *_stopped(facts)])
+    said = [*facts.run.problems, *_stopped(facts), *_not_finite(facts)]
+    warnings = "".join(paragraph(line, "warn") for line in said)
     return (
         f"<h1>{escape(title)}</h1>{definitions(about)}"
         + safely(lambda facts: paragraph(verdict(facts), "verdict"), facts)
@@ -88,6 +89,16 @@ def _stopped(facts: Facts) -> list[str]:
         f"The last measurement is of step {facts.step} of {facts.planned}: the run was stopped "
         "before its end, or is still going. To go on, repeat its command with "
         f"run_dir={place} resume=true."
+    ]
+
+
+def _not_finite(facts: Facts) -> list[str]:
+    found = facts.run.first("non-finite")
+    if not found:
+        return []
+    return [
+        f"At step {found['step']} the loss or its gradient was not finite: see Events. A lower "
+        "learning rate, or gradient clipping, is the usual cure."
     ]
 
 

@@ -29,9 +29,10 @@ __all__ = ["sections"]
 _READING = (
     "t = 0 is noise, t = 1 is data. In navigation many training samples explain a noisy one, and "
     "the best answer, the oracle velocity, points to their average; in refinement one sample does.",
-    "The loss is the error against the conditional velocity. Its floor, MSE(conditional, oracle), "
-    "is noise of the target that no model removes. Loss = floor + error against the oracle: act on "
-    "the part above the floor, not on the loss.",
+    "The loss of this page is the error against the conditional velocity over uniform t, in "
+    "evaluation mode, whatever the objective weighs. Its floor, MSE(conditional, oracle), is noise "
+    "of the target that no model removes. Loss = floor + error against the oracle: act on the part "
+    "above the floor.",
     "In navigation an error above the floor is what the model has still to learn. In refinement it "
     "is the distance to repeating the training set: there compare held-out and training samples, "
     "and do not wish for zero.",
@@ -237,13 +238,23 @@ def _measured_again(facts: Facts) -> str:
 
 
 def _memorization(facts: Facts) -> str:
-    return _gap(facts) + _copies(facts)
+    return safely(_gap, facts) + safely(_copies, facts)
 
 
 def _gap(facts: Facts) -> str:
     probes = [probe for probe in facts.probes if probe.get("gap")]
+    if not probes and facts.guarded:
+        steps = [probe["step"] for probe in facts.guarded]
+        losses = [probe["held_out_loss"] for probe in facts.guarded]
+        low = losses.index(min(losses))
+        return paragraph(
+            f"By MemorizationGuard held-out loss was lowest at step {steps[low]}, "
+            f"{number(losses[low])}, and was {number(losses[-1])} at step {steps[-1]}."
+        ) + row(_copies_drawn(facts))
     if not probes:
-        return missing("Held-out against training error", "VelocityErrorMonitor(held_out=...)")
+        return missing(
+            "Held-out against training error", "VelocityErrorMonitor(held_out=...)"
+        ) + row(_copies_drawn(facts))
     last, bins = probes[-1], len(facts.edges) - 1
     clear, best = facts.clear_bins(last), facts.best_held_out()
     lowest = "Held-out error is at its lowest at the end, within noise: no sign that training "
@@ -352,7 +363,7 @@ def _events(facts: Facts) -> str:
             kind, message = event.get("kind", "change of phase"), event["message"]
         rows.append([str(event["step"]), kind, message])
     listed = table(["step", "what", "evidence"], rows, numbers=(0,)) if rows else ""
-    kinds = facts.run.first("transitions").get("kinds")
+    kinds = facts.looked_for
     if kinds is None:  # not there, or of a version that did not say so
         return listed + paragraph(
             "These files do not tell whether navigation was learned or memorization began: "

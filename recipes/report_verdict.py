@@ -5,8 +5,16 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from stagewise.forecast import forecast_smoothing
-from stagewise.recipes.report_facts import Facts, Value, number, percent, span, time_of
+from stagewise.recipes.report_facts import (
+    FLAT,
+    NOTHING,
+    Facts,
+    Value,
+    number,
+    percent,
+    span,
+    time_of,
+)
 from stagewise.velocity_probe import STAGES
 
 __all__ = ["OWN", "Advice", "advice", "copied", "verdict"]
@@ -63,21 +71,25 @@ def _learning(facts: Facts) -> str:
         return f"navigation still improves ({fell})"
     if event is not None:
         return f"navigation was learned by step {event['step']}" + (above and f" ({above})")
-    if trend is not None and trend[0] > -0.0:
+    if trend is not None and trend[0] > FLAT:
         changed = f"the error above the floor rose by {percent(trend[0])} since step {trend[1]}"
         return f"navigation no longer improves ({changed})"
     if trend is not None:
-        return "navigation hardly improves any more" + (above and f" ({above})")
+        return "navigation hardly changes any more" + (above and f" ({above})")
     said = f"in navigation {above}" if above else "navigation was measured"
     return f"{said}, at too few probes to see a trend"
 
 
 def _held_out(facts: Facts) -> str:
-    last = facts.last
-    gap = Value(math.nan, math.nan) if last is None else facts.gap(last)
-    if last is None or math.isnan(gap.mean):
+    last, onset = facts.last, facts.noticed("memorization onset")
+    gap = NOTHING if last is None else facts.gap(last)
+    if math.isnan(gap.mean):
+        if onset is not None:
+            return f"memorization began at step {onset['step']}"
+        if facts.guarded:
+            return f"memorization had not begun by step {facts.guarded[-1]['step']}"
         return "held-out samples were not measured"
-    onset, share = facts.noticed("memorization onset"), _share(facts, gap)
+    share = _share(facts, gap)
     if onset is not None:
         return f"memorization began at step {onset['step']} (held-out error {share})"
     if gap.mean > 2 * gap.error:
@@ -128,9 +140,7 @@ def advice(facts: Facts) -> list[Advice]:
 def _memorization(facts: Facts) -> Advice | None:
     """To stop earlier, and to smooth refinement, where training rows are learnt by heart."""
     best, onset = facts.best_held_out(), facts.noticed("memorization onset")
-    gap = None
-    if facts.last is not None:
-        gap = forecast_smoothing(facts.last, facts.edges, facts.stage_edges[2])
+    gap = facts.smoothing()
     early, why = "", []
     if best is not None:
         probe, rise = best

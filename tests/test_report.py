@@ -398,7 +398,7 @@ def test_navigation_that_still_improves_is_trained_longer(run):
 def test_navigation_that_is_level_is_not_trained_longer(run):
     shutil.rmtree(run / "transitions")
     facts = facts_of(run, learning(1, 1.0), learning(200, 0.1), learning(400, 0.099))
-    assert "hardly improves any more (its error is 99 % above the floor)" in verdict(facts)
+    assert "hardly changes any more (its error is 99 % above the floor)" in verdict(facts)
     assert "Train longer" not in done(facts)
 
 
@@ -444,6 +444,24 @@ def test_a_run_of_the_data_alone_has_no_verdict_on_the_model(run):
     assert "VelocityErrorMonitor()" in done(Facts(read_run(run)))
 
 
+def test_what_a_guard_has_measured_counts(run):
+    shutil.rmtree(run / "errors")
+    shutil.rmtree(run / "transitions")
+    copied = events_of(run, "memory")[-1] | {"event": "guard_probe", "held_out_loss": 0.25}
+    later = copied | {"step": 900, "held_out_loss": 0.5}
+    write(run / "memory", {"event": "guard"}, copied, later)
+    facts = Facts(read_run(run))
+    assert "memorization had not begun by step 900" in verdict(facts)
+    text = read(report(run)).text
+    assert "held-out loss was lowest at step 500, 0.25, and was 0.5 at step 900" in text
+    assert "Looked for and not seen up to step 900: memorization onset." in text
+    onset = {"event": "transition", "kind": "memorization onset", "step": 700, "message": "m"}
+    write(run / "memory", {"event": "guard"}, copied, later, onset)
+    facts = Facts(read_run(run))
+    assert "memorization began at step 700" in verdict(facts)
+    assert "Take the weights of about step 700." in done(facts)
+
+
 # -- runs that were killed, are of another version, or of other data -----------------------------
 
 
@@ -464,6 +482,15 @@ def test_a_run_that_was_killed_says_where(run):
     write(run / "errors", *map(json.loads, lines[:2]), ended)
     assert last["step"] == 500
     assert "was stopped" not in read(report(run)).text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_loss_that_was_not_finite_is_on_top(run):
+    broken = {"event": "non-finite", "step": 77, "rows": [3, 5], "t": [0.1, 0.2]}
+    write(run / "errors", *events_of(run, "errors"), broken)
+    text = read(report(run)).text
+    assert text.index("At step 77 the loss or its gradient was not finite") < text.index("How to")
+    assert "rows [3, 5] of a batch" in text
 
 
 @pytest.mark.usefixtures("undrawn")

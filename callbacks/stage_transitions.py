@@ -47,9 +47,10 @@ class StageTransitions(StageCallback):
 
     Each is said once (the last: each time), with step and evidence: in the log, as text to
     TensorBoard, as the scalar `stagewise_transitions/<kind>` with the value 1 at its step, and as a
-    line of `stages.jsonl` in `dirpath`. A scheme with a phase `AtEvent("navigation learned")`, in a
-    `StageScheme` of the same trainer, goes on to its next phase (one that waits for what cannot be
-    said in this run is refused); `subscribers` are called.
+    line of `stages.jsonl` in `dirpath`, whose first line says what is looked for. A scheme with a
+    phase `AtEvent("navigation learned")`, in a `StageScheme` of the same trainer, goes on to its
+    next phase (one that waits for what cannot be said in this run is refused); `subscribers` are
+    called.
 
     It needs a `PosteriorMonitor` or a `VelocityErrorMonitor` in the same trainer.
 

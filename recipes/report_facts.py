@@ -167,7 +167,7 @@ class Facts:
     def trend(self, stage: str) -> tuple[float, int] | None:
         """How the oracle error of a stage has changed since a step, as a share.
 
-        Over the last third of the steps; None with fewer probes than that takes.
+        Over the last third of the steps or somewhat more, as there are probes; None with too few.
         """
         if self.last is None or (early := self.at(self.last["step"] * 2 // 3)) is None:
             return None

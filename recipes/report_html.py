@@ -54,7 +54,7 @@ def missing(what: str, callback: str) -> str:
     """Says that something is not in the run, and what would have written it."""
     return (
         f'<p class="dim">{html.escape(what)}: not in this run. '
-        f"<code>{html.escape(callback)}</code> measures it.</p>"
+        f"Add <code>{html.escape(callback)}</code>.</p>"
     )
 
 

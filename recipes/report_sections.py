@@ -112,7 +112,7 @@ def _trends(facts: Facts) -> str:
         for stage, (change, _) in trends.items()
     ]
     since = next(iter(trends.values()))[1]
-    text = f"Over the last third of the steps, since step {since}, it {', '.join(moved)}. "
+    text = f"Since step {since} it {', '.join(moved)}. "
     return text + "A line that is level has learned what it can at this learning rate."
 
 
@@ -351,7 +351,7 @@ def _advice(facts: Facts) -> str:
     found = advice(facts)
     if not found:
         return paragraph("These numbers ask for no change.")
-    return items((each.do, each.why, f"From: {each.source}.") for each in found)
+    return items((each.do, each.why, each.source and f"From: {each.source}.") for each in found)
 
 
 def _events(facts: Facts) -> str:

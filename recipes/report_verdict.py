@@ -31,7 +31,8 @@ class Advice(NamedTuple):
     Attributes:
         do: What.
         why: The numbers that say so.
-        source: Where the advice comes from: `OWN`, or from whom it is at second hand.
+        source: Where the advice comes from: `OWN`, or from whom it is at second hand; empty for
+            what the run did not measure.
     """
 
     do: str
@@ -225,4 +226,4 @@ def _more(facts: Facts) -> Advice | None:
         lacks.append("MemorizationMonitor() (copies among samples)")
     if not lacks:
         return None
-    return Advice(f"Next time add {'; '.join(lacks)}.", "Not in this run.", OWN)
+    return Advice(f"Next time add {'; '.join(lacks)}.", "These are not in this run.", "")

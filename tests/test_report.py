@@ -216,7 +216,7 @@ def test_a_run_with_one_monitor_says_what_others_would_give(run, kept):
         "memory": ("PosteriorMonitor", "VelocityErrorMonitor"),
     }[kept]
     for name in missing:
-        assert re.search(rf"not in this run. {name}\(.*?\) measures it", found.text), name
+        assert re.search(rf"not in this run. Add {name}\(.*?\)\.", found.text), name
     assert "cannot be made" not in found.text
     if kept != "transitions":
         assert "These files do not tell whether navigation was learned" in found.text

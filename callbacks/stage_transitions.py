@@ -47,9 +47,10 @@ class StageTransitions(StageCallback):
 
     Each is said once (the last: each time), with step and evidence: in the log, as text to
     TensorBoard, as the scalar `stagewise_transitions/<kind>` with the value 1 at its step, and as a
-    line of `stages.jsonl` in `dirpath`. A scheme with a phase `AtEvent("navigation learned")`, in a
-    `StageScheme` of the same trainer, goes on to its next phase (one that waits for what cannot be
-    said in this run is refused); `subscribers` are called.
+    line of `stages.jsonl` in `dirpath`, whose first line says what is looked for. A scheme with a
+    phase `AtEvent("navigation learned")`, in a `StageScheme` of the same trainer, goes on to its
+    next phase (one that waits for what cannot be said in this run is refused); `subscribers` are
+    called.
 
     It needs a `PosteriorMonitor` or a `VelocityErrorMonitor` in the same trainer.
 
@@ -146,13 +147,20 @@ class StageTransitions(StageCallback):
         before = [] if self.renewed else (self.stash or {}).get("events", [])
         self.events = [event for event in before if event["step"] <= run.began]
         self.writer = run.open_writer(self)
+<<<<<<< HEAD
+=======
         # Resumed before anything happened there are no events, and what follows happens again.
         resumed = not self.renewed and self.stash is not None and run.began > 0
         self.writer.start(self.events, resumed=resumed or run.encoding is not None)
+>>>>>>> main
         self._probed = self._steps_probed()
         self._rows: Tensor | None = None
         if self._posterior is not None:
             self._remember()
+        resumed = bool(self.events) or run.encoding is not None
+        # So that a run in which nothing was noticed can be told from one that nobody looked at.
+        header = {"event": "transitions", "kinds": self.event_kinds}
+        self.writer.start([header, *self.events], resumed=resumed)
         without = []
         if self._errors is None:
             without.append("navigation and memorization (VelocityErrorMonitor)")

@@ -194,6 +194,7 @@ class VelocityErrorMonitor(ModelMonitor):
             "event": "velocity",
             "edges": self.edges.tolist(),
             "network": self.describe(),
+            "parameters": self.parameters(),
             "seam": "" if network is None else network.seam.describe(),
             "path": repr(oracle.path),
             "queries": self.queries,

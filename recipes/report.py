@@ -1,44 +1,21 @@
-"""`stagewise report RUN`: one page of a run, from its files, that can be sent to a colleague."""
+"""`stagewise report RUN ...`: one page from the files of a run, or of several side by side."""
 
 from __future__ import annotations
 
-import base64
-import html
-import math
 import shlex
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from stagewise.callbacks import velocity_figures as figures
 from stagewise.files import replace_file
 from stagewise.recipes.arguments import Parser, ends_in_a_line
-from stagewise.recipes.report_style import STYLE
-from stagewise.recipes.run_files import RunFiles, read_run, runs_in
-from stagewise.velocity_probe import STAGES
+from stagewise.recipes.report_compare import compared, refuse_other_data
+from stagewise.recipes.report_facts import Facts
+from stagewise.recipes.report_head import head
+from stagewise.recipes.report_html import document
+from stagewise.recipes.report_sections import sections
+from stagewise.recipes.run_files import read_run, runs_in
 
-__all__ = ["main", "parser", "report"]
-
-_DEFINED = (
-    "Midpoint: t at which the mean largest posterior weight crosses 0.5. Collapsed: t at which it "
-    "crosses 0.99. Measured once for the run; the stages in every table and picture by stage are "
-    "navigation up to the midpoint, transition, and refinement from the collapse on."
-)
-
-_READING = (
-    "t = 0 is noise, t = 1 is data. In navigation many training samples explain a noisy one, and "
-    "the oracle velocity is their average; past the collapse one does.",
-    "Conditional error is what a flow-matching loss measures. The floor, MSE(conditional, oracle), "
-    "is the part of it that no model can remove: oracle error is the rest.",
-    "The gap is held-out minus training error. In refinement an oracle error near zero means that "
-    "the training set is repeated, not that the model is good.",
-    "Do not trust the oracle where noise and data are coupled (minibatch optimal transport), where "
-    "the training set is augmented at random, or where the errors do not add up.",
-)
+__all__ = ["compare", "main", "parser", "report"]
 
 
 def report(run: Path, output: Path | None = None, title: str | None = None) -> Path:
@@ -53,8 +30,38 @@ def report(run: Path, output: Path | None = None, title: str | None = None) -> P
         ValueError: If there is no run, or no events in it.
         OSError: If the file cannot be written.
     """
-    target = output or run / "report.html"
-    text = page(read_run(run), title or run.resolve().name)
+    facts = Facts(read_run(run))
+    name = title or facts.name
+    return _write(
+        output or run / "report.html", document(name, [head(facts, name), *sections(facts)])
+    )
+
+
+def compare(runs: Sequence[Path], output: Path | None = None, title: str | None = None) -> Path:
+    """Writes the page of several runs of the same data, side by side.
+
+    Args:
+        runs: Their folders, two or more.
+        output: The file; default `compare.html` in the first.
+        title: Of the page; default the names of the folders.
+
+    Raises:
+        ValueError: If one is no run, or their data differ.
+        OSError: If the file cannot be written.
+    """
+    found = [Facts(read_run(run)) for run in runs]
+    names = [facts.name for facts in found]
+    if len(set(names)) < len(names):  # of a sweep the paths tell them apart
+        names = [str(run) for run in runs]
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise ValueError(f"Expected different runs, got {', '.join(names)}.")
+    by_name = dict(zip(names, found, strict=True))
+    refuse_other_data(by_name)
+    heading = title or " against ".join(names)
+    return _write(output or runs[0] / "compare.html", document(heading, compared(by_name, heading)))
+
+
+def _write(target: Path, text: str) -> Path:
     try:
         replace_file(target, lambda file: file.write_text(text, encoding="utf-8"))
     except OSError as error:
@@ -65,6 +72,8 @@ def report(run: Path, output: Path | None = None, title: str | None = None) -> P
     return target
 
 
+<<<<<<< HEAD
+=======
 def page(run: RunFiles, title: str) -> str:
     """The page as text."""
     sections = [_data, _errors, _held_out, _spending, _events, _reading, _config]
@@ -340,47 +349,60 @@ def _table(
     return f"<table><thead>{line(titles, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
+>>>>>>> main
 def parser() -> Parser:
     """The arguments of `stagewise report`."""
     made = Parser(
         prog="stagewise report",
         description=(
             "Writes one self-contained HTML page from the files of a run. Of a folder that holds "
-            "several runs, a page of each, the newest first."
+            "several runs, a page of each, the newest first. Of two or more runs of the same data, "
+            "one page that compares them: stagewise report RUN_A RUN_B."
         ),
     )
-    made.add_argument("run", type=Path, help="folder of the run, or of runs")
-    made.add_argument("--output", type=Path, help="the page (RUN/report.html)")
+    made.add_argument("run", type=Path, nargs="+", help="folder of the run, or of runs")
+    made.add_argument("--output", type=Path, help="the page (RUN/report.html, RUN_A/compare.html)")
     made.add_argument("--title", metavar="TEXT", help="its heading (the folder's name)")
     return made
 
 
-def _tell(run: Path, output: Path | None = None, title: str | None = None) -> None:
-    try:
-        target = report(run, output, title)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{run}: an event of the run has another shape than expected: {error!r}"
-        ) from error
-    print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+def _tell(page: Path) -> None:
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+def _one_each(folders: Sequence[Path]) -> None:
+    """Refuses folders of several runs where runs are compared."""
+    for folder in folders:
+        if len(runs := runs_in(folder)) > 1:
+            raise ValueError(f"Expected runs to compare; {folder} holds several:{_listed(runs)}")
+
+
+def _listed(runs: Sequence[Path]) -> str:
+    return "".join(f"\n  {shlex.quote(str(run))}" for run in runs)
 
 
 def main() -> None:
     """The entry point of `stagewise report`."""
     given = parser().parse_args()
     with ends_in_a_line("report"):
-        runs = runs_in(given.run)
+        if len(given.run) > 1:
+            _one_each(given.run)
+            _tell(compare(given.run, given.output, given.title))
+            return
+        (folder,) = given.run
+        runs = runs_in(folder)
         if len(runs) < 2:
-            _tell(given.run, given.output, given.title)
+            _tell(report(folder, given.output, given.title))
             return
         if given.output or given.title:
-            listed = "".join(f"\n  {shlex.quote(str(run))}" for run in runs)
-            raise ValueError(f"Expected one run with --output or --title; there are:{listed}")
-        print(f"{given.run} holds {len(runs)} runs, the newest first:")
+            raise ValueError(
+                f"Expected one run with --output or --title; there are:{_listed(runs)}"
+            )
+        print(f"{folder} holds {len(runs)} runs, the newest first:")
         failed = []
         for run in runs:
             try:
-                _tell(run)
+                _tell(report(run))
             except (ValueError, OSError) as error:
                 failed.append(f"\n  {run}: {error}")
         if failed:

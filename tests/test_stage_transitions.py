@@ -1,5 +1,7 @@
 """`StageTransitions`: in small runs, told once, heard by schemes."""
 
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -101,7 +103,11 @@ def test_events_are_said_once_and_heard(fit, tmp_path, read_stages, lightning_lo
     assert change["step"] == onset["step"]
     assert MEMORIZATION_ONSET in change["message"]
     lines = (tmp_path / "events" / "stages.jsonl").read_text().splitlines()
-    assert len(lines) == len(kinds)
+    header, *told = map(json.loads, lines)
+    assert [event["kind"] for event in told] == kinds
+    # What is not told has not happened, or could not be seen: the header says which.
+    assert header["kinds"][MEMORIZATION_ONSET] == ""
+    assert header["kinds"][BOUNDARY_MOVED].startswith("a PosteriorMonitor")
     assert "held-out error has left training error" in lightning_log.text
 
 

@@ -7,6 +7,7 @@ notes which files it opens to write outside of its folder.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -18,19 +19,42 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 from stagewise import Certificate, LatentBank
 from stagewise.latents import make_latents, open_latents
 from stagewise.latents.opening import FORMATS
+from stagewise.recipes.arguments import ends_in_a_line
 
-__all__ = ["COMMANDS", "FILES", "Ended", "action", "contents", "prepare", "reader", "spawn"]
+__all__ = [
+    "COMMANDS",
+    "FILES",
+    "KINDS",
+    "Changes",
+    "Ended",
+    "Line",
+    "Trial",
+    "about",
+    "action",
+    "contents",
+    "prepare",
+    "reader",
+    "source",
+    "spawn",
+]
+
+Line: TypeAlias = "dict[str, Any]"
+"""What is kept of a trial."""
+Trial: TypeAlias = "tuple[str, Callable[[], Line]]"
+"""Its name, and what makes it."""
 
 COMMANDS = ("train", "encode", "sample", "bank")
 KINDS = [*FORMATS, "repa.zip", "edm2.zip"]
@@ -53,6 +77,14 @@ class Ended:
     def raw(self) -> bool:
         """Whether it ended in a traceback, where one line should be, or by a signal of its own."""
         return "Traceback (most recent call last)" in self.said or self.code < -signal.SIGKILL
+
+
+def about(*ends: Ended) -> Line:
+    """What is wrong with any trial."""
+    return {
+        "raw": any(ended.raw for ended in ends),
+        "outside": sorted({path for ended in ends for path in ended.outside})[:5],
+    }
 
 
 def spawn(
@@ -131,6 +163,7 @@ def _watch(log: int, inside: Path) -> None:
     allowed = tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in (inside, *kept))
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        flags = None
         if event == "open":
             path, _, flags = arguments
             if isinstance(path, int) or not isinstance(flags, int) or not flags & writes:
@@ -139,8 +172,8 @@ def _watch(log: int, inside: Path) -> None:
             path = arguments[1] if event == "os.rename" else arguments[0]
         else:
             return
-        if isinstance(path, int) or os.getpid() != own:
-            return
+        if isinstance(path, int) or os.getpid() != own or arguments[-1] not in (-1, flags):
+            return  # the last one is an open folder, when a tree is removed
         full = os.path.realpath(os.fsdecode(path))
         if not f"{full}{os.sep}".startswith(allowed):
             os.write(log, f"{event} {full}\n".encode())
@@ -148,7 +181,36 @@ def _watch(log: int, inside: Path) -> None:
     sys.addaudithook(hook)
 
 
-# -- the commands -----------------------------------------------------------------------------------
+class Changes:
+    """Counts how often files of a folder change; asks for the end at the n-th time."""
+
+    def __init__(self, folder: Path, stop: int | None = None) -> None:
+        self.folder, self.stop = folder, stop
+        self.count, self.before = 0, {}
+
+    def __call__(self, seconds: float) -> bool:
+        now = dict(self._scan(self.folder))
+        self.count += now != self.before
+        self.before = now
+        return self.stop is not None and self.count >= self.stop
+
+    def _scan(self, folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+        try:
+            items = list(os.scandir(folder))
+        except OSError:
+            return
+        for item in items:
+            try:
+                if item.is_dir():
+                    yield from self._scan(Path(item.path))
+                else:
+                    about = item.stat()
+                    yield item.path, (about.st_size, about.st_mtime_ns)
+            except OSError:
+                continue
+
+
+# -- the commands ----------------------------------------------------------------------------------
 
 
 def prepare(base: Path) -> None:
@@ -184,9 +246,15 @@ def prepare(base: Path) -> None:
 def action(name: str, base: Path, out: Path, resume: bool) -> Callable[[], object]:
     """What a command does, with its files in `out`."""
     if name == "bank":
-        return lambda: _bank(base, out)
+        return partial(_as_command, _bank, base, out)
     arguments = {"train": _train, "encode": _encode, "sample": _sample}[name](base, out, resume)
     return lambda: _main(name, arguments)
+
+
+def _as_command(function: Callable[..., object], *arguments: object) -> None:
+    """What has no command, ended as one."""
+    with ends_in_a_line(function.__name__):
+        function(*arguments)
 
 
 def _main(name: str, arguments: list[object]) -> None:
@@ -238,7 +306,7 @@ def _bank(base: Path, out: Path) -> None:
     print("done")
 
 
-# -- what came out ----------------------------------------------------------------------------------
+# -- what came out ---------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -259,6 +327,8 @@ def _parts(file: Path) -> Iterator[tuple[str, bytes]]:
             held: Any = torch.load(file, "cpu", weights_only=True)
         elif file.suffix == ".json":
             held = json.loads(data)
+        elif file.name == "config.yaml":
+            held = {**yaml.safe_load(data), "resume": None}
         elif file.suffix == ".jsonl":
             held = [json.loads(line) for line in data.splitlines()]
         elif file.suffix == ".csv":
@@ -297,8 +367,8 @@ def _told(*values: Any) -> None:
 
 def latents_of(base: Path, kind: str) -> Path:
     """Where `prepare` puts latents of a format."""
-    end = {"plain": ".safetensors", "repa.zip": "/data.zip", "edm2.zip": "/data.zip"}.get(kind, "")
-    return base / "latents" / f"{kind.removesuffix('.zip') if kind == 'plain' else kind}{end}"
+    files = {"plain": "data.safetensors", "repa.zip": "data.zip", "edm2.zip": "data.zip"}
+    return base / "latents" / kind / files.get(kind, "")
 
 
 def reader(what: str, base: Path, out: Path) -> Callable[[], object]:
@@ -306,9 +376,9 @@ def reader(what: str, base: Path, out: Path) -> Callable[[], object]:
     if what.startswith("latents "):
         kind = what.split()[1]
         path = out / latents_of(base, kind).relative_to(source(what, base))
-        return lambda: _read_latents(path, kind.removesuffix(".zip"))
+        return partial(_as_command, _read_latents, path, kind.removesuffix(".zip"))
     if what in ("bank", "certificate"):
-        return lambda: (_read_bank if what == "bank" else _read_certificate)(out)
+        return partial(_as_command, _read_bank if what == "bank" else _read_certificate, out)
     if what in ("encode", "sample"):
         return lambda: (action(what, base, out, True)(), _told(contents(out)))
     return lambda: _read_run(what.split()[1], base, out)
@@ -328,7 +398,7 @@ def _read_run(how: str, base: Path, out: Path) -> None:
         made = out / "made"
         about = ("--count", 2, "--steps", 1, "--method", "euler", "--device", "cpu")
         _main("sample", [out, "--out", made, *about])
-        _told(contents(made)["samples.npz"])
+        _told(contents(made)["latents.npz"])
     elif how == "report":
         _main("report", [out])
         _told([file.read_bytes() for file in sorted(out.glob("*.html"))])

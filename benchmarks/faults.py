@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from faults_cases import COMMANDS, Changes, Ended, Line, Trial, action, contents, prepare, spawn
+from faults_cases import COMMANDS, action, contents, prepare
+from faults_forks import Changes, Ended, Line, Trial, spawn
 from faults_hostile import hostile
 from faults_trials import disks, flips, kills
 from tables import fill, table

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from faults_cases import KINDS, Line, Trial, about, reader, source, spawn
+from faults_cases import KINDS, reader, source
+from faults_forks import Line, Trial, about, spawn
 from omegaconf import OmegaConf
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from faults_cases import COMMANDS, FILES, Changes, Ended, Line, Trial, about, reader, source, spawn
+from faults_cases import COMMANDS, FILES, reader, source
+from faults_forks import Changes, Ended, Line, Trial, about, spawn
 
 if TYPE_CHECKING:
     from faults import Campaign
@@ -70,6 +71,14 @@ def flips(campaign: Campaign, count: int) -> Iterator[Trial]:
             yield f"flip {what} {number}", partial(flip, campaign, what, number)
 
 
+READ = {
+    "run: sample": (".ckpt", ".yaml"),
+    "run: resume": (".ckpt", ".yaml", ".jsonl"),
+    "run: report": (".csv", ".jsonl", ".png", ".yaml"),
+}
+"""The endings that these look at; others look at all."""
+
+
 def flip(campaign: Campaign, what: str, number: int) -> Line:
     """Flips a bit of a file, and reads it."""
     draws = random.Random(f"{what} {number}")
@@ -87,6 +96,7 @@ def flip(campaign: Campaign, what: str, number: int) -> Line:
     files = sorted(f for f in campaign.out.rglob("*") if f.is_file() and f.stat().st_size)
     if what in ("bank", "certificate"):
         files = [campaign.out / f"{what}0.safetensors"]
+    files = [file for file in files if file.suffix in READ.get(what, (file.suffix,))]
     by_ending: dict[str, list[Path]] = {}
     for file in files:
         by_ending.setdefault(file.suffix, []).append(file)

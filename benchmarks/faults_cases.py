@@ -1,36 +1,38 @@
-"""What the fault campaign runs, in processes of its own, and what it reads of the results.
-
-Python, torch and the commands are imported once: each trial is a fork, which takes milliseconds
-where a new process takes seconds. It has a HOME, a TMPDIR and a working directory of its own, and
-notes which files it opens to write outside of its folder.
-"""
+"""What the fault campaign runs, and how it reads the results."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
-import os
-import signal
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 from stagewise import Certificate, LatentBank
 from stagewise.latents import make_latents, open_latents
 from stagewise.latents.opening import FORMATS
+from stagewise.recipes.arguments import ends_in_a_line
 
-__all__ = ["COMMANDS", "FILES", "Ended", "action", "contents", "prepare", "reader", "spawn"]
+__all__ = [
+    "COMMANDS",
+    "FILES",
+    "KINDS",
+    "action",
+    "contents",
+    "prepare",
+    "reader",
+    "source",
+]
 
 COMMANDS = ("train", "encode", "sample", "bank")
 KINDS = [*FORMATS, "repa.zip", "edm2.zip"]
@@ -41,114 +43,7 @@ FILES += ["run: sample", "run: report", "run: resume"]
 """What is read after a bit of it was flipped."""
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a process ended, and what it said."""
-
-    code: int  # negative: by that signal
-    said: str
-    outside: list[str]
-
-    @property
-    def raw(self) -> bool:
-        """Whether it ended in a traceback, where one line should be, or by a signal of its own."""
-        return "Traceback (most recent call last)" in self.said or self.code < -signal.SIGKILL
-
-
-def spawn(
-    action: Callable[[], object],
-    place: Path,
-    inside: Path,
-    until: Callable[[float], bool] = lambda seconds: False,
-    limit: float = 300.0,
-) -> Ended:
-    """Runs an action in a fork, until it ends or `until` says that it is to be killed.
-
-    Args:
-        action: What a command does.
-        place: A folder for what it says, its HOME and its working directory.
-        inside: Where it may write.
-        until: Asked all the time, with the seconds since it began.
-        limit: Seconds after which it hangs.
-    """
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "said.txt").write_text("")
-    (place / "outside.txt").write_text("")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    process = os.fork()
-    if process == 0:
-        _run_and_exit(action, place, inside)
-    began = time.monotonic()
-    while True:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            break
-        seconds = time.monotonic() - began
-        if seconds > limit or until(seconds):
-            os.killpg(process, signal.SIGKILL)
-            status = os.waitpid(process, 0)[1]
-            break
-        time.sleep(0.0005)
-    said = (place / "said.txt").read_text(errors="replace")
-    outside = sorted(set((place / "outside.txt").read_text().splitlines()))
-    return Ended(os.waitstatus_to_exitcode(status), said, outside)
-
-
-def _run_and_exit(action: Callable[[], object], place: Path, inside: Path) -> None:
-    os.setpgid(0, 0)
-    code = 1
-    try:
-        log = os.open(place / "said.txt", os.O_WRONLY | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        for name in ("home", "tmp", "work"):
-            (place / name).mkdir(exist_ok=True)
-        os.environ |= {"HOME": str(place / "home"), "TMPDIR": str(place / "tmp")}
-        tempfile.tempdir = None
-        os.chdir(place / "work")
-        _watch(os.open(place / "outside.txt", os.O_WRONLY | os.O_APPEND), inside.resolve())
-        action()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        code = 0 if end.code is None else code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _watch(log: int, inside: Path) -> None:
-    """Notes files that are opened to write, made or removed elsewhere."""
-    own, writes = os.getpid(), os.O_WRONLY | os.O_RDWR | os.O_CREAT
-    # What libraries keep in HOME and TMPDIR is theirs.
-    kept = (os.environ["HOME"], os.environ["TMPDIR"], "/dev", "/proc")
-    allowed = tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in (inside, *kept))
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, _, flags = arguments
-            if isinstance(path, int) or not isinstance(flags, int) or not flags & writes:
-                return
-        elif event in ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"):
-            path = arguments[1] if event == "os.rename" else arguments[0]
-        else:
-            return
-        if isinstance(path, int) or os.getpid() != own:
-            return
-        full = os.path.realpath(os.fsdecode(path))
-        if not f"{full}{os.sep}".startswith(allowed):
-            os.write(log, f"{event} {full}\n".encode())
-
-    sys.addaudithook(hook)
-
-
-# -- the commands -----------------------------------------------------------------------------------
+# -- the commands ----------------------------------------------------------------------------------
 
 
 def prepare(base: Path) -> None:
@@ -184,9 +79,15 @@ def prepare(base: Path) -> None:
 def action(name: str, base: Path, out: Path, resume: bool) -> Callable[[], object]:
     """What a command does, with its files in `out`."""
     if name == "bank":
-        return lambda: _bank(base, out)
+        return partial(_as_command, _bank, base, out)
     arguments = {"train": _train, "encode": _encode, "sample": _sample}[name](base, out, resume)
     return lambda: _main(name, arguments)
+
+
+def _as_command(function: Callable[..., object], *arguments: object) -> None:
+    """What has no command, ended as one."""
+    with ends_in_a_line(function.__name__):
+        function(*arguments)
 
 
 def _main(name: str, arguments: list[object]) -> None:
@@ -238,7 +139,7 @@ def _bank(base: Path, out: Path) -> None:
     print("done")
 
 
-# -- what came out ----------------------------------------------------------------------------------
+# -- what came out ---------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -259,6 +160,8 @@ def _parts(file: Path) -> Iterator[tuple[str, bytes]]:
             held: Any = torch.load(file, "cpu", weights_only=True)
         elif file.suffix == ".json":
             held = json.loads(data)
+        elif file.name == "config.yaml":
+            held = {**yaml.safe_load(data), "resume": None}
         elif file.suffix == ".jsonl":
             held = [json.loads(line) for line in data.splitlines()]
         elif file.suffix == ".csv":
@@ -297,8 +200,8 @@ def _told(*values: Any) -> None:
 
 def latents_of(base: Path, kind: str) -> Path:
     """Where `prepare` puts latents of a format."""
-    end = {"plain": ".safetensors", "repa.zip": "/data.zip", "edm2.zip": "/data.zip"}.get(kind, "")
-    return base / "latents" / f"{kind.removesuffix('.zip') if kind == 'plain' else kind}{end}"
+    files = {"plain": "data.safetensors", "repa.zip": "data.zip", "edm2.zip": "data.zip"}
+    return base / "latents" / kind / files.get(kind, "")
 
 
 def reader(what: str, base: Path, out: Path) -> Callable[[], object]:
@@ -306,9 +209,9 @@ def reader(what: str, base: Path, out: Path) -> Callable[[], object]:
     if what.startswith("latents "):
         kind = what.split()[1]
         path = out / latents_of(base, kind).relative_to(source(what, base))
-        return lambda: _read_latents(path, kind.removesuffix(".zip"))
+        return partial(_as_command, _read_latents, path, kind.removesuffix(".zip"))
     if what in ("bank", "certificate"):
-        return lambda: (_read_bank if what == "bank" else _read_certificate)(out)
+        return partial(_as_command, _read_bank if what == "bank" else _read_certificate, out)
     if what in ("encode", "sample"):
         return lambda: (action(what, base, out, True)(), _told(contents(out)))
     return lambda: _read_run(what.split()[1], base, out)
@@ -328,7 +231,7 @@ def _read_run(how: str, base: Path, out: Path) -> None:
         made = out / "made"
         about = ("--count", 2, "--steps", 1, "--method", "euler", "--device", "cpu")
         _main("sample", [out, "--out", made, *about])
-        _told(contents(made)["samples.npz"])
+        _told(contents(made)["latents.npz"])
     elif how == "report":
         _main("report", [out])
         _told([file.read_bytes() for file in sorted(out.glob("*.html"))])

@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from stagewise.stages import StageBoundary
 from stagewise.velocity_probe import STAGES
@@ -48,6 +49,7 @@ __all__ = [
     "new_figure",
     "render",
     "shade_stages",
+    "step_bar",
     "time_axis",
 ]
 
@@ -226,8 +228,16 @@ def in_order(count: int) -> list[Any]:
 
 
 def by_step(steps: Sequence[int]) -> ScalarMappable:
-    """The colours of ascending training steps, for curves (`to_rgba`) and for a colour bar."""
+    """The colours of ascending training steps, for curves (`to_rgba`) and for `step_bar`."""
     last = max(2, steps[-1])
     # Two decades at most: the first steps of an untrained model would take most of the colours.
     begin = min(max(1.0, steps[0], last / 100), last / 2)
     return ScalarMappable(LogNorm(begin, last, clip=True), _ORDER)
+
+
+def step_bar(axes: Axes, colours: ScalarMappable) -> None:
+    """The colour bar of `by_step`, its numbers written out."""
+    assert isinstance(axes.figure, Figure)
+    bar = axes.figure.colorbar(colours, ax=axes, label="training step")
+    for set_formatter in (bar.ax.yaxis.set_major_formatter, bar.ax.yaxis.set_minor_formatter):
+        set_formatter(LogFormatter())

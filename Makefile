@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-latents test test-all test-rest lint types bench bench-forecast bench-gpu bench-imagenet bench-recipes bench-schemes bench-regularisers figures docs tree clean distclean
+.PHONY: help demo demo-latents test test-all test-rest lint types bench bench-forecast bench-gpu bench-imagenet bench-recipes bench-schemes bench-regularisers figures docs release tree clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-19s %s\n", $$1, $$2 }'
@@ -78,13 +78,21 @@ bench-regularisers: $(VENV)/.recipes ## train on few samples with and without sm
 figures: $(VENV)/.recipes ## train three small models, draw what docs/watching.md shows (half an hour)
 	$(BIN)/python benchmarks/watching.py
 
-docs: $(VENV)/.docs tree ## write the API documentation to build/docs
-	PYTHONPATH=$(TREE) $(BIN)/pdoc --docformat google --math -o build/docs $$( \
-	  cd $(TREE) && find stagewise -name '*.py' | sed -e 's#/__init__.py##' -e 's#.py$$##' | \
-	  tr / . | sort )
+docs: $(VENV)/.docs ## write the site to build/docs (runs its notebooks), check its links
+	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
+	$(BIN)/python .ci/links.py build/docs
+
+release: $(VENV)/.dev ## build sdist and wheel, check them, install the wheel into an empty environment
+	rm -rf dist build/release
+	$(BIN)/pip install --quiet build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/release
+	build/release/bin/pip install --quiet "$$(ls dist/*.whl)[recipes]"
+	cd build && release/bin/stagewise --version && release/bin/stagewise train --help > /dev/null
 
 clean: ## remove what was built (make clean keeps .venv, make distclean removes it)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/reference/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## remove what was built and .venv

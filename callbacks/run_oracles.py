@@ -182,7 +182,10 @@ class RunOracles(StageCallback):
 
     def _compare_with_checkpoint(self, callback: StageCallback, bank: LatentBank) -> None:
         before = callback.stashed_run.get("bank")
-        if not before or not self.began or before == bank.fingerprint:
+        if not before or not self.began:
+            return
+        bank.require_intact()
+        if before == bank.fingerprint:
             return
         if not any(member.renewed for member in self.members):
             rank_zero_warn(

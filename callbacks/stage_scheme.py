@@ -201,16 +201,16 @@ class StageScheme(StageCallback):
 
     def before_first_batch(self) -> None:
         """Settles the boundary, and refuses what cannot work."""
-        scheme = self.scheme
-        refuse_unheard(self.run.host.speakers, scheme.awaited if isinstance(scheme, Phases) else [])
+        scheme, speakers = self.scheme, self.run.host.speakers
+        refuse_unheard(speakers, scheme.awaited if isinstance(scheme, Phases) else [])
         unknown = self.renewed or any(part.boundary is None for part in parts(scheme))
         if unknown and (boundary := self._boundary()) is not None:
             scheme.set_boundary(boundary)
             self.say(f"the stages meet at t = {scheme.boundary:.3f}")
         for part in (part for part in parts(scheme) if part.smoothing is not None):
             begin = "" if part.collapsed is None else f" from t = {part.collapsed:.3f} on"
-            draws = f"trains on draws of {part.smoothing!r}{begin}"
-            self.say(f"{draws}. Monitors compare with the rows themselves.")
+            what = f"trains on draws of {part.smoothing!r}{begin}."
+            self.say(f"{what} Monitors compare with the rows themselves.")
         scheme.check()
 
     def settle(self) -> None:
@@ -222,14 +222,15 @@ class StageScheme(StageCallback):
                 "steered: in eval mode or without gradients it is plain. If another object makes "
                 f"it, say which: seam=...; {BY_HAND}"
             )
-        oracles = [p.oracle for p in parts(self.scheme) if p.target is not None and p.oracle]
+        oracles = [p.oracle for p in parts(self.scheme) if p.target and p.oracle]
         with self.run.together("holding its samples against the bank"):
             for bank, oracle in {o.bank: o for o in oracles}.items():
-                kernel, known = oracle.condition, record.source is not None
-                c = self.run.look.condition_for(kernel, record.x1) if kernel else None
-                shard = not oracle.engine.holds_all_rows
-                said = check_rows(bank, record.x1, known=known, shard=shard, condition=c)
-                if said:
+                kernel, known, look = oracle.condition, record.source is not None, self.run.look
+                c = look.condition_for(kernel, record.x1) if kernel else None
+                part, shard = parts(self.scheme)[0], not oracle.engine.holds_all_rows
+                near = part.encoded and not part.smoothing  # draws are no rows
+                options = {"known": known and not near, "near": near, "shard": shard}
+                if said := check_rows(bank, record.x1, **options, condition=c):
                     self.warn(said)
         if warning := self.run.look.check_conditions(self.scheme):
             self.warn(warning)
@@ -297,19 +298,19 @@ class StageScheme(StageCallback):
         return "the scheme that the module holds" if self.seam is None else self.seam.name
 
     def _attach(self) -> None:
-        self._paused, look = False, self.run.look
+        self._paused, run, look = False, self.run, self.run.look
+        made = run.encoding or run.option(self, "find") or run.option(self, "encode")
+        encoded = bool(made) and not run.given(self)
         for part in parts(self.scheme):  # `settle` checks rows, on all ranks together
             part.rows_checked = True
             part.labels_of, part.condition_of = look.labels_for, look.condition_for
             part.before_smoothing = self._before_smoothing
+            part.encoded = encoded and (not part.oracle or part.oracle.engine.holds_all_rows)
         look.schemes = [*(one for one in look.schemes if one is not self.scheme), self.scheme]
         if self.seam is not None:
             self._detach = self.seam.attach(self.scheme, weighed=self._weighed)
         for part in parts(self.scheme):
-            part.trains = self._trains
-
-    def _trains(self) -> bool:
-        return self.run.host.trains()
+            part.trains = run.host.trains
 
     def _before_smoothing(self, x1: Tensor) -> None:
         """Refuses samples of the first step for which no rows were read: only rows are smoothed."""
@@ -337,8 +338,7 @@ class StageScheme(StageCallback):
         """The scheme of the parts, or the one that the module's loss has."""
         assert self.seam is not None
         if self._make is not None:
-            made = self._make(self._oracle())
-            if isinstance(made, Scheme | Phases):
+            if isinstance(made := self._make(self._oracle()), Scheme | Phases):
                 return made
             raise TypeError(f"Expected a function that makes a Scheme or Phases, got {made!r}.")
         if not self._parts:

@@ -8,7 +8,9 @@ averages weights (Lightning's `WeightAveraging`) a checkpoint's `state_dict` is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +20,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from stagewise.files import names
+from stagewise.files import first_line, names
 from stagewise.recipes.latents import current
 from stagewise.recipes.module import FlowMatchingModule
+from stagewise.recipes.trusted import require_known
 
 __all__ = [
     "Loaded",
@@ -28,13 +31,16 @@ __all__ = [
     "find_checkpoint",
     "load_module",
     "load_weights",
+    "newest_whole",
     "require_same_model",
+    "require_whole",
     "run_config",
 ]
 
 Weights = Literal["averaged", "current"]
 
 _NEEDED = ("data", "net", "objective", "module")
+_OTHER = "Copy it again, or take another checkpoint of the run."
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,16 @@ class Loaded:
         return f"{self.path.name}, step {self.step}, {self.weights} weights{note}"
 
 
-def run_config(run: Path) -> DictConfig:
+def run_config(run: Path, trust: Sequence[str] = ()) -> DictConfig:
     """The configuration of a run, from its `config.yaml`.
 
+    Args:
+        run: The folder of a run.
+        trust: What it may call beside what recipes are made of; see `require_known`.
+
     Raises:
-        ValueError: If there is no such folder or file, or a part of the model is missing in it.
+        ValueError: If there is no such folder or file, a part of the model is missing in it, or it
+            calls anything else.
     """
     if not run.is_dir():
         raise ValueError(f"There is no folder {run}. Give the folder of a run.")
@@ -82,7 +93,9 @@ def run_config(run: Path) -> DictConfig:
     if missing:
         raise ValueError(f"Expected the keys {_NEEDED} in {file}, missing: {', '.join(missing)}.")
     assert isinstance(config, DictConfig)
-    return current(config)
+    config = current(config)
+    require_known({key: config[key] for key in _NEEDED}, trust, file)
+    return config
 
 
 def find_checkpoint(run: Path, given: Path | None = None) -> Path:
@@ -90,33 +103,96 @@ def find_checkpoint(run: Path, given: Path | None = None) -> Path:
 
     Args:
         run: The folder of a run.
-        given: A file, by its path or by its name in the run's `checkpoints`; default the newest
-            `last*.ckpt`, and without one the newest checkpoint.
+        given: A file, by its path or by its name in the run's `checkpoints`; default the one of the
+            last step. One that cannot be read counts as that, so that nobody takes an older one
+            without knowing.
 
     Raises:
         ValueError: If there is none, or it is a folder, as sharded training writes.
     """
     folder = run / "checkpoints"
-    found = sorted(folder.glob("*.ckpt"))
+    found = _newest_first(folder)
     if given is not None:
         path = next((place for place in (given, folder / given) if place.exists()), None)
         if path is None:
             there = names([file.name for file in found]) or "none"
             raise ValueError(f"There is no checkpoint {given}. In {folder}: {there}.")
     elif found:
-        # A second training in the same folder writes last-v1.ckpt beside last.ckpt.
-        last = [file for file in found if file.name.startswith("last")]
-        path = max(last or found, key=lambda file: file.stat().st_mtime)
+        path = found[0]
     else:
         raise ValueError(
             f"Expected a checkpoint (*.ckpt) in {folder}, found none. Name one: --checkpoint."
         )
-    if not path.is_file():
+    _refuse_folder(path)
+    return path
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The whole checkpoint of the last step, and what is wrong with those that come before it.
+
+    A training writes two for a step, and may be killed between them, so that no name tells which
+    is the last.
+
+    Args:
+        folder: Of checkpoints.
+
+    Returns:
+        None if there is no checkpoint, or none is whole.
+
+    Raises:
+        ValueError: If the first is a folder, as sharded training writes.
+    """
+    faults = []
+    for path in _newest_first(folder):
+        _refuse_folder(path)
+        try:
+            require_whole(path)
+            _read(path)
+        except ValueError as error:
+            faults.append(str(error))
+        else:
+            return path, faults
+    return None, faults
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, by step; before them those that cannot be read."""
+
+    def age(path: Path) -> tuple[float, float]:
+        try:
+            step = float(_read(path).get("global_step", 0))
+        except ValueError:
+            step = math.inf
+        return step, path.stat().st_mtime
+
+    return sorted(folder.glob("*.ckpt"), key=age, reverse=True)
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
         raise ValueError(
             f"Expected a file, got the folder {path}, as sharded training writes it. Make one file "
             "of it: python -m lightning.pytorch.utilities.consolidate_checkpoint."
         )
-    return path
+
+
+def require_whole(path: Path) -> None:
+    """Reads a checkpoint to its end, and compares each part with the checksum that torch wrote.
+
+    Loading reads no checksum. Files in the format before torch 1.6 have none.
+
+    Raises:
+        ValueError: If a byte has changed, or is missing.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as file:
+            changed = file.testzip()
+    except Exception as error:  # of the zip: it raises many kinds where its headers are damaged
+        raise ValueError(f"{path} is damaged: {first_line(error)}. {_OTHER}") from error
+    if changed is not None:
+        raise ValueError(f"{path} is damaged: {changed} in it has changed. {_OTHER}")
 
 
 def load_weights(path: Path, module: nn.Module, weights: Weights | None = None) -> Loaded:
@@ -128,10 +204,11 @@ def load_weights(path: Path, module: nn.Module, weights: Weights | None = None) 
         weights: Which, default the averaged ones if there are any.
 
     Raises:
-        ValueError: If the file is no checkpoint, is of another model, or has no such weights.
+        ValueError: If the file is no whole checkpoint, is of another model, or has no such weights.
     """
     if weights not in (None, "averaged", "current"):
         raise ValueError(f'Expected `weights` "averaged" or "current", got {weights!r}.')
+    require_whole(path)
     checkpoint = _read(path)
     state, note = checkpoint["state_dict"], ""
     both = "current_model_state" in checkpoint
@@ -187,9 +264,9 @@ def _read(path: Path) -> dict[str, Any]:
         except RuntimeError:  # written in the format before torch 1.6, which cannot be mapped
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of the zip, of the unpickler, or of the file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{path} is no whole checkpoint that holds tensors and plain values alone: {reason}"
+            f"{path} is no whole checkpoint that holds tensors and plain values alone: "
+            f"{first_line(error)}. {_OTHER}"
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ValueError(f"Expected a checkpoint of Lightning, with `state_dict`, got {path}.")

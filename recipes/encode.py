@@ -38,8 +38,12 @@ def run(options: argparse.Namespace) -> None:
     rank, ranks, local = _ranks()
     images = _images(options, ranks)
     settings, device = _settings(options, images, ranks), _device(options.device, local)
-    record = Record(options.out, rank, ranks, len(images.files))
+    record = Record(options.out, rank, ranks, images, options.shard_size)
     record.begin(settings, options.resume)
+    kind = WRITERS[options.format]
+    writer = kind(options.out, images, rank, options.seed, _DTYPES[options.dtype])
+    for damaged in record.compare(writer.files):
+        print(damaged)
     if record.is_closed():
         print(f"{options.out} is complete already.")
         return
@@ -47,72 +51,65 @@ def run(options: argparse.Namespace) -> None:
         print(
             f"{images.folder} has no class folders: all {len(images.files)} pictures are class 0."
         )
-    kind = WRITERS[options.format]
-    writer = kind(options.out, images, rank, options.seed, _DTYPES[options.dtype])
-    if record.done < record.count:
+    if record.missing():
         vae = load_vae(options.vae, device, _DTYPES[options.precision])
-        record.settle(settings | {"vae_weights": fingerprint(vae)}, images.classes)
+        record.settle(settings | {"vae_weights": fingerprint(vae)})
         try:
             _encode(vae, images, writer, record, options)
         except (OSError, SafetensorError, torch.OutOfMemoryError) as error:
             smaller = " Try a smaller --batch-size." * isinstance(error, torch.OutOfMemoryError)
             raise OSError(
-                f"{error}.{smaller} {record.done} of {record.count} pictures are written, and "
-                f"stay. {_RESUME}"
+                f"{str(error).rstrip('.')}.{smaller} {record.done} of {record.count} pictures are "
+                f"written, and stay. {_RESUME}"
             ) from error
-    skipped = record.all_skipped()
-    if skipped is None:
+    notes = record.all_notes()
+    if notes is None:
         print(f"Rank {rank} of {ranks} is done; the one that is done last writes the statistics.")
     else:
-        _finish(writer, record, options.format, skipped)
+        _finish(writer, record, options.format, *notes)
 
 
 def _encode(
     vae: VAE, images: ImageList, writer: Writer, record: Record, options: argparse.Namespace
 ) -> None:
-    block, seen, rows = options.shard_size, record.done, 0
     flips = options.flips and writer.takes_flips
     # Batches end with blocks, so that they are the same ones for whoever resumes.
     batches = [
-        list(range(record.start + at, record.start + min(at + options.batch_size, end)))
-        for first in range(seen, record.count, block)
-        for end in [min(first + block, record.count)]
-        for at in range(first, end, options.batch_size)
+        (block, record.indices(block)[at : at + options.batch_size])
+        for block in record.missing()
+        for at in range(0, len(record.indices(block)), options.batch_size)
     ]
     loader: DataLoader[Any] = DataLoader(
         Pictures(images, options.size),
-        batch_sampler=batches,
+        batch_sampler=[list(indices) for _, indices in batches],
         collate_fn=collate,
         num_workers=options.num_workers,
         pin_memory=vae.device.type == "cuda",
     )
     label = "encode" if record.ranks == 1 else f"rank 0 of {record.ranks}"
-    bar = tqdm(
-        total=record.count, initial=seen, desc=label, unit=" pictures", disable=record.rank > 0
-    )
+    about: dict[str, Any] = {"desc": label, "unit": " pictures", "disable": record.rank > 0}
+    bar = tqdm(total=record.count, initial=record.done, **about)
     with bar:
-        for indices, pictures, broken in loader:
-            lost = {images.files[index]: reason for index, reason in broken.items()}
-            if lost and not options.skip_broken:
-                name, reason = next(iter(lost.items()))
+        for (block, indices), batch in zip(batches, loader, strict=True):
+            if batch.broken and not options.skip_broken:
+                index, reason = next(iter(batch.broken.items()))
                 raise ValueError(
-                    f"{images.folder / name} cannot be read ({reason}). Replace it, or leave out "
-                    f"all such pictures: --skip-broken. {_RESUME}"
+                    f"{images.folder / images.files[index]} cannot be read ({reason}). Replace it, "
+                    f"or leave out all such pictures: --skip-broken. {_RESUME}"
                 )
-            record.skipped.update(lost)
-            if indices:
-                x = to_pixels(pictures.to(vae.device, non_blocking=True), writer.pixels_from)
-                names = [images.files[index] for index in indices]
+            record.add(batch, indices)
+            if batch.pictures is not None:
+                pictures = batch.pictures.to(vae.device, non_blocking=True)
+                x = to_pixels(pictures, writer.pixels_from)
+                names = [images.files[index] for index in batch.indices]
                 moments = _moments(vae, x, names)
-                writer.add(indices, moments, _moments(vae, x.flip(-1), names) if flips else None)
-            rows, seen = rows + len(indices), seen + len(indices) + len(broken)
-            bar.update(len(indices) + len(broken))
-            if seen % block == 0 or seen == record.count:
-                if rows:
-                    writer.close(record.blocks)
-                    record.blocks, rows = record.blocks + 1, 0
-                record.done = seen
-                record.save()
+                mirrored = _moments(vae, x.flip(-1), names) if flips else None
+                writer.add(batch.indices, moments, mirrored)
+            bar.update(len(indices))
+            if indices[-1] == record.indices(block)[-1]:
+                if record.with_rows(block):
+                    writer.close(record.number(block))
+                record.close_block(block, writer.files)
 
 
 def _moments(vae: VAE, x: Tensor, names: list[str]) -> Moments:
@@ -127,13 +124,15 @@ def _moments(vae: VAE, x: Tensor, names: list[str]) -> Moments:
     return mean, std
 
 
-def _finish(writer: Writer, record: Record, kind: Any, skipped: dict[str, str]) -> None:
+def _finish(
+    writer: Writer, record: Record, kind: Any, skipped: dict[str, str], converted: dict[str, Any]
+) -> None:
     """Writes what is over all rows, and looks at the result as its reader does."""
     out, images = record.folder, writer.images
     there = [at for at, name in enumerate(images.files) if name not in skipped]
     if not there:
         raise ValueError(f"None of the pictures in {images.folder} can be read; see {out}.")
-    writer.finish(there)
+    files = writer.finish(there)
     latents = open_latents(out, kind)
     if len(latents) != len(there):
         raise ValueError(
@@ -144,7 +143,12 @@ def _finish(writer: Writer, record: Record, kind: Any, skipped: dict[str, str]) 
         latents.check_scale()
     except ValueError as error:
         print(f"Note: {error}")
-    record.close(len(there), skipped)
+    about = {"rows": len(there), "skipped": skipped, "converted": converted}
+    record.close(about, files)
+    for note, held in converted.items():
+        print(f"Note: {note}: {held['count']} pictures, such as {held['names'][0]} ({SETTINGS}).")
+    if images.left_out:
+        print(f"Note: left out as no pictures, by their endings: {images.about_left_out()}.")
     said = f" --format {kind}" if latents.ambiguous else ""
     left = f", without {len(skipped)} pictures ({SETTINGS})" if skipped else ""
     classes = len(images.classes)

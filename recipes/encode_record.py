@@ -1,45 +1,66 @@
 """What `stagewise encode` notes beside the latents, so that a run that was stopped can go on.
 
-    encode.json          the settings; at the end also the number of rows, and what was left out
-    encode_rank00.json   how many pictures of its part a rank has written, after each block
-    classes.json         the names of the classes
+    encode.json                  the settings; at the end also the number of rows, what was left out
+                                 or converted, and hashes of the files that are over all rows
+    encode_rank00.json           the blocks that a rank has written, each with hashes of its files
+                                 and of its part of the next
+    encode_rank00_pictures.bin   for each picture a stamp and a hash of what was read, 8 bytes each
+    classes.json                 the names of the classes
 
 Ranks do not talk to one another: each has a note of its own, and all write the same `encode.json`.
+
+Whoever resumes compares contents, not names: blocks whose files or pictures are no more what they
+were are encoded again. Files are read for that; pictures only if their stamp (size and times of
+writing and of any change) is another.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from stagewise.files import replace_file
+from stagewise.recipes.image_folder import Batch, ImageList, seen, stamp
 
 __all__ = ["SETTINGS", "Record"]
 
 SETTINGS = "encode.json"
+
+Files: TypeAlias = "Callable[[int, Sequence[int]], list[Path]]"
+"""The files of a block, of its number among those with rows and of its pictures with rows."""
+
+_CHECKSUM = "checksum"
+_MOST_NAMES = 5  # of converted pictures, for each kind and block
 
 
 class Record:
     """The notes of a run in a folder.
 
     A rank has a contiguous part of the pictures: rows are in the order of the list, however many
-    ranks there are.
+    ranks there are. Its part is cut into blocks, numbered from 0.
 
     Attributes:
         start: The first picture of this rank.
         count: How many it has.
-        done: How many of them are written, or left out.
-        blocks: Of how many blocks with rows.
-        skipped: Names of the pictures left out among these, with the reason.
+        skipped: Names of the pictures left out, with the reason.
     """
 
-    def __init__(self, folder: Path, rank: int, ranks: int, total: int) -> None:
-        self.folder, self.rank, self.ranks = folder, rank, ranks
+    def __init__(self, folder: Path, rank: int, ranks: int, images: ImageList, size: int) -> None:
+        self.folder, self.rank, self.ranks, self.images = folder, rank, ranks, images
+        total = len(images.files)
         self.start = total * rank // ranks
         self.count = total * (rank + 1) // ranks - self.start
-        self.done, self.blocks = 0, 0
         self.skipped: dict[str, str] = {}
+        self._size = size
+        # Of each block its number among those with rows, a hash of its files, what was converted.
+        self._blocks: list[dict[str, Any]] = [{} for _ in range(0, self.count, size)]
+        self._seen = np.zeros((self.count, 2), dtype="<u8")
 
     def begin(self, settings: dict[str, Any], resume: bool) -> None:
         """Finds how far this rank is; refuses a folder of something else, or of other settings."""
@@ -53,17 +74,15 @@ class Record:
             )
         self.require_same(settings)
         note = _read(self._note(self.rank))
+        if note:
+            self._blocks, self.skipped = note["blocks"], note["skipped"]
         if note and not resume:
             raise FileExistsError(
-                f"{self.folder} holds {note['done']} of {self.count} pictures of rank {self.rank} "
+                f"{self.folder} holds {self.done} of {self.count} pictures of rank {self.rank} "
                 "already. Go on behind them: --resume. Or choose another folder."
             )
         if note:
-            self.done, self.blocks, self.skipped = note["done"], note["blocks"], note["skipped"]
-        # What a killed process left half-written; other ranks may be writing theirs now.
-        whose = f"_rank{self.rank:02d}*" if self.ranks > 1 else ""
-        for litter in self.folder.glob(f".*{whose}.partial"):
-            litter.unlink()
+            self._seen = self._read_pictures()
 
     def require_same(self, settings: dict[str, Any]) -> None:
         """Refuses settings that differ from those of the folder, and names what differs."""
@@ -76,46 +95,223 @@ class Record:
                 f"{', '.join(named)}. Use the same, or choose another folder."
             )
 
-    def settle(self, settings: dict[str, Any], classes: list[str]) -> None:
+    def settle(self, settings: dict[str, Any]) -> None:
         """Writes settings, classes and the note of this rank, before the first picture."""
         self.require_same(settings)
         _write(self.folder / SETTINGS, {"settings": settings})
-        _write(self.folder / "classes.json", classes)
-        self.save()
+        self._write_classes()
+        self._save()
 
-    def save(self) -> None:
-        """Writes the note of this rank."""
-        held = {"done": self.done, "blocks": self.blocks, "skipped": self.skipped}
-        _write(self._note(self.rank), held | {"of": self.count})
+    # -- blocks -----------------------------------------------------------------------------------
 
-    def is_closed(self) -> bool:
-        """Whether all is written, and what is over all rows too."""
-        return "rows" in _read(self.folder / SETTINGS)
+    @property
+    def done(self) -> int:
+        """How many pictures are written, or left out."""
+        return self.count - sum(len(self.indices(block)) for block in self.missing())
 
-    def all_skipped(self) -> dict[str, str] | None:
-        """What all ranks left out; None if not all of them are done."""
+    def indices(self, block: int) -> range:
+        """The pictures of a block."""
+        first = self.start + block * self._size
+        return range(first, min(first + self._size, self.start + self.count))
+
+    def missing(self) -> list[int]:
+        """The blocks that are not written."""
+        return [block for block, held in enumerate(self._blocks) if "files" not in held]
+
+    def number(self, block: int) -> int:
+        """The number of a block among those with rows; it keeps it when it is written again."""
+        numbers = [held.get("number") for held in self._blocks]
+        if (held := numbers[block]) is not None:
+            return held
+        return max((number for number in numbers if number is not None), default=-1) + 1
+
+    def add(self, batch: Batch, indices: range) -> None:
+        """Takes note of the pictures of a batch, of which some are left out."""
+        names = {index: self.images.files[index] for index in indices}
+        for index, found in zip(indices, batch.seen, strict=True):
+            self._seen[index - self.start] = found
+        self.skipped.update({names[index]: reason for index, reason in batch.broken.items()})
+        held = self._blocks[(indices[0] - self.start) // self._size]
+        converted = held.setdefault("converted", {})
+        for index, notes in batch.notes.items():
+            for note in notes:
+                kind = converted.setdefault(note, {"count": 0, "names": []})
+                kind["count"] += 1
+                kind["names"] += [names[index]][: _MOST_NAMES - len(kind["names"])]
+
+    def close_block(self, block: int, files: Files) -> None:
+        """Notes that a block is on the disk, in the files of its number and pictures."""
+        rows = self.with_rows(block)
+        number = self.number(block) if rows else None
+        if number is None and self._blocks[block].get("number") is not None:
+            raise ValueError(
+                f"None of {self._size} pictures that were encoded before can be read any more, the "
+                f"first {self.images.files[self.indices(block)[0]]}. Encode into another folder."
+            )
+        hashed = "" if number is None else file_hash(files(number, rows))
+        self._blocks[block] |= {"number": number, "files": hashed}
+        self._blocks[block]["pictures"] = self._seen_hash(block)
+        replace_file(self._pictures, lambda name: self._seen.tofile(name))
+        self._save()
+
+    def compare(self, files: Files) -> list[str]:
+        """Drops the blocks whose files are missing or damaged; says so of each.
+
+        Raises:
+            ValueError: If pictures of the others are no more those that were encoded.
+        """
+        whole = [block for block in range(len(self._blocks)) if "files" in self._blocks[block]]
+        with ThreadPoolExecutor(16) as pool:  # on a network drive each question takes a while
+            said = pool.map(lambda block: self._damaged(block, files), whole)
+            damaged = dict(zip(whole, said, strict=True))
+            rest = [block for block in whole if not damaged[block]]
+            replaced = dict(zip(rest, pool.map(self._replaced, rest), strict=True))
+        for block, picture in replaced.items():
+            listed = self._files(block, files)
+            if picture and listed:
+                raise ValueError(
+                    f"{picture} has changed since it was encoded. Put back the one that was; or "
+                    f"delete {listed[0]}: then --resume encodes the pictures of its block again, "
+                    f"{len(self.indices(block))} of them."
+                )
+        changed = [block for block in whole if damaged[block] or replaced.get(block)]
+        for block in changed:
+            # All of them: there may be no rows any more where a picture cannot be read now.
+            for file in self._files(block, files):
+                file.unlink(missing_ok=True)
+            for index in self.indices(block):
+                self.skipped.pop(self.images.files[index], None)
+            self._blocks[block] = {"number": self._blocks[block]["number"]}
+        if changed:
+            self._save()
+        return [
+            f"{damaged[block]}: {len(self.indices(block))} pictures are encoded again."
+            for block in changed
+            if damaged[block]
+        ]
+
+    def _damaged(self, block: int, files: Files) -> str:
+        if self._seen_hash(block) != self._blocks[block]["pictures"]:
+            return f"{self._pictures} is missing or damaged"
+        listed = self._files(block, files)
+        if file_hash(listed) == self._blocks[block]["files"]:
+            return ""
+        more = f" or one of the {len(listed) - 1} that follow" if len(listed) > 1 else ""
+        return f"{listed[0]}{more} is missing or damaged"
+
+    def _replaced(self, block: int) -> Path | None:
+        for index in self.indices(block):
+            file = self.images.folder / self.images.files[index]
+            mark, content = self._seen[index - self.start]
+            # A copy, or a file that was touched, has another stamp and the same contents.
+            if stamp(file.stat()) != mark and seen(file)[0][1] != content:
+                return file
+        return None
+
+    def _files(self, block: int, files: Files) -> list[Path]:
+        number = self._blocks[block]["number"]
+        return [] if number is None else files(number, self.with_rows(block))
+
+    def with_rows(self, block: int) -> list[int]:
+        """The pictures of a block that are not left out."""
+        files = self.images.files
+        return [index for index in self.indices(block) if files[index] not in self.skipped]
+
+    # -- all ranks --------------------------------------------------------------------------------
+
+    def all_notes(self) -> tuple[dict[str, str], dict[str, Any]] | None:
+        """What all ranks left out and what they converted; None if not all of them are done."""
         notes = [_read(self._note(rank)) for rank in range(self.ranks)]
         if any(not note or note["done"] < note["of"] for note in notes):
             return None
-        return {name: reason for note in notes for name, reason in note["skipped"].items()}
+        skipped = {name: reason for note in notes for name, reason in note["skipped"].items()}
+        converted: dict[str, Any] = {}
+        for block in (block for note in notes for block in note["blocks"]):
+            for kind, held in block.get("converted", {}).items():
+                total = converted.setdefault(kind, {"count": 0, "names": []})
+                total["count"] += held["count"]
+                total["names"] += held["names"]
+        return skipped, converted
 
-    def close(self, rows: int, skipped: dict[str, str]) -> None:
-        """Writes how many rows there are, and what was left out."""
+    def close(self, about: dict[str, Any], files: Iterable[Path]) -> None:
+        """Writes what is known at the end, and what tells the files over all rows from others."""
+        files = [self._write_classes(), *files]
         held = _read(self.folder / SETTINGS)
-        _write(self.folder / SETTINGS, {**held, "rows": rows, "skipped": skipped})
+        hashes = {file.relative_to(self.folder).as_posix(): file_hash([file]) for file in files}
+        _write(self.folder / SETTINGS, {**held, **about, "files": hashes})
+
+    def is_closed(self) -> bool:
+        """Whether all is written, and what is over all rows too."""
+        hashes: dict[str, str] = _read(self.folder / SETTINGS).get("files", {})
+        whole = (file_hash([self.folder / name]) == wanted for name, wanted in hashes.items())
+        return bool(hashes) and not self.missing() and all(whole)
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        held = {"done": self.done, "of": self.count, "skipped": self.skipped}
+        _write(self._note(self.rank), held | {"blocks": self._blocks})
+
+    def _write_classes(self) -> Path:
+        file, text = self.folder / "classes.json", json.dumps(self.images.classes, indent=1) + "\n"
+        replace_file(file, lambda name: name.write_text(text))
+        return file
 
     def _note(self, rank: int) -> Path:
         return self.folder / f"encode_rank{rank:02d}.json"
+
+    @property
+    def _pictures(self) -> Path:
+        return self.folder / f"encode_rank{self.rank:02d}_pictures.bin"
+
+    def _read_pictures(self) -> np.ndarray:
+        held = self._pictures.read_bytes() if self._pictures.is_file() else b""
+        held = held[: self._seen.nbytes].ljust(self._seen.nbytes, b"\0")
+        return np.frombuffer(held, dtype="<u8").reshape(-1, 2).copy()
+
+    def _seen_hash(self, block: int) -> str:
+        first, last = self.indices(block)[0] - self.start, self.indices(block)[-1] - self.start
+        return _hash(self._seen[first : last + 1].tobytes())
+
+
+def file_hash(files: Sequence[Path]) -> str:
+    """A hash of what files hold, in 16 digits; empty if there are none, or not all of them."""
+    total = hashlib.sha256()
+    for file in files:
+        one = hashlib.sha256()
+        try:
+            with open(file, "rb") as stream:
+                while block := stream.read(2**20):
+                    one.update(block)
+        except FileNotFoundError:
+            return ""
+        total.update(one.digest())
+    return total.hexdigest()[:16] if files else ""
 
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text()))
+        held = dict(json.loads(file.read_bytes()))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}). Encode into another folder.") from error
+    if held.pop(_CHECKSUM, None) != _checksum(held):
+        raise ValueError(
+            f"{file} is damaged, changed by hand or of an older version: it does not match its "
+            "checksum. Encode into another folder."
+        )
+    return held
 
 
-def _write(file: Path, held: Any) -> None:
-    replace_file(file, lambda name: name.write_text(json.dumps(held, indent=1) + "\n"))
+def _write(file: Path, held: dict[str, Any]) -> None:
+    text = json.dumps(held | {_CHECKSUM: _checksum(held)}, indent=1, sort_keys=True) + "\n"
+    replace_file(file, lambda name: name.write_text(text))
+
+
+def _checksum(held: dict[str, Any]) -> str:
+    return _hash(json.dumps(held, sort_keys=True).encode())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from stagewise.files import replace_file
 from stagewise.latents import write_stats
-from stagewise.latents.lightningdit import write_shard
+from stagewise.latents.lightningdit import shard_name, write_shard
 from stagewise.latents.mean_std import file_name
 from stagewise.recipes.image_folder import ImageList
 
@@ -59,8 +59,15 @@ class Writer:
         if hasattr(os, "sync"):
             os.sync()
 
-    def finish(self, indices: Sequence[int]) -> None:
-        """Writes what is over all rows, of all ranks; `indices` are those that are there."""
+    def files(self, number: int, indices: Sequence[int]) -> list[Path]:
+        """Those of a block: of its number, and of its pictures that have rows."""
+        raise NotImplementedError
+
+    def finish(self, indices: Sequence[int]) -> list[Path]:
+        """Writes what is over all rows, of all ranks; `indices` are those that are there.
+
+        Returns the files.
+        """
         raise NotImplementedError
 
 
@@ -89,8 +96,13 @@ class _Shards(Writer):
         write_shard(self.folder, self.rank, number, shard)
 
     @override
-    def finish(self, indices: Sequence[int]) -> None:
+    def files(self, number: int, indices: Sequence[int]) -> list[Path]:
+        return [self.folder / shard_name(self.rank, number)]
+
+    @override
+    def finish(self, indices: Sequence[int]) -> list[Path]:
         write_stats(self.folder)
+        return [self.folder / "latents_stats.pt"]
 
 
 class _MeanStd(Writer):
@@ -102,14 +114,19 @@ class _MeanStd(Writer):
     @override
     def add(self, indices: Sequence[int], moments: Moments, flipped: Moments | None) -> None:
         both = torch.cat(moments, dim=1).to(self.dtype).numpy()
-        for index, rows in zip(indices, both, strict=True):
-            _save(self.folder / self.subfolder / file_name(index), partial(np.save, arr=rows))
+        for file, rows in zip(self.files(0, indices), both, strict=True):
+            _save(file, partial(np.save, arr=rows))
 
     @override
-    def finish(self, indices: Sequence[int]) -> None:
+    def files(self, number: int, indices: Sequence[int]) -> list[Path]:
+        return [self.folder / self.subfolder / file_name(index) for index in indices]
+
+    @override
+    def finish(self, indices: Sequence[int]) -> list[Path]:
         text = json.dumps({"labels": [[file_name(i), self.images.labels[i]] for i in indices]})
         index = self.folder / self.subfolder / "dataset.json"
         replace_file(index, lambda file: file.write_text(text))
+        return [index]
 
 
 class _EDM2(_MeanStd):
@@ -128,17 +145,24 @@ class _MAR(Writer):
             torch.cat([mean, 2 * std.log()], dim=1).to(self.dtype).numpy()
             for mean, std in (moments, flipped or moments)
         ]
-        for index, rows, mirrored in zip(indices, *both, strict=True):
-            label = self.images.classes[self.images.labels[index]]
-            name = self.images.files[index].removeprefix(f"{label}/").replace("/", "%2F")
-            save = partial(np.savez, moments=rows, moments_flip=mirrored)
-            _save(self.folder / label / f"{name}.npz", save)
+        for file, rows, mirrored in zip(self.files(0, indices), *both, strict=True):
+            _save(file, partial(np.savez, moments=rows, moments_flip=mirrored))
 
     @override
-    def finish(self, indices: Sequence[int]) -> None:
+    def files(self, number: int, indices: Sequence[int]) -> list[Path]:
+        return [self._file(index) for index in indices]
+
+    def _file(self, index: int) -> Path:
+        label = self.images.classes[self.images.labels[index]]
+        name = self.images.files[index].removeprefix(f"{label}/").replace("/", "%2F")
+        return self.folder / label / f"{name}.npz"
+
+    @override
+    def finish(self, indices: Sequence[int]) -> list[Path]:
         # The label is the place of the folder: one without rows has its place too.
         for name in self.images.classes:
             (self.folder / name).mkdir(exist_ok=True)
+        return []
 
 
 WRITERS: dict[str, type[Writer]] = {

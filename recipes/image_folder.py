@@ -8,26 +8,31 @@ square in the middle.
 from __future__ import annotations
 
 import hashlib
+import io
+import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-__all__ = ["ImageList", "Pictures", "centre_crop", "collate", "find_images"]
+from stagewise.recipes.to_rgb import to_rgb
+
+__all__ = ["Batch", "ImageList", "Picture", "Pictures", "centre_crop", "collate", "find_images"]
 
 
 @dataclass(frozen=True)
 class ImageList:
     """The pictures of a folder, by class, then by name.
 
-    Label i is that of `classes[i]`.
+    Label i is that of `classes[i]`. `left_out` are the other files, but for hidden ones.
     """
 
     folder: Path
@@ -35,19 +40,31 @@ class ImageList:
     labels: list[int]
     classes: list[str]
     flat: bool  # no class folders, but one class
+    left_out: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
         """What tells this list from another: 16 digits of the SHA-256 of names and labels."""
         lines = (f"{label} {file}\n" for file, label in zip(self.files, self.labels, strict=True))
         return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
+    def about_left_out(self) -> str:
+        """How many files are no pictures by their ending, and an example of each ending."""
+        endings = Counter(os.path.splitext(name)[1].lower() for name in self.left_out)
+        first = {os.path.splitext(name)[1].lower(): name for name in reversed(self.left_out)}
+        return ", ".join(
+            f"{count} {ending or 'without an ending'} ({first[ending]})"
+            for ending, count in endings.most_common(5)
+        )
+
 
 def find_images(folder: Path) -> ImageList:
-    """Lists pictures in sorted class folders (torchvision's `ImageFolder`), or in a flat folder."""
+    """Lists pictures in sorted class folders (as torchvision's `ImageFolder`), or in a flat one."""
     if not folder.is_dir():
         raise FileNotFoundError(f"Expected a folder of images, got {folder}: no such folder.")
-    loose = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in IMG_EXTENSIONS)
-    folders = sorted(item.name for item in folder.iterdir() if item.is_dir())
+    items = sorted(item for item in folder.iterdir())
+    folders = [item.name for item in items if item.is_dir()]
+    here = [item.name for item in items if not item.is_dir()]
+    loose, others = _by_ending(here)
     if loose and folders:
         raise ValueError(
             f"Expected class folders or images in {folder}, got both: {len(folders)} folders, such "
@@ -59,21 +76,36 @@ def find_images(folder: Path) -> ImageList:
             "no classes. Give the class folders that it was made of."
         )
     if loose:
-        return ImageList(folder, loose, [0] * len(loose), ["0"], True)
+        return ImageList(folder, loose, [0] * len(loose), ["0"], True, others)
     if not folders:
         raise ValueError(
             f"Expected images ({', '.join(IMG_EXTENSIONS)}) in {folder} or in class folders below "
             "it, got none."
         )
-    try:
-        found = ImageFolder(str(folder))
-    except FileNotFoundError as error:
+    files: list[str] = []
+    labels: list[int] = []
+    empty = []
+    for label, name in enumerate(folders):
+        before = len(files)
+        for place, _, held in sorted(os.walk(folder / name, followlinks=True)):
+            below = Path(place).relative_to(folder).as_posix()
+            pictures, rest = _by_ending(sorted(held))
+            files += [f"{below}/{file}" for file in pictures]
+            others += [f"{below}/{file}" for file in rest]
+        labels += [label] * (len(files) - before)
+        empty += [name] * (len(files) == before)
+    if empty:
         raise ValueError(
-            f"Expected images in every class folder of {folder}: {error}. Remove the empty folders "
-            "if they are no classes."
-        ) from error
-    files = [Path(file).relative_to(folder).as_posix() for file, _ in found.samples]
-    return ImageList(folder, files, [label for _, label in found.samples], found.classes, False)
+            f"Expected images in every class folder of {folder}, got none in {len(empty)}, such as "
+            f"{empty[0]}. Remove the empty folders if they are no classes."
+        )
+    return ImageList(folder, files, labels, folders, False, others)
+
+
+def _by_ending(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    pictures = [name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    taken = set(pictures)
+    return pictures, [name for name in names if name not in taken and not name.startswith(".")]
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
@@ -88,11 +120,37 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-class Pictures(Dataset[tuple[int, "Tensor | str"]]):
-    """Pictures of a list: items `(index, (3, size, size) uint8)`, or the reason in its place.
+def seen(file: Path) -> tuple[tuple[int, int], bytes]:
+    """The contents of a file, and before them what tells it from another: `stamp` and a hash."""
+    with open(file, "rb") as stream:
+        mark, data = stamp(os.fstat(stream.fileno())), stream.read()
+    return (mark, _number(data)), data
 
-    A picture that cannot be read is told and not raised: a loader would wrap the error in the
-    trace of a worker, and end.
+
+def stamp(about: os.stat_result) -> int:
+    """What changes with a file when it is written, replaced or copied, without its contents."""
+    return _number(f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}".encode())
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+class Picture(NamedTuple):
+    """A picture of a list, (3, size, size) uint8, or the reason why there is none."""
+
+    index: int
+    pixels: Tensor | None
+    reason: str
+    notes: tuple[str, ...]  # what `to_rgb` changed
+    seen: tuple[int, int]
+
+
+class Pictures(Dataset[Picture]):
+    """Pictures of a list.
+
+    One that cannot be read is told and not raised: a loader would wrap the error in the trace of
+    a worker, and end.
     """
 
     def __init__(self, images: ImageList, size: int) -> None:
@@ -101,21 +159,39 @@ class Pictures(Dataset[tuple[int, "Tensor | str"]]):
     def __len__(self) -> int:
         return len(self.images.files)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        """The number of a picture and the picture, or why it cannot be read."""
+    def __getitem__(self, index: int) -> Picture:
+        """A picture, or why it cannot be read."""
+        found = (0, 0)
         try:
-            with Image.open(self.images.folder / self.images.files[index]) as picture:
-                pixels = np.array(centre_crop(picture.convert("RGB"), self.size))
+            found, data = seen(self.images.folder / self.images.files[index])
+            with Image.open(io.BytesIO(data)) as picture:
+                upright, notes = to_rgb(picture)
+                pixels = np.array(centre_crop(upright, self.size))
         except Exception as error:  # decoders raise what they like
-            return index, " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return index, torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            return Picture(index, None, reason, (), found)
+        return Picture(
+            index, torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), "", tuple(notes), found
+        )
 
 
-def collate(
-    items: Sequence[tuple[int, Tensor | str]],
-) -> tuple[list[int], Tensor | None, dict[int, str]]:
-    """A batch: `(indices, pictures, broken)`; pictures (B, 3, H, W), None if all are broken."""
-    broken = {index: held for index, held in items if isinstance(held, str)}
-    whole = [(index, held) for index, held in items if isinstance(held, Tensor)]
-    pictures = torch.stack([held for _, held in whole]) if whole else None
-    return [index for index, _ in whole], pictures, broken
+class Batch(NamedTuple):
+    """Pictures (B, 3, H, W) with their numbers, None if all are broken; of the others why."""
+
+    indices: list[int]
+    pictures: Tensor | None
+    broken: dict[int, str]
+    notes: dict[int, tuple[str, ...]]
+    seen: list[tuple[int, int]]  # of all
+
+
+def collate(items: Sequence[Picture]) -> Batch:
+    """A batch of pictures."""
+    whole = [(item.index, item.pixels) for item in items if item.pixels is not None]
+    return Batch(
+        [index for index, _ in whole],
+        torch.stack([pixels for _, pixels in whole]) if whole else None,
+        {item.index: item.reason for item in items if item.pixels is None},
+        {item.index: item.notes for item in items if item.notes},
+        [item.seen for item in items],
+    )

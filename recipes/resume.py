@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import (
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+)
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from stagewise.callbacks import StageScheme
 from stagewise.files import names
 from stagewise.latents import Latents
-from stagewise.recipes.checkpoints import load_weights
+from stagewise.recipes.checkpoints import load_weights, newest_whole, require_whole
 from stagewise.recipes.latents import current
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.overrides import flat
@@ -33,6 +37,8 @@ _FREE = tuple(
 def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
     """The checkpoint that training continues from; None to begin at the beginning.
 
+    Resumed, it is the newest whole one of the run. A damaged one is named and left out.
+
     Args:
         config: The configuration, with `resume` and `ckpt_path`.
         run_dir: The folder of the run, in which nothing is overwritten.
@@ -40,24 +46,28 @@ def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
     Raises:
         FileExistsError: If the folder holds a run, and `resume` is false.
         FileNotFoundError: If there is no `ckpt_path`.
-        ValueError: If the run there is of another model, data or seed, or `resume` is true of a
-            folder that has just been made, and named by the time.
+        ValueError: If the run there is of another model, data or seed, none of its checkpoints is
+            whole, or `resume` is true of a folder that has just been made, and named by the time.
     """
-    last, file = run_dir / "checkpoints/last.ckpt", run_dir / "config.yaml"
+    folder, file = run_dir / "checkpoints", run_dir / "config.yaml"
+    there = any(folder.glob("*.ckpt"))
     if config.resume and config.ckpt_path is not None:
         raise ValueError("Expected `resume` or `ckpt_path`, got both; resume=true finds its own.")
     if not config.resume:
         # The other processes of this run may come when the first has written.
         first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-        if first and (file.exists() or last.exists()):
+        if first and (file.exists() or there):
             raise FileExistsError(
                 f"{run_dir} holds a run. Go on with it, resume=true, or choose another folder, "
                 "run_dir=..."
             )
-        if config.ckpt_path is not None and not Path(config.ckpt_path).exists():
+        if config.ckpt_path is None:
+            return None
+        if not Path(config.ckpt_path).exists():
             raise FileNotFoundError(f"There is no checkpoint {config.ckpt_path} (ckpt_path).")
-        return None if config.ckpt_path is None else Path(config.ckpt_path)
-    if not last.exists() and _is_named_by_time(run_dir):
+        require_whole(Path(config.ckpt_path))
+        return Path(config.ckpt_path)
+    if not there and _is_named_by_time(run_dir):
         raise ValueError(
             f"resume=true needs the folder to go on in, run_dir=...; {run_dir} is a new one."
         )
@@ -73,11 +83,19 @@ def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
                 f"The run in {run_dir} was begun with another configuration: {names(changed, 10)}. "
                 "Go on as it was begun, or choose another folder, run_dir=..."
             )
-    if not last.exists():
-        rank_zero_info(f"resume=true: no checkpoint in {last.parent}, so from the beginning")
+    if not there:
+        rank_zero_info(f"resume=true: no checkpoint in {folder}, so from the beginning")
         return None
-    rank_zero_info(f"resume=true: from {last}")
-    return last
+    newest, faults = newest_whole(folder)
+    if newest is None:
+        raise ValueError(
+            f"resume=true finds no whole checkpoint in {folder}. {' '.join(faults)} To begin again "
+            "choose another folder: run_dir=..."
+        )
+    for fault in faults:
+        rank_zero_warn(f"resume=true leaves out a checkpoint, and goes on before it. {fault}")
+    rank_zero_info(f"resume=true: from {newest}")
+    return newest
 
 
 def require_fit(net: nn.Module, data: Any) -> None:

@@ -41,7 +41,8 @@ def run(options: Options) -> Path:
         ValueError, OSError, ImportError, MemoryError: If something cannot be used; before any
             sample is made, as far as it can be known by then.
     """
-    config, checkpoint = run_config(options.run), find_checkpoint(options.run, options.checkpoint)
+    config = run_config(options.run, options.trust)
+    checkpoint = find_checkpoint(options.run, options.checkpoint)
     measured, options = options.measured, options.with_measured()
     with group_of_ranks(options.timeout) as ranks:
         data = instantiate(config.data)
@@ -54,7 +55,7 @@ def run(options: Options) -> Path:
         sampler = Sampler(module.to(options.place()), options, shape, classes)
         own = options.settings(loaded)
         if options.then is not None:
-            other = run_config(options.then)
+            other = run_config(options.then, options.trust)
             then, later = load_module(other, find_checkpoint(options.then), options.weights)
             require_alike(config, module, other, then)
             _require_null(then.net, options)
@@ -103,14 +104,21 @@ def _make(
     folder: SampleFolder, sampler: Sampler, finish: Callable[[Tensor], np.ndarray], ranks: Ranks
 ) -> int:
     """Makes this rank's missing batches; how many samples they are."""
-    mine = [b for b in folder.missing() if b % ranks.count == ranks.rank]
+    mine = folder.missing(ranks.rank, ranks.count)
     total = sum(len(folder.batches[b]) for b in mine)
     about = "samples" if ranks.count == 1 else f"samples of rank 0 of {ranks.count}"
     with tqdm(total=total, desc=about, unit="sample", disable=ranks.rank > 0) as bar:
         for batch in mine:
             indices = folder.batches[batch]
             labels = sampler.labels(indices).numpy() if sampler.classes else None
-            folder.write(batch, finish(sampler(indices)), labels)
+            samples = finish(sampler(indices))
+            try:
+                folder.write(batch, samples, labels)
+            except OSError as error:
+                raise OSError(
+                    f"{str(error).rstrip('.')}. Samples in {folder.path} stay; the same command "
+                    "with --resume goes on behind them."
+                ) from error
             bar.update(len(indices))
     return total
 

@@ -147,6 +147,10 @@ class SampleFolder:
             )
         if held:
             _refuse_others(about, settings)
+        if self.file.exists() and not _is_whole(self.file):
+            raise ValueError(
+                f"{self.file} is damaged. Delete it, and the same command makes the samples again."
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dict(settings), indent=1, allow_nan=False) + "\n"
         if not held:
@@ -154,11 +158,19 @@ class SampleFolder:
         if not self.file.exists():
             (self.path / _PARTS).mkdir(exist_ok=True)
 
-    def missing(self) -> list[int]:
-        """The batches that are not there."""
+    def missing(self, rank: int = 0, ranks: int = 1) -> list[int]:
+        """The batches of a rank that are not there, or damaged: that is told."""
         if self.file.exists():
             return []
-        return [b for b in range(len(self.batches)) if not self._part(b).exists()]
+        missing = []
+        for batch in range(rank, len(self.batches), ranks):
+            part = self._part(batch)
+            if not part.exists():
+                missing.append(batch)
+            elif not _is_whole(part):
+                print(f"{part} is damaged: its samples are made again.")
+                missing.append(batch)
+        return missing
 
     def write(self, batch: int, samples: np.ndarray, labels: np.ndarray | None) -> None:
         """Writes one batch."""
@@ -179,8 +191,8 @@ class SampleFolder:
             ValueError: If parts are missing or of another size.
         """
         if not self.file.exists():
-            missing = self.missing()
-            if missing:
+            parts = range(len(self.batches))
+            if missing := [batch for batch in parts if not self._part(batch).exists()]:
                 raise ValueError(
                     f"Expected {len(self.batches)} batches in {self.path / _PARTS}, missing: "
                     f"{names(missing)}. Make them: --resume."
@@ -239,6 +251,15 @@ class SampleFolder:
                                 "that file and make it again: --resume."
                             )
                         member.write(rows.tobytes())
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a zip and all that is in it match their checksums."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except Exception:  # of a damaged file, what is found in the damage
+        return False
 
 
 def _refuse_others(about: Path, settings: Mapping[str, Any]) -> None:

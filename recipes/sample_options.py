@@ -73,6 +73,7 @@ class Options:
     last_step_size: float | None = None
     then: Path | None = None
     then_at: float | None = None
+    trust: Sequence[str] = ()
     measured: tuple[str, ...] = ()
     """Which of `cfg_interval`, `oracle_until`, `coarse` and `then_at` the run is still to say."""
 
@@ -390,6 +391,8 @@ def parser() -> Parser:
             more = {"nargs": "+", "metavar": ("LOW", "HIGH")}
         more |= {"choices": choices[name], "metavar": "NAME"} if name in choices else {}
         made.add_argument(_flag(name), type=kind, default=default, help=about, **more)
+    about = "what the run's config.yaml may call beside what recipes are made of"
+    made.add_argument("--trust", nargs="+", default=(), metavar="NAME", help=about)
     made.add_argument(
         "--resume", action="store_true", help="go on with the samples that are in the folder"
     )

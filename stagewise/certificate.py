@@ -19,17 +19,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
-from stagewise.files import is_computed, read_metadata, write_tensors
 from stagewise.nearest_rows import rank_distances
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior
 from stagewise.queries import Queries
 from stagewise.tail import Tail
+from stagewise.tensor_files import is_computed, read_computed, read_metadata, write_tensors
 
 __all__ = ["Certificate"]
 
@@ -133,19 +132,24 @@ class Certificate:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is no certificate, of another version, or belongs to other latents.
+            ValueError: If it is no certificate, of another version, damaged, or belongs to other
+                latents; or if the rows of the bank, which are read once, are damaged in its file.
         """
         header = read_metadata(path, _FORMAT["format"], "certificate")
-        if header["version"] != _FORMAT["version"]:
+        if header.get("version") != _FORMAT["version"]:
             raise ValueError(
                 f"Expected version {_FORMAT['version']} of a certificate in {os.fspath(path)}, got "
-                f"{header['version']}. Compute it again: Certificate.compute(bank).save(path)."
+                f"{header.get('version')}. Compute it again: Certificate.compute(bank).save(path)."
             )
-        if header["fingerprint"] != bank.fingerprint:
-            raise _other(os.fspath(path), header["rows"], header["dim"], bank)
-        with safe_open(path, "pt") as file:
-            found = file.get_tensor("distances"), file.get_tensor("copies")
-        return cls._of(bank, *found, header["class_wise"] == "True")
+        if header.get("fingerprint") != bank.fingerprint:
+            raise _other(os.fspath(path), header.get("rows"), header.get("dim"), bank)
+        bank.require_intact()
+        wanted = {
+            "distances": (torch.float32, (len(bank), None)),
+            "copies": (torch.int32, (len(bank), 2)),
+        }
+        found = read_computed(path, wanted, "certificate")
+        return cls._of(bank, *found, header.get("class_wise") == "True")
 
     @classmethod
     def cached(
@@ -177,9 +181,10 @@ class Certificate:
         return made
 
     def check(self, bank: LatentBank) -> None:
-        """Refuses a bank that the certificate was not computed for."""
+        """Refuses a bank that the certificate was not computed for, or that is damaged."""
         if bank.fingerprint != self.fingerprint:
             raise _other("it", len(self), self.dim, bank)
+        bank.require_intact()
 
     def certified(
         self,
@@ -343,7 +348,7 @@ def _header(rows: int, dim: int, fingerprint: str, class_wise: bool) -> dict[str
     return {**_FORMAT, "fingerprint": fingerprint, **{k: str(v) for k, v in settings.items()}}
 
 
-def _other(name: str, rows: str | int, dim: str | int, bank: LatentBank) -> ValueError:
+def _other(name: str, rows: object, dim: object, bank: LatentBank) -> ValueError:
     return ValueError(
         f"Expected a certificate for this bank, but {name} belongs to other latents: it was made "
         f"for {rows} rows of {dim} numbers, the bank has {len(bank)} of {bank.dim}. Compute it "

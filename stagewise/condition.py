@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from stagewise.bank import LatentBank
 from stagewise.batches import describe, others_in
+from stagewise.conventions import STAGEWISE, ConventionLike
 from stagewise.engines import Engine
 from stagewise.oracle import Labels, Oracle, Times
 from stagewise.paths import Path
@@ -133,6 +134,7 @@ class ConditionedOracle(Oracle):
         path: The path of training.
         condition: The kernel.
         null_class: See `Oracle`.
+        convention: See `Oracle`.
 
     Raises:
         ValueError: If the bank has no conditions.
@@ -155,6 +157,7 @@ class ConditionedOracle(Oracle):
         condition: Condition,
         *,
         null_class: int | None = None,
+        convention: ConventionLike = STAGEWISE,
     ) -> None:
         if not isinstance(condition, Condition):
             raise TypeError(
@@ -168,7 +171,7 @@ class ConditionedOracle(Oracle):
             )
         self.condition, self.conditions = condition, bank.conditions
         engine = _Weighed(condition, self.conditions)
-        super().__init__(bank, path, engine, null_class=null_class)
+        super().__init__(bank, path, engine, null_class=null_class, convention=convention)
 
     @override
     def queries(

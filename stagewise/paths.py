@@ -230,14 +230,14 @@ PredictionKind = Literal["velocity", "data", "noise", "score", "v", "edm"]
 class Prediction:
     """What the network is trained to predict, as a linear function of `(x_1, x_t)`.
 
-    | kind | target | c_t |
-    |---|---|---|
-    | velocity | `a' x_1 + s' x_0` | `a' - a s'/s` |
-    | data | `x_1` | `1` |
-    | noise | `x_0` | `-a/s` |
-    | score | `-x_0 / s` | `a/s^2` |
-    | v | `a x_0 - s x_1` (Salimans & Ho, arXiv 2202.00512) | `-(a^2 + s^2)/s` |
-    | edm | EDM's F, `(x_1 - c_skip x)/c_out` (arXiv 2206.00364, Eq. 7) | `1/c_out` |
+    The kinds, their targets and their `c_t`:
+
+    - "velocity": `a' x_1 + s' x_0`, with `a' - a s'/s`;
+    - "data": `x_1`, with 1;
+    - "noise": `x_0`, with `-a/s`;
+    - "score": `-x_0 / s`, with `a/s^2`;
+    - "v": `a x_0 - s x_1` (Salimans & Ho, arXiv 2202.00512), with `-(a^2 + s^2)/s`;
+    - "edm": EDM's F, `(x_1 - c_skip x)/c_out` (arXiv 2206.00364, Eq. 7), with `1/c_out`.
 
     Args:
         kind: One of the above, default "velocity".

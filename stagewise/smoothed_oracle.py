@@ -35,6 +35,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from stagewise.bank import LatentBank
+from stagewise.conventions import STAGEWISE, ConventionLike
 from stagewise.engines import Auto, Engine
 from stagewise.oracle import Oracle
 from stagewise.paths import Path, PathCoefficients
@@ -86,6 +87,7 @@ class SmoothedOracle(Oracle):
         boundary: Rows are themselves before this time; what the draws are given (`Smoothing.draw`).
         strength: In its place, any function of t.
         null_class: See `Oracle`.
+        convention: See `Oracle`, but for `boundary` and `strength`.
 
     Raises:
         ValueError: If the smoothing was made for another bank, or boundary and strength are given.
@@ -115,6 +117,7 @@ class SmoothedOracle(Oracle):
         boundary: float | StageBoundary | None = None,
         strength: Strength | None = None,
         null_class: int | None = None,
+        convention: ConventionLike = STAGEWISE,
     ) -> None:
         if not isinstance(smoothing, Smoothing):
             raise TypeError(
@@ -122,7 +125,9 @@ class SmoothedOracle(Oracle):
                 "SmoothedOracle(bank, path, Smoothing(bank))."
             )
         smoothing.check_bank(bank)
-        super().__init__(bank, path, _Gaussians(smoothing), null_class=null_class)
+        super().__init__(
+            bank, path, _Gaussians(smoothing), null_class=null_class, convention=convention
+        )
         self.smoothing = smoothing
         self.boundary, self.strength = boundary, strength
         self._share(torch.zeros(1, 1), torch.ones(1))

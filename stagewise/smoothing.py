@@ -26,12 +26,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from stagewise.bank import LatentBank
-from stagewise.files import is_computed, write_tensors
 from stagewise.nearest_rows import nearest_others
 from stagewise.oracle import Oracle
 from stagewise.paths import expand_like
@@ -46,6 +44,7 @@ from stagewise.smoothing_inputs import (
     strength_at,
 )
 from stagewise.stages import StageBoundary
+from stagewise.tensor_files import is_computed, read_computed, write_tensors
 from stagewise.tracing import untraced
 
 if TYPE_CHECKING:
@@ -119,8 +118,9 @@ class Smoothing:
         self._checked = False
         self.scores: list[SmoothingScore] = []
         if file is not None and is_computed(file, self._header(neighbours), "smoothing"):
-            with safe_open(file, "pt") as kept:
-                self.index: Tensor = kept.get_tensor("index")
+            bank.require_intact()
+            wanted = {"index": (torch.int32, (len(bank), neighbours))}
+            self.index: Tensor = read_computed(file, wanted, "smoothing")[0]
             return
         near = nearest_others(space, neighbours, class_wise, device, progress)
         self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])

@@ -384,6 +384,25 @@ def test_find(dtype, labels, given):
     assert bank.find(x[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finds_a_row_whose_last_digits_are_others(dtype):
+    draws = torch.Generator().manual_seed(3)
+    x = 5 + torch.randn(2000, 24, generator=draws)
+    x[7] = x[6]
+    bank = LatentBank(x, torch.arange(2000) % 7, dtype=dtype)
+    rows = samples(bank).float()
+    near = rows * (1 + 1e-5 * torch.randn(2000, 1, generator=draws))
+    found = bank.find_near(near)
+    assert torch.equal(rows[found], rows)
+    assert (bank.find(near) < 0).double().mean() > 0.1
+    assert torch.equal(bank.find_near(rows), bank.find(rows))
+    assert (bank.find_near(1.05 * rows) == -1).all()
+    assert (bank.find_near(1.05 * rows, within=0.1) >= 0).any()
+    assert bank.find_near(rows[:0]).shape == (0,)
+    moved = pickle.loads(pickle.dumps(bank))
+    assert torch.equal(moved.find_near(near), found)
+
+
 def banks_of(x, tmp_path):
     """The same samples in memory and in a file, with labels and without."""
     bank = LatentBank(x, torch.arange(len(x)) % 3)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from stagewise.recipes.checkpoints import (
     find_checkpoint,
     load_module,
     load_weights,
+    newest_whole,
     run_config,
 )
 
@@ -163,25 +165,85 @@ def test_an_old_format_that_cannot_be_mapped_is_read(run, stored, tmp_path):
     assert has_weights(module, checkpoint["state_dict"])
 
 
-def test_which_checkpoint_is_found(tmp_path):
+@pytest.fixture
+def checkpoints(tmp_path):
+    """`checkpoints(a=3, b=5)`: the folder of a run, with small checkpoints of these steps."""
     folder = tmp_path / "checkpoints"
+
+    def make(**steps):
+        folder.mkdir(exist_ok=True)
+        for age, (name, step) in enumerate(steps.items()):
+            path = folder / f"{name}.ckpt"
+            torch.save({"state_dict": {"w": torch.arange(9.0)}, "global_step": step}, path)
+            os.utime(path, (1000 - age, 1000 - age))
+        return folder
+
+    return make
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+def test_which_checkpoint_is_found(tmp_path, checkpoints):
     with pytest.raises(ValueError, match=r"Expected a checkpoint .* found none"):
         find_checkpoint(tmp_path)
-    folder.mkdir()
-    for age, name in enumerate(("last-v1.ckpt", "epoch=1.ckpt", "last.ckpt", "epoch=0.ckpt")):
-        (folder / name).touch()
-        os.utime(folder / name, (1000 - age, 1000 - age))
-    assert find_checkpoint(tmp_path).name == "last-v1.ckpt"
-    for name in ("last-v1.ckpt", "last.ckpt"):
-        (folder / name).unlink()
-    assert find_checkpoint(tmp_path).name == "epoch=1.ckpt"
-    assert find_checkpoint(tmp_path, Path("epoch=0.ckpt")) == folder / "epoch=0.ckpt"
-    assert find_checkpoint(tmp_path, folder / "epoch=0.ckpt") == folder / "epoch=0.ckpt"
-    with pytest.raises(ValueError, match=r"no checkpoint epoch=7\.ckpt.*epoch=0\.ckpt, epoch=1"):
+    folder = checkpoints(last=5, first=5, new=10, old=3)
+    # Written first, then killed before last.ckpt was.
+    assert find_checkpoint(tmp_path).name == "new.ckpt"
+    (folder / "new.ckpt").unlink()
+    assert find_checkpoint(tmp_path).name == "last.ckpt", "the later of one step"
+    assert find_checkpoint(tmp_path, Path("old.ckpt")) == folder / "old.ckpt"
+    assert find_checkpoint(tmp_path, folder / "old.ckpt") == folder / "old.ckpt"
+    with pytest.raises(ValueError, match=r"no checkpoint epoch=7\.ckpt.*: last\.ckpt, first\.ckpt"):
         find_checkpoint(tmp_path, Path("epoch=7.ckpt"))
+    (folder / "old.ckpt").write_bytes(b"half")
+    assert find_checkpoint(tmp_path).name == "old.ckpt", "which loading then names"
     (folder / "sharded.ckpt").mkdir()
-    with pytest.raises(ValueError, match="folder .*sharded.*consolidate"):
-        find_checkpoint(tmp_path, Path("sharded.ckpt"))
+    for given in (None, Path("sharded.ckpt")):
+        with pytest.raises(ValueError, match="folder .*sharded.*consolidate"):
+            find_checkpoint(tmp_path, given)
+
+
+def test_the_newest_whole_checkpoint(checkpoints):
+    folder = checkpoints(last=5, new=10, old=3)
+    assert newest_whole(folder) == (folder / "new.ckpt", [])
+    # A number within a tensor, which loading alone does not notice.
+    flip(folder / "new.ckpt", (folder / "new.ckpt").read_bytes().index(torch.arange(9.0).numpy()))
+    with pytest.raises(ValueError, match=r"new\.ckpt is damaged: \S*data/0 in it has changed"):
+        load_weights(folder / "new.ckpt", torch.nn.Linear(1, 1))
+    path, faults = newest_whole(folder)
+    assert path == folder / "last.ckpt"
+    assert [fault.split(" ")[0] for fault in faults] == [str(folder / "new.ckpt")]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    path, faults = newest_whole(folder)
+    assert path == folder / "old.ckpt"
+    assert "last.ckpt" in faults[0]
+    assert "new.ckpt" in faults[1]
+    path.unlink()
+    assert newest_whole(folder)[0] is None
+    assert newest_whole(folder.parent) == (None, [])
+
+
+def test_a_flipped_bit_is_named_or_changes_nothing(checkpoints):
+    folder = checkpoints(last=5)
+    path = folder / "last.ckpt"
+    whole, random, named = path.read_bytes(), Random(0), 0
+    for place in random.sample(range(len(whole)), 200):
+        path.write_bytes(whole)
+        flip(path, place)
+        found, faults = newest_whole(folder)
+        if found is None:
+            assert faults[0].startswith(str(path))
+            named += 1
+        else:  # in a date, or between the parts
+            content = torch.load(path, weights_only=True)
+            assert content["global_step"] == 5
+            assert torch.equal(content["state_dict"]["w"], torch.arange(9.0))
+    assert named > 100
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path):

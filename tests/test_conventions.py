@@ -11,7 +11,19 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise import CosinePath, LatentBank, LinearPath, Mix, Oracle, Scheme, same_path
+from stagewise import (
+    Condition,
+    ConditionedOracle,
+    CosinePath,
+    LatentBank,
+    LinearPath,
+    Mix,
+    Oracle,
+    Scheme,
+    SmoothedOracle,
+    Smoothing,
+    same_path,
+)
 from stagewise.adapters import assumed_seams
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.callbacks import PosteriorMonitor, StageRun, VelocityErrorMonitor
@@ -116,6 +128,16 @@ def test_the_target_is_that_of_the_mathematics(name):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     mean = (gamma * ROWS.double()).sum(1)
     torch.testing.assert_close(oracle.posterior(x, time).mean, mean, rtol=1e-5, atol=1e-5)
+
+    # Oracles that weigh rows, or smooth them, take it as the plain one does.
+    banks = LatentBank(ROWS, conditions=ROWS[:, :2]), LatentBank(ROWS)
+    one, point = torch.ones(B, 2), Smoothing(banks[1], 3, scale=0.0, progress=False)
+    for other, given in (
+        (ConditionedOracle(banks[0], None, Condition(bandwidth=1e9), convention=convention), one),
+        (SmoothedOracle(banks[1], None, point, convention=convention), None),
+    ):
+        added = other.correction(x, time, x1, condition=given)
+        torch.testing.assert_close(y + added, expected, rtol=1e-5, atol=1e-5)
 
     # A model that predicts it has the velocity of the oracle, and no loss in the objective.
     told = as_convention(convention)

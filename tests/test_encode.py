@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,16 @@ def refused(run, *arguments):
         run(*arguments)
     assert isinstance(stop.value.code, str)
     return stop.value.code
+
+
+def outcome(run, capsys, *arguments):
+    """What a call printed, or how it was refused."""
+    capsys.readouterr()
+    try:
+        run(*arguments)
+    except SystemExit as stop:
+        return str(stop.code)
+    return capsys.readouterr().out
 
 
 def by_hand(vae, images, low=-1.0, mirrored=False):
@@ -274,8 +285,10 @@ def test_resume(run, images, tmp_path, kind, monkeypatch):
     assert not [name for name in kept if name.endswith(".partial")]
     assert "holds 4 of 11 pictures of rank 0 already" in refused(run, images, out, *options)
 
-    # What a process that is killed while it writes leaves.
-    (out / ".latents_rank00_shard001.safetensors.0123.partial").write_text("half")
+    # What a process that was killed while it wrote has left, the day before yesterday.
+    litter = out / ".latents_rank00_shard001.safetensors.01234567.partial"
+    litter.write_text("half")
+    os.utime(litter, (0, 0))
     seen = []
     crop = image_folder.centre_crop
     monkeypatch.setattr(image_folder, "centre_crop", lambda *a: seen.append(a) or crop(*a))
@@ -286,14 +299,65 @@ def test_resume(run, images, tmp_path, kind, monkeypatch):
 
 
 def test_a_shard_that_cannot_be_written(run, images, tmp_path, monkeypatch):
-    def full(held, file, about):
-        file.write_bytes(b"half")
+    def full(file, held, about):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("stagewise.files.save_file", full)
+    monkeypatch.setattr("stagewise.latents.lightningdit.write_tensors", full)
     said = refused(run, images, tmp_path / "out")
     assert "No space left on device. 0 of 11 pictures are written" in said
     assert not [name for name in content(tmp_path / "out") if "shard" in name]
+
+
+def test_what_was_converted_and_left_out_is_told(run, images, tmp_path, capsys):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(images, pictures)
+    wide = pixels(30)[..., 0].astype(np.uint16) * 257
+    Image.fromarray(wide).save(pictures / "ant" / "06.png")
+    Image.fromarray(np.dstack([pixels(1), pixels(2)[..., 0]])).save(pictures / "ant" / "07.png")
+    frames = [Image.fromarray(pixels(number)) for number in range(3)]
+    frames[0].save(pictures / "zebra" / "a.gif", save_all=True, append_images=frames)
+    for name in ("labels.csv", ".hidden", "zebra/b.GIF", "zebra/ending"):
+        (pictures / name).write_text("")
+    run(pictures, out, "--shard-size", 1)
+    said = capsys.readouterr().out
+    assert "Note: 16 bits to 8: 1 pictures, such as ant/06.png (encode.json)." in said
+    assert "Note: transparent parts on white: 1 pictures, such as ant/07.png (" in said
+    assert (
+        "Note: left out as no pictures, by their endings: 2 .gif (zebra/a.gif), 1 .csv "
+        "(labels.csv), 1 without an ending (zebra/ending)." in said
+    )
+    assert json.loads((out / "encode.json").read_text())["converted"] == {
+        "16 bits to 8": {"count": 1, "names": ["ant/06.png"]},
+        "transparent parts on white": {"count": 1, "names": ["ant/07.png"]},
+    }
+    # The latents are those of the right 8 bits.
+    Image.fromarray(pixels(30)[..., 0]).save(pictures / "ant" / "06.png")
+    run(pictures, tmp_path / "other", "--shard-size", 1)
+    name = "latents_rank00_shard001.safetensors"
+    assert torch.equal(
+        load_file(out / name)["latents"], load_file(tmp_path / "other" / name)["latents"]
+    )
+
+
+def test_the_order_is_that_of_torchvision(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    for name in (
+        "b/2.png",
+        "b/10.JPG",
+        "a/x/1.png",
+        "a/x-y/1.png",
+        "a/x.png",
+        "a/X/3.webp",
+        "C/1.bmp",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(0)).save(tmp_path / name)
+    theirs, ours = ImageFolder(str(tmp_path)), find_images(tmp_path)
+    assert [
+        (str(tmp_path / file), label) for file, label in zip(ours.files, ours.labels, strict=True)
+    ] == (theirs.samples)
+    assert ours.classes == theirs.classes
 
 
 def test_complete_is_left_alone(run, images, tmp_path, capsys):
@@ -303,6 +367,86 @@ def test_complete_is_left_alone(run, images, tmp_path, capsys):
     run(images, tmp_path / "out", "--resume")
     assert capsys.readouterr().out == f"{tmp_path / 'out'} is complete already.\n"
     assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("kind", ["lightningdit", "edm2", "mar"])
+def test_resume_compares_what_is_written(run, images, tmp_path, kind, capsys):
+    """Of each file a bit flipped, half of it, and none: it is written again, or named."""
+    out, options = tmp_path / "out", ("--format", kind, "--resume", "--shard-size", 6)
+    run(images, out, *options)
+    whole, again, named = content(out), 0, 0
+    latents = sorted(out.rglob("*.np[yz]"))
+    files = [file for file in out.iterdir() if file.is_file()] + latents[::5]
+    for number, file in enumerate(files):
+        data = file.read_bytes()
+        flipped = bytearray(data)
+        flipped[number * 37 % len(data)] ^= 4
+        for spoilt in (flipped, data[: len(data) // 2], None):
+            file.write_bytes(spoilt) if spoilt is not None else file.unlink()
+            said = outcome(run, capsys, images, out, *options)
+            again += "are encoded again" in said
+            if said.startswith("stagewise encode: "):
+                assert str(file) in said or f"no {file.name}" in said
+                named += 1
+                file.write_bytes(data)
+            assert content(out) == whole
+    assert again >= 3
+    assert named >= 3
+
+
+def test_resume_compares_pictures(run, images, tmp_path, capsys):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(images, pictures)
+    run(pictures, out)
+    before = content(out)
+    # Copied, with other times: the same pictures.
+    shutil.copy(images / "ant" / "07.png", pictures / "ant" / "07.png")
+    run(pictures, out, "--resume")
+    assert "is complete already" in capsys.readouterr().out
+    # Another of the same name, size and time of writing.
+    file = pictures / "ant" / "06.png"
+    data, about = bytearray(file.read_bytes()), file.stat()
+    at = data.index(b"IDAT") + 20
+    data[at] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+    shard = out / "latents_rank00_shard000.safetensors"
+    for _ in range(2):
+        said = refused(run, pictures, out, "--resume")
+        assert f"{file} has changed since it was encoded. Put back the one that was; or" in said
+        assert f"delete {shard}: then --resume encodes the pictures of its block again, 4" in said
+        assert content(out) == before
+    file.write_bytes(images.joinpath("ant", "06.png").read_bytes())
+    run(pictures, out, "--resume")
+    Image.fromarray(pixels(99)).save(file)
+    shard.unlink()
+    run(pictures, out, "--resume")
+    run(pictures, tmp_path / "whole")
+    assert (
+        f"{shard} is missing or damaged: 4 pictures are encoded again." in capsys.readouterr().out
+    )
+    assert content(out) == content(tmp_path / "whole")
+    assert content(out) != before
+
+
+@pytest.mark.parametrize("kind", ["lightningdit", "repa", "mar"])
+def test_pictures_that_cannot_be_read_any_more(run, images, tmp_path, kind):
+    """No row of theirs stays when their block is encoded again; and back, when they are mended."""
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(images, pictures)
+    options = ("--format", kind, "--skip-broken", "--resume")
+    run(pictures, out, *options)
+    before, file = content(out), pictures / "ant" / "07.png"
+    data = file.read_bytes()
+    for spoilt, rows in ((b"no picture", ROWS - 1), (data, ROWS)):
+        file.write_bytes(spoilt)
+        said = refused(run, pictures, out, *options)
+        os.remove(re.search(r"delete (\S+): then", said)[1])
+        run(pictures, out, *options)
+        assert len(open_latents(out, kind)) == rows
+    after = content(out)
+    notes = [name for name in after if name.startswith("encode_rank00")]
+    assert all(after[name] == before[name] for name in after.keys() - notes)
 
 
 @pytest.mark.parametrize(
@@ -317,9 +461,8 @@ def test_complete_is_left_alone(run, images, tmp_path, capsys):
     ],
 )
 def test_resume_with_other_settings(run, images, tmp_path, options, named):
-    (tmp_path / "encode.json").write_text(
-        json.dumps({"settings": settings_of(run, images, tmp_path / "x")})
-    )
+    settings_of(run, images, tmp_path / "x")
+    (tmp_path / "x" / "encode.json").rename(tmp_path / "encode.json")
     said = refused(run, images, tmp_path, "--resume", *options)
     assert said == (
         f"stagewise encode: {tmp_path} holds latents that were made in another way, and this "
@@ -336,12 +479,12 @@ def test_resume_with_another_vae_or_list(run, images, vae, tmp_path, monkeypatch
     settings = settings_of(run, images, tmp_path / "x")
     out = tmp_path / "out"
     out.mkdir()
-    (out / "encode.json").write_text(json.dumps({"settings": settings}))
+    shutil.copy(tmp_path / "x" / "encode.json", out)
     # The same weights elsewhere are the same autoencoder.
     run(images, out, "--vae", save_vae(tmp_path / "same"), "--resume")
     assert torch.equal(shards(out)["latents"], shards(tmp_path / "x")["latents"])
 
-    (out / "encode.json").write_text(json.dumps({"settings": settings}))
+    shutil.copy(tmp_path / "x" / "encode.json", out)
     (out / "encode_rank00.json").unlink()
     other = save_vae(tmp_path / "other", seed=1)
     said = refused(run, images, out, "--vae", other, "--resume")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise import LatentBank, Scheme, Smoothing, StageTarget
+from stagewise import LatentBank, Mix, Scheme, Smoothing, StageTarget
 from stagewise.adapters.encoding import encoder_call, origin_of
 from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme
 
@@ -126,7 +126,7 @@ class Normalised(pl.LightningModule):
 
 @pytest.fixture
 def fit(tmp_path):
-    def run(module, *callbacks, steps=2, **options):
+    def run(module, *callbacks, steps=2, batch=16, **options):
         trainer = pl.Trainer(
             max_steps=steps,
             accelerator="cpu",
@@ -137,7 +137,7 @@ def fit(tmp_path):
             enable_progress_bar=False,
         )
         torch.manual_seed(5)
-        trainer.fit(module, DataLoader(TensorDataset(X), 16, shuffle=True), **options)
+        trainer.fit(module, DataLoader(TensorDataset(X), batch, shuffle=True), **options)
         return trainer
 
     return run
@@ -211,6 +211,45 @@ def test_smoothing_of_what_the_step_encodes_stops_with_the_line(fit, scheme, mak
     with pytest.raises(ValueError, match="^Training is not on what was read") as refused:
         fit(Smooths(make), StageScheme(scheme))
     assert line in str(refused.value)
+
+
+class Rounds(Smooths):
+    """Its encoder rounds otherwise in each batch size, as products of matrices do."""
+
+    def __init__(self):
+        super().__init__(self.rounded)
+        self.calls = []
+
+    @staticmethod
+    def rounded(x):
+        return x * (1 + 1e-6 * len(x))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        last, x1 = self.target.scheme.last, self.rounded(self.vae(batch[0]))
+        self.calls.append((last.source, x1, last.inserted & (last.source < 0)))
+        return loss
+
+    on_before_backward = pl.LightningModule.on_before_backward
+
+
+@pytest.mark.parametrize(
+    "options", [{"scheme": Scheme.two_stage}, {"target": Mix(1.0)}], ids=["smooths", "mixes"]
+)
+def test_a_row_that_the_encoder_made_in_another_batch_is_that_row(fit, options, recwarn):
+    module = Rounds()
+    encode = StageRun(encode=lambda x, m: m.rounded(m.vae(x)))
+    scheme = StageScheme(options.get("scheme"), target=options.get("target"))
+    fit(module, encode, scheme, steps=4, batch=20)
+    bank = scheme.scheme.oracle.bank
+    exact = 0
+    for source, x1, inserted in module.calls:
+        assert not inserted.any()
+        expected = torch.cdist(x1.double(), bank.take(torch.arange(len(bank)))).argmin(1)
+        assert torch.equal(source, expected)
+        exact += int((bank.find(x1) >= 0).sum())
+    assert exact < sum(len(x1) for _, x1, _ in module.calls)
+    assert not [m for m in (str(w.message) for w in recwarn) if "no rows" in m]
 
 
 SCRIPT = """

@@ -100,6 +100,14 @@ def errors(dim, dtype):
     assert torch.equal(found.ends, segments)
     assert (found.wrong == KNOWN).all()
     expected = bank.find(x1)  # of whatever class
+    dropped = placed(bank, x1, t, labels.where(expected < 0, 5), None, True)
+    known = torch.tensor(bank.labels_of(expected.clamp_min(0).tolist()))
+    once = torch.tensor([len((bank.rows == bank.rows[i]).all(1).nonzero()) for i in expected]) == 1
+    some = (expected >= 0) & once
+    assert some.any()
+    assert torch.equal(dropped.ends[some], bank.ends_of(known[some]))
+    assert torch.equal(dropped.row[some], expected[some])
+    assert (dropped.wrong == KNOWN).all()
     stored = bank.take(expected.clamp_min(0)).where(expected[:, None] >= 0, x1.double())
     assert torch.equal(found.near, stored)
     nan, beyond = t * torch.nan, torch.full_like(source, len(bank))

@@ -53,7 +53,9 @@ def content(file):
     if file.suffix != ".safetensors":
         return data
     end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), data[end:]
+    header = json.loads(data[8:end])
+    header["__metadata__"].pop("stagewise_crc32", None)  # what no other project writes
+    return header, data[end:]
 
 
 def same_files(ours, theirs):

@@ -129,10 +129,6 @@ def test_finished_or_killed_in_its_evaluation_it_is_evaluated_again(
         assert "gap, 2 standard errors" in out
         return out[out.index("stage boundary") : out.index("loss by stage")]
 
-    def losses(results):
-        # The floor is that of the last probe, and there may be one behind the last checkpoint.
-        return [{k: v for k, v in row.items() if k != "floor"} for row in results["stages"]]
-
     whole = train(configuration(tmp_path / "whole", *few))
     said = boundary()
 
@@ -148,9 +144,7 @@ def test_finished_or_killed_in_its_evaluation_it_is_evaluated_again(
     for run in ("cut", "whole"):
         lightning_log.clear()
         again = train(configuration(tmp_path / run, *few, "resume=true"))
-        assert losses(again) == losses(whole), "with the averaged weights"
-        for one, other in zip(again["stages"], whole["stages"], strict=True):
-            assert one["floor"] == pytest.approx(other["floor"], rel=0.3, abs=0.05)
+        assert again["stages"] == whole["stages"], "with the averaged weights"
         assert again["train_loss"] == whole["train_loss"]
         assert boundary() == said
         assert "last.ckpt is at step 6, where this training ends" in lightning_log.text

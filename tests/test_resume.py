@@ -220,11 +220,37 @@ def test_resuming_in_a_folder_that_nobody_chose_is_refused(started, tmp_path):
     assert checkpoint_of(started("resume=true", f"hydra.run.dir={tmp_path}"), tmp_path) is None
     assert checkpoint_of(started(), tmp_path) is None
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/last.ckpt").touch()
-    last = tmp_path / "checkpoints/last.ckpt"
+    last = tmp_path / "checkpoints/epoch=0-step=3.ckpt"
+    torch.save({"state_dict": {}, "global_step": 3}, last)
     assert checkpoint_of(started("resume=true"), tmp_path) == last
     with pytest.raises(FileExistsError, match="holds a run"):
         checkpoint_of(started(), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_said_and_left_out(started, tmp_path, lightning_log):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name, step in (("epoch=0-step=3.ckpt", 3), ("last.ckpt", 6)):
+        torch.save(
+            {"state_dict": {"w": torch.full((99,), 7.0)}, "global_step": step}, folder / name
+        )
+    config = started("resume=true", f"run_dir={tmp_path}")
+    for name, before in (("last.ckpt", "epoch=0-step=3.ckpt"), ("epoch=0-step=3.ckpt", None)):
+        content = bytearray((folder / name).read_bytes())
+        content[content.index(torch.full((9,), 7.0).numpy()) + 100] ^= 1
+        (folder / name).write_bytes(content)
+        if before:
+            with pytest.warns(
+                UserWarning, match=r"leaves out .*last\.ckpt is damaged.*has changed"
+            ):
+                assert checkpoint_of(config, tmp_path) == folder / before
+            assert f"resume=true: from {folder / before}" in lightning_log.text
+    with pytest.raises(
+        ValueError, match=r"no whole checkpoint .*last\.ckpt .*step=3\.ckpt .*run_dir"
+    ):
+        checkpoint_of(config, tmp_path)
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
+        checkpoint_of(started(f"ckpt_path={folder / 'last.ckpt'}"), tmp_path / "other")
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
@@ -297,6 +323,38 @@ def test_a_training_that_is_stopped_keeps_its_last_step(make_trainer, tmp_path):
     trainer = make_trainer(saved, Stop(), max_steps=7, enable_checkpointing=True)
     trainer.fit(Seen(), datamodule=Numbered())
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_killed_between_the_two_files_of_a_step_it_goes_on_from_the_first(
+    train_tiny, tmp_path, monkeypatch
+):
+    often = ("+callbacks.checkpoint.every_n_train_steps=2", "trainer.max_steps=6")
+    train_tiny(tmp_path / "whole", *often)
+    save, seen = AtomicCheckpointIO.save_checkpoint, []
+
+    def killed(self, checkpoint, path, **options):
+        if checkpoint["global_step"] == 4 and str(path).endswith("last.ckpt"):
+            raise KeyboardInterrupt
+        save(self, checkpoint, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicCheckpointIO, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt, match="at step 4"):
+            train_tiny(tmp_path / "cut", *often)
+    monkeypatch.setattr(
+        AtomicCheckpointIO,
+        "save_checkpoint",
+        lambda self, checkpoint, *rest: (
+            seen.append(checkpoint["global_step"]) or save(self, checkpoint, *rest)
+        ),
+    )
+    train_tiny(tmp_path / "cut", *often, "resume=true")
+    assert seen[0] == 6, "step 4 is not made again"
+    whole, cut = (
+        torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for run in ("whole", "cut")
+    )
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy as copying
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -289,6 +290,64 @@ def test_resuming_is_not_stopping(trained, tmp_path, monkeypatch, power_cut, cap
     assert len(asked) == 4
     assert "all made before" in capsys.readouterr().out
     assert (tmp_path / "stopped/grid.png").exists()
+
+
+def test_damaged_samples_are_made_again(trained, tmp_path, monkeypatch, power_cut, capsys):
+    """A part of which a bit was flipped, one cut short, one of no bytes; and the joined file."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    made(trained, "--out", whole, "--batch-size", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFolder, "join", lambda self: (_ for _ in ()).throw(power_cut))
+        with pytest.raises(power_cut):
+            made(trained, "--out", out, "--batch-size", 2)
+    parts = sorted((out / "parts").iterdir())
+    flipped = bytearray(parts[0].read_bytes())
+    flipped[200] ^= 1
+    for part, data in zip(parts, (flipped, parts[1].read_bytes()[:-40], b""), strict=False):
+        part.write_bytes(data)
+    kept = parts[3].stat().st_mtime_ns
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFolder, "join", lambda self: (_ for _ in ()).throw(power_cut))
+        with pytest.raises(power_cut):
+            made(trained, "--out", out, "--batch-size", 2, "--resume")
+    said = capsys.readouterr().out
+    assert [f"{part} is damaged: its samples are made again." in said for part in parts] == [
+        True,
+        True,
+        True,
+        *[False] * 3,
+    ]
+    assert parts[3].stat().st_mtime_ns == kept
+    made(trained, "--out", out, "--batch-size", 2, "--resume")
+    file = out / "samples.npz"
+    assert file.read_bytes() == (whole / "samples.npz").read_bytes()
+    data = bytearray(file.read_bytes())
+    data[400] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"samples.npz is damaged. Delete it, and the same comm"):
+        made(trained, "--out", out, "--batch-size", 2, "--resume")
+    file.unlink()
+    made(trained, "--out", out, "--batch-size", 2, "--resume")
+    assert file.read_bytes() == (whole / "samples.npz").read_bytes()
+
+
+def test_a_full_disk_keeps_what_is_made(trained, tmp_path, monkeypatch):
+    save, calls = np.savez, []
+
+    def full(file, **arrays):
+        calls.append(file)
+        if len(calls) == 2:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(file, **arrays)
+
+    monkeypatch.setattr(sample_files.np, "savez", full)
+    with pytest.raises(OSError, match=r"000001.npz .*stay; the same command with --resume goes"):
+        made(trained, "--out", tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out/parts").iterdir()] == ["000000.npz"]
+    again = made(trained, "--out", tmp_path / "out", "--resume")
+    assert np.array_equal(again["arr_0"], made(trained, "--out", tmp_path / "whole")["arr_0"])
 
 
 def test_a_folder_of_others_is_refused(trained, tmp_path):
@@ -645,7 +704,7 @@ def test_solvers_that_choose_their_steps_are_given_none(trained, flag):
 def test_guidance_needs_what_it_compares_with(trained, monkeypatch, tmp_path):
     config = run_config(trained)
     config.net.class_dropout = 0.0
-    monkeypatch.setattr(command, "run_config", lambda _: config)
+    monkeypatch.setattr(command, "run_config", lambda *_: config)
     with pytest.raises(ValueError, match="class_dropout = 0"):
         made(trained, "--out", tmp_path / "o", "--cfg-scale", 2)
     data = types.SimpleNamespace(shape=(3, 8, 8), num_classes=0)

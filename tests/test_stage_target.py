@@ -256,7 +256,8 @@ def steer():
     [
         (lambda y: y.flip(0), steer, "labels=batch[1]"),
         (torch.zeros_like, PosteriorMonitor, "got others for 12 of 16"),
-        (lambda y: y.where(y > 0, 4), steer, "before dropping, labels=batch[1]"),
+        (lambda y: torch.full_like(y, 4), steer, "before dropping, labels=batch[1]"),
+        (lambda y: y.where(y > 0, 4 + y.cumsum(0)), steer, "before dropping, labels=batch[1]"),
     ],
 )
 def test_labels_that_are_not_those_of_x1_are_refused_in_the_first_step(
@@ -279,6 +280,27 @@ def test_a_scheme_by_itself_refuses_them_but_not_those_of_an_equal_row():
     with pytest.raises(ValueError, match="got others for 1 of 64: class 3 for an x_1 of class 2"):
         scheme(x - x0, **call, labels=torch.where(torch.arange(64) == 2, 3, y))
     scheme(x - x0, **call, labels=y)
+
+
+def test_a_label_that_was_dropped_in_any_step_is_that_of_its_row(fit):
+    """With the targets of labels that were not dropped, to the bit."""
+
+    def drops(first):
+        calls = []
+
+        def relabel(y):
+            calls.append(y)
+            return y.where(torch.arange(len(y)) % 4 > 0, 4) if len(calls) > first else y
+
+        return relabel
+
+    modules = [
+        type("Drops", (Given,), {"relabel": staticmethod(drops(first))}) for first in (0, 2, 10**6)
+    ]
+    early, late, never = (fit(module(), steer()).net.state_dict() for module in modules)
+    for name, value in never.items():
+        assert torch.equal(early[name], value)
+        assert torch.equal(late[name], value)
 
 
 def test_watching_a_checkpointed_step_with_a_trained_encoder_changes_nothing_but_a_word(fit):

@@ -285,6 +285,11 @@ def test_a_truncated_file_is_refused(x, path, left):
 def test_a_damaged_or_later_file_is_refused(x, path):
     LatentBank(x).save(path)
     content = path.read_bytes()
+    path.write_bytes(content.replace(b'"shape": [90, 12]', b'"shape": [12, 90]'))
+    with pytest.raises(ValueError, match="is damaged: its header does not match its checksum"):
+        LatentBank.open(path)
+    # As version 0.1 wrote it.
+    content = content.replace(b'"stagewise_crc32"', b'"unknown_to_all_"')
     path.write_bytes(content.replace(b'"stagewise_bank": "1"', b'"stagewise_bank": "9"'))
     with pytest.raises(ValueError, match=r"later version of stagewise \(file version 9"):
         LatentBank.open(path)

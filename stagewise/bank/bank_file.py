@@ -1,7 +1,7 @@
 """A bank as a file: one safetensors file, of which only the rows are not read when it is opened.
 
     8 bytes        length of the header
-    header         JSON: where each tensor is; what the bank is, as strings
+    header         JSON: where each tensor is; what the bank is, as strings; checksums
     offset, centre (D,); sq_norms, keys, index (N,); classes, starts, stops (C,)   64-bit each
     masks, labels  (C, M) of bools and (C,): what each class stands for, of a bank with masks
     conditions     (N, C), as stored, of a bank with conditions
@@ -19,6 +19,7 @@ import math
 import mmap
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stagewise.bank.building import measure
 from stagewise.bank.rows import RowStore
 from stagewise.bank.streaming import MappedFile
-from stagewise.files import FilePath, map_tensor, read_header, read_tensor, replace_file
+from stagewise.files import Damaged, FilePath, replace_file
 from stagewise.masks import MaskedLabels
 from stagewise.memory import format_bytes
+from stagewise.tensor_files import check_tensor, map_tensor, pack_header, read_header, read_tensor
 
-__all__ = ["open_bank", "write_bank"]
+__all__ = ["open_bank", "read_rows", "write_bank"]
 
 _VERSION = 2
 """That of banks with masks or conditions; others are of version 1, which its readers open."""
@@ -106,7 +109,7 @@ def write_bank(
     _require_disk(Path(path).parent, data + end)
 
     def write(partial: Path) -> None:
-        with open(partial, "x+b") as file:
+        with open(partial, "w+b") as file:
             if hasattr(os, "posix_fallocate"):
                 # A hole that the disk cannot fill later would end the process.
                 os.posix_fallocate(file.fileno(), 0, data + end)
@@ -115,10 +118,15 @@ def write_bank(
             pages = mmap.mmap(file.fileno(), data + end)
             flat = torch.frombuffer(pages, dtype=dtype, count=num_rows * dim, offset=data + begin)
             tensors, about = _contents(fill(flat.view(num_rows, dim)))
-            for name, tensor in tensors.items():
-                first, last = (data + place for place in header[name]["data_offsets"])
-                pages[first:last] = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            text = json.dumps({"__metadata__": about, **header}).encode()
+            sums = {}
+            for name, entry in header.items():
+                first, last = (data + place for place in entry["data_offsets"])
+                if name != "rows":
+                    part = tensors[name].cpu().contiguous().view(torch.uint8).numpy()
+                    pages[first:last] = part.tobytes()
+                with memoryview(pages) as every, every[first:last] as written:
+                    sums[name] = zlib.crc32(written)
+            text = pack_header(header, about, sums)
             assert len(text) <= data - 8, "the space left for the header is far above its size"
             pages[:data] = (data - 8).to_bytes(8, "little") + text.ljust(data - 8)
             pages.flush()
@@ -189,11 +197,11 @@ def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
     layout = _layout(*of) if len(stored.shape) == 2 else {}
     held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     if held != layout or not stored.dtype.is_floating_point:
-        raise _damaged(path, f"expected the tensors of a bank, got {held}")
+        raise Damaged.of(path, f"expected the tensors of a bank, got {held}")
     has = {name: read_tensor(path, entry) for name, entry in entries.items() if name != "rows"}
     index = has.get("index", torch.arange(1))
     if not (has["sq_norms"] >= 0).all() or index.amin() < 0 or index.amax() >= stored.shape[0]:
-        raise _damaged(path, "distances are negative, or positions are out of range")
+        raise Damaged.of(path, "distances are negative, or positions are out of range")
     columns = [has[name].tolist() for name in ("classes", "starts", "stops") if num_classes]
     segments = {label: slice(*ends) for label, *ends in zip(*columns, strict=True)}
     rows, pages = map_tensor(path, stored)
@@ -204,10 +212,26 @@ def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
         pairs = MaskedLabels(has.get("labels"), mask, shape)
     at = rows, has["offset"], shape, has.get("index"), segments, mapped, has["keys"], pairs
     bank = RowStore(*at)
-    bank.conditions = has.get("conditions")
+    bank.conditions, bank._unread = has.get("conditions"), path
     if bank.fingerprint != about.get("fingerprint"):
-        raise _damaged(path, "what it says it holds and what it holds have other fingerprints")
+        raise Damaged.of(path, "what it says it holds and what it holds have other fingerprints")
     return bank, has
+
+
+def read_rows(path: FilePath, bank: Any) -> None:
+    """Reads the rows of a bank that was opened, and refuses it if anything is not as written."""
+    bank.require_intact()
+    entries, _ = read_header(path)
+    if check_tensor(path, entries["rows"]):
+        return  # and the other tensors have checksums, which were compared at opening
+    mean, sq_norms = measure(bank.rows, bank.index)
+    index = bank.index
+    if not (
+        torch.allclose(mean + bank.offset, bank.centre, rtol=1e-9, atol=1e-12)
+        and torch.allclose(sq_norms, bank.sq_norms, rtol=1e-9, atol=0)
+        and (index is None or torch.equal(index.sort().values, torch.arange(len(index))))
+    ):
+        raise Damaged.of(path, "its mean, distances or positions are not those of its rows")
 
 
 def _sample_shape(text: str) -> tuple[int, ...]:
@@ -216,7 +240,3 @@ def _sample_shape(text: str) -> tuple[int, ...]:
         return tuple(json.loads(text))
     except (ValueError, TypeError, RecursionError):
         return ()
-
-
-def _damaged(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {why}. Copy or write it again.")

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stagewise.bank.bank_file import open_bank, write_bank
+from stagewise.bank.bank_file import open_bank, read_rows, write_bank
 from stagewise.bank.building import (
     as_tensor,
     class_order,
@@ -297,7 +297,9 @@ class LatentBank(RowStore):
 
         Raises:
             OSError: If the disk has no room for it.
+            ValueError: If it was opened from a file whose rows are damaged.
         """
+        self.require_intact()
 
         def fill(rows: Tensor) -> LatentBank:
             for first, chunk in self.chunks(self.whole, device=torch.device("cpu")):
@@ -308,22 +310,28 @@ class LatentBank(RowStore):
         write_bank(path, *about, self.conditions)
 
     @classmethod
-    def open(cls, path: FilePath) -> LatentBank:
+    def open(cls, path: FilePath, verify: Literal["quick", "full"] = "quick") -> LatentBank:
         """The bank in a file, memory-mapped: no row is read before it is asked for.
 
         The mapping is read-only, and to write to `rows` ends the process.
 
         Args:
             path: What `save` or `write` wrote.
+            verify: "quick" (default) compares all but the rows with their checksums; "full" reads
+                the rows, too. Certificates, `save` and resumed training do so once by themselves.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is no bank, or not complete.
+            ValueError: If it is no bank, not complete, or not what was written.
         """
+        if verify not in ("quick", "full"):
+            raise ValueError(f'Expected `verify` "quick" or "full", got {verify!r}.')
         stored, tensors = open_bank(path)
         bank = cls.__new__(cls)
         bank.__dict__.update(stored.__dict__)
         bank.centre, bank.sq_norms = tensors["centre"], tensors["sq_norms"]
+        if verify == "full":
+            read_rows(path, bank)
         return bank._summarise()
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +14,16 @@ from torch import Tensor
 
 from stagewise.bank.building import BLOCK, HALF
 from stagewise.bank.row_classes import RowClasses, as_real
-from stagewise.bank.row_keys import CLASS_FACTOR, condition_keys, digest, find_rows, row_keys
+from stagewise.bank.row_keys import (
+    CLASS_FACTOR,
+    condition_keys,
+    digest,
+    find_rows,
+    key_weights,
+    row_keys,
+)
 from stagewise.bank.streaming import MappedFile, stream
+from stagewise.files import Damaged
 from stagewise.masks import MaskedLabels
 from stagewise.memory import available_memory, format_bytes, oracle_device
 
@@ -32,6 +41,8 @@ class RowStore(RowClasses):
     """
 
     conditions: Tensor | None = None
+    _unread: Path | None = None
+    """The file of rows that were not yet compared with the keys that stand there."""
 
     def __init__(
         self,
@@ -155,6 +166,32 @@ class RowStore(RowClasses):
             found = rounded.where(found < 0, found)
         return found.to(x1.device)
 
+    def find_near(self, x1: Tensor, within: float = 1e-2) -> Tensor:
+        """The row of each sample, or the one that it nearly is: another batch's last digits.
+
+        Rows that an encoder made are those of a batch; in another batch it rounds otherwise.
+        Looked at are the rows whose projections on one direction are next to that of the sample.
+
+        Args:
+            x1: Samples, (B, *), on any device.
+            within: The distance up to which a sample is a row, as a share of its norm.
+
+        Returns:
+            As `find`; waits for no device.
+        """
+        found, flat = self.find(x1), x1.detach().to(self.device).flatten(1).double()
+        # Times numbers in no order: rows that differ have other projections.
+        along = key_weights(self.dim, self.device).double() / 2**63
+        if (projected := self._sorted_keys.get("projected")) is None:
+            parts = [(rows + self.offset) @ along for _, rows in self.chunks(self.whole)]
+            projected = self._sorted_keys["projected"] = torch.cat(parts).sort()
+        values, order = projected
+        at = torch.searchsorted(values, flat @ along)[:, None] + torch.arange(-4, 4).to(flat.device)
+        near = order[at.clamp(0, len(self) - 1)]
+        gap, nearest = (self.take(near) - flat[:, None]).norm(dim=2).min(1)
+        row = near.gather(1, nearest[:, None])[:, 0].where(gap <= within * flat.norm(dim=1), -1)
+        return found.where(found >= 0, row.to(x1.device))
+
     def as_conditions(self, condition: Tensor, count: int) -> Tensor:
         """Conditions (B, *) as (B, C), refused if not `count`, finite, as wide as the bank's."""
         c = condition.detach()
@@ -256,6 +293,26 @@ class RowStore(RowClasses):
         keys = row_keys(self.rows)
         self._keys = keys if as_real(keys, self.rows) else None
         return keys
+
+    def require_intact(self) -> None:
+        """Compares rows that came from a file with their keys there, and refuses others.
+
+        Reads all rows, once: a fingerprint is that of the keys, which were read when the file was
+        opened. Rows that were made in memory are those that their keys are of.
+        """
+        if self._unread is None:
+            return
+        wrong: list[int] = []
+        for first, rows in self.chunks(self.whole):
+            differ = row_keys(rows) != self.row_keys()[first : first + len(rows)]
+            wrong += (first + differ.nonzero()[:, 0]).tolist()
+        if wrong:
+            raise Damaged.of(
+                self._unread,
+                f"{len(wrong)} of its {len(self)} rows are no more those that were written, the "
+                f"first is row {wrong[0]} of the file",
+            )
+        self._unread = None
 
     def to(self: Self, device: torch.device | str) -> Self:
         """The store on `device`; itself if it is there already."""

@@ -112,10 +112,12 @@ def place(
         below, to = search(table, classes, label, steps, 3)
         spot = tl.minimum(below, classes - 1)
         known = to > below
-    if not named:  # the class of the row, where there is one
-        _, ended = search(table + 2, classes, row, steps, 3)
-        spot = tl.where(row >= 0, tl.minimum(ended, classes - 1), spot)
-        known = known | (row >= 0)
+    of_row = row >= 0  # its class, where no label says another: one that was dropped is none
+    if named:
+        of_row = of_row & (known == 0)
+    _, ended = search(table + 2, classes, row, steps, 3)
+    spot = tl.where(of_row, tl.minimum(ended, classes - 1), spot)
+    known = known | of_row
     time = tl.load(t + b)
     error = tl.where((time >= 0) & (time <= 1), error, none + 1)
     error = tl.where(known, error, label)
@@ -162,7 +164,8 @@ def placed(
         t: Times, (B,).
         labels: Their classes, (B,), int64; or None.
         source: The rows they are told to stand for, (B,), int64, negative for none; or None.
-        named: Whether the labels decide, and not the class of the row where there is one.
+        named: Whether labels that are classes decide, and not the class of the row where there is
+            one.
     """
     count, dim = x1.shape
     block, _, warps = shape_of(dim, bank.dtype.itemsize)

@@ -8,26 +8,34 @@ from __future__ import annotations
 import io
 import math
 import mmap
+import re
 import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stagewise.files import Entry, Problem, first_line, map_tensor, read_tensor
+from stagewise.files import Damaged, Problem, first_line, replace_file
+from stagewise.tensor_files import Entry, map_tensor, read_tensor
 
 __all__ = [
     "NoNumbers",
     "Rows",
     "array_entry",
+    "check_zip",
     "class_numbers",
+    "is_dense",
     "is_one_hot",
     "local_header",
+    "outside",
     "read_array",
     "require_labels",
+    "save_arrays",
     "to_tensor",
 ]
 
@@ -88,6 +96,17 @@ def to_tensor(array: np.ndarray, name: str) -> Tensor:
         raise _no_numbers(name, array.dtype) from error
 
 
+def is_dense(x: object) -> bool:
+    """Whether it is a tensor with a number at each place in memory."""
+    # Sparse and quantised tensors, and those without numbers ("meta"), have no rows to read.
+    return (
+        isinstance(x, Tensor)
+        and x.layout == torch.strided
+        and not x.is_quantized
+        and x.device.type != "meta"
+    )
+
+
 def _no_numbers(name: str, held: object) -> NoNumbers:
     return NoNumbers(
         f"{name} is no whole .npy file of numbers: it holds {held}. Leave it out, or save numbers."
@@ -133,12 +152,56 @@ def array_entry(path: Path, member: str | None = None) -> Entry | None:
         raise Problem(f"{name} is damaged: it says its shape is {shape}. Write it again.")
     if fortran and len(shape) > 1:
         raise Problem(f"{path} is in Fortran order. Save it again: np.ascontiguousarray(x).")
-    if entry.start + entry.nbytes > end:
-        raise Problem(
-            f"{path} is truncated: an array of shape {shape} was announced, which is not there to "
-            "its end. Copy or write it again."
-        )
+    if entry.start + entry.nbytes != end:
+        cut = entry.start + entry.nbytes > end
+        why = f"an array of shape {shape} was announced, which "
+        why += "is not there to its end" if cut else f"has {entry.nbytes} bytes, and more are there"
+        raise Damaged.of(name, why, "truncated" if cut else "damaged")
     return entry
+
+
+def save_arrays(path: Path, held: Tensor | dict[str, Tensor], sync: bool = True) -> None:
+    """Writes a `.npy` file, or a `.npz` of several arrays, by `replace_file`."""
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as stream:  # by name, numpy would add its own ending
+            if isinstance(held, Tensor):
+                np.save(stream, held.cpu().numpy())
+            else:
+                arrays: dict[str, Any] = {name: x.cpu().numpy() for name, x in held.items()}
+                np.savez(stream, **arrays)
+
+    replace_file(path, write, sync)
+
+
+# -- zip --------------------------------------------------------------------------------------
+
+
+def check_zip(path: Path, of: Callable[[str], bool] = lambda name: True) -> bool:
+    """Compares the members of a zip of these names with their checksums; False if it is no zip.
+
+    Raises a `Problem` that names what is damaged.
+    """
+    member = ""
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            for member in filter(of, archive.namelist()):
+                with archive.open(member) as stream:
+                    while stream.read(2**20):
+                        pass
+    except Exception as error:  # zipfile raises what its parser does
+        what = f"{member} in it" if member else "its directory"
+        why = "does not match its checksum" if "Bad CRC" in str(error) else "cannot be read"
+        raise Damaged.of(path, f"{what} {why} ({first_line(error)})") from error
+    return True
+
+
+def outside(member: str) -> bool:
+    r"""Whether a member of a zip has a name that lies outside of it: `../x`, `/x`, `C:\x`."""
+    first, *others = re.split(r"[/\\]", member)
+    return ".." in (first, *others) or not first or ":" in first
 
 
 def local_header(header: bytes) -> int:

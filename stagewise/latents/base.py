@@ -30,7 +30,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.building import HALF
 from stagewise.files import FilePath, Problem, names
 from stagewise.latents.arrays import require_labels
-from stagewise.latents.rows_check import unreadable
+from stagewise.latents.rows_check import problems
 from stagewise.latents.scaling import AS_STORED, Affine, ChannelStatistics, Scaling
 
 __all__ = ["Latents", "Reading", "Writing"]
@@ -166,7 +166,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         self._epoch[0] = epoch
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The x_1 of items `start` to before `stop`, in bulk: (stop - start, *shape), float32."""
+        """The x_1 of items `start` to before `stop`, in bulk: `(stop - start, *shape)`, float32."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"Expected rows within 0 and {len(self)}, got {start} to {stop}.")
         if start == stop:
@@ -311,24 +311,21 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     def verify(self, full: bool = False) -> None:
         """Looks at the scale of a few rows; with `full` reads all rows and labels.
 
+        These are compared with their checksums, which shards of `write_latents`, `.npz`, `.pt` and
+        zip files have; of files without a warning tells.
+
         Raises:
             ValueError: With all that is wrong; files that were left out at opening included.
         """
-        wrong = list(self.skipped) + (self._read_all() if full else [])
+        wrong = list(self.skipped) + (problems(self) if full else [])
         if wrong:
             many = "s" * (len(wrong) > 1)
             raise ValueError(f"{len(wrong)} problem{many} in {self.path}: {names(wrong, most=10)}")
         self.check_scale()
 
-    def _read_all(self) -> list[str]:
-        """What is wrong with rows, their flips and labels, from reading them all."""
-        wrong = []
-        try:
-            _ = self.labels  # some formats read them when they are asked for
-        except ValueError as error:
-            wrong.append(str(error))
-        every = self.with_options(flips="both" if self.has_flips else "none", moments="mean")
-        return wrong + unreadable(every)
+    def _compare(self) -> tuple[list[str], list[Path]]:
+        """What does not match its checksum, and the files and folders that have none."""
+        return [], [self.path]
 
     def _opened(self, labels: Tensor | None) -> None:
         """The last step of opening: refuses what cannot be read, and keeps the labels."""

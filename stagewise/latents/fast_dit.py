@@ -12,15 +12,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import Entry, FilePath, names
-from stagewise.latents.arrays import array_entry, class_numbers, read_array, require_labels
+from stagewise.files import FilePath, names
+from stagewise.latents.arrays import (
+    array_entry,
+    class_numbers,
+    read_array,
+    require_labels,
+    save_arrays,
+)
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.per_file import PerFile, sizes_in
+from stagewise.tensor_files import Entry
 
 __all__ = ["FastDiT", "write_fast_dit"]
 
@@ -132,8 +138,8 @@ def write_fast_dit(folder: FilePath, batches: Iterable[tuple[Tensor, Tensor]]) -
     for place in (features, targets):
         place.mkdir(parents=True, exist_ok=True)
     for latents, labels in batches:
-        for x, y in zip(latents.cpu().numpy(), labels.cpu().numpy(), strict=True):
-            np.save(features / f"{row}.npy", x[None])
-            np.save(targets / f"{row}.npy", y[None])
+        for x, y in zip(latents, labels, strict=True):
+            save_arrays(features / f"{row}.npy", x[None], sync=False)
+            save_arrays(targets / f"{row}.npy", y[None], sync=False)
             row += 1
     return folder

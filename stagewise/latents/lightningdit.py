@@ -8,8 +8,9 @@ Rows are posterior samples as the autoencoder gave them; whoever reads them comp
 `(z - mean) / std * multiplier`. Latents of Stable Diffusion's autoencoder are not normalised but
 multiplied by 0.18215, which the files do not say (hustvl/LightningDiT, issues 22 and 34).
 
-What is written has names, keys and metadata of the public writer. Its statistics are those of all
-un-flipped rows in float64, where the public writer takes 10 000 random rows in float32.
+What is written has names, keys and metadata of the public writer, and checksums. Its statistics
+are those of all un-flipped rows in float64, where the public writer takes 10 000 random rows in
+float32.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import (
-    Entry,
-    FilePath,
-    Problem,
-    first_line,
-    read_header,
-    read_tensor,
-    replace_file,
-    write_tensors,
-)
-from stagewise.latents.arrays import Rows, class_numbers
+from stagewise.files import FilePath, Problem, first_line, names, replace_file
+from stagewise.latents.arrays import Rows, check_zip, class_numbers, is_dense
 from stagewise.latents.base import Block, Latents, Reading, Writing
+from stagewise.latents.rows_check import compare_tensors
 from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
+from stagewise.tensor_files import Entry, read_header, read_tensor, write_tensors
 
-__all__ = ["LightningDiT", "save_stats", "write_latents", "write_shard", "write_stats"]
+__all__ = [
+    "LightningDiT",
+    "save_stats",
+    "shard_name",
+    "write_latents",
+    "write_shard",
+    "write_stats",
+]
 
 _STATS = "latents_stats.pt"
 _NOT_NORMALISED = (
@@ -157,6 +158,9 @@ class LightningDiT(Latents):
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _compare(self) -> tuple[list[str], list[Path]]:
+        return compare_tensors(self._shards)
+
     def _parts(self) -> str:
         return f"{len(self._shards)} shard{'s' * (len(self._shards) > 1)}"
 
@@ -213,7 +217,7 @@ def _missing_shards(files: Iterable[Path]) -> list[str]:
         if (match := re.fullmatch(r"latents_rank(\d+)_shard(\d+)", file.stem))
     }
     return [
-        _shard_name(rank, shard)
+        shard_name(rank, shard)
         for rank in range(max((rank for rank, _ in found), default=-1) + 1)
         for shard in range(max((s for r, s in found if r == rank), default=0) + 1)
         if (rank, shard) not in found
@@ -231,16 +235,17 @@ def _read_stats(file: Path, channels: int) -> tuple[Tensor, Tensor]:
         )
     again = "Compute it again: write_stats(folder)."
     try:
+        check_zip(file)
         held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its unpickler or its zip reader does
         raise ValueError(
             f"{file} cannot be read as a file of tensors ({first_line(error)}). {again}"
         ) from error
     if not isinstance(held, Mapping) or not {"mean", "std"} <= held.keys():
-        found = sorted(held) if isinstance(held, Mapping) else type(held).__name__
+        found = names(held) if isinstance(held, Mapping) else type(held).__name__
         raise ValueError(f"Expected {{'mean': ..., 'std': ...}} in {file}, got {found}. {again}")
     for name in ("mean", "std"):
-        shape = tuple(getattr(held[name], "shape", ()))
+        shape = tuple(held[name].shape) if is_dense(held[name]) else ()
         if shape not in ((1, channels, 1, 1), (channels, 1, 1), (channels,)):
             raise ValueError(
                 f"Expected `{name}` of shape {(1, channels, 1, 1)} in {file}, for latents with "
@@ -268,7 +273,12 @@ def write_stats(folder: FilePath) -> ChannelStatistics:
 def save_stats(folder: Path, mean: Tensor, std: Tensor) -> None:
     """Writes `latents_stats.pt` for C channels, from numbers (C,)."""
     stats = {"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}
-    replace_file(folder / _STATS, lambda name: torch.save(stats, name))
+
+    def save(partial: Path) -> None:
+        with open(partial, "wb") as file:  # torch.save would note the name of the partial file
+            torch.save(stats, file)
+
+    replace_file(folder / _STATS, save)
 
 
 def write_latents(
@@ -332,10 +342,10 @@ def write_shard(folder: Path, rank: int, number: int, shard: dict[str, Tensor]) 
     """Writes the shard of a number, from 0: `latents`, `latents_flip` and `labels`, on the CPU."""
     latents = shard["latents"]
     about = {"total_size": f"{len(latents)}", "dtype": f"{latents.dtype}", "device": "cpu"}
-    write_tensors(folder / _shard_name(rank, number), shard, about)
+    write_tensors(folder / shard_name(rank, number), shard, about)
 
 
-def _shard_name(rank: int, number: int) -> str:
+def shard_name(rank: int, number: int) -> str:
     return f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
 
 

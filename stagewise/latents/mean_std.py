@@ -13,8 +13,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,20 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import Entry, FilePath, Problem, map_file
-from stagewise.latents.arrays import array_entry, local_header, read_array
+from stagewise.files import FilePath, Problem, first_line, replace_file
+from stagewise.latents.arrays import (
+    array_entry,
+    local_header,
+    outside,
+    read_array,
+    save_arrays,
+)
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.per_file import PerFile, sizes_in
+from stagewise.latents.rows_check import compare_zip
 from stagewise.latents.scaling import EDM2 as EDM2_SCALING
 from stagewise.latents.scaling import SD_VAE
+from stagewise.tensor_files import Entry, map_file
 
 __all__ = ["EDM2", "REPA", "file_name", "write_mean_std"]
 
@@ -75,10 +82,14 @@ class _MeanStd(PerFile):
             with zipfile.ZipFile(path) as archive:
                 members = {info.filename: info for info in archive.infolist()}
                 index = archive.read(_INDEX) if _INDEX in members else None
-        except (zipfile.BadZipFile, OSError) as error:
+        except Exception as error:  # zipfile raises what its parser does
             raise ValueError(
-                f"{path} is no whole zip ({error}). Copy or write it again."
+                f"{path} is no whole zip ({first_line(error)}). Copy or write it again."
             ) from error
+        for name in filter(outside, list(members)):
+            lost = f"{name} in {path} has a name that lies outside of it. Write the zip again."
+            self._leave_out(name, lost)
+            del members[name]
         packed = [name for name, info in members.items() if info.compress_type]
         if packed:
             raise ValueError(
@@ -110,11 +121,11 @@ class _MeanStd(PerFile):
         for name in sorted(by_name.keys() - sizes.keys()):
             lost = f"{name} is in {where}, and there is no such file. Copy or encode it again."
             self._leave_out(name, lost)
-        wrong = [name for name in self._files if not isinstance(by_name[name], int)]
+        wrong = [name for name in self._files if not _is_class(by_name[name])]
         if wrong:
             raise ValueError(
-                f"Expected an integer for each file in {where}, got {str(by_name[wrong[0]])[:60]} "
-                f"for {wrong[0]}."
+                f"Expected an integer, the class, for each file in {where}, got "
+                f"{str(by_name[wrong[0]])[:60]} for {wrong[0]}."
             )
         return torch.tensor([by_name[name] for name in self._files], dtype=torch.int64)
 
@@ -134,14 +145,8 @@ class _MeanStd(PerFile):
             raise Problem(f"{where}: {error}. Copy or write it again.") from error
         return read_array(pages[start : start + size], where)
 
-    def _read_all(self) -> list[str]:
-        wrong = super()._read_all()
-        if self._zipped:
-            with zipfile.ZipFile(self._root) as archive:
-                bad = archive.testzip()
-            if bad is not None:
-                wrong.append(f"{bad} does not match its checksum. Copy or encode it again.")
-        return wrong
+    def _compare(self) -> tuple[list[str], list[Path]]:
+        return compare_zip(self._root) if self._zipped else ([], [self._root])
 
     def _parts(self) -> str:
         return super()._parts() + (" of a zip" if self._zipped else "")
@@ -178,6 +183,10 @@ class EDM2(_MeanStd):
     cures = ('Files of REPA have the same names and another scale: format="repa". ',) * 2
 
 
+def _is_class(label: object) -> bool:
+    return isinstance(label, int) and abs(label) < 2**63
+
+
 def _find_root(path: Path) -> Path | None:
     """The folder or zip with the index, at `path` or below it."""
     if path.suffix == ".zip":
@@ -196,28 +205,44 @@ def file_name(row: int) -> str:
 def write_mean_std(path: FilePath, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Path:
     """Writes `(moments, labels or None)`, (B, 2C, H, W) and (B,), in a folder or a `.zip`."""
     path = Path(path)
-    listed: list[list[Any]] | None = []
-    zipped = path.suffix == ".zip"
-    (path.parent if zipped else path).mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, mode="w") if zipped else nullcontext() as archive:
+    if path.suffix == ".zip":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda partial: _write_zip(partial, batches))
+        return path
+    path.mkdir(parents=True, exist_ok=True)
 
-        def save(name: str, data: bytes) -> None:
-            if archive is not None:
-                archive.writestr(name, data)  # stored, not compressed
-                return
-            (path / name).parent.mkdir(exist_ok=True)
-            (path / name).write_bytes(data)
+    def save(name: str, moment: Tensor) -> None:
+        (path / name).parent.mkdir(exist_ok=True)
+        save_arrays(path / name, moment, sync=False)
 
-        row = 0
-        for moments, labels in batches:
-            for at, moment in enumerate(moments.cpu().numpy()):
-                buffer = io.BytesIO()
-                np.save(buffer, moment)
-                save(file_name(row), buffer.getvalue())
-                if labels is None:
-                    listed = None
-                elif listed is not None:
-                    listed.append([file_name(row), int(labels[at])])
-                row += 1
-        save(_INDEX, json.dumps({"labels": listed}).encode())
+    index = _write_rows(batches, save)
+    replace_file(path / _INDEX, lambda partial: partial.write_text(index))
     return path
+
+
+def _write_zip(path: Path, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    with zipfile.ZipFile(path, mode="w") as archive:
+
+        def save(name: str, moment: Tensor) -> None:
+            buffer = io.BytesIO()
+            np.save(buffer, moment.numpy())
+            archive.writestr(name, buffer.getvalue())  # stored, not compressed
+
+        archive.writestr(_INDEX, _write_rows(batches, save))
+
+
+def _write_rows(
+    batches: Iterable[tuple[Tensor, Tensor | None]], save: Callable[[str, Tensor], object]
+) -> str:
+    """Writes the rows of batches under their names; returns the text of their index."""
+    listed: list[list[Any]] | None = []
+    row = 0
+    for moments, labels in batches:
+        for at, moment in enumerate(moments.cpu()):
+            save(file_name(row), moment)
+            if labels is None:
+                listed = None
+            elif listed is not None:
+                listed.append([file_name(row), int(labels[at])])
+            row += 1
+    return json.dumps({"labels": listed})

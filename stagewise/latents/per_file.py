@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagewise.files import Entry, Problem
+from stagewise.files import Problem
 from stagewise.latents.base import Latents, Writing
 from stagewise.latents.scaling import Affine
+from stagewise.tensor_files import Entry
 
 __all__ = ["PerFile", "sizes_in"]
 

@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import Problem, first_line, read_header, replace_file
+from stagewise.files import Problem, first_line, replace_file
 from stagewise.latents.arrays import (
     NoNumbers,
     Rows,
     array_entry,
+    check_zip,
     class_numbers,
+    is_dense,
     is_one_hot,
+    outside,
     read_array,
+    save_arrays,
 )
 from stagewise.latents.base import Block, Latents, Reading, Writing
+from stagewise.latents.rows_check import compare_tensors, compare_zip
+from stagewise.tensor_files import read_header, write_tensors
 
 __all__ = ["Plain"]
 
@@ -83,6 +85,11 @@ class Plain(Latents):
     def _read_block(self, start: int, stop: int, flip: bool) -> Tensor:
         return self._held().block(start, stop)
 
+    def _compare(self) -> tuple[list[str], list[Path]]:
+        if self.path.suffix == ".safetensors":
+            return compare_tensors([(self.path, read_header(self.path)[0])])
+        return compare_zip(self.path)
+
     def _parts(self) -> str:
         return f"one array, {self._name!r}"
 
@@ -97,25 +104,16 @@ class Plain(Latents):
             held["labels"] = torch.cat(columns[2])
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
-            replace_file(path, lambda file: save_file(held, file))
+            write_tensors(path, held, {})
         elif path.suffix == ".npy":
-            replace_file(path, lambda file: _save(file, held["latents"]))
+            save_arrays(path, held["latents"])
             if "labels" in held:
-                replace_file(_beside(path), lambda file: _save(file, held["labels"]))
+                save_arrays(_beside(path), held["labels"])
         elif path.suffix == ".npz":
-            replace_file(path, lambda file: _save(file, held))
+            save_arrays(path, held)
         else:
             replace_file(path, lambda file: torch.save(held, file))
         return path
-
-
-def _save(file: Path, held: Tensor | dict[str, Tensor]) -> None:
-    with open(file, "wb") as stream:  # by name, numpy would add its own ending
-        if isinstance(held, Tensor):
-            np.save(stream, held.numpy())
-        else:
-            arrays: dict[str, Any] = {name: value.numpy() for name, value in held.items()}
-            np.savez(stream, **arrays)
 
 
 def _beside(path: Path) -> Path:
@@ -143,8 +141,14 @@ def _archive(path: Path) -> dict[str, Rows]:
     member = ""
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in (name for name in archive.namelist() if name.endswith(".npy")):
-                name = member[:-4]
+            for member in archive.namelist():
+                with archive.open(member):
+                    pass  # its name stands twice, and must be the same
+                name = member.removesuffix(".npy")
+                if outside(member):
+                    raise Problem("a name that lies outside of the file")
+                if name == member:
+                    continue
                 try:
                     entry = array_entry(path, member)
                     if entry is not None:
@@ -155,16 +159,20 @@ def _archive(path: Path) -> dict[str, Rows]:
                 except NoNumbers:
                     if name in ("latents", "labels"):
                         raise
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+    except NoNumbers:
+        raise
+    except Exception as error:  # zipfile raises what its parser does
         where = f", {member}," if member else ""
         raise Problem(
-            f"{path}{where} is no whole .npz ({error}). Copy or write it again."
+            f"{path}{where} is no whole .npz ({first_line(error)}). Copy or write it again."
         ) from error
     return held
 
 
 def _pickled(path: Path) -> dict[str, Rows]:
     try:
+        # What describes the tensors; they themselves are mapped, and not read here.
+        check_zip(path, lambda name: "/data/" not in name)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises what its unpickler or its zip reader does
         raise Problem(
@@ -182,8 +190,7 @@ def _pickled(path: Path) -> dict[str, Rows]:
 
 def _pick(path: Path, held: Mapping[str, Rows]) -> tuple[str, str | None]:
     """The names of the latents and of their labels."""
-    # Sparse and quantised tensors, and those without numbers ("meta"), have no rows to read.
-    dense = {name: r.x for name, r in held.items() if _is_dense(r.x)}
+    dense = {name: r.x for name, r in held.items() if is_dense(r.x)}
     arrays = [name for name, x in dense.items() if x.is_floating_point() and x.ndim >= 2]
     if "latents" in held:
         arrays = [name for name in arrays if name == "latents"]
@@ -215,10 +222,6 @@ def _pick(path: Path, held: Mapping[str, Rows]) -> tuple[str, str | None]:
     # One-hot labels are named for what they are.
     others = (name for name, y in dense.items() if name != arrays[0] and is_one_hot(y, rows))
     return arrays[0], next(others, None)
-
-
-def _is_dense(x: Tensor) -> bool:
-    return x.layout == torch.strided and not x.is_quantized and x.device.type != "meta"
 
 
 def _described(x: Tensor) -> str:

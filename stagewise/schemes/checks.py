@@ -109,6 +109,8 @@ def check_labels(
     """Refuses labels, (B,), that are not those that their samples have, `own`, (B,).
 
     Negative ones of `own` are unknown; `null` stands for no class; `classes` are those of the bank.
+    Where some are one that is no class, and all others are right, it stands for those that were
+    dropped (classifier-free guidance).
     """
     labels = labels.reshape(-1).to(own)
     off = (labels != own) & (own >= 0)
@@ -116,6 +118,8 @@ def check_labels(
     if not bool(off.any()):
         return
     got, had = int(labels[off][0]), int(own[off][0])
+    if got not in classes and bool((labels[off] == got).all()) and bool((labels == own).any()):
+        return
     said = (
         f"Expected `labels` of the samples, got others for {int(off.sum())} of {len(own)}: class "
         f"{got} for an x_1 of class {had}."
@@ -149,6 +153,7 @@ def check_rows(
     *,
     known: bool = False,
     shard: bool = False,
+    near: bool = False,
     condition: Tensor | None = None,
 ) -> str | None:
     """Holds what a scheme is given against the bank its oracle asks.
@@ -159,8 +164,9 @@ def check_rows(
     not so far off.
 
     With `known` their rows are known and stand in for them: nothing is warned of. With `shard` the
-    bank is only this rank's part of one, in which samples are not looked up. Rows under another
-    `condition` than is given are others.
+    bank is only this rank's part of one, in which samples are not looked up. With `near` what is
+    nearly a row is one (`LatentBank.find_near`). Rows under another `condition` than is given are
+    others.
 
     Returns:
         The text of a warning, with the share of samples that are no rows; None if there is nothing
@@ -168,7 +174,7 @@ def check_rows(
     """
     missing = torch.ones(len(x1), dtype=torch.bool)
     if not shard:
-        missing = bank.find(x1, None, condition).cpu() < 0
+        missing = (bank.find_near(x1) if near else bank.find(x1, None, condition)).cpu() < 0
     if not missing.any():
         return None
     share, others = float(missing.float().mean()), x1[missing.to(x1.device)].to(bank.device)

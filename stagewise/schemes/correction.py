@@ -114,6 +114,7 @@ def correct(
         whole, told = oracle.engine.holds_all_rows, _told(oracle, condition)
         told_all = isinstance(labels, (Tensor, MaskedLabels)) and not _lacks(labels, oracle)
         if class_wise and whole and told_all and oracle.null_class is None:
+            labels = _undropped(oracle, labels, x1)
             # A row of another class or mask is none of those that a query looks at.
             queries = oracle.queries(xt, t, labels, source, condition)
             first = queries.ends_on_device[:, 0]
@@ -271,6 +272,19 @@ def _told(oracle: Oracle, condition: Tensor | None) -> Tensor | None:
 def _lacks(labels: Labels | None, oracle: Oracle) -> bool:
     """Whether there are masks, and classes are to be looked up."""
     return isinstance(labels, MaskedLabels) and labels.labels is None and oracle.bank.labelled
+
+
+def _undropped(oracle: Oracle, labels: Labels | None, x1: Tensor) -> Labels | None:
+    """Labels on the host, with the class of its row where one was dropped (as `place` does)."""
+    if not isinstance(labels, Tensor) or labels.device.type != "cpu":
+        return labels
+    table, labels = oracle.bank.class_table(labels.device), labels.reshape(-1)
+    gone = ~torch.isin(labels, table[:, 0])
+    if not gone.any():
+        return labels
+    row = oracle.bank.find(x1).cpu()
+    own = table[torch.searchsorted(table[:, 2].contiguous(), row.clamp_min(0), right=True), 0]
+    return own.to(labels).where(gone & (row >= 0), labels)
 
 
 def _classes(

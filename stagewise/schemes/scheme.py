@@ -80,6 +80,8 @@ class Scheme(SchemeState):
         labels_of: From x_1, (B, *), to classes, (B,), or None; default None. Asked where x_1 comes
             without labels and is no row of the bank.
         condition_of: From a kernel and x_1 to conditions, (B, *), or None; for those not given.
+        encoded: Whether an encoder made the rows, which rounds otherwise in another batch: an x_1
+            then stands for the row that it nearly is. Default False.
         before_smoothing: Told each x_1 before it is smoothed; default None.
         trains: Says whether a call is of training; default None: each is. Others are plain.
         last: The record of the last call, None before.
@@ -182,6 +184,7 @@ class Scheme(SchemeState):
         self._draws += 1
         told = as_times(t, x1)
         seed = self._random(("smooth", self._draws)).getrandbits(63)
+        source = self._near(x1, source)
         return self._smoothed.draw(
             x1, self.convention.to_t(told), told, source, seed, self.collapsed
         )
@@ -293,8 +296,15 @@ class Scheme(SchemeState):
 
     def _source_of(self, x1: Tensor, t: Times, source: Tensor | None) -> Tensor | None:
         if self._smoothed is None:
-            return source
+            return self._near(x1, source)
         return self._smoothed.source_of(x1, t, source, first=self.last is None)
+
+    def _near(self, x1: Tensor, source: Tensor | None) -> Tensor | None:
+        """The rows of samples that an encoder made, if they are not given."""
+        if source is not None or not self.encoded:
+            return source
+        held = self.oracle or self.smoothing
+        return None if held is None or held.bank.pairs else held.bank.find_near(x1)
 
     @torch.no_grad()
     def _share(self, x1: Tensor, t: Tensor) -> Tensor:

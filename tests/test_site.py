@@ -1,0 +1,132 @@
+"""The pages of the site: their code runs, their links resolve, the reference misses no name."""
+
+import importlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import matplotlib
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PUBLIC = ("", ".callbacks", ".losses", ".engines", ".latents", ".sampling")
+
+# Pages whose code needs data of its own have a test of their own.
+ELSEWHERE = {
+    "attention.md": "test_attention.py",
+    "conventions.md": "test_conventions.py",
+    "engines.md": "test_docs.py",
+    "latents.md": "test_latents.py",
+    "steering.md": "test_docs.py",
+    "watching.md": "test_docs.py",
+}
+
+
+def blocks_of(page, kind="python"):
+    fence = re.compile(rf"^```{re.escape(kind)}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return fence.findall(page.read_text())
+
+
+def name(page):
+    return str(page.relative_to(DOCS))
+
+
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "generated" not in page.parts]
+RUN = [page for page in PAGES if blocks_of(page) and name(page) not in ELSEWHERE]
+TUTORIALS = [page for page in PAGES if "{code-cell}" in page.read_text()]
+
+
+class Network(torch.nn.Module):
+    """A network of samples of four by four by four numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, xt, t, y=None):
+        return self.layer(xt)
+
+
+@pytest.fixture
+def names():
+    """What every page may take for granted: data, a model, a loader, a batch with its noise."""
+    torch.manual_seed(0)
+    latents, labels = torch.randn(160, 4, 4, 4), torch.arange(160) % 4
+    data, model = torch.utils.data.TensorDataset(latents, labels), Network()
+    x1, x0, t = latents[:32], torch.randn(32, 4, 4, 4), torch.rand(32)
+    return {
+        **{"L": L, "torch": torch, "latents": latents, "labels": labels, "model": model},
+        **{"loader": torch.utils.data.DataLoader(data, 32), "self": SimpleNamespace(net=model)},
+        **{"x1": x1, "x0": x0, "t": t, "y": labels[:32]},
+        "xt": t[:, None, None, None] * x1 + (1 - t[:, None, None, None]) * x0,
+        "optimizer": torch.optim.Adam(model.parameters()),
+    }
+
+
+@pytest.mark.parametrize("page", RUN, ids=name)
+def test_code_of_a_page(page, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = len(names)
+    for block in blocks_of(page):
+        exec(compile(block, name(page), "exec"), names)
+    assert len(names) > before
+
+
+def test_pages_with_a_test_of_their_own_have_one():
+    for page, file in ELSEWHERE.items():
+        assert f"docs/{page}" in (ROOT / "tests" / file).read_text(), page
+        assert blocks_of(DOCS / page), page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TUTORIALS, ids=name)
+def test_cells_of_a_tutorial(page, tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    cells, space = blocks_of(page, "{code-cell} python"), {}
+    assert page.read_text().count("{code-cell}") == len(cells) > 0
+    for cell in cells:
+        exec(compile(cell, name(page), "exec"), space)
+    assert pyplot.get_fignums(), "a tutorial shows what it is about"
+    pyplot.close("all")
+
+
+def test_the_reference_has_every_public_name_once():
+    text = "\n".join(page.read_text() for page in DOCS.glob("reference/*.md"))
+    listed = re.findall(r"^(?: +|\.\. auto\w+:: )(\w+)$", text, re.MULTILINE)
+    for part in PUBLIC:
+        package = importlib.import_module("stagewise" + part)
+        for public in package.__all__:
+            assert listed.count(public) == 1, f"{package.__name__}.{public}"
+
+
+def test_links_of_pages_lead_to_files():
+    """What GitHub shows; the site's own links, with their anchors, are checked by `make docs`."""
+    seen = 0
+    for page in (*PAGES, ROOT / "README.md"):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not link.startswith(("http", "#")):
+                seen += 1
+                assert (page.parent / link.split("#")[0]).exists(), f"{page}: {link}"
+    assert seen > 50
+
+
+def test_the_link_check_names_what_is_broken(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
+    links = importlib.import_module("links")
+    (tmp_path / "b.html").write_text('<p id="here"></p>')
+    good = '<a href="b.html#here">x</a><a href="#top">x</a><a href="https://a.b/c">x</a>'
+    (tmp_path / "a.html").write_text(f'<p id="top"></p>{good}')
+    assert links.broken(tmp_path) == []
+    bad = ['href="c.html"', 'href="b.html#there"', 'href="#nowhere"']
+    fetched = '<script src="https://a.b/c.js"></script><link rel="stylesheet" href="//a.b/c.css">'
+    (tmp_path / "a.html").write_text("".join(f"<a {link}>x</a>" for link in bad) + fetched)
+    wrong = links.broken(tmp_path)
+    assert len(wrong) == 5
+    assert all(link[6:-1] in line for link, line in zip(bad, wrong, strict=False))
+    assert sum("network" in line for line in wrong) == 2

@@ -37,6 +37,7 @@ __all__ = [
     "TIME_LABEL",
     "TRAIN",
     "Ends",
+    "apart",
     "by_step",
     "centres",
     "counted",
@@ -58,6 +59,7 @@ Ends = tuple[float | None, float | None]
 
 TIME_LABEL = "t   (0 = noise, 1 = data)"
 DATA, TRAIN, HELD_OUT, ORACLE = "black", "#0072B2", "#D55E00", "#009E73"
+_OKABE_ITO = (TRAIN, HELD_OUT, ORACLE, "#CC79A7", "#E69F00", "#56B4E9")
 FLOOR, NOISE = "0.80", "0.75"
 MAGNITUDE = "viridis"
 """Of heat maps: dark is small."""
@@ -219,7 +221,16 @@ def draw_boundary(axes: Axes, boundary: StageBoundary, predicted: float) -> None
     mark_time(axes, predicted, "predicted", color=HELD_OUT, lw=1.2, ls="-.")
 
 
-# -- what has an order ------------------------------------------------------------------------
+# -- curves that are apart, and curves that have an order ----------------------------------------
+
+
+def apart(count: int) -> list[dict[str, Any]]:
+    """Styles of a number of curves that have no order: colours of Okabe and Ito, then dashes."""
+    dashes = ("-", "--", "-.", ":")
+    return [
+        {"color": _OKABE_ITO[i % len(_OKABE_ITO)], "ls": dashes[i // len(_OKABE_ITO) % 4]}
+        for i in range(count)
+    ]
 
 
 def in_order(count: int) -> list[Any]:

@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import regularisers_report
+from matplotlib.figure import Figure
+from PIL import Image
 from schemes_plan import BATCH, DEFAULT, LARGE, NAMES, PLANS
 from schemes_statistics import (
     AXES,
@@ -36,6 +34,8 @@ from schemes_statistics import (
 )
 from schemes_train import EDGES
 from tables import fill, table
+
+from stagewise.callbacks.drawing import HELD_OUT, TRAIN, apart, new_figure, render, time_axis
 
 __all__ = ["write"]
 
@@ -274,14 +274,19 @@ _SIGNAL = ("plain", "signal")
 # -- pictures -------------------------------------------------------------------------------------
 
 
+def _save(figure: Figure, file: Path) -> None:
+    """With few colours: these are lines and text, and there are many of them in the repository."""
+    Image.fromarray(render(figure)).quantize(128, dither=Image.Dither.NONE).save(file)
+
+
 def _draw_curves(folder: Path, name: str, horizon: int, runs: Runs) -> None:
     """Every metric over steps, one line for each scheme."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    figure = new_figure(13, 4.6)
+    axes = figure.subplots(1, 3)
     for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
-        for i, scheme in enumerate(NAMES):
+        for scheme, style in zip(NAMES, apart(len(NAMES)), strict=True):
             if scheme in runs:
-                plain = scheme == "plain"
-                style = {"color": "black", "lw": 2.2} if plain else {"color": f"C{i}", "lw": 1.2}
+                style = {"color": "black", "lw": 2.2} if scheme == "plain" else {**style, "lw": 1.2}
                 axis.plot(*curve(runs[scheme], metric), label=scheme, **style)
         axis.axhline(curve(runs["plain"], metric)[1, -1], color="black", lw=0.8, ls=":")
         axis.set(xlabel="optimizer step", ylabel=title, yscale="log")
@@ -290,23 +295,21 @@ def _draw_curves(folder: Path, name: str, horizon: int, runs: Runs) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     counts = " or ".join(map(str, sorted({len(own) for own in runs.values()})))
     figure.suptitle(f"{name}, {horizon} steps: means over {counts} seeds; dotted: where plain ends")
-    figure.savefig(folder / f"curves_{name}_{horizon}.png", dpi=110)
-    plt.close(figure)
+    _save(figure, folder / f"curves_{name}_{horizon}.png")
 
 
 def _draw_steps(folder: Path, name: str, metric: str, panels: dict[int, Shares]) -> None:
     """Steps and time to plain's final value of one metric, a row of panels for each horizon."""
     names = [n for n in NAMES if any((n, metric, "step") in own for own in panels.values())]
-    size = (12, len(panels) * (0.34 * len(names) + 1) + 0.5)
-    options = {"figsize": size, "layout": "constrained", "squeeze": False, "sharey": True}
-    figure, grid = plt.subplots(len(panels), 2, **options)
+    figure = new_figure(12, len(panels) * (0.34 * len(names) + 1) + 0.5)
+    grid = figure.subplots(len(panels), 2, squeeze=False, sharey=True)
     for line, (horizon, own) in zip(grid, panels.items(), strict=True):
         for axis, (key, unit) in zip(line, AXES.items(), strict=True):
             for row, scheme in enumerate(names):
                 _draw_interval(axis, row, own.get((scheme, metric, key)))
             axis.axvline(1, color="black", lw=1)
             if key == "step":
-                axis.axvline(AIMS[metric], color="C2", ls="--", lw=1)
+                axis.axvline(AIMS[metric], color=HELD_OUT, ls="--", lw=1)
             axis.set(xlim=(0, WIDEST), ylim=(len(names) - 0.5, -0.5))
             axis.set(xlabel=f"{unit} / plain's, {horizon} steps")
             axis.set_yticks(range(len(names)), names)
@@ -314,8 +317,7 @@ def _draw_steps(folder: Path, name: str, metric: str, panels: dict[int, Shares])
     figure.suptitle(
         f"{name}: steps and time to plain's final {METRICS[metric]} (dashed: what was aimed at)"
     )
-    figure.savefig(folder / f"steps_{name}_{metric}.png", dpi=110)
-    plt.close(figure)
+    _save(figure, folder / f"steps_{name}_{metric}.png")
 
 
 def _draw_interval(axis: Any, row: int, value: Interval | None) -> None:
@@ -325,19 +327,20 @@ def _draw_interval(axis: Any, row: int, value: Interval | None) -> None:
     elif math.isinf(low) or low > WIDEST:
         axis.text(1.02, row, "not reached" if math.isinf(low) else "beyond", va="center", size=8)
     else:
-        axis.plot([low, min(high, WIDEST)], [row, row], color="C0", lw=4, alpha=0.35)
+        axis.plot([low, min(high, WIDEST)], [row, row], color=TRAIN, lw=4, alpha=0.35)
         if math.isinf(middle):
             axis.text(1.02, row, "not reached by the mean", va="center", size=8)
         else:
-            axis.plot(middle, row, "o", color="C0", clip_on=True)
+            axis.plot(middle, row, "o", color=TRAIN, clip_on=True)
 
 
 def _draw_variance(folder: Path, made: dict[str, Any]) -> None:
     """Error of each target over t, and what it removes for its cost."""
     times, lines = _lines_of(made)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for i, (name, own) in enumerate(lines.items()):
-        style = {"marker": "o", "ms": 3, "color": f"C{i}", "label": name}
+    figure = new_figure(15, 4.6)
+    axes = figure.subplots(1, 3)
+    for (name, own), look in zip(lines.items(), apart(len(lines)), strict=True):
+        style = {"marker": "o", "ms": 3, "label": name, **look}
         error = np.array([line["error"] for line in own])
         if error.max() > 0:
             axes[0].plot(times, error, **style)
@@ -351,9 +354,8 @@ def _draw_variance(folder: Path, made: dict[str, Any]) -> None:
     axes[1].set(yscale="log", ylabel="removed / signal, for 10^6 operations of a query")
     axes[2].set(yscale="log", ylabel=f"removed / signal, for a ms of {made['queries']} queries")
     for axis in axes:
-        axis.set(xlabel="t (0 is noise)")
+        time_axis(axis, times)
         axis.grid(alpha=0.3)
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(lines), fontsize=9)
-    figure.savefig(folder / "variance_by_t.png", dpi=110)
-    plt.close(figure)
+    _save(figure, folder / "variance_by_t.png")

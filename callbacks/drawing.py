@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from stagewise.stages import StageBoundary
 from stagewise.velocity_probe import STAGES
@@ -36,6 +37,7 @@ __all__ = [
     "TIME_LABEL",
     "TRAIN",
     "Ends",
+    "apart",
     "by_step",
     "centres",
     "counted",
@@ -48,6 +50,7 @@ __all__ = [
     "new_figure",
     "render",
     "shade_stages",
+    "step_bar",
     "time_axis",
 ]
 
@@ -56,6 +59,7 @@ Ends = tuple[float | None, float | None]
 
 TIME_LABEL = "t   (0 = noise, 1 = data)"
 DATA, TRAIN, HELD_OUT, ORACLE = "black", "#0072B2", "#D55E00", "#009E73"
+_OKABE_ITO = (TRAIN, HELD_OUT, ORACLE, "#CC79A7", "#E69F00", "#56B4E9")
 FLOOR, NOISE = "0.80", "0.75"
 MAGNITUDE = "viridis"
 """Of heat maps: dark is small."""
@@ -217,7 +221,16 @@ def draw_boundary(axes: Axes, boundary: StageBoundary, predicted: float) -> None
     mark_time(axes, predicted, "predicted", color=HELD_OUT, lw=1.2, ls="-.")
 
 
-# -- what has an order ------------------------------------------------------------------------
+# -- curves that are apart, and curves that have an order ----------------------------------------
+
+
+def apart(count: int) -> list[dict[str, Any]]:
+    """Styles of a number of curves that have no order: colours of Okabe and Ito, then dashes."""
+    dashes = ("-", "--", "-.", ":")
+    return [
+        {"color": _OKABE_ITO[i % len(_OKABE_ITO)], "ls": dashes[i // len(_OKABE_ITO) % 4]}
+        for i in range(count)
+    ]
 
 
 def in_order(count: int) -> list[Any]:
@@ -226,8 +239,16 @@ def in_order(count: int) -> list[Any]:
 
 
 def by_step(steps: Sequence[int]) -> ScalarMappable:
-    """The colours of ascending training steps, for curves (`to_rgba`) and for a colour bar."""
+    """The colours of ascending training steps, for curves (`to_rgba`) and for `step_bar`."""
     last = max(2, steps[-1])
     # Two decades at most: the first steps of an untrained model would take most of the colours.
     begin = min(max(1.0, steps[0], last / 100), last / 2)
     return ScalarMappable(LogNorm(begin, last, clip=True), _ORDER)
+
+
+def step_bar(axes: Axes, colours: ScalarMappable) -> None:
+    """The colour bar of `by_step`, its numbers written out."""
+    assert isinstance(axes.figure, Figure)
+    bar = axes.figure.colorbar(colours, ax=axes, label="training step")
+    for set_formatter in (bar.ax.yaxis.set_major_formatter, bar.ax.yaxis.set_minor_formatter):
+        set_formatter(LogFormatter())

@@ -324,14 +324,14 @@ class PosteriorMonitor(Monitor):
             f"{key} with interval": ["Margin", [f"{self.name}/{key}{end}" for end in _ENDS]]
             for key in ("midpoint", "collapsed")
         }
-        prefix, shown = f"{self.name}_by_t", ("top1", "ess", "target_difference")
+        shown = {"largest weight": "top1", "effective sample size": "ess"}
+        shown |= {"target difference": "target_difference"}
+        prefix, edges = f"{self.name}_by_t", self.recipe.edges
         by_t = {
-            f"{key.replace('_', ' ')} at four t": chart(
-                tags_by_time(f"{prefix}/{key}", self.recipe.edges)
-            )
-            for key in shown
+            f"{title} at four t": chart(tags_by_time(f"{prefix}/{key}", edges))
+            for title, key in shown.items()
         }
-        return {**super().layout(), **intervals, **by_t}
+        return {**super().layout(), **by_t, **intervals}
 
 
 def _told(entry: Mapping[str, Any], name: str, level: float) -> str:

@@ -42,6 +42,7 @@ from stagewise.callbacks.drawing import (
     mark_time,
     new_figure,
     shade_stages,
+    step_bar,
     time_axis,
 )
 from stagewise.callbacks.figures import Event, step_columns
@@ -146,7 +147,7 @@ def dynamics_figure(
     if key == "conditional":
         floor = np.array(probes[-1]["train"]["floor"], float)
         axes.fill_between(t, floor, color=FLOOR, lw=0, label="floor: no model goes below")
-    figure.colorbar(colours, ax=axes, label="training step")
+    step_bar(axes, colours)
     axes.set(ylabel=f"MSE({key} velocity), training samples")
     axes.set_ylim(bottom=0)
     heading(axes, f"{key.capitalize()} error while training", about)

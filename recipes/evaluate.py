@@ -161,8 +161,8 @@ def _print_table(b: StageBoundary, predicted: float, rows: list[dict[str, Any]])
     print(f"\n{'stage boundary':28}{'t':>7}   95 % interval     (t = 0 is noise)")
     print(f"{'  predicted from spectrum':28}{predicted:7.3f}")
     for name, at, low, high in (
-        ("  midpoint  (top-1 = 0.50)", b.midpoint, b.midpoint_low, b.midpoint_high),
-        ("  collapsed (top-1 = 0.99)", b.collapsed, b.collapsed_low, b.collapsed_high),
+        ("  midpoint  (weight 0.50)", b.midpoint, b.midpoint_low, b.midpoint_high),
+        ("  collapsed (weight 0.99)", b.collapsed, b.collapsed_low, b.collapsed_high),
     ):
         print(f"{name:28}{at:7.3f}   [{low:.3f}, {high:.3f}]")
     print(
@@ -176,6 +176,7 @@ def _print_table(b: StageBoundary, predicted: float, rows: list[dict[str, Any]])
             f"{row['held_out']:10.4f}{f'{share:+.1%} ± {error:.1%}':>26}{row['floor']:9.4f}"
         )
     print(
+        "weight = mean largest posterior weight: how far one row explains a noisy sample.\n"
         "gap = held out minus train, as a share of train.\n"
         "floor = MSE(conditional, oracle): the part of the training loss that no model can remove."
     )

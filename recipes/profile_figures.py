@@ -33,10 +33,10 @@ __all__ = ["comparison_figure", "profile_figure"]
 
 _PANELS = {
     "top1": ("largest posterior weight", "Posterior concentration"),
-    "ess": ("effective sample size, rows", "Rows that explain a query"),
+    "ess": ("effective sample size, rows", "Rows that explain a noisy sample"),
     "target_difference": (
         "MSE(conditional, oracle velocity)",
-        "Distance of the target from the oracle",
+        "Floor: the part of the loss no model can remove",
     ),
 }
 

@@ -62,19 +62,25 @@ def report(found: Profiled) -> str:
             f"effective dimension {p.effective_dim:.1f} of {p.dim}; half of the variance along "
             f"{_half(p)} axes",
         ),
-        ("boundary", f"{over}; t = 0 is noise, t = 1 is data"),
-        ("  predicted", f"{_time(p.predicted)}   largest weight about 2/3, by the spectrum"),
-        ("  midpoint", f"{_span(b.midpoint, b.midpoint_low, b.midpoint_high)}   mean weight 0.5"),
+        (
+            "boundary",
+            f"{over}; t = 0 is noise, t = 1 is data; weight: the mean largest of the posterior",
+        ),
+        ("  predicted", f"{_time(p.predicted)}   weight about 2/3, by the spectrum"),
+        (
+            "  midpoint",
+            f"{_span(b.midpoint, b.midpoint_low, b.midpoint_high)}   weight 0.50",
+        ),
         (
             "  collapsed",
-            f"{_span(b.collapsed, b.collapsed_low, b.collapsed_high)}   mean weight 0.99",
+            f"{_span(b.collapsed, b.collapsed_low, b.collapsed_high)}   weight 0.99",
         ),
     ]
     where = f"below t = {b.collapsed:.3f}" if 0 < b.collapsed < 1 else "at all t"
     lines += [
         (
             "mixing",
-            f"oracle targets {where}; over uniform t they take {p.removable:.3g} off the loss",
+            f"oracle targets {where} take the floor off the loss: {p.removable:.3g} over uniform t",
         ),
         ("engine", p.engine),
         (
@@ -110,7 +116,7 @@ def comparison(first: Profiled, second: Profiled) -> str:
     for name in ("midpoint", "collapsed"):
         ends = (name, f"{name}_low", f"{name}_high")
         add(name, lambda p, ends=ends: _span(*(getattr(p.boundary, end) for end in ends)))
-    add("MSE(cond., oracle), uniform t", lambda p: f"{p.removable:.4g}")
+    add("floor over uniform t", lambda p: f"{p.removable:.4g}")
     lines = [f"{name:30}{one:>34}{other:>34}".rstrip() for name, one, other in rows]
     return "\n".join(["== side by side", *lines, *_wrap(_verdict(first, second))])
 
@@ -130,7 +136,7 @@ def _verdict(first: Profiled, second: Profiled) -> str:
 
 
 def _table(p: Profile, most: int = 9) -> list[str]:
-    """Largest weight, effective sample size and target difference at some t."""
+    """Largest weight, effective sample size and floor at some t."""
     end = p.boundary.collapsed if math.isfinite(p.boundary.collapsed) else 1.0
     inside = [i for i, t in enumerate(p.curve.times.tolist()) if t <= 1.5 * end]
     step = max(1, math.ceil(len(inside) / most))
@@ -141,7 +147,7 @@ def _table(p: Profile, most: int = 9) -> list[str]:
     for label, name, form in (
         ("largest weight", "top1", "9.3f"),
         ("ESS, rows", "ess", "9.1f"),
-        ("MSE(cond, orcl)", "target_difference", "9.4f"),
+        ("floor", "target_difference", "9.4f"),
     ):
         mean = p.curve.mean(name)
         lines.append(f"{label:16}" + "".join(format(float(mean[i]), form) for i in shown))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -17,6 +18,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +28,7 @@ from stagewise.callbacks import PosteriorMonitor
 from stagewise.files import replace_file
 from stagewise.recipes.arguments import ends_in_a_line
 from stagewise.recipes.checkpoints import load_weights, require_same_model
+from stagewise.recipes.conclusion import conclusion
 from stagewise.recipes.evaluate import evaluate
 from stagewise.recipes.loggers import spared
 from stagewise.recipes.overrides import explained, refuse_unknown, require_numbers
@@ -37,7 +40,9 @@ from stagewise.recipes.resume import (
     says_how_to_go_on,
 )
 
-__all__ = ["main", "train"]
+__all__ = ["main", "settings", "train"]
+
+_OF_TRAINER = ("max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -79,6 +84,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     loggers = [spared(k, instantiate(v)) for k, v in (config.get("logger") or {}).items()]
     require_shards(callbacks, data)
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    told = settings(config)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(told)
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_file(run_dir / "config.yaml", lambda file: OmegaConf.save(config, file, True))
@@ -111,6 +119,12 @@ def train(config: DictConfig) -> dict[str, Any]:
         results = evaluate(
             module, data, monitor, trainer.loggers, step, run_dir, **config.evaluation
         )
+    found = {f"evaluation/{key}": results[key] for key in ("train_loss", "held_out_loss")}
+    found = {key: value for key, value in found.items() if not math.isnan(value)}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):  # whose table of runs wants both at once
+            logger.log_hyperparams(told, found, step)
+    place = shlex.quote(str(run_dir))
     print(
         f"\nTrained {step} steps{'' if finished else f' in {seconds:.0f} s'}. In "
         f"{run_dir}:\n"
@@ -120,9 +134,20 @@ def train(config: DictConfig) -> dict[str, Any]:
         )
         + f"TensorBoard:  tensorboard --logdir {place}\n"
         + f"One page:     stagewise report {place}\n"
-        + f"Samples:      stagewise sample {place}"
+        + f"Samples:      stagewise sample {place}\n\n"
+        + conclusion(results["stages"])
     )
     return {**results, "seconds": seconds}
+
+
+def settings(config: DictConfig) -> dict[str, Any]:
+    """What runs are compared by, for the loggers: not how they are watched and where they write."""
+    parts = [str(part.get("_target_")) for part in (config.get("callbacks") or {}).values()]
+    steered = any(part.endswith("StageScheme") for part in parts)
+    kept = ("seed", "module", "net", "objective", "data", *(["scheme"] if steered else []))
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    found = {key: plain[key] for key in kept}
+    return found | {"trainer": {key: plain["trainer"].get(key) for key in _OF_TRAINER}}
 
 
 @hydra.main(version_base="1.3", config_path="pkg://stagewise.recipes.conf", config_name="train")

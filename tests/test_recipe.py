@@ -10,9 +10,11 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from stagewise.latents import make_latents
 from stagewise.recipes import evaluate
+from stagewise.recipes.conclusion import conclusion
 from stagewise.recipes.evaluate import loss_by_time
 from stagewise.recipes.train import train
 
@@ -49,6 +51,7 @@ def test_recipe_trains_reports_and_writes(tmp_path, capsys):
     for text in ("predicted from spectrum", "midpoint", "collapsed", "held out", "floor"):
         assert text in out
     assert str(tmp_path) in out
+    assert out.rstrip().endswith(conclusion(results["stages"]))
     assert results["stages"][-1]["stage"] == "all t"
     assert 0.5 < results["train_loss"] < 3
     for name in ("loss_by_t", "samples", "stages/concentration", "stages/heatmap"):
@@ -63,6 +66,13 @@ def test_recipe_trains_reports_and_writes(tmp_path, capsys):
     events.Reload()
     tags = events.Tags()
     assert {"train/loss", "val/loss", "stagewise/midpoint"} <= set(tags["scalars"])
+    (loss,) = events.Scalars("evaluation/held_out_loss")
+    assert (loss.step, loss.value) == (6, pytest.approx(results["held_out_loss"], rel=1e-6))
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    told = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["net/depth"].number_value == 1
+    assert told["trainer/max_steps"].number_value == 6
+    assert not any("callbacks" in key or "run_dir" in key for key in told)
     assert {"evaluation/samples", "evaluation/loss_by_t"} <= set(tags["images"])
     assert (tmp_path / "checkpoints/last.ckpt").exists()
     assert (tmp_path / "config.yaml").exists()

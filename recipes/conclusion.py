@@ -1,0 +1,88 @@
+"""What a reader should take from the table at the end of a training, in a few sentences."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["conclusion"]
+
+
+def conclusion(rows: Sequence[dict[str, Any]]) -> str:
+    """Sentences made from the table by stage; empty without one.
+
+    Args:
+        rows: Of `evaluate.stage_table`: the stages that there are, then all t.
+    """
+    if not rows:
+        return ""
+    *stages, whole = rows
+    points = [_stages(stages), _floor(stages, whole), _left(stages, whole), _gap(stages)]
+    wrapped = [
+        textwrap.fill(p, 100, initial_indent="  - ", subsequent_indent="    ") for p in points
+    ]
+    return "\n".join(["What to conclude:", *(line for line in wrapped if line)])
+
+
+def _stages(stages: Sequence[dict[str, Any]]) -> str:
+    edges = {row["stage"]: (row["from"], row["to"]) for row in stages}
+    said = []
+    if "navigation" in edges:
+        end = edges["navigation"][1]
+        until = f"up to t = {end:.3f}" if end < 1 else "at all t"
+        said.append(f"{until} many training samples explain a noisy one (navigation)")
+    if "refinement" in edges:
+        said.append(f"from t = {edges['refinement'][0]:.3f} on one does (refinement)")
+    text = ", ".join(said)
+    return text and f"{text[0].upper()}{text[1:]}. The data decide that, and not training."
+
+
+def _share(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
+    """What each stage has of a mean over all t."""
+    return [row[key] * (row["to"] - row["from"]) for row in rows]
+
+
+def _floor(stages: Sequence[dict[str, Any]], whole: dict[str, Any]) -> str:
+    share = whole["floor"] / whole["train"]
+    if not math.isfinite(share):
+        return ""
+    return (
+        f"{share:.0%} of the training loss ({whole['floor']:.4f} of {whole['train']:.4f}) is its "
+        "floor, which no model can remove. Subtract it before you compare losses."
+    )
+
+
+def _left(stages: Sequence[dict[str, Any]], whole: dict[str, Any]) -> str:
+    pairs = zip(_share(stages, "train"), _share(stages, "floor"), strict=True)
+    left = [loss - floor for loss, floor in pairs]
+    total = sum(left)
+    if not total > 0:
+        return ""
+    most = max(range(len(left)), key=left.__getitem__)
+    row = stages[most]
+    width = row["to"] - row["from"]
+    return (
+        f"The rest, {total:.4f}, can be learned: {left[most] / total:.0%} of it lies in "
+        f"{row['stage']}, which is {width:.0%} of t. This is loss; how good samples are it does "
+        "not say."
+    )
+
+
+def _gap(stages: Sequence[dict[str, Any]]) -> str:
+    known = [row for row in stages if math.isfinite(row["gap"]) and math.isfinite(row["gap_se"])]
+    if not known:
+        return ""
+    clear = [row for row in known if row["gap"] > 2 * row["gap_se"]]
+    if not clear:
+        return (
+            "Held-out loss is nowhere above training loss by two standard errors: no sign that "
+            "training samples are learned by heart."
+        )
+    listed = " and ".join(f"{row['stage']} ({row['gap'] / row['train']:+.0%})" for row in clear)
+    return (
+        f"Held-out loss is above training loss in {listed}: there the model knows its training "
+        "samples better than others. If that grows while held-out loss no longer falls, stop or "
+        "take more data."
+    )

@@ -33,7 +33,7 @@ _READ_AGAIN = 32
 
 
 class StageTransitions(StageCallback):
-    """Notices what happens once in a run, from the probes of its monitors.
+    """Says when navigation is learned, memorization begins, or the boundary has moved.
 
     - **navigation learned**: the logarithm of the oracle error in navigation is flat over the last
       third of the probes, `patience` probes in a row (`stagewise.learning_events`).
@@ -69,6 +69,10 @@ class StageTransitions(StageCallback):
     Raises:
         ValueError: At construction for numbers out of range; at the start of training if there is
             no monitor.
+
+    Example:
+        >>> from stagewise.callbacks import VelocityErrorMonitor
+        >>> callbacks = [VelocityErrorMonitor(), StageTransitions(subscribers=[print])]
     """
 
     order = 4
@@ -147,10 +151,11 @@ class StageTransitions(StageCallback):
         self._rows: Tensor | None = None
         if self._posterior is not None:
             self._remember()
-        resumed = bool(self.events) or run.encoding is not None
+        # Resumed before anything happened there are no events, and what follows happens again.
+        resumed = not self.renewed and self.stash is not None and run.began > 0
         # So that a run in which nothing was noticed can be told from one that nobody looked at.
         header = {"event": "transitions", "kinds": self.event_kinds}
-        self.writer.start([header, *self.events], resumed=resumed)
+        self.writer.start([header, *self.events], resumed=resumed or run.encoding is not None)
         without = []
         if self._errors is None:
             without.append("navigation and memorization (VelocityErrorMonitor)")

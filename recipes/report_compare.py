@@ -12,7 +12,7 @@ import numpy as np
 
 from stagewise.callbacks.velocity_figures import sizes_figure
 from stagewise.recipes import report_figures
-from stagewise.recipes.report_facts import NOTHING, Facts, Value, number, percent, span, time_of
+from stagewise.recipes.report_facts import Facts, Value, number, percent, span, time_of
 from stagewise.recipes.report_head import data_of, date_of, model_of, steps_of
 from stagewise.recipes.report_html import definitions, drawn, paragraph, row, stored, table
 from stagewise.velocity_probe import STAGES
@@ -110,8 +110,7 @@ def _warnings(runs: Mapping[str, Facts]) -> list[str]:
 
 
 def _value(facts: Facts, step: int, split: str, key: str) -> Value:
-    probe = facts.at(step)
-    return NOTHING if probe is None else facts.mean(probe, split, key)
+    return facts.mean(facts.at(step), split, key)
 
 
 def _verdict(runs: Mapping[str, Facts], step: int) -> str:
@@ -161,9 +160,7 @@ def _numbers(runs: Mapping[str, Facts], step: int) -> str:
     ):
         add(name, [str(_value(facts, step, split, key)) for facts in every])
     for stage in STAGES:
-        probes = [facts.at(step) for facts in every]
-        pairs = zip(every, probes, strict=True)
-        values = [math.nan if p is None else f.stage(p, stage, "oracle") for f, p in pairs]
+        values = [facts.stage(facts.at(step), stage, "oracle") for facts in every]
         add(f"above the floor, {stage}", [number(value) for value in values])
     add("share of copies", [_copies(facts) for facts in every])
     return table(["", *runs], rows)

@@ -122,9 +122,9 @@ class Facts:
         """The last probe up to a step."""
         return next((probe for probe in reversed(self.probes) if probe["step"] <= step), None)
 
-    def mean(self, probe: Event, split: str, key: str) -> Value:
-        """An error of a probe, over all t; those of a split that is not there are NaN."""
-        found = probe.get(split)
+    def mean(self, probe: Event | None, split: str, key: str) -> Value:
+        """An error of a probe, over all t; without that split or any probe it is NaN."""
+        found = None if probe is None else probe.get(split)
         if not found:
             return NOTHING
         return self._over_t(found[key], found.get(f"{key}_se"))
@@ -147,9 +147,9 @@ class Facts:
         return Value(float(share @ mean[there]), float(np.sqrt((share**2) @ error**2)))
 
     @staticmethod
-    def stage(probe: Event, stage: str, key: str, split: str = "train") -> float:
+    def stage(probe: Event | None, stage: str, key: str, split: str = "train") -> float:
         """A mean of a probe over a stage; NaN where there is none."""
-        found = (probe.get("stages") or {}).get(split) or {}
+        found = ((probe or {}).get("stages") or {}).get(split) or {}
         value = found.get(stage, {}).get(key)
         return math.nan if value is None else value
 

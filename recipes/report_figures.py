@@ -61,11 +61,11 @@ def loss_by_step_figure(facts: Facts) -> Figure:
 def excess_by_stage_figure(facts: Facts) -> Figure:
     """What is above the floor, by stage, over steps."""
     figure, axes = _logarithmic("training step", "MSE(oracle velocity), training samples")
-    for stage, colour, style in zip(STAGES, STAGE_COLOURS, _STYLES, strict=False):
+    for stage, colour, dashes in zip(STAGES, STAGE_COLOURS, _STYLES, strict=False):
         excess = [facts.stage(probe, stage, "oracle") for probe in facts.probes]
         if np.isfinite(excess).any():
-            shown = {"color": colour, "ls": style, "label": stage}
-            axes.plot(_steps(facts), excess, marker=".", lw=1.6, **shown)
+            style: dict[str, Any] = {"color": colour, "ls": dashes, "label": stage}
+            axes.plot(_steps(facts), excess, marker=".", lw=1.6, **style)
     heading(axes, "Loss above the floor while training, by stage")
     legend(figure)
     return figure
@@ -111,7 +111,7 @@ def by_size_figure(runs: Sequence[Facts], steps: Sequence[int], key: str, title:
     figure, axes = _logarithmic("parameters", "MSE, uniform t")
     sizes = [facts.parameters or 0 for facts in runs]
     for step, colour, style in zip(steps, in_order(len(steps)), _cycle(len(steps)), strict=True):
-        found = [facts.mean(facts.at(step) or {}, "train", key) for facts in runs]
+        found = [facts.mean(facts.at(step), "train", key) for facts in runs]
         _line(axes, sizes, found, label=f"step {step}", color=colour, ls=style)
     heading(axes, title)
     legend(figure, ncols=4)

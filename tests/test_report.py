@@ -630,3 +630,11 @@ def test_a_browser_opens_it_without_a_word(run, tmp_path):
     done = subprocess.run(call, capture_output=True, text=True, timeout=120)
     assert picture.stat().st_size > 20_000
     assert "CONSOLE" not in done.stderr
+
+
+def test_a_window_that_does_not_count_all_says_so(run, undrawn):
+    assert "Not all" not in report(run).read_text()
+    lines = (run / "errors/stages.jsonl").read_text().splitlines()
+    window = json.loads(lines[-1]) | {"lacking": "draws of one process of <2>"}
+    (run / "errors/stages.jsonl").write_text("\n".join([*lines[:-1], json.dumps(window)]) + "\n")
+    assert "Not all: draws of one process of &lt;2&gt;." in report(run).read_text()

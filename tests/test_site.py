@@ -98,7 +98,7 @@ def test_cells_of_a_tutorial(page, tmp_path, monkeypatch):
 
 def test_the_reference_has_every_public_name_once():
     text = "\n".join(page.read_text() for page in DOCS.glob("reference/*.md"))
-    listed = re.findall(r"^(?: +|\.\. auto\w+:: )(\w+)$", text, re.MULTILINE)
+    listed = re.findall(r"^(?: +|\.\. (?:auto|py:)\w+:: )(\w+)$", text, re.MULTILINE)
     for part in PUBLIC:
         package = importlib.import_module("stagewise" + part)
         for public in package.__all__:

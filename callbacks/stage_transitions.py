@@ -147,20 +147,15 @@ class StageTransitions(StageCallback):
         before = [] if self.renewed else (self.stash or {}).get("events", [])
         self.events = [event for event in before if event["step"] <= run.began]
         self.writer = run.open_writer(self)
-<<<<<<< HEAD
-=======
-        # Resumed before anything happened there are no events, and what follows happens again.
-        resumed = not self.renewed and self.stash is not None and run.began > 0
-        self.writer.start(self.events, resumed=resumed or run.encoding is not None)
->>>>>>> main
         self._probed = self._steps_probed()
         self._rows: Tensor | None = None
         if self._posterior is not None:
             self._remember()
-        resumed = bool(self.events) or run.encoding is not None
+        # Resumed before anything happened there are no events, and what follows happens again.
+        resumed = not self.renewed and self.stash is not None and run.began > 0
         # So that a run in which nothing was noticed can be told from one that nobody looked at.
         header = {"event": "transitions", "kinds": self.event_kinds}
-        self.writer.start([header, *self.events], resumed=resumed)
+        self.writer.start([header, *self.events], resumed=resumed or run.encoding is not None)
         without = []
         if self._errors is None:
             without.append("navigation and memorization (VelocityErrorMonitor)")

@@ -344,7 +344,8 @@ def _spending(facts: Facts) -> str:
             caption += f" {percent(floor / loss)} of the loss in navigation is floor: it teaches "
             caption += "nothing, and makes gradients noisy."
     figure = velocity_figures.spending_figure(facts.edges, window, facts.ends)
-    return drawn(figure, caption)
+    lacking = window.get("lacking")
+    return (paragraph(f"Not all: {lacking}.", "warn") if lacking else "") + drawn(figure, caption)
 
 
 def _advice(facts: Facts) -> str:

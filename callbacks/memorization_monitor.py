@@ -188,8 +188,13 @@ class MemorizationMonitor(ModelMonitor):
         super().end()
         if self.history:
             last = self.history[-1]
-            shares = zip(self.t_switch, last["copies"], strict=True)
-            found = ", ".join(f"{share:.0%} from t = {t:g} on" for t, share in shares)
+            columns = zip(
+                *(last[key] for key in ("t_switch", "copies", "low", "high")), strict=True
+            )
+            found = ", ".join(
+                f"{share:.0%} (95 % {low:.0%} to {high:.0%}) from t = {t:g} on"
+                for t, share, low, high in columns
+            )
             self.say(f"copies at step {last['step']}: {found}; {self.summary()}")
 
     @property

@@ -164,8 +164,7 @@ class StageRun(RunOracles):
             self.look.look_on()
             self.tell("before_batch", self.host.global_step)
             return
-        self.first_step = self.host.global_step
-        self._versions = self._weight_versions()
+        self.first_step, self._versions = self.host.global_step, self._weight_versions()
         with self.together("looking at its first batch"):
             self._look_at_batch()
         if not self._told:
@@ -281,16 +280,17 @@ class StageRun(RunOracles):
             )
             return
         assert look.x1 is not None
-        labels = "no labels" if look.labels is None else f"labels = {describe(look.labels)}"
-        mask = "" if look.masks is None else f", mask = {describe(look.masks.mask)}"
+        took = f"x_1 = {describe(look.x1)} and "
+        took += "no labels" if look.labels is None else f"labels = {describe(look.labels)}"
+        took += f", mask = {describe(look.masks.mask)}" if look.masks else ""
         kernels, c = [k for m in self.members if (k := self.option(m, "condition"))], None
         with suppress(ValueError):  # raised where it is needed
             c = look.condition_for(kernels[0], look.x1) if kernels else None
-        given = "" if c is None else f", condition = {describe(c)}"
-        took = f"x_1 = {describe(look.x1)} and {labels}{mask}{given}"
+        took += "" if c is None else f", condition = {describe(c)}"
         rank_zero_info(f"stagewise: in {describe(look.batch)} took {took}")
         for note in unused_in(look.batch, look.x1, look.labels, look.masks, c):
-            rank_zero_info(f"stagewise: {note}")
+            say = rank_zero_warn if self._exact and "which numbers" in note else rank_zero_info
+            say(f"stagewise: {note}")
         for member in self.measuring:
             bank = self.bank(member)
             require_same_masks(bank, look.x1, look.masks)

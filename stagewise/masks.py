@@ -229,13 +229,15 @@ def require_same_masks(bank: Any, x1: Tensor, labels: object) -> None:
         )
     if masks is None:
         raise ValueError(
-            "The bank has masks, and none was found in the batch. Say where it is: "
+            "The bank has masks, and none came with the samples: mask=mask, or in a trainer "
             "find=lambda batch: (batch[0], None, batch[1])."
         )
-    x1, of_masks = fitted(x1, masks, bank.shape)
+    whole, (x1, of_masks) = x1, fitted(x1, masks, bank.shape)
     if x1.shape[1:] != bank.shape:
         return  # what is trained on is made of these samples
     rows = bank.find(x1)
+    if whole.shape == x1.shape:  # a mask of fewer numbers than its row's makes another row of it
+        rows = rows.where(rows >= 0, bank.find(whole))
     wrong = ((rows >= 0) & (bank.find(x1, of_masks) < 0)).nonzero()[:, 0].tolist()
     if wrong:
         at, row = wrong[0], int(rows[wrong[0]])

@@ -43,7 +43,9 @@ def search_space(bank: LatentBank, features: Tensor | None, class_wise: bool) ->
         ValueError: On features of another length or with NaN or Inf, or classes that are not there.
         TypeError: If the features are no tensor.
     """
-    bank.require_unmasked("Smoothing", "Leave it out: Scheme(oracle, target=Mix()).")
+    bank.require_unmasked(
+        "Smoothing", "Leave it out: Scheme(oracle, target=Mix()), or StageScheme(target=Mix())."
+    )
     if class_wise:
         bank.require_classes()
     if features is None:

@@ -417,4 +417,4 @@ def test_the_end_says_what_was_found(
     x, _ = make_data(32)
     fit(tiny_flow, make_trainer, make_loader, x, MemorizationMonitor(**SMALL))
     assert "MemorizationMonitor: copies at step 4: " in lightning_log.text
-    assert "100% from t = 1 on" in lightning_log.text
+    assert "100% (95 % 63% to 100%) from t = 1 on" in lightning_log.text

@@ -25,24 +25,38 @@ _SCRIPT = """\
 _stagewise() {
   local word="${COMP_LINE:0:COMP_POINT}" words="" files="-f"
   word="${word##* }"
-  local before="${COMP_WORDS[COMP_CWORD-1]}"
+  local before="${COMP_WORDS[COMP_CWORD-1]}" key=""
   COMPREPLY=()
+  # "--format=re" and "data.path=./a": what follows "=" is offered alone.
+  if [[ "$word" == *=* ]] && (( COMP_CWORD > 1 )); then key="${word%%=*}" before="${word%%=*}"; fi
   if (( COMP_CWORD == 1 )); then
     words="@COMMANDS@" files=""
   else
+    [[ "$word" == *=*/* ]] && before="$word"
     case "${COMP_WORDS[1]} $before" in
 @CASES@
+      train\\ *=*/*) ;;  # a path
       train\\ *)
         words="$(COMP_LINE="${COMP_LINE#*stagewise }" @ASK@ -sc query=bash 2> /dev/null)"
         words="$words --cfg --help --multirun" ;;
     esac
   fi
-  local found; found="$(compgen $files -W "$words" -- "$word")"
-  # Where "=" parts words, bash puts what follows it in place of what follows it.
-  [[ "$COMP_WORDBREAKS" == *=* && "$word" == *=* ]] && word="${word%=*}=" || word=""
-  while IFS= read -r one; do [[ -n "$one" ]] && COMPREPLY+=("${one#"$word"}"); done <<< "$found"
-  if (( ${#COMPREPLY[@]} == 1 )) && [[ -d "${COMPREPLY[0]}" ]]; then COMPREPLY[0]+="/"
-  elif (( ${#COMPREPLY[@]} == 1 )) && [[ "${COMPREPLY[0]}" != *[=./] ]]; then COMPREPLY[0]+=" "; fi
+  # Where "=" does not part words, bash wants the whole of it back.
+  local back="" value="${word#*=}" found one
+  [[ -n "$key" && "$COMP_WORDBREAKS" != *=* ]] && back="$key="
+  [[ -n "$key" ]] || value="$word"
+  found="$(compgen -W "$words" -- "$word")"
+  [[ -n "$key" && -z "$found" ]] && found="$(compgen -W "$words" -- "$value")"
+  while IFS= read -r one; do
+    one="${one#"$key="}"; [[ -n "$one" ]] && COMPREPLY+=("$back$one")
+  done <<< "$found"
+  if [[ -n "$files" ]] && (( ${#COMPREPLY[@]} == 0 )); then
+    compopt -o filenames 2> /dev/null  # escapes what must be, and ends folders with "/"
+    while IFS= read -r one; do [[ -n "$one" ]] && COMPREPLY+=("$back$one"); done <<< "$(compgen -f -- "$value")"
+    (( ${#COMPREPLY[@]} == 1 )) && [[ ! -d "${COMPREPLY[0]#"$back"}" ]] && compopt +o nospace 2> /dev/null
+  elif (( ${#COMPREPLY[@]} == 1 )) && [[ "${COMPREPLY[0]}" != *[=./] ]]; then
+    compopt +o nospace 2> /dev/null
+  fi
 }
 complete -o nospace -F _stagewise stagewise"""
 

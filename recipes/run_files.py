@@ -72,6 +72,8 @@ def read_run(folder: Path) -> RunFiles:
         ValueError: If there is no such folder, or no events in it.
     """
     if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"Expected the folder of a run, got a file, {folder}.")
         raise ValueError(f"There is no folder {folder}.")
     files = sorted(file for file in folder.rglob("stages.jsonl") if file.is_file())
     if not files:
@@ -84,7 +86,8 @@ def read_run(folder: Path) -> RunFiles:
         _read(file, run)
     run.written = max(file.stat().st_mtime for file in files)
     if not run.events:
-        raise ValueError(f"No event could be read in {folder}: {'; '.join(run.problems)}")
+        why = "; ".join(run.problems) or "its stages.jsonl holds no line yet"
+        raise ValueError(f"No event could be read in {folder}: {why}")
     for found in run.events.values():
         found.sort(key=lambda event: event.get("step", -1))  # stable: the order of the file
     config = folder / "config.yaml"

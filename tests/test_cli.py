@@ -149,11 +149,14 @@ def test_the_tab_key_as_bash_asks(run, tmp_path):
     code, script = run("completion")
     assert code == 0
     lines = {
-        "stagewise s": ["sample "],
-        "stagewise sample --cfg-i": ["--cfg-interval "],
-        "stagewise sample --method eu": ["euler "],
-        "stagewise profile --format li": ["lightningdit "],
-        "stagewise report my": ["my runs/"],
+        "stagewise s": ["sample"],
+        "stagewise sample --cfg-i": ["--cfg-interval"],
+        "stagewise sample --method eu": ["euler"],
+        "stagewise profile --format li": ["lightningdit"],
+        "stagewise profile --format=li": ["lightningdit"],
+        "stagewise report my": ["my runs"],
+        "stagewise report --output=my": ["my runs"],
+        "stagewise train data.latents.path=./m": ["./my runs"],
         # from Hydra; bash has parted words at "="
         "stagewise train engine=": ["auto", "exact", "nearest", "sharded"],
         "stagewise train engine=exact data.ba": ["data.batch_size="],

@@ -341,6 +341,13 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch):
     empty.mkdir()
     with pytest.raises(ValueError, match=r"No stages.jsonl in .*empty"):
         report(empty)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="folder of a run, got a file"):
+        read_run(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/stages.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"in .*empty: its stages.jsonl holds no line yet"):
+        read_run(tmp_path / "empty")
     with pytest.raises(ValueError, match="There is no folder"):
         report(tmp_path / "nowhere")
     write(empty, tail="nothing")

@@ -80,6 +80,7 @@ def whole_labels(labels: Tensor | np.ndarray, count: int) -> Tensor:
     if flat.shape != (count,):
         raise ValueError(
             f"Expected integer `labels` with shape ({count},), got {tuple(given.shape)}."
+            + (" Of one-hot labels give labels.argmax(1)." if given.ndim == 2 else "")
         )
     if flat.is_complex() or (flat.is_floating_point() and bool((flat != flat.round()).any())):
         raise ValueError(

@@ -23,6 +23,7 @@ extensions = [
 ]
 templates_path = ["_templates"]
 highlight_language = "text"
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_title = "stagewise"
 html_static_path = ["_static"]

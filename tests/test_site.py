@@ -191,6 +191,14 @@ def test_pages_name_what_there_is():
     assert looked_at > 50
 
 
+def test_every_page_is_in_a_menu():
+    menus = blocks_of(DOCS / "index.md", "{toctree}")
+    entries = {re.sub(r".*<(.*)>", r"\1", line) for menu in menus for line in menu.splitlines()}
+    for page in PAGES:
+        entry = name(page).removesuffix(".md")
+        assert entries & {entry, f"{Path(entry).parent}/*"} or entry == "index", entry
+
+
 def test_links_of_pages_lead_to_files():
     """What GitHub shows; the site's own links, with their anchors, are checked by `make docs`."""
     seen = 0

@@ -52,8 +52,12 @@ _stagewise() {
   done <<< "$found"
   if [[ -n "$files" ]] && (( ${#COMPREPLY[@]} == 0 )); then
     compopt -o filenames 2> /dev/null  # escapes what must be, and ends folders with "/"
-    while IFS= read -r one; do [[ -n "$one" ]] && COMPREPLY+=("$back$one"); done <<< "$(compgen -f -- "$value")"
-    (( ${#COMPREPLY[@]} == 1 )) && [[ ! -d "${COMPREPLY[0]#"$back"}" ]] && compopt +o nospace 2> /dev/null
+    while IFS= read -r one; do
+      [[ -n "$one" ]] && COMPREPLY+=("$back$one")
+    done <<< "$(compgen -f -- "$value")"
+    if (( ${#COMPREPLY[@]} == 1 )) && [[ ! -d "${COMPREPLY[0]#"$back"}" ]]; then
+      compopt +o nospace 2> /dev/null
+    fi
   elif (( ${#COMPREPLY[@]} == 1 )) && [[ "${COMPREPLY[0]}" != *[=./] ]]; then
     compopt +o nospace 2> /dev/null
   fi

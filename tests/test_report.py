@@ -344,9 +344,9 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="folder of a run, got a file"):
         read_run(tmp_path / "file")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/stages.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"in .*empty: its stages.jsonl holds no line yet"):
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "silent/stages.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"in .*silent: its stages.jsonl holds no line yet"):
         read_run(tmp_path / "empty")
     with pytest.raises(ValueError, match="There is no folder"):
         report(tmp_path / "nowhere")

@@ -49,7 +49,8 @@ class LatentsData(ResumableData):
     `row` is the number of the item's row in `latent_bank()`, or over the `latent_shard()`s of all
     ranks, so that an oracle knows it even where x_1 is drawn anew at each access.
 
-    Files, headers, labels and scale are looked at before training; `verify="full"` reads all rows.
+    Files, headers, labels and scale are looked at before training; `verify="full"` reads all rows,
+    and those of a bank in a file, and compares what has checksums with them.
 
     Args:
         latents: What `open_latents` returns, or a function that opens them when they are first
@@ -232,7 +233,7 @@ class LatentsData(ResumableData):
                 self._read(self._places, file)
             if dist.is_initialized():
                 dist.barrier()
-            self._bank = LatentBank.open(file)
+            self._bank = LatentBank.open(file, verify=self.verify)
         return self._bank
 
     def _is_first(self) -> bool:

@@ -148,8 +148,8 @@ class Certificate:
             "distances": (torch.float32, (len(bank), None)),
             "copies": (torch.int32, (len(bank), 2)),
         }
-        found = read_computed(path, wanted, "certificate")
-        return cls._of(bank, *found, header.get("class_wise") == "True")
+        distances, copies = read_computed(path, wanted, "certificate")
+        return cls._of(bank, distances, copies, header.get("class_wise") == "True")
 
     @classmethod
     def cached(

@@ -18,7 +18,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +99,7 @@ def write_tensors(path: FilePath, tensors: dict[str, Tensor], about: dict[str, s
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def pack_header(header: dict[str, Any], about: dict[str, str], sums: dict[str, int]) -> bytes:
@@ -290,7 +290,7 @@ def is_computed(path: FilePath, wanted: dict[str, str], name: str) -> bool:
 
 
 def read_computed(
-    path: FilePath, wanted: dict[str, tuple[torch.dtype, tuple[int | None, ...]]], name: str
+    path: FilePath, wanted: Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]], name: str
 ) -> list[Tensor]:
     """Tensors of a file, by name, of a type and a shape, in which None is any length."""
     with _or_deleted(name):

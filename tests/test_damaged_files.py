@@ -193,7 +193,7 @@ def attempt(path, data, read, verify):
             return read(path, verify=verify)
     except Exception as error:
         own = type(error) is ValueError or isinstance(error, Problem)
-        if not own or str(path.parents[1]) not in str(error):  # the file, or the folder it is in
+        if not own or str(path.parents[2]) not in str(error):  # the file, or a folder it is in
             raise AssertionError(f"{error!r} of {path}") from error
         return None
 

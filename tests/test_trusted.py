@@ -23,7 +23,7 @@ ATTACKS = {
     # What a name in this package leads to, and what in it reads or writes files.
     "stagewise.recipes.photos.Path": {},
     "stagewise.files.os.system": {"command": "touch MARK"},
-    "stagewise.files.write_tensors": {"path": "MARK", "tensors": {}, "about": {}},
+    "stagewise.tensor_files.write_tensors": {"path": "MARK", "tensors": {}, "about": {}},
     "stagewise.latents.make_latents": {"path": "MARK"},
     "stagewise.LatentBank.open": {"path": "MARK"},
     "stagewise.recipes.train.main": {},

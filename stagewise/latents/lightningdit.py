@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import FilePath, Problem, first_line, names, replace_file
-from stagewise.latents.arrays import Rows, check_zip, class_numbers, is_dense
+from stagewise.files import FilePath, Problem
+from stagewise.latents.arrays import Rows, class_numbers
 from stagewise.latents.base import Block, Latents, Reading, Writing
 from stagewise.latents.rows_check import compare_tensors
 from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
+from stagewise.latents.stats_file import STATS, read_stats, save_stats
 from stagewise.tensor_files import Entry, read_header, read_tensor, write_tensors
 
 __all__ = [
@@ -43,7 +44,6 @@ __all__ = [
     "write_stats",
 ]
 
-_STATS = "latents_stats.pt"
 _NOT_NORMALISED = (
     "Nothing brings the rows to the scale of training: normalize=True for VA-VAE, "
     "multiplier=0.18215 for Stable Diffusion's autoencoder. ",
@@ -62,7 +62,7 @@ class LightningDiT(Latents):
     needs_labels = True
     scale_range = 1.4  # divided by their own standard deviation, rows are at 1
     cures = (
-        f"The rows do not fit {_STATS} beside them: they were normalised before they were written "
+        f"The rows do not fit {STATS} beside them: they were normalised before they were written "
         "(then normalize=False, multiplier=1.0), or the statistics are those of other latents "
         "(then write_stats(folder)). ",
     ) * 2
@@ -128,7 +128,7 @@ class LightningDiT(Latents):
     def _find_scaling(self, folder: Path) -> Scaling:
         multiplier = self.reading.multiplier
         if self.reading.normalize:
-            mean, std = _read_stats(folder / _STATS, self.shape[0])
+            mean, std = read_stats(folder / STATS, self.shape[0])
             return Normalised(mean, std, 1.0 if multiplier is None else multiplier)
         if multiplier is None:
             raise ValueError(
@@ -224,39 +224,6 @@ def _missing_shards(files: Iterable[Path]) -> list[str]:
     ]
 
 
-def _read_stats(file: Path, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation by channel, each (C, 1, 1), float32."""
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"Expected {_STATS} with the mean and standard deviation of the latents, and there is "
-            f"none in {file.parent}. Compute it, write_stats(folder), or, if they are not to be "
-            "normalised: normalize=False with multiplier=0.18215 for Stable Diffusion's "
-            "autoencoder, multiplier=1.0 for latents that are scaled already."
-        )
-    again = "Compute it again: write_stats(folder)."
-    try:
-        check_zip(file)
-        held = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its unpickler or its zip reader does
-        raise ValueError(
-            f"{file} cannot be read as a file of tensors ({first_line(error)}). {again}"
-        ) from error
-    if not isinstance(held, Mapping) or not {"mean", "std"} <= held.keys():
-        found = names(held) if isinstance(held, Mapping) else type(held).__name__
-        raise ValueError(f"Expected {{'mean': ..., 'std': ...}} in {file}, got {found}. {again}")
-    for name in ("mean", "std"):
-        shape = tuple(held[name].shape) if is_dense(held[name]) else ()
-        if shape not in ((1, channels, 1, 1), (channels, 1, 1), (channels,)):
-            raise ValueError(
-                f"Expected `{name}` of shape {(1, channels, 1, 1)} in {file}, for latents with "
-                f"{channels} channels, got {shape}. It belongs to other latents. {again}"
-            )
-    mean, std = (held[name].float().reshape(channels, 1, 1) for name in ("mean", "std"))
-    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise ValueError(f"Expected finite numbers, `std` above 0, in {file}, got others. {again}")
-    return mean, std
-
-
 def write_stats(folder: FilePath) -> ChannelStatistics:
     """Computes `latents_stats.pt` from all un-flipped rows of a folder of shards; writes it."""
     folder, seen = Path(folder), ChannelStatistics()
@@ -268,17 +235,6 @@ def write_stats(folder: FilePath) -> ChannelStatistics:
         raise ValueError(f"Expected shards (*.safetensors) in {folder}, got none.")
     save_stats(folder, seen.mean, seen.std())
     return seen
-
-
-def save_stats(folder: Path, mean: Tensor, std: Tensor) -> None:
-    """Writes `latents_stats.pt` for C channels, from numbers (C,)."""
-    stats = {"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}
-
-    def save(partial: Path) -> None:
-        with open(partial, "wb") as file:  # torch.save would note the name of the partial file
-            torch.save(stats, file)
-
-    replace_file(folder / _STATS, save)
 
 
 def write_latents(
@@ -346,6 +302,7 @@ def write_shard(folder: Path, rank: int, number: int, shard: dict[str, Tensor]) 
 
 
 def shard_name(rank: int, number: int) -> str:
+    """The name of a rank's shard of a number, from 0."""
     return f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
 
 

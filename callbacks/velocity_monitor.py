@@ -273,11 +273,9 @@ class VelocityErrorMonitor(ModelMonitor):
         if self._others is None:
             return
         labels = self._others[1]
-        unknown = (
-            None
-            if labels is None or plain(labels) is None
-            else set(labels.tolist()) - set(bank.classes)
-        )
+        unknown = None
+        if labels is not None and plain(labels) is not None:
+            unknown = set(labels.tolist()) - set(bank.classes)
         if unknown is None or unknown:
             has = "no labels" if unknown is None else f"labels without rows, {sorted(unknown)[:8]}"
             self.say(f"held-out samples have {has}, so class-wise errors on them are left out.")
@@ -290,10 +288,9 @@ class VelocityErrorMonitor(ModelMonitor):
         self._stages = torch.tensor([0.0, *ends.nan_to_num(nan=1.0).tolist(), 1.0]).double()
         self.stop()
         if self.network is not None:
-            host = self.run.host
-            about = self.network, self.edges, self._stages
+            about = self.network, self.edges, self._stages, self.run.host.device
             add = lambda own: self.run.host.reduce(own)  # noqa: E731 which keeps no host
-            self._record = TrainingRecord(*about, host.device, add, self.run.step)
+            self._record = TrainingRecord(*about, add, self.run.step)
 
     def _name_nonfinite(self) -> None:
         if self._record is None or self._broke:

@@ -141,6 +141,9 @@ class Writer:
                     shutil.rmtree(file)
                 partial.replace(file)
         except (OSError, RuntimeError) as error:
+            if self.active:
+                with suppress(OSError):
+                    partial.unlink()
             if host.world_size > 1 or not (isinstance(error, OSError) or is_full(error)):
                 raise
             _cannot("write", file, error, "the file of before stays")

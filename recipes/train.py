@@ -124,7 +124,6 @@ def train(config: DictConfig) -> dict[str, Any]:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):  # whose table of runs wants both at once
             logger.log_hyperparams(told, found, step)
-    place = shlex.quote(str(run_dir))
     print(
         f"\nTrained {step} steps{'' if finished else f' in {seconds:.0f} s'}. In "
         f"{run_dir}:\n"

@@ -201,6 +201,7 @@ def test_which_checkpoint_is_found(tmp_path, checkpoints):
         find_checkpoint(tmp_path, Path("epoch=7.ckpt"))
     (folder / "old.ckpt").write_bytes(b"half")
     assert find_checkpoint(tmp_path).name == "old.ckpt", "which loading then names"
+    (folder / "old.ckpt").unlink()
     (folder / "sharded.ckpt").mkdir()
     for given in (None, Path("sharded.ckpt")):
         with pytest.raises(ValueError, match="folder .*sharded.*consolidate"):

@@ -31,8 +31,10 @@ from tables import fill, table
 __all__ = ["Campaign", "TRIALS"]
 
 ROOT = Path(__file__).parents[1]
-LOGS = "csv/version_"
-"""Lightning's logger begins a new file when a training goes on."""
+LEFT_OUT = ("csv/version_", "checkpoints/last.ckpt")
+"""Lightning's logger begins a new file when a training goes on. One that was killed between its
+last two checkpoints goes on from the first, and writes no second.
+"""
 BAD = {"raw": "tracebacks", "outside": "wrote elsewhere", "litter": "litter"}
 
 
@@ -100,7 +102,7 @@ class Campaign:
         same = [
             key
             for key, value in whole.items()
-            if second.get(key) == value and not key.startswith(LOGS)
+            if second.get(key) == value and not key.startswith(LEFT_OUT)
         ]
         names = {f.relative_to(self.out).as_posix() for f in self.out.rglob("*") if f.is_file()}
         usual = {
@@ -108,7 +110,7 @@ class Campaign:
             for run in ("whole", "second")
             for f in (self.base / run / name).rglob("*")
         }
-        litter = [name for name in names - usual if not name.startswith(LOGS)]
+        litter = [name for name in names - usual if not name.startswith(LEFT_OUT)]
         return [key for key in same if found.get(key) != whole[key]], sorted(litter)
 
 

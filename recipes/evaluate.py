@@ -58,7 +58,8 @@ def loss_by_time(
 
     Args:
         module: The trained module; its network is put into evaluation mode.
-        dataset: Items `(x_1, label, ...)`.
+        dataset: Items `(x_1, label, ...)`; those of `fixed()` if there is one: draws are those of
+            the epoch that training has come to.
         queries: How many (sample, t) pairs.
         seed: Of samples, times and noise, default 0.
         batch_size: Default 256.
@@ -67,6 +68,7 @@ def loss_by_time(
         Times, ascending, and losses without weights, both (queries,).
     """
     module.eval()
+    dataset = dataset.fixed() if hasattr(dataset, "fixed") else dataset
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(dataset), (queries,), generator=generator)  # type: ignore[arg-type]
     t = (torch.arange(queries) + torch.rand(queries, generator=generator)) / queries

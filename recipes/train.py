@@ -169,10 +169,20 @@ def _hydra_hands_errors_on(yes: bool) -> Iterator[None]:
         os.environ["HYDRA_FULL_ERROR"] = before
 
 
+def _places(arguments: list[str]) -> list[str]:
+    """Where Hydra is to write, if a folder was named: it would make one by the time beside it."""
+    own = ("hydra.run.dir=", "hydra.sweep.dir=", "-m", "--multirun")
+    named = any(argument.startswith("run_dir=") for argument in arguments)
+    if not named or any(argument.startswith(own) for argument in arguments):
+        return []
+    return ["hydra.run.dir=${run_dir}", "hydra.output_subdir=null"]
+
+
 def main() -> None:
     """The entry point of `stagewise train`."""
     with ends_in_a_line("train"):
         refuse_unknown(sys.argv[1:])
+        sys.argv += _places(sys.argv[1:])
         try:
             with _hydra_hands_errors_on(True):
                 _job()

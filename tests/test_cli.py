@@ -132,6 +132,19 @@ def test_no_traceback_from_any_command(
     assert said.format(command) in text
 
 
+def test_a_training_whose_folder_is_named_writes_nowhere_else(run, tmp_path, monkeypatch):
+    module = importlib.import_module("stagewise.recipes.train")
+    monkeypatch.setattr(module, "train", lambda config: Path(config.run_dir).mkdir(exist_ok=True))
+    monkeypatch.chdir(tmp_path)
+    assert run("train", "callbacks=plain", "run_dir=runs/a")[0] in (0, None)
+    assert {path.name for path in tmp_path.rglob("*")} <= {"runs", "a", "train.log"}
+    # Told otherwise, or not at all, Hydra's folder is where it was.
+    assert run("train", "callbacks=plain", "run_dir=b", "hydra.run.dir=c")[0] in (0, None)
+    assert (tmp_path / "c" / ".hydra").is_dir()
+    assert run("train", "callbacks=plain")[0] in (0, None)
+    assert next((tmp_path / "outputs").glob("*/*/.hydra"))
+
+
 def test_a_traceback_is_there_for_who_asks(run, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     for line in ("sample none", "train callbacks=plain seed=abc"):

@@ -360,6 +360,19 @@ def test_the_order_is_that_of_torchvision(tmp_path):
     assert ours.classes == theirs.classes
 
 
+@pytest.mark.skipif(os.name != "posix", reason="rights of files")
+@pytest.mark.parametrize("kind", ["lightningdit", "edm2", "mar"])
+def test_files_have_the_rights_that_the_mask_gives(run, images, tmp_path, kind):
+    before = os.umask(0o027)
+    try:
+        run(images, tmp_path / "out", "--format", kind)
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(files) > 5
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}
+
+
 def test_complete_is_left_alone(run, images, tmp_path, capsys):
     run(images, tmp_path / "out", "--resume")
     before = content(tmp_path / "out")

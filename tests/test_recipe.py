@@ -245,6 +245,26 @@ def test_loss_by_time_is_that_of_the_objective(tmp_path):
     assert loss[:500].mean() == pytest.approx(loss[-500:].mean(), rel=0.1)
 
 
+def test_loss_by_time_does_not_hang_on_the_epoch(tmp_path):
+    """As when a training is killed in its evaluation, and evaluated without an epoch."""
+    latents = make_latents(tmp_path / "latents", 40, (4, 4, 4), num_classes=2)
+    net = ["net.input_size=4", "net.hidden_size=32", "net.depth=1", "net.num_heads=2"]
+    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
+        overrides = [f"data.latents.path={latents}", "data.num_classes=2", "data.num_workers=0"]
+        config = compose(
+            "train", ["experiment=imagenet256_sdvae_sit_s", f"run_dir={tmp_path}", *net, *overrides]
+        )
+    data = instantiate(config.data)
+    data.setup()
+    objective = instantiate(config.objective)
+    module = instantiate(config.module, net=instantiate(config.net), objective=objective)
+    before = loss_by_time(module, data.train, 64)[1]
+    drawn = torch.stack([data.train[row][0] for row in range(40)])
+    data.latents.set_epoch(7)
+    assert not torch.equal(drawn, torch.stack([data.train[row][0] for row in range(40)]))
+    assert torch.equal(loss_by_time(module, data.train, 64)[1], before)
+
+
 @pytest.mark.parametrize("wrong", ["net.hiden_size=3", "experiment=cats", "nett=sit_photos"])
 def test_a_wrong_key_is_refused(tmp_path, wrong):
     with pytest.raises(HydraException, match="hiden_size|cats|nett"):

@@ -350,6 +350,17 @@ def test_a_full_disk_keeps_what_is_made(trained, tmp_path, monkeypatch):
     assert np.array_equal(again["arr_0"], made(trained, "--out", tmp_path / "whole")["arr_0"])
 
 
+@pytest.mark.skipif(os.name != "posix", reason="rights of files")
+def test_samples_have_the_rights_that_the_mask_gives(trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        made(trained, "--out", tmp_path / "out")
+    finally:
+        os.umask(before)
+    rights = {f.name: oct(f.stat().st_mode & 0o777) for f in (tmp_path / "out").iterdir()}
+    assert rights == {name: "0o640" for name in ("samples.npz", "settings.json", "grid.png")}
+
+
 def test_a_folder_of_others_is_refused(trained, tmp_path):
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros(3))
     with pytest.raises(ValueError, match=r"holds samples already \(samples.npz\)"):

@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-latents test test-all test-rest lint types bench bench-forecast bench-gpu bench-imagenet bench-recipes bench-schemes bench-regularisers figures docs release tree clean distclean
+.PHONY: help demo demo-latents test test-all test-rest lint types bench bench-faults bench-forecast bench-gpu bench-imagenet bench-recipes bench-schemes bench-regularisers figures docs release tree clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-19s %s\n", $$1, $$2 }'
@@ -66,6 +66,9 @@ bench-schemes: $(VENV)/.recipes ## train with and without schemes (hours; resume
 	$(BIN)/python benchmarks/schemes.py --threads 1 --why --data photos8
 	$(BIN)/python benchmarks/schemes.py --threads 1 --why --data photos16 --seeds 1
 	$(BIN)/python benchmarks/schemes.py --report
+
+bench-faults: $(VENV)/.dev ## kill, flip bits, fill disks (half an hour; resumes), fill docs/faults.md
+	$(BIN)/python benchmarks/faults.py
 
 bench-forecast: $(VENV)/.recipes ## hold the forecast against training (an hour; resumes), fill docs/forecast.md
 	$(BIN)/python benchmarks/forecast.py

@@ -56,7 +56,7 @@ class Forecast(ModelMonitor):
     (FSDP), where a gradient cannot be asked for.
 
     Args:
-        bank: See `StageCallback`.
+        bank: The training latents, if they are not to be read from the loader.
         timesteps: How training draws t, default as the module's `FlowMatchingLoss` does, whose
             weights are counted too; uniform with another objective.
         name: Prefix of tags and name of the folder, default "stagewise_forecast".
@@ -66,6 +66,10 @@ class Forecast(ModelMonitor):
 
     Raises:
         ValueError: As `VelocityErrorMonitor`.
+
+    Example:
+        >>> from stagewise.callbacks import VelocityErrorMonitor
+        >>> callbacks = [VelocityErrorMonitor(), Forecast()]
     """
 
     order = 3

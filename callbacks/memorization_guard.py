@@ -70,7 +70,7 @@ class MemorizationGuard(MemorizationMonitor):
     the training samples; without any, only copies are looked at, which is late.
 
     Args:
-        bank: See `StageCallback`.
+        bank: The training latents, if they are not to be read from the loader.
         samples: How many are drawn at a probe, default 128.
         queries: Noisy samples in each of six bins of t, of training and of held-out samples,
             default 128. Fewer are cheaper, and see the onset later.

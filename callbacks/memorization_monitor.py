@@ -27,7 +27,7 @@ _SHOWN = 8
 
 
 class MemorizationMonitor(ModelMonitor):
-    """Samples from the model now and then, and counts copies of training rows (`copies`).
+    """Counts how many samples of a model are copies of training rows.
 
     The oracle leads each sample to `t_switch` and the model from there (Liu et al., arXiv
     2512.02826, Fig. 5): 0 is the model alone. Held-out rows noised to `t_resume` are finished by
@@ -39,7 +39,7 @@ class MemorizationMonitor(ModelMonitor):
     `dirpath`**: `copies`, and for images `samples` and `resumed`; `stages.jsonl`.
 
     Args:
-        bank: See `StageCallback`.
+        bank: The training latents, if they are not to be read from the loader.
         samples: How many, default 64; at least 2.
         t_switch: Times in [0, 1].
         t_resume: Times in [0, 1).
@@ -56,6 +56,9 @@ class MemorizationMonitor(ModelMonitor):
     Raises:
         ValueError: At construction for numbers out of range; at the start or in the first step if
             no velocity can be had or "average" is asked for and there is none.
+
+    Example:
+        >>> callback = MemorizationMonitor(samples=64, every_n_steps=5000)
     """
 
     order = 3

@@ -161,6 +161,12 @@ class ModelMonitor(Monitor):
         """What is asked, for logs."""
         return "the given velocity" if self.network is None else self.network.describe()
 
+    def parameters(self) -> int | None:
+        """How many numbers are trained in what is asked; None where each process has a part."""
+        module = self.run.module if self.network is None else self.network.module
+        sizes = [each.numel() for each in module.parameters() if each.requires_grad]
+        return sum(sizes) if sizes and all(sizes) else None
+
     def velocity_of(self, module: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         """The velocity of a module: that of the run, or a copy with averaged weights."""
         if self.network is not None:

@@ -36,7 +36,7 @@ _ENDS = ("", "_low", "_high")
 
 
 class PosteriorMonitor(Monitor):
-    """Measures the posterior over the training set by t, for any LightningModule, unchanged.
+    """Measures where the stages of the training data meet, for any LightningModule, unchanged.
 
     Now and then it makes noisy samples from bank rows on a stratified grid of t, asks the exact
     oracle for their posteriors, and logs what it finds. It asks nothing of the model: the curve is
@@ -63,8 +63,9 @@ class PosteriorMonitor(Monitor):
     (text), its own stages come earlier.
 
     Args:
-        bank: See `StageCallback`. It is moved to the training device if it takes less than a
-            quarter of the memory free there, and otherwise streamed from where it lies.
+        bank: The training latents, if they are not to be read from the loader. It is moved to the
+            training device if it takes less than a quarter of the memory free there, and otherwise
+            streamed from where it lies.
         strata: Strata of t, default 24; half of them lie near the predicted boundary if that is
             near an end of [0, 1] (`stages.stage_edges`).
         queries: Queries to the whole bank (or to a class) in each stratum, default 64. The interval
@@ -84,6 +85,10 @@ class PosteriorMonitor(Monitor):
         ValueError: At construction for numbers out of range; before the first training step if
             `x_1` cannot be found, or if bank and batch do not fit, with the cure.
         MemoryError: Before the first step, if the bank would not fit.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> trainer = Trainer(callbacks=[PosteriorMonitor()], logger=False)
     """
 
     order = 1
@@ -161,10 +166,11 @@ class PosteriorMonitor(Monitor):
             posterior = f"over the rows of its class ({len(bank.classes)} {pairs})"
             if run.option(self, "class_wise") is None:
                 posterior += ", as there are labels (class_wise=False if training ignores them)"
+        alike = "" if self.oracle.condition is None else " of rows that weigh alike"
         self.say(
             f"{bank}, std {bank.std:.3g}; {path!r} ({found}), t = 0 is noise; "
-            f"posterior {posterior}, by {self.oracle.engine.describe(bank)}; predicted boundary "
-            f"t = {self.predicted:.3f}; {self.writer.describe()}"
+            f"posterior {posterior}, by {self.oracle.engine.describe(bank)}; predicted boundary"
+            f"{alike} t = {self.predicted:.3f}; {self.writer.describe()}"
         )
         self.open_files(self._header(), self.history)
 

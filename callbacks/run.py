@@ -41,10 +41,10 @@ _OFTEN = 16
 
 
 class StageRun(RunOracles):
-    """Says once what holds for all callbacks of a trainer; without it they make one themselves.
+    """Says once what holds for all callbacks of a trainer: bank, path, how to find x_1.
 
     Args:
-        bank: See `StageCallback`, like all others.
+        bank: The training latents; default read from the training loader.
         name: Name of the folder in `dirpath`; it writes nothing itself.
         **options: See `RunOptions`.
 

@@ -185,17 +185,27 @@ class RunOracles(StageCallback):
         if not before or not self.began:
             return
         bank.require_intact()
-        if before == bank.fingerprint:
+        was, kernel = callback.stashed_run.get("condition"), self._kernel(callback)
+        weighed = was is not None and was != kernel
+        if before == bank.fingerprint and not weighed:
             return
         if not any(member.renewed for member in self.members):
             rank_zero_warn(
-                f"The bank is not that of the checkpoint: fingerprint {bank.fingerprint[:8]} with "
-                f"{len(bank)} rows, and {before[:8]} before. Boundaries and histories of the other "
-                "latents are left behind, and everything is measured anew. To go on with the old "
-                "ones, give their bank: StageRun(bank=LatentBank.open(file))."
+                f"Rows are weighed by {kernel or 'nothing'}, and in the checkpoint by "
+                f"{was or 'nothing'}: everything is measured anew."
+                if weighed
+                else f"The bank is not that of the checkpoint: fingerprint {bank.fingerprint[:8]} "
+                f"with {len(bank)} rows, and {before[:8]} before. Boundaries and histories of the "
+                "other latents are left behind, and everything is measured anew. To go on with the "
+                "old ones, give their bank: StageRun(bank=LatentBank.open(file))."
             )
         callback.renewed, self._records = True, {}
         callback.stash = {**(callback.stash or {}), "run": {}}
+
+    def _kernel(self, callback: StageCallback) -> str:
+        """What weighs the rows of a callback; empty if nothing does."""
+        condition = self.option(callback, "condition")
+        return "" if condition is None else repr(condition)
 
     def place(self, schemes: Iterable[Scheme]) -> None:
         """Has oracles that were given ask the bank that the monitors ask, where that lies."""
@@ -331,6 +341,7 @@ class RunOracles(StageCallback):
         found = {_recorded_as(recipe): one.as_dict() for recipe, one in self._boundaries.items()}
         return {
             "bank": "" if bank is None else bank.fingerprint,
+            "condition": self._kernel(callback),
             "encoding": [] if self.encoding is None else _nested(self.encoding.steps, list),
             "boundaries": [
                 {"path": path, "class_wise": wise, "boundary": boundary}

@@ -45,7 +45,10 @@ class SeenSamples:
         if batch is None:
             raise ValueError(f"{self._reservoir!r} takes each batch: watch.step(step, batch).")
         with run.together("taking its batch into the reservoir"):
-            self._reservoir.add(*find_checked(run.find_of(run), batch))
+            x1, labels = find_checked(run.find_of(run), batch)
+            kernel = run.option(run, "condition")
+            c = None if kernel is None else kernel.of(batch, x1, labels)
+            self._reservoir.add(x1, labels, c)
         if not self._began:
             self._began = True
             run.start_members()

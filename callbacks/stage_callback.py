@@ -321,6 +321,11 @@ def _check(options: dict[str, Any]) -> None:
     seen = options.get("reservoir")
     if seen is not None and not isinstance(seen, int | Reservoir):
         raise TypeError(f"Expected `reservoir` as a number or a Reservoir, got {seen!r}.")
+    if seen is not None and bank is not None:
+        raise ValueError(
+            "Expected a bank of the training set or a reservoir of the samples seen, got both. "
+            "With a bank nothing else is needed: StageRun(bank=LatentBank(x, labels))."
+        )
     if wise not in (True, False, "auto"):
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {wise!r}.')
     if wise is True and bank is not None and not bank.classes:

@@ -34,46 +34,46 @@ __all__ = ["StageScheme"]
 
 
 class StageScheme(StageCallback):
-    """Puts a scheme into whatever makes the targets in the module, and takes it out at the end.
+    """Steers what a module is trained on by a scheme, without a change to the module.
 
-    What makes the targets is found by its interface (`stagewise.adapters`): a `FlowMatchingLoss`, a
-    `StageTarget` in a step that writes its target out, a torchcfm matcher, a flow_matching path, a
-    SiT or LightningDiT transport, an EDM loss. A module that has the very scheme as an attribute,
-    and asks it in its training step, is left as it is. A matcher or path never sees the loss: for
-    weights the module needs a `StageWeightedLoss` of the same scheme. Validation sees the plain
-    targets, so its loss stays comparable.
+    What makes its targets is found by its interface: a `FlowMatchingLoss`, a `StageTarget` in a
+    step that writes its target out, a torchcfm matcher, a flow_matching path, a SiT or LightningDiT
+    transport, an EDM loss. A module that asks the very scheme itself is left as it is. A matcher or
+    path never sees the loss: for weights the module needs a `StageWeightedLoss` of the same scheme.
+    Validation sees the plain targets, so its loss stays comparable.
 
-    In the first step the samples that the scheme is given are held against the bank: another scale
-    is refused, and samples that are no rows of it are warned of, with their share. A target that
-    mixes the oracle in is refused for a network that is given more than x_t, t and class labels,
-    unless class_wise=False says that it ignores that. A boundary that is not given is measured.
+    In the first step samples are held against the bank: another scale is refused, and samples that
+    are no rows of it are warned of. A target that mixes the oracle in is refused for a network that
+    is given more than x_t, t and class labels, unless class_wise=False says that it ignores that. A
+    boundary that is not given is measured.
 
     **Logged to every logger** at the trainer's `log_every_n_steps` (`stagewise_scheme` is `name`),
     as means over the samples of all ranks since the time before: `stagewise_scheme/lambda`, the
     share of the oracle in the target; `.../weight`; `.../navigation_share`, of the draws with t
     below the boundary (NaN without one); over the samples that were mixed, `.../inserted_share`, of
     those that are no rows of the bank and were put into its posterior, and `.../tail_mass` of the
-    posterior that did not enter; `.../boundary`, t; `.../phase`, its number, from 0. A change of
-    phase is `.../transition`, the number of the new one, a text in TensorBoard, and a line of
-    `stages.jsonl` in `dirpath`.
+    posterior that did not enter; `.../boundary`, t; `.../phase`, its number, from 0. A change of it
+    is `.../transition`, a text in TensorBoard, and a line of `stages.jsonl` in `dirpath`.
 
     Args:
-        scheme: A `Scheme` or `Phases`, or a function that makes one of the oracle, (oracle) ->
-            scheme, for phases over a bank that is read from the training. Default None: made from
-            the parts below; without any, the scheme that the module's `FlowMatchingLoss` has.
+        scheme: A `Scheme` or `Phases`, or a function from the oracle of the training to one.
+            Default: of the parts below; without any, that of the module's `FlowMatchingLoss`.
         target: See `Scheme`, like `timesteps` (default: as the module draws them), `weight`,
             `boundary` and `preserve_objective`.
         engine: How the oracle reaches the rows, default `Auto()`. With `Sharded()` the bank is this
             rank's part, and training must say the `source` of its samples.
-        certificate: A `Certificate` of the bank, or the file of one, which is written before the
-            first step if there is none of this bank: queries that it answers need no search. Not
-            with a `scheme` that has an oracle, nor with `Sharded()`.
+        certificate: A `Certificate` of the bank, or a file, which is written if there is none of
+            this bank. Not with a `scheme` that has an oracle, nor with `Sharded()`.
         name: Prefix of all tags and name of the folder, default "stagewise_scheme".
-        bank: See `StageCallback`.
+        bank: The training latents, if they are not to be read from the loader.
         **options: `RunOptions`. A `scheme` that has an oracle says bank and path itself.
 
     Raises:
         ValueError: At construction or before the first training step, for what cannot be steered.
+
+    Example:
+        >>> from stagewise import Mix
+        >>> callback = StageScheme(target=Mix("boundary"))
     """
 
     order = 5
@@ -222,13 +222,13 @@ class StageScheme(StageCallback):
                 "steered: in eval mode or without gradients it is plain. If another object makes "
                 f"it, say which: seam=...; {BY_HAND}"
             )
-        oracles = [p.oracle for p in parts(self.scheme) if p.target and p.oracle]
+        # What is smoothed are rows; the draws around them are none.
+        mixing = [p for p in parts(self.scheme) if p.target and p.oracle and not p.smoothing]
         with self.run.together("holding its samples against the bank"):
-            for bank, oracle in {o.bank: o for o in oracles}.items():
+            for bank, oracle in {p.oracle.bank: p.oracle for p in mixing}.items():
                 kernel, known, look = oracle.condition, record.source is not None, self.run.look
                 c = look.condition_for(kernel, record.x1) if kernel else None
-                part, shard = parts(self.scheme)[0], not oracle.engine.holds_all_rows
-                near = part.encoded and not part.smoothing  # draws are no rows
+                near, shard = parts(self.scheme)[0].encoded, not oracle.engine.holds_all_rows
                 options = {"known": known and not near, "near": near, "shard": shard}
                 if said := check_rows(bank, record.x1, **options, condition=c):
                     self.warn(said)

@@ -33,7 +33,7 @@ _READ_AGAIN = 32
 
 
 class StageTransitions(StageCallback):
-    """Notices what happens once in a run, from the probes of its monitors.
+    """Says when navigation is learned, memorization begins, or the boundary has moved.
 
     - **navigation learned**: the logarithm of the oracle error in navigation is flat over the last
       third of the probes, `patience` probes in a row (`stagewise.learning_events`).
@@ -47,9 +47,10 @@ class StageTransitions(StageCallback):
 
     Each is said once (the last: each time), with step and evidence: in the log, as text to
     TensorBoard, as the scalar `stagewise_transitions/<kind>` with the value 1 at its step, and as a
-    line of `stages.jsonl` in `dirpath`. A scheme with a phase `AtEvent("navigation learned")`, in a
-    `StageScheme` of the same trainer, goes on to its next phase (one that waits for what cannot be
-    said in this run is refused); `subscribers` are called.
+    line of `stages.jsonl` in `dirpath`, whose first line says what is looked for. A scheme with a
+    phase `AtEvent("navigation learned")`, in a `StageScheme` of the same trainer, goes on to its
+    next phase (one that waits for what cannot be said in this run is refused); `subscribers` are
+    called.
 
     It needs a `PosteriorMonitor` or a `VelocityErrorMonitor` in the same trainer.
 
@@ -68,6 +69,10 @@ class StageTransitions(StageCallback):
     Raises:
         ValueError: At construction for numbers out of range; at the start of training if there is
             no monitor.
+
+    Example:
+        >>> from stagewise.callbacks import VelocityErrorMonitor
+        >>> callbacks = [VelocityErrorMonitor(), StageTransitions(subscribers=[print])]
     """
 
     order = 4
@@ -142,11 +147,15 @@ class StageTransitions(StageCallback):
         before = [] if self.renewed else (self.stash or {}).get("events", [])
         self.events = [event for event in before if event["step"] <= run.began]
         self.writer = run.open_writer(self)
-        self.writer.start(self.events, resumed=bool(self.events) or run.encoding is not None)
         self._probed = self._steps_probed()
         self._rows: Tensor | None = None
         if self._posterior is not None:
             self._remember()
+        # Resumed before anything happened there are no events, and what follows happens again.
+        resumed = not self.renewed and self.stash is not None and run.began > 0
+        # So that a run in which nothing was noticed can be told from one that nobody looked at.
+        header = {"event": "transitions", "kinds": self.event_kinds}
+        self.writer.start([header, *self.events], resumed=resumed or run.encoding is not None)
         without = []
         if self._errors is None:
             without.append("navigation and memorization (VelocityErrorMonitor)")

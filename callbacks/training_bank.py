@@ -47,7 +47,7 @@ _READ_TWICE = 32  # samples: what changes one in ten is seen with a chance of 99
 def bank_from_trainer(
     trainer: pl.Trainer, pl_module: pl.LightningModule, **options: Any
 ) -> LatentBank:
-    """`read_bank` for a trainer whose training loader is set up (`on_train_start` or later)."""
+    """Reads the bank of a trainer whose loader is set up (`on_train_start` or later)."""
     return read_bank(TrainerHost(trainer, pl_module), **options)
 
 

@@ -38,6 +38,9 @@ def _all() -> None:
 class TrainingRecord:
     """Adds up what the batches of a training show; see the module docstring.
 
+    Attributes:
+        lacking: What the window that comes does not count; empty if it counts all.
+
     Args:
         network: What is trained; a hook is on it from the start of each batch to its call.
         edges: Of the bins of t, (T + 1,), ascending.
@@ -61,7 +64,7 @@ class TrainingRecord:
         fine = torch.cat([edges, stages]).unique()
         self._empty = BinnedSums.empty(fine, ("loss", "gradient"), dtype).to(device)
         self.sums, self._reduce = replace(self._empty), add
-        self._begin = step
+        self._begin, self.lacking = step, ""
         self._logged: BinnedSums | None = None
         self._x1: Callable[[], Tensor] | None = None
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None
@@ -163,7 +166,9 @@ class TrainingRecord:
             return None
         density = nominal_shares(self.network.seam, self._edges)
         entry = window_entry(total, self._edges, self._stages, density)
-        return {"event": "training_window", "step": step, "from_step": begin, **entry}
+        lacking, self.lacking = self.lacking, ""
+        about = {"event": "training_window", "step": step, "from_step": begin, **entry}
+        return about | ({"lacking": lacking} if lacking else {})
 
     def nonfinite(self) -> dict[str, Any] | None:
         """The first batch since the last time that was not finite, if any was; a device sync."""
@@ -192,11 +197,23 @@ class TrainingRecord:
             for name, part in parts.items()
             if part is not None
         }
-        return {"begin": self._begin, **sums}
+        return {"begin": self._begin, "lacking": self.lacking, **sums}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave; one of other bins is left."""
-        if state["means"]["count"].shape != self.sums.count.shape:
+    def load_state_dict(self, state: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
+        """Takes up what `state_dict` gave; one of other bins is left.
+
+        The state of a checkpoint is the first rank's, so that sums of others are lost.
+        """
+        count = state["means"]["count"]
+        if count.shape != self.sums.count.shape:
+            return
+        self.lacking = state.get("lacking", "")
+        if ranks > 1 and bool(count.any()):
+            self.lacking = (
+                f"from step {state['begin']} to {self._begin}, where training was resumed, draws "
+                f"of one process of {ranks} are counted"
+            )
+        if rank:
             return
         self._begin = state["begin"]
         if "logged" in state:

@@ -163,7 +163,7 @@ def sizes_figure(edges: Edges, models: Mapping[str, Event], ends: Ends, about: s
         axes.errorbar(t, mean, 2 * error, color=colour, lw=1.5, marker=".", label=name)
     axes.set(ylabel="MSE(oracle velocity), training samples")
     axes.set_ylim(bottom=0)
-    heading(axes, "Oracle error by model size, with 2 standard errors", about)
+    heading(axes, "Oracle error of several models, with 2 standard errors", about)
     legend(figure)
     return figure
 

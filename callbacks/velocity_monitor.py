@@ -30,7 +30,7 @@ __all__ = ["VelocityErrorMonitor"]
 
 
 class VelocityErrorMonitor(ModelMonitor):
-    """Measures a model's velocity by t, against the conditional target and against the oracle.
+    """Measures how far a model is from its training target and from the oracle, by t.
 
     The posterior is a property of the data; this is what moves during training. Now and then the
     model is asked about noisy training samples and noisy held-out ones, the same at every probe, in
@@ -69,7 +69,7 @@ class VelocityErrorMonitor(ModelMonitor):
     the model is from repeating the training set, not how good it is.
 
     Args:
-        bank: See `StageCallback`.
+        bank: The training latents, if they are not to be read from the loader.
         strata: Bins of t, default 24; half of them lie near the predicted boundary if that is near
             an end of [0, 1].
         queries: In each bin, for training and for held-out samples, default 32. A probe is
@@ -86,6 +86,12 @@ class VelocityErrorMonitor(ModelMonitor):
         ValueError: At construction for numbers out of range; before the first optimizer step if no
             velocity can be had, the network is given more than labels, or the samples do not fit
             the bank.
+
+    Example:
+        >>> from stagewise.callbacks import PosteriorMonitor
+        >>> callbacks = [PosteriorMonitor(), VelocityErrorMonitor(queries=16)]
+        >>> ask = lambda module, xt, t, labels: module.net(xt, t, labels)  # if it is not found
+        >>> callbacks = [VelocityErrorMonitor(velocity=ask)]
     """
 
     order = 2
@@ -128,7 +134,7 @@ class VelocityErrorMonitor(ModelMonitor):
         """All that was reported so far, and the sums since the last probe; never the bank.
 
         Of several processes Lightning keeps the state of the first: sums of the others since the
-        last probe are lost when a run resumes.
+        last probe are lost when a run resumes, and the window says so under "lacking".
         """
         record = None if self._record is None else self._record.state_dict()
         state = {**super().state_dict(), "events": self.events, "record": record}
@@ -168,8 +174,10 @@ class VelocityErrorMonitor(ModelMonitor):
         self._place_stages()
         record = (self.stash or {}).get("record")
         if self._record is not None and network is not None:
-            if record is not None and run.host.rank == 0 and not self.renewed:
-                self._record.load_state_dict(record)
+            if record is not None and not self.renewed:
+                self._record.load_state_dict(record, run.host.rank, run.host.world_size)
+            if self._record.lacking:
+                self.say(f"in its first window {self._record.lacking}")
             x1, call = run.look.search.x1, run.look.search.call
             assert x1 is not None
             assert call is not None
@@ -186,6 +194,7 @@ class VelocityErrorMonitor(ModelMonitor):
             "event": "velocity",
             "edges": self.edges.tolist(),
             "network": self.describe(),
+            "parameters": self.parameters(),
             "seam": "" if network is None else network.seam.describe(),
             "path": repr(oracle.path),
             "queries": self.queries,

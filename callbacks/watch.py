@@ -40,7 +40,7 @@ _BEGUN: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 
 class Watch(Host):
-    """Hosts stage callbacks in a loop that is written by hand, in Fabric, Accelerate or others.
+    """Runs stage callbacks in a training loop of your own, in plain torch, Fabric or Accelerate.
 
     The trained weights are bit-identical with and without it. The first step is looked at before
     its optimizer changes a weight, as in Lightning. Under several processes

@@ -22,7 +22,6 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from glob import escape
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -35,12 +34,14 @@ from torch import Tensor
 from stagewise.callbacks.drawing import render
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_warn
-from stagewise.files import jsonable, replace_file
+from stagewise.files import is_full, jsonable, replace_file
 
 __all__ = ["Writer", "by_time", "chart", "show_pictures", "tags_by_time"]
 
 _WARNED: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """Loggers that failed, by their id: a logger need not be hashable."""
+_TOLD: set[tuple[str, Path]] = set()
+"""What could not be done in which folder."""
 
 
 class Writer:
@@ -70,7 +71,7 @@ class Writer:
     def start(self, events: Iterable[Mapping[str, Any]], *, resumed: bool) -> None:
         """Begins `stages.jsonl` anew, so that a resumed run holds each event once; a collective.
 
-        The file of another run is kept beside it, as `stages.bak.jsonl`.
+        The events of another run are kept beside it, as `stages.bak.jsonl`.
         """
         file = self._file
         with self._host.together("writing its files"):
@@ -78,9 +79,9 @@ class Writer:
                 return
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                if file.exists() and not resumed:
+                if not resumed and file.exists() and file.stat().st_size:
                     file.replace(file.with_name("stages.bak.jsonl"))
-                self._events("w", events)
+                replace_file(file, lambda partial: _append(partial, events))
             except OSError as error:
                 raise OSError(
                     f"Cannot write {file}: {error.strerror or error}. Say where files go: "
@@ -94,22 +95,20 @@ class Writer:
             return
         try:
             size = file.stat().st_size
-            self._events("a", [event])
+            _append(file, [event])
         except OSError as error:
             if size is not None:  # half a line would spoil the next one too
                 with suppress(OSError):
                     os.truncate(file, size)
-            _cannot(f"append to {file}", error, "the event is missing there until the run resumes")
-
-    def _events(self, mode: str, events: Iterable[Mapping[str, Any]]) -> None:
-        assert self._file is not None
-        with self._file.open(mode) as file:
-            file.writelines(json.dumps(jsonable(event)) + "\n" for event in events)
+            _cannot("append to", file, error, "the event is missing there until the run resumes")
+        else:
+            _TOLD.discard(("append to", file.parent))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Logs scalars under their full tags to every logger."""
         for logger in self._loggers:
-            logger.log_metrics(dict(values), step=step)
+            with _spared(logger, "scalars"):
+                logger.log_metrics(dict(values), step=step)
 
     def text(self, tag: str, message: str, step: int) -> None:
         """Shows a line of text under its full tag, in the loggers that show text."""
@@ -141,11 +140,12 @@ class Writer:
                 if file.is_dir():  # of a strategy that writes a folder
                     shutil.rmtree(file)
                 partial.replace(file)
-        except OSError as error:
-            if host.world_size > 1:
+        except (OSError, RuntimeError) as error:
+            if host.world_size > 1 or not (isinstance(error, OSError) or is_full(error)):
                 raise
-            _cannot(f"write {file}", error, "the file of before stays")
+            _cannot("write", file, error, "the file of before stays")
             return False
+        _TOLD.discard(("write", file.parent))
         return True
 
     def pictures(self, figures: Mapping[str, Figure], step: int) -> None:
@@ -161,6 +161,11 @@ class Writer:
             with _spared(logger, "the page of its custom scalars"):
                 if hasattr(board := _experiment(logger), "add_custom_scalars"):
                     board.add_custom_scalars(page)
+
+
+def _append(file: Path, events: Iterable[Mapping[str, Any]]) -> None:
+    with file.open("a") as lines:
+        lines.writelines(json.dumps(jsonable(event)) + "\n" for event in events)
 
 
 def tags_by_time(prefix: str, edges: Tensor) -> list[str]:
@@ -220,17 +225,23 @@ def _show(logger: Any, tag: str, image: Image.Image, step: int) -> None:
 
 def _save(image: Image.Image, file: Path) -> None:
     try:
-        for left in file.parent.glob(f".{escape(file.name)}.*.partial"):  # of a process killed here
-            left.unlink(missing_ok=True)
         replace_file(file, lambda partial: image.save(partial, format="png"))
     except OSError as error:
-        _cannot(f"write the picture {file}", error, "it is shown in the loggers only")
+        _cannot("write the picture", file, error, "it is shown in the loggers only")
+    else:
+        _TOLD.discard(("write the picture", file.parent))
 
 
-def _cannot(do: str, error: OSError, so: str) -> None:
+def _cannot(do: str, file: Path, error: Exception, so: str) -> None:
+    """Warns once for a folder, until something could be written there."""
+    if (do, file.parent) in _TOLD:
+        return
+    _TOLD.add((do, file.parent))
+    code = getattr(error, "errno", None)
     rank_zero_warn(
-        f"Cannot {do}: {error.strerror or error}. Training goes on, and {so}. Make room on that "
-        "disk, or choose another folder: dirpath=..."
+        f"Cannot {do} {file}: {os.strerror(code) if code else error}. Training goes on, and {so}; "
+        "later failures in that folder are not told. Make room on that disk, or choose another "
+        "folder: dirpath=..."
     )
 
 

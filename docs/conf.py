@@ -27,6 +27,8 @@ html_theme = "furo"
 html_title = "stagewise"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/icon.svg"
+html_search_scorer = str(HERE / "_static/scorer.js")
 html_show_sphinx = False
 html_copy_source = False
 

@@ -50,7 +50,7 @@ class LossRecord:
 
 
 class FlowMatchingLoss(nn.Module):
-    """Plain flow matching for any model called as `model(xt, t, *args, **kwargs)`.
+    """The flow-matching loss for any model called as `model(xt, t, *args, **kwargs)`.
 
     It has no parameters and no buffers, and logs nothing. After each call `last` holds the
     per-sample record, which callbacks read.

@@ -25,9 +25,10 @@ __all__ = ["OracleRegularizer"]
 
 
 class OracleRegularizer(nn.Module):
-    """`lambda(t) ||f - y*||^2`, averaged over the batch and the numbers of a sample that count.
+    """Pulls a model towards the oracle's target beside any loss: `lambda(t) ||f - y*||^2`.
 
-    It has no parameters and no buffers.
+    The mean is over the batch and the numbers of a sample that count. It has no parameters and no
+    buffers.
 
     Args:
         oracle: Bank and path.

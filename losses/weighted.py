@@ -15,7 +15,7 @@ __all__ = ["StageWeightedLoss", "weighs"]
 
 
 class StageWeightedLoss(nn.Module):
-    """The mean over the batch of `w(t)` times an unreduced loss.
+    """Weighs an unreduced loss by the scheme's `w(t)`, and takes its mean over the batch.
 
     Args:
         loss: Called with whatever this is called with; returns (B, *), which is averaged over all

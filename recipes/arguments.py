@@ -56,7 +56,9 @@ def ends_in_a_line(command: str, *errors: type[Exception]) -> Iterator[None]:
         frame = list(walk_tb(error.__traceback__))[-1][0]
         foreign = not frame.f_globals.get("__name__", "").startswith("stagewise")
         foreign &= not isinstance(error, OSError)
-        sys.exit(f"stagewise {command}: {text}{' (Where: HYDRA_FULL_ERROR=1)' * foreign}")
+        text += " (Where: HYDRA_FULL_ERROR=1)" * foreign
+        notes = getattr(error, "__notes__", [])
+        sys.exit("\n".join([f"stagewise {command}: {text}", *notes]))
 
 
 class Parser(argparse.ArgumentParser):

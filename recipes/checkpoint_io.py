@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside the old one, and puts it in its place when it is on the disk.
 
     Lightning's own goes through the folder for temporary files, and copies from there if that is
-    another disk: a run that is killed then, or finds no room, has lost the old one too. What is
-    left of a write that was killed is removed by the next of the same name.
+    another disk: a run that is killed then, or finds no room, has lost the old one too.
     """
 
     @override
@@ -33,15 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise TypeError(f"Expected no `storage_options`, got {storage_options!r}.")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
-            left.unlink(missing_ok=True)
-        try:
-            replace_file(path, lambda file: torch.save(checkpoint, file))
-        except (OSError, RuntimeError) as error:  # torch's zip writer says a full disk its own way
-            raise OSError(
-                f"The checkpoint {path} could not be written ({error}). What was there before is "
-                "unchanged: make room, and go on with resume=true."
-            ) from error
+        replace_file(path, lambda file: torch.save(checkpoint, file))
 
 
 class RunCheckpoint(ModelCheckpoint):

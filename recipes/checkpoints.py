@@ -32,6 +32,7 @@ __all__ = [
     "load_module",
     "load_weights",
     "newest_whole",
+    "read_config",
     "require_same_model",
     "require_whole",
     "run_config",
@@ -85,17 +86,23 @@ def run_config(run: Path, trust: Sequence[str] = ()) -> DictConfig:
             f"Expected config.yaml in {run}, found none: it is no run of `stagewise train`. Give "
             "the folder that holds config.yaml and checkpoints."
         )
+    config = read_config(file)
+    missing = [key for key in _NEEDED if key not in config]
+    if missing:
+        raise ValueError(f"Expected the keys {_NEEDED} in {file}, missing: {', '.join(missing)}.")
+    require_known({key: config[key] for key in _NEEDED}, trust, file)
+    return config
+
+
+def read_config(file: Path) -> DictConfig:
+    """A `config.yaml` as it would be written today; ValueError if it cannot be read."""
     try:
         config = OmegaConf.load(file)
     except Exception as error:  # of yaml, of OmegaConf, or of the encoding
         raise ValueError(f"{file} cannot be read as a configuration: {error}") from error
-    missing = [key for key in _NEEDED if not isinstance(config, DictConfig) or key not in config]
-    if missing:
-        raise ValueError(f"Expected the keys {_NEEDED} in {file}, missing: {', '.join(missing)}.")
-    assert isinstance(config, DictConfig)
-    config = current(config)
-    require_known({key: config[key] for key in _NEEDED}, trust, file)
-    return config
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{file} cannot be read as a configuration: it has no keys.")
+    return current(config)
 
 
 def find_checkpoint(run: Path, given: Path | None = None) -> Path:

@@ -146,7 +146,8 @@ def _finish(
     about = {"rows": len(there), "skipped": skipped, "converted": converted}
     record.close(about, files)
     for note, held in converted.items():
-        print(f"Note: {note}: {held['count']} pictures, such as {held['names'][0]} ({SETTINGS}).")
+        many = f"{held['count']} picture{'s' * (held['count'] > 1)}"
+        print(f"Note: {note}: {many}, such as {held['names'][0]} ({SETTINGS}).")
     if images.left_out:
         print(f"Note: left out as no pictures, by their endings: {images.about_left_out()}.")
     said = f" --format {kind}" if latents.ambiguous else ""

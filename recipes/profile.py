@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from stagewise.callbacks.drawing import render
+from stagewise.files import replace_file
 from stagewise.latents import Latents, open_latents
 from stagewise.latents.opening import FORMATS
 from stagewise.profile import Profile
@@ -212,11 +213,12 @@ def run(options: argparse.Namespace) -> list[Profiled]:
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps([one.as_dict() for one in found], indent=1, allow_nan=False)
-    (folder / "profile.json").write_text(text + "\n")
+    replace_file(folder / "profile.json", lambda partial: partial.write_text(text + "\n"))
     print(f"Written: {folder / 'profile.json'}")
     for name, figure in figures.items():
         file = folder / f"{name}.png"
-        Image.fromarray(render(figure)).save(file)
+        image = Image.fromarray(render(figure))
+        replace_file(file, lambda partial, image=image: image.save(partial, format="png"))
         print(f"         {file}")
     return found
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import (
     rank_zero_info,
     rank_zero_only,
     rank_zero_warn,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from stagewise.callbacks import StageScheme
-from stagewise.files import names
+from stagewise.files import is_full, names
 from stagewise.latents import Latents
-from stagewise.recipes.checkpoints import load_weights, newest_whole, require_whole
-from stagewise.recipes.latents import current
+from stagewise.recipes.checkpoints import load_weights, newest_whole, read_config, require_whole
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.overrides import flat
 from stagewise.recipes.public_weights import load_public_weights
 
-__all__ = ["begin_with", "checkpoint_of", "require_fit", "require_shards"]
+__all__ = ["begin_with", "checkpoint_of", "require_fit", "require_shards", "says_how_to_go_on"]
 
 _SAME = ("seed", "data", "net", "objective", "module")
 # The batch over all ranks must stay as well: the data module looks at it, since ranks may change.
@@ -72,7 +76,7 @@ def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
             f"resume=true needs the folder to go on in, run_dir=...; {run_dir} is a new one."
         )
     if file.exists():
-        before, now = flat(current(DictConfig(OmegaConf.load(file)))), flat(config)
+        before, now = flat(read_config(file)), flat(config)
         changed = [
             f"{key}={now.get(key)} (was {before.get(key)})"
             for key in {**before, **now}
@@ -143,6 +147,51 @@ def begin_with(module: FlowMatchingModule, file: Path, data: Any) -> None:
         load_public_weights(module.net, file)  # type: ignore[arg-type]
         _require_public_scale(file, getattr(data, "latents", None))
         rank_zero_info(f"begins with the public weights of {file}")
+
+
+@contextmanager
+def says_how_to_go_on(run_dir: Path, trainer: L.Trainer, begun: int) -> Iterator[None]:
+    """What ends a training early is said with the step, what is kept, and how to go on from there.
+
+    Args:
+        run_dir: The folder of the run.
+        trainer: Its trainer.
+        begun: The step that training begins with.
+
+    Raises:
+        KeyboardInterrupt: For Ctrl-C, which Lightning makes an exit of.
+        SystemExit: For SIGTERM, with the code that shells have for it; that of Lightning is 0.
+    """
+    try:
+        yield
+    except SIGTERMException:
+        print(f"stagewise train: ended by SIGTERM {_kept(run_dir, trainer)}", file=sys.stderr)
+        sys.exit(143)
+    except SystemExit as end:
+        if end.code != 1:
+            raise
+        raise KeyboardInterrupt(_kept(run_dir, trainer)) from end
+    except Exception as error:
+        if trainer.global_step == begun and isinstance(error, ValueError):
+            raise  # what was asked for is wrong, and is as wrong when it is asked for again
+        note = f"Training ended {_kept(run_dir, trainer)}"
+        if is_full(error):
+            note = f"A disk is full. Make room in {run_dir}, and where else this run writes. {note}"
+        # Python 3.10 has no notes: there it stands above the traceback.
+        getattr(error, "add_note", lambda text: print(text, file=sys.stderr))(note)
+        raise
+
+
+def _kept(run_dir: Path, trainer: L.Trainer) -> str:
+    newest = None
+    with suppress(ValueError, OSError):
+        newest, _ = newest_whole(run_dir / "checkpoints")
+    if newest is None:
+        return f"at step {trainer.global_step}, before the first checkpoint."
+    return (
+        f"at step {trainer.global_step}. Go on with it from {newest.name}: "
+        f"run_dir={shlex.quote(str(run_dir))} resume=true"
+    )
 
 
 def _require_public_scale(file: Path, latents: Latents | None) -> None:

@@ -25,12 +25,14 @@ class RunFiles:
             "folder"; by step, as far as they have one.
         problems: What could not be read, a line each.
         config: The text of `config.yaml`, or None.
+        written: When its events were last written to, in seconds since 1970.
     """
 
     folder: Path
     events: dict[str, list[Event]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     config: str | None = None
+    written: float = 0.0
 
     def of(self, kind: str) -> list[Event]:
         """The events of a kind, those of the first folder that has some."""
@@ -80,6 +82,7 @@ def read_run(folder: Path) -> RunFiles:
     run = RunFiles(folder)
     for file in files:
         _read(file, run)
+    run.written = max(file.stat().st_mtime for file in files)
     if not run.events:
         raise ValueError(f"No event could be read in {folder}: {'; '.join(run.problems)}")
     for found in run.events.values():

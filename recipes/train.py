@@ -30,8 +30,15 @@ from stagewise.recipes.arguments import ends_in_a_line
 from stagewise.recipes.checkpoints import load_weights, require_same_model
 from stagewise.recipes.conclusion import conclusion
 from stagewise.recipes.evaluate import evaluate
+from stagewise.recipes.loggers import spared
 from stagewise.recipes.overrides import explained, refuse_unknown, require_numbers
-from stagewise.recipes.resume import begin_with, checkpoint_of, require_fit, require_shards
+from stagewise.recipes.resume import (
+    begin_with,
+    checkpoint_of,
+    require_fit,
+    require_shards,
+    says_how_to_go_on,
+)
 
 __all__ = ["main", "settings", "train"]
 
@@ -74,7 +81,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     # An experiment may set options of a callback that is not there.
     parts = config.get("callbacks") or {}
     callbacks = [instantiate(part) for part in parts.values() if "_target_" in part]
-    loggers = [instantiate(logger) for logger in (config.get("logger") or {}).values()]
+    loggers = [spared(k, instantiate(v)) for k, v in (config.get("logger") or {}).items()]
     require_shards(callbacks, data)
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     told = settings(config)
@@ -83,15 +90,12 @@ def train(config: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_file(run_dir / "config.yaml", lambda file: OmegaConf.save(config, file, True))
+    place = shlex.quote(str(run_dir))
+    # For what leaves no time for a word: SIGKILL, which Lightning also ends all processes with.
+    rank_zero_info(f"Writes to {run_dir}. If it is stopped, go on: run_dir={place} resume=true")
     start = time.perf_counter()
-    try:
+    with says_how_to_go_on(run_dir, trainer, begun):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as end:
-        if end.code != 1:  # which is what Lightning makes of Ctrl-C
-            raise
-        on = f" Go on with it: run_dir={shlex.quote(str(run_dir))} resume=true"
-        there = (run_dir / "checkpoints/last.ckpt").exists()
-        raise KeyboardInterrupt(f"at step {trainer.global_step}.{on * there}") from end
     seconds = time.perf_counter() - start
     finished = checkpoint is not None and trainer.global_step == begun
     if finished:
@@ -110,17 +114,19 @@ def train(config: DictConfig) -> dict[str, Any]:
         load_weights(checkpoint, module)
     module.to(trainer.strategy.root_device)  # fit has moved it to the CPU
     monitor = next((c for c in callbacks if isinstance(c, PosteriorMonitor)), None)
-    results = evaluate(
-        module, data, monitor, trainer.loggers, trainer.global_step, run_dir, **config.evaluation
-    )
+    step = trainer.global_step
+    with says_how_to_go_on(run_dir, trainer, begun):
+        results = evaluate(
+            module, data, monitor, trainer.loggers, step, run_dir, **config.evaluation
+        )
     found = {f"evaluation/{key}": results[key] for key in ("train_loss", "held_out_loss")}
     found = {key: value for key, value in found.items() if not math.isnan(value)}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):  # whose table of runs wants both at once
-            logger.log_hyperparams(told, found, trainer.global_step)
+            logger.log_hyperparams(told, found, step)
     place = shlex.quote(str(run_dir))
     print(
-        f"\nTrained {trainer.global_step} steps{'' if finished else f' in {seconds:.0f} s'}. In "
+        f"\nTrained {step} steps{'' if finished else f' in {seconds:.0f} s'}. In "
         f"{run_dir}:\n"
         + "".join(
             f"  {path.relative_to(run_dir)}\n"

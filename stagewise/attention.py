@@ -39,7 +39,7 @@ __all__ = ["GaussianAttention"]
 
 
 class GaussianAttention(nn.Module):
-    """The oracle of a support set, differentiable in the support.
+    """The oracle of a support set as an attention head, differentiable in the support.
 
     It holds all B x M logits, and a copy of the support, in float64. Without learned parameters
     its `state_dict` is empty.

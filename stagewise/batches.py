@@ -149,7 +149,7 @@ def describe(batch: object) -> str:
 
 
 def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """`x_1` and the labels of a batch.
+    """Finds `x_1` and the labels in a batch.
 
     Args:
         batch: A tensor (B, *), a tuple or list with one such tensor, or a dict. Beside another
@@ -161,6 +161,12 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: If there is no such tensor or several, or several that may be the labels and
             differ; the message lists what was seen and shows the cure.
+
+    Example:
+        >>> import torch
+        >>> x1, labels = find_sample({"image": torch.randn(4, 3, 8, 8), "label": torch.arange(4)})
+        >>> x1.shape, labels.tolist()
+        (torch.Size([4, 3, 8, 8]), [0, 1, 2, 3])
     """
     entries, named = _entries(batch), isinstance(batch, Mapping)
     found = _where_sample(entries, named)

@@ -37,7 +37,7 @@ _FORMAT = {"format": "stagewise.Certificate", "version": "1", "neighbours": "0"}
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """How far the rows of a bank are from one another, and what follows for queries.
+    """Proves which queries need no search, from how far the rows are from one another.
 
     Made by `compute`, `load` or `cached`. One for the whole bank serves class-wise posteriors too,
     which have fewer rows; a class-wise one is sharper there, and serves nothing else.

@@ -29,7 +29,7 @@ from stagewise.engines import Engine
 from stagewise.oracle import Labels, Oracle, Times
 from stagewise.paths import Path
 from stagewise.posterior import Posterior, merge, posterior_of
-from stagewise.queries import Queries
+from stagewise.queries import Queries, require_tensors
 
 __all__ = ["Condition", "ConditionedOracle", "Kernel"]
 
@@ -45,7 +45,7 @@ _LEAST = -1e300
 
 @dataclass(frozen=True)
 class Condition:
-    """A kernel on what a model is given beside x_t, t and a class. A plain object without data.
+    """A kernel on what a model is given beside x_t, t and a class, such as text.
 
     Args:
         kernel: "gaussian", `-|c - c_i|^2 / 2 h^2`; "cosine", `-(1 - cos(c, c_i)) / h^2`, for text
@@ -67,9 +67,9 @@ class Condition:
             raise ValueError(
                 f'Expected `kernel` "gaussian", "cosine" or a function, got {self.kernel!r}.'
             )
-        if not self.bandwidth > 0:
+        if not (isinstance(self.bandwidth, float | int) and self.bandwidth > 0):
             raise ValueError(
-                f"Expected a `bandwidth` above 0, got {self.bandwidth}. About the distance of "
+                f"Expected a `bandwidth` above 0, got {self.bandwidth!r}. About the distance of "
                 "conditions that should share a target: torch.cdist(c, c).kthvalue(2).values"
                 ".median(), the median distance to the nearest other one, is a start."
             )
@@ -83,6 +83,11 @@ class Condition:
                     f"Expected the kernel to return log k of shape {(len(c), len(rows))}, got "
                     f"{tuple(found.shape)}: one for each pair, as -torch.cdist(c, rows)."
                 )
+            wrong, message = found.isnan().any(), "Expected the kernel to return log k, got NaN"
+            if wrong.device.type != "cpu":
+                torch._assert_async(~wrong, message)
+            elif wrong:
+                raise ValueError(f"{message}: where k is 0 give -inf.")
             return found.double().clamp_min(_LEAST)
         if self.kernel == "cosine":
             c, rows = normalize(c, dim=1), normalize(rows, dim=1)
@@ -98,17 +103,20 @@ class Condition:
         """
         if self.find is not None:
             found: Any = self.find(batch)
-            if isinstance(found, Tensor) and len(found) == len(x1):
+            if isinstance(found, Tensor) and found.ndim and len(found) == len(x1):
                 return found
-            listed = describe(found)
+            listed, left = describe(found), []
         else:
-            left = others_in(batch, x1, labels)
-            if len(left) == 1:
-                return left[0][1]
-            listed = ", ".join(place for place, _ in left) or "none"
+            others = others_in(batch, x1, labels)
+            if len(others) == 1:
+                return others[0][1]
+            left = [place for place, _ in others]
+            listed = ", ".join(left) or "none"
+        place = left[0] if left else 'batch["embedding"]'
         raise ValueError(
             f"Expected the condition of each of {len(x1)} samples in {describe(batch)}, found "
-            f"{listed}. Say where it is: Condition({self._said}, find=lambda batch: batch[2])."
+            f"{listed}. Say where it is: Condition({self._said}, find=lambda batch: {place}), with "
+            "a number in each place: text must be embedded by the data set, or in `find`."
         )
 
     @property
@@ -123,7 +131,7 @@ class Condition:
 
 
 class ConditionedOracle(Oracle):
-    """Answers for a kernel on the condition, as `Oracle` does for all rows alike.
+    """An `Oracle` that weighs rows by a kernel on the condition.
 
     `Mix`, `Scheme` and `StageCurve.measure` take it as they take an oracle. Every question says the
     condition of each query; one that says its `source` has that of the row. With `labels` the
@@ -164,14 +172,15 @@ class ConditionedOracle(Oracle):
                 f"Expected a Condition, got {type(condition).__name__}: "
                 "ConditionedOracle(bank, path, Condition(bandwidth=...))."
             )
-        if bank.conditions is None:
+        if bank.conditions is None and not bank.origin:
             raise ValueError(
                 f"{condition!r} needs a bank that holds the condition of each row, got {bank!r}: "
                 "LatentBank(x, labels, conditions=c)."
             )
-        self.condition, self.conditions = condition, bank.conditions
-        engine = _Weighed(condition, self.conditions)
-        super().__init__(bank, path, engine, null_class=null_class, convention=convention)
+        self.condition = condition
+        super().__init__(
+            bank, path, _Weighed(condition), null_class=null_class, convention=convention
+        )
 
     @override
     def queries(
@@ -182,9 +191,9 @@ class ConditionedOracle(Oracle):
         source: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> Queries:
-        queries = super().queries(xt, t, labels, source)
-        rows, width = self.conditions, f"(B, {self.conditions.shape[1]})"
+        queries, rows = super().queries(xt, t, labels, source), self.conditions
         if condition is None:
+            width = f"(B, {rows.shape[1]})"
             message = f"Expected `condition` of shape {width} for {self.condition!r}: what the "
             message += "model is given for each sample, condition=c"
             if queries.source is None:
@@ -195,8 +204,19 @@ class ConditionedOracle(Oracle):
             elif not known:
                 raise ValueError(f"{message}. The `source` is not known of all.")
             condition = rows[queries.source.clamp_min(0).to(rows.device)]
+        require_tensors(condition=condition)
         flat = self.bank.as_conditions(condition, len(queries))
         return replace(queries, condition=flat.to(queries.xt))
+
+    @property
+    def conditions(self) -> Tensor:
+        """Those of the rows, (N, C)."""
+        if self.bank.conditions is None:
+            raise ValueError(
+                f"{self.condition!r} needs the condition of each sample of {self.bank!r}: "
+                "reservoir.add(x1, conditions=c)."
+            )
+        return self.bank.conditions
 
     @override
     def log_kernel(self, queries: Queries, rows: Tensor | None = None) -> Tensor:
@@ -215,8 +235,8 @@ class ConditionedOracle(Oracle):
 class _Weighed(Engine):
     """The posterior over all rows, weighed by the kernel; chunk by chunk, in float64."""
 
-    def __init__(self, condition: Condition, rows: Tensor) -> None:
-        self.condition, self.conditions = condition, rows
+    def __init__(self, condition: Condition) -> None:
+        self.condition = condition
 
     @override
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
@@ -229,15 +249,27 @@ class _Weighed(Engine):
     def _over(self, bank: LatentBank, queries: Queries, segment: slice, k: int) -> Posterior:
         c, device, parts = queries.condition, queries.xt.device, []
         assert c is not None
+        assert bank.conditions is not None
         size = max(1, _NUMBERS // (len(queries) + bank.dim + c.shape[1]))
+        reached = torch.zeros(len(c), dtype=torch.bool, device=device)
         for first, rows in bank.chunks(segment, size, device, torch.float64):
             some = slice(first, first + len(rows))
             x = rows + bank.offset.to(device)
-            logits = queries.log_weights(x)
-            logits += self.condition.log_kernel(c, self.conditions[some].to(c))
+            kernel = self.condition.log_kernel(c, bank.conditions[some].to(c))
+            reached |= (kernel > _LEAST).any(1)
+            logits = queries.log_weights(x) + kernel
             numbers = torch.arange(some.start, some.stop, device=device).expand(len(c), -1)
             post, weights = posterior_of(logits, numbers, k)
             parts.append(replace(post, mean=weights @ x))
+        if callable(self.condition.kernel):  # the others are above 0 everywhere
+            message = "Expected a kernel above 0 for some row"
+            if reached.device.type != "cpu":
+                torch._assert_async(reached.all(), message)
+            elif not reached.all():
+                raise ValueError(
+                    f"{message}, got -inf for all rows for {int((~reached).sum())} of {len(c)} "
+                    "conditions: no row says anything of them. Widen the kernel."
+                )
         return merge(*parts, k=k)
 
     @override

@@ -21,6 +21,7 @@ __all__ = [
     "FilePath",
     "Problem",
     "first_line",
+    "is_full",
     "jsonable",
     "names",
     "replace_file",
@@ -81,7 +82,7 @@ def replace_file(path: FilePath, write: Callable[[Path], object], sync: bool = T
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except Exception as error:
-        if _is_full(error):
+        if is_full(error):
             full = OSError(
                 f"No space left on device: {path} could not be written, and what was there before "
                 f"is unchanged. Make room in {path.parent}, or choose another folder."
@@ -141,7 +142,8 @@ def _machine() -> str:
     return f"{zlib.crc32(f'{socket.gethostname()} {place}'.encode()):08x}"
 
 
-def _is_full(error: BaseException | None) -> bool:
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error says that a disk is full, in the system's words or in those of a library."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     while error is not None:
         if getattr(error, "errno", None) in codes or _FULL.search(str(error)):

@@ -51,7 +51,7 @@ _OPEN = 0.1
 
 @dataclass(frozen=True)
 class TargetForecast:
-    """What oracle targets are worth; as a string, a sentence.
+    """What oracle targets are worth in a training; printed, it is a sentence.
 
     Attributes:
         share: f, the share of the gradient's variance that they remove, in [0, 1].
@@ -283,7 +283,7 @@ def _estimate(removed: Tensor, kept: Tensor, signal: Tensor, batch: int) -> Targ
 
 @dataclass(frozen=True)
 class SmoothingForecast:
-    """Where held-out error has left training error; as a string, a sentence.
+    """Where held-out error has left training error; printed, it is a sentence.
 
     Attributes:
         t_from: From which t on, NaN if nowhere.

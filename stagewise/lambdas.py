@@ -113,7 +113,7 @@ class Hard(Lambda):
 
 @dataclass(frozen=True)
 class Smooth(Lambda):
-    """`sigmoid((log SNR(boundary) - log SNR(t)) / width)`: 1/2 at the boundary.
+    """All of the oracle near noise, none near data, one half at the boundary.
 
     Args:
         width: In nats of the signal-to-noise ratio, default 1.
@@ -140,7 +140,7 @@ class Smooth(Lambda):
 
 @dataclass(frozen=True)
 class Concentration(Lambda):
-    """`1 - max_i gamma_i`: as much of the oracle as the posterior is undecided."""
+    """As much of the oracle as the posterior is undecided: `1 - max_i gamma_i`."""
 
     from_t = False
 

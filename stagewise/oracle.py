@@ -47,7 +47,7 @@ __all__ = ["Oracle"]
 
 
 class Oracle(OracleQueries):
-    """Answers for a bank and a path: posterior, correction of a target, marginal velocity.
+    """Knows the exact posterior over a bank: the mean, the oracle's target, its velocity.
 
     Like the bank it is a plain object; a deep copy returns the oracle itself.
 

@@ -125,9 +125,15 @@ class Path(ABC):
 
 
 class LinearPath(Path):
-    """Rectified flow: `a = t`, `s = 1 - t` (Liu et al., arXiv 2209.03003).
+    """The straight path of rectified flow: `a = t`, `s = 1 - t` (arXiv 2209.03003).
 
     Named CondOT in flow_matching, ICPlan in SiT, sigma = 0 in torchcfm.
+
+    Example:
+        >>> import torch
+        >>> x0, x1, t = torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([0.0, 0.25])
+        >>> LinearPath().interpolate(x0, x1, t)[:, 0].tolist()
+        [0.0, 0.25]
     """
 
     @override
@@ -137,7 +143,7 @@ class LinearPath(Path):
 
 
 class CosinePath(Path):
-    """`a = sin(pi t / 2)`, `s = cos(pi t / 2)`: variance preserving for unit-variance data.
+    """The cosine path, `a = sin(pi t / 2)`, `s = cos(pi t / 2)`: it preserves unit variance.
 
     Named GVP in SiT (arXiv 2401.08740), VP in torchcfm (Albergo & Vanden-Eijnden, 2209.15571).
     """

@@ -49,11 +49,11 @@ _KINDS: tuple[TailKind, ...] = ("measured", "bounded", "estimated")
 
 @dataclass(frozen=True)
 class Posterior:
-    """Posterior over bank rows for B queries.
+    """How likely each row of a bank is the source of B noisy samples.
 
-    All floating tensors are float64 (float32 on devices without it), whatever the dtype of the
-    query: `m - x_1` is later multiplied by numbers as large as `1/s_t^2`, so its digits matter.
-    Cast when you use them.
+    It is what `Oracle.posterior` returns. All floating tensors are float64 (float32 on devices
+    without it), whatever the dtype of the query: `m - x_1` is later multiplied by numbers as large
+    as `1/s_t^2`, so its digits matter. Cast when you use them.
 
     Attributes:
         mean: Posterior mean `m`, (B, D), or (B, *) with the shape of a sample.
@@ -66,6 +66,16 @@ class Posterior:
         source_weight: `gamma` of the row the query was made from, (B,), or None if it is unknown.
         tail_kind: How the tail mass is known. Where it is "bounded" or "estimated" the other
             statistics are those of the rows that were seen.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import LatentBank, Oracle
+        >>> bank = LatentBank(torch.randn(100, 8))
+        >>> post = Oracle(bank).posterior(0.99 * bank.rows[:4], 0.99, k=2)
+        >>> post.rows[:, 0].tolist()  # near the data each is its own source
+        [0, 1, 2, 3]
+        >>> post.mean.shape, post.weights.shape
+        (torch.Size([4, 8]), torch.Size([4, 2]))
     """
 
     mean: Tensor
@@ -215,7 +225,7 @@ def upload(at: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
 
 
 def merge(*parts: Posterior, k: int | None = None) -> Posterior:
-    """The posterior over the union of disjoint sets of rows.
+    """Puts the posteriors over disjoint sets of rows together, to that over all of them.
 
     Args:
         parts: Posteriors of the same queries over the parts. All but `source_weight` are used:

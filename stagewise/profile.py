@@ -29,7 +29,7 @@ __all__ = ["Profile", "count_duplicates"]
 
 @dataclass(frozen=True)
 class Profile:
-    """What was found.
+    """What `stagewise profile` finds in latents before training.
 
     Attributes:
         rows: N.

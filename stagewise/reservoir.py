@@ -25,7 +25,7 @@ __all__ = ["Reservoir"]
 
 
 class Reservoir(LatentBank):
-    """A bank of at most `size` samples of a stream, the present batch among them.
+    """Keeps the last `size` samples of a stream as a bank, the present batch among them.
 
     `add` each batch before its targets are asked for. An `Oracle` over it answers over the last M
     samples by then, each draw counted once, so that equal samples count as often as they came. Rows
@@ -70,12 +70,16 @@ class Reservoir(LatentBank):
             return f"the {len(self)} samples seen so far, of at most {self.size}"
         return f"the last {len(self)} samples seen"
 
-    def add(self, x1: Tensor, labels: Tensor | None = None) -> None:
+    def add(
+        self, x1: Tensor, labels: Tensor | None = None, conditions: Tensor | None = None
+    ) -> None:
         """Takes a batch, before its targets are asked for.
 
         Args:
             x1: Samples, (B, *), as they are trained on.
             labels: Their classes, (B,); all batches have some or none does.
+            conditions: What the model is given for each, (B, *), for a `ConditionedOracle`; as
+                labels.
 
         Raises:
             ValueError: If the batch is larger than the reservoir, of another shape than those
@@ -93,21 +97,22 @@ class Reservoir(LatentBank):
                 f"Expected a reservoir of at least the {count} samples of a batch, got one of "
                 f"{self.size}: Reservoir({10 * count}), or StageRun(reservoir={10 * count})."
             )
-        alike = tuple(x1.shape[1:]) == self.shape and (labels is None) == (self._labels is None)
-        if self.seen and not alike:
-            has = "without" if self._labels is None else "with"
-            raise ValueError(
-                f"Expected samples of shape {self.shape} {has} labels as before, got "
-                f"{tuple(x1.shape[1:])} and {'no labels' if labels is None else 'labels'}."
-            )
+        before = _told(self.shape, self._labels, self.conditions)
+        given = _told(tuple(x1.shape[1:]), labels, conditions)
+        if self.seen and given != before:
+            raise ValueError(f"Expected {before} as before, got {given}.")
         there = self._from_oldest[max(0, len(self) + count - self.size) :].to(x1.device)
-        before = self.rows.to(x1.device)[there] if self.seen else x1[:0].flatten(1)
-        x = torch.cat([x1.detach().flatten(1), before.to(x1)])
+        kept = self.rows.to(x1.device)[there] if self.seen else x1[:0].flatten(1)
+        x = torch.cat([x1.detach().flatten(1), kept.to(x1)])
         if labels is not None:
             labels = labels.detach().to(x.device)
             old = labels[:0] if self._labels is None else self._labels.to(x.device)[there]
             labels = torch.cat([labels, old.to(labels)])
-        made = LatentBank(x.reshape(-1, *x1.shape[1:]), labels)
+        if conditions is not None:
+            conditions = conditions.detach().to(x.device).reshape(count, -1)
+            old = conditions[:0] if self.conditions is None else self.conditions[there]
+            conditions = torch.cat([conditions, old.to(conditions)])
+        made = LatentBank(x.reshape(-1, *x1.shape[1:]), labels, conditions=conditions)
         at = torch.arange(len(x), device=x.device).roll(-count)
         if labels is not None and made.index is not None:
             at, labels = made.index.argsort()[at], labels[made.index]
@@ -118,3 +123,10 @@ class Reservoir(LatentBank):
     @override
     def __repr__(self) -> str:
         return f"Reservoir({self.size}, {self.origin})"
+
+
+def _told(shape: tuple[int, ...], labels: Tensor | None, conditions: Tensor | None) -> str:
+    """What samples come with."""
+    classes = "without labels" if labels is None else "with labels"
+    given = "without conditions" if conditions is None else "with conditions"
+    return f"samples of shape {shape} {classes} and {given}"

@@ -73,13 +73,19 @@ def model_velocity(
     prediction: Prediction | PredictionKind | None = None,
     convention: ConventionLike = STAGEWISE,
 ) -> Velocity:
-    """The velocity `u(x_t, t)` of a model that predicts something else, or counts time another way.
+    """Makes a velocity of a model that predicts something else, or counts time another way.
 
     Args:
         model: Called as `model(xt, time)`, both in the model's convention.
         path: Path of training, default that of the convention, or else `LinearPath()`.
         prediction: What the model predicts, default that of the convention, the velocity.
         convention: Default the library's; see `stagewise.conventions`.
+
+    Example:
+        >>> import torch
+        >>> edm = model_velocity(lambda xt, sigma: torch.zeros_like(xt), convention="edm")
+        >>> edm(torch.randn(4, 8), torch.full((4,), 0.5)).shape
+        torch.Size([4, 8])
     """
     told = as_convention(convention)
     path, kind = path_of(told, path) or LinearPath(), Prediction.of(prediction or told.prediction)
@@ -92,7 +98,7 @@ def model_velocity(
 
 
 def integration_range(prediction: Prediction | PredictionKind) -> tuple[float, float]:
-    """Between which times (start, end) samples of a prediction type are integrated.
+    """Says between which times samples of a prediction type are integrated.
 
     Turned into a velocity, the errors of a noise or score prediction are multiplied by 1 / a_t, of
     a data prediction by 1 / s_t; at t = 1 all but the velocity are 0 / 0.
@@ -108,7 +114,7 @@ def time_grid(
     start: float = 0.0,
     end: float = 1.0,
 ) -> Tensor:
-    """The times between which a fixed-step solver steps.
+    """Spaces the steps of a fixed-step solver, denser near noise or near data.
 
     Args:
         steps: How many steps, M.
@@ -123,6 +129,10 @@ def time_grid(
 
     Raises:
         ValueError: On numbers out of range.
+
+    Example:
+        >>> time_grid(4).tolist()
+        [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     if not 0 <= start < end <= 1:
         raise ValueError(f"Expected 0 <= start < end <= 1, got {start} and {end}.")
@@ -153,7 +163,7 @@ def guided(
     interval: tuple[float, float] = (0.0, 1.0),
     channels: int | None = None,
 ) -> Velocity:
-    """Classifier-free guidance within an interval of t.
+    """Adds classifier-free guidance to a velocity, within an interval of t.
 
     Args:
         conditional: Velocity given the label.
@@ -166,6 +176,12 @@ def guided(
     Raises:
         ValueError: If `interval` is none within [0, 1], or `channels` is below 1; when asked, if
             there are fewer.
+
+    Example:
+        >>> import torch
+        >>> u = guided(lambda x, t: x, lambda x, t: 0 * x, scale=2.0, interval=(0.3, 0.6))
+        >>> [float(u(torch.ones(1, 1), torch.tensor([t]))) for t in (0.1, 0.5)]
+        [1.0, 2.0]
     """
     low, high = interval
     if not 0 <= low < high <= 1:
@@ -192,7 +208,7 @@ def guided(
 
 
 def guidance_interval(collapsed: float) -> tuple[float, float] | None:
-    """The interval for guidance that follows from a measured boundary, a first guess to scan.
+    """Proposes an interval for guidance from a measured boundary: a first guess to scan.
 
     From where the target has collapsed (`StageBoundary.collapsed`) to 0.6: a reading of one table
     (Liu et al., arXiv 2512.02826, Tab. 3). None if that is not known, or at 0.5 and later.
@@ -213,7 +229,7 @@ def sample(
     rtol: float = _TOLERANCE,
     atol: float = _TOLERANCE,
 ) -> Tensor:
-    """Integrates the flow from `start` to `end`, in float32 at least.
+    """Draws samples: integrates a velocity from noise to data, in float32 at least.
 
     Args:
         velocity: `u(x_t, t)`.
@@ -236,6 +252,13 @@ def sample(
     Raises:
         ValueError: On an unknown solver, numbers out of range, or `times` for a solver that chooses
             its own.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import LatentBank, Oracle
+        >>> oracle = Oracle(LatentBank(torch.randn(100, 8)))  # the ideal model of these rows
+        >>> sample(oracle.velocity, torch.randn(4, 8), steps=10).shape
+        torch.Size([4, 8])
     """
     known = FIXED_SOLVERS + ADAPTIVE_SOLVERS
     if method not in known:
@@ -286,7 +309,7 @@ def switched(
     rtol: float = _TOLERANCE,
     atol: float = _TOLERANCE,
 ) -> Tensor:
-    """Integrates one velocity to the time `at`, and another one from there.
+    """Draws samples with one velocity up to the time `at` and with another from there.
 
     The oracle may be either: it is singular at t = 1, where "euler" and "midpoint" never ask. With
     the other solvers stop at 0.999.
@@ -328,7 +351,7 @@ def switched(
 
 
 def checked_times(times: Tensor) -> Tensor:
-    """The times as float64 on the host, if a solver can take them.
+    """Turns times into float64 on the host, if a solver can take them.
 
     Raises:
         ValueError: If they do not ascend within [0, 1].
@@ -345,7 +368,7 @@ def checked_times(times: Tensor) -> Tensor:
 
 
 def times_between(times: Tensor, begin: float, stop: float) -> Tensor:
-    """The times from `begin` to `stop`, with these two as ends."""
+    """Cuts the times of a grid to those from `begin` to `stop`, with these two as ends."""
     known, near = checked_times(times), 1e-6
     inside = known[(known > begin + near) & (known < stop - near)]
     return torch.cat([known.new_tensor([begin]), inside, known.new_tensor([stop])])

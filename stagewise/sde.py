@@ -58,7 +58,7 @@ def sample_sde(
     times: Tensor | None = None,
     noise: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """Integrates the stochastic equation from noise to data, in float32 at least.
+    """Draws samples with noise at each step: integrates the stochastic equation of SiT.
 
     Args:
         velocity: `u(x_t, t)`.

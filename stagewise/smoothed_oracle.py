@@ -67,7 +67,7 @@ _FACTORS = 16
 
 
 class SmoothedOracle(Oracle):
-    """Answers for a smoothed set, as `Oracle` does for a bank.
+    """The exact `Oracle` of a smoothed set.
 
     `Mix` and `StageCurve.measure` take it as they take an oracle: x_1 is then a draw from the
     smoothed set (`Smoothing.draw`), with its row as `source`. `ReferenceSet`, which reads single

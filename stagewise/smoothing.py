@@ -56,7 +56,7 @@ _FORMAT = {"format": "stagewise.Smoothing", "version": "1"}
 
 
 class Smoothing:
-    """The Gaussians around the rows of a bank, and draws from them.
+    """Replaces each row of a bank by a Gaussian shaped by its nearest rows, and draws from it.
 
     It is a plain object; a deep copy returns the smoothing itself.
 

@@ -61,7 +61,7 @@ def information(snr_sqrt: Tensor, eigenvalues: Tensor) -> Tensor:
 
 
 def predicted_boundary(bank: LatentBank, path: Path, *, class_wise: bool = False) -> float:
-    """The boundary that the spectrum of the bank predicts; top-1 is about 2/3 there.
+    """Predicts the boundary from the spectrum of the bank, without a query.
 
     Args:
         bank: The bank.

@@ -44,11 +44,12 @@ _SAID = (
 
 
 class StageTarget(nn.Module):
-    """What a hand-written training step calls with its target. No parameters, buffers or state.
+    """Lets a hand-written training step be watched and steered: it is called with the target.
 
     Keep it as an attribute of what is trained, `self.target = StageTarget()`, and call it before
-    the network. In eval mode it returns what it was given. Several calls in one step are those of
-    the batch's parts. `torch.compile` runs it outside of the graph.
+    the network. It has no parameters, buffers or state. In eval mode it returns what it was given.
+    Several calls in one step are those of the batch's parts. `torch.compile` runs it outside of the
+    graph.
 
     Args:
         path: The path of the step, default that of the convention, or else `LinearPath()`:

@@ -105,11 +105,21 @@ class StageBoundary:
 
 @dataclass(frozen=True)
 class StageCurve:
-    """Posterior statistics over t: T strata with Q queries each.
+    """How concentrated the posterior is over t: T strata with Q queries each.
 
     Attributes:
         t: Time of each query, (T, Q), float64; each row lies in one stratum, rows ascend.
         values: The statistics, (S, T, Q) in the order of `STATISTICS`, float64, on the CPU.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import LatentBank, Oracle
+        >>> curve = StageCurve.measure(Oracle(LatentBank(torch.randn(300, 32))))
+        >>> curve.mean("top1").shape  # one for each stratum
+        torch.Size([24])
+        >>> boundary = curve.boundary()
+        >>> boundary.midpoint_low <= boundary.midpoint <= boundary.midpoint_high
+        True
     """
 
     t: Tensor

@@ -66,7 +66,7 @@ class Pull:
 
 
 class Target(ABC):
-    """What pulls, and how much: a set of rows and a lambda.
+    """Which rows pull a target, and how much: the base of `Mix` and `ReferenceSet`.
 
     Args:
         lam: A number in [0, 1]; "boundary" (1 in navigation, 0 in refinement); `Smooth(width)`;
@@ -117,10 +117,21 @@ class Target(ABC):
 
 
 class Mix(Target):
-    """`u + lambda (u* - u)`: the oracle over the whole bank, or class. Unbiased.
+    """Mixes the oracle's target into the conditional one: `u + lambda (u* - u)`. Unbiased.
 
     With lambda 1 the target has no variance left given `x_t`. It has the same, memorising, optimum
     as the conditional target: it is not a regulariser.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import LatentBank, Oracle, Scheme
+        >>> x1 = torch.randn(64, 8)
+        >>> scheme = Scheme(Oracle(LatentBank(x1)), target=Mix("boundary"), boundary=0.3)
+        >>> x0, t = torch.randn_like(x1), torch.rand(64)
+        >>> xt = scheme.path.interpolate(x0, x1, t)
+        >>> u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)
+        >>> torch.equal(u[t > 0.3], (x1 - x0)[t > 0.3])  # after the boundary nothing changes
+        True
     """
 
     reads_rows = False
@@ -151,9 +162,10 @@ class Mix(Target):
 
 
 class ReferenceSet(Target):
-    """x_1 and M - 1 random rows (EFM, arXiv 2506.03719; STF, arXiv 2302.00670). Unbiased.
+    """Mixes in the mean over x_1 and M - 1 random rows, not over the whole bank. Unbiased.
 
-    Removes nearly all variance of the target where many rows carry the posterior, at the cost of M
+    As EFM (arXiv 2506.03719) and STF (arXiv 2302.00670) do. It removes nearly all variance of the
+    target where many rows carry the posterior, at the cost of M
     rows; near the data, where few do, it seldom holds them.
 
     The error of m has a variance of about `var(x_1) / M` where many rows carry the posterior. If
@@ -271,7 +283,7 @@ def _shared_rows(oracle: Oracle, queries: Queries, count: int, draws: Random) ->
 
 
 def mix_target(y: Tensor, correction: Tensor, lam: Tensor | float) -> Tensor:
-    """`y + lambda * correction`: between the conditional target and the oracle's.
+    """Goes from the conditional target towards the oracle's: `y + lambda * correction`.
 
     Args:
         y: Conditional target, (B, *).

@@ -66,7 +66,7 @@ class Until(ABC):
 
 
 class AtStep(Until):
-    """After `step` optimizer steps.
+    """Ends a phase after `step` optimizer steps.
 
     Args:
         step: At least 1.
@@ -100,7 +100,7 @@ class AtStep(Until):
 
 
 class AtShare(Until):
-    """After a share of all optimizer steps.
+    """Ends a phase after a share of all optimizer steps.
 
     Args:
         share: Between 0 and 1.
@@ -138,7 +138,7 @@ class AtShare(Until):
 
 
 class AtEvent(Until):
-    """When something has been noticed about the run, such as "navigation learned".
+    """Ends a phase when something is noticed about the run, such as "navigation learned".
 
     Somebody must say so, `Phases.notify(event)`: the callback `StageTransitions` does.
 
@@ -206,7 +206,7 @@ def is_flat(points: Sequence[float], window: int, tolerance: float) -> bool:
 
 
 class AtPlateau(Until):
-    """When the loss of navigation has stopped to fall.
+    """Ends a phase when the loss of navigation has stopped falling.
 
     Args:
         every: Steps that are averaged into a point, default 50.

@@ -48,7 +48,7 @@ class HasBoundary(Protocol):
 
 
 class Weight(ABC):
-    """From times to weights, each on its own."""
+    """How much a sample counts, by its t: the base of all weights."""
 
     @property
     def needs_boundary(self) -> bool:
@@ -90,12 +90,17 @@ class _OfData(Weight):
 
 @dataclass(frozen=True)
 class MinSNR(_OfData):
-    """min-SNR-gamma (Hang et al., arXiv 2303.09556): noisy times count by their SNR, others alike.
+    """Counts noisy times by their SNR: min-SNR-gamma (Hang et al., arXiv 2303.09556).
 
     Args:
         gamma: Above 0, default 5.
         prediction: What the loss is about, default "velocity".
         path: Default that of the scheme, or `LinearPath()`.
+
+    Example:
+        >>> import torch
+        >>> MinSNR(5.0)(torch.tensor([0.1, 0.5, 0.9])).shape
+        torch.Size([3])
     """
 
     gamma: float = 5.0
@@ -112,7 +117,7 @@ class MinSNR(_OfData):
 
 @dataclass(frozen=True)
 class P2(_OfData):
-    """P2 (Choi et al., arXiv 2204.00227): less for nearly clean times.
+    """Counts nearly clean times less: the weight of P2 (Choi et al., arXiv 2204.00227).
 
     Args:
         k: Above 0, default 1.
@@ -136,7 +141,7 @@ class P2(_OfData):
 
 @dataclass(frozen=True)
 class EDMWeight(_OfData):
-    """EDM (Karras et al., arXiv 2206.00364): the same for all times if the network predicts F.
+    """Counts times as EDM does (Karras et al., arXiv 2206.00364): evenly if F is predicted.
 
     Args:
         sigma_data: Standard deviation of the data, above 0, default 0.5.
@@ -158,9 +163,9 @@ class EDMWeight(_OfData):
 
 @dataclass(frozen=True)
 class InverseFloor(Weight):
-    """`min(1 / J*(t), largest)` with J* the measured floor of the loss, for a velocity.
+    """Counts a time less, the more of its loss no model can remove: `min(1 / J*(t), largest)`.
 
-    Where much of the loss cannot be removed it counts less (Xu et al., arXiv 2506.13763,
+    J* is the measured floor of the loss, for a velocity (Xu et al., arXiv 2506.13763,
     whose second term, a bump at middle times, is left out). See `LossAboveFloor`, the draws that go
     with it, for what became of it here.
 
@@ -201,7 +206,7 @@ class _OfStages(Weight):
 
 @dataclass(frozen=True)
 class StageGate(_OfStages):
-    """1 in one stage and 0 in the other, for an auxiliary loss of your own.
+    """Lets an auxiliary loss of your own act in one stage only: 1 there, 0 in the other.
 
     Alignment losses help where the target has little variance, in refinement (Stable Velocity,
     arXiv 2602.05435, has a sigmoid of width 0.05 at t = 0.3):
@@ -212,6 +217,11 @@ class StageGate(_OfStages):
         boundary: t, or the scheme that knows it; default that of the scheme it is given to.
         width: Of a sigmoid in t; default 0, a hard edge.
         stage: Where it is open, default "refinement".
+
+    Example:
+        >>> import torch
+        >>> StageGate(0.3)(torch.tensor([0.1, 0.9])).tolist()
+        [0.0, 1.0]
     """
 
     boundary: float | HasBoundary | None = None
@@ -244,13 +254,19 @@ class StageGate(_OfStages):
 
 @dataclass(frozen=True)
 class StageFactors(_OfStages):
-    """A factor for each stage.
+    """Multiplies the loss by one factor in navigation and by another in refinement.
 
     Args:
         navigation: At least 0, default 1.
         refinement: At least 0, default 1.
         width: Of the sigmoid in t between them; default 0, a hard edge.
         boundary: As in `StageGate`.
+
+    Example:
+        >>> import torch
+        >>> factors = StageFactors(navigation=1.0, refinement=0.5, boundary=0.3)
+        >>> factors(torch.tensor([0.1, 0.9])).tolist()
+        [1.0, 0.5]
     """
 
     navigation: float = 1.0

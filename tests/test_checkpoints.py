@@ -254,8 +254,8 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
     file = tmp_path / "config.yaml"
     for text, match in (
         ("data: 1\nnet: 2\n", "missing: objective, module"),
-        ("- 1\n", "missing: data, net, objective, module"),
-        ("a: [", "cannot be read"),
+        ("- 1\n", "cannot be read as a configuration: it has no keys"),
+        ("a: [", "cannot be read as a configuration"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=match):

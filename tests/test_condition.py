@@ -15,6 +15,7 @@ from stagewise import (
     Mix,
     Oracle,
     ReferenceSet,
+    Reservoir,
     Scheme,
     Smoothing,
     StageCurve,
@@ -268,6 +269,9 @@ def test_bad_input(data):
         (lambda: LatentBank(x, conditions=c / 0), "finite"),
         (lambda: Condition(), "bandwidth"),
         (lambda: Condition("tophat", 1.0), "gaussian"),
+        (lambda: Condition(bandwidth="0.3"), "above 0, got '0.3'"),
+        (lambda: Condition(bandwidth=math.nan), "above 0, got nan"),
+        (lambda: Scheme(Oracle(bank), target=Mix()), "and no kernel on them.*ConditionedOracle"),
         (lambda: Oracle(bank).posterior(xt, t, condition=c[:4]), "ConditionedOracle"),
         (lambda: Scheme(oracle, target=ReferenceSet(9)).check(), "Use Mix"),
         (
@@ -285,6 +289,13 @@ def test_bad_input(data):
     short = ConditionedOracle(bank, None, Condition(lambda c, rows: c[:, 0], 1.0))
     with pytest.raises(ValueError, match="one for each pair"):
         short.posterior(xt, t, condition=c[:4])
+    for value, match in [(math.nan, "got NaN: where k is 0"), (-math.inf, "for 4 of 4 conditions")]:
+        kernel = Condition(lambda c, rows, value=value: c.new_full((len(c), len(rows)), value), 1.0)
+        with pytest.raises(ValueError, match=match):
+            ConditionedOracle(bank, None, kernel).posterior(xt, t, condition=c[:4])
+    with pytest.raises(TypeError, match="`condition` to be a tensor, got list"):
+        oracle.posterior(xt, t, condition=c[:4].tolist())
+    Scheme(Oracle(bank), target=Mix(), class_wise=False)
 
 
 def test_the_condition_in_a_batch():
@@ -294,7 +305,12 @@ def test_the_condition_in_a_batch():
     assert condition.of((x1, c), x1, None) is c
     told = Condition(bandwidth=1.0, find=lambda batch: batch["text"])
     assert told.of({"x": x1, "text": c, "other": c}, x1, None) is c
-    for batch, seen in [((x1, c, 2 * c), r"batch\[1\], batch\[2\]"), ((x1, y), "found none")]:
+    for batch, seen in [
+        ((x1, c, 2 * c), r"batch\[1\], batch\[2\].*find=lambda batch: batch\[1\]\)"),
+        ((x1, y), "found none"),
+        ({"x": x1, "c": c, "z": 2 * c}, r"find=lambda batch: batch\['c'\]\)"),
+        ({"x": x1, "text": ["a", "b", "c", "d"]}, "text must be embedded"),
+    ]:
         with pytest.raises(ValueError, match=seen):
             condition.of(batch, x1, y)
 
@@ -310,3 +326,30 @@ def test_a_condition_that_is_not_finite_is_refused(data):
     given = {"xt": (x[:8] + x0) / 2, "t": 0.5, "x1": x[:8], "condition": broken}
     with pytest.raises(ValueError, match="in row 3"):
         Scheme(oracle, target=Mix())(x[:8] - x0, **given)
+
+
+def test_a_reservoir_keeps_the_conditions_of_what_it_holds(data):
+    x, c, y = data
+    for labels in (None, y):
+        reservoir, kernel = Reservoir(24), Condition(bandwidth=0.5)
+        oracle = ConditionedOracle(reservoir, None, kernel)
+        with pytest.raises(ValueError, match=r"reservoir\.add\(x1, conditions=c\)"):
+            oracle.conditions  # noqa: B018
+        for some in torch.arange(40).split(8):
+            reservoir.add(x[some], None if labels is None else labels[some], c[some])
+        held = torch.arange(16, 40)
+        whole = LatentBank(x[held], None if labels is None else y[held], conditions=c[held])
+        t = torch.full((8,), 0.3)
+        own = None if labels is None else y[some]
+        _, xt = noisy(x[some], t, LinearPath())
+        found = oracle.posterior(xt, t, own, condition=c[some])
+        expected = ConditionedOracle(whole, None, kernel).posterior(xt, t, own, condition=c[some])
+        torch.testing.assert_close(found.mean, expected.mean)
+        scheme = Scheme(oracle, target=Mix(1.0), class_wise="auto" if labels is not None else False)
+        x0 = torch.randn(8, x.shape[1])
+        xt = LinearPath().interpolate(x0, x[some], t)
+        u, _ = scheme(x[some] - x0, xt=xt, t=t, x1=x[some], labels=own, condition=c[some])
+        added = oracle.correction(xt, t, x[some], own, condition=c[some])
+        torch.testing.assert_close(u, x[some] - x0 + added)
+        with pytest.raises(ValueError, match="with conditions as before, got .*without conditions"):
+            reservoir.add(x[:8], own)

@@ -151,6 +151,40 @@ def test_resuming_with_other_conditions_of_the_same_rows(fit, make_trainer, tmp_
     assert (again.history[0]["step"] < 4) == same
 
 
+@pytest.mark.filterwarnings("ignore:.*(does not have many workers|is deprecated|log_every)")
+def test_resuming_with_another_bandwidth(make_trainer, tmp_path, quick_figures):
+    def steer(bandwidth):
+        return StageScheme(target=Mix("boundary"), condition=Condition(bandwidth=bandwidth))
+
+    loader, first, again = torch.utils.data.DataLoader(rows(OBS), 16), steer(3.0), steer(0.1)
+    trainer = make_trainer(first, max_steps=2)
+    trainer.fit(Policy(), loader)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    with pytest.warns(UserWarning, match=r"bandwidth=0.1\), and in the checkpoint by .*=3\)"):
+        make_trainer(again, max_steps=4).fit(Policy(), loader, ckpt_path=tmp_path / "half.ckpt")
+    fresh = steer(0.1)
+    make_trainer(fresh, max_steps=2).fit(Policy(), loader)
+    assert again.scheme.boundary == fresh.scheme.boundary < first.scheme.boundary
+
+
+def test_a_stream_keeps_the_conditions_of_what_was_seen(fit, quick_figures, lightning_log):
+    calls = []
+    steer = StageScheme(lambda oracle: watched(calls)(oracle, target=Mix()), condition=KERNEL)
+    fit(StageRun(reservoir=48), PosteriorMonitor(every_n_steps=2, queries=4), steer)
+    seen = torch.cat([batch["x1"] for _, batch, _ in calls])
+    for at, (_, batch, target) in enumerate(calls):
+        held = seen[: 16 * (at + 1)][-48:]
+        own, c = batch["x1"], OBS[(held[:, None] == X).all(2).int().argmax(1)]
+        row = (own[:, None] == held).all(2).int().argmax(1)
+        xt, t = batch["xt"].double(), batch["t"].double()[:, None]
+        logits = -(xt[:, None] - t[..., None] * held.double()).square().sum(2) / (2 * (1 - t) ** 2)
+        logits -= (c[row, None] - c).double().square().sum(2) / (2 * KERNEL.bandwidth**2)
+        u = (logits.softmax(1) @ held.double() - xt) / (1 - t)
+        assert ((target - u).norm(dim=1) / u.norm(dim=1)).max() < 1e-5
+    with pytest.raises(ValueError, match="got both"):
+        StageRun(bank=LatentBank(X), reservoir=48)
+
+
 def test_captions_that_are_drawn_are_told_of_and_join_the_rows(fit, lightning_log):
     """The bank holds one caption of each picture, and training draws another."""
     given = torch.cat([OBS[:, None], OBS[:, None] + 1], 1)

@@ -49,7 +49,7 @@ class Model(torch.nn.Linear):
 def test_code_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 6
     names = {
         **vars(stagewise),
         "L": L,

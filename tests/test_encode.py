@@ -320,8 +320,8 @@ def test_what_was_converted_and_left_out_is_told(run, images, tmp_path, capsys):
         (pictures / name).write_text("")
     run(pictures, out, "--shard-size", 1)
     said = capsys.readouterr().out
-    assert "Note: 16 bits to 8: 1 pictures, such as ant/06.png (encode.json)." in said
-    assert "Note: transparent parts on white: 1 pictures, such as ant/07.png (" in said
+    assert "Note: 16 bits to 8: 1 picture, such as ant/06.png (encode.json)." in said
+    assert "Note: transparent parts on white: 1 picture, such as ant/07.png (" in said
     assert (
         "Note: left out as no pictures, by their endings: 2 .gif (zebra/a.gif), 1 .csv "
         "(labels.csv), 1 without an ending (zebra/ending)." in said

@@ -1,6 +1,9 @@
 """One of two processes fails in a probe (gloo): both raise, and none waits for ever."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -157,3 +160,47 @@ def test_a_folder_that_only_the_first_rank_would_write(reports, kind):
     assert first.startswith("OSError: Cannot write")
     assert "Say where files go: dirpath" in first
     assert second == "ValueError: Another process failed in writing its files; see its message."
+
+
+KILLER = """
+import os, signal
+from lightning.pytorch import Callback
+
+
+class Killer(Callback):
+    def on_before_optimizer_step(self, trainer, *_):
+        if trainer.global_step == 7 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_survivor_of_a_dead_rank_says_how_to_go_on(tmp_path):
+    (tmp_path / "killer.py").write_text(KILLER)
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        *(sys.executable, "-m", "stagewise.recipes.train", "experiment=photos", "name=test"),
+        *("data.train_size=280", "data.held_out_size=70", "data.batch_size=16"),
+        *("net.hidden_size=32", "net.depth=1", "trainer.enable_progress_bar=false"),
+        *("~callbacks.progress", "~callbacks.memorization", "callbacks.monitor.queries=8"),
+        *("callbacks.errors.every_n_steps=4", "callbacks.errors.queries=4", "evaluation.steps=2"),
+        *("evaluation.queries=64", "evaluation.samples_per_class=1", "trainer.max_steps=9"),
+        *("trainer.devices=2", "trainer.strategy=ddp", f"run_dir={tmp_path / 'run'}"),
+        *("+callbacks.checkpoint.every_n_train_steps=2", f"hydra.run.dir={tmp_path / 'hydra'}"),
+    ]
+
+    def run(*more):
+        return subprocess.run([*command, *more], env=env, capture_output=True, text=True)
+
+    cut = run("+callbacks.killer._target_=killer.Killer")
+    assert cut.returncode != 0
+    assert f"Go on with it from last.ckpt: run_dir={tmp_path / 'run'} resume=true" in cut.stderr
+    resumed = run("resume=true")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    lines = (tmp_path / "run/errors/stages.jsonl").read_text().splitlines()
+    windows = [e for e in map(json.loads, lines) if e["event"] == "training_window"]
+    said = "from step 4 to 6, where training was resumed, draws of one process of 2 are counted"
+    assert [(w["step"], w.get("lacking")) for w in windows] == [
+        *((step, None) for step in (1, 4)),
+        (8, said),
+        (9, None),
+    ]

@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stagewise.callbacks import PosteriorMonitor
+from stagewise.callbacks import PosteriorMonitor, writer
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.writer import Writer, show_pictures
+from stagewise.recipes.checkpoint_io import AtomicCheckpointIO
+from stagewise.recipes.loggers import spared
 
 MISSING = {
     name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"no {name} here")
@@ -327,8 +329,9 @@ def test_a_full_disk_is_a_warning_and_the_picture_of_before_stays(write, tmp_pat
     before = (tmp_path / "files/curve.png").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", full)
-        with pytest.warns(UserWarning, match=r"curve\.png: No space left.*dirpath="):
-            made.pictures({"curve": figure(2.0)}, 2)
+        with pytest.warns(UserWarning, match=r"curve\.png: No space left.*dirpath=") as said:
+            made.pictures({"curve": figure(2.0), "other": figure()}, 2)
+        assert len(said) == 1, "once for a folder"
     assert (tmp_path / "files/curve.png").read_bytes() == before
     assert sorted(file.name for file in (tmp_path / "files").iterdir()) == [
         "curve.png",
@@ -336,6 +339,74 @@ def test_a_full_disk_is_a_warning_and_the_picture_of_before_stays(write, tmp_pat
     ]
     made.pictures({"curve": figure(2.0)}, 3)
     assert (tmp_path / "files/curve.png").read_bytes() != before
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        made.pictures({"curve": figure(2.0)}, 4)
+
+
+def test_a_logger_that_fails_at_scalars_is_a_warning(write, monkeypatch):
+    logger = Named()
+    monkeypatch.setattr(logger, "log_metrics", full)
+    made, _ = write(logger)
+    with pytest.warns(UserWarning, match=r"Named did not take scalars.*Training goes on"):
+        made.scalars({"watch/a": 1.0}, 0)
+    made.scalars({"watch/a": 1.0}, 1)
+
+
+def test_the_logger_of_a_run_may_fill_its_disk(
+    make_trainer, make_data, make_loader, tiny_flow, tmp_path
+):
+    """TensorBoard's writer has failed in its thread: Lightning makes a ValueError of that."""
+    logger = spared("tensorboard", TensorBoardLogger(tmp_path, "tb", version=""))
+    model, step = tiny_flow(), 0
+
+    def training_step(batch, batch_idx, own=model.training_step):
+        nonlocal step
+        step += 1
+        if step == 3:
+            logger.experiment._get_file_writer().event_writer._async_writer._worker.exception = (
+                OSError(errno.ENOSPC, "No space left on device")
+            )
+        model.log("loss", 1.0)
+        return own(batch, batch_idx)
+
+    model.training_step = training_step
+    trainer = make_trainer(logger=logger, max_steps=6, log_every_n_steps=1)
+    with pytest.warns(UserWarning, match="TensorBoardLogger cannot write") as said:
+        trainer.fit(model, make_loader(make_data()[0]))
+    assert trainer.global_step == 6
+    (message,) = [str(one.message) for one in said if "cannot write" in str(one.message)]
+    assert f"{tmp_path / 'tb'}: No space left on device" in message
+    assert "resume=true; or log elsewhere: logger.tensorboard.save_dir=FOLDER." in message
+
+
+def test_a_logger_that_is_told_nonsense_still_says_so(tmp_path):
+    logger = spared("tensorboard", TensorBoardLogger(tmp_path))
+    with pytest.raises(ValueError, match="not supported"):
+        logger.log_metrics({"a": object()}, 0)
+
+
+def test_files_of_a_run_are_as_the_umask_says(write, tmp_path):
+    before = os.umask(0o027)
+    try:
+        made, _ = write()
+        made.pictures({"curve": figure()}, 1)
+        made.event({"event": "probe", "step": 1})
+        AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "files/last.ckpt")
+    finally:
+        os.umask(before)
+    found = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "files").iterdir()}
+    assert found == dict.fromkeys(("curve.png", "stages.jsonl", "last.ckpt"), 0o640)
+
+
+def test_events_are_kept_beside_only_if_there_are_some(write, tmp_path):
+    made, _ = write()
+    assert [file.name for file in (tmp_path / "files").iterdir()] == ["stages.jsonl"]
+    for events, resumed, kept in (([], True, False), ([{"event": "a"}], False, False)):
+        made.start(events, resumed=resumed)
+        assert (tmp_path / "files/stages.bak.jsonl").exists() == kept
+    made.start([], resumed=False)
+    assert (tmp_path / "files/stages.bak.jsonl").read_text() == '{"event": "a"}\n'
 
 
 def test_a_folder_that_has_gone_is_a_warning(write, tmp_path):
@@ -351,16 +422,19 @@ def test_a_folder_that_has_gone_is_a_warning(write, tmp_path):
 def test_an_event_that_does_not_fit_leaves_no_half_line(write, tmp_path, monkeypatch):
     made, _ = write()
 
-    def half(mode, events):
-        with (tmp_path / "files/stages.jsonl").open(mode) as file:
-            file.write('{"event": "pro')
+    def half(file, events):
+        with file.open("a") as lines:
+            lines.write('{"event": "pro')
         full()
 
     with monkeypatch.context() as patch:
-        patch.setattr(made, "_events", half)
+        patch.setattr(writer, "_append", half)
+        with pytest.raises(OSError, match=r"stages\.jsonl: No space left.*dirpath="):
+            made.start([{"event": "header"}, {"event": "probe"}], resumed=True)
         with pytest.warns(UserWarning, match=r"stages\.jsonl: No space left.*dirpath="):
             made.event({"event": "probe", "step": 1})
     made.event({"event": "probe", "step": 2})
+    assert [file.name for file in (tmp_path / "files").iterdir()] == ["stages.jsonl"]
     lines = (tmp_path / "files/stages.jsonl").read_text().splitlines()
     assert [json.loads(line).get("step") for line in lines] == [None, 2]
 

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from stagewise.recipes import report as page
-from stagewise.recipes.report import report
+from stagewise.recipes import report_compare, report_html, report_sections
+from stagewise.recipes.report import compare, report
+from stagewise.recipes.report_facts import Facts
+from stagewise.recipes.report_verdict import advice, verdict
 from stagewise.recipes.run_files import read_run
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +37,7 @@ def measured(step):
         "step": step,
         "t": t,
         "top1": t,
+        "target_difference": t[::-1],
         "midpoint": 0.4321,
         "midpoint_low": 0.41,
         "midpoint_high": 0.45,
@@ -71,17 +75,21 @@ def probe(step, alarm=None):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made and not drawn, which takes most of the time."""
-    monkeypatch.setattr(page, "_drawn", lambda figure, alt: page._image(b"", alt, (1, 1)))
+    for module in (report_sections, report_compare):
+        monkeypatch.setattr(
+            module, "drawn", lambda figure, caption: report_html.image(b"", caption, (1, 1))
+        )
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run with everything, and the folder it lies in."""
     folder = tmp_path / "a run & more"
-    about = {"event": "bank", "rows": "20000 <b>", "shape": [3, 16, 16], "std": 0.5, "classes": 7}
+    about = {"event": "bank", "rows": 20000, "shape": [3, 16, 16], "std": 0.5, "classes": 7}
     about |= {"class_wise": True, "path": "LinearPath()", "predicted": 0.35}
     write(folder / "stages", about, measured(0), measured(500))
-    header = {"event": "velocity", "edges": EDGES, "midpoint": 0.43, "collapsed": 1.0}
+    header = {"event": "velocity", "edges": EDGES, "midpoint": 0.43, "collapsed": 0.8}
+    header |= {"network": "net: SiT(x_t, time)", "parameters": 1234567, "queries": 32}
     share = {"draws": 0.4, "loss": 0.3, "gradient": 0.3}
     window = {
         "event": "training_window",
@@ -99,11 +107,19 @@ def run(tmp_path):
         "step": 321,
         "message": "flat at <0.1>",
     }
-    write(folder / "transitions", moved)
-    copied = {"event": "memorization_probe", "step": 500, "copies": [0.25], "low": [0.1]}
-    write(folder / "memory", {"event": "memorization"}, copied | {"high": [0.4]})
-    (folder / "config.yaml").write_text("name: <script>alert(1)</script>\n")
+    kinds = {"navigation learned": "", "memorization onset": "", "boundary moved": "a bank"}
+    write(folder / "transitions", {"event": "transitions", "kinds": kinds}, moved)
+    copied = {"event": "memorization_probe", "step": 500, "samples": 64, "t_switch": [0.0, 0.4]}
+    copied |= {"copies": [0.25, 0.5], "low": [0.1, 0.3], "high": [0.4, 0.6]}
+    write(folder / "memory", {"event": "memorization"}, copied)
+    (folder / "config.yaml").write_text(
+        "name: <script>alert(1)</script>\ntrainer: {max_steps: 500}\nlr: 0.001\n"
+    )
     return folder
+
+
+def events_of(run, part):
+    return list(map(json.loads, (run / part / "stages.jsonl").read_text().splitlines()))
 
 
 class Checker(HTMLParser):
@@ -139,24 +155,43 @@ def test_a_page_says_what_the_run_found(run):
     found = read(run / "report.html")
     for words in (
         "a run & more",
-        "up to step 500",
-        "0.432",
-        "0.41 to 0.45",
+        "500 of 500 planned",
+        "net: SiT(x_t, time); 1\u202f234\u202f567 parameters",
+        "0.430",
         "0.123",
-        "20000 <b> rows",
+        "3 × 16 × 16 numbers",
         "within 2.25 standard errors",
         "navigation learned",
         "flat at <0.1>",
         "321",
-        "copies among samples",
-        "0.25",
+        "16 of 64 samples are copies (95 % exact interval 0.1 to 0.4)",
+        "Looked for and not seen up to step 500: memorization onset.",
+        "Could not be seen in this run: boundary moved (lacks a bank)",
         "name: <script>alert(1)</script>",
     ):
         assert words in found.text, words
-    assert "not in this run" not in found.text
-    assert len(found.images) == 7
+    assert "not in this run" not in found.text.replace("Pictures of samples: not in this run", "")
+    assert "cannot be made" not in found.text
+    assert len(found.images) == 9
     assert all(image["alt"] and image["src"].startswith("data:image/png") for image in found.images)
     assert not list(run.glob("*.partial"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_it_reads_from_the_verdict_down(run):
+    text = report(run).read_text(encoding="utf-8")
+    assert text.index("Navigation was learned by step 321") < text.index("<h2>")
+    assert re.findall("<h2>(.*?)</h2>", text) == [
+        "How to read this page",
+        "Samples",
+        "The loss against its floor",
+        "The stages",
+        "Memorization",
+        "What training spends on each stage",
+        "What to change, and why",
+        "Events",
+        "Settings",
+    ]
 
 
 def test_it_is_one_file_that_asks_for_nothing(run):
@@ -164,7 +199,7 @@ def test_it_is_one_file_that_asks_for_nothing(run):
     assert "<script>" not in text
     assert not re.search(r"""(src|href)=["'](?!data:)""", text)
     assert not re.search(r"url\(|@import|https?://", text)
-    assert len(text) < 5e6
+    assert len(text) < 3e6
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -181,7 +216,11 @@ def test_a_run_with_one_monitor_says_what_others_would_give(run, kept):
         "memory": ("PosteriorMonitor", "VelocityErrorMonitor"),
     }[kept]
     for name in missing:
-        assert name in found.text
+        assert re.search(rf"not in this run. Add {name}\(.*?\)\.", found.text), name
+    assert "cannot be made" not in found.text
+    if kept != "transitions":
+        assert "These files do not tell whether navigation was learned" in found.text
+        assert "not seen" not in found.text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -194,8 +233,13 @@ def test_an_alarm_is_on_top(run):
 
 @pytest.mark.usefixtures("undrawn")
 def test_pictures_of_the_run_are_taken_in(run):
-    shutil.copy(ROOT / "docs/images/concentration.png", run / "stages/concentration.png")
-    assert len(read(report(run)).images) == 8
+    shutil.copy(ROOT / "docs/images/samples.png", run / "samples.png")
+    assert len(read(report(run)).images) == 10
+    (run / "samples.png").unlink()
+    shutil.copy(ROOT / "docs/images/samples.png", run / "memory/samples.png")
+    found = read(report(run))
+    assert len(found.images) == 11  # beside their nearest rows, twice
+    assert "Pictures of samples" not in found.text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -217,14 +261,14 @@ def lines_of(monkeypatch):
     """The places of the boundary in all figures that are drawn from now on."""
     places = []
 
-    def drawn(figure, alt):
+    def drawn(figure, caption):
         for axes in figure.axes:
             for line in axes.get_lines():
                 if str(line.get_label()).startswith(("midpoint", "collapsed")):
                     places.append(round(float(line.get_xdata()[0]), 3))
-        return page._image(b"", alt, (1, 1))
+        return report_html.image(b"", caption, (1, 1))
 
-    monkeypatch.setattr(page, "_drawn", drawn)
+    monkeypatch.setattr(report_sections, "drawn", drawn)
     return places
 
 
@@ -232,8 +276,8 @@ def lines_of(monkeypatch):
 def test_one_boundary_in_all_of_a_page(run, told, monkeypatch):
     """That of the errors' header, or else of the bank's, or else of the first probe."""
     places = lines_of(monkeypatch)
-    bank, first, last = map(json.loads, (run / "stages/stages.jsonl").read_text().splitlines())
-    header, *others = map(json.loads, (run / "errors/stages.jsonl").read_text().splitlines())
+    bank, first, last = events_of(run, "stages")
+    header, *others = events_of(run, "errors")
     bare = {key: value for key, value in header.items() if key not in BOUNDARY}
     other = {key: value + 0.05 for key, value in BOUNDARY.items()}
     if told == "errors":
@@ -247,13 +291,21 @@ def test_one_boundary_in_all_of_a_page(run, told, monkeypatch):
         write(run / "stages", bank, first | BOUNDARY, last)
     text = read(report(run)).text
     assert set(places) == {0.371, 0.871}
-    assert "95 % interval: 0.36 to 0.38" in text
-    assert "95 % interval: 0.86 to 0.88" in text
-    assert "t at which the mean largest posterior weight crosses 0.5" in text
-    # What was measured later is called so, and is nowhere else.
-    assert text.count("0.432") == 1
-    assert "last probe, measured at step 500" in text
+    assert "mean largest posterior weight crosses 0.5: t = 0.371 (95 % interval 0.360 to" in text
+    assert "mean largest posterior weight crosses 0.99: t = 0.871 (95 % interval 0.860" in text
+    # Another measurement is told only because it is elsewhere: latents have changed.
+    assert text.count("t = 0.432") == 1
+    assert "At step 500 the midpoint was measured at t = 0.432 (0.410 to 0.450)" in text
     assert read_run(run).boundary().midpoint == BOUNDARY["midpoint"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_measurement_that_agrees_is_not_told_again(run):
+    bank, first, last = events_of(run, "stages")
+    header, *others = events_of(run, "errors")
+    write(run / "errors", header | BOUNDARY, *others)
+    write(run / "stages", bank, first, last | {"midpoint": 0.3777, "midpoint_low": 0.37})
+    assert "0.378" not in read(report(run)).text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -263,24 +315,18 @@ def test_a_boundary_that_was_not_reached_is_no_number(run):
     none = dict.fromkeys(BOUNDARY)
     write(run / "stages", bank, first | none, last | none)
     text = read(report(run)).text
-    assert "boundary (midpoint), t–" in text
+    assert "navigation ends at t–" in text
     assert "nan" not in text
-    assert "midpoint – (no interval)" in text
+    assert "crosses 0.5: not reached" in text
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_gap_is_told_with_what_chance_makes(run):
-    header, *_ = map(json.loads, (run / "errors/stages.jsonl").read_text().splitlines())
+    header, *_ = events_of(run, "errors")
     last = probe(9) | {"gap": [0.03] * BINS, "gap_se": [0.01] * 2 + [0.02] * 3 + [None]}
     write(run / "errors", header, probe(1), last)
-    assert "At step 9 the gap is two standard errors or more from zero in 2 of 6 bins" in (
-        read(report(run)).text
-    )
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_copies_have_the_words_of_their_interval(run):
-    assert "95 % exact interval: 0.1 to 0.4" in read(report(run)).text
+    text = read(report(run)).text
+    assert "at step 9 it is two standard errors or more from zero in 2 of 6 bins of t" in text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -314,6 +360,266 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+# -- the verdict, and what to change -------------------------------------------------------------
+
+
+def facts_of(run, *events):
+    """Facts of a run whose errors are these, after the header."""
+    write(run / "errors", events_of(run, "errors")[0], *events)
+    return Facts(read_run(run))
+
+
+def learning(step, oracle, held_out=0.0, **changes):
+    """A probe whose oracle error is `oracle` in all stages; held-out error is above by a part."""
+    made = json.loads(json.dumps(probe(step)))
+    for split, above in (("train", 0.0), ("held_out", held_out)):
+        made[split]["oracle"] = [oracle] * BINS
+        made[split]["conditional"] = [oracle + 0.1 + above] * BINS
+        made[split]["floor"] = [0.1] * BINS
+        for stage in made["stages"][split].values():
+            stage |= {"oracle": oracle, "conditional": oracle + 0.1 + above, "floor": 0.1}
+            stage |= {"excess": oracle / 0.1}
+    made["gap"] = [held_out] * BINS
+    return made | changes
+
+
+def done(facts):
+    return " ".join(f"{each.do} {each.why} {each.source}" for each in advice(facts))
+
+
+def test_navigation_that_still_improves_is_trained_longer(run):
+    shutil.rmtree(run / "transitions")
+    facts = facts_of(run, learning(1, 1.0), learning(200, 0.2), learning(400, 0.1))
+    assert "Navigation still improves (the error above the floor fell by 50 %" in verdict(facts)
+    assert "held-out samples are predicted as well as training samples within" in verdict(facts)
+    assert "fell by 50 % from step 200 to the end, and held-out error has not risen" in done(facts)
+
+
+def test_navigation_that_is_level_is_not_trained_longer(run):
+    shutil.rmtree(run / "transitions")
+    facts = facts_of(run, learning(1, 1.0), learning(200, 0.1), learning(400, 0.099))
+    assert "hardly changes any more (its error is 99 % above the floor)" in verdict(facts)
+    assert "Train longer" not in done(facts)
+
+
+def test_few_probes_show_no_trend(run):
+    shutil.rmtree(run / "transitions")
+    facts = facts_of(run, learning(1, 1.0), learning(400, 0.1))
+    assert "at too few probes to see a trend" in verdict(facts)
+    assert "Train longer" not in done(facts)
+
+
+def test_held_out_error_that_has_risen_stops_the_training_earlier(run):
+    facts = facts_of(run, learning(1, 1.0), learning(200, 0.1, 0.02), learning(400, 0.02, 0.3))
+    assert "held-out error is 250 %" in verdict(facts)
+    assert "Take the weights of about step 200." in done(facts)
+    assert "second-hand: docs/results.md" in done(facts)
+    assert "Train longer" not in done(facts)
+
+
+def test_an_oracle_that_is_not_that_of_the_training_is_all_the_advice(run):
+    facts = facts_of(run, learning(1, 1.0), learning(400, 0.1, alarm="off by 12 standard errors"))
+    assert verdict(facts).startswith("Do not act on these numbers yet: at step 400 off by 12")
+    (only,) = advice(facts)
+    assert only.do.startswith("Mend the oracle first")
+
+
+def test_floor_that_is_most_of_the_loss_is_advised_at_second_hand(run):
+    facts = facts_of(run, learning(1, 1.0), learning(400, 0.05))
+    (target,) = (each for each in advice(facts) if "oracle targets" in each.do)
+    assert "In navigation 67 % of the loss is the floor" in target.why
+    assert target.source.startswith("second-hand")
+    write(run / "scheme", {"event": "scheme"})
+    assert not any("oracle targets" in each.do for each in advice(Facts(read_run(run))))
+
+
+def test_a_run_of_the_data_alone_has_no_verdict_on_the_model(run):
+    for part in ("errors", "transitions", "memory"):
+        shutil.rmtree(run / part)
+    said = verdict(Facts(read_run(run)))
+    assert (
+        said
+        == "Navigation ends at t = 0.432 in these data; how well the model learns was not measured."
+    )
+    assert "VelocityErrorMonitor()" in done(Facts(read_run(run)))
+
+
+def test_what_a_guard_has_measured_counts(run):
+    shutil.rmtree(run / "errors")
+    shutil.rmtree(run / "transitions")
+    copied = events_of(run, "memory")[-1] | {"event": "guard_probe", "held_out_loss": 0.25}
+    later = copied | {"step": 900, "held_out_loss": 0.5}
+    write(run / "memory", {"event": "guard"}, copied, later)
+    facts = Facts(read_run(run))
+    assert "memorization had not begun by step 900" in verdict(facts)
+    text = read(report(run)).text
+    assert "held-out loss was lowest at step 500, 0.25, and was 0.5 at step 900" in text
+    assert "Looked for and not seen up to step 900: memorization onset." in text
+    onset = {"event": "transition", "kind": "memorization onset", "step": 700, "message": "m"}
+    write(run / "memory", {"event": "guard"}, copied, later, onset)
+    facts = Facts(read_run(run))
+    assert "memorization began at step 700" in verdict(facts)
+    assert "Take the weights of about step 700." in done(facts)
+
+
+# -- runs that were killed, are of another version, or of other data -----------------------------
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_was_killed_says_where(run):
+    file = run / "errors/stages.jsonl"
+    file.write_text(file.read_text() + '{"event": "velo')
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("500", "1200"))
+    text = read(report(run)).text
+    assert "cut short, as when a run is killed" in text
+    assert "The last measurement is of step 500 of 1200: the run was stopped" in text
+    assert f"run_dir='{run}' resume=true" in text
+    last = events_of(run, "memory")[-1]
+    header, *others = [e for e in read_run(run).of("velocity")]
+    lines = file.read_text().splitlines()[:-1]
+    ended = json.loads(lines[2]) | {"at_end": True}
+    write(run / "errors", *map(json.loads, lines[:2]), ended)
+    assert last["step"] == 500
+    assert "was stopped" not in read(report(run)).text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_loss_that_was_not_finite_is_on_top(run):
+    broken = {"event": "non-finite", "step": 77, "rows": [3, 5], "t": [0.1, 0.2]}
+    write(run / "errors", *events_of(run, "errors"), broken)
+    text = read(report(run)).text
+    assert text.index("At step 77 the loss or its gradient was not finite") < text.index("How to")
+    assert "rows [3, 5] of a batch" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_events_of_an_older_version_leave_the_rest_of_the_page(run):
+    """A part whose events lack what is read says so; the other parts are there."""
+    header, first, last, window = events_of(run, "errors")
+    for event in (first, last):
+        del event["stages"], event["train"]["oracle_se"], event["train"]["pythagoras_z"]
+        del event["gap_se"]
+    del window["stages"]
+    bare = {key: header[key] for key in ("event", "edges")}
+    write(run / "errors", bare, first, last)
+    text = read(report(run)).text
+    assert "This part cannot be made: the events have another shape" in text
+    assert "crosses 0.5: t = 0.432" in text
+    assert "16 of 64 samples are copies" in text
+    assert "navigation learned" in text
+
+
+# -- several runs side by side -------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(run, tmp_path):
+    """Two runs of the same data: the second is larger and ahead."""
+    header = events_of(run, "errors")[0]
+    other = tmp_path / "large"
+    shutil.copytree(run, other)
+    (other / "config.yaml").write_text(f"lr: 0.002\nrun_dir: {other}\ndir: {other}/x\n")
+    (run / "config.yaml").write_text(f"lr: 0.001\nrun_dir: {run}\ndir: {run}/x\n")
+    write(run / "errors", header, learning(1, 1.0), learning(100, 0.4), learning(400, 0.2))
+    header |= {"parameters": 12345670}
+    write(other / "errors", header, learning(1, 1.0), learning(100, 0.2), learning(600, 0.1))
+    return run, other
+
+
+def test_two_runs_side_by_side(pair):
+    run, other = pair
+    assert compare(pair) == run / "compare.html"
+    found = read(run / "compare.html")
+    # The second has no probe at the last step of the first: that before it counts.
+    for words in (
+        "a run & more against large",
+        "At step 400 a run & more and large do not differ beyond noise in held-out loss",
+        "1\u202f234\u202f567",
+        "12\u202f345\u202f670",
+        "20\u202f000 rows of 3 × 16 × 16 numbers",
+        "power \u22120.30",  # 0.4 to 0.2 at ten times the parameters, at step 100
+        "Two sizes are always on a line",
+    ):
+        assert words in found.text, words
+    settings = found.text[found.text.index("Settings that differ") :]
+    assert "0.0010.002" in settings
+    assert "dir" not in settings
+    assert len(found.images) == 5
+    assert (run / "compare.html").stat().st_size < 3e6
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_run_that_is_ahead_is_named_where_all_have_held_out_samples_by_those(pair):
+    run, other = pair
+    header, *_ = events_of(run, "errors")
+    write(run / "errors", header, learning(1, 1.0), learning(400, 0.1, 0.5))
+    write(other / "errors", header, learning(1, 1.0), learning(400, 0.2))
+    assert "large is ahead of a run & more by 57 % in held-out loss" in read(compare(pair)).text
+    without = [event | {"gap": None, "held_out": None} for event in events_of(other, "errors")[1:]]
+    write(other / "errors", header, *without)
+    text = read(compare(pair)).text
+    assert "a run & more is ahead of large by 50 % in loss above the floor" in text
+    assert "the sizes are not all different (1\u202f234\u202f567, 1\u202f234\u202f567)" in text
+
+
+def test_three_sizes_show_whether_a_line_is_straight():
+    sizes = [10, 100, 1000]
+    straight = report_compare._straight(report_compare._powers(sizes, [0.4, 0.2, 0.1]))
+    assert "It is nearly one line (from size to size \u22120.30, \u22120.30)" in straight
+    bent = report_compare._straight(report_compare._powers(sizes, [0.4, 0.11, 0.1]))
+    assert "not one line" in bent
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rows", 300), ("shape", [4, 8, 8]), ("std", 0.7), ("class_wise", False), ("classes", 10)],
+)
+def test_runs_of_other_data_are_not_compared(pair, key, value, monkeypatch):
+    run, other = pair
+    bank, *probes = events_of(other, "stages")
+    write(other / "stages", bank | {key: value}, *probes)
+    with pytest.raises(ValueError, match=rf"(?s)same data, got {key} .*stagewise report '.*a run"):
+        compare(pair)
+    assert not (run / "compare.html").exists()
+    monkeypatch.setattr(sys, "argv", ["stagewise report", str(run), str(other)])
+    with pytest.raises(SystemExit, match="stagewise report: Expected runs of the same data"):
+        page.main()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_two_runs_do_not_tell_is_said(pair):
+    run, other = pair
+    shutil.rmtree(other / "stages")
+    header, *probes = events_of(other, "errors")
+    del header["parameters"]
+    header["edges"] = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 1]
+    write(other / "errors", header, *probes)
+    (other / "config.yaml").unlink()
+    text = read(compare(pair)).text
+    assert "large has no PosteriorMonitor, so whether it has the data of the others" in text
+    assert "the files of large do not tell the number of parameters" in text
+    assert "the runs have other bins of t" in text
+    assert "Not compared: no config.yaml in large" in text
+    shutil.rmtree(other / "errors")
+    text = read(compare(pair)).text
+    assert "Fewer than two of these runs have a VelocityErrorMonitor" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_cannot_be_compared_is_one_line(pair, tmp_path, monkeypatch):
+    run, other = pair
+    for given, message in (
+        ((run, run), "Expected different runs, got"),
+        ((run, tmp_path / "nowhere"), "There is no folder"),
+        ((run, tmp_path), r"Expected runs to compare; .* holds several:\n(.*\n)?.*large"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["stagewise report", *map(str, given)])
+        with pytest.raises(SystemExit, match=f"^stagewise report: {message}"):
+            page.main()
+
+
 def test_a_browser_opens_it_without_a_word(run, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -324,3 +630,11 @@ def test_a_browser_opens_it_without_a_word(run, tmp_path):
     done = subprocess.run(call, capture_output=True, text=True, timeout=120)
     assert picture.stat().st_size > 20_000
     assert "CONSOLE" not in done.stderr
+
+
+def test_a_window_that_does_not_count_all_says_so(run, undrawn):
+    assert "Not all" not in report(run).read_text()
+    lines = (run / "errors/stages.jsonl").read_text().splitlines()
+    window = json.loads(lines[-1]) | {"lacking": "draws of one process of <2>"}
+    (run / "errors/stages.jsonl").write_text("\n".join([*lines[:-1], json.dumps(window)]) + "\n")
+    assert "Not all: draws of one process of &lt;2&gt;." in report(run).read_text()

@@ -116,7 +116,9 @@ def test_bad_input():
     reservoir = Reservoir(8)
     reservoir.add(torch.randn(4, 2))
     for x1, labels in [(torch.randn(4, 3), None), (torch.randn(4, 2), torch.arange(4))]:
-        with pytest.raises(ValueError, match=r"shape \(2,\) without labels as before"):
+        with pytest.raises(
+            ValueError, match=r"shape \(2,\) without labels and without conditions as before"
+        ):
             reservoir.add(x1, labels)
     masked = MaskedLabels.of(None, torch.ones(4, 2, dtype=torch.bool), torch.randn(4, 2))
     with pytest.raises(ValueError, match=r"without masks.*LatentBank\(x, labels, mask=mask\)"):

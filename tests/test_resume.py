@@ -1,8 +1,10 @@
 """Where training begins: what is gone on from, what is refused, and what a second one is told."""
 
+import errno
 import operator
 import os
 import signal
+import types
 
 import lightning.pytorch as pl
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,11 +21,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from stagewise.latents import open_latents
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes import order
+from stagewise.recipes.arguments import ends_in_a_line
 from stagewise.recipes.checkpoint_io import AtomicCheckpointIO, RunCheckpoint
 from stagewise.recipes.latents import LatentsData
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.order import ResumableData
-from stagewise.recipes.resume import checkpoint_of
+from stagewise.recipes.resume import checkpoint_of, says_how_to_go_on
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
@@ -227,6 +231,13 @@ def test_resuming_in_a_folder_that_nobody_chose_is_refused(started, tmp_path):
         checkpoint_of(started(), tmp_path)
 
 
+def test_a_damaged_configuration_is_named(started, tmp_path):
+    for content in (b"a: [", b"\xff\xfe", b"- 1"):
+        (tmp_path / "config.yaml").write_bytes(content)
+        with pytest.raises(ValueError, match=r"config\.yaml cannot be read as a configuration"):
+            checkpoint_of(started("resume=true", f"hydra.run.dir={tmp_path}"), tmp_path)
+
+
 def test_a_damaged_checkpoint_is_said_and_left_out(started, tmp_path, lightning_log):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
@@ -330,26 +341,20 @@ def test_killed_between_the_two_files_of_a_step_it_goes_on_from_the_first(
 ):
     often = ("+callbacks.checkpoint.every_n_train_steps=2", "trainer.max_steps=6")
     train_tiny(tmp_path / "whole", *often)
-    save, seen = AtomicCheckpointIO.save_checkpoint, []
+    save, saved = AtomicCheckpointIO.save_checkpoint, []
 
-    def killed(self, checkpoint, path, **options):
-        if checkpoint["global_step"] == 4 and str(path).endswith("last.ckpt"):
+    def killed_once(self, checkpoint, path, **options):
+        step = checkpoint["global_step"]
+        if str(path).endswith("last.ckpt") and saved == [2, 2, 4]:
             raise KeyboardInterrupt
+        saved.append(step)
         save(self, checkpoint, path, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(AtomicCheckpointIO, "save_checkpoint", killed)
-        with pytest.raises(KeyboardInterrupt, match="at step 4"):
-            train_tiny(tmp_path / "cut", *often)
-    monkeypatch.setattr(
-        AtomicCheckpointIO,
-        "save_checkpoint",
-        lambda self, checkpoint, *rest: (
-            seen.append(checkpoint["global_step"]) or save(self, checkpoint, *rest)
-        ),
-    )
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", killed_once)
+    with pytest.raises(KeyboardInterrupt, match="at step 4"):
+        train_tiny(tmp_path / "cut", *often)
     train_tiny(tmp_path / "cut", *often, "resume=true")
-    assert seen[0] == 6, "step 4 is not made again"
+    assert saved == [2, 2, 4, 6, 6], "step 4 is not made again"
     whole, cut = (
         torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for run in ("whole", "cut")
@@ -376,6 +381,59 @@ def test_what_is_private_in_lightning_is_still_there(owner, name, used_by):
         operator.attrgetter(name)(owner)
     except AttributeError:
         pytest.fail(f"lightning {pl.__version__} has no {name} any more: mend {used_by}.")
+
+
+# -- what ends a training early -------------------------------------------------------------------
+
+
+@pytest.fixture
+def ends(tmp_path):
+    """`ends(error, step)`: what a training that began at step 3 raises, with a checkpoint there."""
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"state_dict": {}, "global_step": 3}, tmp_path / "checkpoints/last.ckpt")
+
+    def end(error, step=5):
+        with says_how_to_go_on(tmp_path, types.SimpleNamespace(global_step=step), 3):
+            raise error
+
+    return end
+
+
+GO_ON = "at step 5. Go on with it from last.ckpt: run_dir={} resume=true"
+
+
+def test_a_dead_process_or_a_full_disk_says_how_to_go_on(ends, tmp_path, capsys):
+    go_on = GO_ON.format(tmp_path)
+    with pytest.raises(RuntimeError, match="Connection closed by peer") as caught:
+        ends(RuntimeError("Connection closed by peer"))
+    noted = capsys.readouterr().err.splitlines() + getattr(caught.value, "__notes__", [])
+    assert noted == [f"Training ended {go_on}"]
+    with pytest.raises(SystemExit) as caught, ends_in_a_line("train"):
+        ends(OSError(errno.ENOSPC, "No space left on device"))
+    lines = f"{capsys.readouterr().err}{caught.value.code}"
+    assert f"Make room in {tmp_path}" in lines
+    assert lines.count(go_on) == 1
+    assert "stagewise train: [Errno 28] No space left on device" in lines
+
+
+def test_an_interrupt_and_a_sigterm_say_so_too(ends, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt, match="at step 5. Go on with it from last"):
+        ends(SystemExit(1))
+    with pytest.raises(SystemExit) as caught:
+        ends(SIGTERMException())
+    assert caught.value.code == 143
+    said = capsys.readouterr().err
+    assert said == f"stagewise train: ended by SIGTERM {GO_ON.format(tmp_path)}\n"
+    (tmp_path / "checkpoints/last.ckpt").write_bytes(b"half")
+    with pytest.raises(KeyboardInterrupt, match="at step 5, before the first checkpoint"):
+        ends(SystemExit(1))
+
+
+def test_what_would_be_refused_again_is_not_gone_on_with(ends, capsys):
+    with pytest.raises(ValueError, match="^wrong$") as caught:
+        ends(ValueError("wrong"), step=3)
+    assert not hasattr(caught.value, "__notes__")
+    assert not capsys.readouterr().err
 
 
 # -- validation -----------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import shlex
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +11,9 @@ import lightning as L
 import matplotlib
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+
+from stagewise.recipes import cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -25,9 +30,10 @@ ELSEWHERE = {
 }
 
 
-def blocks_of(page, kind="python"):
-    fence = re.compile(rf"^```{re.escape(kind)}\n(.*?)^```", re.DOTALL | re.MULTILINE)
-    return fence.findall(page.read_text())
+def blocks_of(page, *kinds):
+    """The blocks of a page that have one of these words behind their first fence."""
+    fences = re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [code for kind, code in fences if kind in (kinds or ("python",))]
 
 
 def name(page):
@@ -96,9 +102,41 @@ def test_cells_of_a_tutorial(page, tmp_path, monkeypatch):
     pyplot.close("all")
 
 
+def commands():
+    """Every command line that the documentation shows, with the page it stands on."""
+    for page in (*PAGES, ROOT / "README.md"):
+        for block in blocks_of(page, "", "bash", "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = re.sub(r"torchrun .* -m stagewise\.recipes\.", "stagewise ", line)
+                if line.startswith(("stagewise ", "make ")):
+                    yield page, shlex.split(line.replace("...", "X"), comments=True)
+
+
+def test_commands_take_what_pages_give_them():
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    seen = set()
+    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
+        for _, words in commands():
+            match words:
+                case ["make", target, *_]:
+                    assert f"make {target} " in listed
+                case ["stagewise", "train", *rest]:
+                    swept = [word.split(",")[0] for word in rest if word != "-m"]
+                    assert "trainer" in compose("train", overrides=swept)
+                case ["stagewise", "completion", *_]:
+                    assert "completion" in cli._COMMANDS
+                case ["stagewise", command, *rest]:
+                    parser = importlib.import_module(
+                        f"stagewise.recipes.{command.replace('-', '_')}"
+                    ).parser()
+                    assert parser.parse_args(rest)
+            seen.add(" ".join(words[:2]))
+    assert {"make demo", "stagewise train", "stagewise report", "stagewise encode"} <= seen
+
+
 def test_the_reference_has_every_public_name_once():
     text = "\n".join(page.read_text() for page in DOCS.glob("reference/*.md"))
-    listed = re.findall(r"^(?: +|\.\. auto\w+:: )(\w+)$", text, re.MULTILINE)
+    listed = re.findall(r"^(?: +|\.\. (?:auto|py:)\w+:: )(\w+)$", text, re.MULTILINE)
     for part in PUBLIC:
         package = importlib.import_module("stagewise" + part)
         for public in package.__all__:

@@ -333,6 +333,23 @@ def test_times_that_the_samples_were_not_smoothed_at_are_refused(smoothing):
         scheme(x1, xt=x1, t=T.flip(0), x1=x1)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_few_rows_each_a_class_are_smoothed(seed):
+    """At all t, so that no sample is a row; draws are wider than rows that are so few."""
+    torch.manual_seed(seed)
+    x, y = torch.randn(5, 6), torch.arange(5)
+    oracle = Oracle(LatentBank(x, y))
+    scheme = Scheme.two_stage(oracle, smoothing=Smoothing(oracle.bank, 4))
+    scheme.measure_boundary()
+    for _ in range(4):
+        t, x0 = torch.rand(5), torch.randn(5, 6)
+        x1 = scheme.smooth(x, t=t)
+        assert not torch.equal(x1, x)
+        xt = scheme.path.interpolate(x0, x1, t)
+        u, _ = scheme(x1 - x0, xt=xt, t=t, x1=x1, labels=y)
+        assert torch.equal(u, x1 - x0)
+
+
 def test_rows_that_stand_twice_are_told_that_nothing_is_smoothed():
     twice = Oracle(LatentBank(ROWS.repeat(2, 1)))
     scheme = Scheme(twice, smoothing=Smoothing(twice.bank, 4, progress=False))

@@ -1,5 +1,7 @@
 """`StageTransitions`: in small runs, told once, heard by schemes."""
 
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -45,7 +47,7 @@ class Flow(pl.LightningModule):
 
 @pytest.fixture
 def fit(make_trainer, make_loader):
-    def fit(x, *callbacks, steps, model=None, **options):
+    def fit(x, *callbacks, steps, model=None, ckpt_path=None, **options):
         draws = torch.Generator().manual_seed(5)
         others = torch.randn(400, 6, generator=draws)
         pl.seed_everything(0, verbose=False)
@@ -55,7 +57,8 @@ def fit(make_trainer, make_loader):
             *callbacks, max_steps=steps, log_every_n_steps=50, check_val_every_n_epoch=2, **options
         )
         train = make_loader(x, batch_size=64, sampler=sampler)
-        trainer.fit(model or Flow(), train, make_loader(others, batch_size=64))
+        held_out = make_loader(others, batch_size=64)
+        trainer.fit(model or Flow(), train, held_out, ckpt_path=ckpt_path)
         return trainer
 
     return fit
@@ -100,7 +103,11 @@ def test_events_are_said_once_and_heard(fit, tmp_path, read_stages, lightning_lo
     assert change["step"] == onset["step"]
     assert MEMORIZATION_ONSET in change["message"]
     lines = (tmp_path / "events" / "stages.jsonl").read_text().splitlines()
-    assert len(lines) == len(kinds)
+    header, *told = map(json.loads, lines)
+    assert [event["kind"] for event in told] == kinds
+    # What is not told has not happened, or could not be seen: the header says which.
+    assert header["kinds"][MEMORIZATION_ONSET] == ""
+    assert header["kinds"][BOUNDARY_MOVED].startswith("a PosteriorMonitor")
     assert "held-out error has left training error" in lightning_log.text
 
 
@@ -176,6 +183,24 @@ def test_data_that_augment_are_not_taken_for_changed_latents(make_trainer):
 def test_bad_arguments(options, match):
     with pytest.raises(ValueError, match=match):
         StageTransitions(**options)
+
+
+@pytest.mark.usefixtures("quick_figures")
+@pytest.mark.parametrize("resumed", [True, False])
+def test_events_of_another_run_are_kept_and_those_that_come_again_are_not(fit, tmp_path, resumed):
+    folder, line = tmp_path / "events", '{"event": "transition", "step": 3}\n'
+
+    def run(steps, **options):
+        errors = VelocityErrorMonitor(every_n_steps=2, strata=4, queries=4)
+        return fit(gaussian(64), errors, StageTransitions(dirpath=folder), steps=steps, **options)
+
+    run(2).save_checkpoint(tmp_path / "at2.ckpt")
+    (folder / "stages.jsonl").write_text(line)  # noticed after the checkpoint
+    run(4, ckpt_path=tmp_path / "at2.ckpt" if resumed else None)
+    assert (folder / "stages.jsonl").read_text() == ""
+    kept = folder / "stages.bak.jsonl"
+    assert kept.exists() != resumed
+    assert resumed or kept.read_text() == line
 
 
 def test_events_survive_a_checkpoint():

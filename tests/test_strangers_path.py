@@ -17,7 +17,9 @@ from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme, Velocit
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-WATCH, SAY, STEER, LINES, _, _, LOOP = BLOCKS
+WATCH, SAY, BOTH, LINES, _, LOOP = BLOCKS
+*HEAD, FIRST, SECOND = BOTH.splitlines(keepends=True)
+STEER, FEW = ("".join((*HEAD, last)) for last in (FIRST, SECOND))
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
@@ -200,14 +202,21 @@ def test_steering_by_the_line(run, kind, recwarn):
         ):
             held = torch.tensor(bank.labels_of(range(len(bank)))) == label
             rows = bank.take(torch.arange(len(bank)))[held].double()
-            if draws:  # x_1 joins as a row of its own
-                rows = torch.cat([rows, x1.flatten()[None].double()])
+            if draws:  # x_1 takes the place of the draw that it nearly is, or joins
+                gap = (rows - x1.flatten().double()).norm(dim=1)
+                beside = rows[gap > 0.01 * x1.norm()]
+                rows = torch.cat([beside, x1.flatten()[None].double()])
             t = t.double()
             far = (xt.flatten().double() - t * rows).square().sum(1)
             mean = torch.softmax(-far / (2 * (1 - t) ** 2), 0) @ rows
             expected = (mean - xt.flatten().double()) / (1 - t)
             torch.testing.assert_close(u.flatten().double(), expected, rtol=1e-5, atol=2e-5)
     assert any("no rows of the bank" in str(w.message) for w in recwarn) == draws
+
+
+def test_few_samples_need_their_line_in_a_hand_written_step(run):
+    with pytest.raises(ValueError, match=r"x1 = self\.target\.smooth\(x1, t=t\)"):
+        run(FEW, "moons", True)
 
 
 def test_the_loop():

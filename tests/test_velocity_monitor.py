@@ -38,7 +38,16 @@ def text(events):
 def fit(make_data, make_trainer, tiny_flow, make_loader):
     """`fit(*callbacks, ...)`: a short run with held-out data; gives the model and the trainer."""
 
-    def fit(*callbacks, model=None, held_out=True, x=None, labels=None, loader=None, **options):
+    def fit(
+        *callbacks,
+        model=None,
+        held_out=True,
+        x=None,
+        labels=None,
+        loader=None,
+        ckpt_path=None,
+        **options,
+    ):
         model = model or tiny_flow()
         if x is None:
             x, labels = make_data()
@@ -48,7 +57,7 @@ def fit(make_data, make_trainer, tiny_flow, make_loader):
             model.validation_step = lambda batch, batch_idx: None
         trainer = make_trainer(*callbacks, **options)
         loader = loader or make_loader(x, labels, shuffle=True)
-        trainer.fit(model, loader, others if held_out else None)
+        trainer.fit(model, loader, others if held_out else None, ckpt_path=ckpt_path)
         return model, trainer
 
     return fit
@@ -208,6 +217,31 @@ def test_stop_and_resume_equals_not_stopping(fit, tiny_flow, make_data, weights,
     assert text(kept[: len(first)]) == text(first)
     probes = [e for e in kept if e["event"] == "velocity_probe"]
     assert text(probes) == text(through.history)
+
+
+@pytest.mark.parametrize("at", [5, 6])
+def test_a_window_resumed_on_several_ranks_says_what_it_does_not_count(
+    fit, make_data, tmp_path, monkeypatch, at, lightning_log
+):
+    """A checkpoint holds the sums of the first rank; none are lost just after a window."""
+
+    def run(steps, file=None):
+        monitor = VelocityErrorMonitor(every_n_steps=3, strata=4, queries=4)
+        saved = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+        callbacks = [monitor, saved] if file is None else [monitor]
+        options = {"max_steps": steps, "enable_checkpointing": file is None}
+        fit(*callbacks, ckpt_path=file, **options)
+        return [e for e in monitor.events if e["event"] == "training_window"]
+
+    run(6)
+    load = TrainingRecord.load_state_dict
+    monkeypatch.setattr(TrainingRecord, "load_state_dict", lambda self, s, *_: load(self, s, 0, 2))
+    file = tmp_path / f"step={at}.ckpt"
+    windows = run(9, file)
+    lacking = [window.get("lacking") for window in windows if window["step"] > at]
+    said = "from step 3 to 5, where training was resumed, draws of one process of 2 are counted"
+    assert lacking == ([said, None] if at == 5 else [None])
+    assert (f"in its first window {said}" in lightning_log.text) == (at == 5)
 
 
 def test_labels_are_asked_for_where_the_network_is_given_them(fit, make_data):

@@ -45,7 +45,7 @@ __all__ = ["LatentBank"]
 
 
 class LatentBank(RowStore):
-    """N training samples, ready to be asked for posteriors.
+    """Holds the training samples, ready to be asked for posteriors.
 
     Args:
         x: Samples, (N, *), floating point, at least two; a tensor or a NumPy array. Kept without a

@@ -57,9 +57,11 @@ class _Pick:
 
 
 class Auto(Engine):
-    """Exact, or a k-d tree for those queries where it is faster and misses less than 1e-7.
+    """Picks an engine by the size of the bank: exact, at the lowest cost known. The default.
 
-    What is picked, and why, is logged once for each bank (logger "stagewise", level INFO).
+    It is `Exact`, or a k-d tree for those queries where that is faster and misses less than 1e-7 of
+    the posterior. What is picked, and why, is logged once for each bank (logger "stagewise", level
+    INFO).
     """
 
     runs_kernel = True

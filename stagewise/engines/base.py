@@ -21,7 +21,7 @@ LOGIT_ERROR = 1e-4
 
 
 class Engine(ABC):
-    """How the rows of a bank are reached.
+    """The interface of an engine: how the rows of a bank are reached.
 
     One engine may serve several banks. It holds settings, and at most what `prepare` made for one.
     """

@@ -80,7 +80,7 @@ Finish: TypeAlias = "Callable[[LogWeights, Leading], Posterior]"
 
 
 class Exact(Engine):
-    """The posterior over all rows.
+    """Looks at every row: the exact posterior.
 
     Args:
         precision: "auto" (default) multiplies in the fastest type that the rows allow and checks
@@ -93,6 +93,13 @@ class Exact(Engine):
             than that.
         chunk_size: Rows multiplied at a time; default all, or 32 MiB where they must be
             converted or moved.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import LatentBank, Oracle
+        >>> oracle = Oracle(LatentBank(torch.randn(100, 8)), engine=Exact())
+        >>> oracle.posterior(torch.randn(4, 8), 0.5).tail_mass.tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
 
     runs_kernel = True

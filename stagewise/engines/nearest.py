@@ -58,7 +58,7 @@ class Truncated(Engine):
 
 
 class Nearest(Truncated):
-    """The mean over the k rows of largest weight, with the tail mass measured.
+    """Looks at the k rows of largest weight, and measures the tail mass that it leaves out.
 
     For monitoring and for the end of navigation. In navigation itself the tail is most of the
     posterior: use `draws`, `max_tail`, or the exact engine, which costs at most twice as much.
@@ -75,6 +75,13 @@ class Nearest(Truncated):
 
     Raises:
         ValueError: For numbers out of range.
+
+    Example:
+        >>> import torch
+        >>> from stagewise import LatentBank, Oracle
+        >>> oracle = Oracle(LatentBank(torch.randn(500, 8)), engine=Nearest(50, max_tail=1e-3))
+        >>> bool(oracle.posterior(torch.randn(4, 8), 0.5).tail_mass.max() <= 1e-3)
+        True
     """
 
     def __init__(

@@ -124,7 +124,7 @@ class EmptyShard(LatentBank):
 
 
 class Sharded(Engine):
-    """The posterior over the rows of all ranks.
+    """Spreads a bank over the ranks: the posterior is over the rows of all of them.
 
     Make one on every rank, give it to an `Oracle` with the rank's own rows, and ask: `shard_rows`
     says which rows those are, `EmptyShard` stands in where there are none. Any split will do, also

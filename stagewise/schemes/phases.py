@@ -26,7 +26,7 @@ _MANY = 1000
 
 @dataclass(frozen=True)
 class Phase:
-    """A scheme and what ends it.
+    """A part of a training: a scheme, and what ends it.
 
     Args:
         scheme: In force.
@@ -45,7 +45,7 @@ class Phase:
 
 
 class Phases(Shared):
-    """Schemes that follow one another; it has the interface of a `Scheme`.
+    """Schemes that follow one another in a training, with the interface of a `Scheme`.
 
     What it does not have itself is that of the scheme in force: `oracle`, `path`, `convention`,
     `boundary`, `collapsed`, `timesteps`, `draws_timesteps`, `smoothing`, `smooth`, `drawn`, `last`.

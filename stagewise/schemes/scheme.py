@@ -41,7 +41,7 @@ __all__ = ["Scheme", "SchemeRecord"]
 
 
 class Scheme(SchemeState):
-    """What is drawn, what is trained on, and what counts how much. A plain object.
+    """Says what a training draws, what it is trained on, and how much a sample counts.
 
     The only thing it draws from the global generator is t, once per call of `timesteps.sample`;
     random rows and the draws of a smoothing come from generators of its own, a function of seed,

@@ -34,7 +34,7 @@ _LAST = 1 - 2**-24
 
 
 class TimestepSampler(ABC):
-    """Draws times in [0, 1], t = 0 being noise. Every sampler takes `stratified` last.
+    """Draws times in [0, 1], t = 0 being noise: the base of all samplers.
 
     Args:
         stratified: Whether the draws of one call are spread evenly over the probability, default
@@ -121,7 +121,7 @@ class TimestepSampler(ABC):
 
 
 class Uniform(TimestepSampler):
-    """`t ~ U(0, 1)`: the choice of SiT and of most flow matching."""
+    """Draws all times alike, `t ~ U(0, 1)`: the choice of SiT and of most flow matching."""
 
     @override
     def quantile(self, u: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ __all__ = ["Beta", "EDMLogNormal", "LogitNormal", "Mode", "UShaped"]
 
 
 class LogitNormal(TimestepSampler):
-    """`logit t ~ N(mean, std^2)` (Esser et al., SD3, arXiv 2403.03206, Eq. 19).
+    """Draws most times in the middle: `logit t ~ N(mean, std^2)` (SD3, arXiv 2403.03206, Eq. 19).
 
     Concentrates on the middle: with the defaults only 1.4 % of the draws have t < 0.1, so the
     navigation stage of ImageNet latents is hardly trained.
@@ -28,6 +28,10 @@ class LogitNormal(TimestepSampler):
     Args:
         mean: Mean of the logit, default 0; negative favours noise.
         std: Standard deviation of the logit, default 1.
+
+    Example:
+        >>> LogitNormal().sample(256).shape
+        torch.Size([256])
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, stratified: bool = False) -> None:
@@ -48,7 +52,7 @@ class LogitNormal(TimestepSampler):
 
 
 class Mode(TimestepSampler):
-    """`t = u + s (cos^2(pi u / 2) - 1 + u)` (SD3, arXiv 2403.03206, Eq. 20; symmetric in t).
+    """Draws times of SD3's mode sampling (arXiv 2403.03206, Eq. 20), symmetric in t.
 
     Args:
         scale: s, from -1 to below 2 / (pi - 2) = 1.75; positive favours the middle, negative the
@@ -74,7 +78,7 @@ class Mode(TimestepSampler):
 
 
 class Beta(TimestepSampler):
-    """`t ~ Beta(alpha, beta)`.
+    """Draws `t ~ Beta(alpha, beta)`.
 
     The default is that of pi0 (arXiv 2410.24164, App. B): Beta(1.5, 1) in its time, where 1 is
     noise.
@@ -108,7 +112,7 @@ class Beta(TimestepSampler):
 
 
 class EDMLogNormal(TimestepSampler):
-    """`log sigma ~ N(mean, std^2)`, sigma = `s_t / a_t` (EDM, arXiv 2206.00364, Table 1).
+    """Draws EDM's noise levels: `log sigma ~ N(mean, std^2)` (arXiv 2206.00364, Table 1).
 
     On the linear path `t = 1 / (1 + sigma)`, so that this is `LogitNormal(-mean, std)`. Where a
     path has a largest or smallest sigma the distribution is cut there.
@@ -159,7 +163,7 @@ class EDMLogNormal(TimestepSampler):
 
 
 class UShaped(TimestepSampler):
-    """`q(t) ~ exp(a t) + exp(a (1 - t))` (Lee et al., arXiv 2405.20320): more at both ends.
+    """Draws more times at both ends: `q(t) ~ exp(a t) + exp(a (1 - t))` (arXiv 2405.20320).
 
     Args:
         slope: a, above 0, default 4.

@@ -1,0 +1,52 @@
+"""Loggers of a run only watch it: a disk that they fill does not end the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+__all__ = ["spared"]
+
+_WRITING = ("log_hyperparams", "log_metrics", "save", "finalize")
+
+
+def spared(name: str, logger: Logger) -> Logger:
+    """The same logger, which from its first `OSError` on is not asked to write any more.
+
+    TensorBoard's writer, which has a thread of its own, raises at every call once it has failed.
+
+    Args:
+        name: Its name in the configuration.
+        logger: The logger.
+    """
+    failed: list[OSError] = []
+
+    def call(method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        if failed:
+            return None
+        try:
+            return method(*arguments, **named)
+        except Exception as raised:
+            # Lightning's logger for TensorBoard makes a ValueError of whatever its writer raises.
+            error = raised if isinstance(raised, OSError) else raised.__cause__
+            if not isinstance(error, OSError):
+                raise
+            failed.append(error)
+            folder = logger.log_dir or logger.save_dir
+            rank_zero_warn(
+                f"{type(logger).__name__} cannot write to {Path(str(folder))}: "
+                f"{error.strerror or error}. Training goes on, and nothing more is logged there. "
+                "Make room on that disk, and go on with resume=true; or log elsewhere: "
+                f"logger.{name}.save_dir=FOLDER."
+            )
+            return None
+
+    for writes in _WRITING:
+        method = getattr(logger, writes)
+        setattr(logger, writes, wraps(method)(partial(call, method)))
+    return logger

@@ -1,0 +1,271 @@
+"""The page of several runs of the same data, side by side."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from stagewise.callbacks.velocity_figures import sizes_figure
+from stagewise.recipes import report_figures
+from stagewise.recipes.report_facts import Facts, Value, number, percent, span, time_of
+from stagewise.recipes.report_head import data_of, date_of, model_of, steps_of
+from stagewise.recipes.report_html import definitions, drawn, paragraph, row, stored, table
+from stagewise.velocity_probe import STAGES
+
+__all__ = ["compared", "refuse_other_data"]
+
+_STEPS = 4
+"""Steps at which losses are drawn over the number of parameters."""
+
+
+def refuse_other_data(runs: Mapping[str, Facts]) -> None:
+    """Refuses runs of different data, whose floors and stages differ.
+
+    Raises:
+        ValueError: With what differs, and a line for each run.
+    """
+    told: dict[str, dict[str, Any]] = {}
+    for name, facts in runs.items():
+        for key in ("rows", "shape", "std", "classes", "class_wise", "path"):
+            value = facts.bank.get(key)
+            if value is not None:
+                told.setdefault(key, {})[name] = value
+    differing = {key: found for key, found in told.items() if not _alike(list(found.values()))}
+    if differing:
+        listed = "; ".join(
+            f"{key} {', '.join(f'{value} ({name})' for name, value in found.items())}"
+            for key, found in differing.items()
+        )
+        pages = "".join(
+            f"\n  stagewise report {shlex.quote(str(facts.run.folder))}" for facts in runs.values()
+        )
+        raise ValueError(
+            f"Expected runs of the same data, got {listed}. Losses of other data have another "
+            f"floor, so they do not compare. For a page of each:{pages}"
+        )
+
+
+def _alike(values: list[Any]) -> bool:
+    first = values[0]
+    if isinstance(first, float):
+        return all(math.isclose(first, value, rel_tol=1e-3) for value in values)
+    return all(value == first for value in values)
+
+
+def compared(runs: Mapping[str, Facts], title: str) -> list[str]:
+    """The parts of the page."""
+    step = min((facts.last["step"] for facts in runs.values() if facts.last), default=0)
+    measured = {name: facts for name, facts in runs.items() if facts.last is not None}
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        definitions(
+            {"Data": data_of(next(iter(runs.values())))}
+            | {
+                name: f"{model_of(facts)}; {steps_of(facts)} steps, {date_of(facts)}"
+                for name, facts in runs.items()
+            }
+        ),
+        paragraph(_verdict(measured, step), "verdict"),
+        *(paragraph(line, "warn") for line in _warnings(runs)),
+        "<h2>How to read this page</h2>",
+        paragraph(
+            "All numbers are of the last probe up to the same step, over uniform t. The floor is "
+            "the part of the loss that no model removes; it is that of the data, so it is alike "
+            "here, and what is above it is what the models differ in. ± is two standard errors. "
+            "Runs of one seed are asked the same noisy samples, so their differences are surer "
+            "than that says."
+        ),
+        f"<h2>Numbers at step {step}</h2>",
+        _numbers(runs, step),
+    ]
+    if len(measured) > 1:
+        parts += ["<h2>Over steps and t</h2>", _over_steps(measured, step)]
+        parts += ["<h2>Over size</h2>", _over_size(measured)]
+    shown = [
+        stored(path, f"{name}: training samples (left), samples of the model (right)")
+        for name, facts in runs.items()
+        if (path := facts.run.folder / "samples.png").is_file()
+    ]
+    if shown:
+        parts += ["<h2>Samples</h2>", row(*shown)]
+    return [*parts, "<h2>Settings that differ</h2>", _settings(runs)]
+
+
+def _warnings(runs: Mapping[str, Facts]) -> list[str]:
+    said = [f"{name}: {line}" for name, facts in runs.items() for line in facts.run.problems]
+    for name, facts in runs.items():
+        if not facts.bank:
+            said.append(
+                f"{name} has no PosteriorMonitor, so whether it has the data of the others is not "
+                "checked."
+            )
+        if facts.last is not None and facts.last.get("alarm"):
+            said.append(f"{name}: {facts.last['alarm']}; its oracle is not that of its training.")
+    return said
+
+
+def _value(facts: Facts, step: int, split: str, key: str) -> Value:
+    return facts.mean(facts.at(step), split, key)
+
+
+def _verdict(runs: Mapping[str, Facts], step: int) -> str:
+    """Which run is ahead: on held-out samples if all have some, or else above the floor."""
+    if len(runs) < 2:
+        lacks = "Fewer than two of these runs have a VelocityErrorMonitor, so their losses "
+        return lacks + "cannot be compared."
+    held_out = all(facts.gap(facts.probes[-1]).mean > -math.inf for facts in runs.values())
+    what = ("held_out", "conditional") if held_out else ("train", "oracle")
+    words = "held-out loss" if held_out else "loss above the floor"
+    found = {name: _value(facts, step, *what) for name, facts in runs.items()}
+    (first, low), *others = sorted(found.items(), key=lambda item: item[1].mean)
+    second, high = others[0]
+    values = ", ".join(f"{name} {value}" for name, value in found.items())
+    noise = 2 * math.hypot(low.error, high.error)
+    if high.mean - low.mean > noise:
+        ahead = f"{first} is ahead of {second} by {percent(1 - low.mean / high.mean)}"
+    else:
+        ahead = f"{first} and {second} do not differ beyond noise"
+    return f"At step {step} {ahead} in {words} ({values})."
+
+
+def _numbers(runs: Mapping[str, Facts], step: int) -> str:
+    rows: list[list[str]] = []
+
+    def add(name: str, values: list[str]) -> None:
+        if any(value != "–" for value in values):
+            rows.append([name, *values])
+
+    every = list(runs.values())
+    add("parameters", [number(facts.parameters) for facts in every])
+    add("last step", [number(facts.step) for facts in every])
+    for name, ends in (
+        ("navigation ends at t", "midpoint"),
+        ("refinement begins at t", "collapsed"),
+    ):
+        found = [facts.boundary.as_dict() for facts in every]
+        told = [time_of(b[ends]) for b in found]
+        spans = [span(b[f"{ends}_low"], b[f"{ends}_high"], time_of) for b in found]
+        pairs = zip(told, spans, strict=True)
+        add(name, [f"{t} ({between})" if between else t for t, between in pairs])
+    for name, split, key in (
+        ("loss", "train", "conditional"),
+        ("floor", "train", "floor"),
+        ("above the floor", "train", "oracle"),
+        ("held-out loss", "held_out", "conditional"),
+    ):
+        add(name, [str(_value(facts, step, split, key)) for facts in every])
+    for stage in STAGES:
+        values = [facts.stage(facts.at(step), stage, "oracle") for facts in every]
+        add(f"above the floor, {stage}", [number(value) for value in values])
+    add("share of copies", [_copies(facts) for facts in every])
+    return table(["", *runs], rows)
+
+
+def _copies(facts: Facts) -> str:
+    if not facts.samples:
+        return "–"
+    last = facts.samples[-1]
+    return f"{number(last['copies'][0])} ({span(last['low'][0], last['high'][0])})"
+
+
+def _over_steps(runs: Mapping[str, Facts], step: int) -> str:
+    found = {name: facts.at(step) for name, facts in runs.items()}
+    probes = {name: probe for name, probe in found.items() if probe is not None}
+    first = next(iter(runs.values()))
+    shown = [
+        drawn(
+            report_figures.excess_by_step_figure(runs),
+            "Both axes are logarithmic: without the floor a power law is a straight line. A line "
+            "that flattens has learned what its model can at its learning rate.",
+        ),
+        drawn(
+            report_figures.excess_by_step_figure(runs, STAGES[0]),
+            "The same in navigation, where all that is above the floor can be learned.",
+        ),
+    ]
+    if any(facts.edges != first.edges for facts in runs.values()):
+        said = paragraph("Errors by t are not drawn: the runs have other bins of t.", "dim")
+        return row(*shown) + said
+    caption = "Where along t the runs differ, above the floor. Stages are those of the first run."
+    return row(*shown, drawn(sizes_figure(first.edges, probes, first.ends), caption))
+
+
+def _over_size(runs: Mapping[str, Facts]) -> str:
+    unknown = [name for name, facts in runs.items() if not facts.parameters]
+    if unknown:
+        return paragraph(
+            f"Not drawn: the files of {', '.join(unknown)} do not tell the number of parameters, "
+            "as those of an older version, or of a model that is spread over processes.",
+            "dim",
+        )
+    ordered = sorted(runs.values(), key=lambda facts: facts.parameters or 0)
+    sizes = [facts.parameters or 1 for facts in ordered]
+    if len(set(sizes)) < len(sizes):
+        listed = ", ".join(map(number, sizes))
+        return paragraph(f"Not drawn: the sizes are not all different ({listed}).", "dim")
+    shared = set.intersection(*({p["step"] for p in facts.probes} for facts in ordered))
+    steps = sorted(step for step in shared if step > 1)
+    if not steps:
+        return paragraph("Not drawn: no step has a probe in all runs.", "dim")
+    places = {round(i * (len(steps) - 1) / (_STEPS - 1)) for i in range(_STEPS)}
+    chosen = [steps[place] for place in sorted(places)]
+    loss, excess = (
+        [_value(facts, chosen[-1], "train", key).mean for facts in ordered]
+        for key in ("conditional", "oracle")
+    )
+    return row(
+        drawn(
+            report_figures.by_size_figure(ordered, chosen, "conditional", "The loss itself"),
+            f"At step {chosen[-1]} the loss goes as parameters to the power "
+            f"{_signed(_powers(sizes, loss)[0])}. The floor is the same for all sizes: the loss "
+            "bends towards it, and a line through it leads nowhere.",
+        ),
+        drawn(
+            report_figures.by_size_figure(ordered, chosen, "oracle", "Loss above the floor"),
+            _straight(_powers(sizes, excess)),
+        ),
+    )
+
+
+def _powers(sizes: Sequence[int], values: Sequence[float]) -> list[float]:
+    """The exponents of power laws: through the least and the largest size, and each to the next."""
+    logs, found = np.log(sizes), np.log(values)
+    whole = (found[-1] - found[0]) / (logs[-1] - logs[0])
+    return [float(whole), *(np.diff(found) / np.diff(logs)).tolist()]
+
+
+def _straight(powers: Sequence[float]) -> str:
+    whole, *steps = powers
+    text = f"Above the floor it goes as parameters to the power {_signed(whole)}. "
+    if len(steps) < 2:
+        return text + "Two sizes are always on a line: a third shows whether it is straight."
+    between = f"from size to size {', '.join(map(_signed, steps))}"
+    if min(steps) < 1.5 * max(steps):  # both below zero where a larger model is better
+        return f"{text}That is not one line ({between}), so there is none to extend."
+    return f"{text}It is nearly one line ({between}), which can be extended with care."
+
+
+def _signed(power: float) -> str:
+    return f"{power:+.2f}".replace("-", "\u2212")
+
+
+def _settings(runs: Mapping[str, Facts]) -> str:
+    without = [name for name, facts in runs.items() if not facts.settings]
+    if without:
+        return paragraph(f"Not compared: no config.yaml in {', '.join(without)}.", "dim")
+    every = []
+    for facts in runs.values():
+        own = facts.settings.get("run_dir", "")
+        told = facts.settings.items()
+        every.append({k: v.replace(own, "RUN") if own else v for k, v in told})
+    keys = sorted({key for settings in every for key in settings})
+    rows = [[key, *(settings.get(key, "–") for settings in every)] for key in keys]
+    rows = [cells for cells in rows if len(set(cells[1:])) > 1]
+    if not rows:
+        return paragraph("None: the configurations are alike.", "dim")
+    return table(["setting", *runs], rows, numbers=())

@@ -1,0 +1,293 @@
+"""What the numbers of a run say: what page, verdict and comparison of runs have in common.
+
+Times are averaged uniformly: a mean over t weighs each bin by its width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from stagewise.callbacks.velocity_figures import gap_is_clear
+from stagewise.forecast import SmoothingForecast, forecast_smoothing
+from stagewise.recipes.run_files import Event, RunFiles
+from stagewise.velocity_probe import STAGES
+
+__all__ = [
+    "FLAT",
+    "NOTHING",
+    "Facts",
+    "Value",
+    "number",
+    "percent",
+    "settings_of",
+    "span",
+    "time_of",
+]
+
+FLAT = 0.05
+"""Change of an error, as a share, below which it counts as none."""
+
+
+class Value(NamedTuple):
+    """A mean and its standard error; NaN where there is none."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        spread = 2 * self.error
+        if not (math.isfinite(self.mean) and math.isfinite(spread) and spread > 0):
+            return number(self.mean)
+        digits = max(0, 1 - math.floor(math.log10(spread)))  # two of the error
+        return f"{self.mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+NOTHING = Value(math.nan, math.nan)
+
+
+class Facts:
+    """What is read from the files of one run.
+
+    Attributes:
+        run: Its files.
+        boundary: Where its stages meet: one for the whole page.
+        edges: Of the bins of t.
+        probes: The probes of its model that have these bins, by step.
+    """
+
+    def __init__(self, run: RunFiles) -> None:
+        self.run, self.boundary = run, run.boundary()
+        self.about: Event = run.first("velocity")
+        self.bank: Event = run.first("bank")
+        self.edges: list[float] = self.about.get("edges", [])
+        bins = len(self.edges) - 1
+        self.probes = [p for p in run.of("velocity_probe") if len(p["train"]["oracle"]) == bins]
+        windows = run.of("training_window")
+        self.windows = [window for window in windows if len(window["draws"]) == bins]
+
+    # -- the run ------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.run.folder.resolve().name
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """Its configuration, from dotted keys to values; empty without one that can be read."""
+        return settings_of(self.run.config)
+
+    @property
+    def step(self) -> int:
+        """The last step of which there is something in the files."""
+        events = [event for found in self.run.events.values() for event in found]
+        return max((event.get("step", 0) for event in events), default=0)
+
+    @property
+    def planned(self) -> int | None:
+        """The steps of the whole training, if its configuration says."""
+        text = self.settings.get("trainer.max_steps", "")
+        return int(text) if text.isdigit() else None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The boundary, for a picture."""
+        return self.boundary.midpoint, self.boundary.collapsed
+
+    @property
+    def stage_edges(self) -> list[float]:
+        """From where to where each stage is."""
+        middle, late = (1.0 if math.isnan(t) else t for t in self.ends)
+        return [0.0, middle, max(middle, late), 1.0]
+
+    # -- the model ----------------------------------------------------------------------------
+
+    @property
+    def last(self) -> Event | None:
+        """The last probe of the model."""
+        return self.probes[-1] if self.probes else None
+
+    @property
+    def parameters(self) -> int | None:
+        """How many numbers the model trains, where the files say."""
+        return self.about.get("parameters")
+
+    def at(self, step: int) -> Event | None:
+        """The last probe up to a step."""
+        return next((probe for probe in reversed(self.probes) if probe["step"] <= step), None)
+
+    def mean(self, probe: Event | None, split: str, key: str) -> Value:
+        """An error of a probe, over all t; without that split or any probe it is NaN."""
+        found = None if probe is None else probe.get(split)
+        if not found:
+            return NOTHING
+        return self._over_t(found[key], found.get(f"{key}_se"))
+
+    def gap(self, probe: Event) -> Value:
+        """Held-out minus training error, over all t."""
+        return self._over_t(probe["gap"], probe["gap_se"]) if probe.get("gap") else NOTHING
+
+    def clear_bins(self, probe: Event) -> int:
+        """In how many bins the gap is two standard errors or more from zero."""
+        return int(gap_is_clear(probe).sum())
+
+    def _over_t(self, values: Sequence[Any], errors: Sequence[Any] | None) -> Value:
+        mean, width = np.array(values, float), np.diff(self.edges)
+        there = np.isfinite(mean)
+        if not there.any():
+            return NOTHING
+        share = width[there] / width[there].sum()
+        error = np.array(errors or [math.nan] * len(values), float)[there]
+        return Value(float(share @ mean[there]), float(np.sqrt((share**2) @ error**2)))
+
+    @staticmethod
+    def stage(probe: Event | None, stage: str, key: str, split: str = "train") -> float:
+        """A mean of a probe over a stage; NaN where there is none."""
+        found = ((probe or {}).get("stages") or {}).get(split) or {}
+        value = found.get(stage, {}).get(key)
+        return math.nan if value is None else value
+
+    def shares(self, probe: Event) -> dict[str, float]:
+        """What part of the oracle error over all t lies in each stage."""
+        edges = self.stage_edges
+        widths = [high - low for low, high in zip(edges, edges[1:], strict=False)]
+        parts = {
+            stage: width * self.stage(probe, stage, "oracle")
+            for stage, width in zip(STAGES, widths, strict=True)
+            if width > 0
+        }
+        return {stage: part / sum(parts.values()) for stage, part in parts.items()}
+
+    def trend(self, stage: str) -> tuple[float, int] | None:
+        """How the oracle error of a stage has changed since a step, as a share.
+
+        Over the last third of the steps or somewhat more, as there are probes; None with too few.
+        """
+        if self.last is None or (early := self.at(self.last["step"] * 2 // 3)) is None:
+            return None
+        before, after = (self.stage(probe, stage, "oracle") for probe in (early, self.last))
+        if early["step"] < self.last["step"] / 10 or not before > 0 or math.isnan(after):
+            return None  # against a model that has hardly begun all have fallen
+        return after / before - 1, early["step"]
+
+    @property
+    def still_falls(self) -> bool | None:
+        """Whether the error above the floor in navigation still falls; None if that is unknown."""
+        trend = self.trend(STAGES[0])
+        return None if trend is None else trend[0] < -FLAT
+
+    def smoothing(self) -> SmoothingForecast | None:
+        """What smoothing has to gain by the last probe; None if that cannot be told."""
+        if self.last is None or not self.last.get("gap"):
+            return None
+        train = {"conditional": _numbers(self.last["train"]["conditional"])}
+        probe = {"train": train, **{key: _numbers(self.last[key]) for key in ("gap", "gap_se")}}
+        return forecast_smoothing(probe, self.edges, self.stage_edges[2])
+
+    def best_held_out(self) -> tuple[Event, float] | None:
+        """The probe of the lowest held-out error, and how far it has risen since, as a share.
+
+        None unless the rise is above two standard errors and 2 %. The same samples are asked at
+        each probe, so that its error is less than that of two that are apart.
+        """
+        probes = [probe for probe in self.probes if probe.get("held_out")]
+        found = [self.mean(probe, "held_out", "conditional") for probe in probes]
+        if not found:
+            return None
+        place = int(np.argmin([value.mean for value in found]))
+        low, last = found[place], found[-1]
+        rise = last.mean - low.mean
+        if not rise > max(0.02 * low.mean, 2 * math.hypot(low.error, last.error)):
+            return None
+        return probes[place], rise / low.mean
+
+    # -- copies and events --------------------------------------------------------------------
+
+    @property
+    def samples(self) -> list[Event]:
+        """The probes that have looked for copies among samples of the model."""
+        found = self.run.of("memorization_probe") or self.run.of("guard_probe")
+        return [probe for probe in found if probe.get("copies")]
+
+    @property
+    def guarded(self) -> list[Event]:
+        """The probes of a `MemorizationGuard` that have compared held-out and training error."""
+        return [probe for probe in self.run.of("guard_probe") if probe.get("held_out_loss")]
+
+    @property
+    def looked_for(self) -> dict[str, str] | None:
+        """Events that would have been noticed, each with what it lacked; None if none is known."""
+        kinds: dict[str, str] | None = self.run.first("transitions").get("kinds")
+        guard = {"memorization onset": ""} if self.guarded else {}
+        return kinds if not guard else {**(kinds or {}), **guard}
+
+    @property
+    def transitions(self) -> list[Event]:
+        """What was noticed in the run, by step."""
+        kinds = ("transition", "non-finite")
+        events = [event for kind in kinds for event in self.run.events.get(kind, [])]
+        return sorted(events, key=lambda event: event["step"])
+
+    def noticed(self, kind: str) -> Event | None:
+        """The first event of a kind, such as "memorization onset"."""
+        return next((event for event in self.transitions if event.get("kind") == kind), None)
+
+
+def settings_of(config: str | None) -> dict[str, str]:
+    """The text of a `config.yaml` as dotted keys and their values."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(config or "{}"), resolve=False)
+    except Exception:  # of yaml or of OmegaConf: the page shows the text as it is
+        return {}
+    flat: dict[str, str] = {}
+
+    def walk(node: Any, at: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{at}.{key}" if at else str(key))
+        else:
+            flat[at] = str(node)
+
+    walk(tree if isinstance(tree, dict) else {}, "")
+    return flat
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    """What is empty in a file as NaN."""
+    return [math.nan if value is None else value for value in values]
+
+
+# -- words for numbers ------------------------------------------------------------------------
+
+
+def number(value: Any) -> str:
+    """Three digits; a dash for what is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "–"
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}".replace(",", "\u202f")
+    return "0" if value == 0 else "< 0.0001" if 0 < value < 1e-4 else f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent, with one digit below ten; a dash for what is none."""
+    if not math.isfinite(share):
+        return "–"
+    return f"{100 * share:.{0 if abs(share) >= 0.0995 or share == 0 else 1}f} %"
+
+
+def time_of(t: Any) -> str:
+    """A time in [0, 1] with three decimals, near noise with three digits; a dash for none."""
+    return f"{t:.3f}" if isinstance(t, float) and t >= 0.0995 else number(t)
+
+
+def span(low: Any, high: Any, words: Callable[[Any], str] = number) -> str:
+    """The ends of an interval; empty where one is none."""
+    ends = words(low), words(high)
+    return "" if "–" in ends else f"{ends[0]} to {ends[1]}"

@@ -1,0 +1,144 @@
+"""The pictures that only a report has: over steps, over sizes, and the stages in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from stagewise.callbacks.drawing import (
+    DATA,
+    FLOOR,
+    HELD_OUT,
+    STAGE_COLOURS,
+    TRAIN,
+    draw_boundary,
+    heading,
+    in_order,
+    legend,
+    new_figure,
+    time_axis,
+)
+from stagewise.recipes.report_facts import Facts, Value, number
+from stagewise.velocity_probe import STAGES
+
+__all__ = [
+    "by_size_figure",
+    "excess_by_stage_figure",
+    "excess_by_step_figure",
+    "loss_by_step_figure",
+    "posterior_figure",
+]
+
+_STYLES = ("-", "--", "-.", ":")
+"""Of the stages, or of runs: so that no line is told by its colour alone."""
+
+
+def loss_by_step_figure(facts: Facts) -> Figure:
+    """The loss over uniform t against its floor."""
+    figure, axes = _logarithmic("training step", "MSE of the velocity, uniform t")
+    steps = _steps(facts)
+    floor = [facts.mean(probe, "train", "floor").mean for probe in facts.probes]
+    # A logarithm has no zero to fill from.
+    low = 0.5 * np.nanmin(floor) if np.isfinite(floor).any() else 1.0
+    axes.fill_between(steps, floor, low, color=FLOOR, lw=0, label="floor: no model goes below")
+    for split, colour, style, name in (
+        ("train", TRAIN, "-", "training samples"),
+        ("held_out", HELD_OUT, "--", "held-out samples"),
+    ):
+        found = [facts.mean(probe, split, "conditional") for probe in facts.probes]
+        if np.isfinite([value.mean for value in found]).any():
+            _line(axes, steps, found, label=name, color=colour, ls=style)
+    heading(axes, "The loss and its floor while training")
+    legend(figure)
+    return figure
+
+
+def excess_by_stage_figure(facts: Facts) -> Figure:
+    """What is above the floor, by stage, over steps."""
+    figure, axes = _logarithmic("training step", "MSE(oracle velocity), training samples")
+    for stage, colour, dashes in zip(STAGES, STAGE_COLOURS, _STYLES, strict=False):
+        excess = [facts.stage(probe, stage, "oracle") for probe in facts.probes]
+        if np.isfinite(excess).any():
+            style: dict[str, Any] = {"color": colour, "ls": dashes, "label": stage}
+            axes.plot(_steps(facts), excess, marker=".", lw=1.6, **style)
+    heading(axes, "Loss above the floor while training, by stage")
+    legend(figure)
+    return figure
+
+
+def posterior_figure(facts: Facts, key: str, label: str, title: str, about: str) -> Figure:
+    """A statistic of the posterior over t, as the first probe measured it.
+
+    Later ones differ by their draws; the boundary is that of the page.
+    """
+    figure = new_figure()
+    axes, probe = figure.add_subplot(), facts.run.first("probe")
+    predicted = facts.bank.get("predicted")
+    time_axis(axes, probe["t"])
+    draw_boundary(axes, facts.boundary, np.nan if predicted is None else predicted)
+    axes.plot(probe["t"], np.array(probe[key], float), ".-", color=DATA, label="mean")
+    axes.set(ylabel=label)
+    axes.set_ylim(bottom=0)
+    heading(axes, title, about)
+    legend(figure, ncols=2)
+    return figure
+
+
+def excess_by_step_figure(runs: Mapping[str, Facts], stage: str | None = None) -> Figure:
+    """Loss above the floor of several runs over training steps, over all t or in one stage."""
+    figure, axes = _logarithmic("training step", "MSE(oracle velocity), training samples")
+    styles = _cycle(len(runs))
+    for (name, facts), colour, style in zip(runs.items(), in_order(len(runs)), styles, strict=True):
+        found = [
+            facts.mean(probe, "train", "oracle")
+            if stage is None
+            else Value(facts.stage(probe, stage, "oracle"), 0.0)
+            for probe in facts.probes
+        ]
+        _line(axes, _steps(facts), found, label=name, color=colour, ls=style)
+    heading(axes, f"Loss above the floor, {'all t' if stage is None else stage}")
+    legend(figure)
+    return figure
+
+
+def by_size_figure(runs: Sequence[Facts], steps: Sequence[int], key: str, title: str) -> Figure:
+    """An error over the number of parameters of runs, ascending, at steps that all have."""
+    figure, axes = _logarithmic("parameters", "MSE, uniform t")
+    sizes = [facts.parameters or 0 for facts in runs]
+    for step, colour, style in zip(steps, in_order(len(steps)), _cycle(len(steps)), strict=True):
+        found = [facts.mean(facts.at(step), "train", key) for facts in runs]
+        _line(axes, sizes, found, label=f"step {step}", color=colour, ls=style)
+    heading(axes, title)
+    legend(figure, ncols=4)
+    return figure
+
+
+def _logarithmic(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = new_figure()
+    axes = figure.add_subplot(xlabel=x, ylabel=y, xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _: number(value))
+        axis.set_minor_formatter(NullFormatter())
+    return figure, axes
+
+
+def _steps(facts: Facts) -> list[int]:
+    return [max(1, probe["step"]) for probe in facts.probes]
+
+
+def _cycle(count: int) -> list[str]:
+    return [_STYLES[place % len(_STYLES)] for place in range(count)]
+
+
+def _line(axes: Axes, at: Sequence[float], found: Sequence[Value], **style: Any) -> None:
+    """Means with a band of two standard errors."""
+    mean, error = (np.array(values) for values in zip(*found, strict=True))
+    axes.plot(at, mean, marker=".", lw=1.6, **style)
+    low = np.maximum(mean - 2 * error, 1e-3 * np.abs(mean))  # a logarithm has no zero
+    axes.fill_between(at, low, mean + 2 * error, color=style["color"], alpha=0.15, lw=0)

@@ -1,0 +1,141 @@
+"""The heading of a run's page: what it is, the verdict, what is wrong with its files, numbers."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Callable
+from html import escape
+
+from stagewise.recipes.report_facts import Facts, number, percent, span, time_of
+from stagewise.recipes.report_html import definitions, paragraph, tile
+from stagewise.recipes.report_verdict import verdict
+from stagewise.velocity_probe import STAGES
+
+__all__ = ["data_of", "date_of", "head", "model_of", "safely", "steps_of"]
+
+_CALLBACKS = (
+    ("bank", "PosteriorMonitor"),
+    ("velocity", "VelocityErrorMonitor"),
+    ("memorization", "MemorizationMonitor"),
+    ("guard", "MemorizationGuard"),
+    ("forecasts", "Forecast"),
+    ("scheme", "StageScheme"),
+    ("transitions", "StageTransitions"),
+)
+
+
+def head(facts: Facts, title: str) -> str:
+    """Title, what and when, verdict, what is wrong with the files, and the main numbers."""
+    about = {
+        "Model": model_of(facts),
+        "Data": data_of(facts),
+        "Steps": steps_of(facts),
+        "Date": f"{date_of(facts)} (last measurement)",
+        "Measured by": ", ".join(name for kind, name in _CALLBACKS if facts.run.of(kind)),
+    }
+    said = [*facts.run.problems, *_stopped(facts), *_not_finite(facts)]
+    warnings = "".join(paragraph(line, "warn") for line in said)
+    return (
+        f"<h1>{escape(title)}</h1>{definitions(about)}"
+        + safely(lambda facts: paragraph(verdict(facts), "verdict"), facts)
+        + warnings
+        + safely(_tiles, facts)
+    )
+
+
+def model_of(facts: Facts) -> str:
+    """What is trained, in words."""
+    about = facts.about or facts.run.first("memorization") or facts.run.first("guard")
+    size = facts.parameters
+    parts = [str(about.get("network", ""))]
+    parts += [f"{number(size)} parameters"] if size else []
+    parts += [str(about[key]) for key in ("seam",) if about.get(key)]
+    return "; ".join(part for part in parts if part)
+
+
+def data_of(facts: Facts) -> str:
+    """What is trained on, in words."""
+    about, name = facts.bank, facts.settings.get("data._target_", "").rpartition(".")[2]
+    if not about:
+        return name
+    shape = " × ".join(map(str, about.get("shape", [])))
+    text = f"{number(about.get('rows'))} rows of {shape} numbers"
+    text += f", standard deviation {number(about.get('std'))}"
+    if about.get("classes"):
+        over = "the rows of a class" if about.get("class_wise") else "all rows"
+        text += f", {about['classes']} classes, posterior over {over}"
+    return f"{name}: {text}" if name else text
+
+
+def steps_of(facts: Facts) -> str:
+    """How far it has come."""
+    return f"{facts.step}" + (f" of {facts.planned} planned" if facts.planned else "")
+
+
+def date_of(facts: Facts) -> str:
+    """When its files were last written to."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.run.written))
+
+
+def _stopped(facts: Facts) -> list[str]:
+    """Says so if a run has not come to its end, as far as the monitors of its model can tell."""
+    last = (facts.probes or facts.samples or [{}])[-1]
+    if not facts.planned or not last or last.get("at_end") or facts.step >= facts.planned:
+        return []
+    place = shlex.quote(str(facts.run.folder))
+    return [
+        f"The last measurement is of step {facts.step} of {facts.planned}: the run was stopped "
+        "before its end, or is still going. To go on, repeat its command with "
+        f"run_dir={place} resume=true."
+    ]
+
+
+def _not_finite(facts: Facts) -> list[str]:
+    found = facts.run.first("non-finite")
+    if not found:
+        return []
+    return [
+        f"At step {found['step']} the loss or its gradient was not finite: see Events. A lower "
+        "learning rate, or gradient clipping, is the usual cure."
+    ]
+
+
+def _tiles(facts: Facts) -> str:
+    b, last = facts.boundary, facts.last
+    tiles = []
+    if facts.run.of("probe") or math.isfinite(b.midpoint):
+        ends = (b.midpoint_low, b.midpoint_high), (b.collapsed_low, b.collapsed_high)
+        about = [
+            found and f"95 % interval {found}" for found in (span(*each, time_of) for each in ends)
+        ]
+        tiles.append(tile("navigation ends at t", time_of(b.midpoint), about[0]))
+        tiles.append(tile("refinement begins at t", time_of(b.collapsed), about[1]))
+    if last is not None:
+        loss, floor = (facts.mean(last, "train", key) for key in ("conditional", "floor"))
+        tiles.append(tile("loss", str(loss), f"of which floor {number(floor.mean)}"))
+        navigation = number(facts.stage(last, STAGES[0], "oracle"))
+        excess = facts.stage(last, STAGES[0], "excess")
+        about_it = f"{percent(excess)} of the floor there" if math.isfinite(excess) else ""
+        tiles.append(tile("above the floor in navigation", navigation, about_it))
+        if math.isfinite((gap := facts.gap(last)).mean):
+            tiles.append(tile("held-out minus training error", str(gap), "over all t"))
+    if facts.samples:
+        found = facts.samples[-1]
+        ends_of = span(found["low"][0], found["high"][0])
+        about_copies = ends_of and f"95 % exact interval {ends_of}"
+        tiles.append(tile("share of copies", number(found["copies"][0]), about_copies))
+    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def safely(part: Callable[[Facts], str], facts: Facts) -> str:
+    """A part of the page, or why it cannot be made."""
+    try:
+        return part(facts)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return paragraph(
+            "This part cannot be made: the events have another shape than this version of "
+            f"stagewise writes, as those of an older version may ({error!r}).",
+            "warn",
+        )

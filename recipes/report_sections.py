@@ -1,0 +1,388 @@
+"""The sections of the page of one run: what was measured, and in words what it means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from stagewise.callbacks import figures, velocity_figures
+from stagewise.callbacks.drawing import counted
+from stagewise.recipes import report_figures
+from stagewise.recipes.report_facts import Facts, number, percent, span, time_of
+from stagewise.recipes.report_head import safely
+from stagewise.recipes.report_html import (
+    drawn,
+    items,
+    missing,
+    paragraph,
+    row,
+    settings,
+    stored,
+    table,
+)
+from stagewise.recipes.report_verdict import advice, copied
+from stagewise.recipes.run_files import Event
+from stagewise.velocity_probe import STAGES
+
+__all__ = ["sections"]
+
+_READING = (
+    "t = 0 is noise, t = 1 is data. In navigation many training samples explain a noisy one, and "
+    "the best answer, the oracle velocity, points to their average; in refinement one sample does.",
+    "The loss of this page is the error against the conditional velocity over uniform t, in "
+    "evaluation mode, whatever the objective weighs. Its floor, MSE(conditional, oracle), is noise "
+    "of the target that no model removes. Loss = floor + error against the oracle: act on the part "
+    "above the floor.",
+    "In navigation an error above the floor is what the model has still to learn. In refinement it "
+    "is the distance to repeating the training set: there compare held-out and training samples, "
+    "and do not wish for zero.",
+    "± is two standard errors, an interval 95 %. A difference smaller than that is noise.",
+    "Do not trust the oracle where noise and data are coupled (minibatch optimal transport), where "
+    "the training set is augmented at random, or where this page says that errors do not add up.",
+)
+
+
+def sections(facts: Facts) -> list[str]:
+    """All parts below the heading. One that cannot be made says so, and the others are there."""
+    parts: list[tuple[str, Callable[[Facts], str]]] = [
+        ("How to read this page", lambda _: items(("", line, "") for line in _READING)),
+        ("Samples", _samples),
+        ("The loss against its floor", _loss),
+        ("The stages", _stages),
+        ("Memorization", _memorization),
+        ("What training spends on each stage", _spending),
+        ("What to change, and why", _advice),
+        ("Events", _events),
+        ("Settings", _settings),
+    ]
+    return [f"<h2>{title}</h2>{safely(part, facts)}" for title, part in parts]
+
+
+def _samples(facts: Facts) -> str:
+    whole = facts.run.folder / "samples.png"
+    if whole.is_file():
+        said = (
+            "Training samples (left) and samples of the model after training (right), a row for "
+            "each class. Whether a sample copies a training row cannot be seen here: see "
+            "Memorization."
+        )
+        return stored(whole, said)
+    for kind in ("memorization_probe", "guard_probe"):
+        if (path := facts.run.picture(kind, "samples")) is not None:
+            return stored(path, f"Samples beside their nearest training rows. {copied(facts)}.")
+    asked = "MemorizationMonitor(decode=...)" if facts.samples else "MemorizationMonitor()"
+    return missing("Pictures of samples", asked)
+
+
+def _loss(facts: Facts) -> str:
+    last = facts.last
+    if last is None:
+        return missing("Error by t and by step", "VelocityErrorMonitor()")
+    about = counted(facts.bank.get("rows"), facts.about.get("queries"), len(facts.edges) - 1)
+    shown = facts.edges, last, facts.ends, about
+    all_shown = facts.edges, facts.probes, "oracle", facts.ends, about
+    return (
+        row(
+            drawn(report_figures.loss_by_step_figure(facts), _loss_now(facts, last)),
+            drawn(report_figures.excess_by_stage_figure(facts), _trends(facts)),
+            drawn(velocity_figures.loss_by_time_figure(*shown), _by_time(facts, last)),
+            drawn(velocity_figures.dynamics_figure(*all_shown), _above(facts, last)),
+        )
+        + _stage_table(facts, last)
+        + _check(facts)
+    )
+
+
+def _loss_now(facts: Facts, last: Event) -> str:
+    loss, floor, above = (
+        facts.mean(last, "train", key) for key in ("conditional", "floor", "oracle")
+    )
+    return (
+        f"At step {last['step']} the loss is {loss}, {percent(floor.mean / loss.mean)} of it "
+        f"floor; {above} is above the floor."
+    )
+
+
+def _trends(facts: Facts) -> str:
+    trends = {stage: found for stage in STAGES if (found := facts.trend(stage)) is not None}
+    if not trends:
+        return "The probes are too few to see a trend."
+    moved = [
+        f"{'fell' if change < 0 else 'rose'} by {percent(abs(change))} in {stage}"
+        for stage, (change, _) in trends.items()
+    ]
+    since = next(iter(trends.values()))[1]
+    text = f"Since step {since} it {', '.join(moved)}. "
+    return text + "A line that is level has learned what it can at this learning rate."
+
+
+def _by_time(facts: Facts, last: Event) -> str:
+    loss, floor = (facts.stage(last, STAGES[0], key) for key in ("conditional", "floor"))
+    text = f"The floor is {percent(floor / loss)} of the loss in navigation. " if loss > 0 else ""
+    text += "Past the collapse there is none: all of the loss there is the model's own. "
+    if last.get("held_out"):
+        text += "Where the held-out line leaves the training line, rows are known by heart."
+    return text
+
+
+def _above(facts: Facts, last: Event) -> str:
+    parts = [f"{percent(share)} in {stage}" for stage, share in facts.shares(last).items()]
+    return (
+        "Error against the oracle from light (early) to dark (late). Of what is above the floor "
+        f"now, {', '.join(parts)}. In refinement it falls only as far as rows are learned by heart."
+    )
+
+
+def _stage_table(facts: Facts, last: Event) -> str:
+    rows, edges = [], facts.stage_edges
+    for stage, low, high in zip(STAGES, edges, edges[1:], strict=False):
+        cells = [
+            facts.stage(last, stage, key)
+            for key in ("conditional", "floor", "oracle", "excess", "cosine")
+        ]
+        held_out = facts.stage(last, stage, "conditional", "held_out")
+        gap = (held_out - cells[0]) / cells[0] if cells[0] > 0 else math.nan
+        places = span(low, high, time_of)
+        rows.append([stage, places, *map(number, [*cells, held_out]), percent(gap)])
+    titles = ["stage", "t", "loss", "floor", "above floor", "above / floor", "cosine"]
+    return table([*titles, "held-out loss", "gap"], rows)
+
+
+def _check(facts: Facts) -> str:
+    z = [
+        abs(value)
+        for probe in facts.probes
+        for value in probe["train"].get("pythagoras_z", [])
+        if value is not None
+    ]
+    if not z:
+        return ""
+    return paragraph(
+        f"Check: loss = floor + error against the oracle holds within {number(max(z))} standard "
+        "errors over all probes and bins (up to 4 is usual; above 6 the oracle is not that of "
+        "this training).",
+        "dim",
+    )
+
+
+def _definition(facts: Facts) -> str:
+    """What the boundary is, and where it is: the one of this page."""
+    b = facts.boundary
+    told = []
+    for name, t, low, high, level in (
+        ("midpoint", b.midpoint, b.midpoint_low, b.midpoint_high, "0.5"),
+        ("collapsed boundary", b.collapsed, b.collapsed_low, b.collapsed_high, "0.99"),
+    ):
+        where = f"t = {time_of(t)}" if math.isfinite(t) else "not reached"
+        ends = span(low, high, time_of)
+        told.append(
+            f"{name}, where the mean largest posterior weight crosses {level}: {where}"
+            + (f" (95 % interval {ends})" if ends else "")
+        )
+    return (
+        f"Navigation ends at the {told[0]}. Refinement begins at the {told[1]}. Between them is "
+        "the transition. Both were measured once for this run, and every table and picture of "
+        "this page is cut there."
+    )
+
+
+def _stages(facts: Facts) -> str:
+    if not facts.run.of("probe"):
+        told = paragraph(_definition(facts)) if math.isfinite(facts.boundary.midpoint) else ""
+        return told + missing("Where navigation ends", "PosteriorMonitor()")
+    probe, predicted = facts.run.first("probe"), facts.bank.get("predicted")
+    concentration = (
+        f"Below t = {time_of(facts.boundary.midpoint)} a noisy sample could stem from many rows. "
+        if math.isfinite(facts.boundary.midpoint)
+        else "A noisy sample could stem from many rows at any t. "
+    )
+    if predicted is not None:
+        concentration += f"The spectrum of the data alone predicts t = {time_of(predicted)}."
+    pictures = (
+        (
+            "top1",
+            "largest posterior weight",
+            "How far one row explains a noisy sample",
+            concentration,
+        ),
+        (
+            "target_difference",
+            "MSE(conditional, oracle velocity)",
+            "The floor of the loss",
+            "This part of the loss tells nothing about the model. It ends with the collapse.",
+        ),
+    )
+    about = f"N = {number(facts.bank.get('rows'))} rows, {len(probe['t'])} bins of t"
+    shown = [
+        drawn(report_figures.posterior_figure(facts, key, label, title, about), caption)
+        for key, label, title, caption in pictures
+        if probe.get(key)
+    ]
+    return paragraph(_definition(facts)) + row(*shown) + _measured_again(facts)
+
+
+def _measured_again(facts: Facts) -> str:
+    """Names a later measurement only where it contradicts the boundary of the page."""
+    last, b = facts.run.of("probe")[-1], facts.boundary
+    low, high = (last.get(f"midpoint_{end}") for end in ("low", "high"))
+    if low is None or high is None or math.isnan(b.midpoint):
+        return ""
+    if low <= b.midpoint_high and b.midpoint_low <= high:
+        return ""
+    return paragraph(
+        f"At step {last['step']} the midpoint was measured at t = {time_of(last.get('midpoint'))} "
+        f"({span(low, high, time_of)}), away from that of this page: the training latents have "
+        "changed.",
+        "warn",
+    )
+
+
+def _memorization(facts: Facts) -> str:
+    return safely(_gap, facts) + safely(_copies, facts)
+
+
+def _gap(facts: Facts) -> str:
+    probes = [probe for probe in facts.probes if probe.get("gap")]
+    if not probes and facts.guarded:
+        steps = [probe["step"] for probe in facts.guarded]
+        losses = [probe["held_out_loss"] for probe in facts.guarded]
+        low = losses.index(min(losses))
+        return paragraph(
+            f"By MemorizationGuard held-out loss was lowest at step {steps[low]}, "
+            f"{number(losses[low])}, and was {number(losses[-1])} at step {steps[-1]}."
+        ) + row(_copies_drawn(facts))
+    if not probes:
+        return missing(
+            "Held-out against training error", "VelocityErrorMonitor(held_out=...)"
+        ) + row(_copies_drawn(facts))
+    last, bins = probes[-1], len(facts.edges) - 1
+    clear, best = facts.clear_bins(last), facts.best_held_out()
+    lowest = "Held-out error is at its lowest at the end, within noise: no sign that training "
+    lowest += "went on too long."
+    if best is not None:
+        lowest = (
+            f"Held-out error was lowest at step {best[0]['step']} and has risen by "
+            f"{percent(best[1])} since: what training gained after that is known by heart."
+        )
+    caption = (
+        f"Held-out minus training error: at step {last['step']} it is two standard errors or more "
+        f"from zero in {clear} of {bins} bins of t; chance alone makes 1 in 20. Every probe asks "
+        f"the same samples, so what is chance at one step stays at the next. {lowest}"
+    )
+    figure = velocity_figures.gap_heatmap(facts.edges, probes, facts.ends)
+    return row(drawn(figure, caption), _copies_drawn(facts))
+
+
+def _copies_drawn(facts: Facts) -> str:
+    probes = [probe for probe in facts.samples if probe.get("t_switch")]
+    if not probes:
+        return ""
+    last = probes[-1]
+    shares = [
+        f"{percent(last['copies'][place])} copies where the oracle leads to t = {t:g}"
+        for place, t in ((0, last["t_switch"][0]), (-1, last["t_switch"][-1]))
+    ]
+    caption = (
+        f"{', '.join(shares)}. The oracle, which copies, leads a sample until t_switch and the "
+        "model from there: from where the curve rises on, the model no longer leaves the way to "
+        "the copy."
+    )
+    return drawn(figures.copies_figure(probes), caption)
+
+
+def _copies(facts: Facts) -> str:
+    if not facts.samples:
+        return missing("Copies among samples", "MemorizationMonitor()")
+    last = facts.samples[-1]
+    count = last.get("samples")
+    rows = []
+    for place, t in enumerate(last.get("t_switch", [0.0])):
+        share = last["copies"][place]
+        found = "–" if count is None else f"{round(share * count)} of {count}"
+        ends = span(last["low"][place], last["high"][place])
+        rows.append([f"{t:g}", found, number(share), ends])
+    told = paragraph(
+        f"{copied(facts)}. A copy is a sample whose nearest training row is nearer than a third of "
+        "the distance to the second nearest; intervals are exact (binomial)."
+    )
+    kind = last["event"]
+    pictures = (
+        (
+            "samples",
+            "Samples, each beside its nearest training row: the eye finds what no ratio "
+            "does. A red frame is a copy.",
+        ),
+        (
+            "resumed",
+            "Held-out rows, noised and finished by the model: what it brings back that was "
+            "not in the noisy sample is what it knows.",
+        ),
+    )
+    shown = [stored(facts.run.picture(kind, name), caption) for name, caption in pictures]
+    titles = ["oracle until t", "copies", "share", "95 % exact interval"]
+    return told + table(titles, rows) + row(*shown)
+
+
+def _spending(facts: Facts) -> str:
+    if not facts.windows:
+        return missing("Draws, loss and gradients by stage", "VelocityErrorMonitor()")
+    window, edges = facts.windows[-1], facts.stage_edges
+    parts = []
+    for stage, low, high in zip(STAGES, edges, edges[1:], strict=False):
+        found = window["stages"][stage]
+        shares = [math.nan if found[key] is None else found[key] for key in ("draws", "loss")]
+        pull = math.nan if found["gradient"] is None else found["gradient"]
+        parts.append(
+            f"{stage} is {percent(high - low)} of t and has {percent(shares[0])} of the draws, "
+            f"{percent(shares[1])} of the loss and {percent(pull)} of the gradient at the answer"
+        )
+    caption = "; ".join(parts)
+    caption = f"{caption[0].upper()}{caption[1:]}."
+    if facts.last is not None:
+        loss, floor = (facts.stage(facts.last, STAGES[0], key) for key in ("conditional", "floor"))
+        if floor > 0.5 * loss:
+            caption += f" {percent(floor / loss)} of the loss in navigation is floor: it teaches "
+            caption += "nothing, and makes gradients noisy."
+    figure = velocity_figures.spending_figure(facts.edges, window, facts.ends)
+    lacking = window.get("lacking")
+    return (paragraph(f"Not all: {lacking}.", "warn") if lacking else "") + drawn(figure, caption)
+
+
+def _advice(facts: Facts) -> str:
+    found = advice(facts)
+    if not found:
+        return paragraph("These numbers ask for no change.")
+    return items((each.do, each.why, each.source and f"From: {each.source}.") for each in found)
+
+
+def _events(facts: Facts) -> str:
+    rows = []
+    for event in facts.transitions:
+        if event["event"] == "non-finite":
+            kind, message = "not finite", f"rows {event['rows'][:16]} of a batch"
+        else:
+            kind, message = event.get("kind", "change of phase"), event["message"]
+        rows.append([str(event["step"]), kind, message])
+    listed = table(["step", "what", "evidence"], rows, numbers=(0,)) if rows else ""
+    kinds = facts.looked_for
+    if kinds is None:  # not there, or of a version that did not say so
+        return listed + paragraph(
+            "These files do not tell whether navigation was learned or memorization began: "
+            "StageTransitions() looks for both.",
+            "dim",
+        )
+    happened = {event.get("kind") for event in facts.transitions}
+    quiet = [kind for kind, lacks in kinds.items() if not lacks and kind not in happened]
+    blind = [f"{kind} (lacks {lacks})" for kind, lacks in kinds.items() if lacks]
+    told = f"Looked for and not seen up to step {facts.step}: {', '.join(quiet)}. " * bool(quiet)
+    told += f"Could not be seen in this run: {'; '.join(blind)}." * bool(blind)
+    return listed + (paragraph(told, "dim") if told else "")
+
+
+def _settings(facts: Facts) -> str:
+    if facts.run.config is None:
+        return paragraph(
+            "Not in this run: there is no config.yaml in its folder. `stagewise train` writes one.",
+            "dim",
+        )
+    return settings(facts.run.config)

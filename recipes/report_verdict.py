@@ -1,0 +1,229 @@
+"""What follows from the numbers of a run: its verdict in a sentence, and what to change and why."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from stagewise.recipes.report_facts import (
+    FLAT,
+    NOTHING,
+    Facts,
+    Value,
+    number,
+    percent,
+    span,
+    time_of,
+)
+from stagewise.velocity_probe import STAGES
+
+__all__ = ["OWN", "Advice", "advice", "copied", "verdict"]
+
+OWN = "this run"
+_RESULTS = "second-hand: docs/results.md, other data and models"
+_PAPER = "second-hand: Liu et al., arXiv 2512.02826, on ImageNet"
+_NAVIGATION, _, _REFINEMENT = STAGES
+
+
+class Advice(NamedTuple):
+    """What to change.
+
+    Attributes:
+        do: What.
+        why: The numbers that say so.
+        source: Where the advice comes from: `OWN`, or from whom it is at second hand; empty for
+            what the run did not measure.
+    """
+
+    do: str
+    why: str
+    source: str
+
+
+def verdict(facts: Facts) -> str:
+    """One sentence."""
+    last = facts.last
+    if last is not None and last.get("alarm"):
+        return (
+            f"Do not act on these numbers yet: at step {last['step']} {last['alarm']}, so the "
+            "oracle is not that of this training."
+        )
+    if last is None and not facts.samples:
+        middle = facts.boundary.midpoint
+        if math.isnan(middle):
+            return "These files measure neither the data nor the model, so there is no verdict."
+        return (
+            f"Navigation ends at t = {time_of(middle)} in these data; how well the model learns "
+            "was not measured."
+        )
+    parts = [_learning(facts), _held_out(facts), copied(facts)]
+    text = f"{', '.join(parts[:2])}, and {parts[2]}."
+    return text[0].upper() + text[1:]
+
+
+def _learning(facts: Facts) -> str:
+    if facts.last is None:
+        return "how well navigation is learned was not measured"
+    excess = facts.stage(facts.last, _NAVIGATION, "excess")
+    above = f"its error is {percent(excess)} above the floor" if math.isfinite(excess) else ""
+    event, trend = facts.noticed("navigation learned"), facts.trend(_NAVIGATION)
+    if facts.still_falls and trend is not None:
+        fell = f"the error above the floor fell by {percent(-trend[0])} since step {trend[1]}"
+        return f"navigation still improves ({fell})"
+    if event is not None:
+        return f"navigation was learned by step {event['step']}" + (above and f" ({above})")
+    if trend is not None and trend[0] > FLAT:
+        changed = f"the error above the floor rose by {percent(trend[0])} since step {trend[1]}"
+        return f"navigation no longer improves ({changed})"
+    if trend is not None:
+        return "navigation hardly changes any more" + (above and f" ({above})")
+    said = f"in navigation {above}" if above else "navigation was measured"
+    return f"{said}, at too few probes to see a trend"
+
+
+def _held_out(facts: Facts) -> str:
+    last, onset = facts.last, facts.noticed("memorization onset")
+    gap = NOTHING if last is None else facts.gap(last)
+    if math.isnan(gap.mean):
+        if onset is not None:
+            return f"memorization began at step {onset['step']}"
+        if facts.guarded:
+            return f"memorization had not begun by step {facts.guarded[-1]['step']}"
+        return "held-out samples were not measured"
+    share = _share(facts, gap)
+    if onset is not None:
+        return f"memorization began at step {onset['step']} (held-out error {share})"
+    if gap.mean > 2 * gap.error:
+        return f"held-out error is {share}"
+    return f"held-out samples are predicted as well as training samples within noise ({share})"
+
+
+def _share(facts: Facts, gap: Value) -> str:
+    assert facts.last is not None
+    train = facts.mean(facts.last, "train", "conditional").mean
+    side = "above" if gap.mean >= 0 else "below"
+    spread = percent(2 * gap.error / train)
+    return f"{percent(abs(gap.mean) / train)} ± {spread} {side} training error"
+
+
+def copied(facts: Facts) -> str:
+    """How many samples of the model alone are copies, with the exact interval."""
+    if not facts.samples:
+        return "copies among samples were not looked for"
+    last = facts.samples[-1]
+    count, led = last.get("samples"), (last.get("t_switch") or [0])[0]
+    share, ends = last["copies"][0], span(last["low"][0], last["high"][0])
+    found = f"{number(share)} of the" if count is None else f"{round(share * count)} of {count}"
+    said = f"{found} samples" + (f" led by the oracle to t = {number(led)}" if led else "")
+    return f"{said} are copies" + (ends and f" (95 % exact interval {ends})")
+
+
+# -- advice -----------------------------------------------------------------------------------
+
+
+def advice(facts: Facts) -> list[Advice]:
+    """What to change, the most pressing first; empty if the numbers ask for nothing."""
+    last = facts.last
+    if last is not None and last.get("alarm"):
+        return [
+            Advice(
+                "Mend the oracle first: the scale of the bank, the path, augmentation, and whether "
+                "the model and the oracle are given the same labels.",
+                f"At step {last['step']} {last['alarm']}; for the right oracle they are equal, "
+                "whatever the model is.",
+                OWN,
+            )
+        ]
+    found = [_memorization(facts), _longer(facts), _times(facts), _targets(facts), _more(facts)]
+    return [each for each in found if each is not None]
+
+
+def _memorization(facts: Facts) -> Advice | None:
+    """To stop earlier, and to smooth refinement, where training rows are learnt by heart."""
+    best, onset = facts.best_held_out(), facts.noticed("memorization onset")
+    gap = facts.smoothing()
+    early, why = "", []
+    if best is not None:
+        probe, rise = best
+        early = f"Take the weights of about step {probe['step']}. "
+        why.append(f"Held-out error was lowest there and has risen by {percent(rise)}.")
+    elif onset is not None:
+        early = f"Take the weights of about step {onset['step']}. "
+        why.append(f"Memorization began there: {onset['message']}.")
+    if gap is not None and gap.worth_trying:
+        why.append(f"{str(gap).capitalize()}.")
+    if facts.samples and facts.samples[-1]["low"][0] > 0:
+        why.append(f"{copied(facts).capitalize()}.")
+    if not why:
+        return None
+    smooth = "Smooth refinement, MemorizationGuard() and StageScheme(Scheme.two_stage), or train "
+    smooth += "on more data."
+    if facts.run.of("scheme"):
+        return Advice(early or "Train on more data, or fewer steps.", " ".join(why), OWN)
+    return Advice(early + smooth, " ".join(why), f"{OWN}; what smoothing gives is {_RESULTS}")
+
+
+def _longer(facts: Facts) -> Advice | None:
+    trend = facts.trend(_NAVIGATION)
+    if not facts.still_falls or trend is None or facts.best_held_out() is not None:
+        return None
+    why = f"The error above the floor in navigation fell by {percent(-trend[0])} from step "
+    why += f"{trend[1]} to the end"
+    held_out = facts.last is not None and facts.last.get("held_out")
+    why += ", and held-out error has not risen." if held_out else "."
+    return Advice("Train longer.", why, OWN)
+
+
+def _times(facts: Facts) -> Advice | None:
+    width = facts.stage_edges[1]
+    if not facts.windows or not facts.boundary.midpoint > 0:
+        return None
+    draws = facts.windows[-1]["stages"][_NAVIGATION]["draws"]
+    if facts.run.of("scheme") or draws is None or draws > width / 2:
+        return None
+    return Advice(
+        "Draw more t in navigation: StageScheme(timesteps=StageAware(0.3)), or a shift of 0.5.",
+        f"Navigation is {percent(width)} of t and has {percent(draws)} of the draws.",
+        _PAPER,
+    )
+
+
+def _targets(facts: Facts) -> Advice | None:
+    """Oracle targets, where noise is most of the loss; by a forecast if the run has one."""
+    last = facts.last
+    if last is None or facts.run.of("scheme"):
+        return None
+    loss = facts.stage(last, _NAVIGATION, "conditional")
+    share = facts.stage(last, _NAVIGATION, "floor") / loss if loss > 0 else math.nan
+    forecasts = facts.run.of("forecast")
+    if forecasts:
+        said = str(forecasts[-1].get("targets", ""))
+        return (
+            Advice("See what oracle targets would give.", said, f"{OWN} (Forecast)")
+            if said
+            else None
+        )
+    if not share > 0.5:
+        return None
+    return Advice(
+        'Try oracle targets, StageScheme(target=Mix("boundary")); measure first with Forecast().',
+        f"In navigation {percent(share)} of the loss is the floor: noise of the target, which "
+        "averages out over steps and which the oracle's target does not have.",
+        f"{_RESULTS}: 6 to 20 % fewer steps on small models, no time saved on a CPU",
+    )
+
+
+def _more(facts: Facts) -> Advice | None:
+    """What the run did not measure."""
+    lacks = []
+    if not facts.run.of("probe"):
+        lacks.append("PosteriorMonitor() (the stages of the data)")
+    if facts.last is None:
+        lacks.append("VelocityErrorMonitor() (error by t, what training spends)")
+    elif not facts.last.get("held_out"):
+        lacks.append("held-out samples, VelocityErrorMonitor(held_out=...) (memorization)")
+    if not facts.samples:
+        lacks.append("MemorizationMonitor() (copies among samples)")
+    if not lacks:
+        return None
+    return Advice(f"Next time add {'; '.join(lacks)}.", "These are not in this run.", "")

@@ -251,7 +251,7 @@ def in_order(count: int) -> list[Any]:
 
 
 def by_step(steps: Sequence[int]) -> ScalarMappable:
-    """The colours of ascending training steps, for curves (`cmap(norm(step))`) and for `step_bar`."""
+    """The colours of ascending steps, for curves (`cmap(norm(step))`) and for `step_bar`."""
     last = max(2, steps[-1])
     # Two decades at most: the first steps of an untrained model would take most of the colours.
     begin = min(max(1.0, steps[0], last / 100), last / 2)

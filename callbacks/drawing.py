@@ -109,7 +109,11 @@ def heading(axes: Axes, title: str, about: str = "") -> None:
     """The title, and under it, smaller, what data it is about; above the names of the stages."""
     room = 20 if axes.get_xscale() == "logit" else 8  # for the names of the stages
     axes.set_title(title, loc="left", fontsize=11, pad=room + 14 if about else room)
-    place = {"xytext": (0, room), "textcoords": "offset points", "xycoords": "axes fraction"}
+    place: dict[str, Any] = {
+        "xytext": (0, room),
+        "textcoords": "offset points",
+        "xycoords": "axes fraction",
+    }
     # The title has made room for it, and its width is no reason to make the axes narrow.
     axes.annotate(about, (0, 1), fontsize=8, color="0.3", in_layout=False, **place)
 
@@ -186,7 +190,11 @@ def shade_stages(axes: Axes, ends: Ends) -> None:
     for span in _spans(axes.get_xlim(), ends):
         axes.axvspan(span.start, span.end, color=span.colour, alpha=0.13, lw=0, zorder=0)
         if span.share > _NARROW:
-            place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            place: dict[str, Any] = {
+                "transform": axes.get_xaxis_transform(),
+                "ha": "center",
+                "va": "bottom",
+            }
             axes.text(span.centre, 1.01, span.name, fontsize=8, color="0.3", **place)
 
 
@@ -195,7 +203,11 @@ def divide_stages(axes: Axes, ends: Ends) -> None:
     spans = _spans(axes.get_ylim(), ends)
     for span in spans:
         if span.share > _NARROW:
-            place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "center"}
+            place: dict[str, Any] = {
+                "transform": axes.get_yaxis_transform(),
+                "ha": "left",
+                "va": "center",
+            }
             axes.text(1.01, span.centre, span.name, fontsize=8, color="0.3", rotation=-90, **place)
     for span in spans[1:]:
         axes.axhline(span.start, color="w", lw=2)
@@ -239,7 +251,7 @@ def in_order(count: int) -> list[Any]:
 
 
 def by_step(steps: Sequence[int]) -> ScalarMappable:
-    """The colours of ascending training steps, for curves (`to_rgba`) and for `step_bar`."""
+    """The colours of ascending steps, for curves (`cmap(norm(step))`) and for `step_bar`."""
     last = max(2, steps[-1])
     # Two decades at most: the first steps of an untrained model would take most of the colours.
     begin = min(max(1.0, steps[0], last / 100), last / 2)

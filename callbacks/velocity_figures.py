@@ -142,7 +142,7 @@ def dynamics_figure(
     figure, axes, t = _over_time(edges, ends)
     colours = by_step([probe["step"] for probe in probes])
     for probe in _chosen(probes):
-        colour = colours.to_rgba(max(1, probe["step"]))
+        colour = colours.cmap(colours.norm(max(1, probe["step"])))
         axes.plot(t, np.array(probe["train"][key], float), color=colour, lw=1.5)
     if key == "conditional":
         floor = np.array(probes[-1]["train"]["floor"], float)

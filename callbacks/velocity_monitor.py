@@ -392,9 +392,6 @@ class VelocityErrorMonitor(ModelMonitor):
 
     def _curve_beside(self) -> StageCurve | None:
         """What a `PosteriorMonitor` of the same posterior has measured."""
-        for monitor in self.run.members:
-            if not isinstance(monitor, PosteriorMonitor) or monitor.wise != self.wise:
-                continue
-            if same_path(monitor.recipe.oracle.path, self.oracle.path):
-                return monitor.curve
-        return None
+        members, path = self.run.members, self.oracle.path
+        beside = [m for m in members if isinstance(m, PosteriorMonitor) and m.wise == self.wise]
+        return next((m.curve for m in beside if same_path(m.recipe.oracle.path, path)), None)

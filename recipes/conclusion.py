@@ -36,7 +36,7 @@ def _stages(stages: Sequence[dict[str, Any]]) -> str:
     if "refinement" in edges:
         said.append(f"from t = {edges['refinement'][0]:.3f} on one does (refinement)")
     text = ", ".join(said)
-    return text and f"{text[0].upper()}{text[1:]}. The data decide that, and not training."
+    return text and f"{text[0].upper()}{text[1:]}. The data decide this, not the training."
 
 
 def _share(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
@@ -65,8 +65,7 @@ def _left(stages: Sequence[dict[str, Any]], whole: dict[str, Any]) -> str:
     width = row["to"] - row["from"]
     return (
         f"The rest, {total:.4f}, can be learned: {left[most] / total:.0%} of it lies in "
-        f"{row['stage']}, which is {width:.0%} of t. This is loss; how good samples are it does "
-        "not say."
+        f"{row['stage']}, which is {width:.0%} of t. A loss does not say how good samples are."
     )
 
 

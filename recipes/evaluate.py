@@ -310,13 +310,14 @@ def evaluate(
     """
     train = loss_by_time(module, data.train, queries)
     held_out = None if data.held_out is None else loss_by_time(module, data.held_out, queries)
-    curves = {"training samples": train, "held-out samples": held_out}
-    curves = {name: losses for name, losses in curves.items() if losses is not None}
-    watched = monitor is not None and monitor.curve is not None
-    floor = floor_curve(module, monitor.curve) if watched else None
+    curves = {"training samples": train}
+    if held_out is not None:
+        curves["held-out samples"] = held_out
+    curve = None if monitor is None else monitor.curve
+    floor = None if curve is None else floor_curve(module, curve)
     figure = _loss_figure(curves, floor, len(data.train))
     rows: list[dict[str, Any]] = []
-    if floor is not None:
+    if monitor is not None and floor is not None:
         # The first probe's: by it the run's monitors and schemes cut t.
         boundary, predicted = boundary_of(monitor.history[0]), _predicted(run_dir, monitor)
         rows = stage_table(boundary, floor, train, held_out)

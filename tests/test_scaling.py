@@ -87,7 +87,7 @@ def off(module, rows):
 
 @pytest.fixture
 def fit(tmp_path):
-    def run(module, *callbacks, steps=3):
+    def run(module, *callbacks, steps=3, **options):
         trainer = pl.Trainer(
             max_steps=steps,
             accelerator="cpu",
@@ -97,6 +97,7 @@ def fit(tmp_path):
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            **options,
         )
         torch.manual_seed(5)
         trainer.fit(module, DataLoader(TensorDataset(X), 16, shuffle=True))
@@ -111,3 +112,29 @@ def test_targets_are_those_over_what_is_trained_on(fit, text):
     with pytest.warns(UserWarning, match="is read again"):
         fit(module, StageScheme(target=Mix(1.0)))
     assert off(module, WAYS[text](X)) < 1e-5
+
+
+class Encodes(Makes):
+    """A frozen encoder that autocast rounds, whatever the precision of the rest is."""
+
+    def __init__(self, autocast):
+        super().__init__(self.encode)
+        self.vae, self.autocast = nn.Conv2d(3, 3, 2, padding="same").requires_grad_(False), autocast
+
+    def encode(self, x):
+        with torch.no_grad(), torch.autocast("cpu", enabled=self.autocast):
+            return self.vae(x).float()
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_bank_is_read_in_the_precision_in_which_the_step_encodes(fit, autocast, precision):
+    module = Encodes(autocast)
+    with pytest.warns(UserWarning, match="is read again") as said:
+        fit(module, StageScheme(target=Mix(1.0)), precision=precision)
+    rows = module.encode(X)
+    assert off(module, rows) < 1e-5
+    line = next(str(w.message) for w in said if "StageRun(encode=" in str(w.message))
+    line = line.partition("StageRun(encode=")[2].removesuffix(").")
+    again = eval(line, {"torch": torch})(X, module)
+    assert torch.equal(again.float(), rows)

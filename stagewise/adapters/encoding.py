@@ -41,7 +41,10 @@ class Encoding:
                 function: Any = module
                 for part in filter(None, what[0].split(".")):
                     function = getattr(function, part)
-                value = function(value, **dict(what[1]))
+                kind, rounded = x.device.type, what[2]
+                dtype = getattr(torch, rounded) if rounded else torch.get_autocast_dtype(kind)
+                with torch.autocast(kind, dtype, enabled=bool(rounded)):
+                    value = function(value, **dict(what[1]))
             elif kind == "get":
                 value = value[what[0]] if isinstance(what[0], int) else getattr(value, what[0])
             elif kind == "sample":
@@ -76,7 +79,9 @@ class Encoding:
             before = kind
             if kind == "call":
                 options = "".join(f", {key}={value!r}" for key, value in what[1])
-                text = f"{_path(what[0])}({text}{options})"
+                called, autocast = _path(what[0]), f"x.device.type, torch.{what[2]}"
+                called = f"torch.autocast({autocast})({called})" if what[2] else called
+                text = f"{called}({text}{options})"
             elif kind == "get":
                 text = f"{inner}[{what[0]}]" if isinstance(what[0], int) else f"{inner}.{what[0]}"
             elif kind == "draw":
@@ -102,12 +107,14 @@ class EncoderCall(NamedTuple):
         before: What was done with `x_1`.
         name: Of the submodule or its method, such as "vae.encode".
         options: Its other arguments, by their names.
+        autocast: The type that autocast computed in, empty without it.
         output: What it returned.
     """
 
     before: tuple[Step, ...]
     name: str
     options: tuple[tuple[str, Any], ...]
+    autocast: str
     output: Any
 
 
@@ -121,7 +128,12 @@ def encoder_call(
     if not all(isinstance(value, plain) for value in kwargs.values()):
         return None
     before = related(own, args[0])
-    return None if before is None else EncoderCall(before, name, tuple(kwargs.items()), output)
+    if before is None:
+        return None
+    kind = args[0].device.type
+    on = torch.is_autocast_enabled(kind)
+    autocast = str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if on else ""
+    return EncoderCall(before, name, tuple(kwargs.items()), autocast, output)
 
 
 def watch_encoders(name: str, module: nn.Module, note: Callable[..., None]) -> Iterator[Detach]:
@@ -159,7 +171,7 @@ def origin_of(x1: Tensor, own: Tensor, calls: Sequence[EncoderCall]) -> Encoding
     for call in reversed(
         calls
     ):  # the last one is nearest to x_1, and a module ends after its parts
-        begin = (*call.before, ("call", call.name, call.options))
+        begin = (*call.before, ("call", call.name, call.options, call.autocast))
         for steps, mean, std in _forms(call.output):
             after = related(mean, x1) if std is None else _drawn(mean, std, x1)
             if after is not None:

@@ -7,7 +7,6 @@ was trained on. From then on the same steps can be done with other batches, and 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.adapters.base import Detach, rebind
+from stagewise.adapters.scaling import Step, done, related, text_of, way_of
 from stagewise.noise import is_off
 
 __all__ = ["EncoderCall", "Encoding", "encoder_call", "origin_of", "watch_encoders"]
-
-Step = tuple[Any, ...]
-"""What is done (`call`, `get`, `chunk`, `draw`, `reshape`, `*`, `/`, `+`, `-`), and with what."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,8 @@ class Encoding:
     """From `x_1` of a batch, (B, *), and the module, to what is trained on, (B, *).
 
     Attributes:
-        steps: What is done, in this order; plain names and numbers.
+        steps: What is done, in this order; plain names and numbers. Beside those of `scaling` there
+            are `call`, `get`, `sample`, `chunk` and `draw`.
     """
 
     steps: tuple[Step, ...]
@@ -43,7 +41,10 @@ class Encoding:
                 function: Any = module
                 for part in filter(None, what[0].split(".")):
                     function = getattr(function, part)
-                value = function(value, **dict(what[1]))
+                kind, rounded = x.device.type, what[2]
+                dtype = getattr(torch, rounded) if rounded else torch.get_autocast_dtype(kind)
+                with torch.autocast(kind, dtype, enabled=bool(rounded)):
+                    value = function(value, **dict(what[1]))
             elif kind == "get":
                 value = value[what[0]] if isinstance(what[0], int) else getattr(value, what[0])
             elif kind == "sample":
@@ -52,10 +53,8 @@ class Encoding:
                 value = value.chunk(2, 1)
             elif kind == "draw":
                 value = value[0] + (value[1] / 2).exp() * torch.randn_like(value[0])
-            elif kind == "reshape":
-                value = value.reshape(-1, *what[0])
             else:
-                value = _arithmetic(value, kind, what[0])
+                value = done(value, kind, *what)
         return value
 
     @property
@@ -72,23 +71,26 @@ class Encoding:
     @property
     def line(self) -> str:
         """The same, to be pasted."""
-        text, sums = "x", False
+        text, before = "x", ""
         for kind, *what in self.steps:
-            inner = f"({text})" if sums else text
-            sums = kind in ("+", "-")
+            arithmetic = kind in ("*", "/", "+", "-")
+            loose = before in (("+", "-") if arithmetic else ("+", "-", "*", "/"))
+            inner = f"({text})" if loose else text
+            before = kind
             if kind == "call":
                 options = "".join(f", {key}={value!r}" for key, value in what[1])
-                text = f"{_path(what[0])}({text}{options})"
+                called, autocast = _path(what[0]), f"x.device.type, torch.{what[2]}"
+                called = f"torch.autocast({autocast})({called})" if what[2] else called
+                text = f"{called}({text}{options})"
             elif kind == "get":
-                text += f"[{what[0]}]" if isinstance(what[0], int) else f".{what[0]}"
+                text = f"{inner}[{what[0]}]" if isinstance(what[0], int) else f"{inner}.{what[0]}"
             elif kind == "draw":
                 draw = "mean + (v / 2).exp() * torch.randn_like(mean)"
                 text = f"(lambda mean, v, *_: {draw})(*{text})"
-            elif kind in ("sample", "chunk", "reshape"):
-                shape = ", ".join(map(str, (-1, *what[0]))) if what else ""
-                text = f"{inner}.{kind}({shape or ('2, 1' if kind == 'chunk' else '')})"
+            elif kind in ("sample", "chunk"):
+                text = f"{inner}.{kind}({'2, 1' if kind == 'chunk' else ''})"
             else:
-                text = f"{text if sums else inner} {kind} {what[0]!r}"
+                text = f"{text if kind in ('+', '-') else inner}{text_of(kind, *what)}"
         return f"encode=lambda x, module: {text}"
 
 
@@ -105,12 +107,14 @@ class EncoderCall(NamedTuple):
         before: What was done with `x_1`.
         name: Of the submodule or its method, such as "vae.encode".
         options: Its other arguments, by their names.
+        autocast: The type that autocast computed in, empty without it.
         output: What it returned.
     """
 
     before: tuple[Step, ...]
     name: str
     options: tuple[tuple[str, Any], ...]
+    autocast: str
     output: Any
 
 
@@ -123,8 +127,13 @@ def encoder_call(
         return None
     if not all(isinstance(value, plain) for value in kwargs.values()):
         return None
-    before = _related(own, args[0])
-    return None if before is None else EncoderCall(before, name, tuple(kwargs.items()), output)
+    before = related(own, args[0])
+    if before is None:
+        return None
+    kind = args[0].device.type
+    on = torch.is_autocast_enabled(kind)
+    autocast = str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if on else ""
+    return EncoderCall(before, name, tuple(kwargs.items()), autocast, output)
 
 
 def watch_encoders(name: str, module: nn.Module, note: Callable[..., None]) -> Iterator[Detach]:
@@ -156,15 +165,15 @@ def origin_of(x1: Tensor, own: Tensor, calls: Sequence[EncoderCall]) -> Encoding
         own: `x_1` of the batch, (B, *).
         calls: Those of encoders, in their order.
     """
-    after = _related(own, x1)
+    after = related(own, x1)
     if after is not None:
         return Encoding(after) if after else None
     for call in reversed(
         calls
     ):  # the last one is nearest to x_1, and a module ends after its parts
-        begin = (*call.before, ("call", call.name, call.options))
+        begin = (*call.before, ("call", call.name, call.options, call.autocast))
         for steps, mean, std in _forms(call.output):
-            after = _related(mean, x1) if std is None else _drawn(mean, std, x1)
+            after = related(mean, x1) if std is None else _drawn(mean, std, x1)
             if after is not None:
                 return Encoding((*begin, *steps, *after))
     return None
@@ -198,63 +207,6 @@ def _forms(output: Any, depth: int = 3) -> Iterator[tuple[tuple[Step, ...], Tens
             yield (("sample",),), centre, width
 
 
-def _arithmetic(x: Tensor, kind: str, number: float) -> Tensor:
-    if kind in "*/":
-        return x * number if kind == "*" else x / number
-    return x + number if kind == "+" else x - number
-
-
-def _related(x: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
-    """How `x1` is `x`, both (B, ...), reshaped, times a number, plus one; None if it is not.
-
-    Of fewer samples they are the first ones.
-    """
-    x = x[: len(x1)]
-    if len(x) != len(x1) or x.numel() != x1.numel() or not x1.is_floating_point():
-        return None
-    shape = tuple(x1.shape[1:])
-    steps: tuple[Step, ...] = () if x.shape[1:] == shape else (("reshape", shape),)
-    x = x.detach().reshape(x1.shape)
-    if torch.equal(x.to(x1), x1):
-        return steps
-    a, b = x.double().flatten(), x1.detach().double().flatten()
-    spread = a - a.mean()
-    size = float(spread.square().sum())
-    factor = float((spread * b).sum()) / size if size else 0.0
-    gap = (b - b.mean()) - factor * spread
-    least = max(1e-5, 4 * torch.finfo(x1.dtype).eps)
-    if not factor or float(gap.norm()) > least * float((b - b.mean()).norm()):
-        return None
-    return steps + _affine(x, x1, factor, float(b.mean() - factor * a.mean()))
-
-
-def _affine(x: Tensor, x1: Tensor, factor: float, shift: float) -> tuple[Step, ...]:
-    """The steps `factor x + shift` as they give the very bits, or else as near as can be said."""
-    none = abs(shift) < 1e-5 * float(x1.detach().abs().max())
-    for digits, way in itertools.product(range(1, 10), range(4)):
-        steps = _way(way, factor, 0.0 if none else shift, digits)
-        made = x.to(x1.dtype)
-        for kind, number in steps:
-            made = _arithmetic(made, kind, number)
-        if torch.equal(made, x1):
-            return steps
-    return _way(0, factor, 0.0 if none else shift, 7)
-
-
-def _way(way: int, factor: float, shift: float, digits: int) -> tuple[Step, ...]:
-    def short(number: float) -> float:
-        return float(f"{number:.{digits}g}")
-
-    scale = ("*", short(factor)) if way % 2 == 0 else ("/", short(1 / factor))
-    scale_steps: tuple[Step, ...] = () if scale[1] == 1 else (scale,)
-    if not shift:
-        return scale_steps
-    if way < 2:  # first scaled
-        return (*scale_steps, ("+" if shift > 0 else "-", short(abs(shift))))
-    before = shift / factor
-    return (("+" if before > 0 else "-", short(abs(before))), *scale_steps)
-
-
 def _drawn(mean: Tensor, std: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
     """How `x1` is a draw from normal distributions, times a number, plus a number."""
     mean, std = mean[: len(x1)], std[: len(x1)]
@@ -273,10 +225,10 @@ def _drawn(mean: Tensor, std: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
         factor, shift = float((weight * a * b).sum() / (weight * a * a).sum()), 0.0
     # In as few digits as the draws allow.
     told = (d for d in range(1, 8) if abs(factor - float(f"{factor:.{d}g}")) <= 3 * error)
-    steps = _way(0, factor, shift, next(told, 8))
+    steps = way_of(0, factor, shift, next(told, 8))
     made = a
     for kind, number in steps:
-        made = _arithmetic(made, kind, number)
+        made = done(made, kind, number)
     gap = (b - made) / (abs(factor) * s).clamp_min(1e-30)
     off = is_off(len(gap), float(gap.mean()), float(gap.square().mean()))
     return None if off else steps

@@ -119,7 +119,8 @@ def _trends(facts: Facts) -> str:
 def _by_time(facts: Facts, last: Event) -> str:
     loss, floor = (facts.stage(last, STAGES[0], key) for key in ("conditional", "floor"))
     text = f"The floor is {percent(floor / loss)} of the loss in navigation. " if loss > 0 else ""
-    text += "Past the collapse there is none: all of the loss there is the model's own. "
+    if math.isfinite(facts.boundary.collapsed):
+        text += "Past the collapse there is none: all of the loss there is the model's own. "
     if last.get("held_out"):
         text += "Where the held-out line leaves the training line, rows are known by heart."
     return text

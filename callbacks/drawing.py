@@ -203,8 +203,8 @@ def divide_stages(axes: Axes, ends: Ends) -> None:
 
 
 def mark_time(axes: Axes, at: float | None, name: str, **style: Any) -> None:
-    """A vertical line that the legend names; none where the time is None or NaN."""
-    if at is not None and np.isfinite(at):
+    """A vertical line that the legend names; none where the time is None, NaN, 0 or 1."""
+    if at is not None and 0 < at < 1:  # the axis has no place for its ends
         axes.axvline(at, label=f"{name}  t = {at:.3f}", **style)
 
 

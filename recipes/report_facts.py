@@ -65,9 +65,10 @@ class Facts:
         self.run, self.boundary = run, run.boundary()
         self.about: Event = run.first("velocity")
         self.bank: Event = run.first("bank")
-        self.edges: list[float] = self.about.get("edges", [])
+        self.edges: list[float] = self.about.get("edges") or []
         bins = len(self.edges) - 1
-        self.probes = [p for p in run.of("velocity_probe") if len(p["train"]["oracle"]) == bins]
+        probes = run.of("velocity_probe")
+        self.probes = [p for p in probes if len(p["train"].get("oracle", ())) == bins]
         windows = run.of("training_window")
         self.windows = [window for window in windows if len(window["draws"]) == bins]
 

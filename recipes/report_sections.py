@@ -270,7 +270,9 @@ def _gap(facts: Facts) -> str:
         f"from zero in {clear} of {bins} bins of t; chance alone makes 1 in 20. Every probe asks "
         f"the same samples, so what is chance at one step stays at the next. {lowest}"
     )
-    figure = velocity_figures.gap_heatmap(facts.edges, probes, facts.ends)
+    about = counted(facts.bank.get("rows"), facts.about.get("queries"), bins)
+    marks = [(event["step"], event["kind"]) for event in facts.transitions if "kind" in event]
+    figure = velocity_figures.gap_heatmap(facts.edges, probes, facts.ends, about, marks)
     return row(drawn(figure, caption), _copies_drawn(facts))
 
 

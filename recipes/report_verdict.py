@@ -64,6 +64,8 @@ def verdict(facts: Facts) -> str:
 def _learning(facts: Facts) -> str:
     if facts.last is None:
         return "how well navigation is learned was not measured"
+    if not facts.stage_edges[1] > 0:
+        return "there is no navigation to learn, as one row explains a noisy sample at all t"
     excess = facts.stage(facts.last, _NAVIGATION, "excess")
     above = f"its error is {percent(excess)} above the floor" if math.isfinite(excess) else ""
     event, trend = facts.noticed("navigation learned"), facts.trend(_NAVIGATION)

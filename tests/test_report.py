@@ -402,6 +402,13 @@ def test_navigation_that_is_level_is_not_trained_longer(run):
     assert "Train longer" not in done(facts)
 
 
+def test_data_without_navigation_have_none_to_learn(run):
+    header, *others = events_of(run, "errors")
+    write(run / "errors", header | {"midpoint": 0.0, "collapsed": 0.0}, *others)
+    assert verdict(Facts(read_run(run))).startswith("There is no navigation to learn")
+    assert "cannot be made" not in read(report(run)).text
+
+
 def test_few_probes_show_no_trend(run):
     shutil.rmtree(run / "transitions")
     facts = facts_of(run, learning(1, 1.0), learning(400, 0.1))
@@ -605,6 +612,22 @@ def test_what_two_runs_do_not_tell_is_said(pair):
     shutil.rmtree(other / "errors")
     text = read(compare(pair)).text
     assert "Fewer than two of these runs have a VelocityErrorMonitor" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("lost", ["train", "stages", "oracle", "step"])
+def test_events_of_an_older_version_end_no_comparison(pair, lost):
+    run, other = pair
+    header, *probes = events_of(other, "errors")
+    for event in probes:
+        event["train"].pop("oracle") if lost == "oracle" else event.pop(lost)
+    write(other / "errors", header, *probes)
+    text = read(compare(pair)).text
+    assert "Settings that differ" in text
+    if lost in ("train", "step"):
+        assert "large: errors/stages.jsonl, line 2: no event; left out" in text
+    write(run / "errors", *events_of(other, "errors"))
+    assert "Settings" in read(report(run)).text
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -213,7 +213,7 @@ def draw_boundary(axes: Axes, boundary: StageBoundary, predicted: float) -> None
     shade_stages(axes, (boundary.midpoint, boundary.collapsed))
     found = boundary.as_dict()
     for name, style in (("midpoint", "--"), ("collapsed", ":")):
-        if np.isfinite(found[name]):
+        if 0 < found[name] < 1:
             low, high = found[f"{name}_low"], found[f"{name}_high"]
             axes.axvspan(low, high, color="0.3", alpha=0.16, lw=0)
             label = f"{name}  t = {found[name]:.3f} [{low:.3f}, {high:.3f}]"

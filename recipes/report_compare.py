@@ -69,7 +69,7 @@ def compared(runs: Mapping[str, Facts], title: str) -> list[str]:
     step = min((facts.last["step"] for facts in runs.values() if facts.last), default=0)
     measured = {name: facts for name, facts in runs.items() if facts.at(step) is not None}
     about = {"Data": data_of(next(iter(runs.values())))} | {
-        name: f"{model_of(facts)}; {steps_of(facts)} steps, {date_of(facts)}"
+        name: f"{model_of(facts)}; {steps_of(facts)}, {date_of(facts)}"
         for name, facts in runs.items()
     }
     sections: dict[str, Callable[[Mapping[str, Facts]], str]] = {

@@ -74,7 +74,8 @@ def data_of(facts: Facts) -> str:
 
 def steps_of(facts: Facts) -> str:
     """How far it has come."""
-    return f"{facts.step}" + (f" of {facts.planned} planned" if facts.planned else "")
+    planned = f" of {facts.planned} planned" if facts.planned else ""
+    return f"measured up to step {facts.step}{planned}"
 
 
 def date_of(facts: Facts) -> str:

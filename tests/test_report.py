@@ -155,7 +155,7 @@ def test_a_page_says_what_the_run_found(run):
     found = read(run / "report.html")
     for words in (
         "a run & more",
-        "500 of 500 planned",
+        "measured up to step 500 of 500 planned",
         "net: SiT(x_t, time); 1\u202f234\u202f567 parameters",
         "0.430",
         "0.123",

@@ -276,9 +276,9 @@ def number(value: Any) -> str:
     return "0" if value == 0 else "< 0.0001" if 0 < value < 1e-4 else f"{value:.3g}"
 
 
-def percent(share: float) -> str:
+def percent(share: float | None) -> str:
     """A share in per cent, with one digit below ten; a dash for what is none."""
-    if not math.isfinite(share):
+    if share is None or not math.isfinite(share):
         return "–"
     return f"{100 * share:.{0 if abs(share) >= 0.0995 or share == 0 else 1}f} %"
 

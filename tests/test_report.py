@@ -469,6 +469,22 @@ def test_what_a_guard_has_measured_counts(run):
     assert "Take the weights of about step 700." in done(facts)
 
 
+def test_samples_that_could_not_be_compared_are_no_copies(run):
+    header, last = events_of(run, "memory")
+    broken = {"copies": [0.5, None], "low": [0.3, None], "high": [0.7, None], "not_finite": 70}
+    write(run / "memory", header, last | broken)
+    assert "0.5 of the samples are copies (95 % exact interval 0.3 to" in verdict(
+        Facts(read_run(run))
+    )
+    text = read(report(run)).text
+    assert "cannot be made" not in text
+    none = {key: [None, None] for key in ("copies", "low", "high")}
+    write(run / "memory", header, last | none)
+    facts = Facts(read_run(run))
+    assert "no sample could be compared with training rows" in verdict(facts)
+    assert "copies" not in done(facts)
+
+
 # -- runs that were killed, are of another version, or of other data -----------------------------
 
 

@@ -117,9 +117,8 @@ def copied(facts: Facts) -> str:
     if last["copies"][0] is None:
         return "no sample could be compared with training rows"
     led = (last.get("t_switch") or [0])[0]
-    said = f"{share_of(last, 0)} samples" + (
-        led and f" led by the oracle to t = {number(led)}" or ""
-    )
+    said = f"{share_of(last, 0)} samples"
+    said += f" led by the oracle to t = {number(led)}" if led else ""
     ends = span(last["low"][0], last["high"][0])
     return f"{said} are copies" + (ends and f" (95 % exact interval {ends})")
 

@@ -23,6 +23,7 @@ extensions = [
 ]
 templates_path = ["_templates"]
 highlight_language = "text"
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_title = "stagewise"
 html_static_path = ["_static"]
@@ -48,7 +49,7 @@ autosummary_generate = [f"reference/{page.name}" for page in (HERE / "reference"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_default_options = {"members": True}
+autodoc_default_options = {"members": True, "special-members": "__call__"}
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False  # what is overridden is described once, in its base
 napoleon_numpy_docstring = False

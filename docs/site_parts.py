@@ -103,6 +103,8 @@ def plain_docstring(_: Sphinx, what: str, name: str, obj: Any, how: Any, lines: 
     text = "\n".join(lines)
     if what == "attribute":
         text = f"..\n\n{text}"  # else what stands before a colon is taken for its type
+    # So too the first line of what is returned.
+    text = re.sub(r"(^Returns:\n +[^\n`]*?): ", r"\1 – ", text, flags=re.MULTILINE)
     text = re.sub(r"(?<![`:\w])`([^`]+)`(?!`)(\w?)", _literal, text)
     text = re.sub(r"(?<![\*\w])\*(?=[),])", r"\*", text)
     lines[:] = text.split("\n")

@@ -1,6 +1,8 @@
 """The pages of the site: their code runs, their links resolve, the reference misses no name."""
 
+import ast
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -13,6 +15,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
+from stagewise.callbacks.monitor import MonitorOptions
+from stagewise.callbacks.stage_callback import RunOptions
 from stagewise.recipes import cli
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +145,58 @@ def test_the_reference_has_every_public_name_once():
         package = importlib.import_module("stagewise" + part)
         for public in package.__all__:
             assert listed.count(public) == 1, f"{package.__name__}.{public}"
+
+
+def keywords_of(thing):
+    """The names that a class or function takes; of `**options` those of the typed dicts."""
+    names = set()
+    for parameter in inspect.signature(thing).parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            names.add(parameter.name)
+        elif "Unpack" in str(parameter.annotation):
+            names |= set(MonitorOptions.__annotations__) | set(RunOptions.__annotations__)
+    return names
+
+
+def test_pages_name_what_there_is():
+    """`Oracle.correction` and `StageRun(find=...)`, in the text of pages, are no inventions."""
+    public = {}
+    for part in PUBLIC:
+        package = importlib.import_module("stagewise" + part)
+        public |= {name: getattr(package, name) for name in package.__all__}
+    looked_at = 0
+    for page in (*PAGES, ROOT / "README.md"):
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for code in re.findall(r"`([A-Z]\w+[.(][^`]+)`", text):
+            try:
+                tree = ast.parse(code.replace("...", "None"), mode="eval").body
+            except SyntaxError:
+                continue
+            given = [k.arg for k in tree.keywords if k.arg] if isinstance(tree, ast.Call) else []
+            thing = tree.func if isinstance(tree, ast.Call) else tree
+            if isinstance(thing, ast.Attribute) and isinstance(thing.value, ast.Name):
+                owner = public.get(thing.value.id)
+                if owner is None:
+                    continue
+                fields = getattr(owner, "__annotations__", {})
+                assert hasattr(owner, thing.attr) or thing.attr in fields, f"{page}: {code}"
+                made = getattr(owner, thing.attr, None)
+            elif isinstance(thing, ast.Name):
+                made = public.get(thing.id)
+            else:
+                continue
+            looked_at += 1
+            if made is not None and given:
+                assert set(given) <= keywords_of(made), f"{page}: {code}"
+    assert looked_at > 50
+
+
+def test_every_page_is_in_a_menu():
+    menus = blocks_of(DOCS / "index.md", "{toctree}")
+    entries = {re.sub(r".*<(.*)>", r"\1", line) for menu in menus for line in menu.splitlines()}
+    for page in PAGES:
+        entry = name(page).removesuffix(".md")
+        assert entries & {entry, f"{Path(entry).parent}/*"} or entry == "index", entry
 
 
 def test_links_of_pages_lead_to_files():

@@ -97,7 +97,7 @@ class RowStore(RowClasses):
         return "pinned host" if self.rows.is_pinned() else "host"
 
     def take(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
-        """Samples by their rows (own order, any shape, any device), (*rows.shape, D), float64.
+        """Samples by their rows (own order, any shape, any device), `(*rows.shape, D)`, float64.
 
         They are given on `device`, default that of the bank.
         """

@@ -215,8 +215,8 @@ def divide_stages(axes: Axes, ends: Ends) -> None:
 
 
 def mark_time(axes: Axes, at: float | None, name: str, **style: Any) -> None:
-    """A vertical line that the legend names; none where the time is None or NaN."""
-    if at is not None and np.isfinite(at):
+    """A vertical line that the legend names; none where the time is None, NaN, 0 or 1."""
+    if at is not None and 0 < at < 1:  # the axis has no place for its ends
         axes.axvline(at, label=f"{name}  t = {at:.3f}", **style)
 
 
@@ -225,7 +225,7 @@ def draw_boundary(axes: Axes, boundary: StageBoundary, predicted: float) -> None
     shade_stages(axes, (boundary.midpoint, boundary.collapsed))
     found = boundary.as_dict()
     for name, style in (("midpoint", "--"), ("collapsed", ":")):
-        if np.isfinite(found[name]):
+        if 0 < found[name] < 1:
             low, high = found[f"{name}_low"], found[f"{name}_high"]
             axes.axvspan(low, high, color="0.3", alpha=0.16, lw=0)
             label = f"{name}  t = {found[name]:.3f} [{low:.3f}, {high:.3f}]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,11 +13,18 @@ import numpy as np
 from stagewise.callbacks.velocity_figures import sizes_figure
 from stagewise.recipes import report_figures
 from stagewise.recipes.report_facts import Facts, Value, number, percent, span, time_of
-from stagewise.recipes.report_head import data_of, date_of, model_of, steps_of
+from stagewise.recipes.report_head import data_of, date_of, model_of, safely, steps_of
 from stagewise.recipes.report_html import definitions, drawn, paragraph, row, stored, table
 from stagewise.velocity_probe import STAGES
 
 __all__ = ["compared", "refuse_other_data"]
+
+_READING = (
+    "All numbers are of the last probe up to the same step, over uniform t. The floor is the part "
+    "of the loss that no model removes; it is that of the data, so it is alike here, and what is "
+    "above it is what the models differ in. ± is two standard errors. Runs of one seed are asked "
+    "the same noisy samples, so their differences are surer than that says."
+)
 
 _STEPS = 4
 """Steps at which losses are drawn over the number of parameters."""
@@ -60,40 +67,36 @@ def _alike(values: list[Any]) -> bool:
 def compared(runs: Mapping[str, Facts], title: str) -> list[str]:
     """The parts of the page."""
     step = min((facts.last["step"] for facts in runs.values() if facts.last), default=0)
-    measured = {name: facts for name, facts in runs.items() if facts.last is not None}
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        definitions(
-            {"Data": data_of(next(iter(runs.values())))}
-            | {
-                name: f"{model_of(facts)}; {steps_of(facts)} steps, {date_of(facts)}"
-                for name, facts in runs.items()
-            }
-        ),
-        paragraph(_verdict(measured, step), "verdict"),
-        *(paragraph(line, "warn") for line in _warnings(runs)),
-        "<h2>How to read this page</h2>",
-        paragraph(
-            "All numbers are of the last probe up to the same step, over uniform t. The floor is "
-            "the part of the loss that no model removes; it is that of the data, so it is alike "
-            "here, and what is above it is what the models differ in. ± is two standard errors. "
-            "Runs of one seed are asked the same noisy samples, so their differences are surer "
-            "than that says."
-        ),
-        f"<h2>Numbers at step {step}</h2>",
-        _numbers(runs, step),
-    ]
-    if len(measured) > 1:
-        parts += ["<h2>Over steps and t</h2>", _over_steps(measured, step)]
-        parts += ["<h2>Over size</h2>", _over_size(measured)]
-    shown = [
-        stored(path, f"{name}: training samples (left), samples of the model (right)")
+    measured = {name: facts for name, facts in runs.items() if facts.at(step) is not None}
+    about = {"Data": data_of(next(iter(runs.values())))} | {
+        name: f"{model_of(facts)}; {steps_of(facts)}, {date_of(facts)}"
         for name, facts in runs.items()
-        if (path := facts.run.folder / "samples.png").is_file()
+    }
+    sections: dict[str, Callable[[Mapping[str, Facts]], str]] = {
+        "How to read this page": lambda _: paragraph(_READING),
+        f"Numbers at step {step}": lambda runs: _numbers(runs, step),
+        "Over steps and t": lambda _: _over_steps(measured, step) if len(measured) > 1 else "",
+        "Over size": lambda _: _over_size(measured) if len(measured) > 1 else "",
+        "Samples": _samples,
+        "Settings that differ": _settings,
+    }
+    made = {name: safely(part, runs) for name, part in sections.items()}
+    return [
+        f"<h1>{escape(title)}</h1>{definitions(about)}",
+        safely(lambda measured: paragraph(_verdict(measured, step), "verdict"), measured),
+        *(paragraph(line, "warn") for line in _warnings(runs)),
+        *(f"<h2>{name}</h2>{text}" for name, text in made.items() if text),
     ]
-    if shown:
-        parts += ["<h2>Samples</h2>", row(*shown)]
-    return [*parts, "<h2>Settings that differ</h2>", _settings(runs)]
+
+
+def _samples(runs: Mapping[str, Facts]) -> str:
+    return row(
+        *(
+            stored(path, f"{name}: training samples (left), samples of the model (right)")
+            for name, facts in runs.items()
+            if (path := facts.run.folder / "samples.png").is_file()
+        )
+    )
 
 
 def _warnings(runs: Mapping[str, Facts]) -> list[str]:
@@ -218,6 +221,8 @@ def _over_size(runs: Mapping[str, Facts]) -> str:
         [_value(facts, chosen[-1], "train", key).mean for facts in ordered]
         for key in ("conditional", "oracle")
     )
+    if not np.isfinite(loss + excess).all():
+        return paragraph(f"Not drawn: at step {chosen[-1]} a loss is not finite.", "dim")
     return row(
         drawn(
             report_figures.by_size_figure(ordered, chosen, "conditional", "The loss itself"),

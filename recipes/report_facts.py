@@ -65,9 +65,10 @@ class Facts:
         self.run, self.boundary = run, run.boundary()
         self.about: Event = run.first("velocity")
         self.bank: Event = run.first("bank")
-        self.edges: list[float] = self.about.get("edges", [])
+        self.edges: list[float] = self.about.get("edges") or []
         bins = len(self.edges) - 1
-        self.probes = [p for p in run.of("velocity_probe") if len(p["train"]["oracle"]) == bins]
+        probes = run.of("velocity_probe")
+        self.probes = [p for p in probes if len(p["train"].get("oracle", ())) == bins]
         windows = run.of("training_window")
         self.windows = [window for window in windows if len(window["draws"]) == bins]
 
@@ -275,9 +276,9 @@ def number(value: Any) -> str:
     return "0" if value == 0 else "< 0.0001" if 0 < value < 1e-4 else f"{value:.3g}"
 
 
-def percent(share: float) -> str:
+def percent(share: float | None) -> str:
     """A share in per cent, with one digit below ten; a dash for what is none."""
-    if not math.isfinite(share):
+    if share is None or not math.isfinite(share):
         return "–"
     return f"{100 * share:.{0 if abs(share) >= 0.0995 or share == 0 else 1}f} %"
 

@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable
 from html import escape
+from typing import TypeVar
 
 from stagewise.recipes.report_facts import Facts, number, percent, span, time_of
 from stagewise.recipes.report_html import definitions, paragraph, tile
@@ -14,6 +15,8 @@ from stagewise.recipes.report_verdict import verdict
 from stagewise.velocity_probe import STAGES
 
 __all__ = ["data_of", "date_of", "head", "model_of", "safely", "steps_of"]
+
+_Given = TypeVar("_Given")
 
 _CALLBACKS = (
     ("bank", "PosteriorMonitor"),
@@ -71,7 +74,8 @@ def data_of(facts: Facts) -> str:
 
 def steps_of(facts: Facts) -> str:
     """How far it has come."""
-    return f"{facts.step}" + (f" of {facts.planned} planned" if facts.planned else "")
+    planned = f" of {facts.planned} planned" if facts.planned else ""
+    return f"measured up to step {facts.step}{planned}"
 
 
 def date_of(facts: Facts) -> str:
@@ -129,10 +133,10 @@ def _tiles(facts: Facts) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
-def safely(part: Callable[[Facts], str], facts: Facts) -> str:
+def safely(part: Callable[[_Given], str], given: _Given) -> str:
     """A part of the page, or why it cannot be made."""
     try:
-        return part(facts)
+        return part(given)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         return paragraph(
             "This part cannot be made: the events have another shape than this version of "

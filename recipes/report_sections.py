@@ -20,7 +20,7 @@ from stagewise.recipes.report_html import (
     stored,
     table,
 )
-from stagewise.recipes.report_verdict import advice, copied
+from stagewise.recipes.report_verdict import advice, copied, share_of
 from stagewise.recipes.run_files import Event
 from stagewise.velocity_probe import STAGES
 
@@ -119,7 +119,8 @@ def _trends(facts: Facts) -> str:
 def _by_time(facts: Facts, last: Event) -> str:
     loss, floor = (facts.stage(last, STAGES[0], key) for key in ("conditional", "floor"))
     text = f"The floor is {percent(floor / loss)} of the loss in navigation. " if loss > 0 else ""
-    text += "Past the collapse there is none: all of the loss there is the model's own. "
+    if math.isfinite(facts.boundary.collapsed):
+        text += "Past the collapse there is none: all of the loss there is the model's own. "
     if last.get("held_out"):
         text += "Where the held-out line leaves the training line, rows are known by heart."
     return text
@@ -269,7 +270,9 @@ def _gap(facts: Facts) -> str:
         f"from zero in {clear} of {bins} bins of t; chance alone makes 1 in 20. Every probe asks "
         f"the same samples, so what is chance at one step stays at the next. {lowest}"
     )
-    figure = velocity_figures.gap_heatmap(facts.edges, probes, facts.ends)
+    about = counted(facts.bank.get("rows"), facts.about.get("queries"), bins)
+    marks = [(event["step"], event["kind"]) for event in facts.transitions if "kind" in event]
+    figure = velocity_figures.gap_heatmap(facts.edges, probes, facts.ends, about, marks)
     return row(drawn(figure, caption), _copies_drawn(facts))
 
 
@@ -294,13 +297,11 @@ def _copies(facts: Facts) -> str:
     if not facts.samples:
         return missing("Copies among samples", "MemorizationMonitor()")
     last = facts.samples[-1]
-    count = last.get("samples")
     rows = []
     for place, t in enumerate(last.get("t_switch", [0.0])):
-        share = last["copies"][place]
-        found = "–" if count is None else f"{round(share * count)} of {count}"
         ends = span(last["low"][place], last["high"][place])
-        rows.append([f"{t:g}", found, number(share), ends])
+        found = share_of(last, place), percent(last["copies"][place])
+        rows.append([f"{t:g}", *found, ends])
     told = paragraph(
         f"{copied(facts)}. A copy is a sample whose nearest training row is nearer than a third of "
         "the distance to the second nearest; intervals are exact (binomial)."
@@ -329,19 +330,19 @@ def _spending(facts: Facts) -> str:
     window, edges = facts.windows[-1], facts.stage_edges
     parts = []
     for stage, low, high in zip(STAGES, edges, edges[1:], strict=False):
-        found = window["stages"][stage]
-        shares = [math.nan if found[key] is None else found[key] for key in ("draws", "loss")]
-        pull = math.nan if found["gradient"] is None else found["gradient"]
+        draws, loss, pull = (
+            percent(window["stages"][stage][key]) for key in ("draws", "loss", "gradient")
+        )
         parts.append(
-            f"{stage} is {percent(high - low)} of t and has {percent(shares[0])} of the draws, "
-            f"{percent(shares[1])} of the loss and {percent(pull)} of the gradient at the answer"
+            f"{stage} is {percent(high - low)} of t and has {draws} of the draws, {loss} of the "
+            f"loss and {pull} of the gradient at the answer"
         )
     caption = "; ".join(parts)
     caption = f"{caption[0].upper()}{caption[1:]}."
     if facts.last is not None:
-        loss, floor = (facts.stage(facts.last, STAGES[0], key) for key in ("conditional", "floor"))
-        if floor > 0.5 * loss:
-            caption += f" {percent(floor / loss)} of the loss in navigation is floor: it teaches "
+        whole, floor = (facts.stage(facts.last, STAGES[0], key) for key in ("conditional", "floor"))
+        if floor > 0.5 * whole:
+            caption += f" {percent(floor / whole)} of the loss in navigation is floor: it teaches "
             caption += "nothing, and makes gradients noisy."
     figure = velocity_figures.spending_figure(facts.edges, window, facts.ends)
     lacking = window.get("lacking")

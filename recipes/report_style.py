@@ -34,7 +34,7 @@ table { border-collapse: collapse; margin: 8px 0; font-variant-numeric: tabular-
   overflow-wrap: normal; }
 th, td { text-align: left; padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
-td.number, th.number { text-align: right; white-space: nowrap; }
+td.number, th.number { text-align: right; } td.number { white-space: nowrap; }
 pre { background: var(--soft); padding: 12px; font-size: 12px; line-height: 1.4;
   white-space: pre-wrap; columns: 2 320px; }
 code { font-size: 0.93em; }

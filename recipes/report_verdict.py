@@ -15,9 +15,10 @@ from stagewise.recipes.report_facts import (
     span,
     time_of,
 )
+from stagewise.recipes.run_files import Event
 from stagewise.velocity_probe import STAGES
 
-__all__ = ["OWN", "Advice", "advice", "copied", "verdict"]
+__all__ = ["OWN", "Advice", "advice", "copied", "share_of", "verdict"]
 
 OWN = "this run"
 _RESULTS = "second-hand: docs/results.md, other data and models"
@@ -64,6 +65,8 @@ def verdict(facts: Facts) -> str:
 def _learning(facts: Facts) -> str:
     if facts.last is None:
         return "how well navigation is learned was not measured"
+    if not facts.stage_edges[1] > 0:
+        return "there is no navigation to learn, as one row explains a noisy sample at all t"
     excess = facts.stage(facts.last, _NAVIGATION, "excess")
     above = f"its error is {percent(excess)} above the floor" if math.isfinite(excess) else ""
     event, trend = facts.noticed("navigation learned"), facts.trend(_NAVIGATION)
@@ -111,11 +114,21 @@ def copied(facts: Facts) -> str:
     if not facts.samples:
         return "copies among samples were not looked for"
     last = facts.samples[-1]
-    count, led = last.get("samples"), (last.get("t_switch") or [0])[0]
-    share, ends = last["copies"][0], span(last["low"][0], last["high"][0])
-    found = f"{number(share)} of the" if count is None else f"{round(share * count)} of {count}"
-    said = f"{found} samples" + (f" led by the oracle to t = {number(led)}" if led else "")
+    if last["copies"][0] is None:
+        return "no sample could be compared with training rows"
+    led = (last.get("t_switch") or [0])[0]
+    said = f"{share_of(last, 0)} samples"
+    said += f" led by the oracle to t = {number(led)}" if led else ""
+    ends = span(last["low"][0], last["high"][0])
     return f"{said} are copies" + (ends and f" (95 % exact interval {ends})")
+
+
+def share_of(probe: Event, place: int) -> str:
+    """How many of the samples are copies; as a share where not all could be compared."""
+    share, count = probe["copies"][place], probe.get("samples")
+    if share is None or count is None or probe.get("not_finite"):
+        return f"{number(share)} of the"
+    return f"{round(share * count)} of {count}"
 
 
 # -- advice -----------------------------------------------------------------------------------
@@ -152,7 +165,7 @@ def _memorization(facts: Facts) -> Advice | None:
         why.append(f"Memorization began there: {onset['message']}.")
     if gap is not None and gap.worth_trying:
         why.append(f"{str(gap).capitalize()}.")
-    if facts.samples and facts.samples[-1]["low"][0] > 0:
+    if facts.samples and (facts.samples[-1]["low"][0] or 0) > 0:
         why.append(f"{copied(facts).capitalize()}.")
     if not why:
         return None

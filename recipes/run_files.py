@@ -131,6 +131,7 @@ def _read(file: Path, run: RunFiles) -> None:
             needed = _NEEDED.get(kind, ())
             whole = isinstance(kind, str) and isinstance(step, int)
             whole = whole and all(key in event for key in needed)
+            whole = whole and (kind != "velocity_probe" or isinstance(event["train"], dict))
         except (ValueError, KeyError, TypeError, AttributeError):
             whole = False
         if not whole:

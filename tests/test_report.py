@@ -155,7 +155,7 @@ def test_a_page_says_what_the_run_found(run):
     found = read(run / "report.html")
     for words in (
         "a run & more",
-        "500 of 500 planned",
+        "measured up to step 500 of 500 planned",
         "net: SiT(x_t, time); 1\u202f234\u202f567 parameters",
         "0.430",
         "0.123",
@@ -409,6 +409,13 @@ def test_navigation_that_is_level_is_not_trained_longer(run):
     assert "Train longer" not in done(facts)
 
 
+def test_data_without_navigation_have_none_to_learn(run):
+    header, *others = events_of(run, "errors")
+    write(run / "errors", header | {"midpoint": 0.0, "collapsed": 0.0}, *others)
+    assert verdict(Facts(read_run(run))).startswith("There is no navigation to learn")
+    assert "cannot be made" not in read(report(run)).text
+
+
 def test_few_probes_show_no_trend(run):
     shutil.rmtree(run / "transitions")
     facts = facts_of(run, learning(1, 1.0), learning(400, 0.1))
@@ -467,6 +474,22 @@ def test_what_a_guard_has_measured_counts(run):
     facts = Facts(read_run(run))
     assert "memorization began at step 700" in verdict(facts)
     assert "Take the weights of about step 700." in done(facts)
+
+
+def test_samples_that_could_not_be_compared_are_no_copies(run):
+    header, last = events_of(run, "memory")
+    broken = {"copies": [0.5, None], "low": [0.3, None], "high": [0.7, None], "not_finite": 70}
+    write(run / "memory", header, last | broken)
+    assert "0.5 of the samples are copies (95 % exact interval 0.3 to" in verdict(
+        Facts(read_run(run))
+    )
+    text = read(report(run)).text
+    assert "cannot be made" not in text
+    none = {key: [None, None] for key in ("copies", "low", "high")}
+    write(run / "memory", header, last | none)
+    facts = Facts(read_run(run))
+    assert "no sample could be compared with training rows" in verdict(facts)
+    assert "copies" not in done(facts)
 
 
 # -- runs that were killed, are of another version, or of other data -----------------------------
@@ -612,6 +635,22 @@ def test_what_two_runs_do_not_tell_is_said(pair):
     shutil.rmtree(other / "errors")
     text = read(compare(pair)).text
     assert "Fewer than two of these runs have a VelocityErrorMonitor" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("lost", ["train", "stages", "oracle", "step"])
+def test_events_of_an_older_version_end_no_comparison(pair, lost):
+    run, other = pair
+    header, *probes = events_of(other, "errors")
+    for event in probes:
+        event["train"].pop("oracle") if lost == "oracle" else event.pop(lost)
+    write(other / "errors", header, *probes)
+    text = read(compare(pair)).text
+    assert "Settings that differ" in text
+    if lost in ("train", "step"):
+        assert "large: errors/stages.jsonl, line 2: no event; left out" in text
+    write(run / "errors", *events_of(other, "errors"))
+    assert "Settings" in read(report(run)).text
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -347,7 +347,7 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch):
     (tmp_path / "silent").mkdir()
     (tmp_path / "silent/stages.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"in .*silent: its stages.jsonl holds no line yet"):
-        read_run(tmp_path / "empty")
+        read_run(tmp_path / "silent")
     with pytest.raises(ValueError, match="There is no folder"):
         report(tmp_path / "nowhere")
     write(empty, tail="nothing")

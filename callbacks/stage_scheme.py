@@ -215,7 +215,7 @@ class StageScheme(StageCallback):
 
     def settle(self) -> None:
         """Refuses a first step that did not use what is steered, and conditions it cannot have."""
-        record = self.scheme.last
+        record, near = self.scheme.last, parts(self.scheme)[0].encoded
         if record is None or record is self._seen:
             raise RuntimeError(
                 f"The first training step made its target without {self._where()}, so nothing is "
@@ -223,14 +223,14 @@ class StageScheme(StageCallback):
                 f"it, say which: seam=...; {BY_HAND}"
             )
         # What is smoothed are rows; the draws around them are none.
-        mixing = [p for p in parts(self.scheme) if p.target and p.oracle and not p.smoothing]
+        mixing = [part for part in parts(self.scheme) if part.target and not part.smoothing]
+        oracles = {part.oracle.bank: part.oracle for part in mixing if part.oracle}
         with self.run.together("holding its samples against the bank"):
-            for bank, oracle in {p.oracle.bank: p.oracle for p in mixing}.items():
-                kernel, known, look = oracle.condition, record.source is not None, self.run.look
-                c = look.condition_for(kernel, record.x1) if kernel else None
-                near, shard = parts(self.scheme)[0].encoded, not oracle.engine.holds_all_rows
-                options = {"known": known and not near, "near": near, "shard": shard}
-                if said := check_rows(bank, record.x1, **options, condition=c):
+            for bank, oracle in oracles.items():
+                kernel, shard = oracle.condition, not oracle.engine.holds_all_rows
+                known, x1 = record.source is not None and not near, record.x1
+                c = self.run.look.condition_for(kernel, x1) if kernel else None
+                if said := check_rows(bank, x1, known=known, shard=shard, near=near, condition=c):
                     self.warn(said)
         if warning := self.run.look.check_conditions(self.scheme):
             self.warn(warning)

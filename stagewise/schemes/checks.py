@@ -196,7 +196,7 @@ def check_rows(
         )
     if shard or known:
         return None
-    near = ""
+    off_by = ""
     if bank.origin:
         return (
             f"{share:.0%} of the samples in the first step are not those that the reservoir took "
@@ -213,11 +213,11 @@ def check_rows(
             "`source` of each sample, which then takes the place of its row."
         )
     if bank.pairs is None:
-        off_by = distance_from_rows(bank, others)
-        near = f": the nearest row is off by {off_by:.0%} of their norm"
+        gap = distance_from_rows(bank, others)
+        off_by = f": the nearest row is off by {gap:.0%} of their norm"
     return (
         f"{share:.0%} of the samples in the first step are no rows of the bank, and each of them "
-        f"joins its rows{near}. "
+        f"joins its rows{off_by}. "
         "Flips, augmentation, another VAE sample or another data set? Build the bank from what is "
         "trained on; give the `source` of resampled latents, which then take the place of their "
         'row; or refuse them: Scheme(on_missing="error").'

@@ -130,7 +130,7 @@ def _verdict(first: Profiled, second: Profiled) -> str:
         return (
             f"{early.name} collapses earlier: its interval for the midpoint ends before that of "
             f"{late.name} begins. Compare shapes of losses by t, not their values, across latents "
-            "(arXiv 2512.02826)."
+            "(second-hand: arXiv 2512.02826)."
         )
     return "The intervals of the midpoints overlap: the boundaries do not differ for certain."
 

@@ -47,7 +47,7 @@ class _Around(TimestepSampler):
 class Shifted(_Around):
     """Moves the draws of another sampler towards noise or data: `t -> s t / (1 + (s - 1) t)`.
 
-    With t = 0 noise, s < 1 gives navigation more (0.5 was best on ImageNet 256 in arXiv
+    With t = 0 noise, s < 1 gives navigation more (0.5 was best on ImageNet 256; second-hand, arXiv
     2512.02826). Where papers count from data to noise their shift is `1 / s`: SD3's 3 and RAE's
     `sqrt(D / 4096)` (arXiv 2510.11690) are `Shifted(..., 1 / 3)` and `sqrt(4096 / D)` here.
 

@@ -211,7 +211,8 @@ def guidance_interval(collapsed: float) -> tuple[float, float] | None:
     """Proposes an interval for guidance from a measured boundary: a first guess to scan.
 
     From where the target has collapsed (`StageBoundary.collapsed`) to 0.6: a reading of one table,
-    second-hand (Liu et al., arXiv 2512.02826, Tab. 3). None if that is not known, or at 0.5 and later.
+    second-hand (Liu et al., arXiv 2512.02826, Tab. 3). None if that is not known, or is 0.5 and
+    later.
     """
     return (collapsed, 0.6) if 0 < collapsed < 0.5 else None
 

@@ -119,8 +119,8 @@ class LossAboveFloor(LossSecondMoment):
     """Draws a time more often where a model can still learn, by its loss above the floor.
 
     An option with a source, and no default: the paper reports FID 2.29 -> 2.08 on ImageNet 256
-    (second-hand), but on photograph patches of 8 x 8 (1000 steps) it moved draws to the data end and lost, a held-out
-    loss of 0.299 against 0.293 with uniform times.
+    (second-hand), but on photograph patches of 8 x 8 (1000 steps) it moved draws to the data end
+    and lost, a held-out loss of 0.299 against 0.293 with uniform times.
 
     For velocities only: losses are means over their D numbers, as `FlowMatchingLoss` tells them.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +214,12 @@ def run(options: argparse.Namespace) -> list[Profiled]:
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps([one.as_dict() for one in found], indent=1, allow_nan=False)
-    replace_file(folder / "profile.json", lambda partial: partial.write_text(text + "\n"))
+    replace_file(folder / "profile.json", lambda file: file.write_text(text + "\n"))
     print(f"Written: {folder / 'profile.json'}")
     for name, figure in figures.items():
         file = folder / f"{name}.png"
         image = Image.fromarray(render(figure))
-        replace_file(file, lambda partial, image=image: image.save(partial, format="png"))
+        replace_file(file, partial(image.save, format="png"))
         print(f"         {file}")
     return found
 

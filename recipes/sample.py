@@ -136,8 +136,14 @@ def _tell(folder: SampleFolder, options: Options, made: int, seconds: float) -> 
 
 def main() -> None:
     """The entry point of `stagewise sample`."""
-    with ends_in_a_line("sample", HydraException):
-        run(parse())
+    with ends_in_a_line("sample"):
+        options = parse()
+        try:
+            run(options)
+        except HydraException as error:
+            runs = [options.run, options.then] if options.then else [options.run]
+            files = " or ".join(str(folder / "config.yaml") for folder in runs)
+            raise ValueError(f"{files} cannot be used: {error}") from error
 
 
 if __name__ == "__main__":

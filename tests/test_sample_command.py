@@ -361,6 +361,16 @@ def test_samples_have_the_rights_that_the_mask_gives(trained, tmp_path):
     assert rights == {name: "0o640" for name in ("samples.npz", "settings.json", "grid.png")}
 
 
+def test_a_configuration_that_cannot_be_made_is_named(trained, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    file = copy / "config.yaml"
+    file.write_text(file.read_text().replace("warmup_steps", "w!rmup_steps"))
+    monkeypatch.setattr(sys, "argv", ["stagewise sample", str(copy), *QUICK])
+    with pytest.raises(SystemExit, match=r"copy/config.yaml cannot be used: (.|\n)*w!rmup_steps"):
+        command.main()
+
+
 def test_a_folder_of_others_is_refused(trained, tmp_path):
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros(3))
     with pytest.raises(ValueError, match=r"holds samples already \(samples.npz\)"):

@@ -188,7 +188,7 @@ def _over_steps(runs: Mapping[str, Facts], step: int) -> str:
         ),
         drawn(
             report_figures.excess_by_step_figure(runs, STAGES[0]),
-            "The same in navigation, where all that is above the floor can be learned.",
+            "The same in navigation, where what is above the floor is left to learn.",
         ),
     ]
     if any(facts.edges != first.edges for facts in runs.values()):

@@ -51,6 +51,7 @@ __all__ = [
     "render",
     "shade_stages",
     "step_bar",
+    "step_colour",
     "time_axis",
 ]
 
@@ -251,11 +252,16 @@ def in_order(count: int) -> list[Any]:
 
 
 def by_step(steps: Sequence[int]) -> ScalarMappable:
-    """The colours of ascending steps, for curves (`cmap(norm(step))`) and for `step_bar`."""
+    """The colours of ascending steps, for `step_colour` and `step_bar`."""
     last = max(2, steps[-1])
     # Two decades at most: the first steps of an untrained model would take most of the colours.
     begin = min(max(1.0, steps[0], last / 100), last / 2)
     return ScalarMappable(LogNorm(begin, last, clip=True), _ORDER)
+
+
+def step_colour(colours: ScalarMappable, step: int) -> Any:
+    """That of the curve of a step."""
+    return colours.to_rgba(np.array([max(1, step)]))[0]
 
 
 def step_bar(axes: Axes, colours: ScalarMappable) -> None:

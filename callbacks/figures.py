@@ -25,6 +25,7 @@ from stagewise.callbacks.drawing import (
     heading,
     legend,
     new_figure,
+    step_colour,
     time_axis,
 )
 from stagewise.copies import COPY_RATIO
@@ -147,7 +148,7 @@ def copies_figure(probes: Sequence[Event], about: str = "") -> Figure:
     )
     colours = by_step([probe["step"] for probe in probes])
     for place, probe in enumerate(probes):
-        colour = colours.cmap(colours.norm(max(1, probe["step"])))
+        colour = step_colour(colours, probe["step"])
         few = place in (0, len(probes) - 1) or len(probes) < 8
         label = f"step {probe['step']}" if few else None
         low, high = np.array(probe["low"], float), np.array(probe["high"], float)

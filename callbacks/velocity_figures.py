@@ -43,6 +43,7 @@ from stagewise.callbacks.drawing import (
     new_figure,
     shade_stages,
     step_bar,
+    step_colour,
     time_axis,
 )
 from stagewise.callbacks.figures import Event, step_columns
@@ -142,7 +143,7 @@ def dynamics_figure(
     figure, axes, t = _over_time(edges, ends)
     colours = by_step([probe["step"] for probe in probes])
     for probe in _chosen(probes):
-        colour = colours.cmap(colours.norm(max(1, probe["step"])))
+        colour = step_colour(colours, probe["step"])
         axes.plot(t, np.array(probe["train"][key], float), color=colour, lw=1.5)
     if key == "conditional":
         floor = np.array(probes[-1]["train"]["floor"], float)

@@ -145,8 +145,16 @@ def settings(config: DictConfig) -> dict[str, Any]:
     steered = any(part.endswith("StageScheme") for part in parts)
     kept = ("seed", "module", "net", "objective", "data", *(["scheme"] if steered else []))
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    found = {key: plain[key] for key in kept}
+    found = {key: _short(plain[key]) for key in kept}
     return found | {"trainer": {key: plain["trainer"].get(key) for key in _OF_TRAINER}}
+
+
+def _short(part: Any) -> Any:
+    """A part of a configuration with classes by their names alone: a column is narrow."""
+    if isinstance(part, dict):
+        return {key: _short(value) for key, value in part.items()}
+    named = isinstance(part, str) and part.startswith("stagewise.")
+    return part.rsplit(".", 1)[-1] if named else part
 
 
 @hydra.main(version_base="1.3", config_path="pkg://stagewise.recipes.conf", config_name="train")

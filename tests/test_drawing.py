@@ -60,12 +60,14 @@ def test_colours_go_from_light_to_dark_and_survive_without_hue():
     steps = drawing.by_step([1, 10, 100, 1000])
     for colours in (
         drawing.in_order(5),
-        [steps.to_rgba(step) for step in (10, 30, 100, 300, 1000)],
+        [drawing.step_colour(steps, step) for step in (10, 30, 100, 300, 1000)],
         [tuple(int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)) for c in drawing.STAGE_COLOURS],
     ):
         falls = -np.diff(light(colours))
         assert (falls > 0.04).all()
-    assert to_hex(steps.to_rgba(1)) == to_hex(steps.to_rgba(10)), "two decades at most"
+    assert to_hex(drawing.step_colour(steps, 1)) == to_hex(drawing.step_colour(steps, 10)), (
+        "two decades at most"
+    )
     assert rgb_to_hsv(drawing.in_order(1)[0][:3])[2] < 0.5, "one curve is dark"
 
 

@@ -71,6 +71,7 @@ def test_recipe_trains_reports_and_writes(tmp_path, capsys):
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     told = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert told["net/depth"].number_value == 1
+    assert told["net/_target_"].string_value == "SiT"
     assert told["trainer/max_steps"].number_value == 6
     assert not any("callbacks" in key or "run_dir" in key for key in told)
     assert {"evaluation/samples", "evaluation/loss_by_t"} <= set(tags["images"])

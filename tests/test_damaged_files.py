@@ -9,6 +9,7 @@ import stat
 import time
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -597,10 +598,18 @@ def test_names_as_long_as_a_folder_takes(tmp_path):
 
 
 def test_listing_a_folder_takes_a_small_part_of_writing_into_it(tmp_path, monkeypatch):
-    for number in range(300):
-        (tmp_path / f"{number}").touch()
-    listed, scan = [], os.scandir
-    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scan(folder))
-    for _ in range(50):
-        replace_file(tmp_path / "x", lambda file: file.write_text(""), sync=False)
-    assert 1 <= len(listed) < 25
+    now, listed, scan = [0.0], [], os.scandir
+
+    def listing(folder):
+        now[0] += 1
+        return listed.append(now[0]) or scan(folder)
+
+    def write(file):
+        now[0] += 1
+        file.write_text("")
+
+    monkeypatch.setattr(os, "scandir", listing)
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    for _ in range(120):
+        replace_file(tmp_path / "x", write, sync=False)
+    assert listed == [1, 52, 103]

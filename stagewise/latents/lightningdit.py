@@ -37,7 +37,6 @@ from stagewise.tensor_files import Entry, read_header, read_tensor, write_tensor
 
 __all__ = [
     "LightningDiT",
-    "save_stats",
     "shard_name",
     "write_latents",
     "write_shard",

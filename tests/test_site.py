@@ -191,6 +191,14 @@ def test_pages_name_what_there_is():
     assert looked_at > 50
 
 
+def test_results_open_with_numbers_of_their_tables():
+    opening, tables = (DOCS / "results.md").read_text().split("## How to read the tables")
+    cells = re.findall(r"\d[\d.]* (?:±|\[)[ \d.,]+\]?", opening)
+    assert len(cells) > 20
+    for cell in cells:
+        assert re.search(rf"\| {re.escape(cell.strip(' ,'))} \|", tables), cell
+
+
 def test_every_page_is_in_a_menu():
     menus = blocks_of(DOCS / "index.md", "{toctree}")
     entries = {re.sub(r".*<(.*)>", r"\1", line) for menu in menus for line in menu.splitlines()}

@@ -139,7 +139,7 @@ def _number(data: bytes) -> int:
 class Picture(NamedTuple):
     """A picture of a list, (3, size, size) uint8, or the reason why there is none."""
 
-    index: int
+    number: int
     pixels: Tensor | None
     reason: str
     notes: tuple[str, ...]  # what `to_rgb` changed
@@ -187,11 +187,11 @@ class Batch(NamedTuple):
 
 def collate(items: Sequence[Picture]) -> Batch:
     """A batch of pictures."""
-    whole = [(item.index, item.pixels) for item in items if item.pixels is not None]
+    whole = [(item.number, item.pixels) for item in items if item.pixels is not None]
     return Batch(
         [index for index, _ in whole],
         torch.stack([pixels for _, pixels in whole]) if whole else None,
-        {item.index: item.reason for item in items if item.pixels is None},
-        {item.index: item.notes for item in items if item.notes},
+        {item.number: item.reason for item in items if item.pixels is None},
+        {item.number: item.notes for item in items if item.notes},
         [item.seen for item in items],
     )

@@ -46,7 +46,7 @@ def to_rgb(picture: Image.Image) -> tuple[Image.Image, list[str]]:
         upright = _to_8_bits(upright, tags)
     if "A" in upright.getbands() or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
-        if rgba.getextrema()[3] != (255, 255):
+        if rgba.getchannel("A").getextrema() != (255, 255):
             notes.append("transparent parts on white")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB"), notes

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from stagewise.files import replace_file
 from stagewise.latents import write_stats
+from stagewise.latents.arrays import save_arrays
 from stagewise.latents.lightningdit import shard_name, write_shard
 from stagewise.latents.mean_std import file_name
 from stagewise.recipes.image_folder import ImageList
@@ -113,9 +112,9 @@ class _MeanStd(Writer):
 
     @override
     def add(self, indices: Sequence[int], moments: Moments, flipped: Moments | None) -> None:
-        both = torch.cat(moments, dim=1).to(self.dtype).numpy()
+        both = torch.cat(moments, dim=1).to(self.dtype)
         for file, rows in zip(self.files(0, indices), both, strict=True):
-            _save(file, partial(np.save, arr=rows))
+            _save(file, rows)
 
     @override
     def files(self, number: int, indices: Sequence[int]) -> list[Path]:
@@ -142,11 +141,11 @@ class _MAR(Writer):
     @override
     def add(self, indices: Sequence[int], moments: Moments, flipped: Moments | None) -> None:
         both = [
-            torch.cat([mean, 2 * std.log()], dim=1).to(self.dtype).numpy()
+            torch.cat([mean, 2 * std.log()], dim=1).to(self.dtype)
             for mean, std in (moments, flipped or moments)
         ]
         for file, rows, mirrored in zip(self.files(0, indices), *both, strict=True):
-            _save(file, partial(np.savez, moments=rows, moments_flip=mirrored))
+            _save(file, {"moments": rows, "moments_flip": mirrored})
 
     @override
     def files(self, number: int, indices: Sequence[int]) -> list[Path]:
@@ -173,10 +172,6 @@ WRITERS: dict[str, type[Writer]] = {
 }
 
 
-def _save(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    def save(partial: Path) -> None:
-        with open(partial, "wb") as stream:  # by name, numpy would add its own ending
-            write(stream)
-
+def _save(file: Path, held: Tensor | dict[str, Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, save, sync=False)
+    save_arrays(file, held, sync=False)  # `close` waits for the disk

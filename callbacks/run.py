@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from stagewise.adapters.differences import STALE, compare, difference, other_rows, several
-from stagewise.adapters.encoding import Encoding
+from stagewise.adapters.differences import compare, difference, other_rows, several
+from stagewise.adapters.encoder_weights import STALE, version_of_weights
 from stagewise.adapters.find import chosen_seams, dependent_noise, find_couplings, training_path
 from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank
 from stagewise.batches import describe, unused_in
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
-from stagewise.callbacks.run_oracles import RunOracles
+from stagewise.callbacks.run_encoding import RunEncoding
 from stagewise.callbacks.seen_samples import SeenSamples
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.conventions import path_of
@@ -40,7 +40,7 @@ _OFTEN = 16
 """Every so many steps the ranks tell each other what their networks are given."""
 
 
-class StageRun(RunOracles):
+class StageRun(RunEncoding):
     """Says once what holds for all callbacks of a trainer: bank, path, how to find x_1.
 
     Args:
@@ -165,7 +165,7 @@ class StageRun(RunOracles):
             self.tell("before_batch", self.host.global_step)
             return
         self.first_step = self.host.global_step
-        self._versions = self._weight_versions()
+        self._versions = version_of_weights(self.module.parameters())
         with self.together("looking at its first batch"):
             self._look_at_batch()
         if not self._told:
@@ -180,9 +180,10 @@ class StageRun(RunOracles):
         self.settled = True
         self.look.finish()
         self._open = self.host.any(self.look.open)
-        self._encode()
+        self.encode()
         with self.together("looking at its first step"):
             self._look_at_step()
+        self.watch_encoder()
         self.tell("settle")
         self.open_writer(self).dashboard(self.members)
         self.look.forget()
@@ -211,7 +212,9 @@ class StageRun(RunOracles):
         """After a batch; one that changed no weight and showed nothing does not count."""
         step, before = self.host.global_step, self.step
         if not self.settled:
-            unchanged = step == before and self._versions == self._weight_versions()
+            unchanged = step == before and self._versions == version_of_weights(
+                self.module.parameters()
+            )
             # Automatic optimisation says so before any backward pass. Without one the optimizer
             # still counts a step.
             idle = unchanged or self.host.automatic
@@ -222,6 +225,7 @@ class StageRun(RunOracles):
         self.look.stop_looking()
         self.tell("after_batch", step, before)
         self.tell("after_all")
+        self.refuse_stale()
         self.look.batch = None
         if self._batches in _NOISE_AFTER:
             with self.together("looking at the noise of its first batches"):
@@ -317,7 +321,7 @@ class StageRun(RunOracles):
         if not self.look.changed(x1):
             return
         # On several ranks the others may not come by here.
-        if self.host.world_size == 1 and self._encode():
+        if self.host.world_size == 1 and self.encode():
             return
         message, certain = difference(self.look, x1, self.bank_in_use())
         if certain:
@@ -366,27 +370,6 @@ class StageRun(RunOracles):
             if not told and (warning := other_rows(self.look, self.bank(read[0]), exact=exact)):
                 rank_zero_warn(warning)
 
-    def _encode(self) -> bool:
-        """Reads the bank through what the first step does with x_1, if it can; a collective."""
-        members = [member for member in self.members if member.measures or member.mixes]
-        read = [member for member in members if not self.given(member)]
-        steps = () if self.look.encoding is None else self.look.encoding.steps
-        said = any({"find", "encode"} & member.said.keys() for member in {*self.members, self})
-        able = bool(read and steps) and all(member.late for member in read) and not said
-        if self.encoding or not self.host.all(able):
-            return False
-        told = [steps]  # numbers may differ in their last digits
-        if self.host.world_size > 1:
-            torch.distributed.broadcast_object_list(told)
-        self.encoding = Encoding(told[0])
-        rank_zero_warn(
-            f"Training {self.encoding.verb} x_1, {self.look.x1_at}, and the bank is read again "
-            f"through that. To read it once: StageRun({self.encoding.line})."
-        )
-        self.forget()
-        self.tell("restart")
-        return True
-
     def _look_at_noise(self) -> None:
         """Says what the noise of some batches shows that the first has not shown, or refuses it."""
         wrong = self.look.noise_so_far(last=self._batches == _NOISE_AFTER[-1])
@@ -394,7 +377,3 @@ class StageRun(RunOracles):
             raise ValueError(wrong)
         if wrong and self.measuring and not self.tied:
             rank_zero_warn(wrong)
-
-    def _weight_versions(self) -> int:
-        """Grows with each change of a weight, and costs nothing."""
-        return sum(parameter._version for parameter in self.module.parameters())

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise import Mix, StageTarget
+from stagewise import LatentBank, Mix, StageTarget
 from stagewise.adapters.encoding import Encoding
 from stagewise.adapters.scaling import related
-from stagewise.callbacks import StageScheme
+from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
@@ -138,3 +138,44 @@ def test_the_bank_is_read_in_the_precision_in_which_the_step_encodes(fit, autoca
     line = line.partition("StageRun(encode=")[2].removesuffix(").")
     again = eval(line, {"torch": torch})(X, module)
     assert torch.equal(again.float(), rows)
+
+
+class Trains(Makes):
+    """An encoder that is trained beside the network, and whose answer is detached."""
+
+    def __init__(self, every=1):
+        super().__init__(lambda x: self.vae(x).detach())
+        self.vae, self.every = nn.Conv2d(3, 3, 1), every
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        on = self.global_step % self.every == self.every - 1
+        return loss + self.vae(batch[0]).square().mean() if on else loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+SAID = [
+    {},
+    {"encode": lambda x, module: module.vae(x)},
+    {"find": lambda batch, module: (module.vae(batch[0]), None)},
+    {"bank": True},
+]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("said", SAID)
+def test_targets_end_once_the_encoder_of_x1_has_changed(fit, said, every):
+    module = Trains(every)
+    said = {**said, "bank": LatentBank(module.make(X))} if "bank" in said else said
+    with pytest.raises(ValueError, match="goes stale. Freeze it"):
+        fit(module, StageRun(**said), StageScheme(target=Mix(1.0)), steps=4)
+    assert len(module.seen) == every
+    module = Trains(every)
+    with pytest.warns(UserWarning, match="goes stale. Freeze it") as warned:
+        fit(module, StageRun(**said), PosteriorMonitor(), steps=4)
+    assert sum("goes stale" in str(w.message) for w in warned) == 1
+    module = Trains(99)  # its weights are given to the optimizer, and never change
+    fit(module, StageRun(**said), StageScheme(target=Mix(1.0)), steps=4)
+    assert off(module, module.make(X)) < 1e-5

@@ -11,14 +11,7 @@ from stagewise.bank import LatentBank
 from stagewise.masks import fitted
 from stagewise.schemes.checks import check_rows, distance_from_rows
 
-__all__ = ["STALE", "compare", "difference", "other_rows", "several"]
-
-STALE = (
-    "The encoder that makes x_1 is trained in the same step, so that a bank that is read once goes "
-    "stale. Freeze it, module.encoder.requires_grad_(False), or give a bank of what is trained on: "
-    "StageRun(bank=LatentBank(latents, labels))."
-)
-"""What is said where the rows of a bank move."""
+__all__ = ["compare", "difference", "other_rows", "several"]
 
 
 def several(look: FirstStep, asks: str) -> str:

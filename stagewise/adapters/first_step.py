@@ -181,8 +181,9 @@ class FirstStep(BatchSamples):
 
     def trace(self, x1: Tensor) -> None:
         """Finds what the first step has made an x_1 of, if it is another than that of the batch."""
-        if self.x1 is not None and self.search.encoders is not None and self.changed(x1):
-            self.encoding = origin_of(x1, self.x1, self.search.encoders)
+        own = self.x1
+        if own is not None and self.search.encoders is not None and not same(own, x1):
+            self.encoding = origin_of(x1, own, self.search.encoders)
         self.search.encoders = None
 
     @property

@@ -321,7 +321,7 @@ class StageRun(RunEncoding):
         if not self.look.changed(x1):
             return
         # On several ranks the others may not come by here.
-        if self.host.world_size == 1 and self.encode():
+        if (self.host.world_size == 1 and self.encode()) or self.look.near(x1):
             return
         message, certain = difference(self.look, x1, self.bank_in_use())
         if certain:
@@ -358,7 +358,9 @@ class StageRun(RunEncoding):
         x1, read = self.look.trained_x1, [m for m in measuring if not self.given(m)]
         if self.encoding is not None and self.encoding.draws:
             return  # reading the bank has said so
-        if read and x1 is not None and self.look.changed(x1) and not self.look.swapped:
+        look = self.look
+        other = x1 is not None and look.changed(x1) and not (look.swapped or look.near(x1))
+        if read and other:
             encoded, bank = self.encoding is not None, self.bank(read[0])
             message, certain = difference(self.look, x1, bank, encoded=encoded)
             if certain and any(member.compares for member in read):

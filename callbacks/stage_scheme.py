@@ -285,7 +285,9 @@ class StageScheme(StageCallback):
         self._restore()
         self.seam = None
         for part in [] if self.scheme is None else parts(self.scheme):
-            part.labels_of = part.condition_of = part.before_smoothing = part.trains = None
+            part.labels_of = part.condition_of = part.before_smoothing = part.trains = (
+                part.encoded
+            ) = None
 
     def _restore(self) -> None:
         if self._detach is not None:
@@ -300,12 +302,11 @@ class StageScheme(StageCallback):
     def _attach(self) -> None:
         self._paused, run, look = False, self.run, self.run.look
         made = run.encoding or run.option(self, "find") or run.option(self, "encode")
-        encoded = bool(made) and not run.given(self)
         for part in parts(self.scheme):  # `settle` checks rows, on all ranks together
             part.rows_checked = True
             part.labels_of, part.condition_of = look.labels_for, look.condition_for
             part.before_smoothing = self._before_smoothing
-            part.encoded = encoded and (not part.oracle or part.oracle.engine.holds_all_rows)
+            part.encoded = bool(made and not run.given(self)) or part.encoded
         look.schemes = [*(one for one in look.schemes if one is not self.scheme), self.scheme]
         if self.seam is not None:
             self._detach = self.seam.attach(self.scheme, weighed=self._weighed)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise import LatentBank, Mix, StageTarget
+from stagewise import LatentBank, Mix, Oracle, Scheme, StageTarget
 from stagewise.adapters.encoding import Encoding
 from stagewise.adapters.scaling import related
 from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme
@@ -179,3 +179,36 @@ def test_targets_end_once_the_encoder_of_x1_has_changed(fit, said, every):
     module = Trains(99)  # its weights are given to the optimizer, and never change
     fit(module, StageRun(**said), StageScheme(target=Mix(1.0)), steps=4)
     assert off(module, module.make(X)) < 1e-5
+
+
+def rounded(x):
+    """What is off by rounding in another way than a cast."""
+    return x * (1 + 3e-3 * torch.sin(1e4 * x))
+
+
+@pytest.mark.parametrize("rows", [64, 20_000])
+def test_a_sample_that_is_a_row_but_for_rounding_stands_for_it(rows):
+    x = torch.randn(rows, 12, generator=torch.Generator().manual_seed(1))
+    bank = LatentBank(x)
+    assert bank.find_near(rounded(x[:64])).tolist() == list(range(64))
+    assert bool((bank.find_near(torch.randn(64, 12)) == -1).all())
+    x0, t, x1 = torch.randn(16, 12), torch.linspace(0.05, 0.95, 16), rounded(x[:16])
+    scheme = Scheme(Oracle(bank), target=Mix(1.0))
+    xt = scheme.path.interpolate(x0, x1, t)
+    u, _ = scheme(x1 - x0, xt=xt, t=t, x1=x1)
+    module = Makes(None)
+    module.seen = [(xt, t, u)]
+    assert off(module, rounded(x)) < 1e-2
+    assert scheme.last.source.tolist() == list(range(16))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"bank": LatentBank(rounded(X))}, {"encode": lambda x, module: rounded(x)}],
+    ids=["bank", "encode"],
+)
+def test_a_bank_of_other_rounding_is_that_of_training(fit, said, recwarn):
+    module = Makes(lambda x: x * 1.0)
+    fit(module, StageRun(**said), PosteriorMonitor(), StageScheme(target=Mix(1.0)))
+    assert off(module, X) < 1e-2
+    assert not [m for m in (str(w.message) for w in recwarn) if "no rows" in m or "not on" in m]

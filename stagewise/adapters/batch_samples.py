@@ -114,6 +114,13 @@ class BatchSamples:
             return True
         return not bool((bank.find(x1) >= 0).all())
 
+    def near(self, x1: Tensor) -> bool:
+        """Whether all samples are rows of the bank but for rounding."""
+        bank = self._bank()
+        if bank is None or bank.pairs or tuple(x1.shape[1:]) != bank.shape:
+            return False
+        return bool((bank.find_near(x1) >= 0).all())
+
     def labels_for(self, x1: Tensor) -> Tensor | MaskedLabels | None:
         """The classes, (n,), int64, of samples, (n, *), that are trained on in the present batch.
 

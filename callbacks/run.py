@@ -309,6 +309,12 @@ class StageRun(RunEncoding):
         if any(self.option(member, "class_wise") is not False for member in asking):
             self.look.check_labels(mixes=any(member.mixes for member in asking))
         mixing = any(member.mixes and not self.given(member) for member in self.members)
+        bank, alone = self.bank_in_use(), self.look.batch is None and self.look.masks is None
+        if alone and bank is not None and bank.pairs and any(m.mixes for m in self.members):
+            raise ValueError(
+                "The bank has masks, and the step says nothing of them. Give them to what makes "
+                "the targets, mask=mask, or show the batch: watch.step(step, batch)."
+            )
         if self.look.trains_encoder and any(not self.given(member) for member in asking):
             if mixing:
                 raise ValueError(STALE)

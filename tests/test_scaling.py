@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from stagewise import LatentBank, Mix, Oracle, Scheme, StageTarget
 from stagewise.adapters.encoding import Encoding
 from stagewise.adapters.scaling import related
-from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme
+from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme, VelocityErrorMonitor
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
@@ -212,3 +212,39 @@ def test_a_bank_of_other_rounding_is_that_of_training(fit, said, recwarn):
     fit(module, StageRun(**said), PosteriorMonitor(), StageScheme(target=Mix(1.0)))
     assert off(module, X) < 1e-2
     assert not [m for m in (str(w.message) for w in recwarn) if "no rows" in m or "not on" in m]
+
+
+FAR = {
+    "flip": lambda x: x.flip(3),
+    "rotation": lambda x: torch.einsum("bchw,cd->bdhw", x, torch.linalg.qr(ROTATE)[0]),
+    "centre": lambda x: x - x.mean((2, 3), keepdim=True),
+    "tanh": lambda x: torch.tanh(x),
+}
+ROTATE = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("what", FAR)
+def test_what_mixes_or_compares_stops_where_no_sample_is_near_a_row(fit, what):
+    for callback in (StageScheme(target=Mix(1.0)), VelocityErrorMonitor()):
+        with pytest.raises(ValueError, match="no sample is near a row, the nearest is") as refused:
+            fit(Makes(FAR[what]), callback)
+    with pytest.warns(UserWarning, match="Training is not on what was read"):
+        fit(Makes(FAR[what]), PosteriorMonitor())
+    if what == "flip":
+        assert "find=lambda batch: (batch[0].flip(3), None);" in str(refused.value)
+        module = Makes(FAR[what])
+        fit(module, StageScheme(target=Mix(1.0), find=lambda batch: (batch[0].flip(3), None)))
+        assert off(module, X.flip(3)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        lambda x: torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x, x.flip(3)),
+        lambda x: x + 0.02 * torch.randn_like(x),
+    ],
+    ids=["flips", "noise"],
+)
+def test_what_augments_a_little_is_only_warned_of(fit, augment):
+    with pytest.warns(UserWarning, match="Training is not on what was read"):
+        fit(Makes(augment), PosteriorMonitor(), StageScheme(target=Mix(1.0)))

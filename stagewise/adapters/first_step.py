@@ -145,6 +145,8 @@ class FirstStep(BatchSamples):
         def tell(seen: Seen) -> None:
             if not self._trains():
                 return
+            if self.batch is None:
+                self.take(seen)
             if self._sums is not None and seen.x0 is not None and self._maker in (None, seam):
                 masks = self.masks if not self._finished else self.masks_of_batch()
                 if masks is None or len(masks) == len(seen.x1):
@@ -170,7 +172,7 @@ class FirstStep(BatchSamples):
             self._maker, self.tied = seam, self._wrong_noise(seam)
             x1 = x1 if self._before_smoothing is None else self._before_smoothing
             self.trace(x1)
-            labels = self.labels_for(x1)
+            labels = self.labels_for(x1) if self.batch is not None else self.masks or self.labels
             if labels is not None:
                 self.search.labels = labels
             self.trains_encoder = _from_weights(seen.graph) and self.changed(x1)

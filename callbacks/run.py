@@ -29,6 +29,8 @@ from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.conventions import path_of
 from stagewise.masks import compared_within, fitted, require_same_masks
 from stagewise.reservoir import Reservoir
+from stagewise.schemes import parts
+from stagewise.schemes.checks import tell_rounding
 from stagewise.through_module import without_trace
 
 __all__ = ["StageRun"]
@@ -321,6 +323,9 @@ class StageRun(RunEncoding):
             rank_zero_warn(STALE)
         if mixing:
             self.refuse_others(x1)
+        for scheme in self.look.schemes:
+            for part in parts(scheme):
+                tell_rounding(part, x1)
 
     def refuse_others(self, x1: Tensor) -> None:
         """Refuses samples of the first step that are surely other than what was read."""

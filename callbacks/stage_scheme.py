@@ -23,7 +23,7 @@ from stagewise.engines import Engine
 from stagewise.losses.weighted import weighs
 from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme, mixes, parts
-from stagewise.schemes.checks import check_rows
+from stagewise.schemes.checks import check_rows, tell_rounding
 from stagewise.stage_target import BY_HAND
 from stagewise.stages import StageBoundary
 from stagewise.targets import Target
@@ -318,6 +318,8 @@ class StageScheme(StageCallback):
         if not self.run.settled and not self.run.given(self):
             self.run.look.trace(x1)
             self.run.refuse_others(x1)
+        for part in parts(self.scheme) if not self.run.settled else ():
+            tell_rounding(part, x1)
 
     def _refuse_others(self) -> None:
         """Refuses a second callback that steers the same; this one is told after those before."""

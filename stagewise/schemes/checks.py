@@ -27,6 +27,7 @@ __all__ = [
     "distance_from_rows",
     "labels_in",
     "near_rows",
+    "tell_rounding",
     "unknown_boundary",
 ]
 
@@ -157,20 +158,24 @@ def labels_in(bank: LatentBank, x1: Tensor, labels: Tensor) -> Tensor:
 
 
 def near_rows(scheme: Scheme, x1: Tensor) -> Tensor | None:
-    """The row that each sample nearly is, (B,), -1 for none; None where all are what they are.
+    """The row that each sample nearly is, (B,), -1 for none; None where all are what they are."""
+    if not scheme.rows_checked:  # in a trainer that is done by a callback, on all ranks
+        tell_rounding(scheme, x1)
+    held = scheme.oracle or scheme.smoothing
+    return held.bank.find_near(x1) if scheme.encoded and held else None
 
-    The first call tells whether rows are rounded otherwise than samples (`Scheme.encoded`).
-    """
+
+def tell_rounding(scheme: Scheme, x1: Tensor) -> None:
+    """Finds out whether rows are rounded otherwise than samples (`Scheme.encoded`), once."""
     held = scheme.oracle or scheme.smoothing
     whole = scheme.oracle is None or scheme.oracle.engine.holds_all_rows
-    if held is None or held.bank.pairs or not whole or not len(x1):
-        return None
-    if scheme.encoded is None:
+    if held is None or held.bank.pairs or not whole:
+        scheme.encoded = False
+    elif scheme.encoded is None and len(x1):
         still = held.bank.conditions is None and not held.bank.origin
         used = scheme.target is not None or scheme.smoothing is not None
         missing = still and used and bool((held.bank.find(x1) < 0).any())
         scheme.encoded = missing and bool((held.bank.find_near(x1) >= 0).any())
-    return held.bank.find_near(x1) if scheme.encoded else None
 
 
 def check_rows(

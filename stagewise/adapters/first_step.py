@@ -363,7 +363,9 @@ class FirstStep(BatchSamples):
         if not mixes and classes:
             inside = torch.isin(given, torch.tensor(classes))
             given = torch.where(inside.reshape(-1), given.reshape(-1), own.cpu())
-        check_labels(given, own.cpu(), classes)
+        oracles = [part.oracle for one in self.schemes for part in parts(one) if part.oracle]
+        null = next((o.null_class for o in oracles if o.null_class is not None), None)
+        check_labels(given, own.cpu(), classes, null)
 
 
 def _from_weights(node: Any) -> bool:

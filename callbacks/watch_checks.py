@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from stagewise.adapters import find_couplings, find_seams
+from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.run import StageRun
 from stagewise.callbacks.stage_callback import StageCallback
 
@@ -22,7 +23,7 @@ IN_A_LOOP = (
 
 
 def check_watched(model: Any, data: Any, callbacks: Sequence[Any], target: Any) -> None:
-    """Refuses a model, callbacks or a target that are none, and data that are a callback."""
+    """Refuses a model, callbacks or a target that are none; warns of no callbacks at all."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             "Expected `model` to be the network that the loop trains, an nn.Module, got "
@@ -40,8 +41,8 @@ def check_watched(model: Any, data: Any, callbacks: Sequence[Any], target: Any) 
             "Watch(model, loader, PosteriorMonitor())."
         )
     if not callbacks:
-        raise TypeError(
-            "Expected callbacks, got none: Watch(model, loader, PosteriorMonitor()) measures."
+        rank_zero_warn(
+            "A Watch without callbacks measures nothing: Watch(model, loader, PosteriorMonitor())."
         )
     if target is not None and not find_seams(target) and not find_couplings(target):
         raise TypeError(

@@ -520,7 +520,6 @@ def unknown(mine):
             "a name for each of several",
         ),
         (lambda m: Watch(m.model, PosteriorMonitor()), TypeError, "before the callbacks, got"),
-        (lambda m: Watch(m.model, m.loader()), TypeError, "Expected callbacks, got none"),
         (lambda m: Watch(m.model, m.loader(), PosteriorMonitor(), target=5), TypeError, "got 5"),
         (
             lambda m: m.train(Watch(m.model, m.loader(), StageScheme(target=Mix())), 1),
@@ -549,6 +548,11 @@ def unknown(mine):
 def test_what_cannot_be_watched_is_refused(loop, wrong, kind, message):
     with pytest.raises(kind, match=message):
         wrong(loop())
+
+
+def test_a_watch_of_nothing_says_so(loop):
+    with pytest.warns(UserWarning, match="A Watch without callbacks measures nothing"):
+        loop().watch()
 
 
 WITHOUT = """

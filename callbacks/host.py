@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from stagewise.stage_target import BY_HAND
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
@@ -45,6 +47,7 @@ class Host:
         averages: Whether an average of the weights is kept beside them.
         loggers: Each has `log_metrics(values, step=)`; what else one may have is in `writer`.
         log_every: Optimizer steps between logs, 0: never.
+        by_hand: How a target that no object makes is made steerable, for messages.
     """
 
     module: nn.Module
@@ -64,6 +67,7 @@ class Host:
     averages: bool = False
     loggers: Sequence[Any] = ()
     log_every: int = 0
+    by_hand: str = BY_HAND
 
     def folder(self, name: str) -> Path | None:
         """Where the files of a callback go that says nothing; None: nowhere. A collective."""

@@ -15,20 +15,22 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from stagewise.adapters.differences import STALE, compare, difference, other_rows, several
-from stagewise.adapters.encoding import Encoding
+from stagewise.adapters.differences import compare, difference, other_rows, several
+from stagewise.adapters.encoder_weights import STALE, version_of_weights
 from stagewise.adapters.find import chosen_seams, dependent_noise, find_couplings, training_path
 from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank
 from stagewise.batches import describe, unused_in
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
-from stagewise.callbacks.run_oracles import RunOracles
+from stagewise.callbacks.run_encoding import RunEncoding
 from stagewise.callbacks.seen_samples import SeenSamples
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.conventions import path_of
 from stagewise.masks import compared_within, fitted, require_same_masks
 from stagewise.reservoir import Reservoir
+from stagewise.schemes import parts
+from stagewise.schemes.checks import tell_rounding
 from stagewise.through_module import without_trace
 
 __all__ = ["StageRun"]
@@ -40,7 +42,7 @@ _OFTEN = 16
 """Every so many steps the ranks tell each other what their networks are given."""
 
 
-class StageRun(RunOracles):
+class StageRun(RunEncoding):
     """Says once what holds for all callbacks of a trainer: bank, path, how to find x_1.
 
     Args:
@@ -164,7 +166,8 @@ class StageRun(RunOracles):
             self.look.look_on()
             self.tell("before_batch", self.host.global_step)
             return
-        self.first_step, self._versions = self.host.global_step, self._weight_versions()
+        self.first_step = self.host.global_step
+        self._versions = version_of_weights(self.module.parameters())
         with self.together("looking at its first batch"):
             self._look_at_batch()
         if not self._told:
@@ -179,9 +182,10 @@ class StageRun(RunOracles):
         self.settled = True
         self.look.finish()
         self._open = self.host.any(self.look.open)
-        self._encode()
+        self.encode()
         with self.together("looking at its first step"):
             self._look_at_step()
+        self.watch_encoder()
         self.tell("settle")
         self.open_writer(self).dashboard(self.members)
         self.look.forget()
@@ -210,7 +214,9 @@ class StageRun(RunOracles):
         """After a batch; one that changed no weight and showed nothing does not count."""
         step, before = self.host.global_step, self.step
         if not self.settled:
-            unchanged = step == before and self._versions == self._weight_versions()
+            unchanged = step == before and self._versions == version_of_weights(
+                self.module.parameters()
+            )
             # Automatic optimisation says so before any backward pass. Without one the optimizer
             # still counts a step.
             idle = unchanged or self.host.automatic
@@ -221,6 +227,7 @@ class StageRun(RunOracles):
         self.look.stop_looking()
         self.tell("after_batch", step, before)
         self.tell("after_all")
+        self.refuse_stale()
         self.look.batch = None
         if self._batches in _NOISE_AFTER:
             with self.together("looking at the noise of its first batches"):
@@ -305,19 +312,28 @@ class StageRun(RunOracles):
         if any(self.option(member, "class_wise") is not False for member in asking):
             self.look.check_labels(mixes=any(member.mixes for member in asking))
         mixing = any(member.mixes and not self.given(member) for member in self.members)
+        bank, alone = self.bank_in_use(), self.look.batch is None and self.look.masks is None
+        if alone and bank is not None and bank.pairs and any(m.mixes for m in self.members):
+            raise ValueError(
+                "The bank has masks, and the step says nothing of them. Give them to what makes "
+                "the targets, mask=mask, or show the batch: watch.step(step, batch)."
+            )
         if self.look.trains_encoder and any(not self.given(member) for member in asking):
             if mixing:
                 raise ValueError(STALE)
             rank_zero_warn(STALE)
         if mixing:
             self.refuse_others(x1)
+        for scheme in self.look.schemes:
+            for part in parts(scheme):
+                tell_rounding(part, x1)
 
     def refuse_others(self, x1: Tensor) -> None:
         """Refuses samples of the first step that are surely other than what was read."""
         if not self.look.changed(x1):
             return
         # On several ranks the others may not come by here.
-        if self.host.world_size == 1 and self._encode():
+        if (self.host.world_size == 1 and self.encode()) or self.look.near(x1):
             return
         message, certain = difference(self.look, x1, self.bank_in_use())
         if certain:
@@ -354,7 +370,9 @@ class StageRun(RunOracles):
         x1, read = self.look.trained_x1, [m for m in measuring if not self.given(m)]
         if self.encoding is not None and self.encoding.draws:
             return  # reading the bank has said so
-        if read and x1 is not None and self.look.changed(x1) and not self.look.swapped:
+        look = self.look
+        other = x1 is not None and look.changed(x1) and not (look.swapped or look.near(x1))
+        if read and other:
             encoded, bank = self.encoding is not None, self.bank(read[0])
             message, certain = difference(self.look, x1, bank, encoded=encoded)
             if certain and any(member.compares for member in read):
@@ -366,27 +384,6 @@ class StageRun(RunOracles):
             if not told and (warning := other_rows(self.look, self.bank(read[0]), exact=exact)):
                 rank_zero_warn(warning)
 
-    def _encode(self) -> bool:
-        """Reads the bank through what the first step does with x_1, if it can; a collective."""
-        members = [member for member in self.members if member.measures or member.mixes]
-        read = [member for member in members if not self.given(member)]
-        steps = () if self.look.encoding is None else self.look.encoding.steps
-        said = any({"find", "encode"} & member.said.keys() for member in {*self.members, self})
-        able = bool(read and steps) and all(member.late for member in read) and not said
-        if self.encoding or not self.host.all(able):
-            return False
-        told = [steps]  # numbers may differ in their last digits
-        if self.host.world_size > 1:
-            torch.distributed.broadcast_object_list(told)
-        self.encoding = Encoding(told[0])
-        rank_zero_warn(
-            f"Training {self.encoding.verb} x_1, {self.look.x1_at}, and the bank is read again "
-            f"through that. To read it once: StageRun({self.encoding.line})."
-        )
-        self.forget()
-        self.tell("restart")
-        return True
-
     def _look_at_noise(self) -> None:
         """Says what the noise of some batches shows that the first has not shown, or refuses it."""
         wrong = self.look.noise_so_far(last=self._batches == _NOISE_AFTER[-1])
@@ -394,7 +391,3 @@ class StageRun(RunOracles):
             raise ValueError(wrong)
         if wrong and self.measuring and not self.tied:
             rank_zero_warn(wrong)
-
-    def _weight_versions(self) -> int:
-        """Grows with each change of a weight, and costs nothing."""
-        return sum(parameter._version for parameter in self.module.parameters())

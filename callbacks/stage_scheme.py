@@ -14,7 +14,7 @@ from typing_extensions import Unpack, override
 from stagewise.adapters import Detach, Seam
 from stagewise.bank import LatentBank
 from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
-from stagewise.callbacks.scheme_seam import own_scheme, seam_for
+from stagewise.callbacks.scheme_seam import own_scheme, refuse_second, seam_for
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.stage_transitions import refuse_unheard
 from stagewise.callbacks.training_bank import read_shard
@@ -23,7 +23,7 @@ from stagewise.engines import Engine
 from stagewise.losses.weighted import weighs
 from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme, mixes, parts
-from stagewise.schemes.checks import check_rows
+from stagewise.schemes.checks import check_rows, tell_rounding
 from stagewise.stage_target import BY_HAND
 from stagewise.stages import StageBoundary
 from stagewise.targets import Target
@@ -81,7 +81,7 @@ class StageScheme(StageCallback):
     _begin: dict[str, Any] | None = None
     _detach: Detach | None = None
     _losses: GatheredLosses | None = None
-    _set_up = _paused = False
+    _set_up = _paused = _steered = _ended = False
 
     def __init__(
         self,
@@ -124,9 +124,8 @@ class StageScheme(StageCallback):
             known: dict[str, Any] = {"path": oracles[0].path, "condition": oracles[0].condition}
             known["reservoir" if oracles[0].bank.origin else "bank"] = oracles[0].bank
             self.said = {key: v for key, v in known.items() if v is not None} | self.said
-        for part in given if not oracles else ():
-            if part.smoothing is not None:
-                self.said = {"bank": part.smoothing.bank} | self.said
+        for smoothing in (p.smoothing for p in given if p.smoothing and not oracles):
+            self.said = {"bank": smoothing.bank} | self.said
 
     @property
     def mixes(self) -> bool:  # type: ignore[override]
@@ -162,8 +161,11 @@ class StageScheme(StageCallback):
     def start(self) -> None:
         """Finds what makes the targets, and puts the scheme in."""
         run = self.run
-        self.seam = seam_for(run.module, run.option(self, "seam"), self._given)
-        self._refuse_others()
+        try:
+            self.seam = seam_for(run.module, run.option(self, "seam"), self._given)
+        except ValueError as error:
+            raise ValueError(str(error).replace(BY_HAND, run.host.by_hand)) from None
+        refuse_second(self, run.members[: run.members.index(self)])  # told before this one
         self.scheme = self._given or self._made()
         self._weighed = weighs(run.module, self.scheme)
         if self.seam is not None:
@@ -217,10 +219,12 @@ class StageScheme(StageCallback):
         """Refuses a first step that did not use what is steered, and conditions it cannot have."""
         record, near = self.scheme.last, parts(self.scheme)[0].encoded
         if record is None or record is self._seen:
+            cure = "Make it outside of torch.no_grad(), with the model in train mode."
+            if self.seam is None or not self.seam.late:
+                cure += f" If another object makes it, say which: seam=...; {self.run.host.by_hand}"
             raise RuntimeError(
                 f"The first training step made its target without {self._where()}, so nothing is "
-                "steered: in eval mode or without gradients it is plain. If another object makes "
-                f"it, say which: seam=...; {BY_HAND}"
+                f"steered: in eval mode or without gradients it is plain. {cure}"
             )
         # What is smoothed are rows; the draws around them are none.
         mixing = [part for part in parts(self.scheme) if part.target and not part.smoothing]
@@ -246,10 +250,18 @@ class StageScheme(StageCallback):
         if scheme.last is not self._seen and scheme.last is not None:
             self._seen = scheme.last
             self._means.add(scheme.last, scheme.boundary)
+            self._steered = True
             if self._losses is not None and self.seam is not None and self.seam.last is not None:
                 self._losses.add(*self.seam.last)
         if step == before:  # with gradient accumulation several batches share a step
             return
+        if not (self._steered or self._ended):
+            self._ended = True
+            self.warn(
+                f"optimizer step {before} came without a target that was steered: those made in "
+                "eval mode or without gradients are plain. Call model.train() before training."
+            )
+        self._steered = False
         if self.run.logs(before):
             boundary = math.nan if scheme.boundary is None else scheme.boundary
             phase = float(getattr(scheme, "index", 0))
@@ -285,7 +297,9 @@ class StageScheme(StageCallback):
         self._restore()
         self.seam = None
         for part in [] if self.scheme is None else parts(self.scheme):
-            part.labels_of = part.condition_of = part.before_smoothing = part.trains = None
+            part.labels_of = part.condition_of = part.before_smoothing = part.trains = (
+                part.encoded
+            ) = None
 
     def _restore(self) -> None:
         if self._detach is not None:
@@ -300,12 +314,11 @@ class StageScheme(StageCallback):
     def _attach(self) -> None:
         self._paused, run, look = False, self.run, self.run.look
         made = run.encoding or run.option(self, "find") or run.option(self, "encode")
-        encoded = bool(made) and not run.given(self)
         for part in parts(self.scheme):  # `settle` checks rows, on all ranks together
             part.rows_checked = True
             part.labels_of, part.condition_of = look.labels_for, look.condition_for
             part.before_smoothing = self._before_smoothing
-            part.encoded = encoded and (not part.oracle or part.oracle.engine.holds_all_rows)
+            part.encoded = bool(made and not run.given(self)) or part.encoded
         look.schemes = [*(one for one in look.schemes if one is not self.scheme), self.scheme]
         if self.seam is not None:
             self._detach = self.seam.attach(self.scheme, weighed=self._weighed)
@@ -314,25 +327,11 @@ class StageScheme(StageCallback):
 
     def _before_smoothing(self, x1: Tensor) -> None:
         """Refuses samples of the first step for which no rows were read: only rows are smoothed."""
-        if not self.run.settled and not self.run.given(self):
+        if not (self.run.settled or self.run.given(self)):
             self.run.look.trace(x1)
             self.run.refuse_others(x1)
-
-    def _refuse_others(self) -> None:
-        """Refuses a second callback that steers the same; this one is told after those before."""
-        before = self.run.members[: self.run.members.index(self)]
-        for other in (member for member in before if isinstance(member, StageScheme)):
-            same = self.seam and other.seam and self.seam.place.object is other.seam.place.object
-            if same or (self._given is not None and other._given is self._given):
-                raise ValueError(
-                    f"Two StageScheme callbacks, {other.name!r} and {self.name!r}, steer the same: "
-                    f"{self._where()}. Use one: StageScheme(timesteps=..., target=..., weight=...)."
-                )
-            if other.name == self.name:
-                raise ValueError(
-                    f"Expected a name for each StageScheme, got two with {self.name!r}, which "
-                    "share tags, files and state. Give it: StageScheme(..., name=...)."
-                )
+        for part in () if self.run.settled else parts(self.scheme):
+            tell_rounding(part, x1)
 
     def _made(self) -> Scheme | Phases:
         """The scheme of the parts, or the one that the module's loss has."""

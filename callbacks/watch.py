@@ -31,6 +31,7 @@ from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.run import StageRun
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
+from stagewise.callbacks.watch_checks import IN_A_LOOP, check_watched
 
 __all__ = ["Watch"]
 
@@ -77,6 +78,8 @@ class Watch(Host):
         >>> watch = Watch(torch.nn.Linear(3, 2), bank, PosteriorMonitor(), steps=100)
     """
 
+    by_hand = IN_A_LOOP
+
     def __init__(
         self,
         model: nn.Module,
@@ -90,17 +93,7 @@ class Watch(Host):
         accumulate: int = 1,
         **options: Unpack[RunOptions],
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                "Expected `model` to be the network that the loop trains, an nn.Module, got "
-                f"{type(model).__name__}: Watch(model, loader, PosteriorMonitor())."
-            )
-        for callback in callbacks:
-            if not isinstance(callback, StageCallback) or isinstance(callback, StageRun):
-                raise TypeError(
-                    f"Expected callbacks of stagewise, got {callback!r}. What is said about the "
-                    "run is said to the Watch: Watch(model, loader, PosteriorMonitor(), find=...)."
-                )
+        check_watched(model, data, callbacks, target)
         bank = data if isinstance(data, LatentBank) else None
         # That of Fabric holds the loader that it was given.
         self.loader = None if bank is not None else getattr(data, "_dataloader", data)
@@ -333,10 +326,10 @@ class Watch(Host):
         wrong = not 1 <= grown <= heard or batches != self.accumulate
         if wrong and now == self._counted:  # one alone may be a step that a scaler has left out
             rank_zero_warn(
-                f"An optimizer step comes every {batches} batches (accumulate={self.accumulate}), "
-                f"and `step` has grown by {grown} from one to the next, so steps are counted "
-                f"wrongly. Say Watch(..., accumulate={batches}), and step += 1 after each "
-                "optimizer.step()."
+                f"An optimizer step comes every {batches} calls of watch.step (accumulate="
+                f"{self.accumulate}), and `step` has grown by {grown} from one to the next, so "
+                f"steps are counted wrongly. Say Watch(..., accumulate={batches}), and step += 1 "
+                "after each optimizer.step()."
             )
             now = (0, 0, -1)  # which comes no more
         if self._counted[2] >= 0:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of
-from stagewise.masks import masked, plain
+from stagewise.masks import masked
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
 from stagewise.queries import Labels, Times, as_times, require_tensors
 from stagewise.schemes import Phases, Scheme, parts
@@ -33,8 +33,9 @@ BY_HAND = (
 )
 """What messages say about a target that no object makes."""
 
-Observer = Callable[[Tensor, Tensor, Tensor, Tensor, "Labels | None"], None]
-"""Is told of the target, `x_t`, t (of the library, t = 0 is noise), x_1 and labels of a call."""
+Observer = Callable[[Tensor, Tensor, Tensor, Tensor, "Labels | None", "Tensor | None"], None]
+"""Is told of the target, `x_t`, t (of the library, t = 0 is noise), x_1, labels, which may be
+`MaskedLabels`, and the condition of a call."""
 
 _SAID = (
     "StageTarget(prediction={})",
@@ -151,7 +152,7 @@ class StageTarget(nn.Module):
             xt, t = self.convention.inside(xt, time)
         # Outside of it: whoever looks on may ask whether gradients are on, and detaches x1.
         for tell in self.observers:
-            tell(y.detach(), xt.detach(), t, x1, plain(labels))
+            tell(y.detach(), xt.detach(), t, x1, labels, condition)
         if self.scheme is None:
             return y, torch.ones_like(t)
         if not self._timed and any(part.draws_timesteps for part in parts(self.scheme)):

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise import Mix, StageTarget
+from stagewise import LatentBank, Mix, Oracle, Scheme, StageTarget
 from stagewise.adapters.encoding import Encoding
 from stagewise.adapters.scaling import related
-from stagewise.callbacks import StageScheme
+from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme, VelocityErrorMonitor
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
@@ -138,3 +138,113 @@ def test_the_bank_is_read_in_the_precision_in_which_the_step_encodes(fit, autoca
     line = line.partition("StageRun(encode=")[2].removesuffix(").")
     again = eval(line, {"torch": torch})(X, module)
     assert torch.equal(again.float(), rows)
+
+
+class Trains(Makes):
+    """An encoder that is trained beside the network, and whose answer is detached."""
+
+    def __init__(self, every=1):
+        super().__init__(lambda x: self.vae(x).detach())
+        self.vae, self.every = nn.Conv2d(3, 3, 1), every
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        on = self.global_step % self.every == self.every - 1
+        return loss + self.vae(batch[0]).square().mean() if on else loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+SAID = [
+    {},
+    {"encode": lambda x, module: module.vae(x)},
+    {"find": lambda batch, module: (module.vae(batch[0]), None)},
+    {"bank": True},
+]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("said", SAID)
+def test_targets_end_once_the_encoder_of_x1_has_changed(fit, said, every):
+    module = Trains(every)
+    said = {**said, "bank": LatentBank(module.make(X))} if "bank" in said else said
+    with pytest.raises(ValueError, match="goes stale. Freeze it"):
+        fit(module, StageRun(**said), StageScheme(target=Mix(1.0)), steps=4)
+    assert len(module.seen) == every
+    module = Trains(every)
+    with pytest.warns(UserWarning, match="goes stale. Freeze it") as warned:
+        fit(module, StageRun(**said), PosteriorMonitor(), steps=4)
+    assert sum("goes stale" in str(w.message) for w in warned) == 1
+    module = Trains(99)  # its weights are given to the optimizer, and never change
+    fit(module, StageRun(**said), StageScheme(target=Mix(1.0)), steps=4)
+    assert off(module, module.make(X)) < 1e-5
+
+
+def rounded(x):
+    """What is off by rounding in another way than a cast."""
+    return x * (1 + 3e-3 * torch.sin(1e4 * x))
+
+
+@pytest.mark.parametrize("rows", [64, 20_000])
+def test_a_sample_that_is_a_row_but_for_rounding_stands_for_it(rows):
+    x = torch.randn(rows, 12, generator=torch.Generator().manual_seed(1))
+    bank = LatentBank(x)
+    assert bank.find_near(rounded(x[:64])).tolist() == list(range(64))
+    assert bool((bank.find_near(torch.randn(64, 12)) == -1).all())
+    x0, t, x1 = torch.randn(16, 12), torch.linspace(0.05, 0.95, 16), rounded(x[:16])
+    scheme = Scheme(Oracle(bank), target=Mix(1.0))
+    xt = scheme.path.interpolate(x0, x1, t)
+    u, _ = scheme(x1 - x0, xt=xt, t=t, x1=x1)
+    module = Makes(None)
+    module.seen = [(xt, t, u)]
+    assert off(module, rounded(x)) < 1e-2
+    assert scheme.last.source.tolist() == list(range(16))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"bank": LatentBank(rounded(X))}, {"encode": lambda x, module: rounded(x)}],
+    ids=["bank", "encode"],
+)
+def test_a_bank_of_other_rounding_is_that_of_training(fit, said, recwarn):
+    module = Makes(lambda x: x * 1.0)
+    fit(module, StageRun(**said), PosteriorMonitor(), StageScheme(target=Mix(1.0)))
+    assert off(module, X) < 1e-2
+    assert not [m for m in (str(w.message) for w in recwarn) if "no rows" in m or "not on" in m]
+
+
+FAR = {
+    "flip": lambda x: x.flip(3),
+    "rotation": lambda x: torch.einsum("bchw,cd->bdhw", x, torch.linalg.qr(ROTATE)[0]),
+    "centre": lambda x: x - x.mean((2, 3), keepdim=True),
+    "tanh": lambda x: torch.tanh(x),
+}
+ROTATE = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("what", FAR)
+def test_what_mixes_or_compares_stops_where_no_sample_is_near_a_row(fit, what):
+    for callback in (StageScheme(target=Mix(1.0)), VelocityErrorMonitor()):
+        with pytest.raises(ValueError, match="no sample is near a row, the nearest is") as refused:
+            fit(Makes(FAR[what]), callback)
+    with pytest.warns(UserWarning, match="Training is not on what was read"):
+        fit(Makes(FAR[what]), PosteriorMonitor())
+    if what == "flip":
+        assert "find=lambda batch: (batch[0].flip(3), None);" in str(refused.value)
+        module = Makes(FAR[what])
+        fit(module, StageScheme(target=Mix(1.0), find=lambda batch: (batch[0].flip(3), None)))
+        assert off(module, X.flip(3)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        lambda x: torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x, x.flip(3)),
+        lambda x: x + 0.02 * torch.randn_like(x),
+    ],
+    ids=["flips", "noise"],
+)
+def test_what_augments_a_little_is_only_warned_of(fit, augment):
+    with pytest.warns(UserWarning, match="Training is not on what was read"):
+        fit(Makes(augment), PosteriorMonitor(), StageScheme(target=Mix(1.0)))

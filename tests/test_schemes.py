@@ -176,13 +176,13 @@ def test_labels_are_asked_for_where_a_row_does_not_say():
     """`labels_of` sees all samples, and is asked once, if any is no row."""
     y, call, i = batch()
     labels, asked = i % 4, []
-    near = call | {"x1": call["x1"] + 1e-3}
-    near["xt"] = call["xt"] + 1e-3 * call["t"].reshape(-1, *(1 for _ in SHAPE))
+    near = call | {"x1": call["x1"] + 0.3}
+    near["xt"] = call["xt"] + 0.3 * call["t"].reshape(-1, *(1 for _ in SHAPE))
     for target in (Mix("boundary"), Mix()):
         wise = Scheme(make_oracle(labels=True), target=target, boundary=0.5)
-        expected = wise(y + 1e-3, **near, labels=labels)
+        expected = wise(y + 0.3, **near, labels=labels)
         wise.labels_of = lambda x1: asked.append(len(x1)) or labels
-        assert torch.equal(wise(y + 1e-3, **near)[0], expected[0])
+        assert torch.equal(wise(y + 0.3, **near)[0], expected[0])
         wise(y, **call)
     assert asked == [16, 16]
     wise.trains = lambda: True
@@ -190,7 +190,7 @@ def test_labels_are_asked_for_where_a_row_does_not_say():
     assert again.labels_of is again.trains is None
     wise.trains = None
     wise.labels_of = lambda x1: None
-    refused("labels=y to a scheme", lambda: wise(y + 1e-3, **near))
+    refused("labels=y to a scheme", lambda: wise(y + 0.3, **near))
 
 
 def test_certificates_change_nothing_but_the_cost():

@@ -303,6 +303,28 @@ def test_a_label_that_was_dropped_in_any_step_is_that_of_its_row(fit):
         assert torch.equal(late[name], value)
 
 
+@pytest.mark.parametrize("function", [True, False])
+def test_a_null_class_that_an_oracle_is_told_is_one(fit, function):
+    class Drops(Step):
+        def training_step(self, batch, batch_idx):
+            x1, y = batch
+            return super().training_step((x1, torch.where(torch.arange(len(y)) % 3 == 0, 4, y)), 0)
+
+    oracle = Oracle(LatentBank(*clusters()), null_class=4)
+    given = (lambda _: Scheme(oracle, target=Mix())) if function else Scheme(oracle, target=Mix())
+    module = fit(Drops(classes=5), StageScheme(given))
+    assert len(module.seen) == 3
+    with pytest.raises(ValueError, match="null_class=4"):
+        fit(Always(classes=5), StageScheme(target=Mix()))
+
+
+class Always(Step):
+    """Drops the labels of all."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0], torch.full_like(batch[1], 4)), 0)
+
+
 def test_watching_a_checkpointed_step_with_a_trained_encoder_changes_nothing_but_a_word(fit):
     class Trained(Given):
         checkpointed = True

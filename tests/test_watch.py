@@ -519,7 +519,18 @@ def unknown(mine):
             ValueError,
             "a name for each of several",
         ),
-        (lambda m: m.watch(log=3), TypeError, r"function of \(dict, step\), .* got 3"),
+        (lambda m: Watch(m.model, PosteriorMonitor()), TypeError, "before the callbacks, got"),
+        (lambda m: Watch(m.model, m.loader(), PosteriorMonitor(), target=5), TypeError, "got 5"),
+        (
+            lambda m: m.train(Watch(m.model, m.loader(), StageScheme(target=Mix())), 1),
+            ValueError,
+            r"Watch\(..., target=target\), and once",
+        ),
+        (
+            lambda m: m.watch(PosteriorMonitor(), log=3),
+            TypeError,
+            r"function of \(dict, step\), .* got 3",
+        ),
         (
             lambda m: m.watch(PosteriorMonitor(), data=DataLoader(Endless(), 8)).step(0, m.x[:8]),
             ValueError,
@@ -537,6 +548,11 @@ def unknown(mine):
 def test_what_cannot_be_watched_is_refused(loop, wrong, kind, message):
     with pytest.raises(kind, match=message):
         wrong(loop())
+
+
+def test_a_watch_of_nothing_says_so(loop):
+    with pytest.warns(UserWarning, match="A Watch without callbacks measures nothing"):
+        loop().watch()
 
 
 WITHOUT = """
@@ -648,3 +664,15 @@ def test_ranks_find_the_same_and_the_first_one_writes(ranks):
     # What is measured of the data does not hang on the number of ranks.
     parts = [json.loads(said["found"][0].replace("'", '"').replace("nan", "NaN")) for said in ranks]
     assert parts[0][0]["midpoint"] == pytest.approx(parts[1][0]["midpoint"], abs=1e-6)
+
+
+def test_steering_that_ends_is_said_once(loop, recwarn):
+    mine = loop()
+    watch = mine.watch(StageScheme(target=Mix()))
+    mine.train(watch, 2)
+    watch._model.eval()
+    mine.train(watch, 5, start=2)
+    watch.close()
+    said = [str(w.message) for w in recwarn if "that was steered" in str(w.message)]
+    assert len(said) == 1
+    assert "optimizer step 2 came without a target" in said[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stagewise.adapters.hooks import in_place_of
 from stagewise.conventions import STAGEWISE, Convention
+from stagewise.masks import MaskedLabels
 from stagewise.paths import Path, Prediction, same_path
 from stagewise.schemes import Phases, Scheme, parts
 
@@ -40,6 +41,8 @@ class Seen:
         t: Times, (B,), t = 0 is noise; None where they are not at hand in this convention.
         xt: Noisy samples, (B, *); None where they are not at hand.
         conditions: Names and tensors that are handed on to the model beside `x_t` and time.
+        masks: Which numbers count, as `MaskedLabels`; None where that is not said.
+        condition: What a kernel goes by, (B, *); None where that is not said.
         graph: What `x1` was made by, as `grad_fn`; a copy has none.
     """
 
@@ -48,6 +51,8 @@ class Seen:
     t: Tensor | None = None
     xt: Tensor | None = None
     conditions: tuple[tuple[str, Tensor], ...] = ()
+    masks: MaskedLabels | None = None
+    condition: Tensor | None = None
     graph: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:

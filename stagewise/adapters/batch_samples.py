@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stagewise.adapters.base import Seen
 from stagewise.adapters.batch_conditions import BatchConditions
 from stagewise.adapters.rows import labels_of_rows, place_of, same, version_of
 from stagewise.bank import LatentBank
@@ -90,10 +92,22 @@ class BatchSamples:
             return None
         return now.detach()
 
+    def take(self, seen: Seen) -> None:
+        """Takes labels and masks of a call where there is no batch to find them in.
+
+        The classes are those that it is given, or those of the rows that its samples are.
+        """
+        self.masks, self.labels = seen.masks, dict(seen.conditions).get("labels")
+        bank = None if self._finished or self.labels is not None else self._bank()
+        if bank is not None and bank.classes and tuple(seen.x1.shape[1:]) == bank.shape:
+            rows = bank.find(seen.x1, seen.masks)
+            if bool((rows >= 0).all()):
+                self.labels = torch.tensor(bank.labels_of(rows.tolist()), device=rows.device)
+
     def masks_of_batch(self) -> MaskedLabels | None:
         """The masks of the present batch, None if there are none."""
-        if self.masks is None:
-            return None
+        if self.masks is None or self.batch is None:
+            return self.masks
         found = find_checked(self._find, self.batch)[1]
         return found if isinstance(found, MaskedLabels) else None
 
@@ -114,6 +128,13 @@ class BatchSamples:
             return True
         return not bool((bank.find(x1) >= 0).all())
 
+    def near(self, x1: Tensor) -> bool:
+        """Whether all samples are rows of the bank but for rounding."""
+        bank = self._bank()
+        if bank is None or bank.pairs or tuple(x1.shape[1:]) != bank.shape:
+            return False
+        return bool((bank.find_near(x1) >= 0).all())
+
     def labels_for(self, x1: Tensor) -> Tensor | MaskedLabels | None:
         """The classes, (n,), int64, of samples, (n, *), that are trained on in the present batch.
 
@@ -131,6 +152,14 @@ class BatchSamples:
 
     def condition_for(self, condition: Condition, x1: Tensor) -> Tensor | None:
         """The conditions, (n, *), of such samples; None if it cannot be said."""
+        if self.batch is None:
+            seen: Any = getattr(self, "seen", None)
+            if seen is not None and seen[1].condition is not None:
+                return seen[1].condition
+            raise ValueError(
+                f"{condition!r} needs the condition of each sample, and neither a batch was shown "
+                "nor is it given to what makes the targets: watch.step(step, batch)."
+            )
         own, as_is = self._own(), self._finished and not self._follows
         return self._given.of_rows(condition, self.batch, own or (x1, None), x1, as_is)
 

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from stagewise.adapters.first_step import FirstStep
+from stagewise.adapters.fitting import flip_of
 from stagewise.bank import LatentBank
 from stagewise.masks import fitted
 from stagewise.schemes.checks import check_rows, distance_from_rows
 
-__all__ = ["STALE", "compare", "difference", "other_rows", "several"]
+__all__ = ["compare", "difference", "other_rows", "several"]
 
-STALE = (
-    "The encoder that makes x_1 is trained in the same step, so that a bank that is read once goes "
-    "stale. Freeze it, module.encoder.requires_grad_(False), or give a bank of what is trained on: "
-    "StageRun(bank=LatentBank(latents, labels))."
+
+_SHOW = (
+    "The samples of the first step are no rows of the bank, and `step` was given no batch to hold "
+    "them against: watch.step(step, batch)."
 )
-"""What is said where the rows of a bank move."""
+_FAR = 0.1
+"""Share of its norm by which a sample is off that is no row at all, of another encoder say."""
+_MANY = 8
+"""Samples of a batch that are not all flipped or changed by chance, at least."""
 
 
 def several(look: FirstStep, asks: str) -> str:
@@ -66,8 +70,9 @@ def difference(
     """
     if look.swapped:
         return look.tied, True
+    if look.x1 is None:
+        return _SHOW, True
     maker = "" if look.seen is None else f", and {look.seen[0].name} is given other samples"
-    assert look.x1 is not None
     place, other = look.x1_at or "batch[0]", look.place(x1)
     if other and other != look.x1_at:
         find = f"find=lambda batch: ({other}, {look.labels_at})"
@@ -92,7 +97,14 @@ def difference(
     if other:
         maker = f" (the step changes {place} in place)"
     alike = x1.shape[1:] == look.x1.shape[1:]
-    if why is None and alike:
+    flip = flip_of(x1, look.x1) if alike else ""
+    if why is None and flip:
+        cure = (
+            f"all samples of the first step are flipped alike. If they always are, say so: "
+            f"find=lambda batch: ({place}{flip}, {look.labels_at}); if at random, flip in the data "
+            "set, or put both into a bank: StageRun(bank=LatentBank(latents, labels))"
+        )
+    elif why is None and alike:
         cure = f"if it augments (flips, noise), expect little of the data end; if not, {cure}"
     certain = why is not None or not alike
     if read is not None and not certain:
@@ -100,6 +112,11 @@ def difference(
             check_rows(read, x1)
         except ValueError:
             certain = True
+        missing = (read.find_near(x1) < 0).all() if len(x1) >= _MANY else False
+        off = distance_from_rows(read, x1) if missing else 0.0
+        if off > _FAR:
+            certain, far = True, f"no sample is near a row, the nearest is off by {off:.0%}; "
+            cure = far + cure.replace("expect little of the data end", "do that in the data set")
     return (
         f"Training is not on what was read from the batches{maker}: "
         f"{cure if why is None else why.message}",

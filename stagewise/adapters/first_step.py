@@ -145,6 +145,8 @@ class FirstStep(BatchSamples):
         def tell(seen: Seen) -> None:
             if not self._trains():
                 return
+            if self.batch is None:
+                self.take(seen)
             if self._sums is not None and seen.x0 is not None and self._maker in (None, seam):
                 masks = self.masks if not self._finished else self.masks_of_batch()
                 if masks is None or len(masks) == len(seen.x1):
@@ -170,7 +172,7 @@ class FirstStep(BatchSamples):
             self._maker, self.tied = seam, self._wrong_noise(seam)
             x1 = x1 if self._before_smoothing is None else self._before_smoothing
             self.trace(x1)
-            labels = self.labels_for(x1)
+            labels = self.labels_for(x1) if self.batch is not None else self.masks or self.labels
             if labels is not None:
                 self.search.labels = labels
             self.trains_encoder = _from_weights(seen.graph) and self.changed(x1)
@@ -181,8 +183,9 @@ class FirstStep(BatchSamples):
 
     def trace(self, x1: Tensor) -> None:
         """Finds what the first step has made an x_1 of, if it is another than that of the batch."""
-        if self.x1 is not None and self.search.encoders is not None and self.changed(x1):
-            self.encoding = origin_of(x1, self.x1, self.search.encoders)
+        own = self.x1
+        if own is not None and self.search.encoders is not None and not same(own, x1):
+            self.encoding = origin_of(x1, own, self.search.encoders)
         self.search.encoders = None
 
     @property
@@ -360,7 +363,9 @@ class FirstStep(BatchSamples):
         if not mixes and classes:
             inside = torch.isin(given, torch.tensor(classes))
             given = torch.where(inside.reshape(-1), given.reshape(-1), own.cpu())
-        check_labels(given, own.cpu(), classes)
+        oracles = [part.oracle for one in self.schemes for part in parts(one) if part.oracle]
+        null = next((o.null_class for o in oracles if o.null_class is not None), None)
+        check_labels(given, own.cpu(), classes, null)
 
 
 def _from_weights(node: Any) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from stagewise.noise import dependence, noise_of
 from stagewise.paths import Path, expand_like
 
-__all__ = ["Noisy", "arranged", "factor_of", "layout_of"]
+__all__ = ["Noisy", "arranged", "factor_of", "flip_of", "layout_of"]
 
 _NOISY = 0.05
 """The least sigma at which the noise of a sample is held against a normal distribution."""
@@ -150,10 +150,7 @@ def layout_of(x: Tensor, x1: Tensor) -> str | None:
             return text
     if x1.ndim > 3 and torch.equal(x1.flip(1), x):
         return ".flip(1)"
-    axes = range(2 if x1.ndim > 3 else 1, x1.ndim)  # nobody flips channels to augment
-    counts = range(1, len(axes) + 1)
-    flips = [dims for k in counts for dims in itertools.combinations(axes, k)]
-    if x.shape == x1.shape and any(torch.equal(x1.flip(dims), x) for dims in flips):
+    if flip_of(x, x1):
         return None
     # Values at one place, over the samples, are a column; few samples may be flipped alike.
     columns, others = x.flatten(1).double(), x1.flatten(1).double()
@@ -161,3 +158,13 @@ def layout_of(x: Tensor, x1: Tensor) -> str | None:
     order = [(weight * each).sum(0).argsort() for each in (columns, others)]
     same = torch.equal(columns[:, order[0]], others[:, order[1]])
     return "" if same and len(x) >= 8 else None
+
+
+def flip_of(x: Tensor, x1: Tensor) -> str:
+    """How `x` is `x_1`, both (B, *), with all samples flipped, as one would write it; or empty."""
+    axes = range(2 if x1.ndim > 3 else 1, x1.ndim)  # nobody flips channels to augment
+    for count in range(1, len(axes) + 1):
+        for dims in itertools.combinations(axes, count):
+            if x.shape == x1.shape and torch.equal(x1.flip(dims).to(x), x):
+                return f".flip({', '.join(map(str, dims))})"
+    return ""

@@ -35,7 +35,7 @@ from stagewise.masks import plain
 from stagewise.paths import same_path
 from stagewise.stage_target import StageTarget
 
-__all__ = ["NetworkSearch"]
+__all__ = ["NetworkSearch", "eager"]
 
 
 class NetworkSearch:
@@ -91,7 +91,7 @@ class NetworkSearch:
         self.encoders: list[EncoderCall] | None = [] if observed else None
         # What is compiled in place has hooks compiled into it; a compiled copy has them outside.
         names = {module: name for name, module in root.named_modules()}
-        for name, module in () if self.compiled else _eager(root):
+        for name, module in () if self.compiled else eager(root):
             name = names.get(module, name)
             self._hooks += [
                 CallHook(self._enter(name), module.register_forward_pre_hook, prepend=True),
@@ -335,7 +335,7 @@ def _is_compiled(root: nn.Module) -> bool:
     )
 
 
-def _eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
+def eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
     """The submodules whose hooks run as they are, outside of what is compiled."""
     if getattr(root, "_compiled_call_impl", None) is not None:
         return []
@@ -343,5 +343,5 @@ def _eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
     if "_orig_mod" in root._modules:  # torch.compile(module)
         return found
     for key, child in root.named_children():
-        found += _eager(child, f"{name}.{key}" if name else key)
+        found += eager(child, f"{name}.{key}" if name else key)
     return found

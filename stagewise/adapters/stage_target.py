@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell
 from stagewise.conventions import STAGEWISE, written
+from stagewise.masks import MaskedLabels, plain
 from stagewise.paths import expand_like
 from stagewise.queries import Labels
 from stagewise.schemes import Phases, Scheme, parts
@@ -46,9 +47,12 @@ class ByHand(Seam):
         target: StageTarget = self.place.object
         target.begin()
 
-        def observer(y: Tensor, xt: Tensor, t: Tensor, x1: Tensor, labels: Labels | None) -> None:
+        def observer(
+            y: Tensor, xt: Tensor, t: Tensor, x1: Tensor, labels: Labels | None, c: Tensor | None
+        ) -> None:
+            masks, labels = labels if isinstance(labels, MaskedLabels) else None, plain(labels)
             given = (("labels", labels),) if isinstance(labels, Tensor) else ()
-            tell(Seen(x1, self._noise(y, xt, t, x1), t, xt, given))
+            tell(Seen(x1, self._noise(y, xt, t, x1), t, xt, given, masks, c))
 
         target.observers = (*target.observers, observer)
 

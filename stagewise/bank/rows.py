@@ -170,7 +170,8 @@ class RowStore(RowClasses):
         """The row of each sample, or the one that it nearly is: another batch's last digits.
 
         Rows that an encoder made are those of a batch; in another batch it rounds otherwise.
-        Looked at are the rows whose projections on one direction are next to that of the sample.
+        Looked at are those rows, of the ones whose projections on one direction are around that of
+        the sample, that are next to it in 16 directions.
 
         Args:
             x1: Samples, (B, *), on any device.
@@ -181,13 +182,18 @@ class RowStore(RowClasses):
         """
         found, flat = self.find(x1), x1.detach().to(self.device).flatten(1).double()
         # Times numbers in no order: rows that differ have other projections.
-        along = key_weights(self.dim, self.device).double() / 2**63
+        along = key_weights(16 * self.dim, self.device).double().reshape(16, -1).T / 2**63
         if (projected := self._sorted_keys.get("projected")) is None:
             parts = [(rows + self.offset) @ along for _, rows in self.chunks(self.whole)]
-            projected = self._sorted_keys["projected"] = torch.cat(parts).sort()
+            all_ = torch.cat(parts)
+            order = all_[:, 0].argsort()
+            projected = self._sorted_keys["projected"] = (all_[order], order)
         values, order = projected
-        at = torch.searchsorted(values, flat @ along)[:, None] + torch.arange(-4, 4).to(flat.device)
-        near = order[at.clamp(0, len(self) - 1)]
+        wanted, span = flat @ along, min(1024, max(4, len(self) // 50))
+        at = torch.searchsorted(values[:, 0].contiguous(), wanted[:, :1].contiguous())
+        at = (at + torch.arange(-span, span).to(flat.device)).clamp(0, len(self) - 1)
+        close = (values[at] - wanted[:, None]).square().sum(2)
+        near = order[at.gather(1, close.topk(min(4, 2 * span), largest=False).indices)]
         gap, nearest = (self.take(near) - flat[:, None]).norm(dim=2).min(1)
         row = near.gather(1, nearest[:, None])[:, 0].where(gap <= within * flat.norm(dim=1), -1)
         return found.where(found >= 0, row.to(x1.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from stagewise.smoothing import Smoothing
 from stagewise.targets import Target
 from stagewise.timesteps import TimestepSampler
 
+if TYPE_CHECKING:
+    from stagewise.schemes.scheme import Scheme
+
 __all__ = [
     "check_density",
     "check_labels",
@@ -22,6 +26,8 @@ __all__ = [
     "check_settings",
     "distance_from_rows",
     "labels_in",
+    "near_rows",
+    "tell_rounding",
     "unknown_boundary",
 ]
 
@@ -149,6 +155,27 @@ def labels_in(bank: LatentBank, x1: Tensor, labels: Tensor) -> Tensor:
     first = torch.tensor([starts.get(label, -1) for label in labels.reshape(-1).tolist()])
     same = bank.find(x1, first=first.to(x1.device)).cpu() >= 0
     return torch.where(same, labels.reshape(-1), own)
+
+
+def near_rows(scheme: Scheme, x1: Tensor) -> Tensor | None:
+    """The row that each sample nearly is, (B,), -1 for none; None where all are what they are."""
+    if not scheme.rows_checked:  # in a trainer that is done by a callback, on all ranks
+        tell_rounding(scheme, x1)
+    held = scheme.oracle or scheme.smoothing
+    return held.bank.find_near(x1) if scheme.encoded and held else None
+
+
+def tell_rounding(scheme: Scheme, x1: Tensor) -> None:
+    """Finds out whether rows are rounded otherwise than samples (`Scheme.encoded`), once."""
+    held = scheme.oracle or scheme.smoothing
+    whole = scheme.oracle is None or scheme.oracle.engine.holds_all_rows
+    if held is None or held.bank.pairs or not whole:
+        scheme.encoded = False
+    elif scheme.encoded is None and len(x1):
+        still = held.bank.conditions is None and not held.bank.origin
+        used = scheme.target is not None or scheme.smoothing is not None
+        missing = still and used and bool((held.bank.find(x1) < 0).any())
+        scheme.encoded = missing and bool((held.bank.find_near(x1) >= 0).any())
 
 
 def check_rows(

@@ -23,7 +23,7 @@ from stagewise.masks import cut
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
 from stagewise.queries import Labels, Times, as_times, check_times, require_tensors
-from stagewise.schemes.checks import check_density, check_settings
+from stagewise.schemes.checks import check_density, check_settings, near_rows
 from stagewise.schemes.conditions import has_classes, unknown_conditions
 from stagewise.schemes.correction import Correction, correct, runs_kernel
 from stagewise.schemes.first_call import check_first
@@ -80,8 +80,8 @@ class Scheme(SchemeState):
         labels_of: From x_1, (B, *), to classes, (B,), or None; default None. Asked where x_1 comes
             without labels and is no row of the bank.
         condition_of: From a kernel and x_1 to conditions, (B, *), or None; for those not given.
-        encoded: Whether an encoder made the rows, which rounds otherwise in another batch: an x_1
-            then stands for the row that it nearly is. Default False.
+        encoded: Whether rows are rounded otherwise than x_1, as those of an encoder are: it then
+            stands for the row that it nearly is. Default None: the first call tells.
         before_smoothing: Told each x_1 before it is smoothed; default None.
         trains: Says whether a call is of training; default None: each is. Others are plain.
         last: The record of the last call, None before.
@@ -301,10 +301,7 @@ class Scheme(SchemeState):
 
     def _near(self, x1: Tensor, source: Tensor | None) -> Tensor | None:
         """The rows of samples that an encoder made, if they are not given."""
-        if source is not None or not self.encoded:
-            return source
-        held = self.oracle or self.smoothing
-        return None if held is None or held.bank.pairs else held.bank.find_near(x1)
+        return near_rows(self, x1) if source is None and self.encoded is not False else source
 
     @torch.no_grad()
     def _share(self, x1: Tensor, t: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class SchemeState(Shared):
         self.condition_of: Callable[[Condition, Tensor], Tensor | None] | None = None
         self.before_smoothing: Callable[[Tensor], object] | None = None
         self.trains: Callable[[], bool] | None = None
-        self.encoded = False
+        self.encoded: bool | None = None
         self._smoothed = None if smoothing is None else Smoothed(smoothing, strength)
         self.boundary: float | None = None
         self.collapsed: float | None = None

@@ -170,11 +170,7 @@ class VelocityErrorMonitor(ModelMonitor):
         if self._record is not None and network is not None:
             if record is not None and run.host.rank == 0 and not self.renewed:
                 self._record.load_state_dict(record)
-            x1, call = run.look.search.x1, run.look.search.call
-            assert x1 is not None
-            assert call is not None
-            self._record.expect(lambda: x1, lambda: run.look.search.labels)
-            self._record.look(network.module, *call)
+            self._record.take_first(run.look.search)
         held_out = 0 if self._others is None else len(self._others[0])
         wise = "over all rows" if oracle.bank.pairs is None else "over rows of the same mask"
         wise = "class-wise" if self.wise else wise
@@ -196,6 +192,11 @@ class VelocityErrorMonitor(ModelMonitor):
             "collapsed": float(self._stages[2]),
         }
         self.open_files(header, self.events)
+
+    @override
+    def reread(self) -> None:
+        if self._record is not None:
+            self._record.take_first(self.run.look.search)
 
     @override
     def reconsider(self) -> None:

@@ -21,6 +21,7 @@ from stagewise.adapters.find import chosen_seams, dependent_noise, find_coupling
 from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank
 from stagewise.batches import describe, unused_in
+from stagewise.callbacks.answer_check import check_answer
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.callbacks.run_encoding import RunEncoding
@@ -188,7 +189,6 @@ class StageRun(RunEncoding):
         self.watch_encoder()
         self.tell("settle")
         self.open_writer(self).dashboard(self.members)
-        self.look.forget()
         for member in self.members:
             member.stash = None
 
@@ -206,8 +206,7 @@ class StageRun(RunEncoding):
 
     def optimizer_steps(self) -> None:
         """Before an optimizer step: with manual optimisation there may be no other hook."""
-        # With automatic optimisation it is called for a step without a loss, too.
-        if not self.host.automatic:
+        if not self.host.automatic:  # which would count a step without a loss, too
             self.weights_may_change()
 
     def batch_ends(self) -> None:
@@ -225,6 +224,9 @@ class StageRun(RunEncoding):
             self.weights_may_change()
         self.step, self._batches = step, self._batches + 1
         self.look.stop_looking()
+        if self._batches == 1:
+            check_answer(self)
+            self.look.forget()
         self.tell("after_batch", step, before)
         self.tell("after_all")
         self.refuse_stale()
@@ -235,8 +237,7 @@ class StageRun(RunEncoding):
 
     def logs(self, before: int) -> bool:
         """Whether training logs after the last batch, before which so many steps were done."""
-        # Several optimizers advance it by more than one; 0 is never.
-        every = self.host.log_every
+        every = self.host.log_every  # 0 is never; several optimizers advance by more than one
         return bool(every) and self.step // every > before // every
 
     def read_again(self) -> None:

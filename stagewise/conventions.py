@@ -116,7 +116,7 @@ class Convention:
 
     def rounded(self, t: Tensor) -> Tensor:
         """The library's t, any shape, at the nearest step where its times are steps, as of DDPM."""
-        return self.to_t(self.from_t(t).round()) if isinstance(self.path, DDPMPath) else t
+        return self.path.nearest_step(t) if isinstance(self.path, DDPMPath) else t
 
     def inside(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The library's `x_t` and t, of its noisy samples, (B, *), and times, (B,)."""
@@ -194,6 +194,11 @@ class DDPMPath(Path):
         alpha, sigma = torch.cos(angle).clamp_min(0), torch.sin(angle)
         return PathCoefficients(alpha, sigma, last * rise * sigma, -last * rise * alpha)
 
+    def nearest_step(self, t: Tensor) -> Tensor:
+        """The time of the step nearest to t, any shape."""
+        last = len(self.alphas_cumprod) - 1
+        return 1 - ((1 - t) * last).round() / last
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.alphas_cumprod,)
 
@@ -253,6 +258,12 @@ def as_convention(value: ConventionLike) -> Convention:
     found = of_scheduler(value)
     if found is not None:
         return found
+    if hasattr(value, "add_noise") and hasattr(value, "config"):
+        raise TypeError(
+            f"Expected the scheduler that training noises with, got {type(value).__name__}, which "
+            "is for sampling. Give that of the same schedule: "
+            "convention=DDPMScheduler.from_config(noise_scheduler.config)."
+        )
     raise TypeError(
         "Expected `convention` to be a Convention, a name such as "
         f'"diffusers", or a noise scheduler of diffusers, got {value!r}.'

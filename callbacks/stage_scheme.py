@@ -323,7 +323,8 @@ class StageScheme(StageCallback):
         if self.seam is not None:
             self._detach = self.seam.attach(self.scheme, weighed=self._weighed)
         for part in parts(self.scheme):
-            part.trains = run.host.trains
+            # A method of the host would keep a `Watch` that is let go of.
+            part.trains = lambda: run.host.trains()
 
     def _before_smoothing(self, x1: Tensor) -> None:
         """Refuses samples of the first step for which no rows were read: only rows are smoothed."""

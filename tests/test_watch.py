@@ -591,7 +591,9 @@ def test_it_needs_no_lightning(tmp_path):
     assert not done.returncode, done.stderr[-3000:]
     assert (tmp_path / "stagewise_logs" / "concentration.png").exists()
     assert "PosteriorMonitor: boundary t = " in done.stderr
-    assert "error by t" in (tmp_path / done.stdout.strip()).read_text(encoding="utf-8").lower()
+    page = (tmp_path / done.stdout.strip()).read_text(encoding="utf-8")
+    assert "Error by t and by step" not in page, "said of a page that has none"
+    assert page.count("data:image/png") >= 4
 
 
 RANKS = """

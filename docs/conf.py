@@ -43,6 +43,7 @@ nb_execution_cache_path = str(HERE.parent / "build/notebooks")
 nb_execution_timeout = 180
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_ipywidgets_js = {}  # pages load nothing from the network; progress bars are left out of them
 
 # By name: a page that is new since the last build would else be overlooked.
 autosummary_generate = [f"reference/{page.name}" for page in (HERE / "reference").glob("*.md")]

@@ -411,6 +411,20 @@ def test_draws_of_a_scheme_that_the_step_does_not_take_are_refused(fit):
         fit(Own(), StageScheme(timesteps=StageAware(0.5), boundary=0.3))
 
 
+def test_the_target_of_a_copy_of_the_module_is_not_proposed(fit):
+    class Averages(Step):
+        def __init__(self):
+            super().__init__()
+            full = copy.deepcopy(self)
+            del self.target
+            self.full, self.target = full, StageTarget()
+
+    with pytest.raises(ValueError, match='Say which the step calls: seam="module.target"'):
+        fit(Averages(), StageScheme(target=Mix()))
+    module = fit(Averages(), StageScheme(target=Mix(), seam="module.target"))
+    assert len(module.seen) == 3
+
+
 def test_two_of_them_are_told_apart_by_name():
     module = nn.ModuleList([StageTarget(), StageTarget()])
     assert len(find_seams(module)) == 2

@@ -144,7 +144,9 @@ def one_seam(module: object, at: str | None = None) -> Seam:
         problem = f"Expected {at} to make the targets; found there are:{listed or ' none'}"
     elif found:
         problem = f"Expected one object that makes the targets, found {len(able)}:{listed}"
-        problem += f'\nSay which: seam="{able[0].name}".'
+        # What is deeper may be in a copy, of averaged weights for example, that no step calls.
+        likely = min(able, key=lambda seam: seam.name.count(".") + seam.name.count("["))
+        problem += f'\nSay which the step calls: seam="{likely.name}".'
     else:
         *others, last = [kind.what for kind in _KINDS if kind.trains]
         problem = (

@@ -326,7 +326,7 @@ class Watch(Host):
         wrong = not 1 <= grown <= heard or batches != self.accumulate
         if wrong and now == self._counted:  # one alone may be a step that a scaler has left out
             rank_zero_warn(
-                f"An optimizer step comes every {batches} calls of watch.step (accumulate="
+                f"An optimizer step comes every {batches} batches (accumulate="
                 f"{self.accumulate}), and `step` has grown by {grown} from one to the next, so "
                 f"steps are counted wrongly. Say Watch(..., accumulate={batches}), and step += 1 "
                 "after each optimizer.step()."

@@ -25,6 +25,7 @@ from typing_extensions import override
 from stagewise.files import replace_file
 from stagewise.latents import write_stats
 from stagewise.latents.arrays import save_arrays
+from stagewise.latents.checksums import write_checksums
 from stagewise.latents.lightningdit import shard_name, write_shard
 from stagewise.latents.mean_std import file_name
 from stagewise.recipes.image_folder import ImageList
@@ -126,7 +127,7 @@ class _MeanStd(Writer):
         text = json.dumps({"labels": [[file_name(i), self.images.labels[i]] for i in indices]})
         index = self.folder / self.subfolder / "dataset.json"
         replace_file(index, lambda file: file.write_text(text))
-        return [index]
+        return [index, write_checksums(index.parent, [index, *self.files(0, indices)])]
 
 
 class _EDM2(_MeanStd):

@@ -25,6 +25,7 @@ from stagewise.latents.arrays import (
     save_arrays,
 )
 from stagewise.latents.base import Block, Reading, Writing
+from stagewise.latents.checksums import compare_files, write_checksums
 from stagewise.latents.per_file import PerFile, sizes_in
 from stagewise.tensor_files import Entry
 
@@ -105,6 +106,9 @@ class FastDiT(PerFile):
             self._labels = found
         return self._labels
 
+    def _compare(self) -> tuple[list[str], list[Path]]:
+        return compare_files(self.path)
+
     @override
     @classmethod
     def write(cls, path: Path, blocks: Iterable[Block], how: Writing) -> Path:
@@ -142,4 +146,6 @@ def write_fast_dit(folder: FilePath, batches: Iterable[tuple[Tensor, Tensor]]) -
             save_arrays(features / f"{row}.npy", x[None], sync=False)
             save_arrays(targets / f"{row}.npy", y[None], sync=False)
             row += 1
+    places = (place / f"{number}.npy" for number in range(row) for place in (features, targets))
+    write_checksums(folder, places)
     return folder

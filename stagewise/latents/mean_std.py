@@ -32,6 +32,7 @@ from stagewise.latents.arrays import (
     save_arrays,
 )
 from stagewise.latents.base import Block, Reading, Writing
+from stagewise.latents.checksums import compare_files, write_checksums
 from stagewise.latents.per_file import PerFile, sizes_in
 from stagewise.latents.rows_check import compare_zip
 from stagewise.latents.scaling import EDM2 as EDM2_SCALING
@@ -147,7 +148,7 @@ class _MeanStd(PerFile):
         return read_array(pages[start : start + size], where)
 
     def _compare(self) -> tuple[list[str], list[Path]]:
-        return compare_zip(self._root) if self._zipped else ([], [self._root])
+        return compare_zip(self._root) if self._zipped else compare_files(self._root)
 
     def _parts(self) -> str:
         return super()._parts() + (" of a zip" if self._zipped else "")
@@ -212,12 +213,16 @@ def write_mean_std(path: FilePath, batches: Iterable[tuple[Tensor, Tensor | None
         return path
     path.mkdir(parents=True, exist_ok=True)
 
+    written = [path / _INDEX]
+
     def save(name: str, moment: Tensor) -> None:
         (path / name).parent.mkdir(exist_ok=True)
         save_arrays(path / name, moment, sync=False)
+        written.append(path / name)
 
     index = _write_rows(batches, save)
     replace_file(path / _INDEX, lambda partial: partial.write_text(index))
+    write_checksums(path, written)
     return path
 
 

@@ -32,6 +32,7 @@ from stagewise.latents.arrays import (
     save_arrays,
 )
 from stagewise.latents.base import Block, Latents, Reading, Writing
+from stagewise.latents.checksums import compare_files, write_checksums
 from stagewise.latents.rows_check import compare_tensors, compare_zip
 from stagewise.tensor_files import read_header, write_tensors
 
@@ -89,7 +90,7 @@ class Plain(Latents):
     def _compare(self) -> tuple[list[str], list[Path]]:
         if self.path.suffix == ".safetensors":
             return compare_tensors([(self.path, read_header(self.path)[0])])
-        return compare_zip(self.path)
+        return compare_files(self.path) if self.path.suffix == ".npy" else compare_zip(self.path)
 
     def _parts(self) -> str:
         return f"one array, {self._name!r}"
@@ -107,9 +108,12 @@ class Plain(Latents):
         if path.suffix == ".safetensors":
             write_tensors(path, held, {})
         elif path.suffix == ".npy":
-            save_arrays(path, held["latents"])
+            files = {path: held["latents"]}
             if "labels" in held:
-                save_arrays(_beside(path), held["labels"])
+                files[_beside(path)] = held["labels"]
+            for file, array in files.items():
+                save_arrays(file, array)
+            write_checksums(path, files)
         elif path.suffix == ".npz":
             save_arrays(path, held)
         else:

@@ -373,7 +373,7 @@ class StageRun(RunEncoding):
             return  # reading the bank has said so
         look = self.look
         other = x1 is not None and look.changed(x1) and not (look.swapped or look.near(x1))
-        if read and other:
+        if read and other and x1 is not None:
             encoded, bank = self.encoding is not None, self.bank(read[0])
             message, certain = difference(self.look, x1, bank, encoded=encoded)
             if certain and any(member.compares for member in read):

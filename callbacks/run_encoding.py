@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -23,6 +24,10 @@ class RunEncoding(RunOracles):
 
     look: FirstStep
     _weights: EncoderWeights | None = None
+
+    def tell(self, what: str, *values: Any) -> None:
+        """Calls a method of all callbacks by its name, in their order."""
+        raise NotImplementedError
 
     @property
     def _asking(self) -> list[StageCallback]:

@@ -217,7 +217,7 @@ class StageScheme(StageCallback):
 
     def settle(self) -> None:
         """Refuses a first step that did not use what is steered, and conditions it cannot have."""
-        record, near = self.scheme.last, parts(self.scheme)[0].encoded
+        record, near = self.scheme.last, bool(parts(self.scheme)[0].encoded)
         if record is None or record is self._seen:
             cure = "Make it outside of torch.no_grad(), with the model in train mode."
             if self.seam is None or not self.seam.late:

@@ -172,7 +172,7 @@ class _Fit:
             return way_of(k, *next(pairs))
         sides, scales, moves = self._x1.ndim - 1 - self._axis, [], []
         for factor, shift, told in pairs:
-            numbers = dict(way_of(k, factor, shift, told))
+            numbers: dict[str, float] = dict(way_of(k, factor, shift, told))
             scales.append(numbers.get("*", numbers.get("/", 1.0)))
             moves.append(numbers.get("-", -numbers.get("+", 0.0)))
         scale, move = ("/" if k % 2 else "*", tuple(scales), sides), ("-", tuple(moves), sides)

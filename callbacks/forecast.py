@@ -145,6 +145,7 @@ class Forecast(ModelMonitor):
                 weight=self._weight,
                 class_wise=self.wise,
                 seed=self.seed,
+                reachable=self.reachable,
             )
         scale = None if math.isinf(found.noise_scale) else found.noise_scale
         entry: dict[str, Any] = {"share": found.share, "share_se": found.error}

@@ -175,6 +175,7 @@ class MemorizationMonitor(ModelMonitor):
             seed=self.seed,
             rank=host.rank,
             world_size=host.world_size,
+            reachable=self.reachable,
         )
 
     def renew(self) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stagewise.adapters.answers import tensor_of
 from stagewise.adapters.lines import guessed_line
-from stagewise.adapters.network import Network, tensor_of
+from stagewise.adapters.network import Network
 from stagewise.batches import describe
 from stagewise.callbacks.monitor import Monitor
 from stagewise.callbacks.stage_callback import AskVelocity
 from stagewise.callbacks.training_bank import Samples
+from stagewise.conventions import DDPMPath
 from stagewise.masks import MaskedLabels, fitted, masked, plain
 from stagewise.stage_target import BY_HAND
 from stagewise.undisturbed import in_eval_mode, same_draws
@@ -113,7 +115,7 @@ class ModelMonitor(Monitor):
             self.network = look.network or found
             assert x1 is not None
             assert call is not None
-            tensor_of(call[2], tuple(x1.shape))  # refuses what stands for no velocity
+            tensor_of(call[2], tuple(x1.shape), look.search.line)  # refuses what is no velocity
             if look.conditions and self.run.option(self, "class_wise") is not False:
                 replaced = ", ".join(text.split(":")[0] for text in look.conditions)
                 raise ValueError(
@@ -124,12 +126,6 @@ class ModelMonitor(Monitor):
                     f"own, put these in place of {replaced}: {name}({look.search.line})."
                 )
         self.conditional = self.run.host.any(self.network.conditional)
-        if look.called:
-            self.say(
-                f"{self.network.describe()} is taken as predicting the "
-                f"{self.network.seam.prediction.kind} (not checked). If the step makes that of its "
-                f"answer, say how, with its answer in: {name}({look.search.line})."
-            )
 
     def is_wise(self, labels: Any) -> bool:
         """Whether to ask over the rows of a class, of samples with those labels or without any."""
@@ -166,6 +162,16 @@ class ModelMonitor(Monitor):
         module = self.run.module if self.network is None else self.network.module
         sizes = [each.numel() for each in module.parameters() if each.requires_grad]
         return sum(sizes) if sizes and all(sizes) else None
+
+    def reachable(self, t: Tensor) -> Tensor:
+        """The times, (B,), nearest to t about which the model can be asked: with DDPM, its steps.
+
+        A noisy sample of a time between two steps is of neither.
+        """
+        if self.network is not None:
+            return self.network.reachable(t)
+        path = self.oracle.path
+        return path.nearest_step(t) if isinstance(path, DDPMPath) else t
 
     def velocity_of(self, module: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         """The velocity of a module: that of the run, or a copy with averaged weights."""
@@ -276,4 +282,5 @@ class ModelMonitor(Monitor):
             device=self.oracle.bank.device,
             rank=self.run.host.rank,
             world_size=self.run.host.world_size,
+            reachable=self.reachable,
         )

@@ -21,6 +21,7 @@ from stagewise.adapters.find import chosen_seams, dependent_noise, find_coupling
 from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank
 from stagewise.batches import describe, unused_in
+from stagewise.callbacks.answer_check import check_answer
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.callbacks.run_oracles import RunOracles
@@ -184,7 +185,6 @@ class StageRun(RunOracles):
             self._look_at_step()
         self.tell("settle")
         self.open_writer(self).dashboard(self.members)
-        self.look.forget()
         for member in self.members:
             member.stash = None
 
@@ -202,8 +202,7 @@ class StageRun(RunOracles):
 
     def optimizer_steps(self) -> None:
         """Before an optimizer step: with manual optimisation there may be no other hook."""
-        # With automatic optimisation it is called for a step without a loss, too.
-        if not self.host.automatic:
+        if not self.host.automatic:  # which would count a step without a loss, too
             self.weights_may_change()
 
     def batch_ends(self) -> None:
@@ -219,6 +218,9 @@ class StageRun(RunOracles):
             self.weights_may_change()
         self.step, self._batches = step, self._batches + 1
         self.look.stop_looking()
+        if self._batches == 1:
+            check_answer(self)
+            self.look.forget()
         self.tell("after_batch", step, before)
         self.tell("after_all")
         self.look.batch = None
@@ -228,8 +230,7 @@ class StageRun(RunOracles):
 
     def logs(self, before: int) -> bool:
         """Whether training logs after the last batch, before which so many steps were done."""
-        # Several optimizers advance it by more than one; 0 is never.
-        every = self.host.log_every
+        every = self.host.log_every  # 0 is never; several optimizers advance by more than one
         return bool(every) and self.step // every > before // every
 
     def read_again(self) -> None:
@@ -316,8 +317,7 @@ class StageRun(RunOracles):
         """Refuses samples of the first step that are surely other than what was read."""
         if not self.look.changed(x1):
             return
-        # On several ranks the others may not come by here.
-        if self.host.world_size == 1 and self._encode():
+        if self.host.world_size == 1 and self._encode():  # of several, others may not come by
             return
         message, certain = difference(self.look, x1, self.bank_in_use())
         if certain:

@@ -241,6 +241,9 @@ class StageCallback(Callback):
     def reconsider(self) -> None:
         """A later step has shown what the network is given, or none has for long; a collective."""
 
+    def reread(self) -> None:
+        """After the first batch, if its gradients show that the network predicts another thing."""
+
     def before_batch(self, step: int) -> None:
         """Before each batch but the first, `step` optimizer steps being done."""
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
 
 from stagewise.adapters.hooks import CallHook
-from stagewise.adapters.network import Network, tensor_of
+from stagewise.adapters.network import Network
+from stagewise.adapters.network_search import NetworkSearch
 from stagewise.adapters.objective import nominal_shares
 from stagewise.binned_sums import SUMS, BinnedSums
 from stagewise.callbacks.writer import by_time
@@ -79,6 +80,14 @@ class TrainingRecord:
         self._x1, self._masks, self._seen, self._pull = x1, masks, None, None
         self._hook = CallHook(self.look, self.network.module.register_forward_hook)
 
+    def take_first(self, search: NetworkSearch) -> None:
+        """Takes the first call of the network, which was made before there was a hook."""
+        x1, call = search.x1, search.call
+        assert x1 is not None
+        assert call is not None
+        self.expect(lambda: x1, lambda: search.labels)
+        self.look(self.network.module, *call)
+
     def look(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Takes note of a call of the network, if it is the training's; a forward hook."""
         # The first call with gradients is the training's: others are teachers, or are made again.
@@ -88,7 +97,7 @@ class TrainingRecord:
         x1 = self._x1().detach()
         if inputs is None or inputs[0].shape != x1.shape:
             return
-        y = tensor_of(output, tuple(x1.shape))
+        y = self.network.answer(output, tuple(x1.shape))
         self.close()
         with torch.no_grad():
             xt, t = inputs
@@ -97,7 +106,7 @@ class TrainingRecord:
             known = can_tell(path, xt.dtype)
             c, b = (expand_like(value, xt) for value in Prediction("velocity").coefficients(path))
             u = torch.addcmul(b * xt.float(), c, x1.float())
-            masks, gap = self._masks(), self.network.velocity(y, xt, t) - u
+            masks, gap = self._masks(), self.network.velocity(output, xt, t) - u
             gap = zeroed(gap, masks).flatten(1)
             count = masks.counts if isinstance(masks, MaskedLabels) else gap.shape[1]
             loss = torch.linalg.vector_norm(gap, dim=1).square() / count

@@ -178,11 +178,7 @@ class VelocityErrorMonitor(ModelMonitor):
                 self._record.load_state_dict(record, run.host.rank, run.host.world_size)
             if self._record.lacking:
                 self.say(f"in its first window {self._record.lacking}")
-            x1, call = run.look.search.x1, run.look.search.call
-            assert x1 is not None
-            assert call is not None
-            self._record.expect(lambda: x1, lambda: run.look.search.labels)
-            self._record.look(network.module, *call)
+            self._record.take_first(run.look.search)
         held_out = 0 if self._others is None else len(self._others[0])
         wise = "over all rows" if oracle.bank.pairs is None else "over rows of the same mask"
         wise = "class-wise" if self.wise else wise
@@ -205,6 +201,11 @@ class VelocityErrorMonitor(ModelMonitor):
             "collapsed": float(self._stages[2]),
         }
         self.open_files(header, self.events)
+
+    @override
+    def reread(self) -> None:
+        if self._record is not None:
+            self._record.take_first(self.run.look.search)
 
     @override
     def reconsider(self) -> None:

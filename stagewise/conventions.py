@@ -116,7 +116,7 @@ class Convention:
 
     def rounded(self, t: Tensor) -> Tensor:
         """The library's t, any shape, at the nearest step where its times are steps, as of DDPM."""
-        return self.to_t(self.from_t(t).round()) if isinstance(self.path, DDPMPath) else t
+        return self.path.nearest_step(t) if isinstance(self.path, DDPMPath) else t
 
     def inside(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The library's `x_t` and t, of its noisy samples, (B, *), and times, (B,)."""
@@ -193,6 +193,11 @@ class DDPMPath(Path):
         angle = angles[below] + (step - below) * rise
         alpha, sigma = torch.cos(angle).clamp_min(0), torch.sin(angle)
         return PathCoefficients(alpha, sigma, last * rise * sigma, -last * rise * alpha)
+
+    def nearest_step(self, t: Tensor) -> Tensor:
+        """The time of the step nearest to t, any shape."""
+        last = len(self.alphas_cumprod) - 1
+        return 1 - ((1 - t) * last).round() / last
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.alphas_cumprod,)

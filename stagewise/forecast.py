@@ -124,6 +124,7 @@ def forecast_targets(
     weight: Callable[[Tensor], Tensor] | None = None,
     class_wise: bool | Literal["auto"] = "auto",
     seed: int = 0,
+    reachable: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> TargetForecast:
     """Measures what oracle targets would remove of the noise of the gradient, where training is.
 
@@ -150,6 +151,8 @@ def forecast_targets(
         class_wise: Whether the oracle is over the rows of the sample's class, default "auto": if
             the bank has classes and labels are given.
         seed: Of times and noise, default 0.
+        reachable: The times nearest to some, (B,), about which the model can be asked, as where
+            it counts whole steps; default those themselves.
 
     Raises:
         ValueError: On fewer than four batches, batches of different sizes, a velocity of another
@@ -192,7 +195,7 @@ def forecast_targets(
             x1 = samples.to(parameters[0].device, torch.float32)
             labels = None if classes is None else classes.to(x1.device)
             wise = oracle.bank.labelled if class_wise == "auto" else class_wise
-            t = timesteps.sample(size, generator=draws).to(x1.device)
+            t = reachable(timesteps.sample(size, generator=draws)).to(x1.device)
             x0 = torch.randn(x1.shape, generator=draws).to(x1.device)
             xt, u, gap = noisy_targets(oracle, x0, x1, t, compared_within(labels, wise))
             w = 1.0 if weight is None else expand_like(weight(t), xt)

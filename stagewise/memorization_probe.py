@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Oracle
-from stagewise.sampling import Velocity, sample
+from stagewise.sampling import Velocity, sample, time_grid
 
 __all__ = ["METHOD", "MemorizationProbe"]
 
@@ -47,6 +47,7 @@ class MemorizationProbe:
         seed: Of noise and labels; the samples are the same on any number of ranks.
         rank: This process holds every `world_size`-th sample, from `rank` on.
         world_size: See `rank`.
+        reachable: The times nearest to some, (B,), about which the model can be asked.
 
     Attributes:
         labels: Classes of the samples, (n,), as often as among the rows; None if nobody is given
@@ -68,8 +69,9 @@ class MemorizationProbe:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        reachable: Callable[[Tensor], Tensor] = lambda t: t,
     ) -> None:
-        self._oracle, self._steps = oracle, steps
+        self._oracle, self._steps, self._reachable = oracle, steps, reachable
         self._labelled, self._class_wise = labelled, class_wise
         self._t_switch, self._t_resume = t_switch, t_resume
         bank, own, draws = oracle.bank, slice(rank, None, world_size), _generator(seed, 0)
@@ -110,16 +112,17 @@ class MemorizationProbe:
         model, made = self._of_model(velocity, self.labels, device), {}
         for t in self._t_switch:
             x = self._led_to(t, device)
-            made[t] = x if t == 1 else self._integrate(model, x, t, 1.0)
+            made[t] = x if t == 1 else self._integrate(model, x, self._asked(t), 1.0)
         resumed: dict[float, tuple[Tensor, Tensor]] = {}
         if self.x1 is None:
             return made, resumed
         model = self._of_model(velocity, self._x1_labels, device)
         x1, noise = self.x1.to(device).float(), self._x1_noise.to(device)
         for t in self._t_resume:
-            times = torch.full((len(x1),), t, device=device)
+            start = self._asked(t)
+            times = torch.full((len(x1),), start, device=device)
             noised = self._oracle.path.interpolate(noise, x1, times)
-            resumed[t] = noised, self._integrate(model, noised, t, 1.0)
+            resumed[t] = noised, self._integrate(model, noised, start, 1.0)
         return made, resumed
 
     def _of_model(
@@ -150,19 +153,24 @@ class MemorizationProbe:
     def _led_to(self, t: float, device: torch.device) -> Tensor:
         """The samples where the model takes over."""
         if t not in self._led:
-            x = self._noise.to(device)
-            led = x if t == 0 else self._integrate(self._of_oracle, x, 0.0, t)
+            x, end = self._noise.to(device), self._asked(t)
+            led = x if t == 0 else self._integrate(self._of_oracle, x, 0.0, end)
             if isinstance(self.labels, MaskedLabels):
                 # Padding is noised zeros, as in training.
-                times = torch.full((len(x),), t, device=device)
+                times = torch.full((len(x),), end, device=device)
                 padding = self._oracle.path.interpolate(x, torch.zeros_like(x), times)
                 led = led.where(self.labels.entries.to(device), padding)
             self._led[t] = led.cpu()
         return self._led[t].to(device)
 
     def _integrate(self, velocity: Velocity, x: Tensor, start: float, end: float) -> Tensor:
-        steps = max(1, round(self._steps * (end - start)))
-        return sample(velocity, x, method=METHOD, steps=steps, start=start, end=end)
+        grid = time_grid(max(1, round(self._steps * (end - start))), start=start, end=end)
+        inner = self._reachable(grid[1:-1])
+        inner = inner[(inner > start) & (inner < end)].unique()
+        return sample(velocity, x, method=METHOD, times=torch.cat([grid[:1], inner, grid[-1:]]))
+
+    def _asked(self, t: float) -> float:
+        return t if t in (0, 1) else float(self._reachable(torch.tensor([t]).double()))
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

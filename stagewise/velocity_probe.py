@@ -92,6 +92,7 @@ class Probe:
         device: Where to ask the oracle.
         rank: This process holds every `world_size`-th query, from `rank` on.
         world_size: See `rank`.
+        reachable: The times nearest to some, (B,), about which the model can be asked.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Probe:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        reachable: Callable[[Tensor], Tensor] = lambda t: t,
     ) -> None:
         t = stratified_times(edges, queries, seed=seed).flatten()
         draws = np.random.default_rng((*seed, 1))
@@ -114,7 +116,7 @@ class Probe:
         noise_seeds = draws.integers(2**62, size=len(t)).tolist()
         own = torch.arange(len(t))[rank::world_size]
         index = torch.from_numpy(rows)[own]
-        self.t, self.size, self.edges = t[own].float(), len(t), edges
+        self.t, self.size, self.edges = reachable(t[own]).float(), len(t), edges
         self.labels = None if labels is None else labels[index]
         generator = torch.Generator()
         kept: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -1,5 +1,6 @@
 """Which module is the network, and why none is: what else a training step may call."""
 
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 
 from stagewise import DIFFUSERS, Convention, CosinePath, LinearPath
 from stagewise.adapters import assumed_seams, find_seams
-from stagewise.adapters.network import tensor_of
+from stagewise.adapters.answers import tensor_of
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.adapters.reasons import GIVEN
 from stagewise.losses import FlowMatchingLoss
@@ -222,27 +223,43 @@ def test_a_frozen_teacher_and_losses_are_no_networks():
 def test_a_network_without_a_velocity_is_still_named():
     class Records(Net):
         def forward(self, x, t, y=None):
-            return {"velocity": super().forward(x, t, y)}
+            return {"hidden": x.flatten(1), "velocity": super().forward(x, t, y)}
 
     class Wide(Net):
         def forward(self, x, t, y=None):
             return torch.cat([super().forward(x, t, y)] * 2, 1)
 
-    for net, came in ((Records(), "dict"), (Wide(), r"\(64, 6, 2, 2\)")):
+    class Several(Net):
+        def forward(self, x, t, y=None):
+            return {
+                "hidden": x.flatten(1),
+                "velocity": torch.cat([super().forward(x, t, y)] * 2, 1),
+            }
+
+    cases = (
+        (Records(), "", "['velocity']"),
+        (Several(), "dict", "['velocity'][:, :3]"),
+        (Wide(), r"\(64, 6, 2, 2\)", "[:, :3]"),
+    )
+    for net, came, text in cases:
         model = Model()
         model.net = net
 
         def step(x1, y, model=model):
             def call(xt, t, y):
                 found = model.net(xt, t, y)
-                return found["velocity"] if isinstance(found, dict) else found[:, :3]
+                return (found["velocity"] if isinstance(found, dict) else found)[:, :3]
 
             return model.loss(call, x1, y)
 
         found = search(model, step)
         assert found.result().name == "net"
-        with pytest.raises(ValueError, match=f"got {came}"):
-            tensor_of(found.call[2], tuple(found.x1.shape))
+        assert found.line.endswith(f"module.net(xt, t, labels){text}")
+        if not came:
+            assert tensor_of(found.call[2], tuple(found.x1.shape)) is found.call[2]["velocity"]
+            continue
+        with pytest.raises(ValueError, match=f"got {came}.*{re.escape(found.line)}"):
+            tensor_of(found.call[2], tuple(found.x1.shape), found.line)
 
 
 def test_two_networks_are_refused_with_the_first_to_paste():

@@ -361,7 +361,7 @@ def test_a_monitor_obeys_the_seam_it_is_told(fit, caplog):
     fit(Two(), monitor)
     assert monitor.network is None or monitor.network.seam.name == "module.other"
     assert monitor.history
-    assert "is taken as predicting the velocity (not checked)" in caplog.text
+    assert "module.net predicts the velocity, as the gradient of the loss says" in caplog.text
 
 
 @pytest.mark.parametrize("units", [lambda t: 1000 * t, lambda t: 1 - t, lambda t: 3 - 2 * t])

@@ -50,6 +50,11 @@ class Noisy:
         rows = self.path(self.t.float()).sigma >= max(least, 20 * self.rounding)
         return rows if bool(rows.any()) else None
 
+    def rows(self) -> Tensor | None:
+        """Where the noise can be told, (B,); None where nowhere."""
+        rows = self._rows(_NOISY)
+        return self._rows(1e-3) if rows is None else rows  # in a batch of few
+
     def leans(self, x1: Tensor) -> float | None:
         """`dependence` of the noise on data, 0 where it is within six standard errors.
 
@@ -58,9 +63,7 @@ class Noisy:
         None, too, if `x_t` holds so little of them that other ones, or times in other units (class
         labels of 1000), would not show.
         """
-        rows = self._rows(_NOISY)
-        if rows is None:  # in a batch of few
-            rows = self._rows(1e-3)
+        rows = self.rows()
         if rows is None:
             return None
         path, x = self.path(self.t[rows].float()), x1[rows].flatten(1).float()

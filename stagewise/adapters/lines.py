@@ -18,10 +18,11 @@ __all__ = ["call_text", "guessed_line", "velocity_line", "where"]
 _ASK = "velocity=lambda module, xt, t, labels: "
 
 
-def velocity_line(call: Call, reading: Reading, *, turned: str = "t") -> str:
+def velocity_line(call: Call, reading: Reading, *, turned: str = "t", answer: str = "") -> str:
     """How to ask for the velocity of a call like this one, to be pasted.
 
-    What cannot be written, such as a text, stands there by the name of its parameter.
+    What cannot be written, such as a text, stands there by the name of its parameter. `answer` is
+    what one writes after the call to have the tensor that is a prediction.
     """
     slots, seam = reading.slots, reading.seam
     leaves = apart(call.leaves, slots.columns)
@@ -40,7 +41,7 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t") -> str:
         parts = ", ".join(texts[k] for k, _ in slots.columns)
         leaves, texts = call.leaves, {slots.x: f"torch.cat([{parts}], 1)"}
     sign = "" if seam.convention.sign_of(seam.prediction) == 1 else "-"
-    text = f"{sign}{call_text(call, {id(leaves[k]): text for k, text in texts.items()})}"
+    text = f"{sign}{call_text(call, {id(leaves[k]): text for k, text in texts.items()})}{answer}"
     if seam.prediction.kind != "velocity":
         text = f"{seam.prediction!r}.to_velocity({seam.path!r}(t), {text}, xt)"
     return f"{_ASK}{text}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stagewise.adapters.answers import Gradients, answer_text
 from stagewise.adapters.calls import Call, Reading
 from stagewise.adapters.lines import velocity_line, where
 from stagewise.adapters.network import Network
@@ -31,6 +32,7 @@ class Match:
         diagnosis: Why that is not `x_1` of the batch.
         other: Whether it is neither that nor what was given to what makes the targets.
         inner: Whether the network is a layer of a module that may be given more.
+        gradients: What the backward pass says of its answer.
     """
 
     network: Network
@@ -42,11 +44,17 @@ class Match:
     diagnosis: Diagnosis | None = None
     other: bool = False
     inner: bool = False
+    gradients: Gradients | None = None
 
     @property
     def line(self) -> str:
         """How to ask it, to be pasted."""
-        return velocity_line(self.call, self.reading)
+        network, shape = self.network, tuple(self.x1.shape)
+        answer = answer_text(self.made[2], shape, network.at)
+        reading = self.reading
+        if network.reads is not network.seam:
+            reading = replace(reading, seam=network.reads)
+        return velocity_line(self.call, reading, answer=answer)
 
     def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Any], Any], known: Any) -> str:
         """How a function asks the network for something else than training does.

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from stagewise.adapters.answers import tensor_of
 from stagewise.adapters.base import Seam
 from stagewise.adapters.calls import Call, Slots, conditioning, moved, rows_of
 from stagewise.adapters.columns import joined
 from stagewise.adapters.lines import where
+from stagewise.conventions import DDPMPath
 from stagewise.masks import MaskedLabels, plain
 
-__all__ = ["Network", "tensor_of"]
+__all__ = ["Network"]
 
 
 class Network:
@@ -25,7 +27,9 @@ class Network:
     Attributes:
         module: What is called.
         name: Its name below the module that was searched; empty for that itself.
-        seam: What says path, prediction and convention.
+        seam: What says path, prediction and convention of the training.
+        reads: The same for what the network returns, where the step makes its prediction of that.
+        at: Which tensor of several that it returns.
         conditional: Whether it is given labels.
         conditions: What else it is given for each sample; asked about others, it is given the same
             again, repeated or cut to their number.
@@ -34,6 +38,7 @@ class Network:
 
     def __init__(self, module: nn.Module, name: str, seam: Seam, slots: Slots) -> None:
         self.module, self.name, self.seam, self._slots = module, name, seam, slots
+        self.reads, self.at = seam, 0
         self.conditional, self.optional = slots.labels is not None, slots.optional
         self.conditions = tuple(text for _, text in slots.conditions)
 
@@ -56,13 +61,18 @@ class Network:
         if slots is None:
             return None
         slots = conditioning(call, slots, find_labels(), batch)
-        found = Network(self.module, self.name, self.seam, slots.kept(call.leaves))
+        found = self._like(self.module, slots.kept(call.leaves))
         more = len(found.conditions) > len(self.conditions) or found.conditional > self.conditional
         return found if more else None
 
     def of(self, root: nn.Module) -> Network:
         """The same network in a copy of the module that was searched."""
-        return Network(root.get_submodule(self.name), self.name, self.seam, self._slots)
+        return self._like(root.get_submodule(self.name), self._slots)
+
+    def _like(self, module: nn.Module, slots: Slots) -> Network:
+        found = Network(module, self.name, self.seam, slots)
+        found.reads, found.at = self.reads, self.at
+        return found
 
     def is_given(self, condition: Tensor) -> bool:
         """Whether it was given that of the first batch, (B, *); some may have been dropped."""
@@ -125,10 +135,24 @@ class Network:
 
     def velocity(self, output: Any, xt: Tensor, t: Tensor) -> Tensor:
         """What an answer of the network stands for, (B, *), float32."""
-        prediction = self.seam.prediction
-        sign = self.seam.convention.sign_of(prediction)
-        y = sign * tensor_of(output, tuple(xt.shape)).float()
+        prediction = self.reads.prediction
+        sign = self.reads.convention.sign_of(prediction)
+        y = sign * self.answer(output, tuple(xt.shape)).float()
         return prediction.to_velocity(self.seam.path(t.float()), y, xt.float())
+
+    def reachable(self, t: Tensor) -> Tensor:
+        """The times, (B,), nearest to t that it can be asked about: steps, where it counts them."""
+        convention = self.seam.convention
+        whole = not self._slots.leaves[self._slots.time].is_floating_point()
+        if isinstance(convention.path, DDPMPath) or not whole:
+            return convention.rounded(t)
+        first, last = sorted((convention.noise_time, convention.data_time))
+        steps = convention.from_t(t).round()  # at an end there may be no noise left
+        return convention.to_t(steps.clamp(first + 1, last - 1))
+
+    def answer(self, output: Any, shape: tuple[int, ...]) -> Tensor:
+        """The tensor of a shape that is read, among what the network returns."""
+        return tensor_of(output, shape, at=self.at)
 
     def inputs(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """`x_t` and t of a call, None if it is made in another way than the first one."""
@@ -137,17 +161,3 @@ class Network:
             return None
         x, time = self._slots.read(call.leaves)
         return self.seam.convention.inside(x, time.to(torch.float32))
-
-
-def tensor_of(output: Any, shape: tuple[int, ...]) -> Tensor:
-    """The tensor among what a network returns: itself, the first of a tuple, or its `.sample`."""
-    found = output[0] if isinstance(output, (tuple, list)) and output else output
-    found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
-    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
-        came = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise ValueError(
-            f"Expected the network to return what stands for a velocity, of shape {shape}, got "
-            f"{came}. Say how to make one of it, for example: velocity=lambda module, xt, t, "
-            f"labels: module.net(xt, t, labels)[:, :{shape[1]}]"
-        )
-    return found

@@ -15,14 +15,14 @@ other samples, and its answer read as a velocity. Where no call passes, what was
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from stagewise.adapters.answers import Gradients, tensors_of
 from stagewise.adapters.base import Detach, Seam, Seen
 from stagewise.adapters.calls import Call, conditioning, is_same, readings, retimed
 from stagewise.adapters.encoding import EncoderCall, encoder_call, watch_encoders
@@ -268,13 +268,14 @@ class NetworkSearch:
 
     def _take(self, match: Match, args: Any, kwargs: Any, output: Any) -> None:
         """Adds a call that fits, unless its module is frozen or was called before."""
-        given = _answers(output)
+        given = [tensor for _, tensor in tensors_of(output)]
         if given and not any(tensor.requires_grad for tensor in given):
             return
         for tensor in given:
             if tensor.requires_grad:  # for who asks after the backward pass
                 tensor.retain_grad()
         match.made = args, kwargs, output
+        match.gradients = Gradients(match.reading.seam, match.reading.noisy, match.x1, output)
         alike = any(tensor.shape == match.x1.shape for tensor in given)
         match.inner = not alike and any(outer for *_, outer in self._calls)
         if not match.other:
@@ -302,18 +303,6 @@ class NetworkSearch:
         if not slots.columns:
             known[id(first.call.leaves[slots.time])] = "t"
         self._goes_on = call.name, f"{start}labels: {call_text(call, known)}"
-
-
-def _answers(output: Any) -> list[Tensor]:
-    """The tensors in what a module returns, also in a record such as those of diffusers."""
-    found = []
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        else:
-            held = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
-            found += [value for value in held.values() if isinstance(value, Tensor)]
-    return found
 
 
 def _alike(one: Seam, other: Seam) -> bool:

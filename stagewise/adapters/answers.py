@@ -1,0 +1,202 @@
+r"""What the answer of a network stands for: which tensor it is, and which prediction.
+
+A step may make the prediction that its loss is of out of another one, `A_t f + B_t x_t` of the
+answer f (a velocity of predicted data, say), turn its sign, or use the second of two tensors. For a
+prediction `y = c_t x_1 + b_t x_t`, a loss that grows with the distance of each number,
+
+    sum_j w_j |A_t f_j + B_t x_t,j - (A_t y_j + B_t x_t,j)|^p,   w_j >= 0,
+
+has a gradient at f with the sign of `f_j - y_j` in every number, whatever the weights, masks, A_t
+and B_t are; of no other prediction it has. So the first backward pass says what f is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagewise.adapters.base import Seam
+from stagewise.adapters.fitting import Noisy
+from stagewise.paths import Prediction, PredictionKind, expand_like
+
+__all__ = ["Gradients", "Verdict", "answer_text", "tensor_of", "tensors_of"]
+
+_SURE = 0.99
+"""Share of the signs that agree in what the answer is; rounding may turn a few."""
+
+_UNLIKE = 0.9
+"""Below this share no further term of a loss explains why signs differ."""
+
+_CLEAR = 0.002
+"""By how much the best reading must be better than another one."""
+
+_LEAST = 32
+"""Numbers below which signs say nothing."""
+
+_ROUNDING = 8
+"""In units of the coarsest precision: differences below that may have any sign."""
+
+
+def tensors_of(output: Any) -> list[tuple[str, Tensor]]:
+    """The tensors in what a network returns, and how one would write each after the call."""
+    return list(_named(output, ""))
+
+
+def _named(value: Any, text: str, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield text, value
+    elif depth == 0:
+        return
+    elif isinstance(value, (list, tuple)):
+        for k, held in enumerate(value):
+            yield from _named(held, f"{text}[{k}]", depth - 1)
+    elif is_dataclass(value) and not isinstance(value, type):  # also the records of diffusers
+        for field in fields(value):
+            yield from _named(getattr(value, field.name), f"{text}.{field.name}", depth - 1)
+    elif isinstance(value, Mapping):
+        for key, held in value.items():
+            yield from _named(held, f"{text}[{key!r}]", depth - 1)
+    else:
+        for name, held in getattr(value, "__dict__", {}).items():
+            yield from _named(held, f"{text}.{name}", 0)
+
+
+def _alike(output: Any, shape: tuple[int, ...]) -> list[tuple[str, Tensor]]:
+    return [pair for pair in tensors_of(output) if tuple(pair[1].shape) == shape]
+
+
+def tensor_of(output: Any, shape: tuple[int, ...], line: str = "", at: int = 0) -> Tensor:
+    """The tensor of a shape among what a network returns, the `at`-th of several.
+
+    Raises:
+        ValueError: If there is none, with `line`, how to ask for one.
+    """
+    found = _alike(output, shape)
+    if found:
+        return found[min(at, len(found) - 1)][1]
+    came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise ValueError(
+        f"Expected the network to return what stands for a velocity, of shape {shape}, got "
+        f"{came}. Say how to make one of it, for example: "
+        f"{line or 'velocity=lambda module, xt, t, labels: ...'}"
+    )
+
+
+def answer_text(output: Any, shape: tuple[int, ...], at: int = 0) -> str:
+    """What one would write after a call to have a tensor of that shape, as far as it is there."""
+    found = _alike(output, shape)
+    if found:
+        return found[min(at, len(found) - 1)][0]
+    for text, tensor in tensors_of(output):
+        likely = tensor.ndim == len(shape) and tensor.shape[1] > shape[1]
+        if likely and tensor.shape[2:] == shape[2:]:
+            return f"{text}[:, :{shape[1]}]"
+    return ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What gradients say of an answer.
+
+    Attributes:
+        reads: Whose prediction the answer is; None: of none that is known.
+        at: Which of the tensors.
+        share: How many signs agree with what the seam says.
+        doubted: Whether so few agree that it is not what the seam says.
+    """
+
+    reads: Seam | None
+    at: int
+    share: float
+    doubted: bool
+
+
+class Gradients:
+    """The gradient at a network's answer, and what it is of.
+
+    Args:
+        seam: What says which prediction the loss is of.
+        noisy: What the network was given.
+        x1: What that was made from, (B, *).
+        output: What it returned; gradients are retained there.
+    """
+
+    def __init__(self, seam: Seam, noisy: Noisy, x1: Tensor, output: Any) -> None:
+        self._noisy, self._x1 = noisy, x1
+        self._readings = _readings(seam)
+        self._answers = [tensor for _, tensor in _alike(output, tuple(x1.shape))]
+        self._versions = [tensor._version for tensor in self._answers]
+
+    @torch.no_grad()
+    def votes(self, known: bool, added: Tensor | None = None) -> Tensor:
+        """How many signs were compared and agree, (answers, readings, 2); zero if none were.
+
+        Args:
+            known: Whether the targets are; else nothing is compared.
+            added: What a scheme has added to the targets that the seam speaks of, (B, *).
+        """
+        count = len(self._answers), len(self._readings), 2
+        votes = torch.zeros(count, dtype=torch.float64, device=self._x1.device)
+        rows = self._noisy.rows()
+        if rows is None or not known:
+            return votes
+        xt, t = self._noisy.xt[rows].float(), self._noisy.t[rows].float()
+        path, x1 = self._noisy.path(t), self._x1[rows].float()
+        if added is not None:
+            c = self._readings[0].prediction.coefficients(path)[0]
+            x1 = x1 + added[rows].float() / expand_like(c, x1)
+        for n, answer in enumerate(self._answers):
+            # What was changed in place is not what the network returned.
+            if answer.grad is None or answer._version != self._versions[n]:
+                continue
+            f, g = answer.detach()[rows].float(), answer.grad[rows].float()
+            eps = max(self._noisy.rounding, torch.finfo(answer.dtype).eps)
+            for k, seam in enumerate(self._readings):
+                sign = seam.convention.sign_of(seam.prediction)
+                c, b = (expand_like(v, xt) for v in seam.prediction.coefficients(path))
+                parts = f, sign * c * x1, sign * b * xt
+                gap = parts[0] - parts[1] - parts[2]
+                near = _ROUNDING * eps * sum(part.abs() for part in parts)
+                counts = g.isfinite() & (g != 0)  # neither masked nor lost
+                votes[n, k, 0] = counts.sum()
+                votes[n, k, 1] = (counts & ((g > 0).eq(gap > 0) | (gap.abs() <= near))).sum()
+        return votes
+
+    def verdict(self, votes: Tensor) -> Verdict | None:
+        """What the votes of all ranks say; None if they say nothing."""
+        votes = votes.cpu()
+        share = torch.where(votes[..., 0] >= _LEAST, votes[..., 1] / votes[..., 0], -1.0)
+        if not share.numel() or float(share.max()) < 0:
+            return None
+        at = int(share.max(1).values.argmax())
+        own, others = float(share[at, 0]), share[at, 1:]
+        best = int(others.argmax()) + 1
+        if own >= max(_SURE, float(share[at, best]) - _CLEAR):
+            return Verdict(self._readings[0], at, own, doubted=False)
+        second = max((float(s) for k, s in enumerate(share[at]) if k != best), default=-1.0)
+        if float(share[at, best]) >= max(_SURE, second + _CLEAR):
+            return Verdict(self._readings[best], at, own, doubted=False)
+        return Verdict(None, at, own, doubted=own < _UNLIKE)
+
+
+def _readings(seam: Seam) -> list[Seam]:
+    """What the seam says, and the same with other predictions or the sign turned."""
+    found = [seam]
+    kinds: tuple[PredictionKind, ...] = ("data", "noise", "v", "velocity")
+    for kind in kinds:
+        if kind != seam.prediction.kind:
+            found.append(_read(seam, Prediction(kind), 1))
+    sign = -seam.convention.sign if seam.prediction.kind == "velocity" else -1
+    return [*found, _read(seam, Prediction("velocity"), sign)]
+
+
+def _read(seam: Seam, prediction: Prediction, sign: int) -> Seam:
+    other = copy.copy(seam)
+    other.prediction = prediction
+    other.convention = replace(seam.convention, sign=sign)  # type: ignore[arg-type]
+    return other

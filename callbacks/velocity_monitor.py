@@ -232,11 +232,14 @@ class VelocityErrorMonitor(ModelMonitor):
         """Says where things are."""
         super().end()
         if self.history:
-            worst = largest(self.history[-1]["train"]["pythagoras_z"])
-            self.say(
-                f"conditional error = oracle error + floor within {worst:.1f} standard errors; "
-                f"{self.summary()}"
+            scores = self.history[-1]["train"]["pythagoras_z"]
+            found = (
+                "the model's answers are not finite, so nothing is known of its errors"
+                if all(map(math.isnan, scores))
+                else f"conditional error = oracle error + floor within {largest(scores):.1f} "
+                "standard errors"
             )
+            self.say(f"{found}; {self.summary()}")
 
     def fail(self) -> None:
         """Says which samples were not finite, if that is why training stops."""

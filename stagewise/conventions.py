@@ -258,6 +258,12 @@ def as_convention(value: ConventionLike) -> Convention:
     found = of_scheduler(value)
     if found is not None:
         return found
+    if hasattr(value, "add_noise") and hasattr(value, "config"):
+        raise TypeError(
+            f"Expected the scheduler that training noises with, got {type(value).__name__}, which "
+            "is for sampling. Give that of the same schedule: "
+            "convention=DDPMScheduler.from_config(noise_scheduler.config)."
+        )
     raise TypeError(
         "Expected `convention` to be a Convention, a name such as "
         f'"diffusers", or a noise scheduler of diffusers, got {value!r}.'

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of
 from stagewise.masks import masked, plain
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
-from stagewise.queries import Labels, Times, as_times, require_tensors
+from stagewise.queries import Labels, Times, as_times, check_times, require_tensors
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.first_call import check_samples
 from stagewise.tracing import untraced
@@ -165,6 +165,8 @@ class StageTarget(nn.Module):
                 "The scheme smooths samples, and `x1` is not what it has drawn. Before x_t is "
                 "made: x1 = self.target.smooth(x1, t=t)."
             )
+        if t.device.type == "cpu":  # in the times of the step; elsewhere the scheme does it
+            check_times(t, len(t), self.convention)
         sign = self.convention.sign_of(self.prediction)
         known = {"source": source, "condition": condition}
         target, weight = self.scheme(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagewise import LatentBank, LinearPath, Mix, Oracle, StageTarget
+from stagewise import LatentBank, LinearPath, Mix, Oracle, Scheme, StageTarget
 from stagewise.callbacks import (
     Forecast,
     MemorizationMonitor,
@@ -15,6 +15,7 @@ from stagewise.callbacks import (
     Watch,
 )
 from stagewise.conventions import ddpm
+from stagewise.schemes.conditions import check_network
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
@@ -229,3 +230,81 @@ def test_whole_steps_of_a_linear_path_are_kept_to_as_well():
     module.net.forward = lambda xt, k: Ideal.forward(module.net, xt, k / 200)
     (monitor,) = train(module, VelocityErrorMonitor(**FEW))
     assert errors(monitor) < 1e-8
+
+
+class Fills(Step):
+    """Has an image beside x_t on the channels."""
+
+    def __init__(self, first):
+        super().__init__(*STEPS["velocity"])
+        self.first, self.net = first, nn.Conv2d(5, 3, 1)
+        self.net.forward = lambda x, t: nn.Conv2d.forward(self.net, x)
+
+    def loss(self, x1):
+        x0, t = torch.randn_like(x1), torch.rand(len(x1))
+        xt = column(t) * x1 + (1 - column(t)) * x0
+        u, _ = self.target(x1 - x0, xt=xt, t=t, x1=x1)
+        parts = [xt, x1[:, :2]] if self.first else [x1[:, :2], xt]
+        return (self.net(torch.cat(parts, 1), t) - u).square().mean()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_image_beside_x_t_on_the_channels_is_a_condition(first):
+    with pytest.raises(ValueError, match=r"also given .*: 2 channels beside those of x_t"):
+        train(Fills(first), StageScheme(target=Mix()))
+    train(Fills(first), StageScheme(target=Mix(), class_wise=False))
+
+
+def test_a_convention_that_runs_the_other_way_is_named():
+    module = Step(*STEPS["velocity"])
+    del module.target
+    module.target = lambda u, xt, t, x1: (u, torch.ones(len(x1)))
+    with pytest.raises(ValueError, match=r'runs the other way .*convention="sit"'):
+        train(module, VelocityErrorMonitor(**FEW, convention="pi0"))
+    (monitor,) = train(module, VelocityErrorMonitor(**FEW, convention="sit"))
+    assert errors(monitor) < 1e-6
+
+
+def test_a_model_that_answers_nan_is_named_at_the_end(caplog):
+    step = Step(lambda x1, x0: x1 * torch.nan, lambda f, xt, t: f)
+    train(step, VelocityErrorMonitor(**FEW))
+    assert "the model's answers are not finite" in caplog.text
+    assert "0.0 standard errors" not in caplog.text
+
+
+def test_steps_out_of_range_are_refused_in_the_units_of_the_step():
+    target = StageTarget(convention=ddpm(SIGMAS))
+    target.scheme = Scheme(Oracle(BANK, ddpm(SIGMAS).path), target=Mix())
+    target._fits = True  # a later batch
+    k = torch.randint(1000, 1990, (8,))
+    with pytest.raises(ValueError, match=r"in \[0, 999\] with t = 999 noise.*from 1\d\d\d to"):
+        target(X[:8], xt=X[:8], t=k, x1=X[:8])
+
+
+def test_another_schedule_is_said_to_be_that():
+    other = torch.cumprod(1 - torch.linspace(1e-3, 0.01, 1000), 0)
+    module = Steps()
+    module.target = StageTarget(convention=ddpm(other))
+    with pytest.raises(ValueError, match="schedule that was given, DDPMPath.* is another"):
+        train(module, StageScheme(target=Mix()))
+
+
+def test_a_scheduler_that_samples_is_named_without_its_configuration():
+    class EulerDiscreteScheduler:
+        config, add_noise, sigmas = {"prediction_type": "epsilon"}, None, SIGMAS
+
+        def __repr__(self):
+            return "a long configuration"
+
+    with pytest.raises(TypeError, match=r"DDPMScheduler\.from_config") as error:
+        StageTarget(convention=EulerDiscreteScheduler())
+    assert "EulerDiscreteScheduler" in str(error.value)
+    assert "a long" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(96) % 3])
+def test_class_wise_false_is_not_offered_for_classes(labels):
+    scheme = Scheme(Oracle(LatentBank(X, labels)), target=Mix())
+    warning = check_network([scheme], (), None)
+    assert "was not recognised" in warning
+    assert ("class_wise=False" in warning) == (labels is None)

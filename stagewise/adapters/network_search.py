@@ -55,6 +55,7 @@ class NetworkSearch:
 
     Attributes:
         compiled: Whether the whole training step is compiled, so that nothing is watched.
+        beside: What is on the channels of x_t besides, where no call fits for that reason.
         empty: Whether no submodule was called with gradients so far.
         encoders: Calls with `x_1` of the batch, or what is made of it; None where nothing is kept.
     """
@@ -78,7 +79,7 @@ class NetworkSearch:
             if not any(_alike(seam, other) for other in self.seams):
                 self.seams.append(seam)
         self._candidates, self._batch, self._seen = candidates, batch, seen
-        self.compiled, self.empty = _is_compiled(root), True
+        self.compiled, self.empty, self.beside = _is_compiled(root), True, ""
         self._matches: list[Match] = []
         self._reasons = Reasons(self.seams, plain(labels), labels_name)
         self._goes_on: tuple[str, str] | None = None
@@ -264,7 +265,27 @@ class NetworkSearch:
             return match
         if candidates and not self._matches:
             self._reasons.note(call, candidates)
+            self.beside = self.beside or self._channels(call, candidates[0][1])
         return None
+
+    def _channels(self, call: Call, x1: Tensor) -> str:
+        """What lies beside `x_t` on the channels of one argument, as an image to be filled in."""
+        size, shape = x1.shape[1], tuple(x1.shape)
+        for k, leaf in enumerate(call.leaves):
+            if not isinstance(leaf, Tensor) or leaf.ndim != x1.ndim or leaf.ndim < 3:
+                continue
+            more = leaf.shape[1] - size
+            if more < 1 or (*leaf.shape[:1], size, *leaf.shape[2:]) != shape:
+                continue
+            for part in (leaf[:, :size], leaf[:, more:]):
+                other = replace(
+                    call, leaves=[part if n == k else x for n, x in enumerate(call.leaves)]
+                )
+                seams = [*self.seams, *retimed(call, self._seen())]
+                for reading in readings(other, shape, x1, seams, plain(self.labels)):
+                    if reading.noisy.fits(x1):
+                        return f"{call.names[k]}: {more} channels beside those of x_t"
+        return ""
 
     def _take(self, match: Match, args: Any, kwargs: Any, output: Any) -> None:
         """Adds a call that fits, unless its module is frozen or was called before."""

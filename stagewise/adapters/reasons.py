@@ -13,6 +13,7 @@ from stagewise.adapters.base import Seam
 from stagewise.adapters.calls import Call, Reading, conditioning, is_same, readings, short
 from stagewise.adapters.fitting import arranged, factor_of, layout_of
 from stagewise.adapters.lines import velocity_line, where
+from stagewise.conventions import written
 
 __all__ = ["GIVEN", "Candidates", "Diagnosis", "Made", "Reasons", "own_of"]
 
@@ -167,6 +168,11 @@ class Reasons:
                 turned = replace(reading, slots=conditioning(call, reading.slots, self._labels))
                 line = velocity_line(call, turned, turned="(1 - t)")
                 cure = f"Say how to ask it: {line}"
+                told = reading.seam.convention
+                if reading.seam.place.object is None:  # assumed, or said of the whole step
+                    turn = {"noise_time": told.data_time, "data_time": told.noise_time}
+                    told = replace(told, **turn, sign=-told.sign)
+                    cure = f"Say how it runs: convention={written(told)}"
                 if reading.seam.late:  # it was not called, and does not say what is predicted
                     cure = (
                         f"Call {reading.seam.name} before the network, or say how time runs, "

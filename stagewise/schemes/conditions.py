@@ -94,12 +94,15 @@ def check_network(schemes: Sequence[Scheme], given: tuple[str, ...], labelled: b
     if all(scheme.unconditional for scheme in mixing):
         return ""
     if not given and labelled is None:
+        # Over all rows they would be wrong for a model that is given classes.
+        wise = any(scheme.class_wise for scheme in mixing)
+        unless = "If it is given nothing else, or ignores it, say so: class_wise=False."
+        unless = "" if wise else unless
         return (
             "the call of the network was not recognised, so it is not known what "
             "the model is conditioned on. Targets of the oracle are right for a model that is "
             "given x_t, t and the classes of the bank. For one that is given more (text, an "
-            "image beside x_t) they move the optimum: steer times and weights only. If it is "
-            "given nothing else, or ignores it, say so: class_wise=False."
+            f"image beside x_t) they move the optimum: steer times and weights only. {unless}"
         )
     if not given and labelled and not all(scheme.class_wise for scheme in mixing):
         given = ("labels",)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank.building import whole_labels
-from stagewise.conventions import CONVENTIONS, Convention, written
+from stagewise.conventions import CONVENTIONS, Convention, DDPMPath, written
 from stagewise.masks import MaskedLabels, few_rows, fitted, mean_square, require_same_masks
 from stagewise.noise import check_independent, is_off
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind, expand_like, same_path
@@ -182,6 +182,11 @@ def _cure(
                     + (", with the opposite sign of y" if turned else "")
                     + f". Say so: {line}."
                 )
+    if isinstance(convention.path, DDPMPath):
+        return (
+            f"The schedule that was given, {convention.path!r}, is another than that of x_t: give "
+            f"the one that noises in the step, {said[1].format('noise_scheduler')}."
+        )
     if float(time.max()) > 1 and bool((time == time.round()).all()):
         line = said[1].format("noise_scheduler")
         return f'Integer timesteps need the schedule: {line}, or ddpm(alphas_cumprod, "noise").'

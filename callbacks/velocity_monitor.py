@@ -233,12 +233,10 @@ class VelocityErrorMonitor(ModelMonitor):
         super().end()
         if self.history:
             scores = self.history[-1]["train"]["pythagoras_z"]
-            found = (
-                "the model's answers are not finite, so nothing is known of its errors"
-                if all(map(math.isnan, scores))
-                else f"conditional error = oracle error + floor within {largest(scores):.1f} "
-                "standard errors"
-            )
+            found = f"{largest(scores):.1f} standard errors"
+            found = f"conditional error = oracle error + floor within {found}"
+            if all(map(math.isnan, scores)):
+                found = "the model's answers are not finite, so nothing is known of its errors"
             self.say(f"{found}; {self.summary()}")
 
     def fail(self) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise import LatentBank, LinearPath, Mix, Oracle, Scheme, StageTarget
+from stagewise.adapters.columns import shifted
 from stagewise.callbacks import (
     Forecast,
     MemorizationMonitor,
@@ -308,3 +309,15 @@ def test_class_wise_false_is_not_offered_for_classes(labels):
     warning = check_network([scheme], (), None)
     assert "was not recognised" in warning
     assert ("class_wise=False" in warning) == (labels is None)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(lambda y: y + 1, "batch[1] + 1"), (lambda y: (2 * y) % 3, "the_number_of(batch[1])")],
+)
+def test_labels_under_other_numbers_are_named_with_the_line(number, said):
+    y = torch.arange(12) % 3
+    assert said in shifted(number(y), y)
+    assert shifted(y // 2, y) == ""
+    assert shifted(torch.zeros_like(y), y) == ""
+    assert shifted(number(y).float(), y) == ""

@@ -141,7 +141,7 @@ class Gradients:
             added: What a scheme has added to the targets that the seam speaks of, (B, *).
         """
         count = len(self._answers), len(self._readings), 2
-        votes = torch.zeros(count, dtype=torch.float64, device=self._x1.device)
+        votes = torch.zeros(count, dtype=torch.int64, device=self._x1.device)
         rows = self._noisy.rows()
         if rows is None or not known:
             return votes

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.base import Seam, Seen
-from stagewise.adapters.columns import Columns, agreement, apart, columns_of, equal
+from stagewise.adapters.columns import Columns, agreement, apart, columns_of, equal, shifted
 from stagewise.adapters.fitting import Noisy
 from stagewise.batches import LABEL_NAMES
 from stagewise.conventions import Convention
@@ -294,7 +294,11 @@ def conditioning(call: Call, slots: Slots, labels: Any, batch: Any = None) -> Sl
         dropped = (k for k in others if names[k] in LABEL_NAMES and _is_constant(leaves[k]))
         found = next(dropped, None), False
     unused = empty or any(leaf is None for leaf in leaves)
-    rest = tuple((k, f"{names[k]}: {short(leaves[k])}") for k in others if k != found[0])
+    rest = tuple(
+        (k, f"{names[k]}: {short(leaves[k])}{shifted(leaves[k], labels)}")
+        for k in others
+        if k != found[0]
+    )
     slots = replace(slots, labels=found[0], one_hot=found[1], masks=tuple(masks))
     return replace(slots, conditions=rest, optional=unused, size=size)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "agreement", "apart", "columns_of", "equal", "joined"]
+__all__ = ["Columns", "agreement", "apart", "columns_of", "equal", "joined", "shifted"]
 
 Columns = tuple[tuple[int, int], ...]
 """What a leaf of two axes is made of, in the order of its columns: leaves and their widths.
@@ -87,3 +87,20 @@ def equal(x: Tensor, labels: Tensor) -> bool:
     """Whether numbers, (B,), are the labels."""
     labels = labels.reshape(-1).to(x.device)
     return x.shape == labels.shape and bool((x.double() == labels.double()).all())
+
+
+def shifted(leaf: Any, labels: Tensor | None) -> str:
+    """How a leaf is the labels under other numbers, with the cure; empty if it is not."""
+    whole = isinstance(leaf, Tensor) and not leaf.is_floating_point() and leaf.ndim > 0
+    if labels is None or not whole or leaf.numel() != len(labels):
+        return ""
+    pairs = {*zip(labels.reshape(-1).tolist(), leaf.reshape(-1).tolist(), strict=True)}
+    if not len({old for old, _ in pairs}) == len({new for _, new in pairs}) == len(pairs) > 1:
+        return ""
+    by = {new - old for old, new in pairs}
+    number = f"batch[1] {min(by):+d}".replace("+", "+ ").replace("-", "- ")
+    number = number if len(by) == 1 else "the_number_of(batch[1])"
+    return (
+        " (the labels under other numbers; give those that it is given: "
+        f"StageRun(find=lambda batch: (batch[0], {number})))"
+    )

@@ -170,8 +170,8 @@ class Reasons:
                 cure = f"Say how to ask it: {line}"
                 told = reading.seam.convention
                 if reading.seam.place.object is None:  # assumed, or said of the whole step
-                    turn = {"noise_time": told.data_time, "data_time": told.noise_time}
-                    told = replace(told, **turn, sign=-told.sign)
+                    noise, data = told.data_time, told.noise_time
+                    told = replace(told, noise_time=noise, data_time=data, sign=-told.sign)
                     cure = f"Say how it runs: convention={written(told)}"
                 if reading.seam.late:  # it was not called, and does not say what is predicted
                     cure = (

@@ -653,10 +653,12 @@ def test_rows_that_stand_in_several_classes_are_those_of_their_own(how):
     """Each sample is in all four classes: against weights in float64, row by row."""
     x, y = rows(10).flatten(1).repeat(4, 1), torch.arange(40) // 10
     c = torch.arange(40)[:, None] % 10 / 5.0  # the same in each class
+    conditions = c if how == "condition" else None
     mask = torch.arange(6) < 6 - torch.arange(40)[:, None] % 10 // 5 if how == "masks" else None
     x = (x if mask is None else x * mask).to(torch.bfloat16).float()
     dtype = torch.bfloat16 if how == "bfloat16" else None
-    bank = LatentBank(x, y, mask=mask, conditions=c, dtype=dtype, offset=torch.zeros(6))
+    options = {"mask": mask, "conditions": conditions, "dtype": dtype}
+    bank = LatentBank(x, y, offset=torch.zeros(6), **options)
     oracle, at, known = Oracle(bank, engine=Exact("float64")), torch.arange(0, 40, 3), {}
     if how == "condition":
         oracle, known = (

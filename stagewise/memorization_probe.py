@@ -176,4 +176,4 @@ class MemorizationProbe:
 def _generator(seed: int, stream: int) -> torch.Generator:
     """One whose draws are not those of `torch.manual_seed(seed)`, with which data may be made."""
     mixed = np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed >> 1))
+    return torch.Generator().manual_seed(int(mixed) >> 1)

@@ -108,4 +108,4 @@ class FlowMatchingModule(L.LightningModule):
         sampler = getattr(self.trainer.train_dataloader, "sampler", None)
         epoch = sampler.epoch if isinstance(sampler, EpochOrder) else self.current_epoch
         place = (self.seed, stream, epoch, batch_idx)
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1)

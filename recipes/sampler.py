@@ -38,7 +38,7 @@ at its end."""
 def noise_of(seed: int, index: int, shape: tuple[int, ...], *step: int) -> Tensor:
     """The noise of one sample, of a step from 1 on or x_0, `shape`, float32, on the CPU."""
     mixed = np.random.SeedSequence((seed, index, _STREAM, *step)).generate_state(1, np.uint64)[0]
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int(mixed >> 1)))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(mixed) >> 1))
 
 
 @dataclass

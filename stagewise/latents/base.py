@@ -312,7 +312,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         """Looks at the scale of a few rows; with `full` reads all rows and labels.
 
         These are compared with their checksums, which shards of `write_latents`, `.npz`, `.pt` and
-        zip files have; of files without a warning tells.
+        zip files have, and what this library wrote has beside it; of files without a warning tells.
 
         Raises:
             ValueError: With all that is wrong; files that were left out at opening included.

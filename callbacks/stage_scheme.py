@@ -81,7 +81,8 @@ class StageScheme(StageCallback):
     _begin: dict[str, Any] | None = None
     _detach: Detach | None = None
     _losses: GatheredLosses | None = None
-    _set_up = _paused = _steered = _ended = False
+    _set_up = _paused = False
+    _plain = 0  # optimizer steps since one was steered
 
     def __init__(
         self,
@@ -250,18 +251,17 @@ class StageScheme(StageCallback):
         if scheme.last is not self._seen and scheme.last is not None:
             self._seen = scheme.last
             self._means.add(scheme.last, scheme.boundary)
-            self._steered = True
+            self._plain = -1
             if self._losses is not None and self.seam is not None and self.seam.last is not None:
                 self._losses.add(*self.seam.last)
         if step == before:  # with gradient accumulation several batches share a step
             return
-        if not (self._steered or self._ended):
-            self._ended = True
+        self._plain += 1
+        if self._plain == 3:  # one alone may be of a training step that returned None
             self.warn(
-                f"optimizer step {before} came without a target that was steered: those made in "
-                "eval mode or without gradients are plain. Call model.train() before training."
+                f"3 optimizer steps up to {before} came without a target that was steered: those "
+                "made in eval mode or without gradients are plain. Call model.train()."
             )
-        self._steered = False
         if self.run.logs(before):
             boundary = math.nan if scheme.boundary is None else scheme.boundary
             phase = float(getattr(scheme, "index", 0))

@@ -638,8 +638,13 @@ def test_flips_are_no_other_order(run):
             return self.loss(self.net, batch[0].flip(-1), batch[1])
 
     came = run(Flips(), KINDS["errors"](), loader(PICTURES, Y))
-    assert came.error is None
-    assert "if it augments (flips, noise)" in came.said[0]
+    assert "flipped alike. If they always are, say so" in str(came.error)
+    line = "find=lambda batch: (batch[0].flip(3), batch[1])"
+    assert line in str(came.error)
+    find = eval(line.removeprefix("find="))
+    assert (
+        run(Flips(), [StageRun(find=find), *KINDS["errors"]()], loader(PICTURES, Y)).error is None
+    )
 
 
 class Swapped(Plain):

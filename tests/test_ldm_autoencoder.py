@@ -275,4 +275,6 @@ def test_a_model_that_was_trained_on_four_pictures_repeats_them(tmp_path, monkey
         more = (f"weights={run_dir / 'checkpoints/last.ckpt'}",)
     apart, wanted = come_back(run_dir, latents, vae)
     assert wanted.float().std() > 20
-    assert apart.max() <= 2
+    # Of 255. That of SD-VAE comes from what a longer training still removes: 4 after 7000 steps.
+    assert apart.max() <= {"sdvae": 6, "vavae": 2}[kind]
+    assert apart.float().mean() <= 1

@@ -677,4 +677,4 @@ def test_steering_that_ends_is_said_once(loop, recwarn):
     watch.close()
     said = [str(w.message) for w in recwarn if "that was steered" in str(w.message)]
     assert len(said) == 1
-    assert "optimizer step 2 came without a target" in said[0]
+    assert "3 optimizer steps up to 4 came without a target" in said[0]

@@ -159,7 +159,7 @@ class Answers(nn.Module):
 @pytest.mark.parametrize(
     ("wrap", "unwrap", "named"),
     [
-        (lambda v: {"v": v}, lambda answer: answer["v"], "dict"),
+        (lambda v: {"v": v[:, None]}, lambda answer: answer["v"][:, 0], "dict"),
         (lambda v: torch.cat([v, v], 1), lambda answer: answer[:, :6], r"\(8, 12\)"),
     ],
     ids=["a dict", "two channels for one"],

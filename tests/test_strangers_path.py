@@ -204,7 +204,7 @@ def test_steering_by_the_line(run, kind, recwarn):
             rows = bank.take(torch.arange(len(bank)))[held].double()
             if draws:  # x_1 takes the place of the draw that it nearly is, or joins
                 gap = (rows - x1.flatten().double()).norm(dim=1)
-                beside = rows[gap > 0.01 * x1.norm()]
+                beside = rows[gap > 0.01 * (x1.flatten() - bank.centre).norm()]
                 rows = torch.cat([beside, x1.flatten()[None].double()])
             t = t.double()
             far = (xt.flatten().double() - t * rows).square().sum(1)

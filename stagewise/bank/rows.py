@@ -41,6 +41,7 @@ class RowStore(RowClasses):
     """
 
     conditions: Tensor | None = None
+    centre: Tensor
     _unread: Path | None = None
     """The file of rows that were not yet compared with the keys that stand there."""
 
@@ -175,7 +176,7 @@ class RowStore(RowClasses):
 
         Args:
             x1: Samples, (B, *), on any device.
-            within: The distance up to which a sample is a row, as a share of its norm.
+            within: The distance up to which a sample is a row, as a share of that from the mean.
 
         Returns:
             As `find`; waits for no device.
@@ -195,7 +196,8 @@ class RowStore(RowClasses):
         close = (values[at] - wanted[:, None]).square().sum(2)
         near = order[at.gather(1, close.topk(min(4, 2 * span), largest=False).indices)]
         gap, nearest = (self.take(near) - flat[:, None]).norm(dim=2).min(1)
-        row = near.gather(1, nearest[:, None])[:, 0].where(gap <= within * flat.norm(dim=1), -1)
+        size = (flat - self.centre.to(flat.device)).norm(dim=1)
+        row = near.gather(1, nearest[:, None])[:, 0].where(gap <= within * size, -1)
         return found.where(found >= 0, row.to(x1.device))
 
     def as_conditions(self, condition: Tensor, count: int) -> Tensor:

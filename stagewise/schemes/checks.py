@@ -174,8 +174,8 @@ def tell_rounding(scheme: Scheme, x1: Tensor) -> None:
     elif scheme.encoded is None and len(x1):
         still = held.bank.conditions is None and not held.bank.origin
         used = scheme.target is not None or scheme.smoothing is not None
-        missing = still and used and bool((held.bank.find(x1) < 0).any())
-        scheme.encoded = missing and bool((held.bank.find_near(x1) >= 0).any())
+        others = x1[held.bank.find(x1) < 0] if still and used else x1[:0]
+        scheme.encoded = bool((held.bank.find_near(others) >= 0).any())
 
 
 def check_rows(

@@ -78,10 +78,13 @@ def check_first(
     if scheme.smoothing is not None:  # `smooth` takes rows only, and x_1 is a draw around one
         scheme.rows_checked = True
         return
+    near = bool(scheme.encoded)  # then it was looked up
+    known = oracle.smoothing is not None or oracle.bank.origin or (source is not None and not near)
     found = check_rows(
         oracle.bank,
         fitted(x1, labels, oracle.bank.shape)[0],
-        known=bool(source is not None or oracle.smoothing is not None or oracle.bank.origin),
+        known=bool(known),
+        near=near,
         shard=not oracle.engine.holds_all_rows,
         condition=condition if oracle.condition else None,
     )

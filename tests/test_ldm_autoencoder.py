@@ -268,13 +268,14 @@ def test_a_model_that_was_trained_on_four_pictures_repeats_them(tmp_path, monkey
     about = ["objective.prediction=data", "objective.cosine=false", "ema=short"]
     about += ["data.batch_size=32", "data.latents.expected_std=5.0", "precision=fp32"]
     about += ["data.latents.multiplier=5.0"] * (kind == "vavae")
-    for rate, steps in ((2e-3, 2000), (3e-4, 1000), (3e-5, 1000)):
+    # SD-VAE's scale, 0.18215, makes more of an error in latents than a standardised one does.
+    longer = ((2e-3, 3000), (3e-4, 3000), (3e-5, 4000), (3e-6, 2000))
+    for rate, steps in longer if kind == "sdvae" else ((2e-3, 2000), (3e-4, 1000), (3e-5, 1000)):
         run_dir = tmp_path / f"run{rate}"
         rest = (f"module.lr={rate}", f"trainer.max_steps={steps}", *more)
         trained(run_dir, latents, kind, *about, *rest)
         more = (f"weights={run_dir / 'checkpoints/last.ckpt'}",)
     apart, wanted = come_back(run_dir, latents, vae)
     assert wanted.float().std() > 20
-    # Of 255. That of SD-VAE comes from what a longer training still removes: 4 after 7000 steps.
-    assert apart.max() <= {"sdvae": 6, "vavae": 2}[kind]
-    assert apart.float().mean() <= 1
+    assert apart.max() <= {"sdvae": 3, "vavae": 2}[kind]  # of 255
+    assert apart.float().mean() <= 0.5

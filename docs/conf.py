@@ -40,7 +40,7 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 # Pages with code cells are run, and again only if their code has changed.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE.parent / "build/notebooks")
-nb_execution_timeout = 180
+nb_execution_timeout = 900  # a cell that trains, on a busy machine
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # pages load nothing from the network; progress bars are left out of them

@@ -83,7 +83,7 @@ figures: $(VENV)/.recipes ## train three small models, draw what docs/watching.m
 
 docs: $(VENV)/.docs ## write the site to build/docs (runs its notebooks), check its links
 	@rm -rf build/docs docs/reference/generated # menus and removed names would stay as they were
-	$(BIN)/sphinx-build -q -E -W --keep-going -d build/doctrees docs build/docs
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -q -E -W --keep-going -d build/doctrees docs build/docs
 	$(BIN)/python .ci/links.py build/docs
 
 release: $(VENV)/.dev ## build sdist and wheel, check them, install the wheel into an empty environment

@@ -328,14 +328,16 @@ def test_all_together(plain, situation, tmp_path):
             said = {key: eval(text, {**globals(), "module": module}) for key, text in words.items()}
             callbacks = [StageRun(**said), *(each() for each in watch + steer), StageTransitions()]
             outcome = Outcome(module, load(), callbacks, tmp_path, **options)
-            if outcome.error is None and not outcome.said:
+            # What that network is given only its user knows.
+            said = [one for one in outcome.said if "call of the network was not" not in one]
+            if outcome.error is None and not said:
                 break
             assert outcome.error is None or outcome.unchanged, "refused too late"
             message = str(outcome.error) if outcome.error else " ".join(outcome.said)
             key, _, text = argument(message).partition("=")
             words[key] = text
         assert outcome.error is None
-        assert outcome.said == []
+        assert said == []
         assert [len(callback.history) > 0 for callback in callbacks[1:4]] == [True] * 3
         if not steer:
             assert torch.equal(outcome.weights, plain(situation).weights)

@@ -297,9 +297,8 @@ class StageScheme(StageCallback):
         self._restore()
         self.seam = None
         for part in [] if self.scheme is None else parts(self.scheme):
-            part.labels_of = part.condition_of = part.before_smoothing = part.trains = (
-                part.encoded
-            ) = None
+            part.labels_of = part.condition_of = part.encoded = None
+            part.before_smoothing = part.trains = None
 
     def _restore(self) -> None:
         if self._detach is not None:

@@ -188,11 +188,13 @@ class RowStore(RowClasses):
             parts = [(rows + self.offset) @ along for _, rows in self.chunks(self.whole)]
             all_ = torch.cat(parts)
             order = all_[:, 0].argsort()
-            projected = self._sorted_keys["projected"] = (all_[order], order)
+            projected = all_[order], order
+            if as_real(all_, self.rows):
+                self._sorted_keys["projected"] = projected
         values, order = projected
         wanted, span = flat @ along, min(1024, max(4, len(self) // 50))
         at = torch.searchsorted(values[:, 0].contiguous(), wanted[:, :1].contiguous())
-        at = (at + torch.arange(-span, span).to(flat.device)).clamp(0, len(self) - 1)
+        at = (at + torch.arange(-span, span, device=flat.device)).clamp(0, len(self) - 1)
         close = (values[at] - wanted[:, None]).square().sum(2)
         near = order[at.gather(1, close.topk(min(4, 2 * span), largest=False).indices)]
         gap, nearest = (self.take(near) - flat[:, None]).norm(dim=2).min(1)

@@ -346,6 +346,19 @@ def test_masks_that_are_not_those_of_the_rows_are_refused() -> None:
     require_same_masks(bank, twins, of)
 
 
+def test_a_label_that_was_dropped_is_that_of_its_row() -> None:
+    x, y, mask = _data()
+    x = x * mask[..., None]
+    bank, t = LatentBank(x, y, mask=mask), torch.linspace(0.1, 0.8, len(x))
+    x0 = torch.randn(x.shape, dtype=x.dtype)
+    given = {"y": x - x0, "t": t, "x1": x, "mask": mask}
+    given["xt"] = t[:, None, None] * x + (1 - t[:, None, None]) * x0
+    dropped = y.where(torch.arange(len(y)) % 3 > 0, int(y.max()) + 7)
+    expected, _ = Scheme(Oracle(bank), target=Mix())(**given, labels=y)
+    found, _ = Scheme(Oracle(bank), target=Mix())(**given, labels=dropped)
+    assert torch.equal(found, expected)
+
+
 def test_padding_that_nobody_speaks_of_is_noticed() -> None:
     x, y, mask = _data()
     zeros = (x * mask[..., None]).float()

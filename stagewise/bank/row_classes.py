@@ -196,15 +196,15 @@ class RowClasses:
     def labels_of(self, rows: Sequence[int]) -> list[int]:
         """The class of each of `rows` (own order), as Python integers, without a device sync."""
         classes = self.classes
-        return [classes[at] for at in self._classes_at(rows)]
+        return [classes[at] for at in self.segments_at(rows)]
 
     def classes_of(self, rows: Sequence[int]) -> Tensor | MaskedLabels | None:
         """The labels of rows, (n,), with their masks if they have any; None without classes."""
         if self.pairs is None:
             return torch.tensor(self.labels_of(rows)) if self._segments else None
-        return self.pairs[torch.tensor(self._classes_at(rows))]
+        return self.pairs[torch.tensor(self.segments_at(rows))]
 
-    def _classes_at(self, rows: Sequence[int]) -> list[int]:
+    def segments_at(self, rows: Sequence[int]) -> list[int]:
         """Which of the classes, in their order, each of `rows` is of."""
         stops = [segment.stop for segment in self._segments.values()]
         return [bisect_right(stops, row) for row in rows]

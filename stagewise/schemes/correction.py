@@ -276,6 +276,16 @@ def _lacks(labels: Labels | None, oracle: Oracle) -> bool:
 
 def _undropped(oracle: Oracle, labels: Labels | None, x1: Tensor) -> Labels | None:
     """Labels on the host, with the class of its row where one was dropped (as `place` does)."""
+    if isinstance(labels, MaskedLabels):
+        pairs, given = oracle.bank.pairs, labels.labels
+        if pairs is None or not isinstance(given, Tensor) or given.device.type != "cpu":
+            return labels
+        gone = ~torch.isin(given, known := torch.as_tensor(pairs.labels))
+        if not gone.any():
+            return labels
+        row = oracle.bank.find(x1, labels).cpu()
+        own = known[oracle.bank.segments_at(row.clamp_min(0).tolist())].to(given)
+        return replace(labels, labels=own.where(gone & (row >= 0), given))
     if not isinstance(labels, Tensor) or labels.device.type != "cpu":
         return labels
     table, labels = oracle.bank.class_table(labels.device), labels.reshape(-1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Seam
+from stagewise.adapters.base import TargetMaker
 from stagewise.adapters.lines import where
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.schemes import Phases, Scheme, mixes
@@ -31,12 +31,12 @@ def check_answer(run: StageRun) -> None:
     network, gradients = first.network, first.gradients
     votes = gradients.votes(*_mixed(run, first.x1))
     found = gradients.verdict(run.host.reduce(votes))
-    kind, name = network.seam.prediction.kind, type(asking[0]).__name__
+    kind, name = network.maker.prediction.kind, type(asking[0]).__name__
     about = f"stagewise: {where(network.name)}"
     if found is not None and found.reads is not None:
         known = found.reads is network.reads and found.at == network.at
         network.reads, network.at = found.reads, found.at
-        made = "" if found.reads is network.seam else f", of which the step makes the {kind}"
+        made = "" if found.reads is network.maker else f", of which the step makes the {kind}"
         rank_zero_info(
             f"{about} predicts {_written(found.reads)}{made}, as the gradient of the loss says. "
             f"So it is asked: {name}({first.line})."
@@ -58,14 +58,14 @@ def check_answer(run: StageRun) -> None:
         )
 
 
-def _written(reads: Seam) -> str:
+def _written(reads: TargetMaker) -> str:
     minus = reads.convention.sign_of(reads.prediction) < 0
     return f"{'minus ' if minus else ''}the {reads.prediction.kind}"
 
 
 def _mixed(run: StageRun, x1: Tensor) -> tuple[bool, Tensor | None]:
     """Whether it is known what the targets were, and what schemes have added to them."""
-    own = (getattr(seam.place.object, "scheme", None) for seam in run.seams)
+    own = (getattr(maker.place.object, "scheme", None) for maker in run.makers)
     schemes = [*run.look.schemes, *(one for one in own if isinstance(one, Scheme | Phases))]
     for scheme in schemes if any(map(mixes, schemes)) else ():
         last = scheme.last

@@ -199,8 +199,8 @@ class Forecast(ModelMonitor):
 
     def _objective(self) -> Any:
         """The `FlowMatchingLoss` that the module trains with, None if it is another one's."""
-        seam = None if self.network is None else self.network.seam
-        return seam.place.object if isinstance(seam, Objective) else None
+        maker = None if self.network is None else self.network.maker
+        return maker.place.object if isinstance(maker, Objective) else None
 
     def _drawn_by(self) -> TimestepSampler | None:
         """How training draws t: as it was said, or as the module's own objective does it."""
@@ -216,12 +216,12 @@ class Forecast(ModelMonitor):
         """What the error of a velocity counts in the loss: by its weight, and what is predicted."""
         if self.network is None:
             return torch.ones_like(t)
-        seam, objective, weight = self.network.seam, self._objective(), None
+        maker, objective, weight = self.network.maker, self._objective(), None
         if objective is not None:
             scheme = objective.scheme
             weight = objective.weight if scheme is None else scheme.weight_of
-        path = seam.path(t)
-        kinds = seam.prediction, Prediction("velocity")
+        path = maker.path(t)
+        kinds = maker.prediction, Prediction("velocity")
         own, velocity = (kind.coefficients(path)[0] for kind in kinds)
         factor = (own / velocity).square()
         return factor if weight is None else factor * weight(t)

@@ -164,7 +164,7 @@ class MemorizationGuard(MemorizationMonitor):
                     self.say(
                         f"{split} samples have no labels of the bank, so errors on held-out "
                         "samples are left out. Say where they are: "
-                        "MemorizationGuard(find=lambda batch: (batch[0], batch[1]))."
+                        "MemorizationGuard(read_batch=lambda batch: (batch[0], batch[1]))."
                     )
                     self._splits["held_out"] = None
         boundary = self.run.boundary(self.oracle, self.wise).collapsed

@@ -50,8 +50,9 @@ class MemorizationMonitor(ModelMonitor):
         name: Prefix of tags and name of the folder.
         **options: `every_n_steps` (default at most 5000 here) and `figures`, see `MonitorOptions`;
             the first probe is after step one, the last after the last. And what it says about the
-            run: `velocity`, `held_out`, `find`, `class_wise`, ...; see `RunOptions`. Class-wise is
-            "auto" here: if the network is given labels. Copies are looked for among all rows.
+            run: `velocity`, `held_out`, `read_batch`, `class_wise`, ...; see `RunOptions`.
+            Class-wise is "auto" here: if the network is given labels. Copies are looked for among
+            all rows.
 
     Raises:
         ValueError: At construction for numbers out of range; at the start or in the first step if

@@ -97,14 +97,14 @@ class ModelMonitor(Monitor):
                 self.warn(said)
             return
         told = self.run.option(self, "convention") is not None
-        if not (told or look.called) and all(seam.late for seam in self.run.seams):
+        if not (told or look.called) and all(maker.late for maker in self.run.makers):
             nothing = f"Found nothing that makes the targets in {type(self.run.module).__name__}"
             ask = (
                 " Or say how to ask for the velocity (t = 0 is noise, t = 1 is data): "
                 f"{name}({look.search.line})."
             )
-            for seam in self.run.seams[:1]:  # what it stands for is not that of the step
-                nothing, ask = f"The first step did not call {seam.name}", ""
+            for maker in self.run.makers[:1]:  # what it stands for is not that of the step
+                nothing, ask = f"The first step did not call {maker.name}", ""
             raise ValueError(
                 f"{nothing}, so what its network predicts is not known; {BY_HAND} Or say what it "
                 'is trained on: convention="pi0", another name of stagewise.conventions, or the '
@@ -210,7 +210,7 @@ class ModelMonitor(Monitor):
                 raise ValueError(
                     f"The bank has samples of shape {bank.shape}, the training data of shape "
                     f"{shape}. Say which tensor of the batch is x_1: "
-                    "StageRun(find=lambda batch: (batch[0], None))."
+                    "StageRun(read_batch=lambda batch: (batch[0], None))."
                 )
             why = f"the batches hold samples of shape {shape}, not {bank.shape}"
         self.say(f"{why}, so rows of the bank stand for the training samples.")

@@ -77,8 +77,8 @@ class PosteriorMonitor(Monitor):
         name: Prefix of all tags and name of the folder, default "stagewise". Give two monitors in
             one trainer two names.
         **options: `every_n_steps` and `figures`, see `MonitorOptions`; the first probe is in the
-            first step, before any weight changes. And what it says about the run: `find`, `path`,
-            `class_wise`, `dirpath`, `seed`, ...; see `RunOptions`.
+            first step, before any weight changes. And what it says about the run: `read_batch`,
+            `path`, `class_wise`, `dirpath`, `seed`, ...; see `RunOptions`.
 
     Raises:
         TypeError: At construction for an engine, bank or path that is none.
@@ -156,7 +156,7 @@ class PosteriorMonitor(Monitor):
             rank_zero_warn(
                 f"The labels make {len(bank.classes)} classes of {len(bank)} rows. Over a class of "
                 "one row every posterior has collapsed at any t. If indices were taken for labels, "
-                "say class_wise=False or find=lambda batch: (batch[0], None)."
+                "say class_wise=False or read_batch=lambda batch: (batch[0], None)."
             )
         posterior = f"over {bank.origin or 'all rows'}"
         if bank.pairs is not None:
@@ -251,8 +251,8 @@ class PosteriorMonitor(Monitor):
             rank_zero_warn(
                 "The network is given labels, and PosteriorMonitor has none: it measures the "
                 "posterior over all rows, and the stages of a class-conditional model come "
-                "earlier. Say where labels are: PosteriorMonitor(find=lambda batch: (batch[0], "
-                "batch[1])), or give them to the bank: LatentBank(x, labels)."
+                "earlier. Say where labels are: PosteriorMonitor(read_batch=lambda batch: "
+                "(batch[0], batch[1])), or give them to the bank: LatentBank(x, labels)."
             )
 
     # -- one probe --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from stagewise.adapters.differences import compare, difference, other_rows, several
 from stagewise.adapters.encoder_weights import STALE, version_of_weights
-from stagewise.adapters.find import chosen_seams, dependent_noise, find_couplings, training_path
+from stagewise.adapters.find import chosen_makers, dependent_noise, find_couplings, training_path
 from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank
 from stagewise.batches import describe, unused_in
@@ -31,7 +31,7 @@ from stagewise.conventions import path_of
 from stagewise.masks import compared_within, fitted, require_same_masks
 from stagewise.reservoir import Reservoir
 from stagewise.schemes import parts
-from stagewise.schemes.checks import tell_rounding
+from stagewise.schemes.refusals import tell_rounding
 from stagewise.through_module import without_trace
 
 __all__ = ["StageRun"]
@@ -55,7 +55,7 @@ class StageRun(RunEncoding):
         total: Optimizer steps of the training, None if it has no end.
         step: Optimizer steps so far.
         first_step: The step that is looked at.
-        seams: What makes the targets in the module; those that were named, if any were.
+        makers: What makes the targets in the module; those that were named, if any were.
         tied: What couples noise and data there, empty if nothing does.
         look: What the first step has shown.
 
@@ -66,14 +66,14 @@ class StageRun(RunEncoding):
 
     Example:
         >>> from stagewise.callbacks import PosteriorMonitor, StageRun, VelocityErrorMonitor
-        >>> run = StageRun(find=lambda batch: (batch["latents"], batch["label"]))
+        >>> run = StageRun(read_batch=lambda batch: (batch["latents"], batch["label"]))
         >>> callbacks = [run, PosteriorMonitor(), VelocityErrorMonitor()]
     """
 
     order = -1
     held = (
         *StageCallback.held,
-        *("host", "module", "leader", "members", "look", "seams", "_loader"),
+        *("host", "module", "leader", "members", "look", "makers", "_loader"),
         *("reservoir", "seen", "waiting", "_banks"),
     )
     seen: SeenSamples | None = None
@@ -106,19 +106,19 @@ class StageRun(RunEncoding):
         self._loader = host.loader
         for member in members:
             member.renewed = False
-        saying = [who for who in members if "seam" in who.said]
+        saying = [who for who in members if "target_maker" in who.said]
         saying = [who for who in saying if who.measures] or saying
-        self.seams = chosen_seams(self.module, {who.said["seam"] for who in saying})
+        self.makers = chosen_makers(self.module, {who.said["target_maker"] for who in saying})
         said = any({"path", "convention"} & who.said.keys() for who in members)
-        self.path, self.path_from = training_path(self.seams, said=said)
+        self.path, self.path_from = training_path(self.makers, said=said)
         convention = self.option(self, "convention")
         if convention is not None and convention.path is not None:
             self.path = path_of(convention, self.option(self, "path")) or self.path
             self.path_from = "given by the convention"
-        self.tied = dependent_noise(self.seams, find_couplings(self.module))
+        self.tied = dependent_noise(self.makers, find_couplings(self.module))
         if self.tied and self.measuring:
             rank_zero_warn(f"The posterior that is measured may not be that of {self.tied}")
-        found = (self.module, self.seams, self.path, without_trace(self.find_of(self)))
+        found = (self.module, self.makers, self.path, without_trace(self.find_of(self)))
         self.look = FirstStep(*found, convention, lambda: self.host.trains())
         size = self.option(self, "reservoir")
         self.reservoir = Reservoir(size) if isinstance(size, int) else size
@@ -380,7 +380,9 @@ class StageRun(RunEncoding):
                 raise ValueError(message)
             rank_zero_warn(message)
         elif read and not self.host.feeds and not any(m.mixes for m in self.members):
-            told = any({"find", "encode"} & member.said.keys() for member in {*self.members, self})
+            told = any(
+                {"read_batch", "encode"} & member.said.keys() for member in {*self.members, self}
+            )
             exact = any(member.compares for member in read)
             if not told and (warning := other_rows(self.look, self.bank(read[0]), exact=exact)):
                 rank_zero_warn(warning)

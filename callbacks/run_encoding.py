@@ -10,7 +10,7 @@ import torch
 from stagewise.adapters.encoder_weights import STALE, EncoderWeights
 from stagewise.adapters.encoding import Encoding
 from stagewise.adapters.first_step import FirstStep
-from stagewise.batches import find_checked
+from stagewise.batches import read_checked
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.run_oracles import RunOracles
 from stagewise.callbacks.stage_callback import StageCallback
@@ -37,7 +37,9 @@ class RunEncoding(RunOracles):
         """Reads the bank through what the first step does with x_1, if it can; a collective."""
         read = [member for member in self._asking if not self.given(member)]
         steps = () if self.look.encoding is None else self.look.encoding.steps
-        said = any({"find", "encode"} & member.said.keys() for member in {*self.members, self})
+        said = any(
+            {"read_batch", "encode"} & member.said.keys() for member in {*self.members, self}
+        )
         able = bool(read and steps) and all(member.late for member in read) and not said
         if self.encoding or not self.host.all(able):
             return False
@@ -56,15 +58,19 @@ class RunEncoding(RunOracles):
     def watch_encoder(self) -> None:
         """After the first step: notes the weights with which x_1 is made."""
         self._weights, asking, made = None, self._asking, self.look.encoding
-        told = any({"find", "encode"} & member.said.keys() for member in {*self.members, self})
+        told = any(
+            {"read_batch", "encode"} & member.said.keys() for member in {*self.members, self}
+        )
         if not asking or self.reservoir is not None or not (told or made or self.encoding):
             return
-        find = self.find_of(asking[0])
+        read_batch = self.find_of(asking[0])
         if made is not None and not (told or self.encoding):  # the bank was given
-            find = through_module(find, self.module, made, lambda: self.host.precision())
-        find, batch = without_trace(find), self.look.batch
+            read_batch = through_module(
+                read_batch, self.module, made, lambda: self.host.precision()
+            )
+        read_batch, batch = without_trace(read_batch), self.look.batch
         with suppress(ValueError):  # the step may have taken it out of the batch
-            self._weights = EncoderWeights(self.module, lambda: find_checked(find, batch))
+            self._weights = EncoderWeights(self.module, lambda: read_checked(read_batch, batch))
 
     def refuse_stale(self) -> None:
         """After a batch: refuses targets of rows that an encoder has made which has changed."""

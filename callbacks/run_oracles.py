@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from stagewise.adapters.encoding import Encoding
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, find_sample
+from stagewise.batches import ReadBatch, find_sample
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.stage_callback import StageCallback
@@ -40,7 +40,7 @@ __all__ = ["RunOracles"]
 
 Kind = TypeVar("Kind", bound=StageCallback)
 
-_NOT_SHARED = ("seed", "dirpath", "seam")
+_NOT_SHARED = ("seed", "dirpath", "target_maker")
 """What a callback says about itself alone."""
 
 
@@ -118,12 +118,15 @@ class RunOracles(StageCallback):
                 )
         return first
 
-    def find_of(self, callback: StageCallback) -> FindSample:
+    def find_of(self, callback: StageCallback) -> ReadBatch:
         """From a batch to `(x_1, labels or None)`; a data module may have its own `find_sample`."""
         own = getattr(self.host.data, "find_sample", find_sample)
-        find, encode = self.option(callback, "find", own), self.option(callback, "encode")
+        read_batch, encode = (
+            self.option(callback, "read_batch", own),
+            self.option(callback, "encode"),
+        )
         return through_module(
-            find, self.module, encode or self.encoding, lambda: self.host.precision()
+            read_batch, self.module, encode or self.encoding, lambda: self.host.precision()
         )
 
     def together(self, what: str) -> AbstractContextManager[None]:
@@ -162,7 +165,7 @@ class RunOracles(StageCallback):
             wise = (self.option(member, "class_wise") for member in self.members)
             self._read = self._read or read_bank(
                 self.host,
-                find=self.find_of(callback),
+                read_batch=self.find_of(callback),
                 class_wise=any(each is not False for each in wise),
                 condition=self.option(callback, "condition"),
             )
@@ -263,8 +266,8 @@ class RunOracles(StageCallback):
 
     def read(self, callback: StageCallback, loader: Any, count: int) -> Samples:
         """Random samples of a loader, and labels or None; see `read_rows`."""
-        find, seed = self.find_of(callback), callback.seed
-        return read_rows(self.host, loader, count, find=find, seed=seed)
+        read_batch, seed = self.find_of(callback), callback.seed
+        return read_rows(self.host, loader, count, read_batch=read_batch, seed=seed)
 
     def class_wise(self, callback: StageCallback) -> bool:
         """Whether the posteriors of a callback are over the rows of the sample's class."""
@@ -272,7 +275,7 @@ class RunOracles(StageCallback):
         if wise is True and not bank.classes and not self.given(callback):
             raise ValueError(
                 "class_wise=True, but no labels were found in the training batches. Say where they "
-                f"are: {type(callback).__name__}(find=lambda batch: (batch[0], batch[1]))."
+                f"are: {type(callback).__name__}(read_batch=lambda batch: (batch[0], batch[1]))."
             )
         if wise is True:
             bank.require_classes()

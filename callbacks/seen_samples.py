@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stagewise.batches import find_checked
+from stagewise.batches import read_checked
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.reservoir import Reservoir
 
@@ -45,7 +45,7 @@ class SeenSamples:
         if batch is None:
             raise ValueError(f"{self._reservoir!r} takes each batch: watch.step(step, batch).")
         with run.together("taking its batch into the reservoir"):
-            x1, labels = find_checked(run.find_of(run), batch)
+            x1, labels = read_checked(run.find_of(run), batch)
             kernel = run.option(run, "condition")
             c = None if kernel is None else kernel.of(batch, x1, labels)
             self._reservoir.add(x1, labels, c)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample
+from stagewise.batches import ReadBatch
 from stagewise.callbacks.host import TrainerHost
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.condition import Condition
@@ -52,7 +52,7 @@ class RunOptions(TypedDict, total=False):
     """What may be said about a run beside its bank: once, to a `StageRun` or to any callback.
 
     Attributes:
-        find: From a batch, or a batch and the module, to `(x_1, labels or None)`, or to
+        read_batch: From a batch, or a batch and the module, to `(x_1, labels or None)`, or to
             `(x_1, labels or None, mask)` where samples are padded; default finds the first two in
             tensors, tuples and dicts with usual names.
         encode: From `(x_1, module)` to what is trained on, for a step that encodes; default: what
@@ -73,14 +73,14 @@ class RunOptions(TypedDict, total=False):
             the first validation loader.
         velocity: From `(module, xt, t, labels)` to the velocity (t = 0 is noise), for networks that
             cannot be found; where there are masks, from `(module, xt, t, labels, mask)`.
-        seam: Name of what makes the targets, such as "module.FM", if there are several.
+        maker: Name of what makes the targets, such as "module.FM", if there are several.
         dirpath: Folder of the files; default `<trainer.log_dir>/<name>`, or without a logger
             `<trainer.default_root_dir>/<name>_logs`. That of a `StageRun` holds a folder for each
             callback.
         seed: Of all generators of the callbacks, default 0.
     """
 
-    find: FindSample | Callable[[Any, nn.Module], Any] | None
+    read_batch: ReadBatch | Callable[[Any, nn.Module], Any] | None
     encode: Encode | None
     path: ProbabilityPath | None
     convention: ConventionLike | None
@@ -89,7 +89,7 @@ class RunOptions(TypedDict, total=False):
     reservoir: int | Reservoir | None
     held_out: HeldOut | None
     velocity: AskVelocity | None
-    seam: str | None
+    target_maker: str | None
     dirpath: str | Path | None
     seed: int
 
@@ -285,7 +285,7 @@ class StageCallback(Callback):
         if len(said) > 1:
             raise ValueError(
                 f"Expected one StageRun for each trainer, got {len(said)}. Give all options to "
-                "one: StageRun(bank=..., find=...)."
+                "one: StageRun(bank=..., read_batch=...)."
             )
         if members[0] is self:
             (said[0] if said else StageRun()).begin(TrainerHost(trainer, pl_module), members)
@@ -333,6 +333,6 @@ def _check(options: dict[str, Any]) -> None:
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {wise!r}.')
     if wise is True and bank is not None and not bank.classes:
         raise ValueError("class_wise=True needs a bank with labels: LatentBank(x, labels).")
-    for key in ("find", "encode", "velocity"):
+    for key in ("read_batch", "encode", "velocity"):
         if options.get(key) is not None and not callable(options[key]):
             raise TypeError(f"Expected `{key}` to be a function, got {options[key]!r}.")

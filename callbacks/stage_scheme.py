@@ -11,19 +11,19 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from stagewise.adapters import Detach, Seam
+from stagewise.adapters import Detach, TargetMaker
 from stagewise.bank import LatentBank
 from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
-from stagewise.callbacks.scheme_seam import own_scheme, refuse_second, seam_for
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.stage_transitions import refuse_unheard
+from stagewise.callbacks.target_maker import maker_for, own_scheme, refuse_second
 from stagewise.callbacks.training_bank import read_shard
 from stagewise.certificate import Certificate
 from stagewise.engines import Engine
 from stagewise.losses.weighted import weighs
 from stagewise.oracle import Oracle
 from stagewise.schemes import Phases, Scheme, mixes, parts
-from stagewise.schemes.checks import check_rows, tell_rounding
+from stagewise.schemes.refusals import check_rows, tell_rounding
 from stagewise.stage_target import BY_HAND
 from stagewise.stages import StageBoundary
 from stagewise.targets import Target
@@ -77,7 +77,7 @@ class StageScheme(StageCallback):
     """
 
     order = 5
-    seam: Seam | None = None
+    maker: TargetMaker | None = None
     _begin: dict[str, Any] | None = None
     _detach: Detach | None = None
     _losses: GatheredLosses | None = None
@@ -137,7 +137,7 @@ class StageScheme(StageCallback):
     def late(self) -> bool:  # type: ignore[override]
         """Whether another scheme can take the place of its own in the first call."""
         fixed = self._given or self.scheme.draws_timesteps or self.scheme.smoothing
-        return not fixed and self.seam is not None and self.seam.late
+        return not fixed and self.maker is not None and self.maker.late
 
     @property
     def state_key(self) -> str:
@@ -163,16 +163,16 @@ class StageScheme(StageCallback):
         """Finds what makes the targets, and puts the scheme in."""
         run = self.run
         try:
-            self.seam = seam_for(run.module, run.option(self, "seam"), self._given)
+            self.maker = maker_for(run.module, run.option(self, "target_maker"), self._given)
         except ValueError as error:
             raise ValueError(str(error).replace(BY_HAND, run.host.by_hand)) from None
         refuse_second(self, run.members[: run.members.index(self)])  # told before this one
         self.scheme = self._given or self._made()
         self._weighed = weighs(run.module, self.scheme)
-        if self.seam is not None:
-            self.seam.check(self.scheme, weighed=self._weighed)
+        if self.maker is not None:
+            self.maker.check(self.scheme, weighed=self._weighed)
         reader = self.scheme.needs_losses
-        if reader and not (self.seam is not None and self.seam.losses):
+        if reader and not (self.maker is not None and self.maker.losses):
             raise ValueError(
                 f"{reader} needs each sample's loss, which {self._where()} never sees. Train with "
                 "FlowMatchingLoss, or call scheme.observe(t=..., loss=...) in a loop of your own."
@@ -184,12 +184,12 @@ class StageScheme(StageCallback):
         resumed = self._resume()
         self.writer = run.open_writer(self)
         about, path = self._where(), self.scheme.path
-        if self.seam is not None:  # its path a scheme without an oracle need not know
-            about, path = self.seam.describe(), self.seam.path
+        if self.maker is not None:  # its path a scheme without an oracle need not know
+            about, path = self.maker.describe(), self.maker.path
         asked = [part.oracle.over for part in parts(self.scheme) if part.target and part.oracle]
         about += "".join(f", over {text}" for text in {t for said in asked for t in said.values()})
         self.say(f"steers {about}; {self.writer.describe()}")
-        header = {"event": "scheme", "seam": about, "path": repr(path)}
+        header = {"event": "scheme", "maker": about, "path": repr(path)}
         self.writer.start([header, *self.transitions], resumed=resumed)
         self._seen, self._means = self.scheme.last, SchemeMeans()
         self._attach()
@@ -221,8 +221,9 @@ class StageScheme(StageCallback):
         record, near = self.scheme.last, bool(parts(self.scheme)[0].encoded)
         if record is None or record is self._seen:
             cure = "Make it outside of torch.no_grad(), with the model in train mode."
-            if self.seam is None or not self.seam.late:
-                cure += f" If another object makes it, say which: seam=...; {self.run.host.by_hand}"
+            if self.maker is None or not self.maker.late:
+                cure += " If another object makes it, say which: target_maker=...; "
+                cure += self.run.host.by_hand
             raise RuntimeError(
                 f"The first training step made its target without {self._where()}, so nothing is "
                 f"steered: in eval mode or without gradients it is plain. {cure}"
@@ -252,8 +253,8 @@ class StageScheme(StageCallback):
             self._seen = scheme.last
             self._means.add(scheme.last, scheme.boundary)
             self._plain = -1
-            if self._losses is not None and self.seam is not None and self.seam.last is not None:
-                self._losses.add(*self.seam.last)
+            if self._losses is not None and self.maker is not None and self.maker.last is not None:
+                self._losses.add(*self.maker.last)
         if step == before:  # with gradient accumulation several batches share a step
             return
         self._plain += 1
@@ -295,7 +296,7 @@ class StageScheme(StageCallback):
     @override
     def stop(self) -> None:
         self._restore()
-        self.seam = None
+        self.maker = None
         for part in [] if self.scheme is None else parts(self.scheme):
             part.labels_of = part.condition_of = part.encoded = None
             part.before_smoothing = part.trains = None
@@ -308,19 +309,19 @@ class StageScheme(StageCallback):
     end = _restore
 
     def _where(self) -> str:
-        return "the scheme that the module holds" if self.seam is None else self.seam.name
+        return "the scheme that the module holds" if self.maker is None else self.maker.name
 
     def _attach(self) -> None:
         self._paused, run, look = False, self.run, self.run.look
-        made = run.encoding or run.option(self, "find") or run.option(self, "encode")
+        made = run.encoding or run.option(self, "read_batch") or run.option(self, "encode")
         for part in parts(self.scheme):  # `settle` checks rows, on all ranks together
             part.rows_checked = True
             part.labels_of, part.condition_of = look.labels_for, look.condition_for
             part.before_smoothing = self._before_smoothing
             part.encoded = bool(made and not run.given(self)) or part.encoded
         look.schemes = [*(one for one in look.schemes if one is not self.scheme), self.scheme]
-        if self.seam is not None:
-            self._detach = self.seam.attach(self.scheme, weighed=self._weighed)
+        if self.maker is not None:
+            self._detach = self.maker.attach(self.scheme, weighed=self._weighed)
         for part in parts(self.scheme):
             # A method of the host would keep a `Watch` that is let go of.
             part.trains = lambda: run.host.trains()
@@ -335,13 +336,13 @@ class StageScheme(StageCallback):
 
     def _made(self) -> Scheme | Phases:
         """The scheme of the parts, or the one that the module's loss has."""
-        assert self.seam is not None
+        assert self.maker is not None
         if self._make is not None:
             if isinstance(made := self._make(self._oracle()), Scheme | Phases):
                 return made
             raise TypeError(f"Expected a function that makes a Scheme or Phases, got {made!r}.")
         if not self._parts:
-            own = own_scheme(self.seam)
+            own = own_scheme(self.maker)
             if own is None:
                 raise ValueError(
                     "Expected something to steer with, got nothing. Say what: "
@@ -353,12 +354,12 @@ class StageScheme(StageCallback):
         wise = self.run.option(self, "class_wise", "auto")
         given = {"seed": self.seed, "class_wise": wise, **self._parts}
         if "target" not in given:
-            return Scheme(path=self.seam.path, **given)
+            return Scheme(path=self.maker.path, **given)
         return Scheme(self._oracle(), **given)
 
     def _oracle(self) -> Oracle:
         run = self.run
-        path = run.path if self.seam is None else self.seam.path
+        path = run.path if self.maker is None else self.maker.path
         if self.engine is None or self.engine.holds_all_rows:
             return run.oracle(self, path, self.engine, self.certificate)
         bank = run.beside(run.option(self, "bank") or read_shard(run.host))

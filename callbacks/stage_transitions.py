@@ -64,7 +64,7 @@ class StageTransitions(StageCallback):
         subscribers: Called with each event, a dict; on every rank.
         name: Prefix of tags and name of the folder, default "stagewise_transitions".
         **options: What it says about the run; see `RunOptions`. If training encodes within its
-            step, let `find` encode too, to have a changed encoder seen.
+            step, let `read_batch` encode too, to have a changed encoder seen.
 
     Raises:
         ValueError: At construction for numbers out of range; at the start of training if there is

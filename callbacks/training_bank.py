@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from stagewise.bank import LatentBank
-from stagewise.batches import PADDED, FindSample, find_checked, find_sample, seems_padded
+from stagewise.batches import PADDED, ReadBatch, find_sample, read_checked, seems_padded
 from stagewise.callbacks.host import Host, TrainerHost
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.condition import Condition
@@ -54,7 +54,7 @@ def bank_from_trainer(
 def read_bank(
     host: Host,
     *,
-    find: FindSample = find_sample,
+    read_batch: ReadBatch = find_sample,
     class_wise: bool = True,
     dtype: torch.dtype | None = None,
     condition: Condition | None = None,
@@ -65,7 +65,7 @@ def read_bank(
 
     Args:
         host: The training.
-        find: From a batch to `(x_1, labels or None)`.
+        read_batch: From a batch to `(x_1, labels or None)`.
         class_wise: Whether to keep labels, default True.
         dtype: Storage; default that of the samples, and bfloat16 for more than 1 GB of them beside
             a CUDA device, which is said with what it changes.
@@ -86,11 +86,11 @@ def read_bank(
 
     # Labels that are not asked for may be in some batches and not in others.
     def taken(batch: Any) -> tuple[Tensor, Any]:
-        x1, labels = find_checked(find, batch)
+        x1, labels = read_checked(read_batch, batch)
         return x1, compared_within(labels, class_wise)
 
     reader = RowReader(host.loader, taken, host.move)
-    with undisturbed(host.module, reader.loader, find):
+    with undisturbed(host.module, reader.loader, read_batch):
         rows = reader.copies_of(_drawn(host, reader.loader, say=True))
         step = -(-len(rows) // _READ_TWICE)
         # Never here if the run has workers: a file that a data set opens when it is first read
@@ -111,7 +111,7 @@ def read_bank(
             bank = LatentBank.from_batches(
                 reader.read(rows),
                 len(rows),
-                find=lambda sample: sample,
+                read_batch=lambda sample: sample,
                 dtype=dtype,
                 copies=host.local_size,
                 advance=lambda done: bar.update(done - bar.n),
@@ -119,7 +119,7 @@ def read_bank(
         if condition is not None:
 
             def find_condition(batch: Any) -> Samples:
-                c = condition.of(batch, *find_checked(find, batch))
+                c = condition.of(batch, *read_checked(read_batch, batch))
                 return c.reshape(len(c), -1).float(), None
 
             given = RowReader(host.loader, find_condition, host.move)
@@ -199,7 +199,7 @@ def read_rows(
     loader: Any,
     count: int,
     *,
-    find: FindSample = find_sample,
+    read_batch: ReadBatch = find_sample,
     seed: int = 0,
 ) -> Samples:
     """Reads random samples of a loader's data set, as `read_bank` reads all of them.
@@ -207,8 +207,8 @@ def read_rows(
     In the order of the data set. Two readings with the same seed give the same samples even if they
     are augmented.
     """
-    reader = RowReader(loader, find, host.move)
-    with undisturbed(host.module, loader, find, seed=seed):
+    reader = RowReader(loader, read_batch, host.move)
+    with undisturbed(host.module, loader, read_batch, seed=seed):
         rows = _drawn(host, loader)
         chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
         few = [rows[place] for place in np.sort(chosen)]

@@ -101,7 +101,7 @@ class TrainingRecord:
         self.close()
         with torch.no_grad():
             xt, t = inputs
-            path = self.network.seam.path(t.float())
+            path = self.network.maker.path(t.float())
             # u = c x_1 + b x_t; where rounding has eaten the noise that cannot be told.
             known = can_tell(path, xt.dtype)
             c, b = (expand_like(value, xt) for value in Prediction("velocity").coefficients(path))
@@ -173,7 +173,7 @@ class TrainingRecord:
         begin, self._begin, self._logged = self._begin, step, None
         if not bool(total.count.any()):
             return None
-        density = nominal_shares(self.network.seam, self._edges)
+        density = nominal_shares(self.network.maker, self._edges)
         entry = window_entry(total, self._edges, self._stages, density)
         lacking, self.lacking = self.lacking, ""
         about = {"event": "training_window", "step": step, "from_step": begin, **entry}

@@ -78,9 +78,9 @@ class VelocityErrorMonitor(ModelMonitor):
         name: Prefix of tags and name of the folder, default "stagewise_error".
         **options: `every_n_steps` and `figures`, see `MonitorOptions`; the first probe is after the
             first step, the last after the last. And what it says about the run: `velocity`,
-            `held_out`, `find`, `class_wise`, ...; see `RunOptions`. `find` is called for training
-            batches too, so let it not encode where that is dear. Class-wise is "auto" here: if
-            there are labels and the network is given them.
+            `held_out`, `read_batch`, `class_wise`, ...; see `RunOptions`. `read_batch` is called
+            for training batches too: it should not encode where that is dear. Class-wise is "auto"
+            here: if there are labels and the network is given them.
 
     Raises:
         ValueError: At construction for numbers out of range; before the first optimizer step if no
@@ -191,7 +191,7 @@ class VelocityErrorMonitor(ModelMonitor):
             "edges": self.edges.tolist(),
             "network": self.describe(),
             "parameters": self.parameters(),
-            "seam": "" if network is None else network.seam.describe(),
+            "maker": "" if network is None else network.maker.describe(),
             "path": repr(oracle.path),
             "queries": self.queries,
             "train_rows": len(self._rows[0]),
@@ -268,7 +268,7 @@ class VelocityErrorMonitor(ModelMonitor):
         if labels is None or plain(labels) is None:
             raise ValueError(
                 "class_wise=True, but no labels were found in the training batches. Say where they "
-                "are: VelocityErrorMonitor(find=lambda batch: (batch[0], batch[1]))."
+                "are: VelocityErrorMonitor(read_batch=lambda batch: (batch[0], batch[1]))."
             )
         for label in set(labels.tolist()):
             bank.segment(label)

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook as after_ste
 from torch.optim.optimizer import register_optimizer_step_pre_hook as before_steps
 from typing_extensions import Self, Unpack, override
 
-from stagewise.adapters import find_seams
+from stagewise.adapters import find_target_makers
 from stagewise.bank import LatentBank
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_warn
@@ -49,7 +49,7 @@ class Watch(Host):
 
     Args:
         model: The network that the loop calls, or a module with more in it. A `velocity=` or
-            `seam=` is given or names a module that has it as `module.model`.
+            `target_maker=` is given or names a module that has it as `module.model`.
         data: The `DataLoader` of the training, which is read once more for the bank, or the bank:
             the training latents as the model is trained on them.
         *callbacks: Monitors, a `StageScheme`, ...; a `StageRun` is none of them.
@@ -62,8 +62,8 @@ class Watch(Host):
         log_every: Optimizer steps between what is logged of training itself, default 50.
         held_out_loader: A `DataLoader` of samples that are not trained on, default None.
         accumulate: Batches in an optimizer step, default 1.
-        **options: What is said about the run: `find`, `path`, `dirpath`, ...; see `RunOptions`.
-            Files go to `<dirpath>/<name of the callback>`, default `<name>_logs`.
+        **options: What is said about the run: `read_batch`, `path`, `dirpath`, ...; see
+            `RunOptions`. Files go to `<dirpath>/<name of the callback>`, default `<name>_logs`.
 
     Raises:
         TypeError: For a model, callback or log that is none, with the cure.
@@ -240,12 +240,12 @@ class Watch(Host):
         """Refuses a module, of another Watch, in which something is steered by this one."""
         if not self._begun:
             return
-        seams = [seam for one in self.members if (seam := getattr(one, "seam", None))]
-        steered = {id(seam.place.object) for seam in seams}
-        for seam in find_seams(module):
-            if id(seam.place.object) in steered:
+        makers = [maker for one in self.members if (maker := getattr(one, "maker", None))]
+        steered = {id(maker.place.object) for maker in makers}
+        for maker in find_target_makers(module):
+            if id(maker.place.object) in steered:
                 raise ValueError(
-                    f"{seam.name} is steered by another Watch, which is not closed. Close it "
+                    f"{maker.name} is steered by another Watch, which is not closed. Close it "
                     "first, watch.close(), or give all callbacks to one Watch."
                 )
 

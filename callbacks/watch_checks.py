@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from stagewise.adapters import find_couplings, find_seams
+from stagewise.adapters import find_couplings, find_target_makers
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.run import StageRun
 from stagewise.callbacks.stage_callback import StageCallback
@@ -32,8 +32,8 @@ def check_watched(model: Any, data: Any, callbacks: Sequence[Any], target: Any) 
     for callback in callbacks:
         if not isinstance(callback, StageCallback) or isinstance(callback, StageRun):
             raise TypeError(
-                f"Expected callbacks of stagewise, got {callback!r}. What is said about the "
-                "run is said to the Watch: Watch(model, loader, PosteriorMonitor(), find=...)."
+                f"Expected callbacks of stagewise, got {callback!r}. What is said about the run "
+                "is said to the Watch: Watch(model, loader, PosteriorMonitor(), read_batch=...)."
             )
     if isinstance(data, StageCallback):
         raise TypeError(
@@ -44,7 +44,7 @@ def check_watched(model: Any, data: Any, callbacks: Sequence[Any], target: Any) 
         rank_zero_warn(
             "A Watch without callbacks measures nothing: Watch(model, loader, PosteriorMonitor())."
         )
-    if target is not None and not find_seams(target) and not find_couplings(target):
+    if target is not None and not find_target_makers(target) and not find_couplings(target):
         raise TypeError(
             f"Expected `target` to be what makes the targets, got {target!r}, which is nothing "
             f"that is known; {IN_A_LOOP}"

@@ -68,8 +68,8 @@ def main(*callbacks, **options):
 
 
 RUN = StageRun(
-    find=lambda batch: (batch["actions"], None, batch["mask"]),
-    condition=Condition(bandwidth=0.3, find=lambda batch: batch["observation"]),
+    read_batch=lambda batch: (batch["actions"], None, batch["mask"]),
+    condition=Condition(bandwidth=0.3, read_batch=lambda batch: batch["observation"]),
 )
 if __name__ == "__main__":
     main(RUN, PosteriorMonitor(), StageScheme(target=Mix("boundary")))

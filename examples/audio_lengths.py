@@ -1,7 +1,7 @@
 """Watch and steer a training on sounds of different lengths.
 
-Batches are padded to their own longest sound, and the loss counts what is no padding. `find` gives
-the mask beside x_1: a sound is then compared with those of its length only. Run it with
+Batches are padded to their own longest sound, and the loss counts what is no padding. `read_batch`
+gives the mask beside x_1: a sound is then compared with those of its length only. Run it with
 `python examples/audio_lengths.py`; it takes a few seconds and needs the `lightning` extra.
 """
 
@@ -74,7 +74,7 @@ def main(*callbacks, **options):
     return module
 
 
-RUN = StageRun(find=lambda batch: (batch[0], None, batch[1]))
+RUN = StageRun(read_batch=lambda batch: (batch[0], None, batch[1]))
 WATCHING = [RUN, PosteriorMonitor(), VelocityErrorMonitor()]
 if __name__ == "__main__":
     main(*WATCHING, StageScheme(target=Mix("boundary")))

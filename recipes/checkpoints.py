@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from stagewise.files import first_line, names
+from stagewise.files import first_line, joined
 from stagewise.recipes.latents import current
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.trusted import require_known
@@ -122,7 +122,7 @@ def find_checkpoint(run: Path, given: Path | None = None) -> Path:
     if given is not None:
         path = next((place for place in (given, folder / given) if place.exists()), None)
         if path is None:
-            there = names([file.name for file in found]) or "none"
+            there = joined([file.name for file in found]) or "none"
             raise ValueError(f"There is no checkpoint {given}. In {folder}: {there}.")
     elif found:
         path = found[0]
@@ -291,7 +291,7 @@ def _refuse_others(path: Path, state: Mapping[str, Any], own: Mapping[str, Tenso
         ],
     }
     if any(wrong.values()):
-        listed = "; ".join(f"{what}: {names(keys)}" for what, keys in wrong.items() if keys)
+        listed = "; ".join(f"{what}: {joined(keys)}" for what, keys in wrong.items() if keys)
         raise ValueError(
             f"{path} is a checkpoint of another model than the configuration says. {listed}."
         )

@@ -54,7 +54,7 @@ def model_of(facts: Facts) -> str:
     size = facts.parameters
     parts = [str(about.get("network", ""))]
     parts += [f"{number(size)} parameters"] if size else []
-    parts += [str(about[key]) for key in ("seam",) if about.get(key)]
+    parts += [str(about[key]) for key in ("maker",) if about.get(key)]
     return "; ".join(part for part in parts if part)
 
 

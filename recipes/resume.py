@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from stagewise.callbacks import StageScheme
-from stagewise.files import is_full, names
+from stagewise.files import is_full, joined
 from stagewise.latents import Latents
 from stagewise.recipes.checkpoints import load_weights, newest_whole, read_config, require_whole
 from stagewise.recipes.module import FlowMatchingModule
@@ -84,8 +84,9 @@ def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
         ]
         if changed:
             raise ValueError(
-                f"The run in {run_dir} was begun with another configuration: {names(changed, 10)}. "
-                "Go on as it was begun, or choose another folder, run_dir=..."
+                f"The run in {run_dir} was begun with another configuration: "
+                f"{joined(changed, 10)}. Go on as it was begun, or choose another folder: "
+                "run_dir=..."
             )
     if not there:
         rank_zero_info(f"resume=true: no checkpoint in {folder}, so from the beginning")

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from stagewise.files import names, replace_file
+from stagewise.files import joined, replace_file
 from stagewise.latents.arrays import Rows, array_entry
 
 __all__ = ["Ranks", "SampleFolder", "group_of_ranks"]
@@ -195,7 +195,7 @@ class SampleFolder:
             if missing := [batch for batch in parts if not self._part(batch).exists()]:
                 raise ValueError(
                     f"Expected {len(self.batches)} batches in {self.path / _PARTS}, missing: "
-                    f"{names(missing)}. Make them: --resume."
+                    f"{joined(missing)}. Make them: --resume."
                 )
             replace_file(self.file, self._join)
         if (self.path / _PARTS).exists():

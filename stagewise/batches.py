@@ -22,25 +22,25 @@ from stagewise.masks import MaskedLabels, plain
 __all__ = [
     "LABEL_NAMES",
     "PADDED",
-    "FindSample",
+    "ReadBatch",
     "describe",
-    "find_checked",
+    "read_checked",
     "find_sample",
     "inside",
     "leaves_of",
     "others_in",
     "seems_padded",
-    "suggested_find",
+    "suggested_read_batch",
     "unused_in",
 ]
 
-FindSample: TypeAlias = Callable[[Any], "tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]"]
+ReadBatch: TypeAlias = Callable[[Any], "tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]"]
 """From a batch to `(x_1, labels)`, of shapes (B, *) and (B,), or `(x_1, labels, mask)`; labels may
 be None, and a mask is as in `masks.as_mask`."""
 
 PADDED = (
     "If samples have different lengths and are padded, say which numbers count: "
-    "find=lambda batch: (batch[0], None, batch[1]), with a mask or lengths in batch[1]."
+    "read_batch=lambda batch: (batch[0], None, batch[1]), with a mask or lengths in batch[1]."
 )
 
 _SAMPLE_NAMES = (
@@ -117,13 +117,13 @@ def leaves_of(value: Any, place: str = "batch", depth: int = 6) -> Iterator[tupl
         yield from leaves_of(inner, where, depth - 1)
 
 
-def suggested_find(batch: Any) -> str:
-    """A `find` for a batch, to be pasted: its first tensor that may be `x_1`, and its labels."""
+def suggested_read_batch(batch: Any) -> str:
+    """A `read_batch` to paste: the first tensor of a batch that may be `x_1`, and its labels."""
     leaves = [(place, value) for place, value in leaves_of(batch) if value.ndim]
     samples = [pair for pair in leaves if _is_sample(pair[1]) and not _is_one_hot(pair[1])]
     images = [pair for pair in leaves if pair[1].ndim > 1 and pair[1].dtype == torch.uint8]
     if not samples and not images:
-        return "find=lambda batch: (batch[0], None)"
+        return "read_batch=lambda batch: (batch[0], None)"
     place, x1 = (samples or images)[0]
     whole = {
         at: value
@@ -132,7 +132,7 @@ def suggested_find(batch: Any) -> str:
     }
     integers = [at for at, value in whole.items() if _is_integer(value)]
     scaled = place if samples else f"{place}.float() / 127.5 - 1"
-    return f"find=lambda batch: ({scaled}, {[*integers, *whole, None][0]})"
+    return f"read_batch=lambda batch: ({scaled}, {[*integers, *whole, None][0]})"
 
 
 def describe(batch: object) -> str:
@@ -174,7 +174,7 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"Expected one floating-point tensor of shape (B, *) in the batch, found {len(found)} "
             f"in {describe(batch)}. Say where x_1 is, and the labels or None: "
-            f"{suggested_find(batch)}."
+            f"{suggested_read_batch(batch)}."
         )
     x1: Tensor = entries[found[0]]
     keys = [name for name in LABEL_NAMES if name in entries] if named else list(entries)
@@ -194,7 +194,7 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"Expected one tensor of labels in the batch, found {1 + len(others)} that differ, "
             f"{listed}, in {describe(batch)}. Say which are the labels: "
-            f"find=lambda batch: ({x1_at}, {_place(first)}), or ({x1_at}, None) for none."
+            f"read_batch=lambda batch: ({x1_at}, {_place(first)}), or ({x1_at}, None) for none."
         )
     return x1, labels
 
@@ -220,27 +220,27 @@ def _where_sample(entries: dict[Any, Any], named: bool) -> list[Any]:
     return found
 
 
-def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Any]:
-    """What `find` gives for a batch, with labels as int64, refused if it is no such pair.
+def read_checked(read_batch: ReadBatch, batch: Any) -> tuple[Tensor, Any]:
+    """What `read_batch` gives for a batch, with labels as int64, refused if it is no such pair.
 
     Args:
-        find: From a batch to `x_1`, (B, *), whole numbers or booleans, (B,) or (B, 1), or None, and
-            a mask if there is one.
+        read_batch: From a batch to `x_1`, (B, *), whole numbers or booleans, (B,) or (B, 1), or
+            None, and a mask if there is one.
         batch: The batch.
 
     Returns:
         `x_1`, (B, *), and labels, int64, (B,), or None; with a mask `MaskedLabels`.
 
     Raises:
-        ValueError: If `find` returns something else; the message says what came.
+        ValueError: If `read_batch` returns something else; the message says what came.
         TypeError: If the mask is none.
     """
     try:
-        found = find(batch)
+        found = read_batch(batch)
     except (TypeError, LookupError, AttributeError) as error:
         raise ValueError(
-            f"Expected `find` to return (x_1, labels or None) for {describe(batch)}, but it raised "
-            f"{type(error).__name__}: {error}. For example: {suggested_find(batch)}."
+            f"Expected `read_batch` to return (x_1, labels or None) for {describe(batch)}, but it "
+            f"raised {type(error).__name__}: {error}. For example: {suggested_read_batch(batch)}."
         ) from error
     if isinstance(found, (tuple, list)) and len(found) in (2, 3) and _is_sample(found[0]):
         x1, labels, *mask = found
@@ -250,10 +250,10 @@ def find_checked(find: FindSample, batch: Any) -> tuple[Tensor, Any]:
             labels = labels if masked else whole
             return x1, MaskedLabels.of(labels, mask[0], x1) if mask else labels
     raise ValueError(
-        "Expected `find` to return (x_1, labels or None), a floating-point tensor of shape (B, *) "
-        f"and integers of shape (B,), got {describe(found)}. Scale images to floats there, and "
-        "make labels whole: labels.argmax(1) if they are one-hot, labels.round() if they are not. "
-        f"Of this batch that is, for example, {suggested_find(batch)}."
+        "Expected `read_batch` to return (x_1, labels or None), a floating-point tensor of shape "
+        f"(B, *) and integers of shape (B,), got {describe(found)}. Scale images to floats there, "
+        "and make labels whole: labels.argmax(1) if they are one-hot, labels.round() if they are "
+        f"not. Of this batch that is, for example, {suggested_read_batch(batch)}."
     )
 
 
@@ -268,8 +268,8 @@ def unused_in(
 
     Args:
         batch: The batch.
-        x1: What was found, (B, *). Where a user's `find` computes it, what it is computed from
-            counts as not used.
+        x1: What was found, (B, *). Where a user's `read_batch` computes it, what it is computed
+            from counts as not used.
         labels: Those found, (B,), or None.
         masks: Those found, or None.
         condition: What a kernel weighs rows by, (B, *), or None.
@@ -303,13 +303,14 @@ def unused_in(
         line = f"{place}, {describe(value)}, is not used."
         cure = None if labels is not None else _as_cure(place, value, whole is not None)
         if cure is not None:
-            line += f" If it holds the labels: find=lambda batch: ({x1_at}, {cure})."
+            line += f" If it holds the labels: read_batch=lambda batch: ({x1_at}, {cure})."
         elif isinstance(value, Tensor) and _may_be_mask(value, x1):
             own = next(
                 (at for at, held in leaves if labels is not None and _equal(held, labels)), None
             )
             line += (
-                f" If it says which numbers count: find=lambda batch: ({x1_at}, {own}, {place})."
+                " If it says which numbers count: "
+                f"read_batch=lambda batch: ({x1_at}, {own}, {place})."
             )
         lines.append(f"{line} If the model is given it, its posterior is over fewer rows.")
     return lines

@@ -51,8 +51,9 @@ class Condition:
         kernel: "gaussian", `-|c - c_i|^2 / 2 h^2`; "cosine", `-(1 - cos(c, c_i)) / h^2`, for text
             embeddings; or a function, see `Kernel`. Default "gaussian".
         bandwidth: h, above 0, in the units of c (cosine: 1 and more is wide).
-        find: From a batch to the conditions of its samples, (B, *), before anything is dropped for
-            classifier-free guidance. Default: the one tensor in it beside x_1 and the labels.
+        read_batch: From a batch to the conditions of its samples, (B, *), before anything is
+            dropped for classifier-free guidance. Default: the one tensor in it beside x_1 and
+            the labels.
 
     Raises:
         ValueError: For another kernel, or a bandwidth that is no number above 0.
@@ -60,7 +61,7 @@ class Condition:
 
     kernel: Kernel = "gaussian"
     bandwidth: float = 0.0
-    find: Callable[[Any], Tensor] | None = None
+    read_batch: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.kernel not in ("gaussian", "cosine") and not callable(self.kernel):
@@ -101,8 +102,8 @@ class Condition:
         Raises:
             ValueError: If there is none of each sample, or several may be it, with the cure.
         """
-        if self.find is not None:
-            found: Any = self.find(batch)
+        if self.read_batch is not None:
+            found: Any = self.read_batch(batch)
             if isinstance(found, Tensor) and found.ndim and len(found) == len(x1):
                 return found
             listed, left = describe(found), []
@@ -115,8 +116,9 @@ class Condition:
         place = left[0] if left else 'batch["embedding"]'
         raise ValueError(
             f"Expected the condition of each of {len(x1)} samples in {describe(batch)}, found "
-            f"{listed}. Say where it is: Condition({self._said}, find=lambda batch: {place}), with "
-            "a number in each place: text must be embedded by the data set, or in `find`."
+            f"{listed}. Say where it is: Condition({self._said}, read_batch=lambda batch: "
+            f"{place}), with a number in each place: text must be embedded by the data set, or in "
+            "`read_batch`."
         )
 
     @property

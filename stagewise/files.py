@@ -23,7 +23,7 @@ __all__ = [
     "first_line",
     "is_full",
     "jsonable",
-    "names",
+    "joined",
     "replace_file",
 ]
 
@@ -155,7 +155,7 @@ def is_full(error: BaseException | None) -> bool:
 # -- words and numbers ------------------------------------------------------------------------
 
 
-def names(paths: Iterable[object], most: int = 5) -> str:
+def joined(paths: Iterable[object], most: int = 5) -> str:
     """A few names for a message, and how many more there are."""
     listed = [str(path) for path in paths]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""

@@ -230,7 +230,7 @@ def require_same_masks(bank: Any, x1: Tensor, labels: object) -> None:
     if masks is None:
         raise ValueError(
             "The bank has masks, and none came with the samples: mask=mask, or in a trainer "
-            "find=lambda batch: (batch[0], None, batch[1])."
+            "read_batch=lambda batch: (batch[0], None, batch[1])."
         )
     whole, (x1, of_masks) = x1, fitted(x1, masks, bank.shape)
     if x1.shape[1:] != bank.shape:
@@ -282,7 +282,7 @@ def as_asked(
         if bank.pairs is not None:
             raise ValueError(
                 "Expected the masks of the samples, as the bank has masks, got none: mask=mask, "
-                "or in a training find=lambda batch: (batch[0], None, batch[1])."
+                "or in a training read_batch=lambda batch: (batch[0], None, batch[1])."
             )
         return x, None, labels
     if bank.pairs is None:

@@ -35,7 +35,7 @@ from stagewise.engines import Auto, Engine
 from stagewise.masks import cut, fitted, masked
 from stagewise.oracle_queries import OracleQueries
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
-from stagewise.posterior import Posterior, put
+from stagewise.posterior import Posterior, replace_queries
 from stagewise.queries import Labels, Queries, Times, require_tensors, with_source_weight
 from stagewise.tracing import untraced
 
@@ -211,7 +211,7 @@ class Oracle(OracleQueries):
             if not left:
                 return post
             searched = self.engine.posterior(self.bank, queries.select(left), k)
-            return put(post, left, searched, len(queries))
+            return replace_queries(post, left, searched, len(queries))
 
     @untraced
     def correction(

@@ -66,7 +66,7 @@ class OracleQueries:
         if isinstance(own, Tensor) and self.reads_on_device(own, flat):
             ends = self.bank.ends_of(whole_labels(own, len(flat)))
         elif own is not None:
-            names = self.names(own, len(flat))
+            names = self.classes_of(own, len(flat))
         if source is not None:
             source = checked_source(source, len(flat), self.engine.num_rows(self.bank))
             source = source.to(flat.device, torch.int64)
@@ -119,7 +119,7 @@ class OracleQueries:
         path = self.path(t.detach().to(device=xt.device, dtype=torch.float64))
         return xt.detach().flatten(1).double(), path.floored(self.engine.sigma_floor(self.bank))
 
-    def names(self, labels: Tensor | Sequence[int | None], count: int) -> list[int | None]:
+    def classes_of(self, labels: Tensor | Sequence[int | None], count: int) -> list[int | None]:
         """The labels of `count` queries on the host, with None for the whole bank.
 
         Raises:

@@ -31,7 +31,7 @@ __all__ = [
     "TailKind",
     "merge",
     "posterior_of",
-    "put",
+    "replace_queries",
     "upload",
 ]
 
@@ -200,7 +200,7 @@ def posterior_of(
     return post, weights / total[:, None]
 
 
-def put(post: Posterior, at: Sequence[int], other: Posterior, count: int) -> Posterior:
+def replace_queries(post: Posterior, at: Sequence[int], other: Posterior, count: int) -> Posterior:
     """The posterior of `count` queries of which `other` answers those at `at`.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from stagewise.bank import LatentBank
-from stagewise.batches import PADDED, FindSample, describe, find_checked
+from stagewise.batches import PADDED, ReadBatch, describe, read_checked
 from stagewise.drawn_rows import CURE
 from stagewise.masks import MaskedLabels, fitted
 
@@ -26,11 +26,11 @@ class RowReader:
 
     Args:
         loader: The other one, which is not advanced.
-        find: From a batch to `(x_1, labels or None)`.
+        read_batch: From a batch to `(x_1, labels or None)`.
         move: From what a loader yields to what a training step is given.
     """
 
-    def __init__(self, loader: Any, find: FindSample, move: Callable[[Any], Any]) -> None:
+    def __init__(self, loader: Any, read_batch: ReadBatch, move: Callable[[Any], Any]) -> None:
         if not isinstance(loader, DataLoader):
             raise ValueError(
                 f"Expected one DataLoader for training, got {type(loader).__name__}. {CURE}"
@@ -46,7 +46,7 @@ class RowReader:
                 f"The training loader does no batching of its own (batch_size=None). {CURE}"
             )
         fixed = getattr(loader.dataset, "fixed", None)
-        self.loader, self._find, self._move = loader, find, move
+        self.loader, self._find, self._move = loader, read_batch, move
         self._dataset: Any = fixed() if callable(fixed) else loader.dataset
 
     def copies_of(self, rows: Sequence[int]) -> Sequence[int]:
@@ -94,25 +94,25 @@ class RowReader:
                     f"{str(error).strip().splitlines()[-1]}. {CURE}"
                 ) from error
             batch = self._move(batch)
-            x1, labels = find_checked(self._find, batch)
+            x1, labels = read_checked(self._find, batch)
             first = first or (x1, labels)
             if len(x1) != len(places):
                 raise ValueError(
                     f"Expected an x_1 of each of {len(places)} samples ({span}), got "
                     f"{describe(x1)}; the first batch gave {describe(first[0])}. If the collate "
-                    f"function or `find` leaves samples out, or makes several of one: {CURE}"
+                    f"function or `read_batch` leaves samples out, or makes several of one: {CURE}"
                 )
             if x1.shape[1:] != first[0].shape[1:] and not isinstance(labels, MaskedLabels):
                 raise ValueError(
                     f"Expected x_1 of one shape, got {describe(first[0])} in the first batch and "
                     f"{describe(x1)} in that of samples {span}. Pad or crop all to one shape in "
-                    f"the collate function or in `find`. {PADDED} {CURE}"
+                    f"the collate function or in `read_batch`. {PADDED} {CURE}"
                 )
             if type(labels) is not type(first[1]):
                 raise ValueError(
                     "Expected labels in all batches or in none, got some in one and none in "
                     f"another, {describe(batch)} of samples {span}. Say which: "
-                    "find=lambda batch: (batch[0], None) for none."
+                    "read_batch=lambda batch: (batch[0], None) for none."
                 )
             yield x1, labels
 

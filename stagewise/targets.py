@@ -44,15 +44,15 @@ from stagewise.posterior import Posterior, posterior_of, upload
 from stagewise.products import full_precision
 from stagewise.queries import Queries
 
-__all__ = ["Mix", "Pull", "ReferenceSet", "Target", "mix_target"]
+__all__ = ["Mix", "TargetMean", "ReferenceSet", "Target", "mix_target"]
 
 _NUMBERS = 2**24
 """Numbers of gathered rows that are held at a time."""
 
 
 @dataclass(frozen=True)
-class Pull:
-    """Where a target pulls.
+class TargetMean:
+    """The mean of x_1 that a target pulls towards, as its distance from x_1.
 
     Attributes:
         difference: `m - x_1`, (B, D), float64.
@@ -80,7 +80,7 @@ class Target(ABC):
         self.lam = Lambda.of(lam)
 
     @abstractmethod
-    def pull(self, oracle: Oracle, queries: Queries, draws: Random) -> Pull:
+    def mean(self, oracle: Oracle, queries: Queries, draws: Random) -> TargetMean:
         """The posterior mean of x_1 over the target's rows, less x_1.
 
         Args:
@@ -137,14 +137,14 @@ class Mix(Target):
     reads_rows = False
 
     @override
-    def pull(self, oracle: Oracle, queries: Queries, draws: Random) -> Pull:
+    def mean(self, oracle: Oracle, queries: Queries, draws: Random) -> TargetMean:
         """Formula (2), or m - x_1 for an x_1 drawn from a smoothed set."""
         # The second largest weight too: the largest may be that of the row x_1 stands for.
         post, x1, twin = oracle.ask(queries, k=2), queries.x1, queries.twin
         assert x1 is not None
         assert twin is not None
         if oracle.smoothing is not None:
-            return Pull(post.mean - x1, post.top1, post.tail_mass)
+            return TargetMean(post.mean - x1, post.top1, post.tail_mass)
         row, there = x1, twin >= 0
         if oracle.engine.holds_all_rows:  # otherwise the row may lie on another rank
             stored = oracle.bank.take(twin.clamp_min(0), device=x1.device)
@@ -158,7 +158,7 @@ class Mix(Target):
         gap = post.mean - x1 - gamma[:, None] * (row - x1)
         others = post.weights.masked_fill(post.rows == twin[:, None], 0).amax(1)
         top1 = torch.where(own.isinf(), 1.0, torch.maximum(others, own) / total)
-        return Pull(gap / total[:, None], top1, post.tail_mass)
+        return TargetMean(gap / total[:, None], top1, post.tail_mass)
 
 
 class ReferenceSet(Target):
@@ -201,7 +201,7 @@ class ReferenceSet(Target):
             )
 
     @override
-    def pull(self, oracle: Oracle, queries: Queries, draws: Random) -> Pull:
+    def mean(self, oracle: Oracle, queries: Queries, draws: Random) -> TargetMean:
         """Formula (1)."""
         x1 = queries.x1
         assert x1 is not None
@@ -212,7 +212,7 @@ class ReferenceSet(Target):
         gap = others.log_evidence - queries.log_weight(x1)
         share = torch.sigmoid(gap)
         top1 = torch.maximum(torch.sigmoid(-gap), share * others.top1)
-        return Pull(share[:, None] * (others.mean - x1), top1, torch.zeros_like(top1))
+        return TargetMean(share[:, None] * (others.mean - x1), top1, torch.zeros_like(top1))
 
 
 def _own_rows(

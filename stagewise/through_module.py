@@ -1,4 +1,4 @@
-"""Finding samples through the module that is trained: a `find` that asks it, or what it encodes."""
+"""Samples found through the module that is trained: `read_batch` asks it, or what it encodes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.batches import FindSample, find_sample
+from stagewise.batches import ReadBatch, find_sample
 from stagewise.undisturbed import in_eval_mode
 
 __all__ = ["Encode", "through_module", "without_trace"]
@@ -20,53 +20,53 @@ Encode = Callable[[Tensor, nn.Module], Tensor]
 
 
 def through_module(
-    find: Callable[..., Any],
+    read_batch: Callable[..., Any],
     module: nn.Module,
     encode: Encode | None = None,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> FindSample:
-    """A `find` of batches alone: in evaluation mode, without gradients, in training's precision.
+) -> ReadBatch:
+    """A `read_batch` of batches alone: in evaluation mode, no gradients, training's precision.
 
     What is drawn is drawn from the global generators.
 
     Args:
-        find: From a batch, or a batch and the module, to what a `find` returns.
+        read_batch: From a batch, or a batch and the module, to what a `read_batch` returns.
         module: The module.
         encode: What is done with `x_1` afterwards, default nothing.
         context: Makes the context of training's precision.
 
     Returns:
-        `find` itself if it needs no module.
+        `read_batch` itself if it needs no module.
     """
-    asks = _asks_module(find)
+    asks = _asks_module(read_batch)
     if not asks and encode is None:
-        return find
+        return read_batch
 
     def found(batch: Any) -> Any:
         with in_eval_mode(module), torch.no_grad(), context():
-            x1, *rest = find(batch, module) if asks else find(batch)
+            x1, *rest = read_batch(batch, module) if asks else read_batch(batch)
             return (x1 if encode is None else encode(x1, module), *rest)
 
     return found
 
 
-def without_trace(find: FindSample) -> FindSample:
-    """A `find` that leaves no trace in what the run draws; that of tensors draws nothing."""
-    if find is find_sample:
-        return find
+def without_trace(read_batch: ReadBatch) -> ReadBatch:
+    """A `read_batch` that leaves no trace in what the run draws; that of tensors draws nothing."""
+    if read_batch is find_sample:
+        return read_batch
 
     def found(batch: Any) -> Any:
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
-            return find(batch)
+            return read_batch(batch)
 
     return found
 
 
-def _asks_module(find: Callable[..., Any]) -> bool:
+def _asks_module(read_batch: Callable[..., Any]) -> bool:
     """Whether a function takes a batch and a module."""
     try:
-        parameters = inspect.signature(find).parameters.values()
+        parameters = inspect.signature(read_batch).parameters.values()
     except (TypeError, ValueError):
         return False
     needed = [

@@ -57,7 +57,7 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
     and each time; gradients are off, and the module is in evaluation mode.
 
     Args:
-        module: The run's, through which data may pass, as in a `find` that encodes.
+        module: The run's, through which data may pass, as in a `read_batch` that encodes.
         others: What else may hold a generator: loader, functions.
         seed: Of all generators, default 0.
     """

@@ -1,4 +1,4 @@
-"""Finding the seam: in modules, containers and plain objects; none, one, several."""
+"""Finding the maker: in modules, containers and plain objects; none, one, several."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stagewise import CosinePath, LatentBank, Oracle
-from stagewise.adapters import find_seams, one_seam
+from stagewise.adapters import find_target_makers, one_target_maker
 from stagewise.losses import FlowMatchingLoss
 from stagewise.schemes import Scheme
 from stagewise.targets import Mix
@@ -22,7 +22,7 @@ def matcher(**options):
 
 
 def names(module):
-    return [seam.name for seam in find_seams(module)]
+    return [maker.name for maker in find_target_makers(module)]
 
 
 def test_found_wherever_it_is_held():
@@ -41,7 +41,7 @@ def test_found_wherever_it_is_held():
         "module.objective.matchers['b'][0]",
         "module.inner.1.loss_fn",
     ]
-    loss = find_seams(module)[-1]
+    loss = find_target_makers(module)[-1]
     assert isinstance(loss.path, CosinePath)
     assert loss.prediction.kind == "data"
     assert loss.describe() == (
@@ -66,23 +66,23 @@ def test_what_belongs_to_others_is_not_looked_through():
     assert names(module) == []
 
 
-def test_no_seam_is_refused_with_the_cure():
+def test_no_maker_is_refused_with_the_cure():
     with pytest.raises(ValueError, match=r"nothing that makes .* in Linear.*u, w = self\.target"):
-        one_seam(nn.Linear(2, 2))
+        one_target_maker(nn.Linear(2, 2))
 
 
-def test_two_seams_are_listed_with_the_cure():
+def test_two_makers_are_listed_with_the_cure():
     module = nn.Module()
     module.FM, module.loss = matcher(), FlowMatchingLoss()
     with pytest.raises(ValueError, match="found 2") as error:
-        one_seam(module)
+        one_target_maker(module)
     message = str(error.value)
-    for seam in find_seams(module):
-        assert seam.describe() in message
-    assert 'seam="module.FM"' in message
-    assert one_seam(module, "module.loss").library == "stagewise"
+    for maker in find_target_makers(module):
+        assert maker.describe() in message
+    assert 'target_maker="module.FM"' in message
+    assert one_target_maker(module, "module.loss").library == "stagewise"
     with pytest.raises(ValueError, match=r"Expected module\.other .*there are:\n  module\.FM"):
-        one_seam(module, "module.other")
+        one_target_maker(module, "module.other")
 
 
 def test_what_cannot_be_steered_does_not_stand_in_the_way():
@@ -91,27 +91,27 @@ def test_what_cannot_be_steered_does_not_stand_in_the_way():
         scale_noise=lambda: None, sigmas=torch.zeros(1), timesteps=torch.zeros(1)
     )
     module.FM = matcher()
-    assert one_seam(module).name == "module.FM"
+    assert one_target_maker(module).name == "module.FM"
     with pytest.raises(ValueError, match=r"module\.scheduler cannot be steered"):
-        one_seam(module, "module.scheduler")
+        one_target_maker(module, "module.scheduler")
 
 
 @pytest.mark.parametrize("make", [matcher, fm_path.CondOTProbPath, FlowMatchingLoss])
 @pytest.mark.parametrize("nested", [False, True])
-def test_what_couples_before_the_seam_is_refused(make, nested):
+def test_what_couples_before_the_maker_is_refused(make, nested):
     sampler = transport.OTPlanSampler("exact")
     module = nn.Module()
-    module.seam = make()
-    one_seam(module)
+    module.maker = make()
+    one_target_maker(module)
     module.couple = {"pairs": [sampler]} if nested else sampler
     name = r"couple\['pairs'\]\[0\]" if nested else "couple"
     reason = rf"module\.{name} \(OTPlanSampler\) .* x_0 and x_1 dependent.* independent pairs"
-    with pytest.raises(ValueError, match=rf"module\.seam cannot be steered: {reason}"):
-        one_seam(module)
+    with pytest.raises(ValueError, match=rf"module\self.maker cannot be steered: {reason}"):
+        one_target_maker(module)
     with pytest.raises(ValueError, match=reason):
-        one_seam(module, "module.seam")
+        one_target_maker(module, "module.maker")
     with pytest.raises(ValueError, match=reason):
-        find_seams(module)[0].attach(Scheme())
+        find_target_makers(module)[0].attach(Scheme())
 
 
 def test_a_matcher_that_couples_inside_stands_in_no_others_way():
@@ -121,31 +121,31 @@ def test_a_matcher_that_couples_inside_stands_in_no_others_way():
             self.couple = transport.OTPlanSampler("exact")
 
     with pytest.raises(ValueError, match=r"module\.couple \(OTPlanSampler\) pairs noise with data"):
-        one_seam(Coupled())
+        one_target_maker(Coupled())
     module = nn.Module()
     module.coupled = Coupled()
     module.exact = cfm.ExactOptimalTransportConditionalFlowMatcher()
     module.FM = matcher()
-    assert one_seam(module).name == "module.FM"
+    assert one_target_maker(module).name == "module.FM"
 
 
 def test_own_loss_takes_the_scheme_and_gives_it_back():
     x1 = torch.randn(32, 4)
     loss_fn = FlowMatchingLoss()
     before = dict(vars(loss_fn))
-    seam = one_seam(loss_fn)
+    maker = one_target_maker(loss_fn)
     scheme = Scheme(Oracle(LatentBank(x1)), target=Mix(), weight=lambda t: 1 + t)
-    detach = seam.attach(scheme)
+    detach = maker.attach(scheme)
     assert loss_fn.scheme is scheme
     loss_fn(lambda xt, t: xt, x1[:8])
     assert scheme.last.lam.eq(1).all()
-    assert torch.equal(seam.last[0], loss_fn.last.t)
-    assert torch.equal(seam.last[1], loss_fn.last.loss)
+    assert torch.equal(maker.last[0], loss_fn.last.t)
+    assert torch.equal(maker.last[1], loss_fn.last.loss)
     with pytest.raises(ValueError, match="has a scheme already"):
-        one_seam(loss_fn).attach(Scheme())
+        one_target_maker(loss_fn).attach(Scheme())
     detach()
     assert vars(loss_fn).keys() == before.keys()
     assert loss_fn.scheme is None
-    one_seam(loss_fn).attach(scheme2 := Scheme())
+    one_target_maker(loss_fn).attach(scheme2 := Scheme())
     detach()
     assert loss_fn.scheme is scheme2, "an old detach leaves a newer attach alone"

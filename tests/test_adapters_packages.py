@@ -14,8 +14,8 @@ from stagewise.adapters import (
     NoisedPath,
     ShrinkingPath,
     diffusers_target,
-    find_seams,
-    one_seam,
+    find_target_makers,
+    one_target_maker,
 )
 from stagewise.noise import check_noise
 from stagewise.paths import expand_like
@@ -78,17 +78,17 @@ def torchcfm_velocity(matcher, t, xt, **options):
     return m - (1 - wide) * (xt - wide * m) / v
 
 
-def scheme_for(seam, labels=None, **options):
-    return Scheme(Oracle(LatentBank(ROWS, labels), seam.path), **options)
+def scheme_for(maker, labels=None, **options):
+    return Scheme(Oracle(LatentBank(ROWS, labels), maker.path), **options)
 
 
 @pytest.mark.parametrize("name", MATCHERS)
 def test_torchcfm_unsteered_is_bit_identical(name):
     x0, x1 = batch()
     plain, steered = MATCHERS[name](), MATCHERS[name]()
-    seam = one_seam(steered)
-    for scheme in (Scheme(path=seam.path), scheme_for(seam, target=Mix(0.0))):
-        detach = seam.attach(scheme)
+    maker = one_target_maker(steered)
+    for scheme in (Scheme(path=maker.path), scheme_for(maker, target=Mix(0.0))):
+        detach = maker.attach(scheme)
         results = []
         for matcher in (plain, steered):
             torch.manual_seed(1)
@@ -105,8 +105,8 @@ def test_torchcfm_target_is_the_marginal_velocity(name):
     x0, x1 = batch()
     matcher = MATCHERS[name]()
     plain = MATCHERS[name]()
-    seam = one_seam(matcher)
-    seam.attach(scheme_for(seam, target=Mix(1.0)))
+    maker = one_target_maker(matcher)
+    maker.attach(scheme_for(maker, target=Mix(1.0)))
     given = torch.linspace(0.02, 0.9, len(x0), dtype=torch.float64)
     torch.manual_seed(2)
     t, xt, u = matcher.sample_location_and_conditional_flow(x0, x1, given)
@@ -126,9 +126,9 @@ TWICE["strength"] = lambda t: (t >= 0.5).to(t.dtype)
 def test_torchcfm_is_given_what_was_smoothed(name):
     x0, x1 = batch()
     plain, steered = MATCHERS[name](), MATCHERS[name]()
-    seam = one_seam(steered)
-    scheme = Scheme(path=seam.path, **TWICE)
-    seam.attach(scheme)
+    maker = one_target_maker(steered)
+    scheme = Scheme(path=maker.path, **TWICE)
+    maker.attach(scheme)
     given = torch.linspace(0.02, 0.98, 24, dtype=torch.float64)
     torch.manual_seed(2)
     t, xt, u, *_ = getattr(steered, PLAIN)(x0, x1, t=given)
@@ -148,9 +148,9 @@ def test_torchcfm_is_given_what_was_smoothed(name):
 def test_flow_matching_is_given_what_was_smoothed(name):
     x0, x1 = batch()
     path, plain = path_of(name), path_of(name)
-    seam = one_seam(path)
-    scheme = Scheme(path=seam.path, **TWICE)
-    seam.attach(scheme)
+    maker = one_target_maker(path)
+    scheme = Scheme(path=maker.path, **TWICE)
+    maker.attach(scheme)
     t = torch.linspace(0.02, 0.98, 24, dtype=torch.float64)
     found = path.sample(x_0=x0, x_1=x1, t=t)
     drawn = scheme.last.x1
@@ -165,8 +165,8 @@ def test_flow_matching_is_given_what_was_smoothed(name):
 def test_torchcfm_mixes_a_share_of_all_that_is_not_known(name):
     x0, x1 = batch()
     matcher, plain = MATCHERS[name](), MATCHERS[name]()
-    seam = one_seam(matcher)
-    seam.attach(scheme_for(seam, target=Mix(0.3)))
+    maker = one_target_maker(matcher)
+    maker.attach(scheme_for(maker, target=Mix(0.3)))
     t = torch.rand(len(x0), dtype=torch.float64)
     results = []
     for each in (matcher, plain):
@@ -187,7 +187,7 @@ def test_noised_path_is_the_average_over_both_noises(name, t):
     log_weight = -gap.square() / (2 * matcher.sigma**2) - x0[:, None].square() / 2
     weight = log_weight.flatten().softmax(0).reshape(gap.shape)
     u = matcher.compute_conditional_flow(x0[:, None], rows, t, None)
-    oracle = Oracle(LatentBank(rows[:, None]), one_seam(matcher).path)
+    oracle = Oracle(LatentBank(rows[:, None]), one_target_maker(matcher).path)
     velocity = oracle.velocity(torch.tensor([[xt]]).double(), t[None])
     assert float(velocity) == pytest.approx(float((weight * u).sum()), rel=1e-6, abs=1e-6)
 
@@ -213,8 +213,8 @@ def test_paths_refuse_what_is_none():
 def test_torchcfm_class_wise_without_labels():
     x0, x1 = batch()
     matcher = MATCHERS["icfm"]()
-    seam = one_seam(matcher)
-    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    maker = one_target_maker(matcher)
+    maker.attach(scheme_for(maker, LABELS, target=Mix()))
     t, xt, u = matcher.sample_location_and_conditional_flow(x0, x1)
     own = (x1[:, None] == ROWS.double()).flatten(2).all(2).float() @ LABELS.float()
     expected = torchcfm_velocity(matcher, t, xt, mask=own[:, None] == LABELS)
@@ -231,8 +231,8 @@ def test_libraries_agree(seed, lam, kind):
     t = 0.02 + 0.95 * torch.rand(8, generator=draws, dtype=torch.float64)
     matcher = MATCHERS["icfm" if kind == "linear" else "vp"]()
     path = path_of("CondOT" if kind == "linear" else "Cosine")
-    one_seam(matcher).attach(scheme_for(one_seam(matcher), target=Mix(lam)))
-    one_seam(path).attach(scheme_for(one_seam(path), target=Mix(lam)))
+    one_target_maker(matcher).attach(scheme_for(one_target_maker(matcher), target=Mix(lam)))
+    one_target_maker(path).attach(scheme_for(one_target_maker(path), target=Mix(lam)))
     _, xt, u = matcher.sample_location_and_conditional_flow(x0, x1, t)
     found = path.sample(x_0=x0, x_1=x1, t=t)
     close = {"rtol": 1e-4, "atol": 1e-5}
@@ -261,10 +261,10 @@ def test_torchcfm_guided_takes_the_labels_and_is_steered_once():
     x0, x1 = batch()
     matcher = Guided(0.0)
     before = dict(vars(matcher))
-    seam = one_seam(matcher)
-    scheme = scheme_for(seam, LABELS, target=Mix(0.5))
+    maker = one_target_maker(matcher)
+    scheme = scheme_for(maker, LABELS, target=Mix(0.5))
     scheme.rows_checked = True
-    detach = seam.attach(scheme)
+    detach = maker.attach(scheme)
     labels = torch.randint(4, (len(x0),))  # not those of the rows: they are the caller's choice
     torch.manual_seed(3)
     t, xt, u, y0, y1 = matcher.guided_sample_location_and_conditional_flow(x0, x1, None, labels)
@@ -287,16 +287,16 @@ def test_torchcfm_noise_is_not_given_where_only_the_velocity_is_steered(guided):
     matcher = Guided(0.4)
     prefix = "guided_" if guided else ""
     sample = f"{prefix}sample_location_and_conditional_flow"
-    seam = one_seam(matcher)
+    maker = one_target_maker(matcher)
     # Also where a later phase is the first to mix: not in the middle of a run.
-    plain, mixed = Scheme(path=seam.path), scheme_for(seam, target=Mix(0.5))
+    plain, mixed = Scheme(path=maker.path), scheme_for(maker, target=Mix(0.5))
     for scheme in (mixed, Phases([Phase(plain, AtStep(5)), Phase(mixed)])):
-        detach = seam.attach(scheme)
+        detach = maker.attach(scheme)
         with pytest.raises(ValueError, match=r"return_noise=True, .*Call it without"):
             getattr(matcher, sample)(x0, x1, return_noise=True)
         getattr(matcher, sample)(x0, x1)
         detach()
-    seam.attach(Scheme(timesteps=LogitNormal(), path=seam.path))
+    maker.attach(Scheme(timesteps=LogitNormal(), path=maker.path))
     *_, eps = getattr(matcher, sample)(x0, x1, return_noise=True)
     assert eps.shape == x0.shape
 
@@ -304,7 +304,7 @@ def test_torchcfm_noise_is_not_given_where_only_the_velocity_is_steered(guided):
 def test_torchcfm_draws_t_from_the_scheme_once():
     x0, x1 = batch()
     matcher = MATCHERS["icfm"]()
-    detach = one_seam(matcher).attach(Scheme(timesteps=LogitNormal(-1, 0.3)))
+    detach = one_target_maker(matcher).attach(Scheme(timesteps=LogitNormal(-1, 0.3)))
     torch.manual_seed(4)
     t, *_ = matcher.sample_location_and_conditional_flow(x0, x1)
     torch.manual_seed(4)
@@ -323,10 +323,10 @@ def test_torchcfm_draws_t_from_the_scheme_once():
 def test_torchcfm_couplings_are_refused_with_the_reason(kind):
     matcher = getattr(cfm, f"{kind}ConditionalFlowMatcher")(1.0)
     with pytest.raises(ValueError, match=r"makes x_0 and x_1 dependent.* ConditionalFlowMatcher"):
-        one_seam(matcher)
-    (seam,) = find_seams(matcher)
+        one_target_maker(matcher)
+    (maker,) = find_target_makers(matcher)
     with pytest.raises(ValueError, match="module cannot be steered"):
-        seam.attach(Scheme())
+        maker.attach(Scheme())
 
 
 def test_torchcfm_unknown_matcher_is_refused():
@@ -336,7 +336,7 @@ def test_torchcfm_unknown_matcher_is_refused():
             return t**2 * x1 + (1 - t) * x0
 
     with pytest.raises(ValueError, match=r"its path is not known.*self\.target\(u, xt=xt"):
-        one_seam(Curved())
+        one_target_maker(Curved())
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -345,8 +345,8 @@ def test_flow_matching_unsteered_is_bit_identical(name):
     t = torch.rand(len(x0), dtype=torch.float64)
     expected = path_of(name).sample(x_0=x0, x_1=x1, t=t)
     path = path_of(name)
-    seam = one_seam(path)
-    seam.attach(scheme_for(seam, target=Mix(0.0)))
+    maker = one_target_maker(path)
+    maker.attach(scheme_for(maker, target=Mix(0.0)))
     found = path.sample(x0, x1, t)
     assert type(found) is type(expected)
     assert all(torch.equal(getattr(found, key), getattr(expected, key)) for key in vars(expected))
@@ -357,8 +357,8 @@ def test_flow_matching_target_is_the_marginal_velocity(name):
     x0, x1 = batch()
     t = torch.linspace(0.05, 0.9, len(x0), dtype=torch.float64)
     path = path_of(name)
-    seam = one_seam(path)
-    seam.attach(scheme_for(seam, target=Mix()))
+    maker = one_target_maker(path)
+    maker.attach(scheme_for(maker, target=Mix()))
     found = path.sample(x_0=x0, x_1=x1, t=t)
     at = path.scheduler(t)
     m = posterior_mean(found.x_t, at.alpha_t, at.sigma_t)
@@ -375,8 +375,8 @@ def test_flow_matching_class_wise_without_labels():
     x0, x1 = batch()
     t = torch.rand(len(x0), dtype=torch.float64) * 0.5
     path = path_of("CondOT")
-    seam = one_seam(path)
-    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    maker = one_target_maker(path)
+    maker.attach(scheme_for(maker, LABELS, target=Mix()))
     found = path.sample(x_0=x0, x_1=x1, t=t)
     own = (x1[:, None] == ROWS.double()).flatten(2).all(2).float() @ LABELS.float()
     m = posterior_mean(found.x_t, t, 1 - t, mask=own[:, None] == LABELS)
@@ -386,12 +386,12 @@ def test_flow_matching_class_wise_without_labels():
 
 def test_flow_matching_is_given_its_times():
     with pytest.raises(ValueError, match=r"given its times.*t = scheme\.timesteps\.sample"):
-        one_seam(path_of("CondOT")).attach(Scheme(timesteps=Uniform()))
+        one_target_maker(path_of("CondOT")).attach(Scheme(timesteps=Uniform()))
 
 
 def test_other_paths_of_flow_matching_are_none():
     scheduler = fm_scheduler.PolynomialConvexScheduler(2.0)
-    assert find_seams(fm_path.MixtureDiscreteProbPath(scheduler)) == []
+    assert find_target_makers(fm_path.MixtureDiscreteProbPath(scheduler)) == []
 
 
 ALL = {**MATCHERS, **{name: (lambda name=name: path_of(name)) for name in SCHEDULERS}}
@@ -401,17 +401,17 @@ ALL = {**MATCHERS, **{name: (lambda name=name: path_of(name)) for name in SCHEDU
 def test_detached_it_is_what_it_was(name):
     thing = ALL[name]()
     before, kind = dict(vars(thing)), type(thing)
-    seam = one_seam(thing)
-    scheme = scheme_for(seam, target=Mix())
-    detach = seam.attach(scheme)
+    maker = one_target_maker(thing)
+    scheme = scheme_for(maker, target=Mix())
+    detach = maker.attach(scheme)
     assert vars(thing) != before
     with pytest.raises(ValueError, match="steered by another scheme already"):
-        one_seam(thing).attach(scheme)
+        one_target_maker(thing).attach(scheme)
     detach()
     detach()
     assert vars(thing) == before
     assert type(thing) is kind
-    again = one_seam(thing).attach(scheme)
+    again = one_target_maker(thing).attach(scheme)
     detach()
     assert vars(thing) != before, "an old detach leaves a newer attach alone"
     again()
@@ -421,8 +421,8 @@ def test_detached_it_is_what_it_was(name):
 def test_copies_and_pickles_are_not_steered():
     x0, x1 = batch()
     matcher = MATCHERS["icfm"]()
-    seam = one_seam(matcher)
-    seam.attach(scheme_for(seam, target=Mix()))
+    maker = one_target_maker(matcher)
+    maker.attach(scheme_for(maker, target=Mix()))
     t = torch.full((len(x0),), 0.05, dtype=torch.float64)
     assert not torch.equal(matcher.sample_location_and_conditional_flow(x0, x1, t)[2], x1 - x0)
     for other in (copy.deepcopy(matcher), pickle.loads(pickle.dumps(matcher))):
@@ -433,9 +433,9 @@ def test_copies_and_pickles_are_not_steered():
 def test_a_source_that_is_not_standard_normal_is_refused(name):
     _, x1 = batch()
     thing = ALL[name]()
-    seam = one_seam(thing)
+    maker = one_target_maker(thing)
     for x0 in (torch.rand(len(x1), *SHAPE).double(), 2 * torch.randn(len(x1), *SHAPE).double()):
-        detach = seam.attach(scheme_for(seam, target=Mix()))
+        detach = maker.attach(scheme_for(maker, target=Mix()))
         method = thing.sample if name == "CondOT" else thing.sample_location_and_conditional_flow
         with pytest.raises(ValueError, match="`x0` to be standard normal noise"):
             method(x0, x1, torch.rand(len(x1)))
@@ -457,7 +457,7 @@ def test_noise_is_never_taken_for_something_else():
 def test_dtypes_stay(dtype):
     x0, x1 = (value.to(dtype) for value in batch())
     matcher = MATCHERS["icfm, sigma"]()
-    seam = one_seam(matcher)
-    seam.attach(scheme_for(seam, target=Mix()))
+    maker = one_target_maker(matcher)
+    maker.attach(scheme_for(maker, target=Mix()))
     t, xt, u = matcher.sample_location_and_conditional_flow(x0, x1)
     assert {t.dtype, xt.dtype, u.dtype} == {dtype}

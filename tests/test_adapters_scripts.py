@@ -25,7 +25,7 @@ from stagewise import (
     VPPath,
 )
 from stagewise.adapters import diffusers as diffusers_adapter
-from stagewise.adapters import diffusers_target, find_seams, one_seam
+from stagewise.adapters import diffusers_target, find_target_makers, one_target_maker
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.callbacks import StageScheme
 from stagewise.schemes import Phase, Phases, Scheme
@@ -52,8 +52,8 @@ def posterior_mean(xt, alpha, sigma, labels=None):
     return (logits.softmax(1) @ rows).reshape(xt.shape)
 
 
-def scheme_for(seam, labels=None, **options):
-    return Scheme(Oracle(LatentBank(ROWS, labels), seam.path), **options)
+def scheme_for(maker, labels=None, **options):
+    return Scheme(Oracle(LatentBank(ROWS, labels), maker.path), **options)
 
 
 class Net(nn.Module):
@@ -206,10 +206,10 @@ def test_transport_unsteered_is_bit_identical(kind, plan, model_type):
     x1, labels = rows_of_batch()
     transport = kind(plan, model_type)
     expected = losses(transport, x1, model_kwargs={"y": labels})
-    seam = one_seam(transport)
-    assert repr(seam.path) == repr(plan.path)
-    for scheme in (Scheme(path=seam.path), scheme_for(seam, LABELS, target=Mix(0.0))):
-        detach = seam.attach(scheme)
+    maker = one_target_maker(transport)
+    assert repr(maker.path) == repr(plan.path)
+    for scheme in (Scheme(path=maker.path), scheme_for(maker, LABELS, target=Mix(0.0))):
+        detach = maker.attach(scheme)
         found = losses(transport, x1, model_kwargs={"y": labels})
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         detach()
@@ -220,8 +220,8 @@ def test_transport_target_is_the_oracle_of_its_prediction(kind, plan, model_type
     x1, labels = rows_of_batch()
     x1 = x1.double()
     transport, net = kind(plan, model_type), Net().double()
-    seam = one_seam(transport)
-    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    maker = one_target_maker(transport)
+    maker.attach(scheme_for(maker, LABELS, target=Mix()))
     loss, pred, _ = losses(transport, x1, net, model_kwargs={"y": labels})
     ((xt, t),) = net.seen
     reverse = plan is ReversedPlan
@@ -240,19 +240,19 @@ def test_transport_target_is_the_oracle_of_its_prediction(kind, plan, model_type
     assert (unsteered - loss).abs().max() > 0.05
 
 
-def smoothing_scheme(seam):
+def smoothing_scheme(maker):
     """Draws half of the samples anew, whatever t is."""
     smoothing = Smoothing(LatentBank(ROWS), 4, progress=False)
-    return Scheme(path=seam.path, smoothing=smoothing, strength=lambda t: (t >= 0.5).to(t.dtype))
+    return Scheme(path=maker.path, smoothing=smoothing, strength=lambda t: (t >= 0.5).to(t.dtype))
 
 
 @pytest.mark.parametrize(("kind", "plan", "model_type"), TRANSPORTS)
 def test_transport_trains_on_what_was_smoothed(kind, plan, model_type):
     x1, _ = rows_of_batch()
     kept, transport = x1.clone(), kind(plan, model_type)
-    seam = one_seam(transport)
-    scheme = smoothing_scheme(seam)
-    seam.attach(scheme)
+    maker = one_target_maker(transport)
+    scheme = smoothing_scheme(maker)
+    maker.attach(scheme)
     found = losses(transport, x1)
     drawn, late = scheme.last.x1, scheme.last.t >= 0.5
     assert torch.equal((drawn == x1).flatten(1).all(1), ~late)
@@ -265,11 +265,11 @@ def test_transport_trains_on_what_was_smoothed(kind, plan, model_type):
 def test_transport_finds_the_class_itself_where_the_model_has_no_labels():
     x1, labels = rows_of_batch()
     transport = SiT()
-    seam = one_seam(transport)
-    detach = seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    maker = one_target_maker(transport)
+    detach = maker.attach(scheme_for(maker, LABELS, target=Mix()))
     without = losses(transport, x1)
     detach()
-    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    maker.attach(scheme_for(maker, LABELS, target=Mix()))
     assert torch.equal(losses(transport, x1, model_kwargs={"y": labels})[0], without[0])
 
 
@@ -277,7 +277,7 @@ def test_transport_asks_for_the_classes_that_the_model_is_given():
     x1, _ = rows_of_batch()
     transport, net = SiT(), Net().double()
     oracle = Oracle(LatentBank(ROWS, LABELS), null_class=4)
-    one_seam(transport).attach(Scheme(oracle, target=Mix()))
+    one_target_maker(transport).attach(Scheme(oracle, target=Mix()))
     dropped = torch.full((len(x1),), 4)  # as for classifier-free guidance
     loss, pred, _ = losses(transport, x1.double(), net, model_kwargs={"y": dropped})
     ((xt, t),) = net.seen
@@ -299,32 +299,32 @@ def test_transport_refuses_conditions_that_are_no_classes(kwargs):
     x1, _ = rows_of_batch()
     for bank_labels in (None, LABELS):
         transport = SiT()
-        seam = one_seam(transport)
-        detach = seam.attach(scheme_for(seam, bank_labels, target=Mix()))
+        maker = one_target_maker(transport)
+        detach = maker.attach(scheme_for(maker, bank_labels, target=Mix()))
         with pytest.raises(ValueError, match="not the class of each sample.*class_wise=False"):
             losses(transport, x1, model_kwargs=kwargs)
         detach()
-        seam.attach(scheme_for(seam, bank_labels, target=Mix(), class_wise=False))
+        maker.attach(scheme_for(maker, bank_labels, target=Mix(), class_wise=False))
         losses(transport, x1, model_kwargs=kwargs)
         transport = SiT()
-        one_seam(transport).attach(Scheme(timesteps=LogitNormal(), weight=lambda t: t))
+        one_target_maker(transport).attach(Scheme(timesteps=LogitNormal(), weight=lambda t: t))
         losses(transport, x1, model_kwargs=kwargs)
 
 
 def test_transport_takes_classes_in_other_shapes():
     x1, labels = rows_of_batch()
     transport = SiT()
-    seam = one_seam(transport)
-    scheme = scheme_for(seam, LABELS, target=Mix())
+    maker = one_target_maker(transport)
+    scheme = scheme_for(maker, LABELS, target=Mix())
     scheme.rows_checked = True  # the first call refuses other classes than those of the rows
-    seam.attach(scheme)
+    maker.attach(scheme)
     given = (labels + 1) % 4
     expected, *_ = losses(transport, x1, model_kwargs={"y": given, "flag": True, "zs": None})
     assert not torch.equal(losses(transport, x1, model_kwargs={"y": labels})[0], expected)
     for same in (given[:, None], given.float(), given.double()[:, None]):
         assert torch.equal(losses(transport, x1, model_kwargs={"y": same})[0], expected)
     other = SiT()
-    one_seam(other).attach(scheme_for(seam, target=Mix()))
+    one_target_maker(other).attach(scheme_for(maker, target=Mix()))
     with pytest.raises(ValueError, match=r"labels, and a bank without classes.*LatentBank\(x, lab"):
         losses(other, x1, model_kwargs={"y": labels})
 
@@ -332,8 +332,8 @@ def test_transport_takes_classes_in_other_shapes():
 def test_transport_looks_at_all_phases():
     x1, labels = rows_of_batch()
     transport = SiT()
-    seam = one_seam(transport)
-    seam.attach(Phases([Phase(Scheme(), AtStep(9)), Phase(scheme_for(seam, target=Mix()))]))
+    maker = one_target_maker(transport)
+    maker.attach(Phases([Phase(Scheme(), AtStep(9)), Phase(scheme_for(maker, target=Mix()))]))
     with pytest.raises(ValueError, match="class_wise=False"):
         losses(transport, x1, model_kwargs={"y": labels})
 
@@ -342,15 +342,15 @@ def test_transport_weighs_and_reports_the_losses():
     x1, _ = rows_of_batch()
     transport, net = SiT(), Net()
     expected, *_ = losses(transport, x1, net)
-    seam = one_seam(transport)
-    seam.attach(Scheme(weight=lambda t: 1 + t))
-    assert seam.last is None
+    maker = one_target_maker(transport)
+    maker.attach(Scheme(weight=lambda t: 1 + t))
+    assert maker.last is None
     loss, *_ = losses(transport, x1, net)
     t = net.seen[-1][1]
     torch.testing.assert_close(loss, (1 + t) * expected)
-    assert torch.equal(seam.last[0], t)
-    assert torch.equal(seam.last[1], expected)
-    assert not seam.last[1].requires_grad
+    assert torch.equal(maker.last[0], t)
+    assert torch.equal(maker.last[1], expected)
+    assert not maker.last[1].requires_grad
     loss.mean().backward()
     assert net.scale.grad.abs() > 0
 
@@ -361,7 +361,7 @@ def test_transport_draws_t_from_the_scheme_once(kind, model_type):
     x1, _ = rows_of_batch()
     transport, net = kind(model_type=model_type), Net()
     sampler = LogitNormal(-1, 0.3)
-    one_seam(transport).attach(Scheme(timesteps=sampler))
+    one_target_maker(transport).attach(Scheme(timesteps=sampler))
     *_, state = losses(transport, x1, net)
     torch.manual_seed(1)
     x0 = torch.randn_like(x1)
@@ -376,22 +376,22 @@ def test_transport_draws_t_from_the_scheme_once(kind, model_type):
 def test_transport_of_reversed_time_draws_and_reports_ours():
     x1, _ = rows_of_batch()
     transport, net = SiT(ReversedPlan), Net()
-    seam = one_seam(transport)
-    assert "predicts minus the velocity, time 1 is noise and 0 is data" in seam.describe()
-    seam.attach(Scheme(timesteps=LogitNormal(-2, 0.1)))
+    maker = one_target_maker(transport)
+    assert "predicts minus the velocity, time 1 is noise and 0 is data" in maker.describe()
+    maker.attach(Scheme(timesteps=LogitNormal(-2, 0.1)))
     losses(transport, x1, net)
     assert net.seen[0][1].min() > 0.8, "near the noise"
-    torch.testing.assert_close(seam.last[0], 1 - net.seen[0][1])
+    torch.testing.assert_close(maker.last[0], 1 - net.seen[0][1])
 
 
 def test_lightningdit_keeps_its_own_times_unless_the_scheme_has_some():
     x1, _ = rows_of_batch()
     transport, net = LightningDiT(), Net()
-    detach = one_seam(transport).attach(Scheme())
+    detach = one_target_maker(transport).attach(Scheme())
     losses(transport, x1, net, sp_timesteps=(0.9, 0.95))
     assert net.seen[0][1].min() >= 0.9
     detach()
-    one_seam(transport).attach(Scheme(timesteps=LogitNormal(-1, 0.3)))
+    one_target_maker(transport).attach(Scheme(timesteps=LogitNormal(-1, 0.3)))
     with pytest.raises(ValueError, match="module was given its times, but the scheme draws them"):
         losses(transport, x1, net, sp_timesteps=(0.9, 0.95))
 
@@ -401,7 +401,7 @@ def test_lightningdit_weighs_both_of_its_losses():
     transport, net = LightningDiT(), Net()
     torch.manual_seed(1)
     expected = transport.training_losses(net, x1)
-    one_seam(transport).attach(Scheme(weight=lambda t: 1 + t))
+    one_target_maker(transport).attach(Scheme(weight=lambda t: 1 + t))
     torch.manual_seed(1)
     terms = transport.training_losses(net, x1)
     weight = 1 + net.seen[-1][1]
@@ -413,8 +413,8 @@ def test_lightningdit_weighs_both_of_its_losses():
 def test_transport_outside_of_its_losses_is_left_alone():
     x1, _ = rows_of_batch()
     transport = SiT()
-    seam = one_seam(transport)
-    seam.attach(scheme_for(seam, target=Mix(), timesteps=LogitNormal()))
+    maker = one_target_maker(transport)
+    maker.attach(scheme_for(maker, target=Mix(), timesteps=LogitNormal()))
     torch.manual_seed(0)
     t, x0, _ = transport.sample(x1)
     torch.manual_seed(0)
@@ -426,7 +426,7 @@ def test_transport_is_what_it_was_even_after_an_error():
     x1, _ = rows_of_batch()
     transport = SiT()
     before, plan_before = dict(vars(transport)), dict(vars(transport.path_sampler))
-    detach = one_seam(transport).attach(Scheme(path=LinearPath()))
+    detach = one_target_maker(transport).attach(Scheme(path=LinearPath()))
     with pytest.raises(TypeError):
         transport.training_losses(lambda xt, t: None, x1)
     assert torch.equal(transport.path_sampler.plan(torch.zeros(16), x1, x1)[2], x1 - x1)
@@ -439,7 +439,7 @@ def test_transport_of_an_unknown_kind_is_refused():
     transport = SiT()
     transport.model_type = SimpleNamespace(name="FLOW_MAP")
     with pytest.raises(ValueError, match="model_type, 'flow_map', is not known"):
-        one_seam(transport)
+        one_target_maker(transport)
 
 
 # -- EDM -----------------------------------------------------------------------------------------
@@ -514,8 +514,8 @@ def test_edm_unsteered_is_bit_identical(kind):
     images, _ = rows_of_batch()
     holder = holder_of(kind)
     expected = edm(holder, images)
-    seam = one_seam(holder)
-    seam.attach(scheme_for(seam, target=Mix(0.0)))
+    maker = one_target_maker(holder)
+    maker.attach(scheme_for(maker, target=Mix(0.0)))
     kept = images.clone()
     found = edm(holder, images)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -526,9 +526,9 @@ def test_edm_unsteered_is_bit_identical(kind):
 def test_edm_trains_on_what_was_smoothed(kind):
     images, _ = rows_of_batch()
     kept, holder = images.clone(), holder_of(kind)
-    seam = one_seam(holder)
-    scheme = smoothing_scheme(seam)
-    seam.attach(scheme)
+    maker = one_target_maker(holder)
+    scheme = smoothing_scheme(maker)
+    maker.attach(scheme)
     found = edm(holder, images)
     drawn, late = scheme.last.x1, scheme.last.t >= 0.5
     assert torch.equal((drawn == images).flatten(1).all(1), ~late)
@@ -545,8 +545,8 @@ def test_edm_target_is_the_posterior_mean(kind, labelled):
     images, kept = images.double(), images.double()
     given = {"numbers": labels, "one-hot": nn.functional.one_hot(labels).float(), "not": None}
     holder, net = holder_of(kind), Net().double()
-    seam = one_seam(holder)
-    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    maker = one_target_maker(holder)
+    maker.attach(scheme_for(maker, LABELS, target=Mix()))
     loss, _ = edm(holder, images, given[labelled], net)
     ((x, sigma),) = net.seen
     m = posterior_mean(x, torch.ones(len(x)), sigma, labels)
@@ -566,8 +566,8 @@ def test_edm_labels_without_columns_are_none(kind):
     results = []
     for labels in (None, torch.zeros(len(images), 0)):
         holder, net = holder_of(kind), Net()
-        seam = one_seam(holder)
-        seam.attach(scheme_for(seam, LABELS, target=Mix()))
+        maker = one_target_maker(holder)
+        maker.attach(scheme_for(maker, LABELS, target=Mix()))
         results.append(edm(holder, images, labels, net)[0])
     assert torch.equal(*results)
 
@@ -577,7 +577,9 @@ def test_edm_network_is_found_beside_labels_without_columns(labels):
     images, _ = rows_of_batch()
     module = holder_of(EDMLoss)
     module.net = Net()
-    search = NetworkSearch(module, find_seams(module), lambda: [("batch[0]", images)], labels)
+    search = NetworkSearch(
+        module, find_target_makers(module), lambda: [("batch[0]", images)], labels
+    )
     edm(module, images, torch.zeros(len(images), 0), module.net)
     search.stop()
     network = search.result()
@@ -591,8 +593,8 @@ def test_edm_rows_without_a_label_see_the_whole_bank():
     one_hot = nn.functional.one_hot(labels).float()
     one_hot[::2] = 0
     holder, net = holder_of(EDMLoss), Net()
-    seam = one_seam(holder)
-    seam.attach(scheme_for(seam, LABELS, target=Mix()))
+    maker = one_target_maker(holder)
+    maker.attach(scheme_for(maker, LABELS, target=Mix()))
     loss, _ = edm(holder, images, one_hot, net)
     ((x, sigma),) = net.seen
     m = posterior_mean(x, torch.ones(len(x)), sigma)[::2].float()
@@ -607,13 +609,13 @@ def test_edm_weighs_and_reports_the_losses(kind):
     images, _ = rows_of_batch()
     holder, net = holder_of(kind), Net()
     expected, _ = edm(holder, images)
-    seam = one_seam(holder)
-    seam.attach(Scheme(weight=lambda t: 1 + t))
+    maker = one_target_maker(holder)
+    maker.attach(Scheme(weight=lambda t: 1 + t))
     loss, _ = edm(holder, images, None, net)
     t = 1 / (1 + net.seen[0][1])
     torch.testing.assert_close(loss, (1 + t) * expected)
-    assert torch.equal(seam.last[0], t.flatten())
-    assert torch.equal(seam.last[1], expected.flatten(1).mean(1))
+    assert torch.equal(maker.last[0], t.flatten())
+    assert torch.equal(maker.last[1], expected.flatten(1).mean(1))
     loss.sum().backward()
     assert net.scale.grad.abs() > 0
 
@@ -623,10 +625,10 @@ def test_edm_is_what_it_was(kind):
     holder = holder_of(kind)
     loss_fn = holder.loss_fn
     before, of_holder = dict(vars(loss_fn)), dict(vars(holder))
-    detach = one_seam(holder).attach(Scheme())
+    detach = one_target_maker(holder).attach(Scheme())
     assert holder.loss_fn.P_mean == -0.4, "what it holds can be read meanwhile"
     with pytest.raises(ValueError, match="steered by another scheme already"):
-        one_seam(holder).attach(Scheme())
+        one_target_maker(holder).attach(Scheme())
     detach()
     assert holder.loss_fn is loss_fn
     assert vars(loss_fn) == before
@@ -640,17 +642,17 @@ def test_edm_network_is_no_loss():
         def forward(self, x, sigma, labels=None):
             return x
 
-    assert find_seams(Precond()) == []
+    assert find_target_makers(Precond()) == []
 
 
 def test_edm_refuses_what_it_cannot_steer():
     images, _ = rows_of_batch()
     holder = holder_of(EDMLoss)
     with pytest.raises(ValueError, match="keep it as an attribute"):
-        one_seam(holder.loss_fn)
+        one_target_maker(holder.loss_fn)
     with pytest.raises(ValueError, match="given its times"):
-        one_seam(holder).attach(Scheme(timesteps=LogitNormal()))
-    one_seam(holder).attach(Scheme())
+        one_target_maker(holder).attach(Scheme(timesteps=LogitNormal()))
+    one_target_maker(holder).attach(Scheme())
     with pytest.raises(ValueError, match="without augment_pipe"):
         holder.loss_fn(Net(), images, None, lambda x: (x.flip(-1), None))
 
@@ -728,10 +730,10 @@ def test_diffusers_target_takes_labels(script):
 
 def test_diffusers_scheduler_is_recognised_and_says_what_to_do(diffusers):
     module = SimpleNamespace(noise_scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
-    (seam,) = find_seams(module)
-    assert "minus the velocity, time 1000 is noise and 0 is data" in seam.describe()
+    (maker,) = find_target_makers(module)
+    assert "minus the velocity, time 1000 is noise and 0 is data" in maker.describe()
     with pytest.raises(ValueError, match=r"module\.noise_scheduler .*write diffusers_target\("):
-        one_seam(module)
+        one_target_maker(module)
 
 
 def test_diffusers_bad_input(script):
@@ -791,12 +793,12 @@ def test_one_line_for_all_schedulers(scheduler, kind):
     torch.testing.assert_close(steered.double(), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"in \[0, (999|1000)\]"):
         scheme(plain, xt=noisy, t=timesteps + 1000, x1=x)
-    (seam,) = find_seams(SimpleNamespace(noise_scheduler=noise_scheduler))
-    assert (seam.convention, seam.trains) == (scheme.convention, False)
+    (maker,) = find_target_makers(SimpleNamespace(noise_scheduler=noise_scheduler))
+    assert (maker.convention, maker.trains) == (scheme.convention, False)
 
 
 def test_a_scheduler_to_sample_with_is_no_training(diffusers):
-    assert find_seams(SimpleNamespace(scheduler=diffusers.EulerDiscreteScheduler())) == []
+    assert find_target_makers(SimpleNamespace(scheduler=diffusers.EulerDiscreteScheduler())) == []
     with pytest.raises(
         TypeError,
         match=r"got EulerDiscreteScheduler, which is for sampling.*DDPMScheduler\.from_config",
@@ -840,7 +842,7 @@ def steers(value):
 
 
 def held_by(module):
-    """All that a seam could have changed."""
+    """All that a maker could have changed."""
     plan = getattr(module.thing, "path_sampler", None)
     held = {key: value for key, value in vars(module.thing).items() if key != "training"}
     return module.thing, held, None if plan is None else dict(vars(plan))
@@ -853,9 +855,9 @@ def test_a_trainer_steers_what_its_module_holds(kind, make_trainer, make_loader)
     ends = []
     for steered in (True, False):
         module = Held(kind())
-        seam, optimizer = one_seam(module), module.configure_optimizers()
+        maker, optimizer = one_target_maker(module), module.configure_optimizers()
         if steered:
-            seam.attach(Scheme(Oracle(bank), target=Mix()))
+            maker.attach(Scheme(Oracle(bank), target=Mix()))
         for step, batch in enumerate(loader):
             optimizer.zero_grad()
             module.loss(batch, step).backward()
@@ -877,6 +879,6 @@ def test_a_scheme_for_another_path_is_refused():
     transport = SiT(GVPCPlan)
     scheme = Scheme(Oracle(LatentBank(ROWS)), target=Mix())
     with pytest.raises(ValueError, match=r"trains on CosinePath\(\), the scheme is for LinearPath"):
-        one_seam(transport).attach(scheme)
-    with pytest.raises(ValueError, match=r"one_seam\(module\)\.path"):
-        one_seam(transport).attach(Scheme(weight=lambda t: t, path=EDMPath()))
+        one_target_maker(transport).attach(scheme)
+    with pytest.raises(ValueError, match=r"one_target_maker\(module\)\.path"):
+        one_target_maker(transport).attach(Scheme(weight=lambda t: t, path=EDMPath()))

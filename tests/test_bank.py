@@ -189,7 +189,7 @@ def test_x1_and_label_are_found(batch, has_label):
 def test_what_was_seen_and_the_cure_are_named(batch):
     with pytest.raises(ValueError, match="one floating-point tensor") as error:
         find_sample(batch)
-    assert "find=lambda batch" in str(error.value)
+    assert "read_batch=lambda batch" in str(error.value)
     if isinstance(batch, tuple):
         assert str(tuple(batch[0].shape)) in str(error.value)
 

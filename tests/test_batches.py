@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stagewise.batches import find_checked, find_sample, unused_in
+from stagewise.batches import find_sample, read_checked, unused_in
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([3, 0, 1, 3])
@@ -26,14 +26,14 @@ def test_whole_numbers_are_labels(labels):
         assert found.dtype == torch.int64
         assert torch.equal(found, Y)
         assert unused_in(batch, x1, found) == []
-    assert torch.equal(find_checked(lambda batch: batch, (X, labels))[1], Y)
+    assert torch.equal(read_checked(lambda batch: batch, (X, labels))[1], Y)
 
 
 def test_booleans_are_labels_where_they_are_named_so():
     yes = Y > 0
     for found in (
         find_sample({"image": X, "y": yes})[1],
-        find_checked(lambda batch: batch, (X, yes))[1],
+        read_checked(lambda batch: batch, (X, yes))[1],
     ):
         assert found.tolist() == [1, 0, 1, 1]
         assert found.dtype == torch.int64
@@ -41,7 +41,7 @@ def test_booleans_are_labels_where_they_are_named_so():
     assert find_sample((X, yes))[1] is None
     (line,) = unused_in((X, yes), X, None)
     assert "batch[1], bool tensor (4,), is not used" in line
-    assert "find=lambda batch: (batch[0], batch[1])" in line
+    assert "read_batch=lambda batch: (batch[0], batch[1])" in line
 
 
 def test_integers_go_before_weights_and_masks():
@@ -51,7 +51,7 @@ def test_integers_go_before_weights_and_masks():
     first, second = unused_in(batch, x1, labels)
     assert "batch[1], float32 tensor (4,), is not used" in first
     assert "batch[3], bool tensor (4,), is not used" in second
-    assert "find=" not in first + second, "there are labels"
+    assert "read_batch=" not in first + second, "there are labels"
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_labels_that_cannot_be_used_are_named_with_a_cure(value, cure):
     assert labels is None
     (line,) = unused_in(batch, x1, labels)
     assert "batch[1]" in line
-    assert f"find=lambda batch: (batch[0], {cure})." in line
+    assert f"read_batch=lambda batch: (batch[0], {cure})." in line
     if "round" in cure and not torch.isfinite(value).all():
         return
     find = eval(f"lambda batch: (batch[0], {cure})", {"torch": torch, "CLASSES": sorted(WORDS)})
-    x1, labels = find_checked(find, batch)
+    x1, labels = read_checked(find, batch)
     assert labels.dtype == torch.int64
     if "round" not in cure and "CLASSES" not in cure:
         assert torch.equal(labels, Y)
@@ -124,8 +124,8 @@ def test_labels_that_differ_are_refused(batch, names):
         find_sample(batch)
     message = str(error.value)
     assert f"differ, {names}, in " in message
-    cure = message.split("find=")[1].split(", or ")[0]
-    labels = find_checked(eval(cure), batch)[1]
+    cure = message.split("read_batch=")[1].split(", or ")[0]
+    labels = read_checked(eval(cure), batch)[1]
     assert labels is not None
 
 
@@ -152,4 +152,4 @@ def test_a_single_column_is_a_sample_only_where_nothing_else_is():
 @pytest.mark.parametrize("labels", [HOT, FRACTIONS, FRACTIONS[:, None], WORDS, Y[:3], X])
 def test_find_must_give_whole_labels(labels):
     with pytest.raises(ValueError, match=r"integers of shape \(B,\), got .*argmax"):
-        find_checked(lambda batch: batch, (X, labels))
+        read_checked(lambda batch: batch, (X, labels))

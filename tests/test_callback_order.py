@@ -100,13 +100,14 @@ def test_what_is_said_once_holds_for_all_wherever_it_is_said(files, make_data):
     def find(batch):
         return 1.0 * batch[0], None
 
-    said = [StageRun(find=find, seed=3, class_wise=False), *watch()[:3]]
+    said = [StageRun(read_batch=find, seed=3, class_wise=False), *watch()[:3]]
     first = files(said, "first")
-    last = files([*watch()[:3], StageRun(find=find, seed=3, class_wise=False)], "last")
+    last = files([*watch()[:3], StageRun(read_batch=find, seed=3, class_wise=False)], "last")
     assert first[1] == last[1]
-    on_one = files([PosteriorMonitor(**FEW, find=find), *watch()[1:3]], "one")
+    on_one = files([PosteriorMonitor(**FEW, read_batch=find), *watch()[1:3]], "one")
     on_other = files(
-        [*watch()[:2], MemorizationMonitor(every_n_steps=4, samples=4, steps=4, find=find)], "other"
+        [*watch()[:2], MemorizationMonitor(every_n_steps=4, samples=4, steps=4, read_batch=find)],
+        "other",
     )
     assert on_one[1] == on_other[1]
     assert first[1] != on_one[1], "the seed"
@@ -114,8 +115,13 @@ def test_what_is_said_once_holds_for_all_wherever_it_is_said(files, make_data):
 
 def test_what_contradicts_itself_is_refused(files):
     one, other = (lambda batch: (batch[0], None) for _ in range(2))
-    callbacks = PosteriorMonitor(**FEW, find=one), VelocityErrorMonitor(**FEW, find=other)
-    with pytest.raises(ValueError, match=r"PosteriorMonitor\(find=.* differ.*StageRun\(find="):
+    callbacks = (
+        PosteriorMonitor(**FEW, read_batch=one),
+        VelocityErrorMonitor(**FEW, read_batch=other),
+    )
+    with pytest.raises(
+        ValueError, match=r"PosteriorMonitor\(read_batch=.* differ.*StageRun\(read_batch="
+    ):
         files([*callbacks, MemorizationMonitor(samples=4, steps=4)], "run")
     with pytest.raises(ValueError, match="Expected one StageRun for each trainer, got 2"):
         files([StageRun(name="a"), StageRun(name="b"), PosteriorMonitor(**FEW)], "two")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stagewise import CosinePath, LatentBank, LinearPath, Mix, Scheme, StageAware
-from stagewise.adapters import find_seams
+from stagewise.adapters import find_target_makers
 from stagewise.adapters.first_step import FirstStep
 from stagewise.batches import find_sample
 from stagewise.callbacks import (
@@ -154,7 +154,7 @@ def argument(message):
     """The first argument that a message tells the user to give, as it is written there."""
     found = [
         (message.find(k), k)
-        for k in ("find=lambda", "encode=", "class_wise=False", "bank=LatentBank(")
+        for k in ("read_batch=lambda", "encode=", "class_wise=False", "bank=LatentBank(")
     ]
     at = min(place for place, _ in found if place >= 0)
     depth, begin = 0, message.find(": ", at) if message[at] == "e" else at
@@ -330,7 +330,7 @@ def test_another_tensor_of_the_batch_than_the_image(kind, run):
     given = cured(run, Depth, kind, data, {})
     # That the oracle does not heed the image is another matter, said for itself.
     others = [] if kind == "times" else ["class_wise=False"]
-    assert sorted(given) == [*others, "find=lambda batch: (batch['surface'], None)"]
+    assert sorted(given) == [*others, "read_batch=lambda batch: (batch['surface'], None)"]
 
 
 class LooksUp(Plain):
@@ -470,7 +470,7 @@ def test_conditions_that_are_no_labels(kind, condition, run):
         def training_step(self, batch, batch_idx):
             return self.loss(self.net, batch["x"], batch["c"])
 
-    find = "find=lambda batch: (batch['x'], None)"
+    find = "read_batch=lambda batch: (batch['x'], None)"
     came = run(Module(), [eval(f"StageRun({find})"), *KINDS[kind]()], DataLoader(data, 16))
     if kind == "times":
         assert came.error is None
@@ -571,7 +571,7 @@ def test_text_that_the_first_steps_drop(kind, steps, run):
     module = Drops()
     module.steps, module.text = steps, True
     data = loader(X, torch.randn(96, 5))
-    find = StageRun(find=lambda batch: (batch[0], None))
+    find = StageRun(read_batch=lambda batch: (batch[0], None))
     came = run(module, [find, *KINDS[kind]()], data, max_steps=8)
     if kind == "times":
         assert came.error is None
@@ -581,7 +581,7 @@ def test_text_that_the_first_steps_drop(kind, steps, run):
     assert (came.error is None) == (kind == "posterior")
     assert came.trainer.global_step == (8 if kind == "posterior" else steps)
     module.steps = steps
-    find = StageRun(find=lambda batch: (batch[0], None), class_wise=False)
+    find = StageRun(read_batch=lambda batch: (batch[0], None), class_wise=False)
     came = run(module, [find, *KINDS[kind]()], data, max_steps=8)
     assert came.error is None
 
@@ -628,7 +628,7 @@ def test_values_in_another_order(kind, order, run):
         assert given == ["encode=lambda x, module: x.reshape(-1, 48)"]
     else:
         assert given[0].startswith(
-            "bank=" if order == "rolled" else "find=lambda batch: (batch[0]."
+            "bank=" if order == "rolled" else "read_batch=lambda batch: (batch[0]."
         )
 
 
@@ -639,11 +639,12 @@ def test_flips_are_no_other_order(run):
 
     came = run(Flips(), KINDS["errors"](), loader(PICTURES, Y))
     assert "flipped alike. If they always are, say so" in str(came.error)
-    line = "find=lambda batch: (batch[0].flip(3), batch[1])"
+    line = "read_batch=lambda batch: (batch[0].flip(3), batch[1])"
     assert line in str(came.error)
-    find = eval(line.removeprefix("find="))
+    find = eval(line.removeprefix("read_batch="))
     assert (
-        run(Flips(), [StageRun(find=find), *KINDS["errors"]()], loader(PICTURES, Y)).error is None
+        run(Flips(), [StageRun(read_batch=find), *KINDS["errors"]()], loader(PICTURES, Y)).error
+        is None
     )
 
 
@@ -719,9 +720,11 @@ def test_a_find_to_paste(kind, batch, run):
 
     if kind == "times":
         return  # asks for no samples
-    came = run(Module(), [StageRun(find=lambda batch: (batch["no"], None)), *KINDS[kind]()], data())
-    assert "`find` to return" in str(came.error)
-    assert "For example: find=lambda batch: (batch" in str(came.error)
+    came = run(
+        Module(), [StageRun(read_batch=lambda batch: (batch["no"], None)), *KINDS[kind]()], data()
+    )
+    assert "`read_batch` to return" in str(came.error)
+    assert "For example: read_batch=lambda batch: (batch" in str(came.error)
     assert len(cured(run, Module, kind, data, {})) == 1
 
 
@@ -1087,10 +1090,10 @@ def test_a_step_that_changes_its_batch_in_place(kind, make, run):
 
 
 def test_batches_that_are_changed_in_place_are_measured_as_trained_on(run):
-    """Also between the probes, with either way out: `find` is asked before the step."""
+    """Also between the probes, with either way out: `read_batch` is asked before the step."""
     windows = []
     for given in (
-        {"find": lambda batch: (0.25 * batch[0], batch[1])},
+        {"read_batch": lambda batch: (0.25 * batch[0], batch[1])},
         {"bank": LatentBank(X / 4, Y)},
     ):
         callback = errors()
@@ -1102,7 +1105,7 @@ def test_batches_that_are_changed_in_place_are_measured_as_trained_on(run):
 
 
 def test_scaling_in_place_by_hand_is_noticed(run):
-    """Without a seam the call of the network shows it."""
+    """Without a maker the call of the network shows it."""
 
     class Hand(ByHand):
         def __init__(self):
@@ -1118,7 +1121,7 @@ def test_scaling_in_place_by_hand_is_noticed(run):
 
     came = run(Hand(), [posterior()])
     assert came.error is None
-    assert "find=lambda batch: (3 * batch[0], batch[1])" in " ".join(came.said)
+    assert "read_batch=lambda batch: (3 * batch[0], batch[1])" in " ".join(came.said)
 
 
 # -- rows of the batch in another order or number -------------------------------------------------
@@ -1215,7 +1218,7 @@ def test_rows_in_another_order_or_number_are_the_same_training(kind, make, run):
 def test_labels_of_samples_are_those_of_their_rows():
     """In any order and number; by place for what is no row; None where that cannot be."""
     module = Matched()
-    look = FirstStep(module, find_seams(module), LinearPath(), find_sample)
+    look = FirstStep(module, find_target_makers(module), LinearPath(), find_sample)
     x1, y = X[:8], torch.randint(1000, (8,))
     look.begin([x1, y])
     look.watch()
@@ -1395,8 +1398,8 @@ def test_noise_that_few_samples_do_not_show(kind, make, size, steps, run):
 @pytest.mark.parametrize("make", [Plain, Matched])
 def test_plain_noise_is_not_accused_and_nothing_is_left_behind(make, run):
     module, callbacks = make(), [*KINDS["posterior"](every_n_steps=1000), *KINDS["mixing"]()]
-    seam = module.loss or module.matcher
-    before = dict(vars(seam))
+    maker = module.loss or module.matcher
+    before = dict(vars(maker))
     came = run(module, callbacks, max_steps=140)
     assert (came.error, came.said) == (None, [])
-    assert dict(vars(seam)).keys() == before.keys()
+    assert dict(vars(maker)).keys() == before.keys()

@@ -303,12 +303,12 @@ def test_the_condition_in_a_batch():
     condition = Condition(bandwidth=1.0)
     assert condition.of({"x": x1, "obs": c, "label": y}, x1, y) is c
     assert condition.of((x1, c), x1, None) is c
-    told = Condition(bandwidth=1.0, find=lambda batch: batch["text"])
+    told = Condition(bandwidth=1.0, read_batch=lambda batch: batch["text"])
     assert told.of({"x": x1, "text": c, "other": c}, x1, None) is c
     for batch, seen in [
-        ((x1, c, 2 * c), r"batch\[1\], batch\[2\].*find=lambda batch: batch\[1\]\)"),
+        ((x1, c, 2 * c), r"batch\[1\], batch\[2\].*read_batch=lambda batch: batch\[1\]\)"),
         ((x1, y), "found none"),
-        ({"x": x1, "c": c, "z": 2 * c}, r"find=lambda batch: batch\['c'\]\)"),
+        ({"x": x1, "c": c, "z": 2 * c}, r"read_batch=lambda batch: batch\['c'\]\)"),
         ({"x": x1, "text": ["a", "b", "c", "d"]}, "text must be embedded"),
     ]:
         with pytest.raises(ValueError, match=seen):

@@ -226,7 +226,7 @@ def test_a_scheme_of_ones_own_and_what_does_not_go_together(fit, quick_figures, 
     monitor = PosteriorMonitor(every_n_steps=2, queries=4)
     fit(monitor, StageScheme(scheme))
     assert SAID in monitor.history[0]["condition"]
-    told = Condition(bandwidth=0.5, find=lambda batch: batch["obs"][:, :1])
+    told = Condition(bandwidth=0.5, read_batch=lambda batch: batch["obs"][:, :1])
     with pytest.raises(ValueError, match=r"\(16, 2\).*2 numbers, got \(16, 1\)"):
         fit(StageScheme(target=Mix(), bank=bank, condition=told))
     with pytest.raises(ValueError, match="conditions=c"):

@@ -24,7 +24,7 @@ from stagewise import (
     Smoothing,
     same_path,
 )
-from stagewise.adapters import assumed_seams
+from stagewise.adapters import assumed_makers
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.callbacks import PosteriorMonitor, StageRun, VelocityErrorMonitor
 from stagewise.conventions import CONVENTIONS, Convention, DDPMPath, as_convention, ddpm, written
@@ -304,14 +304,14 @@ def test_a_step_by_hand_is_recognised(name):
     x1 = ROWS[torch.arange(B) % N]
     x = a * x1 + s * torch.randn(B, D, generator=torch.Generator().manual_seed(5))
     usual = name in ("sit", "pi0", "diffusers", "edm", "edm_F")
-    for seams in (assumed_seams(convention=told), *([assumed_seams()] if usual else [])):
+    for makers in (assumed_makers(convention=told), *([assumed_makers()] if usual else [])):
         module = Step()
-        search = NetworkSearch(module, seams, lambda: [("batch", x1)], None)
+        search = NetworkSearch(module, makers, lambda: [("batch", x1)], None)
         module(x, time if not time.is_floating_point() else time.float())
         search.stop()
         network = search.result()
-        if name != "edm_F" or len(seams) == 1:
-            assert network.seam.convention == told
+        if name != "edm_F" or len(makers) == 1:
+            assert network.maker.convention == told
         xt, t = network.inputs((x, time), {})
         torch.testing.assert_close(t, told.to_t(time).float())
         torch.testing.assert_close(xt, told.inside(x, time)[0].float())
@@ -362,7 +362,7 @@ def test_monitors_watch_a_step_by_hand(held, make_trainer, read_stages, tmp_path
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     ((path, network),) = found
     assert same_path(path, DDPMPath(ACP))
-    assert network.seam.prediction.kind == "noise"
+    assert network.maker.prediction.kind == "noise"
     xt, t = ROWS[:5], torch.linspace(0.1, 0.9, 5)
     k = ((STEPS - 1) * (1 - t)).round()
     expected = Prediction("noise").to_velocity(path(t), network.module(xt, k), xt)

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from stagewise import Certificate, LatentBank, Smoothing, files
 from stagewise.files import Problem, replace_file
 from stagewise.latents import make_latents, open_latents
+from stagewise.latents.array_file import ArrayFile
 from stagewise.latents.base import Writing
 from stagewise.latents.mean_std import write_mean_std
-from stagewise.latents.plain import Plain
 from stagewise.tensor_files import write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Not checked", "ignore:Detected pickle protocol")
@@ -486,7 +486,7 @@ def test_rights_are_those_that_the_umask_leaves(tmp_path, mask):
 
 
 def plain(path, rows):
-    Plain.write(path, [(rows, rows, None)], Writing(torch.float32))
+    ArrayFile.write(path, [(rows, rows, None)], Writing(torch.float32))
 
 
 WRITES = {

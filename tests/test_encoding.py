@@ -145,7 +145,7 @@ def fit(tmp_path):
 
 SAID = [
     {"encode": lambda x, module: module.vae(x)},
-    {"find": lambda batch, module: (module.vae(batch[0]) + 0 * torch.randn(1), None)},
+    {"read_batch": lambda batch, module: (module.vae(batch[0]) + 0 * torch.randn(1), None)},
 ]
 
 

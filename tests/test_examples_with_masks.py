@@ -178,7 +178,7 @@ def test_all_monitors_of_one_run_know_masks(
             StageTransitions(),
         ]
         trainer = pl.Trainer(
-            max_steps=6, callbacks=[StageRun(find=find, velocity=velocity), *monitors],
+            max_steps=6, callbacks=[StageRun(read_batch=find, velocity=velocity), *monitors],
             logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
             default_root_dir=tmp_path / str(fill),
         )  # fmt: skip

@@ -40,7 +40,7 @@ from stagewise.adapters import diffusers_target
 from stagewise.adapters.paths import NoisedPath
 from stagewise.engines import Sharded
 from stagewise.losses import FlowMatchingLoss, OracleRegularizer
-from stagewise.schemes.checks import check_rows
+from stagewise.schemes.refusals import check_rows
 from stagewise.stages import stage_edges, stratified_times
 
 N, SHAPE = 200, (3, 4)

@@ -23,7 +23,7 @@ import stagewise
 import stagewise.callbacks
 import stagewise.losses
 from stagewise import copies, nearest_rows
-from stagewise.adapters import one_seam
+from stagewise.adapters import one_target_maker
 from stagewise.bank import row_classes
 from stagewise.callbacks import (
     MemorizationMonitor,
@@ -293,7 +293,7 @@ def test_a_whole_step_is_forty_launches(on_cuda, by_hand):
     if by_hand:
         ask = stagewise.StageTarget()
         told = []
-        one_seam(ask).observe(told.append)
+        one_target_maker(ask).observe(told.append)
         ask.scheme, ask._fits = scheme, True
     with Launches() as launches:
         draw = scheme.timesteps.sample
@@ -338,7 +338,7 @@ def test_ends_on_the_device_are_segments_on_the_host(target):
     asked = replace(told, segments=None, labels=None, ends=ends)
     assert asked.on_host().segments == told.segments
     assert torch.equal(asked.holds(source), told.holds(source))
-    one, two = (target.pull(oracle, queries, Random(0)) for queries in (told, asked))
+    one, two = (target.mean(oracle, queries, Random(0)) for queries in (told, asked))
     torch.testing.assert_close(one.difference, two.difference, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(one.top1, two.top1, rtol=1e-9, atol=1e-12)
 

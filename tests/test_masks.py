@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stagewise import Certificate, LatentBank, Mix, Oracle, ReferenceSet, Scheme, Smoothing, Target
-from stagewise.batches import find_checked, seems_padded, unused_in
+from stagewise.batches import read_checked, seems_padded, unused_in
 from stagewise.copies import nearest_rows
 from stagewise.engines import Sharded
 from stagewise.losses import FlowMatchingLoss, OracleRegularizer, StageWeightedLoss
@@ -116,11 +116,13 @@ def test_batches_of_their_own_lengths_make_the_same_bank(tmp_path: Path) -> None
             longest = int(lengths[at].max())
             yield x[at, :longest], y[at], mask[at, :longest]
 
-    read = LatentBank.from_batches(batches(), ROWS, find=lambda batch: batch)
+    read = LatentBank.from_batches(batches(), ROWS, read_batch=lambda batch: batch)
     assert read.fingerprint == bank.fingerprint
     whole = ((x[at], y[at], mask[at]) for at in torch.arange(ROWS).split(7))
     path = tmp_path / "bank.safetensors"
-    written = LatentBank.write(path, whole, ROWS, labels=y, mask=mask, find=lambda batch: batch)
+    written = LatentBank.write(
+        path, whole, ROWS, labels=y, mask=mask, read_batch=lambda batch: batch
+    )
     for other in (written, LatentBank.open(path), bank.part(slice(None))):
         assert other.fingerprint == bank.fingerprint
         assert (other.std, other.classes) == (bank.std, bank.classes)
@@ -183,7 +185,7 @@ def test_masks_of_no_row_and_banks_without_masks_are_refused() -> None:
 
 def test_find_may_return_a_mask() -> None:
     x, y, mask = _data()
-    x1, labels = find_checked(lambda batch: batch, (x, y, mask))
+    x1, labels = read_checked(lambda batch: batch, (x, y, mask))
     assert x1 is x
     assert isinstance(labels, MaskedLabels)
     assert torch.equal(labels[3:5].mask, mask[3:5])
@@ -365,7 +367,7 @@ def test_padding_that_nobody_speaks_of_is_noticed() -> None:
     assert seems_padded(zeros)
     assert not seems_padded(x)
     (line,) = unused_in((zeros, y, mask), zeros, y)
-    assert "find=lambda batch: (batch[0], batch[1], batch[2])" in line
+    assert "read_batch=lambda batch: (batch[0], batch[1], batch[2])" in line
     masks = MaskedLabels.of(y, mask, zeros)
     assert unused_in((zeros, y, mask), zeros, y, masks) == []
     assert unused_in((zeros, ~mask, mask.sum(1)), zeros, None, masks) == []

@@ -110,7 +110,12 @@ REFUSED = {
         ValueError,
         "Class [4-7] is not in the bank, which has 4 classes from 0 to 3.*labels that training",
     ),
-    "no labels": (loader(X), {"class_wise": True}, ValueError, "no labels were found.*find=lambda"),
+    "no labels": (
+        loader(X),
+        {"class_wise": True},
+        ValueError,
+        "no labels were found.*read_batch=lambda",
+    ),
     "stream": (DataLoader(Stream(), 8), {}, ValueError, "iterable and has no length.*LatentBank"),
     "list of loaders": (
         [loader(X), loader(X)],
@@ -141,15 +146,15 @@ REFUSED = {
     "one row": (loader(X[:1]), {}, ValueError, r"at least 2 rows, got \(1, 6\)"),
     "integers": (
         loader((X * 10).to(torch.uint8)),
-        {"find": lambda batch: (batch[0], None)},
+        {"read_batch": lambda batch: (batch[0], None)},
         ValueError,
-        r"Expected `find` to return.*floating-point.*got tuple\(uint8 tensor \(8, 6\), NoneType\)",
+        r"Expected `read_batch` to return.*floating-point.*got tuple\(uint8 tensor \(8, 6\), None",
     ),
     "labels that are not whole": (
         loader(X, LABELS + 0.5),
-        {"find": lambda batch: (batch[0], batch[1])},
+        {"read_batch": lambda batch: (batch[0], batch[1])},
         ValueError,
-        r"`find`.*integers of shape \(B,\), got tuple\(float32 tensor \(8, 6\), float32 tensor",
+        r"`read_batch`.*integers of.*\(B,\), got tuple\(float32 tensor \(8, 6\), float32 tensor",
     ),
 }
 
@@ -256,8 +261,8 @@ def test_memory_error_of_a_real_size():
 
 
 def test_find_that_gives_no_pair(make_trainer, tiny_flow):
-    model, monitor = tiny_flow(), small(find=lambda batch: batch[0])
-    message = r"`find`.*\(x_1, labels"
+    model, monitor = tiny_flow(), small(read_batch=lambda batch: batch[0])
+    message = r"`read_batch`.*\(x_1, labels"
     never_starts(
         model, lambda: make_trainer(monitor).fit(model, loader(X)), (TypeError, ValueError), message
     )
@@ -527,7 +532,7 @@ def test_find_of_the_user_is_used(make_trainer, tiny_flow, read_stages, tmp_path
             return super().training_step(batch[1], batch_idx)
 
     data = loader(X[:, :3], X, LABELS[:, None])
-    make_trainer(small(find=find)).fit(Second(), data)
+    make_trainer(small(read_batch=find)).fit(Second(), data)
     header, _ = read_stages(tmp_path / "stagewise_logs")
     assert (header["rows"], header["shape"], header["classes"]) == (64, [2, 3], 4)
     assert len(seen) > 8, "for the bank and for the first batch of training"

@@ -14,7 +14,7 @@ from stagewise import (
     Prediction,
     VPPath,
 )
-from stagewise.adapters import find_seams
+from stagewise.adapters import find_target_makers
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.losses import FlowMatchingLoss
 from stagewise.noise import noise_of
@@ -61,7 +61,7 @@ def search(model, step, x1=None, labels=None):
     """What a search finds in one call of `step(x1, labels)`."""
     own_x1, own_labels = batch()
     x1, labels = (own_x1, own_labels) if x1 is None else (x1, labels)
-    found = NetworkSearch(model, find_seams(model), lambda: [("batch[0]", x1)], labels)
+    found = NetworkSearch(model, find_target_makers(model), lambda: [("batch[0]", x1)], labels)
     torch.manual_seed(2)
     step(own_x1, own_labels)
     found.stop()
@@ -131,7 +131,7 @@ def test_torchcfm_and_a_step_of_ones_own():
         return (model.net(xt, t, y) - u).square().mean()
 
     network = search(model, step).result()
-    assert network.seam.library == "torchcfm"
+    assert network.maker.library == "torchcfm"
     xt, t, y = queries()
     torch.testing.assert_close(network(xt, t, y), model.net(xt, t, y).detach())
 

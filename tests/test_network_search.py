@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stagewise import DIFFUSERS, Convention, CosinePath, LinearPath
-from stagewise.adapters import assumed_seams, find_seams
+from stagewise.adapters import assumed_makers, find_target_makers
 from stagewise.adapters.answers import tensor_of
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.adapters.reasons import GIVEN
@@ -55,7 +55,7 @@ def search(
     batch=None,
     candidates=None,
     *,
-    seams=None,
+    makers=None,
     labels=True,
     batch_of_all=None,
     **options,
@@ -63,7 +63,7 @@ def search(
     x1, y = batch or data()
     found = NetworkSearch(
         model,
-        find_seams(model) if seams is None else seams,
+        find_target_makers(model) if makers is None else makers,
         candidates or (lambda: [("batch[0]", x1)]),
         y if labels else None,
         batch=batch_of_all,
@@ -542,7 +542,7 @@ def test_what_is_given_is_known_to_be_scaled_exactly(factor):
     assert found.result().name == "net"
     diagnosis = found.diagnosis()
     assert (diagnosis.kind, diagnosis.factor) == ("scaled", factor)
-    line = f"find=lambda batch: ({factor:g} * batch['latents'], batch['y'])"
+    line = f"read_batch=lambda batch: ({factor:g} * batch['latents'], batch['y'])"
     assert line in diagnosis.message
 
 
@@ -560,7 +560,7 @@ def test_another_tensor_of_the_batch_is_named_and_refused():
     assert found.first.network.name == "net"
     diagnosis = found.diagnosis()
     assert diagnosis.kind == "other tensor"
-    line = r"find=lambda batch: \(batch\['surface'\], batch\[1\]\)"
+    line = r"read_batch=lambda batch: \(batch\['surface'\], batch\[1\]\)"
     with pytest.raises(ValueError, match=line):
         found.result()
     assert "batch['image']" in diagnosis.message
@@ -590,9 +590,8 @@ def test_a_scale_is_estimated(factor, path):
     diagnosis = found.diagnosis()
     assert (diagnosis.kind, diagnosis.module) == ("scaled", None)
     assert diagnosis.factor == pytest.approx(factor, rel=0.02)
-    line = (
-        rf"scales x_1 by about {diagnosis.factor:g}.*find=lambda batch: \({diagnosis.factor:g} \* b"
-    )
+    about = f"{diagnosis.factor:g}"
+    line = rf"scales x_1 by about {about}.*read_batch=lambda batch: \({about} \* b"
     with pytest.raises(ValueError, match=rf"(?s)Found no network.*{line}"):
         found.result()
 
@@ -718,7 +717,7 @@ def test_noise_that_is_coupled_by_hand_is_named(seen):
 def test_a_step_that_calls_nothing_is_looked_at_again():
     model = Model()
     x1, y = data()
-    found = NetworkSearch(model, find_seams(model), lambda: [("batch[0]", x1)], y)
+    found = NetworkSearch(model, find_target_makers(model), lambda: [("batch[0]", x1)], y)
     assert found.empty
     with torch.no_grad():
         model.net(x1, torch.rand(64), y)
@@ -727,7 +726,7 @@ def test_a_step_that_calls_nothing_is_looked_at_again():
         found.result()
     found.stop()
     x1, y = x1.flip(0), y.flip(0)  # another batch
-    found = NetworkSearch(model, find_seams(model), lambda: [("batch[0]", x1)], y)
+    found = NetworkSearch(model, find_target_makers(model), lambda: [("batch[0]", x1)], y)
     assert (found.first, found.x1, found.call) == (None, None, None)
     model.loss(model.net, x1, y)
     assert not found.empty
@@ -781,7 +780,7 @@ TIMES = {
 
 @pytest.mark.parametrize("kind", TIMES)
 @pytest.mark.parametrize("path", [None, CosinePath()], ids=repr)
-def test_a_network_is_recognised_without_a_seam(kind, path):
+def test_a_network_is_recognised_without_a_maker(kind, path):
     """On standard normal data, where noise looks like them, at any size of the batch."""
     on, (count, ends) = path or LinearPath(), TIMES[kind]
     for seed, n in enumerate([8, 16, 64, 8, 16, 64, 8, 16, 64]):
@@ -793,8 +792,8 @@ def test_a_network_is_recognised_without_a_seam(kind, path):
             return net(on.interpolate(x0, x1, t), count(t), y).sum()
 
         batch = data(n, scale=1.0, offset=0.0, seed=seed + 10)
-        found = search(model, step, batch, seams=assumed_seams(path))
-        network, convention = found.result(), found.result().seam.convention
+        found = search(model, step, batch, makers=assumed_makers(path))
+        network, convention = found.result(), found.result().maker.convention
         assert (found.diagnosis(), network.conditional, network.conditions) == (None, True, ())
         assert (convention.noise_time, convention.data_time) == ends
     xt, t = queries()
@@ -804,7 +803,7 @@ def test_a_network_is_recognised_without_a_seam(kind, path):
 
 
 @pytest.mark.parametrize("kind", TIMES)
-def test_a_scale_is_noticed_without_a_seam(kind):
+def test_a_scale_is_noticed_without_a_maker(kind):
     model, count = Model(), TIMES[kind][0]
     del model.loss
 
@@ -812,7 +811,7 @@ def test_a_scale_is_noticed_without_a_seam(kind):
         t, x0 = torch.rand(len(x1)), torch.randn_like(x1)
         return model.net(LinearPath().interpolate(x0, 0.18215 * x1, t), count(t), y).sum()
 
-    found = search(model, step, data(scale=1.0, offset=0.0), seams=assumed_seams())
+    found = search(model, step, data(scale=1.0, offset=0.0), makers=assumed_makers())
     assert found.first is None
     assert found.diagnosis().factor == pytest.approx(0.18215, rel=0.2)
 
@@ -826,7 +825,7 @@ def test_times_in_other_units_are_not_taken_for_times_next_to_noise():
         t, order = torch.rand(len(x1)), torch.randperm(len(x1))
         return model.net(LinearPath().interpolate(x1[order], x1.roll(1, 0), t), t, y[order]).sum()
 
-    found = search(model, step, data(scale=1.0, offset=0.0), seams=assumed_seams())
+    found = search(model, step, data(scale=1.0, offset=0.0), makers=assumed_makers())
     assert (found.first, found.diagnosis()) == (None, None)
 
 
@@ -851,7 +850,7 @@ def test_a_layer_does_not_say_what_its_module_is_given():
         return model.net(LinearPath().interpolate(x0, x1, t), 77 * t, y).sum()
 
     x1, y = data()
-    found = search(model, step, (x1.flatten(1), y), seams=assumed_seams())
+    found = search(model, step, (x1.flatten(1), y), makers=assumed_makers())
     assert (found.first.network.name, found.first.inner) == ("net.inner", True)
 
 
@@ -863,13 +862,13 @@ def test_paths_that_only_look_alike_are_two():
     model.a, model.b = (
         fm.AffineProbPath(scheduler.PolynomialConvexScheduler(n)) for n in (2.0, 3.0)
     )
-    assert len({repr(seam.path) for seam in find_seams(model)}) == 1
+    assert len({repr(maker.path) for maker in find_target_makers(model)}) == 1
 
     def step(x1, y):
         found = model.b.sample(t=torch.rand(len(x1)), x_0=torch.randn_like(x1), x_1=x1)
         return model.net(found.x_t, found.t, y).sum()
 
-    assert search(model, step).result().seam.name == "module.b"
+    assert search(model, step).result().maker.name == "module.b"
 
 
 # -- precision, few samples -----------------------------------------------------------------------

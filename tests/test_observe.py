@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from stagewise import Convention, CosinePath, LatentBank, LogitNormal, Mix, Oracle, Scheme
-from stagewise.adapters import Seen, assumed_seams, find_couplings, find_seams, one_seam
+from stagewise.adapters import (
+    Seen,
+    assumed_makers,
+    find_couplings,
+    find_target_makers,
+    one_target_maker,
+)
 from stagewise.adapters.base import plain
 from stagewise.losses import FlowMatchingLoss
 from stagewise.noise import NoiseSums, check_independent, dependence
@@ -169,17 +175,17 @@ def kind(request):
     return request.param, holder_of(make()), run
 
 
-def seam_of(holder):
-    (seam,) = find_seams(holder)
-    assert seam.observable
-    return seam
+def maker_of(holder):
+    (maker,) = find_target_makers(holder)
+    assert maker.observable
+    return maker
 
 
 def test_told_is_what_training_uses_and_nothing_changes(kind):
     name, holder, run = kind
     before, told = state_of(holder), []
     expected = step(holder, run)
-    detach = seam_of(holder).observe(told.append)
+    detach = maker_of(holder).observe(told.append)
     found = step(holder, run)
     detach()
     detach()
@@ -206,7 +212,7 @@ def test_told_is_what_training_uses_and_nothing_changes(kind):
         assert torch.equal(seen.xt, x)
         assert seen.t is None if "reversed" in name else torch.equal(seen.t, time)
     if seen.t is not None and seen.x0 is not None and "sigma" not in name:
-        path = CosinePath() if "cosine" in name else one_seam(FlowMatchingLoss()).path
+        path = CosinePath() if "cosine" in name else one_target_maker(FlowMatchingLoss()).path
         torch.testing.assert_close(path.interpolate(seen.x0, seen.x1, seen.t), seen.xt)
     assert (seen.x0 is None) == ("edm" in name or "target" in name)
     expected = {
@@ -224,7 +230,7 @@ def test_told_is_what_training_uses_and_nothing_changes(kind):
 def test_only_calls_that_train_are_told(kind):
     _, holder, run = kind
     told = []
-    seam_of(holder).observe(told.append)
+    maker_of(holder).observe(told.append)
     with torch.no_grad():
         run(holder.thing, Net(), X1)
     assert told == []
@@ -236,9 +242,9 @@ def test_copies_and_pickles_are_plain(kind):
     _, holder, run = kind
     told = []
     expected = step(copy.deepcopy(holder), run)
-    detach = seam_of(holder).observe(told.append)
-    again = seam_of(holder).observe(told.append)
-    assert seam_of(holder).describe() == seam_of(holder_of(plain(holder.thing))).describe()
+    detach = maker_of(holder).observe(told.append)
+    again = maker_of(holder).observe(told.append)
+    assert maker_of(holder).describe() == maker_of(holder_of(plain(holder.thing))).describe()
     for other in (copy.deepcopy(holder), pickle.loads(pickle.dumps(holder))):
         assert same(step(other, run), expected)
     assert told == []
@@ -260,7 +266,7 @@ def test_observers_and_a_scheme_nest_in_any_order(name, order):
     make, run = KINDS[name]
     holder, told = holder_of(make()), []
     before = state_of(holder)
-    old = seam_of(holder)  # found before anything stands for it
+    old = maker_of(holder)  # found before anything stands for it
 
     def scheme():
         return Scheme(Oracle(LatentBank(ROWS), old.path), target=Mix(), class_wise=False)
@@ -270,14 +276,14 @@ def test_observers_and_a_scheme_nest_in_any_order(name, order):
     detach()
     if order == "scheme first":
         detach_scheme = old.attach(scheme())
-        ends = [seam_of(holder).observe(told.append), detach_scheme]
+        ends = [maker_of(holder).observe(told.append), detach_scheme]
     else:
         ends = [old.observe(told.append)]
         ends.append(old.attach(scheme()))
         if order == "in between":
-            ends.insert(1, seam_of(holder).observe(told.append))
+            ends.insert(1, maker_of(holder).observe(told.append))
     with pytest.raises(ValueError, match=r"steered by another|has a scheme already"):
-        seam_of(holder).attach(scheme())
+        maker_of(holder).attach(scheme())
     assert same(step(holder, run), steered)
     assert len(told) == len(ends) - 1
     if "detached first" in order or order == "in between":
@@ -285,7 +291,7 @@ def test_observers_and_a_scheme_nest_in_any_order(name, order):
         assert same(step(holder, run), steered)
         assert len(told) == (1 if "detached" in order else 3)
         with pytest.raises(ValueError, match=r"steered by another|has a scheme already"):
-            seam_of(holder).attach(scheme())
+            maker_of(holder).attach(scheme())
     for end in reversed(ends):
         end()
     after = state_of(holder)
@@ -296,25 +302,25 @@ def test_observers_and_a_scheme_nest_in_any_order(name, order):
 
 def test_noise_that_a_scheme_has_overwritten_is_not_told():
     holder, told = holder_of(Transport("noise")), []
-    seam = seam_of(holder)
-    seam.attach(Scheme(Oracle(LatentBank(ROWS)), target=Mix(), class_wise=False))
-    seam_of(holder).observe(told.append)
+    maker = maker_of(holder)
+    maker.attach(Scheme(Oracle(LatentBank(ROWS)), target=Mix(), class_wise=False))
+    maker_of(holder).observe(told.append)
     step(holder, run_transport)
     assert told[0].x0 is None
 
 
 def test_timesteps_of_a_scheme_are_told():
     holder, told = holder_of(by_torchcfm("")()), []
-    seam = seam_of(holder)
-    seam.observe(told.append)
-    seam.attach(Scheme(timesteps=LogitNormal(-3, 0.1)))
+    maker = maker_of(holder)
+    maker.observe(told.append)
+    maker.attach(Scheme(timesteps=LogitNormal(-3, 0.1)))
     step(holder, run_matcher)
     assert told[0].t.max() < 0.2
 
 
 def test_noise_that_is_given_to_the_objective_is_told():
     loss_fn, told = FlowMatchingLoss(convention=Convention(1, 0, -1)), []
-    one_seam(loss_fn).observe(told.append)
+    one_target_maker(loss_fn).observe(told.append)
     x0, t = torch.randn_like(X1), torch.rand(16)
     loss_fn(lambda xt, time: xt, x1=X1, x0=x0, t=t)
     (seen,) = told
@@ -330,7 +336,7 @@ def test_an_objective_whose_path_is_a_module():
     loss_fn, told = FlowMatchingLoss(), []
     del loss_fn.path
     loss_fn.path = Learned()
-    one_seam(loss_fn).observe(told.append)
+    one_target_maker(loss_fn).observe(told.append)
     loss_fn(lambda xt, t: xt, X1)
     assert len(told) == 1
     assert "path" in loss_fn._modules
@@ -350,9 +356,9 @@ def test_a_matcher_of_ones_own_without_sample_xt():
             return (*self.sample_location_and_conditional_flow(x0, x1, t), y0, y1)
 
     holder, told = holder_of(Own()), []
-    seam = seam_of(holder)
-    assert "its path is not known" in seam.refusal
-    seam.observe(told.append)
+    maker = maker_of(holder)
+    assert "its path is not known" in maker.refusal
+    maker.observe(told.append)
     expected = step(holder, run_matcher)
     x0 = torch.randn_like(X1)
     t, xt, *_ = holder.thing.guided_sample_location_and_conditional_flow(x0, X1, None, LABELS)
@@ -365,7 +371,7 @@ def test_a_matcher_of_ones_own_without_sample_xt():
 def test_pairs_that_a_matcher_couples_are_told_as_they_are_trained_on():
     x1 = torch.randn(64, 2) + 1
     thing, told = by_torchcfm("ExactOptimalTransport")(), []
-    find_seams(thing)[0].observe(told.append)
+    find_target_makers(thing)[0].observe(told.append)
     x0 = torch.randn_like(x1)
     thing.sample_location_and_conditional_flow(x0, x1)
     thing.guided_sample_location_and_conditional_flow(x0, x1, None, torch.zeros(64))
@@ -379,7 +385,7 @@ def test_pairs_that_a_matcher_couples_are_told_as_they_are_trained_on():
 @pytest.mark.parametrize("position", [True, False])
 def test_edm_images_are_told_as_they_are_augmented(position):
     holder, told = holder_of(EDMLoss()), []
-    seam_of(holder).observe(told.append)
+    maker_of(holder).observe(told.append)
 
     def augment(images):
         return images.flip(-1), torch.ones(16, 9)
@@ -401,7 +407,7 @@ def test_what_is_raised_when_told_stops_training_and_leaves_no_trace(kind):
     def tell(seen):
         raise RuntimeError("enough")
 
-    detach = seam_of(holder).observe(tell)
+    detach = maker_of(holder).observe(tell)
     with pytest.raises(RuntimeError, match="enough"):
         run(holder.thing, Net(), X1)
     detach()
@@ -412,7 +418,7 @@ def test_what_is_raised_when_told_stops_training_and_leaves_no_trace(kind):
 def test_what_is_traced_is_left_alone(name):
     make, run = KINDS[name]
     holder, told = holder_of(make()), []
-    seam_of(holder).observe(told.append)
+    maker_of(holder).observe(told.append)
     traced = torch.compile(lambda net, x1: run(holder.thing, net, x1), backend="eager")
 
     class Plain(nn.Module):
@@ -429,21 +435,21 @@ def test_where_nothing_can_be_seen():
     )
     unreachable = EDMLoss()
     for thing in (scheduler, unreachable):
-        (seam,) = find_seams(thing)
-        assert not seam.observable
+        (maker,) = find_target_makers(thing)
+        assert not maker.observable
         before = dict(vars(thing))
-        detach = seam.observe(pytest.fail)
+        detach = maker.observe(pytest.fail)
         assert vars(thing) == before
         detach()
-    for seam in assumed_seams(CosinePath()):
-        assert not seam.observable
-        assert isinstance(seam.path, CosinePath)
-        seam.observe(pytest.fail)()
+    for maker in assumed_makers(CosinePath()):
+        assert not maker.observable
+        assert isinstance(maker.path, CosinePath)
+        maker.observe(pytest.fail)()
         with pytest.raises(
             ValueError, match=r"the training step cannot be steered.*u, w = self\.target"
         ):
-            seam.attach(Scheme(path=CosinePath()))
-    told = [seam.describe() for seam in assumed_seams()]
+            maker.attach(Scheme(path=CosinePath()))
+    told = [maker.describe() for maker in assumed_makers()]
     assert told[1] == (
         "the training step: assumed, LinearPath(), predicts minus the velocity, time 1 is noise "
         "and 0 is data"
@@ -459,11 +465,11 @@ def test_a_scheduler_that_samples_yields_to_what_trains(make):
     module.scheduler = SimpleNamespace(
         scale_noise=lambda: None, sigmas=torch.zeros(1), timesteps=torch.zeros(1)
     )
-    (alone,) = find_seams(module)
+    (alone,) = find_target_makers(module)
     assert alone.library == "diffusers"
     module.trains = make()
-    assert [seam.name for seam in find_seams(module)] == ["module.trains"]
-    assert one_seam(module).name == "module.trains"
+    assert [maker.name for maker in find_target_makers(module)] == ["module.trains"]
+    assert one_target_maker(module).name == "module.trains"
 
 
 class Sampler:
@@ -481,7 +487,7 @@ class Maps:
         return None
 
 
-def test_couplings_are_found_without_a_seam():
+def test_couplings_are_found_without_a_maker():
     module = nn.Module()
     module.maps, module.kind = Maps(), Sampler
     assert find_couplings(module) == []
@@ -491,18 +497,18 @@ def test_couplings_are_found_without_a_seam():
         "module.pair",
         "module.pairs['ot'][0]",
     ]
-    assert find_seams(module) == []
+    assert find_target_makers(module) == []
     module.loss = FlowMatchingLoss()
-    (seam,) = find_seams(module)
-    assert seam.coupled
-    assert "module.pair (Sampler) pairs noise with data" in seam.refusal
+    (maker,) = find_target_makers(module)
+    assert maker.coupled
+    assert "module.pair (Sampler) pairs noise with data" in maker.refusal
 
 
-def test_a_coupling_inside_of_a_seam_concerns_that_one():
+def test_a_coupling_inside_of_a_maker_concerns_that_one():
     module = nn.Module()
     module.coupled, module.loss = by_torchcfm("ExactOptimalTransport")(), FlowMatchingLoss()
     assert find_couplings(module) == []
-    assert one_seam(module).name == "module.loss"
+    assert one_target_maker(module).name == "module.loss"
 
 
 # -- independence ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from stagewise import (
     VPPath,
     same_path,
 )
-from stagewise.adapters.base import Place, Seam
+from stagewise.adapters.base import Place, TargetMaker
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.losses import FlowMatchingLoss
 
@@ -212,7 +212,7 @@ def test_paths_are_compared_by_their_numbers():
 
 
 def test_a_network_is_searched_on_all_paths_that_differ():
-    class PlainSeam(Seam):
+    class PlainMaker(TargetMaker):
         def observe(self, tell):
             raise NotImplementedError
 
@@ -220,7 +220,7 @@ def test_a_network_is_searched_on_all_paths_that_differ():
             raise NotImplementedError
 
     place = Place(object(), "module")
-    seams = [PlainSeam(place, path) for path in (Polynomial(2), Polynomial(3), Polynomial(2))]
-    search = NetworkSearch(nn.Linear(2, 2), seams, lambda: [("batch[0]", torch.randn(4, 2))], None)
+    makers = [PlainMaker(place, path) for path in (Polynomial(2), Polynomial(3), Polynomial(2))]
+    search = NetworkSearch(nn.Linear(2, 2), makers, lambda: [("batch[0]", torch.randn(4, 2))], None)
     search.stop()
-    assert search.seams == seams[:2]
+    assert search.makers == makers[:2]

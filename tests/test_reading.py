@@ -141,7 +141,7 @@ def test_augmentation_is_seen_in_workers_that_are_not_forked(start, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("where", ["collate", "hook", "find"])
+@pytest.mark.parametrize("where", ["collate", "hook", "read_batch"])
 def test_augmentation_of_batches_is_seen(where, workers, make_trainer, tiny_flow):
     def augment(batch):
         return batch + torch.rand(())
@@ -154,7 +154,7 @@ def test_augmentation_of_batches_is_seen(where, workers, make_trainer, tiny_flow
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return augment(batch) if where == "hook" else batch
 
-    find = {"find": lambda batch: (augment(batch), None)} if where == "find" else {}
+    find = {"read_batch": lambda batch: (augment(batch), None)} if where == "read_batch" else {}
     run = make_trainer(Take(**find), max_steps=1)
     assert len(said(lambda: run.fit(tiny_flow(), datamodule=Data()))) == 1
 
@@ -175,7 +175,7 @@ class Take(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.bank = bank_from_trainer(trainer, pl_module, **self.options)
-        find = {"find": self.options["find"]} if "find" in self.options else {}
+        find = {"read_batch": self.options["read_batch"]} if "read_batch" in self.options else {}
         host = TrainerHost(trainer, pl_module)
         rows = (read_rows(host, trainer.train_dataloader, 12, seed=4, **find)[0] for _ in range(2))
         self.first, self.second = rows
@@ -240,7 +240,7 @@ def test_find_may_ask_the_module_and_leaves_no_trace(make_trainer, weights):
 
     module = Encodes()
     modes = [part.training for part in module.modules()]
-    take = Take(find=find)
+    take = Take(read_batch=find)
     plain = run()
     module = Encodes()
     assert said(lambda: asked.append(run(take))) == []
@@ -254,7 +254,7 @@ def test_find_may_ask_the_module_and_leaves_no_trace(make_trainer, weights):
 def refused(data, make_trainer, module, message, **options):
     with pytest.raises(ValueError, match=message) as error:
         make_trainer(Take(**options), max_steps=1).fit(module, data)
-    assert "LatentBank(" in str(error.value) or "find=lambda" in str(error.value)
+    assert "LatentBank(" in str(error.value) or "read_batch=lambda" in str(error.value)
     return str(error.value)
 
 

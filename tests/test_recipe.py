@@ -83,7 +83,7 @@ def test_recipe_trains_reports_and_writes(tmp_path, capsys):
 def test_the_recipe_is_steered(tmp_path):
     train(configuration(tmp_path, "callbacks=steer"))
     (header,) = [json.loads(line) for line in (tmp_path / "scheme/stages.jsonl").open()]
-    assert header["seam"].startswith("module.objective")
+    assert header["maker"].startswith("module.objective")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     lines = [json.loads(line) for line in (tmp_path / "stages/stages.jsonl").open()]

@@ -16,7 +16,7 @@ from stagewise import (
     Scheme,
     Smoothing,
 )
-from stagewise.adapters import find_seams, one_seam
+from stagewise.adapters import find_target_makers, one_target_maker
 from stagewise.adapters.network_search import NetworkSearch
 
 SHAPE, N = (2, 3, 3), 40
@@ -79,16 +79,16 @@ def test_the_loss_is_that_of_the_steered_target(path_type):
     holder, net = SimpleNamespace(loss_fn=SILoss(path_type)), Net()
     images, labels, zs = batch()
     plain, alignment = run(holder, net, images, labels, zs)
-    seam = one_seam(holder)
-    assert isinstance(seam.path, LinearPath if path_type == "linear" else CosinePath)
-    assert "minus the velocity, time 1 is noise and 0 is data" in seam.describe()
-    idle = seam.attach(Scheme(path=seam.path))
+    maker = one_target_maker(holder)
+    assert isinstance(maker.path, LinearPath if path_type == "linear" else CosinePath)
+    assert "minus the velocity, time 1 is noise and 0 is data" in maker.describe()
+    idle = maker.attach(Scheme(path=maker.path))
     torch.testing.assert_close(run(holder, net, images, labels, zs)[0], plain)
     idle()
     scheme = Scheme(
-        Oracle(LatentBank(ROWS, LABELS), seam.path), target=Mix(), weight=lambda t: 1 + t
+        Oracle(LatentBank(ROWS, LABELS), maker.path), target=Mix(), weight=lambda t: 1 + t
     )
-    detach = seam.attach(scheme)
+    detach = maker.attach(scheme)
     loss, aligned = run(holder, net, images, labels, zs)
     time = holder.loss_fn.drawn[0].double()
     a, s, d_a, d_s = (torch.as_tensor(v).double() for v in holder.loss_fn.interpolant(time))
@@ -99,7 +99,7 @@ def test_the_loss_is_that_of_the_steered_target(path_type):
     expected = (scale * x.double() - target).square().flatten(1).mean(1)
     torch.testing.assert_close(loss.double(), (2 - time) * expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(aligned, alignment)
-    torch.testing.assert_close(seam.last[1].double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(maker.last[1].double(), expected, rtol=1e-4, atol=1e-5)
     (slope,) = torch.autograd.grad(loss.sum(), net.scale)
     by_hand = 2 * ((scale * x.double() - target) * x.double()).flatten(1).mean(1)
     torch.testing.assert_close(slope.double(), ((2 - time) * by_hand).sum(), rtol=1e-4, atol=1e-4)
@@ -113,7 +113,7 @@ def test_a_smoothed_set_is_trained_on():
     smoothing = Smoothing(LatentBank(ROWS), progress=False)
     holder, net = SimpleNamespace(loss_fn=SILoss()), Net()
     scheme = Scheme(smoothing=smoothing, strength=torch.ones_like)
-    one_seam(holder).attach(scheme)
+    one_target_maker(holder).attach(scheme)
     loss, _ = run(holder, net, images, labels, zs)
     (time, noise), x1 = holder.loss_fn.drawn, scheme.last.x1
     assert not torch.equal(x1, images)
@@ -128,9 +128,9 @@ def test_it_is_watched_without_a_trace():
     module.loss_fn, module.net, seen = SILoss(), Net(), []
     images, labels, zs = batch()
     plain = run(module, module.net, images, labels, zs)
-    seams = find_seams(module)
-    detach = seams[0].observe(seen.append)
-    search = NetworkSearch(module, seams, lambda: [("batch[0]", images)], labels)
+    makers = find_target_makers(module)
+    detach = makers[0].observe(seen.append)
+    search = NetworkSearch(module, makers, lambda: [("batch[0]", images)], labels)
     watched = run(module, module.net, images, labels, zs)
     search.stop()
     detach()
@@ -145,9 +145,9 @@ def test_it_is_watched_without_a_trace():
 
 def test_what_cannot_be_steered_there():
     with pytest.raises(ValueError, match="keep it as an attribute"):
-        one_seam(SILoss())
+        one_target_maker(SILoss())
     with pytest.raises(ValueError, match="prediction, 'x', is not known"):
-        one_seam(SimpleNamespace(loss_fn=SILoss(prediction="x")))
-    seam = one_seam(SimpleNamespace(loss_fn=SILoss()))
+        one_target_maker(SimpleNamespace(loss_fn=SILoss(prediction="x")))
+    maker = one_target_maker(SimpleNamespace(loss_fn=SILoss()))
     with pytest.raises(ValueError, match="is given its times"):
-        seam.attach(Scheme(timesteps=LogitNormal()))
+        maker.attach(Scheme(timesteps=LogitNormal()))

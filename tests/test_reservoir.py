@@ -27,7 +27,7 @@ from stagewise.callbacks import (
     Watch,
 )
 from stagewise.masks import MaskedLabels
-from stagewise.schemes.checks import check_rows
+from stagewise.schemes.refusals import check_rows
 
 ROOT = Path(__file__).parents[1]
 BATCH, SIZE = 8, 12

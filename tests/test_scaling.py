@@ -159,7 +159,7 @@ class Trains(Makes):
 SAID = [
     {},
     {"encode": lambda x, module: module.vae(x)},
-    {"find": lambda batch, module: (module.vae(batch[0]), None)},
+    {"read_batch": lambda batch, module: (module.vae(batch[0]), None)},
     {"bank": True},
 ]
 
@@ -231,9 +231,9 @@ def test_what_mixes_or_compares_stops_where_no_sample_is_near_a_row(fit, what):
     with pytest.warns(UserWarning, match="Training is not on what was read"):
         fit(Makes(FAR[what]), PosteriorMonitor())
     if what == "flip":
-        assert "find=lambda batch: (batch[0].flip(3), None);" in str(refused.value)
+        assert "read_batch=lambda batch: (batch[0].flip(3), None);" in str(refused.value)
         module = Makes(FAR[what])
-        fit(module, StageScheme(target=Mix(1.0), find=lambda batch: (batch[0].flip(3), None)))
+        fit(module, StageScheme(target=Mix(1.0), read_batch=lambda batch: (batch[0].flip(3), None)))
         assert off(module, X.flip(3)) < 1e-5
 
 

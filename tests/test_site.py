@@ -160,7 +160,7 @@ def keywords_of(thing):
 
 
 def test_pages_name_what_there_is():
-    """`Oracle.correction` and `StageRun(find=...)`, in the text of pages, are no inventions."""
+    """`Oracle.correction` and `StageRun(read_batch=...)`, in the text of pages, do exist."""
     public = {}
     for part in PUBLIC:
         package = importlib.import_module("stagewise" + part)

@@ -227,7 +227,7 @@ def argument(message):
     """The first argument that a message tells the user to give, as it is written there."""
     for begin in (
         "encode=lambda",
-        "find=lambda",
+        "read_batch=lambda",
         "class_wise=False",
         "velocity=lambda",
         "bank=LatentBank(",

@@ -54,7 +54,7 @@ from stagewise.callbacks.stage_transitions import (
 from stagewise.certificate import Certificate
 from stagewise.engines import Exact, Nearest, Sharded
 from stagewise.losses import FlowMatchingLoss, StageWeightedLoss
-from stagewise.schemes.checks import check_rows
+from stagewise.schemes.refusals import check_rows
 
 cfm = pytest.importorskip("torchcfm.conditional_flow_matching")
 pytestmark = [
@@ -400,7 +400,7 @@ def test_averaged_weights_copy_neither_bank_nor_scheme(fit, bank):
 # -- the parts, the boundary ---------------------------------------------------------------------
 
 
-def test_parts_make_the_scheme_of_the_seam(fit):
+def test_parts_make_the_scheme_of_the_maker(fit):
     module = Matched(cfm.VariancePreservingConditionalFlowMatcher(0.0))
     callback = StageScheme(target=Mix("boundary"), timesteps=StageAware(0.5), seed=3)
     fit(module, callback, max_steps=1)
@@ -456,7 +456,7 @@ def test_boundary_is_that_of_a_monitor_of_the_same_path(fit, monkeypatch):
     assert other.scheme.boundary != watch_linear.boundary.midpoint
 
 
-def test_boundary_is_measured_on_the_path_of_the_seam(fit, bank):
+def test_boundary_is_measured_on_the_path_of_the_maker(fit, bank):
     variance_preserving = cfm.VariancePreservingConditionalFlowMatcher
     scheme = Scheme(timesteps=StageAware(0.5))
     fit(Matched(variance_preserving(0.0)), StageScheme(scheme), max_steps=1)
@@ -598,7 +598,7 @@ def test_transitions_go_to_tensorboard_and_disk(fit, bank, tmp_path):
         json.loads(line) for line in (tmp_path / "files/stages.jsonl").read_text().splitlines()
     )
     assert header["event"] == "scheme"
-    assert header["seam"].startswith("module.loss_fn: FlowMatchingLoss")
+    assert header["maker"].startswith("module.loss_fn: FlowMatchingLoss")
     assert event == callback.transitions[0]
     assert (event["step"], event["phase"]) == (3, 1)
     assert event["message"].startswith("phase 0 (plain) ends at step 3")
@@ -653,17 +653,20 @@ def refused(fit, module, *callbacks, match, error=ValueError, **options):
     assert {key: vars(getattr(module, key)) for key in held} == held
 
 
-def test_no_seam_and_two_seams(fit, bank):
+def test_no_maker_and_two_makers(fit, bank):
     scheme = functools.partial(SCHEMES["mix"], bank)
     refused(
         fit, Neither(), StageScheme(scheme()), match="nothing that makes the targets in Neither"
     )
     refused(
-        fit, Both(), StageScheme(scheme()), match=r"found 2:\n  module\.FM: .*\n.*\n.*seam=\"module"
+        fit,
+        Both(),
+        StageScheme(scheme()),
+        match=r"found 2:\n  module\.FM: .*\n.*\n.*target_maker=\"module",
     )
-    fit(Both(), StageScheme(scheme(), seam="module.FM"), max_steps=1)
-    unused = StageScheme(scheme(), seam="module.FM")
-    match = r"made its target without module\.FM.*seam="
+    fit(Both(), StageScheme(scheme(), target_maker="module.FM"), max_steps=1)
+    unused = StageScheme(scheme(), target_maker="module.FM")
+    match = r"made its target without module\.FM.*target_maker="
     refused(fit, Unused(), unused, match=match, error=RuntimeError)
 
 
@@ -711,7 +714,9 @@ def test_two_that_steer_the_same(fit, bank):
 def test_two_without_a_name(fit, bank):
     one, two = StageScheme(SCHEMES["mix"](bank)), StageScheme(target=Mix(), bank=bank)
     refused(fit, Matched(), one, two, match=r"steer the same: module\.FM\. Use one")
-    one, two = (StageScheme(timesteps=Uniform(), seam=f"module.{at}") for at in ("FM", "other"))
+    one, two = (
+        StageScheme(timesteps=Uniform(), target_maker=f"module.{at}") for at in ("FM", "other")
+    )
     assert one.state_key != two.state_key
     refused(fit, Both(), one, two, match="a name for each StageScheme, got two with 'stagewise_sch")
     # In training it is that of the name, so that another process resumes it.
@@ -881,7 +886,7 @@ def test_what_is_said_at_construction(bank):
         StageScheme(lambda oracle: Scheme(oracle), target=Mix())
 
 
-def test_a_path_other_than_the_seams(fit, bank):
+def test_a_path_other_than_the_makers(fit, bank):
     module = Matched(cfm.ConditionalFlowMatcher(0.3))
     match = r"trains on NoisedPath\(path=LinearPath\(\), noise=0.3\), the scheme is for LinearPath"
     refused(fit, module, StageScheme(SCHEMES["mix"](bank)), match=match)

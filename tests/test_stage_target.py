@@ -26,7 +26,7 @@ from stagewise import (
     StageFactors,
     StageTarget,
 )
-from stagewise.adapters import find_seams, one_seam
+from stagewise.adapters import find_target_makers, one_target_maker
 from stagewise.callbacks import PosteriorMonitor, StageScheme, VelocityErrorMonitor
 from stagewise.tracing import untraced
 
@@ -359,29 +359,29 @@ FEW = {"every_n_steps": 2, "queries": 4, "strata": 4}
 
 
 @pytest.mark.parametrize(
-    ("called", "seam", "said"),
+    ("called", "target_maker", "said"),
     [
         (("target",), "module.nothere", "Expected module.nothere to make the targets; found there"),
-        (("target", "other"), None, 'VelocityErrorMonitor(seam="module.target")'),
+        (("target", "other"), None, 'VelocityErrorMonitor(target_maker="module.target")'),
         (("target",), "module.other", "The first step did not call module.other"),
         ((), None, "The first step did not call module.target"),
     ],
 )
-def test_monitors_refuse_targets_that_are_not_the_one_of_the_step(fit, called, seam, said):
+def test_monitors_refuse_targets_that_are_not_the_one_of_the_step(fit, called, maker, said):
     module = type("Calls", (Two,), {"called": called})()
     if not called:
         module.training_step = lambda batch, batch_idx: module.velocity(
             batch[0], torch.rand(len(batch[0]), 1), batch[1]
         ).mean()
     with pytest.raises(ValueError, match=re.escape(said)) as error:
-        fit(module, VelocityErrorMonitor(**FEW, **({"seam": seam} if seam else {})))
+        fit(module, VelocityErrorMonitor(**FEW, **({"maker": maker} if maker else {})))
     assert "velocity=" not in str(error.value)
 
 
-def test_a_monitor_obeys_the_seam_it_is_told(fit, caplog):
-    monitor = VelocityErrorMonitor(**FEW, seam="module.other")
+def test_a_monitor_obeys_the_maker_it_is_told(fit, caplog):
+    monitor = VelocityErrorMonitor(**FEW, target_maker="module.other")
     fit(Two(), monitor)
-    assert monitor.network is None or monitor.network.seam.name == "module.other"
+    assert monitor.network is None or monitor.network.maker.name == "module.other"
     assert monitor.history
     assert "module.net predicts the velocity, as the gradient of the loss says" in caplog.text
 
@@ -419,17 +419,17 @@ def test_the_target_of_a_copy_of_the_module_is_not_proposed(fit):
             del self.target
             self.full, self.target = full, StageTarget()
 
-    with pytest.raises(ValueError, match='Say which the step calls: seam="module.target"'):
+    with pytest.raises(ValueError, match='Say which the step calls: target_maker="module.target"'):
         fit(Averages(), StageScheme(target=Mix()))
-    module = fit(Averages(), StageScheme(target=Mix(), seam="module.target"))
+    module = fit(Averages(), StageScheme(target=Mix(), target_maker="module.target"))
     assert len(module.seen) == 3
 
 
 def test_two_of_them_are_told_apart_by_name():
     module = nn.ModuleList([StageTarget(), StageTarget()])
-    assert len(find_seams(module)) == 2
-    with pytest.raises(ValueError, match=r'seam="module\.0"'):
-        one_seam(module)
+    assert len(find_target_makers(module)) == 2
+    with pytest.raises(ValueError, match=r'target_maker="module\.0"'):
+        one_target_maker(module)
 
 
 class ByHand(Step):

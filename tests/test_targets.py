@@ -284,10 +284,10 @@ class BiasedMix(Mix):
         super().__init__()
         self.lam = ReadsTheSource()
 
-    def pull(self, oracle, queries, draws):
+    def mean(self, oracle, queries, draws):
         post = oracle.ask(queries)
         self.lam.weight = (queries.log_weight(queries.x1) - post.log_evidence).exp()
-        return super().pull(oracle, queries, draws)
+        return super().mean(oracle, queries, draws)
 
 
 def every_source(target, xt, t, path, *, wise=False, draws=1):

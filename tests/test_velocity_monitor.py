@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from stagewise import LatentBank
-from stagewise.adapters import find_seams
+from stagewise.adapters import find_target_makers
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.callbacks import PosteriorMonitor, StageTransitions, VelocityErrorMonitor
 from stagewise.callbacks.training_record import TrainingRecord
@@ -497,7 +497,7 @@ def test_a_step_on_cuda_waits_for_nothing():
         return model.net(torch.cat([xt, t[:, None]], 1))
 
     x1 = torch.randn(64, 6)
-    search = NetworkSearch(model, find_seams(model), lambda: [("batch[0]", x1)], None)
+    search = NetworkSearch(model, find_target_makers(model), lambda: [("batch[0]", x1)], None)
     model.loss(call, x1)
     search.stop()
     network = search.result()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stagewise import CosinePath, LatentBank, LinearPath, LogitNormal, Oracle, Scheme
-from stagewise.adapters import find_seams
+from stagewise.adapters import find_target_makers
 from stagewise.adapters.objective import nominal_shares
 from stagewise.binned_sums import BinnedSums
 from stagewise.losses import FlowMatchingLoss
@@ -180,8 +180,8 @@ def test_the_nominal_density_is_that_of_the_sampler(place):
         if place == "loss"
         else FlowMatchingLoss(scheme=Scheme(timesteps=sampler))
     )
-    (seam,) = find_seams(module)
-    shares = nominal_shares(seam, EDGES)
+    (maker,) = find_target_makers(module)
+    shares = nominal_shares(maker, EDGES)
     ends = torch.special.ndtr((torch.logit(EDGES) + 0.5) / 0.8)
     assert shares == pytest.approx(ends.diff().tolist(), abs=1e-4)
     # The realised one, of draws, is that within their errors.
@@ -191,7 +191,7 @@ def test_the_nominal_density_is_that_of_the_sampler(place):
     entry = window_entry(means, EDGES, EDGES[[0, 2, 4, 6]], shares)
     assert entry["draws"] == pytest.approx(entry["density"], abs=4 * (0.25 / 20_000) ** 0.5)
     module.loss.timesteps = module.loss.scheme = None
-    assert nominal_shares(seam, EDGES) is None, "not known"
+    assert nominal_shares(maker, EDGES) is None, "not known"
 
 
 def test_what_is_spent_adds_up_to_one():

@@ -114,7 +114,7 @@ def test_what_it_finds_is_what_the_trainer_finds(
         events = [[json.loads(line) for line in text.splitlines()] for text in lines]
         for event in (*events[0], *events[1]):
             event.pop("network", None)
-            event.pop("seam", None)
+            event.pop("maker", None)
         assert events[0] == events[1]
 
 

@@ -21,11 +21,11 @@ C = torch.randn(N, 3, generator=draws)
 MASK = (torch.arange(6) < torch.randint(3, 7, (N, 1), generator=draws))[:, :, None].expand(X.shape)
 ROWS = [{"x": x, "y": y, "c": c, "mask": m} for x, y, c, m in zip(X, Y, C, MASK, strict=True)]
 SAID = {
-    "labels": {"find": lambda batch: (batch["x"], batch["y"])},
-    "mask": {"find": lambda batch: (batch["x"], None, batch["mask"])},
+    "labels": {"read_batch": lambda batch: (batch["x"], batch["y"])},
+    "mask": {"read_batch": lambda batch: (batch["x"], None, batch["mask"])},
     "condition": {
-        "find": lambda batch: (batch["x"], None),
-        "condition": Condition(bandwidth=0.9, find=lambda batch: batch["c"]),
+        "read_batch": lambda batch: (batch["x"], None),
+        "condition": Condition(bandwidth=0.9, read_batch=lambda batch: batch["c"]),
     },
 }
 KEY = {"labels": "y", "mask": "mask", "condition": "c"}

@@ -5,21 +5,26 @@ not installed costs nothing. Whatever counts time or signs its target in another
 here and nowhere else.
 """
 
-from stagewise.adapters.base import Detach, Seam, Seen
+from stagewise.adapters.base import Detach, Seen, TargetMaker
 from stagewise.adapters.diffusers import diffusers_target
-from stagewise.adapters.find import assumed_seams, find_couplings, find_seams, one_seam
+from stagewise.adapters.find import (
+    assumed_makers,
+    find_couplings,
+    find_target_makers,
+    one_target_maker,
+)
 from stagewise.adapters.paths import LibraryPath, NoisedPath, ShrinkingPath
 
 __all__ = [
     "Detach",
     "LibraryPath",
     "NoisedPath",
-    "Seam",
+    "TargetMaker",
     "Seen",
     "ShrinkingPath",
-    "assumed_seams",
+    "assumed_makers",
     "diffusers_target",
     "find_couplings",
-    "find_seams",
-    "one_seam",
+    "find_target_makers",
+    "one_target_maker",
 ]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Seam
+from stagewise.adapters.base import TargetMaker
 from stagewise.adapters.fitting import Noisy
 from stagewise.paths import Prediction, PredictionKind, expand_like
 
@@ -106,11 +106,11 @@ class Verdict:
     Attributes:
         reads: Whose prediction the answer is; None: of none that is known.
         at: Which of the tensors.
-        share: How many signs agree with what the seam says.
-        doubted: Whether so few agree that it is not what the seam says.
+        share: How many signs agree with what the maker says.
+        doubted: Whether so few agree that it is not what the maker says.
     """
 
-    reads: Seam | None
+    reads: TargetMaker | None
     at: int
     share: float
     doubted: bool
@@ -120,15 +120,15 @@ class Gradients:
     """The gradient at a network's answer, and what it is of.
 
     Args:
-        seam: What says which prediction the loss is of.
+        maker: What says which prediction the loss is of.
         noisy: What the network was given.
         x1: What that was made from, (B, *).
         output: What it returned; gradients are retained there.
     """
 
-    def __init__(self, seam: Seam, noisy: Noisy, x1: Tensor, output: Any) -> None:
+    def __init__(self, maker: TargetMaker, noisy: Noisy, x1: Tensor, output: Any) -> None:
         self._noisy, self._x1 = noisy, x1
-        self._readings = _readings(seam)
+        self._readings = _readings(maker)
         self._answers = [tensor for _, tensor in _alike(output, tuple(x1.shape))]
         self._versions = [tensor._version for tensor in self._answers]
 
@@ -138,7 +138,7 @@ class Gradients:
 
         Args:
             known: Whether the targets are; else nothing is compared.
-            added: What a scheme has added to the targets that the seam speaks of, (B, *).
+            added: What a scheme has added to the targets that the maker speaks of, (B, *).
         """
         count = len(self._answers), len(self._readings), 2
         votes = torch.zeros(count, dtype=torch.int64, device=self._x1.device)
@@ -156,9 +156,9 @@ class Gradients:
                 continue
             f, g = answer.detach()[rows].float(), answer.grad[rows].float()
             eps = max(self._noisy.rounding, torch.finfo(answer.dtype).eps)
-            for k, seam in enumerate(self._readings):
-                sign = seam.convention.sign_of(seam.prediction)
-                c, b = (expand_like(v, xt) for v in seam.prediction.coefficients(path))
+            for k, maker in enumerate(self._readings):
+                sign = maker.convention.sign_of(maker.prediction)
+                c, b = (expand_like(v, xt) for v in maker.prediction.coefficients(path))
                 parts = f, sign * c * x1, sign * b * xt
                 gap = parts[0] - parts[1] - parts[2]
                 near = _ROUNDING * eps * sum(part.abs() for part in parts)
@@ -184,19 +184,19 @@ class Gradients:
         return Verdict(None, at, own, doubted=own < _UNLIKE)
 
 
-def _readings(seam: Seam) -> list[Seam]:
-    """What the seam says, and the same with other predictions or the sign turned."""
-    found = [seam]
+def _readings(maker: TargetMaker) -> list[TargetMaker]:
+    """What the maker says, and the same with other predictions or the sign turned."""
+    found = [maker]
     kinds: tuple[PredictionKind, ...] = ("data", "noise", "v", "velocity")
     for kind in kinds:
-        if kind != seam.prediction.kind:
-            found.append(_read(seam, Prediction(kind), 1))
-    sign = -seam.convention.sign if seam.prediction.kind == "velocity" else -1
-    return [*found, _read(seam, Prediction("velocity"), sign)]
+        if kind != maker.prediction.kind:
+            found.append(_read(maker, Prediction(kind), 1))
+    sign = -maker.convention.sign if maker.prediction.kind == "velocity" else -1
+    return [*found, _read(maker, Prediction("velocity"), sign)]
 
 
-def _read(seam: Seam, prediction: Prediction, sign: int) -> Seam:
-    other = copy.copy(seam)
+def _read(maker: TargetMaker, prediction: Prediction, sign: int) -> TargetMaker:
+    other = copy.copy(maker)
     other.prediction = prediction
-    other.convention = replace(seam.convention, sign=sign)  # type: ignore[arg-type]
+    other.convention = replace(maker.convention, sign=sign)  # type: ignore[arg-type]
     return other

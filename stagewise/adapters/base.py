@@ -1,11 +1,11 @@
-"""A seam: where a training's target is made, in an object of another library.
+"""A maker: where a training's target is made, in an object of another library.
 
-A seam knows the library's convention and what can be steered there. It puts a scheme in by setting
+A maker knows the library's convention and what can be steered there. It puts a scheme in by setting
 one attribute (or two) on the object that the user has. Taking it out leaves `vars` of that object
 as they were. Copies and pickles made meanwhile (averaged weights, checkpointed hyperparameters)
 hold the object as its library made it.
 
-A seam can also be watched: `observe` tells what each target is made from, and changes nothing.
+A maker can also be watched: `observe` tells what each target is made from, and changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stagewise.masks import MaskedLabels
 from stagewise.paths import Path, Prediction, same_path
 from stagewise.schemes import Phases, Scheme, parts
 
-__all__ = ["Detach", "Place", "Seam", "Seen", "Tell", "looks", "plain", "rebind", "together"]
+__all__ = ["Detach", "Place", "TargetMaker", "Seen", "Tell", "looks", "plain", "rebind", "together"]
 
 Detach = Callable[[], None]
 """Undoes an `attach` or an `observe`; calling it again does nothing."""
@@ -85,7 +85,7 @@ class Place:
     attribute: str = ""
 
 
-class Seam:
+class TargetMaker:
     """What makes the targets of a training, recognised. One file of this folder for each library.
 
     A subclass has a classmethod `of(place)`, which recognises the object or returns None, and the
@@ -108,7 +108,7 @@ class Seam:
         losses: Whether it sees each sample's loss.
         late: Whether another scheme can be put in while it tells what it has seen.
         observable: Whether `observe` can see anything here.
-        coupled: Whether something, beside it (`find_seams`) or inside, pairs noise with data.
+        coupled: Whether something beside it (`find_target_makers`) or inside pairs noise with data.
         last: Times, (B,), and losses before the scheme's weight, (B,), of the latest call,
             detached. None before the first call, and where losses are not seen.
     """
@@ -165,7 +165,7 @@ class Seam:
 
         Args:
             scheme: What steers.
-            weighed: Whether the training step applies the scheme's weights itself, where the seam
+            weighed: Whether the training step applies the scheme's weights itself, where the maker
                 cannot. Default False.
 
         Returns:
@@ -184,15 +184,15 @@ class Seam:
             raise ValueError(f"{self.name} cannot be steered: {self.refusal}")
 
     def check(self, scheme: Scheme | Phases, *, weighed: bool = False) -> None:
-        """Refuses what `attach` would refuse, except that the seam is steered already."""
+        """Refuses what `attach` would refuse, except that the maker is steered already."""
         self.refuse()
         for part in parts(scheme):
             on_path = any(each is not None for each in (part.oracle, part.weight, part.smoothing))
             if on_path and not same_path(part.path, self.path):
                 raise ValueError(
                     f"{self.name} trains on {self.path!r}, the scheme is for {part.path!r}. Give "
-                    "it the path of the seam: Oracle(bank, path), or Scheme(path=path), with "
-                    "path = one_seam(module).path."
+                    "it the path of the maker: Oracle(bank, path), or Scheme(path=path), with "
+                    "path = one_target_maker(module).path."
                 )
             weighs = part.weight is not None or (part.preserve_objective and part.draws_timesteps)
             if weighs and not self.weights and not weighed:
@@ -293,7 +293,7 @@ def rebind(
         if inner._function is not None and not inner._observes:
             raise ValueError(
                 f"{type(owner).__name__}.{attribute} is steered by another scheme already. Use one "
-                "scheme for each seam: Scheme(timesteps=..., target=..., weight=...) holds all "
+                "scheme for each maker: Scheme(timesteps=..., target=..., weight=...) holds all "
                 "three."
             )
         inner = inner.__wrapped__

@@ -25,7 +25,7 @@ class BatchConditions:
 
     def of(self, condition: Condition, batch: Any, x1: Tensor, labels: Any) -> Tensor:
         """Those of the samples that were found in a batch, (B, *)."""
-        if condition.find is None and self.place:  # to compare values again would wait
+        if condition.read_batch is None and self.place:  # to compare values again would wait
             return dict(leaves_of(batch))[self.place]
         c = condition.of(batch, x1, labels)
         self.place = place_of(c, batch)
@@ -64,9 +64,9 @@ class BatchConditions:
             c = None if kernel is None else self.of(kernel, batch, *own)
             if c is not None and not network.is_given(c):
                 return (
-                    f"{kernel!r} weighs rows by {self.place or 'what `find` gives'}, {describe(c)},"
-                    f" and the network is given {', '.join(network.conditions)}, which is another. "
-                    "The targets are right as far as one follows from the other. Where the "
-                    "condition is: Condition(..., find=lambda batch: ...)."
+                    f"{kernel!r} weighs rows by {self.place or 'what `read_batch` gives'}, "
+                    f"{describe(c)}, and the network is given {', '.join(network.conditions)}, "
+                    "which is another. The targets are right as far as one follows from the other. "
+                    "Where the condition is: Condition(..., read_batch=lambda batch: ...)."
                 )
         return ""

@@ -14,7 +14,7 @@ from stagewise.adapters.batch_conditions import BatchConditions
 from stagewise.adapters.rows import labels_of_rows, place_of, same, version_of
 from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
-from stagewise.batches import FindSample, find_checked, leaves_of
+from stagewise.batches import ReadBatch, leaves_of, read_checked
 from stagewise.condition import Condition
 from stagewise.masks import MaskedLabels, fitted, plain
 
@@ -25,19 +25,19 @@ class BatchSamples:
     """What the batches hold, and which of their samples others are.
 
     Args:
-        find: From a batch to `(x_1, labels or None)`.
+        read_batch: From a batch to `(x_1, labels or None)`.
 
     Attributes:
         batch: The present batch; `begin` sets it.
-        x1: x_1 of the first one as `find` has it before the step, (B, *); None if there is none.
+        x1: x_1 of the first one as `read_batch` has it before the step, (B, *), or None.
         labels: Its labels, (B,), or None.
         masks: The same with its masks, or None.
         x1_at: Where that x_1 lies in the batch, as one would write it; empty if it does not.
         labels_at: The same for the labels, "None" if they do not.
     """
 
-    def __init__(self, find: FindSample) -> None:
-        self._find = find
+    def __init__(self, read_batch: ReadBatch) -> None:
+        self._find = read_batch
         self.batch: Any = None
         self._before: list[tuple[str, Tensor, int]] = []  # leaves of the batch, and their versions
         self._kept: set[str] = set()  # what each step changes in place
@@ -66,7 +66,7 @@ class BatchSamples:
         """Finds x_1 and labels before the first step; a ValueError leaves none behind."""
         self._found_nothing(bank)
         self._before = [(name, leaf, version_of(leaf)) for name, leaf in leaves_of(self.batch)]
-        x1, found = find_checked(self._find, self.batch)
+        x1, found = read_checked(self._find, self.batch)
         self.masks, labels = found if isinstance(found, MaskedLabels) else None, plain(found)
         self.x1, self.labels = x1.detach().clone(), None if labels is None else labels.clone()
         self.x1_at = self.place(self.x1)
@@ -108,7 +108,7 @@ class BatchSamples:
         """The masks of the present batch, None if there are none."""
         if self.masks is None or self.batch is None:
             return self.masks
-        found = find_checked(self._find, self.batch)[1]
+        found = read_checked(self._find, self.batch)[1]
         return found if isinstance(found, MaskedLabels) else None
 
     def as_rows(self, x1: Tensor, bank: LatentBank) -> Tensor:
@@ -168,7 +168,7 @@ class BatchSamples:
         if self.x1 is None or self.batch is None:
             return None
         own = (self.x1, self.masks or self.labels)
-        return find_checked(self._find, self.batch) if self._finished else own
+        return read_checked(self._find, self.batch) if self._finished else own
 
     def place(self, tensor: Tensor | None) -> str:
         """Where a tensor lies in the present batch, as one would write it; empty if it does not."""

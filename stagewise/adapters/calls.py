@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stagewise.adapters.base import Seam, Seen
+from stagewise.adapters.base import Seen, TargetMaker
 from stagewise.adapters.columns import Columns, agreement, apart, columns_of, equal, shifted
 from stagewise.adapters.fitting import Noisy
 from stagewise.batches import LABEL_NAMES
@@ -135,17 +135,17 @@ class Slots:
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a call: as one of a seam's network.
+    """One way to read a call: as one of a maker's network.
 
     Attributes:
         slots: Where `x_t` and time are.
-        seam: In whose convention.
+        maker: In whose convention.
         noisy: What they are.
         moments: How many different times there are.
     """
 
     slots: Slots
-    seam: Seam
+    maker: TargetMaker
     noisy: Noisy
     moments: int
 
@@ -154,7 +154,7 @@ def readings(
     call: Call,
     shape: tuple[int, ...] | None,
     x1: Tensor,
-    seams: Sequence[Seam],
+    makers: Sequence[TargetMaker],
     labels: Tensor | None,
 ) -> Iterator[Reading]:
     """All ways to read `x_t` and a time out of a call, but for `x_1` itself as `x_t`."""
@@ -166,24 +166,24 @@ def readings(
             continue
         if is_same(x, x1):
             continue
-        for seam in seams:
-            step = _step(time, seam.convention)
+        for maker in makers:
+            step = _step(time, maker.convention)
             if step is None:
                 continue
             rounding = max(step, torch.finfo(x.dtype).eps, torch.finfo(x1.dtype).eps)
-            xt, t = seam.convention.inside(x, time.to(torch.float32))
-            yield Reading(slots, seam, Noisy(seam.path, xt, t, rounding), moments)
+            xt, t = maker.convention.inside(x, time.to(torch.float32))
+            yield Reading(slots, maker, Noisy(maker.path, xt, t, rounding), moments)
 
 
-def retimed(call: Call, seen: tuple[Seam, Seen] | None) -> list[Seam]:
-    """A seam with the conventions in which a call may hold its times in other units, `a t + b`.
+def retimed(call: Call, seen: tuple[TargetMaker, Seen] | None) -> list[TargetMaker]:
+    """A maker with the conventions in which a call may hold its times in other units, `a t + b`.
 
     By least squares of what each argument, or a column of it, is of t. Whole numbers are rounded,
     and hold t to one of their steps.
     """
     if seen is None or seen[1].t is None or seen[0].convention.by_sigma:
         return []
-    seam, t, found = seen[0], seen[1].t.reshape(-1, 1).double(), []
+    maker, t, found = seen[0], seen[1].t.reshape(-1, 1).double(), []
     if len(t.unique()) < 4:
         return []
     dt = t - t.mean()
@@ -203,8 +203,8 @@ def retimed(call: Call, seen: tuple[Seam, Seen] | None) -> list[Seam]:
             a = float(f"{float(slope[k]):.{2 if whole else 4}g}")
             b = float(y[:, k].mean()) - a * float(t.mean())
             b = 0.0 if abs(b) < (2 if whole else 1e-3 * abs(a)) else float(f"{b:.4g}")
-            other = copy.copy(seam)
-            other.convention = replace(seam.convention, noise_time=b, data_time=a + b)
+            other = copy.copy(maker)
+            other.convention = replace(maker.convention, noise_time=b, data_time=a + b)
             found.append(other)
     return found
 

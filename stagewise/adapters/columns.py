@@ -102,5 +102,5 @@ def shifted(leaf: Any, labels: Tensor | None) -> str:
     number = number if len(by) == 1 else "the_number_of(batch[1])"
     return (
         " (the labels under other numbers; give those that it is given: "
-        f"StageRun(find=lambda batch: (batch[0], {number})))"
+        f"StageRun(read_batch=lambda batch: (batch[0], {number})))"
     )

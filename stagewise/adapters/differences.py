@@ -10,7 +10,7 @@ from stagewise.adapters.first_step import FirstStep
 from stagewise.adapters.fitting import flip_of
 from stagewise.bank import LatentBank
 from stagewise.masks import fitted
-from stagewise.schemes.checks import check_rows, distance_from_rows
+from stagewise.schemes.refusals import check_rows, distance_from_rows
 
 __all__ = ["compare", "difference", "other_rows", "several"]
 
@@ -27,12 +27,12 @@ _MANY = 8
 
 def several(look: FirstStep, asks: str) -> str:
     """Which targets the first step called, if not one; `asks`: the callback that must say which."""
-    names = [seam.name for seam in look.called]
+    names = [maker.name for maker in look.called]
     if len(names) < 2:
         return ""
     return (
         f"The first step called {' and '.join(names)}, and what is measured is the training of "
-        f'one of them. Say which: {asks}(seam="{names[0]}").'
+        f'one of them. Say which: {asks}(target_maker="{names[0]}").'
     )
 
 
@@ -75,10 +75,10 @@ def difference(
     maker = "" if look.seen is None else f", and {look.seen[0].name} is given other samples"
     place, other = look.x1_at or "batch[0]", look.place(x1)
     if other and other != look.x1_at:
-        find = f"find=lambda batch: ({other}, {look.labels_at})"
+        find = f"read_batch=lambda batch: ({other}, {look.labels_at})"
         return (
             f"Training is not on what was read from the batches{maker}: {other}, and not "
-            f"{look.x1_at or 'what `find` returns'}. Say so: {find}.",
+            f"{look.x1_at or 'what `read_batch` returns'}. Say so: {find}.",
             True,
         )
     if look.encoding is not None and not encoded:
@@ -101,8 +101,8 @@ def difference(
     if why is None and flip:
         cure = (
             f"all samples of the first step are flipped alike. If they always are, say so: "
-            f"find=lambda batch: ({place}{flip}, {look.labels_at}); if at random, flip in the data "
-            "set, or put both into a bank: StageRun(bank=LatentBank(latents, labels))"
+            f"read_batch=lambda batch: ({place}{flip}, {look.labels_at}); if at random, flip in "
+            "the data set, or put both into a bank: StageRun(bank=LatentBank(latents, labels))"
         )
     elif why is None and alike:
         cure = f"if it augments (flips, noise), expect little of the data end; if not, {cure}"
@@ -153,7 +153,7 @@ def _unlike_bank(bank: LatentBank, x1: Tensor, shapes: set[tuple[int, ...]]) -> 
         raise ValueError(
             f"The bank has samples of shape {bank.shape}, the training batch of shape "
             f"{shape}. Build the bank from the same latents, or say which "
-            "tensor of the batch is x_1: StageRun(find=lambda batch: (batch[0], None))."
+            "tensor of the batch is x_1: StageRun(read_batch=lambda batch: (batch[0], None))."
         )
     if shape != bank.shape:
         return (

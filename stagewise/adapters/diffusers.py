@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stagewise.adapters.base import Place, Seam
+from stagewise.adapters.base import Place, TargetMaker
 from stagewise.conventions import CONVENTIONS, STAGEWISE, of_scheduler
 from stagewise.paths import LinearPath, Prediction, PredictionKind
 from stagewise.queries import Labels
@@ -101,7 +101,7 @@ def diffusers_target(
     return target if said else sign * target
 
 
-class NoiseScheduler(Seam):
+class NoiseScheduler(TargetMaker):
     """A scheduler of flow matching, DDPM or DDIM: recognised, but the target is made beside it."""
 
     library, what = "diffusers", "diffusers scheduler"
@@ -109,7 +109,7 @@ class NoiseScheduler(Seam):
 
     @classmethod
     def of(cls, place: Place) -> NoiseScheduler | None:
-        """The seam at `place`, or None if there is none of this kind."""
+        """The maker at `place`, or None if there is none of this kind."""
         convention = of_scheduler(place.object)
         if convention is None:
             return None

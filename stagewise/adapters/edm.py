@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind
 from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS
 from stagewise.paths import LinearPath, expand_like
@@ -29,7 +29,7 @@ from stagewise.schemes import Phases, Scheme
 __all__ = ["EDMLoss"]
 
 
-class EDMLoss(Seam):
+class EDMLoss(TargetMaker):
     """An EDM or EDM2 loss; see the module docstring."""
 
     library, what = "EDM", "EDM loss"
@@ -37,7 +37,7 @@ class EDMLoss(Seam):
 
     @classmethod
     def of(cls, place: Place) -> EDMLoss | None:
-        """The seam at `place`, or None if there is none of this kind."""
+        """The maker at `place`, or None if there is none of this kind."""
         loss_fn = place.object
         names = ("P_mean", "P_std", "sigma_data")
         if not callable(loss_fn) or not all(hasattr(loss_fn, name) for name in names):
@@ -48,9 +48,9 @@ class EDMLoss(Seam):
             return None
         reachable = isinstance(loss_fn, nn.Module) or place.owner is not None
         refusal = None if reachable else "keep it as an attribute, self.loss_fn = EDM2Loss()."
-        seam = cls(place, LinearPath(), convention=CONVENTIONS["edm"], refusal=refusal)
-        seam.observable = reachable
-        return seam
+        maker = cls(place, LinearPath(), convention=CONVENTIONS["edm"], refusal=refusal)
+        maker.observable = reachable
+        return maker
 
     def _entry(self) -> tuple[Any, str]:
         """What holds the callable that makes the loss, and under which name."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 
 from torch import Tensor, nn
 
-from stagewise.adapters.base import Place, Seam, plain
+from stagewise.adapters.base import Place, TargetMaker, plain
 from stagewise.adapters.diffusers import NoiseScheduler
 from stagewise.adapters.edm import EDMLoss
 from stagewise.adapters.flow_matching import FlowMatching
@@ -21,17 +21,17 @@ from stagewise.paths import LinearPath, Path, same_path
 from stagewise.stage_target import BY_HAND
 
 __all__ = [
-    "assumed_seams",
-    "chosen_seams",
+    "assumed_makers",
+    "chosen_makers",
     "dependent_noise",
     "find_couplings",
-    "find_seams",
-    "one_seam",
+    "find_target_makers",
+    "one_target_maker",
     "training_path",
 ]
 
 _KINDS = (Objective, ByHand, TorchCFM, FlowMatching, Transport, EDMLoss, REPALoss, NoiseScheduler)
-"""All seams that are known. Another library is a file of this folder and an entry here."""
+"""All makers that are known. Another library is a file of this folder and an entry here."""
 
 _LEAVES = (
     *(Tensor, str, bytes, int, float, complex, type, types.ModuleType, types.FunctionType),
@@ -44,31 +44,31 @@ _NOT_OURS = ("_trainer", "trainer", "_fabric", "fabric", "_hparams_initial")
 """Attributes of a LightningModule that lead out of it, or hold copies."""
 
 
-def find_seams(module: object) -> list[Seam]:
+def find_target_makers(module: object) -> list[TargetMaker]:
     """All that makes targets in an object, by looking through its attributes.
 
     Nested modules, lists, tuples and dicts are looked through too. An object found in two places
-    is one. Noise must not depend on data: beside a sampler of couplings (`find_couplings`) no seam
+    is one. Noise must not depend on data: beside a sampler of couplings (`find_couplings`) no maker
     can be steered.
 
     Args:
-        module: A module, or any object; it may be the seam itself.
+        module: A module, or any object; it may be the maker itself.
 
     Returns:
-        The seams in the order of the attributes, those that cannot be steered included. The
+        The makers in the order of the attributes, those that cannot be steered included. The
         scheduler of diffusers only if there is nothing else: beside what makes targets it is there
         to sample.
     """
-    return _makers(_found(module)[0])
+    return _training(_found(module)[0])
 
 
-def chosen_seams(module: object, names: Set[str]) -> list[Seam]:
-    """Those of `find_seams`, or of all there are those of some names; refuses a name of none."""
-    found = find_seams(module)
+def chosen_makers(module: object, names: Set[str]) -> list[TargetMaker]:
+    """Those of `find_target_makers`, or those with some names; refuses a name of none."""
+    found = find_target_makers(module)
     if not names:
         return found
-    found += [one_seam(module, at) for at in names - {seam.name for seam in found}]
-    return [seam for seam in found if seam.name in names]
+    found += [one_target_maker(module, at) for at in names - {maker.name for maker in found}]
+    return [maker for maker in found if maker.name in names]
 
 
 def find_couplings(module: object) -> list[Place]:
@@ -79,25 +79,25 @@ def find_couplings(module: object) -> list[Place]:
     step or where data are loaded, cannot be found so (`stagewise.noise.check_independent`).
 
     Args:
-        module: As for `find_seams`.
+        module: As for `find_target_makers`.
 
     Returns:
-        Where they are, except for those inside of a seam, which concern that one only.
+        Where they are, except for those inside of a maker, which concern that one only.
     """
     return _found(module)[1]
 
 
-def dependent_noise(seams: Sequence[Seam], couplings: Sequence[Place]) -> str:
+def dependent_noise(makers: Sequence[TargetMaker], couplings: Sequence[Place]) -> str:
     """What pairs noise with data among what was found, with the reason; empty if nothing does."""
-    found = next((f"{seam.name}: {seam.refusal}" for seam in seams if seam.coupled), "")
+    found = next((f"{maker.name}: {maker.refusal}" for maker in makers if maker.coupled), "")
     return found or (_pairs(couplings[0]) if couplings else "")
 
 
-def training_path(seams: Sequence[Seam], *, said: bool = False) -> tuple[Path, str]:
+def training_path(makers: Sequence[TargetMaker], *, said: bool = False) -> tuple[Path, str]:
     """The path that targets are made on, `LinearPath()` if nothing makes them.
 
     Args:
-        seams: What `find_seams` found, or those of it that the user chose.
+        makers: What `find_target_makers` found, or those of it that the user chose.
         said: Whether the user says the path, so that several may be there.
 
     Returns:
@@ -106,11 +106,11 @@ def training_path(seams: Sequence[Seam], *, said: bool = False) -> tuple[Path, s
     Raises:
         ValueError: If there are several paths and nobody says which one counts.
     """
-    able = [seam for seam in seams if not seam.refusal] or seams
+    able = [maker for maker in makers if not maker.refusal] or makers
     if not able:
         return LinearPath(), ""
-    if not said and any(not same_path(seam.path, able[0].path) for seam in able):
-        listed = ", ".join(sorted({repr(seam.path) for seam in able}))
+    if not said and any(not same_path(maker.path, able[0].path) for maker in able):
+        listed = ", ".join(sorted({repr(maker.path) for maker in able}))
         raise ValueError(
             f"The module makes targets on several paths, {listed}. Say which to watch: "
             "PosteriorMonitor(path=...)."
@@ -118,35 +118,35 @@ def training_path(seams: Sequence[Seam], *, said: bool = False) -> tuple[Path, s
     return able[0].path, f"from {able[0].name}, {able[0].library}"
 
 
-def one_seam(module: object, at: str | None = None) -> Seam:
-    """The one seam of an object.
+def one_target_maker(module: object, at: str | None = None) -> TargetMaker:
+    """The one maker of an object.
 
     Args:
-        module: As for `find_seams`.
+        module: As for `find_target_makers`.
         at: The name of the one that is meant, such as "module.FM"; default: there is one only.
 
     Returns:
-        The seam. One that cannot be steered is not counted if another one can.
+        The maker. One that cannot be steered is not counted if another one can.
 
     Raises:
         ValueError: If there is none, more than one, or one that cannot be steered; the message
             lists what was found and shows the cure.
     """
     found, couplings = _found(module)
-    able = [seam for seam in found if not seam.refusal] or _makers(found)
+    able = [maker for maker in found if not maker.refusal] or _training(found)
     if at is not None:
-        able = [seam for seam in found if seam.name == at]
+        able = [maker for maker in found if maker.name == at]
     if len(able) == 1:
         able[0].refuse()
         return able[0]
-    listed = "".join(f"\n  {seam.describe()}" for seam in found)
+    listed = "".join(f"\n  {maker.describe()}" for maker in found)
     if at is not None:
         problem = f"Expected {at} to make the targets; found there are:{listed or ' none'}"
     elif found:
         problem = f"Expected one object that makes the targets, found {len(able)}:{listed}"
         # What is deeper may be in a copy, of averaged weights for example, that no step calls.
-        likely = min(able, key=lambda seam: seam.name.count(".") + seam.name.count("["))
-        problem += f'\nSay which the step calls: seam="{likely.name}".'
+        likely = min(able, key=lambda maker: maker.name.count(".") + maker.name.count("["))
+        problem += f'\nSay which the step calls: target_maker="{likely.name}".'
     else:
         *others, last = [kind.what for kind in _KINDS if kind.trains]
         problem = (
@@ -161,34 +161,34 @@ def one_seam(module: object, at: str | None = None) -> Seam:
     raise ValueError(problem)
 
 
-def _found(module: object) -> tuple[list[Seam], list[Place]]:
-    """All seams, and the couplings beside them."""
+def _found(module: object) -> tuple[list[TargetMaker], list[Place]]:
+    """All makers, and the couplings beside them."""
     couplings: list[Place] = []
-    seams = list(_seams(Place(module, "module"), set(), couplings))
-    for seam in seams:
-        _refuse_coupled(seam, couplings)
-    return seams, couplings
+    makers = list(_makers(Place(module, "module"), set(), couplings))
+    for maker in makers:
+        _refuse_coupled(maker, couplings)
+    return makers, couplings
 
 
-def _makers(seams: list[Seam]) -> list[Seam]:
-    return [seam for seam in seams if seam.trains] or seams
+def _training(makers: list[TargetMaker]) -> list[TargetMaker]:
+    return [maker for maker in makers if maker.trains] or makers
 
 
-def _seams(place: Place, seen: set[int], couplings: list[Place]) -> Iterator[Seam]:
+def _makers(place: Place, seen: set[int], couplings: list[Place]) -> Iterator[TargetMaker]:
     if id(place.object) in seen or isinstance(place.object, _LEAVES):
         return
     seen.add(id(place.object))
     parts = list(_parts(place))
     own = [part for part in parts if _couples(part.object)]
     for kind in _KINDS:
-        seam = kind.of(place)
-        if seam is not None:
-            _refuse_coupled(seam, own)  # and no other: it may not be the one that is used
-            yield seam
+        maker = kind.of(place)
+        if maker is not None:
+            _refuse_coupled(maker, own)  # and no other: it may not be the one that is used
+            yield maker
             return
     couplings += own
     for part in parts:
-        yield from _seams(part, seen, couplings)
+        yield from _makers(part, seen, couplings)
 
 
 def _parts(place: Place) -> Iterator[Place]:
@@ -219,12 +219,12 @@ def _couples(value: object) -> bool:
     return has("sample_plan") or (has("get_map") and has("sample_map"))
 
 
-def _refuse_coupled(seam: Seam, couplings: list[Place]) -> None:
-    """Gives a seam the reason why it cannot be steered, if there are couplings."""
+def _refuse_coupled(maker: TargetMaker, couplings: list[Place]) -> None:
+    """Gives a maker the reason why it cannot be steered, if there are couplings."""
     if couplings:
-        seam.coupled = True
+        maker.coupled = True
         cure = "Train on independent pairs, without it, to steer."
-        seam.refusal = seam.refusal or f"{_pairs(couplings[0])} {cure}"
+        maker.refusal = maker.refusal or f"{_pairs(couplings[0])} {cure}"
 
 
 def _pairs(place: Place) -> str:
@@ -238,8 +238,8 @@ def _kind(value: object) -> str:
     return type(value.__self__ if isinstance(value, types.MethodType) else value).__name__
 
 
-class _Assumed(Seam):
-    """What a training step that writes its target out may do; see `assumed_seams`."""
+class _Assumed(TargetMaker):
+    """What a training step that writes its target out may do; see `assumed_makers`."""
 
     library = "by hand"
     observable = False
@@ -249,7 +249,9 @@ class _Assumed(Seam):
         return f"{self.name}: assumed, {convention}"
 
 
-def assumed_seams(path: Path | None = None, convention: Convention | None = None) -> list[Seam]:
+def assumed_makers(
+    path: Path | None = None, convention: Convention | None = None
+) -> list[TargetMaker]:
     """What a training step may do that makes its target by hand, under the usual conventions.
 
     Time 1 is data; time 1 is noise and the target `noise - x`; either with times 0 to 1000; or, on

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stagewise.adapters.base import Seam, Seen, looks
+from stagewise.adapters.base import Seen, TargetMaker, looks
 from stagewise.adapters.batch_samples import BatchSamples, no_bank
 from stagewise.adapters.encoding import Encoding, origin_of
-from stagewise.adapters.find import assumed_seams
+from stagewise.adapters.find import assumed_makers
 from stagewise.adapters.fitting import factor_of
 from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.network import Network
@@ -27,14 +27,14 @@ from stagewise.adapters.network_search import NetworkSearch
 from stagewise.adapters.reasons import GIVEN
 from stagewise.adapters.rows import is_label, same
 from stagewise.bank import LatentBank
-from stagewise.batches import FindSample, describe, find_checked, find_sample, leaves_of, unused_in
+from stagewise.batches import ReadBatch, describe, find_sample, leaves_of, read_checked, unused_in
 from stagewise.conventions import Convention
 from stagewise.masks import plain
 from stagewise.noise import NoiseSums, is_noise
 from stagewise.paths import Path
 from stagewise.schemes import Phases, Scheme, parts
-from stagewise.schemes.checks import check_labels
 from stagewise.schemes.conditions import check_network
+from stagewise.schemes.refusals import check_labels
 from stagewise.schemes.smoothed import Drawn
 
 __all__ = ["PATIENCE", "FirstStep"]
@@ -48,9 +48,9 @@ class FirstStep(BatchSamples):
 
     Args:
         module: What is trained.
-        seams: What may make its targets (`find_seams`).
-        path: The path of training, where no seam says it.
-        find: From a batch to `(x_1, labels or None)`.
+        makers: What may make its targets (`find_target_makers`).
+        path: The path of training, where no maker says it.
+        read_batch: From a batch to `(x_1, labels or None)`.
         convention: That of a training step that makes its target by hand, if it is known.
         trains: Whether what is seen now is of training, default always.
 
@@ -75,19 +75,19 @@ class FirstStep(BatchSamples):
     def __init__(
         self,
         module: nn.Module,
-        seams: Sequence[Seam],
+        makers: Sequence[TargetMaker],
         path: Path,
-        find: FindSample,
+        read_batch: ReadBatch,
         convention: Convention | None = None,
         trains: Callable[[], bool] = lambda: True,
     ) -> None:
-        super().__init__(find)
+        super().__init__(read_batch)
         self._module, self._trains = module, trains
-        self._asks = find is not find_sample  # it may encode, and draw
+        self._asks = read_batch is not find_sample  # it may encode, and draw
         # What cannot be steered yields to what can.
-        able = [seam for seam in seams if not seam.refusal] or list(seams)
+        able = [maker for maker in makers if not maker.refusal] or list(makers)
         by_hand = convention is not None or not able
-        self._seams = assumed_seams(path, convention) if by_hand else able
+        self._makers = assumed_makers(path, convention) if by_hand else able
         self.network: Network | None = None
         self.conditions: tuple[str, ...] = ()
         self.schemes: list[Scheme | Phases] = []
@@ -97,14 +97,14 @@ class FirstStep(BatchSamples):
         self._later: CallHook | None = None
         self._on_seen: Callable[[Tensor], None] | None = None
         self._seen_nothing()
-        self._detach = [seam.observe(self._teller(seam)) for seam in able if seam.observable]
+        self._detach = [maker.observe(self._teller(maker)) for maker in able if maker.observable]
 
     def _seen_nothing(self) -> None:
         self.tied = ""
         self.encoding: Encoding | None = None
-        self.seen: tuple[Seam, Seen] | None = None
-        self.called: list[Seam] = []
-        self._maker: Seam | None = None
+        self.seen: tuple[TargetMaker, Seen] | None = None
+        self.called: list[TargetMaker] = []
+        self._maker: TargetMaker | None = None
         self._sums: NoiseSums | None = None
 
     # -- the course of a training -----------------------------------------------------------------
@@ -133,7 +133,7 @@ class FirstStep(BatchSamples):
         finally:
             self.search = NetworkSearch(
                 self._module,
-                self._seams,
+                self._makers,
                 self._candidates,
                 self.masks or self.labels,
                 labels_name=self.labels_at if self.labels_at != "None" else "batch[1]",
@@ -141,18 +141,18 @@ class FirstStep(BatchSamples):
                 seen=lambda: self.seen,
             )
 
-    def _teller(self, seam: Seam) -> Callable[[Seen], None]:
+    def _teller(self, maker: TargetMaker) -> Callable[[Seen], None]:
         def tell(seen: Seen) -> None:
             if not self._trains():
                 return
             if self.batch is None:
                 self.take(seen)
-            if self._sums is not None and seen.x0 is not None and self._maker in (None, seam):
+            if self._sums is not None and seen.x0 is not None and self._maker in (None, maker):
                 masks = self.masks if not self._finished else self.masks_of_batch()
                 if masks is None or len(masks) == len(seen.x1):
                     self._sums.add(seen.x0, seen.x1, masks)
-            if seam.late and seam not in self.called:
-                self.called.append(seam)
+            if maker.late and maker not in self.called:
+                self.called.append(maker)
             # The first call of a batch stands for it: others are of its other parts.
             if self.seen is not None or (self._finished and not self._follows):
                 return
@@ -160,7 +160,7 @@ class FirstStep(BatchSamples):
             drawn = self._drawn()
             smoothed = drawn is not None and drawn.x1.data_ptr() == seen.x1.data_ptr()
             x1 = seen.x1.clone()
-            self.seen = seam, replace(seen, x1=x1)
+            self.seen = maker, replace(seen, x1=x1)
             self._before_smoothing = drawn.before.clone() if drawn and smoothed else None
             if self._finished:
                 return
@@ -169,7 +169,7 @@ class FirstStep(BatchSamples):
                 self.swapped = noise_last or factor_of(seen.x0, self.x1) is not None
             else:
                 self.swapped = False
-            self._maker, self.tied = seam, self._wrong_noise(seam)
+            self._maker, self.tied = maker, self._wrong_noise(maker)
             x1 = x1 if self._before_smoothing is None else self._before_smoothing
             self.trace(x1)
             labels = self.labels_for(x1) if self.batch is not None else self.masks or self.labels
@@ -236,7 +236,7 @@ class FirstStep(BatchSamples):
             return
         self.looked += 1
         more = network.given_more(
-            args, kwargs, lambda: find_checked(self._find, self.batch)[1], self.batch
+            args, kwargs, lambda: read_checked(self._find, self.batch)[1], self.batch
         )
         if more is not None:
             self.network, self.conditions, self.open = more, more.conditions, False
@@ -315,9 +315,9 @@ class FirstStep(BatchSamples):
 
     # -- what is not as it was taken to be --------------------------------------------------------
 
-    def _wrong_noise(self, seam: Seam) -> str:
+    def _wrong_noise(self, maker: TargetMaker) -> str:
         """What is wrong with the noise that was seen so far; empty if nothing is."""
-        about = f"The posterior that is measured is not that of {seam.name}: "
+        about = f"The posterior that is measured is not that of {maker.name}: "
         if self.swapped:
             return (
                 f"{about}it is given the samples of the batch as x0 and noise as x1, so that it "

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.noise import check_noise
 from stagewise.schemes import Phases, Scheme, mixes
@@ -23,14 +23,14 @@ from stagewise.schemes import Phases, Scheme, mixes
 __all__ = ["FlowMatching"]
 
 
-class FlowMatching(Seam):
+class FlowMatching(TargetMaker):
     """A flow_matching `AffineProbPath`; see the module docstring."""
 
     library, what = "flow_matching", "flow_matching path"
 
     @classmethod
     def of(cls, place: Place) -> FlowMatching | None:
-        """The seam at `place`, or None if there is none of this kind."""
+        """The maker at `place`, or None if there is none of this kind."""
         path = place.object
         # Discrete and geodesic paths have `sample` and `scheduler` too, but not these converters.
         methods = ("sample", "scheduler", "target_to_velocity", "velocity_to_target")

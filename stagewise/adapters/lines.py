@@ -24,10 +24,10 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t", answer: st
     What cannot be written, such as a text, stands there by the name of its parameter. `answer` is
     what one writes after the call to have the tensor that is a prediction.
     """
-    slots, seam = reading.slots, reading.seam
+    slots, maker = reading.slots, reading.maker
     leaves = apart(call.leaves, slots.columns)
-    x, time = "xt", _time_text(seam.convention, turned)
-    if seam.convention.by_sigma:
+    x, time = "xt", _time_text(maker.convention, turned)
+    if maker.convention.by_sigma:
         x = "xt / t.reshape(-1, *[1] * (xt.ndim - 1))"
     texts = {slots.x: x}
     sides = leaves[slots.time].ndim - 1
@@ -40,10 +40,10 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t", answer: st
     if slots.columns:
         parts = ", ".join(texts[k] for k, _ in slots.columns)
         leaves, texts = call.leaves, {slots.x: f"torch.cat([{parts}], 1)"}
-    sign = "" if seam.convention.sign_of(seam.prediction) == 1 else "-"
+    sign = "" if maker.convention.sign_of(maker.prediction) == 1 else "-"
     text = f"{sign}{call_text(call, {id(leaves[k]): text for k, text in texts.items()})}{answer}"
-    if seam.prediction.kind != "velocity":
-        text = f"{seam.prediction!r}.to_velocity({seam.path!r}(t), {text}, xt)"
+    if maker.prediction.kind != "velocity":
+        text = f"{maker.prediction!r}.to_velocity({maker.path!r}(t), {text}, xt)"
     return f"{_ASK}{text}"
 
 

@@ -52,8 +52,8 @@ class Match:
         network, shape = self.network, tuple(self.x1.shape)
         answer = answer_text(self.made[2], shape, network.at)
         reading = self.reading
-        if network.reads is not network.seam:
-            reading = replace(reading, seam=network.reads)
+        if network.reads is not network.maker:
+            reading = replace(reading, maker=network.reads)
         return velocity_line(self.call, reading, answer=answer)
 
     def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Any], Any], known: Any) -> str:

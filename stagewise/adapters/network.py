@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from stagewise.adapters.answers import tensor_of
-from stagewise.adapters.base import Seam
+from stagewise.adapters.base import TargetMaker
 from stagewise.adapters.calls import Call, Slots, conditioning, moved, rows_of
 from stagewise.adapters.columns import joined
 from stagewise.adapters.lines import where
@@ -27,7 +27,7 @@ class Network:
     Attributes:
         module: What is called.
         name: Its name below the module that was searched; empty for that itself.
-        seam: What says path, prediction and convention of the training.
+        maker: What says path, prediction and convention of the training.
         reads: The same for what the network returns, where the step makes its prediction of that.
         at: Which tensor of several that it returns.
         conditional: Whether it is given labels.
@@ -36,9 +36,9 @@ class Network:
         optional: Whether it accepts something that it was not given.
     """
 
-    def __init__(self, module: nn.Module, name: str, seam: Seam, slots: Slots) -> None:
-        self.module, self.name, self.seam, self._slots = module, name, seam, slots
-        self.reads, self.at = seam, 0
+    def __init__(self, module: nn.Module, name: str, maker: TargetMaker, slots: Slots) -> None:
+        self.module, self.name, self.maker, self._slots = module, name, maker, slots
+        self.reads, self.at = maker, 0
         self.conditional, self.optional = slots.labels is not None, slots.optional
         self.conditions = tuple(text for _, text in slots.conditions)
 
@@ -70,7 +70,7 @@ class Network:
         return self._like(root.get_submodule(self.name), self._slots)
 
     def _like(self, module: nn.Module, slots: Slots) -> Network:
-        found = Network(module, self.name, self.seam, slots)
+        found = Network(module, self.name, self.maker, slots)
         found.reads, found.at = self.reads, self.at
         return found
 
@@ -107,7 +107,7 @@ class Network:
                 value = value.round()  # the nearest step
             leaves[k] = value.to(like.dtype).reshape(-1, *like.shape[1:])
 
-        x, time = self.seam.convention.outside(xt, t)
+        x, time = self.maker.convention.outside(xt, t)
         leaves[slots.x] = x.to(leaves[slots.x].dtype)
         put(slots.time, time)
         if slots.labels is not None:
@@ -138,11 +138,11 @@ class Network:
         prediction = self.reads.prediction
         sign = self.reads.convention.sign_of(prediction)
         y = sign * self.answer(output, tuple(xt.shape)).float()
-        return prediction.to_velocity(self.seam.path(t.float()), y, xt.float())
+        return prediction.to_velocity(self.maker.path(t.float()), y, xt.float())
 
     def reachable(self, t: Tensor) -> Tensor:
         """The times, (B,), nearest to t that it can be asked about: steps, where it counts them."""
-        convention = self.seam.convention
+        convention = self.maker.convention
         whole = not self._slots.leaves[self._slots.time].is_floating_point()
         if isinstance(convention.path, DDPMPath) or not whole:
             return convention.rounded(t)
@@ -160,4 +160,4 @@ class Network:
         if call.spec != self._slots.spec:
             return None
         x, time = self._slots.read(call.leaves)
-        return self.seam.convention.inside(x, time.to(torch.float32))
+        return self.maker.convention.inside(x, time.to(torch.float32))

@@ -1,8 +1,8 @@
 r"""The network of a training, found by what it is called with.
 
-A seam knows the path, what is predicted and how time is counted, but not who predicts. In the first
-training step every submodule is watched. The network is the one that is given `x_t` and a time such
-that, with the `x_1` of the batch and the path of a seam, the noise
+A target maker knows the path, what is predicted and how time is counted, but not who predicts. In
+the first training step every submodule is watched. The network is the one that is given `x_t` and
+a time such that, with the `x_1` of the batch and the path of a maker, the noise
 
     x_0 = (x_t - a_t x_1) / s_t
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.adapters.answers import Gradients, tensors_of
-from stagewise.adapters.base import Detach, Seam, Seen
+from stagewise.adapters.base import Detach, Seen, TargetMaker
 from stagewise.adapters.calls import Call, conditioning, is_same, readings, retimed
 from stagewise.adapters.encoding import EncoderCall, encoder_call, watch_encoders
 from stagewise.adapters.hooks import CallHook
@@ -43,14 +43,14 @@ class NetworkSearch:
 
     Args:
         root: The module.
-        seams: What may make its targets (`find_seams`, `assumed_seams`).
+        makers: What may make its targets (`find_target_makers`, `assumed_makers`).
         candidates: Names and tensors that may be `x_1`, asked for at each call, best first: as it
             was given to what makes the targets (`GIVEN`), as it was found in the batch, and other
             floating-point tensors of the batch. The names are written into messages.
         labels: The classes of the batch, (B,), or None; with masks `MaskedLabels`.
         labels_name: How messages write the labels of a batch, default "batch[1]".
         batch: The batch: what the network is given of it as it is counts as a condition.
-        seen: What a seam was given before the network is called, or None: of it a network may be
+        seen: What a maker was given before the network is called, or None: of it a network may be
             given the time in other units, a t + b.
 
     Attributes:
@@ -63,32 +63,32 @@ class NetworkSearch:
     def __init__(
         self,
         root: nn.Module,
-        seams: Iterable[Seam],
+        makers: Iterable[TargetMaker],
         candidates: Candidates,
         labels: Any,
         *,
         labels_name: str = "batch[1]",
         batch: Any = None,
-        seen: Callable[[], tuple[Seam, Seen] | None] = lambda: None,
+        seen: Callable[[], tuple[TargetMaker, Seen] | None] = lambda: None,
     ) -> None:
         self.root, self.labels = root, labels
-        self.seams: list[Seam] = []
+        self.makers: list[TargetMaker] = []
         self._makers = set()
-        for seam in seams:
-            self._makers.add(id(seam.place.object))
-            if not any(_alike(seam, other) for other in self.seams):
-                self.seams.append(seam)
+        for maker in makers:
+            self._makers.add(id(maker.place.object))
+            if not any(_alike(maker, other) for other in self.makers):
+                self.makers.append(maker)
         self._candidates, self._batch, self._seen = candidates, batch, seen
         self.compiled, self.empty, self.beside = _is_compiled(root), True, ""
         self._matches: list[Match] = []
-        self._reasons = Reasons(self.seams, plain(labels), labels_name)
+        self._reasons = Reasons(self.makers, plain(labels), labels_name)
         self._goes_on: tuple[str, str] | None = None
         self._inside: nn.Module | None = None
         self._pending: Match | None = None
         self._calls: list[tuple[int, bool, bool]] = []
         self._hooks: list[CallHook] = []
         self._detach: list[Detach] = []
-        observed = any(seam.observable for seam in self.seams)
+        observed = any(maker.observable for maker in self.makers)
         self.encoders: list[EncoderCall] | None = [] if observed else None
         # What is compiled in place has hooks compiled into it; a compiled copy has them outside.
         names = {module: name for name, module in root.named_modules()}
@@ -180,9 +180,9 @@ class NetworkSearch:
                 "the training step called no submodule with gradients. If it calls the "
                 f"network by a function, say {self.line}"
             )
-        for seam in self.seams:
-            if seam.late:  # it tells what is trained on when the step calls it
-                why += f" What is trained on is known by {seam.name}: call it before the network."
+        for maker in self.makers:
+            if maker.late:  # it tells what is trained on when the step calls it
+                why += f" What is trained on is known by {maker.name}: call it before the network."
         return f"Found no network from which a velocity can be had: {why}"
 
     # -- hooks --------------------------------------------------------------------------------
@@ -247,8 +247,8 @@ class NetworkSearch:
         own = own_of(candidates)
         for text, x1 in candidates:
             # x_t has the shape of x_1, and is not x_1 itself.
-            for seams in (self.seams, retimed(call, self._seen())):
-                found = readings(call, tuple(x1.shape), x1, seams, plain(self.labels))
+            for makers in (self.makers, retimed(call, self._seen())):
+                found = readings(call, tuple(x1.shape), x1, makers, plain(self.labels))
                 fits = [reading for reading in found if reading.noisy.fits(x1)]
                 if fits:
                     break
@@ -257,7 +257,7 @@ class NetworkSearch:
             # Of several the one whose time says most: labels have fewer values.
             reading = max(fits, key=lambda reading: reading.moments)
             slots = conditioning(call, reading.slots, self.labels, self._batch)
-            network = Network(call.module, call.name, reading.seam, slots.kept(call.leaves))
+            network = Network(call.module, call.name, reading.maker, slots.kept(call.leaves))
             match = Match(network, call, replace(reading, slots=slots), text, x1)
             if own is not None:
                 match.diagnosis = self._reasons.compare(call.name, reading, text, x1, *own)
@@ -281,8 +281,8 @@ class NetworkSearch:
                 other = replace(
                     call, leaves=[part if n == k else x for n, x in enumerate(call.leaves)]
                 )
-                seams = [*self.seams, *retimed(call, self._seen())]
-                for reading in readings(other, shape, x1, seams, plain(self.labels)):
+                makers = [*self.makers, *retimed(call, self._seen())]
+                for reading in readings(other, shape, x1, makers, plain(self.labels)):
                     if reading.noisy.fits(x1):
                         return f"{call.names[k]}: {more} channels beside those of x_t"
         return ""
@@ -296,7 +296,7 @@ class NetworkSearch:
             if tensor.requires_grad:  # for who asks after the backward pass
                 tensor.retain_grad()
         match.made = args, kwargs, output
-        match.gradients = Gradients(match.reading.seam, match.reading.noisy, match.x1, output)
+        match.gradients = Gradients(match.reading.maker, match.reading.noisy, match.x1, output)
         alike = any(tensor.shape == match.x1.shape for tensor in given)
         match.inner = not alike and any(outer for *_, outer in self._calls)
         if not match.other:
@@ -326,7 +326,7 @@ class NetworkSearch:
         self._goes_on = call.name, f"{start}labels: {call_text(call, known)}"
 
 
-def _alike(one: Seam, other: Seam) -> bool:
+def _alike(one: TargetMaker, other: TargetMaker) -> bool:
     return (
         type(one) is type(other)
         and one.prediction == other.prediction

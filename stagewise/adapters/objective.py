@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind
 from stagewise.adapters.hooks import in_place_of
 from stagewise.batches import leaves_of
 from stagewise.paths import Path, PathCoefficients
@@ -22,7 +22,7 @@ __all__ = ["Objective", "nominal_shares"]
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-class Objective(Seam):
+class Objective(TargetMaker):
     """A `FlowMatchingLoss`, by its attributes: losses stand above this floor."""
 
     library, what = "stagewise", "FlowMatchingLoss"
@@ -30,7 +30,7 @@ class Objective(Seam):
 
     @classmethod
     def of(cls, place: Place) -> Objective | None:
-        """The seam at `place`, or None if there is none of this kind."""
+        """The maker at `place`, or None if there is none of this kind."""
         loss_fn = place.object
         names = ("path", "prediction", "convention", "scheme", "timesteps")
         if not callable(loss_fn) or not all(hasattr(loss_fn, name) for name in names):
@@ -81,7 +81,7 @@ class Objective(Seam):
         before = loss_fn.scheme
         if before is not None and before is not scheme:
             raise ValueError(
-                f"{self.name} has a scheme already, {before!r}. Use one scheme for each seam: "
+                f"{self.name} has a scheme already, {before!r}. Use one scheme for each maker: "
                 "Scheme(timesteps=..., target=..., weight=...) holds all three."
             )
         loss_fn.scheme = scheme
@@ -93,12 +93,12 @@ class Objective(Seam):
         return restore
 
 
-def nominal_shares(seam: Seam, edges: Tensor) -> list[float] | None:
+def nominal_shares(maker: TargetMaker, edges: Tensor) -> list[float] | None:
     """Share of the draws in each bin of `edges`, (T + 1,), by the density that training draws from.
 
     None if what makes the targets draws its times by no sampler of this library.
     """
-    loss_fn = seam.place.object
+    loss_fn = maker.place.object
     scheme = getattr(loss_fn, "scheme", None)
     sampler = getattr(loss_fn, "timesteps", None)
     if scheme is not None and scheme.draws_timesteps:

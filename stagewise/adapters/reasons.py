@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from stagewise.adapters.base import Seam
+from stagewise.adapters.base import TargetMaker
 from stagewise.adapters.calls import Call, Reading, conditioning, is_same, readings, short
 from stagewise.adapters.fitting import arranged, factor_of, layout_of
 from stagewise.adapters.lines import velocity_line, where
@@ -30,7 +30,7 @@ class Diagnosis:
 
     Attributes:
         kind: "scaled": times `factor`; "rearranged": with the values of a sample in another order;
-            "reversed": it is, but time runs the other way than the seam says; "encoded": what
+            "reversed": it is, but time runs the other way than the maker says; "encoded": what
             `module` made of it is; "other tensor": another tensor of the batch is.
         message: What was seen, and the cure.
         factor: By which `x_1`, or what `module` made of it, is multiplied. None: by none.
@@ -60,7 +60,7 @@ class Reasons:
     """Collects, in one training step, what calls that do not fit say about why.
 
     Args:
-        seams: What may make the targets.
+        makers: What may make the targets.
         labels: The classes of the batch, (B,), or None.
         labels_name: How messages write them.
 
@@ -68,9 +68,11 @@ class Reasons:
         made: What submodules returned so far.
     """
 
-    def __init__(self, seams: Sequence[Seam], labels: Tensor | None, labels_name: str) -> None:
+    def __init__(
+        self, makers: Sequence[TargetMaker], labels: Tensor | None, labels_name: str
+    ) -> None:
         self.made: list[Made] = []
-        self._seams, self._labels = seams, labels
+        self._makers, self._labels = makers, labels
         self._labels_text = "None" if labels is None else labels_name
         self._bank = f"bank=LatentBank(latents{'' if labels is None else ', labels'})."
         self._diagnoses: list[Diagnosis] = []
@@ -94,12 +96,12 @@ class Reasons:
             return f"{self._coupled}\n{calls}"
         if self.diagnosis is not None:
             return f"{self.diagnosis.message}\n{calls}"
-        paths = ", ".join(repr(seam.path) for seam in self._seams)
+        paths = ", ".join(repr(maker.path) for maker in self._makers)
         return (
             "no call in the first training step was given x_t and a time that fit x_1 of the batch "
             f"on {paths}. {calls}"
-            "If training encodes, scales, flips or reorders x_1 itself, say find=... so that it "
-            "is what is trained on; if it counts time or scales x_t in another way, say "
+            "If training encodes, scales, flips or reorders x_1 itself, say read_batch=... so that "
+            "it is what is trained on; if it counts time or scales x_t in another way, say "
             "convention=..., such as the noise scheduler or a name of stagewise.conventions; if "
             f"the network is called in another way, say {line}."
         )
@@ -139,11 +141,11 @@ class Reasons:
             given = ", ".join(short(leaf) for leaf in call.leaves[:6])
             self._lines.append(f"{call.name or 'module'}: {type(call.module).__name__}({given})")
         for _, x1 in candidates:
-            for reading in readings(call, tuple(x1.shape), x1, self._seams, self._labels):
+            for reading in readings(call, tuple(x1.shape), x1, self._makers, self._labels):
                 lean = reading.noisy.leans(x1)
                 if lean and not self._coupled:
                     self._coupled = _depends(call.name, lean, reading.noisy.scale(x1))
-        for reading in readings(call, None, own, self._seams, self._labels):
+        for reading in readings(call, None, own, self._makers, self._labels):
             self._explains(call, reading, text, own)
 
     def _explains(self, call: Call, reading: Reading, text: str, own: Tensor) -> None:
@@ -163,24 +165,24 @@ class Reasons:
             factor = None if alone else noisy.scale(own)
             if factor is not None:
                 self._diagnoses.append(self._scaled(factor, f"about {factor:g}", text))
-            by_sigma = reading.seam.convention.by_sigma  # has no other way to run
+            by_sigma = reading.maker.convention.by_sigma  # has no other way to run
             if not by_sigma and replace(noisy, t=1 - noisy.t).fits(own):
                 turned = replace(reading, slots=conditioning(call, reading.slots, self._labels))
                 line = velocity_line(call, turned, turned="(1 - t)")
                 cure = f"Say how to ask it: {line}"
-                told = reading.seam.convention
-                if reading.seam.place.object is None:  # assumed, or said of the whole step
+                told = reading.maker.convention
+                if reading.maker.place.object is None:  # assumed, or said of the whole step
                     noise, data = told.data_time, told.noise_time
                     told = replace(told, noise_time=noise, data_time=data, sign=-told.sign)
                     cure = f"Say how it runs: convention={written(told)}"
-                if reading.seam.late:  # it was not called, and does not say what is predicted
+                if reading.maker.late:  # it was not called, and does not say what is predicted
                     cure = (
-                        f"Call {reading.seam.name} before the network, or say how time runs, "
+                        f"Call {reading.maker.name} before the network, or say how time runs, "
                         'such as convention="pi0".'
                     )
                 message = (
                     f"{where(call.name)} fits x_1 of the batch if its time runs the other way "
-                    f"than {reading.seam.name} says. {cure}"
+                    f"than {reading.maker.name} says. {cure}"
                 )
                 self._diagnoses.append(Diagnosis("reversed", message))
         for layout, x1 in arranged(own, shape[1:]):
@@ -199,7 +201,7 @@ class Reasons:
             self._guess = self._guess or self._encoded(before[0], 1.0)
 
     def _find(self, x1: str) -> str:
-        return f"find=lambda batch: ({x1}, {self._labels_text})"
+        return f"read_batch=lambda batch: ({x1}, {self._labels_text})"
 
     def _rearranged(self, layout: str, text: str) -> Diagnosis:
         find = self._find(_written(text) + layout)

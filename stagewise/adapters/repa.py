@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS
@@ -29,7 +29,7 @@ from stagewise.schemes.conditions import check_conditions
 __all__ = ["REPALoss"]
 
 
-class REPALoss(Seam):
+class REPALoss(TargetMaker):
     """REPA's `SILoss`; see the module docstring."""
 
     library, what = "REPA", "REPA loss"
@@ -37,7 +37,7 @@ class REPALoss(Seam):
 
     @classmethod
     def of(cls, place: Place) -> REPALoss | None:
-        """The seam at `place`, or None if there is none of this kind."""
+        """The maker at `place`, or None if there is none of this kind."""
         loss_fn = place.object
         names = ("interpolant", "path_type", "prediction", "weighting")
         if not callable(loss_fn) or not all(hasattr(loss_fn, name) for name in names):
@@ -52,9 +52,9 @@ class REPALoss(Seam):
         refusal = None if place.owner is not None else "keep it as an attribute, self.loss_fn."
         if loss_fn.prediction != "v":
             refusal = f"its prediction, {loss_fn.prediction!r}, is not known."
-        seam = cls(place, path, None, convention, refusal)
-        seam.observable = place.owner is not None
-        return seam
+        maker = cls(place, path, None, convention, refusal)
+        maker.observable = place.owner is not None
+        return maker
 
     def _rebind(self, loss: Any, *, observes: bool) -> Detach:
         # Python looks `__call__` up on the class, so what holds the loss is given another one.

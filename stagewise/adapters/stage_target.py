@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell
 from stagewise.conventions import STAGEWISE, written
 from stagewise.masks import MaskedLabels, plain
 from stagewise.paths import expand_like
@@ -17,7 +17,7 @@ from stagewise.stage_target import StageTarget
 __all__ = ["ByHand"]
 
 
-class ByHand(Seam):
+class ByHand(TargetMaker):
     """A `StageTarget`; what it is called with is all that is known of the step."""
 
     library, what = "by hand", "StageTarget"
@@ -26,7 +26,7 @@ class ByHand(Seam):
 
     @classmethod
     def of(cls, place: Place) -> ByHand | None:
-        """The seam at `place`, or None if there is none of this kind."""
+        """The maker at `place`, or None if there is none of this kind."""
         target = place.object
         if not isinstance(target, StageTarget):
             return None
@@ -78,7 +78,7 @@ class ByHand(Seam):
         target: StageTarget = self.place.object
         if target.scheme is not None:
             raise ValueError(
-                f"{self.name} is steered by another scheme already. Use one scheme for each seam: "
+                f"{self.name} is steered by another scheme already. Use one scheme for each maker: "
                 "Scheme(timesteps=..., target=..., weight=...) holds all three."
             )
         target.scheme = scheme

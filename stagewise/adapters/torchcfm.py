@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind, together
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind, together
 from stagewise.adapters.paths import NoisedPath, ShrinkingPath
 from stagewise.noise import check_noise
 from stagewise.paths import CosinePath, LinearPath, Path, expand_like
@@ -42,7 +42,7 @@ _PLAIN = "sample_location_and_conditional_flow"
 _GUIDED = "guided_sample_location_and_conditional_flow"
 
 
-class TorchCFM(Seam):
+class TorchCFM(TargetMaker):
     """A torchcfm matcher; see the module docstring."""
 
     library, what = "torchcfm", "torchcfm matcher"
@@ -50,15 +50,15 @@ class TorchCFM(Seam):
 
     @classmethod
     def of(cls, place: Place) -> TorchCFM | None:
-        """The seam at `place`, or None if there is none of this kind."""
+        """The maker at `place`, or None if there is none of this kind."""
         matcher = place.object
         if not callable(getattr(matcher, _PLAIN, None)) or not hasattr(matcher, "sigma"):
             return None
         path = None if hasattr(matcher, "ot_sampler") else _path(matcher)
         refusal = _COUPLED if hasattr(matcher, "ot_sampler") else _UNKNOWN
-        seam = cls(place, path or LinearPath(), refusal=None if path else refusal)
-        seam.coupled = path is None  # or how noise and data are paired is not known
-        return seam
+        maker = cls(place, path or LinearPath(), refusal=None if path else refusal)
+        maker.coupled = path is None  # or how noise and data are paired is not known
+        return maker
 
     def _observe(self, tell: Tell) -> Detach:
         """Pairs are seen as a coupling inside of the matcher has made them."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seam, Seen, Tell, looks, rebind, together
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind, together
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS, STAGEWISE
@@ -33,7 +33,7 @@ from stagewise.schemes.conditions import check_conditions
 __all__ = ["Transport"]
 
 
-class Transport(Seam):
+class Transport(TargetMaker):
     """A SiT or LightningDiT transport; see the module docstring."""
 
     library, what = "SiT transport", "SiT transport"
@@ -41,7 +41,7 @@ class Transport(Seam):
 
     @classmethod
     def of(cls, place: Place) -> Transport | None:
-        """The seam at `place`, or None if there is none of this kind."""
+        """The maker at `place`, or None if there is none of this kind."""
         transport = place.object
         plan: Any = getattr(transport, "path_sampler", None)
         methods = ("training_losses", "sample", "check_interval")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagewise.batches import PADDED, FindSample, find_checked
+from stagewise.batches import PADDED, ReadBatch, read_checked
 from stagewise.masks import MaskedLabels, as_mask, join
 from stagewise.memory import require_memory
 
@@ -124,7 +124,7 @@ class Incoming(NamedTuple):
 def read_batches(
     batches: Iterable[Any],
     num_rows: int,
-    find: FindSample,
+    read_batch: ReadBatch,
     dtype: torch.dtype | None,
     offset: Tensor | None,
     advance: Callable[[int], object] | None,
@@ -140,7 +140,7 @@ def read_batches(
     Masks are given beforehand, or found in all batches, which are then read at once: how long the
     longest sample is, is known only after the last.
     """
-    found = (find_checked(find, batch) for batch in batches)
+    found = (read_checked(read_batch, batch) for batch in batches)
     first = next(found, None)
     if first is None:
         raise ValueError(f"Expected {num_rows} rows in the batches, got 0.")
@@ -151,7 +151,7 @@ def read_batches(
         raise ValueError(
             "Expected the masks of all rows beforehand, as rows are written where their mask is: "
             "LatentBank.write(path, batches, num_rows, mask=mask). Or, in memory: "
-            "LatentBank.from_batches(batches, num_rows, find=find).save(path)."
+            "LatentBank.from_batches(batches, num_rows, read_batch=read_batch).save(path)."
         )
     masks = None if mask is None else MaskedLabels(None, as_mask(mask, num_rows, shape), shape)
 
@@ -162,7 +162,7 @@ def read_batches(
             if own != masked:
                 raise ValueError(
                     "Expected a mask in all batches or in none, got some in one and none in "
-                    f"another after {done} rows. Let `find` return one of each."
+                    f"another after {done} rows. Let `read_batch` return one of each."
                 )
             if x1.shape[1:] != shape and (masks is not None or not own):
                 raise ValueError(

@@ -36,7 +36,7 @@ from stagewise.bank.building import (
     sort_in_place,
 )
 from stagewise.bank.rows import RowStore
-from stagewise.batches import FindSample, find_sample
+from stagewise.batches import ReadBatch, find_sample
 from stagewise.files import FilePath
 from stagewise.masks import MaskedLabels, plain
 from stagewise.memory import format_bytes
@@ -185,7 +185,7 @@ class LatentBank(RowStore):
         batches: Iterable[Any],
         num_rows: int,
         *,
-        find: FindSample = find_sample,
+        read_batch: ReadBatch = find_sample,
         dtype: torch.dtype | None = None,
         offset: Tensor | None = None,
         class_wise: bool = True,
@@ -195,15 +195,15 @@ class LatentBank(RowStore):
         """Builds a bank in host memory from batches, for example those of a `DataLoader`.
 
         Args:
-            batches: Batches of anything that `find` understands; each sample once.
+            batches: Batches of anything that `read_batch` understands; each sample once.
             num_rows: How many rows there are (`len(dataset)`); rows beyond it are not read.
-            find: From a batch to `(x_1, labels or None)`, or to `(x_1, labels or None, mask)`;
+            read_batch: From a batch to `(x_1, labels or None)` or `(x_1, labels or None, mask)`;
                 default `batches.find_sample`. With masks samples of different batches may have
                 different lengths: all are padded to the longest, once all are read.
             dtype: Storage dtype; default that of the samples.
             offset: What 16-bit rows are rounded relative to, see the class; default the mean of the
                 first rows, up to 256 of them.
-            class_wise: Whether to keep the labels that `find` gives, default True.
+            class_wise: Whether to keep the labels that `read_batch` gives, default True.
             copies: Processes on this host that build the same bank, for the check of memory.
             advance: Called with the number of rows read so far, for a progress display.
 
@@ -212,7 +212,7 @@ class LatentBank(RowStore):
                 allocated; the message gives the size and the ways to make it fit.
             ValueError: If there are fewer rows than promised or shapes differ between batches.
         """
-        read = read_batches(batches, num_rows, find, dtype, offset, advance, copies)
+        read = read_batches(batches, num_rows, read_batch, dtype, offset, advance, copies)
         rows = torch.empty((num_rows, math.prod(read.shape)), dtype=read.dtype)
         labels, labelled = torch.empty(num_rows, dtype=torch.int64), 0
         for done, part, label in read.parts:
@@ -237,7 +237,7 @@ class LatentBank(RowStore):
         mask: Tensor | None = None,
         dtype: torch.dtype | None = None,
         offset: Tensor | None = None,
-        find: FindSample = find_sample,
+        read_batch: ReadBatch = find_sample,
         advance: Callable[[int], object] | None = None,
     ) -> LatentBank:
         """Builds a bank on disk from batches, whatever its size, and opens it (`open`).
@@ -251,14 +251,15 @@ class LatentBank(RowStore):
             mask: Those of all rows, as for the class; default None. All samples have one shape.
             dtype: Storage dtype; default that of the samples.
             offset: As for `from_batches`.
-            find: From a batch to `(x_1, labels or None)`; labels found are compared with `labels`.
+            read_batch: From a batch to `(x_1, labels or None)`; labels found are compared with
+                `labels`.
             advance: As for `from_batches`.
 
         Raises:
             OSError: If the disk has no room for it.
             ValueError: As `from_batches`, or if labels of a batch are not those in `labels`.
         """
-        read = read_batches(batches, num_rows, find, dtype, offset, advance, mask=mask)
+        read = read_batches(batches, num_rows, read_batch, dtype, offset, advance, mask=mask)
         index, segments, pairs = class_order(labels, num_rows, masks=read.masks)
         about = read.shape, index, segments, None, None, pairs
         place = torch.arange(num_rows) if index is None else torch.argsort(index)
@@ -352,5 +353,5 @@ def _require_same(found: Tensor, labels: Tensor, done: int) -> None:
         raise ValueError(
             f"Expected batches in the order of `labels`, got a batch with labels {found.tolist()} "
             f"after {done} rows, where {labels.tolist()} were given. Read without shuffling, or, "
-            "if these are no labels: find=lambda batch: (batch[0], None)."
+            "if these are no labels: read_batch=lambda batch: (batch[0], None)."
         )

@@ -27,7 +27,7 @@ from stagewise.bank import LatentBank
 from stagewise.engines.base import Engine
 from stagewise.engines.exact import Exact
 from stagewise.engines.torch_cluster import TorchCluster
-from stagewise.posterior import Posterior, put
+from stagewise.posterior import Posterior, replace_queries
 from stagewise.queries import Queries
 from stagewise.spectrum import information, spectrum
 
@@ -126,7 +126,9 @@ class Auto(Engine):
         rest = sorted(set(range(len(queries))) - set(few))
         if not rest:
             return found
-        return put(self.exact.posterior(bank, queries.select(rest), k), few, found, len(queries))
+        return replace_queries(
+            self.exact.posterior(bank, queries.select(rest), k), few, found, len(queries)
+        )
 
     def __reduce__(self) -> tuple[type[Auto], tuple[()]]:
         return Auto, ()  # what was picked belongs to banks of this process

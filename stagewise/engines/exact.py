@@ -47,7 +47,7 @@ from stagewise.bank import LatentBank
 from stagewise.engines import all_rows, fused
 from stagewise.engines.base import NOTHING, Engine
 from stagewise.engines.log_weights import CACHED, LogWeights
-from stagewise.posterior import UNDERFLOW, Posterior, Rest, posterior_of, put
+from stagewise.posterior import UNDERFLOW, Posterior, Rest, posterior_of, replace_queries
 from stagewise.products import full_precision, rounding, working_dtype
 from stagewise.queries import Queries, indices_of
 
@@ -184,7 +184,7 @@ class Exact(Engine):
             return post
         some, rows = queries.select(wrong), None if table is None else table[queries.place(wrong)]
         again = LogWeights(bank, some, torch.float64, table=rows, chunk_size=size)
-        return put(post, wrong, finish(again, Leading.of(again, k, FEW)), len(queries))
+        return replace_queries(post, wrong, finish(again, Leading.of(again, k, FEW)), len(queries))
 
     def _finish(self, found: LogWeights, leading: Leading) -> Posterior:
         """The mean: of a few rows where they are all that matters, otherwise by a product."""

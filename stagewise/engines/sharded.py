@@ -53,7 +53,7 @@ from stagewise.engines.ranks import (
     unpack_queries,
     warn_of_differences,
 )
-from stagewise.posterior import Posterior, TailKind, merge, put
+from stagewise.posterior import Posterior, TailKind, merge, replace_queries
 from stagewise.queries import Queries, segments_of, with_source_weight
 
 __all__ = ["EmptyShard", "Sharded", "combine", "pack", "shard_rows", "shares"]
@@ -302,7 +302,7 @@ class Sharded(Engine):
         if own is not None:
             weight = some.log_weight(bank.take(own.clamp_min(0), device=own.device))
             log_source[everyone.place(held)] = weight.where(some.holds(own), -torch.inf)
-        return part if len(held) == len(everyone) else put(
+        return part if len(held) == len(everyone) else replace_queries(
             post, held, part, len(everyone)
         ), log_source
 

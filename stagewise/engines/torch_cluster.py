@@ -42,7 +42,7 @@ from stagewise.bank import LatentBank
 from stagewise.engines.exact import Exact, Leading
 from stagewise.engines.log_weights import LogWeights
 from stagewise.engines.nearest import Truncated
-from stagewise.posterior import Posterior, put
+from stagewise.posterior import Posterior, replace_queries
 from stagewise.products import full_precision
 from stagewise.queries import Queries, indices_of
 
@@ -99,7 +99,7 @@ class TorchCluster(Truncated):
         if not wrong:
             return post
         exact = Exact().posterior(bank, queries.select(wrong), k)
-        return put(post, wrong, exact, len(queries))
+        return replace_queries(post, wrong, exact, len(queries))
 
     def search(self, bank: LatentBank, queries: Queries, n: int) -> Tensor:
         """The n rows nearest to where queries stand, (B, n), int64, each once; then -1 for none.

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from stagewise.bank import LatentBank
 from stagewise.bank.building import HALF
-from stagewise.files import FilePath, Problem, names
+from stagewise.files import FilePath, Problem, joined
 from stagewise.latents.arrays import require_labels
 from stagewise.latents.rows_check import problems
 from stagewise.latents.scaling import AS_STORED, Affine, ChannelStatistics, Scaling
@@ -320,7 +320,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         wrong = list(self.skipped) + (problems(self) if full else [])
         if wrong:
             many = "s" * (len(wrong) > 1)
-            raise ValueError(f"{len(wrong)} problem{many} in {self.path}: {names(wrong, most=10)}")
+            raise ValueError(f"{len(wrong)} problem{many} in {self.path}: {joined(wrong, most=10)}")
         self.check_scale()
 
     def _compare(self) -> tuple[list[str], list[Path]]:
@@ -369,7 +369,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             reading.append(f"mean and {self.moments}: {self.reading.moments}")
         reading.append(f"x_1 = {self.scaling}")
         if self.skipped:
-            reading.append(f"{len(self.skipped)} left out: {names(self.skipped, 2)}")
+            reading.append(f"{len(self.skipped)} left out: {joined(self.skipped, 2)}")
         return f"{self.name} latents in {self.path}: " + "; ".join(reading)
 
     def __repr__(self) -> str:

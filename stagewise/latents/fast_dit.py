@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import FilePath, names
+from stagewise.files import FilePath, joined
 from stagewise.latents.arrays import (
     array_entry,
     class_numbers,
@@ -119,7 +119,7 @@ def _folders(path: Path) -> tuple[Path, Path]:
     """The folders of features and labels in a folder."""
     found = sorted(path.glob(f"*{_MARK}"))
     if len(found) != 1:
-        raise ValueError(f"Expected one folder *{_MARK} in {path}, got {names(found) or 'none'}.")
+        raise ValueError(f"Expected one folder *{_MARK} in {path}, got {joined(found) or 'none'}.")
     labels = path / f"{found[0].name.removesuffix(_MARK)}_labels"
     if not labels.is_dir():
         raise ValueError(f"Expected the labels of {found[0].name} in {labels}, which is no folder.")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.files import FilePath, Problem, first_line, names
+from stagewise.files import FilePath, Problem, first_line, joined
 from stagewise.latents.arrays import array_entry, save_arrays, to_tensor
 from stagewise.latents.base import Block, Reading, Writing
 from stagewise.latents.per_file import PerFile, sizes_in
@@ -52,9 +52,9 @@ class MAR(PerFile):
         empty = [folder.name for folder in folders if folder.name not in classes]
         if classes and empty and empty[0] < classes[-1]:
             warnings.warn(
-                f"{path} has folders without .npz files, which are no classes: {names(empty)}. The "
-                "folders after them have labels that are lower by as many as are left out before "
-                "them. If they stand for classes, put their rows there.",
+                f"{path} has folders without .npz files, which are no classes: {joined(empty)}. "
+                "The folders after them have labels that are lower by as many as are left out "
+                "before them. If they stand for classes, put their rows there.",
                 stacklevel=2,
             )
         self._find(sizes)

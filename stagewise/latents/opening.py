@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 
 from stagewise.files import FilePath
+from stagewise.latents.array_file import ArrayFile
 from stagewise.latents.base import Block, Flips, Latents, Moments, Reading, Writing
 from stagewise.latents.fast_dit import FastDiT
 from stagewise.latents.lightningdit import LightningDiT
 from stagewise.latents.mar import MAR
 from stagewise.latents.mean_std import EDM2, REPA
-from stagewise.latents.plain import Plain
 
 __all__ = ["FORMATS", "convert", "open_latents", "require_format"]
 
@@ -27,7 +27,7 @@ FORMATS: dict[str, type[Latents]] = {
     "repa": REPA,
     "edm2": EDM2,
     "mar": MAR,
-    "plain": Plain,
+    "plain": ArrayFile,
 }
 """In the order in which they are looked for; those that cannot be told apart come first."""
 

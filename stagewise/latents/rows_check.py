@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagewise.files import Problem, names
+from stagewise.files import Problem, joined
 from stagewise.latents.arrays import check_zip
 from stagewise.tensor_files import Entry, check_tensor
 
@@ -24,7 +24,7 @@ def problems(latents: Latents) -> list[str]:
     wrong, unknown = latents._compare()
     if unknown:
         warnings.warn(
-            f"Not checked: {names(unknown)} {'have' if len(unknown) > 1 else 'has'} no checksums. "
+            f"Not checked: {joined(unknown)} {'have' if len(unknown) > 1 else 'has'} no checksums. "
             "All numbers are read and must be finite; whether they are those that were written is "
             "not known.",
             stacklevel=3,

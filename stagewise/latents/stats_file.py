@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stagewise.files import first_line, names, replace_file
+from stagewise.files import first_line, joined, replace_file
 from stagewise.latents.arrays import check_zip, is_dense
 
 __all__ = ["STATS", "read_stats", "save_stats"]
@@ -34,7 +34,7 @@ def read_stats(file: Path, channels: int) -> tuple[Tensor, Tensor]:
             f"{file} cannot be read as a file of tensors ({first_line(error)}). {again}"
         ) from error
     if not isinstance(held, Mapping) or not {"mean", "std"} <= held.keys():
-        found = names(held) if isinstance(held, Mapping) else type(held).__name__
+        found = joined(held) if isinstance(held, Mapping) else type(held).__name__
         raise ValueError(f"Expected {{'mean': ..., 'std': ...}} in {file}, got {found}. {again}")
     for name in ("mean", "std"):
         shape = tuple(held[name].shape) if is_dense(held[name]) else ()

@@ -16,7 +16,7 @@ from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Oracle
 from stagewise.paths import Prediction, expand_like
 from stagewise.queries import Labels, checked_source, indices_of
-from stagewise.schemes.checks import check_rows
+from stagewise.schemes.refusals import check_rows
 from stagewise.targets import Mix, Target
 
 __all__ = ["Correction", "by_kernel", "correct", "runs_kernel"]
@@ -135,14 +135,14 @@ def correct(
         if on_missing == "error":
             _require_found(row if only is None or not cheap else row.where(only, 0))
         queries = replace(queries, x1=x1.flatten(1).double(), source=stored, twin=row)
-        pull = target.pull(oracle, queries, draws)
+        mean = target.mean(oracle, queries, draws)
         if lam is None:
-            lam = target.lam(t.double(), pull.top1, oracle.path, boundary)
-        value = queries.correction(pull.difference, prediction, oracle.bank.max_norm, lam)
+            lam = target.lam(t.double(), mean.top1, oracle.path, boundary)
+        value = queries.correction(mean.difference, prediction, oracle.bank.max_norm, lam)
         value = value.reshape(x1.shape)
     # A draw from a smoothed set is no row, and nothing is added to the set for it.
     inserted = (stored < 0) & (oracle.smoothing is None)
-    part = Correction(value, lam, inserted, pull.tail_mass)
+    part = Correction(value, lam, inserted, mean.tail_mass)
     if only is not None and cheap:
         return Correction(*(x.masked_fill(~expand_like(only, x), 0) for x in part))
     if asked is None:
@@ -182,7 +182,7 @@ def runs_kernel(
         and stays_on_device(oracle, labels, x1, class_wise)
         and not oracle.condition
         and oracle.bank.pairs is None
-        and type(target).pull is Mix.pull
+        and type(target).mean is Mix.mean
         and oracle.engine.runs_kernel
         and fused_mix.takes(oracle.bank, x1)
     )
@@ -332,7 +332,7 @@ def _classes(
         f"Expected `labels`: the class of {unknown} of {len(rows)} samples cannot be looked "
         "up, as they are no rows of this bank, and are not given it. Give the labels of the "
         "batch: classes=y to a FlowMatchingLoss, labels=y to a scheme; a StageScheme takes "
-        "them from the batch, find=lambda batch: (batch[0], batch[1]). If the model is given "
+        "them from the batch, read_batch=lambda batch: (batch[0], batch[1]). If the model is given "
         "no class, say so: class_wise=False, as in StageScheme(target=..., class_wise=False)."
     )
 

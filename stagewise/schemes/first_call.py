@@ -22,7 +22,7 @@ from stagewise.conventions import CONVENTIONS, Convention, DDPMPath, written
 from stagewise.masks import MaskedLabels, few_rows, fitted, mean_square, require_same_masks
 from stagewise.noise import check_independent, is_off
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind, expand_like, same_path
-from stagewise.schemes.checks import check_labels, check_rows, labels_in
+from stagewise.schemes.refusals import check_labels, check_rows, labels_in
 from stagewise.tracing import caller_level
 
 if TYPE_CHECKING:

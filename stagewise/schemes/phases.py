@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stagewise.conventions import written
 from stagewise.paths import same_path, unlike
-from stagewise.schemes.checks import unknown_boundary
+from stagewise.schemes.refusals import unknown_boundary
 from stagewise.schemes.scheme import Scheme
 from stagewise.schemes.state import Shared
 from stagewise.stages import StageBoundary

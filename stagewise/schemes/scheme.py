@@ -23,10 +23,10 @@ from stagewise.masks import cut
 from stagewise.oracle import Oracle
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
 from stagewise.queries import Labels, Times, as_times, check_times, require_tensors
-from stagewise.schemes.checks import check_density, check_settings, near_rows
 from stagewise.schemes.conditions import has_classes, unknown_conditions
 from stagewise.schemes.correction import Correction, correct, runs_kernel
 from stagewise.schemes.first_call import check_first
+from stagewise.schemes.refusals import check_density, check_settings, near_rows
 from stagewise.schemes.state import SchemeRecord, SchemeState
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing

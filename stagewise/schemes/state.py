@@ -18,7 +18,7 @@ from stagewise.masks import MaskedLabels, fitted, masked
 from stagewise.oracle import Oracle
 from stagewise.paths import Path
 from stagewise.queries import Labels
-from stagewise.schemes.checks import unknown_boundary
+from stagewise.schemes.refusals import unknown_boundary
 from stagewise.schemes.smoothed import Drawn, Smoothed
 from stagewise.smoothing import Smoothing
 from stagewise.smoothing_inputs import Strength

@@ -36,7 +36,7 @@ from stagewise.latents.checksums import compare_files, write_checksums
 from stagewise.latents.rows_check import compare_tensors, compare_zip
 from stagewise.tensor_files import read_header, write_tensors
 
-__all__ = ["Plain"]
+__all__ = ["ArrayFile"]
 
 _SUFFIXES = (".safetensors", ".npy", ".npz", ".pt", ".pth")
 _WHOLE = (
@@ -45,7 +45,7 @@ _WHOLE = (
 )
 
 
-class Plain(Latents):
+class ArrayFile(Latents):
     """One array in one file."""
 
     name = "plain"

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from stagewise.adapters import Seam, find_seams, one_seam
+from stagewise.adapters import TargetMaker, find_target_makers, one_target_maker
 from stagewise.adapters.objective import Objective
 from stagewise.schemes import Phases, Scheme
 
 if TYPE_CHECKING:
     from stagewise.callbacks.stage_scheme import StageScheme
 
-__all__ = ["own_scheme", "refuse_second", "seam_for"]
+__all__ = ["own_scheme", "refuse_second", "maker_for"]
 
 
-def seam_for(module: nn.Module, at: str | None, given: Scheme | Phases | None) -> Seam | None:
+def maker_for(
+    module: nn.Module, at: str | None, given: Scheme | Phases | None
+) -> TargetMaker | None:
     """What makes the targets of a module; None if it has the scheme, and asks it itself.
 
     Args:
@@ -26,23 +28,23 @@ def seam_for(module: nn.Module, at: str | None, given: Scheme | Phases | None) -
         given: What shall steer; None if it is made later.
     """
     if given is None or at is not None:
-        return one_seam(module, at)
-    ours = [seam for seam in find_seams(module) if own_scheme(seam) is given]
+        return one_target_maker(module, at)
+    ours = [maker for maker in find_target_makers(module) if own_scheme(maker) is given]
     if len(ours) == 1:
         return ours[0]
     held = any(value is given for value in vars(module).values())
-    return None if held else one_seam(module)
+    return None if held else one_target_maker(module)
 
 
-def own_scheme(seam: Seam) -> Scheme | Phases | None:
+def own_scheme(maker: TargetMaker) -> Scheme | Phases | None:
     """What an objective steers itself with, if anything."""
-    return seam.place.object.scheme if isinstance(seam, Objective) else None
+    return maker.place.object.scheme if isinstance(maker, Objective) else None
 
 
 def refuse_second(callback: StageScheme, before: Iterable[object]) -> None:
     """Refuses a second callback that steers the same, or has the same name."""
     for other in (one for one in before if isinstance(one, type(callback))):
-        one, two = callback.seam, other.seam
+        one, two = callback.maker, other.maker
         same = one and two and one.place.object is two.place.object
         if same or (callback._given is not None and other._given is callback._given):
             raise ValueError(

@@ -143,7 +143,7 @@ def check_labels(
     raise ValueError(
         f"{said} Give those that the network is given, in the order of x_1: labels=batch[1]. If "
         "training has other classes than the batch, say so: "
-        "StageRun(find=lambda batch: (batch[0], classes_of(batch[1])))."
+        "StageRun(read_batch=lambda batch: (batch[0], classes_of(batch[1])))."
     )
 
 

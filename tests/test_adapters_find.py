@@ -106,7 +106,7 @@ def test_what_couples_before_the_maker_is_refused(make, nested):
     module.couple = {"pairs": [sampler]} if nested else sampler
     name = r"couple\['pairs'\]\[0\]" if nested else "couple"
     reason = rf"module\.{name} \(OTPlanSampler\) .* x_0 and x_1 dependent.* independent pairs"
-    with pytest.raises(ValueError, match=rf"module\self.maker cannot be steered: {reason}"):
+    with pytest.raises(ValueError, match=rf"module\.maker cannot be steered: {reason}"):
         one_target_maker(module)
     with pytest.raises(ValueError, match=reason):
         one_target_maker(module, "module.maker")

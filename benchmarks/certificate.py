@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from measure import Options, Report, engine, measure, ratio, row
+from measure import Options, Report, Row, measure, ratio
 
 from stagewise import LatentBank, LinearPath, Oracle
 from stagewise.certificate import Certificate
+from stagewise.engines import Exact
+from stagewise.posterior import Posterior
 
 ETA, DELTA = 1e-3, 1e-6
 ASKED, BATCH, TIMED = 10_000, 500, 128
 
 
 def certificate(options: Options) -> Report:
-    """How many rows the training mix t ~ U(0, 1) need not look at, and that nothing is lost."""
+    """Clusters and photographs, with times of the training mix, t ~ U(0, 1)."""
     about = f"t~U(0, 1), eta={ETA:g}, delta={DELTA:g}, timed with B={TIMED}"
     report = Report("certificate", about).start()
     lines = [_certified(report, "clusters", clusters(options.rows(20_000), 4096), False, options)]
@@ -31,7 +33,7 @@ def certificate(options: Options) -> Report:
         lines += [_certified(report, "photographs", bank, wise, options) for wise in (False, True)]
     except ModuleNotFoundError as error:
         report.note(f"photographs: skipped, {str(error).splitlines()[0]}")
-    report.plain("rows touched, and what is lost", lines)
+    report.table("rows touched, and what is lost", lines)
     report.target("rows touched without / with it, clusters", lines[0]["factor"], 5, most=False)
     for line in lines:
         report.target(f"mass missed, {line['bank']}", line["missed"], ETA)
@@ -53,30 +55,27 @@ def clusters(n: int, dim: int, count: int = 200) -> LatentBank:
 def _certified(
     report: Report, name: str, bank: LatentBank, wise: bool, options: Options
 ) -> dict[str, Any]:
-    """Times a batch with and without; counts rows; holds certified answers against the engine."""
-    where = f"{name}{', class-wise' if wise else ''}"
+    """Times a batch with and without; counts rows; compares certified answers with the engine's."""
+    title = f"{name}{', class-wise' if wise else ''}"
     start = time.perf_counter()
     made = Certificate.compute(bank, class_wise=wise, progress=False)
-    report.note(f"{where}: certificate computed in {time.perf_counter() - start:.1f} s")
-    settings = {"certificate": made, "eta": ETA, "delta": DELTA}
-    exact, certified = (Oracle(bank, engine=engine("Exact"), **s) for s in ({}, settings))
+    report.note(f"{title}: certificate computed in {time.perf_counter() - start:.1f} s")
+    exact = Oracle(bank, engine=Exact())
+    certified = Oracle(bank, engine=Exact(), certificate=made, eta=ETA, delta=DELTA)
     batches = list(itertools.islice(mix(bank, TIMED, wise, 6), options.runs + 2))
 
-    def asking(oracle: Oracle) -> Callable[[], Callable[[], Any]]:
-        def make() -> Callable[[], Any]:
-            turn = itertools.cycle(batches)
+    def asking(oracle: Oracle) -> Callable[[], Posterior]:
+        turn = itertools.cycle(batches)
 
-            def run() -> Any:
-                xt, t, source, labels = next(turn)
-                return oracle.posterior(xt, t, labels, source=source)
+        def run() -> Posterior:
+            xt, t, source, labels = next(turn)
+            return oracle.posterior(xt, t, labels, source=source)
 
-            return run
+        return run
 
-        return make
-
-    rows = [row("without", asking(exact)), row("with", asking(certified))]
+    rows = [Row("without", asking(exact)), Row("with", asking(certified))]
     timed = measure(rows, options.runs, base="without")
-    report.table(f"{where}: a batch of {TIMED}", list(timed.values()))
+    report.results(f"{title}: a batch of {TIMED}", timed)
 
     asked = max(BATCH, round(ASKED * options.scale)) // BATCH
     total, touched, kept, missed, off = 0, 0, 0, 0.0, 0.0
@@ -95,15 +94,17 @@ def _certified(
         own = None if labels is None else [labels[i] for i in at.tolist()]
         full = exact.posterior(xt[at], t[at], own, source=source[at])
         post = certified.posterior(xt[at], t[at], own, source=source[at])
+        assert full.source_weight is not None
         missed = max(missed, float((1 - full.source_weight).max()))
         error = (post.mean - full.mean).flatten(1).norm(dim=1) / (2 * bank.radius)
         off = max(off, float(error.max()))
+    count = asked * BATCH
     return {
-        "bank": where,
-        "queries": asked * BATCH,
-        "certified": kept / (asked * BATCH),
-        "rows without": total / (asked * BATCH),
-        "rows with": touched / (asked * BATCH),
+        "bank": title,
+        "queries": count,
+        "certified": kept / count,
+        "rows without": total / count,
+        "rows with": touched / count,
         "factor": total / touched,
         "missed": missed,
         "mean off": off,

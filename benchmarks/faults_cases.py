@@ -23,17 +23,6 @@ from stagewise.latents import make_latents, open_latents
 from stagewise.latents.opening import FORMATS
 from stagewise.recipes.arguments import ends_in_a_line
 
-__all__ = [
-    "COMMANDS",
-    "FILES",
-    "KINDS",
-    "action",
-    "contents",
-    "prepare",
-    "reader",
-    "source",
-]
-
 COMMANDS = ("train", "encode", "sample", "bank")
 KINDS = [*FORMATS, "repa.zip", "edm2.zip"]
 ROWS, SHAPE = 48, (4, 4, 4)

@@ -7,24 +7,19 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from faults_campaign import Campaign, Line, Trial, about
 from faults_cases import KINDS, reader, source
-from faults_forks import Line, Trial, about, spawn
 from omegaconf import OmegaConf
 
-if TYPE_CHECKING:
-    from faults import Campaign
 
-__all__ = ["hostile"]
-
-
-def hostile(campaign: Campaign, _: int) -> Iterator[Trial]:
+def hostile(campaign: Campaign) -> Iterator[Trial]:
     """Configurations, checkpoints and latents that would leave a mark if they were trusted."""
     for target in TARGETS:
         for how in ("sample", "resume", "report"):
@@ -57,15 +52,20 @@ TARGETS = {
 }
 
 
-def judged(campaign: Campaign, read: Callable[[], object], usual: bool = False) -> Line:
+def judged(campaign: Campaign, what: str) -> Line:
     """Reads what is in `out`; whether that left a mark, or was refused by name."""
-    ended = spawn(read, campaign.place, campaign.out)
+    ended = campaign.spawn(reader(what, campaign.base, campaign.out))
     ran = (campaign.base / "mark").exists()
     shutil.rmtree(campaign.base / "mark", ignore_errors=True)
-    outcome = "named" if str(campaign.out) in ended.said else "refused without a name"
-    outcome = "raw" if ended.raw else outcome if ended.code else "not asked for"
+    if ran or ended.raw:
+        outcome = "ran" if ran else "raw"
+    elif ended.code:
+        named = str(campaign.out) in ended.said
+        outcome = "named" if named else "refused without a name"
+    else:
+        outcome = "not asked for"
     said = "" if outcome in ("named", "not asked for") else ended.said[-1500:]
-    return {"outcome": "ran" if ran else outcome, "ran": ran, **about(ended), "said": said}
+    return {"outcome": outcome, "ran": ran, **about(ended), "said": said}
 
 
 def config(campaign: Campaign, target: str, how: str) -> Line:
@@ -79,7 +79,7 @@ def config(campaign: Campaign, target: str, how: str) -> Line:
     held.data.latents.path = {"_target_": target, **json.loads(told)}
     held.net = {"_target_": target, **json.loads(told)}
     OmegaConf.save(held, campaign.out / "config.yaml")
-    return judged(campaign, reader(f"run: {how}", campaign.base, campaign.out))
+    return judged(campaign, f"run: {how}")
 
 
 def checkpoint(campaign: Campaign, how: str) -> Line:
@@ -88,7 +88,7 @@ def checkpoint(campaign: Campaign, how: str) -> Line:
     for file in campaign.out.rglob("*.ckpt"):
         held = torch.load(file, weights_only=True)
         torch.save({**held, "more": Mark(campaign.base / "mark")}, file)
-    return judged(campaign, reader(f"run: {how}", campaign.base, campaign.out))
+    return judged(campaign, f"run: {how}")
 
 
 def pickled(campaign: Campaign, kind: str) -> Line:
@@ -114,7 +114,7 @@ def pickled(campaign: Campaign, kind: str) -> Line:
             torch.save(mark, file)
         elif file.suffix == ".safetensors":
             file.write_bytes(pickle.dumps(mark))
-    return judged(campaign, reader(what, campaign.base, campaign.out))
+    return judged(campaign, what)
 
 
 def outside_names(campaign: Campaign, kind: str) -> Line:
@@ -130,4 +130,4 @@ def outside_names(campaign: Campaign, kind: str) -> Line:
         for name in ("../../mark/x.npy", "/mark/x.npy", *rows):
             archive.writestr(name, held.get(name, held[rows[0]]))
         archive.writestr("dataset.json", json.dumps(index))
-    return judged(campaign, reader(f"latents {kind}", campaign.base, campaign.out))
+    return judged(campaign, f"latents {kind}")

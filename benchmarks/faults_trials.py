@@ -11,17 +11,16 @@ import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from faults_campaign import Campaign, Changes, Ended, Line, Trial, about
 from faults_cases import COMMANDS, FILES, reader, source
-from faults_forks import Changes, Ended, Line, Trial, about, spawn
 
-if TYPE_CHECKING:
-    from faults import Campaign
-
-__all__ = ["disks", "flips", "kills"]
-
-# -- kills -----------------------------------------------------------------------------------------
+ENDINGS = {
+    "run: sample": (".ckpt", ".yaml"),
+    "run: resume": (".ckpt", ".yaml", ".jsonl"),
+    "run: report": (".csv", ".jsonl", ".png", ".yaml"),
+}
+"""The endings that these read; others read all."""
 
 
 def kills(campaign: Campaign, count: int) -> Iterator[Trial]:
@@ -32,36 +31,31 @@ def kills(campaign: Campaign, count: int) -> Iterator[Trial]:
 
 
 def kill(campaign: Campaign, name: str, number: int) -> Line:
-    """Kills a command, goes on, perhaps kills it again, and compares."""
+    """Kills a command, resumes it, perhaps kills it again, and compares."""
     draws = random.Random(f"{name} {number}")
     usual = json.loads((campaign.base / f"{name}.json").read_text())
-    ends, resume = [], False
+    ends: list[Ended] = []
     for _ in range(draws.randint(1, 3)):
         moment = draws.uniform(0, usual["seconds"])
         changes = Changes(campaign.out, draws.randint(1, max(1, usual["changes"])))
-        aimed = draws.random() < 0.5
-        ended = campaign.spawn(name, resume, changes if aimed else lambda s, m=moment: s > m)
-        ends.append(ended)
-        resume = True
-        if ended.code != -signal.SIGKILL:
+        until = changes if draws.random() < 0.5 else lambda seconds, m=moment: seconds > m
+        ends.append(campaign.command(name, bool(ends), until))
+        if ends[-1].code != -signal.SIGKILL:
             break
     times = sum(ended.code == -signal.SIGKILL for ended in ends)
     if ends[-1].code == -signal.SIGKILL:
-        ends.append(campaign.spawn(name, True))
-    last = ends[-1]
-    differs, litter = campaign.differences(name) if last.code == 0 else ([], [])
-    outcome = "identical" if last.code == 0 and not differs else "differs"
-    return {
-        "outcome": outcome if last.code == 0 else "does not go on",
-        "kills": times,
-        "differs": differs[:5],
-        "litter": litter[:5],
-        **about(*ends),
-        "said": "" if outcome == "identical" and last.code == 0 else last.said[-1500:],
-    }
+        ends.append(campaign.command(name, True))
+    line = _compared(campaign, name, ends[-1])
+    said = "" if line["outcome"] == "identical" else ends[-1].said[-1500:]
+    return {**line, "kills": times, **about(*ends), "said": said}
 
 
-# -- flips -----------------------------------------------------------------------------------------
+def _compared(campaign: Campaign, name: str, last: Ended) -> Line:
+    """Whether what a command has left is that of a run without faults."""
+    if last.code:
+        return {"outcome": "does not go on", "differs": [], "litter": []}
+    found = campaign.differences(name)
+    return {"outcome": "differs" if found["differs"] else "identical", **found}
 
 
 def flips(campaign: Campaign, count: int) -> Iterator[Trial]:
@@ -71,72 +65,52 @@ def flips(campaign: Campaign, count: int) -> Iterator[Trial]:
             yield f"flip {what} {number}", partial(flip, campaign, what, number)
 
 
-READ = {
-    "run: sample": (".ckpt", ".yaml"),
-    "run: resume": (".ckpt", ".yaml", ".jsonl"),
-    "run: report": (".csv", ".jsonl", ".png", ".yaml"),
-}
-"""The endings that these look at; others look at all."""
-
-
 def flip(campaign: Campaign, what: str, number: int) -> Line:
     """Flips a bit of a file, and reads it."""
     draws = random.Random(f"{what} {number}")
-    begin = source(what, campaign.base)
     wanted = campaign.base / f"{what.replace(' ', '_').replace(':', '')}.result"
     read = reader(what, campaign.base, campaign.out)
     if not wanted.exists():
-        shutil.copytree(begin, campaign.out)
-        ended = spawn(read, campaign.place, campaign.out)
+        shutil.copytree(source(what, campaign.base), campaign.out)
+        ended = campaign.spawn(read)
         if ended.code or "RESULT" not in ended.said:
-            raise SystemExit(f"{what} cannot be read undisturbed:\n{ended.said[-3000:]}")
+            raise SystemExit(f"{what} cannot be read without a fault:\n{ended.said[-3000:]}")
         wanted.write_text(_result(ended))
         campaign.clear()
-    shutil.copytree(begin, campaign.out)
-    files = sorted(f for f in campaign.out.rglob("*") if f.is_file() and f.stat().st_size)
-    if what in ("bank", "certificate"):
-        files = [campaign.out / f"{what}0.safetensors"]
-    files = [file for file in files if file.suffix in READ.get(what, (file.suffix,))]
+    shutil.copytree(source(what, campaign.base), campaign.out)
+    pattern = f"{what}0.safetensors" if what in ("bank", "certificate") else "*"
     by_ending: dict[str, list[Path]] = {}
-    for file in files:
-        by_ending.setdefault(file.suffix, []).append(file)
+    for file in sorted(campaign.out.rglob(pattern)):
+        wants = what not in ENDINGS or file.suffix in ENDINGS[what]
+        if wants and file.is_file() and file.stat().st_size:
+            by_ending.setdefault(file.suffix, []).append(file)
     file = draws.choice(by_ending[draws.choice(sorted(by_ending))])
     data = bytearray(file.read_bytes())
     place = draws.choice(("begin", "end", "anywhere"))
-    first = len(data) - 1 - draws.randrange(min(256, len(data)))
-    at = {"begin": draws.randrange(min(256, len(data))), "end": first}.get(
-        place, draws.randrange(len(data))
-    )
+    end = len(data) - 1 - draws.randrange(min(256, len(data)))
+    begin, anywhere = draws.randrange(min(256, len(data))), draws.randrange(len(data))
+    at = {"begin": begin, "end": end, "anywhere": anywhere}[place]
     data[at] ^= 1 << draws.randrange(8)
     file.write_bytes(data)
-    ended = spawn(read, campaign.place, campaign.out)
-    name = file.relative_to(campaign.out).as_posix()
+    ended = campaign.spawn(read)
     if ended.raw:
         outcome = "raw"
     elif ended.code:
         named = file.name in ended.said or file.parent.name in ended.said
         outcome = "named" if named else "refused without a name"
+    elif _result(ended) != wanted.read_text():
+        outcome = "another value"
     else:
-        outcome = "the same" if _result(ended) == wanted.read_text() else "another value"
-        if outcome == "the same" and any(
-            words in ended.said for words in ("again", "damaged", "WARN", "Warning", "skipp")
-        ):
-            outcome = "mended"
+        words = ("again", "damaged", "WARN", "Warning", "skipp")
+        outcome = "mended" if any(word in ended.said for word in words) else "the same"
     usual = outcome in ("named", "the same", "mended")
-    return {
-        "outcome": outcome,
-        "file": name,
-        "at": [at, len(data)],
-        **about(ended),
-        "said": "" if usual else ended.said[-1500:],
-    }
+    name = file.relative_to(campaign.out).as_posix()
+    said = "" if usual else ended.said[-1500:]
+    return {"outcome": outcome, "file": name, "at": [at, len(data)], **about(ended), "said": said}
 
 
 def _result(ended: Ended) -> str:
     return ended.said.rpartition("RESULT ")[2][:16]
-
-
-# -- full disks ------------------------------------------------------------------------------------
 
 
 def disks(campaign: Campaign, count: int) -> Iterator[Trial]:
@@ -144,13 +118,12 @@ def disks(campaign: Campaign, count: int) -> Iterator[Trial]:
     if os.geteuid() or shutil.which("mount") is None:
         return
     for name in COMMANDS:
-        for number in range(count):
-            share = (number + 1) / (count + 1)
+        for share in ((number + 1) / (count + 1) for number in range(count)):
             yield f"disk {name} {share:.2f}", partial(disk, campaign, name, share)
 
 
 def disk(campaign: Campaign, name: str, share: float) -> Line:
-    """Runs a command on a disk with room for a share of its files, and goes on on a larger one."""
+    """Runs a command on a disk with room for a share of its files, resumes it on a larger one."""
     files = (campaign.base / "whole" / name).rglob("*")
     # A file takes whole pages of the disk.
     pages = sum(-(-f.stat().st_size // 4096) if f.is_file() else 1 for f in files)
@@ -158,21 +131,13 @@ def disk(campaign: Campaign, name: str, share: float) -> Line:
     size = f"size={max(1, int(share * pages)) * 4}k"
     subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", campaign.out], check=True)
     try:
-        full = campaign.spawn(name, False)
+        full = campaign.command(name, False)
         subprocess.run(["mount", "-o", "remount,size=64m", campaign.out], check=True)
-        last = campaign.spawn(name, True) if full.code or name != "bank" else full
-        differs, litter = campaign.differences(name) if last.code == 0 else ([], [])
+        last = campaign.command(name, True) if full.code or name != "bank" else full
+        line = _compared(campaign, name, last)
     finally:
         subprocess.run(["umount", "-l", campaign.out], check=True)
     told = str(campaign.out) in full.said and ("full" in full.said or "No space" in full.said)
-    outcome = "identical" if last.code == 0 and not differs else "differs"
-    good = last.code == 0 and not differs and (told or not full.code)
-    return {
-        "outcome": outcome if last.code == 0 else "does not go on",
-        "ended": full.code,
-        "told": told,
-        "differs": differs[:5],
-        "litter": litter[:5],
-        **about(full, last),
-        "said": full.said[-600:] if good else full.said[-1500:] + "\n=====\n" + last.said[-1500:],
-    }
+    good = line["outcome"] == "identical" and (told or not full.code)
+    said = full.said[-600:] if good else f"{full.said[-1500:]}\n=====\n{last.said[-1500:]}"
+    return {**line, "ended": full.code, "told": told, **about(full, last), "said": said}

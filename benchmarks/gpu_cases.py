@@ -1,16 +1,16 @@
-"""What `benchmarks/gpu.py` measures on a card. Data is made there; sizes are those of ImageNet.
+"""What `benchmarks/gpu.py` measures on a card, with data made there, of ImageNet's sizes.
 
-Every case takes a device, sizes, and a clock of what is left of the time, and answers with rows of
-plain numbers. On a CPU with `SMALL` sizes all of it runs too: its logic, not its times.
+Every case takes a device, sizes, and a clock of the seconds left, and returns rows of plain
+numbers. On a CPU with `SMALL` sizes all of it runs too: its logic, not its times.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,9 +19,6 @@ from torch import Tensor
 from stagewise import LatentBank, LinearPath, Mix, Oracle, Scheme
 from stagewise.engines import Exact
 from stagewise.products import full_precision, rounding, scores
-
-__all__ = ["SMALL", "Left", "Rows", "Sizes", "asked", "ceilings", "clock", "digits", "first_line"]
-__all__ += ["made", "right", "waits"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TIMES = (0.0, 0.001, 0.01, 0.03, 0.1, 0.5, 0.9, 0.999, 1.0)
@@ -52,27 +49,27 @@ class Sizes:
 SMALL = Sizes(2500, (4, 4, 4), 20, (4, 8), 2**16, 64, (1500, 16), ("tiny",), 3, 2)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def clock(run: Callable[[int], Any], device: torch.device, turns: int) -> tuple[float, float]:
     """Medians in ms: of what a call takes the device, and of the time until it returns."""
     for turn in range(2):
         run(turn)
-    spent: list[float] = []
-    host: list[float] = []
+    spent, host, cuda = [], [], device.type == "cuda"
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
     for turn in range(turns):
         _wait(device)
         start = time.perf_counter()
-        if device.type == "cuda":
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
-            run(turn)
-            events[1].record()
-            host.append(1e3 * (time.perf_counter() - start))
-            _wait(device)
-            spent.append(events[0].elapsed_time(events[1]))
-        else:
-            run(turn)
-            spent.append(1e3 * (time.perf_counter() - start))
-            host.append(spent[-1])
+        for event in events[:1]:
+            event.record()
+        run(turn)
+        for event in events[1:]:
+            event.record()
+        host.append(1e3 * (time.perf_counter() - start))
+        _wait(device)
+        spent.append(events[0].elapsed_time(events[1]) if cuda else host[-1])
     return statistics.median(spent), statistics.median(host)
 
 
@@ -82,7 +79,7 @@ def _wait(device: torch.device) -> None:
 
 
 def ceilings(device: torch.device, sizes: Sizes, left: Left) -> Rows:
-    """What the card does at best: bytes it copies and reads, and products."""
+    """What the card does at best."""
     x = torch.empty(sizes.copied // 4, device=device).normal_()
     y = torch.empty_like(x)
     copied = clock(lambda _: y.copy_(x), device, sizes.turns)[0]
@@ -96,8 +93,9 @@ def ceilings(device: torch.device, sizes: Sizes, left: Left) -> Rows:
         a = torch.randn(side, side, device=device).to(dtype)
         with full_precision():
             spent = clock(lambda _, a=a: a @ a, device, 3)[0]
-        what = str(dtype).removeprefix("torch.")
-        found.append({"what": what, "unit": "TFLOP/s", "reached": 2 * side**3 / spent / 1e9})
+        found.append(
+            {"what": name_of(dtype), "unit": "TFLOP/s", "reached": 2 * side**3 / spent / 1e9}
+        )
     return found
 
 
@@ -133,43 +131,33 @@ def asked(
 
 
 def right(device: torch.device, sizes: Sizes, left: Left) -> Rows:
-    """Errors against differences in float64, duplicates included."""
+    """Largest error against differences in float64, duplicates included."""
     count, dim = sizes.right
     found: Rows = []
     for dtype in DTYPES:
         bank = made(count, (dim,), min(20, sizes.classes), dtype, device)
         reference = Oracle(bank, engine=Exact("float64"))
-        for class_wise in (True, False):
-            for engine in (Exact(), Exact("float32")):
-                oracle = Oracle(bank, engine=engine)
-                for t in TIMES:
-                    if left() < 0:
-                        return found
-                    xt, times, x1, labels = asked(bank, 8, t)
-                    labels_ = labels if class_wise else None
-                    exact = reference.posterior(xt, times, labels_).mean
-                    x = x1.double()
-                    off = oracle.correction(xt, times, x1, labels_, prediction="data").double()
-                    mean = oracle.posterior(xt, times, labels_).mean
-                    pull = (exact - x).norm(dim=1)
-                    centre = (exact - bank.centre).norm(dim=1)
-                    found.append(
-                        {
-                            "rows": str(dtype).removeprefix("torch."),
-                            "over": "class" if class_wise else "all rows",
-                            "engine": repr(engine),
-                            "t": t,
-                            "mean": float(((mean - exact).norm(dim=1) / centre).max()),
-                            "pull": float(
-                                ((off - (exact - x)).norm(dim=1) / pull.clamp_min(1e-8)).max()
-                            ),
-                        }
-                    )
+        for over, engine, t in product(("class", "all rows"), (Exact(), Exact("float32")), TIMES):
+            if left() < 0:
+                return found
+            oracle = Oracle(bank, engine=engine)
+            xt, times, x1, labels = asked(bank, 8, t)
+            known = labels if over == "class" else None
+            exact, x = reference.posterior(xt, times, known).mean, x1.double()
+            off = oracle.correction(xt, times, x1, known, prediction="data").double()
+            mean = oracle.posterior(xt, times, known).mean
+            pull = (exact - x).norm(dim=1).clamp_min(1e-8)
+            about = {"rows": name_of(dtype), "over": over, "engine": repr(engine), "t": t}
+            errors = {
+                "mean": (mean - exact).norm(dim=1) / (exact - bank.centre).norm(dim=1),
+                "pull": (off - (exact - x)).norm(dim=1) / pull,
+            }
+            found.append(about | {key: float(error.max()) for key, error in errors.items()})
     return found
 
 
 def digits(device: torch.device, sizes: Sizes, left: Left) -> Rows:
-    """`products.rounding` against products: its standard deviation in units of what is said."""
+    """Rounding of products, in units of what `products.rounding` says."""
     found: Rows = []
     for dtype in DTYPES:
         rows = torch.randn(4000, sizes.dim, device=device).to(dtype)
@@ -181,27 +169,24 @@ def digits(device: torch.device, sizes: Sizes, left: Left) -> Rows:
         unit, growth = rounding(dtype, sizes.dim, truncates=dtype != torch.float32)
         size = query.norm(dim=1)[:, None] * rows.double().norm(dim=1)
         share = off / (unit * size + growth * true.abs())
-        own = share[:32, :32].diagonal()
-        others = share[32:]
-        name = str(dtype).removeprefix("torch.")
-        for what, some in (("own row", own), ("other rows", others)):
-            found.append(
-                {"rows": name, "what": what, "of said": float(some.square().mean().sqrt())}
-            )
+        for what, some in (("own row", share[:32, :32].diagonal()), ("other rows", share[32:])):
+            deviation = float(some.square().mean().sqrt())
+            found.append({"rows": name_of(dtype), "what": what, "of said": deviation})
     return found
 
 
-@contextmanager
-def no_waits(device: torch.device) -> Iterator[None]:
-    """Raises where the host waits for the device, in either direction."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
+def waited(call: Callable[[], Any], device: torch.device) -> str:
+    """Where the host waits for the device, in either direction."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
     try:
-        yield
+        call()
+    except RuntimeError as error:
+        return first_line(error)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return "none"
 
 
 def launched(run: Callable[[], Any], device: torch.device) -> int:
@@ -217,7 +202,7 @@ def launched(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def waits(device: torch.device, sizes: Sizes, left: Left) -> Rows:
-    """Which calls never wait, how many kernels they start, and whether a graph holds them."""
+    """Waits for the device, kernels started, and whether a graph holds them."""
     count = max(sizes.queries)
     bank = made(sizes.right[0], sizes.shape, 20, torch.bfloat16, device)
     xt, t, x1, labels = asked(bank, count, 0.9 * torch.rand(count, device=device))
@@ -232,31 +217,25 @@ def waits(device: torch.device, sizes: Sizes, left: Left) -> Rows:
     }
     found: Rows = []
     for name, call in calls.items():
-        row: dict[str, Any] = {"call": name, "waits": "none", "graph": "the same bits"}
         for _ in range(3):
             expected = call()
-        try:
-            with no_waits(device):
-                call()
-        except RuntimeError as error:
-            row["waits"] = first_line(error)
-        row["launches"] = launched(call, device)
-        try:
-            row["graph"] = _captured(call, expected, device)
-        except RuntimeError as error:
-            row["graph"] = first_line(error)
-        found.append(row)
+        row = {"call": name, "waits": waited(call, device), "launches": launched(call, device)}
+        found.append({**row, "graph": captured(call, expected, device)})
     return found
 
 
-def _captured(call: Callable[[], Tensor], expected: Tensor, device: torch.device) -> str:
+def captured(call: Callable[[], Tensor], expected: Tensor, device: torch.device) -> str:
+    """Whether a graph of the call gives the same."""
     if device.type != "cuda":
         return "no card"
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        answer = call()
-    graph.replay()
-    _wait(device)
+    try:
+        with torch.cuda.graph(graph):
+            answer = call()
+        graph.replay()
+        _wait(device)
+    except RuntimeError as error:
+        return first_line(error)
     return "the same bits" if torch.equal(answer, expected) else "other numbers"
 
 

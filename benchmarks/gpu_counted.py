@@ -18,8 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stagewise import LatentBank, Oracle
 from stagewise.engines import fused
 
-__all__ = ["BEFORE", "Counted", "counted", "large_bank"]
-
 ROWS, SHAPE, CLASSES, LARGEST = 1_281_167, (4, 32, 32), 1000, 1300
 BANDWIDTH, LAUNCH = 4.3e12, 5e-6
 RATES = {torch.bfloat16: 750e12, torch.float16: 750e12, torch.float32: 48e12, torch.float64: 55e12}

@@ -1,4 +1,4 @@
-"""Times of the oracle on a device beside those of others; see `benchmarks/gpu.py`."""
+"""Times of the oracle on a device beside those of others: a case of `benchmarks/gpu.py`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from gpu_cases import Left, Rows, Sizes, asked, clock, first_line, made
+from gpu_cases import Left, Rows, Sizes, asked, clock, first_line, made, name_of
 from peers import with_cdist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from stagewise import LatentBank, Oracle
-
-__all__ = ["times"]
 
 
 def padded(bank: LatentBank, xt: Tensor, t: Tensor, labels: Tensor) -> Callable[[], Tensor]:
@@ -63,7 +61,7 @@ def timed(
         t = torch.rand(count, device=device) * (0.1 if early else 0.999) + 1e-4
         sets.append(asked(bank, count, t, seed))
     about = {
-        "rows": str(bank.dtype).removeprefix("torch."),
+        "rows": name_of(bank.dtype),
         "over": "class" if class_wise else "all rows",
         "queries": count,
         "t": "t < 0.1" if early else "U(0, 1)",
@@ -92,7 +90,7 @@ def timed(
 
 
 def times(device: torch.device, sizes: Sizes, left: Left) -> Rows:
-    """Medians class-wise and over all rows, many queries first, with peers."""
+    """Times, class-wise and over all rows, many queries first, with peers."""
     found: Rows = []
     for dtype in (torch.bfloat16, torch.float32):
         bank = made(sizes.rows, sizes.shape, sizes.classes, dtype, device)

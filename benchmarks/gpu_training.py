@@ -18,8 +18,6 @@ from stagewise.engines import Engine, Exact, Sharded
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes.sit import SiT
 
-__all__ = ["places", "shares", "training"]
-
 NETWORKS = {
     "tiny": {"hidden_size": 32, "depth": 1, "num_heads": 2},
     "SiT-S/2": {"hidden_size": 384, "depth": 12, "num_heads": 6},
@@ -34,7 +32,7 @@ def network(name: str, sizes: Sizes) -> nn.Module:
 
 
 def shares(device: torch.device, sizes: Sizes, left: Left) -> Rows:
-    """Exact class-wise targets beside a training step of real networks, in bfloat16."""
+    """Share of a training step: exact class-wise targets beside real networks, in bfloat16."""
     bank = made(sizes.rows, sizes.shape, sizes.classes, torch.bfloat16, device)
     count = max(sizes.queries)
     xt, t, x1, labels = asked(bank, count, torch.rand(count, device=device))
@@ -66,7 +64,7 @@ def shares(device: torch.device, sizes: Sizes, left: Left) -> Rows:
 
 
 def places(device: torch.device, sizes: Sizes, left: Left) -> Rows:
-    """One answer by where the bank lies: beside that of one on the device, relative to its size."""
+    """Answers by where the bank lies, relative to that of one on the device."""
     there = made(sizes.right[0], sizes.shape, 20, torch.bfloat16, device)
     xt, t, x1, labels = asked(there, 32, torch.rand(32, device=device))
     banks = {"device": there, "host": there.to("cpu")}
@@ -130,7 +128,7 @@ def trained(device: torch.device, sizes: Sizes, precision: str, *callbacks: pl.C
 
 
 def training(device: torch.device, sizes: Sizes, left: Left) -> Rows:
-    """Whether monitors change a bit of the weights, with and without a scheme."""
+    """Weights with monitors, and those without."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     found: Rows = []
     every = max(1, sizes.steps // 2)

@@ -1,4 +1,4 @@
-"""What others do, written anew from its description, and what nothing can beat: bare products.
+"""What others do, and what nothing can beat: bare products.
 
 Everything takes bank rows `x` (N, D), queries `xt` (B, D) and times `t` (B,) of the linear path, in
 the dtype that it is to compute in.
@@ -72,39 +72,18 @@ def with_cdist(x: Tensor, xt: Tensor, t: Tensor) -> Tensor:
     return torch.softmax(-distance.square() / (2 * (1 - t[:, None]) ** 2), 1) @ x
 
 
-def with_two_passes(x: Tensor, xt: Tensor, t: Tensor, block: int = 2**21) -> Tensor:
-    """Closed-form flow matching as first published.
-
-    It walks over the data twice, with explicit differences: for the log-sum-exp, then for the mean.
-    """
-    step = max(1, block // xt.numel())
-    sigma = 1 - t[:, None]
-
-    def weights(rows: Tensor) -> Tensor:
-        gap = xt[:, None] - t[:, None, None] * rows
-        return -gap.square().sum(2) / (2 * sigma**2)
-
-    log_z = torch.full((len(xt),), -torch.inf)
-    for rows in x.split(step):
-        log_z = torch.logaddexp(log_z, weights(rows).logsumexp(1))
-    mean = torch.zeros_like(xt)
-    for rows in x.split(step):
-        mean += (weights(rows) - log_z[:, None]).exp() @ rows
-    return mean
-
-
 def with_products(x: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-    """Its optimised version: squared norms and one product for the distances, one for the mean."""
+    """Squared norms and one product for the distances, one product for the mean."""
     t = t[:, None]
     square = xt.square().sum(1, keepdim=True) + t**2 * x.square().sum(1) - 2 * t * (xt @ x.T)
     return torch.softmax(-square / (2 * (1 - t) ** 2), 1) @ x
 
 
-Search = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From queries and times to the mean and the rows that were found, (B, k)."""
+Found = Callable[[], tuple[Tensor, Tensor]]
+"""Gives the means (B, D) and the rows that were found (B, k)."""
 
 
-def with_faiss(x: Tensor, k: int) -> Search:
+def with_faiss(x: Tensor, xt: Tensor, t: Tensor, k: int) -> Found:
     """The k nearest by a flat index, gathered, and the softmax of their distances."""
     import faiss
 
@@ -112,7 +91,7 @@ def with_faiss(x: Tensor, k: int) -> Search:
     index = faiss.IndexFlatL2(x.shape[1])
     index.add(x.numpy())
 
-    def run(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def run() -> tuple[Tensor, Tensor]:
         square, near = index.search((xt / t[:, None]).numpy(), k)
         rows = torch.from_numpy(near)
         logits = -((t / (1 - t))[:, None] ** 2) * torch.from_numpy(square) / 2
@@ -121,11 +100,11 @@ def with_faiss(x: Tensor, k: int) -> Search:
     return run
 
 
-def with_torch_cluster(x: Tensor, k: int) -> Search:
+def with_torch_cluster(x: Tensor, xt: Tensor, t: Tensor, k: int) -> Found:
     """The same with `torch_cluster.knn`, which gives rows without distances."""
     import torch_cluster
 
-    def run(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def run() -> tuple[Tensor, Tensor]:
         near = torch_cluster.knn(x, (xt / t[:, None]).contiguous(), k)[1].reshape(len(xt), k)
         gap = xt[:, None] - t[:, None, None] * x[near]
         logits = -gap.square().sum(2) / (2 * (1 - t[:, None]) ** 2)
@@ -147,7 +126,9 @@ def with_keops(x: Tensor, xt: Tensor, t: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def same_neighbours(x: Tensor, xt: Tensor, t: Tensor, ours: Tensor, theirs: Tensor) -> dict:
+def same_neighbours(
+    x: Tensor, xt: Tensor, t: Tensor, ours: Tensor, theirs: Tensor
+) -> dict[str, float]:
     """How far two answers to "which are the k nearest rows" agree.
 
     Returns:

@@ -61,7 +61,7 @@ def loader(options: Options) -> Report:
                 timed.append(Row(f"{name}, {workers} workers", read, queries=count))
         results = measure(timed, options.runs, base=base)
     rates = {r.name: 1e3 * r.queries / r.milliseconds for r in results.values()}
-    report.plain(
+    report.table(
         "samples per second, medians",
         [
             {"what": name, "samples/s": rate, "times the step": rate / rates[base]}
@@ -86,7 +86,7 @@ def opening(options: Options) -> Report:
             Row(random, lambda: latents_data(path, None, flips="random")),
         ]
         results = measure(timed, options.runs)
-        report.table("from shards", list(results.values()))
+        report.results("from shards", results)
         for name, result in results.items():
             if result.milliseconds is not None:
                 report.target(f"seconds of {name}", result.milliseconds / 1e3, 2)
@@ -105,7 +105,7 @@ def opening(options: Options) -> Report:
             for name, result in measure(timed, options.runs).items()
             if result.milliseconds is not None
         ]
-    report.plain(f"opening with labels, a file for each of {rows} rows, in the page cache", lines)
+    report.table(f"opening with labels, a file for each of {rows} rows, in the page cache", lines)
     return report
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import schemes_plan
 import torch
 from schemes_plan import BATCH, pack, unpack, write_once
 from schemes_train import (
@@ -32,16 +33,14 @@ from schemes_train import (
     data_set,
     held_out_loss,
     kl_from_density,
-    learning_rate,
     loss_by_time,
     of_samples,
-    shuffled,
+    steps,
 )
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stagewise import LatentBank, Oracle, Scheme, Smoothing, StageCurve, Uniform
-from stagewise.losses import FlowMatchingLoss
 
 SAMPLES, EVALUATIONS = 5000, 20
 AVERAGES = (0.99, 0.997, 0.999)
@@ -199,59 +198,53 @@ class Made:
         return Scheme(timesteps=times, seed=seed)
 
 
+def change(part: Part, made: Made) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a method does to a batch x_1 that is noised with x_0."""
+    draws = torch.Generator().manual_seed(part.seed + 100)
+    bank = made.oracle.bank
+    if part.method == "isotropic noise":
+        return lambda x1, x0: x1 + part.setting * torch.randn(x1.shape, generator=draws)
+    if part.method == "flips":
+
+        def flip(x1: Tensor, x0: Tensor) -> Tensor:
+            flipped = torch.rand(len(x1), generator=draws) < 0.5
+            return torch.where(flipped[:, None, None, None], x1.flip(-1), x1)
+
+        return flip
+    if part.method == "CDC-FM":
+        noise = CarreDuChamp(bank.rows, part.setting)
+        return lambda x1, x0: noise(x1, bank.find(x1), x0)
+    return lambda x1, x0: x1
+
+
 def train(part: Part, made: Made) -> dict[str, Any]:
     """Trains and measures; seconds are the processor's."""
     plan, data = PLANS[part.plan], made.data
-    torch.manual_seed(part.seed)
-    net = data.net()
     if part.method == "dropout":
-        net = _Dropped(net, part.setting)
-    scheme = made.scheme(part.method, part.seed)
-    objective = FlowMatchingLoss(scheme=scheme)
-    decay = part.setting if part.method == "weight decay" else 0.0
-    optimizer = torch.optim.AdamW(net.parameters(), part.lr, (0.9, 0.95), weight_decay=decay)
-    schedule = learning_rate(optimizer, plan.steps)
-    averages = {
-        decay: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        for decay in (AVERAGES if part.method == "EMA" else ())
-    }
-    rows = made.oracle.bank.rows
-    cdc = CarreDuChamp(rows, part.setting) if part.method == "CDC-FM" else None
-    curves: dict[float, list[dict[str, float]]] = {decay: [] for decay in (0.0, *averages)}
-    seconds = 0.0
-    generator = torch.Generator().manual_seed(part.seed + 100)
-    batches = shuffled(*data.train, min(BATCH, plan.rows), seed=part.seed)
+        data = replace(data, net=lambda: _Dropped(made.data.net(), part.setting))
+    averages: dict[float, AveragedModel] = {}
+    curves: dict[float, list[dict[str, float]]] = {0.0: []}
     every = plan.steps // EVALUATIONS
-    for step in range(1, plan.steps + 1):
-        start = time.process_time()
-        x1, labels = next(batches)
-        x0 = torch.randn_like(x1)
-        if part.method == "isotropic noise":
-            x1 = x1 + part.setting * torch.randn(x1.shape, generator=generator)
-        if part.method == "flips":
-            flipped = torch.rand(len(x1), generator=generator) < 0.5
-            x1 = torch.where(flipped[:, None, None, None], x1.flip(-1), x1)
-        if cdc is not None:
-            x1 = cdc(x1, made.oracle.bank.find(x1), x0)
-        loss = objective(net, x1, labels, x0=x0, classes=labels)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        scheme.observe(step=step, total=plan.steps)
-        seconds += time.process_time() - start
+    decay = part.setting if part.method == "weight decay" else 0.0
+    about = schemes_plan.Part(plan.data, part.method, plan.steps, part.lr, part.seed)
+    scheme, batch = made.scheme(part.method, part.seed), min(BATCH, plan.rows)
+    for at in steps(about, data, scheme, batch, decay=decay, change=change(part, made)):
+        if not at.step:
+            for share in AVERAGES if part.method == "EMA" else ():
+                averages[share] = AveragedModel(at.net, multi_avg_fn=get_ema_multi_avg_fn(share))
+                curves[share] = []
+            continue
         for average in averages.values():
-            average.update_parameters(net)
-        left = plan.steps - step
+            average.update_parameters(at.net)
+        left = plan.steps - at.step
         if left % every == 0:
-            curves[0.0].append({"step": step, "loss": held_out_loss(net, data)})
+            curves[0.0].append({"step": at.step, "loss": held_out_loss(at.net, data)})
         if left % (4 * every) == 0:
-            for decay, average in averages.items():
-                curves[decay].append({"step": step, "loss": held_out_loss(average, data)})
-    found = {"seconds": seconds, **ended(net, made, plan, curves[0.0])}
+            for share, average in averages.items():
+                curves[share].append({"step": at.step, "loss": held_out_loss(average, data)})
+    found = {"seconds": at.seconds, **ended(at.net, made, plan, curves[0.0])}
     found["averages"] = {
-        str(decay): ended(average, made, plan, curves[decay]) for decay, average in averages.items()
+        str(share): ended(average, made, plan, curves[share]) for share, average in averages.items()
     }
     fitted = repr(made.fitted) if part.method == "fitted" else None
     return {**vars(part), "boundary": made.boundary.as_dict(), "fitted": fitted, **found}

@@ -12,8 +12,6 @@ from regularisers import METHODS, OURS, PLANS
 from schemes_statistics import Run, mean_cell, ratio_cell
 from tables import table
 
-__all__ = ["ARCHIVE", "tables"]
-
 ARCHIVE = "regularisers.jsonl"
 COLUMNS = {
     "end": "held-out, end",

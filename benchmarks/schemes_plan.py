@@ -29,24 +29,6 @@ from stagewise import (
     WithFloor,
 )
 
-__all__ = [
-    "ARCHIVE",
-    "BATCH",
-    "DEFAULT",
-    "LARGE",
-    "NAMES",
-    "PLANS",
-    "SAMPLES",
-    "WARMUP",
-    "Part",
-    "Plan",
-    "best_rate",
-    "pack",
-    "schemes",
-    "unpack",
-    "write_once",
-]
-
 ARCHIVE = "results.jsonl"
 """Its name, beside docs/results.md."""
 BATCH, WARMUP, SAMPLES = 128, 100, 1000

@@ -37,8 +37,6 @@ from tables import fill, table
 
 from stagewise.callbacks.drawing import HELD_OUT, TRAIN, apart, new_figure, render, time_axis
 
-__all__ = ["write"]
-
 AIMS = {"loss": 0.75, "energy": 0.6, "frechet": 0.6}
 """Shares of plain's steps that were aimed at for the default."""
 WEIGHTS = 1.6e6

@@ -15,26 +15,6 @@ from typing import Any
 import numpy as np
 from schemes_plan import PLANS
 
-__all__ = [
-    "ABOUT",
-    "AXES",
-    "METRICS",
-    "Run",
-    "Runs",
-    "bootstrap",
-    "curve",
-    "curves",
-    "finished",
-    "load",
-    "load_why",
-    "mean_cell",
-    "rates",
-    "ratio_cell",
-    "seeds",
-    "share",
-    "share_cell",
-]
-
 METRICS = {"loss": "held-out loss", "energy": "energy distance", "frechet": "Frechet distance"}
 AXES = {"step": "steps", "seconds": "time"}
 ABOUT = tuple(PLANS)

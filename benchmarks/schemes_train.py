@@ -24,26 +24,6 @@ from stagewise.losses import FlowMatchingLoss
 from stagewise.sampling import sample
 from stagewise.stages import stratified_times
 
-__all__ = [
-    "EDGES",
-    "Data",
-    "Perceptron",
-    "State",
-    "boundary_of",
-    "data_set",
-    "energy_distance",
-    "frechet_distance",
-    "held_out_loss",
-    "kl_from_density",
-    "learning_rate",
-    "loss_by_time",
-    "of_samples",
-    "shuffled",
-    "spiral",
-    "steps",
-    "train",
-]
-
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Between which the held-out loss is taken by t."""
 
@@ -279,7 +259,7 @@ def learning_rate(optimizer: torch.optim.Optimizer, horizon: int) -> Any:
 
 @dataclass(frozen=True)
 class State:
-    """Where a training is: steps done, processor seconds they took, network and optimizer."""
+    """A training after `step` steps, which took so many seconds of the processor."""
 
     step: int
     seconds: float
@@ -287,22 +267,35 @@ class State:
     optimizer: torch.optim.Optimizer
 
 
-def steps(part: Part, data: Data, scheme: Scheme | Phases, batch: int = BATCH) -> Iterator[State]:
-    """Trains, and stops before the first step and after each to be looked at."""
+def steps(
+    part: Part,
+    data: Data,
+    scheme: Scheme | Phases,
+    batch: int = BATCH,
+    *,
+    decay: float = 0.0,
+    change: Callable[[Tensor, Tensor], Tensor] = lambda x1, x0: x1,
+) -> Iterator[State]:
+    """Trains, and yields before the first step and after each; `change` is made to x_1, x_0."""
     torch.manual_seed(part.seed)
     net = data.net()
     scheme.check()
     objective = FlowMatchingLoss(scheme=scheme)
-    optimizer = torch.optim.AdamW(net.parameters(), part.lr, (0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(net.parameters(), part.lr, (0.9, 0.95), weight_decay=decay)
 
-    schedule = learning_rate(optimizer, part.horizon)
+    def rate(step: int) -> float:
+        """A warm-up, and a cosine decay to 0."""
+        return min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / part.horizon)) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     batches = shuffled(*data.train, batch, seed=part.seed)
     seconds = 0.0
     yield State(0, seconds, net, optimizer)
     for step in range(1, part.horizon + 1):
         start = time.process_time()
         x1, labels = next(batches)
-        loss = objective(net, x1, labels, classes=labels)
+        x0 = torch.randn_like(x1)
+        loss = objective(net, change(x1, x0), labels, x0=x0, classes=labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["fill", "table"]
-
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The lines of a table."""

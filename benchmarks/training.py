@@ -1,12 +1,10 @@
 """What the oracle and the monitor cost beside a training step, on this machine.
 
-- imagenet: steps of SiT-S/2 with the oracle's targets and without, in pairs: the same batch, noise
-  and times, one after the other, on made latents of 4 x 32 x 32. The time that is spent inside the
-  scheme is measured too: on a busy machine it is known far better than a difference of two steps.
-- photos: a step of the photos recipe, the oracle's correction on the same batches, and a probe of
-  the monitor.
-
-recipes.py runs the one and oracle.py the other. What can be counted is in costs.py.
+- imagenet (a case of recipes.py): steps of SiT-S/2 with the oracle's targets and without, in pairs
+  with the same batch, noise and times, on made latents of 4 x 32 x 32. The time inside the scheme
+  is measured too: on a busy machine it is far less noisy than a difference of two steps.
+- photos (a case of oracle.py): a step of the photos recipe, the oracle's correction on the same
+  batches, and a probe of the monitor.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,10 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from measure import FEW, Options, Report, Result, Row, measure, ratio, row
+from measure import FEW, Options, Report, Result, Row, measure, ratio
 from torch import Tensor
 
 from stagewise import LatentBank, Mix, Oracle, Scheme, predicted_boundary
-from stagewise.certificate import Certificate
 from stagewise.engines import Auto
 from stagewise.latents import make_latents, open_latents
 from stagewise.latents.base import Flips
@@ -112,7 +109,7 @@ def imagenet(options: Options) -> Report:
         batches = (batch for epoch in itertools.cycle([loader]) for batch in epoch)
         taken = _in_pairs(step, objectives, batches, options.runs)
     lines = [shares(name, taken["plain"], taken[name]) for name in objectives]
-    report.plain(f"medians over {options.runs} steps, in pairs", lines)
+    report.table(f"medians over {options.runs} steps, in pairs", lines)
     for line in lines[2:]:
         for which in (PAIRS, INSIDE):
             report.target(f"oracle, {line['step']}, {which}", line[which], 0.05)
@@ -202,43 +199,32 @@ def _of_photos(report: Report, folder: str, options: Options) -> None:
     step, data, size = Step(config), instantiate(config.data), config.data.batch_size
     data.setup()
     bank = LatentBank(*data.train.tensors)
-    batches = _queries(bank, step.module.objective, size)
+    batches, oracle = _queries(bank, step.module.objective, size), Oracle(bank)
     report.note(f"N={len(bank)}, D={bank.dim}, {len(bank.classes)} classes, batch {size}")
 
-    def train() -> Callable[[], None]:
-        turn = itertools.cycle(batches)
-        return lambda: step(step.module.objective, *next(turn)[:2])
+    def train() -> None:
+        step(step.module.objective, *next(turn)[:2])
 
-    def corrections(wise: bool, certified: bool) -> Callable[[], Callable[[], Tensor]]:
-        def make() -> Callable[[], Tensor]:
-            made = Certificate.compute(bank, class_wise=wise, progress=False) if certified else None
-            oracle, turn = Oracle(bank, certificate=made), itertools.cycle(batches)
+    def correction(wise: bool) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            x1, names, source, t, xt = next(turn)
+            return oracle.correction(xt, t, x1, names if wise else None, source=source)
 
-            def run() -> Tensor:
-                x1, names, source, t, xt = next(turn)
-                return oracle.correction(xt, t, x1, names if wise else None, source=source)
+        return run
 
-            return run
-
-        return make
-
-    base = "training step"
-    rows = [Row(base, train())]
-    for wise, certified in itertools.product((True, False), (False, True)):
-        scope, with_it = "class-wise" if wise else "all rows", ", certificate" if certified else ""
-        rows.append(row(f"correction, {scope}{with_it}", corrections(wise, certified)))
-    turn = itertools.cycle(batches)
-    rows.append(Row("bank.find(x1)", lambda: bank.find(next(turn)[0])))
+    turn, base = itertools.cycle(batches), "training step"
+    names = {"correction, class-wise": True, "correction, all rows": False}
+    rows = [Row(base, train), *(Row(name, correction(wise)) for name, wise in names.items())]
     results = measure(rows, 3 * options.runs, base=base)
     probe = _probe(config, step.module, data, min(FEW, options.runs))
-    probe.ratio = probe.milliseconds / results[base].milliseconds
-    report.table("times", [*results.values(), probe])
+    results[probe.name] = probe
+    probe.ratio = ratio(results, probe.name, base)
+    report.results("times", results)
     report.note("ratio: share of a step; a probe's is for a probe at every step")
-    for each in rows[1:-1]:
-        share = ratio(results, each.name, base)
-        report.target(f"{each.name} / step", share, 0.10)
-    share = ratio(results, "correction, class-wise", base)
-    both = None if share is None else share + probe.ratio / EVERY
+    shares = [ratio(results, name, base) for name in names]
+    for name, share in zip(names, shares, strict=True):
+        report.target(f"{name} / step", share, 0.10)
+    both = None if None in (shares[0], probe.ratio) else shares[0] + probe.ratio / EVERY
     report.target(f"correction, class-wise, and a probe every {EVERY} steps / step", both, 0.10)
 
 
@@ -259,7 +245,8 @@ def _queries(bank: LatentBank, objective: Any, size: int) -> list[tuple[Tensor, 
 def _probe(config: Any, module: Any, data: Any, count: int) -> Result:
     """Probes of the real monitor in a real fit, with its pictures, less the first."""
     monitor = instantiate(config.callbacks.monitor)
-    with _silence():
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with redirect_stderr(io.StringIO()):  # progress bars
         trainer = instantiate(
             config.trainer,
             max_steps=count + 1,
@@ -271,17 +258,4 @@ def _probe(config: Any, module: Any, data: Any, count: int) -> Result:
         trainer.fit(module, datamodule=data)
     name = f"probe of the monitor, {monitor.strata * monitor.queries} queries"
     middle = 1e3 * statistics.median(monitor.seconds[1:])
-    return Result(name, middle, runs=len(monitor.seconds) - 1, note="with pictures")
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Without what Lightning and progress bars say."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        log.setLevel(level)
+    return Result(name, 1, "with pictures", middle, runs=len(monitor.seconds) - 1)

@@ -7,7 +7,7 @@ amount over peak rate). Networks are built from their configurations on the meta
 have shapes and no numbers, and one forward pass is counted by torch (`FlopCounterMode`: matrix
 products and convolutions, 2 operations for a multiply-add). A training step is three forward passes
 per image. The oracle is counted at its worst: the products for the logits and for the mean for
-every query, both split in two 16-bit parts, each reading the rows anew.
+every query, both split in two 16-bit parts, each of which reads the rows.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ ROWS, CLASSES, GPUS = 1_281_167, 1000, 8
 RATE = 1e14  # operations a second that a GPU is assumed to sustain in training
 
 # Bytes per weight, all in float32. With strategy=ddp gradients are views of DDP's buckets.
-WEIGHT, GRADIENT, ADAMW, EMA = 4, 4, 8, 4
+BYTES = {"weights": 4, "gradients": 4, "AdamW": 8, "EMA": 4}
 
 # One accelerator of the A100-80GB class, by its data sheet.
 FLOPS, BANDWIDTH, MEMORY = 312e12, 2.0e12, 80e9  # bfloat16 products, bytes/s, bytes
-LINKS = {1: None, 8: 300e9, 64: 25e9}  # bytes/s in one direction: within a node, between nodes
+LINKS = {1: 0.0, 8: 1 / 300e9, 64: 1 / 25e9}  # s/byte in one direction: none, in a node, between
 BATCH, D = 32, 4096  # queries of each accelerator; SD-VAE latents, 4 x 32 x 32
 # SiT-XL/2 at 256 x 256: 118.6 G multiply-adds forward (Peebles & Xie, arXiv 2212.09748, Table 4;
 # the papers write Gflops), two operations each, and twice as much again for the backward pass.
@@ -65,21 +65,17 @@ def accelerators() -> str:
                 read = bytes_read(min(BATCH * looked_at, rows), D)
             else:
                 # All queries meet all rows: R times the queries with 1/R of the rows.
-                held, read = 2 * rows / ranks * D, bytes_read(rows / ranks, D)
-                sent = 0.0 if ranks == 1 else 2 * (ranks - 1) / ranks * ranks * BATCH * D * 8
+                held, sent = 2 * rows / ranks * D, 2 * (ranks - 1) * BATCH * D * 8.0
+                read = bytes_read(rows / ranks, D)
             done = BATCH * operations(looked_at, D)
             seconds = {"arithmetic": done / FLOPS, "memory bandwidth": read / BANDWIDTH}
-            seconds["network"] = 0.0 if link is None else sent / link
+            seconds["network"] = sent * link
             first = max(seconds, key=seconds.__getitem__)
             if held >= 0.9 * MEMORY:
                 first = f"memory: {held / MEMORY:.1f} x its size"
-            lines.append(
-                [
-                    *(name, str(ranks), f"{held / 1e9:.1f} GB", f"{done / 1e12:.3g} T"),
-                    *(f"{done / TRAINING:.2%}", f"{read / 1e9:.2g} GB", f"{sent / 1e6:.0f} MB"),
-                    *(f"{max(seconds.values()) * 1e3:.2g} ms", first),
-                ]
-            )
+            about = (name, f"{ranks}", f"{held / 1e9:.1f} GB", f"{done / 1e12:.3g} T")
+            about += (f"{done / TRAINING:.2%}", f"{read / 1e9:.2g} GB", f"{sent / 1e6:.0f} MB")
+            lines.append((*about, f"{max(seconds.values()) * 1e3:.2g} ms", first))
     head = ["bank", "accelerators", "bank in each", "operations", "share of training", "read"]
     return table([*head, "sent", "at least", "first to saturate"], lines)
 
@@ -89,7 +85,7 @@ def accelerators() -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment, by its composed configuration."""
+    """One experiment, by its composed configuration; a bank has the rows that training sees."""
 
     name: str
     config: DictConfig
@@ -105,12 +101,12 @@ class Recipe:
         return sum(p.numel() for p in self.net.parameters())
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.net.input_shape)  # type: ignore[arg-type]
+    def shape(self) -> torch.Size:
+        return torch.Size(self.net.input_shape)  # type: ignore[arg-type]
 
     @property
     def dim(self) -> int:
-        return torch.Size(self.shape).numel()
+        return self.shape.numel()
 
     @cached_property
     def forward(self) -> int:
@@ -136,20 +132,18 @@ class Recipe:
 
     @property
     def rows(self) -> int:
-        """Rows of the bank: with their flips, if training sees these."""
         return ROWS * (1 if self.config.data.latents.flips == "none" else 2)
 
     @property
     def bank(self) -> int:
-        """Bytes of the bank in bfloat16; class-wise it is the same rows in another order."""
+        """Bytes of the bank in bfloat16."""
         return 2 * self.rows * self.dim
 
     def state(self, strategy: str) -> int:
         """Bytes of weights, gradients and optimizer on one GPU ("ddp", or "fsdp" over 8)."""
-        each = WEIGHT + GRADIENT + ADAMW
-        if strategy == "fsdp":  # which Lightning cannot average
-            return each * self.weights // GPUS
-        return (each + EMA) * self.weights
+        every = sum(BYTES.values()) * self.weights
+        # Lightning cannot average sharded weights.
+        return every if strategy == "ddp" else (every - BYTES["EMA"] * self.weights) // GPUS
 
     def oracle(self, rows: float) -> float:
         return operations(rows, self.dim)
@@ -199,13 +193,12 @@ def training_table(found: Iterable[Recipe]) -> str:
 
 def memory_table(found: Iterable[Recipe]) -> str:
     """What each GPU holds before activations."""
-    head = ["recipe", "weights", "gradients", "AdamW", "EMA", "one GPU, or each of DDP"]
     lines = []
     for each in found:
-        parts = [each.weights * size for size in (WEIGHT, GRADIENT, ADAMW, EMA)]
-        sums = [each.state(strategy) for strategy in ("ddp", "fsdp")]
-        lines.append((f"`{each.name}`", *map(_gb, [*parts, *sums])))
-    return table([*head, "each of 8, FSDP, no EMA"], lines)
+        sizes = [each.weights * size for size in BYTES.values()]
+        sizes += [each.state("ddp"), each.state("fsdp")]
+        lines.append((f"`{each.name}`", *map(_gb, sizes)))
+    return table(["recipe", *BYTES, "one GPU, or each of DDP", "each of 8, FSDP, no EMA"], lines)
 
 
 def bank_table(found: Iterable[Recipe]) -> str:
@@ -227,17 +220,12 @@ def oracle_table(found: Iterable[Recipe]) -> str:
     lines = []
     for each in found:
         few, many = each.rows / CLASSES, each.rows
-        shares = [each.oracle(rows) / each.training for rows in (few, many)]
-        lines.append(
-            (
-                f"`{each.name}`",
-                *(f"{each.oracle(few) / 1e9:.3f} G", _percent(shares[0])),
-                f"{each.read(few) / 1e6:.0f} MB",
-                *(f"{each.oracle(many) / 1e9:.0f} G", _percent(shares[1])),
-                # All queries of a step meet all rows together.
-                f"{each.read(many) / each.batch / 1e6:.0f} MB, {each.batch} queries",
-            )
-        )
+        shares = [_percent(each.oracle(rows) / each.training) for rows in (few, many)]
+        own = (f"{each.oracle(few) / 1e9:.3f} G", shares[0], f"{each.read(few) / 1e6:.0f} MB")
+        # All queries of a step meet all rows together.
+        together = f"{each.read(many) / each.batch / 1e6:.0f} MB, {each.batch} queries"
+        whole = (f"{each.oracle(many) / 1e9:.0f} G", shares[1], together)
+        lines.append((f"`{each.name}`", *own, *whole))
     return table(head, lines)
 
 
@@ -246,8 +234,7 @@ def published_table(found: dict[str, Recipe]) -> str:
     head = ["published", "images/s per GPU", "training", "oracle, class-wise", "bank rows read"]
     lines = []
     for name, rate, what, source in PUBLISHED:
-        each = found[name]
-        few = each.rows / CLASSES
+        each, few = found[name], found[name].rows / CLASSES
         counts = (rate * each.training / 1e12, rate * each.oracle(few) / 1e12)
         cells = (f"{counts[0]:.0f} T/s", f"{counts[1]:.3f} T/s")
         read = f"{rate * each.read(few) / 1e9:.1f} GB/s"

@@ -55,8 +55,7 @@ def measured(device: torch.device, sizes: gpu_cases.Sizes, seconds: float) -> di
             continue
         print(f"{began - start:4.0f} s  {each}", flush=True)
         try:
-            left = lambda: seconds - (time.perf_counter() - start)  # noqa: E731
-            found[each] = case(device, sizes, left)
+            found[each] = case(device, sizes, lambda: start + seconds - time.perf_counter())
         except Exception as error:
             traceback.print_exc()
             found["failed"][each] = f"{type(error).__name__}: {error}"
@@ -99,8 +98,7 @@ def pages(found: Mapping[str, Any]) -> dict[str, str]:
     about = found["meta"]
     parts = [f"Measured on {about['card']}, {about['date']}, torch {about['torch']}."]
     rows = [
-        [text, _cell(is_), wanted, "" if held else "missed"]
-        for text, is_, wanted, held in aims(found)
+        [a, _cell(is_), wanted, "" if held else "missed"] for a, is_, wanted, held in aims(found)
     ]
     parts.append(table(["aim", "reached", "wanted", ""], rows))
     for name, case in CASES.items():
@@ -120,9 +118,8 @@ def _cell(value: Any) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--seconds", type=float, default=420, help="stop measuring after (%(default)s)"
-    )
+    seconds = "stop measuring after (%(default)s)"
+    parser.add_argument("--seconds", type=float, default=420, help=seconds)
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--fill", type=Path, help="only write the tables of this file")
     parser.add_argument("--counted", action="store_true", help="only count, without a card")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from itertools import product
 from typing import Any
 
 import lightning.pytorch as pl
@@ -55,10 +56,8 @@ def shares(device: torch.device, sizes: Sizes, left: Left) -> Rows:
             optimizer.step()
 
         spent, _ = clock(step, device, 3)
-        found.append(
-            {"network": name, "step ms": spent, "oracle ms": ours, "oracle host ms": host}
-            | {"share": ours / spent}
-        )
+        row = {"network": name, "step ms": spent, "oracle ms": ours, "oracle host ms": host}
+        found.append(row | {"share": ours / spent})
         del net, optimizer
     return found
 
@@ -72,19 +71,17 @@ def places(device: torch.device, sizes: Sizes, left: Left) -> Rows:
         banks["pinned host"] = banks["host"].pin()
     engines: dict[str, Engine] = {"Exact": Exact(), "Sharded, one rank": Sharded(Exact())}
     found: Rows = []
-    for over, asked_for in (("class", labels.tolist()), ("all rows", None)):
-        answers: dict[str, Tensor] = {}
+    for over, known in (("class", labels.tolist()), ("all rows", None)):
+        first = Oracle(there, engine=Exact()).correction(xt, t, x1, known)
         for name, engine in engines.items():
+            host = Oracle(banks["host"], engine=engine).correction(xt, t, x1, known)
             for place, bank in banks.items():
-                ask = Oracle(bank, engine=engine).correction
-                answers[f"{name}, {place}"] = ask(xt, t, x1, asked_for)
-        first = answers["Exact, device"]
-        for what, answer in answers.items():
-            size = first.flatten(1).norm(dim=1)
-            off = (answer - first).flatten(1).norm(dim=1) / size.clamp_min(1e-6)
-            bits = torch.equal(answer, answers[f"{what.rsplit(',', 1)[0]}, host"])
-            row = {"over": over, "bank": what, "differs by": float(off.max())}
-            found.append(row | {"bits of the host bank": "the same" if bits else "others"})
+                answer = Oracle(bank, engine=engine).correction(xt, t, x1, known)
+                size = first.flatten(1).norm(dim=1).clamp_min(1e-6)
+                off = float(((answer - first).flatten(1).norm(dim=1) / size).max())
+                row = {"over": over, "bank": f"{name}, {place}", "differs by": off}
+                same = "the same" if torch.equal(answer, host) else "others"
+                found.append(row | {"bits of the host bank": same})
     return found
 
 
@@ -131,23 +128,17 @@ def training(device: torch.device, sizes: Sizes, left: Left) -> Rows:
     """Weights with monitors, and those without."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     found: Rows = []
-    every = max(1, sizes.steps // 2)
-    for precision in ("bf16-mixed", "bf16-true"):
-        for steered in (False, True):
-            if left() < 0:
-                return found
-            scheme = [StageScheme(target=Mix())] if steered else []
-            monitors = [
-                PosteriorMonitor(every_n_steps=every, strata=4, queries=4),
-                VelocityErrorMonitor(every_n_steps=every, strata=4, queries=4),
-            ]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                plain = trained(device, sizes, precision, *scheme)
-                scheme = [StageScheme(target=Mix())] if steered else []
-                watched = trained(device, sizes, precision, *monitors, *scheme)
-            same = "the same bits" if torch.equal(plain, watched) else "other numbers"
-            found.append(
-                {"precision": precision, "scheme": "Mix" if steered else "none", "weights": same}
-            )
+    often: dict[str, int] = {"every_n_steps": max(1, sizes.steps // 2), "strata": 4, "queries": 4}
+    for precision, target in product(("bf16-mixed", "bf16-true"), (None, Mix())):
+        if left() < 0:
+            break
+        monitors = [PosteriorMonitor(**often), VelocityErrorMonitor(**often)]
+        schemes = [[StageScheme(target=target)] if target else [] for _ in range(2)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain = trained(device, sizes, precision, *schemes[0])
+            watched = trained(device, sizes, precision, *monitors, *schemes[1])
+        same = "the same bits" if torch.equal(plain, watched) else "other numbers"
+        scheme = "Mix" if target else "none"
+        found.append({"precision": precision, "scheme": scheme, "weights": same})
     return found

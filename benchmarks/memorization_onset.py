@@ -6,11 +6,10 @@ patch touches; one half of them is for the guard, the other for the losses of th
 
     python benchmarks/memorization_onset.py
 
-trains what is missing in `--dir`, one file for each run, and fills the table of docs/guard.md. It
-may be stopped and started again. Copies are counted among 512 samples at each probe of the guard;
-"copies pass 1 %" is the first probe with more than that. The kept checkpoint is read from its file,
-and its loss on the other half of the held-out patches is compared with the lowest at any probe of
-the run. Seconds are those of the processor.
+trains what is missing in `--dir`, a file for each run, and fills the table of docs/guard.md. It may
+be stopped and started again, and started twice at once. Copies are counted among 512 samples at
+each probe of the guard; "copies pass 1 %" is the first probe with more than that. The loss of the
+kept checkpoint is compared with the lowest at any probe. Seconds are those of the processor.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ BATCH, HELD_OUT, SAMPLES, PROBES, NOISES = 64, 1000, 512, 40, 4
 WIDTH, RATE, PATCH = 512, 2e-3, 6
 STEPS = {16: 3000, 64: 5000, 200: 5000, 20_000: 3000}
 """Of a run, by training patches."""
-
 SEEDS = range(5)
 
 
@@ -68,14 +66,12 @@ class Run(pl.LightningModule):
         self.net, self.loss = Perceptron(torch.Size(shape).numel(), WIDTH), FlowMatchingLoss()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """A batch of the objective."""
         return self.loss(self.net, batch[0])
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """None; its loader is where the guard finds held-out samples."""
+        """Nothing: its loader is where the guard finds held-out samples."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
         return torch.optim.Adam(self.parameters(), RATE)
 
 
@@ -177,26 +173,21 @@ def rows_of(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Trains what is missing, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=list(STEPS), choices=list(STEPS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--dir", type=Path, default=Path("build/guard"))
-    parser.add_argument("--out", type=Path, default=Path("docs/guard.md"))
-    options = parser.parse_args()
+    parser.add_argument("--dir", type=Path, default=Path("build/guard"), help="for results of runs")
+    folder = parser.parse_args().dir
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
-    options.dir.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
-        for rows in options.rows:
-            with TemporaryDirectory() as folder:
-                made = partial(run, rows, seed, Path(folder))
-                found = write_once(options.dir / f"{rows}-{seed}.json", made)
-            if found is not None:
-                print(f"{rows} patches, seed {seed}: {found['seconds']:.0f} s", flush=True)
-    runs = [json.loads(file.read_text()) for file in options.dir.glob("*.json")]
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, rows in itertools.product(SEEDS, STEPS):
+        with TemporaryDirectory() as files:
+            made = partial(run, rows, seed, Path(files))
+            found = write_once(folder / f"{rows}-{seed}.json", made)
+        if found is not None:
+            print(f"{rows} patches, seed {seed}: {found['seconds']:.0f} s", flush=True)
+    runs = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     runs.sort(key=lambda found: (found["rows"], found["seed"]))
-    fill(options.out, {"guard": rows_of(runs)})
+    fill(Path("docs/guard.md"), {"guard": rows_of(runs)})
 
 
 if __name__ == "__main__":

@@ -124,27 +124,3 @@ def with_keops(x: Tensor, xt: Tensor, t: Tensor) -> Callable[[], Tensor]:
         return logits.sumsoftmaxweight(rows, axis=1)
 
     return run
-
-
-def same_neighbours(
-    x: Tensor, xt: Tensor, t: Tensor, ours: Tensor, theirs: Tensor
-) -> dict[str, float]:
-    """How far two answers to "which are the k nearest rows" agree.
-
-    Returns:
-        "identical", the share of queries with the same set; "ties", the share of queries that
-        differ only by rows whose distances differ by less than 1e-5; and "gap", the largest
-        relative difference of distances among the rows that one of the two did not find.
-    """
-    identical = ties = 0
-    gap = 0.0
-    for q, time, a, b in zip(xt.double(), t.double(), ours, theirs, strict=True):
-        differ = sorted(set(a.tolist()) ^ set(b.tolist()))
-        if not differ:
-            identical += 1
-            continue
-        distance = (x[differ].double() - q / time).norm(dim=1)
-        here = float((distance.max() - distance.min()) / distance.max())
-        gap = max(gap, here)
-        ties += here < 1e-5
-    return {"identical": identical / len(xt), "ties": ties / len(xt), "gap": gap}

@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py --threads 2
 
-Three cases, on made latents of 4 x 32 x 32 in a temporary folder, which is removed at the end:
+Three cases, on made latents of 4 x 32 x 32 in a temporary folder:
 
 - loader: `LatentsData.train_dataloader()` alone, in four formats, against a training step of
   SiT-S/2 (forward, backward, AdamW) in float32 on the CPU, by samples per second.
@@ -10,9 +10,8 @@ Three cases, on made latents of 4 x 32 x 32 in a temporary folder, which is remo
   that no disk is needed; and what the other formats cost per row.
 - oracle: steps with the oracle's targets and without (training.py).
 
-Times are of this machine; ratios of medians of one run travel better. A GPU takes a step some
-thousand times faster than a CPU, and the loader does not become faster: compare its samples per
-second with what your GPUs take. What can be counted is in costs.py.
+A GPU takes a step some thousand times faster than a CPU, and the loader does not become faster:
+compare its samples per second with what your GPUs take.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ import json
 import logging
 import sys
 import tempfile
+from collections import deque
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,11 +40,8 @@ SHARDS, SHARD_ROWS = 128, 10_000
 def loader(options: Options) -> Report:
     """Samples per second of the loader, against those of a training step."""
     rows = options.rows(2048)
-    report = Report(
-        "loader",
-        f"{rows} made rows of {SHAPE} float32, in batches of {LOADER_BATCH}, files in the page "
-        f"cache, against SiT-S/2 in float32 in batches of {STEP_BATCH}",
-    ).start()
+    about = f"{rows} made rows of {SHAPE} float32, batches of {LOADER_BATCH}, in the page cache"
+    report = Report("loader", f"{about}, against SiT-S/2, batches of {STEP_BATCH}").start()
     base = f"training step, {STEP_BATCH} samples"
     draws = torch.Generator().manual_seed(0)
     x1 = torch.randn(STEP_BATCH, *SHAPE, generator=draws)
@@ -57,19 +55,17 @@ def loader(options: Options) -> Report:
                 data = latents_data(path, name, batch_size=LOADER_BATCH, num_workers=workers)
                 batches = data.train_dataloader()
                 count = len(batches) * LOADER_BATCH
-                read = lambda batches=batches: [None for _ in batches]  # noqa: E731
+                read = partial(deque, batches, maxlen=0)
                 timed.append(Row(f"{name}, {workers} workers", read, queries=count))
         results = measure(timed, options.runs, base=base)
-    rates = {r.name: 1e3 * r.queries / r.milliseconds for r in results.values()}
-    report.table(
-        "samples per second, medians",
-        [
-            {"what": name, "samples/s": rate, "times the step": rate / rates[base]}
-            for name, rate in rates.items()
-        ],
-    )
-    for name in list(rates)[1:]:
-        report.target(f"loader / step, {name}", rates[name] / rates[base], 20, most=False)
+    for result in results.values():
+        if result.milliseconds is not None and result.ratio is not None:
+            rate = 1e3 * result.queries / result.milliseconds
+            result.columns = {"samples/s": rate, "times the step": 1 / result.ratio}
+    report.results("medians", results)
+    for name in list(results)[1:]:
+        times = results[name].columns.get("times the step")
+        report.target(f"loader / step, {name}", times, 20, most=False)
     return report
 
 
@@ -80,32 +76,24 @@ def opening(options: Options) -> Report:
     with tempfile.TemporaryDirectory(prefix="stagewise-bench-") as folder:
         path = Path(folder, "sparse")
         sparse_shards(path, shards)
-        random = "LatentsData.setup(), flips=random"
-        timed = [
-            Row("open_latents", lambda: open_latents(path)),
-            Row(random, lambda: latents_data(path, None, flips="random")),
-        ]
+        prepare = partial(latents_data, path, None, flips="random")
+        timed = [Row("open_latents", partial(open_latents, path))]
+        timed.append(Row("LatentsData.setup(), flips=random", prepare))
         results = measure(timed, options.runs)
         report.results("from shards", results)
         for name, result in results.items():
-            if result.milliseconds is not None:
-                report.target(f"seconds of {name}", result.milliseconds / 1e3, 2)
+            report.target(f"milliseconds of {name}", result.milliseconds, 2000)
         timed = []
         for name in FORMATS[1:]:
             made = make_latents(Path(folder, name), rows, SHAPE, 10, name)  # type: ignore[arg-type]
-            # Rows are not read, so that all of it grows with their number.
-            read = lambda made=made, name=name: open_latents(made, name, num_classes=10).labels  # noqa: E731
-            timed.append(Row(name, read))
-        lines = [
-            {
-                "format": name,
-                "microseconds per row": 1e3 * result.milliseconds / rows,
-                "seconds for 1 281 167 rows, scaled": result.milliseconds / rows * 1281.167,
-            }
-            for name, result in measure(timed, options.runs).items()
-            if result.milliseconds is not None
-        ]
-    report.table(f"opening with labels, a file for each of {rows} rows, in the page cache", lines)
+            opened = partial(open_latents, made, name, num_classes=10)
+            timed.append(Row(name, lambda opened=opened: opened().labels))  # type: ignore[misc]
+        results = measure(timed, options.runs)
+    for result in results.values():
+        if result.milliseconds is not None:  # rows are not read: all of it grows with their number
+            scaled = result.milliseconds / rows * 1281.167
+            result.columns = {"seconds for 1 281 167 rows, scaled": scaled}
+    report.results(f"a file for each of {rows} rows, in the page cache", results)
     return report
 
 

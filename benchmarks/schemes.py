@@ -9,13 +9,12 @@ pictures beside it. Runs of that file are not run again either, unless it is rem
 Plain training comes first, with a range of learning rates; the one whose held-out loss is lowest at
 the short horizon serves all schemes, so that nothing is won against a badly tuned baseline.
 
-Curves fall steeply where the learning rate does, at the end, so that how early a curve crosses a
-value says little about a run that was planned to be short. `--horizons` therefore adds runs with
-schedules of their own.
+A curve falls steeply where the learning rate does, at the end: where it crosses a value says little
+about a shorter run. `--horizons` therefore adds runs with schedules of their own.
 
-`--why` trains with batches four times as large, which divide the variance of the gradient, from
-whatever source, by four (targets are one source of several), and takes several draws of samples of
-each model, and of training rows in their place. `--variance` measures the error of targets by t.
+`--why` trains with batches four times as large, which divide the variance of the gradient from all
+sources by four (targets are one source of several), and takes several draws of samples of each
+model, and of training rows in their place. `--variance` measures the error of targets by t.
 
 All models are class-conditional and all oracles class-wise. Every run of a data set, horizon and
 seed begins with the same weights.
@@ -24,9 +23,10 @@ seed begins with the same weights.
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ from schemes_train import (
 )
 
 from stagewise import LatentBank, Mix, Oracle, ReferenceSet, Scheme, Target
-from stagewise.recipes.photos import PhotoPatches
 
 DRAWS = 5
 """Of 1000 samples of one model."""
@@ -64,26 +63,31 @@ TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 QUERIES, TARGET_DRAWS = 128, 8
 
 
-def run(folder: Path, part: Part, made: dict[str, Any]) -> None:
+@cache
+def prepared(name: str) -> tuple[Data, Oracle, float]:
+    """A data set, its oracle and its boundary."""
+    data = data_set(name)
+    oracle = Oracle(LatentBank(*data.train))
+    return data, oracle, boundary_of(oracle)
+
+
+def run(folder: Path, part: Part) -> None:
     """Runs a part unless it was, or another process is at it."""
-    start = time.perf_counter()
-
-    def make() -> dict[str, Any]:
-        if part.data not in made:
-            data = data_set(part.data)
-            oracle = Oracle(LatentBank(*data.train))
-            made[part.data] = (data, oracle, boundary_of(oracle))
-        return train(part, *made[part.data])[0]
-
-    result = write_once(folder / part.file, make)
+    result = write_once(folder / part.file, lambda: train(part, *prepared(part.data))[0])
     if result is not None:
-        last = result["curve"][-1]
-        print(
-            f"{part.file}: loss {last['loss']:.4f}, energy {last['energy']:.4f}, Frechet "
-            f"{last['frechet']:.3f}, copies {last['copies']:.3f}, {last['seconds']:.0f} s of "
-            f"training, {time.perf_counter() - start:.0f} s in all",
-            flush=True,
-        )
+        last = ", ".join(f"{key} {value:.4g}" for key, value in result["curve"][-1].items())
+        print(f"{part.file}: {last}", flush=True)
+
+
+def run_all(folder: Path, name: str, horizons: Sequence[int], only: list[str], seeds: int) -> None:
+    """Runs plain training with all learning rates, then all schemes with the best."""
+    short = PLANS[name].horizons[0]
+    for lr in PLANS[name].rates:
+        run(folder, Part(name, "plain", short, lr, 0))
+    while (best := best_rate(folder, name, short)) is None:
+        time.sleep(2)  # another process is at one of them
+    for horizon, scheme, seed in product(horizons, only, range(seeds)):
+        run(folder, Part(name, scheme, horizon, best, seed))
 
 
 def why(folder: Path, name: str, seeds: int) -> None:
@@ -92,27 +96,23 @@ def why(folder: Path, name: str, seeds: int) -> None:
     lr = best_rate(folder, name, plan.horizons[0])
     if lr is None:
         raise SystemExit("Run benchmarks/schemes.py first: the learning rate is chosen there.")
-    data = data_set(name)
-    oracle = Oracle(LatentBank(*data.train))
-    boundary = boundary_of(oracle)
     for other in PLANS:
         file = folder / f"why-rows-{other}.json"
         write_once(file, lambda other=other: {"draws": rows(data_set(other))})
-    for seed in range(seeds):
-        for batch in (BATCH, LARGE):
-            for scheme in ("plain", "oracle, all t"):
-                part = Part(name, scheme, plan.horizons[0], lr, seed)
 
-                def make(part: Part = part, batch: int = batch) -> dict[str, Any]:
-                    result, net = train(part, data, oracle, boundary, batch)
-                    draws = [
-                        of_samples(net, data, plan.sampling_steps, count=SAMPLES, seed=2 + draw)
-                        for draw in range(DRAWS)
-                    ]
-                    return {**result, "batch": batch, "draws": draws}
+    def make(part: Part, batch: int) -> dict[str, Any]:
+        data, *about = prepared(name)
+        result, net = train(part, data, *about, batch)
+        draws = [
+            of_samples(net, data, plan.sampling_steps, count=SAMPLES, seed=2 + draw)
+            for draw in range(DRAWS)
+        ]
+        return {**result, "batch": batch, "draws": draws}
 
-                file = f"why-{name}-{scheme.split(',')[0]}-{batch}-{seed}.json"
-                write_once(folder / file, make)
+    for seed, batch, scheme in product(range(seeds), (BATCH, LARGE), ("plain", "oracle, all t")):
+        part = Part(name, scheme, plan.horizons[0], lr, seed)
+        file = f"why-{name}-{scheme.split(',')[0]}-{batch}-{seed}.json"
+        write_once(folder / file, partial(make, part, batch))
 
 
 def rows(data: Data) -> list[dict[str, float]]:
@@ -126,7 +126,7 @@ def rows(data: Data) -> list[dict[str, float]]:
     ]
 
 
-def variance(out: Path, patch: int, count: int) -> None:
+def variance() -> dict[str, Any]:
     """What each target costs and what variance it leaves, over t, on photograph patches.
 
     The error of a target is how far it is from the oracle's, `E ||m_hat - m||^2`, over that of the
@@ -134,9 +134,7 @@ def variance(out: Path, patch: int, count: int) -> None:
     training, 0 the oracle. `plain` is what the latter is of the signal, `E ||m - bank mean||^2`.
     Operations are counted: two for a multiply-add, two products over the rows that are looked at.
     """
-    photos = PhotoPatches(patch=patch, train_size=count)
-    photos.setup()
-    x, labels = photos.train.tensors
+    x, labels = data_set("photos8").train
     oracle = Oracle(LatentBank(x, labels))
     classes = len(oracle.bank.classes)
     targets: dict[str, tuple[Target, float]] = {  # and how many rows each query looks at
@@ -167,13 +165,12 @@ def variance(out: Path, patch: int, count: int) -> None:
                 pulls.append((moved - velocity).flatten(1) * (1 - t))
             error = (torch.stack(pulls) - exact).square().sum((1, 2)).mean() / exact.square().sum()
             cost = {
-                "operations": 4 * looked_at * oracle.bank.dim,
-                "ms": sorted(times)[len(times) // 2],
+                "operations": 4 * looked_at * x[0].numel(),
+                "ms": sorted(times)[TARGET_DRAWS // 2],
             }
             lines.append({**about, "target": name, **cost, "error": float(error)})
             print(lines[-1], flush=True)
-    made = {"patch": patch, "rows": len(x), "classes": classes, "queries": QUERIES, "lines": lines}
-    out.write_text(json.dumps(made, indent=1))
+    return {"patch": 8, "rows": len(x), "classes": classes, "queries": QUERIES, "lines": lines}
 
 
 def main() -> None:
@@ -186,11 +183,10 @@ def main() -> None:
     parser.add_argument("--data", default=",".join(PLANS), help="which, by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--horizons", help="by commas (default those of the data set)")
-    parser.add_argument("--only", help="schemes, by ';' (default all)")
-    parser.add_argument("--rows", type=int, default=20_000, help="of --variance")
+    parser.add_argument("--only", default=";".join(NAMES), help="schemes, by ';'")
     parser.add_argument("--threads", type=int, help="of torch, for each process")
     arguments = parser.parse_args()
-    folder, data = arguments.dir, arguments.data.split(",")
+    folder = arguments.dir
     unpack(arguments.docs / ARCHIVE, folder)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -198,28 +194,18 @@ def main() -> None:
         arguments.docs.mkdir(parents=True, exist_ok=True)
         pack(folder, arguments.docs / ARCHIVE)
         schemes_report.write(folder, arguments.docs)
-    elif arguments.variance:
-        variance(folder / "variance.json", 8, arguments.rows)
-    elif arguments.why:
-        for name in data:
+        return
+    if arguments.variance:
+        write_once(folder / "variance.json", variance)
+        return
+    for name in arguments.data.split(","):
+        if arguments.why:
             why(folder, name, arguments.seeds)
-    else:
-        made: dict[str, Any] = {}
-        for name in data:
-            _run_all(arguments, name, lambda part: run(folder, part, made))
-
-
-def _run_all(arguments: argparse.Namespace, name: str, run_part: Callable[[Part], None]) -> None:
-    short, *_ = own = PLANS[name].horizons
-    for lr in PLANS[name].rates:
-        run_part(Part(name, "plain", short, lr, 0))
-    while (best := best_rate(arguments.dir, name, short)) is None:
-        time.sleep(2)  # another process is at one of them
-    names = arguments.only.split(";") if arguments.only else list(NAMES)
-    for horizon in map(int, arguments.horizons.split(",")) if arguments.horizons else own:
-        for scheme in names:
-            for seed in range(arguments.seeds):
-                run_part(Part(name, scheme, horizon, best, seed))
+            continue
+        horizons = PLANS[name].horizons
+        if arguments.horizons:
+            horizons = tuple(map(int, arguments.horizons.split(",")))
+        run_all(folder, name, horizons, arguments.only.split(";"), arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """The pictures of docs/watching.md: what models of three sizes do at each t, while they train.
 
-`make figures` runs it. Each model is trained on the photographs of the recipe, in a part that is
-not run again if it was (`--dir`), and then all pictures are drawn. They are equal in kind to
-figures 7 and 8 of Liu et al. (arXiv 2512.02826): loss against the conditional and the oracle
-target by t, models of three sizes, and five steps of training in one picture.
+`make figures` runs it. Each model is trained on the photographs of the recipe, once (the results
+are in build/watching), and then all pictures are drawn. They show what figures 7 and 8 of Liu et
+al. (arXiv 2512.02826) show: loss against the conditional and the oracle target by t, models of
+three sizes, and five steps of training in one picture.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from schemes_plan import write_once
@@ -70,56 +69,38 @@ def train(size: str, folder: Path) -> dict[str, Any]:
 
 def draw(found: dict[str, dict[str, Any]]) -> dict[str, Figure]:
     """The pictures, by the names of their files."""
-    pictures: dict[str, Figure] = {}
     asked = counted(ROWS, QUERIES, STRATA)
-    if "base" in found:
-        base = found["base"]
-        edges, probes = base["edges"], base["probes"]
-        at = (base["midpoint"], base["collapsed"])
-        about = (
-            f"SiT of {base['weights'] / 1e6:.1f} M weights on photographs of 16 x 16 x 3; {asked}"
-        )
-        shown = [probe for probe in probes if probe["step"] in SHOWN]
-        pictures["error_by_t"] = velocity_figures.loss_by_time_figure(edges, probes[-1], at, about)
-        pictures["error_while_training"] = velocity_figures.dynamics_figure(
-            edges, shown, "conditional", at, about
-        )
-        pictures["oracle_error_heatmap"] = velocity_figures.error_heatmap(edges, probes, at, about)
-    if len(found) > 1:
-        models = {
-            f"{model['weights'] / 1e6:.2g} M weights, step {model['probes'][-1]['step']}": model[
-                "probes"
-            ][-1]
-            for model in found.values()
-        }
-        first = next(iter(found.values()))
-        ends = (first["midpoint"], first["collapsed"])
-        pictures["error_by_size"] = velocity_figures.sizes_figure(
-            first["edges"], models, ends, f"photographs of 16 x 16 x 3; {asked}"
-        )
-    return pictures
+    base = found["base"]
+    edges, probes, at = base["edges"], base["probes"], (base["midpoint"], base["collapsed"])
+    size = f"{base['weights'] / 1e6:.1f} M weights"
+    about = f"SiT of {size} on photographs of 16 x 16 x 3; {asked}"
+    shown = [probe for probe in probes if probe["step"] in SHOWN]
+    models = {
+        f"{model['weights'] / 1e6:.2g} M weights, step {STEPS}": model["probes"][-1]
+        for model in found.values()
+    }
+    small = found["small"]
+    ends = (small["midpoint"], small["collapsed"])
+    photographs = f"photographs of 16 x 16 x 3; {asked}"
+    figures = velocity_figures
+    return {
+        "error_by_t": figures.loss_by_time_figure(edges, probes[-1], at, about),
+        "error_while_training": figures.dynamics_figure(edges, shown, "conditional", at, about),
+        "oracle_error_heatmap": figures.error_heatmap(edges, probes, at, about),
+        "error_by_size": figures.sizes_figure(small["edges"], models, ends, photographs),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dir", type=Path, default=Path("build/watching"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/images"))
-    parser.add_argument("--threads", type=int, help="of torch")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    arguments.dir.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for size in SIZES:
-        file = arguments.dir / f"{size}.json"
-        write_once(file, lambda size=size: train(size, arguments.dir))
-        if file.exists():
-            found[size] = json.loads(file.read_text())
-
+    folder, images = Path("build/watching"), Path("docs/images")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {size: folder / f"{size}.json" for size in SIZES}
+    for size, file in files.items():
+        write_once(file, partial(train, size, folder))
+    found = {size: json.loads(file.read_text()) for size, file in files.items()}
     for name, figure in draw(found).items():
-        arguments.docs.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(render(figure)).save(arguments.docs / f"{name}.png")
-        print(arguments.docs / f"{name}.png")
+        Image.fromarray(render(figure)).save(images / f"{name}.png")
+        print(images / f"{name}.png")
 
 
 if __name__ == "__main__":

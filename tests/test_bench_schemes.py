@@ -83,19 +83,19 @@ def test_each_part_is_run_once(bench, parts, tmp_path, monkeypatch):
     draws = torch.Generator().manual_seed(2)
     x, y = torch.randn(300, 4, generator=draws), torch.arange(300) % 3
     data = parts.Data((x, y), (x[:64], y[:64]), lambda: parts.Perceptron(4, 3, 16))
-    made = {"digits": (data, Oracle(LatentBank(x, y)), 0.4)}
+    monkeypatch.setattr(bench, "prepared", lambda name: (data, Oracle(LatentBank(x, y)), 0.4))
     part = bench.Part("digits", "plain", 20, 1e-3, 0)
     claim = (tmp_path / part.file).with_suffix(".running")
     claim.touch()  # another process is at it
-    bench.run(tmp_path, part, made)
+    bench.run(tmp_path, part)
     assert not (tmp_path / part.file).exists()
     claim.unlink()
-    bench.run(tmp_path, part, made)
+    bench.run(tmp_path, part)
     first = (tmp_path / part.file).read_text()
     assert json.loads(first)["curve"][-1]["step"] == 20
     assert not claim.exists()
     monkeypatch.setattr(bench, "train", None)  # would be called if it ran again
-    bench.run(tmp_path, part, made)
+    bench.run(tmp_path, part)
     assert (tmp_path / part.file).read_text() == first
     assert bench.best_rate(tmp_path, "digits", 20) is None  # other rates have not been tried
 

@@ -21,7 +21,8 @@ def part(name: str, known: dict[str, Path]) -> str:
 
 def house() -> tuple[nx.DiGraph, dict[str, int]]:
     """The parts with what they import, and the lines of each."""
-    known, graph, lines = modules(), nx.DiGraph(), {}
+    known, graph = modules(), nx.DiGraph()
+    lines: dict[str, int] = {}
     for name, file in known.items():
         if not (own := part(name, known)):
             continue

@@ -22,7 +22,7 @@ ASKED, BATCH, TIMED = 10_000, 500, 128
 def certificate(options: Options) -> Report:
     """Clusters and photographs, with times of the training mix, t ~ U(0, 1)."""
     about = f"t~U(0, 1), eta={ETA:g}, delta={DELTA:g}, timed with B={TIMED}"
-    report = Report("certificate", about).start()
+    report = Report("certificate", about)
     lines = [_certified(report, "clusters", clusters(options.rows(20_000), 4096), False, options)]
     try:
         from stagewise.recipes.photos import PhotoPatches

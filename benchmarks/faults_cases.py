@@ -68,15 +68,9 @@ def prepare(base: Path) -> None:
 def action(name: str, base: Path, out: Path, resume: bool) -> Callable[[], object]:
     """What a command does, with its files in `out`."""
     if name == "bank":
-        return partial(_as_command, _bank, base, out)
+        return ends_in_a_line("bank")(partial(_bank, base, out))
     arguments = {"train": _train, "encode": _encode, "sample": _sample}[name](base, out, resume)
     return lambda: _main(name, arguments)
-
-
-def _as_command(function: Callable[..., object], *arguments: object) -> None:
-    """What has no command, ended as one."""
-    with ends_in_a_line(function.__name__):
-        function(*arguments)
 
 
 def _main(name: str, arguments: list[object]) -> None:
@@ -195,15 +189,12 @@ def latents_of(base: Path, kind: str) -> Path:
 
 def reader(what: str, base: Path, out: Path) -> Callable[[], object]:
     """What reads `out`, a copy of what `source` names, and prints a hash of what it read."""
-    if what.startswith("latents "):
-        kind = what.split()[1]
-        path = out / latents_of(base, kind).relative_to(source(what, base))
-        return partial(_as_command, _read_latents, path, kind.removesuffix(".zip"))
-    if what in ("bank", "certificate"):
-        return partial(_as_command, _read_bank if what == "bank" else _read_certificate, out)
+    kind, _, name = what.partition(" ")
+    if kind == "run:":
+        return partial(_read_run, name, base, out)
     if what in ("encode", "sample"):
         return lambda: (action(what, base, out, True)(), _told(contents(out)))
-    return lambda: _read_run(what.split()[1], base, out)
+    return ends_in_a_line("read")(partial(_read, kind, name, base, out))
 
 
 def source(what: str, base: Path) -> Path:
@@ -213,6 +204,21 @@ def source(what: str, base: Path) -> Path:
         return path.parent if path.is_file() else path
     command = {"certificate": "bank"}.get(what, "train" if what.startswith("run") else what)
     return base / "whole" / command
+
+
+def _read(kind: str, name: str, base: Path, out: Path) -> None:
+    if kind == "latents":
+        path = out / latents_of(base, name).relative_to(source(f"latents {name}", base))
+        latents = open_latents(path, name.removesuffix(".zip"))
+        latents.verify(full=True)
+        _told(latents.rows(0, len(latents)), latents.labels)
+        return
+    bank = LatentBank.open(out / "bank0.safetensors", verify="full")
+    if kind == "bank":
+        _told(bank.rows.clone(), bank.offset, list(bank.classes))
+        return
+    held = Certificate.load(out / "certificate0.safetensors", bank)
+    _told(len(held), {name: value for name, value in vars(held).items() if torch.is_tensor(value)})
 
 
 def _read_run(how: str, base: Path, out: Path) -> None:
@@ -228,20 +234,3 @@ def _read_run(how: str, base: Path, out: Path) -> None:
         _main("train", [*_train(base, out, True), "trainer.max_steps=13"])
         held = torch.load(out / "checkpoints/last.ckpt", weights_only=True)
         _told(held["state_dict"], held["global_step"])
-
-
-def _read_latents(path: Path, kind: str) -> None:
-    latents = open_latents(path, kind)
-    latents.verify(full=True)
-    _told(latents.rows(0, len(latents)), latents.labels)
-
-
-def _read_bank(path: Path) -> None:
-    bank = LatentBank.open(path / "bank0.safetensors", verify="full")
-    _told(bank.rows.clone(), bank.offset, list(bank.classes))
-
-
-def _read_certificate(path: Path) -> None:
-    bank = LatentBank.open(path / "bank0.safetensors")
-    held = Certificate.load(path / "certificate0.safetensors", bank)
-    _told(len(held), {name: value for name, value in vars(held).items() if torch.is_tensor(value)})

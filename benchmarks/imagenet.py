@@ -66,7 +66,7 @@ def write(path: Path, rows: int, dim: int) -> None:
 
 def read(path: Path, runs: int) -> bool:
     """Asks the file in a process that has not seen it; whether something failed."""
-    report = Report("imagenet", f"{path.stat().st_size / 1e9:.2f} GB, memory-mapped").start()
+    report = Report("imagenet", f"{path.stat().st_size / 1e9:.2f} GB, memory-mapped")
     before = memory("VmRSS")
     start = time.perf_counter()
     bank = LatentBank.open(path)

@@ -148,9 +148,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
-    def start(self) -> Report:
+    def __post_init__(self) -> None:
         print(f"\n== {self.name}: {self.title}", flush=True)
-        return self
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -52,7 +52,7 @@ def navigation(options: Options) -> Report:
     n = options.rows(20_000)
     x, _, t, xt = peers.gaussian(n, DIM, QUERIES, 0.1)
     about = f"N={n}, D={DIM}, B={QUERIES}, t~U(0, 0.1), unit-Gaussian rows"
-    report = Report("navigation", about).start()
+    report = Report("navigation", about)
     bank, half = LatentBank(x), LatentBank(x, dtype=torch.bfloat16)
     mean, gamma = peers.reference(x, xt, t)
     judge = judged_by(mean)
@@ -94,7 +94,7 @@ def top100(options: Options) -> Report:
     """The nearest hundred with exact weights."""
     n = options.rows(20_000)
     x, _, t, xt = peers.gaussian(n, DIM, QUERIES, 0.1, seed=1)
-    report = Report("top100", f"N={n}, D={DIM}, t~U(0, 0.1): neighbours and exact weights").start()
+    report = Report("top100", f"N={n}, D={DIM}, t~U(0, 0.1): neighbours and exact weights")
     best = peers.log_weights(x, xt, t).topk(100, dim=1)
     gamma = torch.softmax(best.values, 1)
     means = [g @ x[rows].double() for g, rows in zip(gamma, best.indices, strict=True)]
@@ -141,7 +141,7 @@ def class_wise(options: Options) -> Report:
     classes = max(4, round(100 * options.scale))
     n = classes * CLASS_ROWS
     about = f"{classes} classes x {CLASS_ROWS} rows, D={DIM}, a query each"
-    report = Report("class-wise", about).start()
+    report = Report("class-wise", about)
     need, have = 3.5 * n * DIM * 4, available_memory()
     if have is not None and have < need:
         report.note(f"skipped: needs {need / 2**30:.1f} GiB, {have / 2**30:.1f} are available")

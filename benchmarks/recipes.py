@@ -41,7 +41,7 @@ def loader(options: Options) -> Report:
     """Samples per second of the loader, against those of a training step."""
     rows = options.rows(2048)
     about = f"{rows} made rows of {SHAPE} float32, batches of {LOADER_BATCH}, in the page cache"
-    report = Report("loader", f"{about}, against SiT-S/2, batches of {STEP_BATCH}").start()
+    report = Report("loader", f"{about}, against SiT-S/2, batches of {STEP_BATCH}")
     base = f"training step, {STEP_BATCH} samples"
     draws = torch.Generator().manual_seed(0)
     x1 = torch.randn(STEP_BATCH, *SHAPE, generator=draws)
@@ -72,7 +72,7 @@ def loader(options: Options) -> Report:
 def opening(options: Options) -> Report:
     """Seconds until training could begin to read."""
     shards, rows = max(1, round(SHARDS * options.scale)), options.rows(8192)
-    report = Report("opening", f"{shards} shards of {SHARD_ROWS} rows of {SHAPE}, twice").start()
+    report = Report("opening", f"{shards} shards of {SHARD_ROWS} rows of {SHAPE}, twice")
     with tempfile.TemporaryDirectory(prefix="stagewise-bench-") as folder:
         path = Path(folder, "sparse")
         sparse_shards(path, shards)

@@ -20,8 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from schemes_train import (
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from stagewise import LatentBank, Oracle, Scheme, Smoothing, StageCurve, Uniform
+from stagewise import LatentBank, Oracle, Scheme, Smoothing, StageBoundary, StageCurve, Uniform
 
 SAMPLES, EVALUATIONS = 5000, 20
 AVERAGES = (0.99, 0.997, 0.999)
@@ -89,17 +90,6 @@ METHODS: dict[str, tuple[float, ...]] = {
     "flips": (0.0,),
 }
 """Baselines of the small sets, with the settings over which each is tuned."""
-
-
-def strength(method: str, boundary: Any) -> Callable[[Tensor], Tensor] | None:
-    """The alternatives to smoothing from the collapsed boundary on; a ramp ends there."""
-    low, high = boundary.midpoint, boundary.collapsed
-    return {
-        "smoothing, all t": torch.ones_like,
-        "smoothing, from the midpoint": lambda t: (t >= low).float(),
-        "smoothing, from halfway": lambda t: (t >= (low + high) / 2).float(),
-        "smoothing, ramp": lambda t: ((t - low) / (high - low)).clamp(0, 1),
-    }.get(method)
 
 
 @dataclass(frozen=True)
@@ -165,37 +155,49 @@ class CarreDuChamp:
         return x1 + torch.einsum("bkd,bk->bd", self.halves[source], along).view_as(x1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Made:
     """What the runs of a set share."""
 
     data: Data
     oracle: Oracle
-    boundary: Any
+    boundary: StageBoundary
     smoothing: Smoothing
     fitted: Smoothing | None
 
     @classmethod
+    @cache
     def of(cls, plan: Plan) -> Made:
         data = data_set(plan.data)
         order = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(0))
-        few = order[: plan.rows]
-        data = replace(data, train=tuple(part[few] for part in data.train))
-        oracle = Oracle(LatentBank(*data.train))
+        x, y = (part[order[: plan.rows]] for part in data.train)
+        oracle = Oracle(LatentBank(x, y))
         boundary = StageCurve.measure(oracle, class_wise=True).boundary()
         # The bank of the smoothing is that of the oracle: sorted by class, its rows are looked up.
+        smoothing = Smoothing(oracle.bank, progress=False)
         fitted = Smoothing.fit(oracle.bank, boundary, progress=False) if plan.small else None
-        return cls(data, oracle, boundary, Smoothing(oracle.bank, progress=False), fitted)
+        return cls(replace(data, train=(x, y)), oracle, boundary, smoothing, fitted)
 
     def scheme(self, method: str, seed: int) -> Scheme:
-        times, known = Uniform(stratified=True), {"boundary": self.boundary, "seed": seed}
-        if method.startswith("smoothing") or method == "fitted":
-            smoothing = self.fitted if method == "fitted" else self.smoothing
-            options = {"smoothing": smoothing, "strength": strength(method, self.boundary)}
-            return Scheme(timesteps=times, **options, **known)
+        known: dict[str, Any] = {"timesteps": Uniform(stratified=True), "seed": seed}
         if method == "two stages":
-            return Scheme.two_stage(self.oracle, timesteps=times, **known)
-        return Scheme(timesteps=times, seed=seed)
+            return Scheme.two_stage(self.oracle, boundary=self.boundary, **known)
+        if method.startswith("smoothing") or method == "fitted":
+            known |= {"boundary": self.boundary, "strength": strength(method, self.boundary)}
+            known["smoothing"] = self.fitted if method == "fitted" else self.smoothing
+        return Scheme(**known)
+
+
+def strength(method: str, boundary: StageBoundary) -> Callable[[Tensor], Tensor] | None:
+    """The alternatives to smoothing from the collapsed boundary on; a ramp ends there."""
+    low, high = boundary.midpoint, boundary.collapsed
+    alternatives: dict[str, Callable[[Tensor], Tensor]] = {
+        "smoothing, all t": torch.ones_like,
+        "smoothing, from the midpoint": lambda t: (t >= low).float(),
+        "smoothing, from halfway": lambda t: (t >= (low + high) / 2).float(),
+        "smoothing, ramp": lambda t: ((t - low) / (high - low)).clamp(0, 1),
+    }
+    return alternatives.get(method)
 
 
 def change(part: Part, made: Made) -> Callable[[Tensor, Tensor], Tensor]:
@@ -260,23 +262,27 @@ def ended(net: nn.Module, made: Made, plan: Plan, curve: list[dict[str, float]])
     return {**ends, **found, "by_time": loss_by_time(net, data), "curve": curve}
 
 
-def run(folder: Path, part: Part, made: dict[str, Made]) -> dict[str, Any]:
+def run(folder: Path, part: Part) -> dict[str, Any]:
     """Runs a part unless it was; waits for another process that is at it."""
     file = folder / part.file
-
-    def make() -> dict[str, Any]:
-        if part.plan not in made:
-            made[part.plan] = Made.of(PLANS[part.plan])
-        return train(part, made[part.plan])
-
     while not file.exists():
-        result = write_once(file, make)
+        result = write_once(file, lambda: train(part, Made.of(PLANS[part.plan])))
         if result is None:
             time.sleep(2)
         else:
             keys = ("end", "best", "energy", "frechet", "copies", "coverage", "seconds")
             print(part.file, *(f"{key} {result[key]:.4f}" for key in keys), flush=True)
     return json.loads(file.read_text())
+
+
+def parts(name: str, only: Sequence[str], lr: float, seeds: int) -> Iterator[Part]:
+    """What is run of a set, with the learning rate of plain training."""
+    plan = PLANS[name]
+    for method in ("plain", *only):
+        if method in ("plain", *OURS) and (plan.small or method != "fitted"):
+            yield from (Part(name, method, 0.0, lr, seed) for seed in range(seeds))
+        elif plan.small and (method != "flips" or plan.data.startswith("photos")):
+            yield from (Part(name, method, setting, lr, 0) for setting in METHODS.get(method, ()))
 
 
 def main() -> None:
@@ -288,31 +294,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--report", action="store_true", help="run nothing, keep what there is")
     arguments = parser.parse_args()
-    archive = Path("docs/regularisers.jsonl")
-    unpack(archive, arguments.dir)
+    folder, archive = arguments.dir, Path("docs/regularisers.jsonl")
+    unpack(archive, folder)
     if arguments.report:
-        pack(arguments.dir, archive)
+        pack(folder, archive)
         return
     torch.set_num_threads(arguments.threads)
-    made: dict[str, Made] = {}
     for name in arguments.data.split(","):
-        plan = PLANS[name]
-
-        def at(method: str, setting: float, lr: float, seed: int = 0, name: str = name) -> Any:
-            return run(arguments.dir, Part(name, method, setting, lr, seed), made)
-
-        lr = min(plan.rates, key=lambda lr, at=at: at("plain", 0.0, lr)["best"])
-        for method in ("plain", *arguments.only.split(";")):
-            if method in ("plain", *OURS) and (plan.small or method != "fitted"):
-                for seed in range(arguments.seeds):
-                    at(method, 0.0, lr, seed)
-            elif (
-                plan.small
-                and method in METHODS
-                and (method != "flips" or plan.data.startswith("photos"))
-            ):
-                for setting in METHODS[method]:
-                    at(method, setting, lr)
+        tried = {
+            lr: run(folder, Part(name, "plain", 0.0, lr, 0))["best"] for lr in PLANS[name].rates
+        }
+        best = min(tried, key=tried.__getitem__)
+        for part in parts(name, arguments.only.split(";"), best, arguments.seeds):
+            run(folder, part)
 
 
 if __name__ == "__main__":

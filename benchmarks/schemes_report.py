@@ -117,10 +117,10 @@ def _ends(horizon: int, runs: Runs) -> str:
     rows = []
     for scheme in NAMES:
         own = runs.get(scheme, [])
+        last = [run["curve"][-1] for run in own]
         if not own:
             rows.append([scheme, "", "not run", "", "", "", ""])
             continue
-        last = [run["curve"][-1] for run in own]
         cells = [mean_cell([end[key] for end in last]) for key in METRICS]
         pace = np.median([1e3 * end["seconds"] / horizon for end in last])
         clock = "" if all(run.get("clock") for run in own) else " (wall)"
@@ -217,16 +217,10 @@ def _noise(found: dict[tuple[str, int], list[Run]], floor: Sequence[dict[str, fl
         draw = float(a.std(1, ddof=1).mean())
         n = min(len(a), len(b))
         paired = (b[:n] - a[:n]).mean(1)  # the same draws for both
-        rows.append(
-            [
-                METRICS[metric],
-                *(f"{v.mean():.3g} ({', '.join(f'{m:.3g}' for m in v.mean(1))})" for v in (a, b)),
-                f"{draw:.2g}",
-                f"{paired.mean():+.2g} ({', '.join(f'{v:+.2g}' for v in paired)})",
-                f"{abs(paired.mean()) / draw:.1f}",
-                _deviation_cell(floor, metric),
-            ]
-        )
+        cells = [f"{v.mean():.3g} ({', '.join(f'{m:.3g}' for m in v.mean(1))})" for v in (a, b)]
+        gain = f"{paired.mean():+.2g} ({', '.join(f'{v:+.2g}' for v in paired)})"
+        cells += [f"{draw:.2g}", gain, f"{abs(paired.mean()) / draw:.1f}"]
+        rows.append([METRICS[metric], *cells, _deviation_cell(floor, metric)])
     head = ["metric", "plain (by seed)", "oracle (by seed)", "deviation over draws"]
     head += ["oracle - plain, same draws (by seed)", "of a deviation", "training rows"]
     return table(head, rows)
@@ -246,7 +240,8 @@ def _lines_of(made: dict[str, Any]) -> tuple[list[float], dict[str, list[dict[st
 def _variance(made: dict[str, Any]) -> dict[str, str]:
     """Error of each target by t, and what it removes for its cost over all t."""
     times, lines = _lines_of(made)
-    plain, signal = (np.array([x[key] for x in next(iter(lines.values()))]) for key in _SIGNAL)
+    first = next(iter(lines.values()))
+    plain, signal = (np.array([line[key] for line in first]) for key in ("plain", "signal"))
     by_t = [["x_1 itself (plain) / signal", "0", "0", *(f"{p:.2g}" for p in plain)]]
     weight = plain * signal / (1 - np.array(times)) ** 2  # variance of plain targets, a velocity
     whole = []
@@ -266,8 +261,6 @@ def _variance(made: dict[str, Any]) -> dict[str, str]:
         "targets: variance over all t": table(["target", *costs], whole),
     }
 
-
-_SIGNAL = ("plain", "signal")
 
 # -- pictures -------------------------------------------------------------------------------------
 

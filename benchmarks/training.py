@@ -77,7 +77,7 @@ def imagenet(options: Options) -> Report:
     """What exact targets at every step add to the time of a step."""
     rows = max(64, round(CLASS_ROWS * options.scale))
     about = f"SiT-S/2 in float32, batches of {ORACLE_BATCH}, class-wise over {ORACLE_CLASSES}"
-    report = Report("oracle", f"{about} classes of {rows} rows, D = 4096").start()
+    report = Report("oracle", f"{about} classes of {rows} rows, D = 4096")
     schemes: dict[str, Scheme] = {}
     with tempfile.TemporaryDirectory(prefix="stagewise-bench-") as folder:
         path = make_latents(Path(folder, "made"), ORACLE_CLASSES * rows, SHAPE, ORACLE_CLASSES)
@@ -99,7 +99,7 @@ def imagenet(options: Options) -> Report:
 
 def photos(options: Options) -> Report:
     """The same for the demo, class-wise and over all rows."""
-    report = Report("training", "share of a step of the photos recipe").start()
+    report = Report("training", "share of a step of the photos recipe")
     config = recipe("photos", f"data.train_size={options.rows(20_000)}")
     data = instantiate(config.data)
     try:

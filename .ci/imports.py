@@ -2,8 +2,8 @@
 
 `make lint` runs it.
 
-Each folder may import from those before it in `FLOORS`. All imports count, also those inside
-functions; of those that are for types only (`if TYPE_CHECKING:`), which never run, just the floor.
+A folder may import from those before it in `FLOORS`. Imports inside functions count too. Imports
+for types only (`if TYPE_CHECKING:`) never run: they may be part of a circle.
 """
 
 import ast

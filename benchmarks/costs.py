@@ -40,8 +40,8 @@ BATCH, D = 32, 4096  # queries of each accelerator; SD-VAE latents, 4 x 32 x 32
 # SiT-XL/2 at 256 x 256: 118.6 G multiply-adds forward (Peebles & Xie, arXiv 2212.09748, Table 4;
 # the papers write Gflops), two operations each, and twice as much again for the backward pass.
 TRAINING = 3 * 2 * 118.6e9 * BATCH
-BANKS = (("ImageNet, class-wise", ROWS, 1_281), ("ImageNet, all rows", ROWS, ROWS))
-BANKS += (("100 M rows", 100_000_000, 100_000_000),)  # name, rows, rows a query looks at
+BANKS = [("ImageNet, class-wise", ROWS, 1_281), ("ImageNet, all rows", ROWS, ROWS)]
+BANKS += [("100 M rows", 100_000_000, 100_000_000)]  # name, rows, rows a query looks at
 
 
 def operations(rows: float, dim: int) -> float:
@@ -61,7 +61,7 @@ def accelerators() -> str:
         for ranks, link in LINKS.items():
             if looked_at < rows:
                 # Class-wise every rank holds all rows and reads one class for each query, at worst.
-                held, sent = 2 * rows * D, 0.0
+                held, sent = 2.0 * rows * D, 0.0
                 read = bytes_read(min(BATCH * looked_at, rows), D)
             else:
                 # All queries meet all rows: R times the queries with 1/R of the rows.
@@ -73,8 +73,8 @@ def accelerators() -> str:
             first = max(seconds, key=seconds.__getitem__)
             if held >= 0.9 * MEMORY:
                 first = f"memory: {held / MEMORY:.1f} x its size"
-            about = (name, f"{ranks}", f"{held / 1e9:.1f} GB", f"{done / 1e12:.3g} T")
-            about += (f"{done / TRAINING:.2%}", f"{read / 1e9:.2g} GB", f"{sent / 1e6:.0f} MB")
+            about = [name, f"{ranks}", f"{held / 1e9:.1f} GB", f"{done / 1e12:.3g} T"]
+            about += [f"{done / TRAINING:.2%}", f"{read / 1e9:.2g} GB", f"{sent / 1e6:.0f} MB"]
             lines.append((*about, f"{max(seconds.values()) * 1e3:.2g} ms", first))
     head = ["bank", "accelerators", "bank in each", "operations", "share of training", "read"]
     return table([*head, "sent", "at least", "first to saturate"], lines)

@@ -193,7 +193,7 @@ def reader(what: str, base: Path, out: Path) -> Callable[[], object]:
     if kind == "run:":
         return partial(_read_run, name, base, out)
     if what in ("encode", "sample"):
-        return lambda: (action(what, base, out, True)(), _told(contents(out)))
+        return partial(_resume, what, base, out)
     return ends_in_a_line("read")(partial(_read, kind, name, base, out))
 
 
@@ -219,6 +219,11 @@ def _read(kind: str, name: str, base: Path, out: Path) -> None:
         return
     held = Certificate.load(out / "certificate0.safetensors", bank)
     _told(len(held), {name: value for name, value in vars(held).items() if torch.is_tensor(value)})
+
+
+def _resume(name: str, base: Path, out: Path) -> None:
+    action(name, base, out, True)()
+    _told(contents(out))
 
 
 def _read_run(how: str, base: Path, out: Path) -> None:

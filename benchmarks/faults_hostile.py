@@ -7,8 +7,9 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,6 @@ import torch
 from faults_campaign import Campaign, Line, Trial, about
 from faults_cases import KINDS, reader, source
 from omegaconf import OmegaConf
-
-
-def hostile(campaign: Campaign) -> Iterator[Trial]:
-    """Configurations, checkpoints and latents that would leave a mark if they were trusted."""
-    for target in TARGETS:
-        for how in ("sample", "resume", "report"):
-            yield f"config {target} {how}", partial(config, campaign, target, how)
-    for how in ("sample", "resume"):
-        yield f"checkpoint {how}", partial(checkpoint, campaign, how)
-    for kind in (*KINDS, "bank", "certificate"):
-        yield f"pickle {kind}", partial(pickled, campaign, kind)
-    for kind in ("repa.zip", "edm2.zip"):
-        yield f"names {kind}", partial(outside_names, campaign, kind)
 
 
 class Mark:
@@ -52,8 +40,28 @@ TARGETS = {
 }
 
 
-def judged(campaign: Campaign, what: str) -> Line:
-    """Reads what is in `out`; whether that left a mark, or was refused by name."""
+def hostile(campaign: Campaign) -> Iterator[Trial]:
+    """Configurations, checkpoints and latents that would leave a mark if they were trusted."""
+
+    def trial(key: str, what: str, spoil: Callable[..., None], *more: str) -> Trial:
+        mark = Mark(campaign.base / "mark")
+        return key, partial(judged, campaign, what, partial(spoil, campaign.out, mark, *more))
+
+    for target, how in product(TARGETS, ("sample", "resume", "report")):
+        yield trial(f"config {target} {how}", f"run: {how}", config, target)
+    for how in ("sample", "resume"):
+        yield trial(f"checkpoint {how}", f"run: {how}", checkpoint)
+    for kind in (*KINDS, "bank", "certificate"):
+        what = f"latents {kind}" if kind in KINDS else kind
+        yield trial(f"pickle {kind}", what, pickled, kind)
+    for kind in ("repa.zip", "edm2.zip"):
+        yield trial(f"names {kind}", f"latents {kind}", outside_names)
+
+
+def judged(campaign: Campaign, what: str, spoil: Callable[[], None]) -> Line:
+    """Spoils a copy of what is read, and reads it; whether that left a mark, or was refused."""
+    shutil.copytree(source(what, campaign.base), campaign.out)
+    spoil()
     ended = campaign.spawn(reader(what, campaign.base, campaign.out))
     ran = (campaign.base / "mark").exists()
     shutil.rmtree(campaign.base / "mark", ignore_errors=True)
@@ -68,36 +76,25 @@ def judged(campaign: Campaign, what: str) -> Line:
     return {"outcome": outcome, "ran": ran, **about(ended), "said": said}
 
 
-def config(campaign: Campaign, target: str, how: str) -> Line:
+def config(out: Path, mark: Mark, target: str) -> None:
     """A run whose configuration calls something else, for its network and within its data."""
-    shutil.copytree(source("run: sample", campaign.base), campaign.out)
-    mark, file = campaign.base / "mark", campaign.base / "pickle"
-    with open(file, "wb") as stream:
-        pickle.dump(Mark(mark), stream)
-    told = json.dumps(TARGETS[target]).replace("MARK", str(mark)).replace("PICKLE", str(file))
-    held = OmegaConf.load(campaign.out / "config.yaml")
-    held.data.latents.path = {"_target_": target, **json.loads(told)}
-    held.net = {"_target_": target, **json.loads(told)}
-    OmegaConf.save(held, campaign.out / "config.yaml")
-    return judged(campaign, f"run: {how}")
+    file = mark.file.with_name("pickle")
+    file.write_bytes(pickle.dumps(mark))
+    told = json.dumps(TARGETS[target]).replace("MARK", str(mark.file)).replace("PICKLE", str(file))
+    held = OmegaConf.load(out / "config.yaml")
+    held.data.latents.path = held.net = {"_target_": target, **json.loads(told)}
+    OmegaConf.save(held, out / "config.yaml")
 
 
-def checkpoint(campaign: Campaign, how: str) -> Line:
+def checkpoint(out: Path, mark: Mark) -> None:
     """A checkpoint that is a pickle of something else."""
-    shutil.copytree(source("run: sample", campaign.base), campaign.out)
-    for file in campaign.out.rglob("*.ckpt"):
-        held = torch.load(file, weights_only=True)
-        torch.save({**held, "more": Mark(campaign.base / "mark")}, file)
-    return judged(campaign, f"run: {how}")
+    for file in out.rglob("*.ckpt"):
+        torch.save({**torch.load(file, weights_only=True), "more": mark}, file)
 
 
-def pickled(campaign: Campaign, kind: str) -> Line:
+def pickled(out: Path, mark: Mark, kind: str) -> None:
     """Files of which each is a pickle, in the way that its ending has them."""
-    what = kind if kind in ("bank", "certificate") else f"latents {kind}"
-    shutil.copytree(source(what, campaign.base), campaign.out)
-    mark = Mark(campaign.base / "mark")
-    files = [file for file in campaign.out.rglob("*") if file.is_file()]
-    for file in files:
+    for file in [file for file in out.rglob("*") if file.is_file()]:
         if kind == "certificate" and "bank" in file.name:
             continue
         if file.suffix == ".npy":
@@ -105,29 +102,30 @@ def pickled(campaign: Campaign, kind: str) -> Line:
         elif file.suffix == ".npz":
             np.savez(file, moments=np.array([mark], dtype=object))
         elif file.suffix == ".zip":
-            with zipfile.ZipFile(file) as archive:
-                names = archive.namelist()
-            with zipfile.ZipFile(file, "w") as archive:
-                for name in names:
-                    archive.writestr(name, pickle.dumps(mark))
+            rewrite(file, dict.fromkeys(members(file), pickle.dumps(mark)))
         elif file.suffix == ".pt":
             torch.save(mark, file)
         elif file.suffix == ".safetensors":
             file.write_bytes(pickle.dumps(mark))
-    return judged(campaign, what)
 
 
-def outside_names(campaign: Campaign, kind: str) -> Line:
+def outside_names(out: Path, mark: Mark) -> None:
     """A zip with members that lie outside of it."""
-    shutil.copytree(source(f"latents {kind}", campaign.base), campaign.out)
-    file = next(campaign.out.rglob("*.zip"))
+    file = next(out.rglob("*.zip"))
+    held = members(file)
+    index = json.loads(held.pop("dataset.json"))
+    rows = {name: data for name, data in held.items() if name.endswith(".npy")}
+    outside = dict.fromkeys(("../../mark/x.npy", "/mark/x.npy"), next(iter(rows.values())))
+    index["labels"] += [[name, label] for label, name in enumerate(outside)]
+    rewrite(file, {**outside, **rows, "dataset.json": json.dumps(index).encode()})
+
+
+def members(file: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(file) as archive:
-        held = {name: archive.read(name) for name in archive.namelist()}
-    rows = [name for name in held if name.endswith(".npy")]
-    index = json.loads(held["dataset.json"])
-    index["labels"] += [["../../mark/x.npy", 0], ["/mark/x.npy", 1]]
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def rewrite(file: Path, held: Mapping[str, bytes]) -> None:
     with zipfile.ZipFile(file, "w") as archive:
-        for name in ("../../mark/x.npy", "/mark/x.npy", *rows):
-            archive.writestr(name, held.get(name, held[rows[0]]))
-        archive.writestr("dataset.json", json.dumps(index))
-    return judged(campaign, f"latents {kind}")
+        for name, data in held.items():
+            archive.writestr(name, data)

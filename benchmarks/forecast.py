@@ -66,7 +66,7 @@ def asked(part: Part, data: Data, oracle: Oracle) -> dict[str, Any]:
         for key in METRICS:
             few = itertools.islice(shuffled(*data.train, BATCH, seed=1000 + part.seed), 16)
             said = forecast_targets(
-                lambda xt, t, labels, net=at.net: net(xt, t, labels),
+                partial(torch.nn.Module.__call__, at.net),
                 at.net,
                 oracle,
                 few,
@@ -178,10 +178,11 @@ def tables(folder: Path, records: Path) -> dict[str, str]:
             course.append([name, label, *(f"{one.factor:.2f}" for one in at[key])])
         scales = (f"{one.noise_scale:.0f}" for one in at["adam"])
         course.append([name, "noise scale, samples", *scales])
-        for label, values in (*sorted(by_batch.items()), (f"{BATCH}, oracle", goal)):
+        ends = {str(batch): values for batch, values in sorted(by_batch.items())}
+        for batch, values in (ends | {f"{BATCH}, oracle": goal}).items():
             half = (max(values) - min(values)) / 2
             mean = f"{np.mean(values):.4f} ± {half:.4f}"
-            losses.append([name, str(label), str(len(values)), mean])
+            losses.append([name, batch, str(len(values)), mean])
         without = {run["seed"]: _end(run) for run in known["plain"]}
         smoothed_ = [part for part in own if part["scheme"] == "smoothed"]
         gains = {p["seed"]: f"{p['loss'] / without[p['seed']] - 1:+.1%}" for p in smoothed_}
@@ -197,12 +198,12 @@ def tables(folder: Path, records: Path) -> dict[str, str]:
     shares = [f"{one:g}" for one in ASKED]
     head = ["data", "forecast", "measured", "off", "off, of the excess over 1"]
     head += ["forecast with P = 1", "steps, forecast", "steps, measured"]
-    late = ["data", "seed", "collapsed at t", "gap beyond", "forecast", "with smoothing"]
+    gaps = ["data", "seed", "collapsed at t", "gap beyond", "forecast", "with smoothing"]
     return {
         "forecast": table(head, rows),
         "over the training": table(["data", "metric", *shares], course),
         "losses by batch": table(["data", "batch", "seeds", "held-out loss"], losses),
-        "smoothing": table(late, smooth),
+        "smoothing": table(gaps, smooth),
     }
 
 

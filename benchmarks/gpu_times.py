@@ -81,7 +81,7 @@ def timed(
         if left() < 0:
             break
         try:
-            spent, host = clock(lambda _, peer=peer: peer(), device, 3)
+            spent, host = clock(lambda _: peer(), device, 3)  # noqa: B023
         except RuntimeError as error:  # out of memory, most of all
             found.append(about | {"what": name, "failed": first_line(error)})
             continue

@@ -128,7 +128,7 @@ def training(device: torch.device, sizes: Sizes, left: Left) -> Rows:
     """Weights with monitors, and those without."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     found: Rows = []
-    often: dict[str, int] = {"every_n_steps": max(1, sizes.steps // 2), "strata": 4, "queries": 4}
+    often: dict[str, Any] = {"every_n_steps": max(1, sizes.steps // 2), "strata": 4, "queries": 4}
     for precision, target in product(("bf16-mixed", "bf16-true"), (None, Mix())):
         if left() < 0:
             break

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -122,7 +123,7 @@ def top100(options: Options) -> Report:
     theirs = {"faiss IndexFlatL2": peers.with_faiss, "torch_cluster.knn": peers.with_torch_cluster}
     rows = [Row(base, floor), Row(mine, nearest, judge(mine))]
     for name, search in theirs.items():
-        rows.append(row(name, lambda s=search: s(x, xt, t, 100), judge(name), peer=True))
+        rows.append(row(name, partial(search, x, xt, t, 100), judge(name), peer=True))
     results = measure(rows, options.runs, base=base)
     for name in found.keys() & theirs:
         pairs = list(zip(found[mine].tolist(), found[name].tolist(), strict=True))
@@ -176,8 +177,8 @@ def class_wise(options: Options) -> Report:
     results = measure(rows, options.runs)
     reading = min(results[each.name].milliseconds or torch.inf for each in reads)
     for name, (bank, passes) in asked.items():
-        if results[name].milliseconds is not None:
-            share = bank.nbytes / wide.nbytes * reading / results[name].milliseconds
+        if (spent := results[name].milliseconds) is not None:
+            share = bank.nbytes / wide.nbytes * reading / spent
             more = {"share": share, "passes": passes, "of passes": share * passes}
             results[name].columns |= more
     report.results("class-wise", results)

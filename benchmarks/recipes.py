@@ -21,8 +21,10 @@ import logging
 import sys
 import tempfile
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import training
@@ -55,7 +57,7 @@ def loader(options: Options) -> Report:
                 data = latents_data(path, name, batch_size=LOADER_BATCH, num_workers=workers)
                 batches = data.train_dataloader()
                 count = len(batches) * LOADER_BATCH
-                read = partial(deque, batches, maxlen=0)
+                read: Callable[[], Any] = partial(deque, batches, maxlen=0)
                 timed.append(Row(f"{name}, {workers} workers", read, queries=count))
         results = measure(timed, options.runs, base=base)
     for result in results.values():

@@ -97,12 +97,11 @@ def why(folder: Path, name: str, seeds: int) -> None:
     if lr is None:
         raise SystemExit("Run benchmarks/schemes.py first: the learning rate is chosen there.")
     for other in PLANS:
-        file = folder / f"why-rows-{other}.json"
-        write_once(file, lambda other=other: {"draws": rows(data_set(other))})
+        write_once(folder / f"why-rows-{other}.json", partial(rows, other))
 
     def make(part: Part, batch: int) -> dict[str, Any]:
-        data, *about = prepared(name)
-        result, net = train(part, data, *about, batch)
+        data, oracle, boundary = prepared(name)
+        result, net = train(part, data, oracle, boundary, batch)
         draws = [
             of_samples(net, data, plan.sampling_steps, count=SAMPLES, seed=2 + draw)
             for draw in range(DRAWS)
@@ -115,15 +114,14 @@ def why(folder: Path, name: str, seeds: int) -> None:
         write_once(folder / file, partial(make, part, batch))
 
 
-def rows(data: Data) -> list[dict[str, float]]:
+def rows(name: str) -> dict[str, Any]:
     """The distances of training rows to held-out data, several draws."""
+    data = data_set(name)
     real, x = data.held_out[0].flatten(1), data.train[0].flatten(1)
     generator = torch.Generator().manual_seed(4)
     chosen = [x[torch.randperm(len(x), generator=generator)[:SAMPLES]] for _ in range(DRAWS)]
-    return [
-        {"energy": energy_distance(made, real), "frechet": frechet_distance(made, real)}
-        for made in chosen
-    ]
+    distances = {"energy": energy_distance, "frechet": frechet_distance}
+    return {"draws": [{key: of(made, real) for key, of in distances.items()} for made in chosen]}
 
 
 def variance() -> dict[str, Any]:

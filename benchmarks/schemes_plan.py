@@ -67,40 +67,31 @@ DEFAULT = "default"
 
 def schemes(oracle: Oracle, boundary: float) -> dict[str, Callable[[int], Scheme | Phases]]:
     """The rows of the tables, from a seed. Times are stratified in all of them."""
-    even = {"timesteps": Uniform(stratified=True), "boundary": boundary}
-    middle = {"timesteps": LogitNormal(stratified=True), "boundary": boundary}
+    even, middle = Uniform(stratified=True), LogitNormal(stratified=True)
+    steered: dict[str, Any] = {"oracle": oracle, "target": Mix()}
 
-    def switched(seed: int, **target: Any) -> Phases:
-        first, last = (Scheme(**target, seed=seed, **times) for times in (middle, even))
-        return Phases([Phase(first, AtShare(0.6)), Phase(last)])
+    def one(timesteps: Any = even, **given: Any) -> Callable[[int], Scheme]:
+        known = {"timesteps": timesteps, "boundary": boundary, **given}
+        return lambda seed: Scheme(**known, seed=seed)
 
-    def default(seed: int) -> Phases:
-        times = WithFloor(LogitNormal(), 0.5, stratified=True)
-        first = Scheme(oracle, timesteps=times, target=Mix(), boundary=boundary, seed=seed)
-        last = Scheme(oracle, target=Mix(), seed=seed, **even)
-        return Phases([Phase(first, AtShare(0.6)), Phase(last)])
+    def two(timesteps: Any, **given: Any) -> Callable[[int], Phases]:
+        first, last = (one(times, **given) for times in (timesteps, even))
+        return lambda seed: Phases([Phase(first(seed), AtShare(0.6)), Phase(last(seed))])
 
     def two_stages(seed: int) -> Scheme:
         measured = StageCurve.measure(oracle, class_wise=True).boundary()
-        return Scheme.two_stage(oracle, timesteps=even["timesteps"], boundary=measured, seed=seed)
-
-    def steered(target: Any) -> Callable[[int], Scheme]:
-        return lambda seed: Scheme(oracle, target=target, seed=seed, **even)
+        return Scheme.two_stage(oracle, timesteps=even, boundary=measured, seed=seed)
 
     return {
-        "plain": lambda seed: Scheme(**even),
-        "oracle, all t": steered(Mix()),
-        "oracle, navigation": steered(Mix("boundary")),
-        "reference set of 128": steered(ReferenceSet(128)),
-        "logit-normal t": lambda seed: Scheme(**middle),
-        "logit-normal then uniform t": switched,
-        "oracle, logit-normal then uniform t": lambda seed: switched(
-            seed, oracle=oracle, target=Mix()
-        ),
-        "stage-aware t (0.3)": lambda seed: Scheme(
-            timesteps=StageAware(0.3, stratified=True), boundary=boundary
-        ),
-        DEFAULT: default,
+        "plain": one(),
+        "oracle, all t": one(**steered),
+        "oracle, navigation": one(oracle=oracle, target=Mix("boundary")),
+        "reference set of 128": one(oracle=oracle, target=ReferenceSet(128)),
+        "logit-normal t": one(middle),
+        "logit-normal then uniform t": two(middle),
+        "oracle, logit-normal then uniform t": two(middle, **steered),
+        "stage-aware t (0.3)": one(StageAware(0.3, stratified=True)),
+        DEFAULT: two(WithFloor(LogitNormal(), 0.5, stratified=True), **steered),
         "two stages": two_stages,
     }
 
@@ -157,7 +148,7 @@ def write_once(target: Path, make: Callable[[], dict[str, Any]]) -> dict[str, An
 
 
 def unpack(archive: Path, folder: Path) -> int:
-    """Writes the records that `folder` does not have yet as files there; how many."""
+    """Writes the records that `folder` does not have yet as files there; returns how many."""
     folder.mkdir(parents=True, exist_ok=True)
     new = {n: record for n, record in _read(archive).items() if not (folder / n).exists()}
     for name, record in new.items():

@@ -123,9 +123,8 @@ def _ends(horizon: int, runs: Runs) -> str:
             continue
         cells = [mean_cell([end[key] for end in last]) for key in METRICS]
         pace = np.median([1e3 * end["seconds"] / horizon for end in last])
-        clock = "" if all(run.get("clock") for run in own) else " (wall)"
         copies = f"{np.mean([end['copies'] for end in last]):.3f}"
-        rows.append([scheme, seeds(own), *cells, copies, f"{pace:.1f}{clock}"])
+        rows.append([scheme, seeds(own), *cells, copies, f"{pace:.1f}"])
     return table(["scheme", "seeds", *METRICS.values(), "copies", "ms/step"], rows)
 
 

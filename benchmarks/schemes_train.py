@@ -44,6 +44,8 @@ class Data:
 class Perceptron(nn.Module):
     """Three residual layers; t enters as sines and cosines, the class as a learned vector."""
 
+    frequencies: Tensor
+
     def __init__(self, dim: int, classes: int, width: int) -> None:
         super().__init__()
         self.label = nn.Embedding(classes, 64)
@@ -99,7 +101,8 @@ def data_set(name: str) -> Data:
     size = int(name.removeprefix("photos"))
     photos = PhotoPatches(patch=size)
     photos.setup()
-    split = (photos.train.tensors, photos.held_out.tensors)
+    (x, y), (held, named) = photos.train.tensors, photos.held_out.tensors
+    split = ((x, y), (held, named))
     if size == 8:
         return Data(*split, lambda: Perceptron(192, 7, 640))
     return Data(*split, lambda: SiT(7, 16, 3, 4, 128, 4, 4, class_dropout=0.0))
@@ -235,7 +238,7 @@ def kl_from_density(
             x = state[0].detach().requires_grad_()
             v = net(x, t.expand(count).float(), labels)
             parts = (torch.autograd.grad(v[:, i].sum(), x, retain_graph=True)[0] for i in (0, 1))
-            divergence = sum(part[:, i] for i, part in enumerate(parts))
+            divergence = torch.stack([part[:, i] for i, part in enumerate(parts)]).sum(0)
         return v.detach(), divergence.detach()
 
     # From the data back to the noise.

@@ -1,8 +1,8 @@
 """Watch a training with Accelerate, with two batches for each step of the optimizer.
 
-The statements that say `watch` are all that watching adds: `watch.step` is told of each batch and
-of the steps done so far. Run it with `python examples/accelerate_loop.py`; it takes a few seconds
-and needs accelerate and the `recipes` extra.
+Only the lines with `watch` are added: `watch.step` gets the number of steps done and the batch. Run
+it with `python examples/accelerate_loop.py`; it takes a few seconds and needs accelerate and the
+`recipes` extra.
 """
 
 import torch

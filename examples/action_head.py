@@ -1,15 +1,15 @@
 """Watch and steer the action head of a robot: padded chunks of actions, given an observation.
 
-Chunks at the end of an episode are padded; the mask says which steps are actions. Targets are those
-of a kernel on the observation: the mean over chunks that were taken where the robot saw about the
-same. The step is written by hand; `self.target(...)` is the one line that lets it be steered. Run
-it with `python examples/action_head.py`; it takes a few seconds and needs the `lightning` extra.
+Chunks at the end of an episode are padded; the mask says which steps are actions. The target of a
+chunk is the mean over chunks with about the same observation, weighted by a kernel. The step is
+written by hand; `self.target(...)` is the one line that is needed to steer it. Run it with `python
+examples/action_head.py`; it takes a few seconds and needs the `lightning` extra.
 """
 
 import lightning as L
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from stagewise import Condition, Mix, StageTarget
 from stagewise.callbacks import PosteriorMonitor, StageRun, StageScheme
@@ -43,7 +43,7 @@ class ActionHead(L.LightningModule):
         self.target = StageTarget()
 
     def training_step(self, batch, batch_idx):
-        """The mean square over actions that are none of padding."""
+        """The mean square over actions, without padding."""
         x1, mask = batch["actions"], batch["mask"]
         x0, t = torch.randn_like(x1), torch.rand(len(x1), device=x1.device)
         xt = (1 - t[:, None, None]) * x0 + t[:, None, None] * x1
@@ -61,7 +61,8 @@ def main(*callbacks, **options):
     """Trains and returns the module."""
     torch.manual_seed(0)
     names = "observation", "actions", "mask"
-    data = [dict(zip(names, one, strict=True)) for one in TensorDataset(*episodes(24))]
+    rows = zip(*episodes(24), strict=True)
+    data = [dict(zip(names, row, strict=True)) for row in rows]
     trainer = L.Trainer(max_steps=60, callbacks=list(callbacks), accelerator="cpu", **options)
     trainer.fit(module := ActionHead(), DataLoader(data, batch_size=64, shuffle=True))
     return module

@@ -1,8 +1,8 @@
 """Watch and steer a training on sounds of different lengths.
 
-Batches are padded to their own longest sound, and the loss counts what is no padding. `read_batch`
-gives the mask beside x_1: a sound is then compared with those of its length only. Run it with
-`python examples/audio_lengths.py`; it takes a few seconds and needs the `lightning` extra.
+Batches are padded to their longest sound, and the loss ignores padding. `read_batch` returns the
+mask beside x_1: a sound is then compared only with sounds of the same length. Run it with `python
+examples/audio_lengths.py`; it takes a few seconds and needs the `lightning` extra.
 """
 
 import lightning as L
@@ -35,7 +35,7 @@ def collate(items):
 
 
 class Network(nn.Module):
-    """Convolutions over time that see no padding."""
+    """Convolutions over time that do not see padding."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Sounds(L.LightningModule):
         self.net, self.loss_fn = Network(), FlowMatchingLoss()
 
     def training_step(self, batch, batch_idx):
-        """The mean over what is sound."""
+        """The mean over the sounds, without padding."""
         x1, mask = batch
         return self.loss_fn(self.net, x1, mask, loss_mask=mask)
 

@@ -1,10 +1,10 @@
 """Steer a diffusers script: DDPM on pictures with captions, written out in plain torch.
 
-The step is that of diffusers' text-to-image scripts. One line makes the target in their place: the
-mean over the pictures that may have become `noisy`, weighed by how alike their captions are to this
-one. A model that is given text should predict the mean over the data of that text, so the kernel is
-narrow: captions in other words for the same thing share a target, others do not. Run it with
-`python examples/diffusers_text_to_image.py`; it takes some seconds and needs diffusers.
+The step is that of diffusers' text-to-image scripts. One line computes the target: the mean over
+the pictures that may have become `noisy`, weighted by how similar their captions are to this one. A
+model with text should predict the mean over the data of that text, so the kernel is narrow:
+captions that say the same in other words share a target, others do not. Run it with `python
+examples/diffusers_text_to_image.py`; it takes some seconds and needs diffusers.
 """
 
 import torch
@@ -31,7 +31,7 @@ def pictures(count):
 
 
 def train(steps=100, prediction_type="epsilon"):
-    """Trains a small UNet, and gives its losses."""
+    """Trains a small UNet; returns its losses."""
     torch.manual_seed(0)
     latents, captions = pictures(192)
     text = torch.randn(len(WORDS), 16)[captions]  # stands for a text encoder: (n, 4, 16)

@@ -1,8 +1,8 @@
-"""Watch a training with Lightning Fabric: `Watch` is given what `fabric.setup` returns.
+"""Watch a training with Lightning Fabric: give `Watch` what `fabric.setup` returns.
 
-The statements that say `watch` are all that watching adds. The network is asked in Fabric's
-precision, here bfloat16, and scalars go to Fabric's logger. Run it with `python
-examples/fabric.py`; it takes a few seconds and needs the `recipes` extra.
+Only the lines with `watch` are added. The network runs in Fabric's precision, here bfloat16, and
+scalars go to Fabric's logger. Run it with `python examples/fabric.py`; it takes a few seconds and
+needs the `recipes` extra.
 """
 
 import torch

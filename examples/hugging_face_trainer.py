@@ -1,7 +1,7 @@
 """Watch a training with the Trainer of Hugging Face, by a callback of five lines.
 
-The model makes its own loss, as that Trainer wants it; its `StageTarget` shows what it is trained
-on, so the callback, which is not given the batch, need not know it. Run it with `python
+The model computes its own loss, as that Trainer expects. Its `StageTarget` shows the watch what it
+is trained on, so the callback needs no batch. Run it with `python
 examples/hugging_face_trainer.py`; it needs transformers and the `recipes` extra.
 """
 
@@ -31,7 +31,7 @@ class Flow(nn.Module):
 
 
 class Stages(TrainerCallback):
-    """Tells a watch of each step."""
+    """Calls a watch at each step."""
 
     def __init__(self, host):
         self.host = host

@@ -1,8 +1,8 @@
 """Watch a training loop that is written by hand, without Lightning.
 
-The statements that say `watch` are all that watching adds; without them the trained weights are the
-same to the last bit. Run it with `python examples/plain_loop.py`; it takes a few seconds and needs
-the `recipes` extra for scikit-learn's digits. Then: `stagewise report runs/digits`.
+Only the lines with `watch` are added; without them the trained weights are the same to the last
+bit. Run it with `python examples/plain_loop.py`; it takes a few seconds and needs the `recipes`
+extra for scikit-learn's digits. Then: `stagewise report runs/digits`.
 """
 
 import torch

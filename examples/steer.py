@@ -1,10 +1,10 @@
 """Steer a training run that knows nothing of stagewise.
 
-The module below is what a user of torchcfm has already. The callback measures where navigation
-ends, puts the oracle's target in place of the conditional one up to there, and draws a third of the
-times there; after 60 % of the steps it goes back to plain training. Run it with
-`python examples/steer.py`; it takes a few seconds and needs the `recipes` extra for scikit-learn's
-digits, and torchcfm.
+The module below is that of a user of torchcfm. The callback measures where navigation ends, puts
+the oracle's target in place of the conditional one up to there, and draws a third of the times
+there; after 60 % of the steps it goes back to plain training. Run it with `python
+examples/steer.py`; it takes a few seconds and needs the `recipes` extra for scikit-learn's digits,
+and torchcfm.
 """
 
 import lightning as L

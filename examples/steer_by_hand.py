@@ -1,9 +1,9 @@
 """Steer a training step that writes its target out.
 
-The two marked lines are what is added to the module: as long as no callback attaches they change
-nothing. The oracle's target takes the place of the conditional one in navigation, and a monitor
-finds network, path and samples by the same line. Run it with `python examples/steer_by_hand.py`;
-it takes a few seconds and needs the `recipes` extra for scikit-learn's two moons.
+The two marked lines are added to the module: without a callback they change nothing. The oracle's
+target replaces the conditional one in navigation, and a monitor finds network, path and samples by
+the same line. Run it with `python examples/steer_by_hand.py`; it takes a few seconds and needs the
+`recipes` extra for scikit-learn's two moons.
 """
 
 import lightning as L

@@ -1,10 +1,9 @@
 """Watch and steer training on a stream that cannot be read twice.
 
 Digits come shifted at random, without end, so there is no set of rows to build a bank of. The last
-1024 samples seen stand for it: each step's batch is among them, which makes their targets right on
-average, whatever has been seen so far. The monitor says with each number what it is over. Run it
-with `python examples/stream.py`; it takes a few seconds and needs the `recipes` extra for
-scikit-learn's digits.
+1024 samples take its place: each step's batch is among them, so their targets are right on average,
+at any time. The monitor reports with each number which rows it is over. Run it with `python
+examples/stream.py`; it takes a few seconds and needs the `recipes` extra for scikit-learn's digits.
 """
 
 import lightning as L

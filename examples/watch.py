@@ -1,7 +1,7 @@
 """Watch the stages of a training run that knows nothing of stagewise.
 
-The module below is what a user has already: its own batches (dicts of digit images), its own loss.
-The one added line is the callback. Run it with `python examples/watch.py`; it takes a few seconds
+The module below is that of a user, with its own batches (dicts of digit images) and its own loss.
+The callback is the only line added. Run it with `python examples/watch.py`; it takes a few seconds
 and needs the `recipes` extra for scikit-learn's digits.
 """
 

@@ -202,7 +202,7 @@ def launched(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def waits(device: torch.device, sizes: Sizes, left: Left) -> Rows:
-    """Waits for the device, kernels started, and whether a graph holds them."""
+    """Waits for the device and kernels started."""
     count = max(sizes.queries)
     bank = made(sizes.right[0], sizes.shape, 20, torch.bfloat16, device)
     xt, t, x1, labels = asked(bank, count, 0.9 * torch.rand(count, device=device))

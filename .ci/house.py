@@ -11,7 +11,7 @@ COLOURS = {"callbacks": "#E69F00", "recipes": "#CC79A7", "losses": "#009E73"}  #
 
 
 def part(name: str, known: dict[str, Path]) -> str:
-    """The folder or file that a module is drawn as; empty for what is none of the library."""
+    """The folder or file that a module belongs to; empty if it is not of the library."""
     top = ".".join(name.split(".")[:2])
     if not top.startswith("stagewise."):
         return ""

@@ -1,4 +1,4 @@
-"""Fails on links of a built site that lead nowhere, and on what it would load from the network.
+"""Fails on broken links of a built site, and on files that it would load from the network.
 
     python .ci/links.py build/docs
 

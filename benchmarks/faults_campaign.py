@@ -1,4 +1,4 @@
-"""The fault campaign: what it keeps, and how a trial is run, in a process of its own.
+"""The fault campaign: its folder, and a process for each trial.
 
 Python, torch and the commands are imported once: each trial is a fork, which takes milliseconds
 where a new process takes seconds. It has a HOME, a TMPDIR and a working directory of its own, and
@@ -30,8 +30,8 @@ Trial: TypeAlias = tuple[str, Callable[[], Line]]
 LIMIT = 300.0
 """Seconds after which a trial hangs."""
 LEFT_OUT = ("csv/version_", "checkpoints/last.ckpt")
-"""Lightning's logger begins a new file when a training goes on. A training that was killed between
-its last two checkpoints goes on from the first, and writes no second.
+"""Lightning's logger begins a new file when a training resumes. A training that was killed between
+its last two checkpoints resumes from the first, and does not write the second.
 """
 
 

@@ -1,4 +1,4 @@
-"""What the fault campaign runs, and how it reads the results."""
+"""The commands of the fault campaign, and readers of their results."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _parts(file: Path) -> Iterator[tuple[str, bytes]]:
             held = {name: [line[name] for line in lines] for name in lines[0]}
         else:
             held = data
-    except Exception:  # damaged, in the ways that damage takes
+    except Exception:  # damaged, in any way
         held = data
     yield from _walk(held)
 
@@ -173,8 +173,8 @@ def _walk(held: Any, key: str = "") -> Iterator[tuple[str, bytes]]:
         yield key, held if isinstance(held, bytes) else repr(held).encode()
 
 
-def _told(*values: Any) -> None:
-    """Prints a hash of what was read."""
+def _print_hash(*values: Any) -> None:
+    """Prints a hash of the values that were read."""
     total = hashlib.sha256()
     for _, part in _walk(values):
         total.update(part)
@@ -188,7 +188,7 @@ def latents_of(base: Path, kind: str) -> Path:
 
 
 def reader(what: str, base: Path, out: Path) -> Callable[[], object]:
-    """What reads `out`, a copy of what `source` names, and prints a hash of what it read."""
+    """A function that reads `out`, a copy of `source(what)`, and prints a hash of the values."""
     kind, _, name = what.partition(" ")
     if kind == "run:":
         return partial(_read_run, name, base, out)
@@ -211,19 +211,21 @@ def _read(kind: str, name: str, base: Path, out: Path) -> None:
         path = out / latents_of(base, name).relative_to(source(f"latents {name}", base))
         latents = open_latents(path, name.removesuffix(".zip"))
         latents.verify(full=True)
-        _told(latents.rows(0, len(latents)), latents.labels)
+        _print_hash(latents.rows(0, len(latents)), latents.labels)
         return
     bank = LatentBank.open(out / "bank0.safetensors", verify="full")
     if kind == "bank":
-        _told(bank.rows.clone(), bank.offset, list(bank.classes))
+        _print_hash(bank.rows.clone(), bank.offset, list(bank.classes))
         return
     held = Certificate.load(out / "certificate0.safetensors", bank)
-    _told(len(held), {name: value for name, value in vars(held).items() if torch.is_tensor(value)})
+    _print_hash(
+        len(held), {name: value for name, value in vars(held).items() if torch.is_tensor(value)}
+    )
 
 
 def _resume(name: str, base: Path, out: Path) -> None:
     action(name, base, out, True)()
-    _told(contents(out))
+    _print_hash(contents(out))
 
 
 def _read_run(how: str, base: Path, out: Path) -> None:
@@ -231,11 +233,11 @@ def _read_run(how: str, base: Path, out: Path) -> None:
         made = out / "made"
         about = ("--count", 2, "--steps", 1, "--method", "euler", "--device", "cpu")
         _main("sample", [out, "--out", made, *about])
-        _told(contents(made)["latents.npz"])
+        _print_hash(contents(made)["latents.npz"])
     elif how == "report":
         _main("report", [out])
-        _told([file.read_bytes() for file in sorted(out.glob("*.html"))])
+        _print_hash([file.read_bytes() for file in sorted(out.glob("*.html"))])
     else:
         _main("train", [*_train(base, out, True), "trainer.max_steps=13"])
         held = torch.load(out / "checkpoints/last.ckpt", weights_only=True)
-        _told(held["state_dict"], held["global_step"])
+        _print_hash(held["state_dict"], held["global_step"])

@@ -1,4 +1,4 @@
-"""Trials of the fault campaign: files that would do more than they say, if they were trusted."""
+"""Trials of the fault campaign: files that would run code or write elsewhere, if trusted."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ TARGETS = {
 def hostile(campaign: Campaign) -> Iterator[Trial]:
     """Configurations, checkpoints and latents that would leave a mark if they were trusted."""
 
-    def trial(key: str, what: str, spoil: Callable[..., None], *more: str) -> Trial:
+    def trial(key: str, what: str, damage: Callable[..., None], *more: str) -> Trial:
         mark = Mark(campaign.base / "mark")
-        return key, partial(judged, campaign, what, partial(spoil, campaign.out, mark, *more))
+        return key, partial(judged, campaign, what, partial(damage, campaign.out, mark, *more))
 
     for target, how in product(TARGETS, ("sample", "resume", "report")):
         yield trial(f"config {target} {how}", f"run: {how}", config, target)
@@ -58,10 +58,10 @@ def hostile(campaign: Campaign) -> Iterator[Trial]:
         yield trial(f"names {kind}", f"latents {kind}", outside_names)
 
 
-def judged(campaign: Campaign, what: str, spoil: Callable[[], None]) -> Line:
-    """Spoils a copy of what is read, and reads it; whether that left a mark, or was refused."""
+def judged(campaign: Campaign, what: str, damage: Callable[[], None]) -> Line:
+    """Damages a copy of the files, and reads it: did that leave a mark, or was it refused?"""
     shutil.copytree(source(what, campaign.base), campaign.out)
-    spoil()
+    damage()
     ended = campaign.spawn(reader(what, campaign.base, campaign.out))
     ran = (campaign.base / "mark").exists()
     shutil.rmtree(campaign.base / "mark", ignore_errors=True)
@@ -93,7 +93,7 @@ def checkpoint(out: Path, mark: Mark) -> None:
 
 
 def pickled(out: Path, mark: Mark, kind: str) -> None:
-    """Files of which each is a pickle, in the way that its ending has them."""
+    """Pickles in place of all files, in the form that their endings allow."""
     for file in [file for file in out.rglob("*") if file.is_file()]:
         if kind == "certificate" and "bank" in file.name:
             continue

@@ -54,7 +54,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def clock(run: Callable[[int], Any], device: torch.device, turns: int) -> tuple[float, float]:
-    """Medians in ms: of what a call takes the device, and of the time until it returns."""
+    """Medians in ms: the time of a call on the device, and the time until it returns."""
     for turn in range(2):
         run(turn)
     spent, host, cuda = [], [], device.type == "cuda"

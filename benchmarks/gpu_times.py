@@ -34,7 +34,7 @@ def padded(bank: LatentBank, xt: Tensor, t: Tensor, labels: Tensor) -> Callable[
 
 
 def peers(bank: LatentBank, xt: Tensor, t: Tensor, labels: Tensor | None) -> dict[str, Callable]:
-    """What others do for the same queries, and what nothing can beat."""
+    """What others do for the same queries, and the floor."""
     if labels is not None:
         return {"padded bmm": padded(bank, xt, t, labels)}
     rows, query = bank.rows, xt.flatten(1).to(bank.dtype)

@@ -1,4 +1,4 @@
-"""The rest of what `benchmarks/gpu.py` measures: real networks, and whole runs of a trainer."""
+"""Cases of `benchmarks/gpu.py` with real networks, and with whole runs of a trainer."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def places(device: torch.device, sizes: Sizes, left: Left) -> Rows:
 
 
 class Flow(pl.LightningModule):
-    """Plain flow matching with a SiT; what it draws hangs on the step alone."""
+    """Plain flow matching with a SiT; its draws depend on the step alone."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()

@@ -95,7 +95,7 @@ def measure(rows: Sequence[Row], runs: int, *, base: str | None = None) -> dict[
 
 
 def _warm_up(row: Row, result: Result, runs: int) -> int:
-    """How often a row is to be run, after it was judged; 0 if it cannot run."""
+    """Judges a row; returns how often to run it, 0 if it cannot run."""
     if row.run is None:
         return 0
     try:
@@ -123,7 +123,7 @@ def ratio(results: Mapping[str, Result], name: str, base: str) -> float | None:
 def row(
     name: str, make: Callable[[], Callable[[], Any]], judge: Judge | None = None, **options: Any
 ) -> Row:
-    """A row, or what says that it is skipped, where `make` needs what is not installed."""
+    """A row; if `make` needs a library that is not installed, one that says "skipped"."""
     try:
         return Row(name, make(), judge, **options)
     except ImportError as error:
@@ -134,7 +134,7 @@ def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:100]
 
 
-# -- what is printed ------------------------------------------------------------------------------
+# -- printing -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -156,7 +156,7 @@ class Report:
         print(f"  {text}", flush=True)
 
     def target(self, text: str, reached: float | None, limit: float, most: bool = True) -> None:
-        """A number beside what it should be at most, or at least; None: not measured."""
+        """A number beside the limit it should keep; None: not measured."""
         wanted = f"{'<=' if most else '>='} {limit:g}"
         self.targets.append({"text": text, "reached": reached, "wanted": wanted})
         print(f"  {text}: {_cell(reached)} (wanted {wanted})", flush=True)

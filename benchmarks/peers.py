@@ -1,7 +1,7 @@
-"""What others do, and what nothing can beat: bare products.
+"""What others do, and the floor: bare products.
 
 Everything takes bank rows `x` (N, D), queries `xt` (B, D) and times `t` (B,) of the linear path, in
-the dtype that it is to compute in.
+the dtype to compute in.
 """
 
 from __future__ import annotations

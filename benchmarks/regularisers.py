@@ -263,7 +263,7 @@ def ended(net: nn.Module, made: Made, plan: Plan, curve: list[dict[str, float]])
 
 
 def run(folder: Path, part: Part) -> dict[str, Any]:
-    """Runs a part unless it was; waits for another process that is at it."""
+    """Runs a part that has no file; waits if another process runs it."""
     file = folder / part.file
     while not file.exists():
         result = write_once(file, lambda: train(part, Made.of(PLANS[part.plan])))

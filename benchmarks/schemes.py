@@ -72,7 +72,7 @@ def prepared(name: str) -> tuple[Data, Oracle, float]:
 
 
 def run(folder: Path, part: Part) -> None:
-    """Runs a part unless it was, or another process is at it."""
+    """Runs a part, unless it has a file or another process runs it."""
     result = write_once(folder / part.file, lambda: train(part, *prepared(part.data))[0])
     if result is not None:
         last = ", ".join(f"{key} {value:.4g}" for key, value in result["curve"][-1].items())
@@ -85,7 +85,7 @@ def run_all(folder: Path, name: str, horizons: Sequence[int], only: list[str], s
     for lr in PLANS[name].rates:
         run(folder, Part(name, "plain", short, lr, 0))
     while (best := best_rate(folder, name, short)) is None:
-        time.sleep(2)  # another process is at one of them
+        time.sleep(2)  # another process runs one of them
     for horizon, scheme, seed in product(horizons, only, range(seeds)):
         run(folder, Part(name, scheme, horizon, best, seed))
 

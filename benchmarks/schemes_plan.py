@@ -1,7 +1,7 @@
 """What the benchmark of schemes runs, and where a run is kept.
 
-A run is a file in a folder, and in docs/results.jsonl a line: a benchmark that is run again, or
-goes on on another machine, has what was measured before.
+A run is a file in a folder, and a line in docs/results.jsonl: a benchmark that is run again, or on
+another machine, has the results of before.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def best_rate(folder: Path, name: str, horizon: int) -> float | None:
 
 
 def write_once(target: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """Writes what `make` gives, unless it was written or another process is at it (None)."""
+    """Writes the result of `make`; None if the file is there, or another process makes it."""
     claim = target.with_suffix(".running")
     if target.exists():
         return None

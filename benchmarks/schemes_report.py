@@ -139,7 +139,7 @@ def _shares(runs: Runs, reached: Shares) -> str:
 
 
 def _aims(runs: Runs, reached: Shares, draws: Sequence[dict[str, float]]) -> str:
-    """What the default reached of what was aimed at, and what training rows themselves score."""
+    """The aims for the default, what it reached, and the scores of training rows."""
     rows = []
     for metric, title in METRICS.items():
         end = float(curves(runs["plain"], metric)[:, 1, -1].mean())

@@ -1,7 +1,7 @@
 """From the records of runs to numbers: curves, where they come down to, and intervals.
 
-Of each scheme is asked how many steps it needs to reach what plain training ends with at the same
-horizon, as a share of plain's steps; intervals are percentiles over resampled seeds.
+The question for each scheme: how many steps does it need to reach the last value of plain training
+at the same horizon, as a share of plain's steps? Intervals are percentiles over resampled seeds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmark of schemes trains on, how it trains, and what it measures."""
+"""Data sets, training and metrics of the benchmarks of schemes and regularisers."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def shuffled(x: Tensor, y: Tensor, batch: int, seed: int) -> Iterator[tuple[Tens
 
 
 def in_parts(net: nn.Module, size: int = 128) -> Callable[..., Tensor]:
-    """The network, given so many samples at a time that what it computes stays in the cache."""
+    """The network on few samples at a time, whose activations stay in the cache."""
 
     def run(*values: Tensor) -> Tensor:
         parts = zip(*(value.split(size) for value in values), strict=True)

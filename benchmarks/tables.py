@@ -6,7 +6,7 @@ Pages are written by hand. What a benchmark measures stands in them between two 
     | ... |
     <!-- end -->
 
-and `fill` puts new tables there; those whose name is not on the page yet come at its end.
+and `fill` puts new tables there; tables with a new name come at the end.
 """
 
 from __future__ import annotations

@@ -64,17 +64,18 @@ def navigation(options: Options) -> Report:
         tail = float((1 - gamma.gather(1, near).sum(1)).max())
         return {"error": peers.relative(found, mean), "tail": tail}
 
-    def ours(engine: Engine, of: LatentBank = bank) -> Row:
+    def ours(name: str, engine: Engine, of: LatentBank = bank) -> Row:
         oracle = Oracle(of, engine=engine)
-        name = repr(engine) if of is bank else f"{engine!r}, bfloat16 bank"
         return Row(name, lambda: oracle.posterior(xt, t), judge if of is bank else judge_half)
 
-    exact, bf16 = ours(Exact()), ours(Exact(rtol=1e-3), half)
+    exact = ours("Exact()", Exact())
+    bf16 = ours("Exact(rtol=1e-3), bfloat16 bank", Exact(rtol=1e-3), half)
     rows = [
         Row(BLAS, peers.bare_products(x, xt, torch.float32)),
         Row(ONEDNN, peers.bare_products(x, xt, torch.float32, onednn=True)),
         Row("floor: bfloat16 products", peers.bare_products(x, xt, torch.bfloat16)),
-        *(exact, bf16, ours(Exact(), half), ours(Exact("float64")), ours(Nearest(100))),
+        *(exact, bf16, ours("Exact(), bfloat16 bank", Exact(), half)),
+        *(ours('Exact("float64")', Exact("float64")), ours("Nearest(100)", Nearest(100))),
         Row("torch.cdist + softmax", lambda: peers.with_cdist(x, xt, t), judge, peer=True),
         Row("expanded distances", lambda: peers.with_products(x, xt, t), judge, peer=True),
         row("faiss, top 100", lambda: peers.with_faiss(x, xt, t, 100), judge_found, peer=True),

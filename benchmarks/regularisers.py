@@ -108,20 +108,16 @@ class Part:
         return f"{self.plan.replace(' ', '_')}-{name}-{self.setting:g}-{self.lr:g}-{self.seed}.json"
 
 
-class _Dropped(nn.Module):
-    """A network with dropout behind each SiLU."""
+def with_dropout(net: nn.Module, share: float) -> nn.Module:
+    """The network, with dropout behind each SiLU."""
 
-    def __init__(self, net: nn.Module, share: float) -> None:
-        super().__init__()
-        self.net = net
-        for module in net.modules():
-            if isinstance(module, nn.SiLU):
-                module.register_forward_hook(
-                    lambda m, _, out: nn.functional.dropout(out, share, m.training)
-                )
+    def drop(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+        return nn.functional.dropout(output, share, module.training)
 
-    def forward(self, *args: Any) -> torch.Tensor:
-        return self.net(*args)
+    for module in net.modules():
+        if isinstance(module, nn.SiLU):
+            module.register_forward_hook(drop)
+    return net
 
 
 class CarreDuChamp:
@@ -223,7 +219,7 @@ def train(part: Part, made: Made) -> dict[str, Any]:
     """Trains and measures; seconds are the processor's."""
     plan, data = PLANS[part.plan], made.data
     if part.method == "dropout":
-        data = replace(data, net=lambda: _Dropped(made.data.net(), part.setting))
+        data = replace(data, net=lambda: with_dropout(made.data.net(), part.setting))
     averages: dict[float, AveragedModel] = {}
     curves: dict[float, list[dict[str, float]]] = {0.0: []}
     every = plan.steps // EVALUATIONS

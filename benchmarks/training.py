@@ -89,9 +89,9 @@ def imagenet(options: Options) -> Report:
             curve = StageCurve.measure(made, times, seed=0, class_wise=True)
             boundary = curve.boundary(seed=0).midpoint
             report.note(f"{made.bank!r}: the boundary is measured at t = {boundary:.3f}")
-            for target in (Mix(1.0), Mix("boundary")):
+            for name, target in {"1.0": Mix(1.0), "'boundary'": Mix("boundary")}.items():
                 scheme = ClockedScheme(made, target=target, boundary=boundary)
-                schemes[f"{target!r}, {dtype} bank"] = scheme
+                schemes[f"Mix({name}), {dtype} bank"] = scheme
         step = Step(recipe("imagenet256_sdvae_sit_s"))
         _in_pairs(report, step, schemes, data.train_dataloader(), options.runs, 0.05)
     return report

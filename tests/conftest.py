@@ -12,12 +12,14 @@ import runpy
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,20 +31,35 @@ from stagewise.losses import FlowMatchingLoss
 DIM = 6
 
 PAIR = """
-# Two ranks that run one script after another: to import torch and lightning takes longer than most.
+# Two ranks that run one script after another. To import torch and lightning takes longer than most
+# scripts, so that it is done once and before the fork; the variables are those of torchrun.
 import os, runpy, sys, time, traceback
 from itertools import count
 from pathlib import Path
 
-import torch
+import numpy
+import torch.distributed
 
-folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+import stagewise.callbacks
+
+folder, parent = Path(sys.argv[1]), os.getpid()
+store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+os.environ |= {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"}
+os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+for rank in "01":
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+    if not os.fork():
+        break
+else:
+    sys.exit(any(os.wait()[1] for _ in "01"))
+numpy.random.seed()
 for number in count():
     job = folder / str(number)
     while not (job / "script.py").exists():
-        if (folder / "stop").exists():
+        if (folder / "stop").exists() or os.getppid() != parent:
             # Left to the interpreter's exit, gloo's threads now and then abort the process.
-            if torch.distributed.is_initialized():
+            if torch.distributed.is_initialized() and os.getppid() == parent:
                 torch.distributed.barrier()
                 torch.distributed.destroy_process_group()
             sys.stdout.flush()
@@ -93,8 +110,10 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def pytest_configure(config):
-    """Silences what Lightning says about its own use of torch."""
+    """Silences what Lightning says about its own use of torch, and its search for plugins."""
     config.addinivalue_line("filterwarnings", "ignore:.isinstance.treespec, LeafSpec")
+    # Each Trainer reads the metadata of all that is installed: as long as four steps of a fit.
+    registry.entry_points = cache(registry.entry_points)
 
 
 class TinyFlow(pl.LightningModule):
@@ -200,14 +219,13 @@ def make_trainer(tmp_path):
 
 
 class Pair:
-    """Two ranks under torchrun, which finds a free port itself."""
+    """Two ranks of one group, and the process that forked them."""
 
     def __init__(self, folder):
         self.folder, self.number = folder, 0
         (folder / "pair.py").write_text(PAIR)
-        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, *launch, "--nproc-per-node=2", folder / "pair.py", folder]
+        command = [sys.executable, folder / "pair.py", folder]
         self.log = (folder / "log").open("w")
         self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log)
 
@@ -328,7 +346,7 @@ def read_stages():
 def quick_figures(monkeypatch):
     """Pictures stay empty; drawing them would take most of the time of a small run."""
     for module in (figures, velocity_figures):
-        for name in set(module.__all__) - {"copies_figure", "grid_figure"}:
+        for name in module.__all__:
             if name.endswith(("_figure", "_heatmap")):
                 monkeypatch.setattr(module, name, lambda *_: Figure())
     monkeypatch.setattr(writer, "render", lambda _: np.zeros((2, 3, 3), dtype=np.uint8))

@@ -104,6 +104,7 @@ def test_a_large_bank_beside_cuda_is_bfloat16(monkeypatch, caplog):
     assert "cuda:0 has no bfloat16" in caplog.messages[-1]
 
 
+@pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize("given", [False, True])
 def test_monitor_and_scheme_move_it_once(
     make_trainer, make_loader, make_data, tiny_flow, monkeypatch, given

@@ -27,7 +27,15 @@ from stagewise.callbacks import (
 )
 from stagewise.losses import FlowMatchingLoss
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SHORT: dict[str, Any] = {  # sixteen steps in place of sixty
+    "max_epochs": 2,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+}
 
 
 def _example(name: str) -> ModuleType:
@@ -66,15 +74,14 @@ def _exact(x1: Tensor, xt: Tensor, t: float, rows: list[Tensor]) -> Tensor:
 def test_sounds_of_different_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     example = _example("audio_lengths")
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    plain = example.main(**quiet).state_dict()
-    watched = example.main(*example.WATCHING, **quiet).state_dict()
+    plain = example.main(**SHORT).state_dict()
+    watched = example.main(*example.WATCHING, **SHORT).state_dict()
     for name, value in plain.items():
         assert torch.equal(value, watched[name]), name
     calls, sounds = _targets(monkeypatch), example.sounds(240)
-    example.main(example.RUN, StageScheme(target=Mix()), **quiet)
-    assert len(calls) == 60
-    for y, given, target in calls[::20]:
+    example.main(example.RUN, StageScheme(target=Mix()), **SHORT)
+    assert len(calls) == 16
+    for y, given, target in calls[::6]:
         for i, t in enumerate(given["t"].tolist()):
             x1, xt = given["x1"][i], given["xt"][i]
             length = max(n for n in (16, 24, 32) if n <= len(x1) and x1[n - 1].any())
@@ -87,15 +94,14 @@ def test_sounds_of_different_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_action_head_of_a_robot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     example = _example("action_head")
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    plain = example.main(**quiet).state_dict()
-    watched = example.main(example.RUN, PosteriorMonitor(), **quiet).state_dict()
+    plain = example.main(**SHORT).state_dict()
+    watched = example.main(example.RUN, PosteriorMonitor(), **SHORT).state_dict()
     for name, value in plain.items():
         assert torch.equal(value, watched[name]), name
     seen, chunks, masks = (value.double() for value in example.episodes(24))
     calls = _targets(monkeypatch)
-    example.main(example.RUN, StageScheme(target=Mix()), **quiet)
-    assert len(calls) == 60
+    example.main(example.RUN, StageScheme(target=Mix()), **SHORT)
+    assert len(calls) == 16
     y, given, target = calls[-1]
     for i, t in enumerate(given["t"].double()):
         row = (chunks == given["x1"][i].double()).flatten(1).all(1).nonzero()[0, 0]

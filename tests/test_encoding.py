@@ -125,17 +125,9 @@ class Normalised(pl.LightningModule):
 
 
 @pytest.fixture
-def fit(tmp_path):
+def fit(make_trainer):
     def run(module, *callbacks, steps=2, batch=16, **options):
-        trainer = pl.Trainer(
-            max_steps=steps,
-            accelerator="cpu",
-            logger=False,
-            callbacks=list(callbacks),
-            default_root_dir=tmp_path,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-        )
+        trainer = make_trainer(*callbacks, max_steps=steps)
         torch.manual_seed(5)
         trainer.fit(module, DataLoader(TensorDataset(X), batch, shuffle=True), **options)
         return trainer

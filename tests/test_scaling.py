@@ -86,19 +86,9 @@ def off(module, rows):
 
 
 @pytest.fixture
-def fit(tmp_path):
+def fit(make_trainer):
     def run(module, *callbacks, steps=3, **options):
-        trainer = pl.Trainer(
-            max_steps=steps,
-            accelerator="cpu",
-            logger=False,
-            callbacks=list(callbacks),
-            default_root_dir=tmp_path,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **options,
-        )
+        trainer = make_trainer(*callbacks, max_steps=steps, **options)
         torch.manual_seed(5)
         trainer.fit(module, DataLoader(TensorDataset(X), 16, shuffle=True))
         return module

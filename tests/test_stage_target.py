@@ -90,19 +90,11 @@ class Step(pl.LightningModule):
 
 
 @pytest.fixture
-def fit(tmp_path):
+def fit(make_trainer):
     def run(module, *callbacks, steps=3, data=None, batch=16, **options):
         torch.manual_seed(7)
         data = TensorDataset(*clusters()) if data is None else data
-        trainer = pl.Trainer(
-            **{"max_steps": steps, "logger": False, **options},
-            accelerator="cpu",
-            callbacks=list(callbacks),
-            default_root_dir=tmp_path,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
+        trainer = make_trainer(*callbacks, **{"max_steps": steps, **options})
         trainer.fit(module, DataLoader(data, batch), DataLoader(data, batch))
         return module
 

@@ -95,7 +95,8 @@ def test_the_action_head_of_a_robot(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     example = _example("action_head")
     plain = example.main(**SHORT).state_dict()
-    watched = example.main(example.RUN, PosteriorMonitor(), **SHORT).state_dict()
+    monitor = PosteriorMonitor(strata=4, queries=8)
+    watched = example.main(example.RUN, monitor, **SHORT).state_dict()
     for name, value in plain.items():
         assert torch.equal(value, watched[name]), name
     seen, chunks, masks = (value.double() for value in example.episodes(24))

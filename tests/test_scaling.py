@@ -164,7 +164,7 @@ def test_targets_end_once_the_encoder_of_x1_has_changed(fit, said, every):
     assert len(module.seen) == every
     module = Trains(every)
     with pytest.warns(UserWarning, match="goes stale. Freeze it") as warned:
-        fit(module, StageRun(**said), PosteriorMonitor(), steps=4)
+        fit(module, StageRun(**said), PosteriorMonitor(strata=4, queries=8), steps=4)
     assert sum("goes stale" in str(w.message) for w in warned) == 1
     module = Trains(99)  # its weights are given to the optimizer, and never change
     fit(module, StageRun(**said), StageScheme(target=Mix(1.0)), steps=4)
@@ -199,7 +199,12 @@ def test_a_sample_that_is_a_row_but_for_rounding_stands_for_it(rows):
 )
 def test_a_bank_of_other_rounding_is_that_of_training(fit, said, recwarn):
     module = Makes(lambda x: x * 1.0)
-    fit(module, StageRun(**said), PosteriorMonitor(), StageScheme(target=Mix(1.0)))
+    fit(
+        module,
+        StageRun(**said),
+        PosteriorMonitor(strata=4, queries=8),
+        StageScheme(target=Mix(1.0)),
+    )
     assert off(module, X) < 1e-2
     assert not [m for m in (str(w.message) for w in recwarn) if "no rows" in m or "not on" in m]
 
@@ -215,11 +220,11 @@ ROTATE = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("what", FAR)
 def test_what_mixes_or_compares_stops_where_no_sample_is_near_a_row(fit, what):
-    for callback in (StageScheme(target=Mix(1.0)), VelocityErrorMonitor()):
+    for callback in (StageScheme(target=Mix(1.0)), VelocityErrorMonitor(strata=4, queries=8)):
         with pytest.raises(ValueError, match="no sample is near a row, the nearest is") as refused:
             fit(Makes(FAR[what]), callback)
     with pytest.warns(UserWarning, match="Training is not on what was read"):
-        fit(Makes(FAR[what]), PosteriorMonitor())
+        fit(Makes(FAR[what]), PosteriorMonitor(strata=4, queries=8))
     if what == "flip":
         assert "read_batch=lambda batch: (batch[0].flip(3), None);" in str(refused.value)
         module = Makes(FAR[what])
@@ -237,4 +242,4 @@ def test_what_mixes_or_compares_stops_where_no_sample_is_near_a_row(fit, what):
 )
 def test_what_augments_a_little_is_only_warned_of(fit, augment):
     with pytest.warns(UserWarning, match="Training is not on what was read"):
-        fit(Makes(augment), PosteriorMonitor(), StageScheme(target=Mix(1.0)))
+        fit(Makes(augment), PosteriorMonitor(strata=4, queries=8), StageScheme(target=Mix(1.0)))

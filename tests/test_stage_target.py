@@ -323,7 +323,7 @@ def test_watching_a_checkpointed_step_with_a_trained_encoder_changes_nothing_but
 
     plain = fit(Trained())
     with pytest.warns(UserWarning, match=r"requires_grad_\(False\)"):
-        watched = fit(Trained(), PosteriorMonitor())
+        watched = fit(Trained(), PosteriorMonitor(strata=4, queries=8))
     assert all(map(torch.equal, plain.parameters(), watched.parameters()))
     with pytest.raises(ValueError, match="goes stale. Freeze it"):
         fit(Trained(), steer())
@@ -552,7 +552,7 @@ def test_other_ways_to_train_are_steered_and_watched_alike(fit, make, options, w
         return getattr(module, "_orig_mod", module)
 
     if watch:
-        runs = trained(), trained(PosteriorMonitor())
+        runs = trained(), trained(PosteriorMonitor(strata=4, queries=8))
         assert all(map(torch.equal, *(run.state_dict().values() for run in runs)))
         return
     x, y = clusters()
@@ -631,5 +631,5 @@ def test_an_encoder_whose_draws_are_not_seen_is_named_without_a_line_that_does_n
             return (self.net(t * x1 + (1 - t) * x0, t, y) - x1 + x0).square().mean()
 
     with pytest.warns(UserWarning, match=r"called with x_1 alone before .*encode=") as told:
-        fit(Encoded(), PosteriorMonitor())
+        fit(Encoded(), PosteriorMonitor(strata=4, queries=8))
     assert not any("velocity=" in str(each.message) for each in told)

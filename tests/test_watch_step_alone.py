@@ -14,6 +14,7 @@ pytestmark = [
 ]
 
 N = 64
+FEW = {"strata": 4, "queries": 8}
 draws = torch.Generator().manual_seed(2)
 X = torch.randn(N, 6, 2, generator=draws)
 Y = torch.arange(N) % 4
@@ -71,16 +72,16 @@ def train(kind, *callbacks, given=True, shown=False, data=None, **said):
 def test_what_the_step_gives_is_enough(kind, tmp_path):
     said = {**SAID[kind], "dirpath": tmp_path}
     expected = train(kind, StageScheme(target=Mix(1.0)), shown=True, **said)
-    steered = train(kind, PosteriorMonitor(), StageScheme(target=Mix(1.0)), **said)
+    steered = train(kind, PosteriorMonitor(**FEW), StageScheme(target=Mix(1.0)), **said)
     assert torch.equal(steered, expected)
     if kind != "condition":  # its network is asked about rows
-        train(kind, VelocityErrorMonitor(), **said)
+        train(kind, VelocityErrorMonitor(**FEW), **said)
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_classes_are_those_of_the_bank_where_no_loader_is_given(given, tmp_path, recwarn):
     expected = train("labels", StageScheme(target=Mix(1.0)), shown=True, **SAID["labels"])
-    bank, callbacks = LatentBank(X, Y), (StageScheme(target=Mix(1.0)), VelocityErrorMonitor())
+    bank, callbacks = LatentBank(X, Y), (StageScheme(target=Mix(1.0)), VelocityErrorMonitor(**FEW))
     steered = train("labels", *callbacks, data=bank, given=given, dirpath=tmp_path)
     assert torch.allclose(steered, expected, atol=1e-5)
     assert not [m for m in (str(w.message) for w in recwarn) if "upper bound" in m or "kernel" in m]

@@ -149,8 +149,10 @@ class Marks(pl.Callback):
         self.seen = len(self.syncs.places)
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 1.0}])
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(
+    ("options", "labelled"),
+    [({"gradient_clip_val": 1.0}, False), ({"precision": "bf16-mixed"}, True), ({}, True)],
+)
 def test_between_the_probes_nothing_waits(
     make_trainer, make_loader, make_data, tiny_flow, tmp_path, options, labelled
 ):

@@ -180,6 +180,7 @@ def test_pictures_go_where_the_logger_takes_them_and_text_does_not(write, tmp_pa
     np.testing.assert_array_equal(pixels(image), pixels(tmp_path / "files/curve.png"))
 
 
+@pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize("kind", [Named, Weights, Flow, Comet, Board])
 def test_a_run_with_any_logger_has_its_scalars_with_ascending_steps(
     make_data, make_loader, make_trainer, tiny_flow, kind
@@ -221,6 +222,7 @@ def test_a_logger_that_fails_warns_once_and_the_others_go_on(write, tmp_path):
         show_pictures({"c": figure()}, "evaluation", None, [Broken()], 3)
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_a_run_whose_logger_fails_at_pictures_ends_as_it_should(
     make_data, make_loader, make_trainer, tiny_flow
 ):
@@ -236,6 +238,7 @@ def test_a_run_whose_logger_fails_at_pictures_ends_as_it_should(
 # -- the libraries themselves ---------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("quick_figures")
 @MISSING["pytorch_lightning"]
 def test_tensorboard_of_pytorch_lightning(
     make_data, make_loader, make_trainer, tiny_flow, tmp_path

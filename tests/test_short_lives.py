@@ -100,27 +100,22 @@ class Module(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-3)
 
 
-def trained(callbacks, folder, rows, labelled, steps=20):
-    """A training on so many rows; with labels there is one held-out sample, else none."""
-    x = torch.randn(rows + 1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    parts = (x, torch.arange(rows + 1) % 2) if labelled else (x,)
-    train, other = (
-        TensorDataset(*(p[at] for p in parts)) for at in (slice(rows), slice(rows, None))
-    )
-    trainer = pl.Trainer(
-        max_steps=steps,
-        callbacks=callbacks,
-        default_root_dir=folder,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    module = Module()
-    trainer.fit(module, DataLoader(train, 64), *[DataLoader(other, 64)] * labelled)
-    return module
+@pytest.fixture
+def trained(make_trainer):
+    """Trains on so many rows; with labels there is one held-out sample, else none."""
+
+    def train(callbacks, rows, labelled):
+        x = torch.randn(rows + 1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        parts = (x, torch.arange(rows + 1) % 2) if labelled else (x,)
+        train, other = (
+            TensorDataset(*(p[at] for p in parts)) for at in (slice(rows), slice(rows, None))
+        )
+        trainer = make_trainer(*callbacks, max_steps=20, num_sanity_val_steps=0)
+        module = Module()
+        trainer.fit(module, DataLoader(train, 64), *[DataLoader(other, 64)] * labelled)
+        return module
+
+    return train
 
 
 def strict(text):
@@ -139,15 +134,15 @@ def events_of(folder):
     ("rows", "labelled"), [(1, False), (2, False), (2, True), (5, False), (5, True), (20, True)]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_short_training(kind, rows, labelled, tmp_path, lightning_log, recwarn):
+def test_a_short_training(trained, kind, rows, labelled, tmp_path, lightning_log, recwarn):
     refused = r"at least 2 rows, got \(1, 2, 4, 4\)\. A posterior" if rows == 1 else None
     if (kind, rows) == ("times", 2):  # one of two rows weighs a half at all t
         refused = r"got 0\.0: one of the stages would be empty\. Use Uniform\(\)"
     if refused is not None:
         with pytest.raises(ValueError, match=refused):
-            trained(KINDS[kind](), tmp_path, rows, labelled)
+            trained(KINDS[kind](), rows, labelled)
         return
-    module = trained(KINDS[kind](), tmp_path, rows, labelled)
+    module = trained(KINDS[kind](), rows, labelled)
     assert all(bool(value.isfinite().all()) for value in module.state_dict().values())
     said = " ".join(record.getMessage() for record in lightning_log.records)
     warned = [
@@ -182,10 +177,10 @@ def test_a_short_training(kind, rows, labelled, tmp_path, lightning_log, recwarn
         assert math.isfinite(forecast["share_se"])
 
 
-def test_more_reference_rows_than_there_are_is_refused_before_the_first_step(tmp_path):
+def test_more_reference_rows_than_there_are_is_refused_before_the_first_step(trained):
     target = ReferenceSet(1000, lam="boundary")
     with pytest.raises(ValueError, match=r"at most 5, the rows of the bank, got 1000\. For all"):
-        trained([StageScheme(target=target)], tmp_path, 5, False)
+        trained([StageScheme(target=target)], 5, False)
 
 
 def test_smoothing_of_few_rows():

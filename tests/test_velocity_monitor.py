@@ -176,7 +176,9 @@ class Asked(pl.Callback):
         self.probes = probes
 
 
-def test_stop_and_resume_equals_not_stopping(fit, tiny_flow, make_data, weights, tmp_path):
+def test_stop_and_resume_equals_not_stopping(
+    fit, make_trainer, tiny_flow, make_data, weights, tmp_path
+):
     x, _ = make_data()
     loader = DataLoader([(row,) for row in x], 8)
     runs = {}
@@ -195,17 +197,8 @@ def test_stop_and_resume_equals_not_stopping(fit, tiny_flow, make_data, weights,
     monitor = VelocityErrorMonitor(**SMALL)
     model = tiny_flow(seeded=True)
     model.validation_step = lambda batch, batch_idx: None
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=16,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        callbacks=[monitor, StageTransitions()],
-        default_root_dir=tmp_path / "second",
+    trainer = make_trainer(
+        monitor, StageTransitions(), max_steps=16, default_root_dir=tmp_path / "second"
     )
     others = DataLoader([(row,) for row in make_data(40)[0] + 0.1], 8)
     trainer.fit(model, loader, others, ckpt_path=tmp_path / "first.ckpt")

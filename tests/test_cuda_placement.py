@@ -17,7 +17,7 @@ def bank():
 
 
 ENGINES = (
-    Exact("float32", chunk_size=7),
+    Exact("float32", chunk_size=8),
     Exact("float64"),
     Nearest(12, precision="float32"),
     Nearest(12, draws=5, precision="float32"),
@@ -30,18 +30,21 @@ def assert_on_cuda(*tensors):
 
 
 @pytest.mark.parametrize("residency", ["cuda", "cpu"])
-@pytest.mark.parametrize("labels", [None, [0, 1, 2, 3, 0]])
-@pytest.mark.parametrize("path", [LinearPath(), VPPath()], ids=repr)
+@pytest.mark.parametrize("labels", [None, [0, 2, 3]])
 @pytest.mark.parametrize("engine", ENGINES, ids=repr)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("path", "dtype"),
+    [(LinearPath(), torch.float32), (VPPath(), torch.bfloat16)],
+    ids=["linear-float32", "vp-bfloat16"],
+)
 def test_oracle_on_cuda(bank, residency, labels, path, engine, dtype):
     """Fake tensors hold no numbers, so that a device sync is an error too."""
     bank = LatentBank(bank.rows.unflatten(1, bank.shape), torch.arange(60) // 15, dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         oracle = Oracle(bank.to(residency), path, engine, null_class=3)
-        xt = torch.randn(5, 3, 4, 4, device="cuda")
-        x1, t = torch.randn_like(xt), torch.rand(5, device="cuda")
-        source = torch.arange(5, device="cuda")
+        xt = torch.randn(3, 3, 4, 4, device="cuda")
+        x1, t = torch.randn_like(xt), torch.rand(3, device="cuda")
+        source = torch.arange(3, device="cuda")
         post = oracle.posterior(xt, t, labels, source=source, k=3)
         tensors = [value for value in vars(post).values() if isinstance(value, torch.Tensor)]
         assert len(tensors) == 8
@@ -51,7 +54,7 @@ def test_oracle_on_cuda(bank, residency, labels, path, engine, dtype):
         assert_on_cuda(correction, velocity)
         assert correction.shape == velocity.shape == xt.shape
         assert post.mean.shape == xt.shape
-        assert post.weights.shape == post.rows.shape == (5, 3)
+        assert post.weights.shape == post.rows.shape == (3, 3)
 
 
 class Moved(TorchDispatchMode):

@@ -32,8 +32,8 @@ CASES = (
 """Target, prediction, whether a source is told, and whether labels decide."""
 
 
-def batch(dim, dtype):
-    """A bank of unequal classes, and x_1 of every kind, at all times."""
+def batch(dim, dtype, turn=0):
+    """A bank of unequal classes, and x_1 of every kind, each at one time: another one each turn."""
     generator = torch.Generator().manual_seed(dim)
     labels = torch.tensor([7] * 6 + [-3] * 20 + [40] + [9] * 5)
     x = 2 + torch.randn(32, dim, generator=generator)
@@ -51,19 +51,17 @@ def batch(dim, dtype):
     source = torch.full((8,), -1)
     source[5], source[6] = at[15], at[0]
     y[7] = 9  # a row, but of another class
-    x1, y, source = (
-        value.repeat(len(TIMES), *(1,) * (value.ndim - 1)) for value in (x1, y, source)
-    )
-    t = torch.tensor(TIMES).repeat_interleave(8)
+    t = torch.tensor([TIMES[(k + turn) % len(TIMES)] for k in range(8)])
     x0 = torch.randn(x1.shape, generator=generator)
     return bank, LinearPath().interpolate(x0, x1, t), t, x1, y, source
 
 
 def errors(dim, dtype):
     """How far targets by kernels are from those by the exact engine, as a share of them."""
-    bank, xt, t, x1, labels, source = batch(dim, dtype)
-    oracle, worst = Oracle(bank, engine=Exact("float64")), {}
-    for what, kind, told, named in CASES:
+    worst = {}
+    for turn, (what, kind, told, named) in enumerate(CASES, SHAPES.index((dim, dtype))):
+        bank, xt, t, x1, labels, source = batch(dim, dtype, turn)
+        oracle = Oracle(bank, engine=Exact("float64"))
         given = {"xt": xt, "t": t, "x1": x1, "prediction": Prediction(kind), "boundary": 0.4}
         given |= {"source": source if told else None, "on_missing": "insert"}
         if not named:  # a class is that of its row, or else what is said

@@ -46,7 +46,10 @@ def configuration(run_dir, *overrides):
 
 
 def test_recipe_trains_reports_and_writes(tmp_path, capsys):
-    results = train(configuration(tmp_path))
+    # The pictures of these two are drawn in test_imagenet_recipe.py.
+    less = ["+callbacks.errors.figures=0", "+callbacks.memorization.figures=0"]
+    less += ["callbacks.errors.queries=8", "callbacks.memorization.samples=8"]
+    results = train(configuration(tmp_path, *less, "callbacks.memorization.steps=4"))
     out = capsys.readouterr().out
     for text in ("predicted from spectrum", "midpoint", "collapsed", "held out", "floor"):
         assert text in out

@@ -110,7 +110,7 @@ def trained(make_trainer):
         train, other = (
             TensorDataset(*(p[at] for p in parts)) for at in (slice(rows), slice(rows, None))
         )
-        trainer = make_trainer(*callbacks, max_steps=20, num_sanity_val_steps=0)
+        trainer = make_trainer(*callbacks, max_steps=10, num_sanity_val_steps=0)
         module = Module()
         trainer.fit(module, DataLoader(train, 64), *[DataLoader(other, 64)] * labelled)
         return module

@@ -94,7 +94,7 @@ CASES = {
     "cluster-exact": Case(
         lambda: TorchCluster(K, max_tail=1e-6), "all", "bounded", 1e-6, dtypes=ONE
     ),
-    "auto": Case(Auto, "all", "measured", promised=True),
+    "auto": Case(Auto, "all", "measured", dtypes=ONE, promised=True),
 }
 
 

@@ -176,7 +176,7 @@ def test_the_average_begins_at_the_initial_weights(tmp_path, latents):
 # -- training -------------------------------------------------------------------------------------
 
 
-def test_three_steps_with_all_callbacks_then_two_more(tmp_path, latents, capsys):
+def test_three_steps_with_all_callbacks_then_two_more(tmp_path, latents, capsys, request):
     steps = ["trainer.max_steps=3", "callbacks.checkpoint.every_n_train_steps=1"]
     results = train(configuration(latents, tmp_path, "callbacks=steer", *WATCHED, *steps))
     assert np.isfinite(results["train_loss"])
@@ -197,6 +197,7 @@ def test_three_steps_with_all_callbacks_then_two_more(tmp_path, latents, capsys)
     changed = OmegaConf.merge(more, {"data": {"held_out": 20}, "module": {"lr": 1.0}})
     with pytest.raises(ValueError, match=r"lr=1.0 \(was 0.0001\), data.held_out=20 \(was 40\)"):
         train(changed)
+    request.getfixturevalue("quick_figures")
     train(more)
     assert torch.load(last, weights_only=True)["global_step"] == 5
 

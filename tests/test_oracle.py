@@ -1,6 +1,7 @@
 """The oracle against a float64 brute force, exact cases, and properties it must have."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ def brute_force(bank, xt, t, path):
     return weights @ x, weights
 
 
+@cache
 def make_bank(dim, n=150, seed=0, shift=0.0):
     """Rows with an exact duplicate, a near duplicate 1e-3 apart, and a cluster of such."""
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +69,7 @@ def test_mean_and_correction_equal_brute_force(path, t, dim, shift):
     got = oracle.posterior(xt, times).mean
     assert ((got - mean).norm(dim=1) / mean.norm(dim=1)).max() < 1e-5
     coefficients = path(times.double())
-    for kind in PREDICTIONS:
+    for kind in PREDICTIONS[:2] if shift else PREDICTIONS:  # a shift is lost in the mean, if at all
         prediction = Prediction(kind)
         c, _ = prediction.coefficients(coefficients)
         expected = c[:, None] * (mean - x1.double())

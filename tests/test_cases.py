@@ -167,8 +167,8 @@ def argument(message):
 
 
 def cured(run, make, kind, data, names, most=3):
-    """Pastes what messages say until none is left; gives the arguments."""
-    given = []
+    """Pastes what messages say until none is left; gives the arguments, and the run without."""
+    given, first = [], None
     for _ in range(most + 1):
         module = make()
         line = f"StageRun({', '.join(given)})"
@@ -176,8 +176,9 @@ def cured(run, make, kind, data, names, most=3):
         if given:
             callbacks.insert(0, eval(line, {**globals(), **names, "module": module}))
         came = run(module, callbacks, data())
+        first = first or came
         if came.error is None and not came.said:
-            return given
+            return given, first
         if came.error is not None:
             assert came.unchanged, "refused too late"
         given.append(argument(" ".join([*came.said, str(came.error or "")])))
@@ -276,17 +277,17 @@ def test_waveforms_that_the_module_encodes(kind, word, run):
     def data():
         return DataLoader(Rows(audio=WAVES, label=Y), 16, shuffle=True)
 
-    line = "encode=lambda x, module: module.encoder(x)"
-    came = run(Audio(), KINDS[kind](), data())
-    message = " ".join([*came.said, str(came.error or "")])
-    assert came.unchanged == (came.error is not None) == (kind == "mixing")
-    if kind in WATCHING:
-        assert "Training encodes x_1, batch['audio'], and the bank is read again" in message
-    else:
-        assert f"training encodes x_1. Say so: {line}, or give what is trained on:" in message
-        assert "bank=LatentBank(latents, labels)" in message
     if word == "encode":
-        assert cured(run, Audio, kind, data, {}) == [line]
+        line = "encode=lambda x, module: module.encoder(x)"
+        given, came = cured(run, Audio, kind, data, {})
+        assert given == [line]
+        message = " ".join([*came.said, str(came.error or "")])
+        assert came.unchanged == (came.error is not None) == (kind == "mixing")
+        if kind in WATCHING:
+            assert "Training encodes x_1, batch['audio'], and the bank is read again" in message
+        else:
+            assert f"training encodes x_1. Say so: {line}, or give what is trained on:" in message
+            assert "bank=LatentBank(latents, labels)" in message
         return
     with torch.no_grad():
         latents = Audio().encoder(WAVES)
@@ -327,7 +328,7 @@ def test_another_tensor_of_the_batch_than_the_image(kind, run):
     def data():
         return DataLoader(Rows(image=IMAGES, surface=SURFACES), 16, shuffle=True)
 
-    given = cured(run, Depth, kind, data, {})
+    given, _ = cured(run, Depth, kind, data, {})
     # That the oracle does not heed the image is another matter, said for itself.
     others = [] if kind == "times" else ["class_wise=False"]
     assert sorted(given) == [*others, "read_batch=lambda batch: (batch['surface'], None)"]
@@ -617,13 +618,11 @@ def test_values_in_another_order(kind, order, run):
         return module
 
     flat, watches = order == "flat", kind in WATCHING
-    came = run(make(), KINDS[kind](), loader(PICTURES, Y))
+    names = {"latents": ORDERS[order](PICTURES), "labels": Y}
+    given, came = cured(run, make, kind, lambda: loader(PICTURES, Y), names)
     message = " ".join([*came.said, str(came.error or "")])
     assert (came.error is None) == (kind in ("posterior", "times") or (flat and watches))
     assert ("reshapes" if flat else "in another") in message
-    latents = ORDERS[order](PICTURES)
-    names = {"latents": latents, "labels": Y}
-    given = cured(run, make, kind, lambda: loader(PICTURES, Y), names)
     if flat:
         assert given == ["encode=lambda x, module: x.reshape(-1, 48)"]
     else:
@@ -725,7 +724,8 @@ def test_a_find_to_paste(kind, batch, run):
     )
     assert "`read_batch` to return" in str(came.error)
     assert "For example: read_batch=lambda batch: (batch" in str(came.error)
-    assert len(cured(run, Module, kind, data, {})) == 1
+    given, _ = cured(run, Module, kind, data, {})
+    assert len(given) == 1
 
 
 class Hand(Plain):
@@ -974,20 +974,24 @@ def test_a_scheduler_that_samples_beside_what_trains(kind, where, run, read_stag
         assert isinstance(callbacks[0].scheme.path, CosinePath)
 
 
-@pytest.mark.parametrize("kind", ["posterior", "mixing", "times"])
-def test_a_module_that_is_compiled_trains_as_it_would(kind, run):
+def test_a_module_that_is_compiled_trains_as_it_would(run):
     """`torch.compile(module)` as a whole: the oracle stays outside of what is traced.
 
     The others are refused, as no hook may be put inside: test_situations.py.
     """
+
+    def all_that_may():
+        return [posterior(), StageScheme(target=Mix("boundary"), timesteps=StageAware(0.5))]
+
     torch._dynamo.reset()
-    came = run(torch.compile(Plain(), backend="eager"), KINDS[kind](), max_steps=5)
-    plain = run(Plain(), KINDS[kind](), max_steps=5)
+    came = run(torch.compile(Plain(), backend="eager"), all_that_may(), max_steps=5)
+    plain = run(Plain(), all_that_may(), max_steps=5)
     torch._dynamo.reset()
     assert came.error is None
     torch.testing.assert_close(came.weights, plain.weights, rtol=1e-5, atol=1e-6)
-    if kind not in WATCHING:
-        assert not torch.allclose(came.weights, run(Plain(), [], max_steps=5).weights, atol=1e-4)
+    for kind in ("mixing", "times"):
+        part = run(Plain(), KINDS[kind](), max_steps=5)
+        assert not torch.allclose(came.weights, part.weights, atol=1e-4), "the other steers too"
 
 
 @pytest.mark.parametrize("kind", ["posterior", "mixing", "times"])
@@ -1077,12 +1081,9 @@ def named():
 def test_a_step_that_changes_its_batch_in_place(kind, make, run):
     """The batch of after the step is not what the bank was read from."""
     data = named if issubclass(make, ReplacesItem) else loader
-    came = run(make(), KINDS[kind](), data())
-    message = " ".join([*came.said, str(came.error or "")])
-    line = f"encode=lambda x, module: {IN_PLACE[make]}"
-    assert line in message
+    given, came = cured(run, make, kind, data, {})
+    assert given == [f"encode=lambda x, module: {IN_PLACE[make]}"]
     assert came.unchanged == (came.error is not None) == (kind == "mixing")
-    assert cured(run, make, kind, data, {}) == [line]
     if make is Standardises:
         given = [StageRun(bank=LatentBank((X - 2) / 0.2, Y)), *KINDS[kind]()]
         came = run(make(), given, data())

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -458,11 +459,23 @@ def train(phases, steps):
     return seen
 
 
-def test_phases_follow_one_another():
-    phases = make_phases()
+STOPS = (1, 4, 7, 8, 15, 30, 47, 48, 55)
+
+
+@pytest.fixture(scope="module")
+def through():
+    """A run that does not stop: what it sees, and its state at each place to stop and its end."""
+    phases, seen, states = make_phases(), [], {}
     phases.set_boundary(0.5)
     phases.check()
-    seen = train(phases, range(TOTAL))
+    for start, stop in pairwise((0, *STOPS, TOTAL)):
+        seen += train(phases, range(start, stop))
+        states[stop] = pickle.dumps(phases.state_dict())
+    return seen, states
+
+
+def test_phases_follow_one_another(through):
+    seen, _ = through
     indices = [entry[0] for entry in seen]
     assert indices == sorted(indices)
     assert indices[5] == 0
@@ -475,15 +488,10 @@ def test_phases_follow_one_another():
     assert "ends at step 48 (80% of 60 steps); phase 3 begins" in messages[2]
 
 
-@pytest.mark.parametrize("stop", [1, 4, 7, 8, 15, 30, 47, 48, 55])
-def test_a_run_that_resumes_equals_one_that_did_not_stop(stop):
-    whole = make_phases()
-    whole.set_boundary(0.5)
-    expected = train(whole, range(TOTAL))
-    first = make_phases()
-    first.set_boundary(0.5)
-    train(first, range(stop))
-    state = pickle.loads(pickle.dumps(first.state_dict()))
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_run_that_resumes_equals_one_that_did_not_stop(through, stop):
+    expected, states = through
+    state = pickle.loads(states[stop])
     assert_plain(state)
     second = make_phases()  # which knows no boundary but from the state
     second.load_state_dict(state)
@@ -493,7 +501,7 @@ def test_a_run_that_resumes_equals_one_that_did_not_stop(stop):
         assert one[-1] == other[-1]
         for a, b in zip(one[1:-1], other[1:-1], strict=True):
             assert torch.equal(a, b)
-    assert repr(whole.state_dict()) == repr(second.state_dict())
+    assert repr(pickle.loads(states[TOTAL])) == repr(second.state_dict())
 
 
 def assert_plain(state):

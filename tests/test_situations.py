@@ -254,6 +254,7 @@ def pasted(message, kind, module):
 
 
 ALONE = list(itertools.product(SITUATIONS, KINDS))
+ALONE.remove(("compiled", "times"))  # its weights are compared in test_cases.py
 
 
 @pytest.mark.parametrize(("situation", "kind"), ALONE, ids=lambda value: value)

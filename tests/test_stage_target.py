@@ -359,14 +359,14 @@ FEW = {"every_n_steps": 2, "queries": 4, "strata": 4}
         ((), None, "The first step did not call module.target"),
     ],
 )
-def test_monitors_refuse_targets_that_are_not_the_one_of_the_step(fit, called, maker, said):
+def test_monitors_refuse_targets_that_are_not_the_one_of_the_step(fit, called, target_maker, said):
     module = type("Calls", (Two,), {"called": called})()
     if not called:
         module.training_step = lambda batch, batch_idx: module.velocity(
             batch[0], torch.rand(len(batch[0]), 1), batch[1]
         ).mean()
     with pytest.raises(ValueError, match=re.escape(said)) as error:
-        fit(module, VelocityErrorMonitor(**FEW, **({"maker": maker} if maker else {})))
+        fit(module, VelocityErrorMonitor(**FEW, target_maker=target_maker))
     assert "velocity=" not in str(error.value)
 
 

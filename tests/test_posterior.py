@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stagewise import Posterior, merge
-from stagewise.posterior import Rest, posterior_of, put
+from stagewise.posterior import Rest, posterior_of, replace_queries
 
 STATISTICS = ("log_evidence", "entropy", "ess", "weights", "tail_mass")
 
@@ -83,6 +83,11 @@ def test_parts_of_a_batch_are_put_where_they_belong():
     same(mixed, whole)
     wrong, _ = of(logits(5, 6, seed=1))
     same(
-        put(put(wrong, [1, 4], of(values[[1, 4]])[0], 5), [0, 2, 3], of(values[[0, 2, 3]])[0], 5),
+        replace_queries(
+            replace_queries(wrong, [1, 4], of(values[[1, 4]])[0], 5),
+            [0, 2, 3],
+            of(values[[0, 2, 3]])[0],
+            5,
+        ),
         whole,
     )

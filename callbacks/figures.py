@@ -128,7 +128,7 @@ def heatmap_figure(
     rows = np.clip(edges, *axes.get_ylim())
     mesh = axes.pcolormesh(columns, rows, top1.T, vmin=0, vmax=1, cmap=MAGNITUDE)
     middles = columns[:-1] + np.diff(columns) / 2
-    axes.plot(middles, midpoints, "w.-", lw=1, ms=4, label="midpoint: mean weight 0.5")
+    axes.plot(middles, midpoints, "w.-", lw=1, ms=4, label="midpoint of each probe")
     heading(axes, "Posterior concentration while training", about)
     legend(figure, on="0.4")
     figure.colorbar(mesh, label="mean largest posterior weight")

@@ -56,7 +56,8 @@ class PosteriorMonitor(Monitor):
 
     **To TensorBoard** also the figures `concentration`, `target_difference` and `heatmap`, and a
     custom-scalars layout (which replaces a layout of yours, if any). **To disk**, in `dirpath`:
-    `stages.jsonl` (one line for the bank, one per probe) and the figures as PNG.
+    `stages.jsonl` (one line for the bank, one per probe) and the figures as PNG. Figures mark the
+    one boundary of the run, that of its first probe; `heatmap` also the midpoint of each probe.
 
     When not to use it: with couplings that make noise and data dependent (minibatch OT); with data
     sets without a fixed set of samples (streams). Where a model is conditioned on more than classes
@@ -93,7 +94,7 @@ class PosteriorMonitor(Monitor):
 
     order = 1
     data_only = True
-    held = (*Monitor.held, "recipe")
+    held = (*Monitor.held, "recipe", "_marked")
     event = "probe"
     charts = {
         "boundary (t, 0 = noise)": "/(midpoint|collapsed|predicted)$",
@@ -261,6 +262,7 @@ class PosteriorMonitor(Monitor):
     def measure(self, step: int) -> dict[str, Any]:
         curve = self.run.curve(self.recipe, step, "a probe of PosteriorMonitor")
         self.curve, self.boundary = curve, curve.boundary(seed=self.seed)
+        self._marked = self.run.boundary(self.oracle, self.wise)
         return {
             **self.boundary.as_dict(),
             "t": curve.times.tolist(),
@@ -284,14 +286,13 @@ class PosteriorMonitor(Monitor):
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
         bank = self.oracle.bank
         assert self.curve is not None
-        assert self.boundary is not None
         about = f"{counted(len(bank), self.queries, self.strata)}, D = {bank.dim}"
         about += f", class-wise ({len(bank.classes)} classes)" if self.wise else ""
         about += "".join(f", {kernel}" for kernel in self.over.values())
         about += f", step {probes[-1]['step']}"
         # A resumed run may have been given another number of strata.
         alike = [entry for entry in probes if len(entry["t"]) == self.strata]
-        found = (self.curve, self.boundary, self.predicted, about)
+        found = (self.curve, self._marked, self.predicted, about)
         return {
             "concentration": pictures.concentration_figure(*found),
             "target_difference": pictures.target_difference_figure(*found),

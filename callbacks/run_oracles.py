@@ -54,7 +54,7 @@ class RunOracles(StageCallback):
         began: Optimizer steps at the start of training.
         encoding: What training makes of x_1, as its first step has shown; None if nothing.
         path: The path of training, and `path_from`, how it is known; empty if it is assumed.
-        recipes: How boundaries are measured.
+        recipes: How boundaries are measured, and `measured_at`, the step whose draws they take.
         reservoir: The samples seen, if they stand for the training set.
         waiting: Callbacks that start once it is full.
     """
@@ -82,7 +82,7 @@ class RunOracles(StageCallback):
     def recall(self) -> None:
         """Takes up boundaries and encoding of a checkpoint, and forgets all else."""
         self.forget()
-        self._reread, self._measured_at = False, self.began
+        self._reread, self.measured_at = False, self.began
         steps = (member.stashed_run.get("encoding") for member in self.members if self.began)
         self.encoding = next((Encoding(_nested(each, tuple)) for each in steps if each), None)
         kept = [member.stashed_run.get("boundaries") for member in self.members if self.began]
@@ -325,7 +325,7 @@ class RunOracles(StageCallback):
         recipe = recipe or Recipe.of(oracle, wise)
         recorded = self._records.get(_recorded_as(recipe))
         if recorded is None:
-            curve = self.curve(recipe, self._measured_at, "measuring the boundary")
+            curve = self.curve(recipe, self.measured_at, "measuring the boundary")
             found = curve.boundary(seed=recipe.seed)
         else:
             found = StageBoundary(**recorded)
@@ -334,7 +334,7 @@ class RunOracles(StageCallback):
 
     def forget_rows(self) -> None:
         """Has the training set read again when it is next asked for."""
-        self._reread, self._measured_at, self._records = True, self.host.global_step, {}
+        self._reread, self.measured_at, self._records = True, self.host.global_step, {}
         self.forget()
 
     def record(self, callback: StageCallback) -> dict[str, Any]:

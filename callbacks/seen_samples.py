@@ -54,7 +54,7 @@ class SeenSamples:
             run.start_members()
         elif run.waiting and run.settled and not run.host.any(not self._reservoir.full):
             late, run.waiting = run.waiting, ()
-            run.first_step = run.host.global_step
+            run.first_step = run.measured_at = run.host.global_step
             run.members = sorted([*run.members, *late], key=lambda m: (m.order, m.name))
             for what in ("start", "before_first_batch", "settle"):
                 for member in late:

@@ -19,6 +19,7 @@ from stagewise.callbacks import (
     PosteriorMonitor,
     StageTransitions,
     VelocityErrorMonitor,
+    writer,
 )
 from stagewise.callbacks.stage_transitions import NAVIGATION_LEARNED
 from stagewise.velocity_probe import STAGES
@@ -196,3 +197,19 @@ def test_a_folder_that_cannot_be_written(fit, tiny_flow, weights, tmp_path, kind
     with pytest.raises(OSError, match=r"Cannot write .*stages\.jsonl: .*dirpath=\.\.\."):
         fit(*callbacks, Look())
     assert seen == []
+
+
+def test_every_picture_of_a_run_marks_the_same_boundary(fit, monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(
+        writer.Writer, "pictures", lambda self, figures, step: drawn.update(figures)
+    )
+    posterior = PosteriorMonitor(**FEW, figures=1)
+    errors = VelocityErrorMonitor(**FEW, figures=1)
+    fit(posterior, errors, logger=CSVLogger(tmp_path))
+    first, last = posterior.history[0]["midpoint"], posterior.history[-1]["midpoint"]
+    assert f"{first:.3f}" != f"{last:.3f}", "probes have draws of their own"
+    for name in ("concentration", "target_difference", "loss_by_t", "stages_and_error"):
+        (legend,) = drawn[name].legends
+        (said,) = [text for one in legend.texts if (text := one.get_text()).startswith("midpoint")]
+        assert said.startswith(f"midpoint  t = {first:.3f}"), name

@@ -110,7 +110,7 @@ class ModelMonitor(Monitor):
                 'is trained on: convention="pi0", another name of stagewise.conventions, or the '
                 f"noise scheduler.{ask}"
             )
-        with self.run.together("finding its network"):
+        with self.run.host.together("finding its network"):
             found, x1, call = look.search.result(), look.search.x1, look.search.call
             self.network = look.network or found
             assert x1 is not None

@@ -175,7 +175,7 @@ class Monitor(StageCallback):
 
     def together(self) -> AbstractContextManager[None]:
         """Probes on every rank, or raises on all of them; see `Host.together`."""
-        return self.run.together(f"a probe of {type(self).__name__}")
+        return self.run.host.together(f"a probe of {type(self).__name__}")
 
     def probe(self, step: int, *, at_end: bool = False) -> None:
         """Probes, draws and writes; a collective."""

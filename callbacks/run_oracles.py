@@ -7,7 +7,6 @@ said, what another callback has said, or what is found in the training: in this 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -129,10 +128,6 @@ class RunOracles(StageCallback):
             read_batch, self.module, encode or self.encoding, lambda: self.host.precision()
         )
 
-    def together(self, what: str) -> AbstractContextManager[None]:
-        """Does something on every rank, or raises on all of them; see `Host.together`."""
-        return self.host.together(what)
-
     def open_writer(self, callback: StageCallback) -> Writer:
         """Where a callback writes; a collective."""
         folder = callback.dirpath
@@ -248,7 +243,7 @@ class RunOracles(StageCallback):
         if certificate is not None:
             # One of each host first; the others find its file.
             for first in (True, False):
-                with self.together("reading its certificate"):
+                with self.host.together("reading its certificate"):
                     mine = first == (self.host.local_rank == 0)
                     if mine and not isinstance(certificate, Certificate):
                         wise = self.class_wise(callback)
@@ -289,7 +284,7 @@ class RunOracles(StageCallback):
             return self._curve[2]
         host = self.host
         ranks = {"rank": host.rank, "world_size": host.world_size}
-        with self.together(what):
+        with self.host.together(what):
             curve = recipe.measure(step, device=oracle_device(host.device), **ranks)
         curve = StageCurve(curve.t, host.reduce(curve.values).cpu())
         self._curve = recipe, step, curve

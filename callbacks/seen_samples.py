@@ -44,14 +44,14 @@ class SeenSamples:
         run = self._run
         if batch is None:
             raise ValueError(f"{self._reservoir!r} takes each batch: watch.step(step, batch).")
-        with run.together("taking its batch into the reservoir"):
+        with run.host.together("taking its batch into the reservoir"):
             x1, labels = read_checked(run.find_of(run), batch)
             kernel = run.option(run, "condition")
             c = None if kernel is None else kernel.of(batch, x1, labels)
             self._reservoir.add(x1, labels, c)
         if not self._began:
             self._began = True
-            run.start_members()
+            run.tell("start")
         elif run.waiting and run.settled and not run.host.any(not self._reservoir.full):
             late, run.waiting = run.waiting, ()
             run.first_step = run.measured_at = run.host.global_step

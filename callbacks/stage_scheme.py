@@ -231,7 +231,7 @@ class StageScheme(StageCallback):
         # What is smoothed are rows; the draws around them are none.
         mixing = [part for part in parts(self.scheme) if part.target and not part.smoothing]
         oracles = {part.oracle.bank: part.oracle for part in mixing if part.oracle}
-        with self.run.together("holding its samples against the bank"):
+        with self.run.host.together("holding its samples against the bank"):
             for bank, oracle in oracles.items():
                 kernel, shard = oracle.condition, not oracle.engine.holds_all_rows
                 known, x1 = record.source is not None and not near, record.x1

@@ -208,7 +208,7 @@ class StageTransitions(StageCallback):
         monitor = self._posterior
         if self._rows is None or monitor is None or monitor.boundary is None:
             return None
-        with self.run.together("reading training samples again for StageTransitions"):
+        with self.run.host.together("reading training samples again for StageTransitions"):
             rows = self._read()
         alike = rows.shape == self._rows.shape
         off = _difference(self._rows, rows) if alike else math.inf

@@ -205,7 +205,7 @@ def test_a_bank_that_is_given_needs_no_x1_in_the_batch(make_trainer, looks_up, l
     run = make_trainer(monitor)
     assert said(lambda: run.fit(looks_up(), DataLoader(Elsewhere(), 8, shuffle=True))) == []
     assert len(monitor.history) == 2
-    assert "only what the training step shows is held against the bank" in lightning_log.text
+    assert "only what the training step shows is compared with the bank" in lightning_log.text
 
 
 @pytest.mark.parametrize(

@@ -333,5 +333,5 @@ def test_a_loader_that_is_replaced_is_told(replaced, classes, make_trainer, tiny
     run = make_trainer(monitor, max_steps=-1, max_epochs=2, reload_dataloaders_every_n_epochs=1)
     run.fit(tiny_flow(), datamodule=Data())
     said = [str(warning.message) for warning in recwarn]
-    told = "The training loader was replaced in epoch 1, and its samples are no rows of the bank"
+    told = "The training loader was replaced in epoch 1, and its samples are not rows of the bank"
     assert any(told in text for text in said) == replaced

@@ -332,7 +332,7 @@ class MemorizationGuard(MemorizationMonitor):
         if self.law is not None:
             evidence["predicted"] = self.law(len(self.oracle.bank))
             message += f"; predicted for step {evidence['predicted']:.0f}"
-        self.onset = self.writer.transition(step, MEMORIZATION_ONSET, message, evidence)
+        self.onset = self.writer.announce(step, MEMORIZATION_ONSET, message, evidence)
         text = f"step {step}, {MEMORIZATION_ONSET}: {message}{self._where()}"
         if self.alarm:
             cure = "To train against it: more data, StageScheme(Scheme.two_stage), or stop here."

@@ -237,7 +237,7 @@ class StageTransitions(StageCallback):
         if evidence is None:
             return
         message = evidence.pop("message")
-        event = self.writer.transition(step, kind, message, evidence)
+        event = self.writer.announce(step, kind, message, evidence)
         self.events.append(event)
         self.say(f"step {step}, {kind}: {message}")
         self.run.tell("notice", kind)

@@ -1,12 +1,12 @@
-"""`Watch`: the callbacks of this package in a training loop of one's own, without Lightning.
+"""`Watch`: the callbacks of this package in your own training loop, without Lightning.
 
     with Watch(model, loader, PosteriorMonitor(), steps=10_000) as watch:
         for step, batch in enumerate(loader):
             watch.step(step, batch)
             ...  # loss.backward(), optimizer.step()
 
-`step` closes the batch before and opens the next, so what Lightning's hooks tell a run it knows
-from one call; that weights are about to change it hears from the optimizer itself.
+`step` ends the batch before and begins the next, in place of Lightning's hooks. Hooks on the
+optimizer tell when weights are about to change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,50 +25,57 @@ from torch.optim.optimizer import register_optimizer_step_post_hook as after_ste
 from torch.optim.optimizer import register_optimizer_step_pre_hook as before_steps
 from typing_extensions import Self, Unpack, override
 
-from stagewise.adapters import find_target_makers
+from stagewise.adapters import find_couplings, find_target_makers
 from stagewise.bank import LatentBank
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.callbacks.run import StageRun
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
-from stagewise.callbacks.watch_checks import IN_A_LOOP, check_watched
+from stagewise.callbacks.writer import as_logger
 
 __all__ = ["Watch"]
 
 
+_IN_A_LOOP = (
+    "if the loop writes the target u out, make it steerable: target = stagewise.StageTarget(), "
+    "Watch(..., target=target), and once u, xt and t are made u, w = target(u, xt=xt, t=t, x1=x1) "
+    "in the loop, where w weighs the loss of each sample."
+)
+"""What messages say about a target that no object makes."""
+
 _BEGUN: weakref.WeakSet[Watch] = weakref.WeakSet()
-"""Those whose training has begun; some are closed."""
+"""Those whose training has begun, also if it is over."""
 
 
 class Watch(Host):
-    """Runs stage callbacks in a training loop of your own, in plain torch, Fabric or Accelerate.
+    """Runs stage callbacks in your own training loop, in plain torch, Fabric or Accelerate.
 
     The trained weights are bit-identical with and without it. The first step is looked at before
-    its optimizer changes a weight, as in Lightning. Under several processes
-    (`torch.distributed`) every rank has one, and calls it alike.
+    the optimizer changes a weight, as in Lightning. Under several processes (`torch.distributed`)
+    every rank makes one, and makes the same calls.
 
     Args:
-        model: The network that the loop calls, or a module with more in it. A `velocity=` or
-            `target_maker=` is given or names a module that has it as `module.model`.
+        model: The network that the loop calls, or a module that contains it. For `velocity=` and
+            `target_maker=` it is `module.model`.
         data: The `DataLoader` of the training, which is read once more for the bank, or the bank:
             the training latents as the model is trained on them.
-        *callbacks: Monitors, a `StageScheme`, ...; a `StageRun` is none of them.
+        *callbacks: Monitors, a `StageScheme`, ..., but no `StageRun`.
         target: What makes the targets, if that is not in the model: a `FlowMatchingLoss`, a
-            matcher, a path, ...; the run knows it as `module.target`. Without any a monitor of the
-            model needs `velocity=`.
-        steps: Optimizer steps of the training, default None: it has no end that is known.
+            matcher, a path, ...; it is `module.target`. Without one, monitors of the model need
+            `velocity=`.
+        steps: Optimizer steps of the training, default None: not known.
         log: Where scalars go: a function of (dict, step), such as `wandb.log` or `fabric.log_dict`,
             a `SummaryWriter`, or a logger of Lightning. Default None: to files only.
-        log_every: Optimizer steps between what is logged of training itself, default 50.
+        log_every: Optimizer steps between logs of the training itself, default 50.
         held_out_loader: A `DataLoader` of samples that are not trained on, default None.
         accumulate: Batches in an optimizer step, default 1.
-        **options: What is said about the run: `read_batch`, `path`, `dirpath`, ...; see
-            `RunOptions`. Files go to `<dirpath>/<name of the callback>`, default `<name>_logs`.
+        **options: `RunOptions` for all callbacks: `read_batch`, `path`, `dirpath`, ... Files go to
+            `<dirpath>/<name of the callback>`, default `<name>_logs`.
 
     Raises:
-        TypeError: For a model, callback or log that is none, with the cure.
-        ValueError: At the first `step` or within the first optimizer step for what cannot be
-            watched; at `step` for one that goes back.
+        TypeError: For a model, callback, target or log of a wrong type.
+        ValueError: At the first `step` or within the first optimizer step if the training cannot
+            be watched; at a `step` below the one before.
 
     Example:
         >>> import torch
@@ -78,7 +85,7 @@ class Watch(Host):
         >>> watch = Watch(torch.nn.Linear(3, 2), bank, PosteriorMonitor(), steps=100)
     """
 
-    by_hand = IN_A_LOOP
+    by_hand = _IN_A_LOOP
 
     def __init__(
         self,
@@ -93,7 +100,7 @@ class Watch(Host):
         accumulate: int = 1,
         **options: Unpack[RunOptions],
     ) -> None:
-        check_watched(model, data, callbacks, target)
+        _check(model, data, callbacks, target)
         bank = data if isinstance(data, LatentBank) else None
         # That of Fabric holds the loader that it was given.
         self.loader = None if bank is not None else getattr(data, "_dataloader", data)
@@ -104,7 +111,7 @@ class Watch(Host):
         self.device = torch.device("cpu")
         self.total, self.accumulate, self.log_every = steps, accumulate, log_every
         self.limits = *self.limits[:2], float("inf" if steps is None else steps * accumulate)
-        self.loggers = [] if log is None or self.rank else [_as_logger(log)]
+        self.loggers = [] if log is None or self.rank else [as_logger(log)]
         self.known, self.global_step = (self.module, target), 0
         self._held_out, self._run = held_out_loader, StageRun(bank, **options)
         self.members = [*callbacks, self._run]
@@ -132,8 +139,8 @@ class Watch(Host):
 
         Args:
             step: Optimizer steps done so far.
-            batch: What is trained on next. Default None: it is not known here, and only what makes
-                the targets says what is trained on.
+            batch: The next batch. Default None: only what makes the targets shows what is trained
+                on.
         """
         if self._closed:
             raise RuntimeError(
@@ -156,9 +163,9 @@ class Watch(Host):
 
     @contextmanager
     def validation(self) -> Iterator[None]:
-        """Around what the loop evaluates: in it the targets are plain.
+        """Around evaluation in the loop: targets are plain in it.
 
-        They are so too while the model is in eval mode, and without gradients.
+        They are plain too while the model is in eval mode, or without gradients.
         """
         if self._begun:
             self._run.tell("before_validation")
@@ -169,7 +176,7 @@ class Watch(Host):
                 self._run.tell("after_validation")
 
     def close(self) -> None:
-        """After the loop: the last probes, and all hooks are taken off."""
+        """After the loop: makes the last probes, and removes all hooks."""
         if self._stepped and self._told is None and not self._closed:
             rank_zero_warn(
                 "A Watch is closed whose `step` was never called: nothing was measured or steered. "
@@ -195,12 +202,12 @@ class Watch(Host):
 
     def __del__(self) -> None:
         if getattr(self, "_begun", False) and not sys.is_finalizing():
-            settled = getattr(self._run, "settled", False)  # others have said what is wrong
+            settled = getattr(self._run, "settled", False)  # otherwise an error has been raised
             self._run.close()
             if settled:
                 rank_zero_warn(
-                    "A Watch was let go of and never closed, so it has taken itself out, without "
-                    "its last probes. Close it after the loop: watch.close()."
+                    "A Watch was deleted without being closed, so its last probes are missing. "
+                    "Close it after the loop: watch.close()."
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,13 +238,13 @@ class Watch(Host):
             other.refuse_steering(self.module)
         _BEGUN.add(self)
         self.global_step, self._begun = step, True
-        # `step` of the optimizer step that was heard last; batches and steps heard are since then.
+        # `step` at the last optimizer step; `_batches` and `_heard` count from there.
         self._at = step - 1
-        # What it is hooked into may outlive it, and must not keep it.
+        # A proxy, because hooks in the model may outlive this object and must not keep it alive.
         self._run.begin(weakref.proxy(self), self.members)
 
     def refuse_steering(self, module: nn.Module) -> None:
-        """Refuses a module, of another Watch, in which something is steered by this one."""
+        """Refuses the module of another Watch if this one steers something in it."""
         if not self._begun:
             return
         makers = [maker for one in self.members if (maker := getattr(one, "maker", None))]
@@ -250,7 +257,7 @@ class Watch(Host):
                 )
 
     def _finish(self, step: int | None = None) -> None:
-        """Ends the batch that is open, `step` optimizer steps being done."""
+        """Ends the open batch after `step` optimizer steps."""
         if not self._open or (step is None and not self._stepped):
             return
         self._open = False
@@ -260,7 +267,7 @@ class Watch(Host):
         self._run.batch_ends()
 
     def _refuse_idle(self) -> None:
-        """Refuses a first step in which nothing was seen that could have been."""
+        """Refuses a first step in which the model was never called."""
         look, parts = self._run.look, self._model.modules()
         hidden = any(getattr(part, "_compiled_call_impl", None) for part in parts)
         if not (hidden or self._run.settled or look.happened) and look.search.empty:
@@ -283,7 +290,7 @@ class Watch(Host):
         """Before a step of any optimizer; only those of the model count."""
         if all(optimizer is not known for known in self.optimizers):
             if not self._changes(optimizer):
-                # One of a discriminator may come before that of the model.
+                # The optimizer of a discriminator may step before that of the model.
                 if self._open and not self._run.settled and self._run.look.search.empty:
                     kind = torch.optim.Optimizer
                     every = [one for one in gc.get_objects() if issubclass(type(one), kind)]
@@ -300,7 +307,7 @@ class Watch(Host):
 
         def closure() -> Any:
             loss = given()
-            while settle:  # before the first change
+            while settle:  # once, before the first change
                 settle.pop()()
             return loss
 
@@ -320,18 +327,18 @@ class Watch(Host):
             self._heard += 1
 
     def _count(self) -> None:
-        """Says, once, that `step` or `accumulate` is not as the optimizer is heard to step."""
+        """Warns once if `step` or `accumulate` does not fit the steps of the optimizer."""
         assert self._told is not None
         grown, batches, heard = now = (self._told - self._at, self._batches, self._heard)
         wrong = not 1 <= grown <= heard or batches != self.accumulate
-        if wrong and now == self._counted:  # one alone may be a step that a scaler has left out
+        if wrong and now == self._counted:  # once only, it may be a step that a scaler left out
             rank_zero_warn(
                 f"An optimizer step comes every {batches} batches (accumulate="
                 f"{self.accumulate}), and `step` has grown by {grown} from one to the next, so "
                 f"steps are counted wrongly. Say Watch(..., accumulate={batches}), and step += 1 "
                 "after each optimizer.step()."
             )
-            now = (0, 0, -1)  # which comes no more
+            now = (0, 0, -1)  # it has warned
         if self._counted[2] >= 0:
             self._counted = now
         self._at, self._batches, self._heard = self._told, 0, 0
@@ -353,39 +360,39 @@ class Watch(Host):
             torch.save(state | {"step": self.global_step}, file)
 
 
+def _check(model: Any, data: Any, callbacks: Sequence[Any], target: Any) -> None:
+    """Refuses arguments of a wrong type; warns if there are no callbacks."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "Expected `model` to be the network that the loop trains, an nn.Module, got "
+            f"{type(model).__name__}: Watch(model, loader, PosteriorMonitor())."
+        )
+    for callback in callbacks:
+        if not isinstance(callback, StageCallback) or isinstance(callback, StageRun):
+            raise TypeError(
+                f"Expected callbacks of stagewise, got {callback!r}. Give options of the run to "
+                "the Watch: Watch(model, loader, PosteriorMonitor(), read_batch=...)."
+            )
+    if isinstance(data, StageCallback):
+        raise TypeError(
+            f"Expected the training loader or a LatentBank before the callbacks, got {data!r}: "
+            "Watch(model, loader, PosteriorMonitor())."
+        )
+    if not callbacks:
+        rank_zero_warn(
+            "A Watch without callbacks measures nothing: Watch(model, loader, PosteriorMonitor())."
+        )
+    if target is not None and not find_target_makers(target) and not find_couplings(target):
+        raise TypeError(
+            f"Expected `target` to be what makes the targets, got {target!r}, which is not one "
+            f"that stagewise knows; {_IN_A_LOOP}"
+        )
+
+
 def _unwrapped(model: Any) -> nn.Module:
-    """The user's own module: a probe is no business of DDP or Fabric."""
+    """The user's own module, without the wrappers of DDP and Fabric."""
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(
         model, "_original_module"
     ):
         model = getattr(model, "_original_module", None) or model.module
     return model
-
-
-class _Logger:
-    """A logger of a function, and of what it writes to."""
-
-    def __init__(self, log: Callable[[dict[str, float], int], Any], experiment: Any = None) -> None:
-        self._log, self.experiment = log, experiment
-
-    def log_metrics(self, values: dict[str, float], step: int) -> None:
-        self._log(values, step)
-
-
-def _as_logger(log: Any) -> Any:
-    """What a writer asks for of what the user has."""
-    if hasattr(log, "log_metrics"):
-        return log
-    if hasattr(log, "add_scalar"):
-
-        def add(values: dict[str, float], step: int) -> None:
-            for tag, value in values.items():
-                log.add_scalar(tag, value, step)
-
-        return _Logger(add, log)
-    if callable(log):
-        return _Logger(log)
-    raise TypeError(
-        f"Expected `log` to be a function of (dict, step), a SummaryWriter or a logger, got "
-        f"{log!r}: Watch(..., log=lambda values, step: print(step, values))."
-    )

@@ -1,7 +1,7 @@
 """Where a monitor writes: the loggers of the training, and files on disk.
 
-Every logger gets the scalars. The rest goes by what a logger can, not by its class, so that those
-of `lightning` and of `pytorch_lightning` are alike:
+Every logger gets the scalars. The rest depends on what methods a logger has, not on its class, so
+that loggers of `lightning` and of `pytorch_lightning` are treated alike:
 
     pictures   logger.log_image(key, images, step)           Weights & Biases
                experiment.add_image(tag, image, step)        TensorBoard
@@ -10,7 +10,7 @@ of `lightning` and of `pytorch_lightning` are alike:
     text       experiment.add_text(tag, text, step)          TensorBoard
     dashboard  experiment.add_custom_scalars(layout)         TensorBoard
 
-Watching does not end a training: what a logger or a disk does not take is a warning.
+A logger or a disk that fails is a warning: watching does not end a training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,24 +36,24 @@ from stagewise.callbacks.host import Host
 from stagewise.callbacks.ranks import rank_zero_warn
 from stagewise.files import is_full, jsonable, replace_file
 
-__all__ = ["Writer", "by_time", "chart", "show_pictures", "tags_by_time"]
+__all__ = ["Writer", "as_logger", "by_time", "chart", "show_pictures", "tags_by_time"]
 
 _WARNED: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """Loggers that failed, by their id: a logger need not be hashable."""
 _TOLD: set[tuple[str, Path]] = set()
-"""What could not be done in which folder."""
+"""What could not be done, and in which folder."""
 
 
 class Writer:
     """Writes one monitor's scalars, pictures and events; only rank zero writes.
 
-    Constructing it is a collective: every rank must.
+    Its construction is a collective.
 
     Args:
         host: The training.
         name: Prefix of all tags.
-        dirpath: Folder of the files, default that of the host; where that is none, nothing is
-            written to disk.
+        dirpath: Folder of the files, default that of the host. If the host has none
+            (`fast_dev_run`), nothing is written to disk.
     """
 
     def __init__(self, host: Host, name: str, dirpath: str | Path | None) -> None:
@@ -69,9 +69,9 @@ class Writer:
         return where if self._loggers else f"{where}; there is no logger"
 
     def start(self, events: Iterable[Mapping[str, Any]], *, resumed: bool) -> None:
-        """Begins `stages.jsonl` anew, so that a resumed run holds each event once; a collective.
+        """Rewrites `stages.jsonl`, so that a resumed run holds each event once; a collective.
 
-        The events of another run are kept beside it, as `stages.bak.jsonl`.
+        The events of another run are kept as `stages.bak.jsonl`.
         """
         file = self._file
         with self._host.together("writing its files"):
@@ -97,7 +97,7 @@ class Writer:
             size = file.stat().st_size
             _append(file, [event])
         except OSError as error:
-            if size is not None:  # half a line would spoil the next one too
+            if size is not None:  # half a line would make the next one unreadable
                 with suppress(OSError):
                     os.truncate(file, size)
             _cannot("append to", file, error, "the event is missing there until the run resumes")
@@ -117,10 +117,10 @@ class Writer:
                 if hasattr(board := _experiment(logger), "add_text"):
                     board.add_text(tag, message, step)
 
-    def transition(
+    def announce(
         self, step: int, kind: str, message: str, evidence: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Writes what has happened once: a line on disk, a scalar of 1 at its step, and a text."""
+        """Writes an event: a line on disk, a scalar of 1 at its step, and a text."""
         event = {"event": "transition", "kind": kind, "step": step}
         event |= {"message": message, "evidence": dict(evidence)}
         self.event(event)
@@ -129,9 +129,10 @@ class Writer:
         return event
 
     def save(self, file: Path) -> bool:
-        """Saves a checkpoint in place of the file of before, at once or not at all; a collective.
+        """Replaces a checkpoint atomically; a collective.
 
-        Gives whether it could be written; an error is raised where other processes wait for this.
+        Returns:
+            Whether it could be written. Under several processes an error is raised instead.
         """
         host, partial = self._host, file.with_name(f".{file.stem}.partial{file.suffix}")
         try:
@@ -146,7 +147,7 @@ class Writer:
                     partial.unlink()
             if host.world_size > 1 or not (isinstance(error, OSError) or is_full(error)):
                 raise
-            _cannot("write", file, error, "the file of before stays")
+            _cannot("write", file, error, "the previous file stays")
             return False
         _TOLD.discard(("write", file.parent))
         return True
@@ -157,7 +158,7 @@ class Writer:
             show_pictures(figures, self.name, self.folder, self._loggers, step)
 
     def dashboard(self, callbacks: Iterable[Any]) -> None:
-        """Sets TensorBoard's custom-scalars page to the charts of callbacks, the epoch last."""
+        """Sets TensorBoard's custom-scalars page to the charts of all callbacks, and the epoch."""
         page = {one.name: charts for one in callbacks if (charts := one.layout())}
         page |= {"epoch": {"epoch": chart(["epoch"])}}
         for logger in self._loggers if self.active else ():
@@ -185,9 +186,9 @@ def by_time(prefix: str, edges: Tensor, values: Sequence[float]) -> dict[str, fl
 
 
 def chart(tags: Sequence[str]) -> list[Any]:
-    """A chart of TensorBoard's custom-scalars page: at most four tags, evenly among those given.
+    """A chart of TensorBoard's custom-scalars page: at most four tags, spread evenly.
 
-    It draws all curves of a run in one colour.
+    TensorBoard draws all curves of a run in one colour, so more could not be told apart.
     """
     places = np.linspace(0, len(tags) - 1, min(4, len(tags))).round().astype(int)
     return ["Multiline", [f"^{re.escape(tags[place])}$" for place in places]]
@@ -202,7 +203,7 @@ def show_pictures(
 ) -> None:
     """Saves figures as `<folder>/<figure>.png` and shows them as `<name>/<figure>` in the loggers.
 
-    A file or a logger that fails is a warning; the file of before then stays.
+    A file or a logger that fails is a warning; the previous file then stays.
     """
     for title, figure in figures.items():
         image, tag = Image.fromarray(render(figure)), f"{name}/{title}"
@@ -243,19 +244,47 @@ def _cannot(do: str, file: Path, error: Exception, so: str) -> None:
     code = getattr(error, "errno", None)
     rank_zero_warn(
         f"Cannot {do} {file}: {os.strerror(code) if code else error}. Training goes on, and {so}; "
-        "later failures in that folder are not told. Make room on that disk, or choose another "
+        "later failures in that folder are not reported. Make room on that disk, or choose another "
         "folder: dirpath=..."
     )
 
 
+class _Logger:
+    """A function of (dict, step) as a logger."""
+
+    def __init__(self, log: Callable[[dict[str, float], int], Any], experiment: Any = None) -> None:
+        self._log, self.experiment = log, experiment
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        self._log(values, step)
+
+
+def as_logger(log: Any) -> Any:
+    """What the user gave, as something with `log_metrics(values, step=)`."""
+    if hasattr(log, "log_metrics"):
+        return log
+    if hasattr(log, "add_scalar"):
+
+        def add(values: dict[str, float], step: int) -> None:
+            for tag, value in values.items():
+                log.add_scalar(tag, value, step)
+
+        return _Logger(add, log)
+    if callable(log):
+        return _Logger(log)
+    raise TypeError(
+        f"Expected `log` to be a function of (dict, step), a SummaryWriter or a logger, got "
+        f"{log!r}: Watch(..., log=lambda values, step: print(step, values))."
+    )
+
+
 def _experiment(logger: Any) -> Any:
-    """What a logger logs to, which not every logger has."""
     return getattr(logger, "experiment", None)
 
 
 @contextmanager
 def _spared(logger: Any, what: str) -> Iterator[None]:
-    """Warns in place of raising, once for each logger."""
+    """Warns instead of raising, once for each logger."""
     try:
         yield
     except Exception as error:  # whatever a logger's own library raises
@@ -263,6 +292,6 @@ def _spared(logger: Any, what: str) -> Iterator[None]:
             _WARNED[id(logger)] = logger
             rank_zero_warn(
                 f"{type(logger).__name__} did not take {what}: {error!r}. Training goes on, and "
-                "later failures of this logger are not told. Mend it, or set one that works "
-                'beside it: Trainer(logger=[logger, TensorBoardLogger("logs")]).'
+                "later failures of this logger are not reported. Repair it, or add one that "
+                'works: Trainer(logger=[logger, TensorBoardLogger("logs")]).'
             )

@@ -253,7 +253,7 @@ def test_it_steers_no_call_of_a_model_in_eval_mode_and_none_without_gradients(lo
         assert steered(mine)
 
 
-@pytest.mark.filterwarnings("ignore:A Watch was let go of")
+@pytest.mark.filterwarnings("ignore:A Watch was deleted")
 def test_a_watch_that_is_let_go_of_takes_itself_out(loop):
     mine = loop()
     steers, monitors = StageScheme(target=Mix("boundary"), boundary=0.6), watchers()
@@ -263,7 +263,7 @@ def test_a_watch_that_is_let_go_of_takes_itself_out(loop):
     gone = weakref.ref(watch)
     gc.disable()
     try:
-        with pytest.warns(UserWarning, match=r"let go of and never closed.*watch\.close\(\)"):
+        with pytest.warns(UserWarning, match=r"deleted without being closed.*watch\.close\(\)"):
             del watch
         assert gone() is None
     finally:

@@ -1,7 +1,7 @@
-"""`Host`: what a run asks of the training that hosts it. Lightning's `Trainer` is one, `Watch` too.
+"""`Host`: what a run asks of its training, which is a Lightning `Trainer` or a `Watch`.
 
-Ranks are those of `torch.distributed`, if it is initialised. What is collective is called by every
-rank, in the same order.
+Ranks are those of `torch.distributed`, if it is initialised. Every rank makes the same collective
+calls in the same order.
 """
 
 from __future__ import annotations
@@ -32,22 +32,21 @@ class Host:
 
     Attributes:
         module: What is trained, on `device`.
-        global_step: Optimizer steps so far, and `total`, those of the training, None without end.
+        global_step: Optimizer steps so far; `total`: those of the training, None if not known.
         epoch: Passes through the training loader so far.
         accumulate: Batches in an optimizer step.
-        limits: At most so many batches in an epoch, epochs, and batches in the whole training.
-        automatic: Whether a backward pass is announced, so that a step of an optimizer says nothing
-            more: it may come without a loss.
+        limits: The most batches in an epoch, epochs, and batches in the whole training.
+        automatic: Whether backward passes are announced (Lightning's automatic optimisation).
         loader: The training loader.
-        feeds: Whether training takes its batches from that very loader, and from no other.
-        data: What may have `latent_bank()`, `latent_shard()` or `find_sample(batch)` of its own.
+        feeds: Whether all batches of the training come from that loader.
+        data: A data module that may have `latent_bank()`, `latent_shard()` or `find_sample(batch)`.
         known: Objects that a sampler may refer to and that are not copied with it.
         optimizers: Those of the module.
-        speakers: What may name events in an attribute `event_kinds`.
-        averages: Whether an average of the weights is kept beside them.
-        loggers: Each has `log_metrics(values, step=)`; what else one may have is in `writer`.
+        speakers: Objects that may name events in an attribute `event_kinds`.
+        averages: Whether an average of the weights is kept.
+        loggers: Each has `log_metrics(values, step=)`; see `writer` for the rest.
         log_every: Optimizer steps between logs, 0: never.
-        by_hand: How a target that no object makes is made steerable, for messages.
+        by_hand: For messages: how to make a target steerable that no object makes.
     """
 
     module: nn.Module
@@ -70,15 +69,15 @@ class Host:
     by_hand: str = BY_HAND
 
     def folder(self, name: str) -> Path | None:
-        """Where the files of a callback go that says nothing; None: nowhere. A collective."""
+        """The default folder of a callback's files; None: no files. A collective."""
         return Path(f"{name}_logs")
 
     def held_out_loader(self) -> Any:
-        """The first loader of samples that are not trained on, None if there is none."""
+        """The first validation loader, None if there is none."""
         return None
 
     def trains(self) -> bool:
-        """Whether what makes targets is called by training now, as far as hooks do not tell it."""
+        """Whether a target that is made now is one of training."""
         return True
 
     def move(self, batch: Any) -> Any:
@@ -86,7 +85,7 @@ class Host:
         return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(self.device), batch)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """In which training calls its network, beside the autocast that is seen in the call."""
+        """The context in which training calls its network."""
         return nullcontext()
 
     def average(self) -> nn.Module | None:
@@ -101,17 +100,17 @@ class Host:
 
     @property
     def world_size(self) -> int:
-        """Processes that train."""
+        """The number of processes."""
         return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
     @property
     def rank(self) -> int:
-        """The number of this one."""
+        """The number of this process."""
         return dist.get_rank() if self.world_size > 1 else 0
 
     @property
     def local_rank(self) -> int:
-        """Its number on its machine."""
+        """The number of this process on its machine."""
         return int(os.environ.get("LOCAL_RANK", self.rank)) if self.world_size > 1 else 0
 
     @property
@@ -149,10 +148,9 @@ class Host:
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Does something on every rank, or raises on all of them; a collective at its end.
+        """Raises on every rank if the block fails on one; a collective at its end.
 
-        Nothing in it may wait for others. A rank that could do it says that another failed in
-        `what`.
+        There may be no collective in the block. `what` names it in the error of the other ranks.
         """
         error: Exception | None = None
         try:
@@ -183,9 +181,9 @@ class TrainerHost(Host):
         self.known = (trainer, module, self.data)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self.speakers = (*callbacks, module)
-        # By what a `WeightAveraging` has: it came with Lightning 2.6.
-        keeps = [one for one in callbacks if hasattr(one, "_average_model")]
-        self._average, self.averages = next(iter(keeps), None), bool(keeps)
+        # Found by its attribute: `WeightAveraging` came with Lightning 2.6.
+        self._average = next((one for one in callbacks if hasattr(one, "_average_model")), None)
+        self.averages = self._average is not None
         self.log_every = getattr(trainer, "log_every_n_steps", 0)
 
     @property
@@ -207,7 +205,7 @@ class TrainerHost(Host):
     @override
     def limits(self) -> tuple[float, float, float]:  # type: ignore[override]
         trainer = self.trainer
-        if trainer.fast_dev_run:  # which is no training, and cuts nothing
+        if trainer.fast_dev_run:  # its bank is the whole set all the same
             return math.inf, math.inf, math.inf
         epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
         counted = trainer.max_steps != -1 and self.automatic

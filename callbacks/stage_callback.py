@@ -1,8 +1,7 @@
-"""`StageCallback`: what all callbacks of this package share. The hooks of Lightning are here only.
+"""`StageCallback`: the base of all callbacks. Only here are hooks of Lightning.
 
-One run has one `StageRun`. The first stage callback in the trainer's list leads: its hooks tell the
-run, and the run tells all callbacks, in an order of their own. So the order in the list changes
-nothing.
+A run has one `StageRun`. The first stage callback in the trainer's list leads: its hooks call the
+run, and the run calls all callbacks by their `order`. So the order in the list changes nothing.
 """
 
 from __future__ import annotations
@@ -35,46 +34,46 @@ if TYPE_CHECKING:
 else:
     try:
         from lightning.pytorch.callbacks import Callback
-    except ImportError:  # then the host is a `Watch`, which needs none of its hooks
+    except ImportError:  # a `Watch` needs no hooks of Lightning
         Callback = object
 
 __all__ = ["AskVelocity", "HeldOut", "RunOptions", "StageCallback"]
 
 AskVelocity = Callable[..., Tensor]
-"""From a module, `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity, (B, *). With
-masks it is given them as a fifth argument."""
+"""From a module, `x_t`, (B, *), t, (B,), labels, (B,) or None, and with masks these, (B, *), to the
+velocity, (B, *)."""
 
 HeldOut = Tensor | tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]
 """Samples, (n, *), alone or with their labels, (n,), or with labels and masks."""
 
 
 class RunOptions(TypedDict, total=False):
-    """What may be said about a run beside its bank: once, to a `StageRun` or to any callback.
+    """Options of a run besides its bank. Give each once, to a `StageRun` or to any callback.
 
     Attributes:
         read_batch: From a batch, or a batch and the module, to `(x_1, labels or None)`, or to
-            `(x_1, labels or None, mask)` where samples are padded; default finds the first two in
+            `(x_1, labels or None, mask)` for padded samples. Default: finds the first two in
             tensors, tuples and dicts with usual names.
-        encode: From `(x_1, module)` to what is trained on, for a step that encodes; default: what
-            is in the batch, or what the first step has shown it to make of that.
-        path: The path of training; default that of what makes the targets in the module, or else
+        encode: From `(x_1, module)` to what is trained on, for a step that encodes. Default: what
+            the first step has shown.
+        path: The path of training. Default: that of what makes the targets in the module, or else
             `LinearPath()`.
         convention: How a training step that makes its target by hand counts time, scales `x_t` and
-            makes it: a name such as "edm", a noise scheduler of diffusers or a `Convention`; see
-            `stagewise.conventions`. Default: one of the usual ones that fits the first step.
-        class_wise: Whether posteriors are over the rows of the sample's own class, which is what a
-            class-conditional model is trained on. Default "auto": if there are labels. False also
-            says that the model ignores what else it may be given: text, observations.
-        condition: A kernel on that: posteriors are over rows weighed by it. Default None.
-        reservoir: How many of the last samples seen, or a `Reservoir`, stand for the training set:
-            for streams and random augmentation. Default None: the set is read.
-        held_out: Samples that are not trained on, (n, *), or `(samples, labels)`, with or without
-            `mask`; default read from
-            the first validation loader.
-        velocity: From `(module, xt, t, labels)` to the velocity (t = 0 is noise), for networks that
-            cannot be found; where there are masks, from `(module, xt, t, labels, mask)`.
-        maker: Name of what makes the targets, such as "module.FM", if there are several.
-        dirpath: Folder of the files; default `<trainer.log_dir>/<name>`, or without a logger
+            signs its target: a name such as "edm", a noise scheduler of diffusers or a
+            `Convention`; see `stagewise.conventions`. Default: the usual one that fits the first
+            step.
+        class_wise: Whether posteriors are over the rows of the sample's own class, as a
+            class-conditional model needs. Default "auto": if there are labels. False also says that
+            the model ignores other conditions, such as text or observations.
+        condition: A kernel on such conditions, which weighs the rows of posteriors. Default None.
+        reservoir: How many of the last samples seen, or a `Reservoir`, stand for the training set,
+            for streams and random augmentation. Default None: the training set is read.
+        held_out: Samples that are not trained on, (n, *), or `(samples, labels)`, or
+            `(samples, labels, mask)`. Default: read from the first validation loader.
+        velocity: From `(module, xt, t, labels)`, or with masks `(module, xt, t, labels, mask)`, to
+            the velocity (t = 0 is noise), for networks that are not found.
+        target_maker: Name of what makes the targets, such as "module.FM", if there are several.
+        dirpath: Folder of the files. Default `<trainer.log_dir>/<name>`, or without a logger
             `<trainer.default_root_dir>/<name>_logs`. That of a `StageRun` holds a folder for each
             callback.
         seed: Of all generators of the callbacks, default 0.
@@ -95,7 +94,7 @@ class RunOptions(TypedDict, total=False):
 
 
 def _tells(method: str, *values: Any) -> Callable[..., None]:
-    """A hook of Lightning with which the callback that leads calls a method of the run."""
+    """A hook of Lightning in which the leading callback calls a method of the run."""
 
     def hook(self: StageCallback, *_: Any, **__: Any) -> None:
         if self._leads:
@@ -105,30 +104,31 @@ def _tells(method: str, *values: Any) -> Callable[..., None]:
 
 
 class StageCallback(Callback):
-    """Forwards the hooks of Lightning to the run, if it leads.
+    """The base of all callbacks; the run calls its methods.
 
     Args:
         name: Keeps its checkpointed state, its tags and its files apart from others'.
         bank: The training latents *as the model is trained on them*: same scale, same shape.
             Default: those of the run, or else read from the training data loader.
-        **options: What it says about the run.
+        **options: See `RunOptions`.
 
     Attributes:
-        order: When the run tells it, among the others.
-        late: Whether it can take its bank in the first step, and no earlier.
+        order: The run calls callbacks in ascending order.
+        late: Whether it can still take another bank in the first step.
         measures: Whether it measures something against the bank.
         compares: Whether it compares the model with the oracle over that bank.
-        data_only: Whether it asks about the data, and neither the model nor the same rows again.
+        data_only: Whether it needs neither the model nor the same rows at each probe.
         mixes: Whether it puts the oracle into the targets.
-        held: What it has of a run, and lets go of afterwards.
+        held: Attributes that it drops after a run.
         charts: Of TensorBoard's custom-scalars page: by title, the tags as a pattern after `name`.
         run: The run, from the start of training to its end.
         stash: The state of a checkpoint, until training has started from it.
-        renewed: Whether the bank is not that of the checkpoint, so that all is measured anew.
+        renewed: Whether the bank differs from that of the checkpoint, so that everything is
+            measured again.
         kept: What the state holds of a run that is over.
 
     Raises:
-        TypeError: For an option that is none, or of a wrong type, with the cure.
+        TypeError: For an unknown option, or one of a wrong type.
         ValueError: For a wrong `class_wise`.
     """
 
@@ -138,7 +138,7 @@ class StageCallback(Callback):
     compares: bool = False
     data_only: ClassVar[bool] = False
     mixes: bool = False
-    # The last two are the module's: Lightning sets them.
+    # Lightning sets the last two to methods of the module.
     held: ClassVar[tuple[str, ...]] = ("run", "writer", "log", "log_dict")
     charts: ClassVar[dict[str, str]] = {}
     run: StageRun = None  # type: ignore[assignment]
@@ -152,8 +152,8 @@ class StageCallback(Callback):
         unknown = sorted(said.keys() - {"bank"} - RunOptions.__annotations__.keys())
         if unknown:
             raise TypeError(
-                f"{type(self).__name__} has no argument {unknown[0]!r}. What it may say about the "
-                f"run: bank, {', '.join(RunOptions.__annotations__)}."
+                f"{type(self).__name__} has no argument {unknown[0]!r}. Options of the run are: "
+                f"bank, {', '.join(RunOptions.__annotations__)}."
             )
         _check(said)
         if said.get("convention") is not None:
@@ -170,7 +170,7 @@ class StageCallback(Callback):
 
     @property
     def seed(self) -> int:
-        """Of its generators: its own word, or that of the run."""
+        """Of its generators: its own option, or that of the run."""
         own = self.said.get("seed", 0)
         return int(own if self.run is None else self.run.option(self, "seed", own))
 
@@ -205,65 +205,65 @@ class StageCallback(Callback):
         """What the state of a checkpoint holds of the run."""
         return (self.stash or {}).get("run") or {}
 
-    # -- what belongs to a run only ---------------------------------------------------------------
+    # -- what belongs to one run ------------------------------------------------------------------
 
     def joins(self, run: StageRun) -> None:
-        """Takes part in a run, and in no other."""
+        """Takes part in a run."""
         others = (*self.held, "_before")
         self._before = {key: value for key, value in vars(self).items() if key not in others}
         self.run = run
 
     def leaves(self) -> None:
-        """Lets go of the run: of host, module, data and files. What was found stays."""
+        """Drops what it holds of the run; results stay."""
         for key in self.held:
             vars(self).pop(key, None)
         self._before = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle that is made within a run is as before it, and belongs to none."""
+        """A copy or pickle that is made within a run is as before the run."""
         before = self._before
         return dict(vars(self)) if before is None else {**before, "stash": None}
 
-    # -- what the run tells it --------------------------------------------------------------------
+    # -- what the run calls -----------------------------------------------------------------------
 
     def start(self) -> None:
         """At the start of training."""
 
     def restart(self) -> None:
-        """In the first step, before it settles: the bank is another one than at the start."""
+        """In the first step, before `settle`, if the bank is no longer that of the start."""
 
     def before_first_batch(self) -> None:
         """Before the first batch, once all callbacks have started."""
 
     def settle(self) -> None:
-        """In the first training step, once it has been looked at, before any weight changes."""
+        """In the first training step, before any weight changes."""
 
     def reconsider(self) -> None:
-        """A later step has shown what the network is given, or none has for long; a collective."""
+        """If a later step has shown what the network is given, or none has for long; collective."""
 
     def reread(self) -> None:
-        """After the first batch, if its gradients show that the network predicts another thing."""
+        """After the first batch, if its gradients show another prediction than assumed."""
 
     def before_batch(self, step: int) -> None:
-        """Before each batch but the first, `step` optimizer steps being done."""
+        """Before each batch but the first, after `step` optimizer steps."""
 
     def after_batch(self, step: int, before: int) -> None:
-        """After each batch: `step` optimizer steps are done, `before` it were done."""
+        """After each batch: `step` optimizer steps are done, and `before` it that many."""
 
     def after_all(self) -> None:
-        """After each batch, once `after_batch` of all callbacks is over: to save their states."""
+        """After `after_batch` of all callbacks, so that their states can be saved."""
 
     def before_validation(self) -> None:
         """Before validation during training."""
 
     def after_validation(self) -> None:
-        """After it."""
+        """After validation during training."""
 
     def renew(self) -> None:
-        """The training latents have changed, and the bank has been read again; a collective."""
+        """If the training latents have changed and the bank was read again; a collective."""
 
     def notice(self, event: str) -> None:
-        """Something has happened in the run, such as "navigation learned"."""
+        """At an event in the run, such as "navigation learned"."""
 
     def end(self) -> None:
         """At the end of training."""
@@ -272,12 +272,12 @@ class StageCallback(Callback):
         """After an exception, before `stop`."""
 
     def stop(self) -> None:
-        """After training or an exception: lets go of what `held` does not name. Twice, maybe."""
+        """After training or an exception, perhaps twice: undoes what it did to the module."""
 
-    # -- the hooks of Lightning, with which the first callback of the list tells the run ----------
+    # -- the hooks of Lightning -------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Makes the run if nobody has said anything about it, and starts it."""
+        """Starts the run, if this is the first stage callback; makes it if there is none."""
         from stagewise.callbacks.run import StageRun
 
         members = [c for c in trainer.callbacks if isinstance(c, StageCallback)]  # type: ignore[attr-defined]
@@ -317,7 +317,9 @@ def _check(options: dict[str, Any]) -> None:
     if path is not None and not isinstance(path, ProbabilityPath):
         raise TypeError(f"Expected `path` to be a stagewise.Path, got {path!r}.")
     if isinstance(bank, Reservoir):
-        raise TypeError(f"Expected a bank, got {bank!r}. Say: StageRun(reservoir=Reservoir(4096)).")
+        raise TypeError(
+            f"Expected a bank, got {bank!r}. Give it as StageRun(reservoir=Reservoir(4096))."
+        )
     condition = options.get("condition")
     if condition is not None and not isinstance(condition, Condition):
         raise TypeError(f"Expected `condition` as Condition(bandwidth=...), got {condition!r}.")
@@ -326,8 +328,8 @@ def _check(options: dict[str, Any]) -> None:
         raise TypeError(f"Expected `reservoir` as a number or a Reservoir, got {seen!r}.")
     if seen is not None and bank is not None:
         raise ValueError(
-            "Expected a bank of the training set or a reservoir of the samples seen, got both. "
-            "With a bank nothing else is needed: StageRun(bank=LatentBank(x, labels))."
+            "Expected either a bank or a reservoir, got both. "
+            "With a bank leave the reservoir out: StageRun(bank=LatentBank(x, labels))."
         )
     if wise not in (True, False, "auto"):
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {wise!r}.')

@@ -1,12 +1,13 @@
-"""`RunOracles`: what a run is measured against: bank, path, oracles and boundaries, once for all.
+"""`RunOracles`: bank, path, oracles and boundaries of a run, the same for all callbacks.
 
-A callback asks with itself as an argument, and is given what it has said, what the `StageRun` has
-said, what another callback has said, or what is found in the training: in this order.
+Methods take the callback that asks. It gets its own option, or that of the `StageRun`, or that of
+another callback, or what is found in the training, in this order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -40,7 +41,7 @@ __all__ = ["RunOracles"]
 Kind = TypeVar("Kind", bound=StageCallback)
 
 _NOT_SHARED = ("seed", "dirpath", "target_maker")
-"""What a callback says about itself alone."""
+"""Options that hold for the callback alone."""
 
 
 class RunOracles(StageCallback):
@@ -49,11 +50,11 @@ class RunOracles(StageCallback):
     Attributes:
         host: The training.
         module: What is trained.
-        members: The stage callbacks, in the order in which they are told things.
+        members: The stage callbacks, in the order in which the run calls them.
         began: Optimizer steps at the start of training.
         encoding: What training makes of x_1, as its first step has shown; None if nothing.
-        path: The path of training, and `path_from`, how it is known; empty if it is assumed.
-        recipes: How boundaries are measured, and `measured_at`, the step whose draws they take.
+        path: The path of training; `path_from`: how it is known, empty if it is assumed.
+        recipes: How boundaries are measured; `measured_at`: the step that seeds their draws.
         reservoir: The samples seen, if they stand for the training set.
         waiting: Callbacks that start once it is full.
     """
@@ -70,7 +71,7 @@ class RunOracles(StageCallback):
     path_from: str
 
     def forget(self) -> None:
-        """Leaves behind the bank, and what was made of it."""
+        """Drops the bank, and all that was made from it."""
         self._banks: WeakKeyDictionary[LatentBank, LatentBank] = WeakKeyDictionary()
         self._read: LatentBank | None = None
         self._oracles: list[Oracle] = []
@@ -79,7 +80,7 @@ class RunOracles(StageCallback):
         self._curve: tuple[Recipe, int, StageCurve] | None = None
 
     def recall(self) -> None:
-        """Takes up boundaries and encoding of a checkpoint, and forgets all else."""
+        """Takes boundaries and encoding from a checkpoint, and forgets everything else."""
         self.forget()
         self._reread, self.measured_at = False, self.began
         steps = (member.stashed_run.get("encoding") for member in self.members if self.began)
@@ -90,10 +91,10 @@ class RunOracles(StageCallback):
             for old in next(filter(None, kept), [])
         }
 
-    # -- what was said --------------------------------------------------------------------------
+    # -- options --------------------------------------------------------------------------------
 
     def option(self, callback: StageCallback, key: str, default: Any = None) -> Any:
-        """What a callback goes by: its own word, that of the run, or that of the others."""
+        """The option of a callback: its own, that of the run, or that of another callback."""
         if key == "bank" and self._reread:
             return default
         for who in (callback, self):
@@ -105,14 +106,11 @@ class RunOracles(StageCallback):
         first: Any = saying[0].said[key]
         for who in saying[1:]:
             other: Any = who.said[key]
-            alike = same_path(first, other) if key == "path" else first is other
-            alike = alike or (key == "condition" and first == other)
-            alike = alike or (key == "convention" and _same_convention(first, other))
-            if not alike:
+            if not _ALIKE.get(key, operator.is_)(first, other):
                 one, two = type(saying[0]).__name__, type(who).__name__
                 raise ValueError(
                     f"{one}({key}={first!r}) and {two}({key}={other!r}) differ, and "
-                    f"{type(callback).__name__} says nothing. Say it once for all: "
+                    f"{type(callback).__name__} has neither. Give one for all: "
                     f"callbacks=[StageRun({key}=...), ...]."
                 )
         return first
@@ -120,38 +118,34 @@ class RunOracles(StageCallback):
     def find_of(self, callback: StageCallback) -> ReadBatch:
         """From a batch to `(x_1, labels or None)`; a data module may have its own `find_sample`."""
         own = getattr(self.host.data, "find_sample", find_sample)
-        read_batch, encode = (
-            self.option(callback, "read_batch", own),
-            self.option(callback, "encode"),
-        )
-        return through_module(
-            read_batch, self.module, encode or self.encoding, lambda: self.host.precision()
-        )
+        read_batch = self.option(callback, "read_batch", own)
+        encode = self.option(callback, "encode") or self.encoding
+        return through_module(read_batch, self.module, encode, lambda: self.host.precision())
 
     def open_writer(self, callback: StageCallback) -> Writer:
-        """Where a callback writes; a collective."""
+        """The writer of a callback; a collective."""
         folder = callback.dirpath
         if folder is None and self.dirpath is not None:
             folder = Path(self.dirpath) / callback.name
         return Writer(self.host, callback.name, folder)
 
     def first(self, kind: type[Kind]) -> Kind | None:
-        """The first callback of a kind in the order of names, None if there is none."""
+        """The first callback of a class by `order` and name, None if there is none."""
         return next((member for member in self.members if isinstance(member, kind)), None)
 
     # -- path, bank and oracle --------------------------------------------------------------------
 
     def path_of(self, callback: StageCallback) -> tuple[ProbabilityPath, str]:
-        """The path that a callback measures on, and how it is known."""
+        """The path of a callback, and how it is known."""
         said = self.option(callback, "path")
         if said is None:
             return self.path, self.path_from or "assumed; say path=... if training uses another"
         return said, "given"
 
     def bank(self, callback: StageCallback) -> LatentBank:
-        """The bank of a callback: the one that was given, or what is read from the training set.
+        """The bank of a callback: the one that was given, or one read from the training set.
 
-        The first call reads; a collective. A checkpoint of a run with another bank is noticed.
+        A collective, as the first call reads. Warns if a checkpoint is of another bank.
         """
         bank = self.option(callback, "bank")
         if bank is None and self.reservoir is not None:
@@ -166,12 +160,12 @@ class RunOracles(StageCallback):
             )
             bank = self._read
         moved = self.beside(bank)
-        self._read = moved if bank is self._read else self._read  # frees that on the host
+        self._read = moved if bank is self._read else self._read  # frees the one on the host
         self._compare_with_checkpoint(callback, moved)
         return moved
 
     def beside(self, bank: LatentBank) -> LatentBank:
-        """A bank where training can ask it (`LatentBank.beside_training`), moved once for all."""
+        """A bank on the training device if it fits (`beside_training`), moved once for all."""
         if bank not in self._banks:
             taken = still_to_come(self.host.optimizers)
             moved = bank.beside_training(self.host.device, taken)
@@ -190,23 +184,23 @@ class RunOracles(StageCallback):
         if not any(member.renewed for member in self.members):
             rank_zero_warn(
                 f"Rows are weighed by {kernel or 'nothing'}, and in the checkpoint by "
-                f"{was or 'nothing'}: everything is measured anew."
+                f"{was or 'nothing'}: everything is measured again."
                 if weighed
                 else f"The bank is not that of the checkpoint: fingerprint {bank.fingerprint[:8]} "
                 f"with {len(bank)} rows, and {before[:8]} before. Boundaries and histories of the "
-                "other latents are left behind, and everything is measured anew. To go on with the "
-                "old ones, give their bank: StageRun(bank=LatentBank.open(file))."
+                "old latents are dropped, and everything is measured again. To go on with the old "
+                "latents, give their bank: StageRun(bank=LatentBank.open(file))."
             )
         callback.renewed, self._records = True, {}
         callback.stash = {**(callback.stash or {}), "run": {}}
 
     def _kernel(self, callback: StageCallback) -> str:
-        """What weighs the rows of a callback; empty if nothing does."""
+        """The kernel that weighs the rows of a callback; empty if there is none."""
         condition = self.option(callback, "condition")
         return "" if condition is None else repr(condition)
 
     def place(self, schemes: Iterable[Scheme]) -> None:
-        """Has oracles that were given ask the bank that the monitors ask, where that lies."""
+        """Gives oracles of schemes the bank that was moved, so that it is in memory once."""
         for oracle in (scheme.oracle for scheme in schemes):
             if oracle is not None and oracle.engine.holds_all_rows:
                 oracle.bank = self.beside(oracle.bank)
@@ -229,19 +223,19 @@ class RunOracles(StageCallback):
         engine: Engine | None = None,
         certificate: Certificate | str | Path | None = None,
     ) -> Oracle:
-        """The oracle over the bank of a callback; one for all that want the same.
+        """The oracle of a callback, shared by those that need the same.
 
-        With a certificate, or a file of one, which is written if there is none, it is a collective.
+        With a certificate, or a file of one, it is a collective; a missing file is written.
         """
         path, bank = path or self.path_of(callback)[0], self.bank(callback)
         condition = self.option(callback, "condition")
         if condition is not None and (engine or certificate):
             raise ValueError(
-                f"{condition!r} weighs all rows: it goes with no engine and no certificate. Leave "
+                f"{condition!r} weighs all rows, so it allows no engine and no certificate. Leave "
                 f"them out: {type(callback).__name__}(condition=Condition(bandwidth=...))."
             )
         if certificate is not None:
-            # One of each host first; the others find its file.
+            # The first process of each machine writes the file; the others read it.
             for first in (True, False):
                 with self.host.together("reading its certificate"):
                     mine = first == (self.host.local_rank == 0)
@@ -291,7 +285,7 @@ class RunOracles(StageCallback):
         return curve
 
     def recipe(self, oracle: Oracle, wise: bool) -> Recipe | None:
-        """How a callback measures, or has measured, the boundary there; None if none does."""
+        """How the boundary of this posterior is measured; None if no callback measures it."""
         bank = self._banks.get(oracle.bank, oracle.bank)
         for recipe in (*self._boundaries, *self.recipes):
             other = recipe.oracle
@@ -302,16 +296,16 @@ class RunOracles(StageCallback):
         return None
 
     def boundary(self, oracle: Oracle, wise: bool) -> StageBoundary:
-        """Where the stages meet: one answer for all callbacks of the run; a collective.
+        """The one boundary of the run for this posterior; a collective.
 
-        It is what the first probe of a `PosteriorMonitor` measures, or would measure, at the start
-        of the training; a resumed run keeps it. Arguments as of `recipe`.
+        It is that of the first probe of a `PosteriorMonitor`, also if there is no such monitor. A
+        resumed run keeps it.
         """
         if oracle.bank is self.reservoir and not self.reservoir.full:
             raise ValueError(
                 f"The boundary is needed before the first step, and {self.reservoir!r} is not full "
-                'by then. Say it: StageScheme(target=Mix("boundary"), boundary=0.3), or do '
-                "without: StageScheme(target=Mix())."
+                'by then. Give it: StageScheme(target=Mix("boundary"), boundary=0.3), or use a '
+                "target that needs none: StageScheme(target=Mix())."
             )
         recipe = self.recipe(oracle, wise)
         if recipe in self._boundaries:
@@ -328,12 +322,12 @@ class RunOracles(StageCallback):
         return found
 
     def forget_rows(self) -> None:
-        """Has the training set read again when it is next asked for."""
+        """Forgets the training set, so that it is read again when it is needed."""
         self._reread, self.measured_at, self._records = True, self.host.global_step, {}
         self.forget()
 
     def record(self, callback: StageCallback) -> dict[str, Any]:
-        """What the state of a callback holds of the run: its bank's fingerprint, the boundaries."""
+        """The run's part of a callback's state: fingerprint of the bank, encoding, boundaries."""
         bank = self.option(callback, "bank")
         bank = self._read if bank is None else bank
         found = {_recorded_as(recipe): one.as_dict() for recipe, one in self._boundaries.items()}
@@ -354,15 +348,23 @@ def _same_convention(first: Any, other: Any) -> bool:
     return one == two and same_path(*own)
 
 
+_ALIKE: dict[str, Callable[[Any, Any], bool]] = {
+    "path": same_path,
+    "condition": operator.eq,
+    "convention": _same_convention,
+}
+"""When options of two callbacks agree; others must be the same object."""
+
+
 def _nested(steps: Any, kind: type) -> Any:
-    """Tuples and lists of an encoding's steps, all of one kind: lists where they are saved."""
+    """The steps of an encoding with tuples and lists turned into one of them, `kind`."""
     if isinstance(steps, (tuple, list)):
         return kind(_nested(each, kind) for each in steps)
     return steps
 
 
 def still_to_come(optimizers: Iterable[Optimizer]) -> int:
-    """Bytes that training has yet to allocate: gradients, and two moments of each parameter."""
+    """Bytes that training will still allocate: gradients, and two moments of each parameter."""
     return sum(
         value.numel() * value.element_size() * ((value.grad is None) + 2 * (value not in one.state))
         for one in optimizers
@@ -372,6 +374,6 @@ def still_to_come(optimizers: Iterable[Optimizer]) -> int:
 
 
 def _recorded_as(recipe: Recipe) -> tuple[str, int]:
-    """What a boundary is known by in a checkpoint: plain numbers and strings."""
+    """The key of a boundary in a checkpoint, of plain numbers and strings."""
     weighed = f", {recipe.oracle.condition!r}" if recipe.oracle.condition else ""
     return repr(recipe.oracle.path) + weighed, int(recipe.class_wise)

@@ -15,12 +15,7 @@ __all__ = ["SeenSamples"]
 
 
 class SeenSamples:
-    """Takes each batch before it is trained on; what measures waits until the reservoir is full.
-
-    Args:
-        run: Whose batches.
-        reservoir: What takes them.
-    """
+    """Takes each batch before it is trained on; monitors start once the reservoir is full."""
 
     def __init__(self, run: StageRun, reservoir: Reservoir) -> None:
         self._run, self._reservoir, self._began = run, reservoir, False
@@ -29,18 +24,18 @@ class SeenSamples:
             if not member.data_only:
                 name = type(member).__name__
                 raise ValueError(
-                    f"{name} asks about the same rows throughout a run, which {reservoir!r} does "
-                    f"not have. Give it some: {name}(LatentBank(x, labels)), or leave it out."
+                    f"{name} needs the same rows throughout a run, and {reservoir!r} does not "
+                    f"keep them. Give it rows, {name}(LatentBank(x, labels)), or leave it out."
                 )
         run.members = [member for member in run.members if member not in run.waiting]
-        again = " It is filled anew: a checkpoint does not hold it." if run.began else ""
+        again = " It is filled again: a checkpoint does not hold it." if run.began else ""
         rank_zero_info(
-            f"stagewise: posteriors are over the last {reservoir.size} samples seen, "
-            f"on each rank its own.{again}"
+            f"stagewise: posteriors are over the last {reservoir.size} samples that each rank has "
+            f"seen.{again}"
         )
 
     def take(self, batch: Any) -> None:
-        """Takes a batch, with the first of which callbacks start; others once it is full."""
+        """Takes a batch; the first starts callbacks, a full reservoir those that measure."""
         run = self._run
         if batch is None:
             raise ValueError(f"{self._reservoir!r} takes each batch: watch.step(step, batch).")
@@ -61,7 +56,7 @@ class SeenSamples:
                     getattr(member, what)()
 
     def end(self) -> None:
-        """Says so if it was never full."""
+        """Warns if it was never full."""
         if self._run.waiting:
             rank_zero_warn(
                 f"{self._reservoir!r} was never full, so nothing was measured over it. Train for "

@@ -1,10 +1,9 @@
-"""The bank of a run, read from its own training data loader without disturbing the run.
+"""The bank of a run, read from its training loader without disturbing the run.
 
-A data module with a method `latent_bank()` that returns a `LatentBank` is asked for it instead. A
-data set with a method `fixed()` is read through what that returns: its samples without draws. Every
-other sample that the run draws is read once, in order, by a loader of our own over the run's data
-set, with the run's collate function and batch-transfer hooks, the module being in evaluation mode.
-All random state is put back afterwards, so training draws what it would have drawn.
+A method `latent_bank()` of the data module gives the bank instead. A method `fixed()` of the data
+set gives its samples without random draws. Every other sample that the run draws is read once, in
+order, by a separate loader over the same data set, with the run's collate function and transfer
+hooks, while the module is in evaluation mode. Random state is restored, so training draws the same.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Samples = tuple[Tensor, "Tensor | MaskedLabels | None"]
 """Samples, (n, *), and their labels, (n,), or None, on the CPU; with masks `MaskedLabels`."""
 
 _LARGE = 10**9
-"""Bytes above which a bank beside a CUDA device has 16 bits."""
+"""Bytes above which a bank for training on a CUDA device has 16 bits."""
 
 _READ_TWICE = 32  # samples: what changes one in ten is seen with a chance of 99.8 %
 
@@ -67,24 +66,24 @@ def read_bank(
         host: The training.
         read_batch: From a batch to `(x_1, labels or None)`.
         class_wise: Whether to keep labels, default True.
-        dtype: Storage; default that of the samples, and bfloat16 for more than 1 GB of them beside
-            a CUDA device, which is said with what it changes.
-        condition: Whose conditions the bank holds, too, for which the set is read once more.
+        dtype: Storage; default that of the samples, or bfloat16, with a line of log, if they take
+            more than 1 GB and training is on a CUDA device.
+        condition: Its conditions are stored, too, for which the set is read once more.
 
     Returns:
         The bank; that of the data module, if it has one. Its rows are those that the sampler draws
         (`drawn_rows`). A data set that augments at random gives one draw of each, with a warning.
 
     Raises:
-        ValueError: If the loader cannot be read twice or has no length, or its batches are no rows
-            of a bank, with the cure.
+        ValueError: If the loader cannot be read twice or has no length, or its batches cannot be
+            rows of a bank.
         MemoryError: See `LatentBank.from_batches`.
     """
     own = _own(host, "latent_bank")
     if own is not None:
         return own
 
-    # Labels that are not asked for may be in some batches and not in others.
+    # Labels that are not needed may be missing in some batches.
     def taken(batch: Any) -> tuple[Tensor, Any]:
         x1, labels = read_checked(read_batch, batch)
         return x1, compared_within(labels, class_wise)
@@ -93,8 +92,8 @@ def read_bank(
     with undisturbed(host.module, reader.loader, read_batch):
         rows = reader.copies_of(_drawn(host, reader.loader, say=True))
         step = -(-len(rows) // _READ_TWICE)
-        # Never here if the run has workers: a file that a data set opens when it is first read
-        # would be handed on to every worker forked later.
+        # In a worker, if the run has workers: a file that the data set opens at its first read
+        # would be inherited by every worker forked later.
         twice = [
             (x1.cpu(), None if labels is None else labels.cpu())
             for x1, labels in reader.read(rows[::step], workers=1, times=2, seed=1)
@@ -126,26 +125,28 @@ def read_bank(
             bank = bank.with_conditions(torch.cat([c.cpu() for c, _ in given.read(rows)]))
     if not isinstance(labels, MaskedLabels) and seems_padded(once):
         rank_zero_warn(
-            "Many samples end in zeros, at different steps: if that is padding, it counts as data, "
+            "Many samples end in zeros, at different steps: if that is padding, it counts as data "
             f"in distances and errors. {PADDED}"
         )
-    # Within a pass nothing is seeded again; between two the workers are, if not as in training.
+    # Workers are seeded between passes, not within one: two reads of each kind are compared.
     if not (torch.equal(once, again) and same_rows(bank, range(0, len(rows), step), once, labels)):
         rank_zero_warn(
             "The training set gives other values of x_1 each time it is read (augmentation, or "
             "latents resampled from mean and std). The bank holds one draw of each sample: the "
             "navigation stage is measured well, but x_1 of a training batch is not a bank row. In "
-            "training targets it joins them as one more, beside the draw of it that is there. "
-            "The last samples seen can stand for the set: StageRun(reservoir=4096)."
+            "oracle targets it is added to the rows, beside the stored draw of the same sample. "
+            "To use the last samples seen instead: StageRun(reservoir=4096)."
         )
     return bank
 
 
 def storage_beside(device: torch.device, count: int, samples: Tensor) -> torch.dtype | None:
-    """The type of a bank of `count` samples like these, (n, *), for training on a device.
+    """bfloat16, with a line of log, for a bank over 1 GB of training on a CUDA device, or None.
 
-    Returns:
-        bfloat16 for more than 1 GB on a CUDA device, after a line of log; else None: theirs.
+    Args:
+        device: Where training is.
+        count: Rows of the bank.
+        samples: Some of them, (n, *).
     """
     x = samples.detach().flatten(1)
     size = count * x.shape[1] * x.element_size()
@@ -162,8 +163,8 @@ def storage_beside(device: torch.device, count: int, samples: Tensor) -> torch.d
         f"The bank is stored in bfloat16, {format_bytes(2 * count * x.shape[1])} in place of "
         f"{format_bytes(size)}: its rows, and so the oracle's mean, are rounded by "
         f"{float(error):.2%} of their distance from the mean of all (measured on {len(x)}, root "
-        "mean square; each number by 0.39% at most); x_1 itself keeps its digits. To keep those "
-        "of all: StageRun(bank=LatentBank(x, labels))."
+        "mean square; each number by 0.39% at most); x_1 itself is not rounded. To store all "
+        "digits: StageRun(bank=LatentBank(x, labels))."
     )
     return torch.bfloat16
 
@@ -181,7 +182,7 @@ def read_shard(host: Host) -> LatentBank:
 
 
 def _own(host: Host, name: str) -> LatentBank | None:
-    """What a method of the data module returns; None if it has no such method."""
+    """The bank that a method of the data module returns; None if it has no such method."""
     method = getattr(host.data, name, None)
     if not callable(method):
         return None
@@ -202,10 +203,9 @@ def read_rows(
     read_batch: ReadBatch = find_sample,
     seed: int = 0,
 ) -> Samples:
-    """Reads random samples of a loader's data set, as `read_bank` reads all of them.
+    """Reads random samples of a loader's data set as `read_bank` does, in the set's order.
 
-    In the order of the data set. Two readings with the same seed give the same samples even if they
-    are augmented.
+    The same seed gives the same samples, also if they are augmented.
     """
     reader = RowReader(loader, read_batch, host.move)
     with undisturbed(host.module, loader, read_batch, seed=seed):
@@ -218,21 +218,17 @@ def read_rows(
 
 
 def _drawn(host: Host, loader: DataLoader[Any], *, say: bool = False) -> Sequence[int]:
-    """The rows that a loader draws; those of the training loader as training cuts its epochs."""
+    """The rows that a loader draws, in the training loader within the limits of training."""
     limit, epochs, batches = host.limits if loader is host.loader else 3 * [math.inf]
     drawn = drawn_rows(
-        loader,
-        limit=limit,
-        world_size=host.world_size,
-        epoch=host.epoch,
-        kept=host.known,
+        loader, limit=limit, world_size=host.world_size, epoch=host.epoch, kept=host.known
     )
     size = len(loader.dataset)  # type: ignore[arg-type]
     if say:
         if len(drawn.rows) < size:
             rank_zero_info(f"Training draws {len(drawn.rows)} of {size} samples: the bank's rows.")
         if drawn.looked:
-            rank_zero_info(f"The sampler has no end: {drawn.looked} of its draws were looked at.")
+            rank_zero_info(f"The sampler has no end: {drawn.looked} of its draws were read.")
         for warning in drawn.warnings:
             rank_zero_warn(f"The training loader draws {warning}")
         few = drawn.few(epochs, batches)

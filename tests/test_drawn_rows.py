@@ -276,7 +276,7 @@ def test_a_sampler_without_an_end_is_looked_at_for_a_while(lightning_log):
             yield int(64 * self.rng.random() ** 3)
 
     assert rows_of(loader(sampler=Draws(endless)), say=True) == (first(64), [])
-    assert "The sampler has no end: 256 of its draws were looked at" in lightning_log.text
+    assert "The sampler has no end: 256 of its draws were read" in lightning_log.text
     rows, messages = rows_of(loader(sampler=Draws(weighted)), say=True)
     assert rows == first(64)
     assert ["some samples more often than others" in one for one in messages] == [False, True]

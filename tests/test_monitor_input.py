@@ -326,7 +326,7 @@ def test_random_augmentation_is_detected(make_trainer, tiny_flow):
     monitor = small()
     (message,) = said(lambda: make_trainer(monitor).fit(tiny_flow(), DataLoader(Noisy(), 8)))
     assert "other values of x_1 each time it is read" in message
-    assert "training targets it joins them as one more" in message
+    assert "oracle targets it is added to the rows" in message
     assert len(monitor.history) == 2, "measured all the same"
 
 

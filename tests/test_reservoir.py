@@ -254,7 +254,7 @@ def test_what_a_reservoir_in_training_says(fit, tmp_path, quick_figures, lightni
     trainer.save_checkpoint(tmp_path / "at.ckpt")
     monitor = PosteriorMonitor(queries=4)
     fit(StageRun(reservoir=20), monitor, steps=12, resume=tmp_path / "at.ckpt")
-    assert "filled anew" in lightning_log.text
+    assert "filled again" in lightning_log.text
     assert monitor.history[0]["step"] < 8 < monitor.history[-1]["step"]
 
 
@@ -265,7 +265,7 @@ def test_monitors_of_the_model_refuse_a_reservoir_before_training(
     fit, tiny_flow, kind, monkeypatch
 ):
     monkeypatch.setattr(tiny_flow, "training_step", lambda *_: pytest.fail("trained"))
-    with pytest.raises(ValueError, match=f"^{kind.__name__} asks about the same rows throughout"):
+    with pytest.raises(ValueError, match=f"^{kind.__name__} needs the same rows throughout"):
         fit(StageRun(reservoir=20), kind())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,22 +26,17 @@ __all__ = ["ModelMonitor"]
 
 
 _FEW = 8
-"""Held-out samples below which the log says that they are few."""
-
-
-def _given_masks(velocity: Any, module: nn.Module, xt: Tensor, t: Tensor, labels: Any) -> Tensor:
-    """A velocity of the user, which is given a mask, if there is one, after the labels."""
-    mask = (labels.mask,) if isinstance(labels, MaskedLabels) else ()
-    return velocity(module, xt, t, plain(labels), *mask)  # type: ignore[no-any-return]
+"""Below so many held-out samples, the log says that they are few."""
 
 
 class ModelMonitor(Monitor):
-    """Asks the network that was found in the first step, or the `velocity` that the user gave.
+    """Asks the network that was found in the first step, or the `velocity` that was given.
 
     Attributes:
-        network: The network, None where a `velocity` was given.
-        conditional: Whether the model is given labels; a given function may be.
+        network: The network, None if a `velocity` was given.
+        conditional: Whether the model is given labels; True for a given `velocity`.
         wise: Whether its posterior is over the rows of the sample's class.
+        batch_size: Samples in the first batch of this process; `per_step`: in an optimizer step.
     """
 
     compares = True
@@ -52,7 +46,7 @@ class ModelMonitor(Monitor):
     wise = False
 
     def start(self) -> None:
-        """Refuses what can never work, before the first step."""
+        """Takes the oracle; refuses couplings, which have none."""
         super().start()
         run, self.network, self.corrected = self.run, None, False
         self._given: AskVelocity | None = run.option(self, "velocity")
@@ -62,7 +56,7 @@ class ModelMonitor(Monitor):
         self.oracle = run.oracle(self)
 
     def try_velocity(self, x1: Tensor, labels: Any) -> None:
-        """Asks a given function for two velocities."""
+        """Checks a given `velocity` on two samples."""
         if self._given is None:
             return
         module, device = self.run.module, self.run.host.device
@@ -74,9 +68,9 @@ class ModelMonitor(Monitor):
                 v = velocity(xt, t, y)
         except Exception as error:
             raise ValueError(
-                f"`velocity` raised {type(error).__name__}: {error}, asked about xt = "
-                f"{describe(xt)}, t = {describe(t)} and labels = {describe(y)}. Give the network "
-                f"what training gives it, such as {guessed_line(module, labelled=y is not None)}."
+                f"`velocity` raised {type(error).__name__}: {error}, for xt = {describe(xt)}, "
+                f"t = {describe(t)} and labels = {describe(y)}. Give the network what training "
+                f"gives it, such as {guessed_line(module, labelled=y is not None)}."
             ) from error
         came = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
         if came != tuple(xt.shape):
@@ -98,15 +92,15 @@ class ModelMonitor(Monitor):
             return
         told = self.run.option(self, "convention") is not None
         if not (told or look.called) and all(maker.late for maker in self.run.makers):
-            nothing = f"Found nothing that makes the targets in {type(self.run.module).__name__}"
+            why = f"Found nothing that makes the targets in {type(self.run.module).__name__}"
             ask = (
                 " Or say how to ask for the velocity (t = 0 is noise, t = 1 is data): "
                 f"{name}({look.search.line})."
             )
-            for maker in self.run.makers[:1]:  # what it stands for is not that of the step
-                nothing, ask = f"The first step did not call {maker.name}", ""
+            if self.run.makers:  # the line would be of its convention, which the step does not use
+                why, ask = f"The first step did not call {self.run.makers[0].name}", ""
             raise ValueError(
-                f"{nothing}, so what its network predicts is not known; {BY_HAND} Or say what it "
+                f"{why}, so what its network predicts is not known; {BY_HAND} Or say what it "
                 'is trained on: convention="pi0", another name of stagewise.conventions, or the '
                 f"noise scheduler.{ask}"
             )
@@ -121,29 +115,28 @@ class ModelMonitor(Monitor):
                 raise ValueError(
                     f"{self.network.describe()} is also given {', '.join(look.conditions)}. "
                     f"{name} would ask it about other samples, and compare it with the posterior "
-                    "over all rows, which is not what a model that uses it is trained on. If it "
-                    f"ignores that: {name}(class_wise=False). To ask it with conditions of your "
-                    f"own, put these in place of {replaced}: {name}({look.search.line})."
+                    "over all rows, which a model that uses these conditions does not learn. If it "
+                    f"ignores them: {name}(class_wise=False). To ask it with your own conditions, "
+                    f"put them in place of {replaced}: {name}({look.search.line})."
                 )
         self.conditional = self.run.host.any(self.network.conditional)
 
     def is_wise(self, labels: Any) -> bool:
-        """Whether to ask over the rows of a class, of samples with those labels or without any."""
+        """Whether the posterior of samples with these labels, or None, is class-wise."""
         wise = self.run.class_wise(self)
         if self.run.option(self, "class_wise") is None:
             wise = wise and self.conditional and plain(labels) is not None
         return wise
 
     def reconsider(self) -> None:
-        """Asks the network anew, if a later step has shown what it is given."""
+        """Takes the network again, if a later step has shown what it is given."""
         network = self.run.look.network
         if self._given is not None or network is None or self.network is network:
             return
         if self.history:
             self.warn(
                 f"the network is given more than in the steps before, {network.describe()}. "
-                "What was measured in them is left out, and the next probe asks it as it is given "
-                "now."
+                "Probes of those steps are dropped, and the next probe gives it the same."
             )
         self.corrected = True
         self.history = [entry for entry in self.history if entry["step"] <= self.run.began]
@@ -154,37 +147,40 @@ class ModelMonitor(Monitor):
         self.oracle = self.run.oracle(self)
 
     def describe(self) -> str:
-        """What is asked, for logs."""
+        """The network, for logs."""
         return "the given velocity" if self.network is None else self.network.describe()
 
     def parameters(self) -> int | None:
-        """How many numbers are trained in what is asked; None where each process has a part."""
+        """How many parameters are trained; None if each process has a part of them."""
         module = self.run.module if self.network is None else self.network.module
         sizes = [each.numel() for each in module.parameters() if each.requires_grad]
         return sum(sizes) if sizes and all(sizes) else None
 
     def reachable(self, t: Tensor) -> Tensor:
-        """The times, (B,), nearest to t about which the model can be asked: with DDPM, its steps.
-
-        A noisy sample of a time between two steps is of neither.
-        """
+        """The nearest times, (B,), that the model knows: with DDPM those of its steps."""
         if self.network is not None:
             return self.network.reachable(t)
         path = self.oracle.path
         return path.nearest_step(t) if isinstance(path, DDPMPath) else t
 
     def velocity_of(self, module: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        """The velocity of a module: that of the run, or a copy with averaged weights."""
+        """The velocity of a module: that of the run, or one with averaged weights."""
         if self.network is not None:
             return self.network.of(module)
-        assert self._given is not None
-        return partial(_given_masks, self._given, module)
+        given = self._given
+        assert given is not None
+
+        def velocity(xt: Tensor, t: Tensor, labels: Any) -> Tensor:
+            mask = (labels.mask,) if isinstance(labels, MaskedLabels) else ()
+            return given(module, xt, t, plain(labels), *mask)
+
+        return velocity
 
     @contextmanager
     def asked(self, module: nn.Module | None = None) -> Iterator[Callable[..., Tensor]]:
-        """The velocity of a module (default: of the run) in training's precision, without a trace.
+        """The velocity of a module, default that of the run, in training's precision.
 
-        Every submodule gets its mode back, and the global random state is put back.
+        The mode of every submodule and the global random state are restored afterwards.
         """
         module = self.run.module if module is None else module
         with in_eval_mode(module), same_draws(), torch.no_grad(), self.run.host.precision():
@@ -193,7 +189,7 @@ class ModelMonitor(Monitor):
     # -- samples ----------------------------------------------------------------------------------
 
     def rows(self, count: int) -> Samples:
-        """Samples as training draws them, so that a bank that is not theirs shows."""
+        """Training samples, read from the loader, so that a bank of other samples is noticed."""
         run, bank = self.run, self.run.bank(self)
         given = run.given(self)
         try:
@@ -213,27 +209,14 @@ class ModelMonitor(Monitor):
                     "StageRun(read_batch=lambda batch: (batch[0], None))."
                 )
             why = f"the batches hold samples of shape {shape}, not {bank.shape}"
-        self.say(f"{why}, so rows of the bank stand for the training samples.")
+        self.say(f"{why}, so rows of the bank are taken for the training samples.")
         draws = torch.Generator().manual_seed(self.seed)
         index = torch.randperm(len(bank), generator=draws)[:count]
         x1 = bank.take(index.to(bank.device)).reshape(-1, *bank.shape).float().cpu()
         return x1, bank.classes_of(index.tolist())
 
     def others(self, count: int) -> Samples | None:
-        """The samples of `_others_of`; of few rows the log says what is not known of others."""
-        found = self._others_of(count)
-        if found is not None and len(found[0]) < _FEW:
-            self.say(
-                f"{len(found[0])} held-out samples: errors on them, with their standard errors, "
-                "are of these alone, and say little of others."
-            )
-        return found
-
-    def _others_of(self, count: int) -> Samples | None:
-        """Samples that are not trained on: what the user gave, or the first validation loader's.
-
-        None if there are none, which the log says.
-        """
+        """Held-out samples: those that were given, or of the first validation loader; or None."""
         name, bank = type(self).__name__, self.run.bank(self)
         given = self.run.option(self, "held_out")
         if given is not None:
@@ -244,13 +227,13 @@ class ModelMonitor(Monitor):
                     f"Expected `held_out` with samples of shape {bank.shape} as the bank's, got "
                     f"{tuple(x1.shape)}."
                 )
-            return self._of_known_masks(x1.cpu(), None if labels is None else labels.cpu())
+            return self._known(x1.cpu(), None if labels is None else labels.cpu())
         why, loader = "there is no validation data", self.run.host.held_out_loader()
         if loader:
             try:
                 x1, labels = fitted(*self.run.read(self, loader, count), bank.shape)
                 if tuple(x1.shape[1:]) == bank.shape:
-                    return self._of_known_masks(x1, labels)
+                    return self._known(x1, labels)
                 why = f"validation samples have the shape {tuple(x1.shape[1:])}, not {bank.shape}"
             except ValueError as error:
                 why = f"the validation data cannot be read: {str(error).split('. ')[0]}"
@@ -260,18 +243,22 @@ class ModelMonitor(Monitor):
         )
         return None
 
-    def _of_known_masks(self, x1: Tensor, labels: Any) -> Samples | None:
-        """Samples whose mask a row of the bank has: others have no posterior."""
-        if not isinstance(labels, MaskedLabels):
-            return x1, labels
-        known = self.run.bank(self).has_masks(labels)
-        if not bool(known.all()):
-            missing = int((~known).sum())
-            self.say(f"{missing} held-out samples have masks of no row, and are left out.")
-        return (x1[known], labels[known]) if bool(known.any()) else None
+    def _known(self, x1: Tensor, labels: Any) -> Samples | None:
+        """Held-out samples without those whose mask no row has, as these have no posterior."""
+        if isinstance(labels, MaskedLabels):
+            known = self.run.bank(self).has_masks(labels)
+            if missing := int((~known).sum()):
+                self.say(f"{missing} held-out samples have masks of no row, and are left out.")
+            x1, labels = x1[known], labels[known]
+        if 0 < len(x1) < _FEW:
+            self.say(
+                f"{len(x1)} held-out samples: errors on them, with their standard errors, "
+                "are of these samples only."
+            )
+        return (x1, labels) if len(x1) else None
 
     def noisy(self, samples: Samples, edges: Tensor, queries: int, number: int) -> Probe:
-        """Noisy samples, this rank's, that stay the same for all probes."""
+        """This rank's noisy samples, the same at every probe."""
         return Probe(
             *samples,
             edges,

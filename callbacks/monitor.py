@@ -1,4 +1,4 @@
-"""`Monitor`: what all callbacks share that probe now and then."""
+"""`Monitor`: the base of callbacks that probe at intervals."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Monitor", "MonitorOptions"]
 
 
 class MonitorOptions(RunOptions, total=False):
-    """What every monitor takes beside what it may say about the run.
+    """Options of every monitor, besides those of the run.
 
     Attributes:
-        every_n_steps: Optimizer steps between probes; default a twentieth of the training, at most
+        every_n_steps: Optimizer steps between probes. Default: a twentieth of the training, at most
             1000.
-        figures: Draw at every so many probes; default at the first, second, fourth, eighth, ...,
-            and at the last; 0: never.
+        figures: Probes between drawings; 0: none are drawn. Default: drawn at the first, second,
+            fourth, eighth, ..., and at the last probe.
     """
 
     every_n_steps: int | None
@@ -33,25 +33,27 @@ class MonitorOptions(RunOptions, total=False):
 
 
 class Monitor(StageCallback):
-    """Says when to probe, keeps what was found, writes it, and takes it up when a run resumes.
+    """Decides when to probe, keeps and writes the results, and resumes them from a checkpoint.
 
     A probe is due at the first step, whenever a multiple of `every_n_steps` is reached, and at the
-    end of training. That last one is left out of the history when the run goes on later, so that
-    a run that was stopped and resumed has the history of one that was not.
+    end of training. The one at the end is dropped when the run goes on later, so that a run that
+    was stopped and resumed has the same history as one that was not.
 
     Args:
         name: See `StageCallback`, like `bank`.
         bank: The training latents.
-        **options: See `MonitorOptions`.
+        every_n_steps: See `MonitorOptions`, like `figures`.
+        figures: When to draw.
+        **options: See `RunOptions`.
 
     Attributes:
         every: Steps between probes, once training has begun.
         history: The probes so far.
-        seconds: What each probe of this process has cost.
-        probes: Probes in a run whose interval nobody gives, and `longest`, the largest interval
-            then.
-        event: What its lines in `stages.jsonl` are called.
+        seconds: Time that each probe of this process took.
+        probes: Probes in a run by default; `longest`: the largest default interval in steps.
+        event: Name of its probes in `stages.jsonl`.
         oracle: Bank and path, within a run; None outside.
+        corrected: Whether a later step than the first has shown what the network is given.
 
     Raises:
         ValueError: For numbers out of range.
@@ -64,7 +66,6 @@ class Monitor(StageCallback):
     event: ClassVar[str]
     oracle: Oracle = None  # type: ignore[assignment]
     corrected = False
-    """Whether a later step than the first has shown what the network is given."""
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class Monitor(StageCallback):
         self.seconds: list[float] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The probes so far, as plain numbers; never the bank."""
+        """The probes so far, as plain numbers."""
         return {**super().state_dict(), "history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -94,39 +95,38 @@ class Monitor(StageCallback):
         super().load_state_dict(state_dict)
         self.history = list(state_dict["history"])
 
-    # -- what each monitor says for itself --------------------------------------------------------
+    # -- what each monitor defines ----------------------------------------------------------------
 
     def measure(self, step: int) -> dict[str, Any]:
-        """Probes: a collective. Returns an event, without `event` and `step`."""
+        """Makes a probe, as an event without `event` and `step`; a collective."""
         raise NotImplementedError
 
     def scalars(self, entry: dict[str, Any]) -> dict[str, float]:
-        """What of an event is logged, under its full tags."""
+        """What is logged of a probe, by full tag."""
         raise NotImplementedError
 
     def _figures(self, probes: list[dict[str, Any]]) -> dict[str, Figure]:
-        """Pictures by their names, of all probes; asked of rank zero only."""
+        """Pictures of all probes by name; called on rank zero only."""
         return {}
 
     # -- the course of a training -----------------------------------------------------------------
 
     def start(self) -> None:
-        """Takes the bank; keeps what a resumed run has found with the same."""
+        """Takes the bank; a resumed run with the same bank keeps its history."""
         run = self.run
         condition = run.option(self, "condition")
         if condition is not None and not self.data_only:
             name = type(self).__name__
             raise ValueError(
-                f"{name} asks the model about other samples without their conditions, so it does "
-                f"not go with {condition!r}. Leave out {name}: what is measured over rows weighed "
-                "by a kernel are the data, PosteriorMonitor(condition=...)."
+                f"{name} asks the model about samples without their conditions, so it cannot use "
+                f"{condition!r}. Leave {name} out; PosteriorMonitor(condition=...) needs no model."
             )
         run.bank(self)
         path, _ = run.path_of(self)
         if run.path_from and not same_path(path, run.path):
             self.warn(
-                f"goes by path={path!r}, but the module trains on {run.path!r} ({run.path_from}). "
-                "Leave `path` out to watch the training."
+                f"measures on path={path!r}, but the module trains on {run.path!r} "
+                f"({run.path_from}). Leave `path` out to measure on the path of training."
             )
         self.history = self._still(self.history)
         share = (run.total or self.probes * self.longest) // self.probes
@@ -140,12 +140,12 @@ class Monitor(StageCallback):
         self.start()
 
     def _still(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those that a run that goes on has: a second fit of a callback, or other latents, none."""
+        """The events that a resumed run keeps; a second fit, or other latents, keep none."""
         past = 0 if self.renewed else self.run.began
         return [e for e in events if past and e["step"] <= past and not e.get("at_end")]
 
     def open_files(self, header: dict[str, Any], events: list[dict[str, Any]]) -> None:
-        """Begins `stages.jsonl` with what is known; a collective."""
+        """Begins `stages.jsonl`; a collective."""
         self.writer.start([header, *events], resumed=bool(events) or self.corrected)
 
     @property
@@ -154,7 +154,7 @@ class Monitor(StageCallback):
         return self.history[-1]["step"] if self.history else None
 
     def due(self, step: int) -> bool:
-        """Whether to probe, `step` optimizer steps being done."""
+        """Whether to probe after `step` optimizer steps."""
         # Several optimizers advance it by more than one, and a resumed run may have probed here.
         return self.last is None or step // self.every > self.last // self.every
 
@@ -168,20 +168,20 @@ class Monitor(StageCallback):
             self.probe(step, at_end=True)
 
     def end(self) -> None:
-        """Probes once more where training ends early."""
-        # What is averaged has taken the place of what was trained by now.
+        """Probes once more if training ends early."""
+        # With weight averaging, the model holds averaged weights by now.
         if self.last != self.run.step and not self.run.host.averages:
             self.probe(self.run.step, at_end=True)
 
     def together(self) -> AbstractContextManager[None]:
-        """Probes on every rank, or raises on all of them; see `Host.together`."""
+        """Raises on every rank if a probe fails on one; see `Host.together`."""
         return self.run.host.together(f"a probe of {type(self).__name__}")
 
     def probe(self, step: int, *, at_end: bool = False) -> None:
         """Probes, draws and writes; a collective."""
         run, device = self.run, self.run.host.device
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # so that queued training work is not counted as ours
+            torch.cuda.synchronize(device)  # so that queued training work is not counted
         start = time.perf_counter()
         last_time, last_step = self._since
         entry = {"event": self.event, "step": step, **self.measure(step), **self.over}
@@ -207,16 +207,16 @@ class Monitor(StageCallback):
         return bool(self.figures) and (at_end or (number - 1) % self.figures == 0)
 
     def logged_at(self, step: int) -> int:
-        """The step of the training's own logs: that of the batch which was just trained on."""
+        """The step to log at: that of the batch which was just trained on, as Lightning has it."""
         return max(0, step - 1)
 
     def summary(self) -> str:
-        """How often it has probed, what the last probe cost, and where that is written."""
+        """The number of probes, the time of the last one, and where they are written."""
         cost = f"{self.seconds[-1]:.1f} s" if self.seconds else "nothing"
         over = "".join(f", over {said}" for said in self.over.values())
         return f"{len(self.history)} probes{over}, the last cost {cost}; {self.writer.describe()}"
 
     @property
     def over(self) -> dict[str, str]:
-        """What each event says of the rows of its posterior; see `Oracle.over`."""
+        """What each event says about the rows of its posterior; see `Oracle.over`."""
         return {} if self.oracle is None else self.oracle.over

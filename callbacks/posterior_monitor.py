@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from typing_extensions import Unpack, override
 
 from stagewise.bank import LatentBank
@@ -32,59 +34,55 @@ from stagewise.stages import (
 __all__ = ["PosteriorMonitor"]
 
 _ENDS = ("", "_low", "_high")
-"""Of the names of a boundary and of its interval."""
+"""Suffixes of a boundary and of its interval."""
 
 
 class PosteriorMonitor(Monitor):
     """Measures where the stages of the training data meet, for any LightningModule, unchanged.
 
-    Now and then it makes noisy samples from bank rows on a stratified grid of t, asks the exact
-    oracle for their posteriors, and logs what it finds. It asks nothing of the model: the curve is
-    a property of the training latents and the path, and the probes of a run differ by their draws
-    only. It draws from generators of its own, so the trained weights are bit-identical with and
-    without it.
+    At each probe it makes noisy samples from bank rows on a stratified grid of t, asks the exact
+    oracle for their posteriors, and logs the results. It does not ask the model: the curve is a
+    property of the training latents and the path, and the probes of a run differ by their draws
+    only. It has its own generators, so trained weights are bit-identical with and without it.
 
     **Logged to every logger of the trainer** (`stagewise` is `name`):
 
     - `stagewise/midpoint`, `stagewise/collapsed`: t where the mean largest weight crosses 0.5 and
-      0.99, each with `_low` and `_high` (95 % bootstrap). NaN while not reached.
+      0.99, each with `_low` and `_high` (95 % bootstrap). NaN if not reached.
     - `stagewise/predicted`: the boundary that the spectrum of the bank predicts.
-    - `stagewise/probe_seconds`, `stagewise/share_of_step_time`: what the probe cost, and that cost
-      as a share of the wall time of training since the one before.
+    - `stagewise/probe_seconds`, `stagewise/share_of_step_time`: the time of the probe, and that as
+      a share of the wall time of training since the probe before.
     - `stagewise_by_t/{top1,entropy,ess,source_weight,target_difference}/t=...`: means by stratum;
       `target_difference` is MSE(conditional, oracle velocity).
 
     **To TensorBoard** also the figures `concentration`, `target_difference` and `heatmap`, and a
-    custom-scalars layout (which replaces a layout of yours, if any). **To disk**, in `dirpath`:
-    `stages.jsonl` (one line for the bank, one per probe) and the figures as PNG. Figures mark the
-    one boundary of the run, that of its first probe; `heatmap` also the midpoint of each probe.
+    custom-scalars layout, which replaces yours, if any. **To disk**, in `dirpath`: `stages.jsonl`
+    (a line for the bank, and one for each probe) and the figures as PNG. Figures mark the boundary
+    of the run, which is that of its first probe; `heatmap` shows the midpoint of each probe.
 
-    When not to use it: with couplings that make noise and data dependent (minibatch OT); with data
-    sets without a fixed set of samples (streams). Where a model is conditioned on more than classes
-    (text), its own stages come earlier.
+    Do not use it with couplings that make noise and data dependent (minibatch OT). The stages of a
+    model that is conditioned on more than classes (text) come earlier.
 
     Args:
         bank: The training latents, if they are not to be read from the loader. It is moved to the
-            training device if it takes less than a quarter of the memory free there, and otherwise
-            streamed from where it lies.
+            training device if it takes less than a quarter of the free memory there, and otherwise
+            streamed.
         strata: Strata of t, default 24; half of them lie near the predicted boundary if that is
             near an end of [0, 1] (`stages.stage_edges`).
-        queries: Queries to the whole bank (or to a class) in each stratum, default 64. The interval
-            of `collapsed` hangs on the few in a hundred that have not collapsed: give more if you
-            need it sharp.
+        queries: Noisy samples in each stratum, default 64. The interval of `collapsed` depends on
+            the few in a hundred that have not collapsed; more queries make it narrower.
         engine: How the oracle reaches the rows, default `Auto()`: exactly. Not `Sharded`, because
             the ranks share the queries of a probe: give each the same memory-mapped bank, which a
-            node holds in memory once.
-        name: Prefix of all tags and name of the folder, default "stagewise". Give two monitors in
-            one trainer two names.
+            machine holds in memory once.
+        name: Prefix of all tags and name of the folder, default "stagewise". Two monitors in one
+            trainer need two names.
         **options: `every_n_steps` and `figures`, see `MonitorOptions`; the first probe is in the
-            first step, before any weight changes. And what it says about the run: `read_batch`,
-            `path`, `class_wise`, `dirpath`, `seed`, ...; see `RunOptions`.
+            first step, before any weight changes. And options of the run, see `RunOptions`.
 
     Raises:
-        TypeError: At construction for an engine, bank or path that is none.
+        TypeError: At construction for an engine, bank or path of a wrong type.
         ValueError: At construction for numbers out of range; before the first training step if
-            `x_1` cannot be found, or if bank and batch do not fit, with the cure.
+            `x_1` is not found, or if bank and batch do not fit.
         MemoryError: Before the first step, if the bank would not fit.
 
     Example:
@@ -126,7 +124,7 @@ class PosteriorMonitor(Monitor):
         self.wise = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The probes so far, as plain numbers, and the last curve; never the bank."""
+        """The probes so far and the last curve, as plain numbers."""
         curve = None
         if self.curve is not None:
             curve = {"t": self.curve.t.tolist(), "values": self.curve.values.tolist()}
@@ -155,7 +153,7 @@ class PosteriorMonitor(Monitor):
             rank_zero_warn(few_rows(bank))
         elif self.wise and 2 * len(bank.classes) > len(bank):
             rank_zero_warn(
-                f"The labels make {len(bank.classes)} classes of {len(bank)} rows. Over a class of "
+                f"The labels make {len(bank.classes)} classes of {len(bank)} rows. In a class of "
                 "one row every posterior has collapsed at any t. If indices were taken for labels, "
                 "say class_wise=False or read_batch=lambda batch: (batch[0], None)."
             )
@@ -175,23 +173,24 @@ class PosteriorMonitor(Monitor):
         )
         self.open_files(self._header(), self.history)
 
-    def _take_bank(self) -> None:
+    def _take_bank(self, edges: Tensor | None = None) -> None:
         run = self.run
         self.wise = run.class_wise(self)
         self.oracle = run.oracle(self, engine=self.engine)
         bank, path = self.oracle.bank, self.oracle.path
         self.predicted = predicted_boundary(bank, path, class_wise=self.wise)
-        self.recipe = Recipe.of(self.oracle, self.wise, self.strata, self.queries, self.seed)
+        recipe = Recipe.of(self.oracle, self.wise, self.strata, self.queries, self.seed)
+        self.recipe = recipe if edges is None else replace(recipe, edges=edges)
         run.recipes.append(self.recipe)
 
     def _draws(self, at_end: bool) -> bool:
-        """Whether to draw at a probe; the last one is followed by none before training ends."""
+        """Whether to draw at a probe, which may be the last one before training ends."""
         total, step = self.run.total, self.run.host.global_step
         last = total is not None and step // self.every == (total - 1) // self.every
         return super()._draws(at_end or last)
 
     def settle(self) -> None:
-        """In the first step: says what a conditioned network means for it, and probes."""
+        """In the first step: warns if the network has other conditions, and probes."""
         self.reconsider()
         if self.due(self.run.first_step):
             self.probe(self.run.first_step)
@@ -202,10 +201,10 @@ class PosteriorMonitor(Monitor):
             self.probe(step)
 
     def after_batch(self, step: int, before: int) -> None:
-        """Nothing: it asks nothing of the model that was trained."""
+        """Does nothing: it does not ask the model."""
 
     def end(self) -> None:
-        """Says where things are; it does not probe, as the data are what they were."""
+        """Logs the boundary; it does not probe, because the data are the same."""
         last = self.history[-1]
         self.say(
             f"boundary t = {_told(last, 'midpoint', 0.5)}, {_told(last, 'collapsed', 0.99)} "
@@ -213,21 +212,15 @@ class PosteriorMonitor(Monitor):
         )
 
     def renew(self) -> None:
-        """Measures the latents that were read anew; the strata stay, so that probes compare."""
-        edges = self.recipe.edges
-        self._take_bank()
-        self.run.recipes.pop()
-        self.recipe = Recipe(self.oracle, self.wise, edges, self.queries, self.seed)
-        self.run.recipes.append(self.recipe)
+        """Measures the changed latents in the same strata, so that probes can be compared."""
+        self._take_bank(self.recipe.edges)
         self.writer.event(self._header())
         self.probe(self.run.host.global_step)
 
     def reconsider(self) -> None:
-        """Says what a posterior over data means for a network that is given more than x_t and t."""
+        """Warns if the network is given more, or fewer, conditions than the posterior."""
         run = self.run
-        if run.option(self, "class_wise") is False:
-            return
-        if self.oracle.condition is not None:
+        if run.option(self, "class_wise") is False or self.oracle.condition is not None:
             return
         network, given = run.look.network, run.look.conditions
         rows = "the rows of a class" if self.wise else "all rows"
@@ -235,22 +228,21 @@ class PosteriorMonitor(Monitor):
         if given:
             rank_zero_warn(
                 f"The network is also given {', '.join(given)}, and PosteriorMonitor measures the "
-                f"posterior over {rows}, as for a model that ignores that. A model that uses it is "
-                "trained on the posterior given it, which collapses earlier: read the boundary as "
-                "an upper bound, or weigh rows by a kernel on it: PosteriorMonitor("
-                "condition=Condition(bandwidth=...)). If the model does ignore it: "
-                "PosteriorMonitor(class_wise=False)."
+                f"posterior over {rows}, as for a model that ignores that. The posterior of a "
+                "model that uses it collapses earlier: read the boundary as an upper bound, or "
+                "weigh rows by a kernel on it: PosteriorMonitor(condition=Condition(bandwidth="
+                "...)). If the model does ignore it: PosteriorMonitor(class_wise=False)."
             )
         elif run.look.waiting:
-            return  # what this step has dropped may come
+            return  # this step may have dropped what a later one is given
         elif network is not None and self.wise and not network.conditional and labelled:
             rank_zero_warn(
-                "There are labels, and the network is not given any: its stages are those of the "
+                "There are labels, but the network is not given any: its stages are those of the "
                 "posterior over all samples. Say PosteriorMonitor(class_wise=False)."
             )
         elif network is not None and network.conditional and not self.wise:
             rank_zero_warn(
-                "The network is given labels, and PosteriorMonitor has none: it measures the "
+                "The network is given labels, but PosteriorMonitor has none: it measures the "
                 "posterior over all rows, and the stages of a class-conditional model come "
                 "earlier. Say where labels are: PosteriorMonitor(read_batch=lambda batch: "
                 "(batch[0], batch[1])), or give them to the bank: LatentBank(x, labels)."
@@ -270,7 +262,7 @@ class PosteriorMonitor(Monitor):
         }
 
     def logged_at(self, step: int) -> int:
-        """That very step: it measures before its batch."""
+        """The same step: it measures before the batch."""
         return step
 
     @override
@@ -336,7 +328,7 @@ class PosteriorMonitor(Monitor):
 
 
 def _told(entry: Mapping[str, Any], name: str, level: float) -> str:
-    """A boundary in words, with its interval."""
+    """A boundary with its interval, for the log."""
     value, low, high = (entry[f"{name}{end}"] for end in ("", "_low", "_high"))
     if math.isnan(value):
         return f"none ({name}: the largest weight is below {level} at all t)"

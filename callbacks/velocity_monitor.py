@@ -1,4 +1,4 @@
-"""`VelocityErrorMonitor`: what the model does at each t, against both targets, during training."""
+"""`VelocityErrorMonitor`: the model's error at each t, against both targets, during training."""
 
 from __future__ import annotations
 
@@ -32,60 +32,57 @@ __all__ = ["VelocityErrorMonitor"]
 class VelocityErrorMonitor(ModelMonitor):
     """Measures how far a model is from its training target and from the oracle, by t.
 
-    The posterior is a property of the data; this is what moves during training. Now and then the
-    model is asked about noisy training samples and noisy held-out ones, the same at every probe, in
-    evaluation mode and without gradients. Between the probes the training batches themselves are
-    looked at, by one hook on the network: no forward pass is added, and nothing waits for the
-    device. The network is found in the first training step by what it is given
-    (`stagewise.adapters.network`), for any module whose target a `FlowMatchingLoss`, a torchcfm
-    matcher, a flow_matching path, a SiT transport, an EDM loss or a diffusers scheduler makes.
+    At each probe the model is asked about noisy training samples and noisy held-out samples, the
+    same each time, in evaluation mode and without gradients. Between probes, a hook on the network
+    records the training batches: no forward pass is added, and nothing waits for the device. The
+    network is found in the first training step by its inputs (`stagewise.adapters.network`), for
+    any module whose target is made by a `FlowMatchingLoss`, a torchcfm matcher, a flow_matching
+    path, a SiT transport, an EDM loss or a diffusers scheduler.
 
     **Logged to every logger** at each probe (`stagewise_error` is `name`); stages are navigation,
     transition and refinement, `split` is train or held_out:
 
-    - `stagewise_error/{split}/{conditional,oracle,cosine}/{stage}`: MSE against the conditional
-      velocity and against the oracle's, both per number, and the cosine to the oracle's.
+    - `stagewise_error/{split}/{conditional,oracle,cosine}/{stage}`: MSE to the conditional velocity
+      and to the oracle velocity, both per number, and the cosine to the oracle velocity.
     - `stagewise_error/train/{floor,excess}/{stage}`: MSE(conditional, oracle), which no model can
-      remove, and oracle error / floor (NaN where the floor is next to nothing).
-    - `stagewise_error/gap/{stage}`: conditional error, held-out minus training samples.
+      remove, and oracle error / floor (NaN if the floor is close to 0).
+    - `stagewise_error/gap/{stage}`: conditional error of held-out minus training samples.
     - `stagewise_error/pythagoras`: the largest deviation, over the bins, of conditional error from
       oracle error + floor, in standard errors. Up to 4 is usual; above 6 the oracle is not that of
-      this training, and the log says so once.
+      this training, and a warning says so once.
     - `stagewise_error/probe_seconds`, `stagewise_error/share_of_step_time`.
     - `stagewise_error_by_t/{split}/{conditional,oracle}/t=...` and `stagewise_error_by_t/gap/t=...`
 
-    and from the training batches, over all ranks, at the trainer's `log_every_n_steps`:
+    and from the training batches of all ranks, at the trainer's `log_every_n_steps`:
 
     - `stagewise_error_spent/{draws,loss,gradient}/{stage}`: share of the samples, of the
-      conditional velocity error and of the norms of dL/dv, the pull at the network's answer.
-    - `stagewise_error_spent/loss_by_t/t=...`: mean conditional velocity error.
+      conditional error and of the norms of dL/dv, the gradient at the network's answer.
+    - `stagewise_error_spent/loss_by_t/t=...`: mean conditional error.
 
     **To TensorBoard** also figures (error by t now and over the training, heat maps, what training
     spends on each stage) and charts on the custom-scalars page; **to disk**, in `dirpath`,
-    `stages.jsonl` and the figures as PNG. The first loss that is not finite is named with its step,
-    rows and t.
+    `stages.jsonl` and the figures as PNG. A warning names step, rows and t of the first loss that
+    is not finite.
 
-    When not to use it: as for `PosteriorMonitor`. On held-out samples the oracle error says how far
-    the model is from repeating the training set, not how good it is.
+    Do not use it where `PosteriorMonitor` cannot be used. On held-out samples the oracle error says
+    how far the model is from repeating the training set, not how good it is.
 
     Args:
         bank: The training latents, if they are not to be read from the loader.
         strata: Bins of t, default 24; half of them lie near the predicted boundary if that is near
             an end of [0, 1].
-        queries: In each bin, for training and for held-out samples, default 32. A probe is
-            `2 * strata * queries` forward passes of one sample, and keeps three times as many times
-            D numbers of float32 in host memory.
+        queries: Noisy samples in each bin, for training and for held-out samples, default 32. A
+            probe is `2 * strata * queries` forward passes of one sample. Three times that many
+            samples of float32 are kept in host memory.
         name: Prefix of tags and name of the folder, default "stagewise_error".
         **options: `every_n_steps` and `figures`, see `MonitorOptions`; the first probe is after the
-            first step, the last after the last. And what it says about the run: `velocity`,
-            `held_out`, `read_batch`, `class_wise`, ...; see `RunOptions`. `read_batch` is called
-            for training batches too: it should not encode where that is dear. Class-wise is "auto"
-            here: if there are labels and the network is given them.
+            first step, the last after the last. And options of the run, see `RunOptions`:
+            `read_batch` is also called for training batches, so it should not run a slow encoder.
+            `class_wise` "auto" means: if there are labels and the network is given them.
 
     Raises:
-        ValueError: At construction for numbers out of range; before the first optimizer step if no
-            velocity can be had, the network is given more than labels, or the samples do not fit
-            the bank.
+        ValueError: At construction for numbers out of range; before the first optimizer step if the
+            network is not found or is given more than labels, or the samples do not fit the bank.
 
     Example:
         >>> from stagewise.callbacks import PosteriorMonitor
@@ -131,10 +128,10 @@ class VelocityErrorMonitor(ModelMonitor):
         self.edges = torch.empty(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was reported so far, and the sums since the last probe; never the bank.
+        """Everything reported so far, and the sums since the last probe.
 
-        Of several processes Lightning keeps the state of the first: sums of the others since the
-        last probe are lost when a run resumes, and the window says so under "lacking".
+        Lightning keeps the state of the first process only. Sums of the others since the last probe
+        are lost when a run resumes, which the window tells under "lacking".
         """
         record = None if self._record is None else self._record.state_dict()
         state = {**super().state_dict(), "events": self.events, "record": record}
@@ -150,7 +147,7 @@ class VelocityErrorMonitor(ModelMonitor):
     # -- the course of a training -----------------------------------------------------------------
 
     def start(self) -> None:
-        """Takes or builds the bank, reads training and held-out samples, opens the files."""
+        """Takes the bank, and reads training and held-out samples."""
         super().start()
         self.events = self._still(self.events)
         self._take_samples()
@@ -160,14 +157,12 @@ class VelocityErrorMonitor(ModelMonitor):
     def _take_samples(self) -> None:
         count = self.strata * self.queries
         self._rows, self._others = self.rows(count), self.others(count)
-        self._probes: dict[str, Probe] = {}
 
     def settle(self) -> None:
-        """Once the first forward pass is done: network, boundary, bins, header."""
+        """After the first forward pass: network, bins, boundary, header."""
         super().settle()
         run, oracle, network = self.run, self.oracle, self.network
         self.wise = self.is_wise(self._rows[1])
-        self._probes = {}
         self._match_labels()
         predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=self.wise)
         self.edges = stage_edges(predicted, self.strata)
@@ -215,12 +210,12 @@ class VelocityErrorMonitor(ModelMonitor):
         super().reconsider()
 
     def before_batch(self, step: int) -> None:
-        """Names the samples of the batch that comes."""
+        """Gives the record the samples of the next batch."""
         if self._record is not None:
             self._record.expect(self.run.look.x1_of_batch, self.run.look.masks_of_batch)
 
     def after_batch(self, step: int, before: int) -> None:
-        """Adds the batch; after an optimizer step, logs and probes if it is time."""
+        """Adds the batch; after an optimizer step, logs and probes if due."""
         if self._record is not None:
             self._record.finish(before)
             if self.run.logs(before):
@@ -229,39 +224,36 @@ class VelocityErrorMonitor(ModelMonitor):
         super().after_batch(step, before)
 
     def end(self) -> None:
-        """Says where things are."""
+        """Logs how well the errors add up, and where they are written."""
         super().end()
         if self.history:
             scores = self.history[-1]["train"]["pythagoras_z"]
             found = f"{largest(scores):.1f} standard errors"
             found = f"conditional error = oracle error + floor within {found}"
             if all(map(math.isnan, scores)):
-                found = "the model's answers are not finite, so nothing is known of its errors"
+                found = "the model's answers are not finite, so its errors are not known"
             self.say(f"{found}; {self.summary()}")
 
     def fail(self) -> None:
-        """Says which samples were not finite, if that is why training stops."""
+        """Names the samples that were not finite, if that is why training stops."""
         with suppress(RuntimeError):  # the device may be what failed
             self._name_nonfinite()
 
     def stop(self) -> None:
-        """Takes the hook off."""
+        """Removes the hook."""
         if self._record is not None:
             self._record.close()
 
     def renew(self) -> None:
-        """Takes all samples anew, because latents have changed; a collective.
-
-        The bins stay as they are, so that probes can be compared. Held-out samples are read again
-        only if they were read.
-        """
+        """Reads samples of the changed latents, in the same bins so that probes can be compared."""
         super().renew()
         self._take_samples()
         self._match_labels()
         self._place_stages()
 
     def _match_labels(self) -> None:
-        """Refuses training samples without a class of the bank; leaves held-out ones out."""
+        """Refuses training samples without a class of the bank; drops such held-out samples."""
+        self._probes: dict[str, Probe] = {}
         bank, labels = self.oracle.bank, self._rows[1]
         if not self.wise:
             return
@@ -284,14 +276,14 @@ class VelocityErrorMonitor(ModelMonitor):
             self._others = None
 
     def _place_stages(self) -> None:
-        """Where the stages meet, and what training spends on each, from here on."""
+        """Takes the boundary, and a new record of what training spends on each stage."""
         self.boundary = self.run.boundary(self.oracle, self.wise)
         ends = torch.tensor([self.boundary.midpoint, self.boundary.collapsed]).double()
         self._stages = torch.tensor([0.0, *ends.nan_to_num(nan=1.0).tolist(), 1.0]).double()
         self.stop()
         if self.network is not None:
             about = self.network, self.edges, self._stages, self.run.host.device
-            add = lambda own: self.run.host.reduce(own)  # noqa: E731 which keeps no host
+            add = lambda own: self.run.host.reduce(own)  # noqa: E731 a method would keep the host
             self._record = TrainingRecord(*about, add, self.run.step)
 
     def _name_nonfinite(self) -> None:
@@ -299,7 +291,7 @@ class VelocityErrorMonitor(ModelMonitor):
             return
         found = self._record.nonfinite()
         if found is not None:
-            self._broke = True  # what follows the first is no news
+            self._broke = True  # only the first one is reported
             rank_zero_warn(found.pop("message"))
             event = {"event": "non-finite", **found}
             self.events.append(event)
@@ -323,7 +315,7 @@ class VelocityErrorMonitor(ModelMonitor):
         return entry
 
     def _ask(self, probe: Probe) -> BinnedSums:
-        """What the model does at the queries of this rank."""
+        """The model's errors at the queries of this rank."""
         device = self.run.host.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         edges = torch.cat([self.edges, self._stages]).unique()
@@ -333,7 +325,7 @@ class VelocityErrorMonitor(ModelMonitor):
         return sums
 
     def probe(self, step: int, *, at_end: bool = False) -> None:
-        """Probes, and reports what training has spent since the last probe; a collective."""
+        """Probes, and writes what training has spent since the last probe; a collective."""
         super().probe(step, at_end=at_end)
         self.events.append(self.history[-1])
         if self._window is not None:
@@ -379,7 +371,7 @@ class VelocityErrorMonitor(ModelMonitor):
             f"At t in [{self.edges[at]:.3f}, {self.edges[at + 1]:.3f}] the model's conditional "
             f"error differs from its oracle error + floor by {abs(float(z[at])):.1f} standard "
             "errors. They are equal for every model, so the oracle is not that of this training: "
-            "look at the scale of the bank, the path, augmentation, and whether model and oracle "
+            "check the scale of the bank, the path, augmentation, and whether model and oracle "
             f"are given the same labels (class_wise={self.wise})."
         )
 
@@ -393,7 +385,7 @@ class VelocityErrorMonitor(ModelMonitor):
         return velocity_figures.of_run(edges, probes, self._window, curve, ends, about, marks)
 
     def _curve_beside(self) -> StageCurve | None:
-        """What a `PosteriorMonitor` of the same posterior has measured."""
+        """The curve of a `PosteriorMonitor` of the same posterior."""
         members, path = self.run.members, self.oracle.path
         beside = [m for m in members if isinstance(m, PosteriorMonitor) and m.wise == self.wise]
         return next((m.curve for m in beside if same_path(m.recipe.oracle.path, path)), None)

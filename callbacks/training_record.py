@@ -1,8 +1,8 @@
-r"""What training spends on each stage, seen at the network's own calls: no forward pass is added.
+r"""What training spends on each stage, from the network's own calls: no forward pass is added.
 
-From `x_t`, t and `x_1` of a training batch the conditional velocity is known, from the network's
-answer its error. A hook on that answer sees `dL/dv`, whose norm for each sample says how hard it
-pulls. Draws, loss and pull are added up by bins of t, on the device; nothing waits for it.
+`x_t`, t and `x_1` of a training batch give the conditional velocity, and the network's answer its
+error. A hook on that answer gets `dL/dv`, of which the norm is taken for each sample. Draws, losses
+and norms are added up by bins of t, on the device; nothing waits for it.
 """
 
 from __future__ import annotations
@@ -32,23 +32,19 @@ _BATCHES = 16
 """Batches that are added at a time."""
 
 
-def _all() -> None:
-    """Of batches without masks."""
-
-
 class TrainingRecord:
-    """Adds up what the batches of a training show; see the module docstring.
-
-    Attributes:
-        lacking: What the window that comes does not count; empty if it counts all.
+    """Adds up draws, losses and gradient norms of the batches of a training.
 
     Args:
         network: What is trained; a hook is on it from the start of each batch to its call.
         edges: Of the bins of t, (T + 1,), ascending.
         stages: Edges of the stages, (4,).
-        device: Where the sums lie.
+        device: Of the sums.
         add: Adds a tensor up over ranks.
         step: Optimizer steps so far.
+
+    Attributes:
+        lacking: What the next window does not count; empty if it counts everything.
     """
 
     def __init__(
@@ -74,14 +70,14 @@ class TrainingRecord:
         self._bad: tuple[Tensor, ...] | None = None
         self._hook: CallHook | None = None
 
-    def expect(self, x1: Callable[[], Tensor], masks: Callable[[], object] = _all) -> None:
-        """Takes how to have the samples of the batch that comes, once the network is called."""
+    def expect(self, x1: Callable[[], Tensor], masks: Callable[[], object]) -> None:
+        """Before a batch: takes functions that give its samples once the network is called."""
         self.close()
         self._x1, self._masks, self._seen, self._pull = x1, masks, None, None
         self._hook = CallHook(self.look, self.network.module.register_forward_hook)
 
     def take_first(self, search: NetworkSearch) -> None:
-        """Takes the first call of the network, which was made before there was a hook."""
+        """Takes the first call of the network, which was before the hook."""
         x1, call = search.x1, search.call
         assert x1 is not None
         assert call is not None
@@ -89,8 +85,8 @@ class TrainingRecord:
         self.look(self.network.module, *call)
 
     def look(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Takes note of a call of the network, if it is the training's; a forward hook."""
-        # The first call with gradients is the training's: others are teachers, or are made again.
+        """Records the training's call of the network; a forward hook."""
+        # That is the first with gradients; others are of teachers, or of checkpointed activations.
         if self._x1 is None or self._seen is not None or not torch.is_grad_enabled():
             return
         inputs = self.network.inputs(args, kwargs)
@@ -102,7 +98,7 @@ class TrainingRecord:
         with torch.no_grad():
             xt, t = inputs
             path = self.network.maker.path(t.float())
-            # u = c x_1 + b x_t; where rounding has eaten the noise that cannot be told.
+            # u = c x_1 + b x_t, which is not known if rounding has removed the noise.
             known = can_tell(path, xt.dtype)
             c, b = (expand_like(value, xt) for value in Prediction("velocity").coefficients(path))
             u = torch.addcmul(b * xt.float(), c, x1.float())
@@ -121,7 +117,7 @@ class TrainingRecord:
         self._pull = gradient.detach().flatten(1).float().norm(dim=1)
 
     def finish(self, step: int) -> None:
-        """Adds the batch that was, `step` optimizer steps before it; costs no device sync."""
+        """Adds the last batch, after `step` optimizer steps before it; costs no device sync."""
         self.close()
         if self._seen is None:
             return
@@ -134,7 +130,7 @@ class TrainingRecord:
             self._add()
 
     def _add(self) -> None:
-        """Adds the batches that wait: many at a time, since each operation has its price."""
+        """Adds the waiting batches, many at a time, so that few kernels are launched."""
         if not self._waiting:
             return
         t, loss, pull, known, place, step = (
@@ -151,7 +147,7 @@ class TrainingRecord:
         return self.sums.over(self._reduce)
 
     def latest(self, prefix: str) -> dict[str, float]:
-        """Scalars, by tag, over the batches of all ranks since the last time; a collective."""
+        """Scalars by tag, over the batches of all ranks since the last call; a collective."""
         total = self._of_all_ranks()
         latest = total if self._logged is None else total.without(self._logged)
         self._logged = total
@@ -164,10 +160,7 @@ class TrainingRecord:
         return scalars | by_time(f"{prefix}/loss_by_t", self._edges, losses)
 
     def window(self, step: int) -> dict[str, Any] | None:
-        """What the batches of all ranks since the last window have shown; a collective.
-
-        An event; None if nothing was seen.
-        """
+        """The event of all ranks' batches since the last window, None without any; a collective."""
         total = self._of_all_ranks().to("cpu")
         self.sums = replace(self._empty)
         begin, self._begin, self._logged = self._begin, step, None
@@ -180,7 +173,7 @@ class TrainingRecord:
         return about | ({"lacking": lacking} if lacking else {})
 
     def nonfinite(self) -> dict[str, Any] | None:
-        """The first batch since the last time that was not finite, if any was; a device sync."""
+        """The first batch since the last call that was not finite, if any; a device sync."""
         self._add()
         record, self._bad = self._bad, None
         if record is None or not bool(record[0].any()):
@@ -193,7 +186,7 @@ class TrainingRecord:
         where = ", ".join(f"[{self._edges[i]:.3f}, {self._edges[i + 1]:.3f}]" for i in bins)
         message = (
             f"At step {step} the loss or its gradient is not finite for {len(rows)} samples "
-            f"of the batch: rows {rows[:16]}, t in {where}. They are left out of what is reported."
+            f"of the batch: rows {rows[:16]}, t in {where}. They are left out of all reports."
         )
         return {"step": step, "rows": rows, "t": times, "message": message}
 
@@ -209,9 +202,9 @@ class TrainingRecord:
         return {"begin": self._begin, "lacking": self.lacking, **sums}
 
     def load_state_dict(self, state: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
-        """Takes up what `state_dict` gave; one of other bins is left.
+        """Takes what `state_dict` gave, unless it has other bins.
 
-        The state of a checkpoint is the first rank's, so that sums of others are lost.
+        The state of a checkpoint is the first rank's: sums of other ranks are lost.
         """
         count = state["means"]["count"]
         if count.shape != self.sums.count.shape:
@@ -232,14 +225,14 @@ class TrainingRecord:
                 setattr(part, key, value.to(self.sums.edges))
 
     def close(self) -> None:
-        """Takes the hook off."""
+        """Removes the hook."""
         if self._hook is not None:
             self._hook.remove()
         self._hook = None
 
 
 def _first(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The first of two records if it has anything to say, else the other."""
+    """The first of two records if it holds anything, else the other."""
     keep, size = one[0].any(), max(len(one[0]), len(other[0]))
 
     def padded(x: Tensor) -> Tensor:

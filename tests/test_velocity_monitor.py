@@ -501,7 +501,7 @@ def test_a_step_on_cuda_waits_for_nothing():
         record.sums = record.sums.to("cuda")
         for step in range(17):  # more than are added at a time
             x1 = torch.randn(64, 6, device="cuda")
-            record.expect(lambda x1=x1: x1)
+            record.expect(lambda x1=x1: x1, lambda: None)
             t = torch.rand(64, device="cuda")
             model.loss(call, x1, t=t, x0=torch.randn_like(x1))
             assert record._seen is not None

@@ -1,4 +1,4 @@
-"""`MemorizationGuard`: says early that a model begins to copy, and keeps the weights before it."""
+"""`MemorizationGuard`: warns early that a model begins to copy, and keeps weights from before."""
 
 from __future__ import annotations
 
@@ -27,65 +27,64 @@ _EARLY, _LATE = 2, 4
 """Bins of t before and after the posterior has collapsed on one row."""
 
 _EARLIEST, _LATEST = 0.05, 0.75
-"""The collapsed boundary counts within these, so that there are early and late t to look at: with
-one row in each class it is 0."""
+"""The collapsed boundary is clipped to these, so that there are early and late bins: with one row
+in each class it is 0."""
 
 _COPIED = 0.01
 """A model copies if the share of copies is above this, with 97.5 % confidence."""
 
 _BETTER = 0.99
-"""Share of the kept held-out loss that a lower one must have: weights are dear to write."""
+"""Weights are saved again if the held-out loss is below this share of that of the saved ones."""
 
 _PASSES = 2
-"""Through the rows: none is learned by heart before, and what held-out samples lose early is not
-because of it."""
+"""Passes through the rows before which no onset is reported: rows cannot be memorized yet."""
 
 _FIRST, _GROWTH = 32, 1.5
-"""After the first step: the step of the next probe, and what each is times the one before."""
+"""The step of the second probe, and the factor from there to each next one."""
 
 
 class MemorizationGuard(MemorizationMonitor):
-    """Announces that a model begins to learn its training rows by heart, before samples show it.
+    """Warns that a model begins to memorize its training rows, before samples show it.
 
-    At each probe the model is asked about noisy training samples and noisy held-out ones, the same
-    each time, and samples are drawn from it. Beyond the collapsed boundary of the stages, where the
-    target of training is one row, memorization shows first: held-out error has risen from its
-    lowest value there while training error has fallen (`stagewise.learning_events`), after two
-    passes through the rows. Or, later, more than 1 % of the samples are copies. Then, once, a
-    warning says where in t, since when, and how many samples are copies by now, as do a line of
-    `stages.jsonl`, a text, and the scalar `stagewise_guard/memorization_onset`; and the event
-    "memorization onset" is told: a phase that ends `AtEvent("memorization onset")`, in a
-    `StageScheme` of the same trainer, goes on to the next, which may smooth (`Scheme.two_stage`).
+    At each probe the model is asked about noisy training samples and noisy held-out samples, the
+    same each time, and samples are drawn from it. Memorization shows first beyond the collapsed
+    boundary, where the target of training is one row: held-out error rises from its lowest value
+    while training error falls (`stagewise.learning_events`), after two passes through the rows.
+    Later, more than 1 % of the samples are copies. At whichever comes first, a warning says where
+    in t, since when, and how many samples are copies, as do a line of `stages.jsonl`, a text, and
+    the scalar `stagewise_guard/memorization_onset`. A phase that ends `AtEvent("memorization
+    onset")`, in a `StageScheme` of the same trainer, then goes on to the next phase, which may
+    smooth (`Scheme.two_stage`).
 
     **`before_onset.ckpt`** in `dirpath` is a whole checkpoint of the probe with the lowest held-out
-    loss (all t alike), from before more than 1 % of samples were copies. The announcement is early:
-    while the gap opens at late t, other t are still being learned, so the file may follow it.
+    loss over all t, from before more than 1 % of samples were copies. It may be from after the
+    warning: while the gap opens at late t, other t are still being learned.
 
     **Logged** at each probe (`stagewise_guard` is `name`): what `MemorizationMonitor` logs, for
     the model alone; `stagewise_guard/held_out_loss`, `.../kept_step`, `.../steps_left` (with
     `onsets`), and `stagewise_guard_by_t/{train,held_out,gap}/t=...`. Probes in `stages.jsonl` also
     name the rows that are copied most, `copied_rows`: pairs of a row's number and its samples.
 
-    When not to use it: as for `MemorizationMonitor`. Held-out samples must be of the same kind as
-    the training samples; without any, only copies are looked at, which is late.
+    Held-out samples must be of the same kind as the training samples. Without any, only copies are
+    counted, which is late. Do not use it where `MemorizationMonitor` cannot be used.
 
     Args:
         bank: The training latents, if they are not to be read from the loader.
-        samples: How many are drawn at a probe, default 128.
+        samples: Samples drawn at a probe, default 128.
         queries: Noisy samples in each of six bins of t, of training and of held-out samples,
-            default 128. Fewer are cheaper, and see the onset later.
-        alarm: Whether copying is unwanted, default True. False: the same is measured and told, as
-            information and not as a warning, and no checkpoint is kept.
+            default 128. Fewer are cheaper, and find the onset later.
+        alarm: Whether copying is unwanted, default True. False: the onset is logged, without a
+            warning, and no checkpoint is kept.
         onsets: Steps of the onset on subsets of the data by their number of rows, with the same
-            model, batch size and learning rate. The onset on all rows is predicted from them
-            (`OnsetLaw`: tau = c N, from several runs tau = c N^p). Default None.
+            model, batch size and learning rate. They predict the onset on all rows (`OnsetLaw`:
+            tau = c N, from several runs tau = c N^p). Default None.
         name: Prefix of tags and name of the folder, default "stagewise_guard".
         **options: See `MemorizationMonitor`; `every_n_steps` is at most 1000 by default here, and
-            the first probes come at steps 1, 32, 48, 72, ... because few rows are learned early.
+            the first probes are at steps 1, 32, 48, 72, ... because few rows are learned early.
 
     Attributes:
-        onset: The event, once it has been told: a dict; None before.
-        best: `step`, `held_out_loss` and `file` of the kept checkpoint; None before there is any.
+        onset: The event of the onset, a dict; None before.
+        best: `step`, `held_out_loss` and `file` of the kept checkpoint; None before there is one.
 
     Raises:
         ValueError: At construction for numbers out of range; else as `MemorizationMonitor`.
@@ -124,14 +123,14 @@ class MemorizationGuard(MemorizationMonitor):
         self.best: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The probes so far, what they are compared with, and what has been told and kept."""
+        """The probes so far, what they are compared with, the onset and the kept checkpoint."""
         own = {"watch": self.watch.state_dict(), "onset": self.onset, "best": self.best}
         return {**super().state_dict(), **own}
 
     # -- the course of a training -----------------------------------------------------------------
 
     def start(self) -> None:
-        """Takes up what a resumed run has seen; reads training and held-out samples."""
+        """Takes the state of a resumed run; reads training and held-out samples."""
         super().start()
         stash = (self.stash or {}) if self.history else {}
         self.watch, self._saves = GapWatch(), False
@@ -174,7 +173,7 @@ class MemorizationGuard(MemorizationMonitor):
         train, others = self._splits["train"], self._splits["held_out"]
         self._probes: dict[str, Probe] = {}
         if train is not None and others is not None:
-            # Of few held-out rows more noise says no more.
+            # With few held-out rows, more noise does not tell more.
             few = max(2, min(self.queries, len(others[0])))
             self._probes["train"] = self.noisy(train, self.edges, self.queries, 0)
             self._probes["held_out"] = self.noisy(others, self.edges, few, 1)
@@ -196,30 +195,30 @@ class MemorizationGuard(MemorizationMonitor):
         return super().layout() | ({"gap at four t": gap} if self._probes else {})
 
     def renew(self) -> None:
-        """Takes all samples anew; errors on other latents are no longer compared with."""
+        """Reads samples of the changed latents, and drops errors on the old ones."""
         super().renew()
         self.watch, self.best = GapWatch(), None
 
     def reconsider(self) -> None:
-        """Errors without the conditions are no longer compared with."""
+        """Drops errors of the network without its conditions."""
         before = self.network
         super().reconsider()
         if self.network is not before:
             self.watch, self.best = GapWatch(), None
 
     def due(self, step: int) -> bool:
-        """Early in training more often than the others."""
+        """More often than other monitors early in training."""
         last = self.last
         return super().due(step) or (last is not None and step >= max(_FIRST, _GROWTH * last))
 
     def probe(self, step: int, *, at_end: bool = False) -> None:
-        """Probes, and says what has begun; a collective."""
+        """Probes, and reports the onset; a collective."""
         super().probe(step, at_end=at_end)
-        if not at_end:  # a run that goes on does not probe there
+        if not at_end:  # a run that goes on does not have this probe
             self._judge(step, self.history[-1])
 
     def after_all(self) -> None:
-        """Keeps the weights, now that the state of all callbacks is that of this step."""
+        """Saves the checkpoint, now that the state of all callbacks is that of this step."""
         if self._saves:
             self._saves = False
             assert self.best is not None
@@ -227,7 +226,7 @@ class MemorizationGuard(MemorizationMonitor):
                 self.best = None  # the next probe tries again
 
     def end(self) -> None:
-        """Says what was told, kept and copied."""
+        """Logs the onset, the kept checkpoint and the rows copied most."""
         super().end()
         if not self.history:
             return
@@ -305,7 +304,7 @@ class MemorizationGuard(MemorizationMonitor):
     # -- the onset --------------------------------------------------------------------------------
 
     def _judge(self, step: int, entry: dict[str, Any]) -> None:
-        """Tells the onset, and decides whether the weights are kept."""
+        """Reports the onset, and decides whether to keep the weights."""
         copying, gap, folder = entry["low"][0] > _COPIED, None, self.writer.folder
         passed = step * self.per_step >= _PASSES * len(self.oracle.bank)
         if self._errors and passed:
@@ -343,7 +342,7 @@ class MemorizationGuard(MemorizationMonitor):
 
     @property
     def event_kinds(self) -> dict[str, str]:
-        """What it may say; see `StageTransitions`."""
+        """The events that it may report; see `StageTransitions`."""
         return {MEMORIZATION_ONSET: ""}
 
     def _where(self) -> str:

@@ -1,4 +1,4 @@
-"""`MemorizationMonitor`: how many samples copy a training row, and from which t the model does."""
+"""`MemorizationMonitor`: how many samples are copies of training rows, and from which t on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stagewise.memorization_probe import METHOD, MemorizationProbe
 __all__ = ["MemorizationMonitor"]
 
 _ENDS = ("", "_low", "_high")
-"""Of the names of a share and of its interval."""
+"""Suffixes of a share and of its interval."""
 _SHOWN = 8
 """Samples in a picture."""
 
@@ -29,34 +29,33 @@ _SHOWN = 8
 class MemorizationMonitor(ModelMonitor):
     """Counts how many samples of a model are copies of training rows.
 
-    The oracle leads each sample to `t_switch` and the model from there (Liu et al., arXiv
-    2512.02826, Fig. 5): 0 is the model alone. Held-out rows noised to `t_resume` are finished by
-    the model (Fig. 6). Noise and labels are the same in all probes; ranks share them.
+    The oracle makes each sample up to `t_switch`, and the model from there on (Liu et al., arXiv
+    2512.02826, Fig. 5); 0 is the model alone. The model also finishes held-out rows that were
+    noised to `t_resume` (Fig. 6). Noise and labels are the same in all probes; ranks share them.
 
     **Logged** (`stagewise_memorization` is `name`): `.../copies/t_switch=...` with `_low` and
     `_high` (95 %, exact binomial), `.../ratio/t_switch=...` (median d1/d2),
     `.../resumed_copies/t=...`, `.../probe_seconds`, `.../share_of_step_time`. **To TensorBoard and
-    `dirpath`**: `copies`, and for images `samples` and `resumed`; `stages.jsonl`.
+    `dirpath`**: the figures `copies`, and for images `samples` and `resumed`; `stages.jsonl`.
 
     Args:
         bank: The training latents, if they are not to be read from the loader.
-        samples: How many, default 64; at least 2.
+        samples: Samples at each `t_switch`, default 64; at least 2.
         t_switch: Times in [0, 1].
         t_resume: Times in [0, 1).
         weights: "average" of a `WeightAveraging`, once it has begun, "current", or "auto": the
-            former if there is one.
+            average if there is one.
         steps: Of Euler's method from t = 0 to 1, default 25.
         decode: From samples to images (n, 1 or 3, H, W), for the pictures.
         name: Prefix of tags and name of the folder.
         **options: `every_n_steps` (default at most 5000 here) and `figures`, see `MonitorOptions`;
-            the first probe is after step one, the last after the last. And what it says about the
-            run: `velocity`, `held_out`, `read_batch`, `class_wise`, ...; see `RunOptions`.
-            Class-wise is "auto" here: if the network is given labels. Copies are looked for among
-            all rows.
+            the first probe is after the first step, the last after the last. And options of the
+            run, see `RunOptions`. `class_wise` "auto" means: if the network is given labels.
+            Copies are always searched among all rows.
 
     Raises:
         ValueError: At construction for numbers out of range; at the start or in the first step if
-            no velocity can be had or "average" is asked for and there is none.
+            the network is not found, or "average" is asked for and there is none.
 
     Example:
         >>> callback = MemorizationMonitor(samples=64, every_n_steps=5000)
@@ -100,7 +99,7 @@ class MemorizationMonitor(ModelMonitor):
     # -- the course of a training -----------------------------------------------------------------
 
     def start(self) -> None:
-        """Takes or builds the bank, and reads held-out rows."""
+        """Takes the bank, and reads held-out rows."""
         if self.weights == "average" and not self.run.host.averages:
             raise ValueError(
                 'weights="average" needs an EMAWeightAveraging (or WeightAveraging) among the '
@@ -114,7 +113,7 @@ class MemorizationMonitor(ModelMonitor):
         self._others = self.others(self.samples) if self.t_resume else None
 
     def settle(self) -> None:
-        """Once the network is known: noise and labels, header."""
+        """After the first forward pass: noise and labels, header."""
         super().settle()
         self._make_probe()
         header = self._header()
@@ -159,8 +158,8 @@ class MemorizationMonitor(ModelMonitor):
             no_labels = plain(others[1]) is None and (labelled or self.wise)
             if len(others[0]) < host.world_size or no_labels:
                 self.say(
-                    "held-out rows are fewer than ranks, or have no labels for a network that is "
-                    "given some: nothing is resumed from them."
+                    "held-out rows are fewer than ranks, or lack the labels that the network "
+                    "is given: none are resumed."
                 )
                 others = None
         self._held_out = 0 if others is None else len(others[0])
@@ -180,22 +179,20 @@ class MemorizationMonitor(ModelMonitor):
         )
 
     def renew(self) -> None:
-        """Takes the bank anew: copies are looked for among the latents of now."""
+        """Takes the bank of the changed latents."""
         super().renew()
         self._take_samples()
         self._make_probe()
 
     def end(self) -> None:
-        """Says where things are."""
+        """Logs the last shares of copies, and where they are written."""
         super().end()
         if self.history:
             last = self.history[-1]
-            columns = zip(
-                *(last[key] for key in ("t_switch", "copies", "low", "high")), strict=True
-            )
+            columns = (last[key] for key in ("t_switch", "copies", "low", "high"))
             found = ", ".join(
                 f"{share:.0%} (95 % {low:.0%} to {high:.0%}) from t = {t:g} on"
-                for t, share, low, high in columns
+                for t, share, low, high in zip(*columns, strict=True)
             )
             self.say(f"copies at step {last['step']}: {found}; {self.summary()}")
 
@@ -222,8 +219,8 @@ class MemorizationMonitor(ModelMonitor):
         broken = sum(found["nonfinite"] for found in [*shares, *shares_resumed])
         if broken:
             self.warn(
-                f"{broken} samples of step {step} are not finite, or have a mask that one row "
-                "has; they are left out of the shares of copies."
+                f"{broken} samples of step {step} are not finite, or have a mask that only one "
+                "row has; they are left out of the shares of copies."
             )
         return {
             "weights": "current" if averaged is None else "average",
@@ -258,7 +255,7 @@ class MemorizationMonitor(ModelMonitor):
 
     @override
     def layout(self) -> dict[str, list[Any]]:
-        """Its charts, of at most four times each."""
+        """Its charts, with at most four times in each."""
         page = super().layout()
         interval = [f"{self.name}/copies/t_switch={self.t_switch[0]:g}{end}" for end in _ENDS]
         page[f"share of copies, t_switch {self.t_switch[0]:g}, 95 %"] = ["Margin", interval]

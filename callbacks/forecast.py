@@ -1,4 +1,4 @@
-"""`Forecast`: says during training what oracle targets, or smoothing, could gain in it."""
+"""`Forecast`: what oracle targets, or smoothing, could gain in a training, while it runs."""
 
 from __future__ import annotations
 
@@ -30,39 +30,38 @@ _BATCHES = 16
 
 
 class Forecast(ModelMonitor):
-    """Says what a training could gain from oracle targets and from smoothing, without trying them.
+    """Measures what a training could gain from oracle targets and from smoothing.
 
     - **Oracle targets**: the share of the gradient's variance that they would remove, measured on
       16 batches in the metric in which the optimizer steps (`stagewise.forecast_targets`): "oracle
       targets are worth a batch of 1.24 times the size here (1.22 to 1.26), and about 0.87 of the
       steps: do not bother".
-    - **Smoothing**: whether the model learns rows by heart where smoothing acts, beyond the
-      collapsed boundary (`stagewise.forecast_smoothing`): "held-out error is 40% above that on
-      training rows for t in [0.70, 0.95]: smoothing has something to gain". It is read from the
-      probes of a `VelocityErrorMonitor` in the same trainer; without one nothing is said of it.
+    - **Smoothing**: whether the model memorizes rows where smoothing acts, beyond the collapsed
+      boundary (`stagewise.forecast_smoothing`): "held-out error is 40% above that on training rows
+      for t in [0.70, 0.95]: smoothing has something to gain". This needs the probes of a
+      `VelocityErrorMonitor` in the same trainer.
 
-    Each probe is said in the log, and at the end of training the mean of them. On three benchmark
-    sets that batch was at most 7 % off the one with which plain training did as well
-    (docs/forecast.md). An untrained network would say too little: the first probe is not at the
-    first step. Ask for it in training with plain targets.
+    The log has each probe, and at the end their mean. On three benchmark sets that batch was at
+    most 7 % off the one with which plain training did as well (docs/forecast.md). An untrained
+    network shows too small a gain, so the first probe is not at the first step. Use it in a
+    training with plain targets.
 
     **Logged to every logger** at each probe (`stagewise_forecast` is `name`):
-    `stagewise_forecast/share`, `.../batch_factor`, `.../steps`, `.../noise_scale` (if there is
-    one), `.../smoothing_gap` (if there is one), and as of each monitor `.../probe_seconds` and
-    `.../share_of_step_time`; **to disk**, in `dirpath`, a line of `stages.jsonl` with both
-    sentences.
+    `stagewise_forecast/share`, `.../batch_factor`, `.../steps`, `.../noise_scale` and
+    `.../smoothing_gap` (if there is one), `.../probe_seconds`, `.../share_of_step_time`; **to
+    disk**, in `dirpath`, a line of `stages.jsonl` with both sentences.
 
-    When not to use it: as for `VelocityErrorMonitor`; with parameters that are spread over ranks
-    (FSDP), where a gradient cannot be asked for.
+    Do not use it where `VelocityErrorMonitor` cannot be used, or with parameters that are spread
+    over ranks (FSDP), which have no whole gradient.
 
     Args:
         bank: The training latents, if they are not to be read from the loader.
-        timesteps: How training draws t, default as the module's `FlowMatchingLoss` does, whose
-            weights are counted too; uniform with another objective.
+        timesteps: How training draws t. Default: as the module's `FlowMatchingLoss`, with its
+            weights; uniform with another objective.
         name: Prefix of tags and name of the folder, default "stagewise_forecast".
         **options: `every_n_steps`, here by default a quarter of the training, at most 5000: a
-            probe is 16 forward and 32 backward passes of a batch. And what it says about the run;
-            see `RunOptions`.
+            probe is 16 forward and 32 backward passes of a batch. And options of the run, see
+            `RunOptions`.
 
     Raises:
         ValueError: As `VelocityErrorMonitor`.
@@ -98,32 +97,32 @@ class Forecast(ModelMonitor):
     # -- the course of a training -----------------------------------------------------------------
 
     def start(self) -> None:
-        """Takes or builds the bank."""
+        """Takes the bank."""
         super().start()
         self._errors = self.run.first(VelocityErrorMonitor)
         self.try_velocity(*self.rows(2))
 
     def settle(self) -> None:
-        """Once the network is known: rows for the batches, header."""
+        """After the first forward pass: rows for the batches, header."""
         super().settle()
         self._rows = self.rows(_BATCHES * self.batch_size)
         self.wise = self.is_wise(self._rows[1])
         if self._errors is None:
-            self.say("nothing will be said of smoothing, which needs a VelocityErrorMonitor.")
+            self.say("smoothing is left out: it needs a VelocityErrorMonitor.")
         header = {"event": "forecasts", "network": self.describe(), "class_wise": self.wise}
         self.open_files(header, self.history)
 
     def renew(self) -> None:
-        """Takes the rows anew, because latents have changed."""
+        """Reads rows of the changed latents."""
         super().renew()
         self._rows = self.rows(_BATCHES * self.batch_size)
 
     def due(self, step: int) -> bool:
-        """Not at the first step."""
+        """Whether to probe, but not at the first step."""
         return step // self.every > (self.last or 0) // self.every
 
     def end(self) -> None:
-        """Says what the whole training has shown."""
+        """Logs the mean over all probes."""
         super().end()
         if self.history:
             whole = TargetForecast.mean([_targets(entry) for entry in self.history])
@@ -178,7 +177,7 @@ class Forecast(ModelMonitor):
         return forecast_smoothing(errors.history[-1], errors.edges.tolist(), collapsed)
 
     def _batches(self) -> Iterator[tuple[Tensor, Any]]:
-        """As many batches as are asked about, from shuffled rows, again and again."""
+        """Batches from shuffled rows, which are repeated if they are few."""
         x1, labels = self._rows
         draws, count = torch.Generator().manual_seed(self.seed), _BATCHES * self.batch_size
         again = math.ceil(count / len(x1))
@@ -187,7 +186,7 @@ class Forecast(ModelMonitor):
             yield x1[at], None if labels is None else labels[at]
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        """The one that steps the network that is asked, or else the first."""
+        """The optimizer of the network, or else the first."""
         optimizers = self.run.host.optimizers
         name = "" if self.network is None else self.network.name
         net = {id(one) for one in self.run.module.get_submodule(name).parameters()}
@@ -198,12 +197,12 @@ class Forecast(ModelMonitor):
         return optimizers[steps.index(True) if True in steps else 0]
 
     def _objective(self) -> Any:
-        """The `FlowMatchingLoss` that the module trains with, None if it is another one's."""
+        """The `FlowMatchingLoss` that the module trains with, if any."""
         maker = None if self.network is None else self.network.maker
         return maker.place.object if isinstance(maker, Objective) else None
 
     def _drawn_by(self) -> TimestepSampler | None:
-        """How training draws t: as it was said, or as the module's own objective does it."""
+        """How training draws t: as given, or as the module's objective does."""
         objective = self._objective()
         if self.timesteps is not None or objective is None:
             return self.timesteps
@@ -213,7 +212,7 @@ class Forecast(ModelMonitor):
         return objective.timesteps
 
     def _weight(self, t: Tensor) -> Tensor:
-        """What the error of a velocity counts in the loss: by its weight, and what is predicted."""
+        """The weight of a velocity error in the loss: its own, and that of the prediction type."""
         if self.network is None:
             return torch.ones_like(t)
         maker, objective, weight = self.network.maker, self._objective(), None

@@ -1,4 +1,4 @@
-"""`StageTransitions`: says once, with its evidence, when a run goes from one stage to the next."""
+"""`StageTransitions`: reports events of a run, once and with evidence."""
 
 from __future__ import annotations
 
@@ -29,42 +29,43 @@ MEMORIZATION_ONSET = "memorization onset"
 BOUNDARY_MOVED = "boundary moved"
 
 _READ_AGAIN = 32
-"""Samples that are read again to see whether latents have changed."""
+"""Samples that are read again to find whether latents have changed."""
 
 
 class StageTransitions(StageCallback):
-    """Says when navigation is learned, memorization begins, or the boundary has moved.
+    """Reports when navigation is learned, memorization begins, or the boundary has moved.
 
     - **navigation learned**: the logarithm of the oracle error in navigation is flat over the last
       third of the probes, `patience` probes in a row (`stagewise.learning_events`).
     - **memorization onset**: in some bin of t the conditional error on held-out samples is above
-      that on training samples by more than `gap` of the latter, and by more than it was at the
-      first probe, with four standard errors, `patience` probes in a row. `MemorizationMonitor`
-      looks at samples, which show it later.
-    - **boundary moved**: samples of the training set, read again at each probe, are not what they
-      were: latents or encoder have changed. The monitors read them anew, and the boundary is
-      measured; it is said if the midpoint has left the interval that was last reported.
+      that on training samples by more than `gap` of the latter, and by more than at the first
+      probe, with four standard errors, `patience` probes in a row. `MemorizationMonitor` finds it
+      later, in samples.
+    - **boundary moved**: samples of the training set, read again at each probe, have changed, and
+      so have latents or encoder. The monitors read them again and measure the boundary; it is
+      reported if the midpoint has left the interval that was last reported.
 
-    Each is said once (the last: each time), with step and evidence: in the log, as text to
-    TensorBoard, as the scalar `stagewise_transitions/<kind>` with the value 1 at its step, and as a
-    line of `stages.jsonl` in `dirpath`, whose first line says what is looked for. A scheme with a
-    phase `AtEvent("navigation learned")`, in a `StageScheme` of the same trainer, goes on to its
-    next phase (one that waits for what cannot be said in this run is refused); `subscribers` are
-    called.
+    Each event is reported once ("boundary moved" each time), with step and evidence: in the log, as
+    text to TensorBoard, as the scalar `stagewise_transitions/<kind>` with the value 1 at its step,
+    and as a line of `stages.jsonl` in `dirpath`, whose first line lists the events that can be
+    reported in this run. A `StageScheme` of the same trainer with a phase `AtEvent("navigation
+    learned")` goes on to its next phase; one that waits for an event that cannot be reported is
+    refused.
 
     It needs a `PosteriorMonitor` or a `VelocityErrorMonitor` in the same trainer.
 
     Args:
-        window: Probes that a line is fitted through at the least, default 4: nothing is said before
-            `2 * window` probes.
+        window: The fewest probes that a line is fitted through, default 4: nothing is reported
+            before `2 * window` probes.
         patience: Probes in a row, default 2.
-        tolerance: What is flat, as a share of what has been gained, in logarithms; default 0.05.
+        tolerance: The change that counts as flat, as a share of the gain so far, in logarithms;
+            default 0.05.
         gap: Share of the training error by which the held-out error is above it at onset, default
             0.5.
         subscribers: Called with each event, a dict; on every rank.
         name: Prefix of tags and name of the folder, default "stagewise_transitions".
-        **options: What it says about the run; see `RunOptions`. If training encodes within its
-            step, let `read_batch` encode too, to have a changed encoder seen.
+        **options: See `RunOptions`. If the training step encodes, `read_batch` should encode too,
+            so that a change of the encoder is found.
 
     Raises:
         ValueError: At construction for numbers out of range; at the start of training if there is
@@ -104,13 +105,13 @@ class StageTransitions(StageCallback):
 
     @property
     def event_kinds(self) -> dict[str, str]:
-        """What may be said in the training that has started, and what each lacks, if anything."""
+        """The events that can be reported, and what each lacks in this run, if anything."""
         errors = self._errors
         needs = {NAVIGATION_LEARNED: 2 * self.window + self.patience - 1}
         needs[MEMORIZATION_ONSET] = self.patience + 1
         lacks = dict.fromkeys(needs, "a VelocityErrorMonitor")
         if errors is not None:
-            # Within the last step no phase could follow.
+            # No phase could follow an event of the last step.
             total = math.inf if self.run.total is None else self.run.total
             probes = 1 + (total - 1) // (errors.every or 1)
             for kind, least in needs.items():
@@ -122,14 +123,10 @@ class StageTransitions(StageCallback):
         return {**lacks, BOUNDARY_MOVED: again if self._rows is None else ""}
 
     def state_dict(self) -> dict[str, Any]:
-        """The events so far; what leads to them is in the monitors' state."""
+        """The events so far."""
         return {**super().state_dict(), "events": self.events}
 
     # -- the course of a training -----------------------------------------------------------------
-
-    def restart(self) -> None:
-        """Remembers the rows of the other bank."""
-        self.start()
 
     def start(self) -> None:
         """Finds the monitors, and opens the file."""
@@ -139,10 +136,10 @@ class StageTransitions(StageCallback):
         self._monitors = [one for one in (self._errors, self._posterior) if one is not None]
         if not self._monitors:
             raise ValueError(
-                "StageTransitions reads what monitors measure, and there is none. "
-                "Callbacks: [PosteriorMonitor(), VelocityErrorMonitor(), StageTransitions()]."
+                "StageTransitions reads what monitors measure, and there is none. Add them: "
+                "[PosteriorMonitor(), VelocityErrorMonitor(), StageTransitions()]."
             )
-        # What happened with other latents has not happened with these.
+        # Events of other latents are dropped.
         self.renewed = any(monitor.renewed for monitor in self._monitors)
         before = [] if self.renewed else (self.stash or {}).get("events", [])
         self.events = [event for event in before if event["step"] <= run.began]
@@ -151,24 +148,26 @@ class StageTransitions(StageCallback):
         self._rows: Tensor | None = None
         if self._posterior is not None:
             self._remember()
-        # Resumed before anything happened there are no events, and what follows happens again.
+        # A run may have been resumed before its first event.
         resumed = not self.renewed and self.stash is not None and run.began > 0
-        # So that a run in which nothing was noticed can be told from one that nobody looked at.
+        # It tells a run without events from one that was not watched.
         header = {"event": "transitions", "kinds": self.event_kinds}
         self.writer.start([header, *self.events], resumed=resumed or run.encoding is not None)
         without = []
         if self._errors is None:
-            without.append("navigation and memorization (VelocityErrorMonitor)")
+            without.append("navigation and memorization (needs VelocityErrorMonitor)")
         if self._rows is None:
-            without.append("a moved boundary (PosteriorMonitor, data that can be read again)")
+            without.append("a moved boundary (needs PosteriorMonitor and data to read again)")
         if without:
-            self.say(f"nothing will be said of {' and '.join(without)}")
+            self.say(f"cannot report {' and '.join(without)}")
+
+    restart = start
 
     def _steps_probed(self) -> list[int | None]:
         return [monitor.last for monitor in self._monitors]
 
     def after_batch(self, step: int, before: int) -> None:
-        """After a probe: looks for what has happened."""
+        """After a probe: looks for events."""
         probed = self._steps_probed()
         if probed == self._probed:
             return
@@ -193,9 +192,9 @@ class StageTransitions(StageCallback):
     # -- a moved boundary ---------------------------------------------------------------------
 
     def _remember(self) -> None:
-        """Notes what samples of the training set are, and how much they are that at all."""
+        """Reads samples twice, to know them and how much augmentation changes them."""
         read: list[Tensor] = []
-        with suppress(ValueError):  # the monitor has said what cannot be read
+        with suppress(ValueError):  # the monitor has reported it
             read = [self._read() for _ in range(2)]
         if self.run.host.all(bool(read)):
             self._rows, self._noise = read[0], _difference(*read)
@@ -204,7 +203,7 @@ class StageTransitions(StageCallback):
         return self.run.read(self, self.run.host.loader, _READ_AGAIN)[0].float()
 
     def _moved(self) -> dict[str, Any] | None:
-        """Reads samples again; if they have changed, has the boundary measured anew."""
+        """Reads samples again; if they have changed, has the boundary measured again."""
         monitor = self._posterior
         if self._rows is None or monitor is None or monitor.boundary is None:
             return None
@@ -212,7 +211,7 @@ class StageTransitions(StageCallback):
             rows = self._read()
         alike = rows.shape == self._rows.shape
         off = _difference(self._rows, rows) if alike else math.inf
-        # Augmentation changes them each time: that is not what is looked for.
+        # Augmentation changes them each time, too.
         unchanged = off < 0.05 + 1.5 * self._noise
         if self.run.host.all(unchanged):
             return None
@@ -231,7 +230,7 @@ class StageTransitions(StageCallback):
             f"boundary from t = {before.midpoint:.3f} to {after.midpoint:.3f}",
         }
 
-    # -- saying it ----------------------------------------------------------------------------
+    # -- reports ------------------------------------------------------------------------------
 
     def _tell(self, step: int, kind: str, evidence: dict[str, Any] | None) -> None:
         if evidence is None:
@@ -252,23 +251,23 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 
 def refuse_unheard(speakers: Sequence[Any], awaited: Sequence[AtEvent]) -> None:
-    """Refuses a phase that waits for an event which no speaker would say.
+    """Refuses a phase that waits for an event that no speaker can report.
 
-    Callbacks, and the module, name what they say in an attribute `event_kinds`: a dict from the
-    event to what it lacks in this run, "" if nothing. It is known once they have started.
+    Speakers, callbacks and the module, name their events in an attribute `event_kinds`: a dict from
+    the event to what it lacks in this run, "" if nothing. It is known once they have started.
     """
     known: dict[str, str] = {}
     for speaker in speakers:
-        # Of two that say the same it is enough if one can.
+        # It is enough if one of several can report it.
         said = getattr(speaker, "event_kinds", {})
         known |= {kind: lacks for kind, lacks in said.items() if known.get(kind) != ""}
     listed = [f"{kind!r}{lacks and f' (lacks {lacks})'}" for kind, lacks in known.items()]
     for until in awaited:
         if known.get(until.event) != "":
             raise ValueError(
-                f"A phase ends at {until!r}, and no callback would say so. "
+                f"A phase ends at {until!r}, and no callback reports that event. "
                 + (f"Known are {', '.join(listed)}. " if known else "")
-                + "Add what says it: [PosteriorMonitor(), "
-                "VelocityErrorMonitor(), StageTransitions(), StageScheme()]; a callback of your "
+                + "Add a callback that does: [PosteriorMonitor(), "
+                "VelocityErrorMonitor(), StageTransitions(), StageScheme()]; one of your "
                 "own names it in `event_kinds`, {event: ''}."
             )

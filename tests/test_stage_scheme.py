@@ -808,7 +808,7 @@ def test_events_that_nothing_says(fit):
         return VelocityErrorMonitor(strata=4, queries=4, **{"every_n_steps": 1} | options)
 
     posterior = functools.partial(PosteriorMonitor, strata=4, queries=4)
-    says = "no callback would say so"
+    says = "no callback reports that event"
     typo = waiting_for("navigation learnt")
     refused(
         fit,
@@ -822,7 +822,7 @@ def test_events_that_nothing_says(fit):
     learned, onset = (
         functools.partial(waiting_for, event) for event in (NAVIGATION_LEARNED, MEMORIZATION_ONSET)
     )
-    refused(fit, Lossy(), posterior(), learned(), match=rf"{says}\. Add what says it")
+    refused(fit, Lossy(), posterior(), learned(), match=rf"{says}\. Add a callback that does")
     match = rf"{says}.*'navigation learned' \(lacks a VelocityErrorMonitor"
     refused(fit, Lossy(), posterior(), StageTransitions(), learned(), match=match, max_steps=20)
     match = rf"{says}.*'memorization onset' \(lacks held-out samples"

@@ -113,7 +113,7 @@ def test_events_are_said_once_and_heard(fit, tmp_path, read_stages, lightning_lo
 
 def test_a_phase_that_nobody_would_end_is_refused(fit):
     phases = Phases([Phase(Scheme(), AtEvent(NAVIGATION_LEARNED)), Phase(Scheme())])
-    with pytest.raises(ValueError, match=r"no callback would say so.*StageTransitions\(\)"):
+    with pytest.raises(ValueError, match=r"no callback reports that event.*StageTransitions\(\)"):
         fit(gaussian(64), StageScheme(phases), steps=2)
 
 

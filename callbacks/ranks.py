@@ -1,4 +1,4 @@
-"""What ranks do together: speak once, take means of what a scheme did, and gather its losses."""
+"""What ranks do together: log once, average what a scheme did, and gather its losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["GatheredLosses", "SchemeMeans", "rank_zero_info", "rank_zero_warn"]
 
 _LOG = logging.getLogger("stagewise")
 _LOG.setLevel(logging.INFO)
-if not _LOG.hasHandlers():  # as long as nobody says where the lines of the log go, to the terminal
+if not _LOG.hasHandlers():  # without a handler of the user, to the terminal
     _LOG.addHandler(logging.StreamHandler())
 
 
@@ -33,7 +33,7 @@ def rank_zero_warn(message: str) -> None:
 
 
 class SchemeMeans:
-    """Means over samples of what a scheme did, summed on the device and reduced when asked for."""
+    """Means over samples of what a scheme did, summed on the device until `reduced` is called."""
 
     _KEYS = ("lambda", "navigation_share", "weight", "inserted_share", "tail_mass")
     """The last two are over the samples with lambda above 0: no others were looked up."""
@@ -42,7 +42,7 @@ class SchemeMeans:
         self._sums: Tensor | None = None
 
     def add(self, record: SchemeRecord, boundary: float | None) -> None:
-        """Adds the samples of a call; without a boundary no share can be said to be below it."""
+        """Adds the samples of a call; without a boundary the navigation share is NaN."""
         t = record.t.float()
         inside = torch.full_like(t, math.nan) if boundary is None else (t < boundary).float()
         mixed = record.lam > 0
@@ -55,7 +55,7 @@ class SchemeMeans:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def reduced(self, host: Host) -> dict[str, float]:
-        """The means over all ranks since the last time; a collective, and a device sync."""
+        """The means over all ranks since the last call; a collective, and a device sync."""
         sums = self._sums
         if sums is None:
             sums = torch.zeros(len(self._KEYS) + 2, device=host.device)
@@ -73,9 +73,9 @@ class GatheredLosses:
     """The losses of an optimizer step from all ranks, so that every rank decides the same.
 
     Attributes:
-        share: How many each rank sends: the largest first step fixes it, since ranks must send
-            equally many. A rank that has fewer sends some of its own twice, one that has more
-            leaves the last out. None until then; a resumed run keeps it.
+        share: Losses that each rank sends, as ranks must send equally many: those of the largest
+            first step. A rank with fewer repeats some, a rank with more leaves the last out. None
+            until then; a resumed run keeps it.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class GatheredLosses:
         self._records.append(torch.stack([t.float(), loss.float()]))
 
     def gathered(self, host: Host) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Times and losses since the last time, from all ranks; a collective."""
+        """Times and losses since the last call, from all ranks; a collective."""
         if not self._records:
             return None, None
         record = torch.cat(self._records, dim=1)

@@ -13,6 +13,7 @@ from typing_extensions import Unpack, override
 
 from stagewise.adapters import Detach, TargetMaker
 from stagewise.bank import LatentBank
+from stagewise.callbacks.first_batches import refuse_other_rows
 from stagewise.callbacks.ranks import GatheredLosses, SchemeMeans
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.callbacks.stage_transitions import refuse_unheard
@@ -38,21 +39,20 @@ class StageScheme(StageCallback):
 
     What makes its targets is found by its interface: a `FlowMatchingLoss`, a `StageTarget` in a
     step that writes its target out, a torchcfm matcher, a flow_matching path, a SiT or LightningDiT
-    transport, an EDM loss. A module that asks the very scheme itself is left as it is. A matcher or
-    path never sees the loss: for weights the module needs a `StageWeightedLoss` of the same scheme.
-    Validation sees the plain targets, so its loss stays comparable.
+    transport, an EDM loss. A module that calls the same scheme itself is left as it is. A matcher
+    or path has no loss: for weights the module needs a `StageWeightedLoss` of the same scheme.
+    Validation has the plain targets, so its loss stays comparable.
 
-    In the first step samples are held against the bank: another scale is refused, and samples that
-    are no rows of it are warned of. A target that mixes the oracle in is refused for a network that
-    is given more than x_t, t and class labels, unless class_wise=False says that it ignores that. A
+    In the first step samples are compared with the bank: another scale is refused, and samples that
+    are not rows get a warning. A target that mixes the oracle in is refused for a network that is
+    given more than x_t, t and class labels, unless class_wise=False says that it ignores that. A
     boundary that is not given is measured.
 
     **Logged to every logger** at the trainer's `log_every_n_steps` (`stagewise_scheme` is `name`),
-    as means over the samples of all ranks since the time before: `stagewise_scheme/lambda`, the
-    share of the oracle in the target; `.../weight`; `.../navigation_share`, of the draws with t
-    below the boundary (NaN without one); over the samples that were mixed, `.../inserted_share`, of
-    those that are no rows of the bank and were put into its posterior, and `.../tail_mass` of the
-    posterior that did not enter; `.../boundary`, t; `.../phase`, its number, from 0. A change of it
+    as means over the samples of all ranks since the last time: `stagewise_scheme/lambda`,
+    `.../weight`, `.../navigation_share` (of t below the boundary; NaN without one), and of mixed
+    samples `.../inserted_share` (added to the posterior, as they are not rows) and
+    `.../tail_mass`; also `.../boundary`, t, and `.../phase`, its number, from 0. A change of phase
     is `.../transition`, a text in TensorBoard, and a line of `stages.jsonl` in `dirpath`.
 
     Args:
@@ -62,11 +62,11 @@ class StageScheme(StageCallback):
             `boundary` and `preserve_objective`.
         engine: How the oracle reaches the rows, default `Auto()`. With `Sharded()` the bank is this
             rank's part, and training must say the `source` of its samples.
-        certificate: A `Certificate` of the bank, or a file, which is written if there is none of
-            this bank. Not with a `scheme` that has an oracle, nor with `Sharded()`.
+        certificate: A `Certificate` of the bank, or a file, which is written if it does not hold
+            that of this bank. Not with a `scheme` that has an oracle, nor with `Sharded()`.
         name: Prefix of all tags and name of the folder, default "stagewise_scheme".
         bank: The training latents, if they are not to be read from the loader.
-        **options: `RunOptions`. A `scheme` that has an oracle says bank and path itself.
+        **options: See `RunOptions`. A `scheme` with an oracle gives bank and path itself.
 
     Raises:
         ValueError: At construction or before the first training step, for what cannot be steered.
@@ -117,10 +117,11 @@ class StageScheme(StageCallback):
         self.scheme: Scheme | Phases = scheme  # type: ignore[assignment]
         self.engine, self.certificate, self._given = engine, certificate, scheme
         self.transitions: list[dict[str, Any]] = []
-        # Bank and path of a scheme that has them are those of the run.
+        # A scheme with an oracle gives the run its bank and path.
         given = [] if scheme is None else parts(scheme)
-        found = [part.oracle for part in given]
-        oracles = [o for o in found if o is not None and o.engine.holds_all_rows]
+        oracles = [
+            o for o in (p.oracle for p in given) if o is not None and o.engine.holds_all_rows
+        ]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
             known: dict[str, Any] = {"path": oracles[0].path, "condition": oracles[0].condition}
             known["reservoir" if oracles[0].bank.origin else "bank"] = oracles[0].bank
@@ -135,38 +136,38 @@ class StageScheme(StageCallback):
 
     @property
     def late(self) -> bool:  # type: ignore[override]
-        """Whether another scheme can take the place of its own in the first call."""
+        """Whether its scheme can be replaced in the first call."""
         fixed = self._given or self.scheme.draws_timesteps or self.scheme.smoothing
         return not fixed and self.maker is not None and self.maker.late
 
     @property
     def state_key(self) -> str:
-        """That of its name; until it is set up its own, so that training says what two lack."""
+        """By its name; before `setup` by its id, so that `refuse_second` finds two of one name."""
         return super().state_key if self._set_up else f"{super().state_key} {id(self)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """As its base, and how its scheme began: a copy in another fit begins there."""
+        """As its base, with the initial state of its scheme, for a copy in another fit."""
         return {**super().__getstate__(), "_begin": self._begin}
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheme's state and the transitions so far; never the bank."""
+        """The scheme's state and the changes of phase so far."""
         scheme = None if self.scheme is None else self.scheme.state_dict()
         share = None if self._losses is None else self._losses.share
         own = {"scheme": scheme, "transitions": self.transitions, "share": share}
         return {**super().state_dict(), **own}
 
     def setup(self, *_: Any, **__: Any) -> None:
-        """From here on checkpoints know it by its name."""
+        """From here on its state key is by its name."""
         self._set_up = True
 
     def start(self) -> None:
-        """Finds what makes the targets, and puts the scheme in."""
+        """Finds what makes the targets, and attaches the scheme to it."""
         run = self.run
         try:
             self.maker = maker_for(run.module, run.option(self, "target_maker"), self._given)
         except ValueError as error:
             raise ValueError(str(error).replace(BY_HAND, run.host.by_hand)) from None
-        refuse_second(self, run.members[: run.members.index(self)])  # told before this one
+        refuse_second(self, run.members[: run.members.index(self)])  # those that have started
         self.scheme = self._given or self._made()
         self._weighed = weighs(run.module, self.scheme)
         if self.maker is not None:
@@ -184,7 +185,7 @@ class StageScheme(StageCallback):
         resumed = self._resume()
         self.writer = run.open_writer(self)
         about, path = self._where(), self.scheme.path
-        if self.maker is not None:  # its path a scheme without an oracle need not know
+        if self.maker is not None:  # a scheme without an oracle need not know the path
             about, path = self.maker.describe(), self.maker.path
         asked = [part.oracle.over for part in parts(self.scheme) if part.target and part.oracle]
         about += "".join(f", over {text}" for text in {t for said in asked for t in said.values()})
@@ -195,7 +196,7 @@ class StageScheme(StageCallback):
         self._attach()
 
     def restart(self) -> None:
-        """Takes a scheme of the other bank."""
+        """Makes the scheme again, of the other bank."""
         self._restore()
         self.run.look.schemes.remove(self.scheme)
         self.scheme = self._made()
@@ -203,7 +204,7 @@ class StageScheme(StageCallback):
         self._attach()
 
     def before_first_batch(self) -> None:
-        """Settles the boundary, and refuses what cannot work."""
+        """Sets the boundary, and checks the scheme."""
         scheme, speakers = self.scheme, self.run.host.speakers
         refuse_unheard(speakers, scheme.awaited if isinstance(scheme, Phases) else [])
         unknown = self.renewed or any(part.boundary is None for part in parts(scheme))
@@ -213,11 +214,11 @@ class StageScheme(StageCallback):
         for part in (part for part in parts(scheme) if part.smoothing is not None):
             begin = "" if part.collapsed is None else f" from t = {part.collapsed:.3f} on"
             what = f"trains on draws of {part.smoothing!r}{begin}."
-            self.say(f"{what} Monitors compare with the rows themselves.")
+            self.say(f"{what} Monitors compare with the rows.")
         scheme.check()
 
     def settle(self) -> None:
-        """Refuses a first step that did not use what is steered, and conditions it cannot have."""
+        """Refuses a first step without a steered target, and checks its samples and conditions."""
         record, near = self.scheme.last, bool(parts(self.scheme)[0].encoded)
         if record is None or record is self._seen:
             cure = "Make it outside of torch.no_grad(), with the model in train mode."
@@ -228,10 +229,10 @@ class StageScheme(StageCallback):
                 f"The first training step made its target without {self._where()}, so nothing is "
                 f"steered: in eval mode or without gradients it is plain. {cure}"
             )
-        # What is smoothed are rows; the draws around them are none.
+        # Smoothed samples are not rows.
         mixing = [part for part in parts(self.scheme) if part.target and not part.smoothing]
         oracles = {part.oracle.bank: part.oracle for part in mixing if part.oracle}
-        with self.run.host.together("holding its samples against the bank"):
+        with self.run.host.together("comparing its samples with the bank"):
             for bank, oracle in oracles.items():
                 kernel, shard = oracle.condition, not oracle.engine.holds_all_rows
                 known, x1 = record.source is not None and not near, record.x1
@@ -247,7 +248,7 @@ class StageScheme(StageCallback):
             self.run.look.check_conditions(self.scheme)
 
     def after_batch(self, step: int, before: int) -> None:
-        """Takes note of the batch; after an optimizer step, drives the scheme and logs."""
+        """Adds the batch; after an optimizer step, lets the scheme adapt, and logs."""
         scheme = self.scheme
         if scheme.last is not self._seen and scheme.last is not None:
             self._seen = scheme.last
@@ -258,10 +259,10 @@ class StageScheme(StageCallback):
         if step == before:  # with gradient accumulation several batches share a step
             return
         self._plain += 1
-        if self._plain == 3:  # one alone may be of a training step that returned None
+        if self._plain == 3:  # a training step may return None
             self.warn(
-                f"3 optimizer steps up to {before} came without a target that was steered: those "
-                "made in eval mode or without gradients are plain. Call model.train()."
+                f"3 optimizer steps up to {before} came without a target that was steered: targets "
+                "in eval mode or without gradients are plain. Call model.train()."
             )
         if self.run.logs(before):
             boundary = math.nan if scheme.boundary is None else scheme.boundary
@@ -279,17 +280,17 @@ class StageScheme(StageCallback):
             self.say(message)
 
     def notice(self, event: str) -> None:
-        """Tells phases that wait for it."""
+        """Tells the phases."""
         if isinstance(self.scheme, Phases):
             self.scheme.notify(event)
 
     def before_validation(self) -> None:
-        """Takes the scheme out: validation compares with the plain targets."""
+        """Detaches the scheme: validation has plain targets."""
         self._paused = self._detach is not None
         self._restore()
 
     def after_validation(self) -> None:
-        """Puts it back."""
+        """Attaches the scheme again."""
         if self._paused:
             self._attach()
 
@@ -314,7 +315,7 @@ class StageScheme(StageCallback):
     def _attach(self) -> None:
         self._paused, run, look = False, self.run, self.run.look
         made = run.encoding or run.option(self, "read_batch") or run.option(self, "encode")
-        for part in parts(self.scheme):  # `settle` checks rows, on all ranks together
+        for part in parts(self.scheme):  # rows are checked in `settle`, on all ranks together
             part.rows_checked = True
             part.labels_of, part.condition_of = look.labels_for, look.condition_for
             part.before_smoothing = self._before_smoothing
@@ -323,15 +324,17 @@ class StageScheme(StageCallback):
         if self.maker is not None:
             self._detach = self.maker.attach(self.scheme, weighed=self._weighed)
         for part in parts(self.scheme):
-            # A method of the host would keep a `Watch` that is let go of.
+            # A bound method of the host would keep a deleted `Watch` alive.
             part.trains = lambda: run.host.trains()
 
     def _before_smoothing(self, x1: Tensor) -> None:
-        """Refuses samples of the first step for which no rows were read: only rows are smoothed."""
-        if not (self.run.settled or self.run.given(self)):
+        """Refuses samples of the first step that are not rows: only rows are smoothed."""
+        if self.run.settled:
+            return
+        if not self.run.given(self):
             self.run.look.trace(x1)
-            self.run.refuse_others(x1)
-        for part in () if self.run.settled else parts(self.scheme):
+            refuse_other_rows(self.run, x1)
+        for part in parts(self.scheme):
             tell_rounding(part, x1)
 
     def _made(self) -> Scheme | Phases:
@@ -345,17 +348,17 @@ class StageScheme(StageCallback):
             own = own_scheme(self.maker)
             if own is None:
                 raise ValueError(
-                    "Expected something to steer with, got nothing. Say what: "
+                    "Expected a scheme or its parts, got none. Give some: "
                     "StageScheme(timesteps=..., target=..., weight=...), or a Scheme or Phases."
                 )
-            # That of another module than in the fit before begins anew.
+            # The scheme of another module than in the last fit begins as it is.
             self._begin = self._begin if own is self.scheme else None
             return own
         wise = self.run.option(self, "class_wise", "auto")
         given = {"seed": self.seed, "class_wise": wise, **self._parts}
-        if "target" not in given:
-            return Scheme(path=self.maker.path, **given)
-        return Scheme(self._oracle(), **given)
+        if "target" in given:
+            return Scheme(self._oracle(), **given)
+        return Scheme(path=self.maker.path, **given)
 
     def _oracle(self) -> Oracle:
         run = self.run
@@ -363,16 +366,15 @@ class StageScheme(StageCallback):
         if self.engine is None or self.engine.holds_all_rows:
             return run.oracle(self, path, self.engine, self.certificate)
         bank = run.beside(run.option(self, "bank") or read_shard(run.host))
-        refused: Any = self.certificate
-        return Oracle(bank, path, self.engine, certificate=refused)
+        return Oracle(bank, path, self.engine, certificate=self.certificate)  # type: ignore[arg-type]
 
     def _resume(self) -> bool:
-        """Takes up the state of a checkpoint; a callback in a second fit begins anew."""
+        """Takes the state of a checkpoint; without one, a second fit begins as the first."""
         if self._begin is None:
             self._begin = copy.deepcopy(self.scheme.state_dict())
         resumed = self.stash is not None
         if self.stashed_run.get("boundaries"):
-            self.run.bank(self)  # notices if what was measured was measured on other latents
+            self.run.bank(self)  # sets `renewed` if boundaries were measured on other latents
         stash = self.stash or {"scheme": self._begin, "transitions": []}
         if not resumed and self.run.began:
             return False
@@ -389,7 +391,7 @@ class StageScheme(StageCallback):
         return resumed
 
     def _boundary(self) -> StageBoundary | None:
-        """That of the run; None if nothing depends on it and nobody has measured it."""
+        """The boundary of the run; None if it is neither needed nor measured."""
         run, lacks = self.run, self.scheme.lacks_boundary
         known = [(p.oracle, p.class_wise) for p in parts(self.scheme) if p.oracle]
         if not known:

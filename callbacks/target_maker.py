@@ -1,4 +1,4 @@
-"""Where a `StageScheme` steers, and what steers there already."""
+"""What makes the targets that a `StageScheme` steers, and what steers it already."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["own_scheme", "refuse_second", "maker_for"]
 def maker_for(
     module: nn.Module, at: str | None, given: Scheme | Phases | None
 ) -> TargetMaker | None:
-    """What makes the targets of a module; None if it has the scheme, and asks it itself.
+    """What makes the targets of a module; None if the module holds the scheme and calls it itself.
 
     Args:
         module: What is trained.
-        at: Which is meant, if that was said.
-        given: What shall steer; None if it is made later.
+        at: The name that was given, if any.
+        given: The scheme; None if it is made later.
     """
     if given is None or at is not None:
         return one_target_maker(module, at)
@@ -37,12 +37,12 @@ def maker_for(
 
 
 def own_scheme(maker: TargetMaker) -> Scheme | Phases | None:
-    """What an objective steers itself with, if anything."""
+    """The scheme of an objective, if it has one."""
     return maker.place.object.scheme if isinstance(maker, Objective) else None
 
 
 def refuse_second(callback: StageScheme, before: Iterable[object]) -> None:
-    """Refuses a second callback that steers the same, or has the same name."""
+    """Refuses a second callback of the same target maker, scheme or name."""
     for other in (one for one in before if isinstance(one, type(callback))):
         one, two = callback.maker, other.maker
         same = one and two and one.place.object is two.place.object

@@ -119,9 +119,7 @@ class StageScheme(StageCallback):
         self.transitions: list[dict[str, Any]] = []
         # A scheme with an oracle gives the run its bank and path.
         given = [] if scheme is None else parts(scheme)
-        oracles = [
-            o for o in (p.oracle for p in given) if o is not None and o.engine.holds_all_rows
-        ]
+        oracles = [p.oracle for p in given if p.oracle and p.oracle.engine.holds_all_rows]
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
             known: dict[str, Any] = {"path": oracles[0].path, "condition": oracles[0].condition}
             known["reservoir" if oracles[0].bank.origin else "bank"] = oracles[0].bank
@@ -354,8 +352,8 @@ class StageScheme(StageCallback):
             # The scheme of another module than in the last fit begins as it is.
             self._begin = self._begin if own is self.scheme else None
             return own
-        wise = self.run.option(self, "class_wise", "auto")
-        given = {"seed": self.seed, "class_wise": wise, **self._parts}
+        given = {"seed": self.seed, "class_wise": self.run.option(self, "class_wise", "auto")}
+        given |= self._parts
         if "target" in given:
             return Scheme(self._oracle(), **given)
         return Scheme(path=self.maker.path, **given)

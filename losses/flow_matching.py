@@ -1,11 +1,10 @@
-r"""The flow-matching objective, with its per-sample losses kept for whoever wants to look.
+r"""The flow-matching objective, which keeps its per-sample losses.
 
     L = E_{t ~ q, x_0, x_1} [ w(t) ||model(x_t, t) - y||^2 / D ],   x_t = a_t x_1 + s_t x_0,
 
-with `y` the conditional target of the chosen prediction type (velocity: Lipman et al.,
-arXiv 2210.02747; data, noise, score, EDM: see `Prediction`). With a `Scheme`, q, w and what is
-added to y are the scheme's; the loss against y itself is kept beside it, since only that can be
-compared between runs.
+with `y` the conditional target of the prediction type (velocity: Lipman et al., arXiv 2210.02747;
+data, noise, score, EDM: see `Prediction`). A `Scheme` gives q and w and changes y; the loss against
+the conditional target is kept all the same, because only that can be compared between runs.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ __all__ = ["FlowMatchingLoss", "LossRecord"]
 
 @dataclass(frozen=True)
 class LossRecord:
-    """What one call of an objective saw, detached from the graph, on the device of the batch.
+    """Times and losses of one call of an objective, detached, on the device of the batch.
 
     Attributes:
         t: Times, (B,); t = 0 is noise.
         loss: Mean squared error of each sample, over its numbers that count, against the
             *conditional* target, before the weight, (B,).
         weight: Weight of each sample, (B,).
-        trained: The same against the target that is trained on, (B,); `loss` without a scheme.
+        trained: As `loss`, against the target that is trained on, (B,); without a scheme `loss`.
     """
 
     t: Tensor
@@ -52,8 +51,8 @@ class LossRecord:
 class FlowMatchingLoss(nn.Module):
     """The flow-matching loss for any model called as `model(xt, t, *args, **kwargs)`.
 
-    It has no parameters and no buffers, and logs nothing. After each call `last` holds the
-    per-sample record, which callbacks read.
+    It has no parameters and no buffers, and logs nothing. `last` holds the `LossRecord` of the last
+    call, which callbacks read.
 
     Args:
         path: Default that of the convention, or else `LinearPath()`.
@@ -62,16 +61,16 @@ class FlowMatchingLoss(nn.Module):
         weight: From t, (B,), to weights, (B,); default all ones.
         convention: How the model counts time, scales `x_t` and signs its velocity, default the
             library's own (t = 0 noise); see `stagewise.conventions`.
-        scheme: Says how t is drawn, what is trained on and what counts how much: a `Scheme` or
-            `Phases`; default None. It takes the place of `timesteps` and `weight`, and rests while
-            the module is in eval mode: held-out samples are in no bank.
+        scheme: A `Scheme` or `Phases` that gives times, targets and weights, in place of
+            `timesteps` and `weight`; default None. It is not used in eval mode, because held-out
+            samples are not in the bank.
         cosine: Whether to add LightningDiT's term, `1 - cos(model, y)` over the channels (arXiv
-            2501.01423, Section 4), with the sample's weight; default False. It compares with the
-            conditional target under a scheme too: it is not linear in the target, so a mean of
-            targets there would move its optimum. `last` holds the squared errors alone.
+            2501.01423, Section 4), with the sample's weight; default False. It always takes the
+            conditional target: as it is not linear in the target, a mean of targets would move its
+            optimum. `last` holds the squared errors only.
 
     Raises:
-        ValueError: If a scheme is given beside timesteps or a weight, or is about another path.
+        ValueError: If a scheme is given with timesteps or a weight, or has another path.
 
     Example:
         >>> import torch
@@ -101,8 +100,8 @@ class FlowMatchingLoss(nn.Module):
             raise ValueError(f"Expected the scheme's path, {unlike(scheme.path, path)}.")
         if scheme is not None and scheme.convention != STAGEWISE:
             raise ValueError(
-                "Expected a scheme without a convention of its own, which this objective "
-                f"translates to, got {written(scheme.convention)}. Write "
+                "Expected a scheme without a convention, because the objective has it, got "
+                f"{written(scheme.convention)}. Write "
                 "FlowMatchingLoss(convention=..., scheme=Scheme(...))."
             )
         self.convention = as_convention(convention)
@@ -139,17 +138,17 @@ class FlowMatchingLoss(nn.Module):
             t: Times in [0, 1], (B,), t = 0 is noise; default drawn by the sampler, in float32, and
                 rounded to the steps of DDPM. The model is given drawn times in the default dtype.
             generator: For the draws, on the device of `x1`; default torch's global one.
-            part: (r, R): noise and times are drawn for a batch of R B samples, of which this one
-                has every R-th, from r on. With a generator in the same state on each of R ranks
-                they see what one rank would see with all samples. Default (0, 1).
+            part: (r, R): noise and times are drawn for R B samples, and every R-th, from r on, is
+                used. With generators in the same state, R ranks draw what one rank would draw for
+                the whole batch. Default (0, 1).
             classes: Class of each sample for a class-wise scheme, (B,); not passed to the model.
                 Default: looked up in the bank.
             loss_mask: Which numbers count in the loss, (B, *), as in `LatentBank`; the bank of a
-                scheme has masks then. Not passed to the model. Default: all.
-            source: Row of the scheme's bank that each sample stands for, (B,); not passed to the
-                model. Default: looked up; see `Scheme`.
-            condition: For a scheme with a kernel on it: what the model is given for each sample,
-                (B, *), before anything is dropped; not passed to the model.
+                scheme needs masks then. Not passed to the model. Default: all.
+            source: The row of each sample in the scheme's bank, (B,); not passed to the model.
+                Default: looked up; see `Scheme`.
+            condition: For a scheme with a kernel on conditions: those of each sample, (B, *),
+                before any are dropped; not passed to the model.
             **kwargs: Passed on to the model.
 
         Returns:
@@ -158,7 +157,7 @@ class FlowMatchingLoss(nn.Module):
         Raises:
             ValueError: If the shapes of `t`, `x0`, the weight or the model's output do not fit, or
                 the model is given conditions that the scheme's target ignores; and as a call of the
-                scheme, whose first one does what `Scheme.check` does.
+                scheme, of which the first also checks as `Scheme.check` does.
         """
         if self.cosine and loss_mask is not None:
             raise ValueError(
@@ -197,7 +196,7 @@ class FlowMatchingLoss(nn.Module):
         xt = self.path.interpolate(x0, x1, t).to(x1.dtype)
         y = self.prediction.target(path, x0.float(), x1.float())
         wait, of = None, masked(classes, loss_mask, x1)
-        if scheme is not None:  # what is trained on is needed after the model has run
+        if scheme is not None:  # on a side stream, while the model runs
             told: dict[str, Any] = {"xt": xt, "t": t, "x1": x1, "labels": of, "source": source}
             told["condition"] = condition
             wait = beside(partial(scheme, y, **told, prediction=self.prediction), y, told)

@@ -1,10 +1,10 @@
-r"""A pull towards the oracle, added to any loss.
+r"""A term that pulls a model towards the oracle, added to any loss.
 
     L + E [ lambda(t) ||f(x_t, t) - y*||^2 / D ],   y* = y + c_t (m - x_1),
 
 with f the model's output and y the conditional target of the same prediction type. For a velocity
-`y* = u*`. Added to the conditional loss with the same weight at all t it moves nothing but the
-variance of the gradient; at some t only, it is a weight on those.
+`y* = u*`. With the same lambda at all t it only changes the variance of the conditional loss's
+gradient; with lambda at some t, it also weighs these more.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = ["OracleRegularizer"]
 
 
 class OracleRegularizer(nn.Module):
-    """Pulls a model towards the oracle's target beside any loss: `lambda(t) ||f - y*||^2`.
+    """The term `lambda(t) ||f - y*||^2`, with y* the oracle's target, to add to any loss.
 
-    The mean is over the batch and the numbers of a sample that count. It has no parameters and no
-    buffers.
+    It is averaged over the batch and the numbers of a sample that count. It has no parameters and
+    no buffers.
 
     Args:
         oracle: Bank and path.
         lam: A number of at least 0, or from t, (B,), to such numbers, (B,): `StageGate(scheme)`,
             for example. Default 1.
         prediction: What the model predicts, default "velocity".
-        target: Which rows the oracle is asked for, default `Mix()`: all.
+        target: Which rows the oracle is over, default `Mix()`: all.
 
     Raises:
         ValueError: If `lam` is negative, or the target does not go with the oracle.
@@ -78,7 +78,7 @@ class OracleRegularizer(nn.Module):
         mask: Tensor | None = None,
         source: Tensor | None = None,
     ) -> Tensor:
-        """What is added to the loss, a scalar in float32, with gradient.
+        """The term, a scalar in float32, with gradient.
 
         Args:
             output: The model's, (B, *).

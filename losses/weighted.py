@@ -1,4 +1,4 @@
-"""A loss of your own, weighted by stage."""
+"""Your own loss, weighted by stage."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["StageWeightedLoss", "weighs"]
 
 
 class StageWeightedLoss(nn.Module):
-    """Weighs an unreduced loss by the scheme's `w(t)`, and takes its mean over the batch.
+    """Weighs an unreduced loss by `w(t)`, and takes its mean over the batch.
 
     Args:
-        loss: Called with whatever this is called with; returns (B, *), which is averaged over all
+        loss: Called with the same arguments, without t; returns (B, *), which is averaged over all
             axes but the first: `nn.MSELoss(reduction="none")`, for example.
         weight: From t, (B,), to weights, (B,): `StageFactors(2, 1, boundary=0.1)`, `MinSNR()`; or a
-            `Scheme` or `Phases`, whose weight (importance weights included) is taken.
+            `Scheme` or `Phases`, of which the weight, with its importance weights, is taken.
 
     Raises:
         ValueError: If `loss` reduces over the batch, as its `reduction` says.
@@ -56,7 +56,7 @@ class StageWeightedLoss(nn.Module):
         """The weighted mean.
 
         Args:
-            *args: For the loss, samples first. NaN and Inf outside of the mask are given as 0.
+            *args: For the loss, samples first. NaN and Inf outside of the mask become 0.
             t: Times in [0, 1], (B,); t = 0 is noise.
             loss_mask: Which numbers of the loss count, (B, *), as in `LatentBank`; default all.
             **kwargs: For the loss.
@@ -65,9 +65,9 @@ class StageWeightedLoss(nn.Module):
             A scalar, with gradient.
 
         Raises:
-            ValueError: If the loss or the weight has not one number for each t.
+            ValueError: If the loss or the weight does not have the batch size of t.
         """
-        if loss_mask is not None:  # a NaN outside of it would be one in every gradient
+        if loss_mask is not None:  # a NaN outside of it would spread to every gradient
             args = tuple(_finite(x, loss_mask, getattr(args[0], "shape", None)) for x in args)
         loss = self.loss(*args, **kwargs)
         if loss.shape[:1] != t.shape:

@@ -1,10 +1,10 @@
-"""How every picture of this package is drawn: one axis of t, one set of colours, one legend.
+"""What all pictures of this package share: the axis of t, the colours, the legend.
 
-t = 0 is noise in all of them. The axis of t is spaced by `log(t / (1 - t))`, which for the linear
-path is half the log-SNR: the stages of images lie near t = 0 and those of small vectors near t = 1,
-and both can be read. The stages are shaded and named above the axes. Colours are those of Okabe and
-Ito or samples of viridis, which colour-blind readers can tell apart; what has an order (steps,
-sizes, stages) goes from light, early, to dark, late.
+t = 0 is noise in all of them. The axis of t is spaced by `log(t / (1 - t))`, for the linear path
+half the log-SNR: so both the stages of images, near t = 0, and those of small vectors, near t = 1,
+can be read. The stages are shaded and named above the axes. Colours are those of Okabe and Ito or
+of viridis, which colour-blind readers can tell apart; ordered curves (steps, sizes, stages) go from
+light, early, to dark, late.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ STAGE_COLOURS = tuple(mpl.colors.to_hex(_ORDER(place)) for place in (0.05, 0.45,
 
 _TICKS = [0.5] + [
     tick
-    for digit in (1, 2, 5)  # where there is no room for all, the first of these
+    for digit in (1, 2, 5)  # without room for all, the first of these
     for power in range(1, 7)
     for tick in (digit / 10**power, 1 - digit / 10**power)
 ]
 _NARROW = 0.09
-"""Share of an axis below which a stage is not named: there is no room."""
+"""Share of an axis below which there is no room to name a stage."""
 
 
 class _Span(NamedTuple):
@@ -95,19 +95,19 @@ def render(figure: Figure) -> np.ndarray:
 
 
 def new_figure(width: float = 7, height: float = 4.4) -> Figure:
-    """An empty figure of the house's size, outside pyplot, whose current figure is the user's."""
+    """An empty figure of the usual size, outside of pyplot, which belongs to the user."""
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def counted(rows: int | None, queries: int | None, bins: int) -> str:
-    """The words for how many rows and noisy samples a picture rests on, as far as that is known."""
+    """How many rows and noisy samples a picture shows, as far as known, in words."""
     parts = [f"N = {rows:,} rows".replace(",", " ")] if rows else []
     parts += [f"n = {queries} noisy samples in each of {bins} bins of t"] if queries else []
     return ", ".join(parts)
 
 
 def heading(axes: Axes, title: str, about: str = "") -> None:
-    """The title, and under it, smaller, what data it is about; above the names of the stages."""
+    """The title, and below it in small print `about`, above the names of the stages."""
     room = 20 if axes.get_xscale() == "logit" else 8  # for the names of the stages
     axes.set_title(title, loc="left", fontsize=11, pad=room + 14 if about else room)
     place: dict[str, Any] = {
@@ -115,15 +115,12 @@ def heading(axes: Axes, title: str, about: str = "") -> None:
         "textcoords": "offset points",
         "xycoords": "axes fraction",
     }
-    # The title has made room for it, and its width is no reason to make the axes narrow.
+    # Not in the layout: there is room below the title, and long text must not narrow the axes.
     axes.annotate(about, (0, 1), fontsize=8, color="0.3", in_layout=False, **place)
 
 
 def legend(figure: Figure, ncols: int = 3, on: str = "none") -> None:
-    """One legend for all axes, below them, so that it covers nothing; each name once.
-
-    `on`: the colour behind it, for lines that are white.
-    """
+    """One legend below all axes, each name once; `on`: its background, for white lines."""
     found: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -149,8 +146,8 @@ def time_axis(
 ) -> None:
     """Makes an axis that of t, wide enough for ascending times within (0, 1).
 
-    The ends lie twice as near to 0 and 1 as the outer times: the middle of a bin that begins at 0
-    is in the middle of what is shown of it. `apart`: the least distance of two ticks, as a share.
+    The ends are half as far from 0 and 1 as the outer times, so that the middle of a bin is in the
+    middle of what is shown of it. `apart`: the least distance of two ticks, as a share of the axis.
     """
     low, high = float(t[0]) / 2, 1 - (1 - float(t[-1])) / 2
     least = apart * (_logit(high) - _logit(low))
@@ -173,7 +170,7 @@ def _logit(t: float) -> float:
 
 
 def _spans(limits: tuple[float, float], ends: Ends) -> list[_Span]:
-    """What is seen of each stage between the limits of an axis of t."""
+    """The part of each stage between the limits of an axis of t."""
     low, high = limits
     middle, late = (high if at is None or math.isnan(at) else at for at in ends)
     bounds = np.clip([low, middle, max(middle, late), high], low, high).tolist()
@@ -200,7 +197,7 @@ def shade_stages(axes: Axes, ends: Ends) -> None:
 
 
 def divide_stages(axes: Axes, ends: Ends) -> None:
-    """Lines where the stages meet on a vertical axis of t, with their names at the right."""
+    """Lines where the stages meet on a vertical axis of t, and their names at the right."""
     spans = _spans(axes.get_ylim(), ends)
     for span in spans:
         if span.share > _NARROW:
@@ -216,8 +213,8 @@ def divide_stages(axes: Axes, ends: Ends) -> None:
 
 
 def mark_time(axes: Axes, at: float | None, name: str, **style: Any) -> None:
-    """A vertical line that the legend names; none where the time is None, NaN, 0 or 1."""
-    if at is not None and 0 < at < 1:  # the axis has no place for its ends
+    """A vertical line with a name in the legend; none for the times None, NaN, 0 and 1."""
+    if at is not None and 0 < at < 1:  # 0 and 1 are not on the axis
         axes.axvline(at, label=f"{name}  t = {at:.3f}", **style)
 
 
@@ -234,11 +231,11 @@ def draw_boundary(axes: Axes, boundary: StageBoundary, predicted: float) -> None
     mark_time(axes, predicted, "predicted", color=HELD_OUT, lw=1.2, ls="-.")
 
 
-# -- curves that are apart, and curves that have an order ----------------------------------------
+# -- colours of curves without an order, and with one --------------------------------------------
 
 
 def apart(count: int) -> list[dict[str, Any]]:
-    """Styles of a number of curves that have no order: colours of Okabe and Ito, then dashes."""
+    """Styles of curves without an order: colours of Okabe and Ito, then dashes."""
     dashes = ("-", "--", "-.", ":")
     return [
         {"color": _OKABE_ITO[i % len(_OKABE_ITO)], "ls": dashes[i // len(_OKABE_ITO) % 4]}
@@ -247,25 +244,25 @@ def apart(count: int) -> list[dict[str, Any]]:
 
 
 def in_order(count: int) -> list[Any]:
-    """Colours of a number of curves, from early or small to late or large."""
+    """Colours of ordered curves, from early or small to late or large."""
     return [_ORDER(place) for place in np.linspace(0, 1, count)] if count > 1 else [_ORDER(1.0)]
 
 
 def by_step(steps: Sequence[int]) -> ScalarMappable:
     """The colours of ascending steps, for `step_colour` and `step_bar`."""
     last = max(2, steps[-1])
-    # Two decades at most: the first steps of an untrained model would take most of the colours.
+    # Two decades at most, or the first steps would take most of the colours.
     begin = min(max(1.0, steps[0], last / 100), last / 2)
     return ScalarMappable(LogNorm(begin, last, clip=True), _ORDER)
 
 
 def step_colour(colours: ScalarMappable, step: int) -> Any:
-    """That of the curve of a step."""
+    """The colour of a step."""
     return colours.to_rgba(np.array([max(1, step)]))[0]
 
 
 def step_bar(axes: Axes, colours: ScalarMappable) -> None:
-    """The colour bar of `by_step`, its numbers written out."""
+    """The colour bar of `by_step`, with its numbers written out."""
     assert isinstance(axes.figure, Figure)
     bar = axes.figure.colorbar(colours, ax=axes, label="training step")
     for set_formatter in (bar.ax.yaxis.set_major_formatter, bar.ax.yaxis.set_minor_formatter):

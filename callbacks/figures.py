@@ -1,8 +1,7 @@
-"""The pictures of a run. Every function returns a matplotlib figure and saves nothing.
+"""Pictures of posteriors and of samples, as matplotlib figures.
 
-Those of a model's velocity are in `stagewise.callbacks.velocity_figures`, and what all share, the
-axis of t, the stages and the colours, in `stagewise.callbacks.drawing`. `about` says in each what
-data it is of, with N and n.
+Those of a model's velocity are in `velocity_figures`; `drawing` has the axis of t, the stages and
+the colours. `about` describes the data, with N and n.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def draw_mean(axes: Axes, curve: StageCurve, statistic: str) -> None:
 def concentration_figure(
     curve: StageCurve, boundary: StageBoundary, predicted: float, about: str
 ) -> Figure:
-    """Top-1 posterior weight over t: mean, middle half of the queries, and the boundaries."""
+    """The largest posterior weight over t: mean, middle half of the queries, and boundaries."""
     figure, axes = _of_posterior(curve, boundary, predicted)
     draw_spread(axes, curve, "top1")
     axes.set(ylabel="largest posterior weight", ylim=(0, 1.02))
@@ -167,8 +166,8 @@ class Column(NamedTuple):
     Attributes:
         heading: Above it.
         images: (n, C, H, W).
-        ratio: The d1/d2 that is printed under each image, (n,); a copy is framed.
-        of_data: Whether they are data. The least and the largest number of such images are black
+        ratio: The d1/d2 printed under each image, (n,); a copy gets a frame.
+        of_data: Whether they are data. The smallest and the largest number of all data are black
             and white in all columns, so that a sample and its nearest row can be compared.
     """
 
@@ -179,7 +178,7 @@ class Column(NamedTuple):
 
 
 def grid_figure(columns: Sequence[Column], title: str) -> Figure:
-    """Columns of images, copies framed."""
+    """Columns of images, with a frame around copies."""
     rows = len(columns[0].images)
     figure = new_figure(max(4.0, 0.85 * len(columns)), 0.95 * rows + 0.9)
     grid = figure.subplots(rows, len(columns), squeeze=False)
@@ -198,6 +197,6 @@ def grid_figure(columns: Sequence[Column], title: str) -> Figure:
                 label = axes.set_xlabel(f"{float(column.ratio[i]):.2f}", fontsize=7, labelpad=3)
                 label.set(color=_COPIED if copied else "black")
         grid[0, j].set_title(column.heading, fontsize=7)
-    said = "number: d1/d2 to the training rows; red frame: a copy; t = 0 is noise"
-    figure.suptitle(f"{title}\n{said}", fontsize=9)
+    key = "number: d1/d2 to the training rows; red frame: a copy; t = 0 is noise"
+    figure.suptitle(f"{title}\n{key}", fontsize=9)
     return figure

@@ -1,16 +1,16 @@
-"""The pictures of a model's velocity while it trains, of what its monitors report.
+"""Pictures of a model's velocity while it trains, made from the events of its monitors.
 
-Those are events as they stand in `stages.jsonl`: lists over the bins of t, with None or NaN where a
-bin is empty. Arguments of one name are alike in all:
+Events are as in `stages.jsonl`: lists over the bins of t, with None or NaN for empty bins.
+Arguments are the same in all functions:
 
     edges          of the bins of t, (T + 1,)
     probe, probes  one event of a monitor, or several, ascending
     key            which error on training samples: "conditional" or "oracle"
     window         an event `training_window`
     times, top1    mean times of the strata of a `PosteriorMonitor`, and its mean largest weights
-    ends           t where navigation ends and where the posterior has collapsed, or None
-    about          names the data or the model, with N and n
-    marks          steps of what has happened once, with their names
+    ends           midpoint and collapsed boundary, t or None
+    about          describes the data or the model, with N and n
+    marks          steps of events, with their names
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def of_run(
     about: str = "",
     marks: Marks = (),
 ) -> dict[str, Figure]:
-    """All pictures of a run by their names, as far as there is what they show.
+    """All pictures of a run by name; `curve`: that of a `PosteriorMonitor` of the same posterior.
 
-    `curve`: what a `PosteriorMonitor` of the same posterior has measured.
+    Pictures without data are left out.
     """
     probe = probes[-1]
     # A resumed run may have been given another number of strata.
@@ -99,7 +99,7 @@ def of_run(
 
 
 def _over_time(edges: Edges, ends: Ends) -> tuple[Figure, Axes, np.ndarray]:
-    """A figure over t with its stages; its axes, and the centres of the bins."""
+    """A figure over t with its stages; also its axes, and the centres of the bins."""
     figure = new_figure()
     axes, t = figure.add_subplot(), centres(edges)
     time_axis(axes, t)
@@ -107,6 +107,16 @@ def _over_time(edges: Edges, ends: Ends) -> tuple[Figure, Axes, np.ndarray]:
     for at, name, style in zip(ends, ("midpoint", "collapsed"), ("--", ":"), strict=True):
         mark_time(axes, at, name, color="0.25", lw=1.2, ls=style)
     return figure, axes, t
+
+
+def _labelled(figure: Figure, ylabel: str, title: str, about: str) -> Figure:
+    """A figure of errors from 0 on, with label, title and legend."""
+    axes = figure.axes[0]
+    axes.set(ylabel=ylabel)
+    axes.set_ylim(bottom=0)
+    heading(axes, title, about)
+    legend(figure)
+    return figure
 
 
 def loss_by_time_figure(edges: Edges, probe: Event, ends: Ends, about: str = "") -> Figure:
@@ -123,15 +133,12 @@ def loss_by_time_figure(edges: Edges, probe: Event, ends: Ends, about: str = "")
     for label, split, key, colour, style in lines:
         mean, error = np.array(split[key], float), 2 * np.array(split[f"{key}_se"], float)
         axes.errorbar(t, mean, error, color=colour, ls=style, lw=1.4, marker=".", label=label)
-    axes.set(ylabel="MSE of the velocity, per number")
-    axes.set_ylim(bottom=0)
-    heading(axes, f"Error by t at step {probe['step']}, with 2 standard errors", about)
-    legend(figure)
-    return figure
+    title = f"Error by t at step {probe['step']}, with 2 standard errors"
+    return _labelled(figure, "MSE of the velocity, per number", title, about)
 
 
 def _chosen(probes: Sequence[Event]) -> list[Event]:
-    """At most ten probes, evenly over the training, first and last among them."""
+    """At most ten probes, spread evenly from the first to the last."""
     places = np.linspace(0, len(probes) - 1, min(10, len(probes)))
     return [probes[i] for i in sorted({round(float(place)) for place in places})]
 
@@ -149,11 +156,8 @@ def dynamics_figure(
         floor = np.array(probes[-1]["train"]["floor"], float)
         axes.fill_between(t, floor, color=FLOOR, lw=0, label="floor: no model goes below")
     step_bar(axes, colours)
-    axes.set(ylabel=f"MSE({key} velocity), training samples")
-    axes.set_ylim(bottom=0)
-    heading(axes, f"{key.capitalize()} error while training", about)
-    legend(figure)
-    return figure
+    ylabel, title = f"MSE({key} velocity), training samples", f"{key.capitalize()} error"
+    return _labelled(figure, ylabel, f"{title} while training", about)
 
 
 def sizes_figure(edges: Edges, models: Mapping[str, Event], ends: Ends, about: str = "") -> Figure:
@@ -162,11 +166,8 @@ def sizes_figure(edges: Edges, models: Mapping[str, Event], ends: Ends, about: s
     for (name, probe), colour in zip(models.items(), in_order(len(models)), strict=True):
         mean, error = (np.array(probe["train"][key], float) for key in ("oracle", "oracle_se"))
         axes.errorbar(t, mean, 2 * error, color=colour, lw=1.5, marker=".", label=name)
-    axes.set(ylabel="MSE(oracle velocity), training samples")
-    axes.set_ylim(bottom=0)
-    heading(axes, "Oracle error of several models, with 2 standard errors", about)
-    legend(figure)
-    return figure
+    title = "Oracle error of several models, with 2 standard errors"
+    return _labelled(figure, "MSE(oracle velocity), training samples", title, about)
 
 
 def _heatmap(
@@ -177,7 +178,7 @@ def _heatmap(
     marks: Marks,
     **colours: Any,
 ) -> tuple[Figure, Axes, np.ndarray, Any]:
-    """Values, (T, P), over t and training step; axes, the edges of their rows, and the mesh."""
+    """Values, (T, P), over t and step; also the axes, the edges of their rows, and the mesh."""
     figure = new_figure()
     axes = figure.add_subplot(xlabel="training step")
     time_axis(axes, centres(edges), which="y")
@@ -210,8 +211,8 @@ def gap_heatmap(
 ) -> Figure:
     """Held-out minus training error, as a share of the latter, over t and training step.
 
-    Cells whose gap is less than two standard errors from zero are grey. The same samples are asked
-    at every probe, so what is chance in one of them stays.
+    Cells whose gap is less than two standard errors from zero are grey. All probes have the same
+    noisy samples, so a deviation by chance is in all of them.
     """
     gaps = np.array([probe["gap"] for probe in probes], float)
     values = (gaps / np.array([probe["train"]["conditional"] for probe in probes], float)).T
@@ -277,7 +278,7 @@ def spending_figure(edges: Edges, window: Event, ends: Ends) -> Figure:
     left.set_yticks(range(3), ["draws", "loss", "gradient\n(dL/dv)"])
     left.set(xlim=(0, 1), xlabel="share of each stage")
     left.invert_yaxis()
-    seen = window.get("samples")  # which older files do not say
+    seen = window.get("samples")  # missing in older files
     about = f"n = {seen:,} training samples".replace(",", " ") if seen else ""
     heading(left, "What training spends", about)
     time_axis(right, centres(edges))

@@ -70,7 +70,7 @@ class StageRun(RunOracles):
     held = (
         *StageCallback.held,
         *("host", "module", "leader", "members", "look", "makers", "_loader"),
-        *("reservoir", "seen", "waiting", "_banks"),
+        *("reservoir", "seen", "waiting", "_banks", "_weights"),
     )
     seen: SeenSamples | None = None
     look: FirstStep
@@ -246,7 +246,8 @@ class StageRun(RunOracles):
 
     def read_again(self) -> None:
         """Reads the training set again, because its latents have changed; a collective."""
-        self.forget_rows()
+        self._reread, self.measured_at, self._records = True, self.host.global_step, {}
+        self.forget()
         self.tell("renew")
 
     def ends(self) -> None:

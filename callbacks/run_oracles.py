@@ -321,11 +321,6 @@ class RunOracles(StageCallback):
         self._boundaries[recipe] = found
         return found
 
-    def forget_rows(self) -> None:
-        """Forgets the training set, so that it is read again when it is needed."""
-        self._reread, self.measured_at, self._records = True, self.host.global_step, {}
-        self.forget()
-
     def record(self, callback: StageCallback) -> dict[str, Any]:
         """The run's part of a callback's state: fingerprint of the bank, encoding, boundaries."""
         bank = self.option(callback, "bank")

@@ -129,7 +129,7 @@ def check_step(run: StageRun) -> None:
         if certain and compares:
             raise ValueError(message)
         rank_zero_warn(message)
-    elif not (run.host.feeds or run.says("read_batch", "encode")):
+    elif not (run.host.feeds or run.has_option("read_batch", "encode")):
         mixing = any(member.mixes for member in run.members)
         if not mixing and (warning := other_rows(look, bank, exact=compares)):
             rank_zero_warn(warning)

@@ -100,9 +100,9 @@ class StageRun(RunOracles):
         """Whether an oracle goes into targets, or the model is compared with one."""
         return any(member.mixes or member.compares for member in self.members)
 
-    def says(self, *options: str) -> bool:
+    def has_option(self, *options: str) -> bool:
         """Whether one of these options was given to any callback."""
-        return any(member.said.keys() & options for member in {*self.members, self})
+        return any(member.options.keys() & options for member in {*self.members, self})
 
     def begin(self, host: Host, members: list[StageCallback]) -> None:
         """Starts all callbacks."""
@@ -116,11 +116,12 @@ class StageRun(RunOracles):
         self.began, self.step, self.total = host.global_step, host.global_step, host.total
         self.recall()
         self._loader = host.loader
-        saying = [who for who in members if "target_maker" in who.said]
-        saying = [who for who in saying if who.measures] or saying
-        self.makers = chosen_makers(self.module, {who.said["target_maker"] for who in saying})
-        said = self.says("path", "convention")
-        self.path, self.path_from = training_path(self.makers, said=said)
+        naming = [member for member in members if "target_maker" in member.options]
+        naming = [member for member in naming if member.measures] or naming
+        named = {member.options["target_maker"] for member in naming}
+        self.makers = chosen_makers(self.module, named)
+        given = self.has_option("path", "convention")
+        self.path, self.path_from = training_path(self.makers, said=given)
         convention = self.option(self, "convention")
         if convention is not None and convention.path is not None:
             self.path = path_of(convention, self.option(self, "path")) or self.path
@@ -283,13 +284,13 @@ class StageRun(RunOracles):
         read = [member for member in self.asking if not self.given(member)]
         steps = () if self.look.encoding is None else self.look.encoding.steps
         able = bool(read and steps) and all(member.late for member in read)
-        able = able and not self.says("read_batch", "encode")
+        able = able and not self.has_option("read_batch", "encode")
         if self.encoding or not self.host.all(able):
             return False
-        told = [steps]  # numbers may differ in their last digits
+        shared = [steps]  # on other ranks numbers may differ in their last digits
         if self.host.world_size > 1:
-            torch.distributed.broadcast_object_list(told)
-        self.encoding = Encoding(told[0])
+            torch.distributed.broadcast_object_list(shared)
+        self.encoding = Encoding(shared[0])
         rank_zero_warn(
             f"Training {self.encoding.verb} x_1, {self.look.x1_at}, and the bank is read again "
             f"through that. To read it once: StageRun({self.encoding.line})."
@@ -301,11 +302,11 @@ class StageRun(RunOracles):
     def watch_encoder(self) -> None:
         """After the first step: notes the weights with which x_1 is made."""
         self._weights, asking, made = None, self.asking, self.look.encoding
-        told = self.says("read_batch", "encode")
-        if not asking or self.reservoir is not None or not (told or made or self.encoding):
+        given = self.has_option("read_batch", "encode")
+        if not asking or self.reservoir is not None or not (given or made or self.encoding):
             return
         read_batch = self.find_of(asking[0])
-        if made is not None and not (told or self.encoding):  # the bank was given
+        if made is not None and not (given or self.encoding):  # the bank was given
             read_batch = through_module(
                 read_batch, self.module, made, lambda: self.host.precision()
             )

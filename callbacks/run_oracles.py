@@ -98,16 +98,16 @@ class RunOracles(StageCallback):
         if key == "bank" and self._reread:
             return default
         for who in (callback, self):
-            if key in who.said:
-                return who.said[key]
-        saying = [member for member in (*self.members, *self.waiting) if key in member.said]
-        if key in _NOT_SHARED or not saying:
+            if key in who.options:
+                return who.options[key]
+        others = [member for member in (*self.members, *self.waiting) if key in member.options]
+        if key in _NOT_SHARED or not others:
             return default
-        first: Any = saying[0].said[key]
-        for who in saying[1:]:
-            other: Any = who.said[key]
+        first: Any = others[0].options[key]
+        for who in others[1:]:
+            other: Any = who.options[key]
             if not _ALIKE.get(key, operator.is_)(first, other):
-                one, two = type(saying[0]).__name__, type(who).__name__
+                one, two = type(others[0]).__name__, type(who).__name__
                 raise ValueError(
                     f"{one}({key}={first!r}) and {two}({key}={other!r}) differ, and "
                     f"{type(callback).__name__} has neither. Give one for all: "
@@ -137,10 +137,10 @@ class RunOracles(StageCallback):
 
     def path_of(self, callback: StageCallback) -> tuple[ProbabilityPath, str]:
         """The path of a callback, and how it is known."""
-        said = self.option(callback, "path")
-        if said is None:
+        given = self.option(callback, "path")
+        if given is None:
             return self.path, self.path_from or "assumed; say path=... if training uses another"
-        return said, "given"
+        return given, "given"
 
     def bank(self, callback: StageCallback) -> LatentBank:
         """The bank of a callback: the one that was given, or one read from the training set.

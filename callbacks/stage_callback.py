@@ -120,6 +120,7 @@ class StageCallback(Callback):
         data_only: Whether it needs neither the model nor the same rows at each probe.
         mixes: Whether it puts the oracle into the targets.
         held: Attributes that it drops after a run.
+        options: The options that were given to it.
         charts: Of TensorBoard's custom-scalars page: by title, the tags as a pattern after `name`.
         run: The run, from the start of training to its end.
         stash: The state of a checkpoint, until training has started from it.
@@ -148,18 +149,18 @@ class StageCallback(Callback):
     def __init__(
         self, name: str, bank: LatentBank | None = None, **options: Unpack[RunOptions]
     ) -> None:
-        said: dict[str, Any] = {"bank": bank, **options}
-        unknown = sorted(said.keys() - {"bank"} - RunOptions.__annotations__.keys())
+        given: dict[str, Any] = {"bank": bank, **options}
+        unknown = sorted(given.keys() - {"bank"} - RunOptions.__annotations__.keys())
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} has no argument {unknown[0]!r}. Options of the run are: "
                 f"bank, {', '.join(RunOptions.__annotations__)}."
             )
-        _check(said)
-        if said.get("convention") is not None:
-            said["convention"] = as_convention(said["convention"])
-        self.name, self.dirpath = name, said.pop("dirpath", None)
-        self.said = {key: value for key, value in said.items() if value not in (None, "auto")}
+        _check(given)
+        if given.get("convention") is not None:
+            given["convention"] = as_convention(given["convention"])
+        self.name, self.dirpath = name, given.pop("dirpath", None)
+        self.options = {key: value for key, value in given.items() if value not in (None, "auto")}
         self.stash: dict[str, Any] | None = None
         self.kept: dict[str, Any] = {}
         self.renewed = False
@@ -171,7 +172,7 @@ class StageCallback(Callback):
     @property
     def seed(self) -> int:
         """Of its generators: its own option, or that of the run."""
-        own = self.said.get("seed", 0)
+        own = self.options.get("seed", 0)
         return int(own if self.run is None else self.run.option(self, "seed", own))
 
     def say(self, message: str) -> None:
@@ -281,14 +282,14 @@ class StageCallback(Callback):
         from stagewise.callbacks.run import StageRun
 
         members = [c for c in trainer.callbacks if isinstance(c, StageCallback)]  # type: ignore[attr-defined]
-        said = [member for member in members if isinstance(member, StageRun)]
-        if len(said) > 1:
+        runs = [member for member in members if isinstance(member, StageRun)]
+        if len(runs) > 1:
             raise ValueError(
-                f"Expected one StageRun for each trainer, got {len(said)}. Give all options to "
+                f"Expected one StageRun for each trainer, got {len(runs)}. Give all options to "
                 "one: StageRun(bank=..., read_batch=...)."
             )
         if members[0] is self:
-            (said[0] if said else StageRun()).begin(TrainerHost(trainer, pl_module), members)
+            (runs[0] if runs else StageRun()).begin(TrainerHost(trainer, pl_module), members)
 
     def on_train_batch_start(self, _: Any, __: Any, batch: Any, ___: int) -> None:  # type: ignore[override]
         """Hands the batch to the run."""
@@ -306,27 +307,31 @@ class StageCallback(Callback):
     teardown = _tells("close")
 
 
+_OPTION_TYPES: dict[str, tuple[Any, str]] = {
+    "path": (ProbabilityPath, "a stagewise.Path"),
+    "condition": (Condition, "a kernel, Condition(bandwidth=...)"),
+    "reservoir": (int | Reservoir, "a number or a Reservoir"),
+    **dict.fromkeys(("read_batch", "encode", "velocity"), (Callable, "a function")),
+}
+"""Types of options, and how messages name them."""
+
+
 def _check(options: dict[str, Any]) -> None:
     """Refuses options of a wrong type."""
-    bank, path, wise = options.get("bank"), options.get("path"), options.get("class_wise", "auto")
+    bank, wise = options.get("bank"), options.get("class_wise", "auto")
     if bank is not None and not isinstance(bank, LatentBank):
         raise TypeError(
             f"Expected `bank` to be a LatentBank, got {type(bank).__name__}. "
             "Wrap tensors: LatentBank(x, labels)."
         )
-    if path is not None and not isinstance(path, ProbabilityPath):
-        raise TypeError(f"Expected `path` to be a stagewise.Path, got {path!r}.")
     if isinstance(bank, Reservoir):
         raise TypeError(
             f"Expected a bank, got {bank!r}. Give it as StageRun(reservoir=Reservoir(4096))."
         )
-    condition = options.get("condition")
-    if condition is not None and not isinstance(condition, Condition):
-        raise TypeError(f"Expected `condition` as Condition(bandwidth=...), got {condition!r}.")
-    seen = options.get("reservoir")
-    if seen is not None and not isinstance(seen, int | Reservoir):
-        raise TypeError(f"Expected `reservoir` as a number or a Reservoir, got {seen!r}.")
-    if seen is not None and bank is not None:
+    for key, (kind, name) in _OPTION_TYPES.items():
+        if options.get(key) is not None and not isinstance(options[key], kind):
+            raise TypeError(f"Expected `{key}` to be {name}, got {options[key]!r}.")
+    if options.get("reservoir") is not None and bank is not None:
         raise ValueError(
             "Expected either a bank or a reservoir, got both. "
             "With a bank leave the reservoir out: StageRun(bank=LatentBank(x, labels))."
@@ -335,6 +340,3 @@ def _check(options: dict[str, Any]) -> None:
         raise ValueError(f'Expected `class_wise` to be True, False or "auto", got {wise!r}.')
     if wise is True and bank is not None and not bank.classes:
         raise ValueError("class_wise=True needs a bank with labels: LatentBank(x, labels).")
-    for key in ("read_batch", "encode", "velocity"):
-        if options.get(key) is not None and not callable(options[key]):
-            raise TypeError(f"Expected `{key}` to be a function, got {options[key]!r}.")

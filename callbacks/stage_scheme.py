@@ -103,7 +103,7 @@ class StageScheme(StageCallback):
         steers: dict[str, Any] = {"target": target, "timesteps": timesteps, "weight": weight}
         steers |= {"boundary": boundary, "preserve_objective": preserve_objective or None}
         self._parts = {key: part for key, part in steers.items() if part is not None}
-        if scheme is not None and (self._parts or "class_wise" in self.said):
+        if scheme is not None and (self._parts or "class_wise" in self.options):
             raise ValueError(
                 "Expected a scheme or its parts, got both. Give the parts to the scheme: "
                 "Scheme(timesteps=..., target=..., weight=...)."
@@ -123,9 +123,9 @@ class StageScheme(StageCallback):
         if oracles and all(oracle.bank is oracles[0].bank for oracle in oracles):
             known: dict[str, Any] = {"path": oracles[0].path, "condition": oracles[0].condition}
             known["reservoir" if oracles[0].bank.origin else "bank"] = oracles[0].bank
-            self.said = {key: v for key, v in known.items() if v is not None} | self.said
+            self.options = {key: v for key, v in known.items() if v is not None} | self.options
         for smoothing in (p.smoothing for p in given if p.smoothing and not oracles):
-            self.said = {"bank": smoothing.bank} | self.said
+            self.options = {"bank": smoothing.bank} | self.options
 
     @property
     def mixes(self) -> bool:  # type: ignore[override]

@@ -347,8 +347,8 @@ def test_a_given_bank_goes_with_a_copy(fit):
     bank = LatentBank(X)
     callback = PosteriorMonitor(bank, every_n_steps=2, strata=4, queries=6)
     fit([callback])
-    assert copy.deepcopy(callback).said["bank"] is bank
-    assert pickled(callback).said["bank"].fingerprint == bank.fingerprint
+    assert copy.deepcopy(callback).options["bank"] is bank
+    assert pickled(callback).options["bank"].fingerprint == bank.fingerprint
 
 
 def test_a_copy_made_while_later_steps_are_looked_at_has_no_hook(make_trainer):

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
-from stagewise.callbacks import PosteriorMonitor
+from stagewise.callbacks import PosteriorMonitor, figures
 
 pytestmark = [
     pytest.mark.usefixtures("quick_figures"),
@@ -158,6 +159,22 @@ def test_resuming_with_other_settings(run, change, tmp_path, monkeypatch, read_s
     steps = [0, 3, 4, 6] if "every_n_steps" in change else [0, 3, 6]
     assert [probe["step"] for probe in probes] == steps
     assert len(probes[-1]["top1"]) == change.get("strata", 4)
+
+
+def test_a_resumed_run_marks_the_boundary_of_its_first_probe(run, tmp_path, monkeypatch):
+    marked = []
+
+    def draw(curve, boundary, *_):
+        marked.append(boundary.midpoint)
+        return Figure()
+
+    monkeypatch.setattr(figures, "concentration_figure", draw)
+    first, second = small(figures=1), small(figures=1)
+    run(first, steps=4)
+    run(second, steps=8, ckpt_path=tmp_path / "run" / "end.ckpt")
+    measured = [entry["midpoint"] for entry in second.history]
+    assert len({*measured}) == len(measured) == len(marked) == 3, "each probe has its own draws"
+    assert {*marked} == {measured[0]}
 
 
 def is_plain(value):

@@ -21,9 +21,8 @@ from stagewise.bank import LatentBank
 from stagewise.batches import read_checked
 from stagewise.callbacks.first_batches import check_answer, check_batch, check_noise, check_step
 from stagewise.callbacks.host import Host
-from stagewise.callbacks.ranks import rank_zero_warn
+from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn
 from stagewise.callbacks.run_oracles import RunOracles
-from stagewise.callbacks.seen_samples import SeenSamples
 from stagewise.callbacks.stage_callback import RunOptions, StageCallback
 from stagewise.conventions import path_of
 from stagewise.masks import fitted
@@ -70,9 +69,8 @@ class StageRun(RunOracles):
     held = (
         *StageCallback.held,
         *("host", "module", "leader", "members", "look", "makers", "_loader"),
-        *("reservoir", "seen", "waiting", "_banks", "_weights"),
+        *("reservoir", "waiting", "_banks", "_weights"),
     )
-    seen: SeenSamples | None = None
     look: FirstStep
     _weights: EncoderWeights | None = None
 
@@ -133,9 +131,10 @@ class StageRun(RunOracles):
         self.look = FirstStep(*found, convention, lambda: self.host.trains())
         size = self.option(self, "reservoir")
         self.reservoir = Reservoir(size) if isinstance(size, int) else size
-        self.seen = None if self.reservoir is None else SeenSamples(self, self.reservoir)
-        if self.seen is None:
+        if self.reservoir is None:
             self.tell("start")
+        else:
+            self._wait_for(self.reservoir)
 
     def tell(self, what: str, *values: Any) -> None:
         """Calls a method of all callbacks by its name, in their order."""
@@ -167,8 +166,8 @@ class StageRun(RunOracles):
 
     def batch_starts(self, batch: Any) -> None:
         """Looks at a batch before the first step; tells callbacks of later ones."""
-        if self.seen is not None:
-            self.seen.take(batch)
+        if self.reservoir is not None:
+            self._fill(self.reservoir, batch)
         self.look.begin(batch)
         if self.settled:
             self.look.look_on()
@@ -253,8 +252,11 @@ class StageRun(RunOracles):
 
     def ends(self) -> None:
         """At the end of training."""
-        if self.seen is not None:
-            self.seen.end()
+        if self.waiting:
+            rank_zero_warn(
+                f"{self.reservoir!r} was never full, so nothing was measured over it. Train for "
+                "longer, or make it smaller: StageRun(reservoir=...)."
+            )
         if self.settled:
             if self._open and self.look.looked and self.look.waiting:  # no later step can tell
                 self.look.open = False
@@ -322,3 +324,40 @@ class StageRun(RunOracles):
         if any(member.mixes for member in self.members):
             raise ValueError(STALE)
         rank_zero_warn(STALE)
+
+    # -- the last samples in place of the training set ---------------------------------------------
+
+    def _wait_for(self, reservoir: Reservoir) -> None:
+        """Keeps callbacks that measure waiting until the reservoir is full."""
+        self.waiting = [m for m in self.members if m.measures and not self.given(m)]
+        for member in self.waiting:
+            if not member.data_only:
+                name = type(member).__name__
+                raise ValueError(
+                    f"{name} needs the same rows throughout a run, and {reservoir!r} does not "
+                    f"keep them. Give it rows, {name}(LatentBank(x, labels)), or leave it out."
+                )
+        self.members = [member for member in self.members if member not in self.waiting]
+        again = " It is filled again: a checkpoint does not hold it." if self.began else ""
+        rank_zero_info(
+            f"stagewise: posteriors are over the last {reservoir.size} samples that each rank has "
+            f"seen.{again}"
+        )
+
+    def _fill(self, reservoir: Reservoir, batch: Any) -> None:
+        """Takes a batch; the first starts callbacks, a full reservoir those that wait for it."""
+        if batch is None:
+            raise ValueError(f"{reservoir!r} takes each batch: watch.step(step, batch).")
+        with self.host.together("taking its batch into the reservoir"):
+            x1, labels = read_checked(self.find_of(self), batch)
+            kernel = self.option(self, "condition")
+            reservoir.add(x1, labels, None if kernel is None else kernel.of(batch, x1, labels))
+        if not self._told:
+            self.tell("start")
+        elif self.waiting and self.settled and self.host.all(reservoir.full):
+            late, self.waiting = self.waiting, ()
+            self.first_step = self.measured_at = self.host.global_step
+            self.members = sorted([*self.members, *late], key=lambda m: (m.order, m.name))
+            for what in ("start", "before_first_batch", "settle"):
+                for member in late:
+                    getattr(member, what)()

@@ -18,7 +18,6 @@ from stagewise.callbacks.monitor import MonitorOptions
 from stagewise.callbacks.stage_transitions import MEMORIZATION_ONSET
 from stagewise.callbacks.writer import by_time, chart, tags_by_time
 from stagewise.learning_events import GapWatch, OnsetLaw
-from stagewise.masks import plain
 from stagewise.velocity_probe import Probe
 
 __all__ = ["MemorizationGuard"]
@@ -156,10 +155,7 @@ class MemorizationGuard(MemorizationMonitor):
         bank = self.oracle.bank
         if self.wise or (bank.labelled and self.conditional):
             for split, rows in self._splits.items():
-                labels = None if rows is None else rows[1]
-                known = labels is not None and plain(labels) is not None
-                known = known and {*labels.tolist()} <= {*bank.classes}  # type: ignore[union-attr]
-                if rows is not None and not known:
+                if rows is not None and self.lacks_classes(rows):
                     self.say(
                         f"{split} samples have no labels of the bank, so errors on held-out "
                         "samples are left out. Say where they are: "

@@ -257,6 +257,14 @@ class ModelMonitor(Monitor):
             )
         return (x1, labels) if len(x1) else None
 
+    def lacks_classes(self, samples: Samples) -> str:
+        """Why samples are not in classes of the bank, in words; empty if they are."""
+        labels = samples[1]
+        if labels is None or plain(labels) is None:
+            return "no labels"
+        unknown = sorted({*labels.tolist()} - {*self.oracle.bank.classes})
+        return f"labels without rows, {unknown[:8]}" if unknown else ""
+
     def noisy(self, samples: Samples, edges: Tensor, queries: int, number: int) -> Probe:
         """This rank's noisy samples, the same at every probe."""
         return Probe(

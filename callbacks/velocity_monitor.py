@@ -264,14 +264,7 @@ class VelocityErrorMonitor(ModelMonitor):
             )
         for label in set(labels.tolist()):
             bank.segment(label)
-        if self._others is None:
-            return
-        labels = self._others[1]
-        unknown = None
-        if labels is not None and plain(labels) is not None:
-            unknown = set(labels.tolist()) - set(bank.classes)
-        if unknown is None or unknown:
-            has = "no labels" if unknown is None else f"labels without rows, {sorted(unknown)[:8]}"
+        if self._others is not None and (has := self.lacks_classes(self._others)):
             self.say(f"held-out samples have {has}, so class-wise errors on them are left out.")
             self._others = None
 

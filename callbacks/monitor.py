@@ -128,7 +128,7 @@ class Monitor(StageCallback):
                 f"measures on path={path!r}, but the module trains on {run.path!r} "
                 f"({run.path_from}). Leave `path` out to measure on the path of training."
             )
-        self.history = self._still(self.history)
+        self.history = self._kept_events(self.history)
         share = (run.total or self.probes * self.longest) // self.probes
         self.every = self.every_n_steps or max(1, min(self.longest, share))
         self.writer = run.open_writer(self)
@@ -139,7 +139,7 @@ class Monitor(StageCallback):
         self.corrected = True
         self.start()
 
-    def _still(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _kept_events(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The events that a resumed run keeps; a second fit, or other latents, keep none."""
         past = 0 if self.renewed else self.run.began
         return [e for e in events if past and e["step"] <= past and not e.get("at_end")]

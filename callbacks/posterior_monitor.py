@@ -206,10 +206,8 @@ class PosteriorMonitor(Monitor):
     def end(self) -> None:
         """Logs the boundary; it does not probe, because the data are the same."""
         last = self.history[-1]
-        self.say(
-            f"boundary t = {_told(last, 'midpoint', 0.5)}, {_told(last, 'collapsed', 0.99)} "
-            f"at step {last['step']}; {self.summary()}"
-        )
+        ends = f"{_in_words(last, 'midpoint', 0.5)}, {_in_words(last, 'collapsed', 0.99)}"
+        self.say(f"boundary t = {ends} at step {last['step']}; {self.summary()}")
 
     def renew(self) -> None:
         """Measures the changed latents in the same strata, so that probes can be compared."""
@@ -327,7 +325,7 @@ class PosteriorMonitor(Monitor):
         return {**super().layout(), **by_t, **intervals}
 
 
-def _told(entry: Mapping[str, Any], name: str, level: float) -> str:
+def _in_words(entry: Mapping[str, Any], name: str, level: float) -> str:
     """A boundary with its interval, for the log."""
     value, low, high = (entry[f"{name}{end}"] for end in ("", "_low", "_high"))
     if math.isnan(value):

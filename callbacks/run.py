@@ -127,7 +127,7 @@ class StageRun(RunOracles):
         self.tied = dependent_noise(self.makers, find_couplings(self.module))
         if self.tied and self.measuring:
             rank_zero_warn(f"The posterior that is measured may not be that of {self.tied}")
-        found = (self.module, self.makers, self.path, without_trace(self.find_of(self)))
+        found = (self.module, self.makers, self.path, without_trace(self.read_batch_of(self)))
         self.look = FirstStep(*found, convention, lambda: self.host.trains())
         size = self.option(self, "reservoir")
         self.reservoir = Reservoir(size) if isinstance(size, int) else size
@@ -184,7 +184,7 @@ class StageRun(RunOracles):
     def weights_may_change(self) -> None:
         """Before a backward pass or an optimizer step: uses what the first step has shown."""
         if self.settled:
-            self._hear()
+            self._look_again()
             return
         self.settled = True
         self.look.finish()
@@ -198,7 +198,7 @@ class StageRun(RunOracles):
         for member in self.members:
             member.stash = None
 
-    def _hear(self) -> None:
+    def _look_again(self) -> None:
         """Tells callbacks if a later step gave the network more; a collective."""
         since, many = self.host.global_step - self.first_step, self.host.world_size > 1
         if not self._open or (many and since % _OFTEN):
@@ -307,7 +307,7 @@ class StageRun(RunOracles):
         given = self.has_option("read_batch", "encode")
         if not asking or self.reservoir is not None or not (given or made or self.encoding):
             return
-        read_batch = self.find_of(asking[0])
+        read_batch = self.read_batch_of(asking[0])
         if made is not None and not (given or self.encoding):  # the bank was given
             read_batch = through_module(
                 read_batch, self.module, made, lambda: self.host.precision()
@@ -349,7 +349,7 @@ class StageRun(RunOracles):
         if batch is None:
             raise ValueError(f"{reservoir!r} takes each batch: watch.step(step, batch).")
         with self.host.together("taking its batch into the reservoir"):
-            x1, labels = read_checked(self.find_of(self), batch)
+            x1, labels = read_checked(self.read_batch_of(self), batch)
             kernel = self.option(self, "condition")
             reservoir.add(x1, labels, None if kernel is None else kernel.of(batch, x1, labels))
         if not self._told:

@@ -115,7 +115,7 @@ class RunOracles(StageCallback):
                 )
         return first
 
-    def find_of(self, callback: StageCallback) -> ReadBatch:
+    def read_batch_of(self, callback: StageCallback) -> ReadBatch:
         """From a batch to `(x_1, labels or None)`; a data module may have its own `find_sample`."""
         own = getattr(self.host.data, "find_sample", find_sample)
         read_batch = self.option(callback, "read_batch", own)
@@ -154,17 +154,17 @@ class RunOracles(StageCallback):
             wise = (self.option(member, "class_wise") for member in self.members)
             self._read = self._read or read_bank(
                 self.host,
-                read_batch=self.find_of(callback),
+                read_batch=self.read_batch_of(callback),
                 class_wise=any(each is not False for each in wise),
                 condition=self.option(callback, "condition"),
             )
             bank = self._read
-        moved = self.beside(bank)
+        moved = self.moved(bank)
         self._read = moved if bank is self._read else self._read  # frees the one on the host
         self._compare_with_checkpoint(callback, moved)
         return moved
 
-    def beside(self, bank: LatentBank) -> LatentBank:
+    def moved(self, bank: LatentBank) -> LatentBank:
         """A bank on the training device if it fits (`beside_training`), moved once for all."""
         if bank not in self._banks:
             taken = still_to_come(self.host.optimizers)
@@ -199,11 +199,11 @@ class RunOracles(StageCallback):
         condition = self.option(callback, "condition")
         return "" if condition is None else repr(condition)
 
-    def place(self, schemes: Iterable[Scheme]) -> None:
+    def share_bank(self, schemes: Iterable[Scheme]) -> None:
         """Gives oracles of schemes the bank that was moved, so that it is in memory once."""
         for oracle in (scheme.oracle for scheme in schemes):
             if oracle is not None and oracle.engine.holds_all_rows:
-                oracle.bank = self.beside(oracle.bank)
+                oracle.bank = self.moved(oracle.bank)
                 oracle.engine.prepare(oracle.bank)
 
     def bank_in_use(self) -> LatentBank | None:
@@ -255,7 +255,7 @@ class RunOracles(StageCallback):
 
     def read(self, callback: StageCallback, loader: Any, count: int) -> Samples:
         """Random samples of a loader, and labels or None; see `read_rows`."""
-        read_batch, seed = self.find_of(callback), callback.seed
+        read_batch, seed = self.read_batch_of(callback), callback.seed
         return read_rows(self.host, loader, count, read_batch=read_batch, seed=seed)
 
     def class_wise(self, callback: StageCallback) -> bool:

@@ -179,7 +179,7 @@ class StageScheme(StageCallback):
         self._losses = GatheredLosses() if reader else None
         if isinstance(self.scheme, Phases):
             self.scheme.check_ends(math.inf if run.total is None else run.total)
-        run.place(parts(self.scheme))
+        run.share_bank(parts(self.scheme))
         resumed = self._resume()
         self.writer = run.open_writer(self)
         about, path = self._where(), self.scheme.path
@@ -363,7 +363,7 @@ class StageScheme(StageCallback):
         path = run.path if self.maker is None else self.maker.path
         if self.engine is None or self.engine.holds_all_rows:
             return run.oracle(self, path, self.engine, self.certificate)
-        bank = run.beside(run.option(self, "bank") or read_shard(run.host))
+        bank = run.moved(run.option(self, "bank") or read_shard(run.host))
         return Oracle(bank, path, self.engine, certificate=self.certificate)  # type: ignore[arg-type]
 
     def _resume(self) -> bool:

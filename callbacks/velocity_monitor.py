@@ -149,7 +149,7 @@ class VelocityErrorMonitor(ModelMonitor):
     def start(self) -> None:
         """Takes the bank, and reads training and held-out samples."""
         super().start()
-        self.events = self._still(self.events)
+        self.events = self._kept_events(self.events)
         self._take_samples()
         self.try_velocity(*self._rows)
         self._warned = self._broke = False

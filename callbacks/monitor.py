@@ -119,7 +119,7 @@ class Monitor(StageCallback):
             name = type(self).__name__
             raise ValueError(
                 f"{name} asks the model about samples without their conditions, so it cannot use "
-                f"{condition!r}. Leave {name} out; PosteriorMonitor(condition=...) needs no model."
+                f"{condition!r}. Leave out {name}; PosteriorMonitor(condition=...) needs no model."
             )
         run.bank(self)
         path, _ = run.path_of(self)

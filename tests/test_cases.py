@@ -380,7 +380,7 @@ def test_two_banks_in_one_trainer(run):
     assert both["one"] != both["two"]
     came = run(Plain(), [*map(watch, banks), errors()], loader(X))
     assert came.unchanged
-    assert "Say it once for all: callbacks=[StageRun(bank=...)" in str(came.error)
+    assert "Give one for all: callbacks=[StageRun(bank=...)" in str(came.error)
 
 
 # -- labels and conditions ------------------------------------------------------------------------

@@ -428,7 +428,7 @@ def test_without_parts_the_scheme_of_the_loss_is_driven(fit, bank):
     fit(module, StageScheme(), max_steps=1)
     assert scheme.boundary is not None
     assert module.loss_fn.scheme is scheme
-    with pytest.raises(ValueError, match="something to steer with, got nothing"):
+    with pytest.raises(ValueError, match="a scheme or its parts, got none"):
         fit(Lossy(), StageScheme())
 
 

@@ -136,7 +136,7 @@ class ModelMonitor(Monitor):
         if self.history:
             self.warn(
                 f"the network is given more than in the steps before, {network.describe()}. "
-                "Probes of those steps are dropped, and the next probe gives it the same."
+                "Probes of those steps are dropped, and the next probe gives it as much."
             )
         self.corrected = True
         self.history = [entry for entry in self.history if entry["step"] <= self.run.began]

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from tqdm.auto import tqdm
@@ -23,24 +22,9 @@ from stagewise.latents import Latents
 from stagewise.latents.arrays import require_labels
 from stagewise.recipes.order import ResumableData
 
-__all__ = ["LatentsData", "current"]
+__all__ = ["LatentsData"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def current(config: DictConfig) -> DictConfig:
-    """The configuration of a run, also of version 0.1, whose `data` held what opens the latents."""
-    data = config.get("data")
-    old = isinstance(data, DictConfig) and "path" in data
-    if old and str(data.get("_target_")).endswith("LatentsData"):
-        given = ("path", "format", "flips", "moments", "normalize", "multiplier", "expected_std")
-        opens = {name: data.pop(name) for name in given if name in data}
-        target = {"_target_": "stagewise.latents.open_latents", "_partial_": True}
-        data.latents = {**target, **opens, "seed": data.get("seed", 0)}
-    objective = config.get("objective")
-    if isinstance(objective, DictConfig) and "cosine" not in objective:
-        objective.cosine = False
-    return config
 
 
 class LatentsData(ResumableData):

@@ -18,7 +18,7 @@ from stagewise.files import replace_file
 from stagewise.latents import Latents, open_latents
 from stagewise.latents.opening import FORMATS
 from stagewise.profile import Profile
-from stagewise.recipes.arguments import Parser, ends_in_a_line
+from stagewise.recipes.arguments import Parser, exit_with_message
 from stagewise.recipes.profile_figures import comparison_figure, profile_figure
 from stagewise.recipes.profile_report import Profiled, comparison, report
 
@@ -226,7 +226,7 @@ def run(options: argparse.Namespace) -> list[Profiled]:
 
 def main() -> None:
     """The entry point of `stagewise profile`."""
-    with ends_in_a_line("profile"):
+    with exit_with_message("profile"):
         run(parser().parse_args())
 
 

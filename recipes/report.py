@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stagewise.files import replace_file
-from stagewise.recipes.arguments import Parser, ends_in_a_line
+from stagewise.recipes.arguments import Parser, exit_with_message
 from stagewise.recipes.report_compare import compared, refuse_other_data
 from stagewise.recipes.report_facts import Facts
 from stagewise.recipes.report_head import head
@@ -106,7 +106,7 @@ def _listed(runs: Sequence[Path]) -> str:
 def main() -> None:
     """The entry point of `stagewise report`."""
     given = parser().parse_args()
-    with ends_in_a_line("report"):
+    with exit_with_message("report"):
         if len(given.run) > 1:
             _one_each(given.run)
             _tell(compare(given.run, given.output, given.title))

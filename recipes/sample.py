@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stagewise.oracle import Oracle
-from stagewise.recipes.arguments import ends_in_a_line
+from stagewise.recipes.arguments import exit_with_message
 from stagewise.recipes.checkpoints import find_checkpoint, load_module, run_config
 from stagewise.recipes.sample_files import Ranks, SampleFolder, group_of_ranks
 from stagewise.recipes.sample_options import Options, parse, parser
@@ -136,7 +136,7 @@ def _tell(folder: SampleFolder, options: Options, made: int, seconds: float) -> 
 
 def main() -> None:
     """The entry point of `stagewise sample`."""
-    with ends_in_a_line("sample"):
+    with exit_with_message("sample"):
         options = parse()
         try:
             run(options)

@@ -26,11 +26,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stagewise.callbacks import PosteriorMonitor
 from stagewise.files import replace_file
-from stagewise.recipes.arguments import ends_in_a_line
+from stagewise.recipes.arguments import exit_with_message
 from stagewise.recipes.checkpoints import load_weights, require_same_model
 from stagewise.recipes.conclusion import conclusion
 from stagewise.recipes.evaluate import evaluate
-from stagewise.recipes.loggers import spared
+from stagewise.recipes.loggers import tolerant
 from stagewise.recipes.overrides import explained, refuse_unknown, require_numbers
 from stagewise.recipes.resume import (
     begin_with,
@@ -81,7 +81,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     # An experiment may set options of a callback that is not there.
     parts = config.get("callbacks") or {}
     callbacks = [instantiate(part) for part in parts.values() if "_target_" in part]
-    loggers = [spared(k, instantiate(v)) for k, v in (config.get("logger") or {}).items()]
+    loggers = [tolerant(k, instantiate(v)) for k, v in (config.get("logger") or {}).items()]
     require_shards(callbacks, data)
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     told = settings(config)
@@ -188,7 +188,7 @@ def _places(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """The entry point of `stagewise train`."""
-    with ends_in_a_line("train"):
+    with exit_with_message("train"):
         refuse_unknown(sys.argv[1:])
         sys.argv += _places(sys.argv[1:])
         try:

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from stagewise.latents import make_latents, open_latents
-from stagewise.recipes.latents import LatentsData, current
+from stagewise.recipes.checkpoints import current
+from stagewise.recipes.latents import LatentsData
 
 COUNT, CLASSES, SHAPE = 37, 5, (4, 2, 3)
 FORMATS = ("lightningdit", "fast-dit", "repa", "edm2", "mar", "plain")

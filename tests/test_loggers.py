@@ -20,7 +20,7 @@ from stagewise.callbacks import PosteriorMonitor, writer
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.writer import Writer, show_pictures
 from stagewise.recipes.checkpoint_io import AtomicCheckpointIO
-from stagewise.recipes.loggers import spared
+from stagewise.recipes.loggers import tolerant
 
 MISSING = {
     name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"no {name} here")
@@ -360,7 +360,7 @@ def test_the_logger_of_a_run_may_fill_its_disk(
     make_trainer, make_data, make_loader, tiny_flow, tmp_path
 ):
     """TensorBoard's writer has failed in its thread: Lightning makes a ValueError of that."""
-    logger = spared("tensorboard", TensorBoardLogger(tmp_path, "tb", version=""))
+    logger = tolerant("tensorboard", TensorBoardLogger(tmp_path, "tb", version=""))
     model, step = tiny_flow(), 0
 
     def training_step(batch, batch_idx, own=model.training_step):
@@ -384,7 +384,7 @@ def test_the_logger_of_a_run_may_fill_its_disk(
 
 
 def test_a_logger_that_is_told_nonsense_still_says_so(tmp_path):
-    logger = spared("tensorboard", TensorBoardLogger(tmp_path))
+    logger = tolerant("tensorboard", TensorBoardLogger(tmp_path))
     with pytest.raises(ValueError, match="not supported"):
         logger.log_metrics({"a": object()}, 0)
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from stagewise.latents import open_latents
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes import order
-from stagewise.recipes.arguments import ends_in_a_line
+from stagewise.recipes.arguments import exit_with_message
 from stagewise.recipes.checkpoint_io import AtomicCheckpointIO, RunCheckpoint
 from stagewise.recipes.latents import LatentsData
 from stagewise.recipes.module import FlowMatchingModule
@@ -408,7 +408,7 @@ def test_a_dead_process_or_a_full_disk_says_how_to_go_on(ends, tmp_path, capsys)
         ends(RuntimeError("Connection closed by peer"))
     noted = capsys.readouterr().err.splitlines() + getattr(caught.value, "__notes__", [])
     assert noted == [f"Training ended {go_on}"]
-    with pytest.raises(SystemExit) as caught, ends_in_a_line("train"):
+    with pytest.raises(SystemExit) as caught, exit_with_message("train"):
         ends(OSError(errno.ENOSPC, "No space left on device"))
     lines = f"{capsys.readouterr().err}{caught.value.code}"
     assert f"Make room in {tmp_path}" in lines

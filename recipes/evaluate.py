@@ -1,4 +1,4 @@
-"""The end of a recipe: losses by t and by stage on training and held-out samples, and pictures."""
+"""After training: losses by t and by stage on training and held-out samples, and pictures."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ from stagewise.velocity_probe import STAGES
 
 __all__ = ["evaluate", "floor_curve", "loss_by_time", "sample_grid", "stage_table"]
 
-_CLASSES = 8
-"""How many classes the picture of samples shows at most."""
+_CLASSES = 8  # in the picture of samples
 
 Losses = tuple[Tensor, Tensor]
 """Times and losses of queries, both (Q,)."""
@@ -54,18 +53,10 @@ def loss_by_time(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Losses:
-    """The objective of single samples at times spread evenly over [0, 1].
+    """Losses without weights of random samples, at times spread evenly over [0, 1].
 
-    Args:
-        module: The trained module; its network is put into evaluation mode.
-        dataset: Items `(x_1, label, ...)`; those of `fixed()` if there is one: draws are those of
-            the epoch that training has come to.
-        queries: How many (sample, t) pairs.
-        seed: Of samples, times and noise, default 0.
-        batch_size: Default 256.
-
-    Returns:
-        Times, ascending, and losses without weights, both (queries,).
+    The samples are those of `dataset.fixed()` if there is one, since draws depend on the epoch. The
+    network is put into evaluation mode.
     """
     module.eval()
     dataset = dataset.fixed() if hasattr(dataset, "fixed") else dataset
@@ -85,17 +76,10 @@ def loss_by_time(
 
 
 def floor_curve(module: FlowMatchingModule, curve: StageCurve) -> tuple[Tensor, Tensor]:
-    """The part of the training loss that no model can remove, by t.
+    """Times, (T,), and the floor of the loss per query, (T, Q), from a measured curve.
 
     MSE(conditional, oracle) of the module's prediction type: the two targets differ by
     `c_t (m - x_1)`, so it is that of the velocity times `(c_t / c_t of the velocity)^2`.
-
-    Args:
-        module: The module.
-        curve: What a `PosteriorMonitor` measured.
-
-    Returns:
-        Times, (T,), and the floor per query, (T, Q).
     """
     path = module.objective.path(curve.t)
     c, _ = module.objective.prediction.coefficients(path)
@@ -104,7 +88,7 @@ def floor_curve(module: FlowMatchingModule, curve: StageCurve) -> tuple[Tensor, 
 
 
 def _means(losses: Losses, edges: Sequence[float] | Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard error between edges; NaN where something is not finite."""
+    """Mean and standard error between edges; NaN if a loss there is not finite."""
     sums = BinnedSums.empty(edges, ["loss"])
     sums.update(losses[0], losses[1][None])
     found = sums.means()
@@ -119,17 +103,10 @@ def stage_table(
     train: Losses,
     held_out: Losses | None,
 ) -> list[dict[str, float | str]]:
-    """Mean losses in navigation, transition and refinement, and over all t.
+    """A row for each stage, and one for all t.
 
-    Args:
-        boundary: Where the stages meet.
-        floor: Of `floor_curve`.
-        train: Of `loss_by_time`, on training samples.
-        held_out: The same on held-out samples, or None.
-
-    Returns:
-        One row for each stage: its name, from, to, the mean losses, and the gap, held-out minus
-        training loss, with its standard error.
+    `floor` is from `floor_curve`, the losses are from `loss_by_time`. A row holds name, from, to,
+    mean losses, and the gap, held-out minus training loss, with its standard error.
     """
     grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     between = np.interp(grid.numpy(), floor[0].numpy(), floor[1].mean(1).numpy())
@@ -151,7 +128,7 @@ def stage_table(
 
 
 def _predicted(run_dir: Path, monitor: PosteriorMonitor) -> float:
-    """The boundary by the spectrum; where nothing was trained the monitor has only written it."""
+    """The predicted boundary; a run that had ended before has it only in its files."""
     if math.isnan(monitor.predicted):
         with suppress(ValueError):
             found = read_run(run_dir).first("bank").get("predicted")
@@ -212,17 +189,7 @@ def _loss_figure(
 
 
 def sample_grid(real: Tensor, generated: Tensor, names: Sequence[str], title: str) -> Figure:
-    """Training samples beside generated ones, a row for each class.
-
-    Args:
-        real: Pictures in [0, 1], (classes, n, 3, H, W).
-        generated: The same, (classes, m, 3, H, W).
-        names: Names of the classes.
-        title: Title of the generated half.
-
-    Returns:
-        The figure.
-    """
+    """Training samples, (classes, n, 3, H, W) in [0, 1], beside generated ones, by class."""
     figure = Figure(figsize=(9, 0.62 * len(names) + 0.8), dpi=110, layout="constrained")
     axes = figure.subplots(len(names), 2, squeeze=False)
     for row, name in enumerate(names):
@@ -291,17 +258,17 @@ def evaluate(
     """Prints the table, and saves and logs the pictures.
 
     Args:
-        module: The trained module (with averaged weights, if a callback averages them).
+        module: The trained module.
         data: A data module with data sets `train` and `held_out` (or None), `class_names`,
             `shape` and a method `examples(classes, count)`.
         monitor: The run's monitor, or None: then without boundaries and floor.
-        loggers: Of the trainer; those that show pictures get them.
+        loggers: Of the trainer.
         step: The last step.
-        run_dir: Where the PNGs go.
-        queries: (sample, t) pairs for the loss by t, of each split.
+        run_dir: The folder for PNGs.
+        queries: (sample, t) pairs for the loss by t, for each split.
         samples_per_class: Generated samples of each class.
         cfg_scale: Guidance scale.
-        cfg_channels: How many channels are guided, as far as there are; None for all.
+        cfg_channels: How many channels are guided at most; None for all.
         method: Solver.
         steps: Its steps.
 
@@ -318,7 +285,7 @@ def evaluate(
     figure = _loss_figure(curves, floor, len(data.train))
     rows: list[dict[str, Any]] = []
     if monitor is not None and floor is not None:
-        # The first probe's: by it the run's monitors and schemes cut t.
+        # The first probe defines the stages for the monitors and schemes of the run.
         boundary, predicted = boundary_of(monitor.history[0]), _predicted(run_dir, monitor)
         rows = stage_table(boundary, floor, train, held_out)
         _print_table(boundary, predicted, rows)

@@ -190,7 +190,7 @@ def test_three_steps_with_all_callbacks_then_two_more(tmp_path, latents, capsys,
     assert torch.load(last, weights_only=True)["global_step"] == 3
 
     more = configuration(latents, tmp_path, "callbacks=steer", *WATCHED, "trainer.max_steps=5")
-    with pytest.raises(FileExistsError, match="holds a run. Go on with it, resume=true"):
+    with pytest.raises(FileExistsError, match="holds a run. Continue it with resume=true"):
         train(more)
     assert torch.load(last, weights_only=True)["global_step"] == 3
     more.resume = True

@@ -380,7 +380,7 @@ def test_the_logger_of_a_run_may_fill_its_disk(
     assert trainer.global_step == 6
     (message,) = [str(one.message) for one in said if "cannot write" in str(one.message)]
     assert f"{tmp_path / 'tb'}: No space left on device" in message
-    assert "resume=true; or log elsewhere: logger.tensorboard.save_dir=FOLDER." in message
+    assert "resume=true, or log elsewhere: logger.tensorboard.save_dir=FOLDER." in message
 
 
 def test_a_logger_that_is_told_nonsense_still_says_so(tmp_path):

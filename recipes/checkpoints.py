@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from stagewise.files import first_line, joined
+from stagewise.files import joined
+from stagewise.latents.arrays import check_zip
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.trusted import require_known
 from stagewise.recipes.weight_files import read_weights, require_entries
@@ -35,14 +35,12 @@ __all__ = [
     "newest_whole",
     "read_config",
     "require_same_model",
-    "require_whole",
     "run_config",
 ]
 
 Weights = Literal["averaged", "current"]
 
 _NEEDED = ("data", "net", "objective", "module")
-_CURE = "Copy it again, or use another checkpoint of the run."
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     for path in _newest_first(folder):
         _refuse_folder(path)
         try:
-            require_whole(path)
+            check_zip(path)
             _read(path)
         except ValueError as error:
             faults.append(str(error))
@@ -177,22 +175,6 @@ def _refuse_folder(path: Path) -> None:
         )
 
 
-def require_whole(path: Path) -> None:
-    """Refuses a checkpoint of which a byte has changed or is missing.
-
-    Loading does not read the checksums that torch writes. Files before torch 1.6 have none.
-    """
-    try:
-        if not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as file:
-            changed = file.testzip()
-    except Exception as error:  # zipfile raises many kinds for damaged headers
-        raise ValueError(f"{path} is damaged: {first_line(error)}. {_CURE}") from error
-    if changed is not None:
-        raise ValueError(f"{path} is damaged: {changed} in it has changed. {_CURE}")
-
-
 def load_weights(path: Path, module: nn.Module, weights: Weights | None = None) -> Loaded:
     """Loads the weights of a checkpoint, by default the averaged ones if there are any.
 
@@ -202,7 +184,7 @@ def load_weights(path: Path, module: nn.Module, weights: Weights | None = None) 
     """
     if weights not in (None, "averaged", "current"):
         raise ValueError(f'Expected `weights` "averaged" or "current", got {weights!r}.')
-    require_whole(path)
+    check_zip(path)  # loading does not read checksums
     checkpoint = _read(path)
     state, note = checkpoint["state_dict"], ""
     both = "current_model_state" in checkpoint

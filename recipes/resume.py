@@ -23,7 +23,8 @@ from torch import nn
 from stagewise.callbacks import StageScheme
 from stagewise.files import is_full, joined
 from stagewise.latents import Latents
-from stagewise.recipes.checkpoints import load_weights, newest_whole, read_config, require_whole
+from stagewise.latents.arrays import check_zip
+from stagewise.recipes.checkpoints import load_weights, newest_whole, read_config
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.overrides import flat
 from stagewise.recipes.public_weights import load_public_weights
@@ -65,7 +66,7 @@ def checkpoint_of(config: DictConfig, run_dir: Path) -> Path | None:
             return None
         if not Path(config.ckpt_path).exists():
             raise FileNotFoundError(f"There is no checkpoint {config.ckpt_path} (ckpt_path).")
-        require_whole(Path(config.ckpt_path))
+        check_zip(Path(config.ckpt_path))
         return Path(config.ckpt_path)
     if not there and _is_named_by_time(run_dir):
         raise ValueError(

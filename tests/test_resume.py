@@ -210,9 +210,7 @@ def started(tmp_path):
 
 
 def test_resuming_in_a_folder_that_nobody_chose_is_refused(started, tmp_path):
-    with pytest.raises(
-        ValueError, match="Expected run_dir=FOLDER, the run to continue"
-    ):
+    with pytest.raises(ValueError, match="Expected run_dir=FOLDER, the run to continue"):
         checkpoint_of(started("resume=true"), tmp_path)
     # A job that is put into the queue again says so from its first start on.
     assert checkpoint_of(started("resume=true"), tmp_path / "chosen") is None

@@ -224,9 +224,13 @@ dist.init_process_group, dist.destroy_process_group = join, leave
 
 def test_ranks_that_do_not_come_are_named(monkeypatch):
     monkeypatch.setattr(sample_files.dist, "broadcast_object_list", lambda told, src: None)
+
+    def full():
+        raise OSError("no room")
+
     with pytest.raises(ValueError, match="no room"):
-        Ranks(0, 2).agree("no room")
-    assert Ranks(0, 2).agree(None) is None
+        Ranks(0, 2).first(full)
+    assert Ranks(0, 2).first(lambda: None) is None
 
     def late(timeout, wait_all_ranks):
         assert timeout == timedelta(minutes=2)
@@ -343,7 +347,7 @@ def test_a_full_disk_keeps_what_is_made(trained, tmp_path, monkeypatch):
         save(file, **arrays)
 
     monkeypatch.setattr(sample_files.np, "savez", full)
-    with pytest.raises(OSError, match=r"000001.npz .*stay; the same command with --resume goes"):
+    with pytest.raises(OSError, match=r"000001.npz .*kept. To continue, .*--resume"):
         made(trained, "--out", tmp_path / "out")
     assert [file.name for file in (tmp_path / "out/parts").iterdir()] == ["000000.npz"]
     again = made(trained, "--out", tmp_path / "out", "--resume")
@@ -401,16 +405,16 @@ def test_parts_that_are_missing_or_others_are_named(tmp_path):
     folder = SampleFolder(tmp_path, "pictures", 5, 2)
     folder.start({"seed": 1}, resume=False)
     assert folder.batches == [range(0, 2), range(2, 4), range(4, 5)]
-    x = np.arange(5 * 12, dtype=np.uint8).reshape(5, 2, 2, 3)
-    folder.write(0, x[:2], np.arange(2))
-    folder.write(2, x[4:], np.arange(4, 5))
+    x = torch.arange(5 * 12, dtype=torch.uint8).reshape(5, 2, 2, 3)
+    folder.write(0, x[:2], torch.arange(2))
+    folder.write(2, x[4:], torch.arange(4, 5))
     with pytest.raises(ValueError, match=r"Expected 3 batches in .*missing: 1\. Make them"):
         folder.join()
-    folder.write(1, x[2:3], np.arange(2, 3))
+    folder.write(1, x[2:3], torch.arange(2, 3))
     with pytest.raises(ValueError, match=r"uint8 of shape \(2, 2, 2, 3\) as arr_0 in .*000001"):
         folder.join()
     assert not folder.file.exists()
-    folder.write(1, x[2:4], np.arange(2, 4))
+    folder.write(1, x[2:4], torch.arange(2, 4))
     folder.join()
     with np.load(folder.file) as arrays:
         assert np.array_equal(arrays["arr_0"], x)
@@ -681,7 +685,7 @@ def test_photos_need_no_autoencoder(trained, tmp_path):
         ("--cfg-channels 2", "--cfg-scale other than 1 with --cfg-channels"),
         ("--method sde-euler --diffusion-norm -1", "--diffusion-norm above 0"),
         ("--method dopri5 --rtol 0", "--rtol above 0, got 0"),
-        ("--rtol 1e-3", "no --rtol with --method euler; those that take it are dopri5"),
+        ("--rtol 1e-3", "no --rtol with --method euler; the solvers with it are dopri5"),
         ("--last-step mean", "no --last-step with --method euler; .* are sde-euler, sde-heun"),
         ("--method sde-euler --coarse 0.5", "no --coarse with --method sde-euler"),
         ("--method sde-heun --oracle-until 0.5", "no --oracle-until with --method sde-heun"),
@@ -691,7 +695,7 @@ def test_photos_need_no_autoencoder(trained, tmp_path):
         ("--then other", "--then RUN and --then-at T together"),
         ("--then-at 0.5", "--then RUN and --then-at T together"),
         ("--then other --then-at 1", "--then-at between 0 and 1"),
-        ("--then other --then-at 0.5 --oracle-until 0.1", "one changes at a time"),
+        ("--then other --then-at 0.5 --oracle-until 0.1", "--then or --oracle-until, got both"),
         ("--then other --then-at 0.98 --method sde-euler", "last step, which begins at 0.96"),
         ("--then other --then-at 0.5", "no folder other"),
         ("--cfg-scale 2 --cfg-channels 4", "--cfg-channels of at most 3"),
@@ -705,7 +709,7 @@ def test_photos_need_no_autoencoder(trained, tmp_path):
         ("--method dopri5", "no --steps with --method dopri5"),
         ("--labels 0,7", r"--labels from 0 to 6, got \[7\]"),
         ("--labels a", "all, or numbers such as 0,3,7, got 'a'"),
-        ("--device nothing", "--device such as cpu"),
+        ("--device nothing", "Expected --device cpu, cuda"),
         ("--device cuda:99", "CUDA device of number 99"),
         ("--checkpoint none.ckpt", "no checkpoint none.ckpt"),
     ],

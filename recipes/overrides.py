@@ -22,8 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from stagewise.recipes.arguments import did_you_mean
+from stagewise.recipes.run_files import flat
 
-__all__ = ["explained", "flat", "refuse_unknown", "require_numbers"]
+__all__ = ["explained", "refuse_unknown", "require_numbers"]
 
 _CONF = "stagewise.recipes.conf"
 _GONE = {
@@ -110,16 +111,6 @@ def _meant(key: str, arguments: Sequence[str]) -> str:
     if near:
         return f" Did you mean {' or '.join(near)}?"
     return did_you_mean(key, [*known, *groups])
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key, interpolations resolved."""
-    if isinstance(config, DictConfig):
-        config = OmegaConf.to_container(config, resolve=True)
-    if not isinstance(config, dict):
-        return {prefix: config}
-    parts = ((f"{prefix}.{key}" if prefix else key, value) for key, value in config.items())
-    return {key: value for name, part in parts for key, value in flat(part, name).items()}
 
 
 def _composed(overrides: list[str]) -> dict[str, Any]:

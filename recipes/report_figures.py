@@ -1,4 +1,4 @@
-"""The pictures that only a report has: over steps, over sizes, and the stages in one."""
+"""The figures of reports: over steps, over sizes, and the posterior over t."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _STYLES = ("-", "--", "-.", ":")
-"""Of the stages, or of runs: so that no line is told by its colour alone."""
+"""Of stages or runs, so that lines differ not only in colour."""
 
 
 def loss_by_step_figure(facts: Facts) -> Figure:
@@ -59,7 +59,7 @@ def loss_by_step_figure(facts: Facts) -> Figure:
 
 
 def excess_by_stage_figure(facts: Facts) -> Figure:
-    """What is above the floor, by stage, over steps."""
+    """The loss above the floor, by stage, over steps."""
     figure, axes = _logarithmic("training step", "MSE(oracle velocity), training samples")
     for stage, colour, dashes in zip(STAGES, STAGE_COLOURS, _STYLES, strict=False):
         excess = [facts.stage(probe, stage, "oracle") for probe in facts.probes]
@@ -72,10 +72,7 @@ def excess_by_stage_figure(facts: Facts) -> Figure:
 
 
 def posterior_figure(facts: Facts, key: str, label: str, title: str, about: str) -> Figure:
-    """A statistic of the posterior over t, as the first probe measured it.
-
-    Later ones differ by their draws; the boundary is that of the page.
-    """
+    """A statistic of the posterior over t at the first probe; later ones have other draws."""
     figure = new_figure()
     axes, probe = figure.add_subplot(), facts.run.first("probe")
     predicted = facts.bank.get("predicted")

@@ -1,4 +1,4 @@
-"""The heading of a run's page: what it is, the verdict, what is wrong with its files, numbers."""
+"""The top of the page of a run: what it is, the verdict, warnings, and the main numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CALLBACKS = (
 
 
 def head(facts: Facts, title: str) -> str:
-    """Title, what and when, verdict, what is wrong with the files, and the main numbers."""
+    """Title, what and when, verdict, warnings, and the main numbers."""
     about = {
         "Model": model_of(facts),
         "Data": data_of(facts),
@@ -38,8 +38,8 @@ def head(facts: Facts, title: str) -> str:
         "Date": f"{date_of(facts)} (last measurement)",
         "Measured by": ", ".join(name for kind, name in _CALLBACKS if facts.run.of(kind)),
     }
-    said = [*facts.run.problems, *_stopped(facts), *_not_finite(facts)]
-    warnings = "".join(paragraph(line, "warn") for line in said)
+    lines = [*facts.run.problems, *_stopped(facts), *_not_finite(facts)]
+    warnings = "".join(paragraph(line, "warn") for line in lines)
     return (
         f"<h1>{escape(title)}</h1>{definitions(about)}"
         + safely(lambda facts: paragraph(verdict(facts), "verdict"), facts)
@@ -49,17 +49,15 @@ def head(facts: Facts, title: str) -> str:
 
 
 def model_of(facts: Facts) -> str:
-    """What is trained, in words."""
+    """The trained network, in words."""
     about = facts.about or facts.run.first("memorization") or facts.run.first("guard")
-    size = facts.parameters
-    parts = [str(about.get("network", ""))]
-    parts += [f"{number(size)} parameters"] if size else []
-    parts += [str(about[key]) for key in ("maker",) if about.get(key)]
-    return "; ".join(part for part in parts if part)
+    size = f"{number(facts.parameters)} parameters" if facts.parameters else ""
+    parts = (about.get("network"), size, about.get("maker"))
+    return "; ".join(str(part) for part in parts if part)
 
 
 def data_of(facts: Facts) -> str:
-    """What is trained on, in words."""
+    """The training data, in words."""
     about, name = facts.bank, facts.settings.get("data._target_", "").rpartition(".")[2]
     if not about:
         return name
@@ -73,25 +71,25 @@ def data_of(facts: Facts) -> str:
 
 
 def steps_of(facts: Facts) -> str:
-    """How far it has come."""
+    """The last step, and how many are planned."""
     planned = f" of {facts.planned} planned" if facts.planned else ""
     return f"measured up to step {facts.step}{planned}"
 
 
 def date_of(facts: Facts) -> str:
-    """When its files were last written to."""
+    """The date of the last measurement."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.run.written))
 
 
 def _stopped(facts: Facts) -> list[str]:
-    """Says so if a run has not come to its end, as far as the monitors of its model can tell."""
+    """A warning if a run has not reached its end, by the monitors of its model."""
     last = (facts.probes or facts.samples or [{}])[-1]
     if not facts.planned or not last or last.get("at_end") or facts.step >= facts.planned:
         return []
     place = shlex.quote(str(facts.run.folder))
     return [
         f"The last measurement is of step {facts.step} of {facts.planned}: the run was stopped "
-        "before its end, or is still going. To go on, repeat its command with "
+        "before its end, or is still running. To continue it, repeat its command with "
         f"run_dir={place} resume=true."
     ]
 
@@ -139,7 +137,7 @@ def safely(part: Callable[[_Given], str], given: _Given) -> str:
         return part(given)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         return paragraph(
-            "This part cannot be made: the events have another shape than this version of "
-            f"stagewise writes, as those of an older version may ({error!r}).",
+            "This part cannot be made: the events have another shape than in this version of "
+            f"stagewise. They may be from an older version ({error!r}).",
             "warn",
         )

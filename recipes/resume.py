@@ -26,8 +26,8 @@ from stagewise.latents import Latents
 from stagewise.latents.arrays import check_zip
 from stagewise.recipes.checkpoints import load_weights, newest_whole, read_config
 from stagewise.recipes.module import FlowMatchingModule
-from stagewise.recipes.overrides import flat
 from stagewise.recipes.public_weights import load_public_weights
+from stagewise.recipes.run_files import flat
 
 __all__ = ["begin_with", "checkpoint_of", "explain_resume", "require_fit", "require_shards"]
 

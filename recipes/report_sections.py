@@ -30,9 +30,9 @@ _READING = (
     "t = 0 is noise, t = 1 is data. In navigation many training samples explain a noisy one, and "
     "the best answer, the oracle velocity, points to their average. In refinement one sample does.",
     "The loss on this page is the error against the conditional velocity over uniform t, in "
-    "evaluation mode, without the weights of the objective. Its floor, MSE(conditional, oracle), is "
-    "noise of the target that no model removes. Loss = floor + error against the oracle: act on the "
-    "part above the floor.",
+    "evaluation mode, without the weights of the objective. Its floor, MSE(conditional, oracle), "
+    "is noise of the target that no model removes. Loss = floor + error against the oracle: act on "
+    "the part above the floor.",
     "In navigation an error above the floor is what the model still has to learn. In refinement it "
     "is the distance to repeating the training set: there compare held-out and training samples, "
     "and do not aim at zero.",

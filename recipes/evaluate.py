@@ -47,11 +47,7 @@ Losses = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def loss_by_time(
-    module: FlowMatchingModule,
-    dataset: Dataset[tuple[Tensor, Tensor]],
-    queries: int,
-    seed: int = 0,
-    batch_size: int = 256,
+    module: FlowMatchingModule, dataset: Dataset[tuple[Tensor, Tensor]], queries: int
 ) -> Losses:
     """Losses without weights of random samples, at times spread evenly over [0, 1].
 
@@ -60,11 +56,11 @@ def loss_by_time(
     """
     module.eval()
     dataset = dataset.fixed() if hasattr(dataset, "fixed") else dataset
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(dataset), (queries,), generator=generator)  # type: ignore[arg-type]
     t = (torch.arange(queries) + torch.rand(queries, generator=generator)) / queries
     losses = []
-    for at in torch.arange(queries).split(batch_size):
+    for at in torch.arange(queries).split(256):
         items = [dataset[int(row)] for row in rows[at]]
         x1 = torch.stack([item[0] for item in items])
         x0 = torch.randn(x1.shape, generator=generator).to(module.device)

@@ -12,8 +12,15 @@ import numpy as np
 
 from stagewise.callbacks.velocity_figures import sizes_figure
 from stagewise.recipes import report_figures
-from stagewise.recipes.report_facts import Facts, Value, number, percent, span, time_of
-from stagewise.recipes.report_head import data_of, date_of, model_of, safely, steps_of
+from stagewise.recipes.report_facts import Facts, Value, number, percent, span
+from stagewise.recipes.report_head import (
+    CROSSINGS,
+    data_of,
+    date_of,
+    model_of,
+    safely,
+    steps_of,
+)
 from stagewise.recipes.report_html import definitions, drawn, paragraph, row, stored, table
 from stagewise.velocity_probe import STAGES
 
@@ -136,15 +143,9 @@ def _numbers(runs: Mapping[str, Facts], step: int) -> str:
     every = list(runs.values())
     add("parameters", [number(facts.parameters) for facts in every])
     add("last step", [number(facts.step) for facts in every])
-    for name, ends in (
-        ("navigation ends at t", "midpoint"),
-        ("refinement begins at t", "collapsed"),
-    ):
-        cells = []
-        for b in (facts.boundary.as_dict() for facts in every):
-            between = span(b[f"{ends}_low"], b[f"{ends}_high"], time_of)
-            cells.append(time_of(b[ends]) + (between and f" ({between})"))
-        add(name, cells)
+    for place, name in enumerate(CROSSINGS):
+        found = [facts.crossings[place] for facts in every]
+        add(name, [t + (interval and f" ({interval})") for t, interval in found])
     for name, split, key in (
         ("loss", "train", "conditional"),
         ("floor", "train", "floor"),

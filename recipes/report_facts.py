@@ -96,6 +96,15 @@ class Facts:
         return self.boundary.midpoint, self.boundary.collapsed
 
     @property
+    def crossings(self) -> list[tuple[str, str]]:
+        """Midpoint and collapsed boundary, each with its interval, in words."""
+        b = self.boundary
+        return [
+            (time_of(b.midpoint), span(b.midpoint_low, b.midpoint_high, time_of)),
+            (time_of(b.collapsed), span(b.collapsed_low, b.collapsed_high, time_of)),
+        ]
+
+    @property
     def stage_edges(self) -> list[float]:
         """The times between which each stage lies."""
         middle, late = (1.0 if math.isnan(t) else t for t in self.ends)

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from html import escape
 from typing import TypeVar
 
-from stagewise.recipes.report_facts import Facts, number, percent, span, time_of
+from stagewise.recipes.report_facts import Facts, number, percent, span
 from stagewise.recipes.report_html import definitions, paragraph, tile
 from stagewise.recipes.report_verdict import verdict
 from stagewise.velocity_probe import STAGES
 
-__all__ = ["data_of", "date_of", "head", "model_of", "safely", "steps_of"]
+__all__ = ["CROSSINGS", "data_of", "date_of", "head", "model_of", "safely", "steps_of"]
+
+CROSSINGS = ("navigation ends at t", "refinement begins at t")
 
 _Given = TypeVar("_Given")
 
@@ -105,15 +107,10 @@ def _not_finite(facts: Facts) -> list[str]:
 
 
 def _tiles(facts: Facts) -> str:
-    b, last = facts.boundary, facts.last
-    tiles = []
-    if facts.run.of("probe") or math.isfinite(b.midpoint):
-        ends = (b.midpoint_low, b.midpoint_high), (b.collapsed_low, b.collapsed_high)
-        about = [
-            found and f"95 % interval {found}" for found in (span(*each, time_of) for each in ends)
-        ]
-        tiles.append(tile("navigation ends at t", time_of(b.midpoint), about[0]))
-        tiles.append(tile("refinement begins at t", time_of(b.collapsed), about[1]))
+    last, tiles = facts.last, []
+    if facts.run.of("probe") or math.isfinite(facts.boundary.midpoint):
+        for name, (t, interval) in zip(CROSSINGS, facts.crossings, strict=True):
+            tiles.append(tile(name, t, interval and f"95 % interval {interval}"))
     if last is not None:
         loss, floor = (facts.mean(last, "train", key) for key in ("conditional", "floor"))
         tiles.append(tile("loss", str(loss), f"of which floor {number(floor.mean)}"))

@@ -167,20 +167,14 @@ def _check(facts: Facts) -> str:
 
 def _definition(facts: Facts) -> str:
     """The definition of the boundary, and where it is."""
-    b = facts.boundary
-    places = []
-    for name, t, low, high, level in (
-        ("midpoint", b.midpoint, b.midpoint_low, b.midpoint_high, "0.5"),
-        ("collapsed boundary", b.collapsed, b.collapsed_low, b.collapsed_high, "0.99"),
-    ):
-        where = f"t = {time_of(t)}" if math.isfinite(t) else "not reached"
-        ends = span(low, high, time_of)
-        places.append(
-            f"{name}, where the mean largest posterior weight crosses {level}: {where}"
-            + (f" (95 % interval {ends})" if ends else "")
-        )
+    midpoint, collapsed = (
+        ("not reached" if t == "–" else f"t = {t}") + (interval and f" (95 % interval {interval})")
+        for t, interval in facts.crossings
+    )
     return (
-        f"Navigation ends at the {places[0]}. Refinement begins at the {places[1]}. Between them "
+        "Navigation ends at the midpoint, where the mean largest posterior weight crosses 0.5: "
+        f"{midpoint}. Refinement begins at the collapsed boundary, where the mean largest "
+        f"posterior weight crosses 0.99: {collapsed}. Between them "
         "is the transition. Both were measured once for this run, and hold for all tables and "
         "pictures of this page."
     )

@@ -141,7 +141,7 @@ class SampleFolder:
         if not self.file.exists():
             (self.path / _PARTS).mkdir(exist_ok=True)
 
-    def missing(self, rank: int = 0, ranks: int = 1) -> list[int]:
+    def missing(self, rank: int, ranks: int) -> list[int]:
         """The batches of a rank that are missing or, with a message, damaged."""
         if self.file.exists():
             return []

@@ -279,7 +279,7 @@ def test_resuming_is_not_stopping(trained, tmp_path, monkeypatch, power_cut, cap
     assert [file.name for file in (tmp_path / "stopped/parts").iterdir()] == ["000000.npz"]
     with pytest.raises(ValueError, match="holds samples already .*parts.*--resume"):
         made(trained, *arguments)
-    with pytest.raises(ValueError, match="shift: 1.0 there, 0.5 now; seed: 0 there, 1 now. Give"):
+    with pytest.raises(ValueError, match="shift: 1.0 there, 0.5 now; seed: 0 there, 1 now. Use"):
         made(trained, *arguments, "--resume", "--seed", 1, "--shift", 0.5)
     again = made(trained, *arguments, "--resume")
     assert asked[2:] == [range(5, 10), range(10, 12)]
@@ -329,7 +329,7 @@ def test_damaged_samples_are_made_again(trained, tmp_path, monkeypatch, power_cu
     data = bytearray(file.read_bytes())
     data[400] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"samples.npz is damaged. Delete it, and the same comm"):
+    with pytest.raises(ValueError, match=r"samples.npz is damaged. Delete it, and repeat the comm"):
         made(trained, "--out", out, "--batch-size", 2, "--resume")
     file.unlink()
     made(trained, "--out", out, "--batch-size", 2, "--resume")
@@ -498,7 +498,7 @@ def test_measured_times_are_those_of_the_last_probe(probed, tmp_path, capsys):
     settings = json.loads((tmp_path / "out/settings.json").read_text())
     assert (settings["oracle_until"], settings["coarse"]) == (0.3, 0.3)
     assert settings["cfg_interval"] == [0.4, 0.6]
-    assert "Measured in this run, taken for coarse: 0.3." in capsys.readouterr().out
+    assert "Measured in this run, used for coarse: 0.3." in capsys.readouterr().out
 
 
 def test_what_was_not_measured_is_said_before_anything_is_loaded(
@@ -530,7 +530,7 @@ def test_guided_channels_are_those_of_the_recipe(trained, tmp_path, capsys):
     found = {}
     for name, more in flags.items():
         found[name] = made(copy, "--cfg-scale", 8, "--out", tmp_path / name, *more)["arr_0"]
-        said = "Guides the first 2 channels, as evaluation.cfg_channels" in capsys.readouterr().out
+        said = "Guides the first 2 channels (evaluation.cfg_channels" in capsys.readouterr().out
         assert said == (name == "own")
     assert np.array_equal(found["own"], found["two"])
     assert (found["own"] != found["all"]).any()
@@ -654,7 +654,7 @@ def test_latents_are_decoded_as_they_were_stored(trained, module, tmp_path, late
 
 
 def test_an_autoencoder_of_other_latents_is_refused(trained, tmp_path, latents, vae):
-    with pytest.raises(ValueError, match="--vae of latents with 3 channels, .* got 4 in wide"):
+    with pytest.raises(ValueError, match="--vae with 3 channels, .* got 4 in wide"):
         made(trained, "--out", tmp_path, "--vae", "wide")
     assert not list((tmp_path / "parts").iterdir())
 

@@ -202,13 +202,13 @@ def load_weights(path: Path, module: nn.Module, weights: Weights | None = None) 
             note = "they equal the averaged ones, since Lightning wrote this at the end of training"
     require_entries(path, state, module.state_dict())
     module.load_state_dict(state)
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     # The first numbers of each tensor suffice: training changes all of them.
     for key, value in module.state_dict().items():
-        seen.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        seen.update(value.flatten()[:256].double().numpy().tobytes())
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.flatten()[:256].double().numpy().tobytes())
     step = int(checkpoint.get("global_step", 0))
-    return Loaded(path, step, chosen, seen.hexdigest()[:16], note)
+    return Loaded(path, step, chosen, digest.hexdigest()[:16], note)
 
 
 def load_module(

@@ -24,14 +24,14 @@ def conclusion(rows: Sequence[dict[str, Any]]) -> str:
 
 def _stages(stages: Sequence[dict[str, Any]]) -> str:
     edges = {row["stage"]: (row["from"], row["to"]) for row in stages}
-    said = []
+    parts = []
     if "navigation" in edges:
         end = edges["navigation"][1]
         until = f"up to t = {end:.3f}" if end < 1 else "at all t"
-        said.append(f"{until} many training samples explain a noisy one (navigation)")
+        parts.append(f"{until} many training samples explain a noisy one (navigation)")
     if "refinement" in edges:
-        said.append(f"from t = {edges['refinement'][0]:.3f} on one does (refinement)")
-    text = ", ".join(said)
+        parts.append(f"from t = {edges['refinement'][0]:.3f} on one does (refinement)")
+    text = ", ".join(parts)
     return text and f"{text[0].upper()}{text[1:]}. The data decide this, not the training."
 
 

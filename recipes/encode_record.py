@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from stagewise.files import replace_file
-from stagewise.recipes.image_folder import Batch, ImageList, seen, stamp
+from stagewise.recipes.image_folder import Batch, ImageList, read_stamped, stamp
 
 __all__ = ["SETTINGS", "Record"]
 
@@ -124,7 +124,7 @@ class Record:
     def add(self, batch: Batch, indices: range) -> None:
         """Records the pictures of a batch, and which are left out."""
         names = {index: self.images.files[index] for index in indices}
-        for index, found in zip(indices, batch.seen, strict=True):
+        for index, found in zip(indices, batch.stamps, strict=True):
             self._seen[index - self.start] = found
         self.skipped.update({names[index]: reason for index, reason in batch.broken.items()})
         held = self._blocks[(indices[0] - self.start) // self._size]
@@ -200,7 +200,7 @@ class Record:
             file = self.images.folder / self.images.files[index]
             mark, content = self._seen[index - self.start]
             # A file that was copied or touched has another stamp and the same contents.
-            if stamp(file.stat()) != mark and seen(file)[0][1] != content:
+            if stamp(file.stat()) != mark and read_stamped(file)[0][1] != content:
                 return file
         return None
 

@@ -117,7 +117,7 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def seen(file: Path) -> tuple[tuple[int, int], bytes]:
+def read_stamped(file: Path) -> tuple[tuple[int, int], bytes]:
     """The stamp and a hash of a file, and its contents."""
     with open(file, "rb") as stream:
         mark, data = stamp(os.fstat(stream.fileno())), stream.read()
@@ -140,7 +140,7 @@ class Picture(NamedTuple):
     pixels: Tensor | None
     reason: str
     notes: tuple[str, ...]  # what `to_rgb` changed
-    seen: tuple[int, int]
+    stamp: tuple[int, int]  # of the file, and a hash
 
 
 class Pictures(Dataset[Picture]):
@@ -159,7 +159,7 @@ class Pictures(Dataset[Picture]):
         """A picture, or why it cannot be read."""
         found = (0, 0)
         try:
-            found, data = seen(self.images.folder / self.images.files[index])
+            found, data = read_stamped(self.images.folder / self.images.files[index])
             with Image.open(io.BytesIO(data)) as picture:
                 upright, notes = to_rgb(picture)
                 pixels = np.array(centre_crop(upright, self.size))
@@ -178,7 +178,7 @@ class Batch(NamedTuple):
     pictures: Tensor | None
     broken: dict[int, str]
     notes: dict[int, tuple[str, ...]]
-    seen: list[tuple[int, int]]  # of all
+    stamps: list[tuple[int, int]]  # of all
 
 
 def collate(items: Sequence[Picture]) -> Batch:
@@ -189,5 +189,5 @@ def collate(items: Sequence[Picture]) -> Batch:
         torch.stack([pixels for _, pixels in whole]) if whole else None,
         {item.number: item.reason for item in items if item.pixels is None},
         {item.number: item.notes for item in items if item.notes},
-        [item.seen for item in items],
+        [item.stamp for item in items],
     )

@@ -251,12 +251,12 @@ class LatentsData(ResumableData):
         """A hash of what the bank is made from."""
         latents, fixed = self.latents, self.latents.fixed()
         files = sorted(_files(latents.path.resolve()))
-        seen = hashlib.sha256(repr((latents.describe(), self.bank_dtype, files)).encode())
+        digest = hashlib.sha256(repr((latents.describe(), self.bank_dtype, files)).encode())
         # Labels and statistics may be in other files beside that of the latents.
         first = fixed[int(self._places[0])][0]
         for tensor in (self._places, self._fixed_labels(), first):
-            seen.update(tensor.numpy().tobytes())
-        return seen.hexdigest()[:16]
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _bank_rows(self, ranks: int) -> Tensor:
         """The row, over all shards, of each place of `fixed()`; -1 for held-out rows."""

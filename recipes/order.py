@@ -221,8 +221,8 @@ class ResumableData(L.LightningDataModule):
 def _fingerprint(dataset: Any, most: int = 256) -> str:
     """A hash of some samples and their labels, without random draws of them."""
     items = dataset.fixed() if hasattr(dataset, "fixed") else dataset
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for place in range(0, len(items), -(-len(items) // most)):
         for part in items[place][:2]:  # x_1, label; the row in a bank depends on the ranks
-            seen.update(torch.as_tensor(part).double().numpy().tobytes())
-    return seen.hexdigest()[:16]
+            digest.update(torch.as_tensor(part).double().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -193,8 +193,8 @@ def _require_public_scale(file: Path, latents: Latents | None) -> None:
     """
     if latents is None or latents.shape[0] not in (4, 32):
         return
-    seen, trained_standardised = latents.statistics(), latents.shape[0] == 32
-    mean, std = seen.mean, seen.std()
+    statistics, trained_standardised = latents.statistics(), latents.shape[0] == 32
+    mean, std = statistics.mean, statistics.std()
     # 256 rows give both to a few hundredths.
     if trained_standardised == bool(((mean.abs() < 0.25) & ((std - 1).abs() < 0.1)).all()):
         return

@@ -60,9 +60,9 @@ class RunFiles:
 
 
 def boundary_of(*events: Event) -> StageBoundary:
-    """The boundary in events, of which later ones come first; NaN for what none of them has."""
-    told = {key: value for event in events for key, value in event.items()}
-    found = {each.name: told.get(each.name) for each in fields(StageBoundary)}
+    """The boundary in events; later events take precedence, and missing values are NaN."""
+    held = {key: value for event in events for key, value in event.items()}
+    found = {each.name: held.get(each.name) for each in fields(StageBoundary)}
     return StageBoundary(**{k: math.nan if v is None else v for k, v in found.items()})
 
 

@@ -41,7 +41,7 @@ def run(options: Options) -> Path:
         data = instantiate(config.data)
         shape = tuple(data.shape)
         classes = int(getattr(data, "num_classes", len(getattr(data, "class_names", ()))))
-        asked, options = options, options.with_channels(config.get("evaluation") or {}, shape[0])
+        given, options = options, options.with_channels(config.get("evaluation") or {}, shape[0])
         options.check(shape, classes)
         module, loaded = load_module(config, checkpoint, options.weights)
         _require_null(module.net, options)
@@ -56,7 +56,7 @@ def run(options: Options) -> Path:
             own["then"] = later.fingerprint
             ranks.say(f"From t = {options.then_at:g} on: {later} of {options.then}.")
         ranks.say(f"Loaded {loaded}.")
-        if options.cfg_channels and asked.cfg_channels is None:
+        if options.cfg_channels and given.cfg_channels is None:
             ranks.say(
                 f"Guides the first {options.cfg_channels} channels (evaluation.cfg_channels of the "
                 "run). To guide all: --cfg-channels all."

@@ -178,11 +178,11 @@ class Options:
 
     def with_channels(self, evaluation: Mapping[str, Any], there: int) -> Options:
         """The same, with the number of guided channels, by default from the run's `evaluation`."""
-        asked = self.cfg_channels
-        if asked is None and self.cfg_scale != 1:
-            asked = min(evaluation.get("cfg_channels") or there, there)
-            asked = None if asked == there else asked
-        return replace(self, cfg_channels=asked or None)
+        few = self.cfg_channels
+        if few is None and self.cfg_scale != 1:
+            few = min(evaluation.get("cfg_channels") or there, there)
+            few = None if few == there else few
+        return replace(self, cfg_channels=few or None)
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         """Refuses labels, guidance or channels that the run's data do not have."""

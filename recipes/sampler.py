@@ -161,18 +161,18 @@ class Sampler:
     def _velocity(self, module: FlowMatchingModule, labels: Tensor | None) -> Velocity:
         velocity, narrow = module.velocity(labels), self.options.precision == "bf16"
 
-        def ask(xt: Tensor, t: Tensor) -> Tensor:
+        def under_autocast(xt: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(xt.device.type, torch.bfloat16, enabled=narrow):
                 return velocity(xt, t)
 
-        return ask
+        return under_autocast
 
     def _of_oracle(self, oracle: Oracle, labels: Tensor) -> Velocity:
-        asked = labels if self.classes and oracle.bank.classes else None
+        given = labels if self.classes and oracle.bank.classes else None
 
         def velocity(xt: Tensor, t: Tensor) -> Tensor:
             place = oracle.bank.device
-            return oracle.velocity(xt.to(place), t.to(place), asked).to(xt)
+            return oracle.velocity(xt.to(place), t.to(place), given).to(xt)
 
         return velocity
 
@@ -201,8 +201,8 @@ def bank_of(data: Any, options: Options, sampler: Sampler) -> LatentBank:
     """The bank of a data module; ValueError if a chosen class has no rows."""
     data.setup()
     bank = data.latent_bank() if hasattr(data, "latent_bank") else LatentBank(*data.train.tensors)
-    asked = set(sampler.labels(range(options.count)).tolist())
-    absent = sorted(asked - set(bank.classes)) if bank.classes and sampler.classes else []
+    chosen = set(sampler.labels(range(options.count)).tolist())
+    absent = sorted(chosen - set(bank.classes)) if bank.classes and sampler.classes else []
     if absent:
         raise ValueError(
             f"Expected --labels of classes with training rows for --oracle-until, got {absent}."

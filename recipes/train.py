@@ -81,9 +81,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     loggers = [tolerant(k, instantiate(v)) for k, v in (config.get("logger") or {}).items()]
     require_shards(callbacks, data)
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
-    told = settings(config)
+    logged = settings(config)
     for logger in trainer.loggers:
-        logger.log_hyperparams(told)
+        logger.log_hyperparams(logged)
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_file(run_dir / "config.yaml", lambda file: OmegaConf.save(config, file, True))
@@ -120,7 +120,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     found = {key: value for key, value in found.items() if not math.isnan(value)}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):  # its table of runs needs both at once
-            logger.log_hyperparams(told, found, step)
+            logger.log_hyperparams(logged, found, step)
     print(
         f"\nTrained {step} steps{'' if finished else f' in {seconds:.0f} s'}. In "
         f"{run_dir}:\n"

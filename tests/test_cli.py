@@ -206,7 +206,7 @@ def test_a_folder_of_runs_is_reported_run_by_run(run, tmp_path):
     assert runs_in(runs / "a b/stages") == [runs / "a b/stages"]
     code, said = run("report", "runs", "--title", "x")
     assert code == 1
-    assert "Expected one run with --output or --title; there are:" in said
+    assert "Expected one run with --output or --title, got:" in said
     assert "'runs/a b'" in said
     (tmp_path / "runs/a b/stages/stages.jsonl").write_text("{}\n")
     code, said = run("report", "runs")

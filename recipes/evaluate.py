@@ -251,31 +251,16 @@ def evaluate(
     method: str,
     steps: int,
 ) -> dict[str, Any]:
-    """Prints the table, and saves and logs the pictures.
+    """Prints the table, saves and logs the pictures, and returns `stages` and the mean losses.
 
-    Args:
-        module: The trained module.
-        data: A data module with data sets `train` and `held_out` (or None), `class_names`,
-            `shape` and a method `examples(classes, count)`.
-        monitor: The run's monitor, or None: then without boundaries and floor.
-        loggers: Of the trainer.
-        step: The last step.
-        run_dir: The folder for PNGs.
-        queries: (sample, t) pairs for the loss by t, for each split.
-        samples_per_class: Generated samples of each class.
-        cfg_scale: Guidance scale.
-        cfg_channels: How many channels are guided at most; None for all.
-        method: Solver.
-        steps: Its steps.
-
-    Returns:
-        `stages`, the rows of the table (empty without monitor), and the mean losses.
+    `data` has data sets `train` and `held_out` (or None), `class_names`, `shape` and a method
+    `examples(classes, count)`. Without `monitor` there are no boundaries, and `stages` is empty.
+    `queries` counts the (sample, t) pairs of each split; the options after it are of the samples.
     """
-    train = loss_by_time(module, data.train, queries)
-    held_out = None if data.held_out is None else loss_by_time(module, data.held_out, queries)
+    train, held_out = loss_by_time(module, data.train, queries), None
     curves = {"training samples": train}
-    if held_out is not None:
-        curves["held-out samples"] = held_out
+    if data.held_out is not None:
+        curves["held-out samples"] = held_out = loss_by_time(module, data.held_out, queries)
     curve = None if monitor is None else monitor.curve
     floor = None if curve is None else floor_curve(module, curve)
     figure = _loss_figure(curves, floor, len(data.train))

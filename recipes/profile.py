@@ -22,35 +22,12 @@ from stagewise.recipes.arguments import DTYPES, Parser, exit_with_message
 from stagewise.recipes.profile_figures import comparison_figure, profile_figure
 from stagewise.recipes.profile_report import Profiled, comparison, report
 
-__all__ = ["main", "parser", "profile_latents", "rows_within", "run"]
+__all__ = ["main", "parser", "rows_within", "run"]
 
 
-def profile_latents(
-    latents: Latents,
-    name: str,
-    *,
-    class_wise: bool | None = None,
-    limit: int | None = None,
-    queries: int = 64,
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-) -> Profiled:
-    """Reads latents into a bank and profiles it.
-
-    Args:
-        latents: From `open_latents`.
-        name: Their name in texts and figures.
-        class_wise: Whether the posterior is class-wise, default if there are labels.
-        limit: Rows to read at most, default all: whole classes, or evenly spaced rows.
-        queries: In each of 24 strata of t, default 64.
-        seed: Of the queries, default 0.
-        dtype: Of the bank, default float32.
-
-    Raises:
-        ValueError: If the latents cannot be used, or have no labels for `class_wise`.
-        MemoryError: If they do not fit into memory.
-    """
-    fixed = latents.fixed()
+def _profiled(latents: Latents, name: str, options: argparse.Namespace) -> Profiled:
+    """Reads latents into a bank and profiles it."""
+    fixed, class_wise, limit = latents.fixed(), options.class_wise, options.limit
     labels = fixed.labels
     if class_wise and labels is None:
         raise ValueError(
@@ -60,8 +37,9 @@ def profile_latents(
     chosen = None
     if limit is not None and limit < len(fixed):
         chosen = rows_within(limit, len(fixed), labels if class_wise else None)
-    bank = fixed.bank(dtype=dtype, indices=chosen)
-    found = Profile.measure(bank, class_wise=class_wise, queries=queries, seed=seed)
+    bank = fixed.bank(dtype=DTYPES[options.dtype], indices=chosen)
+    about = {"class_wise": class_wise, "queries": options.queries, "seed": options.seed}
+    found = Profile.measure(bank, **about)
     note = ""
     if chosen is not None:
         note = f"{len(chosen)} of {len(fixed)} rows, evenly spaced: with all rows the boundary is "
@@ -164,12 +142,8 @@ def _open(path: Path, kind: str, scale: str, options: argparse.Namespace) -> Lat
     return latents.with_options(flips="both") if options.flips else latents
 
 
-def run(options: argparse.Namespace) -> list[Profiled]:
-    """Profiles the named latents; prints and writes the results.
-
-    Raises:
-        ValueError, OSError, MemoryError: If something cannot be used.
-    """
+def run(options: argparse.Namespace) -> None:
+    """Profiles the named latents; prints and writes the results."""
     paths = options.latents
     if len(paths) > 2:
         raise ValueError(f"Expected one or two sets of latents, got {len(paths)}.")
@@ -182,17 +156,8 @@ def run(options: argparse.Namespace) -> list[Profiled]:
     sets = [_open(*each, options) for each in zip(paths, formats, scales, strict=True)]
     found = []
     for latents, name in zip(sets, _names(paths), strict=True):
-        one = profile_latents(
-            latents,
-            name,
-            class_wise=options.class_wise,
-            limit=options.limit,
-            queries=options.queries,
-            seed=options.seed,
-            dtype=DTYPES[options.dtype],
-        )
-        print(report(one), end="\n\n")
-        found.append(one)
+        found.append(_profiled(latents, name, options))
+        print(report(found[-1]), end="\n\n")
     figures = {one.name: profile_figure(one.profile, one.name) for one in found}
     if len(found) == 2:
         print(comparison(*found), end="\n\n")
@@ -207,7 +172,6 @@ def run(options: argparse.Namespace) -> list[Profiled]:
         image = Image.fromarray(render(figure))
         replace_file(file, partial(image.save, format="png"))
         print(f"         {file}")
-    return found
 
 
 def main() -> None:

@@ -19,12 +19,7 @@ __all__ = ["compare", "main", "parser", "report"]
 
 
 def report(run: Path, output: Path | None = None, title: str | None = None) -> Path:
-    """Writes the page of a run.
-
-    Args:
-        run: Its folder.
-        output: The file; default `<run>/report.html`.
-        title: Of the page; default the name of the folder.
+    """Writes the page of the run in a folder, by default `report.html` in it.
 
     Raises:
         ValueError: If there is no run, or no events in it.

@@ -19,21 +19,16 @@ Event = dict[str, Any]
 
 @dataclass
 class RunFiles:
-    """The files of a run.
+    """The files of the run in a folder.
 
-    Attributes:
-        folder: The run.
-        events: All events, by kind (their "event") and step; "folder" is where each was found.
-        problems: What could not be read, a line each.
-        config: The text of `config.yaml`, or None.
-        written: Time of the last event, in seconds since 1970.
+    Events are sorted by kind (their "event") and step, and have their folder under "folder".
     """
 
     folder: Path
     events: dict[str, list[Event]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    config: str | None = None
-    written: float = 0.0
+    problems: list[str] = field(default_factory=list)  # a line for each that could not be read
+    config: str | None = None  # the text of `config.yaml`
+    written: float = 0.0  # time of the last event, in seconds since 1970
 
     def of(self, kind: str) -> list[Event]:
         """The events of a kind, from the first folder that has some."""

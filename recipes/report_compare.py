@@ -173,12 +173,17 @@ def _over_steps(runs: Mapping[str, Facts], step: int) -> str:
     first = next(iter(runs.values()))
     shown = [
         drawn(
-            report_figures.excess_by_step_figure(runs),
+            report_figures.excess_figure(
+                "Loss above the floor, all t", {name: (facts, None) for name, facts in runs.items()}
+            ),
             "Both axes are logarithmic: without the floor a power law is a straight line. A model "
             "whose line is flat has learned what it can at its learning rate.",
         ),
         drawn(
-            report_figures.excess_by_step_figure(runs, STAGES[0]),
+            report_figures.excess_figure(
+                f"Loss above the floor, {STAGES[0]}",
+                {name: (facts, STAGES[0]) for name, facts in runs.items()},
+            ),
             "The same in navigation, where the loss above the floor can still be learned.",
         ),
     ]

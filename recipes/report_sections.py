@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from stagewise.callbacks import figures, velocity_figures
-from stagewise.callbacks.drawing import counted
+from stagewise.callbacks.drawing import STAGE_COLOURS, counted
 from stagewise.recipes import report_figures
 from stagewise.recipes.report_facts import Facts, number, percent, span, time_of
 from stagewise.recipes.report_head import safely
@@ -83,7 +83,14 @@ def _loss(facts: Facts) -> str:
     return (
         row(
             drawn(report_figures.loss_by_step_figure(facts), _loss_now(facts, last)),
-            drawn(report_figures.excess_by_stage_figure(facts), _trends(facts)),
+            drawn(
+                report_figures.excess_figure(
+                    "Loss above the floor while training, by stage",
+                    {stage: (facts, stage) for stage in STAGES},
+                    STAGE_COLOURS,
+                ),
+                _trends(facts),
+            ),
             drawn(velocity_figures.loss_by_time_figure(*shown), _by_time(facts, last)),
             drawn(velocity_figures.dynamics_figure(*all_shown), _above(facts, last)),
         )

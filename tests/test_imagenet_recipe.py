@@ -286,8 +286,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, latents):
 @pytest.mark.parametrize(
     ("channels", "right", "wrong", "cure"),
     [
-        (4, {"autoencoder": "sd-vae"}, {}, "Say data.latents.autoencoder=sd-vae"),
-        (32, {}, {"autoencoder": "sd-vae"}, "Say data.latents.autoencoder=null"),
+        (4, {"autoencoder": "sd-vae"}, {}, "Use data.latents.autoencoder=sd-vae"),
+        (32, {}, {"autoencoder": "sd-vae"}, "Use data.latents.autoencoder=null"),
     ],
 )
 def test_public_weights_want_the_scale_they_were_trained_at(

@@ -228,7 +228,7 @@ class Facts:
         return kinds if not guard else {**(kinds or {}), **guard}
 
     @property
-    def transitions(self) -> list[Event]:
+    def events(self) -> list[Event]:
         """The events of the run, by step."""
         kinds = ("transition", "non-finite")
         events = [event for kind in kinds for event in self.run.events.get(kind, [])]
@@ -236,7 +236,7 @@ class Facts:
 
     def noticed(self, kind: str) -> Event | None:
         """The first event of a kind, such as "memorization onset"."""
-        return next((event for event in self.transitions if event.get("kind") == kind), None)
+        return next((event for event in self.events if event.get("kind") == kind), None)
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:

@@ -256,7 +256,7 @@ def _gap(facts: Facts) -> str:
         f"same samples, so chance at one step stays at the next. {lowest}"
     )
     about = counted(facts.bank.get("rows"), facts.about.get("queries"), bins)
-    marks = [(event["step"], event["kind"]) for event in facts.transitions if "kind" in event]
+    marks = [(event["step"], event["kind"]) for event in facts.events if "kind" in event]
     figure = velocity_figures.gap_heatmap(facts.edges, probes, facts.ends, about, marks)
     return row(drawn(figure, caption), _copies_drawn(facts))
 
@@ -334,7 +334,7 @@ def _advice(facts: Facts) -> str:
 
 def _events(facts: Facts) -> str:
     rows = []
-    for event in facts.transitions:
+    for event in facts.events:
         if event["event"] == "non-finite":
             kind, message = "not finite", f"rows {event['rows'][:16]} of a batch"
         else:
@@ -348,7 +348,7 @@ def _events(facts: Facts) -> str:
             "StageTransitions() looks for both.",
             "dim",
         )
-    happened = {event.get("kind") for event in facts.transitions}
+    happened = {event.get("kind") for event in facts.events}
     quiet = [kind for kind, lacks in kinds.items() if not lacks and kind not in happened]
     blind = [f"{kind} (lacks {lacks})" for kind, lacks in kinds.items() if lacks]
     text = f"Looked for and not found up to step {facts.step}: {', '.join(quiet)}. " * bool(quiet)

@@ -39,11 +39,11 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"Expected RANK in 0 to {ranks - 1} (WORLD_SIZE), got {rank}.")
     images = _images(options, ranks)
     settings, device = _settings(options, images, ranks), device_of(options.device)
-    record = Record(options.out, rank, ranks, images, options.shard_size)
-    record.begin(settings, options.resume)
     kind = WRITERS[options.format]
     writer = kind(options.out, images, rank, options.seed, DTYPES[options.dtype])
-    for damaged in record.drop_damaged(writer.files):
+    record = Record(options.out, rank, ranks, images, options.shard_size, writer.files)
+    record.begin(settings, options.resume)
+    for damaged in record.drop_damaged():
         print(damaged)
     if record.is_closed():
         print(f"{options.out} is complete already.")
@@ -108,7 +108,7 @@ def _encode(
             if indices[-1] == record.indices(block)[-1]:
                 if record.with_rows(block):
                     writer.close(record.number(block))
-                record.close_block(block, writer.files)
+                record.close_block(block)
 
 
 def _moments(vae: VAE, x: Tensor, names: list[str]) -> Moments:

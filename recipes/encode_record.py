@@ -47,13 +47,15 @@ class Record:
     pictures left out, with the reason.
     """
 
-    def __init__(self, folder: Path, rank: int, ranks: int, images: ImageList, size: int) -> None:
+    def __init__(
+        self, folder: Path, rank: int, ranks: int, images: ImageList, size: int, files: Files
+    ) -> None:
         self.folder, self.rank, self.ranks, self.images = folder, rank, ranks, images
         total = len(images.files)
         self.start = total * rank // ranks
         self.count = total * (rank + 1) // ranks - self.start
         self.skipped: dict[str, str] = {}
-        self._size = size
+        self._size, self._files_of = size, files
         # Of each block: its number among those with rows, a hash of its files, conversions.
         self._blocks: list[dict[str, Any]] = [{} for _ in range(0, self.count, size)]
         self._seen = np.zeros((self.count, 2), dtype="<u8")
@@ -135,7 +137,7 @@ class Record:
                 kind["count"] += 1
                 kind["names"] += [names[index]][: _MOST_NAMES - len(kind["names"])]
 
-    def close_block(self, block: int, files: Files) -> None:
+    def close_block(self, block: int) -> None:
         """Records that a block is on the disk."""
         rows = self.with_rows(block)
         number = self.number(block) if rows else None
@@ -144,13 +146,13 @@ class Record:
                 f"{self._size} pictures that were encoded before can no longer be read, the first "
                 f"{self.images.files[self.indices(block)[0]]}. Encode into another folder."
             )
-        hashed = "" if number is None else file_hash(files(number, rows))
+        hashed = "" if number is None else file_hash(self._files_of(number, rows))
         self._blocks[block] |= {"number": number, "files": hashed}
         self._blocks[block]["pictures"] = self._seen_hash(block)
         replace_file(self._pictures, lambda name: self._seen.tofile(name))
         self._save()
 
-    def drop_damaged(self, files: Files) -> list[str]:
+    def drop_damaged(self) -> list[str]:
         """Drops the blocks whose files are missing or damaged, and returns a line for each.
 
         Raises:
@@ -158,12 +160,12 @@ class Record:
         """
         whole = [block for block in range(len(self._blocks)) if "files" in self._blocks[block]]
         with ThreadPoolExecutor(16) as pool:  # on a network drive each file takes a while
-            faults = pool.map(lambda block: self._damaged(block, files), whole)
+            faults = pool.map(self._damaged, whole)
             damaged = dict(zip(whole, faults, strict=True))
             rest = [block for block in whole if not damaged[block]]
             replaced = dict(zip(rest, pool.map(self._replaced, rest), strict=True))
         for block, picture in replaced.items():
-            listed = self._files(block, files)
+            listed = self._files(block)
             if picture and listed:
                 raise ValueError(
                     f"{picture} has changed since it was encoded. Put the old picture back, or "
@@ -173,7 +175,7 @@ class Record:
         changed = [block for block in whole if damaged[block] or replaced.get(block)]
         for block in changed:
             # All files: a picture that can no longer be read leaves no row.
-            for file in self._files(block, files):
+            for file in self._files(block):
                 file.unlink(missing_ok=True)
             for index in self.indices(block):
                 self.skipped.pop(self.images.files[index], None)
@@ -186,10 +188,10 @@ class Record:
             if damaged[block]
         ]
 
-    def _damaged(self, block: int, files: Files) -> str:
+    def _damaged(self, block: int) -> str:
         if self._seen_hash(block) != self._blocks[block]["pictures"]:
             return f"{self._pictures} is missing or damaged"
-        listed = self._files(block, files)
+        listed = self._files(block)
         if file_hash(listed) == self._blocks[block]["files"]:
             return ""
         more = f" or one of the {len(listed) - 1} that follow" if len(listed) > 1 else ""
@@ -204,9 +206,9 @@ class Record:
                 return file
         return None
 
-    def _files(self, block: int, files: Files) -> list[Path]:
+    def _files(self, block: int) -> list[Path]:
         number = self._blocks[block]["number"]
-        return [] if number is None else files(number, self.with_rows(block))
+        return [] if number is None else self._files_of(number, self.with_rows(block))
 
     def with_rows(self, block: int) -> list[int]:
         """The pictures of a block that are not left out."""

@@ -122,8 +122,9 @@ class Options:
     def _check_method(self) -> None:
         """Refuses options that the solver does not have."""
         stochastic, adaptive = self.method in SDE_SOLVERS, self.method in ADAPTIVE_SOLVERS
-        others = dict.fromkeys(() if stochastic else _SDE, SDE_SOLVERS)
-        others |= dict.fromkeys(() if adaptive else _TOLERANCES, ADAPTIVE_SOLVERS)
+        others: dict[str, tuple[str, ...]] = {}
+        others |= {} if stochastic else dict.fromkeys(_SDE, SDE_SOLVERS)
+        others |= {} if adaptive else dict.fromkeys(_TOLERANCES, ADAPTIVE_SOLVERS)
         others |= dict.fromkeys(("coarse", "oracle_until") if stochastic else (), FIXED_SOLVERS)
         others |= dict.fromkeys(("steps", "coarse") if adaptive else (), FIXED_SOLVERS)
         others |= {"shift": FIXED_SOLVERS} if adaptive and self.shift != 1 else {}

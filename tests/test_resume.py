@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_is_said_and_left_out(started, tmp_path, lightning_
         content[content.index(torch.full((9,), 7.0).numpy()) + 100] ^= 1
         (folder / name).write_bytes(content)
         if before:
-            with pytest.warns(UserWarning, match=r"skips .*last\.ckpt is damaged.*has changed"):
+            with pytest.warns(UserWarning, match=r"skips .*last\.ckpt is damaged.*does not match"):
                 assert checkpoint_of(config, tmp_path) == folder / before
             assert f"resume=true: from {folder / before}" in lightning_log.text
     with pytest.raises(

@@ -21,7 +21,7 @@ from PIL import Image
 from stagewise import Certificate, LatentBank
 from stagewise.latents import make_latents, open_latents
 from stagewise.latents.opening import FORMATS
-from stagewise.recipes.arguments import ends_in_a_line
+from stagewise.recipes.arguments import exit_with_message
 
 COMMANDS = ("train", "encode", "sample", "bank")
 KINDS = [*FORMATS, "repa.zip", "edm2.zip"]
@@ -68,7 +68,7 @@ def prepare(base: Path) -> None:
 def action(name: str, base: Path, out: Path, resume: bool) -> Callable[[], object]:
     """What a command does, with its files in `out`."""
     if name == "bank":
-        return ends_in_a_line("bank")(partial(_bank, base, out))
+        return exit_with_message("bank")(partial(_bank, base, out))
     arguments = {"train": _train, "encode": _encode, "sample": _sample}[name](base, out, resume)
     return lambda: _main(name, arguments)
 
@@ -194,7 +194,7 @@ def reader(what: str, base: Path, out: Path) -> Callable[[], object]:
         return partial(_read_run, name, base, out)
     if what in ("encode", "sample"):
         return partial(_resume, what, base, out)
-    return ends_in_a_line("read")(partial(_read, kind, name, base, out))
+    return exit_with_message("read")(partial(_read, kind, name, base, out))
 
 
 def source(what: str, base: Path) -> Path:

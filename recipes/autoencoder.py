@@ -1,12 +1,11 @@
-"""An autoencoder of diffusers: pictures to the moments of their latents, and latents to pictures.
+"""An autoencoder of diffusers: from pictures to moments of latents, and from latents to pictures.
 
 `AutoencoderKL` gives a Gaussian posterior for each picture,
 
     q(z | picture) = N(mean, std^2),    std = exp(logvar / 2),  logvar within [-30, 20].
 
-Everything here is in the raw scale of z, as the network has it: its `scaling_factor` is not
-applied. What a model trains on is `scaling(z)` (`stagewise.latents`), so `decode` takes
-`latents.scaling.invert(x_1)`.
+Everything here is in the raw scale of z, without the network's `scaling_factor`. A model trains on
+`scaling(z)` (`stagewise.latents`), so `decode` takes `latents.scaling.invert(x_1)`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stagewise.recipes.ldm_autoencoder import read_ldm
+from stagewise.recipes.weight_files import require_entries
 
 __all__ = [
     "VAE",
@@ -34,30 +34,26 @@ __all__ = [
 ]
 
 VAE: TypeAlias = Any
-"""`diffusers.AutoencoderKL`: diffusers is optional, and stands as a dummy for type checkers."""
+"""`diffusers.AutoencoderKL`; diffusers is optional, so type checkers do not know it."""
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """What an autoencoder's configuration says, before its weights are loaded.
+    """What the configuration of an autoencoder says; its weights are not loaded."""
 
-    Its name is a folder, a checkpoint of latent diffusion's code, or one on the Hugging Face hub;
-    `subfolder` is "vae" in a whole pipeline.
-    """
-
-    name: str
-    subfolder: str
+    name: str  # a folder, a checkpoint of latent diffusion's code, or a name on the hub
+    subfolder: str  # "vae" in a whole pipeline
     channels: int  # C of its latents
-    factor: int  # side of a picture by the side of its latents
+    factor: int  # side of a picture / side of its latents
 
 
 def find_vae(name: str | os.PathLike[str]) -> Autoencoder:
     """Reads the configuration of an `AutoencoderKL`.
 
     Args:
-        name: A folder that `save_pretrained` wrote, of the autoencoder or of a whole pipeline; a
-            checkpoint file in the layout of latent diffusion's code, such as VA-VAE's (`read_ldm`);
-            or the name of one on the hub, `owner/name`.
+        name: A folder from `save_pretrained`, of the autoencoder or of a whole pipeline; a
+            checkpoint in the layout of latent diffusion's code, such as VA-VAE's; or a name on the
+            Hugging Face hub, `owner/name`.
     """
     model, name = _model(), os.fspath(name)
     if Path(name).is_file():
@@ -72,7 +68,7 @@ def find_vae(name: str | os.PathLike[str]) -> Autoencoder:
             config: dict[str, Any] = model.load_config(name, subfolder=subfolder or None)
         except OSError as error:
             problem, cause = problem or error, error.__context__
-            # The hub gave no answer: asked again it takes half a minute more.
+            # The hub did not answer, and a second question takes half a minute more.
             if type(cause).__name__ == "LocalEntryNotFoundError" and isinstance(cause, OSError):
                 problem = cause
                 break
@@ -101,25 +97,21 @@ def load_vae(
     if Path(found.name).is_file():
         options, weights = read_ldm(Path(found.name))
         vae = _model()(**options)
-        try:
-            vae.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{name} does not hold the weights of latent diffusion's autoencoder: {error}"
-            ) from error
-        # diffusers' own `to` warns of every type.
+        require_entries(Path(found.name), weights, vae.state_dict())
+        vae.load_state_dict(weights)
+        # `to` of diffusers warns about every type.
         return torch.nn.Module.to(vae, device, dtype).eval().requires_grad_(False)
     try:
         vae, about = _model().from_pretrained(
             found.name,
             subfolder=found.subfolder or None,
             torch_dtype=dtype,
-            low_cpu_mem_usage=False,  # what it needs else, accelerate, is not asked for
+            low_cpu_mem_usage=False,  # true needs accelerate
             output_loading_info=True,
         )
     except OSError as error:
         raise ValueError(f"The weights of {found.name} cannot be read: {error}") from error
-    # diffusers leaves what is missing at random numbers, and only warns.
+    # diffusers fills missing weights with random numbers, and only warns.
     if about["missing_keys"]:
         missing = sorted(about["missing_keys"])
         raise ValueError(
@@ -130,7 +122,7 @@ def load_vae(
 
 
 def fingerprint(vae: VAE) -> str:
-    """What tells these weights from others: 16 digits of their SHA-256."""
+    """16 digits of the SHA-256 of these weights."""
     digest = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
         digest.update(name.encode())
@@ -149,7 +141,7 @@ def encode(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         vae: From `load_vae`.
-        pixels: (B, 3, H, W), in [-1, 1] unless the autoencoder is used otherwise (EDM2: [0, 1]).
+        pixels: (B, 3, H, W), in [-1, 1]; for EDM2 in [0, 1].
     """
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     wide = torch.promote_types(vae.dtype, torch.float32)
@@ -163,8 +155,8 @@ def decode(vae: VAE, z: Tensor, batch: int = 32, low: float = -1.0) -> Tensor:
     Args:
         vae: From `load_vae`.
         z: (B, C, h, w), raw: `latents.scaling.invert(x_1)`.
-        batch: How many are decoded at a time, default 32.
-        low: The number that black is, default -1; 0 for EDM2, whose pixels are in [0, 1].
+        batch: Latents per call of the network, default 32.
+        low: The value of black, default -1; 0 for EDM2.
     """
     if batch < 1:
         raise ValueError(f"Expected `batch` of at least 1, got {batch}.")
@@ -181,7 +173,7 @@ def _model() -> Any:
         from diffusers import AutoencoderKL
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "Expected diffusers, which reads the autoencoder, and it is not installed: "
+            "Expected diffusers, which reads the autoencoder, but it is not installed: "
             "pip install 'stagewise[vae]'."
         ) from error
     return AutoencoderKL

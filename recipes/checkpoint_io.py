@@ -1,4 +1,4 @@
-"""How a run's checkpoints are written: whole files, the last step, averages that have begun."""
+"""How checkpoints of a run are written: whole files, the last step, averages that have begun."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["AtomicCheckpointIO", "RunAveraging", "RunCheckpoint"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the old one, and puts it in its place when it is on the disk.
+    """Writes a checkpoint beside the old one, and replaces that when the new one is on the disk.
 
-    Lightning's own goes through the folder for temporary files, and copies from there if that is
-    another disk: a run that is killed then, or finds no room, has lost the old one too.
+    Lightning's own writes to the folder for temporary files, and copies from there to another disk:
+    a run that is killed meanwhile, or finds the disk full, loses the old checkpoint too.
     """
 
     @override
@@ -35,11 +35,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """A `ModelCheckpoint` that keeps the last step too, as `last.ckpt`, whatever its number.
+    """A `ModelCheckpoint` that also keeps the last step, whatever its number, as `last.ckpt`.
 
-    Lightning's own writes one at the end only if it wrote none before, and then when averaged
-    weights have taken the place of those that are trained, and the epoch counts as over: training
-    that goes on from there is not the training that would have gone on.
+    Lightning's own writes the last step only if it wrote no other, and after averaged weights have
+    replaced the trained ones and the epoch counts as over: a training that resumes from it is not
+    the same training.
     """
 
     @override
@@ -51,11 +51,11 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class RunAveraging(EMAWeightAveraging):
-    """An `EMAWeightAveraging` whose average is used once it has begun.
+    """An `EMAWeightAveraging` whose average is used only after `update_starting_at_step`.
 
-    Lightning's own validates with it, and ends training with it, from the first step on: before
-    `update_starting_at_step` that is the untrained network. Without it the average begins at the
-    initial weights, as SiT's and LightningDiT's does; Lightning's own begins after the first step.
+    Lightning's own validates with the average, and ends training with it, from the first step on:
+    before `update_starting_at_step` that is the untrained network. Without that argument the
+    average begins at the initial weights, as in SiT and LightningDiT, not after the first step.
     """
 
     @override

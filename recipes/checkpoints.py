@@ -1,15 +1,14 @@
 """From the folder of a run to its network with trained weights.
 
-A run holds `config.yaml`, the resolved configuration, and `checkpoints/*.ckpt`. Where a callback
-averages weights (Lightning's `WeightAveraging`) a checkpoint's `state_dict` is the average, and
-`current_model_state` the weights that are trained; without one `state_dict` is the latter.
+A run holds `config.yaml`, the resolved configuration, and `checkpoints/*.ckpt`. If a callback
+averages weights (Lightning's `WeightAveraging`), the `state_dict` of a checkpoint is the average,
+and `current_model_state` the trained weights. Otherwise `state_dict` is the trained weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,49 +17,41 @@ from typing import Any, Literal
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
-from stagewise.files import first_line, joined
-from stagewise.recipes.latents import current
+from stagewise.files import joined
+from stagewise.latents.arrays import check_zip
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.trusted import require_known
+from stagewise.recipes.weight_files import read_weights, require_entries
 
 __all__ = [
     "Loaded",
     "Weights",
+    "current",
     "find_checkpoint",
     "load_module",
     "load_weights",
     "newest_whole",
     "read_config",
     "require_same_model",
-    "require_whole",
     "run_config",
 ]
 
 Weights = Literal["averaged", "current"]
 
 _NEEDED = ("data", "net", "objective", "module")
-_OTHER = "Copy it again, or take another checkpoint of the run."
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was loaded.
-
-    Attributes:
-        path: The checkpoint.
-        step: Optimizer steps it had been trained for.
-        weights: Which of its weights.
-        fingerprint: Tells these weights from others.
-        note: A remark on them; empty if there is none.
-    """
+    """What was loaded: a checkpoint after a number of optimizer steps."""
 
     path: Path
     step: int
     weights: Weights
-    fingerprint: str
-    note: str = ""
+    fingerprint: str  # differs between weights
+    note: str = ""  # a remark on them
 
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
@@ -68,15 +59,11 @@ class Loaded:
 
 
 def run_config(run: Path, trust: Sequence[str] = ()) -> DictConfig:
-    """The configuration of a run, from its `config.yaml`.
-
-    Args:
-        run: The folder of a run.
-        trust: What it may call beside what recipes are made of; see `require_known`.
+    """The configuration of the run in a folder, which may also call what is in `trust`.
 
     Raises:
         ValueError: If there is no such folder or file, a part of the model is missing in it, or it
-            calls anything else.
+            calls what `require_known` refuses.
     """
     if not run.is_dir():
         raise ValueError(f"There is no folder {run}. Give the folder of a run.")
@@ -95,24 +82,35 @@ def run_config(run: Path, trust: Sequence[str] = ()) -> DictConfig:
 
 
 def read_config(file: Path) -> DictConfig:
-    """A `config.yaml` as it would be written today; ValueError if it cannot be read."""
+    """A `config.yaml` in today's form; ValueError if it cannot be read."""
     try:
         config = OmegaConf.load(file)
-    except Exception as error:  # of yaml, of OmegaConf, or of the encoding
+    except Exception as error:  # from yaml, OmegaConf, or the decoder
         raise ValueError(f"{file} cannot be read as a configuration: {error}") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"{file} cannot be read as a configuration: it has no keys.")
     return current(config)
 
 
-def find_checkpoint(run: Path, given: Path | None = None) -> Path:
-    """The checkpoint of a run to load.
+def current(config: DictConfig) -> DictConfig:
+    """The same configuration in today's form; in version 0.1 `data` held what opens the latents."""
+    data = config.get("data")
+    old = isinstance(data, DictConfig) and "path" in data
+    if old and str(data.get("_target_")).endswith("LatentsData"):
+        given = ("path", "format", "flips", "moments", "normalize", "multiplier", "expected_std")
+        opens = {name: data.pop(name) for name in given if name in data}
+        target = {"_target_": "stagewise.latents.open_latents", "_partial_": True}
+        data.latents = {**target, **opens, "seed": data.get("seed", 0)}
+    objective = config.get("objective")
+    if isinstance(objective, DictConfig) and "cosine" not in objective:
+        objective.cosine = False
+    return config
 
-    Args:
-        run: The folder of a run.
-        given: A file, by its path or by its name in the run's `checkpoints`; default the one of the
-            last step. One that cannot be read counts as that, so that nobody takes an older one
-            without knowing.
+
+def find_checkpoint(run: Path, given: Path | None = None) -> Path:
+    """The checkpoint of the last step of a run, or `given`, a path or a name in `checkpoints`.
+
+    An unreadable one counts as the last, so that nobody uses an older one by mistake.
 
     Raises:
         ValueError: If there is none, or it is a folder, as sharded training writes.
@@ -135,16 +133,10 @@ def find_checkpoint(run: Path, given: Path | None = None) -> Path:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The whole checkpoint of the last step, and what is wrong with those that come before it.
+    """The newest whole checkpoint of a folder, or None, and the faults of those that are newer.
 
-    A training writes two for a step, and may be killed between them, so that no name tells which
+    A training writes two for a step, and may be killed between them, so names do not tell which
     is the last.
-
-    Args:
-        folder: Of checkpoints.
-
-    Returns:
-        None if there is no checkpoint, or none is whole.
 
     Raises:
         ValueError: If the first is a folder, as sharded training writes.
@@ -153,7 +145,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     for path in _newest_first(folder):
         _refuse_folder(path)
         try:
-            require_whole(path)
+            check_zip(path)
             _read(path)
         except ValueError as error:
             faults.append(str(error))
@@ -163,7 +155,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, by step; before them those that cannot be read."""
+    """The checkpoints of a folder from the last step to the first; unreadable ones come first."""
 
     def age(path: Path) -> tuple[float, float]:
         try:
@@ -183,39 +175,16 @@ def _refuse_folder(path: Path) -> None:
         )
 
 
-def require_whole(path: Path) -> None:
-    """Reads a checkpoint to its end, and compares each part with the checksum that torch wrote.
-
-    Loading reads no checksum. Files in the format before torch 1.6 have none.
-
-    Raises:
-        ValueError: If a byte has changed, or is missing.
-    """
-    try:
-        if not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as file:
-            changed = file.testzip()
-    except Exception as error:  # of the zip: it raises many kinds where its headers are damaged
-        raise ValueError(f"{path} is damaged: {first_line(error)}. {_OTHER}") from error
-    if changed is not None:
-        raise ValueError(f"{path} is damaged: {changed} in it has changed. {_OTHER}")
-
-
 def load_weights(path: Path, module: nn.Module, weights: Weights | None = None) -> Loaded:
-    """Loads the weights of a checkpoint; the keys and shapes have to be those of the module.
-
-    Args:
-        path: The checkpoint.
-        module: Gets the weights. Left as it is if they do not fit.
-        weights: Which, default the averaged ones if there are any.
+    """Loads the weights of a checkpoint, by default the averaged ones if there are any.
 
     Raises:
-        ValueError: If the file is no whole checkpoint, is of another model, or has no such weights.
+        ValueError: If the file is no whole checkpoint, is of another model, or has no such weights;
+            `module` is then unchanged.
     """
     if weights not in (None, "averaged", "current"):
         raise ValueError(f'Expected `weights` "averaged" or "current", got {weights!r}.')
-    require_whole(path)
+    check_zip(path)  # loading does not read checksums
     checkpoint = _read(path)
     state, note = checkpoint["state_dict"], ""
     both = "current_model_state" in checkpoint
@@ -223,35 +192,29 @@ def load_weights(path: Path, module: nn.Module, weights: Weights | None = None) 
     averaged = both and int(checkpoint.get("averaging_state", {}).get("n_averaged", 1)) > 0
     if weights == "averaged" and not averaged:
         why = "its average had not begun" if both else "no callback averaged weights in that run"
-        raise ValueError(f"There are no averaged weights in {path}: {why}. Take --weights current.")
+        raise ValueError(f"There are no averaged weights in {path}: {why}. Use --weights current.")
     chosen: Weights = weights or ("averaged" if averaged else "current")
     if chosen == "current" and both:
         state, average = checkpoint["current_model_state"], state
         if not averaged:
             note = "the average had not begun"
         elif all(key in average and torch.equal(state[key], average[key]) for key in state):
-            note = "they equal the averaged ones: at the end of training Lightning writes both so"
-    _refuse_others(path, state, module.state_dict())
-    module.load_state_dict(state, strict=True)
-    seen = hashlib.sha256()
-    # The first numbers of each tensor: training changes them all, and all would take long.
+            note = "they equal the averaged ones, since Lightning wrote this at the end of training"
+    require_entries(path, state, module.state_dict())
+    module.load_state_dict(state)
+    digest = hashlib.sha256()
+    # The first numbers of each tensor suffice: training changes all of them.
     for key, value in module.state_dict().items():
-        seen.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        seen.update(value.flatten()[:256].double().numpy().tobytes())
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.flatten()[:256].double().numpy().tobytes())
     step = int(checkpoint.get("global_step", 0))
-    return Loaded(path, step, chosen, seen.hexdigest()[:16], note)
+    return Loaded(path, step, chosen, digest.hexdigest()[:16], note)
 
 
 def load_module(
     config: DictConfig, path: Path, weights: Weights | None = None
 ) -> tuple[FlowMatchingModule, Loaded]:
-    """Builds the module of a run, on the CPU and in evaluation mode, and loads a checkpoint.
-
-    Args:
-        config: `run_config(run)`.
-        path: `find_checkpoint(run)`.
-        weights: As in `load_weights`.
-    """
+    """Builds the module of a run, on the CPU and in evaluation mode, and loads a checkpoint."""
     objective = instantiate(config.objective)
     module = instantiate(config.module, net=instantiate(config.net), objective=objective)
     return module.eval(), load_weights(path, module, weights)
@@ -260,38 +223,12 @@ def load_module(
 def require_same_model(path: Path, module: nn.Module) -> int:
     """The step of a checkpoint; ValueError if its entries are not those of the module."""
     checkpoint = _read(path)
-    _refuse_others(path, checkpoint["state_dict"], module.state_dict())
+    require_entries(path, checkpoint["state_dict"], module.state_dict())
     return int(checkpoint.get("global_step", 0))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written in the format before torch 1.6, which cannot be mapped
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of the zip, of the unpickler, or of the file
-        raise ValueError(
-            f"{path} is no whole checkpoint that holds tensors and plain values alone: "
-            f"{first_line(error)}. {_OTHER}"
-        ) from error
+    checkpoint = read_weights(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ValueError(f"Expected a checkpoint of Lightning, with `state_dict`, got {path}.")
     return checkpoint
-
-
-def _refuse_others(path: Path, state: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
-    wrong = {
-        "only in the network": [key for key in own if key not in state],
-        "only in the file": [key for key in state if key not in own],
-        "other shapes": [
-            f"{key} {tuple(state[key].shape)} in the file, {tuple(value.shape)} here"
-            for key, value in own.items()
-            if key in state and state[key].shape != value.shape
-        ],
-    }
-    if any(wrong.values()):
-        listed = "; ".join(f"{what}: {joined(keys)}" for what, keys in wrong.items() if keys)
-        raise ValueError(
-            f"{path} is a checkpoint of another model than the configuration says. {listed}."
-        )

@@ -11,12 +11,12 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "train": "train a recipe, with the stage monitors on",
-    "encode": "make latents of a folder of pictures",
+    "encode": "make latents from a folder of pictures",
     "sample": "draw samples from a run",
-    "report": "write a page of a run, from its files",
-    "profile": "look at latents before training",
-    "make-latents": "make latents to try things on",
-    "completion": "print what makes the tab key work in bash",
+    "report": "write a page about a run, from its files",
+    "profile": "measure latents before training",
+    "make-latents": "make synthetic latents",
+    "completion": "print the tab completion for bash",
 }
 
 
@@ -28,11 +28,11 @@ def main() -> None:
     ]
     usage = "\n".join(["usage: stagewise <command> [arguments]", "", "commands:", *lines])
     if name in ("-h", "--help"):
-        print(f"{usage}\n\nstagewise <command> --help says more; stagewise --version.")
+        print(f"{usage}\n\nMore: stagewise <command> --help, stagewise --version.")
     elif name in ("-V", "--version"):
         print(f"stagewise {version('stagewise')}")
     elif name not in _COMMANDS:
-        # Here, so that a command that is known starts without what only this line needs.
+        # Imported here, so that known commands start without it.
         from stagewise.recipes.arguments import did_you_mean
 
         meant = did_you_mean(name, _COMMANDS)
@@ -42,7 +42,7 @@ def main() -> None:
             _run(name)
         except ModuleNotFoundError as error:
             sys.exit(f"stagewise {name}: {error}. Install it: pip install 'stagewise[recipes]'")
-        except KeyboardInterrupt:  # while it is imported
+        except KeyboardInterrupt:  # during the import
             sys.exit(130)
 
 
@@ -60,6 +60,6 @@ def _run(name: str) -> None:
         return
     module = f"stagewise.recipes.{name.replace('-', '_')}"
     sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
-    # Lightning starts further processes of this program by the name of the main module.
+    # Lightning starts the processes of further ranks by the name of the main module.
     sys.modules["__main__"].__spec__ = find_spec(module)
     import_module(module).main()

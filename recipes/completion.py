@@ -1,8 +1,7 @@
-"""`stagewise completion`: the words that bash offers at the tab key.
+"""`stagewise completion`: tab completion for bash.
 
-What the parsers know stands in the script that is printed. Groups, choices and keys of recipes come
-from Hydra, which bash asks by running this file alone: the package is not imported, so that the
-answer takes half a second.
+The script that is printed contains the options of the parsers. Groups, choices and keys of recipes
+come from Hydra: bash runs this file alone, without the package, so that it takes half a second.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ import hydra
 __all__ = ["script"]
 
 _SCRIPT = """\
-# Tab completion of stagewise for bash. Keep it where bash looks for it:
+# Tab completion of stagewise for bash. To install it:
 #   stagewise completion > ~/.local/share/bash-completion/completions/stagewise
-# or switch it on in this shell alone: eval "$(stagewise completion)"
+# For this shell only: eval "$(stagewise completion)"
 _stagewise() {
   local word="${COMP_LINE:0:COMP_POINT}" words="" files="-f"
   word="${word##* }"
   local before="${COMP_WORDS[COMP_CWORD-1]}" key=""
   COMPREPLY=()
-  # "--format=re" and "data.path=./a": what follows "=" is offered alone.
+  # "--format=re" and "data.path=./a": only what follows "=" is completed.
   if [[ "$word" == *=* ]] && (( COMP_CWORD > 1 )); then key="${word%%=*}" before="${word%%=*}"; fi
   if (( COMP_CWORD == 1 )); then
     words="@COMMANDS@" files=""
@@ -41,7 +40,7 @@ _stagewise() {
         words="$words --cfg --help --multirun" ;;
     esac
   fi
-  # Where "=" does not part words, bash wants the whole of it back.
+  # If "=" does not separate words, bash expects the whole word back.
   local back="" value="${word#*=}" found one
   [[ -n "$key" && "$COMP_WORDBREAKS" != *=* ]] && back="$key="
   [[ -n "$key" ]] || value="$word"
@@ -51,7 +50,7 @@ _stagewise() {
     one="${one#"$key="}"; [[ -n "$one" ]] && COMPREPLY+=("$back$one")
   done <<< "$found"
   if [[ -n "$files" ]] && (( ${#COMPREPLY[@]} == 0 )); then
-    compopt -o filenames 2> /dev/null  # escapes what must be, and ends folders with "/"
+    compopt -o filenames 2> /dev/null  # escapes names, and ends folders with "/"
     while IFS= read -r one; do
       [[ -n "$one" ]] && COMPREPLY+=("$back$one")
     done <<< "$(compgen -f -- "$value")"
@@ -66,12 +65,7 @@ complete -o nospace -F _stagewise stagewise"""
 
 
 def script(commands: list[str], parsers: Mapping[str, argparse.ArgumentParser]) -> str:
-    """The script, for bash to evaluate.
-
-    Args:
-        commands: All commands.
-        parsers: Those of the commands that have one.
-    """
+    """The script, with all `commands` and the parsers of those that have one."""
     cases = []
     for name, parser in parsers.items():
         for option, action in parser._option_string_actions.items():
@@ -90,7 +84,7 @@ def script(commands: list[str], parsers: Mapping[str, argparse.ArgumentParser]) 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def _ask(config: Any) -> None:
-    """Nothing: Hydra answers what bash asks before it would run this."""
+    """Nothing: Hydra answers bash before it calls this."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a reader should take from the table at the end of a training, in a few sentences."""
+"""What follows from the table at the end of a training, in a few sentences."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ __all__ = ["conclusion"]
 
 
 def conclusion(rows: Sequence[dict[str, Any]]) -> str:
-    """Sentences made from the table by stage; empty without one.
-
-    Args:
-        rows: Of `evaluate.stage_table`: the stages that there are, then all t.
-    """
+    """Sentences about the rows of `evaluate.stage_table`: the stages, then all t."""
     if not rows:
         return ""
     *stages, whole = rows
-    points = [_stages(stages), _floor(stages, whole), _left(stages, whole), _gap(stages)]
+    points = [_stages(stages), _floor(whole), _left(stages), _gap(stages)]
     wrapped = [
         textwrap.fill(p, 100, initial_indent="  - ", subsequent_indent="    ") for p in points
     ]
@@ -28,23 +24,18 @@ def conclusion(rows: Sequence[dict[str, Any]]) -> str:
 
 def _stages(stages: Sequence[dict[str, Any]]) -> str:
     edges = {row["stage"]: (row["from"], row["to"]) for row in stages}
-    said = []
+    parts = []
     if "navigation" in edges:
         end = edges["navigation"][1]
         until = f"up to t = {end:.3f}" if end < 1 else "at all t"
-        said.append(f"{until} many training samples explain a noisy one (navigation)")
+        parts.append(f"{until} many training samples explain a noisy one (navigation)")
     if "refinement" in edges:
-        said.append(f"from t = {edges['refinement'][0]:.3f} on one does (refinement)")
-    text = ", ".join(said)
+        parts.append(f"from t = {edges['refinement'][0]:.3f} on one does (refinement)")
+    text = ", ".join(parts)
     return text and f"{text[0].upper()}{text[1:]}. The data decide this, not the training."
 
 
-def _share(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
-    """What each stage has of a mean over all t."""
-    return [row[key] * (row["to"] - row["from"]) for row in rows]
-
-
-def _floor(stages: Sequence[dict[str, Any]], whole: dict[str, Any]) -> str:
+def _floor(whole: dict[str, Any]) -> str:
     share = whole["floor"] / whole["train"]
     if not math.isfinite(share):
         return ""
@@ -54,9 +45,8 @@ def _floor(stages: Sequence[dict[str, Any]], whole: dict[str, Any]) -> str:
     )
 
 
-def _left(stages: Sequence[dict[str, Any]], whole: dict[str, Any]) -> str:
-    pairs = zip(_share(stages, "train"), _share(stages, "floor"), strict=True)
-    left = [loss - floor for loss, floor in pairs]
+def _left(stages: Sequence[dict[str, Any]]) -> str:
+    left = [(row["train"] - row["floor"]) * (row["to"] - row["from"]) for row in stages]
     total = sum(left)
     if not total > 0:
         return ""

@@ -1,17 +1,17 @@
-"""What `stagewise encode` notes beside the latents, so that a run that was stopped can go on.
+"""What `stagewise encode` records beside the latents, so that a stopped run can be resumed.
 
-    encode.json                  the settings; at the end also the number of rows, what was left out
-                                 or converted, and hashes of the files that are over all rows
+    encode.json                  the settings; at the end also the number of rows, the pictures that
+                                 were left out or converted, and hashes of the files over all rows
     encode_rank00.json           the blocks that a rank has written, each with hashes of its files
-                                 and of its part of the next
+                                 and of its part of the next file
     encode_rank00_pictures.bin   for each picture a stamp and a hash of what was read, 8 bytes each
     classes.json                 the names of the classes
 
-Ranks do not talk to one another: each has a note of its own, and all write the same `encode.json`.
+Ranks do not communicate: each has a record of its own, and all write the same `encode.json`.
 
-Whoever resumes compares contents, not names: blocks whose files or pictures are no more what they
-were are encoded again. Files are read for that; pictures only if their stamp (size and times of
-writing and of any change) is another.
+A resumed run compares contents, not names, and encodes blocks again if their files or pictures have
+changed. It reads all files, but pictures only if their stamp (size and times of writing and of any
+change) differs.
 """
 
 from __future__ import annotations
@@ -26,46 +26,44 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from stagewise.files import replace_file
-from stagewise.recipes.image_folder import Batch, ImageList, seen, stamp
+from stagewise.recipes.image_folder import Batch, ImageList, read_stamped, stamp
 
 __all__ = ["SETTINGS", "Record"]
 
 SETTINGS = "encode.json"
 
 Files: TypeAlias = "Callable[[int, Sequence[int]], list[Path]]"
-"""The files of a block, of its number among those with rows and of its pictures with rows."""
+"""The files of a block, from its number among those with rows and its pictures with rows."""
 
 _CHECKSUM = "checksum"
 _MOST_NAMES = 5  # of converted pictures, for each kind and block
 
 
 class Record:
-    """The notes of a run in a folder.
+    """The record of a rank.
 
-    A rank has a contiguous part of the pictures: rows are in the order of the list, however many
-    ranks there are. Its part is cut into blocks, numbered from 0.
-
-    Attributes:
-        start: The first picture of this rank.
-        count: How many it has.
-        skipped: Names of the pictures left out, with the reason.
+    A rank has `count` contiguous pictures from `start` on, so rows are in the order of the list for
+    any number of ranks. They are cut into blocks, numbered from 0. `skipped` holds the names of the
+    pictures left out, with the reason.
     """
 
-    def __init__(self, folder: Path, rank: int, ranks: int, images: ImageList, size: int) -> None:
+    def __init__(
+        self, folder: Path, rank: int, ranks: int, images: ImageList, size: int, files: Files
+    ) -> None:
         self.folder, self.rank, self.ranks, self.images = folder, rank, ranks, images
         total = len(images.files)
         self.start = total * rank // ranks
         self.count = total * (rank + 1) // ranks - self.start
         self.skipped: dict[str, str] = {}
-        self._size = size
-        # Of each block its number among those with rows, a hash of its files, what was converted.
+        self._size, self._files_of = size, files
+        # Of each block: its number among those with rows, a hash of its files, conversions.
         self._blocks: list[dict[str, Any]] = [{} for _ in range(0, self.count, size)]
         self._seen = np.zeros((self.count, 2), dtype="<u8")
 
     def begin(self, settings: dict[str, Any], resume: bool) -> None:
-        """Finds how far this rank is; refuses a folder of something else, or of other settings."""
+        """Reads the progress of this rank; refuses a folder of other things or other settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Listed first: another rank may be writing its settings, which come before all else.
+        # Listed first, since another rank may be writing its settings now.
         found = sorted(item.name for item in self.folder.iterdir() if not item.name.startswith("."))
         if found and not (self.folder / SETTINGS).is_file():
             raise FileExistsError(
@@ -73,30 +71,30 @@ class Record:
                 f"{SETTINGS}. Choose another."
             )
         self.require_same(settings)
-        note = _read(self._note(self.rank))
-        if note:
+        if note := _read(self._note(self.rank)):
             self._blocks, self.skipped = note["blocks"], note["skipped"]
-        if note and not resume:
-            raise FileExistsError(
-                f"{self.folder} holds {self.done} of {self.count} pictures of rank {self.rank} "
-                "already. Go on behind them: --resume. Or choose another folder."
-            )
-        if note:
-            self._seen = self._read_pictures()
+            if not resume:
+                raise FileExistsError(
+                    f"{self.folder} holds {self.done} of {self.count} pictures of rank {self.rank} "
+                    "already. Continue with --resume, or choose another folder."
+                )
+            held = self._pictures.read_bytes() if self._pictures.is_file() else b""
+            held = held[: self._seen.nbytes].ljust(self._seen.nbytes, b"\0")
+            self._seen = np.frombuffer(held, dtype="<u8").reshape(-1, 2).copy()
 
     def require_same(self, settings: dict[str, Any]) -> None:
-        """Refuses settings that differ from those of the folder, and names what differs."""
+        """Refuses settings that differ from those of the folder."""
         held = _read(self.folder / SETTINGS).get("settings", settings)
         differ = {name: value for name, value in settings.items() if held.get(name) != value}
-        if differ.keys() - {"vae"}:  # the same weights may lie elsewhere
+        if differ.keys() - {"vae"}:  # the same weights may have moved
             named = [f"{name} ({held.get(name)} there, {differ[name]} here)" for name in differ]
             raise ValueError(
-                f"{self.folder} holds latents that were made in another way, and this differs: "
-                f"{', '.join(named)}. Use the same, or choose another folder."
+                f"{self.folder} holds latents that were made with other settings: "
+                f"{', '.join(named)}. Use the same settings, or choose another folder."
             )
 
-    def settle(self, settings: dict[str, Any]) -> None:
-        """Writes settings, classes and the note of this rank, before the first picture."""
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """Writes settings, classes and the record of this rank, before the first picture."""
         self.require_same(settings)
         _write(self.folder / SETTINGS, {"settings": settings})
         self._write_classes()
@@ -106,7 +104,7 @@ class Record:
 
     @property
     def done(self) -> int:
-        """How many pictures are written, or left out."""
+        """How many pictures are written or left out."""
         return self.count - sum(len(self.indices(block)) for block in self.missing())
 
     def indices(self, block: int) -> range:
@@ -119,16 +117,16 @@ class Record:
         return [block for block, held in enumerate(self._blocks) if "files" not in held]
 
     def number(self, block: int) -> int:
-        """The number of a block among those with rows; it keeps it when it is written again."""
+        """The number of a block among those with rows; it stays when the block is written again."""
         numbers = [held.get("number") for held in self._blocks]
         if (held := numbers[block]) is not None:
             return held
         return max((number for number in numbers if number is not None), default=-1) + 1
 
     def add(self, batch: Batch, indices: range) -> None:
-        """Takes note of the pictures of a batch, of which some are left out."""
+        """Records the pictures of a batch, and which are left out."""
         names = {index: self.images.files[index] for index in indices}
-        for index, found in zip(indices, batch.seen, strict=True):
+        for index, found in zip(indices, batch.stamps, strict=True):
             self._seen[index - self.start] = found
         self.skipped.update({names[index]: reason for index, reason in batch.broken.items()})
         held = self._blocks[(indices[0] - self.start) // self._size]
@@ -139,45 +137,45 @@ class Record:
                 kind["count"] += 1
                 kind["names"] += [names[index]][: _MOST_NAMES - len(kind["names"])]
 
-    def close_block(self, block: int, files: Files) -> None:
-        """Notes that a block is on the disk, in the files of its number and pictures."""
+    def close_block(self, block: int) -> None:
+        """Records that a block is on the disk."""
         rows = self.with_rows(block)
         number = self.number(block) if rows else None
         if number is None and self._blocks[block].get("number") is not None:
             raise ValueError(
-                f"None of {self._size} pictures that were encoded before can be read any more, the "
-                f"first {self.images.files[self.indices(block)[0]]}. Encode into another folder."
+                f"{self._size} pictures that were encoded before can no longer be read, the first "
+                f"{self.images.files[self.indices(block)[0]]}. Encode into another folder."
             )
-        hashed = "" if number is None else file_hash(files(number, rows))
+        hashed = "" if number is None else file_hash(self._files_of(number, rows))
         self._blocks[block] |= {"number": number, "files": hashed}
         self._blocks[block]["pictures"] = self._seen_hash(block)
         replace_file(self._pictures, lambda name: self._seen.tofile(name))
         self._save()
 
-    def compare(self, files: Files) -> list[str]:
-        """Drops the blocks whose files are missing or damaged; says so of each.
+    def drop_damaged(self) -> list[str]:
+        """Drops the blocks whose files are missing or damaged, and returns a line for each.
 
         Raises:
-            ValueError: If pictures of the others are no more those that were encoded.
+            ValueError: If pictures of other blocks have changed since they were encoded.
         """
         whole = [block for block in range(len(self._blocks)) if "files" in self._blocks[block]]
-        with ThreadPoolExecutor(16) as pool:  # on a network drive each question takes a while
-            said = pool.map(lambda block: self._damaged(block, files), whole)
-            damaged = dict(zip(whole, said, strict=True))
+        with ThreadPoolExecutor(16) as pool:  # on a network drive each file takes a while
+            faults = pool.map(self._damaged, whole)
+            damaged = dict(zip(whole, faults, strict=True))
             rest = [block for block in whole if not damaged[block]]
             replaced = dict(zip(rest, pool.map(self._replaced, rest), strict=True))
         for block, picture in replaced.items():
-            listed = self._files(block, files)
+            listed = self._files(block)
             if picture and listed:
                 raise ValueError(
-                    f"{picture} has changed since it was encoded. Put back the one that was; or "
-                    f"delete {listed[0]}: then --resume encodes the pictures of its block again, "
-                    f"{len(self.indices(block))} of them."
+                    f"{picture} has changed since it was encoded. Put the old picture back, or "
+                    f"delete {listed[0]}: then --resume encodes the {len(self.indices(block))} "
+                    "pictures of its block again."
                 )
         changed = [block for block in whole if damaged[block] or replaced.get(block)]
         for block in changed:
-            # All of them: there may be no rows any more where a picture cannot be read now.
-            for file in self._files(block, files):
+            # All files: a picture that can no longer be read leaves no row.
+            for file in self._files(block):
                 file.unlink(missing_ok=True)
             for index in self.indices(block):
                 self.skipped.pop(self.images.files[index], None)
@@ -190,10 +188,10 @@ class Record:
             if damaged[block]
         ]
 
-    def _damaged(self, block: int, files: Files) -> str:
+    def _damaged(self, block: int) -> str:
         if self._seen_hash(block) != self._blocks[block]["pictures"]:
             return f"{self._pictures} is missing or damaged"
-        listed = self._files(block, files)
+        listed = self._files(block)
         if file_hash(listed) == self._blocks[block]["files"]:
             return ""
         more = f" or one of the {len(listed) - 1} that follow" if len(listed) > 1 else ""
@@ -203,14 +201,14 @@ class Record:
         for index in self.indices(block):
             file = self.images.folder / self.images.files[index]
             mark, content = self._seen[index - self.start]
-            # A copy, or a file that was touched, has another stamp and the same contents.
-            if stamp(file.stat()) != mark and seen(file)[0][1] != content:
+            # A file that was copied or touched has another stamp and the same contents.
+            if stamp(file.stat()) != mark and read_stamped(file)[0][1] != content:
                 return file
         return None
 
-    def _files(self, block: int, files: Files) -> list[Path]:
+    def _files(self, block: int) -> list[Path]:
         number = self._blocks[block]["number"]
-        return [] if number is None else files(number, self.with_rows(block))
+        return [] if number is None else self._files_of(number, self.with_rows(block))
 
     def with_rows(self, block: int) -> list[int]:
         """The pictures of a block that are not left out."""
@@ -220,7 +218,7 @@ class Record:
     # -- all ranks --------------------------------------------------------------------------------
 
     def all_notes(self) -> tuple[dict[str, str], dict[str, Any]] | None:
-        """What all ranks left out and what they converted; None if not all of them are done."""
+        """What all ranks left out and converted; None before all ranks are done."""
         notes = [_read(self._note(rank)) for rank in range(self.ranks)]
         if any(not note or note["done"] < note["of"] for note in notes):
             return None
@@ -234,14 +232,14 @@ class Record:
         return skipped, converted
 
     def close(self, about: dict[str, Any], files: Iterable[Path]) -> None:
-        """Writes what is known at the end, and what tells the files over all rows from others."""
+        """Writes `about`, and hashes of the files over all rows."""
         files = [self._write_classes(), *files]
         held = _read(self.folder / SETTINGS)
         hashes = {file.relative_to(self.folder).as_posix(): file_hash([file]) for file in files}
         _write(self.folder / SETTINGS, {**held, **about, "files": hashes})
 
     def is_closed(self) -> bool:
-        """Whether all is written, and what is over all rows too."""
+        """Whether all files are written, also those over all rows."""
         hashes: dict[str, str] = _read(self.folder / SETTINGS).get("files", {})
         whole = (file_hash([self.folder / name]) == wanted for name, wanted in hashes.items())
         return bool(hashes) and not self.missing() and all(whole)
@@ -264,18 +262,13 @@ class Record:
     def _pictures(self) -> Path:
         return self.folder / f"encode_rank{self.rank:02d}_pictures.bin"
 
-    def _read_pictures(self) -> np.ndarray:
-        held = self._pictures.read_bytes() if self._pictures.is_file() else b""
-        held = held[: self._seen.nbytes].ljust(self._seen.nbytes, b"\0")
-        return np.frombuffer(held, dtype="<u8").reshape(-1, 2).copy()
-
     def _seen_hash(self, block: int) -> str:
-        first, last = self.indices(block)[0] - self.start, self.indices(block)[-1] - self.start
-        return _hash(self._seen[first : last + 1].tobytes())
+        first = block * self._size
+        return _hash(self._seen[first : first + self._size].tobytes())
 
 
 def file_hash(files: Sequence[Path]) -> str:
-    """A hash of what files hold, in 16 digits; empty if there are none, or not all of them."""
+    """A hash of the contents of files, in 16 digits; empty without files or if one is missing."""
     total = hashlib.sha256()
     for file in files:
         one = hashlib.sha256()
@@ -298,8 +291,8 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged ({error}). Encode into another folder.") from error
     if held.pop(_CHECKSUM, None) != _checksum(held):
         raise ValueError(
-            f"{file} is damaged, changed by hand or of an older version: it does not match its "
-            "checksum. Encode into another folder."
+            f"{file} does not match its checksum: it is damaged, edited by hand or from an older "
+            "version. Encode into another folder."
         )
     return held
 

@@ -1,12 +1,12 @@
-"""What `stagewise encode` writes: a block of pictures at a time, in the format asked for.
+"""What `stagewise encode` writes: a block of pictures at a time, in the chosen format.
 
-    lightningdit   shards of posterior samples and of those of the mirrored picture, with statistics
+    lightningdit   shards of posterior samples of the picture and its mirror image, with statistics
     repa, edm2     mean and standard deviation, one `.npy` for each picture, with `dataset.json`
-    mar            mean and log-variance, also of the mirrored picture, one `.npz` for each
+    mar            mean and log-variance, also of the mirror image, one `.npz` for each
 
-A sample is `mean + std * eps`, with eps drawn by (seed, index of the picture, 1 for the mirrored
-one): neither batches nor ranks change it. A block counts when `close` has returned: it is on the
-disk then, and a block that was cut off is written again.
+A sample is `mean + std * eps`, and eps depends on (seed, index of the picture, 1 for the mirror
+image) only, not on batches or ranks. When `close` has returned, a block is on the disk; a block
+that was interrupted is written again.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Writer:
     """Writes the latents of the pictures of one rank into a folder, which exists."""
 
     pixels_from = -1.0
-    """What black is for the autoencoder; white is 1."""
+    """Value of black for the autoencoder; white is 1."""
     takes_flips = True
-    """Whether mirrored pictures have a place in the format."""
+    """Whether the format stores mirrored pictures."""
 
     def __init__(
         self, folder: Path, images: ImageList, rank: int, seed: int, dtype: torch.dtype
@@ -55,25 +55,22 @@ class Writer:
         raise NotImplementedError
 
     def close(self, number: int) -> None:
-        """Ends a block: what was added is on the disk. `number` counts the blocks with rows."""
-        # Of many files, once for a block: to wait for the disk after each of a million takes hours.
+        """Ends a block: what was added is then on the disk. `number` counts blocks with rows."""
+        # Once for a block: to wait for the disk after each of a million files takes hours.
         if hasattr(os, "sync"):
             os.sync()
 
     def files(self, number: int, indices: Sequence[int]) -> list[Path]:
-        """Those of a block: of its number, and of its pictures that have rows."""
+        """The files of a block, from its number and its pictures that have rows."""
         raise NotImplementedError
 
     def finish(self, indices: Sequence[int]) -> list[Path]:
-        """Writes what is over all rows, of all ranks; `indices` are those that are there.
-
-        Returns the files.
-        """
+        """Writes and returns the files over the rows of all ranks, those of `indices`."""
         raise NotImplementedError
 
 
 class _Shards(Writer):
-    """LightningDiT's shards; without mirrored pictures rows are stored twice, as is usual."""
+    """LightningDiT's shards; without mirrored pictures each row is stored twice, as is usual."""
 
     _held: tuple[dict[str, Tensor], ...] = ()
 
@@ -151,16 +148,16 @@ class _MAR(Writer):
 
     @override
     def files(self, number: int, indices: Sequence[int]) -> list[Path]:
-        return [self._file(index) for index in indices]
+        def file(label: str, name: str) -> Path:
+            name = name.removeprefix(f"{label}/").replace("/", "%2F")
+            return self.folder / label / f"{name}.npz"
 
-    def _file(self, index: int) -> Path:
-        label = self.images.classes[self.images.labels[index]]
-        name = self.images.files[index].removeprefix(f"{label}/").replace("/", "%2F")
-        return self.folder / label / f"{name}.npz"
+        images = self.images
+        return [file(images.classes[images.labels[i]], images.files[i]) for i in indices]
 
     @override
     def finish(self, indices: Sequence[int]) -> list[Path]:
-        # The label is the place of the folder: one without rows has its place too.
+        # A label is the place of its folder, so a class without rows needs one too.
         for name in self.images.classes:
             (self.folder / name).mkdir(exist_ok=True)
         return []

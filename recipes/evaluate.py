@@ -1,4 +1,4 @@
-"""The end of a recipe: losses by t and by stage on training and held-out samples, and pictures."""
+"""After training: losses by t and by stage on training and held-out samples, and pictures."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ from stagewise.velocity_probe import STAGES
 
 __all__ = ["evaluate", "floor_curve", "loss_by_time", "sample_grid", "stage_table"]
 
-_CLASSES = 8
-"""How many classes the picture of samples shows at most."""
+_CLASSES = 8  # in the picture of samples
 
 Losses = tuple[Tensor, Tensor]
 """Times and losses of queries, both (Q,)."""
@@ -48,32 +47,20 @@ Losses = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def loss_by_time(
-    module: FlowMatchingModule,
-    dataset: Dataset[tuple[Tensor, Tensor]],
-    queries: int,
-    seed: int = 0,
-    batch_size: int = 256,
+    module: FlowMatchingModule, dataset: Dataset[tuple[Tensor, Tensor]], queries: int
 ) -> Losses:
-    """The objective of single samples at times spread evenly over [0, 1].
+    """Losses without weights of random samples, at times spread evenly over [0, 1].
 
-    Args:
-        module: The trained module; its network is put into evaluation mode.
-        dataset: Items `(x_1, label, ...)`; those of `fixed()` if there is one: draws are those of
-            the epoch that training has come to.
-        queries: How many (sample, t) pairs.
-        seed: Of samples, times and noise, default 0.
-        batch_size: Default 256.
-
-    Returns:
-        Times, ascending, and losses without weights, both (queries,).
+    The samples are those of `dataset.fixed()` if there is one, since draws depend on the epoch. The
+    network is put into evaluation mode.
     """
     module.eval()
     dataset = dataset.fixed() if hasattr(dataset, "fixed") else dataset
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(dataset), (queries,), generator=generator)  # type: ignore[arg-type]
     t = (torch.arange(queries) + torch.rand(queries, generator=generator)) / queries
     losses = []
-    for at in torch.arange(queries).split(batch_size):
+    for at in torch.arange(queries).split(256):
         items = [dataset[int(row)] for row in rows[at]]
         x1 = torch.stack([item[0] for item in items])
         x0 = torch.randn(x1.shape, generator=generator).to(module.device)
@@ -85,17 +72,10 @@ def loss_by_time(
 
 
 def floor_curve(module: FlowMatchingModule, curve: StageCurve) -> tuple[Tensor, Tensor]:
-    """The part of the training loss that no model can remove, by t.
+    """Times, (T,), and the floor of the loss per query, (T, Q), from a measured curve.
 
     MSE(conditional, oracle) of the module's prediction type: the two targets differ by
     `c_t (m - x_1)`, so it is that of the velocity times `(c_t / c_t of the velocity)^2`.
-
-    Args:
-        module: The module.
-        curve: What a `PosteriorMonitor` measured.
-
-    Returns:
-        Times, (T,), and the floor per query, (T, Q).
     """
     path = module.objective.path(curve.t)
     c, _ = module.objective.prediction.coefficients(path)
@@ -104,7 +84,7 @@ def floor_curve(module: FlowMatchingModule, curve: StageCurve) -> tuple[Tensor, 
 
 
 def _means(losses: Losses, edges: Sequence[float] | Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard error between edges; NaN where something is not finite."""
+    """Mean and standard error between edges; NaN if a loss there is not finite."""
     sums = BinnedSums.empty(edges, ["loss"])
     sums.update(losses[0], losses[1][None])
     found = sums.means()
@@ -119,17 +99,10 @@ def stage_table(
     train: Losses,
     held_out: Losses | None,
 ) -> list[dict[str, float | str]]:
-    """Mean losses in navigation, transition and refinement, and over all t.
+    """A row for each stage, and one for all t.
 
-    Args:
-        boundary: Where the stages meet.
-        floor: Of `floor_curve`.
-        train: Of `loss_by_time`, on training samples.
-        held_out: The same on held-out samples, or None.
-
-    Returns:
-        One row for each stage: its name, from, to, the mean losses, and the gap, held-out minus
-        training loss, with its standard error.
+    `floor` is from `floor_curve`, the losses are from `loss_by_time`. A row holds name, from, to,
+    mean losses, and the gap, held-out minus training loss, with its standard error.
     """
     grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     between = np.interp(grid.numpy(), floor[0].numpy(), floor[1].mean(1).numpy())
@@ -151,7 +124,7 @@ def stage_table(
 
 
 def _predicted(run_dir: Path, monitor: PosteriorMonitor) -> float:
-    """The boundary by the spectrum; where nothing was trained the monitor has only written it."""
+    """The predicted boundary; a run that had ended before has it only in its files."""
     if math.isnan(monitor.predicted):
         with suppress(ValueError):
             found = read_run(run_dir).first("bank").get("predicted")
@@ -212,17 +185,7 @@ def _loss_figure(
 
 
 def sample_grid(real: Tensor, generated: Tensor, names: Sequence[str], title: str) -> Figure:
-    """Training samples beside generated ones, a row for each class.
-
-    Args:
-        real: Pictures in [0, 1], (classes, n, 3, H, W).
-        generated: The same, (classes, m, 3, H, W).
-        names: Names of the classes.
-        title: Title of the generated half.
-
-    Returns:
-        The figure.
-    """
+    """Training samples, (classes, n, 3, H, W) in [0, 1], beside generated ones, by class."""
     figure = Figure(figsize=(9, 0.62 * len(names) + 0.8), dpi=110, layout="constrained")
     axes = figure.subplots(len(names), 2, squeeze=False)
     for row, name in enumerate(names):
@@ -288,37 +251,22 @@ def evaluate(
     method: str,
     steps: int,
 ) -> dict[str, Any]:
-    """Prints the table, and saves and logs the pictures.
+    """Prints the table, saves and logs the pictures, and returns `stages` and the mean losses.
 
-    Args:
-        module: The trained module (with averaged weights, if a callback averages them).
-        data: A data module with data sets `train` and `held_out` (or None), `class_names`,
-            `shape` and a method `examples(classes, count)`.
-        monitor: The run's monitor, or None: then without boundaries and floor.
-        loggers: Of the trainer; those that show pictures get them.
-        step: The last step.
-        run_dir: Where the PNGs go.
-        queries: (sample, t) pairs for the loss by t, of each split.
-        samples_per_class: Generated samples of each class.
-        cfg_scale: Guidance scale.
-        cfg_channels: How many channels are guided, as far as there are; None for all.
-        method: Solver.
-        steps: Its steps.
-
-    Returns:
-        `stages`, the rows of the table (empty without monitor), and the mean losses.
+    `data` has data sets `train` and `held_out` (or None), `class_names`, `shape` and a method
+    `examples(classes, count)`. Without `monitor` there are no boundaries, and `stages` is empty.
+    `queries` counts the (sample, t) pairs of each split; the options after it are of the samples.
     """
-    train = loss_by_time(module, data.train, queries)
-    held_out = None if data.held_out is None else loss_by_time(module, data.held_out, queries)
+    train, held_out = loss_by_time(module, data.train, queries), None
     curves = {"training samples": train}
-    if held_out is not None:
-        curves["held-out samples"] = held_out
+    if data.held_out is not None:
+        curves["held-out samples"] = held_out = loss_by_time(module, data.held_out, queries)
     curve = None if monitor is None else monitor.curve
     floor = None if curve is None else floor_curve(module, curve)
     figure = _loss_figure(curves, floor, len(data.train))
     rows: list[dict[str, Any]] = []
     if monitor is not None and floor is not None:
-        # The first probe's: by it the run's monitors and schemes cut t.
+        # The first probe defines the stages for the monitors and schemes of the run.
         boundary, predicted = boundary_of(monitor.history[0]), _predicted(run_dir, monitor)
         rows = stage_table(boundary, floor, train, held_out)
         _print_table(boundary, predicted, rows)

@@ -1,4 +1,4 @@
-"""Pictures in a folder, as an autoencoder takes them: found, cut to a square, read in parallel.
+"""Pictures in a folder: found, cut to a square, read in parallel.
 
 The cut is that of guided diffusion (ADM, Dhariwal and Nichol 2021): halve by a box filter while the
 shorter side is at least twice `size`, bring it to `size` by bicubic interpolation, and keep the
@@ -12,7 +12,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,25 +30,22 @@ __all__ = ["Batch", "ImageList", "Picture", "Pictures", "centre_crop", "collate"
 
 @dataclass(frozen=True)
 class ImageList:
-    """The pictures of a folder, by class, then by name.
-
-    Label i is that of `classes[i]`. `left_out` are the other files, but for hidden ones.
-    """
+    """The pictures of a folder, by class, then by name."""
 
     folder: Path
     files: list[str]  # names below it
-    labels: list[int]
+    labels: list[int]  # places in `classes`
     classes: list[str]
-    flat: bool  # no class folders, but one class
-    left_out: list[str] = field(default_factory=list)
+    flat: bool  # one class, without a folder
+    left_out: list[str]  # other files that are not hidden
 
     def fingerprint(self) -> str:
-        """What tells this list from another: 16 digits of the SHA-256 of names and labels."""
+        """16 digits of the SHA-256 of names and labels."""
         lines = (f"{label} {file}\n" for file, label in zip(self.files, self.labels, strict=True))
         return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
     def about_left_out(self) -> str:
-        """How many files are no pictures by their ending, and an example of each ending."""
+        """The number of files left out, by ending, and an example of each."""
         endings = Counter(os.path.splitext(name)[1].lower() for name in self.left_out)
         first = {os.path.splitext(name)[1].lower(): name for name in reversed(self.left_out)}
         return ", ".join(
@@ -61,19 +58,19 @@ def find_images(folder: Path) -> ImageList:
     """Lists pictures in sorted class folders (as torchvision's `ImageFolder`), or in a flat one."""
     if not folder.is_dir():
         raise FileNotFoundError(f"Expected a folder of images, got {folder}: no such folder.")
-    items = sorted(item for item in folder.iterdir())
+    items = sorted(folder.iterdir())
     folders = [item.name for item in items if item.is_dir()]
     here = [item.name for item in items if not item.is_dir()]
     loose, others = _by_ending(here)
     if loose and folders:
         raise ValueError(
             f"Expected class folders or images in {folder}, got both: {len(folders)} folders, such "
-            f"as {folders[0]}, and {len(loose)} images, such as {loose[0]}. Move one or the other."
+            f"as {folders[0]}, and {len(loose)} images, such as {loose[0]}. Move one of the two."
         )
     if folders and (folder / "dataset.json").is_file():
         raise ValueError(
-            f"{folder} has a dataset.json, as the data sets of EDM2 and REPA have: its folders are "
-            "no classes. Give the class folders that it was made of."
+            f"{folder} has a dataset.json, as in EDM2 and REPA, so its folders are no classes. "
+            "Give the class folders that it was made from."
         )
     if loose:
         return ImageList(folder, loose, [0] * len(loose), ["0"], True, others)
@@ -109,7 +106,7 @@ def _by_ending(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The square in the middle of a picture, `size` by `size`; see the module."""
+    """The square in the middle of a picture, `size` by `size`, cut as in ADM."""
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
@@ -120,15 +117,15 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def seen(file: Path) -> tuple[tuple[int, int], bytes]:
-    """The contents of a file, and before them what tells it from another: `stamp` and a hash."""
+def read_stamped(file: Path) -> tuple[tuple[int, int], bytes]:
+    """The stamp and a hash of a file, and its contents."""
     with open(file, "rb") as stream:
         mark, data = stamp(os.fstat(stream.fileno())), stream.read()
     return (mark, _number(data)), data
 
 
 def stamp(about: os.stat_result) -> int:
-    """What changes with a file when it is written, replaced or copied, without its contents."""
+    """A number that changes when a file is written, replaced or copied; reads no contents."""
     return _number(f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}".encode())
 
 
@@ -137,20 +134,19 @@ def _number(data: bytes) -> int:
 
 
 class Picture(NamedTuple):
-    """A picture of a list, (3, size, size) uint8, or the reason why there is none."""
+    """A picture of a list, (3, size, size) uint8, or why it cannot be read."""
 
     number: int
     pixels: Tensor | None
     reason: str
     notes: tuple[str, ...]  # what `to_rgb` changed
-    seen: tuple[int, int]
+    stamp: tuple[int, int]  # of the file, and a hash
 
 
 class Pictures(Dataset[Picture]):
     """Pictures of a list.
 
-    One that cannot be read is told and not raised: a loader would wrap the error in the trace of
-    a worker, and end.
+    An unreadable picture is returned with the reason: a loader would end at an error.
     """
 
     def __init__(self, images: ImageList, size: int) -> None:
@@ -163,7 +159,7 @@ class Pictures(Dataset[Picture]):
         """A picture, or why it cannot be read."""
         found = (0, 0)
         try:
-            found, data = seen(self.images.folder / self.images.files[index])
+            found, data = read_stamped(self.images.folder / self.images.files[index])
             with Image.open(io.BytesIO(data)) as picture:
                 upright, notes = to_rgb(picture)
                 pixels = np.array(centre_crop(upright, self.size))
@@ -176,13 +172,13 @@ class Pictures(Dataset[Picture]):
 
 
 class Batch(NamedTuple):
-    """Pictures (B, 3, H, W) with their numbers, None if all are broken; of the others why."""
+    """Pictures (B, 3, H, W) with their numbers, None if all are broken, and why others are."""
 
     indices: list[int]
     pictures: Tensor | None
     broken: dict[int, str]
     notes: dict[int, tuple[str, ...]]
-    seen: list[tuple[int, int]]  # of all
+    stamps: list[tuple[int, int]]  # of all
 
 
 def collate(items: Sequence[Picture]) -> Batch:
@@ -193,5 +189,5 @@ def collate(items: Sequence[Picture]) -> Batch:
         torch.stack([pixels for _, pixels in whole]) if whole else None,
         {item.number: item.reason for item in items if item.pixels is None},
         {item.number: item.notes for item in items if item.notes},
-        [item.seen for item in items],
+        [item.stamp for item in items],
     )

@@ -1,4 +1,4 @@
-"""`LatentsData`: latents on disk, as `open_latents` gives them, as a data module."""
+"""`LatentsData`: latents on disk, from `open_latents`, as a data module."""
 
 from __future__ import annotations
 
@@ -13,67 +13,49 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from stagewise.bank import LatentBank
 from stagewise.latents import Latents
 from stagewise.latents.arrays import require_labels
+from stagewise.recipes.arguments import DTYPES
 from stagewise.recipes.order import ResumableData
 
-__all__ = ["LatentsData", "current"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def current(config: DictConfig) -> DictConfig:
-    """The configuration of a run, also of version 0.1, whose `data` held what opens the latents."""
-    data = config.get("data")
-    old = isinstance(data, DictConfig) and "path" in data
-    if old and str(data.get("_target_")).endswith("LatentsData"):
-        given = ("path", "format", "flips", "moments", "normalize", "multiplier", "expected_std")
-        opens = {name: data.pop(name) for name in given if name in data}
-        target = {"_target_": "stagewise.latents.open_latents", "_partial_": True}
-        data.latents = {**target, **opens, "seed": data.get("seed", 0)}
-    objective = config.get("objective")
-    if isinstance(objective, DictConfig) and "cosine" not in objective:
-        objective.cosine = False
-    return config
+__all__ = ["LatentsData"]
 
 
 class LatentsData(ResumableData):
-    """Latents on disk: items `(x_1, label, row)`, scaled as their format is for training.
+    """Latents on disk: items `(x_1, label, row)`, in the scale of training of their format.
 
-    `row` is the number of the item's row in `latent_bank()`, or over the `latent_shard()`s of all
-    ranks, so that an oracle knows it even where x_1 is drawn anew at each access.
+    `row` is the number of the item in `latent_bank()`, or over the `latent_shard()`s of all ranks,
+    so that an oracle knows it even if x_1 is drawn again at each access.
 
-    Files, headers, labels and scale are looked at before training; `verify="full"` reads all rows,
-    and those of a bank in a file, and compares what has checksums with them.
+    Files, headers, labels and scale are checked before training. `verify="full"` reads all rows,
+    also of a bank in a file, and compares checksums where there are any.
 
     Args:
-        latents: What `open_latents` returns, or a function that opens them when they are first
-            needed (Hydra's `_partial_`). Their `flips` and `moments` are those of training.
-        num_classes: How many classes there are; labels must be below it.
-        held_out: Rows that are kept from training for validation, chosen by `seed`; default 2000.
-            0 leaves no validation.
-        held_out_path: Latents of the same format for validation; then all rows of `latents` are
-            trained on, and `held_out` is how many of these are used at most.
+        latents: From `open_latents`, or a function that opens them at first use (Hydra's
+            `_partial_`). Their `flips` and `moments` are those of training.
+        num_classes: Number of classes; labels must be below it.
+        held_out: Rows kept from training for validation, chosen by `seed`; default 2000. 0 for no
+            validation.
+        held_out_path: Latents of the same format for validation. Then all rows of `latents` are
+            trained on, and `held_out` limits how many rows of these are used.
         batch_size: Of each rank, default 32.
-        num_workers: Worker processes of both loaders, default 0.
+        num_workers: Worker processes of each loader, default 0.
         seed: Of the held-out rows and the order; default 0.
         verify: "quick" (default) or "full".
-        bank_dir: A folder for the bank, for latents beyond the memory: a file is written when it is
-            first asked for, found again by what it was made of, and mapped into all ranks. It may
-            not be in that of the latents. Default None: in memory.
+        bank_dir: A folder for a bank that does not fit into memory, outside of the latents. Its
+            file is written at first use, and mapped into all ranks. Default None: in memory.
         bank_dtype: "float32" (default), "bfloat16" or "float16".
-        sharded: Whether `row` counts the rows of all ranks' shards, for a `StageScheme` with the
+        sharded: Whether `row` counts over the shards of all ranks, for a `StageScheme` with the
             engine `Sharded()`; default False.
 
     Raises:
         ValueError: From `setup`: what `open_latents` and `Latents.verify` refuse, latents without
-            labels, or fewer rows than are held out.
+            labels, or no more rows than are held out.
     """
 
     train: _Items
@@ -94,7 +76,7 @@ class LatentsData(ResumableData):
         bank_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         sharded: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, seed)
         for name, value in {"num_classes": num_classes, "batch_size": batch_size}.items():
             if value < 1:
                 raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
@@ -102,19 +84,17 @@ class LatentsData(ResumableData):
             raise ValueError(f"Expected `held_out` of at least 0, got {held_out}.")
         if verify not in ("quick", "full"):
             raise ValueError(f'Expected `verify` "quick" or "full", got {verify!r}.')
-        if bank_dtype not in _DTYPES:
-            raise ValueError(f"Expected `bank_dtype` among {list(_DTYPES)}, got {bank_dtype!r}.")
+        if bank_dtype not in DTYPES:
+            raise ValueError(f"Expected `bank_dtype` among {list(DTYPES)}, got {bank_dtype!r}.")
         self._opens, self.num_classes, self.held_out_path = latents, num_classes, held_out_path
-        self.num_held_out = held_out
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.verify = verify
-        self.bank_dir, self.bank_dtype, self.sharded = bank_dir, _DTYPES[bank_dtype], sharded
+        self.num_held_out, self.verify = held_out, verify
+        self.bank_dir, self.bank_dtype, self.sharded = bank_dir, DTYPES[bank_dtype], sharded
         self._bank: LatentBank | None = None
         self._shards = 0
 
     @property
     def latents(self) -> Latents:
-        """The latents; opened when they are first asked for."""
+        """The latents, opened at first use."""
         if not isinstance(self._opens, Latents):
             self._opens = self._opens()
         return self._opens
@@ -132,7 +112,7 @@ class LatentsData(ResumableData):
     def examples(self, classes: Sequence[int], count: int) -> Tensor:
         """The first training samples of classes, without draws, (classes, count, *).
 
-        Where a class has fewer they come again; where it has none they are 0.
+        They repeat if a class has fewer than `count`, and are 0 if it has none.
         """
         fixed, labels = self.latents.fixed(), self._fixed_labels()[self._places]
         found = []
@@ -143,11 +123,11 @@ class LatentsData(ResumableData):
         return torch.stack(found).unflatten(0, (len(classes), count))
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the latents and chooses what is held out, once, for every stage alike."""
+        """Opens the latents and chooses the held-out rows, once."""
         if not hasattr(self, "train"):
             self._split()
-        # Whoever sets up before there is a trainer does not know its ranks.
-        ranks = self._ranks()[1] if self.sharded else 1
+        # A set-up before there is a trainer does not know its ranks.
+        ranks = self.ranks()[1] if self.sharded else 1
         if self.train.rows is None or ranks != self._shards:
             self._shards, self.train.rows = ranks, self._bank_rows(ranks)
 
@@ -158,7 +138,7 @@ class LatentsData(ResumableData):
             if folder.is_relative_to(latents.path.resolve()):
                 raise ValueError(
                     f"Expected `bank_dir` outside of the latents in {latents.path}, got {folder}: "
-                    "what is written there would count as latents. Choose another folder."
+                    "files written there would count as latents. Choose another folder."
                 )
         plain = latents.with_options(flips="none")
         count = len(plain)
@@ -171,7 +151,7 @@ class LatentsData(ResumableData):
         kept = 0 if self.held_out_path else self.num_held_out
         rows = torch.from_numpy(np.sort(order[kept:]))
         both = torch.cat([rows, rows + count])
-        # Places are counted as in `fixed()`: a row, then, behind all rows, the flips.
+        # Places count as in `fixed()`: all rows, then their flips.
         flips = latents.reading.flips
         self._places = rows if flips == "none" else both
         self.held_out = None
@@ -185,43 +165,40 @@ class LatentsData(ResumableData):
             few = np.random.default_rng(self.seed).permutation(len(other))[: self.num_held_out]
             self.held_out = _Items(other, torch.from_numpy(np.sort(few)))
         elif kept:
-            # A copy has an epoch of its own, which stays: the same draws in every validation.
+            # The epoch of this second object does not change: every validation has the same draws.
             self.held_out = _Items(copy.deepcopy(plain), torch.from_numpy(np.sort(order[:kept])))
         self.train = _Items(latents, both if flips == "both" else rows)
 
     def _verified(self, latents: Latents) -> Latents:
         rank_zero_info(latents.describe())
         latents.verify(full=self.verify == "full")
-        # Read once here: every other way of reading these files has them from now on.
+        # Read once here, and then known to all views of these files.
         labels = latents.labels
         if labels is None:
             raise ValueError(
-                f"Expected labels, of which the network is told, got none in {latents.path}. Write "
-                "them with labels; for a network without classes they are all 0, and num_classes=1."
+                f"Expected labels for the network, got none in {latents.path}. Write the latents "
+                "with labels; for a network without classes all 0, and num_classes=1."
             )
         require_labels(labels, self.num_classes, latents.path)
         return latents
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of `train`, the same steps for any number of ranks."""
-        order = self.order(self.train, self.batch_size, self.seed, self.latents.set_epoch)  # type: ignore[arg-type]
-        return self._loader(self.train, order, drop_last=True)
+        return self.train_loader(self.train, self.latents.set_epoch)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """All held-out samples, in a fixed order; nothing if none are held out."""
-        if self.held_out is None:
-            return []
-        return self._loader(self.held_out, SequentialSampler(self.held_out), drop_last=False)  # type: ignore[arg-type]
+        """All held-out samples, in a fixed order; empty if none are held out."""
+        return [] if self.held_out is None else self.val_loader(self.held_out)
 
     @staticmethod
     def find_sample(batch: Any) -> tuple[Tensor, Tensor]:
-        """`x_1` and the labels of a batch; what follows them are the numbers of the rows."""
+        """`x_1` and the labels of a batch, without the numbers of the rows."""
         return batch[0], batch[1]
 
     def latent_bank(self) -> LatentBank:
-        """All rows that are trained on: means where moments are stored, flips if they are used.
+        """All training rows: means if moments are stored, with flips if they are used.
 
-        Made when it is first asked for; with `bank_dir` by all ranks together.
+        Made at first use; with `bank_dir` by all ranks together.
         """
         self.setup()
         if self._bank is None and self.bank_dir is None:
@@ -237,30 +214,22 @@ class LatentsData(ResumableData):
         return self._bank
 
     def _is_first(self) -> bool:
-        """Whether this process writes for its node; Lightning or torchrun numbers them."""
+        """Whether this process writes for its node."""
         if self.trainer is not None:
             return self.trainer.local_rank == 0
         return not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", "0")) == 0
 
     def latent_shard(self) -> LatentBank:
-        """Every R-th of these rows, this rank's part.
-
-        Raises:
-            ValueError: If `sharded` is False, since `row` then counts the rows of one bank.
-        """
+        """This rank's part, every R-th of the rows; ValueError if `sharded` is False."""
         if not self.sharded:
             raise ValueError("Expected LatentsData(sharded=True) for an engine that shards a bank.")
         self.setup()
-        rank, ranks = self._ranks()
+        rank, ranks = self.ranks()
         return self._read(self._places[rank::ranks])
 
     def to_stored(self, x1: Tensor) -> Tensor:
-        """What an autoencoder decodes: the inverse of the scaling, (B, *)."""
+        """Samples in the scale of the autoencoder, (B, *)."""
         return self.latents.scaling.invert(x1)
-
-    def _ranks(self) -> tuple[int, int]:
-        trainer = self.trainer
-        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
     def _fixed_labels(self) -> Tensor:
         labels = self.latents.fixed().labels
@@ -268,7 +237,7 @@ class LatentsData(ResumableData):
         return labels
 
     def _read(self, places: Tensor, file: Path | None = None) -> LatentBank:
-        rank, _ = self._ranks()
+        rank, _ = self.ranks()
         with tqdm(total=len(places), desc="bank", unit="row", disable=rank > 0) as bar:
             return self.latents.bank(
                 dtype=self.bank_dtype,
@@ -279,18 +248,18 @@ class LatentsData(ResumableData):
             )
 
     def _name(self) -> str:
-        """Another one for another bank, or if what it was made of has changed."""
+        """A hash of what the bank is made from."""
         latents, fixed = self.latents, self.latents.fixed()
         files = sorted(_files(latents.path.resolve()))
-        seen = hashlib.sha256(repr((latents.describe(), self.bank_dtype, files)).encode())
-        # Labels and statistics may be in files beside the one that was named.
+        digest = hashlib.sha256(repr((latents.describe(), self.bank_dtype, files)).encode())
+        # Labels and statistics may be in other files beside that of the latents.
         first = fixed[int(self._places[0])][0]
         for tensor in (self._places, self._fixed_labels(), first):
-            seen.update(tensor.numpy().tobytes())
-        return seen.hexdigest()[:16]
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _bank_rows(self, ranks: int) -> Tensor:
-        """The row, over all shards, of each place of `fixed()`; -1 for what is held out."""
+        """The row, over all shards, of each place of `fixed()`; -1 for held-out rows."""
         labels = self._fixed_labels()
         rows, before = torch.full((len(labels),), -1), 0
         for rank in range(ranks):
@@ -300,21 +269,9 @@ class LatentsData(ResumableData):
             before += len(places)
         return rows
 
-    def _loader(self, dataset: Any, sampler: Any, *, drop_last: bool) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-
 
 class _Items(Dataset[tuple[Tensor, int, int]]):
-    """Some of the latents, with the row of each in a bank, -1 for none."""
+    """Some of the latents, each with its row in the bank, or -1."""
 
     def __init__(self, latents: Latents, indices: Tensor, rows: Tensor | None = None) -> None:
         self.latents, self.indices, self.rows = latents, indices, rows
@@ -327,7 +284,7 @@ class _Items(Dataset[tuple[Tensor, int, int]]):
         return x1, label, -1 if self.rows is None else int(self.rows[place])
 
     def fixed(self) -> _Items:
-        """The same items without draws, and not flipped at random: what the bank holds."""
+        """The same items as the bank holds them: without draws and random flips."""
         flips = self.latents.reading.flips
         plain = self.latents.with_options(
             flips="none" if flips == "random" else flips, moments="mean"

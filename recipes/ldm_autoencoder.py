@@ -1,8 +1,8 @@
 """Autoencoders in the layout of latent diffusion's code, such as VA-VAE's, as an `AutoencoderKL`.
 
 A checkpoint of torch holds `encoder.down.0.block.0.conv1.weight` and so on, at the top or under
-`state_dict`, beside what training had and decoding has not. Widths, levels, blocks and where
-attention stands are read off the shapes; groups of norms are 32, as that code has them.
+`state_dict`, next to weights that only training needs. Widths, levels, blocks and the places of
+attention follow from the shapes. Norms have 32 groups, as in that code.
 
 References:
     Rombach et al., arXiv 2112.10752, code https://github.com/CompVis/latent-diffusion
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.files import first_line
+from stagewise.recipes.weight_files import read_weights
 
 __all__ = ["read_ldm"]
 
@@ -39,25 +39,12 @@ _NAMES = [  # (pattern there, replacement in diffusers), applied one after the o
 
 
 def read_ldm(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads a checkpoint.
-
-    Args:
-        path: A file of `torch.save`.
-
-    Returns:
-        The arguments of an `AutoencoderKL`, and its weights.
+    """The arguments of an `AutoencoderKL`, and its weights, from a file of `torch.save`.
 
     Raises:
         ValueError: If the file cannot be read, or is no such autoencoder.
     """
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises what its unpickler or its zip reader does
-        raise ValueError(
-            f"Expected a checkpoint that torch.load reads with weights_only=True, {path} cannot be "
-            f"read so ({first_line(error)}). Download it again, or save its weights alone: "
-            "torch.save(checkpoint['state_dict'], file)."
-        ) from error
+    held = read_weights(path)
     held = held.get("state_dict", held) if isinstance(held, Mapping) else {}
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     found = {name: value for name, value in held.items() if str(name).startswith(parts)}
@@ -65,19 +52,18 @@ def read_ldm(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         options = _options({name: value.shape for name, value in found.items()})
     except (KeyError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"Expected the weights of an autoencoder of latent diffusion in {path} (VA-VAE's "
-            f"checkpoint is one), and {error} is not there. Give such a file, or the folder of an "
-            "AutoencoderKL."
+            f"Expected an autoencoder of latent diffusion in {path}, such as VA-VAE's checkpoint, "
+            f"but {error} is not there. Give such a file, or the folder of an AutoencoderKL."
         ) from error
     last = len(options["block_out_channels"]) - 1
     weights = {}
     for name, value in found.items():
         name = re.sub(r"\.down\.", ".down_blocks.", name)
-        # Decoders count levels from the finest one there, from the coarsest one here.
+        # That code counts levels of decoders from the finest, diffusers from the coarsest.
         name = re.sub(r"\.up\.(\d+)", lambda match: f".up_blocks.{last - int(match[1])}", name)
         for pattern, replacement in _NAMES:
             name = re.sub(pattern, replacement, name)
-        # What is a convolution with kernels of one pixel there is a linear layer here.
+        # A convolution with kernels of one pixel is a linear layer in diffusers.
         linear = re.search(r"attentions\.\d+\.to_.*weight$", name)
         weights[name] = value.flatten(1) if linear else value
     return options, weights
@@ -85,8 +71,7 @@ def read_ldm(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _options(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
     def first(pattern: str) -> list[int]:
-        found = {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
-        return sorted(found)
+        return sorted({int(match[1]) for name in shapes if (match := re.match(pattern, name))})
 
     levels = first(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
     attends = first(r"encoder\.down\.(\d+)\.attn\.")

@@ -1,4 +1,4 @@
-"""Loggers of a run only watch it: a disk that they fill does not end the training."""
+"""Loggers that cannot write do not end the training."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-__all__ = ["spared"]
+__all__ = ["tolerant"]
 
 _WRITING = ("log_hyperparams", "log_metrics", "save", "finalize")
 
 
-def spared(name: str, logger: Logger) -> Logger:
-    """The same logger, which from its first `OSError` on is not asked to write any more.
+def tolerant(name: str, logger: Logger) -> Logger:
+    """The same logger, which warns at its first `OSError` and then no longer writes.
 
-    TensorBoard's writer, which has a thread of its own, raises at every call once it has failed.
-
-    Args:
-        name: Its name in the configuration.
-        logger: The logger.
+    `name` is its name in the configuration. TensorBoard's writer, which has a thread of its own,
+    raises at every call once it has failed.
     """
     failed: list[OSError] = []
 
@@ -32,7 +29,7 @@ def spared(name: str, logger: Logger) -> Logger:
         try:
             return method(*arguments, **named)
         except Exception as raised:
-            # Lightning's logger for TensorBoard makes a ValueError of whatever its writer raises.
+            # Lightning's TensorBoardLogger turns all errors of its writer into a ValueError.
             error = raised if isinstance(raised, OSError) else raised.__cause__
             if not isinstance(error, OSError):
                 raise
@@ -40,8 +37,8 @@ def spared(name: str, logger: Logger) -> Logger:
             folder = logger.log_dir or logger.save_dir
             rank_zero_warn(
                 f"{type(logger).__name__} cannot write to {Path(str(folder))}: "
-                f"{error.strerror or error}. Training goes on, and nothing more is logged there. "
-                "Make room on that disk, and go on with resume=true; or log elsewhere: "
+                f"{error.strerror or error}. Training continues, but nothing more is logged there. "
+                "Make room on that disk and continue with resume=true, or log elsewhere: "
                 f"logger.{name}.save_dir=FOLDER."
             )
             return None

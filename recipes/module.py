@@ -1,4 +1,4 @@
-"""The LightningModule of the recipes: a network, an objective, and nothing about stages."""
+"""The LightningModule of the recipes: a network and an objective, without stages."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ __all__ = ["FlowMatchingModule"]
 class FlowMatchingModule(L.LightningModule):
     """Trains `net(xt, t, labels)` with `objective` on batches `(x_1, labels)`.
 
-    A third item of a batch is the row of the bank that each x_1 stands for, for a scheme.
+    A third item of a batch, the row of the bank of each x_1, goes to the scheme.
 
     Logs `train/loss` and, over the validation set with fixed noise and times, `val/loss`. Noise,
-    times and label dropout of a batch depend on the seed, the epoch and the batch, not on what was
-    drawn before, so a run that is stopped and resumed draws what it would have drawn. Noise and
-    times do not depend on the number of ranks either, if the ranks' batches interleave to the same
-    whole (`EpochOrder`); each rank drops labels on its own.
+    times and label dropout depend on seed, epoch and batch only, so a resumed run has the same
+    draws. Noise and times do not depend on the number of ranks either, if their batches interleave
+    to the same samples (`EpochOrder`); label dropout does.
 
     Args:
         net: The network.
@@ -65,7 +64,7 @@ class FlowMatchingModule(L.LightningModule):
         ranks = self.trainer.world_size
         net: Callable[..., Tensor] = self.net
         if ranks > 1:
-            net = partial(self._with_own_draws, batch_idx)
+            net = partial(self._with_own_dropout, batch_idx)
         part, source = (self.global_rank, ranks), rows[0] if rows else None
         loss = self.objective(net, x1, labels, part=part, classes=labels, source=source)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
@@ -75,13 +74,13 @@ class FlowMatchingModule(L.LightningModule):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         x1, labels = batch[:2]
         generator = torch.Generator(self.device).manual_seed(batch_idx)
-        # Lightning hands every R-th sample to a rank.
+        # Lightning gives every R-th sample to a rank.
         part = (self.global_rank, self.trainer.world_size)
         loss = self.objective(self.net, x1, labels, generator=generator, part=part)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(x1), sync_dist=True)
 
     def velocity(self, labels: Tensor | None) -> Velocity:
-        """The velocity that the network predicts for labels, (B,); None is the null class."""
+        """The velocity of the network for labels, (B,); None is the null class."""
         return model_velocity(
             lambda xt, time: self.net(xt, time, labels).to(xt.dtype),
             path=self.objective.path,
@@ -98,13 +97,13 @@ class FlowMatchingModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _with_own_draws(self, batch_idx: int, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """The network, with labels dropped by this rank's draws."""
+    def _with_own_dropout(self, batch_idx: int, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The network, with the label dropout of this rank."""
         self._reseed(1 + self.global_rank, batch_idx)
         return self.net(xt, t, labels)
 
     def _reseed(self, stream: int, batch_idx: int) -> None:
-        # Resumed twice at the end of an epoch, Lightning counts another one than the data does.
+        # Lightning's epoch is wrong after two resumes at the end of an epoch; that of the data not.
         sampler = getattr(self.trainer.train_dataloader, "sampler", None)
         epoch = sampler.epoch if isinstance(sampler, EpochOrder) else self.current_epoch
         place = (self.seed, stream, epoch, batch_idx)

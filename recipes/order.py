@@ -1,4 +1,4 @@
-"""The order in which training meets its samples: a function of seed, epoch and place."""
+"""The order of training samples: a function of seed, epoch and place, also after a resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 from typing_extensions import override
 
 __all__ = ["EpochOrder", "ResumableData"]
@@ -19,20 +19,20 @@ __all__ = ["EpochOrder", "ResumableData"]
 class EpochOrder(DistributedSampler[int]):
     """Shuffles each epoch by (seed, epoch) alone, and can begin in the middle of one.
 
-    R ranks share an order: the first B R samples of it are the first batches of all ranks, rank r
-    having every R-th of them, from r on. So what a step trains on does not depend on R, if B R does
-    not. What does not fill a batch on every rank is left to another epoch.
+    R ranks share an order: the first B R samples of it are the first batches of all ranks, and rank
+    r has every R-th of them, from r on. So the samples of a step depend on B R only. Samples that
+    do not fill a batch on every rank are left out of the epoch.
 
-    Lightning sets the epoch, and leaves a `DistributedSampler` as it is.
+    Lightning sets the epoch, and does not replace a `DistributedSampler`.
 
     Args:
-        dataset: What is ordered; its length counts.
+        dataset: What is ordered; only its length is used.
         batch_size: B, of each rank.
         seed: Default 0.
         rank: Default 0.
         num_replicas: R, default 1.
         on_epoch: Called with each epoch before its order is made.
-        trained: How many batches have been trained on; see `set_epoch`. Default None.
+        trained: Returns the number of batches trained so far, for `set_epoch`.
 
     Raises:
         ValueError: If there are fewer than B R samples.
@@ -65,11 +65,11 @@ class EpochOrder(DistributedSampler[int]):
 
     @override
     def set_epoch(self, epoch: int) -> None:
-        """Chooses an epoch; if it is another one, it begins at its beginning.
+        """Chooses an epoch; a new one starts with its first batch.
 
-        With `trained`, from `start` on until a batch has been trained on, it only says what
-        Lightning calls the epoch that was begun: where it resumes at the end of an epoch, or of a
-        training, another number than the right one, or two in turn.
+        Between `start` and the first trained batch, Lightning passes its own number of the epoch
+        that was begun. After a resume at the end of an epoch or a training it is wrong, or passed
+        twice with different values. Then only the difference of the numbers is kept.
         """
         if self._begun is not None and self._trained and self._trained() == self._begun:
             self._offset = self.epoch - epoch
@@ -78,17 +78,17 @@ class EpochOrder(DistributedSampler[int]):
             self.epoch, self._start = epoch, 0
 
     def start(self, epoch: int, batch: int) -> None:
-        """Begins after a number of batches of an epoch, this time only."""
+        """Begins the next iteration after a number of batches of an epoch."""
         passed, batch = divmod(batch, self.num_batches)
         self.epoch, self._start, self._offset = epoch + passed, batch, 0
         self._begun = None if self._trained is None else self._trained()
 
     def __len__(self) -> int:
-        """Samples of an epoch on this rank, those that are passed over included."""
+        """Samples of an epoch on this rank, also those before the start."""
         return self.num_batches * self.batch_size
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EpochOrder:
-        """The same order at the beginning of its epoch, without the two calls into the run."""
+        """The same order at the beginning of its epoch, without the two callbacks."""
         options: dict[str, Any] = {"seed": self.seed, "rank": self.rank}
         options["num_replicas"] = self.num_replicas
         order = EpochOrder(cast(Sized, self.dataset), self.batch_size, **options)
@@ -106,42 +106,37 @@ class EpochOrder(DistributedSampler[int]):
 
 
 class ResumableData(L.LightningDataModule):
-    """A data module whose training goes on with the batch that a checkpoint would have seen next.
+    """A data module whose training resumes with the batch after that of the checkpoint.
 
-    Without it Lightning begins an interrupted epoch with its first batch.
+    Lightning alone would restart the interrupted epoch.
+
+    Args:
+        batch_size: Of each rank.
+        num_workers: Worker processes of each loader.
+        seed: Of the order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._state: dict[str, Any] | None = None
         self._order: EpochOrder | None = None
         self._fingerprint = ""
 
-    def order(
-        self,
-        dataset: Sized,
-        batch_size: int,
-        seed: int,
-        on_epoch: Callable[[int], object] | None = None,
-    ) -> EpochOrder:
-        """The order of this rank, from where the run is; asked for again, from the beginning.
-
-        Args:
-            dataset: The training set.
-            batch_size: Of each rank.
-            seed: Of the order.
-            on_epoch: See `EpochOrder`.
+    def train_loader(
+        self, dataset: Any, on_epoch: Callable[[int], object] | None = None
+    ) -> DataLoader[Any]:
+        """Shuffled batches, from the place of the run; the next call starts from the beginning.
 
         Raises:
-            ValueError: If the checkpoint was made with other samples, or another number of them, in
-                all or per step.
+            ValueError: If the checkpoint was made with other samples, or another number of samples
+                in all or per step.
         """
-        trainer = self.trainer
-        rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        rank, ranks = self.ranks()
         order = EpochOrder(
             dataset,
-            batch_size,
-            seed=seed,
+            self.batch_size,
+            seed=self.seed,
             rank=rank,
             num_replicas=ranks,
             on_epoch=on_epoch,
@@ -151,31 +146,52 @@ class ResumableData(L.LightningDataModule):
         # A second training in this process begins at its own beginning.
         state, self._state = self._state, None
         if state is not None:
-            self._refuse_others(state, len(dataset), batch_size, ranks)
+            self._require_same(state, len(dataset), self.batch_size * ranks)
             order.start(state["epoch"], state["batch"])
-            # Lightning looks at the loader alone, and warns that it begins an epoch again.
+            # Lightning looks only at the loader, and warns that it restarts the epoch.
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
-        return order
+        return self._loader(dataset, order, drop_last=True)
 
-    def _refuse_others(self, state: dict[str, Any], count: int, size: int, ranks: int) -> None:
+    def val_loader(self, dataset: Any) -> DataLoader[Any]:
+        """All samples, in their order."""
+        return self._loader(dataset, SequentialSampler(dataset), drop_last=False)
+
+    def ranks(self) -> tuple[int, int]:
+        """The rank of this process, and how many there are."""
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+    def _loader(self, dataset: Any, sampler: Sampler[int], *, drop_last: bool) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # A loader draws a seed when it is iterated: not from the global generator.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _require_same(self, state: dict[str, Any], count: int, batch: int) -> None:
         samples, found = state.get("samples", count), state.get("fingerprint", self._fingerprint)
+        cure = "or begin a new run from its weights: weights=CHECKPOINT run_dir=FOLDER resume=false"
         if samples != count:
             raise ValueError(
                 f"The checkpoint was made with {samples} training samples, and there are {count}. "
-                "Give the data that it was trained on, or begin a new run from its weights."
+                f"Give the data that it was trained on, {cure}."
             )
         if found != self._fingerprint:
             raise ValueError(
-                f"The checkpoint was made with as many training samples, {samples}, but with other "
-                f"ones: their fingerprint is {found}, and here it is {self._fingerprint}. Give the "
-                "data that it was trained on, or begin a new run from its weights: "
-                "weights=CHECKPOINT run_dir=FOLDER resume=false."
+                f"The checkpoint was made with other training samples: their fingerprint is "
+                f"{found}, and here it is {self._fingerprint}. Give the data that it was trained "
+                f"on, {cure}."
             )
-        if state["batch_size"] != size * ranks:
+        if state["batch_size"] != batch:
             raise ValueError(
                 f"The checkpoint was made with batches of {state['batch_size']} samples over all "
-                f"ranks, and this run has {size} on each of {ranks}. Give as many, or begin a new "
-                "run from its weights."
+                f"ranks, and this run has {batch}. Change data.batch_size, {cure}."
             )
 
     def _trained(self) -> int:
@@ -184,9 +200,9 @@ class ResumableData(L.LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """How far training has come: `epoch`, `batch` of it.
+        """The `epoch` and the next `batch` of it.
 
-        And of what: `batch_size` over all ranks, `samples` of an epoch, and their `fingerprint`.
+        And what a resumed run must share: `batch_size` over all ranks, `samples`, `fingerprint`.
         """
         trainer, order = self.trainer, self._order
         if trainer is None or trainer.train_dataloader is None or order is None:
@@ -203,10 +219,10 @@ class ResumableData(L.LightningDataModule):
 
 
 def _fingerprint(dataset: Any, most: int = 256) -> str:
-    """Tells samples and their labels from others, by some of them, without what is drawn of one."""
+    """A hash of some samples and their labels, without random draws of them."""
     items = dataset.fixed() if hasattr(dataset, "fixed") else dataset
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for place in range(0, len(items), -(-len(items) // most)):
         for part in items[place][:2]:  # x_1, label; the row in a bank depends on the ranks
-            seen.update(torch.as_tensor(part).double().numpy().tobytes())
-    return seen.hexdigest()[:16]
+            digest.update(torch.as_tensor(part).double().numpy().tobytes())
+    return digest.hexdigest()[:16]

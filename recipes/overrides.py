@@ -1,4 +1,4 @@
-"""What is wrong with the overrides of `stagewise train`, and what was meant."""
+"""Errors in the overrides of `stagewise train`, with suggestions."""
 
 from __future__ import annotations
 
@@ -22,39 +22,36 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from stagewise.recipes.arguments import did_you_mean
+from stagewise.recipes.run_files import flat
 
-__all__ = ["explained", "flat", "refuse_unknown", "require_numbers"]
+__all__ = ["explained", "refuse_unknown", "require_numbers"]
 
 _CONF = "stagewise.recipes.conf"
 _GONE = {
-    "engine=coarse": "The engine Coarse is gone: engine=exact was as good.",
-    "engine=faiss": "The engine Faiss is gone: engine=nearest is faster.",
-    "scheme=leave_one_out": "The target LeaveOneOut is gone: measured, it regularised nothing. "
-    "scheme=two_stage does.",
+    "engine=coarse": "The engine Coarse was removed. Use engine=exact, which is as good.",
+    "engine=faiss": "The engine Faiss was removed. Use engine=nearest, which is faster.",
+    "scheme=leave_one_out": "The target LeaveOneOut was removed, since it regularised nothing. Use "
+    "scheme=two_stage.",
 }
 """Choices of earlier versions."""
 _MOVED = re.compile(r"data\.(path|format|flips|moments|normalize|multiplier|expected_std)=")
-"""Settings that were those of the data module, and are those of its latents."""
+"""Settings that moved from the data module to its latents."""
 _NUMBERS = ("seed", "module.", "data.", "net.", "evaluation.", "callbacks.", "trainer.")
 _WORDS_TOO = ("trainer.devices", "trainer.precision")
-"""Where a default that is a number says that a number is wanted, and where not."""
+"""Keys whose default is a number and that need one, and the exceptions."""
 
 
 def refuse_unknown(arguments: Sequence[str]) -> None:
-    """Refuses options that there are not, and what earlier versions took.
-
-    Raises:
-        ValueError: With a line to paste.
-    """
+    """Refuses unknown options, and choices of earlier versions, with a line to paste."""
     for argument in arguments:
         plain = argument.lstrip("+")
         if plain in _GONE:
             raise ValueError(f"{argument}: {_GONE[plain]}")
         if _MOVED.match(plain):
             now = argument.replace("data.", "data.latents.", 1)
-            raise ValueError(f"{argument.split('=')[0]} is said of the latents now: {now}")
+            raise ValueError(f"{argument.split('=')[0]} has moved to the latents. Use {now}")
         if argument in ("-sc", "--shell-completion"):
-            raise ValueError('Tab completion is switched on so: eval "$(stagewise completion)"')
+            raise ValueError('To switch tab completion on: eval "$(stagewise completion)"')
         option = argument.split("=")[0]
         if option.startswith("--") and option not in get_args_parser()._option_string_actions:
             raise ValueError(
@@ -64,15 +61,7 @@ def refuse_unknown(arguments: Sequence[str]) -> None:
 
 
 def require_numbers(config: DictConfig, choices: dict[str, str]) -> None:
-    """Refuses a word where the recipe has a number.
-
-    Args:
-        config: As composed, with overrides.
-        choices: From each group to the choice that was made.
-
-    Raises:
-        ValueError: With the key.
-    """
+    """Refuses a word where the recipe has a number; `choices` are those of the groups."""
     default = _composed([f"{group}={choice}" for group, choice in choices.items()])
     for key, value in flat(OmegaConf.to_container(config)).items():
         was = default.get(key)
@@ -83,7 +72,7 @@ def require_numbers(config: DictConfig, choices: dict[str, str]) -> None:
 
 
 def explained(error: Exception, arguments: Sequence[str]) -> str:
-    """One message of an error of Hydra or OmegaConf, with the key or choice that was meant."""
+    """The message of an error of Hydra or OmegaConf, with suggestions."""
     if isinstance(error, InstantiationException):
         part = re.search(r"full_key: (\S+)", str(error))
         name = f"{part[1]}: " if part else ""
@@ -91,24 +80,25 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        known = [name.removesuffix(".yaml") for name in _listed(group) if name.endswith(".yaml")]
+        folder = files(_CONF) / group
+        found = [item.name for item in folder.iterdir()] if group and folder.is_dir() else []
+        known = [name.removesuffix(".yaml") for name in found if name.endswith(".yaml")]
         if known:
             meant = did_you_mean(choice, known)
             return f"There is no {group}={choice}.{meant} There are: {', '.join(sorted(known))}."
-    found = re.match(r"Could not override '([^']+)'", text)
-    if found:
-        meant = _meant(found[1], arguments)
-        return f"There is no key {found[1]} in the configuration.{meant} +key=value adds one."
+    if match := re.match(r"Could not override '([^']+)'", text):
+        meant = _meant(match[1], arguments)
+        return f"There is no key {match[1]} in the configuration.{meant} +key=value adds one."
     if isinstance(error, InterpolationKeyError):
-        text += ": one choice reads it of another. experiment=... chooses those that fit."
+        text += ": another group must set it. experiment=... sets groups that belong together."
     if isinstance(error, OverrideParseException):
-        text += "\nA value with spaces or signs stands in quotes within quotes: 'key=\"a (b)\"'"
+        text += "\nQuote a value with spaces or signs twice: 'key=\"a (b)\"'"
     return text
 
 
 def _meant(key: str, arguments: Sequence[str]) -> str:
-    """Which key of the configuration, or group, was meant."""
-    groups = _groups()
+    """Suggests keys of the configuration, or groups."""
+    groups = [item.name for item in files(_CONF).iterdir() if item.is_dir()]
     chosen = [one for one in arguments if one.lstrip("+").partition("=")[0] in groups]
     try:
         known = list(_composed(chosen))
@@ -123,26 +113,7 @@ def _meant(key: str, arguments: Sequence[str]) -> str:
     return did_you_mean(key, [*known, *groups])
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key, interpolations resolved."""
-    if isinstance(config, DictConfig):
-        config = OmegaConf.to_container(config, resolve=True)
-    if not isinstance(config, dict):
-        return {prefix: config}
-    parts = ((f"{prefix}.{key}" if prefix else key, value) for key, value in config.items())
-    return {key: value for name, part in parts for key, value in flat(part, name).items()}
-
-
 def _composed(overrides: list[str]) -> dict[str, Any]:
     running = GlobalHydra.instance().is_initialized()
     with nullcontext() if running else initialize_config_module(_CONF, version_base="1.3"):
         return flat(OmegaConf.to_container(compose("train", overrides)))
-
-
-def _groups() -> list[str]:
-    return [item.name for item in files(_CONF).iterdir() if item.is_dir()]
-
-
-def _listed(group: str) -> list[str]:
-    folder = files(_CONF) / group
-    return [item.name for item in folder.iterdir()] if group and folder.is_dir() else []

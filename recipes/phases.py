@@ -1,4 +1,4 @@
-"""Schemes that change during training, made of the oracle of a run."""
+"""Schemes that change during training."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ __all__ = ["logit_normal_then_uniform"]
 
 
 def logit_normal_then_uniform(oracle: Oracle, share: float = 0.6) -> Phases:
-    """Logit-normal times for a share of training, then uniform ones.
+    """Logit-normal times for a `share` of the steps, then uniform ones.
 
     Both with the oracle's target up to the boundary.
-
-    Args:
-        oracle: Bank and path.
-        share: Of the steps, between 0 and 1, default 0.6.
     """
     target = Mix("boundary")
     first = Scheme(oracle, timesteps=LogitNormal(stratified=True), target=target)

@@ -1,4 +1,4 @@
-"""A real image data set that needs no download: patches of photographs shipped inside wheels.
+"""A real image data set without a download: patches of photographs inside installed wheels.
 
 The wheels of scikit-image and scikit-learn carry seven colour photographs of everyday scenes:
 
@@ -7,19 +7,19 @@ The wheels of scikit-image and scikit-learn carry seven colour photographs of ev
     coffee      400 x 600   scikit-image      flower      427 x 640   scikit-learn
     rocket      427 x 640   scikit-image
 
-Left out are the grey and synthetic images, those from microscope, fundus camera and telescope
-(nearly all of one texture), and the right half of the stereo pair, which shows the motorcycle
-again and would carry held-out content into the training set.
+Left out are grey and synthetic images, those from microscope, fundus camera and telescope (nearly
+all of one texture), and the right half of the stereo pair, which shows the motorcycle again and
+would put held-out content into the training set.
 
 `PhotoPatches` cuts them into small patches, labelled by photograph:
 
-* **Held out by region.** A grid of `block` x `block` tiles covers each photograph (the last row
-  and column hold what is left). A seeded share of the tiles is held out, and a patch never
-  leaves its tile, so no held-out pixel was trained on.
-* **Equal shares.** Every photograph gives the same number of patches, whatever its area: the
-  classes are balanced, and so are the banks of a class-wise oracle.
-* **No flat patches.** 36 % of a blind draw is sky, backdrop or blur: near-copies of one another,
-  whose posterior hardly concentrates and hides the stages of all the rest. So a patch needs a
+* **Held out by region.** A grid of `block` x `block` tiles covers each photograph; those of the
+  last row and column may be smaller. A seeded share of the tiles is held out, and a patch stays
+  inside its tile, so no held-out pixel is trained on.
+* **Equal shares.** Every photograph gives the same number of patches, whatever its area, so the
+  classes are balanced.
+* **No flat patches.** 36 % of random patches are sky, backdrop or blur, nearly equal to each other.
+  Their posterior hardly concentrates, and hides the stages of all others. So a patch needs a
   contrast of `min_contrast`.
 """
 
@@ -36,7 +36,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from stagewise.recipes.order import ResumableData
 
@@ -66,27 +66,26 @@ def photographs() -> dict[str, np.ndarray]:
 class PhotoPatches(ResumableData):
     """Patches of photographs: items `(x_1, label)`, `(3, patch, patch)` in [-1, 1] and int64.
 
-    Everything lies in memory, as the `TensorDataset`s `train` and `held_out`. Building and
-    shuffling use generators of their own: the global one is left alone. The order of an epoch
-    depends on the seed and the epoch only, so a resumed run sees the batches it would have seen.
+    All patches are in memory, as the `TensorDataset`s `train` and `held_out`. Cutting and shuffling
+    do not use the global generator.
 
     Args:
-        patch: Side of a patch, in pixels.
-        train_size: Number of training patches, over all photographs.
-        held_out_size: Number of held-out patches, over all photographs.
-        block: Side of a tile, in pixels. Larger tiles leave more positions for a patch, and
-            keep held-out patches farther from trained pixels.
+        patch: Side of a patch in pixels, default 16.
+        train_size: Training patches over all photographs, default 20 000.
+        held_out_size: Held-out patches over all photographs, default 2000.
+        block: Side of a tile in pixels, default 64. Larger tiles leave more positions for a patch,
+            and keep held-out patches farther from trained pixels.
         held_out_share: Share of the tiles of every photograph that is held out, in (0, 1).
         min_contrast: Least standard deviation of a patch over its pixels, averaged over the
-            colours, on the scale of [-1, 1]. 0 takes flat patches too.
-        batch_size: Batch size of both loaders.
-        seed: Seed of tiles, positions and shuffling. Which tiles are held out does not depend
+            colours, for pixels in [-1, 1]; default 0.05. 0 allows flat patches.
+        batch_size: Of each rank, default 128.
+        seed: Of tiles, positions and shuffling, default 0. Which tiles are held out does not depend
             on the two sizes.
-        num_workers: Worker processes of both loaders.
+        num_workers: Worker processes of each loader, default 0.
 
     Raises:
         ValueError: If an argument is out of range; from `setup`, if a photograph has too few
-            tiles or positions for what is asked.
+            tiles or positions.
     """
 
     train: TensorDataset
@@ -104,10 +103,9 @@ class PhotoPatches(ResumableData):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, seed)
         self.patch, self.block, self.sizes = patch, block, (train_size, held_out_size)
         self.held_out_share, self.min_contrast = held_out_share, min_contrast
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self._positions: dict[str, np.ndarray] = {}
         names = ("patch", "train_size", "held_out_size", "batch_size")
         for name, value in zip(names, (patch, *self.sizes, batch_size), strict=True):
@@ -159,7 +157,7 @@ class PhotoPatches(ResumableData):
         return self._positions[split]
 
     def setup(self, stage: str | None = None) -> None:
-        """Cut the patches, once, for every stage alike."""
+        """Cuts the patches, once."""
         if self._positions:
             return
         images = list(photographs().values())
@@ -179,27 +177,16 @@ class PhotoPatches(ResumableData):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of `train`; the last, smaller one is dropped."""
-        return self._loader(self.train, self.order(self.train, self.batch_size, self.seed))
+        return self.train_loader(self.train)
 
     def val_dataloader(self) -> DataLoader:
         """All of `held_out`, in a fixed order."""
-        return self._loader(self.held_out, SequentialSampler(self.held_out))
-
-    def _loader(self, data: TensorDataset, sampler: Sampler[int]) -> DataLoader:
-        return DataLoader(
-            data,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=data is self.train,
-            num_workers=self.num_workers,
-            # A loader draws a seed when iterated, even in order: not from the global generator.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return self.val_loader(self.held_out)
 
     def _corners(self, label: int, image: np.ndarray) -> list[np.ndarray]:
-        """Draw the top left pixels, `(N, 2)` for each split, in one photograph."""
-        # One generator per photograph, and the tiles before the patches: the held-out region
-        # then stays the same when more or fewer patches are asked for.
+        """Draws the top left pixels, `(N, 2)` for each split, in one photograph."""
+        # One generator per photograph, and tiles before patches: the held-out region does not
+        # depend on the number of patches.
         rng = np.random.default_rng([self.seed, label])
         usable = _contrast(image, self.patch) >= self.min_contrast
         for axis in (0, 1):
@@ -236,14 +223,14 @@ def _read(name: str, package: str, distribution: str, file: str) -> np.ndarray:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            f"The photograph {name!r} lies inside {distribution}, which is not installed: "
+            f"The photograph {name!r} is part of {distribution}, which is not installed: "
             f"pip install {distribution}"
         )
     path = Path(spec.origin).parent / file
     if not path.is_file():
         raise FileNotFoundError(
             f"Expected the photograph {name!r} at {path}, but this release of {distribution} "
-            f"does not ship it; install another one: pip install --upgrade {distribution}"
+            f"does not contain it. Install another: pip install --upgrade {distribution}"
         )
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""`stagewise profile`: what a set of latents says of its stages, before anything is trained."""
+"""`stagewise profile`: the stages of a set of latents, before training."""
 
 from __future__ import annotations
 
@@ -18,72 +18,44 @@ from stagewise.files import replace_file
 from stagewise.latents import Latents, open_latents
 from stagewise.latents.opening import FORMATS
 from stagewise.profile import Profile
-from stagewise.recipes.arguments import Parser, ends_in_a_line
+from stagewise.recipes.arguments import DTYPES, Parser, exit_with_message
 from stagewise.recipes.profile_figures import comparison_figure, profile_figure
 from stagewise.recipes.profile_report import Profiled, comparison, report
 
-__all__ = ["main", "parser", "profile_latents", "rows_within", "run"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["main", "parser", "rows_within", "run"]
 
 
-def profile_latents(
-    latents: Latents,
-    name: str,
-    *,
-    class_wise: bool | None = None,
-    limit: int | None = None,
-    queries: int = 64,
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-) -> Profiled:
-    """Reads latents into a bank and profiles it.
-
-    Args:
-        latents: From `open_latents`.
-        name: What to call them.
-        class_wise: Whether the posterior is over the own class, default if there are labels.
-        limit: Rows to read at most, default all: whole classes, or evenly spaced rows.
-        queries: In each of 24 strata of t, default 64.
-        seed: Of the queries.
-        dtype: Of the bank, default float32.
-
-    Raises:
-        ValueError: If the latents cannot be used, or `class_wise` is asked without labels.
-        MemoryError: If they do not fit into memory.
-    """
-    fixed = latents.fixed()
+def _profiled(latents: Latents, name: str, options: argparse.Namespace) -> Profiled:
+    """Reads latents into a bank and profiles it."""
+    fixed, class_wise, limit = latents.fixed(), options.class_wise, options.limit
     labels = fixed.labels
     if class_wise and labels is None:
         raise ValueError(
-            f"A class-wise profile needs labels, and {latents.path} has none: --no-class-wise."
+            f"A class-wise profile needs labels, but {latents.path} has none. Use --no-class-wise."
         )
     class_wise = labels is not None if class_wise is None else class_wise
     chosen = None
     if limit is not None and limit < len(fixed):
         chosen = rows_within(limit, len(fixed), labels if class_wise else None)
-    bank = fixed.bank(dtype=dtype, indices=chosen)
-    found = Profile.measure(bank, class_wise=class_wise, queries=queries, seed=seed)
+    bank = fixed.bank(dtype=DTYPES[options.dtype], indices=chosen)
+    about = {"class_wise": class_wise, "queries": options.queries, "seed": options.seed}
+    found = Profile.measure(bank, **about)
     note = ""
-    if chosen is not None and class_wise:
-        note = (
-            f"{len(chosen)} of {len(fixed)} rows: whole classes, evenly spaced, so that the "
-            "class-wise boundary is that of all rows, as far as classes are alike."
-        )
-    elif chosen is not None:
-        note = (
-            f"{len(chosen)} of {len(fixed)} rows, evenly spaced: with all of them the boundary is "
-            "later, as log N is larger."
-        )
+    if chosen is not None:
+        note = f"{len(chosen)} of {len(fixed)} rows, evenly spaced: with all rows the boundary is "
+        note += "later, since log N is larger."
+        if class_wise:
+            note = f"{len(chosen)} of {len(fixed)} rows: whole classes, evenly spaced. If classes "
+            note += "are alike, the class-wise boundary is that of all rows."
     return Profiled(name, latents, found, len(fixed), note)
 
 
 def rows_within(limit: int, total: int, labels: Tensor | None) -> Tensor:
-    """Rows to read, ascending: at most `limit` in whole classes, or of `total` without labels."""
+    """At most `limit` rows, ascending: whole classes, or without labels evenly spaced rows."""
     if labels is None:
         return torch.arange(limit) * total // limit
     names, counts = labels.unique(return_counts=True)
-    # As many classes as fit if all are of the mean size, then fewer until they do.
+    # First as many classes as fit if all have the mean size, then fewer until they fit.
     for count in range(max(1, min(len(names), limit * len(names) // total)), 0, -1):
         taken = torch.arange(count) * len(names) // count
         if int(counts[taken].sum()) <= limit or count == 1:
@@ -92,7 +64,7 @@ def rows_within(limit: int, total: int, labels: Tensor | None) -> Tensor:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Short names that differ, fit for files."""
+    """Short names for files, all different."""
     names = [path.resolve().name or "latents" for path in paths]
     if len(set(names)) < len(names):
         parents = [path.resolve().parent.name for path in paths]
@@ -107,9 +79,8 @@ def parser() -> Parser:
     made = Parser(
         prog="stagewise profile",
         description=(
-            "Profile latents before training: size, scale, duplicates, spectrum, the boundary "
-            "between the stages (predicted and measured), engine and memory. Two sets "
-            "are set side by side."
+            "Profile latents before training: size, scale, duplicates, spectrum, stage boundary "
+            "(predicted and measured), engine and memory. Two sets are compared."
         ),
         epilog=(
             "examples: stagewise profile imagenet_vavae --limit 20000 | stagewise profile vavae "
@@ -118,39 +89,33 @@ def parser() -> Parser:
     )
     flags: dict[str, tuple[Any, Any, str]] = {  # (type, default, help)
         "output": (Path, Path("profile"), "folder for PNG and JSON (%(default)s)"),
-        "limit": (int, None, "read at most so many rows: whole classes if class-wise, else evenly "
-                  "spaced rows"),
+        "limit": (int, None, "most rows to read: whole classes if class-wise, else evenly spaced "
+                  "rows"),
         "format": (str, ["auto"], "one for both sets or one for each: %(choices)s; repa and edm2 "
-                   "must be said, since their files have the same names (auto)"),
-        "scale": (str, ["auto"], "how rows are scaled, one for both sets or one for each: auto (as "
-                  "the format says), stats (LightningDiT's latents_stats.pt), or a number they are "
-                  "multiplied by, such as 0.18215 for LightningDiT shards of Stable Diffusion's "
-                  "autoencoder"),
-        "expected-std": (float, None, "standard deviation the scaled latents have; far from it "
-                         "they are refused (1, and 0.5 for edm2)"),
+                   "must be given, since their files have the same names (auto)"),
+        "scale": (str, ["auto"], "scale of the rows, one for both sets or one for each: auto (that "
+                  "of the format), stats (LightningDiT's latents_stats.pt), or a factor, such as "
+                  "0.18215 for LightningDiT shards of Stable Diffusion's autoencoder"),
+        "expected-std": (float, None, "expected standard deviation of the scaled latents; others "
+                         "are refused (1, and 0.5 for edm2)"),
         "queries": (int, 64, "queries in each of 24 strata of t (%(default)s)"),
         "seed": (int, 0, "of the queries (%(default)s)"),
         "dtype": (str, "float32", "of the bank (%(default)s)"),
     }  # fmt: skip
     more: dict[str, dict[str, Any]] = {
-        "dtype": {"choices": list(_DTYPES)},
+        "dtype": {"choices": list(DTYPES)},
         "scale": {"nargs": "+", "metavar": "SCALE"},
+        "format": {"nargs": "+", "choices": ["auto", *FORMATS], "metavar": "FORMAT"},
     }
-    formats = ["auto", *FORMATS]
-    more["format"] = {"nargs": "+", "choices": formats, "metavar": "FORMAT"}
-    made.add_argument(
-        "latents",
-        nargs="+",
-        type=Path,
-        help="one or two folders or files: LightningDiT, fast-DiT, REPA, EDM2, MAR, or one plain "
-        ".safetensors, .npy, .npz or .pt file",
-    )
+    about = "one or two folders or files: LightningDiT, fast-DiT, REPA, EDM2, MAR, or one plain "
+    about += ".safetensors, .npy, .npz or .pt file"
+    made.add_argument("latents", nargs="+", type=Path, help=about)
     for name, (kind, default, about) in flags.items():
         made.add_argument(f"--{name}", type=kind, default=default, help=about, **more.get(name, {}))
     yes_or_no = argparse.BooleanOptionalAction
-    about = "posterior over the own class (default: if there are labels)"
+    about = "class-wise posterior (default: if there are labels)"
     made.add_argument("--class-wise", action=yes_or_no, help=about)
-    about = "take stored flips in, as further rows"
+    about = "use stored flips as further rows"
     made.add_argument("--flips", action="store_true", help=about)
     return made
 
@@ -177,36 +142,22 @@ def _open(path: Path, kind: str, scale: str, options: argparse.Namespace) -> Lat
     return latents.with_options(flips="both") if options.flips else latents
 
 
-def run(options: argparse.Namespace) -> list[Profiled]:
-    """Profiles what the arguments name, prints and writes it.
-
-    Raises:
-        ValueError, OSError, MemoryError: If something named cannot be used.
-    """
+def run(options: argparse.Namespace) -> None:
+    """Profiles the named latents; prints and writes the results."""
     paths = options.latents
     if len(paths) > 2:
         raise ValueError(f"Expected one or two sets of latents, got {len(paths)}.")
-    if options.limit is not None and options.limit < 2:
-        raise ValueError(f"Expected --limit of at least 2, got {options.limit}.")
-    if options.queries < 2:
-        raise ValueError(f"Expected --queries of at least 2, got {options.queries}.")
+    for name in ("limit", "queries"):
+        if (value := getattr(options, name)) is not None and value < 2:
+            raise ValueError(f"Expected --{name} of at least 2, got {value}.")
     formats = _each(options.format, len(paths), "--format")
     scales = _each(options.scale, len(paths), "--scale")
-    # All are opened before one is read: what is wrong with the second is said at once.
+    # All are opened before the first is read, so that an error in the second comes at once.
     sets = [_open(*each, options) for each in zip(paths, formats, scales, strict=True)]
     found = []
     for latents, name in zip(sets, _names(paths), strict=True):
-        one = profile_latents(
-            latents,
-            name,
-            class_wise=options.class_wise,
-            limit=options.limit,
-            queries=options.queries,
-            seed=options.seed,
-            dtype=_DTYPES[options.dtype],
-        )
-        print(report(one), end="\n\n")
-        found.append(one)
+        found.append(_profiled(latents, name, options))
+        print(report(found[-1]), end="\n\n")
     figures = {one.name: profile_figure(one.profile, one.name) for one in found}
     if len(found) == 2:
         print(comparison(*found), end="\n\n")
@@ -221,12 +172,11 @@ def run(options: argparse.Namespace) -> list[Profiled]:
         image = Image.fromarray(render(figure))
         replace_file(file, partial(image.save, format="png"))
         print(f"         {file}")
-    return found
 
 
 def main() -> None:
     """The entry point of `stagewise profile`."""
-    with ends_in_a_line("profile"):
+    with exit_with_message("profile"):
         run(parser().parse_args())
 
 

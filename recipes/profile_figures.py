@@ -1,7 +1,7 @@
-"""The pictures of `stagewise profile`: a page for each set of latents, and one of two side by side.
+"""The figures of `stagewise profile`: a page for each set of latents, and one that compares two.
 
-A page holds what is measured over t, near the boundary, and the spectrum with the condition that
-predicts it: the information `1/2 sum_k log(1 + rho_t^2 lambda_k)` reaches log N.
+A page shows what was measured over t near the boundary, the spectrum, and the condition that
+predicts the boundary: the information `1/2 sum_k log(1 + rho_t^2 lambda_k)` reaches log N.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PANELS = {
 
 
 def profile_figure(profile: Profile, title: str) -> Figure:
-    """Concentration, rows that explain a query, target difference, and spectrum of one set."""
+    """Concentration, effective sample size, floor and spectrum of one set."""
     figure = new_figure(13, 9.4)
     over = "class-wise posterior" if profile.class_wise else "posterior over all rows"
     strata, queries = profile.curve.t.shape
@@ -66,7 +66,7 @@ def profile_figure(profile: Profile, title: str) -> Figure:
 
 
 def comparison_figure(profiles: Mapping[str, Profile]) -> Figure:
-    """Two sets of latents, by name: concentration, effective sample size, target, spectrum."""
+    """Concentration, effective sample size, floor and spectrum of two sets, by name."""
     figure = new_figure(13, 9.4)
     figure.suptitle(" and ".join(_short(name, 40) for name in profiles), fontsize=11)
     *panels, eigenvalues = figure.subplots(2, 2).flat
@@ -111,17 +111,17 @@ def _from_zero(axes: Axes, statistic: str) -> None:
 
 
 def _spectrum(axes: Axes, profile: Profile, colour: str, dashes: str = "-") -> None:
-    # Beyond as many rows as were looked at, and at rounding, there is nothing to see.
+    # Eigenvalues beyond the number of rows, and those of rounding, are not shown.
     values = profile.eigenvalues.numpy()
     values = values[values > values[0] * 1e-9] if len(values) and values[0] > 0 else values[:0]
     axes.semilogy(np.arange(1, len(values) + 1), values, color=colour, ls=dashes, lw=1.8)
     axes.set(xlabel="principal axis", ylabel="variance along it")
-    if len(values) >= 30:  # over less than a decade and a half a log scale has no room for labels
+    if len(values) >= 30:  # below, a log scale has no room for labels
         axes.set_xscale("log")
 
 
 def _condition(axes: Axes, profile: Profile) -> None:
-    """The information by t, which reaches log N at the predicted boundary."""
+    """The information over t, which reaches log N at the predicted boundary."""
     axes.set_ylabel(r"$\frac{1}{2}\sum_k\,\log(1+\rho_t^2\lambda_k)$, nats")
     time_axis(axes, profile.curve.times.numpy())
     about = "one class of median size; predicted: the median over classes"

@@ -1,4 +1,4 @@
-"""What `stagewise profile` says: the text for one set of latents, and for two side by side."""
+"""The text of `stagewise profile`, for one set of latents and for two side by side."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Profiled:
-    """A set of latents with its profile, and what follows from it."""
+    """A set of latents with its profile."""
 
     name: str
     latents: Latents
     profile: Profile
-    total: int
-    note: str
-    """What a limit on the rows means for the numbers; empty without one."""
+    total: int  # rows in the files
+    note: str  # what a limit on the rows means for the numbers
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, strings and lists."""
+        """All as plain numbers, strings and lists."""
         return {
             "name": self.name,
             "latents": self.latents.describe(),
@@ -41,7 +40,7 @@ class Profiled:
 
 
 def report(found: Profiled) -> str:
-    """What was found, as text of at most 100 columns."""
+    """The profile as text of at most 100 columns."""
     p, b = found.profile, found.profile.boundary
     over = "class-wise" if p.class_wise else "over all rows"
     low, middle, high = p.class_rows
@@ -51,48 +50,31 @@ def report(found: Profiled) -> str:
     twice = f"{p.duplicates} rows equal an earlier one" if p.duplicates else "none"
     if p.mislabelled:
         twice += f", {p.mislabelled} of them under another label"
+    share = p.eigenvalues.cumsum(0)
+    half = int((share < share[-1] / 2).sum()) + 1
+    where = f"below t = {b.collapsed:.3f}" if 0 < b.collapsed < 1 else "at all t"
+    wide, narrow = (format_bytes(size * found.total * p.dim) for size in (4, 2))
     lines = [
         ("rows", rows),
+        *(("left out", skipped) for skipped in found.latents.skipped),
+        *([("", found.note)] if found.note else []),
         ("scale", f"mean {p.mean:.3f}, standard deviation {p.std:.3f}"),
         ("channel means", _numbers(p.channel_mean)),
         ("channel stds", _numbers(p.channel_std)),
         ("duplicates", twice),
-        (
-            "spectrum",
-            f"effective dimension {p.effective_dim:.1f} of {p.dim}; half of the variance along "
-            f"{_half(p)} axes",
-        ),
-        (
-            "boundary",
-            f"{over}; t = 0 is noise, t = 1 is data; weight: the mean largest of the posterior",
-        ),
-        ("  predicted", f"{_time(p.predicted)}   weight about 2/3, by the spectrum"),
-        (
-            "  midpoint",
-            f"{_span(b.midpoint, b.midpoint_low, b.midpoint_high)}   weight 0.50",
-        ),
-        (
-            "  collapsed",
-            f"{_span(b.collapsed, b.collapsed_low, b.collapsed_high)}   weight 0.99",
-        ),
-    ]
-    where = f"below t = {b.collapsed:.3f}" if 0 < b.collapsed < 1 else "at all t"
-    lines += [
-        (
-            "mixing",
-            f"oracle targets {where} take the floor off the loss: {p.removable:.3g} over uniform t",
-        ),
+        ("spectrum", f"effective dimension {p.effective_dim:.1f} of {p.dim}; {half} axes have half "
+         "of the variance"),
+        ("boundary", f"{over}; t = 0 is noise, t = 1 is data; weight: the mean largest posterior "
+         "weight"),
+        ("  predicted", f"{_time(p.predicted)}   weight about 2/3, from the spectrum"),
+        ("  midpoint", f"{_span(b.midpoint, b.midpoint_low, b.midpoint_high)}   weight 0.50"),
+        ("  collapsed", f"{_span(b.collapsed, b.collapsed_low, b.collapsed_high)}   weight 0.99"),
+        ("mixing", f"oracle targets {where} remove the floor from the loss: {p.removable:.3g} over "
+         "uniform t"),
         ("engine", p.engine),
-        (
-            "memory",
-            f"{found.total} rows of {p.dim} numbers: {format_bytes(4 * found.total * p.dim)} in "
-            f"float32, {format_bytes(2 * found.total * p.dim)} in bfloat16",
-        ),
-    ]
-    if found.note:
-        lines.insert(1, ("", found.note))
-    for skipped in found.latents.skipped:
-        lines.insert(1, ("left out", skipped))
+        ("memory", f"{found.total} rows of {p.dim} numbers: {wide} in float32, {narrow} in "
+         "bfloat16"),
+    ]  # fmt: skip
     text = [f"== {found.name}", *_wrap(found.latents.describe())]
     for name, value in lines:
         text += _wrap(value, first=f"{name:16}")
@@ -124,26 +106,23 @@ def comparison(first: Profiled, second: Profiled) -> str:
 def _verdict(first: Profiled, second: Profiled) -> str:
     one, two = first.profile.boundary, second.profile.boundary
     if math.isnan(one.midpoint) or math.isnan(two.midpoint):
-        return "A midpoint was not reached: nothing is said of which is earlier."
+        return "A midpoint was not reached, so it is unknown which is earlier."
     if one.midpoint_high < two.midpoint_low or two.midpoint_high < one.midpoint_low:
         early, late = (first, second) if one.midpoint < two.midpoint else (second, first)
         return (
             f"{early.name} collapses earlier: its interval for the midpoint ends before that of "
-            f"{late.name} begins. Compare shapes of losses by t, not their values, across latents "
+            f"{late.name} begins. Across latents compare shapes of losses by t, not their values "
             "(second-hand: arXiv 2512.02826)."
         )
-    return "The intervals of the midpoints overlap: the boundaries do not differ for certain."
+    return "The intervals of the midpoints overlap: the boundaries may not differ."
 
 
 def _table(p: Profile, most: int = 9) -> list[str]:
     """Largest weight, effective sample size and floor at some t."""
     end = p.boundary.collapsed if math.isfinite(p.boundary.collapsed) else 1.0
     inside = [i for i, t in enumerate(p.curve.times.tolist()) if t <= 1.5 * end]
-    step = max(1, math.ceil(len(inside) / most))
-    shown = inside[::step]
-    lines = [
-        f"{'t':16}" + "".join(f"{float(p.curve.times[i]):9.3f}" for i in shown),
-    ]
+    shown = inside[:: max(1, math.ceil(len(inside) / most))]
+    lines = [f"{'t':16}" + "".join(f"{float(p.curve.times[i]):9.3f}" for i in shown)]
     for label, name, form in (
         ("largest weight", "top1", "9.3f"),
         ("ESS, rows", "ess", "9.1f"),
@@ -152,11 +131,6 @@ def _table(p: Profile, most: int = 9) -> list[str]:
         mean = p.curve.mean(name)
         lines.append(f"{label:16}" + "".join(format(float(mean[i]), form) for i in shown))
     return lines
-
-
-def _half(p: Profile) -> int:
-    share = p.eigenvalues.cumsum(0)
-    return int((share < share[-1] / 2).sum()) + 1
 
 
 def _numbers(values: Sequence[float], most: int = 8) -> str:

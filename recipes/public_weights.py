@@ -1,15 +1,15 @@
-"""The public weights of SiT and LightningDiT, put into our `SiT`.
+"""The public weights of SiT and LightningDiT, loaded into our `SiT`.
 
-Both publish checkpoints of one layout. Three things differ from ours:
+Both publish checkpoints in one layout. Three things differ from ours:
 
     names       e.g. `blocks.0.adaLN_modulation.1.weight`, here `blocks.0.modulation.linear.weight`
     output      rows of the last layer ordered `(p, p, C)`, here `(C, p, p)`, p the patch size and
                 C the channels, doubled under `learn_sigma`
     embeddings  fixed ones, of position and rotation, are in the file; here they are computed, and
-                those of the file must be the same
+                must be the same
 
 Both predict dx/dt with noise at t = 0 and data at t = 1, as this library does. The tests compare
-with models written from the formulas of the public code, not with the published files.
+with the formulas of the public code, not with the published files.
 
 References:
     Ma et al., SiT, https://arxiv.org/abs/2401.08740, code https://github.com/willisma/SiT
@@ -21,15 +21,14 @@ from __future__ import annotations
 
 __all__ = ["load_public_weights"]
 
-import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from stagewise.recipes.sit import SiT
+from stagewise.recipes.weight_files import read_weights, require_entries
 
 _PUBLIC_NAMES = [  # (pattern in ours, replacement)
     (r"^t_embedder\.mlp\.fc1\.", "t_embedder.mlp.0."),
@@ -42,48 +41,41 @@ _PUBLIC_SWIGLU = [
     (r"(^blocks\.\d+\.mlp)\.fc1\.", r"\1.w12."),
     (r"(^blocks\.\d+\.mlp)\.fc2\.", r"\1.w3."),
 ]
-_SHOWN = 10  # of the entries in which a checkpoint differs
 
 
 def load_public_weights(net: SiT, path: str | Path) -> SiT:
-    """Loads a checkpoint in the public layout, all of it or nothing.
+    """Loads a checkpoint in the public layout, all of it or nothing, in place; returns `net`.
 
     Args:
         net: The network, built with the sizes and switches of the checkpoint: those of
             `net/sit_xl_2.yaml` for `SiT-XL-2-256.pt`, of `net/lightningdit_xl_1.yaml` for
-            `lightningdit-xl-imagenet256-800ep.pt`. Its type and device stay.
+            `lightningdit-xl-imagenet256-800ep.pt`. It keeps its type and device.
         path: A file of `torch.save`: the weights, or a dictionary that holds them under "ema",
             which is preferred, or "model".
 
-    Returns:
-        `net`, which is changed in place.
-
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is a checkpoint of another model, with the entries that differ, or no
-            checkpoint of weights, or if `net` embeds time in another way than the public models.
+        ValueError: If it is no checkpoint, or one of another model, with the entries that differ,
+            or if `net` embeds time in another way than the public models.
     """
     if net.time_embedding != "unit":
         raise ValueError(
-            f"Expected `net` with time_embedding='unit', got {net.time_embedding!r}. Build it so: "
-            "the public weights were trained with it, and no entry of a checkpoint tells."
+            f"Expected `net` with time_embedding='unit', got {net.time_embedding!r}. The public "
+            "weights were trained with 'unit', and a checkpoint does not show it."
         )
     found = _read(Path(path))
     ours = net.state_dict()
     public = {_public_name(name, net.swiglu): name for name in ours}
     fixed = _fixed(net)
-    _check_shapes(
-        {name: ours[own].shape for name, own in public.items()}
-        | {name: value.shape for name, value in fixed.items()},
-        {name: value.shape for name, value in found.items()},
-    )
+    expected = {name: ours[own] for name, own in public.items()} | fixed
+    require_entries(Path(path), found, expected)
     for name, value in fixed.items():
         error = (found[name].to(value) - value).abs().max().item()
         if not error < 1e-5:
             raise ValueError(
                 f"Expected `{name}` of the checkpoint to be the embedding of `net`, got one that "
-                f"differs by up to {error:.2g}. Build the network with position_embedding='dit'; "
-                "if it is, the checkpoint is of another model."
+                f"differs by up to {error:.2g}. Build the network with position_embedding='dit'. "
+                "If it already is, the checkpoint is of another model."
             )
     state = {own: found[name] for name, own in public.items()}
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
@@ -96,16 +88,7 @@ def load_public_weights(net: SiT, path: str | Path) -> SiT:
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"Expected a checkpoint, and there is no file {path}.")
-    try:
-        # Checkpoints of SiT's training hold their command line.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises what its unpickler or its zip reader does
-        raise ValueError(
-            f"Expected a checkpoint that torch.load reads with weights_only=True, {path} cannot "
-            f"be read so ({str(error).splitlines()[0][:120]}). Download it again, or save its "
-            "weights alone."
-        ) from error
+    found = read_weights(path)
     for key in ("ema", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -126,28 +109,9 @@ def _public_name(name: str, swiglu: bool) -> str:
 
 
 def _fixed(net: SiT) -> dict[str, Tensor]:
-    """What is computed here and stored there."""
+    """What is computed here and stored in public checkpoints."""
     fixed = {"pos_embed": net.pos_embed[None]}
     if net.rope is not None:
         sines, cosines = net.rope.chunk(2, -1)
         fixed |= {"feat_rope.freqs_sin": sines, "feat_rope.freqs_cos": cosines}
     return fixed
-
-
-def _check_shapes(expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
-    names = [*expected, *(name for name in found if name not in expected)]
-    wrong = [name for name in names if expected.get(name) != found.get(name)]
-    if not wrong:
-        return
-    shapes = ((expected.get(name), found.get(name)) for name in wrong)
-    pairs = (("no such entry" if x is None else str(tuple(x)) for x in pair) for pair in shapes)
-    lines = [
-        f"  {name}: {one}, got {other}" for name, (one, other) in zip(wrong, pairs, strict=True)
-    ]
-    if len(wrong) > _SHOWN:
-        lines[_SHOWN:] = [f"  and {len(wrong) - _SHOWN} more"]
-    raise ValueError(
-        f"Expected a checkpoint with the entries of `net`, got one that differs in {len(wrong)}:\n"
-        + "\n".join(lines)
-        + "\nBuild the network with the sizes and switches of the checkpoint. Nothing was loaded."
-    )

@@ -1,4 +1,4 @@
-"""`stagewise report RUN ...`: one page from the files of a run, or of several side by side."""
+"""`stagewise report RUN ...`: a page about a run from its files, or about several side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stagewise.files import replace_file
-from stagewise.recipes.arguments import Parser, ends_in_a_line
+from stagewise.recipes.arguments import Parser, exit_with_message
 from stagewise.recipes.report_compare import compared, refuse_other_data
 from stagewise.recipes.report_facts import Facts
 from stagewise.recipes.report_head import head
@@ -19,12 +19,7 @@ __all__ = ["compare", "main", "parser", "report"]
 
 
 def report(run: Path, output: Path | None = None, title: str | None = None) -> Path:
-    """Writes the page of a run; an older one is replaced only when the new one is whole.
-
-    Args:
-        run: Its folder.
-        output: The file; default `<run>/report.html`.
-        title: Of the page; default the name of the folder.
+    """Writes the page of the run in a folder, by default `report.html` in it.
 
     Raises:
         ValueError: If there is no run, or no events in it.
@@ -38,12 +33,7 @@ def report(run: Path, output: Path | None = None, title: str | None = None) -> P
 
 
 def compare(runs: Sequence[Path], output: Path | None = None, title: str | None = None) -> Path:
-    """Writes the page of several runs of the same data, side by side.
-
-    Args:
-        runs: Their folders, two or more.
-        output: The file; default `compare.html` in the first.
-        title: Of the page; default the names of the folders.
+    """Writes the page of two or more runs of the same data, by default `compare.html` in the first.
 
     Raises:
         ValueError: If one is no run, or their data differ.
@@ -51,7 +41,7 @@ def compare(runs: Sequence[Path], output: Path | None = None, title: str | None 
     """
     found = [Facts(read_run(run)) for run in runs]
     names = [facts.name for facts in found]
-    if len(set(names)) < len(names):  # of a sweep the paths tell them apart
+    if len(set(names)) < len(names):  # runs of a sweep differ by their paths
         names = [str(run) for run in runs]
     if len({run.resolve() for run in runs}) < len(runs):
         raise ValueError(f"Expected different runs, got {', '.join(names)}.")
@@ -66,8 +56,8 @@ def _write(target: Path, text: str) -> Path:
         replace_file(target, lambda file: file.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise OSError(
-            f"Cannot write {target}: {error.strerror}. Name a file in a folder that is there and "
-            "can be written: --output."
+            f"Cannot write {target}: {error.strerror}. Name a file in an existing folder with "
+            "--output."
         ) from error
     return target
 
@@ -77,26 +67,19 @@ def parser() -> Parser:
     made = Parser(
         prog="stagewise report",
         description=(
-            "Writes one self-contained HTML page from the files of a run. Of a folder that holds "
-            "several runs, a page of each, the newest first. Of two or more runs of the same data, "
-            "one page that compares them: stagewise report RUN_A RUN_B."
+            "Writes one self-contained HTML page from the files of a run. For a folder of several "
+            "runs, a page for each, the newest first. For two or more runs of the same data, one "
+            "page that compares them: stagewise report RUN_A RUN_B."
         ),
     )
     made.add_argument("run", type=Path, nargs="+", help="folder of the run, or of runs")
     made.add_argument("--output", type=Path, help="the page (RUN/report.html, RUN_A/compare.html)")
-    made.add_argument("--title", metavar="TEXT", help="its heading (the folder's name)")
+    made.add_argument("--title", metavar="TEXT", help="its title (the name of the folder)")
     return made
 
 
 def _tell(page: Path) -> None:
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
-
-
-def _one_each(folders: Sequence[Path]) -> None:
-    """Refuses folders of several runs where runs are compared."""
-    for folder in folders:
-        if len(runs := runs_in(folder)) > 1:
-            raise ValueError(f"Expected runs to compare; {folder} holds several:{_listed(runs)}")
 
 
 def _listed(runs: Sequence[Path]) -> str:
@@ -106,9 +89,13 @@ def _listed(runs: Sequence[Path]) -> str:
 def main() -> None:
     """The entry point of `stagewise report`."""
     given = parser().parse_args()
-    with ends_in_a_line("report"):
+    with exit_with_message("report"):
         if len(given.run) > 1:
-            _one_each(given.run)
+            for folder in given.run:
+                if len(runs := runs_in(folder)) > 1:
+                    raise ValueError(
+                        f"Expected runs to compare; {folder} holds several:{_listed(runs)}"
+                    )
             _tell(compare(given.run, given.output, given.title))
             return
         (folder,) = given.run
@@ -117,9 +104,7 @@ def main() -> None:
             _tell(report(folder, given.output, given.title))
             return
         if given.output or given.title:
-            raise ValueError(
-                f"Expected one run with --output or --title; there are:{_listed(runs)}"
-            )
+            raise ValueError(f"Expected one run with --output or --title, got:{_listed(runs)}")
         print(f"{folder} holds {len(runs)} runs, the newest first:")
         failed = []
         for run in runs:

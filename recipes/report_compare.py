@@ -1,4 +1,4 @@
-"""The page of several runs of the same data, side by side."""
+"""The page that compares several runs of the same data."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ import numpy as np
 
 from stagewise.callbacks.velocity_figures import sizes_figure
 from stagewise.recipes import report_figures
-from stagewise.recipes.report_facts import Facts, Value, number, percent, span, time_of
-from stagewise.recipes.report_head import data_of, date_of, model_of, safely, steps_of
+from stagewise.recipes.report_facts import Facts, Value, number, percent, span
+from stagewise.recipes.report_head import (
+    CROSSINGS,
+    data_of,
+    date_of,
+    model_of,
+    safely,
+    steps_of,
+)
 from stagewise.recipes.report_html import definitions, drawn, paragraph, row, stored, table
 from stagewise.velocity_probe import STAGES
 
@@ -21,9 +28,9 @@ __all__ = ["compared", "refuse_other_data"]
 
 _READING = (
     "All numbers are of the last probe up to the same step, over uniform t. The floor is the part "
-    "of the loss that no model removes; it is that of the data, so it is alike here, and what is "
-    "above it is what the models differ in. ± is two standard errors. Runs of one seed are asked "
-    "the same noisy samples, so their differences are surer than that says."
+    "of the loss that no model removes. It depends on the data only, so these runs share it, and "
+    "differ in the loss above it. ± is two standard errors. Probes of runs with one seed use the "
+    "same noisy samples, so their differences are more certain than that."
 )
 
 _STEPS = 4
@@ -31,18 +38,12 @@ _STEPS = 4
 
 
 def refuse_other_data(runs: Mapping[str, Facts]) -> None:
-    """Refuses runs of different data, whose floors and stages differ.
-
-    Raises:
-        ValueError: With what differs, and a line for each run.
-    """
-    told: dict[str, dict[str, Any]] = {}
-    for name, facts in runs.items():
-        for key in ("rows", "shape", "std", "classes", "class_wise", "path"):
-            value = facts.bank.get(key)
-            if value is not None:
-                told.setdefault(key, {})[name] = value
-    differing = {key: found for key, found in told.items() if not _alike(list(found.values()))}
+    """Refuses runs of different data, since their floors and stages differ."""
+    differing = {}
+    for key in ("rows", "shape", "std", "classes", "class_wise", "path"):
+        found = {k: facts.bank[key] for k, facts in runs.items() if facts.bank.get(key) is not None}
+        if found and not _alike(list(found.values())):
+            differing[key] = found
     if differing:
         listed = "; ".join(
             f"{key} {', '.join(f'{value} ({name})' for name, value in found.items())}"
@@ -52,8 +53,8 @@ def refuse_other_data(runs: Mapping[str, Facts]) -> None:
             f"\n  stagewise report {shlex.quote(str(facts.run.folder))}" for facts in runs.values()
         )
         raise ValueError(
-            f"Expected runs of the same data, got {listed}. Losses of other data have another "
-            f"floor, so they do not compare. For a page of each:{pages}"
+            f"Expected runs of the same data, got {listed}. Losses on other data have another "
+            f"floor, and cannot be compared. For a page about each:{pages}"
         )
 
 
@@ -100,16 +101,13 @@ def _samples(runs: Mapping[str, Facts]) -> str:
 
 
 def _warnings(runs: Mapping[str, Facts]) -> list[str]:
-    said = [f"{name}: {line}" for name, facts in runs.items() for line in facts.run.problems]
+    found = [f"{name}: {line}" for name, facts in runs.items() for line in facts.run.problems]
     for name, facts in runs.items():
         if not facts.bank:
-            said.append(
-                f"{name} has no PosteriorMonitor, so whether it has the data of the others is not "
-                "checked."
-            )
+            found.append(f"{name} has no PosteriorMonitor, so its data may be other data.")
         if facts.last is not None and facts.last.get("alarm"):
-            said.append(f"{name}: {facts.last['alarm']}; its oracle is not that of its training.")
-    return said
+            found.append(f"{name}: {facts.last['alarm']}; its oracle is not that of its training.")
+    return found
 
 
 def _value(facts: Facts, step: int, split: str, key: str) -> Value:
@@ -119,8 +117,7 @@ def _value(facts: Facts, step: int, split: str, key: str) -> Value:
 def _verdict(runs: Mapping[str, Facts], step: int) -> str:
     """Which run is ahead: on held-out samples if all have some, or else above the floor."""
     if len(runs) < 2:
-        lacks = "Fewer than two of these runs have a VelocityErrorMonitor, so their losses "
-        return lacks + "cannot be compared."
+        return "Losses cannot be compared: fewer than two runs have a VelocityErrorMonitor."
     held_out = all(facts.gap(facts.probes[-1]).mean > -math.inf for facts in runs.values())
     what = ("held_out", "conditional") if held_out else ("train", "oracle")
     words = "held-out loss" if held_out else "loss above the floor"
@@ -146,15 +143,9 @@ def _numbers(runs: Mapping[str, Facts], step: int) -> str:
     every = list(runs.values())
     add("parameters", [number(facts.parameters) for facts in every])
     add("last step", [number(facts.step) for facts in every])
-    for name, ends in (
-        ("navigation ends at t", "midpoint"),
-        ("refinement begins at t", "collapsed"),
-    ):
-        found = [facts.boundary.as_dict() for facts in every]
-        told = [time_of(b[ends]) for b in found]
-        spans = [span(b[f"{ends}_low"], b[f"{ends}_high"], time_of) for b in found]
-        pairs = zip(told, spans, strict=True)
-        add(name, [f"{t} ({between})" if between else t for t, between in pairs])
+    for place, name in enumerate(CROSSINGS):
+        found = [facts.crossings[place] for facts in every]
+        add(name, [t + (interval and f" ({interval})") for t, interval in found])
     for name, split, key in (
         ("loss", "train", "conditional"),
         ("floor", "train", "floor"),
@@ -182,18 +173,22 @@ def _over_steps(runs: Mapping[str, Facts], step: int) -> str:
     first = next(iter(runs.values()))
     shown = [
         drawn(
-            report_figures.excess_by_step_figure(runs),
-            "Both axes are logarithmic: without the floor a power law is a straight line. A line "
-            "that flattens has learned what its model can at its learning rate.",
+            report_figures.excess_figure(
+                "Loss above the floor, all t", {name: (facts, None) for name, facts in runs.items()}
+            ),
+            "Both axes are logarithmic: without the floor a power law is a straight line. A model "
+            "whose line is flat has learned what it can at its learning rate.",
         ),
         drawn(
-            report_figures.excess_by_step_figure(runs, STAGES[0]),
-            "The same in navigation, where what is above the floor is left to learn.",
+            report_figures.excess_figure(
+                f"Loss above the floor, {STAGES[0]}",
+                {name: (facts, STAGES[0]) for name, facts in runs.items()},
+            ),
+            "The same in navigation, where the loss above the floor can still be learned.",
         ),
     ]
     if any(facts.edges != first.edges for facts in runs.values()):
-        said = paragraph("Errors by t are not drawn: the runs have other bins of t.", "dim")
-        return row(*shown) + said
+        return row(*shown) + paragraph("Errors by t are not drawn: the bins of t differ.", "dim")
     caption = "Where along t the runs differ, above the floor. Stages are those of the first run."
     return row(*shown, drawn(sizes_figure(first.edges, probes, first.ends), caption))
 
@@ -202,8 +197,8 @@ def _over_size(runs: Mapping[str, Facts]) -> str:
     unknown = [name for name, facts in runs.items() if not facts.parameters]
     if unknown:
         return paragraph(
-            f"Not drawn: the files of {', '.join(unknown)} do not tell the number of parameters, "
-            "as those of an older version, or of a model that is spread over processes.",
+            f"Not drawn: the files of {', '.join(unknown)} do not have the number of parameters, "
+            "as in an older version, or for a model that is sharded over processes.",
             "dim",
         )
     ordered = sorted(runs.values(), key=lambda facts: facts.parameters or 0)
@@ -228,7 +223,7 @@ def _over_size(runs: Mapping[str, Facts]) -> str:
             report_figures.by_size_figure(ordered, chosen, "conditional", "The loss itself"),
             f"At step {chosen[-1]} the loss goes as parameters to the power "
             f"{_signed(_powers(sizes, loss)[0])}. The floor is the same for all sizes: the loss "
-            "bends towards it, and a line through it leads nowhere.",
+            "bends towards it, so a line through the loss predicts nothing.",
         ),
         drawn(
             report_figures.by_size_figure(ordered, chosen, "oracle", "Loss above the floor"),
@@ -251,8 +246,8 @@ def _straight(powers: Sequence[float]) -> str:
         return text + "Two sizes are always on a line: a third shows whether it is straight."
     between = f"from size to size {', '.join(map(_signed, steps))}"
     if min(steps) < 1.5 * max(steps):  # both below zero where a larger model is better
-        return f"{text}That is not one line ({between}), so there is none to extend."
-    return f"{text}It is nearly one line ({between}), which can be extended with care."
+        return f"{text}That is not one line ({between}), so do not extrapolate."
+    return f"{text}It is nearly one line ({between}); extrapolate with care."
 
 
 def _signed(power: float) -> str:
@@ -266,11 +261,11 @@ def _settings(runs: Mapping[str, Facts]) -> str:
     every = []
     for facts in runs.values():
         own = facts.settings.get("run_dir", "")
-        told = facts.settings.items()
-        every.append({k: v.replace(own, "RUN") if own else v for k, v in told})
+        given = facts.settings.items()
+        every.append({k: v.replace(own, "RUN") if own else v for k, v in given})
     keys = sorted({key for settings in every for key in settings})
     rows = [[key, *(settings.get(key, "–") for settings in every)] for key in keys]
     rows = [cells for cells in rows if len(set(cells[1:])) > 1]
     if not rows:
-        return paragraph("None: the configurations are alike.", "dim")
+        return paragraph("None: the configurations are equal.", "dim")
     return table(["setting", *runs], rows, numbers=())

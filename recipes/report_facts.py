@@ -1,6 +1,6 @@
-"""What the numbers of a run say: what page, verdict and comparison of runs have in common.
+"""The numbers of a run, for its page, its verdict and the comparison of runs.
 
-Times are averaged uniformly: a mean over t weighs each bin by its width.
+Means over t are for uniform times: they weigh each bin by its width.
 """
 
 from __future__ import annotations
@@ -13,29 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import OmegaConf
 
-from stagewise.callbacks.velocity_figures import gap_is_clear
 from stagewise.forecast import SmoothingForecast, forecast_smoothing
-from stagewise.recipes.run_files import Event, RunFiles
+from stagewise.recipes.run_files import Event, RunFiles, flat
 from stagewise.velocity_probe import STAGES
 
-__all__ = [
-    "FLAT",
-    "NOTHING",
-    "Facts",
-    "Value",
-    "number",
-    "percent",
-    "settings_of",
-    "span",
-    "time_of",
-]
+__all__ = ["FLAT", "NOTHING", "Facts", "Value", "number", "percent", "span", "time_of"]
 
 FLAT = 0.05
-"""Change of an error, as a share, below which it counts as none."""
+"""Relative change of an error that counts as none."""
 
 
 class Value(NamedTuple):
-    """A mean and its standard error; NaN where there is none."""
+    """A mean and its standard error, or NaN."""
 
     mean: float
     error: float
@@ -52,13 +41,14 @@ NOTHING = Value(math.nan, math.nan)
 
 
 class Facts:
-    """What is read from the files of one run.
+    """The numbers of one run.
 
     Attributes:
         run: Its files.
-        boundary: Where its stages meet: one for the whole page.
+        boundary: Its stage boundary, one for the whole page.
         edges: Of the bins of t.
-        probes: The probes of its model that have these bins, by step.
+        probes: The probes of its model with these bins, by step.
+        windows: The windows of training with these bins, by step.
     """
 
     def __init__(self, run: RunFiles) -> None:
@@ -81,18 +71,22 @@ class Facts:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """Its configuration, from dotted keys to values; empty without one that can be read."""
-        return settings_of(self.run.config)
+        """Its configuration by dotted key; empty without one that can be read."""
+        try:
+            tree = OmegaConf.to_container(OmegaConf.create(self.run.config or "{}"))
+        except Exception:  # from yaml or OmegaConf: the page shows the text as it is
+            return {}
+        return {key: str(x) for key, x in flat(tree).items()} if isinstance(tree, dict) else {}
 
     @property
     def step(self) -> int:
-        """The last step of which there is something in the files."""
+        """The last step in the files."""
         events = [event for found in self.run.events.values() for event in found]
         return max((event.get("step", 0) for event in events), default=0)
 
     @property
     def planned(self) -> int | None:
-        """The steps of the whole training, if its configuration says."""
+        """The steps of the whole training, if the configuration has them."""
         text = self.settings.get("trainer.max_steps", "")
         return int(text) if text.isdigit() else None
 
@@ -102,8 +96,17 @@ class Facts:
         return self.boundary.midpoint, self.boundary.collapsed
 
     @property
+    def crossings(self) -> list[tuple[str, str]]:
+        """Midpoint and collapsed boundary, each with its interval, in words."""
+        b = self.boundary
+        return [
+            (time_of(b.midpoint), span(b.midpoint_low, b.midpoint_high, time_of)),
+            (time_of(b.collapsed), span(b.collapsed_low, b.collapsed_high, time_of)),
+        ]
+
+    @property
     def stage_edges(self) -> list[float]:
-        """From where to where each stage is."""
+        """The times between which each stage lies."""
         middle, late = (1.0 if math.isnan(t) else t for t in self.ends)
         return [0.0, middle, max(middle, late), 1.0]
 
@@ -116,7 +119,7 @@ class Facts:
 
     @property
     def parameters(self) -> int | None:
-        """How many numbers the model trains, where the files say."""
+        """The number of trained parameters, if the files have it."""
         return self.about.get("parameters")
 
     def at(self, step: int) -> Event | None:
@@ -124,7 +127,7 @@ class Facts:
         return next((probe for probe in reversed(self.probes) if probe["step"] <= step), None)
 
     def mean(self, probe: Event | None, split: str, key: str) -> Value:
-        """An error of a probe, over all t; without that split or any probe it is NaN."""
+        """An error of a probe over all t; NaN without that split or a probe."""
         found = None if probe is None else probe.get(split)
         if not found:
             return NOTHING
@@ -133,10 +136,6 @@ class Facts:
     def gap(self, probe: Event) -> Value:
         """Held-out minus training error, over all t."""
         return self._over_t(probe["gap"], probe["gap_se"]) if probe.get("gap") else NOTHING
-
-    def clear_bins(self, probe: Event) -> int:
-        """In how many bins the gap is two standard errors or more from zero."""
-        return int(gap_is_clear(probe).sum())
 
     def _over_t(self, values: Sequence[Any], errors: Sequence[Any] | None) -> Value:
         mean, width = np.array(values, float), np.diff(self.edges)
@@ -149,13 +148,13 @@ class Facts:
 
     @staticmethod
     def stage(probe: Event | None, stage: str, key: str, split: str = "train") -> float:
-        """A mean of a probe over a stage; NaN where there is none."""
+        """A mean of a probe over a stage, or NaN."""
         found = ((probe or {}).get("stages") or {}).get(split) or {}
         value = found.get(stage, {}).get(key)
         return math.nan if value is None else value
 
     def shares(self, probe: Event) -> dict[str, float]:
-        """What part of the oracle error over all t lies in each stage."""
+        """The share of each stage in the oracle error over all t."""
         edges = self.stage_edges
         widths = [high - low for low, high in zip(edges, edges[1:], strict=False)]
         parts = {
@@ -166,25 +165,25 @@ class Facts:
         return {stage: part / sum(parts.values()) for stage, part in parts.items()}
 
     def trend(self, stage: str) -> tuple[float, int] | None:
-        """How the oracle error of a stage has changed since a step, as a share.
+        """The relative change of the oracle error of a stage, and since which step.
 
-        Over the last third of the steps or somewhat more, as there are probes; None with too few.
+        Over about the last third of the steps; None with too few probes.
         """
         if self.last is None or (early := self.at(self.last["step"] * 2 // 3)) is None:
             return None
         before, after = (self.stage(probe, stage, "oracle") for probe in (early, self.last))
         if early["step"] < self.last["step"] / 10 or not before > 0 or math.isnan(after):
-            return None  # against a model that has hardly begun all have fallen
+            return None  # since the first steps every error has fallen
         return after / before - 1, early["step"]
 
     @property
     def still_falls(self) -> bool | None:
-        """Whether the error above the floor in navigation still falls; None if that is unknown."""
+        """Whether the error above the floor in navigation still falls; None if unknown."""
         trend = self.trend(STAGES[0])
         return None if trend is None else trend[0] < -FLAT
 
     def smoothing(self) -> SmoothingForecast | None:
-        """What smoothing has to gain by the last probe; None if that cannot be told."""
+        """What smoothing can gain, by the last probe; None if unknown."""
         if self.last is None or not self.last.get("gap"):
             return None
         train = {"conditional": _numbers(self.last["train"]["conditional"])}
@@ -192,10 +191,10 @@ class Facts:
         return forecast_smoothing(probe, self.edges, self.stage_edges[2])
 
     def best_held_out(self) -> tuple[Event, float] | None:
-        """The probe of the lowest held-out error, and how far it has risen since, as a share.
+        """The probe of the lowest held-out error, and its relative rise since then.
 
-        None unless the rise is above two standard errors and 2 %. The same samples are asked at
-        each probe, so that its error is less than that of two that are apart.
+        None unless the rise is above two standard errors and 2 %. All probes use the same samples,
+        so the error of the rise is smaller than that.
         """
         probes = [probe for probe in self.probes if probe.get("held_out")]
         found = [self.mean(probe, "held_out", "conditional") for probe in probes]
@@ -212,55 +211,36 @@ class Facts:
 
     @property
     def samples(self) -> list[Event]:
-        """The probes that have looked for copies among samples of the model."""
+        """The probes of copies among samples of the model."""
         found = self.run.of("memorization_probe") or self.run.of("guard_probe")
         return [probe for probe in found if probe.get("copies")]
 
     @property
     def guarded(self) -> list[Event]:
-        """The probes of a `MemorizationGuard` that have compared held-out and training error."""
+        """The probes of a `MemorizationGuard` with held-out and training error."""
         return [probe for probe in self.run.of("guard_probe") if probe.get("held_out_loss")]
 
     @property
     def looked_for(self) -> dict[str, str] | None:
-        """Events that would have been noticed, each with what it lacked; None if none is known."""
+        """The events that the run looked for, each with what it lacked; None if unknown."""
         kinds: dict[str, str] | None = self.run.first("transitions").get("kinds")
         guard = {"memorization onset": ""} if self.guarded else {}
         return kinds if not guard else {**(kinds or {}), **guard}
 
     @property
-    def transitions(self) -> list[Event]:
-        """What was noticed in the run, by step."""
+    def events(self) -> list[Event]:
+        """The events of the run, by step."""
         kinds = ("transition", "non-finite")
         events = [event for kind in kinds for event in self.run.events.get(kind, [])]
         return sorted(events, key=lambda event: event["step"])
 
     def noticed(self, kind: str) -> Event | None:
         """The first event of a kind, such as "memorization onset"."""
-        return next((event for event in self.transitions if event.get("kind") == kind), None)
-
-
-def settings_of(config: str | None) -> dict[str, str]:
-    """The text of a `config.yaml` as dotted keys and their values."""
-    try:
-        tree = OmegaConf.to_container(OmegaConf.create(config or "{}"), resolve=False)
-    except Exception:  # of yaml or of OmegaConf: the page shows the text as it is
-        return {}
-    flat: dict[str, str] = {}
-
-    def walk(node: Any, at: str) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, f"{at}.{key}" if at else str(key))
-        else:
-            flat[at] = str(node)
-
-    walk(tree if isinstance(tree, dict) else {}, "")
-    return flat
+        return next((event for event in self.events if event.get("kind") == kind), None)
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:
-    """What is empty in a file as NaN."""
+    """Values of a file, with NaN for null."""
     return [math.nan if value is None else value for value in values]
 
 
@@ -268,7 +248,7 @@ def _numbers(values: Sequence[Any]) -> list[float]:
 
 
 def number(value: Any) -> str:
-    """Three digits; a dash for what is none."""
+    """Three digits, or a dash."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return "–"
     if isinstance(value, int) or abs(value) >= 1000:
@@ -277,18 +257,18 @@ def number(value: Any) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in per cent, with one digit below ten; a dash for what is none."""
+    """A share in per cent, with a decimal below ten, or a dash."""
     if share is None or not math.isfinite(share):
         return "–"
     return f"{100 * share:.{0 if abs(share) >= 0.0995 or share == 0 else 1}f} %"
 
 
 def time_of(t: Any) -> str:
-    """A time in [0, 1] with three decimals, near noise with three digits; a dash for none."""
+    """A time in [0, 1] with three decimals, near noise with three digits, or a dash."""
     return f"{t:.3f}" if isinstance(t, float) and t >= 0.0995 else number(t)
 
 
 def span(low: Any, high: Any, words: Callable[[Any], str] = number) -> str:
-    """The ends of an interval; empty where one is none."""
+    """The ends of an interval; empty if one is missing."""
     ends = words(low), words(high)
     return "" if "–" in ends else f"{ends[0]} to {ends[1]}"

@@ -1,4 +1,4 @@
-"""The pictures that only a report has: over steps, over sizes, and the stages in one."""
+"""The figures of reports: over steps, over sizes, and the posterior over t."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from stagewise.callbacks.drawing import (
     DATA,
     FLOOR,
     HELD_OUT,
-    STAGE_COLOURS,
     TRAIN,
     draw_boundary,
     heading,
@@ -24,18 +23,16 @@ from stagewise.callbacks.drawing import (
     time_axis,
 )
 from stagewise.recipes.report_facts import Facts, Value, number
-from stagewise.velocity_probe import STAGES
 
 __all__ = [
     "by_size_figure",
-    "excess_by_stage_figure",
-    "excess_by_step_figure",
+    "excess_figure",
     "loss_by_step_figure",
     "posterior_figure",
 ]
 
 _STYLES = ("-", "--", "-.", ":")
-"""Of the stages, or of runs: so that no line is told by its colour alone."""
+"""Of stages or runs, so that lines differ not only in colour."""
 
 
 def loss_by_step_figure(facts: Facts) -> Figure:
@@ -58,24 +55,8 @@ def loss_by_step_figure(facts: Facts) -> Figure:
     return figure
 
 
-def excess_by_stage_figure(facts: Facts) -> Figure:
-    """What is above the floor, by stage, over steps."""
-    figure, axes = _logarithmic("training step", "MSE(oracle velocity), training samples")
-    for stage, colour, dashes in zip(STAGES, STAGE_COLOURS, _STYLES, strict=False):
-        excess = [facts.stage(probe, stage, "oracle") for probe in facts.probes]
-        if np.isfinite(excess).any():
-            style: dict[str, Any] = {"color": colour, "ls": dashes, "label": stage}
-            axes.plot(_steps(facts), excess, marker=".", lw=1.6, **style)
-    heading(axes, "Loss above the floor while training, by stage")
-    legend(figure)
-    return figure
-
-
 def posterior_figure(facts: Facts, key: str, label: str, title: str, about: str) -> Figure:
-    """A statistic of the posterior over t, as the first probe measured it.
-
-    Later ones differ by their draws; the boundary is that of the page.
-    """
+    """A statistic of the posterior over t at the first probe; later ones have other draws."""
     figure = new_figure()
     axes, probe = figure.add_subplot(), facts.run.first("probe")
     predicted = facts.bank.get("predicted")
@@ -89,19 +70,22 @@ def posterior_figure(facts: Facts, key: str, label: str, title: str, about: str)
     return figure
 
 
-def excess_by_step_figure(runs: Mapping[str, Facts], stage: str | None = None) -> Figure:
-    """Loss above the floor of several runs over training steps, over all t or in one stage."""
+def excess_figure(
+    title: str, lines: Mapping[str, tuple[Facts, str | None]], colours: Sequence[Any] = ()
+) -> Figure:
+    """Loss above the floor over training steps; a line is a run over all t, or in one stage."""
     figure, axes = _logarithmic("training step", "MSE(oracle velocity), training samples")
-    styles = _cycle(len(runs))
-    for (name, facts), colour, style in zip(runs.items(), in_order(len(runs)), styles, strict=True):
+    looks = zip(colours or in_order(len(lines)), _cycle(len(lines)), strict=True)
+    for (name, (facts, stage)), (colour, style) in zip(lines.items(), looks, strict=True):
         found = [
             facts.mean(probe, "train", "oracle")
             if stage is None
             else Value(facts.stage(probe, stage, "oracle"), 0.0)
             for probe in facts.probes
         ]
-        _line(axes, _steps(facts), found, label=name, color=colour, ls=style)
-    heading(axes, f"Loss above the floor, {'all t' if stage is None else stage}")
+        if np.isfinite([value.mean for value in found]).any():
+            _line(axes, _steps(facts), found, label=name, color=colour, ls=style)
+    heading(axes, title)
     legend(figure)
     return figure
 

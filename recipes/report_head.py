@@ -1,4 +1,4 @@
-"""The heading of a run's page: what it is, the verdict, what is wrong with its files, numbers."""
+"""The top of the page of a run: what it is, the verdict, warnings, and the main numbers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from collections.abc import Callable
 from html import escape
 from typing import TypeVar
 
-from stagewise.recipes.report_facts import Facts, number, percent, span, time_of
+from stagewise.recipes.report_facts import Facts, number, percent, span
 from stagewise.recipes.report_html import definitions, paragraph, tile
 from stagewise.recipes.report_verdict import verdict
 from stagewise.velocity_probe import STAGES
 
-__all__ = ["data_of", "date_of", "head", "model_of", "safely", "steps_of"]
+__all__ = ["CROSSINGS", "data_of", "date_of", "head", "model_of", "safely", "steps_of"]
+
+CROSSINGS = ("navigation ends at t", "refinement begins at t")
 
 _Given = TypeVar("_Given")
 
@@ -30,7 +32,7 @@ _CALLBACKS = (
 
 
 def head(facts: Facts, title: str) -> str:
-    """Title, what and when, verdict, what is wrong with the files, and the main numbers."""
+    """Title, what and when, verdict, warnings, and the main numbers."""
     about = {
         "Model": model_of(facts),
         "Data": data_of(facts),
@@ -38,8 +40,8 @@ def head(facts: Facts, title: str) -> str:
         "Date": f"{date_of(facts)} (last measurement)",
         "Measured by": ", ".join(name for kind, name in _CALLBACKS if facts.run.of(kind)),
     }
-    said = [*facts.run.problems, *_stopped(facts), *_not_finite(facts)]
-    warnings = "".join(paragraph(line, "warn") for line in said)
+    lines = [*facts.run.problems, *_stopped(facts), *_not_finite(facts)]
+    warnings = "".join(paragraph(line, "warn") for line in lines)
     return (
         f"<h1>{escape(title)}</h1>{definitions(about)}"
         + safely(lambda facts: paragraph(verdict(facts), "verdict"), facts)
@@ -49,17 +51,15 @@ def head(facts: Facts, title: str) -> str:
 
 
 def model_of(facts: Facts) -> str:
-    """What is trained, in words."""
+    """The trained network, in words."""
     about = facts.about or facts.run.first("memorization") or facts.run.first("guard")
-    size = facts.parameters
-    parts = [str(about.get("network", ""))]
-    parts += [f"{number(size)} parameters"] if size else []
-    parts += [str(about[key]) for key in ("maker",) if about.get(key)]
-    return "; ".join(part for part in parts if part)
+    size = f"{number(facts.parameters)} parameters" if facts.parameters else ""
+    parts = (about.get("network"), size, about.get("maker"))
+    return "; ".join(str(part) for part in parts if part)
 
 
 def data_of(facts: Facts) -> str:
-    """What is trained on, in words."""
+    """The training data, in words."""
     about, name = facts.bank, facts.settings.get("data._target_", "").rpartition(".")[2]
     if not about:
         return name
@@ -73,25 +73,25 @@ def data_of(facts: Facts) -> str:
 
 
 def steps_of(facts: Facts) -> str:
-    """How far it has come."""
+    """The last step, and how many are planned."""
     planned = f" of {facts.planned} planned" if facts.planned else ""
     return f"measured up to step {facts.step}{planned}"
 
 
 def date_of(facts: Facts) -> str:
-    """When its files were last written to."""
+    """The date of the last measurement."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.run.written))
 
 
 def _stopped(facts: Facts) -> list[str]:
-    """Says so if a run has not come to its end, as far as the monitors of its model can tell."""
+    """A warning if a run has not reached its end, by the monitors of its model."""
     last = (facts.probes or facts.samples or [{}])[-1]
     if not facts.planned or not last or last.get("at_end") or facts.step >= facts.planned:
         return []
     place = shlex.quote(str(facts.run.folder))
     return [
         f"The last measurement is of step {facts.step} of {facts.planned}: the run was stopped "
-        "before its end, or is still going. To go on, repeat its command with "
+        "before its end, or is still running. To continue it, repeat its command with "
         f"run_dir={place} resume=true."
     ]
 
@@ -107,15 +107,10 @@ def _not_finite(facts: Facts) -> list[str]:
 
 
 def _tiles(facts: Facts) -> str:
-    b, last = facts.boundary, facts.last
-    tiles = []
-    if facts.run.of("probe") or math.isfinite(b.midpoint):
-        ends = (b.midpoint_low, b.midpoint_high), (b.collapsed_low, b.collapsed_high)
-        about = [
-            found and f"95 % interval {found}" for found in (span(*each, time_of) for each in ends)
-        ]
-        tiles.append(tile("navigation ends at t", time_of(b.midpoint), about[0]))
-        tiles.append(tile("refinement begins at t", time_of(b.collapsed), about[1]))
+    last, tiles = facts.last, []
+    if facts.run.of("probe") or math.isfinite(facts.boundary.midpoint):
+        for name, (t, interval) in zip(CROSSINGS, facts.crossings, strict=True):
+            tiles.append(tile(name, t, interval and f"95 % interval {interval}"))
     if last is not None:
         loss, floor = (facts.mean(last, "train", key) for key in ("conditional", "floor"))
         tiles.append(tile("loss", str(loss), f"of which floor {number(floor.mean)}"))
@@ -139,7 +134,7 @@ def safely(part: Callable[[_Given], str], given: _Given) -> str:
         return part(given)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         return paragraph(
-            "This part cannot be made: the events have another shape than this version of "
-            f"stagewise writes, as those of an older version may ({error!r}).",
+            "This part cannot be made: the events have another shape than in this version of "
+            f"stagewise. They may be from an older version ({error!r}).",
             "warn",
         )

@@ -1,4 +1,4 @@
-"""The parts of a page as text: every function returns HTML, and escapes what it is given."""
+"""The parts of a page: every function returns HTML, and escapes its arguments."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 _SCALE = 2
-"""Pixels of a figure for one on the page, so that it is sharp on any screen and in print."""
+"""Pixels of a figure per pixel of the page, for sharp pictures on any screen and in print."""
 
 
 def document(title: str, body: Sequence[str]) -> str:
-    """The whole page, which needs nothing outside it."""
+    """The whole page, in one file."""
     text = "\n".join(part for part in body if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -46,12 +46,12 @@ def document(title: str, body: Sequence[str]) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of one of the kinds of `STYLE`."""
+    """A paragraph; `kind` is a class of `STYLE`."""
     return f'<p class="{kind}">{html.escape(text)}</p>' if kind else f"<p>{html.escape(text)}</p>"
 
 
 def missing(what: str, callback: str) -> str:
-    """Says that something is not in the run, and what would have written it."""
+    """Says that something is not in the run, and which callback writes it."""
     return (
         f'<p class="dim">{html.escape(what)}: not in this run. '
         f"Add <code>{html.escape(callback)}</code>.</p>"
@@ -59,7 +59,7 @@ def missing(what: str, callback: str) -> str:
 
 
 def definitions(about: Mapping[str, str]) -> str:
-    """Names with what they stand for; those that are empty are left out."""
+    """Names and values; empty values are left out."""
     lines = (
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>"
         for name, text in about.items()
@@ -69,7 +69,7 @@ def definitions(about: Mapping[str, str]) -> str:
 
 
 def items(lines: Iterable[tuple[str, str, str]]) -> str:
-    """A list; of each item what is set bold, the text, and a remark, as far as they are there."""
+    """A list; each item has bold text, plain text and a remark, or empty strings."""
     kinds = ("<b>{}</b>", "{}", '<span class="dim">{}</span>')
     listed = (
         " ".join(kind.format(html.escape(text)) for kind, text in pairs if text)
@@ -87,12 +87,12 @@ def tile(name: str, value: str, about: str = "") -> str:
 
 
 def row(*parts: str) -> str:
-    """Pictures beside each other, as far as the page is wide enough."""
+    """Pictures side by side, if the page is wide enough."""
     return f'<div class="row">{"".join(parts)}</div>' if any(parts) else ""
 
 
 def image(data: bytes, caption: str, size: tuple[int, int] | None = None) -> str:
-    """A PNG with what it shows beneath it."""
+    """A PNG with its caption."""
     code = base64.b64encode(data).decode()
     place = "" if size is None else f' width="{size[0]}" height="{size[1]}"'
     text = html.escape(caption, quote=True)
@@ -107,20 +107,20 @@ def drawn(figure: Figure, caption: str) -> str:
     width, height = (round(inches * figure.dpi) for inches in figure.get_size_inches())
     figure.set_dpi(_SCALE * figure.dpi)
     buffer = BytesIO()
-    # 256 colours of its own are enough for curves and heat maps, at a third of the bytes.
+    # 256 colours are enough for curves and heat maps, at a third of the bytes.
     Image.fromarray(render(figure)).quantize(256).save(buffer, format="png", optimize=True)
     return image(buffer.getvalue(), caption, (width, height))
 
 
 def stored(path: Path | None, caption: str) -> str:
-    """A picture that the run has drawn; empty without one."""
+    """A picture of the run; empty without one."""
     return "" if path is None else image(path.read_bytes(), caption)
 
 
 def table(
     titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] | None = None
 ) -> str:
-    """A table; `numbers` are its columns that are set to the right, default all but the first."""
+    """A table; columns in `numbers` are aligned to the right, by default all but the first."""
     right = range(1, len(titles)) if numbers is None else numbers
 
     def line(cells: Sequence[str], tag: str) -> str:
@@ -134,5 +134,5 @@ def table(
 
 
 def settings(config: str) -> str:
-    """A configuration, whole: what is folded away is not printed."""
+    """A whole configuration, not folded, so that it is printed."""
     return f'<pre class="settings">{html.escape(config)}</pre>'

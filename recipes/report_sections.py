@@ -1,4 +1,4 @@
-"""The sections of the page of one run: what was measured, and in words what it means."""
+"""The sections of the page of a run: what was measured, and what it means in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from stagewise.callbacks import figures, velocity_figures
-from stagewise.callbacks.drawing import counted
+from stagewise.callbacks.drawing import STAGE_COLOURS, counted
 from stagewise.recipes import report_figures
 from stagewise.recipes.report_facts import Facts, number, percent, span, time_of
 from stagewise.recipes.report_head import safely
@@ -28,28 +28,28 @@ __all__ = ["sections"]
 
 _READING = (
     "t = 0 is noise, t = 1 is data. In navigation many training samples explain a noisy one, and "
-    "the best answer, the oracle velocity, points to their average; in refinement one sample does.",
-    "The loss of this page is the error against the conditional velocity over uniform t, in "
-    "evaluation mode, whatever the objective weighs. Its floor, MSE(conditional, oracle), is noise "
-    "of the target that no model removes. Loss = floor + error against the oracle: act on the part "
-    "above the floor.",
-    "In navigation an error above the floor is what the model has still to learn. In refinement it "
+    "the best answer, the oracle velocity, points to their average. In refinement one sample does.",
+    "The loss on this page is the error against the conditional velocity over uniform t, in "
+    "evaluation mode, without the weights of the objective. Its floor, MSE(conditional, oracle), "
+    "is noise of the target that no model removes. Loss = floor + error against the oracle: act on "
+    "the part above the floor.",
+    "In navigation an error above the floor is what the model still has to learn. In refinement it "
     "is the distance to repeating the training set: there compare held-out and training samples, "
-    "and do not wish for zero.",
-    "± is two standard errors, an interval 95 %. A difference smaller than that is noise.",
-    "Do not trust the oracle where noise and data are coupled (minibatch optimal transport), where "
-    "the training set is augmented at random, or where this page says that errors do not add up.",
+    "and do not aim at zero.",
+    "± is two standard errors, and intervals are 95 %. A smaller difference is noise.",
+    "Do not trust the oracle if noise and data are coupled (minibatch optimal transport), if the "
+    "training set is augmented at random, or if this page says that errors do not add up.",
 )
 
 
 def sections(facts: Facts) -> list[str]:
-    """All parts below the heading. One that cannot be made says so, and the others are there."""
+    """All parts below the heading; a part that cannot be made says so."""
     parts: list[tuple[str, Callable[[Facts], str]]] = [
         ("How to read this page", lambda _: items(("", line, "") for line in _READING)),
         ("Samples", _samples),
         ("The loss against its floor", _loss),
         ("The stages", _stages),
-        ("Memorization", _memorization),
+        ("Memorization", lambda facts: safely(_gap, facts) + safely(_copies, facts)),
         ("What training spends on each stage", _spending),
         ("What to change, and why", _advice),
         ("Events", _events),
@@ -61,17 +61,16 @@ def sections(facts: Facts) -> list[str]:
 def _samples(facts: Facts) -> str:
     whole = facts.run.folder / "samples.png"
     if whole.is_file():
-        said = (
+        return stored(
+            whole,
             "Training samples (left) and samples of the model after training (right), a row for "
-            "each class. Whether a sample copies a training row cannot be seen here: see "
-            "Memorization."
+            "each class. For copies of training rows see Memorization.",
         )
-        return stored(whole, said)
     for kind in ("memorization_probe", "guard_probe"):
         if (path := facts.run.picture(kind, "samples")) is not None:
             return stored(path, f"Samples beside their nearest training rows. {copied(facts)}.")
-    asked = "MemorizationMonitor(decode=...)" if facts.samples else "MemorizationMonitor()"
-    return missing("Pictures of samples", asked)
+    argument = "decode=..." if facts.samples else ""
+    return missing("Pictures of samples", f"MemorizationMonitor({argument})")
 
 
 def _loss(facts: Facts) -> str:
@@ -84,7 +83,14 @@ def _loss(facts: Facts) -> str:
     return (
         row(
             drawn(report_figures.loss_by_step_figure(facts), _loss_now(facts, last)),
-            drawn(report_figures.excess_by_stage_figure(facts), _trends(facts)),
+            drawn(
+                report_figures.excess_figure(
+                    "Loss above the floor while training, by stage",
+                    {stage: (facts, stage) for stage in STAGES},
+                    STAGE_COLOURS,
+                ),
+                _trends(facts),
+            ),
             drawn(velocity_figures.loss_by_time_figure(*shown), _by_time(facts, last)),
             drawn(velocity_figures.dynamics_figure(*all_shown), _above(facts, last)),
         )
@@ -106,31 +112,31 @@ def _loss_now(facts: Facts, last: Event) -> str:
 def _trends(facts: Facts) -> str:
     trends = {stage: found for stage in STAGES if (found := facts.trend(stage)) is not None}
     if not trends:
-        return "The probes are too few to see a trend."
+        return "There are too few probes to see a trend."
     moved = [
         f"{'fell' if change < 0 else 'rose'} by {percent(abs(change))} in {stage}"
         for stage, (change, _) in trends.items()
     ]
     since = next(iter(trends.values()))[1]
     text = f"Since step {since} it {', '.join(moved)}. "
-    return text + "A line that is level has learned what it can at this learning rate."
+    return text + "A level line has learned what it can at this learning rate."
 
 
 def _by_time(facts: Facts, last: Event) -> str:
     loss, floor = (facts.stage(last, STAGES[0], key) for key in ("conditional", "floor"))
     text = f"The floor is {percent(floor / loss)} of the loss in navigation. " if loss > 0 else ""
     if math.isfinite(facts.boundary.collapsed):
-        text += "Past the collapse there is none: all of the loss there is the model's own. "
+        text += "Above the collapsed boundary there is no floor: all of the loss is the model's. "
     if last.get("held_out"):
-        text += "Where the held-out line leaves the training line, rows are known by heart."
+        text += "Where the held-out line is above the training line, rows are known by heart."
     return text
 
 
 def _above(facts: Facts, last: Event) -> str:
     parts = [f"{percent(share)} in {stage}" for stage, share in facts.shares(last).items()]
     return (
-        "Error against the oracle from light (early) to dark (late). Of what is above the floor "
-        f"now, {', '.join(parts)}. In refinement it falls only as far as rows are learned by heart."
+        "Error against the oracle, from light (early) to dark (late). Of the loss above the floor "
+        f"now, {', '.join(parts)}. In refinement it falls only if rows are learned by heart."
     )
 
 
@@ -167,51 +173,35 @@ def _check(facts: Facts) -> str:
 
 
 def _definition(facts: Facts) -> str:
-    """What the boundary is, and where it is: the one of this page."""
-    b = facts.boundary
-    told = []
-    for name, t, low, high, level in (
-        ("midpoint", b.midpoint, b.midpoint_low, b.midpoint_high, "0.5"),
-        ("collapsed boundary", b.collapsed, b.collapsed_low, b.collapsed_high, "0.99"),
-    ):
-        where = f"t = {time_of(t)}" if math.isfinite(t) else "not reached"
-        ends = span(low, high, time_of)
-        told.append(
-            f"{name}, where the mean largest posterior weight crosses {level}: {where}"
-            + (f" (95 % interval {ends})" if ends else "")
-        )
+    """The definition of the boundary, and where it is."""
+    midpoint, collapsed = (
+        ("not reached" if t == "–" else f"t = {t}") + (interval and f" (95 % interval {interval})")
+        for t, interval in facts.crossings
+    )
     return (
-        f"Navigation ends at the {told[0]}. Refinement begins at the {told[1]}. Between them is "
-        "the transition. Both were measured once for this run, and every table and picture of "
-        "this page is cut there."
+        "Navigation ends at the midpoint, where the mean largest posterior weight crosses 0.5: "
+        f"{midpoint}. Refinement begins at the collapsed boundary, where the mean largest "
+        f"posterior weight crosses 0.99: {collapsed}. Between them "
+        "is the transition. Both were measured once for this run, and hold for all tables and "
+        "pictures of this page."
     )
 
 
 def _stages(facts: Facts) -> str:
     if not facts.run.of("probe"):
-        told = paragraph(_definition(facts)) if math.isfinite(facts.boundary.midpoint) else ""
-        return told + missing("Where navigation ends", "PosteriorMonitor()")
+        known = paragraph(_definition(facts)) * math.isfinite(facts.boundary.midpoint)
+        return known + missing("Where navigation ends", "PosteriorMonitor()")
     probe, predicted = facts.run.first("probe"), facts.bank.get("predicted")
-    concentration = (
-        f"Below t = {time_of(facts.boundary.midpoint)} a noisy sample could stem from many rows. "
-        if math.isfinite(facts.boundary.midpoint)
-        else "A noisy sample could stem from many rows at any t. "
-    )
+    middle = facts.boundary.midpoint
+    where = f"Below t = {time_of(middle)}" if math.isfinite(middle) else "At any t"
+    concentration = f"{where} a noisy sample may come from many rows. "
     if predicted is not None:
         concentration += f"The spectrum of the data alone predicts t = {time_of(predicted)}."
+    title, label = "How far one row explains a noisy sample", "MSE(conditional, oracle velocity)"
+    floor = "This part of the loss says nothing about the model. It ends at the collapsed boundary."
     pictures = (
-        (
-            "top1",
-            "largest posterior weight",
-            "How far one row explains a noisy sample",
-            concentration,
-        ),
-        (
-            "target_difference",
-            "MSE(conditional, oracle velocity)",
-            "The floor of the loss",
-            "This part of the loss tells nothing about the model. It ends with the collapse.",
-        ),
+        ("top1", "largest posterior weight", title, concentration),
+        ("target_difference", label, "The floor of the loss", floor),
     )
     about = f"N = {number(facts.bank.get('rows'))} rows, {len(probe['t'])} bins of t"
     shown = [
@@ -223,7 +213,7 @@ def _stages(facts: Facts) -> str:
 
 
 def _measured_again(facts: Facts) -> str:
-    """Names a later measurement only where it contradicts the boundary of the page."""
+    """A warning if a later measurement contradicts the boundary of the page."""
     last, b = facts.run.of("probe")[-1], facts.boundary
     low, high = (last.get(f"midpoint_{end}") for end in ("low", "high"))
     if low is None or high is None or math.isnan(b.midpoint):
@@ -232,46 +222,41 @@ def _measured_again(facts: Facts) -> str:
         return ""
     return paragraph(
         f"At step {last['step']} the midpoint was measured at t = {time_of(last.get('midpoint'))} "
-        f"({span(low, high, time_of)}), away from that of this page: the training latents have "
+        f"({span(low, high, time_of)}), not where this page has it: the training latents have "
         "changed.",
         "warn",
     )
 
 
-def _memorization(facts: Facts) -> str:
-    return safely(_gap, facts) + safely(_copies, facts)
-
-
 def _gap(facts: Facts) -> str:
     probes = [probe for probe in facts.probes if probe.get("gap")]
     if not probes and facts.guarded:
-        steps = [probe["step"] for probe in facts.guarded]
-        losses = [probe["held_out_loss"] for probe in facts.guarded]
-        low = losses.index(min(losses))
+        low, last = min(facts.guarded, key=lambda probe: probe["held_out_loss"]), facts.guarded[-1]
         return paragraph(
-            f"By MemorizationGuard held-out loss was lowest at step {steps[low]}, "
-            f"{number(losses[low])}, and was {number(losses[-1])} at step {steps[-1]}."
+            f"By MemorizationGuard held-out loss was lowest at step {low['step']}, "
+            f"{number(low['held_out_loss'])}, and was {number(last['held_out_loss'])} at step "
+            f"{last['step']}."
         ) + row(_copies_drawn(facts))
     if not probes:
         return missing(
             "Held-out against training error", "VelocityErrorMonitor(held_out=...)"
         ) + row(_copies_drawn(facts))
-    last, bins = probes[-1], len(facts.edges) - 1
-    clear, best = facts.clear_bins(last), facts.best_held_out()
-    lowest = "Held-out error is at its lowest at the end, within noise: no sign that training "
-    lowest += "went on too long."
-    if best is not None:
+    last, bins, best = probes[-1], len(facts.edges) - 1, facts.best_held_out()
+    clear = int(velocity_figures.gap_is_clear(last).sum())
+    if best is None:
+        lowest = "Held-out error is lowest at the end, within noise: training was not too long."
+    else:
         lowest = (
             f"Held-out error was lowest at step {best[0]['step']} and has risen by "
-            f"{percent(best[1])} since: what training gained after that is known by heart."
+            f"{percent(best[1])} since: later progress is rows known by heart."
         )
     caption = (
         f"Held-out minus training error: at step {last['step']} it is two standard errors or more "
-        f"from zero in {clear} of {bins} bins of t; chance alone makes 1 in 20. Every probe asks "
-        f"the same samples, so what is chance at one step stays at the next. {lowest}"
+        f"from zero in {clear} of {bins} bins of t; chance alone makes 1 in 20. All probes use the "
+        f"same samples, so chance at one step stays at the next. {lowest}"
     )
     about = counted(facts.bank.get("rows"), facts.about.get("queries"), bins)
-    marks = [(event["step"], event["kind"]) for event in facts.transitions if "kind" in event]
+    marks = [(event["step"], event["kind"]) for event in facts.events if "kind" in event]
     figure = velocity_figures.gap_heatmap(facts.edges, probes, facts.ends, about, marks)
     return row(drawn(figure, caption), _copies_drawn(facts))
 
@@ -282,13 +267,12 @@ def _copies_drawn(facts: Facts) -> str:
         return ""
     last = probes[-1]
     shares = [
-        f"{percent(last['copies'][place])} copies where the oracle leads to t = {t:g}"
+        f"{percent(last['copies'][place])} copies with the oracle up to t = {t:g}"
         for place, t in ((0, last["t_switch"][0]), (-1, last["t_switch"][-1]))
     ]
     caption = (
-        f"{', '.join(shares)}. The oracle, which copies, leads a sample until t_switch and the "
-        "model from there: from where the curve rises on, the model no longer leaves the way to "
-        "the copy."
+        f"{', '.join(shares)}. The oracle, which copies, moves a sample up to t_switch, and the "
+        "model from there. Where the curve rises, the model no longer leaves the path to the copy."
     )
     return drawn(figures.copies_figure(probes), caption)
 
@@ -302,26 +286,18 @@ def _copies(facts: Facts) -> str:
         ends = span(last["low"][place], last["high"][place])
         found = share_of(last, place), percent(last["copies"][place])
         rows.append([f"{t:g}", *found, ends])
-    told = paragraph(
+    about = paragraph(
         f"{copied(facts)}. A copy is a sample whose nearest training row is nearer than a third of "
         "the distance to the second nearest; intervals are exact (binomial)."
     )
-    kind = last["event"]
-    pictures = (
-        (
-            "samples",
-            "Samples, each beside its nearest training row: the eye finds what no ratio "
-            "does. A red frame is a copy.",
-        ),
-        (
-            "resumed",
-            "Held-out rows, noised and finished by the model: what it brings back that was "
-            "not in the noisy sample is what it knows.",
-        ),
-    )
-    shown = [stored(facts.run.picture(kind, name), caption) for name, caption in pictures]
+    pictures = {
+        "samples": "Samples, each beside its nearest training row. A red frame is a copy.",
+        "resumed": "Held-out rows with noise, finished by the model. What returns and was not in "
+        "the noisy sample, the model knows.",
+    }
+    shown = [stored(facts.run.picture(last["event"], k), text) for k, text in pictures.items()]
     titles = ["oracle until t", "copies", "share", "95 % exact interval"]
-    return told + table(titles, rows) + row(*shown)
+    return about + table(titles, rows) + row(*shown)
 
 
 def _spending(facts: Facts) -> str:
@@ -330,20 +306,20 @@ def _spending(facts: Facts) -> str:
     window, edges = facts.windows[-1], facts.stage_edges
     parts = []
     for stage, low, high in zip(STAGES, edges, edges[1:], strict=False):
-        draws, loss, pull = (
+        draws, loss, gradient = (
             percent(window["stages"][stage][key]) for key in ("draws", "loss", "gradient")
         )
         parts.append(
             f"{stage} is {percent(high - low)} of t and has {draws} of the draws, {loss} of the "
-            f"loss and {pull} of the gradient at the answer"
+            f"loss and {gradient} of the gradient at the output"
         )
     caption = "; ".join(parts)
     caption = f"{caption[0].upper()}{caption[1:]}."
     if facts.last is not None:
         whole, floor = (facts.stage(facts.last, STAGES[0], key) for key in ("conditional", "floor"))
         if floor > 0.5 * whole:
-            caption += f" {percent(floor / whole)} of the loss in navigation is floor: it teaches "
-            caption += "nothing, and makes gradients noisy."
+            caption += f" {percent(floor / whole)} of the loss in navigation is floor: it makes "
+            caption += "gradients noisy, and the model learns nothing from it."
     figure = velocity_figures.spending_figure(facts.edges, window, facts.ends)
     lacking = window.get("lacking")
     return (paragraph(f"Not all: {lacking}.", "warn") if lacking else "") + drawn(figure, caption)
@@ -352,13 +328,13 @@ def _spending(facts: Facts) -> str:
 def _advice(facts: Facts) -> str:
     found = advice(facts)
     if not found:
-        return paragraph("These numbers ask for no change.")
+        return paragraph("These numbers suggest no change.")
     return items((each.do, each.why, each.source and f"From: {each.source}.") for each in found)
 
 
 def _events(facts: Facts) -> str:
     rows = []
-    for event in facts.transitions:
+    for event in facts.events:
         if event["event"] == "non-finite":
             kind, message = "not finite", f"rows {event['rows'][:16]} of a batch"
         else:
@@ -366,18 +342,18 @@ def _events(facts: Facts) -> str:
         rows.append([str(event["step"]), kind, message])
     listed = table(["step", "what", "evidence"], rows, numbers=(0,)) if rows else ""
     kinds = facts.looked_for
-    if kinds is None:  # not there, or of a version that did not say so
+    if kinds is None:  # missing, or from an older version
         return listed + paragraph(
             "These files do not tell whether navigation was learned or memorization began: "
             "StageTransitions() looks for both.",
             "dim",
         )
-    happened = {event.get("kind") for event in facts.transitions}
+    happened = {event.get("kind") for event in facts.events}
     quiet = [kind for kind, lacks in kinds.items() if not lacks and kind not in happened]
     blind = [f"{kind} (lacks {lacks})" for kind, lacks in kinds.items() if lacks]
-    told = f"Looked for and not seen up to step {facts.step}: {', '.join(quiet)}. " * bool(quiet)
-    told += f"Could not be seen in this run: {'; '.join(blind)}." * bool(blind)
-    return listed + (paragraph(told, "dim") if told else "")
+    text = f"Looked for and not found up to step {facts.step}: {', '.join(quiet)}. " * bool(quiet)
+    text += f"Could not be found in this run: {'; '.join(blind)}." * bool(blind)
+    return listed + (paragraph(text, "dim") if text else "")
 
 
 def _settings(facts: Facts) -> str:

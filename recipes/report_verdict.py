@@ -1,44 +1,28 @@
-"""What follows from the numbers of a run: its verdict in a sentence, and what to change and why."""
+"""What follows from the numbers of a run: a verdict in one sentence, and advice."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-from stagewise.recipes.report_facts import (
-    FLAT,
-    NOTHING,
-    Facts,
-    Value,
-    number,
-    percent,
-    span,
-    time_of,
-)
+from stagewise.recipes.report_facts import FLAT, NOTHING, Facts, number, percent, span, time_of
 from stagewise.recipes.run_files import Event
 from stagewise.velocity_probe import STAGES
 
-__all__ = ["OWN", "Advice", "advice", "copied", "share_of", "verdict"]
+__all__ = ["Advice", "advice", "copied", "share_of", "verdict"]
 
-OWN = "this run"
+_OWN = "this run"
 _RESULTS = "second-hand: docs/results.md, other data and models"
 _PAPER = "second-hand: Liu et al., arXiv 2512.02826, on ImageNet"
 _NAVIGATION, _, _REFINEMENT = STAGES
 
 
 class Advice(NamedTuple):
-    """What to change.
-
-    Attributes:
-        do: What.
-        why: The numbers that say so.
-        source: Where the advice comes from: `OWN`, or from whom it is at second hand; empty for
-            what the run did not measure.
-    """
+    """What to change, and why."""
 
     do: str
     why: str
-    source: str
+    source: str  # this run or other measurements; empty for what the run did not measure
 
 
 def verdict(facts: Facts) -> str:
@@ -66,7 +50,7 @@ def _learning(facts: Facts) -> str:
     if facts.last is None:
         return "how well navigation is learned was not measured"
     if not facts.stage_edges[1] > 0:
-        return "there is no navigation to learn, as one row explains a noisy sample at all t"
+        return "there is no navigation to learn, since one row explains a noisy sample at all t"
     excess = facts.stage(facts.last, _NAVIGATION, "excess")
     above = f"its error is {percent(excess)} above the floor" if math.isfinite(excess) else ""
     event, trend = facts.noticed("navigation learned"), facts.trend(_NAVIGATION)
@@ -79,9 +63,9 @@ def _learning(facts: Facts) -> str:
         changed = f"the error above the floor rose by {percent(trend[0])} since step {trend[1]}"
         return f"navigation no longer improves ({changed})"
     if trend is not None:
-        return "navigation hardly changes any more" + (above and f" ({above})")
-    said = f"in navigation {above}" if above else "navigation was measured"
-    return f"{said}, at too few probes to see a trend"
+        return "navigation no longer changes much" + (above and f" ({above})")
+    state = f"in navigation {above}" if above else "navigation was measured"
+    return f"{state}, with too few probes to see a trend"
 
 
 def _held_out(facts: Facts) -> str:
@@ -93,7 +77,10 @@ def _held_out(facts: Facts) -> str:
         if facts.guarded:
             return f"memorization had not begun by step {facts.guarded[-1]['step']}"
         return "held-out samples were not measured"
-    share = _share(facts, gap)
+    train = facts.mean(last, "train", "conditional").mean
+    side = "above" if gap.mean >= 0 else "below"
+    spread = percent(2 * gap.error / train)
+    share = f"{percent(abs(gap.mean) / train)} ± {spread} {side} training error"
     if onset is not None:
         return f"memorization began at step {onset['step']} (held-out error {share})"
     if gap.mean > 2 * gap.error:
@@ -101,30 +88,22 @@ def _held_out(facts: Facts) -> str:
     return f"held-out samples are predicted as well as training samples within noise ({share})"
 
 
-def _share(facts: Facts, gap: Value) -> str:
-    assert facts.last is not None
-    train = facts.mean(facts.last, "train", "conditional").mean
-    side = "above" if gap.mean >= 0 else "below"
-    spread = percent(2 * gap.error / train)
-    return f"{percent(abs(gap.mean) / train)} ± {spread} {side} training error"
-
-
 def copied(facts: Facts) -> str:
     """How many samples of the model alone are copies, with the exact interval."""
     if not facts.samples:
-        return "copies among samples were not looked for"
+        return "copies among samples were not measured"
     last = facts.samples[-1]
     if last["copies"][0] is None:
         return "no sample could be compared with training rows"
-    led = (last.get("t_switch") or [0])[0]
-    said = f"{share_of(last, 0)} samples"
-    said += f" led by the oracle to t = {number(led)}" if led else ""
+    switch = (last.get("t_switch") or [0])[0]
+    what = f"{share_of(last, 0)} samples"
+    what += f" with the oracle up to t = {number(switch)}" if switch else ""
     ends = span(last["low"][0], last["high"][0])
-    return f"{said} are copies" + (ends and f" (95 % exact interval {ends})")
+    return f"{what} are copies" + (ends and f" (95 % exact interval {ends})")
 
 
 def share_of(probe: Event, place: int) -> str:
-    """How many of the samples are copies; as a share where not all could be compared."""
+    """How many of the samples are copies; a share if not all could be compared."""
     share, count = probe["copies"][place], probe.get("samples")
     if share is None or count is None or probe.get("not_finite"):
         return f"{number(share)} of the"
@@ -135,16 +114,16 @@ def share_of(probe: Event, place: int) -> str:
 
 
 def advice(facts: Facts) -> list[Advice]:
-    """What to change, the most pressing first; empty if the numbers ask for nothing."""
+    """What to change, the most important first."""
     last = facts.last
     if last is not None and last.get("alarm"):
         return [
             Advice(
-                "Mend the oracle first: the scale of the bank, the path, augmentation, and whether "
-                "the model and the oracle are given the same labels.",
-                f"At step {last['step']} {last['alarm']}; for the right oracle they are equal, "
-                "whatever the model is.",
-                OWN,
+                "Repair the oracle first: check the scale of the bank, the path, augmentation, and "
+                "whether the model and the oracle get the same labels.",
+                f"At step {last['step']} {last['alarm']}; with the right oracle they are equal for "
+                "any model.",
+                _OWN,
             )
         ]
     found = [_memorization(facts), _longer(facts), _times(facts), _targets(facts), _more(facts)]
@@ -152,16 +131,16 @@ def advice(facts: Facts) -> list[Advice]:
 
 
 def _memorization(facts: Facts) -> Advice | None:
-    """To stop earlier, and to smooth refinement, where training rows are learnt by heart."""
+    """Stop earlier, or smooth refinement."""
     best, onset = facts.best_held_out(), facts.noticed("memorization onset")
     gap = facts.smoothing()
     early, why = "", []
     if best is not None:
         probe, rise = best
-        early = f"Take the weights of about step {probe['step']}. "
+        early = f"Use the weights of about step {probe['step']}. "
         why.append(f"Held-out error was lowest there and has risen by {percent(rise)}.")
     elif onset is not None:
-        early = f"Take the weights of about step {onset['step']}. "
+        early = f"Use the weights of about step {onset['step']}. "
         why.append(f"Memorization began there: {onset['message']}.")
     if gap is not None and gap.worth_trying:
         why.append(f"{str(gap).capitalize()}.")
@@ -172,8 +151,8 @@ def _memorization(facts: Facts) -> Advice | None:
     smooth = "Smooth refinement, MemorizationGuard() and StageScheme(Scheme.two_stage), or train "
     smooth += "on more data."
     if facts.run.of("scheme"):
-        return Advice(early or "Train on more data, or fewer steps.", " ".join(why), OWN)
-    return Advice(early + smooth, " ".join(why), f"{OWN}; what smoothing gives is {_RESULTS}")
+        return Advice(early or "Train on more data, or fewer steps.", " ".join(why), _OWN)
+    return Advice(early + smooth, " ".join(why), f"{_OWN}; the effect of smoothing is {_RESULTS}")
 
 
 def _longer(facts: Facts) -> Advice | None:
@@ -184,7 +163,7 @@ def _longer(facts: Facts) -> Advice | None:
     why += f"{trend[1]} to the end"
     held_out = facts.last is not None and facts.last.get("held_out")
     why += ", and held-out error has not risen." if held_out else "."
-    return Advice("Train longer.", why, OWN)
+    return Advice("Train longer.", why, _OWN)
 
 
 def _times(facts: Facts) -> Advice | None:
@@ -202,32 +181,28 @@ def _times(facts: Facts) -> Advice | None:
 
 
 def _targets(facts: Facts) -> Advice | None:
-    """Oracle targets, where noise is most of the loss; by a forecast if the run has one."""
+    """Oracle targets, if the floor is most of the loss, or by the forecast of the run."""
     last = facts.last
     if last is None or facts.run.of("scheme"):
         return None
     loss = facts.stage(last, _NAVIGATION, "conditional")
     share = facts.stage(last, _NAVIGATION, "floor") / loss if loss > 0 else math.nan
-    forecasts = facts.run.of("forecast")
-    if forecasts:
-        said = str(forecasts[-1].get("targets", ""))
-        return (
-            Advice("See what oracle targets would give.", said, f"{OWN} (Forecast)")
-            if said
-            else None
-        )
+    if forecasts := facts.run.of("forecast"):
+        gain = str(forecasts[-1].get("targets", ""))
+        source = f"{_OWN} (Forecast)"
+        return Advice("Consider oracle targets.", gain, source) if gain else None
     if not share > 0.5:
         return None
     return Advice(
         'Try oracle targets, StageScheme(target=Mix("boundary")); measure first with Forecast().',
         f"In navigation {percent(share)} of the loss is the floor: noise of the target, which "
-        "averages out over steps and which the oracle's target does not have.",
+        "averages out over steps. The oracle's target has no such noise.",
         f"{_RESULTS}: 6 to 20 % fewer steps on small models, no time saved on a CPU",
     )
 
 
 def _more(facts: Facts) -> Advice | None:
-    """What the run did not measure."""
+    """Monitors that the run did not have."""
     lacks = []
     if not facts.run.of("probe"):
         lacks.append("PosteriorMonitor() (the stages of the data)")

@@ -1,4 +1,4 @@
-"""What a run has left on disk: the events of its monitors, their pictures, its configuration."""
+"""The files of a run: the events of its monitors, their pictures, its configuration."""
 
 from __future__ import annotations
 
@@ -8,34 +8,30 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from stagewise.stages import StageBoundary
 
-__all__ = ["RunFiles", "boundary_of", "read_run", "runs_in"]
+__all__ = ["Event", "RunFiles", "boundary_of", "flat", "read_run", "runs_in"]
 
 Event = dict[str, Any]
 
 
 @dataclass
 class RunFiles:
-    """The files of a run.
+    """The files of the run in a folder.
 
-    Attributes:
-        folder: The run.
-        events: All events, by kind (their "event"), each with the folder it was found in under
-            "folder"; by step, as far as they have one.
-        problems: What could not be read, a line each.
-        config: The text of `config.yaml`, or None.
-        written: When its events were last written to, in seconds since 1970.
+    Events are sorted by kind (their "event") and step, and have their folder under "folder".
     """
 
     folder: Path
     events: dict[str, list[Event]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    config: str | None = None
-    written: float = 0.0
+    problems: list[str] = field(default_factory=list)  # a line for each that could not be read
+    config: str | None = None  # the text of `config.yaml`
+    written: float = 0.0  # time of the last event, in seconds since 1970
 
     def of(self, kind: str) -> list[Event]:
-        """The events of a kind, those of the first folder that has some."""
+        """The events of a kind, from the first folder that has some."""
         found = self.events.get(kind, [])
         return [event for event in found if event["folder"] == found[0]["folder"]]
 
@@ -44,10 +40,10 @@ class RunFiles:
         return next(iter(self.of(kind)), {})
 
     def boundary(self) -> StageBoundary:
-        """Where the stages of this run meet: by this one its errors are cut.
+        """The stage boundary of this run.
 
-        The header of the errors says, or that of the bank, or else the first probe. Later probes
-        measure again, with other draws.
+        From the header of the errors, which are cut there, or that of the bank, or else the first
+        probe. Later probes measure with other draws.
         """
         return boundary_of(self.first("probe"), self.first("bank"), self.first("velocity"))
 
@@ -59,14 +55,14 @@ class RunFiles:
 
 
 def boundary_of(*events: Event) -> StageBoundary:
-    """The boundary that events tell, the last one first; NaN where none of them says."""
-    told = {key: value for event in events for key, value in event.items()}
-    found = {each.name: told.get(each.name) for each in fields(StageBoundary)}
+    """The boundary in events; later events take precedence, and missing values are NaN."""
+    held = {key: value for event in events for key, value in event.items()}
+    found = {each.name: held.get(each.name) for each in fields(StageBoundary)}
     return StageBoundary(**{k: math.nan if v is None else v for k, v in found.items()})
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Reads all `stages.jsonl` under a folder; what is broken is named and left out.
+    """Reads all `stages.jsonl` under a folder; broken lines are listed under `problems`.
 
     Raises:
         ValueError: If there is no such folder, or no events in it.
@@ -97,9 +93,9 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The runs in a folder, that written to last first; the folder itself if it is one.
+    """The runs in a folder, the newest first; the folder itself if it is one.
 
-    A run is the nearest folder with a `config.yaml` above a `stages.jsonl`, or else the folder
+    A run is the nearest folder above a `stages.jsonl` with a `config.yaml`, or else the folder
     that holds the folders of monitors.
     """
     written: dict[Path, float] = {}
@@ -118,7 +114,17 @@ _NEEDED = {
     "velocity_probe": ("step", "train"),
     "probe": ("step", "t", "top1"),
 }
-"""What the page reads of an event."""
+"""The keys of an event that the page reads."""
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key, interpolations of a `DictConfig` resolved."""
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(config, dict):
+        return {prefix: config}
+    parts = ((f"{prefix}.{key}" if prefix else str(key), value) for key, value in config.items())
+    return {key: value for name, part in parts for key, value in flat(part, name).items()}
 
 
 def _read(file: Path, run: RunFiles) -> None:

@@ -1,8 +1,8 @@
 """`stagewise sample`: from a trained run to samples.
 
-The noise of sample i is drawn from (seed, i) alone, and batches are fixed groups of consecutive
-samples, of which rank r of R makes every R-th. So the files do not depend on R, and the noise not
-even on the batch size.
+The noise of sample i depends on (seed, i) only. Batches are fixed groups of consecutive samples,
+and rank r of R makes every R-th of them. So the files do not depend on R, and the noise does not
+depend on the batch size.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from torch import Tensor
 from tqdm import tqdm
 
 from stagewise.oracle import Oracle
-from stagewise.recipes.arguments import ends_in_a_line
+from stagewise.recipes.arguments import device_of, exit_with_message
 from stagewise.recipes.checkpoints import find_checkpoint, load_module, run_config
 from stagewise.recipes.sample_files import Ranks, SampleFolder, group_of_ranks
 from stagewise.recipes.sample_options import Options, parse, parser
@@ -29,17 +28,11 @@ __all__ = ["main", "parse", "parser", "run"]
 
 
 def run(options: Options) -> Path:
-    """Makes what the options say; prints where it is.
-
-    Args:
-        options: See `stagewise sample --help`.
-
-    Returns:
-        The file of samples.
+    """Makes samples as `stagewise sample --help` says; prints and returns their file.
 
     Raises:
-        ValueError, OSError, ImportError, MemoryError: If something cannot be used; before any
-            sample is made, as far as it can be known by then.
+        ValueError, OSError, ImportError, MemoryError: If something cannot be used; if possible
+            before the first sample is made.
     """
     config = run_config(options.run, options.trust)
     checkpoint = find_checkpoint(options.run, options.checkpoint)
@@ -48,11 +41,11 @@ def run(options: Options) -> Path:
         data = instantiate(config.data)
         shape = tuple(data.shape)
         classes = int(getattr(data, "num_classes", len(getattr(data, "class_names", ()))))
-        asked, options = options, options.with_channels(config.get("evaluation") or {}, shape[0])
+        given, options = options, options.with_channels(config.get("evaluation") or {}, shape[0])
         options.check(shape, classes)
         module, loaded = load_module(config, checkpoint, options.weights)
         _require_null(module.net, options)
-        sampler = Sampler(module.to(options.place()), options, shape, classes)
+        sampler = Sampler(module.to(device_of(options.device)), options, shape, classes)
         own = options.settings(loaded)
         if options.then is not None:
             other = run_config(options.then, options.trust)
@@ -63,13 +56,13 @@ def run(options: Options) -> Path:
             own["then"] = later.fingerprint
             ranks.say(f"From t = {options.then_at:g} on: {later} of {options.then}.")
         ranks.say(f"Loaded {loaded}.")
-        if options.cfg_channels and asked.cfg_channels is None:
+        if options.cfg_channels and given.cfg_channels is None:
             ranks.say(
-                f"Guides the first {options.cfg_channels} channels, as evaluation.cfg_channels of "
-                "the run says; all of them: --cfg-channels all."
+                f"Guides the first {options.cfg_channels} channels (evaluation.cfg_channels of the "
+                "run). To guide all: --cfg-channels all."
             )
         for name in measured:
-            ranks.say(f"Measured in this run, taken for {name}: {getattr(options, name)}.")
+            ranks.say(f"Measured in this run, used for {name}: {getattr(options, name)}.")
 
         stored = hasattr(data, "to_stored")
         if options.vae is not None and not stored:
@@ -96,28 +89,28 @@ def _require_null(net: Any, options: Options) -> None:
     if options.cfg_scale != 1 and getattr(net, "class_dropout", None) == 0:
         raise ValueError(
             f"Expected --cfg-scale 1, got {options.cfg_scale:g}: the network was trained with "
-            "class_dropout = 0, so it has not learned what guidance compares with."
+            "class_dropout = 0, so it has no null class for guidance."
         )
 
 
 def _make(
-    folder: SampleFolder, sampler: Sampler, finish: Callable[[Tensor], np.ndarray], ranks: Ranks
+    folder: SampleFolder, sampler: Sampler, finish: Callable[[Tensor], Tensor], ranks: Ranks
 ) -> int:
-    """Makes this rank's missing batches; how many samples they are."""
+    """Makes this rank's missing batches; returns the number of samples."""
     mine = folder.missing(ranks.rank, ranks.count)
     total = sum(len(folder.batches[b]) for b in mine)
     about = "samples" if ranks.count == 1 else f"samples of rank 0 of {ranks.count}"
     with tqdm(total=total, desc=about, unit="sample", disable=ranks.rank > 0) as bar:
         for batch in mine:
             indices = folder.batches[batch]
-            labels = sampler.labels(indices).numpy() if sampler.classes else None
+            labels = sampler.labels(indices) if sampler.classes else None
             samples = finish(sampler(indices))
             try:
                 folder.write(batch, samples, labels)
             except OSError as error:
                 raise OSError(
-                    f"{str(error).rstrip('.')}. Samples in {folder.path} stay; the same command "
-                    "with --resume goes on behind them."
+                    f"{str(error).rstrip('.')}. The samples in {folder.path} are kept. To "
+                    "continue, repeat the command with --resume."
                 ) from error
             bar.update(len(indices))
     return total
@@ -136,7 +129,7 @@ def _tell(folder: SampleFolder, options: Options, made: int, seconds: float) -> 
 
 def main() -> None:
     """The entry point of `stagewise sample`."""
-    with ends_in_a_line("sample"):
+    with exit_with_message("sample"):
         options = parse()
         try:
             run(options)

@@ -1,8 +1,8 @@
 """The files of `stagewise sample`: parts by batch, joined into one file; and its ranks.
 
-Every batch of samples is a file of its own until all are there, so that a run that was killed goes
-on where it was, with any number of ranks. The joined file is what the evaluation suite of ADM
-(openai/guided-diffusion) reads: `arr_0`, uint8 (N, H, W, 3), and `arr_1`, labels, in an npz.
+Every batch of samples is a file of its own until all are there, so that a killed run can be resumed
+with any number of ranks. The joined file is that of the evaluation suite of ADM
+(openai/guided-diffusion): `arr_0`, uint8 (N, H, W, 3), and `arr_1`, labels, in an npz.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from stagewise.files import joined, replace_file
-from stagewise.latents.arrays import Rows, array_entry
+from stagewise.files import Problem, joined, replace_file
+from stagewise.latents.arrays import Rows, array_entry, check_zip, save_arrays
 
 __all__ = ["Ranks", "SampleFolder", "group_of_ranks"]
 
@@ -36,7 +36,7 @@ _NAMES = {"pictures": "samples.npz", "latents": "latents.npz"}
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share the batches, and how long they wait for one another."""
+    """The processes that share the batches, and how long they wait for each other."""
 
     rank: int = 0
     count: int = 1
@@ -48,30 +48,20 @@ class Ranks:
             print(text)
 
     def first(self, action: Callable[[], object]) -> None:
-        """Does something on rank 0; what it raises is raised on every rank.
-
-        Raises:
-            ValueError: With the text of a `ValueError` or an `OSError`.
-        """
-        error = None
+        """Does something on rank 0; its ValueError or OSError is a ValueError on every rank."""
+        error: list[str | None] = [None]
         if self.rank == 0:
             try:
                 action()
             except (ValueError, OSError) as caught:
-                error = str(caught)
-        self.agree(error)
-
-    def agree(self, error: str | None) -> None:
-        """Raises on every rank what rank 0 gives, if it is not None."""
+                error = [str(caught)]
         if self.count > 1:
-            told = [error]
-            dist.broadcast_object_list(told, src=0)
-            error = told[0]
-        if error is not None:
-            raise ValueError(error)
+            dist.broadcast_object_list(error, src=0)
+        if error[0] is not None:
+            raise ValueError(error[0])
 
     def wait(self) -> None:
-        """Waits for all; TimeoutError, with its name, if one does not come in time."""
+        """Waits for all ranks; a TimeoutError names those that are late."""
         if self.count == 1:
             return
         try:
@@ -79,21 +69,21 @@ class Ranks:
         except RuntimeError as error:
             raise TimeoutError(
                 f"Rank {self.rank} waited for the others, {self.minutes:g} minutes at most: "
-                f"{error}. What is done is kept: run it again with --resume, or wait longer "
+                f"{error}. Finished samples are kept: run it again with --resume, or wait longer "
                 "with --timeout."
             ) from error
 
 
 @contextmanager
 def group_of_ranks(minutes: float) -> Iterator[Ranks]:
-    """The ranks that torchrun has started, as its environment says; one without it."""
+    """The ranks of torchrun, or one rank without it."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Ranks()
         return
     rank = int(os.environ["RANK"])
     try:
-        # Samples go through files: there is nothing to send but who is done.
+        # Samples go through files; ranks only wait for each other.
         dist.init_process_group("gloo", timeout=timedelta(minutes=minutes))
     except RuntimeError as error:
         raise TimeoutError(f"Rank {rank} did not find the other {count - 1}: {error}") from error
@@ -105,17 +95,10 @@ def group_of_ranks(minutes: float) -> Iterator[Ranks]:
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """The output of one call.
-
-    Attributes:
-        path: The folder.
-        kind: "pictures" (uint8, (H, W, 3)) or "latents" (float32, (C, H, W)).
-        count: How many samples.
-        batch_size: Of how many a part is.
-    """
+    """The output of one call: `count` samples in parts of `batch_size`."""
 
     path: Path
-    kind: str
+    kind: str  # "pictures" (uint8, (H, W, 3)) or "latents" (float32, (C, H, W))
     count: int
     batch_size: int
 
@@ -131,10 +114,10 @@ class SampleFolder:
         return [range(at, min(at + size, self.count)) for at in range(0, self.count, size)]
 
     def start(self, settings: Mapping[str, Any], *, resume: bool) -> None:
-        """Makes the folder, or finds that what it holds was made with these settings.
+        """Makes the folder, or checks that its samples were made with these settings.
 
         Raises:
-            ValueError: If it holds samples and `resume` is false, or they are others'.
+            ValueError: If it holds samples and `resume` is false, or with other settings.
             OSError: If it cannot be written.
         """
         about = self.path / _SETTINGS
@@ -142,14 +125,14 @@ class SampleFolder:
         held += [_PARTS] * any((self.path / _PARTS).glob("*.npz"))
         if held and not resume:
             raise ValueError(
-                f"{self.path} holds samples already ({', '.join(held)}). Go on with them: "
-                "--resume; or write elsewhere: --out."
+                f"{self.path} holds samples already ({', '.join(held)}). To continue them: "
+                "--resume. To write elsewhere: --out."
             )
         if held:
-            _refuse_others(about, settings)
+            _require_same(about, settings)
         if self.file.exists() and not _is_whole(self.file):
             raise ValueError(
-                f"{self.file} is damaged. Delete it, and the same command makes the samples again."
+                f"{self.file} is damaged. Delete it, and repeat the command to make it again."
             )
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dict(settings), indent=1, allow_nan=False) + "\n"
@@ -158,8 +141,8 @@ class SampleFolder:
         if not self.file.exists():
             (self.path / _PARTS).mkdir(exist_ok=True)
 
-    def missing(self, rank: int = 0, ranks: int = 1) -> list[int]:
-        """The batches of a rank that are not there, or damaged: that is told."""
+    def missing(self, rank: int, ranks: int) -> list[int]:
+        """The batches of a rank that are missing or, with a message, damaged."""
         if self.file.exists():
             return []
         missing = []
@@ -172,20 +155,13 @@ class SampleFolder:
                 missing.append(batch)
         return missing
 
-    def write(self, batch: int, samples: np.ndarray, labels: np.ndarray | None) -> None:
+    def write(self, batch: int, samples: Tensor, labels: Tensor | None) -> None:
         """Writes one batch."""
-        arrays: dict[str, Any] = {"arr_0": samples}
-        if labels is not None:
-            arrays["arr_1"] = labels
-
-        def save(path: Path) -> None:
-            with open(path, "wb") as file:
-                np.savez(file, **arrays)
-
-        replace_file(self._part(batch), save)
+        more = {} if labels is None else {"arr_1": labels}
+        save_arrays(self._part(batch), {"arr_0": samples, **more})
 
     def join(self) -> None:
-        """Makes one file of the parts, without holding more than one in memory, and deletes them.
+        """Joins the parts into one file, with one in memory at a time, and deletes them.
 
         Raises:
             ValueError: If parts are missing or of another size.
@@ -203,11 +179,9 @@ class SampleFolder:
 
     def grid(self, count: int) -> tuple[Path, str]:
         """Draws the first samples in a grid; the PNG, and what it shows."""
-        entry = array_entry(self.file, "arr_0.npy")
+        entry, count = array_entry(self.file, "arr_0.npy"), min(count, self.count)
         assert entry is not None
-        first = Rows(torch.empty(entry.shape, device="meta"), self.file, entry.start)
-        count = min(count, self.count)
-        x = Rows(first.x.to(entry.dtype), self.file, entry.start).block(0, count)
+        x = Rows.of(self.file, entry).block(0, count)
         name, about = "grid.png", f"the first {count} samples"
         if self.kind == "pictures":
             shown = x.permute(0, 3, 1, 2) / 255
@@ -218,12 +192,7 @@ class SampleFolder:
             name = "grid_latent_channels.png"
             about += f" as latents, not decoded: {which}, each scaled to its range"
         picture = make_grid(shown, nrow=math.ceil(math.sqrt(count)), padding=1, pad_value=1.0)
-
-        def save(path: Path) -> None:
-            with open(path, "wb") as file:
-                save_image(picture, file, format="PNG")
-
-        replace_file(self.path / name, save)
+        replace_file(self.path / name, lambda path: save_image(picture, path, format="PNG"))
         return self.path / name, about
 
     def _part(self, batch: int) -> Path:
@@ -254,33 +223,31 @@ class SampleFolder:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a zip and all that is in it match their checksums."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
-    except Exception:  # of a damaged file, what is found in the damage
+        return check_zip(file)
+    except Problem:
         return False
 
 
-def _refuse_others(about: Path, settings: Mapping[str, Any]) -> None:
+def _require_same(about: Path, settings: Mapping[str, Any]) -> None:
     try:
         before = json.loads(about.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"Expected {about.name} beside the samples in {about.parent}, to see with which "
-            "settings they were made; it cannot be read. Write elsewhere: --out."
+            f"Expected {about.name} beside the samples in {about.parent}, with the settings they "
+            "were made with, but it cannot be read. Write elsewhere: --out."
         ) from error
     now = json.loads(json.dumps(dict(settings)))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if keys:
         listed = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in keys)
         raise ValueError(
-            f"{about.parent} holds samples made with other settings: {listed}. Give the same to go "
-            "on with them, or write elsewhere: --out."
+            f"{about.parent} holds samples made with other settings: {listed}. Use the same, or "
+            "write elsewhere: --out."
         )
 
 
 def _to_range(x: Tensor) -> Tensor:
-    """Each channel of (B, C, H, W) from its smallest value to its largest, as 0 to 1."""
+    """Scales each channel of (B, C, H, W) to [0, 1]."""
     low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
     return (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)

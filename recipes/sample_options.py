@@ -1,16 +1,13 @@
-"""The options of `stagewise sample`: read, checked, with measured times filled in, as settings."""
+"""The options of `stagewise sample`: parsed, checked, and completed with measured times."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from stagewise.recipes.arguments import Parser
 from stagewise.recipes.checkpoints import Loaded, Weights
@@ -21,7 +18,7 @@ from stagewise.sde import DIFFUSIONS, LAST_STEPS, SDE_SOLVERS
 __all__ = ["Options", "parse", "parser"]
 
 _NEVER_AT_THE_END = ("euler", "midpoint")
-"""Solvers that do not ask at t = 1, where the oracle is singular."""
+"""Solvers that do not evaluate at t = 1, where the oracle is singular."""
 _MEASURED = "measured"
 _LEAST = {"count": 1, "batch_size": 1, "seed": 0, "grid": 0, "steps": 1}
 _SDE = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "last_step": "mean"}
@@ -32,16 +29,12 @@ _SETTINGS = ["count", "batch_size", "labels", "method", "steps", "shift", "coars
 _SETTINGS += ["cfg_interval", "cfg_channels", "oracle_until", "seed", "vae", "precision"]
 """What samples depend on, besides the checkpoint."""
 _IF_GIVEN = [*_SDE, *_TOLERANCES, "then_at"]
-"""The same, of which a folder says nothing where they are not used."""
+"""The same, but left out of the settings of a folder if they are not used."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is to be sampled, and how: the arguments of `stagewise sample`, by their names.
-
-    Raises:
-        ValueError: If one is out of range, or does not go with another.
-    """
+    """The arguments of `stagewise sample`, by name; ValueError if they do not fit together."""
 
     run: Path
     checkpoint: Path | None
@@ -54,7 +47,7 @@ class Options:
     shift: float
     cfg_scale: float
     cfg_interval: tuple[float, float] | None
-    cfg_channels: int | None  # 0 for all, None for what the run says
+    cfg_channels: int | None  # 0 for all, None for the setting of the run
     oracle_until: float | None
     coarse: float | None
     seed: int
@@ -75,94 +68,95 @@ class Options:
     then_at: float | None = None
     trust: Sequence[str] = ()
     measured: tuple[str, ...] = ()
-    """Which of `cfg_interval`, `oracle_until`, `coarse` and `then_at` the run is still to say."""
+    """Which of `cfg_interval`, `oracle_until`, `coarse` and `then_at` the run must provide."""
 
     def __post_init__(self) -> None:
         for name, smallest in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"Expected {_flag(name)} of at least {smallest}, got {value}.")
+            _require(
+                value is None or value >= smallest,
+                f"Expected {_flag(name)} of at least {smallest}, got {value}.",
+            )
         for name in ("shift", "timeout", "diffusion_norm", *_TOLERANCES):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"Expected {_flag(name)} above 0, got {getattr(self, name)}.")
-        if not math.isfinite(self.cfg_scale):
-            raise ValueError(f"Expected a finite --cfg-scale, got {self.cfg_scale}.")
+            value = getattr(self, name)
+            _require(
+                value is None or 0 < value < math.inf,
+                f"Expected {_flag(name)} above 0, got {value}.",
+            )
+        _require(
+            math.isfinite(self.cfg_scale), f"Expected a finite --cfg-scale, got {self.cfg_scale}."
+        )
         for name in ("cfg_interval", "cfg_channels"):
-            if self._given(name) and self.cfg_scale == 1:
-                raise ValueError(
-                    f"Expected a --cfg-scale other than 1 with {_flag(name)}: 1 is no guidance."
-                )
+            _require(
+                not self._given(name) or self.cfg_scale != 1,
+                f"Expected a --cfg-scale other than 1 with {_flag(name)}: 1 is no guidance.",
+            )
         low, high = self.cfg_interval or (0, 1)
-        if not 0 <= low < high <= 1:
-            raise ValueError(
-                f"Expected --cfg-interval with 0 <= LOW < HIGH <= 1, got {low} and {high}."
+        _require(
+            0 <= low < high <= 1,
+            f"Expected --cfg-interval with 0 <= LOW < HIGH <= 1, got {low} and {high}.",
+        )
+        for name in ("coarse", "then_at"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 < value < 1,
+                f"Expected {_flag(name)} between 0 and 1, got {value}.",
             )
-        if self.coarse is not None and not 0 < self.coarse < 1:
-            raise ValueError(f"Expected --coarse between 0 and 1, got {self.coarse}.")
         until = self.oracle_until or 0
-        if not 0 <= until <= 1:
-            raise ValueError(f"Expected --oracle-until from 0 to 1, got {until}.")
-        if until > 0.999 and self.method not in _NEVER_AT_THE_END:
-            raise ValueError(
-                f"Expected --method {' or '.join(_NEVER_AT_THE_END)} with --oracle-until {until}, "
-                f"got {self.method}, which asks the oracle at t = 1, where it is singular."
-            )
+        _require(0 <= until <= 1, f"Expected --oracle-until from 0 to 1, got {until}.")
+        _require(
+            until <= 0.999 or self.method in _NEVER_AT_THE_END,
+            f"Expected --method {' or '.join(_NEVER_AT_THE_END)} with --oracle-until {until}, got "
+            f"{self.method}, which evaluates the oracle at t = 1, where it is singular.",
+        )
         self._check_method()
-        if (self.then is None) == self._given("then_at"):
-            raise ValueError(
-                "Expected --then RUN and --then-at T together: T is where its network takes over."
-            )
-        if self.then_at is not None and not 0 < self.then_at < 1:
-            raise ValueError(f"Expected --then-at between 0 and 1, got {self.then_at}.")
-        if self.then is not None and self._given("oracle_until"):
-            raise ValueError("Expected --then or --oracle-until, got both: one changes at a time.")
+        _require(
+            (self.then is not None) == self._given("then_at"),
+            "Expected --then RUN and --then-at T together: its network takes over at T.",
+        )
+        _require(
+            self.then is None or not self._given("oracle_until"),
+            "Expected --then or --oracle-until, got both.",
+        )
 
     def _check_method(self) -> None:
-        """Refuses what the solver has not."""
+        """Refuses options that the solver does not have."""
         stochastic, adaptive = self.method in SDE_SOLVERS, self.method in ADAPTIVE_SOLVERS
-        others = (*(() if stochastic else _SDE), *(() if adaptive else _TOLERANCES))
-        others += ("coarse", "oracle_until") if stochastic else ()
-        for name in others:
-            if self._given(name):
-                having = SDE_SOLVERS if name in _SDE else ADAPTIVE_SOLVERS
-                having = having if name in (*_SDE, *_TOLERANCES) else FIXED_SOLVERS
-                raise ValueError(
-                    f"Expected no {_flag(name)} with --method {self.method}; those that take it "
-                    f"are {', '.join(having)}."
-                )
-        if self.method == "sde-heun" and self.last_step == "none":
-            raise ValueError(
-                "Expected a --last-step other than none with --method sde-heun, whose steps would "
-                "end with the score at t = 1, where there is none."
+        others: dict[str, tuple[str, ...]] = {}
+        others |= {} if stochastic else dict.fromkeys(_SDE, SDE_SOLVERS)
+        others |= {} if adaptive else dict.fromkeys(_TOLERANCES, ADAPTIVE_SOLVERS)
+        others |= dict.fromkeys(("coarse", "oracle_until") if stochastic else (), FIXED_SOLVERS)
+        others |= dict.fromkeys(("steps", "coarse") if adaptive else (), FIXED_SOLVERS)
+        others |= {"shift": FIXED_SOLVERS} if adaptive and self.shift != 1 else {}
+        for name, having in others.items():
+            _require(
+                not self._given(name),
+                f"Expected no {_flag(name)} with --method {self.method}; the solvers with it are "
+                f"{', '.join(having)}.",
             )
-        for name in ("steps", "shift", "coarse") if adaptive else ():
-            if self._given(name) and (name != "shift" or self.shift != 1):
-                raise ValueError(
-                    f"Expected no {_flag(name)} with --method {self.method}, which chooses its own "
-                    f"steps. Those with given steps are {', '.join(FIXED_SOLVERS)}."
-                )
+        _require(
+            self.method != "sde-heun" or self.last_step != "none",
+            "Expected a --last-step other than none with --method sde-heun, whose steps would end "
+            "with the score at t = 1, where there is none.",
+        )
 
     def _given(self, name: str) -> bool:
         return getattr(self, name) is not None or name in self.measured
 
     def with_measured(self) -> Options:
-        """The same, with the times that were to be taken from the run.
-
-        Raises:
-            ValueError: If nothing was measured there, or nothing follows from it.
-        """
+        """The same, with the times that were measured in the run; ValueError if there are none."""
         if not self.measured:
             return self
         try:
             probes = read_run(self.run).of("probe")
         except ValueError:
             probes = []
-        if not probes:
-            raise ValueError(
-                f"Expected a measured stage boundary in {self.run} for "
-                f"{', '.join(map(_flag, self.measured))}, found none: no PosteriorMonitor wrote a "
-                "probe there. Give numbers, or profile the data: stagewise profile."
-            )
+        _require(
+            bool(probes),
+            f"Expected a measured stage boundary in {self.run} for "
+            f"{', '.join(map(_flag, self.measured))}, found none: no PosteriorMonitor wrote a "
+            "probe there. Give numbers, or profile the data: stagewise profile.",
+        )
         midpoint, collapsed = (
             math.nan if probes[-1].get(key) is None else float(probes[-1][key])
             for key in ("midpoint", "collapsed")
@@ -170,79 +164,50 @@ class Options:
         found: dict[str, Any] = {}
         for name in self.measured:
             found[name] = guidance_interval(collapsed) if name == "cfg_interval" else midpoint
-            if found[name] is None:
-                raise ValueError(
-                    f"No interval follows from the measured boundary (collapsed at t = "
-                    f"{collapsed:.3g}): one is known only where targets collapse before 0.5. "
-                    "Give --cfg-interval LOW HIGH, and scan it; 0.1 0.6 is the one best known."
-                )
-            if name != "cfg_interval" and not 0 < midpoint < 1:
-                raise ValueError(
-                    f"Expected a measured midpoint between 0 and 1 for {_flag(name)}, got "
-                    f"{midpoint:.3g}: no t was found where the stages part. Give a number."
-                )
+            _require(
+                found[name] is not None,
+                f"No interval follows from the measured boundary (collapsed at t = "
+                f"{collapsed:.3g}): that needs a collapse before 0.5. Give --cfg-interval LOW "
+                "HIGH and try several; 0.1 0.6 is the best known one.",
+            )
+            _require(
+                name == "cfg_interval" or 0 < midpoint < 1,
+                f"Expected a measured midpoint between 0 and 1 for {_flag(name)}, got "
+                f"{midpoint:.3g}: the run found no stage boundary. Give a number.",
+            )
         return replace(self, measured=(), **found)
 
     def with_channels(self, evaluation: Mapping[str, Any], there: int) -> Options:
-        """The same, guiding as many channels as asked for, or as the run's `evaluation` says."""
-        asked = self.cfg_channels
-        if asked is None and self.cfg_scale != 1:
-            asked = min(evaluation.get("cfg_channels") or there, there)
-            asked = None if asked == there else asked
-        return replace(self, cfg_channels=asked or None)
+        """The same, with the number of guided channels, by default from the run's `evaluation`."""
+        few = self.cfg_channels
+        if few is None and self.cfg_scale != 1:
+            few = min(evaluation.get("cfg_channels") or there, there)
+            few = None if few == there else few
+        return replace(self, cfg_channels=few or None)
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
-        """Refuses what does not go with the run's data.
-
-        Raises:
-            ValueError: On labels, guidance or channels that it has not.
-        """
+        """Refuses labels, guidance or channels that the run's data do not have."""
         wrong = [label for label in self.labels or () if not 0 <= label < classes]
-        if wrong:
-            there = f"from 0 to {classes - 1}" if classes else "none: the run has no classes"
-            raise ValueError(f"Expected --labels {there}, got {wrong}.")
-        if self.cfg_scale != 1 and not classes:
-            raise ValueError(
-                f"Expected --cfg-scale 1, got {self.cfg_scale:g}: the run has no classes to guide "
-                "to."
-            )
-        if self.then_at is not None and self.then_at > 1 - (self.last_step_size or 0):
-            raise ValueError(
-                f"Expected --then-at before the last step, which begins at "
-                f"{1 - (self.last_step_size or 0):g}, got {self.then_at:g}."
-            )
-        if self.cfg_channels is not None and self.cfg_channels > shape[0]:
-            raise ValueError(
-                f"Expected --cfg-channels of at most {shape[0]}, the channels of this run's "
-                f"samples, got {self.cfg_channels}."
-            )
-
-    def place(self) -> torch.device:
-        """Where to compute: of several CUDA devices that of the rank.
-
-        Raises:
-            ValueError: If there is no such device.
-        """
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise ValueError(
-                f"Expected --device such as cpu, cuda or mps, got {name!r}."
-            ) from error
-        if device.type != "cuda":
-            return device
-        count = torch.cuda.device_count()
-        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
-        if index >= count:
-            raise ValueError(
-                f"Expected a CUDA device of number {index} for --device {name}, found {count} "
-                "devices. Start as many ranks as there are devices, or give --device cpu."
-            )
-        return torch.device("cuda", index)
+        there = f"from 0 to {classes - 1}" if classes else "none: the run has no classes"
+        _require(not wrong, f"Expected --labels {there}, got {wrong}.")
+        _require(
+            self.cfg_scale == 1 or classes > 0,
+            f"Expected --cfg-scale 1, got {self.cfg_scale:g}: the run has no classes to guide to.",
+        )
+        last = 1 - (self.last_step_size or 0)
+        _require(
+            self.then_at is None or self.then_at <= last,
+            f"Expected --then-at before the last step, which begins at {last:g}, got "
+            f"{self.then_at}.",
+        )
+        _require(
+            self.cfg_channels is None or self.cfg_channels <= shape[0],
+            f"Expected --cfg-channels of at most {shape[0]}, the channels of this run's samples, "
+            f"got {self.cfg_channels}.",
+        )
 
     def folder(self, loaded: Loaded) -> Path:
-        """Where the samples go: `out`, or a folder of the run named after the settings."""
+        """The folder of the samples: `out`, or one in the run, named after the settings."""
         if self.out is not None:
             return self.out
         parts = [f"step{loaded.step}", loaded.weights, f"{self.method}{self.steps or ''}"]
@@ -262,7 +227,7 @@ class Options:
         return {k: getattr(self, k) for k in _IF_GIVEN if getattr(self, k) is not None}
 
     def settings(self, loaded: Loaded) -> dict[str, Any]:
-        """All that samples depend on, as it is written beside them."""
+        """Everything that samples depend on, for the file beside them."""
         own = {name: getattr(self, name) for name in _SETTINGS}
         own = {name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}
         about = {"checkpoint": loaded.path.name, "step": loaded.step, "weights": loaded.weights}
@@ -270,19 +235,17 @@ class Options:
         return about | ({"labels": "all"} if self.labels is None else {})
 
 
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The options that a command line gives.
-
-    Args:
-        arguments: Default those of the process.
-
-    Raises:
-        ValueError: If one is out of range, or does not go with another.
-    """
+    """The options of a command line, by default that of the process; ValueError as in `Options`."""
     given = vars(parser().parse_args(arguments))
     if given["cfg_interval"] == [_MEASURED]:
         given["cfg_interval"] = _MEASURED
@@ -303,8 +266,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
             f"Expected --labels all, or numbers such as 0,3,7, got {chosen!r}."
         ) from None
     if given["method"] in SDE_SOLVERS:
-        unsaid = {k: v for k, v in _SDE.items() if given[k] is None}
-        given |= {**unsaid, "steps": given["steps"] or 250}
+        defaults = {k: v for k, v in _SDE.items() if given[k] is None}
+        given |= {**defaults, "steps": given["steps"] or 250}
     elif given["steps"] is None and given["method"] in FIXED_SOLVERS:
         given["steps"] = 50
     return Options(**given | dict.fromkeys(measured), measured=measured)
@@ -333,7 +296,7 @@ def parser() -> Parser:
         prog="stagewise sample",
         description=(
             "Sample from a trained run. Times are in t: 0 is noise, 1 is data. Under torchrun the "
-            "ranks share the batches, and the files are the same for any number of ranks."
+            "ranks share the batches; the files do not depend on the number of ranks."
         ),
         epilog=(
             "examples: stagewise sample RUN --cfg-scale 2.5 --cfg-interval 0.1 0.6 --shift 0.3 | "
@@ -344,41 +307,41 @@ def parser() -> Parser:
     )
     given, own, random = map(", ".join, (FIXED_SOLVERS, ADAPTIVE_SOLVERS, SDE_SOLVERS))
     flags: dict[str, tuple[Any, Any, str]] = {  # (type, default, help)
-        "checkpoint": (Path, None, "a path, or a name in the run's checkpoints (last*.ckpt)"),
-        "weights": (str, None, "averaged or current ones (averaged, if there are any)"),
+        "checkpoint": (Path, None, "a path, or a name in the run's checkpoints (the last step)"),
+        "weights": (str, None, "averaged or current (averaged, if there are any)"),
         "count": (int, 64, "how many samples (%(default)s)"),
         "batch_size": (int, 32, "(%(default)s)"),
-        "labels": (str, "all", "all, for the classes in turn, or such as 0,3,7, in turn"),
-        "method": (str, "midpoint", f"with --steps {given}; which choose their own {own}; SiT's "
-                   f"SDE, with noise at each step, {random} (%(default)s)"),
-        "steps": (int, None, "steps from noise to data (50; 250 of an SDE, the last step with "
-                  "them). The public samplers count times: for their N say N - 1, N for an SDE"),
-        "rtol": (float, None, "relative tolerance of a solver that chooses its steps (1e-4; SiT "
-                 "has 1e-3)"),
-        "atol": (float, None, "absolute one (1e-4; SiT has 1e-6)"),
+        "labels": (str, "all", "all classes in turn, or some in turn, such as 0,3,7 (all)"),
+        "method": (str, "midpoint", f"with --steps: {given}; with steps of their own: {own}; SiT's "
+                   f"SDE, with noise at each step: {random} (%(default)s)"),
+        "steps": (int, None, "steps from noise to data (50; 250 for an SDE, with the last step). "
+                  "Public samplers count times: their N is N - 1 here, and N for an SDE"),
+        "rtol": (float, None, "relative tolerance of a solver with steps of its own (1e-4; 1e-3 in "
+                 "SiT)"),
+        "atol": (float, None, "absolute tolerance (1e-4; 1e-6 in SiT)"),
         "diffusion_form": (str, None, f"of an SDE: {', '.join(DIFFUSIONS)} (sigma)"),
-        "diffusion_norm": (float, None, "what multiplies it (1)"),
+        "diffusion_norm": (float, None, "factor of the diffusion (1)"),
         "last_step": (str, None, f"of an SDE: {', '.join(LAST_STEPS)} (mean)"),
-        "last_step_size": (float, None, "in t (0.04)"),
+        "last_step_size": (float, None, "size of the last step in t (0.04)"),
         "shift": (float, 1.0, "t -> S t / (1 + (S - 1) t); below 1 more steps near noise (1)"),
         "coarse": (_time, None, "one large step from noise to T, the others from there; measured: "
-                   "T is the midpoint that the run measured"),
+                   "T is the run's measured midpoint"),
         "cfg_scale": (float, 1.0, "classifier-free guidance; 1 is none (%(default)s)"),
-        "cfg_interval": (str, None, "LOW HIGH: guide between these times only; measured: from "
-                         "where the run measured that targets have collapsed to 0.6"),
-        "cfg_channels": (_channels, None, "guide only the first N channels, or all (as the run's "
+        "cfg_interval": (str, None, "LOW HIGH: guide between these times only; measured: from the "
+                         "run's measured collapsed boundary to 0.6"),
+        "cfg_channels": (_channels, None, "guide only the first N channels, or all (the run's "
                          "evaluation.cfg_channels: 3 for SiT and LightningDiT)"),
-        "oracle_until": (_time, None, "the oracle of the training data leads to T, the network "
-                         "from there; measured: T is the midpoint that the run measured"),
+        "oracle_until": (_time, None, "use the oracle of the training data up to T, the network "
+                         "from there; measured: T is the run's measured midpoint"),
         "then": (Path, None, "a second run, whose network takes over at --then-at"),
-        "then_at": (_time, None, "when; measured: the midpoint that the first run measured"),
+        "then_at": (_time, None, "T of --then; measured: the first run's measured midpoint"),
         "seed": (int, 0, "of the noise (%(default)s)"),
         "vae": (str, None, "autoencoder that decodes latents, a folder or a name"),
-        "out": (Path, None, "folder (RUN/samples/ and a name made of the settings)"),
-        "device": (str, None, "cpu, cuda, cuda:1, mps (cuda if there is one)"),
+        "out": (Path, None, "folder (RUN/samples/ and a name made from the settings)"),
+        "device": (str, None, "cpu, cuda, cuda:1, mps (the GPU of LOCAL_RANK, or the CPU)"),
         "precision": (str, "32", "of the network: 32 or bf16 (%(default)s)"),
         "grid": (int, 64, "samples in the PNG; 0 for none (%(default)s)"),
-        "timeout": (float, 30.0, "minutes that ranks wait for one another (%(default)s)"),
+        "timeout": (float, 30.0, "minutes that ranks wait for each other (%(default)s)"),
     }  # fmt: skip
     choices = {"weights": ["averaged", "current"], "precision": ["32", "bf16"]}
     choices["method"] = [*FIXED_SOLVERS, *ADAPTIVE_SOLVERS, *SDE_SOLVERS]
@@ -391,9 +354,8 @@ def parser() -> Parser:
             more = {"nargs": "+", "metavar": ("LOW", "HIGH")}
         more |= {"choices": choices[name], "metavar": "NAME"} if name in choices else {}
         made.add_argument(_flag(name), type=kind, default=default, help=about, **more)
-    about = "what the run's config.yaml may call beside what recipes are made of"
+    about = "names that the run's config.yaml may call, besides the parts of recipes"
     made.add_argument("--trust", nargs="+", default=(), metavar="NAME", help=about)
-    made.add_argument(
-        "--resume", action="store_true", help="go on with the samples that are in the folder"
-    )
+    about = "continue the samples in the folder"
+    made.add_argument("--resume", action="store_true", help=about)
     return made

@@ -1,4 +1,4 @@
-"""What `stagewise sample` samples with: a trained module, an oracle, an autoencoder."""
+"""How `stagewise sample` makes samples: with a trained module, an oracle, an autoencoder."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from stagewise.sde import SDE_SOLVERS, sample_sde, sde_grid
 __all__ = ["Sampler", "bank_of", "finisher", "noise_of", "require_alike"]
 
 _STREAM = 0x5A3D1E
-"""Apart from what training draws from its seed. Not 0: a `SeedSequence` takes no notice of zeros
-at its end."""
+"""Makes draws differ from those of training. Not 0: a `SeedSequence` ignores zeros at its end."""
 
 
 def noise_of(seed: int, index: int, shape: tuple[int, ...], *step: int) -> Tensor:
-    """The noise of one sample, of a step from 1 on or x_0, `shape`, float32, on the CPU."""
+    """The noise x_0 of a sample, or that of a step from 1 on: `shape`, float32, on the CPU."""
     mixed = np.random.SeedSequence((seed, index, _STREAM, *step)).generate_state(1, np.uint64)[0]
     return torch.randn(shape, generator=torch.Generator().manual_seed(int(mixed) >> 1))
 
 
 @dataclass
 class Sampler:
-    """Makes samples of a module, led to `options.oracle_until` by an oracle if there is one.
+    """Makes samples of a module.
 
-    Or of two: `then` takes over at `options.then_at`.
+    With `oracle`, that gives the velocity up to `options.oracle_until`. With `then`, that gives it
+    from `options.then_at` on.
     """
 
     module: FlowMatchingModule
@@ -82,7 +82,7 @@ class Sampler:
             )
 
     def labels(self, indices: range) -> Tensor:
-        """The labels of samples, (B,): those asked for, in turn."""
+        """The labels of samples, (B,): the chosen ones in turn."""
         chosen = self.options.labels or range(max(1, self.classes))
         return torch.tensor([chosen[i % len(chosen)] for i in indices])
 
@@ -95,39 +95,38 @@ class Sampler:
         options, device = self.options, self.module.device
         x0 = torch.stack([noise_of(options.seed, i, self.shape) for i in indices]).to(device)
         labels = self.labels(indices)
-        place = labels.to(device) if self.classes else None
-        first = self._guided(self.module, place)
+        given = labels.to(device) if self.classes else None
+        first = self._guided(self.module, given)
         second, at = first, options.then_at
         if self.then is not None:
-            second = self._guided(self.then, place)
+            second = self._guided(self.then, given)
         elif self.oracle is not None:
-            first, at = self._led(self.oracle, labels), options.oracle_until or 0.0
+            first, at = self._of_oracle(self.oracle, labels), options.oracle_until or 0.0
         if options.method in SDE_SOLVERS:
-            x = self._random(first, second, at, x0, indices)
+            x = self._stochastic(first, second, at, x0, indices)
         else:
             about: dict[str, Any] = {"method": options.method, "times": self.times}
             about |= {"start": self.start, "end": self.end}
-            told = {"rtol": options.rtol, "atol": options.atol}
-            about |= {k: v for k, v in told.items() if v is not None}
-            x = (
-                sample(first, x0, **about)
-                if at is None
-                else switched(first, second, x0, at, **about)
-            )
+            tolerances = {"rtol": options.rtol, "atol": options.atol}
+            about |= {k: v for k, v in tolerances.items() if v is not None}
+            if at is None:
+                x = sample(first, x0, **about)
+            else:
+                x = switched(first, second, x0, at, **about)
         x = x.float().cpu()
         broken = int((~x.isfinite().flatten(1).all(1)).sum())
         if broken:
             raise ValueError(
                 f"{broken} of the samples {indices[0]} to {indices[-1]} are not finite. The run "
-                "has diverged, or the settings are too coarse: try --precision 32, more --steps, a "
-                "lower --cfg-scale."
+                "has diverged, or the settings are too coarse: try --precision 32, more --steps or "
+                "a lower --cfg-scale."
             )
         return x
 
-    def _random(
+    def _stochastic(
         self, first: Velocity, second: Velocity, at: float | None, x0: Tensor, indices: range
     ) -> Tensor:
-        """The two velocities in turn along the stochastic equation, or the first alone."""
+        """Samples of the stochastic equation: the second velocity takes over at `at`."""
         options, steps, times = self.options, itertools.count(1), self.times
         assert times is not None
         assert options.last_step is not None
@@ -137,8 +136,11 @@ class Sampler:
             return torch.stack([noise_of(options.seed, i, self.shape, step) for i in indices])
 
         about: dict[str, Any] = {"path": self.module.objective.path, "method": options.method}
-        about |= {"diffusion": options.diffusion_form, "norm": options.diffusion_norm}
-        about |= {"noise": noise}
+        about |= {
+            "diffusion": options.diffusion_form,
+            "norm": options.diffusion_norm,
+            "noise": noise,
+        }
         if at is not None:
             before, times = (
                 times_between(times, *ends) for ends in ((times[0], at), (at, times[-1]))
@@ -159,34 +161,24 @@ class Sampler:
     def _velocity(self, module: FlowMatchingModule, labels: Tensor | None) -> Velocity:
         velocity, narrow = module.velocity(labels), self.options.precision == "bf16"
 
-        def ask(xt: Tensor, t: Tensor) -> Tensor:
+        def under_autocast(xt: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(xt.device.type, torch.bfloat16, enabled=narrow):
                 return velocity(xt, t)
 
-        return ask
+        return under_autocast
 
-    def _led(self, oracle: Oracle, labels: Tensor) -> Velocity:
-        asked = labels if self.classes and oracle.bank.classes else None
+    def _of_oracle(self, oracle: Oracle, labels: Tensor) -> Velocity:
+        given = labels if self.classes and oracle.bank.classes else None
 
         def velocity(xt: Tensor, t: Tensor) -> Tensor:
             place = oracle.bank.device
-            return oracle.velocity(xt.to(place), t.to(place), asked).to(xt)
+            return oracle.velocity(xt.to(place), t.to(place), given).to(xt)
 
         return velocity
 
 
 def require_alike(config: Any, module: FlowMatchingModule, other: Any, then: Any) -> None:
-    """Refuses a second network whose noisy samples are not those of the first.
-
-    Args:
-        config: Of the first run.
-        module: Its module.
-        other: The configuration of the second run.
-        then: Its module.
-
-    Raises:
-        ValueError: On another shape, number of classes, path or scale of the latents.
-    """
+    """Refuses a second run whose shape, classes, path or scale are not those of the first."""
     latents = [each.data.get("latents") or {} for each in (config, other)]
     scales = [{key: one.get(key) for key in ("normalize", "multiplier")} for one in latents]
     paths = module.objective.path, then.objective.path
@@ -200,17 +192,17 @@ def require_alike(config: Any, module: FlowMatchingModule, other: Any, then: Any
     for what, one, two in pairs:
         if one != two:
             raise ValueError(
-                f"Expected two networks of the same noisy samples for --then, got {what} {one} in "
-                f"the first run and {two} in the second."
+                f"Expected a run with the same noisy samples for --then, got {what} {one} in the "
+                f"first run and {two} in the second."
             )
 
 
 def bank_of(data: Any, options: Options, sampler: Sampler) -> LatentBank:
-    """The training rows of a data module; ValueError if a class that is asked for has none."""
+    """The bank of a data module; ValueError if a chosen class has no rows."""
     data.setup()
     bank = data.latent_bank() if hasattr(data, "latent_bank") else LatentBank(*data.train.tensors)
-    asked = set(sampler.labels(range(options.count)).tolist())
-    absent = sorted(asked - set(bank.classes)) if bank.classes and sampler.classes else []
+    chosen = set(sampler.labels(range(options.count)).tolist())
+    absent = sorted(chosen - set(bank.classes)) if bank.classes and sampler.classes else []
     if absent:
         raise ValueError(
             f"Expected --labels of classes with training rows for --oracle-until, got {absent}."
@@ -220,14 +212,14 @@ def bank_of(data: Any, options: Options, sampler: Sampler) -> LatentBank:
 
 def finisher(
     data: Any, options: Options, shape: tuple[int, ...], device: torch.device, pictures: bool
-) -> Callable[[Tensor], np.ndarray]:
+) -> Callable[[Tensor], Tensor]:
     """From samples, (B, C, H, W), to what is stored: uint8 (B, H, W, 3), or the samples.
 
     Raises:
-        ValueError, OSError, ImportError: If there is no such autoencoder, or not for these latents.
+        ValueError, OSError, ImportError: If the autoencoder does not exist or fit these latents.
     """
     if not pictures:
-        return lambda x: x.numpy()
+        return lambda x: x
     if options.vae is None:
         return lambda x: _channels_last(x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8))
     from stagewise.recipes.autoencoder import decode, find_vae, load_vae
@@ -235,15 +227,14 @@ def finisher(
     channels = find_vae(options.vae).channels
     if channels != shape[0]:
         raise ValueError(
-            f"Expected a --vae of latents with {shape[0]} channels, as this run's are, got "
+            f"Expected a --vae with {shape[0]} channels, those of this run's latents, got "
             f"{channels} in {options.vae}."
         )
     vae = load_vae(options.vae, device)
     # EDM2 encodes pixels from 0 to 1, all others from -1 to 1.
-    edm2 = getattr(getattr(data, "latents", None), "name", None) == "EDM2"
-    low = {"low": 0.0} if edm2 else {}
-    return lambda x: _channels_last(decode(vae, data.to_stored(x), options.batch_size, **low))
+    low = 0.0 if getattr(getattr(data, "latents", None), "name", None) == "EDM2" else -1.0
+    return lambda x: _channels_last(decode(vae, data.to_stored(x), options.batch_size, low))
 
 
-def _channels_last(pictures: Tensor) -> np.ndarray:
-    return pictures.permute(0, 2, 3, 1).contiguous().numpy()
+def _channels_last(pictures: Tensor) -> Tensor:
+    return pictures.permute(0, 2, 3, 1).contiguous()

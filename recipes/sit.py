@@ -1,4 +1,4 @@
-"""The Scalable Interpolant Transformer and LightningDiT, put together from timm's layers.
+"""The Scalable Interpolant Transformer and LightningDiT, made of timm's layers.
 
 SiT is the DiT architecture trained on velocities. An image becomes a sequence of patches; every
 block is modulated by one vector `c`, the sum of a time and a class embedding, through adaLN-Zero:
@@ -6,22 +6,21 @@ block is modulated by one vector `c`, the sum of a time and a class embedding, t
     x <- x + gate(c) * f( LayerNorm(x) * (1 + scale(c)) + shift(c) ),   f = attention, then MLP
 
 The layers that make shift, scale and gate start at zero, and so does the output layer: at
-initialisation every block is the identity and the model answers zero.
+initialisation every block is the identity and the output is zero.
 
-The null class, one row after the real ones, stands for "no label". In training a label is
-replaced by it with probability `class_dropout`, so that one model answers with and without a
-label, as classifier-free guidance needs.
+The null class, one row after the real ones, means "no label". In training it replaces a label with
+probability `class_dropout`, for classifier-free guidance.
 
-Under its defaults the model is a SiT that tells times well apart. Switches make it the function
-that the public weights belong to (`stagewise.recipes.public_weights` loads them):
+By default the model is a SiT with a time embedding that separates times well. Options make it the
+function of the public weights (`stagewise.recipes.public_weights` loads them):
 
     SiT            learn_sigma, time_embedding="unit", position_embedding="dit"
     LightningDiT   the last two, and rms_norm, swiglu, rotary
 
-What differs from both public codes: the names of the weights; the rows of the output layer, which
-are ordered as the weights of the patch embedding are, `(C, p, p)`, there `(p, p, C)`; and the
-fixed embeddings, which are in no checkpoint here and count as parameters there. LightningDiT's
-option of a modulation without shift is left out; its published models do not use it.
+Differences from both public codes: the names of the weights; the rows of the output layer, ordered
+`(C, p, p)` as the weights of the patch embedding, there `(p, p, C)`; and the fixed embeddings, here
+not in checkpoints, there parameters. LightningDiT's modulation without shift, which its published
+models do not use, is left out.
 
 References:
     Ma et al., SiT: Exploring Flow and Diffusion-based Generative Models with Scalable
@@ -67,24 +66,23 @@ class SiT(nn.Module):
         depth: Number of blocks.
         num_heads: Attention heads per block.
         mlp_ratio: Width of the MLP relative to `hidden_size`.
-        class_dropout: Probability, in [0, 1], that a label is dropped in training mode. Drawn
-            from the global generator of the device, like any dropout.
-        learn_sigma: Whether the output layer makes twice the channels, of which the second half
-            is dropped: in SiT, a remainder of DiT, which learned a variance. Default False.
-        time_embedding: "thousand" for frequencies from 1000 to 0.1 radians per unit of t, the
-            default; "unit" for those of the SiT and LightningDiT codes, 1 to about 1e-4, where
-            t = 0.50 hardly differs from t = 0.51.
-        position_embedding: Order of the channels of the fixed embedding of the position. "timm",
-            the default: sines of row and column, then cosines. "dit": sine and cosine of the
+        class_dropout: Probability, in [0, 1], that a label is dropped in training mode, drawn
+            from the global generator of the device.
+        learn_sigma: Whether the output layer makes twice the channels, and the second half is
+            dropped: in SiT, a remainder of DiT, which learned a variance. Default False.
+        time_embedding: "thousand" (default) for frequencies from 1000 to 0.1 radians per unit of
+            t; "unit" for those of SiT and LightningDiT, 1 to about 1e-4, where t = 0.50 hardly
+            differs from t = 0.51.
+        position_embedding: Order of the channels of the fixed embedding of the position. "timm"
+            (default): sines of row and column, then cosines. "dit": sine and cosine of the
             column, then of the row, as in the public codes.
-        rms_norm: Whether norms are RMSNorm with a learned scale, not LayerNorm without one.
-            Default False.
-        swiglu: Whether the MLP is a SwiGLU, with two thirds of the width, so that the number of
-            weights stays. Default False.
-        rotary: Whether queries and keys are rotated by the row (first half of a head) and the
-            column (second half). The fixed embedding stays. Default False.
-        qk_norm: Whether queries and keys are normalised, for training that diverges. Default
-            False, as for the published LightningDiT.
+        rms_norm: RMSNorm with a learned scale, not LayerNorm without one. Default False.
+        swiglu: A SwiGLU with two thirds of the width, and so as many weights, as MLP. Default
+            False.
+        rotary: Rotates queries and keys by the row (first half of a head) and the column (second
+            half), besides the fixed embedding. Default False.
+        qk_norm: Normalises queries and keys, for training that diverges. Default False, as in the
+            published LightningDiT.
 
     Raises:
         ValueError: If sizes do not divide, or an argument is out of range.
@@ -128,13 +126,14 @@ class SiT(nn.Module):
                 f"Expected `num_classes` of at least 0 and `class_dropout` in [0, 1], got "
                 f"{num_classes} and {class_dropout}."
             )
-        names = ("time_embedding", time_embedding, "thousand", "unit")
-        for name, value, *known in (
-            names,
-            ("position_embedding", position_embedding, "timm", "dit"),
-        ):
-            if value not in known:
-                raise ValueError(f"Expected `{name}` {known[0]!r} or {known[1]!r}, got {value!r}.")
+        if time_embedding not in ("thousand", "unit"):
+            raise ValueError(
+                f"Expected `time_embedding` 'thousand' or 'unit', got {time_embedding!r}."
+            )
+        if position_embedding not in ("timm", "dit"):
+            raise ValueError(
+                f"Expected `position_embedding` 'timm' or 'dit', got {position_embedding!r}."
+            )
         if rotary and hidden_size // num_heads % 4:
             raise ValueError(
                 f"Expected `hidden_size / num_heads` divisible by 4 with `rotary` (pairs for two "
@@ -154,7 +153,10 @@ class SiT(nn.Module):
         grid = list(self.x_embedder.grid_size)
         pos_embed = _positions(grid, hidden_size, position_embedding)
         self.register_buffer("pos_embed", pos_embed, persistent=False)  # (tokens, hidden_size)
-        rope = _rotations(grid, hidden_size // num_heads) if rotary else None
+        rope = None
+        if rotary:
+            angles = build_rotary_pos_embed(grid, dim=hidden_size // num_heads, in_pixels=False)
+            rope = torch.cat(angles, -1)  # sines, then cosines
         self.register_buffer("rope", rope, persistent=False)  # (tokens, 2 * head width)
         self.blocks = nn.ModuleList(
             _Block(hidden_size, num_heads, mlp_ratio, rms_norm, swiglu, rotary, qk_norm)
@@ -165,17 +167,17 @@ class SiT(nn.Module):
         self._init_weights()
 
     def forward(self, xt: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Answer for a batch, (B, C, H, W).
+        """The output for a batch, (B, C, H, W).
 
         Args:
             xt: Noisy samples, `(B, C, H, W)`.
             t: Times in [0, 1], `(B,)`; 0 is noise, 1 is data.
-            labels: Classes, `(B,)` integers in [0, num_classes], the last being the null class;
+            labels: Classes, `(B,)` integers in [0, num_classes], where the last is the null class;
                 default None, the null class for all.
 
         Raises:
             ValueError: If a shape is wrong.
-            IndexError: If a label is out of range, on the CPU; CUDA reports it on its own.
+            IndexError: If a label is out of range, on the CPU.
         """
         if xt.shape[1:] != self.input_shape:
             raise ValueError(
@@ -199,7 +201,7 @@ class SiT(nn.Module):
         return self.unpatchify(x)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Patches `(B, tokens, C * patch_size**2)` put side by side: `(B, C, H, W)`."""
+        """From patches, `(B, tokens, C * patch_size**2)`, to `(B, C, H, W)`."""
         channels, height, width = self.input_shape
         p = self.patch_size
         x = x.reshape(-1, height // p, width // p, channels, p, p)
@@ -267,7 +269,7 @@ class _Block(nn.Module):
             self.attn = Attention(dim, num_heads, **options)
         self.norm2 = _norm(dim, rms_norm)
         width = int(dim * mlp_ratio)
-        # The packed one draws its two first layers as one matrix, as LightningDiT does.
+        # The packed SwiGLU draws its two first layers as one matrix, as LightningDiT.
         self.mlp = (
             SwiGLUPacked(dim, 2 * int(2 / 3 * width))
             if swiglu
@@ -309,11 +311,6 @@ def _positions(grid: list[int], dim: int, order: str) -> Tensor:
     return rows_first.roll(dim // 2, -1)
 
 
-def _rotations(grid: list[int], head_dim: int) -> Tensor:
-    """Sines, then cosines, of the angles that heads are rotated by, `(tokens, 2 * head_dim)`."""
-    return torch.cat(build_rotary_pos_embed(grid, dim=head_dim, in_pixels=False), -1)
-
-
 class _TimestepEmbedder(nn.Module):
     """Sines and cosines of t, then an MLP: `(B,) -> (B, dim)`."""
 
@@ -331,10 +328,10 @@ def _sinusoids(t: Tensor, frequencies: int, embedding: str = "thousand") -> Tens
     """Cosines, then sines, `(B, 2 * frequencies)` float32, of t in [0, 1], `(B,)`.
 
     The frequencies fall geometrically: from 1000 to 0.1 radians per unit of t, as over the
-    thousand steps of DiT, or from 1 towards 1e-4, which is DiT's embedding fed with t unscaled.
+    thousand steps of DiT, or from 1 towards 1e-4, which is DiT's embedding of t itself.
     """
-    # Made anew each time: as a buffer they would follow the module to 16 bits, where 1000
-    # radians are off by whole periods.
+    # Computed at each call: a buffer would follow the module to 16 bits, where 1000 radians are
+    # wrong by whole periods.
     if embedding == "thousand":
         top, exponent = 1000, torch.linspace(0, 1, frequencies, device=t.device)
     else:

@@ -1,12 +1,12 @@
-"""A picture of any kind to 8 bits of red, green and blue, and what was changed on the way.
+"""From a picture of any kind to 8 bits of red, green and blue, with notes on what was changed.
 
     16 bits a pixel      divided by 257, so that 65535 is white; Pillow's conversion clips at 255
     orientation of EXIF  turned upright, as viewers show it
-    transparency         on white; without, the colours hidden under it would show
-    CMYK, LAB            by Pillow, without colour profiles, as the public training code does
+    transparency         put on white, which hides the colours under transparent parts
+    CMYK, LAB            by Pillow, without colour profiles, as in the public training code
     frames               the first
 
-Pixels without a known white, floating-point or of 32 bits, are refused.
+Pixels without a known white, floating-point or with 32 bits, are refused.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ _ORIENTATION, _BITS, _WHITE_IS_ZERO = 274, 258, 262  # tags of TIFF, the first o
 
 
 def to_rgb(picture: Image.Image) -> tuple[Image.Image, list[str]]:
-    """An opened picture in mode RGB, and what was changed that its numbers do not show.
+    """An opened picture in mode RGB, and notes on what was changed.
 
     Raises:
-        ValueError: If its pixels have no known white. Decoders raise what they like.
+        ValueError: If its pixels have no known white. Decoders raise other errors.
     """
     notes = []
-    # All this is asked before it is loaded: that may close the file, and turns a TIFF.
-    tags, kind, frames = _tags(picture), picture.format, getattr(picture, "n_frames", 1)
+    # Read before the picture is loaded, which may close the file, and turns a TIFF.
+    tags, kind = dict(getattr(picture, "tag_v2", {})), picture.format
+    frames = getattr(picture, "n_frames", 1)
     if frames > 1 and kind != "MPO":  # a JPEG with previews, as phones write it
         notes.append(f"the first of {frames} frames")
     picture.load()
@@ -55,10 +56,6 @@ def to_rgb(picture: Image.Image) -> tuple[Image.Image, list[str]]:
     return upright.convert("RGB"), notes
 
 
-def _tags(picture: Image.Image) -> dict[int, Any]:
-    return dict(getattr(picture, "tag_v2", {}))
-
-
 def _orientation(picture: Image.Image) -> int:
     try:
         with warnings.catch_warnings():
@@ -71,7 +68,7 @@ def _orientation(picture: Image.Image) -> int:
 def _to_8_bits(picture: Image.Image, tags: dict[int, Any]) -> Image.Image:
     pixels = np.asarray(picture).astype(np.int64)
     bits = tags.get(_BITS, (16,))
-    white = 2 ** int(bits[0]) - 1  # 12 bits lie in 16, too
+    white = 2 ** int(bits[0]) - 1  # 12 bits are stored in 16
     grey = (pixels * 255 + white // 2) // white
     if tags.get(_WHITE_IS_ZERO) == 0:
         grey = 255 - grey

@@ -1,4 +1,4 @@
-"""`stagewise train`: put a configuration together, train it, and say what came out."""
+"""`stagewise train`: compose a configuration, train it, and print what came out."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stagewise.callbacks import PosteriorMonitor
 from stagewise.files import replace_file
-from stagewise.recipes.arguments import ends_in_a_line
+from stagewise.recipes.arguments import exit_with_message
 from stagewise.recipes.checkpoints import load_weights, require_same_model
 from stagewise.recipes.conclusion import conclusion
 from stagewise.recipes.evaluate import evaluate
-from stagewise.recipes.loggers import spared
+from stagewise.recipes.loggers import tolerant
 from stagewise.recipes.overrides import explained, refuse_unknown, require_numbers
 from stagewise.recipes.resume import (
     begin_with,
     checkpoint_of,
+    explain_resume,
     require_fit,
     require_shards,
-    says_how_to_go_on,
 )
 
 __all__ = ["main", "settings", "train"]
@@ -46,19 +46,16 @@ _OF_TRAINER = ("max_steps", "accumulate_grad_batches", "gradient_clip_val", "pre
 
 
 def train(config: DictConfig) -> dict[str, Any]:
-    """Trains a composed configuration and evaluates the result.
+    """Trains a configuration composed from `conf/train.yaml`, and evaluates the result.
 
-    Resumed when it has ended already, as after a kill in its evaluation, it is evaluated again.
-
-    Args:
-        config: That of `conf/train.yaml`.
+    A training that had ended, but is resumed, is evaluated again.
 
     Returns:
         What `evaluate` returns, with `seconds`, the time spent in `Trainer.fit`.
 
     Raises:
         FileExistsError: If the folder holds a run, and `resume` is false.
-        ValueError: If the run there is of another configuration, or parts do not fit one another.
+        ValueError: If that run has another configuration, or parts do not fit together.
     """
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -78,30 +75,30 @@ def train(config: DictConfig) -> dict[str, Any]:
     if config.compile.enabled:
         for block in getattr(net, "blocks", [net]):
             block.compile(mode=config.compile.mode)
-    # An experiment may set options of a callback that is not there.
+    # An experiment may set options of a callback that was not chosen.
     parts = config.get("callbacks") or {}
     callbacks = [instantiate(part) for part in parts.values() if "_target_" in part]
-    loggers = [spared(k, instantiate(v)) for k, v in (config.get("logger") or {}).items()]
+    loggers = [tolerant(k, instantiate(v)) for k, v in (config.get("logger") or {}).items()]
     require_shards(callbacks, data)
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
-    told = settings(config)
+    logged = settings(config)
     for logger in trainer.loggers:
-        logger.log_hyperparams(told)
+        logger.log_hyperparams(logged)
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_file(run_dir / "config.yaml", lambda file: OmegaConf.save(config, file, True))
     place = shlex.quote(str(run_dir))
-    # For what leaves no time for a word: SIGKILL, which Lightning also ends all processes with.
-    rank_zero_info(f"Writes to {run_dir}. If it is stopped, go on: run_dir={place} resume=true")
+    # Said now, since SIGKILL leaves no time for it, and Lightning ends further processes with it.
+    rank_zero_info(f"Writes to {run_dir}. To continue if it stops: run_dir={place} resume=true")
     start = time.perf_counter()
-    with says_how_to_go_on(run_dir, trainer, begun):
+    with explain_resume(run_dir, trainer, begun):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.perf_counter() - start
     finished = checkpoint is not None and trainer.global_step == begun
     if finished:
         rank_zero_info(
-            f"{checkpoint} is at step {begun}, where this training ends: nothing was trained. Its "
-            "weights are evaluated again. To train on, raise what ended it, such as "
+            f"Trained nothing: {checkpoint} is at step {begun}, the end of this training. Its "
+            "weights are evaluated again. To continue training, raise the limit, such as "
             f"trainer.max_steps={2 * begun}."
         )
     if not trainer.is_global_zero:
@@ -110,20 +107,20 @@ def train(config: DictConfig) -> dict[str, Any]:
         print(f"\nTrained {trainer.global_step} steps; sharded weights are not evaluated here.")
         return {"seconds": seconds}
     if finished and checkpoint is not None:
-        # The end of a training, which puts the average in, was not reached.
+        # The average is loaded only at the end of a training.
         load_weights(checkpoint, module)
     module.to(trainer.strategy.root_device)  # fit has moved it to the CPU
     monitor = next((c for c in callbacks if isinstance(c, PosteriorMonitor)), None)
     step = trainer.global_step
-    with says_how_to_go_on(run_dir, trainer, begun):
+    with explain_resume(run_dir, trainer, begun):
         results = evaluate(
             module, data, monitor, trainer.loggers, step, run_dir, **config.evaluation
         )
     found = {f"evaluation/{key}": results[key] for key in ("train_loss", "held_out_loss")}
     found = {key: value for key, value in found.items() if not math.isnan(value)}
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):  # whose table of runs wants both at once
-            logger.log_hyperparams(told, found, step)
+        if isinstance(logger, TensorBoardLogger):  # its table of runs needs both at once
+            logger.log_hyperparams(logged, found, step)
     print(
         f"\nTrained {step} steps{'' if finished else f' in {seconds:.0f} s'}. In "
         f"{run_dir}:\n"
@@ -140,7 +137,7 @@ def train(config: DictConfig) -> dict[str, Any]:
 
 
 def settings(config: DictConfig) -> dict[str, Any]:
-    """What runs are compared by, for the loggers: not how they are watched and where they write."""
+    """The settings for the loggers: all but monitors and paths."""
     parts = [str(part.get("_target_")) for part in (config.get("callbacks") or {}).values()]
     steered = any(part.endswith("StageScheme") for part in parts)
     kept = ("seed", "module", "net", "objective", "data", *(["scheme"] if steered else []))
@@ -150,7 +147,7 @@ def settings(config: DictConfig) -> dict[str, Any]:
 
 
 def _short(part: Any) -> Any:
-    """A part of a configuration with classes by their names alone: a column is narrow."""
+    """A part of a configuration with the names of classes without their modules."""
     if isinstance(part, dict):
         return {key: _short(value) for key, value in part.items()}
     named = isinstance(part, str) and part.startswith("stagewise.")
@@ -159,16 +156,16 @@ def _short(part: Any) -> Any:
 
 @hydra.main(version_base="1.3", config_path="pkg://stagewise.recipes.conf", config_name="train")
 def _job(config: DictConfig) -> None:
-    # The variable that `main` sets is not for the processes of further ranks.
-    with _hydra_hands_errors_on(False):
+    # Processes of further ranks must not inherit what `main` sets.
+    with _hydra_raises(False):
         choices = HydraConfig.get().runtime.choices
         require_numbers(config, {k: v for k, v in choices.items() if v and "hydra" not in k})
         train(config)
 
 
 @contextmanager
-def _hydra_hands_errors_on(yes: bool) -> Iterator[None]:
-    """Whether Hydra raises what goes wrong, or prints it and ends the process."""
+def _hydra_raises(yes: bool) -> Iterator[None]:
+    """Whether Hydra raises errors, or prints them and ends the process."""
     before = os.environ.get("HYDRA_FULL_ERROR", "")
     os.environ["HYDRA_FULL_ERROR"] = "1" if yes else "0"
     try:
@@ -178,7 +175,7 @@ def _hydra_hands_errors_on(yes: bool) -> Iterator[None]:
 
 
 def _places(arguments: list[str]) -> list[str]:
-    """Where Hydra is to write, if a folder was named: it would make one by the time beside it."""
+    """Makes Hydra write into a named `run_dir`, not into a folder named after the time."""
     own = ("hydra.run.dir=", "hydra.sweep.dir=", "-m", "--multirun")
     named = any(argument.startswith("run_dir=") for argument in arguments)
     if not named or any(argument.startswith(own) for argument in arguments):
@@ -188,11 +185,11 @@ def _places(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """The entry point of `stagewise train`."""
-    with ends_in_a_line("train"):
+    with exit_with_message("train"):
         refuse_unknown(sys.argv[1:])
         sys.argv += _places(sys.argv[1:])
         try:
-            with _hydra_hands_errors_on(True):
+            with _hydra_raises(True):
                 _job()
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(explained(error, sys.argv[1:])) from error

@@ -1,8 +1,8 @@
-"""What a run that is opened may call: a `config.yaml` from elsewhere can name any function.
+"""What the configuration of a run may call.
 
-Hydra calls what stands under `_target_`, wherever it comes from: `os.system`, or `numpy.load` of a
-file that holds code. On a command line that is its writer's own choice. A folder of a run may come
-from anybody, and what is made of its configuration is the data, the model and the objective.
+Hydra calls any function under `_target_`: `os.system`, or `numpy.load` of a file that holds code.
+On a command line that is the user's choice, but the folder of a run may come from anybody. Its
+data, model and objective are made from its configuration.
 """
 
 from __future__ import annotations
@@ -32,20 +32,11 @@ __all__ = ["require_known"]
 
 _PARTS = (PhotoPatches, LatentsData, open_latents, SiT, FlowMatchingLoss, FlowMatchingModule, ddpm)
 _KINDS = (ProbabilityPath, Prediction, Convention, TimestepSampler, Weight)
-"""Classes whose subclasses hold numbers, and neither read nor write files."""
+"""Classes whose subclasses hold numbers, and read and write no files."""
 
 
 def require_known(config: Mapping[str, Any], trust: Sequence[str], file: Path) -> None:
-    """Refuses a configuration that calls anything but what recipes are made of.
-
-    Args:
-        config: The parts that are to be made.
-        trust: What it may call besides, by the names that it has for them.
-        file: Where it was read, for the message.
-
-    Raises:
-        ValueError: With what it would call, and the option that lets it.
-    """
+    """Refuses a configuration that calls anything but the parts of recipes and names in `trust`."""
     called, references = set(), False
     for key, value in _entries(OmegaConf.to_container(OmegaConf.create(dict(config)))):
         references |= isinstance(value, str) and "${" in value
@@ -53,19 +44,19 @@ def require_known(config: Mapping[str, Any], trust: Sequence[str], file: Path) -
             called.add(str(value))
     if references:
         raise ValueError(
-            f"Expected values in {file}, found references, ${{...}}, which `stagewise train` "
-            "does not write there. Write out what they stand for."
+            f"Expected values in {file}, found references, ${{...}}, which `stagewise train` does "
+            "not write. Replace them by their values."
         )
     if called:
         raise ValueError(
             f"{file} would call {', '.join(sorted(called))}, which is no part of a recipe and may "
-            "do anything on this machine. If the run is yours, or you know what that does: --trust "
+            "do anything on this machine. If you trust the run: --trust "
             + shlex.join(sorted(called))
         )
 
 
 def _entries(config: Any) -> Iterator[tuple[Any, Any]]:
-    """All keys of dicts and places of lists, however deep, with their values."""
+    """All keys of dicts and places of lists, at any depth, with their values."""
     if isinstance(config, (dict, list)):
         for key, value in config.items() if isinstance(config, dict) else enumerate(config):
             yield key, value
@@ -73,7 +64,7 @@ def _entries(config: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_known(target: Any) -> bool:
-    # By what the name stands for: `stagewise.files.os.system` is a name that begins alike.
+    # By the object, not the name: `stagewise.files.os.system` is no part of stagewise.
     if not isinstance(target, str) or not target.startswith("stagewise."):
         return False
     found: Any = None

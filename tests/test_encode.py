@@ -279,7 +279,7 @@ def test_resume(run, images, tmp_path, kind, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(kinds, "close", full(kinds.close))
         said = refused(run, images, out, *options)
-    assert "No space left on device. 4 of 11 pictures are written, and stay." in said
+    assert "No space left on device. 4 of 11 pictures are written." in said
     assert "--resume" in said
     kept = content(out)
     assert not [name for name in kept if name.endswith(".partial")]
@@ -323,8 +323,8 @@ def test_what_was_converted_and_left_out_is_told(run, images, tmp_path, capsys):
     assert "Note: 16 bits to 8: 1 picture, such as ant/06.png (encode.json)." in said
     assert "Note: transparent parts on white: 1 picture, such as ant/07.png (" in said
     assert (
-        "Note: left out as no pictures, by their endings: 2 .gif (zebra/a.gif), 1 .csv "
-        "(labels.csv), 1 without an ending (zebra/ending)." in said
+        "Note: left out, since their endings are not those of pictures: 2 .gif (zebra/a.gif), "
+        "1 .csv (labels.csv), 1 without an ending (zebra/ending)." in said
     )
     assert json.loads((out / "encode.json").read_text())["converted"] == {
         "16 bits to 8": {"count": 1, "names": ["ant/06.png"]},
@@ -426,8 +426,8 @@ def test_resume_compares_pictures(run, images, tmp_path, capsys):
     shard = out / "latents_rank00_shard000.safetensors"
     for _ in range(2):
         said = refused(run, pictures, out, "--resume")
-        assert f"{file} has changed since it was encoded. Put back the one that was; or" in said
-        assert f"delete {shard}: then --resume encodes the pictures of its block again, 4" in said
+        assert f"{file} has changed since it was encoded. Put the old picture back, or" in said
+        assert f"delete {shard}: then --resume encodes the 4 pictures of its block again." in said
         assert content(out) == before
     file.write_bytes(images.joinpath("ant", "06.png").read_bytes())
     run(pictures, out, "--resume")
@@ -478,8 +478,8 @@ def test_resume_with_other_settings(run, images, tmp_path, options, named):
     (tmp_path / "x" / "encode.json").rename(tmp_path / "encode.json")
     said = refused(run, images, tmp_path, "--resume", *options)
     assert said == (
-        f"stagewise encode: {tmp_path} holds latents that were made in another way, and this "
-        f"differs: {named}. Use the same, or choose another folder."
+        f"stagewise encode: {tmp_path} holds latents that were made with other "
+        f"settings: {named}. Use the same settings, or choose another folder."
     )
 
 
@@ -507,7 +507,7 @@ def test_resume_with_another_vae_or_list(run, images, vae, tmp_path, monkeypatch
     Image.fromarray(pixels(0)).save(one / "ant" / "a.png")
     assert "images (11 there, 1 here), image_list (" in refused(run, one, out, "--resume")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "differs: ranks (1 there, 2 here)" in refused(run, images, out, "--resume")
+    assert "settings: ranks (1 there, 2 here)" in refused(run, images, out, "--resume")
 
 
 def spoil(folder, images):
@@ -565,7 +565,7 @@ def test_two_ranks(run, images, tmp_path, kind, monkeypatch, capsys):
         run(images, out, "--format", kind)
         assert (out / "latents_stats.pt").exists() == (rank == 0 and kind == "lightningdit")
         if rank == 1:
-            assert "Rank 1 of 2 is done; the one that is done last" in capsys.readouterr().out
+            assert "Rank 1 of 2 is done. The rank that finishes last" in capsys.readouterr().out
     one, two = open_latents(tmp_path / "one", kind), open_latents(out, kind)
     assert torch.equal(one.labels, two.labels)
     if kind == "edm2":
@@ -604,7 +604,7 @@ def test_folders(run, images, tmp_path, capsys):
 def test_bad_input(run, images, tmp_path, vae, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(command, "load_vae", lambda *_: pytest.fail("loaded"))
-    assert "Expected --size that 2 divides, the factor of" in refused(
+    assert "Expected --size divisible by 2, the factor of" in refused(
         run, images, out, "--size", 17
     )
     assert "Expected --batch-size of at least 1" in refused(run, images, out, "--batch-size", 0)

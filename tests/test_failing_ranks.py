@@ -193,7 +193,7 @@ def test_the_survivor_of_a_dead_rank_says_how_to_go_on(tmp_path):
 
     cut = run("+callbacks.killer._target_=killer.Killer")
     assert cut.returncode != 0
-    assert f"Go on with it from last.ckpt: run_dir={tmp_path / 'run'} resume=true" in cut.stderr
+    assert f"To continue from last.ckpt: run_dir={tmp_path / 'run'} resume=true" in cut.stderr
     resumed = run("resume=true")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     lines = (tmp_path / "run/errors/stages.jsonl").read_text().splitlines()

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from stagewise.latents import make_latents, open_latents
-from stagewise.recipes.latents import LatentsData, current
+from stagewise.recipes.checkpoints import current
+from stagewise.recipes.latents import LatentsData
 
 COUNT, CLASSES, SHAPE = 37, 5, (4, 2, 3)
 FORMATS = ("lightningdit", "fast-dit", "repa", "edm2", "mar", "plain")
@@ -420,7 +421,7 @@ def test_wrong_classes_and_places_are_refused(made, tmp_path):
 
 def test_latents_without_labels_are_refused_before_a_step(tmp_path):
     save_file({"latents": torch.randn(30, *SHAPE)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="Expected labels.*none in .*x.safetensors. Write them"):
+    with pytest.raises(ValueError, match="Expected labels.*none in .*x.safetensors. Write"):
         data_of(tmp_path / "x.safetensors")
 
 

@@ -165,7 +165,7 @@ def test_what_is_no_such_autoencoder_is_named(tmp_path):
     del weights["decoder.mid.block_1.conv1.weight"]
     torch.save({name: value.float() for name, value in weights.items()}, tmp_path / "part.pt")
     for name, message in (
-        ("torn", "torn.pt cannot be read"),
+        ("torn", "torn.pt is no whole checkpoint"),
         ("other", "encoder.conv_in.weight' is not there"),
         ("part", "decoder.mid_block.resnets.0.conv1.weight"),
     ):

@@ -20,7 +20,7 @@ from stagewise.callbacks import PosteriorMonitor, writer
 from stagewise.callbacks.host import Host
 from stagewise.callbacks.writer import Writer, show_pictures
 from stagewise.recipes.checkpoint_io import AtomicCheckpointIO
-from stagewise.recipes.loggers import spared
+from stagewise.recipes.loggers import tolerant
 
 MISSING = {
     name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"no {name} here")
@@ -360,7 +360,7 @@ def test_the_logger_of_a_run_may_fill_its_disk(
     make_trainer, make_data, make_loader, tiny_flow, tmp_path
 ):
     """TensorBoard's writer has failed in its thread: Lightning makes a ValueError of that."""
-    logger = spared("tensorboard", TensorBoardLogger(tmp_path, "tb", version=""))
+    logger = tolerant("tensorboard", TensorBoardLogger(tmp_path, "tb", version=""))
     model, step = tiny_flow(), 0
 
     def training_step(batch, batch_idx, own=model.training_step):
@@ -380,11 +380,11 @@ def test_the_logger_of_a_run_may_fill_its_disk(
     assert trainer.global_step == 6
     (message,) = [str(one.message) for one in said if "cannot write" in str(one.message)]
     assert f"{tmp_path / 'tb'}: No space left on device" in message
-    assert "resume=true; or log elsewhere: logger.tensorboard.save_dir=FOLDER." in message
+    assert "resume=true, or log elsewhere: logger.tensorboard.save_dir=FOLDER." in message
 
 
 def test_a_logger_that_is_told_nonsense_still_says_so(tmp_path):
-    logger = spared("tensorboard", TensorBoardLogger(tmp_path))
+    logger = tolerant("tensorboard", TensorBoardLogger(tmp_path))
     with pytest.raises(ValueError, match="not supported"):
         logger.log_metrics({"a": object()}, 0)
 

@@ -165,5 +165,5 @@ def test_a_missing_wheel_is_named(monkeypatch):
 
 def test_a_missing_file_is_named(monkeypatch):
     monkeypatch.setitem(photos._FILES, "china", ("sklearn", "scikit-learn", "no/such.jpg"))
-    with pytest.raises(FileNotFoundError, match="scikit-learn does not ship it"):
+    with pytest.raises(FileNotFoundError, match="scikit-learn does not contain it"):
         photographs()

@@ -188,7 +188,7 @@ def test_one_set(folder, run, tmp_path):
     assert held["boundary"]["midpoint"] == direct.boundary.midpoint
     assert held["curve"]["ess"] == direct.curve.mean("ess").tolist()
     # Copies never let it collapse.
-    assert "oracle targets at all t take the floor off the loss" in out
+    assert "oracle targets at all t remove the floor from the loss" in out
     assert "docs/latents.md" in out
     picture = np.asarray(Image.open(tmp_path / "vae.png"))
     assert picture.shape[2] == 3
@@ -241,7 +241,7 @@ def test_a_limit_is_said(folder, run, quick, tmp_path):
     assert "41 of 120 rows: whole classes" in out
     assert "120 rows of 64 numbers" in out
     code, out, _ = run("profile", folder / "vae", *arguments, "--no-class-wise")
-    assert "45 of 120 rows, evenly spaced: with all of them the boundary is later" in " ".join(
+    assert "45 of 120 rows, evenly spaced: with all rows the boundary is later" in " ".join(
         out.split()
     )
 

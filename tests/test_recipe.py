@@ -151,9 +151,9 @@ def test_finished_or_killed_in_its_evaluation_it_is_evaluated_again(
         assert again["stages"] == whole["stages"], "with the averaged weights"
         assert again["train_loss"] == whole["train_loss"]
         assert boundary() == said
-        assert "last.ckpt is at step 6, where this training ends" in lightning_log.text
+        assert "last.ckpt is at step 6, the end of this training" in lightning_log.text
         assert (tmp_path / run / "samples.png").exists()
-        assert "raise what ended it, such as trainer.max_steps=12." in lightning_log.text
+        assert "raise the limit, such as trainer.max_steps=12." in lightning_log.text
     assert (tmp_path / "cut/stages/stages.jsonl").read_text() == before
 
 

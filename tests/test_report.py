@@ -165,8 +165,8 @@ def test_a_page_says_what_the_run_found(run):
         "flat at <0.1>",
         "321",
         "16 of 64 samples are copies (95 % exact interval 0.1 to 0.4)",
-        "Looked for and not seen up to step 500: memorization onset.",
-        "Could not be seen in this run: boundary moved (lacks a bank)",
+        "Looked for and not found up to step 500: memorization onset.",
+        "Could not be found in this run: boundary moved (lacks a bank)",
         "name: <script>alert(1)</script>",
     ):
         assert words in found.text, words
@@ -220,7 +220,7 @@ def test_a_run_with_one_monitor_says_what_others_would_give(run, kept):
     assert "cannot be made" not in found.text
     if kept != "transitions":
         assert "These files do not tell whether navigation was learned" in found.text
-        assert "not seen" not in found.text
+        assert "not found" not in found.text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -405,7 +405,7 @@ def test_navigation_that_still_improves_is_trained_longer(run):
 def test_navigation_that_is_level_is_not_trained_longer(run):
     shutil.rmtree(run / "transitions")
     facts = facts_of(run, learning(1, 1.0), learning(200, 0.1), learning(400, 0.099))
-    assert "hardly changes any more (its error is 99 % above the floor)" in verdict(facts)
+    assert "no longer changes much (its error is 99 % above the floor)" in verdict(facts)
     assert "Train longer" not in done(facts)
 
 
@@ -419,14 +419,14 @@ def test_data_without_navigation_have_none_to_learn(run):
 def test_few_probes_show_no_trend(run):
     shutil.rmtree(run / "transitions")
     facts = facts_of(run, learning(1, 1.0), learning(400, 0.1))
-    assert "at too few probes to see a trend" in verdict(facts)
+    assert "with too few probes to see a trend" in verdict(facts)
     assert "Train longer" not in done(facts)
 
 
 def test_held_out_error_that_has_risen_stops_the_training_earlier(run):
     facts = facts_of(run, learning(1, 1.0), learning(200, 0.1, 0.02), learning(400, 0.02, 0.3))
     assert "held-out error is 250 %" in verdict(facts)
-    assert "Take the weights of about step 200." in done(facts)
+    assert "Use the weights of about step 200." in done(facts)
     assert "second-hand: docs/results.md" in done(facts)
     assert "Train longer" not in done(facts)
 
@@ -435,7 +435,7 @@ def test_an_oracle_that_is_not_that_of_the_training_is_all_the_advice(run):
     facts = facts_of(run, learning(1, 1.0), learning(400, 0.1, alarm="off by 12 standard errors"))
     assert verdict(facts).startswith("Do not act on these numbers yet: at step 400 off by 12")
     (only,) = advice(facts)
-    assert only.do.startswith("Mend the oracle first")
+    assert only.do.startswith("Repair the oracle first")
 
 
 def test_floor_that_is_most_of_the_loss_is_advised_at_second_hand(run):
@@ -468,12 +468,12 @@ def test_what_a_guard_has_measured_counts(run):
     assert "memorization had not begun by step 900" in verdict(facts)
     text = read(report(run)).text
     assert "held-out loss was lowest at step 500, 0.25, and was 0.5 at step 900" in text
-    assert "Looked for and not seen up to step 900: memorization onset." in text
+    assert "Looked for and not found up to step 900: memorization onset." in text
     onset = {"event": "transition", "kind": "memorization onset", "step": 700, "message": "m"}
     write(run / "memory", {"event": "guard"}, copied, later, onset)
     facts = Facts(read_run(run))
     assert "memorization began at step 700" in verdict(facts)
-    assert "Take the weights of about step 700." in done(facts)
+    assert "Use the weights of about step 700." in done(facts)
 
 
 def test_samples_that_could_not_be_compared_are_no_copies(run):
@@ -628,13 +628,13 @@ def test_what_two_runs_do_not_tell_is_said(pair):
     write(other / "errors", header, *probes)
     (other / "config.yaml").unlink()
     text = read(compare(pair)).text
-    assert "large has no PosteriorMonitor, so whether it has the data of the others" in text
-    assert "the files of large do not tell the number of parameters" in text
-    assert "the runs have other bins of t" in text
+    assert "large has no PosteriorMonitor, so its data may be other data" in text
+    assert "the files of large do not have the number of parameters" in text
+    assert "the bins of t differ" in text
     assert "Not compared: no config.yaml in large" in text
     shutil.rmtree(other / "errors")
     text = read(compare(pair)).text
-    assert "Fewer than two of these runs have a VelocityErrorMonitor" in text
+    assert "fewer than two runs have a VelocityErrorMonitor" in text
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -16,17 +16,17 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from stagewise.latents import open_latents
 from stagewise.losses import FlowMatchingLoss
 from stagewise.recipes import order
-from stagewise.recipes.arguments import ends_in_a_line
+from stagewise.recipes.arguments import exit_with_message
 from stagewise.recipes.checkpoint_io import AtomicCheckpointIO, RunCheckpoint
 from stagewise.recipes.latents import LatentsData
 from stagewise.recipes.module import FlowMatchingModule
 from stagewise.recipes.order import ResumableData
-from stagewise.recipes.resume import checkpoint_of, says_how_to_go_on
+from stagewise.recipes.resume import checkpoint_of, explain_resume
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
@@ -37,23 +37,16 @@ class Numbered(ResumableData):
     """The numbers from 0, each a sample."""
 
     def __init__(self, count=20, batch_size=4, workers=0, first=0.0):
-        super().__init__()
-        self.count, self.batch_size, self.workers = count, batch_size, workers
-        self.first = first
+        super().__init__(batch_size, workers, seed=0)
+        self.count, self.first = count, first
 
     def train_dataloader(self):
         numbers = torch.arange(self.count).float()[:, None]
         numbers[0] = self.first
-        dataset = TensorDataset(numbers)
-        order = self.order(dataset, self.batch_size, 0)
-        return self.loader(dataset, sampler=order, drop_last=True)
+        return self.train_loader(TensorDataset(numbers))
 
     def val_dataloader(self):
-        return self.loader(TensorDataset(torch.zeros(4, 1)))
-
-    def loader(self, dataset, **options):
-        workers = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
-        return DataLoader(dataset, self.batch_size, **workers, **options)
+        return self.val_loader(TensorDataset(torch.zeros(4, 1)))
 
 
 class Seen(FlowMatchingModule):
@@ -140,8 +133,8 @@ def test_a_second_training_with_the_same_data_begins_at_its_beginning(train):
     ("data", "message"),
     [
         (Numbered(24), "made with 20 training samples, and there are 24"),
-        (Numbered(20, 5), "batches of 4 samples over all ranks, and this run has 5 on each of 1"),
-        (Numbered(20, first=0.5), r"as many training samples, 20, but with other ones.*weights="),
+        (Numbered(20, 5), "batches of 4 samples over all ranks, and this run has 5. Change"),
+        (Numbered(20, first=0.5), r"with other training samples: their fingerprint is .*weights="),
     ],
 )
 def test_other_data_or_batches_are_refused(train, data, message):
@@ -217,7 +210,7 @@ def started(tmp_path):
 
 
 def test_resuming_in_a_folder_that_nobody_chose_is_refused(started, tmp_path):
-    with pytest.raises(ValueError, match=r"needs the folder to go on in, run_dir=\.\.\.;"):
+    with pytest.raises(ValueError, match="Expected run_dir=FOLDER, the run to continue"):
         checkpoint_of(started("resume=true"), tmp_path)
     # A job that is put into the queue again says so from its first start on.
     assert checkpoint_of(started("resume=true"), tmp_path / "chosen") is None
@@ -251,9 +244,7 @@ def test_a_damaged_checkpoint_is_said_and_left_out(started, tmp_path, lightning_
         content[content.index(torch.full((9,), 7.0).numpy()) + 100] ^= 1
         (folder / name).write_bytes(content)
         if before:
-            with pytest.warns(
-                UserWarning, match=r"leaves out .*last\.ckpt is damaged.*has changed"
-            ):
+            with pytest.warns(UserWarning, match=r"skips .*last\.ckpt is damaged.*does not match"):
                 assert checkpoint_of(config, tmp_path) == folder / before
             assert f"resume=true: from {folder / before}" in lightning_log.text
     with pytest.raises(
@@ -393,22 +384,22 @@ def ends(tmp_path):
     torch.save({"state_dict": {}, "global_step": 3}, tmp_path / "checkpoints/last.ckpt")
 
     def end(error, step=5):
-        with says_how_to_go_on(tmp_path, types.SimpleNamespace(global_step=step), 3):
+        with explain_resume(tmp_path, types.SimpleNamespace(global_step=step), 3):
             raise error
 
     return end
 
 
-GO_ON = "at step 5. Go on with it from last.ckpt: run_dir={} resume=true"
+GO_ON = "at step 5. To continue from last.ckpt: run_dir={} resume=true"
 
 
-def test_a_dead_process_or_a_full_disk_says_how_to_go_on(ends, tmp_path, capsys):
+def test_a_dead_process_or_a_full_disk_explain_resume(ends, tmp_path, capsys):
     go_on = GO_ON.format(tmp_path)
     with pytest.raises(RuntimeError, match="Connection closed by peer") as caught:
         ends(RuntimeError("Connection closed by peer"))
     noted = capsys.readouterr().err.splitlines() + getattr(caught.value, "__notes__", [])
     assert noted == [f"Training ended {go_on}"]
-    with pytest.raises(SystemExit) as caught, ends_in_a_line("train"):
+    with pytest.raises(SystemExit) as caught, exit_with_message("train"):
         ends(OSError(errno.ENOSPC, "No space left on device"))
     lines = f"{capsys.readouterr().err}{caught.value.code}"
     assert f"Make room in {tmp_path}" in lines
@@ -417,7 +408,7 @@ def test_a_dead_process_or_a_full_disk_says_how_to_go_on(ends, tmp_path, capsys)
 
 
 def test_an_interrupt_and_a_sigterm_say_so_too(ends, tmp_path, capsys):
-    with pytest.raises(KeyboardInterrupt, match="at step 5. Go on with it from last"):
+    with pytest.raises(KeyboardInterrupt, match="at step 5. To continue from last"):
         ends(SystemExit(1))
     with pytest.raises(SystemExit) as caught:
         ends(SIGTERMException())

@@ -224,9 +224,13 @@ dist.init_process_group, dist.destroy_process_group = join, leave
 
 def test_ranks_that_do_not_come_are_named(monkeypatch):
     monkeypatch.setattr(sample_files.dist, "broadcast_object_list", lambda told, src: None)
+
+    def full():
+        raise OSError("no room")
+
     with pytest.raises(ValueError, match="no room"):
-        Ranks(0, 2).agree("no room")
-    assert Ranks(0, 2).agree(None) is None
+        Ranks(0, 2).first(full)
+    assert Ranks(0, 2).first(lambda: None) is None
 
     def late(timeout, wait_all_ranks):
         assert timeout == timedelta(minutes=2)
@@ -275,7 +279,7 @@ def test_resuming_is_not_stopping(trained, tmp_path, monkeypatch, power_cut, cap
     assert [file.name for file in (tmp_path / "stopped/parts").iterdir()] == ["000000.npz"]
     with pytest.raises(ValueError, match="holds samples already .*parts.*--resume"):
         made(trained, *arguments)
-    with pytest.raises(ValueError, match="shift: 1.0 there, 0.5 now; seed: 0 there, 1 now. Give"):
+    with pytest.raises(ValueError, match="shift: 1.0 there, 0.5 now; seed: 0 there, 1 now. Use"):
         made(trained, *arguments, "--resume", "--seed", 1, "--shift", 0.5)
     again = made(trained, *arguments, "--resume")
     assert asked[2:] == [range(5, 10), range(10, 12)]
@@ -325,7 +329,7 @@ def test_damaged_samples_are_made_again(trained, tmp_path, monkeypatch, power_cu
     data = bytearray(file.read_bytes())
     data[400] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"samples.npz is damaged. Delete it, and the same comm"):
+    with pytest.raises(ValueError, match=r"samples.npz is damaged. Delete it, and repeat the comm"):
         made(trained, "--out", out, "--batch-size", 2, "--resume")
     file.unlink()
     made(trained, "--out", out, "--batch-size", 2, "--resume")
@@ -343,7 +347,7 @@ def test_a_full_disk_keeps_what_is_made(trained, tmp_path, monkeypatch):
         save(file, **arrays)
 
     monkeypatch.setattr(sample_files.np, "savez", full)
-    with pytest.raises(OSError, match=r"000001.npz .*stay; the same command with --resume goes"):
+    with pytest.raises(OSError, match=r"000001.npz .*kept. To continue, .*--resume"):
         made(trained, "--out", tmp_path / "out")
     assert [file.name for file in (tmp_path / "out/parts").iterdir()] == ["000000.npz"]
     again = made(trained, "--out", tmp_path / "out", "--resume")
@@ -401,16 +405,16 @@ def test_parts_that_are_missing_or_others_are_named(tmp_path):
     folder = SampleFolder(tmp_path, "pictures", 5, 2)
     folder.start({"seed": 1}, resume=False)
     assert folder.batches == [range(0, 2), range(2, 4), range(4, 5)]
-    x = np.arange(5 * 12, dtype=np.uint8).reshape(5, 2, 2, 3)
-    folder.write(0, x[:2], np.arange(2))
-    folder.write(2, x[4:], np.arange(4, 5))
+    x = torch.arange(5 * 12, dtype=torch.uint8).reshape(5, 2, 2, 3)
+    folder.write(0, x[:2], torch.arange(2))
+    folder.write(2, x[4:], torch.arange(4, 5))
     with pytest.raises(ValueError, match=r"Expected 3 batches in .*missing: 1\. Make them"):
         folder.join()
-    folder.write(1, x[2:3], np.arange(2, 3))
+    folder.write(1, x[2:3], torch.arange(2, 3))
     with pytest.raises(ValueError, match=r"uint8 of shape \(2, 2, 2, 3\) as arr_0 in .*000001"):
         folder.join()
     assert not folder.file.exists()
-    folder.write(1, x[2:4], np.arange(2, 4))
+    folder.write(1, x[2:4], torch.arange(2, 4))
     folder.join()
     with np.load(folder.file) as arrays:
         assert np.array_equal(arrays["arr_0"], x)
@@ -494,7 +498,7 @@ def test_measured_times_are_those_of_the_last_probe(probed, tmp_path, capsys):
     settings = json.loads((tmp_path / "out/settings.json").read_text())
     assert (settings["oracle_until"], settings["coarse"]) == (0.3, 0.3)
     assert settings["cfg_interval"] == [0.4, 0.6]
-    assert "Measured in this run, taken for coarse: 0.3." in capsys.readouterr().out
+    assert "Measured in this run, used for coarse: 0.3." in capsys.readouterr().out
 
 
 def test_what_was_not_measured_is_said_before_anything_is_loaded(
@@ -526,7 +530,7 @@ def test_guided_channels_are_those_of_the_recipe(trained, tmp_path, capsys):
     found = {}
     for name, more in flags.items():
         found[name] = made(copy, "--cfg-scale", 8, "--out", tmp_path / name, *more)["arr_0"]
-        said = "Guides the first 2 channels, as evaluation.cfg_channels" in capsys.readouterr().out
+        said = "Guides the first 2 channels (evaluation.cfg_channels" in capsys.readouterr().out
         assert said == (name == "own")
     assert np.array_equal(found["own"], found["two"])
     assert (found["own"] != found["all"]).any()
@@ -650,7 +654,7 @@ def test_latents_are_decoded_as_they_were_stored(trained, module, tmp_path, late
 
 
 def test_an_autoencoder_of_other_latents_is_refused(trained, tmp_path, latents, vae):
-    with pytest.raises(ValueError, match="--vae of latents with 3 channels, .* got 4 in wide"):
+    with pytest.raises(ValueError, match="--vae with 3 channels, .* got 4 in wide"):
         made(trained, "--out", tmp_path, "--vae", "wide")
     assert not list((tmp_path / "parts").iterdir())
 
@@ -681,7 +685,7 @@ def test_photos_need_no_autoencoder(trained, tmp_path):
         ("--cfg-channels 2", "--cfg-scale other than 1 with --cfg-channels"),
         ("--method sde-euler --diffusion-norm -1", "--diffusion-norm above 0"),
         ("--method dopri5 --rtol 0", "--rtol above 0, got 0"),
-        ("--rtol 1e-3", "no --rtol with --method euler; those that take it are dopri5"),
+        ("--rtol 1e-3", "no --rtol with --method euler; the solvers with it are dopri5"),
         ("--last-step mean", "no --last-step with --method euler; .* are sde-euler, sde-heun"),
         ("--method sde-euler --coarse 0.5", "no --coarse with --method sde-euler"),
         ("--method sde-heun --oracle-until 0.5", "no --oracle-until with --method sde-heun"),
@@ -691,7 +695,7 @@ def test_photos_need_no_autoencoder(trained, tmp_path):
         ("--then other", "--then RUN and --then-at T together"),
         ("--then-at 0.5", "--then RUN and --then-at T together"),
         ("--then other --then-at 1", "--then-at between 0 and 1"),
-        ("--then other --then-at 0.5 --oracle-until 0.1", "one changes at a time"),
+        ("--then other --then-at 0.5 --oracle-until 0.1", "--then or --oracle-until, got both"),
         ("--then other --then-at 0.98 --method sde-euler", "last step, which begins at 0.96"),
         ("--then other --then-at 0.5", "no folder other"),
         ("--cfg-scale 2 --cfg-channels 4", "--cfg-channels of at most 3"),
@@ -705,7 +709,7 @@ def test_photos_need_no_autoencoder(trained, tmp_path):
         ("--method dopri5", "no --steps with --method dopri5"),
         ("--labels 0,7", r"--labels from 0 to 6, got \[7\]"),
         ("--labels a", "all, or numbers such as 0,3,7, got 'a'"),
-        ("--device nothing", "--device such as cpu"),
+        ("--device nothing", "Expected --device cpu, cuda"),
         ("--device cuda:99", "CUDA device of number 99"),
         ("--checkpoint none.ckpt", "no checkpoint none.ckpt"),
     ],

@@ -1,16 +1,14 @@
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from timm.layers import apply_rot_embed_cat
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import unfold
 from torch.utils.flop_counter import FlopCounterMode
 
-from stagewise.recipes import sit
 from stagewise.recipes.sit import SiT, _sinusoids
 
 PUBLIC = {"time_embedding": "unit", "position_embedding": "dit"}
@@ -360,10 +358,10 @@ def test_rotary_attention_depends_on_positions_without_the_fixed_embedding():
 
 
 def recipe(name):
-    nets = Path(sit.__file__).parent / "conf/net"
-    config = OmegaConf.create({"net": OmegaConf.load(nets / f"{name}.yaml")})
+    with initialize_config_module("stagewise.recipes.conf", version_base="1.3"):
+        config = compose("train", [f"net={name}", "data=imagenet256_sdvae"])
     with torch.device("meta"):
-        return instantiate(OmegaConf.merge(config, {"data": {"num_classes": 1000}}).net)
+        return instantiate(config.net)
 
 
 # The published sizes in millions, and the exact numbers that training with the public codes logs,

@@ -31,6 +31,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stagewise.device_checks import require_all
 from stagewise.engines.base import LOGIT_ERROR
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.queries import check_times
@@ -251,7 +252,11 @@ class GaussianAttention(nn.Module):
         if not torch.compiler.is_compiling():
             check_times(t, size)
             if mask is not None:
-                _require_rows(mask)
+                require_all(
+                    mask.any(-1),
+                    "Expected `mask` with at least one row for each query",
+                    lambda: ", got one that leaves none. Drop such queries beforehand.",
+                )
         return count
 
     def extra_repr(self) -> str:
@@ -271,13 +276,3 @@ def _sigma_floor(rows: Tensor, centre: Tensor) -> Tensor:
     bound = radius * (radius + centre.detach().norm(dim=-1, keepdim=True))
     bound = bound.clamp_min(torch.finfo(torch.float32).tiny)
     return (bound * (torch.finfo(torch.float64).eps / LOGIT_ERROR)).sqrt()
-
-
-def _require_rows(mask: Tensor) -> None:
-    """Refuses a mask that leaves a query nothing; on an accelerator as `check_times` does."""
-    some = mask.any(-1).all()
-    message = "Expected `mask` with at least one row for each query"
-    if mask.device.type != "cpu":
-        torch._assert_async(some, message)
-    elif not some:
-        raise ValueError(f"{message}, got one that leaves none. Drop such queries beforehand.")

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
+from stagewise.device_checks import require_all
 from stagewise.nearest_rows import rank_distances
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior
@@ -218,10 +219,11 @@ class Certificate:
         """
         last = len(self) - 1
         inside = (source >= 0) & (source <= last)
-        _require(inside, source, f"Expected `source` from 0 to {last}, the rows of the bank")
+        message = f"Expected `source` from 0 to {last}, the rows of the bank"
+        require_all(inside, message, lambda: f"; got {int(source[~inside][0])}.")
         if self.class_wise:
-            compared = self.to(source.device).compared[source.clamp(0, last)]
-            _require(sizes <= compared, sizes, _CLASS_WISE)
+            few = sizes <= self.to(source.device).compared[source.clamp(0, last)]
+            require_all(few, _CLASS_WISE, lambda: f"; got {int(sizes[~few][0])}.")
         return self._tail(path, source, sizes, delta, made_in).is_below(eta)
 
     @torch.no_grad()
@@ -333,14 +335,6 @@ _CLASS_WISE = (
     "The certificate is class-wise: it says nothing of posteriors over more rows than a class. Ask "
     "with labels, or use Certificate.compute(bank, class_wise=False), which serves both"
 )
-
-
-def _require(ok: Tensor, values: Tensor, message: str) -> None:
-    """Refuses with `message` if not all are `ok`; on a device by an assertion, without a sync."""
-    if ok.device.type != "cpu":
-        torch._assert_async(ok.all(), message)
-    elif not ok.all():
-        raise ValueError(f"{message}; got {int(values[~ok][0])}.")
 
 
 def _header(rows: int, dim: int, fingerprint: str, class_wise: bool) -> dict[str, str]:

@@ -25,6 +25,7 @@ from typing_extensions import override
 from stagewise.bank import LatentBank
 from stagewise.batches import describe, others_in
 from stagewise.conventions import STAGEWISE, ConventionLike
+from stagewise.device_checks import require_all
 from stagewise.engines import Engine
 from stagewise.oracle import Labels, Oracle, Times
 from stagewise.paths import Path
@@ -84,11 +85,8 @@ class Condition:
                     f"Expected the kernel to return log k of shape {(len(c), len(rows))}, got "
                     f"{tuple(found.shape)}: one for each pair, as -torch.cdist(c, rows)."
                 )
-            wrong, message = found.isnan().any(), "Expected the kernel to return log k, got NaN"
-            if wrong.device.type != "cpu":
-                torch._assert_async(~wrong, message)
-            elif wrong:
-                raise ValueError(f"{message}: where k is 0 give -inf.")
+            message = "Expected the kernel to return log k, got NaN"
+            require_all(~found.isnan(), message, lambda: ": where k is 0 give -inf.")
             return found.double().clamp_min(_LEAST)
         if self.kernel == "cosine":
             c, rows = normalize(c, dim=1), normalize(rows, dim=1)
@@ -200,11 +198,8 @@ class ConditionedOracle(Oracle):
             message += "model is given for each sample, condition=c"
             if queries.source is None:
                 raise ValueError(f"{message}; or the `source` of each.")
-            known = (queries.source >= 0).all()
-            if known.device.type != "cpu":
-                torch._assert_async(known, message)
-            elif not known:
-                raise ValueError(f"{message}. The `source` is not known of all.")
+            known = queries.source >= 0
+            require_all(known, message, lambda: ". The `source` of some is not known.")
             condition = rows[queries.source.clamp_min(0).to(rows.device)]
         require_tensors(condition=condition)
         flat = self.bank.as_conditions(condition, len(queries))
@@ -264,14 +259,14 @@ class _Weighed(Engine):
             post, weights = posterior_of(logits, numbers, k)
             parts.append(replace(post, mean=weights @ x))
         if callable(self.condition.kernel):  # the others are above 0 everywhere
-            message = "Expected a kernel above 0 for some row"
-            if reached.device.type != "cpu":
-                torch._assert_async(reached.all(), message)
-            elif not reached.all():
-                raise ValueError(
-                    f"{message}, got -inf for all rows for {int((~reached).sum())} of {len(c)} "
-                    "conditions: no row says anything of them. Widen the kernel."
-                )
+            require_all(
+                reached,
+                "Expected a kernel above 0 for some row",
+                lambda: (
+                    f", got -inf for all rows for {int((~reached).sum())} of {len(c)} conditions: "
+                    "no row says anything about them. Widen the kernel."
+                ),
+            )
         return merge(*parts, k=k)
 
     @override

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stagewise.device_checks import require_all
+
 __all__ = [
     "MaskedLabels",
     "as_asked",
@@ -164,15 +166,15 @@ def as_mask(mask: Any, count: int, shape: tuple[int, ...]) -> Tensor:
         ValueError: If it has another shape, a length is beyond it, or a mask is all false.
     """
     kind = f"{mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-    lengths = isinstance(mask, Tensor) and mask.ndim == 1 and not mask.is_floating_point()
-    if lengths and mask.dtype != torch.bool and len(mask) == count:
-        known = mask <= shape[0]
-        message = f"Expected lengths of at most {shape[0]}, the steps of a sample"
-        if mask.device.type != "cpu":
-            torch._assert_async(known.all(), message)
-        elif not known.all():
-            raise ValueError(f"{message}, got {int(mask.max())}. Give those of the samples as cut.")
-        mask = torch.arange(shape[0], device=mask.device) < mask[:, None]
+    flat = isinstance(mask, Tensor) and mask.ndim == 1 and not mask.is_floating_point()
+    if flat and mask.dtype != torch.bool and len(mask) == count:
+        lengths = mask
+        require_all(
+            lengths <= shape[0],
+            f"Expected lengths of at most {shape[0]}, the steps of a sample",
+            lambda: f", got {int(lengths.max())}. Give the lengths after cutting.",
+        )
+        mask = torch.arange(shape[0], device=mask.device) < lengths[:, None]
     elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(
             f"Expected `mask` of bools, true where a number counts, got {kind}. Give mask.bool(), "
@@ -187,12 +189,11 @@ def as_mask(mask: Any, count: int, shape: tuple[int, ...]) -> Tensor:
             f"got {tuple(mask.shape)}.{cure}"
         )
     valid = mask.flatten(1).any(1)
-    message = "Expected masks with a valid number at least"
-    if mask.device.type != "cpu":
-        torch._assert_async(valid.all(), message)
-    elif not valid.all():
-        row = int((~valid).nonzero()[0])
-        raise ValueError(f"{message}, got none in row {row}. Leave such samples out.")
+    require_all(
+        valid,
+        "Expected masks with at least one valid number",
+        lambda: f", got none in row {int((~valid).nonzero()[0])}. Leave such samples out.",
+    )
     return mask
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stagewise.bank.rows import RowStore
 from stagewise.conventions import STAGEWISE, Convention
+from stagewise.device_checks import require_all
 from stagewise.masks import MaskedLabels
 from stagewise.paths import PathCoefficients, Prediction
 from stagewise.posterior import Posterior, upload
@@ -207,15 +208,14 @@ def checked_source(source: Tensor, count: int, rows: int | None) -> Tensor:
             f"Expected integer `source` with shape ({count},), got {source.dtype} of shape "
             f"{tuple(source.shape)}."
         )
-    if rows is None:
-        return source
-    message = f"Expected `source` below {rows}, the rows of the bank (negative: not known)"
-    if source.device.type != "cpu":
-        torch._assert_async((source < rows).all(), message)
-    elif count and int(source.max()) >= rows:
-        raise ValueError(
-            f"{message}, got {int(source.max())}. Rows count in the bank's own order: "
-            "`bank.find(x1)` looks them up."
+    if rows is not None:
+        require_all(
+            source < rows,
+            f"Expected `source` below {rows}, the rows of the bank (negative: not known)",
+            lambda: (
+                f", got {int(source.max())}. Rows count in the bank's own order: `bank.find(x1)` "
+                "looks them up."
+            ),
         )
     return source
 
@@ -284,12 +284,12 @@ def check_times(
         raise ValueError(f"Expected `t` with shape ({length},), got {tuple(t.shape)}.")
     if shape_only:
         return
-    inside = ((t >= 0) & (t <= 1)).all()
     noise, data = convention.noise_time, convention.data_time
     low, high = sorted((noise, data))
-    message = f"Expected `t` in [{low:g}, {high:g}] with t = {noise:g} noise and t = {data:g} data"
-    if t.device.type != "cpu":
-        torch._assert_async(inside, message)
-    elif not inside:
+
+    def given() -> str:
         ends = convention.from_t(torch.stack([t.min(), t.max()])).sort()[0]
-        raise ValueError(f"{message}, got values from {ends[0]:.4g} to {ends[1]:.4g}.")
+        return f", got values from {ends[0]:.4g} to {ends[1]:.4g}."
+
+    message = f"Expected `t` in [{low:g}, {high:g}] with t = {noise:g} noise and t = {data:g} data"
+    require_all((t >= 0) & (t <= 1), message, given)

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from stagewise.device_checks import require_all
 from stagewise.engines import fused, fused_mix
 from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Oracle
@@ -338,13 +339,11 @@ def _classes(
 
 
 def _require_found(source: Tensor) -> None:
-    message = (
+    found = source >= 0
+    require_all(
+        found,
         'Expected every `x1` to be a row of the bank (on_missing="error"). Build the bank from '
         "what training sees, at its scale and with its flips, or give the `source` of resampled "
-        "latents"
+        "latents",
+        lambda: f". {int((~found).sum())} of {len(found)} are not.",
     )
-    found = source >= 0
-    if source.device.type != "cpu":
-        torch._assert_async(found.all(), message)
-    elif not found.all():
-        raise ValueError(f"{message}. {int((~found).sum())} of {len(found)} are not.")

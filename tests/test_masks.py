@@ -378,5 +378,5 @@ def test_few_rows_of_a_mask_are_told() -> None:
     assert "4 masks, the median row compared with 10 rows" in repr(LatentBank(x, mask=mask))
     scheme = Scheme(Oracle(LatentBank(x, torch.arange(ROWS) // 20, mask=mask)), target=Mix())
     x0 = torch.randn(x.shape, dtype=x.dtype)
-    with pytest.warns(UserWarning, match="the median one with 5 rows of 40"):
+    with pytest.warns(UserWarning, match="the median one with 5 of 40"):
         scheme(x - x0, xt=(x + x0) / 2, t=0.5, x1=x, mask=mask)

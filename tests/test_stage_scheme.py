@@ -870,7 +870,7 @@ def test_phases_that_cannot_end(fit, bank):
 
 def test_a_bank_over_ranks_needs_a_boundary_that_is_given(fit, bank):
     scheme = Scheme(Oracle(bank, engine=Sharded()), target=Mix("boundary"))
-    refused(fit, Lossy(), StageScheme(scheme), match=r"is not measured here.*boundary=\.\.\.")
+    refused(fit, Lossy(), StageScheme(scheme), match=r"cannot be measured.*boundary=\.\.\.")
 
 
 def test_what_is_said_at_construction(bank):

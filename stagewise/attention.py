@@ -272,7 +272,7 @@ class GaussianAttention(nn.Module):
 
 
 def _sigma_floor(rows: Tensor, centre: Tensor) -> Tensor:
-    """`engines.base.sigma_floor` for rows (G, M, D) around centre (G, 1, D): (G, 1, 1), no sync."""
+    """`Engine.sigma_floor` for rows (G, M, D) around centre (G, 1, D): (G, 1, 1), no sync."""
     radius = rows.detach().norm(dim=-1).amax(1)[:, None, None]
     bound = radius * (radius + centre.detach().norm(dim=-1, keepdim=True))
     bound = bound.clamp_min(torch.finfo(torch.float32).tiny)

@@ -85,7 +85,7 @@ def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None
     """
     if tuple(x.shape[1:]) != bank.shape:
         raise ValueError(
-            f"Expected samples of the bank's shape, {('B', *bank.shape)}, got {tuple(x.shape)}."
+            f"Expected samples of shape {('B', *bank.shape)}, the bank's, got {tuple(x.shape)}."
         )
     if labels is None:
         found = _nearest_in(bank, bank.whole, x)

@@ -20,7 +20,7 @@ from stagewise.engines import Auto, Engine, Exact, Nearest, Queries
 from stagewise.engines.exact import FEW
 from stagewise.engines.log_weights import LogWeights
 from stagewise.engines.nearest import Truncated, draw_rows
-from stagewise.engines.torch_cluster import TorchCluster, _reach, _position
+from stagewise.engines.torch_cluster import TorchCluster, _position, _reach
 from stagewise.paths import PathCoefficients
 
 N, K = 300, 20

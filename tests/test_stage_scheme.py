@@ -226,7 +226,7 @@ def test_an_engine_that_shards_needs_the_part_of_the_rank(fit, bank, make_traine
 
     scheme = StageScheme(target=Mix(0.5), engine=Sharded())
     # The row of each sample has to be said; this module does not.
-    with pytest.raises(ValueError, match="Give `source`"):
+    with pytest.raises(ValueError, match="Expected `source` with Sharded"):
         make_trainer(scheme).fit(Lossy(), datamodule=Data())
     assert scheme.scheme.oracle.bank is bank
     Data.latent_shard = lambda self: bank.rows

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stagewise import LatentBank, Oracle
 from stagewise.engines import Queries
-from stagewise.engines.torch_cluster import _FARTHEST, TorchCluster, _reach, _position
+from stagewise.engines.torch_cluster import _FARTHEST, TorchCluster, _position, _reach
 from stagewise.paths import PathCoefficients
 
 INSTALL = "pip install --no-build-isolation 'stagewise[cluster]'"

@@ -61,14 +61,13 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
         others: Other objects that may hold a generator: loader, functions.
         seed: Of all generators, default 0.
     """
-    generators = _generators([module, *others])
-    kept = [(put, get()) for get, put in map(_access, generators)]
+    generators = [_access(generator) for generator in _generators([module, *others])]
+    kept = [(put, get()) for get, put, _ in generators]
     with same_draws(), torch.no_grad(), in_eval_mode(module):
         try:
-            for reseed in (random.seed, np.random.seed, torch.manual_seed):
+            own = [reseed for *_, reseed in generators]
+            for reseed in (random.seed, np.random.seed, torch.manual_seed, *own):
                 reseed(seed)
-            for generator in generators:
-                _reseed(generator, seed)
             yield
         finally:
             for put, state in kept:
@@ -105,24 +104,22 @@ def _generators(roots: list[Any]) -> list[Any]:
     return found
 
 
-def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """Getter and setter of a generator's state."""
+def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any], Callable[[int], Any]]:
+    """Getter and setter of a generator's state, and what seeds it."""
     if isinstance(generator, np.random.BitGenerator):
-        return lambda: generator.state, lambda state: setattr(generator, "state", state)
+
+        def put(state: Any) -> None:
+            generator.state = state
+
+        return lambda: generator.state, put, lambda seed: put(type(generator)(seed).state)
     if isinstance(generator, np.random.RandomState):
-        return lambda: generator.get_state(legacy=False), generator.set_state
+
+        def get() -> Any:
+            return generator.get_state(legacy=False)
+
+        # Its bit generator is seeded by itself; this clears the cached normal number.
+        clear = {"has_gauss": 0, "gauss": 0.0}
+        return get, generator.set_state, lambda _: generator.set_state(get() | clear)
     if isinstance(generator, random.Random):
-        return generator.getstate, generator.setstate
-    return generator.get_state, generator.set_state
-
-
-def _reseed(generator: Any, seed: int) -> None:
-    if isinstance(generator, np.random.BitGenerator):
-        generator.state = type(generator)(seed).state
-    elif isinstance(generator, np.random.RandomState):
-        # Its bit generator is reseeded by itself; this clears the cached normal number.
-        generator.set_state(generator.get_state(legacy=False) | {"has_gauss": 0, "gauss": 0.0})
-    elif isinstance(generator, random.Random):
-        generator.seed(seed)
-    else:
-        generator.manual_seed(seed)
+        return generator.getstate, generator.setstate, generator.seed
+    return generator.get_state, generator.set_state, generator.manual_seed

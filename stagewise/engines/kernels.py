@@ -263,13 +263,5 @@ def launch(
 
 
 @launch.register_fake
-def _(
-    name: str,
-    grid: Sequence[int],
-    read: Sequence[Tensor],
-    written: Sequence[Tensor],
-    numbers: Sequence[int],
-    warps: int = 4,
-    values: Sequence[float] | None = None,
-) -> None:
+def _(name: str, _: Any, read: Sequence[Tensor], written: Sequence[Tensor], *__: Any) -> None:
     assert all(tensor.is_contiguous() for tensor in (*read, *written)), name

@@ -3,12 +3,7 @@
 
 from __future__ import annotations
 
-from stagewise.engines.kernels import kernel
-
-try:
-    import triton.language as tl
-except ImportError:  # a build of torch without it
-    tl = None
+from stagewise.engines.kernels import kernel, tl
 
 __all__ = ["judge", "project", "tail_part", "tail_sums", "tail_weights", "weigh"]
 

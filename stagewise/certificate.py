@@ -200,7 +200,7 @@ class Certificate:
         Args:
             path: Coefficients at the B times, each (B,), float64.
             source: The row each query was made from, (B,), int64.
-            sizes: How many rows each query looks at: the bank's, or those of the source's class,
+            sizes: How many rows each query has: the bank's, or those of the source's class,
                 (B,), integers.
             eta: Posterior mass that may lie outside, default 1e-3.
             delta: Probability, over the noise of a query, that more lies outside, default 1e-6.
@@ -210,7 +210,7 @@ class Certificate:
             (B,), bool.
 
         Raises:
-            ValueError: If a source is not a row; if a query looks at more rows than a class-wise
+            ValueError: If a source is not a row; if a query has more rows than a class-wise
                 certificate has compared; if `eta` or `delta` is not between 0 and 1.
         """
         last = len(self) - 1

@@ -9,7 +9,7 @@ moves the mean by at most
     2^-9 R (sum_i w_i^2)^(1/2) <= 2^-9 512^(-1/2) R = 9e-5 R,
 
 R the root mean square of |x - c|. With a smaller `rtol` they are split in two parts. If a query
-looks at all rows, weights count from their mean, so that the error is far smaller near noise.
+has all rows, weights count from their mean, so that the error is far smaller near noise.
 
 The effect of the other logits' error on the mean is estimated as in `exact`. Queries for which it
 is above `rtol |m - r|` are answered again by one pass over all rows; the device keeps their list,

@@ -44,7 +44,7 @@ _MAX_TAIL = 1e-7
 """The tail mass that an answer of the tree may miss: below the error that `Exact` allows."""
 
 _EXACT = (
-    "Exact: one product with all rows a query looks at, a second for queries in navigation, "
+    "Exact: one product with all rows of a query, a second for queries in navigation, "
     "float64 only where float32 would show"
 )
 

@@ -51,7 +51,7 @@ class LogWeights:
         bank: The rows.
         queries: The queries.
         dtype: What the rows are multiplied in, see `products.working_dtype`.
-        table: Which rows, (B, n), -1 for none; default all that a query looks at, in order.
+        table: Which rows, (B, n), -1 for none; default all rows of a query, in order.
         chunk_size: Rows multiplied at a time.
 
     Attributes:
@@ -174,7 +174,7 @@ class LogWeights:
 
     @property
     def whole(self) -> bool:
-        """Whether every query looks at the whole bank, whose rows add up to N times its mean."""
+        """Whether every query has the whole bank, whose rows add up to N times its mean."""
         return self.table is None and min(self.queries.sizes) == len(self.bank)
 
     def rows(self, columns: Tensor, at: Sequence[int] | None = None) -> Tensor:

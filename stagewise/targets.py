@@ -40,6 +40,7 @@ from stagewise.engines import Exact
 from stagewise.engines.nearest import draw_rows
 from stagewise.lambdas import Constant, Lambda, LambdaLike
 from stagewise.oracle import Oracle
+from stagewise.paths import expand_like
 from stagewise.posterior import Posterior, posterior_of, upload
 from stagewise.products import full_precision
 from stagewise.queries import Queries
@@ -296,5 +297,5 @@ def mix_target(y: Tensor, correction: Tensor, lam: Tensor | float) -> Tensor:
     if not isinstance(lam, Tensor):
         lam = Constant(lam).value
     elif lam.ndim:
-        lam = lam.reshape(-1, *(1 for _ in range(y.ndim - 1)))
+        lam = expand_like(lam, y)
     return y + (lam * correction).to(y.dtype)

@@ -96,17 +96,17 @@ def correct(
     if not len(x1) and not oracle.engine.collective:
         return Correction.none(every)
     with torch.autocast(xt.device.type, enabled=False):
-        whole, told = oracle.engine.holds_all_rows, _told(oracle, condition)
-        told_all = isinstance(labels, (Tensor, MaskedLabels)) and not _lacks(labels, oracle)
-        if class_wise and whole and told_all and oracle.null_class is None:
+        whole, weighed = oracle.engine.holds_all_rows, condition if oracle.condition else None
+        labelled = isinstance(labels, (Tensor, MaskedLabels)) and not _lacks(labels, oracle)
+        if class_wise and whole and labelled and oracle.null_class is None:
             labels = _undropped(oracle, labels, x1)
             # A source of another class or mask is not among the rows of its query.
             queries = oracle.queries(xt, t, labels, source, condition)
             first = queries.ends_on_device[:, 0]
-            row, stored = _rows(oracle, x1, source, labels, told, first)
+            row, stored = _rows(oracle, x1, source, labels, weighed, first)
             row = row if source is None else row.where(queries.holds(row), stored)
         else:
-            row, stored = _rows(oracle, x1, source, labels, told)
+            row, stored = _rows(oracle, x1, source, labels, weighed)
             names = compared_within(labels, False)
             if class_wise:
                 on_device = cheap and not of_masks
@@ -115,7 +115,7 @@ def correct(
             if (class_wise or of_masks) and whole:
                 own, inside = torch.full_like(row, -1), queries.holds(row)
                 if class_wise and not (row.device.type == "cpu" and bool(inside.all())):
-                    own = oracle.bank.find(x1, labels, told, queries.ends_on_device[:, 0])
+                    own = oracle.bank.find(x1, labels, weighed, queries.ends_on_device[:, 0])
                 row, stored = row.where(inside, own), stored.where(queries.holds(stored), own)
         if on_missing == "error":
             _require_found(row if only is None or not cheap else row.where(only, 0))
@@ -227,18 +227,18 @@ def _rows(
     x1: Tensor,
     source: Tensor | None,
     labels: Labels | None,
-    told: Tensor | None,
+    condition: Tensor | None,
     first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none.
 
-    With `told` the row must have this condition too, and with `first` the class that begins there.
+    With a `condition` the row must have it too, and with `first` be of the class that begins there.
     """
     if source is not None:
         rows = oracle.engine.num_rows(oracle.bank)
         source = checked_source(source, len(x1), rows).to(x1.device)
     if oracle.engine.holds_all_rows:
-        stored = oracle.bank.find(x1, labels, told, first)
+        stored = oracle.bank.find(x1, labels, condition, first)
         return stored if source is None else torch.where(source < 0, stored, source), stored
     if source is None:
         raise ValueError(
@@ -246,10 +246,6 @@ def _rows(
             "number of each x1 over all ranks, with x1 exactly as it is stored."
         )
     return source, source
-
-
-def _told(oracle: Oracle, condition: Tensor | None) -> Tensor | None:
-    return condition if oracle.condition else None
 
 
 def _lacks(labels: Labels | None, oracle: Oracle) -> bool:

@@ -126,13 +126,13 @@ def check_samples(
     xt, time, x1 = (value[:_FEW].cpu().double() for value in (xt, time, x1))
     y = None if y is None else y[:_FEW].cpu().double()
 
-    def problem(told: Convention, kind: Prediction, mixes: bool = mixes) -> str | None:
-        at, t = told.inside(xt, time)
+    def problem(other: Convention, kind: Prediction, mixes: bool = mixes) -> str | None:
+        at, t = other.inside(xt, time)
         if not bool(((t >= 0) & (t <= 1)).all()):
-            low, high = sorted((told.noise_time, told.data_time))
+            low, high = sorted((other.noise_time, other.data_time))
             return f"times from {time.min():.4g} to {time.max():.4g}, not in [{low:g}, {high:g}]"
-        signed = None if y is None else told.sign_of(kind) * y
-        return _problem(told.path or path, kind, signed, at, t, x1, eps, mixes, labels)
+        signed = None if y is None else other.sign_of(kind) * y
+        return _problem(other.path or path, kind, signed, at, t, x1, eps, mixes, labels)
 
     found = problem(convention, prediction)
     if not found:
@@ -141,8 +141,8 @@ def check_samples(
             _check_pairs(path, t, at, x1)
         return once or found is not None
 
-    def fits(told: Convention, kind: Prediction) -> bool:
-        return problem(told, kind, mixes=True) == ""
+    def fits(other: Convention, kind: Prediction) -> bool:
+        return problem(other, kind, mixes=True) == ""
 
     raise ValueError(
         f"Expected `xt`, `t`, `x1` and `y` of the {prediction.kind} on {path!r}, where time "
@@ -166,21 +166,21 @@ def _cure(
             return f"They fit another prediction: {line}."
     noise, data, sign = convention.noise_time, convention.data_time, convention.sign
     own = [] if convention.by_sigma else [replace(convention, noise_time=data, data_time=noise)]
-    signs = [replace(told, sign=-sign) for told in (*own, convention)]
+    signs = [replace(other, sign=-sign) for other in (*own, convention)]
     others = [signs[0], *own, signs[-1]] if prediction.kind == "velocity" else own
     named = list(CONVENTIONS.values())
-    linear = [replace(told, path=told.path or LinearPath()) for told in named]
-    for told in (*named, *others, *linear):
-        for kind in (prediction, told.prediction):
-            if fits(told, kind):
-                turned = told.sign_of(kind) != convention.sign_of(kind)
-                line = said[1].format(written(told))
-                if told.path is not None and not same_path(told.path, path):
-                    line += f", on its path: Oracle(bank, convention={written(told)})"
-                if kind != told.prediction:
+    linear = [replace(other, path=other.path or LinearPath()) for other in named]
+    for other in (*named, *others, *linear):
+        for kind in (prediction, other.prediction):
+            if fits(other, kind):
+                turned = other.sign_of(kind) != convention.sign_of(kind)
+                line = said[1].format(written(other))
+                if other.path is not None and not same_path(other.path, path):
+                    line += f", on its path: Oracle(bank, convention={written(other)})"
+                if kind != other.prediction:
                     line += ", and " + said[0].format(f'"{kind.kind}"')
                 return (
-                    f"They fit if time {told.noise_time:g} is noise and {told.data_time:g} is data"
+                    f"They fit if time {other.noise_time:g} is noise and {other.data_time:g} is data"
                     + (", with the opposite sign of y" if turned else "")
                     + f". Say so: {line}."
                 )
@@ -198,10 +198,10 @@ def _cure(
 def _check_pairs(path: Path, t: Tensor, xt: Tensor, x1: Tensor) -> None:
     """Refuses noise that depends on its data, for which the oracle does not hold."""
     alpha, sigma, *_ = path(t)
-    told = sigma > 0.05  # below, the noise contains rounding errors
-    if told.sum() > 1:
+    clear = sigma > 0.05  # below, the noise contains rounding errors
+    if clear.sum() > 1:
         gap = xt - expand_like(alpha, x1) * x1
-        check_independent((gap / expand_like(sigma.clamp_min(0.05), x1))[told], x1[told])
+        check_independent((gap / expand_like(sigma.clamp_min(0.05), x1))[clear], x1[clear])
 
 
 def _problem(
@@ -230,9 +230,9 @@ def _problem(
     labels = None if labels is None else labels[kept]
     x0 = (xt - expand_like(values.alpha, x1) * x1) / expand_like(values.sigma, x1)
     if mixes:
-        told = x0 if labels is None else x0[labels.entries]
-        mean, square = float(told.mean()), float(told.square().mean())
-        if is_off(told.numel(), mean, square, float(error.square().mean().sqrt())):
+        noise = x0 if labels is None else x0[labels.entries]
+        mean, square = float(noise.mean()), float(noise.square().mean())
+        if is_off(noise.numel(), mean, square, float(error.square().mean().sqrt())):
             return (
                 f"a noise (xt - a x1) / s with a mean of {mean:.3g} and a mean square of "
                 f"{square:.3g}, where standard normal noise has 0 and 1"

@@ -232,7 +232,7 @@ def _rows(
 ) -> tuple[Tensor, Tensor]:
     """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none.
 
-    With a `condition` the row must have it too, and with `first` be of the class that begins there.
+    With a `condition` the row must have it too; with `first` it is of the class that begins there.
     """
     if source is not None:
         rows = oracle.engine.num_rows(oracle.bank)

@@ -180,7 +180,7 @@ def _cure(
                 if kind != other.prediction:
                     line += ", and " + said[0].format(f'"{kind.kind}"')
                 return (
-                    f"They fit if time {other.noise_time:g} is noise and {other.data_time:g} is data"
+                    f"They fit if time {other.noise_time:g} is noise and {other.data_time:g} data"
                     + (", with the opposite sign of y" if turned else "")
                     + f". Say so: {line}."
                 )

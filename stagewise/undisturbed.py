@@ -65,9 +65,10 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
     kept = [(put, get()) for get, put, _ in generators]
     with same_draws(), torch.no_grad(), in_eval_mode(module):
         try:
-            own = [reseed for *_, reseed in generators]
-            for reseed in (random.seed, np.random.seed, torch.manual_seed, *own):
+            for reseed in (random.seed, np.random.seed, torch.manual_seed):
                 reseed(seed)
+            for _, _, own in generators:
+                own(seed)
             yield
         finally:
             for put, state in kept:

@@ -91,7 +91,7 @@ def read_bank(
 
     reader = RowReader(host.loader, taken, host.move)
     with undisturbed(host.module, reader.loader, read_batch):
-        rows = reader.copies_of(_drawn(host, reader.loader, say=True))
+        rows = reader.places_of(_drawn(host, reader.loader, say=True))
         step = -(-len(rows) // _READ_TWICE)
         # Never here if the run has workers: a file that a data set opens when it is first read
         # would be handed on to every worker forked later.

@@ -207,13 +207,13 @@ def rank_distances(
         near = near.masked_fill(place >= count, torch.nan)
         own = ends[number]
         inside = twins & (rows >= own[:, :1]) & (rows < own[:, 1:])
-        copies = torch.stack([twins.sum(1), inside.sum(1)], dim=1) - 1
-        return ((others < count) & (first <= limit))[:, 0], near, copies
+        duplicates = torch.stack([twins.sum(1), inside.sum(1)], dim=1) - 1
+        return ((others < count) & (first <= limit))[:, 0], near, duplicates
 
     def of_block(search: Search, query: Tensor, number: Tensor) -> list[Tensor]:
         bounds = torch.empty(len(query), len(search), device=search.device)
-        near, copies = search.ask(query, 1, settle, number, bounds)
-        place = copies[:, :1] + ranks.to(search.device)
+        near, duplicates = search.ask(query, 1, settle, number, bounds)
+        place = duplicates[:, :1] + ranks.to(search.device)
         # kthvalue may find another one of equal numbers in each run.
         if search.device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
             far = _sorted(bounds).gather(1, place.clamp_max(len(search) - 1))
@@ -223,10 +223,10 @@ def rank_distances(
         reach = torch.where(near.isnan(), root(far), near)
         # Stays below the true distance after rounding to float32.
         reach = (reach * (1 - 2.0**-22)).masked_fill(place >= len(search), torch.inf)
-        return [reach.float(), copies.int()]
+        return [reach.float(), duplicates.int()]
 
-    distances, copies = _of_rows(bank, of_block, class_wise, device, progress, "certificate", 1)
-    return distances, copies
+    distances, duplicates = _of_rows(bank, of_block, class_wise, device, progress, "certificate", 1)
+    return distances, duplicates
 
 
 def progress_bar(parts: Iterable[T], total: int, progress: bool, title: str) -> Iterable[T]:

@@ -49,7 +49,7 @@ class RowReader:
         self.loader, self._find, self._move = loader, read_batch, move
         self._dataset: Any = fixed() if callable(fixed) else loader.dataset
 
-    def copies_of(self, rows: Sequence[int]) -> Sequence[int]:
+    def places_of(self, rows: Sequence[int]) -> Sequence[int]:
         """The places of samples in what is read, every version of each."""
         count = len(self.loader.dataset)  # type: ignore[arg-type]
         firsts = range(0, len(self._dataset), count)

@@ -90,7 +90,7 @@ def read_bank(
 
     reader = RowReader(host.loader, taken, host.move)
     with undisturbed(host.module, reader.loader, read_batch):
-        rows = reader.copies_of(_drawn(host, reader.loader, say=True))
+        rows = reader.places_of(_drawn(host, reader.loader, say=True))
         step = -(-len(rows) // _READ_TWICE)
         # In a worker, if the run has workers: a file that the data set opens at its first read
         # would be inherited by every worker forked later.

@@ -1,7 +1,7 @@
 r"""The oracle over a support set as a layer: one attention head with a Gaussian kernel.
 
-For a support `y_1..y_M` the marginal velocity of `oracle` is a kernel smoother whose bandwidth
-falls with t (Smola, arXiv 2605.13386),
+For a support `y_1..y_M` the marginal velocity is a kernel smoother whose bandwidth falls with t
+(Smola, arXiv 2605.13386),
 
     g_i = softmax_i( -||x_t - a_t y_i||^2 / (2 s_t^2) ),   m = sum_i g_i y_i,   u* = c_t m + b_t x_t
 
@@ -10,18 +10,19 @@ with `c_t, b_t` of `paths.Prediction`. As attention it has the query `x_t`, the 
 
     (a_t <x_t, y_i> - a_t^2 ||y_i||^2 / 2) / s_t^2.
 
-What the oracle leaves fixed may be learned here: `s_t` becomes `h s_t` in the weights (a bandwidth
-h > 1 smooths, as tempering by h^2 does), and the distance `||L (x_t - a_t y_i)||`. Everything is
-differentiable in the support, in `x_t`, in t, in the prior weights and in what is learned.
+Two things that the oracle fixes can be learned here: a bandwidth h (`h s_t` in place of `s_t` in
+the weights; h > 1 smooths, as tempering by h^2 does) and a linear map L of the distance,
+`||L (x_t - a_t y_i)||`. The layer is differentiable in the support, `x_t`, t, the prior weights,
+h and L.
 
-**Precision.** The logits differ by little and are large: `a/s^2 ||y||^2` is 4e7 at t = 0.99 and
-D = 4096, of which float32 keeps no digit after the point. So all is computed in float64, which
-autocast leaves alone, from inputs of any type, and around the mean of the support.
+**Precision.** The logits are large and differ by little: `a/s^2 ||y||^2` is 4e7 at t = 0.99 and
+D = 4096, where float32 has no digit after the point. The layer computes in float64, which autocast
+does not change, around the mean of the support.
 
-**The data end.** As for the oracle, `s_t` is kept above a floor near 1.5e-6 times the norm of a
-row. At t = 1 the weights are then on the nearest rows. The velocity is singular there: for an `x_t`
-that is a row it is `a'_t m`, without the noise direction, and for others the distance to the
-nearest row over the floor. Stop at 0.999.
+**The data end.** As for the oracle, `s_t` stays above a floor of about 1.5e-6 times the norm of a
+row. At t = 1 the weights are on the nearest rows and the velocity is singular: for an `x_t` that is
+a row it is `a'_t m`, without the noise direction, otherwise the distance to the nearest row over
+the floor. Stop at 0.999.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stagewise.device_checks import require_all
 from stagewise.engines.base import LOGIT_ERROR
 from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.queries import check_times
@@ -41,8 +43,8 @@ __all__ = ["GaussianAttention"]
 class GaussianAttention(nn.Module):
     """The oracle of a support set as an attention head, differentiable in the support.
 
-    It holds all B x M logits, and a copy of the support, in float64. Without learned parameters
-    its `state_dict` is empty.
+    A call holds all B x M logits and the support in float64. Without learned parameters the
+    `state_dict` is empty.
 
     Args:
         path: The path of training, default `LinearPath()`.
@@ -53,7 +55,7 @@ class GaussianAttention(nn.Module):
             Default None, the identity: the oracle.
         learn_bandwidth: Whether `log h` is a parameter, default False.
         learn_metric: Whether `metric` is a parameter, default False. The weights depend on L / h
-            alone, so that with both h is no more than the scale of L.
+            only: with both learned, h is the scale of L.
 
     Raises:
         ValueError: If `bandwidth` is not positive and finite, `metric` is neither (D,) nor (r, D),
@@ -132,10 +134,10 @@ class GaussianAttention(nn.Module):
             xt: Noisy samples, (B, *).
             t: Times in [0, 1], (B,). At sigma = 0 see the module docstring.
             support: Samples, (M, *) for all queries, or (B, M, *) with a set for each.
-            mask: Which of them count, bool, (M,) or (B, M), at least one for each query. What the
-                others hold, be it NaN, has no influence. Default None: all.
+            mask: Which of them count, bool, (M,) or (B, M), at least one for each query. The values
+                of the others, even NaN, have no effect. Default None: all.
             log_weights: Logarithms of prior weights, (M,) or (B, M), up to a constant. Default
-                None: equal ones.
+                None: equal weights.
 
         Returns:
             The prediction, (B, *), in the dtype of `xt`.
@@ -191,8 +193,8 @@ class GaussianAttention(nn.Module):
         query, keys = self._map(x - path.alpha * centre), self._map(rows)
         width = self.bandwidth * path.sigma
         width = torch.maximum(width, _sigma_floor(keys, self._map(centre)))
-        # Not scaled_dot_product_attention: float32 does not hold these logits, and for float64 CUDA
-        # has no fused kernel, so that it would be the same two products.
+        # Not scaled_dot_product_attention: float32 does not hold these logits, and CUDA has no
+        # fused kernel for float64, so it would be the same two products.
         norms = keys.square().sum(-1).unsqueeze(1)
         logits = (query @ keys.mT - path.alpha / 2 * norms) * (path.alpha / width.square())
         if log_weights is not None:
@@ -217,14 +219,14 @@ class GaussianAttention(nn.Module):
         mask: Tensor | None,
         log_weights: Tensor | None,
     ) -> int:
-        """Refuses what does not fit; the number of rows, M."""
+        """Refuses arguments that do not fit; returns the number of rows, M."""
         if xt.ndim < 2 or not xt.is_floating_point():
             raise ValueError(
                 "Expected floating-point `xt` with shape (B, *) and at least two axes, got "
                 f"{xt.dtype} of shape {tuple(xt.shape)}."
             )
         if xt.device.type == "mps":
-            raise ValueError("GaussianAttention needs float64, which MPS has not. Use the CPU.")
+            raise ValueError("GaussianAttention needs float64, which MPS lacks. Use the CPU.")
         size, shape = len(xt), tuple(xt.shape[1:])
         lead = support.shape[: support.ndim - len(shape)]
         fits = tuple(support.shape[len(lead) :]) == shape and len(lead) in (1, 2)
@@ -244,14 +246,18 @@ class GaussianAttention(nn.Module):
             raise ValueError(f"Expected bool `mask`, True for rows that count, got {mask.dtype}.")
         if self.metric is not None and self.metric.shape[-1] != math.prod(shape):
             raise ValueError(
-                f"Expected `xt` with {self.metric.shape[-1]} numbers a sample, as `metric` has "
-                f"columns, got {math.prod(shape)}."
+                f"Expected `xt` with {self.metric.shape[-1]} numbers per sample, the columns of "
+                f"`metric`, got {math.prod(shape)}."
             )
         # Reading values would break the graph.
         if not torch.compiler.is_compiling():
             check_times(t, size)
             if mask is not None:
-                _require_rows(mask)
+                require_all(
+                    mask.any(-1),
+                    "Expected `mask` with at least one row for each query",
+                    lambda: ", got one that leaves none. Drop such queries beforehand.",
+                )
         return count
 
     def extra_repr(self) -> str:
@@ -266,18 +272,8 @@ class GaussianAttention(nn.Module):
 
 
 def _sigma_floor(rows: Tensor, centre: Tensor) -> Tensor:
-    """`engines.base.sigma_floor` for rows (G, M, D) around centre (G, 1, D): (G, 1, 1), no sync."""
+    """`Engine.sigma_floor` for rows (G, M, D) around centre (G, 1, D): (G, 1, 1), no sync."""
     radius = rows.detach().norm(dim=-1).amax(1)[:, None, None]
     bound = radius * (radius + centre.detach().norm(dim=-1, keepdim=True))
     bound = bound.clamp_min(torch.finfo(torch.float32).tiny)
     return (bound * (torch.finfo(torch.float64).eps / LOGIT_ERROR)).sqrt()
-
-
-def _require_rows(mask: Tensor) -> None:
-    """Refuses a mask that leaves a query nothing; on an accelerator as `check_times` does."""
-    some = mask.any(-1).all()
-    message = "Expected `mask` with at least one row for each query"
-    if mask.device.type != "cpu":
-        torch._assert_async(some, message)
-    elif not some:
-        raise ValueError(f"{message}, got one that leaves none. Drop such queries beforehand.")

@@ -1,11 +1,11 @@
-"""Finding `x_1` and its label in whatever a data loader yields.
+"""Finds `x_1` and its labels in a batch of a data loader.
 
-A batch may be a tensor, a tuple or list, or a dict. A tensor is `x_1`. In a sequence `x_1` is the
-only floating-point tensor of shape (B, *) with at least two axes, in a dict it is the one under a
-usual name, or else the only one. Labels are whole numbers of shape (B,) or (B, 1), of an integer or
-a floating type; in a dict they have a usual name, and then they may be booleans, two classes.
-Anything ambiguous is refused with a list of what was seen: silence here would measure the stages of
-the wrong data. What is there and not used is told by `unused_in`.
+A batch is a tensor, a tuple or list, or a dict. A tensor is `x_1`. In a sequence `x_1` is the only
+floating-point tensor of shape (B, *) with at least two axes; in a dict it is the one with a usual
+name, or else the only one. Labels are whole numbers of shape (B,) or (B, 1), of an integer or a
+floating type; in a dict they have a usual name, and may then be booleans, two classes. An ambiguous
+batch is refused with a list of its contents: a guess would measure the stages of the wrong data.
+`unused_in` lists what was not used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ __all__ = [
     "describe",
     "read_checked",
     "find_sample",
-    "inside",
     "leaves_of",
     "others_in",
     "seems_padded",
@@ -79,7 +78,7 @@ def _is_integer(value: Tensor) -> bool:
 
 
 def _entries(batch: Any) -> dict[Any, Any]:
-    """What a batch holds at its first level, under what it is got by; None for the batch itself."""
+    """The first level of a batch, by key or position; a single value has the key None."""
     if isinstance(batch, Mapping):
         return dict(batch)
     return dict(enumerate(batch)) if isinstance(batch, (tuple, list)) else {None: batch}
@@ -89,8 +88,8 @@ def _place(key: object) -> str:
     return "batch" if key is None else f"batch[{key!r}]"
 
 
-def inside(value: Any, place: str) -> list[tuple[str, Any]]:
-    """What a dict, a sequence or a plain object holds, with its place; empty for all else."""
+def _children(value: Any, place: str) -> list[tuple[str, Any]]:
+    """What a dict, a sequence or a plain object holds, with its place; empty for other values."""
     if isinstance(value, Mapping):
         return [(f"{place}[{key!r}]", inner) for key, inner in value.items()]
     if isinstance(value, (tuple, list)):
@@ -110,15 +109,15 @@ def inside(value: Any, place: str) -> list[tuple[str, Any]]:
 
 
 def leaves_of(value: Any, place: str = "batch", depth: int = 6) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a batch, each with its place as one would write it."""
+    """The tensors in a batch, each with its place as code: `batch["y"]`."""
     if isinstance(value, Tensor):
         yield place, value
-    for where, inner in inside(value, place) if depth else ():
-        yield from leaves_of(inner, where, depth - 1)
+    for inner_place, inner in _children(value, place) if depth else ():
+        yield from leaves_of(inner, inner_place, depth - 1)
 
 
 def suggested_read_batch(batch: Any) -> str:
-    """A `read_batch` to paste: the first tensor of a batch that may be `x_1`, and its labels."""
+    """A `read_batch` to paste: the first tensor that may be `x_1`, and its labels."""
     leaves = [(place, value) for place, value in leaves_of(batch) if value.ndim]
     samples = [pair for pair in leaves if _is_sample(pair[1]) and not _is_one_hot(pair[1])]
     images = [pair for pair in leaves if pair[1].ndim > 1 and pair[1].dtype == torch.uint8]
@@ -136,7 +135,7 @@ def suggested_read_batch(batch: Any) -> str:
 
 
 def describe(batch: object) -> str:
-    """What a batch holds, in one line, for logs and errors."""
+    """The contents of a batch in one line, for logs and errors."""
     if isinstance(batch, Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')} tensor {tuple(batch.shape)}"
     if isinstance(batch, Mapping):
@@ -144,7 +143,7 @@ def describe(batch: object) -> str:
     if isinstance(batch, (tuple, list)):
         inner = ", ".join(describe(value) for value in batch[:6])
         return f"{type(batch).__name__}({inner}{', ...' if len(batch) > 6 else ''})"
-    held = ", ".join(f"{at[1:]}={describe(value)}" for at, value in inside(batch, "")[:6])
+    held = ", ".join(f"{at[1:]}={describe(value)}" for at, value in _children(batch, "")[:6])
     return type(batch).__name__ + (f"({held})" if held else "")
 
 
@@ -152,15 +151,15 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
     """Finds `x_1` and the labels in a batch.
 
     Args:
-        batch: A tensor (B, *), a tuple or list with one such tensor, or a dict. Beside another
-            tensor, one-hot rows and a single column are not taken for `x_1`.
+        batch: A tensor (B, *), a tuple or list with one such tensor, or a dict. If there are
+            several, one-hot rows and single columns are not `x_1`.
 
     Returns:
         `x_1`, (B, *), and the labels, int64, (B,), or None. Integers go before whole floats.
 
     Raises:
         ValueError: If there is no such tensor or several, or several that may be the labels and
-            differ; the message lists what was seen and shows the cure.
+            differ; the message lists the contents of the batch and shows the cure.
 
     Example:
         >>> import torch
@@ -169,7 +168,7 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
         (torch.Size([4, 3, 8, 8]), [0, 1, 2, 3])
     """
     entries, named = _entries(batch), isinstance(batch, Mapping)
-    found = _where_sample(entries, named)
+    found = _sample_keys(entries, named)
     if len(found) != 1:
         raise ValueError(
             f"Expected one floating-point tensor of shape (B, *) in the batch, found {len(found)} "
@@ -184,7 +183,7 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
         if key != found[0]
         and (labels := _as_labels(entries[key], len(x1), booleans=named)) is not None
     }
-    # Weights are floats and masks are booleans, so they count only where nothing else does.
+    # Weights are floats and masks are booleans: they count only if there are no integers.
     integers = {key: value for key, value in usable.items() if _is_integer(entries[key])}
     kept: dict[Any, Any] = {**(integers or usable)} or {None: None}
     (first, labels), *others = kept.items()
@@ -199,8 +198,8 @@ def find_sample(batch: Any) -> tuple[Tensor, Tensor | None]:
     return x1, labels
 
 
-def _where_sample(entries: dict[Any, Any], named: bool) -> list[Any]:
-    """The keys of what may be `x_1`."""
+def _sample_keys(entries: dict[Any, Any], named: bool) -> list[Any]:
+    """The keys of the values that may be `x_1`."""
     if named:
         usual = [name for name in _SAMPLE_NAMES if _is_sample(entries.get(name))]
         if usual:
@@ -221,19 +220,11 @@ def _where_sample(entries: dict[Any, Any], named: bool) -> list[Any]:
 
 
 def read_checked(read_batch: ReadBatch, batch: Any) -> tuple[Tensor, Any]:
-    """What `read_batch` gives for a batch, with labels as int64, refused if it is no such pair.
+    """`x_1`, (B, *), and the labels of a batch by `read_batch`, after a check.
 
-    Args:
-        read_batch: From a batch to `x_1`, (B, *), whole numbers or booleans, (B,) or (B, 1), or
-            None, and a mask if there is one.
-        batch: The batch.
-
-    Returns:
-        `x_1`, (B, *), and labels, int64, (B,), or None; with a mask `MaskedLabels`.
-
-    Raises:
-        ValueError: If `read_batch` returns something else; the message says what came.
-        TypeError: If the mask is none.
+    Labels may be whole numbers or booleans, (B,) or (B, 1), or None; they come back as int64,
+    (B,), or None, with a mask as `MaskedLabels`. Raises a ValueError if `read_batch` returns
+    something else, a TypeError if the mask is not one.
     """
     try:
         found = read_batch(batch)
@@ -252,8 +243,8 @@ def read_checked(read_batch: ReadBatch, batch: Any) -> tuple[Tensor, Any]:
     raise ValueError(
         "Expected `read_batch` to return (x_1, labels or None), a floating-point tensor of shape "
         f"(B, *) and integers of shape (B,), got {describe(found)}. Scale images to floats there, "
-        "and make labels whole: labels.argmax(1) if they are one-hot, labels.round() if they are "
-        f"not. Of this batch that is, for example, {suggested_read_batch(batch)}."
+        "and make labels whole: labels.argmax(1) if they are one-hot, labels.round() otherwise. "
+        f"For this batch, for example: {suggested_read_batch(batch)}."
     )
 
 
@@ -264,20 +255,11 @@ def unused_in(
     masks: MaskedLabels | None = None,
     condition: Tensor | None = None,
 ) -> list[str]:
-    """What a batch holds of its samples beside `x_1`, labels, masks and condition found in it.
+    """One sentence for each value of length B, at any depth, that is not among those given.
 
-    Args:
-        batch: The batch.
-        x1: What was found, (B, *). Where a user's `read_batch` computes it, what it is computed
-            from counts as not used.
-        labels: Those found, (B,), or None.
-        masks: Those found, or None.
-        condition: What a kernel weighs rows by, (B, *), or None.
-
-    Returns:
-        For each such value of length B, at any depth, one sentence with its place, type and shape:
-        labels in a form that is not used, with the line that uses them, and everything else that
-        the model may be conditioned on. Compares values, so it is for the first batch only.
+    The sentence has the place, type and shape of the value; for possible labels and masks also the
+    line that uses them. If `read_batch` computes `x_1`, the value it is computed from is listed.
+    Compares values, so it is for the first batch only.
     """
     leaves = list(_leaves(batch, "batch", len(x1)))
     x1_at = next((place for place, value in leaves if _equal(value, x1)), "batch[0]")
@@ -289,37 +271,29 @@ def unused_in(
         one_hot = value.int().argmax(1) if _is_one_hot(value) else None
         if (
             place == x1_at
+            or _equal(value, x1)
             or (masks is not None and masks.is_told_by(value))
-            or any(
-                _equal(form, used)
-                for form, used in (
-                    *((value, x1), (whole, labels), (one_hot, labels)),
-                    (value, condition),
-                )
-                if used is not None
-            )
+            or (labels is not None and (_equal(whole, labels) or _equal(one_hot, labels)))
+            or (condition is not None and _equal(value, condition))
         ):
             continue
         line = f"{place}, {describe(value)}, is not used."
         cure = None if labels is not None else _as_cure(place, value, whole is not None)
         if cure is not None:
             line += f" If it holds the labels: read_batch=lambda batch: ({x1_at}, {cure})."
-        elif isinstance(value, Tensor) and _may_be_mask(value, x1):
-            own = next(
-                (at for at, held in leaves if labels is not None and _equal(held, labels)), None
+        elif (
+            isinstance(value, Tensor)
+            and value.dtype == torch.bool
+            and 1 < value.ndim <= x1.ndim
+            and all(m in (1, s) for m, s in zip(value.shape, x1.shape, strict=False))
+        ):
+            own = (
+                None if labels is None else next((p for p, v in leaves if _equal(v, labels)), None)
             )
-            line += (
-                " If it says which numbers count: "
-                f"read_batch=lambda batch: ({x1_at}, {own}, {place})."
-            )
+            cure = f"read_batch=lambda batch: ({x1_at}, {own}, {place})."
+            line += f" If it says which numbers count: {cure}"
         lines.append(f"{line} If the model is given it, its posterior is over fewer rows.")
     return lines
-
-
-def _may_be_mask(value: Tensor, x1: Tensor) -> bool:
-    sizes = zip(value.shape, x1.shape, strict=False)
-    fits = 1 < value.ndim <= x1.ndim and all(m in (1, s) for m, s in sizes)
-    return value.dtype == torch.bool and fits
 
 
 def seems_padded(x1: Tensor) -> bool:
@@ -332,7 +306,7 @@ def seems_padded(x1: Tensor) -> bool:
 
 
 def others_in(batch: Any, x1: Tensor, labels: Any) -> list[tuple[str, Tensor]]:
-    """The tensors of a batch with an entry for each sample, beside `x_1` and the labels in it."""
+    """The tensors of a batch with an entry for each sample, other than `x_1` and the labels."""
     masks = labels if isinstance(labels, MaskedLabels) else None
     return [
         (place, value)
@@ -344,14 +318,14 @@ def others_in(batch: Any, x1: Tensor, labels: Any) -> list[tuple[str, Tensor]]:
 
 
 def _is_numbers(value: Any) -> bool:
-    """Whether it is integers that torch reads though it is no tensor."""
+    """Whether a list, tuple or array holds integers, as `torch.as_tensor` reads them."""
     if isinstance(value, (tuple, list)):
         return all(isinstance(one, int) for one in value)
     return isinstance(value, np.ndarray) and value.dtype.kind in "iub"
 
 
 def _as_cure(place: str, value: Any, whole: bool) -> str | None:
-    """The expression that makes labels of a value that may be meant as such."""
+    """The expression that turns a value into labels; None if it cannot be meant as labels."""
     if whole:
         return f"torch.as_tensor({place})" if _is_numbers(value) else place
     if _is_one_hot(value):
@@ -365,14 +339,14 @@ def _as_cure(place: str, value: Any, whole: bool) -> str | None:
 
 
 def _leaves(value: Any, place: str, length: int) -> Iterator[tuple[str, Any]]:
-    """What has a value for each sample of a batch, with its place."""
-    held = inside(value, place)
+    """The values of a batch with an entry for each sample, tensors or not, with their places."""
+    held = _children(value, place)
     sequence = isinstance(value, (tuple, list)) and not any(
-        isinstance(inner, Tensor) or inside(inner, "") for _, inner in held
+        isinstance(inner, Tensor) or _children(inner, "") for _, inner in held
     )
     if held and not sequence:
-        for where, inner in held:
-            yield from _leaves(inner, where, length)
+        for inner_place, inner in held:
+            yield from _leaves(inner, inner_place, length)
     elif isinstance(value, Sized) and not isinstance(value, str):
         scalar = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0
         if not scalar and len(value) == length:

@@ -1,15 +1,16 @@
-r"""Certificates: which queries need no search, since their source carries the whole posterior.
+r"""Certificates: which queries need no search, because their source carries the posterior.
 
 For a query made from a known row i, `x_t = a x^(i) + s eps`, the distances of row i from the other
-rows say how much of the posterior can lie outside it: at most `eta`, with probability `1 - delta`
-over the noise, if `stagewise.tail` says so. Its mean is then `x_1`, off by at most `eta` x the
-diameter of the rows, and no row was looked at.
+rows bound the posterior outside row i (`stagewise.tail`): at most `eta`, with probability
+`1 - delta` over the noise. The mean is then `x_1`, up to `eta` x the diameter of the rows, and no
+row is read.
 
-* Stored are lower bounds on the distance from the nearest, the 2nd, 4th, 8th, ... nearest other
-  row. Rows between two of these ranks count as near as the lower one, at the price of about 2 in
-  `delta`, whatever the data.
-* Exact copies of the source have its target: they share its weight and are in no tail.
-* The rows of a class are fewer than those of the bank, and the m-th nearest is no nearer.
+* The file stores lower bounds on the distance from the nearest, the 2nd, 4th, 8th, ... nearest
+  other row. Rows between two of these ranks count as near as the lower one, which costs a factor
+  of about 2 in `delta` for any data.
+* Duplicates of the source have the same target: they share its weight and are in no tail.
+* A class has fewer rows than the bank, and its m-th nearest is no nearer: a certificate of the
+  whole bank holds for class-wise posteriors too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stagewise.bank import LatentBank
+from stagewise.device_checks import require_all
 from stagewise.nearest_rows import rank_distances
 from stagewise.paths import PathCoefficients
 from stagewise.posterior import Posterior
@@ -37,24 +39,21 @@ _FORMAT = {"format": "stagewise.Certificate", "version": "1", "neighbours": "0"}
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """Proves which queries need no search, from how far the rows are from one another.
+    """Proves which queries need no search, from the distances between the rows.
 
-    Made by `compute`, `load` or `cached`. One for the whole bank serves class-wise posteriors too,
-    which have fewer rows; a class-wise one is sharper there, and serves nothing else.
-
-    `eta` is the posterior mass that may lie outside, `delta` the probability, over the noise of a
-    query, that more does, and `made_in` the type that `x_t` was computed in.
+    Made by `compute`, `load` or `cached`. One for the whole bank serves class-wise posteriors too;
+    a class-wise one is sharper for these, and serves nothing else.
 
     Attributes:
         distances: Lower bounds on the distance from the nearest, 2nd, 4th, ... other row, infinite
             where there are fewer, (N, H), float32.
-        copies: Exact copies of each row, of all that were compared and of its class, (N, 2), int32.
+        copies: Duplicates of each row, among all compared and in its class, (N, 2), int32.
         compared: How many rows each was compared with, itself included, (N,), int64.
         class_wise: Whether rows were compared with those of their class only.
-        fingerprint: That of the bank.
+        fingerprint: The bank's.
         dim: Numbers in a row, D.
         max_norm: An upper bound on the norm of a sample.
-        row_error: How far a sample may be from the row that it is stored as.
+        row_error: An upper bound on the distance of a sample from its stored row.
 
     Example:
         >>> import torch
@@ -89,13 +88,13 @@ class Certificate:
         device: torch.device | str | None = None,
         progress: bool = True,
     ) -> Certificate:
-        """Compares all rows with all others, once per bank: a product of N^2 D.
+        """Compares all rows with all others, once per bank: N^2 D products.
 
         Args:
             bank: The rows.
             class_wise: Whether to compare rows of the same class only, default False.
-            device: Where to compute, default where the rows are. The result is on the CPU.
-            progress: Whether to show a bar, default True; without tqdm there is none.
+            device: Where to compute, default the bank's. The result is on the CPU.
+            progress: Whether to show a bar (needs tqdm), default True.
 
         Raises:
             ValueError: If the bank has no classes for a class-wise certificate.
@@ -118,13 +117,13 @@ class Certificate:
         return cls(distances, copies, sizes.repeat_interleave(sizes), *settings)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, in one step: there is never half a file at `path`."""
+        """Writes a safetensors file in one step: `path` never holds half a file."""
         header = _header(len(self), self.dim, self.fingerprint, self.class_wise)
         write_tensors(path, {"distances": self.distances, "copies": self.copies}, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], bank: LatentBank) -> Certificate:
-        """Reads what `save` wrote.
+        """Reads a file of `save`.
 
         Args:
             path: The file.
@@ -132,8 +131,8 @@ class Certificate:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is no certificate, of another version, damaged, or belongs to other
-                latents; or if the rows of the bank, which are read once, are damaged in its file.
+            ValueError: If it is not a certificate, has another version, is damaged, or belongs to
+                other latents; or if the rows of the bank, which are read once, are damaged.
         """
         header = read_metadata(path, _FORMAT["format"], "certificate")
         if header.get("version") != _FORMAT["version"]:
@@ -160,18 +159,18 @@ class Certificate:
         class_wise: bool = False,
         **options: Any,
     ) -> Certificate:
-        """The certificate at `path` if it is the one asked for; else computes and saves it.
+        """The certificate at `path`, which is computed and saved if it is missing or another one.
 
-        Warns before it replaces one of other latents or settings. Let one process go first.
+        Warns before it replaces a file of other latents or settings. Let one process go first.
 
         Args:
             path: The file, which need not exist.
             bank: The rows.
-            class_wise: See `compute`.
+            class_wise: As in `compute`.
             **options: Further arguments of `compute`.
 
         Raises:
-            ValueError: If there is a file that is no certificate; and as `compute`.
+            ValueError: If the file there is not a certificate; and as `compute`.
         """
         wanted = _header(len(bank), bank.dim, bank.fingerprint, class_wise)
         if is_computed(path, wanted, "certificate"):
@@ -181,7 +180,7 @@ class Certificate:
         return made
 
     def check(self, bank: LatentBank) -> None:
-        """Refuses a bank that the certificate was not computed for, or that is damaged."""
+        """Refuses a bank that is damaged, or not the one of the certificate."""
         if bank.fingerprint != self.fingerprint:
             raise _other("it", len(self), self.dim, bank)
         bank.require_intact()
@@ -196,32 +195,31 @@ class Certificate:
         delta: float = 1e-6,
         made_in: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Which queries have their posterior on the source row and its exact copies.
-
-        Costs no device sync.
+        """Which queries have their posterior on the source row and its duplicates. No device sync.
 
         Args:
             path: Coefficients at the B times, each (B,), float64.
             source: The row each query was made from, (B,), int64.
-            sizes: How many rows each query looks at: those of the bank, or of the source's class,
+            sizes: How many rows each query has: the bank's, or those of the source's class,
                 (B,), integers.
             eta: Posterior mass that may lie outside, default 1e-3.
-            delta: Probability that more does, default 1e-6.
+            delta: Probability, over the noise of a query, that more lies outside, default 1e-6.
             made_in: The type that `x_t` was computed in, default float32.
 
         Returns:
             (B,), bool.
 
         Raises:
-            ValueError: If a source is no row; if a query looks at more rows than a class-wise
+            ValueError: If a source is not a row; if a query has more rows than a class-wise
                 certificate has compared; if `eta` or `delta` is not between 0 and 1.
         """
         last = len(self) - 1
         inside = (source >= 0) & (source <= last)
-        _require(inside, source, f"Expected `source` from 0 to {last}, the rows of the bank")
+        message = f"Expected `source` from 0 to {last}, the rows of the bank"
+        require_all(inside, message, lambda: f"; got {int(source[~inside][0])}.")
         if self.class_wise:
-            compared = self.to(source.device).compared[source.clamp(0, last)]
-            _require(sizes <= compared, sizes, _CLASS_WISE)
+            few = sizes <= self.to(source.device).compared[source.clamp(0, last)]
+            require_all(few, _CLASS_WISE, lambda: f"; got {int(sizes[~few][0])}.")
         return self._tail(path, source, sizes, delta, made_in).is_below(eta)
 
     @torch.no_grad()
@@ -234,20 +232,13 @@ class Certificate:
         eta: float = 1e-3,
         delta: float = 1e-6,
     ) -> tuple[Posterior, list[int]] | None:
-        """Answers what needs no search. Costs one device sync.
-
-        Args:
-            bank: The rows, on any device.
-            queries: With their sources.
-            k: How many of the largest weights to return; of copies only the source is listed.
-            eta: Mass that may lie outside.
-            delta: Probability that more does.
+        """Answers the queries that need no search. Costs one device sync.
 
         Returns:
-            The posterior of all queries but those left, in float64, with a bound on the tail mass,
-            and the positions of those. Left are the queries that are not certified, whose source is
-            not known or not among the rows they look at, and, if the certificate is class-wise,
-            those without a class. None if all are.
+            The posterior of the certified queries, float64, with a bound on the tail mass; of
+            duplicates only the source is listed. And the positions of the others: not certified,
+            without a source among the rows they look at, or, for a class-wise certificate, without
+            a class. None if no query is certified.
 
         Raises:
             ValueError: If there are no labels and the certificate is class-wise, or the bank is
@@ -280,7 +271,7 @@ class Certificate:
         sizes: Tensor,
         k: int,
     ) -> Posterior:
-        """The posterior on the source and its copies, which share the weight."""
+        """The posterior on the source and its duplicates, which share the weight."""
         x = bank.take(source, xt.device)
         gap = xt - path.alpha[:, None] * x
         in_class = (sizes < len(self)).long()[:, None]
@@ -296,7 +287,7 @@ class Certificate:
         )
 
     def to(self, device: torch.device | str) -> Certificate:
-        """The certificate on `device`; made once and kept."""
+        """The certificate on `device`; moved once and kept."""
         device = torch.device(device)
         if self.copies.device == device:
             return self
@@ -330,17 +321,9 @@ class Certificate:
 
 
 _CLASS_WISE = (
-    "The certificate is class-wise: it says nothing of posteriors over more rows than a class. Ask "
-    "with labels, or use Certificate.compute(bank, class_wise=False), which serves both"
+    "The certificate is class-wise: it holds for posteriors over one class only. Ask with labels, "
+    "or use Certificate.compute(bank, class_wise=False), which serves both"
 )
-
-
-def _require(ok: Tensor, values: Tensor, message: str) -> None:
-    """Refuses with `message` if not all are `ok`; on a device by an assertion, without a sync."""
-    if ok.device.type != "cpu":
-        torch._assert_async(ok.all(), message)
-    elif not ok.all():
-        raise ValueError(f"{message}; got {int(values[~ok][0])}.")
 
 
 def _header(rows: int, dim: int, fingerprint: str, class_wise: bool) -> dict[str, str]:

@@ -1,14 +1,14 @@
 r"""A kernel on the condition: the oracle of a model that is given more than classes.
 
-For a model that is given c (text, an observation) the right oracle is that of `p(x_1 | c)`. Where
-each c is unique that is one row, and the conditional target is it already; the mean over all rows
-moves what such a model learns. Between the two stands a kernel (as PAFM has it, arXiv 2605.00825),
+For a model that is given c (text, an observation) the right oracle is that of `p(x_1 | c)`. If
+each c is unique, it is one row, and the plain target is right already; the mean over all rows would
+change what such a model learns. A kernel lies between the two (as in PAFM, arXiv 2605.00825),
 
     log w_i = -||x_t - a_t x^(i)||^2 / 2 s_t^2 + log k(c, c_i),
 
 the oracle of the joint distribution of rows and conditions, smoothed in c. It is biased on purpose:
-a model learns the mean over data of conditions within about a bandwidth. As the bandwidth goes to 0
-it tends to the oracle of the rows that have exactly this c, as it goes to infinity to that of all.
+the model learns the mean over data whose conditions are within about a bandwidth. With a bandwidth
+near 0 it is the oracle of the rows with exactly this c, with a very large one that of all rows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing_extensions import override
 from stagewise.bank import LatentBank
 from stagewise.batches import describe, others_in
 from stagewise.conventions import STAGEWISE, ConventionLike
+from stagewise.device_checks import require_all
 from stagewise.engines import Engine
 from stagewise.oracle import Labels, Oracle, Times
 from stagewise.paths import Path
@@ -40,7 +41,8 @@ _NUMBERS = 2**24
 """Numbers of rows and log-weights held at a time."""
 
 _LEAST = -1e300
-"""The logarithm of a kernel that is 0: finite, and so small that the nearest of far ones win."""
+"""The logarithm of a kernel that is 0: finite, so that among rows that are all far the nearest win.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,13 @@ class Condition:
 
     Args:
         kernel: "gaussian", `-|c - c_i|^2 / 2 h^2`; "cosine", `-(1 - cos(c, c_i)) / h^2`, for text
-            embeddings; or a function, see `Kernel`. Default "gaussian".
+            embeddings; or a function (`Kernel`). Default "gaussian".
         bandwidth: h, above 0, in the units of c (cosine: 1 and more is wide).
-        read_batch: From a batch to the conditions of its samples, (B, *), before anything is
-            dropped for classifier-free guidance. Default: the one tensor in it beside x_1 and
-            the labels.
+        read_batch: From a batch to the conditions of its samples, (B, *), before any is dropped
+            for classifier-free guidance. Default: the one tensor in it beside x_1 and the labels.
 
     Raises:
-        ValueError: For another kernel, or a bandwidth that is no number above 0.
+        ValueError: For another kernel, or a bandwidth that is not a number above 0.
     """
 
     kernel: Kernel = "gaussian"
@@ -84,23 +85,20 @@ class Condition:
                     f"Expected the kernel to return log k of shape {(len(c), len(rows))}, got "
                     f"{tuple(found.shape)}: one for each pair, as -torch.cdist(c, rows)."
                 )
-            wrong, message = found.isnan().any(), "Expected the kernel to return log k, got NaN"
-            if wrong.device.type != "cpu":
-                torch._assert_async(~wrong, message)
-            elif wrong:
-                raise ValueError(f"{message}: where k is 0 give -inf.")
+            message = "Expected the kernel to return log k, got NaN"
+            require_all(~found.isnan(), message, lambda: ": where k is 0 give -inf.")
             return found.double().clamp_min(_LEAST)
         if self.kernel == "cosine":
             c, rows = normalize(c, dim=1), normalize(rows, dim=1)
-        # From differences: equal conditions have a distance of exactly 0, whatever the bandwidth.
+        # From differences: equal conditions have a distance of exactly 0 for any bandwidth.
         gap = torch.cdist(c, rows, compute_mode="donot_use_mm_for_euclid_dist")
         return ((gap / self.bandwidth).square() / -2).clamp_min(_LEAST)
 
     def of(self, batch: Any, x1: Tensor, labels: Any) -> Tensor:
-        """The conditions in a batch, (B, *), with the x_1 and the labels that were found in it.
+        """The conditions in a batch, (B, *), given its x_1 and labels.
 
         Raises:
-            ValueError: If there is none of each sample, or several may be it, with the cure.
+            ValueError: If no tensor has one for each sample, or several have, with the cure.
         """
         if self.read_batch is not None:
             found: Any = self.read_batch(batch)
@@ -116,35 +114,29 @@ class Condition:
         place = left[0] if left else 'batch["embedding"]'
         raise ValueError(
             f"Expected the condition of each of {len(x1)} samples in {describe(batch)}, found "
-            f"{listed}. Say where it is: Condition({self._said}, read_batch=lambda batch: "
-            f"{place}), with a number in each place: text must be embedded by the data set, or in "
+            f"{listed}. Say where it is: {repr(self)[:-1]}, read_batch=lambda batch: {place}), "
+            "with a number in each place: text must be embedded by the data set, or in "
             "`read_batch`."
         )
 
-    @property
-    def _said(self) -> str:
-        name = getattr(self.kernel, "__name__", repr(self.kernel))
-        return (
-            f"{name if callable(self.kernel) else repr(self.kernel)}, bandwidth={self.bandwidth:g}"
-        )
-
     def __repr__(self) -> str:
-        return f"Condition({self._said})"
+        name = getattr(self.kernel, "__name__", repr(self.kernel))
+        return f"Condition({name}, bandwidth={self.bandwidth:g})"
 
 
 class ConditionedOracle(Oracle):
     """An `Oracle` that weighs rows by a kernel on the condition.
 
-    `Mix`, `Scheme` and `StageCurve.measure` take it as they take an oracle. Every question says the
-    condition of each query; one that says its `source` has that of the row. With `labels` the
-    posterior is over the rows of the class, weighed by the kernel. All is computed in float64.
+    `Mix`, `Scheme` and `StageCurve.measure` take it in place of an `Oracle`. Each query comes with
+    its condition, or with its `source`, whose condition it then has. With `labels` the posterior is
+    over the rows of the class, weighed by the kernel. It computes in float64.
 
     Args:
         bank: The rows with their conditions: `LatentBank(x, labels, conditions=c)`.
         path: The path of training.
         condition: The kernel.
-        null_class: See `Oracle`.
-        convention: See `Oracle`.
+        null_class: As in `Oracle`.
+        convention: As in `Oracle`.
 
     Raises:
         ValueError: If the bank has no conditions.
@@ -195,16 +187,14 @@ class ConditionedOracle(Oracle):
     ) -> Queries:
         queries, rows = super().queries(xt, t, labels, source), self.conditions
         if condition is None:
-            width = f"(B, {rows.shape[1]})"
-            message = f"Expected `condition` of shape {width} for {self.condition!r}: what the "
-            message += "model is given for each sample, condition=c"
+            message = (
+                f"Expected `condition` of shape (B, {rows.shape[1]}) for {self.condition!r}: what "
+                "the model is given for each sample, condition=c"
+            )
             if queries.source is None:
                 raise ValueError(f"{message}; or the `source` of each.")
-            known = (queries.source >= 0).all()
-            if known.device.type != "cpu":
-                torch._assert_async(known, message)
-            elif not known:
-                raise ValueError(f"{message}. The `source` is not known of all.")
+            known = queries.source >= 0
+            require_all(known, message, lambda: ". The `source` of some is not known.")
             condition = rows[queries.source.clamp_min(0).to(rows.device)]
         require_tensors(condition=condition)
         flat = self.bank.as_conditions(condition, len(queries))
@@ -212,7 +202,7 @@ class ConditionedOracle(Oracle):
 
     @property
     def conditions(self) -> Tensor:
-        """Those of the rows, (N, C)."""
+        """The conditions of the rows, (N, C)."""
         if self.bank.conditions is None:
             raise ValueError(
                 f"{self.condition!r} needs the condition of each sample of {self.bank!r}: "
@@ -264,14 +254,14 @@ class _Weighed(Engine):
             post, weights = posterior_of(logits, numbers, k)
             parts.append(replace(post, mean=weights @ x))
         if callable(self.condition.kernel):  # the others are above 0 everywhere
-            message = "Expected a kernel above 0 for some row"
-            if reached.device.type != "cpu":
-                torch._assert_async(reached.all(), message)
-            elif not reached.all():
-                raise ValueError(
-                    f"{message}, got -inf for all rows for {int((~reached).sum())} of {len(c)} "
-                    "conditions: no row says anything of them. Widen the kernel."
-                )
+            require_all(
+                reached,
+                "Expected a kernel above 0 for some row",
+                lambda: (
+                    f", got -inf for all rows for {int((~reached).sum())} of {len(c)} conditions: "
+                    "no row says anything about them. Widen the kernel."
+                ),
+            )
         return merge(*parts, k=k)
 
     @override

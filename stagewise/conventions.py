@@ -1,4 +1,4 @@
-r"""The conventions of other trainings, by the names that people use, and the schedule of DDPM.
+r"""The conventions of other trainings, by their usual names, and the schedule of DDPM.
 
 | name | time | `x_t` | target |
 |---|---|---|---|
@@ -12,8 +12,8 @@ r"""The conventions of other trainings, by the names that people use, and the sc
 | `ddpm(alphas_cumprod, "data")` | step k | the same | `x_1` |
 | `"score_sde"` | 1 is noise | `VPPath()` | `-x_0 / s` |
 
-A name, a `Convention` or a noise scheduler of diffusers may be given wherever a `convention` is
-asked for; `as_convention` turns each into the object.
+Every `convention` argument takes a name, a `Convention` or a noise scheduler of diffusers;
+`as_convention` turns each into the object.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class Convention:
     Known ones, by name, are in `CONVENTIONS`.
 
     Args:
-        noise_time: Its time where the library has t = 0 (noise), default 0. Infinity says that its
-            time is the noise level sigma of `x_1 + sigma x_0`, which is `x_t / t` on the linear
+        noise_time: Its time where the library has t = 0 (noise), default 0. Infinity means that
+            its time is the noise level sigma of `x_1 + sigma x_0`, which is `x_t / t` on the linear
             path at `t = 1 / (1 + sigma)`.
         data_time: Its time where the library has t = 1 (data), default 1.
         sign: +1 if its velocity is the library's, -1 if it is the negative (`noise - data`),
-            default +1. Other targets than velocities have no sign of their own.
-        prediction: What it predicts where nothing else is said, default the velocity.
-        path: The path that it stands for, default None: any.
+            default +1. Only velocities have a sign.
+        prediction: What it predicts by default, default the velocity.
+        path: Its path, default None: any.
 
     Raises:
         ValueError: If the two times are equal, the sign is neither +1 nor -1, or noise levels are
@@ -115,20 +115,20 @@ class Convention:
         return (time - self.noise_time) / (self.data_time - self.noise_time)
 
     def rounded(self, t: Tensor) -> Tensor:
-        """The library's t, any shape, at the nearest step where its times are steps, as of DDPM."""
+        """The library's t, any shape; if its times are steps (DDPM), at the nearest step."""
         return self.path.nearest_step(t) if isinstance(self.path, DDPMPath) else t
 
     def inside(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """The library's `x_t` and t, of its noisy samples, (B, *), and times, (B,)."""
+        """From its noisy samples, (B, *), and times, (B,), to the library's `x_t` and t."""
         t = self.to_t(time)
         return (expand_like(t, x) * x if self.by_sigma else x), t
 
     def outside(self, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Its noisy samples and times, for `x_t`, (B, *), and t, (B,); undoes `inside`."""
+        """From the library's `x_t`, (B, *), and t, (B,), to its own; undoes `inside`."""
         return (xt / expand_like(t, xt) if self.by_sigma else xt), self.from_t(t)
 
     def sign_of(self, prediction: Prediction) -> Literal[1, -1]:
-        """Its target over the library's, for a kind of prediction."""
+        """The sign of its target relative to the library's, for a kind of prediction."""
         return self.sign if prediction.kind == "velocity" else 1
 
 
@@ -152,7 +152,7 @@ CONVENTIONS: dict[str, Convention] = {
     "edm_F": Convention(math.inf, 0, prediction=Prediction("edm")),
     "score_sde": Convention(1, 0, prediction=Prediction("score"), path=VPPath()),
 }
-"""What each name stands for. The names of DDPM are not here: its schedule must be said (`ddpm`)."""
+"""By name. DDPM has no name here, because it needs a schedule: `ddpm(alphas_cumprod)`."""
 
 _TYPES: dict[str, PredictionKind] = {"epsilon": "noise", "v_prediction": "v", "sample": "data"}
 
@@ -160,8 +160,8 @@ _TYPES: dict[str, PredictionKind] = {"epsilon": "noise", "v_prediction": "v", "s
 class DDPMPath(Path):
     """The discrete schedule of DDPM: `a = sqrt(acp_k)`, `s = sqrt(1 - acp_k)` at step k of T.
 
-    `t = 1 - k / (T - 1)`: t = 0 is step T - 1, the most noise. Between two steps the angle whose
-    cosine is `a` and whose sine is `s` is interpolated.
+    `t = 1 - k / (T - 1)`: t = 0 is step T - 1, the most noise. Between two steps it interpolates
+    the angle whose cosine is `a` and whose sine is `s`.
 
     Args:
         alphas_cumprod: `acp`, (T,): decreasing within [0, 1].
@@ -172,22 +172,23 @@ class DDPMPath(Path):
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         values = torch.as_tensor(alphas_cumprod).detach().cpu().double()
-        if values.ndim != 1 or len(values) < 2 or not _falls(values):
+        falls = values.ndim == 1 and len(values) > 1 and bool((values.diff() < 0).all())
+        if not (falls and values[0] <= 1 and values[-1] >= 0):
             raise ValueError(
                 "Expected `alphas_cumprod` as (T,) numbers that fall within [0, 1], got shape "
-                f"{tuple(values.shape)}. Give that of the schedule: noise_scheduler.alphas_cumprod."
+                f"{tuple(values.shape)}. Take them from the schedule: "
+                "noise_scheduler.alphas_cumprod."
             )
         self.alphas_cumprod = values
         self._angles = {torch.device("cpu"): torch.atan2((1 - values).sqrt(), values.sqrt())}
 
     @override
     def __call__(self, t: Tensor) -> PathCoefficients:
-        if t.device not in self._angles:  # a copy takes a device sync: once
+        if t.device not in self._angles:  # copied once, because a copy takes a device sync
             angles = self._angles[torch.device("cpu")]
             self._angles[t.device] = angles.to(t.device, t.dtype)
         angles, last = self._angles[t.device].to(t.dtype), len(self.alphas_cumprod) - 1
-        step = ((1 - t) * last).clamp(0, last)
-        step = _unrounded(step)
+        step = _unrounded(((1 - t) * last).clamp(0, last))
         below = step.floor().clamp_max(last - 1).long()
         rise = angles[below + 1] - angles[below]
         angle = angles[below] + (step - below) * rise
@@ -208,13 +209,9 @@ class DDPMPath(Path):
 
 
 def _unrounded(step: Tensor) -> Tensor:
-    """Steps, any shape, whole where they are but for the rounding of t."""
+    """Steps, any shape, without the rounding of t where they are whole."""
     whole = step.round()
     return torch.where((step - whole).abs() < 1e-3, whole, step)
-
-
-def _falls(values: Tensor) -> bool:
-    return bool((values.diff() < 0).all() and values[0] <= 1 and values[-1] >= 0)
 
 
 def ddpm(alphas_cumprod: Tensor, prediction: Prediction | PredictionKind = "noise") -> Convention:
@@ -230,15 +227,11 @@ def ddpm(alphas_cumprod: Tensor, prediction: Prediction | PredictionKind = "nois
 
 
 def as_convention(value: ConventionLike) -> Convention:
-    """The convention of that name, of a noise scheduler of diffusers, or `value` itself.
+    """The convention of a name of `CONVENTIONS` or a noise scheduler of diffusers; or `value`.
 
-    Args:
-        value: One of `CONVENTIONS`, a `Convention`, or a scheduler: of flow matching, or with
-            `alphas_cumprod` and a `prediction_type` (`DDPMScheduler`, `DDIMScheduler`).
-
-    Raises:
-        ValueError: For a name that is not known, with those that are.
-        TypeError: For anything else.
+    A scheduler is one of flow matching, or has `alphas_cumprod` and a `prediction_type`
+    (`DDPMScheduler`, `DDIMScheduler`). Raises a ValueError for an unknown name, with the known
+    ones, and a TypeError for any other value.
     """
     if isinstance(value, Convention):
         return value
@@ -260,8 +253,8 @@ def as_convention(value: ConventionLike) -> Convention:
         return found
     if hasattr(value, "add_noise") and hasattr(value, "config"):
         raise TypeError(
-            f"Expected the scheduler that training noises with, got {type(value).__name__}, which "
-            "is for sampling. Give that of the same schedule: "
+            f"Expected the noise scheduler of the training, got {type(value).__name__}, which is "
+            "for sampling. Give the one of the same schedule: "
             "convention=DDPMScheduler.from_config(noise_scheduler.config)."
         )
     raise TypeError(
@@ -271,7 +264,7 @@ def as_convention(value: ConventionLike) -> Convention:
 
 
 def of_scheduler(value: object) -> Convention | None:
-    """The convention of a scheduler of diffusers, None for what is none that one trains with."""
+    """The convention of a scheduler of diffusers; None if `value` is not one to train with."""
 
     def has(*names: str) -> bool:
         return all(hasattr(value, name) for name in names)
@@ -279,18 +272,14 @@ def of_scheduler(value: object) -> Convention | None:
     if has("scale_noise", "sigmas", "timesteps"):
         return DIFFUSERS
     kind = getattr(getattr(value, "config", None), "prediction_type", None)
-    # With sigmas of its own, as for sampling, `add_noise` is another one than DDPM's.
+    # A scheduler with `sigmas`, for sampling, has an `add_noise` that is not DDPM's.
     if not has("add_noise", "alphas_cumprod") or has("sigmas") or kind not in _TYPES:
         return None
     return ddpm(value.alphas_cumprod, _TYPES[kind])  # type: ignore[attr-defined]
 
 
 def path_of(convention: Convention, path: Path | None) -> Path | None:
-    """The path that was said, or else that of the convention.
-
-    Raises:
-        ValueError: If both are said and differ.
-    """
+    """`path`, or else that of the convention; refuses two that differ."""
     own = convention.path
     if own is not None and path is not None and not same_path(own, path):
         raise ValueError(
@@ -301,7 +290,7 @@ def path_of(convention: Convention, path: Path | None) -> Path | None:
 
 
 def written(convention: Convention) -> str:
-    """A convention as one would write it."""
+    """A convention as code."""
     for name, known in CONVENTIONS.items():
         if known == convention:
             return f'"{name}"'

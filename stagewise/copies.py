@@ -5,10 +5,10 @@ squared), it is a copy where
 
     d_1 / d_2 < 1/3                                       (Bonnaire et al., arXiv 2505.17638).
 
-**Equal rows are one row.** `d_2` is the distance of the nearest row that is not equal, number by
-number, to the nearest one: a row that is in the bank twice would otherwise give `d_1 = d_2` and
-hide its copies. Rows that are nearly equal (a second encoding, a crop) are two rows and do hide
-them: take such out of the bank.
+**Equal rows are one row.** `d_2` is the distance of the nearest row that differs from the nearest
+one: otherwise a row that is in the bank twice would give `d_1 = d_2` and hide its copies. Rows that
+are nearly equal (a second encoding, a crop) are two rows and do hide copies: take them out of the
+bank.
 
 Distances are exact (`nearest_rows`), in float64.
 """
@@ -43,7 +43,7 @@ _TYPES = torch.int64, torch.float64, torch.float64
 
 
 class Nearest(NamedTuple):
-    """What is near to each of B samples.
+    """The nearest rows of each of B samples.
 
     Attributes:
         row: The nearest row in the bank's own order, (B,), int64; -1 for a sample with NaN or Inf.
@@ -62,30 +62,30 @@ class Nearest(NamedTuple):
 
     @property
     def copied(self) -> Tensor:
-        """Which samples are copies, (B,), bool; one that is not finite is none."""
+        """Which samples are copies, (B,), bool; False for a sample that is not finite."""
         return self.ratio < COPY_RATIO
 
 
 @torch.no_grad()
 def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None) -> Nearest:
-    """The nearest row of all, and how far the next that differs is.
+    """The nearest row of each sample, and the distance of the next row that differs from it.
 
-    With masks it is the nearest of the same mask; `d_2` is NaN where no other row has that mask.
+    With masks, among rows of the same mask; `d_2` is NaN if no other row has that mask.
 
     Args:
         bank: The training rows, all classes.
-        x: Samples, (B, *), as those of the bank.
+        x: Samples, (B, *), of the bank's shape.
         labels: Their masks, for a bank with masks.
 
     Returns:
-        What was found, on the device of the bank.
+        Tensors on the device of the bank.
 
     Raises:
         ValueError: If the samples have another shape, or all rows of the bank are equal.
     """
     if tuple(x.shape[1:]) != bank.shape:
         raise ValueError(
-            f"Expected samples of shape {('B', *bank.shape)} as the bank's, got {tuple(x.shape)}."
+            f"Expected samples of shape {('B', *bank.shape)}, the bank's, got {tuple(x.shape)}."
         )
     if labels is None:
         found = _nearest_in(bank, bank.whole, x)
@@ -107,7 +107,7 @@ def nearest_rows(bank: LatentBank, x: Tensor, labels: MaskedLabels | None = None
 
 
 def _nearest_in(bank: LatentBank, scope: slice, x: Tensor) -> Nearest:
-    """What is near among some rows; `d_2` is infinite where all of them are equal."""
+    """The nearest among some rows; `d_2` is infinite if they are all equal."""
     search = Search(bank, scope, bank.device)
     flat = x.detach().flatten(1).to(bank.device).double() - bank.offset
 
@@ -117,7 +117,7 @@ def _nearest_in(bank: LatentBank, scope: slice, x: Tensor) -> Nearest:
         d2 = distance.gather(1, second).masked_fill(~differ.any(1, keepdim=True), torch.inf)
         return (d2.isfinite() & (d2 <= limit))[:, 0], rows[:, 0], distance[:, 0], d2[:, 0]
 
-    # Asked with the others, so that nobody has to read which are left out.
+    # Samples that are not finite are asked with the others: picking them would take a sync.
     finite = flat.isfinite().all(1)
     flat = flat.masked_fill(~finite[:, None], 0)
     number = torch.arange(len(flat), device=bank.device)
@@ -132,18 +132,9 @@ def _nearest_in(bank: LatentBank, scope: slice, x: Tensor) -> Nearest:
 
 
 def binomial_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Exact binomial interval of a share (Clopper and Pearson, Biometrika 26, 1934).
+    """The exact binomial interval of a share (Clopper and Pearson, Biometrika 26, 1934).
 
-    Every share in it gives `hits` or more, and `hits` or fewer, with a probability of at least
-    `(1 - level) / 2` each. It has a width where all samples agree: 0 of 64 give 0 to 5.6 %.
-
-    Args:
-        hits: Samples that are copies.
-        count: All samples; 0 gives NaN.
-        level: Of the interval, default 0.95.
-
-    Returns:
-        Its ends.
+    It has a width even if all samples agree: 0 of 64 give 0 to 5.6 %. A count of 0 gives NaN.
     """
     if not count:
         return math.nan, math.nan
@@ -158,7 +149,7 @@ def copy_share(ratio: Tensor, add: Callable[[Tensor], Tensor]) -> dict[str, Any]
 
     Args:
         ratio: `d_1 / d_2` of the samples of this rank, (B,), in [0, 1] or NaN.
-        add: Adds a tensor up over ranks.
+        add: Sums a tensor over ranks.
 
     Returns:
         `share` of the finite ratios below 1/3, NaN if there are none, with `low` and `high` (95 %,

@@ -1,8 +1,8 @@
-"""Which rows of a data set a loader draws: the bank of a run holds these and no others.
+"""Which rows of a data set a loader draws: the bank of a run holds exactly these.
 
-A sampler that is known to shuffle says it itself. Any other one is copied, and the copy is looked
-at for two epochs. Rows that both draw are what is trained on. If the second epoch repeats the first
-in order, a limit on the batches of an epoch leaves rows out for good.
+For the shuffling samplers of torch the rows are known. Any other sampler is copied, and the copy
+runs for two epochs: training uses the rows that both epochs draw. If the second epoch repeats the
+first in order, a limit on the batches of an epoch leaves out the same rows each time.
 """
 
 from __future__ import annotations
@@ -34,22 +34,27 @@ CURE = (
 
 _UNWEIGHTED = "The bank holds each sample once, so its posterior is that of unweighted training."
 
-_LONGEST = 4  # times the data set is how far a sampler without an end is looked at
+_LONGEST = 4
+"""A sampler without an end is stopped after this many times the length of the data set."""
 
 
 class Drawn(NamedTuple):
     """What a loader draws.
 
-    `rows` are positions in the data set, ascending, each once, but as listed by a
-    `SubsetRandomSampler`; all of them where it cannot be told. `warnings` say where a bank of these
-    rows is not what is trained on.
+    Attributes:
+        rows: Positions in the data set, each once, ascending (those of a `SubsetRandomSampler` as
+            it lists them); all positions if the loader cannot be analysed.
+        batches: In an epoch.
+        per_batch: Samples in a batch of all ranks.
+        warnings: Where a bank of these rows differs from what is trained on.
+        looked: Draws that were analysed, 0 for a sampler with an end.
     """
 
     rows: Sequence[int]
-    batches: float  # of an epoch
-    per_batch: float  # samples in a batch of all ranks
+    batches: float
+    per_batch: float
     warnings: Sequence[str] = ()
-    looked: int = 0  # draws that were looked at, 0 for a sampler with an end
+    looked: int = 0
 
     @property
     def cut(self) -> bool:
@@ -57,7 +62,7 @@ class Drawn(NamedTuple):
         return self.batches < len(self.rows) // self.per_batch
 
     def few(self, epochs: float, batches: float) -> str:
-        """What to say if so many epochs or batches draw fewer samples than there are rows."""
+        """A warning if so many epochs or batches draw fewer samples than there are rows."""
         draws = self.per_batch * min(epochs * self.batches, batches)
         if draws >= len(self.rows):
             return ""
@@ -78,31 +83,30 @@ def drawn_rows(
 ) -> Drawn:
     """The rows of its data set that a loader draws, on any rank and in any epoch.
 
-    To be called within `undisturbed`, because a copy of the sampler draws. Refuses a loader that
-    draws something else than positions, or nothing.
+    Call it within `undisturbed`, because a copy of the sampler draws. Refuses a loader that draws
+    nothing, or something other than positions.
 
     Args:
-        loader: A loader over a data set with a length. Nothing of it is advanced.
+        loader: A loader over a data set with a length. It is not advanced.
         limit: Batches after which training cuts an epoch, default none.
         world_size: Processes that train.
-        epoch: The present one, for samplers that are told.
-        kept: What a copy of the sampler may refer to and is not copied with it: trainer, module.
+        epoch: The current one, for samplers with `set_epoch`.
+        kept: Objects that a copy of the sampler shares: trainer, module.
     """
-    size = len(loader.dataset)  # type: ignore[arg-type]
-    drawn = _known(loader, size, limit, world_size)
-    drawn = drawn or _looked_at(loader, limit, world_size, epoch, kept)
+    drawn = _known(loader, limit, world_size)
+    drawn = drawn or _analysed(loader, limit, world_size, epoch, kept)
     if not drawn.rows:
         raise ValueError(f"Expected a loader that draws samples, got one that draws none. {CURE}")
     return drawn
 
 
-def _known(loader: DataLoader[Any], size: int, limit: float, world_size: int) -> Drawn | None:
-    """What samplers of torch draw that shuffle."""
-    whole = loader.batch_sampler
+def _known(loader: DataLoader[Any], limit: float, world_size: int) -> Drawn | None:
+    """What the shuffling samplers of torch draw."""
+    whole, size = loader.batch_sampler, len(loader.dataset)  # type: ignore[arg-type]
     if type(whole) is not BatchSampler:
         return None
     sampler: Any = whole.sampler
-    # Under several processes Lightning wraps a sampler that it does not know.
+    # With several processes Lightning wraps a sampler that it does not know.
     inner: Any = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     rows: Sequence[int]
     warnings = []
@@ -124,7 +128,7 @@ def _known(loader: DataLoader[Any], size: int, limit: float, world_size: int) ->
     return Drawn(rows, batches, samples / batches, warnings)
 
 
-def _looked_at(
+def _analysed(
     loader: DataLoader[Any], limit: float, world_size: int, epoch: int, kept: Sequence[Any]
 ) -> Drawn:
     """What copies of the batch sampler, one for each rank, draw in two epochs."""
@@ -132,17 +136,19 @@ def _looked_at(
     size = len(loader.dataset)  # type: ignore[arg-type]
     plain = type(whole) is BatchSampler
     name = type(whole.sampler if plain else whole).__name__
-    ranks = _ranks(world_size, whole)
+    # A sampler that does not know its rank is copied once.
+    ranked = world_size > 1 and any(hasattr(part, "rank") for part in _parts(whole))
+    ranks: Sequence[int | None] = range(world_size) if ranked else [None]
     try:
-        looks = [_two_epochs(loader, rank, epoch, _LONGEST * size, kept) for rank in ranks]
-    except Exception as error:  # a watcher does not stop a run for a sampler that works in it
+        runs = [_two_epochs(loader, rank, epoch, _LONGEST * size, kept) for rank in ranks]
+    except Exception as error:  # monitoring must not stop a run whose sampler works
         warning = (
-            f"with {name}, which cannot be copied and looked at ({type(error).__name__}: {error}). "
+            f"with {name}, a copy of which failed ({type(error).__name__}: {error}). "
             f"The bank holds all {size} samples. {CURE}"
         )
         return Drawn(range(size), limit, math.inf, [warning])
     first, second = (
-        [[_positions(batch, size) for batch in look[epoch]] for look in looks] for epoch in (0, 1)
+        [[_positions(batch, size) for batch in run[epoch]] for run in runs] for epoch in (0, 1)
     )
     looked = sum(map(len, first[0]))
     looked = looked if looked >= _LONGEST * size else 0
@@ -155,7 +161,7 @@ def _looked_at(
     if times.keys() != others.keys():
         rows = range(size)
         together = max(map(len, first[0]), default=0) * world_size
-        # A shuffle leaves out what does not fill a batch, and in each epoch another few.
+        # A shuffle leaves out samples that do not fill a batch, others in each epoch.
         if size - min(len(times), len(others)) >= together and len(times | others) < size:
             warnings.append(
                 f"{len(times)} of {size} samples in one epoch and {len(others)} in the next, not "
@@ -166,8 +172,8 @@ def _looked_at(
     elif len(ranks) < world_size and not (plain and name == SequentialSampler.__name__):
         if len(rows) < size:
             warnings.append(
-                f"{len(rows)} of {size} samples on this process ({name}), and what other processes "
-                f"draw is not known. The bank holds all {size}. {CURE}"
+                f"{len(rows)} of {size} samples on this process ({name}); what the others draw is "
+                f"not known. The bank holds all {size}. {CURE}"
             )
         rows = range(size)
     if _is_uneven(list(times.values()), bool(looked), len(ranks)):
@@ -180,13 +186,6 @@ def _looked_at(
     return Drawn(rows, limit if looked else batches, samples / max(batches, 1), warnings, looked)
 
 
-def _ranks(world_size: int, whole: Any) -> Sequence[int | None]:
-    """The ranks that a batch sampler serves; None for one that does not know its rank."""
-    if world_size == 1 or not any(hasattr(part, "rank") for part in _parts(whole)):
-        return [None]
-    return range(world_size)
-
-
 def _parts(whole: Any) -> list[Any]:
     """A batch sampler and what it draws from."""
     return [whole, getattr(whole, "sampler", None)]
@@ -195,7 +194,7 @@ def _parts(whole: Any) -> list[Any]:
 def _two_epochs(
     loader: DataLoader[Any], rank: int | None, epoch: int, most: int, kept: Sequence[Any]
 ) -> list[Any]:
-    """The batches of two epochs, each as far as `most` draws."""
+    """The batches of two epochs, each cut after `most` draws."""
     whole = copy.deepcopy(loader.batch_sampler, {id(one): one for one in (loader.dataset, *kept)})
     epochs = []
     for number in (epoch, epoch + 1):
@@ -232,12 +231,12 @@ def _positions(indices: Any, size: int) -> list[int]:
 
 
 def _is_uneven(times: list[int], endless: bool, ranks: int) -> bool:
-    """Whether samples are drawn with weights, seen from how often each was."""
+    """Whether samples are drawn with weights, judged by how often each was drawn."""
     if not times:
         return False
     if endless:
-        # Draws with replacement, all alike, vary by as much as their mean.
+        # Uniform draws with replacement have a variance as large as their mean.
         mean = sum(times) / len(times)
         return sum((number - mean) ** 2 for number in times) / len(times) > 2 * mean
-    # Each rank but one may draw a sample again, so that all have as many.
+    # Each rank but one may repeat a sample, so that all ranks have the same number.
     return sum(times) - min(times) * len(times) >= ranks

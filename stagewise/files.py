@@ -1,4 +1,4 @@
-"""Files: one writer that leaves no half-written file, and the words that errors of files share."""
+"""Files: one writer that leaves no half-written file, and what error messages of files share."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ __all__ = [
 FilePath: TypeAlias = "str | os.PathLike[str]"
 
 _PARTIAL = re.compile(r"\..*\.(?:([0-9a-f]{8})-(\d{1,7})-)?[0-9a-f]{8}\.partial")
-"""Names of files that are being written; older versions did not say by which process."""
+"""Names of files that are being written; older versions did not name the process."""
 
 _DAY = 86400
 
 _FULL = re.compile("unexpected pos|PytorchStreamWriter|requested and .* written|No space left")
-"""What torch and numpy say where the system says that a disk is full."""
+"""What torch and numpy say if the disk is full."""
 
 
 class Problem(ValueError):
@@ -43,7 +43,7 @@ class Problem(ValueError):
 
 
 class Damaged(Problem):
-    """A file that is not what was written."""
+    """A file that differs from what was written."""
 
     @classmethod
     def of(cls, path: FilePath, why: str, kind: str = "damaged") -> Damaged:
@@ -55,22 +55,22 @@ class Damaged(Problem):
 
 
 def replace_file(path: FilePath, write: Callable[[Path], object], sync: bool = True) -> None:
-    """Writes a file under another name beside its own, and renames it when it is complete.
+    """Writes a file under a temporary name in the same folder, and renames it when it is complete.
 
-    There is never half a file at `path`. A process that is killed leaves `.NAME.….partial`, which
-    the next one that writes into the folder removes.
+    `path` never holds half a file. A process that is killed leaves `.NAME.….partial`, which the
+    next writer in the folder removes.
 
     Args:
-        path: The file, which may be there already.
-        write: Writes the file whose name it is given.
+        path: The file, which may exist.
+        write: Writes the file at the path that it is given.
         sync: Whether to wait until it is on the disk, default True.
 
     Raises:
-        OSError: If the disk is full, or the folder cannot be written to; `path` is as before.
+        OSError: If the disk is full, or the folder cannot be written to; `path` is unchanged.
     """
     path = Path(path)
     _sweep(path.parent)
-    # A name may have 255 bytes, and the file's own may be as long.
+    # A name may have 255 bytes, and `path` may have as many.
     stem = path.name.encode()[:150].decode(errors="ignore")
     made = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     partial = path.with_name(f".{stem}.{made}.partial")
@@ -84,8 +84,8 @@ def replace_file(path: FilePath, write: Callable[[Path], object], sync: bool = T
     except Exception as error:
         if is_full(error):
             full = OSError(
-                f"No space left on device: {path} could not be written, and what was there before "
-                f"is unchanged. Make room in {path.parent}, or choose another folder."
+                f"No space left on device: {path} could not be written; a file that was there is "
+                f"unchanged. Make room in {path.parent}, or choose another folder."
             )
             full.errno = errno.ENOSPC
             raise full from error
@@ -103,7 +103,7 @@ _swept: dict[Path, float] = {}
 
 
 def _sweep(folder: Path) -> None:
-    """Removes from a folder what processes that are no more have begun to write."""
+    """Removes from a folder the partial files of processes that have ended."""
     began = time.monotonic()
     if began < _swept.get(folder, 0.0):
         return
@@ -115,17 +115,17 @@ def _sweep(folder: Path) -> None:
                     old = time.time() - item.stat(follow_symlinks=False).st_mtime > _DAY
                     if old or (match[1] == _machine() and not _is_alive(int(match[2]))):
                         os.unlink(item.path)
-    # Folders may hold a million files: at most a 50th of the time goes into listing them.
+    # Folders may hold a million files: listing them takes at most a 50th of the time.
     now = time.monotonic()
     _swept[folder] = now + 50 * (now - began)
 
 
 def _is_alive(process: int) -> bool:
-    """Whether there is another process of this number; where one cannot ask, it is taken as so."""
+    """Whether another process has this number; True if the system does not tell."""
     if process == os.getpid():
         return False
     try:
-        if os.name == "posix":  # elsewhere signal 0 is no question
+        if os.name == "posix":  # elsewhere signal 0 ends the process
             os.kill(process, 0)
     except OSError as error:
         return error.errno != errno.ESRCH
@@ -134,7 +134,7 @@ def _is_alive(process: int) -> bool:
 
 @cache
 def _machine() -> str:
-    """A name for what the numbers of processes count on: a host, and a container on it."""
+    """A name for the host and container: process numbers are unique within it."""
     try:
         place = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -143,7 +143,7 @@ def _machine() -> str:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error says that a disk is full, in the system's words or in those of a library."""
+    """Whether an error, or its cause, says that a disk is full."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     while error is not None:
         if getattr(error, "errno", None) in codes or _FULL.search(str(error)):
@@ -156,19 +156,19 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def joined(paths: Iterable[object], most: int = 5) -> str:
-    """A few names for a message, and how many more there are."""
+    """The first names for a message, and how many more there are."""
     listed = [str(path) for path in paths]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of what another library's error says."""
+    """The beginning of another library's message."""
     return (str(error) or type(error).__name__).splitlines()[0][:120]
 
 
 def jsonable(value: Any) -> Any:
-    """The same with NaN and infinities, which JSON does not know, as None, and tuples as lists."""
+    """The value with None for NaN and infinities, which JSON lacks, and lists for tuples."""
     if isinstance(value, Mapping):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,25 +1,23 @@
-r"""What less noise in the targets, or smoothing, can gain in a training that runs: a forecast.
+r"""What oracle targets, or smoothing, can gain in a training that runs: a forecast.
 
-**Targets.** With the conditional target u and the oracle's u*, the gradient of a batch is that with
-oracle targets and a rest,
+**Targets.** With the conditional target u and the oracle's u*, the gradient of a batch splits into
 
-    g = g* + d,   g* = grad_theta mean_i w_i |v_i - u*_i|^2,   d = 2 mean_i w_i J_i^T (u*_i - u_i),
+    g = g* + d,   g* = grad_theta mean_i w_i |v_i - u*_i|^2,   d = 2 mean_i w_i J_i^T (u*_i - u_i).
 
-and since u* is the mean of u at every `x_t`, d has mean zero there: `Cov g = Cov g* + Cov d`.
-Oracle targets remove the second part and no other. In the metric in which the optimizer steps (for
-Adam `P = 1 / sqrt(v)`, or else P = 1) their share is
+Since u* is the mean of u at every `x_t`, d has mean zero there: `Cov g = Cov g* + Cov d`. Oracle
+targets remove the second part only. In the metric of the optimizer's step (for Adam
+`P = 1 / sqrt(v)`, otherwise P = 1) its share is
 
     f = E d^T P d / (E d^T P d + tr P Cov g*),
 
-so that a batch of B with oracle targets has the noise of one of `B / (1 - f)` with plain ones.
-Whether that is felt depends on how much of a step is noise at all: with the noise scale
-`B_n = B tr(P Cov g) / (G^T P G)`, G the mean gradient, the same progress takes `1 + B_n / B` steps
-in units of those without noise (McCandlish et al., arXiv 1812.06162, Sec. 2.2), which r times the
-batch makes `1 + B_n / (r B)`.
+so a batch of B with oracle targets has the noise of a batch of `B / (1 - f)` with plain ones. The
+effect depends on how noisy a step is: with the noise scale `B_n = B tr(P Cov g) / (G^T P G)`, G the
+mean gradient, the same progress takes `1 + B_n / B` times the steps without noise (McCandlish et
+al., arXiv 1812.06162, Sec. 2.2), and with r times the batch `1 + B_n / (r B)`.
 
-**Smoothing** replaces targets beyond the collapsed boundary, where they are a row by heart. It has
-something to gain if the model learns rows by heart there: if its error on held-out samples is above
-that on training samples.
+**Smoothing** replaces targets beyond the collapsed boundary, where each is a training row. It can
+gain if the model memorizes there: if its error on held-out samples is above that on training
+samples.
 """
 
 from __future__ import annotations
@@ -42,22 +40,22 @@ from stagewise.velocity_probe import noisy_targets
 __all__ = ["SmoothingForecast", "TargetForecast", "forecast_smoothing", "forecast_targets"]
 
 _WORTH = 0.75
-"""Share of the steps up to which less noise is worth trying. In our runs (docs/results.md) 0.80 to
-0.87 were saved in steps and lost in time."""
+"""Share of the steps up to which oracle targets are worth trying. In our runs (docs/results.md)
+0.80 to 0.87 saved steps and lost time."""
 
 _OPEN = 0.1
-"""Share of the training error by which a held-out error is above it where smoothing may gain."""
+"""Smoothing may gain where held-out error is above training error by this share of the latter."""
 
 
 @dataclass(frozen=True)
 class TargetForecast:
-    """What oracle targets are worth in a training; printed, it is a sentence.
+    """The gain of oracle targets in a training; printed, it is a sentence.
 
     Attributes:
         share: f, the share of the gradient's variance that they remove, in [0, 1].
         error: Its standard error.
-        noise_scale: B_n, samples; infinite where the mean gradient is lost in the noise.
-        batch: B, the batch that was looked at.
+        noise_scale: B_n, in samples; infinite if the mean gradient is below the noise.
+        batch: B, the size of the measured batches.
     """
 
     share: float
@@ -67,9 +65,9 @@ class TargetForecast:
 
     @classmethod
     def mean(cls, forecasts: Sequence[TargetForecast]) -> TargetForecast:
-        """That of a whole training, from several along it that are about the same batch.
+        """The forecast of a whole training from several along it, of the same batch size.
 
-        Noise scales are averaged as shares of signal, their inverse.
+        Noise scales are averaged as their inverse, the share of signal.
         """
         count = len(forecasts)
         signal = sum(1 / one.noise_scale for one in forecasts) / count
@@ -82,7 +80,7 @@ class TargetForecast:
 
     @property
     def factor(self) -> float:
-        """By how much a plain batch would have to be larger for the same noise, at least 1."""
+        """How many times larger a plain batch must be for the same noise, at least 1."""
         return 1 / (1 - self.share) if self.share < 1 else math.inf
 
     @property
@@ -93,7 +91,7 @@ class TargetForecast:
 
     @property
     def steps(self) -> float:
-        """Share of the steps for the same progress, in [0, 1], by the model of McCandlish et al."""
+        """Share of the steps for the same progress, in (0, 1], by the model of McCandlish et al."""
         if math.isinf(self.noise_scale):
             return 1 / self.factor
         noise = self.noise_scale / self.batch
@@ -101,7 +99,7 @@ class TargetForecast:
 
     @property
     def worth_trying(self) -> bool:
-        """Whether at most three quarters of the steps would do."""
+        """Whether at most three quarters of the steps are needed."""
         return self.steps <= _WORTH
 
     def __str__(self) -> str:
@@ -126,38 +124,38 @@ def forecast_targets(
     seed: int = 0,
     reachable: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> TargetForecast:
-    """Measures what oracle targets would remove of the noise of the gradient, where training is.
+    """Measures the share of the gradient noise that oracle targets would remove now.
 
-    Ask after a tenth of the training or later: an untrained network says too little, because what
-    all samples have to teach it is most of what its gradients differ by. For each batch the cost is
-    one forward pass, two backward passes and one call of the oracle.
+    Call it after a tenth of the training or later: in an untrained network most of the gradient
+    differences come from what all samples teach. Each batch costs one forward pass, two backward
+    passes and one call of the oracle.
 
-    Nothing of the training changes: no gradient is accumulated and every generator within its reach
-    is put back. The module is in evaluation mode meanwhile: with dropout, whose noise no target
-    removes, the share is a little too large.
+    The training does not change: no gradient is accumulated and all generators are restored. The
+    module is in evaluation mode meanwhile: with dropout, whose noise no target removes, the share
+    is a little too large.
 
     Args:
         velocity: From `x_t`, (B, *), t, (B,), and labels, (B,) or None, to the velocity of the
             network (t = 0 is noise), (B, *).
-        module: Whose parameters are trained.
+        module: The module with the trained parameters.
         oracle: Bank and path.
         batches: Pairs of samples, (B, *), rows of the bank, and labels, (B,) or None: at least
             four, as large as those of the training. The last of an odd number counts less.
-        optimizer: That of the training, for the metric: of Adam and its like the second moments
-            (`exp_avg_sq`); and only the parameters that it steps count. Default: all of the module
-            that require a gradient, and P = 1.
+        optimizer: The optimizer of the training. Its parameters count, and Adam's second moments
+            (`exp_avg_sq`) are the metric. Default: all parameters of the module that require a
+            gradient, and P = 1.
         timesteps: How training draws t, default `Uniform()`.
         weight: From t, (B,), to the weight of the squared error of the velocity, default 1.
         class_wise: Whether the oracle is over the rows of the sample's class, default "auto": if
             the bank has classes and labels are given.
         seed: Of times and noise, default 0.
-        reachable: The times nearest to some, (B,), about which the model can be asked, as where
-            it counts whole steps; default those themselves.
+        reachable: From times, (B,), to the nearest ones that the model knows, for models with
+            whole steps; default the times themselves.
 
     Raises:
         ValueError: On fewer than four batches, batches of different sizes, a velocity of another
-            shape than `x_t` or without a graph, nothing that requires a gradient, an optimizer of
-            other parameters, or a gradient that is not finite.
+            shape than `x_t` or without a graph, no parameter that requires a gradient, an optimizer
+            of other parameters, or a gradient that is not finite.
 
     Example:
         >>> import torch
@@ -176,7 +174,7 @@ def forecast_targets(
     if not parameters:
         raise ValueError(
             f"Expected a module with parameters that require gradients, {type(module).__name__} "
-            "has none: unfreeze what is trained."
+            "has none: module.requires_grad_()."
         )
     draws, timesteps = torch.Generator().manual_seed(seed), timesteps or Uniform()
     removed: list[Tensor] = []
@@ -188,8 +186,8 @@ def forecast_targets(
         for number, (samples, classes) in enumerate(batches):
             if size not in (0, len(samples)):
                 raise ValueError(
-                    f"Expected batches of one size, got {size} and {len(samples)}. Leave a last "
-                    "smaller one out: DataLoader(drop_last=True)."
+                    f"Expected batches of one size, got {size} and {len(samples)}. Leave out a "
+                    "smaller last batch: DataLoader(drop_last=True)."
                 )
             size = len(samples)
             x1 = samples.to(parameters[0].device, torch.float32)
@@ -208,10 +206,10 @@ def forecast_targets(
                 )
             if not v.requires_grad:
                 raise ValueError(
-                    "Expected `velocity` to return a tensor with a graph, whose gradient can be "
-                    "asked for, got one without: leave `.detach()` and `torch.no_grad` out of it."
+                    "Expected `velocity` to return a tensor with a graph, got one without: leave "
+                    "`.detach()` and `torch.no_grad` out of it."
                 )
-            # Factors that all share, such as 2 / (B D), change no ratio, and would underflow.
+            # Common factors, such as 2 / (B D), change no ratio, and could underflow.
             pull = w * (v.detach() - u - gap)
             if isinstance(labels, MaskedLabels):  # padding is not in the loss
                 pull = labels.zero(pull)
@@ -234,7 +232,7 @@ def forecast_targets(
 def _metric(
     module: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """What is trained, and P of each parameter."""
+    """The trained parameters, and P of each."""
     parameters: list[Tensor] = []
     metric: list[Tensor | None] = []
     if optimizer is None:
@@ -264,10 +262,10 @@ def _estimate(removed: Tensor, kept: Tensor, signal: Tensor, batch: int) -> Targ
     pairs = removed[: 2 * len(kept)].reshape(-1, 2).mean(1)
     whole = (pairs + kept).mean()
     share = pairs.mean() / whole.clamp_min(1e-300)
-    # A ratio of means: its error is that of the mean of what each pair is off it (delta method).
+    # The error of a ratio of means, by the delta method.
     off = pairs - share * (pairs + kept)
     error = (off.square().sum() / (len(off) * (len(off) - 1))).sqrt() / whole.clamp_min(1e-300)
-    mean = signal - kept.mean() / count  # what noise adds to the square of a mean
+    mean = signal - kept.mean() / count  # without what noise adds to the square of a mean
     scale = torch.where(mean > 0, batch * whole / mean, torch.inf)
     f, wrong, samples, noise = torch.stack([share, error, scale, whole]).tolist()
     if not math.isfinite(noise):
@@ -277,8 +275,8 @@ def _estimate(removed: Tensor, kept: Tensor, signal: Tensor, batch: int) -> Targ
         )
     if noise == 0:
         raise ValueError(
-            "Expected gradients that are not all 0, got none: the optimizer steps none of the "
-            "parameters that the velocity depends on. Give the one that trains the network: "
+            "Expected a gradient that is not 0, got 0: the optimizer has none of the parameters "
+            "that the velocity depends on. Give the optimizer of the network: "
             "forecast_targets(..., optimizer=optimizer_of_the_network)."
         )
     return TargetForecast(f, wrong, samples, batch)
@@ -286,12 +284,12 @@ def _estimate(removed: Tensor, kept: Tensor, signal: Tensor, batch: int) -> Targ
 
 @dataclass(frozen=True)
 class SmoothingForecast:
-    """Where held-out error has left training error; printed, it is a sentence.
+    """The range of t where held-out error is above training error; printed, it is a sentence.
 
     Attributes:
-        t_from: From which t on, NaN if nowhere.
-        t_to: Up to which.
-        gap: Held-out over training error there, minus 1; NaN if nowhere.
+        t_from: Its lower end, NaN if there is none.
+        t_to: Its upper end.
+        gap: Held-out over training error there, minus 1; NaN if there is none.
     """
 
     t_from: float
@@ -317,17 +315,17 @@ class SmoothingForecast:
 def forecast_smoothing(
     probe: Mapping[str, Any], edges: Sequence[float], collapsed: float
 ) -> SmoothingForecast | None:
-    """Looks for what a model has learnt by heart where smoothing acts.
+    """Looks for a held-out gap where smoothing acts.
 
     Args:
         probe: One of `VelocityErrorMonitor.history`.
         edges: Of its bins of t, (T + 1,).
-        collapsed: From which t on smoothing acts, the collapsed boundary.
+        collapsed: The collapsed boundary, from which on smoothing acts.
 
     Returns:
-        What was found; None without held-out samples, or if no bin has its middle beyond the
+        The forecast; None without held-out samples, or if no bin has its middle beyond the
         boundary. There is a gap if over all those bins held-out error is above training error by
-        more than a tenth of that and by more than four standard errors; the range is from the first
+        more than a tenth of it and by more than four standard errors; the range is from the first
         of them to the last in which it is above by a tenth.
     """
     bins = torch.tensor(edges, dtype=torch.float64)

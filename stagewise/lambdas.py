@@ -1,9 +1,9 @@
 r"""How much of the oracle goes into a target: `lambda` in `u + lambda (u* - u)`.
 
-The optimum of the regression stays where it is as long as lambda is a function of `(x_t, t)` alone,
-or symmetric in the rows that the posterior is over: given those and `x_t`, each row is the source
-with its own weight, so `E[lambda (m - x_1)] = lambda (m - m) = 0`. All here are of that kind. One
-that reads the source itself, its weight for example, moves the optimum.
+The optimum of the regression does not move if lambda is a function of `(x_t, t)`, or symmetric in
+the rows of the posterior: given those and `x_t`, each row is the source with its own weight, so
+`E[lambda (m - x_1)] = lambda (m - m) = 0`. All lambdas here are of that kind. A lambda that reads
+the source, for example its weight, moves the optimum.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["Concentration", "Constant", "Hard", "Lambda", "LambdaLike", "Smooth"
 
 
 class Lambda(ABC):
-    """From times, and what the posterior looks like, to numbers in [0, 1]."""
+    """From times, and the largest weight of each posterior, to numbers in [0, 1]."""
 
     needs_boundary = False
     """Whether it depends on where the stages meet."""
 
     from_t = True
-    """Whether t alone decides, so that it is known before the posterior is."""
+    """Whether it depends on t only, so that it is known before the posterior."""
 
     @property
     def sparse(self) -> bool:
-        """Whether it is 0 over a range of t, so that queries there need not be asked."""
+        """Whether it is 0 over a range of t, where no query is needed."""
         return False
 
     @abstractmethod
@@ -98,7 +98,7 @@ class Constant(Lambda):
 
 @dataclass(frozen=True)
 class Hard(Lambda):
-    """1 in navigation, 0 in refinement, where no query is asked."""
+    """1 in navigation, 0 in refinement, where no query is needed."""
 
     needs_boundary = True
     sparse = True
@@ -113,7 +113,7 @@ class Hard(Lambda):
 
 @dataclass(frozen=True)
 class Smooth(Lambda):
-    """All of the oracle near noise, none near data, one half at the boundary.
+    """1 near noise, 0 near data, one half at the boundary.
 
     Args:
         width: In nats of the signal-to-noise ratio, default 1.
@@ -140,7 +140,7 @@ class Smooth(Lambda):
 
 @dataclass(frozen=True)
 class Concentration(Lambda):
-    """As much of the oracle as the posterior is undecided: `1 - max_i gamma_i`."""
+    """`1 - max_i gamma_i`: large where many rows share the posterior, 0 where it has collapsed."""
 
     from_t = False
 

@@ -1,4 +1,4 @@
-r"""What happens once in a training, read from its velocity probes: what is learnt, and by heart.
+r"""Events of a training, found in its velocity probes: navigation learned, memorization onset.
 
 **Navigation is learned** when the logarithm of the oracle error in navigation is flat over the last
 third of the probes (`transitions.is_flat`). In logarithms, because errors fall by factors: the fall
@@ -6,22 +6,21 @@ from an untrained model would hide all others.
 
 **Memorization begins**, for `memorization_onset`, when in some bin of t the conditional error on
 held-out samples is above that on training samples by more than a share of the latter, and by more
-than it was at the first probe, with four standard errors.
+than at the first probe, with four standard errors.
 
-**The gap opens**, for `GapWatch`, where learning helps training rows at the cost of others. With
-e(s) the error of one noisy sample at step s, and r the step at which held-out error was lowest in a
-bin of t,
+**The gap opens**, for `GapWatch`, when held-out error rises while training error falls. With e(s)
+the error of one noisy sample at step s, and r the step of the lowest held-out error in a bin of t,
 
     e_held-out(s) - e_held-out(r) > 0    and    e_train(s) - e_train(r) < 0,
 
 each on average over the samples of the bin, by several standard errors, at several probes in a row.
 The noisy samples are the same at all probes, so both are differences of pairs. Held-out rows that
-are harder than training rows differ from them at all steps, and do not open it. Late t show it
-first: from where the posterior has collapsed on one row the target of training is that row.
+are harder than training rows are so at all steps, and do not open the gap. Late t show it first:
+beyond the collapsed boundary the target of training is a row.
 
-**The law.** The step at which it begins grows like the number of rows N, while the step at which a
-model generalises does not depend on N (Bonnaire et al., arXiv 2505.17638): tau = c N for the same
-model, batch size and learning rate. `OnsetLaw` fits c, and from several N also the power.
+**The law.** The step of the onset grows like the number of rows N, while the step at which a model
+generalises does not depend on N (Bonnaire et al., arXiv 2505.17638): tau = c N for the same model,
+batch size and learning rate. `OnsetLaw` fits c, and from several N also the power.
 
 A history is a list of probes, ascending by step, as `VelocityErrorMonitor` reports them: dicts of
 plain numbers, and of lists over the bins of t.
@@ -59,12 +58,8 @@ def navigation_learned(
 ) -> dict[str, Any] | None:
     """The evidence that the oracle error in navigation has reached its plateau, or None.
 
-    Args:
-        history: The probes so far.
-        window: Probes that a line is fitted through at the least, at least 4; there is no evidence
-            before `2 * window` probes.
-        patience: Probes in a row at which it must be flat.
-        tolerance: What is flat, as a share of what has been gained, in logarithms.
+    `window` and `tolerance` are those of `is_flat`, in logarithms; the error must be flat at
+    `patience` probes in a row.
     """
     navigation = [probe["stages"]["train"]["navigation"] for probe in history]
     points = [stage["oracle"] for stage in navigation]
@@ -88,13 +83,10 @@ def navigation_learned(
 def memorization_onset(
     history: Sequence[Probe], edges: Sequence[float], *, patience: int, gap: float
 ) -> dict[str, Any] | None:
-    """The evidence that the gap of training and held-out error has opened, or None.
+    """The evidence that held-out error has risen above training error, or None.
 
-    Args:
-        history: The probes so far.
-        edges: Of their bins of t, (T + 1,).
-        patience: Probes in a row at which it must be open.
-        gap: Share of the training error by which the held-out error must be above it.
+    It must be above by `gap` times the training error at `patience` probes in a row, in some bin of
+    t between two of the `edges`, (T + 1,).
     """
     if len(history) < patience + 1 or history[-1]["gap"] is None:
         return None
@@ -118,7 +110,7 @@ def memorization_onset(
         "train": train,
         "held_out": held_out,
         "message": (
-            f"for t in [{low:.3f}, {high:.3f}] held-out error has left training error: up to "
+            f"for t in [{low:.3f}, {high:.3f}] held-out error is above training error: up to "
             f"{held_out:.4g} against {train:.4g}"
         ),
     }
@@ -146,7 +138,7 @@ class GapWatch:
     def update(
         self, step: int, train: Tensor, held_out: Tensor, edges: Tensor
     ) -> dict[str, Any] | None:
-        """Takes the errors of a probe; None while the gap is closed.
+        """Takes the errors of a probe at a step; None while the gap is closed.
 
         Args:
             step: Optimizer steps done.
@@ -155,9 +147,9 @@ class GapWatch:
             edges: Of the bins, (T + 1,).
 
         Returns:
-            The evidence: `t_from` and `t_to`, where it is open; of the bin where that is surest
-            `since` (the step of the lowest held-out error), `rise` and `fall` of held-out and
-            training error since then, as shares, and `z`, the rise in standard errors; a `message`.
+            The evidence: `t_from` and `t_to`, where the gap is open; for the bin with the largest
+            `z` (rise in standard errors) `since`, the step of the lowest held-out error, and `rise`
+            and `fall` of held-out and training error since then, as shares; and a `message`.
         """
         if self.lowest is None:
             self.lowest = train.clone(), held_out.clone()
@@ -171,7 +163,7 @@ class GapWatch:
         z = _scores(up)
         apart = (z > _SCORE) & (_scores(down) < -_SCORE) & (rise > _RISE)
         self.open, since = torch.where(apart, self.open + 1, 0), self.steps
-        # What is not finite is no lowest value, and does not stay one.
+        # A value that is not finite is never the lowest.
         lower = ~(up.mean(1) >= 0) & held_out.mean(1).isfinite()
         kept = lower[:, None]
         self.lowest = torch.where(kept, train, before), torch.where(kept, held_out, before_others)
@@ -195,21 +187,21 @@ class GapWatch:
         return evidence | {"message": message.format(**evidence)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: tensors."""
+        """What a resumed run needs, tensors."""
         if self.lowest is None:
             return {}
         train, held_out = self.lowest
         return {"train": train, "held_out": held_out, "steps": self.steps, "open": self.open}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         if state:
             self.lowest = state["train"], state["held_out"]
             self.steps, self.open = state["steps"], state["open"]
 
 
 def _scores(difference: Tensor) -> Tensor:
-    """Mean over standard error by bin, as normal deviates; see `standard_scores`."""
+    """Mean over standard error by bin, as normal deviates (`standard_scores`)."""
     count = difference.shape[1]
     error = difference.std(1) / math.sqrt(count)
     return standard_scores(difference.mean(1), error, torch.full((len(difference),), count))
@@ -218,10 +210,10 @@ def _scores(difference: Tensor) -> Tensor:
 class OnsetLaw:
     """The step tau at which memorization begins, from runs on fewer rows: tau = c N^p.
 
-    With one run p = 1, as published; with several both are fitted, by least squares in logarithms.
+    With one run p = 1, as published; with several both are fitted by least squares in logarithms.
 
     Args:
-        onsets: Steps of the onset, above 0, by the number of rows N of the run; at least one.
+        onsets: From the number of rows N of a run to the step of its onset, above 0; at least one.
 
     Example:
         >>> law = OnsetLaw({64: 400, 128: 900})
@@ -243,7 +235,7 @@ class OnsetLaw:
         self.scale = math.exp(steps.mean() - self.power * rows.mean())
 
     def __call__(self, rows: int) -> float:
-        """The step of the onset on so many rows."""
+        """The step of the onset with this number of rows."""
         return self.scale * rows**self.power
 
     def __repr__(self) -> str:

@@ -1,12 +1,11 @@
-"""Which numbers of a sample count: masks of padding and of varied lengths.
+"""Which numbers of a sample count: masks of padding and of different lengths.
 
-A mask is settled at the border. Numbers outside of it are set to zero, in rows and in noisy samples
+A mask is applied once, on input. Numbers outside of it are set to zero, in rows and noisy samples
 alike, and a sample is compared with rows of the same mask only: its class is the pair of label and
-mask. Distances, weights and nearest rows then count valid numbers by themselves, and corrections
-are zero outside. Only means over the numbers of a sample must know how many are valid
-(`mean_of`, `mean_square`).
+mask. Distances, weights and nearest rows are then those of the valid numbers, and corrections are
+zero outside. Only means over the numbers of a sample need their count (`mean_of`, `mean_square`).
 
-A pair is known by one number, the same for every bank: with fixed odd weights `w_j`, modulo 2^64,
+A pair has one key, the same for every bank: with fixed odd weights `w_j`, modulo 2^64,
 
     key = sum_{j valid} w_j + (2 label + 1) c,    without the last term where there is no label.
 """
@@ -21,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from stagewise.device_checks import require_all
 
 __all__ = [
     "MaskedLabels",
@@ -42,7 +43,7 @@ __all__ = [
 T = TypeVar("T")
 
 _FEW = 10
-"""Rows below which it is said how few the median sample is compared with."""
+"""A warning is given if the median sample is compared with fewer rows."""
 
 _LABEL = 0x1E3779B97F4A7C15
 """c: odd, and without a pattern in its bits."""
@@ -50,10 +51,10 @@ _LABEL = 0x1E3779B97F4A7C15
 
 @dataclass(frozen=True, eq=False)
 class MaskedLabels:
-    """The class of each of B samples, where samples have masks: what stands for labels.
+    """The labels of B samples that have masks.
 
     Attributes:
-        labels: (B,), whole numbers, or a list of such and None; or None for no classes.
+        labels: (B,), whole numbers, or a list of whole numbers and None; None for no classes.
         mask: (B, *), bool, as it was given: true where a number counts.
         shape: Of a sample; `mask` broadcasts to it, from the left.
     """
@@ -64,7 +65,7 @@ class MaskedLabels:
 
     @classmethod
     def of(cls, labels: Any, mask: Tensor, x: Tensor) -> MaskedLabels:
-        """Those of samples `x`, (B, *), with a mask as in `as_mask`."""
+        """From the labels of samples `x`, (B, *), and a mask as in `as_mask`."""
         if isinstance(labels, MaskedLabels):
             labels = labels.labels
         shape = tuple(x.shape[1:])
@@ -98,7 +99,7 @@ class MaskedLabels:
         return key + torch.where(none.to(key.device), 0, (2 * labels + 1) * _LABEL)
 
     def forms(self) -> dict[str, Tensor]:
-        """What a network may be given of a mask: itself, its contrary, lengths; (B, *) or (B,)."""
+        """The forms in which a network may take it: mask, inverse, lengths; (B, *) or (B,)."""
         return {"mask": self.mask, "~mask": ~self.mask, "lengths": self.mask.flatten(1).sum(1)}
 
     def is_told_by(self, value: object) -> bool:
@@ -106,7 +107,7 @@ class MaskedLabels:
         return isinstance(value, Tensor) and self.form_of(value) is not None
 
     def form_of(self, value: Tensor) -> str | None:
-        """The name of the form that a value is; None if it is none."""
+        """The name of the form that equals a value, or None."""
         for name, form in self.forms().items():
             alike = value.numel() == form.numel() and len(value) == len(form)
             if alike and bool((value.detach().reshape(form.shape).to(form.device) == form).all()):
@@ -114,11 +115,11 @@ class MaskedLabels:
         return None
 
     def unlabelled(self) -> MaskedLabels:
-        """The masks alone."""
+        """The masks without labels."""
         return replace(self, labels=None)
 
     def zero(self, x: Tensor) -> Tensor:
-        """Samples (B, *) or (B, D) with zeros outside of the mask; `x` where all count."""
+        """Samples (B, *) or (B, D) with zeros outside of the mask."""
         return x.where(self.entries.reshape(x.shape).to(x.device), 0)
 
     def __len__(self) -> int:
@@ -133,7 +134,7 @@ class MaskedLabels:
         return replace(self, labels=labels, mask=self.mask[at])
 
     def to(self, device: torch.device | str) -> MaskedLabels:
-        """The same elsewhere."""
+        """The same on a device."""
         labels = self.labels.to(device) if isinstance(self.labels, Tensor) else self.labels
         return replace(self, labels=labels, mask=self.mask.to(device))
 
@@ -142,37 +143,28 @@ class MaskedLabels:
         return self.to("cpu")
 
     def tolist(self) -> list[int]:
-        """Their keys, which are the classes of a bank with masks."""
+        """The keys, which are the classes of a bank with masks."""
         return self.keys().tolist()
 
 
 def as_mask(mask: Any, count: int, shape: tuple[int, ...]) -> Tensor:
-    """A mask, checked against `count` samples of a shape.
+    """A mask, checked against `count` samples of a shape: bool, (B, *), true where a number counts.
 
-    Args:
-        mask: Bool, (B, *): true where a number counts. Its axes are the first of the samples', each
-            of their size or 1: (B, L) or (B, L, 1) for samples (B, L, d), (B, 1, L) for (B, d, L).
-            Or integers, (B,): how many steps along the first axis of a sample count.
-        count: B.
-        shape: Of a sample.
-
-    Returns:
-        Bool, (B, *), with at most as many axes as the samples.
-
-    Raises:
-        TypeError: If it is no tensor of bools, nor lengths.
-        ValueError: If it has another shape, a length is beyond it, or a mask is all false.
+    Its axes are the first of the samples', each of their size or 1: (B, L) or (B, L, 1) for samples
+    (B, L, d), (B, 1, L) for (B, d, L). Lengths are accepted too: integers, (B,), how many steps
+    along the first axis of a sample count. Raises a TypeError for other types, a ValueError for
+    another shape, a length beyond it, or a mask that is all false.
     """
     kind = f"{mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-    lengths = isinstance(mask, Tensor) and mask.ndim == 1 and not mask.is_floating_point()
-    if lengths and mask.dtype != torch.bool and len(mask) == count:
-        known = mask <= shape[0]
-        message = f"Expected lengths of at most {shape[0]}, the steps of a sample"
-        if mask.device.type != "cpu":
-            torch._assert_async(known.all(), message)
-        elif not known.all():
-            raise ValueError(f"{message}, got {int(mask.max())}. Give those of the samples as cut.")
-        mask = torch.arange(shape[0], device=mask.device) < mask[:, None]
+    flat = isinstance(mask, Tensor) and mask.ndim == 1 and not mask.is_floating_point()
+    if flat and mask.dtype != torch.bool and len(mask) == count:
+        lengths = mask
+        require_all(
+            lengths <= shape[0],
+            f"Expected lengths of at most {shape[0]}, the steps of a sample",
+            lambda: f", got {int(lengths.max())}. Give the lengths after cutting.",
+        )
+        mask = torch.arange(shape[0], device=mask.device) < lengths[:, None]
     elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(
             f"Expected `mask` of bools, true where a number counts, got {kind}. Give mask.bool(), "
@@ -187,12 +179,11 @@ def as_mask(mask: Any, count: int, shape: tuple[int, ...]) -> Tensor:
             f"got {tuple(mask.shape)}.{cure}"
         )
     valid = mask.flatten(1).any(1)
-    message = "Expected masks with a valid number at least"
-    if mask.device.type != "cpu":
-        torch._assert_async(valid.all(), message)
-    elif not valid.all():
-        row = int((~valid).nonzero()[0])
-        raise ValueError(f"{message}, got none in row {row}. Leave such samples out.")
+    require_all(
+        valid,
+        "Expected masks with at least one valid number",
+        lambda: f", got none in row {int((~valid).nonzero()[0])}. Leave such samples out.",
+    )
     return mask
 
 
@@ -202,61 +193,57 @@ def masked(labels: Any, mask: Tensor | None, x: Tensor) -> Any:
 
 
 def compared_within(labels: T, class_wise: bool) -> T | None:
-    """What a sample's posterior is over: its class, or all rows, but always those of its mask."""
+    """What limits the rows of a posterior: label and mask, or without `class_wise` the mask."""
     if class_wise:
         return labels
     return labels.unlabelled() if isinstance(labels, MaskedLabels) else None  # type: ignore[return-value]
 
 
 def require_same_masks(bank: Any, x1: Tensor, labels: object) -> None:
-    """Refuses samples whose masks are not those of the bank's rows that they are.
-
-    Args:
-        bank: A `LatentBank`.
-        x1: Samples, (B, *).
-        labels: `MaskedLabels`; others are those of samples without masks.
-
-    Raises:
-        ValueError: With the cure.
-    """
-    masks = labels if isinstance(labels, MaskedLabels) else None
-    if masks is None and bank.pairs is None:
+    """Refuses samples, (B, *), that equal rows of a `LatentBank` but have other masks."""
+    _require_both(bank, labels)
+    if not isinstance(labels, MaskedLabels):
         return
-    if bank.pairs is None:
-        raise ValueError(
-            "The batch has masks, and the bank has none: its padding counts as data. Build it "
-            "with them: LatentBank(x, labels, mask=mask)."
-        )
-    if masks is None:
-        raise ValueError(
-            "The bank has masks, and none came with the samples: mask=mask, or in a trainer "
-            "read_batch=lambda batch: (batch[0], None, batch[1])."
-        )
-    whole, (x1, of_masks) = x1, fitted(x1, masks, bank.shape)
+    whole, (x1, of_masks) = x1, fitted(x1, labels, bank.shape)
     if x1.shape[1:] != bank.shape:
-        return  # what is trained on is made of these samples
+        return  # the training computes its samples from these
     rows = bank.find(x1)
-    if whole.shape == x1.shape:  # a mask of fewer numbers than its row's makes another row of it
+    if whole.shape == x1.shape:  # with a mask of fewer numbers than its row's it equals no row
         rows = rows.where(rows >= 0, bank.find(whole))
     wrong = ((rows >= 0) & (bank.find(x1, of_masks) < 0)).nonzero()[:, 0].tolist()
     if wrong:
         at, row = wrong[0], int(rows[wrong[0]])
         both = bank.classes_of([row]), of_masks[[at]]
-        has, said = (int(one.forms()["lengths"][0]) for one in both)
+        has, given = (int(one.forms()["lengths"][0]) for one in both)
         raise ValueError(
             f"Expected the mask of each row, but x_1 {at} of the batch is row {row} of the bank, "
-            f"which has {has} valid steps, and the batch says {said}. Give bank and batch the same "
-            "mask."
+            f"which has {has} valid steps, and the batch says {given}. Give bank and batch the "
+            "same mask."
         )
 
 
+def _require_both(bank: Any, labels: object) -> None:
+    """Refuses samples with masks and a bank without, or the other way round."""
+    if (bank.pairs is not None) == isinstance(labels, MaskedLabels):
+        return
+    if bank.pairs is None:
+        raise ValueError(
+            "Expected a bank with masks for samples that have some, got one without: its padding "
+            "counts as data. LatentBank(x, labels, mask=mask)."
+        )
+    raise ValueError(
+        "Expected the masks of the samples, as the bank has masks, got none: mask=mask, or in a "
+        "trainer read_batch=lambda batch: (batch[0], None, batch[1])."
+    )
+
+
 def few_rows(bank: Any) -> str:
-    """What to say of a `LatentBank` whose masks are so many that few rows share one, or empty."""
+    """A warning for a `LatentBank` with so many masks that few rows share one; empty otherwise."""
     if bank.pairs is None or bank.median_class >= _FEW:
         return ""
     return (
-        f"A sample is compared with those of its mask only, the median one with "
-        f"{bank.median_class} rows of {len(bank)}: over so few a posterior collapses early."
+        f"A sample is compared with rows of its mask only, the median one with "
+        f"{bank.median_class} of {len(bank)}: over so few rows a posterior collapses early."
     )
 
 
@@ -273,29 +260,19 @@ def zeroed(x: Tensor, labels: object) -> Tensor:
 def as_asked(
     bank: Any, x: Tensor, labels: Any, null_class: int | None
 ) -> tuple[Tensor, Tensor | None, Any]:
-    """Queries as a `LatentBank` is asked: samples, (B, *), which of their numbers count, classes.
+    """Queries for a `LatentBank`: samples, (B, *), which of their numbers count, and classes.
 
-    Raises:
-        ValueError: If samples have masks and the bank has none, or the other way round.
+    Refuses samples with masks and a bank without, or the other way round.
     """
+    _require_both(bank, labels)
     if not isinstance(labels, MaskedLabels):
-        if bank.pairs is not None:
-            raise ValueError(
-                "Expected the masks of the samples, as the bank has masks, got none: mask=mask, "
-                "or in a training read_batch=lambda batch: (batch[0], None, batch[1])."
-            )
         return x, None, labels
-    if bank.pairs is None:
-        raise ValueError(
-            "Expected a bank with masks for samples that have some, got one without: its padding "
-            "counts as data. LatentBank(x, labels, mask=mask)."
-        )
     x, labels = fitted(x, labels, bank.shape)
     return x, labels.entries.flatten(1), labels.keys(null_class)
 
 
 def cut(flat: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Rows (B, D) as samples of a shape, cut to the shape of those that were given."""
+    """Rows (B, D) as samples of `shape`, cut to the shape of `like`."""
     x = flat.reshape(-1, *shape)
     return x if x.shape == like.shape else x[tuple(slice(n) for n in like.shape)]
 
@@ -315,7 +292,7 @@ def fitted(x: Tensor, labels: T, shape: tuple[int, ...]) -> tuple[Tensor, T]:
     known = mask.ndim - 1
     if any(missing[known:]):
         mask, known = labels.entries, len(own)
-    # An axis of size 1 that stands for all numbers has to stay apart from those that are added.
+    # An axis of size 1 means all numbers, but not those that are added.
     axes = zip(mask.shape[1:], own, missing, strict=False)
     mask = mask.expand(-1, *(a if more else m for m, a, more in axes))
     mask = _padded(mask, missing[:known])
@@ -327,7 +304,7 @@ def _padded(x: Tensor, missing: list[int]) -> Tensor:
 
 
 def join(parts: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
-    """Samples and labels of several batches as one; masked ones are padded to the longest."""
+    """Samples and labels of several batches as one; those with masks are padded to the longest."""
     masks = [labels for _, labels in parts if isinstance(labels, MaskedLabels)]
     if masks:
         longest = tuple(max(sizes) for sizes in zip(*(one.shape for one in masks), strict=True))
@@ -346,15 +323,13 @@ def join(parts: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
 
 
 def mean_of(x: Tensor, labels: object = None) -> Tensor:
-    """The mean of the numbers of each sample that count, `x` (B, *): (B,)."""
+    """The mean over the numbers of each sample that count, `x` (B, *): (B,)."""
     if not isinstance(labels, MaskedLabels):
         return x.flatten(1).mean(1)
     return labels.zero(x).flatten(1).sum(1) / labels.counts.to(x.device)
 
 
 def mean_square(x: Tensor, labels: object = None) -> Tensor:
-    """The mean square of the numbers of each sample that count, `x` (B, *): (B,).
-
-    Others are set to zero before the square, whose gradient would make NaN of a NaN there.
-    """
+    """The mean square over the numbers of each sample that count, `x` (B, *): (B,)."""
+    # Zero before the square: its gradient at a NaN is NaN.
     return mean_of(zeroed(x, labels).square(), labels)

@@ -1,12 +1,12 @@
-r"""Samples that a model finishes, the same in all probes, to see which of them copy a training row.
+r"""Samples of a model, from the same noise in all probes, to see which of them copy a training row.
 
-Two questions (Liu et al., arXiv 2512.02826). From which time on does the model copy? The oracle
-leads each sample from noise to `t_switch`, and the model finishes it (Fig. 5); at 0 the model is
-alone. What does it make of rows that it has not seen? Held-out rows noised to `t_resume`,
+Two measurements (Liu et al., arXiv 2512.02826). From which t on does the model copy? The oracle
+integrates each sample from noise to `t_switch`, and the model from there (Fig. 5); at 0 it is the
+model alone. What does the model make of held-out rows? They are noised to `t_resume`,
 
     x_t = a_t x_1 + s_t x_0,
 
-are finished by the model (Fig. 6). `stagewise.copies` says which samples are copies.
+and the model integrates from there (Fig. 6). `stagewise.copies` says which samples are copies.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from stagewise.sampling import Velocity, sample, time_grid
 __all__ = ["METHOD", "MemorizationProbe"]
 
 METHOD = "euler"
-"""Of integration. It does not ask at t = 1, where the oracle is singular."""
+"""The solver. It does not ask at t = 1, where the oracle is singular."""
 
 
 class MemorizationProbe:
     """Noise, labels and held-out rows that stay the same throughout a run.
 
-    What the oracle does before `t_switch` does not depend on the model: it is computed once and
-    kept on the CPU.
+    The oracle's part, before `t_switch`, does not depend on the model: it is computed once and kept
+    on the CPU.
 
     Args:
         oracle: Bank and path.
@@ -46,12 +46,12 @@ class MemorizationProbe:
         steps: From t = 0 to 1.
         seed: Of noise and labels; the samples are the same on any number of ranks.
         rank: This process holds every `world_size`-th sample, from `rank` on.
-        world_size: See `rank`.
-        reachable: The times nearest to some, (B,), about which the model can be asked.
+        world_size: Number of processes.
+        reachable: From times, (B,), to the nearest ones that the model knows.
 
     Attributes:
-        labels: Classes of the samples, (n,), as often as among the rows; None if nobody is given
-            any.
+        labels: Classes of the samples, (n,), as frequent as in the bank; None if neither model nor
+            oracle is given any.
         x1: The held-out rows of this rank, None if there are none.
     """
 
@@ -88,26 +88,26 @@ class MemorizationProbe:
 
     @property
     def masks(self) -> MaskedLabels | None:
-        """Those of the samples, None without any."""
+        """The masks of the samples, None without any."""
         return self.labels if isinstance(self.labels, MaskedLabels) else None
 
     @property
     def x1_masks(self) -> MaskedLabels | None:
-        """Those of the held-out rows."""
+        """The masks of the held-out rows, None without any."""
         found = None if self.x1 is None else self._x1_labels
         return found if isinstance(found, MaskedLabels) else None
 
     def generate(
         self, velocity: Callable[[Tensor, Tensor, Any], Tensor], device: torch.device
     ) -> tuple[dict[float, Tensor], dict[float, tuple[Tensor, Tensor]]]:
-        """What the model makes of the samples of this rank.
+        """Samples of this rank, on the model's device.
 
         Args:
             velocity: From `x_t`, (B, *), t, (B,), and labels to the velocity, (B, *).
-            device: That of the model.
+            device: The model's.
 
         Returns:
-            By `t_switch` the samples; by `t_resume` the noised rows and what became of them.
+            By `t_switch` the samples; by `t_resume` the noised rows and the samples made from them.
         """
         model, made = self._of_model(velocity, self.labels, device), {}
         for t in self._t_switch:
@@ -151,7 +151,7 @@ class MemorizationProbe:
         return self._oracle.inner.velocity(xt.to(place), t.to(place), labels).to(xt)
 
     def _led_to(self, t: float, device: torch.device) -> Tensor:
-        """The samples where the model takes over."""
+        """The samples at `t`, from where the model continues."""
         if t not in self._led:
             x, end = self._noise.to(device), self._asked(t)
             led = x if t == 0 else self._integrate(self._of_oracle, x, 0.0, end)
@@ -174,6 +174,6 @@ class MemorizationProbe:
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:
-    """One whose draws are not those of `torch.manual_seed(seed)`, with which data may be made."""
+    """A generator independent of `torch.manual_seed(seed)`, which may have made the data."""
     mixed = np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed) >> 1)

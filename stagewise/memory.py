@@ -1,4 +1,4 @@
-"""How much memory a bank needs, where there is enough, and what to say when it does not fit."""
+"""How much memory a bank needs, and how much there is."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["available_memory", "format_bytes", "oracle_device", "require_memory"
 
 
 def available_memory(device: torch.device | str = "cpu") -> float | None:
-    """Bytes that can still be allocated on `device`, or None where that cannot be told."""
+    """Bytes that can still be allocated on `device`, or None if that is unknown."""
     device = torch.device(device)
     if device.type == "cuda":
-        # What torch holds and nobody uses is free too.
+        # Memory that torch has reserved and does not use is free too.
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
     if device.type != "cpu" or not os.path.exists("/proc/meminfo"):
@@ -38,21 +38,18 @@ def _control_group() -> float:
 
 
 def oracle_device(device: torch.device) -> torch.device:
-    """Where an oracle can be asked beside a model on `device`: MPS lacks the float64 it needs."""
+    """The device for an oracle beside a model on `device`: MPS lacks the float64 it needs."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes for people, such as "10.5 GB"."""
+    """A number of bytes as text, such as "10.5 GB"."""
     unit = max(0, min(4, int(math.log10(max(count, 1)) // 3)))
     return f"{count / 1000**unit:.{1 if unit else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
 def require_memory(num_rows: int, dim: int, dtype: torch.dtype, copies: int = 1) -> None:
-    """Refuses N rows of D numbers that do not fit into host memory, with the ways to make them fit.
-
-    `copies` is the number of processes on this host that each hold the bank.
-    """
+    """Refuses N x D numbers, in each of `copies` processes, that do not fit into host memory."""
     need, have = copies * num_rows * dim * dtype.itemsize, available_memory()
     if have is None or need <= have:
         return

@@ -1,15 +1,15 @@
-r"""The one exact search for nearest rows of a bank: for its own rows, or for any samples.
+r"""The exact search for nearest rows of a bank: for its own rows, or for any samples.
 
-All are compared by a float32 product. With `u = 2^-24` a product of D numbers is off by less than
-`8 sqrt(D) u |q| |x|` (the probabilistic bound of Higham and Mary, SIAM J. Sci. Comput. 41, 2019,
-with lambda = 8), so with `c = 8 (sqrt(D) + 1) u`
+All rows are compared by a float32 product. With `u = 2^-24` a product of D numbers is off by less
+than `8 sqrt(D) u |q| |x|` (the probabilistic bound of Higham and Mary, SIAM J. Sci. Comput. 41,
+2019, with lambda = 8), so with `c = 8 (sqrt(D) + 1) u`
 
     (1 - c) (|q|^2 + |x|^2) - 2 <q, x>  <=  |q - x|^2.
 
 16-bit rows on an accelerator are multiplied in their own type, the query in two parts, which adds
-to c what `products.rounding` says. For the rows where the bound is smallest the distance is
-computed again, from differences. Where it is not below the bound of all other rows, more are
-computed, until the nearest are known for certain.
+`products.rounding` to c. For the rows with the smallest bounds the distance is computed again, from
+differences. If it is not below the bounds of all other rows, more are computed, until the nearest
+are certain.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["Search", "nearest_others", "progress_bar", "rank_distances"]
 T = TypeVar("T")
 
 Settle: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-"""What is concluded from the n nearest rows of b queries. Takes the numbers of the queries,
-(b,), the distances, ascending, and the rows, (b, n), and the least distance of all other rows,
-(b, 1). Gives whether that is enough to know, (b,), and what is known then, tensors (b, ...)."""
+"""The result for b queries from their n nearest rows. Takes the numbers of the queries, (b,), the
+distances, ascending, and the rows, (b, n), and the least distance of all other rows, (b, 1).
+Returns whether these rows are enough, (b,), and the result, tensors (b, ...)."""
 
 _BOUNDS = {"cpu": 2**25}
 """Bounds, and on a CPU numbers of rows, held at a time; elsewhere 2^28."""
@@ -44,24 +44,18 @@ _SPARE = 16
 
 
 class Search:
-    """The rows of a scope, for batches of queries.
-
-    Args:
-        bank: The rows.
-        scope: Which of them.
-        device: Where to compute.
-    """
+    """A search among some rows of a bank, for batches of queries."""
 
     def __init__(self, bank: LatentBank, scope: slice, device: torch.device) -> None:
         self.bank, self.scope, self.device = bank, scope, device
         self.dtype = working_dtype(bank.dtype, device)
-        # Distances of its own rows from one another are computed in this.
+        # The type in which distances between rows of the bank are computed.
         self.exact = torch.promote_types(self.dtype, torch.float32)
         self.slack = 8 * (math.sqrt(bank.dim) + 1) * 2.0**-24
         if self.dtype in (torch.bfloat16, torch.float16):
             self.slack += 8 * sum(rounding(self.dtype, bank.dim, truncates=True))
         shift = (bank.centre - bank.offset).to(device)
-        # Rows far from 0 would lose their differences in a product.
+        # In a product, rows far from 0 would lose their differences.
         self.shift = shift.to(self.dtype) if float(shift.norm()) > bank.radius else None
         self.norms: Tensor | None = None  # known after the first pass
 
@@ -76,16 +70,16 @@ class Search:
         number: Tensor,
         bounds: Tensor | None = None,
     ) -> list[Tensor]:
-        """What `settle` concludes for each query. Syncs once a call, whatever the queries are.
+        """The results of `settle` for each query. One sync per round of computed distances.
 
         Args:
             query: (b, D), samples less the bank's offset, on the device. Distances are computed in
                 their dtype.
-            count: How many rows `settle` needs; more are computed where they are not enough.
-            settle: See `Settle`.
-            number: What the queries are called there, (b,).
-            bounds: Filled with the lower bounds on the squared distances, less `squares(query)`, if
-                given, (b, n).
+            count: How many rows `settle` needs at first.
+            settle: As in `Settle`.
+            number: The queries' numbers for `settle`, (b,).
+            bounds: If given, (b, n), filled with the lower bounds on the squared distances, less
+                `squares(query)`.
         """
         count = min(count + _SPARE, len(self))
         value, column = self._lowest(query, min(count + 1, len(self)), bounds)
@@ -109,7 +103,7 @@ class Search:
         return (1 - self.slack) * norms.square()
 
     def differ(self, rows: Tensor) -> Tensor:
-        """Which of the rows, (b, n), are not equal to the first in their line."""
+        """Which of the rows, (b, n), differ from the first in their line."""
         return torch.cat([(x != x[:, :1]).any(2).to(self.device) for _, x in self._gather(rows)])
 
     def _centred(self, rows: Tensor) -> Tensor:
@@ -120,7 +114,7 @@ class Search:
     def _lowest(self, query: Tensor, count: int, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
         """The `count` smallest bounds, ascending, and their places in the scope, (b, count)."""
         centred, start = self._centred(query), self.scope.start
-        host = self.device.type == "cpu"  # where rows are copied to be converted
+        host = self.device.type == "cpu"  # rows are copied there to be converted
         held = _BOUNDS.get(self.device.type, 2**28)
         size = max(count, held // max(len(query), self.bank.dim if host else 1))
         value = query.new_empty(len(query), 0, dtype=torch.float32)
@@ -148,11 +142,11 @@ class Search:
         return torch.cat(distances)
 
     def _gather(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows (b, n) as they are stored, (m, n, D), for some lines at a time."""
+        """Stored rows (b, n), as (m, n, D) for some lines at a time."""
         stored, count = self.bank.rows, rows.shape[1]
         held = _GATHER.get(stored.device.type, 2**26)
         step = max(1, min(len(rows), held // (count * self.bank.dim)))
-        # One buffer, because fresh memory costs more than what is done with it here.
+        # One buffer, because new memory costs more than the work on it.
         buffer = stored.new_empty(step * count, self.bank.dim)
         for first in range(0, len(rows), step):
             index = rows[first : first + step].flatten().to(stored.device)
@@ -167,14 +161,7 @@ def nearest_others(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """The nearest other rows of each row; exact copies of it are not among them.
-
-    Args:
-        bank: The rows.
-        count: K.
-        class_wise: Whether to look among rows of the same class only.
-        device: Where to compute, default where the rows are.
-        progress: Whether to show a bar; without tqdm there is none.
+    """The `count` nearest other rows of each row, without its duplicates.
 
     Returns:
         Nearest first, in the bank's own order, (N, K), int32, on the CPU; -1 where there are fewer.
@@ -198,19 +185,12 @@ def rank_distances(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """How far the nearest, 2nd, 4th, ..., 2^h-th nearest other row of each row is, at least.
-
-    Args:
-        bank: The rows.
-        class_wise: Whether to compare rows of the same class only.
-        device: Where to compute, default where the rows are.
-        progress: Whether to show a bar; without tqdm there is none.
+    """Lower bounds on the distance of the nearest, 2nd, 4th, ..., 2^h-th nearest other row.
 
     Returns:
-        Lower bounds on the distances, infinite where there are fewer rows, (N, H), float32: the
-        first is exact to 1e-6, the others as far as the product is. And how many rows are exact
-        copies, which are not among the others: of all compared and of the own class, (N, 2), int32.
-        Both on the CPU.
+        The bounds, infinite where there are fewer rows, (N, H), float32: the first is exact to
+        1e-6, the others as far as the product is. And the number of duplicates, which are not among
+        the other rows: of all compared and of the own class, (N, 2), int32. Both on the CPU.
     """
     longest = max(scope.stop - scope.start for scope in _scopes(bank, class_wise))
     ranks = 2 ** torch.arange(max(1, (longest - 1).bit_length()))
@@ -218,39 +198,39 @@ def rank_distances(
     ends = ends.repeat_interleave(ends.diff(dim=1)[:, 0], dim=0).to(device or bank.device)
 
     def settle(number: Tensor, distance: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, ...]:
-        count, twins = rows.shape[1], distance == 0  # the row itself and its copies
+        count, twins = rows.shape[1], distance == 0  # the row itself and its duplicates
         others = twins.sum(1, keepdim=True)
         first = distance.gather(1, others.clamp_max(count - 1))
         place = others - 1 + ranks.to(rows.device)
-        # What was not computed is no nearer than the limit.
+        # Rows that were not computed are no nearer than the limit.
         near = distance.minimum(limit).gather(1, place.clamp_max(count - 1))
         near = near.masked_fill(place >= count, torch.nan)
         own = ends[number]
         inside = twins & (rows >= own[:, :1]) & (rows < own[:, 1:])
-        copies = torch.stack([twins.sum(1), inside.sum(1)], dim=1) - 1
-        return ((others < count) & (first <= limit))[:, 0], near, copies
+        duplicates = torch.stack([twins.sum(1), inside.sum(1)], dim=1) - 1
+        return ((others < count) & (first <= limit))[:, 0], near, duplicates
 
     def of_block(search: Search, query: Tensor, number: Tensor) -> list[Tensor]:
         bounds = torch.empty(len(query), len(search), device=search.device)
-        near, copies = search.ask(query, 1, settle, number, bounds)
-        place = copies[:, :1] + ranks.to(search.device)
-        # Which of equal numbers is found may differ from run to run, the number does not.
+        near, duplicates = search.ask(query, 1, settle, number, bounds)
+        place = duplicates[:, :1] + ranks.to(search.device)
+        # kthvalue may find another one of equal numbers in each run.
         if search.device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
             far = _sorted(bounds).gather(1, place.clamp_max(len(search) - 1))
         else:
             far = _of_rank(bounds, ranks.tolist())
         far = far + search.squares(query)
         reach = torch.where(near.isnan(), root(far), near)
-        # Below the true distance after roundings to float32, too.
+        # Stays below the true distance after rounding to float32.
         reach = (reach * (1 - 2.0**-22)).masked_fill(place >= len(search), torch.inf)
-        return [reach.float(), copies.int()]
+        return [reach.float(), duplicates.int()]
 
-    distances, copies = _of_rows(bank, of_block, class_wise, device, progress, "certificate", 1)
-    return distances, copies
+    distances, duplicates = _of_rows(bank, of_block, class_wise, device, progress, "certificate", 1)
+    return distances, duplicates
 
 
 def progress_bar(parts: Iterable[T], total: int, progress: bool, title: str) -> Iterable[T]:
-    """The parts, with a bar if that is wanted and tqdm is there."""
+    """The parts, with a progress bar if `progress` and tqdm is installed."""
     if progress:
         try:
             from tqdm.auto import tqdm
@@ -261,7 +241,7 @@ def progress_bar(parts: Iterable[T], total: int, progress: bool, title: str) -> 
 
 
 def root(square: Tensor) -> Tensor:
-    """The root of a bound on a squared distance, 0 where that says nothing."""
+    """The root of a bound on a squared distance, 0 for a negative one."""
     return square.double().clamp_min(0).sqrt()
 
 
@@ -274,7 +254,7 @@ def _of_rows(
     title: str,
     least: int = 512,
 ) -> list[Tensor]:
-    """Asks all rows of a bank, at least so many at a time; the results on the CPU."""
+    """Searches for all rows of a bank, at least `least` at a time; the results on the CPU."""
     place = torch.device(device or bank.device)
     numbers = _BOUNDS.get(place.type, 2**28)
     blocks = [
@@ -303,15 +283,12 @@ def _scopes(bank: LatentBank, class_wise: bool) -> list[slice]:
 
 
 def _of_rank(x: Tensor, ranks: list[int]) -> Tensor:
-    """The numbers of each line that so many are below, (b, H), without a sort of all.
-
-    Where a row has copies these are among those below, and the number is a bound from below.
-    """
+    """The (rank + 1)-th smallest numbers of each line, (b, H), without a full sort."""
     return torch.stack([x.kthvalue(min(rank + 1, x.shape[1])).values for rank in ranks], dim=1)
 
 
 def _sorted(x: Tensor) -> Tensor:
-    """Sorts along the second axis, in place where that is possible."""
+    """`x` sorted along the second axis, on a CPU in place."""
     if x.device.type != "cpu":
         return x.sort(dim=1).values
     x.numpy().sort(axis=1)  # without the indices that torch adds: some 20 times as fast

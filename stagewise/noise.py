@@ -1,12 +1,12 @@
-r"""Whether noise is what the closed form of the oracle needs: normal, and independent of the data.
+r"""Tests of the noise that the oracle assumes: standard normal, and independent of the data.
 
-A mean and a mean square are tested, each within six standard errors, the latter by Wilson and
+Mean and mean square are tested, each within six standard errors, the latter by Wilson and
 Hilferty's cube root, which holds for few numbers too. Independence is tested by
 
     z = sum_i <x0_i, x1_i - mean(x1)> / sqrt(sum_i |x1_i - mean(x1)|^2),
 
-which is standard normal for standard normal `x0`, whatever the data are. Pairs coupled within a
-batch make it large and positive.
+which is standard normal for standard normal `x0` and any data. Pairs coupled within a batch make it
+large and positive.
 """
 
 from __future__ import annotations
@@ -42,11 +42,9 @@ def can_tell(path: PathCoefficients, dtype: torch.dtype) -> Tensor:
 
 
 def noise_of(path: Path, xt: Tensor, t: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """The noise of noisy samples, `(x_t - a_t x_1) / s_t`, and where that can be said.
+    """The noise of noisy samples, `(x_t - a_t x_1) / s_t`, (B, *), float32, and `can_tell`, (B,).
 
-    Returns:
-        `x_0`, (B, *), float32, and whether sigma is so large that the rounding of `xt` leaves at
-        least a tenth of it unspoilt, (B,). Elsewhere it is 0.
+    Where sigma is lost in the rounding of `xt` the noise is 0.
     """
     values = path(t.to(torch.float32))
     known = can_tell(values, xt.dtype)
@@ -61,16 +59,19 @@ def is_off(count: int, mean: float, square: float, slack: float = 0.0) -> bool:
     return off or abs(mean) > 6 / math.sqrt(count) + slack
 
 
-def check_noise(x0: Tensor) -> None:
-    """Refuses a source that is not standard normal."""
+def _moments(x0: Tensor) -> tuple[int, float, float]:
     values = x0.float()
-    _check_moments(x0.numel(), float(values.mean()), float(values.square().mean()))
+    return x0.numel(), float(values.mean()), float(values.square().mean())
+
+
+def check_noise(x0: Tensor) -> None:
+    """Refuses noise that is not standard normal."""
+    _check_moments(*_moments(x0))
 
 
 def is_noise(x0: Tensor) -> bool:
-    """Whether a source is standard normal, as far as its moments tell."""
-    values = x0.float()
-    return not is_off(x0.numel(), float(values.mean()), float(values.square().mean()))
+    """Whether values are standard normal, judged by mean and mean square."""
+    return not is_off(*_moments(x0))
 
 
 def _check_moments(count: int, mean: float, square: float) -> None:
@@ -82,7 +83,7 @@ def _check_moments(count: int, mean: float, square: float) -> None:
 
 
 def dependence(x0: Tensor, x1: Tensor) -> float:
-    """By how many standard errors noise leans towards its data, both (B, *); see the module."""
+    """The z of the module for noise and its data, both (B, *)."""
     product, size = _leaning(x0.detach().float(), x1.detach().float()).tolist()
     return product / math.sqrt(size) if size else 0.0
 
@@ -109,9 +110,9 @@ def _check_leaning(z: float) -> None:
 
 
 class NoiseSums:
-    """Noise and its data, summed over batches: what a few samples do not show, many do.
+    """Sums over the noise and data of several batches, for tests with more samples than one has.
 
-    Adding waits for no device, `check` does.
+    `add` costs no device sync, `check` does.
     """
 
     def __init__(self) -> None:
@@ -119,7 +120,7 @@ class NoiseSums:
         self._samples = 0
 
     def add(self, x0: Tensor, x1: Tensor, labels: object = None) -> None:
-        """Adds the pairs of a batch: noise and data, both (B, *), of which masked labels count."""
+        """Adds the noise and data of a batch, both (B, *); of masked labels, the valid numbers."""
         if x0.shape != x1.shape or x0.ndim < 2 or not x0.numel():
             return
         x0, x1 = zeroed(x0, labels), zeroed(x1, labels)
@@ -140,7 +141,7 @@ class NoiseSums:
             return
         total, square, of_samples, count, product, size = self._sums.tolist()
         _check_moments(round(count), total / count, square / count)
-        # The means of samples vary by 1 / D: an offset of each shows there first.
+        # The means of samples have a variance of 1 / D: an offset of each sample shows there first.
         spread = of_samples / self._samples
         if is_off(self._samples, 0.0, spread):
             raise ValueError(

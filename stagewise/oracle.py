@@ -7,14 +7,13 @@ Theorem 2.1),
     u*(x_t, t) = a'_t m + s'_t (x_t - a_t m) / s_t.
 
 For training targets use `correction`, `c_t (m - x_1)`: added to the conditional target of any
-prediction type it gives the oracle's target, and it vanishes exactly where the posterior has
-collapsed on `x_1`, where the textbook form divides rounding errors by `s_t`.
+prediction type it gives the oracle's target. Where the posterior has collapsed on `x_1` it is
+exactly 0, while the textbook form divides rounding errors by `s_t`.
 
 **The data end.** At t = 1 (s_t = 0) the weights are the limit t -> 1: all mass on the rows nearest
-to `x_t / a_t`. The whole oracle is evaluated at `max(s_t, floor)`, with the floor near 1.5e-6 times
-the norm of a row (`engines.base.sigma_floor`); for a query made from a bank row the correction
-there is 0. `velocity` at t = 1 has lost the noise direction and returns `a'_t m` only, for paths
-whose `s'_t` is finite.
+to `x_t / a_t`. The oracle is evaluated at `max(s_t, floor)`, with a floor of about 1.5e-6 times the
+norm of a row (`Engine.sigma_floor`); for a query made from a row the correction there is 0. At
+t = 1 `velocity` has lost the noise direction and returns `a'_t m`, if `s'_t` is finite.
 
 **Not valid** under couplings that make `x_0` and `x_1` dependent (minibatch OT, SD-FM,
 Schroedinger bridges): the posterior above assumes independence.
@@ -22,6 +21,7 @@ Schroedinger bridges): the posterior above assumes independence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +29,24 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.bank.building import whole_labels
 from stagewise.certificate import Certificate
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of, written
 from stagewise.engines import Auto, Engine
-from stagewise.masks import cut, fitted, masked
-from stagewise.oracle_queries import OracleQueries
+from stagewise.masks import as_asked, cut, fitted, masked
 from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
 from stagewise.posterior import Posterior, replace_queries
-from stagewise.queries import Labels, Queries, Times, require_tensors, with_source_weight
+from stagewise.queries import (
+    Labels,
+    Queries,
+    Times,
+    as_times,
+    check_times,
+    checked_source,
+    require_tensors,
+    segments_of,
+    with_source_weight,
+)
 from stagewise.tracing import untraced
 
 if TYPE_CHECKING:
@@ -46,10 +56,10 @@ if TYPE_CHECKING:
 __all__ = ["Oracle"]
 
 
-class Oracle(OracleQueries):
-    """Knows the exact posterior over a bank: the mean, the oracle's target, its velocity.
+class Oracle:
+    """The exact posterior over a bank: its mean, the oracle's target, its velocity.
 
-    Like the bank it is a plain object; a deep copy returns the oracle itself.
+    A plain object, as the bank is; a deep copy returns the oracle itself.
 
     Args:
         bank: The training latents.
@@ -59,11 +69,10 @@ class Oracle(OracleQueries):
             (`Certificate.compute(bank)`); default None.
         eta: Posterior mass that a certified answer may miss, default 1e-3.
         delta: Probability, over the noise of a query, that it misses more, default 1e-6.
-        null_class: The label that stands for "no class" in your training (classifier-free
-            guidance): such queries are asked of the whole bank. Default None: only labels that are
-            None are.
-        convention: In which noisy samples and times are given to `posterior`, `correction` and
-            `velocity`, and what these answer; default the library's. See `stagewise.conventions`.
+        null_class: The label that means "no class" in your training (classifier-free guidance):
+            its posterior is over the whole bank, as for labels that are None. Default None.
+        convention: The convention of the noisy samples, times and answers of `posterior`,
+            `correction` and `velocity`, default the library's. See `stagewise.conventions`.
 
     Raises:
         ValueError: If engine, certificate or convention do not fit the bank and the path.
@@ -81,10 +90,10 @@ class Oracle(OracleQueries):
     """
 
     smoothing: Smoothing | None = None
-    """What its rows stand for: Gaussians around them, for a `SmoothedOracle`."""
+    """The Gaussians around the rows of a `SmoothedOracle`."""
 
     condition: Condition | None = None
-    """What weighs its rows by their conditions, for a `ConditionedOracle`."""
+    """The kernel that weighs the rows of a `ConditionedOracle`."""
 
     def __init__(
         self,
@@ -110,10 +119,77 @@ class Oracle(OracleQueries):
         self.engine.prepare(bank)
         if certificate is not None and not self.engine.holds_all_rows:
             raise ValueError(
-                "A certificate knows the rows of one rank only: it does not go with Sharded()."
+                "A certificate knows the rows of one rank only: leave it out with Sharded()."
             )
         if certificate is not None:
             certificate.check(bank)
+
+    def _inside(self, xt: Tensor, t: Times) -> tuple[Tensor, Times]:
+        """Noisy samples and times of the `convention` in that of the library."""
+        require_tensors(xt=xt)
+        if self.convention == STAGEWISE:
+            return xt, t
+        xt, t = self.convention.inside(xt, as_times(t, xt))
+        check_times(t, len(xt), self.convention)
+        return xt, t
+
+    def queries(
+        self,
+        xt: Tensor,
+        t: Times,
+        labels: Labels | None = None,
+        source: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Queries:
+        """The checked queries of `ask`, from arguments of `posterior` in the library's convention.
+
+        Raises:
+            ValueError: As `posterior`.
+            TypeError: If `xt` is not a tensor.
+        """
+        if condition is not None:
+            raise ValueError(
+                f"Expected an oracle with a kernel on the `condition`, got {self!r}: "
+                "ConditionedOracle(bank, path, Condition(bandwidth=...))."
+            )
+        xt, valid, own = as_asked(self.bank, xt, labels, self.null_class)
+        require_tensors(xt=xt)
+        if xt.shape[1:] != self.bank.shape:
+            raise ValueError(
+                f"Expected `xt` with shape {('B', *self.bank.shape)} as the bank's samples, got "
+                f"{tuple(xt.shape)}."
+            )
+        if xt.device.type == "mps":
+            raise ValueError("The oracle needs float64, which MPS lacks. Use the CPU.")
+        count, times = len(xt), as_times(t, xt)
+        check_times(times, count)
+        flat = xt.detach().flatten(1).double()
+        times = times.detach().to(flat)
+        path = self.path(times).floored(self.engine.sigma_floor(self.bank))
+        names: list[int | None] | None = None
+        ends = None
+        if isinstance(own, Tensor) and self.reads_on_device(own, flat):
+            ends = self.bank.ends_of(whole_labels(own, count))
+        elif own is not None:
+            names = list(whole_labels(own, count).tolist() if isinstance(own, Tensor) else own)
+            if len(names) != count:
+                raise ValueError(f"Expected `labels` with shape ({count},), got ({len(names)},).")
+            if self.null_class is not None:
+                names = [None if name == self.null_class else name for name in names]
+        if source is not None:
+            source = checked_source(source, count, self.engine.num_rows(self.bank))
+            source = source.to(flat.device, torch.int64)
+        segments: Sequence[slice] | None = ()
+        if self.engine.holds_all_rows:
+            segments = None if ends is not None else segments_of(self.bank, names, count)
+        about: dict[str, Any] = {"made_in": xt.dtype, "ends": ends, "valid": valid}
+        return Queries(flat, path, segments, source, names, times, **about)
+
+    def reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
+        """Whether labels stay on the device, which saves a sync."""
+        plain = self.certificate is None and self.null_class is None
+        there = labels.device == xt.device
+        return plain and there and self.engine.reads_ends(self.bank, xt.device, len(xt))
 
     @untraced
     @torch.no_grad()
@@ -128,35 +204,35 @@ class Oracle(OracleQueries):
         condition: Tensor | None = None,
         k: int = 1,
     ) -> Posterior:
-        """The posterior over bank rows for each query.
+        """The posterior over the rows of the bank for each query.
 
         Args:
             xt: Noisy samples, (B, *) with the bank's sample shape.
             t: Times in [0, 1], (B,), or as `Times`.
             labels: Class of each query, (B,), whole numbers: the posterior is then over the rows of
-                that class, which is a valid target for a class-conditional model. Default None:
-                over all rows, as for single labels that are None or `null_class`. A list or a CPU
-                tensor costs no device sync; one on an accelerator does, unless the engine
-                reads it there (`Exact` on CUDA, without `null_class` and certificate), where the
-                posterior of an unknown class is NaN, and the next call raises.
-            mask: Which numbers of each query count, (B, *), as in `LatentBank`, for a bank with
-                masks: the posterior is over rows of that mask. Numbers outside count for nothing.
-            source: The row of `bank.rows` each query was made from, (B,), int64, for
-                `source_weight` and the certificate; negative where it is not known. Default None.
+                that class, a valid target for a class-conditional model. None, or a label that is
+                None or `null_class`: over all rows. Default None. A list or a CPU tensor costs no
+                device sync; a tensor on an accelerator costs one, unless the engine reads it there
+                (`Exact` on CUDA, without `null_class` and certificate), where the posterior of an
+                unknown class is NaN, and the next call raises.
+            mask: Which numbers of each query count, (B, *), for a bank with masks: the posterior is
+                over the rows of the same mask. Default None.
+            source: The row of `bank.rows` that each query was made from, (B,), int64, for
+                `source_weight` and the certificate; negative if unknown. Default None.
                 `bank.find(x1)` looks it up.
-            condition: What the model is given for each query, (B, *), for an oracle with a kernel
-                on it (`ConditionedOracle`). Default: that of the `source`.
-            k: How many of the largest weights to return, default 1. Where a class has fewer rows
-                the rest has weight 0 and row -1.
+            condition: What the model is given for each query, (B, *), for a `ConditionedOracle`.
+                Default: the condition of the `source`.
+            k: How many of the largest weights to return, default 1. If a class has fewer rows, the
+                rest has weight 0 and row -1.
 
         Returns:
             The posterior, in float64.
 
         Raises:
             ValueError: On shapes that do not fit, t outside [0, 1], an unknown class, k below 1 or
-                above the rows of the bank, a source that is no row of it, labels that are no whole
+                above the rows of the bank, a source that is not a row, labels that are not whole
                 numbers, or queries on a device without float64 (MPS).
-            TypeError: If `xt` is no tensor.
+            TypeError: If `xt` is not a tensor.
         """
         labels = masked(labels, mask, xt)
         queries = self.queries(*self._inside(xt, t), labels, source, condition)
@@ -168,29 +244,20 @@ class Oracle(OracleQueries):
         return replace(post, mean=cut(post.mean, self.bank.shape, xt))
 
     def log_kernel(self, queries: Queries, rows: Tensor | None = None) -> Tensor | float:
-        """What a kernel on the condition adds to `l` of a row for each query, (B,).
-
-        `rows`: one for each of the queries; default x_1 itself.
-        """
+        """What a kernel on the condition adds to `l` of one row per query, (B,); default x_1."""
         return 0.0
 
     @torch.no_grad()
     def ask(self, queries: Queries, k: int = 1) -> Posterior:
-        """The posterior with its mean as rows, (B, D); `source_weight` may be None.
+        """The posterior of `queries` with its mean as rows, (B, D); `source_weight` may be None.
 
-        Certified queries are answered from what is stored, and the engine is asked for the others.
-
-        Args:
-            queries: Of this oracle.
-            k: See `posterior`.
-
-        Raises:
-            ValueError: If k is below 1 or above the rows of the bank.
+        The certificate answers what it can, the engine the other queries. Raises a ValueError if k
+        is below 1 or above the rows of the bank.
         """
         post = self._ask(queries, k)
         if queries.valid is None:
             return post
-        # Numbers that are 0 in all rows are off by a rounding.
+        # Outside of the mask the mean of zeros may be off by a rounding.
         return replace(post, mean=post.mean.where(queries.valid, 0))
 
     def _ask(self, queries: Queries, k: int) -> Posterior:
@@ -227,22 +294,15 @@ class Oracle(OracleQueries):
         prediction: Prediction | PredictionKind | None = None,
         posterior: Posterior | None = None,
     ) -> Tensor:
-        """`c_t (m - x_1)`: what turns a conditional target into the oracle's.
+        """`c_t (m - x_1)`: added to a conditional target it gives the oracle's.
 
-        Args:
-            xt: Noisy samples, (B, *).
-            t: See `posterior`.
-            x1: The samples `xt` was made from, (B, *). They must be rows of the bank: with others
-                the correction is as large as their distance to the bank times `c_t`.
-            labels: See `posterior`.
-            mask: See `posterior`. Outside of it the correction is 0.
-            source: See `posterior`.
-            condition: See `posterior`.
-            prediction: What the target is, default that of the convention, the velocity.
-            posterior: The posterior at these queries if it is known already.
+        `x1`, (B, *), is what `xt` was made from. It must be rows of the bank: for others the
+        correction is as large as their distance to the bank times `c_t`. `prediction` is the kind
+        of target, default that of the convention, the velocity; `posterior` that of these queries
+        if it is known already. Other arguments are those of `posterior`.
 
         Returns:
-            The correction, (B, *), in the dtype of `x1`.
+            The correction, (B, *), in the dtype of `x1`; 0 outside of the mask.
 
         Raises:
             ValueError: As `posterior`, or if `x1` has another shape than `xt`.
@@ -278,17 +338,15 @@ class Oracle(OracleQueries):
     ) -> Tensor:
         """The marginal velocity `u*(x_t, t)`; at sigma = 0 see the module docstring.
 
-        Under a convention that predicts velocities it is the mean of the convention's own target,
-        what an ideal model returns: `E[x_0 - x_1 | x_t]` for "pi0" and "diffusers", there for sigma
-        and not for a timestep. Others have no velocity of their own.
-
-        Arguments are those of `posterior`.
+        With a convention that predicts velocities it is the mean of the convention's own target, as
+        an ideal model returns it: `E[x_0 - x_1 | x_t]` for "pi0" and "diffusers" (for the latter
+        per unit of sigma, not per timestep). Arguments are those of `posterior`.
 
         Returns:
             The velocity, (B, *), in the dtype of `xt`; 0 outside of the mask.
 
         Raises:
-            ValueError: Under a convention that predicts something else, or counts noise levels; and
+            ValueError: With a convention that predicts something else, or counts noise levels; and
                 as `posterior`.
         """
         if self.convention.by_sigma or self.convention.prediction.kind != "velocity":
@@ -311,25 +369,19 @@ class Oracle(OracleQueries):
         return made
 
     def sample(self, source: Tensor, t: Tensor, normals: Tensor) -> Tensor:
-        """A sample of the set that the oracle is of, around each row.
+        """Samples of the oracle's set around rows, (B,), at times, (B,): here the rows themselves.
 
-        Args:
-            source: The rows, (B,).
-            t: At which times, (B,).
-            normals: What a smoothing draws with (`Smoothing.moved`), (B, n); (B, 0) for rows.
-
-        Returns:
-            (B, *), float64: here the rows themselves.
+        `normals`, (B, n), are the draws of a smoothing. Returns (B, *), float64.
         """
         return self.bank.take(source, device=source.device).reshape(-1, *self.bank.shape)
 
     @property
     def over(self) -> dict[str, str]:
-        """What is said with each number of it, if not all rows of a set count alike."""
-        said = {"rows_are": self.bank.origin}
+        """What logs add to each number if the rows are not a whole set, or do not count alike."""
+        notes = {"rows_are": self.bank.origin}
         if self.condition is not None:
-            said["condition"] = f"rows weighed by {self.condition!r}"
-        return {key: value for key, value in said.items() if value}
+            notes["condition"] = f"rows weighed by {self.condition!r}"
+        return {key: value for key, value in notes.items() if value}
 
     def __copy__(self) -> Oracle:
         return self

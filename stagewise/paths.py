@@ -4,20 +4,19 @@ A path carries noise to data,
 
     x_t = a_t x_1 + s_t x_0,   x_0 ~ N(0, I),   t = 0 is noise, t = 1 is data,
 
-and everything the library needs of it are the four numbers `a_t, s_t, a'_t, s'_t`. What decides how
-much a noisy sample says about its origin is `rho_t = a_t / s_t`, the square root of the
-signal-to-noise ratio: two paths agree wherever their `rho` agrees.
+and the library needs only the four numbers `a_t, s_t, a'_t, s'_t` of it. How much a noisy sample
+says about its source depends on `rho_t = a_t / s_t`, the square root of the signal-to-noise ratio:
+two paths have the same posterior where their `rho` is the same.
 
 A network may be trained on any target that is linear in the pair `(x_1, x_t)`,
 
-    y = c_t x_1 + b_t x_t,
+    y = c_t x_1 + b_t x_t.
 
-and because `b_t x_t` is known at the input, exchanging `x_1` for its posterior mean `m` turns every
-such target into the oracle's: `y* = y + c_t (m - x_1)`. `Prediction` holds `c_t` and `b_t`.
+Since `b_t x_t` is known at the input, the posterior mean `m` in place of `x_1` turns every such
+target into the oracle's: `y* = y + c_t (m - x_1)`. `Prediction` holds `c_t` and `b_t`.
 
-Inside the library there is one convention, the one above. Models of other libraries that count time
-the other way, in another unit, or with the opposite sign are translated by a `Convention`
-(`stagewise.conventions`) at the border and nowhere else.
+The library uses the one convention above. A `Convention` (`stagewise.conventions`) translates
+models that count time in the other direction or another unit, or have the opposite sign.
 """
 
 from __future__ import annotations
@@ -47,15 +46,7 @@ __all__ = [
 
 
 def expand_like(value: Tensor, x: Tensor) -> Tensor:
-    """Gives `value` of shape (B,) trailing axes of size one, so that it broadcasts over `x`.
-
-    Args:
-        value: One number per sample, (B,).
-        x: Samples, (B, *).
-
-    Returns:
-        `value` with shape (B, 1, ..., 1).
-    """
+    """`value`, (B,), with trailing axes of size 1 to broadcast over `x`, (B, *): (B, 1, ..., 1)."""
     return value.reshape(-1, *(1 for _ in range(x.ndim - 1)))
 
 
@@ -80,7 +71,7 @@ class Path(ABC):
     """A Gaussian path `x_t = a_t x_1 + s_t x_0`; subclasses give the coefficients."""
 
     noisy_target = False
-    """Whether the library's target keeps noise that `x_t` and `x_1` do not determine."""
+    """Whether the target of its library has noise that `x_t` and `x_1` do not determine."""
 
     @abstractmethod
     def __call__(self, t: Tensor) -> PathCoefficients:
@@ -99,14 +90,7 @@ class Path(ABC):
         return alpha / sigma
 
     def time_of_snr_sqrt(self, rho: float) -> float:
-        """The time at which `rho_t` reaches `rho`, by bisection (`rho_t` grows with t).
-
-        Args:
-            rho: Square root of the signal-to-noise ratio, at least 0.
-
-        Returns:
-            t in [0, 1]; the nearer end where the path never takes the value.
-        """
+        """The t in [0, 1] at which `rho_t`, which grows with t, is `rho`; else the nearer end."""
         low, high = 0.0, 1.0
         for _ in range(64):
             middle = (low + high) / 2
@@ -127,7 +111,7 @@ class Path(ABC):
 class LinearPath(Path):
     """The straight path of rectified flow: `a = t`, `s = 1 - t` (arXiv 2209.03003).
 
-    Named CondOT in flow_matching, ICPlan in SiT, sigma = 0 in torchcfm.
+    It is CondOT in flow_matching, ICPlan in SiT, sigma = 0 in torchcfm.
 
     Example:
         >>> import torch
@@ -145,7 +129,7 @@ class LinearPath(Path):
 class CosinePath(Path):
     """The cosine path, `a = sin(pi t / 2)`, `s = cos(pi t / 2)`: it preserves unit variance.
 
-    Named GVP in SiT (arXiv 2401.08740), VP in torchcfm (Albergo & Vanden-Eijnden, 2209.15571).
+    It is GVP in SiT (arXiv 2401.08740), VP in torchcfm (Albergo & Vanden-Eijnden, 2209.15571).
     """
 
     @override
@@ -215,8 +199,7 @@ class EDMPath(Path):
 def same_path(one: Path, other: Path) -> bool:
     """Whether two paths give the same four numbers at all t (to 1e-4, on a grid).
 
-    What they print as decides nothing: two schedulers of one class may print alike and differ, and
-    20 and 20.0 are the same number.
+    Not their repr: two schedulers of one class may print alike and differ.
     """
     t = torch.linspace(0.01, 0.99, 33, dtype=torch.float64)
     pairs = zip(one(t), other(t), strict=True)
@@ -224,7 +207,7 @@ def same_path(one: Path, other: Path) -> bool:
 
 
 def unlike(expected: Path, given: Path) -> str:
-    """Two paths that are not the same, for a message: "LinearPath(), got CosinePath()"."""
+    """Two different paths for a message: "LinearPath(), got CosinePath()"."""
     alike = repr(expected) == repr(given)
     return f"{expected!r}, got {'one that prints alike but differs' if alike else repr(given)}"
 
@@ -336,7 +319,7 @@ class Prediction:
 
 
 def __getattr__(name: str) -> Any:
-    """`Convention` and its constants, whose place this was: files that were pickled name it."""
+    """`Convention` and its constants, which were here: older pickles look them up here."""
     if name in ("Convention", "STAGEWISE", "DIFFUSERS"):
         from stagewise import conventions
 

@@ -9,8 +9,7 @@ Split S into parts p with their own `Z_p, m_p, H_p, ESS_p`, and let `w_p = Z_p /
 
     m = sum_p w_p m_p,   H = sum_p w_p (H_p - log w_p),   1/ESS = sum_p w_p^2 / ESS_p,
 
-so blocks of rows, shards of a bank and ranks of a job are all put together by one `merge`, in any
-order and grouping.
+so one `merge` joins blocks of rows, shards of a bank and ranks of a job, in any order and grouping.
 """
 
 from __future__ import annotations
@@ -39,21 +38,20 @@ TailKind = Literal["measured", "bounded", "estimated"]
 """How a tail mass is known: from all weights; as an upper bound; or from a sample or a model."""
 
 UNDERFLOW = -80.0
-"""Log-weights below it count as it: numbers too small for their type take a CPU far longer."""
+"""Log-weights are clamped at this: denormal numbers take a CPU far longer."""
 
 NO_ROW = -1e30
-"""The log-weight of no row at all: finite, so that 0 times it is 0."""
+"""The log-weight of a missing row: finite, so that 0 times it is 0."""
 
 _KINDS: tuple[TailKind, ...] = ("measured", "bounded", "estimated")
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """How likely each row of a bank is the source of B noisy samples.
+    """How likely each row of a bank is the source of B noisy samples: from `Oracle.posterior`.
 
-    It is what `Oracle.posterior` returns. All floating tensors are float64 (float32 on devices
-    without it), whatever the dtype of the query: `m - x_1` is later multiplied by numbers as large
-    as `1/s_t^2`, so its digits matter. Cast when you use them.
+    Floating tensors are float64 (float32 on devices without it) for queries of any dtype, because
+    `m - x_1` is later multiplied by numbers as large as `1/s_t^2`. Cast when you use them.
 
     Attributes:
         mean: Posterior mean `m`, (B, D), or (B, *) with the shape of a sample.
@@ -62,10 +60,10 @@ class Posterior:
         ess: Effective sample size, from 1 to the number of rows, (B,).
         weights: The k largest `gamma_i`, descending, (B, k).
         rows: The rows of `weights`, as positions in `bank.rows`, (B, k), int64.
-        tail_mass: Share of the posterior that was *not* taken into `mean`, (B,); 0 when exact.
+        tail_mass: Share of the posterior that is *not* in `mean`, (B,); 0 when exact.
         source_weight: `gamma` of the row the query was made from, (B,), or None if it is unknown.
-        tail_kind: How the tail mass is known. Where it is "bounded" or "estimated" the other
-            statistics are those of the rows that were seen.
+        tail_kind: How the tail mass is known. If "bounded" or "estimated", the other statistics are
+            those of the rows that were read.
 
     Example:
         >>> import torch
@@ -95,7 +93,7 @@ class Posterior:
 
     @classmethod
     def empty(cls, xt: Tensor, k: int) -> Posterior:
-        """The posterior of queries `xt` (B, D), float64, over no rows, which merge as nothing."""
+        """The posterior of queries `xt` (B, D), float64, over no rows; `merge` ignores it."""
         zero = xt.new_zeros(len(xt))
         rows = torch.full((len(xt), k), -1, dtype=torch.int64, device=xt.device)
         statistics = (torch.full_like(zero, -torch.inf), zero, torch.ones_like(zero))
@@ -105,9 +103,7 @@ class Posterior:
     def cat(cls, parts: Sequence[Posterior], order: Sequence[int] | None = None) -> Posterior:
         """The posteriors of several batches of queries as one.
 
-        Args:
-            parts: The posteriors.
-            order: Where each of their queries goes, on the host; default one part's after another.
+        `order` is the position of each query in the result, on the host; default as they come.
         """
         post = parts[0]
         if len(parts) > 1:
@@ -140,13 +136,9 @@ def _weakest(parts: Sequence[Posterior]) -> TailKind:
 
 
 class Rest(NamedTuple):
-    """Sums over the rows of a posterior that are not listed, with `w_i = exp(l_i - peak)`.
+    """Sums over the rows that are not listed, with `w_i = exp(l_i - peak)`; each (B,), float64.
 
-    Attributes:
-        peak: What all log-weights count from, (B,), float64, like the others.
-        total: `sum_i w_i`.
-        squares: `sum_i w_i^2`.
-        moment: `sum_i w_i (l_i - peak)`.
+    `total` is `sum_i w_i`, `squares` is `sum_i w_i^2`, `moment` is `sum_i w_i (l_i - peak)`.
     """
 
     peak: Tensor
@@ -156,23 +148,18 @@ class Rest(NamedTuple):
 
 
 def posterior_of(
-    logits: Tensor,
-    rows: Tensor,
-    k: int,
-    *,
-    rest: Rest | None = None,
+    logits: Tensor, rows: Tensor, k: int, *, rest: Rest | None = None
 ) -> tuple[Posterior, Tensor]:
-    """The posterior from log-weights, but for its mean: the one softmax of this library.
+    """The posterior from log-weights, without its mean: the one softmax of this library.
 
     Args:
-        logits: `l_i`, (B, n), float64; with a `rest` less its peak, and `NO_ROW` where none is.
-        rows: The rows that these are, (B, n), int64; -1 for none.
+        logits: `l_i`, (B, n), float64; with a `rest` less its peak, and `NO_ROW` for missing rows.
+        rows: The numbers of these rows, (B, n), int64; -1 for none.
         k: How many of the largest weights to return.
-        rest: Sums over all other rows; default there are none.
+        rest: Sums over all other rows, default none.
 
     Returns:
-        The posterior, with a mean of no numbers, (B, 0), and the weight of each row, (B, n),
-        float64. The mean is `sum_i weight_i x^(i)`.
+        The posterior with an empty mean, (B, 0), and the weight of each row, (B, n), float64.
     """
     if rest is None:
         logits = logits.masked_fill(rows < 0, NO_ROW)
@@ -201,13 +188,9 @@ def posterior_of(
 
 
 def replace_queries(post: Posterior, at: Sequence[int], other: Posterior, count: int) -> Posterior:
-    """The posterior of `count` queries of which `other` answers those at `at`.
+    """The posterior of `count` queries: `other` at the positions `at`, on the host, else `post`.
 
-    Args:
-        post: Answers of all queries, of which those at `at` are dropped; or of all but those.
-        at: Positions, on the host.
-        other: Answers of those.
-        count: How many queries there are.
+    `post` is that of all queries, or of all but those.
     """
     there = set(at)
     rest = [i for i in range(count) if i not in there]
@@ -217,21 +200,21 @@ def replace_queries(post: Posterior, at: Sequence[int], other: Posterior, count:
 
 
 def upload(at: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
-    """Whole numbers, or a tensor, on the host as one on a device, without a device sync."""
+    """Whole numbers, or a tensor, from the host to a device, without a device sync."""
     there = at if isinstance(at, Tensor) else torch.tensor(at, dtype=torch.int64)
-    # A copy from other memory waits for the device.
+    # A copy from memory that is not pinned waits for the device.
     there = there.pin_memory() if device.type == "cuda" and torch.cuda.is_available() else there
     return there.to(device, non_blocking=True)
 
 
 def merge(*parts: Posterior, k: int | None = None) -> Posterior:
-    """Puts the posteriors over disjoint sets of rows together, to that over all of them.
+    """Merges posteriors over disjoint sets of rows into the posterior over all of them.
 
     Args:
-        parts: Posteriors of the same queries over the parts. All but `source_weight` are used:
-            the source row lies in one part only, so ask for its weight after merging.
+        parts: Posteriors of the same queries over the parts. `source_weight` is dropped: the source
+            row lies in one part only, so ask for its weight after merging.
         k: How many of the largest weights to keep, at most as many as the parts hold together;
-            default the largest number that a part holds.
+            default the largest number of a part.
 
     Returns:
         The posterior over all rows.
@@ -251,12 +234,12 @@ def merge(*parts: Posterior, k: int | None = None) -> Posterior:
     scaled = torch.cat([part.weights * w[p, :, None] for p, part in enumerate(parts)], dim=1)
     k = k or max(part.weights.shape[1] for part in parts)
     rows = torch.cat([part.rows for part in parts], dim=1)
-    # Of weights that are 0 those of no row at all come last.
+    # Among weights of 0, missing rows come last.
     weights, order = scaled.masked_fill(rows < 0, -1).topk(min(k, scaled.shape[1]), dim=1)
     return Posterior(
         mean=average([part.mean for part in parts]),
         log_evidence=torch.logsumexp(log_z, dim=0),
-        # xlogy: a part that carries nothing has w log w = 0.
+        # xlogy: a part of weight 0 has w log w = 0.
         entropy=average([part.entropy for part in parts]) - torch.special.xlogy(w, w).sum(0),
         ess=1 / torch.stack([v**2 / part.ess for v, part in zip(w, parts, strict=True)]).sum(0),
         weights=weights.clamp_min(0),

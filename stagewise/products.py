@@ -1,26 +1,25 @@
 r"""The two matrix products of the oracle, at a stated precision.
 
-Everything the dense engines do costs two products: queries x rows (the logits) and weights x rows
-(the mean). Here is the one place that knows how a product is made on which hardware:
+The dense engines cost two products: queries x rows (the logits) and weights x rows (the mean). Only
+this module knows how each kind of hardware makes a product:
 
 - **float64** rows: plain products.
-- **float32** rows: IEEE float32, whatever `torch.set_float32_matmul_precision` says (TF32 and bf16
-  modes are switched off for the call). On x86 CPUs through oneDNN, which the default BLAS of torch
-  trails, on some processors by a factor of 2 to 3; but on those without AVX-512 that BLAS is the
-  faster one for many queries, if the rows are its left factor, and for up to three, if the rows
-  come as a batch of small blocks.
+- **float32** rows: IEEE float32 for any `torch.set_float32_matmul_precision` (TF32 and bf16 modes
+  are off during the call). On x86 CPUs by oneDNN, which is up to 2 to 3 times as fast as torch's
+  default BLAS. Without AVX-512 that BLAS is faster for many queries, if the rows are its left
+  factor, and for up to three, if the rows come as a batch of small blocks.
 - **bfloat16 / float16** rows on an accelerator: the other factor is split into a high and a low
-  part of that type and both are multiplied with the rows, accumulated in float32. Rows are exact in
-  their own type by definition, so the product is good to `2^-18` (bfloat16) or `2^-22` (float16) of
-  the factors' norms.
+  part of that type, and both are multiplied with the rows, accumulated in float32. The rows are
+  exact in their own type, so the product is good to `2^-18` (bfloat16) or `2^-22` (float16) of the
+  factors' norms.
 - **bfloat16** rows on a CPU that multiplies them (AMX, or the bf16 instructions of AVX-512): the
-  same, but such products come out rounded to bfloat16. So the high part is multiplied a second
-  time, with the first answer subtracted before the rounding: answer and remainder have the digits
-  together. This is done where 1e-4 is good enough; otherwise a CPU gets 16-bit rows converted to
-  float32 (`working_dtype`). Instructions decide, and not a measurement: a run on a busy machine has
-  the same bits.
+  same, but these products come out rounded to bfloat16. So the high part is multiplied a second
+  time, with the first answer subtracted before the rounding: answer and remainder together have all
+  digits. This is done if an error of 1e-4 is allowed; otherwise a CPU gets 16-bit rows converted to
+  float32 (`working_dtype`). The instruction set decides, not a measurement: a run on a busy machine
+  gives the same bits.
 
-`rounding(dtype, dim)` says how wrong a product may be.
+`rounding(dtype, dim)` is the error of a product.
 """
 
 from __future__ import annotations
@@ -41,37 +40,34 @@ _log = logging.getLogger("stagewise")
 
 _HALF = (torch.bfloat16, torch.float16)
 
-# oneDNN's float32 inner product, there in every x86 build of torch; the products fall back on
-# torch.matmul without it.
+# oneDNN's float32 inner product, part of every x86 build of torch; without it torch.matmul is used.
 _ONEDNN = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if torch.backends.mkldnn.is_available()
     else None
 )
 
-# Where BLAS with the rows on the left is faster than that, from so many queries on; and how many
-# rows it is given at a time, so that what it made is still in the cache when it is turned round.
+# With AVX2 only, BLAS with the rows on the left is faster from this many queries on. It gets this
+# many rows at a time, so that the result is still in the cache when it is transposed.
 _TURNED = 64 if torch.backends.cpu.get_cpu_capability() == "AVX2" else None
 _CHUNK = 2048
 
-# There, too, up to so many queries are multiplied with blocks of so many rows.
+# With AVX2 only, up to this many queries are multiplied with blocks of this many rows.
 _FEW, _BLOCK = 3, 128
 
-# Rows that an accelerator sums up at a time. Tensor cores cut off what is below the last digit of a
+# Rows that an accelerator sums at a time. Tensor cores cut off what is below the last digit of a
 # sum: over a million rows that would be 1e-3 of it.
 _LONG = 2**14
 
 
 def working_dtype(dtype: torch.dtype, device: torch.device, rough: bool = False) -> torch.dtype:
-    """The type that rows are multiplied in.
+    """The type in which rows of a storage `dtype` are multiplied on a device.
 
-    Args:
-        dtype: How they are stored.
-        device: Where.
-        rough: Whether a relative error of 1e-4 in a mean may pass. Then a CPU multiplies bfloat16
-            rows in their own type too, default False.
+    With `rough` a relative error of 1e-4 in a mean is allowed, and a CPU, too, multiplies bfloat16
+    rows in their own type.
     """
-    if dtype in _HALF and device.type == "cuda" and _has_wide_output() and _multiplies(dtype):
+    wide_output = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8
+    if dtype in _HALF and device.type == "cuda" and wide_output and _multiplies(dtype):
         return dtype
     if rough and dtype == torch.bfloat16 and device.type == "cpu" and _multiplies_on_cpu():
         return dtype
@@ -79,19 +75,16 @@ def working_dtype(dtype: torch.dtype, device: torch.device, rough: bool = False)
 
 
 def rounding(dtype: torch.dtype, dim: int, truncates: bool = False) -> tuple[float, float]:
-    """How wrong `<q, x>` is for rows multiplied as `dtype`: u and v.
+    """The error of `<q, x>` for D = `dim` numbers multiplied as `dtype`: u and v.
 
-    The standard deviation of its error is at most about `u |q| |x| + v |<q, x>|`. The factors are
-    rounded; and where the D terms add up instead of cancelling, as with a row that the query was
-    made from, so do the roundings of the partial sums, which is the larger part for such rows
-    (measured: 0.25 sqrt(D) of the last digit).
+    The standard deviation of the error is at most about `u |q| |x| + v |<q, x>|`. The factors are
+    rounded; and if the D terms add up instead of cancelling, as for the source row of a query, the
+    roundings of the partial sums add up too, and are larger (measured: 0.25 sqrt(D) of the last
+    digit).
 
-    Args:
-        dtype: What the rows are multiplied as.
-        dim: D.
-        truncates: Whether tensor cores add the terms, 16 at a time, and cut off what is below the
-            last digit of a sum (arXiv 2512.07004). It then falls short of its size by half a digit
-            in each of D/16 additions, in one direction; default False.
+    With `truncates` tensor cores add the terms, 16 at a time, and cut off what is below the last
+    digit of a sum (arXiv 2512.07004): half a digit less, in one direction, in each of D/16
+    additions.
     """
     digits = {torch.float64: 53, torch.float32: 24, torch.float16: 22, torch.bfloat16: 18}
     sums = 2.0**-53 if dtype == torch.float64 else 2.0**-24
@@ -105,15 +98,12 @@ def rounding(dtype: torch.dtype, dim: int, truncates: bool = False) -> tuple[flo
 
 
 def scores(query: Tensor, rows: Tensor) -> Tensor:
-    """`query @ rows.T`.
+    """`query @ rows.T`, (B, n), float64 for float64 rows, otherwise float32.
 
     Args:
-        query: (B, D), float64; float32 is enough for rows of fewer digits. In the 16-bit type of
-            the rows it is multiplied as it is.
+        query: (B, D), float64, or float32 for rows of fewer digits; in the 16-bit type of the rows
+            it is not split.
         rows: (n, D), in their working dtype.
-
-    Returns:
-        (B, n), float64 for float64 rows, otherwise float32.
     """
     if rows.dtype == torch.float64:
         return query @ rows.T
@@ -132,15 +122,12 @@ def scores(query: Tensor, rows: Tensor) -> Tensor:
 
 
 def averages(weights: Tensor, rows: Tensor) -> Tensor:
-    """`weights @ rows`.
+    """`weights @ rows`, (B, D), in the dtype of the weights, at least float32.
 
     Args:
-        weights: (B, n), in [0, 1], float64 or float32 as `scores` gives them. In the 16-bit type
-            of the rows they are multiplied as they are.
+        weights: (B, n), in [0, 1], float64 or float32 as from `scores`; in the 16-bit type of the
+            rows they are not split.
         rows: (n, D), in their working dtype.
-
-    Returns:
-        (B, D), in the dtype of the weights, but no less than float32.
     """
     if rows.dtype == torch.float64:
         return weights @ rows
@@ -168,9 +155,9 @@ def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 products in IEEE float32 inside, the caller's setting again after it."""
+    """Float32 products in IEEE float32; restores the caller's setting at the end."""
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
-        # mkldnn's is there since then as well, but torch does not declare it.
+        # mkldnn has one too, which torch does not declare.
         places: tuple[Any, ...] = (
             torch.backends.cuda.matmul,
             getattr(torch.backends.mkldnn, "matmul"),  # noqa: B009
@@ -198,7 +185,7 @@ def _in_blocks(left: Tensor, rows: Tensor) -> bool:
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in blocks, and those that are left."""
+    """Rows in blocks, and the remaining rows."""
     count = len(rows) // _BLOCK
     return rows[: count * _BLOCK].unflatten(0, (count, _BLOCK)), rows[count * _BLOCK :]
 
@@ -213,7 +200,7 @@ def _float32_product(left: Tensor, right: Tensor) -> Tensor:
             rows = right[first : first + _CHUNK]
             product[:, first : first + len(rows)] = (rows @ left.T).T
         return product
-    # A single line is a matrix times a vector: reading, which BLAS does faster with AVX-512.
+    # A matrix times a vector is bound by reading, where BLAS with AVX-512 is faster.
     if _TURNED is None and len(left) == 1:
         return left @ right.T
     return _ONEDNN(left.contiguous(), right, None, "none", [], "")
@@ -243,7 +230,7 @@ def _wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _long_product(left: Tensor, rows: Tensor) -> Tensor:
-    """`left @ rows` in float32, as a sum of products of few rows, whose roundings do not add up."""
+    """`left @ rows` in float32, as a sum of products over few rows, to round less."""
     count = len(rows) // _LONG
     if count < 2:
         return _wide_product(left, rows)
@@ -251,10 +238,6 @@ def _long_product(left: Tensor, rows: Tensor) -> Tensor:
     blocks = rows[: count * _LONG].unflatten(0, (count, _LONG))
     product = _wide_product(first.unflatten(1, (count, _LONG)).transpose(0, 1), blocks).sum(0)
     return product.add_(_wide_product(last, rows[count * _LONG :])) if last.shape[1] else product
-
-
-def _has_wide_output() -> bool:
-    return hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8
 
 
 @cache
@@ -267,10 +250,10 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 @cache
 def _multiplies_on_cpu() -> bool:
-    """Whether this CPU multiplies bfloat16; says it once, for it changes digits."""
+    """Whether this CPU multiplies bfloat16; logged once, because it changes digits."""
     # torch does not declare these; without them rows are converted.
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    there = [name for name in names if getattr(torch.cpu, name, bool)()]
+    there = any(getattr(torch.cpu, name, bool)() for name in names)
     done = "multiplied as they are" if there else "converted to float32"
     _log.info("bfloat16 rows are %s on this CPU where rtol is 1e-4 or more", done)
-    return bool(there)
+    return there

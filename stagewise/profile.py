@@ -1,8 +1,7 @@
-"""`Profile`: what a set of latents says of its stages, before anything is trained.
+"""`Profile`: the stages of a set of latents, before training.
 
-All of it is about the bank alone: how large and how scaled the rows are, whether rows are there
-twice, along how many directions they vary, where the spectrum predicts the boundary and where
-queries find it, and how many rows explain a query at each t.
+It needs only the bank: size and scale of the rows, duplicates, effective dimension, the boundary as
+predicted by the spectrum and as measured by queries, and how many rows explain a query at each t.
 """
 
 from __future__ import annotations
@@ -29,29 +28,29 @@ __all__ = ["Profile", "count_duplicates"]
 
 @dataclass(frozen=True)
 class Profile:
-    """What `stagewise profile` finds in latents before training.
+    """What `stagewise profile` measures of latents before training.
 
     Attributes:
         rows: N.
         shape: Shape of a sample.
         classes: How many; 0 without labels.
-        class_rows: Rows of the smallest, median and largest class; of the bank without labels.
-        class_wise: Whether the posterior, and with it the boundary, is over the own class.
+        class_rows: Rows of the smallest, median and largest class; without labels, of the bank.
+        class_wise: Whether posterior and boundary are over the query's own class.
         mean: Of all numbers.
-        std: Of all numbers, around their one mean.
+        std: Of all numbers, around `mean`.
         channel_mean: By the first axis of a sample.
-        channel_std: The same.
-        duplicates: Rows that equal an earlier one to the last bit.
-        mislabelled: Those of them whose label is another one.
-        eigenvalues: Variances along principal axes, descending, of the rows that a posterior is
-            over: the bank, or a class of median size; float64, at most 2048.
-        spectrum_rows: N of these rows.
+        channel_std: By the first axis of a sample.
+        duplicates: Rows that equal an earlier row bit by bit.
+        mislabelled: Duplicates with another label.
+        eigenvalues: Variances along principal axes, descending, of the bank, or of a class of
+            median size if class-wise; float64, at most 2048.
+        spectrum_rows: The number of these rows.
         effective_dim: `(sum lambda)^2 / sum lambda^2`.
-        predicted: The boundary that the spectrum predicts; NaN if there is none.
+        predicted: The predicted boundary; NaN if there is none.
         edges: Of the strata of t, (T + 1,).
         curve: The measured curve.
         boundary: The measured boundary.
-        engine: What `engines.Auto` picks for this bank, and why.
+        engine: The choice of `engines.Auto` for this bank, and the reason.
     """
 
     rows: int
@@ -98,14 +97,14 @@ class Profile:
             bank: The rows.
             class_wise: Whether the posterior is over the query's own class, default if there are
                 labels.
-            path: The path of training, default `LinearPath`.
+            path: The path of training, default `LinearPath()`.
             queries: In each stratum, default 64.
             strata: Of t, half of them near the predicted boundary, default 24.
             seed: Of the queries, default 0.
-            device: Where to compute, default where the bank lies.
+            device: Where to compute, default the bank's.
 
         Raises:
-            ValueError: If `class_wise` is asked of a bank without labels.
+            ValueError: If `class_wise` is true and the bank has no labels.
         """
         class_wise = bank.labelled if class_wise is None else class_wise
         path = path or LinearPath()
@@ -155,16 +154,16 @@ class Profile:
 
     @property
     def removable(self) -> float:
-        """Mean over uniform t of MSE(conditional, oracle): what oracle targets take off a loss."""
+        """Mean over uniform t of the floor: what oracle targets subtract from a loss."""
         return float((self.curve.mean("target_difference") * self.edges.diff()).sum())
 
     def information(self, t: Tensor, path: Path | None = None) -> Tensor:
-        """What `x_t` tells of its row in nats, by the spectrum; see `spectrum.information`."""
+        """The information in `x_t` about its row in nats, by `spectrum.information`."""
         at = (path or LinearPath())(t)
         return information(at.alpha / at.sigma, self.eigenvalues)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, strings and lists; None for what is not finite."""
+        """Everything as plain numbers, strings and lists; None for numbers that are not finite."""
         curve: dict[str, Any] = {"t": self.curve.times.tolist()}
         curve |= {name: self.curve.mean(name).tolist() for name in STATISTICS}
         names = (
@@ -179,7 +178,7 @@ class Profile:
 
 
 def count_duplicates(bank: LatentBank) -> tuple[int, int]:
-    """How many rows equal an earlier one, as stored, and how many of these have another label."""
+    """How many stored rows equal an earlier one, and how many of these have another label."""
     keys = row_keys(bank.rows).sort(stable=True)
     pairs = (keys.values[1:] == keys.values[:-1]).nonzero()[:, 0]
     found = mislabelled = 0

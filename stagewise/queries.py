@@ -1,4 +1,4 @@
-"""What is asked of an oracle: one object from a scheme's call to the products of an engine."""
+"""The queries of an oracle: one object from a scheme's call to the products of an engine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stagewise.bank.rows import RowStore
 from stagewise.conventions import STAGEWISE, Convention
+from stagewise.device_checks import require_all
 from stagewise.masks import MaskedLabels
 from stagewise.paths import PathCoefficients, Prediction
 from stagewise.posterior import Posterior, upload
@@ -31,8 +32,8 @@ __all__ = [
 ]
 
 Labels: TypeAlias = "Tensor | Sequence[int | None] | MaskedLabels"
-"""The class of each query, (B,). None, or the oracle's `null_class`, is the whole bank, or all rows
-of the same mask. Labels with masks are `MaskedLabels`."""
+"""The class of each query, (B,). None, or the oracle's `null_class`, means the whole bank, or all
+rows of the same mask. Labels with masks are `MaskedLabels`."""
 
 Times: TypeAlias = "Tensor | float"
 """Times of B queries: (B,), (B, 1, ..., 1), or one number for all."""
@@ -40,25 +41,24 @@ Times: TypeAlias = "Tensor | float"
 
 @dataclass(frozen=True)
 class Queries:
-    """B noisy samples, and the rows that each looks at. `Oracle.queries` makes and checks it.
+    """B noisy samples, and the rows of each. Made and checked by `Oracle.queries`.
 
     Attributes:
         xt: Noisy samples, (B, D), float64.
         path: Coefficients at the B times, each (B,), float64, sigma above 0.
-        segments: For each query the rows it looks at, as a slice of the bank's own order (the
-            whole bank, or a class). Known on the host, so that grouping costs no sync. Empty where
-            an engine does not hold all rows; None where `ends` are given in their place.
-        source: The row each query was made from, (B,), int64, negative where it is not known; or
-            None.
+        segments: The rows of each query as a slice of the bank's own order (the whole bank, or a
+            class), on the host, so that grouping costs no sync. Empty if the engine does not hold
+            all rows; None if there are `ends` instead.
+        source: The row each query was made from, (B,), int64, negative if unknown; or None.
         labels: The class of each, on the host, None for the whole bank; or None.
         t: Times, (B,), float64; or None.
         made_in: The type that `x_t` was computed in.
         x1: What `x_t` was made from, (B, D), float64; or None.
-        ends: For each query the first row of its class and the row behind its last, (B, 2), int64,
-            where labels lie on an accelerator.
+        twin: The row of the query that `x1` stands for and may differ from, -1 for none, (B,); or
+            None.
+        ends: The first row of each query's class and the row after its last, (B, 2), int64, if
+            labels are on an accelerator.
         valid: Which numbers count, (B, D), bool; or None for all.
-        twin: The row, among those a query looks at, that `x1` stands for without being equal to it
-            to the last digit; -1 for none. (B,), or None.
         condition: What the model is given for each, (B, C), float64; or None.
     """
 
@@ -79,14 +79,14 @@ class Queries:
         return len(self.xt)
 
     def on_host(self) -> Queries:
-        """With segments: a device sync if only `ends` are there."""
+        """The queries with `segments`: a device sync if there are only `ends`."""
         if self.ends is None:
             return self
         return replace(self, segments=[slice(*pair) for pair in self.ends.tolist()], ends=None)
 
     @cached_property
     def ends_on_device(self) -> Tensor:
-        """The first row that each query looks at, and the row behind its last, (B, 2), int64."""
+        """The first row of each query, and the row after its last, (B, 2), int64."""
         if self.ends is not None:
             return self.ends
         assert self.segments is not None
@@ -99,7 +99,7 @@ class Queries:
 
     @cached_property
     def groups(self) -> list[tuple[list[int], slice]]:
-        """Queries that look at the same rows: their positions, and the rows."""
+        """Queries with the same rows: their positions, and the rows."""
         assert self.segments is not None
         members: dict[tuple[int, int], list[int]] = {}
         for query, rows in enumerate(self.segments):
@@ -108,7 +108,7 @@ class Queries:
 
     @property
     def sizes(self) -> list[int]:
-        """How many rows each query looks at."""
+        """How many rows each query has."""
         assert self.segments is not None
         return [rows.stop - rows.start for rows in self.segments]
 
@@ -117,18 +117,18 @@ class Queries:
         return upload(at, self.xt.device)
 
     def place(self, at: Sequence[int]) -> slice | Tensor:
-        """Positions as an index: a slice, which costs no copy, if they are contiguous."""
+        """Positions as an index: a slice, without a copy, if they are contiguous."""
         if list(at) == list(range(at[0], at[-1] + 1)):
             return slice(at[0], at[-1] + 1)
         return self.index(at)
 
     def split(self, size: int) -> list[Queries]:
-        """Itself in parts of at most so many queries."""
+        """The queries in parts of at most `size`."""
         every = range(len(self))
         return [self.select(every[first : first + size]) for first in every[::size]]
 
     def select(self, at: Sequence[int]) -> Queries:
-        """Some of the queries, by their positions; itself if that is all of them in order."""
+        """Some of the queries, by position; itself for all of them in order."""
         if list(at) == list(range(len(self))):
             return self
         index = self.index(at)
@@ -142,7 +142,7 @@ class Queries:
         return replace(self, **chosen)
 
     def holds(self, rows: Tensor) -> Tensor:
-        """Whether a row is among those that its query looks at, (B,)."""
+        """Whether each query has the row given for it, (B,)."""
         first, stop = self.ends_on_device.unbind(1)
         return (rows >= first) & (rows < stop)
 
@@ -165,15 +165,10 @@ class Queries:
         max_norm: float,
         lam: Tensor | float = 1.0,
     ) -> Tensor:
-        """`lambda c_t (m - x_1)`, and 0 where the difference is no more than its rounding.
+        """`lambda c_t (m - x_1)` for a `difference` m - x_1, (B, D), float64.
 
-        At t = 1 some paths have an infinite `c_t`.
-
-        Args:
-            difference: `m - x_1`, (B, D), float64.
-            prediction: What the target is.
-            max_norm: Of the samples, which the rounding goes by.
-            lam: lambda, (B,); default 1.
+        It is 0 where the difference is within the rounding of samples of norm `max_norm`: at t = 1
+        some paths have an infinite `c_t`.
         """
         c = prediction.of_data(self.path)
         rounding = 16 * torch.finfo(torch.float64).eps * max_norm
@@ -182,40 +177,31 @@ class Queries:
 
 
 def segments_of(bank: RowStore, labels: Sequence[int | None] | None, count: int) -> list[slice]:
-    """The rows that each of `count` queries looks at: those of its class, or for None the bank.
-
-    Raises:
-        ValueError: If the bank has no such class, or no classes.
-    """
+    """The rows of each of `count` queries: those of its class, or for None the bank."""
     labels = [None] * count if labels is None else labels
     return [bank.whole if label is None else bank.segment(label) for label in labels]
 
 
 def indices_of(flags: Tensor) -> list[int]:
-    """Positions of what is true, on the host: a device sync."""
+    """Positions of true flags, on the host: a device sync."""
     return [i for i, flag in enumerate(flags.tolist()) if flag]
 
 
 def checked_source(source: Tensor, count: int, rows: int | None) -> Tensor:
-    """`source` itself, refused if it is not (count,) integers, below `rows` if that is given.
-
-    Raises:
-        ValueError: With what was expected and what came.
-    """
+    """`source` itself; refuses it unless it is (count,) integers, below `rows` if that is given."""
     if source.shape != (count,) or source.is_floating_point():
         raise ValueError(
             f"Expected integer `source` with shape ({count},), got {source.dtype} of shape "
             f"{tuple(source.shape)}."
         )
-    if rows is None:
-        return source
-    message = f"Expected `source` below {rows}, the rows of the bank (negative: not known)"
-    if source.device.type != "cpu":
-        torch._assert_async((source < rows).all(), message)
-    elif count and int(source.max()) >= rows:
-        raise ValueError(
-            f"{message}, got {int(source.max())}. Rows count in the bank's own order: "
-            "`bank.find(x1)` looks them up."
+    if rows is not None:
+        require_all(
+            source < rows,
+            f"Expected `source` below {rows}, the rows of the bank (negative: not known)",
+            lambda: (
+                f", got {int(source.max())}. Rows count in the bank's own order: `bank.find(x1)` "
+                "looks them up."
+            ),
         )
     return source
 
@@ -223,7 +209,7 @@ def checked_source(source: Tensor, count: int, rows: int | None) -> Tensor:
 def with_source_weight(
     post: Posterior, bank: RowStore, queries: Queries, log_kernel: Tensor | float = 0.0
 ) -> Posterior:
-    """With the weight of the row that each query was made from, where it is known.
+    """The posterior with the weight of each query's source row, NaN where that is unknown.
 
     `log_kernel`, (B,), is what a kernel adds to the log-weight of that row.
     """
@@ -237,11 +223,7 @@ def with_source_weight(
 
 
 def require_tensors(**given: object) -> None:
-    """Refuses arguments that are no tensors.
-
-    Raises:
-        TypeError: With the cure.
-    """
+    """Refuses arguments that are not tensors, with a TypeError."""
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -251,13 +233,12 @@ def require_tensors(**given: object) -> None:
 
 
 def as_times(t: Times, x: Tensor) -> Tensor:
-    """The times of each sample of `x`, (B, *), where they can be told: (B,), else `t` itself.
+    """The time of each sample of `x`, (B, *): (B,); a `t` of another shape comes back as it is.
 
-    Raises:
-        TypeError: If `t` is neither a tensor nor a number.
+    Raises a TypeError if `t` is neither a tensor nor a number.
     """
     if isinstance(t, numbers.Real):
-        # Not in 16 bits, which hold few times.
+        # 16 bits hold too few times.
         dtype = torch.promote_types(x.dtype, torch.float32)
         return torch.full((len(x),), float(t), dtype=dtype, device=x.device)
     require_tensors(t=t)
@@ -272,24 +253,18 @@ def check_times(
 ) -> None:
     """Refuses times of another shape than (length,) or outside [0, 1].
 
-    `convention`: in whose times the message says so.
-
-    On an accelerator the range is checked by a device-side assertion, which costs no sync but, as
-    CUDA has it, ends the process: the message is the same. With `shape_only` a kernel checks it.
-
-    Raises:
-        ValueError: With what was expected and what came.
+    The message is in the times of the `convention`. With `shape_only` a kernel checks the range.
     """
     if t.shape != (length,):
         raise ValueError(f"Expected `t` with shape ({length},), got {tuple(t.shape)}.")
     if shape_only:
         return
-    inside = ((t >= 0) & (t <= 1)).all()
     noise, data = convention.noise_time, convention.data_time
     low, high = sorted((noise, data))
-    message = f"Expected `t` in [{low:g}, {high:g}] with t = {noise:g} noise and t = {data:g} data"
-    if t.device.type != "cpu":
-        torch._assert_async(inside, message)
-    elif not inside:
+
+    def given() -> str:
         ends = convention.from_t(torch.stack([t.min(), t.max()])).sort()[0]
-        raise ValueError(f"{message}, got values from {ends[0]:.4g} to {ends[1]:.4g}.")
+        return f", got values from {ends[0]:.4g} to {ends[1]:.4g}."
+
+    message = f"Expected `t` in [{low:g}, {high:g}] with t = {noise:g} noise and t = {data:g} data"
+    require_all((t >= 0) & (t <= 1), message, given)

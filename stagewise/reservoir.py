@@ -1,15 +1,15 @@
-r"""A reservoir: a bank of samples that were seen in training, for data without a fixed set of rows.
+r"""A reservoir: a bank of the last training samples, for data without a fixed set of rows.
 
-With M samples `x^(1..M)`, the batch of the step among them, the target pulls towards
+With M samples `x^(1..M)`, which include the batch of the step, the posterior mean is
 
     m = sum_j w_j x^(j),   w = softmax_j( -||x_t - a_t x^(j)||^2 / 2 s_t^2 ).
 
 **Unbiased by exchangeability** (Bertrand et al., arXiv 2506.03719, Prop. 2): if draws are
-independent and the choice of the M does not look at their values, each of them could have been the
-source of `x_t` with the same probability, so given `x_t` and the M it is the source with its own
-weight. Over the steps the mean target is the oracle's of the *stream*, with no bias in M. The
-source must be among them: left out, the same mean is biased. A finite set that is drawn in epochs
-comes up again in its order, which is not independent: there the bias is of the order of 1/M.
+independent and the choice of the M does not depend on their values, each of them could have been
+the source of `x_t` with the same probability, so given `x_t` and the M it is the source with its
+own weight. Over the steps the mean target is that of the oracle of the *stream*, for any M. The
+source must be among them: without it the mean is biased. The draws of a finite set in epochs are
+not independent: there the bias is of the order of 1/M.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["Reservoir"]
 
 
 class Reservoir(LatentBank):
-    """Keeps the last `size` samples of a stream as a bank, the present batch among them.
+    """A bank of the last `size` samples of a stream, with the current batch.
 
-    `add` each batch before its targets are asked for. An `Oracle` over it answers over the last M
-    samples by then, each draw counted once, so that equal samples count as often as they came. Rows
-    stay where the batches are. A checkpoint does not hold them.
+    Call `add` with each batch before you ask for its targets. An `Oracle` over the reservoir is
+    over these samples; equal samples count as often as they were drawn. Rows stay on the device of
+    the batches. A checkpoint does not contain them.
 
     Args:
-        size: M, at least the samples of a batch; some 10 times as many for much less variance.
+        size: M, at least the size of a batch; about 10 times as many for much less variance.
 
     Raises:
         ValueError: If `size` is below 2.
@@ -60,7 +60,7 @@ class Reservoir(LatentBank):
 
     @property
     def full(self) -> bool:
-        """Whether it holds as many samples as it may."""
+        """Whether it holds `size` samples."""
         return len(self) == self.size
 
     @property
@@ -73,23 +73,23 @@ class Reservoir(LatentBank):
     def add(
         self, x1: Tensor, labels: Tensor | None = None, conditions: Tensor | None = None
     ) -> None:
-        """Takes a batch, before its targets are asked for.
+        """Adds a batch; call it before you ask for its targets.
 
         Args:
             x1: Samples, (B, *), as they are trained on.
-            labels: Their classes, (B,); all batches have some or none does.
-            conditions: What the model is given for each, (B, *), for a `ConditionedOracle`; as
-                labels.
+            labels: Their classes, (B,); for all batches or for none.
+            conditions: What the model is given for each, (B, *), for a `ConditionedOracle`; for all
+                batches or for none.
 
         Raises:
-            ValueError: If the batch is larger than the reservoir, of another shape than those
-                before, the first of a single sample, or has masks, NaN or Inf. Nothing is taken
-                then.
+            ValueError: If the batch is larger than the reservoir, has another shape than those
+                before, is a first batch of one sample, or has masks, NaN or Inf. The reservoir is
+                then unchanged.
         """
         if isinstance(labels, MaskedLabels):
             raise ValueError(
-                "Expected samples without masks for a reservoir, which does not know which of its "
-                "numbers count. Give the training set itself: LatentBank(x, labels, mask=mask)."
+                "Expected samples without masks, which a reservoir does not support. Give the "
+                "training set itself: LatentBank(x, labels, mask=mask)."
             )
         count = len(x1)
         if count > self.size:
@@ -97,8 +97,8 @@ class Reservoir(LatentBank):
                 f"Expected a reservoir of at least the {count} samples of a batch, got one of "
                 f"{self.size}: Reservoir({10 * count}), or StageRun(reservoir={10 * count})."
             )
-        before = _told(self.shape, self._labels, self.conditions)
-        given = _told(tuple(x1.shape[1:]), labels, conditions)
+        before = _kind_of(self.shape, self._labels, self.conditions)
+        given = _kind_of(tuple(x1.shape[1:]), labels, conditions)
         if self.seen and given != before:
             raise ValueError(f"Expected {before} as before, got {given}.")
         there = self._from_oldest[max(0, len(self) + count - self.size) :].to(x1.device)
@@ -117,7 +117,7 @@ class Reservoir(LatentBank):
         if labels is not None and made.index is not None:
             at, labels = made.index.argsort()[at], labels[made.index]
         own = {"size": self.size, "seen": self.seen + count, "_labels": labels, "_from_oldest": at}
-        # Nobody knows another order than its own.
+        # There is no other order of the rows than its own.
         self.__dict__ = vars(made) | {"index": None} | own
 
     @override
@@ -125,8 +125,6 @@ class Reservoir(LatentBank):
         return f"Reservoir({self.size}, {self.origin})"
 
 
-def _told(shape: tuple[int, ...], labels: Tensor | None, conditions: Tensor | None) -> str:
-    """What samples come with."""
-    classes = "without labels" if labels is None else "with labels"
-    given = "without conditions" if conditions is None else "with conditions"
-    return f"samples of shape {shape} {classes} and {given}"
+def _kind_of(shape: tuple[int, ...], labels: Tensor | None, conditions: Tensor | None) -> str:
+    classes, given = ("without" if x is None else "with" for x in (labels, conditions))
+    return f"samples of shape {shape} {classes} labels and {given} conditions"

@@ -1,4 +1,4 @@
-"""Reading rows of a data set as training reads them, but in an order of one's own."""
+"""Reads rows of a data set as training reads them, in any order."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["RowReader", "same_rows"]
 
 
 class RowReader:
-    """Reads rows by a loader of its own, over the data set and with the settings of another one.
+    """Reads rows by a new loader with the data set and the settings of the training loader.
 
-    A data set with a method `fixed()` is read through what that returns: its samples without draws.
-    If those are a multiple of its own (both flips of each), i + N is another copy of sample i.
-    Refuses samples that cannot be read twice or have no length, with the cure.
+    If the data set has a method `fixed()`, what that returns is read: its samples without random
+    draws. If it is several times as long (both flips of each), i + N is a version of sample i.
+    Refuses data sets that cannot be read twice or have no length, with the cure.
 
     Args:
-        loader: The other one, which is not advanced.
+        loader: The training loader, which is not advanced.
         read_batch: From a batch to `(x_1, labels or None)`.
-        move: From what a loader yields to what a training step is given.
+        move: From a batch of the loader to that of a training step.
     """
 
     def __init__(self, loader: Any, read_batch: ReadBatch, move: Callable[[Any], Any]) -> None:
@@ -38,7 +38,7 @@ class RowReader:
         if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
             raise ValueError(
                 "The training set is iterable and has no length, and reading it for the bank would "
-                f"take samples from training. Measure over the last samples seen in their place: "
+                f"take samples from training. Measure over the last samples seen instead: "
                 f"StageRun(reservoir=4096). {CURE}"
             )
         if loader.batch_sampler is None:
@@ -49,8 +49,8 @@ class RowReader:
         self.loader, self._find, self._move = loader, read_batch, move
         self._dataset: Any = fixed() if callable(fixed) else loader.dataset
 
-    def copies_of(self, rows: Sequence[int]) -> Sequence[int]:
-        """The places to read of samples, every copy of each."""
+    def places_of(self, rows: Sequence[int]) -> Sequence[int]:
+        """The places of samples in what is read, every version of each."""
         count = len(self.loader.dataset)  # type: ignore[arg-type]
         firsts = range(0, len(self._dataset), count)
         return [first + row for first in firsts for row in rows] if len(firsts) > 1 else rows
@@ -58,15 +58,10 @@ class RowReader:
     def read(
         self, rows: Sequence[int], *, workers: int | None = None, times: int = 1, seed: int = 0
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """`x_1` and labels of rows, in batches of the loader's size; to be called in `undisturbed`.
+        """`x_1` and labels of rows, in batches of the loader's size; call it in `undisturbed`.
 
-        Refuses what is not one `x_1` for each row, all of one shape, and all with labels or none.
-
-        Args:
-            rows: Positions in the data set.
-            workers: At most; default as many as the loader has.
-            times: How often each batch is read, default once.
-            seed: Of the workers, default 0.
+        Each batch is read `times` times, with at most `workers`, default those of the loader.
+        Refuses anything but one `x_1` for each row, all of one shape, all with labels or none.
         """
         loader = self.loader
         workers = loader.num_workers if workers is None else min(workers, loader.num_workers)
@@ -98,9 +93,9 @@ class RowReader:
             first = first or (x1, labels)
             if len(x1) != len(places):
                 raise ValueError(
-                    f"Expected an x_1 of each of {len(places)} samples ({span}), got "
+                    f"Expected an x_1 for each of {len(places)} samples ({span}), got "
                     f"{describe(x1)}; the first batch gave {describe(first[0])}. If the collate "
-                    f"function or `read_batch` leaves samples out, or makes several of one: {CURE}"
+                    f"function or `read_batch` leaves out or multiplies samples: {CURE}"
                 )
             if x1.shape[1:] != first[0].shape[1:] and not isinstance(labels, MaskedLabels):
                 raise ValueError(
@@ -118,7 +113,7 @@ class RowReader:
 
 
 def same_rows(bank: LatentBank, places: range, x1: Tensor, labels: object = None) -> bool:
-    """Whether samples are those that were read into a bank at their places, up to its rounding."""
+    """Whether samples equal the rows of a bank at these places, up to its rounding."""
     x1 = fitted(x1, labels, bank.shape)[0]
     at = torch.tensor(places)
     rows = bank.take(at if bank.index is None else torch.argsort(bank.index)[at]).double()

@@ -1,7 +1,7 @@
 r"""Sampling: integrate `dx/dt = u(x, t)` from noise at t = 0 to data at t = 1.
 
-The solver is torchdiffeq's. What is ours is the velocity that it is given, and the times at which
-a fixed-step solver asks. `model_velocity` turns any prediction type and convention into a velocity,
+The solver is torchdiffeq's; this module makes the velocity and the times of a fixed-step solver.
+`model_velocity` turns any prediction type and convention into a velocity,
 `guided` adds classifier-free guidance on an interval of t (Kynkaanniemi et al., arXiv 2404.07724),
 
     u = u_null + w (u_label - u_null)   for t in the interval,   u = u_label elsewhere,
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 """Solvers that choose their steps."""
 
 _ROUNDING = 2.5e-7
-"""Four roundings of a float32 time: one so near the end of an interval is there."""
+"""Four roundings of a float32 time: a time this near the end of an interval is in it."""
 _TOLERANCE = 1e-4
 """Relative and absolute, of a solver that chooses its steps."""
 
@@ -73,13 +73,13 @@ def model_velocity(
     prediction: Prediction | PredictionKind | None = None,
     convention: ConventionLike = STAGEWISE,
 ) -> Velocity:
-    """Makes a velocity of a model that predicts something else, or counts time another way.
+    """Makes a velocity from a model with another prediction or convention.
 
     Args:
         model: Called as `model(xt, time)`, both in the model's convention.
         path: Path of training, default that of the convention, or else `LinearPath()`.
         prediction: What the model predicts, default that of the convention, the velocity.
-        convention: Default the library's; see `stagewise.conventions`.
+        convention: The model's, default the library's; see `stagewise.conventions`.
 
     Example:
         >>> import torch
@@ -98,10 +98,10 @@ def model_velocity(
 
 
 def integration_range(prediction: Prediction | PredictionKind) -> tuple[float, float]:
-    """Says between which times samples of a prediction type are integrated.
+    """The times between which samples of a prediction type are integrated.
 
-    Turned into a velocity, the errors of a noise or score prediction are multiplied by 1 / a_t, of
-    a data prediction by 1 / s_t; at t = 1 all but the velocity are 0 / 0.
+    As a velocity, the errors of a noise or score prediction are multiplied by 1 / a_t, those of a
+    data prediction by 1 / s_t; at t = 1 all but the velocity are 0 / 0.
     """
     return _RANGES[Prediction.of(prediction).kind]
 
@@ -119,8 +119,8 @@ def time_grid(
     Args:
         steps: How many steps, M.
         shift: s of the shift `v -> s v / (1 + (s - 1) v)` on [0, 1], default 1: even steps. Below 1
-            there are more near noise. Papers that count from data to noise have 1 / s.
-        coarse: Where a first large step ends, default None: a step like the others.
+            there are more near noise. Papers that count from data to noise use 1 / s.
+        coarse: The end of a large first step, default None: a step like the others.
         start: First time, default 0.
         end: Last time, default 1.
 
@@ -143,7 +143,7 @@ def time_grid(
             raise ValueError(f"Expected `coarse` between {start} and {end}, got {coarse}.")
         if steps < 2:
             raise ValueError(
-                f"Expected `steps` of at least 2 with `coarse`, one of them to there, got {steps}."
+                f"Expected `steps` of at least 2 with `coarse`, one of them coarse, got {steps}."
             )
         rest = time_grid(steps - 1, shift=shift, start=coarse, end=end)
         return torch.cat([rest.new_tensor([start]), rest])
@@ -169,13 +169,13 @@ def guided(
         conditional: Velocity given the label.
         unconditional: Velocity of the null label; not asked outside the interval.
         scale: Guidance weight w; 1 is none.
-        interval: Where it applies, in t (0 = noise), both ends with it; default everywhere.
-        channels: Guide only the first so many channels, default all. The public samplers of DiT,
-            SiT and LightningDiT guide 3, of 4 and of 32.
+        interval: Where it applies, in t (0 = noise), ends included; default everywhere.
+        channels: Number of channels to guide, the first ones, default all. The public samplers of
+            DiT, SiT and LightningDiT guide 3, of 4 and of 32.
 
     Raises:
-        ValueError: If `interval` is none within [0, 1], or `channels` is below 1; when asked, if
-            there are fewer.
+        ValueError: If `interval` is not within [0, 1], or `channels` is below 1; when called, if
+            the samples have fewer.
 
     Example:
         >>> import torch
@@ -208,11 +208,10 @@ def guided(
 
 
 def guidance_interval(collapsed: float) -> tuple[float, float] | None:
-    """Proposes an interval for guidance from a measured boundary: a first guess to scan.
+    """An interval for guidance from the collapsed boundary: a first guess, to be tuned.
 
-    From where the target has collapsed (`StageBoundary.collapsed`) to 0.6: a reading of one table,
-    second-hand (Liu et al., arXiv 2512.02826, Tab. 3). None if that is not known, or is 0.5 and
-    later.
+    It goes from there to 0.6, after one table (second-hand; Liu et al., arXiv 2512.02826, Tab. 3).
+    None if the boundary is unknown, or 0.5 and later.
     """
     return (collapsed, 0.6) if 0 < collapsed < 0.5 else None
 
@@ -236,23 +235,21 @@ def sample(
         velocity: `u(x_t, t)`.
         x0: State at `start`, noise if that is 0, (B, *).
         method: One of `FIXED_SOLVERS` or `ADAPTIVE_SOLVERS`, default "midpoint".
-        steps: Steps of a fixed-step solver, default 25; midpoint asks for two velocities a step.
+        steps: Steps of a fixed-step solver, default 25; midpoint takes two velocities per step.
             The public samplers of SiT and LightningDiT count the M + 1 times instead: their
             num_steps = 250 is 249 here.
         start: Time of `x0`, default 0.
         end: Time of the result, default 1; see `integration_range`.
-        times: The times of a fixed-step solver, ascending, (M + 1,), such as `time_grid` gives, in
-            place of `steps`, `start` and `end`.
-        rtol: Relative tolerance of a solver that chooses its steps, default 1e-4. SiT's commands
-            have 1e-3.
-        atol: The absolute one, default 1e-4. SiT's commands have 1e-6.
+        times: The times of a fixed-step solver, ascending, (M + 1,), as from `time_grid`, in place
+            of `steps`, `start` and `end`.
+        rtol: Relative tolerance of an adaptive solver, default 1e-4. SiT's commands have 1e-3.
+        atol: Absolute tolerance, default 1e-4. SiT's commands have 1e-6.
 
     Returns:
         The state at `end`, (B, *).
 
     Raises:
-        ValueError: On an unknown solver, numbers out of range, or `times` for a solver that chooses
-            its own.
+        ValueError: On an unknown solver, numbers out of range, or `times` for an adaptive solver.
 
     Example:
         >>> import torch
@@ -278,11 +275,10 @@ def sample(
     times = grid[[0, -1]]
     options: dict[str, object]
     if method in FIXED_SOLVERS:
-        # The solver's own grid of a step size has a step of length 0 at its end where the division
-        # rounds up, of 61 steps for one.
+        # The solver's own grid may end with a step of length 0, by rounding: with 61 steps it does.
         options = {"grid_constructor": lambda *_: grid}
     else:
-        # Left alone it steps beyond the end, where models are not trained, and interpolates back.
+        # By default it steps beyond the end, where models are not trained, and interpolates back.
         options = {"step_t": times[1:]}
     states = odeint(
         lambda t, x: velocity(x.to(x0.dtype), t.to(wide).expand(len(x))).to(wide),
@@ -302,31 +298,27 @@ def switched(
     x0: Tensor,
     at: float,
     *,
-    method: str = "midpoint",
     steps: int = 25,
     start: float = 0.0,
     end: float = 1.0,
     times: Tensor | None = None,
-    rtol: float = _TOLERANCE,
-    atol: float = _TOLERANCE,
+    **options: Any,
 ) -> Tensor:
     """Draws samples with one velocity up to the time `at` and with another from there.
 
-    The oracle may be either: it is singular at t = 1, where "euler" and "midpoint" never ask. With
-    the other solvers stop at 0.999.
+    The oracle may be either: it is singular at t = 1, which "euler" and "midpoint" never reach.
+    With the other solvers stop at 0.999.
 
     Args:
         first: Velocity before `at`.
         second: Velocity from there.
         x0: State at `start`, (B, *).
         at: Time of the switch, in [0, 1].
-        method: See `sample`.
         steps: Steps from `start` to `end`; each part has its share of them, rounded up.
         start: Time of `x0`, default 0.
         end: Time of the result, default 1.
-        times: See `sample`; `at` becomes one of them.
-        rtol: See `sample`.
-        atol: See `sample`.
+        times: As in `sample`; `at` is added.
+        **options: `method`, `rtol` and `atol` of `sample`.
 
     Returns:
         The state at `end`, (B, *).
@@ -346,30 +338,29 @@ def switched(
             # Less a rounding error, so that 0.2 of 25 steps are 5.
             share = math.ceil(steps * (stop - begin) / (end - start) - 1e-9)
             own = None if times is None else times_between(times, begin, stop)
-            about = {"start": begin, "end": stop, "rtol": rtol, "atol": atol}
-            x = sample(velocity, x, method=method, steps=share, times=own, **about)
+            x = sample(velocity, x, steps=share, start=begin, end=stop, times=own, **options)
     return x
 
 
 def checked_times(times: Tensor) -> Tensor:
-    """Turns times into float64 on the host, if a solver can take them.
+    """Times for a solver as float64 on the host.
 
     Raises:
         ValueError: If they do not ascend within [0, 1].
     """
     known = times.detach().cpu().double()
-    # Equal in float32, they would be a step of length 0.
+    # Times that are equal in float32 would be a step of length 0.
     ascending = known.ndim == 1 and len(known) > 1 and bool((known.float().diff() > 0).all())
     if not (ascending and known[0] >= 0 and known[-1] <= 1):
         raise ValueError(
-            f"Expected `times` ascending within [0, 1], (M + 1,), got {tuple(known.shape)} from "
-            f"{known.flatten()[:3].tolist()} on."
+            f"Expected `times` ascending within [0, 1], (M + 1,), got {tuple(known.shape)} that "
+            f"begin {known.flatten()[:3].tolist()}."
         )
     return known
 
 
 def times_between(times: Tensor, begin: float, stop: float) -> Tensor:
-    """Cuts the times of a grid to those from `begin` to `stop`, with these two as ends."""
+    """The times of a grid from `begin` to `stop`, with these two as ends."""
     known, near = checked_times(times), 1e-6
     inside = known[(known > begin + near) & (known < stop - near)]
     return torch.cat([known.new_tensor([begin]), inside, known.new_tensor([stop])])

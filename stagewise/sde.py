@@ -12,7 +12,7 @@ velocity gives the mean noise and with it the score,
 | `diffusion` | w_t, times `norm` |
 |---|---|
 | constant | 1 |
-| sbdm | `a'/a s^2 - s s'`, that of the equation that noised the data; infinite where a = 0 |
+| sbdm | `a'/a s^2 - s s'`, that of the forward equation; infinite where a = 0 |
 | sigma | `s_t` |
 | linear | `1 - t` |
 | decreasing | `(norm cos(pi t) + 1)^2 / 4` |
@@ -63,17 +63,17 @@ def sample_sde(
     Args:
         velocity: `u(x_t, t)`.
         x0: State at `start`, (B, *).
-        path: That of training, default `LinearPath()`.
-        method: One of `SDE_SOLVERS`, default "sde-euler"; Heun's asks for two velocities a step.
-        diffusion: One of `DIFFUSIONS`, default "sigma", as SiT's commands have it.
-        norm: What multiplies w_t, default 1.
-        last_step: One of `LAST_STEPS`, default "mean"; "none" ends where the steps do.
+        path: The path of training, default `LinearPath()`.
+        method: One of `SDE_SOLVERS`, default "sde-euler"; Heun's takes two velocities per step.
+        diffusion: One of `DIFFUSIONS`, default "sigma", as in SiT's commands.
+        norm: Factor of w_t, default 1.
+        last_step: One of `LAST_STEPS`, default "mean"; "none" has no special last step.
         last_size: h, default 0.04.
-        steps: All steps, with the last one, default 250: SiT's num_steps counts as many.
+        steps: All steps, the last included, default 250, as SiT's num_steps.
         start: Time of `x0`, default 0; above 0 for "sbdm".
         times: The times of all steps but the last, ascending, (M,), in place of `steps` and
-            `start`; the last of them is where the last step begins.
-        noise: Gives the noise of a step, (B, *); default `torch.randn_like`.
+            `start`; the last step begins at the last of them.
+        noise: Returns the noise of a step, (B, *); default `torch.randn_like`.
 
     Returns:
         The state at the end, (B, *).
@@ -106,7 +106,7 @@ def sample_sde(
         )
 
     def asked(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Velocity, score, and the drift of both."""
+        """Velocity, score and drift."""
         u = velocity(x.to(x0.dtype), t.expand(len(x))).to(wide)
         a, s, da, ds = path(t)
         score = -(a * u - da * x) / ((a * ds - da * s) * s)
@@ -134,7 +134,7 @@ def sample_sde(
 def sde_grid(
     steps: int, last_step: str, last_size: float, *, shift: float = 1.0, start: float = 0.0
 ) -> Tensor:
-    """The times of all steps but the last one; see `sample_sde` and `time_grid`."""
+    """The times of all steps but the last; arguments of `sample_sde` and `time_grid`."""
     if last_step == "none":
         return time_grid(steps, shift=shift, start=start)
     if not 0 < last_size < 1 - start:

@@ -1,9 +1,8 @@
-"""Work beside the main stream of a CUDA device: an oracle's answer, while a network runs.
+"""Work on a side stream of a CUDA device: an oracle's answer while a network runs.
 
-The side stream first waits for all that was queued, and the main stream waits for it before the
-result is used. So memory that is freed in between may be used again: what the work reads is held
-until then, and what it makes is freed after later work of the main stream only if that is told of
-it (`record_stream`).
+The side stream waits for all work queued before, and the main stream waits for it before the result
+is used. Memory freed in between may be reused: so what the work reads is held until then, and what
+it makes is marked as used by the main stream (`record_stream`).
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 @untraced
 def beside(work: Callable[[], tuple[Tensor, ...]], *reads: Any) -> Callable[[], tuple[Tensor, ...]]:
-    """Queues work on a side stream, and returns what waits for it and gives its result.
+    """Queues work on a side stream; returns a function that waits for it and returns its result.
 
-    Results are the same to the last bit: the order of all random draws is that of the calls. What
-    is not on a CUDA device, or recorded into a graph, is done as it is called.
+    Results are bitwise the same: random draws keep the order of the calls. Without CUDA, or in a
+    CUDA graph, the work runs at once.
 
     Args:
-        work: What is done; it reads what is queued so far.
-        *reads: What it reads and may be freed before the result is asked for. The first one, a
-            tensor, says on which device.
+        work: May read everything queued so far.
+        *reads: Its inputs that may be freed before the result is used. The first one, a tensor,
+            decides the device.
     """
     first = reads[0]
     if not _runs_beside(first):
@@ -56,6 +55,6 @@ def beside(work: Callable[[], tuple[Tensor, ...]], *reads: Any) -> Callable[[], 
 
 
 def _runs_beside(x: Tensor) -> bool:
-    # Fake tensors, with which placement is checked without a device, have no streams.
+    # Fake tensors, which test placement without a device, have no streams.
     real = x.device.type == "cuda" and type(x) in (Tensor, torch.nn.Parameter)
     return real and not torch.cuda.is_current_stream_capturing()

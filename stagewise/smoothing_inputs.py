@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
+from stagewise.device_checks import require_all
 from stagewise.queries import Times, as_times, check_times, require_tensors
 from stagewise.stages import StageBoundary
 from stagewise.tracing import caller_level
@@ -127,7 +128,7 @@ def strength_at(
             f"{tuple(share.shape) if isinstance(share, Tensor) else share!r}: "
             "strength=lambda t: (t >= 0.5).float()."
         )
-    _require_all(
+    require_all(
         (share >= 0) & (share <= 1),
         "Expected `strength(t)` in [0, 1]",
         lambda: (
@@ -136,14 +137,6 @@ def strength_at(
         ),
     )
     return share
-
-
-def _require_all(ok: Tensor, message: str, more: Callable[[], str]) -> None:
-    """Refuses values that are not all `ok`; on a device by an assertion, without a sync."""
-    if ok.device.type != "cpu":
-        torch._assert_async(ok.all(), message)
-    elif not ok.all():
-        raise ValueError(message + more())
 
 
 def check_settings(bank: LatentBank, neighbours: int, scale: float, floor: float) -> None:
@@ -204,7 +197,7 @@ def rows_of(bank: LatentBank, x1: Tensor, source: Tensor | None) -> Tensor:
     what = f"`source` from 0 to {len(bank) - 1}, the rows of the bank"
     if not given:
         what = "samples that are rows of the bank, or the `source` of each"
-    _require_all(
+    require_all(
         inside,
         f"Expected {what}",
         lambda: (
@@ -224,7 +217,7 @@ def check_near(bank: LatentBank, x1: Tensor, source: Tensor) -> None:
     """Refuses samples that have little to do with their rows: flips, or another order."""
     gap = x1.flatten(1).double() - bank.take(source, x1.device)
     off, spread = gap.square().sum(1).mean(), bank.mean_sq_norm.to(x1.device)
-    _require_all(
+    require_all(
         off <= 0.75 * spread,  # of two random rows it is 2
         "Expected `x1` near the rows that `source` says",
         lambda: (

@@ -1,12 +1,12 @@
-r"""The covariance spectrum of a bank: what it tells of the posterior before any query.
+r"""The covariance spectrum of a bank: it predicts the boundary without a query.
 
-A Gaussian of that covariance is told apart from N - 1 others when the information in `x_t` reaches
-log N,
+A sample of a Gaussian of that covariance is distinguished from N - 1 others when the information in
+`x_t` reaches log N,
 
     1/2 sum_k log(1 + rho_t^2 lambda_k) = log N
 
 (after Biroli et al., arXiv 2402.18491, for Gaussian data). Real data are not Gaussian and collapse
-later, so this is a prior for the grid and a line in the plot, not a measurement.
+later, so this places the grid and a line in the plot, and is not a measurement.
 """
 
 from __future__ import annotations
@@ -25,16 +25,11 @@ __all__ = ["information", "predicted_boundary", "spectrum"]
 
 
 _MAX_ROWS, _MAX_CLASSES = 2048, 8
-"""Rows and classes that are looked at, evenly spaced; fewer rows where these were a gigabyte."""
+"""Rows and classes that are used, evenly spaced; fewer rows if these take a gigabyte."""
 
 
 def spectrum(bank: LatentBank, segment: slice | None = None) -> Tensor:
-    """Variances of the rows along their principal axes, ascending, float64, on the CPU.
-
-    Args:
-        bank: The bank.
-        segment: Which rows, default all.
-    """
+    """Variances of the rows, default all, along principal axes, ascending, float64, on the CPU."""
     segment = segment or bank.whole
     few = min(_MAX_ROWS, max(64, 2**27 // bank.dim))
     step = math.ceil((segment.stop - segment.start) / few)
@@ -45,16 +40,10 @@ def spectrum(bank: LatentBank, segment: slice | None = None) -> Tensor:
 
 
 def information(snr_sqrt: Tensor, eigenvalues: Tensor) -> Tensor:
-    """What `x_t` tells of `x_1` in nats, if the rows were Gaussian.
+    """`1/2 sum_k log(1 + rho^2 lambda_k)` for `rho_t`, (B,): (B,), float64.
 
-    `1/2 sum_k log(1 + rho^2 lambda_k)`: about `N exp(-information)` rows explain a query.
-
-    Args:
-        snr_sqrt: `rho_t`, (B,).
-        eigenvalues: See `spectrum`.
-
-    Returns:
-        (B,), float64.
+    The information in `x_t` about `x_1` in nats for Gaussian rows of these variances: about
+    `N exp(-information)` rows explain a query.
     """
     power = snr_sqrt.double().square()[:, None]
     return torch.log1p(power * eigenvalues.to(snr_sqrt.device)).sum(1) / 2
@@ -66,14 +55,14 @@ def predicted_boundary(bank: LatentBank, path: Path, *, class_wise: bool = False
     Args:
         bank: The bank.
         path: The path of training.
-        class_wise: Whether the posterior is class-wise; then the median over classes, default
+        class_wise: Whether the posterior is class-wise: then the median over classes. Default
             False.
 
     Returns:
-        t in [0, 1]; NaN if all rows are the same, where nothing is to be told apart.
+        t in [0, 1]; NaN if all rows are equal.
 
     Raises:
-        ValueError: If `class_wise` is asked of a bank without labels.
+        ValueError: If `class_wise` is true and the bank has no labels.
     """
     segments = bank.scopes(class_wise)
     segments = segments[:: math.ceil(len(segments) / _MAX_CLASSES)]

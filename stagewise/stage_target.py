@@ -1,11 +1,10 @@
-"""`StageTarget`: the one line by which a training step that writes its target out is steered.
+"""`StageTarget`: one line that makes a hand-written training step steerable.
 
     u, w = self.target(x1 - x0, xt=xt, t=t, x1=x1, labels=y)
     loss = (w * (self.net(xt, t, y) - u).square().flatten(1).mean(1)).mean()
 
-As long as nothing is attached, `u` is what was given and `w` is 1. A `StageScheme` puts its targets
-and weights there, and monitors learn from the call what is trained on, whatever the step did to its
-batch before.
+With nothing attached, `u` is the given target and `w` is 1. A `StageScheme` returns its targets and
+weights here, and monitors read the samples of the training from the call.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ BY_HAND = (
     "self.target = stagewise.StageTarget() in __init__, and once u, xt and t are made "
     "u, w = self.target(u, xt=xt, t=t, x1=x1) in the step, where w weighs the loss of each sample."
 )
-"""What messages say about a target that no object makes."""
+"""The cure in messages about a target that no object makes."""
 
 Observer = Callable[[Tensor, Tensor, Tensor, Tensor, "Labels | None", "Tensor | None"], None]
-"""Is told of the target, `x_t`, t (of the library, t = 0 is noise), x_1, labels, which may be
+"""Receives the target, `x_t`, t (of the library, t = 0 is noise), x_1, labels, which may be
 `MaskedLabels`, and the condition of a call."""
 
 _SAID = (
@@ -45,24 +44,24 @@ _SAID = (
 
 
 class StageTarget(nn.Module):
-    """Lets a hand-written training step be watched and steered: it is called with the target.
+    """Makes a hand-written training step steerable and visible to monitors.
 
-    Keep it as an attribute of what is trained, `self.target = StageTarget()`, and call it before
-    the network. It has no parameters, buffers or state. In eval mode it returns what it was given.
-    Several calls in one step are those of the batch's parts. `torch.compile` runs it outside of the
-    graph.
+    Keep it as an attribute of the trained module, `self.target = StageTarget()`, and call it with
+    the target before the network. It has no parameters, buffers or state. In eval mode it returns
+    its input. Several calls in one step are parts of the batch. `torch.compile` runs it outside of
+    the graph.
 
     Args:
         path: The path of the step, default that of the convention, or else `LinearPath()`:
             x_t = t x_1 + (1 - t) x_0.
-        prediction: What the target is, default that of the convention, the velocity.
+        prediction: The kind of target, default that of the convention, the velocity.
         convention: How the step counts time, scales `x_t` and signs a velocity: a name such as
             "pi0", a noise scheduler of diffusers or a `Convention`; see `stagewise.conventions`.
-            Default as the library does (t = 0 is noise, data - noise).
+            Default the library's (t = 0 is noise, data - noise).
 
     Attributes:
-        scheme: What steers, None if nothing does. Copies and pickles have none.
-        observers: What looks on; copies and pickles have none.
+        scheme: The scheme that steers, or None. Not copied or pickled.
+        observers: Called with each batch. Not copied or pickled.
 
     Example:
         >>> import torch
@@ -88,7 +87,7 @@ class StageTarget(nn.Module):
         self.begin()
 
     def begin(self) -> None:
-        """Forgets what earlier calls have shown."""
+        """Forgets earlier calls."""
         self._fits = self._timed = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,23 +109,23 @@ class StageTarget(nn.Module):
         """The target to train on, and the weight of each sample's loss.
 
         Args:
-            y: The plain target, (B, *).
+            y: The conditional target, (B, *).
             xt: Noisy samples, (B, *).
             t: Their times in the step's convention, (B,) or (B, 1, ..., 1), or one number.
             x1: What `xt` was made from, (B, *).
             labels: Class of each sample, (B,); default those of the batch.
-            mask: Which numbers count, (B, *); default that of the batch. Others stay as they are.
+            mask: Which numbers count, (B, *); default that of the batch. Others do not change.
             source: Row of the bank that each sample stands for, (B,); see `Scheme`.
-            condition: What the network is given, (B, *), for an oracle with a kernel on it; default
-                that of the batch.
+            condition: What the network is given, (B, *), for a `ConditionedOracle`; default that of
+                the batch.
 
         Returns:
-            The target, (B, *), and the weights, (B,), 1 unless a scheme weighs.
+            The target, (B, *), and the weights, (B,), 1 without a weight in the scheme.
 
         Raises:
             ValueError: On shapes that do not fit; in the first call that is observed or steered, on
                 arguments that do not fit each other, with the cure; and as the scheme.
-            TypeError: If they are no tensors.
+            TypeError: If they are not tensors.
         """
         require_tensors(y=y, xt=xt, x1=x1)
         time, labels = as_times(t, x1), masked(labels, mask, x1)
@@ -141,7 +140,7 @@ class StageTarget(nn.Module):
         if not self.training or (not self.observers if scheme is None else scheme.paused):
             dtype = time.dtype if time.is_floating_point() else torch.float32
             return y, torch.ones_like(time, dtype=dtype)
-        # What looks on saves nothing for a backward pass, which checkpointing would miss.
+        # Checks must save nothing for the backward pass: checkpointing would miss it.
         with torch.no_grad():
             if not self._fits:
                 self._fits = check_samples(
@@ -150,23 +149,23 @@ class StageTarget(nn.Module):
                     said=_SAID,
                 )
             xt, t = self.convention.inside(xt, time)
-        # Outside of it: whoever looks on may ask whether gradients are on, and detaches x1.
-        for tell in self.observers:
-            tell(y.detach(), xt.detach(), t, x1, labels, condition)
+        # Not under no_grad: an observer may ask whether gradients are on, and detaches x1.
+        for observer in self.observers:
+            observer(y.detach(), xt.detach(), t, x1, labels, condition)
         if self.scheme is None:
             return y, torch.ones_like(t)
         if not self._timed and any(part.draws_timesteps for part in parts(self.scheme)):
             raise ValueError(
-                "The scheme draws t, and the training step does not take its draws. Take them "
+                "The scheme draws t, and the training step does not use its draws. Take them "
                 "right after you draw t yourself: t = self.target.times(t)."
             )
         smoothed = self.scheme.drawn
         if self.scheme.smoothing is not None and (smoothed is None or smoothed.x1 is not x1):
             raise ValueError(
-                "The scheme smooths samples, and `x1` is not what it has drawn. Before x_t is "
-                "made: x1 = self.target.smooth(x1, t=t)."
+                "The scheme smooths samples, and `x1` is not what it has drawn. Before you make "
+                "x_t: x1 = self.target.smooth(x1, t=t)."
             )
-        if t.device.type == "cpu":  # in the times of the step; elsewhere the scheme does it
+        if t.device.type == "cpu":  # for a message in the step's times; elsewhere the scheme checks
             check_times(t, len(t), self.convention)
         sign = self.convention.sign_of(self.prediction)
         known = {"source": source, "condition": condition}
@@ -177,9 +176,9 @@ class StageTarget(nn.Module):
 
     @untraced
     def times(self, t: Tensor) -> Tensor:
-        """The times to train at: `t` as it was drawn, (B,) or (B, 1, ..., 1), or a scheme's.
+        """The times to train at: the scheme's draws, or `t`, (B,) or (B, 1, ..., 1), without one.
 
-        Call it right after `t` is drawn: `t = self.target.times(t)`.
+        Call it right after you draw `t`: `t = self.target.times(t)`.
         """
         self._timed = True
         if not self.training or self.scheme is None or not self.scheme.draws_timesteps:
@@ -190,9 +189,9 @@ class StageTarget(nn.Module):
 
     @untraced
     def smooth(self, x1: Tensor, *, t: Times) -> Tensor:
-        """The samples to train on, (B, *): `x1` as it is, or as a scheme smooths it at times `t`.
+        """The samples to train on, (B, *): `x1`, or as a scheme smooths it at times `t`.
 
-        Call it before `xt` is made: `x1 = self.target.smooth(x1, t=t)`.
+        Call it before you make `xt`: `x1 = self.target.smooth(x1, t=t)`.
         """
         if not self.training or self.scheme is None:
             return x1

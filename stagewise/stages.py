@@ -1,11 +1,11 @@
 r"""The two stages of a training target, measured and predicted.
 
-At each t a query is made from a bank row, `x_t = a_t x^(i) + s_t x_0`, and its posterior is asked
-for. Early on many rows explain it (**navigation**); late, one does (**refinement**). The curve of
-the mean top-1 weight `E max_i gamma_i` over t rises from 1/N to 1, and the **boundary** is where it
-crosses 0.5 (`midpoint`) and 0.99 (`collapsed`) (Liu et al., arXiv 2512.02826, Fig. 2).
+At each t queries are made from rows of the bank, `x_t = a_t x^(i) + s_t x_0`. Early, many rows
+carry the posterior (**navigation**); late, one does (**refinement**). The mean largest weight
+`E max_i gamma_i` rises with t from 1/N to 1, and the **boundary** is where it crosses 0.5
+(`midpoint`) and 0.99 (`collapsed`) (Liu et al., arXiv 2512.02826, Fig. 2).
 
-Without any query the boundary can be predicted from the spectrum of the bank: see `spectrum`.
+`stagewise.spectrum` predicts the boundary without a query.
 """
 
 from __future__ import annotations
@@ -43,15 +43,7 @@ the source row, and the mean over the numbers that count of (conditional - oracl
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How a stage curve is measured.
-
-    Attributes:
-        oracle: Bank and path.
-        class_wise: Whether the posterior is over the rows of the query's class.
-        edges: Of the strata of t, (T + 1,).
-        queries: In each stratum.
-        seed: Of the queries, together with the step.
-    """
+    """How a stage curve is measured: `edges` of the strata of t, (T + 1,), `queries` in each."""
 
     oracle: Oracle
     class_wise: bool
@@ -63,12 +55,12 @@ class Recipe:
     def of(
         cls, oracle: Oracle, class_wise: bool, strata: int = 24, queries: int = 64, seed: int = 0
     ) -> Recipe:
-        """The recipe of a number of strata, which lie where the stages are predicted to meet."""
+        """A recipe with more strata near the predicted boundary."""
         predicted = predicted_boundary(oracle.bank, oracle.path, class_wise=class_wise)
         return cls(oracle, class_wise, stage_edges(predicted, strata), queries, seed)
 
     def times(self, seed: int | tuple[int, ...]) -> Tensor:
-        """Times of the queries, (T, Q); see `stratified_times`."""
+        """Times of the queries, (T, Q)."""
         return stratified_times(self.edges, self.queries, seed=seed)
 
     def measure(self, step: int, **where: Any) -> StageCurve:
@@ -84,10 +76,10 @@ class StageBoundary:
     NaN: not reached at any measured t. 0: passed already at the smallest measured t.
 
     Attributes:
-        midpoint: t at which the mean top-1 weight crosses 0.5; its interval is from `midpoint_low`
-            to `midpoint_high`, which is 1 where replicates never got there.
+        midpoint: t at which the mean largest weight crosses 0.5; its interval is from
+            `midpoint_low` to `midpoint_high`, which is 1 if replicates do not reach it.
         collapsed: t at which it crosses 0.99, with `collapsed_low` and `collapsed_high`.
-        confidence: Coverage that the intervals aim at.
+        confidence: Nominal coverage of the intervals.
     """
 
     midpoint: float
@@ -138,30 +130,30 @@ class StageCurve:
         world_size: int = 1,
         batch_size: int | None = None,
     ) -> StageCurve:
-        """Measures the curve with queries made from random bank rows.
+        """Measures the curve with queries made from random rows of the bank.
 
         Args:
             oracle: Bank and path.
-            t: Time of each query, (T, Q); see `stratified_times`. Default those of `Recipe.of`.
+            t: Time of each query, (T, Q), as from `stratified_times`. Default those of `Recipe.of`.
             seed: Of the rows and the noise; the same seed gives the same queries on every device,
-                rank and number of ranks. Default 0. No global generator is touched.
+                rank and number of ranks. Default 0. Global generators are not used.
             class_wise: Whether the posterior is over the rows of the query's own class, default
                 "auto": if the bank has classes.
-            device: Where to compute; default where the bank lies.
+            device: Where to compute, default the bank's.
             rank: With `world_size` above 1 only every `world_size`-th query, from `rank` on, is
-                computed and the others are left 0: sum `values` over the ranks.
-            world_size: See `rank`.
-            batch_size: Queries answered at a time, default 512, fewer if D is above 2^16.
+                computed and the others are 0: sum `values` over the ranks.
+            world_size: Number of ranks, default 1.
+            batch_size: Queries per batch, default 512, fewer if D is above 2^16.
 
         Raises:
-            ValueError: If `t` has another shape or leaves [0, 1], or `class_wise` is asked of a
-                bank without labels.
+            ValueError: If `t` has another shape or is outside [0, 1], or `class_wise` is true and
+                the bank has no labels.
         """
         if class_wise == "auto":
             class_wise = oracle.bank.labelled
         if t is None:
             t = Recipe.of(oracle, class_wise).times(seed)
-            # Rows that do not depend on the times.
+            # The rows must not depend on the draws of the times.
             seed = (*seed, 1) if isinstance(seed, tuple) else (seed, 1)
         if t.ndim != 2:
             raise ValueError(f"Expected `t` with shape (T, Q), got {tuple(t.shape)}.")
@@ -205,12 +197,12 @@ class StageCurve:
     def boundary(
         self, *, replicates: int = 200, confidence: float = 0.95, seed: int = 0
     ) -> StageBoundary:
-        """Where the mean top-1 weight crosses 0.5 and 0.99.
+        """Where the mean largest weight crosses 0.5 and 0.99.
 
         The means over halves of the strata are fitted by a function that grows with t (isotonic
         regression), and the crossing is interpolated. The interval is the percentile bootstrap over
-        the queries within each stratum; at 95 % and 64 queries it covered the midpoint in 39 of 40
-        simulated trials, and `collapsed`, which hangs on rare queries, in 35 only.
+        the queries within each stratum. At 95 % and 64 queries it covered the midpoint in 39 of 40
+        simulated trials, and `collapsed`, which depends on rare queries, in 35.
 
         Args:
             replicates: Bootstrap replicates, default 200.
@@ -219,8 +211,7 @@ class StageCurve:
         """
         top1, t = self.statistic("top1").numpy(), self.t.numpy()
         queries = t.shape[1]
-        # Half a stratum: narrow enough for a steep curve, and many enough queries for a level that
-        # only one in a hundred misses.
+        # Half a stratum: narrow enough for a steep curve, with enough queries for a level of 0.99.
         middle = (t.min(1, keepdims=True) + t.max(1, keepdims=True)) / 2
         half = 2 * np.arange(len(t))[:, None] + (t > middle)
         draws = np.random.default_rng(seed)
@@ -246,17 +237,10 @@ class StageCurve:
 
 
 def loss_floor(curve: StageCurve, t: Tensor) -> Tensor:
-    """`J*(t)`, the part of the loss that no model can remove. Costs no device sync.
+    """The irreducible loss `J*(t)` at times of any shape, in their dtype. Costs no device sync.
 
     The mean square of conditional minus oracle velocity over the D numbers of a sample, linear
-    between the strata of the curve, constant before the first and after the last.
-
-    Args:
-        curve: `StageCurve.measure(oracle)`.
-        t: Times, any shape.
-
-    Returns:
-        Of the shape and dtype of `t`.
+    between the strata of the `curve`, constant before the first and after the last.
     """
     times, means = (x.to(t.device) for x in (curve.times, curve.mean("target_difference")))
     at = torch.minimum(t.double().maximum(times[0]), times[-1])
@@ -266,7 +250,7 @@ def loss_floor(curve: StageCurve, t: Tensor) -> Tensor:
 
 
 def require_curve(curve: StageCurve) -> None:
-    """Refuses what is no measured curve."""
+    """Refuses anything but a measured curve."""
     if not isinstance(curve, StageCurve):
         raise TypeError(
             f"Expected `curve` to be a StageCurve, got {type(curve).__name__}: "
@@ -278,13 +262,13 @@ def require_whole_bank(oracle: Oracle) -> None:
     """Refuses to measure the boundary of a bank that is spread over the ranks."""
     if not oracle.engine.holds_all_rows:
         raise ValueError(
-            "The boundary of a bank that is spread over the ranks is not measured here. Give "
-            "it: Scheme(boundary=...)."
+            "Expected a bank with all rows, got one spread over ranks, whose boundary cannot be "
+            "measured. Give the boundary: Scheme(boundary=...)."
         )
 
 
 def _noise(oracle: Oracle, generator: torch.Generator) -> Tensor:
-    """`x_0`, and after it what a draw from a smoothed set takes."""
+    """`x_0`, followed by the normals of a draw from a smoothed set."""
     parts = [oracle.bank.dim, oracle.smoothing.num_normals if oracle.smoothing else 0]
     return torch.cat([torch.randn(n, dtype=torch.float32, generator=generator) for n in parts])
 
@@ -309,7 +293,7 @@ def _ask(oracle: Oracle, noise: Tensor, t: Tensor, rows: list[int], class_wise: 
 def _crossings(
     t: np.ndarray, means: np.ndarray, weights: np.ndarray, levels: tuple[float, float]
 ) -> tuple[float, float]:
-    """Where the monotone fit crosses the levels, between its blocks; 0: before, NaN: nowhere."""
+    """Where the monotone fit crosses the levels, between its blocks; 0: before, NaN: never."""
     fit = isotonic_regression(means, weights=weights)
     starts = fit.blocks[:-1]
     value = fit.x[starts]
@@ -322,15 +306,10 @@ def _crossings(
 
 
 def stage_edges(predicted: float, strata: int) -> Tensor:
-    """Edges of strata on [0, 1], half of them near the predicted boundary if that is near an end.
+    """Edges of strata on [0, 1], ascending, float64, (strata + 1,); at least 4 strata.
 
-    Args:
-        predicted: The predicted boundary p. Below 1/6 half of the strata lie in [0, 3p], above 5/6
-            in [1 - 3(1 - p), 1]. Between, or if NaN, 0 or 1, the strata are even.
-        strata: How many, at least 4.
-
-    Returns:
-        Ascending, from 0 to 1, float64, (strata + 1,).
+    With a predicted boundary p below 1/6 half of the strata lie in [0, 3p], above 5/6 in
+    [1 - 3(1 - p), 1]. Between, or for NaN, 0 or 1, the strata are equal.
     """
     if strata < 4:
         raise ValueError(f"Expected at least 4 strata, got {strata}.")
@@ -345,15 +324,9 @@ def stage_edges(predicted: float, strata: int) -> Tensor:
 
 
 def stratified_times(edges: Tensor, queries: int, *, seed: int | tuple[int, ...] = 0) -> Tensor:
-    """`queries` times in each stratum, one in each of as many equal parts of it.
+    """Q = `queries` random times in each stratum, one in each of Q equal parts: (T, Q), float64.
 
-    Args:
-        edges: Edges of the strata, (T + 1,), ascending.
-        queries: Q, at least 2.
-        seed: Default 0. No global generator is touched.
-
-    Returns:
-        Times, (T, Q), float64.
+    `edges` of the strata, (T + 1,), ascend. Global generators are not used.
     """
     if queries < 2:
         raise ValueError(f"Expected at least 2 queries per stratum, got {queries}.")

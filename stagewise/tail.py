@@ -1,4 +1,4 @@
-r"""How much of a posterior lies on rows that nobody looked at.
+r"""How much of a posterior can lie on rows that were not read.
 
 For a query made from row i, `x_t = a x^(i) + s eps`, and another row j at distance `Delta_j`, with
 `rho = a/s`, `r_j = rho Delta_j` and some `z_j ~ N(0, 1)`,
@@ -15,9 +15,9 @@ and the mass of some rows is at most `S = sum_j M_j` over them. If `S > eta`, th
 the second term being at most the first, because Mills' ratio decreases. Terms decrease with `r_j`:
 lower bounds on distances will do.
 
-A query that was rounded, or made from a sample before the bank rounded that, is
+A query that was rounded, or made from a sample before the bank rounded it, is
 `a x^(i) + s (eps + e)`. With `|e| <= kappa`, `M_j` is at most `exp(kappa r_j)` times as large, and
-(1) has `r_j/2 - kappa` for `r_j/2`.
+(1) has `r_j/2 - kappa` in place of `r_j/2`.
 
 With `delta` shared equally among H groups of n_h rows, (1) gives a bound on the mass itself,
 
@@ -35,18 +35,18 @@ from torch import Tensor
 __all__ = ["Tail"]
 
 _NOISE = 0.01
-"""Share of `delta` for noise that is longer than the bound `kappa` assumes."""
+"""Share of `delta` for noise that is longer than `kappa` allows."""
 
 
 @dataclass(frozen=True)
 class Tail:
-    """Rows that are not looked at, in H groups for each of B queries.
+    """Rows that are not read, in H groups for each of B queries.
 
     Attributes:
         count: Rows in each group, n_h, (B, H).
         r: `r_h`, at most that of any row in the group, (B, H), float64.
         half: `r_h/2 - kappa`, (B, H), float64.
-        delta: Probability, over the noise of a query, that may be spent.
+        delta: Probability, over the noise of a query, that a bound may fail.
     """
 
     count: Tensor
@@ -70,12 +70,9 @@ class Tail:
             rho: `a/s`, (B, 1), float64.
             distance: The least distance from the source in each group, (B, H), float64.
             count: Rows in each group, (B, H).
-            errors: How far `a x_1` is off, over a; how far `s eps` is off, over `s |eps|`.
+            errors: The error of `a x_1`, divided by a, and of `s eps`, divided by `s |eps|`.
             dim: Numbers in a sample, D.
-            delta: Probability that the statements about a query may fail, between 0 and 1.
-
-        Raises:
-            ValueError: If `delta` is not between 0 and 1.
+            delta: Probability that a bound may fail, between 0 and 1.
         """
         if not 0 < delta < 1:
             raise ValueError(f"Expected `delta` between 0 and 1, got {delta}.")
@@ -86,15 +83,11 @@ class Tail:
         return cls(count, rho * distance, half, (1 - _NOISE) * delta)
 
     def is_below(self, eta: float) -> Tensor:
-        """Whether the mass is at most `eta`, by (1), (B,).
-
-        Raises:
-            ValueError: If `eta` is not between 0 and 1.
-        """
+        """Whether the mass is at most `eta`, between 0 and 1, by (1): (B,)."""
         if not 0 < eta < 1:
             raise ValueError(f"Expected `eta` between 0 and 1, got {eta}.")
         terms = 2 * self.count * torch.special.ndtr(-math.log(eta) / self.r - self.half)
-        # What is not defined (rho or a distance that is 0 or infinite) compares as False.
+        # NaN (rho or a distance that is 0 or infinite) compares as False.
         return torch.where(self.count > 0, terms, 0).sum(1) <= self.delta
 
     def mass(self, eta: float) -> Tensor:

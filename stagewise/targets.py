@@ -1,4 +1,4 @@
-r"""What a model is trained on: the conditional target, pulled towards the oracle's.
+r"""Targets: the conditional one, moved towards the oracle's.
 
 For a target `y = c_t x_1 + b_t x_t` and a set of rows with posterior mean m,
 
@@ -13,8 +13,8 @@ a set that holds that row as `x^(s)` (evidence Z, mean m', `gamma = e_s / Z`; 0 
 
     m - x_1 = [m' - x_1 - gamma (x^(s) - x_1)] / (1 - gamma + e_{x_1} / Z).                      (2)
 
-If x_1 is the stored row this is `m' - x_1`, to the last bit. If it is a resampled twin of it, x_1
-takes the twin's place. If it is no row at all, it is added to the set.
+If x_1 is the stored row this is exactly `m' - x_1`. If it is a resampled twin of the row, x_1
+replaces it. If it is not a row, it is added to the set.
 
 **What is unbiased** (the optimum of the regression stays the oracle): both targets. A set of rows S
 that was drawn for a source i is an unbiased reference if every member could have been its source
@@ -40,6 +40,7 @@ from stagewise.engines import Exact
 from stagewise.engines.nearest import draw_rows
 from stagewise.lambdas import Constant, Lambda, LambdaLike
 from stagewise.oracle import Oracle
+from stagewise.paths import expand_like
 from stagewise.posterior import Posterior, posterior_of, upload
 from stagewise.products import full_precision
 from stagewise.queries import Queries
@@ -52,12 +53,12 @@ _NUMBERS = 2**24
 
 @dataclass(frozen=True)
 class TargetMean:
-    """The mean of x_1 that a target pulls towards, as its distance from x_1.
+    """The posterior mean of a target, as its difference from x_1.
 
     Attributes:
         difference: `m - x_1`, (B, D), float64.
         top1: Largest weight in the set, (B,), float64.
-        tail_mass: Share of the posterior that did not enter, (B,), float64.
+        tail_mass: Share of the posterior that was left out, (B,), float64.
     """
 
     difference: Tensor
@@ -66,7 +67,7 @@ class TargetMean:
 
 
 class Target(ABC):
-    """Which rows pull a target, and how much: the base of `Mix` and `ReferenceSet`.
+    """The rows of a posterior mean, and lambda: the base of `Mix` and `ReferenceSet`.
 
     Args:
         lam: A number in [0, 1]; "boundary" (1 in navigation, 0 in refinement); `Smooth(width)`;
@@ -74,7 +75,7 @@ class Target(ABC):
     """
 
     reads_rows = True
-    """Whether it reads rows itself, and not only asks the oracle."""
+    """Whether it reads rows itself, not only through the oracle."""
 
     def __init__(self, lam: LambdaLike = 1.0) -> None:
         self.lam = Lambda.of(lam)
@@ -90,11 +91,7 @@ class Target(ABC):
         """
 
     def check(self, oracle: Oracle) -> None:
-        """Refuses an oracle that the target cannot work with.
-
-        Raises:
-            ValueError: With the cure.
-        """
+        """Refuses an oracle that the target cannot work with, with the cure."""
         if self.reads_rows and oracle.smoothing is not None:
             raise ValueError(
                 f"{self!r} reads rows, and does not know the Gaussians that {oracle.smoothing!r} "
@@ -119,8 +116,8 @@ class Target(ABC):
 class Mix(Target):
     """Mixes the oracle's target into the conditional one: `u + lambda (u* - u)`. Unbiased.
 
-    With lambda 1 the target has no variance left given `x_t`. It has the same, memorising, optimum
-    as the conditional target: it is not a regulariser.
+    With lambda 1 the target has no variance given `x_t`. Its optimum is the same, memorizing one as
+    that of the conditional target: it is not a regulariser.
 
     Example:
         >>> import torch
@@ -139,7 +136,7 @@ class Mix(Target):
     @override
     def mean(self, oracle: Oracle, queries: Queries, draws: Random) -> TargetMean:
         """Formula (2), or m - x_1 for an x_1 drawn from a smoothed set."""
-        # The second largest weight too: the largest may be that of the row x_1 stands for.
+        # k=2, because the largest weight may be that of the row x_1 stands for.
         post, x1, twin = oracle.ask(queries, k=2), queries.x1, queries.twin
         assert x1 is not None
         assert twin is not None
@@ -300,5 +297,5 @@ def mix_target(y: Tensor, correction: Tensor, lam: Tensor | float) -> Tensor:
     if not isinstance(lam, Tensor):
         lam = Constant(lam).value
     elif lam.ndim:
-        lam = lam.reshape(-1, *(1 for _ in range(y.ndim - 1)))
+        lam = expand_like(lam, y)
     return y + (lam * correction).to(y.dtype)

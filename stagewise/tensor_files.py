@@ -1,12 +1,12 @@
-"""Safetensors files: one writer, and one reader of their headers.
+"""Safetensors files: one writer, and one reader of headers.
 
-The library checks a file (`safe_open`). Its header is then read again here, because only this tells
-where a tensor lies, so that it can be mapped read-only: the library's reader for torch maps a file
-with room for changes, which the system refuses for one larger than its memory.
+The library checks a file (`safe_open`). The header is then read again here for the position of each
+tensor, to map it read-only: the library's reader for torch maps a file with room for changes, which
+the system refuses for files larger than its memory.
 
-Files that are written here hold checksums in their metadata, one for the header and one for each
-tensor. That of the header is compared when the file is opened, that of a tensor when it is read
-into memory; tensors that are mapped are compared by `check_tensor` alone, which reads all of them.
+Files written here have checksums in their metadata, one for the header and one for each tensor. The
+header's is compared when a file is opened, a tensor's when it is read into memory; mapped tensors
+are compared by `check_tensor` only, which reads all of them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _LENGTH = ("not fully covered", "MetadataIncompleteBuffer")
-"""What the library says of a sound header before data of another length; its older versions, too.
+"""Messages of the library, also of older versions, for a valid header before data of wrong length.
 """
 
 _SUMS = "stagewise_crc32"
@@ -71,10 +71,10 @@ _BLOCK = 2**22
 def write_tensors(path: FilePath, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
     """Writes a safetensors file with metadata and checksums, by `replace_file`.
 
-    It is not written by the library, which gives it the rights of a temporary file, and leaves that
-    where it is killed.
+    Not by the library, which gives a file the permissions of a temporary one, and leaves that
+    behind when it is killed.
     """
-    # The widest first: then each begins at a multiple of the size of its numbers.
+    # The widest types first: then each tensor begins at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     data = {name: tensors[name].detach().cpu().contiguous() for name in order}
     end, header, sums = 0, {}, {}
@@ -103,7 +103,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def pack_header(header: dict[str, Any], about: dict[str, str], sums: dict[str, int]) -> bytes:
-    """The text of a header, with metadata and the checksums of the tensors."""
+    """The bytes of a header, with metadata and the checksums of the tensors."""
     whole = {"__metadata__": dict(about), **header}
     text = json.dumps(sums)
     whole["__metadata__"][_SUMS] = f"{_header_sum(whole, text):08x} {text}"
@@ -111,7 +111,7 @@ def pack_header(header: dict[str, Any], about: dict[str, str], sums: dict[str, i
 
 
 def _header_sum(header: dict[str, Any], sums: str) -> int:
-    """The checksum of a header without its entry for checksums, and with these."""
+    """The checksum of a header without its checksums entry, together with `sums`."""
     about = {key: value for key, value in header["__metadata__"].items() if key != _SUMS}
     text = json.dumps([{**header, "__metadata__": about}, sums], sort_keys=True)
     return zlib.crc32(text.encode())
@@ -122,10 +122,10 @@ def _header_sum(header: dict[str, Any], sums: str) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: its shape and type, and its first byte, from the start of the file.
+    """A tensor in a file: its shape, type and first byte, counted from the start of the file.
 
-    `swapped` says that its bytes stand in the order of other processors, `name` what it is called
-    there, `crc32` what its checksum is, if the file says so.
+    `swapped`: its numbers have the opposite byte order. `name`: its key in the file. `crc32`: its
+    checksum, if the file has one.
     """
 
     shape: tuple[int, ...]
@@ -142,10 +142,10 @@ class Entry:
 
 
 def read_header(path: FilePath) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata, once the library has accepted them.
+    """The tensors and the metadata of a safetensors file, after the library's checks.
 
-    Tensors of types that torch cannot read are left out. Raises a `Problem` if it is no such file,
-    not all of it is there, or it does not match its checksum.
+    Tensors of types that torch cannot read are left out. Raises a `Problem` if it is another kind
+    of file, is incomplete, or does not match its checksum.
     """
     size = os.stat(path).st_size
     with open(path, "rb") as file:
@@ -184,9 +184,9 @@ def read_header(path: FilePath) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _checksums(path: FilePath, header: dict[str, Any]) -> dict[str, int]:
-    """Those of the tensors, once that of the header is right; none in files of others."""
+    """The checksums of the tensors, after the check of the header; none in other files."""
     about = header.get("__metadata__") or {}
-    # Known by their form, too: then a bit in the name cannot make them unknown.
+    # Found by their form too: then a flipped bit in the name does not hide them.
     if not any(name == _SUMS or _FORM.fullmatch(value) for name, value in about.items()):
         return {}
     own, _, text = about.get(_SUMS, "").partition(" ")
@@ -196,10 +196,7 @@ def _checksums(path: FilePath, header: dict[str, Any]) -> dict[str, int]:
 
 
 def check_tensor(path: FilePath, entry: Entry) -> bool:
-    """Reads a tensor of a file and compares its checksum; whether there is one.
-
-    Raises a `Problem` that names the tensor if it is another.
-    """
+    """Reads a tensor and compares its checksum; False if there is none, `Damaged` if it differs."""
     if entry.crc32 is None:
         return False
     found, left = 0, entry.nbytes
@@ -219,7 +216,7 @@ def map_file(path: FilePath) -> mmap.mmap:
 
 
 def map_tensor(path: FilePath, entry: Entry) -> tuple[Tensor, mmap.mmap]:
-    """A tensor of a file and the pages it lies in; to write to it ends the process."""
+    """A tensor of a file and its pages; writing to it ends the process."""
     pages = map_file(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
@@ -230,7 +227,7 @@ def map_tensor(path: FilePath, entry: Entry) -> tuple[Tensor, mmap.mmap]:
 
 
 def read_tensor(path: FilePath, entry: Entry) -> Tensor:
-    """A tensor of a file, in memory: for few numbers faster than a mapping."""
+    """A tensor of a file, in memory: faster than a mapping for few numbers."""
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=entry.dtype)
     with open(path, "rb") as stream:
@@ -246,14 +243,11 @@ def read_tensor(path: FilePath, entry: Entry) -> Tensor:
     return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
 
 
-# -- what was computed for a bank once and is kept ---------------------------------------------
+# -- results that are computed once for a bank and kept -----------------------------------------
 
 
 def read_metadata(path: FilePath, kind: str, name: str) -> dict[str, str]:
-    """The metadata of a safetensors file, whose "format" must be `kind`.
-
-    `name` is what it should be, for the message: "certificate".
-    """
+    """The metadata of a safetensors file, whose "format" must be `kind`; `name` is for messages."""
     with _or_deleted(name):
         try:
             about = read_header(path)[1]
@@ -269,9 +263,9 @@ def read_metadata(path: FilePath, kind: str, name: str) -> dict[str, str]:
 
 
 def is_computed(path: FilePath, wanted: dict[str, str], name: str) -> bool:
-    """Whether there is a file with the metadata asked for; warns if they are others.
+    """Whether there is a file with the `wanted` metadata; warns if it has others.
 
-    Refuses a file of another "format"; "fingerprint" is that of the bank.
+    Refuses a file of another "format".
     """
     if not os.path.exists(path):
         return False

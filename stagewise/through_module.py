@@ -1,4 +1,4 @@
-"""Samples found through the module that is trained: `read_batch` asks it, or what it encodes."""
+"""`read_batch` functions that need the trained module, for example to encode samples."""
 
 from __future__ import annotations
 
@@ -25,45 +25,41 @@ def through_module(
     encode: Encode | None = None,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> ReadBatch:
-    """A `read_batch` of batches alone: in evaluation mode, no gradients, training's precision.
-
-    What is drawn is drawn from the global generators.
+    """A `read_batch` of the batch only; runs in eval mode, without gradients.
 
     Args:
-        read_batch: From a batch, or a batch and the module, to what a `read_batch` returns.
+        read_batch: From a batch, or a batch and the module, to what a `read_batch` returns. If it
+            needs no module, and there is no `encode`, it is returned itself.
         module: The module.
-        encode: What is done with `x_1` afterwards, default nothing.
+        encode: Applied to `x_1` afterwards, default nothing.
         context: Makes the context of training's precision.
-
-    Returns:
-        `read_batch` itself if it needs no module.
     """
-    asks = _asks_module(read_batch)
-    if not asks and encode is None:
+    takes_module = _takes_module(read_batch)
+    if not takes_module and encode is None:
         return read_batch
 
-    def found(batch: Any) -> Any:
+    def read(batch: Any) -> Any:
         with in_eval_mode(module), torch.no_grad(), context():
-            x1, *rest = read_batch(batch, module) if asks else read_batch(batch)
+            x1, *rest = read_batch(batch, module) if takes_module else read_batch(batch)
             return (x1 if encode is None else encode(x1, module), *rest)
 
-    return found
+    return read
 
 
 def without_trace(read_batch: ReadBatch) -> ReadBatch:
-    """A `read_batch` that leaves no trace in what the run draws; that of tensors draws nothing."""
+    """A `read_batch` that restores the random state of torch; `find_sample` draws nothing."""
     if read_batch is find_sample:
         return read_batch
 
-    def found(batch: Any) -> Any:
+    def read(batch: Any) -> Any:
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
             return read_batch(batch)
 
-    return found
+    return read
 
 
-def _asks_module(read_batch: Callable[..., Any]) -> bool:
+def _takes_module(read_batch: Callable[..., Any]) -> bool:
     """Whether a function takes a batch and a module."""
     try:
         parameters = inspect.signature(read_batch).parameters.values()

@@ -1,4 +1,4 @@
-"""What `torch.compile` must not look into: the oracle, and all that asks it, reads values."""
+"""Functions that `torch.compile` must not trace: the oracle and its callers read values."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def untraced(function: F) -> F:
-    """A function that runs as it is where the code around it is compiled.
+    """Decorates a function or method that `torch.compile` must not trace.
 
-    `torch.compiler.disable` does that, but loads the compiler (seconds) where nothing is compiled.
-
-    Args:
-        function: A function, or a method in the body of its class.
+    `torch.compiler.disable` loads the compiler (seconds) even if nothing is compiled.
     """
     eager: list[Callable[..., Any]] = []
 
@@ -36,7 +33,7 @@ def untraced(function: F) -> F:
 
 
 def caller_level() -> int:
-    """The `stacklevel` of a warning about the caller of an untraced method, given inside it."""
+    """The `stacklevel` of a warning, inside an untraced method, about its caller."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None:
         within, frame, level = frame.f_code.co_filename == __file__, frame.f_back, level + 1

@@ -1,15 +1,15 @@
-r"""When a phase ends: at a step, at a share of training, or when navigation is learnt.
+r"""When a phase ends: at a step, at a share of training, at an event, or at a plateau.
 
-**The plateau.** Losses of samples in navigation are averaged over `every` steps, one point each. A
-line through the last third of the points says how much was gained over them,
+**The plateau.** The losses of samples in navigation are averaged over `every` steps, one point
+each. A line through the last third of the points gives their gain,
 
     gain = -slope * length,   with the standard error of the fit,
 
-and it is compared with what has been gained since the beginning, `drop`: the loss has a floor that
-no model can go below, so that its size says nothing. A point is flat if `gain` is not above
-`tolerance * drop` by more than two standard errors; `patience` flat points in a row are a plateau.
-A third, and not a fixed number of steps: losses fall like powers of the step, over which any fixed
-window becomes flat. So a plateau is seen when it has lasted about half as long as the fall before.
+which is compared with the gain since the beginning, `drop` (not with the loss itself, which has a
+floor). A point is flat if `gain` is not above `tolerance * drop` by more than two standard errors;
+`patience` flat points in a row are a plateau. The window is a third of the points, because losses
+fall like powers of the step and any fixed window becomes flat. So a plateau is found when it has
+lasted about half as long as the fall before.
 """
 
 from __future__ import annotations
@@ -40,29 +40,22 @@ class Until(ABC):
         boundary: float | None,
         /,
     ) -> str | None:
-        """Takes note of a step, and says why the phase ends, or None if it does not."""
+        """Takes a step; the reason if the phase ends with it, otherwise None."""
 
     @abstractmethod
     def check(self, start: int, total: float | None) -> int:
-        """Refuses what can never end.
+        """The first step at which a phase may end that begins at step `start` or later.
 
-        Args:
-            start: The first step at which the phase may begin.
-            total: Steps of the training, infinite if it has no end, None if that is not known.
-
-        Returns:
-            The first step at which it may end.
-
-        Raises:
-            ValueError: With the cure.
+        `total` is the number of steps of the training, infinite if it has no end, None if unknown.
+        Raises a ValueError with the cure if the phase can never end.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has seen; plain numbers and lists."""
+        """What a resumed run needs; plain numbers and lists."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Takes up what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
 
 
 class AtStep(Until):
@@ -138,12 +131,12 @@ class AtShare(Until):
 
 
 class AtEvent(Until):
-    """Ends a phase when something is noticed about the run, such as "navigation learned".
+    """Ends a phase at an event, such as "navigation learned".
 
-    Somebody must say so, `Phases.notify(event)`: the callback `StageTransitions` does.
+    The callback `StageTransitions` reports events; in your own loop call `Phases.notify(event)`.
 
     Args:
-        event: What is waited for.
+        event: The name of the event.
     """
 
     def __init__(self, event: str) -> None:
@@ -153,7 +146,7 @@ class AtEvent(Until):
         self.happened = False
 
     def notify(self, event: str) -> None:
-        """Takes note of an event."""
+        """Takes an event."""
         self.happened = self.happened or event == self.event
 
     @override
@@ -177,18 +170,13 @@ class AtEvent(Until):
 
 
 def is_flat(points: Sequence[float], window: int, tolerance: float) -> bool:
-    """Whether the last third of the points gains next to nothing; see the module.
+    """Whether the last third of the points is flat; see the module.
 
     Args:
-        points: Mean losses, in order.
-        window: How many of them a line goes through at the least, at least 4.
-        tolerance: Share of the drop so far that is next to nothing.
-
-    Returns:
-        False while there are fewer than `2 * window` points.
-
-    Raises:
-        ValueError: If a point is NaN or infinite.
+        points: Mean losses, in order; NaN or infinity raises a ValueError.
+        window: Least number of points of the line, at least 4. Fewer than `2 * window` points are
+            never flat.
+        tolerance: Largest gain that is flat, as a share of the drop so far.
     """
     y = np.asarray(points, dtype=np.float64)
     if not np.isfinite(y).all():
@@ -209,10 +197,10 @@ class AtPlateau(Until):
     """Ends a phase when the loss of navigation has stopped falling.
 
     Args:
-        every: Steps that are averaged into a point, default 50.
-        window: Points that a line is fitted through at the least, default 8.
+        every: Steps per point, default 50.
+        window: Least number of points of the fitted line, default 8.
         patience: Flat points in a row that are a plateau, default 3.
-        tolerance: What is next to nothing, as a share of what has been gained, default 0.02.
+        tolerance: Largest gain that is flat, as a share of the drop so far, default 0.02.
 
     Raises:
         ValueError: For numbers out of range.
@@ -265,7 +253,7 @@ class AtPlateau(Until):
         if not math.isfinite(added):
             raise ValueError(
                 f"Expected finite losses, got {added} in navigation between steps {begin} and "
-                f"{step}: training has diverged, and nothing can be said of a plateau."
+                f"{step}: training has diverged."
             )
         self.points.append(added / count)
         flat = is_flat(self.points, self.window, self.tolerance)
@@ -279,8 +267,8 @@ class AtPlateau(Until):
         first = start + self.every * (2 * self.window + self.patience - 1)
         if total is not None and first >= total:
             raise ValueError(
-                f"Expected a phase to end within the {total} steps of training, but {self!r} can "
-                f"say nothing before step {first}. Give it fewer steps for a point, or points."
+                f"Expected a phase to end within the {total} steps of training, but {self!r} ends "
+                f"none before step {first}. Lower `every`, `window` or `patience`."
             )
         return first
 

@@ -1,4 +1,4 @@
-"""Reading data in the middle of a run without a trace in what the run draws afterwards."""
+"""Reads data in the middle of a run without changing what the run draws afterwards."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["in_eval_mode", "same_draws", "undisturbed"]
 
 
 _EMPTY = {str, bytes, int, float, complex, bool, type(None), CodeType, torch.dtype, torch.Size}
-"""Types of what holds nothing."""
+"""Types of values that refer to no others."""
 
 _OTHERS = {"builtins", "collections", "typing", "abc", "torch", "numpy", "torchmetrics"}
 _OTHERS |= {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
-"""Packages whose classes hold no generator; objects of theirs may."""
+"""Packages whose classes refer to no generator; their objects may."""
 
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Puts a module in evaluation mode, and every submodule back in its own mode at the end."""
+    """Evaluation mode for a module; restores the mode of every submodule at the end."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()
@@ -38,9 +38,9 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_draws() -> Iterator[None]:
-    """Puts back the global generators of torch, numpy and Python."""
+    """Restores the global generators of torch, numpy and Python at the end."""
     own, numbers = random.getstate(), np.random.get_state()
-    # Named devices, because of unnamed ones it warns if there are several.
+    # All devices by name: without names it warns if there are several.
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
             yield
@@ -51,24 +51,24 @@ def same_draws() -> Iterator[None]:
 
 @contextmanager
 def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None]:
-    """Puts back every generator of a run, and the mode of every submodule.
+    """Restores every generator of a run, and the mode of every submodule, at the end.
 
-    Within it all of them start from the same seed, so that what draws gives the same on every rank
-    and each time; gradients are off, and the module is in evaluation mode.
+    Inside, all generators start from the same seed, so that draws are the same on every rank and
+    each time; gradients are off, and the module is in evaluation mode.
 
     Args:
-        module: The run's, through which data may pass, as in a `read_batch` that encodes.
-        others: What else may hold a generator: loader, functions.
+        module: The trained module, which a `read_batch` may call.
+        others: Other objects that may hold a generator: loader, functions.
         seed: Of all generators, default 0.
     """
-    generators = _generators([module, *others])
-    kept = [(put, get()) for get, put in map(_access, generators)]
+    generators = [_access(generator) for generator in _generators([module, *others])]
+    kept = [(put, get()) for get, put, _ in generators]
     with same_draws(), torch.no_grad(), in_eval_mode(module):
         try:
             for reseed in (random.seed, np.random.seed, torch.manual_seed):
                 reseed(seed)
-            for generator in generators:
-                _reseed(generator, seed)
+            for _, _, own in generators:
+                own(seed)
             yield
         finally:
             for put, state in kept:
@@ -76,7 +76,7 @@ def undisturbed(module: nn.Module, *others: Any, seed: int = 0) -> Iterator[None
 
 
 def _generators(roots: list[Any]) -> list[Any]:
-    """All generators within reach: data sets, transforms and closures hide theirs anywhere."""
+    """All generators that the roots refer to, anywhere in data sets, transforms and closures."""
     kinds = {torch.Generator, random.Random, np.random.RandomState}
     kinds.update(np.random.BitGenerator.__subclasses__())
     held = {*kinds, np.random.Generator}
@@ -90,7 +90,7 @@ def _generators(roots: list[Any]) -> list[Any]:
         if kind in kinds:
             found.append(value)
         elif isinstance(value, FunctionType):
-            # From the names of a module one would come to everything that is imported anywhere.
+            # Not all names of its module: they lead to everything that is imported anywhere.
             names = value.__globals__
             if id(names) not in seen:
                 seen.add(id(names))
@@ -105,24 +105,22 @@ def _generators(roots: list[Any]) -> list[Any]:
     return found
 
 
-def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """What gives the state of a generator, and what sets it."""
+def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any], Callable[[int], Any]]:
+    """Getter and setter of a generator's state, and what seeds it."""
     if isinstance(generator, np.random.BitGenerator):
-        return lambda: generator.state, lambda state: setattr(generator, "state", state)
+
+        def put(state: Any) -> None:
+            generator.state = state
+
+        return lambda: generator.state, put, lambda seed: put(type(generator)(seed).state)
     if isinstance(generator, np.random.RandomState):
-        return lambda: generator.get_state(legacy=False), generator.set_state
+
+        def get() -> Any:
+            return generator.get_state(legacy=False)
+
+        # Its bit generator is seeded by itself; this clears the cached normal number.
+        clear = {"has_gauss": 0, "gauss": 0.0}
+        return get, generator.set_state, lambda _: generator.set_state(get() | clear)
     if isinstance(generator, random.Random):
-        return generator.getstate, generator.setstate
-    return generator.get_state, generator.set_state
-
-
-def _reseed(generator: Any, seed: int) -> None:
-    if isinstance(generator, np.random.BitGenerator):
-        generator.state = type(generator)(seed).state
-    elif isinstance(generator, np.random.RandomState):
-        # Its bits come from a generator of their own; this is what it may hold back.
-        generator.set_state(generator.get_state(legacy=False) | {"has_gauss": 0, "gauss": 0.0})
-    elif isinstance(generator, random.Random):
-        generator.seed(seed)
-    else:
-        generator.manual_seed(seed)
+        return generator.getstate, generator.setstate, generator.seed
+    return generator.get_state, generator.set_state, generator.manual_seed

@@ -1,4 +1,4 @@
-r"""Noisy samples with both of their targets, and a model's error against each.
+r"""Noisy samples with their conditional and oracle targets, and a model's error against each.
 
 For a sample `x_t` made from `x_1` the conditional velocity is u and the oracle's is u*. With the
 model's v,
@@ -6,14 +6,14 @@ model's v,
     |v - u|^2 = |v - u*|^2 + |u - u*|^2 + 2 <v - u*, u* - u>,
 
 and if `x_1` is a draw from the training set the last term has mean zero at every `x_t`, because u*
-is the mean of u there (Liu et al., arXiv 2512.02826, Sec. 2). So
+is the mean of u there (Liu et al., arXiv 2512.02826, Sec. 2). So for any model
 
     conditional error = oracle error + floor,
 
-whatever the model is: an identity that only a wrong oracle breaks (other scale, other path, other
-rows, labels that the model is given and the oracle is not). `cross` is that term per number; its
-mean in units of its standard error says whether it is zero. `probe_entry` and `window_entry` put
-what a probe or a stretch of training has shown into plain numbers, by bins of t and by stage.
+and only a wrong oracle breaks this identity (another scale, another path, other rows, labels that
+the model is given and the oracle is not). `cross` is the last term per number; its mean over its
+standard error shows whether it is zero. `probe_entry` and `window_entry` turn a probe or a window
+of training steps into plain numbers, by bins of t and by stage.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ __all__ = [
 
 PROBED = ("conditional", "oracle", "floor", "cosine", "cross")
 """Per query: the mean over the numbers that count of (v - u)^2, (v - u*)^2 and (u - u*)^2, the
-cosine of v and u*, and the term that is zero on average."""
+cosine of v and u*, and `cross`."""
 
 _BATCH = 128
 
 STAGES = ("navigation", "transition", "refinement")
-"""Below the midpoint, from there to where the posterior has collapsed, and above."""
+"""Below the midpoint, from there to the collapsed boundary, and above."""
 
 ALARM = 6.0
-"""Standard errors beyond which the oracle is said not to be that of the training. Where the
-posterior collapses a few queries in a hundred decide, and four happen with the right one too."""
+"""Standard errors of `cross` beyond which the oracle is not that of the training. Near the
+collapsed boundary few queries decide, and four standard errors occur with the right oracle too."""
 
 _KEPT = ("conditional", "oracle", "floor", "cosine", "conditional_se", "oracle_se")
 _NO_FLOOR = 1e-3
-"""Share of the conditional error below which the floor is none to compare with."""
+"""A floor below this share of the conditional error is too small to divide by."""
 
 
 def noisy_targets(
@@ -82,17 +82,17 @@ class Probe:
     `queries * strata * D` numbers of float32, over all ranks.
 
     Args:
-        x1: Samples, (n, *). Each is taken equally often, as far as the numbers allow.
+        x1: Samples, (n, *), each used equally often, up to one.
         labels: Their classes, (n,), or None; or with masks `MaskedLabels`.
         edges: Of the strata of t, (T + 1,).
         queries: In each stratum.
         oracle: Bank and path.
         class_wise: Whether the oracle is over the rows of the sample's class.
         seed: Of rows, times and noise; the queries are the same on any number of ranks.
-        device: Where to ask the oracle.
+        device: Where the oracle computes.
         rank: This process holds every `world_size`-th query, from `rank` on.
-        world_size: See `rank`.
-        reachable: The times nearest to some, (B,), about which the model can be asked.
+        world_size: Number of processes.
+        reachable: From times, (B,), to the nearest ones that the model knows.
     """
 
     def __init__(
@@ -142,12 +142,12 @@ class Probe:
         add: Callable[[Tensor, Tensor], None],
         device: torch.device,
     ) -> None:
-        """Adds what the model does at the queries of this rank.
+        """Measures the model at the queries of this rank.
 
         Args:
             velocity: From `x_t`, (B, *), t, (B,), and labels to the velocity, (B, *).
-            add: Takes times, (B,), and values, (K, B), in the order of `PROBED`.
-            device: That of the model.
+            add: Receives times, (B,), and values, (K, B), in the order of `PROBED`.
+            device: The model's.
         """
         for part in torch.arange(len(self.t)).split(_BATCH):
             labels = None if self.labels is None else self.labels[part].to(device)
@@ -171,15 +171,10 @@ def errors_of(
 
 
 def standard_scores(mean: Tensor, error: Tensor, count: Tensor) -> Tensor:
-    """How many standard errors a mean is off zero, as a normal deviate of the same probability.
+    """Means over their standard errors, (T,), as normal deviates of the same probability.
 
     With few samples the ratio has Student's distribution, whose tails are wider: 4 standard errors
-    of 16 samples are no more than 3.3.
-
-    Args:
-        mean: Means, (T,).
-        error: Their standard errors, (T,).
-        count: Samples of each, (T,); below two the deviate is NaN.
+    of 16 samples are only 3.3. NaN for a count below two.
     """
     freedom = (count.double() - 1).clamp_min(1).cpu().numpy()
     ratio = torch.where(mean == 0, 0.0, mean.double() / error.double()).cpu().numpy()
@@ -239,7 +234,7 @@ def _stage_means(
 
 
 def _excess(train: Mapping[str, Tensor]) -> Tensor:
-    """Oracle error over the floor, NaN where there is none to speak of."""
+    """Oracle error over the floor, NaN where the floor is too small."""
     there = train["floor"] > _NO_FLOOR * train["conditional"]
     return torch.where(there, train["oracle"] / train["floor"], torch.nan)
 
@@ -268,7 +263,7 @@ def spent(sums: BinnedSums, stages: Tensor) -> dict[str, dict[str, float]]:
 def window_entry(
     sums: BinnedSums, edges: Tensor, stages: Tensor, density: list[float] | None
 ) -> dict[str, Any]:
-    """A stretch of training by bins of t and by stage, as plain numbers and lists."""
+    """A window of training steps by bins of t and by stage, as plain numbers and lists."""
     means = sums.merged(edges).means()
     return {
         "samples": int(sums.count.sum()),

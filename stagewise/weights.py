@@ -1,6 +1,6 @@
 r"""Per-sample weights of the loss, as functions of t.
 
-Errors of all predictions are those of x_1 in other units: with `y = c_t x_1 + b_t x_t`, a weight
+The error of any prediction is that of x_1 in other units: with `y = c_t x_1 + b_t x_t`, a weight
 `W` on the squared error of x_1 is `W / c_t^2` on that of y. With `SNR = (a_t / s_t)^2`,
 
 | weight | on the error of x_1 | as published |
@@ -9,7 +9,7 @@ Errors of all predictions are those of x_1 in other units: with `y = c_t x_1 + b
 | P2 (arXiv 2204.00227) | `SNR / (k + SNR)^gamma` | noise: `1 / (k + SNR)^gamma` |
 | EDM (arXiv 2206.00364, Table 1) | `SNR + 1/sigma_data^2` | the same, with `SNR = 1/sigma^2` |
 
-and for a velocity they follow. At the ends of [0, 1] they are those of `t = 1e-6` and `1 - 1e-6`.
+and those on a velocity follow. At 0 and 1 the weights are those at `t = 1e-6` and `1 - 1e-6`.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _END = 1e-6
 
 
 class HasBoundary(Protocol):
-    """What knows where the stages meet: a `Scheme`, or `Phases`."""
+    """An object with the boundary: a `Scheme`, or `Phases`."""
 
     @property
     def boundary(self) -> float | None:
-        """T in [0, 1]; None if it has not been measured."""
+        """In [0, 1]; None if it has not been measured."""
 
 
 class Weight(ABC):
-    """How much a sample counts, by its t: the base of all weights."""
+    """The weight of a sample as a function of t: the base of all weights."""
 
     @property
     def needs_boundary(self) -> bool:
-        """Whether it must be bound to the stages' boundary (`bind`) first."""
+        """Whether it needs the boundary (`bind`) first."""
         return False
 
     @abstractmethod
@@ -60,7 +60,7 @@ class Weight(ABC):
         """The weights at `t`, any shape, in its dtype; at least 0."""
 
     def bind(self, boundary: float | None, path: Path) -> Weight:
-        """The weight for these stages and this path, unless it was given its own."""
+        """The weight with this boundary and path, unless it has its own."""
         return self
 
 
@@ -90,11 +90,11 @@ class _OfData(Weight):
 
 @dataclass(frozen=True)
 class MinSNR(_OfData):
-    """Counts noisy times by their SNR: min-SNR-gamma (Hang et al., arXiv 2303.09556).
+    """Weighs noisy times by their SNR: min-SNR-gamma (Hang et al., arXiv 2303.09556).
 
     Args:
         gamma: Above 0, default 5.
-        prediction: What the loss is about, default "velocity".
+        prediction: What the loss compares, default "velocity".
         path: Default that of the scheme, or `LinearPath()`.
 
     Example:
@@ -117,12 +117,12 @@ class MinSNR(_OfData):
 
 @dataclass(frozen=True)
 class P2(_OfData):
-    """Counts nearly clean times less: the weight of P2 (Choi et al., arXiv 2204.00227).
+    """Gives nearly clean times less weight: P2 (Choi et al., arXiv 2204.00227).
 
     Args:
         k: Above 0, default 1.
         gamma: At least 0, default 1.
-        prediction: What the loss is about, default "velocity".
+        prediction: What the loss compares, default "velocity".
         path: Default that of the scheme, or `LinearPath()`.
     """
 
@@ -141,11 +141,11 @@ class P2(_OfData):
 
 @dataclass(frozen=True)
 class EDMWeight(_OfData):
-    """Counts times as EDM does (Karras et al., arXiv 2206.00364): evenly if F is predicted.
+    """The weight of EDM (Karras et al., arXiv 2206.00364): constant if F is predicted.
 
     Args:
         sigma_data: Standard deviation of the data, above 0, default 0.5.
-        prediction: What the loss is about, default "velocity".
+        prediction: What the loss compares, default "velocity".
         path: Default that of the scheme, or `LinearPath()`.
     """
 
@@ -163,16 +163,15 @@ class EDMWeight(_OfData):
 
 @dataclass(frozen=True)
 class InverseFloor(Weight):
-    """Counts a time less, the more of its loss no model can remove: `min(1 / J*(t), largest)`.
+    """Gives a time less weight the larger its irreducible loss: `min(1 / J*(t), largest)`.
 
-    J* is the measured floor of the loss, for a velocity (Xu et al., arXiv 2506.13763,
-    whose second term, a bump at middle times, is left out). See `LossAboveFloor`, the draws that go
-    with it, for what became of it here.
+    J* is the measured floor, for a velocity (Xu et al., arXiv 2506.13763, without its second term,
+    a bump at middle times). Used with the draws of `LossAboveFloor`, which has our results.
 
     Args:
         curve: The measured floor, `StageCurve.measure(oracle)`.
-        largest: The cap, above 0, default 5. J* falls to 0 at t = 1, so that the cap decides there;
-            it is in the units of a velocity, the mean over D numbers.
+        largest: The cap, above 0, default 5. J* falls to 0 at t = 1, where the cap decides; it is
+            in the units of a velocity, the mean over D numbers.
     """
 
     of_velocity: ClassVar[bool] = True
@@ -206,7 +205,7 @@ class _OfStages(Weight):
 
 @dataclass(frozen=True)
 class StageGate(_OfStages):
-    """Lets an auxiliary loss of your own act in one stage only: 1 there, 0 in the other.
+    """Limits an auxiliary loss of yours to one stage: 1 there, 0 in the other.
 
     Alignment losses help where the target has little variance, in refinement (Stable Velocity,
     arXiv 2602.05435, has a sigmoid of width 0.05 at t = 0.3):
@@ -214,9 +213,9 @@ class StageGate(_OfStages):
         loss = loss + (StageGate(scheme)(t) * auxiliary).mean()
 
     Args:
-        boundary: t, or the scheme that knows it; default that of the scheme it is given to.
+        boundary: t, or a scheme; default that of the scheme it is given to.
         width: Of a sigmoid in t; default 0, a hard edge.
-        stage: Where it is open, default "refinement".
+        stage: The stage with weight 1, default "refinement".
 
     Example:
         >>> import torch

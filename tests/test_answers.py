@@ -286,7 +286,7 @@ def test_another_schedule_is_said_to_be_that():
     other = torch.cumprod(1 - torch.linspace(1e-3, 0.01, 1000), 0)
     module = Steps()
     module.target = StageTarget(convention=ddpm(other))
-    with pytest.raises(ValueError, match="schedule that was given, DDPMPath.* is another"):
+    with pytest.raises(ValueError, match="given schedule, DDPMPath.* is not that of x_t"):
         train(module, StageScheme(target=Mix()))
 
 

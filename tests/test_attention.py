@@ -307,7 +307,7 @@ def test_on_cuda_without_a_sync(own, dtype):
 def test_mps_is_refused():
     with FakeTensorMode():
         xt, t = torch.empty(2, 3, device="mps"), torch.empty(2, device="mps")
-        with pytest.raises(ValueError, match="float64, which MPS has not"):
+        with pytest.raises(ValueError, match="float64, which MPS lacks"):
             GaussianAttention()(xt, t, xt)
 
 
@@ -395,7 +395,7 @@ def test_inputs_that_are_refused(bad, message):
 
 
 def test_a_metric_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="`xt` with 4 numbers a sample, as `metric`.*got 3"):
+    with pytest.raises(ValueError, match="`xt` with 4 numbers per sample.*got 3"):
         GaussianAttention(metric=torch.ones(4))(**GOOD)
 
 

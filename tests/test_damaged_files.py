@@ -515,7 +515,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, name):
             write(path, torch.randn(999, 8, 4, 4))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"{path} could not be written, and what was there before is" in str(error.value)
+    assert f"{path} could not be written; a file that was there is" in str(error.value)
     assert f"Make room in {tmp_path}, or choose another folder." in str(error.value)
     assert error.value.errno == errno.ENOSPC
     assert path.read_bytes() == before

@@ -311,7 +311,7 @@ def test_what_cannot_be_looked_at_is_said():
     sampler.lock = (number for number in range(3))
     rows, (message,) = rows_of(loader(sampler=sampler), say=True)
     assert rows == first(64)
-    assert "with Draws, which cannot be copied and looked at (TypeError: cannot pickle" in message
+    assert "with Draws, a copy of which failed (TypeError: cannot pickle" in message
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from stagewise.engines import Auto, Engine, Exact, Nearest, Queries
 from stagewise.engines.exact import FEW
 from stagewise.engines.log_weights import LogWeights
 from stagewise.engines.nearest import Truncated, draw_rows
-from stagewise.engines.torch_cluster import TorchCluster, _reach, _stand
+from stagewise.engines.torch_cluster import TorchCluster, _position, _reach
 from stagewise.paths import PathCoefficients
 
 N, K = 300, 20
@@ -40,7 +40,7 @@ class Plain(TorchCluster):
 
     def search(self, bank, queries, n):
         table = torch.full((len(queries), n), -1)
-        y, _ = _stand(bank, queries)
+        y, _ = _position(bank, queries)
         for query, segment in enumerate(queries.segments):
             rows = torch.arange(segment.start, segment.stop)
             gaps = (y[query] - (bank.take(rows) - bank.centre)).square().sum(1)
@@ -510,7 +510,7 @@ def test_the_bound_where_queries_do_not_stand_where_they_are():
     xt = z + alpha * bank.centre
     queries = queries_at(bank, xt, alpha, 1.0)
     assert _reach(bank) == pytest.approx(1, rel=1e-3)
-    assert _stand(bank, queries)[1] > 1.9 * alpha
+    assert _position(bank, queries)[1] > 1.9 * alpha
     logits = -(xt - alpha * x).square().sum(1) / 2
     post = Plain(10).posterior(bank, queries, k=10)
     missed = 1 - torch.softmax(logits, 0)[post.rows[0]].sum()

@@ -337,7 +337,7 @@ def test_diffusers_scripts_condition_on_text():
     x1, noise, sigmas = call["x1"], torch.randn_like(call["x1"]), 1 - call["t"]
     s = sigmas.reshape(-1, 1, 1)
     given = ((1 - s) * x1 + s * noise, x1, noise, sigmas)
-    with pytest.raises(ValueError, match="moves what it learns.*class_wise=False"):
+    with pytest.raises(ValueError, match="changes what it learns.*class_wise=False"):
         diffusers_target(*given, mixing())
     later = Phases([Phase(Scheme(), AtStep(5)), Phase(mixing())])
     with pytest.raises(ValueError, match="class_wise=False"):
@@ -402,7 +402,7 @@ def test_an_adaptive_sampler_that_is_told_nothing_says_so_once(inner):
 def test_an_adaptive_sampler_that_is_never_observed_says_so():
     y, call = made(2)
     scheme = Scheme(timesteps=LossSecondMoment())
-    with pytest.warns(UserWarning, match="adapts to losses and was told of none") as said:
+    with pytest.warns(UserWarning, match="adapts to losses and got none") as said:
         [scheme(y, **call) for _ in range(1100)]
     assert len(said) == 1
 

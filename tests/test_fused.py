@@ -224,7 +224,7 @@ def test_a_kernel_that_does_not_compile_is_told_once_and_products_answer():
     bank = LatentBank(torch.randn(40, 6, dtype=torch.float64).float())
     oracle, reference = (Oracle(bank, engine=Exact(way)) for way in ("auto", "float64"))
     xt, t = torch.randn(4, 6), torch.full((4,), 0.5)
-    with pytest.warns(UserWarning, match="products take their place: .*Error: ") as said:
+    with pytest.warns(UserWarning, match="products are used instead: .*Error: ") as said:
         found = [oracle.posterior(xt, t).mean for _ in range(2)]
     assert len(said) == 1
     for mean in found:

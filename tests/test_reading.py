@@ -266,7 +266,7 @@ def test_collate_that_drops_samples_is_named(workers, make_trainer, tiny_flow):
     x = X.clone()
     x[:, 0] = torch.arange(64)
     data = DataLoader(x, 8, collate_fn=collate, num_workers=workers)
-    message = refused(data, make_trainer, tiny_flow(), "Expected an x_1 of each of 8 samples")
+    message = refused(data, make_trainer, tiny_flow(), "Expected an x_1 for each of 8 samples")
     assert "the first batch gave float32 tensor (8, 6)" in message
     assert "(8 to 15), got float32 tensor (7, 6)" in message
 

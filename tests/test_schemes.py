@@ -532,7 +532,7 @@ def test_phases_that_are_told_of_no_step(until, enough, recwarn):
         phases.weight_of(t)
         told.weight_of(t)
     assert not recwarn
-    with pytest.warns(UserWarning, match=rf"got {enough} calls and none: phase 0 never.*observe\("):
+    with pytest.warns(UserWarning, match=rf"got none in {enough} calls: phase 0 never.*observe\("):
         phases.weight_of(t)
     for _ in range(5):
         phases.weight_of(t)

@@ -864,5 +864,5 @@ def test_a_certificate_is_refused_because_it_knows_one_rank_only():
 
     bank = LatentBank(torch.randn(20, 4))
     certificate = Certificate.compute(bank, progress=False)
-    with pytest.raises(ValueError, match="does not go with Sharded"):
+    with pytest.raises(ValueError, match="leave it out with Sharded"):
         Oracle(bank, engine=Sharded(), certificate=certificate)

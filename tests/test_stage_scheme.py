@@ -226,7 +226,7 @@ def test_an_engine_that_shards_needs_the_part_of_the_rank(fit, bank, make_traine
 
     scheme = StageScheme(target=Mix(0.5), engine=Sharded())
     # The row of each sample has to be said; this module does not.
-    with pytest.raises(ValueError, match="Give `source`"):
+    with pytest.raises(ValueError, match="Expected `source` with Sharded"):
         make_trainer(scheme).fit(Lossy(), datamodule=Data())
     assert scheme.scheme.oracle.bank is bank
     Data.latent_shard = lambda self: bank.rows
@@ -516,7 +516,7 @@ def test_a_certificate_is_written_once_and_answers(fit, bank, tmp_path, monkeypa
     for other in others:
         for mine, theirs in zip(plain, other, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="does not go with Sharded"):
+    with pytest.raises(ValueError, match="leave it out with Sharded"):
         fit(
             Lossy(),
             StageScheme(
@@ -870,7 +870,7 @@ def test_phases_that_cannot_end(fit, bank):
 
 def test_a_bank_over_ranks_needs_a_boundary_that_is_given(fit, bank):
     scheme = Scheme(Oracle(bank, engine=Sharded()), target=Mix("boundary"))
-    refused(fit, Lossy(), StageScheme(scheme), match=r"is not measured here.*boundary=\.\.\.")
+    refused(fit, Lossy(), StageScheme(scheme), match=r"cannot be measured.*boundary=\.\.\.")
 
 
 def test_what_is_said_at_construction(bank):

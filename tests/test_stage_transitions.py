@@ -108,7 +108,7 @@ def test_events_are_said_once_and_heard(fit, tmp_path, read_stages, lightning_lo
     # What is not told has not happened, or could not be seen: the header says which.
     assert header["kinds"][MEMORIZATION_ONSET] == ""
     assert header["kinds"][BOUNDARY_MOVED].startswith("a PosteriorMonitor")
-    assert "held-out error has left training error" in lightning_log.text
+    assert "held-out error is above training error" in lightning_log.text
 
 
 def test_a_phase_that_nobody_would_end_is_refused(fit):

@@ -520,7 +520,7 @@ def test_sharded_banks(batch):
     call = dict(xt=xt, t=t, x1=x1)
     expected = whole.correct(**call)
     torch.testing.assert_close(shard.correct(**call, source=torch.arange(N)), expected)
-    with pytest.raises(ValueError, match="Give `source`"):
+    with pytest.raises(ValueError, match="Expected `source` with Sharded"):
         shard.correct(**call)
 
 

@@ -385,7 +385,7 @@ def test_a_shift_passes_losses_on_at_the_inner_time():
         (lambda: Shifted(Uniform(), 0), "`shift` above 0"),
         (lambda: WithFloor(Uniform(), 0), "`share` above 0"),
         (lambda: StageAware(1.2), r"`navigation` in \[0, 1\]"),
-        (lambda: StageAware(0.5, 1.0), "`boundary` between 0 and 1"),
+        (lambda: StageAware(0.5, 1.0), "`boundary` above 0 and below 1"),
         (lambda: LossSecondMoment(0), "`bins` of at least 1"),
         (lambda: LossSecondMoment(floor=0), "`floor` above 0"),
     ],

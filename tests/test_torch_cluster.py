@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stagewise import LatentBank, Oracle
 from stagewise.engines import Queries
-from stagewise.engines.torch_cluster import _FARTHEST, TorchCluster, _reach, _stand
+from stagewise.engines.torch_cluster import _FARTHEST, TorchCluster, _position, _reach
 from stagewise.paths import PathCoefficients
 
 INSTALL = "pip install --no-build-isolation 'stagewise[cluster]'"
@@ -118,7 +118,7 @@ def test_squares_stay_below_what_cuda_takes_for_infinite(torch_cluster, monkeypa
     queries = Queries(bank.take(torch.arange(5)), coefficients(5, 0.0, 1.0), [bank.whole] * 5)
     TorchCluster(20).posterior(bank, queries)
     assert 1e-20 < largest[0] < 1e10
-    y, _ = _stand(bank, queries)
+    y, _ = _position(bank, queries)
     torch.testing.assert_close(y.norm(dim=1), torch.full((5,), _FARTHEST * _reach(bank)).double())
 
 

@@ -1,8 +1,8 @@
-"""How the rows of a bank are reached: engines behind one protocol (`base.Engine`).
+"""How the rows of a bank are reached: engines with one interface (`base.Engine`).
 
 `Exact` (all rows), `Nearest` (the k nearest, by one product with all rows), `TorchCluster`
 (neighbours from that library), `Sharded` (each rank holds a part of the rows), and `Auto`, which
-picks.
+chooses.
 """
 
 from stagewise.engines.auto import Auto

@@ -1,19 +1,19 @@
-r"""All rows for many queries, by two products: what the exact engine runs on CUDA beside `fused`.
+r"""All rows for many queries, by two products: used by the exact engine on CUDA beside `fused`.
 
-The log-weights of all rows are one product, as `stagewise.engines.exact` has it, and so are off by
-some `delta` (`products.rounding`, with what tensor cores truncate). The 512 largest of each query
-are computed again around r, which is `x_1` or else the row that leads, by the kernel that
-`stagewise.engines.fused` describes. All others are the second product, in one 16-bit part:
-a weight among them is 1/512 at most, and rounding it moves the mean by at most
+The log-weights of all rows are one product, as in `stagewise.engines.exact`, with an error `delta`
+(`products.rounding`, with truncation). The 512 largest of each query are computed again around r,
+which is `x_1` or else the row of the largest weight, by the kernel of `stagewise.engines.fused`.
+All others are the second product, in one 16-bit part: each weight is 1/512 at most, and rounding
+moves the mean by at most
 
     2^-9 R (sum_i w_i^2)^(1/2) <= 2^-9 512^(-1/2) R = 9e-5 R,
 
-R the root mean square of |x - c|. With a smaller `rtol` they are split in two parts. They count
-from their mean where a query looks at all rows, so that this is far less early on.
+R the root mean square of |x - c|. With a smaller `rtol` they are split in two parts. If a query
+has all rows, weights count from their mean, so that the error is far smaller near noise.
 
-What the error of the other logits does to the mean is estimated, as `exact` says, and the queries
-for which it is above `rtol |m - r|` are answered again by one pass over all rows, in the order in
-which the device found them: no number is read back.
+The effect of the other logits' error on the mean is estimated as in `exact`. Queries for which it
+is above `rtol |m - r|` are answered again by one pass over all rows; the device keeps their list,
+and no number is read back.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ LEADING = 512
 """Rows of a query that are computed again."""
 
 _LOGIT_BYTES = 2**32
-"""Logits kept at a time, 4 bytes for each part of a query and row."""
+"""Memory for logits, 4 bytes for each part of a query and row."""
 
 _ROWS, _SUMMED = 1024, 4096
-"""Rows in a program that writes for each, and in one that sums up."""
+"""Rows per program, in kernels that write each row, and in kernels that sum rows."""
 
 _DIGITS = {torch.bfloat16: 9, torch.float16: 12, torch.float32: 24}
 
@@ -45,11 +45,8 @@ _DIGITS = {torch.bfloat16: 9, torch.float16: 12, torch.float32: 24}
 def posterior(bank: LatentBank, queries: Queries, k: int, rtol: float | None) -> Posterior:
     """The posterior of each query over the rows between its ends. Costs no device sync.
 
-    Args:
-        bank: More than `LEADING` + k rows, so that `fused.serves` is true.
-        queries: The queries.
-        k: How many of the largest weights to return.
-        rtol: What `|dm| / |m - r|` may be; None leaves it unchecked.
+    The bank has more than `LEADING` + k rows, and `fused.serves` it. `rtol` is the largest
+    `|dm| / |m - r|`, None for no check.
     """
     step = min(MOST, max(1, _LOGIT_BYTES // (8 * len(bank))))
     with full_precision():
@@ -88,7 +85,7 @@ def _posterior(bank: LatentBank, queries: Queries, k: int, rtol: float | None) -
     launch("tail_sums", [blocks, count], [logits, peaks], [totals], [width, _SUMMED])
     totals = totals.sum(1, dtype=torch.float64)
     both = halves and rtol is not None and 2.0 ** -_DIGITS[bank.dtype] > rtol * first**0.5
-    # Rows of a product start where a card reads fastest.
+    # Rows start at addresses that a GPU reads fastest.
     padded = -(-width // 64) * 64
     weights = torch.empty(count * (1 + both), padded, dtype=bank.dtype, device=device)
     given = [logits, peaks, totals, ends]

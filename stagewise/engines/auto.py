@@ -1,14 +1,14 @@
-r"""The engine that picks an engine.
+r"""The engine that chooses an engine.
 
-What is fastest was measured on CPUs (`make bench`), and follows from what each engine reads:
+The rules were measured on CPUs (`make bench`):
 
 - `Exact` is one matrix product for all queries and a second for those in navigation. In more than a
   few dimensions nothing that returns the same numbers is faster.
 - In up to 8 dimensions a k-d tree (`TorchCluster`, if it is installed) finds the nearest rows of a
-  query without looking at most others. It pays from some 50 000 rows and 64 queries on (the tree is
-  built in each call) and up to some 500 rows to find, for queries whose posterior lies on few rows.
-  That is known beforehand: with the spectrum `lambda_k` of the rows about
-  `n exp(-1/2 sum_k log(1 + rho_t^2 lambda_k))` rows explain a query.
+  query without reading most others. It is faster from about 50 000 rows and 64 queries on (the tree
+  is built in each call), for up to about 500 rows to find, and for queries whose posterior lies on
+  few rows. With the spectrum `lambda_k` of the rows these are about
+  `n exp(-1/2 sum_k log(1 + rho_t^2 lambda_k))` of n rows.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _log = logging.getLogger("stagewise")
 
 _LOW_DIM, _MANY_ROWS = 8, 50_000
 _ENOUGH = 64
-"""Queries from which on a tree, which is built for each call, costs less than products."""
+"""From this many queries on a tree, which is built in each call, is faster than products."""
 _MANY_NEIGHBOURS = 500
-"""Rows to find for a query from which on a tree costs as much as products."""
+"""For more rows per query a tree is slower than products."""
 _MAX_TAIL = 1e-7
 """The tail mass that an answer of the tree may miss: below the error that `Exact` allows."""
 
 _EXACT = (
-    "Exact: one product with all rows a query looks at, a second for queries in navigation, "
+    "Exact: one product with all rows of a query, a second for queries in navigation, "
     "float64 only where float32 would show"
 )
 
@@ -57,10 +57,10 @@ class _Pick:
 
 
 class Auto(Engine):
-    """Picks an engine by the size of the bank: exact, at the lowest cost known. The default.
+    """Chooses an engine by the size of the bank. The default.
 
-    It is `Exact`, or a k-d tree for those queries where that is faster and misses less than 1e-7 of
-    the posterior. What is picked, and why, is logged once for each bank (logger "stagewise", level
+    It is `Exact`, or a k-d tree for queries where that is faster and misses less than 1e-7 of the
+    posterior. The choice and the reason are logged once for each bank (logger "stagewise", level
     INFO).
     """
 
@@ -131,7 +131,7 @@ class Auto(Engine):
         )
 
     def __reduce__(self) -> tuple[type[Auto], tuple[()]]:
-        return Auto, ()  # what was picked belongs to banks of this process
+        return Auto, ()  # choices are for banks of this process
 
     def __repr__(self) -> str:
         return "Auto()"

@@ -1,4 +1,4 @@
-"""What every engine is asked, and what it answers: one protocol."""
+"""The interface of engines."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from stagewise.bank import LatentBank
 from stagewise.posterior import Posterior
 from stagewise.queries import Queries
 
-__all__ = ["LOGIT_ERROR", "NOTHING", "Engine", "sigma_floor"]
+__all__ = ["LOGIT_ERROR", "NOTHING", "Engine"]
 
 NOTHING = 1e-12
-"""A share of a posterior that adds nothing to its mean."""
+"""A share of a posterior that is too small to change its mean."""
 
 LOGIT_ERROR = 1e-4
-"""What rounding may move a logit by."""
+"""The largest error of a logit by rounding."""
 
 
 class Engine(ABC):
@@ -27,17 +27,17 @@ class Engine(ABC):
     """
 
     holds_all_rows = True
-    """Whether the bank it is given has all rows that a posterior is over."""
+    """Whether the bank of a rank has all rows of a posterior."""
 
     collective = False
-    """Whether all ranks have to ask whenever one does, also with no queries."""
+    """Whether all ranks must ask whenever one does, also without queries."""
 
     runs_kernel = False
-    """Whether `fused` answers what `reads_ends` is true for, so that `fused_mix` may."""
+    """Whether the kernels of `fused` answer if `reads_ends` is true; then `fused_mix` may too."""
 
     @abstractmethod
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
-        """The posterior of the queries over the rows they look at.
+        """The posterior of the queries over their rows.
 
         Args:
             bank: The rows.
@@ -46,12 +46,12 @@ class Engine(ABC):
 
         Returns:
             The posterior, with `mean` (B, D), `weights` and `rows` (B, k) with rows in the bank's
-            own order (weight 0 and row -1 where a class has fewer than k rows), and `tail_mass`
-            the share of the posterior that did not enter `mean`. `source_weight` may be None.
+            own order (weight 0 and row -1 if a class has fewer than k rows), and `tail_mass`, the
+            share of the posterior that is not in `mean`. `source_weight` may be None.
         """
 
     def prepare(self, bank: LatentBank) -> None:  # noqa: B027
-        """Checks the settings against a bank and makes what is needed, before the first query.
+        """Checks the settings against a bank and prepares it, before the first query.
 
         Raises:
             ValueError: With what does not fit and the cure.
@@ -59,34 +59,25 @@ class Engine(ABC):
         """
 
     def describe(self, bank: LatentBank) -> str:
-        """What is done for this bank and why, in a few words for a log."""
+        """The method used for this bank, and the reason, in a few words for a log."""
         return repr(self)
 
     def num_rows(self, bank: LatentBank) -> int:
-        """How many rows there are."""
+        """How many rows there are, on all ranks."""
         return len(bank)
 
     def reads_ends(self, bank: LatentBank, device: torch.device, count: int) -> bool:
-        """Whether so many class-wise queries may have `Queries.ends` in place of `segments`.
+        """Whether `count` class-wise queries may have `Queries.ends` in place of `segments`.
 
-        Then their labels are not read back from the device.
+        Their labels then stay on the device.
         """
         return False
 
     def sigma_floor(self, bank: LatentBank) -> float:
-        """The noise level below which the oracle is evaluated at it; see `sigma_floor`."""
-        return sigma_floor(bank)
+        """The noise level at which rounding moves a logit by 1e-4: about 1.5e-6 x a row's norm.
 
-
-def sigma_floor(bank: LatentBank) -> float:
-    """The noise level at which rounding moves a logit by 1e-4: about 1.5e-6 x the norm of a row.
-
-    Args:
-        bank: The bank; its largest row norms, centred and not, decide.
-
-    Returns:
-        A standard deviation in the units of the bank.
-    """
-    eps = torch.finfo(torch.float64).eps
-    product = max(bank.radius * bank.max_norm, torch.finfo(torch.float32).tiny)
-    return math.sqrt(product * eps / LOGIT_ERROR)
+        The oracle is evaluated at no lower one. In the units of the bank.
+        """
+        eps = torch.finfo(torch.float64).eps
+        product = max(bank.radius * bank.max_norm, torch.finfo(torch.float32).tiny)
+        return math.sqrt(product * eps / LOGIT_ERROR)

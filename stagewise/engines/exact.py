@@ -4,31 +4,31 @@ With the bank's mean `c` and `y = x_t - a_t c`, the log-weights of all rows are 
 
     l_i = (a/s^2) <y, x^(i)> - (a^2 / 2 s^2) ||x^(i) - c||^2 - (a/s^2) <y, c> - ||y||^2 / 2 s^2,
 
-and the mean `m = sum_i gamma_i x^(i)` is a second one, which only those queries need whose
-posterior is not carried by a few rows. So the cost of B queries is one product over the bank, and
-that of the queries in navigation a second.
+and the mean `m = sum_i gamma_i x^(i)` is a second one, needed only for queries whose posterior is
+not on a few rows. So the cost is one product over the bank for all queries, and a second for those
+in navigation.
 
-**Precision.** In float32 a logit is off by a `delta` of about 2^-25 of its factors' norms, and
-more for rows like the query (`products.rounding`): nothing in navigation, and hundreds near the
-data. But there few rows carry the posterior, and the log-weights of those are computed again from
-differences in float64. What is left of the error is that of the tail, which moves the mean by about
+**Precision.** In float32 a logit has an error `delta` of about 2^-25 of its factors' norms, and
+more for rows like the query (`products.rounding`): negligible in navigation, and hundreds near the
+data. But there few rows carry the posterior, and their log-weights are computed again from
+differences in float64. The remaining error is that of the tail, which moves the mean by about
 
     (delta |gamma_tail| + e) R / (|m - c| min(s_t, 1))
 
 of its distance from c (R is the root mean square of |x - c|; the last factor is for the velocity),
 if the errors of different rows are independent. Here e is the rounding of the second product: of
-its weights, and of what the sum comes to on the way. The rows of a bank that is far from the origin
-are therefore centred before they are multiplied in float32, and weights count from their mean where
-all rows are summed (`LogWeights.product`): the sum is then as small as m - c is. The engine checks
-for each query that the estimate is below `rtol`. If it is not, it does the query in float64.
-`precision="float64"` does all of them so, and is the reference.
+its weights and its partial sums. Rows far from the origin are therefore centred before they are
+multiplied in float32, and weights count from their mean if all rows are summed
+(`LogWeights.product`): the sum is then as small as m - c. The engine checks for each query that the
+estimate is below `rtol`; otherwise it solves the query in float64. `precision="float64"` solves all
+queries so, and is the reference.
 
 On an accelerator the checks cost two device syncs per call, for B booleans each; the two fixed
-precisions cost none. Banks on CUDA are asked by kernels that wait for nothing: class-wise ones need
-no checks, and so no `rtol` (`stagewise.engines.fused`); all rows or many queries for each class go
+precisions cost none. For banks on CUDA there are kernels without syncs: class-wise queries need no
+checks, and so no `rtol` (`stagewise.engines.fused`); all rows, or many queries for each class, go
 through products (`stagewise.engines.all_rows`), where the device checks.
 
-Below the noise level `base.sigma_floor` even float64 loses the fourth digit after the point of a
+Below the noise level `Engine.sigma_floor` even float64 loses the fourth digit after the point of a
 logit; the oracle is evaluated there instead.
 """
 
@@ -57,42 +57,41 @@ FEW, MORE = 8, 64
 """Rows whose log-weights are computed again in float64: if the error is checked, and if not."""
 
 _LEAST = 1e-18
-"""Weights below it count as it in the sum of their squares."""
+"""The least weight in the sum of squares."""
 
 _DUST = 1e-18
-"""A row of less weight adds less than rounding does."""
+"""A row of less weight adds less than rounding."""
 
 _WIDE = 0.25
-"""Noise level above which a velocity does not show that a mean was summed up in float32, for rows
+"""Noise level above which a mean may be summed in float32 without effect on the velocity, for rows
 whose distances are about as large as their norms."""
 
 _WEIGHT, _SUM = 3.0, 16.0
-"""What a weight, and a sum of weighted rows, are rounded by, in units of what a product is."""
+"""Rounding errors of a weight, and of a sum of weighted rows, in units of that of a product."""
 
 _LOGIT_BYTES = 2**29
-"""Logits kept at a time: with more queries than that allows the bank is read again."""
+"""Memory for logits: for more queries the bank is read again."""
 
 _SMALL_BYTES = 2**24
-"""Logits that are kept at a time where reading the bank again costs little."""
+"""Memory for logits if reading the bank again is cheap."""
 
 Finish: TypeAlias = "Callable[[LogWeights, Leading], Posterior]"
-"""From log-weights, the leading ones computed again, to a posterior with its mean."""
+"""From log-weights, the largest ones computed again, to a posterior with its mean."""
 
 
 class Exact(Engine):
-    """Looks at every row: the exact posterior.
+    """Reads every row: the exact posterior.
 
     Args:
         precision: "auto" (default) multiplies in the fastest type that the rows allow and checks
             each query's error against `rtol`; "float64" is the reference; "float32" is "auto"
             without the check, for accelerators where even one sync per call is too much.
-        rtol: Relative error `|dm| / (|m - c| min(s_t, 1))` that "auto" allows, default 1e-5,
-            and 1e-4 for 16-bit rows on an accelerator, whose products are split
-            (`stagewise.products`); of a bank on CUDA `|dm| / |m - x_1|`. From 1e-4 on a CPU that
-            multiplies bfloat16 does so with rows of that type, which have been rounded by more
-            than that.
-        chunk_size: Rows multiplied at a time; default all, or 32 MiB where they must be
-            converted or moved.
+        rtol: Relative error `|dm| / (|m - c| min(s_t, 1))` that "auto" allows, default 1e-5, and
+            1e-4 for 16-bit rows on an accelerator, whose products are split (`stagewise.products`);
+            for a bank on CUDA `|dm| / |m - x_1|`. From 1e-4 on, a CPU with bfloat16 instructions
+            uses them for bfloat16 rows, whose own rounding is larger.
+        chunk_size: Rows multiplied at a time; default all, or 32 MiB if they must be converted or
+            moved.
 
     Example:
         >>> import torch
@@ -138,7 +137,7 @@ class Exact(Engine):
         every, segments = range(len(queries)), queries.segments
         if segments is None:
             return self._of_width(bank, queries, k, bank.largest_class)
-        # Queries of classes read these alone, whoever asks beside them.
+        # Queries of classes read their class only, also in a batch with queries of the bank.
         few, many = ([i for i in every if (segments[i] == bank.whole) == all_] for all_ in (0, 1))
         parts = [
             self._of_width(bank, some, k, max(some.sizes))
@@ -163,14 +162,11 @@ class Exact(Engine):
         finish: Finish | None = None,
         table: Tensor | None = None,
     ) -> Posterior:
-        """Multiplies, computes the leading rows again, and does in float64 what is not good enough.
+        """The posterior by a product, or in float64 for queries with too large an error.
 
-        Args:
-            bank: The rows.
-            queries: So many that their logits fit into memory.
-            k: How many of the largest weights to return.
-            finish: What makes a posterior of the weights; default adds all other rows.
-            table: The rows that each query looks at, (B, n), -1 for none; default its segment.
+        The logits of the queries fit into memory. `finish` makes a posterior from the weights,
+        default with all rows. `table` has the rows of each query, (B, n), -1 for none; default its
+        segment.
         """
         finish = finish or self._finish
         dtype, size = self._dtype(bank, queries), self.chunk_size
@@ -187,7 +183,7 @@ class Exact(Engine):
         return replace_queries(post, wrong, finish(again, Leading.of(again, k, FEW)), len(queries))
 
     def _finish(self, found: LogWeights, leading: Leading) -> Posterior:
-        """The mean: of a few rows where they are all that matters, otherwise by a product."""
+        """The mean: of a few rows if they carry the posterior, otherwise by a product."""
         queries, count = found.queries, len(found.queries)
         if self.precision != "auto" and leading.tail.device.type != "cpu":
             mean = found.moment(leading.columns, leading.shares)
@@ -199,7 +195,7 @@ class Exact(Engine):
         narrow = sorted(set(range(count)).difference(spread))
         mean = torch.empty_like(queries.xt)
         if spread:
-            # Where that is nearly all, to multiply for all costs less than to pick them.
+            # If it is nearly all queries, a product for all is cheaper than selecting them.
             some = list(range(count)) if len(narrow) < count / 16 else spread
             ones = torch.ones_like(leading.tail[: len(some)])
             mean[queries.place(some)] = found.product(leading.weights, some, ones)
@@ -213,7 +209,7 @@ class Exact(Engine):
         return replace(leading.post, mean=mean)
 
     def _dtype(self, bank: LatentBank, queries: Queries) -> torch.dtype:
-        """What the rows of a bank are multiplied in."""
+        """The type in which the rows are multiplied."""
         if self.precision == "float64":
             return torch.float64
         rough = self.rtol is not None and self.rtol >= 1e-4
@@ -225,18 +221,18 @@ class Exact(Engine):
 
 @dataclass(frozen=True)
 class Leading:
-    """A posterior whose leading log-weights come from differences.
+    """A posterior whose largest ("leading") log-weights come from differences.
 
     Attributes:
-        post: The posterior, but for its `mean`, which is not there yet.
-        columns: The rows that lead, (B, n), as columns of the logits.
+        post: The posterior without its `mean`.
+        columns: The leading rows, (B, n), as columns of the logits.
         shares: Their weights, (B, n), float64.
         next: The columns that follow, by their logits, descending, (B, m).
         weights: Weights of all rows, (B, width), in the dtype of the logits.
-        tail: The sum of those that do not lead, (B,), float64.
+        tail: The sum of the weights that do not lead, (B,), float64.
         squares: The sum of their squares, (B,), float64.
-        error: Estimate of how far, in units of the rows' radius, the mean is off for using the
-            logits of the tail, (B,).
+        error: Estimated error of the mean by the logits of the tail, in units of the rows' radius,
+            (B,).
     """
 
     post: Posterior
@@ -255,7 +251,7 @@ class Leading:
 
     @classmethod
     def of(cls, found: LogWeights, k: int, count: int) -> Leading:
-        """Computes the `count` largest log-weights again, and shifts the logits to end near 0."""
+        """Computes the `count` largest log-weights again; shifts the logits to a maximum of 0."""
         width = found.logits.shape[1]
         columns = found.logits.topk(min(max(k, count + 1), width), dim=1).indices
         lead = columns[:, :count]
@@ -265,7 +261,7 @@ class Leading:
         after = found.logits.gather(1, columns[:, count:]).double()
         listed = torch.cat([exact - peak[:, None], after], dim=1)
         post, shares = posterior_of(listed, found.rows(columns), k, rest=Rest(peak, *sums))
-        # The largest weight was 1 before it was divided by this.
+        # The largest weight was 1 before the division by this.
         total = 1 / shares[:, :count].amax(1)
         few = shares[:, count:]
         tail = sums[0] / total + few.sum(1)
@@ -273,7 +269,7 @@ class Leading:
         error = torch.zeros_like(tail)
         if width > count:
             delta = found.noise(columns[:, count : count + 1], after[:, 0])
-            # Either every logit of the tail is nearly right, or none can matter even if wrong.
+            # Either the logits of the tail are nearly right, or they are too small to matter.
             error = (delta * squares.sqrt() * (16 * delta).exp()).nan_to_num(torch.inf)
             error = torch.minimum(error, width * (after[:, 0] + 16 * delta).exp())
         weights.mul_((1 / total).to(weights.dtype)[:, None])
@@ -287,8 +283,8 @@ def in_blocks(
 ) -> Posterior:
     """Solves queries in parts whose logits fit into memory.
 
-    Those that look at the same rows stand together, and are reached without a copy. All logits of a
-    part have the width of its largest segment: queries of the whole bank are apart from others.
+    Queries of the same rows are adjacent, and selected without a copy. The logits of a part have
+    the width of its largest segment, so queries of the whole bank form parts of their own.
     """
     parts: list[Posterior] = []
     order: list[int] = []
@@ -311,7 +307,7 @@ def in_blocks(
 
 def _at_a_time(queries: Queries) -> int:
     width, dim = max(queries.sizes), queries.xt.shape[1]
-    # Small enough to stay where they are in memory; but short rows only are read again cheaply.
+    # Small enough for the cache; but only short rows are cheap to read again.
     count = max(_SMALL_BYTES // (4 * width), min(128, dim // 32), 1)
     return max(1, min(count, _LOGIT_BYTES // (4 * width)))
 
@@ -319,17 +315,17 @@ def _at_a_time(queries: Queries) -> int:
 def _exponentials(
     logits: Tensor, shifts: Sequence[Tensor], listed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`w_i = exp(l_i)`, (B, width), 0 where it is listed, and sums of `w`, `w^2`, `w l`, (3, B).
+    """`w_i = exp(l_i)`, (B, width), 0 if it is listed, and sums of `w`, `w^2`, `w l`, (3, B).
 
-    The shifts, (B,) each, are subtracted from the logits in place. A few queries at a time, so that
-    a CPU reads what it has just written from its cache.
+    Subtracts the shifts, (B,) each, from the logits in place. A few queries at a time, for a CPU's
+    cache.
     """
     weights = torch.empty_like(logits)
     sums = logits.new_empty(3, len(logits), dtype=torch.float64)
     numbers = CACHED.get(logits.device.type, 2**62)
     step = max(1, numbers // logits.shape[1])
-    # Numbers too small for their type take a processor a hundred times as long: what would
-    # underflow is 0, and squares are those of no less than `_LEAST`.
+    # Denormal numbers take a CPU a hundred times as long: weights that would underflow are 0, and
+    # squares are those of at least `_LEAST`.
     least = math.exp(UNDERFLOW)
     for first in range(0, len(logits), step):
         part = slice(first, first + step)
@@ -348,7 +344,7 @@ def _exponentials(
 def _error(found: LogWeights, leading: Leading, post: Posterior) -> Tensor:
     """The estimated error of the mean over its distance from the bank's mean, (B,).
 
-    Near the data the velocity has a factor 1 / sigma, which is taken into account.
+    It includes the velocity's factor 1 / sigma near the data.
     """
     length = (post.mean - found.origin - found.shift).norm(dim=1)
     length = length * found.queries.path.sigma.clamp_max(1)
@@ -356,7 +352,7 @@ def _error(found: LogWeights, leading: Leading, post: Posterior) -> Tensor:
     wide, (unit, _) = _wide(found), rounding(found.dtype, found.bank.dim)
     squares = torch.where(wide, 1 / leading.post.ess, leading.squares)
     share = torch.where(wide, 1, leading.tail).square()
-    # What is rounded in a sum is what it comes to on the way: at random, or in one direction.
+    # The partial sums are rounded: at random, or in one direction.
     random, along = squares, share
     if found.whole:
         random = along = torch.maximum(squares - share / len(found.bank), 1e-6 * squares)
@@ -367,6 +363,6 @@ def _error(found: LogWeights, leading: Leading, post: Posterior) -> Tensor:
 
 
 def _wide(found: LogWeights) -> Tensor:
-    """Where a velocity does not show that leading rows were summed up in float32, (B,)."""
+    """Where leading rows may be summed in float32 without effect on the velocity, (B,)."""
     bank = found.bank
     return found.queries.path.sigma.clamp_max(1) * bank.radius >= _WIDE * bank.max_norm

@@ -1,4 +1,4 @@
-r"""One pass over the rows of each query's class: what the exact engine runs on CUDA.
+r"""One pass over the rows of each query's class: the exact engine on CUDA.
 
 For a query `x_t = a x_1 + s eps`, a sample r near `x_1`, and row i,
 
@@ -6,15 +6,15 @@ For a query `x_t = a x_1 + s eps`, a sample r near `x_1`, and row i,
     l_i - l_r = (|q|^2 - |q - a d_i|^2) / 2 s^2 = <d_i, (a/s^2) q - (a^2/2s^2) d_i>,             (1)
     m - r = sum_i gamma_i d_i.                                                                   (2)
 
-A program reads some rows of a query's class, once. Of each it forms (1), keeps a softmax that runs
-along (Milakov and Gimelshein, arXiv 1805.02867), and adds up (2) with it. So the mean costs what it
-costs to read the rows. Nothing is subtracted afterwards: where the posterior has collapsed on a row
-that is r, (2) is 0 to the last bit.
+A program reads some rows of a query's class, once. For each row it computes (1), updates an online
+softmax (Milakov and Gimelshein, arXiv 1805.02867), and sums (2) with it. So the mean costs as much
+as reading the rows. Nothing is subtracted afterwards: if the posterior has collapsed on a row that
+is r, (2) is exactly 0.
 
 Float32 is enough. With r near `x_1`, `l_i - l_r` is about `-rho^2 |d_i|^2 / 2 - rho |d_i| z` with
-`z ~ N(0, 1)`, so rows that carry weight have `rho |d_i|` of about 10 at most, and rounding moves
-(1) by some `2^-24 rho |d_i|`: 1e-6. Log-weights far below the largest are off by more, and do not
-matter. Where nobody knows `x_1`, a first pass from the bank's mean finds a row to use as r.
+`z ~ N(0, 1)`, so rows with weight have `rho |d_i|` of about 10 at most, and rounding moves (1) by
+about `2^-24 rho |d_i|`: 1e-6. Log-weights far below the largest have larger errors, which do not
+matter. If `x_1` is unknown, a first pass from the bank's mean finds a row to use as r.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ from stagewise.queries import Queries
 __all__ = ["MOST", "Around", "Parts", "at_a_time", "by_rows", "posterior", "runs", "serves"]
 
 _LARGEST_DIM = 2**13
-"""Numbers in a sample, at most: a program keeps three such vectors in registers, beside rows."""
+"""Largest number of numbers in a sample: a program holds three such vectors in registers."""
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _SPLIT, _PARTS, _CHOSEN_PARTS, _SLOTS = 64, 512, 64, 8
-"""Rows that a program reads at least; parts that the rows of a query make at most, and where only
-chosen queries are asked, of whom so many are answered side by side."""
+"""Least rows of a program; most parts of the rows of a query, also if only chosen queries are
+answered; and how many of these run in parallel."""
 
 MOST = 65535
 """Queries at a time, by CUDA's limit on a grid."""
 
 _PART_BYTES = 2**28
-"""Parts of sums that are held at a time."""
+"""Memory for partial sums."""
 
 
 class Parts(NamedTuple):
-    """What is known of parts of the rows of each query, as `merge` wants it.
+    """Results for parts of the rows of each query, the input of `merge`.
 
     Attributes:
-        sums: Of the largest log-weight, from which the others count, of `w`, `w l` and `w^2`,
+        sums: The largest log-weight, which the others count from, and sums of `w`, `w l` and `w^2`,
             (B, parts, 4), float32.
         best: The row of the largest, (B, parts), int64.
         pulls: Sums of `w d`, (B, parts, D), float32.
-        logits: `l_i - l_r`, (B, width), float32, -inf for none; of no columns if they are not kept.
+        logits: `l_i - l_r`, (B, width), float32, -inf for none; (B, 0) if they are not kept.
     """
 
     sums: Tensor
@@ -67,13 +67,7 @@ class Parts(NamedTuple):
 
 
 class Around:
-    """Queries, each around a sample r.
-
-    Args:
-        bank: The rows.
-        queries: The queries.
-        near: r, (B, D), float64.
-    """
+    """Queries, each around a sample r: `near`, (B, D), float64."""
 
     def __init__(self, bank: LatentBank, queries: Queries, near: Tensor) -> None:
         self.rows, self.near = bank.rows, near.contiguous()
@@ -98,13 +92,13 @@ class Around:
         """Reads rows.
 
         Args:
-            ends: The first row of each query and that behind its last, (B, 2), int64; or, `tabled`,
-                its rows, (B, width), -1 for none.
+            ends: The first row of each query and the row after its last, (B, 2), int64; if
+                `tabled`, its rows, (B, width), -1 for none.
             width: Rows of a query, at most.
             listed: Whether to keep the log-weights.
-            tabled: What `ends` are.
-            order: How many queries are asked, and which, int32; default all.
-            spare: Parts that are left free at the end.
+            tabled: Whether `ends` is a table.
+            order: The number of queries to answer, and which, int32; default all.
+            spare: Free parts at the end.
         """
         count, dim = self.near.shape
         most = _PARTS if order is None else _CHOSEN_PARTS
@@ -139,12 +133,7 @@ class Around:
     def merge(
         self, parts: Parts, into: tuple[Tensor, ...] = (), order: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """The posterior.
-
-        Args:
-            parts: What is known of all rows.
-            into: Where to write it, as it is returned; default new.
-            order: As for `parts`.
+        """The posterior, written `into` tensors of an earlier call if these are given.
 
         Returns:
             The mean, (B, D); log-evidence, entropy, effective sample size, largest weight, and
@@ -171,7 +160,7 @@ _said: set[str] = set()
 
 
 def serves(bank: LatentBank, device: torch.device) -> bool:
-    """Whether the kernels answer for a bank on a device; says once why not, where they might."""
+    """Whether the kernels work for a bank on a device; warns once if Triton is missing."""
     fits = (
         device.type == "cuda"
         and bank.device == device
@@ -188,17 +177,17 @@ def serves(bank: LatentBank, device: torch.device) -> bool:
 
 
 def _say(reason: str) -> None:
-    """Warns, and leaves all further queries to products."""
+    """Warns, and uses products from now on."""
     _said.add(reason)
     warnings.warn(
-        f"The oracle's kernels do not run here, and products take their place: {reason}",
+        f"The oracle's kernels do not run here, and products are used instead: {reason}",
         stacklevel=4,
     )
 
 
 def runs(answer: Any, *args: Any) -> Any:
-    """What a function of kernels answers; None, after a warning, if they do not compile here."""
-    # Those tell of the device, and not of the kernel.
+    """The result of a function of kernels; None, after a warning, if they do not compile here."""
+    # These are errors of the device, not of the kernel.
     others = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
     try:
         return answer(*args)
@@ -213,31 +202,24 @@ def runs(answer: Any, *args: Any) -> Any:
 def by_rows(bank: LatentBank, count: int, width: int) -> bool:
     """Whether reading `width` rows for each query costs less than products with all rows.
 
-    By rates of one H200, counted: a product with 256 queries takes 11 ns of tensor cores a row of
-    4096 numbers, in float32 80 ns, and at least 4 ns to read; a query takes 2 ns to read a row.
+    By rates of one H200: a product with 256 queries takes 11 ns of tensor cores per row of 4096
+    numbers, in float32 80 ns, and at least 4 ns to read; a query takes 2 ns to read a row.
     """
     queries = 32 if bank.dtype.itemsize == 2 else 5
     return count * width <= max(2, count / queries) * len(bank)
 
 
 def posterior(bank: LatentBank, queries: Queries, k: int, width: int) -> Posterior:
-    """The posterior of each query over the rows between its ends. Costs no device sync.
+    """The posterior of each query over its at most `width` rows, for a bank that `serves` accepts.
 
-    Args:
-        bank: The rows, so that `serves` is true.
-        queries: The queries.
-        k: How many of the largest weights to return.
-        width: Rows of a query, at most.
-
-    Returns:
-        As `Engine.posterior`.
+    Costs no device sync. Returns what `Engine.posterior` does.
     """
     step = at_a_time(bank, width)
     return Posterior.cat([_posterior(bank, some, k, width) for some in queries.split(step)])
 
 
 def at_a_time(bank: LatentBank, width: int) -> int:
-    """Queries of at most `width` rows whose parts of sums fit into memory."""
+    """Number of queries of at most `width` rows whose partial sums fit into memory."""
     parts = min(_PARTS, -(-width // _SPLIT))
     return min(MOST, max(1, _PART_BYTES // (4 * bank.dim * parts)))
 

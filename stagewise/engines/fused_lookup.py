@@ -1,8 +1,8 @@
 # ruff: noqa: ANN001 (what Triton compiles is annotated for Triton)
-"""Where samples stand in a bank, on CUDA: what `RowStore.find` and `ends_of` say, in one launch.
+"""Looks samples up in a bank on CUDA, as `RowStore.find` and `ends_of` do, in one launch.
 
 A program looks up one sample: its row, by the key of its bits (`bank.row_keys`), and the rows of
-its class. Each is a search among sorted numbers, of which torch would launch every step.
+its class. Each is a binary search; torch would launch a kernel for each step.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def place(
     labelled: tl.constexpr,
     named: tl.constexpr,
 ) -> None:
-    """The row that a sample equals or is told to stand for, the ends of its class, and r."""
+    """The row that a sample equals or is given as its source, the ends of its class, and r."""
     b = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, block)
     inside = at < dim
@@ -88,14 +88,14 @@ def place(
             low = tl.where(there & before, middle + 1, low)
             high = tl.where(there & (before == 0), middle, high)
         below = tl.where(low < to, low, below)
-    # Both ends of equal keys: two different rows might, once in many banks, share one.
+    # Both ends of equal keys, because two different rows can share a key.
     for end in range(2):
         edge = tl.where(end == 0, tl.minimum(below, count - 1), tl.maximum(to - 1, 0))
         row = tl.where(tl.load(keys + edge) == key, tl.load(order + edge), 0)
         stored = tl.load(rows + row * dim + at, mask=inside, other=0.0)
         same = tl.where(inside, stored == x, True).to(tl.int32)
         same = tl.min(same, axis=0)
-        # Where labels decide the first of both, which is that of the class.
+        # If labels decide, the first of both, which is that of the class.
         first = tl.maximum(found, row) if not named else tl.where(found < 0, row, found)
         found = tl.where(same == 1, first, found)
     r = tl.where(found >= 0, x.to(tl.float64) + shift, given)
@@ -112,7 +112,7 @@ def place(
         below, to = search(table, classes, label, steps, 3)
         spot = tl.minimum(below, classes - 1)
         known = to > below
-    of_row = row >= 0  # its class, where no label says another: one that was dropped is none
+    of_row = row >= 0  # the class of its row, unless a label of the bank says otherwise
     if named:
         of_row = of_row & (known == 0)
     _, ended = search(table + 2, classes, row, steps, 3)
@@ -131,14 +131,14 @@ def place(
 
 
 class Placed(NamedTuple):
-    """Where B samples stand.
+    """The places of B samples in a bank.
 
     Attributes:
         row: The rows that they stand for, (B,), int64, -1 for none of their class.
-        ends: The ends of their class, (B, 2), int64; of no rows if a number is out of range.
-        missing: Where they equal none of its rows, (B,), bool.
-        wrong: What `RowStore.report` takes, (B,), int64.
-        near: The row that each equals, or else itself, (B, D), float64.
+        ends: The ends of their class, (B, 2), int64; empty ranges if a number is out of range.
+        missing: Whether they equal no row of their class, (B,), bool.
+        wrong: The argument of `RowStore.report`, (B,), int64.
+        near: The row that each equals, or else the sample itself, (B, D), float64.
     """
 
     row: Tensor
@@ -160,12 +160,11 @@ def placed(
 
     Args:
         bank: The rows, of a type that `fused.serves`.
-        x1: Samples, (B, D), of no fewer digits than the rows have.
+        x1: Samples, (B, D), with at least as many digits as the rows.
         t: Times, (B,).
         labels: Their classes, (B,), int64; or None.
-        source: The rows they are told to stand for, (B,), int64, negative for none; or None.
-        named: Whether labels that are classes decide, and not the class of the row where there is
-            one.
+        source: The rows they stand for, (B,), int64, negative for none; or None.
+        named: Whether labels that are classes decide, not the class of the row.
     """
     count, dim = x1.shape
     block, _, warps = shape_of(dim, bank.dtype.itemsize)

@@ -1,11 +1,11 @@
 # ruff: noqa: ANN001 (what Triton compiles is annotated for Triton)
-r"""What `Mix` adds to the targets of a class-wise batch on CUDA, in five launches and no sync.
+r"""What `Mix` adds to the targets of a class-wise batch on CUDA: five launches, no sync.
 
     value = lambda c_t (m - x_1),
 
 with m - x_1 by formula (2) of `stagewise.targets`. `placed` looks up each sample, `fused.Around`
-reads the rows of its class, and `settle` takes out the row that x_1 stands for and puts x_1 in.
-What counts from r is exact where that row is r: x_1 as it is stored, if it is a row.
+reads the rows of its class, and `settle` replaces the row that x_1 stands for by x_1. If x_1 is a
+row, r is its stored value, and differences from r are exact.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from stagewise.queries import Queries
 __all__ = ["Mixed", "mixed", "takes"]
 
 _BLOCK = 1024
-"""Numbers of a sample that `settle` has in registers, in five vectors of float64."""
+"""Numbers of a sample that `settle` holds in registers, in five vectors of float64."""
 
 
 class Mixed(NamedTuple):
-    """What is added to the targets of B samples, and what is known of it.
+    """What is added to the targets of B samples.
 
     Attributes:
-        value: `lambda c_t (m - x_1)`, (B, *); 0 where that is no more than its rounding.
-        top1: Largest weight of the set with x_1 in it, (B,), float64; 0 if it was not asked for.
+        value: `lambda c_t (m - x_1)`, (B, *); 0 where it is within its rounding.
+        top1: Largest weight of the set with x_1 in it, (B,), float64; 0 if lambda was given.
         row: The row that x_1 stands for, (B,), int64; -1 for none of its class.
-        inserted: Where x_1 equals no row of its class, and lambda is not 0, (B,).
+        inserted: Whether x_1 equals no row of its class, and lambda is not 0, (B,).
         tail_mass: 0, (B,), float64.
-        wrong: What is to be reported to the bank, (B,); see `Placed`.
+        wrong: As in `Placed`, (B,).
     """
 
     value: Tensor
@@ -131,9 +131,9 @@ def settle(
 
 
 def takes(bank: LatentBank, x1: Tensor) -> bool:
-    """Whether `mixed` answers for so many samples of this type, if `fused.serves` is true.
+    """Whether `mixed` accepts this number and type of samples, if `fused.serves` is true.
 
-    Samples of fewer digits than the rows are left to `bank.find`.
+    `bank.find` looks up samples of fewer digits than the rows.
     """
     narrow = x1.dtype.itemsize < bank.dtype.itemsize
     half = x1.dtype.itemsize == bank.dtype.itemsize == 2
@@ -159,19 +159,9 @@ def mixed(
 ) -> Mixed:
     """What `Mix` adds to the targets of a batch: five launches.
 
-    Args:
-        bank: The rows, for which `fused.serves` and `takes` are true.
-        xt: Noisy samples, (B, *).
-        t: Their times, (B,).
-        x1: What they were made from, (B, *).
-        labels: Their classes, (B,), or None.
-        source: The rows they stand for, (B,), or None.
-        path: Coefficients at their times, float64, sigma above 0.
-        scale: `c_t`, (B,), float64.
-        lam: lambda, (B,), float64; None if that depends on the largest weight.
-        named: Whether labels decide, and not the class of the row that x_1 stands for.
-        dtype: Of the value.
-
+    `fused.serves` and `takes` must be true. `path` has the coefficients at the times, float64,
+    sigma above 0; `scale` is `c_t`, (B,), float64; `lam` is lambda, (B,), float64, None if it
+    depends on the largest weight. `named` is as in `placed`, `dtype` that of the value.
     """
     flat, given = (x.detach().flatten(1).contiguous() for x in (xt, x1))
     labels = None if labels is None else whole_labels(labels, len(x1))

@@ -2,9 +2,8 @@
 r"""The kernels of the exact engine on CUDA, and the one operator that starts them.
 
 `prepare`, `pull` and `merge` read rows one by one; `stagewise.engines.fused` has the formulas, and
-`stagewise.engines.product_kernels` the kernels around products. What they do for each number of a
-row is float32, and float64 only what is done once for a query and many rows: a card with slow
-float64 takes no longer.
+`stagewise.engines.product_kernels` the kernels around products. Work per number of a row is
+float32; only work per query or part is float64, so GPUs with slow float64 are not slower.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ __all__ = ["kernel", "launch", "missing", "shape_of"]
 _OLDEST = (3, 0)
 
 _BYTES = 2**15
-"""What `pull` reads of rows at a time: enough that the memory is never idle, few enough for its
+"""Bytes of rows that `pull` reads at a time: enough to keep the memory busy, few enough for its
 registers."""
 
 _KERNELS: dict[str, Any] = {}
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """What Triton compiles of a function, which `launch` knows by its name."""
+    """Compiles a function by Triton; `launch` finds it by its name."""
     made = function if triton is None else triton.jit(function)
     return _KERNELS.setdefault(function.__name__, made)
 
@@ -118,7 +117,7 @@ def pull(
         squares = tl.full((), 0.0, tl.float32)
         first = begin
         total = tl.zeros((block,), tl.float32)
-        # Rows are on their way while those before them are summed up.
+        # The next rows are loaded while the previous ones are summed.
         row = begin + tl.arange(0, at_once)
         there = row < end
         index = start + row
@@ -229,7 +228,7 @@ def merge(
 
 
 def missing() -> str:
-    """Why no kernel runs with what is installed; empty if they run."""
+    """Why kernels cannot run with the installed packages; empty if they can."""
     if triton is None:
         return "Triton is not installed: pip install triton"
     if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
@@ -238,12 +237,7 @@ def missing() -> str:
 
 
 def shape_of(dim: int, size: int) -> tuple[int, int, int]:
-    """Numbers that a program holds of a row, rows that it reads at a time, its warps.
-
-    Args:
-        dim: Numbers in a row.
-        size: Bytes of one.
-    """
+    """Block size, rows per read and warps of a program, for `dim` numbers of `size` bytes a row."""
     block = max(16, triton.next_power_of_2(dim))
     warps = min(16, max(1, block // 256))
     # 32 numbers a thread, which stay in registers.
@@ -260,28 +254,14 @@ def launch(
     warps: int = 4,
     values: Sequence[float] | None = None,
 ) -> None:
-    """Starts a kernel. An operator, so that fake tensors pass it and count it.
+    """Starts the kernel `name`. An operator, so that tests with fake tensors can count launches.
 
-    Args:
-        name: That of the kernel.
-        grid: Programs along each axis.
-        read: Its first arguments, contiguous, since it reads memory as it lies.
-        written: Those that follow, contiguous; it may read them, too.
-        numbers: Those that follow.
-        warps: Of a program.
-        values: Its last arguments, if there are more.
+    The arguments of the kernel are `read` tensors, `written` tensors (which it may also read), all
+    contiguous, `numbers` and `values`, in this order.
     """
     _KERNELS[name][tuple(grid)](*read, *written, *numbers, *(values or ()), num_warps=warps)
 
 
 @launch.register_fake
-def _(
-    name: str,
-    grid: Sequence[int],
-    read: Sequence[Tensor],
-    written: Sequence[Tensor],
-    numbers: Sequence[int],
-    warps: int = 4,
-    values: Sequence[float] | None = None,
-) -> None:
+def _(name: str, _: Any, read: Sequence[Tensor], written: Sequence[Tensor], *__: Any) -> None:
     assert all(tensor.is_contiguous() for tensor in (*read, *written)), name

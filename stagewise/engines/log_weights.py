@@ -1,6 +1,6 @@
 """The two products: log-weights of rows, and sums of rows with their weights.
 
-See `stagewise.engines.exact` for the formulas and for what is said of precision.
+`stagewise.engines.exact` has the formulas and their precision.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from stagewise.queries import Queries
 __all__ = ["CACHED", "LogWeights"]
 
 CACHED = {"cpu": 2**19}
-"""Numbers of gathered rows held at a time: what stays in a CPU's cache; 2^24 on other devices."""
+"""Numbers in gathered rows at a time: fits a CPU's cache; 2^24 on other devices."""
 
 _WORTHWHILE = 50
-"""Up to so many times as many rows a product with all costs less than to pick those of a table."""
+"""Up to this many times the rows of a table, a product with all rows is cheaper than gathering."""
 
 _SINGLE = {"cpu": 2**18}
-"""Numbers of rows taken one by one that are held at a time; 2^24 on other devices."""
+"""Numbers in rows that are read one by one, at a time; 2^24 on other devices."""
 
 _SPARSE = 3
-"""Of so many weights at most one is not 0, if it is better to take the rows one by one."""
+"""If at most one in this many weights is not 0, rows are read one by one."""
 
 _FAR = -42.0
-"""A log-weight this far below the largest adds less to anything than rounding does."""
+"""A log-weight this far below the largest adds less than rounding."""
 
 _AWAY = 0.25
-"""Distance of a bank's mean from what its rows count from, in radii, above which they are centred
-before they are multiplied: a product of float32 loses the digits of it."""
+"""Distance of a bank's mean from its offset, in radii, above which rows are centred before they are
+multiplied: a float32 product would lose digits."""
 
 _CENTRED = 2**20
-"""Numbers of rows that are centred at a time: what stays in a CPU's cache."""
+"""Numbers in rows that are centred at a time: fits a CPU's cache."""
 
 _KEPT = 2**30
-"""Bytes of rows that stay on a device for the second product once they were moved there."""
+"""Bytes of rows that stay on a device, once moved, for the second product."""
 
 
 class LogWeights:
@@ -51,18 +51,17 @@ class LogWeights:
         bank: The rows.
         queries: The queries.
         dtype: What the rows are multiplied in, see `products.working_dtype`.
-        table: Which rows, (B, n), -1 for none; default all that a query looks at, in order.
+        table: Which rows, (B, n), -1 for none; default all rows of a query, in order.
         chunk_size: Rows multiplied at a time.
 
     Attributes:
-        logits: `l_i + shared`, (B, width), and hugely negative where a query looks at fewer rows
-            than others.
-        shared: What all log-weights of a query have in common, (B,), float64.
+        logits: `l_i + shared`, (B, width), `NO_ROW` where a query has fewer rows than others.
+        shared: The common term of all log-weights of a query, (B,), float64.
         delta: Standard deviation of a product's error for a row of norm 1, (B,), float64.
-        growth: What a product of size 1 adds to that.
-        lifted: What has been subtracted from the logits, (B,), float64.
-        origin: What is added to a row, as it is multiplied, to make it the sample, (D,), float64.
-        shift: The bank's mean less that, (D,), float64.
+        growth: What a product of size 1 adds to `delta`.
+        lifted: The sum of what was subtracted from the logits, (B,), float64.
+        origin: The difference of a sample from its row as it is multiplied, (D,), float64.
+        shift: The bank's mean minus `origin`, (D,), float64.
     """
 
     def __init__(
@@ -121,9 +120,9 @@ class LogWeights:
         return logits
 
     def _chunks(self, segment: slice, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        """Rows less `origin`, in the dtype that they are multiplied in.
+        """Rows minus `origin`, in the dtype in which they are multiplied.
 
-        Rows that have to be moved to another device are moved once, if they are not too many.
+        Rows on another device are moved once, up to `_KEPT`.
         """
         ends = (segment.start, segment.stop)
         if ends in self._kept:
@@ -175,11 +174,11 @@ class LogWeights:
 
     @property
     def whole(self) -> bool:
-        """Whether every query looks at the whole bank, whose rows add up to N times its mean."""
+        """Whether every query has the whole bank, whose rows add up to N times its mean."""
         return self.table is None and min(self.queries.sizes) == len(self.bank)
 
     def rows(self, columns: Tensor, at: Sequence[int] | None = None) -> Tensor:
-        """The rows that columns (B, n), or (len(at), n), are, in the bank's order; -1 for none."""
+        """The rows of columns (B, n), or (len(at), n), in the bank's order; -1 for none."""
         queries = self.queries if at is None else self.queries.select(at)
         if self.table is not None:
             table = self.table if at is None else self.table[self.queries.place(at)]
@@ -191,8 +190,8 @@ class LogWeights:
     def differences(self, columns: Tensor) -> Tensor:
         """`l_i` of some columns (B, n), the largest logit first, from differences in float64.
 
-        On a CPU, where to choose rows takes no sync, those whose weight is below 1e-18 of the first
-        one's whatever the errors are come from `logits` instead.
+        On a CPU, where selecting rows takes no sync, rows whose weight is certainly below 1e-18 of
+        the first one's are taken from `logits`.
         """
         rows, path = self.rows(columns), self.queries.path
         goal = path.alpha[:, None] * self.bank.offset.to(columns.device) - self.queries.xt
@@ -209,31 +208,29 @@ class LogWeights:
             gap = stored.mul_(path.alpha[own, None]).add_(goal[own])
             distance = torch.linalg.vector_norm(gap, dim=1) / path.sigma[own]
             logits.view(-1)[pairs[part]] = -distance.square() / 2
-        # What is far from the first row is as far from the largest of those that are right.
+        # Distances from the first row hold relative to the largest exact one too.
         logits = torch.where(far, logits.amax(1, keepdim=True) + below, logits)
         return logits.masked_fill_(rows < 0, NO_ROW)
 
     def noise(self, columns: Tensor, logits: Tensor) -> Tensor:
         """Standard deviation of the error of one logit of each query, (B,), float64.
 
-        Args:
-            columns: The row, (B, 1), that stands for those of its weight.
-            logits: Its logit, (B,), float64.
+        `columns`, (B, 1), and `logits`, (B,), are those of the row.
         """
         bank, path, device = self.bank, self.queries.path, columns.device
         row = self.rows(columns)[:, 0].clamp_min(0)
         mean = bank.mean_sq_norm.to(device)
         norm = bank.sq_norms[row.to(bank.device)].to(device)
         far = torch.maximum(norm, mean).sqrt() + self.shift.norm()
-        # The product itself: a logit holds the norm too, counted from the mean.
+        # The product alone: a logit contains the norm too, counted from the mean.
         half_snr = (path.alpha / path.sigma) ** 2 / 2
         product = logits + self.lifted + half_snr * (norm - mean)
         return self.delta * far + self.growth * product.abs()
 
     def lift(self, peak: Tensor) -> list[Tensor]:
-        """What has to be subtracted from the logits so that `l_i = peak` is 0 there, (B,) each.
+        """The shifts, (B,) each, to subtract from the logits so that `l_i = peak` becomes 0.
 
-        In two steps, because the shift itself may be rounded.
+        Two, because the first is rounded.
         """
         shifts = []
         for _ in range(2):
@@ -245,19 +242,17 @@ class LogWeights:
     def moment(self, columns: Tensor, weights: Tensor, at: Sequence[int] | None = None) -> Tensor:
         """`sum_i w_i x^(i)` over a few rows, which are read one by one, (B, D), float64.
 
-        Args:
-            columns: Which, (B, n), as columns of `logits`.
-            weights: Their weights, (B, n). Sums are made in their dtype.
-            at: For which queries, whose lines alone then are in all of these; default all.
+        `columns` and `weights`, (B, n), have a line for each query in `at`, default all. Sums are
+        in the dtype of the weights.
         """
         table, stored = self.rows(columns, at), self.bank.rows
         total = weights.sum(1, dtype=torch.float64)[:, None] * self.bank.offset.to(weights.device)
         if stored.dtype == weights.dtype and stored.device == weights.device:
-            # Adds up rows where they lie, without a copy of them.
+            # Sums rows in place, without a copy.
             return total + embedding_bag(
                 table.clamp_min(0), stored, mode="sum", per_sample_weights=weights
             )
-        if weights.device.type == "cpu":  # elsewhere to know where weights are 0 would take a sync
+        if weights.device.type == "cpu":  # elsewhere `nonzero` takes a sync
             query, place = weights.nonzero(as_tuple=True)
             if _SPARSE * len(query) < weights.numel():
                 for part, rows in self._rows_one_by_one(table[query, place].clamp_min(0)):
@@ -273,14 +268,13 @@ class LogWeights:
     ) -> Tensor:
         """`sum_i w_i x^(i)` over all columns of `logits`, (B, D), float64: the second product.
 
-        What is added up is `w_i - w` where a query looks at the whole bank, with w the mean of its
-        weights. Early, when weights are nearly equal and the mean nearly c, sums of `w_i x^(i)`
-        would round away what is left.
+        For queries of the whole bank the weights are `w_i - w`, w their mean: near noise, where
+        weights are nearly equal and the mean is nearly c, sums of `w_i x^(i)` would lose digits.
 
         Args:
             weights: (B, width), in the dtype of the logits.
             at: For which queries; default all.
-            total: What their weights add up to, float64, known to more digits; default their sum.
+            total: The sum of their weights to more digits, float64; default their sum.
         """
         device, some = weights.device, list(range(len(weights)) if at is None else at)
         weights = weights[self.queries.place(some)]

@@ -1,8 +1,8 @@
 """The k nearest rows of each query, by one product with all rows.
 
-`x_t` is nearest, in the metric of the posterior, to the row with the largest weight. Since the
-product gives the log-weights of all rows, the tail mass is measured and not bounded, and a query
-that turns out to need the whole posterior costs only the second product.
+The nearest row is the one with the largest weight. Since the product gives the log-weights of all
+rows, the tail mass is measured, not bounded, and a query that needs the whole posterior costs only
+the second product.
 """
 
 from __future__ import annotations
@@ -29,12 +29,9 @@ class Truncated(Engine):
     """An engine whose mean is over the k nearest rows.
 
     Args:
-        k: How many rows, default 100. Classes with fewer rows give all.
+        k: How many rows, default 100, or all of a smaller class.
         max_tail: Queries with a larger tail mass get the exact mean, at the cost of a device sync;
             default None.
-
-    Raises:
-        ValueError: For numbers out of range.
     """
 
     def __init__(self, k: int = 100, *, max_tail: float | None = None) -> None:
@@ -58,20 +55,20 @@ class Truncated(Engine):
 
 
 class Nearest(Truncated):
-    """Looks at the k rows of largest weight, and measures the tail mass that it leaves out.
+    """The mean over the k rows of largest weight, with the tail mass that is left out.
 
     For monitoring and for the end of navigation. In navigation itself the tail is most of the
-    posterior: use `draws`, `max_tail`, or the exact engine, which costs at most twice as much.
+    posterior: use `draws`, `max_tail`, or `Exact`, which costs at most twice as much.
 
     Args:
-        k: How many rows, default 100; at least 8 are taken, and 64 where the log-weights of so many
-            are computed again (see `Exact`). Classes with fewer rows give all.
-        draws: At least how many random other rows stand for the rest, default 0 (the rest is left
-            out). Queries that look at the same rows share them.
+        k: How many rows, default 100, or all of a smaller class. At least the 8 or 64 rows whose
+            log-weights `Exact` computes again.
+        draws: Least number of random other rows that represent the rest, default 0 (the rest is
+            left out). Queries of the same rows share them.
         max_tail: Queries with a larger tail mass get the exact mean; default None.
         seed: Of the draws, default 0. Every call draws other rows.
-        precision: See `Exact`; "float32" and "float64" need no device sync without `max_tail`.
-        chunk_size: Rows multiplied at a time, see `Exact`.
+        precision: As in `Exact`; "float32" and "float64" need no device sync without `max_tail`.
+        chunk_size: Rows multiplied at a time, as in `Exact`.
 
     Raises:
         ValueError: For numbers out of range.
@@ -116,7 +113,7 @@ class Nearest(Truncated):
             mean = mean + found.moment(more, weights)
         rest = leading.rest.scatter_(1, more, 0)
         tail = rest.sum(1, dtype=torch.float64)
-        # Not 1 - tail, which has lost the digits of a small share.
+        # Not 1 - tail, which would lose the digits of a small share.
         kept = 1 - leading.tail + weights.sum(1, dtype=torch.float64)
         need = [] if self.max_tail is None else indices_of(tail > self.max_tail)
         if need:
@@ -128,17 +125,17 @@ class Nearest(Truncated):
         drawn, there = self._draw(found, rest)
         mean = mean + torch.where(there, tail, 0)[:, None] * drawn
         mean = mean / torch.where(there, 1, kept)[:, None]
-        # Where every row was drawn nothing is missing.
+        # If every row was drawn, nothing is missing.
         some = found.queries.index([size > self._drawn for size in found.queries.sizes])
         return replace(leading.post, mean=mean, tail_mass=tail * some, tail_kind="estimated")
 
     @property
     def _drawn(self) -> int:
-        """Rows to draw: as many more as may be among the nearest, whose weight is then 0."""
+        """Rows to draw: more than `draws`, because those among the nearest have weight 0."""
         return self.draws + max(self.k, MORE)
 
     def _draw(self, found: LogWeights, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean over the rest, (B, D), estimated from rows drawn from it, and if any had weight.
+        """The mean over the rest, (B, D), estimated from random rows, and whether any had weight.
 
         `rest` are the weights of all rows, (B, width), 0 for the nearest.
         """

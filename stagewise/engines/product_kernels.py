@@ -3,12 +3,7 @@
 
 from __future__ import annotations
 
-from stagewise.engines.kernels import kernel
-
-try:
-    import triton.language as tl
-except ImportError:  # a build of torch without it
-    tl = None
+from stagewise.engines.kernels import kernel, tl
 
 __all__ = ["judge", "project", "tail_part", "tail_sums", "tail_weights", "weigh"]
 
@@ -27,7 +22,7 @@ def project(
     block: tl.constexpr,
     halves: tl.constexpr,
 ) -> None:
-    """The left factor of the logits; its scale, `a^2/2s^2`, what logits share, and `|y|`."""
+    """The left factor of the logits; its scale, `a^2/2s^2`, the shared term, and `|y|`."""
     b, count = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     at = tl.arange(0, block)
     inside = at < dim
@@ -65,7 +60,7 @@ def weigh(
     block: tl.constexpr,
     halves: tl.constexpr,
 ) -> None:
-    """Log-weights from products, in their place; -inf for rows that a query does not look at."""
+    """Log-weights from products, in place; -inf for rows of other classes."""
     b, count = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < width
@@ -108,7 +103,7 @@ def tail_weights(
     block: tl.constexpr,
     halves: tl.constexpr,
 ) -> None:
-    """`2^14 (w - level)` as the second product wants it: high parts, and low ones below."""
+    """`2^14 (w - level)`, the left factor of the second product: high parts, then low parts."""
     b, count = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     at = tl.program_id(0) * block + tl.arange(0, block)
     found = tl.load(logits + b * width + at, mask=at < width, other=float("-inf"))
@@ -144,13 +139,13 @@ def tail_part(
     listed,
     block: tl.constexpr,
 ) -> None:
-    """All rows that do not lead as the last part of the sums that `merge` reads."""
+    """All rows that do not lead as the last part of the input of `merge`."""
     b = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     inside = at < dim
     z = tl.load(totals + 3 * b)
     whole = tl.load(ends + 2 * b + 1) - tl.load(ends + 2 * b) == width
-    # As it was rounded when it was subtracted.
+    # With the rounding of its subtraction.
     level = tl.where(whole, z / width, 0.0).to(tl.float32).to(tl.float64)
     total = tl.load(averaged + b * dim + at, mask=inside, other=0.0).to(tl.float64) / 16384
     total += level * width * tl.load(shift + at, mask=inside, other=0.0)
@@ -206,7 +201,7 @@ def judge(
     after = peak - tl.load(figures + 4 * b + 2) + tl.load(factors + 2 * b + 1)
     after -= tl.load(told + 5 * b + 4)
     root = tl.sqrt(tl.load(totals + 3 * b + 1)) * tl.exp(after)
-    # Either every logit of the tail is nearly right, or none can matter even if wrong.
+    # Either the logits of the tail are nearly right, or they are too small to matter.
     error = delta * root * tl.exp(tl.minimum(16 * delta, 600.0))
     error = tl.minimum(error, width * tl.exp(tl.minimum(after + 16 * delta, 600.0)))
     error = tl.sqrt(average) * error + rounded * reach * root

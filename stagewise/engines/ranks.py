@@ -1,6 +1,6 @@
-"""What the ranks of a job say to one another about a bank that they share, and how.
+"""The messages between the ranks of a job about a bank that they share.
 
-`About` is said once for a bank, and leads to a `Layout`; a `Header` and the queries with each call.
+`About` is sent once for a bank, and gives a `Layout`; a `Header` and the queries with each call.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Layout:
     """What the ranks agreed on for a bank.
 
     Attributes:
-        ranks: Those that share it; None if there is but one.
-        number: Of the bank, the same on every rank.
+        ranks: The ranks that share it; None for a single one.
+        number: A number of the bank, the same on every rank.
         offsets: The number of each rank's first row, and of all rows, R + 1 numbers.
-        classes: Those that any rank has.
-        own: Those of this rank.
-        floor: The largest noise level that a rank's engine asks for.
+        classes: The classes of all ranks.
+        own: The classes of this rank.
+        floor: The largest `sigma_floor` of a rank's engine.
     """
 
     ranks: Ranks | None
@@ -60,7 +60,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class About:
-    """What a rank tells the others of its shard before the first query."""
+    """What a rank sends about its shard before the first query."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -74,7 +74,7 @@ class About:
 
     @classmethod
     def of(cls, bank: LatentBank, engine: Engine, problem: Exception | None) -> About:
-        """What there is to say of a shard, or of the problem that its engine has with it."""
+        """A shard, or the problem that its engine has with it."""
         return cls(
             shape=bank.shape,
             dtype=str(bank.dtype),
@@ -89,7 +89,7 @@ class About:
 
 
 def require_agreement(everyone: Sequence[About], problem: Exception | None) -> None:
-    """Refuses, on every rank alike, shards that are not of one bank, or `problem` on this rank."""
+    """Refuses, on every rank, shards of different banks, or a shard that its engine refuses."""
     problems = {rank: a.problem for rank, a in enumerate(everyone) if a.problem is not None}
     if problems:
         kind = ImportError if isinstance(problem, ImportError) else ValueError
@@ -116,7 +116,7 @@ def require_agreement(everyone: Sequence[About], problem: Exception | None) -> N
 
 
 def warn_of_differences(everyone: Sequence[About], bank: LatentBank) -> None:
-    """Warns of what makes shards other than parts of one bank, but not wrong."""
+    """Warns of shards that differ a little from parts of one bank, or keep too much memory."""
     if len({about.offset for about in everyone if about.rows}) > 1:
         warnings.warn(
             f"The shards are rounded to {bank.dtype} relative to different means, so that the "
@@ -129,8 +129,8 @@ def warn_of_differences(everyone: Sequence[About], bank: LatentBank) -> None:
     if bank.residency != "memory-mapped" and held > 2 * bank.nbytes > 0:
         warnings.warn(
             f"The shard is a view of {format_bytes(held)}, which this rank keeps for "
-            f"{format_bytes(bank.nbytes)} of rows. Copy what it needs: "
-            "LatentBank(x[rows].clone()), and let go of the rest.",
+            f"{format_bytes(bank.nbytes)} of rows. Copy its rows, LatentBank(x[rows].clone()), and "
+            "delete x.",
             stacklevel=3,
         )
 
@@ -144,7 +144,7 @@ def _require_alike(name: str, values: Mapping[int, object]) -> None:
 
 
 def _by_rank(values: Mapping[int, object]) -> str:
-    """Values with the ranks that have them: `1 on rank 0; 5 on rank 1, 2`."""
+    """Values and their ranks: `1 on rank 0; 5 on rank 1, 2`."""
     ranks: dict[object, list[str]] = {}
     for rank, value in values.items():
         ranks.setdefault(value, []).append(str(rank))
@@ -153,7 +153,7 @@ def _by_rank(values: Mapping[int, object]) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """How many queries each rank has, and what they have in common."""
+    """The number of queries of each rank, and their common settings."""
 
     counts: list[int]
     k: int
@@ -164,8 +164,8 @@ class Header:
     def gather(cls, ranks: Ranks, own: Sequence[int]) -> Header:
         """From this rank's number of the bank, B, k, D, and whether it has labels and sources."""
         everyone = ranks.gather(torch.tensor(own)).tolist()
+        # The settings of a rank without queries do not matter.
         asking = {rank: row for rank, row in enumerate(everyone) if row[1]}
-        # A rank without queries has no say in how they are asked.
         _require_alike("bank", {rank: row[0] for rank, row in enumerate(everyone)})
         _require_alike("`k`", {rank: row[2] for rank, row in asking.items()})
         _require_alike("size of a query", {rank: row[3] for rank, row in asking.items()})
@@ -183,7 +183,7 @@ class Header:
 
 
 def pack_queries(queries: Queries, count: int) -> Tensor:
-    """Queries as one tensor of `count` lines, (count, D + 7), int64, as a label is any 64 bits."""
+    """Queries as one tensor of `count` lines, (count, D + 7), int64, which holds any label."""
     labels = queries.labels or [None] * len(queries)
     names, none = [label or 0 for label in labels], [label is None for label in labels]
     coded = torch.stack([queries.index(names), queries.index(none)], 1)
@@ -195,7 +195,7 @@ def pack_queries(queries: Queries, count: int) -> Tensor:
 
 
 def unpack_queries(packed: Tensor, like: Queries, header: Header) -> Queries:
-    """The queries of all ranks, one rank's after the other's, from what each packed, (R, B, n)."""
+    """The queries of all ranks, in order of rank, from `pack_queries` of each, (R, B, n)."""
     lines = [part[:count] for part, count in zip(packed, header.counts, strict=True)]
     whole = torch.cat(lines).to(like.xt.device)
     dim, dtype = like.xt.shape[1], like.xt.dtype
@@ -213,7 +213,7 @@ def unpack_queries(packed: Tensor, like: Queries, header: Header) -> Queries:
 
 
 def require_classes(queries: Queries, layout: Layout) -> None:
-    """Refuses, on every rank alike, a class that none of them has."""
+    """Refuses, on every rank, a class that none of them has."""
     missing = sorted({name for name in queries.labels or () if name is not None} - layout.classes)
     if missing and not layout.classes:
         raise ValueError(
@@ -228,7 +228,7 @@ def require_classes(queries: Queries, layout: Layout) -> None:
 
 
 class Ranks:
-    """A group of ranks of the engine's own, and the few collectives it needs."""
+    """A process group of the engine, and the collectives that it needs."""
 
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
         self._group, self._timeout = group, timeout
@@ -242,7 +242,7 @@ class Ranks:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, timeout: timedelta) -> Ranks | None:
-        """The ranks of a group; None if there is but one."""
+        """The ranks of a group; None for a single one."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
             return None
         if dist.get_world_size(group) < 1:
@@ -263,7 +263,7 @@ class Ranks:
 
     @property
     def alive(self) -> bool:
-        """Whether the group is still there: destroying the default group ends all."""
+        """Whether the group still exists: destroying the default group ends all groups."""
         if not dist.is_initialized():
             return False
         try:
@@ -288,7 +288,7 @@ class Ranks:
         return everyone
 
     def sum_own(self, blocks: Tensor) -> Tensor:
-        """The sum over ranks of the block that is meant for this one; `blocks` is (R, ...)."""
+        """The sum over ranks of this rank's block; `blocks` is (R, ...)."""
         blocks = blocks.to(self._device).contiguous()
         own = blocks.new_empty(blocks.shape[1:])
         with _explained(self._timeout):
@@ -301,12 +301,12 @@ class Ranks:
 
 
 def _named(name: str, before: str) -> Callable[..., Any]:
-    """A collective by its name from torch 2.14 on, or by the one it had before."""
+    """A collective by its name since torch 2.14, or by its earlier name."""
     return getattr(dist, name, None) or getattr(dist, before)
 
 
 def _device(config: str) -> torch.device:
-    """Where a backend wants its tensors: `config` is like "cpu:gloo,cuda:nccl"."""
+    """The device for tensors of a backend `config` such as "cpu:gloo,cuda:nccl"."""
     for pair in config.split(","):
         kind, _, backend = pair.partition(":")
         if kind != "cpu" and backend != "gloo" and torch.get_device_module(kind).is_available():
@@ -322,5 +322,5 @@ def _explained(timeout: timedelta) -> Iterator[None]:
         raise RuntimeError(
             "Expected every rank to ask the oracle, also with zero queries (`xt[:0]`): one ended, "
             f"or did not ask within {timeout}. Look for an earlier error of another rank; if it is "
-            f"only slow, give `Sharded(timeout=...)` more. The backend says: {error}"
+            f"only slow, raise `Sharded(timeout=...)`. The backend says: {error}"
         ) from error

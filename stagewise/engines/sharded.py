@@ -1,25 +1,25 @@
 r"""The engine for a bank that is spread over the ranks of a job: each holds a part of the rows.
 
-Every rank asks about its own B queries. They are gathered, each rank p answers all of them over its
-own rows with any engine, and the answers are merged (`stagewise.posterior`): with
-`w_p = Z_p / sum_q Z_q`, `m = sum_p w_p m_p`, and the small statistics alike. So a rank gets back
-the posterior over all rows, exactly as one process would have it, and holds no more than its own.
+Every rank has its own B queries. They are gathered, each rank p answers all of them over its own
+rows with any engine, and the answers are merged (`stagewise.posterior`): with
+`w_p = Z_p / sum_q Z_q`, `m = sum_p w_p m_p`, and the small statistics likewise. So a rank gets the
+posterior over all rows, exactly as one process would, and holds only its own rows.
 
 **One call**, with R ranks and at most B queries on each, in this order:
 
-1. a header from each rank (six numbers): whoever disagrees is named on every rank;
+1. a header from each rank (six numbers): every rank names the ranks that disagree;
 2. all-gather of queries and coefficients, `R B (D + 7)` numbers;
 3. each rank's answer: `R B` queries over its `N / R` rows, so the work of one process for `B`
    queries over N rows;
 4. all-gather of `log Z_p`, entropy and the like, and k weights and rows: `R^2 B (6 + 2k)` numbers;
 5. reduce-scatter of `w_p m_p`: `R B D` numbers, where each rank receives its own queries' sum.
 
-All in 8 bytes. Half of that would do for float32 queries, but a mean in float32 is off by 6e-8 of a
-sample's norm, which targets multiply by up to `1/(1 - t)`.
+All numbers have 8 bytes. A mean in float32 would have an error of 6e-8 of a sample's norm, which
+targets multiply by up to `1/(1 - t)`.
 
-**Every rank must ask whenever one does**, also with zero queries (`xt[:0]`). One that does not, or
-that failed on its own, is an error on the others after `timeout`; with NCCL, torch's watchdog then
-ends the process. A certificate cannot be used: it knows the rows of one rank only.
+**Every rank must ask whenever one does**, also with zero queries (`xt[:0]`). A rank that does not,
+or that fails, causes an error on the others after `timeout`; with NCCL, torch's watchdog then ends
+the process. A certificate cannot be used: it knows the rows of one rank only.
 
 On an accelerator a call costs a device sync for the header, one for labels if they are given, one
 for `tail_kind` unless the engine is `Exact`, and those of the engine.
@@ -60,16 +60,16 @@ __all__ = ["EmptyShard", "Sharded", "combine", "pack", "shard_rows", "shares"]
 
 _KINDS: tuple[TailKind, ...] = get_args(TailKind)
 
-# What `pack` writes before the weights and rows.
+# The columns of `pack` before the weights and rows.
 _LOG_Z, _ENTROPY, _ESS, _TAIL, _LOG_SOURCE, _KIND, _COLUMNS = range(7)
 
 
 def shard_rows(num_rows: int, rank: int, world_size: int) -> slice:
     """The contiguous part of the rows that a rank holds.
 
-    Sizes differ by at most one. A bank has two rows at least, so where there are fewer than two for
-    each rank, the last ranks get none (`EmptyShard`). If rows are sorted by class and you ask
-    class-wise, shuffle them first: or the few ranks that hold a class do all of its work.
+    Sizes differ by at most one. A bank has at least two rows: if there are fewer than two for each
+    rank, the last ranks get none (`EmptyShard`). For class-wise queries shuffle rows that are
+    sorted by class: otherwise the few ranks that hold a class do all of its work.
 
     Args:
         num_rows: N, at least 2.
@@ -97,7 +97,7 @@ def shard_rows(num_rows: int, rank: int, world_size: int) -> slice:
 
 
 class EmptyShard(LatentBank):
-    """The shard of a rank without rows, which takes part all the same: its queries, others' rows.
+    """The shard of a rank without rows, which has queries but no rows.
 
     Args:
         shape: Shape of one sample, that of the other ranks' shards.
@@ -119,29 +119,29 @@ class EmptyShard(LatentBank):
         self.radius = self.max_norm = self.std = 0.0
 
     def find(self, x1: Tensor, *_: Any, **__: Any) -> Tensor:
-        """No sample is here: -1 for each, (B,), int64."""
+        """-1 for each sample, (B,), int64."""
         return torch.full((len(x1),), -1, dtype=torch.int64, device=x1.device)
 
 
 class Sharded(Engine):
     """Spreads a bank over the ranks: the posterior is over the rows of all of them.
 
-    Make one on every rank, give it to an `Oracle` with the rank's own rows, and ask: `shard_rows`
-    says which rows those are, `EmptyShard` stands in where there are none. Any split will do, also
-    an unequal one, and a class may be missing on some ranks. Rows of 16 bits are those of one bank
-    if all shards have the same `offset`, as parts of a bank have (`LatentBank.part`).
+    On every rank make an `Oracle` with this engine and the rank's own rows (`shard_rows`, or
+    `EmptyShard` for none). Parts may have different sizes, and a class may be missing on some
+    ranks. 16-bit rows are those of one bank if all shards have the same `offset`, as parts of a
+    bank do (`LatentBank.part`).
 
     Building the oracle and asking it are collective. Without `torch.distributed`, or on one rank,
     it is the inner engine.
 
-    Rows count over all ranks, one rank's after the other's: `Posterior.rows` does, and so must
-    `source`. `offsets(bank)` translates.
+    Row numbers count over all ranks, in order of rank, in `Posterior.rows` and in `source`.
+    `offsets(bank)` translates.
 
     Args:
-        engine: How each rank reaches its own rows, default `Exact()`. One that looks at k rows does
-            so on every rank.
-        group: Ranks that share the bank; default all. Only their number and backend are taken from
-            it: messages go through a group of the engine's own, apart from those of DDP.
+        engine: How each rank reaches its own rows, default `Exact()`. With `Nearest(k)` it is k
+            rows on every rank.
+        group: Ranks that share the bank; default all. The engine makes a group of its own with
+            these ranks and this backend, separate from that of DDP.
         timeout: How long to wait for a rank that does not ask, default 5 minutes.
 
     Raises:
@@ -182,11 +182,10 @@ class Sharded(Engine):
         """Agrees with the other ranks on the bank. Collective.
 
         Raises:
-            ValueError: On every rank, if one has a shard of another shape or dtype, another engine,
-                rows without labels where others have them, or a shard that its engine refuses; or
-                if no rank has rows.
+            ValueError: On every rank, if shape, dtype, engine or the presence of labels differ
+                between shards, an engine refuses its shard, or no rank has rows.
             ImportError: On every rank, if the engine lacks a library.
-            RuntimeError: If a rank does not come within `timeout`.
+            RuntimeError: If a rank does not arrive within `timeout`.
         """
         problem: Exception | None = None
         try:
@@ -195,7 +194,7 @@ class Sharded(Engine):
             )
             if len(bank):
                 self.engine.prepare(bank)
-        except Exception as error:  # raised below, when the others know
+        except Exception as error:  # raised below, after the other ranks know
             problem = error
         if self._ranks is None or not self._ranks.alive:
             self._ranks = Ranks.of(self.group, self.timeout)
@@ -233,7 +232,7 @@ class Sharded(Engine):
         return self._layout(bank).offsets[-1]
 
     def sigma_floor(self, bank: LatentBank) -> float:
-        """The largest noise level that a rank's engine asks for."""
+        """The largest `sigma_floor` of a rank's engine."""
         return self._layout(bank).floor
 
     @override
@@ -265,7 +264,7 @@ class Sharded(Engine):
         require_classes(everyone, layout)
         post, log_source = self._over_own_rows(bank, everyone, layout, ranks.rank, header.k)
         small = ranks.gather(pack(post, log_source)).to(xt.device)
-        # Read only where it may be anything else: a device sync.
+        # Reading it is a device sync.
         exact = type(self.engine) is Exact
         kinds = [0] if exact else small[:, 0, _KIND].long().tolist()
         part = shares(small)[ranks.rank, :, None] * post.mean
@@ -316,7 +315,7 @@ class Sharded(Engine):
         return layout
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was agreed with other ranks holds in this process only: prepare a copy anew.
+        # Agreements with other ranks hold in this process only: a copy must be prepared again.
         return {"engine": self.engine, "group": self.group, "timeout": self.timeout}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -329,20 +328,20 @@ class Sharded(Engine):
 
 
 def pack(post: Posterior, log_source: Tensor) -> Tensor:
-    """All of a rank's answer but the mean, (B, 6 + 2k), float64: rows are exact up to 2^53."""
+    """A rank's answer without the mean, (B, 6 + 2k), float64: rows are exact up to 2^53."""
     kind = torch.full_like(post.log_evidence, _KINDS.index(post.tail_kind))
     small = (post.log_evidence, post.entropy, post.ess, post.tail_mass, log_source, kind)
     return torch.cat([torch.stack(small, 1), post.weights, post.rows.to(kind)], 1)
 
 
 def shares(small: Tensor) -> Tensor:
-    """`w_p` of what the ranks packed, (R, B); 0 where it is next to nothing."""
+    """`w_p` of the packed answers, (R, B); 0 below `NOTHING`."""
     share = torch.softmax(small[..., _LOG_Z], 0)
     return share.masked_fill(share < NOTHING, 0)
 
 
 def combine(small: Tensor) -> Posterior:
-    """The posterior over all rows from what the ranks packed, with a mean of no numbers, (B, 0)."""
+    """The posterior over all rows from the packed answers, with an empty mean, (B, 0)."""
     k = (small.shape[-1] - _COLUMNS) // 2
     return merge(
         *(

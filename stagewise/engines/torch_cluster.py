@@ -1,29 +1,27 @@
 r"""Neighbours from `torch_cluster.knn`, which searches many ragged sets in one call.
 
-What it is good at: few dimensions on a CPU, where it builds a k-d tree per call, and class-wise
-queries on a GPU, all classes at once, without a copy of the bank and without a matrix of B x N
-distances. It is no faster than a product for queries that look at the whole bank.
+It is fast in few dimensions on a CPU, where it builds a k-d tree per call, and for class-wise
+queries on a GPU: all classes at once, without a copy of the bank and without a matrix of B x N
+distances. For queries of the whole bank it is no faster than a product.
 
-The log-weights of the rows that it finds are computed exactly. No other row is nearer, so of the r
-that were not found, with the K found ones' `Z_K = sum exp(l_i)` and the smallest of their
-log-weights `l_K`,
+The log-weights of the found rows are computed exactly. No other row is nearer. So for the r other
+rows, with `Z_K = sum exp(l_i)` of the K found rows and the smallest of their log-weights `l_K`,
 
     tail mass  <=  r exp(l_K + e) / (Z_K + r exp(l_K + e)).
 
-**Where a query stands.** In coordinates around the bank's mean c, where no row is farther than R
-from the origin, rows are searched that are nearest to `y = (x_t - a c)/a`, which is infinite at
-a = 0. It is put at `y = (x_t - a c)/a'` with `a' = max(a, |x_t - a c| / 256 R)` instead. If a row j
-was not found, and the search compares squared distances wrongly by v at most, then
-`|y - x^(j)|^2 >= |y - x^(K)|^2 - v`, and from that `l_j <= l_K + e` with
+**The position of a query.** In coordinates around the bank's mean c, where no row is farther than R
+from the origin, the search is for the rows nearest to `y = (x_t - a c)/a`, which is infinite at
+a = 0. Instead `y = (x_t - a c)/a'` with `a' = max(a, |x_t - a c| / 256 R)` is used. If a row j was
+not found, and the search compares squared distances with an error of at most v, then
+`|y - x^(j)|^2 >= |y - x^(K)|^2 - v`, and therefore `l_j <= l_K + e` with
 
     e = (a a' v + a (a' - a) R^2) / 2 s^2.
 
 The second term is below 2e-6 |x_t - a c|^2/s^2, for noisy samples of a bank 2e-6 D.
 
-**v.** Rows are searched as they are stored, in float32 (float64 for a bank of that type), by
-explicit differences. With unit roundoff u, a squared distance is then wrong by 2 (D + 32) u of
-itself for its sum and, in a tree, its comparisons, and by 2 u |q| |q - x| for the rounding of the
-query q.
+**v.** The search is by explicit differences in float32 (float64 for a bank of that type). With unit
+roundoff u, a squared distance has a relative error of 2 (D + 32) u for its sum and, in a tree, its
+comparisons, and an error of 2 u |q| |q - x| for the rounding of the query q.
 """
 
 from __future__ import annotations
@@ -49,24 +47,24 @@ from stagewise.queries import Queries, indices_of
 __all__ = ["TorchCluster"]
 
 _FARTHEST = 256.0
-"""How many times R a query stands from the bank's mean at most."""
+"""Largest distance of a query from the bank's mean, in units of R."""
 
 _CUDA_K = 100
-"""The neighbours that its CUDA kernel has room for."""
+"""Most neighbours of its CUDA kernel."""
 
 _CUDA_FAR = 2.0**16
-"""A distance that its CUDA kernel still sees: it takes squares from 1e10 on for infinite."""
+"""Largest distance for its CUDA kernel, which treats squares from 1e10 on as infinite."""
 
 
 class TorchCluster(Truncated):
-    """Looks at the k nearest rows, which torch_cluster finds. For few dimensions.
+    """The mean over the k nearest rows, found by torch_cluster. For few dimensions.
 
-    The bank should lie where the queries are: rows that do not, that have 16 bits, or that are more
-    than 250 from their mean (the kernel counts squares to 1e10) are copied in every call. On CUDA
-    the library waits for the device once per call.
+    Bank and queries should be on the same device: rows on another device, of 16 bits, or more than
+    250 from their mean (the kernel's limit for squares is 1e10) are copied in every call. On CUDA
+    the library syncs once per call.
 
     Args:
-        k: How many rows, default 100, which is the most that the library finds on CUDA.
+        k: How many rows, default 100, the most that the library finds on CUDA.
         max_tail: Queries with a larger tail mass get the exact mean; default None.
 
     Raises:
@@ -102,9 +100,9 @@ class TorchCluster(Truncated):
         return replace_queries(post, wrong, exact, len(queries))
 
     def search(self, bank: LatentBank, queries: Queries, n: int) -> Tensor:
-        """The n rows nearest to where queries stand, (B, n), int64, each once; then -1 for none.
+        """The n rows nearest to each query, (B, n), int64, each once; then -1 for none.
 
-        Only a query that is NaN may find none at all.
+        Only a query with NaN may find no row.
         """
         device = queries.xt.device
         _require_room(device, n)
@@ -114,7 +112,7 @@ class TorchCluster(Truncated):
             for at, _ in groups:
                 table[queries.index(at)] = self.search(bank, queries.select(at), n)
             return table
-        # Rows between two groups are a set that nobody asks: so the bank need not be copied.
+        # Rows between two groups form a set without queries, so the bank is not copied.
         sizes, counts = [], []
         start = stop = groups[0][1].start
         for at, segment in groups:
@@ -123,7 +121,7 @@ class TorchCluster(Truncated):
             stop = segment.stop
         order = queries.index([i for at, _ in groups for i in at])
         dtype, scale = _dtype(bank), _scale(bank)
-        y, _ = _stand(bank, queries)
+        y, _ = _position(bank, queries)
         points = scale * (y[order] + (bank.centre - bank.offset).to(device))
         rows = bank.rows[start:stop].to(device, dtype)
         rows = rows if scale == 1 else rows * scale
@@ -152,11 +150,11 @@ class TorchCluster(Truncated):
         assert found.table is not None
         mean = found.moment(leading.columns, leading.shares) + found.product(leading.rest)
         bank, queries, none = found.bank, found.queries, found.table < 0
-        # Any found row gives a bound, the one of least weight the best.
+        # Any found row gives a bound, that of least weight the best one.
         last = found.logits.masked_fill(none, torch.inf).argmin(1, keepdim=True)
         log_last = found.differences(last)[:, 0]
         alpha, sigma, radius = queries.path.alpha, queries.path.sigma, _reach(bank)
-        y, wider = _stand(bank, queries)
+        y, wider = _position(bank, queries)
         distance = ((-2 * log_last).sqrt() * sigma + (wider - alpha) * radius) / wider
         excess = wider * self.rounding(bank, y, distance) + (wider - alpha) * radius**2
         log_last = log_last + alpha * excess / (2 * sigma**2)
@@ -166,11 +164,11 @@ class TorchCluster(Truncated):
 
 
 def _reach(bank: LatentBank) -> float:
-    """R, which no row is farther from the bank's mean than; above 0 for any bank."""
+    """R, the largest distance of a row from the bank's mean; above 0 for any bank."""
     return max(bank.radius, 1e-9 * bank.max_norm) or 1.0
 
 
-def _stand(bank: LatentBank, queries: Queries) -> tuple[Tensor, Tensor]:
+def _position(bank: LatentBank, queries: Queries) -> tuple[Tensor, Tensor]:
     """`y` around the bank's mean, (B, D), and `a'`, (B,); both float64."""
     alpha = queries.path.alpha
     z = queries.xt - alpha[:, None] * bank.centre.to(queries.xt.device)
@@ -184,7 +182,7 @@ def _dtype(bank: LatentBank) -> torch.dtype:
 
 
 def _scale(bank: LatentBank) -> float:
-    """What to multiply the rows with, a power of two, so that their distances can be counted."""
+    """A power of two that brings distances of scaled rows into the kernel's range."""
     farthest = (_FARTHEST + 1) * _reach(bank)
     if _CUDA_FAR**-1 <= farthest <= _CUDA_FAR:
         return 1.0
@@ -205,7 +203,7 @@ def _library() -> Callable[..., Any]:
     except (ImportError, OSError, RuntimeError) as error:
         raise ImportError(
             "The engine TorchCluster needs torch_cluster, which is not installed, or not for this "
-            "build of torch. It is compiled against the torch that is there: pip install "
-            f"--no-build-isolation 'stagewise[cluster]'. What was said: {error}"
+            "build of torch. It is compiled against the installed torch: pip install "
+            f"--no-build-isolation 'stagewise[cluster]'. The import says: {error}"
         ) from error
     return knn

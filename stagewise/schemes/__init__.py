@@ -1,6 +1,6 @@
-"""How a run treats its stages: which times it draws, what it is trained on, what counts how much.
+"""What a training does by stage: the times it draws, its targets, weights and smoothing.
 
-A `Scheme` is one such choice. `Phases` changes it on the way. Both have the same interface, work in
+A `Scheme` is one such choice, `Phases` are several in a row. Both have the same interface, work in
 any loop, and log nothing.
 """
 

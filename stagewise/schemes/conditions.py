@@ -1,4 +1,4 @@
-"""What a model is conditioned on, held against the rows that the targets of a scheme are over."""
+"""Checks what a model is conditioned on against the rows behind the targets of a scheme."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["check_conditions", "check_network", "has_classes", "unknown_conditio
 
 
 def unknown_conditions(what: str) -> ValueError:
-    """What is raised where targets over all rows would be given to a model that sees conditions."""
+    """The error for targets over all rows and a model that is given conditions."""
     return ValueError(
         f"Expected a target for the conditions of the model, got {what}. A conditioned model "
-        "should predict the mean over the data of its condition: the mean over other rows moves "
+        "should predict the mean over the data of its condition: the mean over other rows changes "
         "what it learns. For classes give the bank the labels of its rows, LatentBank(x, labels); "
         "for text, observations and the like weigh its rows by a kernel, as an approximation, "
         "ConditionedOracle(LatentBank(x, conditions=c), path, Condition(bandwidth=...)), in a "
@@ -38,13 +38,10 @@ def check_conditions(
     count: int,
     masks: object = None,
 ) -> Tensor | None:
-    """What a model is given beside `x_t` and t, refused if the scheme's targets ignore it.
+    """The labels, (count,), int64, or None; refuses inputs of a model that the targets ignore.
 
-    Among `labels` one may be the class of each of `count` samples, `others` are none. `masks` may
-    be `MaskedLabels`, which the targets know.
-
-    Returns:
-        The labels, (count,), int64, if there are any.
+    One of `labels` may be the class of each sample; `others` are not labels. `masks` may be
+    `MaskedLabels`, which the targets know.
     """
     if scheme.target is None or scheme.unconditional:
         return None
@@ -75,12 +72,12 @@ def check_conditions(
 
 
 def check_network(schemes: Sequence[Scheme], given: tuple[str, ...], labelled: bool | None) -> str:
-    """What the network that was found is given, refused if the schemes' targets ignore it.
+    """Refuses a network with inputs that the schemes' targets ignore.
 
-    `labelled`: whether it is given labels; None if it was not found. `given`: what else.
+    `labelled`: whether it is given labels; None if it was not found. `given`: its other inputs.
 
     Returns:
-        A warning if nothing is known of what it is given, or else an empty text.
+        A warning if its inputs are unknown, otherwise an empty text.
     """
     mixing = [scheme for scheme in schemes if scheme.target is not None]
     kernels = [s.oracle.condition for s in mixing if s.oracle and s.oracle.condition]
@@ -88,26 +85,26 @@ def check_network(schemes: Sequence[Scheme], given: tuple[str, ...], labelled: b
         if given or labelled is None:
             return ""
         return (
-            f"the network is given nothing beside x_t and t but classes, and its targets are "
-            f"those of a model that is given a condition, {kernels[0]!r}. Leave that out."
+            f"the network is given only x_t, t and classes, but its targets are for a model that "
+            f"is given a condition, {kernels[0]!r}. Leave that out."
         )
     if all(scheme.unconditional for scheme in mixing):
         return ""
     if not given and labelled is None:
-        # Over all rows they would be wrong for a model that is given classes.
+        # Targets over all rows would be wrong for a model that is given classes.
         wise = any(scheme.class_wise for scheme in mixing)
         unless = "If it is given nothing else, or ignores it, say so: class_wise=False."
         unless = "StageScheme(timesteps=..., weight=...)." if wise else unless
         return (
             "the call of the network was not recognised, so it is not known what "
             "the model is conditioned on. Targets of the oracle are right for a model that is "
-            "given x_t, t and the classes of the bank. For one that is given more (text, an "
-            f"image beside x_t) they move the optimum: steer times and weights only. {unless}"
+            "given x_t, t and the classes of the bank. If it is given more (text, an image beside "
+            f"x_t), they move the optimum: steer times and weights only. {unless}"
         )
     if not given and labelled and not all(scheme.class_wise for scheme in mixing):
         given = ("labels",)
     if given:
-        has = "has no labels" if given == ("labels",) else "knows nothing of that"
+        has = "has no labels" if given == ("labels",) else "does not have that"
         raise ValueError(
             f"The network is also given {', '.join(given)}, and the bank {has}: the oracle's "
             "target would be a mean over samples of all conditions, which moves the optimum of "
@@ -131,7 +128,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def has_classes(labels: Labels | None) -> bool:
-    """Whether any sample has one."""
+    """Whether any sample has a class."""
     if isinstance(labels, MaskedLabels):
         labels = labels.labels
     if isinstance(labels, list | tuple):

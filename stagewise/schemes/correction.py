@@ -1,4 +1,4 @@
-"""From a batch to what is added to its targets: whom to ask, which rows, and how much of it."""
+"""From a batch to what is added to its targets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from stagewise.device_checks import require_all
 from stagewise.engines import fused, fused_mix
 from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Oracle
@@ -26,10 +27,10 @@ class Correction(NamedTuple):
     """What is added to the targets of a batch.
 
     Attributes:
-        value: `lambda c_t (m - x_1)`, (B, *), float64, or what a kernel has rounded it to.
+        value: `lambda c_t (m - x_1)`, (B, *), float64, or the dtype of the targets.
         lam: lambda, (B,), float64.
-        inserted: Where x_1 was put into the set because no row equals it, (B,), bool.
-        tail_mass: Share of the posterior that did not enter, (B,), float64.
+        inserted: Whether x_1 was added to the set because no row equals it, (B,), bool.
+        tail_mass: Share of the posterior that was left out, (B,), float64.
     """
 
     value: Tensor
@@ -64,40 +65,24 @@ def correct(
     only: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Correction:
-    """What a target adds; see `Scheme` and its `__call__`.
+    """What a target adds to a batch; arguments as in `Scheme` and its `__call__`.
 
-    Args:
-        target: The rows and lambda.
-        oracle: Bank and path.
-        xt: Noisy samples, (B, *).
-        t: Times, (B,).
-        x1: What `xt` was made from, (B, *).
-        prediction: What the targets are.
-        draws: Of random rows.
-        labels: Class of each, if it is known.
-        source: The row that each x_1 stands for, if it is known.
-        condition: What the model is given for each, (B, *), for an oracle with a kernel on it.
-        class_wise: Whether samples look at the rows of their class.
-        on_missing: What to do with an x_1 that stands for no row.
-        labels_of: What gives the classes, (B,), or None, if rows do not.
-        boundary: Where the stages meet, if lambda depends on it.
-        only: To which of the samples, (B,), bool; default all.
-        dtype: What the value is rounded to in the end, in which a kernel gives it; default float64.
-
-    Raises:
-        ValueError: If the class of a sample is not known, or a row is missing.
+    `draws` chooses random rows, `labels_of` returns the classes of samples that are not rows,
+    `only`, (B,), bool, are the samples to correct, and `dtype` is that of the targets, in which a
+    kernel may return the value.
     """
     of_masks = isinstance(labels, MaskedLabels)
     cheap = stays_on_device(oracle, labels, x1, class_wise)
     cheap = cheap and not (of_masks and target.reads_rows)
     if only is None and runs_kernel(target, oracle, labels, x1, class_wise):
-        named = labels is not None
-        told = labels_of() if labels is None and labels_of is not None else labels
-        assert told is None or isinstance(told, Tensor)
-        known: dict[str, Any] = {"labels": told, "named": named, "source": source}
-        batch: dict[str, Any] = {"xt": xt, "t": t, "x1": x1, "prediction": prediction}
-        settings: dict[str, Any] = {"on_missing": on_missing, "boundary": boundary, "dtype": dtype}
-        part = by_kernel(target, oracle, **batch, **known, **settings)
+        own = labels_of() if labels is None and labels_of is not None else labels
+        assert own is None or isinstance(own, Tensor)
+        part = by_kernel(
+            *(target, oracle),
+            **{"xt": xt, "t": t, "x1": x1, "prediction": prediction},
+            **{"labels": own, "named": labels is not None, "source": source},
+            **{"on_missing": on_missing, "boundary": boundary, "dtype": dtype},
+        )
         if part is not None:
             return part
     every, lam, asked = x1, None, None
@@ -111,17 +96,17 @@ def correct(
     if not len(x1) and not oracle.engine.collective:
         return Correction.none(every)
     with torch.autocast(xt.device.type, enabled=False):
-        whole, told = oracle.engine.holds_all_rows, _told(oracle, condition)
-        told_all = isinstance(labels, (Tensor, MaskedLabels)) and not _lacks(labels, oracle)
-        if class_wise and whole and told_all and oracle.null_class is None:
+        whole, weighed = oracle.engine.holds_all_rows, condition if oracle.condition else None
+        labelled = isinstance(labels, (Tensor, MaskedLabels)) and not _lacks(labels, oracle)
+        if class_wise and whole and labelled and oracle.null_class is None:
             labels = _undropped(oracle, labels, x1)
-            # A row of another class or mask is none of those that a query looks at.
+            # A source of another class or mask is not among the rows of its query.
             queries = oracle.queries(xt, t, labels, source, condition)
             first = queries.ends_on_device[:, 0]
-            row, stored = _rows(oracle, x1, source, labels, told, first)
+            row, stored = _rows(oracle, x1, source, labels, weighed, first)
             row = row if source is None else row.where(queries.holds(row), stored)
         else:
-            row, stored = _rows(oracle, x1, source, labels, told)
+            row, stored = _rows(oracle, x1, source, labels, weighed)
             names = compared_within(labels, False)
             if class_wise:
                 on_device = cheap and not of_masks
@@ -130,7 +115,7 @@ def correct(
             if (class_wise or of_masks) and whole:
                 own, inside = torch.full_like(row, -1), queries.holds(row)
                 if class_wise and not (row.device.type == "cpu" and bool(inside.all())):
-                    own = oracle.bank.find(x1, labels, told, queries.ends_on_device[:, 0])
+                    own = oracle.bank.find(x1, labels, weighed, queries.ends_on_device[:, 0])
                 row, stored = row.where(inside, own), stored.where(queries.holds(stored), own)
         if on_missing == "error":
             _require_found(row if only is None or not cheap else row.where(only, 0))
@@ -140,7 +125,7 @@ def correct(
             lam = target.lam(t.double(), mean.top1, oracle.path, boundary)
         value = queries.correction(mean.difference, prediction, oracle.bank.max_norm, lam)
         value = value.reshape(x1.shape)
-    # A draw from a smoothed set is no row, and nothing is added to the set for it.
+    # A draw from a smoothed set is not a row, and is not added to the set.
     inserted = (stored < 0) & (oracle.smoothing is None)
     part = Correction(value, lam, inserted, mean.tail_mass)
     if only is not None and cheap:
@@ -156,8 +141,7 @@ def correct(
 def stays_on_device(oracle: Oracle, labels: Labels | None, x1: Tensor, class_wise: bool) -> bool:
     """Whether a kernel reads the rows of each sample's class, whose label stays on the device.
 
-    Then to ask for all samples costs less than to wait for the device; elsewhere those that are
-    not mixed cost nothing.
+    Then computing all samples costs less than a sync to select those with a lambda above 0.
     """
     if oracle.smoothing is not None:
         return False
@@ -175,7 +159,7 @@ def runs_kernel(
     x1: Tensor,
     class_wise: bool,
 ) -> bool:
-    """Whether kernels compute, and check, all that is added."""
+    """Whether kernels compute, and check, the whole correction."""
     return (
         target is not None
         and oracle is not None
@@ -203,10 +187,10 @@ def by_kernel(
     boundary: float | None,
     dtype: torch.dtype,
 ) -> Correction | None:
-    """As `correct`, if `runs_kernel`; None if a kernel does not compile.
+    """`correct` by kernels, if `runs_kernel`; None if a kernel does not compile.
 
-    What is out of range is reported to the bank, and refused when the device has found it out.
-    With `named` the labels decide, and otherwise only where an x_1 stands for no row.
+    Values out of range are reported to the bank, which refuses them when the device has found them.
+    With `named` the labels decide, otherwise only for an x_1 that is not a row.
     """
     if source is not None:
         source = checked_source(source, len(x1), None).to(x1.device, torch.int64)
@@ -230,7 +214,7 @@ def by_kernel(
 
 
 def _some(value: Any, at: list[int]) -> Any:
-    """Some of what there is one of for each sample; None of what is not given."""
+    """The entries at some samples; None for None."""
     if isinstance(value, MaskedLabels):
         return value[torch.tensor(at, dtype=torch.int64, device=value.mask.device)]
     if isinstance(value, Tensor):
@@ -243,39 +227,34 @@ def _rows(
     x1: Tensor,
     source: Tensor | None,
     labels: Labels | None,
-    told: Tensor | None,
+    condition: Tensor | None,
     first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The row that each x_1 stands for, and the row that it equals, (B,); -1 for none.
 
-    With `told` that is the row that has this condition, too, and with `first` one of the class
-    whose first row this is.
+    With a `condition` the row must have it too; with `first` it is of the class that begins there.
     """
     if source is not None:
         rows = oracle.engine.num_rows(oracle.bank)
         source = checked_source(source, len(x1), rows).to(x1.device)
     if oracle.engine.holds_all_rows:
-        stored = oracle.bank.find(x1, labels, told, first)
+        stored = oracle.bank.find(x1, labels, condition, first)
         return stored if source is None else torch.where(source < 0, stored, source), stored
     if source is None:
         raise ValueError(
-            "A rank of Sharded() cannot find rows of other ranks. Give `source`, the number of "
-            "each x1 over all ranks, with x1 exactly as it is stored."
+            "Expected `source` with Sharded(), as a rank cannot find rows of other ranks: the "
+            "number of each x1 over all ranks, with x1 exactly as it is stored."
         )
     return source, source
 
 
-def _told(oracle: Oracle, condition: Tensor | None) -> Tensor | None:
-    return condition if oracle.condition else None
-
-
 def _lacks(labels: Labels | None, oracle: Oracle) -> bool:
-    """Whether there are masks, and classes are to be looked up."""
+    """Whether there are masks without labels, and the bank has classes."""
     return isinstance(labels, MaskedLabels) and labels.labels is None and oracle.bank.labelled
 
 
 def _undropped(oracle: Oracle, labels: Labels | None, x1: Tensor) -> Labels | None:
-    """Labels on the host, with the class of its row where one was dropped (as `place` does)."""
+    """Labels on the host, with the class of the row for a dropped label (as `place` does)."""
     if isinstance(labels, MaskedLabels):
         pairs, given = oracle.bank.pairs, labels.labels
         if pairs is None or not isinstance(given, Tensor) or given.device.type != "cpu":
@@ -327,10 +306,10 @@ def _classes(
     if labels is not None:
         return labels if asked is None else _some(labels, asked)
     if whole:
-        check_rows(oracle.bank, x1)  # another scale is the reason rather than the labels
+        check_rows(oracle.bank, x1)  # a wrong scale is reported first
     raise ValueError(
         f"Expected `labels`: the class of {unknown} of {len(rows)} samples cannot be looked "
-        "up, as they are no rows of this bank, and are not given it. Give the labels of the "
+        "up, as they are no rows of this bank. Give the labels of the "
         "batch: classes=y to a FlowMatchingLoss, labels=y to a scheme; a StageScheme takes "
         "them from the batch, read_batch=lambda batch: (batch[0], batch[1]). If the model is given "
         "no class, say so: class_wise=False, as in StageScheme(target=..., class_wise=False)."
@@ -338,13 +317,11 @@ def _classes(
 
 
 def _require_found(source: Tensor) -> None:
-    message = (
+    found = source >= 0
+    require_all(
+        found,
         'Expected every `x1` to be a row of the bank (on_missing="error"). Build the bank from '
         "what training sees, at its scale and with its flips, or give the `source` of resampled "
-        "latents"
+        "latents",
+        lambda: f". {int((~found).sum())} of {len(found)} are not.",
     )
-    found = source >= 0
-    if source.device.type != "cpu":
-        torch._assert_async(found.all(), message)
-    elif not found.all():
-        raise ValueError(f"{message}. {int((~found).sum())} of {len(found)} are not.")

@@ -1,4 +1,4 @@
-r"""What a scheme refuses in its first call: samples and targets that are not those of its path.
+r"""The checks of a scheme's first call: samples and targets that do not fit its path.
 
 With the path's `a, s` and the prediction's `c, b`,
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["check_first", "check_samples"]
 
 _FEW = 64
-"""Samples of the first call that are looked at."""
+"""Samples of the first call that are checked."""
 
 _ROUNDING = 1e-4
-"""Relative error of float32 samples: their path may be known to no more digits than that."""
+"""Relative error of float32 samples: their path may have no more digits."""
 
 _SAID = (
     "scheme(..., prediction={})",
@@ -55,7 +55,7 @@ def check_first(
     labels: object,
     condition: Tensor | None,
 ) -> None:
-    """Holds the first samples of a scheme against its path and its bank."""
+    """Checks the first samples of a scheme against its path and its bank."""
     oracle, mixes = scheme.oracle, scheme.target is not None
     counts = scheme.weight is not None or scheme.smoothing is not None
     if not len(xt) or not (mixes or (y is not None and counts)):
@@ -78,7 +78,7 @@ def check_first(
     if scheme.smoothing is not None:  # `smooth` takes rows only, and x_1 is a draw around one
         scheme.rows_checked = True
         return
-    near = bool(scheme.encoded)  # then it was looked up
+    near = bool(scheme.encoded)  # then the source was looked up
     known = oracle.smoothing is not None or oracle.bank.origin or (source is not None and not near)
     found = check_rows(
         oracle.bank,
@@ -106,16 +106,15 @@ def check_samples(
     mixes: bool,
     said: tuple[str, str, str] = _SAID,
 ) -> bool:
-    """Refuses samples and targets that are not those of the path; see the module.
+    """Refuses samples and targets that do not fit the path; see the module.
 
-    `y` and `time` are given in the `convention`; `mixes`: whether the oracle enters the target, for
-    which `x_0` must be standard normal; `said`: how another prediction or convention is
-    said, and what to do about a target with terms of one's own. `labels` may be `MaskedLabels`:
-    other numbers do not count.
+    `y` and `time` are in the `convention`. `mixes`: whether the oracle enters the target, so that
+    `x_0` must be standard normal. `said`: code for another prediction, for another convention, and
+    the cure for a target with extra terms. Numbers outside the masks of `labels` do not count.
 
     Returns:
-        Whether no other call need be looked at: anything could be told, which is not so where sigma
-        is lost in rounding; or they are on an accelerator, where a look costs a sync.
+        Whether later calls need no check: these samples could be checked, which needs a sigma above
+        rounding; or they are on an accelerator, where each check costs a sync.
     """
     once = xt.device.type != "cpu"
     if isinstance(labels, MaskedLabels):
@@ -127,13 +126,13 @@ def check_samples(
     xt, time, x1 = (value[:_FEW].cpu().double() for value in (xt, time, x1))
     y = None if y is None else y[:_FEW].cpu().double()
 
-    def problem(told: Convention, kind: Prediction, mixes: bool = mixes) -> str | None:
-        at, t = told.inside(xt, time)
+    def problem(other: Convention, kind: Prediction, mixes: bool = mixes) -> str | None:
+        at, t = other.inside(xt, time)
         if not bool(((t >= 0) & (t <= 1)).all()):
-            low, high = sorted((told.noise_time, told.data_time))
+            low, high = sorted((other.noise_time, other.data_time))
             return f"times from {time.min():.4g} to {time.max():.4g}, not in [{low:g}, {high:g}]"
-        signed = None if y is None else told.sign_of(kind) * y
-        return _problem(told.path or path, kind, signed, at, t, x1, eps, mixes, labels)
+        signed = None if y is None else other.sign_of(kind) * y
+        return _problem(other.path or path, kind, signed, at, t, x1, eps, mixes, labels)
 
     found = problem(convention, prediction)
     if not found:
@@ -142,8 +141,8 @@ def check_samples(
             _check_pairs(path, t, at, x1)
         return once or found is not None
 
-    def fits(told: Convention, kind: Prediction) -> bool:
-        return problem(told, kind, mixes=True) == ""
+    def fits(other: Convention, kind: Prediction) -> bool:
+        return problem(other, kind, mixes=True) == ""
 
     raise ValueError(
         f"Expected `xt`, `t`, `x1` and `y` of the {prediction.kind} on {path!r}, where time "
@@ -160,35 +159,35 @@ def _cure(
     fits: Callable[[Convention, Prediction], bool],
     said: tuple[str, str, str],
 ) -> str:
-    """What to say in place of `convention` and `prediction` so that the samples fit."""
+    """A `convention` or `prediction` that fits the samples, for the message."""
     for name in get_args(PredictionKind):
         if fits(convention, replace(prediction, kind=name)):
             line = said[0].format(f'"{name}"')
             return f"They fit another prediction: {line}."
     noise, data, sign = convention.noise_time, convention.data_time, convention.sign
     own = [] if convention.by_sigma else [replace(convention, noise_time=data, data_time=noise)]
-    signs = [replace(told, sign=-sign) for told in (*own, convention)]
+    signs = [replace(other, sign=-sign) for other in (*own, convention)]
     others = [signs[0], *own, signs[-1]] if prediction.kind == "velocity" else own
     named = list(CONVENTIONS.values())
-    linear = [replace(told, path=told.path or LinearPath()) for told in named]
-    for told in (*named, *others, *linear):
-        for kind in (prediction, told.prediction):
-            if fits(told, kind):
-                turned = told.sign_of(kind) != convention.sign_of(kind)
-                line = said[1].format(written(told))
-                if told.path is not None and not same_path(told.path, path):
-                    line += f", on its path: Oracle(bank, convention={written(told)})"
-                if kind != told.prediction:
+    linear = [replace(other, path=other.path or LinearPath()) for other in named]
+    for other in (*named, *others, *linear):
+        for kind in (prediction, other.prediction):
+            if fits(other, kind):
+                turned = other.sign_of(kind) != convention.sign_of(kind)
+                line = said[1].format(written(other))
+                if other.path is not None and not same_path(other.path, path):
+                    line += f", on its path: Oracle(bank, convention={written(other)})"
+                if kind != other.prediction:
                     line += ", and " + said[0].format(f'"{kind.kind}"')
                 return (
-                    f"They fit if time {told.noise_time:g} is noise and {told.data_time:g} is data"
+                    f"They fit if time {other.noise_time:g} is noise and {other.data_time:g} data"
                     + (", with the opposite sign of y" if turned else "")
                     + f". Say so: {line}."
                 )
     if isinstance(convention.path, DDPMPath):
         return (
-            f"The schedule that was given, {convention.path!r}, is another than that of x_t: give "
-            f"the one that noises in the step, {said[1].format('noise_scheduler')}."
+            f"The given schedule, {convention.path!r}, is not that of x_t: give the scheduler that "
+            f"adds the noise in the step, {said[1].format('noise_scheduler')}."
         )
     if float(time.max()) > 1 and bool((time == time.round()).all()):
         line = said[1].format("noise_scheduler")
@@ -199,10 +198,10 @@ def _cure(
 def _check_pairs(path: Path, t: Tensor, xt: Tensor, x1: Tensor) -> None:
     """Refuses noise that depends on its data, for which the oracle does not hold."""
     alpha, sigma, *_ = path(t)
-    told = sigma > 0.05  # elsewhere rounding is in the noise
-    if told.sum() > 1:
+    clear = sigma > 0.05  # below, the noise contains rounding errors
+    if clear.sum() > 1:
         gap = xt - expand_like(alpha, x1) * x1
-        check_independent((gap / expand_like(sigma.clamp_min(0.05), x1))[told], x1[told])
+        check_independent((gap / expand_like(sigma.clamp_min(0.05), x1))[clear], x1[clear])
 
 
 def _problem(
@@ -216,14 +215,14 @@ def _problem(
     mixes: bool,
     labels: MaskedLabels | None,
 ) -> str | None:
-    """What does not fit; empty if all does, None if nothing can be told."""
+    """What does not fit; empty if everything does, None if it cannot be checked."""
     values = path(t)
     size_t, size_1 = (mean_square(x, labels).sqrt() for x in (xt, x1))
     error = 2 * eps * (size_t + values.alpha.abs() * size_1) / values.sigma
     kept = error < 0.15
     if not kept.any():
         gap = (xt - expand_like(values.alpha, x1) * x1).flatten(1).square().mean(1).sqrt()
-        size = gap / values.sigma  # no rounding makes noise so large
+        size = gap / values.sigma  # rounding cannot make noise this large
         if mixes and bool((size > 8 * (1 + error)).any()):
             return f"a noise (xt - a x1) / s of size {float(size.max()):.3g}, which should be 1"
         return None
@@ -231,9 +230,9 @@ def _problem(
     labels = None if labels is None else labels[kept]
     x0 = (xt - expand_like(values.alpha, x1) * x1) / expand_like(values.sigma, x1)
     if mixes:
-        told = x0 if labels is None else x0[labels.entries]
-        mean, square = float(told.mean()), float(told.square().mean())
-        if is_off(told.numel(), mean, square, float(error.square().mean().sqrt())):
+        noise = x0 if labels is None else x0[labels.entries]
+        mean, square = float(noise.mean()), float(noise.square().mean())
+        if is_off(noise.numel(), mean, square, float(error.square().mean().sqrt())):
             return (
                 f"a noise (xt - a x1) / s with a mean of {mean:.3g} and a mean square of "
                 f"{square:.3g}, where standard normal noise has 0 and 1"
@@ -260,7 +259,7 @@ def _correlated(gap: Tensor, x: Tensor) -> bool:
 
 
 def _rounding(*given: Tensor | None) -> float:
-    """The relative error of what was given, which may have been made in fewer bits than it has."""
+    """The relative error of tensors, which may have been computed in fewer bits than they have."""
     eps = _ROUNDING
     for value in given:
         if value is None or not value.is_floating_point():

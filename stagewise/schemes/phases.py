@@ -1,4 +1,4 @@
-"""`Phases`: a scheme that changes at a step, at a share of training, or at a plateau."""
+"""`Phases`: a scheme that changes at a step, at a share of training, at a plateau or an event."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stagewise.transitions import AtEvent, AtPlateau, AtStep, Until
 __all__ = ["Phase", "Phases", "mixes", "parts"]
 
 _MANY = 1000
-"""Calls, more than gradients are accumulated over: by then a step must have been observed."""
+"""Calls, more than gradients are accumulated over, within which a step must be observed."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Phase:
     """A part of a training: a scheme, and what ends it.
 
     Args:
-        scheme: In force.
-        until: `AtStep(n)`, `AtShare(share)` or `AtPlateau(...)`; None for the last phase.
-        name: In messages, default its number.
+        scheme: The scheme of the phase.
+        until: `AtStep(n)`, `AtShare(share)`, `AtPlateau(...)` or `AtEvent(event)`; None for the
+            last phase.
+        name: For messages, default its number.
     """
 
     scheme: Scheme
@@ -47,15 +48,15 @@ class Phase:
 class Phases(Shared):
     """Schemes that follow one another in a training, with the interface of a `Scheme`.
 
-    What it does not have itself is that of the scheme in force: `oracle`, `path`, `convention`,
-    `boundary`, `collapsed`, `timesteps`, `draws_timesteps`, `smoothing`, `smooth`, `drawn`, `last`.
-    It goes on only if it is told of the steps (`observe`), and warns once if it never is.
+    Other attributes are those of the current scheme: `oracle`, `path`, `convention`, `boundary`,
+    `collapsed`, `timesteps`, `draws_timesteps`, `smoothing`, `smooth`, `drawn`, `last`. Phases
+    change only if `observe` is called after each step; a warning is given once if it never is.
 
     Args:
         phases: At least one. All but the last end.
 
     Attributes:
-        index: Which phase is in force, from 0.
+        index: The number of the current phase, from 0.
 
     Raises:
         ValueError: If a phase but the last has no end, or the last has one, or paths or
@@ -104,7 +105,7 @@ class Phases(Shared):
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme in force."""
+        """The current scheme."""
         return self.phases[self.index].scheme
 
     def __getattr__(self, name: str) -> Any:
@@ -119,44 +120,44 @@ class Phases(Shared):
 
     @property
     def lacks_boundary(self) -> bool:
-        """Whether something, in any phase, depends on where the stages meet and is not told."""
+        """Whether something, in any phase, depends on a boundary that is not known."""
         return any(phase.needs_boundary and phase.scheme.boundary is None for phase in self.phases)
 
     @property
     def needs_losses(self) -> str:
-        """What needs each sample's loss, in any phase; see `Scheme.needs_losses`."""
+        """What needs each sample's loss, in any phase, for messages; empty for nothing."""
         plateaus = [repr(p.until) for p in self.phases if isinstance(p.until, AtPlateau)]
         return next(filter(None, [*plateaus, *(p.scheme.needs_losses for p in self.phases)]), "")
 
     @property
     def awaited(self) -> list[AtEvent]:
-        """What this phase and later ones wait for, and has not happened yet."""
+        """The events that this phase and later ones wait for."""
         ahead = [phase.until for phase in self.phases[self.index :]]
         return [until for until in ahead if isinstance(until, AtEvent) and not until.happened]
 
     @untraced
     def __call__(self, y: Tensor, **batch: Any) -> tuple[Tensor, Tensor]:
-        """What the scheme in force gives; see `Scheme.__call__` for the arguments."""
-        return self._asked()(y, **batch)
+        """Calls the current scheme; arguments of `Scheme.__call__`."""
+        return self._current()(y, **batch)
 
     @untraced
     def correct(self, **batch: Any) -> Tensor:
-        """What the scheme in force gives; see `Scheme.__call__` for the arguments."""
-        return self._asked().correct(**batch)
+        """The correction of the current scheme; arguments of `Scheme.correct`."""
+        return self._current().correct(**batch)
 
     @untraced
     def weight_of(self, t: Tensor) -> Tensor:
-        """What the scheme in force gives, (B,)."""
-        return self._asked().weight_of(t)
+        """The weights of the current scheme, (B,)."""
+        return self._current().weight_of(t)
 
     def set_boundary(self, boundary: float | StageBoundary) -> None:
-        """Tells all phases that came without one; see `Scheme.set_boundary`."""
+        """Sets the boundary of all phases that were made without one."""
         for phase, own in zip(self.phases, self._own, strict=True):
             if not own:
                 phase.scheme.set_boundary(boundary)
 
     def measure_boundary(self, seed: int = 0) -> StageBoundary:
-        """Measures it with the first oracle, and tells all phases that came without one."""
+        """Measures the boundary with the first oracle, and sets it as `set_boundary`."""
         schemes = [phase.scheme for phase in self.phases]
         able = next((each for each in schemes if each.oracle or each.smoothing), schemes[0])
         own = able.state_dict()
@@ -174,16 +175,10 @@ class Phases(Shared):
         t: Tensor | None = None,
         loss: Tensor | None = None,
     ) -> list[str]:
-        """Takes note of where training is, and goes on to the next phase if it is time.
+        """Takes an optimizer step, and changes the phase if it ends; arguments of `Scheme.observe`.
 
-        Arguments are those of `Scheme.observe`.
-
-        Returns:
-            A line for each change of phase.
-
-        Raises:
-            ValueError: If a phase cannot end within `total` steps, or what it waits for is not
-                given.
+        Returns a line for each change of phase. Raises a ValueError if a phase cannot end within
+        `total` steps, or what it needs is not given.
         """
         if not self._observed:
             self.check_ends(total)
@@ -205,16 +200,16 @@ class Phases(Shared):
             )
 
     def notify(self, event: str) -> None:
-        """Takes note of an event; a phase that waits for it ends at the next `observe`."""
+        """Takes an event; a phase that waits for it ends at the next `observe`."""
         for phase in self.phases:
             if isinstance(phase.until, AtEvent):
                 phase.until.notify(event)
 
-    def _asked(self) -> Scheme:
-        """The scheme in force, for a call; the first one refuses what cannot work in any phase."""
+    def _current(self) -> Scheme:
+        """The current scheme, for a call; the first call checks all phases."""
         if not self._calls:
             for scheme in (phase.scheme for phase in self.phases):
-                # One that waits for a boundary is checked by its own first call.
+                # A scheme without its boundary is checked by its own first call.
                 if not scheme.lacks_boundary:
                     scheme.check()
         self._calls += 1
@@ -222,7 +217,7 @@ class Phases(Shared):
         enough = min(4 * until.step, _MANY) if isinstance(until, AtStep) else _MANY
         if until is not None and not self._observed and self._calls == enough:
             warnings.warn(
-                f"Expected to be told of each optimizer step, got {enough} calls and none: "
+                f"Expected a call of observe for each optimizer step, got none in {enough} calls: "
                 f"{self._name(self.index)} never ends. Call scheme.observe(step=..., total=...) "
                 "after each step, or train with the callback StageScheme(scheme).",
                 stacklevel=caller_level(),
@@ -234,21 +229,14 @@ class Phases(Shared):
         return f"phase {number}" if name is None else f"phase {number} ({name})"
 
     def check_ends(self, total: float | None) -> None:
-        """Refuses a phase that cannot end within the training.
-
-        Args:
-            total: Its steps, infinite if it has no end, None if that is not known.
-
-        Raises:
-            ValueError: With the cure.
-        """
+        """Refuses a phase that cannot end within `total` steps, infinite if training has no end."""
         start = 0
         for phase in self.phases[:-1]:
             assert phase.until is not None
             start = phase.until.check(start, total)
 
     def check(self, total: int | None = None) -> None:
-        """Refuses what cannot work, before the first step; see `Scheme.check`.
+        """Checks all phases before the first step, as `Scheme.check`.
 
         Args:
             total: Steps of training. Without it phases that cannot end within them are refused
@@ -269,11 +257,7 @@ class Phases(Shared):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave.
-
-        Raises:
-            ValueError: If it is the state of another number of phases.
-        """
+        """Restores what `state_dict` returned; refuses the state of another number of phases."""
         if len(state["schemes"]) != len(self.phases):
             raise ValueError(
                 f"Expected the state of {len(self.phases)} phases, got {len(state['schemes'])}. "
@@ -293,5 +277,5 @@ def parts(scheme: Scheme | Phases) -> list[Scheme]:
 
 
 def mixes(scheme: Scheme | Phases) -> bool:
-    """Whether the targets of any phase are other than the conditional ones."""
+    """Whether any phase has a target other than the conditional one."""
     return any(part.target is not None for part in parts(scheme))

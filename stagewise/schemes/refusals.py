@@ -1,4 +1,4 @@
-"""What a scheme refuses before the first step, and samples that are no rows of its bank."""
+"""The checks of a scheme before the first step, and of samples that are no rows of its bank."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_settings(
     smoothing: object,
     strength: object,
 ) -> None:
-    """Refuses settings of a `Scheme` that are wrong by themselves or contradict each other."""
+    """Refuses settings of a `Scheme` that are wrong or contradict each other."""
     kinds: tuple[tuple[str, object, type, str], ...] = (
         ("target", target, Target, 'Mix("boundary")'),
         ("timesteps", timesteps, TimestepSampler, "LogitNormal()"),
@@ -64,8 +64,8 @@ def check_settings(
         )
     if preserve_objective and timesteps is None:
         raise ValueError(
-            "Expected `timesteps` with preserve_objective=True, got none: the weight p(t)/q(t) is "
-            "that of draws which the scheme makes. Give it the sampler that draws t: "
+            "Expected `timesteps` with preserve_objective=True, got none: the weight p(t)/q(t) "
+            "needs the density q of the draws. Give the sampler that draws t: "
             "Scheme(timesteps=LogitNormal(), preserve_objective=True)."
         )
     if class_wise not in (True, False, "auto"):
@@ -86,7 +86,7 @@ def check_settings(
 
 
 def check_density(sampler: TimestepSampler, weight: Callable[[Tensor], Tensor] | None) -> None:
-    """Refuses times that no draw reaches, where the loss counts."""
+    """Refuses a density of 0 where the loss counts."""
     t = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
     counts = torch.ones_like(t) if weight is None else weight(t)
     missed = t[(sampler.density(t) <= 0) & (counts > 0)]
@@ -99,10 +99,10 @@ def check_density(sampler: TimestepSampler, weight: Callable[[Tensor], Tensor] |
 
 
 def unknown_boundary(collapsed: bool = False) -> ValueError:
-    """What is raised where the boundary is needed and not known, or its collapsed end."""
+    """The error for a boundary, or its collapsed end, that is needed and not known."""
     if collapsed:
         return ValueError(
-            "Expected the boundary from which on samples are smoothed, which has not been measured "
+            "Expected the boundary from which samples are smoothed, which has not been measured "
             "yet: scheme.measure_boundary(), before the first step. Or say where: "
             "Scheme(strength=lambda t: (t >= 0.7).float(), ...)."
         )
@@ -116,11 +116,10 @@ def unknown_boundary(collapsed: bool = False) -> ValueError:
 def check_labels(
     labels: Tensor, own: Tensor, classes: Sequence[int], null: int | None = None
 ) -> None:
-    """Refuses labels, (B,), that are not those that their samples have, `own`, (B,).
+    """Refuses labels, (B,), that differ from those of their rows, `own`, (B,), negative if unknown.
 
-    Negative ones of `own` are unknown; `null` stands for no class; `classes` are those of the bank.
-    Where some are one that is no class, and all others are right, it stands for those that were
-    dropped (classifier-free guidance).
+    `null` means no class; `classes` are those of the bank. If all wrong labels are one number that
+    is not a class, and others are right, it means dropped labels (classifier-free guidance).
     """
     labels = labels.reshape(-1).to(own)
     off = (labels != own) & (own >= 0)
@@ -136,19 +135,19 @@ def check_labels(
     )
     if classes and got not in classes:
         raise ValueError(
-            f"{said} {got} is no class of the bank. If it stands for labels that were dropped "
-            "(classifier-free guidance), give those from before dropping, labels=batch[1], or say "
-            f"what it stands for: Oracle(bank, null_class={got})."
+            f"{said} {got} is no class of the bank. If it means dropped labels (classifier-free "
+            "guidance), give the labels before dropping, labels=batch[1], or say so: "
+            f"Oracle(bank, null_class={got})."
         )
     raise ValueError(
-        f"{said} Give those that the network is given, in the order of x_1: labels=batch[1]. If "
+        f"{said} Give the labels of the network, in the order of x_1: labels=batch[1]. If "
         "training has other classes than the batch, say so: "
         "StageRun(read_batch=lambda batch: (batch[0], classes_of(batch[1])))."
     )
 
 
 def labels_in(bank: LatentBank, x1: Tensor, labels: Tensor) -> Tensor:
-    """The classes of samples, (B,), as rows of a bank, -1 of others; of equal rows `labels`."""
+    """The classes of samples, (B,), as rows of a bank, -1 for others; `labels` if a row has it."""
     rows, starts = bank.find(x1).tolist(), {y: first for y, first, _ in bank.class_ends}
     known = zip(rows, bank.labels_of(rows), strict=True)
     own = torch.tensor([label if row >= 0 else -1 for row, label in known])
@@ -158,15 +157,15 @@ def labels_in(bank: LatentBank, x1: Tensor, labels: Tensor) -> Tensor:
 
 
 def near_rows(scheme: Scheme, x1: Tensor) -> Tensor | None:
-    """The row that each sample nearly is, (B,), -1 for none; None where all are what they are."""
-    if not scheme.rows_checked:  # in a trainer that is done by a callback, on all ranks
+    """The row that each sample nearly equals, (B,), -1 for none; None if rows are not encoded."""
+    if not scheme.rows_checked:  # in a trainer a callback does it, on all ranks
         tell_rounding(scheme, x1)
     held = scheme.oracle or scheme.smoothing
     return held.bank.find_near(x1) if scheme.encoded and held else None
 
 
 def tell_rounding(scheme: Scheme, x1: Tensor) -> None:
-    """Finds out whether rows are rounded otherwise than samples (`Scheme.encoded`), once."""
+    """Sets `Scheme.encoded` once: whether rows and samples are rounded differently."""
     held = scheme.oracle or scheme.smoothing
     whole = scheme.oracle is None or scheme.oracle.engine.holds_all_rows
     if held is None or held.bank.pairs or not whole:
@@ -187,21 +186,18 @@ def check_rows(
     near: bool = False,
     condition: Tensor | None = None,
 ) -> str | None:
-    """Holds what a scheme is given against the bank its oracle asks.
+    """Checks samples of a scheme against its bank.
 
-    Refused is a scale that no row explains: most samples, at least 4, are no rows, and the distance
-    of the median one from the bank's centre is more than 1.5 times that of the median row, and
-    above that of 99 % of the rows; or below in the same way. Augmented and resampled samples are
-    not so far off.
+    Refuses a wrong scale: most samples, at least 4, are no rows, and the distance of the median one
+    from the bank's centre is more than 1.5 times that of the median row, and above that of 99 % of
+    the rows; or below in the same way. Augmented and resampled samples are not so far off.
 
-    With `known` their rows are known and stand in for them: nothing is warned of. With `shard` the
-    bank is only this rank's part of one, in which samples are not looked up. With `near` what is
-    nearly a row is one (`LatentBank.find_near`). Rows under another `condition` than is given are
-    others.
+    With `known` the samples have sources, and there is no warning. With `shard` the bank is a part
+    of one, and samples are not looked up. With `near` a sample that nearly equals a row is that row
+    (`LatentBank.find_near`). A row with another `condition` is another row.
 
     Returns:
-        The text of a warning, with the share of samples that are no rows; None if there is nothing
-        to say.
+        A warning with the share of samples that are no rows, or None.
     """
     missing = torch.ones(len(x1), dtype=torch.bool)
     if not shard:
@@ -227,32 +223,31 @@ def check_rows(
     if bank.origin:
         return (
             f"{share:.0%} of the samples in the first step are not those that the reservoir took "
-            "of the batch, before the step: it draws or augments x_1 itself. Another draw of each "
+            "from the batch: the step draws or augments x_1 itself. Another draw of each "
             "is among the rows, which biases the targets. Draw in the data set instead, or train "
-            "on what is fixed, the mean of an encoder for example, and say so: "
+            "on fixed samples, for example the mean of an encoder, and say so: "
             "encode=lambda x, module: module.vae.encode(x).mean."
         )
     if condition is not None and (bank.find(x1).cpu()[missing] >= 0).all():
         return (
             f"{share:.0%} of the samples in the first step are rows of the bank under another "
-            "condition, and each of them joins its rows. Captions that are drawn, observations "
-            "with noise? Give the bank a row for each, LatentBank(x, conditions=c), or the "
-            "`source` of each sample, which then takes the place of its row."
+            "condition, and each of them is added to its rows. Random captions, noisy "
+            "observations? Give the bank a row for each, LatentBank(x, conditions=c), or the "
+            "`source` of each sample, which then replaces its row."
         )
     if bank.pairs is None:
         gap = distance_from_rows(bank, others)
         off_by = f": the nearest row is off by {gap:.0%} of their norm"
     return (
         f"{share:.0%} of the samples in the first step are no rows of the bank, and each of them "
-        f"joins its rows{off_by}. "
-        "Flips, augmentation, another VAE sample or another data set? Build the bank from what is "
-        "trained on; give the `source` of resampled latents, which then take the place of their "
-        'row; or refuse them: Scheme(on_missing="error").'
+        f"is added to its rows{off_by}. Flips, augmentation, another VAE sample or another data "
+        "set? Build the bank from the training samples; give the `source` of resampled latents, "
+        'which then replace their row; or refuse them: Scheme(on_missing="error").'
     )
 
 
 def distance_from_rows(bank: LatentBank, x1: Tensor) -> float:
-    """The median distance of a few samples from their nearest rows, as a share of their norm."""
+    """The median distance of the first samples from their nearest rows, relative to their norm."""
     # On the linear path t = 1 has no noise at all: the posterior mean is the nearest row.
     few = x1[:16].to(bank.device, torch.float32)
     gap = (Oracle(bank, LinearPath()).posterior(few, 1.0).mean - few).flatten(1).norm(dim=1)

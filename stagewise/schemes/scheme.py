@@ -1,10 +1,9 @@
-r"""`Scheme`: timesteps, target and weight of a run, in one object that a training loop asks.
+r"""`Scheme`: timesteps, target and weight of a training, in one object.
 
     t ~ q,   loss = w(t) || model(x_t, t) - (y + lambda c_t (m - x_1)) ||^2,
 
-with q from `stagewise.timesteps`, the pull towards m from `stagewise.targets`, lambda from
-`stagewise.lambdas` and w from `stagewise.weights`, times `p(t) / q(t)`, p uniform, if the objective
-of uniform times is to be kept.
+with q from `stagewise.timesteps`, m from `stagewise.targets`, lambda from `stagewise.lambdas` and w
+from `stagewise.weights`, times `p(t) / q(t)`, p uniform, to keep the objective of uniform times.
 """
 
 from __future__ import annotations
@@ -41,51 +40,50 @@ __all__ = ["Scheme", "SchemeRecord"]
 
 
 class Scheme(SchemeState):
-    """Says what a training draws, what it is trained on, and how much a sample counts.
+    """The times, targets and weights of a training.
 
-    The only thing it draws from the global generator is t, once per call of `timesteps.sample`;
-    random rows and the draws of a smoothing come from generators of its own, a function of seed,
-    rank and step. The first call holds what it is given against the path and, if it mixes, against
-    the bank: it refuses reversed time, a wrong sign, scale or prediction, and warns of samples that
-    are no rows.
+    Only t is drawn from the global generator, once per call of `timesteps.sample`; random rows and
+    the draws of a smoothing come from generators of the scheme, a function of seed, rank and step.
+    The first call checks its arguments against the path and, with a target, against the bank: it
+    refuses reversed time, a wrong sign, scale or prediction, and warns of samples that are no rows.
 
     Args:
         oracle: Bank and path; needed by targets other than the conditional one.
         timesteps: How t is drawn, default `Uniform()`.
         target: What is added to the conditional target, default None: nothing.
         weight: From t, (B,), to weights, (B,), default all ones.
-        boundary: Where navigation meets refinement, t in [0, 1], or what was measured. Default
-            None: measured later (`set_boundary`), if anything depends on it.
+        boundary: Where navigation meets refinement, t in [0, 1], or a measured boundary. Default
+            None: measured or set later (`set_boundary`), if anything depends on it.
         preserve_objective: Whether the weight includes `p(t) / q(t)`, so that the expected loss is
-            that of uniform times whatever `timesteps` draws. Needs them. Default False.
+            that of uniform times for any `timesteps`. Needs them. Default False.
         class_wise: Whether posteriors are over the rows of x_1's class. Default "auto": if the bank
-            has classes. A model that sees labels needs it. False says "my model ignores its
-            conditions": without it conditions that are no classes are refused.
+            has classes. A model with labels needs it. False means "my model ignores its
+            conditions": otherwise conditions that are not classes are refused.
         path: Default that of the oracle or of the convention, or else `LinearPath()`.
-        on_missing: What to do with an x_1 that is no row of the bank and comes without a `source`:
-            "insert" it into the reference set as its own row (default), or "error".
+        on_missing: For an x_1 that is not a row of the bank and has no `source`: "insert" it into
+            the set as its own row (default), or "error".
         seed: Of random rows, default 0.
         convention: How your training counts time, scales `x_t` and makes its target: a name such
             as "pi0" (t = 1 is noise, noise - data), a noise scheduler of diffusers, or a
-            `Convention`; see `stagewise.conventions`. Default that of the oracle. All that is given
-            and returned is in it, but for the draws of `timesteps`: take `convention.from_t`.
+            `Convention`; see `stagewise.conventions`. Default that of the oracle. All arguments and
+            results are in it, except the draws of `timesteps`: convert them by `convention.from_t`.
         smoothing: Gaussians around the rows, which `smooth` draws from. Default None.
-        strength: From t, (B,), to how much of the smoothing is used, in [0, 1], (B,). Default None:
-            all of it from the measured *collapsed* boundary on, where the plain target is nothing
-            but a row by heart, and nothing before it.
+        strength: From t, (B,), to the strength of the smoothing, in [0, 1], (B,). Default None: 1
+            from the measured *collapsed* boundary on, where the plain target is a row, 0 before.
 
     Attributes:
-        unconditional: Whether `class_wise=False` was said.
-        rows_checked: Whether samples were held against the bank, as the first call does.
-        labels_of: From x_1, (B, *), to classes, (B,), or None; default None. Asked where x_1 comes
-            without labels and is no row of the bank.
-        condition_of: From a kernel and x_1 to conditions, (B, *), or None; for those not given.
-        encoded: Whether rows are rounded otherwise than x_1, as those of an encoder are: it then
-            stands for the row that it nearly is. Default None: the first call tells.
-        before_smoothing: Told each x_1 before it is smoothed; default None.
-        trains: Says whether a call is of training; default None: each is. Others are plain.
+        unconditional: Whether `class_wise=False` was given.
+        rows_checked: Whether samples were checked against the bank, as in the first call.
+        labels_of: From x_1, (B, *), to classes, (B,), or None; default None. Called if x_1 comes
+            without labels and is not a row of the bank.
+        condition_of: From a kernel and x_1 to conditions, (B, *), or None, if none are given.
+        encoded: Whether rows and x_1 are rounded differently, as by an encoder: x_1 then stands for
+            the row that it nearly equals. Default None: the first call finds out.
+        before_smoothing: Called with each x_1 before it is smoothed; default None.
+        trains: Returns whether calls are part of training; default None: all are. Others return
+            their input.
         last: The record of the last call, None before.
-        draws_timesteps: Whether `timesteps` was given. If not, what draws t by itself goes on.
+        draws_timesteps: Whether `timesteps` was given and calls are part of training.
 
     Raises:
         ValueError: For settings that contradict each other, with the cure.
@@ -139,12 +137,12 @@ class Scheme(SchemeState):
 
     @classmethod
     def two_stage(cls, oracle: Oracle, **options: Any) -> Scheme:
-        """Learns the mean while many rows explain `x_t`, and the neighbourhood once one does.
+        """`Mix("boundary")` in navigation, and smoothing beyond the collapsed boundary.
 
         Args:
-            oracle: Bank and path. Its targets are those of navigation, `Mix("boundary")`.
-            **options: Of the scheme; `smoothing=` another one than the default, or None. That one
-                is searched here: some seconds for 20 000 rows of 768 numbers.
+            oracle: Bank and path.
+            **options: Of the scheme. `smoothing` replaces the default one, which takes some seconds
+                to compute for 20 000 rows of 768 numbers; None leaves it out.
         """
         if not isinstance(oracle, Oracle):
             got = type(oracle).__name__
@@ -162,16 +160,16 @@ class Scheme(SchemeState):
 
     @untraced
     def smooth(self, x1: Tensor, *, t: Times, source: Tensor | None = None) -> Tensor:
-        """What to train on in place of x_1, before `x_t` is made of it; give it to the call, too.
+        """The samples to train on in place of x_1. Make `x_t` from them, and pass them to the call.
 
         Args:
-            x1: Samples, (B, *). Nothing is written into them.
-            t: Their times, see `__call__`.
-            source: Their rows; see `Smoothing.draw`.
+            x1: Samples, (B, *). They are not changed.
+            t: Their times, as in `__call__`.
+            source: Their rows, as in `Smoothing.draw`.
 
         Returns:
-            (B, *): draws from the Gaussians around the rows, before the collapsed boundary the
-            samples as they are; without a smoothing `x1` itself.
+            (B, *): draws from the Gaussians around the rows, and the samples themselves before the
+            collapsed boundary; without a smoothing `x1` itself.
 
         Raises:
             ValueError: On a boundary that is not known yet; and as `Smoothing.draw`.
@@ -190,7 +188,7 @@ class Scheme(SchemeState):
         )
 
     def _random(self, call: object) -> Random:
-        """Draws of this rank, step and call."""
+        """The generator of this rank, step and call."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         return Random(f"{self.seed} {rank} {self._step} {call}")
 
@@ -216,22 +214,22 @@ class Scheme(SchemeState):
             xt: Noisy samples, (B, *).
             t: Times, (B,) or (B, 1, ..., 1), or one number.
             x1: What `xt` was made from, (B, *).
-            labels: Class of each sample, (B,); see `Oracle.posterior`. Used if `class_wise`, and
-                default the class of the bank's row that x_1 is.
-            mask: Which numbers count, (B, *), see `Oracle.posterior`. Others stay as they are.
-            source: The row of the bank that each x_1 stands for, (B,), negative where it is none.
-                Default: the row that x_1 equals. Give it where x_1 is resampled.
-            condition: For a kernel on it, what the model is given, (B, *), nothing dropped.
-            prediction: What `y` is, default that of the convention, the velocity.
+            labels: Class of each sample, (B,), as in `Oracle.posterior`. Used if `class_wise`;
+                default the class of the row that x_1 equals.
+            mask: Which numbers count, (B, *), as in `Oracle.posterior`. Others do not change.
+            source: The row of the bank that each x_1 stands for, (B,), negative for none. Default:
+                the row that x_1 equals. Give it if x_1 is resampled.
+            condition: What the model is given, (B, *), before dropping, for a `ConditionedOracle`.
+            prediction: The kind of `y`, default that of the convention, the velocity.
 
         Returns:
             The target, (B, *), in the dtype of `y`, and the weights, (B,), in that of `t`.
 
         Raises:
             ValueError: On shapes, times, predictions, classes or labels that do not fit, a boundary
-                that is not known yet, an x_1 that is no row if `on_missing` is "error"; in the
+                that is not known yet, an x_1 that is not a row if `on_missing` is "error"; in the
                 first call, on arguments that do not fit each other or the bank; and as `check`.
-            TypeError: If they are no tensors.
+            TypeError: If they are not tensors.
         """
         require_tensors(y=y, xt=xt, x1=x1)
         if y.shape != x1.shape:
@@ -244,8 +242,8 @@ class Scheme(SchemeState):
         for part in (self.weight, self._sampler):
             if prediction.kind != "velocity" and getattr(part, "of_velocity", False):
                 raise ValueError(
-                    f"Expected a velocity for {type(part).__name__}, whose floor is that of its "
-                    f"loss, got {prediction.kind!r}. Leave it out, or train on the velocity."
+                    f"Expected a velocity for {type(part).__name__}, whose floor is that of a "
+                    f"velocity, got {prediction.kind!r}. Leave it out, or train on the velocity."
                 )
         source = self._source_of(x1, t, source)
         labels = self.with_masks(labels, mask, x1)
@@ -311,7 +309,7 @@ class Scheme(SchemeState):
 
     @property
     def _around(self) -> SmoothedOracle | None:
-        """The oracle of samples that are smoothed, if one of them may be given its target."""
+        """The oracle of the smoothed rows, if the target is used where samples are smoothed."""
         smoothed = self._smoothed
         if smoothed is None or self.oracle is None or not smoothed.meets(self.target):
             return None
@@ -372,16 +370,13 @@ class Scheme(SchemeState):
         if around is None:
             added = ask(self.oracle)
             return t, added._replace(value=cut(added.value, self.oracle.bank.shape, given))
-        # Where samples are smoothed their targets are those of the smoothed set.
+        # Smoothed samples get targets of the smoothed set.
         smoothed = self._share(x1, t) > 0
         parts = (ask(self.oracle, only=~smoothed), ask(around, only=smoothed))
         return t, Correction(*(a + b for a, b in zip(*parts, strict=True)))
 
     def check(self, total: int | None = None) -> None:
-        """Refuses what cannot work, before the first step; the first call does so by itself.
-
-        Args:
-            total: Steps of training, which only `Phases` need.
+        """Checks the scheme before the first step, as the first call does; `total` is for `Phases`.
 
         Raises:
             ValueError: With the cure.

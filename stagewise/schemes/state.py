@@ -1,4 +1,4 @@
-"""What a scheme knows of its run: where the stages meet, the step, and what losses have shown."""
+"""The state of a scheme in its run: boundary, step, and what its sampler learned from losses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from stagewise.weights import Weight
 __all__ = ["SchemeRecord", "SchemeState", "Shared"]
 
 _STEPS, _CALLS = 20, 1000
-"""Observed steps, and calls, in which an adaptive sampler must have been told of losses."""
+"""Observed steps, and calls, within which an adaptive sampler must get losses."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class SchemeRecord:
 
     Attributes:
         t: Times, (B,); t = 0 is noise.
-        x1: Samples as the scheme was given them, (B, *).
-        source: Their rows, (B,), if it was given them.
-        lam: How much of the oracle went into each target, (B,), float64.
+        x1: The samples of the call, (B, *).
+        source: Their rows, (B,), if they were given.
+        lam: Lambda of each target, (B,), float64.
         weight: Weight of each sample, (B,).
         added: What was added to each target, (B, *), in the library's convention.
-        inserted: Where x_1 was no row of the bank, or another than its stored twin, and was put
-            into the reference set as it is, (B,), bool. False where lambda is 0.
-        tail_mass: Share of the posterior that did not enter the target, (B,), float64.
-        smoothed: How much of the smoothing went into each sample, (B,).
+        inserted: Whether x_1 differed from every row, also from its `source`, and was added to the
+            set, (B,), bool. False where lambda is 0.
+        tail_mass: Share of the posterior that is not in the target, (B,), float64.
+        smoothed: Strength of the smoothing of each sample, (B,).
     """
 
     t: Tensor
@@ -63,7 +63,7 @@ class SchemeRecord:
 
 
 class Shared:
-    """One for a run: a copy of a module that holds it (EMA) holds the same, and the same bank."""
+    """One object per run: copies of a module that holds it (EMA) share it, and its bank."""
 
     def __copy__(self) -> Self:
         return self
@@ -73,7 +73,7 @@ class Shared:
 
 
 class SchemeState(Shared):
-    """The parts of a scheme that depend on its run, and what they are told; see `Scheme`."""
+    """The parts of a `Scheme` that depend on its run."""
 
     def __init__(
         self,
@@ -109,16 +109,16 @@ class SchemeState(Shared):
 
     @property
     def class_wise(self) -> bool:
-        """Whether posteriors are over the rows of x_1's class: as was said, or if they have some.
+        """Whether posteriors are over the rows of x_1's class: as set, or if the bank has classes.
 
-        That is looked up each time: a `Reservoir` has labels once it has seen some.
+        Not cached: a `Reservoir` has classes only after its first batch with labels.
         """
         known = self.oracle or self.smoothing
         return bool(known and known.bank.labelled) if self._wise == "auto" else self._wise
 
     @property
     def paused(self) -> bool:
-        """Whether calls are of no training now, so that they get what they give."""
+        """Whether calls are outside of training now, and return their input."""
         return self.trains is not None and not self.trains()
 
     @property
@@ -127,7 +127,7 @@ class SchemeState(Shared):
         return self._draws_timesteps and not self.paused
 
     def with_masks(self, labels: Labels | None, mask: Tensor | None, x1: Tensor) -> Labels | None:
-        """Labels with masks, where those of a run are known although the call says none."""
+        """Labels with masks: those of the call, or else those that the run knows."""
         found = masked(labels, mask, x1)
         wants = self.target is not None and self.oracle is not None and self.oracle.bank.pairs
         if wants and not isinstance(found, MaskedLabels) and self.labels_of is not None:
@@ -158,33 +158,33 @@ class SchemeState(Shared):
 
     @property
     def lacks_boundary(self) -> bool:
-        """Whether something depends on where the stages meet, and that is not known."""
+        """Whether something depends on a boundary that is not known."""
         missing = self.boundary is None or (self._needs_collapsed and self.collapsed is None)
         return self.needs_boundary and missing
 
     @property
     def drawn(self) -> Drawn | None:
-        """What `smooth` gave last, None before."""
+        """The last result of `smooth`, None before."""
         return None if self._smoothed is None else self._smoothed.drawn
 
     def set_boundary(self, boundary: float | StageBoundary) -> None:
-        """Says where navigation meets refinement, and from where on samples are smoothed.
+        """Sets the boundary between the stages, and the t from which samples are smoothed.
 
         Args:
-            boundary: t in [0, 1], or what was measured, whose midpoint counts, and for a smoothing
-                without a strength the collapsed end. One of NaN, not reached at any t, is 1.
+            boundary: t in [0, 1], or a measured boundary: its midpoint is used, and for a smoothing
+                without a strength its collapsed end. NaN, not reached at any t, becomes 1.
 
         Raises:
             ValueError: If it is not in [0, 1], the timesteps cannot be bound to it, or the
-                smoothing needs what was measured.
+                smoothing needs a measured boundary.
         """
         if isinstance(boundary, StageBoundary):
             ends = (boundary.midpoint, boundary.collapsed)
             if self._needs_collapsed and math.isnan(boundary.collapsed):
                 warnings.warn(
                     f"{self.smoothing!r} never acts: the posterior collapses on one row at no t. "
-                    "Rows that stand in the bank twice share it; leave them out, "
-                    "LatentBank(x.unique(dim=0)), or say from when on: "
+                    "Duplicates in the bank share it; leave them out, "
+                    "LatentBank(x.unique(dim=0)), or say where smoothing begins: "
                     "strength=lambda t: (t >= 0.7).float().",
                     stacklevel=caller_level(),
                 )
@@ -194,8 +194,8 @@ class SchemeState(Shared):
             raise ValueError(f"Expected `boundary` in [0, 1], t = 0 being noise, got {boundary}.")
         if self._needs_collapsed:
             raise ValueError(
-                f"Expected the measured boundary, whose collapsed end is where {self.smoothing!r} "
-                f"begins, got {boundary}. Measure it, scheme.measure_boundary(), or say where: "
+                f"Expected a measured boundary, as {self.smoothing!r} begins at its collapsed end, "
+                f"got {boundary}. Measure it, scheme.measure_boundary(), or say where: "
                 "Scheme(strength=lambda t: (t >= 0.7).float(), boundary=...)."
             )
         self._bind(float(boundary), None)
@@ -205,16 +205,10 @@ class SchemeState(Shared):
         self.boundary, self.collapsed, self._checked = boundary, collapsed, False
 
     def measure_boundary(self, seed: int = 0) -> StageBoundary:
-        """Measures where the stages of the oracle's bank meet, and sets it.
+        """Measures the boundary of the oracle's bank, sets it and returns it.
 
-        Args:
-            seed: Of the queries, default 0. No global generator is touched.
-
-        Returns:
-            What was measured.
-
-        Raises:
-            ValueError: Without an oracle, or if its bank is spread over ranks.
+        The queries depend on `seed`; global generators are not used. Raises a ValueError without an
+        oracle, or if its bank is spread over ranks.
         """
         oracle = self.oracle
         if self.smoothing is not None and (oracle is None or oracle.smoothing is not None):
@@ -231,20 +225,15 @@ class SchemeState(Shared):
         return boundary
 
     def require_boundary(self) -> None:
-        """Refuses to go on without a boundary, if anything depends on it.
-
-        Raises:
-            ValueError: With the cure.
-        """
+        """Raises a ValueError with the cure if something depends on a boundary that is unknown."""
         if self.lacks_boundary:
             raise unknown_boundary(self._needs_collapsed)
 
     @property
     def timesteps(self) -> TimestepSampler:
-        """How t is drawn, for these stages; in the library's time, whatever the `convention`.
+        """The sampler of t, bound to the boundary; in the library's time for any `convention`.
 
-        Raises:
-            ValueError: If that depends on a boundary that is not known yet.
+        Raises a ValueError if it depends on a boundary that is not known yet.
         """
         if self._sampler.needs_boundary:
             self.require_boundary()
@@ -254,14 +243,9 @@ class SchemeState(Shared):
 
     @untraced
     def weight_of(self, t: Tensor) -> Tensor:
-        """The weight at each t, (B,), importance weights included, in the dtype of `t`.
+        """The weight at each t, (B,), of the scheme's `convention`, in the dtype of `t`.
 
-        Args:
-            t: Times, in the scheme's `convention`.
-
-        Raises:
-            ValueError: If it has another shape, or depends on a boundary that is not known yet; and
-                as `check`.
+        It includes importance weights. Raises a ValueError if a boundary is needed and not known.
         """
         return self._weight(self.convention.to_t(t))
 
@@ -275,7 +259,7 @@ class SchemeState(Shared):
             )
         if self.preserve_objective:
             kept = self.timesteps.importance_weight(t) * weight
-            # Where the loss does not count, no draws are needed.
+            # Times without weight need no draws.
             weight = torch.where(weight > 0, kept, weight)
         return weight.to(t.dtype)
 
@@ -288,7 +272,7 @@ class SchemeState(Shared):
         return self.weight.bind(self.boundary, self.path)
 
     def check(self, total: int | None = None) -> None:
-        """Refuses what cannot work; see `Scheme`."""
+        """Refuses a scheme that cannot work."""
         raise NotImplementedError
 
     def _check_once(self) -> None:
@@ -310,17 +294,17 @@ class SchemeState(Shared):
         t: Tensor | None = None,
         loss: Tensor | None = None,
     ) -> list[str]:
-        """Takes note of where training is; call it after every optimizer step.
+        """Takes an optimizer step; call it after each one.
 
         Args:
             step: Optimizer steps done.
-            total: How many there will be, None if that is not known.
-            t: Times of the step's samples, (B,), in the scheme's `convention`; on several ranks
-                those of all, so that all decide the same.
+            total: Steps of the training, None if unknown.
+            t: Times of the step's samples, (B,), in the scheme's `convention`; those of all ranks,
+                so that all ranks decide the same.
             loss: Their losses before any weight, (B,).
 
         Returns:
-            A line for each change of phase; of a single scheme none.
+            A line for each change of phase; for a single scheme none.
         """
         self._step, self._calls, self._draws = step, 0, 0
         if t is not None and loss is not None:
@@ -341,16 +325,16 @@ class SchemeState(Shared):
             return
         self._waits_for_losses = False
         warnings.warn(
-            f"{self._sampler!r} adapts to losses and was told of none: its draws stay as they "
-            "began. After each step call scheme.observe(step=..., total=..., t=..., loss=...), "
-            "with the times and the losses of its samples.",
+            f"{self._sampler!r} adapts to losses and got none: its draws do not change. After each "
+            "step call scheme.observe(step=..., total=..., t=..., loss=...), with the times and "
+            "the losses of its samples.",
             stacklevel=level,
         )
 
     # -- checkpoints and copies ----------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        # Those are of a run, which holds its trainer.
+        # Functions of a run, which holds its trainer.
         of_run = ("labels_of", "condition_of", "before_smoothing", "trains")
         return {**vars(self), **dict.fromkeys(of_run)}
 
@@ -366,7 +350,7 @@ class SchemeState(Shared):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.boundary, self.collapsed, self._checked = None, None, False
         self._bound = self._sampler
         if state["boundary"] is not None:

@@ -5,11 +5,10 @@ second moment at t (Nichol & Dhariwal, arXiv 2102.09672, Sec. 3.3). It is estima
 
     q_b = (1 - floor) sqrt(mean L_b^2) / sum_c sqrt(mean L_c^2) + floor / bins,
 
-from the last losses in each, and uniform until every bin has enough of them.
+from the last losses in each; draws are uniform until every bin has enough of them.
 
-What a model can still learn at t is not its loss J(t) but what of it lies above the floor J*(t),
-the part that no model removes (`stagewise.loss_floor`). Draws by that (Xu et al., arXiv
-2506.13763) are
+A model can still learn at t what its loss J(t) has above the floor J*(t) (`stages.loss_floor`).
+Draws by that (Xu et al., arXiv 2506.13763) are
 
     q_b = (1 - floor) w_b max(J_b - J*_b, 0) / sum_c w_c max(J_c - J*_c, 0) + floor / bins.
 """
@@ -52,14 +51,14 @@ class LossSecondMoment(TimestepSampler):
         self._count = torch.zeros(bins, dtype=torch.int64)
 
     def shares(self) -> Tensor:
-        """The probability of each bin, (bins,), float64, where the losses are."""
+        """The probability of each bin, (bins,), float64, on the device of the losses."""
         score = self._scores()
         ready = (self._count >= self.history).all() & (score.sum() > 0)
         share = torch.where(ready, score / score.sum().clamp_min(1e-300), 1 / self.bins)
         return (1 - self.floor) * share + self.floor / self.bins
 
     def _scores(self) -> Tensor:
-        """What the shares go by, (bins,)."""
+        """The unnormalised shares, (bins,)."""
         return self._squares.mean(1).sqrt()
 
     @override
@@ -77,19 +76,14 @@ class LossSecondMoment(TimestepSampler):
         return value.to(t) * Uniform().density(t)
 
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """Takes note of losses; those that are not finite are left out. Costs no device sync.
-
-        Args:
-            t: Times, (B,).
-            loss: Losses before any weight, (B,).
-        """
+        """Takes losses before any weight, (B,), at times (B,); only finite ones. No device sync."""
         self._squares, self._count = self._squares.to(loss.device), self._count.to(loss.device)
         square, index = loss.detach().double().square(), self._bin(t.detach().to(loss.device))
         member = torch.nn.functional.one_hot(index, self.bins) * square.isfinite()[:, None]
         rank = member.cumsum(0)
         new = rank[-1] if len(rank) else torch.zeros_like(self._count)
         rank = (rank * member).sum(1)
-        # Of more losses than are kept the last ones count. What is left out goes to an extra place.
+        # Only the last `history` losses of a bin are kept; others go to an extra place.
         kept = (rank > 0) & (rank > new[index] - self.history)
         place = index * self.history + (self._count[index] + rank - 1) % self.history
         place = torch.where(kept, place, self.bins * self.history)
@@ -118,22 +112,22 @@ class LossSecondMoment(TimestepSampler):
 class LossAboveFloor(LossSecondMoment):
     """Draws a time more often where a model can still learn, by its loss above the floor.
 
-    An option with a source, and no default: the paper reports FID 2.29 -> 2.08 on ImageNet 256
-    (second-hand), but on photograph patches of 8 x 8 (1000 steps) it moved draws to the data end
-    and lost, a held-out loss of 0.299 against 0.293 with uniform times.
+    Not a default: the paper reports FID 2.29 -> 2.08 on ImageNet 256 (second-hand), but on
+    photograph patches of 8 x 8 (1000 steps) it moved draws to the data end and was worse, a
+    held-out loss of 0.299 against 0.293 with uniform times.
 
-    For velocities only: losses are means over their D numbers, as `FlowMatchingLoss` tells them.
+    For velocities only: losses are means over their D numbers, as those of `FlowMatchingLoss`.
 
     Args:
         curve: The measured floor, `StageCurve.measure(oracle)`.
-        weight: w, from t, (B,), to weights, (B,): that of the scheme, `InverseFloor(curve)` in the
-            paper. Default all ones.
+        weight: w, from t, (B,), to weights, (B,): the scheme's, `InverseFloor(curve)` in the paper.
+            Default all ones.
         bins: Equal bins of t, default 32.
-        history: Losses kept for each, default 100: a difference needs more of them than a moment.
+        history: Losses kept for each, default 100: a difference needs more than a moment.
         floor: Share of uniform draws, default 0.1.
 
     Raises:
-        TypeError: If `curve` is no measured curve.
+        TypeError: If `curve` is not a `StageCurve`.
     """
 
     of_velocity = True
@@ -154,7 +148,7 @@ class LossAboveFloor(LossSecondMoment):
         self._least = loss_floor(curve, centres)
 
     def _scores(self) -> Tensor:
-        # What is kept are squares of losses, which are positive.
+        # Squares of losses are kept, and losses are positive.
         loss = self._squares.sqrt().mean(1)
         weight, least = self._weight.to(loss), self._least.to(loss)
         return weight * (loss - least).clamp_min(0)

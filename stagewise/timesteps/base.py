@@ -1,13 +1,11 @@
 r"""How training draws its times: samplers with a density.
 
-A sampler is more than a way to draw: its density `q(t)` says what the draws do to the loss.
-Training with `t ~ q` and no weight minimises `int q(t) L(t) dt`; the weight `p(t) / q(t)` restores
-the objective of another density p while keeping the draws of q.
+Training with `t ~ q` and no weight minimises `int q(t) L(t) dt`, q the density of the sampler; the
+weight `p(t) / q(t)` restores the objective of another density p with the draws of q.
 
-Every sampler maps a uniform number through an inverse distribution function, so `stratified`
-applies to any: the n draws of a call fall one into each of n equal shares of the probability
-(Kingma et al., arXiv 2107.00630, App. I.1), which lowers the variance of the loss and changes
-nothing in the mean.
+Every sampler maps a uniform number through an inverse distribution function, so any can be
+`stratified`: the n draws of a call fall one into each of n equal shares of the probability (Kingma
+et al., arXiv 2107.00630, App. I.1), which lowers the variance of the loss and keeps its mean.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ class TimestepSampler(ABC):
 
     @property
     def needs_boundary(self) -> bool:
-        """Whether it must be bound to the stages' boundary (`bind`) before it can draw."""
+        """Whether it needs the boundary (`bind`) before it can draw."""
         return False
 
     @abstractmethod
@@ -68,13 +66,13 @@ class TimestepSampler(ABC):
 
         Args:
             n: How many.
-            device: Where to draw them; default the CPU.
+            device: Default the CPU.
             generator: Default torch's global one for that device.
 
         Returns:
             Times, (n,), float32, in random order.
         """
-        # Whatever the default dtype is: 16 bits would leave few hundred times, and no quantiles.
+        # float32 for any default dtype: 16 bits hold only a few hundred times.
         u = torch.rand(n, dtype=torch.float32, device=device, generator=generator)
         if self.stratified:
             order = torch.randperm(n, device=device, generator=generator)
@@ -87,33 +85,27 @@ class TimestepSampler(ABC):
         return self.quantile(u)
 
     def importance_weight(self, t: Tensor, of: TimestepSampler | None = None) -> Tensor:
-        """`p(t) / q(t)`: what makes the draws of q count as those of p.
+        """`p(t) / q(t)` for times of any shape, p the density of another sampler, default uniform.
 
-        Args:
-            t: Times, any shape.
-            of: The sampler whose density is p, default `Uniform()`.
-
-        Returns:
-            Of the shape of `t`; infinite where q is 0 and p is not, but 0 at 0 and 1 themselves,
-            which have no probability.
+        Infinite where q is 0 and p is not, but 0 at t = 0 and 1, which have no probability.
         """
         p, q = (of or Uniform()).density(t), self.density(t)
         counts = (p > 0) & ((q > 0) | ((t > 0) & (t < 1)))
         return torch.where(counts, p / q, torch.zeros_like(p))
 
     def bind(self, boundary: float) -> TimestepSampler:
-        """The sampler for stages that meet at `boundary`; itself if it does not depend on them."""
+        """The sampler for this boundary; itself if it does not depend on it."""
         return self
 
     def update(self, t: Tensor, loss: Tensor) -> None:  # noqa: B027
-        """Takes note of losses (B,) at times (B,); only samplers that adapt do anything."""
+        """Takes losses (B,) at times (B,); only adaptive samplers use them."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been learnt from losses; empty for samplers that do not adapt."""
+        """What was learned from losses; empty for samplers that do not adapt."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Takes up what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
 
     def __repr__(self) -> str:
         public = {name: value for name, value in vars(self).items() if name[0] != "_"}

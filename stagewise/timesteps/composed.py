@@ -47,12 +47,12 @@ class _Around(TimestepSampler):
 class Shifted(_Around):
     """Moves the draws of another sampler towards noise or data: `t -> s t / (1 + (s - 1) t)`.
 
-    With t = 0 noise, s < 1 gives navigation more (0.5 was best on ImageNet 256; second-hand, arXiv
-    2512.02826). Where papers count from data to noise their shift is `1 / s`: SD3's 3 and RAE's
+    s < 1 gives more draws to navigation (0.5 was best on ImageNet 256; second-hand, arXiv
+    2512.02826). Papers that count from data to noise use `1 / s`: SD3's 3 and RAE's
     `sqrt(D / 4096)` (arXiv 2510.11690) are `Shifted(..., 1 / 3)` and `sqrt(4096 / D)` here.
 
     Args:
-        sampler: What is shifted.
+        sampler: The other sampler.
         shift: s, above 0.
 
     Example:
@@ -87,12 +87,12 @@ class Shifted(_Around):
 
 
 class WithFloor(_Around):
-    """Draws a share of the times uniformly and leaves the others to another sampler.
+    """Draws a share of the times uniformly and the others by another sampler.
 
-    No t is left without any draw, and with `preserve_objective` no weight is above `1 / share`.
+    Every t has draws, and with `preserve_objective` no weight is above `1 / share`.
 
     Args:
-        sampler: The other draws.
+        sampler: The other sampler.
         share: Of uniform draws, above 0, at most 1.
     """
 
@@ -106,12 +106,12 @@ class WithFloor(_Around):
     def quantile(self, u: Tensor) -> Tensor:
         rest, goal = 1 - self.share, u.double()
         v = bisect(lambda v: self.share * self.sampler.quantile(v) + rest * v, goal)
-        # Not quantile(v): where the other sampler has a gap, v stands still and t goes on.
+        # Not quantile(v): in a gap of the other sampler v is constant and t is not.
         return ((goal - rest * v) / self.share).clamp(0, 1).to(u)
 
     @override
     def place(self, u: Tensor) -> Tensor:
-        # The first of u are the uniform draws.
+        # u below `share` are the uniform draws.
         other = ((u - self.share) / max(1 - self.share, 1e-30)).clamp(0, 1 - 2**-24)
         return torch.where(u < self.share, u / self.share, self.sampler.place(other))
 
@@ -142,8 +142,8 @@ class StageAware(TimestepSampler):
             raise ValueError(f"Expected `navigation` in [0, 1], got {navigation}.")
         if boundary is not None and not 0 < boundary < 1:
             raise ValueError(
-                f"Expected `boundary` between 0 and 1, both not included, got {boundary}: one of "
-                "the stages would be empty. Use Uniform()."
+                f"Expected `boundary` above 0 and below 1, got {boundary}: one of the stages would "
+                "be empty. Use Uniform()."
             )
         self.navigation, self.boundary = navigation, boundary
 

@@ -22,8 +22,8 @@ __all__ = ["Beta", "EDMLogNormal", "LogitNormal", "Mode", "UShaped"]
 class LogitNormal(TimestepSampler):
     """Draws most times in the middle: `logit t ~ N(mean, std^2)` (SD3, arXiv 2403.03206, Eq. 19).
 
-    Concentrates on the middle: with the defaults only 1.4 % of the draws have t < 0.1, so the
-    navigation stage of ImageNet latents is hardly trained.
+    With the defaults only 1.4 % of the draws have t < 0.1, so the navigation stage of ImageNet
+    latents is hardly trained.
 
     Args:
         mean: Mean of the logit, default 0; negative favours noise.
@@ -52,7 +52,7 @@ class LogitNormal(TimestepSampler):
 
 
 class Mode(TimestepSampler):
-    """Draws times of SD3's mode sampling (arXiv 2403.03206, Eq. 20), symmetric in t.
+    """SD3's mode sampling (arXiv 2403.03206, Eq. 20), symmetric in t.
 
     Args:
         scale: s, from -1 to below 2 / (pi - 2) = 1.75; positive favours the middle, negative the
@@ -114,8 +114,8 @@ class Beta(TimestepSampler):
 class EDMLogNormal(TimestepSampler):
     """Draws EDM's noise levels: `log sigma ~ N(mean, std^2)` (arXiv 2206.00364, Table 1).
 
-    On the linear path `t = 1 / (1 + sigma)`, so that this is `LogitNormal(-mean, std)`. Where a
-    path has a largest or smallest sigma the distribution is cut there.
+    On the linear path `t = 1 / (1 + sigma)`, so this is `LogitNormal(-mean, std)`. If a path has a
+    largest or smallest sigma, the distribution is cut there.
 
     Args:
         mean: Default -1.2.
@@ -157,7 +157,7 @@ class EDMLogNormal(TimestepSampler):
         return (self.mean + alpha.log() - sigma.log()) / self.std
 
     def _ends(self, like: Tensor) -> Tensor:
-        """The probability below t = 0 and below t = 1 if the path went on."""
+        """The probability below t = 0 and below t = 1 of the uncut distribution."""
         ends = torch.arange(2, dtype=torch.float64, device=like.device)
         return torch.special.ndtr(self._score(ends))
 
@@ -185,7 +185,7 @@ class UShaped(TimestepSampler):
 
 
 def bisect(grows: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-    """Where in [0, 1] a function that grows takes a value; elementwise, without a device sync."""
+    """Where in [0, 1] a growing function has a value; elementwise, without a device sync."""
     goal = value.double()
     low, high = torch.zeros_like(goal), torch.ones_like(goal)
     for _ in range(54):

@@ -89,7 +89,7 @@ def difference(
             True,
         )
     # What made x_1 may be gone by the end of the step; the network's call was looked at in it.
-    why = look.search.origin(x1, place, look.x1) or look.search.diagnosis()
+    why = look.search.reasons.origin(x1, place, look.x1) or look.search.diagnosis()
     cure = (
         "give what is trained on, bank=LatentBank(latents, labels), or say how it is made of x_1: "
         "encode=lambda x, module: ..."

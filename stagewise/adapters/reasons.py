@@ -10,9 +10,10 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from stagewise.adapters.base import TargetMaker
-from stagewise.adapters.calls import Call, Reading, conditioning, is_same, readings, short
+from stagewise.adapters.calls import Call, Reading, conditioning, readings, short
 from stagewise.adapters.fitting import arranged, factor_of, layout_of
 from stagewise.adapters.lines import velocity_line, where
+from stagewise.adapters.rows import equals
 from stagewise.conventions import written
 
 __all__ = ["GIVEN", "Candidates", "Diagnosis", "Made", "Reasons", "own_of"]
@@ -191,7 +192,7 @@ class Reasons:
         for made in before:
             tensor = made.tensor()
             given = call.leaves[reading.slots.x]
-            if tensor is None or is_same(tensor, own) or tensor is given:
+            if tensor is None or equals(tensor, own) or tensor is given:
                 continue
             factor = 1.0 if noisy.fits(tensor) else noisy.scale(tensor)
             if factor is not None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, rebind, watched
 from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS
 from stagewise.paths import LinearPath, expand_like
@@ -71,7 +71,7 @@ class EDMLoss(TargetMaker):
             **kwargs: Any,
         ) -> Tensor:
             def look(x1: Tensor, augment_labels: Any = None) -> None:
-                if looks():
+                if watched():
                     given = (
                         *leaves_of(labels, "labels"),
                         *leaves_of(augment_labels, "augment_labels"),

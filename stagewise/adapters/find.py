@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 
 from torch import Tensor, nn
 
-from stagewise.adapters.base import Place, TargetMaker, plain
+from stagewise.adapters.base import Place, TargetMaker, unwrapped
 from stagewise.adapters.diffusers import NoiseScheduler
 from stagewise.adapters.edm import EDMLoss
 from stagewise.adapters.flow_matching import FlowMatching
@@ -204,7 +204,7 @@ def _parts(place: Place) -> Iterator[Place]:
         # An object that is held in two places goes by its public name.
         for key in sorted(held, key=lambda key: key.startswith("_")):
             if key not in _NOT_OURS:
-                yield Place(plain(held[key]), f"{name}.{key}", whole, key)
+                yield Place(unwrapped(held[key]), f"{name}.{key}", whole, key)
 
 
 def _couples(value: object) -> bool:

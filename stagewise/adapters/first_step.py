@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stagewise.adapters.base import Seen, TargetMaker, looks
+from stagewise.adapters.base import Seen, TargetMaker, watched
 from stagewise.adapters.batch_samples import BatchSamples, no_bank
 from stagewise.adapters.encoding import Encoding, origin_of
 from stagewise.adapters.find import assumed_makers
@@ -229,7 +229,7 @@ class FirstStep(BatchSamples):
 
     def _look(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         network = self.network
-        if not self.open or network is None or module is not network.module or not looks():
+        if not self.open or network is None or module is not network.module or not watched():
             return
         self.looked += 1
         more = network.given_more(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, rebind, watched
 from stagewise.adapters.hooks import in_place_of
 from stagewise.batches import leaves_of
 from stagewise.paths import Path, PathCoefficients
@@ -50,7 +50,7 @@ class Objective(TargetMaker):
         rest = [name for name, each in signature.parameters.items() if each.kind in _REST]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not looks():
+            if not watched():
                 return plain(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
             conditions: list[tuple[str, Tensor]] = []

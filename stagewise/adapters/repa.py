@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, rebind, watched
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS
@@ -65,7 +65,7 @@ class REPALoss(TargetMaker):
 
         def loss(model: Any, images: Tensor, model_kwargs: Any = None, zs: Any = None) -> Any:
             def look(x: Tensor, time: Tensor, **kwargs: Any) -> Any:
-                if looks():
+                if watched():
                     given = tuple(pair for key in kwargs for pair in leaves_of(kwargs[key], key))
                     tell(Seen(images, None, self.convention.to_t(time), x, given))
                 return model(x, time, **kwargs)

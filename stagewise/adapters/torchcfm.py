@@ -23,7 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind, together
+from stagewise.adapters.base import (
+    Detach,
+    Place,
+    Seen,
+    TargetMaker,
+    Tell,
+    rebind,
+    together,
+    watched,
+)
 from stagewise.adapters.paths import NoisedPath, ShrinkingPath
 from stagewise.noise import check_noise
 from stagewise.paths import CosinePath, LinearPath, Path, expand_like
@@ -68,10 +77,10 @@ class TorchCFM(TargetMaker):
         def look(x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor) -> None:
             nonlocal told
             told = True
-            if looks():
+            if watched():
                 tell(Seen(x1, None if self._makes_noise else x0, t, xt))
 
-        def watched(plain: Any) -> Callable[..., Any]:
+        def wrap_pairs(plain: Any) -> Callable[..., Any]:
             def sample(x0: Tensor, x1: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
                 nonlocal told
                 told = False
@@ -82,7 +91,7 @@ class TorchCFM(TargetMaker):
 
             return sample
 
-        def watched_xt(plain: Any) -> Callable[..., Any]:
+        def wrap_xt(plain: Any) -> Callable[..., Any]:
             def sample_xt(x0: Tensor, x1: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 xt = plain(x0, x1, t, *args, **kwargs)
                 look(x0, x1, t, xt)
@@ -90,7 +99,7 @@ class TorchCFM(TargetMaker):
 
             return sample_xt
 
-        entries = {_PLAIN: watched, _GUIDED: watched, "sample_xt": watched_xt}
+        entries = {_PLAIN: wrap_pairs, _GUIDED: wrap_pairs, "sample_xt": wrap_xt}
         return together(
             *(
                 rebind(matcher, name, wrap(getattr(matcher, name)), observes=True)

@@ -22,7 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind, together
+from stagewise.adapters.base import (
+    Detach,
+    Place,
+    Seen,
+    TargetMaker,
+    Tell,
+    rebind,
+    together,
+    watched,
+)
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS, STAGEWISE
@@ -90,7 +99,7 @@ class Transport(TargetMaker):
         def make(time: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             version = x0._version
             found = plain_plan(time, x0, x1)
-            if looks():
+            if watched():
                 # A scheme inside of this overwrites the noise that the network is regressed on.
                 noise = x0 if x0._version == version else None
                 t = time if self.convention == STAGEWISE else None

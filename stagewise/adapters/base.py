@@ -24,15 +24,8 @@ from stagewise.paths import Path, Prediction, same_path
 from stagewise.schemes import Phases, Scheme, parts
 
 __all__ = [
-    "Detach",
-    "Place",
-    "Seen",
-    "TargetMaker",
-    "Tell",
-    "rebind",
-    "together",
-    "unwrapped",
-    "watched",
+    *("Detach", "Place", "Seen", "TargetMaker", "Tell"),
+    *("rebind", "chained", "unwrapped", "watched"),
 ]
 
 Detach = Callable[[], None]
@@ -231,7 +224,7 @@ class TargetMaker:
         Returns:
             A function that ends it. If `observable` is False nothing is ever reported.
         """
-        return self._observe(tell) if self.observable else together()
+        return self._observe(tell) if self.observable else chained()
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         raise NotImplementedError
@@ -316,7 +309,7 @@ def rebind(
     return restore
 
 
-def together(*detach: Detach) -> Detach:
+def chained(*detach: Detach) -> Detach:
     """One function that calls all."""
 
     def restore() -> None:

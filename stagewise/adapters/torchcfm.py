@@ -23,16 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import (
-    Detach,
-    Place,
-    Seen,
-    TargetMaker,
-    Tell,
-    rebind,
-    together,
-    watched,
-)
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, chained, rebind, watched
 from stagewise.adapters.paths import NoisedPath, ShrinkingPath
 from stagewise.noise import check_noise
 from stagewise.paths import CosinePath, LinearPath, Path, expand_like
@@ -100,7 +91,7 @@ class TorchCFM(TargetMaker):
             return sample_xt
 
         entries = {_PLAIN: wrap_pairs, _GUIDED: wrap_pairs, "sample_xt": wrap_xt}
-        return together(
+        return chained(
             *(
                 rebind(matcher, name, wrap(getattr(matcher, name)), observes=True)
                 for name, wrap in entries.items()
@@ -181,7 +172,7 @@ class TorchCFM(TargetMaker):
         detach = rebind(matcher, _PLAIN, sample)
         if guided is None:
             return detach
-        return together(detach, rebind(matcher, _GUIDED, guided_sample))
+        return chained(detach, rebind(matcher, _GUIDED, guided_sample))
 
 
 def _classes(matcher: Any) -> set[str]:

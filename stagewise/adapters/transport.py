@@ -22,16 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import (
-    Detach,
-    Place,
-    Seen,
-    TargetMaker,
-    Tell,
-    rebind,
-    together,
-    watched,
-)
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, chained, rebind, watched
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS, STAGEWISE
@@ -107,7 +98,7 @@ class Transport(TargetMaker):
                 tell(Seen(x1, noise, t, found[1], tuple(conditions)))
             return found
 
-        return together(
+        return chained(
             rebind(transport, "training_losses", training_losses, observes=True),
             rebind(plan, "plan", make, observes=True),
         )
@@ -176,7 +167,7 @@ class Transport(TargetMaker):
                 return time, xt, u
             return time, xt, sign * target
 
-        return together(
+        return chained(
             rebind(transport, "training_losses", training_losses),
             rebind(transport, "sample", sample),
             rebind(plan, "plan", make),

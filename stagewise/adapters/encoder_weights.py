@@ -1,4 +1,4 @@
-"""Notices that weights have changed with which x_1 is made: rows that were read then are stale."""
+"""Notices when the weights that make x_1 have changed: then the rows of a bank are stale."""
 
 from __future__ import annotations
 
@@ -12,26 +12,21 @@ from stagewise.adapters.network_search import eager
 __all__ = ["STALE", "EncoderWeights", "version_of_weights"]
 
 STALE = (
-    "The encoder that makes x_1 is trained in the same step, so that a bank that is read once goes "
+    "The encoder that makes x_1 is trained in the same step, so a bank that is read once goes "
     "stale. Freeze it, module.encoder.requires_grad_(False), or give a bank of what is trained on: "
     "StageRun(bank=LatentBank(latents, labels))."
 )
-"""What is said where the rows of a bank move."""
+"""The message for a bank whose rows change in training."""
 
 
 class EncoderWeights:
-    """The weights of the submodules that a function calls.
-
-    Args:
-        module: The module that it may call.
-        encode: The function; it is called once.
-    """
+    """The weights of the submodules of `module` that `encode` calls; it is called once."""
 
     def __init__(self, module: nn.Module, encode: Callable[[], Any]) -> None:
         self._weights: list[nn.Parameter] = []
 
         def note(part: nn.Module, _: Any) -> None:
-            # The parts of what is compiled are not watched, and their weights are taken with it.
+            # The parts of a compiled module cannot be watched: take all its weights.
             self._weights += part.parameters(recurse="_orig_mod" in part._modules)
 
         hooks = [part.register_forward_pre_hook(note) for _, part in eager(module)]
@@ -43,11 +38,11 @@ class EncoderWeights:
         self._version = version_of_weights(self._weights)
 
     def changed(self) -> bool:
-        """Whether they have changed since this was asked last; costs no look at their values."""
+        """Whether they have changed since the last call; does not read their values."""
         before, self._version = self._version, version_of_weights(self._weights)
         return self._version != before
 
 
 def version_of_weights(weights: Any) -> int:
-    """Grows with each change of a weight, and costs nothing."""
+    """A number that grows with each change of a weight; does not read their values."""
     return sum(weight._version for weight in weights)

@@ -1,4 +1,4 @@
-"""`Match`: a call of a network that fits what is trained on, and how others ask it."""
+"""`Match`: a call of a network that fits what is trained on."""
 
 from __future__ import annotations
 
@@ -20,52 +20,36 @@ __all__ = ["Match"]
 
 @dataclass
 class Match:
-    """A call that fits.
-
-    Attributes:
-        network: What was called.
-        call: Its arguments.
-        reading: What they are.
-        matched: The name of the candidate that it fits.
-        x1: That candidate, (B, *), detached.
-        made: The arguments, keyword arguments and output of the call.
-        diagnosis: Why that is not `x_1` of the batch.
-        other: Whether it is neither that nor what was given to what makes the targets.
-        inner: Whether the network is a layer of a module that may be given more.
-        gradients: What the backward pass says of its answer.
-    """
+    """A call that fits."""
 
     network: Network
     call: Call
-    reading: Reading
-    matched: str
-    x1: Tensor
-    made: tuple[Any, Any, Any] = (None, None, None)
-    diagnosis: Diagnosis | None = None
-    other: bool = False
-    inner: bool = False
+    reading: Reading  # what the arguments are
+    matched: str  # the name of the candidate that it fits
+    x1: Tensor  # that candidate, (B, *), detached
+    made: tuple[Any, Any, Any] = (None, None, None)  # arguments, keyword arguments and output
+    diagnosis: Diagnosis | None = None  # why the candidate is not `x_1` of the batch
+    other: bool = False  # neither `x_1` of the batch nor what the target maker was given
+    inner: bool = False  # a layer of a module that may be given more
     gradients: Gradients | None = None
 
     @property
     def line(self) -> str:
-        """How to ask it, to be pasted."""
-        network, shape = self.network, tuple(self.x1.shape)
-        answer = answer_text(self.made[2], shape, network.at)
-        reading = self.reading
-        if network.reads is not network.maker:
-            reading = replace(reading, maker=network.reads)
-        return velocity_line(self.call, reading, answer=answer)
+        """How to ask for the velocity, to be pasted."""
+        network = self.network
+        answer = answer_text(self.made[2], tuple(self.x1.shape), network.at)
+        return velocity_line(self.call, replace(self.reading, maker=network.reads), answer=answer)
 
     def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Any], Any], known: Any) -> str:
-        """How a function asks the network for something else than training does.
+        """How a function asks the network differently than training does.
 
         Args:
             ask: From x_t, t and labels to the velocity.
             known: The labels of the batch, (B,), or None; with masks `MaskedLabels`.
 
         Returns:
-            What differs in the call, with the line that is as in training; empty if nothing does,
-            or the function makes several calls or none.
+            What differs, with the line that asks as in training; empty if nothing differs, or the
+            function does not call the network exactly once.
         """
         slots, calls = self.reading.slots, []
         if self.inner or slots.columns:
@@ -89,11 +73,11 @@ class Match:
             leaf.numel() == len(time) and bool(((leaf.reshape(-1) - time).abs() <= near).all())
             for leaf in tensors
         )
-        what = "" if timed else "about another time than training does for the same x_t"
+        what = "" if timed else "at another time than training does for the same x_t"
         if timed and slots.labels is not None:
             like = self.call.leaves[slots.labels]
             given = any(x.shape == like.shape and x.dtype == like.dtype for x in tensors)
             what = "" if given else "without the labels that training gives it"
         return what and (
-            f"`velocity` asks {where(self.network.name)} {what}. As in training it is: {self.line}"
+            f"`velocity` calls {where(self.network.name)} {what}. As in training: {self.line}"
         )

@@ -26,7 +26,7 @@ _MANY = 8
 
 
 def several(look: FirstStep, asks: str) -> str:
-    """A message if the first step called several targets; `asks` is the callback that must choose."""
+    """A message if the first step called several makers; the callback `asks` must choose one."""
     names = [maker.name for maker in look.called]
     if len(names) < 2:
         return ""

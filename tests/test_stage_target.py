@@ -359,7 +359,7 @@ FEW = {"every_n_steps": 2, "queries": 4, "strata": 4}
 
 
 @pytest.mark.parametrize(
-    ("called", "target_maker", "said"),
+    ("called", "maker", "said"),
     [
         (("target",), "module.nothere", "Expected module.nothere to make the targets; found there"),
         (("target", "other"), None, 'VelocityErrorMonitor(target_maker="module.target")'),
@@ -374,7 +374,7 @@ def test_monitors_refuse_targets_that_are_not_the_one_of_the_step(fit, called, m
             batch[0], torch.rand(len(batch[0]), 1), batch[1]
         ).mean()
     with pytest.raises(ValueError, match=re.escape(said)) as error:
-        fit(module, VelocityErrorMonitor(**FEW, **({"maker": maker} if maker else {})))
+        fit(module, VelocityErrorMonitor(**FEW, target_maker=maker))
     assert "velocity=" not in str(error.value)
 
 

@@ -374,7 +374,7 @@ def test_monitors_refuse_targets_that_are_not_the_one_of_the_step(fit, called, m
             batch[0], torch.rand(len(batch[0]), 1), batch[1]
         ).mean()
     with pytest.raises(ValueError, match=re.escape(said)) as error:
-        fit(module, VelocityErrorMonitor(**FEW, target_maker=maker))
+        fit(module, VelocityErrorMonitor(**FEW, **({"target_maker": maker} if maker else {})))
     assert "velocity=" not in str(error.value)
 
 

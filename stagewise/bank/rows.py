@@ -39,7 +39,8 @@ class RowStore(RowClasses):
     """
 
     conditions: Tensor | None = None  # what a model is given for each row, (N, C)
-    centre: Tensor
+    centre: Tensor  # the mean of the samples, (D,), float64
+    sq_norms: Tensor  # their squared distances from it, (N,), float64
     _unread: Path | None = None  # the file, until its rows are compared with the keys in it
 
     def __init__(

@@ -353,7 +353,7 @@ def test_paths_without_latents(tmp_path):
 
 def test_options_that_do_not_fit(shards, tmp_path):
     plain = make_latents(tmp_path / "x.npy", 4, SHAPE, 2, "plain")
-    with pytest.raises(ValueError, match="holds no flipped latents"):
+    with pytest.raises(ValueError, match="latents without flips"):
         open_latents(plain, flips="random")
     with pytest.raises(ValueError, match="normalize=False is for LightningDiT"):
         open_latents(plain, normalize=False)

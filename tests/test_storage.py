@@ -277,7 +277,7 @@ def test_what_is_no_bank_is_refused(x, path):
         LatentBank.open(path)
     LatentBank(x).save(path)
     save_file(load_file(path), path)
-    with pytest.raises(ValueError, match="without what a bank says about itself"):
+    with pytest.raises(ValueError, match="without the metadata of a bank"):
         LatentBank.open(path)
 
 

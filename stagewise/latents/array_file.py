@@ -32,8 +32,13 @@ from stagewise.latents.arrays import (
     save_arrays,
 )
 from stagewise.latents.base import Block, Latents, Reading, Writing
-from stagewise.latents.checksums import compare_files, write_checksums
-from stagewise.latents.rows_check import compare_tensors, compare_zip
+from stagewise.latents.checksums import (
+    Compared,
+    compare_files,
+    compare_tensors,
+    compare_zip,
+    write_checksums,
+)
 from stagewise.tensor_files import read_header, write_tensors
 
 __all__ = ["ArrayFile"]
@@ -87,7 +92,7 @@ class ArrayFile(Latents):
     def _read_block(self, start: int, stop: int, flip: bool) -> Tensor:
         return self._held().block(start, stop)
 
-    def _compare(self) -> tuple[list[str], list[Path]]:
+    def _compare(self) -> Compared:
         if self.path.suffix == ".safetensors":
             return compare_tensors([(self.path, read_header(self.path)[0])])
         return compare_files(self.path) if self.path.suffix == ".npy" else compare_zip(self.path)

@@ -18,16 +18,14 @@ from typing_extensions import override
 
 from stagewise.files import FilePath, joined
 from stagewise.latents.arrays import (
-    array_entry,
     class_numbers,
     read_array,
     require_labels,
     save_arrays,
 )
 from stagewise.latents.base import Block, Reading, Writing
-from stagewise.latents.checksums import compare_files, write_checksums
+from stagewise.latents.checksums import Compared, compare_files, write_checksums
 from stagewise.latents.per_file import PerFile, sizes_in
-from stagewise.tensor_files import Entry
 
 __all__ = ["FastDiT", "write_fast_dit"]
 
@@ -73,15 +71,6 @@ class FastDiT(PerFile):
     def finds(cls, path: Path) -> bool:
         return next(path.glob(f"*{_MARK}"), None) is not None
 
-    def _entry(self, name: str) -> Entry:
-        entry = array_entry(self._root / name)
-        assert entry is not None  # only members of a zip may be compressed
-        return entry
-
-    def _load(self, name: str, flip: bool) -> Tensor:
-        file = self._root / name
-        return read_array(file.read_bytes(), str(file))
-
     def _read(self, row: int, flip: bool) -> Tensor:
         return super()._read(row, flip)[0]
 
@@ -106,7 +95,7 @@ class FastDiT(PerFile):
             self._labels = found
         return self._labels
 
-    def _compare(self) -> tuple[list[str], list[Path]]:
+    def _compare(self) -> Compared:
         return compare_files(self.path)
 
     @override

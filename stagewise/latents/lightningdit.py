@@ -30,7 +30,7 @@ from typing_extensions import override
 from stagewise.files import FilePath, Problem
 from stagewise.latents.arrays import Rows, class_numbers
 from stagewise.latents.base import Block, Latents, Reading, Writing
-from stagewise.latents.rows_check import compare_tensors
+from stagewise.latents.checksums import Compared, compare_tensors
 from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
 from stagewise.latents.stats_file import STATS, read_stats, save_stats
 from stagewise.tensor_files import Entry, read_header, read_tensor, write_tensors
@@ -157,7 +157,7 @@ class LightningDiT(Latents):
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _compare(self) -> tuple[list[str], list[Path]]:
+    def _compare(self) -> Compared:
         return compare_tensors(self._shards)
 
     def _parts(self) -> str:

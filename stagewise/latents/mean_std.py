@@ -32,9 +32,8 @@ from stagewise.latents.arrays import (
     save_arrays,
 )
 from stagewise.latents.base import Block, Reading, Writing
-from stagewise.latents.checksums import compare_files, write_checksums
+from stagewise.latents.checksums import Compared, compare_files, compare_zip, write_checksums
 from stagewise.latents.per_file import PerFile, sizes_in
-from stagewise.latents.rows_check import compare_zip
 from stagewise.latents.scaling import EDM2 as EDM2_SCALING
 from stagewise.latents.scaling import SD_VAE
 from stagewise.tensor_files import Entry, map_file
@@ -132,13 +131,13 @@ class _MeanStd(PerFile):
         return torch.tensor([by_name[name] for name in self._files], dtype=torch.int64)
 
     def _entry(self, name: str) -> Entry:
-        entry = array_entry(self._root, name) if self._zipped else array_entry(self._root / name)
+        entry = array_entry(self._root, name) if self._zipped else super()._entry(name)
         assert entry is not None  # compressed members were refused
         return entry
 
     def _load(self, name: str, flip: bool) -> Tensor:
         if not self._zipped:
-            return read_array((self._root / name).read_bytes(), str(self._root / name))
+            return super()._load(name, flip)
         pages = self._handle("zip", lambda: map_file(self._root))
         (start, size), where = self._places[name], f"{name} in {self._root}"
         try:
@@ -147,7 +146,7 @@ class _MeanStd(PerFile):
             raise Problem(f"{where}: {error}. Copy or write it again.") from error
         return read_array(pages[start : start + size], where)
 
-    def _compare(self) -> tuple[list[str], list[Path]]:
+    def _compare(self) -> Compared:
         return compare_zip(self._root) if self._zipped else compare_files(self._root)
 
     def _parts(self) -> str:

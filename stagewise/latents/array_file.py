@@ -1,8 +1,8 @@
-"""One file with one array of latents, scaled already, and perhaps their labels.
+"""One file with one array of latents, already scaled, and optionally their labels.
 
 latents.safetensors, latents.npz   `latents` (N, *), or the only floating-point array;
                                    `labels` (N,) or (N, 1), or the only integers of that length
-latents.pt                         the same as a dict, a tuple, or the array alone
+latents.pt                         a dict of these, a tuple, or the array alone
 latents.npy                        the array; labels in latents_labels.npy
 """
 
@@ -59,7 +59,7 @@ class ArrayFile(Latents):
     takes_multiplier = True
     scales = {"sd-vae": (True, None)}
     cures = (
-        "A plain file is taken as scaled; these rows are not: normalise them, or "
+        "A plain file is read as scaled; these rows are not: normalise them, or "
         "multiplier=0.18215 if they come from Stable Diffusion's autoencoder. ",
         "They may have been scaled twice. multiplier=... undoes it. ",
     )
@@ -127,12 +127,12 @@ class ArrayFile(Latents):
 
 
 def _beside(path: Path) -> Path:
-    """Where the labels of a `.npy` file are."""
+    """The file of the labels of a `.npy` file."""
     return path.with_name(f"{path.stem}_labels.npy")
 
 
 def _tensors(path: Path) -> dict[str, Rows]:
-    """What the file holds, mapped where it can be."""
+    """The arrays in the file, mapped if possible."""
     if path.suffix == ".safetensors":
         return {name: Rows.of(path, entry) for name, entry in read_header(path)[0].items()}
     if path.suffix == ".npz":
@@ -153,10 +153,10 @@ def _archive(path: Path) -> dict[str, Rows]:
         with zipfile.ZipFile(path) as archive:
             for member in members_of(archive):
                 with archive.open(member):
-                    pass  # its name stands twice, and must be the same
+                    pass  # raises if the two copies of its name differ
                 name = member.removesuffix(".npy")
                 if outside(member):
-                    raise Problem("a name that lies outside of the file")
+                    raise Problem("a name that points outside the file")
                 if name == member:
                     continue
                 try:
@@ -181,7 +181,7 @@ def _archive(path: Path) -> dict[str, Rows]:
 
 def _pickled(path: Path) -> dict[str, Rows]:
     try:
-        # What describes the tensors; they themselves are mapped, and not read here.
+        # Checks the description of the tensors; their numbers are mapped, not read here.
         check_zip(path, lambda name: "/data/" not in name)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises what its unpickler or its zip reader does
@@ -224,12 +224,13 @@ def _pick(path: Path, held: Mapping[str, Rows]) -> tuple[str, str | None]:
     ]
     if len(labels) > 1:
         warnings.warn(
-            f"{path} is read without labels: any of {labels} may be them. Call them `labels`.",
+            f"{path} is read without labels: expected one array of labels, got {labels}. Name the "
+            "right one `labels`.",
             stacklevel=2,
         )
     if labels:
         return arrays[0], labels[0] if len(labels) == 1 else None
-    # One-hot labels are named for what they are.
+    # One-hot labels are refused later, with the cure.
     others = (name for name, y in dense.items() if name != arrays[0] and is_one_hot(y, rows))
     return arrays[0], next(others, None)
 

@@ -1,10 +1,10 @@
-"""fast-DiT: one pair of `.npy` files for each image, scaled already.
+"""fast-DiT: one pair of `.npy` files for each image, already scaled.
 
     imagenet256_features/0.npy   (1, 4, 32, 32) float32, a sample times 0.18215
     imagenet256_labels/0.npy     (1,) int64
 
-A random flip is in each row and cannot be told. Several processes writing into one folder overwrite
-one another's numbers; what is there is what is read.
+A row may be flipped at random, which cannot be seen. Processes that write into one folder overwrite
+each other's numbers; only what is left can be read.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _MARK = "_features"
 
 
 class FastDiT(PerFile):
-    """Pairs of `.npy` files, in the order of their numbers. Labels are read when asked for."""
+    """Pairs of `.npy` files, in the order of their numbers. Labels are read at their first use."""
 
     name = "fast-DiT"
     looks_like = "*_features/0.npy ... and *_labels/0.npy ..."
     takes_multiplier = True
     scales = {"sd-vae": (True, None)}
     cures = (
-        "fast-DiT writes rows that are scaled; these are not: multiplier=0.18215. ",
+        "fast-DiT writes scaled rows; these are not: multiplier=0.18215. ",
         "They may have been scaled twice: multiplier=1 / 0.18215. ",
     )
     needs_labels = True

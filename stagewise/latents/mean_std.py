@@ -3,9 +3,9 @@
     vae-sd/00000/img-mean-std-00000000.npy   (2C, H, W) float32, mean then standard deviation
     vae-sd/dataset.json                      {"labels": [["00000/img-mean-std-....npy", 6], ...]}
 
-in a folder, or in a stored zip. Names and shapes are the same in both projects, the numbers are
-not: REPA encodes pixels in [-1, 1] and trains on `0.18215 z`, EDM2 encodes pixels in [0, 1] and
-normalises by channel to a standard deviation of 0.5. No file says which, so the user does.
+in a folder, or in a stored zip. Both projects use the same names and shapes, but other numbers:
+REPA encodes pixels in [-1, 1] and trains on `0.18215 z`, EDM2 encodes pixels in [0, 1] and
+normalises by channel to a standard deviation of 0.5. The files do not say which, so the user must.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _INDEX = "dataset.json"
 
 
 class _MeanStd(PerFile):
-    """Means and standard deviations, of which each access draws."""
+    """Means and standard deviations, from which each access draws."""
 
     looks_like = "dataset.json and 00000/img-mean-std-*.npy, there, in vae-sd/ or in a stored zip"
     ambiguous = (
@@ -71,13 +71,13 @@ class _MeanStd(PerFile):
         return _find_root(path) is not None
 
     def _listing(self) -> tuple[dict[str, int], bytes | None]:
-        """Sizes of the files below the folders that are not hidden, and the index."""
+        """Sizes of the files in folders that are not hidden, and the index."""
         folders = (p for p in self._root.iterdir() if p.is_dir() and not p.name.startswith("."))
         index = self._root / _INDEX
         return sizes_in(sorted(folders), ".npy"), index.read_bytes() if index.is_file() else None
 
     def _zip_listing(self) -> tuple[dict[str, int], bytes | None]:
-        """The same of a zip; where its members lie is kept."""
+        """The same for a zip; keeps the places of its members."""
         path = self._root
         try:
             with zipfile.ZipFile(path) as archive:
@@ -88,7 +88,7 @@ class _MeanStd(PerFile):
                 f"{path} is no whole zip ({first_line(error)}). Copy or write it again."
             ) from error
         for name in filter(outside, list(members)):
-            lost = f"{name} in {path} has a name that lies outside of it. Write the zip again."
+            lost = f"{name} in {path} has a name that points outside it. Write the zip again."
             self._leave_out(name, lost)
             del members[name]
         packed = [name for name, info in members.items() if info.compress_type]
@@ -98,7 +98,7 @@ class _MeanStd(PerFile):
                 f"members, the first {packed[0]}. Unpack it, or write it again: zip -0."
             )
         arrays = {name: info for name, info in members.items() if name.endswith(".npy")}
-        # First byte and length: kept alone, since a million of the others take a GB.
+        # Only first byte and length: a million ZipInfo objects would take a GB.
         self._places = {name: (i.header_offset, i.file_size) for name, i in arrays.items()}
         return {name: info.file_size for name, info in arrays.items()}, index
 
@@ -120,7 +120,7 @@ class _MeanStd(PerFile):
                 f"first {missing[0]}. Write the index again."
             )
         for name in sorted(by_name.keys() - sizes.keys()):
-            lost = f"{name} is in {where}, and there is no such file. Copy or encode it again."
+            lost = f"{name} is in {where}, but there is no such file. Copy or encode it again."
             self._leave_out(name, lost)
         wrong = [name for name in self._files if not _is_class(by_name[name])]
         if wrong:
@@ -180,7 +180,7 @@ class EDM2(_MeanStd):
     name = "EDM2"
     scaling = EDM2_SCALING
     usual_std = 0.5
-    scale_range = 1.4  # normalised by channel, rows are at 0.5
+    scale_range = 1.4  # rows normalised by channel have a standard deviation of 0.5
     cures = ('Files of REPA have the same names and another scale: format="repa". ',) * 2
 
 
@@ -189,7 +189,7 @@ def _is_class(label: object) -> bool:
 
 
 def _find_root(path: Path) -> Path | None:
-    """The folder or zip with the index, at `path` or below it."""
+    """The folder or zip with the index: `path`, or vae-sd in it."""
     if path.suffix == ".zip":
         return path
     for place in (path, path / "vae-sd"):
@@ -199,7 +199,7 @@ def _find_root(path: Path) -> Path | None:
 
 
 def file_name(row: int) -> str:
-    """What both projects call the file of a row."""
+    """The name of the file of a row, in both projects."""
     return f"{row:08d}"[:5] + f"/img-mean-std-{row:08d}.npy"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from stagewise.adapters.differences import compare, difference, other_rows, several
-from stagewise.adapters.encoder_weights import STALE, version_of_weights
+from stagewise.adapters.encoding import STALE, version_of_weights
 from stagewise.adapters.find import chosen_makers, dependent_noise, find_couplings, training_path
 from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from stagewise.adapters.encoder_weights import STALE, EncoderWeights
-from stagewise.adapters.encoding import Encoding
+from stagewise.adapters.encoding import STALE, EncoderWeights, Encoding
 from stagewise.adapters.first_step import FirstStep
 from stagewise.batches import read_checked
 from stagewise.callbacks.ranks import rank_zero_warn

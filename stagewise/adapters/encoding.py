@@ -16,10 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.adapters.base import Detach, rebind
+from stagewise.adapters.hooks import eager
 from stagewise.adapters.scaling import Step, done, related, text_of, way_of
 from stagewise.noise import is_off
 
-__all__ = ["EncoderCall", "Encoding", "encoder_call", "origin_of", "watch_encoders"]
+__all__ = [
+    *("STALE", "EncoderCall", "EncoderWeights", "Encoding", "encoder_call"),
+    *("origin_of", "version_of_weights", "watch_encoders"),
+]
+
+STALE = (
+    "The encoder that makes x_1 is trained in the same step, so a bank that is read once goes "
+    "stale. Freeze it, module.encoder.requires_grad_(False), or give a bank of what is trained on: "
+    "StageRun(bank=LatentBank(latents, labels))."
+)
+"""The message for a bank whose rows change in training."""
 
 
 @dataclass(frozen=True)
@@ -215,3 +226,32 @@ def _drawn(mean: Tensor, std: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
     gap = (b - made) / (abs(factor) * s).clamp_min(1e-30)
     off = is_off(len(gap), float(gap.mean()), float(gap.square().mean()))
     return None if off else steps
+
+
+class EncoderWeights:
+    """The weights of the submodules of `module` that `encode` calls; it is called once."""
+
+    def __init__(self, module: nn.Module, encode: Callable[[], Any]) -> None:
+        self._weights: list[nn.Parameter] = []
+
+        def note(part: nn.Module, _: Any) -> None:
+            # The parts of a compiled module cannot be watched: take all its weights.
+            self._weights += part.parameters(recurse="_orig_mod" in part._modules)
+
+        hooks = [part.register_forward_pre_hook(note) for _, part in eager(module)]
+        try:
+            encode()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._version = version_of_weights(self._weights)
+
+    def changed(self) -> bool:
+        """Whether they have changed since the last call; does not read their values."""
+        before, self._version = self._version, version_of_weights(self._weights)
+        return self._version != before
+
+
+def version_of_weights(weights: Any) -> int:
+    """A number that grows with each change of a weight; does not read their values."""
+    return sum(weight._version for weight in weights)

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-__all__ = ["CallHook", "in_place_of"]
+from torch import nn
+
+__all__ = ["CallHook", "eager", "in_place_of"]
 
 
 class CallHook:
@@ -62,3 +64,15 @@ class CallHook:
 def in_place_of(value: Any) -> tuple[Any, ...]:
     """The result of `__reduce__` for a wrapper: copies and pickles hold the value itself."""
     return operator.getitem, ((value,), 0)
+
+
+def eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
+    """Names and submodules outside of what is compiled, whose hooks run."""
+    if getattr(root, "_compiled_call_impl", None) is not None:
+        return []
+    found = [(name, root)]
+    if "_orig_mod" in root._modules:  # torch.compile(module)
+        return found
+    for key, child in root.named_children():
+        found += eager(child, f"{name}.{key}" if name else key)
+    return found

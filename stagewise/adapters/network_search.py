@@ -27,7 +27,7 @@ from stagewise.adapters.answers import Gradients, tensors_of
 from stagewise.adapters.base import Detach, Seen, TargetMaker
 from stagewise.adapters.calls import Call, conditioning, readings, retimed
 from stagewise.adapters.encoding import EncoderCall, encoder_call, watch_encoders
-from stagewise.adapters.hooks import CallHook
+from stagewise.adapters.hooks import CallHook, eager
 from stagewise.adapters.lines import call_text, guessed_line, where
 from stagewise.adapters.match import Match
 from stagewise.adapters.network import Network
@@ -37,7 +37,7 @@ from stagewise.masks import plain
 from stagewise.paths import same_path
 from stagewise.stage_target import StageTarget
 
-__all__ = ["NetworkSearch", "eager"]
+__all__ = ["NetworkSearch"]
 
 
 class NetworkSearch:
@@ -329,15 +329,3 @@ def _is_compiled(root: nn.Module) -> bool:
         or getattr(root, "_compiled_call_impl", None) is not None  # module.compile()
         or hasattr(step, "_torchdynamo_orig_callable")
     )
-
-
-def eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
-    """The submodules whose hooks run as they are, outside of what is compiled."""
-    if getattr(root, "_compiled_call_impl", None) is not None:
-        return []
-    found = [(name, root)]
-    if "_orig_mod" in root._modules:  # torch.compile(module)
-        return found
-    for key, child in root.named_children():
-        found += eager(child, f"{name}.{key}" if name else key)
-    return found

@@ -29,8 +29,7 @@ from stagewise.adapters.calls import Call, conditioning, readings, retimed
 from stagewise.adapters.encoding import EncoderCall, encoder_call, watch_encoders
 from stagewise.adapters.hooks import CallHook, eager
 from stagewise.adapters.lines import call_text, guessed_line, where
-from stagewise.adapters.match import Match
-from stagewise.adapters.network import Network
+from stagewise.adapters.network import Match, Network
 from stagewise.adapters.reasons import GIVEN, Candidates, Diagnosis, Made, Reasons, own_of
 from stagewise.adapters.rows import equals
 from stagewise.masks import plain

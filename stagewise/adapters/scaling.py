@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ Step = tuple[Any, ...]
 """An operation and its arguments: `reshape`, `to` a type, `clamp`, or `*`, `/`, `+`, `-` with
 one number, or with one for each channel and the number of axes after the channels."""
 
+_Ends = tuple["float | None", "float | None"]
+_NO_ENDS: _Ends = (None, None)
 _LEAST = 6
 """The least number of values in a channel to fit its two numbers."""
 
@@ -75,14 +77,13 @@ def related(x: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
     x, x1 = x.detach().reshape(x1.shape), x1.detach()
     if torch.equal(x.to(x1), x1):
         return steps
-    ends = [float(end) if int((x1 == end).sum()) > 1 else None for end in (x1.min(), x1.max())]
-    fits: list[Callable[[], _Fit]] = [
-        lambda: _Fit(x, x1),
-        *(lambda axis=axis: _Fit(x, x1, axis) for axis in sorted({1, x1.ndim - 1})),
-        lambda: _Fit(x, x1, None, ends),
-    ]
-    for fit in fits[: 4 if ends != [None, None] else -1]:
-        found = fit().steps()
+    low, high = (float(e) if int((x1 == e).sum()) > 1 else None for e in (x1.min(), x1.max()))
+    options: list[tuple[int | None, _Ends]]
+    options = [(axis, _NO_ENDS) for axis in (None, *sorted({1, x1.ndim - 1}))]
+    if (low, high) != _NO_ENDS:
+        options.append((None, (low, high)))
+    for axis, ends in options:
+        found = _Fit(x, x1, axis, ends).steps()
         if found is not None:
             return steps + found
     return None
@@ -95,11 +96,11 @@ class _Fit:
         self,
         x: Tensor,
         x1: Tensor,
-        axis: int | None = None,
-        ends: Sequence[float | None] = (None, None),
+        axis: int | None,
+        ends: _Ends,
     ) -> None:
         self._x, self._x1, self._axis = x, x1, axis
-        self._clamp: tuple[Step, ...] = () if ends == (None, None) else (("clamp", *ends),)
+        self._clamp: tuple[Step, ...] = () if ends == _NO_ENDS else (("clamp", *ends),)
         self._halves = [half for half in HALF if torch.equal(x1.to(half).to(x1), x1)]
         a, b = (self._channels(y.double()) for y in (x, x1))
         inside = torch.ones_like(b)

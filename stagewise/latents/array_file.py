@@ -154,18 +154,18 @@ def _archive(path: Path) -> dict[str, Rows]:
             for member in members_of(archive):
                 with archive.open(member):
                     pass  # raises if the two copies of its name differ
-                name = member.removesuffix(".npy")
                 if outside(member):
                     raise Problem("a name that points outside the file")
+                name = member.removesuffix(".npy")
                 if name == member:
                     continue
                 try:
                     entry = array_entry(path, member)
-                    if entry is not None:
+                    if entry is None:  # compressed: there is nothing to map
+                        text = f"{member} in {path}"
+                        held[name] = Rows(read_array(archive.read(member), text))
+                    else:
                         held[name] = Rows.of(path, entry)
-                    else:  # compressed: there is nothing to map
-                        array = read_array(archive.read(member), f"{member} in {path}")
-                        held[name] = Rows(array)
                 except NoNumbers:
                     if name in ("latents", "labels"):
                         raise

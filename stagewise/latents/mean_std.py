@@ -122,13 +122,14 @@ class _MeanStd(PerFile):
         for name in sorted(by_name.keys() - sizes.keys()):
             lost = f"{name} is in {where}, but there is no such file. Copy or encode it again."
             self._leave_out(name, lost)
-        wrong = [name for name in self._files if not _is_class(by_name[name])]
+        labels = {name: by_name[name] for name in self._files}
+        wrong = [k for k, y in labels.items() if not isinstance(y, int) or abs(y) >= 2**63]
         if wrong:
             raise ValueError(
                 f"Expected an integer for each file in {where}, got "
-                f"{str(by_name[wrong[0]])[:60]} for {wrong[0]}."
+                f"{str(labels[wrong[0]])[:60]} for {wrong[0]}."
             )
-        return torch.tensor([by_name[name] for name in self._files], dtype=torch.int64)
+        return torch.tensor(list(labels.values()), dtype=torch.int64)
 
     def _entry(self, name: str) -> Entry:
         entry = array_entry(self._root, name) if self._zipped else super()._entry(name)
@@ -182,10 +183,6 @@ class EDM2(_MeanStd):
     usual_std = 0.5
     scale_range = 1.4  # rows normalised by channel have a standard deviation of 0.5
     cures = ('Files of REPA have the same names and another scale: format="repa". ',) * 2
-
-
-def _is_class(label: object) -> bool:
-    return isinstance(label, int) and abs(label) < 2**63
 
 
 def _find_root(path: Path) -> Path | None:

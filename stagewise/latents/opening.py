@@ -126,13 +126,10 @@ def _recognise(path: Path) -> str:
             if kind.ambiguous:
                 raise ValueError(f"{path} {kind.ambiguous}")
             return name
-    here = "a file" if path.is_file() else f"a folder with {_some(path)}"
+    names = [] if path.is_file() else sorted(item.name for item in path.iterdir())[:8]
+    here = "a file" if path.is_file() else f"a folder with {names or 'nothing in it'}"
     looked_for = "".join(f"\n  {kind.name}: {kind.looks_like}" for kind in FORMATS.values())
     raise ValueError(f"Expected latents in {path}, got {here}. What is looked for:{looked_for}")
-
-
-def _some(folder: Path) -> str:
-    return str(sorted(item.name for item in folder.iterdir())[:8] or "nothing in it")
 
 
 def convert(

@@ -13,7 +13,7 @@ from stagewise.adapters.edm import EDMLoss
 from stagewise.adapters.flow_matching import FlowMatching
 from stagewise.adapters.objective import Objective
 from stagewise.adapters.repa import REPALoss
-from stagewise.adapters.stage_target import ByHand
+from stagewise.adapters.stage_target import StageTargetMaker
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
 from stagewise.conventions import CONVENTIONS, DIFFUSERS, STAGEWISE, Convention, path_of
@@ -30,8 +30,11 @@ __all__ = [
     "training_path",
 ]
 
-_KINDS = (Objective, ByHand, TorchCFM, FlowMatching, Transport, EDMLoss, REPALoss, NoiseScheduler)
-"""All makers that are known. Another library is a file of this folder and an entry here."""
+_KINDS = (
+    *(Objective, StageTargetMaker, TorchCFM, FlowMatching),
+    *(Transport, EDMLoss, REPALoss, NoiseScheduler),
+)
+"""All known makers. A new library is a file of this folder and an entry here."""
 
 _LEAVES = (
     *(Tensor, str, bytes, int, float, complex, type, types.ModuleType, types.FunctionType),

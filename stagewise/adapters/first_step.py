@@ -246,7 +246,7 @@ class FirstStep(BatchSamples):
 
     @property
     def waiting(self) -> bool:
-        """Whether it is too early to say that the network is given no more."""
+        """Whether a later step may still give the network more."""
         return self.open and self.looked < PATIENCE
 
     def forget(self) -> None:

@@ -1,6 +1,6 @@
 r"""The network of a training, found by what it is called with.
 
-A target maker knows the path, what is predicted and how time is counted, but not who predicts. In
+A target maker knows the path, the prediction and how time is counted, but not the network. In
 the first training step every submodule is watched. The network is the one that is given `x_t` and
 a time such that, with the `x_1` of the batch and the path of a maker, the noise
 
@@ -150,7 +150,7 @@ class NetworkSearch:
         return first.network
 
     def diagnosis(self) -> Diagnosis | None:
-        """Why `x_1` of the batch is not what is trained on; None if it is, or nothing tells."""
+        """Why `x_1` of the batch is not what is trained on; None if it is, or not known."""
         return self.reasons.diagnosis if self.first is None else self.first.diagnosis
 
     def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Tensor | None], Any]) -> str:
@@ -179,7 +179,7 @@ class NetworkSearch:
                 f"a function, say {self.line}"
             )
         for maker in self.makers:
-            if maker.late:  # it tells what is trained on when the step calls it
+            if maker.late:  # it reports only when the step calls it
                 why += f" {maker.name} shows what is trained on: call it before the network."
         return f"Found no network to ask for a velocity: {why}"
 

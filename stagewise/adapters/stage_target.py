@@ -14,10 +14,10 @@ from stagewise.queries import Labels
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.stage_target import StageTarget
 
-__all__ = ["ByHand"]
+__all__ = ["StageTargetMaker"]
 
 
-class ByHand(TargetMaker):
+class StageTargetMaker(TargetMaker):
     """A `StageTarget`; only its arguments are known of the step."""
 
     library, what = "by hand", "StageTarget"
@@ -25,7 +25,7 @@ class ByHand(TargetMaker):
     late = True
 
     @classmethod
-    def of(cls, place: Place) -> ByHand | None:
+    def of(cls, place: Place) -> StageTargetMaker | None:
         """The maker at `place`, or None if there is none of this kind."""
         target = place.object
         if not isinstance(target, StageTarget):

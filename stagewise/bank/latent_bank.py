@@ -54,7 +54,7 @@ class LatentBank(RowStore):
         mask: Which numbers of each sample count: bool, (N, *), with the first axes of `x`, such as
             (N, L) for (N, L, d); or lengths, integers (N,). Default None: all. Samples are then
             compared with those of the same mask only (`stagewise.masks`), and stand by mask.
-        conditions: What the model is given for each sample beside time and class (text embeddings,
+        conditions: What the model is given for each sample besides time and class (text embeddings,
             observations, one-hot), (N, *), for a `ConditionedOracle`; default None. `save`
             writes them, too; a bank of `write` has none: `with_conditions(c)`.
         dtype: Storage: float32, float64, bfloat16 or float16; default that of `x`. A 16-bit bank

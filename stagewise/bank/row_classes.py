@@ -230,5 +230,5 @@ def _sent(told: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
 
 
 def as_real(value: Tensor, like: Tensor) -> bool:
-    """Whether `value` may be kept beside `like`: a fake tensor may not beside a real one."""
+    """Whether `value` may be cached for `like`: a fake tensor may not be for a real one."""
     return type(value) is type(like)

@@ -39,7 +39,7 @@ def _note(root: Path) -> Path:
 
 
 def write_checksums(root: Path, files: Iterable[Path]) -> Path:
-    """Writes those of files, into `root` if it is a folder, or beside it if it is a file."""
+    """Writes the checksums of files into `root` if it is a folder, else beside it."""
     note = _note(root)
     sums = {file.relative_to(note.parent).as_posix(): _crc32(file) for file in files}
     replace_file(note, lambda partial: partial.write_text(json.dumps(sums)))

@@ -97,7 +97,7 @@ class FirstStep(BatchSamples):
         self._later: CallHook | None = None
         self._on_seen: Callable[[Tensor], None] | None = None
         self._reset()
-        self._detach = [maker.observe(self._teller(maker)) for maker in able if maker.observable]
+        self._detach = [maker.observe(self._teller(maker)) for maker in able]
 
     def _reset(self) -> None:
         self.tied, self.seen = "", None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stagewise.adapters.base import TargetMaker
 from stagewise.adapters.differences import compare, difference, other_rows, several
-from stagewise.adapters.encoder_weights import STALE
+from stagewise.adapters.encoding import STALE
 from stagewise.adapters.lines import where
 from stagewise.batches import describe, unused_in
 from stagewise.callbacks.ranks import rank_zero_info, rank_zero_warn

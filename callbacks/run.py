@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from stagewise.adapters.encoder_weights import STALE, EncoderWeights, version_of_weights
-from stagewise.adapters.encoding import Encoding
+from stagewise.adapters.encoding import STALE, EncoderWeights, Encoding, version_of_weights
 from stagewise.adapters.find import chosen_makers, dependent_noise, find_couplings, training_path
 from stagewise.adapters.first_step import PATIENCE, FirstStep
 from stagewise.bank import LatentBank

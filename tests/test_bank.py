@@ -290,7 +290,9 @@ def test_samples_too_close_together_for_float16_are_refused(scale, build):
         "tensor": lambda: LatentBank(x, dtype=torch.float16),
         "batches": lambda: LatentBank.from_batches(x.split(9), 100, dtype=torch.float16),
     }
-    with pytest.raises(ValueError, match=r"differ from their mean by 0.00012.*dtype=torch.bfloat"):
+    with pytest.raises(
+        ValueError, match=r"differ from their mean by at least 0.00012.*dtype=torch.bfloat"
+    ):
         make[build]()
     LatentBank(x, dtype=torch.bfloat16)
     LatentBank(1e3 * (x - 1) + 1, dtype=torch.float16 if scale == 1e-5 else torch.bfloat16)

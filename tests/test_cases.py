@@ -769,7 +769,7 @@ def test_a_velocity_to_paste(kind, run):
     came = run(
         Hand(), KINDS[kind](velocity=lambda module, xt, t, labels: module.net(xt, t, labels))
     )
-    assert "asks module.net about another time than training does" in came.said[0]
+    assert "calls module.net at another time than training does" in came.said[0]
     Hand.Net.forward.__defaults__ = (None,)
     came = run(Hand(), KINDS[kind](velocity=lacks))
     Hand.Net.forward.__defaults__ = None

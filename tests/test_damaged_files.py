@@ -380,7 +380,7 @@ def test_members_of_zips_that_lie_outside_are_no_rows(tmp_path, name):
         archive.writestr(name, row)
     before = sorted(tmp_path.rglob("*"))
     stored = zipfile.ZipFile(path).namelist()[-1]
-    message = r"x\.npy in .*x\.zip has a name that lies outside of it\. Write the zip again\."
+    message = r"x\.npy in .*x\.zip has a name that points outside it\. Write the zip again\."
     with pytest.raises(ValueError, match=message) as error:
         open_latents(path, "edm2")
     assert stored in str(error.value)

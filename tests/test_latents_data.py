@@ -410,7 +410,7 @@ def test_wrong_classes_and_places_are_refused(made, tmp_path):
         few.setup()
     with pytest.raises(FileNotFoundError, match="no such path"):
         data_of(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="no flipped latents"):
+    with pytest.raises(ValueError, match="latents without flips"):
         data_of(made("fast-dit"), flips="random")
     with pytest.raises(ValueError, match=r"LatentsData\(sharded=True\)"):
         data_of(made("fast-dit")).latent_shard()

@@ -316,7 +316,7 @@ def test_what_knows_no_masks_says_so() -> None:
     x, y, mask = _data()
     bank = LatentBank(x, y, mask=mask)
     for make in (Certificate.compute, Smoothing, lambda bank: Oracle(bank, engine=Sharded())):
-        with pytest.raises(ValueError, match="does not know masks"):
+        with pytest.raises(ValueError, match="does not support masks"):
             make(bank)
 
 

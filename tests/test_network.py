@@ -268,7 +268,7 @@ def test_an_answer_of_another_shape_is_refused():
     model = Model()
     network = search(model, lambda x1, y: model.loss(model.net, x1, y)).result()
     xt, t, _ = queries()
-    with pytest.raises(ValueError, match=r"stands for a velocity, of shape \(7, 3, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"return a prediction of shape \(7, 3, 2, 2\)"):
         network.velocity(torch.zeros(7, 6, 2, 2), xt, t)
 
 

@@ -17,7 +17,7 @@ from stagewise.adapters import (
     find_target_makers,
     one_target_maker,
 )
-from stagewise.adapters.base import plain
+from stagewise.adapters.base import unwrapped
 from stagewise.losses import FlowMatchingLoss
 from stagewise.noise import NoiseSums, check_independent, dependence
 
@@ -244,7 +244,7 @@ def test_copies_and_pickles_are_plain(kind):
     expected = step(copy.deepcopy(holder), run)
     detach = maker_of(holder).observe(told.append)
     again = maker_of(holder).observe(told.append)
-    assert maker_of(holder).describe() == maker_of(holder_of(plain(holder.thing))).describe()
+    assert maker_of(holder).describe() == maker_of(holder_of(unwrapped(holder.thing))).describe()
     for other in (copy.deepcopy(holder), pickle.loads(pickle.dumps(holder))):
         assert same(step(other, run), expected)
     assert told == []

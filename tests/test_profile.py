@@ -278,7 +278,7 @@ def test_bad_input_is_one_message_and_exit_code_one(folder, run, tmp_path):
     cases = [
         ((tmp_path / "nowhere",), "no such path"),
         ((empty,), "What is looked for:\n  LightningDiT"),
-        ((mixed,), "Keep|keep each in a folder"),
+        ((mixed,), "Keep latents of each shape in a folder|put each into its own folder"),
         ((folder / "rough",), 'Say which: format="repa"'),
         ((twice,), "scaled twice"),
         ((bare, "--class-wise"), "--no-class-wise"),

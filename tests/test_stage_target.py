@@ -578,7 +578,7 @@ def test_the_network_must_come_after_the_target_only_where_x1_is_not_in_the_batc
     First.scale = 1
     fit(First(), VelocityErrorMonitor(**few))
     First.scale = 3
-    with pytest.raises(ValueError, match=r"by module\.target: call it before the network"):
+    with pytest.raises(ValueError, match=r"target shows what is trained on: call it"):
         fit(First(), VelocityErrorMonitor(**few))
 
 

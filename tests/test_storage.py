@@ -260,9 +260,9 @@ def test_a_full_disk_is_told_before_anything_is_written(x, path, monkeypatch):
 
 
 def test_what_is_no_bank_is_refused(x, path):
-    with pytest.raises(FileNotFoundError, match=r"which is none.*LatentBank\.save"):
+    with pytest.raises(FileNotFoundError, match=r"no such file.*LatentBank\.save"):
         LatentBank.open(path)
-    with pytest.raises(FileNotFoundError, match="which is none"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         LatentBank.open(path.parent)
     for content in (b"", b"PK\x03\x04" + bytes(100), bytes(100)):
         path.write_bytes(content)
@@ -277,7 +277,7 @@ def test_what_is_no_bank_is_refused(x, path):
         LatentBank.open(path)
     LatentBank(x).save(path)
     save_file(load_file(path), path)
-    with pytest.raises(ValueError, match="without what a bank says about itself"):
+    with pytest.raises(ValueError, match="without the metadata of a bank"):
         LatentBank.open(path)
 
 

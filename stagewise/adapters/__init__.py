@@ -1,8 +1,7 @@
-"""Where other libraries make their targets, and how a scheme gets in there.
+"""Finds where other libraries make their targets, and attaches a scheme there.
 
-One file per library. Each is recognised by its interface and imported by nobody: a library that is
-not installed costs nothing. Whatever counts time or signs its target in another way is translated
-here and nowhere else.
+One file per library. Libraries are recognised by their interface and never imported, so none has to
+be installed. Other conventions of time and sign are translated here and nowhere else.
 """
 
 from stagewise.adapters.base import Detach, Seen, TargetMaker

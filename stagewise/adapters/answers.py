@@ -1,13 +1,13 @@
 r"""What the answer of a network stands for: which tensor it is, and which prediction.
 
-A step may make the prediction that its loss is of out of another one, `A_t f + B_t x_t` of the
-answer f (a velocity of predicted data, say), turn its sign, or use the second of two tensors. For a
-prediction `y = c_t x_1 + b_t x_t`, a loss that grows with the distance of each number,
+A step may convert the answer f before its loss, to `A_t f + B_t x_t` (predicted data to a velocity,
+for example), turn its sign, or use the second of two tensors. For a prediction
+`y = c_t x_1 + b_t x_t`, a loss that grows with the distance of each number,
 
     sum_j w_j |A_t f_j + B_t x_t,j - (A_t y_j + B_t x_t,j)|^p,   w_j >= 0,
 
-has a gradient at f with the sign of `f_j - y_j` in every number, whatever the weights, masks, A_t
-and B_t are; of no other prediction it has. So the first backward pass says what f is.
+has a gradient at f with the sign of `f_j - y_j` in every number, for all weights, masks, A_t and
+B_t. No other prediction agrees with these signs, so the first backward pass says what f is.
 """
 
 from __future__ import annotations
@@ -27,43 +27,39 @@ from stagewise.paths import Prediction, PredictionKind, expand_like
 __all__ = ["Gradients", "Verdict", "answer_text", "tensor_of", "tensors_of"]
 
 _SURE = 0.99
-"""Share of the signs that agree in what the answer is; rounding may turn a few."""
+"""Share of the signs that must agree; rounding may turn a few."""
 
 _UNLIKE = 0.9
-"""Below this share no further term of a loss explains why signs differ."""
+"""Below this share the other terms of a loss do not explain why signs differ."""
 
 _CLEAR = 0.002
-"""By how much the best reading must be better than another one."""
+"""By how much the best reading must be better than the next."""
 
 _LEAST = 32
-"""Numbers below which signs say nothing."""
+"""Fewer signs say nothing."""
 
 _ROUNDING = 8
-"""In units of the coarsest precision: differences below that may have any sign."""
+"""Differences below so many units of the coarsest precision may have any sign."""
 
 
-def tensors_of(output: Any) -> list[tuple[str, Tensor]]:
-    """The tensors in what a network returns, and how one would write each after the call."""
-    return list(_named(output, ""))
-
-
-def _named(value: Any, text: str, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(value: Any, text: str = "", depth: int = 3) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in what a network returns, each with what to write after the call to get it."""
     if isinstance(value, Tensor):
         yield text, value
     elif depth == 0:
         return
     elif isinstance(value, (list, tuple)):
         for k, held in enumerate(value):
-            yield from _named(held, f"{text}[{k}]", depth - 1)
+            yield from tensors_of(held, f"{text}[{k}]", depth - 1)
     elif is_dataclass(value) and not isinstance(value, type):  # also the records of diffusers
         for field in fields(value):
-            yield from _named(getattr(value, field.name), f"{text}.{field.name}", depth - 1)
+            yield from tensors_of(getattr(value, field.name), f"{text}.{field.name}", depth - 1)
     elif isinstance(value, Mapping):
         for key, held in value.items():
-            yield from _named(held, f"{text}[{key!r}]", depth - 1)
+            yield from tensors_of(held, f"{text}[{key!r}]", depth - 1)
     else:
         for name, held in getattr(value, "__dict__", {}).items():
-            yield from _named(held, f"{text}.{name}", 0)
+            yield from tensors_of(held, f"{text}.{name}", 0)
 
 
 def _alike(output: Any, shape: tuple[int, ...]) -> list[tuple[str, Tensor]]:
@@ -71,24 +67,23 @@ def _alike(output: Any, shape: tuple[int, ...]) -> list[tuple[str, Tensor]]:
 
 
 def tensor_of(output: Any, shape: tuple[int, ...], line: str = "", at: int = 0) -> Tensor:
-    """The tensor of a shape among what a network returns, the `at`-th of several.
+    """The `at`-th tensor of a shape in what a network returns.
 
     Raises:
-        ValueError: If there is none, with `line`, how to ask for one.
+        ValueError: If there is none; the message shows `line`, how to ask for one.
     """
     found = _alike(output, shape)
     if found:
         return found[min(at, len(found) - 1)][1]
     came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     raise ValueError(
-        f"Expected the network to return what stands for a velocity, of shape {shape}, got "
-        f"{came}. Say how to make one of it, for example: "
-        f"{line or 'velocity=lambda module, xt, t, labels: ...'}"
+        f"Expected the network to return a prediction of shape {shape}, got {came}. Say how to get "
+        f"the velocity from it: {line or 'velocity=lambda module, xt, t, labels: ...'}"
     )
 
 
 def answer_text(output: Any, shape: tuple[int, ...], at: int = 0) -> str:
-    """What one would write after a call to have a tensor of that shape, as far as it is there."""
+    """What to write after a call to get a tensor of that shape; empty if there is none."""
     found = _alike(output, shape)
     if found:
         return found[min(at, len(found) - 1)][0]
@@ -101,29 +96,22 @@ def answer_text(output: Any, shape: tuple[int, ...], at: int = 0) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What gradients say of an answer.
+    """What gradients say about an answer."""
 
-    Attributes:
-        reads: Whose prediction the answer is; None: of none that is known.
-        at: Which of the tensors.
-        share: How many signs agree with what the maker says.
-        doubted: Whether so few agree that it is not what the maker says.
-    """
-
-    reads: TargetMaker | None
-    at: int
-    share: float
-    doubted: bool
+    reads: TargetMaker | None  # whose prediction the answer is, None if not known
+    at: int  # which of the tensors
+    share: float  # how many signs agree with what the maker says
+    doubted: bool  # whether these are too few for it to be true
 
 
 class Gradients:
-    """The gradient at a network's answer, and what it is of.
+    """The gradient at a network's answer, and which prediction it belongs to.
 
     Args:
-        maker: What says which prediction the loss is of.
+        maker: Says which prediction the loss is of.
         noisy: What the network was given.
         x1: What that was made from, (B, *).
-        output: What it returned; gradients are retained there.
+        output: What it returned, which retains its gradients.
     """
 
     def __init__(self, maker: TargetMaker, noisy: Noisy, x1: Tensor, output: Any) -> None:
@@ -134,11 +122,11 @@ class Gradients:
 
     @torch.no_grad()
     def votes(self, known: bool, added: Tensor | None = None) -> Tensor:
-        """How many signs were compared and agree, (answers, readings, 2); zero if none were.
+        """Numbers of signs that were compared and that agree, (answers, readings, 2).
 
         Args:
-            known: Whether the targets are; else nothing is compared.
-            added: What a scheme has added to the targets that the maker speaks of, (B, *).
+            known: Whether the targets are known; otherwise nothing is compared.
+            added: What a scheme has added to the targets of the maker, (B, *).
         """
         count = len(self._answers), len(self._readings), 2
         votes = torch.zeros(count, dtype=torch.int64, device=self._x1.device)
@@ -151,7 +139,7 @@ class Gradients:
             c = self._readings[0].prediction.coefficients(path)[0]
             x1 = x1 + added[rows].float() / expand_like(c, x1)
         for n, answer in enumerate(self._answers):
-            # What was changed in place is not what the network returned.
+            # A tensor that was changed in place is not what the network returned.
             if answer.grad is None or answer._version != self._versions[n]:
                 continue
             f, g = answer.detach()[rows].float(), answer.grad[rows].float()
@@ -168,7 +156,7 @@ class Gradients:
         return votes
 
     def verdict(self, votes: Tensor) -> Verdict | None:
-        """What the votes of all ranks say; None if they say nothing."""
+        """The result of the votes of all ranks; None if they say nothing."""
         votes = votes.cpu()
         share = torch.where(votes[..., 0] >= _LEAST, votes[..., 1] / votes[..., 0], -1.0)
         if not share.numel() or float(share.max()) < 0:
@@ -185,7 +173,7 @@ class Gradients:
 
 
 def _readings(maker: TargetMaker) -> list[TargetMaker]:
-    """What the maker says, and the same with other predictions or the sign turned."""
+    """The maker, and the same with other predictions or the other sign."""
     found = [maker]
     kinds: tuple[PredictionKind, ...] = ("data", "noise", "v", "velocity")
     for kind in kinds:

@@ -1,11 +1,11 @@
-"""A maker: where a training's target is made, in an object of another library.
+"""`TargetMaker`: where a training's target is made, in an object of another library.
 
-A maker knows the library's convention and what can be steered there. It puts a scheme in by setting
-one attribute (or two) on the object that the user has. Taking it out leaves `vars` of that object
-as they were. Copies and pickles made meanwhile (averaged weights, checkpointed hyperparameters)
-hold the object as its library made it.
+A maker knows the library's convention and what can be steered there. It attaches a scheme by
+setting one or two attributes on the user's object, and detaching restores `vars` of that object.
+Copies and pickles made meanwhile (averaged weights, checkpointed hyperparameters) hold the object
+as its library made it.
 
-A maker can also be watched: `observe` tells what each target is made from, and changes nothing.
+A maker can also be watched: `observe` reports what each target is made from, and changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from stagewise.masks import MaskedLabels
 from stagewise.paths import Path, Prediction, same_path
 from stagewise.schemes import Phases, Scheme, parts
 
-__all__ = ["Detach", "Place", "TargetMaker", "Seen", "Tell", "looks", "plain", "rebind", "together"]
+__all__ = [
+    *("Detach", "Place", "Seen", "TargetMaker", "Tell"),
+    *("rebind", "chained", "unwrapped", "watched"),
+]
 
 Detach = Callable[[], None]
 """Undoes an `attach` or an `observe`; calling it again does nothing."""
@@ -31,19 +34,19 @@ Detach = Callable[[], None]
 
 @dataclass
 class Seen:
-    """What one target of a training is made from: detached references, nothing is copied.
+    """What one target of a training is made from: detached tensors, which are not copied.
 
-    Read the tensors while you are told: training may overwrite them afterwards.
+    Read them inside the call that reports them: training may overwrite them afterwards.
 
     Attributes:
-        x1: Data, (B, *), as what makes the targets was given them.
-        x0: Noise, (B, *); None where it is drawn out of sight.
-        t: Times, (B,), t = 0 is noise; None where they are not at hand in this convention.
-        xt: Noisy samples, (B, *); None where they are not at hand.
-        conditions: Names and tensors that are handed on to the model beside `x_t` and time.
-        masks: Which numbers count, as `MaskedLabels`; None where that is not said.
-        condition: What a kernel goes by, (B, *); None where that is not said.
-        graph: What `x1` was made by, as `grad_fn`; a copy has none.
+        x1: Data, (B, *), as the maker of the targets was given them.
+        x0: Noise, (B, *); None if it is not visible.
+        t: Times, (B,), t = 0 is noise; None if they are not known in this convention.
+        xt: Noisy samples, (B, *); None if they are not known.
+        conditions: Names and tensors that the model is given besides `x_t` and time.
+        masks: Which numbers count, as `MaskedLabels`, or None.
+        condition: What a kernel goes by, (B, *), or None.
+        graph: The `grad_fn` of `x1`; a copy has none.
     """
 
     x1: Tensor
@@ -65,31 +68,24 @@ class Seen:
 
 
 Tell = Callable[[Seen], None]
-"""Is told of every target that is made with gradients enabled."""
+"""Called for every target that is made with gradients enabled."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """An object and where it was found.
-
-    Attributes:
-        object: The object.
-        name: Its name as one would write it, such as "module.FM".
-        owner: What holds it as an attribute; None for the first object and inside containers.
-        attribute: Under which name `owner` holds it.
-    """
+    """An object and where it was found."""
 
     object: Any
-    name: str
-    owner: Any = None
-    attribute: str = ""
+    name: str  # such as "module.FM"
+    owner: Any = None  # what holds it as an attribute; None at the root and inside containers
+    attribute: str = ""  # of `owner`
 
 
 class TargetMaker:
-    """What makes the targets of a training, recognised. One file of this folder for each library.
+    """An object that makes the targets of a training. One file of this folder for each library.
 
     A subclass has a classmethod `of(place)`, which recognises the object or returns None, and the
-    methods `_attach(scheme)` and `_observe(tell)`, which `rebind` what the object is called by.
+    methods `_attach(scheme)` and `_observe(tell)`, which `rebind` the methods of the object.
 
     Args:
         place: The object.
@@ -102,15 +98,15 @@ class TargetMaker:
     Attributes:
         library: Whose interface it has.
         what: What the object is, for messages.
-        trains: Whether it makes targets of a training; what does not is there to sample.
+        trains: Whether it makes targets of a training; if not, it only samples.
         weights: Whether it can weigh each sample's loss.
         timesteps: Whether it can draw t.
         losses: Whether it sees each sample's loss.
-        late: Whether another scheme can be put in while it tells what it has seen.
-        observable: Whether `observe` can see anything here.
-        coupled: Whether something beside it (`find_target_makers`) or inside pairs noise with data.
+        late: Whether another scheme can be attached while it reports a target.
+        observable: Whether `observe` can report anything.
+        coupled: Whether it, or an object beside it, pairs noise with data.
         last: Times, (B,), and losses before the scheme's weight, (B,), of the latest call,
-            detached. None before the first call, and where losses are not seen.
+            detached. None before the first call, and if losses are not visible.
     """
 
     library: str
@@ -161,19 +157,19 @@ class TargetMaker:
         )
 
     def attach(self, scheme: Scheme | Phases, *, weighed: bool = False) -> Detach:
-        """Lets the scheme make the targets, and whatever else it can here.
+        """Lets the scheme make the targets, and draw times and weigh losses if the maker can.
 
         Args:
             scheme: What steers.
-            weighed: Whether the training step applies the scheme's weights itself, where the maker
-                cannot. Default False.
+            weighed: Whether the training step applies the scheme's weights itself, for a maker
+                that cannot. Default False.
 
         Returns:
-            What puts the object back as it was.
+            A function that restores the object.
 
         Raises:
-            ValueError: If this cannot be steered, is steered already, or the scheme asks for what
-                cannot be had here, with the cure.
+            ValueError: If the maker cannot be steered, is steered already, or cannot do what the
+                scheme asks for; with the cure.
         """
         self.check(scheme, weighed=weighed)
         return self._attach(scheme)
@@ -190,8 +186,8 @@ class TargetMaker:
             on_path = any(each is not None for each in (part.oracle, part.weight, part.smoothing))
             if on_path and not same_path(part.path, self.path):
                 raise ValueError(
-                    f"{self.name} trains on {self.path!r}, the scheme is for {part.path!r}. Give "
-                    "it the path of the maker: Oracle(bank, path), or Scheme(path=path), with "
+                    f"{self.name} trains on {self.path!r}, the scheme is for {part.path!r}. Use "
+                    "the path of the maker: Oracle(bank, path), or Scheme(path=path), with "
                     "path = one_target_maker(module).path."
                 )
             weighs = part.weight is not None or (part.preserve_objective and part.draws_timesteps)
@@ -209,26 +205,26 @@ class TargetMaker:
                 )
 
     def refuse_given_times(self, scheme: Scheme | Phases) -> None:
-        """Refuses, while steered, times that the caller chose if the scheme chooses some too."""
+        """Refuses times from the caller if the scheme draws times."""
         if any(part.draws_timesteps for part in parts(scheme)):
             raise ValueError(
-                f"{self.name} was given its times, but the scheme draws them. Call it without, or "
-                "give the scheme no timesteps."
+                f"{self.name} was given its times, but the scheme draws them. Call it without "
+                "times, or give the scheme no timesteps."
             )
 
     def observe(self, tell: Tell) -> Detach:
-        """Tells what every target is made from, and changes nothing.
+        """Reports what every target is made from, and changes nothing.
 
-        Only calls with gradients enabled are told of, and none that `torch.compile` traces. What
-        is observed can be observed again, and steered, and let go of in any order.
+        Only calls with gradients enabled count, and none that `torch.compile` traces. A maker can
+        be observed several times, steered, and released in any order.
 
         Args:
-            tell: Called with what was seen; what it raises stops the training.
+            tell: Called with a `Seen`; an error that it raises stops the training.
 
         Returns:
-            What ends it. Where `observable` is False nothing is ever told.
+            A function that ends it. If `observable` is False nothing is ever reported.
         """
-        return self._observe(tell) if self.observable else together()
+        return self._observe(tell) if self.observable else chained()
 
     def _attach(self, scheme: Scheme | Phases) -> Detach:
         raise NotImplementedError
@@ -241,10 +237,9 @@ class TargetMaker:
 
 
 class _Rebound:
-    """Stands for an attribute while it is steered or observed; a copy or pickle is the original.
+    """Replaces an attribute while it is steered or observed; a copy or pickle is the original.
 
-    Several may stand for the same attribute, each around the one before it. One that is let go of
-    inside of others hands every call on.
+    Several may be nested around one attribute. One that is released inside others only forwards.
     """
 
     def __init__(
@@ -264,8 +259,8 @@ class _Rebound:
         return in_place_of(self.__wrapped__)
 
 
-def plain(value: Any) -> Any:
-    """What an attribute is without those that steer or observe it."""
+def unwrapped(value: Any) -> Any:
+    """An attribute without the wrappers that steer or observe it."""
     while isinstance(value, _Rebound):
         value = value.__wrapped__
     return value
@@ -280,10 +275,10 @@ def rebind(
         owner: The instance; its class is left alone.
         attribute: Name of a method or of a callable it holds.
         function: What is called instead.
-        observes: Whether it only looks on. Default False: it steers, which one may do.
+        observes: Whether it only observes. Default False: it steers, and only one may steer.
 
     Returns:
-        What puts `vars(owner)` back, once all that stand for the attribute are let go of.
+        A function that restores `vars(owner)`, once all wrappers of the attribute are released.
 
     Raises:
         ValueError: If the attribute is steered already, and this would steer it too.
@@ -314,8 +309,8 @@ def rebind(
     return restore
 
 
-def together(*detach: Detach) -> Detach:
-    """One that calls all."""
+def chained(*detach: Detach) -> Detach:
+    """One function that calls all."""
 
     def restore() -> None:
         for each in detach:
@@ -324,6 +319,6 @@ def together(*detach: Detach) -> Detach:
     return restore
 
 
-def looks() -> bool:
-    """Whether a call is told to an observer: it trains, and is not being traced."""
+def watched() -> bool:
+    """Whether a call is reported to observers: gradients are on, and it is not being traced."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

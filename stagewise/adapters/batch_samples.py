@@ -1,49 +1,52 @@
-"""x_1, labels, masks and conditions of the batches of a run, and of samples that came of them."""
+"""x_1, labels, masks and conditions of the batches of a run, and of the samples trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stagewise.adapters.base import Seen
-from stagewise.adapters.batch_conditions import BatchConditions
-from stagewise.adapters.rows import labels_of_rows, place_of, same, version_of
+from stagewise.adapters.base import Seen, TargetMaker
+from stagewise.adapters.network import Network
+from stagewise.adapters.rows import equals, labels_of_rows, place_of, version_of
 from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
-from stagewise.batches import ReadBatch, leaves_of, read_checked
+from stagewise.batches import ReadBatch, describe, leaves_of, read_checked
 from stagewise.condition import Condition
 from stagewise.masks import MaskedLabels, fitted, plain
+from stagewise.schemes import Scheme
 
 __all__ = ["BatchSamples", "no_bank"]
 
 
 class BatchSamples:
-    """What the batches hold, and which of their samples others are.
+    """What the batches of a run hold, and which of their samples are trained on.
 
     Args:
         read_batch: From a batch to `(x_1, labels or None)`.
 
     Attributes:
-        batch: The present batch; `begin` sets it.
-        x1: x_1 of the first one as `read_batch` has it before the step, (B, *), or None.
-        labels: Its labels, (B,), or None.
-        masks: The same with its masks, or None.
-        x1_at: Where that x_1 lies in the batch, as one would write it; empty if it does not.
-        labels_at: The same for the labels, "None" if they do not.
+        batch: The current batch; `begin` sets it.
+        x1: x_1 of the first batch before the step, (B, *), or None.
+        labels: Labels of the first batch, (B,), or None.
+        masks: The same with masks, or None.
+        x1_at: Where that x_1 lies in the batch, such as "batch[0]"; empty if it is not there.
+        labels_at: The same for the labels; "None" if they are not there.
+        seen: What makes the targets, and what the first target of the batch was made from.
     """
 
     def __init__(self, read_batch: ReadBatch) -> None:
         self._find = read_batch
         self.batch: Any = None
+        self.seen: tuple[TargetMaker, Seen] | None = None
         self._before: list[tuple[str, Tensor, int]] = []  # leaves of the batch, and their versions
         self._kept: set[str] = set()  # what each step changes in place
         self._finished = False  # the first batch is over
-        self._follows = False  # later samples are taken where they are seen
-        self._given = BatchConditions()
+        self._follows = False  # later samples are read where the targets are made
+        self._condition_at = ""  # where conditions lie in a batch
         self._found_nothing(no_bank)
 
     def _found_nothing(self, bank: Callable[[], LatentBank | None]) -> None:
@@ -54,16 +57,16 @@ class BatchSamples:
         self._bank = bank
 
     def begin(self, batch: Any) -> None:
-        """Before each batch, which is trained on now."""
+        """Takes the batch that is trained on next."""
         self.batch = batch
-        if self._kept:  # what the step changes in place is gone once anybody asks
+        if self._kept:  # the step will have overwritten these when they are read
             gone = {id(leaf) for name, leaf in leaves_of(batch) if name in self._kept}
             leaves, spec = pytree.tree_flatten(batch)
             kept = [leaf.clone() if id(leaf) in gone else leaf for leaf in leaves]
             self.batch = pytree.tree_unflatten(kept, spec)
 
     def _find_first(self, bank: Callable[[], LatentBank | None]) -> None:
-        """Finds x_1 and labels before the first step; a ValueError leaves none behind."""
+        """Finds x_1 and labels before the first step; after a ValueError there are none."""
         self._found_nothing(bank)
         self._before = [(name, leaf, version_of(leaf)) for name, leaf in leaves_of(self.batch)]
         x1, found = read_checked(self._find, self.batch)
@@ -73,7 +76,7 @@ class BatchSamples:
         self.labels_at = self.place(self.labels) or "None"
 
     def _changed_in_place(self) -> set[str]:
-        """What of the batch the first step has changed, by where it lies."""
+        """Where the first step has changed the batch."""
         now, before = dict(leaves_of(self.batch)), self._before
         changed = {
             name
@@ -84,19 +87,16 @@ class BatchSamples:
         return changed if self._changed_x1() is None else changed | {self.x1_at}
 
     def _changed_x1(self) -> Tensor | None:
-        """What lies by now where x_1 of the batch was, if the step has changed it; else None."""
+        """What now lies in place of x_1 of the batch; None if that is unchanged."""
         if self.x1 is None or not self.x1_at:
             return None
         now = dict(leaves_of(self.batch)).get(self.x1_at)
-        if now is None or not now.is_floating_point() or now.ndim < 2 or same(now, self.x1):
+        if now is None or not now.is_floating_point() or now.ndim < 2 or equals(self.x1, now):
             return None
         return now.detach()
 
     def take(self, seen: Seen) -> None:
-        """Takes labels and masks of a call where there is no batch to find them in.
-
-        The classes are those that it is given, or those of the rows that its samples are.
-        """
+        """Takes labels and masks from a call if there is no batch: given ones, or of its rows."""
         self.masks, self.labels = seen.masks, dict(seen.conditions).get("labels")
         bank = None if self._finished or self.labels is not None else self._bank()
         if bank is not None and bank.classes and tuple(seen.x1.shape[1:]) == bank.shape:
@@ -105,21 +105,21 @@ class BatchSamples:
                 self.labels = torch.tensor(bank.labels_of(rows.tolist()), device=rows.device)
 
     def masks_of_batch(self) -> MaskedLabels | None:
-        """The masks of the present batch, None if there are none."""
+        """The masks of the current batch, None if there are none."""
         if self.masks is None or self.batch is None:
             return self.masks
         found = read_checked(self._find, self.batch)[1]
         return found if isinstance(found, MaskedLabels) else None
 
     def as_rows(self, x1: Tensor, bank: LatentBank) -> Tensor:
-        """Samples of the first batch as rows of a bank, if they have masks."""
+        """Samples of the first batch at the length of the bank's rows, if they have masks."""
         alike = self.masks is not None and self.masks.shape == tuple(x1.shape[1:])
         if not alike or len(self.masks) != len(x1):  # type: ignore[arg-type]
             return x1
         return fitted(x1, self.masks, bank.shape)[0]
 
     def changed(self, x1: Tensor) -> bool:
-        """Whether any sample is neither one of the first batch nor a row of the bank."""
+        """Whether some sample is neither in the first batch nor in the bank."""
         own, bank = self.x1, self._bank()
         if own is not None and bool((find_among(own, x1) >= 0).all()):
             return False
@@ -129,16 +129,16 @@ class BatchSamples:
         return not bool((bank.find(x1) >= 0).all())
 
     def near(self, x1: Tensor) -> bool:
-        """Whether all samples are rows of the bank but for rounding."""
+        """Whether all samples are rows of the bank up to rounding."""
         bank = self._bank()
         if bank is None or bank.pairs or tuple(x1.shape[1:]) != bank.shape:
             return False
         return bool((bank.find_near(x1) >= 0).all())
 
     def labels_for(self, x1: Tensor) -> Tensor | MaskedLabels | None:
-        """The classes, (n,), int64, of samples, (n, *), that are trained on in the present batch.
+        """The classes, (n,), int64, of samples, (n, *), that the current batch trains on.
 
-        None if it cannot be said; see `labels_of_rows`.
+        None if they are not known; see `labels_of_rows`.
         """
         own = None if self.labels is None and self.masks is None else self._own()
         if own is None or own[1] is None:
@@ -151,29 +151,54 @@ class BatchSamples:
         return labels_of_rows(x1, own[0], own[1], self._bank())
 
     def condition_for(self, condition: Condition, x1: Tensor) -> Tensor | None:
-        """The conditions, (n, *), of such samples; None if it cannot be said."""
+        """The conditions, (n, *), of such samples; None if they are not known."""
         if self.batch is None:
-            seen: Any = getattr(self, "seen", None)
-            if seen is not None and seen[1].condition is not None:
-                return seen[1].condition
+            if self.seen is not None and self.seen[1].condition is not None:
+                return self.seen[1].condition
             raise ValueError(
-                f"{condition!r} needs the condition of each sample, and neither a batch was shown "
-                "nor is it given to what makes the targets: watch.step(step, batch)."
+                f"{condition!r} needs the condition of each sample, and found neither a batch nor "
+                "a condition in the call that makes the targets: watch.step(step, batch)."
             )
-        own, as_is = self._own(), self._finished and not self._follows
-        return self._given.of_rows(condition, self.batch, own or (x1, None), x1, as_is)
+        own = self._own() or (x1, None)
+        c = self._conditions(condition, *own)
+        if self._finished and not self._follows and len(x1) == len(c):  # the batch's, in order
+            return c
+        at = labels_of_rows(x1, own[0], torch.arange(len(c), device=x1.device), None)
+        return None if at is None else c[at.to(c.device)]
+
+    def _conditions(self, condition: Condition, x1: Tensor, labels: Any) -> Tensor:
+        """The conditions of x_1 of the current batch, (B, *); where they lie is found once."""
+        if condition.read_batch is None and self._condition_at:  # to compare values would sync
+            return dict(leaves_of(self.batch))[self._condition_at]
+        c = condition.of(self.batch, x1, labels)
+        self._condition_at = self.place(c)
+        return c
+
+    def _other_condition(self, schemes: Iterable[Scheme], network: Network) -> str:
+        """A warning if a kernel goes by another condition than the network is given, or empty."""
+        own = self._own()
+        for kernel in {s.oracle.condition for s in schemes if s.target and s.oracle}:
+            c = None if kernel is None or own is None else self._conditions(kernel, *own)
+            if c is not None and not network.is_given(c):
+                return (
+                    f"{kernel!r} weighs rows by {self._condition_at or 'what `read_batch` gives'}, "
+                    f"{describe(c)}, but the network is given {', '.join(network.conditions)}. The "
+                    "targets are right only as far as one follows from the other. Say where the "
+                    "condition is: Condition(..., read_batch=lambda batch: ...)."
+                )
+        return ""
 
     def _own(self) -> tuple[Tensor, Any] | None:
-        """x_1 and labels of the present batch, None if there is none, as in validation."""
+        """x_1 and labels of the current batch; None without a batch, as in validation."""
         if self.x1 is None or self.batch is None:
             return None
         own = (self.x1, self.masks or self.labels)
         return read_checked(self._find, self.batch) if self._finished else own
 
     def place(self, tensor: Tensor | None) -> str:
-        """Where a tensor lies in the present batch, as one would write it; empty if it does not."""
+        """Where a tensor lies in the current batch, such as "batch[0]"; empty if it is not."""
         return "" if tensor is None else place_of(tensor, self.batch)
 
 
 def no_bank() -> None:
-    """Of a run that has none."""
+    """The bank of a run that has none."""

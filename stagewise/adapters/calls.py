@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from stagewise.adapters.base import Seen, TargetMaker
 from stagewise.adapters.columns import Columns, agreement, apart, columns_of, equal, shifted
 from stagewise.adapters.fitting import Noisy
+from stagewise.adapters.rows import equals
 from stagewise.batches import LABEL_NAMES
 from stagewise.conventions import Convention
 from stagewise.masks import MaskedLabels, plain
@@ -27,7 +28,6 @@ __all__ = [
     "Reading",
     "Slots",
     "conditioning",
-    "is_same",
     "moved",
     "readings",
     "retimed",
@@ -38,19 +38,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a submodule.
+    """A call of a submodule."""
 
-    Attributes:
-        name: Of the submodule; empty for the module that was searched.
-        module: That itself.
-        leaves: The arguments, flattened. A list with one entry for each sample is a leaf.
-        spec: Their structure.
-    """
-
-    name: str
+    name: str  # of the submodule; empty for the module that was searched
     module: nn.Module
-    leaves: list[Any]
-    spec: Any
+    leaves: list[Any]  # the arguments, flattened; a list with one entry for each sample is a leaf
+    spec: Any  # their structure
 
     @classmethod
     def of(cls, name: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
@@ -77,53 +70,35 @@ class Call:
 
 @dataclass(frozen=True)
 class Slots:
-    """Where in the leaves of a call what lies.
+    """Which leaf of a call holds what."""
 
-    Attributes:
-        spec: The structure of `(args, kwargs)`.
-        leaves: Its leaves; those below are replaced in a call of our own.
-        x: The leaf that holds `x_t`.
-        time: The leaf that holds the time.
-        labels: The leaf that holds the classes; None: there is none.
-        one_hot: Whether these are one-hot.
-        masks: The leaves that hold the masks, and in which form; see `MaskedLabels.forms`.
-        conditions: The other leaves with one entry for each sample, by their index, and those
-            that hold some or are taken from the batch as they are.
-        optional: Whether the module accepts something that it was not given in this call.
-        size: How many samples there were.
-        autocast: The type that autocast computes in, None without it.
-        columns: How `x_t`, time and labels lie in one leaf; `leaves` has them `apart`.
-    """
-
-    spec: Any
-    leaves: tuple[Any, ...]
-    x: int
+    spec: Any  # the structure of `(args, kwargs)`
+    leaves: tuple[Any, ...]  # those named below are replaced when the network is asked
+    x: int  # x_t
     time: int
     labels: int | None = None
-    one_hot: bool = False
-    masks: tuple[tuple[int, str], ...] = ()
+    one_hot: bool = False  # whether the labels are
+    masks: tuple[tuple[int, str], ...] = ()  # with their form, see `MaskedLabels.forms`
+    # All others with one entry for each sample, or from the batch: index and description.
     conditions: tuple[tuple[int, str], ...] = ()
-    optional: bool = False
-    size: int = 0
-    autocast: torch.dtype | None = None
-    columns: Columns = ()
+    optional: bool = False  # whether the module accepts something that it was not given
+    size: int = 0  # samples in the call
+    autocast: torch.dtype | None = None  # the type that autocast computes in
+    columns: Columns = ()  # how x_t, time and labels lie in one leaf; `leaves` has them `apart`
 
     def read(self, leaves: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """`x`, (B, *), and time, (B,), of a call, the time in its own type."""
+        """`x_t`, (B, *), and time, (B,), of a call; the time keeps its type."""
         leaves = apart(leaves, self.columns)
         return leaves[self.x], leaves[self.time].reshape(-1)
 
     def kept(self, leaves: Sequence[Any]) -> Slots:
-        """The same with the leaves as they are reused.
-
-        Of those that are replaced only the shape and type matter.
-        """
+        """The same with leaves for later calls; of those that are replaced only one entry."""
         taken = (self.x, self.time, self.labels, *dict(self.masks))
         given = {k for k, _ in self.conditions}
         kept = tuple(
             rows_of(leaf, self.size, list(range(self.size)))
             if k in given
-            else (leaf[:1].clone() if k in taken else leaf).detach()
+            else (leaf[:1].clone() if k in taken else leaf).detach()  # shape and type matter
             if isinstance(leaf, Tensor)
             else leaf
             for k, leaf in enumerate(apart(leaves, self.columns))
@@ -135,19 +110,12 @@ class Slots:
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a call: as one of a maker's network.
+    """One way to read a call: as one of a maker's network."""
 
-    Attributes:
-        slots: Where `x_t` and time are.
-        maker: In whose convention.
-        noisy: What they are.
-        moments: How many different times there are.
-    """
-
-    slots: Slots
-    maker: TargetMaker
+    slots: Slots  # where x_t and time are
+    maker: TargetMaker  # in whose convention they are
     noisy: Noisy
-    moments: int
+    moments: int  # how many different times there are
 
 
 def readings(
@@ -157,14 +125,14 @@ def readings(
     makers: Sequence[TargetMaker],
     labels: Tensor | None,
 ) -> Iterator[Reading]:
-    """All ways to read `x_t` and a time out of a call, but for `x_1` itself as `x_t`."""
+    """All ways to read `x_t` and a time from a call; `x_1` itself is not taken for `x_t`."""
     size = len(x1)
     for slots in _places(call, shape, size, labels):
         x, time = slots.read(call.leaves)
         moments = len(torch.unique(time))
         if moments == 1 < size or (labels is not None and equal(time, labels)):
             continue
-        if is_same(x, x1):
+        if equals(x, x1):
             continue
         for maker in makers:
             step = _step(time, maker.convention)
@@ -176,10 +144,9 @@ def readings(
 
 
 def retimed(call: Call, seen: tuple[TargetMaker, Seen] | None) -> list[TargetMaker]:
-    """A maker with the conventions in which a call may hold its times in other units, `a t + b`.
+    """A maker with each convention in which a call may hold its times in other units, `a t + b`.
 
-    By least squares of what each argument, or a column of it, is of t. Whole numbers are rounded,
-    and hold t to one of their steps.
+    Each argument, or column of one, is fitted to t by least squares. Whole numbers may be rounded.
     """
     if seen is None or seen[1].t is None or seen[0].convention.by_sigma:
         return []
@@ -209,11 +176,6 @@ def retimed(call: Call, seen: tuple[TargetMaker, Seen] | None) -> list[TargetMak
     return found
 
 
-def is_same(x: Any, x1: Tensor) -> bool:
-    """Whether a value is these data, at its own precision."""
-    return isinstance(x, Tensor) and x.shape == x1.shape and torch.equal(x, x1.to(x.dtype))
-
-
 def _places(
     call: Call, shape: tuple[int, ...] | None, size: int, labels: Tensor | None
 ) -> Iterator[Slots]:
@@ -237,7 +199,7 @@ def _one_each(leaf: Any, size: int) -> bool:
 
 
 def _step(time: Tensor, convention: Convention) -> float | None:
-    """In which steps of t a time is known; None if it is none."""
+    """The steps of t in which a time is known; None if it is no time."""
     units = abs(convention.data_time - convention.noise_time)
     if time.is_floating_point():
         return float(torch.finfo(time.dtype).eps)
@@ -245,7 +207,7 @@ def _step(time: Tensor, convention: Convention) -> float | None:
 
 
 def _names(module: nn.Module, spec: Any) -> tuple[list[str], bool]:
-    """A name for each leaf, that of its parameter, and whether a parameter was given nothing."""
+    """The parameter of each leaf, and whether a parameter got no value."""
     forward = getattr(module, "_orig_mod", module).forward
     kinds = list(inspect.signature(forward).parameters.values())
     known = [p.name for p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -260,11 +222,8 @@ def _names(module: nn.Module, spec: Any) -> tuple[list[str], bool]:
     return names, variable or bool(set(left) - set(kwargs))
 
 
-# -- labels and conditions ------------------------------------------------------------------------
-
-
 def conditioning(call: Call, slots: Slots, labels: Any, batch: Any = None) -> Slots:
-    """The same slots with the leaf that holds the labels, and what else is one for each sample."""
+    """The slots with labels, masks and conditions filled in."""
     of_masks, labels = labels if isinstance(labels, MaskedLabels) else None, plain(labels)
     masks = []
     leaves, size, others = apart(call.leaves, slots.columns), len(call.leaves[slots.x]), []
@@ -304,16 +263,13 @@ def conditioning(call: Call, slots: Slots, labels: Any, batch: Any = None) -> Sl
 
 
 def _is_constant(leaf: Any) -> bool:
-    """Whether it is one whole number for all samples."""
+    """Whether all samples have the same whole number."""
     whole = isinstance(leaf, Tensor) and not leaf.is_floating_point() and leaf.numel() == len(leaf)
     return whole and len(leaf.unique()) == 1
 
 
 def moved(call: Call, before: Slots) -> Slots | None:
-    """Where `x_t` and time lie in a call of another structure than one before.
-
-    None if it is given neither more nor less than before, or not `x_t` and time.
-    """
+    """Where `x_t` and time lie in a call with other arguments than `before`; None if it has not."""
     if before.columns:
         return None
     old = [leaf is None for leaf in before.leaves]
@@ -333,14 +289,14 @@ def moved(call: Call, before: Slots) -> Slots | None:
 
 
 def _attributes(value: Any) -> list[str]:
-    """The names of what an object holds that is neither a number, a function nor a module."""
+    """Names of what an object holds; none for numbers, functions and modules."""
     if isinstance(value, (str, bytes, numbers.Number, type, nn.Module)) or callable(value):
         return []
     return [*getattr(value, "__dict__", {}), *getattr(type(value), "__slots__", ())]
 
 
 def _per_sample(value: Any, size: int, depth: int = 4) -> bool:
-    """Whether a value has one entry for each sample, or holds what has."""
+    """Whether a value, or one inside it, has one entry for each sample."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim > 0 and len(value) == size and 0 not in value.shape
     held: Sequence[Any]
@@ -358,7 +314,7 @@ def _per_sample(value: Any, size: int, depth: int = 4) -> bool:
 
 
 def rows_of(value: Any, size: int, rows: list[int], depth: int = 4) -> Any:
-    """A value with the entries of other samples: tensors, lists, and whatever holds such."""
+    """A value with the entries of other samples: tensors, lists, and objects that hold them."""
 
     def inner(held: Any) -> Any:
         return rows_of(held, size, rows, depth - 1)
@@ -378,8 +334,8 @@ def rows_of(value: Any, size: int, rows: list[int], depth: int = 4) -> Any:
             changed[key] = inner(held)
         return changed
     for name in _attributes(value):
-        if hasattr(value, name):  # a dataclass may be frozen
-            object.__setattr__(changed, name, inner(getattr(value, name)))
+        if hasattr(value, name):
+            object.__setattr__(changed, name, inner(getattr(value, name)))  # it may be frozen
     return changed
 
 

@@ -1,4 +1,4 @@
-"""Labels among the arguments of a network, and arguments that are columns of one tensor."""
+"""Finds labels among the arguments of a network, and arguments that are columns of one tensor."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 __all__ = ["Columns", "agreement", "apart", "columns_of", "equal", "joined", "shifted"]
 
 Columns = tuple[tuple[int, int], ...]
-"""What a leaf of two axes is made of, in the order of its columns: leaves and their widths.
+"""The parts of a leaf with two axes, in the order of its columns: their leaves and widths.
 
-The first part takes its place among the leaves, the others stand behind all.
+The first part takes the place of the leaf, the others follow after all leaves.
 """
 
 
 def apart(leaves: Sequence[Any], columns: Columns) -> list[Any]:
-    """Leaves with the parts of one that is made of columns."""
+    """Splits the leaf that is made of columns into its parts."""
     found = list(leaves)
     if columns:
         found += [None] * (len(columns) - 1)
@@ -41,7 +41,7 @@ def joined(leaves: Sequence[Any], columns: Columns) -> list[Any]:
 def columns_of(
     i: int, count: int, x: Tensor, shape: tuple[int, ...] | None, labels: Tensor | None
 ) -> Iterator[Columns]:
-    """How the columns of leaf `i` of `count` may be `x_t`, a time and, if any are left, labels."""
+    """All ways to split leaf `i` of `count` into `x_t`, a time and, if columns are left, labels."""
     width = x.shape[1] - 1 if shape is None else shape[1]
     left = x.shape[1] - width - 1
     if width < 1 or left < 0 or (shape is not None and len(shape) != 2):
@@ -60,7 +60,7 @@ def columns_of(
 def agreement(leaf: Tensor, labels: Tensor, *, one_hot: bool) -> int:
     """How many of the batch's labels a leaf has; -1 if it does not hold them.
 
-    Those that were dropped, for classifier-free guidance, all have one other value in their place.
+    Labels that were dropped, for classifier-free guidance, all have one other value.
     """
     labels, size = labels.reshape(-1).to(leaf.device), len(leaf)
     if len(labels) != size or leaf.dtype is torch.bool and not one_hot:
@@ -84,13 +84,13 @@ def agreement(leaf: Tensor, labels: Tensor, *, one_hot: bool) -> int:
 
 
 def equal(x: Tensor, labels: Tensor) -> bool:
-    """Whether numbers, (B,), are the labels."""
+    """Whether numbers, (B,), equal the labels."""
     labels = labels.reshape(-1).to(x.device)
     return x.shape == labels.shape and bool((x.double() == labels.double()).all())
 
 
 def shifted(leaf: Any, labels: Tensor | None) -> str:
-    """How a leaf is the labels under other numbers, with the cure; empty if it is not."""
+    """Says if a leaf holds the labels under other numbers, with the cure; empty if not."""
     whole = isinstance(leaf, Tensor) and not leaf.is_floating_point() and leaf.ndim > 0
     if labels is None or not whole or leaf.numel() != len(labels):
         return ""
@@ -101,6 +101,6 @@ def shifted(leaf: Any, labels: Tensor | None) -> str:
     number = f"batch[1] {min(by):+d}".replace("+", "+ ").replace("-", "- ")
     number = number if len(by) == 1 else "the_number_of(batch[1])"
     return (
-        " (the labels under other numbers; give those that it is given: "
+        " (the labels under other numbers; use the same numbers: "
         f"StageRun(read_batch=lambda batch: (batch[0], {number})))"
     )

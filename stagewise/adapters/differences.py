@@ -1,4 +1,4 @@
-"""What of bank, batch and noise is not that of the training, as its first step has shown it."""
+"""How bank, batch and noise differ from those of training, as its first step shows."""
 
 from __future__ import annotations
 
@@ -16,40 +16,36 @@ __all__ = ["compare", "difference", "other_rows", "several"]
 
 
 _SHOW = (
-    "The samples of the first step are no rows of the bank, and `step` was given no batch to hold "
-    "them against: watch.step(step, batch)."
+    "The samples of the first step are no rows of the bank, and `step` was given no batch to "
+    "compare them with: watch.step(step, batch)."
 )
 _FAR = 0.1
-"""Share of its norm by which a sample is off that is no row at all, of another encoder say."""
+"""Relative distance from which a sample is no row at all, but of another encoder, for example."""
 _MANY = 8
-"""Samples of a batch that are not all flipped or changed by chance, at least."""
+"""With so many samples, not all are flipped or changed by chance."""
 
 
 def several(look: FirstStep, asks: str) -> str:
-    """Which targets the first step called, if not one; `asks`: the callback that must say which."""
+    """A message if the first step called several makers; the callback `asks` must choose one."""
     names = [maker.name for maker in look.called]
     if len(names) < 2:
         return ""
     return (
-        f"The first step called {' and '.join(names)}, and what is measured is the training of "
-        f'one of them. Say which: {asks}(target_maker="{names[0]}").'
+        f"Expected the first step to call one target maker, got {' and '.join(names)}. Say which "
+        f'to measure: {asks}(target_maker="{names[0]}").'
     )
 
 
 def compare(look: FirstStep, given: Sequence[LatentBank]) -> tuple[list[str], str]:
-    """What of the bank and of the noise is not that of the training.
-
-    Returns:
-        Warnings, and a line for the log, which may be empty.
-    """
+    """How bank and noise differ from those of training: warnings, and a log line or ""."""
     warnings, note, x1 = [look.tied] if look.tied else [], "", look.trained_x1
     diagnosis = look.search.diagnosis() if look.seen is None else None
     if diagnosis is not None:
         warnings.append(f"What is measured is not what is trained on: {diagnosis.message}")
     elif x1 is None and look.x1 is not None:
         note = (
-            "x_1 as in the batch, not checked: the training step shows neither its x_1 nor a "
-            "call of its network that could be recognised."
+            "x_1 as in the batch, not checked: the training step shows neither its x_1 nor a call "
+            "of its network."
         )
     x1 = look.x1 if x1 is None else x1
     if x1 is not None and not look.swapped:
@@ -61,12 +57,16 @@ def compare(look: FirstStep, given: Sequence[LatentBank]) -> tuple[list[str], st
 def difference(
     look: FirstStep, x1: Tensor, read: LatentBank | None = None, *, encoded: bool = False
 ) -> tuple[str, bool]:
-    """How samples of the step differ from those that were read from the batches.
+    """How samples `x1` of the step differ from those that were read from the batches.
 
-    `encoded`: whether these were read through what the step does.
+    Args:
+        look: The first step.
+        x1: What it trains on, (B, *).
+        read: The bank that was read.
+        encoded: Whether it was read through the encoding of the step.
 
     Returns:
-        A message with the cure, and whether the shape or the scale is another one.
+        A message with the cure, and whether the shape or the scale differs.
     """
     if look.swapped:
         return look.tied, True
@@ -88,8 +88,8 @@ def difference(
             "bank=LatentBank(latents, labels).",
             True,
         )
-    # What made x_1 may be gone by the end of the step; the network's call was looked at in it.
-    why = look.search.origin(x1, place, look.x1) or look.search.diagnosis()
+    # The tensors of the step may be freed by now; those of the network's call were compared in it.
+    why = look.search.reasons.origin(x1, place, look.x1) or look.search.diagnosis()
     cure = (
         "give what is trained on, bank=LatentBank(latents, labels), or say how it is made of x_1: "
         "encode=lambda x, module: ..."
@@ -125,10 +125,10 @@ def difference(
 
 
 def other_rows(look: FirstStep, read: LatentBank, *, exact: bool) -> str:
-    """Says how many samples of the first step are no rows of what was read; empty if none are.
+    """How many samples of the first step are no rows of what was read; empty if none.
 
     Raises:
-        ValueError: If they are at another scale, and what is measured needs it `exact`.
+        ValueError: If they are at another scale, and the measurement must be `exact`.
     """
     x1 = look.x1 if look.trained_x1 is None else look.trained_x1
     if x1 is None or look.swapped or read.origin:
@@ -140,20 +140,20 @@ def other_rows(look: FirstStep, read: LatentBank, *, exact: bool) -> str:
     if exact:
         check_rows(read, x1)
     return (
-        f"{missing:.0%} of the samples in the first step are no rows of the bank, which is that of "
-        "the loader. If they are augmented, expect little of the data end; if the loop draws from "
-        "another loader, give that one: Watch(model, loader, ...)."
+        f"{missing:.0%} of the samples in the first step are no rows of the bank, which was read "
+        "from the loader. If they are augmented, expect little of the data end; if the loop draws "
+        "from another loader, give that one: Watch(model, loader, ...)."
     )
 
 
 def _unlike_bank(bank: LatentBank, x1: Tensor, shapes: set[tuple[int, ...]]) -> str:
-    """How samples that are trained on are unlike a bank that was given; empty if they are not."""
+    """How samples that are trained on differ from a bank that was given; empty if they do not."""
     shape = tuple(x1.shape[1:])
     if bank.shape not in shapes:
         raise ValueError(
-            f"The bank has samples of shape {bank.shape}, the training batch of shape "
-            f"{shape}. Build the bank from the same latents, or say which "
-            "tensor of the batch is x_1: StageRun(read_batch=lambda batch: (batch[0], None))."
+            f"The bank has samples of shape {bank.shape}, the training batch of shape {shape}. "
+            "Build the bank from the same latents, or say which tensor of the batch is x_1: "
+            "StageRun(read_batch=lambda batch: (batch[0], None))."
         )
     if shape != bank.shape:
         return (
@@ -167,9 +167,9 @@ def _unlike_bank(bank: LatentBank, x1: Tensor, shapes: set[tuple[int, ...]]) -> 
     if not 0.8 * bank.std < std < 1.25 * bank.std:
         return (
             f"The bank has a standard deviation of {bank.std:.4g}, the training batch one of "
-            f"{std:.4g}, and its samples are not rows of the bank. If one of them is scaled or "
-            "normalised and the other is not, every measured boundary is wrong: build the bank "
-            "from the latents that are trained on."
+            f"{std:.4g}, and its samples are not rows of the bank. If only one of them is scaled "
+            "or normalised, every measured boundary is wrong: build the bank from the latents that "
+            "are trained on."
         )
     return (
         "Samples of the training batch are not rows of the bank: the nearest row is off by "

@@ -1,14 +1,14 @@
-r"""Scripts around a noise scheduler of diffusers: flow matching (SD3, Flux), DDPM, DDIM.
+r"""Scripts with a noise scheduler of diffusers: flow matching (SD3, Flux), DDPM, DDIM.
 
-The scripts write their loss out, so there is nothing to put a scheme into: one line changes, from
-the target they make to
+These scripts write their loss out, so there is no object to attach a scheme to. One line changes,
+from the target they make to
 
     target = diffusers_target(noisy, model_input, noise, timesteps, scheme)
 
 with `scheme = Scheme(..., convention=noise_scheduler)`, which says what `noisy` and `timesteps` are
-and what is predicted. For flow matching `sigmas` may be given in place of timesteps, to a scheme
-without a convention: with `t = 1 - sigma` the noisy input `(1 - sigma) x + sigma noise` is the
-linear path, whatever `shift` has done to sigma. With `precondition_outputs` the target is `x`: say
+and what is predicted. For flow matching, `sigmas` can replace timesteps if the scheme has no
+convention: with `t = 1 - sigma` the noisy input `(1 - sigma) x + sigma noise` is on the linear
+path, for any `shift` of sigma. With `precondition_outputs` the target is `x`: say
 `prediction="data"`.
 """
 
@@ -37,23 +37,23 @@ def diffusers_target(
     condition: Tensor | None = None,
     prediction: Prediction | PredictionKind | None = None,
 ) -> Tensor:
-    """What to regress on in place of the target that the script makes.
+    """The target to regress on, in place of the one that the script makes.
 
-    The scheme's weight is `scheme.last.weight`, (B,), for that of the script to be multiplied by.
+    Multiply the script's weight by the scheme's, `scheme.last.weight`, (B,).
 
     Args:
         noisy: What the network is given, (B, *).
         model_input: Latents, scaled as they are trained on, (B, *).
         noise: Standard normal, (B, *).
-        times: Timesteps in the scheme's `convention`, (B,), such as those that
-            `noise_scheduler.add_noise` was given. If the scheme has none: the `sigmas` of flow
-            matching, in [0, 1] with 1 noise, (B,) or as the scripts expand them, (B, 1, ..).
+        times: Timesteps in the scheme's `convention`, (B,), as given to
+            `noise_scheduler.add_noise`. If the scheme has no convention: the `sigmas` of flow
+            matching, in [0, 1] with 1 noise, (B,) or expanded to (B, 1, ..).
         scheme: What steers.
         labels: The class of each sample, (B,); default None: the scheme looks them up if it needs
             them. These scripts condition on text: a scheme that mixes over a bank without classes
             is refused unless it says class_wise=False, "my model ignores its conditions".
-        condition: For a scheme with a kernel on it: what the model is given, (B, *), such as pooled
-            text embeddings.
+        condition: For a scheme with a kernel: what the model is conditioned on, (B, *), such as
+            pooled text embeddings.
         prediction: What is predicted, default that of the convention: the scheduler's
             `prediction_type`, or `noise - model_input`.
 
@@ -62,7 +62,7 @@ def diffusers_target(
 
     Raises:
         ValueError: If the prediction is not known, the shapes do not fit, or the scheme would
-            ignore what the model is conditioned on; and as a call of the scheme.
+            ignore what the model is conditioned on; and as the scheme raises.
 
     Example:
         >>> import torch
@@ -102,7 +102,7 @@ def diffusers_target(
 
 
 class NoiseScheduler(TargetMaker):
-    """A scheduler of flow matching, DDPM or DDIM: recognised, but the target is made beside it."""
+    """A scheduler of flow matching, DDPM or DDIM; the training step makes the target itself."""
 
     library, what = "diffusers", "diffusers scheduler"
     observable = trains = False

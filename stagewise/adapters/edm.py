@@ -1,13 +1,12 @@
 r"""The losses of EDM (arXiv 2206.00364) and EDM2 (2312.02696): `loss_fn(net, images, labels)`.
 
 The network sees `x_1 + sigma x_0`, which is `x_t / t` on the linear path at `t = 1 / (1 + sigma)`,
-and is regressed on `x_1`: the oracle's target is the posterior mean. The same `images` make the
-input and the target, so the loss is given a copy, which is overwritten by the target once the
-network is called, that is, once the input is made.
+and is regressed on `x_1`, so the oracle's target is the posterior mean. The loss makes input and
+target from the same `images`. It is given a clone of them, which the target overwrites when the
+network is called, after the input is made.
 
-`sigma` is drawn inside: set `P_mean` and `P_std` for another distribution. The loss comes back
-unreduced, (B, *), so weights apply. Labels may be one-hot, as EDM has them; of no columns, as its
-data set gives them where there are none, they are none.
+The loss draws `sigma`: set `P_mean` and `P_std` for another distribution. It returns (B, *), not
+reduced, so weights apply. Labels may be one-hot, as in EDM; labels without columns are none.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, rebind, watched
 from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS
 from stagewise.paths import LinearPath, expand_like
@@ -60,7 +59,7 @@ class EDMLoss(TargetMaker):
         return self.place.owner, self.place.attribute
 
     def _observe(self, tell: Tell) -> Detach:
-        """Told are the images as they are trained on, augmented if they are, and the labels."""
+        """Reports the images as they are trained on, after augmentation, and the labels."""
         plain = getattr(*self._entry())
 
         def loss(
@@ -71,7 +70,7 @@ class EDMLoss(TargetMaker):
             **kwargs: Any,
         ) -> Tensor:
             def look(x1: Tensor, augment_labels: Any = None) -> None:
-                if looks():
+                if watched():
                     given = (
                         *leaves_of(labels, "labels"),
                         *leaves_of(augment_labels, "augment_labels"),
@@ -99,8 +98,8 @@ class EDMLoss(TargetMaker):
         ) -> Tensor:
             if args or any(value is not None for value in kwargs.values()):
                 raise ValueError(
-                    f"{self.name} augments its images, so what it trains on is no row of the bank. "
-                    "Call it without augment_pipe to steer."
+                    f"{self.name} augments its images, so they are no rows of the bank. Call it "
+                    "without augment_pipe to steer."
                 )
             target = images.clone()
             t = weight = torch.empty(0)
@@ -131,7 +130,7 @@ class EDMLoss(TargetMaker):
 
 
 def _classes(labels: Tensor | None) -> Labels | None:
-    """Labels as the oracle takes them: of one-hot rows the class, of rows without one None."""
+    """Labels as the oracle takes them: the class of each one-hot row, None for a row of zeros."""
     if labels is None or not labels.numel():
         return None
     if not labels.is_floating_point():

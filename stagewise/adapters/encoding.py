@@ -1,8 +1,8 @@
 """How the samples that are trained on come from those of a batch: scaled, reshaped, or encoded.
 
-A training step may call an encoder, draw from the posterior that it returns, and scale that. Each
-of these steps is found by its values: what went into a call of a submodule, what came out, and what
-was trained on. From then on the same steps can be done with other batches, and written down.
+A training step may call an encoder, draw from the posterior that it returns, and scale the draw.
+Each of these steps is found from its values: the input and output of a submodule's call, and what
+was trained on. The same steps can then be applied to other batches, and written as code.
 """
 
 from __future__ import annotations
@@ -16,25 +16,32 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.adapters.base import Detach, rebind
+from stagewise.adapters.hooks import eager
 from stagewise.adapters.scaling import Step, done, related, text_of, way_of
 from stagewise.noise import is_off
 
-__all__ = ["EncoderCall", "Encoding", "encoder_call", "origin_of", "watch_encoders"]
+__all__ = [
+    *("STALE", "EncoderCall", "EncoderWeights", "Encoding", "encoder_call"),
+    *("origin_of", "version_of_weights", "watch_encoders"),
+]
+
+STALE = (
+    "The encoder that makes x_1 is trained in the same step, so a bank that is read once goes "
+    "stale. Freeze it, module.encoder.requires_grad_(False), or give a bank of what is trained on: "
+    "StageRun(bank=LatentBank(latents, labels))."
+)
+"""The message for a bank whose rows change in training."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """From `x_1` of a batch, (B, *), and the module, to what is trained on, (B, *).
+    """From `x_1` of a batch, (B, *), and the module, to what is trained on, (B, *)."""
 
-    Attributes:
-        steps: What is done, in this order; plain names and numbers. Beside those of `scaling` there
-            are `call`, `get`, `sample`, `chunk` and `draw`.
-    """
-
+    # Names and numbers only. Besides those of `scaling`: `call`, `get`, `sample`, `chunk`, `draw`.
     steps: tuple[Step, ...]
 
     def __call__(self, x: Tensor, module: nn.Module) -> Tensor:
-        """Encodes; a draw from a posterior is another one each time."""
+        """Encodes; each call draws from the posterior again."""
         value: Any = x
         for kind, *what in self.steps:
             if kind == "call":
@@ -64,13 +71,13 @@ class Encoding:
 
     @property
     def verb(self) -> str:
-        """What training does with `x_1`, in a word."""
+        """What training does with `x_1`, in one word."""
         kinds = {kind for kind, *_ in self.steps}
         return "encodes" if "call" in kinds else "reshapes" if kinds == {"reshape"} else "scales"
 
     @property
     def line(self) -> str:
-        """The same, to be pasted."""
+        """The steps as code to paste."""
         text, before = "x", ""
         for kind, *what in self.steps:
             arithmetic = kind in ("*", "/", "+", "-")
@@ -95,33 +102,25 @@ class Encoding:
 
 
 def _path(name: str) -> str:
-    """A submodule, or a method of one, as one would write it."""
+    """A submodule, or a method of one, as code."""
     parts = name.split(".") if name else []
     return "module" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
 
 
 class EncoderCall(NamedTuple):
-    """A call with one tensor that is made of `x_1` of the batch.
+    """A call of a submodule with one tensor, made of `x_1` of the batch."""
 
-    Attributes:
-        before: What was done with `x_1`.
-        name: Of the submodule or its method, such as "vae.encode".
-        options: Its other arguments, by their names.
-        autocast: The type that autocast computed in, empty without it.
-        output: What it returned.
-    """
-
-    before: tuple[Step, ...]
-    name: str
-    options: tuple[tuple[str, Any], ...]
-    autocast: str
+    before: tuple[Step, ...]  # what was done with `x_1`
+    name: str  # of the submodule or its method, such as "vae.encode"
+    options: tuple[tuple[str, Any], ...]  # keyword arguments
+    autocast: str  # the type that autocast computed in, empty without it
     output: Any
 
 
 def encoder_call(
     own: Tensor, name: str, args: Sequence[Any], kwargs: dict[str, Any], output: Any
 ) -> EncoderCall | None:
-    """A call as one of an encoder; None if it was given something else than `x_1` of the batch."""
+    """The call of an encoder; None if its input is not made of `x_1` of the batch."""
     plain = (bool, int, float, str, type(None))
     if len(args) != 1 or not isinstance(args[0], Tensor):
         return None
@@ -137,7 +136,7 @@ def encoder_call(
 
 
 def watch_encoders(name: str, module: nn.Module, note: Callable[..., None]) -> Iterator[Detach]:
-    """Watches the methods of a module that encode by their names: hooks do not see those.
+    """Watches the methods of a module that are named `encode...`: hooks do not see them.
 
     `note` is called with the method's name, arguments, keyword arguments and output.
     """
@@ -158,19 +157,14 @@ def watch_encoders(name: str, module: nn.Module, note: Callable[..., None]) -> I
 
 @torch.no_grad()
 def origin_of(x1: Tensor, own: Tensor, calls: Sequence[EncoderCall]) -> Encoding | None:
-    """How samples that are trained on, (B, *), came from `x_1` of the batch; None if unknown.
+    """How samples that are trained on, `x1`, came from those of the batch, `own`, both (B, *).
 
-    Args:
-        x1: What is trained on.
-        own: `x_1` of the batch, (B, *).
-        calls: Those of encoders, in their order.
+    None if they are equal, or it is not known. `calls` are those of encoders, in order.
     """
     after = related(own, x1)
     if after is not None:
         return Encoding(after) if after else None
-    for call in reversed(
-        calls
-    ):  # the last one is nearest to x_1, and a module ends after its parts
+    for call in reversed(calls):  # the last one is nearest to x_1; modules end after their parts
         begin = (*call.before, ("call", call.name, call.options, call.autocast))
         for steps, mean, std in _forms(call.output):
             after = related(mean, x1) if std is None else _drawn(mean, std, x1)
@@ -180,7 +174,7 @@ def origin_of(x1: Tensor, own: Tensor, calls: Sequence[EncoderCall]) -> Encoding
 
 
 def _forms(output: Any, depth: int = 3) -> Iterator[tuple[tuple[Step, ...], Tensor, Tensor | None]]:
-    """What may be taken of an encoder's answer: steps, mean, and std if it is drawn from."""
+    """What training may take from an encoder's answer: steps, mean, and std if it is drawn."""
     if isinstance(output, Tensor):
         if output.is_floating_point() and output.ndim > 1:
             yield (), output, None
@@ -208,7 +202,7 @@ def _forms(output: Any, depth: int = 3) -> Iterator[tuple[tuple[Step, ...], Tens
 
 
 def _drawn(mean: Tensor, std: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
-    """How `x1` is a draw from normal distributions, times a number, plus a number."""
+    """The steps after a draw from normal distributions that give `x1`; None if none do."""
     mean, std = mean[: len(x1)], std[: len(x1)]
     if mean.shape != x1.shape or std.shape != x1.shape:
         return None
@@ -223,7 +217,7 @@ def _drawn(mean: Tensor, std: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
     shift, error = mean_b - factor * mean_a, abs(factor) / math.sqrt(size)
     if abs(shift) < 4 * (abs(factor) / math.sqrt(total) + abs(mean_a) * error):
         factor, shift = float((weight * a * b).sum() / (weight * a * a).sum()), 0.0
-    # In as few digits as the draws allow.
+    # As few digits as the draws can tell.
     told = (d for d in range(1, 8) if abs(factor - float(f"{factor:.{d}g}")) <= 3 * error)
     steps = way_of(0, factor, shift, next(told, 8))
     made = a
@@ -232,3 +226,32 @@ def _drawn(mean: Tensor, std: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
     gap = (b - made) / (abs(factor) * s).clamp_min(1e-30)
     off = is_off(len(gap), float(gap.mean()), float(gap.square().mean()))
     return None if off else steps
+
+
+class EncoderWeights:
+    """The weights of the submodules of `module` that `encode` calls; it is called once."""
+
+    def __init__(self, module: nn.Module, encode: Callable[[], Any]) -> None:
+        self._weights: list[nn.Parameter] = []
+
+        def note(part: nn.Module, _: Any) -> None:
+            # The parts of a compiled module cannot be watched: take all its weights.
+            self._weights += part.parameters(recurse="_orig_mod" in part._modules)
+
+        hooks = [part.register_forward_pre_hook(note) for _, part in eager(module)]
+        try:
+            encode()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._version = version_of_weights(self._weights)
+
+    def changed(self) -> bool:
+        """Whether they have changed since the last call; does not read their values."""
+        before, self._version = self._version, version_of_weights(self._weights)
+        return self._version != before
+
+
+def version_of_weights(weights: Any) -> int:
+    """A number that grows with each change of a weight; does not read their values."""
+    return sum(weight._version for weight in weights)

@@ -1,4 +1,4 @@
-"""Finds what makes the targets, and what pairs noise with data, in any object."""
+"""Finds the target makers in any object, and the objects that pair noise with data."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 
 from torch import Tensor, nn
 
-from stagewise.adapters.base import Place, TargetMaker, plain
+from stagewise.adapters.base import Place, TargetMaker, unwrapped
 from stagewise.adapters.diffusers import NoiseScheduler
 from stagewise.adapters.edm import EDMLoss
 from stagewise.adapters.flow_matching import FlowMatching
 from stagewise.adapters.objective import Objective
 from stagewise.adapters.repa import REPALoss
-from stagewise.adapters.stage_target import ByHand
+from stagewise.adapters.stage_target import StageTargetMaker
 from stagewise.adapters.torchcfm import TorchCFM
 from stagewise.adapters.transport import Transport
 from stagewise.conventions import CONVENTIONS, DIFFUSERS, STAGEWISE, Convention, path_of
@@ -30,40 +30,42 @@ __all__ = [
     "training_path",
 ]
 
-_KINDS = (Objective, ByHand, TorchCFM, FlowMatching, Transport, EDMLoss, REPALoss, NoiseScheduler)
-"""All makers that are known. Another library is a file of this folder and an entry here."""
+_KINDS = (
+    *(Objective, StageTargetMaker, TorchCFM, FlowMatching),
+    *(Transport, EDMLoss, REPALoss, NoiseScheduler),
+)
+"""All known makers. A new library is a file of this folder and an entry here."""
 
 _LEAVES = (
     *(Tensor, str, bytes, int, float, complex, type, types.ModuleType, types.FunctionType),
     *(types.MethodType, types.BuiltinFunctionType),
 )
 _ELSEWHERE = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics")
-"""Packages whose objects hold no user's target, apart from the modules they nest."""
+"""Packages whose objects hold no target maker, except in nested modules."""
 
-_NOT_OURS = ("_trainer", "trainer", "_fabric", "fabric", "_hparams_initial")
+_SKIPPED = ("_trainer", "trainer", "_fabric", "fabric", "_hparams_initial")
 """Attributes of a LightningModule that lead out of it, or hold copies."""
 
 
 def find_target_makers(module: object) -> list[TargetMaker]:
-    """All that makes targets in an object, by looking through its attributes.
+    """Finds all target makers in an object, through its attributes.
 
-    Nested modules, lists, tuples and dicts are looked through too. An object found in two places
-    is one. Noise must not depend on data: beside a sampler of couplings (`find_couplings`) no maker
-    can be steered.
+    Nested modules, lists, tuples and dicts are searched too. An object found in two places counts
+    once. Noise must not depend on data: beside a coupling (`find_couplings`) no maker can be
+    steered.
 
     Args:
         module: A module, or any object; it may be the maker itself.
 
     Returns:
-        The makers in the order of the attributes, those that cannot be steered included. The
-        scheduler of diffusers only if there is nothing else: beside what makes targets it is there
-        to sample.
+        The makers in the order of the attributes, also those that cannot be steered. A scheduler of
+        diffusers only if there is nothing else: beside a maker it only samples.
     """
     return _training(_found(module)[0])
 
 
 def chosen_makers(module: object, names: Set[str]) -> list[TargetMaker]:
-    """Those of `find_target_makers`, or those with some names; refuses a name of none."""
+    """The target makers of an object, or those with these names; refuses an unknown name."""
     found = find_target_makers(module)
     if not names:
         return found
@@ -72,23 +74,23 @@ def chosen_makers(module: object, names: Set[str]) -> list[TargetMaker]:
 
 
 def find_couplings(module: object) -> list[Place]:
-    """All that pairs noise with data, in an object, by looking through its attributes.
+    """Finds all objects that pair noise with data in an object, through its attributes.
 
-    Known by their interface are torchcfm's `OTPlanSampler` (`sample_plan`) and what has both
-    `get_map` and `sample_map`; a bound method of one counts too. Coupling by hand, in the training
-    step or where data are loaded, cannot be found so (`stagewise.noise.check_independent`).
+    They are recognised by their interface: `sample_plan` (torchcfm's `OTPlanSampler`), or both
+    `get_map` and `sample_map`; a bound method of one counts too. A coupling in the training step or
+    in the data loader is not found (`stagewise.noise.check_independent` tests for it).
 
     Args:
         module: As for `find_target_makers`.
 
     Returns:
-        Where they are, except for those inside of a maker, which concern that one only.
+        Where they are, except those inside a maker, which concern only that maker.
     """
     return _found(module)[1]
 
 
 def dependent_noise(makers: Sequence[TargetMaker], couplings: Sequence[Place]) -> str:
-    """What pairs noise with data among what was found, with the reason; empty if nothing does."""
+    """The reason why noise depends on data; empty if it does not."""
     found = next((f"{maker.name}: {maker.refusal}" for maker in makers if maker.coupled), "")
     return found or (_pairs(couplings[0]) if couplings else "")
 
@@ -98,13 +100,13 @@ def training_path(makers: Sequence[TargetMaker], *, said: bool = False) -> tuple
 
     Args:
         makers: What `find_target_makers` found, or those of it that the user chose.
-        said: Whether the user says the path, so that several may be there.
+        said: Whether the user gave the path, so that there may be several.
 
     Returns:
-        The path, and where it is from; that is empty if nothing makes targets.
+        The path, and where it is from, which is empty if nothing makes targets.
 
     Raises:
-        ValueError: If there are several paths and nobody says which one counts.
+        ValueError: If there are several paths and the user gave none.
     """
     able = [maker for maker in makers if not maker.refusal] or makers
     if not able:
@@ -119,18 +121,18 @@ def training_path(makers: Sequence[TargetMaker], *, said: bool = False) -> tuple
 
 
 def one_target_maker(module: object, at: str | None = None) -> TargetMaker:
-    """The one maker of an object.
+    """The one target maker of an object.
 
     Args:
         module: As for `find_target_makers`.
-        at: The name of the one that is meant, such as "module.FM"; default: there is one only.
+        at: The name of the maker, such as "module.FM"; default: there is only one.
 
     Returns:
-        The maker. One that cannot be steered is not counted if another one can.
+        The maker. Makers that cannot be steered do not count if another one can.
 
     Raises:
-        ValueError: If there is none, more than one, or one that cannot be steered; the message
-            lists what was found and shows the cure.
+        ValueError: If there is none, several, or one that cannot be steered; the message lists what
+            was found and shows the cure.
     """
     found, couplings = _found(module)
     able = [maker for maker in found if not maker.refusal] or _training(found)
@@ -144,7 +146,7 @@ def one_target_maker(module: object, at: str | None = None) -> TargetMaker:
         problem = f"Expected {at} to make the targets; found there are:{listed or ' none'}"
     elif found:
         problem = f"Expected one object that makes the targets, found {len(able)}:{listed}"
-        # What is deeper may be in a copy, of averaged weights for example, that no step calls.
+        # A deeper one may be in a copy, of averaged weights for example, that no step calls.
         likely = min(able, key=lambda maker: maker.name.count(".") + maker.name.count("["))
         problem += f'\nSay which the step calls: target_maker="{likely.name}".'
     else:
@@ -183,7 +185,7 @@ def _makers(place: Place, seen: set[int], couplings: list[Place]) -> Iterator[Ta
     for kind in _KINDS:
         maker = kind.of(place)
         if maker is not None:
-            _refuse_coupled(maker, own)  # and no other: it may not be the one that is used
+            _refuse_coupled(maker, own)  # only this one: others may be in use
             yield maker
             return
     couplings += own
@@ -201,10 +203,10 @@ def _parts(place: Place) -> Iterator[Place]:
         held = dict(getattr(whole, "__dict__", {}))
         if isinstance(whole, nn.Module):
             held |= held.pop("_modules")
-        # An object that is held in two places goes by its public name.
+        # An object with two names is listed by the public one.
         for key in sorted(held, key=lambda key: key.startswith("_")):
-            if key not in _NOT_OURS:
-                yield Place(plain(held[key]), f"{name}.{key}", whole, key)
+            if key not in _SKIPPED:
+                yield Place(unwrapped(held[key]), f"{name}.{key}", whole, key)
 
 
 def _couples(value: object) -> bool:
@@ -220,7 +222,7 @@ def _couples(value: object) -> bool:
 
 
 def _refuse_coupled(maker: TargetMaker, couplings: list[Place]) -> None:
-    """Gives a maker the reason why it cannot be steered, if there are couplings."""
+    """Sets the reason why a maker cannot be steered, if there are couplings."""
     if couplings:
         maker.coupled = True
         cure = "Train on independent pairs, without it, to steer."
@@ -230,7 +232,7 @@ def _refuse_coupled(maker: TargetMaker, couplings: list[Place]) -> None:
 def _pairs(place: Place) -> str:
     return (
         f"{place.name} ({_kind(place.object)}) pairs noise with data, which makes x_0 and x_1 "
-        "dependent, and the closed form of the oracle holds for independent ones only."
+        "dependent. The closed form of the oracle holds for independent pairs only."
     )
 
 
@@ -239,7 +241,7 @@ def _kind(value: object) -> str:
 
 
 class _Assumed(TargetMaker):
-    """What a training step that writes its target out may do; see `assumed_makers`."""
+    """What a training step may do that makes its target by hand; see `assumed_makers`."""
 
     library = "by hand"
     observable = False
@@ -252,15 +254,15 @@ class _Assumed(TargetMaker):
 def assumed_makers(
     path: Path | None = None, convention: Convention | None = None
 ) -> list[TargetMaker]:
-    """What a training step may do that makes its target by hand, under the usual conventions.
+    """Makers for a training step that makes its target by hand, in the usual conventions.
 
     Time 1 is data; time 1 is noise and the target `noise - x`; either with times 0 to 1000; or, on
-    the linear path, time is the noise level of EDM. They serve to recognise `x_t` and t among what
-    a network is given, and cannot be steered.
+    the linear path, time is the noise level of EDM. They serve to recognise `x_t` and t in the
+    arguments of a network, and cannot be steered.
 
     Args:
         path: The path of training, default that of the convention, or else `LinearPath()`.
-        convention: That of training, if it is known.
+        convention: The convention of training, if it is known.
     """
     place = Place(None, "the training step")
     usual = [STAGEWISE, CONVENTIONS["pi0"], DIFFUSERS, Convention(0, 1000)]

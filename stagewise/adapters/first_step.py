@@ -1,9 +1,9 @@
 """What the first training step shows of a run: the x_1, x_t and t that are really trained on.
 
-What makes the targets is looked at as it is called, and the calls of submodules with it. From both
-follow the network, what it is conditioned on, and whether bank, path and independence of noise and
-data are those of the training. A module may scale or encode its batch, train on another tensor of
-it, count time the other way, or couple noise with data: none of it shows in the batch.
+`FirstStep` watches the calls of target makers and of submodules. They show the network, what it is
+conditioned on, and whether bank and path are those of training and noise is independent of data.
+The batch alone does not: a module may scale or encode it, train on another tensor of it, count time
+the other way, or couple noise with data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stagewise.adapters.base import Seen, TargetMaker, looks
+from stagewise.adapters.base import Seen, TargetMaker, watched
 from stagewise.adapters.batch_samples import BatchSamples, no_bank
 from stagewise.adapters.encoding import Encoding, origin_of
 from stagewise.adapters.find import assumed_makers
@@ -25,7 +25,7 @@ from stagewise.adapters.hooks import CallHook
 from stagewise.adapters.network import Network
 from stagewise.adapters.network_search import NetworkSearch
 from stagewise.adapters.reasons import GIVEN
-from stagewise.adapters.rows import is_label, same
+from stagewise.adapters.rows import equals, is_label
 from stagewise.bank import LatentBank
 from stagewise.batches import ReadBatch, describe, find_sample, leaves_of, read_checked, unused_in
 from stagewise.conventions import Convention
@@ -44,30 +44,30 @@ PATIENCE = 20
 
 
 class FirstStep(BatchSamples):
-    """Looks at the first step of a training, without changing a bit of it.
+    """Watches the first step of a training without changing it.
 
     Args:
         module: What is trained.
         makers: What may make its targets (`find_target_makers`).
         path: The path of training, where no maker says it.
         read_batch: From a batch to `(x_1, labels or None)`.
-        convention: That of a training step that makes its target by hand, if it is known.
-        trains: Whether what is seen now is of training, default always.
+        convention: The convention of a step that makes its target by hand, if it is known.
+        trains: Whether calls belong to training now, default always.
 
-    Attributes (others are those of `BatchSamples`):
-        seen: What makes the targets, and what the first target of the batch was made from.
+    Attributes (besides those of `BatchSamples`):
         network: What predicts, once `finish` was called; None if it was not found.
         conditions: What the network is given besides x_t, time and class labels, for messages.
         search: The search for the network; its `result` says what is wrong if there is none.
         called: Each `StageTarget` that the first step called.
-        encoding: How what is trained on came from x_1 of the batch; None if it is that, or unknown.
-        tied: What is wrong with the noise of the first call that was seen; empty if nothing is.
+        encoding: How what is trained on was made from x_1 of the batch; None if it is x_1, or
+            not known.
+        tied: What is wrong with the noise of the first call; empty if nothing is.
         schemes: What steers.
-        open: Whether the network accepts more than it was given so far, and the batch holds more:
-            what a step drops for classifier-free guidance may be given in a later one.
-        looked: In how many later calls it was given no more.
+        open: Whether a later step may give the network more: it accepts more, and the batch holds
+            more. A step may drop labels for classifier-free guidance.
+        looked: Number of later calls that gave it no more.
         trains_encoder: Whether x_1 is made by weights that are trained.
-        swapped: Whether what makes the targets is given data for noise, and noise for data.
+        swapped: Whether the maker of the targets is given data as noise, and noise as data.
     """
 
     search: NetworkSearch
@@ -84,7 +84,7 @@ class FirstStep(BatchSamples):
         super().__init__(read_batch)
         self._module, self._trains = module, trains
         self._asks = read_batch is not find_sample  # it may encode, and draw
-        # What cannot be steered yields to what can.
+        # Makers that can be steered come first.
         able = [maker for maker in makers if not maker.refusal] or list(makers)
         by_hand = convention is not None or not able
         self._makers = assumed_makers(path, convention) if by_hand else able
@@ -96,18 +96,15 @@ class FirstStep(BatchSamples):
         self._before_smoothing: Tensor | None = None
         self._later: CallHook | None = None
         self._on_seen: Callable[[Tensor], None] | None = None
-        self._seen_nothing()
-        self._detach = [maker.observe(self._teller(maker)) for maker in able if maker.observable]
+        self._reset()
+        self._detach = [maker.observe(self._teller(maker)) for maker in able]
 
-    def _seen_nothing(self) -> None:
-        self.tied = ""
+    def _reset(self) -> None:
+        self.tied, self.seen = "", None
         self.encoding: Encoding | None = None
-        self.seen: tuple[TargetMaker, Seen] | None = None
         self.called: list[TargetMaker] = []
         self._maker: TargetMaker | None = None
         self._sums: NoiseSums | None = None
-
-    # -- the course of a training -----------------------------------------------------------------
 
     @override
     def begin(self, batch: Any) -> None:
@@ -120,13 +117,13 @@ class FirstStep(BatchSamples):
         on_seen: Callable[[Tensor], None] | None = None,
         bank: Callable[[], LatentBank | None] | None = None,
     ) -> None:
-        """Before a first batch is trained on: finds x_1 in it, and begins to look.
+        """Finds x_1 in the first batch before it is trained on, and begins to watch.
 
-        `on_seen` is called with the x_1 that what makes the targets is given, before it makes any.
-        A batch without x_1 raises a ValueError; looking has begun all the same.
+        `on_seen` is called with the x_1 of the first target, before the target is made. A batch
+        without x_1 raises a ValueError after watching has begun.
         """
         self._stop_search()
-        self._seen_nothing()
+        self._reset()
         self._on_seen, self._sums = on_seen, NoiseSums()
         try:
             self._find_first(bank or no_bank)
@@ -153,10 +150,10 @@ class FirstStep(BatchSamples):
                     self._sums.add(seen.x0, seen.x1, masks)
             if maker.late and maker not in self.called:
                 self.called.append(maker)
-            # The first call of a batch stands for it: others are of its other parts.
+            # The first call stands for the batch: others are for its other parts.
             if self.seen is not None or (self._finished and not self._follows):
                 return
-            # What steers may write the target into it.
+            # A scheme may write the target into it.
             drawn = self._drawn()
             smoothed = drawn is not None and drawn.x1.data_ptr() == seen.x1.data_ptr()
             x1 = seen.x1.clone()
@@ -182,15 +179,15 @@ class FirstStep(BatchSamples):
         return tell
 
     def trace(self, x1: Tensor) -> None:
-        """Finds what the first step has made an x_1 of, if it is another than that of the batch."""
+        """Finds how the first step made `x1` from x_1 of the batch, if they differ."""
         own = self.x1
-        if own is not None and self.search.encoders is not None and not same(own, x1):
+        if own is not None and self.search.encoders is not None and not equals(x1, own):
             self.encoding = origin_of(x1, own, self.search.encoders)
         self.search.encoders = None
 
     @property
     def happened(self) -> bool:
-        """Whether anything was seen of the training in the present batch."""
+        """Whether the current batch showed a target or a call of the network."""
         return self.seen is not None or (hasattr(self, "search") and self.search.first is not None)
 
     def finish(self) -> None:
@@ -215,9 +212,9 @@ class FirstStep(BatchSamples):
                 or self.x1 is None
                 or bool(unused_in(self.batch, self.x1, self.labels, self.masks))
             )
-        # Later samples are taken where they are seen, if they are not those of the batch.
+        # Later samples that are not those of the batch are read where the targets are made.
         trained = self.trained_x1
-        another = trained is None or self.x1 is None or not same(self.x1, trained)
+        another = trained is None or self.x1 is None or not equals(trained, self.x1)
         self._follows = self.seen is not None and (bool(in_place) or another or self._asks)
         if trained is not None and not self.changed(trained):
             self._kept = in_place
@@ -226,13 +223,13 @@ class FirstStep(BatchSamples):
         self._stop_following()
 
     def look_on(self) -> None:
-        """Before a later batch: looks whether the network is given more than in those before."""
+        """Before a later batch: watches whether the network is given more than before."""
         if self.open and self.network is not None:
             self._later = CallHook(self._look, self.network.module.register_forward_pre_hook)
 
     def _look(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         network = self.network
-        if not self.open or network is None or module is not network.module or not looks():
+        if not self.open or network is None or module is not network.module or not watched():
             return
         self.looked += 1
         more = network.given_more(
@@ -249,17 +246,17 @@ class FirstStep(BatchSamples):
 
     @property
     def waiting(self) -> bool:
-        """Whether it is too early to say that the network is given no more."""
+        """Whether a later step may still give the network more."""
         return self.open and self.looked < PATIENCE
 
     def forget(self) -> None:
-        """Lets go of the calls that were seen, with their graph; what they showed stays."""
+        """Frees the recorded calls and their graph; what they showed stays."""
         self._stop_search()
         if not self.open and hasattr(self, "search"):
             del self.search
 
     def stop(self) -> None:
-        """Takes all hooks off, and lets go of the bank."""
+        """Takes all hooks off, and drops the bank."""
         self._stop_search()
         self.stop_looking()
         self._follows, self._sums, self._bank = False, None, no_bank
@@ -270,17 +267,15 @@ class FirstStep(BatchSamples):
             self.search.stop()
 
     def _stop_following(self) -> None:
-        """Takes the hooks off what makes the targets, if nothing more is to be seen there."""
+        """Takes the hooks off the target makers once they are no longer needed."""
         if self._follows or self._sums is not None:
             return
         for detach in self._detach:
             detach()
         self._detach = []
 
-    # -- what is trained on -----------------------------------------------------------------------
-
     def _candidates(self) -> list[tuple[str, Tensor]]:
-        """What may be x_1, as one would write it, the likeliest first."""
+        """Name and tensor of everything that may be x_1, the likeliest first."""
         given = self._changed_x1() if self.seen is None else self.seen[1].x1
         found = [] if given is None else [(GIVEN, given)]
         if self.x1 is not None:
@@ -292,16 +287,13 @@ class FirstStep(BatchSamples):
 
     @property
     def trained_x1(self) -> Tensor | None:
-        """x_1 of the first batch as it is trained on, (B, *); None if that was not seen.
-
-        Where a scheme smooths it is what the scheme was given.
-        """
+        """x_1 of the first batch as it is trained on, (B, *), before smoothing; None if unknown."""
         if self.seen is not None:
             return self.seen[1].x1 if self._before_smoothing is None else self._before_smoothing
         return self._changed_x1() if self.search.first is None else self.search.x1
 
     def x1_of_batch(self) -> Tensor:
-        """x_1 of the present batch as it is trained on, (B, *), smoothed if a scheme does that."""
+        """x_1 of the current batch as it is trained on, (B, *), after smoothing."""
         drawn = self._drawn()
         if drawn is not None:
             return drawn.x1
@@ -313,15 +305,13 @@ class FirstStep(BatchSamples):
         """What a scheme has smoothed last, if one does."""
         return next((s.drawn for s in self.schemes if s.smoothing is not None), None)
 
-    # -- what is not as it was taken to be --------------------------------------------------------
-
     def _wrong_noise(self, maker: TargetMaker) -> str:
-        """What is wrong with the noise that was seen so far; empty if nothing is."""
+        """What is wrong with the noise so far; empty if nothing is."""
         about = f"The posterior that is measured is not that of {maker.name}: "
         if self.swapped:
             return (
-                f"{about}it is given the samples of the batch as x0 and noise as x1, so that it "
-                "goes from data to noise, and t = 1 is noise. Expected noise first: "
+                f"{about}it got the samples of the batch as x0 and noise as x1, so it goes from "
+                "data to noise, and t = 1 is noise. Expected noise first: "
                 "x0 = torch.randn_like(x1), then the samples x1."
             )
         try:
@@ -332,9 +322,9 @@ class FirstStep(BatchSamples):
         return ""
 
     def noise_so_far(self, *, last: bool) -> str:
-        """What is wrong with the noise of all batches so far; empty if nothing is.
+        """What is wrong with the noise so far; empty if nothing is. Costs one device sync.
 
-        Costs one device sync. `last`: whether this is the last time that is asked.
+        After the `last` check the noise is no longer recorded.
         """
         wrong = "" if self._maker is None else self._wrong_noise(self._maker)
         if wrong or last:
@@ -343,18 +333,17 @@ class FirstStep(BatchSamples):
         return wrong
 
     def check_conditions(self, scheme: Scheme | Phases) -> str:
-        """Holds what the network is given against the rows of targets: a warning, or ""."""
+        """Compares what the network is given with the rows of targets: a warning, or ""."""
         labelled = None if self.network is None else self.network.conditional
         warning = check_network(parts(scheme), self.conditions, labelled)
-        own = self._own()
-        if warning or self.network is None or own is None:
+        if warning or self.network is None:
             return warning
-        return self._given.unlike(parts(scheme), self.network, self.batch, own)
+        return self._other_condition(parts(scheme), self.network)
 
     def check_labels(self, *, mixes: bool) -> None:
-        """Refuses labels that a `StageTarget` was given, if they are others than x_1 has.
+        """Refuses labels given to a `StageTarget` that are not those of x_1.
 
-        Those of no class of the bank only count where an oracle is asked about them (`mixes`).
+        Labels of no class in the bank count only if the scheme `mixes`.
         """
         x1, seen, bank = self.trained_x1, self.seen, self._bank()
         given = dict(seen[1].conditions).get("labels") if seen and seen[0].late else None

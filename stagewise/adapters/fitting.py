@@ -1,11 +1,11 @@
-r"""Whether tensors are `x_t` and t of known data: the noise that is left must be that of training.
+r"""Tests whether tensors are `x_t` and t of known data, by the noise that they imply.
 
 From `x_t`, t and `x_1` on a path
 
     x_0 = (x_t - a_t x_1) / s_t,
 
-which for the right ones is standard normal and independent of `x_1`. Neither alone is enough: for
-standard normal data `x_0` of `x_t = x_1` at t = 0 is normal, too.
+which is standard normal and independent of `x_1` if they belong together. Normal noise alone is not
+enough: for standard normal data, `x_t = x_1` at t = 0 gives normal noise too.
 """
 
 from __future__ import annotations
@@ -24,44 +24,36 @@ from stagewise.paths import Path, expand_like
 __all__ = ["Noisy", "arranged", "factor_of", "flip_of", "layout_of"]
 
 _NOISY = 0.05
-"""The least sigma at which the noise of a sample is held against a normal distribution."""
+"""The least sigma at which the noise of a sample is tested."""
 
 
 @dataclass(frozen=True)
 class Noisy:
-    """What may be noisy samples with their times.
-
-    Attributes:
-        path: Their path.
-        xt: (B, *).
-        t: (B,).
-        rounding: The coarsest precision, relative to 1, in which they and the data are known.
-    """
+    """What may be noisy samples with their times."""
 
     path: Path
-    xt: Tensor
-    t: Tensor
-    rounding: float
+    xt: Tensor  # (B, *)
+    t: Tensor  # (B,)
+    rounding: float  # the coarsest relative precision of these and the data
 
     def _rows(self, least: float) -> Tensor | None:
-        """Where sigma is at least that, and more than rounding spoils; None where nowhere."""
+        """Which samples have at least that sigma, and more than rounding; None if none have."""
         if not bool(((self.t >= -1e-4) & (self.t <= 1 + 1e-4)).all()):
             return None
         rows = self.path(self.t.float()).sigma >= max(least, 20 * self.rounding)
         return rows if bool(rows.any()) else None
 
     def rows(self) -> Tensor | None:
-        """Where the noise can be told, (B,); None where nowhere."""
+        """Which samples have enough noise to test, (B,); None if none have."""
         rows = self._rows(_NOISY)
-        return self._rows(1e-3) if rows is None else rows  # in a batch of few
+        return self._rows(1e-3) if rows is None else rows  # a small batch
 
     def leans(self, x1: Tensor) -> float | None:
-        """`dependence` of the noise on data, 0 where it is within six standard errors.
+        """`dependence` of the noise on data, 0 if it is within six standard errors.
 
-        None if the noise is not standard normal. The mean and the mean square are tested, each
-        within six standard errors, or what rounding explains. Next to noise any data would do:
-        None, too, if `x_t` holds so little of them that other ones, or times in other units (class
-        labels of 1000), would not show.
+        None if the noise is not standard normal: mean and mean square are tested, each within six
+        standard errors, or what rounding explains. None, too, if `x_t` holds so little of the data
+        that other data, or times in other units (class labels of 1000), would pass.
         """
         rows = self.rows()
         if rows is None:
@@ -87,11 +79,11 @@ class Noisy:
         return self.leans(x1) == 0
 
     def scale(self, x1: Tensor) -> float | None:
-        """The factor by which data were scaled, to about its error; None if by none.
+        """The factor by which data were scaled, rounded to about its error; None if none fits.
 
-        That is by weighted least squares, `k = sum (a/s^2) <x_t, x_1> / sum (a/s)^2 |x_1|^2`.
+        By weighted least squares, `k = sum (a/s^2) <x_t, x_1> / sum (a/s)^2 |x_1|^2`.
         """
-        rows = self._rows(1e-4)  # there the noise hides the data least
+        rows = self._rows(1e-4)  # samples with little noise show the data best
         if rows is None:
             return None
         path, x = self.path(self.t[rows].float()), x1[rows].flatten(1).float()
@@ -106,7 +98,7 @@ class Noisy:
 
 
 def factor_of(x: Tensor, x1: Tensor) -> float | None:
-    """The factor k with `x = k x_1`, both (B, *); None if there is none."""
+    """The factor k with `x = k x_1`, both (B, *), or None."""
     if x.shape != x1.shape:
         return None
     x, x1 = x.detach().float(), x1.detach().float()
@@ -117,10 +109,10 @@ def factor_of(x: Tensor, x1: Tensor) -> float | None:
 
 
 def arranged(x1: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-    """Data with their axes in other orders, and flat ones as transposed matrices, (B, *shape).
+    """Data with permuted axes, and flat data as transposed matrices, (B, *shape).
 
     Yields:
-        What one would write after `x_1`, and the tensor. `x_1` itself is none of them.
+        The code to write after `x_1`, and the tensor. `x_1` itself is left out.
     """
     size, shape = math.prod(x1.shape[1:]), tuple(shape)
     if math.prod(shape) != size:
@@ -139,11 +131,11 @@ def arranged(x1: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
 
 
 def layout_of(x: Tensor, x1: Tensor) -> str | None:
-    """How `x` is `x_1`, both (B, ...), with the values of each sample in another order.
+    """The order of values that makes `x` of `x_1`, both (B, ...), the same in all samples.
 
     Returns:
-        What one would write after `x_1`; "" if the order is the same in all samples and cannot be
-        written so; None if it is no such order, or the one of a flip, which augments.
+        The code to write after `x_1`; "" if there is no short one; None if there is no such order,
+        or it is a flip, which augments.
     """
     if len(x) != len(x1) or x.numel() != x1.numel():
         return None
@@ -155,7 +147,7 @@ def layout_of(x: Tensor, x1: Tensor) -> str | None:
         return ".flip(1)"
     if flip_of(x, x1):
         return None
-    # Values at one place, over the samples, are a column; few samples may be flipped alike.
+    # A column is one value of all samples. In a small batch all samples may have the same flip.
     columns, others = x.flatten(1).double(), x1.flatten(1).double()
     weight = torch.linspace(1, 2, len(x), dtype=torch.float64, device=x.device).sqrt()[:, None]
     order = [(weight * each).sum(0).argsort() for each in (columns, others)]
@@ -164,8 +156,8 @@ def layout_of(x: Tensor, x1: Tensor) -> str | None:
 
 
 def flip_of(x: Tensor, x1: Tensor) -> str:
-    """How `x` is `x_1`, both (B, *), with all samples flipped, as one would write it; or empty."""
-    axes = range(2 if x1.ndim > 3 else 1, x1.ndim)  # nobody flips channels to augment
+    """The flip of all samples that makes `x` of `x_1`, both (B, *), as code; or empty."""
+    axes = range(2 if x1.ndim > 3 else 1, x1.ndim)  # channels are not flipped to augment
     for count in range(1, len(axes) + 1):
         for dims in itertools.combinations(axes, count):
             if x.shape == x1.shape and torch.equal(x1.flip(dims).to(x), x):

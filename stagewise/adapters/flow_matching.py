@@ -1,10 +1,10 @@
 """flow_matching's affine paths (Lipman et al., arXiv 2412.06264): `path.sample(x_0, x_1, t)`.
 
-Its `PathSample` carries the conditional target as `dx_t`; a steered path returns one with the
-scheme's. The library never draws t and never sees a loss.
+Its `PathSample` holds the conditional target as `dx_t`; a steered path returns the scheme's target
+there. The library never draws t and never sees a loss.
 
-Only `dx_t` is steered. A network that is regressed on `x_1` or `x_0` of the same `PathSample` is
-trained as without a scheme, and nothing here can see that: make its target in the training step,
+Only `dx_t` is steered. A network that is regressed on `x_1` or `x_0` of the `PathSample` trains as
+without a scheme, which cannot be detected. Make its target in the training step:
 `y, w = scheme(x_1, xt=x_t, t=t, x1=x_1, prediction="data")`.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, rebind, watched
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.noise import check_noise
 from stagewise.schemes import Phases, Scheme, mixes
@@ -49,7 +49,7 @@ class FlowMatching(TargetMaker):
 
         def sample(x_0: Tensor, x_1: Tensor, t: Tensor) -> Any:
             found = plain(x_0=x_0, x_1=x_1, t=t)
-            if looks():
+            if watched():
                 tell(Seen(x_1, x_0, t, found.x_t))
             return found
 

@@ -1,7 +1,7 @@
-"""What is put on objects of the user for a while: copies and pickles of them have none of it.
+"""Hooks and wrappers on the user's objects that copies and pickles of them do not have.
 
-Copies of a network are made within training (averages, teachers, files), and outlive it. One that
-carried a live hook would report its own calls, and drag along what listens.
+Training makes copies of a network (averages, teachers, files), which outlive it. A copy with a
+live hook would report its own calls, and keep the listener alive.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-__all__ = ["CallHook", "in_place_of"]
+from torch import nn
+
+__all__ = ["CallHook", "eager", "in_place_of"]
 
 
 class CallHook:
-    """A forward hook on a module, which copies and pickles of that module do not have.
+    """A forward hook on a module that does nothing in copies and pickles of that module.
 
-    A deep copy that is made meanwhile has one that does nothing, and `remove` takes that off too.
-    In a pickle it is a function of the standard library that does nothing, so that a process
-    without this library loads it.
+    `remove` also takes it off deep copies. In a pickle it is a function of the standard library
+    that does nothing, so a process without this library can load it.
 
     Args:
-        function: Called with the module, its arguments and keyword arguments, and its output unless
-            it is called before. It returns nothing.
+        function: Called with the module, its arguments, keyword arguments and, after a forward
+            call, its output. It returns nothing.
         register: `module.register_forward_hook` or `module.register_forward_pre_hook`.
         **options: Of `register`.
     """
@@ -51,7 +52,7 @@ class CallHook:
     def __deepcopy__(self, memo: dict[int, Any]) -> CallHook:
         copied = memo[id(self)] = CallHook.__new__(CallHook)
         copied._function, copied._copies = None, []
-        # A handle knows the module's hooks: by the memo its copy knows those of the copied module.
+        # The handle holds the module's hooks; through the memo its copy holds the copied ones.
         copied._handle = copy.deepcopy(self._handle, memo)
         self._copies.append(copied)
         return copied
@@ -61,5 +62,17 @@ class CallHook:
 
 
 def in_place_of(value: Any) -> tuple[Any, ...]:
-    """What `__reduce__` of a stand-in for a value returns: copies and pickles hold the value."""
+    """The result of `__reduce__` for a wrapper: copies and pickles hold the value itself."""
     return operator.getitem, ((value,), 0)
+
+
+def eager(root: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
+    """Names and submodules outside of what is compiled, whose hooks run."""
+    if getattr(root, "_compiled_call_impl", None) is not None:
+        return []
+    found = [(name, root)]
+    if "_orig_mod" in root._modules:  # torch.compile(module)
+        return found
+    for key, child in root.named_children():
+        found += eager(child, f"{name}.{key}" if name else key)
+    return found

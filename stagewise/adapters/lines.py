@@ -1,4 +1,4 @@
-"""Calls, arguments and times as one would write them: the lines to paste in messages."""
+"""Calls, arguments and times as code: the lines to paste in messages."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _ASK = "velocity=lambda module, xt, t, labels: "
 def velocity_line(call: Call, reading: Reading, *, turned: str = "t", answer: str = "") -> str:
     """How to ask for the velocity of a call like this one, to be pasted.
 
-    What cannot be written, such as a text, stands there by the name of its parameter. `answer` is
-    what one writes after the call to have the tensor that is a prediction.
+    An argument that cannot be written, such as a text, appears as the name of its parameter.
+    `answer` is what to write after the call to get the prediction.
     """
     slots, maker = reading.slots, reading.maker
     leaves = apart(call.leaves, slots.columns)
@@ -48,7 +48,7 @@ def velocity_line(call: Call, reading: Reading, *, turned: str = "t", answer: st
 
 
 def call_text(call: Call, known: Mapping[int, str]) -> str:
-    """A call as one would write it."""
+    """A call as code."""
     texts = [
         known.get(id(leaf)) or (repr(leaf) if _is_plain(leaf) else name.split(" ")[0])
         for leaf, name in zip(call.leaves, call.names, strict=True)
@@ -60,7 +60,7 @@ def call_text(call: Call, known: Mapping[int, str]) -> str:
 
 
 def guessed_line(root: nn.Module, *, labelled: bool) -> str:
-    """How one would ask the largest part of a module for the velocity, where no call is known."""
+    """How to ask the largest part of a module for the velocity, a guess without a known call."""
 
     def size(child: tuple[str, nn.Module]) -> int:
         return sum(weight.numel() for weight in child[1].parameters())
@@ -72,19 +72,19 @@ def guessed_line(root: nn.Module, *, labelled: bool) -> str:
 
 
 def where(name: str) -> str:
-    """A submodule as one would write it."""
+    """A submodule as code."""
     return f"module.{name}" if name else "module"
 
 
 def _is_plain(leaf: Any) -> bool:
-    """Whether a value is known by its repr."""
+    """Whether a value is short enough to write as its repr."""
     if isinstance(leaf, (list, tuple)):
         return all(_is_plain(one) for one in leaf) and len(leaf) <= 4
     return leaf is None or isinstance(leaf, (bool, int, float, str))
 
 
 def _written(part: Any) -> str:
-    """Texts in lists, tuples and dicts as one would write them."""
+    """Lists, tuples and dicts of texts as code."""
     if isinstance(part, Mapping):
         return "{" + ", ".join(f"{key!r}: {_written(value)}" for key, value in part.items()) + "}"
     if isinstance(part, (list, tuple)):

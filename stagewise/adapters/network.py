@@ -1,8 +1,9 @@
-"""A network that was found in a training, asked as the training asks it."""
+"""`Network`: a network that was found in a training; `Match`: the call in which it was found."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,29 +11,30 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from stagewise.adapters.answers import tensor_of
+from stagewise.adapters.answers import Gradients, answer_text, tensor_of
 from stagewise.adapters.base import TargetMaker
-from stagewise.adapters.calls import Call, Slots, conditioning, moved, rows_of
+from stagewise.adapters.calls import Call, Reading, Slots, conditioning, moved, rows_of
 from stagewise.adapters.columns import joined
-from stagewise.adapters.lines import where
+from stagewise.adapters.lines import velocity_line, where
+from stagewise.adapters.reasons import Diagnosis
 from stagewise.conventions import DDPMPath
 from stagewise.masks import MaskedLabels, plain
 
-__all__ = ["Network"]
+__all__ = ["Match", "Network"]
 
 
 class Network:
-    """A network that can be asked for the velocity, as the training asks it.
+    """A network that is asked for the velocity in the way that training calls it.
 
     Attributes:
         module: What is called.
-        name: Its name below the module that was searched; empty for that itself.
-        maker: What says path, prediction and convention of the training.
-        reads: The same for what the network returns, where the step makes its prediction of that.
-        at: Which tensor of several that it returns.
+        name: Its name in the module that was searched; empty for that module itself.
+        maker: Says path, prediction and convention of the training.
+        reads: Says them for what the network returns, if the step converts that first.
+        at: Which tensor, if it returns several.
         conditional: Whether it is given labels.
-        conditions: What else it is given for each sample; asked about others, it is given the same
-            again, repeated or cut to their number.
+        conditions: What else it is given for each sample. For other samples these are given again,
+            repeated or cut to their number.
         optional: Whether it accepts something that it was not given.
     """
 
@@ -51,10 +53,9 @@ class Network:
     def given_more(
         self, args: Any, kwargs: Any, find_labels: Callable[[], Tensor | None], batch: Any
     ) -> Network | None:
-        """The same, asked as in a later call that gives it labels or conditions it was not given.
+        """The same network asked as in a later call with more labels or conditions; None if none.
 
-        Returns:
-            The network; None if the call gives it nothing new.
+        `find_labels` returns the labels of `batch`.
         """
         call = Call.of(self.name, self.module, args, kwargs)
         slots = moved(call, self._slots)
@@ -75,7 +76,7 @@ class Network:
         return found
 
     def is_given(self, condition: Tensor) -> bool:
-        """Whether it was given that of the first batch, (B, *); some may have been dropped."""
+        """Whether it was given this condition of the first batch, (B, *), except dropped ones."""
         for k, _ in self._slots.conditions:
             leaf = self._slots.leaves[k]
             if isinstance(leaf, Tensor) and leaf.numel() == condition.numel():
@@ -85,18 +86,15 @@ class Network:
         return False
 
     def __call__(self, xt: Tensor, t: Tensor, labels: Any = None) -> Tensor:
-        """The velocity at noisy samples, in the library's convention; with a graph if grad is on.
+        """The velocity at noisy samples, (B, *), float32; with a graph if gradients are on.
 
         Args:
             xt: Noisy samples, (B, *).
             t: Times in [0, 1], (B,), t = 0 is noise.
             labels: Classes, (B,), for a network that is given some; `MaskedLabels` with masks.
 
-        Returns:
-            The velocity, (B, *), float32.
-
         Raises:
-            ValueError: If the network is given labels and there are none, or returns another shape.
+            ValueError: If labels or masks are missing, or the network returns another shape.
         """
         slots, masks, labels = self._slots, labels, plain(labels)
         leaves = list(slots.leaves)
@@ -112,15 +110,15 @@ class Network:
         put(slots.time, time)
         if slots.labels is not None:
             if labels is None:
-                raise ValueError(f"{self.describe()} is given labels, and there are none here.")
+                raise ValueError(f"Expected labels, got none: {self.describe()} is given labels.")
             if slots.one_hot:
                 labels = functional.one_hot(labels, leaves[slots.labels].shape[1])
             put(slots.labels, labels)
         for k, form in slots.masks:
             if not isinstance(masks, MaskedLabels):
-                raise ValueError(f"{self.describe()} is given masks, and there are none here.")
+                raise ValueError(f"Expected masks, got none: {self.describe()} is given masks.")
             value = masks.forms()[form]
-            # It may be of another length than in the first call.
+            # The length may differ from that of the first call.
             sizes = iter([size for size in value.shape[1:] if size != 1])
             shape = [1 if size == 1 else next(sizes, 1) for size in leaves[k].shape[1:]]
             leaves[k] = value.to(leaves[k]).reshape(-1, *shape)
@@ -134,30 +132,95 @@ class Network:
         return self.velocity(output, xt, t)
 
     def velocity(self, output: Any, xt: Tensor, t: Tensor) -> Tensor:
-        """What an answer of the network stands for, (B, *), float32."""
+        """The velocity that an answer of the network stands for, (B, *), float32."""
         prediction = self.reads.prediction
         sign = self.reads.convention.sign_of(prediction)
         y = sign * self.answer(output, tuple(xt.shape)).float()
         return prediction.to_velocity(self.maker.path(t.float()), y, xt.float())
 
     def reachable(self, t: Tensor) -> Tensor:
-        """The times, (B,), nearest to t that it can be asked about: steps, where it counts them."""
+        """The nearest times, (B,), that it can be asked about: if it counts steps, whole ones."""
         convention = self.maker.convention
         whole = not self._slots.leaves[self._slots.time].is_floating_point()
         if isinstance(convention.path, DDPMPath) or not whole:
             return convention.rounded(t)
         first, last = sorted((convention.noise_time, convention.data_time))
-        steps = convention.from_t(t).round()  # at an end there may be no noise left
+        steps = convention.from_t(t).round()  # the ends may have no noise
         return convention.to_t(steps.clamp(first + 1, last - 1))
 
     def answer(self, output: Any, shape: tuple[int, ...]) -> Tensor:
-        """The tensor of a shape that is read, among what the network returns."""
+        """The tensor of that shape in what the network returns."""
         return tensor_of(output, shape, at=self.at)
 
     def inputs(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
-        """`x_t` and t of a call, None if it is made in another way than the first one."""
+        """`x_t` and t of a call; None if it has other arguments than the first one."""
         call = Call.of(self.name, self.module, args, kwargs)
         if call.spec != self._slots.spec:
             return None
         x, time = self._slots.read(call.leaves)
         return self.maker.convention.inside(x, time.to(torch.float32))
+
+
+@dataclass
+class Match:
+    """A call that fits."""
+
+    network: Network
+    call: Call
+    reading: Reading  # what the arguments are
+    matched: str  # the name of the candidate that it fits
+    x1: Tensor  # that candidate, (B, *), detached
+    made: tuple[Any, Any, Any] = (None, None, None)  # arguments, keyword arguments and output
+    diagnosis: Diagnosis | None = None  # why the candidate is not `x_1` of the batch
+    other: bool = False  # neither `x_1` of the batch nor what the target maker was given
+    inner: bool = False  # a layer of a module that may be given more
+    gradients: Gradients | None = None
+
+    @property
+    def line(self) -> str:
+        """How to ask for the velocity, to be pasted."""
+        network = self.network
+        answer = answer_text(self.made[2], tuple(self.x1.shape), network.at)
+        return velocity_line(self.call, replace(self.reading, maker=network.reads), answer=answer)
+
+    def asked_otherwise(self, ask: Callable[[Tensor, Tensor, Any], Any], known: Any) -> str:
+        """How a function asks the network differently than training does.
+
+        Args:
+            ask: From x_t, t and labels to the velocity.
+            known: The labels of the batch, (B,), or None; with masks `MaskedLabels`.
+
+        Returns:
+            What differs, with the line that asks as in training; empty if nothing differs, or the
+            function does not call the network exactly once.
+        """
+        slots, calls = self.reading.slots, []
+        if self.inner or slots.columns:
+            return ""
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            leaves = pytree.tree_leaves((args, kwargs))
+            calls.append([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+        hook = self.network.module.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            ask(self.reading.noisy.xt, self.reading.noisy.t, known)
+        finally:
+            hook.remove()
+        if len(calls) != 1:
+            return ""
+        tensors = calls[0]
+        time = self.call.leaves[slots.time].reshape(-1)
+        near = 1e-3 * float(time.detach().abs().max())
+        timed = any(
+            leaf.numel() == len(time) and bool(((leaf.reshape(-1) - time).abs() <= near).all())
+            for leaf in tensors
+        )
+        what = "" if timed else "at another time than training does for the same x_t"
+        if timed and slots.labels is not None:
+            like = self.call.leaves[slots.labels]
+            given = any(x.shape == like.shape and x.dtype == like.dtype for x in tensors)
+            what = "" if given else "without the labels that training gives it"
+        return what and (
+            f"`velocity` calls {where(self.network.name)} {what}. As in training: {self.line}"
+        )

@@ -1,4 +1,4 @@
-"""The library's own `FlowMatchingLoss`: it takes a scheme as it is."""
+"""The library's own `FlowMatchingLoss`, which takes a scheme directly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, rebind, watched
 from stagewise.adapters.hooks import in_place_of
 from stagewise.batches import leaves_of
 from stagewise.paths import Path, PathCoefficients
@@ -23,7 +23,7 @@ _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Objective(TargetMaker):
-    """A `FlowMatchingLoss`, by its attributes: losses stand above this floor."""
+    """A `FlowMatchingLoss`, recognised by its attributes: `losses` cannot be imported here."""
 
     library, what = "stagewise", "FlowMatchingLoss"
     weights = timesteps = losses = True
@@ -50,7 +50,7 @@ class Objective(TargetMaker):
         rest = [name for name, each in signature.parameters.items() if each.kind in _REST]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not looks():
+            if not watched():
                 return plain(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
             conditions: list[tuple[str, Tensor]] = []
@@ -61,8 +61,8 @@ class Objective(TargetMaker):
             def look(x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor) -> None:
                 tell(Seen(x1, x0, t, xt, tuple(conditions)))
 
-            # Noise and times are drawn inside; all pass through its path. Not set on the path
-            # itself, which others share; not by `setattr`, as it may be a module.
+            # Noise and times are drawn inside, and pass through the path. The path itself is
+            # shared with others; a module may refuse `setattr`.
             held, path = vars(loss_fn), loss_fn.path
             holds = "path" in held
             held["path"] = _WatchedPath(path, look)
@@ -94,9 +94,9 @@ class Objective(TargetMaker):
 
 
 def nominal_shares(maker: TargetMaker, edges: Tensor) -> list[float] | None:
-    """Share of the draws in each bin of `edges`, (T + 1,), by the density that training draws from.
+    """Share of the times that training draws in each bin of `edges`, (T + 1,), by their density.
 
-    None if what makes the targets draws its times by no sampler of this library.
+    None if the maker does not draw its times by a sampler of this library.
     """
     loss_fn = maker.place.object
     scheme = getattr(loss_fn, "scheme", None)
@@ -113,7 +113,7 @@ def nominal_shares(maker: TargetMaker, edges: Tensor) -> list[float] | None:
 
 
 class _WatchedPath(Path):
-    """A path that tells of what it interpolates."""
+    """A path that reports what it interpolates."""
 
     def __init__(self, path: Path, look: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> None:
         self._path, self._look = path, look

@@ -1,16 +1,16 @@
-r"""The paths of other libraries, in the library's own four numbers.
+r"""The paths of other libraries, as `a_t, s_t, a'_t, s'_t`.
 
-A library may write `x_t` with more noise than one: torchcfm's `sigma` adds `sigma eps` with an
-`eps` of its own. Two independent Gaussians are one,
+A library may add a second noise to `x_t`: torchcfm's `sigma` adds `sigma eps`. Two independent
+Gaussians are one,
 
     x_t = a_t x_1 + s_t x_0 + sigma eps = a_t x_1 + s~_t z,   s~_t^2 = s_t^2 + sigma^2,
 
-and the conditional target `a'_t x_1 + s'_t x_0`, averaged over what `x_t` and `x_1` leave open, is
+and the mean of the conditional target `a'_t x_1 + s'_t x_0` given `x_t` and `x_1` is
 
     E[a' x_1 + s' x_0 | x_1, x_t] = a' x_1 + (s' s / s~^2) (x_t - a x_1) = a' x_1 + s~' z,
 
-because `s~' = s s' / s~`: the velocity of the path `(a, s~)`. So the oracle of that path is the
-oracle of the library's target. (For the linear path: `m - (1 - t)(x_t - t m) / v` with
+because `s~' = s s' / s~`: the velocity of the path `(a, s~)`. So that path's oracle is the oracle
+of the library's target. (For the linear path: `m - (1 - t)(x_t - t m) / v` with
 `v = (1 - t)^2 + sigma^2`.)
 """
 
@@ -28,7 +28,7 @@ __all__ = ["LibraryPath", "NoisedPath", "ShrinkingPath", "recognise"]
 
 
 class LibraryPath(Path):
-    """A path whose numbers come from another library's object.
+    """A path whose coefficients come from another library's object.
 
     Args:
         coefficients: From t, any shape, to `a_t, s_t, a'_t, s'_t`: tensors like t, or numbers.
@@ -42,7 +42,7 @@ class LibraryPath(Path):
 
     @override
     def __call__(self, t: Tensor) -> PathCoefficients:
-        # Not by way of the default dtype, which may have 16 bits.
+        # Not through the default dtype, which may have 16 bits.
         values = (torch.as_tensor(v, dtype=t.dtype, device=t.device) for v in self.coefficients(t))
         return PathCoefficients(*(value.expand_as(t) for value in values))
 
@@ -51,11 +51,11 @@ class LibraryPath(Path):
 
 
 class NoisedPath(Path):
-    """A path with independent noise of constant size added: torchcfm's matchers with `sigma`.
+    """A path with added independent noise of constant size: torchcfm's matchers with `sigma`.
 
     Args:
-        path: The path without.
-        noise: Standard deviation of what is added, above 0.
+        path: The path without it.
+        noise: Standard deviation of the added noise, above 0.
     """
 
     noisy_target = True
@@ -76,7 +76,7 @@ class ShrinkingPath(Path):
     """`a = t`, `s = 1 - (1 - sigma_min) t` (Lipman et al., arXiv 2210.02747, Eq. 20).
 
     Args:
-        sigma_min: What is left of the noise at t = 1, at least 0; 0 is `LinearPath`.
+        sigma_min: The noise at t = 1, at least 0; 0 is `LinearPath`.
     """
 
     def __init__(self, sigma_min: float) -> None:
@@ -91,6 +91,6 @@ class ShrinkingPath(Path):
 
 
 def recognise(path: Path) -> Path:
-    """The library's own path with the same numbers, or else `path` itself."""
+    """This library's own path with the same coefficients, or else `path` itself."""
     known = (LinearPath(), CosinePath(), VPPath())
     return next((own for own in known if same_path(own, path)), path)

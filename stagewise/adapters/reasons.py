@@ -1,4 +1,4 @@
-"""Why `x_1` of the batch is not what a network is trained on, as far as calls tell."""
+"""Finds why `x_1` of the batch is not what a network is trained on."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from stagewise.adapters.base import TargetMaker
-from stagewise.adapters.calls import Call, Reading, conditioning, is_same, readings, short
+from stagewise.adapters.calls import Call, Reading, conditioning, readings, short
 from stagewise.adapters.fitting import arranged, factor_of, layout_of
 from stagewise.adapters.lines import velocity_line, where
+from stagewise.adapters.rows import equals
 from stagewise.conventions import written
 
 __all__ = ["GIVEN", "Candidates", "Diagnosis", "Made", "Reasons", "own_of"]
 
 GIVEN = "x_1 as it was given to what makes the targets"
-"""The name of that candidate; the first of another name is the `x_1` found in the batch."""
+"""The name of this candidate; the first one with another name is the `x_1` of the batch."""
 
 Candidates: TypeAlias = Callable[[], "Sequence[tuple[str, Tensor]]"]
-"""What `x_1` may be at the time of a call, best first, with names to be pasted: "batch[0]"."""
+"""Returns what `x_1` may be at the time of a call, best first, with names such as "batch[0]"."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Diagnosis:
     """Why `x_1` of the batch is not what is trained on.
 
     Attributes:
-        kind: "scaled": times `factor`; "rearranged": with the values of a sample in another order;
-            "reversed": it is, but time runs the other way than the maker says; "encoded": what
-            `module` made of it is; "other tensor": another tensor of the batch is.
-        message: What was seen, and the cure.
-        factor: By which `x_1`, or what `module` made of it, is multiplied. None: by none.
+        kind: "scaled": it is multiplied by `factor`; "rearranged": the values of a sample are in
+            another order; "reversed": time runs the other way than the maker says; "encoded":
+            `module` encodes it; "other tensor": training is on another tensor of the batch.
+        message: What was found, and the cure.
+        factor: By which `x_1`, or the output of `module`, is multiplied; None if it is not.
         module: Such as "module.vae", for "encoded".
     """
 
@@ -48,21 +49,21 @@ _SUREST = ("scaled", "rearranged", "reversed", "encoded")
 
 @dataclass
 class Made:
-    """What a submodule returned: its name, the tensor if it still exists, its shape."""
+    """What a submodule returned."""
 
-    name: str
+    name: str  # of the submodule
     tensor: weakref.ref[Tensor]
     shape: tuple[int, ...]
-    alone: bool  # whether x_1 of the batch was all that it was given
+    alone: bool  # whether x_1 of the batch was its only argument
 
 
 class Reasons:
-    """Collects, in one training step, what calls that do not fit say about why.
+    """Collects, in one training step, why calls do not fit.
 
     Args:
         makers: What may make the targets.
         labels: The classes of the batch, (B,), or None.
-        labels_name: How messages write them.
+        labels_name: Their name in messages.
 
     Attributes:
         made: What submodules returned so far.
@@ -83,13 +84,13 @@ class Reasons:
 
     @property
     def diagnosis(self) -> Diagnosis | None:
-        """What explains the calls best; None if nothing does."""
+        """The best explanation of the calls; None if there is none."""
         sure = [found.kind for found in self._diagnoses]
         first = next((kind for kind in _SUREST if kind in sure), None)
         return self._guess if first is None else self._diagnoses[sure.index(first)]
 
     def explain(self, line: str) -> str:
-        """Why no call fits, with a cure; `line` is how one would ask for the velocity."""
+        """Why no call fits, with a cure; `line` is how to ask for the velocity."""
         calls = "".join(f"\n  {line}" for line in self._lines[:8]) or " none with such a tensor"
         calls = f"Calls with a tensor of its shape, {self._shape}:{calls}\n"
         if self._coupled:
@@ -100,10 +101,10 @@ class Reasons:
         return (
             "no call in the first training step was given x_t and a time that fit x_1 of the batch "
             f"on {paths}. {calls}"
-            "If training encodes, scales, flips or reorders x_1 itself, say read_batch=... so that "
-            "it is what is trained on; if it counts time or scales x_t in another way, say "
-            "convention=..., such as the noise scheduler or a name of stagewise.conventions; if "
-            f"the network is called in another way, say {line}."
+            "If training encodes, scales, flips or reorders x_1, say read_batch=... that returns "
+            "what is trained on; if it counts time or scales x_t in another way, say "
+            "convention=..., the noise scheduler or a name of stagewise.conventions; if the "
+            f"network is called in another way, say {line}."
         )
 
     def compare(
@@ -121,7 +122,7 @@ class Reasons:
         )
 
     def origin(self, x1: Tensor, text: str, own: Tensor) -> Diagnosis | None:
-        """How what is trained on, (B, *), came from `x_1` of the batch; None if nothing tells."""
+        """How what is trained on, (B, *), was made from `x_1` of the batch; None if unknown."""
         factor = factor_of(x1, own)
         if factor is not None:
             return self._scaled(factor, f"{factor:g}", text)
@@ -134,7 +135,7 @@ class Reasons:
         return None if layout is None else self._rearranged(layout, text)
 
     def note(self, call: Call, candidates: list[tuple[str, Tensor]]) -> None:
-        """Keeps what a call that does not fit says about why."""
+        """Records why a call does not fit."""
         text, own = own_of(candidates) or candidates[0]
         self._shape = tuple(own.shape)
         if any(isinstance(leaf, Tensor) and leaf.shape == own.shape for leaf in call.leaves):
@@ -149,7 +150,7 @@ class Reasons:
             self._explains(call, reading, text, own)
 
     def _explains(self, call: Call, reading: Reading, text: str, own: Tensor) -> None:
-        """Keeps what would make `x_1` of the batch fit a reading of a call."""
+        """Records what would make `x_1` of the batch fit a reading of a call."""
         noisy, shape = reading.noisy, tuple(reading.noisy.xt.shape)
         before = [made for made in self.made if made.shape == shape]
         alone = [made for made in before if made.alone and made.shape == self._shape]
@@ -157,25 +158,25 @@ class Reasons:
             self._guess = Diagnosis(
                 "encoded",
                 f"{where(alone[0].name)} is called with x_1 alone before {where(call.name)}, so "
-                "what is trained on may be made of its answer. Say how: encode=lambda x, module: "
-                "..., or give it to a StageTarget in the step, self.target(u, xt=xt, t=t, x1=x1).",
+                "training may be on its output. Say how: encode=lambda x, module: ..., or give the "
+                "x1 of training to a StageTarget in the step, self.target(u, xt=xt, t=t, x1=x1).",
                 module=where(alone[0].name),
             )
         if shape == self._shape:
             factor = None if alone else noisy.scale(own)
             if factor is not None:
                 self._diagnoses.append(self._scaled(factor, f"about {factor:g}", text))
-            by_sigma = reading.maker.convention.by_sigma  # has no other way to run
+            by_sigma = reading.maker.convention.by_sigma  # such a time has only one direction
             if not by_sigma and replace(noisy, t=1 - noisy.t).fits(own):
                 turned = replace(reading, slots=conditioning(call, reading.slots, self._labels))
                 line = velocity_line(call, turned, turned="(1 - t)")
                 cure = f"Say how to ask it: {line}"
                 told = reading.maker.convention
-                if reading.maker.place.object is None:  # assumed, or said of the whole step
+                if reading.maker.place.object is None:  # assumed, or given for the whole step
                     noise, data = told.data_time, told.noise_time
                     told = replace(told, noise_time=noise, data_time=data, sign=-told.sign)
                     cure = f"Say how it runs: convention={written(told)}"
-                if reading.maker.late:  # it was not called, and does not say what is predicted
+                if reading.maker.late:  # it was not called: what is predicted is not known
                     cure = (
                         f"Call {reading.maker.name} before the network, or say how time runs, "
                         'such as convention="pi0".'
@@ -191,13 +192,13 @@ class Reasons:
         for made in before:
             tensor = made.tensor()
             given = call.leaves[reading.slots.x]
-            if tensor is None or is_same(tensor, own) or tensor is given:
+            if tensor is None or equals(tensor, own) or tensor is given:
                 continue
             factor = 1.0 if noisy.fits(tensor) else noisy.scale(tensor)
             if factor is not None:
                 self._diagnoses.append(self._encoded(made, factor))
         if shape != self._shape and len({made.name for made in before}) == 1:
-            # It may be used in another way than as it is, or be gone.
+            # The step may have changed or freed it.
             self._guess = self._guess or self._encoded(before[0], 1.0)
 
     def _find(self, x1: str) -> str:
@@ -208,8 +209,8 @@ class Reasons:
         return Diagnosis(
             "rearranged",
             f"the values of x_1 are those of {_written(text)} in another order, the same in every "
-            "sample. The posterior over them is the same, but not what the model says of them. "
-            + (f"Say so: {find}." if layout else f"Give them so: {self._bank}"),
+            "sample. The posterior is the same, but the velocity of the model is not. "
+            + (f"Say so: {find}." if layout else f"Give them in that order: {self._bank}"),
         )
 
     def _scaled(self, factor: float, about: str, text: str) -> Diagnosis:
@@ -222,7 +223,7 @@ class Reasons:
         encode = f"encode=lambda x, module: {latents}(x)" if made.alone else "encode=..."
         return Diagnosis(
             "encoded",
-            f"training encodes x_1: what fits is {latents}(...), of shape {made.shape}. Say so, "
+            f"training encodes x_1: {latents}(...), of shape {made.shape}, fits. Say so, "
             f"{encode}, or give what is trained on: {self._bank}",
             None if factor == 1 else factor,
             where(made.name),
@@ -235,18 +236,17 @@ def own_of(candidates: Sequence[tuple[str, Tensor]]) -> tuple[str, Tensor] | Non
 
 
 def _depends(name: str, lean: float, factor: float | None) -> str:
-    """Why noise that is normal is not independent, empty if `x_1` is only scaled."""
+    """The message for noise that is normal but not independent; empty if `x_1` is only scaled."""
     if lean < 0 and factor is not None:
         return ""
     scaled = "" if factor is None else f" Or is x_1 scaled by {factor:g}?"
     return (
         f"{where(name)} is given x_t and a time that fit x_1 of the batch, but x_0 and x_1 are "
-        f"not independent, {lean:.1f} standard errors from it: a coupling?{scaled} The closed "
-        "form of the oracle holds for independent pairs only. Train from "
-        "x0 = torch.randn_like(x1)."
+        f"not independent, {lean:.1f} standard errors away: a coupling?{scaled} The closed form of "
+        "the oracle holds for independent pairs only. Train from x0 = torch.randn_like(x1)."
     )
 
 
 def _written(text: str) -> str:
-    """A candidate's name as it can be pasted."""
+    """A candidate's name as code to paste."""
     return text if text.startswith("batch") else "batch[0]"

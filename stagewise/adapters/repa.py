@@ -1,13 +1,13 @@
 r"""REPA's loss (arXiv 2410.06940): `loss_fn(model, images, model_kwargs, zs)`.
 
 It draws t and noise inside, with t = 1 as noise, makes `x_t` and its target from the four numbers
-of `interpolant(t)`, and returns the denoising loss of each sample beside that of the projection.
-The target is never at hand, but the answer of the model is: with `d` what the scheme adds to the
-target, `(model - d) - target` is `model - (target + d)`, so the model is given to the loss with `d`
-taken off its answer. The projection, and its gradient, stay as they are.
+of `interpolant(t)`, and returns each sample's denoising loss and projection loss. The target is not
+accessible, but the model's answer is: if the scheme adds `d` to the target, `(model - d) - target`
+is `model - (target + d)`. So the loss gets a model with `d` subtracted from its answer. The
+projection and its gradient do not change.
 
-Labels are those of `model_kwargs["y"]`, which a model drops by itself for guidance; what else is
-there is a condition that no target knows, and refused unless the scheme says class_wise=False.
+Labels are `model_kwargs["y"]`, which the model itself drops for guidance. Other entries are
+conditions that no target knows; they are refused unless the scheme says class_wise=False.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, rebind, watched
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS
@@ -57,7 +57,7 @@ class REPALoss(TargetMaker):
         return maker
 
     def _rebind(self, loss: Any, *, observes: bool) -> Detach:
-        # Python looks `__call__` up on the class, so what holds the loss is given another one.
+        # Python looks `__call__` up on the class, so the owner's attribute is replaced.
         return rebind(self.place.owner, self.place.attribute, loss, observes=observes)
 
     def _observe(self, tell: Tell) -> Detach:
@@ -65,7 +65,7 @@ class REPALoss(TargetMaker):
 
         def loss(model: Any, images: Tensor, model_kwargs: Any = None, zs: Any = None) -> Any:
             def look(x: Tensor, time: Tensor, **kwargs: Any) -> Any:
-                if looks():
+                if watched():
                     given = tuple(pair for key in kwargs for pair in leaves_of(kwargs[key], key))
                     tell(Seen(images, None, self.convention.to_t(time), x, given))
                 return model(x, time, **kwargs)
@@ -100,7 +100,7 @@ class REPALoss(TargetMaker):
                     u, xt=x, t=t, x1=x1, labels=next((y for y in labels if y is not None), None)
                 )
                 answer, *more = model(x, time, **kwargs)
-                # The loss has the negative velocity, of the images as they were.
+                # The loss uses the negative velocity of the images before smoothing.
                 moved = (target - u) + d_alpha * (x1 - images)
                 return (answer + moved.to(answer), *more)
 

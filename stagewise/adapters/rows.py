@@ -11,26 +11,26 @@ from stagewise.bank import LatentBank
 from stagewise.bank.row_keys import find_among
 from stagewise.batches import leaves_of
 
-__all__ = ["is_label", "labels_of_rows", "place_of", "same", "version_of"]
+__all__ = ["equals", "is_label", "labels_of_rows", "place_of", "version_of"]
 
 
-def same(own: Tensor, x1: Tensor) -> bool:
-    """Whether they are equal, to the precision of `x1`."""
-    return own.shape == x1.shape and torch.equal(own.to(x1), x1)
+def equals(x: Any, x1: Tensor) -> bool:
+    """Whether a value is a tensor equal to `x1`, at the precision of the value."""
+    return isinstance(x, Tensor) and x.shape == x1.shape and torch.equal(x, x1.to(x))
 
 
 def version_of(x: Tensor) -> int:
-    """Grows with each change in place."""
+    """A number that grows with each change in place; 0 for inference tensors."""
     return 0 if x.is_inference() else x._version
 
 
 def is_label(x: Tensor) -> bool:
-    """Whether a tensor that a model is given can be the class of each sample."""
+    """Whether a tensor can hold the class of each sample."""
     return not x.is_floating_point() and x.numel() == len(x)
 
 
 def place_of(tensor: Tensor, batch: Any) -> str:
-    """Where a tensor lies in a batch, as one would write it; empty if it does not."""
+    """Where a tensor lies in a batch, such as "batch[0]"; empty if it is not there."""
     for place, leaf in leaves_of(batch):
         alike = leaf.shape == tensor.shape or leaf.numel() == tensor.numel() == len(tensor)
         if alike and torch.equal(leaf.reshape(tensor.shape).to(tensor), tensor):
@@ -41,16 +41,12 @@ def place_of(tensor: Tensor, batch: Any) -> str:
 def labels_of_rows(
     x1: Tensor, own: Tensor, labels: Tensor, bank: LatentBank | None
 ) -> Tensor | None:
-    """The classes of samples, by the batch that they are of.
+    """The classes of samples `x1`, (n,), int64, from those of the batch; None if not known.
 
-    Rows of the batch have the labels that they have there, in whatever order and number they
-    come. Others are taken to be made from those in their place (flips, noise), unless what is
-    unchanged stands in other places.
-
-    Returns:
-        (n,), int64; None if it cannot be said.
+    A sample of the batch keeps its label, in any order. Changed samples (flips, noise) are taken
+    to come from the sample in the same place, unless the unchanged ones have moved.
     """
-    if len(own) == len(x1) and same(own, x1):
+    if equals(x1, own):
         return labels
     rows = find_among(own, x1)
     known = rows >= 0

@@ -1,26 +1,29 @@
-"""How one tensor is another one reshaped, rounded, scaled, shifted and clamped, by its values."""
+"""Finds how one tensor is made of another: reshaped, rounded, scaled, shifted and clamped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stagewise.bank.building import HALF
+
 __all__ = ["Step", "done", "related", "text_of", "way_of"]
 
 Step = tuple[Any, ...]
-"""What is done, and with what: `reshape`, `to` a type, `clamp`, or one of `*`, `/`, `+`, `-` with a
-number, or with one for each channel and the number of axes behind them."""
+"""An operation and its arguments: `reshape`, `to` a type, `clamp`, or `*`, `/`, `+`, `-` with
+one number, or with one for each channel and the number of axes after the channels."""
 
-_HALF = (torch.bfloat16, torch.float16)
+_Ends = tuple["float | None", "float | None"]
+_NO_ENDS: _Ends = (None, None)
 _LEAST = 6
-"""Values of a channel that its two numbers are fitted to, at least."""
+"""The least number of values in a channel to fit its two numbers."""
 
 
 def done(x: Tensor, kind: str, *what: Any) -> Tensor:
-    """Does a step with samples, (B, *)."""
+    """Applies a step to samples, (B, *)."""
     if kind == "reshape":
         return x.reshape(-1, *what[0])
     if kind == "to":
@@ -36,7 +39,7 @@ def done(x: Tensor, kind: str, *what: Any) -> Tensor:
 
 
 def text_of(kind: str, *what: Any) -> str:
-    """A step as one would write it behind `x`."""
+    """A step as code after `x`."""
     if kind == "reshape":
         return f".reshape({', '.join(map(str, (-1, *what[0])))})"
     if kind == "to":
@@ -50,7 +53,7 @@ def text_of(kind: str, *what: Any) -> str:
 
 
 def way_of(k: int, factor: float, shift: float, digits: int) -> tuple[Step, ...]:
-    """One of four ways to write `factor x + shift`, in so many digits."""
+    """The k-th of four ways to write `factor x + shift`, with `digits` digits."""
 
     def short(number: float) -> float:
         return float(f"{number:.{digits}g}")
@@ -65,10 +68,7 @@ def way_of(k: int, factor: float, shift: float, digits: int) -> tuple[Step, ...]
 
 
 def related(x: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
-    """How `x1` is made of `x`, both (B, ...); None if it is not.
-
-    Of fewer samples they are the first ones.
-    """
+    """How `x1` is made of `x`, both (B, ...), or of its first samples; None if it is not."""
     x = x[: len(x1)]
     if len(x) != len(x1) or x.numel() != x1.numel() or not x1.is_floating_point():
         return None
@@ -77,14 +77,13 @@ def related(x: Tensor, x1: Tensor) -> tuple[Step, ...] | None:
     x, x1 = x.detach().reshape(x1.shape), x1.detach()
     if torch.equal(x.to(x1), x1):
         return steps
-    ends = [float(end) if int((x1 == end).sum()) > 1 else None for end in (x1.min(), x1.max())]
-    fits: list[Callable[[], _Fit]] = [
-        lambda: _Fit(x, x1),
-        *(lambda axis=axis: _Fit(x, x1, axis) for axis in sorted({1, x1.ndim - 1})),
-        lambda: _Fit(x, x1, None, ends),
-    ]
-    for fit in fits[: 4 if ends != [None, None] else -1]:
-        found = fit().steps()
+    low, high = (float(e) if int((x1 == e).sum()) > 1 else None for e in (x1.min(), x1.max()))
+    options: list[tuple[int | None, _Ends]]
+    options = [(axis, _NO_ENDS) for axis in (None, *sorted({1, x1.ndim - 1}))]
+    if (low, high) != _NO_ENDS:
+        options.append((None, (low, high)))
+    for axis, ends in options:
+        found = _Fit(x, x1, axis, ends).steps()
         if found is not None:
             return steps + found
     return None
@@ -97,12 +96,12 @@ class _Fit:
         self,
         x: Tensor,
         x1: Tensor,
-        axis: int | None = None,
-        ends: Sequence[float | None] = (None, None),
+        axis: int | None,
+        ends: _Ends,
     ) -> None:
         self._x, self._x1, self._axis = x, x1, axis
-        self._clamp: tuple[Step, ...] = () if ends == (None, None) else (("clamp", *ends),)
-        self._halves = [half for half in _HALF if torch.equal(x1.to(half).to(x1), x1)]
+        self._clamp: tuple[Step, ...] = () if ends == _NO_ENDS else (("clamp", *ends),)
+        self._halves = [half for half in HALF if torch.equal(x1.to(half).to(x1), x1)]
         a, b = (self._channels(y.double()) for y in (x, x1))
         inside = torch.ones_like(b)
         for end, sign in zip(ends, (1, -1), strict=True):
@@ -111,7 +110,7 @@ class _Fit:
         mean_a, mean_b = ((y * inside).sum(1) / count.clamp_min(1) for y in (a, b))
         a, b = (a - mean_a[:, None]) * inside, (b - mean_b[:, None]) * inside
         size = a.square().sum(1)
-        # A channel of one value is shifted only.
+        # A constant channel is only shifted.
         self._factor = torch.where(size > 0, (a * b).sum(1) / size, 1.0)
         eps = max(torch.finfo(kind).eps for kind in (x1.dtype, *self._halves))
         self._error = max(1e-5, 4 * eps) * b.norm(dim=1)
@@ -126,7 +125,7 @@ class _Fit:
         return y.reshape(1, -1) if self._axis is None else y.movedim(self._axis, 0).flatten(1)
 
     def steps(self) -> tuple[Step, ...] | None:
-        """What gives the very bits, or else what is near; None if nothing is."""
+        """Steps that give the same bits, or else nearly; None if there are none."""
         for before, after in self._casts() if self._fits else ():
             found = [steps for k in range(4) if (steps := self._exact(k, before, after))]
             if found:
@@ -138,7 +137,7 @@ class _Fit:
     def _exact(
         self, k: int, before: tuple[Step, ...], after: tuple[Step, ...]
     ) -> tuple[int, tuple[Step, ...]] | None:
-        """The steps in as few digits as give the very bits, and how many those are."""
+        """The number of digits and the steps, with the fewest digits that give the same bits."""
         digits = [0] * len(self._factor)
         for told in range(1, 10):
             trial = [kept or told for kept in digits]
@@ -150,14 +149,14 @@ class _Fit:
         return None
 
     def _made(self, steps: Sequence[Step]) -> Tensor:
-        own = self._x1.dtype in _HALF or any(kind == "to" for kind, *_ in steps)
+        own = self._x1.dtype in HALF or any(kind == "to" for kind, *_ in steps)
         made = self._x if own else self._x.to(self._x1)
         for step in steps:
             made = done(made, *step)
         return made.to(self._x1)
 
     def _casts(self) -> Iterator[tuple[tuple[Step, ...], tuple[Step, ...]]]:
-        """Where `x` may have been rounded: before all else, and after it."""
+        """The casts that may come before and after the other steps."""
         yield (), ()
         for half in self._halves:
             to, back = (("to", str(kind).removeprefix("torch.")) for kind in (half, self._x1.dtype))
@@ -166,7 +165,7 @@ class _Fit:
             yield (), (to, *end)
 
     def _way(self, k: int, digits: Sequence[int]) -> tuple[Step, ...]:
-        """`way_of`, of all channels together."""
+        """`way_of` for all channels."""
         pairs = zip(self._factor.tolist(), self._shift.tolist(), digits, strict=True)
         if self._axis is None:
             return way_of(k, *next(pairs))

@@ -14,18 +14,18 @@ from stagewise.queries import Labels
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.stage_target import StageTarget
 
-__all__ = ["ByHand"]
+__all__ = ["StageTargetMaker"]
 
 
-class ByHand(TargetMaker):
-    """A `StageTarget`; what it is called with is all that is known of the step."""
+class StageTargetMaker(TargetMaker):
+    """A `StageTarget`; only its arguments are known of the step."""
 
     library, what = "by hand", "StageTarget"
     weights = timesteps = True  # as far as the step uses them
     late = True
 
     @classmethod
-    def of(cls, place: Place) -> ByHand | None:
+    def of(cls, place: Place) -> StageTargetMaker | None:
         """The maker at `place`, or None if there is none of this kind."""
         target = place.object
         if not isinstance(target, StageTarget):
@@ -38,8 +38,8 @@ class ByHand(TargetMaker):
         for part in parts(scheme):
             if part.convention != STAGEWISE:
                 raise ValueError(
-                    f"Expected a scheme without a convention of its own, which {self.name} "
-                    f"translates to, got {written(part.convention)}. Say it to the module: "
+                    f"Expected a scheme without a convention, got {written(part.convention)}: "
+                    f"{self.name} translates. Give the convention to the module: "
                     f"StageTarget(convention={written(part.convention)})."
                 )
 
@@ -63,8 +63,8 @@ class ByHand(TargetMaker):
 
     @torch.no_grad()
     def _noise(self, y: Tensor, xt: Tensor, t: Tensor, x1: Tensor) -> Tensor | None:
-        """The noise by least squares of `x_t` and the target, which knows it also at the data."""
-        if self.prediction.kind in ("data", "score"):  # no noise, or infinite there
+        """The noise by least squares of `x_t` and the target, which hold it also near data."""
+        if self.prediction.kind in ("data", "score"):  # without noise, or infinite near data
             return None
         path, one = self.path(t.float()), torch.ones_like(t, dtype=torch.float32)
         zero = torch.zeros_like(one)

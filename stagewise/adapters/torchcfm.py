@@ -6,13 +6,13 @@ r"""torchcfm's matchers (Tong et al., arXiv 2302.00482): `sample_location_and_co
 | `TargetConditionalFlowMatcher(sigma)` | `N(t x_1, (1 - (1 - sigma) t)^2)` | `ShrinkingPath` |
 | `VariancePreservingConditionalFlowMatcher(sigma)` | as the first | `CosinePath`, noised |
 
-With `sigma > 0` the target `u` of the first and the last keeps noise that `x_t` and `x_1` do not
-determine. It is averaged out in the share `lambda` in which the scheme mixes, so that the target is
-`u + lambda (u* - u)` with the same meaning as elsewhere.
+With `sigma > 0` the target `u` of the first and the last holds noise that `x_t` and `x_1` do not
+determine. The scheme averages it out by the share `lambda`, so the target is `u + lambda (u* - u)`
+as elsewhere.
 
 Optimal-transport and Schroedinger-bridge matchers make `x_0` and `x_1` dependent: there is no
-closed form, and they are refused. Only `u` is steered: a call that asks for the noise too
-(`return_noise=True`), which a network may be trained on, is refused if the scheme mixes.
+closed form, and they are refused. Only `u` is steered: a call with `return_noise=True`, whose noise
+a network may be trained on, is refused if the scheme mixes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind, together
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, chained, rebind, watched
 from stagewise.adapters.paths import NoisedPath, ShrinkingPath
 from stagewise.noise import check_noise
 from stagewise.paths import CosinePath, LinearPath, Path, expand_like
@@ -37,7 +37,7 @@ _COUPLED = (
     "its minibatch coupling makes x_0 and x_1 dependent, and the closed form of the oracle holds "
     "for independent ones only. Train with ConditionalFlowMatcher to steer."
 )
-_UNKNOWN = f"it is none of torchcfm's matchers, and its path is not known; {BY_HAND}"
+_UNKNOWN = f"it is not one of torchcfm's matchers, so its path is not known; {BY_HAND}"
 _PLAIN = "sample_location_and_conditional_flow"
 _GUIDED = "guided_sample_location_and_conditional_flow"
 
@@ -57,32 +57,32 @@ class TorchCFM(TargetMaker):
         path = None if hasattr(matcher, "ot_sampler") else _path(matcher)
         refusal = _COUPLED if hasattr(matcher, "ot_sampler") else _UNKNOWN
         maker = cls(place, path or LinearPath(), refusal=None if path else refusal)
-        maker.coupled = path is None  # or how noise and data are paired is not known
+        maker.coupled = path is None  # also if the pairing is not known
         return maker
 
     def _observe(self, tell: Tell) -> Detach:
-        """Pairs are seen as a coupling inside of the matcher has made them."""
+        """Reports pairs after any coupling inside the matcher."""
         matcher = self.place.object
         told = False
 
         def look(x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor) -> None:
             nonlocal told
             told = True
-            if looks():
+            if watched():
                 tell(Seen(x1, None if self._makes_noise else x0, t, xt))
 
-        def watched(plain: Any) -> Callable[..., Any]:
+        def wrap_pairs(plain: Any) -> Callable[..., Any]:
             def sample(x0: Tensor, x1: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
                 nonlocal told
                 told = False
                 found = plain(x0, x1, *args, **kwargs)
-                if not told:  # a matcher of one's own that makes x_t in another way
+                if not told:  # the user's matcher, which makes x_t in another way
                     look(x0, x1, *found[:2])
                 return found
 
             return sample
 
-        def watched_xt(plain: Any) -> Callable[..., Any]:
+        def wrap_xt(plain: Any) -> Callable[..., Any]:
             def sample_xt(x0: Tensor, x1: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 xt = plain(x0, x1, t, *args, **kwargs)
                 look(x0, x1, t, xt)
@@ -90,8 +90,8 @@ class TorchCFM(TargetMaker):
 
             return sample_xt
 
-        entries = {_PLAIN: watched, _GUIDED: watched, "sample_xt": watched_xt}
-        return together(
+        entries = {_PLAIN: wrap_pairs, _GUIDED: wrap_pairs, "sample_xt": wrap_xt}
+        return chained(
             *(
                 rebind(matcher, name, wrap(getattr(matcher, name)), observes=True)
                 for name, wrap in entries.items()
@@ -119,9 +119,9 @@ class TorchCFM(TargetMaker):
             nonlocal looked_at
             if mixing and return_noise:
                 raise ValueError(
-                    f"{self.name} was called with return_noise=True, but the scheme mixes into the "
-                    "velocity only: what is trained on the noise would not be steered. Call it "
-                    "without and train on the velocity."
+                    f"{self.name} was called with return_noise=True, but the scheme changes only "
+                    "the velocity: a network that is trained on the noise would not be steered. "
+                    "Call it without return_noise and train on the velocity."
                 )
             if not looked_at:
                 check_noise(x0)
@@ -131,7 +131,7 @@ class TorchCFM(TargetMaker):
             if t is None and scheme.draws_timesteps:
                 t = scheme.timesteps.sample(len(x0)).type_as(x0)  # on the CPU, as torchcfm does
             elif t is None and scheme.smoothing is not None:
-                t = torch.rand(len(x0)).type_as(x0)  # its own draw: what is smoothed depends on t
+                t = torch.rand(len(x0)).type_as(x0)  # as torchcfm; smoothing depends on t
             return x1 if t is None else scheme.smooth(x1, t=t), t
 
         def target(u: Tensor, t: Tensor, xt: Tensor, x1: Tensor, labels: Labels | None) -> Tensor:
@@ -172,7 +172,7 @@ class TorchCFM(TargetMaker):
         detach = rebind(matcher, _PLAIN, sample)
         if guided is None:
             return detach
-        return together(detach, rebind(matcher, _GUIDED, guided_sample))
+        return chained(detach, rebind(matcher, _GUIDED, guided_sample))
 
 
 def _classes(matcher: Any) -> set[str]:
@@ -180,7 +180,7 @@ def _classes(matcher: Any) -> set[str]:
 
 
 def _path(matcher: Any) -> Path | None:
-    """The path of a matcher, held against its own functions; None if it is none of torchcfm's."""
+    """The path of a matcher, checked against its functions; None if it is not torchcfm's."""
     names, sigma = _classes(matcher), matcher.sigma
     if "ConditionalFlowMatcher" not in names:
         return None

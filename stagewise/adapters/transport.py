@@ -1,16 +1,16 @@
 """The `Transport` of SiT (arXiv 2401.08740) and LightningDiT: `training_losses(model, x1, ...)`.
 
 Inside, `sample(x1)` draws noise and t, `path_sampler.plan(t, x0, x1)` makes `x_t` and the velocity,
-and the loss of each sample comes back under "loss" (LightningDiT: and "cos_loss"). The plan
-*object* must stay what it is, because the interval of t hangs on its type; its method is replaced
-on the instance. Labels are those of `model_kwargs["y"]`; what else the model is given there is a
-condition that no target knows, and refused unless the scheme says class_wise=False.
+and "loss" (LightningDiT: also "cos_loss") holds the loss of each sample. The interval of t depends
+on the type of the plan, so the object stays, and its method is replaced on the instance. Labels are
+`model_kwargs["y"]`; other entries are conditions that no target knows, which are refused unless the
+scheme says class_wise=False.
 
-A network that predicts noise or the score is regressed on `x0` itself, which `sample` has drawn
-for this call alone: it is overwritten once `x_t` is made. LightningDiT's cosine loss compares
-directions with the same target, so mixing changes what it means.
+A network that predicts noise or the score is regressed on `x0`, which `sample` draws for each call:
+the target overwrites it after `x_t` is made. LightningDiT's cosine loss compares directions with
+the same target, so mixing changes what it means.
 
-Descendants that count time from data to noise (RAE, arXiv 2510.11690) are told by their
+Variants that count time from data to noise (RAE, arXiv 2510.11690) are recognised by their
 coefficients.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, looks, rebind, together
+from stagewise.adapters.base import Detach, Place, Seen, TargetMaker, Tell, chained, rebind, watched
 from stagewise.adapters.paths import LibraryPath, recognise
 from stagewise.batches import leaves_of
 from stagewise.conventions import CONVENTIONS, STAGEWISE
@@ -68,7 +68,7 @@ class Transport(TargetMaker):
         return cls(place, path, prediction, convention)
 
     def _observe(self, tell: Tell) -> Detach:
-        """What is told has no t where the library counts it from data to noise."""
+        """Reports no t if the library counts it from data to noise."""
         transport, plan = self.place.object, self.place.object.path_sampler
         plain_losses, plain_plan = transport.training_losses, plan.plan
         given: Mapping[str, Any] = {}
@@ -90,15 +90,15 @@ class Transport(TargetMaker):
         def make(time: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             version = x0._version
             found = plain_plan(time, x0, x1)
-            if looks():
-                # A scheme inside of this overwrites the noise that the network is regressed on.
+            if watched():
+                # A scheme may have overwritten the noise, which the network is regressed on.
                 noise = x0 if x0._version == version else None
                 t = time if self.convention == STAGEWISE else None
                 conditions = (pair for name in given for pair in leaves_of(given[name], name))
                 tell(Seen(x1, noise, t, found[1], tuple(conditions)))
             return found
 
-        return together(
+        return chained(
             rebind(transport, "training_losses", training_losses, observes=True),
             rebind(plan, "plan", make, observes=True),
         )
@@ -126,7 +126,7 @@ class Transport(TargetMaker):
             call = {"labels": next((labels for labels in found if labels is not None), None)}
             try:
                 terms = plain_losses(model, x1, model_kwargs, *args, **kwargs)
-                if "weight" not in call:  # a subclass that makes its target without the plan
+                if "weight" not in call:  # a subclass made its target without the plan
                     return terms
                 self._last = (call["t"], terms["loss"].detach())
                 weight = call["weight"].to(terms["loss"])
@@ -140,7 +140,7 @@ class Transport(TargetMaker):
                 self.refuse_given_times(scheme)
             if call is None or not scheme.draws_timesteps:
                 return plain_sample(x1, *args, **kwargs)
-            # As the library's own, but for the distribution of t: noise first, then t on the CPU.
+            # As the library does, except for the distribution of t: noise first, then t on the CPU.
             x0 = torch.randn_like(x1)
             start, end = transport.check_interval(transport.train_eps, transport.sample_eps)
             t = self.convention.from_t(scheme.timesteps.sample(len(x1)))
@@ -167,7 +167,7 @@ class Transport(TargetMaker):
                 return time, xt, u
             return time, xt, sign * target
 
-        return together(
+        return chained(
             rebind(transport, "training_losses", training_losses),
             rebind(transport, "sample", sample),
             rebind(plan, "plan", make),

@@ -1,4 +1,4 @@
-"""A bank as a file: one safetensors file, of which only the rows are not read when it is opened.
+"""A bank as one safetensors file; opening it reads everything except the rows.
 
     8 bytes        length of the header
     header         JSON: where each tensor is; what the bank is, as strings; checksums
@@ -8,8 +8,8 @@
     rows           (N, D), as stored, from a page boundary to the end
 
 The header is padded with spaces, as the format allows, so that the rows begin at a page boundary:
-a mapping of them is then aligned for every instruction, and what comes before has its place before
-the first row is written. A bank that was opened from a file that is replaced keeps the older one.
+their mapping is aligned for every instruction, and the header can be written after the rows. If the
+file of an open bank is replaced, the bank keeps the older file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,8 +37,10 @@ from stagewise.tensor_files import check_tensor, map_tensor, pack_header, read_h
 
 __all__ = ["open_bank", "read_rows", "write_bank"]
 
+Bank = TypeVar("Bank", bound=RowStore)
+
 _VERSION = 2
-"""That of banks with masks or conditions; others are of version 1, which its readers open."""
+"""For banks with masks or conditions; others have version 1, for older readers."""
 
 _PAGE = 4096
 _TYPES = {
@@ -81,20 +83,19 @@ def write_bank(
     pairs: MaskedLabels | None = None,
     conditions: Tensor | None = None,
 ) -> None:
-    """Writes the file of a bank, which has its name when it is complete and on the disk.
+    """Writes the file of a bank, which gets its name when it is complete and on the disk.
 
     Refuses a folder that does not exist, and a disk without room for it.
 
     Args:
-        path: Its name. A file that is there already is replaced.
+        path: The file, which may exist and is then replaced.
         num_rows: N.
         dim: D.
-        dtype: How rows are stored.
+        dtype: Type of the stored rows.
         num_classes: C; 0 without labels.
-        fill: Fills the rows, (N, D), which are mapped: what is assigned to them goes to the file.
-            Returns the bank of them.
-        pairs: What its classes are, with masks.
-        conditions: Those of its rows, (N, C).
+        fill: Fills the rows, (N, D), which are mapped to the file, and returns their bank.
+        pairs: Label and mask of each class, if there are masks.
+        conditions: The conditions of the rows, (N, C).
     """
     header: dict[str, Any] = {}
     end, of = 0, [num_rows, dim, dtype, num_classes, 0, False]
@@ -111,7 +112,7 @@ def write_bank(
     def write(partial: Path) -> None:
         with open(partial, "w+b") as file:
             if hasattr(os, "posix_fallocate"):
-                # A hole that the disk cannot fill later would end the process.
+                # Writing to a mapped hole on a full disk would end the process.
                 os.posix_fallocate(file.fileno(), 0, data + end)
             else:
                 file.truncate(data + end)
@@ -127,7 +128,7 @@ def write_bank(
                 with memoryview(pages) as every, every[first:last] as written:
                     sums[name] = zlib.crc32(written)
             text = pack_header(header, about, sums)
-            assert len(text) <= data - 8, "the space left for the header is far above its size"
+            assert len(text) <= data - 8
             pages[:data] = (data - 8).to_bytes(8, "little") + text.ljust(data - 8)
             pages.flush()
 
@@ -135,7 +136,7 @@ def write_bank(
 
 
 def _contents(bank: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors beside the rows, and what the bank is."""
+    """The tensors of a bank except its rows, and its metadata."""
     tensors = {name: getattr(bank, name) for name in ("offset", "centre", "sq_norms")}
     tensors["keys"] = bank.row_keys()
     if bank.classes:
@@ -156,7 +157,7 @@ def _contents(bank: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _require_disk(folder: Path, need: int) -> None:
     if not folder.is_dir():
-        raise FileNotFoundError(f"Expected a folder for the bank, got {folder}, which is none.")
+        raise FileNotFoundError(f"Expected a folder for the bank, got {folder}: no such folder.")
     free = shutil.disk_usage(folder).free
     if need > free:
         raise OSError(
@@ -165,12 +166,12 @@ def _require_disk(folder: Path, need: int) -> None:
         )
 
 
-def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
-    """Opens a file without reading its rows, which are mapped, and the other tensors by name."""
+def open_bank(path: FilePath, make: Callable[..., Bank]) -> Bank:
+    """Opens a file; its rows are mapped, not read. `make` takes the arguments of `RowStore`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"Expected the file of a bank, got {path}, which is none. "
+            f"Expected the file of a bank, got {path}: no such file. "
             "LatentBank.save(path) and LatentBank.write(path, ...) make one."
         )
     entries, about = read_header(path)
@@ -179,14 +180,14 @@ def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
     if missing or "stagewise_bank" not in about:
         raise ValueError(
             f"Expected the file of a bank, got {path}, a safetensors file with {sorted(entries)} "
-            f"and without {missing or 'what a bank says about itself'}. To make a bank of its "
-            "tensors: LatentBank(x, labels).save(path)."
+            f"and without {missing or 'the metadata of a bank'}. To make a bank of its tensors: "
+            "LatentBank(x, labels).save(path)."
         )
     version = about["stagewise_bank"][:20]
     if version not in ("1", str(_VERSION)):
         raise ValueError(
-            f"{path} was written by a later version of stagewise (file version {version}, known up "
-            f"to {_VERSION}). Update stagewise."
+            f"{path} was written by a later version of stagewise (file version {version}, this one "
+            f"reads up to {_VERSION}). Update stagewise."
         )
     stored = entries["rows"]
     num_classes = math.prod(entries["classes"].shape) if "classes" in entries else 0
@@ -210,20 +211,20 @@ def open_bank(path: FilePath) -> tuple[RowStore, dict[str, Tensor]]:
     if size:
         mask = has["masks"].reshape(-1, *_sample_shape(about.get("mask_shape", "")))
         pairs = MaskedLabels(has.get("labels"), mask, shape)
-    at = rows, has["offset"], shape, has.get("index"), segments, mapped, has["keys"], pairs
-    bank = RowStore(*at)
+    bank = make(rows, has["offset"], shape, has.get("index"), segments, mapped, has["keys"], pairs)
     bank.conditions, bank._unread = has.get("conditions"), path
+    bank.centre, bank.sq_norms = has["centre"], has["sq_norms"]
     if bank.fingerprint != about.get("fingerprint"):
-        raise Damaged.of(path, "what it says it holds and what it holds have other fingerprints")
-    return bank, has
+        raise Damaged.of(path, "its fingerprint is not that of what it holds")
+    return bank
 
 
-def read_rows(path: FilePath, bank: Any) -> None:
-    """Reads the rows of a bank that was opened, and refuses it if anything is not as written."""
+def read_rows(path: FilePath, bank: RowStore) -> None:
+    """Reads the rows of an open bank, and refuses it if anything is not as it was written."""
     bank.require_intact()
     entries, _ = read_header(path)
     if check_tensor(path, entries["rows"]):
-        return  # and the other tensors have checksums, which were compared at opening
+        return  # the other tensors have checksums too, which were compared at opening
     mean, sq_norms = measure(bank.rows, bank.index)
     index = bank.index
     if not (
@@ -235,7 +236,7 @@ def read_rows(path: FilePath, bank: Any) -> None:
 
 
 def _sample_shape(text: str) -> tuple[int, ...]:
-    """The shape that a file gives; empty if it is none, which no fingerprint is of."""
+    """The shape in the metadata; empty if it is none, which no fingerprint has."""
     try:
         return tuple(json.loads(text))
     except (ValueError, TypeError, RecursionError):

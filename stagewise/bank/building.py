@@ -1,9 +1,8 @@
-"""What happens to samples on their way into a bank: read, rounded, sorted by class, measured.
+"""The steps that build a bank: samples are read, rounded, sorted by class and measured.
 
 A row is stored as `(x - offset)` rounded to the storage type, and a sample is `row + offset`. With
-an offset near the mean, a 16-bit type rounds relative to the distance from the mean and not to the
-distance from zero: pixels in [0, 255] or latents with a bias lose no digits to their mean. Wider
-types have no offset.
+an offset near the mean, a 16-bit type rounds relative to the distance from the mean, not from zero:
+pixels in [0, 255] or latents with a bias lose no digits to their mean. Wider types have no offset.
 """
 
 from __future__ import annotations
@@ -43,21 +42,18 @@ HALF = (torch.bfloat16, torch.float16)
 """The 16-bit types, which get an offset."""
 
 BLOCK = 2**20
-"""Numbers handled at a time wherever something of a whole bank is computed in float64: the copies
-stay in the cache, and their memory is used again."""
+"""Numbers per block where float64 results need the whole bank: the copies stay in the cache, and
+their memory is used again."""
 
 _STORAGE = (torch.float32, torch.float64, *HALF)
-_FIRST = 256  # rows that stand for all when not all are there yet
-_SORTED = 2**24  # numbers that are moved at a time, of few columns: the wider, the faster
+_FIRST = 256  # rows for the offset, if not all are known
+_SORTED = 2**24  # numbers that are moved at a time; wider blocks of columns are faster
 _LEAST = 2**-13
 """A standard deviation below which float16, whose numbers are 2^-24 apart there, loses digits."""
 
 
-# -- what is given ----------------------------------------------------------------------------
-
-
 def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
-    """A tensor as it is, and an array, in any byte order, without a copy where that is possible."""
+    """A tensor as it is; an array, in any byte order, as a tensor, without a copy if possible."""
     if isinstance(value, Tensor):
         return value
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
@@ -71,16 +67,16 @@ def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
 
 
 def whole_labels(labels: Tensor | np.ndarray, count: int) -> Tensor:
-    """Labels of shape (count,) or (count, 1) as int64, (count,); also whole floats.
+    """Labels of shape (count,) or (count, 1), integers or whole floats, as int64, (count,).
 
-    Others are refused. Integers cost no device sync.
+    Refuses others. Integers cost no device sync.
     """
     given = as_tensor(labels, "labels")
     flat = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
     if flat.shape != (count,):
         raise ValueError(
             f"Expected integer `labels` with shape ({count},), got {tuple(given.shape)}."
-            + (" Of one-hot labels give labels.argmax(1)." if given.ndim == 2 else "")
+            + (" For one-hot labels give labels.argmax(1)." if given.ndim == 2 else "")
         )
     if flat.is_complex() or (flat.is_floating_point() and bool((flat != flat.round()).any())):
         raise ValueError(
@@ -91,11 +87,11 @@ def whole_labels(labels: Tensor | np.ndarray, count: int) -> Tensor:
 
 
 def require_rows(shape: tuple[int, ...]) -> None:
-    """Refuses samples, of this shape together, that are not (N, *) with at least two rows."""
+    """Refuses a shape of all samples that is not (N, *) with at least two rows."""
     if len(shape) < 2 or shape[0] < 2 or 0 in shape:
         raise ValueError(
             f"Expected `x` with shape (N, *) and at least 2 rows, got {shape}. "
-            "A posterior over one sample is that sample at all t: there are no stages in it."
+            "A posterior over one sample is that sample at all t: it has no stages."
         )
 
 
@@ -107,18 +103,14 @@ def require_storage(dtype: torch.dtype) -> torch.dtype:
 
 
 class Incoming(NamedTuple):
-    """Samples of batches on their way: `parts` are `(rows before, rows (n, D), labels or None)`.
+    """Samples of batches on their way into a bank, on the host."""
 
-    Rows are as they are stored in `dtype`, less `offset`, on the host; `narrowed` says whether they
-    had another type. `shape` is that of a sample. `masks` are those of all rows, or None.
-    """
-
-    parts: Iterator[tuple[int, Tensor, Tensor | None]]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    parts: Iterator[tuple[int, Tensor, Tensor | None]]  # rows before, rows (n, D), labels
+    shape: tuple[int, ...]  # of a sample
+    dtype: torch.dtype  # of the stored rows
     offset: Tensor
-    narrowed: bool
-    masks: MaskedLabels | None
+    narrowed: bool  # whether samples had another type
+    masks: MaskedLabels | None  # of all rows
 
 
 def read_batches(
@@ -133,12 +125,11 @@ def read_batches(
 ) -> Incoming:
     """The first `num_rows` samples; the arguments are those of `LatentBank.from_batches`.
 
-    With `copies` they are refused, before more than a batch is read, if they do not fit in memory.
-    The mean of all is known only after the last batch. Any fixed vector near it serves as the
-    offset: that of the first 256 rows, whatever the batches are.
+    With `copies`, samples that do not fit in memory are refused after the first batch. The offset
+    is the mean of the first 256 rows, for any batch size: the mean of all is known too late.
 
-    Masks are given beforehand, or found in all batches, which are then read at once: how long the
-    longest sample is, is known only after the last.
+    Masks are given beforehand, or found in the batches. Then all batches are read at once, since
+    the longest sample is known only after the last.
     """
     found = (read_checked(read_batch, batch) for batch in batches)
     first = next(found, None)
@@ -149,7 +140,7 @@ def read_batches(
     masked = isinstance(first[1], MaskedLabels)
     if masked and mask is None and copies is None:
         raise ValueError(
-            "Expected the masks of all rows beforehand, as rows are written where their mask is: "
+            "Expected the masks of all rows beforehand, as rows are written in order of mask: "
             "LatentBank.write(path, batches, num_rows, mask=mask). Or, in memory: "
             "LatentBank.from_batches(batches, num_rows, read_batch=read_batch).save(path)."
         )
@@ -209,21 +200,18 @@ def read_batches(
     return Incoming(parts, shape, dtype, middle, given != dtype, masks)
 
 
-# -- classes ----------------------------------------------------------------------------------
-
-
 def class_order(
     labels: Tensor | np.ndarray | None,
     num_rows: int,
     device: torch.device | str = "cpu",
     masks: MaskedLabels | None = None,
 ) -> tuple[Tensor | None, dict[int, slice], MaskedLabels | None]:
-    """Where rows go so that those of a class, or of a mask and a class, stand together.
+    """The order of rows in which those of a class, or of a mask and a class, are contiguous.
 
     Returns:
         The old position of each row in the new order, (N,); the classes, ascending, with their
-        rows; and with masks what the pairs are, by mask from short to long, then by label. Without
-        labels and masks None and no classes.
+        rows; and with masks the pairs, by mask from short to long, then by label. Without labels
+        and masks: None, no classes, None.
     """
     if labels is not None:
         labels = whole_labels(as_tensor(labels, "labels").to(device), num_rows)
@@ -246,26 +234,23 @@ def class_order(
 
 
 def sort_in_place(rows: Tensor, index: Tensor | None) -> None:
-    """`rows[index]` where `rows` are, (N, D): a second copy of them may not fit."""
+    """Assigns `rows[index]` to `rows`, (N, D), without a second copy, which may not fit."""
     if index is not None:
         for columns in rows.split(max(1, _SORTED // len(rows)), dim=1):
             columns.copy_(columns[index])
 
 
-# -- 16 bits ----------------------------------------------------------------------------------
-
-
 def offset_for(x: Tensor, dtype: torch.dtype, given: Tensor | None = None) -> Tensor:
     """What to subtract from samples before they are rounded to `dtype`.
 
-    For a 16-bit type that is the mean of the samples, in numbers that float32 has: few digits, so
-    that `row + offset` in float64 is exact, and `(row + offset) - offset` is `row` again. It is
-    zero if samples have that type already, and for wider types.
+    For a 16-bit type it is the mean of the samples as float32 numbers: these have few digits, so
+    `row + offset` in float64 is exact, and `(row + offset) - offset` is `row` again. It is zero if
+    samples already have that type, and for wider types.
 
     Args:
         x: Samples, (N, D). Those with NaN or Inf, which are refused later, do not count.
         dtype: Storage type.
-        given: Finite numbers, D of them, that are taken in place of the mean.
+        given: D finite numbers to use in place of the mean.
 
     Returns:
         The offset, (D,), float64, on the device of `x`.
@@ -276,8 +261,8 @@ def offset_for(x: Tensor, dtype: torch.dtype, given: Tensor | None = None) -> Te
     if given is not None:
         if given.numel() != x.shape[1] or not given.isfinite().all():
             raise ValueError(
-                f"Expected `offset` of {x.shape[1]} finite numbers, one for each of a sample's, "
-                f"got shape {tuple(given.shape)}. Give a vector near the mean, for example "
+                f"Expected `offset` of {x.shape[1]} finite numbers, as many as a sample has, got "
+                f"shape {tuple(given.shape)}. Give a vector near the mean, for example "
                 "x[:1000].float().mean(0)."
             )
         return given.detach().flatten().to(x.device).float().double()
@@ -290,14 +275,14 @@ def offset_for(x: Tensor, dtype: torch.dtype, given: Tensor | None = None) -> Te
 
 
 def exact_offset(offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """An offset near another that `dtype` holds: numbers that are 0, as in padding, stay 0."""
+    """The offset rounded to `dtype`: numbers that are 0, as in padding, stay 0."""
     return offset.to(dtype).double() if dtype in HALF else offset
 
 
 def narrow(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """Samples (N, D) as they are stored, `(x - offset)` rounded to `dtype`; NaN and Inf pass.
+    """Samples (N, D) as they are stored, `(x - offset)` rounded to `dtype`; `x` if nothing changes.
 
-    It is `x` itself if nothing changes. Finite numbers beyond the range of `dtype` are refused.
+    Refuses finite numbers beyond the range of `dtype`; NaN and Inf pass.
     """
     if x.dtype == dtype and dtype not in HALF:
         return x
@@ -319,28 +304,25 @@ def narrow(x: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def require_spread(spread: float, dtype: torch.dtype) -> None:
-    """Refuses rows of a root mean square `spread`, for which float16 has too few numbers."""
+    """Refuses rows with a root mean square that is too small for float16."""
     if dtype == torch.float16 and spread < _LEAST:
         raise ValueError(
-            f"Expected samples that differ from their mean by {_LEAST:.2g} at least, root mean "
-            f"square, to be stored as {dtype}, which has too few numbers below, got {spread:.2g}. "
+            f"Expected samples that differ from their mean by at least {_LEAST:.2g}, root mean "
+            f"square, to be stored as {dtype}, which has few numbers near zero, got {spread:.2g}. "
             "Store them as dtype=torch.bfloat16 or torch.float32, or scale them."
         )
-
-
-# -- measures ---------------------------------------------------------------------------------
 
 
 def measure(rows: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean of rows (N, D), and their squared distances from it, (N,), float64, in two passes.
 
-    Rows with NaN or Inf are refused; the first is named by its place in the user's order, `index`.
+    Refuses rows with NaN or Inf; the message counts rows in the user's order, by `index`.
     """
     wide, device = torch.float64, rows.device
     step = max(1, BLOCK // rows.shape[1])
     total = torch.zeros(rows.shape[1], dtype=wide, device=device)
-    # Results go to memory that is there: small ones, kept between large copies that come and go,
-    # would leave holes in the heap, in the end as many bytes as the bank has.
+    # Results are written to memory that is allocated first: small tensors between large temporary
+    # ones would fragment the heap, by as many bytes as the bank has.
     finite = torch.empty(len(rows), dtype=torch.bool, device=device)
     sq_norms = torch.empty(len(rows), dtype=wide, device=device)
     for block, out in zip(rows.split(step), finite.split(step), strict=True):

@@ -1,14 +1,13 @@
 """`LatentBank`: the training latents, as the oracle needs them.
 
-The bank holds N samples as rows of D numbers, sorted by class when labels are given, so that a
-class is a contiguous block and needs no copy. A sample is `row + offset`; the offset is zero unless
-rows have 16 bits (`building`). Beside the rows it stores what every query needs and no query
-should compute: the mean (`centre`), the squared distances from it (`sq_norms`), and their largest
-(`radius`). All of these are float64, and of the samples as they are stored.
+The bank holds N samples as rows of D numbers, sorted by class if there are labels, so that a class
+is a contiguous block and needs no copy. A sample is `row + offset`; the offset is zero unless rows
+have 16 bits (`building`). The bank also stores what every query needs: the mean (`centre`), the
+squared distances from it (`sq_norms`), and their largest (`radius`), in float64, of the samples as
+they are stored.
 
-It is a plain object and not an `nn.Module`, on purpose: as a module's buffer it would be broadcast
-by DDP, duplicated by an averaged (EMA) copy of the model, and written into every checkpoint. A deep
-copy of a bank is the bank itself.
+It is not an `nn.Module`: as a buffer it would be broadcast by DDP, duplicated by an averaged (EMA)
+copy of the model, and written into every checkpoint. A deep copy of a bank is the bank itself.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ __all__ = ["LatentBank"]
 
 
 class LatentBank(RowStore):
-    """Holds the training samples, ready to be asked for posteriors.
+    """The training samples that posteriors are over.
 
     Args:
         x: Samples, (N, *), floating point, at least two; a tensor or a NumPy array. Kept without a
@@ -55,33 +54,32 @@ class LatentBank(RowStore):
         mask: Which numbers of each sample count: bool, (N, *), with the first axes of `x`, such as
             (N, L) for (N, L, d); or lengths, integers (N,). Default None: all. Samples are then
             compared with those of the same mask only (`stagewise.masks`), and stand by mask.
-        conditions: What the model is given for each sample beside time and class (text embeddings,
+        conditions: What the model is given for each sample besides time and class (text embeddings,
             observations, one-hot), (N, *), for a `ConditionedOracle`; default None. `save`
             writes them, too; a bank of `write` has none: `with_conditions(c)`.
         dtype: Storage: float32, float64, bfloat16 or float16; default that of `x`. A 16-bit bank
-            halves the memory and *is* the data set, rounded relative to the distance from the
-            mean, that the posterior is about.
+            halves the memory; the posterior is then over the rounded samples.
         offset: What 16-bit rows are rounded relative to, D numbers near the mean; default the mean
             of `x`. Parts of one bank (`Sharded`) must share it to be rounded alike.
 
     Attributes:
         rows: The samples less `offset`, (N, D), in the bank's own order (sorted by class if there
             are labels). `take` and `chunks` read them.
-        offset: What is added to a row to make it the sample, (D,), float64; zero unless 16-bit rows
+        offset: What is added to a row to get the sample, (D,), float64; zero unless 16-bit rows
             were made from wider samples.
-        index: Position in `x` of each row, (N,), or None if the order is unchanged. Everything the
-            oracle says about rows counts them in the bank's own order; this translates.
+        index: Position in `x` of each row, (N,), or None if the order is unchanged. The oracle
+            counts rows in the bank's own order; this translates.
         shape: Shape of one sample.
         centre: Mean of the samples, (D,), float64.
         sq_norms: Squared distance of each sample from `centre`, (N,), float64.
         mean_sq_norm: Mean of `sq_norms`, (), float64.
-        radius: The largest such distance (not squared).
+        radius: The largest distance of a sample from `centre` (not squared).
         max_norm: An upper bound on the norm of a sample.
-        conditions: Those of the rows, (N, C), in the bank's own order, or None.
-        std: Standard deviation of all numbers in the bank that count, around their one mean.
-        classes: The classes, ascending; empty without labels. With masks, pairs of mask and label,
-            known by their keys.
-        pairs: With masks what each class is: `labels` (C,) or None, and `mask` (C, *); else None.
+        conditions: The conditions of the rows, (N, C), in the bank's own order, or None.
+        std: Standard deviation of all numbers inside the masks, around their one mean.
+        classes: The classes, ascending; empty without labels. With masks, the keys of the pairs of
+            mask and label.
+        pairs: With masks, `labels` (C,) or None and `mask` (C, *) of each class; else None.
 
     Raises:
         ValueError: If there are fewer than two rows, rows with NaN or Inf (the count and the first
@@ -127,13 +125,13 @@ class LatentBank(RowStore):
             self.conditions = self._in_order(conditions)
 
     def with_conditions(self, conditions: Tensor | np.ndarray) -> LatentBank:
-        """The same rows, without a copy, with the condition of each.
+        """A bank of the same rows, which are not copied, with the condition of each.
 
         Args:
             conditions: (N, *), in the order in which the bank was built (see `index`).
 
         Raises:
-            ValueError: If there is another number of them, or one is not finite.
+            ValueError: If there are not N of them, or one is not finite.
         """
         bank = self._moved(lambda value: value)
         bank._file, bank.conditions = self._file, self._in_order(conditions)
@@ -154,7 +152,7 @@ class LatentBank(RowStore):
 
     @classmethod
     def _of(cls, *parts: Any) -> LatentBank:
-        """A bank of rows that are made already: the arguments of `RowStore`."""
+        """A bank without measures, from the arguments of `RowStore`."""
         bank = cls.__new__(cls)
         RowStore.__init__(bank, *parts)
         return bank
@@ -192,14 +190,14 @@ class LatentBank(RowStore):
         copies: int = 1,
         advance: Callable[[int], object] | None = None,
     ) -> LatentBank:
-        """Builds a bank in host memory from batches, for example those of a `DataLoader`.
+        """Builds a bank in host memory from batches, for example of a `DataLoader`.
 
         Args:
-            batches: Batches of anything that `read_batch` understands; each sample once.
-            num_rows: How many rows there are (`len(dataset)`); rows beyond it are not read.
+            batches: Batches of any kind that `read_batch` understands; each sample once.
+            num_rows: Number of rows (`len(dataset)`); rows beyond it are not read.
             read_batch: From a batch to `(x_1, labels or None)` or `(x_1, labels or None, mask)`;
-                default `batches.find_sample`. With masks samples of different batches may have
-                different lengths: all are padded to the longest, once all are read.
+                default `batches.find_sample`. With masks, batches may have samples of different
+                lengths: all are padded to the longest at the end.
             dtype: Storage dtype; default that of the samples.
             offset: What 16-bit rows are rounded relative to, see the class; default the mean of the
                 first rows, up to 256 of them.
@@ -208,9 +206,9 @@ class LatentBank(RowStore):
             advance: Called with the number of rows read so far, for a progress display.
 
         Raises:
-            MemoryError: If the bank would not fit into the memory that is available, before it is
-                allocated; the message gives the size and the ways to make it fit.
-            ValueError: If there are fewer rows than promised or shapes differ between batches.
+            MemoryError: If the bank would not fit into the available memory, before it is
+                allocated; the message gives the size and how to make it fit.
+            ValueError: If there are fewer than `num_rows` rows, or shapes differ between batches.
         """
         read = read_batches(batches, num_rows, read_batch, dtype, offset, advance, copies)
         rows = torch.empty((num_rows, math.prod(read.shape)), dtype=read.dtype)
@@ -240,24 +238,24 @@ class LatentBank(RowStore):
         read_batch: ReadBatch = find_sample,
         advance: Callable[[int], object] | None = None,
     ) -> LatentBank:
-        """Builds a bank on disk from batches, whatever its size, and opens it (`open`).
+        """Builds a bank of any size on disk from batches, and opens it (`open`).
 
         Args:
-            path: The file, which is replaced if it is there.
+            path: The file, which is replaced if it exists.
             batches: As for `from_batches`.
             num_rows: As for `from_batches`.
             labels: Integer class of each row, (N,), in the order of the batches; default None (no
-                classes). They are needed beforehand because a row is written where its class is.
-            mask: Those of all rows, as for the class; default None. All samples have one shape.
+                classes). They are needed beforehand because rows are written in order of class.
+            mask: The masks of all rows, as for the class; default None: all samples have one shape.
             dtype: Storage dtype; default that of the samples.
             offset: As for `from_batches`.
-            read_batch: From a batch to `(x_1, labels or None)`; labels found are compared with
+            read_batch: From a batch to `(x_1, labels or None)`; its labels are compared with
                 `labels`.
             advance: As for `from_batches`.
 
         Raises:
             OSError: If the disk has no room for it.
-            ValueError: As `from_batches`, or if labels of a batch are not those in `labels`.
+            ValueError: As `from_batches`, or if labels of a batch differ from `labels`.
         """
         read = read_batches(batches, num_rows, read_batch, dtype, offset, advance, mask=mask)
         index, segments, pairs = class_order(labels, num_rows, masks=read.masks)
@@ -275,10 +273,10 @@ class LatentBank(RowStore):
         return cls.open(path)
 
     def part(self, rows: slice) -> LatentBank:
-        """Some of the rows, at least two, as a bank of its own, in host memory: a shard.
+        """A shard: some of the rows, at least two, as a bank in host memory.
 
-        Rows keep their rounding, order and classes and count from 0. A stride, as of `slice(rank,
-        None, world_size)`, gives every shard its share of each class.
+        Rows keep their rounding, order and classes and count from 0. A stride, such as
+        `slice(rank, None, world_size)`, gives every shard its share of each class.
         """
         at = torch.arange(len(self), device=self.device)[rows]
         require_rows((len(at), *self.shape))
@@ -291,10 +289,10 @@ class LatentBank(RowStore):
         return part
 
     def save(self, path: FilePath) -> None:
-        """Writes the bank to a safetensors file, a chunk at a time, for `open`.
+        """Writes the bank to a safetensors file, chunk by chunk, for `open`.
 
         Args:
-            path: The file. It is replaced if it is there, once the new one is complete.
+            path: The file. If it exists it is replaced once the new one is complete.
 
         Raises:
             OSError: If the disk has no room for it.
@@ -312,14 +310,14 @@ class LatentBank(RowStore):
 
     @classmethod
     def open(cls, path: FilePath, verify: Literal["quick", "full"] = "quick") -> LatentBank:
-        """The bank in a file, memory-mapped: no row is read before it is asked for.
+        """Opens a bank in a file, memory-mapped: a row is read when it is needed.
 
-        The mapping is read-only, and to write to `rows` ends the process.
+        The mapping is read-only: writing to `rows` ends the process.
 
         Args:
             path: What `save` or `write` wrote.
-            verify: "quick" (default) compares all but the rows with their checksums; "full" reads
-                the rows, too. Certificates, `save` and resumed training do so once by themselves.
+            verify: "quick" (default) compares all except the rows with their checksums; "full"
+                reads the rows, too. Certificates, `save` and resumed training do so once.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -327,10 +325,7 @@ class LatentBank(RowStore):
         """
         if verify not in ("quick", "full"):
             raise ValueError(f'Expected `verify` "quick" or "full", got {verify!r}.')
-        stored, tensors = open_bank(path)
-        bank = cls.__new__(cls)
-        bank.__dict__.update(stored.__dict__)
-        bank.centre, bank.sq_norms = tensors["centre"], tensors["sq_norms"]
+        bank = open_bank(path, cls._of)
         if verify == "full":
             read_rows(path, bank)
         return bank._summarise()

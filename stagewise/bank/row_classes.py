@@ -1,4 +1,4 @@
-"""`RowClasses`: which rows of a bank are of which class, and the refusal of unknown ones."""
+"""`RowClasses`: which rows of a bank belong to which class; refuses unknown classes."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from stagewise.masks import MaskedLabels
 __all__ = ["KNOWN", "NO_LABEL", "NO_SOURCE", "NO_TIME", "RowClasses", "as_real"]
 
 KNOWN = -(2**63)
-"""What stands for a label that is known."""
+"""Stands for a known label."""
 
 NO_TIME, NO_SOURCE, NO_LABEL = KNOWN + 1, KNOWN + 2, KNOWN + 3
-"""What stands for a time and a source out of range, and for a class that nobody knows."""
+"""Stand for a time and a source out of range, and for an unknown class."""
 
 _REFUSED = {
     NO_TIME: "Expected `t` in [0, 1] with t = 0 noise and t = 1 data, got others.",
     NO_SOURCE: "Expected `source` below the number of rows of the bank, got others.",
     NO_LABEL: (
-        "Expected `labels`: the class of a sample cannot be looked up, as it is no row of this "
-        "bank. Give the labels of the batch: classes=y to a FlowMatchingLoss, labels=y to a scheme."
+        "Expected `labels`: a sample is no row of this bank, so its class cannot be looked up. "
+        "Give the labels of the batch: classes=y to a FlowMatchingLoss, labels=y to a scheme."
     ),
 }
 
 
 class RowClasses:
-    """The classes of N rows that stand in the order of their classes.
+    """The classes of N rows that are sorted by class.
 
-    With masks a class is a label and a mask, known by its key (`stagewise.masks`).
+    With masks a class is a pair of label and mask, with its key (`stagewise.masks`) as its label.
 
     Args:
         rows: The rows, (N, D).
         segments: The rows of each class, by its label, ascending; None without classes.
-        pairs: Label and mask of all segments in their order, None without masks.
+        pairs: Label and mask of each segment, in order; None without masks.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RowClasses:
 
     @property
     def whole(self) -> slice:
-        """All rows, as `segment` gives those of a class."""
+        """All rows, as a slice."""
         return slice(0, len(self))
 
     @property
@@ -74,11 +74,11 @@ class RowClasses:
 
     @property
     def labelled(self) -> bool:
-        """Whether its rows have labels; with masks they may have classes and no labels."""
+        """Whether the rows have labels; with masks they may have classes without labels."""
         return bool(self._segments) if self.pairs is None else self.pairs.labels is not None
 
     def scopes(self, class_wise: bool) -> list[slice]:
-        """Sets of rows that posteriors are over: the classes, or without them the bank or masks."""
+        """The rows that a posterior is over: each class, or all rows, or all rows of each mask."""
         if class_wise:
             self.require_classes()
             return list(self._segments.values())
@@ -86,7 +86,7 @@ class RowClasses:
 
     @cached_property
     def median_class(self) -> int:
-        """Rows of the class of the median row."""
+        """Size of the class of the median row."""
         sizes = sorted(self.class_sizes)
         return next(size for i, size in enumerate(sizes) if 2 * sum(sizes[: i + 1]) >= len(self))
 
@@ -100,15 +100,15 @@ class RowClasses:
     def require_unmasked(self, what: str, cure: str) -> None:
         """Refuses a bank with masks, with the cure."""
         if self.pairs is not None:
-            raise ValueError(f"{what} does not know masks, and the bank has some. {cure}")
+            raise ValueError(f"{what} does not support masks, and the bank has some. {cure}")
 
     def has_masks(self, masks: MaskedLabels) -> Tensor:
-        """Which samples have a mask (and label) of some row, (n,), on the host."""
+        """Which samples have a mask (and label) that some row has, (n,), on the host."""
         known = {*self._of_masks, *self._segments}
         return torch.tensor([key in known for key in masks.tolist()])
 
     def segment(self, label: int) -> slice:
-        """The rows of a class, as a slice of the bank's own order; refuses another."""
+        """The rows of a class, as a slice of the bank's own order; refuses an unknown class."""
         found = self._segments.get(label, self._of_masks.get(label))
         if found is not None:
             return found
@@ -122,26 +122,23 @@ class RowClasses:
         known = self.classes
         raise ValueError(
             f"Class {label} is not in the bank, which has {len(known)} classes from {known[0]} to "
-            f"{known[-1]}. Build the bank from the labels that training uses. If the label stands "
-            "for those that were dropped (classifier-free guidance), give labels from before "
-            f"dropping, labels=batch[1], or say so: Oracle(bank, null_class={label})."
+            f"{known[-1]}. Build the bank from the labels that training uses. If it is the label "
+            "for dropped classes (classifier-free guidance), give labels from before dropping, "
+            f"labels=batch[1], or say so: Oracle(bank, null_class={label})."
         )
 
     @cached_property
     def largest_class(self) -> int:
-        """Rows of the largest class; 0 without labels."""
+        """Size of the largest class; 0 without labels."""
         return max(self.class_sizes, default=0)
 
     @cached_property
     def smallest_class(self) -> int:
-        """Rows of the smallest class; 0 without labels."""
+        """Size of the smallest class; 0 without labels."""
         return min(self.class_sizes, default=0)
 
     def class_table(self, device: torch.device) -> Tensor:
-        """Label, first row and end of each class, and of each mask, (C, 3), int64, by label.
-
-        Made on a device once.
-        """
+        """Label, first row and end of each class and mask, (C, 3), int64, by label; made once."""
         if not self._of_masks:
             self.require_classes()
         table = self._class_table.get(device)
@@ -157,11 +154,11 @@ class RowClasses:
         """First row and end of the class of each label, (B, 2), int64, without a device sync.
 
         Args:
-            labels: (B,), int64. One that is not in the bank has no rows: on an accelerator its
-                posterior is NaN, and the first call after the device has found it out raises.
+            labels: (B,), int64. An unknown label has no rows: on an accelerator its posterior is
+                NaN, and a later call raises.
 
         Raises:
-            ValueError: If a label of this call, or on an accelerator of one before, is unknown.
+            ValueError: If a label is unknown; on an accelerator, of an earlier call.
         """
         table = self.class_table(labels.device)
         at = torch.searchsorted(table[:, 0].contiguous(), labels).clamp_max(len(table) - 1)
@@ -173,18 +170,18 @@ class RowClasses:
         return found[:, 1:].where(known[:, None], 0)
 
     def report(self, told: Tensor) -> None:
-        """Has the next calls refuse what is wrong with samples, (B,), int64; waits for nothing.
+        """Makes a later call refuse wrong samples; does not wait for the device.
 
         Args:
-            told: The label of each sample if it is unknown, or else `KNOWN`; `NO_TIME`,
-                `NO_SOURCE` or `NO_LABEL`.
+            told: For each sample its label if that is unknown, `NO_TIME`, `NO_SOURCE` or
+                `NO_LABEL`, otherwise `KNOWN`; (B,), int64.
         """
         self._require_known()
         if sent := _sent(told.amax()):
             self._unknown.append(sent)
 
     def _require_known(self) -> None:
-        """Refuses a label that was found to be unknown; waits for nothing."""
+        """Refuses a label that was reported as unknown; does not wait for the device."""
         while self._unknown and self._unknown[0][1]():
             label = int(self._unknown.popleft()[0])
             if label != KNOWN:
@@ -199,19 +196,19 @@ class RowClasses:
         return [classes[at] for at in self.segments_at(rows)]
 
     def classes_of(self, rows: Sequence[int]) -> Tensor | MaskedLabels | None:
-        """The labels of rows, (n,), with their masks if they have any; None without classes."""
+        """The labels of rows, (n,), as `MaskedLabels` if they have masks; None without classes."""
         if self.pairs is None:
             return torch.tensor(self.labels_of(rows)) if self._segments else None
         return self.pairs[torch.tensor(self.segments_at(rows))]
 
     def segments_at(self, rows: Sequence[int]) -> list[int]:
-        """Which of the classes, in their order, each of `rows` is of."""
+        """The position of the class of each of `rows` in `classes`."""
         stops = [segment.stop for segment in self._segments.values()]
         return [bisect_right(stops, row) for row in rows]
 
 
 def _of_masks(pairs: MaskedLabels | None, segments: dict[int, slice]) -> dict[int, slice]:
-    """The rows of each mask by its key, whatever their labels; they stand together."""
+    """The rows of each mask by its key, with any label; they are contiguous."""
     found: dict[int, slice] = {}
     keys = () if pairs is None else pairs.unlabelled().tolist()
     for key, rows in zip(keys, segments.values(), strict=pairs is not None):
@@ -220,11 +217,11 @@ def _of_masks(pairs: MaskedLabels | None, segments: dict[int, slice]) -> dict[in
 
 
 def _sent(told: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
-    """A number on its way to the host, and what says whether it is there; None if none goes."""
+    """A number on its way to the host, and whether it has arrived; None if it is not sent."""
     if not told.is_cuda:
         return told, lambda: True
     if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
-        return None  # fake tensors, or a graph, which has no next call
+        return None  # fake tensors, or a graph, which makes no later call
     there = torch.empty_like(told, device="cpu", pin_memory=True)
     there.copy_(told, non_blocking=True)
     event = torch.cuda.Event()
@@ -233,5 +230,5 @@ def _sent(told: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
 
 
 def as_real(value: Tensor, like: Tensor) -> bool:
-    """Whether `value` may be kept beside `like`: a fake tensor may not beside a real one."""
+    """Whether `value` may be cached for `like`: a fake tensor may not be for a real one."""
     return type(value) is type(like)

@@ -2,8 +2,8 @@
 
 The key of a row is the sum of its bits, read as integers, times fixed odd weights, modulo 2^64. A
 sum of integers does not depend on its order, so a key is the same on every device, in every batch
-and for every version of torch; rows that differ in one number differ in their keys, others but for
-a chance of about 2^-48.
+and version of torch. Rows that differ in one number have different keys; rows that differ in more
+have equal keys with a probability of about 2^-48.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ __all__ = [
 ]
 
 CLASS_FACTOR = 0x27BB2EE687B0B0FD
-"""An odd number, times which the first row of a class is added to the keys of its rows."""
+"""The keys of the rows of a class get this odd number times the first row of the class added."""
 
-_BLOCK = 2**20  # words at a time: their 64-bit products then stay in the cache
+_BLOCK = 2**20  # words at a time: their 64-bit products stay in the cache
 
 
 def row_keys(rows: Tensor) -> Tensor:
     """The keys of rows (N, D), of a 16, 32 or 64-bit floating-point type: (N,), int64."""
-    # A 64-bit number is two words: numbers that were float32 once end in zeros, and would leave a
-    # product of 64-bit words only its upper half.
+    # A 64-bit number is two words: one that was float32 ends in zeros, so a product of 64-bit words
+    # would keep only its upper half.
     word = torch.int16 if rows.dtype.itemsize == 2 else torch.int32
     words = rows.shape[1] * rows.dtype.itemsize // word.itemsize
     factor = key_weights(words, rows.device)
     keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     step = max(1, _BLOCK // words)
     for block, out in zip(rows.split(step), keys.split(step), strict=True):
-        # Adding zero makes -0 and 0, which are equal, equal in their bits.
+        # Adding zero gives -0 the bits of 0.
         out.copy_(((block + 0.0).contiguous().view(word) * factor).sum(1))
     return keys
 
 
 def condition_keys(conditions: Tensor) -> Tensor:
     """The keys of conditions (N, C), floating-point, to be added to those of their rows, (N,)."""
-    # Times another odd number: a row and a condition that change places have another sum.
+    # Another odd factor: exchanging a row and its condition changes the sum.
     return row_keys(conditions) * 0x5851F42D4C957F2D
 
 
 def mask_keys(mask: Tensor) -> Tensor:
-    """The keys of masks (N, D), bool: (N,), int64, the sum of the weights of what is true."""
+    """The keys of masks (N, D), bool: (N,), int64, the sum of the weights of true entries."""
     keys = torch.empty(len(mask), dtype=torch.int64, device=mask.device)
     factor, step = key_weights(mask.shape[1], mask.device), max(1, _BLOCK // mask.shape[1])
     for block, out in zip(mask.split(step), keys.split(step), strict=True):
@@ -63,12 +63,12 @@ def mask_keys(mask: Tensor) -> Tensor:
 
 
 def key_weights(words: int, device: torch.device) -> Tensor:
-    """Odd numbers of RandomState, whose stream is frozen for good, as no generator of torch's."""
+    """Odd numbers of NumPy's RandomState, whose stream never changes; those of torch may."""
     made = _made.get((words, device))
     if made is None:
         odd = np.frombuffer(np.random.RandomState(0).bytes(8 * words), dtype="<i8") | 1
         made = torch.tensor(odd, device=device)
-        if type(made) is Tensor:  # a fake tensor serves its own mode only
+        if type(made) is Tensor:  # a fake tensor belongs to its own mode
             _made[words, device] = made
     return made
 
@@ -82,28 +82,28 @@ def find_rows(
     wanted: Tensor,
     more: Tensor | int = 0,
 ) -> Tensor:
-    """Where each of `wanted`, (B, D), stands among some rows: the number of an equal one, or -1.
+    """The number of a row that equals each of `wanted`, (B, D), or -1.
 
-    `read` gives rows by their numbers; `index` is their keys in ascending order and the rows they
-    belong to, each (N,); `more` is added to the keys of the wanted.
+    `read` returns rows by their numbers; `index` holds the keys in ascending order and their rows,
+    each (N,); `more` is added to the keys of `wanted`.
     """
     keys, order = index
     key = row_keys(wanted) + more
-    # Equal keys stand together. Both ends are looked at because two different rows might, once in
-    # a great many banks, share a key.
+    # Equal keys are contiguous. Both ends are compared, as two different rows may, very rarely,
+    # share a key.
     first = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
     last = (torch.searchsorted(keys, key, right=True) - 1).clamp_min(0)
-    # An accelerator would have to be waited for, to know that they are the same.
+    # On an accelerator this comparison would be a sync.
     once = type(key) is Tensor and key.device.type == "cpu" and torch.equal(first, last)
     place = first[None] if once else torch.stack([first, last])
-    # Without an equal key there is no row to read; any will do, and row 0 is read but once.
+    # Without an equal key any row will do: row 0.
     row = order[place] * (keys[place] == key)
     same = (read(row) == wanted).all(2)
     return row.where(same, -1).amax(0)
 
 
 def find_among(rows: Tensor, wanted: Tensor) -> Tensor:
-    """Where each of `wanted`, (B, *), stands among `rows`, (N, *), at its precision, or -1."""
+    """The index in `rows`, (N, *), of each of `wanted`, (B, *), at its precision, or -1."""
     if rows.shape[1:] != wanted.shape[1:] or not len(rows):
         return torch.full((len(wanted),), -1, device=wanted.device)
     rows, wanted = rows.detach().to(wanted).flatten(1), wanted.detach().flatten(1)
@@ -119,10 +119,7 @@ def digest(
     ends: list[tuple[int, int, int]],
     conditions: Tensor | None = None,
 ) -> str:
-    """A name for a bank, 32 hexadecimal digits: another one as soon as anything in it differs.
-
-    `ends` are label, first row and end of each class.
-    """
+    """A name for a bank, 32 hexadecimal digits; `ends` are label, first row and end of classes."""
     description = (len(keys), len(offset), str(dtype), shape, ends)
     total = hashlib.blake2b(repr(description).encode(), digest_size=16)
     for part in (offset, keys):

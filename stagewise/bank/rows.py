@@ -7,10 +7,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from stagewise.bank.building import BLOCK, HALF
 from stagewise.bank.row_classes import RowClasses, as_real
@@ -29,21 +30,18 @@ from stagewise.memory import available_memory, format_bytes, oracle_device
 
 __all__ = ["RowStore"]
 
-Self = TypeVar("Self", bound="RowStore")
-
 
 class RowStore(RowClasses):
-    """N samples of D numbers, wherever they lie. A copy of a store is the store itself.
+    """N samples of D numbers, on any device or in a file. A copy of a store is the store itself.
 
-    `rows`, `offset`, `shape` and `index` are those of `LatentBank`; `segments` and `pairs` those of
-    `RowClasses`; `file` is that under rows that are memory-mapped, and `keys` those of the rows, if
-    they are known. `conditions` are what a model is given for each row, (N, C), if they are known.
+    `rows`, `offset`, `shape` and `index` are as in `LatentBank`; `segments` and `pairs` as in
+    `RowClasses`; `file` is the mapped file of the rows, `keys` their keys, if there are any.
     """
 
-    conditions: Tensor | None = None
-    centre: Tensor
-    _unread: Path | None = None
-    """The file of rows that were not yet compared with the keys that stand there."""
+    conditions: Tensor | None = None  # what a model is given for each row, (N, C)
+    centre: Tensor  # the mean of the samples, (D,), float64
+    sq_norms: Tensor  # their squared distances from it, (N,), float64
+    _unread: Path | None = None  # the file, until its rows are compared with the keys in it
 
     def __init__(
         self,
@@ -65,7 +63,7 @@ class RowStore(RowClasses):
 
     @property
     def origin(self) -> str:
-        """What the rows are if they are no training set: "the last 4096 samples seen"; or empty."""
+        """What the rows are if not a training set, such as "the last 4096 samples"; else empty."""
         return ""
 
     @property
@@ -75,12 +73,12 @@ class RowStore(RowClasses):
 
     @property
     def device(self) -> torch.device:
-        """Where the rows lie."""
+        """The device of the rows."""
         return self.rows.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """How the rows are stored."""
+        """The type of the stored rows."""
         return self.rows.dtype
 
     @property
@@ -98,9 +96,9 @@ class RowStore(RowClasses):
         return "pinned host" if self.rows.is_pinned() else "host"
 
     def take(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
-        """Samples by their rows (own order, any shape, any device), `(*rows.shape, D)`, float64.
+        """Samples of rows (own order, any shape, any device), `(*rows.shape, D)`, float64.
 
-        They are given on `device`, default that of the bank.
+        They are on `device`, default that of the bank.
         """
         stored = self.rows[rows.to(self.device)]
         return stored.to(device or self.device) + self.offset.to(device or self.device)
@@ -114,24 +112,23 @@ class RowStore(RowClasses):
     ) -> Tensor:
         """The row of each sample that is in the bank, at the precision of `x1`.
 
-        Samples of more digits than the rows have are rounded as the rows were. Of fewer (a float32
-        bank asked with bfloat16), the bank's samples are rounded to the type of `x1`; the first
-        call with such a type looks at all rows and keeps 16 bytes for each. Samples cast to 16 bits
-        are not found in a 16-bit bank that was itself rounded relative to an `offset`, unless they
-        were cast from the bank's own samples: give the bank `offset=torch.zeros(dim)` for that.
+        Samples with more digits than the rows are rounded as the rows were. If they have fewer (a
+        float32 bank asked with bfloat16), the rows are rounded to the type of `x1`; the first call
+        with such a type reads all rows and keeps 16 bytes for each. Samples cast to 16 bits are not
+        found in a 16-bit bank with an `offset`, unless they were cast from the bank's own samples:
+        build the bank with `offset=torch.zeros(dim)` for that.
 
         Args:
-            x1: Samples, (B, *), as those the bank was built from; on any device. With masks zeros
-                are outside of them.
-            masks: `MaskedLabels`, for rows of the same mask only.
-            condition: What the model is given, (B, *), for rows of the same condition only, at the
-                precision of the one that has fewer digits.
+            x1: Samples, (B, *), as the bank was built from, on any device. With masks, numbers
+                outside them are zero.
+            masks: `MaskedLabels`, for rows with the same mask only.
+            condition: What the model is given, (B, *), for rows with the same condition only, at
+                the lower of the two precisions.
             first: The first row of a class, (B,), for rows of that class only.
 
         Returns:
             Rows in the bank's own order, (B,), int64, on the device of `x1`; -1 for a sample that
-            equals none. Of rows that are equal, or equal once rounded, it may be any. The first
-            call looks at all rows.
+            equals none. Of several equal rows it may be any. The first call reads all rows.
 
         Raises:
             ValueError: If the samples have another shape than those of the bank.
@@ -168,21 +165,20 @@ class RowStore(RowClasses):
         return found.to(x1.device)
 
     def find_near(self, x1: Tensor, within: float = 1e-2) -> Tensor:
-        """The row of each sample, or the one that it nearly is: another batch's last digits.
+        """The row of each sample up to rounding: an encoder rounds differently in another batch.
 
-        Rows that an encoder made are those of a batch; in another batch it rounds otherwise.
-        Looked at are those rows, of the ones whose projections on one direction are around that of
-        the sample, that are next to it in 16 directions.
+        Of the rows whose projections on one direction are around that of the sample, those nearest
+        to it in 16 directions are compared.
 
         Args:
             x1: Samples, (B, *), on any device.
             within: The distance up to which a sample is a row, as a share of that from the mean.
 
         Returns:
-            As `find`; waits for no device.
+            As `find`; does not wait for the device.
         """
         found, flat = self.find(x1), x1.detach().to(self.device).flatten(1).double()
-        # Times numbers in no order: rows that differ have other projections.
+        # Random directions: different rows have different projections.
         along = key_weights(16 * self.dim, self.device).double().reshape(16, -1).T / 2**63
         if (projected := self._sorted_keys.get("projected")) is None:
             parts = [(rows + self.offset) @ along for _, rows in self.chunks(self.whole)]
@@ -203,7 +199,7 @@ class RowStore(RowClasses):
         return found.where(found >= 0, row.to(x1.device))
 
     def as_conditions(self, condition: Tensor, count: int) -> Tensor:
-        """Conditions (B, *) as (B, C), refused if not `count`, finite, as wide as the bank's."""
+        """Conditions (B, *) as (B, C); refuses others than `count` finite ones of that width."""
         c = condition.detach()
         c = c.flatten(1) if c.ndim > 1 else c[:, None]
         width = None if self.conditions is None else self.conditions.shape[1]
@@ -229,8 +225,8 @@ class RowStore(RowClasses):
     ) -> tuple[Tensor, Tensor]:
         """The keys in ascending order and their rows; of the samples as `dtype` if it is given.
 
-        With `of_masks` the keys of their masks are added to them, with `of_conditions` those of
-        their conditions as that type, with `of_classes` those of the first rows of their classes.
+        `of_masks` adds the keys of their masks, `of_conditions` those of their conditions in that
+        type, `of_classes` those of the first rows of their classes.
         """
         more = of_masks, of_conditions, of_classes
         name = (dtype, *more) if any(more) else dtype
@@ -266,18 +262,18 @@ class RowStore(RowClasses):
     ) -> Iterator[tuple[int, Tensor]]:
         """The rows of a segment as they are stored (without `offset`), chunk by chunk.
 
-        Rows that lie on `device` in `dtype` are given as views. Others are copied into a buffer
-        that is used again: **a chunk is valid until the next one is asked for**.
+        Rows that are already on `device` in `dtype` are views. Others are copied into a buffer that
+        is used again: **a chunk is valid until the next one is read**.
 
         Args:
             segment: Which rows: `whole`, `segment(label)`, or any other slice.
-            size: Rows in a chunk; default all if they are views, and as many as make 32 MiB, at
-                least 256, if they are copied or read from a file.
+            size: Rows in a chunk; default all if they are views, otherwise 32 MiB of rows, at least
+                256.
             device: Default that of the bank.
             dtype: Default that of the bank.
 
         Returns:
-            Pairs of the first row's number in the bank's own order and the rows, (n, D).
+            Pairs of the number of the first row, in the bank's own order, and the rows, (n, D).
         """
         return stream(self.rows, segment, size, device, dtype, self._file)
 
@@ -285,9 +281,9 @@ class RowStore(RowClasses):
     def fingerprint(self) -> str:
         """A name for what the bank holds: 32 hexadecimal digits.
 
-        Equal for banks with equal rows (type, order, offset), classes and conditions, wherever they
-        are; different as soon as one number is another, or two rows or columns are swapped.
-        Computed once, from all rows.
+        Equal for banks with equal rows (type, order, offset), classes and conditions, on any
+        device; different if any number differs, or two rows or columns are swapped. Computed once,
+        from all rows.
         """
         if self._fingerprint is None:
             self._fingerprint = digest(
@@ -305,10 +301,10 @@ class RowStore(RowClasses):
         return keys
 
     def require_intact(self) -> None:
-        """Compares rows that came from a file with their keys there, and refuses others.
+        """Compares the rows of a file with their keys in it, and refuses damaged ones.
 
-        Reads all rows, once: a fingerprint is that of the keys, which were read when the file was
-        opened. Rows that were made in memory are those that their keys are of.
+        Reads all rows, once: the fingerprint is made of the keys, which are read at opening. Rows
+        in memory need no check.
         """
         if self._unread is None:
             return
@@ -319,27 +315,27 @@ class RowStore(RowClasses):
         if wrong:
             raise Damaged.of(
                 self._unread,
-                f"{len(wrong)} of its {len(self)} rows are no more those that were written, the "
+                f"{len(wrong)} of its {len(self)} rows are no longer those that were written, the "
                 f"first is row {wrong[0]} of the file",
             )
         self._unread = None
 
-    def to(self: Self, device: torch.device | str) -> Self:
-        """The store on `device`; itself if it is there already."""
+    def to(self, device: torch.device | str) -> Self:
+        """The store on `device`; itself if it is already there."""
         device = torch.device(device)
         if self.rows.device == device:
             return self
         return self._moved(lambda value: value.to(device))
 
-    def beside_training(self: Self, device: torch.device, taken: float = 0) -> Self:
-        """On the training device where half of what is free there holds it, else on the host.
+    def beside_training(self, device: torch.device, taken: float = 0) -> Self:
+        """On the training device if it fits into half of the free memory there, else on the host.
 
-        The other half is for activations. On the host it is pinned if there is room, and if it is
-        no file. A device that runs out of memory all the same is warned of.
+        The other half is for activations. On the host it is pinned if there is room, unless it is a
+        file. Warns if the device runs out of memory nevertheless.
 
         Args:
-            device: That of training.
-            taken: Bytes that training has yet to allocate there: gradients, moments.
+            device: The training device.
+            taken: Bytes that training will still allocate there: gradients, moments.
         """
         device = oracle_device(device)
         free = available_memory(device)
@@ -359,16 +355,16 @@ class RowStore(RowClasses):
             return self
         return self.pin()
 
-    def pin(self: Self) -> Self:
-        """The store in pinned host memory, from where a CUDA device copies fastest."""
+    def pin(self) -> Self:
+        """The store in pinned host memory, which a CUDA device copies fastest."""
         if not torch.cuda.is_available():
             raise RuntimeError(
-                "Expected a CUDA device, found none: pinned memory is for copies to one. Without "
-                "it, use the bank as it is."
+                "Expected a CUDA device, found none: pinned memory is for copies to one. Without a "
+                "device, use the bank as it is."
             )
         return self._moved(lambda value: value.cpu().pin_memory())
 
-    def _moved(self: Self, move: Callable[[Tensor], Tensor]) -> Self:
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Self:
         moved = object.__new__(type(self))
         moved.__dict__.update(self.__dict__, _file=None, _sorted_keys={}, _class_table={})
         moved._unknown = deque()
@@ -381,8 +377,8 @@ class RowStore(RowClasses):
         # Made again when asked for.
         return self.__dict__ | {"_sorted_keys": {}, "_class_table": {}, "_unknown": deque()}
 
-    def __copy__(self: Self) -> Self:
+    def __copy__(self) -> Self:
         return self
 
-    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self

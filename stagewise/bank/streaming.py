@@ -1,9 +1,9 @@
-"""Walking through the rows of a bank, chunk by chunk, on the device and in the type wanted.
+"""Reads the rows of a bank chunk by chunk, on any device and in any type.
 
-Rows that lie where and as they are wanted are given as views. Otherwise they pass through a buffer
-that is used again for each chunk, so that a bank larger than the memory of its reader can be read,
-and no chunk costs an allocation. What can be fetched ahead is: a CUDA device copies the next chunk
-while it computes on this one, and the kernel reads the next part of a file that is mapped.
+Rows that already have that device and type are views. Others pass through one buffer, so a bank
+larger than the memory of its reader can be read, and no chunk costs an allocation. The next chunk
+is fetched ahead: a CUDA device copies it while it computes on the current one, and the kernel of
+the system reads the next part of a mapped file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _LEAST_ROWS = 256
 
 @dataclass(frozen=True)
 class MappedFile:
-    """The pages of the file under rows that are memory-mapped, and their first byte in it."""
+    """The file of rows that are memory-mapped."""
 
     pages: mmap.mmap
-    start: int
+    start: int  # the first byte of the rows
 
     def expect(self, first: int, last: int) -> None:
-        """Asks the kernel to read bytes `first` to `last` of the rows; on Linux, else nothing."""
+        """Asks the system to read bytes `first` to `last` of the rows; only on Linux."""
         if hasattr(self.pages, "madvise") and hasattr(mmap, "MADV_WILLNEED"):
             first, last = self.start + first, self.start + last
             page = first - first % mmap.PAGESIZE
@@ -44,10 +44,10 @@ def stream(
     dtype: torch.dtype | None = None,
     file: MappedFile | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """The rows (N, D) of a segment, in chunks; `file` is that under them. See `RowStore.chunks`."""
+    """The rows (N, D) of a segment, in chunks, as in `RowStore.chunks`; `file` is their file."""
     if size is not None and size < 1:
         raise ValueError(f"Expected `size` of at least 1 row, got {size}.")
-    # Made there, the buffer knows the full name of the device ("cuda:0" for "cuda").
+    # The buffer's device has its full name ("cuda:0" for "cuda").
     buffer = rows.new_empty((0, rows.shape[1]), device=device, dtype=dtype)
     views = buffer.device == rows.device and buffer.dtype == rows.dtype
     start, stop, _ = segment.indices(len(rows))
@@ -63,7 +63,7 @@ def stream(
         spans = _read_ahead(list(spans), file, rows.shape[1] * rows.element_size())
     if views:
         return ((first, rows[first:last]) for first, last in spans)
-    # Fake tensors, with which placement is checked without a device, have no streams.
+    # Fake tensors, which check placement without a device, have no streams.
     if buffer.device.type == "cuda" and rows.device.type == "cpu" and type(buffer) is Tensor:
         return _copied_ahead(rows, spans, size, buffer)
     return _copied(rows, spans, buffer.new_empty((size, rows.shape[1])))
@@ -90,21 +90,20 @@ def _copied(
 def _copied_ahead(
     rows: Tensor, spans: Iterable[tuple[int, int]], size: int, like: Tensor
 ) -> Iterator[tuple[int, Tensor]]:
-    """From the host to a CUDA device: while one buffer is computed on, the other is filled.
+    """From the host to a CUDA device: one buffer is filled while the reader uses the other.
 
-    The copy of a chunk is issued when the reader comes back for it, that is, after it has queued
-    its work on the chunk before. Then it runs beside that work even from memory that is not
-    pinned, where the copy keeps the host waiting. It also means that no copy is under way at a
-    `yield`, so that a reader may stop early and the buffers may be freed.
+    A copy is issued when the reader asks for the chunk, after it has queued its work on the chunk
+    before. So it runs beside that work even from memory that is not pinned, where the host waits
+    for the copy. No copy is under way at a `yield`: a reader may stop early and free the buffers.
     """
     device = like.device
     shape = (size, rows.shape[1])
     buffers = [like.new_empty(shape, dtype=rows.dtype) for _ in range(2)]
-    # Conversion is on the reader's stream, whose order makes one buffer enough.
+    # Conversion runs on the reader's stream, so one buffer is enough.
     wide = like.new_empty(shape) if like.dtype != rows.dtype else None
     read = [torch.cuda.Event(), torch.cuda.Event()]
     side = torch.cuda.Stream(device)
-    # The memory of the buffers may have been freed by work that is still queued.
+    # The buffers may reuse memory of work that is still queued.
     side.wait_stream(torch.cuda.current_stream(device))
     for turn, (first, last) in enumerate(spans):
         chunk = buffers[turn % 2][: last - first]

@@ -1,9 +1,9 @@
-"""Latents as people have them on disk: readers of the usual formats, and a writer.
+"""Latents on disk: readers and writers of the usual formats.
 
 `open_latents` recognises what a path holds (LightningDiT, fast-DiT, REPA, EDM2, MAR, or one plain
-file) and gives a data set of `(x_1, label, index)` in the scale of training; `latents.bank()` makes
-the bank of it. `write_latents` writes LightningDiT's shards, `convert` any format from any other,
-and `make_latents` made-up latents for trials.
+file) and returns a data set of `(x_1, label, index)` at the scale of training; `latents.bank()`
+makes its bank. `write_latents` writes LightningDiT's shards, `convert` writes any format from any
+other, and `make_latents` writes made-up latents for trials.
 """
 
 from stagewise.latents.base import Latents

@@ -1,8 +1,8 @@
-"""One file with one array of latents, scaled already, and perhaps their labels.
+"""One file with one array of latents, already scaled, and optionally their labels.
 
 latents.safetensors, latents.npz   `latents` (N, *), or the only floating-point array;
                                    `labels` (N,) or (N, 1), or the only integers of that length
-latents.pt                         the same as a dict, a tuple, or the array alone
+latents.pt                         a dict of these, a tuple, or the array alone
 latents.npy                        the array; labels in latents_labels.npy
 """
 
@@ -32,8 +32,13 @@ from stagewise.latents.arrays import (
     save_arrays,
 )
 from stagewise.latents.base import Block, Latents, Reading, Writing
-from stagewise.latents.checksums import compare_files, write_checksums
-from stagewise.latents.rows_check import compare_tensors, compare_zip
+from stagewise.latents.checksums import (
+    Compared,
+    compare_files,
+    compare_tensors,
+    compare_zip,
+    write_checksums,
+)
 from stagewise.tensor_files import read_header, write_tensors
 
 __all__ = ["ArrayFile"]
@@ -54,7 +59,7 @@ class ArrayFile(Latents):
     takes_multiplier = True
     scales = {"sd-vae": (True, None)}
     cures = (
-        "A plain file is taken as scaled; these rows are not: normalise them, or "
+        "A plain file is read as scaled; these rows are not: normalise them, or "
         "multiplier=0.18215 if they come from Stable Diffusion's autoencoder. ",
         "They may have been scaled twice. multiplier=... undoes it. ",
     )
@@ -87,7 +92,7 @@ class ArrayFile(Latents):
     def _read_block(self, start: int, stop: int, flip: bool) -> Tensor:
         return self._held().block(start, stop)
 
-    def _compare(self) -> tuple[list[str], list[Path]]:
+    def _compare(self) -> Compared:
         if self.path.suffix == ".safetensors":
             return compare_tensors([(self.path, read_header(self.path)[0])])
         return compare_files(self.path) if self.path.suffix == ".npy" else compare_zip(self.path)
@@ -122,12 +127,12 @@ class ArrayFile(Latents):
 
 
 def _beside(path: Path) -> Path:
-    """Where the labels of a `.npy` file are."""
+    """The file of the labels of a `.npy` file."""
     return path.with_name(f"{path.stem}_labels.npy")
 
 
 def _tensors(path: Path) -> dict[str, Rows]:
-    """What the file holds, mapped where it can be."""
+    """The arrays in the file, mapped if possible."""
     if path.suffix == ".safetensors":
         return {name: Rows.of(path, entry) for name, entry in read_header(path)[0].items()}
     if path.suffix == ".npz":
@@ -148,19 +153,19 @@ def _archive(path: Path) -> dict[str, Rows]:
         with zipfile.ZipFile(path) as archive:
             for member in members_of(archive):
                 with archive.open(member):
-                    pass  # its name stands twice, and must be the same
-                name = member.removesuffix(".npy")
+                    pass  # raises if the two copies of its name differ
                 if outside(member):
-                    raise Problem("a name that lies outside of the file")
+                    raise Problem("a name that points outside the file")
+                name = member.removesuffix(".npy")
                 if name == member:
                     continue
                 try:
                     entry = array_entry(path, member)
-                    if entry is not None:
+                    if entry is None:  # compressed: there is nothing to map
+                        text = f"{member} in {path}"
+                        held[name] = Rows(read_array(archive.read(member), text))
+                    else:
                         held[name] = Rows.of(path, entry)
-                    else:  # compressed: there is nothing to map
-                        array = read_array(archive.read(member), f"{member} in {path}")
-                        held[name] = Rows(array)
                 except NoNumbers:
                     if name in ("latents", "labels"):
                         raise
@@ -176,7 +181,7 @@ def _archive(path: Path) -> dict[str, Rows]:
 
 def _pickled(path: Path) -> dict[str, Rows]:
     try:
-        # What describes the tensors; they themselves are mapped, and not read here.
+        # Checks the description of the tensors; their numbers are mapped, not read here.
         check_zip(path, lambda name: "/data/" not in name)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises what its unpickler or its zip reader does
@@ -219,12 +224,13 @@ def _pick(path: Path, held: Mapping[str, Rows]) -> tuple[str, str | None]:
     ]
     if len(labels) > 1:
         warnings.warn(
-            f"{path} is read without labels: any of {labels} may be them. Call them `labels`.",
+            f"{path} is read without labels: expected one array of labels, got {labels}. Name the "
+            "right one `labels`.",
             stacklevel=2,
         )
     if labels:
         return arrays[0], labels[0] if len(labels) == 1 else None
-    # One-hot labels are named for what they are.
+    # One-hot labels are refused later, with the cure.
     others = (name for name, y in dense.items() if name != arrays[0] and is_one_hot(y, rows))
     return arrays[0], next(others, None)
 

@@ -1,6 +1,6 @@
-"""Arrays and labels in files: `.npy` files, alone or in a zip, mapped where they lie.
+"""Arrays and labels in files: `.npy` files, alone or in a zip, are mapped.
 
-An array in a stored (uncompressed) zip is found by its offset, so that no row has to be unpacked.
+An array in a stored (uncompressed) zip is found by its offset, so no row has to be unpacked.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ __all__ = [
 
 
 class NoNumbers(Problem):
-    """A whole array of something else than numbers."""
+    """An undamaged array of something other than numbers."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """An array (N, *), mapped from `start` bytes into the file at `path`, or in memory."""
+    """An array (N, *), mapped from byte `start` of the file at `path`, or in memory."""
 
     x: Tensor
     path: Path | None = None
@@ -55,17 +55,17 @@ class Rows:
 
     @classmethod
     def of(cls, path: Path, entry: Entry) -> Rows:
-        """A tensor of a file, mapped for access to single rows; writing to it ends the process."""
+        """A tensor of a file, mapped to read single rows; writing to it ends the process."""
         if not entry.nbytes or entry.swapped:
             return cls(read_tensor(path, entry))
         x, pages = map_tensor(path, entry)
         if hasattr(pages, "madvise") and hasattr(mmap, "MADV_RANDOM"):
-            # Read ahead, as is done for a mapping, a single row took 100 times as long.
+            # With the default read-ahead a single row takes 100 times as long.
             pages.madvise(mmap.MADV_RANDOM)
         return cls(x, path, entry.start)
 
     def block(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop`, in memory: many rows are read faster than they are mapped."""
+        """Rows `start` to `stop`, in memory: reading many rows is faster than mapping them."""
         if self.path is None:
             return self.x[start:stop]
         shape = (stop - start, *self.x.shape[1:])
@@ -73,11 +73,8 @@ class Rows:
         return read_tensor(self.path, Entry(shape, self.x.dtype, self.start + before))
 
 
-# -- .npy -------------------------------------------------------------------------------------
-
-
 def read_array(data: bytes, name: str) -> Tensor:
-    """The array of a `.npy` file that was read; `name` is for the error."""
+    """The array in the bytes of a `.npy` file; `name` is for the error."""
     try:
         stream = io.BytesIO(data)
         array = np.load(stream, allow_pickle=False)
@@ -101,8 +98,7 @@ def to_tensor(array: np.ndarray, name: str) -> Tensor:
 
 
 def is_dense(x: object) -> bool:
-    """Whether it is a tensor with a number at each place in memory."""
-    # Sparse and quantised tensors, and those without numbers ("meta"), have no rows to read.
+    """Whether it is a tensor whose rows can be read: not sparse, quantised or "meta"."""
     return (
         isinstance(x, Tensor)
         and x.layout == torch.strided
@@ -126,7 +122,7 @@ def _unreadable(name: str, error: Exception) -> Problem:
 def array_entry(path: Path, member: str | None = None) -> Entry | None:
     """Where the numbers of a `.npy` file, or of a `member` of a zip, lie; None if compressed.
 
-    Raises a `Problem` if not all of it is there, `NoNumbers` if it holds text.
+    Raises a `Problem` if the file is not complete, `NoNumbers` if it holds text.
     """
     name = str(path) if member is None else f"{member} in {path}"
     try:
@@ -153,13 +149,13 @@ def array_entry(path: Path, member: str | None = None) -> Entry | None:
     dtype = to_tensor(np.empty(0, kind), name).dtype
     entry = Entry(shape, dtype, start, swapped=not kind.isnative)
     if min(shape, default=0) < 0:
-        raise Problem(f"{name} is damaged: it says its shape is {shape}. Write it again.")
+        raise Problem(f"{name} is damaged: its header has the shape {shape}. Write it again.")
     if fortran and len(shape) > 1:
         raise Problem(f"{path} is in Fortran order. Save it again: np.ascontiguousarray(x).")
     if entry.start + entry.nbytes != end:
         cut = entry.start + entry.nbytes > end
-        why = f"an array of shape {shape} was announced, which "
-        why += "is not there to its end" if cut else f"has {entry.nbytes} bytes, and more are there"
+        why = f"expected an array of shape {shape}, {entry.nbytes} bytes, got "
+        why += f"{end - entry.start} bytes"
         raise Damaged.of(name, why, "truncated" if cut else "damaged")
     return entry
 
@@ -168,7 +164,7 @@ def save_arrays(path: Path, held: Tensor | dict[str, Tensor], sync: bool = True)
     """Writes a `.npy` file, or a `.npz` of several arrays, by `replace_file`."""
 
     def write(partial: Path) -> None:
-        with open(partial, "wb") as stream:  # by name, numpy would add its own ending
+        with open(partial, "wb") as stream:  # numpy adds a suffix to a name
             if isinstance(held, Tensor):
                 np.save(stream, held.cpu().numpy())
             else:
@@ -178,11 +174,8 @@ def save_arrays(path: Path, held: Tensor | dict[str, Tensor], sync: bool = True)
     replace_file(path, write, sync)
 
 
-# -- zip --------------------------------------------------------------------------------------
-
-
 def check_zip(path: Path, of: Callable[[str], bool] = lambda name: True) -> bool:
-    """Compares the members of a zip of these names with their checksums; False if it is no zip.
+    """Compares members of a zip, chosen by name, with their checksums; False if it is no zip.
 
     Raises a `Problem` that names what is damaged.
     """
@@ -203,33 +196,30 @@ def check_zip(path: Path, of: Callable[[str], bool] = lambda name: True) -> bool
 
 
 def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The members of a zip by name; refuses a directory in which some are lost."""
+    """The members of a zip by name; refuses a damaged directory."""
     found = {info.filename: info for info in archive.infolist()}
-    # One whose length is damaged takes those that follow for a comment, without an error.
+    # With a damaged length zipfile reads the following entries as a comment, without an error.
     if any(b"PK\x01\x02" in info.extra + info.comment for info in found.values()):
         raise Problem("its directory is damaged")
     return found
 
 
 def outside(member: str) -> bool:
-    r"""Whether a member of a zip has a name that lies outside of it: `../x`, `/x`, `C:\x`."""
+    r"""Whether the name of a zip's member points outside it: `../x`, `/x`, `C:\x`."""
     first, *others = re.split(r"[/\\]", member)
     return ".." in (first, *others) or not first or ":" in first
 
 
 def local_header(header: bytes) -> int:
-    """Length of what stands before the data of a zip's member, from its first 30 bytes."""
+    """Length of the header before the data of a zip's member, from its first 30 bytes."""
     if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
         raise Problem("the zip is damaged: a member is not where its directory says")
     name, extra = struct.unpack("<HH", header[26:30])
     return 30 + int(name) + int(extra)
 
 
-# -- labels -----------------------------------------------------------------------------------
-
-
 def class_numbers(labels: Tensor, rows: int, name: str, path: Path) -> Tensor:
-    """Labels of `rows` rows, (N,) or (N, 1) whole numbers of any type, as (N,) int64."""
+    """Labels of `rows` rows, (N,) or (N, 1) whole numbers of any type, as int64, (N,)."""
     expected = f"Expected {name} as {rows} integers, {name} of shape {(rows,)} in {path}, got"
     if labels.shape not in ((rows,), (rows, 1)):
         if is_one_hot(labels, rows):
@@ -248,7 +238,7 @@ def class_numbers(labels: Tensor, rows: int, name: str, path: Path) -> Tensor:
 
 
 def is_one_hot(labels: Tensor, rows: int) -> bool:
-    """Whether the first rows of (N, k) have a single 1 each, and zeros."""
+    """Whether labels are (N, k), with a single 1 and zeros in the first rows."""
     if labels.ndim != 2 or labels.shape[0] != rows or labels.shape[1] < 2:
         return False
     some = labels[:64].float()

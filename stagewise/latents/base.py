@@ -1,15 +1,16 @@
 """`Latents`: what all formats have in common once they are open.
 
 A data set of `(x_1, label, index)`, scaled as the project that wrote the files scales them for
-training. Three things are the reader's choice, not the file's:
+training. The reader chooses
 
-* **flips**: some formats store each row a second time, of the mirrored picture. "none" leaves them
+* **flips**: some formats store each row a second time, of the mirrored image. "none" leaves them
   out, "random" takes one of the two at each access, "both" appends them: row i + N is the flip of
   row i.
-* **moments**: some formats store a mean and a standard deviation, of which training draws a sample
-  at each access, `x_1 = scale(mean + std * eps)`. "mean" gives `scale(mean)`.
-* The coin and `eps` come from a generator of their own, seeded by (seed, epoch, index), so that
-  neither workers nor the order of access change them; `set_epoch` moves on to new draws.
+* **moments**: some formats store a mean and a standard deviation, from which training draws a
+  sample at each access, `x_1 = scale(mean + std * eps)`. "mean" gives `scale(mean)`.
+
+Random flips and `eps` are seeded by (seed, epoch, index), so they do not depend on workers or the
+order of access; `set_epoch` moves on to new draws.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from stagewise.bank import LatentBank
 from stagewise.bank.building import HALF
 from stagewise.files import FilePath, Problem, joined
 from stagewise.latents.arrays import require_labels
-from stagewise.latents.rows_check import problems
+from stagewise.latents.checksums import Compared, problems
 from stagewise.latents.scaling import AS_STORED, Affine, ChannelStatistics, Scaling
 
 __all__ = ["Latents", "Reading", "Writing"]
@@ -56,14 +57,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Writing:
-    """How to write: the type of stored numbers, and rows in a shard.
+    """How to write."""
 
-    With a seed `made`, files are as an autoencoder would give them, with raw scales by channel and
-    posteriors with a spread; without, what is read is exactly what was written.
-    """
-
-    dtype: torch.dtype
+    dtype: torch.dtype  # of stored numbers
     shard_size: int = 10_000
+    # A seed to write as from an autoencoder, with raw scales by channel and a posterior variance;
+    # None: what is read is exactly what was written.
     made: int | None = None
 
 
@@ -81,20 +80,20 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         skipped: Files that were left out, with the reason.
     """
 
-    # A format says what follows, and stands in `opening.FORMATS`.
+    # Set by each format, which is listed in `opening.FORMATS`.
     name: ClassVar[str]
     looks_like: ClassVar[str]  # what a path with such latents holds
-    ambiguous: ClassVar[str] = ""  # what to say if `looks_like` does not tell the format
-    is_file: ClassVar[bool | None] = False  # or a folder; None is either
+    ambiguous: ClassVar[str] = ""  # the message if `looks_like` does not tell the format
+    is_file: ClassVar[bool | None] = False  # or a folder; None: either
     takes_multiplier: ClassVar[bool] = False
-    # By autoencoder, `normalize` and `multiplier` that bring its rows to the scale of training.
+    # For each autoencoder the `normalize` and `multiplier` that give the scale of training.
     scales: ClassVar[Mapping[str, tuple[bool, float | None]]] = {}
     needs_labels: ClassVar[bool] = False
     moments: Literal["std", "logvar"] | None = None
     has_flips = False
-    cures = ("", "")  # what to switch if samples are too large, and if they are too small
+    cures = ("", "")  # what to change if samples are too large, and if they are too small
     usual_std = 1.0  # of samples
-    scale_range = 2.0  # the factor by which theirs may differ from it
+    scale_range = 2.0  # the factor by which their size may differ from it
     shape: tuple[int, ...]
     dtype: torch.dtype
     scaling: Scaling = AS_STORED
@@ -104,19 +103,19 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         if reading.multiplier is not None:
             self.scaling = Affine((float(reading.multiplier),))
         self.skipped: list[str] = []
-        # Shared memory: a worker that lives on sees the epoch that the main process sets.
+        # Shared memory: persistent workers see the epoch that the main process sets.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._handles: dict[Any, Any] = {}
         self._labels: Tensor | None = None
 
     @classmethod
     def finds(cls, path: Path) -> bool:
-        """Whether a path holds latents of this format, as far as names tell."""
+        """Whether a path holds latents of this format, by its names."""
         raise NotImplementedError
 
     @classmethod
     def write(cls, path: Path, blocks: Iterable[Block], how: Writing) -> Path:
-        """Writes samples, `(x_1, its flip, labels or None)`, (n, *) twice and (n,)."""
+        """Writes blocks `(x_1, its flip, labels or None)`, (n, *) twice and (n,)."""
         raise NotImplementedError
 
     def _count(self) -> int:
@@ -132,19 +131,19 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         return torch.stack([self._read(row, flip) for row in range(start, stop)])
 
     def _parts(self) -> str:
-        """How many files there are, for `describe`."""
+        """The number of files, for `describe`."""
         raise NotImplementedError
 
     def __len__(self) -> int:
         return self._count() * (2 if self.reading.flips == "both" else 1)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        """`(x_1, label, index)`: (*shape) float32, and -1 for a label where there are none."""
+        """`(x_1, label, index)`: x_1 (*shape), float32; label -1 without labels."""
         x1, label, _ = self.placed(index)
         return x1, label, int(index) % len(self)
 
     def placed(self, index: int) -> tuple[Tensor, int, int]:
-        """`(x_1, label, place)`: where `fixed()` has what this item is, or is a draw of."""
+        """`(x_1, label, place)`: `place` is the index in `fixed()` of this item or its mean."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"Expected an index below {len(self)}, got {index}.")
         index = int(index) % len(self)
@@ -162,11 +161,11 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         return self._labels.repeat(2) if both else self._labels  # type: ignore[union-attr]
 
     def set_epoch(self, epoch: int) -> None:
-        """Moves on to the draws of an epoch, in workers that live on too."""
+        """Moves on to the draws of an epoch, also in persistent workers."""
         self._epoch[0] = epoch
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The x_1 of items `start` to before `stop`, in bulk: `(stop - start, *shape)`, float32."""
+        """The x_1 of items `start` to `stop` in bulk, `(stop - start, *shape)`, float32."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"Expected rows within 0 and {len(self)}, got {start} to {stop}.")
         if start == stop:
@@ -187,19 +186,17 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         self, size: int = 1024, indices: Tensor | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
         """All items, or those of `indices`, in batches `(x_1, labels)`; without labels `(x_1,)`."""
-        labels = self.labels
-        total = len(self) if indices is None else len(indices)
-        for start in range(0, total, size):
-            stop = min(start + size, total)
+        labels, every = self.labels, torch.arange(len(self)) if indices is None else indices
+        for start in range(0, len(every), size):
+            which = every[start : start + size]
             if indices is None:
-                which, x1 = torch.arange(start, stop), self.rows(start, stop)
+                x1 = self.rows(start, start + len(which))
             else:
-                which = indices[start:stop]
                 x1 = torch.stack([self[int(index)][0] for index in which])
             yield (x1,) if labels is None else (x1, labels[which])
 
     def _locate(self, index: int) -> tuple[int, bool]:
-        """Row and whether it is the flipped one."""
+        """The row, and whether its flip is meant."""
         if self.reading.flips == "random":
             return index, bool(self._generator(index, 1).integers(2))
         count = self._count()
@@ -222,21 +219,21 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         return self.scaling(mean + std * torch.from_numpy(np.stack(noise)))
 
     def fixed(self) -> Latents:
-        """The same latents without chance: means for samples, both flips for a random one."""
+        """The same latents without randomness: means, and both flips in place of a random one."""
         flips: Flips = "both" if self.reading.flips == "random" else self.reading.flips
         return self.with_options(moments="mean", flips=flips)
 
     def with_options(
         self, *, moments: Moments | None = None, flips: Flips | None = None
     ) -> Latents:
-        """The same files, read in another way; what is None stays."""
+        """The same files, read with other options; None keeps an option."""
         other, now = copy.copy(self), self.reading
         other.reading = replace(now, moments=moments or now.moments, flips=flips or now.flips)
         other._require_flips()
         return other
 
     def reopened(self, path: FilePath, flips: Flips) -> Latents:
-        """Other latents of the same format, read in the same way but for `flips`."""
+        """Other latents of the same format, read with the same options except `flips`."""
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"Expected latents in {path}: no such path.")
@@ -252,26 +249,26 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         copies: int = 1,
         advance: Callable[[int], object] | None = None,
     ) -> LatentBank:
-        """The bank of these latents: means where moments are stored, both flips if flips are read.
+        """The bank of these latents: means if moments are stored, both flips if flips are read.
 
         Args:
             dtype: Storage of the bank, default float32.
             class_wise: Whether to keep the labels, default True.
             indices: Which items, default all.
-            path: A file for the bank, for latents beyond the memory; default in memory.
+            path: A file for the bank, for latents that exceed the memory; default in memory.
             copies: Processes on this host that build the same bank, for the check of memory.
             advance: Called with the number of rows read so far.
 
         Raises:
             MemoryError: If it would not fit into memory.
-            ValueError: If samples are not finite, or not scaled as the format's (`check_scale`).
+            ValueError: If samples are not finite, or at another scale (`check_scale`).
         """
         fixed = self.fixed()
         fixed.check_scale()
         total = len(fixed) if indices is None else len(indices)
         batches = fixed.chunks(max(1, min(1024, 2**24 // math.prod(self.shape))), indices)
         labels = fixed.labels if class_wise else None
-        # Of all items whatever the indices, so that shards of them are rounded alike.
+        # From all items, not only `indices`, so that shards are rounded alike.
         few = list(fixed.some()) if dtype in HALF else []
         offset = sum(x1.double() for x1 in few) / len(few) if few else None
         how: dict[str, Any] = {"dtype": dtype, "offset": offset, "advance": advance}
@@ -295,11 +292,11 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             yield self[index][0]
 
     def check_scale(self) -> None:
-        """Looks at some rows, and refuses samples that are not scaled or scaled twice."""
+        """Refuses latents if some of their samples are not scaled, or scaled twice."""
         expected = self.reading.expected_std or self.usual_std
         mean, std = self.statistics().overall()
         size, most = math.hypot(mean, std), self.scale_range
-        # What is not finite is named by whoever reads all rows.
+        # Rows that are not finite are refused when all are read.
         if math.isfinite(size) and not expected / most < size < expected * most:
             raise ValueError(
                 f"Expected latents of standard deviation about {expected:.3g}, got {std:.3g} (mean "
@@ -309,13 +306,14 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             )
 
     def verify(self, full: bool = False) -> None:
-        """Looks at the scale of a few rows; with `full` reads all rows and labels.
+        """Checks the scale of a few rows; with `full` reads and checks all rows and labels.
 
-        These are compared with their checksums, which shards of `write_latents`, `.npz`, `.pt` and
-        zip files have, and what this library wrote has beside it; of files without a warning tells.
+        Files are then compared with their checksums, which shards of `write_latents`, `.npz`, `.pt`
+        and zip files hold, and other files of this library have beside them. Warns of files without
+        checksums.
 
         Raises:
-            ValueError: With all that is wrong; files that were left out at opening included.
+            ValueError: With everything that is wrong, also in files left out at opening.
         """
         wrong = list(self.skipped) + (problems(self) if full else [])
         if wrong:
@@ -323,12 +321,12 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
             raise ValueError(f"{len(wrong)} problem{many} in {self.path}: {joined(wrong, most=10)}")
         self.check_scale()
 
-    def _compare(self) -> tuple[list[str], list[Path]]:
-        """What does not match its checksum, and the files and folders that have none."""
-        return [], [self.path]
+    def _compare(self) -> Compared:
+        """Compares files with their checksums, unless reading a row does so."""
+        return [], []
 
     def _opened(self, labels: Tensor | None) -> None:
-        """The last step of opening: refuses what cannot be read, and keeps the labels."""
+        """The last step of opening: refuses what cannot be used, and keeps the labels."""
         self._require_flips()
         if not self._count():
             raise Problem(f"{self.path} holds no rows.")
@@ -347,18 +345,17 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
     def _require_flips(self) -> None:
         if self.reading.flips != "none" and not self.has_flips:
             raise ValueError(
-                f"{self.path} holds no flipped latents, as {self.name} files there do not. Open "
-                'them with flips="none".'
+                f'{self.path} holds {self.name} latents without flips. Open them with flips="none".'
             )
 
     def _leave_out(self, file: object, error: Exception | str) -> None:
-        """Names a file that cannot be used, or raises."""
+        """Records a file that cannot be used, or raises."""
         if not self.reading.skip:
             raise ValueError(f'{error} To leave it out: on_error="skip".')
         self.skipped.append(f"{file}: {error}")
 
     def describe(self) -> str:
-        """What was recognised, in one line."""
+        """One line: what the path holds and how it is read."""
         stored = f"{self._count()} rows of {self.shape} {str(self.dtype).removeprefix('torch.')}"
         reading = [f"{stored} in {self._parts()}"]
         if self._labels is not None:
@@ -376,7 +373,7 @@ class Latents(Dataset[tuple[Tensor, int, int]]):
         return f"<{self.describe()}>"
 
     def _handle(self, key: Any, make: Callable[[], Any]) -> Any:
-        """A mapped file, under a key; mapped when it is first asked for, and again in a copy."""
+        """A mapped file by its key; mapped at its first use, and again in a copy."""
         if key not in self._handles:
             self._handles[key] = make()
         return self._handles[key]

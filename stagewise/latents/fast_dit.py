@@ -1,10 +1,10 @@
-"""fast-DiT: one pair of `.npy` files for each image, scaled already.
+"""fast-DiT: one pair of `.npy` files for each image, already scaled.
 
     imagenet256_features/0.npy   (1, 4, 32, 32) float32, a sample times 0.18215
     imagenet256_labels/0.npy     (1,) int64
 
-A random flip is in each row and cannot be told. Several processes writing into one folder overwrite
-one another's numbers; what is there is what is read.
+A row may be flipped at random, which cannot be seen. Processes that write into one folder overwrite
+each other's numbers; only what is left can be read.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from typing_extensions import override
 
 from stagewise.files import FilePath, joined
 from stagewise.latents.arrays import (
-    array_entry,
     class_numbers,
     read_array,
     require_labels,
     save_arrays,
 )
 from stagewise.latents.base import Block, Reading, Writing
-from stagewise.latents.checksums import compare_files, write_checksums
+from stagewise.latents.checksums import Compared, compare_files, write_checksums
 from stagewise.latents.per_file import PerFile, sizes_in
-from stagewise.tensor_files import Entry
 
 __all__ = ["FastDiT", "write_fast_dit"]
 
@@ -35,14 +33,14 @@ _MARK = "_features"
 
 
 class FastDiT(PerFile):
-    """Pairs of `.npy` files, in the order of their numbers. Labels are read when asked for."""
+    """Pairs of `.npy` files, in the order of their numbers. Labels are read at their first use."""
 
     name = "fast-DiT"
     looks_like = "*_features/0.npy ... and *_labels/0.npy ..."
     takes_multiplier = True
     scales = {"sd-vae": (True, None)}
     cures = (
-        "fast-DiT writes rows that are scaled; these are not: multiplier=0.18215. ",
+        "fast-DiT writes scaled rows; these are not: multiplier=0.18215. ",
         "They may have been scaled twice: multiplier=1 / 0.18215. ",
     )
     needs_labels = True
@@ -73,15 +71,6 @@ class FastDiT(PerFile):
     def finds(cls, path: Path) -> bool:
         return next(path.glob(f"*{_MARK}"), None) is not None
 
-    def _entry(self, name: str) -> Entry:
-        entry = array_entry(self._root / name)
-        assert entry is not None  # only members of a zip may be compressed
-        return entry
-
-    def _load(self, name: str, flip: bool) -> Tensor:
-        file = self._root / name
-        return read_array(file.read_bytes(), str(file))
-
     def _read(self, row: int, flip: bool) -> Tensor:
         return super()._read(row, flip)[0]
 
@@ -106,7 +95,7 @@ class FastDiT(PerFile):
             self._labels = found
         return self._labels
 
-    def _compare(self) -> tuple[list[str], list[Path]]:
+    def _compare(self) -> Compared:
         return compare_files(self.path)
 
     @override

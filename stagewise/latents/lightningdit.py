@@ -4,13 +4,12 @@
     ...
     latents_stats.pt                      {"mean", "std"}, each (1, C, 1, 1)
 
-Rows are posterior samples as the autoencoder gave them; whoever reads them computes
-`(z - mean) / std * multiplier`. Latents of Stable Diffusion's autoencoder are not normalised but
-multiplied by 0.18215, which the files do not say (hustvl/LightningDiT, issues 22 and 34).
+Rows are posterior samples from the autoencoder; readers compute `(z - mean) / std * multiplier`.
+Latents of Stable Diffusion's autoencoder are not normalised but multiplied by 0.18215, which the
+files do not say (hustvl/LightningDiT, issues 22 and 34).
 
-What is written has names, keys and metadata of the public writer, and checksums. Its statistics
-are those of all un-flipped rows in float64, where the public writer takes 10 000 random rows in
-float32.
+The writer uses names, keys and metadata of the public one, and adds checksums. Its statistics are
+of all un-flipped rows in float64; the public writer takes 10 000 random rows in float32.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from typing_extensions import override
 from stagewise.files import FilePath, Problem
 from stagewise.latents.arrays import Rows, class_numbers
 from stagewise.latents.base import Block, Latents, Reading, Writing
-from stagewise.latents.rows_check import compare_tensors
+from stagewise.latents.checksums import Compared, compare_tensors
 from stagewise.latents.scaling import ChannelStatistics, Normalised, Scaling
 from stagewise.latents.stats_file import STATS, read_stats, save_stats
 from stagewise.tensor_files import Entry, read_header, read_tensor, write_tensors
@@ -44,14 +43,14 @@ __all__ = [
 ]
 
 _NOT_NORMALISED = (
-    "Nothing brings the rows to the scale of training: normalize=True for VA-VAE, "
-    "multiplier=0.18215 for Stable Diffusion's autoencoder. ",
+    "The rows are not scaled for training: normalize=True for VA-VAE, multiplier=0.18215 for "
+    "Stable Diffusion's autoencoder. ",
     "They were scaled before they were written: multiplier=1.0, and no `autoencoder`. ",
 )
 
 
 class LightningDiT(Latents):
-    """Shards of raw latents: a folder of them, or one."""
+    """Shards of raw latents: a folder of shards, or one shard."""
 
     name = "LightningDiT"
     looks_like = "*.safetensors shards and latents_stats.pt"
@@ -59,7 +58,7 @@ class LightningDiT(Latents):
     takes_multiplier = True
     scales = {"sd-vae": (False, 0.18215)}
     needs_labels = True
-    scale_range = 1.4  # divided by their own standard deviation, rows are at 1
+    scale_range = 1.4  # normalised rows have a standard deviation of 1
     cures = (
         f"The rows do not fit {STATS} beside them: they were normalised before they were written "
         "(then normalize=False, multiplier=1.0), or the statistics are those of other latents "
@@ -73,7 +72,7 @@ class LightningDiT(Latents):
         self._starts = [0]
         labels: list[Tensor] = []
         for gap in _missing_shards(files):
-            lost = f"{path / gap} is missing: there are shards with higher numbers. Copy it too."
+            lost = f"{path / gap} is missing, but shards with higher numbers exist. Copy it too."
             self._leave_out(gap, lost)
         for file in files:
             try:
@@ -89,7 +88,7 @@ class LightningDiT(Latents):
             self._starts.append(self._starts[-1] + count)
         if not self._shards:
             raise ValueError(
-                f"Expected shards that can be read in {path}, got none of {len(files)}: "
+                f"Expected readable shards in {path}, got 0 of {len(files)}: "
                 f"{self.skipped[0] if self.skipped else 'there are no files'}"
             )
         self._require_alike(len(labels))
@@ -115,8 +114,8 @@ class LightningDiT(Latents):
             if shape != shapes[first]:
                 raise ValueError(
                     f"Expected rows of shape {shapes[first]} in {file}, as in {first.name}, got "
-                    f"{shape}. These are latents of two autoencoders or sizes: keep each in a "
-                    "folder of its own."
+                    f"{shape}. These are latents of two autoencoders or sizes: put each into its "
+                    "own folder."
                 )
         if labelled not in (0, len(self._shards)):
             raise ValueError(
@@ -132,7 +131,7 @@ class LightningDiT(Latents):
         if multiplier is None:
             raise ValueError(
                 f"Expected `multiplier` with normalize=False for {self.path}: 0.18215 for latents "
-                "of Stable Diffusion's autoencoder, 1.0 for latents that are scaled already."
+                "of Stable Diffusion's autoencoder, 1.0 for latents that are already scaled."
             )
         return self.scaling
 
@@ -157,7 +156,7 @@ class LightningDiT(Latents):
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _compare(self) -> tuple[list[str], list[Path]]:
+    def _compare(self) -> Compared:
         return compare_tensors(self._shards)
 
     def _parts(self) -> str:
@@ -174,7 +173,7 @@ class LightningDiT(Latents):
             write_latents(path, blocks, stats=False, shard_size=size, dtype=dtype)
             save_stats(path, torch.zeros(channels), torch.ones(channels))
             return path
-        # Raw latents have means and scales of their own by channel, which the writer measures.
+        # Raw latents have another mean and scale in each channel, which the writer measures.
         draws = np.random.default_rng((how.made, 7))
         mean, std = (
             torch.from_numpy(values).float()[:, None, None]
@@ -186,7 +185,7 @@ class LightningDiT(Latents):
 
 
 def _shard_entries(file: Path) -> dict[str, Entry]:
-    """The tensors of a shard, from its header; refuses what is no shard."""
+    """The tensors of a shard, from its header; refuses other files."""
     entries, _ = read_header(file)
     if "latents" not in entries or len(entries["latents"].shape) < 2:
         raise Problem(
@@ -209,7 +208,7 @@ def _shard_files(folder: Path) -> list[Path]:
 
 
 def _missing_shards(files: Iterable[Path]) -> list[str]:
-    """Names that the writer must have used, by the numbers of those that are there."""
+    """Names of missing shards, by the gaps in the numbers of the others."""
     found = {
         (int(match[1]), int(match[2]))
         for file in files
@@ -224,7 +223,7 @@ def _missing_shards(files: Iterable[Path]) -> list[str]:
 
 
 def write_stats(folder: FilePath) -> ChannelStatistics:
-    """Computes `latents_stats.pt` from all un-flipped rows of a folder of shards; writes it."""
+    """Computes `latents_stats.pt` from all un-flipped rows of a folder of shards, and writes it."""
     folder, seen = Path(folder), ChannelStatistics()
     for file in _shard_files(folder):
         rows = Rows.of(file, _shard_entries(file)["latents"])
@@ -246,21 +245,21 @@ def write_latents(
     stats: bool = True,
     resume: bool = False,
 ) -> Path:
-    """Writes raw latents as LightningDiT does; whoever is killed leaves whole shards.
+    """Writes raw latents as LightningDiT does; a killed process leaves complete shards.
 
     Args:
-        folder: The folder, which is made if need be.
+        folder: The folder, which is made if it does not exist.
         batches: Dicts with `latents`, `latents_flip` and `labels`, or tuples `(latents, labels)`
             or `(latents, latents_flip, labels)`; latents (B, C, H, W), labels (B,), integers.
             Without flips the rows are written twice, since the public readers take one of the two
             at random.
         shard_size: Rows in a shard, default 10 000.
-        rank: Of this process, for the names; each rank writes shards of its own.
+        rank: Of this process, for the names; each rank writes its own shards.
         dtype: Of the stored latents, default as given.
         stats: Whether to write `latents_stats.pt`, from all un-flipped rows in the folder; default
-            True. With several ranks let one do it at the end: `write_stats(folder)`.
-        resume: Whether to leave out as many rows as this rank has written, and go on behind them,
-            given the same batches; default False.
+            True. With several ranks, one of them calls `write_stats(folder)` at the end.
+        resume: Whether to skip the rows that this rank has already written, given the same batches;
+            default False.
 
     Raises:
         FileExistsError: If this rank has shards there and `resume` is False.
@@ -273,8 +272,8 @@ def write_latents(
     old = sorted(folder.glob(f"latents_rank{rank:02d}_shard*.safetensors"))
     if old and not resume:
         raise FileExistsError(
-            f"{folder} holds {len(old)} shards of rank {rank} already, the last {old[-1].name}. "
-            "Choose another folder, or go on behind them: resume=True, with the same batches."
+            f"{folder} already holds {len(old)} shards of rank {rank}, the last {old[-1].name}. "
+            "Choose another folder, or continue after them: resume=True, with the same batches."
         )
     written = [_shard_entries(file)["latents"].shape for file in old]
     shape, skip = written[-1][1:] if old else None, sum(count for count, *_ in written)
@@ -294,14 +293,14 @@ def write_latents(
 
 
 def write_shard(folder: Path, rank: int, number: int, shard: dict[str, Tensor]) -> None:
-    """Writes the shard of a number, from 0: `latents`, `latents_flip` and `labels`, on the CPU."""
+    """Writes shard `number`, from 0: `latents`, `latents_flip` and `labels`, on the CPU."""
     latents = shard["latents"]
     about = {"total_size": f"{len(latents)}", "dtype": f"{latents.dtype}", "device": "cpu"}
     write_tensors(folder / shard_name(rank, number), shard, about)
 
 
 def shard_name(rank: int, number: int) -> str:
-    """The name of a rank's shard of a number, from 0."""
+    """The name of shard `number`, from 0, of a rank."""
     return f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
 
 
@@ -312,7 +311,7 @@ def _shards(
     shape: tuple[int, ...] | None,
     dtype: torch.dtype | None,
 ) -> Iterator[dict[str, Tensor]]:
-    """The rows of batches behind the first `skip`, as many as make a shard at a time."""
+    """The rows of batches after the first `skip`, in shards of `size` rows."""
     held: list[dict[str, Tensor]] = []
     count = 0
     for batch in batches:

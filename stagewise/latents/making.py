@@ -1,9 +1,9 @@
 """`make_latents`: made-up latents with the statistics that matter for the stages, in any format.
 
-A row is a Gaussian field whose power falls with spatial frequency as `|k|^-exponent`, as that of
-natural pictures does (Field 1987: about 2), around the mean of its class, a field of the same kind.
-Numbers have mean 0 and variance 1, of which `class_share` lies between classes. Files are written
-as the public projects write theirs, in the scale of theirs.
+A row is a Gaussian field whose power falls with spatial frequency as `|k|^-exponent`, as in natural
+images (Field 1987: about 2), around the mean of its class, a field of the same kind. Numbers have
+mean 0 and variance 1; `class_share` of the variance is between classes. Files have the layout and
+the scale of the public projects.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stagewise.latents.opening import require_format
 
 __all__ = ["made_rows", "make_latents"]
 
-_BLOCK = 1024  # rows made at a time: part of what a seed means
+_BLOCK = 1024  # rows made at a time; another number gives other rows for a seed
 
 
 def make_latents(
@@ -45,13 +45,13 @@ def make_latents(
         path: The folder; a file for "plain", and a folder or `.zip` for "repa" and "edm2".
         num_rows: N.
         shape: (C, H, W) of a sample. "edm2" has 4 channels.
-        num_classes: Classes, in turn over the rows: each is there if N is as large. Default 1000.
+        num_classes: Number of classes, default 1000; rows take them in turn.
         format: As in `open_latents`.
-        seed: Default 0. The samples of a seed are the same in every format and shard size, but for
+        seed: Default 0. The samples of a seed are the same in every format and shard size, up to
             rounding.
         exponent: Of the power spectrum, default 2.
         class_share: Share of the variance between classes, in [0, 1), default 0.2.
-        duplicates: How many rows at the end are copies of others, label and moments included.
+        duplicates: How many rows at the end equal earlier ones, with label and moments.
         shard_size: Of LightningDiT's shards, default 10 000.
         dtype: Of the stored numbers, default float32.
 
@@ -71,7 +71,7 @@ def make_latents(
             f"Expected a new or empty place, got {path}. Choose another, or empty it."
         )
     rows = made_rows(num_rows, shape, num_classes, seed, exponent, class_share, duplicates)
-    unit, first = kind.usual_std, next(rows)  # arguments are refused before a file is there
+    unit, first = kind.usual_std, next(rows)  # checks the arguments before a file is written
     blocks = ((x * unit, flip * unit, y) for x, flip, y in chain([first], rows))
     return kind.write(path, blocks, Writing(dtype, shard_size, seed))
 
@@ -100,7 +100,7 @@ def made_rows(
     if not 0 <= duplicates < num_rows:
         raise ValueError(f"Expected `duplicates` from 0 to below {num_rows}, got {duplicates}.")
     unique = num_rows - duplicates
-    # Copies of the first rows, each once as far as they go.
+    # The duplicates repeat the first rows in turn.
     source = torch.cat([torch.arange(unique), torch.arange(duplicates) % unique])
     middles = _field((seed, 0), num_classes, shape, exponent) * class_share**0.5
     held: tuple[int, Tensor] = (-1, middles)
@@ -130,7 +130,7 @@ def _field(
         torch.fft.rfftfreq(width, dtype=torch.float64)[None] * width,
     )
     amplitude = frequency.clamp_min(1) ** (-exponent / 2)
-    # Columns of a real transform that stand for two count twice.
+    # Most columns of a real transform stand for two frequencies.
     double = torch.full((amplitude.shape[1],), 2.0, dtype=torch.float64)
     double[0] = 1
     if width % 2 == 0:

@@ -2,11 +2,10 @@
 
     n01440764/n01440764_10026.JPEG.npz    moments, moments_flip   (2C, H, W) float32
 
-The moments are mean and **log-variance** of the posterior; the label is the place of the folder
-among the sorted folders that hold `.npz` files. Hidden folders and empty ones are no classes, as
-those who train with `torchvision.datasets.DatasetFolder` have none; of an empty one that is not
-hidden a warning tells, since the classes after it are numbered without it. Training draws a sample
-and multiplies it by 0.2325.
+The moments are mean and **log-variance** of the posterior; the label is the index of the folder
+among the sorted folders that hold `.npz` files. As in `torchvision.datasets.DatasetFolder`, hidden
+and empty folders are no classes; an empty one gives a warning, since it does not count in the
+numbers of later classes. Training draws a sample and multiplies it by 0.2325.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _KEYS = ("moments", "moments_flip")
 
 
 class MAR(PerFile):
-    """Means and log-variances, of which each access draws."""
+    """Means and log-variances, from which each access draws."""
 
     name = "MAR"
     looks_like = "a folder for each class with *.npz of moments"
@@ -53,8 +52,8 @@ class MAR(PerFile):
         if classes and empty and empty[0] < classes[-1]:
             warnings.warn(
                 f"{path} has folders without .npz files, which are no classes: {joined(empty)}. "
-                "The folders after them have labels that are lower by as many as are left out "
-                "before them. If they stand for classes, put their rows there.",
+                "They are not counted in the labels of the folders after them. If they are "
+                "classes, put their rows there.",
                 stacklevel=2,
             )
         self._find(sizes)
@@ -85,9 +84,6 @@ class MAR(PerFile):
             ) from error
         return to_tensor(array, str(file))
 
-    def _compare(self) -> tuple[list[str], list[Path]]:
-        return [], []  # the zip reader compares checksums whenever it reads a row
-
     def _parts(self) -> str:
         return f"{super()._parts()} in {self._classes} folders"
 
@@ -107,7 +103,7 @@ class MAR(PerFile):
 def write_mar(folder: FilePath, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Path:
     """Writes `(moments, moments_flip, labels)`, (B, 2C, H, W) twice and (B,), as MAR does.
 
-    Classes are named by number, as `n00000006`, and rows by theirs.
+    Folders are named by class, such as `n00000006`, and files by class and row.
     """
     folder, row = Path(folder), 0
     for moments, flipped, labels in batches:

@@ -3,9 +3,9 @@
     vae-sd/00000/img-mean-std-00000000.npy   (2C, H, W) float32, mean then standard deviation
     vae-sd/dataset.json                      {"labels": [["00000/img-mean-std-....npy", 6], ...]}
 
-in a folder, or in a stored zip. Names and shapes are the same in both projects, the numbers are
-not: REPA encodes pixels in [-1, 1] and trains on `0.18215 z`, EDM2 encodes pixels in [0, 1] and
-normalises by channel to a standard deviation of 0.5. No file says which, so the user does.
+in a folder, or in a stored zip. Both projects use the same names and shapes, but other numbers:
+REPA encodes pixels in [-1, 1] and trains on `0.18215 z`, EDM2 encodes pixels in [0, 1] and
+normalises by channel to a standard deviation of 0.5. The files do not say which, so the user must.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from stagewise.latents.arrays import (
     save_arrays,
 )
 from stagewise.latents.base import Block, Reading, Writing
-from stagewise.latents.checksums import compare_files, write_checksums
+from stagewise.latents.checksums import Compared, compare_files, compare_zip, write_checksums
 from stagewise.latents.per_file import PerFile, sizes_in
-from stagewise.latents.rows_check import compare_zip
 from stagewise.latents.scaling import EDM2 as EDM2_SCALING
 from stagewise.latents.scaling import SD_VAE
 from stagewise.tensor_files import Entry, map_file
@@ -45,7 +44,7 @@ _INDEX = "dataset.json"
 
 
 class _MeanStd(PerFile):
-    """Means and standard deviations, of which each access draws."""
+    """Means and standard deviations, from which each access draws."""
 
     looks_like = "dataset.json and 00000/img-mean-std-*.npy, there, in vae-sd/ or in a stored zip"
     ambiguous = (
@@ -72,13 +71,13 @@ class _MeanStd(PerFile):
         return _find_root(path) is not None
 
     def _listing(self) -> tuple[dict[str, int], bytes | None]:
-        """Sizes of the files below the folders that are not hidden, and the index."""
+        """Sizes of the files in folders that are not hidden, and the index."""
         folders = (p for p in self._root.iterdir() if p.is_dir() and not p.name.startswith("."))
         index = self._root / _INDEX
         return sizes_in(sorted(folders), ".npy"), index.read_bytes() if index.is_file() else None
 
     def _zip_listing(self) -> tuple[dict[str, int], bytes | None]:
-        """The same of a zip; where its members lie is kept."""
+        """The same for a zip; keeps the places of its members."""
         path = self._root
         try:
             with zipfile.ZipFile(path) as archive:
@@ -89,7 +88,7 @@ class _MeanStd(PerFile):
                 f"{path} is no whole zip ({first_line(error)}). Copy or write it again."
             ) from error
         for name in filter(outside, list(members)):
-            lost = f"{name} in {path} has a name that lies outside of it. Write the zip again."
+            lost = f"{name} in {path} has a name that points outside it. Write the zip again."
             self._leave_out(name, lost)
             del members[name]
         packed = [name for name, info in members.items() if info.compress_type]
@@ -99,7 +98,7 @@ class _MeanStd(PerFile):
                 f"members, the first {packed[0]}. Unpack it, or write it again: zip -0."
             )
         arrays = {name: info for name, info in members.items() if name.endswith(".npy")}
-        # First byte and length: kept alone, since a million of the others take a GB.
+        # Only first byte and length: a million ZipInfo objects would take a GB.
         self._places = {name: (i.header_offset, i.file_size) for name, i in arrays.items()}
         return {name: info.file_size for name, info in arrays.items()}, index
 
@@ -121,24 +120,25 @@ class _MeanStd(PerFile):
                 f"first {missing[0]}. Write the index again."
             )
         for name in sorted(by_name.keys() - sizes.keys()):
-            lost = f"{name} is in {where}, and there is no such file. Copy or encode it again."
+            lost = f"{name} is in {where}, but there is no such file. Copy or encode it again."
             self._leave_out(name, lost)
-        wrong = [name for name in self._files if not _is_class(by_name[name])]
+        labels = {name: by_name[name] for name in self._files}
+        wrong = [k for k, y in labels.items() if not isinstance(y, int) or abs(y) >= 2**63]
         if wrong:
             raise ValueError(
                 f"Expected an integer for each file in {where}, got "
-                f"{str(by_name[wrong[0]])[:60]} for {wrong[0]}."
+                f"{str(labels[wrong[0]])[:60]} for {wrong[0]}."
             )
-        return torch.tensor([by_name[name] for name in self._files], dtype=torch.int64)
+        return torch.tensor(list(labels.values()), dtype=torch.int64)
 
     def _entry(self, name: str) -> Entry:
-        entry = array_entry(self._root, name) if self._zipped else array_entry(self._root / name)
+        entry = array_entry(self._root, name) if self._zipped else super()._entry(name)
         assert entry is not None  # compressed members were refused
         return entry
 
     def _load(self, name: str, flip: bool) -> Tensor:
         if not self._zipped:
-            return read_array((self._root / name).read_bytes(), str(self._root / name))
+            return super()._load(name, flip)
         pages = self._handle("zip", lambda: map_file(self._root))
         (start, size), where = self._places[name], f"{name} in {self._root}"
         try:
@@ -147,7 +147,7 @@ class _MeanStd(PerFile):
             raise Problem(f"{where}: {error}. Copy or write it again.") from error
         return read_array(pages[start : start + size], where)
 
-    def _compare(self) -> tuple[list[str], list[Path]]:
+    def _compare(self) -> Compared:
         return compare_zip(self._root) if self._zipped else compare_files(self._root)
 
     def _parts(self) -> str:
@@ -181,16 +181,12 @@ class EDM2(_MeanStd):
     name = "EDM2"
     scaling = EDM2_SCALING
     usual_std = 0.5
-    scale_range = 1.4  # normalised by channel, rows are at 0.5
+    scale_range = 1.4  # rows normalised by channel have a standard deviation of 0.5
     cures = ('Files of REPA have the same names and another scale: format="repa". ',) * 2
 
 
-def _is_class(label: object) -> bool:
-    return isinstance(label, int) and abs(label) < 2**63
-
-
 def _find_root(path: Path) -> Path | None:
-    """The folder or zip with the index, at `path` or below it."""
+    """The folder or zip with the index: `path`, or vae-sd in it."""
     if path.suffix == ".zip":
         return path
     for place in (path, path / "vae-sd"):
@@ -200,7 +196,7 @@ def _find_root(path: Path) -> Path | None:
 
 
 def file_name(row: int) -> str:
-    """What both projects call the file of a row."""
+    """The name of the file of a row, in both projects."""
     return f"{row:08d}"[:5] + f"/img-mean-std-{row:08d}.npy"
 
 

@@ -1,4 +1,4 @@
-"""`open_latents` finds out what a path holds, and opens it; `convert` writes another format.
+"""`open_latents` recognises what a path holds, and opens it; `convert` writes another format.
 
 A new format is a file with a subclass of `Latents`, and a line in `FORMATS`.
 """
@@ -29,7 +29,7 @@ FORMATS: dict[str, type[Latents]] = {
     "mar": MAR,
     "plain": ArrayFile,
 }
-"""In the order in which they are looked for; those that cannot be told apart come first."""
+"""In the order in which they are tried, after the ambiguous ones."""
 
 
 def open_latents(
@@ -46,29 +46,29 @@ def open_latents(
     expected_std: float | None = None,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> Latents:
-    """Opens latents that are on disk, in the scale that models are trained on.
+    """Opens latents on disk, at the scale that models are trained on.
 
-    Names, sizes and headers are looked at, no row is read. `latents.describe()` says what was
-    recognised, `latents.verify()` looks at rows.
+    Reads names, sizes and headers, but no row. `latents.describe()` says what was recognised,
+    `latents.verify()` checks rows.
 
     Args:
         path: A folder or file.
-        format: "lightningdit", "fast-dit", "repa", "edm2", "mar" or "plain"; default: found out.
-            "repa" and "edm2" must be said, since their files have the same names and another scale.
+        format: "lightningdit", "fast-dit", "repa", "edm2", "mar" or "plain"; default: recognised.
+            "repa" and "edm2" must be given: their files have the same names and another scale.
         flips: Stored flips: "none" (default) leaves them out, "random" takes the row or its flip
             at each access, "both" appends them.
-        moments: Of stored means and standard deviations: "sample" (default) draws at each access,
+        moments: For stored means and standard deviations: "sample" (default) draws at each access,
             "mean" does not.
         seed: Of the draws, default 0; see `Latents.set_epoch`.
         num_classes: Labels must be below it; default: any that are not negative.
         normalize: LightningDiT: whether rows are normalised by `latents_stats.pt`, default True.
         multiplier: What rows are multiplied by: LightningDiT, fast-DiT and plain files. Default 1;
-            with normalize=False it must be said, 0.18215 for Stable Diffusion's autoencoder.
-        autoencoder: "sd-vae": rows are of Stable Diffusion's autoencoder, and training is on
-            0.18215 times what it gives, as SiT's, DiT's and REPA's is, in whatever format they
-            are. Takes the place of `normalize` and `multiplier`. Default None: as the format does.
-        expected_std: Standard deviation that samples have, for the check of scale; default 1, and
-            0.5 for EDM2.
+            required with normalize=False, 0.18215 for Stable Diffusion's autoencoder.
+        autoencoder: "sd-vae": rows are from Stable Diffusion's autoencoder, and training is on
+            0.18215 times its output, as for SiT, DiT and REPA, in any format. Replaces `normalize`
+            and `multiplier`. Default None: as the format does.
+        expected_std: Standard deviation of samples, for the check of scale; default 1, and 0.5 for
+            EDM2.
         on_error: "raise" (default), or "skip": files that are truncated or damaged are named in
             `latents.skipped` and left out.
 
@@ -77,7 +77,7 @@ def open_latents(
 
     Raises:
         FileNotFoundError: If there is no such path.
-        ValueError: If there are no latents, or if they cannot be used; with the file and the cure.
+        ValueError: If there are no latents, or they cannot be used; with the file and the cure.
     """
     for name, value, allowed in (
         ("flips", flips, ("none", "random", "both")),
@@ -110,8 +110,8 @@ def open_latents(
         )
     if not normalize and kind is not LightningDiT:
         raise ValueError(
-            f"normalize=False is for LightningDiT's shards; {path} was read as {format}, which is "
-            "not normalised by a file of statistics. Leave it out."
+            f"Expected normalize=False for LightningDiT's shards only, got it for {path}, read as "
+            f"{format}, which has no file of statistics. Leave it out."
         )
     if kind.is_file not in (None, path.is_file()):
         wanted = "file" if kind.is_file else "folder"
@@ -126,13 +126,10 @@ def _recognise(path: Path) -> str:
             if kind.ambiguous:
                 raise ValueError(f"{path} {kind.ambiguous}")
             return name
-    here = "a file" if path.is_file() else f"a folder with {_some(path)}"
+    names = [] if path.is_file() else sorted(item.name for item in path.iterdir())[:8]
+    here = "a file" if path.is_file() else f"a folder with {names or 'nothing in it'}"
     looked_for = "".join(f"\n  {kind.name}: {kind.looks_like}" for kind in FORMATS.values())
     raise ValueError(f"Expected latents in {path}, got {here}. What is looked for:{looked_for}")
-
-
-def _some(folder: Path) -> str:
-    return str(sorted(item.name for item in folder.iterdir())[:8] or "nothing in it")
 
 
 def convert(
@@ -143,17 +140,16 @@ def convert(
     dtype: torch.dtype | None = None,
     shard_size: int = 10_000,
 ) -> Path:
-    """Writes latents in another format, so that what is read there is what is read here.
+    """Writes latents in another format, so that reading both gives the same samples.
 
-    Means stand for the samples that would be drawn, and flips are carried where both formats have
-    them. Shards get statistics of mean 0 and standard deviation 1, which leave the samples as they
-    are; means get a standard deviation of 0. MAR numbers its folders: where a class has no rows,
-    those above it move down.
+    Means replace the samples that would be drawn; flips are kept if both formats have them. Shards
+    get statistics of mean 0 and standard deviation 1, which do not change the samples; means get a
+    standard deviation of 0. MAR numbers its folders: if a class has no rows, higher ones move down.
 
     Args:
-        source: Latents, or the path of some that `open_latents` needs no more for.
+        source: Latents, or their path if `open_latents` needs no options.
         target: A folder, or a file for "plain" and for a zip of "repa" or "edm2".
-        format: That of the target.
+        format: The format of the target.
         dtype: Of the stored numbers, default float32.
         shard_size: Rows in a shard.
 
@@ -168,7 +164,7 @@ def convert(
     fixed = source.with_options(moments="mean", flips="both" if source.has_flips else "none")
     if fixed.labels is None and kind.needs_labels:
         raise ValueError(
-            f"{source.path} has no labels, and {format} needs them. Write it as plain."
+            f'Expected labels for {format}, got none in {source.path}. Convert to format="plain".'
         )
     how = Writing(dtype or torch.float32, shard_size)
     return kind.write(Path(target), _blocks(fixed, source.has_flips), how)
@@ -182,7 +178,7 @@ def require_format(format: str) -> type[Latents]:  # noqa: A002 - as above
 
 
 def _blocks(fixed: Latents, flips: bool, size: int = 1024) -> Iterator[Block]:
-    """`(x_1, its flip or x_1 again, labels)`, block by block."""
+    """Blocks `(x_1, its flip or x_1 again, labels)`."""
     count = len(fixed) // (2 if flips else 1)
     labels = fixed.labels
     for start in range(0, count, size):

@@ -1,6 +1,6 @@
-"""What formats with a file for each sample have in common.
+"""`PerFile`: the formats with one file for each sample.
 
-Sizes of files are listed; only the headers of those are read whose size is not that of most.
+Opening lists the sizes of the files, and reads the headers of those with an unusual size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stagewise.files import Problem
+from stagewise.latents.arrays import array_entry, read_array
 from stagewise.latents.base import Latents, Writing
 from stagewise.latents.scaling import Affine
 from stagewise.tensor_files import Entry
@@ -22,11 +23,11 @@ from stagewise.tensor_files import Entry
 __all__ = ["PerFile", "sizes_in"]
 
 _SPREAD = 0.05
-"""Standard deviation of made posteriors, relative to that of the samples."""
+"""Standard deviation of made-up posteriors, relative to that of the samples."""
 
 
 class PerFile(Latents):
-    """A file for each sample; a format says where its numbers lie and how they are loaded."""
+    """One file for each sample, by default a `.npy` file."""
 
     _root: Path
     _files: list[str]  # below it
@@ -34,16 +35,19 @@ class PerFile(Latents):
     _unit = "files"
 
     def _entry(self, name: str) -> Entry:
-        """Where the numbers of a file lie, from its header."""
-        raise NotImplementedError
+        """Where the numbers of a file lie, from its header; by default of a `.npy` file."""
+        entry = array_entry(self._root / name)
+        assert entry is not None  # only members of a zip may be compressed
+        return entry
 
     def _load(self, name: str, flip: bool) -> Tensor:
-        raise NotImplementedError
+        file = self._root / name
+        return read_array(file.read_bytes(), str(file))
 
     def _find(self, sizes: Mapping[str, int], order: Callable[..., Any] | None = None) -> None:
-        """Keeps the files that can be used, of names below `_root` with their sizes in bytes.
+        """Keeps the files that can be used, from their names in `_root` and sizes in bytes.
 
-        They are sorted by the key `order`, default by name, and must be of one shape.
+        They are sorted by the key `order`, default by name, and must have one shape.
         """
         root, files = self._root, sorted(sizes, key=order)
         values, counts = np.unique(list(sizes.values()), return_counts=True)
@@ -92,20 +96,20 @@ class PerFile(Latents):
 
     @classmethod
     def _moments_of(cls, x: Tensor, how: Writing) -> Tensor:
-        """Mean and std, or log-variance, (n, 2C, H, W), of which `x`, (n, C, H, W), is the mean."""
+        """Mean `x`, (n, C, H, W), with its std or log-variance: (n, 2C, H, W)."""
         assert isinstance(cls.scaling, Affine)
         mean = cls.scaling.invert(x)
         std = torch.zeros_like(mean)
         if how.made is not None:
             gain = torch.tensor(cls.scaling.gain)[:, None, None]
             std = (_SPREAD * cls.usual_std / gain).expand_as(mean)
-        # -30 is where MAR's reader cuts off: a standard deviation of 3e-7.
+        # MAR's reader cuts off at -30, a standard deviation of 3e-7.
         spread = (2 * std.log()).clamp_min(-30) if cls.moments == "logvar" else std
         return torch.cat([mean, spread], dim=1).to(how.dtype)
 
 
 def sizes_in(folders: Iterable[Path], suffix: str) -> dict[str, int]:
-    """The sizes of the files with an ending, by `folder/name`."""
+    """The sizes of the files with a suffix, by `folder/name`."""
     sizes: dict[str, int] = {}
     for folder in folders:
         with os.scandir(folder) as listing:

@@ -1,12 +1,12 @@
-"""From what a file stores to what a model trains on.
+"""The map from stored numbers to the samples that a model trains on.
 
-Two forms cover the formats: `x = (z - mean) / std * multiplier` of rows stored raw with their
+Two forms cover the formats: `x = (z - mean) / std * multiplier` for rows stored raw with their
 statistics, and `x = gain z + bias` with constants that belong to the autoencoder. Both are computed
-in float32 in the order of the public readers, so that the numbers are theirs to the last bit.
+in float32 in the order of the public readers, so the results are equal to the last bit.
 
-`ChannelStatistics` are mean and standard deviation by channel, in one pass and without loss of
+`ChannelStatistics` computes mean and standard deviation by channel in one pass without loss of
 digits. Batches are merged by Welford's recurrence in the form of Chan, Golub and LeVeque (1979), in
-float64: of two sets with counts n, m, means a, b and sums of squared deviations A, B,
+float64: for two sets with counts n, m, means a, b and sums of squared deviations A, B,
 
     mean = a + (b - a) m / (n + m),    S = A + B + (b - a)^2 n m / (n + m).
 """
@@ -14,10 +14,10 @@ float64: of two sets with counts n, m, means a, b and sums of squared deviations
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 __all__ = [
     "AS_STORED",
@@ -31,40 +31,21 @@ __all__ = [
 ]
 
 
-class Scaling:
-    """A map from stored numbers z, (*, C, H, W), to samples x."""
+@dataclass(frozen=True, eq=False)
+class Normalised:
+    """`(z - mean) / std * multiplier`."""
 
-    @property
-    def channels(self) -> int | None:
-        """C, where the map holds for that alone."""
-        return None
+    mean: Tensor  # by channel, (C, 1, 1), float32
+    std: Tensor  # the same, positive
+    multiplier: float = 1.0
+    channels: ClassVar[None] = None  # it is made for the channels of the file
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The samples, float32; never a view of `z`."""
-        raise NotImplementedError
+        """The samples of stored numbers (*, C, H, W), float32; never a view."""
+        return _own(z).sub_(self.mean).div_(self.std).mul_(self.multiplier)
 
     def invert(self, x: Tensor) -> Tensor:
         """What is stored for samples, float32."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, eq=False)
-class Normalised(Scaling):
-    """`(z - mean) / std * multiplier`.
-
-    Mean and standard deviation are by channel, (C, 1, 1), float32, the latter positive.
-    """
-
-    mean: Tensor
-    std: Tensor
-    multiplier: float = 1.0
-
-    @override
-    def __call__(self, z: Tensor) -> Tensor:
-        return _own(z).sub_(self.mean).div_(self.std).mul_(self.multiplier)
-
-    @override
-    def invert(self, x: Tensor) -> Tensor:
         return x.float() / self.multiplier * self.std + self.mean
 
     def __str__(self) -> str:
@@ -73,27 +54,24 @@ class Normalised(Scaling):
 
 
 @dataclass(frozen=True)
-class Affine(Scaling):
-    """`z * gain + bias`, with one number for all channels or one for each.
-
-    An empty bias adds nothing.
-    """
+class Affine:
+    """`z * gain + bias`, with one number for all channels or one for each."""
 
     gain: tuple[float, ...] = (1.0,)
-    bias: tuple[float, ...] = ()
+    bias: tuple[float, ...] = ()  # empty: nothing is added
 
     @property
     def channels(self) -> int | None:
-        """C, where the map is one for each channel."""
+        """C, if there is one number for each channel."""
         return len(self.gain) if len(self.gain) > 1 else None
 
-    @override
     def __call__(self, z: Tensor) -> Tensor:
+        """The samples of stored numbers (*, C, H, W), float32; never a view."""
         x = _own(z).mul_(_columns(self.gain))
         return x.add_(_columns(self.bias)) if self.bias else x
 
-    @override
     def invert(self, x: Tensor) -> Tensor:
+        """What is stored for samples, float32."""
         x = x.float() - _columns(self.bias) if self.bias else x.float()
         return x / _columns(self.gain)
 
@@ -103,12 +81,16 @@ class Affine(Scaling):
         return "as stored" if self.gain == (1.0,) else f"z * {self.gain[0]:g}"
 
 
+Scaling: TypeAlias = "Normalised | Affine"
+"""From stored numbers to samples."""
+
+
 def _own(z: Tensor) -> Tensor:
     return z.to(torch.float32, copy=True)
 
 
 def _columns(values: tuple[float, ...]) -> Tensor:
-    if len(values) == 1:  # of any shape: samples need not be pictures
+    if len(values) == 1:  # for any shape: samples need not be images
         return torch.tensor(values[0], dtype=torch.float32)
     return torch.tensor(values, dtype=torch.float32)[:, None, None]
 
@@ -133,7 +115,7 @@ EDM2 = _edm2()
 
 
 class ChannelStatistics:
-    """Moments of samples (B, C, *), by channel; of (B, C), by column.
+    """Moments of samples (B, C, *) by channel, and of (B, C) by column.
 
     Attributes:
         count: Numbers seen in each channel.
@@ -159,7 +141,7 @@ class ChannelStatistics:
         self.count = total
 
     def std(self, correction: int = 1) -> Tensor:
-        """Standard deviation, (C,), float64; by default with n - 1, as `torch.std` has it."""
+        """Standard deviation, (C,), float64; by default with n - 1, as in `torch.std`."""
         return (self.squares / max(1, self.count - correction)).sqrt()
 
     def overall(self) -> tuple[float, float]:

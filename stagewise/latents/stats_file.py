@@ -20,10 +20,10 @@ def read_stats(file: Path, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation by channel, each (C, 1, 1), float32."""
     if not file.is_file():
         raise FileNotFoundError(
-            f"Expected {STATS} with the mean and standard deviation of the latents, and there is "
-            f"none in {file.parent}. Compute it, write_stats(folder), or, if they are not to be "
-            "normalised: normalize=False with multiplier=0.18215 for Stable Diffusion's "
-            "autoencoder, multiplier=1.0 for latents that are scaled already."
+            f"Expected {STATS} with the mean and standard deviation of the latents, got none in "
+            f"{file.parent}. Compute it: write_stats(folder). If they are not normalised: "
+            "normalize=False with multiplier=0.18215 for Stable Diffusion's autoencoder, "
+            "multiplier=1.0 for latents that are already scaled."
         )
     again = "Compute it again: write_stats(folder)."
     try:
@@ -54,7 +54,7 @@ def save_stats(folder: Path, mean: Tensor, std: Tensor) -> None:
     stats = {"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}
 
     def save(partial: Path) -> None:
-        with open(partial, "wb") as file:  # torch.save would note the name of the partial file
+        with open(partial, "wb") as file:  # given a name, torch.save would record it
             torch.save(stats, file)
 
     replace_file(folder / STATS, save)

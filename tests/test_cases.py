@@ -773,7 +773,7 @@ def test_a_velocity_to_paste(kind, run):
     Hand.Net.forward.__defaults__ = (None,)
     came = run(Hand(), KINDS[kind](velocity=lacks))
     Hand.Net.forward.__defaults__ = None
-    assert "asks module.net without the labels that training gives it" in came.said[0]
+    assert "calls module.net without the labels that training gives it" in came.said[0]
 
 
 # -- what is steered, and whether -----------------------------------------------------------------

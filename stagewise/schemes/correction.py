@@ -78,10 +78,18 @@ def correct(
         own = labels_of() if labels is None and labels_of is not None else labels
         assert own is None or isinstance(own, Tensor)
         part = by_kernel(
-            *(target, oracle),
-            **{"xt": xt, "t": t, "x1": x1, "prediction": prediction},
-            **{"labels": own, "named": labels is not None, "source": source},
-            **{"on_missing": on_missing, "boundary": boundary, "dtype": dtype},
+            target,
+            oracle,
+            xt=xt,
+            t=t,
+            x1=x1,
+            prediction=prediction,
+            labels=own,
+            named=labels is not None,
+            source=source,
+            on_missing=on_missing,
+            boundary=boundary,
+            dtype=dtype,
         )
         if part is not None:
             return part

@@ -34,7 +34,7 @@ from stagewise.certificate import Certificate
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of, written
 from stagewise.engines import Auto, Engine
 from stagewise.masks import as_asked, cut, fitted, masked
-from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
+from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, replace_queries
 from stagewise.queries import (
     Labels,
@@ -165,7 +165,7 @@ class Oracle:
         check_times(times, count)
         flat = xt.detach().flatten(1).double()
         times = times.detach().to(flat)
-        path = self.path(times).floored(self.engine.sigma_floor(self.bank))
+        path = self._coefficients(flat, times)
         names: list[int | None] | None = None
         ends = None
         if isinstance(own, Tensor) and self.reads_on_device(own, flat):
@@ -184,6 +184,10 @@ class Oracle:
             segments = None if ends is not None else segments_of(self.bank, names, count)
         about: dict[str, Any] = {"made_in": xt.dtype, "ends": ends, "valid": valid}
         return Queries(flat, path, segments, source, names, times, **about)
+
+    def _coefficients(self, flat: Tensor, t: Tensor) -> PathCoefficients:
+        """Those of the path at the times of the noisy samples, (B, D)."""
+        return self.path(t).floored(self.engine.sigma_floor(self.bank))
 
     def reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
         """Whether labels stay on the device, which saves a sync."""

@@ -34,7 +34,7 @@ from stagewise.certificate import Certificate
 from stagewise.conventions import STAGEWISE, ConventionLike, as_convention, path_of, written
 from stagewise.engines import Auto, Engine
 from stagewise.masks import as_asked, cut, fitted, masked
-from stagewise.paths import LinearPath, Path, Prediction, PredictionKind
+from stagewise.paths import LinearPath, Path, PathCoefficients, Prediction, PredictionKind
 from stagewise.posterior import Posterior, replace_queries
 from stagewise.queries import (
     Labels,
@@ -153,19 +153,8 @@ class Oracle:
                 "ConditionedOracle(bank, path, Condition(bandwidth=...))."
             )
         xt, valid, own = as_asked(self.bank, xt, labels, self.null_class)
-        require_tensors(xt=xt)
-        if xt.shape[1:] != self.bank.shape:
-            raise ValueError(
-                f"Expected `xt` with shape {('B', *self.bank.shape)} as the bank's samples, got "
-                f"{tuple(xt.shape)}."
-            )
-        if xt.device.type == "mps":
-            raise ValueError("The oracle needs float64, which MPS lacks. Use the CPU.")
-        count, times = len(xt), as_times(t, xt)
-        check_times(times, count)
-        flat = xt.detach().flatten(1).double()
-        times = times.detach().to(flat)
-        path = self.path(times).floored(self.engine.sigma_floor(self.bank))
+        flat, path = self.coefficients(xt, t)
+        count, times = len(xt), as_times(t, xt).detach().to(flat)
         names: list[int | None] | None = None
         ends = None
         if isinstance(own, Tensor) and self.reads_on_device(own, flat):
@@ -184,6 +173,20 @@ class Oracle:
             segments = None if ends is not None else segments_of(self.bank, names, count)
         about: dict[str, Any] = {"made_in": xt.dtype, "ends": ends, "valid": valid}
         return Queries(flat, path, segments, source, names, times, **about)
+
+    def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
+        """Checked noisy samples, (B, D), and the path at their times, float64, sigma floored."""
+        require_tensors(xt=xt)
+        if xt.shape[1:] != self.bank.shape:
+            raise ValueError(
+                f"Expected `xt` with shape {('B', *self.bank.shape)} as the bank's samples, got "
+                f"{tuple(xt.shape)}."
+            )
+        if xt.device.type == "mps":
+            raise ValueError("The oracle needs float64, which MPS lacks. Use the CPU.")
+        flat, t = xt.detach().flatten(1).double(), as_times(t, xt)
+        check_times(t, len(xt))
+        return flat, self.path(t.detach().to(flat)).floored(self.engine.sigma_floor(self.bank))
 
     def reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
         """Whether labels stay on the device, which saves a sync."""

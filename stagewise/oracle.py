@@ -153,19 +153,8 @@ class Oracle:
                 "ConditionedOracle(bank, path, Condition(bandwidth=...))."
             )
         xt, valid, own = as_asked(self.bank, xt, labels, self.null_class)
-        require_tensors(xt=xt)
-        if xt.shape[1:] != self.bank.shape:
-            raise ValueError(
-                f"Expected `xt` with shape {('B', *self.bank.shape)} as the bank's samples, got "
-                f"{tuple(xt.shape)}."
-            )
-        if xt.device.type == "mps":
-            raise ValueError("The oracle needs float64, which MPS lacks. Use the CPU.")
-        count, times = len(xt), as_times(t, xt)
-        check_times(times, count)
-        flat = xt.detach().flatten(1).double()
-        times = times.detach().to(flat)
-        path = self._coefficients(flat, times)
+        flat, path = self.coefficients(xt, t)
+        count, times = len(xt), as_times(t, xt).detach().to(flat)
         names: list[int | None] | None = None
         ends = None
         if isinstance(own, Tensor) and self.reads_on_device(own, flat):
@@ -185,9 +174,19 @@ class Oracle:
         about: dict[str, Any] = {"made_in": xt.dtype, "ends": ends, "valid": valid}
         return Queries(flat, path, segments, source, names, times, **about)
 
-    def _coefficients(self, flat: Tensor, t: Tensor) -> PathCoefficients:
-        """Those of the path at the times of the noisy samples, (B, D)."""
-        return self.path(t).floored(self.engine.sigma_floor(self.bank))
+    def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
+        """Checked noisy samples, (B, D), and the path at their times, float64, sigma floored."""
+        require_tensors(xt=xt)
+        if xt.shape[1:] != self.bank.shape:
+            raise ValueError(
+                f"Expected `xt` with shape {('B', *self.bank.shape)} as the bank's samples, got "
+                f"{tuple(xt.shape)}."
+            )
+        if xt.device.type == "mps":
+            raise ValueError("The oracle needs float64, which MPS lacks. Use the CPU.")
+        flat, t = xt.detach().flatten(1).double(), as_times(t, xt)
+        check_times(t, len(xt))
+        return flat, self.path(t.detach().to(flat)).floored(self.engine.sigma_floor(self.bank))
 
     def reads_on_device(self, labels: Tensor, xt: Tensor) -> bool:
         """Whether labels stay on the device, which saves a sync."""

@@ -141,13 +141,14 @@ class SmoothedOracle(Oracle):
         return self.smoothing.moved(x1, source, normals, self._share(x1, t))
 
     @override
-    def _coefficients(self, flat: Tensor, t: Tensor) -> PathCoefficients:
-        path, share = super()._coefficients(flat, t), self._share(flat, t)
+    def coefficients(self, xt: Tensor, t: Times) -> tuple[Tensor, PathCoefficients]:
+        flat, path = super().coefficients(xt, t)
+        share = self._share(flat, t)
         if share is None:
-            return path
+            return flat, path
         timed = _Timed(*path)
         timed.share = share.to(flat)
-        return timed
+        return flat, timed
 
     def __repr__(self) -> str:
         return f"SmoothedOracle({self.bank!r}, {self.path!r}, {self.smoothing!r})"

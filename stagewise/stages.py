@@ -262,8 +262,8 @@ def require_whole_bank(oracle: Oracle) -> None:
     """Refuses to measure the boundary of a bank that is spread over the ranks."""
     if not oracle.engine.holds_all_rows:
         raise ValueError(
-            "Expected a bank with all rows, got one spread over ranks, whose boundary cannot be "
-            "measured. Give the boundary: Scheme(boundary=...)."
+            "Expected a bank with all rows, got one spread over the ranks, whose boundary cannot "
+            "be measured. Give the boundary: Scheme(boundary=...)."
         )
 
 

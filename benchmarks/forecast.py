@@ -4,8 +4,9 @@
 gradients are those of 16 batches that the training does not see in this order. **Measured**: plain
 training with larger batches, for the one whose held-out loss at the end is that of oracle targets
 with a batch of 128, between batches by the logarithm of their size; plain and oracle targets with
-128 and, where there are, 512 are the runs of docs/results.jsonl. Both write parts to `--dir` that
-are not made again; the command then prints the tables and writes them to docs/forecast.md.
+128 and, where there are, 512 are the runs of docs/results.jsonl. Both write parts to `--dir`, which
+are kept in docs/forecast.jsonl and not made again; the command then writes the tables to
+docs/forecast.md. A data set without parts has no line there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from schemes_plan import ARCHIVE, BATCH, LARGE, PLANS, Part, best_rate, unpack, write_once
+from schemes_plan import ARCHIVE, BATCH, LARGE, PLANS, Part, best_rate, pack, unpack, write_once
 from schemes_statistics import ABOUT, load, share, share_cell
 from schemes_train import Data, data_set, held_out_loss, shuffled, steps
 from scipy.optimize import isotonic_regression
@@ -221,10 +222,12 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, write what there is")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.dir.mkdir(parents=True, exist_ok=True)
+    own = arguments.docs / "forecast.jsonl"
+    unpack(own, arguments.dir)
     unpack(arguments.docs / ARCHIVE, arguments.records)
     for name in [] if arguments.report else arguments.data.split(","):
         run(arguments.dir, arguments.records, name, arguments.seeds)
+    pack(arguments.dir, own)
     fill(arguments.docs / "forecast.md", tables(arguments.dir, arguments.records))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stagewise.bank.rows import RowStore
 from stagewise.conventions import STAGEWISE, Convention
-from stagewise.device_checks import require_all
+from stagewise.device_checks import require_all, seen_within
 from stagewise.masks import MaskedLabels
 from stagewise.paths import PathCoefficients, Prediction
 from stagewise.posterior import Posterior, upload
@@ -95,7 +95,18 @@ class Queries:
             ends = torch.full((len(self), 2), rows.start, device=self.xt.device)
             ends[:, 1] = rows.stop
             return ends
-        return self.index([(rows.start, rows.stop) for rows in self.segments]).reshape(-1, 2)
+        starts, stops = ([getattr(s, end) for s in self.segments] for end in ("start", "stop"))
+        ends = torch.tensor([starts, stops], dtype=torch.int64).T.contiguous()
+        return upload(ends, self.xt.device)
+
+    def made_from(self, x1: Tensor, source: Tensor, twin: Tensor) -> Queries:
+        """With what `x_t` was made from, (B, D), the rows it equals and those it stands for."""
+        made = replace(self, x1=x1, source=source, twin=twin)
+        # What was found of the segments is true of them still.
+        for name in ("ends_on_device", "groups"):
+            if name in vars(self):
+                vars(made)[name] = vars(self)[name]
+        return made
 
     @cached_property
     def groups(self) -> list[tuple[list[int], slice]]:
@@ -257,7 +268,7 @@ def check_times(
     """
     if t.shape != (length,):
         raise ValueError(f"Expected `t` with shape ({length},), got {tuple(t.shape)}.")
-    if shape_only:
+    if shape_only or seen_within(t, 0, 1):
         return
     noise, data = convention.noise_time, convention.data_time
     low, high = sorted((noise, data))

@@ -121,11 +121,12 @@ class Smoothing:
             bank.require_intact()
             wanted = {"index": (torch.int32, (len(bank), neighbours))}
             self.index: Tensor = read_computed(file, wanted, "smoothing")[0]
-            return
-        near = nearest_others(space, neighbours, class_wise, device, progress)
-        self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])
-        if file is not None:
-            self.save(file)
+        else:
+            near = nearest_others(space, neighbours, class_wise, device, progress)
+            self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])
+            if file is not None:
+                self.save(file)
+        self._all_have_k = bool((self.index != torch.arange(len(self.index))[:, None]).all())
 
     @classmethod
     def cached(
@@ -226,6 +227,11 @@ class Smoothing:
                 are checked by assertions, which cost no sync.
             TypeError: If `x1` or `source` is no tensor.
         """
+        source = self.source_of(x1, source)
+        return self.around(x1, source, strength_at(x1, t, boundary, strength), generator)
+
+    def source_of(self, x1: Tensor, source: Tensor | None) -> Tensor:
+        """The rows of samples, (B,), given or looked up; refuses what `draw` refuses of both."""
         require_tensors(x1=x1)
         if math.prod(x1.shape[1:]) != self.bank.dim or x1.ndim < 2:
             raise ValueError(
@@ -236,7 +242,12 @@ class Smoothing:
         if not self._checked and len(x1):
             check_near(self.bank, x1, source)
             self._checked = True
-        share = strength_at(x1, t, boundary, strength)
+        return source
+
+    def around(
+        self, x1: Tensor, source: Tensor, share: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """A draw around rows that are known, (B,), with a share of the move, (B,), or all of it."""
         place = x1.device if generator is None else generator.device
         wide = torch.promote_types(x1.dtype, torch.float32)
         shape = (len(x1), self.num_normals)
@@ -269,10 +280,15 @@ class Smoothing:
         wide = torch.promote_types(x1.dtype, torch.float32)
         normals = normals.to(x1.device, wide)
         rows = source.to(stored.device)
-        near = self._index_on(stored.device)[rows].long()
-        there = (near != rows[:, None]).to(x1.device)
-        length = self.scale / there.sum(1, keepdim=True).clamp_min(1).to(wide).sqrt()
-        z = normals[:, : self.neighbours] * length * there
+        near = self._index_on(stored.device).index_select(0, rows)
+        z = normals[:, : self.neighbours]
+        if self._all_have_k:
+            z = z * (
+                self.scale / torch.full((), self.neighbours, dtype=wide, device=z.device).sqrt()
+            )
+        else:
+            there = (near != rows[:, None]).to(z.device)
+            z = z * (self.scale / there.sum(1, keepdim=True).clamp_min(1).to(wide).sqrt()) * there
         # Factors add up to 0, so that offsets cancel.
         table = torch.cat([near, rows[:, None]], dim=1)
         factors = torch.cat([z, -z.sum(1, keepdim=True)], dim=1)

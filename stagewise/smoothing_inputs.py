@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stagewise.bank import LatentBank
-from stagewise.device_checks import require_all
+from stagewise.device_checks import require_all, seen_within
 from stagewise.queries import Times, as_times, check_times, require_tensors
 from stagewise.stages import StageBoundary
 from stagewise.tracing import caller_level
@@ -193,6 +193,8 @@ def rows_of(bank: LatentBank, x1: Tensor, source: Tensor | None) -> Tensor:
             f"Expected integer `source` with shape ({len(x1)},), the row of each sample, got "
             f"{source.dtype} of shape {tuple(source.shape)}: draw(x1, source=bank.find(x1))."
         )
+    if seen_within(source, 0, len(bank) - 1):
+        return source
     inside = (source >= 0) & (source < len(bank))
     what = f"`source` from 0 to {len(bank) - 1}, the rows of the bank"
     if not given:

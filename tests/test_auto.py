@@ -28,8 +28,11 @@ def low(monkeypatch):
     return LatentBank(torch.randn(2000, 3, generator=generator), labels)
 
 
-def test_says_once_for_each_bank_what_and_why(caplog):
-    bank = LatentBank(torch.randn(50, 64))
+@pytest.mark.parametrize(
+    ("rows", "why"), [(50, "Few rows: float64"), (5000, "Exact: one product with all rows")]
+)
+def test_says_once_for_each_bank_what_and_why(rows, why, caplog):
+    bank = LatentBank(torch.randn(rows, 64))
     engine = Auto()
     with caplog.at_level(logging.INFO, logger="stagewise"):
         oracle = Oracle(bank, engine=engine)
@@ -37,9 +40,45 @@ def test_says_once_for_each_bank_what_and_why(caplog):
         oracle.posterior(xt, t)
         Oracle(bank, engine=engine)
     (record,) = caplog.records
-    assert "Exact: one product with all rows" in record.message
+    assert why in record.message
     assert repr(bank) in record.message
     assert engine.describe(bank) in record.message
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+@pytest.mark.parametrize("asked_of", ["the bank", "classes", "both"])
+def test_few_rows_are_the_reference(offset, asked_of):
+    """To 1e-9 at all t, near-duplicates and classes of unlike sizes included."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(90, 24, generator=generator, dtype=torch.float64) + offset
+    x[[7, 14]] = x[:1] + 1e-4 * torch.randn(2, 24, generator=generator, dtype=torch.float64)
+    bank = LatentBank(x, (torch.arange(90) % 7).clamp_max(4), dtype=torch.float64)
+    xt, t, rows = asked(bank, 300)
+    labels = None if asked_of == "the bank" else bank.labels_of(rows.tolist())
+    if asked_of == "both":
+        labels[::3] = [None] * 100
+    one, two = Oracle(bank), Oracle(bank, engine=Exact("float64"))
+    assert one.engine.picks[bank].rows is not None
+    found, expected = (o.posterior(xt, t, labels, source=rows, k=3) for o in (one, two))
+    scale = (expected.mean - bank.centre).norm(dim=1) * (1 - t)
+    off = (found.mean - expected.mean).norm(dim=1)
+    assert bool((off <= 1e-9 * scale + 1e-12 * bank.max_norm * (1 - t)).all())
+    for name in ("entropy", "ess", "weights", "source_weight"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=1e-7, atol=1e-9
+        )
+    gap = (found.log_evidence - expected.log_evidence).abs()
+    assert float(gap.max()) < 1e-6
+
+
+def test_many_queries_of_few_rows_are_asked_of_exact(monkeypatch):
+    bank = LatentBank(torch.randn(50, 64))
+    oracle, (xt, t, _) = Oracle(bank), asked(LatentBank(torch.randn(50, 64)), 8)
+    few = oracle.posterior(xt, t)
+    monkeypatch.setattr(module.few_rows, "_PRODUCT", 50 * 64 * 8 - 1)
+    many = oracle.posterior(xt, t)
+    assert not torch.equal(few.mean, many.mean)
+    torch.testing.assert_close(few.mean, many.mean, rtol=1e-5, atol=1e-5)
 
 
 def test_names_the_missing_library(low, monkeypatch):

@@ -39,12 +39,12 @@ def row_keys(rows: Tensor) -> Tensor:
     word = torch.int16 if rows.dtype.itemsize == 2 else torch.int32
     words = rows.shape[1] * rows.dtype.itemsize // word.itemsize
     factor = key_weights(words, rows.device)
-    keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-    step = max(1, _BLOCK // words)
-    for block, out in zip(rows.split(step), keys.split(step), strict=True):
-        # Adding zero gives -0 the bits of 0.
-        out.copy_(((block + 0.0).contiguous().view(word) * factor).sum(1))
-    return keys
+    # Adding zero gives -0 the bits of 0.
+    parts = [
+        ((block + 0.0).contiguous().view(word) * factor).sum(1)
+        for block in rows.split(max(1, _BLOCK // words))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def condition_keys(conditions: Tensor) -> Tensor:
@@ -84,8 +84,8 @@ def find_rows(
 ) -> Tensor:
     """The number of a row that equals each of `wanted`, (B, D), or -1.
 
-    `read` returns rows by their numbers; `index` holds the keys in ascending order and their rows,
-    each (N,); `more` is added to the keys of `wanted`.
+    `read` returns rows by their numbers, (n,); `index` holds the keys in ascending order and their
+    rows, each (N,); `more` is added to the keys of `wanted`.
     """
     keys, order = index
     key = row_keys(wanted) + more
@@ -95,10 +95,12 @@ def find_rows(
     last = (torch.searchsorted(keys, key, right=True) - 1).clamp_min(0)
     # On an accelerator this comparison would be a sync.
     once = type(key) is Tensor and key.device.type == "cpu" and torch.equal(first, last)
+    if once and torch.equal(read(row := order.index_select(0, first)), wanted):
+        return row  # as in training
     place = first[None] if once else torch.stack([first, last])
     # Without an equal key any row will do: row 0.
     row = order[place] * (keys[place] == key)
-    same = (read(row) == wanted).all(2)
+    same = (read(row.flatten()).unflatten(0, row.shape) == wanted).all(2)
     return row.where(same, -1).amax(0)
 
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class RowStore(RowClasses):
                 f"{tuple(x1.shape)}."
             )
         flat, dtype = x1.detach().to(self.device).flatten(1), x1.dtype
-        found = torch.full((len(flat),), -1, device=self.device)
+        found: Tensor | None = None
         fewer = dtype in (*HALF, torch.float32) and dtype.itemsize < self.dtype.itemsize
         more: Tensor | int = 0
         of: list[Any] = [isinstance(masks, MaskedLabels), None, first is not None]
@@ -154,14 +155,18 @@ class RowStore(RowClasses):
         if first is not None:
             more = more + first.to(self.device) * CLASS_FACTOR
         if not fewer:
-            wanted = (flat.double() - self.offset).to(self.dtype)
-            found = find_rows(self.rows.__getitem__, self.key_index(None, *of), wanted, more)
+            wanted = flat
+            if self.shifted or dtype != self.dtype:
+                wanted = (flat.double() - self.offset).to(self.dtype)
+            # Faster than to index where rows are on the host.
+            read = partial(self.rows.index_select, 0)
+            found = find_rows(read, self.key_index(None, *of), wanted, more)
         # Of two 16-bit types neither holds the other, and neither holds samples with an offset.
         both = dtype in HALF and self.dtype in HALF and (dtype != self.dtype or self.shifted)
-        if fewer or both:
+        if found is None or both:
             index = self.key_index(dtype, *of)
             rounded = find_rows(lambda rows: self.take(rows).to(dtype), index, flat, more)
-            found = rounded.where(found < 0, found)
+            found = rounded if found is None else rounded.where(found < 0, found)
         return found.to(x1.device)
 
     def find_near(self, x1: Tensor, within: float = 1e-2) -> Tensor:

@@ -2,6 +2,8 @@ r"""The engine that chooses an engine.
 
 The rules were measured on CPUs (`make bench`):
 
+- Few queries over few rows cost what their operations cost, not their numbers: `few_rows` has the
+  fewest.
 - `Exact` is one matrix product for all queries and a second for those in navigation. In more than a
   few dimensions nothing that returns the same numbers is faster.
 - In up to 8 dimensions a k-d tree (`TorchCluster`, if it is installed) finds the nearest rows of a
@@ -24,6 +26,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from stagewise.bank import LatentBank
+from stagewise.engines import few_rows
 from stagewise.engines.base import Engine
 from stagewise.engines.exact import Exact
 from stagewise.engines.torch_cluster import TorchCluster
@@ -48,12 +51,15 @@ _EXACT = (
     "float64 only where float32 would show"
 )
 
+_FEW = "Few rows: float64, one product with all of them and a second for the means"
+
 
 @dataclass(frozen=True)
 class _Pick:
     why: str
     tree: TorchCluster | None = None
     variances: Tensor = field(default_factory=lambda: torch.empty(0))
+    rows: Tensor | None = None
 
 
 class Auto(Engine):
@@ -79,7 +85,8 @@ class Auto(Engine):
     def _pick(self, bank: LatentBank) -> _Pick:
         n, dim = len(bank), bank.dim
         if dim > _LOW_DIM or n < _MANY_ROWS or bank.device.type != "cpu":
-            return _Pick(_EXACT)
+            rows = few_rows.centred_rows(bank)
+            return _Pick(_EXACT if rows is None else _FEW, rows=rows)
         if find_spec("torch_cluster") is None:
             return _Pick(
                 f"Exact. In {dim} dimensions a k-d tree would be faster near the data: "
@@ -110,6 +117,8 @@ class Auto(Engine):
     def posterior(self, bank: LatentBank, queries: Queries, k: int = 1) -> Posterior:
         self.prepare(bank)
         pick = self.picks[bank]
+        if pick.rows is not None and few_rows.serves(pick.rows, queries):
+            return few_rows.posterior(bank, pick.rows, queries, k)
         if pick.tree is None or k > _MANY_NEIGHBOURS:
             return self.exact.posterior(bank, queries, k)
         queries = queries.on_host()

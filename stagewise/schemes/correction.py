@@ -16,6 +16,7 @@ from stagewise.engines import fused, fused_mix
 from stagewise.masks import MaskedLabels, compared_within
 from stagewise.oracle import Oracle
 from stagewise.paths import Prediction, expand_like
+from stagewise.posterior import upload
 from stagewise.queries import Labels, checked_source, indices_of
 from stagewise.schemes.refusals import check_rows
 from stagewise.targets import Mix, Target
@@ -41,9 +42,9 @@ class Correction(NamedTuple):
     @classmethod
     def none(cls, x1: Tensor) -> Correction:
         """Nothing is added."""
-        zero = torch.zeros(len(x1), dtype=torch.float64, device=x1.device)
-        value = torch.zeros_like(x1, dtype=torch.float64)
-        return cls(value, zero, torch.zeros_like(zero, dtype=torch.bool), zero.clone())
+        zero = torch.zeros((), dtype=torch.float64, device=x1.device)
+        each, no = zero.expand(len(x1)), zero.new_zeros((), dtype=torch.bool).expand(len(x1))
+        return cls(zero.expand(x1.shape), each, no, each)
 
 
 def correct(
@@ -99,8 +100,9 @@ def correct(
         only = lam > 0 if only is None else (lam > 0) & only
     if only is not None and not cheap:
         asked = indices_of(only)
-        parts = (_some(value, asked) for value in (xt, t, x1, labels, source, condition, lam))
-        xt, t, x1, labels, source, condition, lam = parts
+        at = upload(asked, x1.device)
+        given = (xt, t, x1, labels, source, condition, lam)
+        xt, t, x1, labels, source, condition, lam = (_some(value, asked, at) for value in given)
     if not len(x1) and not oracle.engine.collective:
         return Correction.none(every)
     with torch.autocast(xt.device.type, enabled=False):
@@ -127,7 +129,7 @@ def correct(
                 row, stored = row.where(inside, own), stored.where(queries.holds(stored), own)
         if on_missing == "error":
             _require_found(row if only is None or not cheap else row.where(only, 0))
-        queries = replace(queries, x1=x1.flatten(1).double(), source=stored, twin=row)
+        queries = queries.made_from(x1.flatten(1).double(), stored, row)
         mean = target.mean(oracle, queries, draws)
         if lam is None:
             lam = target.lam(t.double(), mean.top1, oracle.path, boundary)
@@ -140,7 +142,7 @@ def correct(
         return Correction(*(x.masked_fill(~expand_like(only, x), 0) for x in part))
     if asked is None:
         return part
-    at, none = queries.index(asked), Correction.none(every)
+    none = Correction.none(every)
     return Correction(
         *(all_.index_copy(0, at, some) for all_, some in zip(none, part, strict=True))
     )
@@ -221,13 +223,13 @@ def by_kernel(
     return Correction(value, lam, found.inserted, found.tail_mass)
 
 
-def _some(value: Any, at: list[int]) -> Any:
-    """The entries at some samples; None for None."""
-    if isinstance(value, MaskedLabels):
-        return value[torch.tensor(at, dtype=torch.int64, device=value.mask.device)]
-    if isinstance(value, Tensor):
-        return value[torch.tensor(at, dtype=torch.int64, device=value.device)]
-    return None if value is None else [value[i] for i in at]
+def _some(value: Any, asked: list[int], at: Tensor) -> Any:
+    """The entries at some samples, `at` being `asked` as a tensor; None for None."""
+    if value is None or isinstance(value, list | tuple):
+        return None if value is None else [value[i] for i in asked]
+    device = value.mask.device if isinstance(value, MaskedLabels) else value.device
+    at = at if at.device == device else upload(asked, device)
+    return value[at] if isinstance(value, MaskedLabels) else value.index_select(0, at)
 
 
 def _rows(
@@ -312,7 +314,7 @@ def _classes(
         return oracle.bank.classes_of(rows) if lacking else found  # type: ignore[return-value]
     labels = None if labels_of is None else labels_of()
     if labels is not None:
-        return labels if asked is None else _some(labels, asked)
+        return labels if asked is None else _some(labels, asked, upload(asked, row.device))
     if whole:
         check_rows(oracle.bank, x1)  # a wrong scale is reported first
     raise ValueError(

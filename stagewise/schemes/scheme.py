@@ -261,7 +261,7 @@ class Scheme(SchemeState):
             added=added.value,
             inserted=added.inserted,
             tail_mass=added.tail_mass,
-            smoothed=self._share(x1, t),
+            smoothed=torch.zeros_like(t) if self.drawn is None else self.drawn.share,
         )
         if self.target is None:
             return y, weight
@@ -300,12 +300,6 @@ class Scheme(SchemeState):
     def _near(self, x1: Tensor, source: Tensor | None) -> Tensor | None:
         """The rows of samples that an encoder made, if they are not given."""
         return near_rows(self, x1) if source is None and self.encoded is not False else source
-
-    @torch.no_grad()
-    def _share(self, x1: Tensor, t: Tensor) -> Tensor:
-        """How much of the smoothing is used for each sample, (B,)."""
-        made = self._smoothed
-        return torch.zeros_like(t) if made is None else made.share(x1, t, self.collapsed)
 
     @property
     def _around(self) -> SmoothedOracle | None:
@@ -370,8 +364,9 @@ class Scheme(SchemeState):
         if around is None:
             added = ask(self.oracle)
             return t, added._replace(value=cut(added.value, self.oracle.bank.shape, given))
+        assert self.drawn is not None
         # Smoothed samples get targets of the smoothed set.
-        smoothed = self._share(x1, t) > 0
+        smoothed = self.drawn.share > 0
         parts = (ask(self.oracle, only=~smoothed), ask(around, only=smoothed))
         return t, Correction(*(a + b for a, b in zip(*parts, strict=True)))
 

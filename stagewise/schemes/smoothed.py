@@ -13,19 +13,28 @@ from stagewise.paths import Path
 from stagewise.queries import Times, as_times
 from stagewise.smoothed_oracle import SmoothedOracle
 from stagewise.smoothing import Smoothing
-from stagewise.smoothing_inputs import Strength, rows_of, strength_at
+from stagewise.smoothing_inputs import Strength, strength_at
 from stagewise.targets import Target
 
 __all__ = ["Drawn", "Smoothed"]
 
 
 class Drawn(NamedTuple):
-    """What `Scheme.smooth` gave last: samples (B, *), those before, their rows and times, (B,)."""
+    """What `Scheme.smooth` gave last, for B samples.
+
+    Attributes:
+        x1: What it gave, (B, *).
+        before: What it was given, (B, *).
+        source: The rows of these, (B,).
+        t: Their times, as they were told, (B,).
+        share: How much of the smoothing is in each, (B,).
+    """
 
     x1: Tensor
     before: Tensor
     source: Tensor
     t: Tensor
+    share: Tensor
 
 
 class Smoothed:
@@ -62,20 +71,13 @@ class Smoothed:
         collapsed: float | None,
     ) -> Tensor:
         """Samples around the rows."""
-        source = rows_of(self.smoothing.bank, x1, source)
+        source = self.smoothing.source_of(x1, source)
         generator = torch.Generator(x1.device).manual_seed(seed)
-        edge = self._edge(collapsed)
-        smoothed = self.smoothing.draw(
-            x1, source, t=t, boundary=edge, strength=self.strength, generator=generator
-        )
-        self.drawn = Drawn(smoothed, x1, source, told)
-        return smoothed
-
-    def share(self, x1: Tensor, t: Tensor, collapsed: float | None) -> Tensor:
-        """How much of the smoothing is used for samples, (B, *), at times, (B,): (B,)."""
         share = strength_at(x1, t, self._edge(collapsed), self.strength)
         assert share is not None
-        return share
+        smoothed = self.smoothing.around(x1, source, share, generator)
+        self.drawn = Drawn(smoothed, x1, source, told, share.detach())
+        return smoothed
 
     def source_of(self, x1: Tensor, t: Times, source: Tensor | None, *, first: bool) -> Tensor:
         """The rows of samples that were drawn; in the first call, at the same times."""

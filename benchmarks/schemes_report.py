@@ -304,9 +304,7 @@ def _draw_steps(folder: Path, name: str, metric: str, panels: dict[int, Shares])
             axis.set(xlabel=f"{unit} / plain's, {horizon} steps")
             axis.set_yticks(range(len(names)), names)
             axis.grid(alpha=0.3, axis="x")
-    figure.suptitle(
-        f"{name}: steps and time to plain's final {METRICS[metric]} (dashed: what was aimed at)"
-    )
+    figure.suptitle(f"{name}: steps and time to plain's final {METRICS[metric]} (dashed: the aim)")
     _save(figure, folder / f"steps_{name}_{metric}.png")
 
 
@@ -319,7 +317,7 @@ def _draw_interval(axis: Any, row: int, value: Interval | None) -> None:
     else:
         axis.plot([low, min(high, WIDEST)], [row, row], color=TRAIN, lw=4, alpha=0.35)
         if math.isinf(middle):
-            axis.text(1.02, row, "not reached by the mean", va="center", size=8)
+            axis.text(1.02, row, "not reached by the mean", va="bottom", size=8)  # over the bar
         else:
             axis.plot(middle, row, "o", color=TRAIN, clip_on=True)
 

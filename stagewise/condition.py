@@ -76,6 +76,10 @@ class Condition:
                 ".median(), the median distance to the nearest other one, is a start."
             )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        found = state.pop("find", None)  # its name in pickles of before
+        self.__dict__.update(state, read_batch=state.get("read_batch", found))
+
     def log_kernel(self, c: Tensor, rows: Tensor) -> Tensor:
         """`log k(c, c_i)`, (B, n), of conditions (B, C) and (n, C), float64; finite."""
         if callable(self.kernel):

@@ -174,7 +174,7 @@ def forecast_targets(
     if not parameters:
         raise ValueError(
             f"Expected a module with parameters that require gradients, {type(module).__name__} "
-            "has none: module.requires_grad_()."
+            "has none. Unfreeze the part that is trained: module.net.requires_grad_()."
         )
     draws, timesteps = torch.Generator().manual_seed(seed), timesteps or Uniform()
     removed: list[Tensor] = []

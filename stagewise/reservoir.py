@@ -88,7 +88,7 @@ class Reservoir(LatentBank):
         """
         if isinstance(labels, MaskedLabels):
             raise ValueError(
-                "Expected samples without masks, which a reservoir does not support. Give the "
+                "A reservoir does not support masks, and these samples have them. Give the "
                 "training set itself: LatentBank(x, labels, mask=mask)."
             )
         count = len(x1)

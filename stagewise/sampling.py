@@ -353,8 +353,8 @@ def checked_times(times: Tensor) -> Tensor:
     ascending = known.ndim == 1 and len(known) > 1 and bool((known.float().diff() > 0).all())
     if not (ascending and known[0] >= 0 and known[-1] <= 1):
         raise ValueError(
-            f"Expected `times` ascending within [0, 1], (M + 1,), got {tuple(known.shape)} that "
-            f"begin {known.flatten()[:3].tolist()}."
+            f"Expected `times` ascending within [0, 1], (M + 1,), got shape {tuple(known.shape)}, "
+            f"beginning with {[round(t, 6) for t in known.flatten()[:3].tolist()]}."
         )
     return known
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,7 +127,11 @@ class Smoothing:
             self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])
             if file is not None:
                 self.save(file)
-        self._all_have_k = bool((self.index != torch.arange(len(self.index))[:, None]).all())
+
+    @cached_property
+    def _all_have_k(self) -> bool:
+        """Whether each row has K neighbours."""
+        return bool((self.index != torch.arange(len(self.index))[:, None]).all())
 
     @classmethod
     def cached(
@@ -162,7 +167,7 @@ class Smoothing:
 
         Of 8, 16, 32 and 64 neighbours and scales from 0.25 to 1.4 what makes samples no farther
         from rows left out than the rows themselves are, with the best field; see `smoothing_fit`.
-        Where nothing is learnt by heart, which `Forecast` tells, smoothing gains little or nothing.
+        If the model does not memorize (`forecast_smoothing` measures it), smoothing gains little.
 
         Args:
             bank: The rows; at least 20.

@@ -29,7 +29,7 @@ def low(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "why"), [(50, "Few rows: float64"), (5000, "Exact: one product with all rows")]
+    ("rows", "why"), [(50, "Few rows: small batches"), (5000, "Exact: one product with all rows")]
 )
 def test_says_once_for_each_bank_what_and_why(rows, why, caplog):
     bank = LatentBank(torch.randn(rows, 64))
@@ -71,11 +71,14 @@ def test_few_rows_are_the_reference(offset, asked_of):
     assert float(gap.max()) < 1e-6
 
 
-def test_many_queries_of_few_rows_are_asked_of_exact(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "limit"), [("_PRODUCT", 50 * 64 * 8 - 1), ("_PAIRS", 50 * 8 - 1), ("_SHARE", 1.1)]
+)
+def test_many_queries_of_few_rows_are_asked_of_exact(monkeypatch, name, limit):
     bank = LatentBank(torch.randn(50, 64))
     oracle, (xt, t, _) = Oracle(bank), asked(LatentBank(torch.randn(50, 64)), 8)
     few = oracle.posterior(xt, t)
-    monkeypatch.setattr(module.few_rows, "_PRODUCT", 50 * 64 * 8 - 1)
+    monkeypatch.setattr(module.few_rows, name, limit)
     many = oracle.posterior(xt, t)
     assert not torch.equal(few.mean, many.mean)
     torch.testing.assert_close(few.mean, many.mean, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,7 @@
 """The oracle with a kernel on the condition: brute force, a known joint, its limits, bad input."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -353,3 +354,12 @@ def test_a_reservoir_keeps_the_conditions_of_what_it_holds(data):
         torch.testing.assert_close(u, x[some] - x0 + added)
         with pytest.raises(ValueError, match="with conditions as before, got .*without conditions"):
             reservoir.add(x[:8], own)
+
+
+def test_a_pickle_of_before_keeps_its_function():
+    """`read_batch` was named `find`."""
+    kernel = Condition(bandwidth=1.0)
+    state = {key: value for key, value in vars(kernel).items() if key != "read_batch"}
+    kernel.__setstate__({**state, "find": len})
+    assert kernel.read_batch is len
+    assert pickle.loads(pickle.dumps(kernel)).read_batch is len

@@ -51,7 +51,10 @@ _EXACT = (
     "float64 only where float32 would show"
 )
 
-_FEW = "Few rows: float64, one product with all of them and a second for the means"
+_FEW = (
+    "Few rows: small batches in float64, one product with all rows and one for the means; "
+    "otherwise Exact"
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class Auto(Engine):
     """Chooses an engine by the size of the bank. The default.
 
     It is `Exact`, or a k-d tree for queries where that is faster and misses less than 1e-7 of the
-    posterior. The choice and the reason are logged once for each bank (logger "stagewise", level
-    INFO).
+    posterior. On a CPU few queries over few rows are computed in float64 at once. The choice and
+    the reason are logged once for each bank (logger "stagewise", level INFO).
     """
 
     runs_kernel = True

@@ -6,8 +6,8 @@ With c the bank's mean and `y = x_t - a c`, the log-weights of all rows are
 
 `Exact` groups queries by the rows they look at, multiplies in float32 and looks for queries in
 which that shows: some hundred small operations, which cost more than all numbers of a small bank.
-Here every query is multiplied with every row in float64, and takes what it needs. Near the data,
-where that shows too, the largest log-weights come from differences.
+Here every query is multiplied with every row in float64; then its own rows are selected. Near the
+data, where that shows too, the largest log-weights come from differences.
 """
 
 from __future__ import annotations
@@ -24,20 +24,24 @@ from stagewise.queries import Queries, indices_of
 
 __all__ = ["centred_rows", "posterior", "serves"]
 
-_ROWS, _PRODUCT = 2**18, 2**24
-"""Numbers of rows, and of those times queries, up to which this costs less than `Exact`."""
+_ROWS, _PRODUCT, _PAIRS = 2**18, 2**24, 2**17
+"""Numbers of rows, of those times queries, and pairs of query and row, up to which this costs less
+than `Exact`."""
+
+_SHARE = 1 / 8
+"""The rows that queries look at, as a share of all: below it most products would be for nothing."""
 
 _SHOWS = 1e-9
-"""The error of a log-weight from which on it may show."""
+"""Log-weights with a larger error are computed from differences."""
 
 _LEADING = 8
 """Rows whose log-weights come from differences there."""
 
 
 def centred_rows(bank: LatentBank) -> Tensor | None:
-    """The rows less their mean, (N, D), float64, to be kept; None if they are too many, or change.
+    """The rows less their mean, (N, D), float64, to be kept.
 
-    None for those on another device, too.
+    None if there are too many, they change, or they are not on the CPU.
     """
     if bank.rows.numel() > _ROWS or bank.device.type != "cpu" or bank.origin:
         return None
@@ -48,7 +52,9 @@ def serves(rows: Tensor, queries: Queries) -> bool:
     """Whether these queries are few enough, and all beside the rows."""
     x = queries.xt
     there = type(x) is Tensor and x.device == rows.device and queries.segments is not None
-    return there and len(x) * rows.numel() <= _PRODUCT
+    pairs = len(x) * len(rows)
+    few = pairs <= _PAIRS and len(x) * rows.numel() <= _PRODUCT
+    return there and few and sum(queries.sizes) >= _SHARE * pairs
 
 
 def posterior(bank: LatentBank, rows: Tensor, queries: Queries, k: int) -> Posterior:

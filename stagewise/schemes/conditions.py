@@ -86,7 +86,8 @@ def check_network(schemes: Sequence[Scheme], given: tuple[str, ...], labelled: b
             return ""
         return (
             f"the network is given only x_t, t and classes, but its targets are for a model that "
-            f"is given a condition, {kernels[0]!r}. Leave that out."
+            f"is given a condition, {kernels[0]!r}. Leave out the condition, or "
+            "give it to the network."
         )
     if all(scheme.unconditional for scheme in mixing):
         return ""
@@ -104,7 +105,8 @@ def check_network(schemes: Sequence[Scheme], given: tuple[str, ...], labelled: b
     if not given and labelled and not all(scheme.class_wise for scheme in mixing):
         given = ("labels",)
     if given:
-        has = "has no labels" if given == ("labels",) else "does not have that"
+        has = f"does not have {'them' if given[1:] else 'it'}"
+        has = "has no labels" if given == ("labels",) else has
         raise ValueError(
             f"The network is also given {', '.join(given)}, and the bank {has}: the oracle's "
             "target would be a mean over samples of all conditions, which moves the optimum of "

@@ -42,9 +42,9 @@ class Correction(NamedTuple):
     @classmethod
     def none(cls, x1: Tensor) -> Correction:
         """Nothing is added."""
-        zero = torch.zeros((), dtype=torch.float64, device=x1.device)
-        each, no = zero.expand(len(x1)), zero.new_zeros((), dtype=torch.bool).expand(len(x1))
-        return cls(zero.expand(x1.shape), each, no, each)
+        zero = torch.zeros(len(x1), dtype=torch.float64, device=x1.device)
+        value = torch.zeros_like(x1, dtype=torch.float64)
+        return cls(value, zero, torch.zeros_like(zero, dtype=torch.bool), zero.clone())
 
 
 def correct(
@@ -225,8 +225,10 @@ def by_kernel(
 
 def _some(value: Any, asked: list[int], at: Tensor) -> Any:
     """The entries at some samples, `at` being `asked` as a tensor; None for None."""
-    if value is None or isinstance(value, list | tuple):
-        return None if value is None else [value[i] for i in asked]
+    if value is None:
+        return None
+    if not isinstance(value, (Tensor, MaskedLabels)):
+        return [value[i] for i in asked]
     device = value.mask.device if isinstance(value, MaskedLabels) else value.device
     at = at if at.device == device else upload(asked, device)
     return value[at] if isinstance(value, MaskedLabels) else value.index_select(0, at)

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -109,13 +110,15 @@ def main() -> int:
     if arguments.rows < CLASSES:
         parser.error(f"expected --rows of at least {CLASSES}, one for each class")
     # The file is removed after a kill, too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     print(", ".join(f"{key} {value}" for key, value in meta().items()), flush=True)
     with tempfile.TemporaryDirectory(prefix="stagewise-bench-", dir=arguments.dir) as folder:
         path = Path(folder, "bank.safetensors")
         write(path, arguments.rows, arguments.dim)
-        with multiprocessing.get_context("spawn").Pool(1) as fresh:
-            return int(fresh.apply(read, (path, arguments.runs)))
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as fresh:  # an error if it is killed
+            return int(fresh.submit(read, path, arguments.runs).result())
 
 
 if __name__ == "__main__":

@@ -251,15 +251,6 @@ def kl_from_density(
 # -- training -------------------------------------------------------------------------------------
 
 
-def learning_rate(optimizer: torch.optim.Optimizer, horizon: int) -> Any:
-    """A warm-up, and a cosine decay to 0."""
-
-    def rate(step: int) -> float:
-        return min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / horizon)) / 2
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-
-
 @dataclass(frozen=True)
 class State:
     """A training after `step` steps, which took so many seconds of the processor."""

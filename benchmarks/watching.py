@@ -9,6 +9,7 @@ three sizes, and five steps of training in one picture.
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files = {size: folder / f"{size}.json" for size in SIZES}
     for size, file in files.items():
-        write_once(file, partial(train, size, folder))
+        while not file.exists():  # another process may be at it
+            if write_once(file, partial(train, size, folder)) is None:
+                time.sleep(2)
     found = {size: json.loads(file.read_text()) for size, file in files.items()}
     for name, figure in draw(found).items():
         Image.fromarray(render(figure)).save(images / f"{name}.png")

@@ -44,7 +44,10 @@ def device_of(name: str | None) -> torch.device:
     if device.type != "cuda":
         return device
     index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
-    if index >= (count := torch.cuda.device_count()):
+    count = torch.cuda.device_count()
+    if not count:
+        raise ValueError(f"Found no CUDA device for --device {name}. Use --device cpu.")
+    if index >= count:
         raise ValueError(
             f"Expected a CUDA device of number {index} for --device {name}, found {count} devices. "
             "Start as many ranks as there are devices, or give --device cpu."

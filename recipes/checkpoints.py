@@ -228,7 +228,7 @@ def require_same_model(path: Path, module: nn.Module) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    checkpoint = read_weights(path)
+    checkpoint = read_weights(path, "use another checkpoint of the run")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ValueError(f"Expected a checkpoint of Lightning, with `state_dict`, got {path}.")
     return checkpoint

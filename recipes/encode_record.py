@@ -143,7 +143,8 @@ class Record:
         number = self.number(block) if rows else None
         if number is None and self._blocks[block].get("number") is not None:
             raise ValueError(
-                f"{self._size} pictures that were encoded before can no longer be read, the first "
+                f"None of the {len(self.indices(block))} pictures that were encoded before as one "
+                "block can be read, the first is "
                 f"{self.images.files[self.indices(block)[0]]}. Encode into another folder."
             )
         hashed = "" if number is None else file_hash(self._files_of(number, rows))

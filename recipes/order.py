@@ -191,7 +191,8 @@ class ResumableData(L.LightningDataModule):
         if state["batch_size"] != batch:
             raise ValueError(
                 f"The checkpoint was made with batches of {state['batch_size']} samples over all "
-                f"ranks, and this run has {batch}. Change data.batch_size, {cure}."
+                f"ranks, and this run has {batch}. Change data.batch_size, which is that of one of "
+                f"the {self.ranks()[1]} ranks, {cure}."
             )
 
     def _trained(self) -> int:

@@ -89,8 +89,8 @@ def parser() -> Parser:
     )
     flags: dict[str, tuple[Any, Any, str]] = {  # (type, default, help)
         "output": (Path, Path("profile"), "folder for PNG and JSON (%(default)s)"),
-        "limit": (int, None, "most rows to read: whole classes if class-wise, else evenly spaced "
-                  "rows"),
+        "limit": (int, None, "read at most so many rows: whole classes if class-wise, else evenly "
+                  "spaced rows"),
         "format": (str, ["auto"], "one for both sets or one for each: %(choices)s; repa and edm2 "
                    "must be given, since their files have the same names (auto)"),
         "scale": (str, ["auto"], "scale of the rows, one for both sets or one for each: auto (that "

@@ -54,7 +54,7 @@ def model_of(facts: Facts) -> str:
     """The trained network, in words."""
     about = facts.about or facts.run.first("memorization") or facts.run.first("guard")
     size = f"{number(facts.parameters)} parameters" if facts.parameters else ""
-    parts = (about.get("network"), size, about.get("maker"))
+    parts = (about.get("network"), size, about.get("maker") or about.get("seam"))  # its name before
     return "; ".join(str(part) for part in parts if part)
 
 

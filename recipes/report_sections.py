@@ -36,7 +36,7 @@ _READING = (
     "In navigation an error above the floor is what the model still has to learn. In refinement it "
     "is the distance to repeating the training set: there compare held-out and training samples, "
     "and do not aim at zero.",
-    "± is two standard errors, and intervals are 95 %. A smaller difference is noise.",
+    "± is two standard errors, and intervals are 95 %. A difference within them is noise.",
     "Do not trust the oracle if noise and data are coupled (minibatch optimal transport), if the "
     "training set is augmented at random, or if this page says that errors do not add up.",
 )
@@ -119,7 +119,7 @@ def _trends(facts: Facts) -> str:
     ]
     since = next(iter(trends.values()))[1]
     text = f"Since step {since} it {', '.join(moved)}. "
-    return text + "A level line has learned what it can at this learning rate."
+    return text + "Where a line is level, the model has learned what it can at this rate."
 
 
 def _by_time(facts: Facts, last: Event) -> str:
@@ -292,8 +292,8 @@ def _copies(facts: Facts) -> str:
     )
     pictures = {
         "samples": "Samples, each beside its nearest training row. A red frame is a copy.",
-        "resumed": "Held-out rows with noise, finished by the model. What returns and was not in "
-        "the noisy sample, the model knows.",
+        "resumed": "Held-out rows with noise, finished by the model. What comes back, but was "
+        "not in the noisy sample, is memorized.",
     }
     shown = [stored(facts.run.picture(last["event"], k), text) for k, text in pictures.items()]
     titles = ["oracle until t", "copies", "share", "95 % exact interval"]

@@ -125,13 +125,16 @@ class Options:
         others: dict[str, tuple[str, ...]] = {}
         others |= {} if stochastic else dict.fromkeys(_SDE, SDE_SOLVERS)
         others |= {} if adaptive else dict.fromkeys(_TOLERANCES, ADAPTIVE_SOLVERS)
-        others |= dict.fromkeys(("coarse", "oracle_until") if stochastic else (), FIXED_SOLVERS)
-        others |= dict.fromkeys(("steps", "coarse") if adaptive else (), FIXED_SOLVERS)
-        others |= {"shift": FIXED_SOLVERS} if adaptive and self.shift != 1 else {}
+        others |= {"coarse": FIXED_SOLVERS} if stochastic or adaptive else {}
+        others |= {"oracle_until": (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS)} if stochastic else {}
+        own_steps = ("steps", "shift") if self.shift != 1 else ("steps",)
+        stepping = (*FIXED_SOLVERS, *SDE_SOLVERS)
+        others |= dict.fromkeys(own_steps, stepping) if adaptive else {}
         for name, having in others.items():
             _require(
                 not self._given(name),
-                f"Expected no {_flag(name)} with --method {self.method}; the solvers with it are "
+                f"Expected no {_flag(name)} with --method {self.method}"
+                f"{', which chooses its own steps' if adaptive else ''}; the solvers with it are "
                 f"{', '.join(having)}.",
             )
         _require(

@@ -126,7 +126,7 @@ def test_refusal_by_default_with_a_line_that_works(fit, quick_figures):
 @pytest.mark.parametrize(
     ("module", "kernel", "said"),
     [
-        (Policy(given=""), KERNEL, "given nothing beside x_t and t"),
+        (Policy(given=""), KERNEL, "given only x_t, t and classes"),
         (Policy(given="other"), KERNEL, r"by batch\['obs'\].*but the network is given"),
     ],
 )

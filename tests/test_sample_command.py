@@ -710,7 +710,7 @@ def test_photos_need_no_autoencoder(trained, tmp_path):
         ("--labels 0,7", r"--labels from 0 to 6, got \[7\]"),
         ("--labels a", "all, or numbers such as 0,3,7, got 'a'"),
         ("--device nothing", "Expected --device cpu, cuda"),
-        ("--device cuda:99", "CUDA device of number 99"),
+        ("--device cuda:99", "CUDA device"),
         ("--checkpoint none.ckpt", "no checkpoint none.ckpt"),
     ],
 )

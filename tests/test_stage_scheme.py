@@ -200,7 +200,7 @@ def test_a_function_makes_the_scheme_of_the_runs_oracle(fit, bank):
 
     for way, scheme in {
         "function": StageScheme(phases, engine=engine),
-        "scheme": StageScheme(phases(Oracle(bank))),
+        "scheme": StageScheme(phases(Oracle(bank, engine=engine))),
     }.items():
         kept[way] = Gradients()
         fit(Lossy(), scheme, kept[way], max_steps=4)

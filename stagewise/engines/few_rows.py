@@ -28,9 +28,6 @@ _ROWS, _PRODUCT, _PAIRS = 2**18, 2**24, 2**17
 """Numbers of rows, of those times queries, and pairs of query and row, up to which this costs less
 than `Exact`."""
 
-_SHARE = 1 / 8
-"""The rows that queries look at, as a share of all: below it most products would be for nothing."""
-
 _SHOWS = 1e-9
 """Log-weights with a larger error are computed from differences."""
 
@@ -53,8 +50,7 @@ def serves(rows: Tensor, queries: Queries) -> bool:
     x = queries.xt
     there = type(x) is Tensor and x.device == rows.device and queries.segments is not None
     pairs = len(x) * len(rows)
-    few = pairs <= _PAIRS and len(x) * rows.numel() <= _PRODUCT
-    return there and few and sum(queries.sizes) >= _SHARE * pairs
+    return there and pairs <= _PAIRS and pairs * rows.shape[1] <= _PRODUCT
 
 
 def posterior(bank: LatentBank, rows: Tensor, queries: Queries, k: int) -> Posterior:

@@ -35,7 +35,7 @@ def check_batch(run: StageRun) -> None:
     except ValueError:
         if look.batch is not None and not all(run.given(one) for one in run.measuring):
             raise
-        found = "is shown no batch" if look.batch is None else "found no x_1 in the batch, "
+        found = "got no batch" if look.batch is None else "found no x_1 in the batch, "
         found += "" if look.batch is None else describe(look.batch)
         rank_zero_info(
             f"stagewise: {found}: only what the training step shows is compared with the bank."
@@ -177,13 +177,14 @@ def check_answer(run: StageRun) -> None:
             f"{where(network.name)} is taken as predicting the {kind}, and the gradient of the "
             f"loss contradicts: {found.share:.0%} of its signs are those of an error of that. If "
             "the step makes its prediction from the answer in another way, what monitors report of "
-            f"the model is wrong; say how it is made: {name}({first.line}). If the loss has "
-            "large terms besides that error, or is of mixed targets, use that line as it is."
+            "the model is wrong. Change this line so that it makes the prediction as the step "
+            f"does: {name}({first.line}). If the loss has large terms besides that error, or is of "
+            "mixed targets, the line is right as it is."
         )
     else:
         rank_zero_info(
             f"{about} is taken as predicting the {kind} (not checked). If the step makes that from "
-            f"its answer, say how: {name}({first.line})."
+            f"its answer, change this line accordingly: {name}({first.line})."
         )
 
 

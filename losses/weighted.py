@@ -18,8 +18,8 @@ class StageWeightedLoss(nn.Module):
     """Weighs an unreduced loss by `w(t)`, and takes its mean over the batch.
 
     Args:
-        loss: Called with the same arguments, without t; returns (B, *), which is averaged over all
-            axes but the first: `nn.MSELoss(reduction="none")`, for example.
+        loss: Called with the same arguments, without `t` and `loss_mask`; returns (B, *), which is
+            averaged over all axes but the first: `nn.MSELoss(reduction="none")`, for example.
         weight: From t, (B,), to weights, (B,): `StageFactors(2, 1, boundary=0.1)`, `MinSNR()`; or a
             `Scheme` or `Phases`, of which the weight, with its importance weights, is taken.
 

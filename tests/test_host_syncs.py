@@ -260,9 +260,9 @@ SEVERAL = [
     *((stagewise.Mix(lam), 22, []) for lam in (1.0, "boundary", stagewise.Concentration())),
     (stagewise.Mix(stagewise.Smooth()), 32, []),
     # Random numbers from the host, pinned and not waited for on a real device.
-    (stagewise.ReferenceSet(4), 170, [[(8, 3)]]),
-    (stagewise.ReferenceSet(4, "boundary"), 180, [[(8, 3)]]),
-    (stagewise.ReferenceSet(4, shared=True), 174, [[(10, 3)]]),
+    (stagewise.ReferenceSet(4), 172, [[(8, 3)]]),
+    (stagewise.ReferenceSet(4, "boundary"), 182, [[(8, 3)]]),
+    (stagewise.ReferenceSet(4, shared=True), 176, [[(10, 3)]]),
 ]
 
 
@@ -281,7 +281,7 @@ def test_a_step_of_a_scheme_waits_for_nothing(on_cuda, target, most, told, label
     assert u.dtype == dtype
     waits = [shapes for _, shapes in launches.waits if shapes != [KEPT]]
     assert waits == told
-    assert launches.count <= (most if dtype == torch.float32 else 228)
+    assert launches.count <= (most if dtype == torch.float32 else 232)
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

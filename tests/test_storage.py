@@ -326,3 +326,14 @@ def test_names_are_any_path(x, tmp_path, monkeypatch):
     assert_same(LatentBank.open("with space.bank"), LatentBank(x))
     LatentBank(x).save("plain")
     assert Path("plain").exists()
+
+
+def test_a_row_is_not_found_under_another_class():
+    """One sample at a time: a key below or above all others stands for no row."""
+    x, labels = torch.randn(8, 5), torch.arange(8) // 2
+    bank = LatentBank(x, labels)
+    starts = torch.tensor([bank.segment(label).start for label in range(4)])
+    for row in range(8):
+        sample = bank.rows[row : row + 1]
+        found = [int(bank.find(sample, first=start[None])) for start in starts]
+        assert found == [row if row // 2 == label else -1 for label in range(4)]

@@ -110,13 +110,18 @@ class Network:
         put(slots.time, time)
         if slots.labels is not None:
             if labels is None:
-                raise ValueError(f"Expected labels, got none: {self.describe()} is given labels.")
+                raise ValueError(
+                    f"Expected labels, got none, because training gives them to {self.describe()}. "
+                    "Pass them: network(xt, t, labels)."
+                )
             if slots.one_hot:
                 labels = functional.one_hot(labels, leaves[slots.labels].shape[1])
             put(slots.labels, labels)
         for k, form in slots.masks:
             if not isinstance(masks, MaskedLabels):
-                raise ValueError(f"Expected masks, got none: {self.describe()} is given masks.")
+                raise ValueError(
+                    f"Expected masks, got none, because training gives them to {self.describe()}."
+                )
             value = masks.forms()[form]
             # The length may differ from that of the first call.
             sizes = iter([size for size in value.shape[1:] if size != 1])

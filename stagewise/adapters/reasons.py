@@ -242,7 +242,7 @@ def _depends(name: str, lean: float, factor: float | None) -> str:
     scaled = "" if factor is None else f" Or is x_1 scaled by {factor:g}?"
     return (
         f"{where(name)} is given x_t and a time that fit x_1 of the batch, but x_0 and x_1 are "
-        f"not independent, {lean:.1f} standard errors away: a coupling?{scaled} The closed form of "
+        f"not independent (by {lean:.1f} standard errors): a coupling?{scaled} The closed form of "
         "the oracle holds for independent pairs only. Train from x0 = torch.randn_like(x1)."
     )
 

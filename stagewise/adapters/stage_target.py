@@ -38,8 +38,8 @@ class StageTargetMaker(TargetMaker):
         for part in parts(scheme):
             if part.convention != STAGEWISE:
                 raise ValueError(
-                    f"Expected a scheme without a convention, got {written(part.convention)}: "
-                    f"{self.name} translates. Give the convention to the module: "
+                    f"Expected a scheme without a convention, because {self.name} has it, got "
+                    f"{written(part.convention)}. Give it there: "
                     f"StageTarget(convention={written(part.convention)})."
                 )
 

@@ -39,12 +39,14 @@ def row_keys(rows: Tensor) -> Tensor:
     word = torch.int16 if rows.dtype.itemsize == 2 else torch.int32
     words = rows.shape[1] * rows.dtype.itemsize // word.itemsize
     factor = key_weights(words, rows.device)
-    # Adding zero gives -0 the bits of 0.
-    parts = [
-        ((block + 0.0).contiguous().view(word) * factor).sum(1)
-        for block in rows.split(max(1, _BLOCK // words))
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    step = max(1, _BLOCK // words)
+    # Into one tensor: many small ones between the large ones of a block would break up the heap,
+    # which then keeps twice the bank.
+    keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+    for block, out in zip(rows.split(step), keys.split(step), strict=True):
+        # Adding zero gives -0 the bits of 0.
+        torch.sum((block + 0.0).contiguous().view(word) * factor, 1, out=out)
+    return keys
 
 
 def condition_keys(conditions: Tensor) -> Tensor:
@@ -95,12 +97,15 @@ def find_rows(
     last = (torch.searchsorted(keys, key, right=True) - 1).clamp_min(0)
     # On an accelerator this comparison would be a sync.
     once = type(key) is Tensor and key.device.type == "cpu" and torch.equal(first, last)
-    if once and torch.equal(read(row := order.index_select(0, first)), wanted):
-        return row  # as in training
+    if once and torch.equal(keys[first], key):
+        row = order.index_select(0, first)
+        if torch.equal(read(row), wanted):
+            return row  # as in training
     place = first[None] if once else torch.stack([first, last])
-    # Without an equal key any row will do: row 0.
-    row = order[place] * (keys[place] == key)
-    same = (read(row.flatten()).unflatten(0, row.shape) == wanted).all(2)
+    # Without an equal key any row will do to be read: row 0.
+    alike = keys[place] == key
+    row = order[place] * alike
+    same = (read(row.flatten()).unflatten(0, row.shape) == wanted).all(2) & alike
     return row.where(same, -1).amax(0)
 
 

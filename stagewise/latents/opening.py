@@ -110,8 +110,8 @@ def open_latents(
         )
     if not normalize and kind is not LightningDiT:
         raise ValueError(
-            f"Expected normalize=False for LightningDiT's shards only, got it for {path}, read as "
-            f"{format}, which has no file of statistics. Leave it out."
+            f"normalize=False is only for LightningDiT's shards, and {path} was read as {format}, "
+            "which has no file of statistics. Leave normalize out."
         )
     if kind.is_file not in (None, path.is_file()):
         wanted = "file" if kind.is_file else "folder"

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 import os
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,11 +126,15 @@ class Smoothing:
             self.index = near.where(near >= 0, torch.arange(len(near), dtype=torch.int32)[:, None])
             if file is not None:
                 self.save(file)
+        self._all_have_k = self._has_all()
 
-    @cached_property
-    def _all_have_k(self) -> bool:
+    def _has_all(self) -> bool:
         """Whether each row has K neighbours."""
         return bool((self.index != torch.arange(len(self.index))[:, None]).all())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._all_have_k = self._has_all()  # pickles of before lack it
 
     @classmethod
     def cached(

@@ -214,7 +214,7 @@ def test_nothing_of_the_training_changes():
         ({"batches": [(torch.zeros(2, 4), None)] * 3}, "at least 4 batches, got 3"),
         ({"batches": [(torch.zeros(n, 4), None) for n in (2, 3)]}, "one size, got 2 and 3"),
         ({"velocity": lambda xt, t, _: xt[:1]}, r"shape \(2, 4\), got \(1, 4\)"),
-        ({"module": nn.Identity()}, "Identity has none: module.requires_grad_"),
+        ({"module": nn.Identity()}, "Identity has none. Unfreeze.*module.net.requires_grad_"),
     ],
 )
 def test_refusals(change, message):

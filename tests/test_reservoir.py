@@ -121,7 +121,9 @@ def test_bad_input():
         ):
             reservoir.add(x1, labels)
     masked = MaskedLabels.of(None, torch.ones(4, 2, dtype=torch.bool), torch.randn(4, 2))
-    with pytest.raises(ValueError, match=r"without masks.*LatentBank\(x, labels, mask=mask\)"):
+    with pytest.raises(
+        ValueError, match=r"does not support masks.*LatentBank\(x, labels, mask=mask\)"
+    ):
         reservoir.add(torch.randn(4, 2), masked)
     broken, before = torch.randn(4, 2), reservoir.rows.clone()
     broken[2, 0] = float("nan")

@@ -355,7 +355,7 @@ def test_options_that_do_not_fit(shards, tmp_path):
     plain = make_latents(tmp_path / "x.npy", 4, SHAPE, 2, "plain")
     with pytest.raises(ValueError, match="latents without flips"):
         open_latents(plain, flips="random")
-    with pytest.raises(ValueError, match="Expected normalize=False for LightningDiT"):
+    with pytest.raises(ValueError, match="normalize=False is only for LightningDiT"):
         open_latents(plain, normalize=False)
     with pytest.raises(ValueError, match="Expected `flips` among"):
         open_latents(plain, flips="sometimes")

@@ -260,7 +260,7 @@ def test_labels_that_are_not_given_are_refused():
     model = Model()
     network = search(model, lambda x1, y: model.loss(model.net, x1, y)).result()
     xt, t, _ = queries()
-    with pytest.raises(ValueError, match="given labels"):
+    with pytest.raises(ValueError, match="Expected labels, got none"):
         network(xt, t)
 
 

@@ -109,6 +109,7 @@ class StageRun(RunOracles):
             member.renewed = False
         self.host, self.module, self.leader = host, host.module, members[0]
         self.settled, self._told, self._batches = False, False, 0
+        self._started = False
         self.members = sorted(members, key=lambda member: (member.order, member.name))
         self.began, self.step, self.total = host.global_step, host.global_step, host.total
         self.recall()
@@ -131,9 +132,15 @@ class StageRun(RunOracles):
         size = self.option(self, "reservoir")
         self.reservoir = Reservoir(size) if isinstance(size, int) else size
         if self.reservoir is None:
-            self.tell("start")
+            self._start()
         else:
             self._wait_for(self.reservoir)
+
+    def _start(self) -> None:
+        """Starts the callbacks; only once, also if the batch is then refused and tried again."""
+        if not self._started:
+            self.tell("start")
+            self._started = True
 
     def tell(self, what: str, *values: Any) -> None:
         """Calls a method of all callbacks by its name, in their order."""
@@ -351,9 +358,8 @@ class StageRun(RunOracles):
             x1, labels = read_checked(self.read_batch_of(self), batch)
             kernel = self.option(self, "condition")
             reservoir.add(x1, labels, None if kernel is None else kernel.of(batch, x1, labels))
-        if not self._told:
-            self.tell("start")
-        elif self.waiting and self.settled and self.host.all(reservoir.full):
+        self._start()
+        if self.waiting and self.settled and self.host.all(reservoir.full):
             late, self.waiting = self.waiting, ()
             self.first_step = self.measured_at = self.host.global_step
             self.members = sorted([*self.members, *late], key=lambda m: (m.order, m.name))

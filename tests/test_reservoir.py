@@ -243,6 +243,27 @@ def test_a_reservoir_in_a_scheme_and_in_a_loop_of_ones_own(fit, tmp_path, quick_
         PosteriorMonitor(Reservoir(20))
 
 
+def test_a_first_batch_that_is_refused_starts_no_callback_twice(tmp_path, monkeypatch):
+    started, plain_start = [], StageScheme.start
+
+    def start(self):
+        started.append(self)
+        plain_start(self)
+
+    monkeypatch.setattr(StageScheme, "start", start)
+    net, loader = torch.nn.Linear(7, 6), torch.utils.data.DataLoader(Endless(), 8)
+    options = {"target": StageTarget(), "reservoir": 20, "dirpath": tmp_path}
+    with Watch(net, loader, StageScheme(target=Mix()), **options) as watch:
+        x1 = next(iter(loader))
+        with monkeypatch.context() as broken:
+            broken.setattr("stagewise.callbacks.run.check_batch", lambda run: {}["refused"])
+            for _ in range(2):
+                with pytest.raises(KeyError, match="refused"):
+                    watch.step(0, x1)
+        watch.step(0, x1)
+    assert len(started) == 1
+
+
 def test_what_a_reservoir_in_training_says(fit, tmp_path, quick_figures, lightning_log):
     with pytest.raises(ValueError, match=r"StageRun\(reservoir=4096\)"):
         fit(PosteriorMonitor())

@@ -308,8 +308,8 @@ def _draw_curves(folder: Path, name: str, horizon: int, runs: Runs) -> None:
     legend(figure, ncols=4)
     counts = " or ".join(map(str, sorted({len(own) for own in runs.values()})))
     figure.suptitle(
-        f"{name}, {counted(PLANS[name].rows, None, 0)}, {horizon} steps: means over {counts} seeds; "
-        f"distances: n = {SAMPLES} generated samples; dotted: where plain ends",
+        f"{name}, {counted(PLANS[name].rows, None, 0)}, {horizon} steps: means over {counts} "
+        f"seeds; distances: n = {SAMPLES} generated samples; dotted: where plain ends",
         fontsize=11,
     )
     _save(figure, folder / f"curves_{name}_{horizon}.png")
@@ -386,10 +386,7 @@ def _draw_variance(folder: Path, made: dict[str, Any]) -> None:
         axis.set_yscale("log")
         time_axis(axis, times)
         axis.grid(alpha=0.3)
-    about = counted(made["rows"], None, 0)
-    figure.suptitle(
-        f"photos{made['patch']}, {about}, class-wise, n = {made['queries']} noisy samples at each t",
-        fontsize=11,
-    )
+    about = f"photos{made['patch']}, {counted(made['rows'], None, 0)}, class-wise"
+    figure.suptitle(f"{about}, n = {made['queries']} noisy samples at each t", fontsize=11)
     legend(figure, ncols=4)
     _save(figure, folder / "variance_by_t.png")

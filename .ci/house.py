@@ -60,7 +60,7 @@ def draw(path: str) -> None:
             width = 1.05 * len(text) + 2.0
             colour = COLOURS.get(members[0].rstrip("/"), "#56B4E9" if "/" in name else "#DCEBF7")
             axes.add_patch(plt.Rectangle((x, y + 0.1), width, 0.8, facecolor=colour, alpha=0.85))
-            axes.text(x + width / 2, y + 0.5, text, ha="center", va="center", fontsize=8)
+            axes.text(x + width / 2, y + 0.5, text, ha="center", va="center", fontsize=7.5)
             x += width + 1
     axes.set_xlim(0, axes.dataLim.x1 or 1)
     axes.autoscale_view()

@@ -47,6 +47,7 @@ class Plan:
             at the end.
         interval: Fewest steps between two evaluations.
         sampling_steps: Of the midpoint rule.
+        rows: Training samples of the data set.
     """
 
     horizons: tuple[int, ...] = (1000, 3000)
@@ -54,12 +55,13 @@ class Plan:
     evaluations: int = 20
     interval: int = 1
     sampling_steps: int = 25
+    rows: int = 20_000
 
 
 # Of the SiT an evaluation costs more than the training between two of them.
 PLANS = {
     "photos8": Plan(),
-    "digits": Plan(),
+    "digits": Plan(rows=1200),
     "photos16": Plan((500, 250), (1e-3, 3e-3, 1e-2, 3e-2), 10, 50, 10),
 }
 DEFAULT = "default"

@@ -13,7 +13,7 @@ import numpy as np
 import regularisers_report
 from matplotlib.figure import Figure
 from PIL import Image
-from schemes_plan import BATCH, DEFAULT, LARGE, NAMES, PLANS
+from schemes_plan import BATCH, DEFAULT, LARGE, NAMES, PLANS, SAMPLES
 from schemes_statistics import (
     AXES,
     METRICS,
@@ -35,7 +35,16 @@ from schemes_statistics import (
 from schemes_train import EDGES
 from tables import fill, table
 
-from stagewise.callbacks.drawing import HELD_OUT, TRAIN, apart, new_figure, render, time_axis
+from stagewise.callbacks.drawing import (
+    HELD_OUT,
+    TRAIN,
+    apart,
+    counted,
+    legend,
+    new_figure,
+    render,
+    time_axis,
+)
 
 AIMS = {"loss": 0.75, "energy": 0.6, "frechet": 0.6}
 """Shares of plain's steps that were aimed at for the default."""
@@ -269,6 +278,20 @@ def _save(figure: Figure, file: Path) -> None:
     Image.fromarray(render(figure)).quantize(128, dither=Image.Dither.NONE).save(file)
 
 
+def _decimal_ticks(axis: Any) -> None:
+    """A logarithmic vertical axis with its numbers written out: 0.3, not 3 times a power of 10."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), [1 + step / 5 for step in range(45)]):
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        shown = [tick for tick in ticks if low <= tick <= high]
+        if len(shown) > 3:
+            break
+    axis.set_yticks(shown, [f"{tick:.6g}" for tick in shown])
+    axis.set_yticks([], minor=True)
+
+
 def _draw_curves(folder: Path, name: str, horizon: int, runs: Runs) -> None:
     """Every metric over steps, one line for each scheme."""
     figure = new_figure(13, 4.6)
@@ -279,19 +302,23 @@ def _draw_curves(folder: Path, name: str, horizon: int, runs: Runs) -> None:
                 style = {"color": "black", "lw": 2.2} if scheme == "plain" else {**style, "lw": 1.2}
                 axis.plot(*curve(runs[scheme], metric), label=scheme, **style)
         axis.axhline(curve(runs["plain"], metric)[1, -1], color="black", lw=0.8, ls=":")
-        axis.set(xlabel="optimizer step", ylabel=title, yscale="log")
-        axis.grid(alpha=0.3, which="both")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+        axis.set(xlabel="optimizer step", ylabel=title)
+        _decimal_ticks(axis)
+        axis.grid(alpha=0.3)
+    legend(figure, ncols=4)
     counts = " or ".join(map(str, sorted({len(own) for own in runs.values()})))
-    figure.suptitle(f"{name}, {horizon} steps: means over {counts} seeds; dotted: where plain ends")
+    figure.suptitle(
+        f"{name}, {counted(PLANS[name].rows, None, 0)}, {horizon} steps: means over {counts} "
+        f"seeds; distances: n = {SAMPLES} generated samples; dotted: where plain ends",
+        fontsize=11,
+    )
     _save(figure, folder / f"curves_{name}_{horizon}.png")
 
 
 def _draw_steps(folder: Path, name: str, metric: str, panels: dict[int, Shares]) -> None:
     """Steps and time to plain's final value of one metric, a row of panels for each horizon."""
     names = [n for n in NAMES if any((n, metric, "step") in own for own in panels.values())]
-    figure = new_figure(12, len(panels) * (0.34 * len(names) + 1) + 0.5)
+    figure = new_figure(12, len(panels) * (0.34 * len(names) + 1) + 0.9)
     grid = figure.subplots(len(panels), 2, squeeze=False, sharey=True)
     for line, (horizon, own) in zip(grid, panels.items(), strict=True):
         for axis, (key, unit) in zip(line, AXES.items(), strict=True):
@@ -299,27 +326,42 @@ def _draw_steps(folder: Path, name: str, metric: str, panels: dict[int, Shares])
                 _draw_interval(axis, row, own.get((scheme, metric, key)))
             axis.axvline(1, color="black", lw=1)
             if key == "step":
-                axis.axvline(AIMS[metric], color=HELD_OUT, ls="--", lw=1)
+                axis.axvline(AIMS[metric], color=HELD_OUT, ls="--", lw=1, label="aim")
             axis.set(xlim=(0, WIDEST), ylim=(len(names) - 0.5, -0.5))
-            axis.set(xlabel=f"{unit} / plain's, {horizon} steps")
+            axis.set(xlabel=f"{unit} as a share of plain's, runs of {horizon} steps")
             axis.set_yticks(range(len(names)), names)
             axis.grid(alpha=0.3, axis="x")
-    figure.suptitle(f"{name}: steps and time to plain's final {METRICS[metric]} (dashed: the aim)")
+    about = f"{name}, {counted(PLANS[name].rows, None, 0)}"
+    figure.suptitle(f"{about}: steps and time to plain's final {METRICS[metric]}", fontsize=11)
+    legend(figure, ncols=4)
     _save(figure, folder / f"steps_{name}_{metric}.png")
 
 
 def _draw_interval(axis: Any, row: int, value: Interval | None) -> None:
+    """Number and interval of a scheme. What lies off the axis is said above the interval."""
     middle, low, high = value or (math.inf,) * 3
+
+    def say(text: str, **place: Any) -> None:
+        place = {"va": "center", **place}
+        axis.annotate(text, (1.02, row), textcoords="offset points", fontsize=8, **place)
+
     if value is None:
-        axis.text(0.02, row, "not run", va="center", fontsize=8)
-    elif math.isinf(low) or low > WIDEST:
-        axis.text(1.02, row, "not reached" if math.isinf(low) else "beyond", va="center", size=8)
+        say("not run", xytext=(0, 0))
+    elif low > WIDEST:
+        say("not reached" if math.isinf(low) else f"more than {WIDEST}", xytext=(0, 0))
     else:
-        axis.plot([low, min(high, WIDEST)], [row, row], color=TRAIN, lw=4, alpha=0.35)
-        if math.isinf(middle):
-            axis.text(1.02, row, "not reached by the mean", va="bottom", size=8)  # over the bar
+        axis.plot(
+            *([low, min(high, WIDEST)], [row, row]),
+            **{"color": TRAIN, "lw": 4, "alpha": 0.35, "label": "95 % interval, seeds resampled"},
+        )
+        if high > WIDEST:
+            beyond = "interval ends beyond the axis, or some seeds do not reach the value"
+            axis.plot(WIDEST, row, ">", color=TRAIN, ms=5, clip_on=False, ls="", label=beyond)
+        if middle <= WIDEST:
+            axis.plot(middle, row, "o", color=TRAIN, ls="", label="mean over seeds")
         else:
-            axis.plot(middle, row, "o", color=TRAIN, clip_on=True)
+            text = "the mean does not reach it" if math.isinf(middle) else f"mean {middle:.2f}"
+            say(text, xytext=(0, 3), va="bottom")
 
 
 def _draw_variance(folder: Path, made: dict[str, Any]) -> None:
@@ -330,20 +372,21 @@ def _draw_variance(folder: Path, made: dict[str, Any]) -> None:
     for (name, own), look in zip(lines.items(), apart(len(lines)), strict=True):
         style = {"marker": "o", "ms": 3, "label": name, **look}
         error = np.array([line["error"] for line in own])
-        if error.max() > 0:
+        if name != "Mix()":
             axes[0].plot(times, error, **style)
         removed = np.array([line["plain"] for line in own]) * (1 - error)
         removed = np.where(removed > 0, removed, np.nan)  # worse than nothing: no point
         axes[1].plot(times, removed / own[0]["operations"] * 1e6, **style)
         axes[2].plot(times, removed / np.array([line["ms"] for line in own]), **style)
-    axes[0].axhline(1, color="black", lw=1)
-    axes[0].set(yscale="log", ylim=(1e-4, 10), ylabel="error / plain's")
-    axes[0].set_title("Mix has none; 1: nothing gained")
-    axes[1].set(yscale="log", ylabel="removed / signal, for 10^6 operations of a query")
-    axes[2].set(yscale="log", ylabel=f"removed / signal, for a ms of {made['queries']} queries")
+    axes[0].axhline(1, color="black", lw=1, label="plain")
+    axes[0].set(ylim=(1e-4, 10), ylabel="error / plain's", title="variance left (Mix leaves none)")
+    axes[1].set(ylabel="removed / signal", title="removed by 10$^6$ operations for a query")
+    axes[2].set(ylabel="removed / signal", title=f"removed in 1 ms for {made['queries']} queries")
     for axis in axes:
+        axis.set_yscale("log")
         time_axis(axis, times)
         axis.grid(alpha=0.3)
-    handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(lines), fontsize=9)
+    about = f"photos{made['patch']}, {counted(made['rows'], None, 0)}, class-wise"
+    figure.suptitle(f"{about}, n = {made['queries']} noisy samples at each t", fontsize=11)
+    legend(figure, ncols=4)
     _save(figure, folder / "variance_by_t.png")

@@ -225,7 +225,7 @@ def _samples(
     made = sample(field, noise, method=method, steps=steps, start=start, end=end)
     made = made.reshape(len(classes), per_class, *data.shape).cpu()
     real = data.examples(classes, per_class)
-    title = f"samples ({method}, {steps} steps, guidance {cfg_scale:g})"
+    title = f"generated samples ({method}, {steps} steps, guidance {cfg_scale:g})"
     channels = real.shape[2]
     shown = [0, 1, 2] if channels >= 3 else [0, 0, 0]
     low, high = -1.0, 1.0

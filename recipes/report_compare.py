@@ -93,7 +93,7 @@ def compared(runs: Mapping[str, Facts], title: str) -> list[str]:
 def _samples(runs: Mapping[str, Facts]) -> str:
     return row(
         *(
-            stored(path, f"{name}: training samples (left), samples of the model (right)")
+            stored(path, f"{name}: training samples (left), generated samples (right)")
             for name, facts in runs.items()
             if (path := facts.run.folder / "samples.png").is_file()
         )

@@ -63,12 +63,12 @@ def _samples(facts: Facts) -> str:
     if whole.is_file():
         return stored(
             whole,
-            "Training samples (left) and samples of the model after training (right), a row for "
+            "Training samples (left) and generated samples after training (right), one row for "
             "each class. For copies of training rows see Memorization.",
         )
     for kind in ("memorization_probe", "guard_probe"):
         if (path := facts.run.picture(kind, "samples")) is not None:
-            return stored(path, f"Samples beside their nearest training rows. {copied(facts)}.")
+            return stored(path, f"Generated samples beside their nearest training rows. {copied(facts)}.")
     argument = "decode=..." if facts.samples else ""
     return missing("Pictures of samples", f"MemorizationMonitor({argument})")
 

@@ -4,19 +4,21 @@ r"""Smoothing: each training row becomes a Gaussian shaped by its nearest rows.
     z ~ N(0, I_K),  e ~ N(0, I_D),
 
 with `n(i, .)` the K nearest rows that differ from row i, g the scale and h the floor. A model that
-is trained on draws of x~_1 has another optimum than one trained on rows: the mean over
-neighbourhoods, not over rows learnt by heart (geometry-aware noise: CDC-FM, arXiv 2510.05930;
-manifold Parzen windows: Vincent & Bengio, NeurIPS 2002). Its oracle is `SmoothedOracle`.
+is trained on draws of x~_1 has another optimum than one that is trained on rows: it learns
+neighbourhoods of rows and does not memorize the rows (geometry-aware noise: CDC-FM, arXiv
+2510.05930; manifold Parzen windows: Vincent & Bengio, NeurIPS 2002). Its oracle is
+`SmoothedOracle`.
 
-**A cut in t joins two fields.** The rows are best smoothed only where the posterior has collapsed
-on one of them. Targets below the boundary are then those of the rows, above it those of the
-smoothed set, and no single probability path has both. A ramp in t is gentler.
+**A boundary in t joins two fields.** Smoothing works best only where the posterior has collapsed
+on one row. Then targets before the boundary are those of the rows, and targets after it are those
+of the smoothed set. No single probability path has both. A ramp in t has no jump.
 
-**Copies of a row are not its neighbours**: they would be directions of length 0. A row with fewer
-than K others that differ from it has those (K is then their number), and one with none stays.
+**Duplicates of a row are not its neighbours**: they would be directions of length 0. If fewer than
+K other rows differ from a row, K is their number for that row. If none differs, the row is not
+smoothed.
 
-**Latents with a mean and a standard deviation.** A sample that the VAE drew around its row is in a
-Gaussian already: keep the floor 0.
+**Latents with a mean and a standard deviation.** If the VAE draws a sample around its row, the
+sample comes from a Gaussian already: keep the floor at 0.
 """
 
 from __future__ import annotations
@@ -58,31 +60,34 @@ _FORMAT = {"format": "stagewise.Smoothing", "version": "1"}
 class Smoothing:
     """Replaces each row of a bank by a Gaussian shaped by its nearest rows, and draws from it.
 
-    It is a plain object; a deep copy returns the smoothing itself.
+    A copy or a deep copy is the same object.
 
     Args:
         bank: The rows, in host memory, on a device or in a file.
         neighbours: K, default 8.
-        scale: g, default 1. 0 leaves the floor only.
-        floor: h, in the units of the bank, default 0. On small sets 0.05 gains more; on larger ones
-            it harms.
-        class_wise: Whether neighbours are of the row's own class, default False: among all rows was
-            measured to be better.
-        features: Where to look for neighbours instead of the rows: (N, *) numbers, in the order of
-            the samples that the bank was made from. Default None.
-        device: Where to search, default where the bank is.
-        progress: Whether to show a bar, default True; without tqdm there is none.
-        file: Where the neighbours are kept, default nowhere; see `cached`.
+        scale: g, default 1. It multiplies the distances to the neighbours; with 0 only the floor
+            is left.
+        floor: h, a standard deviation in the units of the rows, default 0. On small sets 0.05 gains
+            more; on larger ones it harms.
+        class_wise: Whether neighbours are searched among rows of the same class only, default
+            False: the search among all rows gave better results.
+        features: (N, F) numbers in which neighbours are searched instead of the rows, in the order
+            of the samples that the bank was made from. Default None.
+        device: Device of the search, default the bank's.
+        progress: Whether to show a progress bar, default True. It needs tqdm.
+        file: File that keeps the neighbours, default none; see `cached`.
 
     Attributes:
-        index: The neighbours, (N, K), int32, on the CPU, in the bank's own order; the row itself
-            where there are fewer.
-        scores: What `fit` tried; empty without it.
+        index: The neighbours of each row, (N, K), int32, on the CPU, in the order of `bank.rows`.
+            Where a row has fewer, its own number stands in the rest.
+        scores: The settings that `fit` tried, a list of `SmoothingScore`; empty without `fit`.
 
     Raises:
-        ValueError: On settings out of range, K of N or more, a bank without labels for
-            `class_wise`, or features of another length or with NaN or Inf.
-        TypeError: If `bank` is no bank or `features` no tensor.
+        ValueError: If a setting is out of range, K is N or more, `class_wise` is given for a bank
+            without labels, features have another length or NaN or Inf, or rows of the bank change
+            (a reservoir) or have masks.
+        TypeError: If `bank` is no `LatentBank`, `neighbours` no whole number, or `features` no
+            tensor.
 
     Example:
         >>> import torch
@@ -134,26 +139,27 @@ class Smoothing:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._all_have_k = self._has_all()  # pickles of before lack it
+        self._all_have_k = self._has_all()  # pickles of older versions do not have it
 
     @classmethod
     def cached(
         cls, path: str | os.PathLike[str], bank: LatentBank, *settings: Any, **options: Any
     ) -> Smoothing:
-        """With the neighbours in the file at `path`, if they are those asked for.
+        """A smoothing whose neighbours are kept in the file at `path`.
 
-        Otherwise they are searched and saved. The file holds neighbours only: scale and floor may
-        be others each time. Warns before it replaces neighbours of other latents or settings. Of
-        several processes, let one go first.
+        They are read from the file if it has those of this bank and these settings. Otherwise they
+        are searched and saved; a warning says so before neighbours of other latents or settings are
+        replaced. The file does not depend on scale and floor. If several processes share the file,
+        let one of them make it first.
 
         Args:
-            path: The file, which need not exist.
+            path: The file. It need not exist.
             bank: The rows.
-            *settings: Further arguments of the class.
-            **options: The same.
+            *settings: `neighbours`, `scale` and `floor`, as in `Smoothing`.
+            **options: The other arguments of `Smoothing`.
 
         Raises:
-            ValueError: If there is a file of something else; and as the class.
+            ValueError: If the file is not one of neighbours; otherwise as in `Smoothing`.
         """
         return cls(bank, *settings, **options, file=path)
 
@@ -166,33 +172,38 @@ class Smoothing:
         class_wise: bool = False,
         progress: bool = True,
     ) -> Smoothing | None:
-        """Neighbours and scale by cross-validation, for sets of up to some thousand rows.
+        """Chooses neighbours and scale by cross-validation, for sets of up to some thousand rows.
 
-        Of 8, 16, 32 and 64 neighbours and scales from 0.25 to 1.4 what makes samples no farther
-        from rows left out than the rows themselves are, with the best field; see `smoothing_fit`.
+        It tries 8, 16, 32 and 64 neighbours with scales from 0.25 to 1.4, on rows that are left
+        out. It keeps settings whose samples are as near to those rows as the other rows are, and
+        of these it takes the one whose oracle predicts the left-out rows best; see `smoothing_fit`.
         If the model does not memorize (`forecast_smoothing` measures it), smoothing gains little.
 
         Args:
             bank: The rows; at least 20.
-            boundary: Time from which on they are smoothed; see `time_of`. Default: measured,
-                class-wise if the bank has classes.
-            class_wise: Whether neighbours are of the row's own class.
-            progress: Whether to show a bar.
+            boundary: The time t from which on rows are smoothed, in [0, 1), or a `StageBoundary`,
+                which stands for its `collapsed`. Default: it is measured, class-wise if the bank
+                has classes.
+            class_wise: Whether neighbours are of the same class only, default False.
+            progress: Whether to show a progress bar, default True.
 
         Returns:
-            The smoothing, with its `scores`; or None, with a warning that says why, if none of the
-            settings helps: `Scheme(smoothing=None)` is plain training.
+            The smoothing, with its `scores`. If no setting helps, None, with a warning that gives
+            the reason: `Scheme(smoothing=None)` is plain training.
 
         Raises:
             ValueError: For fewer than 20 rows, or a boundary outside [0, 1).
-            TypeError: If `bank` is no bank.
+            TypeError: If `bank` is no `LatentBank`.
         """
         from stagewise.smoothing_fit import fitted
 
         return fitted(bank, boundary, class_wise, progress)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the neighbours for `cached`, in one step: there is never half a file at `path`."""
+        """Writes the neighbours to the file `path`, which `cached` reads.
+
+        The file is replaced in one step: after a crash it is the old one or the new one.
+        """
         write_tensors(path, {"index": self.index}, self._header(self.neighbours))
 
     def _header(self, neighbours: int) -> dict[str, str]:
@@ -212,39 +223,43 @@ class Smoothing:
         strength: Strength | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Smoothed samples: x1, moved by a draw from the Gaussian around its row.
+        """Draws a smoothed sample around the row of each sample.
 
         Args:
-            x1: Samples, (B, *). Nothing is written into them.
-            source: Their rows, (B,), integers, as `bank.find` gives them. Default: looked up, which
-                costs a product of the batch's keys and reads its rows. With the bank on the host
-                give them on the host, which costs no device sync.
-            t: Their times, (B,), or as in `Oracle.posterior`; for the two that follow.
-            boundary: Rows are smoothed at this time and after it, and left as they are before it,
-                to the last bit; see `time_of`. Default: all are smoothed.
-            strength: In place of a boundary, any function of t: a ramp, say.
-            generator: Of the draws, default the global one of the device of `x1`.
+            x1: Samples, (B, *). They are not changed.
+            source: The row of each sample, (B,), integers, as `bank.find` gives them. Default: they
+                are looked up in the bank. If the bank is on the host, give a tensor on the host, so
+                that no step waits for the device.
+            t: Times of the samples, (B,), or as in `Oracle.posterior`. `boundary` and `strength`
+                need them.
+            boundary: Samples with t at or above it are smoothed, the others come back bit by bit.
+                A number in [0, 1], or a `StageBoundary`, which stands for its `collapsed`. Default:
+                all samples are smoothed.
+            strength: A function of t in place of a boundary, for example a ramp: from (B,) times to
+                (B,) numbers in [0, 1] that multiply the move.
+            generator: Generator of the draws, default the global one of the device of `x1`.
 
         Returns:
-            (B, *), in the dtype and on the device of `x1`.
+            Smoothed samples, (B, *), in the dtype and on the device of `x1`.
 
         Raises:
-            ValueError: On samples that are no rows without a source, a source that is no row,
-                samples far from their rows (in the first call), shapes that do not fit, a boundary
-                or a strength without times, both, or one outside [0, 1]. On an accelerator values
-                are checked by assertions, which cost no sync.
+            ValueError: If samples without a source are no rows, a source is no row, samples are far
+                from their rows (checked in the first call), shapes do not fit, a boundary or a
+                strength comes without times or both are given, or one is outside [0, 1]. On an
+                accelerator values are checked by assertions on the device, which raise later.
             TypeError: If `x1` or `source` is no tensor.
         """
         source = self.source_of(x1, source)
         return self.around(x1, source, strength_at(x1, t, boundary, strength), generator)
 
     def source_of(self, x1: Tensor, source: Tensor | None) -> Tensor:
-        """The rows of samples, (B,), given or looked up; refuses what `draw` refuses of both."""
+        """The row of each sample, (B,), given or looked up; raises as `draw` does."""
         require_tensors(x1=x1)
         if math.prod(x1.shape[1:]) != self.bank.dim or x1.ndim < 2:
             raise ValueError(
-                f"Expected `x1` with shape {('B', *self.bank.shape)} as the bank's samples, got "
-                f"{tuple(x1.shape)}."
+                f"Expected `x1` with shape {('B', *self.bank.shape)}, as the samples of the bank, "
+                f"got {tuple(x1.shape)}. If the model is trained on other samples than the bank's, "
+                "make a smoothing of those: Smoothing(LatentBank(x))."
             )
         source = rows_of(self.bank, x1, source)
         if not self._checked and len(x1):
@@ -255,7 +270,7 @@ class Smoothing:
     def around(
         self, x1: Tensor, source: Tensor, share: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        """A draw around rows that are known, (B,), with a share of the move, (B,), or all of it."""
+        """Draws around rows that are known, (B,); `share`, (B,), multiplies the move, default 1."""
         place = x1.device if generator is None else generator.device
         wide = torch.promote_types(x1.dtype, torch.float32)
         shape = (len(x1), self.num_normals)
@@ -269,20 +284,20 @@ class Smoothing:
 
     @property
     def num_normals(self) -> int:
-        """Standard normal numbers that a draw takes: K for the neighbours, D more with a floor."""
+        """Standard normal numbers that a draw needs: K, and D more if there is a floor."""
         return self.neighbours + (self.bank.dim if self.floor else 0)
 
     @torch.no_grad()
     def moved(
         self, x1: Tensor, source: Tensor, normals: Tensor, share: Tensor | None = None
     ) -> Tensor:
-        """What a draw does with its normal numbers, in the dtype of `x1`.
+        """Samples moved by given normal numbers, (B, *), in the dtype of `x1`.
 
         Args:
             x1: Samples, (B, *).
-            source: Their rows, (B,).
-            normals: z, and after it e if there is a floor, (B, `num_normals`).
-            share: What multiplies the move, (B,); default 1.
+            source: The row of each sample, (B,).
+            normals: z, followed by e if there is a floor, (B, `num_normals`).
+            share: Numbers that multiply the moves, (B,), default 1.
         """
         stored = self.bank.rows
         wide = torch.promote_types(x1.dtype, torch.float32)
@@ -297,11 +312,11 @@ class Smoothing:
         else:
             there = (near != rows[:, None]).to(z.device)
             z = z * (self.scale / there.sum(1, keepdim=True).clamp_min(1).to(wide).sqrt()) * there
-        # Factors add up to 0, so that offsets cancel.
+        # The factors of a sample add up to 0, so that a common offset of the rows cancels.
         table = torch.cat([near, rows[:, None]], dim=1)
         factors = torch.cat([z, -z.sum(1, keepdim=True)], dim=1)
         if stored.dtype == wide and stored.device == x1.device:
-            # Adds up rows where they lie, without a copy of them.
+            # Adds up rows without a copy of them.
             move = embedding_bag(table, stored, mode="sum", per_sample_weights=factors)
         else:
             move = torch.zeros(len(x1), self.bank.dim, dtype=wide, device=x1.device)
@@ -317,7 +332,7 @@ class Smoothing:
     def factors(
         self, rows: Tensor, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`x_i` (n, D), `g / sqrt K` (n, 1, 1) and `A_i` (n, K, D) of some rows (n,), float64."""
+        """For some rows, (n,): `x_i` (n, D), `g / sqrt K` (n, 1, 1), `A_i` (n, K, D), float64."""
         near, x = self.index[rows].long(), self.bank.take(rows, device)
         count = (near != rows[:, None]).sum(1).clamp_min(1).to(x)
         length = (self.scale / count.sqrt())[:, None, None]
@@ -329,7 +344,7 @@ class Smoothing:
         if device not in self._moved:
             moved = self.index.to(device)
             if type(moved) is not type(self.index):
-                return moved  # a fake tensor may not be kept beside real ones
+                return moved  # a fake tensor must not be kept for real ones
             self._moved[device] = moved
         return self._moved[device]
 
@@ -343,27 +358,27 @@ class Smoothing:
         return other
 
     def check(self, oracle: Oracle) -> None:
-        """Refuses an oracle of another bank, of one over ranks, or with another smoothing."""
+        """Raises if the oracle has another bank, a sharded one, or another smoothing."""
         if not oracle.engine.holds_all_rows:
             raise ValueError(
-                "Expected an oracle with all rows for a smoothing, got Sharded(): neighbours lie "
-                "on other ranks. Give each rank the same memory-mapped bank: "
-                "Oracle(LatentBank.open(path)), Smoothing(LatentBank.open(path))."
+                "Expected an oracle whose bank has all rows, as a smoothing needs it, got "
+                "Sharded(): neighbours of a row may be on other ranks. Open the same file on each "
+                "rank: bank = LatentBank.open(path); Oracle(bank), Smoothing(bank)."
             )
         if oracle.smoothing is not None and oracle.smoothing is not self:
             raise ValueError(
-                f"Expected one smoothing, got two: {self!r}, and {oracle.smoothing!r} of the "
-                "oracle. Give the plain oracle: Oracle(oracle.bank, oracle.path)."
+                f"Expected one smoothing, got two: {self!r}, and {oracle.smoothing!r} in the "
+                "oracle. Give an oracle without one: Oracle(oracle.bank, oracle.path)."
             )
         self.check_bank(oracle.bank)
 
     def check_bank(self, bank: LatentBank) -> None:
-        """Refuses another bank than the smoothing's, and one whose rows change."""
+        """Raises if `bank` is not the bank of the smoothing, or its rows change."""
         require_fixed(bank)
         if bank is not self.bank and bank.fingerprint != self.bank.fingerprint:
             raise ValueError(
                 f"Expected the bank of the smoothing, {self.bank!r}, got {bank!r} with other rows. "
-                "Make one for it: Smoothing(bank)."
+                "Make a smoothing of this bank: Smoothing(bank)."
             )
 
     def __copy__(self) -> Smoothing:

@@ -139,12 +139,12 @@ def test_bad_input():
 def test_rows_that_change_are_not_smoothed():
     reservoir = Reservoir(32)
     for smoothed in (Smoothing, lambda r: Scheme.two_stage(Oracle(r))):
-        with pytest.raises(ValueError, match="whose rows stay for a smoothing"):
+        with pytest.raises(ValueError, match="bank of fixed rows for a smoothing"):
             smoothed(reservoir)
     reservoir.add(torch.randn(32, 2))
     same = Smoothing(LatentBank(reservoir.rows.clone()))
     for smoothed in (Smoothing, lambda r: Scheme(Oracle(r), smoothing=same)):
-        with pytest.raises(ValueError, match="whose rows stay for a smoothing"):
+        with pytest.raises(ValueError, match="bank of fixed rows for a smoothing"):
             smoothed(reservoir)
 
 

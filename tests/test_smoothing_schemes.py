@@ -295,7 +295,7 @@ def test_bad_input(bank, smoothing, oracle):
     x0, x1 = torch.randn(8, 6), ROWS[:8]
     xt = scheme.path.interpolate(x0, x1, T)
     message = refusal(lambda: scheme(x1 - x0, xt=xt, t=T, x1=x1))
-    assert "Before x_t is made: x1 = scheme.smooth(x1, t=t)" in message
+    assert "Smooth before x_t is made: x1 = scheme.smooth(x1, t=t)" in message
     scheme.smooth(x1, t=T)
     assert "x1 = scheme.smooth" in refusal(lambda: scheme(x1 - x0, xt=xt, t=T, x1=x1))
     assert "x1 = scheme.smooth" in refusal(lambda: diffusers_target(xt, x1, x0, 1 - T, scheme))

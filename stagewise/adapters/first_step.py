@@ -35,7 +35,7 @@ from stagewise.paths import Path
 from stagewise.schemes import Phases, Scheme, parts
 from stagewise.schemes.conditions import check_network
 from stagewise.schemes.refusals import check_labels
-from stagewise.schemes.smoothed import Drawn
+from stagewise.schemes.smoothed import SmoothedSamples
 
 __all__ = ["PATIENCE", "FirstStep"]
 
@@ -301,7 +301,7 @@ class FirstStep(BatchSamples):
             return self.seen[1].x1
         return self._find(self.batch)[0]
 
-    def _drawn(self) -> Drawn | None:
+    def _drawn(self) -> SmoothedSamples | None:
         """What a scheme has smoothed last, if one does."""
         return next((s.drawn for s in self.schemes if s.smoothing is not None), None)
 

@@ -1,13 +1,14 @@
-r"""The posterior of few queries over few rows on a CPU: float64, all queries and rows at once.
+r"""The posterior of few queries over few rows on a CPU: all of them at once, in float64.
 
-With c the bank's mean and `y = x_t - a c`, the log-weights of all rows are
+With c the mean of the bank and `y = x_t - a c`, the log-weights of the rows are
 
     l_i = (a <y, x^(i) - c> - a^2 ||x^(i) - c||^2 / 2 - ||y||^2 / 2) / s^2.
 
-`Exact` groups queries by the rows they look at, multiplies in float32 and looks for queries in
-which that shows: some hundred small operations, which cost more than all numbers of a small bank.
-Here every query is multiplied with every row in float64; then its own rows are selected. Near the
-data, where that shows too, the largest log-weights come from differences.
+`Exact` groups queries by class, multiplies in float32 and repeats queries whose rounding error is
+too large: some hundred small operations, which take longer than the arithmetic of a small bank.
+Here every query is multiplied with every row in float64, and then the rows of its class are
+selected. Near the data even float64 rounds too much; there the largest log-weights are computed
+from the differences `y - a (x^(i) - c)`.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from stagewise.queries import Queries, indices_of
 __all__ = ["centred_rows", "posterior", "serves"]
 
 _ROWS, _PRODUCT, _PAIRS = 2**18, 2**24, 2**17
-"""Numbers of rows, of those times queries, and pairs of query and row, up to which this costs less
-than `Exact`."""
+"""Up to these sizes this is faster than `Exact`: numbers in the bank, multiplications of a call,
+and pairs of query and row."""
 
-_SHOWS = 1e-9
-"""Log-weights with a larger error are computed from differences."""
+_ERROR = 1e-9
+"""With a larger rounding error, log-weights are computed from differences."""
 
 _LEADING = 8
-"""Rows whose log-weights come from differences there."""
+"""Rows of each query whose log-weights are then computed from differences."""
 
 
 def centred_rows(bank: LatentBank) -> Tensor | None:
-    """The rows less their mean, (N, D), float64, to be kept.
+    """The rows minus their mean, (N, D), float64, for `posterior`.
 
-    None if there are too many, they change, or they are not on the CPU.
+    None if the bank is too large, its rows change, or it is not on the CPU.
     """
     if bank.rows.numel() > _ROWS or bank.device.type != "cpu" or bank.origin:
         return None
@@ -46,7 +47,7 @@ def centred_rows(bank: LatentBank) -> Tensor | None:
 
 
 def serves(rows: Tensor, queries: Queries) -> bool:
-    """Whether these queries are few enough, and all beside the rows."""
+    """Whether the queries are few enough, and on the device of the rows."""
     x = queries.xt
     there = type(x) is Tensor and x.device == rows.device and queries.segments is not None
     pairs = len(x) * len(rows)
@@ -54,7 +55,7 @@ def serves(rows: Tensor, queries: Queries) -> bool:
 
 
 def posterior(bank: LatentBank, rows: Tensor, queries: Queries, k: int) -> Posterior:
-    """The posterior of a bank whose `centred_rows` are given; see `Engine.posterior`."""
+    """The posterior over a bank, as `Engine.posterior` gives it, from its `centred_rows`."""
     alpha, sigma, *_ = (value[:, None] for value in queries.path)
     y = torch.addcmul(queries.xt, alpha, bank.centre, value=-1)
     half, variance = y.square().sum(1, keepdim=True) / 2, sigma.square()
@@ -71,7 +72,7 @@ def posterior(bank: LatentBank, rows: Tensor, queries: Queries, k: int) -> Poste
     logits = (logits - half) / variance
     digits, _ = rounding(torch.float64, bank.dim)
     error = (digits * bank.radius) * alpha * half.sqrt() / variance
-    if near := indices_of(error[:, 0] > _SHOWS):
+    if near := indices_of(error[:, 0] > _ERROR):
         some = queries.index(near)
         lead = logits[some].masked_fill(own[some] < 0, NO_ROW)
         lead = lead.topk(min(_LEADING, width), dim=1).indices

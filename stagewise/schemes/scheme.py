@@ -261,7 +261,7 @@ class Scheme(SchemeState):
             added=added.value,
             inserted=added.inserted,
             tail_mass=added.tail_mass,
-            smoothed=torch.zeros_like(t) if self.drawn is None else self.drawn.share,
+            smoothed=torch.zeros_like(t) if self.drawn is None else self.drawn.strength,
         )
         if self.target is None:
             return y, weight
@@ -366,7 +366,7 @@ class Scheme(SchemeState):
             return t, added._replace(value=cut(added.value, self.oracle.bank.shape, given))
         assert self.drawn is not None
         # Smoothed samples get targets of the smoothed set.
-        smoothed = self.drawn.share > 0
+        smoothed = self.drawn.strength > 0
         parts = (ask(self.oracle, only=~smoothed), ask(around, only=smoothed))
         return t, Correction(*(a + b for a, b in zip(*parts, strict=True)))
 

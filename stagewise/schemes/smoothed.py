@@ -1,4 +1,4 @@
-"""What a scheme does with its smoothing: the samples it draws around rows, and from when on."""
+"""The smoothing of a scheme: it draws samples around rows, from a boundary in t on."""
 
 from __future__ import annotations
 
@@ -16,47 +16,49 @@ from stagewise.smoothing import Smoothing
 from stagewise.smoothing_inputs import Strength, strength_at
 from stagewise.targets import Target
 
-__all__ = ["Drawn", "Smoothed"]
+__all__ = ["Smoothed", "SmoothedSamples"]
 
 
-class Drawn(NamedTuple):
-    """What `Scheme.smooth` gave last, for B samples.
+class SmoothedSamples(NamedTuple):
+    """The samples that `Scheme.smooth` drew in its last call.
 
     Attributes:
-        x1: What it gave, (B, *).
-        before: What it was given, (B, *).
-        source: The rows of these, (B,).
-        t: Their times, as they were told, (B,).
-        share: How much of the smoothing is in each, (B,).
+        x1: The smoothed samples, (B, *).
+        before: The samples that it was given, (B, *).
+        source: The row of each, (B,).
+        t: The time of each, (B,), as the caller counts it.
+        strength: The strength of the smoothing for each, (B,), in [0, 1].
     """
 
     x1: Tensor
     before: Tensor
     source: Tensor
     t: Tensor
-    share: Tensor
+    strength: Tensor
 
 
 class Smoothed:
-    """Draws from a smoothing, all of it from the collapsed boundary on, or a share of it.
+    """Draws from a smoothing with a strength that depends on t.
 
-    That boundary belongs to the scheme, and is handed in; None if it is not known.
+    The collapsed boundary belongs to the scheme, which passes it to the methods; it is None as long
+    as it is not known.
 
     Args:
         smoothing: The Gaussians around the rows.
-        strength: From t, (B,), to the share, whatever the boundary; None: 1 from it on, 0 before.
+        strength: A function from t, (B,), to the strength, (B,), in [0, 1]. None: the strength is 0
+            before the collapsed boundary, and 1 from it on.
 
     Attributes:
-        drawn: What was drawn last, None before.
+        drawn: The samples of the last draw; None before the first.
     """
 
     def __init__(self, smoothing: Smoothing, strength: Strength | None) -> None:
         self.smoothing, self.strength = smoothing, strength
-        self.drawn: Drawn | None = None
+        self.drawn: SmoothedSamples | None = None
         self._oracle: SmoothedOracle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "drawn": None}  # of a run
+        return {**vars(self), "drawn": None}  # samples of a step are no state
 
     def _edge(self, collapsed: float | None) -> float | None:
         return collapsed if self.strength is None else None
@@ -70,21 +72,34 @@ class Smoothed:
         seed: int,
         collapsed: float | None,
     ) -> Tensor:
-        """Samples around the rows."""
+        """Draws around the rows of `x1`, (B, *).
+
+        Args:
+            x1: Samples, (B, *).
+            t: The time of each, (B,), 0 is noise.
+            told: The same times as the caller counts them, (B,).
+            source: The row of each, (B,); None: looked up.
+            seed: Seed of the draw.
+            collapsed: The collapsed boundary, or None.
+
+        Raises:
+            ValueError: As `Smoothing.draw`.
+        """
         source = self.smoothing.source_of(x1, source)
         generator = torch.Generator(x1.device).manual_seed(seed)
         share = strength_at(x1, t, self._edge(collapsed), self.strength)
         assert share is not None
         smoothed = self.smoothing.around(x1, source, share, generator)
-        self.drawn = Drawn(smoothed, x1, source, told, share.detach())
+        self.drawn = SmoothedSamples(smoothed, x1, source, told, share.detach())
         return smoothed
 
     def source_of(self, x1: Tensor, t: Times, source: Tensor | None, *, first: bool) -> Tensor:
-        """The rows of samples that were drawn; in the first call, at the same times."""
+        """The row of each smoothed sample, (B,); `first` checks that the times are the same."""
         if self.drawn is None or self.drawn.x1 is not x1:
             raise ValueError(
-                f"Expected `x1` as the scheme has drawn it, {self.smoothing!r}, and `xt` made of "
-                "it. Before x_t is made: x1 = scheme.smooth(x1, t=t)."
+                f"Expected the `x1` that the last scheme.smooth gave, as this scheme has "
+                f"{self.smoothing!r}, got another tensor. Smooth before x_t is made: "
+                "x1 = scheme.smooth(x1, t=t); xt = scheme.path.interpolate(x0, x1, t)."
             )
         if first:
             same = ((as_times(t, x1) - self.drawn.t).abs() < 0.01).all()
@@ -93,23 +108,25 @@ class Smoothed:
                 torch._assert_async(same, message)
             elif not same:
                 raise ValueError(
-                    f"{message}, got others. Draw t once: t = scheme.timesteps.sample(len(x1)); "
-                    "x1 = scheme.smooth(x1, t=t); u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
+                    f"{message}, got other times. Draw t once: t = scheme.timesteps.sample("
+                    "len(x1)); x1 = scheme.smooth(x1, t=t); xt = scheme.path.interpolate(x0, x1, "
+                    "t); u, w = scheme(x1 - x0, xt=xt, t=t, x1=x1)."
                 )
         return self.drawn.source if source is None else source
 
     def meets(self, target: Target | None) -> bool:
-        """Whether samples that are smoothed may be given a target of the oracle."""
-        # The midpoint, where "boundary" ends, lies before the collapsed boundary.
+        """Whether a smoothed sample may get a target of the oracle."""
+        # Mix("boundary") ends at the midpoint, which lies before the collapsed boundary.
         apart = target is not None and isinstance(target.lam, Hard) and self.strength is None
         return target is not None and not apart
 
     def oracle(self, oracle: Oracle, path: Path, collapsed: float | None) -> SmoothedOracle:
-        """The oracle of the smoothed rows; refuses one with a kernel on the condition."""
+        """The oracle of the smoothed rows; raises if `oracle` has a kernel on a condition."""
         if oracle.condition is not None:
             raise ValueError(
-                f"Expected targets that end before {self.smoothing!r} begins, as it does not know "
-                f'{oracle.condition!r}: Scheme(oracle, target=Mix("boundary"), smoothing=...).'
+                f"Expected oracle targets only before the boundary from which {self.smoothing!r} "
+                f"acts, since the smoothed oracle takes no {oracle.condition!r}: "
+                'Scheme(oracle, target=Mix("boundary"), smoothing=Smoothing(oracle.bank)).'
             )
         boundary = self._edge(collapsed)
         if self._oracle is None or self._oracle.boundary != boundary:

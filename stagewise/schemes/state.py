@@ -19,7 +19,7 @@ from stagewise.oracle import Oracle
 from stagewise.paths import Path
 from stagewise.queries import Labels
 from stagewise.schemes.refusals import unknown_boundary
-from stagewise.schemes.smoothed import Drawn, Smoothed
+from stagewise.schemes.smoothed import Smoothed, SmoothedSamples
 from stagewise.smoothing import Smoothing
 from stagewise.smoothing_inputs import Strength
 from stagewise.stages import StageBoundary, StageCurve, require_whole_bank
@@ -163,7 +163,7 @@ class SchemeState(Shared):
         return self.needs_boundary and missing
 
     @property
-    def drawn(self) -> Drawn | None:
+    def drawn(self) -> SmoothedSamples | None:
         """The last result of `smooth`, None before."""
         return None if self._smoothed is None else self._smoothed.drawn
 

@@ -68,7 +68,9 @@ def _samples(facts: Facts) -> str:
         )
     for kind in ("memorization_probe", "guard_probe"):
         if (path := facts.run.picture(kind, "samples")) is not None:
-            return stored(path, f"Generated samples beside their nearest training rows. {copied(facts)}.")
+            return stored(
+                path, f"Generated samples beside their nearest training rows. {copied(facts)}."
+            )
     argument = "decode=..." if facts.samples else ""
     return missing("Pictures of samples", f"MemorizationMonitor({argument})")
 

@@ -294,7 +294,7 @@ class MemorizationMonitor(ModelMonitor):
         columns = [
             column for t, x in made.items() for column in beside(f"t_switch\n{t:g}", x, near[t])
         ]
-        drawn["samples"] = pictures.grid_figure(columns, f"Samples at step {step}")
+        drawn["samples"] = pictures.grid_figure(columns, f"Generated samples at step {step}")
         if self._probe.x1 is not None:
             columns = [pictures.Column("held out", shown(self._probe.x1), of_data=True)]
             for t, (noised, x) in resumed.items():

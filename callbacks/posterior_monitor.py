@@ -316,7 +316,7 @@ class PosteriorMonitor(Monitor):
             for key in ("midpoint", "collapsed")
         }
         shown = {"largest weight": "top1", "effective sample size": "ess"}
-        shown |= {"target difference": "target_difference"}
+        shown |= {"floor": "target_difference"}
         prefix, edges = f"{self.name}_by_t", self.recipe.edges
         by_t = {
             f"{title} at four t": chart(tags_by_time(f"{prefix}/{key}", edges))

@@ -115,8 +115,11 @@ class StageTransitions(StageCallback):
             total = math.inf if self.run.total is None else self.run.total
             probes = 1 + (total - 1) // (errors.every or 1)
             for kind, least in needs.items():
-                few = f"{least} probes before the end: VelocityErrorMonitor(every_n_steps=...)"
-                lacks[kind] = few if probes < least else ""
+                lacks[kind] = ""
+                if probes < least:
+                    every = max(1, (total - 1) // (least - 1))
+                    call = f"VelocityErrorMonitor(every_n_steps={every})"
+                    lacks[kind] = f"{least} probes before the end: {call}"
             if errors._others is None:
                 lacks[MEMORIZATION_ONSET] = "held-out samples: VelocityErrorMonitor(held_out=...)"
         again = "a PosteriorMonitor, and data that can be read again"

@@ -67,7 +67,7 @@ def _gap(stages: Sequence[dict[str, Any]]) -> str:
     if not clear:
         return (
             "Held-out loss is nowhere above training loss by two standard errors: no sign that "
-            "training samples are learned by heart."
+            "training samples are memorized."
         )
     listed = " and ".join(f"{row['stage']} ({row['gap'] / row['train']:+.0%})" for row in clear)
     return (

@@ -68,9 +68,8 @@ def _samples(facts: Facts) -> str:
         )
     for kind in ("memorization_probe", "guard_probe"):
         if (path := facts.run.picture(kind, "samples")) is not None:
-            return stored(
-                path, f"Generated samples beside their nearest training rows. {copied(facts)}."
-            )
+            about = "Generated samples beside their nearest training rows."
+            return stored(path, f"{about} {copied(facts)}.")
     argument = "decode=..." if facts.samples else ""
     return missing("Pictures of samples", f"MemorizationMonitor({argument})")
 
@@ -130,7 +129,7 @@ def _by_time(facts: Facts, last: Event) -> str:
     if math.isfinite(facts.boundary.collapsed):
         text += "Above the collapsed boundary there is no floor: all of the loss is the model's. "
     if last.get("held_out"):
-        text += "Where the held-out line is above the training line, rows are known by heart."
+        text += "Where the held-out line is clearly above the training line, rows are memorized."
     return text
 
 
@@ -138,7 +137,7 @@ def _above(facts: Facts, last: Event) -> str:
     parts = [f"{percent(share)} in {stage}" for stage, share in facts.shares(last).items()]
     return (
         "Error against the oracle, from light (early) to dark (late). Of the loss above the floor "
-        f"now, {', '.join(parts)}. In refinement it falls only if rows are learned by heart."
+        f"now, {', '.join(parts)}. In refinement only a model that memorizes reaches zero."
     )
 
 
@@ -250,7 +249,7 @@ def _gap(facts: Facts) -> str:
     else:
         lowest = (
             f"Held-out error was lowest at step {best[0]['step']} and has risen by "
-            f"{percent(best[1])} since: later progress is rows known by heart."
+            f"{percent(best[1])} since: what the model learned later is its training rows."
         )
     caption = (
         f"Held-out minus training error: at step {last['step']} it is two standard errors or more "
@@ -293,7 +292,7 @@ def _copies(facts: Facts) -> str:
         "the distance to the second nearest; intervals are exact (binomial)."
     )
     pictures = {
-        "samples": "Samples, each beside its nearest training row. A red frame is a copy.",
+        "samples": "Generated samples, each beside its nearest training row. Red frame: a copy.",
         "resumed": "Held-out rows with noise, finished by the model. What comes back, but was "
         "not in the noisy sample, is memorized.",
     }

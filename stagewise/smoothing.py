@@ -232,9 +232,9 @@ class Smoothing:
                 that no step waits for the device.
             t: Times of the samples, (B,), or as in `Oracle.posterior`. `boundary` and `strength`
                 need them.
-            boundary: Samples with t at or above it are smoothed, the others come back bit by bit.
-                A number in [0, 1], or a `StageBoundary`, which stands for its `collapsed`. Default:
-                all samples are smoothed.
+            boundary: Samples with t at or above it are smoothed, the others stay as they are, bit
+                for bit. A number in [0, 1], or a `StageBoundary`, which stands for its `collapsed`.
+                Default: all samples are smoothed.
             strength: A function of t in place of a boundary, for example a ramp: from (B,) times to
                 (B,) numbers in [0, 1] that multiply the move.
             generator: Generator of the draws, default the global one of the device of `x1`.

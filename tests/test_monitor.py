@@ -299,7 +299,7 @@ def test_tensorboard_holds_every_documented_tag(
     (layout,) = read_layouts(events)
     assert [category.title for category in layout.category] == ["stagewise", "epoch"]
     charts = {chart.title: chart for chart in layout.category[0].chart}
-    assert len(charts["target difference at four t"].multiline.tag) == 4
+    assert len(charts["floor at four t"].multiline.tag) == 4
     shown = charts["midpoint with interval"].margin.series[0]
     assert (shown.value, shown.lower, shown.upper) == tuple(
         f"stagewise/midpoint{end}" for end in ("", "_low", "_high")

@@ -827,7 +827,7 @@ def test_events_that_nothing_says(fit):
     refused(fit, Lossy(), posterior(), StageTransitions(), learned(), match=match, max_steps=20)
     match = rf"{says}.*'memorization onset' \(lacks held-out samples"
     refused(fit, Lossy(), errors(), StageTransitions(), onset(), match=match, max_steps=20)
-    match = rf"{says}.*'navigation learned' \(lacks 9 probes before the end"
+    match = rf"{says}.*'navigation learned' \(lacks 9 probes before the end: Vel.*every_n_steps=2\)"
     callbacks = (errors(every_n_steps=3), StageTransitions(), learned())
     refused(fit, Lossy(), *callbacks, match=match, max_steps=24)
     match = rf"{says}.*'boundary moved' \(lacks a PosteriorMonitor"

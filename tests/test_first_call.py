@@ -78,7 +78,7 @@ def mixing(path=None, labels=None, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_what_fits_is_taken(path, kind, dtype):
-    for seed in (1, 11, 21):
+    for seed in (1, 11):
         y, call = made(path=path, kind=kind, seed=seed)
         call = {name: value.to(dtype) for name, value in call.items()} | {"t": call["t"]}
         for rows in (y.to(dtype), y):

@@ -18,7 +18,7 @@ from stagewise.engines import Exact, all_rows, fused, kernels, product_kernels
 triton = pytest.importorskip("triton")
 
 DIMS, DTYPES = (3, 64, 768, 1024), ("float32", "bfloat16", "float16")
-TIMES = (0, 0.001, 0.01, 0.03, 0.1, 0.5, 0.9, 0.999, 1)
+TIMES = (0, 0.01, 0.1, 0.5, 0.999, 1)
 LABELS = torch.bucketize(
     torch.arange(101), torch.tensor([1, 31]), right=True
 )  # a program reads 64 rows

@@ -188,6 +188,7 @@ def test_the_survivor_of_a_dead_rank_says_how_to_go_on(tmp_path):
         *("net.hidden_size=32", "net.depth=1", "trainer.enable_progress_bar=false"),
         *("~callbacks.progress", "~callbacks.memorization", "callbacks.monitor.queries=8"),
         *("callbacks.errors.every_n_steps=4", "callbacks.errors.queries=4", "evaluation.steps=2"),
+        "+callbacks.errors.figures=0",
         *("evaluation.queries=64", "evaluation.samples_per_class=1", "trainer.max_steps=9"),
         *("trainer.devices=2", "trainer.strategy=ddp", f"run_dir={tmp_path / 'run'}"),
         *("+callbacks.checkpoint.every_n_train_steps=2", f"hydra.run.dir={tmp_path / 'hydra'}"),

@@ -102,15 +102,13 @@ clean: ## remove what was built (make clean keeps .venv, make distclean removes 
 distclean: clean ## remove what was built and .venv
 	rm -rf $(VENV)
 
-# mypy reads the tree, a reader has the folders: translate the paths it prints. Examples have no
-# annotations.
+# mypy reads the tree, a reader has the folders: translate the paths it prints.
 types: $(VENV)/.dev tree
 	@echo "$(BIN)/mypy"
-	@MYPYPATH=$(TREE) $(BIN)/mypy -p stagewise > build/mypy.txt; code=$$?; \
+	@MYPYPATH=$(TREE) $(BIN)/mypy $(TREE)/stagewise benchmarks .ci examples > build/mypy.txt; \
+	code=$$?; \
 	sed -E -e 's#^$(TREE)/##' -e 's#^stagewise/(losses|callbacks|recipes)/#\1/#' build/mypy.txt; \
 	exit $$code
-	@MYPYPATH=$(TREE) $(BIN)/mypy benchmarks .ci
-	@MYPYPATH=$(TREE) $(BIN)/mypy --allow-untyped-defs --disable-error-code arg-type examples
 
 # Times are kept (-p): that is how mypy knows what it need not read again.
 tree:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -527,22 +528,22 @@ def test_find_is_right_when_keys_collide(monkeypatch):
     assert ((found == torch.arange(40)) | (found == -1)).all()  # missed, perhaps, but never wrong
 
 
-@pytest.mark.parametrize("segment", [slice(0, 101), slice(13, 57), slice(20, 21), slice(5, 5)])
-@pytest.mark.parametrize("size", [1, 7, 44, 1000, None])
 @pytest.mark.parametrize("target", [None, *DTYPES])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_chunks_are_the_rows(dtype, target, size, segment):
+def test_chunks_are_the_rows(dtype, target):
     bank = LatentBank(torch.randn(101, 6), dtype=dtype)
-    seen = []
-    for first, rows in bank.chunks(segment, size, dtype=target):
-        assert first == segment.start + sum(map(len, seen))
-        assert size is None or len(rows) <= size
-        if target in (None, dtype):
-            assert rows.data_ptr() == bank.rows[first].data_ptr()
-        seen.append(rows.clone())
-    expected = bank.rows[segment].to(target or dtype)
-    assert torch.equal(torch.cat([expected[:0], *seen]), expected)
-    assert all(rows.dtype == expected.dtype for rows in seen)
+    segments = slice(0, 101), slice(13, 57), slice(20, 21), slice(5, 5)
+    for segment, size in product(segments, [1, 7, 44, 1000, None]):
+        seen = []
+        for first, rows in bank.chunks(segment, size, dtype=target):
+            assert first == segment.start + sum(map(len, seen))
+            assert size is None or len(rows) <= size
+            if target in (None, dtype):
+                assert rows.data_ptr() == bank.rows[first].data_ptr()
+            seen.append(rows.clone())
+        expected = bank.rows[segment].to(target or dtype)
+        assert torch.equal(torch.cat([expected[:0], *seen]), expected)
+        assert all(rows.dtype == expected.dtype for rows in seen)
 
 
 def test_chunks_pass_through_one_buffer_of_bounded_size(monkeypatch):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def test_a_handful_of_faults(tmp_path):
     pytest.importorskip("diffusers")
     base, page = tmp_path / "faults", tmp_path / "faults.md"
-    counts = ["--kills", "2", "--flips", "2", "--disks", "1", "--seconds", "400"]
+    counts = ["--kills", "1", "--flips", "1", "--disks", "1", "--seconds", "900"]
     command = [sys.executable, ROOT / "benchmarks/faults.py", "--dir", base, "--page", page]
     ended = subprocess.run(
         [*map(str, command), *counts],
@@ -36,7 +36,7 @@ def test_a_handful_of_faults(tmp_path):
     assert {
         line["key"]: line["differs"] for line in gone_on if line["outcome"] != "identical"
     } == {}
-    assert sum(line["kills"] for line in kinds["kill"]) >= 4
+    assert sum(line["kills"] for line in kinds["kill"]) >= 2
     refused = [line for kind in ("config", "checkpoint", "pickle", "names") for line in kinds[kind]]
     assert {line["outcome"] for line in refused} <= {"named", "not asked for"}
     assert "| train |" in page.read_text()

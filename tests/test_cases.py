@@ -58,14 +58,23 @@ KINDS = {
     "copies": lambda **options: [
         MemorizationMonitor(samples=4, steps=2, every_n_steps=2, **options)
     ],
-    "transitions": lambda **options: [posterior(**options), errors(**options), StageTransitions()],
     "mixing": lambda **options: [StageScheme(target=Mix("boundary"), **options)],
     "times": lambda **options: [StageScheme(timesteps=StageAware(0.5), **options)],
 }
-ALL = pytest.mark.parametrize("kind", KINDS)
-# "transitions" has the monitors of "posterior" and "errors" over again.
-EACH = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "transitions"])
-WATCHING = ("posterior", "errors", "copies", "transitions")
+WATCHING = ("posterior", "errors", "copies")
+EACH = pytest.mark.parametrize("kind", KINDS)
+TOGETHER = {
+    "watching": lambda: [*(KINDS[kind]()[0] for kind in WATCHING), StageTransitions()],
+    "steering": lambda: [StageScheme(target=Mix("boundary"), timesteps=StageAware(0.5))],
+}
+BOTH = pytest.mark.parametrize("together", TOGETHER)
+"""Where nothing is refused: a training with all that watches, and one with all that steers."""
+
+
+def star(name, cases, *others, kind="errors"):
+    """Each case with one kind of callback, and the `others`, default the first, with each kind."""
+    rest = [(k, case) for case in others or [next(iter(cases))] for k in KINDS if k != kind]
+    return pytest.mark.parametrize(("kind", name), [*((kind, case) for case in cases), *rest])
 
 
 class Net(nn.Module):
@@ -188,14 +197,14 @@ def cured(run, make, kind, data, names, most=3):
 # -- the bank is not what is trained on -----------------------------------------------------------
 
 
-@ALL
+@BOTH
 @pytest.mark.parametrize("same", [True, False], ids=["the same", "others"])
-def test_resuming_with_other_latents_of_the_same_count(kind, same, run, tmp_path):
+def test_resuming_with_other_latents_of_the_same_count(together, same, run, tmp_path):
     """A training goes on with latents that were encoded anew: as many, of the same shape."""
-    first = KINDS[kind]()
+    first = TOGETHER[together]()
     before = run(Plain(), first, max_steps=3)
     assert before.error is None
-    if kind == "transitions":
+    if together == "watching":
         event = {"event": "transition", "kind": "navigation learned", "step": 1}
         first[-1].events.append(event)
     before.trainer.save_checkpoint(tmp_path / "end.ckpt")
@@ -204,7 +213,7 @@ def test_resuming_with_other_latents_of_the_same_count(kind, same, run, tmp_path
     for callback in first:
         assert state[callback.state_key]["run"]["bank"] == own
 
-    again = KINDS[kind]()
+    again = TOGETHER[together]()
     rows = X if same else OTHER
     came = run(Plain(), again, loader(rows, Y), tmp_path / "end.ckpt", max_steps=6)
     assert came.error is None
@@ -217,10 +226,10 @@ def test_resuming_with_other_latents_of_the_same_count(kind, same, run, tmp_path
         if hasattr(callback, "history"):
             assert (callback.history[0]["step"] < 3) == same
         assert callback.state_dict()["run"]["bank"] == (own if same else new)
-    if kind == "transitions":
+    if together == "watching":
         assert again[-1].events == ([event] if same else [])
-    if kind in ("mixing", "times"):
-        fresh = KINDS[kind]()
+    if together == "steering":
+        fresh = TOGETHER[together]()
         run(Plain(), fresh, loader(rows, Y), max_steps=1)
         old, found, anew = (c[0].scheme.boundary for c in (first, again, fresh))
         assert (found == old) == same
@@ -228,9 +237,9 @@ def test_resuming_with_other_latents_of_the_same_count(kind, same, run, tmp_path
         assert found == pytest.approx(anew, abs=0.1)
 
 
-@EACH
+@BOTH
 @pytest.mark.parametrize("change", ["same", "other"])
-def test_a_loader_that_is_replaced_by_one_of_other_samples(kind, change, run):
+def test_a_loader_that_is_replaced_by_one_of_other_samples(together, change, run):
     """A data module gives another part of the data every epoch."""
 
     class Data(pl.LightningDataModule):
@@ -240,7 +249,7 @@ def test_a_loader_that_is_replaced_by_one_of_other_samples(kind, change, run):
 
     came = run(
         Plain(),
-        KINDS[kind](),
+        TOGETHER[together](),
         Data(),
         max_steps=-1,
         max_epochs=2,
@@ -269,32 +278,32 @@ class Audio(Plain):
 WAVES = torch.randn(96, 1, 64, generator=torch.Generator().manual_seed(2))
 
 
-@ALL
-@pytest.mark.parametrize("word", ["encode", "bank"])
-def test_waveforms_that_the_module_encodes(kind, word, run):
+def audio():
+    return DataLoader(Rows(audio=WAVES, label=Y), 16, shuffle=True)
+
+
+@EACH
+def test_waveforms_that_the_module_encodes(kind, run):
     """The batch holds audio, and training is on its latents: read so, or said, with ways out."""
+    line = "encode=lambda x, module: module.encoder(x)"
+    given, came = cured(run, Audio, kind, audio, {})
+    assert given == [line]
+    message = " ".join([*came.said, str(came.error or "")])
+    assert came.unchanged == (came.error is not None) == (kind == "mixing")
+    if kind in WATCHING:
+        assert "Training encodes x_1, batch['audio'], and the bank is read again" in message
+    else:
+        assert f"training encodes x_1. Say so: {line}, or give what is trained on:" in message
+        assert "bank=LatentBank(latents, labels)" in message
 
-    def data():
-        return DataLoader(Rows(audio=WAVES, label=Y), 16, shuffle=True)
 
-    if word == "encode":
-        line = "encode=lambda x, module: module.encoder(x)"
-        given, came = cured(run, Audio, kind, data, {})
-        assert given == [line]
-        message = " ".join([*came.said, str(came.error or "")])
-        assert came.unchanged == (came.error is not None) == (kind == "mixing")
-        if kind in WATCHING:
-            assert "Training encodes x_1, batch['audio'], and the bank is read again" in message
-        else:
-            assert f"training encodes x_1. Say so: {line}, or give what is trained on:" in message
-            assert "bank=LatentBank(latents, labels)" in message
-        return
+@BOTH
+def test_the_bank_of_what_the_module_encodes(together, run):
     with torch.no_grad():
         latents = Audio().encoder(WAVES)
-    given = [StageRun(bank=LatentBank(latents, Y)), *KINDS[kind]()]
-    came = run(Audio(), given, data())
-    assert came.error is None
-    assert came.said == []
+    given = [StageRun(bank=LatentBank(latents, Y)), *TOGETHER[together]()]
+    came = run(Audio(), given, audio())
+    assert (came.error, came.said) == (None, [])
 
 
 class Depth(Plain):
@@ -321,7 +330,7 @@ SURFACES = torch.randn(96, 1, 4, 4, generator=torch.Generator().manual_seed(3))
 IMAGES = torch.randn(96, 3, 4, 4, generator=torch.Generator().manual_seed(4))
 
 
-@ALL
+@EACH
 def test_another_tensor_of_the_batch_than_the_image(kind, run):
     """`batch["image"]` is the condition and `batch["surface"]` is x_1; shapes differ."""
 
@@ -341,22 +350,24 @@ class LooksUp(Plain):
         return self.loss(self.net, X[batch["row"]])
 
 
-@ALL
-@pytest.mark.parametrize("right", [True, False])
-def test_a_bank_that_is_given_beside_a_batch_without_x1(kind, right, run):
+@EACH
+def test_another_bank_beside_a_batch_without_x1(kind, run):
     """The batch holds row numbers only; the first step is held against the bank all the same."""
-    bank = LatentBank(X if right else 5 * X)
     data = DataLoader(Rows(row=torch.arange(96)), 16, shuffle=True)
-    came = run(LooksUp(), [StageRun(bank=bank), *KINDS[kind]()], data)
-    if right:
-        assert came.error is None
-        assert came.said == []
-    elif came.error is not None:
+    came = run(LooksUp(), [StageRun(bank=LatentBank(5 * X)), *KINDS[kind]()], data)
+    if came.error is not None:
         assert "scale of the bank" in str(came.error)
         assert came.unchanged
     else:
         assert "standard deviation of" in " ".join(came.said)
-    assert kind != "mixing" or right or came.error is not None
+    assert kind != "mixing" or came.error is not None
+
+
+@BOTH
+def test_its_own_bank_beside_a_batch_without_x1(together, run):
+    data = DataLoader(Rows(row=torch.arange(96)), 16, shuffle=True)
+    came = run(LooksUp(), [StageRun(bank=LatentBank(X)), *TOGETHER[together]()], data)
+    assert (came.error, came.said) == (None, [])
 
 
 def test_two_banks_in_one_trainer(run):
@@ -386,17 +397,17 @@ def test_two_banks_in_one_trainer(run):
 # -- labels and conditions ------------------------------------------------------------------------
 
 
-@EACH
+@BOTH
 @pytest.mark.parametrize("classes", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-def test_labels_that_could_be_times(kind, classes, dtype, run):
+def test_labels_that_could_be_times(together, classes, dtype, run):
     """All labels are 0, or 0 and 1: integers and constants are no times."""
     data = loader(X, (Y % classes).to(dtype), shuffle=True)
-    callbacks = KINDS[kind]()
+    callbacks = TOGETHER[together]()
     came = run(Plain(), callbacks, data)
     assert came.error is None
     assert came.said == []
-    if kind in WATCHING:
+    if together == "watching":
         assert torch.equal(came.weights, run(Plain(), [], data).weights)
     for callback in callbacks:
         network = getattr(callback, "network", None)
@@ -423,13 +434,12 @@ class Prepares(Plain):
         return self.loss(self.net, self.first(x1, torch.zeros(len(x1))), y)
 
 
-@EACH
-def test_a_module_that_is_called_with_the_data_and_zeros(kind, run, read_stages, tmp_path):
+@BOTH
+def test_a_module_that_is_called_with_the_data_and_zeros(together, run, read_stages, tmp_path):
     """It prepares the data, and is not the network."""
-    came = run(Prepares(), KINDS[kind]())
-    assert came.error is None
-    assert came.said == []
-    if kind in ("errors", "transitions"):
+    came = run(Prepares(), TOGETHER[together]())
+    assert (came.error, came.said) == (None, [])
+    if together == "watching":
         header, _ = read_stages(tmp_path / "stagewise_error_logs")
         assert header["network"] == "module.net: Net(x_t, time, labels)"
 
@@ -461,8 +471,7 @@ CONDITIONS = {
 }
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
-@EACH
+@star("condition", CONDITIONS)
 def test_conditions_that_are_no_labels(kind, condition, run):
     """Over all rows the mean target of two clusters at +-2 is half of what either would have."""
     data = Rows(x=CLUSTERS, c=CONDITIONS[condition])
@@ -504,8 +513,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@EACH
+@star("form", FORMS)
 def test_prompts_that_the_network_reads_itself(kind, form, run):
     class Module(Texts):
         def training_step(self, batch, batch_idx):
@@ -547,8 +555,7 @@ class Drops(Plain):
         return self.loss(lambda xt, t: self.net(xt, t, **{name: c}), x1)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 99])
-@EACH
+@star("steps", [1, 3, 99], 3, 99)
 def test_labels_that_the_first_steps_drop(kind, steps, run):
     module = Drops()
     module.steps = steps
@@ -556,7 +563,7 @@ def test_labels_that_the_first_steps_drop(kind, steps, run):
     came = run(module, callbacks, max_steps=8)
     assert came.error is None
     said = [text for text in came.said if "not given any" in text]
-    assert bool(said) == (steps == 99 and kind in ("posterior", "transitions")), came.said
+    assert bool(said) == (steps == 99 and kind == "posterior"), came.said
     for callback in callbacks if kind in ("errors", "copies") else ():
         assert callback.conditional == (steps < 99)
         wise = callback.wise
@@ -565,8 +572,7 @@ def test_labels_that_the_first_steps_drop(kind, steps, run):
         assert any("steps are dropped" in text for text in came.said) == (steps < 99)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@EACH
+@star("steps", [1, 3], 3)
 def test_text_that_the_first_steps_drop(kind, steps, run):
     """What the oracle goes into, or is compared with, stops when it is seen."""
     module = Drops()
@@ -609,8 +615,7 @@ class Orders(Plain):
         return self.loss(self.net, ORDERS[self.order](batch[0]), batch[1])
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@EACH
+@star("order", ORDERS, "flat", "BGR")
 def test_values_in_another_order(kind, order, run):
     def make():
         module = Orders()
@@ -655,8 +660,7 @@ class Swapped(Plain):
         return self.loss(self.net, torch.randn_like(x1), y, x0=self.scale * x1)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-@EACH
+@star("scale", [1.0, 0.3])
 def test_noise_and_data_that_are_swapped(kind, scale, run):
     module = Swapped()
     module.scale = scale
@@ -702,8 +706,7 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@EACH
+@star("batch", BATCHES)
 def test_a_find_to_paste(kind, batch, run):
     make, taken, x = BATCHES[batch]
 
@@ -717,8 +720,6 @@ def test_a_find_to_paste(kind, batch, run):
     def data():
         return DataLoader(TensorDataset(x, Y), 16, collate_fn=collate)
 
-    if kind == "times":
-        return  # asks for no samples
     came = run(
         Module(), [StageRun(read_batch=lambda batch: (batch["no"], None)), *KINDS[kind]()], data()
     )
@@ -819,15 +820,15 @@ ONCE = {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 4}
 
 
 @WAYS
-@EACH
-def test_manual_optimisation(kind, way, run):
+@BOTH
+def test_manual_optimisation(together, way, run):
     """All goes on as with automatic optimisation, wherever the optimizer steps."""
-    callbacks = KINDS[kind]()
+    callbacks = TOGETHER[together]()
     came = run(Manual(way), callbacks, loader(shuffle=True), **ONCE)
     plain = run(Manual(way), [], loader(shuffle=True), **ONCE)
     assert came.error is None
     assert [text for text in came.said if "draws 64 samples" not in text] == []
-    assert torch.equal(came.weights, plain.weights) == (kind in WATCHING)
+    assert torch.equal(came.weights, plain.weights) == (together == "watching")
     for callback in callbacks:
         assert getattr(callback, "history", [1])
 
@@ -866,16 +867,15 @@ class Skips(Plain):
         return None if batch_idx in self.skips else super().training_step(batch, batch_idx)
 
 
-@EACH
+@BOTH
 @pytest.mark.parametrize("skips", [(0,), (0, 1), (1,)], ids=str)
-def test_a_training_step_that_returns_none_at_first(kind, skips, run):
+def test_a_training_step_that_returns_none_at_first(together, skips, run):
     """There is nothing to see in such a step: the next one is looked at."""
-    callbacks = KINDS[kind]()
+    callbacks = TOGETHER[together]()
     came = run(Skips(skips), callbacks, max_steps=5)
     plain = run(Skips(skips), [], max_steps=5)
-    assert came.error is None
-    assert came.said == []
-    assert torch.equal(came.weights, plain.weights) == (kind in WATCHING)
+    assert (came.error, came.said) == (None, [])
+    assert torch.equal(came.weights, plain.weights) == (together == "watching")
     for callback in callbacks:
         assert getattr(callback, "history", [1])
         assert getattr(callback, "network", None) is None or callback.network.name == "net"
@@ -924,8 +924,7 @@ class Follows(Plain):
         return self.loss(self.net, x1, y, x0=0.6 * x1 + 0.8 * torch.randn_like(x1))
 
 
-@EACH
-@pytest.mark.parametrize("make", [ByHand, Pictures, Follows])
+@star("make", [ByHand, Pictures, Follows], ByHand, Follows)
 def test_noise_that_is_tied_to_the_data(kind, make, run):
     """The closed form is not that of such a training: each callback says so."""
     came = run(make(), KINDS[kind]())
@@ -944,9 +943,9 @@ def test_noise_that_is_tied_to_the_data(kind, make, run):
         assert came.unchanged
 
 
-@ALL
+@BOTH
 @pytest.mark.parametrize("where", ["first", "last"])
-def test_a_scheduler_that_samples_beside_what_trains(kind, where, run, read_stages, tmp_path):
+def test_a_scheduler_that_samples_beside_what_trains(together, where, run, read_stages, tmp_path):
     """An inference scheduler of diffusers is no second path: what can be steered counts."""
     scheduler = SimpleNamespace(
         scale_noise=lambda: None, sigmas=torch.zeros(1), timesteps=torch.zeros(1)
@@ -962,15 +961,14 @@ def test_a_scheduler_that_samples_beside_what_trains(kind, where, run, read_stag
             else:
                 self.scheduler = scheduler
 
-    callbacks = KINDS[kind]()
+    callbacks = TOGETHER[together]()
     came = run(Both(), callbacks)
-    assert came.error is None
-    assert came.said == []
+    assert (came.error, came.said) == (None, [])
     for file in tmp_path.glob("*/stages.jsonl"):
         assert "LinearPath" not in file.read_text()
-    if kind == "posterior":
+    if together == "watching":
         assert read_stages(tmp_path / "stagewise_logs")[0]["path"] == "CosinePath()"
-    if kind in ("mixing", "times"):
+    else:
         assert isinstance(callbacks[0].scheme.path, CosinePath)
 
 
@@ -988,6 +986,10 @@ def test_a_module_that_is_compiled_trains_as_it_would(run):
     plain = run(Plain(), all_that_may(), max_steps=5)
     torch._dynamo.reset()
     assert came.error is None
+    assert came.said
+    for text in came.said:
+        assert "the call of the network was not recognised" in text
+        assert "StageScheme(timesteps=..., weight=...)" in text
     torch.testing.assert_close(came.weights, plain.weights, rtol=1e-5, atol=1e-6)
     for kind in ("mixing", "times"):
         part = run(Plain(), KINDS[kind](), max_steps=5)
@@ -1076,8 +1078,7 @@ def named():
     return DataLoader(Rows(x=X, y=Y), 16)
 
 
-@EACH
-@pytest.mark.parametrize("make", IN_PLACE)
+@star("make", IN_PLACE)
 def test_a_step_that_changes_its_batch_in_place(kind, make, run):
     """The batch of after the step is not what the bank was read from."""
     data = named if issubclass(make, ReplacesItem) else loader
@@ -1199,16 +1200,22 @@ class Own(Matched):
         return self.match(X[rows], Y[rows])
 
 
-@EACH
+MANY = [Chunks, Objective, Repeats, Interleaves, Expands, Permutes, DropsLabels, Own]
+
+
 @pytest.mark.parametrize(
-    "make", [Chunks, Objective, Repeats, Interleaves, Expands, Permutes, DropsLabels, Own]
+    ("together", "make"),
+    [
+        *(("watching", make) for make in MANY),
+        *(("steering", make) for make in (Chunks, Repeats, DropsLabels, Own)),
+    ],
 )
-def test_rows_in_another_order_or_number_are_the_same_training(kind, make, run):
+def test_rows_in_another_order_or_number_are_the_same_training(together, make, run):
     """Micro-batches, several noises for a sample, a permutation: labels go along."""
-    callbacks = KINDS[kind]()
+    callbacks = TOGETHER[together]()
     came = run(make(), callbacks, max_steps=3)
     assert (came.error, came.said) == (None, [])
-    if kind in WATCHING:
+    if together == "watching":
         assert torch.equal(came.weights, run(make(), [], max_steps=3).weights)
     for callback in callbacks:
         network = getattr(callback, "network", None)
@@ -1314,19 +1321,12 @@ class Swaps(Matched):
         return self.match(torch.randn_like(x1), y, x0=x1)
 
 
-@EACH
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (Transposes, "in another order, the same in every sample"),
-        (Rolls, "in another order, the same in every sample"),
-        (Swaps, "Expected noise first"),
-    ],
-)
-def test_another_layout_and_swapped_arguments_have_their_reason(kind, make, reason, run):
+@star("make", [Transposes, Rolls, Swaps], Transposes, Swaps)
+def test_another_layout_and_swapped_arguments_have_their_reason(kind, make, run):
     came = run(make(), KINDS[kind]())
     message = " ".join([*came.said, str(came.error or "")])
-    assert reason in message
+    order = "in another order, the same in every sample"
+    assert ("Expected noise first" if make is Swaps else order) in message
     assert "cannot be looked up" not in message
     assert came.unchanged == (kind not in ("posterior", "times"))
 
@@ -1373,27 +1373,27 @@ class Centres(Matched):
         return self.match(x1, y, x0=x0 - x0.mean(1, keepdim=True))
 
 
-@pytest.mark.parametrize("kind", ["posterior", "errors", "mixing"])
 @pytest.mark.parametrize(
-    ("make", "size", "steps"),
+    ("make", "size", "steps", "kinds"),
     [
-        (Couples, 8, 8),
-        (Couples, 4, 32),
-        (Couples, 2, 128),
-        (NeighboursSwapped, 4, 128),
-        (Offsets, 8, 32),
-    ]
-    + [(Centres, 8, 32)],
+        (Couples, 8, 8, ("posterior", "errors", "mixing")),
+        (Couples, 4, 32, ("errors",)),
+        (Couples, 2, 128, ("errors", "mixing")),
+        (NeighboursSwapped, 4, 128, ("errors",)),
+        (Offsets, 8, 32, ("mixing",)),
+        (Centres, 8, 32, ("errors",)),
+    ],
 )
-def test_noise_that_few_samples_do_not_show(kind, make, size, steps, run):
+def test_noise_that_few_samples_do_not_show(make, size, steps, kinds, run):
     """The first batches are looked at together."""
-    few = {"every_n_steps": 1000} if kind != "mixing" else {}
     data = DataLoader(TensorDataset(X, Y), size, shuffle=True)
-    came = run(make(), KINDS[kind](**few), data, max_steps=steps + 1)
-    message = " ".join([*came.said, str(came.error or "")])
-    assert ("`x0`" in message) or "x_0 and x_1 are not independent" in message
-    assert (came.error is None) == (kind == "posterior")
-    assert message.count("The posterior that is measured is not that of") <= 1
+    for kind in kinds:
+        few = {"every_n_steps": 1000} if kind != "mixing" else {}
+        came = run(make(), KINDS[kind](**few), data, max_steps=steps + 1)
+        message = " ".join([*came.said, str(came.error or "")])
+        assert ("`x0`" in message) or "x_0 and x_1 are not independent" in message
+        assert (came.error is None) == (kind == "posterior")
+        assert message.count("The posterior that is measured is not that of") <= 1
 
 
 @pytest.mark.parametrize("make", [Plain, Matched])

@@ -4,8 +4,8 @@ import doctest
 import importlib
 import json
 import re
+import runpy
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,11 +134,10 @@ def test_the_table_of_costs_is_what_the_script_counts(monkeypatch):
 
 
 @pytest.mark.slow
-def test_example(tmp_path):
-    command = [sys.executable, str(ROOT / "examples/watch.py")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "took x_1 = float32 tensor (128, 1, 8, 8) and labels" in done.stderr
+def test_example(tmp_path, monkeypatch, lightning_log):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples/watch.py"), run_name="__main__")
+    assert "took x_1 = float32 tensor (128, 1, 8, 8) and labels" in lightning_log.text
     lines = (tmp_path / "stagewise_logs/stages.jsonl").read_text().splitlines()
     bank, first, second = map(json.loads, lines)
     assert (bank["rows"], bank["classes"], second["step"]) == (1797, 10, 100)

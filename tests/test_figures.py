@@ -61,9 +61,8 @@ def all_pictures(edges, holes=False, boundary=BOUNDARY, probes=None):
     }
 
 
-@pytest.mark.parametrize(("edges", "holes"), [(EVEN, False), (EARLY, True)])
-def test_all_can_be_drawn_and_label_their_axes(edges, holes):
-    for name, figure in all_pictures(edges, holes).items():
+def test_all_can_be_drawn_with_holes_and_label_their_axes():
+    for name, figure in all_pictures(EARLY, holes=True).items():
         image = render(figure)
         assert image.std() > 5, name
         labels = " ".join(axes.get_xlabel() + axes.get_ylabel() for axes in figure.axes)

@@ -234,9 +234,8 @@ def test_any_byte_of_a_header_may_be_another(tmp_path_factory, data):
 @pytest.mark.parametrize("kind", UNSIGNED)
 @pytest.mark.parametrize("shape", [(N,), (N, 1)])
 @pytest.mark.parametrize("suffix", ["npz", "packed npz", "npy", "safetensors", "pt", "shard"])
-@pytest.mark.parametrize("name", ["labels", "y"])
-def test_whole_numbers_of_any_type_are_labels(tmp_path, x, kind, shape, suffix, name):
-    y = LABELS.astype(kind).reshape(shape)
+def test_whole_numbers_of_any_type_are_labels(tmp_path, x, kind, shape, suffix):
+    y, name = LABELS.astype(kind).reshape(shape), "y" if len(shape) > 1 else "labels"
     native = torch.from_numpy(y.astype(y.dtype.newbyteorder("=")))
     path = tmp_path / f"x.{suffix.split()[-1]}"
     if suffix == "npz":

@@ -78,7 +78,7 @@ def mixing(path=None, labels=None, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_what_fits_is_taken(path, kind, dtype):
-    for seed in (1, 11, 21):
+    for seed in (1, 11):
         y, call = made(path=path, kind=kind, seed=seed)
         call = {name: value.to(dtype) for name, value in call.items()} | {"t": call["t"]}
         for rows in (y.to(dtype), y):
@@ -527,25 +527,22 @@ def test_a_compiled_module_trains_with_an_objective_that_mixes(compiled):
         def forward(self, x1):
             return self.loss_fn(self.model, x1)
 
-    def make():
-        phases = Phases([Phase(mixing(), AtStep(2)), Phase(mixing())])
-        return phases, mixing(timesteps=WithFloor(LossSecondMoment(4, 2), 0.1), weight=MinSNR())
-
-    for ours, theirs in zip(make(), make(), strict=True):
-        plain, other = Step(ours), Step(theirs)
-        steps, found = (plain, compiled(other)), []
-        for step, scheme in zip(steps, (ours, theirs), strict=True):
-            torch.manual_seed(1)
-            losses = []
-            for k in range(1, 4):
-                loss = step(ROWS[:16])
-                loss.backward()
-                losses.append(float(loss))
-                scheme.observe(step=k, total=3)
-            found.append((losses, [p.grad for p in step.parameters()]))
-        assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-        for one, same in zip(found[0][1], found[1][1], strict=True):
-            torch.testing.assert_close(one, same)
+    found = []
+    for run in (lambda step: step, compiled):
+        adapting = mixing(timesteps=WithFloor(LossSecondMoment(4, 2), 0.1), weight=MinSNR())
+        scheme = Phases([Phase(adapting, AtStep(2)), Phase(mixing())])
+        step, losses = Step(scheme), []
+        running = run(step)
+        torch.manual_seed(1)
+        for k in range(1, 4):
+            loss = running(ROWS[:16])
+            loss.backward()
+            losses.append(float(loss))
+            scheme.observe(step=k, total=3)
+        found.append((losses, [p.grad for p in step.parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for one, same in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, same)
 
 
 def test_a_compiled_function_asks_scheme_and_oracle(compiled):

@@ -21,7 +21,7 @@ from stagewise.schemes import correction
 
 triton = pytest.importorskip("triton")
 
-SHAPES = ((3, "float32"), (40, "bfloat16"), (40, "float16"))
+SHAPES = ((3, "float32"), (40, "bfloat16"))
 TIMES = (0.0, 0.3, 0.999)
 CASES = (
     (Mix(), "velocity", False, True),
@@ -59,7 +59,8 @@ def batch(dim, dtype, turn=0):
 def errors(dim, dtype):
     """How far targets by kernels are from those by the exact engine, as a share of them."""
     worst = {}
-    for turn, (what, kind, told, named) in enumerate(CASES, SHAPES.index((dim, dtype))):
+    cases = CASES if dtype == "float32" else CASES[1:3]
+    for turn, (what, kind, told, named) in enumerate(cases, SHAPES.index((dim, dtype))):
         bank, xt, t, x1, labels, source = batch(dim, dtype, turn)
         oracle = Oracle(bank, engine=Exact("float64"))
         given = {"xt": xt, "t": t, "x1": x1, "prediction": Prediction(kind), "boundary": 0.4}
@@ -108,7 +109,14 @@ def errors(dim, dtype):
     assert (dropped.wrong == KNOWN).all()
     stored = bank.take(expected.clamp_min(0)).where(expected[:, None] >= 0, x1.double())
     assert torch.equal(found.near, stored)
-    nan, beyond = t * torch.nan, torch.full_like(source, len(bank))
+    if (dim, dtype) == SHAPES[0]:  # for the others it is the same, and takes seconds
+        refusals(bank, x1, t, labels)
+    return worst
+
+
+def refusals(bank, x1, t, labels):
+    """What no row is placed by is noted in `wrong`, and said once."""
+    nan, beyond = t * torch.nan, torch.full((len(t),), len(bank))
     for given, error, said in (
         ((t + 1.5, labels, None, True), NO_TIME, "`t` in"),
         ((nan, labels, None, True), NO_TIME, "`t` in"),
@@ -123,7 +131,6 @@ def errors(dim, dtype):
         with pytest.raises(ValueError, match=said):
             bank.report(found.wrong)
         bank._unknown.clear()
-    return worst
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +148,7 @@ def interpreted():
 @pytest.mark.parametrize(("dim", "dtype"), SHAPES)
 def test_as_the_exact_engine(interpreted, dim, dtype):
     found = interpreted[f"{dim} {dtype}"]
-    assert len(found) == len(CASES)
+    assert len(found) == (len(CASES) if dtype == "float32" else 2)
     for case, (value, lam, inserted) in found.items():
         assert value < 1e-6, case
         assert lam < 1e-6, case
@@ -172,10 +179,14 @@ def registers(kernel, kinds, fixed, capability, warps, folder):
     return re.findall(r"(\d+) bytes spill", report.stderr)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("dim", "dtype"), [(8192, "fp32"), (4096, "bf16")])
-@pytest.mark.parametrize("named", [False, True])
-def test_compiles_without_spills(tmp_path, capability, dim, dtype, named):
+@pytest.mark.parametrize(
+    ("dim", "dtype", "named", "capability"),
+    [
+        *((8192, "fp32", True, capability) for capability in (80, 90, 100)),
+        *((8192, "fp32", False, 90), (4096, "bf16", True, 100), (4096, "bf16", False, 80)),
+    ],
+)
+def test_compiles_without_spills(tmp_path, dim, dtype, named, capability):
     size = 4 if dtype == "fp32" else 2
     block, _, warps = shape_of(dim, size)
     kinds = dict.fromkeys(fused_lookup.place.arg_names, "*i64")

@@ -21,7 +21,7 @@ from PIL import Image
 
 import stagewise.recipes.conf
 from stagewise.latents import make_latents, open_latents
-from stagewise.recipes import resume
+from stagewise.recipes import resume, sample
 from stagewise.recipes.latents import LatentsData
 from stagewise.recipes.train import train
 
@@ -177,8 +177,10 @@ def test_the_average_begins_at_the_initial_weights(tmp_path, latents):
 
 
 def test_three_steps_with_all_callbacks_then_two_more(tmp_path, latents, capsys, request):
+    # The figures of the errors are drawn in test_monitors_together.py.
+    all_of_them = ["callbacks=steer", *WATCHED, "+callbacks.errors.figures=0"]
     steps = ["trainer.max_steps=3", "callbacks.checkpoint.every_n_train_steps=1"]
-    results = train(configuration(latents, tmp_path, "callbacks=steer", *WATCHED, *steps))
+    results = train(configuration(latents, tmp_path, *all_of_them, *steps))
     assert np.isfinite(results["train_loss"])
     assert np.isfinite(results["held_out_loss"])
     assert results["stages"][-1]["stage"] == "all t"
@@ -189,7 +191,7 @@ def test_three_steps_with_all_callbacks_then_two_more(tmp_path, latents, capsys,
     last = tmp_path / "checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3
 
-    more = configuration(latents, tmp_path, "callbacks=steer", *WATCHED, "trainer.max_steps=5")
+    more = configuration(latents, tmp_path, *all_of_them, "trainer.max_steps=5")
     with pytest.raises(FileExistsError, match="holds a run. Continue it with resume=true"):
         train(more)
     assert torch.load(last, weights_only=True)["global_step"] == 3
@@ -357,6 +359,7 @@ def _killed_and_resumed(tmp_path, latents, net, steps, killed_at, every):
             ),
             *(*SMALL, *net, *WATCHED, f"run_dir={tmp_path / name}", f"trainer.max_steps={steps}"),
             *(f"hydra.run.dir={tmp_path / 'hydra'}", "data.num_workers=1"),
+            *(f"+callbacks.{part}.figures=0" for part in ("monitor", "errors", "memorization")),
             *(f"callbacks.checkpoint.every_n_train_steps={every}", *more),
         ]
         return subprocess.run(command, env=env, capture_output=True, text=True)
@@ -402,15 +405,12 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(tmp_path, latents):
 
 @pytest.mark.slow
 def test_sit_s_is_killed_resumed_and_sampled(tmp_path):
-    latents = make_latents(tmp_path / "made", 2000, (4, 32, 32), 10)
-    _killed_and_resumed(tmp_path, latents, [], 30, 20, 8)
-    command = [
-        *(sys.executable, "-c", "from stagewise.recipes.sample import main; main()"),
-        *(tmp_path / "cut", "--count", "64", "--steps", "2", "--out", tmp_path / "samples"),
-    ]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    latents = make_latents(tmp_path / "made", 400, (4, 32, 32), 10)
+    _killed_and_resumed(tmp_path, latents, [], 6, 5, 2)
+    places = [str(tmp_path / "cut"), "--out", str(tmp_path / "samples")]
+    sample.run(sample.parse([*places, "--count", "20", "--steps", "2"]))
     with np.load(tmp_path / "samples/latents.npz", allow_pickle=False) as made:
-        assert made["arr_0"].shape == (64, 4, 32, 32)
+        assert made["arr_0"].shape == (20, 4, 32, 32)
         assert np.isfinite(made["arr_0"]).all()
         assert set(made["arr_1"].tolist()) == set(range(10))
     assert list((tmp_path / "samples").glob("*.png"))

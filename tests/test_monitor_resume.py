@@ -60,20 +60,12 @@ def run(make_data, make_trainer, tiny_flow, weights, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("folder", ["run", "another"])
-@pytest.mark.parametrize("batches", [1, 2])
-def test_stop_and_resume_equals_not_stopping(run, batches, folder, tmp_path, read_stages):
+def test_stop_and_resume_in_another_folder_equals_not_stopping(run, tmp_path, read_stages):
     # Stops at the end of an epoch, because elsewhere Lightning itself begins the data anew.
     through, first, second = small(), small(), small()
-    expected = run(through, epochs=2 * batches, batches=batches, folder="through")
-    middle = run(first, epochs=batches, batches=batches)
-    end = run(
-        second,
-        epochs=2 * batches,
-        batches=batches,
-        folder=folder,
-        ckpt_path=tmp_path / "run" / "end.ckpt",
-    )
+    expected = run(through, epochs=2, folder="through")
+    middle = run(first, epochs=1)
+    end = run(second, epochs=2, folder="another", ckpt_path=tmp_path / "run" / "end.ckpt")
     assert torch.equal(end, expected)
     assert not torch.equal(end, middle)
     assert [entry["step"] for entry in first.history] == [0, 3, 6]
@@ -81,13 +73,12 @@ def test_stop_and_resume_equals_not_stopping(run, batches, folder, tmp_path, rea
     assert text(second.history) == text(through.history)
 
     header, probes = read_stages(tmp_path / "through" / "stagewise_logs")
-    again_header, again = read_stages(tmp_path / folder / "stagewise_logs")
+    again_header, again = read_stages(tmp_path / "another" / "stagewise_logs")
     assert again_header == header
     assert len(probes) == len(again) == 6
     for one, other in zip(probes, again, strict=True):
         assert [one[key] for key in MEASURED] == [other[key] for key in MEASURED]
-    if folder != "run":
-        assert len(read_stages(tmp_path / "run" / "stagewise_logs")[1]) == 3, "left as it was"
+    assert len(read_stages(tmp_path / "run" / "stagewise_logs")[1]) == 3, "left as it was"
 
 
 @pytest.mark.parametrize("batches", [1, 2])
@@ -116,29 +107,12 @@ def test_resuming_at_a_step_to_be_probed(run, tmp_path):
     assert [entry["step"] for entry in monitor.history] == [0, 3, 6]
 
 
-def test_resumed_weights_are_those_of_an_unwatched_resumed_run(run, tmp_path):
-    plain = run(None, steps=5, folder="plain")
-    watched = run(small(), steps=5)
-    assert torch.equal(plain, watched)
-    resumed = run(None, steps=11, folder="plain", ckpt_path=tmp_path / "plain" / "end.ckpt")
-    again = run(small(), steps=11, ckpt_path=tmp_path / "run" / "end.ckpt")
-    assert torch.equal(resumed, again)
-
-
 def test_a_checkpoint_without_monitor_can_be_resumed_with_one(run, tmp_path, read_stages):
     run(None, steps=5)
     monitor = small()
     run(monitor, steps=10, ckpt_path=tmp_path / "run" / "end.ckpt")
     assert [entry["step"] for entry in monitor.history] == [5, 6, 9], "and at once, having none"
     assert len(read_stages(tmp_path / "run" / "stagewise_logs")[1]) == 3
-
-
-def test_earlier_probes_are_kept(run, tmp_path, read_stages):
-    run(small(), steps=8)
-    _, before = read_stages(tmp_path / "run" / "stagewise_logs")
-    run(small(), steps=10, ckpt_path=tmp_path / "run" / "end.ckpt")
-    _, after = read_stages(tmp_path / "run" / "stagewise_logs")
-    assert after[:3] == before
 
 
 @pytest.mark.parametrize(
@@ -175,25 +149,6 @@ def test_a_resumed_run_marks_the_boundary_of_its_first_probe(run, tmp_path, monk
     measured = [entry["midpoint"] for entry in second.history]
     assert len({*measured}) == len(measured) == len(marked) == 3, "each probe has its own draws"
     assert {*marked} == {measured[0]}
-
-
-def is_plain(value):
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(is_plain(item) for item in value)
-    return type(value) in (int, float, str)
-
-
-def test_checkpoint_holds_plain_state(run, tmp_path):
-    monitor = small()
-    run(monitor, steps=8)
-    checkpoint = torch.load(tmp_path / "run" / "end.ckpt", weights_only=True)
-    state = checkpoint["callbacks"][monitor.state_key]
-    assert is_plain(state)
-    assert text(state["history"]) == text(monitor.history)
-    assert [entry["step"] for entry in state["history"]] == [0, 3, 6]
-    json.dumps(state)
 
 
 def test_loading_state_only_stashes(run, tmp_path):

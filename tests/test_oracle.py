@@ -53,17 +53,17 @@ def make_bank(dim, n=150, seed=0, shift=0.0):
 def queries(bank, path, t, rows, seed=1):
     x1 = bank.rows[rows]
     x0 = torch.randn(x1.shape, generator=torch.Generator().manual_seed(seed))
-    times = torch.full((len(x1),), float(t))
+    times = torch.zeros(len(x1)) + t
     return path.interpolate(x0, x1, times), times, x0, x1
 
 
-@pytest.mark.parametrize("dim", [2, 64, 768, 4096])
-@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize(
+    ("dim", "shift"), [(2, 0.0), (2, 5.0), (64, 0.0), (768, 5.0), (4096, 0.0), (4096, 5.0)]
+)
 @pytest.mark.parametrize("path", PATHS, ids=repr)
-@pytest.mark.parametrize("shift", [0.0, 5.0])
-def test_mean_and_correction_equal_brute_force(path, t, dim, shift):
-    bank = make_bank(dim, shift=shift)
-    xt, times, x0, x1 = queries(bank, path, t, [0, 1, 2, 3, 4, 15, 60, 149])
+def test_mean_and_correction_equal_brute_force(path, dim, shift):
+    bank, t = make_bank(dim, shift=shift), torch.tensor(TIMES).repeat_interleave(8)
+    xt, times, x0, x1 = queries(bank, path, t, [0, 1, 2, 3, 4, 15, 60, 149] * len(TIMES))
     mean, _ = brute_force(bank, xt, times, path)
     oracle = Oracle(bank, path, Exact(chunk_size=50))
     got = oracle.posterior(xt, times).mean
@@ -129,7 +129,7 @@ def test_no_rise_of_target_difference_at_the_data_end():
 
 
 @pytest.mark.parametrize(("dim", "shift"), [(1, 1e4), (64, 0.0), (64, 100.0), (3072, 1.0)])
-@pytest.mark.parametrize("t", [0.0, 0.05, 0.3, 0.99, 0.999])
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.999])
 def test_chunk_size_does_not_matter(t, dim, shift):
     bank = make_bank(dim, shift=shift)
     xt, times, _, x1 = queries(bank, LinearPath(), t, list(range(20)))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -126,17 +127,20 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheels(source, tmp_path_factory):
-    """One wheel built from the source, one from the sdist of the source."""
-    built = {}
-    for way, options in {"wheel": ["--wheel"], "sdist": []}.items():
-        target = tmp_path_factory.mktemp(way)
+    """`wheels(way)`: one built from the source, or from the sdist of the source; built once."""
+
+    @cache
+    def build(way):
+        target, options = tmp_path_factory.mktemp(way), ["--wheel"] if way == "wheel" else []
         run(sys.executable, "-m", "build", "-n", *options, "-o", target, source, cwd=target)
-        (built[way],) = target.glob("*.whl")
-    return built
+        (built,) = target.glob("*.whl")
+        return built
+
+    return build
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["wheel", "sdist", "editable"])
+@pytest.mark.parametrize("way", ["sdist", "editable"])  # both wheels hold the same, see below
 def test_install(way, source, wheels, tmp_path):
     env = Environment(tmp_path / "env")
     found = "import importlib.util as u; print(u.find_spec('stagewise') is not None)"
@@ -146,7 +150,7 @@ def test_install(way, source, wheels, tmp_path):
         env.install("--editable", source)
         home = {package: source / folder for package, folder in FLOORS.items()}
     else:
-        env.install(wheels[way])
+        env.install(wheels(way))
         home = {package: env.site.joinpath(*package.split(".")) for package in FLOORS}
 
     seen = json.loads(env.execute(PROBE, *FLOORS).splitlines()[-1])
@@ -162,9 +166,9 @@ def test_install(way, source, wheels, tmp_path):
     assert list(env.scripts.glob("stagewise*")), "the command is missing"
 
 
-@pytest.mark.parametrize("way", ["wheel", "sdist"])
+@pytest.mark.parametrize("way", [pytest.param("wheel", marks=pytest.mark.slow), "sdist"])
 def test_wheel_holds_every_file(way, source, wheels):
-    with zipfile.ZipFile(wheels[way]) as archive:
+    with zipfile.ZipFile(wheels(way)) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == installed_files(source)
 

@@ -46,7 +46,7 @@ def configuration(run_dir, *overrides):
 
 
 def test_recipe_trains_reports_and_writes(tmp_path, capsys):
-    # The pictures of these two are drawn in test_imagenet_recipe.py.
+    # Drawn in test_monitors_together.py and test_imagenet_recipe.py.
     less = ["+callbacks.errors.figures=0", "+callbacks.memorization.figures=0"]
     less += ["callbacks.errors.queries=8", "callbacks.memorization.samples=8"]
     results = train(configuration(tmp_path, *less, "callbacks.memorization.steps=4"))
@@ -83,6 +83,7 @@ def test_recipe_trains_reports_and_writes(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_the_recipe_is_steered(tmp_path):
     train(configuration(tmp_path, "callbacks=steer"))
     (header,) = [json.loads(line) for line in (tmp_path / "scheme/stages.jsonl").open()]
@@ -99,12 +100,14 @@ def test_the_recipe_is_steered(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize("kind", ["data", "noise"])
 def test_other_predictions_have_their_floor_and_samples(tmp_path, kind, monkeypatch):
     drawn = []
     grid = evaluate.sample_grid
     monkeypatch.setattr(evaluate, "sample_grid", lambda *a: drawn.append(a[1]) or grid(*a))
     more = ["trainer.max_steps=60", "trainer.val_check_interval=60", "module.lr=3e-3"]
+    more += ["~callbacks.errors", "~callbacks.memorization", "~callbacks.transitions"]
     results = train(configuration(tmp_path, f"objective.prediction={kind}", *more))
     assert drawn[0].isfinite().all()
     stage = results["stages"][0]
@@ -209,6 +212,7 @@ def test_few_classes_are_trained_on_watched_steered_and_sampled(tmp_path, classe
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_figures")
 def test_stopping_and_resuming_a_recipe_is_not_stopping(tmp_path):
     # Stopped at the end of an epoch of 8 batches: Lightning starts an interrupted one anew.
     steps = ["trainer.val_check_interval=4", "trainer.max_steps=12"]

@@ -73,8 +73,15 @@ def probe(step, alarm=None):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
+def figures_are_drawn():
+    """What a test asks for that looks at them."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
     """Figures are made and not drawn, which takes most of the time."""
+    if "figures_are_drawn" in request.fixturenames:
+        return
     for module in (report_sections, report_compare):
         monkeypatch.setattr(
             module, "drawn", lambda figure, caption: report_html.image(b"", caption, (1, 1))
@@ -150,6 +157,7 @@ def read(file):
     return checker
 
 
+@pytest.mark.usefixtures("figures_are_drawn")
 def test_a_page_says_what_the_run_found(run):
     assert report(run) == run / "report.html"
     found = read(run / "report.html")
@@ -175,9 +183,14 @@ def test_a_page_says_what_the_run_found(run):
     assert len(found.images) == 9
     assert all(image["alt"] and image["src"].startswith("data:image/png") for image in found.images)
     assert not list(run.glob("*.partial"))
+    # It is one file that asks for nothing.
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "<script>" not in text
+    assert not re.search(r"""(src|href)=["'](?!data:)""", text)
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert len(text) < 3e6
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_it_reads_from_the_verdict_down(run):
     text = report(run).read_text(encoding="utf-8")
     assert text.index("Navigation was learned by step 321") < text.index("<h2>")
@@ -194,15 +207,6 @@ def test_it_reads_from_the_verdict_down(run):
     ]
 
 
-def test_it_is_one_file_that_asks_for_nothing(run):
-    text = report(run).read_text(encoding="utf-8")
-    assert "<script>" not in text
-    assert not re.search(r"""(src|href)=["'](?!data:)""", text)
-    assert not re.search(r"url\(|@import|https?://", text)
-    assert len(text) < 3e6
-
-
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("kept", ["stages", "errors", "transitions", "memory"])
 def test_a_run_with_one_monitor_says_what_others_would_give(run, kept):
     for part in ("stages", "errors", "transitions", "memory"):
@@ -223,7 +227,6 @@ def test_a_run_with_one_monitor_says_what_others_would_give(run, kept):
         assert "not found" not in found.text
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_an_alarm_is_on_top(run):
     header, *_ = (run / "errors/stages.jsonl").read_text().splitlines()
     alarm = "off by <i>12</i> standard errors"
@@ -231,7 +234,6 @@ def test_an_alarm_is_on_top(run):
     assert alarm in read(report(run)).text
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_pictures_of_the_run_are_taken_in(run):
     shutil.copy(ROOT / "docs/images/samples.png", run / "samples.png")
     assert len(read(report(run)).images) == 10
@@ -242,7 +244,6 @@ def test_pictures_of_the_run_are_taken_in(run):
     assert "Pictures of samples" not in found.text
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_broken_lines_are_named_and_the_rest_is_used(run):
     file = run / "errors/stages.jsonl"
     first, *others = file.read_text().splitlines()
@@ -299,7 +300,6 @@ def test_one_boundary_in_all_of_a_page(run, told, monkeypatch):
     assert read_run(run).boundary().midpoint == BOUNDARY["midpoint"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_measurement_that_agrees_is_not_told_again(run):
     bank, first, last = events_of(run, "stages")
     header, *others = events_of(run, "errors")
@@ -308,7 +308,6 @@ def test_a_measurement_that_agrees_is_not_told_again(run):
     assert "0.378" not in read(report(run)).text
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_boundary_that_was_not_reached_is_no_number(run):
     bank, first, last = map(json.loads, (run / "stages/stages.jsonl").read_text().splitlines())
     shutil.rmtree(run / "errors")
@@ -320,7 +319,6 @@ def test_a_boundary_that_was_not_reached_is_no_number(run):
     assert "crosses 0.5: not reached" in text
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_the_gap_is_told_with_what_chance_makes(run):
     header, *_ = events_of(run, "errors")
     last = probe(9) | {"gap": [0.03] * BINS, "gap_se": [0.01] * 2 + [0.02] * 3 + [None]}
@@ -329,13 +327,11 @@ def test_the_gap_is_told_with_what_chance_makes(run):
     assert "at step 9 it is two standard errors or more from zero in 2 of 6 bins of t" in text
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_events_of_two_folders_are_not_mixed(run):
     write(run / "again", probe(7), probe(9))
     assert [event["step"] for event in read_run(run).of("velocity_probe")] in ([7, 9], [1, 500])
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_bad_input_is_one_line(run, tmp_path, monkeypatch):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -495,7 +491,6 @@ def test_samples_that_could_not_be_compared_are_no_copies(run):
 # -- runs that were killed, are of another version, or of other data -----------------------------
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_was_killed_says_where(run):
     file = run / "errors/stages.jsonl"
     file.write_text(file.read_text() + '{"event": "velo')
@@ -514,7 +509,6 @@ def test_a_run_that_was_killed_says_where(run):
     assert "was stopped" not in read(report(run)).text
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_loss_that_was_not_finite_is_on_top(run):
     broken = {"event": "non-finite", "step": 77, "rows": [3, 5], "t": [0.1, 0.2]}
     write(run / "errors", *events_of(run, "errors"), broken)
@@ -523,7 +517,6 @@ def test_a_loss_that_was_not_finite_is_on_top(run):
     assert "rows [3, 5] of a batch" in text
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_events_of_an_older_version_leave_the_rest_of_the_page(run):
     """A part whose events lack what is read says so; the other parts are there."""
     header, first, last, window = events_of(run, "errors")
@@ -579,7 +572,6 @@ def test_two_runs_side_by_side(pair):
     assert (run / "compare.html").stat().st_size < 3e6
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_the_run_that_is_ahead_is_named_where_all_have_held_out_samples_by_those(pair):
     run, other = pair
     header, *_ = events_of(run, "errors")
@@ -601,7 +593,6 @@ def test_three_sizes_show_whether_a_line_is_straight():
     assert "not one line" in bent
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("key", "value"),
     [("rows", 300), ("shape", [4, 8, 8]), ("std", 0.7), ("class_wise", False), ("classes", 10)],
@@ -618,7 +609,6 @@ def test_runs_of_other_data_are_not_compared(pair, key, value, monkeypatch):
         page.main()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_what_two_runs_do_not_tell_is_said(pair):
     run, other = pair
     shutil.rmtree(other / "stages")
@@ -637,7 +627,6 @@ def test_what_two_runs_do_not_tell_is_said(pair):
     assert "fewer than two runs have a VelocityErrorMonitor" in text
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("lost", ["train", "stages", "oracle", "step"])
 def test_events_of_an_older_version_end_no_comparison(pair, lost):
     run, other = pair
@@ -653,7 +642,6 @@ def test_events_of_an_older_version_end_no_comparison(pair, lost):
     assert "Settings" in read(report(run)).text
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_what_cannot_be_compared_is_one_line(pair, tmp_path, monkeypatch):
     run, other = pair
     for given, message in (
@@ -666,6 +654,7 @@ def test_what_cannot_be_compared_is_one_line(pair, tmp_path, monkeypatch):
             page.main()
 
 
+@pytest.mark.usefixtures("figures_are_drawn")
 def test_a_browser_opens_it_without_a_word(run, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -678,7 +667,7 @@ def test_a_browser_opens_it_without_a_word(run, tmp_path):
     assert "CONSOLE" not in done.stderr
 
 
-def test_a_window_that_does_not_count_all_says_so(run, undrawn):
+def test_a_window_that_does_not_count_all_says_so(run):
     assert "Not all" not in report(run).read_text()
     lines = (run / "errors/stages.jsonl").read_text().splitlines()
     window = json.loads(lines[-1]) | {"lacking": "draws of one process of <2>"}

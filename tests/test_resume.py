@@ -90,8 +90,8 @@ VALIDATED = {"check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ({}, range(1, 11)),
-        ({"limit_train_batches": 3}, range(1, 11)),
+        ({}, (1, 4, 5, 6, 10)),
+        ({"limit_train_batches": 3}, (2, 3, 9)),
         ({"val_check_interval": 5, **VALIDATED}, (5, 10)),
         ({"val_check_interval": 3, **VALIDATED}, (3, 6, 9)),
         ({"workers": 1}, (5, 7)),
@@ -118,7 +118,7 @@ def test_a_training_that_had_ended_and_goes_on_can_be_resumed(train, end):
     more, folder, _ = train(end + 11, file=folder / "ended.ckpt")
     if end == 7:
         assert more == train(18)[0][7:]
-    for step in range(1, 11):
+    for step in (1, 3, 5, 6, 10):
         assert train(end + 11, file=folder / f"step={end + step}.ckpt")[0] == more[step:]
 
 

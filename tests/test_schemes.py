@@ -622,10 +622,16 @@ TARGETS = [
 ]
 
 
-@pytest.mark.parametrize("residency", ["cuda", "cpu"])
-@pytest.mark.parametrize("target", TARGETS, ids=repr)
-@pytest.mark.parametrize("labels", [None, [0, 1, 2, 3, 0]])
-def test_schemes_on_cuda(residency, target, labels, monkeypatch):
+@pytest.mark.parametrize(
+    ("target", "residency", "labels"),
+    [
+        (target, residency, [0, 1, 2, 3, 0] if (k + j) % 2 else None)
+        for k, target in enumerate(TARGETS)
+        for j, residency in enumerate(["cuda", "cpu"])
+    ],
+    ids=repr,
+)
+def test_schemes_on_cuda(target, residency, labels, monkeypatch):
     monkeypatch.setattr(
         correction, "indices_of", lambda flags: [0, 1, 3]
     )  # reads values, for "boundary"

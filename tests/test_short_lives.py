@@ -131,9 +131,13 @@ def events_of(folder):
 
 
 @pytest.mark.parametrize(
-    ("rows", "labelled"), [(1, False), (2, False), (2, True), (5, False), (5, True), (20, True)]
+    ("kind", "rows", "labelled"),
+    [
+        *((kind, *few) for kind in KINDS for few in ((1, False), (2, True), (5, False))),
+        *(("watch", *few) for few in ((2, False), (5, True), (20, True))),
+        ("two stages", 20, True),
+    ],
 )
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_short_training(trained, kind, rows, labelled, tmp_path, lightning_log, recwarn):
     refused = r"at least 2 rows, got \(1, 2, 4, 4\)\. A posterior" if rows == 1 else None
     if (kind, rows) == ("times", 2):  # one of two rows weighs a half at all t

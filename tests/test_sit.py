@@ -172,16 +172,6 @@ def test_bfloat16_module_and_autocast():
     assert model.bfloat16()(x.bfloat16(), t, labels).dtype == torch.bfloat16
 
 
-def test_traces_into_one_graph():
-    model = build()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    x, t, labels = batch()
-    model.eval()
-    torch.testing.assert_close(compiled(x, t, labels), model(x, t, labels))
-    model.train()
-    assert compiled(x, t, labels).shape == x.shape
-
-
 def test_fake_tensors_on_cuda():
     with FakeTensorMode(), torch.device("cuda"):
         model = SiT(num_classes=5, hidden_size=32, depth=2)
@@ -275,8 +265,8 @@ def test_variants_under_autocast_and_in_bfloat16(options):
     torch.testing.assert_close(out.float(), expected, atol=0.3, rtol=0.1)
 
 
-@pytest.mark.parametrize("options", [VARIANTS[0], VARIANTS[2]], ids=["sit", "lightningdit"])
-def test_variants_trace_into_one_graph(options):
+@pytest.mark.parametrize("options", [{}, VARIANTS[2]], ids=["sit", "lightningdit"])
+def test_they_trace_into_one_graph(options):
     model = build(**options)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x, t, labels = batch()
@@ -365,21 +355,21 @@ def recipe(name):
 
 
 # The published sizes in millions, and the exact numbers that training with the public codes logs,
-# where there are any; those count the fixed embedding of positions.
+# where there are any; those count the fixed embedding of positions. Published are multiply-adds.
 @pytest.mark.parametrize(
-    ("name", "shape", "millions", "logged"),
+    ("name", "shape", "millions", "logged", "published"),
     [
-        ("sit_s_2", (4, 32, 32), 33, None),
-        ("sit_b_2", (4, 32, 32), 130, None),
-        ("sit_l_2", (4, 32, 32), 458, None),
-        ("sit_xl_2", (4, 32, 32), 675, "675.129632"),
-        ("lightningdit_s_1", (32, 16, 16), 33, None),
-        ("lightningdit_b_1", (32, 16, 16), 130, None),
-        ("lightningdit_xl_1", (32, 16, 16), 675, "675.26"),
+        ("sit_s_2", (4, 32, 32), 33, None, 6.06),
+        ("sit_b_2", (4, 32, 32), 130, None, 23.01),
+        ("sit_l_2", (4, 32, 32), 458, None, 80.71),
+        ("sit_xl_2", (4, 32, 32), 675, "675.129632", 118.64),
+        ("lightningdit_s_1", (32, 16, 16), 33, None, None),
+        ("lightningdit_b_1", (32, 16, 16), 130, None, None),
+        ("lightningdit_xl_1", (32, 16, 16), 675, "675.26", None),
     ],
 )
-def test_recipes_have_the_published_number_of_weights(name, shape, millions, logged):
-    net = recipe(name)
+def test_recipes_have_the_published_size(name, shape, millions, logged, published):
+    net = recipe(name).eval()
     assert net.input_shape == shape
     assert net.class_dropout == 0.1
     count = sum(p.numel() for p in net.parameters())
@@ -387,26 +377,15 @@ def test_recipes_have_the_published_number_of_weights(name, shape, millions, log
     if logged:
         digits = len(logged.split(".")[1])
         assert f"{(count + net.pos_embed.numel()) / 1e6:.{digits}f}" == logged
-    x, t = torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta")
-    labels = torch.empty(2, dtype=torch.long, device="meta")
-    assert net(x, t, labels).shape == x.shape
-
-
-@pytest.mark.parametrize(
-    ("name", "published"),
-    [("sit_s_2", 6.06), ("sit_b_2", 23.01), ("sit_l_2", 80.71), ("sit_xl_2", 118.64)],
-)
-def test_recipes_have_the_published_flops(name, published):
-    net = recipe(name).eval()
-    inputs = torch.empty(1, 4, 32, 32, device="meta"), torch.empty(1, device="meta")
+    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(*inputs, torch.empty(1, dtype=torch.long, device="meta"))
-    # torch counts two operations per multiply-add, and matrix products alone. The published
-    # numbers are of multiply-adds, and are met to the last digit with one more for every element
-    # that a LayerNorm sees.
-    norms = sum(isinstance(module, torch.nn.LayerNorm) for module in net.modules())
-    normed = norms * net.pos_embed.numel()
-    assert f"{(counter.get_total_flops() / 2 + normed) / 1e9:.2f}" == f"{published:.2f}"
+        assert net(x, t, torch.empty(1, dtype=torch.long, device="meta")).shape == x.shape
+    if published:
+        # torch counts two operations per multiply-add, and matrix products alone. The published
+        # numbers are met to the last digit with one more for every element that a LayerNorm sees.
+        norms = sum(isinstance(module, torch.nn.LayerNorm) for module in net.modules())
+        normed = norms * net.pos_embed.numel()
+        assert f"{(counter.get_total_flops() / 2 + normed) / 1e9:.2f}" == f"{published:.2f}"
 
 
 def test_swiglu_has_two_thirds_of_the_width_in_one_draw():

@@ -7,8 +7,7 @@ import json
 import logging
 import math
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -989,11 +988,10 @@ def test_one_line_says_what_was_recognised(fit, bank, lightning_log):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_example(tmp_path):
-    command = [sys.executable, str(Path(__file__).parents[1] / "examples/steer.py")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "StageScheme: steers module.FM: ConditionalFlowMatcher (torchcfm)" in done.stderr
+def test_example(tmp_path, monkeypatch, lightning_log):
+    monkeypatch.chdir(tmp_path)
+    example = Path(__file__).parents[1] / "examples/steer.py"
+    runpy.run_path(str(example), run_name="__main__")
+    assert "StageScheme: steers module.FM: ConditionalFlowMatcher (torchcfm)" in lightning_log.text
     lines = (tmp_path / "stagewise_scheme_logs/stages.jsonl").read_text().splitlines()
     assert json.loads(lines[1])["step"] == 120

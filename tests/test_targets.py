@@ -326,7 +326,7 @@ def test_bias_is_caught():
 @pytest.mark.parametrize("shared", [False, True])
 def test_random_sets_leave_the_conditional_mean(lam, shared, monkeypatch):
     """All sources and all draws, through the real target with its draws dictated."""
-    t, n = torch.tensor(0.35, dtype=torch.float64), 6
+    t, n = torch.tensor(0.35, dtype=torch.float64), 5
     xt, x = 0.5 * rows(1, seed=3)[0], rows(n)
     scheme = Scheme(Oracle(LatentBank(x)), target=ReferenceSet(3, lam, shared=shared))
     _, weights = softmax_mean(x, xt, t, LinearPath())

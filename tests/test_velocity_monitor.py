@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.data import DataLoader
 
 from stagewise import LatentBank
 from stagewise.adapters import find_target_makers
@@ -174,42 +173,6 @@ class Asked(pl.Callback):
         if probes > self.probes:
             self.after.append(self.batches)
         self.probes = probes
-
-
-def test_stop_and_resume_equals_not_stopping(
-    fit, make_trainer, tiny_flow, make_data, weights, tmp_path
-):
-    x, _ = make_data()
-    loader = DataLoader([(row,) for row in x], 8)
-    runs = {}
-    for name, steps in (("through", 16), ("first", 8)):
-        monitor, events = VelocityErrorMonitor(**SMALL), StageTransitions()
-        model, trainer = fit(
-            monitor,
-            events,
-            model=tiny_flow(seeded=True),
-            loader=loader,
-            max_steps=steps,
-            default_root_dir=tmp_path / name,
-        )
-        runs[name] = monitor, weights(model)
-        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
-    monitor = VelocityErrorMonitor(**SMALL)
-    model = tiny_flow(seeded=True)
-    model.validation_step = lambda batch, batch_idx: None
-    trainer = make_trainer(
-        monitor, StageTransitions(), max_steps=16, default_root_dir=tmp_path / "second"
-    )
-    others = DataLoader([(row,) for row in make_data(40)[0] + 0.1], 8)
-    trainer.fit(model, loader, others, ckpt_path=tmp_path / "first.ckpt")
-    through, expected = runs["through"]
-    assert torch.equal(weights(model), expected)
-    first = [event for event in through.events if event["step"] <= 8]
-    # A run that ends at step 8 probes there, one that goes on does not.
-    kept = [event for event in monitor.events if event["step"] != 8]
-    assert text(kept[: len(first)]) == text(first)
-    probes = [e for e in kept if e["event"] == "velocity_probe"]
-    assert text(probes) == text(through.history)
 
 
 @pytest.mark.parametrize("at", [5, 6])

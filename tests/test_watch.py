@@ -559,10 +559,12 @@ WITHOUT = """
 import sys
 for name in ("lightning", "pytorch_lightning", "lightning_fabric", "tensorboard", "hydra"):
     sys.modules[name] = None
-import torch
+import numpy, torch
 import stagewise
-from stagewise.callbacks import PosteriorMonitor, VelocityErrorMonitor
+from stagewise.callbacks import PosteriorMonitor, VelocityErrorMonitor, writer
 from torch import nn
+
+writer.render = lambda _: numpy.zeros((2, 3, 3), dtype="uint8")  # takes most of the time
 
 class Net(nn.Linear):
     def forward(self, xt, t):
@@ -580,7 +582,9 @@ with stagewise.Watch(net, stagewise.LatentBank(x), PosteriorMonitor(), error, st
         optimizer.step()
 assert [entry["step"] for entry in error.history] == [1, 2, 3]
 from pathlib import Path
+from stagewise.recipes import report_html, report_sections
 from stagewise.recipes.report import report
+report_sections.drawn = lambda figure, caption: report_html.image(b"", caption, (1, 1))
 print(report(Path()))
 """
 
@@ -599,12 +603,13 @@ def test_it_needs_no_lightning(tmp_path):
 RANKS = """
 import json, sys
 from pathlib import Path
+import numpy as np
 import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from stagewise import Watch
-from stagewise.callbacks import PosteriorMonitor, VelocityErrorMonitor
+from stagewise.callbacks import PosteriorMonitor, VelocityErrorMonitor, writer
 from stagewise.losses import FlowMatchingLoss
 
 out, many = Path(sys.argv[1]), int(sys.argv[2]) > 1
@@ -640,9 +645,12 @@ def train(*callbacks):
     watch.close()
     return model, bool(lines)
 
+# Drawing would take most of the time; put back, because one of the runs is in the tests' process.
+render, writer.render = writer.render, lambda _: np.zeros((2, 3, 3), dtype=np.uint8)
 options = {"strata": 4, "queries": 4, "every_n_steps": 2}
 posterior, error = PosteriorMonitor(**options), VelocityErrorMonitor(**options)
 (plain, _), (watched, logs) = train(), train(posterior, error)
+writer.render = render
 states = zip(plain.state_dict().values(), watched.state_dict().values())
 same = [torch.equal(*pair) for pair in states]
 found = repr(posterior.history), repr(error.events)
